@@ -1,0 +1,243 @@
+//! What a replicated entry says: the payload of one Raft log entry, format version 1.
+//!
+//! A transaction is one or more *parts* under one transaction id, in consecutive entries except for other kinds of
+//! entries between them. Only the last part carries a [`Commit`] and makes the transaction take effect. A part whose
+//! number is 0 starts a transaction and drops an unfinished one; so does a new epoch.
+//!
+//! Layout (all integers little-endian): `version u8 = 1`, `kind u8 = 1 (pages)`, `flags u8 (bit 0: commit)`, `0 u8`,
+//! `database u32`, `transaction u64`, `part u32`, `page_size u32`, `count u32`, then if committing `database pages u32,
+//! checksum u64`, then `count` page numbers `u32` in ascending order, then `count` page images of `page_size` bytes.
+//! Must never panic on any input: these bytes come from other hosts and from disk.
+
+use thiserror::Error;
+
+/// Version of the encoding that this program writes.
+pub const FORMAT_VERSION: u8 = 1;
+/// Largest encoded command, in bytes: 16 pages of 64 KiB and their headers fit.
+pub const MAX_COMMAND: usize = (1 << 20) + 4096;
+/// The Console's database; several databases will come.
+pub const CONSOLE_DATABASE: u32 = 1;
+
+const KIND_PAGES: u8 = 1;
+const FLAG_COMMIT: u8 = 1;
+const HEADER: usize = 28;
+const COMMIT: usize = 12;
+
+/// Why bytes are not a command. Nothing was applied.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum CommandError {
+    #[error("command format version {0} is not known to this program (it knows {FORMAT_VERSION}); upgrade this node")]
+    Version(u8),
+    #[error("malformed command: {0}")]
+    Malformed(&'static str),
+}
+
+/// The end of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// Size of the database after the transaction, in pages.
+    pub database_pages: u32,
+    /// XOR of the checksums of all pages after the transaction (DESIGN section 8).
+    pub checksum: u64,
+}
+
+/// One part of a transaction: page images, last-writer-wins, ascending by page number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pages<'a> {
+    pub database: u32,
+    pub transaction: u64,
+    pub part: u32,
+    pub page_size: u32,
+    pub commit: Option<Commit>,
+    numbers: &'a [u8],
+    images: &'a [u8],
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn long(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+}
+
+/// True for the page sizes that SQLite knows: powers of two from 512 to 65536.
+pub fn valid_page_size(size: u32) -> bool {
+    size.is_power_of_two() && (512..=65536).contains(&size)
+}
+
+impl<'a> Pages<'a> {
+    /// Decodes and checks one command.
+    ///
+    /// # Errors
+    /// [`CommandError::Version`] for another format version, [`CommandError::Malformed`] for anything that a member of
+    /// this version would not have written.
+    pub fn decode(bytes: &'a [u8]) -> Result<Self, CommandError> {
+        use CommandError::Malformed;
+        let version = *bytes.first().ok_or(Malformed("empty"))?;
+        if version != FORMAT_VERSION {
+            return Err(CommandError::Version(version));
+        }
+        if bytes.len() < HEADER || bytes.len() > MAX_COMMAND {
+            return Err(Malformed("length out of range"));
+        }
+        let (kind, flags, reserved) = (bytes[1], bytes[2], bytes[3]);
+        if kind != KIND_PAGES || flags & !FLAG_COMMIT != 0 || reserved != 0 {
+            return Err(Malformed("unknown kind or flags"));
+        }
+        let short = Malformed("short header");
+        let (Some(database), Some(transaction), Some(part), Some(page_size), Some(count)) =
+            (word(bytes, 4), long(bytes, 8), word(bytes, 16), word(bytes, 20), word(bytes, 24))
+        else {
+            return Err(short);
+        };
+        if !valid_page_size(page_size) {
+            return Err(Malformed("page size"));
+        }
+        let mut at = HEADER;
+        let commit = if flags & FLAG_COMMIT != 0 {
+            let (Some(database_pages), Some(checksum)) = (word(bytes, at), long(bytes, at + 4)) else {
+                return Err(short);
+            };
+            at += COMMIT;
+            Some(Commit { database_pages, checksum })
+        } else {
+            None
+        };
+        let (numbers_len, images_len) = (u64::from(count) * 4, u64::from(count) * u64::from(page_size));
+        if (bytes.len() - at) as u64 != numbers_len + images_len {
+            return Err(Malformed("page count does not match the length"));
+        }
+        let (numbers, images) = bytes[at..].split_at(numbers_len as usize);
+        let pages = Self { database, transaction, part, page_size, commit, numbers, images };
+        let mut last = 0;
+        for (number, _) in pages.iter() {
+            if number <= last {
+                return Err(Malformed("page numbers do not ascend"));
+            }
+            last = number;
+        }
+        if commit.is_some_and(|commit| last > commit.database_pages || commit.database_pages == 0) {
+            return Err(Malformed("page beyond the end of the database"));
+        }
+        Ok(pages)
+    }
+
+    /// The pages as (number from 1, image).
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &'a [u8])> {
+        let numbers = self.numbers.chunks_exact(4).map(|n| u32::from_le_bytes([n[0], n[1], n[2], n[3]]));
+        numbers.zip(self.images.chunks_exact(self.page_size as usize))
+    }
+
+    /// Number of page images in this part.
+    pub fn len(&self) -> usize {
+        self.numbers.len() / 4
+    }
+
+    /// True if the part carries no page image (only a size and checksum).
+    pub fn is_empty(&self) -> bool {
+        self.numbers.is_empty()
+    }
+}
+
+/// Builds one part. Pages must be pushed in ascending order of their numbers.
+pub struct PagesBuilder {
+    database: u32,
+    transaction: u64,
+    part: u32,
+    page_size: u32,
+    numbers: Vec<u8>,
+    images: Vec<u8>,
+}
+
+impl PagesBuilder {
+    /// Starts an empty part.
+    pub fn new(database: u32, transaction: u64, part: u32, page_size: u32) -> Self {
+        assert!(valid_page_size(page_size), "page size {page_size}");
+        Self { database, transaction, part, page_size, numbers: Vec::new(), images: Vec::new() }
+    }
+
+    /// True when no further page fits into this part.
+    pub fn is_full(&self) -> bool {
+        let next = self.images.len() + self.page_size as usize;
+        HEADER + COMMIT + self.numbers.len() + 4 + next > MAX_COMMAND
+    }
+
+    /// Adds a page image. Panics if it has the wrong size or the part is full: both are bugs of the caller.
+    pub fn push(&mut self, number: u32, image: &[u8]) {
+        assert!(!self.is_full() && image.len() == self.page_size as usize);
+        self.numbers.extend_from_slice(&number.to_le_bytes());
+        self.images.extend_from_slice(image);
+    }
+
+    /// Encodes the part.
+    pub fn finish(self, commit: Option<Commit>) -> Vec<u8> {
+        let count = (self.numbers.len() / 4) as u32;
+        let mut out = Vec::with_capacity(HEADER + COMMIT + self.numbers.len() + self.images.len());
+        out.extend_from_slice(&[FORMAT_VERSION, KIND_PAGES, u8::from(commit.is_some()) * FLAG_COMMIT, 0]);
+        out.extend_from_slice(&self.database.to_le_bytes());
+        out.extend_from_slice(&self.transaction.to_le_bytes());
+        out.extend_from_slice(&self.part.to_le_bytes());
+        out.extend_from_slice(&self.page_size.to_le_bytes());
+        out.extend_from_slice(&count.to_le_bytes());
+        if let Some(commit) = commit {
+            out.extend_from_slice(&commit.database_pages.to_le_bytes());
+            out.extend_from_slice(&commit.checksum.to_le_bytes());
+        }
+        out.extend_from_slice(&self.numbers);
+        out.extend_from_slice(&self.images);
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample(commit: Option<Commit>) -> Vec<u8> {
+        let mut part = PagesBuilder::new(CONSOLE_DATABASE, 7, 0, 512);
+        part.push(1, &[1; 512]);
+        part.push(3, &[3; 512]);
+        part.finish(commit)
+    }
+
+    #[test]
+    fn a_part_survives_the_round_trip() {
+        let commit = Some(Commit { database_pages: 3, checksum: 0x1234_5678_9abc_def0 });
+        for commit in [None, commit] {
+            let bytes = sample(commit);
+            let pages = Pages::decode(&bytes).unwrap();
+            assert_eq!((pages.database, pages.transaction, pages.part, pages.page_size), (1, 7, 0, 512));
+            assert_eq!(pages.commit, commit);
+            assert_eq!(pages.iter().collect::<Vec<_>>(), vec![(1, &[1u8; 512][..]), (3, &[3u8; 512][..])]);
+        }
+    }
+
+    #[test]
+    fn a_page_beyond_the_end_is_refused() {
+        let bytes = sample(Some(Commit { database_pages: 2, checksum: 0 }));
+        assert_eq!(Pages::decode(&bytes), Err(CommandError::Malformed("page beyond the end of the database")));
+    }
+
+    #[test]
+    fn a_newer_version_names_itself() {
+        assert_eq!(Pages::decode(&[9, 9]), Err(CommandError::Version(9)));
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_panics(bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
+            let _ = Pages::decode(&bytes);
+        }
+
+        #[test]
+        fn no_mutation_panics(at in 0usize..1080, value: u8, cut in 0usize..1080) {
+            let mut bytes = sample(Some(Commit { database_pages: 3, checksum: 1 }));
+            let index = at % bytes.len();
+            bytes[index] = value;
+            bytes.truncate(bytes.len() - cut % bytes.len());
+            let _ = Pages::decode(&bytes);
+        }
+    }
+}

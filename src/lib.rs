@@ -1,0 +1,15 @@
+//! The map of Twistlock HA.
+//! (to be completed with the bird's-eye view, the glossary and the Architecture Invariants)
+pub mod cluster;
+pub mod config;
+pub mod console;
+pub mod control;
+pub mod node;
+pub mod peer;
+pub mod pki;
+pub mod storage;
+pub mod supervisor;
+pub mod telemetry;
+pub mod workload;
+
+pub mod cli;

@@ -1,0 +1,2 @@
+//! Daemon entry.
+fn main() {}

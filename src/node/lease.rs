@@ -1,0 +1,91 @@
+//! The lease as the rest of the process sees it: one deadline on CLOCK_BOOTTIME, readable at any time from any thread
+//! and, through a memory file, from the port guard process. Only the consensus loop extends it.
+
+use std::{
+    fs::File,
+    os::{fd::AsFd, unix::fs::FileExt},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use nix::{
+    sys::memfd::{MFdFlags, memfd_create},
+    time::{ClockId, clock_gettime},
+};
+
+/// Nanoseconds on CLOCK_BOOTTIME: goes on while the host is suspended, never jumps, same for all processes of a host.
+pub fn boottime() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("CLOCK_BOOTTIME exists since Linux 2.6.39");
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+}
+
+/// A shared lease. 0 means: no lease.
+#[derive(Clone, Debug)]
+pub struct Lease {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    deadline: AtomicU64,
+    memory: File,
+}
+
+impl Lease {
+    /// A lease that has not begun.
+    ///
+    /// # Errors
+    /// When the kernel refuses an anonymous memory file.
+    pub fn new() -> std::io::Result<Self> {
+        let memory = File::from(memfd_create(c"twistlock-lease", MFdFlags::MFD_CLOEXEC)?);
+        memory.write_all_at(&[0; 16], 0)?;
+        Ok(Self { inner: Arc::new(Inner { deadline: AtomicU64::new(0), memory }) })
+    }
+
+    /// True while the ports may be open and responses may leave.
+    pub fn is_valid(&self) -> bool {
+        boottime() < self.deadline()
+    }
+
+    /// The deadline in nanoseconds of [`boottime`]; 0 if there is no lease.
+    pub fn deadline(&self) -> u64 {
+        self.inner.deadline.load(Ordering::Acquire)
+    }
+
+    /// Sets the deadline; 0 revokes the lease. Called by the consensus loop only.
+    pub(super) fn set(&self, deadline: u64) -> std::io::Result<()> {
+        self.inner.deadline.store(deadline, Ordering::Release);
+        self.inner.memory.write_all_at(&encode(deadline), 0)
+    }
+
+    /// The memory file that the port guard reads: see [`read_shared`].
+    pub fn shared(&self) -> impl AsFd + '_ {
+        &self.inner.memory
+    }
+}
+
+fn encode(deadline: u64) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&deadline.to_le_bytes());
+    bytes[8..].copy_from_slice(&(!deadline).to_le_bytes());
+    bytes
+}
+
+/// Reads the deadline in another process. A torn read (the two halves do not match) is read again, a few times, and
+/// then counts as no lease.
+///
+/// # Errors
+/// When the memory file cannot be read.
+pub fn read_shared(memory: &File) -> std::io::Result<u64> {
+    let mut bytes = [0; 16];
+    for _ in 0..16 {
+        memory.read_exact_at(&mut bytes, 0)?;
+        let deadline = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
+        if bytes == encode(deadline) {
+            return Ok(deadline);
+        }
+    }
+    Ok(0)
+}
