@@ -7,7 +7,7 @@ mod table;
 
 use std::{
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -15,7 +15,10 @@ use std::{
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 use clap_complete::Shell;
 
-use crate::control::{self, ControlError, Reply, Request};
+use crate::{
+    config::{self, ConfigErrors},
+    control::{self, ControlError, Reply, Request},
+};
 
 pub use table::render as render_table;
 
@@ -87,16 +90,26 @@ struct Target {
     /// The daemon's data folder [default: $TWISTLOCK_DATA, else /var/lib/twistlock]
     #[arg(long, value_name = "DIR", group = "target")]
     data: Option<PathBuf>,
+    /// The daemon's configuration file, which names the data folder or the socket
+    #[arg(long, value_name = "FILE", group = "target")]
+    config: Option<PathBuf>,
 }
 
 impl Target {
-    fn socket(&self) -> PathBuf {
+    /// Where the daemon listens.
+    ///
+    /// # Errors
+    /// The problems of the configuration file.
+    fn socket(&self) -> Result<PathBuf, ConfigErrors> {
         if let Some(path) = &self.control {
-            return path.clone();
+            return Ok(path.clone());
+        }
+        if let Some(file) = &self.config {
+            return Ok(config::load(file)?.config.control_socket_path());
         }
         let variable = || std::env::var_os(DATA_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
         let data = self.data.clone().or_else(variable).unwrap_or_else(|| DEFAULT_DATA.into());
-        data.join(control::SOCKET_NAME)
+        Ok(data.join(control::SOCKET_NAME))
     }
 }
 
@@ -126,8 +139,8 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let result = match cli.command {
-        Command::Ha(Ha::Status(args)) => status::run(&args),
-        Command::Ha(Ha::StepDown { target, reason }) => Ok(step_down(&target, reason)),
+        Command::Ha(Ha::Status(args)) => at_socket(&args.target, |socket| status::run(socket, &args)),
+        Command::Ha(Ha::StepDown { target, reason }) => at_socket(&target, |socket| Ok(step_down(socket, reason))),
         Command::Completions { shell } => completions(shell),
         Command::Man => manual(),
     };
@@ -147,6 +160,17 @@ fn usage(error: &clap::Error) -> ExitCode {
     // Nothing is left to tell a reader who closed both outputs.
     let _ = error.print();
     if asked_for { ExitCode::SUCCESS } else { ExitCode::from(EX_USAGE) }
+}
+
+/// Runs `command` with the socket, or tells why there is none.
+fn at_socket(target: &Target, command: impl FnOnce(&Path) -> io::Result<u8>) -> io::Result<u8> {
+    match target.socket() {
+        Ok(socket) => command(&socket),
+        Err(errors) => {
+            eprintln!("twistcli: {errors}");
+            Ok(errors.exit_code())
+        }
+    }
 }
 
 fn completions(shell: Shell) -> io::Result<u8> {
@@ -175,8 +199,8 @@ fn manual() -> io::Result<u8> {
     Ok(0)
 }
 
-fn step_down(target: &Target, reason: String) -> u8 {
-    match control::request(&target.socket(), &Request::StepDown { reason }, ANSWER_LIMIT) {
+fn step_down(socket: &Path, reason: String) -> u8 {
+    match control::request(socket, &Request::StepDown { reason }, ANSWER_LIMIT) {
         Ok(Reply::Ok(_)) => {
             println!("The PRIMARY role is being handed over. See: twistcli ha status");
             0

@@ -15,15 +15,14 @@ const HOME_AND_CLEAR: &str = "\x1b[H\x1b[J";
 ///
 /// # Errors
 /// When the output cannot be written.
-pub(super) fn run(args: &StatusArgs) -> io::Result<u8> {
-    let socket = args.target.socket();
+pub(super) fn run(socket: &Path, args: &StatusArgs) -> io::Result<u8> {
     let Some(interval) = args.watch else {
-        let (text, code) = look(&socket, args.json, false);
+        let (text, code) = look(socket, args.json, false);
         return print(&text, code);
     };
     let redraw = io::stdout().is_terminal() && !args.json;
     loop {
-        let (text, code) = look(&socket, args.json, true);
+        let (text, code) = look(socket, args.json, true);
         let frame = if redraw { format!("{HOME_AND_CLEAR}{text}") } else { text };
         // An unreachable daemon may come back: go on looking.
         print(&frame, code)?;
