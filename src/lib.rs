@@ -4,6 +4,7 @@ pub mod cluster;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod guard;
 pub mod node;
 pub mod peer;
 pub mod pki;
