@@ -3,16 +3,19 @@
 
 use std::{
     io,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use raft::eraftpb::EntryType;
 use tracing::{info, warn};
 
 use crate::storage::{
-    EntrySource,
-    database::{ApplyError, Database},
+    database::{ApplyError, Database, DatabaseError},
     raft_log::RaftLog,
 };
 
@@ -37,7 +40,9 @@ struct Goal {
 struct Shared {
     goal: Mutex<Goal>,
     changed: Condvar,
-    applied: std::sync::atomic::AtomicU64,
+    applied: AtomicU64,
+    /// Bytes ever appended to the raft log by this process.
+    appended: AtomicU64,
 }
 
 /// The loop's side of the database thread.
@@ -49,8 +54,8 @@ pub(super) struct Applier {
 /// When a checkpoint is due.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckpointPolicy {
-    /// Raft entries since the last one.
-    pub entries: u64,
+    /// Bytes appended to the raft log since the last one.
+    pub bytes: u64,
     pub interval: Duration,
 }
 
@@ -63,9 +68,9 @@ impl Applier {
         checkpoints: CheckpointPolicy,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        shared.applied.store(database.applied(), std::sync::atomic::Ordering::Relaxed);
+        shared.applied.store(database.applied(), Ordering::Relaxed);
         let worker = Worker {
-            checkpointed: Instant::now(),
+            checkpointed: (Instant::now(), 0),
             database,
             log,
             sender,
@@ -85,11 +90,16 @@ impl Applier {
 
     /// The raft index up to which the database has everything.
     pub fn applied(&self) -> u64 {
-        self.shared.applied.load(std::sync::atomic::Ordering::Relaxed)
+        self.shared.applied.load(Ordering::Relaxed)
     }
 
     pub fn apply(&self, index: u64) {
         self.change(|goal| goal.applied = goal.applied.max(index));
+    }
+
+    /// Tells how much the raft log grew: a checkpoint becomes due by it.
+    pub fn appended(&self, bytes: usize) {
+        self.shared.appended.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub fn promote(&self, epoch: u64) {
@@ -136,7 +146,8 @@ struct Worker {
     shared: Arc<Shared>,
     deadline: Duration,
     checkpoints: CheckpointPolicy,
-    checkpointed: Instant,
+    /// When the last checkpoint was tried, and how much had been appended then.
+    checkpointed: (Instant, u64),
     /// The epoch in which the database is open for writing.
     epoch: Option<u64>,
     reported_empty: u64,
@@ -172,7 +183,7 @@ impl Worker {
                 self.reported_demotion = goal.demotion;
                 self.report(DatabaseEvent::Demoted { demotion: goal.demotion });
             }
-            self.shared.applied.store(self.database.applied(), std::sync::atomic::Ordering::Relaxed);
+            self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
             self.checkpoint_if_due();
         }
     }
@@ -223,15 +234,23 @@ impl Worker {
         let (first, last) = (self.database.applied() + 1, goal.min(self.database.applied() + SLICE));
         let Self { database, log, .. } = self;
         let mut failed = None;
-        let result = log.for_each(first, last, &mut |index, payload| {
-            database.apply(index, payload, log).map_err(|error| {
+        let result = log.entries_between(first, last, &mut |entry| {
+            let applied = if entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty() {
+                database.apply(entry.index, entry.term, &entry.data, log)
+            } else {
+                database.apply_empty(entry.index, entry.term)
+            };
+            applied.map_err(|error| {
                 failed = Some(error);
                 io::Error::other("see the error that was kept")
             })
         });
         match (failed, result) {
-            (None, Ok(())) => self.database.note_committed(last),
-            (Some(ApplyError::Diverged(why)), _) => self.mistrust(why.to_string()),
+            (None, Ok(())) => {}
+            // Another start from the checkpoint would end the same way: the copy is wrong, or this program too old for it.
+            (Some(error @ (ApplyError::Diverged { .. } | ApplyError::Command { .. } | ApplyError::OutOfOrder { .. })), _) => {
+                self.mistrust(error.to_string());
+            }
             (Some(error), _) => self.fatal(format!("apply the raft log to the database: {error}")),
             (None, Err(error)) => self.fatal(format!("read the raft log from {first} to {last}: {error}")),
         }
@@ -256,6 +275,7 @@ impl Worker {
                 self.epoch = Some(epoch);
                 self.report(DatabaseEvent::Promoted { epoch, database });
             }
+            Err(error @ DatabaseError::Diverged { .. }) => self.mistrust(error.to_string()),
             Err(error) => {
                 self.refused = epoch;
                 self.report(DatabaseEvent::Failed { epoch, why: format!("open the database for writing: {error}") });
@@ -276,13 +296,13 @@ impl Worker {
     }
 
     fn checkpoint_if_due(&mut self) {
-        let entries = self.database.applied().saturating_sub(self.database.checkpointed());
-        let due = entries >= self.checkpoints.entries || self.checkpointed.elapsed() >= self.checkpoints.interval;
-        if !due || entries == 0 || self.broken {
-            return;
+        let (at, before) = self.checkpointed;
+        let appended = self.shared.appended.load(Ordering::Relaxed);
+        let due = appended - before >= self.checkpoints.bytes || at.elapsed() >= self.checkpoints.interval;
+        if due && !self.broken && self.database.applied() > self.database.checkpointed() {
+            self.checkpointed = (Instant::now(), appended);
+            self.checkpoint();
         }
-        self.checkpointed = Instant::now();
-        self.checkpoint();
     }
 
     fn checkpoint(&mut self) {

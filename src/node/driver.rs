@@ -205,7 +205,7 @@ impl Driver {
 
     /// The initial database is the first transaction of the raft log (DESIGN section 6).
     fn found_database(&mut self, epoch: u64) {
-        let parts = match database::initial_transaction(CONSOLE_DATABASE, self.config.page_size, &self.config.scratch) {
+        let parts = match database::initial_transaction(CONSOLE_DATABASE, self.config.page_size) {
             Ok(parts) => parts,
             Err(error) => {
                 error!(%error, "the first transaction of the database cannot be made");
@@ -246,10 +246,11 @@ impl Driver {
         }
         output.transitions.iter().for_each(|transition| self.transition(transition));
         for message in output.send {
-            self.links.send(message);
+            self.links.send(&message);
         }
         if let Some(persist) = output.persist {
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
+            self.applier.appended(bytes);
             match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
                 Ok(pending) => self.persist(persist.number, persist.must_sync.then_some(pending), bytes),
                 Err(error) => {

@@ -10,7 +10,6 @@ mod syncer;
 
 use std::{
     io,
-    path::PathBuf,
     sync::Arc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -45,8 +44,6 @@ pub struct NodeConfig {
     pub checkpoints: CheckpointPolicy,
     /// Page size, in bytes, of a database that this node founds.
     pub page_size: u32,
-    /// Folder for short-lived files, on the same disk as the database.
-    pub scratch: PathBuf,
     /// Version of this program, as shown to people.
     pub version: String,
     /// The shared lease that this node extends.

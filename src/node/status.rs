@@ -214,7 +214,7 @@ impl Publisher {
                 lease_ms: status.lease_ms,
                 version: status.version.clone(),
             };
-            links.send_report(*peer, report);
+            links.send_report(*peer, &report);
         }
     }
 
