@@ -8,7 +8,6 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tracing::{info, warn};
 
 use crate::{
     cluster::{Cluster, ClusterId, Member, NodeId, Phase, Role, role::Transition},
@@ -147,17 +146,7 @@ impl Publisher {
         }
     }
 
-    pub fn link(&mut self, peer: NodeId, up: bool, reason: &str) {
-        let name = self.name(peer);
-        if up {
-            info!(peer = name, "link to the peer is up");
-        } else {
-            warn!(peer = name, reason, "link to the peer is down");
-        }
-    }
-
     pub fn dead(&mut self, peer: NodeId) {
-        warn!(peer = self.name(peer), "the peer's process is dead: its host refuses connections to its port");
         if let Some(peer) = self.peers.get_mut(&peer) {
             peer.dead = true;
             self.stale = true;
@@ -222,7 +211,7 @@ impl Publisher {
     pub fn publish(&mut self, cluster: &Cluster<RaftLog>, applied: u64) {
         let primary = self.primary(cluster);
         let shown = (cluster.epoch(), primary);
-        if !std::mem::take(&mut self.stale) && shown == self.shown {
+        if shown == self.shown && !std::mem::take(&mut self.stale) {
             return;
         }
         self.shown = shown;
