@@ -1,5 +1,7 @@
 //! The map of Twistlock HA.
 //! (to be completed with the bird's-eye view, the glossary and the Architecture Invariants)
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
+
 pub mod cluster;
 pub mod config;
 pub mod console;
