@@ -398,6 +398,25 @@ fn no_sleep(source: &Source) -> Vec<String> {
         .collect()
 }
 
+/// Rule: every queue has a bound. Tests may do without.
+fn bounded_queues(source: &Source) -> Vec<String> {
+    let source = &source.without_tests();
+    let code = &source.code;
+    if !source.path.starts_with("src/") || is_test_file(&source.path) {
+        return vec![];
+    }
+    let empty_call = |at: &usize| {
+        let behind = &code[at + "channel".len()..];
+        let arguments = behind.find('(').map_or("", |open| &behind[open..]);
+        let called = behind.starts_with('(') || behind.starts_with("::<");
+        // A oneshot channel holds one value.
+        let one = code[..*at].ends_with("oneshot::");
+        called && !one && arguments[1..].trim_start().starts_with(')')
+    };
+    let unbounded = words(code, "unbounded_channel").chain(words(code, "channel").filter(empty_call));
+    unbounded.map(|at| source.at(at, "a queue without a bound")).collect()
+}
+
 /// Rule: names say what is owned.
 fn speaking_name(source: &Source) -> Vec<String> {
     let parts = source.path.trim_end_matches(".rs").split('/');
@@ -587,6 +606,20 @@ fn tests_wait_for_conditions() {
     objects(no_sleep, "tests/e2e.rs", "use std::thread::sleep;\nfn a() { sleep(SECOND); }");
     accepts(no_sleep, "tests/e2e.rs", "fn wait_for(c: impl Fn() -> bool) { while !c() { std::thread::sleep(STEP); } }");
     accepts(no_sleep, "src/a.rs", "fn a() { std::thread::sleep(SECOND); }");
+}
+
+#[test]
+fn queues_have_bounds() {
+    holds_everywhere(bounded_queues);
+    objects(bounded_queues, "src/a.rs", "fn a() { let (b, c) = std::sync::mpsc::channel(); }");
+    objects(bounded_queues, "src/a.rs", "fn a() { let (b, c) = mpsc::channel::<Vec<u8>>(); }");
+    objects(bounded_queues, "src/a.rs", "fn a() { tokio::sync::mpsc::unbounded_channel::<u8>(); }");
+    accepts(
+        bounded_queues,
+        "src/a.rs",
+        "fn a() { mpsc::channel(8); mpsc::sync_channel::<u8>(0); oneshot::channel::<()>(); }",
+    );
+    accepts(bounded_queues, "tests/a.rs", "fn a() { std::sync::mpsc::channel(); }");
 }
 
 #[test]
