@@ -72,6 +72,8 @@
 //! guard holds that port as long as it holds a Console port, so a refusal proves that both processes are gone. This
 //! assumes that a refusal comes from the member's own kernel: no other machine may answer at its address, and a firewall
 //! must drop packets rather than reject them. Where that cannot be promised, an election takes its 600 ms as usual.
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
+
 pub mod cli;
 pub mod cluster;
 pub mod config;

@@ -1,1 +1,172 @@
-//! stub
+//! Log lines to standard error, and the numbers for Prometheus: owns the one table of metric names.
+//! Must never open a port, and must never depend on another module of ours.
+
+use std::{io::IsTerminal, sync::OnceLock, thread, time::Duration};
+
+use anyhow::{Context, Result};
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing::Level;
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, registry, util::SubscriberInitExt};
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// One line of text for a reader; colour only on a terminal.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Sends the process's log lines to standard error, from now on.
+///
+/// Under systemd (`JOURNAL_STREAM` is set) lines carry no time and no colour: the receiver adds its own time. Libraries
+/// speak only when they are one step more severe than `level`.
+///
+/// # Errors
+/// When it was called before.
+pub fn init(format: Format, level: Level) -> Result<()> {
+    let received = std::env::var_os("JOURNAL_STREAM").is_some();
+    let colour = !received && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(colour);
+    let log = registry().with(EnvFilter::try_new(filter(level)).context("build the log filter")?);
+    match (format, received) {
+        (Format::Human, true) => log.with(lines.compact().without_time()).try_init(),
+        (Format::Human, false) => log.with(lines.compact()).try_init(),
+        (Format::Json, true) => log.with(lines.json().flatten_event(true).without_time()).try_init(),
+        (Format::Json, false) => log.with(lines.json().flatten_event(true)).try_init(),
+    }
+    .context("start the log")
+}
+
+fn filter(level: Level) -> String {
+    let libraries = match level {
+        Level::ERROR => Level::ERROR,
+        Level::WARN | Level::INFO => Level::WARN,
+        Level::DEBUG => Level::INFO,
+        _ => Level::DEBUG,
+    };
+    format!("{libraries},twistlock_ha={level},twistlockd={level},twistcli={level}")
+}
+
+/// Gauge, label `role`: 1 for the role that this node has, 0 for the others.
+pub const ROLE: &str = "twistlock_role";
+/// Gauge: the epoch in which this node is.
+pub const EPOCH: &str = "twistlock_epoch";
+/// Gauge, seconds: what is left of the lease; 0 on a node without one.
+pub const LEASE_REMAINING: &str = "twistlock_lease_remaining_seconds";
+/// Histogram, seconds: from the capture of a transaction until a majority has it.
+pub const COMMIT_LATENCY: &str = "twistlock_commit_latency_seconds";
+/// Histogram, seconds: one fsync of the raft log.
+pub const FSYNC_LATENCY: &str = "twistlock_fsync_latency_seconds";
+/// Counter, label `reason`: how often this node became PRIMARY.
+pub const TAKEOVERS: &str = "twistlock_takeovers_total";
+/// Counter: how often the database's checksum was not what the primary said.
+pub const CHECKSUM_FAILURES: &str = "twistlock_checksum_failures_total";
+/// Gauge: raft index up to which the database has everything, here.
+pub const APPLIED_INDEX: &str = "twistlock_applied_index";
+/// Gauge: members to which this node has a working link.
+pub const PEERS_CONNECTED: &str = "twistlock_peers_connected";
+
+/// What a metric is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Goes up only.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// A distribution of seconds.
+    Latency,
+}
+
+/// One metric as it is described to whoever collects it.
+#[derive(Debug)]
+pub struct Metric {
+    /// One of the names above.
+    pub name: &'static str,
+    /// What it is.
+    pub kind: Kind,
+    /// What it tells, in one sentence.
+    pub help: &'static str,
+}
+
+const fn metric(name: &'static str, kind: Kind, help: &'static str) -> Metric {
+    Metric { name, kind, help }
+}
+
+/// Every metric that this program writes.
+pub const METRICS: &[Metric] = &[
+    metric(ROLE, Kind::Gauge, "1 for the role that this node has, 0 for every other role."),
+    metric(EPOCH, Kind::Gauge, "The epoch in which this node is."),
+    metric(LEASE_REMAINING, Kind::Gauge, "Seconds that are left of the lease of this node; 0 without one."),
+    metric(COMMIT_LATENCY, Kind::Latency, "Seconds from the capture of a transaction until a majority has it."),
+    metric(FSYNC_LATENCY, Kind::Latency, "Seconds that one fsync of the raft log took."),
+    metric(TAKEOVERS, Kind::Counter, "How often this node became PRIMARY, by reason."),
+    metric(CHECKSUM_FAILURES, Kind::Counter, "How often the checksum of the database was wrong."),
+    metric(APPLIED_INDEX, Kind::Gauge, "Raft index up to which the database of this node has everything."),
+    metric(PEERS_CONNECTED, Kind::Gauge, "Members to which this node has a working link."),
+];
+
+/// Upper bounds of the latency histograms, in seconds: from a fast disk to one that is in trouble.
+const BUCKETS: &[f64] =
+    &[0.000_1, 0.000_25, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// How often samples that nobody has collected are folded into their histograms, so that they cannot pile up.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// The process's metrics: `render()` gives the text that Prometheus reads. The first call starts the collection.
+///
+/// # Errors
+/// When another recorder is installed already, or no thread can be started.
+pub fn metrics_handle() -> Result<PrometheusHandle> {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    if let Some(handle) = HANDLE.get() {
+        return Ok(handle.clone());
+    }
+    let mut builder = PrometheusBuilder::new();
+    for metric in METRICS.iter().filter(|metric| metric.kind == Kind::Latency) {
+        let matcher = Matcher::Full(metric.name.to_owned());
+        builder = builder.set_buckets_for_metric(matcher, BUCKETS).context("set histogram buckets")?;
+    }
+    let handle = builder.install_recorder().context("install the metrics recorder")?;
+    for Metric { name, kind, help } in METRICS {
+        match kind {
+            Kind::Counter => describe_counter!(*name, *help),
+            Kind::Gauge => describe_gauge!(*name, *help),
+            Kind::Latency => describe_histogram!(*name, Unit::Seconds, *help),
+        }
+    }
+    let upkeep = handle.clone();
+    let run = move || {
+        loop {
+            thread::sleep(UPKEEP);
+            upkeep.run_upkeep();
+        }
+    };
+    thread::Builder::new().name("metrics".to_owned()).spawn(run).context("start the metrics thread")?;
+    Ok(HANDLE.get_or_init(|| handle).clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_are_one_step_quieter() {
+        assert_eq!(filter(Level::INFO), "WARN,twistlock_ha=INFO,twistlockd=INFO,twistcli=INFO");
+        for level in [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE] {
+            EnvFilter::try_new(filter(level)).unwrap();
+        }
+    }
+
+    #[test]
+    fn metrics_are_described_and_rendered() {
+        let handle = metrics_handle().unwrap();
+        metrics::counter!(TAKEOVERS, "reason" => "test").increment(1);
+        metrics::histogram!(COMMIT_LATENCY).record(0.000_3);
+        let text = metrics_handle().unwrap().render();
+        assert!(text.contains("twistlock_takeovers_total{reason=\"test\"} 1"), "{text}");
+        assert!(text.contains("twistlock_commit_latency_seconds_bucket{le=\"0.0005\"} 1"), "{text}");
+        assert!(text.contains("# HELP twistlock_takeovers_total How often"), "{text}");
+        drop(handle);
+    }
+}

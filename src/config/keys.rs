@@ -1,0 +1,278 @@
+//! The one table of keys: parser, defaults, messages and `twistlock.cfg.example` all come from it. Holds no logic.
+
+use std::ops::RangeInclusive;
+
+use super::{
+    Config,
+    value::{Slot, Unit},
+};
+
+/// The line by which the original sets `CONSOLE_CN`. It is the only command substitution that is understood, and it is
+/// understood as these very characters: nothing is run.
+pub(super) const HOST_NAME_LINE: &str =
+    "CONSOLE_CN=$(hostname --fqdn 2>/dev/null); if [[ $? == 1 ]]; then CONSOLE_CN=$(hostname); fi";
+/// The key that [`HOST_NAME_LINE`] sets.
+pub(super) const CONSOLE_CN: &str = "CONSOLE_CN";
+
+/// Keys of the original that mean nothing here. They are read over, with one line of information for all of them.
+pub(super) const IGNORED: &[&str] = &["DEFENDER_CN", "DEFENDER_LISTENER_TYPE", "READ_ONLY_FS", "SELINUX"];
+/// The beginnings of further such keys.
+pub(super) const IGNORED_FAMILIES: &[&str] = &["DOCKER_", "SCAP_", "SELINUX_", "KUBERNETES_", "OPENSHIFT_"];
+
+/// One key of `twistlock.cfg`.
+pub struct Key {
+    /// What stands left of the `=`.
+    pub name: &'static str,
+    /// Title of the banner under which the key stands.
+    pub section: &'static str,
+    /// Title of the group inside the section.
+    pub group: &'static str,
+    /// Its value when no line sets it.
+    pub default: &'static str,
+    /// What it means, in lines that fit behind a `# `.
+    pub doc: &'static [&'static str],
+    slot: fn(&mut Config) -> Slot<'_>,
+}
+
+impl Key {
+    /// The place of this key's value inside a configuration.
+    pub(super) fn slot<'a>(&self, config: &'a mut Config) -> Slot<'a> {
+        (self.slot)(config)
+    }
+
+    /// What may stand right of the `=`, as the end of a sentence.
+    pub fn allowed(&self) -> String {
+        self.slot(&mut Config::blank()).allowed()
+    }
+}
+
+fn ms(value: &mut std::time::Duration, bounds: RangeInclusive<u64>) -> Slot<'_> {
+    Slot::Span { value, unit: Unit::Milliseconds, min: *bounds.start(), max: *bounds.end() }
+}
+
+fn mebibytes(value: &mut u64, bounds: RangeInclusive<u64>) -> Slot<'_> {
+    Slot::Mebibytes { value, min: *bounds.start(), max: *bounds.end() }
+}
+
+const NETWORK: &str = "Network configuration";
+const GENERAL: &str = "General configuration";
+const AVAILABILITY: &str = "High availability settings";
+const TIMING: &str = "Lease and election timing";
+const STORAGE: &str = "Database and raft log";
+
+/// Every key, in the order of the example file.
+pub static KEYS: &[Key] = &[
+    Key {
+        name: "MANAGEMENT_PORT_HTTP",
+        section: NETWORK,
+        group: "Console ports",
+        default: "",
+        doc: &["Plain-HTTP port of the user interface and the API. Empty: off."],
+        slot: |config| Slot::Port(&mut config.management_port_http),
+    },
+    Key {
+        name: "MANAGEMENT_PORT_HTTPS",
+        section: NETWORK,
+        group: "Console ports",
+        default: "8083",
+        doc: &["HTTPS port of the user interface and the API. Empty: off."],
+        slot: |config| Slot::Port(&mut config.management_port_https),
+    },
+    Key {
+        name: "COMMUNICATION_PORT",
+        section: NETWORK,
+        group: "Console ports",
+        default: "8084",
+        doc: &["Port to which Defenders connect. Empty: off."],
+        slot: |config| Slot::Port(&mut config.communication_port),
+    },
+    Key {
+        name: "BIND_ADDRESS",
+        section: NETWORK,
+        group: "Network address of this host",
+        default: "",
+        doc: &[
+            "IP address on which all ports are opened and from which the other nodes are dialled.",
+            "Empty: all interfaces.",
+        ],
+        slot: |config| Slot::Address(&mut config.bind_address),
+    },
+    Key {
+        name: CONSOLE_CN,
+        section: NETWORK,
+        group: "Certificate",
+        default: "",
+        doc: &[
+            "Common name of the Console's certificate. The line below stands for the name of this host.",
+            "It is the only command that is understood here, and it is not run.",
+        ],
+        slot: |config| Slot::CommonName(&mut config.console_cn),
+    },
+    Key {
+        name: "DATA_RECOVERY_ENABLED",
+        section: GENERAL,
+        group: "Backups",
+        default: "true",
+        doc: &["Back up automatically; daily, weekly and monthly backups are kept."],
+        slot: |config| Slot::Choice(&mut config.data_recovery_enabled),
+    },
+    Key {
+        name: "DATA_RECOVERY_VOLUME",
+        section: GENERAL,
+        group: "Backups",
+        default: "/var/lib/twistlock-backup",
+        doc: &["Folder of the backups."],
+        slot: |config| Slot::Folder(&mut config.data_recovery_volume),
+    },
+    Key {
+        name: "DATA_FOLDER",
+        section: GENERAL,
+        group: "Data",
+        default: "/var/lib/twistlock",
+        doc: &["Folder of the database, the raft log, certificates and scripts. Only its owner may enter it."],
+        slot: |config| Slot::Folder(&mut config.data_folder),
+    },
+    Key {
+        name: "CONTROL_SOCKET",
+        section: GENERAL,
+        group: "Data",
+        default: "",
+        doc: &["Unix socket for administration on this host. Empty: control.sock in DATA_FOLDER."],
+        slot: |config| Slot::OptionalPath(&mut config.control_socket),
+    },
+    Key {
+        name: "SYSTEMD_ENABLED",
+        section: GENERAL,
+        group: "Service",
+        default: "true",
+        doc: &["Install and enable systemd units."],
+        slot: |config| Slot::Choice(&mut config.systemd_enabled),
+    },
+    Key {
+        name: "RUN_CONSOLE_AS_ROOT",
+        section: GENERAL,
+        group: "Service",
+        default: "false",
+        doc: &["Run as root. Otherwise an unprivileged user runs it, and ports below 1024 need a capability."],
+        slot: |config| Slot::Choice(&mut config.run_console_as_root),
+    },
+    Key {
+        name: "LOG_FORMAT",
+        section: GENERAL,
+        group: "Log",
+        default: "human",
+        doc: &["Text for a reader, or one JSON object a line."],
+        slot: |config| Slot::Choice(&mut config.log_format),
+    },
+    Key {
+        name: "LOG_LEVEL",
+        section: GENERAL,
+        group: "Log",
+        default: "info",
+        doc: &["The least severe line that is written."],
+        slot: |config| Slot::Choice(&mut config.log_level),
+    },
+    Key {
+        name: "HIGH_AVAILABILITY_ENABLED",
+        section: AVAILABILITY,
+        group: "Cluster of three nodes",
+        default: "false",
+        doc: &["Run this host as one of three nodes, of which one is PRIMARY."],
+        slot: |config| Slot::Choice(&mut config.high_availability_enabled),
+    },
+    Key {
+        name: "HIGH_AVAILABILITY_STATE",
+        section: AVAILABILITY,
+        group: "Cluster of three nodes",
+        default: "PRIMARY",
+        doc: &[
+            "PRIMARY on the first node, SECONDARY on the two others. It describes the first start only:",
+            "later the nodes decide who is PRIMARY, and this line may stay as it is.",
+        ],
+        slot: |config| Slot::Choice(&mut config.high_availability_state),
+    },
+    Key {
+        name: "HIGH_AVAILABILITY_PORT",
+        section: AVAILABILITY,
+        group: "Cluster of three nodes",
+        default: "8086",
+        doc: &["Port of the links between the nodes."],
+        slot: |config| Slot::Port(&mut config.high_availability_port),
+    },
+    Key {
+        name: "CLUSTERED_DB_ENABLED",
+        section: AVAILABILITY,
+        group: "Pool of three to seven members",
+        default: "false",
+        doc: &["Share the database in a pool of Consoles. Not available in this version."],
+        slot: |config| Slot::Choice(&mut config.clustered_db_enabled),
+    },
+    Key {
+        name: "LEASE_MS",
+        section: TIMING,
+        group: "Timing",
+        default: "400",
+        doc: &[
+            "Milliseconds for which the PRIMARY keeps its ports open without hearing from a majority.",
+            "At most (ELECTION_TICKS - 1) * TICK_MS - 50, so that it has closed them before another node opens its own,",
+            "and at least 4 * TICK_MS. Use the same timing on all nodes.",
+        ],
+        slot: |config| ms(&mut config.lease, 100..=60_000),
+    },
+    Key {
+        name: "TICK_MS",
+        section: TIMING,
+        group: "Timing",
+        default: "25",
+        doc: &["Milliseconds between two heartbeats."],
+        slot: |config| ms(&mut config.tick, 5..=1_000),
+    },
+    Key {
+        name: "ELECTION_TICKS",
+        section: TIMING,
+        group: "Timing",
+        default: "20",
+        doc: &["Heartbeats without a sign of the PRIMARY after which a node wants to take over."],
+        slot: |config| Slot::Count { value: &mut config.election_ticks, min: 10, max: 200 },
+    },
+    Key {
+        name: "DEMOTION_DEADLINE_MS",
+        section: TIMING,
+        group: "Timing",
+        default: "2000",
+        doc: &["Milliseconds in which a node must have given up the PRIMARY role; then the process ends itself."],
+        slot: |config| ms(&mut config.demotion_deadline, 500..=60_000),
+    },
+    Key {
+        name: "DATABASE_PAGE_SIZE",
+        section: STORAGE,
+        group: "Database",
+        default: "4096",
+        doc: &["Page size of the database in bytes. Counts when the database is created, never later."],
+        slot: |config| Slot::PageSize(&mut config.database_page_size),
+    },
+    Key {
+        name: "CHECKPOINT_MB",
+        section: STORAGE,
+        group: "Database",
+        default: "16",
+        doc: &["Size of the -wal file at which its pages are moved into the database file."],
+        slot: |config| mebibytes(&mut config.checkpoint_bytes, 1..=4096),
+    },
+    Key {
+        name: "CHECKPOINT_SECONDS",
+        section: STORAGE,
+        group: "Database",
+        default: "60",
+        doc: &["Seconds after which that happens although the -wal file is smaller."],
+        slot: |config| Slot::Span { value: &mut config.checkpoint_interval, unit: Unit::Seconds, min: 1, max: 3600 },
+    },
+    Key {
+        name: "RAFT_LOG_SEGMENT_MB",
+        section: STORAGE,
+        group: "Raft log",
+        default: "16",
+        doc: &["Size of one file of the raft log. The space is taken ahead."],
+        slot: |config| mebibytes(&mut config.raft_log_segment_bytes, 4..=1024),
+    },
+];

@@ -1,0 +1,317 @@
+//! From the bytes of a file to a configuration: collects every problem and note on the way. Pure: the environment is passed in.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::Duration,
+};
+
+use super::{
+    Config, ConfigErrors, KEYS, Key, Loaded, MAX_FILE, MAX_LINE, MAX_REPORTED, Note, Problem, Severity,
+    keys::{CONSOLE_CN, HOST_NAME_LINE, IGNORED, IGNORED_FAMILIES},
+    line::{self, Line},
+};
+
+/// What a socket's path may be long, in bytes: `sun_path` of Linux without its final zero.
+const MAX_SOCKET_PATH: usize = 107;
+/// How much of a value a message repeats, in characters.
+const MAX_SHOWN: usize = 80;
+/// The lease ends this long before a new primary could serve at the earliest.
+const LEASE_MARGIN: Duration = Duration::from_millis(50);
+
+/// Reads the text of a file. `env` is asked for the variables of `${VAR-default}`.
+///
+/// # Errors
+/// [`ConfigErrors::Invalid`] with all problems of the text.
+pub fn parse(text: impl AsRef<[u8]>, file: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
+    let text = text.as_ref();
+    let mut reader = Reader::new(file, env);
+    if text.len() > MAX_FILE {
+        reader.problem(None, None, "a larger file", &format!("a file of up to {MAX_FILE} bytes"));
+        return reader.finish();
+    }
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+    for (index, line) in text.split(|byte| *byte == b'\n').enumerate() {
+        reader.line(index + 1, line);
+    }
+    reader.ignored();
+    reader.ports();
+    reader.timing();
+    reader.other_rules();
+    reader.finish()
+}
+
+struct Reader<'a> {
+    file: &'a str,
+    env: &'a dyn Fn(&str) -> Option<String>,
+    config: Config,
+    /// The line that set a known key last.
+    set: BTreeMap<&'static str, usize>,
+    /// Known keys whose last value was refused: rules about several keys leave them alone.
+    failed: BTreeSet<&'static str>,
+    /// What the lines so far have set; a later `${VAR-default}` sees it, as in a shell.
+    variables: HashMap<String, String>,
+    /// Lines and keys that mean nothing here.
+    ignored: Vec<(usize, String)>,
+    notes: Vec<Note>,
+    more_notes: usize,
+    problems: Vec<Problem>,
+    more_problems: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn new(file: &'a str, env: &'a dyn Fn(&str) -> Option<String>) -> Self {
+        Self {
+            file,
+            env,
+            config: Config::default(),
+            set: BTreeMap::new(),
+            failed: BTreeSet::new(),
+            variables: HashMap::new(),
+            ignored: Vec::new(),
+            notes: Vec::new(),
+            more_notes: 0,
+            problems: Vec::new(),
+            more_problems: 0,
+        }
+    }
+
+    fn problem(&mut self, line: Option<usize>, key: Option<&str>, found: &str, allowed: &str) {
+        if self.problems.len() == MAX_REPORTED {
+            self.more_problems += 1;
+            return;
+        }
+        self.problems.push(Problem {
+            file: self.file.to_owned(),
+            line,
+            key: key.map(shown),
+            found: shown(found),
+            allowed: allowed.to_owned(),
+        });
+    }
+
+    fn note(&mut self, severity: Severity, line: usize, text: &str) {
+        if self.notes.len() == MAX_REPORTED {
+            self.more_notes += 1;
+            return;
+        }
+        self.notes.push(Note { severity, text: format!("{}:{line}: {text}", self.file) });
+    }
+
+    fn line(&mut self, number: usize, bytes: &[u8]) {
+        if bytes.len() > MAX_LINE {
+            let allowed = format!("a line of up to {MAX_LINE} bytes");
+            return self.problem(Some(number), None, &format!("{} bytes", bytes.len()), &allowed);
+        }
+        let Ok(text) = std::str::from_utf8(bytes) else {
+            return self.problem(Some(number), None, &String::from_utf8_lossy(bytes), "text in UTF-8");
+        };
+        if text.trim() == HOST_NAME_LINE {
+            return self.assign(number, CONSOLE_CN, String::new());
+        }
+        match line::split(text) {
+            Ok(Line::Nothing) => {}
+            Ok(Line::Assignment(name, value)) => {
+                let lookup = |name: &str| self.variables.get(name).cloned().or_else(|| (self.env)(name));
+                match line::value(value, &lookup) {
+                    Ok(value) => self.assign(number, name, value),
+                    Err(refused) => {
+                        self.failed.extend(known(name).map(|key| key.name));
+                        self.problem(Some(number), Some(name), &refused.found, refused.allowed);
+                    }
+                }
+            }
+            Err(refused) => self.problem(Some(number), None, &refused.found, refused.allowed),
+        }
+    }
+
+    fn assign(&mut self, line: usize, name: &str, value: String) {
+        if let Some(key) = known(name) {
+            self.assign_known(line, key, &value);
+        } else if IGNORED.contains(&name) || IGNORED_FAMILIES.iter().any(|family| name.starts_with(family)) {
+            self.ignored.push((line, name.to_owned()));
+        } else {
+            let hint = match nearest(name) {
+                Some(near) => format!("; did you mean {near}?"),
+                None => String::new(),
+            };
+            self.note(Severity::Warning, line, &format!("{}: unknown key, not used{hint}", shown(name)));
+        }
+        self.variables.insert(name.to_owned(), value);
+    }
+
+    fn assign_known(&mut self, line: usize, key: &'static Key, value: &str) {
+        if let Some(earlier) = self.set.insert(key.name, line) {
+            let text = format!("{}: set a second time; line {earlier} does not count", key.name);
+            self.note(Severity::Warning, line, &text);
+        }
+        if key.slot(&mut self.config).read(value).is_some() {
+            self.failed.remove(key.name);
+        } else {
+            self.failed.insert(key.name);
+            self.problem(Some(line), Some(key.name), value, &key.allowed());
+        }
+    }
+
+    /// One information line for all keys that mean nothing here.
+    fn ignored(&mut self) {
+        let Some((line, _)) = self.ignored.first() else { return };
+        let names: BTreeSet<&str> = self.ignored.iter().map(|(_, name)| name.as_str()).collect();
+        let mut list: Vec<&str> = names.iter().copied().take(8).collect();
+        if names.len() > list.len() {
+            list.push("...");
+        }
+        let text = format!("not used here: {}", shown(&list.join(", ")));
+        self.note(Severity::Info, *line, &text);
+    }
+
+    /// Two services may not share a port.
+    fn ports(&mut self) {
+        let ports = [
+            ("MANAGEMENT_PORT_HTTP", self.config.management_port_http),
+            ("MANAGEMENT_PORT_HTTPS", self.config.management_port_https),
+            ("COMMUNICATION_PORT", self.config.communication_port),
+            ("HIGH_AVAILABILITY_PORT", self.config.high_availability_port),
+        ];
+        for (index, (second, port)) in ports.iter().enumerate() {
+            for (first, other) in &ports[..index] {
+                let Some(port) = port.filter(|_| port == other) else { continue };
+                if self.failed.contains(first) || self.failed.contains(second) {
+                    continue;
+                }
+                // The later line is the one to blame; a default has no line.
+                let (blamed, has_it) =
+                    if self.set.get(first) > self.set.get(second) { (*first, *second) } else { (*second, *first) };
+                let allowed = format!("a port that no other service has ({has_it} has this one)");
+                self.problem(self.set.get(blamed).copied(), Some(blamed), &port.to_string(), &allowed);
+            }
+        }
+        if self.config.high_availability_enabled
+            && self.config.high_availability_port.is_none()
+            && !self.failed.contains("HIGH_AVAILABILITY_PORT")
+        {
+            let line = self.set.get("HIGH_AVAILABILITY_PORT").copied();
+            let allowed = "a port from 1 to 65535 while HIGH_AVAILABILITY_ENABLED=true";
+            self.problem(line, Some("HIGH_AVAILABILITY_PORT"), "", allowed);
+        }
+    }
+
+    /// The lease must end before another node can serve (DESIGN section 5), and outlive a few lost heartbeats.
+    fn timing(&mut self) {
+        const INVOLVED: [&str; 3] = ["LEASE_MS", "TICK_MS", "ELECTION_TICKS"];
+        if INVOLVED.iter().any(|key| self.failed.contains(key)) {
+            return;
+        }
+        let Config { lease, tick, election_ticks, .. } = self.config;
+        let longest = (tick * (election_ticks - 1)).saturating_sub(LEASE_MARGIN).as_millis();
+        let shortest = (tick * 4).as_millis();
+        if (shortest..=longest).contains(&lease.as_millis()) {
+            return;
+        }
+        let allowed = format!(
+            "{shortest} to {longest} with TICK_MS={} and ELECTION_TICKS={election_ticks} \
+             (4 * TICK_MS to (ELECTION_TICKS - 1) * TICK_MS - {})",
+            tick.as_millis(),
+            LEASE_MARGIN.as_millis()
+        );
+        let line = INVOLVED.iter().find_map(|key| self.set.get(key)).copied();
+        self.problem(line, Some("LEASE_MS"), &lease.as_millis().to_string(), &allowed);
+    }
+
+    fn other_rules(&mut self) {
+        let socket = self.config.control_socket_path();
+        if socket.as_os_str().len() > MAX_SOCKET_PATH {
+            let line = self.set.get("CONTROL_SOCKET").or_else(|| self.set.get("DATA_FOLDER")).copied();
+            let allowed =
+                format!("a socket's path of up to {MAX_SOCKET_PATH} bytes (empty: control.sock in DATA_FOLDER)");
+            self.problem(line, Some("CONTROL_SOCKET"), &socket.display().to_string(), &allowed);
+        }
+        if self.config.clustered_db_enabled {
+            let line = self.set.get("CLUSTERED_DB_ENABLED").copied().unwrap_or_default();
+            self.note(
+                Severity::Warning,
+                line,
+                "CLUSTERED_DB_ENABLED: not available in this version; it changes nothing",
+            );
+        }
+    }
+
+    fn finish(mut self) -> Result<Loaded, ConfigErrors> {
+        if !self.problems.is_empty() {
+            self.problems.sort_by_key(|problem| problem.line);
+            return Err(ConfigErrors::Invalid { problems: self.problems, more: self.more_problems });
+        }
+        if self.more_notes > 0 {
+            let text = format!("{}: {} more notes", self.file, self.more_notes);
+            self.notes.push(Note { severity: Severity::Warning, text });
+        }
+        Ok(Loaded { config: self.config, notes: self.notes })
+    }
+}
+
+fn known(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name)
+}
+
+/// A piece of a file as a message may repeat it: on one line, printable, not too long.
+fn shown(text: &str) -> String {
+    let mut out: String = text.chars().take(MAX_SHOWN).flat_map(|c| c.escape_debug()).collect();
+    // A message has its own quotation marks around this; the file's need no escaping.
+    out = out.replace("\\\"", "\"").replace("\\'", "'");
+    if text.chars().nth(MAX_SHOWN).is_some() {
+        out.push_str("...");
+    }
+    out
+}
+
+/// The known key that an unknown one was probably meant to be.
+fn nearest(name: &str) -> Option<&'static str> {
+    let name = name.to_ascii_uppercase();
+    if name.len() > 64 {
+        return None;
+    }
+    let (distance, key) = KEYS.iter().map(|key| (distance(&name, key.name), key.name)).min()?;
+    (distance <= (key.len() / 4).max(2)).then_some(key)
+}
+
+/// How many single letters must be inserted, removed or replaced to turn one word into the other.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_default_is_allowed_and_names_are_unique() {
+        let mut config = Config::blank();
+        for key in KEYS {
+            assert!(key.slot(&mut config).read(key.default).is_some(), "{}", key.name);
+            assert_eq!(KEYS.iter().filter(|other| other.name == key.name).count(), 1, "{}", key.name);
+        }
+    }
+
+    #[test]
+    fn distance_counts_single_edits() {
+        assert_eq!(distance("", "abc"), 3);
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("LEASE_MS", "LEASE_MS"), 0);
+    }
+
+    #[test]
+    fn the_nearest_key_is_offered_only_when_it_is_near() {
+        assert_eq!(nearest("MANAGEMENT_PORT_HTPS"), Some("MANAGEMENT_PORT_HTTPS"));
+        assert_eq!(nearest("lease_ms"), Some("LEASE_MS"));
+        assert_eq!(nearest("SOMETHING_ELSE"), None);
+    }
+}
