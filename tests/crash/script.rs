@@ -255,11 +255,13 @@ impl<'a> Script<'a> {
     fn compact(&mut self) -> Result<(), LogError> {
         let mut next = self.history.now().clone();
         let to = next.compacted.0 + self.random.below(next.hard.commit - next.compacted.0 + 1);
-        if to > next.compacted.0 {
-            let gone = (to - next.compacted.0) as usize;
-            next.compacted = (to, next.entries[gone - 1].term);
-            next.entries.drain(..gone);
+        if to == next.compacted.0 {
+            // Nothing to do, so nothing is synced either.
+            return self.log.compact(to);
         }
+        let gone = (to - next.compacted.0) as usize;
+        next.compacted = (to, next.entries[gone - 1].term);
+        next.entries.drain(..gone);
         self.whole(next, |log| log.compact(to))
     }
 

@@ -163,6 +163,7 @@ impl Shared {
         hard: Option<&HardState>,
         before: &HardState,
     ) -> Result<(), LogError> {
+        self.check_poison()?;
         let refuse = |what: String| Err(LogError::Refused(what));
         let (last, commit) = (self.read_state().log.last(), before.commit);
         let first = entries.first().map_or(last + 1, |entry| entry.index);
@@ -378,9 +379,8 @@ impl Shared {
         let mut bytes = vec![0; slot.length as usize];
         segment.file.read_at(&mut bytes, offset as u64).map_err(|error| LogError::io("read", &path())(error))?;
         let found = record::decode(&bytes, segment.seed, offset).map(|(record, _)| record);
-        match found.map(|record| (record.kind, record.index, record.term, record.data.len() + record.context.len())) {
-            Some((Kind::Entry(kind), found, term, payload)) if (found, term) == (index, slot.term) => {
-                bytes.truncate(record::HEADER + payload);
+        match found.map(|record| (record.kind, record.index, record.term)) {
+            Some((Kind::Entry(kind), found, term)) if (found, term) == (index, slot.term) => {
                 Ok(record::into_entry(bytes, kind, index, term))
             }
             _ => Err(LogError::damaged(&path(), offset as u64, &format!("entry {index} cannot be read back"))),
