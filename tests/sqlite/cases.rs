@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use libsqlite3_sys as sqlite;
 use twistlock_ha::storage::database::{ApplyError, DatabaseError};
 
-use super::support::{Answer, Node, Sql, assert_same_files, assert_sound, new_log, pair};
+use super::support::{Answer, Node, Sql, assert_same_beginning, assert_same_files, assert_sound, new_log, pair};
 
 const IOERR_WRITE: i32 = sqlite::SQLITE_IOERR_WRITE;
 
@@ -214,6 +214,57 @@ fn a_long_reader_holds_the_checkpoint_back_and_keeps_its_view() {
     reader.run("COMMIT").unwrap();
     assert_equal(&mut first, &mut second);
     assert!(first.database.checkpointed() > before);
+}
+
+/// Checkpoints beside writers that never stop: whatever index one names, the file is the database at that index.
+#[test]
+fn a_checkpoint_names_exactly_what_the_file_holds() {
+    let (mut first, mut second, primary) = pair(512);
+    let sql = Sql::open(&primary);
+    sql.run("CREATE TABLE t0(data); CREATE TABLE t1(data); CREATE TABLE keep(data)").unwrap();
+    sql.run("PRAGMA auto_vacuum=1; VACUUM").unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = &stop;
+    let (mut exact, mut tries) = (0, 0);
+    std::thread::scope(|scope| {
+        for writer in 0..2 {
+            let sql = Sql::open(&primary);
+            sql.run("PRAGMA busy_timeout=5000").unwrap();
+            scope.spawn(move || {
+                let mut round = 0;
+                while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+                    round += 1;
+                    let size = 1000 + round * 997 % 9000;
+                    let text = match round % 4 {
+                        0 => format!("DELETE FROM t{writer}"),
+                        // Pages that are allocated and freed at once: holes, wherever the database has just shrunk.
+                        1 => format!(
+                            "BEGIN IMMEDIATE; INSERT INTO t{writer} VALUES (randomblob(30000)); \
+                             INSERT INTO keep VALUES (randomblob({size})); DELETE FROM t{writer}; COMMIT"
+                        ),
+                        2 if round % 16 == 2 => "DELETE FROM keep".to_owned(),
+                        _ => format!("INSERT INTO t{writer} VALUES (randomblob({size}))"),
+                    };
+                    sql.run(&text).unwrap();
+                }
+            });
+        }
+        let start = Instant::now();
+        while exact < 40 && start.elapsed() < Duration::from_secs(4) {
+            tries += 1;
+            let before = first.database.checkpointed();
+            let checkpoint = first.database.checkpoint().unwrap();
+            if checkpoint.complete && checkpoint.index > before {
+                exact += 1;
+                second.follow_to(checkpoint.index);
+                assert_same_beginning(&first.database, &second.database);
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::SeqCst);
+    });
+    println!("{exact} of {tries} checkpoints moved on");
+    assert!(exact > 3);
+    assert_equal(&mut first, &mut second);
 }
 
 #[test]

@@ -258,7 +258,13 @@ impl Node {
 
     /// Feeds everything new; every transaction's checksum is checked by that.
     pub fn follow(&mut self) {
-        while let Some((term, payload)) = self.log.entry(self.next) {
+        self.follow_to(u64::MAX);
+    }
+
+    pub fn follow_to(&mut self, index: u64) {
+        while self.next <= index
+            && let Some((term, payload)) = self.log.entry(self.next)
+        {
             self.database.apply(self.next, term, &payload, &*self.log).unwrap();
             self.next += 1;
         }
@@ -311,6 +317,18 @@ pub fn pair(page_size: u32) -> (Node, Node, Arc<PrimaryDatabase>) {
 /// The files are the same, byte for byte. Another process looks: closing a descriptor in this one drops SQLite's locks.
 pub fn assert_same_files(one: &Database, other: &Database) {
     let output = Command::new("cmp").arg(one.path()).arg(other.path()).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// The file of one begins with all of the file of the other.
+pub fn assert_same_beginning(one: &Database, other: &Database) {
+    let length = std::fs::metadata(other.path()).unwrap().len().to_string();
+    let output = Command::new("cmp").args(["-n", &length]).arg(one.path()).arg(other.path()).output().unwrap();
     assert!(
         output.status.success(),
         "{}{}",

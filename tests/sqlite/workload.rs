@@ -86,7 +86,10 @@ impl World {
     /// One statement of one writer. Errors are allowed (busy, no such table, refused, fenced): what counts is the result.
     fn statement(&mut self) {
         let random = &mut self.random;
-        let writer = &self.writers[random.below(3) as usize];
+        // Whoever has a transaction open goes on, mostly: the others only find the database busy.
+        let any = random.below(3) as usize;
+        let open = self.writers.iter().position(Sql::in_transaction).filter(|_| !random.one_in(8));
+        let writer = &self.writers[open.unwrap_or(any)];
         let (table, row) = (random.below(4), random.below(60));
         let largest = [20, self.page_size * 2, self.page_size * 12][random.below(3) as usize];
         let size = random.below(largest).min(90_000);
@@ -166,7 +169,7 @@ impl World {
 
     /// The primary gives its role up, because it must or at will, and takes it again; or the two change places.
     fn change_epoch(&mut self) {
-        if self.random.one_in(2) {
+        if !self.random.one_in(3) {
             let kept = self.random.one_in(2);
             self.first.log.answer(Answer::Unknown { kept });
             let _ = self.writers[1].run("INSERT INTO t1(data) VALUES ('perhaps')");
@@ -210,7 +213,7 @@ impl World {
             11 => drop(self.second.database.checkpoint().unwrap()),
             12 => self.second.crash(),
             13 => self.refuse_next(),
-            14 if self.random.one_in(4) => self.change_epoch(),
+            14 if self.random.one_in(3) => self.change_epoch(),
             15 if self.random.one_in(2) => self.compare(),
             _ => self.statement(),
         }
@@ -231,13 +234,13 @@ fn run(seed: u64, steps: u64) -> World {
 #[test]
 fn random_workloads_end_in_the_same_file() {
     if let Ok(seed) = std::env::var("SEED") {
-        run(seed.parse().expect("SEED is a number"), 400);
+        run(seed.parse().expect("SEED is a number"), 300);
         return;
     }
     let start = Instant::now();
     let (mut commits, mut refused, mut unknown, mut partial) = (0, 0, 0, 0);
-    for seed in 0..40 {
-        let world = run(seed, 400);
+    for seed in 0..30 {
+        let world = run(seed, 300);
         commits += world.commits;
         refused += world.refused;
         unknown += world.unknown;
