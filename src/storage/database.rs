@@ -402,3 +402,16 @@ fn remove_cache(path: &Path) -> Result<(), DatabaseError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_may_go_to_other_threads() {
+        fn send<T: Send>() {}
+        fn shared<T: Send + Sync>() {}
+        send::<Database>();
+        shared::<PrimaryDatabase>();
+    }
+}

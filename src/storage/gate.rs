@@ -236,9 +236,9 @@ impl Gate {
         }
     }
 
-    /// Notes why something is refused.
+    /// Notes why something is refused. The caller of SQLite gets an error and reports it; no second report here.
     pub(super) fn refuse(&self, reason: String) -> Stop {
-        tracing::warn!(epoch = self.epoch, "database write refused: {reason}");
+        tracing::debug!(epoch = self.epoch, "database write refused: {reason}");
         *lock(&self.refusal) = Some(reason);
         Stop::Gate
     }

@@ -346,3 +346,9 @@ pub fn assert_sound(secondary: &Database) {
     assert_eq!(sql.text("PRAGMA integrity_check"), "ok");
     assert_eq!(sql.text("PRAGMA journal_mode"), "wal");
 }
+
+/// Moves SQLite's lock bytes in this whole process; before any database is opened.
+pub fn move_locks(byte: u32) {
+    // SAFETY: the test control takes one integer.
+    unsafe { sqlite::sqlite3_test_control(sqlite::SQLITE_TESTCTRL_PENDING_BYTE, byte) };
+}
