@@ -171,7 +171,8 @@ impl Dialler {
             }
             match timeout(left, self.connect(address)).await {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    if self.sender.condemn(self.member.id) {
+                    // The attempt beside this one may have come to the same verdict before.
+                    if self.sender.condemn(self.member.id) || !self.signal.borrow().alive {
                         return true;
                     }
                 }
@@ -205,7 +206,10 @@ impl Dialler {
             failure = match timeout(CONNECT, self.connect(address)).await {
                 Ok(Ok(stream)) => return Ok((address, stream)),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    self.sender.condemn(self.member.id);
+                    // Only where the last link went: another address of the name may never have been the member's.
+                    if self.last == Some(address) {
+                        self.sender.condemn(self.member.id);
+                    }
                     Failure::NobodyListens
                 }
                 Ok(Err(error)) => Failure::Unreachable(error.to_string()),

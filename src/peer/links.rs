@@ -122,7 +122,12 @@ impl LinkSender {
         if dead {
             info!(peer, "the process of this node is dead: its links dropped and its port refuses connections");
             counter!("twistlock_peer_deaths_total").increment(1);
-            self.hand_over(Handover::Dead(peer));
+            dead = self.hand_over(Handover::Dead(peer));
+            // A stuck loop was not told: the next refusal tries again.
+            signal.send_if_modified(|signal| {
+                signal.alive |= !dead;
+                false
+            });
         }
         dead
     }
