@@ -35,8 +35,8 @@ const CONNECT: Duration = Duration::from_secs(1);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// A link that lasted for this long counts as a good one: after it, dialling starts without a pause.
 const STEADY: Duration = Duration::from_secs(1);
-/// How long, and how often, a peer whose links dropped is probed. Its port may outlive it by some milliseconds: the port
-/// guard holds the socket too and dies only after it.
+/// How long, and how often, a peer whose links dropped is probed. Its port may outlive it by some milliseconds: the
+/// port guard holds the socket too and dies only after it.
 const PROBE_FOR: Duration = Duration::from_millis(100);
 const PROBE_EVERY: Duration = Duration::from_millis(2);
 
@@ -145,8 +145,8 @@ impl Dialler {
         }
     }
 
-    /// One attempt, and beside it a look at whether the peer is dead: only a TLS handshake proves it alive, since a dead
-    /// process's port may accept connections for a moment.
+    /// One attempt, and beside it a look at whether the peer is dead: only a TLS handshake proves it alive, since a
+    /// dead process's port may accept connections for a moment.
     async fn dial_and_probe(&self) -> Result<(SocketAddr, Established), Failure> {
         let (probe, dial) = (self.probe(), self.dial());
         tokio::pin!(probe, dial);
@@ -257,8 +257,8 @@ impl Dialler {
             data_format: FORMAT_VERSION,
             version: self.identity.version.clone(),
         };
-        // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert waiting
-        // that says why, so the answer is read in any case.
+        // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert
+        // waiting that says why, so the answer is read in any case.
         let written = write_frame(&mut stream, &Frame::Hello(hello)).await;
         match read_frame(&mut stream).await.and_then(|reply| written.map(|()| reply)).map_err(failed)? {
             Ok(Frame::HelloReply(HelloReply::Accepted)) => {
