@@ -14,10 +14,7 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{
-    cluster::Role,
-    node::{Lease, Status},
-};
+use crate::node::{Lease, Status};
 
 /// How far the closing of the ports has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,8 +46,7 @@ impl Opening {
         if *self.phase.borrow() == Phase::Closed || !self.lease.is_valid() {
             return false;
         }
-        let status = self.status.borrow();
-        status.role == Role::Primary && status.epoch == self.epoch
+        self.status.borrow().serving() == Some(self.epoch)
     }
 
     /// Goes on to a later phase; never back.
