@@ -323,9 +323,9 @@ impl Drop for Node {
 }
 
 fn keep_extending(lease: Lease, extending: Arc<AtomicBool>) {
-    // Ends with the test process.
+    // Ends with the node.
     thread::spawn(move || {
-        loop {
+        while Arc::strong_count(&extending) > 1 {
             if extending.load(Ordering::SeqCst) {
                 lease.set(boottime() + LEASE.as_nanos() as u64).unwrap();
             }
