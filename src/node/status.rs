@@ -51,6 +51,14 @@ pub struct Status {
     pub database: Option<Arc<PrimaryDatabase>>,
 }
 
+impl Status {
+    /// The epoch in which this node may serve: only in the role PRIMARY with an open database. The lease is another
+    /// matter.
+    pub fn serving(&self) -> Option<u64> {
+        (self.role == Role::Primary && self.database.is_some()).then_some(self.epoch)
+    }
+}
+
 /// One member as this node sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberStatus {
