@@ -3,8 +3,14 @@
 //! This file owns the data directory: its lock, its identity and the durable replacement of small files. It must never
 //! decide anything about roles, and never hand a directory to two processes or to a member it does not belong to.
 
+pub mod checkpoint;
+pub mod checksum;
 pub mod database;
+pub mod gate;
 pub mod raft_log;
+pub mod replica;
+pub mod vfs;
+pub mod wal;
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},

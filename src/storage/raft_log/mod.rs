@@ -13,6 +13,7 @@
 //! holds neither lock, so appending, reading and syncing run side by side.
 
 pub mod disk;
+mod engine;
 pub mod record;
 mod recovery;
 pub mod segment;
@@ -24,8 +25,8 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, OnceLock, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread::JoinHandle,
@@ -39,9 +40,10 @@ use thiserror::Error;
 
 pub use self::disk::{Disk, DiskFile, RealDisk};
 use self::{
-    record::{Kind, Position, Record, Start, space},
+    engine::{Cache, RESERVE, Shared, State, Writer, lock, plain},
+    record::{Kind, Position, Record, Start},
     recovery::Contents,
-    segment::{FIRST, Names, Segment, Supply, segment_path},
+    segment::{FIRST, Names, Supply, segment_path},
 };
 use crate::{
     cluster::{ClusterId, NodeId},
@@ -52,10 +54,6 @@ use crate::{
 pub const MAX_SEGMENT: usize = 64 << 20;
 /// Smallest segment, in bytes; only tests want it that small. It bounds the size of an entry.
 pub const MIN_SEGMENT: usize = 16 << 10;
-/// Kept free in every segment for compaction alone, so that space can still be given back when the disk is full.
-const RESERVE: usize = 512;
-/// Records are collected up to this size before they are written.
-const WRITE: usize = 1 << 20;
 /// Entries that the applier reads at once, in bytes; one larger entry is read all the same.
 const READ: u64 = 1 << 20;
 
@@ -131,92 +129,6 @@ pub struct Recovered {
     pub unproven_bytes: u64,
 }
 
-/// Where an entry is. One per entry is in memory.
-#[derive(Clone, Copy, Debug)]
-struct Slot {
-    at: Position,
-    term: u64,
-    /// With padding, in bytes.
-    length: u32,
-}
-
-/// The entries appended last, without a gap, up to a number of bytes.
-struct Cache {
-    entries: VecDeque<Entry>,
-    bytes: usize,
-    limit: usize,
-}
-
-impl Cache {
-    fn weight(entry: &Entry) -> usize {
-        entry.data.len() + entry.context.len() + size_of::<Entry>()
-    }
-
-    fn push(&mut self, entry: &Entry) {
-        while self.entries.back().is_some_and(|last| last.index >= entry.index) {
-            self.bytes -= self.entries.pop_back().map_or(0, |last| Self::weight(&last));
-        }
-        self.bytes += Self::weight(entry);
-        self.entries.push_back(entry.clone());
-        while self.bytes > self.limit {
-            self.pop_front();
-        }
-    }
-
-    fn pop_front(&mut self) {
-        self.bytes -= self.entries.pop_front().map_or(0, |first| Self::weight(&first));
-    }
-
-    fn drop_front(&mut self, index: u64) {
-        while self.entries.front().is_some_and(|first| first.index <= index) {
-            self.pop_front();
-        }
-    }
-
-    fn get(&self, index: u64) -> Option<&Entry> {
-        let first = self.entries.front()?.index;
-        self.entries.get(usize::try_from(index.checked_sub(first)?).ok()?)
-    }
-}
-
-/// What readers see.
-struct State {
-    /// Ascending, without a gap; the last one is being written.
-    segments: VecDeque<Arc<Segment>>,
-    log: Contents,
-    cache: Cache,
-}
-
-/// The end of the log.
-struct Writer {
-    segment: Arc<Segment>,
-    offset: usize,
-    buffer: Vec<u8>,
-}
-
-/// What a batch has become on disk.
-#[derive(Default)]
-struct Written {
-    slots: Vec<Slot>,
-    segments: Vec<Arc<Segment>>,
-}
-
-// Locks are taken in the order writer, supply, state; syncing is taken alone or with state.
-struct Shared {
-    dir: PathBuf,
-    helper: bool,
-    recovered: Recovered,
-    writer: Mutex<Writer>,
-    state: RwLock<State>,
-    supply: Mutex<Supply>,
-    supply_bytes: AtomicU64,
-    syncing: Mutex<()>,
-    /// End of what has been written, and of what has been synced: [`Position`]s.
-    written: AtomicU64,
-    durable: AtomicU64,
-    poison: OnceLock<String>,
-}
-
 /// Stops the helper before the last user of the log is gone: nobody may touch the files after that.
 struct Core {
     shared: Arc<Shared>,
@@ -242,11 +154,6 @@ pub struct RaftLog {
 pub struct Pending {
     log: RaftLog,
     position: Position,
-}
-
-/// A panic elsewhere does not make a lock's content wrong here: whatever is half done has poisoned the log.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl RaftLog {
@@ -290,6 +197,7 @@ impl RaftLog {
             syncing: Mutex::new(()),
             written: AtomicU64::new(found.end.0),
             durable: AtomicU64::new(found.end.0),
+            wanted: AtomicBool::new(false),
             poison: OnceLock::new(),
         });
         let helper = if options.helper { Some(start_helper(&shared, dir)?) } else { None };
@@ -484,9 +392,11 @@ impl RaftLog {
         Pending { log: self.clone(), position }
     }
 
-    /// One message waiting is enough: the helper looks for itself what there is to do.
     fn wake_helper(&self) {
-        if let Some((work, _)) = &self.core.helper {
+        if let Some((work, _)) = &self.core.helper
+            && self.core.shared.wanted.load(Ordering::Relaxed)
+        {
+            // One message waiting is enough: the helper looks for itself what there is to do.
             let _ = work.try_send(());
         }
     }
@@ -500,10 +410,6 @@ impl Pending {
     pub fn sync(self) -> Result<(), LogError> {
         self.log.core.shared.sync(self.position)
     }
-}
-
-fn plain(kind: Kind, index: u64, term: u64, data: &[u8]) -> Record<'_> {
-    Record { kind, last: false, index, term, durable: Position(0), data, context: &[] }
 }
 
 /// The first batch of a new log.
@@ -539,276 +445,15 @@ fn start_helper(shared: &Arc<Shared>, dir: &Path) -> Result<Helper, LogError> {
 
 /// Keeps one segment ready until the log is dropped.
 fn prepare_ahead(shared: &Shared, queue: &Receiver<()>) {
-    let mut full = false;
     while queue.recv().is_ok() {
+        shared.wanted.store(false, Ordering::Relaxed);
         if shared.poison.get().is_some() {
             return;
         }
         match shared.supplied(|supply| supply.prepare(1)) {
-            Ok(()) => full = false,
-            Err(error @ LogError::Full { .. }) => {
-                // Said once: it is tried again after every append.
-                if !full {
-                    tracing::warn!("cannot prepare ahead: {error}");
-                }
-                full = true;
-            }
+            Ok(()) => {}
+            Err(error @ LogError::Full { .. }) => tracing::warn!("cannot prepare ahead: {error}"),
             Err(error) => tracing::error!("{error}"),
-        }
-    }
-}
-
-impl Shared {
-    fn read_state(&self) -> std::sync::RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write_state(&self) -> std::sync::RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn check_poison(&self) -> Result<(), LogError> {
-        self.poison.get().map_or(Ok(()), |reason| Err(LogError::Poisoned(reason.clone())))
-    }
-
-    /// Passes an error on, after which the log is out of use unless nothing happened.
-    fn fail(&self, error: LogError) -> LogError {
-        if !matches!(error, LogError::Full { .. } | LogError::Refused(_) | LogError::Poisoned(_)) {
-            let _ = self.poison.set(error.to_string());
-        }
-        error
-    }
-
-    /// Works on the supply of segments.
-    fn supplied<T>(&self, work: impl FnOnce(&mut Supply) -> Result<T, LogError>) -> Result<T, LogError> {
-        let mut supply = lock(&self.supply);
-        let result = work(&mut supply).map_err(|error| self.fail(error));
-        self.supply_bytes.store(supply.size_bytes(), Ordering::Relaxed);
-        result
-    }
-
-    /// What raft must never ask for is refused here, since afterwards it would be on disk.
-    fn check_append(&self, entries: &[Entry], hard: Option<&HardState>, before: &HardState) -> Result<(), LogError> {
-        let refuse = |what: String| Err(LogError::Refused(what));
-        let (last, commit) = (self.read_state().log.last(), before.commit);
-        let first = entries.first().map_or(last + 1, |entry| entry.index);
-        if first > last + 1 || first <= commit {
-            return refuse(format!("an entry at {first}, with the commit index {commit} and the last entry {last}"));
-        }
-        if entries.iter().zip(first..).any(|(entry, index)| entry.index != index) {
-            return refuse("entries that do not follow each other".into());
-        }
-        let last = entries.last().map_or(last, |entry| entry.index);
-        if let Some(hard) = hard {
-            let revoted = hard.term == before.term && before.vote != 0 && hard.vote != before.vote;
-            if hard.term < before.term || revoted || hard.commit < commit || hard.commit > last {
-                return refuse(format!("{hard:?} after {before:?}, with the last entry {last}"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the records as one batch at the end of the log. `hard` is the hard state after the batch.
-    fn write(
-        &self,
-        writer: &mut Writer,
-        records: &mut [Record<'_>],
-        hard: &HardState,
-        reserve: usize,
-    ) -> Result<Written, LogError> {
-        self.check_poison()?;
-        let Some(last) = records.last_mut() else { return Ok(Written::default()) };
-        last.last = true;
-        let (mut start, compacted) = {
-            let log = &self.read_state().log;
-            let (conf, conf_index) = (log.conf.clone(), log.conf_index);
-            (Start { previous: Position(0), hard: hard.clone(), conf_index, conf }, log.compacted)
-        };
-        // Segments are made ready before anything is written, so that a full disk leaves no half batch.
-        let mut fresh = self.plan(writer, records, space(start.encode().len()), reserve)?;
-        let durable = Position(self.durable.load(Ordering::Acquire));
-        let mut written = Written::default();
-        let mut base = writer.offset;
-        writer.buffer.clear();
-        for record in records {
-            record.durable = durable;
-            let length = space(record.data.len() + record.context.len());
-            if writer.offset + length + reserve > writer.segment.size {
-                self.flush(writer, &mut base)?;
-                start.previous = Position::new(writer.segment.sequence, writer.offset);
-                writer.segment = fresh.pop_front().expect("the plan counted the segments in the same way");
-                (writer.offset, base) = (FIRST, FIRST);
-                written.segments.push(writer.segment.clone());
-                let data = start.encode();
-                let head = Record { durable, ..plain(Kind::Start, compacted.0, compacted.1, &data) };
-                head.encode(writer.segment.seed, FIRST, &mut writer.buffer);
-                writer.offset += writer.buffer.len();
-            }
-            if matches!(record.kind, Kind::Entry(_)) {
-                let at = Position::new(writer.segment.sequence, writer.offset);
-                written.slots.push(Slot { at, term: record.term, length: length as u32 });
-            }
-            record.encode(writer.segment.seed, writer.offset, &mut writer.buffer);
-            writer.offset += length;
-            if writer.buffer.len() >= WRITE {
-                self.flush(writer, &mut base)?;
-            }
-        }
-        self.flush(writer, &mut base)?;
-        // One huge batch must not hold its memory for ever.
-        writer.buffer.shrink_to(2 * WRITE);
-        Ok(written)
-    }
-
-    /// Takes the segments that the batch will need beyond the present one.
-    fn plan(
-        &self,
-        writer: &Writer,
-        records: &[Record<'_>],
-        head: usize,
-        reserve: usize,
-    ) -> Result<VecDeque<Arc<Segment>>, LogError> {
-        let (mut offset, mut size, mut count) = (writer.offset, writer.segment.size, 0);
-        let fresh_size = || lock(&self.supply).segment_size();
-        for record in records {
-            let length = space(record.data.len() + record.context.len());
-            if offset + length + reserve > size {
-                size = fresh_size();
-                (offset, count) = (FIRST + head, count + 1);
-                if offset + length + reserve > size {
-                    return Err(LogError::Refused(format!("a record of {length} bytes in segments of {size}")));
-                }
-            }
-            offset += length;
-        }
-        if count == 0 {
-            return Ok(VecDeque::new());
-        }
-        self.supplied(|supply| {
-            supply.prepare(count)?;
-            Ok((0..count).filter_map(|_| supply.take()).collect())
-        })
-    }
-
-    fn flush(&self, writer: &mut Writer, base: &mut usize) -> Result<(), LogError> {
-        if writer.buffer.is_empty() {
-            return Ok(());
-        }
-        let result = writer.segment.file.write_at(&writer.buffer, *base as u64);
-        *base += writer.buffer.len();
-        writer.buffer.clear();
-        let path = || segment_path(&self.dir, writer.segment.sequence);
-        result.map_err(|error| self.fail(LogError::io("write", &path())(error)))
-    }
-
-    /// Shows readers what was written.
-    fn publish(&self, writer: &Writer, written: Written, change: impl FnOnce(&mut State, Vec<Slot>)) {
-        let mut state = self.write_state();
-        state.segments.extend(written.segments);
-        change(&mut state, written.slots);
-        let end = Position::new(writer.segment.sequence, writer.offset);
-        self.written.store(end.0, Ordering::Release);
-    }
-
-    fn sync(&self, position: Position) -> Result<(), LogError> {
-        let guard = lock(&self.syncing);
-        self.check_poison()?;
-        let durable = Position(self.durable.load(Ordering::Acquire));
-        if durable >= position {
-            return Ok(());
-        }
-        // Whatever was written before the sync begins is covered by it, so the next one may have nothing left to do.
-        let (target, segments): (Position, Vec<Arc<Segment>>) = {
-            let state = self.read_state();
-            let dirty = state.segments.iter().filter(|segment| segment.sequence >= durable.sequence());
-            (Position(self.written.load(Ordering::Acquire)), dirty.cloned().collect())
-        };
-        // In order: a segment must not be on disk when the one before it is not.
-        for segment in segments {
-            let path = || segment_path(&self.dir, segment.sequence);
-            segment.file.sync_data().map_err(|error| self.fail(LogError::io("sync", &path())(error)))?;
-        }
-        self.durable.store(target.0, Ordering::Release);
-        drop(guard);
-        if !self.helper && target.sequence() > durable.sequence() {
-            match self.supplied(|supply| supply.prepare(1)) {
-                Err(LogError::Full { .. }) => {}
-                result => result?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives segments back in which no entry is left.
-    fn retire(&self) -> Result<(), LogError> {
-        self.supplied(|supply| {
-            // The oldest first, each one durably: the numbers of those that remain must have no gap.
-            while let Some(segment) = self.take_unused() {
-                supply.retire(segment)?;
-            }
-            Ok(())
-        })
-    }
-
-    fn take_unused(&self) -> Option<Arc<Segment>> {
-        let durable = Position(self.durable.load(Ordering::Acquire));
-        let mut state = self.write_state();
-        let needed = state.log.slots.front().map_or(u64::MAX, |slot| slot.at.sequence());
-        let front = state.segments.front()?.sequence;
-        // What is durable includes the record that lets go of these entries, and the copy of the state behind them.
-        (front < needed && front < durable.sequence()).then(|| state.segments.pop_front())?
-    }
-
-    /// Reads entries of `low..high` up to `max` bytes, but at least one.
-    fn read(&self, low: u64, high: u64, max: u64) -> Result<Vec<Entry>, raft::Error> {
-        let mut stored = Vec::new();
-        let mut entries = Vec::new();
-        {
-            let state = self.read_state();
-            if low <= state.log.compacted.0 {
-                return Err(StorageError::Compacted.into());
-            }
-            if high > state.log.last() + 1 {
-                return Err(StorageError::Unavailable.into());
-            }
-            let mut bytes = 0;
-            for index in low..high {
-                let slot = state.log.slots[(index - state.log.first) as usize];
-                bytes += u64::from(slot.length);
-                if bytes > max && index > low {
-                    break;
-                }
-                match state.cache.get(index) {
-                    Some(entry) => entries.push(entry.clone()),
-                    None => {
-                        let first = state.segments[0].sequence;
-                        let segment = &state.segments[(slot.at.sequence() - first) as usize];
-                        stored.push((index, slot, segment.clone()));
-                    }
-                }
-            }
-        }
-        // The cache holds the end of the log, so whatever is read from disk comes before it.
-        let mut all = Vec::with_capacity(stored.len() + entries.len());
-        for (index, slot, segment) in stored {
-            all.push(self.load(index, slot, &segment).map_err(|error| StorageError::Other(Box::new(error)))?);
-        }
-        all.append(&mut entries);
-        Ok(all)
-    }
-
-    fn load(&self, index: u64, slot: Slot, segment: &Segment) -> Result<Entry, LogError> {
-        let offset = slot.at.offset();
-        let path = || segment_path(&self.dir, segment.sequence);
-        let mut bytes = vec![0; slot.length as usize];
-        segment.file.read_at(&mut bytes, offset as u64).map_err(|error| LogError::io("read", &path())(error))?;
-        let found = record::decode(&bytes, segment.seed, offset).map(|(record, _)| record);
-        match found.map(|record| (record.kind, record.index, record.term, record.data.len() + record.context.len())) {
-            Some((Kind::Entry(kind), found, term, payload)) if (found, term) == (index, slot.term) => {
-                bytes.truncate(record::HEADER + payload);
-                Ok(record::into_entry(bytes, kind, index, term))
-            }
-            _ => Err(LogError::damaged(&path(), offset as u64, &format!("entry {index} cannot be read back"))),
         }
     }
 }

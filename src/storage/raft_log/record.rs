@@ -170,8 +170,9 @@ pub fn decode(bytes: &[u8], seed: u32, offset: usize) -> Option<(Record<'_>, usi
 }
 
 /// Turns the bytes of an entry's record, already found intact, into the entry without another copy.
-pub(super) fn into_entry(bytes: Vec<u8>, kind: EntryType, index: u64, term: u64) -> Entry {
+pub(super) fn into_entry(mut bytes: Vec<u8>, kind: EntryType, index: u64, term: u64) -> Entry {
     let data = HEADER + u32_at(&bytes, 12) as usize;
+    bytes.truncate(u32_at(&bytes, 0) as usize);
     let mut entry = Entry { entry_type: kind, index, term, ..Entry::default() };
     entry.data = bytes.into();
     entry.context = entry.data.slice(data..);

@@ -18,8 +18,9 @@ use std::{collections::VecDeque, path::Path, sync::Arc};
 use raft::eraftpb::{ConfState, HardState};
 
 use super::{
-    LogError, Owner, Recovered, Slot,
+    LogError, Owner, Recovered,
     disk::Disk,
+    engine::Slot,
     record::{self, Kind, Position, Record, Start, hard_state},
     segment::{FIRST, Segment, Supply, segment_path},
 };

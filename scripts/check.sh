@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Runs every check of the project, and stops at the first one that fails. CI calls this and nothing else.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+Usage: scripts/check.sh [--quick] [--no-install] [--help]
+
+Checks formatting, lints, shell scripts and dependencies, and runs all tests.
+
+  --quick       everything but the tests
+  --no-install  do not install missing Debian packages (done only as root)
+  --help        this text
+TEXT
+}
+
+quick=false
+install=true
+for argument in "$@"; do
+    case "$argument" in
+        --quick) quick=true ;;
+        --no-install) install=false ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *)
+            echo "scripts/check.sh: found \"$argument\", allowed: --quick, --no-install, --help" >&2
+            exit 64
+            ;;
+    esac
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+step() {
+    printf '\n== %s\n' "$*"
+}
+
+# Program and the Debian package that brings it.
+needed=(shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl)
+
+install_missing() {
+    local entry program missing=()
+    for entry in "${needed[@]}"; do
+        program=${entry%%:*}
+        # nft and ip stand in a folder that not every user searches.
+        if ! PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null; then
+            missing+=("${entry#*:}")
+        fi
+    done
+    if [ ${#missing[@]} -eq 0 ]; then
+        return
+    fi
+    if [ "$install" = false ] || [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        echo "missing packages: ${missing[*]} (tests that need them say so)"
+        return
+    fi
+    step "install ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    if ! { apt-get update -qq && apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null; }; then
+        echo "could not install them; going on without"
+    fi
+}
+
+check_scripts() {
+    if ! command -v shellcheck >/dev/null; then
+        echo "skipped: not installed"
+        return
+    fi
+    local file first scripts=()
+    while IFS= read -r -d '' file; do
+        IFS= read -r first <"$file" || true
+        case "$first" in
+            '#!'*sh | '#!'*sh' '*) scripts+=("$file") ;;
+        esac
+    done < <(find .ci scripts packaging tests -type f -print0 2>/dev/null)
+    shellcheck --external-sources "${scripts[@]}"
+    echo "${#scripts[@]} scripts are fine"
+}
+
+install_missing
+
+step "cargo fmt"
+cargo fmt --check
+
+step "cargo clippy"
+cargo clippy --locked --all-targets -- -D warnings
+
+step "shellcheck"
+check_scripts
+
+step "cargo deny"
+if cargo deny --version >/dev/null 2>&1; then
+    cargo deny check
+else
+    echo "skipped: not installed"
+fi
+
+if [ "$quick" = false ]; then
+    step "cargo test"
+    cargo test --locked
+fi
+
+step "all checks passed"

@@ -1,0 +1,62 @@
+//! Log lines as they leave a process. The log of a process can be set up once, so each sample runs in a child of its own.
+
+use std::{
+    env,
+    process::{Command, Output},
+};
+
+use tracing::Level;
+use twistlock_ha::telemetry::{self, Format};
+
+const SAMPLE: &str = "TELEMETRY_SAMPLE";
+
+/// Writes one sample and the second set-up's outcome, when it is the child; otherwise it has nothing to do.
+#[test]
+fn child() {
+    let format = match env::var(SAMPLE).as_deref() {
+        Ok("human") => Format::Human,
+        Ok("json") => Format::Json,
+        _ => return,
+    };
+    telemetry::init(format, Level::INFO).expect("the first set-up");
+    tracing::info!(target: "twistlock_ha::node", epoch = 7, "role is PRIMARY");
+    tracing::info!(target: "sqlx", "too quiet a library");
+    tracing::debug!(target: "twistlock_ha::node", "too quiet a line");
+    assert!(telemetry::init(format, Level::INFO).is_err(), "the second set-up");
+}
+
+fn sample(format: &str, under_systemd: bool) -> String {
+    let mut command = Command::new(env::current_exe().expect("this program"));
+    command.args(["--exact", "child", "--nocapture"]).env(SAMPLE, format).env_remove("JOURNAL_STREAM");
+    if under_systemd {
+        command.env("JOURNAL_STREAM", "8:1");
+    }
+    let Output { status, stderr, .. } = command.output().expect("run the child");
+    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    let lines = String::from_utf8(stderr).expect("text");
+    assert_eq!(lines.lines().count(), 1, "{lines}");
+    lines.trim_end().to_owned()
+}
+
+#[test]
+fn a_reader_gets_one_line_with_the_time() {
+    let line = sample("human", false);
+    assert!(line.ends_with(" INFO twistlock_ha::node: role is PRIMARY epoch=7"), "{line}");
+    assert!(line.starts_with("20") && line.contains('T') && !line.contains('\u{1b}'), "{line}");
+}
+
+#[test]
+fn the_receiver_adds_its_own_time() {
+    assert_eq!(sample("human", true).trim_start(), "INFO twistlock_ha::node: role is PRIMARY epoch=7");
+}
+
+#[test]
+fn json_has_one_object_a_line() {
+    for under_systemd in [false, true] {
+        let line = sample("json", under_systemd);
+        let object: serde_json::Value = serde_json::from_str(&line).expect("an object");
+        assert_eq!((&object["level"], &object["message"]), (&"INFO".into(), &"role is PRIMARY".into()));
+        assert_eq!((&object["epoch"], &object["target"]), (&7.into(), &"twistlock_ha::node".into()));
+        assert_eq!(object.get("timestamp").is_none(), under_systemd, "{line}");
+    }
+}
