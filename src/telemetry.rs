@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing::Level;
-use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, registry, util::SubscriberInitExt};
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, registry, reload, util::SubscriberInitExt};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,13 @@ pub fn init(format: Format, level: Level) -> Result<()> {
     let received = std::env::var_os("JOURNAL_STREAM").is_some();
     let colour = !received && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(colour);
-    let log = registry().with(EnvFilter::try_new(filter(level)).context("build the log filter")?);
+    let (filter, handle) = reload::Layer::new(EnvFilter::try_new(filter(level)).context("build the log filter")?);
+    let change = move |level| {
+        // An error would mean that the log is gone; there is nobody to tell.
+        let _ = EnvFilter::try_new(self::filter(level)).map(|filter| handle.reload(filter));
+    };
+    let _ = CHANGE_LEVEL.set(Box::new(change));
+    let log = registry().with(filter);
     match (format, received) {
         (Format::Human, true) => log.with(lines.compact().without_time()).try_init(),
         (Format::Human, false) => log.with(lines.compact()).try_init(),
@@ -37,6 +43,15 @@ pub fn init(format: Format, level: Level) -> Result<()> {
         (Format::Json, false) => log.with(lines.json().flatten_event(true)).try_init(),
     }
     .context("start the log")
+}
+
+static CHANGE_LEVEL: OnceLock<Box<dyn Fn(Level) + Send + Sync>> = OnceLock::new();
+
+/// Changes the least severe level that is written. Without effect before [`init`].
+pub fn set_level(level: Level) {
+    if let Some(change) = CHANGE_LEVEL.get() {
+        change(level);
+    }
 }
 
 fn filter(level: Level) -> String {
