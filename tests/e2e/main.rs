@@ -57,7 +57,7 @@ fn repeat(name: &str, rounds: usize, fault: impl Fn(&Cluster, usize), recover: i
     }
     let (written, sampled) = (writers.verify(), sampler.verify());
     cluster.wait_level();
-    cluster.check_logs(&[]);
+    cluster.check_logs();
     report(name, &mut gaps);
     println!("  {written}\n  {sampled}");
 }
@@ -146,7 +146,7 @@ fn a_woken_primary_answers_nothing_on_old_connections() {
     let answer = list.join().unwrap();
     assert!(answer.is_none_or(|status| status >= 500), "the woken node answered {answer:?}");
     cluster.wait_healthy();
-    cluster.check_logs(&[]);
+    cluster.check_logs();
 }
 
 fn wait_written(file: &twistlock_ha::dev::ClusterFile, url: &str, authorization: &str) {
@@ -181,7 +181,7 @@ fn kill_9_of_all_three() {
     }
     let (written, sampled) = (writers.verify(), sampler.verify());
     cluster.wait_level();
-    cluster.check_logs(&[]);
+    cluster.check_logs();
     report(&format!("kill -9 of all three (restarted after {} s)", cluster::RESTART_AFTER), &mut gaps);
     println!("  {written}\n  {sampled}");
 }

@@ -41,7 +41,7 @@ pub fn isolate(node: usize, port_offset: u16) {
         // Writing to a String cannot fail.
         let _ = writeln!(rules, "ip {side} {address} tcp {end} {port} drop");
     }
-    rules.push_str("} }\n");
+    rules.push_str("}\n}\n");
     run("nft", &["-f", "-"], &rules);
 }
 

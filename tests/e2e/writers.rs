@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     path::Path,
     sync::{
         Arc, Condvar, Mutex,
@@ -35,6 +36,8 @@ pub enum Outcome {
     Acknowledged,
     /// 4xx: it must never be there.
     Failed,
+    /// The connection was refused, so that nothing was sent: it must never be there.
+    Refused,
     /// Anything else: it may be there or not.
     Unknown,
 }
@@ -151,13 +154,13 @@ impl Writers {
         }
         let outcomes = self.shared.outcomes.lock().unwrap();
         let there = all_tags(&self.shared.cluster, &self.shared.authorization);
-        let mut counts = [0; 3];
+        let mut counts = [0; 4];
         let (mut lost, mut undead) = (Vec::new(), Vec::new());
         for (tag, outcome) in outcomes.iter() {
             counts[*outcome as usize] += 1;
             match (outcome, there.contains_key(tag)) {
                 (Outcome::Acknowledged, false) => lost.push(tag),
-                (Outcome::Failed, true) => undead.push(tag),
+                (Outcome::Failed | Outcome::Refused, true) => undead.push(tag),
                 _ => {}
             }
         }
@@ -167,10 +170,12 @@ impl Writers {
             lost.len(),
             &lost[..lost.len().min(9)]
         );
-        assert!(undead.is_empty(), "writes that got a 4xx are there: {:?}", &undead[..undead.len().min(9)]);
-        let [acknowledged, failed, unknown] = counts;
+        assert!(undead.is_empty(), "writes that were refused are there: {:?}", &undead[..undead.len().min(9)]);
+        let [acknowledged, failed, refused, unknown] = counts;
         assert!(failed == 0, "{failed} writes got a 4xx, though all tags are unique and valid");
-        format!("{acknowledged} writes acknowledged, all there; {unknown} with unknown outcome")
+        format!(
+            "{acknowledged} writes acknowledged, all there; {refused} connections refused; {unknown} outcomes unknown"
+        )
     }
 }
 
@@ -220,6 +225,7 @@ pub fn post(client: &Agent, url: &str, authorization: &str, tag: &str) -> Outcom
                 _ => Outcome::Unknown,
             }
         }
+        Err(ureq::Error::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Outcome::Refused,
         Err(_) => Outcome::Unknown,
     }
 }
