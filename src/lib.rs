@@ -1,11 +1,86 @@
-//! The map of Twistlock HA.
-//! (to be completed with the bird's-eye view, the glossary and the Architecture Invariants)
+//! The map of Twistlock HA: what it does, where to look, and what must always hold. No code here.
+//!
+//! # Bird's-eye view
+//!
+//! Three hosts run `twistlockd`. They elect one PRIMARY. Only there are the Console's ports open; on the two SECONDARY
+//! hosts the kernel refuses connections to them, so that any load balancer finds the primary without being told. The
+//! Console's database is SQLite; each of its transactions becomes an entry of a Raft log, and a COMMIT succeeds only when
+//! a majority of the hosts has it on disk. When the primary dies, a secondary has everything that was acknowledged.
+//!
+//! A write's way: a client's request reaches [`console`], which runs SQL through sqlx. SQLite writes the transaction's
+//! pages to its `-wal` file through our VFS ([`storage::vfs`]). At the frame that would commit, the
+//! [gate](storage::gate) collects the pages, encodes them ([`cluster::command`]) and proposes them to the consensus loop
+//! ([`node`]). The loop appends them to the raft log ([`storage::raft_log`]) and sends them to the others ([`peer`]); when
+//! a majority has them on disk, SQLite's write is let through, COMMIT returns, and the response leaves if the lease is
+//! still valid. On the others the database thread copies the page images into the database file. They run no SQLite.
+//!
+//! A takeover's way: the primary's process dies; its links break and its host refuses connections to the HA port. The
+//! survivors forget their leader and elect a new one ([`cluster`], pure, no clock and no sockets). The winner commits an
+//! entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
+//! [`supervisor`] sees the role and opens the ports.
+//!
+//! # Where things are
+//!
+//! | module | what it does | what it must not know |
+//! |---|---|---|
+//! | [`cluster`] | decides: election, lease, roles, command encoding; pure | files, sockets, clocks, threads |
+//! | [`storage`] | remembers: raft log, SQLite capture and replay, checkpoints | who is primary |
+//! | [`pki`] | certificates and TLS settings | what is sent through them |
+//! | [`peer`] | talks: links between the nodes | what the messages decide |
+//! | [`node`] | drives: the one loop that joins the four above to the clock; publishes [`node::Status`] | ports and workloads |
+//! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
+//! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
+//! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
+//! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
+//! | [`control`], [`cli`] | local administration over a Unix socket | the inside of a node |
+//! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
+//! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
+//!
+//! `tests/tidy.rs` holds the permitted dependencies between them.
+//!
+//! # Words
+//!
+//! *Node*: a host running twistlockd. *Member*: a node that belongs to the cluster. *Epoch*: the Raft term in which a
+//! primary serves. *Lease*: the span in which the primary may keep its ports open without hearing from a majority.
+//! *Transaction*: one committed SQLite transaction, as page images in one or more raft log entries. *Raft log*: the
+//! replicated entries on disk; the *WAL* is SQLite's `-wal` file. *Checkpoint*: the index up to which the database file
+//! needs no entry of the raft log. *Phase*: where a member stands between SECONDARY and PRIMARY.
+//!
+//! # Architecture invariants
+//!
+//! 1. **One primary's ports.** At no instant are Console ports open on two nodes. The lease (400 ms from the *sending* of a
+//!    round that a majority answered) is shorter than the voters' promise (at least 475 ms from its receipt). The port
+//!    guard keeps it when the supervisor is frozen. A node that gives the role up neither votes nor campaigns before its
+//!    database is closed; no node serves twice in one epoch.
+//! 2. **No acknowledged write is lost.** A COMMIT that was reported as successful is on disk in the raft logs of a majority.
+//! 3. **No unacknowledged surprise.** A COMMIT whose outcome is unknown is an error; nobody reads data that is later undone.
+//! 4. **Identical databases.** At the same applied index every database is the same byte for byte, and each transaction
+//!    carries the checksum that proves it.
+//! 5. **Derived state.** The raft log is the truth; `-wal` and `-shm` are a cache, deleted at every start and demotion.
+//! 6. **Persist before send.** [`cluster::Output`] has its fields in the order in which they are carried out. The one
+//!    exception is an answer to a heartbeat, which promises no entry.
+//! 7. **Secrets stay.** A private key never leaves its host; without a certificate of the cluster's CA nothing joins, reads
+//!    or votes.
+//!
+//! Where they are checked: 1 to 4 and 6 after every step of `tests/sim`; 2 and 5 at every write in `tests/crash.rs`; 3 and
+//! 4 against SQLite itself in `tests/sqlite.rs`; 1 to 3 with real processes and real signals in `tests/e2e.rs`.
+//!
+//! # What the fast takeover assumes
+//!
+//! A voter normally keeps its promise to the primary for 500 ms. It breaks it early only when the primary's process is
+//! proven dead: the link dropped without a farewell and the host's kernel refuses connections to the HA port. The port
+//! guard holds that port as long as it holds a Console port, so a refusal proves that both processes are gone. This
+//! assumes that a refusal comes from the member's own kernel: no other machine may answer at its address, and a firewall
+//! must drop packets rather than reject them. Where that cannot be promised, an election takes its 600 ms as usual.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod dev;
+pub mod guard;
 pub mod node;
 pub mod peer;
 pub mod pki;
@@ -13,5 +88,3 @@ pub mod storage;
 pub mod supervisor;
 pub mod telemetry;
 pub mod workload;
-
-pub mod cli;

@@ -1,2 +1,54 @@
-//! Daemon entry.
-fn main() {}
+//! Entry of the daemon: reads the command line and starts what it asks for. Must never do anything before the port guard
+//! is dispatched: that process has to stay as small as the program allows.
+
+mod daemon;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use twistlock_ha::{config, dev, guard};
+
+/// Active/passive high availability for a management Console with a replicated SQLite database.
+#[derive(Parser)]
+#[command(version, about, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run this host's node until SIGTERM (hands the primary role over first)
+    Run {
+        /// Configuration file
+        #[arg(long, value_name = "FILE", default_value = "/etc/twistlock/twistlock.cfg")]
+        config: PathBuf,
+    },
+    /// Check a configuration file and report every problem at once
+    CheckConfig {
+        /// Configuration file
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Start a whole cluster of three nodes on loopback addresses, to try it out and to watch it fail over
+    Dev(dev::Options),
+}
+
+fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|first| first == guard::SUBCOMMAND) {
+        return guard::main();
+    }
+    match Arguments::parse().command {
+        Command::Run { config } => daemon::run(&config),
+        Command::CheckConfig { file } => {
+            let (report, code) = config::check(&file);
+            if code == config::EX_OK {
+                println!("{report}")
+            } else {
+                eprintln!("{report}")
+            }
+            ExitCode::from(code)
+        }
+        Command::Dev(options) => dev::main(options),
+    }
+}

@@ -1,1 +1,429 @@
-//! stub
+//! Keys and certificates: the cluster's certificate authority, the certificates of nodes and Console, and the rustls
+//! configurations made of them. Owns `<data>/certificates/`. Must never send a private key anywhere, write one into a
+//! file that others can read, or accept a peer on anything but a certificate of the cluster's own authority.
+//!
+//! A node certificate names its holder twice: the DNS name [`PEER_NAME`], the same for all nodes, says "a node", and the
+//! URI `twistlock://<cluster id>/node/<node id>` says which one. Addresses are listed too, for people; nothing checks
+//! them, so that a host may change its address.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    net::IpAddr,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, SanType,
+};
+use rustls::{
+    ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite,
+    client::Resumption,
+    crypto::{CryptoProvider, ring},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    version::{TLS12, TLS13},
+};
+use thiserror::Error;
+use x509_parser::{extensions::GeneralName, prelude::FromDer};
+
+use crate::cluster::{ClusterId, NodeId};
+
+/// The authority's certificate, on every node.
+pub const CA_CERTIFICATE: &str = "ca.pem";
+/// The authority's private key, only on the node that signs.
+pub const CA_KEY: &str = "ca-key.pem";
+/// This node's certificate and key.
+pub const NODE_CERTIFICATE: &str = "node.pem";
+pub const NODE_KEY: &str = "node-key.pem";
+/// The Console's certificate and key.
+pub const CONSOLE_CERTIFICATE: &str = "console-cert.pem";
+pub const CONSOLE_KEY: &str = "console-key.pem";
+/// The DNS name in every node certificate, which TLS checks. `.internal` is reserved for private use.
+pub const PEER_NAME: &str = "node.twistlock.internal";
+
+const DAY: Duration = Duration::from_secs(86_400);
+const CA_DAYS: u32 = 3650;
+const LEAF_DAYS: u32 = 365;
+/// Certificates are valid a little before they are made: clocks of hosts differ.
+const BACKDATE: Duration = Duration::from_secs(3600);
+/// Longest common name that X.509 allows, in characters.
+const MAX_COMMON_NAME: usize = 64;
+
+/// What can be wrong with keys and certificates.
+#[derive(Debug, Error)]
+pub enum PkiError {
+    #[error("cannot {action} {}: {source}", path.display())]
+    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("{} does not hold {expected}: {detail}", path.display())]
+    Malformed { path: PathBuf, expected: &'static str, detail: String },
+    #[error("cannot make a certificate: {0}")]
+    Generate(#[from] rcgen::Error),
+    #[error("the name '{0}' cannot be in a Console certificate")]
+    Name(String),
+    #[error("certificate and key cannot be used: {0}")]
+    Tls(#[from] rustls::Error),
+    #[error("{0}")]
+    Identity(&'static str),
+}
+
+/// A certificate and its private key, both PEM.
+#[derive(Clone)]
+pub struct Issued {
+    pub cert_pem: String,
+    pub key_pem: String,
+}
+
+impl Issued {
+    /// Writes certificate and key (mode 0600) as this node's.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn save_node(&self, dir: &Path) -> Result<(), PkiError> {
+        write_file(&dir.join(NODE_KEY), &self.key_pem, 0o600)?;
+        write_file(&dir.join(NODE_CERTIFICATE), &self.cert_pem, 0o644)
+    }
+
+    /// Writes certificate and key (mode 0600) as the Console's.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn save_console(&self, dir: &Path) -> Result<(), PkiError> {
+        write_file(&dir.join(CONSOLE_KEY), &self.key_pem, 0o600)?;
+        write_file(&dir.join(CONSOLE_CERTIFICATE), &self.cert_pem, 0o644)
+    }
+}
+
+/// The cluster's certificate authority: ECDSA P-256.
+pub struct Authority {
+    cluster: ClusterId,
+    cert_pem: String,
+    key: KeyPair,
+}
+
+impl Authority {
+    /// Makes a new authority, valid for ten years.
+    ///
+    /// It has no name constraints: the Console's names are the administrator's choice, and X.509 libraries differ in
+    /// what they understand. What keeps Console certificates from being used by nodes is in [`peer_identity`].
+    ///
+    /// # Errors
+    /// [`PkiError::Generate`].
+    pub fn create(cluster: ClusterId) -> Result<Self, PkiError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        // The cluster id in the name lets TLS tell "another cluster's authority" from "a forged signature".
+        let mut params = params(&format!("Twistlock {cluster}"), CA_DAYS);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let cert_pem = params.self_signed(&key)?.pem();
+        Ok(Self { cluster, cert_pem, key })
+    }
+
+    /// Reads the authority of `cluster` from its folder.
+    ///
+    /// # Errors
+    /// [`PkiError::File`] or [`PkiError::Malformed`].
+    pub fn load(cluster: ClusterId, dir: &Path) -> Result<Self, PkiError> {
+        let cert_pem = read_file(&dir.join(CA_CERTIFICATE))?;
+        let path = dir.join(CA_KEY);
+        let key = KeyPair::from_pem(&read_file(&path)?).map_err(|error| malformed(path, "a private key", error))?;
+        Ok(Self { cluster, cert_pem, key })
+    }
+
+    /// Writes certificate and key (mode 0600).
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
+        write_file(&dir.join(CA_KEY), &self.key.serialize_pem(), 0o600)?;
+        self.save_certificate(dir)
+    }
+
+    /// Writes the certificate alone: what a node needs that does not sign.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn save_certificate(&self, dir: &Path) -> Result<(), PkiError> {
+        write_file(&dir.join(CA_CERTIFICATE), &self.cert_pem, 0o644)
+    }
+
+    /// The authority's certificate, PEM.
+    pub fn certificate_pem(&self) -> &str {
+        &self.cert_pem
+    }
+
+    /// Makes key and certificate of a node, valid for a year, for both ends of TLS. `name` and `addresses` (host names
+    /// or IP addresses) are for people.
+    ///
+    /// # Errors
+    /// [`PkiError::Generate`].
+    pub fn issue_node(&self, node: NodeId, name: &str, addresses: &[&str]) -> Result<Issued, PkiError> {
+        let mut params = params(name, LEAF_DAYS);
+        let uri = format!("twistlock://{}/node/{node}", self.cluster);
+        params.subject_alt_names = vec![SanType::DnsName(PEER_NAME.try_into()?), SanType::URI(uri.try_into()?)];
+        for address in addresses {
+            params.subject_alt_names.push(alternative_name(address)?);
+        }
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        self.sign(params)
+    }
+
+    /// Makes key and certificate of the Console, valid for a year, for `names` (host names or IP addresses); the first
+    /// one is the common name.
+    ///
+    /// # Errors
+    /// [`PkiError::Name`] for a name that nodes use among themselves or no name at all, [`PkiError::Generate`].
+    pub fn issue_console(&self, names: &[&str]) -> Result<Issued, PkiError> {
+        let first = names.first().ok_or_else(|| PkiError::Name(String::new()))?;
+        let mut params = params(first, LEAF_DAYS);
+        for name in names {
+            let wildcard_covers = name.strip_prefix("*.").is_some_and(|rest| PEER_NAME.ends_with(rest));
+            if name.eq_ignore_ascii_case(PEER_NAME) || wildcard_covers || name.is_empty() {
+                return Err(PkiError::Name((*name).to_owned()));
+            }
+            params.subject_alt_names.push(alternative_name(name)?);
+        }
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        self.sign(params)
+    }
+
+    fn sign(&self, mut params: CertificateParams) -> Result<Issued, PkiError> {
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.use_authority_key_identifier_extension = true;
+        let issuer = Issuer::from_ca_cert_pem(&self.cert_pem, &self.key)?;
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let cert_pem = params.signed_by(&key, &issuer)?.pem();
+        Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
+    }
+}
+
+fn params(common_name: &str, days: u32) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    let common_name: String = common_name.chars().take(MAX_COMMON_NAME).collect();
+    params.distinguished_name.push(DnType::CommonName, common_name);
+    // A clock before 1970 gives a certificate that is not valid yet, which is what such a clock deserves.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let epoch = rcgen::date_time_ymd(1970, 1, 1);
+    params.not_before = epoch + now.saturating_sub(BACKDATE);
+    params.not_after = epoch + now + DAY * days;
+    params
+}
+
+fn alternative_name(name: &str) -> Result<SanType, PkiError> {
+    Ok(match name.parse::<IpAddr>() {
+        Ok(address) => SanType::IpAddress(address),
+        Err(_) => SanType::DnsName(name.try_into()?),
+    })
+}
+
+/// The SHA-256 fingerprint of a certificate (DER): upper-case hexadecimal pairs with colons, as browsers show it.
+pub fn fingerprint(certificate: &[u8]) -> String {
+    let SupportedCipherSuite::Tls13(suite) = ring::cipher_suite::TLS13_AES_128_GCM_SHA256 else {
+        unreachable!("the TLS 1.3 suite is one of TLS 1.3")
+    };
+    let digest = suite.common.hash_provider.hash(certificate);
+    let pairs: Vec<String> = digest.as_ref().iter().map(|byte| format!("{byte:02X}")).collect();
+    pairs.join(":")
+}
+
+/// Which node of which cluster a certificate (DER) was made for. Says nothing about who signed it: TLS checks that.
+///
+/// # Errors
+/// [`PkiError::Identity`] when it is not a node certificate.
+pub fn peer_identity(certificate: &[u8]) -> Result<(ClusterId, NodeId), PkiError> {
+    const NOT_A_NODE: PkiError = PkiError::Identity("the certificate is not one of a node");
+    let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate)
+        .map_err(|_| PkiError::Identity("the certificate cannot be parsed"))?;
+    let names = parsed.subject_alternative_name().ok().flatten().ok_or(NOT_A_NODE)?;
+    let mut identities = names.value.general_names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => parse_identity(uri),
+        _ => None,
+    });
+    match (identities.next(), identities.next()) {
+        (Some(identity), None) => Ok(identity),
+        (Some(_), Some(_)) => Err(PkiError::Identity("the certificate names more than one node")),
+        (None, _) => Err(NOT_A_NODE),
+    }
+}
+
+fn parse_identity(uri: &str) -> Option<(ClusterId, NodeId)> {
+    let (cluster, node) = uri.strip_prefix("twistlock://")?.split_once("/node/")?;
+    let node: NodeId = node.parse().ok()?;
+    Some((cluster.parse().ok()?, node)).filter(|_| node != 0)
+}
+
+/// What a node needs for its links: TLS 1.3 only, both ends prove themselves with a certificate of the cluster's
+/// authority, no session resumption (so that nothing ever flows back on a link that only sends).
+#[derive(Clone)]
+pub struct NodeTls {
+    pub client: Arc<ClientConfig>,
+    pub server: Arc<ServerConfig>,
+    /// Whom this node's own certificate was made for.
+    pub identity: (ClusterId, NodeId),
+}
+
+impl NodeTls {
+    /// Reads [`CA_CERTIFICATE`], [`NODE_CERTIFICATE`] and [`NODE_KEY`] in `dir`.
+    ///
+    /// # Errors
+    /// Any [`PkiError`] but `Generate`.
+    pub fn load(dir: &Path) -> Result<Self, PkiError> {
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(&dir.join(CA_CERTIFICATE))? {
+            roots.add(certificate)?;
+        }
+        let (chain, key) = (certificates(&dir.join(NODE_CERTIFICATE))?, private_key(&dir.join(NODE_KEY))?);
+        let identity = peer_identity(&chain[0])?;
+        let roots = Arc::new(roots);
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider())
+            .build()
+            .map_err(|error| malformed(dir.join(CA_CERTIFICATE), "a certificate authority", error))?;
+        let mut server = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain.clone(), key.clone_key())?;
+        server.send_tls13_tickets = 0;
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+        let mut client = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&TLS13])?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, key)?;
+        client.resumption = Resumption::disabled();
+        client.enable_sni = false;
+        Ok(Self { client: Arc::new(client), server: Arc::new(server), identity })
+    }
+
+    /// The name that every node's certificate carries, as TLS wants it.
+    pub fn peer_name() -> ServerName<'static> {
+        ServerName::try_from(PEER_NAME).expect("PEER_NAME is a DNS name")
+    }
+}
+
+/// TLS for the Console's HTTPS port: TLS 1.2 and 1.3, HTTP/1.1, no client certificate.
+///
+/// # Errors
+/// Any [`PkiError`] but `Generate`.
+pub fn console_server_config(certificate: &Path, key: &Path) -> Result<ServerConfig, PkiError> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13, &TLS12])?
+        .with_no_client_auth()
+        .with_single_cert(certificates(certificate)?, private_key(key)?)?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// Always this one, never the process-wide default: a library that installs another must not change our links.
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
+}
+
+/// All certificates of a PEM file: at least one.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, PkiError> {
+    let pem = read_file(path)?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+    match found {
+        Ok(list) if list.is_empty() => Err(malformed(path.into(), "a certificate in PEM form", "none found")),
+        Ok(list) => Ok(list),
+        Err(error) => Err(malformed(path.into(), "a certificate in PEM form", error)),
+    }
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, PkiError> {
+    let pem = read_file(path)?;
+    PrivateKeyDer::from_pem_slice(pem.as_bytes())
+        .map_err(|error| malformed(path.into(), "a private key in PEM form", error))
+}
+
+fn malformed(path: PathBuf, expected: &'static str, detail: impl ToString) -> PkiError {
+    PkiError::Malformed { path, expected, detail: detail.to_string() }
+}
+
+fn read_file(path: &Path) -> Result<String, PkiError> {
+    fs::read_to_string(path).map_err(|source| PkiError::File { action: "read", path: path.into(), source })
+}
+
+/// Replaces a file so that a crash leaves the old or the new one, and the key is never readable by others in between.
+fn write_file(path: &Path, content: &str, mode: u32) -> Result<(), PkiError> {
+    let write = || {
+        let temporary = path.with_extension("pem.new");
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
+        file.write_all(content.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    };
+    write().map_err(|source| PkiError::File { action: "write", path: path.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    const CLUSTER: ClusterId = ClusterId(0xabcd);
+
+    fn der(pem: &str) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_node_certificate_names_its_node() {
+        let authority = Authority::create(CLUSTER).unwrap();
+        let node = authority.issue_node(3, "c", &["127.0.0.3", "c.example"]).unwrap();
+        assert_eq!(peer_identity(&der(&node.cert_pem)).unwrap(), (CLUSTER, 3));
+    }
+
+    #[test]
+    fn a_console_certificate_is_not_a_node() {
+        let authority = Authority::create(CLUSTER).unwrap();
+        let console = authority.issue_console(&["console.example", "127.0.0.1"]).unwrap();
+        assert!(peer_identity(&der(&console.cert_pem)).is_err());
+        for name in [PEER_NAME, "*.twistlock.internal", ""] {
+            assert!(matches!(authority.issue_console(&[name]), Err(PkiError::Name(_))), "{name}");
+        }
+    }
+
+    #[test]
+    fn identities_are_parsed_strictly() {
+        let cluster = CLUSTER.to_string();
+        assert_eq!(parse_identity(&format!("twistlock://{cluster}/node/7")), Some((CLUSTER, 7)));
+        for node in ["0", "-1", "7/8", "", "x"] {
+            assert_eq!(parse_identity(&format!("twistlock://{cluster}/node/{node}")), None);
+        }
+        assert_eq!(parse_identity("twistlock://abcd/node/7"), None);
+    }
+
+    #[test]
+    fn saved_files_load_again_and_keys_are_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::create(CLUSTER).unwrap();
+        authority.save(dir.path()).unwrap();
+        let authority = Authority::load(CLUSTER, dir.path()).unwrap();
+        authority.issue_node(2, "b", &[]).unwrap().save_node(dir.path()).unwrap();
+        authority.issue_console(&["b.example"]).unwrap().save_console(dir.path()).unwrap();
+        assert_eq!(NodeTls::load(dir.path()).unwrap().identity, (CLUSTER, 2));
+        console_server_config(&dir.path().join(CONSOLE_CERTIFICATE), &dir.path().join(CONSOLE_KEY)).unwrap();
+        for key in [CA_KEY, NODE_KEY, CONSOLE_KEY] {
+            assert_eq!(fs::metadata(dir.path().join(key)).unwrap().permissions().mode() & 0o777, 0o600, "{key}");
+        }
+        fs::write(dir.path().join(NODE_KEY), "not a key").unwrap();
+        assert!(matches!(NodeTls::load(dir.path()), Err(PkiError::Malformed { .. })));
+    }
+
+    #[test]
+    fn the_fingerprint_is_sha256_with_colons() {
+        // The digest of no bytes at all, from FIPS 180-4's examples.
+        assert!(fingerprint(b"").starts_with("E3:B0:C4:42:98:FC:1C:14:"));
+        assert_eq!(fingerprint(b"").len(), 32 * 3 - 1);
+    }
+}

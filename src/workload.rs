@@ -1,1 +1,48 @@
-//! stub
+//! What a PRIMARY runs: today the built-in Console. Knows how it starts, becomes ready and stops; never when.
+
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use axum::Router;
+use tokio::sync::watch;
+
+use crate::{console::Console, node::Status, storage::database::PrimaryDatabase};
+
+/// The workload of one term as PRIMARY. Holds the database: it must be stopped and dropped before the node can become
+/// SECONDARY.
+#[derive(Debug)]
+pub struct Workload {
+    console: Arc<Console>,
+    // After the console: its connections close first.
+    _database: Arc<PrimaryDatabase>,
+}
+
+impl Workload {
+    /// Prepares the workload; fast, opens nothing.
+    ///
+    /// # Errors
+    /// When the system has no random bytes.
+    pub fn start(database: Arc<PrimaryDatabase>, status: watch::Receiver<Arc<Status>>) -> anyhow::Result<Self> {
+        let console = Console::new(database.connect_options(), status)
+            .map_err(|_| anyhow!("the system gives no random bytes"))?;
+        Ok(Self { console, _database: database })
+    }
+
+    /// Waits until requests can be served. May be given up at any time.
+    ///
+    /// # Errors
+    /// When the database cannot be opened.
+    pub async fn ready(&self) -> anyhow::Result<()> {
+        self.console.ready().await.context("open the Console's database and its schema")
+    }
+
+    /// What serves the requests.
+    pub fn router(&self) -> Router {
+        self.console.router()
+    }
+
+    /// Stops: returns when nothing uses the database any more. The caller bounds the time.
+    pub async fn stop(self) {
+        self.console.stop().await;
+    }
+}

@@ -1,7 +1,476 @@
-//! DECIDES. The consensus core: pure, no tokio, no sockets, no files, no clock.
+//! DECIDES. The consensus core: pure, no tokio, no sockets, no files, no clock. It is told the time and what happened,
+//! and answers with one [`Output`] whose fields are in the order in which they must be carried out.
+//!
+//! Times are nanoseconds of one clock that never stops or jumps (CLOCK_BOOTTIME in a daemon).
+
 pub mod command;
+pub mod election;
 pub mod membership;
 pub mod role;
 
+use std::collections::VecDeque;
+
+use raft::{
+    Ready, Storage,
+    eraftpb::{Entry, HardState, Message, MessageType},
+};
+
 pub use membership::{ClusterId, Member, Membership, NodeId};
-pub use role::Role;
+pub use role::{Cause, Lease, Phase, Role, Transition};
+
+use election::Election;
+
+/// The spans that the core works with, in nanoseconds unless they say ticks.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// One raft tick, and one lease round of the primary.
+    pub tick: u64,
+    /// Ticks of silence before a voter forgets its leader.
+    pub election_ticks: usize,
+    /// How long ports stay open after the sending of a round that a majority answered.
+    pub lease: u64,
+    /// Head start of each rank over the next when the leader is known to be gone.
+    pub stagger: u64,
+    /// How long a planned handover may take before the role is simply given up.
+    pub handover: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            tick: 25_000_000,
+            election_ticks: election::ELECTION_TICKS,
+            lease: 400_000_000,
+            stagger: 60_000_000,
+            handover: 500_000_000,
+        }
+    }
+}
+
+/// What must be written to the raft log before [`Cluster::written`] is called.
+#[derive(Debug, Default)]
+pub struct Persist {
+    /// To be named in [`Cluster::persisted`] once it is durable.
+    pub number: u64,
+    /// Entries to append; an index that exists replaces it and all behind it.
+    pub entries: Vec<Entry>,
+    pub hard_state: Option<HardState>,
+    /// False if nothing here needs to be durable (only the commit index moved).
+    pub must_sync: bool,
+}
+
+/// What to do, in this order.
+#[derive(Debug, Default)]
+pub struct Output {
+    /// 1. The deadline of the lease, 0 for none. Before anything else leaves this node.
+    pub lease: u64,
+    /// 2. Changes of phase, oldest first: fence the database at `to == Demoting`.
+    pub transitions: Vec<Transition>,
+    /// 3. Messages that may leave now: what they promise is durable already.
+    pub send: Vec<Message>,
+    /// 4. What to append to the raft log.
+    pub persist: Option<Persist>,
+    /// 5. Everything up to here is in the logs of a majority: waiting commits may be released.
+    pub committed: u64,
+    /// 6. The database may apply the raft log up to here.
+    pub apply: u64,
+    /// 7. The database is to be opened for writing in this epoch, once it has applied everything up to `apply`.
+    pub promote: Option<u64>,
+}
+
+/// Why a proposal was not taken. It is certain that it never will be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    #[error("this node is not primary in the epoch of the transaction")]
+    NotPrimary,
+    #[error("the lease of the primary has lapsed")]
+    LeaseLapsed,
+    #[error("too much is waiting for a majority already")]
+    Overloaded,
+}
+
+/// One member of the cluster, as pure state.
+pub struct Cluster<S: Storage> {
+    node: NodeId,
+    members: Vec<NodeId>,
+    timing: Timing,
+    election: Election<S>,
+    phase: Phase,
+    lease: Lease,
+    /// End of the time in which this node neither votes nor campaigns.
+    quiet_until: u64,
+    /// The epoch in which this node last was on its way to the ports. It never serves twice in one epoch.
+    served: u64,
+    promote_sent: bool,
+    handover: Option<Handover>,
+    campaign: Option<Campaign>,
+    last_round: u64,
+    applied: u64,
+    transitions: Vec<Transition>,
+    /// Messages that wait until everything up to a number is durable.
+    held: VecDeque<(u64, Vec<Message>)>,
+    free: Vec<Message>,
+    /// The last number whose hard state carries a new epoch or vote, and the last durable number.
+    voted: u64,
+    durable: u64,
+    ready: Option<Ready>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Handover {
+    until: u64,
+    transferring: bool,
+}
+
+/// A planned attempt to be elected while no leader is known.
+#[derive(Clone, Copy, Debug)]
+struct Campaign {
+    at: u64,
+    retry: u64,
+}
+
+/// First pause between two attempts to be elected, in nanoseconds; doubled each time.
+const FIRST_RETRY: u64 = 10_000_000;
+const LAST_RETRY: u64 = 640_000_000;
+
+impl<S: Storage> Cluster<S> {
+    /// A node that starts at `now` with its raft log and a database that has everything up to `applied`.
+    ///
+    /// # Errors
+    /// When the raft log cannot be read or contradicts itself.
+    pub fn new(
+        membership: &Membership,
+        node: NodeId,
+        timing: Timing,
+        applied: u64,
+        log: S,
+        now: u64,
+    ) -> raft::Result<Self> {
+        let rank = membership.rank(node).ok_or_else(|| raft::Error::ConfigInvalid(format!("{node} is no member")))?;
+        let election = Election::new(node, rank, timing.election_ticks, applied, log)?;
+        Ok(Self {
+            node,
+            members: membership.members.iter().map(|member| member.id).collect(),
+            timing,
+            served: 0,
+            election,
+            phase: Phase::Startup,
+            lease: Lease::default(),
+            quiet_until: now + timing.lease,
+            promote_sent: false,
+            handover: None,
+            campaign: None,
+            last_round: 0,
+            applied,
+            transitions: Vec::new(),
+            held: VecDeque::new(),
+            free: Vec::new(),
+            voted: 0,
+            durable: 0,
+            ready: None,
+        })
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.election.term()
+    }
+
+    /// Who leads the epoch, as far as this node knows; not necessarily with open ports.
+    pub fn leader(&self) -> Option<NodeId> {
+        self.election.leader()
+    }
+
+    pub fn lease(&self) -> Lease {
+        self.lease
+    }
+
+    pub fn committed(&self) -> u64 {
+        self.election.committed()
+    }
+
+    pub fn last_index(&self) -> u64 {
+        self.election.last_index()
+    }
+
+    /// Raft index that another member is known to have, on the primary only.
+    pub fn matched(&self, id: NodeId) -> Option<u64> {
+        self.election.matched(id)
+    }
+
+    /// True while a planned handover has not come to its end.
+    pub fn is_handing_over(&self) -> bool {
+        self.handover.is_some()
+    }
+
+    /// A tick of the clock: missed ones are dropped by the caller, never repeated.
+    pub fn tick(&mut self, now: u64) {
+        self.observe(now);
+        if self.phase == Phase::Startup && !self.election.is_leader() {
+            return;
+        }
+        if self.phase == Phase::Demoting && !self.election.is_leader() {
+            return; // its own election time-out must not make it a candidate
+        }
+        self.election.tick();
+        if self.election.is_leader() {
+            self.last_round = now.max(self.last_round + 1);
+            self.election.confirm(self.last_round.to_le_bytes().to_vec());
+        }
+        self.observe(now);
+    }
+
+    /// When [`Cluster::wake`] should be called at the latest, besides ticks.
+    pub fn deadline(&self) -> Option<u64> {
+        let quiet = (self.phase == Phase::Startup).then_some(self.quiet_until);
+        let campaign = self.campaign.map(|campaign| campaign.at);
+        [quiet, campaign, self.lease.deadline(), self.handover.map(|handover| handover.until)]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Lets time-outs take effect.
+    pub fn wake(&mut self, now: u64) {
+        self.observe(now);
+    }
+
+    /// A message of another member.
+    pub fn step(&mut self, now: u64, message: Message) {
+        self.observe(now);
+        let silent = matches!(self.phase, Phase::Startup | Phase::Demoting);
+        if silent && (election::asks_for_vote(&message) || election::orders_campaign(&message)) {
+            return;
+        }
+        self.election.step(message);
+        self.observe(now);
+    }
+
+    /// The process of another member is known to be dead (DESIGN section 5, fast path).
+    pub fn peer_dead(&mut self, now: u64, peer: NodeId) {
+        self.observe(now);
+        self.election.report_unreachable(peer);
+        if self.election.leader() == Some(peer) && self.phase == Phase::Secondary {
+            self.election.forget_leader();
+            let before = self.members.iter().take_while(|id| **id != self.node).filter(|id| **id != peer).count();
+            self.campaign = Some(Campaign { at: now + before as u64 * self.timing.stagger, retry: FIRST_RETRY });
+        }
+        self.observe(now);
+    }
+
+    /// Messages to a member may have been lost.
+    pub fn peer_unreachable(&mut self, peer: NodeId) {
+        self.election.report_unreachable(peer);
+    }
+
+    /// Appends one encoded command to the log of the primary, and returns its index.
+    ///
+    /// # Errors
+    /// [`ProposeError`]: the command is not in the log and never will be.
+    pub fn propose(&mut self, now: u64, epoch: u64, data: Vec<u8>) -> Result<u64, ProposeError> {
+        self.observe(now);
+        if epoch != self.epoch() || !matches!(self.phase, Phase::Promoting | Phase::Primary) {
+            return Err(ProposeError::NotPrimary);
+        }
+        if !self.lease.is_valid(now) {
+            return Err(ProposeError::LeaseLapsed);
+        }
+        self.election.propose(data).ok_or(ProposeError::Overloaded)
+    }
+
+    /// The database is open for writing in this epoch: the ports may open.
+    pub fn promoted(&mut self, now: u64, epoch: u64) {
+        self.observe(now);
+        if self.phase == Phase::Promoting && epoch == self.epoch() {
+            self.change(Cause::DatabaseOpened);
+        }
+    }
+
+    /// Gives up the role for a reason that lies outside of the election.
+    pub fn give_up(&mut self, now: u64, cause: Cause) {
+        self.observe(now);
+        if matches!(self.phase, Phase::Promoting | Phase::Primary) {
+            self.change(cause);
+            self.election.forget_leader();
+        }
+        self.observe(now);
+    }
+
+    /// Planned handover: the caller has drained the ports. Leadership goes over once the database is closed.
+    pub fn hand_over(&mut self, now: u64) {
+        self.observe(now);
+        if matches!(self.phase, Phase::Promoting | Phase::Primary) {
+            self.handover = Some(Handover { until: now + self.timing.handover, transferring: false });
+            self.change(Cause::Handover);
+        }
+    }
+
+    /// Ports, workload and database are closed after a demotion.
+    pub fn demoted(&mut self, now: u64) {
+        self.observe(now);
+        if self.phase == Phase::Demoting {
+            self.change(Cause::DatabaseClosed);
+        }
+        self.observe(now);
+    }
+
+    /// Takes what there is to do; none if there is nothing. [`Cluster::written`] must follow before the next call.
+    pub fn poll(&mut self, now: u64) -> Option<Output> {
+        self.observe(now);
+        assert!(self.ready.is_none(), "written() follows poll()");
+        let mut persist = None;
+        if let Some(mut ready) = self.election.ready() {
+            self.confirm(now, &ready);
+            persist = Some(self.collect(&mut ready));
+            self.ready = Some(ready);
+        } else if self.transitions.is_empty() && self.free.is_empty() {
+            return None;
+        }
+        let promote = self.may_promote(now);
+        Some(Output {
+            lease: self.lease.deadline().unwrap_or(0),
+            transitions: std::mem::take(&mut self.transitions),
+            send: std::mem::take(&mut self.free),
+            persist,
+            committed: if matches!(self.phase, Phase::Promoting | Phase::Primary) { self.committed() } else { 0 },
+            apply: self.applied,
+            promote,
+        })
+    }
+
+    /// The last output's entries are in the raft log and can be read, though they need not be durable.
+    pub fn written(&mut self) {
+        if let Some(ready) = self.ready.take() {
+            self.election.written(ready);
+        }
+    }
+
+    /// Everything up to this number is durable.
+    pub fn persisted(&mut self, number: u64) {
+        self.durable = self.durable.max(number);
+        self.election.persisted(number);
+        while self.held.front().is_some_and(|(held, _)| *held <= number) {
+            self.free.extend(self.held.pop_front().into_iter().flat_map(|(_, messages)| messages));
+        }
+    }
+
+    /// Rounds that a majority has answered extend the lease.
+    fn confirm(&mut self, now: u64, ready: &Ready) {
+        for state in ready.read_states() {
+            let Ok(sent) = state.request_ctx.as_slice().try_into().map(u64::from_le_bytes) else { continue };
+            if matches!(self.phase, Phase::Promoting | Phase::Primary) && self.election.is_leader() {
+                assert!(sent <= now.max(self.last_round), "a round was confirmed before it was sent");
+                self.lease.confirm(sent, self.timing.lease);
+            }
+        }
+    }
+
+    /// Sorts what raft wants: what may leave now, what must be durable first.
+    fn collect(&mut self, ready: &mut Ready) -> Persist {
+        let number = ready.number();
+        let hard_state = ready.hs().cloned();
+        let must_sync = ready.must_sync();
+        if must_sync && hard_state.is_some() {
+            self.voted = number;
+        }
+        self.free.append(&mut ready.take_messages());
+        let mut after = ready.take_persisted_messages();
+        if self.voted <= self.durable {
+            // An answer to a heartbeat promises no entry: a stalled disk must not cost the primary its lease.
+            let at = |message: &mut Message| message.get_msg_type() == MessageType::MsgHeartbeatResponse;
+            self.free.extend(after.extract_if(.., at));
+        }
+        if !after.is_empty() {
+            self.held.push_back((number, after));
+        }
+        if let Some(entry) = ready.committed_entries().last() {
+            self.applied = entry.index;
+        }
+        Persist { number, entries: ready.take_entries(), hard_state, must_sync }
+    }
+
+    /// Asks once per epoch for the database, when nothing can be missing from it.
+    fn may_promote(&mut self, now: u64) -> Option<u64> {
+        // A round can be confirmed after its lease is over: this process may have been stopped in between.
+        let known = self.phase == Phase::Promoting && self.election.committed_in_term() && self.lease.is_valid(now);
+        // The entry that opened this epoch is among those handed out for application.
+        let complete = known && self.applied >= self.committed();
+        if !complete || self.promote_sent {
+            return None;
+        }
+        self.promote_sent = true;
+        Some(self.epoch())
+    }
+
+    /// Brings the phase in line with the election and the clock. Called at both ends of every input.
+    fn observe(&mut self, now: u64) {
+        if self.phase == Phase::Startup && now >= self.quiet_until {
+            self.change(Cause::QuietPeriodOver);
+            let rank = self.members.iter().take_while(|id| **id != self.node).count() as u64;
+            self.campaign = Some(Campaign { at: now + rank * self.timing.stagger, retry: FIRST_RETRY });
+        }
+        if matches!(self.phase, Phase::Promoting | Phase::Primary) {
+            if !self.election.is_leader() || self.epoch() != self.served {
+                self.change(Cause::LeadershipLost);
+            } else if self.lease.deadline().is_some() && !self.lease.is_valid(now) {
+                self.change(Cause::LeaseLapsed);
+                self.election.forget_leader();
+            }
+        }
+        if self.phase == Phase::Secondary && self.election.is_leader() {
+            self.lead();
+        }
+        if self.handover.is_some_and(|handover| now >= handover.until) || !self.election.is_leader() {
+            if self.election.is_leader() && self.handover.is_some() {
+                self.election.forget_leader();
+            }
+            self.handover = None;
+        }
+        self.run_campaign(now);
+    }
+
+    /// A leader without ports: new in this epoch, or on its way out of the role.
+    fn lead(&mut self) {
+        if self.served < self.epoch() {
+            self.served = self.epoch();
+            self.promote_sent = false;
+            self.campaign = None;
+            self.change(Cause::ElectionWon);
+        } else if let Some(handover) = &mut self.handover {
+            if !handover.transferring {
+                handover.transferring = true;
+                self.election.transfer();
+            }
+        } else {
+            // An order to campaign from an aborted handover may still be under way: only a new epoch makes it harmless.
+            self.election.forget_leader();
+        }
+    }
+
+    fn run_campaign(&mut self, now: u64) {
+        let Some(campaign) = self.campaign else { return };
+        if self.phase != Phase::Secondary || self.election.leader().is_some() {
+            self.campaign = None;
+        } else if now >= campaign.at {
+            let retry = (campaign.retry * 2).min(LAST_RETRY);
+            self.campaign = Some(Campaign { at: now + campaign.retry, retry });
+            if !self.election.is_candidate() {
+                self.election.campaign();
+            }
+        }
+    }
+
+    fn change(&mut self, cause: Cause) {
+        let Some(edge) = role::transition(self.phase, cause) else {
+            panic!("no transition from {:?} by {cause:?}", self.phase)
+        };
+        self.phase = edge.to;
+        if edge.to == Phase::Demoting {
+            self.lease.revoke();
+        }
+        self.transitions.push(edge);
+    }
+}

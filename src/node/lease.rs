@@ -54,8 +54,11 @@ impl Lease {
         self.inner.deadline.load(Ordering::Acquire)
     }
 
-    /// Sets the deadline; 0 revokes the lease. Called by the consensus loop only.
-    pub(super) fn set(&self, deadline: u64) -> std::io::Result<()> {
+    /// Sets the deadline; 0 revokes the lease. Called by the consensus loop only, and by tests that play its part.
+    ///
+    /// # Errors
+    /// When the memory file cannot be written: the port guard then still sees the older, earlier deadline.
+    pub fn set(&self, deadline: u64) -> std::io::Result<()> {
         self.inner.deadline.store(deadline, Ordering::Release);
         self.inner.memory.write_all_at(&encode(deadline), 0)
     }

@@ -1,15 +1,29 @@
 //! What a node publishes about itself and the cluster. Written by the consensus loop, read by everybody.
 
-use std::sync::Arc;
-
-use serde::{Deserialize, Serialize};
-
-use crate::{
-    cluster::{ClusterId, NodeId, Role},
-    storage::database::PrimaryDatabase,
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
-/// One consistent picture of this node, published through a watch channel at every change and at least every second.
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use crate::{
+    cluster::{Cluster, ClusterId, Member, NodeId, Phase, Role, role::Transition},
+    peer::{Links, NodeReport},
+    storage::{database::PrimaryDatabase, raft_log::RaftLog},
+};
+
+use super::{NodeConfig, lease::boottime};
+
+/// A member that was not heard of for this long is shown as DOWN.
+const DOWN_AFTER: Duration = Duration::from_secs(1);
+/// Ticks between two reports to the other members, and between two pictures when nothing changes.
+const REPORT_TICKS: u32 = 20;
+
+/// One consistent picture of this node, published through a watch channel at every change and at least every half second.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
     pub cluster: ClusterId,
@@ -54,4 +68,262 @@ pub struct MemberStatus {
     /// Milliseconds since it was last heard of; 0 for the node itself; none if never.
     pub last_contact_ms: Option<u64>,
     pub version: String,
+}
+
+/// What is known about another member.
+#[derive(Default)]
+struct Peer {
+    heard: Option<Instant>,
+    report: Option<NodeReport>,
+    /// Its process is known to be dead, until something is heard of it again.
+    dead: bool,
+}
+
+/// Keeps the picture together. Lives on the consensus loop.
+pub(super) struct Publisher {
+    config: NodeConfig,
+    peers: BTreeMap<NodeId, Peer>,
+    warnings: BTreeMap<&'static str, String>,
+    phase: Phase,
+    reason: &'static str,
+    diverged: bool,
+    database: Option<Arc<PrimaryDatabase>>,
+    sender: watch::Sender<Arc<Status>>,
+    ticks: u32,
+    stale: bool,
+    /// What was published last: epoch and primary.
+    shown: (u64, Option<NodeId>),
+}
+
+impl Publisher {
+    pub fn new(config: &NodeConfig) -> (Self, watch::Receiver<Arc<Status>>) {
+        let others = config.membership.members.iter().filter(|member| member.id != config.node);
+        let first = Status {
+            cluster: config.membership.cluster,
+            node: config.node,
+            name: config.membership.get(config.node).map(|member| member.name.clone()).unwrap_or_default(),
+            version: config.version.clone(),
+            role: Role::Startup,
+            reason: "starts".to_owned(),
+            epoch: 0,
+            primary: None,
+            applied: 0,
+            committed: 0,
+            lease_ms: None,
+            members: Vec::new(),
+            warnings: Vec::new(),
+            database: None,
+        };
+        let (sender, receiver) = watch::channel(Arc::new(first));
+        let publisher = Self {
+            config: config.clone(),
+            peers: others.map(|member| (member.id, Peer::default())).collect(),
+            warnings: BTreeMap::new(),
+            phase: Phase::Startup,
+            reason: "starts: an earlier process of this node may have promised its vote",
+            diverged: false,
+            database: None,
+            sender,
+            ticks: 0,
+            stale: true,
+            shown: (0, None),
+        };
+        (publisher, receiver)
+    }
+
+    pub fn heard(&mut self, from: NodeId) {
+        if let Some(peer) = self.peers.get_mut(&from) {
+            peer.heard = Some(Instant::now());
+            self.stale |= std::mem::take(&mut peer.dead);
+        }
+    }
+
+    pub fn report(&mut self, from: NodeId, report: NodeReport) {
+        self.heard(from);
+        if let Some(peer) = self.peers.get_mut(&from) {
+            let role = |report: &NodeReport| (report.state, report.epoch);
+            self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
+            peer.report = Some(report);
+        }
+    }
+
+    pub fn link(&mut self, peer: NodeId, up: bool, reason: &str) {
+        let name = self.name(peer);
+        if up {
+            info!(peer = name, "link to the peer is up");
+        } else {
+            warn!(peer = name, reason, "link to the peer is down");
+        }
+    }
+
+    pub fn dead(&mut self, peer: NodeId) {
+        warn!(peer = self.name(peer), "the peer's process is dead: its host refuses connections to its port");
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.dead = true;
+            self.stale = true;
+        }
+    }
+
+    /// Sets or takes back a warning of one kind.
+    pub fn warn(&mut self, about: &'static str, text: Option<String>) {
+        self.stale = true;
+        match text {
+            Some(text) => self.warnings.insert(about, text),
+            None => self.warnings.remove(about),
+        };
+    }
+
+    pub fn diverged(&mut self, why: String) {
+        self.diverged = true;
+        self.warn("diverged", Some(format!("{why}; this node needs its database restored from the primary")));
+    }
+
+    /// The database is open for writing: shown with the role PRIMARY only.
+    pub fn offer(&mut self, database: Arc<PrimaryDatabase>) {
+        self.database = Some(database);
+    }
+
+    /// From now on no transaction of this node can be committed. Takes effect at once, on any thread.
+    pub fn fence(&mut self) {
+        if let Some(database) = self.database.take() {
+            database.gate().fence();
+        }
+        self.stale = true;
+    }
+
+    pub fn transition(&mut self, transition: &Transition) {
+        self.phase = transition.to;
+        self.reason = transition.sentence;
+        self.stale = true;
+    }
+
+    /// Once per tick: tells the others where this node stands, now and then.
+    pub fn tick(&mut self, links: &mut Links) {
+        self.ticks += 1;
+        if self.ticks % REPORT_TICKS != 1 {
+            return;
+        }
+        self.stale = true;
+        let status = self.sender.borrow().clone();
+        for peer in self.peers.keys() {
+            let report = NodeReport {
+                state: status.role,
+                epoch: status.epoch,
+                applied: status.applied,
+                committed: status.committed,
+                lease_ms: status.lease_ms,
+                version: status.version.clone(),
+            };
+            links.send_report(*peer, &report);
+        }
+    }
+
+    /// Publishes a new picture if anything changed that somebody may wait for.
+    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, applied: u64) {
+        let primary = self.primary(cluster);
+        let shown = (cluster.epoch(), primary);
+        if !std::mem::take(&mut self.stale) && shown == self.shown {
+            return;
+        }
+        self.shown = shown;
+        let mut status = self.picture(cluster, applied);
+        status.primary = primary;
+        status.warnings = self.sentences(&status);
+        metrics::gauge!("twistlock_epoch").set(status.epoch as f64);
+        metrics::gauge!("twistlock_applied_index").set(status.applied as f64);
+        metrics::gauge!("twistlock_primary").set(f64::from(u8::from(status.role == Role::Primary)));
+        metrics::gauge!("twistlock_lease_remaining_seconds").set(status.lease_ms.unwrap_or(0) as f64 / 1e3);
+        self.sender.send_replace(Arc::new(status));
+    }
+
+    fn primary(&self, cluster: &Cluster<RaftLog>) -> Option<NodeId> {
+        let leader = cluster.leader()?;
+        if leader == self.config.node {
+            return (self.phase == Phase::Primary).then_some(leader);
+        }
+        let report = self.peers.get(&leader)?.report.as_ref()?;
+        (report.state == Role::Primary && report.epoch == cluster.epoch()).then_some(leader)
+    }
+
+    fn picture(&self, cluster: &Cluster<RaftLog>, applied: u64) -> Status {
+        let committed = cluster.committed();
+        let lease_ms = cluster.lease().deadline().map(|deadline| deadline.saturating_sub(boottime()) / 1_000_000);
+        let role = if self.diverged { Role::Recovering } else { self.phase.role() };
+        let own = MemberStatus {
+            id: self.config.node,
+            name: String::new(),
+            address: String::new(),
+            state: role,
+            epoch: cluster.epoch(),
+            applied,
+            lag: committed.saturating_sub(applied),
+            lease_ms,
+            last_contact_ms: Some(0),
+            version: self.config.version.clone(),
+        };
+        let members = &self.config.membership.members;
+        Status {
+            cluster: self.config.membership.cluster,
+            node: self.config.node,
+            name: self.name(self.config.node),
+            version: self.config.version.clone(),
+            role,
+            reason: self.reason.to_owned(),
+            epoch: cluster.epoch(),
+            primary: None,
+            applied,
+            committed,
+            lease_ms,
+            members: members.iter().map(|member| self.member(member, &own, committed)).collect(),
+            warnings: Vec::new(),
+            database: self.database.clone().filter(|_| self.phase == Phase::Primary),
+        }
+    }
+
+    fn member(&self, member: &Member, own: &MemberStatus, committed: u64) -> MemberStatus {
+        let (name, address) = (member.name.clone(), format!("{}:{}", member.address, member.port));
+        let Some(peer) = self.peers.get(&member.id) else {
+            return MemberStatus { name, address, ..own.clone() };
+        };
+        let silence = peer.heard.map(|heard| heard.elapsed());
+        let state = match (silence, &peer.report) {
+            (None, _) => Role::Unknown,
+            (Some(silence), _) if peer.dead || silence > DOWN_AFTER => Role::Down,
+            (Some(_), Some(report)) => report.state,
+            (Some(_), None) => Role::Unknown,
+        };
+        let report = peer.report.as_ref();
+        MemberStatus {
+            id: member.id,
+            name,
+            address,
+            state,
+            epoch: report.map_or(0, |report| report.epoch),
+            applied: report.map_or(0, |report| report.applied),
+            lag: report.map_or(0, |report| committed.saturating_sub(report.applied)),
+            lease_ms: report.and_then(|report| report.lease_ms).filter(|_| state == Role::Primary),
+            last_contact_ms: silence.map(|silence| silence.as_millis() as u64),
+            version: report.map(|report| report.version.clone()).unwrap_or_default(),
+        }
+    }
+
+    /// What is wrong, and what to do.
+    fn sentences(&self, status: &Status) -> Vec<String> {
+        let mut sentences: Vec<_> = self.warnings.values().cloned().collect();
+        let down = status.members.iter().filter(|member| matches!(member.state, Role::Down | Role::Unknown));
+        for member in down {
+            sentences.push(format!(
+                "{} ({}) is not heard of: start twistlockd there, or check the host and its network; no further failure is tolerated until it is back",
+                member.name, member.address
+            ));
+        }
+        if status.primary.is_none() && status.role != Role::Startup {
+            sentences.push("no primary is known here: a majority of the members must be up and reach each other".to_owned());
+        }
+        sentences
+    }
+
+    fn name(&self, id: NodeId) -> String {
+        self.config.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
+    }
 }

@@ -1,6 +1,407 @@
-//! (owned by the database work)
+//! One replicated database on this node: file, checkpoint record, and the change between following and serving.
+//!
+//! One thread owns a [`Database`]. A secondary feeds it the committed entries of the raft log; a primary promotes it, and
+//! from then on transactions come from SQLite through the [`Gate`]. Must never serve or follow in doubt: whatever fails
+//! half-way is begun again from the last checkpoint.
+
+use std::{
+    fs::{self, File},
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
+use thiserror::Error;
+
+pub use super::replica::ApplyError;
+use super::{
+    EntrySource, Replicator,
+    checkpoint::{Record, sync_folder},
+    checksum::PageTable,
+    gate::{Gate, GateConfig},
+    replica::Replica,
+    vfs::{self, Checkpointer, SqliteError, VFS_NAME},
+};
+use crate::cluster::command::{CONSOLE_DATABASE, Commit, PagesBuilder};
+
+/// How long a connection waits for another writer before it gets SQLITE_BUSY.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// A WAL that has grown beyond this is cut back to it when it starts again, in bytes.
+const WAL_LIMIT: &str = "67108864";
+
+/// Why the database cannot do something.
+#[derive(Debug, Error)]
+pub enum DatabaseError {
+    #[error("cannot {what} {path}: {source}")]
+    Io { what: &'static str, path: PathBuf, source: io::Error },
+    /// The record says that the file has pages, but the file is gone.
+    #[error("{0} is missing, although its checkpoint record exists; restore this node from the primary")]
+    Missing(PathBuf),
+    #[error(transparent)]
+    Sqlite(#[from] SqliteError),
+    /// Connections were not closed before the deadline. The process must exit: the open files cannot be taken back.
+    #[error("{connections} connections still have the database open")]
+    StillOpen { connections: usize },
+    /// The database is not what the primary's was.
+    #[error("database differs from the primary's at index {index}: checksum {computed:016x}, expected {expected:016x}")]
+    Diverged { index: u64, expected: u64, computed: u64 },
+    #[error("{0}")]
+    Refused(&'static str),
+    /// An earlier failure.
+    #[error("the database is not used any more: {0}")]
+    Failed(String),
+}
+
+/// What [`Database::checkpoint`] has reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The durable checkpoint C: the raft log is not needed up to here.
+    pub index: u64,
+    /// False if readers were in the way and the checkpoint could not get to the end; C has not moved then.
+    pub complete: bool,
+    /// Frames in the WAL; 0 on a secondary.
+    pub frames: u32,
+}
+
+/// The database, open for writing on the primary. Everybody opens it with [`PrimaryDatabase::connect_options`].
 #[derive(Debug)]
 pub struct PrimaryDatabase {
-    pub path: std::path::PathBuf,
+    /// The database file.
+    pub path: PathBuf,
+    /// The epoch of this promotion.
     pub epoch: u64,
+    gate: Arc<Gate>,
+}
+
+impl PrimaryDatabase {
+    /// How to open a connection. Foreign keys are enforced; a busy database is waited for.
+    pub fn connect_options(&self) -> SqliteConnectOptions {
+        SqliteConnectOptions::new()
+            .filename(&self.path)
+            .vfs(VFS_NAME)
+            .create_if_missing(false)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Normal)
+            .busy_timeout(BUSY_TIMEOUT)
+            .foreign_keys(true)
+            .pragma("wal_autocheckpoint", "0")
+            .pragma("journal_size_limit", WAL_LIMIT)
+    }
+
+    /// The gate of this promotion: fence it from any thread.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+}
+
+struct Serving {
+    primary: Arc<PrimaryDatabase>,
+    /// None only while [`Database::demote`] is under way.
+    checkpointer: Option<Checkpointer>,
+    applied: u64,
+}
+
+enum State {
+    Following(Replica),
+    Serving(Serving),
+}
+
+/// See the module.
+pub struct Database {
+    id: u32,
+    path: PathBuf,
+    record_path: PathBuf,
+    file: Arc<File>,
+    record: Record,
+    state: State,
+    /// Once set, nothing is applied or promoted any more.
+    failed: Option<String>,
+    /// A sync of the file failed: not even another start from the checkpoint helps, its pages may be lost.
+    sync_failed: bool,
+}
+
+impl Database {
+    /// Opens the database `id` in `dir`, which exists, and goes back to its last checkpoint: feed it the entries after
+    /// [`Database::applied`]. `log_last_index` is the highest index in this node's raft log: up to there the file may be
+    /// ahead of what is being applied.
+    ///
+    /// # Errors
+    /// File errors, a damaged checkpoint record, a missing file.
+    pub fn open(dir: &Path, id: u32, log_last_index: u64) -> Result<Self, DatabaseError> {
+        // SQLite resolves links in the path that it opens; ours must be equal to its.
+        let dir = fs::canonicalize(dir).map_err(|source| io_error("open the folder", dir, source))?;
+        let name = if id == CONSOLE_DATABASE { "console".to_owned() } else { format!("database{id}") };
+        let path = dir.join(format!("{name}.db"));
+        let record_path = dir.join(format!("{name}.checkpoint"));
+        let record = Record::read(&record_path, id).map_err(|e| io_error("read", &record_path, e))?;
+        if record.pages > 0 && !path.exists() {
+            return Err(DatabaseError::Missing(path));
+        }
+        remove_cache(&path)?;
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(false).open(&path);
+        let file = Arc::new(file.map_err(|source| io_error("open", &path, source))?);
+        sync_folder(&path).map_err(|source| io_error("sync the folder of", &path, source))?;
+        let replica = Replica::at(Arc::clone(&file), id, &record, log_last_index.max(record.index))
+            .map_err(|source| io_error("read", &path, source))?;
+        let state = State::Following(replica);
+        Ok(Self { id, path, record_path, file, record, state, failed: None, sync_failed: false })
+    }
+
+    /// Raft index up to which the database has everything.
+    pub fn applied(&self) -> u64 {
+        match &self.state {
+            State::Following(replica) => replica.applied,
+            State::Serving(serving) => serving.applied,
+        }
+    }
+
+    /// The durable checkpoint C.
+    pub fn checkpointed(&self) -> u64 {
+        self.record.index
+    }
+
+    /// True if not even the initial transaction has been applied.
+    pub fn is_empty(&self) -> bool {
+        matches!(&self.state, State::Following(replica) if replica.table.pages() == 0)
+    }
+
+    /// Checksum of the whole database: on a secondary at [`Database::applied`], on a primary at its last transaction.
+    pub fn checksum(&self) -> u64 {
+        match &self.state {
+            State::Following(replica) => replica.table.checksum(),
+            State::Serving(serving) => serving.primary.gate.checksum(),
+        }
+    }
+
+    /// Size of a page in bytes; 0 if the database is empty.
+    pub fn page_size(&self) -> u32 {
+        match &self.state {
+            State::Following(replica) => replica.table.page_size(),
+            State::Serving(serving) => serving.primary.gate.page_size(),
+        }
+    }
+
+    /// The database file. Nobody may open and close it through another descriptor while this node is the primary.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn following(&mut self, index: u64) -> Result<&mut Replica, ApplyError> {
+        if let Some(failed) = &self.failed {
+            return Err(ApplyError::Failed(failed.clone()));
+        }
+        match &mut self.state {
+            State::Following(replica) => Ok(replica),
+            State::Serving(_) => Err(ApplyError::Primary { index }),
+        }
+    }
+
+    /// Applies a committed command entry. `source` gives the earlier parts of its transaction again.
+    ///
+    /// # Errors
+    /// [`ApplyError`]; after one of them nothing more is applied until the database is opened or demoted again.
+    pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
+        if payload.is_empty() {
+            return self.apply_empty(index, term);
+        }
+        let result = self.following(index)?.apply(index, term, payload, source);
+        self.note_failure(result)
+    }
+
+    /// Applies a committed entry that is no command: a new primary's first one, or a change of members.
+    ///
+    /// # Errors
+    /// As [`Database::apply`].
+    pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
+        let result = self.following(index)?.apply_empty(index, term);
+        self.note_failure(result)
+    }
+
+    fn note_failure(&mut self, result: Result<(), ApplyError>) -> Result<(), ApplyError> {
+        if let Err(error) = &result {
+            self.failed = Some(error.to_string());
+        }
+        result
+    }
+
+    /// Takes note of a committed entry while this node is the primary: SQLite has its pages already.
+    pub fn note_committed(&mut self, index: u64) {
+        if let State::Serving(serving) = &mut self.state {
+            serving.applied = serving.applied.max(index);
+        }
+    }
+
+    /// Opens the database for writing. Call it when everything of earlier epochs is applied.
+    ///
+    /// # Errors
+    /// A database that is empty, differs from the primary's, or cannot be opened. It still follows then.
+    pub fn promote(
+        &mut self,
+        epoch: u64,
+        replicator: Arc<dyn Replicator>,
+    ) -> Result<Arc<PrimaryDatabase>, DatabaseError> {
+        if let Some(failed) = &self.failed {
+            return Err(DatabaseError::Failed(failed.clone()));
+        }
+        let State::Following(replica) = &mut self.state else {
+            return Err(DatabaseError::Refused("the database is open for writing already"));
+        };
+        if replica.table.pages() == 0 {
+            return Err(DatabaseError::Refused("the database is empty: its first entry has not been applied"));
+        }
+        let (expected, computed) = (replica.claim, replica.table.checksum());
+        if expected != computed {
+            return Err(DatabaseError::Diverged { index: replica.applied, expected, computed });
+        }
+        replica.trim().map_err(|source| io_error("resize", &self.path, source))?;
+        remove_cache(&self.path)?;
+        let applied = replica.applied;
+        let table = std::mem::replace(&mut replica.table, PageTable::empty(0));
+        let gate = Arc::new(Gate::new(GateConfig {
+            path: self.path.clone(),
+            database: self.id,
+            epoch,
+            replicator,
+            table,
+            index: applied,
+            file: Arc::clone(&self.file),
+        }));
+        match vfs::admit(&gate).and_then(|()| Checkpointer::open(&gate)) {
+            Ok(checkpointer) => {
+                let primary = Arc::new(PrimaryDatabase { path: self.path.clone(), epoch, gate });
+                let checkpointer = Some(checkpointer);
+                self.state = State::Serving(Serving { primary: Arc::clone(&primary), checkpointer, applied });
+                Ok(primary)
+            }
+            Err(error) => {
+                vfs::forget(&gate);
+                self.fall_back(applied)?;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Fences the gate, waits until nobody has the database open, and goes back to the last checkpoint: feed it the
+    /// entries after [`Database::applied`] again. Does nothing on a secondary.
+    ///
+    /// # Errors
+    /// [`DatabaseError::StillOpen`] after the deadline: exit the process. File errors.
+    pub fn demote(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
+        let State::Serving(serving) = &mut self.state else {
+            return Ok(());
+        };
+        let gate = Arc::clone(&serving.primary.gate);
+        gate.fence();
+        vfs::forget(&gate);
+        serving.checkpointer = None;
+        if !gate.wait_closed(deadline) {
+            return Err(DatabaseError::StillOpen { connections: gate.open_connections() });
+        }
+        let touched = serving.applied.max(gate.last_index());
+        self.fall_back(touched)
+    }
+
+    /// Starts again from the last checkpoint; up to `touched` the file may be ahead of it.
+    fn fall_back(&mut self, touched: u64) -> Result<(), DatabaseError> {
+        if self.sync_failed {
+            return Err(DatabaseError::Failed(self.failed.clone().unwrap_or_default()));
+        }
+        remove_cache(&self.path)?;
+        let touched = touched.max(self.record.index);
+        let replica = Replica::at(Arc::clone(&self.file), self.id, &self.record, touched)
+            .map_err(|source| io_error("read", &self.path, source))?;
+        self.state = State::Following(replica);
+        self.failed = None;
+        Ok(())
+    }
+
+    /// Moves the durable checkpoint as far as it can go without making anybody wait.
+    ///
+    /// # Errors
+    /// File errors. After a failed sync the database is not used any more.
+    pub fn checkpoint(&mut self) -> Result<Checkpoint, DatabaseError> {
+        if let Some(failed) = &self.failed {
+            return Err(DatabaseError::Failed(failed.clone()));
+        }
+        let (record, frames) = match &self.state {
+            State::Following(replica) => (Some(replica.record()), 0),
+            State::Serving(serving) => {
+                let checkpointer = serving.checkpointer.as_ref();
+                let checkpointer = checkpointer.ok_or(DatabaseError::Refused("the database is being closed"))?;
+                checkpoint_wal(&serving.primary.gate, checkpointer)?
+            }
+        };
+        let complete = record.is_some();
+        if let Some(record) = record.filter(|record| record.index > self.record.index) {
+            if let Err(source) = self.file.sync_all() {
+                self.failed = Some(format!("a sync of {} failed: {source}", self.path.display()));
+                self.sync_failed = true;
+                return Err(io_error("sync", &self.path, source));
+            }
+            record.write(&self.record_path, self.id).map_err(|e| io_error("write", &self.record_path, e))?;
+            self.record = record;
+        }
+        Ok(Checkpoint { index: self.record.index, complete, frames })
+    }
+}
+
+/// Copies the WAL into the database file. The record is None if that did not get to the end.
+fn checkpoint_wal(gate: &Gate, checkpointer: &Checkpointer) -> Result<(Option<Record>, u32), DatabaseError> {
+    gate.begin_checkpoint();
+    let result = checkpointer.run();
+    let reached = result.as_ref().ok().copied().flatten().map_or(u32::MAX, |(frames, _)| frames);
+    let mark = gate.end_checkpoint(reached);
+    let Some((frames, done)) = result? else {
+        return Ok((None, 0));
+    };
+    let page_size = gate.page_size();
+    let record = mark.filter(|_| done == frames).map(|mark| Record {
+        index: mark.index,
+        page_size,
+        pages: mark.pages,
+        checksum: mark.checksum,
+    });
+    Ok((record, frames))
+}
+
+/// The first entry of a cluster's raft log, as encoded parts: a database without tables. The node proposes it when its
+/// applied state is empty.
+///
+/// # Errors
+/// When SQLite cannot make the image.
+pub fn initial_transaction(id: u32, page_size: u32) -> Result<Vec<Vec<u8>>, DatabaseError> {
+    let image = vfs::initial_image(page_size)?;
+    let mut table = PageTable::empty(page_size);
+    let mut changes = Vec::new();
+    let mut builder = PagesBuilder::new(id, rand::random::<u64>() >> 1, 0, page_size);
+    for (number, page) in (1..).zip(image.chunks_exact(page_size as usize)) {
+        changes.push((number, super::checksum::page_checksum(number, page)));
+        builder.push(number, page);
+    }
+    let preview = table.preview(changes.len() as u32, changes);
+    let commit = Commit { database_pages: preview.pages, checksum: preview.checksum };
+    table.accept(preview);
+    Ok(vec![builder.finish(Some(commit))])
+}
+
+fn io_error(what: &'static str, path: &Path, source: io::Error) -> DatabaseError {
+    DatabaseError::Io { what, path: path.to_owned(), source }
+}
+
+/// Deletes `-wal` and `-shm`, which are a cache of the primary that wrote them, and a journal, which is never ours.
+fn remove_cache(path: &Path) -> Result<(), DatabaseError> {
+    for suffix in ["-wal", "-shm", "-journal"] {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        match fs::remove_file(&name) {
+            Err(source) if source.kind() != ErrorKind::NotFound => {
+                return Err(io_error("remove", Path::new(&name), source));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }

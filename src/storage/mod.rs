@@ -1,5 +1,12 @@
 //! REMEMBERS. What survives a crash on this host.
+pub mod checkpoint;
+pub mod checksum;
 pub mod database;
+pub mod gate;
+pub mod replica;
+pub mod vfs;
+pub mod wal;
+
 use thiserror::Error;
 
 /// Why a captured transaction did not get a majority.

@@ -1,0 +1,177 @@
+//! Raft, wrapped: the only file that speaks of leaders and followers. Owns the `RawNode`; knows no clock, only ticks.
+//! Must never decide about ports: leadership alone opens nothing.
+
+use raft::{
+    Config, INVALID_ID, RawNode, ReadOnlyOption, Ready, StateRole, Storage,
+    eraftpb::{Message, MessageType},
+};
+
+use super::NodeId;
+
+/// Ticks of silence after which a voter may campaign or vote for somebody else.
+pub const ELECTION_TICKS: usize = 20;
+/// Bytes of entries in one append message: small enough that a heartbeat behind it is not late on a slow link.
+const MAX_MESSAGE_BYTES: u64 = 512 << 10;
+/// Append messages on their way to one member.
+const MAX_INFLIGHT: usize = 64;
+/// Bytes of proposals that wait for a majority; more are refused.
+const MAX_UNCOMMITTED_BYTES: u64 = 64 << 20;
+/// Bytes of committed entries handed out at once.
+const MAX_COMMITTED_BYTES: u64 = 1 << 20;
+
+/// One node's view of the election, and the replicated log behind it.
+pub struct Election<S: Storage> {
+    raw: RawNode<S>,
+}
+
+impl<S: Storage> Election<S> {
+    /// Wraps a log. `rank` orders the election time-outs: the lower one campaigns first (DESIGN section 5).
+    /// `applied` is the index up to which the database needs no entry.
+    ///
+    /// # Errors
+    /// When the log cannot be read or contradicts itself.
+    pub fn new(node: NodeId, rank: usize, ticks: usize, applied: u64, log: S) -> raft::Result<Self> {
+        let min_election_tick = ticks + 2 + 3 * rank;
+        let config = Config {
+            id: node,
+            election_tick: ticks,
+            // Heartbeats come from the lease rounds (`confirm`), one a tick; raft's own are only a fallback.
+            heartbeat_tick: ticks - 1,
+            min_election_tick,
+            max_election_tick: min_election_tick + 1,
+            applied,
+            check_quorum: true,
+            pre_vote: true,
+            read_only_option: ReadOnlyOption::Safe,
+            // Saves two messages a commit; the others learn of it with the next entry or heartbeat, a tick at most.
+            skip_bcast_commit: true,
+            max_size_per_msg: MAX_MESSAGE_BYTES,
+            max_inflight_msgs: MAX_INFLIGHT,
+            max_uncommitted_size: MAX_UNCOMMITTED_BYTES,
+            max_committed_size_per_ready: MAX_COMMITTED_BYTES,
+            ..Config::default()
+        };
+        // Raft's own messages are not ours: what matters is logged, once, by who drives the node.
+        let logger = slog::Logger::root(slog::Discard, slog::o!());
+        Ok(Self { raw: RawNode::new(&config, log, &logger)? })
+    }
+
+    pub fn is_leader(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader
+    }
+
+    /// True while real votes (not pre-votes) are being collected: another attempt would throw them away.
+    pub fn is_candidate(&self) -> bool {
+        self.raw.raft.state == StateRole::Candidate
+    }
+
+    /// The leader that this node follows or is; none while it looks for one.
+    pub fn leader(&self) -> Option<NodeId> {
+        Some(self.raw.raft.leader_id).filter(|id| *id != INVALID_ID)
+    }
+
+    pub fn term(&self) -> u64 {
+        self.raw.raft.term
+    }
+
+    /// Highest index known to be in the logs of a majority.
+    pub fn committed(&self) -> u64 {
+        self.raw.raft.raft_log.committed
+    }
+
+    pub fn last_index(&self) -> u64 {
+        self.raw.raft.raft_log.last_index()
+    }
+
+    /// True once the leader has committed an entry of its own term.
+    pub fn committed_in_term(&self) -> bool {
+        self.is_leader() && self.raw.raft.commit_to_current_term()
+    }
+
+    pub fn tick(&mut self) {
+        self.raw.tick();
+    }
+
+    /// One heartbeat round. Once an entry of this term is committed, it carries `context`, which comes back from
+    /// [`Ready::read_states`] when a majority has answered.
+    pub fn confirm(&mut self, context: Vec<u8>) {
+        if self.committed_in_term() { self.raw.read_index(context) } else { self.raw.ping() }
+    }
+
+    /// Takes in a message of another member. Refusals are raft's way of ignoring it.
+    pub fn step(&mut self, message: Message) {
+        let _ = self.raw.step(message);
+    }
+
+    /// Appends a proposal to the leader's log and returns its index; none if raft refuses it (not leader, a transfer is
+    /// under way, too much is uncommitted).
+    pub fn propose(&mut self, data: Vec<u8>) -> Option<u64> {
+        let before = self.last_index();
+        self.raw.propose(Vec::new(), data).ok()?;
+        let index = self.last_index();
+        (self.is_leader() && index == before + 1).then_some(index)
+    }
+
+    /// Asks the others for their votes, pre-vote first.
+    pub fn campaign(&mut self) {
+        let _ = self.raw.campaign();
+    }
+
+    /// Gives up leadership, or forgets the leader, without a new term.
+    pub fn forget_leader(&mut self) {
+        let term = self.term();
+        self.raw.raft.become_follower(term, INVALID_ID);
+    }
+
+    /// Starts to hand leadership to the most advanced member that has answered lately. Returns it.
+    pub fn transfer(&mut self) -> Option<NodeId> {
+        let me = self.raw.raft.id;
+        let best = self
+            .raw
+            .raft
+            .prs()
+            .iter()
+            .filter(|(id, progress)| **id != me && progress.recent_active)
+            .max_by_key(|(id, progress)| (progress.matched, std::cmp::Reverse(**id)))
+            .map(|(id, _)| *id)?;
+        self.raw.transfer_leader(best);
+        Some(best)
+    }
+
+    /// Tells raft that messages to this member may be lost, so that it probes before it streams.
+    pub fn report_unreachable(&mut self, id: NodeId) {
+        self.raw.report_unreachable(id);
+    }
+
+    /// Index that a member is known to have in its log; only the leader knows.
+    pub fn matched(&self, id: NodeId) -> Option<u64> {
+        let progress = self.raw.raft.prs().get(id)?;
+        self.is_leader().then_some(progress.matched)
+    }
+
+    pub fn ready(&mut self) -> Option<Ready> {
+        self.raw.has_ready().then(|| self.raw.ready())
+    }
+
+    /// The log holds what `ready` carried, readable though not yet durable. Committed entries count as applied for raft
+    /// as soon as they were handed out: it uses that mark for membership changes only, and those are applied here.
+    pub fn written(&mut self, ready: Ready) {
+        self.raw.advance_append_async(ready);
+        self.raw.advance_apply();
+    }
+
+    /// Everything up to the ready of this number is durable.
+    pub fn persisted(&mut self, number: u64) {
+        self.raw.on_persist_ready(number);
+    }
+}
+
+/// True for the requests by which others ask this node for its vote.
+pub fn asks_for_vote(message: &Message) -> bool {
+    matches!(message.get_msg_type(), MessageType::MsgRequestVote | MessageType::MsgRequestPreVote)
+}
+
+/// True for the order of a leader to campaign at once.
+pub fn orders_campaign(message: &Message) -> bool {
+    message.get_msg_type() == MessageType::MsgTimeoutNow
+}

@@ -1,0 +1,241 @@
+//! Who sends a request: bearer tokens from `POST authenticate`, or Basic. Tokens live in the replicated database, so
+//! that nobody is logged out when the primary role moves. Must never keep a token or a password in clear.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use axum::{
+    Json,
+    extract::{FromRequestParts, State},
+    http::{HeaderMap, header, request::Parts},
+};
+use base64::{
+    Engine,
+    prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD},
+};
+use ring::{
+    digest, hmac,
+    rand::{SecureRandom, SystemRandom},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{Console, errors::ApiError, extract::Body, password::Hasher, store::StoreError, throttle::Throttle};
+
+/// How long a token is valid.
+const TOKEN_LIFE: Duration = Duration::from_secs(30 * 60);
+/// How long a verified name and password need not be verified again: else each request would cost a password hash.
+const CACHE_LIFE: Duration = Duration::from_secs(60);
+/// Verified names and passwords remembered.
+const CACHE_SIZE: usize = 1024;
+/// Longest name and password that are looked at, in bytes.
+pub(super) const LONGEST: usize = 1024;
+
+/// The sender of a request, verified. Handlers that take it as an argument are closed to strangers.
+#[derive(Clone, Debug)]
+pub(super) struct User {
+    pub(super) name: String,
+}
+
+/// What verification needs besides the database.
+#[derive(Debug)]
+pub(super) struct Logins {
+    pub(super) hasher: Hasher,
+    throttle: Throttle,
+    /// Random for each process, so that the table below is of no use to anybody else.
+    key: hmac::Key,
+    verified: Mutex<HashMap<[u8; 32], Instant>>,
+}
+
+impl Logins {
+    pub(super) fn new() -> Result<Self, ring::error::Unspecified> {
+        let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())?;
+        Ok(Self { hasher: Hasher::new(), throttle: Throttle::default(), key, verified: Mutex::default() })
+    }
+
+    fn tag(&self, login: &Login) -> [u8; 32] {
+        let mut context = hmac::Context::with_key(&self.key);
+        context.update(&(login.username.len() as u64).to_le_bytes());
+        context.update(login.username.as_bytes());
+        context.update(login.password.as_bytes());
+        let mut tag = [0; 32];
+        tag.copy_from_slice(context.sign().as_ref());
+        tag
+    }
+
+    fn is_verified(&self, tag: &[u8; 32]) -> bool {
+        let verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        verified.get(tag).is_some_and(|since| since.elapsed() < CACHE_LIFE)
+    }
+
+    fn remember(&self, tag: [u8; 32]) {
+        let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        if verified.len() >= CACHE_SIZE {
+            verified.retain(|_, since| since.elapsed() < CACHE_LIFE);
+        }
+        if verified.len() < CACHE_SIZE {
+            verified.insert(tag, Instant::now());
+        }
+    }
+}
+
+/// A name and a password: the body of `signup` and `authenticate`, or what Basic carries.
+#[derive(Deserialize)]
+pub(super) struct Login {
+    pub(super) username: String,
+    pub(super) password: String,
+}
+
+/// The answer of `authenticate`.
+#[derive(Serialize)]
+pub(super) struct Token {
+    token: String,
+}
+
+/// `POST authenticate`.
+pub(super) async fn authenticate(
+    State(console): State<Arc<Console>>,
+    Body(login): Body<Login>,
+) -> Result<Json<Token>, ApiError> {
+    let name = login.username.clone();
+    verify(&console, login).await?;
+    let mut secret = [0; 32];
+    SystemRandom::new().fill(&mut secret).map_err(|_| ApiError::Internal)?;
+    let token = BASE64_URL_SAFE_NO_PAD.encode(secret);
+    let now = unix_time();
+    let mut writing = console.store.begin().await?;
+    writing.execute(sqlx::query("DELETE FROM tokens WHERE expires <= ?").bind(now)).await?;
+    let insert = sqlx::query("INSERT INTO tokens (digest, user, expires) VALUES (?, ?, ?)");
+    let insert = insert.bind(digest_of(&token)).bind(name).bind(now + TOKEN_LIFE.as_secs() as i64);
+    writing.execute(insert).await?;
+    writing.commit().await?;
+    Ok(Json(Token { token }))
+}
+
+fn digest_of(token: &str) -> Vec<u8> {
+    digest::digest(&digest::SHA256, token.as_bytes()).as_ref().to_vec()
+}
+
+/// Seconds since 1970. The wall clock, not a monotonic one: another node may check the token's expiry.
+pub(super) fn unix_time() -> i64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64)
+}
+
+/// Checks a name and a password.
+async fn verify(console: &Console, login: Login) -> Result<(), ApiError> {
+    const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
+    if login.username.len() > LONGEST || login.password.len() > LONGEST {
+        return Err(WRONG);
+    }
+    let logins = &console.logins;
+    let tag = logins.tag(&login);
+    if logins.is_verified(&tag) {
+        return Ok(());
+    }
+    let wait = logins.throttle.wait(&login.username, Instant::now());
+    if !wait.is_zero() {
+        return Err(ApiError::TooMany(wait.as_secs() + 1));
+    }
+    let turn = logins.hasher.turn().await?;
+    // Of many requests that came with the same password at once, only the first ones compute.
+    if logins.is_verified(&tag) {
+        return Ok(());
+    }
+    let mut reading = console.store.read().await?;
+    let query = sqlx::query_scalar("SELECT password FROM users WHERE name = ?").bind(login.username.clone());
+    let stored: Option<String> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
+    drop(reading);
+    if turn.verify(login.password, stored).await? {
+        logins.throttle.succeeded(&login.username);
+        logins.remember(tag);
+        Ok(())
+    } else {
+        logins.throttle.failed(&login.username, Instant::now());
+        Err(WRONG)
+    }
+}
+
+impl FromRequestParts<Arc<Console>> for User {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
+        match credentials(&parts.headers) {
+            Some(Credentials::Bearer(token)) => bearer(console, &token).await,
+            Some(Credentials::Basic(login)) => {
+                let name = login.username.clone();
+                verify(console, login).await?;
+                Ok(User { name })
+            }
+            None => Err(ApiError::Unauthorized("log in with a bearer token or with Basic")),
+        }
+    }
+}
+
+async fn bearer(console: &Console, token: &str) -> Result<User, ApiError> {
+    let mut reading = console.store.read().await?;
+    let query = sqlx::query_scalar("SELECT user FROM tokens WHERE digest = ? AND expires > ?");
+    let query = query.bind(digest_of(token)).bind(unix_time());
+    let user: Option<String> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
+    user.map(|name| User { name }).ok_or(ApiError::Unauthorized("the token is not valid or has expired"))
+}
+
+enum Credentials {
+    Bearer(String),
+    Basic(Login),
+}
+
+/// What the Authorization header carries, if it can be read.
+fn credentials(headers: &HeaderMap) -> Option<Credentials> {
+    let (scheme, value) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    let value = value.trim();
+    if scheme.eq_ignore_ascii_case("bearer") {
+        return Some(Credentials::Bearer(value.to_owned()));
+    }
+    if !scheme.eq_ignore_ascii_case("basic") || value.len() > 4 * LONGEST {
+        return None;
+    }
+    let text = String::from_utf8(BASE64_STANDARD.decode(value).ok()?).ok()?;
+    let (username, password) = text.split_once(':')?;
+    Some(Credentials::Basic(Login { username: username.to_owned(), password: password.to_owned() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    fn read(value: &str) -> Option<String> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::AUTHORIZATION, HeaderValue::from_str(value).unwrap());
+        credentials(&headers).map(|credentials| match credentials {
+            Credentials::Bearer(token) => token,
+            Credentials::Basic(login) => format!("{}/{}", login.username, login.password),
+        })
+    }
+
+    #[test]
+    fn credentials_are_read_from_the_header() {
+        assert_eq!(read("Bearer abc").as_deref(), Some("abc"));
+        assert_eq!(read("bearer  abc ").as_deref(), Some("abc"));
+        assert_eq!(read("Basic YWRtaW46YTpi").as_deref(), Some("admin/a:b"));
+        for bad in ["", "Basic", "Basic ???", "Basic YWRtaW4=", "Digest x"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_cache_is_bounded_and_tells_logins_apart() {
+        let logins = Logins::new().unwrap();
+        let login = |username: &str, password: &str| Login { username: username.into(), password: password.into() };
+        assert_ne!(logins.tag(&login("ab", "c")), logins.tag(&login("a", "bc")));
+        for number in 0..CACHE_SIZE + 5 {
+            logins.remember(logins.tag(&login("a", &number.to_string())));
+        }
+        assert_eq!(logins.verified.lock().unwrap().len(), CACHE_SIZE);
+        assert!(logins.is_verified(&logins.tag(&login("a", "0"))));
+        assert!(!logins.is_verified(&logins.tag(&login("b", "0"))));
+    }
+}

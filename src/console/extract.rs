@@ -1,0 +1,55 @@
+//! Reads the parts of a request that handlers ask for, and turns every refusal of the framework into `{"err": "..."}`.
+
+use axum::{
+    Json,
+    extract::{FromRequest, FromRequestParts, Path, Query, Request},
+    http::request::Parts,
+};
+use serde::de::DeserializeOwned;
+
+use super::errors::ApiError;
+
+/// A JSON body. Only with the content type of JSON: a browser then asks before it sends it for another site.
+#[derive(Debug)]
+pub(super) struct Body<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        match Json::from_request(request, state).await {
+            Ok(Json(value)) => Ok(Self(value)),
+            Err(refusal) => Err(ApiError::Request(refusal.status(), refusal.body_text())),
+        }
+    }
+}
+
+/// A part of the path, decoded.
+#[derive(Debug)]
+pub(super) struct Name(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(name)) => Ok(Self(name)),
+            Err(refusal) => Err(ApiError::Request(refusal.status(), refusal.body_text())),
+        }
+    }
+}
+
+/// The query string.
+#[derive(Debug)]
+pub(super) struct Search<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Search<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        match Query::from_request_parts(parts, state).await {
+            Ok(Query(value)) => Ok(Self(value)),
+            Err(refusal) => Err(ApiError::Request(refusal.status(), refusal.body_text())),
+        }
+    }
+}

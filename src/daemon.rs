@@ -1,0 +1,327 @@
+//! One node's process: builds the parts, joins them, and takes them apart in order. The only place where parts are wired.
+
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use raft::eraftpb::ConfState;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task,
+};
+use tracing::{Level, error, info, warn};
+use twistlock_ha::{
+    cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
+    config::{self, Config, LogFormat, Severity},
+    control::{ControlHandler, ControlSocket},
+    guard::PortGuard,
+    node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
+    peer::{self, Links, LinksConfig, PeerIdentity},
+    pki::NodeTls,
+    storage::{
+        DataDir, Identity,
+        database::Database,
+        make_private_dir,
+        raft_log::{Options, RaftLog, RealDisk},
+    },
+    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
+    telemetry,
+};
+
+/// Exit codes of sysexits: something of the host does not work; an input or output failed.
+const EX_UNAVAILABLE: u8 = 69;
+const EX_IOERR: u8 = 74;
+/// How long a planned stop may take before the process ends anyway.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Runs the node that this configuration file describes, until SIGTERM or SIGINT.
+pub(crate) fn run(path: &Path) -> ExitCode {
+    let loaded = match config::load(path) {
+        Ok(loaded) => loaded,
+        Err(errors) => {
+            eprintln!("{errors}");
+            return ExitCode::from(errors.exit_code());
+        }
+    };
+    let format = match loaded.config.log_format {
+        LogFormat::Human => telemetry::Format::Human,
+        LogFormat::Json => telemetry::Format::Json,
+    };
+    if let Err(error) = telemetry::init(format, Level::from(loaded.config.log_level)) {
+        eprintln!("twistlockd: {error:#}");
+        return ExitCode::from(EX_UNAVAILABLE);
+    }
+    for note in &loaded.notes {
+        match note.severity {
+            Severity::Warning => warn!("{note}"),
+            _ => info!("{note}"),
+        }
+    }
+    match Parts::build(&loaded.config).and_then(|parts| parts.run(path)) {
+        Ok(Exit::Stopped) => ExitCode::SUCCESS,
+        Ok(Exit::Fatal(why)) => {
+            error!(reason = why, "the node ends itself: a restart begins from what is durable");
+            ExitCode::from(EX_IOERR)
+        }
+        Err(error) => {
+            error!("cannot start: {error:#}");
+            ExitCode::from(EX_UNAVAILABLE)
+        }
+    }
+}
+
+/// Everything that runs, in the order in which it was built.
+struct Parts {
+    config: Config,
+    /// Held for its lock.
+    _data: DataDir,
+    identity: Identity,
+    listener: std::net::TcpListener,
+    lease: Lease,
+    guard: PortGuard,
+    node_tls: NodeTls,
+    links: peer::LinkSender,
+    handle: Handle,
+    thread: JoinHandle<Exit>,
+}
+
+impl Parts {
+    fn build(config: &Config) -> Result<Self> {
+        let data = DataDir::open(&config.data_folder)?;
+        let identity = data.identity()?;
+        let certificates = data.path().join("certificates");
+        let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;
+        let address = SocketAddr::new(bind_address(config), config.high_availability_port.unwrap_or(8086));
+        let listener = peer::listen(address).with_context(|| format!("listen for the other members on {address}"))?;
+        let lease = Lease::new().context("make the lease")?;
+        let guard = PortGuard::spawn(PathBuf::from("/proc/self/exe"), &lease, Some(listener.as_fd()))
+            .context("start the port guard")?;
+        telemetry::metrics_handle().context("start the metrics")?;
+        let log = open_log(config, &data, &identity)?;
+        let database_dir = data.path().join("database");
+        make_private_dir(&database_dir).with_context(|| format!("create {}", database_dir.display()))?;
+        let start = Instant::now();
+        let database = Database::open(&database_dir, CONSOLE_DATABASE, raft::Storage::last_index(&log)?)?;
+        info!(index = database.applied(), ms = start.elapsed().as_millis() as u64, "database opened at its checkpoint");
+        let others: Vec<NodeId> =
+            identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
+        let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
+        let node_config = node_config(config, &identity, lease.clone());
+        let (handle, thread) =
+            node::spawn(node_config, log, database, (links, sender.clone())).context("start the node")?;
+        let config = config.clone();
+        Ok(Self { config, _data: data, identity, listener, lease, guard, node_tls, links: sender, handle, thread })
+    }
+
+    fn run(self, path: &Path) -> Result<Exit> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .context("start the runtime")?;
+        let exit = runtime.block_on(self.serve(path));
+        // Whatever a task still does must not keep the process: everything that matters has been closed by now.
+        runtime.shutdown_background();
+        exit
+    }
+
+    async fn serve(self, path: &Path) -> Result<Exit> {
+        let (stop, stopped) = watch::channel(false);
+        let socket = self.config.control_socket_path();
+        let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
+        let (supervisor, ports) = self.supervisor()?;
+        let administrator = Arc::new(Administrator { handle: self.handle.clone(), ports: ports.clone() });
+        let mut control_stop = stopped.clone();
+        task::spawn(control.serve(administrator, async move {
+            let _ = control_stop.wait_for(|stop| *stop).await;
+        }));
+        let peers = PeerIdentity {
+            me: self.identity.node,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            membership: self.identity.membership.clone(),
+            bind: self.config.bind_address,
+            tls: self.node_tls,
+        };
+        let peers = task::spawn(peer::run(self.listener, Arc::new(peers), self.links, stopped));
+        let supervising = task::spawn(supervisor.run());
+        task::spawn(report_problems(ports.clone(), self.handle.clone()));
+        task::spawn(service_manager(self.handle.status()));
+        info!(node = self.identity.name, cluster = %self.identity.cluster, "node runs");
+        let mut node = task::spawn_blocking(move || self.thread.join());
+        tokio::select! {
+            ended = &mut node => return Ok(flatten(ended)),
+            ended = peers => ended.context("peer links panicked")?.context("run the peer links")?,
+            () = asked_to_stop(path, &self.config) => {}
+        }
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        let orderly = async {
+            ports.drain().await;
+            self.handle.hand_over().await;
+            self.handle.stop();
+            (&mut node).await
+        };
+        let exit = match tokio::time::timeout(STOP_LIMIT, orderly).await {
+            Ok(ended) => flatten(ended),
+            Err(_) => Exit::Fatal(format!("an orderly stop took longer than {} s", STOP_LIMIT.as_secs())),
+        };
+        stop.send_replace(true);
+        supervising.abort();
+        Ok(exit)
+    }
+
+    fn supervisor(&self) -> Result<(Supervisor, SupervisorHandle)> {
+        let certificates = self.config.data_folder.join("certificates");
+        let read = |name: &str| {
+            let file = certificates.join(name);
+            std::fs::read(&file).with_context(|| format!("read {}", file.display()))
+        };
+        let supervisor = SupervisorConfig {
+            address: bind_address(&self.config),
+            ports: ConsolePorts {
+                https: self.config.management_port_https,
+                http: self.config.management_port_http,
+                defender: self.config.communication_port,
+            },
+            tls: tls_config(&read("console-cert.pem")?, &read("console-key.pem")?)?,
+            demotion_deadline: self.config.demotion_deadline,
+        };
+        Ok(Supervisor::new(supervisor, self.handle.status(), self.lease.clone(), self.guard.clone()))
+    }
+}
+
+fn bind_address(config: &Config) -> IpAddr {
+    config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
+}
+
+fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
+    match ended {
+        Ok(Ok(exit)) => exit,
+        Ok(Err(_)) | Err(_) => Exit::Fatal("the consensus loop panicked".to_owned()),
+    }
+}
+
+fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog> {
+    let voters = identity.membership.members.iter().map(|member| member.id).collect();
+    let initial = ConfState { voters, ..ConfState::default() };
+    let options = Options { segment_bytes: config.raft_log_segment_bytes, ..Options::default() };
+    let owner = (identity.cluster, identity.node);
+    let log = RaftLog::open(&data.path().join("raft-log"), owner, initial, options, RealDisk)?;
+    info!("raft log opened: {:?}", log.recovered());
+    Ok(log)
+}
+
+fn node_config(config: &Config, identity: &Identity, lease: Lease) -> NodeConfig {
+    NodeConfig {
+        membership: identity.membership.clone(),
+        node: identity.node,
+        timing: Timing {
+            tick: config.tick.as_nanos() as u64,
+            election_ticks: config.election_ticks as usize,
+            lease: config.lease.as_nanos() as u64,
+            ..Timing::default()
+        },
+        demotion_deadline: config.demotion_deadline,
+        checkpoints: CheckpointPolicy { bytes: config.checkpoint_bytes, interval: config.checkpoint_interval },
+        page_size: config.database_page_size,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        lease,
+    }
+}
+
+/// Returns at SIGTERM or SIGINT. SIGHUP reads the configuration again and says what a restart would change.
+async fn asked_to_stop(path: &Path, running: &Config) {
+    let listen = |kind| signal(kind).map_err(|error| error!(%error, "a signal cannot be waited for"));
+    let (Ok(mut term), Ok(mut int), Ok(mut hup)) =
+        (listen(SignalKind::terminate()), listen(SignalKind::interrupt()), listen(SignalKind::hangup()))
+    else {
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = term.recv() => return info!("SIGTERM: the role is handed over, then the node stops"),
+            _ = int.recv() => return info!("SIGINT: the role is handed over, then the node stops"),
+            _ = hup.recv() => reload(path, running),
+        }
+    }
+}
+
+fn reload(path: &Path, running: &Config) {
+    match config::load(path) {
+        Ok(loaded) if loaded.config == *running => info!("SIGHUP: {} has not changed", path.display()),
+        Ok(loaded) => {
+            telemetry::set_level(Level::from(loaded.config.log_level));
+            info!("SIGHUP: LOG_LEVEL of {} is in force; other changes need a restart of this node", path.display());
+        }
+        Err(errors) => error!("SIGHUP: nothing changed, the file has errors:\n{errors}"),
+    }
+}
+
+/// Shows in the node's status why ports are not open.
+async fn report_problems(ports: SupervisorHandle, handle: Handle) {
+    let mut state = ports.state();
+    let mut shown = None;
+    while state.changed().await.is_ok() {
+        let problem = state.borrow_and_update().problem.clone();
+        if problem != shown {
+            handle.warn("ports", problem.clone());
+            shown = problem;
+        }
+    }
+}
+
+/// Tells systemd that the node is up, what it is, and, as long as its loop turns, that it is alive.
+async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
+    let watchdog = sd_notify::watchdog_enabled();
+    let mut shown = String::new();
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    while status.changed().await.is_ok() {
+        let now = status.borrow_and_update().clone();
+        let line = format!("{} in epoch {}: {}", now.role, now.epoch, now.reason);
+        if line != shown {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&line)]);
+            shown = line;
+        }
+        if watchdog.is_some() {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+        }
+    }
+}
+
+/// What the local administrator can do.
+struct Administrator {
+    handle: Handle,
+    ports: SupervisorHandle,
+}
+
+impl ControlHandler for Administrator {
+    fn status(&self) -> Arc<Status> {
+        self.handle.status().borrow().clone()
+    }
+
+    fn step_down(&self, reason: &str) -> Result<(), String> {
+        let status = self.status();
+        if status.primary != Some(status.node) {
+            return Err(format!("{} is not primary", status.name));
+        }
+        info!(reason, "the administrator asks this node to hand the primary role over");
+        let (handle, ports) = (self.handle.clone(), self.ports.clone());
+        task::spawn(async move {
+            ports.drain().await;
+            handle.hand_over().await;
+            ports.resume();
+        });
+        Ok(())
+    }
+
+    fn metrics(&self) -> String {
+        telemetry::metrics_handle().map(|handle| handle.render()).unwrap_or_default()
+    }
+}

@@ -1,0 +1,158 @@
+//! The port guard process. Owns duplicates of the Console sockets and closes them for every holder when the lease
+//! deadline passes. Must never decide anything else, never block on the daemon, never outlive it, and stay small: one
+//! thread, no allocation worth mentioning, asleep unless something happens.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    process::ExitCode,
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        prctl,
+        signal::{SigSet, Signal},
+        time::TimeSpec,
+        timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
+    },
+    unistd::getppid,
+};
+use rustix::net::{Shutdown, listen, shutdown};
+
+use super::{
+    BACKLOG,
+    wire::{self, Kind},
+};
+use crate::node::lease::{boottime, read_shared};
+
+/// Runs the guard until its daemon is gone. Standard input is the socket to the daemon, the second argument the
+/// daemon's process id.
+pub fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("port guard: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> io::Result<()> {
+    // The order matters: a parent that dies before this line is noticed by the comparison, one that dies after it
+    // takes the guard with it.
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    let parent = std::env::args().nth(2).and_then(|text| text.parse::<i32>().ok());
+    if parent != Some(getppid().as_raw()) {
+        return Err(io::Error::other("not started by a daemon (this command is internal to twistlockd)"));
+    }
+    prctl::set_name(c"twistlock-guard")?;
+    // A terminal's Ctrl-C and a service manager's stop reach the whole group; the daemon decides when ports close.
+    let mut decided_by_daemon = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        decided_by_daemon.add(signal);
+    }
+    decided_by_daemon.thread_block()?;
+    let socket = io::stdin();
+    Guard::new(socket.as_fd())?.run()
+}
+
+struct Guard<'a> {
+    socket: BorrowedFd<'a>,
+    /// On CLOCK_BOOTTIME, so that a host that wakes from suspend closes its ports at once.
+    timer: TimerFd,
+    lease: Option<File>,
+    /// Kept open only so that the kernel refuses connections to it no sooner than this process is dead, too.
+    consensus: Vec<OwnedFd>,
+    ports: Vec<OwnedFd>,
+}
+
+impl<'a> Guard<'a> {
+    fn new(socket: BorrowedFd<'a>) -> io::Result<Self> {
+        let timer = TimerFd::new(ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
+        Ok(Self { socket, timer, lease: None, consensus: Vec::new(), ports: Vec::new() })
+    }
+
+    fn run(mut self) -> io::Result<()> {
+        loop {
+            self.watch()?;
+            let mut ready =
+                [PollFd::new(self.socket, PollFlags::POLLIN), PollFd::new(self.timer.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ready, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if ready[0].any() == Some(true) && !self.receive()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Closes the ports if the deadline has passed, else sets the timer to it. The daemon extends the deadline in
+    /// memory without telling: it is read again each time the older one passes.
+    fn watch(&mut self) -> io::Result<()> {
+        if self.ports.is_empty() {
+            return Ok(self.timer.unset()?);
+        }
+        let deadline = self.deadline();
+        if boottime() < deadline {
+            let at = TimeSpec::new((deadline / 1_000_000_000) as i64, (deadline % 1_000_000_000) as i64);
+            return Ok(self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?);
+        }
+        for port in self.ports.drain(..) {
+            // "Not connected" means that the daemon was faster.
+            let _ = shutdown(&port, Shutdown::Both);
+        }
+        self.timer.unset()?;
+        // A frozen daemon reads it later; if it never does, nobody needs it.
+        let _ = wire::send(self.socket, Kind::Lapsed, 0, &[]);
+        Ok(())
+    }
+
+    /// A lease that cannot be read counts as lapsed.
+    fn deadline(&self) -> u64 {
+        self.lease.as_ref().and_then(|memory| read_shared(memory).ok()).unwrap_or(0)
+    }
+
+    /// Carries out one message; false when the daemon is gone.
+    fn receive(&mut self) -> io::Result<bool> {
+        let Some(message) = wire::receive(self.socket)? else { return Ok(false) };
+        let answer = match self.carry_out(message.kind, message.descriptors) {
+            Ok(()) => Kind::Done,
+            Err(error) => {
+                eprintln!("port guard: {error}");
+                self.ports.clear();
+                Kind::Refused
+            }
+        };
+        match wire::send(self.socket, answer, message.sequence, &[]) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+            other => other.map(|()| true),
+        }
+    }
+
+    fn carry_out(&mut self, kind: Kind, mut descriptors: Vec<OwnedFd>) -> io::Result<()> {
+        match kind {
+            Kind::Start if self.lease.is_none() && !descriptors.is_empty() => {
+                self.lease = Some(File::from(descriptors.remove(0)));
+                self.consensus = descriptors;
+            }
+            Kind::Open if self.ports.is_empty() => {
+                if boottime() >= self.deadline() {
+                    return Err(io::Error::other("the lease lapsed before the ports were open"));
+                }
+                // Held before they listen: from the first moment on somebody is there to close them.
+                self.ports = descriptors;
+                for port in &self.ports {
+                    listen(port, BACKLOG)?;
+                }
+            }
+            Kind::Hold if self.ports.is_empty() => self.ports = descriptors,
+            Kind::Release => self.ports.clear(),
+            _ => return Err(io::Error::other(format!("message {kind:?} out of order"))),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,326 @@
+//! The database thread: brings the database in line with what the consensus loop wants of it. Level-triggered: the loop
+//! sets a goal, the thread compares it with where it is. Owns the [`Database`]; the loop never touches the disk for it.
+
+use std::{
+    io,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use raft::eraftpb::EntryType;
+use tracing::{info, warn};
+
+use crate::storage::{
+    database::{ApplyError, Database, DatabaseError},
+    raft_log::RaftLog,
+};
+
+use super::inbox::{DatabaseEvent, Input, Proposer, Sender};
+
+/// Entries applied between two looks at the goal.
+const SLICE: u64 = 256;
+
+/// What the loop wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Goal {
+    /// Apply the raft log up to here.
+    applied: u64,
+    /// Be open for writing in this epoch.
+    epoch: Option<u64>,
+    /// How many times this node was demoted.
+    demotion: u64,
+    stop: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    goal: Mutex<Goal>,
+    changed: Condvar,
+    applied: AtomicU64,
+    /// Bytes ever appended to the raft log by this process.
+    appended: AtomicU64,
+}
+
+/// The loop's side of the database thread.
+pub(super) struct Applier {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// When a checkpoint is due.
+#[derive(Clone, Copy, Debug)]
+pub struct CheckpointPolicy {
+    /// Bytes appended to the raft log since the last one.
+    pub bytes: u64,
+    pub interval: Duration,
+}
+
+impl Applier {
+    pub fn start(
+        database: Database,
+        log: RaftLog,
+        sender: Sender,
+        deadline: Duration,
+        checkpoints: CheckpointPolicy,
+    ) -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        shared.applied.store(database.applied(), Ordering::Relaxed);
+        let worker = Worker {
+            checkpointed: (Instant::now(), 0),
+            database,
+            log,
+            sender,
+            shared: Arc::clone(&shared),
+            deadline,
+            checkpoints,
+            epoch: None,
+            reported_empty: 0,
+            refused: 0,
+            reported_demotion: 0,
+            broken: false,
+            ended: false,
+        };
+        let thread = thread::Builder::new().name("database".to_owned()).spawn(move || worker.run())?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// The raft index up to which the database has everything.
+    pub fn applied(&self) -> u64 {
+        self.shared.applied.load(Ordering::Relaxed)
+    }
+
+    pub fn apply(&self, index: u64) {
+        self.change(|goal| goal.applied = goal.applied.max(index));
+    }
+
+    /// Tells how much the raft log grew: a checkpoint becomes due by it.
+    pub fn appended(&self, bytes: usize) {
+        self.shared.appended.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub fn promote(&self, epoch: u64) {
+        self.change(|goal| goal.epoch = Some(epoch));
+    }
+
+    /// Close the database; answered by [`DatabaseEvent::Demoted`] with the number returned here.
+    pub fn demote(&self) -> u64 {
+        self.change(|goal| {
+            goal.epoch = None;
+            goal.demotion += 1;
+        })
+        .demotion
+    }
+
+    /// Ends the thread after a last checkpoint.
+    pub fn stop(&mut self) {
+        self.change(|goal| goal.stop = true);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Goal)) -> Goal {
+        let mut goal = lock(&self.shared);
+        let before = *goal;
+        change(&mut goal);
+        if *goal != before {
+            self.shared.changed.notify_one();
+        }
+        *goal
+    }
+}
+
+fn lock(shared: &Shared) -> MutexGuard<'_, Goal> {
+    // A panic aborts the process, so a poisoned lock cannot be seen; its content would be sound in any case.
+    shared.goal.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Worker {
+    database: Database,
+    log: RaftLog,
+    sender: Sender,
+    shared: Arc<Shared>,
+    deadline: Duration,
+    checkpoints: CheckpointPolicy,
+    /// When the last checkpoint was tried, and how much had been appended then.
+    checkpointed: (Instant, u64),
+    /// The epoch in which the database is open for writing.
+    epoch: Option<u64>,
+    reported_empty: u64,
+    /// The epoch in which opening failed: not tried again in it.
+    refused: u64,
+    reported_demotion: u64,
+    /// Its content is not to be trusted: nothing is applied any more.
+    broken: bool,
+    /// The process was asked to end; nothing more happens here.
+    ended: bool,
+}
+
+impl Worker {
+    fn run(mut self) {
+        loop {
+            let goal = self.wait();
+            if goal.stop {
+                return self.close();
+            }
+            if self.ended {
+                return;
+            }
+            if self.epoch.is_some() && self.epoch != goal.epoch {
+                self.demote();
+            } else if self.epoch.is_some() {
+                self.database.note_committed(goal.applied);
+            } else if !self.broken && self.database.applied() < goal.applied {
+                self.apply(goal.applied);
+            } else if let Some(epoch) = goal.epoch.filter(|epoch| *epoch != self.refused && !self.broken) {
+                self.promote(epoch);
+            }
+            if self.epoch.is_none() && goal.demotion != self.reported_demotion && !self.behind(&goal) {
+                self.reported_demotion = goal.demotion;
+                self.report(DatabaseEvent::Demoted { demotion: goal.demotion });
+            }
+            self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
+            self.checkpoint_if_due();
+        }
+    }
+
+    fn report(&self, event: DatabaseEvent) {
+        self.sender.send(Input::Database(event));
+    }
+
+    fn fatal(&mut self, why: String) {
+        self.ended = true;
+        self.report(DatabaseEvent::Fatal { why });
+    }
+
+    fn behind(&self, goal: &Goal) -> bool {
+        !self.broken && self.database.applied() < goal.applied
+    }
+
+    /// Waits until there is something to do, or a checkpoint is due.
+    fn wait(&self) -> Goal {
+        let mut goal = lock(&self.shared);
+        loop {
+            let idle = match goal.epoch {
+                _ if goal.stop || goal.demotion != self.reported_demotion => false,
+                _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
+                Some(epoch) if self.epoch.is_none() && !self.broken => {
+                    let waits = self.reported_empty == epoch && self.database.is_empty();
+                    !self.behind(&goal) && (waits || self.refused == epoch)
+                }
+                _ => !self.behind(&goal),
+            };
+            if !idle {
+                return *goal;
+            }
+            let (guard, time) = self
+                .shared
+                .changed
+                .wait_timeout(goal, self.checkpoints.interval)
+                .unwrap_or_else(PoisonError::into_inner);
+            goal = guard;
+            if time.timed_out() {
+                return *goal;
+            }
+        }
+    }
+
+    /// Applies a slice of the raft log, so that a change of the goal is seen soon.
+    fn apply(&mut self, goal: u64) {
+        let (first, last) = (self.database.applied() + 1, goal.min(self.database.applied() + SLICE));
+        let Self { database, log, .. } = self;
+        let mut failed = None;
+        let result = log.entries_between(first, last, &mut |entry| {
+            let applied = if entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty() {
+                database.apply(entry.index, entry.term, &entry.data, log)
+            } else {
+                database.apply_empty(entry.index, entry.term)
+            };
+            applied.map_err(|error| {
+                failed = Some(error);
+                io::Error::other("see the error that was kept")
+            })
+        });
+        match (failed, result) {
+            (None, Ok(())) => {}
+            // Another start from the checkpoint would end the same way: the copy is wrong, or this program too old for it.
+            (Some(error @ (ApplyError::Diverged { .. } | ApplyError::Command { .. } | ApplyError::OutOfOrder { .. })), _) => {
+                self.mistrust(error.to_string());
+            }
+            (Some(error), _) => self.fatal(format!("apply the raft log to the database: {error}")),
+            (None, Err(error)) => self.fatal(format!("read the raft log from {first} to {last}: {error}")),
+        }
+    }
+
+    fn mistrust(&mut self, why: String) {
+        self.broken = true;
+        self.report(DatabaseEvent::Diverged { why });
+    }
+
+    fn promote(&mut self, epoch: u64) {
+        if self.database.is_empty() {
+            if self.reported_empty != epoch {
+                self.reported_empty = epoch;
+                self.report(DatabaseEvent::Empty { epoch });
+            }
+            return;
+        }
+        let proposer = Proposer { epoch, sender: self.sender.clone() };
+        match self.database.promote(epoch, Arc::new(proposer)) {
+            Ok(database) => {
+                self.epoch = Some(epoch);
+                self.report(DatabaseEvent::Promoted { epoch, database });
+            }
+            Err(error @ DatabaseError::Diverged { .. }) => self.mistrust(error.to_string()),
+            Err(error) => {
+                self.refused = epoch;
+                self.report(DatabaseEvent::Failed { epoch, why: format!("open the database for writing: {error}") });
+            }
+        }
+    }
+
+    fn demote(&mut self) {
+        let start = Instant::now();
+        match self.database.demote(start + self.deadline) {
+            Ok(()) => {
+                let back_at = self.database.applied();
+                info!(index = back_at, ms = start.elapsed().as_millis() as u64, "database closed, raft log is re-applied from its checkpoint");
+                self.epoch = None;
+            }
+            Err(error) => self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis())),
+        }
+    }
+
+    fn checkpoint_if_due(&mut self) {
+        let (at, before) = self.checkpointed;
+        let appended = self.shared.appended.load(Ordering::Relaxed);
+        let due = appended - before >= self.checkpoints.bytes || at.elapsed() >= self.checkpoints.interval;
+        if due && !self.broken && self.database.applied() > self.database.checkpointed() {
+            self.checkpointed = (Instant::now(), appended);
+            self.checkpoint();
+        }
+    }
+
+    fn checkpoint(&mut self) {
+        if let Err(error) = self.database.checkpoint() {
+            // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
+            // is not used any further.
+            self.fatal(format!("checkpoint the database: {error}"));
+        }
+    }
+
+    fn close(&mut self) {
+        if self.epoch.is_some() {
+            self.demote();
+        }
+        if self.epoch.is_none() && !self.broken && !self.database.is_empty() {
+            self.checkpoint();
+        } else if self.broken {
+            warn!("the database is left as it is: it needs to be restored");
+        }
+    }
+}

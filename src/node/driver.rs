@@ -1,0 +1,308 @@
+//! The one loop: inputs -> cluster -> persist -> send -> apply -> status, on an OS thread of its own. Owns the links and
+//! the order of effects. Must never wait for anything but its own poll: disk and database have their own threads.
+
+use std::{
+    sync::mpsc::Receiver,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::oneshot;
+use tracing::{error, info, warn};
+
+use crate::{
+    cluster::{
+        Cause, Cluster, Output, Phase,
+        command::CONSOLE_DATABASE,
+        role::Transition,
+    },
+    peer::{Links, PeerEvent},
+    storage::{ReplicateError, database, raft_log::RaftLog},
+};
+
+use super::{
+    Exit, NodeConfig,
+    applier::Applier,
+    inbox::{DatabaseEvent, Input, Proposal, Waiting},
+    lease::boottime,
+    status::Publisher,
+    syncer::Syncer,
+};
+
+/// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
+const INPUTS_PER_TURN: usize = 64;
+/// Longest append, in bytes, that a secondary syncs on the loop itself: two thread hops less on the commit path.
+const INLINE_SYNC_BYTES: usize = 128 << 10;
+/// A sync slower than this (microseconds) moves to the sync thread for a while.
+const SLOW_SYNC: u64 = 10_000;
+const INLINE_SYNC_PENALTY: Duration = Duration::from_secs(2);
+
+pub(super) struct Driver {
+    pub cluster: Cluster<RaftLog>,
+    pub log: RaftLog,
+    pub links: Links,
+    pub inbox: Receiver<Input>,
+    pub applier: Applier,
+    pub syncer: Syncer,
+    pub publisher: Publisher,
+    pub config: NodeConfig,
+    pub waiting: Waiting,
+    pub handed_over: Option<oneshot::Sender<()>>,
+    /// The demotion that the database thread has to answer.
+    pub demotion: Option<u64>,
+    pub inline_sync_after: Instant,
+    pub exit: Option<Exit>,
+}
+
+impl Driver {
+    /// Runs until told to stop or until going on would not be safe.
+    pub fn run(mut self) -> Exit {
+        let tick = Duration::from_nanos(self.config.timing.tick);
+        let mut next_tick = Instant::now() + tick;
+        let mut events = Vec::new();
+        loop {
+            let wait = self.time_to_wait(next_tick);
+            if let Err(error) = self.links.poll(wait, &mut events) {
+                return self.end(Exit::Fatal(format!("wait for peer links: {error}")));
+            }
+            events.drain(..).for_each(|event| self.peer_event(event));
+            for _ in 0..INPUTS_PER_TURN {
+                let Ok(input) = self.inbox.try_recv() else { break };
+                self.input(input);
+            }
+            let now = Instant::now();
+            if now >= next_tick {
+                self.cluster.tick(boottime());
+                // A late tick is one tick: time that this process did not see must not make it impatient.
+                next_tick = if next_tick + tick > now { next_tick + tick } else { now + tick };
+                self.publisher.tick(&mut self.links);
+            }
+            self.carry_out_all();
+            self.publisher.publish(&self.cluster, self.applier.applied());
+            if let Some(exit) = self.exit.take() {
+                return self.end(exit);
+            }
+        }
+    }
+
+    fn time_to_wait(&self, next_tick: Instant) -> Duration {
+        let until_tick = next_tick.saturating_duration_since(Instant::now());
+        let deadline = self.cluster.deadline().map(|at| Duration::from_nanos(at.saturating_sub(boottime())));
+        deadline.map_or(until_tick, |deadline| until_tick.min(deadline))
+    }
+
+    /// Leaves in order: lease first, then the database, then the links with a farewell so that nobody takes it for a crash.
+    fn end(mut self, exit: Exit) -> Exit {
+        if let Err(error) = self.config.lease.set(0) {
+            error!(%error, "the port guard could not be told that the lease is over");
+        }
+        self.waiting.fail("the node stops");
+        self.publisher.fence();
+        if matches!(exit, Exit::Stopped) {
+            self.applier.stop();
+        }
+        self.links.shutdown();
+        exit
+    }
+
+    fn peer_event(&mut self, event: PeerEvent) {
+        let now = boottime();
+        match event {
+            PeerEvent::Raft(message) => {
+                self.publisher.heard(message.from);
+                self.cluster.step(now, message);
+            }
+            PeerEvent::Report(peer, report) => self.publisher.report(peer, report),
+            PeerEvent::Up(peer) => self.publisher.link(peer, true, "established"),
+            PeerEvent::Down { peer, reason, .. } => {
+                self.publisher.link(peer, false, &reason);
+                self.cluster.peer_unreachable(peer);
+            }
+            PeerEvent::InboundUp(_) | PeerEvent::InboundDown(_) => {}
+            PeerEvent::Dead(peer) => {
+                self.publisher.dead(peer);
+                self.cluster.peer_dead(now, peer);
+            }
+        }
+    }
+
+    fn input(&mut self, input: Input) {
+        let now = boottime();
+        match input {
+            Input::Propose(proposal) => self.propose(proposal),
+            Input::Synced { number, result, micros } => {
+                self.syncer.note(number);
+                self.synced(number, result, micros);
+            }
+            Input::Database(event) => self.database_event(event),
+            Input::GiveUp { cause, why } => {
+                warn!(reason = why, "the primary role is given up");
+                self.cluster.give_up(now, cause);
+            }
+            Input::HandOver { done } => {
+                self.cluster.hand_over(now);
+                self.handed_over = Some(done);
+            }
+            Input::Warning { about, text } => self.publisher.warn(about, text),
+            Input::Stop => self.exit = Some(Exit::Stopped),
+        }
+    }
+
+    fn propose(&mut self, proposal: Proposal) {
+        let Proposal { epoch, part, last, reply } = proposal;
+        match self.cluster.propose(boottime(), epoch, part) {
+            Ok(index) => self.waiting.add(index, last, reply),
+            Err(error) => {
+                let _ = reply.send(Err(ReplicateError::Refused(error.to_string())));
+            }
+        }
+        // The entry leaves for the others now, not after the inputs behind it.
+        self.carry_out_all();
+    }
+
+    fn synced(&mut self, number: u64, result: Result<(), String>, micros: u64) {
+        metrics::histogram!("twistlock_raft_log_sync_seconds").record(micros as f64 / 1e6);
+        if micros > SLOW_SYNC {
+            self.inline_sync_after = Instant::now() + INLINE_SYNC_PENALTY;
+        }
+        match result {
+            Ok(()) => self.cluster.persisted(number),
+            // Whatever the kernel dropped is gone: only a restart, which reads the log again, may use it.
+            Err(error) => self.exit = Some(Exit::Fatal(format!("make the raft log durable: {error}"))),
+        }
+    }
+
+    fn database_event(&mut self, event: DatabaseEvent) {
+        let now = boottime();
+        match event {
+            DatabaseEvent::Empty { epoch } => self.found_database(epoch),
+            DatabaseEvent::Promoted { epoch, database } => {
+                self.publisher.offer(database);
+                self.cluster.promoted(now, epoch);
+                if self.cluster.phase() != Phase::Primary || self.cluster.epoch() != epoch {
+                    self.publisher.fence();
+                }
+            }
+            DatabaseEvent::Demoted { demotion } => {
+                if self.demotion == Some(demotion) {
+                    self.demotion = None;
+                    self.cluster.demoted(now);
+                }
+            }
+            DatabaseEvent::Failed { epoch, why } => {
+                error!(reason = why, epoch, "the database cannot be used for writing");
+                self.publisher.warn("database", Some(why));
+                self.cluster.give_up(now, Cause::DatabaseFailed);
+            }
+            DatabaseEvent::Diverged { why } => {
+                error!(reason = why, "this copy of the database is not applied to any further");
+                metrics::counter!("twistlock_checksum_failures_total").increment(1);
+                self.publisher.diverged(why);
+                self.cluster.give_up(now, Cause::DatabaseFailed);
+            }
+            DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
+        }
+    }
+
+    /// The initial database is the first transaction of the raft log (DESIGN section 6).
+    fn found_database(&mut self, epoch: u64) {
+        let parts = match database::initial_transaction(CONSOLE_DATABASE, self.config.page_size) {
+            Ok(parts) => parts,
+            Err(error) => {
+                error!(%error, "the first transaction of the database cannot be made");
+                return self.cluster.give_up(boottime(), Cause::DatabaseFailed);
+            }
+        };
+        for part in parts {
+            if let Err(error) = self.cluster.propose(boottime(), epoch, part) {
+                warn!(%error, "the first transaction of the database was not taken; the next primary tries again");
+                return self.cluster.give_up(boottime(), Cause::OutcomeUnknown);
+            }
+        }
+        info!(epoch, page_size = self.config.page_size, "proposed the first transaction of a new database");
+    }
+
+    fn carry_out_all(&mut self) {
+        while let Some(output) = self.cluster.poll(boottime()) {
+            self.carry_out(output);
+            self.cluster.written();
+            if self.exit.is_some() {
+                return;
+            }
+        }
+        if !self.cluster.is_handing_over()
+            && let Some(done) = self.handed_over.take()
+        {
+            let _ = done.send(()); // whoever asked may have stopped waiting
+        }
+    }
+
+    /// Carries out one output in the order of its fields.
+    fn carry_out(&mut self, output: Output) {
+        if output.lease != self.config.lease.deadline()
+            && let Err(error) = self.config.lease.set(output.lease)
+        {
+            self.exit = Some(Exit::Fatal(format!("tell the port guard the lease: {error}")));
+            return;
+        }
+        output.transitions.iter().for_each(|transition| self.transition(transition));
+        for message in output.send {
+            self.links.send(&message);
+        }
+        if let Some(persist) = output.persist {
+            let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
+            self.applier.appended(bytes);
+            match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
+                Ok(pending) => self.persist(persist.number, persist.must_sync.then_some(pending), bytes),
+                Err(error) => {
+                    self.exit = Some(Exit::Fatal(format!("append to the raft log: {error}")));
+                    return;
+                }
+            }
+        }
+        self.waiting.release(output.committed);
+        self.applier.apply(output.apply);
+        if let Some(epoch) = output.promote {
+            self.applier.promote(epoch);
+        }
+    }
+
+    fn persist(&mut self, number: u64, pending: Option<crate::storage::raft_log::Pending>, bytes: usize) {
+        let idle = self.syncer.is_idle();
+        match pending {
+            None if idle => self.cluster.persisted(number),
+            // A secondary answers sooner without the hops to another thread and back; the primary has other things to do.
+            Some(pending) if idle && self.may_sync_inline(bytes) => {
+                let start = Instant::now();
+                let result = pending.sync().map_err(|error| error.to_string());
+                self.inline_persisted(number, result, start.elapsed().as_micros() as u64);
+            }
+            pending => self.syncer.ask(number, pending),
+        }
+    }
+
+    fn inline_persisted(&mut self, number: u64, result: Result<(), String>, micros: u64) {
+        // `written` must come before `persisted`: raft learns of the entries first.
+        self.cluster.written();
+        self.synced(number, result, micros);
+    }
+
+    fn may_sync_inline(&self, bytes: usize) -> bool {
+        let follows = matches!(self.cluster.phase(), Phase::Secondary | Phase::Startup);
+        follows && bytes <= INLINE_SYNC_BYTES && Instant::now() >= self.inline_sync_after
+    }
+
+    fn transition(&mut self, transition: &Transition) {
+        let epoch = self.cluster.epoch();
+        if transition.to == Phase::Demoting {
+            self.publisher.fence();
+            self.demotion = Some(self.applier.demote());
+            let unknown = self.waiting.fail("the role was lost while a majority was awaited");
+            if unknown > 0 {
+                warn!(transactions = unknown, "the outcome of waiting transactions is decided by the next primary");
+            }
+        }
+        self.publisher.transition(transition);
+        info!(epoch, from = ?transition.from, to = ?transition.to, "{}", transition.sentence);
+        metrics::counter!("twistlock_role_changes_total", "cause" => format!("{:?}", transition.cause)).increment(1);
+    }
+}

@@ -1,0 +1,536 @@
+//! The language of the links: frames and their bytes, protocol version 1. Pure; owns every size limit of the wire.
+//! Must never panic or allocate beyond what has arrived, whatever the bytes: they come from other hosts. Must never give
+//! them to protobuf's parser, which recurses without bound (RUSTSEC-2024-0437).
+//!
+//! A frame is `length u32` (of what follows), `kind u8`, body. All integers are little-endian, byte strings are
+//! `length u32` and bytes unless said otherwise. The layout of [`HelloReply`] and the first field of [`Hello`] stay the
+//! same in all versions, so that two versions can tell each other what is wrong.
+
+use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType, Snapshot};
+use thiserror::Error;
+
+use crate::cluster::{ClusterId, NodeId, Role};
+
+/// Version of the protocol that this program speaks.
+pub const PROTOCOL_VERSION: u16 = 1;
+/// Largest frame without its length field, in bytes.
+pub const MAX_FRAME: usize = 4 << 20;
+/// Largest number of raft entries in one message.
+pub const MAX_ENTRIES: usize = 4096;
+/// Longest program version, in bytes.
+pub const MAX_VERSION: usize = 64;
+/// Longest reason of a refusal, in bytes.
+pub const MAX_REASON: usize = 256;
+/// Longest context of a message or an entry, in bytes.
+pub const MAX_CONTEXT: usize = 4096;
+/// Longest data of a snapshot message, in bytes: it carries metadata, never the database.
+pub const MAX_SNAPSHOT_DATA: usize = 64 << 10;
+/// Largest number of members in one list of a snapshot's configuration.
+pub const MAX_MEMBERS: usize = 64;
+
+const LENGTH: usize = 4;
+const ENTRY_MIN: usize = 1 + 8 + 8 + 4 + 4;
+const FLAG_REJECT: u8 = 1;
+const FLAG_SNAPSHOT: u8 = 2;
+
+/// Kinds of frames; the numbers are the protocol's.
+mod kind {
+    pub const HELLO: u8 = 1;
+    pub const HELLO_REPLY: u8 = 2;
+    pub const RAFT: u8 = 3;
+    pub const REPORT: u8 = 4;
+}
+
+/// Why bytes are not a frame, or a value cannot be one.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum CodecError {
+    #[error("protocol version {0} is not known to this program (it knows {PROTOCOL_VERSION})")]
+    Version(u16),
+    #[error("malformed frame: {0}")]
+    Malformed(&'static str),
+    #[error("too large for the protocol: {0}")]
+    TooLarge(&'static str),
+}
+use CodecError::{Malformed, TooLarge};
+
+/// The first frame on a link: who calls whom, and in which language.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    pub protocol: u16,
+    pub cluster: ClusterId,
+    pub from: NodeId,
+    pub to: NodeId,
+    /// Format of replicated commands that the caller writes ([`crate::cluster::command::FORMAT_VERSION`]).
+    pub data_format: u8,
+    /// Program version, for people.
+    pub version: String,
+}
+
+/// The answer to [`Hello`]: accepted, or the reason why not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HelloReply {
+    Accepted,
+    Refused(String),
+}
+
+/// What a node says about itself to the others, for status displays; decisions never rest on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeReport {
+    pub state: Role,
+    pub epoch: u64,
+    pub applied: u64,
+    pub committed: u64,
+    /// Milliseconds of the lease that remain; only from a primary.
+    pub lease_ms: Option<u64>,
+    pub version: String,
+}
+
+/// One frame.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Frame {
+    Hello(Hello),
+    HelloReply(HelloReply),
+    Raft(Box<Message>),
+    Report(NodeReport),
+}
+
+impl Frame {
+    /// Encodes the frame with its length field.
+    ///
+    /// # Errors
+    /// [`CodecError::TooLarge`], or [`CodecError::Malformed`] for a raft message that must not travel.
+    pub fn encode(&self) -> Result<Vec<u8>, CodecError> {
+        match self {
+            Frame::Hello(hello) => encode_hello(hello),
+            Frame::HelloReply(reply) => encode_reply(reply),
+            Frame::Raft(message) => encode_raft(message),
+            Frame::Report(report) => encode_report(report),
+        }
+    }
+
+    /// Decodes kind and body: a frame without its length field.
+    ///
+    /// # Errors
+    /// [`CodecError::Version`] for a hello in another protocol version, else [`CodecError::Malformed`].
+    pub fn decode(bytes: &[u8]) -> Result<Frame, CodecError> {
+        if bytes.len() > MAX_FRAME {
+            return Err(Malformed("frame too long"));
+        }
+        let mut reader = Reader(bytes);
+        let frame = match reader.u8()? {
+            kind::HELLO => Frame::Hello(decode_hello(&mut reader)?),
+            kind::HELLO_REPLY => Frame::HelloReply(decode_reply(&mut reader)?),
+            kind::RAFT => Frame::Raft(Box::new(decode_raft(&mut reader)?)),
+            kind::REPORT => Frame::Report(decode_report(&mut reader)?),
+            _ => return Err(Malformed("unknown kind of frame")),
+        };
+        if reader.0.is_empty() { Ok(frame) } else { Err(Malformed("bytes left over")) }
+    }
+}
+
+/// The length that a frame's first four bytes announce, checked against [`MAX_FRAME`].
+///
+/// # Errors
+/// [`CodecError::Malformed`] for an impossible length.
+pub fn frame_length(header: [u8; LENGTH]) -> Result<usize, CodecError> {
+    match u32::from_le_bytes(header) as usize {
+        0 => Err(Malformed("empty frame")),
+        length if length > MAX_FRAME => Err(Malformed("frame too long")),
+        length => Ok(length),
+    }
+}
+
+/// Encodes a raft message with its length field.
+///
+/// # Errors
+/// [`CodecError::TooLarge`], or [`CodecError::Malformed`] for a message that must not travel.
+pub fn encode_raft(message: &Message) -> Result<Vec<u8>, CodecError> {
+    let payload: usize = message.entries.iter().map(|entry| ENTRY_MIN + entry.data.len() + entry.context.len()).sum();
+    let mut writer = Writer::new(kind::RAFT, 128 + payload);
+    if message.entries.len() > MAX_ENTRIES {
+        return Err(TooLarge("raft entries"));
+    }
+    writer.0.push(message_code(message.msg_type)?);
+    let snapshot = message.snapshot.as_ref();
+    writer.0.push(u8::from(message.reject) * FLAG_REJECT + u8::from(snapshot.is_some()) * FLAG_SNAPSHOT);
+    for field in [message.to, message.from, message.term, message.log_term, message.index, message.commit] {
+        writer.u64(field);
+    }
+    writer.u64(message.commit_term);
+    writer.u64(message.request_snapshot);
+    writer.u64(message.reject_hint);
+    writer.u64(message.deprecated_priority);
+    writer.u64(message.priority.cast_unsigned());
+    writer.bytes(&message.context, MAX_CONTEXT, "message context")?;
+    if let Some(snapshot) = snapshot {
+        encode_snapshot(&mut writer, snapshot)?;
+    }
+    writer.u32(message.entries.len() as u32);
+    for entry in &message.entries {
+        writer.0.push(entry_code(entry.entry_type));
+        writer.u64(entry.term);
+        writer.u64(entry.index);
+        writer.bytes(&entry.data, MAX_FRAME, "raft entry")?;
+        writer.bytes(&entry.context, MAX_CONTEXT, "entry context")?;
+    }
+    writer.finish()
+}
+
+fn decode_raft(reader: &mut Reader<'_>) -> Result<Message, CodecError> {
+    let mut message = Message { msg_type: message_type(reader.u8()?)?, ..Message::default() };
+    let flags = reader.u8()?;
+    if flags & !(FLAG_REJECT | FLAG_SNAPSHOT) != 0 {
+        return Err(Malformed("unknown flags"));
+    }
+    message.reject = flags & FLAG_REJECT != 0;
+    message.to = reader.u64()?;
+    message.from = reader.u64()?;
+    message.term = reader.u64()?;
+    message.log_term = reader.u64()?;
+    message.index = reader.u64()?;
+    message.commit = reader.u64()?;
+    message.commit_term = reader.u64()?;
+    message.request_snapshot = reader.u64()?;
+    message.reject_hint = reader.u64()?;
+    message.deprecated_priority = reader.u64()?;
+    message.priority = reader.u64()?.cast_signed();
+    message.context = reader.bytes(MAX_CONTEXT)?.to_vec().into();
+    if flags & FLAG_SNAPSHOT != 0 {
+        message.snapshot = Some(decode_snapshot(reader)?).into();
+    }
+    let count = reader.count(MAX_ENTRIES, ENTRY_MIN)?;
+    let mut entries = Vec::with_capacity(count);
+    for _ in 0..count {
+        entries.push(Entry {
+            entry_type: entry_type(reader.u8()?)?,
+            term: reader.u64()?,
+            index: reader.u64()?,
+            data: reader.bytes(MAX_FRAME)?.to_vec().into(),
+            context: reader.bytes(MAX_CONTEXT)?.to_vec().into(),
+            ..Entry::default()
+        });
+    }
+    message.entries = entries.into();
+    Ok(message)
+}
+
+fn encode_snapshot(writer: &mut Writer, snapshot: &Snapshot) -> Result<(), CodecError> {
+    let metadata = snapshot.get_metadata();
+    writer.u64(metadata.index);
+    writer.u64(metadata.term);
+    let members = metadata.get_conf_state();
+    writer.0.push(u8::from(members.auto_leave));
+    for list in [&members.voters, &members.learners, &members.voters_outgoing, &members.learners_next] {
+        if list.len() > MAX_MEMBERS {
+            return Err(TooLarge("members"));
+        }
+        writer.u32(list.len() as u32);
+        list.iter().for_each(|id| writer.u64(*id));
+    }
+    writer.bytes(&snapshot.data, MAX_SNAPSHOT_DATA, "snapshot data")
+}
+
+fn decode_snapshot(reader: &mut Reader<'_>) -> Result<Snapshot, CodecError> {
+    let mut snapshot = Snapshot::default();
+    let metadata = snapshot.mut_metadata();
+    metadata.index = reader.u64()?;
+    metadata.term = reader.u64()?;
+    let auto_leave = reader.bool()?;
+    let mut list = || -> Result<Vec<u64>, CodecError> {
+        let count = reader.count(MAX_MEMBERS, 8)?;
+        (0..count).map(|_| reader.u64()).collect()
+    };
+    *metadata.mut_conf_state() = ConfState {
+        voters: list()?,
+        learners: list()?,
+        voters_outgoing: list()?,
+        learners_next: list()?,
+        auto_leave,
+        ..ConfState::default()
+    };
+    snapshot.data = reader.bytes(MAX_SNAPSHOT_DATA)?.to_vec().into();
+    Ok(snapshot)
+}
+
+fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
+    let mut writer = Writer::new(kind::HELLO, 128);
+    writer.0.extend_from_slice(&hello.protocol.to_le_bytes());
+    writer.0.extend_from_slice(&hello.cluster.0.to_le_bytes());
+    writer.u64(hello.from);
+    writer.u64(hello.to);
+    writer.0.push(hello.data_format);
+    writer.bytes(hello.version.as_bytes(), MAX_VERSION, "program version")?;
+    writer.finish()
+}
+
+fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError> {
+    let protocol = u16::from_le_bytes(reader.array()?);
+    if protocol != PROTOCOL_VERSION {
+        return Err(CodecError::Version(protocol));
+    }
+    Ok(Hello {
+        protocol,
+        cluster: ClusterId(u128::from_le_bytes(reader.array()?)),
+        from: reader.u64()?,
+        to: reader.u64()?,
+        data_format: reader.u8()?,
+        version: reader.text(MAX_VERSION)?,
+    })
+}
+
+fn encode_reply(reply: &HelloReply) -> Result<Vec<u8>, CodecError> {
+    let mut writer = Writer::new(kind::HELLO_REPLY, MAX_REASON);
+    let reason = match reply {
+        HelloReply::Accepted => "",
+        HelloReply::Refused(reason) => reason,
+    };
+    writer.0.push(u8::from(*reply == HelloReply::Accepted));
+    writer.bytes(reason.as_bytes(), MAX_REASON, "reason")?;
+    writer.finish()
+}
+
+fn decode_reply(reader: &mut Reader<'_>) -> Result<HelloReply, CodecError> {
+    match (reader.bool()?, reader.text(MAX_REASON)?) {
+        (true, reason) if reason.is_empty() => Ok(HelloReply::Accepted),
+        (true, _) => Err(Malformed("accepted with a reason")),
+        (false, reason) => Ok(HelloReply::Refused(reason)),
+    }
+}
+
+/// Encodes a report with its length field.
+///
+/// # Errors
+/// [`CodecError::TooLarge`] for a program version of more than [`MAX_VERSION`] bytes.
+pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
+    let mut writer = Writer::new(kind::REPORT, 128);
+    writer.0.push(role_code(report.state));
+    writer.u64(report.epoch);
+    writer.u64(report.applied);
+    writer.u64(report.committed);
+    writer.0.push(u8::from(report.lease_ms.is_some()));
+    writer.u64(report.lease_ms.unwrap_or_default());
+    writer.bytes(report.version.as_bytes(), MAX_VERSION, "program version")?;
+    writer.finish()
+}
+
+fn decode_report(reader: &mut Reader<'_>) -> Result<NodeReport, CodecError> {
+    let code = reader.u8()?;
+    let state = ROLES.into_iter().find(|role| role_code(*role) == code).ok_or(Malformed("unknown role"))?;
+    let (epoch, applied, committed) = (reader.u64()?, reader.u64()?, reader.u64()?);
+    let (has_lease, lease) = (reader.bool()?, reader.u64()?);
+    let version = reader.text(MAX_VERSION)?;
+    Ok(NodeReport { state, epoch, applied, committed, lease_ms: has_lease.then_some(lease), version })
+}
+
+const ROLES: [Role; 10] = [
+    Role::RequestJoin,
+    Role::Startup,
+    Role::Startup2,
+    Role::Recovering,
+    Role::Secondary,
+    Role::Primary,
+    Role::Rollback,
+    Role::Down,
+    Role::Unknown,
+    Role::Removed,
+];
+
+/// The numbers on the wire; never renumber.
+fn role_code(role: Role) -> u8 {
+    match role {
+        Role::RequestJoin => 0,
+        Role::Startup => 1,
+        Role::Startup2 => 2,
+        Role::Recovering => 3,
+        Role::Secondary => 4,
+        Role::Primary => 5,
+        Role::Rollback => 6,
+        Role::Down => 7,
+        Role::Unknown => 8,
+        Role::Removed => 9,
+    }
+}
+
+/// Messages that one node may send to another, with their numbers on the wire. Not in it: what raft tells itself, and
+/// MsgPropose. Only the primary proposes, and a proposed configuration change would reach protobuf's parser.
+const MESSAGES: [(MessageType, u8); 13] = [
+    (MessageType::MsgAppend, 3),
+    (MessageType::MsgAppendResponse, 4),
+    (MessageType::MsgRequestVote, 5),
+    (MessageType::MsgRequestVoteResponse, 6),
+    (MessageType::MsgSnapshot, 7),
+    (MessageType::MsgHeartbeat, 8),
+    (MessageType::MsgHeartbeatResponse, 9),
+    (MessageType::MsgTransferLeader, 13),
+    (MessageType::MsgTimeoutNow, 14),
+    (MessageType::MsgReadIndex, 15),
+    (MessageType::MsgReadIndexResp, 16),
+    (MessageType::MsgRequestPreVote, 17),
+    (MessageType::MsgRequestPreVoteResponse, 18),
+];
+
+fn message_code(wanted: MessageType) -> Result<u8, CodecError> {
+    let found = MESSAGES.iter().find(|(message, _)| *message == wanted);
+    found.map(|(_, code)| *code).ok_or(Malformed("this raft message must not travel"))
+}
+
+fn message_type(wanted: u8) -> Result<MessageType, CodecError> {
+    let found = MESSAGES.iter().find(|(_, code)| *code == wanted);
+    found.map(|(message, _)| *message).ok_or(Malformed("unknown raft message"))
+}
+
+fn entry_code(entry: EntryType) -> u8 {
+    match entry {
+        EntryType::EntryNormal => 0,
+        EntryType::EntryConfChange => 1,
+        EntryType::EntryConfChangeV2 => 2,
+    }
+}
+
+fn entry_type(code: u8) -> Result<EntryType, CodecError> {
+    match code {
+        0 => Ok(EntryType::EntryNormal),
+        1 => Ok(EntryType::EntryConfChange),
+        2 => Ok(EntryType::EntryConfChangeV2),
+        _ => Err(Malformed("unknown raft entry")),
+    }
+}
+
+/// Builds one frame; the length is filled in at the end.
+struct Writer(Vec<u8>);
+
+impl Writer {
+    fn new(kind: u8, capacity: usize) -> Self {
+        let mut bytes = Vec::with_capacity(LENGTH + 1 + capacity);
+        bytes.extend_from_slice(&[0, 0, 0, 0, kind]);
+        Self(bytes)
+    }
+
+    fn u32(&mut self, value: u32) {
+        self.0.extend_from_slice(&value.to_le_bytes());
+    }
+
+    fn u64(&mut self, value: u64) {
+        self.0.extend_from_slice(&value.to_le_bytes());
+    }
+
+    fn bytes(&mut self, value: &[u8], limit: usize, what: &'static str) -> Result<(), CodecError> {
+        if value.len() > limit {
+            return Err(TooLarge(what));
+        }
+        self.u32(value.len() as u32);
+        self.0.extend_from_slice(value);
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Vec<u8>, CodecError> {
+        let length = self.0.len() - LENGTH;
+        if length > MAX_FRAME {
+            return Err(TooLarge("frame"));
+        }
+        self.0[..LENGTH].copy_from_slice(&(length as u32).to_le_bytes());
+        Ok(self.0)
+    }
+}
+
+/// Takes a body apart. Every read is checked against what is left.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, count: usize) -> Result<&'a [u8], CodecError> {
+        let (head, rest) = self.0.split_at_checked(count).ok_or(Malformed("frame too short"))?;
+        self.0 = rest;
+        Ok(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], CodecError> {
+        let (head, rest) = self.0.split_first_chunk().ok_or(Malformed("frame too short"))?;
+        self.0 = rest;
+        Ok(*head)
+    }
+
+    fn u8(&mut self) -> Result<u8, CodecError> {
+        Ok(self.array::<1>()?[0])
+    }
+
+    fn u32(&mut self) -> Result<u32, CodecError> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, CodecError> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn bool(&mut self) -> Result<bool, CodecError> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(Malformed("neither true nor false")),
+        }
+    }
+
+    /// A number of items that follow, `size` bytes each at least: never more than the rest can hold.
+    fn count(&mut self, limit: usize, size: usize) -> Result<usize, CodecError> {
+        let count = self.u32()? as usize;
+        if count > limit || count > self.0.len() / size {
+            return Err(Malformed("impossible count"));
+        }
+        Ok(count)
+    }
+
+    fn bytes(&mut self, limit: usize) -> Result<&'a [u8], CodecError> {
+        let length = self.u32()? as usize;
+        if length > limit {
+            return Err(Malformed("byte string too long"));
+        }
+        self.take(length)
+    }
+
+    fn text(&mut self, limit: usize) -> Result<String, CodecError> {
+        let text = std::str::from_utf8(self.bytes(limit)?).map_err(|_| Malformed("text is not UTF-8"))?;
+        Ok(text.to_owned())
+    }
+}
+
+/// Puts frames together from the pieces in which they arrive. Holds one incomplete frame and the last piece at most.
+#[derive(Default)]
+pub struct Assembler {
+    buffer: Vec<u8>,
+    start: usize,
+}
+
+/// Capacity that an idle [`Assembler`] keeps, in bytes.
+const IDLE_CAPACITY: usize = 64 << 10;
+
+impl Assembler {
+    /// Takes the next piece. Call [`Assembler::next_frame`] until it has nothing more before the next piece.
+    pub fn push(&mut self, piece: &[u8]) {
+        self.buffer.extend_from_slice(piece);
+    }
+
+    /// The next complete frame.
+    ///
+    /// # Errors
+    /// See [`Frame::decode`]; the stream cannot be used any more then.
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, CodecError> {
+        let rest = &self.buffer[self.start..];
+        if let Some((header, body)) = rest.split_first_chunk() {
+            let length = frame_length(*header)?;
+            if let Some(body) = body.get(..length) {
+                let frame = Frame::decode(body)?;
+                self.start += LENGTH + length;
+                return Ok(Some(frame));
+            }
+        }
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        if self.buffer.is_empty() {
+            self.buffer.shrink_to(IDLE_CAPACITY);
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+#[path = "codec_tests.rs"]
+mod tests;

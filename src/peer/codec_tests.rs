@@ -1,0 +1,175 @@
+//! The codec against itself (round trips) and against hostile bytes. Must never need a network.
+
+use proptest::{collection::vec, prelude::*};
+
+use super::*;
+
+fn members() -> impl Strategy<Value = ConfState> {
+    let list = || vec(any::<u64>(), 0..5);
+    (list(), list(), list(), list(), any::<bool>()).prop_map(|(voters, learners, outgoing, next, auto_leave)| {
+        ConfState { voters, learners, voters_outgoing: outgoing, learners_next: next, auto_leave, ..Default::default() }
+    })
+}
+
+fn snapshot() -> impl Strategy<Value = Snapshot> {
+    (members(), any::<u64>(), any::<u64>(), vec(any::<u8>(), 0..100)).prop_map(|(members, index, term, data)| {
+        let mut snapshot = Snapshot::default();
+        snapshot.mut_metadata().index = index;
+        snapshot.mut_metadata().term = term;
+        *snapshot.mut_metadata().mut_conf_state() = members;
+        snapshot.data = data.into();
+        snapshot
+    })
+}
+
+fn entry() -> impl Strategy<Value = Entry> {
+    let bytes = || vec(any::<u8>(), 0..300);
+    (0u8..3, any::<u64>(), any::<u64>(), bytes(), bytes()).prop_map(|(kind, term, index, data, context)| Entry {
+        entry_type: entry_type(kind).unwrap(),
+        term,
+        index,
+        data: data.into(),
+        context: context.into(),
+        ..Default::default()
+    })
+}
+
+fn message() -> impl Strategy<Value = Message> {
+    let numbers = any::<[u64; 10]>();
+    let entries = vec(entry(), 0..6);
+    let rest = (any::<i64>(), any::<bool>(), vec(any::<u8>(), 0..64), proptest::option::of(snapshot()));
+    (0..MESSAGES.len(), numbers, entries, rest).prop_map(|(kind, numbers, entries, rest)| {
+        let [to, from, term, log_term, index, commit, commit_term, request_snapshot, reject_hint, deprecated_priority] =
+            numbers;
+        let (priority, reject, context, snapshot) = rest;
+        let msg_type = MESSAGES[kind].0;
+        let (entries, context) = (entries.into(), context.into());
+        let mut message = Message { msg_type, to, from, term, log_term, index, entries, commit, ..Message::default() };
+        message.snapshot = snapshot.into();
+        message.context = context;
+        (message.commit_term, message.request_snapshot) = (commit_term, request_snapshot);
+        (message.reject, message.reject_hint) = (reject, reject_hint);
+        (message.deprecated_priority, message.priority) = (deprecated_priority, priority);
+        message
+    })
+}
+
+fn hello() -> impl Strategy<Value = Hello> {
+    (any::<u128>(), any::<u64>(), any::<u64>(), any::<u8>(), "[0-9a-z.-]{0,64}").prop_map(
+        |(cluster, from, to, data_format, version)| Hello {
+            protocol: PROTOCOL_VERSION,
+            cluster: ClusterId(cluster),
+            from,
+            to,
+            data_format,
+            version,
+        },
+    )
+}
+
+fn report() -> impl Strategy<Value = NodeReport> {
+    let lease = proptest::option::of(any::<u64>());
+    (0..ROLES.len(), any::<[u64; 3]>(), lease, "[0-9.]{0,64}").prop_map(
+        |(role, [epoch, applied, committed], lease_ms, version)| {
+            let state = ROLES[role];
+            NodeReport { state, epoch, applied, committed, lease_ms, version }
+        },
+    )
+}
+
+fn frame() -> impl Strategy<Value = Frame> {
+    prop_oneof![
+        4 => message().prop_map(|message| Frame::Raft(Box::new(message))),
+        1 => hello().prop_map(Frame::Hello),
+        1 => report().prop_map(Frame::Report),
+        1 => Just(Frame::HelloReply(HelloReply::Accepted)),
+        1 => "[a-z ]{0,256}".prop_map(|reason| Frame::HelloReply(HelloReply::Refused(reason))),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn frames_survive_the_round_trip_in_any_pieces(frames in vec(frame(), 1..5), sizes in vec(1usize..2000, 1..20)) {
+        let bytes: Vec<u8> = frames.iter().flat_map(|frame| frame.encode().unwrap()).collect();
+        let (mut assembler, mut got, mut rest) = (Assembler::default(), Vec::new(), &bytes[..]);
+        for size in sizes.into_iter().cycle() {
+            let (piece, next) = rest.split_at(size.min(rest.len()));
+            assembler.push(piece);
+            while let Some(frame) = assembler.next_frame().unwrap() {
+                got.push(frame);
+            }
+            rest = next;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        prop_assert_eq!(got, frames);
+    }
+
+    #[test]
+    fn no_input_panics(bytes in vec(any::<u8>(), 0..600), kind in 1u8..6) {
+        let _ = Frame::decode(&bytes);
+        let mut bytes = bytes;
+        if let Some(first) = bytes.first_mut() {
+            *first = kind;
+        }
+        let _ = Frame::decode(&bytes);
+    }
+
+    #[test]
+    fn no_mutation_panics(frame in frame(), changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4), cut: prop::sample::Index) {
+        let mut bytes = frame.encode().unwrap().split_off(LENGTH);
+        for (at, value) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        // What still decodes must be something that this program could have sent itself.
+        if let Ok(frame) = Frame::decode(&bytes) {
+            prop_assert_eq!(&frame.encode().unwrap()[LENGTH..].len(), &bytes.len());
+        }
+        bytes.truncate(cut.index(bytes.len()));
+        let _ = Frame::decode(&bytes);
+    }
+
+    #[test]
+    fn a_stream_of_noise_never_panics(pieces in vec(vec(any::<u8>(), 0..200), 0..10)) {
+        let mut assembler = Assembler::default();
+        for piece in pieces {
+            assembler.push(&piece);
+            while let Ok(Some(_)) = assembler.next_frame() {}
+        }
+    }
+}
+
+#[test]
+fn limits_hold_on_both_sides() {
+    let mut message = Message { msg_type: MessageType::MsgAppend, ..Message::default() };
+    message.entries = vec![Entry { data: vec![0; MAX_FRAME].into(), ..Entry::default() }].into();
+    assert_eq!(encode_raft(&message), Err(TooLarge("frame")));
+    message.entries = vec![Entry::default(); MAX_ENTRIES + 1].into();
+    assert_eq!(encode_raft(&message), Err(TooLarge("raft entries")));
+    assert_eq!(frame_length((MAX_FRAME as u32 + 1).to_le_bytes()), Err(Malformed("frame too long")));
+    assert_eq!(frame_length([0; 4]), Err(Malformed("empty frame")));
+}
+
+#[test]
+fn a_count_beyond_the_frame_allocates_nothing() {
+    let mut bytes = encode_raft(&Message { msg_type: MessageType::MsgAppend, ..Message::default() }).unwrap();
+    let at = bytes.len() - 4;
+    bytes[at..].copy_from_slice(&(MAX_ENTRIES as u32).to_le_bytes());
+    assert_eq!(Frame::decode(&bytes[LENGTH..]), Err(Malformed("impossible count")));
+}
+
+#[test]
+fn messages_that_raft_keeps_to_itself_do_not_travel() {
+    for msg_type in [MessageType::MsgHup, MessageType::MsgPropose, MessageType::MsgUnreachable] {
+        assert!(matches!(encode_raft(&Message { msg_type, ..Message::default() }), Err(Malformed(_))));
+    }
+}
+
+#[test]
+fn another_version_of_the_protocol_names_itself() {
+    let hello = Hello { protocol: 7, cluster: ClusterId(1), from: 1, to: 2, data_format: 1, version: "9.9".to_owned() };
+    let bytes = Frame::Hello(hello).encode().unwrap();
+    assert_eq!(Frame::decode(&bytes[LENGTH..]), Err(CodecError::Version(7)));
+}

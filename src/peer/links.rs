@@ -1,0 +1,395 @@
+//! All established links of a node, polled by the consensus loop's thread. Owns their sockets and queues after the
+//! hand-over. Must never block except in [`Links::poll`], and never do I/O on another thread.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use metrics::counter;
+use mio::{Events, Interest, Poll, Registry, Token, Waker, event::Event};
+use raft::eraftpb::{Message, MessageType};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::{
+    codec::{self, CodecError, Frame, NodeReport},
+    link::{Class, Established, Loss, Queues, Receiving, SCRATCH, Sending},
+};
+use crate::cluster::NodeId;
+
+const WAKE: Token = Token(0);
+/// Hand-overs that may wait for the loop; a stuck loop must not collect connections.
+const INBOX: usize = 64;
+/// How long a planned stop waits for sockets to take what is queued.
+const FAREWELL: Duration = Duration::from_millis(100);
+
+/// Settings of [`Links`].
+#[derive(Clone, Debug)]
+pub struct LinksConfig {
+    pub me: NodeId,
+    /// All other members.
+    pub peers: Vec<NodeId>,
+    /// Limit of the bulk queue of each link, in bytes. Should hold what raft may have in flight to one follower; what does
+    /// not fit is dropped and raft sends it again.
+    pub bulk_bytes: usize,
+}
+
+impl LinksConfig {
+    /// The usual limits.
+    pub fn new(me: NodeId, peers: Vec<NodeId>) -> Self {
+        Self { me, peers, bulk_bytes: 32 << 20 }
+    }
+}
+
+/// What happened on the links.
+#[derive(Debug)]
+pub enum PeerEvent {
+    /// A raft message for this node; its sender is the authenticated peer.
+    Raft(Message),
+    /// What a peer says about itself.
+    Report(NodeId, NodeReport),
+    /// This node can send to the peer.
+    Up(NodeId),
+    /// This node can no longer send to the peer; what was queued is lost. `clean`: the peer said farewell, a planned stop.
+    Down { peer: NodeId, clean: bool, reason: String },
+    /// The peer can send to this node.
+    InboundUp(NodeId),
+    /// The peer can no longer send to this node.
+    InboundDown { peer: NodeId, clean: bool },
+    /// The peer's process is dead: see the module's documentation for what that means and assumes.
+    Dead(NodeId),
+}
+
+/// What the two halves know about a peer's links: written by the loop's thread and the dialler, watched by the dialler.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Signal {
+    /// The link to the peer is up, or on its way to the loop.
+    pub up: bool,
+    /// The link from the peer is up.
+    pub inbound: bool,
+    /// A link was up since the peer's last death or farewell.
+    pub alive: bool,
+    /// Counts reasons to dial at once.
+    pub nudges: u64,
+}
+
+pub(super) enum Handover {
+    Outbound(NodeId, Established),
+    Inbound(NodeId, Established),
+    Dead(NodeId),
+}
+
+struct Shared {
+    waker: Waker,
+    inbox: mpsc::SyncSender<Handover>,
+    signals: BTreeMap<NodeId, watch::Sender<Signal>>,
+}
+
+/// The way to the loop's thread, for any thread.
+#[derive(Clone)]
+pub struct LinkSender(Arc<Shared>);
+
+impl LinkSender {
+    /// Makes the current or next [`Links::poll`] return at once.
+    pub fn wake(&self) {
+        // An eventfd takes any number of wake-ups; writing to it cannot fail while it is open, and we hold it.
+        let _ = self.0.waker.wake();
+    }
+
+    /// Hands something to the loop. False if it is gone or stuck; a connection is closed then.
+    pub(super) fn hand_over(&self, item: Handover) -> bool {
+        let sent = self.0.inbox.try_send(item).is_ok();
+        self.wake();
+        sent
+    }
+
+    pub(super) fn signal(&self, peer: NodeId) -> Option<&watch::Sender<Signal>> {
+        self.0.signals.get(&peer)
+    }
+
+    /// The peer's HA port refused a connection: reports its death if the rest of the evidence is there too.
+    pub(super) fn condemn(&self, peer: NodeId) -> bool {
+        let Some(signal) = self.signal(peer) else { return false };
+        let mut dead = false;
+        signal.send_if_modified(|signal| {
+            dead = signal.alive && !signal.up && !signal.inbound;
+            signal.alive &= !dead;
+            false
+        });
+        if dead {
+            info!(peer, "the process of this node is dead: its links dropped and its port refuses connections");
+            counter!("twistlock_peer_deaths_total").increment(1);
+            self.hand_over(Handover::Dead(peer));
+        }
+        dead
+    }
+}
+
+struct Peer {
+    id: NodeId,
+    sending: Option<Sending>,
+    receiving: Option<Receiving>,
+}
+
+/// The links of this node. See the module's documentation.
+pub struct Links {
+    config: LinksConfig,
+    poll: Poll,
+    ready: Events,
+    inbox: mpsc::Receiver<Handover>,
+    shared: Arc<Shared>,
+    peers: Vec<Peer>,
+    scratch: Box<[u8]>,
+}
+
+impl Links {
+    /// No links yet; they come through the [`LinkSender`], which [`super::run`] wants.
+    ///
+    /// # Errors
+    /// When the kernel gives no epoll or eventfd.
+    pub fn new(config: LinksConfig) -> io::Result<(Self, LinkSender)> {
+        let poll = Poll::new()?;
+        let waker = Waker::new(poll.registry(), WAKE)?;
+        let (inbox_sender, inbox) = mpsc::sync_channel(INBOX);
+        let signals = config.peers.iter().map(|id| (*id, watch::Sender::new(Signal::default()))).collect();
+        let shared = Arc::new(Shared { waker, inbox: inbox_sender, signals });
+        let peers = config.peers.iter().map(|id| Peer { id: *id, sending: None, receiving: None }).collect();
+        let (ready, scratch) = (Events::with_capacity(64), vec![0; SCRATCH].into_boxed_slice());
+        let sender = LinkSender(shared.clone());
+        Ok((Self { config, poll, ready, inbox, shared, peers, scratch }, sender))
+    }
+
+    /// Waits until something arrives, [`LinkSender::wake`] is called, or the time is over (whole milliseconds, rounded
+    /// up), and appends what happened to `events`. It also writes what waited for a socket.
+    ///
+    /// # Errors
+    /// When epoll fails, which only a bug or a lack of kernel memory explains.
+    pub fn poll(&mut self, timeout: Duration, events: &mut Vec<PeerEvent>) -> io::Result<()> {
+        let timeout = if self.peers.iter().any(Peer::has_work) { Duration::ZERO } else { timeout };
+        self.wait(timeout)?;
+        while let Ok(item) = self.inbox.try_recv() {
+            self.take_over(item, events);
+        }
+        for peer in &mut self.peers {
+            peer.step(self.config.me, &mut self.scratch, &self.shared, self.poll.registry(), events);
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, timeout: Duration) -> io::Result<()> {
+        match self.poll.poll(&mut self.ready, Some(timeout)) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
+        }
+        for event in &self.ready {
+            // Tokens are 1 + 2 * position for the link to a peer and one more for the link from it.
+            if let Some(number) = event.token().0.checked_sub(1)
+                && let Some(peer) = self.peers.get_mut(number / 2)
+            {
+                peer.mark(event, number % 2 == 0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a raft message to `message.to`: at once if the socket takes it, else as soon as it does. Entries and snapshots
+    /// queue behind each other, everything else goes before them. Returns false if the message was dropped because there is
+    /// no link or its queue is full; raft must be told when it was a snapshot.
+    pub fn send(&mut self, message: &Message) -> bool {
+        let class = match message.msg_type {
+            // Empty ones too: an append that overtakes another would be rejected and cost a round trip.
+            MessageType::MsgAppend | MessageType::MsgSnapshot => Class::Bulk,
+            _ => Class::Control,
+        };
+        self.send_frame(message.to, class, || codec::encode_raft(message))
+    }
+
+    /// Sends this node's report to a peer. Returns false if it was dropped.
+    pub fn send_report(&mut self, to: NodeId, report: &NodeReport) -> bool {
+        self.send_frame(to, Class::Control, || codec::encode_report(report))
+    }
+
+    fn send_frame(&mut self, to: NodeId, class: Class, encode: impl FnOnce() -> Result<Vec<u8>, CodecError>) -> bool {
+        let link = self.peers.iter_mut().find(|peer| peer.id == to).and_then(|peer| peer.sending.as_mut());
+        let Some(link) = link else { return false };
+        let sent = match encode() {
+            Ok(frame) => link.send(class, frame),
+            Err(error) => {
+                warn!(peer = to, %error, "a message cannot be sent");
+                false
+            }
+        };
+        if !sent {
+            let class = if class == Class::Bulk { "bulk" } else { "control" };
+            counter!("twistlock_peer_dropped_total", "class" => class).increment(1);
+        }
+        sent
+    }
+
+    /// True if this node can send to the peer at the moment.
+    pub fn is_up(&self, peer: NodeId) -> bool {
+        self.peers.iter().any(|known| known.id == peer && known.sending.is_some())
+    }
+
+    fn take_over(&mut self, item: Handover, events: &mut Vec<PeerEvent>) {
+        let id = match &item {
+            Handover::Outbound(id, _) | Handover::Inbound(id, _) | Handover::Dead(id) => *id,
+        };
+        let registry = self.poll.registry();
+        let Some((number, peer)) = self.peers.iter_mut().enumerate().find(|(_, peer)| peer.id == id) else { return };
+        let token = Token(1 + 2 * number);
+        match item {
+            Handover::Dead(id) => events.push(PeerEvent::Dead(id)),
+            Handover::Outbound(id, link) => {
+                let mut link = Sending::new(link, Queues::new(self.config.bulk_bytes));
+                if let Err(error) = registry.register(&mut link.socket, token, Interest::READABLE | Interest::WRITABLE)
+                {
+                    warn!(peer = id, %error, "cannot use a new link");
+                    self.shared.update(id, |signal| signal.up = false);
+                    return;
+                }
+                if let Some(mut old) = peer.sending.replace(link) {
+                    let _ = registry.deregister(&mut old.socket);
+                }
+                events.push(PeerEvent::Up(id));
+            }
+            Handover::Inbound(id, link) => {
+                let mut link = Receiving::new(link);
+                if let Err(error) = registry.register(&mut link.socket, Token(token.0 + 1), Interest::READABLE) {
+                    warn!(peer = id, %error, "cannot use a new link");
+                    return;
+                }
+                // The peer dials again only when its old link is of no use any more, even if we have not noticed yet.
+                if let Some(mut old) = peer.receiving.replace(link) {
+                    let _ = registry.deregister(&mut old.socket);
+                }
+                self.shared.update(id, |signal| {
+                    (signal.inbound, signal.alive) = (true, true);
+                    signal.nudges += 1;
+                });
+                events.push(PeerEvent::InboundUp(id));
+            }
+        }
+    }
+
+    /// Says farewell on all links, so that the others do not take the stop for a crash, after sending what is queued.
+    /// Blocks for 100 ms at most. No links are left afterwards.
+    pub fn shutdown(&mut self) {
+        let deadline = Instant::now() + FAREWELL;
+        for peer in &mut self.peers {
+            peer.sending.iter_mut().for_each(Sending::farewell);
+            if let Some(link) = peer.receiving.take() {
+                link.close();
+            }
+        }
+        while self.peers.iter().any(|peer| peer.sending.as_ref().is_some_and(Sending::is_busy)) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.wait(left.min(Duration::from_millis(10))).is_err() {
+                break;
+            }
+            self.peers.iter_mut().filter_map(|peer| peer.sending.as_mut()).for_each(Sending::flush);
+        }
+        for peer in &mut self.peers {
+            if let Some(link) = peer.sending.take() {
+                link.close();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn update(&self, peer: NodeId, change: impl FnOnce(&mut Signal)) {
+        if let Some(signal) = self.signals.get(&peer) {
+            signal.send_modify(change);
+        }
+    }
+}
+
+impl Peer {
+    /// True if the next poll must not wait.
+    fn has_work(&self) -> bool {
+        self.sending.as_ref().is_some_and(|link| link.readable || link.failed.is_some())
+            || self.receiving.as_ref().is_some_and(|link| link.readable)
+    }
+
+    fn mark(&mut self, event: &Event, outbound: bool) {
+        let readable = event.is_readable() || event.is_read_closed() || event.is_error();
+        match (&mut self.sending, &mut self.receiving) {
+            (Some(link), _) if outbound => {
+                link.readable |= readable;
+                link.flush();
+            }
+            (_, Some(link)) if !outbound => link.readable |= readable,
+            _ => {}
+        }
+    }
+
+    /// Reads what is there and finds out whether a link is lost.
+    fn step(
+        &mut self,
+        me: NodeId,
+        scratch: &mut [u8],
+        shared: &Shared,
+        registry: &Registry,
+        events: &mut Vec<PeerEvent>,
+    ) {
+        let mut inbound = self.receive(me, scratch, false, events);
+        let outbound = self.watch(scratch, inbound.as_ref().is_some_and(|loss| !loss.clean));
+        if outbound.as_ref().is_some_and(|loss| !loss.clean) && inbound.is_none() {
+            // The farewell may be on the other link only: look before the peer is suspected.
+            inbound = self.receive(me, scratch, true, events);
+        }
+        let farewell = [&inbound, &outbound].into_iter().flatten().any(|loss| loss.clean);
+        let peer = self.id;
+        if inbound.is_some() {
+            if let Some(mut link) = self.receiving.take() {
+                let _ = registry.deregister(&mut link.socket);
+            }
+            events.push(PeerEvent::InboundDown { peer, clean: farewell });
+        }
+        if let Some(loss) = &outbound {
+            if let Some(mut link) = self.sending.take() {
+                let _ = registry.deregister(&mut link.socket);
+            }
+            events.push(PeerEvent::Down { peer, clean: farewell, reason: loss.reason.clone() });
+        }
+        if let Some(loss) = outbound.as_ref().or(inbound.as_ref()) {
+            info!(peer, planned = farewell, reason = loss.reason, "a link is down");
+            shared.update(peer, |signal| {
+                signal.up &= outbound.is_none();
+                signal.inbound &= inbound.is_none();
+                signal.alive &= !farewell;
+                // The dialler waits for the end of its own link anyway; this one may be news.
+                signal.nudges += u64::from(inbound.is_some());
+            });
+        }
+    }
+
+    fn watch(&mut self, scratch: &mut [u8], force: bool) -> Option<Loss> {
+        let link = self.sending.as_mut()?;
+        let failed = link.failed.take();
+        let read = if link.readable || force || failed.is_some() { link.watch(scratch) } else { None };
+        match (read, failed) {
+            // A write fails also when the other node has said farewell and gone.
+            (Some(loss), _) if loss.clean => Some(loss),
+            (read, failed) => failed.or(read),
+        }
+    }
+
+    fn receive(&mut self, me: NodeId, scratch: &mut [u8], force: bool, events: &mut Vec<PeerEvent>) -> Option<Loss> {
+        let peer = self.id;
+        let link = self.receiving.as_mut().filter(|link| link.readable || force)?;
+        let mut take = |frame| {
+            events.push(match frame {
+                Frame::Raft(message) if message.from == peer && message.to == me => PeerEvent::Raft(*message),
+                Frame::Report(report) => PeerEvent::Report(peer, report),
+                _ => return Err("a frame that does not belong on this link".to_owned()),
+            });
+            Ok(())
+        };
+        link.receive(scratch, &mut take).err()
+    }
+}

@@ -1,0 +1,119 @@
+//! The durable record "the database file holds everything up to raft index C" (DESIGN section 7).
+//!
+//! One small file, replaced by a durable rename: it is always the old record or the new one. Must be written only after
+//! the database file was synced.
+//!
+//! Layout, 48 bytes, little-endian: `"TLCKPT01"`, `database u32`, `page_size u32`, `pages u32`, `0 u32`, `index u64`,
+//! `checksum u64`, `CRC-32C u32` of all bytes before it, `0 u32`.
+
+use std::{
+    fs::{self, File},
+    io::{self, ErrorKind, Write},
+    path::Path,
+};
+
+const MAGIC: &[u8; 8] = b"TLCKPT01";
+const SIZE: usize = 48;
+const CRC_AT: usize = 40;
+
+/// What a checkpoint has reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    /// Raft index C; 0 if there never was a checkpoint.
+    pub index: u64,
+    /// Size of a page in bytes; 0 for a database without pages.
+    pub page_size: u32,
+    /// Size of the database at C, in pages.
+    pub pages: u32,
+    /// Checksum of the database at C.
+    pub checksum: u64,
+}
+
+impl Record {
+    fn encode(&self, database: u32) -> [u8; SIZE] {
+        let mut bytes = [0; SIZE];
+        bytes[..8].copy_from_slice(MAGIC);
+        bytes[8..12].copy_from_slice(&database.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.page_size.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.pages.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.index.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.checksum.to_le_bytes());
+        let crc = crc32c::crc32c(&bytes[..CRC_AT]);
+        bytes[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8], database: u32) -> Result<Self, &'static str> {
+        let bytes: &[u8; SIZE] = bytes.try_into().map_err(|_| "it has the wrong length")?;
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+        if &bytes[..8] != MAGIC {
+            return Err("it is not a checkpoint record of a version that this program knows");
+        }
+        if word(CRC_AT) != crc32c::crc32c(&bytes[..CRC_AT]) {
+            return Err("its checksum is wrong");
+        }
+        if word(8) != database {
+            return Err("it belongs to another database");
+        }
+        let record = Self { index: long(24), page_size: word(12), pages: word(16), checksum: long(32) };
+        if record.pages > 0 && !crate::cluster::command::valid_page_size(record.page_size) {
+            return Err("it names an impossible page size");
+        }
+        Ok(record)
+    }
+
+    /// Reads the record; the default one if there is no file.
+    ///
+    /// # Errors
+    /// Read errors, and `InvalidData` with a reason for a damaged file.
+    pub fn read(path: &Path, database: u32) -> io::Result<Self> {
+        match fs::read(path) {
+            Ok(bytes) => Self::decode(&bytes, database).map_err(|what| io::Error::new(ErrorKind::InvalidData, what)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the record durable.
+    ///
+    /// # Errors
+    /// Write and sync errors; the old record is in place then, or the new one.
+    pub fn write(&self, path: &Path, database: u32) -> io::Result<()> {
+        let fresh = path.with_extension("checkpoint-new");
+        let mut file = File::create(&fresh)?;
+        file.write_all(&self.encode(database))?;
+        file.sync_all()?;
+        fs::rename(&fresh, path)?;
+        sync_folder(path)
+    }
+}
+
+/// Makes creations, renames and removals next to `path` durable.
+pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "a path without a folder"))?;
+    File::open(folder)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_survives_and_damage_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console.checkpoint");
+        assert_eq!(Record::read(&path, 1).unwrap(), Record::default());
+        let record = Record { index: 77, page_size: 4096, pages: 9, checksum: u64::MAX - 5 };
+        record.write(&path, 1).unwrap();
+        assert_eq!(Record::read(&path, 1).unwrap(), record);
+        assert_eq!(Record::read(&path, 2).unwrap_err().kind(), ErrorKind::InvalidData);
+        let bytes = fs::read(&path).unwrap();
+        for at in 0..CRC_AT + 4 {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 4;
+            assert!(Record::decode(&damaged, 1).is_err(), "byte {at}");
+        }
+        assert!(Record::decode(&bytes[1..], 1).is_err());
+    }
+}

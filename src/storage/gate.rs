@@ -1,0 +1,407 @@
+//! The gate that every transaction of a primary passes: collects its pages, hands them to the [`Replicator`] and lets
+//! SQLite's commit through only when a majority has it. One gate per promotion; safe code only, called by [`super::vfs`].
+//!
+//! Also knows who has the database open, and which raft index a checkpoint has reached. Must never let a write pass once
+//! it is fenced, except the rest of a transaction that the cluster has committed.
+//!
+//! Two locks, so that nobody but another writer ever waits for a majority: `writer` is taken by whoever holds SQLite's
+//! WAL write lock and is held through [`Replicator::replicate`]; `marks` is held for moments.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use super::{
+    ReplicateError, Replicator,
+    checksum::{PageTable, Preview, page_checksum},
+    wal::{Held, Step, Tracker},
+};
+use crate::cluster::command::{Commit, PagesBuilder};
+
+/// SQLite's result codes, as the real file gave them.
+pub(super) type Code = i32;
+
+/// The `-wal` file below the shim.
+pub(super) trait WalFile {
+    /// Fills `bytes` from `offset` on; a short read is an error.
+    fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Code>;
+    /// Writes all of `bytes`.
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Code>;
+}
+
+/// Why a write to the `-wal` did not take place.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// The file below said so.
+    File(Code),
+    /// The gate said so; the reason is in [`Gate::last_refusal`].
+    Gate,
+}
+
+impl From<Code> for Stop {
+    fn from(code: Code) -> Self {
+        Self::File(code)
+    }
+}
+
+/// The database after one committed transaction.
+#[derive(Clone, Debug)]
+pub(super) struct Mark {
+    /// Last frame of the transaction in the WAL; 0 if the WAL has none.
+    pub frame: u32,
+    /// Raft index of the transaction.
+    pub index: u64,
+    /// Size of the database, in pages.
+    pub pages: u32,
+    /// Checksum of the database.
+    pub checksum: u64,
+    /// Pages that the database grew over without writing them. The secondaries have zeros there, but the database file
+    /// of the primary can have old bytes there, if the database was larger before; a checkpoint puts zeros in.
+    pub holes: Arc<BTreeSet<u32>>,
+}
+
+struct Writer {
+    tracker: Tracker,
+    table: PageTable,
+    transaction: u64,
+}
+
+struct Marks {
+    /// The last transaction that a majority has.
+    committed: Mark,
+    /// The last one that SQLite's other connections see, and so a checkpoint too.
+    visible: Mark,
+    /// While a checkpoint runs: what it may have reached, oldest first.
+    recording: Option<Vec<Mark>>,
+}
+
+/// What a gate is made from.
+pub(super) struct GateConfig {
+    pub path: PathBuf,
+    pub database: u32,
+    pub epoch: u64,
+    pub replicator: Arc<dyn Replicator>,
+    pub table: PageTable,
+    pub index: u64,
+    pub file: Arc<File>,
+}
+
+/// See the module.
+pub struct Gate {
+    path: PathBuf,
+    database: u32,
+    epoch: u64,
+    page_size: u32,
+    replicator: Arc<dyn Replicator>,
+    fenced: AtomicBool,
+    last_index: AtomicU64,
+    refusal: Mutex<Option<String>>,
+    open: Mutex<usize>,
+    closed: Condvar,
+    writer: Mutex<Writer>,
+    marks: Mutex<Marks>,
+    /// Closing any descriptor of the database file drops SQLite's POSIX locks on it, so ours lives as long as SQLite's.
+    _file: Arc<File>,
+}
+
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gate").field("path", &self.path).field("epoch", &self.epoch).finish_non_exhaustive()
+    }
+}
+
+/// A panic of another thread inside one of these locks has ended the daemon (`panic = "abort"`); tests go on.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gate {
+    pub(super) fn new(config: GateConfig) -> Self {
+        let mark = Mark {
+            frame: 0,
+            index: config.index,
+            pages: config.table.pages(),
+            checksum: config.table.checksum(),
+            holes: Arc::default(),
+        };
+        let page_size = config.table.page_size();
+        // Far from the end, so that counting up never wraps; different in each promotion.
+        let transaction = rand::random::<u64>() >> 1;
+        Self {
+            path: config.path,
+            database: config.database,
+            epoch: config.epoch,
+            page_size,
+            replicator: config.replicator,
+            fenced: AtomicBool::new(false),
+            last_index: AtomicU64::new(config.index),
+            refusal: Mutex::new(None),
+            open: Mutex::new(0),
+            closed: Condvar::new(),
+            writer: Mutex::new(Writer { tracker: Tracker::new(page_size), table: config.table, transaction }),
+            marks: Mutex::new(Marks { committed: mark.clone(), visible: mark, recording: None }),
+            _file: config.file,
+        }
+    }
+
+    /// The database file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The epoch that this gate serves.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Page size of the database, in bytes.
+    pub fn page_size(&self) -> u32 {
+        self.page_size
+    }
+
+    /// Lets no further write of this promotion pass. Any thread, any time, never blocks. A commit that waits for a
+    /// majority gets its answer from the replicator.
+    pub fn fence(&self) {
+        self.fenced.store(true, Ordering::SeqCst);
+    }
+
+    /// True after [`Gate::fence`], and after the gate fenced itself because an outcome is unknown or the local files
+    /// failed after the cluster had committed. The node must give its role up then.
+    pub fn is_fenced(&self) -> bool {
+        self.fenced.load(Ordering::SeqCst)
+    }
+
+    /// Why a write was refused last, in a sentence. SQLite's own error only says `disk I/O error`.
+    pub fn last_refusal(&self) -> Option<String> {
+        lock(&self.refusal).clone()
+    }
+
+    /// Raft index of the last transaction that passed.
+    pub fn last_index(&self) -> u64 {
+        self.last_index.load(Ordering::SeqCst)
+    }
+
+    /// Checksum of the database after the last transaction that passed.
+    pub fn checksum(&self) -> u64 {
+        lock(&self.marks).committed.checksum
+    }
+
+    /// Connections that have the database open.
+    pub fn open_connections(&self) -> usize {
+        *lock(&self.open)
+    }
+
+    /// Waits until no connection has the database open. False if that did not happen before the deadline.
+    pub fn wait_closed(&self, deadline: Instant) -> bool {
+        let mut open = lock(&self.open);
+        while *open > 0 {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            open = self.closed.wait_timeout(open, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// A connection wants to open the database file. False once the gate is fenced.
+    pub(super) fn opened(&self) -> bool {
+        let mut open = lock(&self.open);
+        if self.is_fenced() {
+            return false;
+        }
+        *open += 1;
+        true
+    }
+
+    /// A connection has closed the database file.
+    pub(super) fn closed(&self) {
+        let mut open = lock(&self.open);
+        *open = open.checked_sub(1).expect("every close follows an open");
+        if *open == 0 {
+            self.closed.notify_all();
+        }
+    }
+
+    /// Notes why something is refused.
+    pub(super) fn refuse(&self, reason: String) -> Stop {
+        tracing::warn!(epoch = self.epoch, "database write refused: {reason}");
+        *lock(&self.refusal) = Some(reason);
+        Stop::Gate
+    }
+
+    fn fence_because(&self, reason: String) -> Stop {
+        self.fence();
+        tracing::warn!(epoch = self.epoch, "database fenced: {reason}");
+        *lock(&self.refusal) = Some(reason);
+        Stop::Gate
+    }
+
+    /// One write of SQLite to the `-wal` file.
+    pub(super) fn wal_write(&self, file: &mut dyn WalFile, offset: u64, bytes: &[u8]) -> Result<(), Stop> {
+        let mut writer = lock(&self.writer);
+        let step = writer.tracker.write(offset, bytes).map_err(|violation| self.refuse(violation.to_string()))?;
+        if self.is_fenced() && !writer.tracker.is_settled() {
+            return Err(self.refuse("this node is no longer the primary of its epoch".into()));
+        }
+        match step {
+            Step::Hold => Ok(()),
+            Step::Commit => self.commit(&mut writer, file, bytes),
+            Step::Pass => Ok(file.write_at(offset, bytes)?),
+            Step::Restart => {
+                file.write_at(offset, bytes)?;
+                let mut marks = lock(&self.marks);
+                marks.committed.frame = 0;
+                marks.visible.frame = 0;
+                let mark = marks.committed.clone();
+                // Once is enough: a WAL restarted by transactions that roll back leads here again and again.
+                marks.record_unless(mark, |last| last.frame == 0);
+                Ok(())
+            }
+        }
+    }
+
+    fn commit(&self, writer: &mut Writer, file: &mut dyn WalFile, data: &[u8]) -> Result<(), Stop> {
+        let held = writer.tracker.held().expect("a commit step follows a held header");
+        // The data first: a full disk shows before anything is proposed. Without its header it means nothing.
+        file.write_at(writer.tracker.data_offset(held.frame), data)?;
+        let (index, preview, written) = self.replicate(writer, file, held, data)?;
+        self.last_index.store(index, Ordering::SeqCst);
+        {
+            let mut marks = lock(&self.marks);
+            let mut holes = Arc::clone(&marks.committed.holes);
+            follow_holes(&mut holes, &preview, &written);
+            let mark = Mark { frame: held.frame, index, pages: preview.pages, checksum: preview.checksum, holes };
+            marks.committed = mark.clone();
+            marks.record_unless(mark, |_| false);
+        }
+        writer.table.accept(preview);
+        let at = writer.tracker.header_offset(held.frame);
+        writer.tracker.commit();
+        file.write_at(at, &held.header).map_err(|code| {
+            self.fence_because(format!("a committed transaction could not be written to the -wal file (code {code})"));
+            Stop::File(code)
+        })
+    }
+
+    /// Hands all parts to the replicator and waits for the last one.
+    fn replicate(
+        &self,
+        writer: &mut Writer,
+        file: &mut dyn WalFile,
+        held: Held,
+        data: &[u8],
+    ) -> Result<(u64, Preview, Vec<(u32, u32)>), Stop> {
+        let transaction = writer.transaction;
+        writer.transaction += 1;
+        let pages = writer.tracker.pages();
+        let mut checksums = Vec::with_capacity(pages.len());
+        let mut image = vec![0; self.page_size as usize];
+        let (mut part, mut builder) = (0, PagesBuilder::new(self.database, transaction, 0, self.page_size));
+        for (number, frame) in &pages {
+            if builder.is_full() {
+                part += 1;
+                let next = PagesBuilder::new(self.database, transaction, part, self.page_size);
+                let full = std::mem::replace(&mut builder, next);
+                self.propose(full.finish(None), false)?;
+            }
+            let image = if *frame == held.frame {
+                data
+            } else {
+                file.read_at(writer.tracker.data_offset(*frame), &mut image)?;
+                &image
+            };
+            checksums.push((*number, page_checksum(*number, image)));
+            builder.push(*number, image);
+        }
+        let preview = writer.table.preview(held.database_pages, checksums);
+        let commit = Commit { database_pages: preview.pages, checksum: preview.checksum };
+        let index = self.propose(builder.finish(Some(commit)), true)?;
+        Ok((index, preview, pages))
+    }
+
+    fn propose(&self, part: Vec<u8>, last: bool) -> Result<u64, Stop> {
+        if self.is_fenced() {
+            return Err(self.refuse("this node is no longer the primary of its epoch".into()));
+        }
+        self.replicator.replicate(part, last).map_err(|error| match error {
+            ReplicateError::Refused(_) => self.refuse(error.to_string()),
+            ReplicateError::Unknown(_) => self.fence_because(error.to_string()),
+        })
+    }
+
+    /// SQLite is about to give up its WAL write lock. `frames` is the number of valid frames in its wal-index.
+    pub(super) fn write_lock_released(&self, frames: Option<u32>) {
+        let mut writer = lock(&self.writer);
+        if writer.tracker.is_settled() {
+            let mut marks = lock(&self.marks);
+            if frames == Some(marks.committed.frame) {
+                marks.visible = marks.committed.clone();
+            } else {
+                // Something failed between the last write and the wal-index: SQLite has reported an error and rolled
+                // back what the cluster has committed. Its view is wrong from here on.
+                drop(marks);
+                self.fence_because("SQLite could not take over a transaction that the cluster has committed".into());
+            }
+        }
+        writer.tracker.end();
+    }
+
+    /// A checkpoint begins: note what it can reach.
+    pub(super) fn begin_checkpoint(&self) {
+        let mut marks = lock(&self.marks);
+        let mut list = vec![marks.visible.clone()];
+        if marks.committed.index != marks.visible.index {
+            list.push(marks.committed.clone());
+        }
+        marks.recording = Some(list);
+    }
+
+    /// The holes at the frame that a checkpoint has just reached completely. None if no checkpoint of ours is running.
+    pub(super) fn holes_at(&self, frame: u32) -> Option<Arc<BTreeSet<u32>>> {
+        let marks = lock(&self.marks);
+        // The newest: the WAL cannot start again while the checkpoint holds its read lock 0.
+        let mark = marks.recording.as_ref()?.iter().rfind(|mark| mark.frame == frame)?;
+        Some(Arc::clone(&mark.holes))
+    }
+
+    /// The checkpoint has ended and covers the first `frames` frames of the WAL: what does the database file hold now?
+    pub(super) fn end_checkpoint(&self, frames: u32) -> Option<Mark> {
+        let recording = lock(&self.marks).recording.take()?;
+        // The oldest: if the WAL has just started again, an equal frame number can come twice, and less is safe. A WAL
+        // without frames, of which the new header is not yet written, means that all that was visible is in the file.
+        recording.iter().find(|mark| mark.frame == frames).or((frames == 0).then(|| &recording[0])).cloned()
+    }
+}
+
+impl Marks {
+    fn record_unless(&mut self, mark: Mark, known: impl Fn(&Mark) -> bool) {
+        if let Some(recording) = &mut self.recording
+            && !recording.last().is_some_and(known)
+        {
+            recording.push(mark);
+        }
+    }
+}
+
+/// Brings the set of holes from before a transaction to after it. Nearly always both are empty, and nothing is copied.
+fn follow_holes(holes: &mut Arc<BTreeSet<u32>>, preview: &Preview, written: &[(u32, u32)]) {
+    let beyond = holes.last().is_some_and(|last| *last > preview.pages);
+    if beyond || (!holes.is_empty() && written.iter().any(|(number, _)| holes.contains(number))) {
+        let holes = Arc::make_mut(holes);
+        holes.split_off(&(preview.pages + 1));
+        for (number, _) in written {
+            holes.remove(number);
+        }
+    }
+    if !preview.holes.is_empty() {
+        Arc::make_mut(holes).extend(&preview.holes);
+    }
+}

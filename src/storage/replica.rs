@@ -1,0 +1,199 @@
+//! Applies replicated transactions to a database file: page images at their places, nothing else. No SQLite here.
+//!
+//! A transaction takes effect with its last part; earlier parts are only counted when they come by and are read again
+//! then. Writing is physical and can be repeated: after a crash everything since the last checkpoint is applied again.
+//! Must never run while SQLite has the database open.
+
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+
+use thiserror::Error;
+
+use super::{
+    EntrySource,
+    checkpoint::Record,
+    checksum::{PageTable, page_checksum},
+};
+use crate::cluster::command::{CommandError, Commit, Pages};
+
+/// Why an entry was not applied. After any of these the database applies nothing more until it is opened again.
+#[derive(Debug, Error)]
+pub enum ApplyError {
+    /// This node's database is not what the primary's was: it must be restored from the primary.
+    #[error("database differs from the primary's at index {index}: checksum {computed:016x}, expected {expected:016x}")]
+    Diverged { index: u64, expected: u64, computed: u64 },
+    #[error("entry {index}: {source}")]
+    Command { index: u64, source: CommandError },
+    /// Entries are not what a primary of this version writes, or they come in the wrong order.
+    #[error("entry {index}: {what}")]
+    OutOfOrder { index: u64, what: &'static str },
+    #[error("cannot apply entry {index}: {source}")]
+    Io { index: u64, source: io::Error },
+    /// An earlier failure.
+    #[error("nothing is applied any more: {0}")]
+    Failed(String),
+    /// The database is open for writing here.
+    #[error("entry {index} cannot be applied: this node is the primary")]
+    Primary { index: u64 },
+}
+
+/// A transaction of which the last part has not come yet.
+#[derive(Clone, Copy, Debug)]
+struct Unfinished {
+    transaction: u64,
+    term: u64,
+    first: u64,
+    next_part: u32,
+    page_size: u32,
+}
+
+/// A database file that follows the raft log.
+#[derive(Debug)]
+pub(super) struct Replica {
+    file: Arc<File>,
+    database: u32,
+    pub table: PageTable,
+    /// Index of the last entry applied.
+    pub applied: u64,
+    /// Checksum that the last applied transaction claimed for the database.
+    pub claim: u64,
+    /// Up to this index the file may be ahead of what is being applied, so its checksum says nothing.
+    pub touched: u64,
+    /// The file may be longer or shorter than the database, until the first transaction since it was opened.
+    untrimmed: bool,
+    unfinished: Option<Unfinished>,
+}
+
+impl Replica {
+    /// Starts at a checkpoint.
+    pub fn at(file: Arc<File>, database: u32, record: &Record, touched: u64) -> io::Result<Self> {
+        let table = match record.pages {
+            0 => PageTable::empty(0),
+            pages => PageTable::read(&file, record.page_size, pages)?,
+        };
+        Ok(Self {
+            file,
+            database,
+            table,
+            applied: record.index,
+            claim: record.checksum,
+            touched,
+            untrimmed: true,
+            unfinished: None,
+        })
+    }
+
+    /// Where a checkpoint may stand now: what is applied, but not in the middle of a transaction.
+    pub fn record(&self) -> Record {
+        let index = self.unfinished.map_or(self.applied, |open| open.first - 1);
+        Record { index, page_size: self.table.page_size(), pages: self.table.pages(), checksum: self.claim }
+    }
+
+    fn check_order(&self, index: u64) -> Result<(), ApplyError> {
+        if index > self.applied { Ok(()) } else { Err(ApplyError::OutOfOrder { index, what: "already applied" }) }
+    }
+
+    /// An entry that is no command. A new term ends what the old primary had begun.
+    pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
+        self.check_order(index)?;
+        self.unfinished.take_if(|open| open.term != term);
+        self.applied = index;
+        Ok(())
+    }
+
+    /// One command.
+    pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
+        self.check_order(index)?;
+        let pages = Pages::decode(payload).map_err(|source| ApplyError::Command { index, source })?;
+        let wrong = |what| ApplyError::OutOfOrder { index, what };
+        if pages.database != self.database {
+            return Err(wrong("it is for another database"));
+        }
+        if self.table.pages() > 0 && pages.page_size != self.table.page_size() {
+            return Err(wrong("it has another page size than the database"));
+        }
+        self.unfinished.take_if(|open| pages.part == 0 || open.term != term);
+        if pages.part > 0 {
+            let open = self.unfinished.as_ref().ok_or_else(|| wrong("the transaction's beginning is missing"))?;
+            let next = (open.transaction, open.next_part, open.page_size);
+            if (pages.transaction, pages.part, pages.page_size) != next {
+                return Err(wrong("it does not continue the transaction before it"));
+            }
+        }
+        if let Some(commit) = pages.commit {
+            self.take_effect(index, &pages, commit, source)?;
+            self.unfinished = None;
+        } else if let Some(open) = &mut self.unfinished {
+            open.next_part += 1;
+        } else {
+            let (transaction, page_size) = (pages.transaction, pages.page_size);
+            self.unfinished = Some(Unfinished { transaction, term, first: index, next_part: 1, page_size });
+        }
+        self.applied = index;
+        Ok(())
+    }
+
+    fn take_effect(
+        &mut self,
+        index: u64,
+        last: &Pages<'_>,
+        commit: Commit,
+        source: &dyn EntrySource,
+    ) -> Result<(), ApplyError> {
+        let failed = |source| ApplyError::Io { index, source };
+        if self.table.pages() == 0 {
+            self.table = PageTable::empty(last.page_size);
+        }
+        self.trim().map_err(failed)?;
+        self.table.resize(commit.database_pages);
+        // Cutting and growing the file makes zeros of the pages that the transaction grew over without writing them.
+        self.file.set_len(u64::from(commit.database_pages) * u64::from(last.page_size)).map_err(failed)?;
+        if let Some(open) = self.unfinished {
+            self.write_earlier(open, index - 1, source).map_err(failed)?;
+        }
+        self.write_pages(last).map_err(failed)?;
+        self.claim = commit.checksum;
+        if index > self.touched && self.table.checksum() != commit.checksum {
+            let (expected, computed) = (commit.checksum, self.table.checksum());
+            return Err(ApplyError::Diverged { index, expected, computed });
+        }
+        Ok(())
+    }
+
+    /// Gives the file the size of the database. What a later state has left behind its end must not show through when
+    /// the database grows; what a later state has cut off is written again by it.
+    pub fn trim(&mut self) -> io::Result<()> {
+        if self.untrimmed {
+            self.file.set_len(u64::from(self.table.pages()) * u64::from(self.table.page_size()))?;
+            self.untrimmed = false;
+        }
+        Ok(())
+    }
+
+    /// Reads the earlier parts of the transaction again and writes them.
+    fn write_earlier(&mut self, open: Unfinished, to: u64, source: &dyn EntrySource) -> io::Result<()> {
+        let mut next = 0;
+        source.for_each(open.first, to, &mut |_, payload| {
+            if payload.is_empty() {
+                return Ok(());
+            }
+            let part = Pages::decode(payload).map_err(io::Error::other)?;
+            if (part.database, part.transaction, part.part) == (self.database, open.transaction, next) {
+                next += 1;
+                self.write_pages(&part)?;
+            }
+            Ok(())
+        })?;
+        if next == open.next_part { Ok(()) } else { Err(io::Error::other("parts of the transaction are missing")) }
+    }
+
+    fn write_pages(&mut self, part: &Pages<'_>) -> io::Result<()> {
+        for (number, image) in part.iter() {
+            if number > self.table.pages() {
+                return Err(io::Error::other("a page beyond the end of the database"));
+            }
+            self.file.write_all_at(image, u64::from(number - 1) * u64::from(part.page_size))?;
+            self.table.set(number, page_checksum(number, image));
+        }
+        Ok(())
+    }
+}

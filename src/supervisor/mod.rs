@@ -1,0 +1,337 @@
+//! Follows the node's role: opens the Console ports and runs the workload while this node is PRIMARY with a valid lease
+//! and a living port guard, and closes and stops them otherwise. A level-triggered loop that compares what should be with
+//! what is. Must never have a say in the role, and never keep the database longer than the demotion deadline: it rather
+//! ends the process.
+
+mod leased;
+mod ports;
+mod serve;
+
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::watch, time};
+
+use self::{
+    leased::{Opening, Phase},
+    ports::Sockets,
+    serve::Server,
+};
+use crate::{
+    cluster::Role,
+    guard::{GuardState, PortGuard},
+    node::{Lease, Status, lease::boottime},
+    storage::database::PrimaryDatabase,
+    workload::Workload,
+};
+
+pub use ports::{ConsolePorts, tls_config};
+
+/// Exit code when the demotion deadline was missed: EX_TEMPFAIL of sysexits, so that the service manager starts us again.
+pub const EXIT_DEADLINE: i32 = 75;
+/// How long running requests may take to end at a planned switchover.
+const DRAIN: Duration = Duration::from_millis(250);
+/// Wait before the next attempt to open after a failure.
+const RETRY: Duration = Duration::from_secs(1);
+/// Time in which a dead port guard must be replaced while ports are open.
+const WITHOUT_GUARD: Duration = Duration::from_millis(250);
+/// How often the lease is looked at while only it is missing: nobody announces its beginning.
+const LEASE_POLL: Duration = Duration::from_millis(10);
+/// How often everything is compared even if nothing was announced.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// What the supervisor needs to know.
+#[derive(Clone, Debug)]
+pub struct SupervisorConfig {
+    /// Where the ports are bound; the unspecified IPv6 address means all interfaces of both families.
+    pub address: IpAddr,
+    pub ports: ConsolePorts,
+    /// See [`tls_config`].
+    pub tls: Arc<rustls::ServerConfig>,
+    /// `DEMOTION_DEADLINE_MS`: from the loss of the role to the moment the database is free.
+    pub demotion_deadline: Duration,
+}
+
+/// What the supervisor has reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SupervisorState {
+    /// The Console ports are open.
+    pub open: bool,
+    /// The workload exists: the database is in use. True a little earlier and longer than `open`.
+    pub running: bool,
+    /// Why the ports are not open although this node is PRIMARY, in a sentence.
+    pub problem: Option<String>,
+}
+
+/// Handle of a [`Supervisor`].
+#[derive(Clone, Debug)]
+pub struct SupervisorHandle {
+    held: watch::Sender<bool>,
+    state: watch::Receiver<SupervisorState>,
+}
+
+impl SupervisorHandle {
+    /// Closes the ports in order, for a planned switchover: no new connection, running requests get 250 ms, then the
+    /// workload stops. Returns when the database is free. Nothing is opened again before [`Self::resume`].
+    pub async fn drain(&self) {
+        self.held.send_replace(true);
+        let mut state = self.state.clone();
+        // An error means that the supervisor has ended, and with it everything it held.
+        let _ = state.wait_for(|state| !state.running && !state.open).await;
+    }
+
+    /// Takes [`Self::drain`] back, when the switchover did not come about.
+    pub fn resume(&self) {
+        self.held.send_replace(false);
+    }
+
+    /// What the supervisor has reached, to read and to wait for.
+    pub fn state(&self) -> watch::Receiver<SupervisorState> {
+        self.state.clone()
+    }
+}
+
+/// The loop. See [`Supervisor::run`].
+#[derive(Debug)]
+pub struct Supervisor {
+    config: SupervisorConfig,
+    inputs: Inputs,
+    guard: PortGuard,
+    state: watch::Sender<SupervisorState>,
+}
+
+/// Everything that decides whether the ports should be open.
+#[derive(Clone, Debug)]
+struct Inputs {
+    status: watch::Receiver<Arc<Status>>,
+    lease: Lease,
+    guard: watch::Receiver<GuardState>,
+    held: watch::Receiver<bool>,
+}
+
+/// What runs while the ports are open.
+#[derive(Debug)]
+struct Running {
+    sockets: Sockets,
+    server: Server,
+    workload: Workload,
+    /// The guard's count of lapses at the opening: another count means that it has closed the ports.
+    lapses: u64,
+}
+
+/// Why an opening that runs must end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reason {
+    Switchover,
+    Role,
+    Lease,
+    ClosedByGuard,
+    NoGuard,
+    NodeEnded,
+}
+
+impl Reason {
+    fn sentence(self) -> &'static str {
+        match self {
+            Self::Switchover => "a planned switchover",
+            Self::Role => "this node is not PRIMARY any more",
+            Self::Lease => "the lease has lapsed",
+            Self::ClosedByGuard => "the port guard has closed them",
+            Self::NoGuard => "there is no living port guard",
+            Self::NodeEnded => "the node has ended",
+        }
+    }
+}
+
+impl Inputs {
+    /// The epoch and database to serve, if this node is PRIMARY.
+    fn primary(&self) -> Option<(u64, Arc<PrimaryDatabase>)> {
+        let status = self.status.borrow();
+        let database = status.database.as_ref().filter(|_| status.role == Role::Primary)?;
+        Some((status.epoch, Arc::clone(database)))
+    }
+
+    /// Why an opening of this epoch must end now; none if it may go on. `without_guard`: since when no guard lives.
+    fn objection(&self, epoch: u64, lapses: u64, without_guard: Option<Instant>) -> Option<Reason> {
+        if self.status.has_changed().is_err() {
+            return Some(Reason::NodeEnded);
+        }
+        if self.primary().is_none_or(|(now, _)| now != epoch) {
+            return Some(Reason::Role);
+        }
+        if !self.lease.is_valid() {
+            return Some(Reason::Lease);
+        }
+        if self.guard.borrow().lapses != lapses {
+            return Some(Reason::ClosedByGuard);
+        }
+        // After the reasons that leave no time for an orderly end.
+        if *self.held.borrow() {
+            return Some(Reason::Switchover);
+        }
+        without_guard.filter(|since| since.elapsed() >= WITHOUT_GUARD).map(|_| Reason::NoGuard)
+    }
+
+    /// Returns when something was announced or the time is over.
+    async fn changed(&mut self, wait: Duration) {
+        let ended = tokio::select! {
+            result = self.status.changed() => result.is_err(),
+            result = self.guard.changed() => result.is_err(),
+            result = self.held.changed() => result.is_err(),
+            () = time::sleep(wait) => false,
+        };
+        if ended {
+            // A closed channel is ready for ever.
+            time::sleep(wait.min(LEASE_POLL)).await;
+        }
+    }
+
+    /// Returns when an opening of this epoch must end.
+    async fn lost(&mut self, epoch: u64, lapses: u64) -> Reason {
+        let mut without_guard = None;
+        loop {
+            match self.guard.borrow().pid {
+                Some(_) => without_guard = None,
+                None => without_guard = without_guard.or_else(|| Some(Instant::now())),
+            }
+            if let Some(reason) = self.objection(epoch, lapses, without_guard) {
+                return reason;
+            }
+            // The lease is extended without a word, and nobody says when it ends: look again at each deadline.
+            let left = Duration::from_nanos(self.lease.deadline().saturating_sub(boottime()));
+            let wait = if without_guard.is_some() { left.min(LEASE_POLL) } else { left };
+            // Timers are exact to a millisecond; one more avoids an extra round.
+            self.changed(wait + Duration::from_millis(1)).await;
+        }
+    }
+}
+
+impl Supervisor {
+    /// Prepares a supervisor and its handle. The guard must have been given the same lease.
+    pub fn new(
+        config: SupervisorConfig,
+        status: watch::Receiver<Arc<Status>>,
+        lease: Lease,
+        guard: PortGuard,
+    ) -> (Self, SupervisorHandle) {
+        let (state, seen) = watch::channel(SupervisorState::default());
+        let (hold, held) = watch::channel(false);
+        let inputs = Inputs { status, lease, guard: guard.state(), held };
+        (Self { config, inputs, guard, state }, SupervisorHandle { held: hold, state: seen })
+    }
+
+    /// Runs until the node's status channel closes; everything is closed and stopped then.
+    pub async fn run(mut self) {
+        while self.inputs.status.has_changed().is_ok() {
+            let Some((epoch, database)) = self.inputs.primary() else {
+                self.publish(|state| state.problem = None);
+                self.inputs.changed(LONGEST_WAIT).await;
+                continue;
+            };
+            let held = *self.inputs.held.borrow();
+            if held || !self.inputs.lease.is_valid() {
+                drop(database);
+                self.inputs.changed(if held { LONGEST_WAIT } else { LEASE_POLL }).await;
+                continue;
+            }
+            let lapses = self.inputs.guard.borrow().lapses;
+            match self.open(epoch, lapses, database).await {
+                Ok(running) => {
+                    self.publish(|state| *state = SupervisorState { open: true, running: true, problem: None });
+                    tracing::info!("the Console is open (epoch {epoch})");
+                    let reason = self.inputs.lost(epoch, running.lapses).await;
+                    self.close(running, reason).await;
+                }
+                Err(error) => {
+                    // Not worth a line when the role was lost meanwhile: that was not a failure.
+                    if self.inputs.objection(epoch, lapses, None).is_none() {
+                        let problem = format!("{error:#}");
+                        tracing::error!("the Console is not open: {problem}; trying again");
+                        self.publish(|state| state.problem = Some(problem));
+                        self.inputs.changed(RETRY).await;
+                    }
+                }
+            }
+        }
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut SupervisorState)) {
+        self.state.send_if_modified(|state| {
+            let before = state.clone();
+            change(state);
+            *state != before
+        });
+    }
+
+    /// Starts the workload, then opens the ports. Gives up as soon as the role is lost.
+    async fn open(&mut self, epoch: u64, lapses: u64, database: Arc<PrimaryDatabase>) -> anyhow::Result<Running> {
+        let workload = Workload::start(database, self.inputs.status.clone())?;
+        self.publish(|state| state.running = true);
+        let mut watched = self.inputs.clone();
+        let result = tokio::select! {
+            biased;
+            reason = watched.lost(epoch, lapses) => Err(anyhow::anyhow!("{}", reason.sentence())),
+            result = self.open_ports(epoch, &workload) => result,
+        };
+        match result {
+            Ok((sockets, server)) => Ok(Running { sockets, server, workload, lapses }),
+            Err(error) => {
+                let deadline = self.deadline();
+                self.within(deadline, workload.stop()).await;
+                // The guard may still be about to open what was given up: this comes after it.
+                let _ = self.guard.release().await;
+                self.publish(|state| state.running = false);
+                Err(error)
+            }
+        }
+    }
+
+    async fn open_ports(&self, epoch: u64, workload: &Workload) -> anyhow::Result<(Sockets, Server)> {
+        workload.ready().await?;
+        let sockets = Sockets::bind(self.config.address, self.config.ports)?;
+        sockets.open(&self.guard).await?;
+        let opening = Opening::new(epoch, self.inputs.lease.clone(), self.inputs.status.clone());
+        let tls = Arc::clone(&self.config.tls);
+        let server = Server::start(sockets.listeners()?, opening, tls, workload.router());
+        Ok((sockets, server))
+    }
+
+    /// Closes the ports and resets the connections first, then stops the workload and lets go of the database.
+    async fn close(&self, running: Running, reason: Reason) {
+        let (begin, deadline) = (Instant::now(), self.deadline());
+        let Running { sockets, server, workload, .. } = running;
+        drop(sockets);
+        self.publish(|state| state.open = false);
+        if reason == Reason::Switchover {
+            server.opening().advance(Phase::Draining);
+            // What does not end in time is reset.
+            let _ = time::timeout(DRAIN, server.finished()).await;
+        }
+        server.opening().advance(Phase::Closed);
+        self.within(deadline, async {
+            server.finished().await;
+            workload.stop().await;
+        })
+        .await;
+        // It only drops duplicates of sockets that are shut down; a dead guard holds none.
+        let _ = self.guard.release().await;
+        self.publish(|state| state.running = false);
+        tracing::info!("the Console is closed after {:?}: {}", begin.elapsed(), reason.sentence());
+    }
+
+    fn deadline(&self) -> time::Instant {
+        time::Instant::now() + self.config.demotion_deadline
+    }
+
+    /// Ends the process when the deadline passes: another node may need us to be gone.
+    async fn within(&self, deadline: time::Instant, work: impl Future<Output = ()>) {
+        if time::timeout_at(deadline, work).await.is_err() {
+            let limit = self.config.demotion_deadline;
+            tracing::error!("the workload did not stop within {limit:?}: ending the process so that it starts anew");
+            std::process::exit(EXIT_DEADLINE);
+        }
+    }
+}

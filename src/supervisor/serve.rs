@@ -1,0 +1,156 @@
+//! Accepts connections and serves them until the opening ends: TLS, HTTP/1.1, limits. Must never write to a socket but
+//! through [`LeasedStream`].
+
+use std::{io, pin::pin, sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::{
+    leased::{LeasedStream, Opening, Phase},
+    ports::Service,
+};
+
+/// Connections at once over all ports; further ones wait in the kernel's queue.
+const CONNECTIONS: u32 = 1024;
+/// Longest time for a TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Longest time from the end of a request (or the start of the connection) to the end of the next request's head: also
+/// the limit of an idle connection.
+const HEAD: Duration = Duration::from_secs(10);
+/// Largest head of a request in bytes, and the size of the buffers.
+const BUFFER: usize = 64 << 10;
+/// Pause after an error of accept that does not pass at once, as too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// All tasks of one opening. They end by themselves when the opening is closed.
+#[derive(Debug)]
+pub(super) struct Server {
+    opening: Arc<Opening>,
+    places: Arc<Semaphore>,
+}
+
+/// What every connection needs.
+#[derive(Clone)]
+struct Shared {
+    opening: Arc<Opening>,
+    tls: TlsAcceptor,
+    router: Router,
+    places: Arc<Semaphore>,
+}
+
+impl Server {
+    /// Starts to accept on all listeners.
+    pub(super) fn start(
+        listeners: Vec<(Service, TcpListener)>,
+        opening: Arc<Opening>,
+        tls: Arc<rustls::ServerConfig>,
+        router: Router,
+    ) -> Self {
+        let places = Arc::new(Semaphore::new(CONNECTIONS as usize));
+        for (service, listener) in listeners {
+            let (opening, places, tls) = (Arc::clone(&opening), Arc::clone(&places), Arc::clone(&tls));
+            let shared = Shared { opening, tls: TlsAcceptor::from(tls), router: router.clone(), places };
+            tokio::spawn(async move {
+                let opening = Arc::clone(&shared.opening);
+                tokio::select! {
+                    () = opening.reached(Phase::Draining) => {}
+                    () = accept(service, &listener, &shared) => {}
+                }
+            });
+        }
+        Self { opening, places }
+    }
+
+    /// Returns when no connection is left and nothing accepts one. The phase must have been advanced before, else it
+    /// waits for the clients.
+    pub(super) async fn finished(&self) {
+        // Those who accept hold a place, too. An error would mean that the semaphore is closed, which nobody does.
+        let _ = self.places.acquire_many(CONNECTIONS).await;
+    }
+
+    /// The opening that is served.
+    pub(super) fn opening(&self) -> &Opening {
+        &self.opening
+    }
+}
+
+async fn accept(service: Service, listener: &TcpListener, shared: &Shared) {
+    loop {
+        // Before accepting: the kernel's queue is the place to wait.
+        let Ok(place) = Arc::clone(&shared.places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                tokio::spawn(connection(service, stream, shared.clone(), place));
+            }
+            // The listening socket was shut down by the guard or by ourselves: the opening ends in a moment.
+            Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
+                shared.opening.reached(Phase::Draining).await;
+            }
+            Err(error) if is_of_the_client(&error) => {}
+            Err(error) => {
+                tracing::error!("cannot accept a connection to the Console: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn is_of_the_client(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
+}
+
+async fn connection(service: Service, stream: TcpStream, shared: Shared, place: OwnedSemaphorePermit) {
+    let opening = Arc::clone(&shared.opening);
+    // Small answers leave at once. It fails only if the client is gone.
+    let _ = stream.set_nodelay(true);
+    let stream = LeasedStream::new(stream, Arc::clone(&opening));
+    tokio::select! {
+        biased;
+        // Drops everything, the request that runs too; the stream resets the connection.
+        () = opening.reached(Phase::Closed) => {}
+        result = serve(service, stream, shared) => {
+            if let Err(error) = result {
+                tracing::debug!("a connection to the Console ended: {error:#}");
+            }
+        }
+    }
+    drop(place);
+}
+
+async fn serve(service: Service, stream: LeasedStream, shared: Shared) -> anyhow::Result<()> {
+    if service == Service::Http {
+        return http(stream, shared).await;
+    }
+    let stream = tokio::time::timeout(HANDSHAKE, shared.tls.accept(stream)).await??;
+    if service == Service::Defender {
+        tracing::debug!("closed a connection to the Defender port: Defenders are not supported yet");
+        return Ok(());
+    }
+    http(stream, shared).await
+}
+
+async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(stream: S, shared: Shared) -> anyhow::Result<()> {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD)
+        .max_buf_size(BUFFER)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(shared.router));
+    let mut connection = pin!(connection);
+    tokio::select! {
+        result = connection.as_mut() => return Ok(result?),
+        () = shared.opening.reached(Phase::Draining) => connection.as_mut().graceful_shutdown(),
+    }
+    Ok(connection.await?)
+}

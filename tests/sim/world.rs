@@ -1,0 +1,542 @@
+//! The world around three nodes: time, messages, faults, clients, and the checks after every step.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
+};
+
+use raft::eraftpb::Message;
+use rand::{RngExt, SeedableRng, rngs::SmallRng};
+use twistlock_ha::cluster::{Cause, Cluster, ClusterId, Member, Membership, Output, Phase, Timing, Transition};
+
+use super::disk::SimLog;
+
+const MILLI: u64 = 1_000_000;
+
+/// What happened in one seed; equal for equal seeds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    pub steps: u64,
+    pub acknowledged: u64,
+    pub takeovers: u64,
+    pub crashes: u64,
+    pub handovers: u64,
+}
+
+impl Summary {
+    pub fn add(&mut self, other: &Summary) {
+        self.steps += other.steps;
+        self.acknowledged += other.acknowledged;
+        self.takeovers += other.takeovers;
+        self.crashes += other.crashes;
+        self.handovers += other.handovers;
+    }
+}
+
+#[derive(Debug)]
+enum Event {
+    Tick { life: u64 },
+    Wake { life: u64 },
+    Deliver(Box<Message>),
+    PeerDead { life: u64, peer: u64 },
+    Synced { life: u64, number: u64 },
+    Promoted { life: u64, epoch: u64 },
+    Demoted { life: u64 },
+    PortsOpen { life: u64, epoch: u64 },
+    Restart,
+    Resume,
+}
+
+/// A write that waits for a majority on one node.
+struct Waiting {
+    index: u64,
+    epoch: u64,
+    value: u64,
+}
+
+struct Node {
+    id: u64,
+    log: SimLog,
+    cluster: Option<Cluster<SimLog>>,
+    /// Counts the processes of this node: events of an earlier one are void.
+    life: u64,
+    paused: bool,
+    deferred: Vec<Event>,
+    /// Local clock = offset + rate * time / 1000.
+    rate: u64,
+    offset: u64,
+    /// What the supervisor has open, and the deadline in the port guard's memory.
+    open: bool,
+    lease: u64,
+    /// Values in the database, in order, and the raft index it stands at.
+    database: Vec<u64>,
+    applied: u64,
+    /// The state that survives a crash.
+    checkpoint: (Vec<u64>, u64),
+    waiting: Vec<Waiting>,
+    /// The last own transaction that this primary released: visible in its database before it is applied from the log.
+    released: u64,
+    /// When the slowest sync so far will have ended: syncs end in order.
+    disk_busy: u64,
+}
+
+impl Node {
+    fn clock(&self, time: u64) -> u64 {
+        self.offset + time / 1000 * self.rate
+    }
+
+    /// What a load balancer would find.
+    fn ports_open(&self, time: u64) -> bool {
+        self.open && self.clock(time) < self.lease
+    }
+}
+
+pub struct World {
+    timing: Timing,
+    rng: SmallRng,
+    time: u64,
+    nodes: Vec<Node>,
+    queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    events: BTreeMap<u64, Event>,
+    next_event: u64,
+    /// Directed links that drop everything.
+    cut: BTreeSet<(u64, u64)>,
+    loss: f64,
+    stall: f64,
+    /// What the cluster decided, by index, as first seen applied anywhere.
+    decided: BTreeMap<u64, (u64, Option<u64>)>,
+    acknowledged: BTreeSet<u64>,
+    highest_ack: u64,
+    epochs: BTreeMap<u64, u64>,
+    next_value: u64,
+    summary: Summary,
+    /// What led here, for the message of a failed check.
+    trace: VecDeque<String>,
+}
+
+fn membership() -> Membership {
+    let member = |id| Member { id, name: format!("node{id}"), address: format!("127.0.0.{id}"), port: 8086 };
+    Membership { cluster: ClusterId(7), members: (1..=3).map(member).collect() }
+}
+
+impl World {
+    pub fn new(seed: u64, timing: Timing) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let nodes = (1..=3)
+            .map(|id| Node {
+                id,
+                log: SimLog::new(),
+                cluster: None,
+                life: 0,
+                paused: false,
+                deferred: Vec::new(),
+                rate: rng.random_range(950..=1050),
+                offset: rng.random_range(0..1_000_000 * MILLI),
+                open: false,
+                lease: 0,
+                database: Vec::new(),
+                applied: 1,
+                checkpoint: (Vec::new(), 1),
+                waiting: Vec::new(),
+                released: 0,
+                disk_busy: 0,
+            })
+            .collect();
+        let mut world = Self {
+            timing,
+            rng,
+            time: 0,
+            nodes,
+            queue: BinaryHeap::new(),
+            events: BTreeMap::new(),
+            next_event: 0,
+            cut: BTreeSet::new(),
+            loss: 0.01,
+            stall: 0.01,
+            decided: BTreeMap::new(),
+            acknowledged: BTreeSet::new(),
+            highest_ack: 0,
+            epochs: BTreeMap::new(),
+            next_value: 1,
+            summary: Summary::default(),
+            trace: VecDeque::new(),
+        };
+        for at in 0..3 {
+            world.start(at);
+        }
+        world
+    }
+
+    pub fn summary(&self) -> Summary {
+        self.summary.clone()
+    }
+
+    fn note(&mut self, what: String) {
+        if self.trace.len() == 40 {
+            self.trace.pop_front();
+        }
+        self.trace.push_back(format!("{} ms: {what}\n", self.time / MILLI));
+    }
+
+    fn schedule(&mut self, delay: u64, at: usize, event: Event) {
+        self.next_event += 1;
+        self.queue.push(Reverse((self.time + delay, self.next_event, at)));
+        self.events.insert(self.next_event, event);
+    }
+
+    fn start(&mut self, at: usize) {
+        let time = self.time;
+        let node = &mut self.nodes[at];
+        node.life += 1;
+        (node.database, node.applied) = node.checkpoint.clone();
+        node.log.raise_commit(node.applied);
+        let now = node.clock(time);
+        let cluster = Cluster::new(&membership(), node.id, self.timing, node.applied, node.log.clone(), now);
+        node.cluster = Some(cluster.expect("the log can be read"));
+        let life = node.life;
+        let phase = self.rng.random_range(0..25 * MILLI);
+        self.schedule(phase, at, Event::Tick { life });
+        self.drive(at);
+    }
+
+    fn crash(&mut self, at: usize) {
+        let node = &mut self.nodes[at];
+        if node.cluster.take().is_none() {
+            return;
+        }
+        self.summary.crashes += 1;
+        node.life += 1;
+        node.open = false;
+        node.lease = 0;
+        node.paused = false;
+        node.deferred.clear();
+        node.waiting.clear();
+        node.released = 0;
+        node.disk_busy = 0;
+        let (survive, part) = (self.rng.random_range(0..4), self.rng.random_range(0..8));
+        self.nodes[at].log.crash(survive, part);
+        let dead = self.nodes[at].id;
+        for other in (0..3).filter(|other| *other != at) {
+            if self.rng.random_bool(0.8) && !self.cut.contains(&(self.nodes[other].id, dead)) {
+                let life = self.nodes[other].life;
+                let delay = self.rng.random_range(MILLI..50 * MILLI);
+                self.schedule(delay, other, Event::PeerDead { life, peer: dead });
+            }
+        }
+        let down = self.rng.random_range(MILLI..2_000 * MILLI);
+        self.schedule(down, at, Event::Restart);
+    }
+
+    /// Runs under faults.
+    pub fn storm_until(&mut self, end: u64) {
+        let mut next_fault = self.rng.random_range(0..2_000 * MILLI);
+        let mut next_write = 0;
+        while self.time < end {
+            if self.time >= next_fault {
+                self.fault();
+                next_fault = self.time + self.rng.random_range(20 * MILLI..1_200 * MILLI);
+            }
+            if self.time >= next_write {
+                self.write();
+                next_write = self.time + self.rng.random_range(0..40 * MILLI);
+            }
+            self.step();
+        }
+    }
+
+    pub fn run_until(&mut self, end: u64) {
+        let mut next_write = 0;
+        while self.time < end {
+            if self.time >= next_write {
+                self.write();
+                next_write = self.time + 20 * MILLI;
+            }
+            self.step();
+        }
+    }
+
+    /// Ends every fault; crashed and paused nodes come back by themselves.
+    pub fn heal(&mut self) {
+        self.cut.clear();
+        self.loss = 0.0;
+        self.stall = 0.0;
+    }
+
+    /// After the calm there is one primary, and it has every acknowledged write.
+    pub fn assert_alive(&mut self) {
+        let open: Vec<_> = self.nodes.iter().filter(|node| node.ports_open(self.time)).map(|node| node.id).collect();
+        assert_eq!(open.len(), 1, "nodes with open ports after the calm: {open:?}");
+        let values = self.nodes.iter().find(|node| node.ports_open(self.time)).map(|node| &node.database);
+        let values: BTreeSet<_> = values.into_iter().flatten().copied().collect();
+        assert!(self.acknowledged.is_subset(&values), "an acknowledged write is gone");
+        let before = self.acknowledged.len();
+        self.run_until(self.time + 200 * MILLI);
+        assert!(self.acknowledged.len() > before, "no write succeeds after the calm");
+    }
+
+    fn fault(&mut self) {
+        let at = self.rng.random_range(0..3);
+        let id = self.nodes[at].id;
+        let kind = self.rng.random_range(0..12);
+        self.note(format!("fault {kind} at node {id}"));
+        match kind {
+            0..3 => self.crash(at),
+            3 => (0..3).for_each(|at| self.crash(at)),
+            4..6 => {
+                if self.nodes[at].cluster.is_some() && !self.nodes[at].paused {
+                    self.nodes[at].paused = true;
+                    let pause = self.rng.random_range(10 * MILLI..3_000 * MILLI);
+                    self.schedule(pause, at, Event::Resume);
+                }
+            }
+            6 => {
+                for other in (1..=3).filter(|other| *other != id) {
+                    self.cut.extend([(id, other), (other, id)]);
+                }
+            }
+            7 => {
+                let to = 1 + (id + self.rng.random_range(0..2)) % 3;
+                self.cut.insert((id, to));
+            }
+            8 => self.cut.clear(),
+            9 => self.loss = [0.0, 0.01, 0.1, 0.4][self.rng.random_range(0..4)],
+            10 => self.stall = [0.0, 0.01, 0.3][self.rng.random_range(0..3)],
+            _ => self.hand_over(at),
+        }
+        self.check();
+    }
+
+    fn hand_over(&mut self, at: usize) {
+        let now = self.nodes[at].clock(self.time);
+        let give_up = self.rng.random_bool(0.3);
+        let node = &mut self.nodes[at];
+        if let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) {
+            if cluster.phase() == Phase::Primary {
+                node.open = false;
+                self.summary.handovers += 1;
+            }
+            if give_up { cluster.give_up(now, Cause::DatabaseFailed) } else { cluster.hand_over(now) }
+        }
+        self.drive(at);
+    }
+
+    /// A client writes to every node whose ports it finds open.
+    fn write(&mut self) {
+        for at in 0..3 {
+            let node = &mut self.nodes[at];
+            if node.paused || !node.ports_open(self.time) {
+                continue;
+            }
+            // A read through open ports must show every write acknowledged so far.
+            assert!(
+                self.highest_ack <= node.applied.max(node.released),
+                "node {} serves a stale database at {}",
+                node.id,
+                self.time
+            );
+            let now = node.clock(self.time);
+            let Some(cluster) = node.cluster.as_mut() else { continue };
+            let (value, epoch) = (self.next_value, cluster.epoch());
+            self.next_value += 1;
+            if let Ok(index) = cluster.propose(now, epoch, value.to_le_bytes().to_vec()) {
+                node.waiting.push(Waiting { index, epoch, value });
+            }
+            self.drive(at);
+        }
+    }
+
+    fn step(&mut self) {
+        let Some(Reverse((time, id, at))) = self.queue.pop() else { panic!("nothing will ever happen again") };
+        self.time = time;
+        let event = self.events.remove(&id).expect("queued once");
+        self.summary.steps += 1;
+        self.handle(at, event);
+        self.check();
+    }
+
+    fn handle(&mut self, at: usize, event: Event) {
+        match event {
+            Event::Restart => return self.start(at),
+            Event::Resume => {
+                self.nodes[at].paused = false;
+                let deferred = std::mem::take(&mut self.nodes[at].deferred);
+                deferred.into_iter().for_each(|event| self.handle(at, event));
+                return;
+            }
+            _ => {}
+        }
+        if self.nodes[at].paused {
+            return self.nodes[at].deferred.push(event);
+        }
+        let (now, life) = (self.nodes[at].clock(self.time), self.nodes[at].life);
+        let node = &mut self.nodes[at];
+        let Some(cluster) = node.cluster.as_mut() else { return };
+        match event {
+            Event::Tick { life: of } if of == life => {
+                cluster.tick(now);
+                self.schedule(25 * MILLI, at, Event::Tick { life });
+            }
+            Event::Wake { life: of } if of == life => cluster.wake(now),
+            Event::Deliver(message) => cluster.step(now, *message),
+            Event::PeerDead { life: of, peer } if of == life => cluster.peer_dead(now, peer),
+            Event::Synced { life: of, number } if of == life => {
+                node.log.sync(number);
+                cluster.persisted(number);
+            }
+            Event::Promoted { life: of, epoch } if of == life => cluster.promoted(now, epoch),
+            Event::Demoted { life: of } if of == life => {
+                node.waiting.clear();
+                cluster.demoted(now);
+            }
+            Event::PortsOpen { life: of, epoch } if of == life => {
+                node.open |= cluster.phase() == Phase::Primary && cluster.epoch() == epoch;
+            }
+            _ => return,
+        }
+        self.drive(at);
+    }
+
+    /// Carries out what a node wants, in the order of `Output`.
+    fn drive(&mut self, at: usize) {
+        loop {
+            let now = self.nodes[at].clock(self.time);
+            let Some(cluster) = self.nodes[at].cluster.as_mut() else { return };
+            let Some(output) = cluster.poll(now) else { break };
+            self.carry_out(at, output);
+        }
+        let node = &self.nodes[at];
+        let now = node.clock(self.time);
+        if let Some(deadline) = node.cluster.as_ref().and_then(Cluster::deadline) {
+            let delay = deadline.saturating_sub(now) * 1000 / node.rate + 1;
+            let life = node.life;
+            if delay < 25 * MILLI {
+                self.schedule(delay, at, Event::Wake { life });
+            }
+        }
+    }
+
+    fn carry_out(&mut self, at: usize, output: Output) {
+        self.nodes[at].lease = output.lease;
+        for transition in &output.transitions {
+            self.transition(at, *transition);
+        }
+        output.send.into_iter().for_each(|message| self.send(message));
+        if let Some(persist) = output.persist {
+            let node = &mut self.nodes[at];
+            node.log.append(persist.number, persist.entries, persist.hard_state);
+            let slow = self.rng.random_bool(self.stall);
+            let sync = if slow { self.rng.random_range(0..2_000 * MILLI) } else { self.rng.random_range(0..2 * MILLI) };
+            let node = &mut self.nodes[at];
+            node.disk_busy = node.disk_busy.max(self.time + if persist.must_sync { sync } else { 0 });
+            let (delay, life) = (node.disk_busy - self.time, node.life);
+            self.schedule(delay, at, Event::Synced { life, number: persist.number });
+        }
+        let cluster = self.nodes[at].cluster.as_mut().expect("it is running");
+        cluster.written();
+        let epoch = cluster.epoch();
+        self.apply(at, output.apply);
+        self.release(at, output.committed, epoch);
+        if let Some(epoch) = output.promote {
+            assert!(
+                self.highest_ack <= self.nodes[at].applied,
+                "node {} is promoted in epoch {epoch} at index {} without the acknowledged write {}: {:?}",
+                self.nodes[at].id,
+                self.nodes[at].applied,
+                self.highest_ack,
+                self.trace
+            );
+            let (delay, life) = (self.rng.random_range(MILLI..20 * MILLI), self.nodes[at].life);
+            self.schedule(delay, at, Event::Promoted { life, epoch });
+        }
+    }
+
+    fn transition(&mut self, at: usize, transition: Transition) {
+        let life = self.nodes[at].life;
+        let node = &mut self.nodes[at];
+        let epoch = node.cluster.as_ref().map_or(0, Cluster::epoch);
+        let what = format!(
+            "node {} in epoch {epoch}: {transition:?}, log {}",
+            node.id,
+            node.log.read(super::disk::Image::last)
+        );
+        self.note(what);
+        let node = &mut self.nodes[at];
+        match transition.to {
+            Phase::Primary => {
+                self.summary.takeovers += 1;
+                let holder = *self.epochs.entry(epoch).or_insert(node.id);
+                assert_eq!(holder, node.id, "two primaries in epoch {epoch}");
+                let delay = self.rng.random_range(0..5 * MILLI);
+                self.schedule(delay, at, Event::PortsOpen { life, epoch });
+            }
+            Phase::Demoting => {
+                node.open = false;
+                node.waiting.clear();
+                node.released = 0;
+                let delay = self.rng.random_range(MILLI..50 * MILLI);
+                self.schedule(delay, at, Event::Demoted { life });
+            }
+            _ => {}
+        }
+    }
+
+    fn send(&mut self, message: Message) {
+        if self.cut.contains(&(message.from, message.to)) || self.rng.random_bool(self.loss) {
+            return;
+        }
+        let to = message.to as usize - 1;
+        let copies = if self.rng.random_bool(0.02) { 2 } else { 1 };
+        for _ in 0..copies {
+            let late = self.rng.random_bool(0.02);
+            let delay = self.rng.random_range(50_000..if late { 400 * MILLI } else { 3 * MILLI });
+            self.schedule(delay, to, Event::Deliver(Box::new(message.clone())));
+        }
+    }
+
+    fn apply(&mut self, at: usize, up_to: u64) {
+        let node = &mut self.nodes[at];
+        for index in node.applied + 1..=up_to {
+            let entry = node.log.read(|image| image.entry(index).cloned()).expect("applied entries are in the log");
+            let durable = node.log.durable(|image| image.entry(index).map(|entry| entry.term));
+            assert_eq!(durable, Some(entry.term), "index {index} was applied before it was durable here");
+            let value = entry.data.as_ref().try_into().map(u64::from_le_bytes).ok();
+            let first = *self.decided.entry(index).or_insert((entry.term, value));
+            assert_eq!(first, (entry.term, value), "node {} differs at index {index}", node.id);
+            node.database.extend(value);
+            node.applied = index;
+        }
+        if self.rng.random_bool(0.02) {
+            let node = &mut self.nodes[at];
+            node.checkpoint = (node.database.clone(), node.applied);
+        }
+    }
+
+    /// Acknowledges writes whose entry a majority has.
+    fn release(&mut self, at: usize, committed: u64, epoch: u64) {
+        let time = self.time;
+        let waiting = std::mem::take(&mut self.nodes[at].waiting);
+        let (done, rest): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|waiting| waiting.index <= committed);
+        self.nodes[at].waiting = rest;
+        for write in done {
+            assert_eq!(write.epoch, epoch, "a write was confirmed in another epoch than its own");
+            let holders = self.nodes.iter().filter(|node| {
+                let value = write.value.to_le_bytes();
+                node.log.durable(|image| image.entry(write.index).is_some_and(|entry| entry.data.as_ref() == value))
+            });
+            assert!(holders.count() >= 2, "committed without a majority of disks");
+            self.nodes[at].released = write.index;
+            if self.nodes[at].ports_open(time) {
+                self.note(format!("node {} acknowledges {} in epoch {epoch}", self.nodes[at].id, write.index));
+                self.acknowledged.insert(write.value);
+                self.highest_ack = self.highest_ack.max(write.index);
+                self.summary.acknowledged += 1;
+            }
+        }
+    }
+
+    /// The invariants that can be seen at any moment.
+    fn check(&self) {
+        let open: Vec<_> = self.nodes.iter().filter(|node| node.ports_open(self.time)).map(|node| node.id).collect();
+        assert!(open.len() <= 1, "ports are open on nodes {open:?} at {} ms", self.time / MILLI);
+    }
+}
