@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use raft::eraftpb::ConfState;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -109,7 +109,7 @@ impl Parts {
         let database_dir = data.path().join("database");
         make_private_dir(&database_dir).with_context(|| format!("create {}", database_dir.display()))?;
         let start = Instant::now();
-        let database = Database::open(&database_dir, CONSOLE_DATABASE, raft::Storage::last_index(&log)?)?;
+        let database = Database::open(&database_dir, CONSOLE_DATABASE, log.last_index())?;
         info!(index = database.applied(), ms = start.elapsed().as_millis() as u64, "database opened at its checkpoint");
         let others: Vec<NodeId> =
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
@@ -211,7 +211,7 @@ fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
 fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog> {
     let voters = identity.membership.members.iter().map(|member| member.id).collect();
     let initial = ConfState { voters, ..ConfState::default() };
-    let options = Options { segment_bytes: config.raft_log_segment_bytes, ..Options::default() };
+    let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, ..Options::default() };
     let owner = (identity.cluster, identity.node);
     let log = RaftLog::open(&data.path().join("raft-log"), owner, initial, options, RealDisk)?;
     info!("raft log opened: {:?}", log.recovered());

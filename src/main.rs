@@ -38,6 +38,7 @@ fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|first| first == guard::SUBCOMMAND) {
         return guard::main();
     }
+    die_of_panics();
     match Arguments::parse().command {
         Command::Run { config } => daemon::run(&config),
         Command::CheckConfig { file } => {
@@ -51,4 +52,13 @@ fn main() -> ExitCode {
         }
         Command::Dev(options) => dev::main(options),
     }
+}
+
+/// A thread that panicked would leave the others running with half of the truth: the process ends, and is restarted.
+fn die_of_panics() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }

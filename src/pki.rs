@@ -2,9 +2,9 @@
 //! configurations made of them. Owns `<data>/certificates/`. Must never send a private key anywhere, write one into a
 //! file that others can read, or accept a peer on anything but a certificate of the cluster's own authority.
 //!
-//! A node certificate names its holder twice: the DNS name [`PEER_NAME`], the same for all nodes, says "a node", and the
-//! URI `twistlock://<cluster id>/node/<node id>` says which one. Addresses are listed too, for people; nothing checks
-//! them, so that a host may change its address.
+//! A node certificate names its holder twice: the DNS name [`PEER_NAME`], the same for all nodes, says "a node", and
+//! the URI `twistlock://<cluster id>/node/<node id>` says which one. Addresses are listed too, for people; nothing
+//! checks them, so that a host may change its address.
 
 use std::{
     fs::{self, File, OpenOptions},

@@ -18,11 +18,14 @@ pub struct Workload {
 }
 
 impl Workload {
-    /// Prepares the workload; fast, opens nothing.
+    /// Prepares the workload of this epoch; fast, opens nothing.
     ///
     /// # Errors
-    /// When the system has no random bytes.
-    pub fn start(database: Arc<PrimaryDatabase>, status: watch::Receiver<Arc<Status>>) -> anyhow::Result<Self> {
+    /// When the epoch is over or the system has no random bytes.
+    pub fn start(epoch: u64, status: watch::Receiver<Arc<Status>>) -> anyhow::Result<Self> {
+        let now = Arc::clone(&status.borrow());
+        let database = now.database.clone().filter(|_| now.serving() == Some(epoch));
+        let database = database.ok_or_else(|| anyhow!("this node is not PRIMARY in epoch {epoch} any more"))?;
         let console = Console::new(database.connect_options(), status)
             .map_err(|_| anyhow!("the system gives no random bytes"))?;
         Ok(Self { console, _database: database })

@@ -1,2 +1,5 @@
-//! Entry of the administration tool.
-fn main() {}
+//! Entry of the administration tool. Must never contain more than the call.
+
+fn main() -> std::process::ExitCode {
+    twistlock_ha::cli::main()
+}

@@ -102,6 +102,8 @@ pub struct Cluster<S: Storage> {
     /// The epoch in which this node last was on its way to the ports. It never serves twice in one epoch.
     served: u64,
     promote_sent: bool,
+    /// The epoch for which the first lease round was sent.
+    confirmed: u64,
     handover: Option<Handover>,
     campaign: Option<Campaign>,
     last_round: u64,
@@ -158,6 +160,7 @@ impl<S: Storage> Cluster<S> {
             lease: Lease::default(),
             quiet_until: now + timing.lease,
             promote_sent: false,
+            confirmed: 0,
             handover: None,
             campaign: None,
             last_round: 0,
@@ -217,10 +220,15 @@ impl<S: Storage> Cluster<S> {
         }
         self.election.tick();
         if self.election.is_leader() {
-            self.last_round = now.max(self.last_round + 1);
-            self.election.confirm(self.last_round.to_le_bytes().to_vec());
+            self.round(now);
         }
         self.observe(now);
+    }
+
+    /// Sends a heartbeat round that extends the lease when a majority answers it.
+    fn round(&mut self, now: u64) {
+        self.last_round = now.max(self.last_round + 1);
+        self.election.confirm(self.last_round.to_le_bytes().to_vec());
     }
 
     /// When [`Cluster::wake`] should be called at the latest, besides ticks.
@@ -422,6 +430,11 @@ impl<S: Storage> Cluster<S> {
         }
         if self.phase == Phase::Secondary && self.election.is_leader() {
             self.lead();
+        }
+        if self.phase == Phase::Promoting && self.confirmed < self.epoch() && self.election.committed_in_term() {
+            // The takeover waits for this round: it must not wait for a tick, too.
+            self.confirmed = self.epoch();
+            self.round(now);
         }
         if self.handover.is_some_and(|handover| now >= handover.until) || !self.election.is_leader() {
             if self.election.is_leader() && self.handover.is_some() {

@@ -25,7 +25,7 @@ use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::watch;
 
 pub use errors::ApiError;
-pub use store::{Store, StoreError};
+pub use store::{COMMIT, Store, StoreError};
 
 use crate::node::Status;
 

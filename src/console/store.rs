@@ -20,6 +20,10 @@ const TURN: Duration = Duration::from_secs(5);
 /// The schema in the order in which it came to be. A file never changes once it is released: sqlx compares digests.
 const MIGRATIONS: [(i64, &str, &str); 1] = [(1, "first", include_str!("migrations/0001_first.sql"))];
 
+/// Histogram, seconds: a write of the Console from the statement that commits until a majority has it, without the wait
+/// for its turn.
+pub const COMMIT: &str = "twistlock_console_commit_seconds";
+
 /// What a failed access means.
 #[derive(Debug, Error)]
 pub enum StoreError {
@@ -204,5 +208,5 @@ impl From<sqlx::Error> for StoreError {
 }
 
 fn note_commit(begin: Instant) {
-    metrics::histogram!("twistlock_console_commit_seconds").record(begin.elapsed().as_secs_f64());
+    metrics::histogram!(COMMIT).record(begin.elapsed().as_secs_f64());
 }

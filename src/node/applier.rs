@@ -21,6 +21,8 @@ use crate::storage::{
 
 use super::inbox::{DatabaseEvent, Input, Proposer, Sender};
 
+/// Every raft log begins as if everything up to here had been applied and compacted.
+const ORIGIN: u64 = 1;
 /// Entries applied between two looks at the goal.
 const SLICE: u64 = 256;
 
@@ -174,7 +176,7 @@ impl Worker {
                 self.demote();
             } else if self.epoch.is_some() {
                 self.database.note_committed(goal.applied);
-            } else if !self.broken && self.database.applied() < goal.applied {
+            } else if self.behind(&goal) {
                 self.apply(goal.applied);
             } else if let Some(epoch) = goal.epoch.filter(|epoch| *epoch != self.refused && !self.broken) {
                 self.promote(epoch);
@@ -198,7 +200,7 @@ impl Worker {
     }
 
     fn behind(&self, goal: &Goal) -> bool {
-        !self.broken && self.database.applied() < goal.applied
+        !self.broken && self.database.applied().max(ORIGIN) < goal.applied
     }
 
     /// Waits until there is something to do, or a checkpoint is due.
@@ -231,7 +233,8 @@ impl Worker {
 
     /// Applies a slice of the raft log, so that a change of the goal is seen soon.
     fn apply(&mut self, goal: u64) {
-        let (first, last) = (self.database.applied() + 1, goal.min(self.database.applied() + SLICE));
+        let first = (self.database.applied() + 1).max(ORIGIN + 1);
+        let last = goal.min(first + SLICE);
         let Self { database, log, .. } = self;
         let mut failed = None;
         let result = log.entries_between(first, last, &mut |entry| {

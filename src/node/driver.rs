@@ -16,7 +16,10 @@ use crate::{
         role::Transition,
     },
     peer::{Links, PeerEvent},
-    storage::{ReplicateError, database, raft_log::RaftLog},
+    storage::{
+        ReplicateError, database,
+        raft_log::{Pending, RaftLog},
+    },
 };
 
 use super::{
@@ -112,12 +115,8 @@ impl Driver {
                 self.cluster.step(now, message);
             }
             PeerEvent::Report(peer, report) => self.publisher.report(peer, report),
-            PeerEvent::Up(peer) => self.publisher.link(peer, true, "established"),
-            PeerEvent::Down { peer, reason, .. } => {
-                self.publisher.link(peer, false, &reason);
-                self.cluster.peer_unreachable(peer);
-            }
-            PeerEvent::InboundUp(_) | PeerEvent::InboundDown(_) => {}
+            PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
+            PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
             PeerEvent::Dead(peer) => {
                 self.publisher.dead(peer);
                 self.cluster.peer_dead(now, peer);
@@ -224,7 +223,6 @@ impl Driver {
     fn carry_out_all(&mut self) {
         while let Some(output) = self.cluster.poll(boottime()) {
             self.carry_out(output);
-            self.cluster.written();
             if self.exit.is_some() {
                 return;
             }
@@ -252,7 +250,10 @@ impl Driver {
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
             self.applier.appended(bytes);
             match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
-                Ok(pending) => self.persist(persist.number, persist.must_sync.then_some(pending), bytes),
+                Ok(pending) => {
+                    self.cluster.written();
+                    self.persist(persist.number, persist.must_sync.then_some(pending), bytes);
+                }
                 Err(error) => {
                     self.exit = Some(Exit::Fatal(format!("append to the raft log: {error}")));
                     return;
@@ -266,7 +267,7 @@ impl Driver {
         }
     }
 
-    fn persist(&mut self, number: u64, pending: Option<crate::storage::raft_log::Pending>, bytes: usize) {
+    fn persist(&mut self, number: u64, pending: Option<Pending>, bytes: usize) {
         let idle = self.syncer.is_idle();
         match pending {
             None if idle => self.cluster.persisted(number),
@@ -274,16 +275,10 @@ impl Driver {
             Some(pending) if idle && self.may_sync_inline(bytes) => {
                 let start = Instant::now();
                 let result = pending.sync().map_err(|error| error.to_string());
-                self.inline_persisted(number, result, start.elapsed().as_micros() as u64);
+                self.synced(number, result, start.elapsed().as_micros() as u64);
             }
             pending => self.syncer.ask(number, pending),
         }
-    }
-
-    fn inline_persisted(&mut self, number: u64, result: Result<(), String>, micros: u64) {
-        // `written` must come before `persisted`: raft learns of the entries first.
-        self.cluster.written();
-        self.synced(number, result, micros);
     }
 
     fn may_sync_inline(&self, bytes: usize) -> bool {

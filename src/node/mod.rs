@@ -137,7 +137,7 @@ pub fn spawn(
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.
 fn trust_checkpoint(log: &RaftLog, applied: u64) -> io::Result<()> {
     let state = log.initial_state().map_err(io::Error::other)?;
-    if log.last_index().map_err(io::Error::other)? < applied {
+    if log.last_index() < applied {
         return Err(io::Error::other(format!(
             "the database has index {applied}, which the raft log does not have: they do not belong together"
         )));

@@ -8,7 +8,6 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tracing::{info, warn};
 
 use crate::{
     cluster::{Cluster, ClusterId, Member, NodeId, Phase, Role, role::Transition},
@@ -50,6 +49,14 @@ pub struct Status {
     /// must let go as soon as the role changes: the daemon exits when that takes longer than the demotion deadline.
     #[serde(skip)]
     pub database: Option<Arc<PrimaryDatabase>>,
+}
+
+impl Status {
+    /// The epoch in which this node may serve: only in the role PRIMARY with an open database. The lease is another
+    /// matter.
+    pub fn serving(&self) -> Option<u64> {
+        (self.role == Role::Primary && self.database.is_some()).then_some(self.epoch)
+    }
 }
 
 /// One member as this node sees it.
@@ -147,17 +154,7 @@ impl Publisher {
         }
     }
 
-    pub fn link(&mut self, peer: NodeId, up: bool, reason: &str) {
-        let name = self.name(peer);
-        if up {
-            info!(peer = name, "link to the peer is up");
-        } else {
-            warn!(peer = name, reason, "link to the peer is down");
-        }
-    }
-
     pub fn dead(&mut self, peer: NodeId) {
-        warn!(peer = self.name(peer), "the peer's process is dead: its host refuses connections to its port");
         if let Some(peer) = self.peers.get_mut(&peer) {
             peer.dead = true;
             self.stale = true;
@@ -222,7 +219,7 @@ impl Publisher {
     pub fn publish(&mut self, cluster: &Cluster<RaftLog>, applied: u64) {
         let primary = self.primary(cluster);
         let shown = (cluster.epoch(), primary);
-        if !std::mem::take(&mut self.stale) && shown == self.shown {
+        if shown == self.shown && !std::mem::take(&mut self.stale) {
             return;
         }
         self.shown = shown;

@@ -1,5 +1,5 @@
-//! Accepts links from other members: TLS, hello, hand-over. Must never let strangers hold more than a few handshakes, or
-//! spin when the process is out of file descriptors.
+//! Accepts links from other members: TLS, hello, hand-over. Must never let strangers hold more than a few handshakes,
+//! or spin when the process is out of file descriptors.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 

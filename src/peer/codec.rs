@@ -1,5 +1,5 @@
-//! The language of the links: frames and their bytes, protocol version 1. Pure; owns every size limit of the wire.
-//! Must never panic or allocate beyond what has arrived, whatever the bytes: they come from other hosts. Must never give
+//! The language of the links: frames and their bytes, protocol version 1. Pure; owns every size limit of the wire. Must
+//! never panic or allocate beyond what has arrived, whatever the bytes: they come from other hosts. Must never give
 //! them to protobuf's parser, which recurses without bound (RUSTSEC-2024-0437).
 //!
 //! A frame is `length u32` (of what follows), `kind u8`, body. All integers are little-endian, byte strings are

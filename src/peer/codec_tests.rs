@@ -117,7 +117,11 @@ proptest! {
     }
 
     #[test]
-    fn no_mutation_panics(frame in frame(), changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4), cut: prop::sample::Index) {
+    fn no_mutation_panics(
+        frame in frame(),
+        changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        cut: prop::sample::Index,
+    ) {
         let mut bytes = frame.encode().unwrap().split_off(LENGTH);
         for (at, value) in changes {
             let at = at.index(bytes.len());

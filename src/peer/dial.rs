@@ -35,8 +35,8 @@ const CONNECT: Duration = Duration::from_secs(1);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// A link that lasted for this long counts as a good one: after it, dialling starts without a pause.
 const STEADY: Duration = Duration::from_secs(1);
-/// How long, and how often, a peer whose links dropped is probed. Its port may outlive it by some milliseconds: the port
-/// guard holds the socket too and dies only after it.
+/// How long, and how often, a peer whose links dropped is probed. Its port may outlive it by some milliseconds: the
+/// port guard holds the socket too and dies only after it.
 const PROBE_FOR: Duration = Duration::from_millis(100);
 const PROBE_EVERY: Duration = Duration::from_millis(2);
 
@@ -145,8 +145,8 @@ impl Dialler {
         }
     }
 
-    /// One attempt, and beside it a look at whether the peer is dead: only a TLS handshake proves it alive, since a dead
-    /// process's port may accept connections for a moment.
+    /// One attempt, and beside it a look at whether the peer is dead: only a TLS handshake proves it alive, since a
+    /// dead process's port may accept connections for a moment.
     async fn dial_and_probe(&self) -> Result<(SocketAddr, Established), Failure> {
         let (probe, dial) = (self.probe(), self.dial());
         tokio::pin!(probe, dial);
@@ -171,7 +171,8 @@ impl Dialler {
             }
             match timeout(left, self.connect(address)).await {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    if self.sender.condemn(self.member.id) {
+                    // The attempt beside this one may have come to the same verdict before.
+                    if self.sender.condemn(self.member.id) || !self.signal.borrow().alive {
                         return true;
                     }
                 }
@@ -205,7 +206,10 @@ impl Dialler {
             failure = match timeout(CONNECT, self.connect(address)).await {
                 Ok(Ok(stream)) => return Ok((address, stream)),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    self.sender.condemn(self.member.id);
+                    // Only where the last link went: another address of the name may never have been the member's.
+                    if self.last == Some(address) {
+                        self.sender.condemn(self.member.id);
+                    }
                     Failure::NobodyListens
                 }
                 Ok(Err(error)) => Failure::Unreachable(error.to_string()),
@@ -253,8 +257,8 @@ impl Dialler {
             data_format: FORMAT_VERSION,
             version: self.identity.version.clone(),
         };
-        // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert waiting
-        // that says why, so the answer is read in any case.
+        // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert
+        // waiting that says why, so the answer is read in any case.
         let written = write_frame(&mut stream, &Frame::Hello(hello)).await;
         match read_frame(&mut stream).await.and_then(|reply| written.map(|()| reply)).map_err(failed)? {
             Ok(Frame::HelloReply(HelloReply::Accepted)) => {

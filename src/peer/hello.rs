@@ -26,8 +26,8 @@ pub(super) const HANDSHAKE: Duration = Duration::from_secs(5);
 const MAX_HELLO: usize = 1024;
 /// Unsent bytes that the kernel may hold for a link: what a heartbeat may have to wait for there.
 const NOT_SENT: u32 = 128 << 10;
-/// Data that nobody acknowledges for this long ends a link. Short, because TCP's own retries get slower and slower: dialling
-/// anew finds a healed network sooner.
+/// Data that nobody acknowledges for this long ends a link. Short, because TCP's own retries get slower and slower:
+/// dialling anew finds a healed network sooner.
 const USER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Complaints remembered, so that they are not repeated.
 const COMPLAINTS: usize = 128;

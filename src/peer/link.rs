@@ -16,7 +16,8 @@ use super::codec::{Assembler, Frame};
 const CONTROL_FRAMES: usize = 1024;
 /// Frames that may wait in the bulk queue of a link, besides its limit in bytes.
 const BULK_FRAMES: usize = 4096;
-/// Encrypted bytes that rustls may hold for a link: what a control frame may have to wait for, besides the kernel's buffer.
+/// Encrypted bytes that rustls may hold for a link: what a control frame may have to wait for, besides the kernel's
+/// buffer.
 const TLS_BUFFER: usize = 64 << 10;
 /// Bytes read from one link in one poll. More stays for the next one, so that ticks and the other links get their turn.
 const READ_BUDGET: usize = 1 << 20;

@@ -32,8 +32,8 @@ pub struct LinksConfig {
     pub me: NodeId,
     /// All other members.
     pub peers: Vec<NodeId>,
-    /// Limit of the bulk queue of each link, in bytes. Should hold what raft may have in flight to one follower; what does
-    /// not fit is dropped and raft sends it again.
+    /// Limit of the bulk queue of each link, in bytes. Should hold what raft may have in flight to one follower; what
+    /// does not fit is dropped and raft sends it again.
     pub bulk_bytes: usize,
 }
 
@@ -53,7 +53,8 @@ pub enum PeerEvent {
     Report(NodeId, NodeReport),
     /// This node can send to the peer.
     Up(NodeId),
-    /// This node can no longer send to the peer; what was queued is lost. `clean`: the peer said farewell, a planned stop.
+    /// This node can no longer send to the peer; what was queued is lost. `clean`: the peer said farewell, a planned
+    /// stop.
     Down { peer: NodeId, clean: bool, reason: String },
     /// The peer can send to this node.
     InboundUp(NodeId),
@@ -122,7 +123,12 @@ impl LinkSender {
         if dead {
             info!(peer, "the process of this node is dead: its links dropped and its port refuses connections");
             counter!("twistlock_peer_deaths_total").increment(1);
-            self.hand_over(Handover::Dead(peer));
+            dead = self.hand_over(Handover::Dead(peer));
+            // A stuck loop was not told: the next refusal tries again.
+            signal.send_if_modified(|signal| {
+                signal.alive |= !dead;
+                false
+            });
         }
         dead
     }
@@ -195,9 +201,9 @@ impl Links {
         Ok(())
     }
 
-    /// Sends a raft message to `message.to`: at once if the socket takes it, else as soon as it does. Entries and snapshots
-    /// queue behind each other, everything else goes before them. Returns false if the message was dropped because there is
-    /// no link or its queue is full; raft must be told when it was a snapshot.
+    /// Sends a raft message to `message.to`: at once if the socket takes it, else as soon as it does. Entries and
+    /// snapshots queue behind each other, everything else goes before them. Returns false if the message was dropped
+    /// because there is no link or its queue is full; raft must be told when it was a snapshot.
     pub fn send(&mut self, message: &Message) -> bool {
         let class = match message.msg_type {
             // Empty ones too: an append that overtakes another would be rejected and cost a round trip.

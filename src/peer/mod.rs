@@ -4,15 +4,15 @@
 //! Every node dials every other one, from its own address, and only *sends* on that link; it only *receives* on links
 //! that others dialled. So each direction fails and recovers by itself, and a reader never waits for a writer.
 //!
-//! The work is split in two. [`run`] lives on tokio: it accepts, dials, and does the TLS and hello handshakes, which may
-//! be slow. Established links are handed to [`Links`], which the consensus loop's own thread owns and polls: heartbeats
-//! and commits take no hop through a runtime and do not suffer from what else runs there.
+//! The work is split in two. [`run`] lives on tokio: it accepts, dials, and does the TLS and hello handshakes, which
+//! may be slow. Established links are handed to [`Links`], which the consensus loop's own thread owns and polls:
+//! heartbeats and commits take no hop through a runtime and do not suffer from what else runs there.
 //!
 //! # Dead processes
 //! A process that is killed loses all links at once, without TLS close_notify, and its host's kernel then answers
-//! "connection refused" on its HA port. [`PeerEvent::Dead`] is reported when all of this holds for a peer: a link was up
-//! since its last death or farewell, no link in either direction is up now, and a connection to its HA port was refused.
-//! Elections may rest on it, so know what it assumes:
+//! "connection refused" on its HA port. [`PeerEvent::Dead`] is reported when all of this holds for a peer: a link was
+//! up since its last death or farewell, no link in either direction is up now, and a connection to its HA port was
+//! refused. Elections may rest on it, so know what it assumes:
 //! - the member's address and HA port belong to its host and to twistlockd: no address translation, no proxy, no other
 //!   host that takes the address over while the member runs;
 //! - nothing on the way forges refusals for a live process: a firewall must *drop* what it blocks. A rule that rejects

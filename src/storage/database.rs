@@ -59,7 +59,7 @@ pub enum DatabaseError {
 pub struct Checkpoint {
     /// The durable checkpoint C: the raft log is not needed up to here.
     pub index: u64,
-    /// False if readers were in the way and the checkpoint could not get to the end; C has not moved then.
+    /// False if readers or writers were in the way and the checkpoint could not get to the end; C has not moved then.
     pub complete: bool,
     /// Frames in the WAL; 0 on a secondary.
     pub frames: u32,
@@ -318,7 +318,8 @@ impl Database {
         Ok(())
     }
 
-    /// Moves the durable checkpoint as far as it can go without making anybody wait.
+    /// Moves the durable checkpoint as far as it can go without making anybody wait. Until the next call, the file's
+    /// pages up to the size of the database at C are the database at C; on a primary the file can be longer.
     ///
     /// # Errors
     /// File errors. After a failed sync the database is not used any more.
@@ -352,18 +353,14 @@ impl Database {
 fn checkpoint_wal(gate: &Gate, checkpointer: &Checkpointer) -> Result<(Option<Record>, u32), DatabaseError> {
     gate.begin_checkpoint();
     let result = checkpointer.run();
-    let reached = result.as_ref().ok().copied().flatten().map_or(u32::MAX, |(frames, _)| frames);
-    let mark = gate.end_checkpoint(reached);
-    let Some((frames, done)) = result? else {
+    // "All frames copied" refers to what the checkpoint saw when it began.
+    let reached = result.as_ref().ok().copied().flatten().filter(|(frames, done)| frames == done);
+    let mark = gate.end_checkpoint(reached.map(|(frames, _)| frames));
+    let Some((frames, _)) = result? else {
         return Ok((None, 0));
     };
     let page_size = gate.page_size();
-    let record = mark.filter(|_| done == frames).map(|mark| Record {
-        index: mark.index,
-        page_size,
-        pages: mark.pages,
-        checksum: mark.checksum,
-    });
+    let record = mark.map(|mark| Record { index: mark.index, page_size, pages: mark.pages, checksum: mark.checksum });
     Ok((record, frames))
 }
 
@@ -404,4 +401,17 @@ fn remove_cache(path: &Path) -> Result<(), DatabaseError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_may_go_to_other_threads() {
+        fn send<T: Send>() {}
+        fn shared<T: Send + Sync>() {}
+        send::<Database>();
+        shared::<PrimaryDatabase>();
+    }
 }

@@ -8,7 +8,7 @@
 //! WAL write lock and is held through [`Replicator::replicate`]; `marks` is held for moments.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     fmt,
     fs::File,
     path::{Path, PathBuf},
@@ -63,10 +63,14 @@ pub(super) struct Mark {
     pub pages: u32,
     /// Checksum of the database.
     pub checksum: u64,
-    /// Pages that the database grew over without writing them. The secondaries have zeros there, but the database file
-    /// of the primary can have old bytes there, if the database was larger before; a checkpoint puts zeros in.
-    pub holes: Arc<BTreeSet<u32>>,
+    /// Pages that the database grew over without writing them, and the raft index of the transaction that did. The
+    /// secondaries have zeros there, but the database file of the primary can have old bytes there, if the database was
+    /// larger before; a checkpoint puts zeros in.
+    pub holes: Holes,
 }
+
+/// Nearly always empty, and then shared.
+pub(super) type Holes = Arc<BTreeMap<u32, u64>>;
 
 struct Writer {
     tracker: Tracker,
@@ -79,6 +83,8 @@ struct Marks {
     committed: Mark,
     /// The last one that SQLite's other connections see, and so a checkpoint too.
     visible: Mark,
+    /// Frames of the WAL up to which a checkpoint has brought the database file to its right size, without holes.
+    settled: u32,
     /// While a checkpoint runs: what it may have reached, oldest first.
     recording: Option<Vec<Mark>>,
 }
@@ -147,7 +153,7 @@ impl Gate {
             open: Mutex::new(0),
             closed: Condvar::new(),
             writer: Mutex::new(Writer { tracker: Tracker::new(page_size), table: config.table, transaction }),
-            marks: Mutex::new(Marks { committed: mark.clone(), visible: mark, recording: None }),
+            marks: Mutex::new(Marks { committed: mark.clone(), visible: mark, settled: 0, recording: None }),
             _file: config.file,
         }
     }
@@ -230,9 +236,9 @@ impl Gate {
         }
     }
 
-    /// Notes why something is refused.
+    /// Notes why something is refused. The caller of SQLite gets an error and reports it; no second report here.
     pub(super) fn refuse(&self, reason: String) -> Stop {
-        tracing::warn!(epoch = self.epoch, "database write refused: {reason}");
+        tracing::debug!(epoch = self.epoch, "database write refused: {reason}");
         *lock(&self.refusal) = Some(reason);
         Stop::Gate
     }
@@ -260,6 +266,8 @@ impl Gate {
                 let mut marks = lock(&self.marks);
                 marks.committed.frame = 0;
                 marks.visible.frame = 0;
+                // SQLite starts the WAL again only when a checkpoint has brought all of it into the database file.
+                marks.settled = 0;
                 let mark = marks.committed.clone();
                 // Once is enough: a WAL restarted by transactions that roll back leads here again and again.
                 marks.record_unless(mark, |last| last.frame == 0);
@@ -277,7 +285,7 @@ impl Gate {
         {
             let mut marks = lock(&self.marks);
             let mut holes = Arc::clone(&marks.committed.holes);
-            follow_holes(&mut holes, &preview, &written);
+            follow_holes(&mut holes, &preview, &written, index, lock_byte_page(self.page_size));
             let mark = Mark { frame: held.frame, index, pages: preview.pages, checksum: preview.checksum, holes };
             marks.committed = mark.clone();
             marks.record_unless(mark, |_| false);
@@ -365,19 +373,39 @@ impl Gate {
     }
 
     /// The holes at the frame that a checkpoint has just reached completely. None if no checkpoint of ours is running.
-    pub(super) fn holes_at(&self, frame: u32) -> Option<Arc<BTreeSet<u32>>> {
+    pub(super) fn holes_at(&self, frame: u32) -> Option<Holes> {
         let marks = lock(&self.marks);
         // The newest: the WAL cannot start again while the checkpoint holds its read lock 0.
         let mark = marks.recording.as_ref()?.iter().rfind(|mark| mark.frame == frame)?;
         Some(Arc::clone(&mark.holes))
     }
 
-    /// The checkpoint has ended and covers the first `frames` frames of the WAL: what does the database file hold now?
-    pub(super) fn end_checkpoint(&self, frames: u32) -> Option<Mark> {
-        let recording = lock(&self.marks).recording.take()?;
+    /// A checkpoint has written zeros to the holes at `frame` and has given the file its size.
+    pub(super) fn settled_at(&self, frame: u32) {
+        let mut marks = lock(&self.marks);
+        marks.settled = frame;
+        let index = marks.recording.as_ref().and_then(|list| list.iter().rfind(|mark| mark.frame == frame));
+        let Some(index) = index.map(|mark| mark.index) else { return };
+        // A hole that is younger may have got a write in between: it stays.
+        let Marks { committed, visible, .. } = &mut *marks;
+        for holes in [&mut committed.holes, &mut visible.holes] {
+            if !holes.is_empty() {
+                Arc::make_mut(holes).retain(|_, since| *since > index);
+            }
+        }
+    }
+
+    /// The checkpoint has ended; it has copied the first `frames` frames, which were all when it began. What do the first
+    /// [`Mark::pages`] pages of the database file hold now? None if that is no state of the database: SQLite leaves out
+    /// the last step, where holes become zeros, if somebody has committed in the meantime.
+    pub(super) fn end_checkpoint(&self, frames: Option<u32>) -> Option<Mark> {
+        let mut marks = lock(&self.marks);
+        let recording = marks.recording.take()?;
+        let frames = frames?;
         // The oldest: if the WAL has just started again, an equal frame number can come twice, and less is safe. A WAL
         // without frames, of which the new header is not yet written, means that all that was visible is in the file.
-        recording.iter().find(|mark| mark.frame == frames).or((frames == 0).then(|| &recording[0])).cloned()
+        let mark = recording.iter().find(|mark| mark.frame == frames).or((frames == 0).then(|| &recording[0]))?;
+        (frames == 0 || mark.holes.is_empty() || marks.settled == frames).then(|| mark.clone())
     }
 }
 
@@ -391,17 +419,128 @@ impl Marks {
     }
 }
 
-/// Brings the set of holes from before a transaction to after it. Nearly always both are empty, and nothing is copied.
-fn follow_holes(holes: &mut Arc<BTreeSet<u32>>, preview: &Preview, written: &[(u32, u32)]) {
-    let beyond = holes.last().is_some_and(|last| *last > preview.pages);
-    if beyond || (!holes.is_empty() && written.iter().any(|(number, _)| holes.contains(number))) {
+/// The page that SQLite never writes because its locks lie there: it is all zeros, and no hole to take care of.
+fn lock_byte_page(page_size: u32) -> u32 {
+    const PENDING_BYTE: u32 = 0x4000_0000;
+    PENDING_BYTE / page_size + 1
+}
+
+/// Brings the holes from before a transaction to after it.
+fn follow_holes(holes: &mut Holes, preview: &Preview, written: &[(u32, u32)], index: u64, lock_byte_page: u32) {
+    let beyond = holes.last_key_value().is_some_and(|(last, _)| *last > preview.pages);
+    if beyond || (!holes.is_empty() && written.iter().any(|(number, _)| holes.contains_key(number))) {
         let holes = Arc::make_mut(holes);
-        holes.split_off(&(preview.pages + 1));
+        holes.split_off(&preview.pages.saturating_add(1));
         for (number, _) in written {
             holes.remove(number);
         }
     }
-    if !preview.holes.is_empty() {
-        Arc::make_mut(holes).extend(&preview.holes);
+    let mut fresh = preview.holes.iter().filter(|number| **number != lock_byte_page).peekable();
+    if fresh.peek().is_some() {
+        Arc::make_mut(holes).extend(fresh.map(|number| (*number, index)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: usize = 512;
+    const FULL: Code = 13;
+
+    /// A disk that fails at a chosen write.
+    struct Disk {
+        writes: usize,
+        fails_at: usize,
+    }
+
+    impl WalFile for Disk {
+        fn read_at(&mut self, _offset: u64, bytes: &mut [u8]) -> Result<(), Code> {
+            bytes.fill(0);
+            Ok(())
+        }
+
+        fn write_at(&mut self, _offset: u64, _bytes: &[u8]) -> Result<(), Code> {
+            self.writes += 1;
+            if self.writes == self.fails_at { Err(FULL) } else { Ok(()) }
+        }
+    }
+
+    struct Count(AtomicU64);
+
+    impl Replicator for Count {
+        fn replicate(&self, _part: Vec<u8>, _last: bool) -> Result<u64, ReplicateError> {
+            Ok(self.0.fetch_add(1, Ordering::SeqCst) + 1)
+        }
+    }
+
+    fn gate() -> (Gate, Arc<Count>) {
+        let count = Arc::new(Count(AtomicU64::new(0)));
+        let replicator = Arc::<Count>::clone(&count);
+        let (path, file) = (PathBuf::from("/nowhere"), Arc::new(tempfile::tempfile().unwrap()));
+        let table = PageTable::empty(PAGE as u32);
+        (Gate::new(GateConfig { path, database: 1, epoch: 1, replicator, table, index: 0, file }), count)
+    }
+
+    /// A whole transaction of one page: the WAL's header, then data, then the held header.
+    fn transaction(gate: &Gate, disk: &mut Disk) -> Result<(), Stop> {
+        let mut header = [0; 32];
+        header[..4].copy_from_slice(&0x377f_0682u32.to_be_bytes());
+        header[8..12].copy_from_slice(&(PAGE as u32).to_be_bytes());
+        gate.wal_write(disk, 0, &header)?;
+        let mut frame = [0; 24];
+        frame[3] = 1;
+        frame[7] = 1;
+        gate.wal_write(disk, 32, &frame)?;
+        gate.wal_write(disk, 56, &[5; PAGE])
+    }
+
+    #[test]
+    fn a_full_disk_before_the_majority_refuses() {
+        let (gate, count) = gate();
+        let result = transaction(&gate, &mut Disk { writes: 0, fails_at: 2 });
+        assert!(matches!(result, Err(Stop::File(FULL))));
+        gate.write_lock_released(Some(0));
+        assert_eq!(count.0.load(Ordering::SeqCst), 0, "nothing was proposed");
+        assert!(!gate.is_fenced());
+        transaction(&gate, &mut Disk { writes: 0, fails_at: 99 }).unwrap();
+        gate.write_lock_released(Some(1));
+        assert!(!gate.is_fenced());
+    }
+
+    #[test]
+    fn a_failure_after_the_majority_fences() {
+        let (gate, count) = gate();
+        let result = transaction(&gate, &mut Disk { writes: 0, fails_at: 3 });
+        assert!(matches!(result, Err(Stop::File(FULL))));
+        assert_eq!(count.0.load(Ordering::SeqCst), 1);
+        assert!(gate.is_fenced());
+    }
+
+    #[test]
+    fn a_commit_that_sqlite_does_not_take_over_fences() {
+        let (gate, _) = gate();
+        transaction(&gate, &mut Disk { writes: 0, fails_at: 99 }).unwrap();
+        assert!(!gate.is_fenced());
+        gate.write_lock_released(Some(0));
+        assert!(gate.is_fenced());
+    }
+
+    #[test]
+    fn holes_go_with_a_write_a_cut_or_a_checkpoint() {
+        let mut holes = Holes::default();
+        let mut table = PageTable::empty(512);
+        let mut step = |pages, written: &[u32], index| {
+            let changes = written.iter().map(|number| (*number, u64::from(*number))).collect();
+            let preview = table.preview(pages, changes);
+            let written: Vec<_> = written.iter().map(|number| (*number, 1)).collect();
+            follow_holes(&mut holes, &preview, &written, index, 7);
+            table.accept(preview);
+            holes.keys().copied().collect::<Vec<_>>()
+        };
+        assert_eq!(step(9, &[1, 2, 6], 1), [3, 4, 5, 8, 9], "7 is the lock-byte page");
+        assert_eq!(step(9, &[3, 9], 2), [4, 5, 8]);
+        assert_eq!(step(4, &[1], 3), [4]);
+        assert_eq!(step(6, &[1], 4), [4, 5, 6]);
     }
 }

@@ -1,13 +1,249 @@
 //! REMEMBERS. What survives a crash on this host.
+//!
+//! This file owns the data directory: its lock, its identity and the durable replacement of small files. It must never
+//! decide anything about roles, and never hand a directory to two processes or to a member it does not belong to.
+
 pub mod checkpoint;
 pub mod checksum;
 pub mod database;
 pub mod gate;
+pub mod raft_log;
 pub mod replica;
 pub mod vfs;
 pub mod wal;
 
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::cluster::{ClusterId, Membership, NodeId};
+
+/// Version of `identity.json` that this program writes.
+pub const IDENTITY_FORMAT: u32 = 1;
+/// Largest `identity.json` that is read, in bytes: far above any three members.
+const IDENTITY_LIMIT: u64 = 1 << 20;
+
+/// Why a data directory cannot be used.
+#[derive(Debug, Error)]
+pub enum DataDirError {
+    #[error("cannot {verb} {}: {source}", path.display())]
+    Io { verb: &'static str, path: PathBuf, source: io::Error },
+    #[error("data directory {} is in use by the process with pid {pid}; stop it first", path.display())]
+    Locked { path: PathBuf, pid: String },
+    #[error("data directory {} has no identity yet (identity.json is missing): it was never set up", path.display())]
+    NoIdentity { path: PathBuf },
+    #[error("data directory {} already belongs to node {node} ({name}) of cluster {cluster}; use an empty directory", path.display())]
+    Exists { path: PathBuf, cluster: ClusterId, node: NodeId, name: String },
+    #[error(
+        "data directory {} belongs to node {found_node} ({found_name}) of cluster {found_cluster}, but node {node} of \
+         cluster {cluster} is expected; set DATA_FOLDER to that node's own directory, or use an empty one",
+        path.display()
+    )]
+    Foreign {
+        path: PathBuf,
+        found_cluster: ClusterId,
+        found_node: NodeId,
+        found_name: String,
+        cluster: ClusterId,
+        node: NodeId,
+    },
+    #[error("{} has format {found}, and this program knows formats up to {IDENTITY_FORMAT}; upgrade this node", path.display())]
+    Newer { path: PathBuf, found: u64 },
+    #[error("{} is damaged: {reason}", path.display())]
+    Damaged { path: PathBuf, reason: String },
+}
+
+/// Who a data directory belongs to: kept in `identity.json`, written once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Format of the file: [`IDENTITY_FORMAT`].
+    pub format: u32,
+    pub cluster: ClusterId,
+    pub node: NodeId,
+    pub name: String,
+    /// The members at the time the directory was set up.
+    pub membership: Membership,
+}
+
+/// A data directory, locked for this process until it is dropped.
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    /// Held for its flock.
+    _lock: Flock<File>,
+}
+
+impl DataDir {
+    /// Creates the directory (mode 0700) where it is missing, and takes its lock.
+    ///
+    /// # Errors
+    /// [`DataDirError::Locked`] when another process has it, else [`DataDirError::Io`].
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, DataDirError> {
+        let path = path.into();
+        let failed = |verb, path: &Path| {
+            let path = path.to_owned();
+            move |source| DataDirError::Io { verb, path, source }
+        };
+        make_private_dir(&path).map_err(failed("create directory", &path))?;
+        let lock_path = path.join("lock");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(failed("open", &lock_path))?;
+        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((file, Errno::EWOULDBLOCK)) => return Err(DataDirError::Locked { path, pid: holder(&file) }),
+            Err((_, errno)) => return Err(failed("lock", &lock_path)(errno.into())),
+        };
+        let record = || {
+            lock.set_len(0)?;
+            lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0)
+        };
+        // Only for the message another process would print; a full disk must not keep a node from starting.
+        let _ = record();
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// Where the directory is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes the identity of a new directory.
+    ///
+    /// # Errors
+    /// [`DataDirError::Exists`] when there is one already, else [`DataDirError::Io`].
+    pub fn create_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
+        match self.identity() {
+            Err(DataDirError::NoIdentity { .. }) => {}
+            Err(error) => return Err(error),
+            Ok(Identity { cluster, node, name, .. }) => {
+                return Err(DataDirError::Exists { path: self.path.clone(), cluster, node, name });
+            }
+        }
+        let path = self.identity_path();
+        let write = || durable_write(&path, &serde_json::to_vec_pretty(identity)?);
+        write().map_err(|source| DataDirError::Io { verb: "write", path: path.clone(), source })
+    }
+
+    /// Reads the identity.
+    ///
+    /// # Errors
+    /// [`DataDirError::NoIdentity`], [`DataDirError::Newer`], [`DataDirError::Damaged`] or [`DataDirError::Io`].
+    pub fn identity(&self) -> Result<Identity, DataDirError> {
+        let path = self.identity_path();
+        let mut text = Vec::new();
+        match File::open(&path).and_then(|file| file.take(IDENTITY_LIMIT).read_to_end(&mut text)) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(DataDirError::NoIdentity { path: self.path.clone() });
+            }
+            Err(source) => return Err(DataDirError::Io { verb: "read", path, source }),
+        }
+        let damaged =
+            |error: serde_json::Error| DataDirError::Damaged { path: path.clone(), reason: error.to_string() };
+        // The format is looked at first: a newer file may differ in everything else.
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
+        match value.get("format").and_then(serde_json::Value::as_u64) {
+            Some(found) if found > u64::from(IDENTITY_FORMAT) => Err(DataDirError::Newer { path, found }),
+            _ => serde_json::from_value(value).map_err(damaged),
+        }
+    }
+
+    /// Reads the identity and refuses it unless it is that of this node of this cluster.
+    ///
+    /// # Errors
+    /// [`DataDirError::Foreign`] and those of [`DataDir::identity`].
+    pub fn check(&self, cluster: ClusterId, node: NodeId) -> Result<Identity, DataDirError> {
+        let found = self.identity()?;
+        if (found.cluster, found.node) == (cluster, node) {
+            return Ok(found);
+        }
+        Err(DataDirError::Foreign {
+            path: self.path.clone(),
+            found_cluster: found.cluster,
+            found_node: found.node,
+            found_name: found.name,
+            cluster,
+            node,
+        })
+    }
+
+    fn identity_path(&self) -> PathBuf {
+        self.path.join("identity.json")
+    }
+}
+
+/// The pid in a lock file, or "unknown".
+fn holder(mut file: &File) -> String {
+    let mut text = String::new();
+    match file.read_to_string(&mut text) {
+        Ok(_) if !text.trim().is_empty() => text.trim().to_owned(),
+        _ => "unknown".to_owned(),
+    }
+}
+
+/// Creates a directory and its missing parents, mode 0700, durably. An existing one is left as it is.
+///
+/// # Errors
+/// Those of the file system.
+pub fn make_private_dir(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => fsync_dir(parent),
+        _ => fsync_dir(Path::new(".")),
+    }
+}
+
+/// Replaces the content of a small file so that a crash leaves either the old or the new one. Mode 0600.
+///
+/// # Errors
+/// Those of the file system; the old content is then still there, or the new one is.
+pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a path of a file"));
+    };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let mut temporary = name.to_owned();
+    temporary.push(".new");
+    let temporary = parent.join(temporary);
+    let write = || {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    if let Err(error) = write() {
+        let _ = fs::remove_file(&temporary);
+        return Err(error);
+    }
+    fsync_dir(parent)
+}
+
+/// Makes the names in a directory durable: creations, renames and removals.
+///
+/// # Errors
+/// Those of the file system.
+pub fn fsync_dir(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
 
 /// Why a captured transaction did not get a majority.
 #[derive(Debug, Clone, Error)]
@@ -43,4 +279,55 @@ pub trait EntrySource {
         last: u64,
         each: &mut dyn FnMut(u64, &[u8]) -> std::io::Result<()>,
     ) -> std::io::Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::cluster::Member;
+
+    fn identity() -> Identity {
+        let cluster = ClusterId(7);
+        let member = Member { id: 2, name: "b".into(), address: "127.0.0.2".into(), port: 8085 };
+        let membership = Membership { cluster, members: vec![member] };
+        Identity { format: IDENTITY_FORMAT, cluster, node: 2, name: "b".into(), membership }
+    }
+
+    #[test]
+    fn a_directory_is_private_and_locked() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("a/b");
+        let first = DataDir::open(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        let error = DataDir::open(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
+        drop(first);
+        DataDir::open(&path).unwrap();
+    }
+
+    #[test]
+    fn an_identity_is_written_once_and_checked() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = DataDir::open(root.path()).unwrap();
+        assert!(matches!(dir.identity(), Err(DataDirError::NoIdentity { .. })));
+        dir.create_identity(&identity()).unwrap();
+        assert!(matches!(dir.create_identity(&identity()), Err(DataDirError::Exists { node: 2, .. })));
+        assert_eq!(dir.check(ClusterId(7), 2).unwrap(), identity());
+        let error = dir.check(ClusterId(8), 3).unwrap_err().to_string();
+        assert!(error.contains(&ClusterId(7).to_string()) && error.contains(&ClusterId(8).to_string()), "{error}");
+        assert!(error.contains("node 2 (b)") && error.contains("node 3"), "{error}");
+    }
+
+    #[test]
+    fn a_newer_or_damaged_identity_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = DataDir::open(root.path()).unwrap();
+        durable_write(&root.path().join("identity.json"), b"{\"format\": 2, \"other\": 1}").unwrap();
+        assert!(matches!(dir.identity(), Err(DataDirError::Newer { found: 2, .. })));
+        assert!(matches!(dir.create_identity(&identity()), Err(DataDirError::Newer { .. })));
+        durable_write(&root.path().join("identity.json"), b"{\"format\": 1").unwrap();
+        assert!(matches!(dir.identity(), Err(DataDirError::Damaged { .. })));
+    }
 }

@@ -2,6 +2,7 @@
 //! before each write. It sits below TLS, so that nothing above it can forget to ask.
 
 use std::{
+    fmt,
     io::{self, IoSlice},
     pin::Pin,
     sync::Arc,
@@ -14,10 +15,7 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{
-    cluster::Role,
-    node::{Lease, Status},
-};
+use crate::node::{Lease, Status};
 
 /// How far the closing of the ports has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,27 +28,32 @@ pub(super) enum Phase {
 }
 
 /// One span during which the ports are open: one epoch, one lease without a gap.
-#[derive(Debug)]
 pub(super) struct Opening {
-    pub(super) epoch: u64,
     lease: Lease,
-    status: watch::Receiver<Arc<Status>>,
+    /// Whether this node still serves in the epoch of this opening.
+    serves: Box<dyn Fn() -> bool + Send + Sync>,
     phase: watch::Sender<Phase>,
+}
+
+impl fmt::Debug for Opening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Opening").field("lease", &self.lease).field("phase", &self.phase).finish_non_exhaustive()
+    }
 }
 
 impl Opening {
     pub(super) fn new(epoch: u64, lease: Lease, status: watch::Receiver<Arc<Status>>) -> Arc<Self> {
-        Arc::new(Self { epoch, lease, status, phase: watch::Sender::new(Phase::Open) })
+        Self::with(Box::new(move || status.borrow().serving() == Some(epoch)), lease)
+    }
+
+    fn with(serves: Box<dyn Fn() -> bool + Send + Sync>, lease: Lease) -> Arc<Self> {
+        Arc::new(Self { lease, serves, phase: watch::Sender::new(Phase::Open) })
     }
 
     /// True while a byte may leave. Asks the role and epoch, too: a process that was frozen long enough to lose the
     /// role and win it again has a valid lease, but not for the responses of its former term.
     pub(super) fn permits(&self) -> bool {
-        if *self.phase.borrow() == Phase::Closed || !self.lease.is_valid() {
-            return false;
-        }
-        let status = self.status.borrow();
-        status.role == Role::Primary && status.epoch == self.epoch
+        *self.phase.borrow() != Phase::Closed && (self.serves)() && self.lease.is_valid()
     }
 
     /// Goes on to a later phase; never back.
@@ -131,5 +134,91 @@ impl AsyncWrite for LeasedStream {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.permitted()?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::node::lease::boottime;
+
+    /// A status that serves in this epoch needs a database, which a test of sockets does not have: so these tests set
+    /// the phase and the lease, and those of the Console the status.
+    async fn connection(opening: &Arc<Opening>) -> (LeasedStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        (LeasedStream::new(server, Arc::clone(opening)), client)
+    }
+
+    fn opening(lease: &Lease) -> Arc<Opening> {
+        Opening::with(Box::new(|| true), lease.clone())
+    }
+
+    fn extend(lease: &Lease) {
+        lease.set(boottime() + Duration::from_secs(60).as_nanos() as u64).unwrap();
+    }
+
+    #[tokio::test]
+    async fn nothing_is_written_without_a_lease_and_the_connection_is_reset() {
+        let lease = Lease::new().unwrap();
+        let opening = opening(&lease);
+        let (mut server, mut client) = connection(&opening).await;
+        extend(&lease);
+        server.write_all(b"first").await.unwrap();
+        lease.set(boottime()).unwrap();
+        let error = server.write_all(b"late").await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+        let mut bytes = [0; 5];
+        client.read_exact(&mut bytes).await.unwrap();
+        drop(server);
+        let error = client.read(&mut bytes).await.unwrap_err();
+        assert_eq!((&bytes, error.kind()), (b"first", io::ErrorKind::ConnectionReset));
+    }
+
+    #[tokio::test]
+    async fn a_closed_opening_stays_closed_whatever_the_lease_says() {
+        let lease = Lease::new().unwrap();
+        let opening = opening(&lease);
+        let (mut server, mut client) = connection(&opening).await;
+        extend(&lease);
+        opening.advance(Phase::Draining);
+        server.write_all(b"drain").await.unwrap();
+        opening.advance(Phase::Closed);
+        opening.advance(Phase::Open);
+        opening.reached(Phase::Closed).await;
+        assert!(server.write_all(b"late").await.is_err());
+        let mut bytes = [0; 5];
+        client.read_exact(&mut bytes).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn another_epoch_stops_the_responses_of_this_one() {
+        let lease = Lease::new().unwrap();
+        let serving = Arc::new(std::sync::atomic::AtomicBool::new(true));
+        let asked = Arc::clone(&serving);
+        let opening = Opening::with(Box::new(move || asked.load(std::sync::atomic::Ordering::SeqCst)), lease.clone());
+        let (mut server, _client) = connection(&opening).await;
+        extend(&lease);
+        server.write_all(b"first").await.unwrap();
+        serving.store(false, std::sync::atomic::Ordering::SeqCst);
+        assert!(server.write_all(b"late").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn an_orderly_end_is_no_reset() {
+        let lease = Lease::new().unwrap();
+        let opening = opening(&lease);
+        let (server, mut client) = connection(&opening).await;
+        extend(&lease);
+        drop(server);
+        assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
     }
 }

@@ -21,10 +21,8 @@ use self::{
     serve::Server,
 };
 use crate::{
-    cluster::Role,
     guard::{GuardState, PortGuard},
     node::{Lease, Status, lease::boottime},
-    storage::database::PrimaryDatabase,
     workload::Workload,
 };
 
@@ -147,19 +145,12 @@ impl Reason {
 }
 
 impl Inputs {
-    /// The epoch and database to serve, if this node is PRIMARY.
-    fn primary(&self) -> Option<(u64, Arc<PrimaryDatabase>)> {
-        let status = self.status.borrow();
-        let database = status.database.as_ref().filter(|_| status.role == Role::Primary)?;
-        Some((status.epoch, Arc::clone(database)))
-    }
-
     /// Why an opening of this epoch must end now; none if it may go on. `without_guard`: since when no guard lives.
     fn objection(&self, epoch: u64, lapses: u64, without_guard: Option<Instant>) -> Option<Reason> {
         if self.status.has_changed().is_err() {
             return Some(Reason::NodeEnded);
         }
-        if self.primary().is_none_or(|(now, _)| now != epoch) {
+        if self.status.borrow().serving() != Some(epoch) {
             return Some(Reason::Role);
         }
         if !self.lease.is_valid() {
@@ -226,19 +217,19 @@ impl Supervisor {
     /// Runs until the node's status channel closes; everything is closed and stopped then.
     pub async fn run(mut self) {
         while self.inputs.status.has_changed().is_ok() {
-            let Some((epoch, database)) = self.inputs.primary() else {
+            let serving = self.inputs.status.borrow().serving();
+            let Some(epoch) = serving else {
                 self.publish(|state| state.problem = None);
                 self.inputs.changed(LONGEST_WAIT).await;
                 continue;
             };
             let held = *self.inputs.held.borrow();
             if held || !self.inputs.lease.is_valid() {
-                drop(database);
                 self.inputs.changed(if held { LONGEST_WAIT } else { LEASE_POLL }).await;
                 continue;
             }
             let lapses = self.inputs.guard.borrow().lapses;
-            match self.open(epoch, lapses, database).await {
+            match self.open(epoch, lapses).await {
                 Ok(running) => {
                     self.publish(|state| *state = SupervisorState { open: true, running: true, problem: None });
                     tracing::info!("the Console is open (epoch {epoch})");
@@ -267,8 +258,8 @@ impl Supervisor {
     }
 
     /// Starts the workload, then opens the ports. Gives up as soon as the role is lost.
-    async fn open(&mut self, epoch: u64, lapses: u64, database: Arc<PrimaryDatabase>) -> anyhow::Result<Running> {
-        let workload = Workload::start(database, self.inputs.status.clone())?;
+    async fn open(&mut self, epoch: u64, lapses: u64) -> anyhow::Result<Running> {
+        let workload = Workload::start(epoch, self.inputs.status.clone())?;
         self.publish(|state| state.running = true);
         let mut watched = self.inputs.clone();
         let result = tokio::select! {

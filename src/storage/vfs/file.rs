@@ -207,6 +207,11 @@ unsafe extern "C" fn truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c
             if let Err(code) = clear_holes(&shim.gate, file, frames, size as u64) {
                 return code;
             }
+            let code = real!(file, xTruncate, sqlite::SQLITE_IOERR_TRUNCATE, size);
+            if code == sqlite::SQLITE_OK {
+                shim.gate.settled_at(frames);
+            }
+            return code;
         }
         real!(file, xTruncate, sqlite::SQLITE_IOERR_TRUNCATE, size)
     }
@@ -220,7 +225,7 @@ fn clear_holes(gate: &Gate, file: *mut sqlite3_file, frames: u32, size: u64) -> 
     let holes = gate.holes_at(frames).ok_or(sqlite::SQLITE_IOERR_TRUNCATE)?;
     let page_size = gate.page_size() as usize;
     let (mut image, zeros) = (vec![0; page_size], vec![0; page_size]);
-    for number in holes.iter() {
+    for number in holes.keys() {
         let offset = u64::from(number - 1) * page_size as u64;
         if offset >= size {
             break;

@@ -1,0 +1,181 @@
+//! The verdict over a cluster status: healthy, degraded or without a primary, and what to do about it. Pure.
+
+use crate::{
+    cluster::Role,
+    node::{MemberStatus, Status},
+};
+
+/// A member that is this many Raft entries behind is worth a warning. A busy cluster commits about 1,000 a second,
+/// so it is the work of some seconds, more than a healthy secondary ever has left.
+pub const LAG_LIMIT: u64 = 5_000;
+
+/// How the cluster is, with the exit code of `twistcli ha status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Health {
+    /// One PRIMARY, all others SECONDARY and close behind.
+    Healthy = 0,
+    /// It serves, but something needs attention.
+    Degraded = 1,
+    /// Nobody serves, as far as this node knows.
+    NoPrimary = 2,
+}
+
+/// The verdict with its reasons.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The summary.
+    pub health: Health,
+    /// One line for the top of the output.
+    pub headline: String,
+    /// What is wrong and what to do, a sentence or two each.
+    pub advice: Vec<String>,
+}
+
+/// Judges a status.
+pub fn judge(status: &Status) -> Verdict {
+    let primary = status.members.iter().find(|member| member.state == Role::Primary);
+    let up = status.members.iter().filter(|member| is_up(member)).count();
+    let mut advice: Vec<String> = status.warnings.clone();
+    advice.extend(status.members.iter().filter_map(|member| advise(member, status)));
+    let count = format!("{up} of {} members up", status.members.len());
+    let (health, headline) = match primary {
+        None => {
+            advice.insert(0, no_primary(status, up));
+            (Health::NoPrimary, format!("NO PRIMARY: nobody serves the Console ({count})"))
+        }
+        Some(primary) if advice.is_empty() => {
+            (Health::Healthy, format!("HEALTHY: {} is PRIMARY ({count})", primary.name))
+        }
+        Some(primary) => (Health::Degraded, format!("DEGRADED: {} is PRIMARY ({count})", primary.name)),
+    };
+    Verdict { health, headline, advice }
+}
+
+fn is_up(member: &MemberStatus) -> bool {
+    matches!(member.state, Role::Primary | Role::Secondary)
+}
+
+fn no_primary(status: &Status, up: usize) -> String {
+    let needed = status.members.len() / 2 + 1;
+    if up >= needed {
+        return "An election should end within seconds. If it does not: do the members reach each other on \
+                the HIGH_AVAILABILITY_PORT?"
+            .into();
+    }
+    format!("{needed} members that reach each other are needed to elect a primary: start or reconnect the others.")
+}
+
+fn advise(member: &MemberStatus, status: &Status) -> Option<String> {
+    let who = format!("{} ({})", member.name, member.address);
+    let text = match member.state {
+        Role::Primary | Role::Secondary if member.lag > LAG_LIMIT => {
+            format!("{who} is {} entries behind: is its disk or its network slow?", member.lag)
+        }
+        Role::Primary | Role::Secondary => return None,
+        Role::Down => format!(
+            "{who} is DOWN{}: check that its host is up and see `systemctl status twistlockd` there.",
+            last_heard(member)
+        ),
+        Role::Unknown => {
+            format!("{who} has not been heard of: start twistlockd there, or check the network between the hosts.")
+        }
+        Role::RequestJoin => format!("{who} asks to join: press APPLY in Manage > System > High Availability."),
+        Role::Removed => format!("{who} is no longer a member: stop twistlockd there and delete its data folder."),
+        Role::Startup | Role::Startup2 | Role::Recovering | Role::Rollback => {
+            let state = member.state;
+            let where_ = if member.id == status.node { "here" } else { "there" };
+            format!(
+                "{who} is in {state}: it should become SECONDARY by itself; if not, read the daemon's log {where_}."
+            )
+        }
+    };
+    Some(text)
+}
+
+fn last_heard(member: &MemberStatus) -> String {
+    match member.last_contact_ms {
+        Some(ms) => format!(", last heard of {} ago", super::table::duration(ms)),
+        None => ", never heard of".into(),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::cluster::ClusterId;
+
+    /// A healthy cluster of three as node 1, its primary, sees it.
+    pub(crate) fn healthy() -> Status {
+        let member = |id: u64, state| MemberStatus {
+            id,
+            name: format!("node{id}"),
+            address: format!("127.0.0.{id}:8086"),
+            state,
+            epoch: 3,
+            applied: 120,
+            lag: 0,
+            lease_ms: (state == Role::Primary).then_some(380),
+            last_contact_ms: Some(if id == 1 { 0 } else { 12 }),
+            version: "0.1.0".into(),
+        };
+        Status {
+            cluster: ClusterId(0xabc),
+            node: 1,
+            name: "node1".into(),
+            version: "0.1.0".into(),
+            role: Role::Primary,
+            reason: "elected".into(),
+            epoch: 3,
+            primary: Some(1),
+            applied: 120,
+            committed: 120,
+            lease_ms: Some(380),
+            members: vec![member(1, Role::Primary), member(2, Role::Secondary), member(3, Role::Secondary)],
+            warnings: Vec::new(),
+            database: None,
+        }
+    }
+
+    #[test]
+    fn all_well() {
+        let verdict = judge(&healthy());
+        assert_eq!(verdict.health, Health::Healthy);
+        assert_eq!(verdict.headline, "HEALTHY: node1 is PRIMARY (3 of 3 members up)");
+        assert!(verdict.advice.is_empty());
+    }
+
+    #[test]
+    fn a_member_down_degrades() {
+        let mut status = healthy();
+        status.members[2].state = Role::Down;
+        status.members[2].last_contact_ms = Some(75_000);
+        let verdict = judge(&status);
+        assert_eq!(verdict.health, Health::Degraded);
+        assert_eq!(verdict.headline, "DEGRADED: node1 is PRIMARY (2 of 3 members up)");
+        assert!(verdict.advice[0].contains("node3 (127.0.0.3:8086) is DOWN, last heard of 75 s ago"), "{verdict:?}");
+    }
+
+    #[test]
+    fn lag_and_warnings_degrade() {
+        let mut status = healthy();
+        status.members[1].lag = LAG_LIMIT + 1;
+        assert_eq!(judge(&status).health, Health::Degraded);
+        let mut status = healthy();
+        status.warnings.push("The disk is full.".into());
+        assert_eq!(judge(&status).advice, ["The disk is full."]);
+        assert_eq!(judge(&status).health, Health::Degraded);
+    }
+
+    #[test]
+    fn without_a_primary_the_majority_is_explained() {
+        let mut status = healthy();
+        status.members[0].state = Role::Secondary;
+        assert!(judge(&status).advice[0].contains("An election should end"));
+        status.members[0].state = Role::Down;
+        status.members[1].state = Role::Down;
+        let verdict = judge(&status);
+        assert_eq!(verdict.health, Health::NoPrimary);
+        assert_eq!(verdict.headline, "NO PRIMARY: nobody serves the Console (1 of 3 members up)");
+        assert!(verdict.advice[0].starts_with("2 members that reach each other are needed"));
+    }
+}

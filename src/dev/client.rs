@@ -1,0 +1,64 @@
+//! The few requests that `dev` makes to the Console it started: is it there, and sign the administrator up.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use ureq::{
+    Agent,
+    tls::{Certificate, RootCerts, TlsConfig},
+};
+
+/// A client that trusts one authority only.
+pub(super) struct Client(Agent);
+
+impl Client {
+    /// Reads the authority's certificate.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn new(ca: &Path) -> Result<Self> {
+        let pem = std::fs::read(ca).with_context(|| format!("read {}", ca.display()))?;
+        let certificate = Certificate::from_pem(&pem).with_context(|| format!("parse {}", ca.display()))?;
+        let tls = TlsConfig::builder()
+            .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
+            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .build();
+        let config = Agent::config_builder()
+            .tls_config(tls)
+            .https_only(true)
+            .proxy(None)
+            .http_status_as_error(false)
+            .timeout_global(Some(Duration::from_secs(5)))
+            .build();
+        Ok(Self(config.into()))
+    }
+
+    /// True if the Console at `url` answers its health check.
+    pub(super) fn ping(&self, url: &str) -> bool {
+        self.0.get(format!("{url}/api/v1/_ping")).call().is_ok_and(|response| response.status() == 200)
+    }
+
+    /// Makes the first user. That there is one already is no error.
+    ///
+    /// # Errors
+    /// When the Console does not answer or refuses.
+    pub(super) fn sign_up(&self, url: &str, user: &str, password: &str) -> Result<()> {
+        let initialized: serde_json::Value = self
+            .0
+            .get(format!("{url}/api/v1/settings/initialized"))
+            .call()
+            .and_then(|mut response| response.body_mut().read_json())
+            .context("ask whether the Console has a user")?;
+        if initialized["initialized"] == true {
+            return Ok(());
+        }
+        let body = serde_json::json!({"username": user, "password": password});
+        let mut response =
+            self.0.post(format!("{url}/api/v1/signup")).send_json(body).context("sign the administrator up")?;
+        if !response.status().is_success() {
+            let text = response.body_mut().read_to_string().unwrap_or_default();
+            bail!("sign the administrator up: {} {text}", response.status());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,61 @@
+//! Asks the nodes of a dev cluster for their status, again and again, one thread per node, so that a frozen node delays
+//! nobody. Must never change anything.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use crate::{control, node::Status};
+
+/// Pause between two questions.
+const PERIOD: Duration = Duration::from_millis(100);
+/// A node that takes longer than this for an answer counts as down.
+const ANSWER_LIMIT: Duration = Duration::from_millis(400);
+
+/// The newest answers of all nodes.
+pub(super) struct Watch {
+    answers: Vec<Arc<Mutex<Option<Status>>>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Watch {
+    /// Starts to ask.
+    ///
+    /// # Errors
+    /// When a thread cannot be started.
+    pub(super) fn start(sockets: Vec<PathBuf>) -> std::io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut answers = Vec::new();
+        for socket in sockets {
+            let answer = Arc::new(Mutex::new(None));
+            let (mine, stop) = (Arc::clone(&answer), Arc::clone(&stop));
+            thread::Builder::new().name("watch".into()).spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let status = control::status(&socket, ANSWER_LIMIT).ok();
+                    *mine.lock().unwrap_or_else(PoisonError::into_inner) = status;
+                    thread::sleep(PERIOD);
+                }
+            })?;
+            answers.push(answer);
+        }
+        Ok(Self { answers, stop })
+    }
+
+    /// What each node last said; none for one that does not answer.
+    pub(super) fn latest(&self) -> Vec<Option<Status>> {
+        let read = |answer: &Arc<Mutex<Option<Status>>>| answer.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.answers.iter().map(read).collect()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,284 @@
+//! One file of the log, and the supply of files to come. Owns the header of a segment (format version 1) and the names in
+//! the directory; never looks at records.
+//!
+//! A segment has its full size before the first record is written: a commit must neither extend a file nor wait for one
+//! to be made. Header (little-endian, in the first 4096 bytes): magic, `version u32`, `crc u32` (CRC-32C of the rest of the
+//! 64 bytes), `cluster u128`, `node u64`, `sequence u64`, `salt u64` (random), `size u64`.
+//!
+//! Names: `segment-<sequence, 16 hexadecimal digits>`, `spare-<number>` for a file of full size whose content means nothing,
+//! and `unfinished` for one that is being filled. A file gets its segment name only after its header is on disk, so
+//! a segment with a bad header is damaged, not torn.
+
+use std::{
+    collections::VecDeque,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    LogError, Options, Owner,
+    disk::{Disk, DiskFile},
+    record::{ALIGN, u32_at, u64_at},
+};
+use crate::cluster::ClusterId;
+
+/// Offset of the first record: the header's page is never written again.
+pub const FIRST: usize = 4096;
+const HEADER: usize = 64;
+const MAGIC: &[u8; 8] = b"TWLKRAFT";
+const VERSION: u32 = 1;
+/// Unused files that are kept for later segments; more of them are removed.
+const SPARES: usize = 2;
+/// A new file is filled and synced in steps of this size, so that commits do not queue behind a large flush.
+const FILL: usize = 1 << 20;
+
+/// One file of the log.
+pub struct Segment {
+    pub sequence: u64,
+    /// Size of the file in bytes, header included.
+    pub size: usize,
+    /// Starts the checksum of every record: the CRC of the header, and so of sequence number and salt.
+    pub seed: u32,
+    pub file: Box<dyn DiskFile>,
+}
+
+fn encode_header(owner: Owner, sequence: u64, salt: u64, size: usize) -> [u8; HEADER] {
+    let mut bytes = [0; HEADER];
+    bytes[..8].copy_from_slice(MAGIC);
+    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[16..32].copy_from_slice(&owner.0.0.to_le_bytes());
+    bytes[32..40].copy_from_slice(&owner.1.to_le_bytes());
+    bytes[40..48].copy_from_slice(&sequence.to_le_bytes());
+    bytes[48..56].copy_from_slice(&salt.to_le_bytes());
+    bytes[56..].copy_from_slice(&(size as u64).to_le_bytes());
+    let crc = header_crc(&bytes);
+    bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+fn header_crc(bytes: &[u8; HEADER]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&bytes[..12]), &bytes[16..])
+}
+
+impl Segment {
+    /// Opens the file of a segment and checks its header.
+    pub fn open(disk: &dyn Disk, dir: &Path, sequence: u64, owner: Owner) -> Result<Self, LogError> {
+        let path = segment_path(dir, sequence);
+        let file = disk.open(&path).map_err(LogError::io("open", &path))?;
+        let mut bytes = [0; HEADER];
+        match file.read_at(&mut bytes, 0) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            result => result.map_err(LogError::io("read", &path))?,
+        }
+        let damaged = |reason: &str| LogError::damaged(&path, 0, reason);
+        if bytes[..8] != *MAGIC {
+            return Err(damaged("it does not begin like a segment of a raft log"));
+        }
+        let version = u32_at(&bytes, 8);
+        if version > VERSION {
+            return Err(LogError::Newer { path, found: version, known: VERSION });
+        }
+        let seed = u32_at(&bytes, 12);
+        if header_crc(&bytes) != seed {
+            return Err(damaged("the checksum of its header is wrong"));
+        }
+        let found = (ClusterId(u64_at(&bytes, 16) as u128 | (u64_at(&bytes, 24) as u128) << 64), u64_at(&bytes, 32));
+        if found != owner {
+            return Err(LogError::Foreign { path, found, expected: owner });
+        }
+        let size = u64_at(&bytes, 56);
+        let actual = file.size().map_err(LogError::io("examine", &path))?;
+        if u64_at(&bytes, 40) != sequence || size != actual {
+            return Err(damaged("its header does not fit its name or size"));
+        }
+        Ok(Self { sequence, size: size as usize, seed, file })
+    }
+
+    /// The bytes from `offset` to the end of the file.
+    pub fn read_from(&self, offset: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.size - offset];
+        self.file.read_at(&mut bytes, offset as u64)?;
+        Ok(bytes)
+    }
+}
+
+/// The file of a segment.
+pub fn segment_path(dir: &Path, sequence: u64) -> PathBuf {
+    dir.join(format!("segment-{sequence:016x}"))
+}
+
+/// What a directory holds, by name.
+#[derive(Default)]
+pub struct Names {
+    /// Sequence numbers, ascending.
+    pub segments: Vec<u64>,
+    /// Numbers of the spare files.
+    pub spares: Vec<u64>,
+    pub unfinished: bool,
+}
+
+impl Names {
+    /// Sorts the names; those that are not the log's are left alone.
+    pub fn parse(list: &[String]) -> Self {
+        let mut names = Self::default();
+        for name in list {
+            if let Some(digits) = name.strip_prefix("segment-").filter(|digits| digits.len() == 16) {
+                names.segments.extend(u64::from_str_radix(digits, 16));
+            } else if let Some(digits) = name.strip_prefix("spare-") {
+                names.spares.extend(digits.parse::<u64>());
+            } else if name == "unfinished" {
+                names.unfinished = true;
+            }
+        }
+        names.segments.sort_unstable();
+        names
+    }
+}
+
+/// A file of full size whose content means nothing any more. Somebody may still be reading the segment it was.
+struct Spare {
+    path: PathBuf,
+    segment: Arc<Segment>,
+}
+
+/// The segments to come: headers on disk, no records.
+pub struct Supply {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    owner: Owner,
+    size: usize,
+    ready: VecDeque<Arc<Segment>>,
+    spares: Vec<Spare>,
+    next_sequence: u64,
+    next_spare: u64,
+}
+
+impl Supply {
+    /// Takes over the spare files of a directory; segments are numbered from `next_sequence`.
+    pub fn new(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        owner: Owner,
+        options: &Options,
+        names: &Names,
+        next_sequence: u64,
+    ) -> Result<Self, LogError> {
+        let size = options.segment_bytes.next_multiple_of(ALIGN);
+        let next_spare = names.spares.iter().max().map_or(0, |last| last + 1);
+        let (ready, spares) = (VecDeque::new(), Vec::new());
+        let mut supply = Self { disk, dir: dir.to_owned(), owner, size, ready, spares, next_sequence, next_spare };
+        if names.unfinished {
+            supply.remove(&supply.dir.join("unfinished"))?;
+        }
+        for number in &names.spares {
+            let path = supply.spare_path(*number);
+            let file = supply.disk.open(&path).map_err(LogError::io("open", &path))?;
+            let actual = file.size().map_err(LogError::io("examine", &path))?;
+            if actual == size as u64 && supply.spares.len() < SPARES {
+                supply.spares.push(Spare { path, segment: Arc::new(Segment { sequence: 0, size, seed: 0, file }) });
+            } else {
+                supply.remove(&path)?;
+            }
+        }
+        Ok(supply)
+    }
+
+    /// Bytes of the files that are ready or kept as spares.
+    pub fn size_bytes(&self) -> u64 {
+        ((self.ready.len() + self.spares.len()) * self.size) as u64
+    }
+
+    /// Size of every segment that comes from here.
+    pub fn segment_size(&self) -> usize {
+        self.size
+    }
+
+    /// Makes sure that `count` segments are ready.
+    ///
+    /// # Errors
+    /// [`LogError::Full`] leaves everything as it was and can be tried again. Any other error is fatal for the log.
+    pub fn prepare(&mut self, count: usize) -> Result<(), LogError> {
+        while self.ready.len() < count {
+            let (path, file) = match self.spares.iter().position(|spare| Arc::strong_count(&spare.segment) == 1) {
+                Some(at) => {
+                    let Spare { path, segment } = self.spares.swap_remove(at);
+                    let segment = Arc::into_inner(segment).expect("nobody else can reach a spare");
+                    (path, segment.file)
+                }
+                None => self.fill()?,
+            };
+            let sequence = self.next_sequence;
+            let header = encode_header(self.owner, sequence, rand::random(), self.size);
+            let seed = header_crc(&header);
+            file.write_at(&header, 0).map_err(LogError::io("write", &path))?;
+            file.sync_data().map_err(LogError::io("sync", &path))?;
+            self.rename(&path, &segment_path(&self.dir, sequence))?;
+            self.next_sequence += 1;
+            self.ready.push_back(Arc::new(Segment { sequence, size: self.size, seed, file }));
+        }
+        Ok(())
+    }
+
+    /// The next segment; [`Supply::prepare`] has made sure that there is one.
+    pub fn take(&mut self) -> Option<Arc<Segment>> {
+        self.ready.pop_front()
+    }
+
+    /// Takes a segment out of the log for good, before anything else happens to the directory.
+    ///
+    /// # Errors
+    /// Any error is fatal for the log.
+    pub fn retire(&mut self, segment: Arc<Segment>) -> Result<(), LogError> {
+        let from = segment_path(&self.dir, segment.sequence);
+        if self.spares.len() >= SPARES || segment.size != self.size {
+            return self.remove(&from);
+        }
+        let path = self.spare_path(self.next_spare);
+        self.next_spare += 1;
+        self.rename(&from, &path)?;
+        self.spares.push(Spare { path, segment });
+        Ok(())
+    }
+
+    /// A new file of full size, really written: space that is only reserved costs extra at each sync.
+    fn fill(&self) -> Result<(PathBuf, Box<dyn DiskFile>), LogError> {
+        let path = self.dir.join("unfinished");
+        let fill = || -> io::Result<Box<dyn DiskFile>> {
+            let file = self.disk.create(&path)?;
+            let zeros = vec![0; FILL.min(self.size)];
+            for offset in (0..self.size).step_by(FILL) {
+                file.write_at(&zeros[..zeros.len().min(self.size - offset)], offset as u64)?;
+                file.sync_data()?;
+            }
+            Ok(file)
+        };
+        match fill() {
+            Ok(file) => Ok((path, file)),
+            Err(error) => {
+                // The next attempt empties the file anyway; this gives its space back to others meanwhile.
+                let _ = self.disk.remove(&path);
+                match error.kind() {
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                        Err(LogError::Full { path: self.dir.clone(), needed: self.size as u64 })
+                    }
+                    _ => Err(LogError::io("fill", &path)(error)),
+                }
+            }
+        }
+    }
+
+    fn spare_path(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("spare-{number}"))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<(), LogError> {
+        self.disk.rename(from, to).map_err(LogError::io("rename", from))?;
+        self.disk.sync_dir(&self.dir).map_err(LogError::io("sync", &self.dir))
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), LogError> {
+        self.disk.remove(path).map_err(LogError::io("remove", path))?;
+        self.disk.sync_dir(&self.dir).map_err(LogError::io("sync", &self.dir))
+    }
+}

@@ -1,0 +1,5 @@
+//! The capture and replay of SQLite transactions against SQLite itself.
+
+mod cases;
+mod support;
+mod workload;
