@@ -10,11 +10,7 @@ use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
 use crate::{
-    cluster::{
-        Cause, Cluster, Output, Phase,
-        command::CONSOLE_DATABASE,
-        role::Transition,
-    },
+    cluster::{Cause, Cluster, Output, Phase, command::CONSOLE_DATABASE, role::Transition},
     peer::{Links, PeerEvent},
     storage::{
         ReplicateError, database,

@@ -112,8 +112,7 @@ pub fn spawn(
     let cluster = Cluster::new(&config.membership, config.node, config.timing, applied, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let (sender, inbox) = inbox::inbox(waker);
-    let applier =
-        Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
+    let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
     let (publisher, status) = Publisher::new(&config);
     let driver = Driver {
         syncer: Syncer::start(sender.clone())?,

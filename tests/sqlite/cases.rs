@@ -263,7 +263,10 @@ fn a_checkpoint_names_exactly_what_the_file_holds() {
         }
         stop.store(true, std::sync::atomic::Ordering::SeqCst);
     });
-    println!("{exact} of {tries} checkpoints moved on, {nothing_new} had nothing to do, {} commits", first.log.last_index());
+    println!(
+        "{exact} of {tries} checkpoints moved on, {nothing_new} had nothing to do, {} commits",
+        first.log.last_index()
+    );
     assert!(exact > 3);
     assert_equal(&mut first, &mut second);
 }
