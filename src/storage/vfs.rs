@@ -128,6 +128,12 @@ fn install() -> Result<(), c_int> {
     }
 }
 
+/// Where SQLite's locks lie in every database file, in bytes; the page there is never written.
+pub(super) fn lock_byte() -> u32 {
+    // SAFETY: a test control that takes one integer; 0 only asks. (Tests move the locks down to a place they can reach.)
+    unsafe { sqlite::sqlite3_test_control(sqlite::SQLITE_TESTCTRL_PENDING_BYTE, 0) as u32 }
+}
+
 /// Text for one of SQLite's result codes.
 fn describe(code: c_int) -> String {
     // SAFETY: returns a static string, or null for a code that it does not know.
