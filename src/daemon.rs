@@ -111,7 +111,8 @@ impl Parts {
         let start = Instant::now();
         let database = Database::open(&database_dir, CONSOLE_DATABASE, log.last_index())?;
         info!(index = database.applied(), ms = start.elapsed().as_millis() as u64, "database opened at its checkpoint");
-        let others: Vec<NodeId> = identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
+        let others: Vec<NodeId> =
+            identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
         let node_config = node_config(config, &identity, lease.clone());
         let (handle, thread) =

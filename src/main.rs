@@ -43,7 +43,11 @@ fn main() -> ExitCode {
         Command::Run { config } => daemon::run(&config),
         Command::CheckConfig { file } => {
             let (report, code) = config::check(&file);
-            if code == config::EX_OK { println!("{report}") } else { eprintln!("{report}") }
+            if code == config::EX_OK {
+                println!("{report}")
+            } else {
+                eprintln!("{report}")
+            }
             ExitCode::from(code)
         }
         Command::Dev(options) => dev::main(options),
