@@ -130,7 +130,8 @@ impl Dev {
         let sockets = layout.cluster.nodes.iter().map(|node| node.control.clone()).collect();
         let watch = Watch::start(sockets).context("start to watch the nodes")?;
         let mut screen = Screen::new(options.quiet);
-        screen.event("three nodes started; waiting for a primary");
+        let found = if layout.existed { "again, with the data that was there" } else { "with fresh data" };
+        screen.event(&format!("three nodes started {found}; waiting for a primary"));
         Ok(Self { program, layout, processes, watch, signals, screen, restart_after: options.restart_after })
     }
 

@@ -30,7 +30,7 @@ pub struct Preview {
     pub pages: u32,
     /// Checksum of the database afterwards.
     pub checksum: u64,
-    /// Pages that the database grows over without writing them: they count as zeros.
+    /// Pages that the database grows over without writing them: they count as zeros. Ascending.
     pub holes: Vec<u32>,
     changes: Vec<(u32, u64)>,
 }

@@ -267,6 +267,7 @@ impl Database {
             replicator,
             table,
             index: applied,
+            lock_byte: vfs::lock_byte(),
             file: Arc::clone(&self.file),
         }));
         match vfs::admit(&gate).and_then(|()| Checkpointer::open(&gate)) {

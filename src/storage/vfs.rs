@@ -7,7 +7,6 @@
 //! - `vfs.rs`: registration and the file system calls
 //! - `vfs/file.rs`: the calls on an open file
 //! - `vfs/connection.rs`: the few SQLite connections that we hold ourselves
-#![allow(unsafe_code)]
 
 use std::{
     collections::HashMap,
@@ -127,6 +126,12 @@ fn install() -> Result<(), c_int> {
             code => Err(code),
         }
     }
+}
+
+/// Where SQLite's locks lie in every database file, in bytes; the page there is never written.
+pub(super) fn lock_byte() -> u32 {
+    // SAFETY: a test control that takes one integer; 0 only asks. (Tests move the locks down to a place they can reach.)
+    unsafe { sqlite::sqlite3_test_control(sqlite::SQLITE_TESTCTRL_PENDING_BYTE, 0) as u32 }
 }
 
 /// Text for one of SQLite's result codes.

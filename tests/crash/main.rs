@@ -8,7 +8,7 @@ use script::{Content, Script, describe, open};
 use twistlock_ha::storage::raft_log::{LogError, MIN_SEGMENT};
 
 const STEPS: usize = 60;
-const SEEDS: u64 = 32;
+const SEEDS: u64 = 20;
 
 /// Runs a test for every seed, or for the one that is asked for.
 fn for_each_seed(count: u64, test: impl Fn(u64)) {

@@ -157,11 +157,10 @@ impl Scan {
             let change = Change::decode(&record, at, space as u32)
                 .ok_or_else(|| damaged("an intact record says nothing that this program understands"))?;
             match &change {
-                Change::Start(_, _, start) if offset == FIRST => {
-                    if !first && start.previous != self.at {
-                        return Ok(false);
-                    }
+                Change::Start(_, _, start) if offset == FIRST && !first && start.previous != self.at => {
+                    return Ok(false);
                 }
+                Change::Start(..) if offset == FIRST => {}
                 Change::Start(..) => return Err(damaged("a segment starts twice")),
                 _ if offset == FIRST => return Err(damaged("a segment does not say how it starts")),
                 _ => {}

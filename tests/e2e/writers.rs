@@ -1,0 +1,259 @@
+//! Clients that write without pause to whichever node answers, and the proof that nothing they were told was wrong.
+//! Must never take an attempt whose outcome is unknown for one that failed.
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use twistlock_ha::dev::ClusterFile;
+use ureq::{
+    Agent,
+    tls::{Certificate, RootCerts, TlsConfig},
+};
+
+/// A refusal takes no time on loopback; only a frozen host lets a connection wait.
+const CONNECT_LIMIT: Duration = Duration::from_millis(100);
+/// A client gives one address this long before it tries the next one.
+const REQUEST_LIMIT: Duration = Duration::from_millis(300);
+/// Pause after all three addresses failed, so that the clients leave the processors to the election.
+const ROUND_PAUSE: Duration = Duration::from_millis(5);
+/// Largest page of `GET tags`.
+const PAGE: usize = 1000;
+
+/// What a client knows about one attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// 2xx: it must be there for ever.
+    Acknowledged,
+    /// 4xx: it must never be there.
+    Failed,
+    /// Anything else: it may be there or not.
+    Unknown,
+}
+
+/// An HTTPS client that trusts the cluster's authority.
+pub fn client(ca: &Path, limit: Duration) -> Agent {
+    let certificate = Certificate::from_pem(&std::fs::read(ca).unwrap()).unwrap();
+    let tls = TlsConfig::builder()
+        .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
+        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .build();
+    let config = Agent::config_builder()
+        .tls_config(tls)
+        .proxy(None)
+        .http_status_as_error(false)
+        .timeout_connect(Some(CONNECT_LIMIT))
+        .timeout_global(Some(limit))
+        .build();
+    config.into()
+}
+
+/// Logs in at whichever node answers and returns the value of an Authorization header.
+pub fn wait_for_login(cluster: &ClusterFile) -> String {
+    let client = client(&cluster.ca, Duration::from_secs(10));
+    let deadline = Instant::now() + super::cluster::LIMIT;
+    loop {
+        for node in &cluster.nodes {
+            let body = json!({"username": cluster.user, "password": cluster.password});
+            let answer = client.post(format!("{}/api/v1/authenticate", node.console_url)).send_json(body);
+            if let Ok(mut answer) = answer
+                && let Ok(value) = answer.body_mut().read_json::<Value>()
+                && let Some(token) = value["token"].as_str()
+            {
+                return format!("Bearer {token}");
+            }
+        }
+        assert!(Instant::now() < deadline, "nobody lets the administrator log in");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A write that was acknowledged.
+#[derive(Clone, Copy)]
+struct Success {
+    started: Instant,
+    finished: Instant,
+    node: usize,
+}
+
+struct Shared {
+    cluster: ClusterFile,
+    authorization: String,
+    next: AtomicU64,
+    stop: AtomicBool,
+    outcomes: Mutex<HashMap<String, Outcome>>,
+    successes: Mutex<Vec<Success>>,
+    succeeded: Condvar,
+}
+
+/// Concurrent clients, running until they are told to stop.
+pub struct Writers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Writers {
+    /// Starts `count` clients.
+    pub fn start(cluster: &ClusterFile, count: usize) -> Self {
+        let shared = Arc::new(Shared {
+            cluster: cluster.clone(),
+            authorization: wait_for_login(cluster),
+            next: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            outcomes: Mutex::new(HashMap::new()),
+            successes: Mutex::new(Vec::new()),
+            succeeded: Condvar::new(),
+        });
+        let run = |index| {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new()
+                .name(format!("writer{index}"))
+                .spawn(move || shared.write_until_stopped(index))
+                .unwrap()
+        };
+        let threads = (0..count).map(run).collect();
+        let writers = Self { shared, threads };
+        // A fault before the first write would show nothing.
+        writers.wait_success(Instant::now(), |_| true).expect("a first write");
+        writers
+    }
+
+    /// The time from `fault` to the end of the first acknowledged write that was started after it and answered by a node
+    /// that `counts`. None if there is no such write within the limit.
+    pub fn wait_success(&self, fault: Instant, counts: impl Fn(usize) -> bool) -> Option<Duration> {
+        let deadline = Instant::now() + super::cluster::LIMIT;
+        let mut successes = self.shared.successes.lock().unwrap();
+        loop {
+            let after = successes.iter().rev().take_while(|success| success.finished > fault);
+            let first =
+                after.filter(|success| success.started > fault && counts(success.node)).min_by_key(|s| s.finished);
+            if let Some(first) = first {
+                return Some(first.finished - fault);
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            successes = self.shared.succeeded.wait_timeout(successes, left).unwrap().0;
+        }
+    }
+
+    /// Stops the clients and compares what they were told with what the cluster has. Returns a line for the report.
+    pub fn verify(self) -> String {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            thread.join().unwrap();
+        }
+        let outcomes = self.shared.outcomes.lock().unwrap();
+        let there = all_tags(&self.shared.cluster, &self.shared.authorization);
+        let mut counts = [0; 3];
+        let (mut lost, mut undead) = (Vec::new(), Vec::new());
+        for (tag, outcome) in outcomes.iter() {
+            counts[*outcome as usize] += 1;
+            match (outcome, there.contains_key(tag)) {
+                (Outcome::Acknowledged, false) => lost.push(tag),
+                (Outcome::Failed, true) => undead.push(tag),
+                _ => {}
+            }
+        }
+        assert!(
+            lost.is_empty(),
+            "{} acknowledged writes are lost, for example {:?}",
+            lost.len(),
+            &lost[..lost.len().min(9)]
+        );
+        assert!(undead.is_empty(), "writes that got a 4xx are there: {:?}", &undead[..undead.len().min(9)]);
+        let [acknowledged, failed, unknown] = counts;
+        assert!(failed == 0, "{failed} writes got a 4xx, though all tags are unique and valid");
+        format!("{acknowledged} writes acknowledged, all there; {unknown} with unknown outcome")
+    }
+}
+
+impl Shared {
+    fn write_until_stopped(&self, index: usize) {
+        let client = client(&self.cluster.ca, REQUEST_LIMIT);
+        let nodes = self.cluster.nodes.len();
+        let (mut node, mut failures) = (index % nodes, 0);
+        while !self.stop.load(Ordering::Relaxed) {
+            let tag = format!("tag-{:08}", self.next.fetch_add(1, Ordering::Relaxed));
+            let started = Instant::now();
+            let outcome = post(&client, &self.cluster.nodes[node].console_url, &self.authorization, &tag);
+            let finished = Instant::now();
+            self.outcomes.lock().unwrap().insert(tag, outcome);
+            if outcome == Outcome::Acknowledged {
+                failures = 0;
+                self.successes.lock().unwrap().push(Success { started, finished, node });
+                self.succeeded.notify_all();
+                continue;
+            }
+            (node, failures) = ((node + 1) % nodes, failures + 1);
+            if failures % nodes == 0 {
+                pace_round();
+            }
+        }
+    }
+}
+
+fn pace_round() {
+    thread::sleep(ROUND_PAUSE);
+}
+
+/// Posts one tag.
+pub fn post(client: &Agent, url: &str, authorization: &str, tag: &str) -> Outcome {
+    let body = json!({"name": tag, "color": "#336699", "description": "e2e"});
+    let request = client.post(format!("{url}/api/v1/tags")).header("authorization", authorization);
+    match request.send_json(body) {
+        Ok(mut answer) => {
+            // Read to the end so that the connection is used again.
+            let text = answer.body_mut().read_to_string();
+            match (answer.status().as_u16(), text) {
+                (200..300, _) => Outcome::Acknowledged,
+                (status @ 400..500, text) => {
+                    println!("  {url}: {status} for {tag}: {text:?}");
+                    Outcome::Failed
+                }
+                _ => Outcome::Unknown,
+            }
+        }
+        Err(_) => Outcome::Unknown,
+    }
+}
+
+/// All tags that the primary has, by name.
+fn all_tags(cluster: &ClusterFile, authorization: &str) -> HashMap<String, Value> {
+    let client = client(&cluster.ca, Duration::from_secs(30));
+    let mut tags = HashMap::new();
+    loop {
+        let page = wait_page(cluster, &client, authorization, tags.len());
+        let full = page.len() == PAGE;
+        for tag in page {
+            let name = tag["name"].as_str().expect("a tag has a name").to_owned();
+            assert!(tags.insert(name.clone(), tag).is_none(), "{name} is there twice");
+        }
+        if !full {
+            return tags;
+        }
+    }
+}
+
+fn wait_page(cluster: &ClusterFile, client: &Agent, authorization: &str, offset: usize) -> Vec<Value> {
+    let deadline = Instant::now() + super::cluster::LIMIT;
+    loop {
+        for node in &cluster.nodes {
+            let url = format!("{}/api/v1/tags?limit={PAGE}&offset={offset}", node.console_url);
+            if let Ok(mut answer) = client.get(url).header("authorization", authorization).call()
+                && answer.status() == 200
+                && let Ok(page) = answer.body_mut().with_config().limit(64 << 20).read_json()
+            {
+                return page;
+            }
+        }
+        assert!(Instant::now() < deadline, "nobody lets the tags be read");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
