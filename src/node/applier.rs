@@ -251,7 +251,12 @@ impl Worker {
         match (failed, result) {
             (None, Ok(())) => {}
             // Another start from the checkpoint would end the same way: the copy is wrong, or this program too old for it.
-            (Some(error @ (ApplyError::Diverged { .. } | ApplyError::Command { .. } | ApplyError::OutOfOrder { .. })), _) => {
+            (
+                Some(
+                    error @ (ApplyError::Diverged { .. } | ApplyError::Command { .. } | ApplyError::OutOfOrder { .. }),
+                ),
+                _,
+            ) => {
                 self.mistrust(error.to_string());
             }
             (Some(error), _) => self.fatal(format!("apply the raft log to the database: {error}")),
@@ -291,7 +296,11 @@ impl Worker {
         match self.database.demote(start + self.deadline) {
             Ok(()) => {
                 let back_at = self.database.applied();
-                info!(index = back_at, ms = start.elapsed().as_millis() as u64, "database closed, raft log is re-applied from its checkpoint");
+                info!(
+                    index = back_at,
+                    ms = start.elapsed().as_millis() as u64,
+                    "database closed, raft log is re-applied from its checkpoint"
+                );
                 self.epoch = None;
             }
             Err(error) => self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis())),

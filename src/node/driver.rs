@@ -10,11 +10,7 @@ use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
 use crate::{
-    cluster::{
-        Cause, Cluster, Output, Phase,
-        command::CONSOLE_DATABASE,
-        role::Transition,
-    },
+    cluster::{Cause, Cluster, Output, Phase, command::CONSOLE_DATABASE, role::Transition},
     peer::{Links, PeerEvent},
     storage::{
         ReplicateError, database,
@@ -119,7 +115,9 @@ impl Driver {
             PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
             PeerEvent::Dead(peer) => {
                 self.publisher.dead(peer);
-                self.cluster.peer_dead(now, peer);
+                if self.config.fast_takeover {
+                    self.cluster.peer_dead(now, peer);
+                }
             }
         }
     }

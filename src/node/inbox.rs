@@ -44,16 +44,30 @@ pub(super) struct Proposal {
 /// What the database thread reports.
 pub(super) enum DatabaseEvent {
     /// The database does not exist yet: somebody must propose its first transaction.
-    Empty { epoch: u64 },
-    Promoted { epoch: u64, database: Arc<PrimaryDatabase> },
+    Empty {
+        epoch: u64,
+    },
+    Promoted {
+        epoch: u64,
+        database: Arc<PrimaryDatabase>,
+    },
     /// Everything that the given demotion had to close is closed.
-    Demoted { demotion: u64 },
+    Demoted {
+        demotion: u64,
+    },
     /// It cannot be opened for writing, or failed while in use; the node goes on as a secondary.
-    Failed { epoch: u64, why: String },
+    Failed {
+        epoch: u64,
+        why: String,
+    },
     /// This node's copy is not to be trusted: nothing more is applied to it.
-    Diverged { why: String },
+    Diverged {
+        why: String,
+    },
     /// The process must end: a restart is the safe way on.
-    Fatal { why: String },
+    Fatal {
+        why: String,
+    },
 }
 
 /// The sending side of the inbox.

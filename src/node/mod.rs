@@ -44,6 +44,8 @@ pub struct NodeConfig {
     pub checkpoints: CheckpointPolicy,
     /// Page size, in bytes, of a database that this node founds.
     pub page_size: u32,
+    /// Take over at once when the primary's process is proven dead (`lib.rs` says what that assumes).
+    pub fast_takeover: bool,
     /// Version of this program, as shown to people.
     pub version: String,
     /// The shared lease that this node extends.
@@ -112,8 +114,7 @@ pub fn spawn(
     let cluster = Cluster::new(&config.membership, config.node, config.timing, applied, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let (sender, inbox) = inbox::inbox(waker);
-    let applier =
-        Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
+    let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
     let (publisher, status) = Publisher::new(&config);
     let driver = Driver {
         syncer: Syncer::start(sender.clone())?,

@@ -315,7 +315,8 @@ impl Publisher {
             ));
         }
         if status.primary.is_none() && status.role != Role::Startup {
-            sentences.push("no primary is known here: a majority of the members must be up and reach each other".to_owned());
+            sentences
+                .push("no primary is known here: a majority of the members must be up and reach each other".to_owned());
         }
         sentences
     }
