@@ -115,7 +115,9 @@ impl Driver {
             PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
             PeerEvent::Dead(peer) => {
                 self.publisher.dead(peer);
-                self.cluster.peer_dead(now, peer);
+                if self.config.fast_takeover {
+                    self.cluster.peer_dead(now, peer);
+                }
             }
         }
     }

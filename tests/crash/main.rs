@@ -14,7 +14,8 @@ const SEEDS: u64 = 20;
 fn for_each_seed(count: u64, test: impl Fn(u64)) {
     match std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()) {
         Some(seed) => test(seed),
-        None => (1..=count).for_each(test),
+        // 103: a batch that began in the oldest segment and ended in the next lost the state that the oldest began with.
+        None => (1..=count).chain([103]).for_each(test),
     }
 }
 
