@@ -170,8 +170,8 @@ fn connections_that_come_and_go_do_not_checkpoint() {
     assert_equal(&mut first, &mut second);
 }
 
-/// Pages that were allocated and freed in one transaction, where the primary's file still has old bytes from when it was
-/// larger. SQLite writes such pages in WAL mode; if it ever stopped, the gate would refuse the transaction.
+/// Pages that were allocated and freed in one transaction, where the primary's file still has old bytes from when it
+/// was larger. SQLite writes such pages in WAL mode; if it ever stopped, the gate would refuse the transaction.
 #[test]
 fn pages_allocated_and_freed_at_once_are_the_same_everywhere() {
     for checkpoint_between in [false, true] {
