@@ -62,6 +62,27 @@ fn a_refused_commit_leaves_no_trace() {
     assert_equal(&mut first, &mut second);
 }
 
+/// Not even in the files: whoever recovers them finds only what was committed.
+#[test]
+fn a_refused_commit_is_not_in_the_wal() {
+    let (first, _second, primary) = pair(4096);
+    let sql = Sql::open(&primary);
+    sql.run("CREATE TABLE t(id INTEGER PRIMARY KEY, data); INSERT INTO t VALUES (1, 'kept')").unwrap();
+    let name = primary.path.display().to_string();
+    for _ in 0..3 {
+        // The same bytes at the same place each time: the frame's data may lie there already when its header comes.
+        first.log.answer(Answer::Refuse);
+        sql.run("INSERT INTO t VALUES (2, zeroblob(9000))").unwrap_err();
+        let folder = tempfile::tempdir().unwrap();
+        let copy = folder.path().join("copy.db");
+        let copy_wal = folder.path().join("copy.db-wal");
+        for (from, to) in [(name.clone(), &copy), (format!("{name}-wal"), &copy_wal)] {
+            assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+        }
+        assert_eq!(Sql::open_with(&copy, None).unwrap().text("SELECT group_concat(id) FROM t"), "1");
+    }
+}
+
 #[test]
 fn an_unknown_outcome_fences_and_the_log_decides() {
     for kept in [false, true] {
