@@ -271,7 +271,8 @@ fn pids(processes: &[Process]) -> Vec<Option<u32>> {
     processes.iter().map(Process::pid).collect()
 }
 
-/// From here on SIGINT and SIGTERM are read from a descriptor. Threads started later inherit the mask; programs do not.
+/// From here on SIGINT and SIGTERM are read from a descriptor. Threads and processes started later inherit the mask; a
+/// node takes it off again.
 fn catch_signals() -> nix::Result<SignalFd> {
     let mut set = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {

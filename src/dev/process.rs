@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use nix::{
     sys::{
         prctl::set_pdeathsig,
-        signal::{Signal, kill},
+        signal::{SigSet, Signal, kill},
     },
     unistd::{Pid, getppid},
 };
@@ -129,7 +129,8 @@ pub(super) fn explain(status: ExitStatus) -> String {
 ///
 /// A step of its own because the death signal must be set in the child, and it outlives exec (prctl(2)).
 pub(super) fn become_node(config: &Path, parent: i32) -> io::Error {
-    if let Err(errno) = set_pdeathsig(Signal::SIGKILL) {
+    // The signals that dev blocks for itself would stay blocked across exec, and the daemon deaf to SIGTERM.
+    if let Err(errno) = SigSet::empty().thread_set_mask().and_then(|()| set_pdeathsig(Signal::SIGKILL)) {
         return errno.into();
     }
     if getppid() != Pid::from_raw(parent) {

@@ -1,13 +1,14 @@
 //! The gate that every transaction of a primary passes: collects its pages, hands them to the [`Replicator`] and lets
-//! SQLite's commit through only when a majority has it. One gate per promotion; safe code only, called by [`super::vfs`].
+//! SQLite's commit through only when a majority has it. One gate per promotion; safe code only, called by
+//! [`super::vfs`].
 //!
-//! Also knows who has the database open, and which raft index a checkpoint has reached. Must never let a write pass once
-//! it is fenced, except the rest of a transaction that the cluster has committed.
+//! Also knows who has the database open, and which raft index a checkpoint has reached. Must never let a write pass
+//! once it is fenced, except the rest of a transaction that the cluster has committed.
 //!
-//! A transaction that grows the database over a page without writing it is refused. The secondaries would have zeros in
-//! that page, while the primary's file could have old bytes there, from when it was larger. SQLite 3.51 never does that in
-//! WAL mode (`pagerWalFrames` writes every dirty page, free ones too; only rollback journals leave pages out), except for
-//! the page of its locks, which nobody ever writes.
+//! A transaction that grows the database over a page without writing it is refused. The secondaries would have zeros
+//! in that page, while the primary's file could have old bytes there, from when it was larger. SQLite 3.51 never does
+//! that in WAL mode (`pagerWalFrames` writes every dirty page, free ones too; only rollback journals leave pages
+//! out), except for the page of its locks, which nobody ever writes.
 //!
 //! Two locks, so that nobody but another writer ever waits for a majority: `writer` is taken by whoever holds SQLite's
 //! WAL write lock and is held through [`Replicator::replicate`]; `marks` is held for moments.
@@ -364,8 +365,8 @@ impl Gate {
         marks.recording = Some(if visible.index == committed.index { vec![visible] } else { vec![visible, committed] });
     }
 
-    /// The checkpoint has ended; `frames` is the number of frames that it has copied, if those were all that it saw. What
-    /// do the first [`Mark::pages`] pages of the database file hold now?
+    /// The checkpoint has ended; `frames` is the number of frames that it has copied, if those were all that it saw.
+    /// What do the first [`Mark::pages`] pages of the database file hold now?
     pub(super) fn end_checkpoint(&self, frames: Option<u32>) -> Option<Mark> {
         let recording = lock(&self.marks).recording.take()?;
         let frames = frames?;

@@ -152,7 +152,8 @@ impl WalFile for Real {
 }
 
 unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
-    // SAFETY: the last call on this file. The real file goes first: when the gate counts no opener, nobody holds a lock.
+    // SAFETY: the last call on this file. The real file goes first: when the gate counts no opener, nobody holds a
+    // lock.
     unsafe {
         let code = real!(file, xClose, sqlite::SQLITE_OK);
         let shim = file.cast::<Shim>().read();
