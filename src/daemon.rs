@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -24,12 +24,12 @@ use twistlock_ha::{
     control::{ControlHandler, ControlSocket},
     guard::PortGuard,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
-    peer::{self, Links, LinksConfig, PeerIdentity},
+    peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
     storage::{
         DataDir, Identity,
         database::Database,
-        make_private_dir,
+        durable_write, make_private_dir,
         raft_log::{Options, RaftLog, RealDisk},
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
@@ -148,6 +148,7 @@ impl Parts {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             membership: self.identity.membership.clone(),
             bind: self.config.bind_address,
+            terms: lease_terms(&self.config),
             tls: self.node_tls,
         };
         let peers = task::spawn(peer::run(self.listener, Arc::new(peers), self.links, stopped));
@@ -201,6 +202,12 @@ fn bind_address(config: &Config) -> IpAddr {
     config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
 }
 
+/// A voter keeps its promise for one tick less than it counts: the first may come at once.
+fn lease_terms(config: &Config) -> LeaseTerms {
+    let promise = config.tick * (config.election_ticks - 1);
+    LeaseTerms { lease_ms: config.lease.as_millis() as u32, promise_ms: promise.as_millis() as u32 }
+}
+
 fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
     match ended {
         Ok(Ok(exit)) => exit,
@@ -214,7 +221,29 @@ fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<Raft
     let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, ..Options::default() };
     let owner = (identity.cluster, identity.node);
     let log = RaftLog::open(&data.path().join("raft-log"), owner, initial, options, RealDisk)?;
-    info!("raft log opened: {:?}", log.recovered());
+    let recovered = log.recovered();
+    // A node that forgot its log would forget whom it voted for, and could vote twice in one epoch.
+    let marker = data.path().join("raft-log.created");
+    if !recovered.created {
+        info!(
+            entries = recovered.entries,
+            segments = recovered.segments,
+            torn_bytes = recovered.torn_bytes,
+            unproven_bytes = recovered.unproven_bytes,
+            "raft log opened"
+        );
+    } else if marker.exists() {
+        bail!(
+            "the raft log in {} is gone, but this node has had one ({} says so): bring it back, or remove this member \
+             from the cluster and join it anew",
+            data.path().join("raft-log").display(),
+            marker.display()
+        );
+    }
+    if !marker.exists() {
+        durable_write(&marker, b"").with_context(|| format!("write {}", marker.display()))?;
+        info!("raft log created");
+    }
     Ok(log)
 }
 
@@ -232,6 +261,7 @@ fn node_config(config: &Config, identity: &Identity, lease: Lease) -> NodeConfig
         checkpoints: CheckpointPolicy { bytes: config.checkpoint_bytes, interval: config.checkpoint_interval },
         page_size: config.database_page_size,
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        fast_takeover: config.fast_takeover,
         lease,
     }
 }

@@ -7,7 +7,16 @@ use anyhow::{Context, Result};
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing::Level;
-use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, registry, reload, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Registry, fmt,
+    layer::SubscriberExt,
+    registry,
+    reload::{self, Handle},
+    util::SubscriberInitExt,
+};
+
+/// What lets the filter of the running log be exchanged; empty before [`init`].
+static FILTER: OnceLock<Handle<EnvFilter, Registry>> = OnceLock::new();
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,11 +39,6 @@ pub fn init(format: Format, level: Level) -> Result<()> {
     let colour = !received && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(colour);
     let (filter, handle) = reload::Layer::new(EnvFilter::try_new(filter(level)).context("build the log filter")?);
-    let change = move |level| {
-        // An error would mean that the log is gone; there is nobody to tell.
-        let _ = EnvFilter::try_new(self::filter(level)).map(|filter| handle.reload(filter));
-    };
-    let _ = CHANGE_LEVEL.set(Box::new(change));
     let log = registry().with(filter);
     match (format, received) {
         (Format::Human, true) => log.with(lines.compact().without_time()).try_init(),
@@ -42,15 +46,19 @@ pub fn init(format: Format, level: Level) -> Result<()> {
         (Format::Json, true) => log.with(lines.json().flatten_event(true).without_time()).try_init(),
         (Format::Json, false) => log.with(lines.json().flatten_event(true)).try_init(),
     }
-    .context("start the log")
+    .context("start the log")?;
+    // Only one call gets here: the log can be started once.
+    let _ = FILTER.set(handle);
+    Ok(())
 }
 
-static CHANGE_LEVEL: OnceLock<Box<dyn Fn(Level) + Send + Sync>> = OnceLock::new();
-
-/// Changes the least severe level that is written. Without effect before [`init`].
+/// Exchanges the level of the running log. Does nothing before [`init`].
 pub fn set_level(level: Level) {
-    if let Some(change) = CHANGE_LEVEL.get() {
-        change(level);
+    let filter = EnvFilter::try_new(filter(level)).ok();
+    if let (Some(handle), Some(filter)) = (FILTER.get(), filter)
+        && let Err(error) = handle.reload(filter)
+    {
+        tracing::error!(%error, "the level of the log stays as it was");
     }
 }
 
@@ -64,24 +72,26 @@ fn filter(level: Level) -> String {
     format!("{libraries},twistlock_ha={level},twistlockd={level},twistcli={level}")
 }
 
-/// Gauge, label `role`: 1 for the role that this node has, 0 for the others.
-pub const ROLE: &str = "twistlock_role";
+/// Gauge: 1 on the PRIMARY, 0 elsewhere.
+pub const PRIMARY: &str = "twistlock_primary";
 /// Gauge: the epoch in which this node is.
 pub const EPOCH: &str = "twistlock_epoch";
 /// Gauge, seconds: what is left of the lease; 0 on a node without one.
 pub const LEASE_REMAINING: &str = "twistlock_lease_remaining_seconds";
-/// Histogram, seconds: from the capture of a transaction until a majority has it.
-pub const COMMIT_LATENCY: &str = "twistlock_commit_latency_seconds";
-/// Histogram, seconds: one fsync of the raft log.
-pub const FSYNC_LATENCY: &str = "twistlock_fsync_latency_seconds";
-/// Counter, label `reason`: how often this node became PRIMARY.
-pub const TAKEOVERS: &str = "twistlock_takeovers_total";
-/// Counter: how often the database's checksum was not what the primary said.
-pub const CHECKSUM_FAILURES: &str = "twistlock_checksum_failures_total";
 /// Gauge: raft index up to which the database has everything, here.
 pub const APPLIED_INDEX: &str = "twistlock_applied_index";
-/// Gauge: members to which this node has a working link.
-pub const PEERS_CONNECTED: &str = "twistlock_peers_connected";
+/// Histogram, seconds: one write transaction of the Console, the majority's answer included.
+pub const COMMIT_LATENCY: &str = "twistlock_console_commit_seconds";
+/// Histogram, seconds: one fsync of the raft log.
+pub const SYNC_LATENCY: &str = "twistlock_raft_log_sync_seconds";
+/// Counter, label `cause`: changes of this node's role.
+pub const ROLE_CHANGES: &str = "twistlock_role_changes_total";
+/// Counter: how often the database's checksum was not what the primary said.
+pub const CHECKSUM_FAILURES: &str = "twistlock_checksum_failures_total";
+/// Counter: processes of other members that were proven dead by a refused connection.
+pub const PEER_DEATHS: &str = "twistlock_peer_deaths_total";
+/// Counter, label `class`: messages that did not fit into the queue to a member.
+pub const PEER_DROPPED: &str = "twistlock_peer_dropped_total";
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,15 +121,16 @@ const fn metric(name: &'static str, kind: Kind, help: &'static str) -> Metric {
 
 /// Every metric that this program writes.
 pub const METRICS: &[Metric] = &[
-    metric(ROLE, Kind::Gauge, "1 for the role that this node has, 0 for every other role."),
+    metric(PRIMARY, Kind::Gauge, "1 on the PRIMARY, 0 elsewhere."),
     metric(EPOCH, Kind::Gauge, "The epoch in which this node is."),
     metric(LEASE_REMAINING, Kind::Gauge, "Seconds that are left of the lease of this node; 0 without one."),
-    metric(COMMIT_LATENCY, Kind::Latency, "Seconds from the capture of a transaction until a majority has it."),
-    metric(FSYNC_LATENCY, Kind::Latency, "Seconds that one fsync of the raft log took."),
-    metric(TAKEOVERS, Kind::Counter, "How often this node became PRIMARY, by reason."),
-    metric(CHECKSUM_FAILURES, Kind::Counter, "How often the checksum of the database was wrong."),
     metric(APPLIED_INDEX, Kind::Gauge, "Raft index up to which the database of this node has everything."),
-    metric(PEERS_CONNECTED, Kind::Gauge, "Members to which this node has a working link."),
+    metric(COMMIT_LATENCY, Kind::Latency, "Seconds of one write transaction of the Console, its replication included."),
+    metric(SYNC_LATENCY, Kind::Latency, "Seconds that one fsync of the raft log took."),
+    metric(ROLE_CHANGES, Kind::Counter, "Changes of the role of this node, by cause."),
+    metric(CHECKSUM_FAILURES, Kind::Counter, "How often the checksum of the database was wrong."),
+    metric(PEER_DEATHS, Kind::Counter, "Processes of other members that were proven dead by a refused connection."),
+    metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class."),
 ];
 
 /// Upper bounds of the latency histograms, in seconds: from a fast disk to one that is in trouble.
@@ -176,12 +187,12 @@ mod tests {
     #[test]
     fn metrics_are_described_and_rendered() {
         let handle = metrics_handle().unwrap();
-        metrics::counter!(TAKEOVERS, "reason" => "test").increment(1);
+        metrics::counter!(ROLE_CHANGES, "cause" => "test").increment(1);
         metrics::histogram!(COMMIT_LATENCY).record(0.000_3);
         let text = metrics_handle().unwrap().render();
-        assert!(text.contains("twistlock_takeovers_total{reason=\"test\"} 1"), "{text}");
-        assert!(text.contains("twistlock_commit_latency_seconds_bucket{le=\"0.0005\"} 1"), "{text}");
-        assert!(text.contains("# HELP twistlock_takeovers_total How often"), "{text}");
+        assert!(text.contains("twistlock_role_changes_total{cause=\"test\"} 1"), "{text}");
+        assert!(text.contains("twistlock_console_commit_seconds_bucket{le=\"0.0005\"} 1"), "{text}");
+        assert!(text.contains("# HELP twistlock_role_changes_total Changes"), "{text}");
         drop(handle);
     }
 }

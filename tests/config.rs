@@ -36,7 +36,8 @@ fn the_example_is_generated_and_says_nothing_but_the_defaults() {
         fs::write(&path, &expected).expect("write the example");
     }
     let example = fs::read_to_string(&path).expect("read the example");
-    assert_eq!(example, expected, "run this test again with UPDATE_EXPECT=1");
+    let differs = example.lines().zip(expected.lines()).find(|(is, should)| is != should);
+    assert!(example == expected, "run this test again with UPDATE_EXPECT=1; first difference: {differs:?}");
     let loaded = config::load(&path).expect("valid");
     assert_eq!(loaded, Loaded { config: Config::default(), notes: vec![] });
     assert_eq!(config::check(&path), (format!("{}: valid", path.display()), config::EX_OK));
@@ -279,7 +280,7 @@ prop_compose! {
         address in proptest::option::of("127\\.0\\.0\\.[1-9]"),
         name in proptest::option::of("[a-z0-9.-]{1,64}"),
         folder in path(), backups in path(), socket in proptest::option::of(path()),
-        flags in any::<[bool; 5]>(), level in 0usize..5,
+        flags in any::<[bool; 6]>(), level in 0usize..5,
     ) -> Config {
         let levels = [LogLevel::Error, LogLevel::Warn, LogLevel::Info, LogLevel::Debug, LogLevel::Trace];
         Config {
@@ -296,6 +297,7 @@ prop_compose! {
             systemd_enabled: flags[1],
             run_console_as_root: flags[2],
             high_availability_enabled: flags[3],
+            fast_takeover: flags[5],
             high_availability_state: if flags[4] { FirstState::Primary } else { FirstState::Secondary },
             log_format: if flags[4] { LogFormat::Json } else { LogFormat::Human },
             log_level: levels[level],

@@ -5,9 +5,9 @@
 mod node;
 
 use std::{
-    io::{Read, Write},
-    net::{TcpListener, TcpStream},
-    process::Command,
+    io::{BufRead, BufReader, Read, Write},
+    net::{IpAddr, TcpListener, TcpStream},
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -254,6 +254,53 @@ fn a_lapse_that_the_guard_saw_first_is_followed_by_a_clean_opening() {
     node.extend_lease();
     node.wait_until_open();
     assert!(opened.borrow().open);
+}
+
+const FROZEN: &str = "TWISTLOCK_TEST_FROZEN";
+
+/// Another process, because it must be frozen: see the next test.
+#[test]
+fn frozen_process() {
+    if std::env::var_os(FROZEN).is_none() {
+        return;
+    }
+    let node = Node::start();
+    node.serve(1);
+    println!("@ {}", node.address);
+    // Until the test is gone.
+    std::io::stdin().read_to_string(&mut String::new()).unwrap();
+}
+
+#[test]
+fn a_frozen_process_answers_nothing_when_it_wakes() {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "frozen_process", "--nocapture", "--test-threads=1"]).env(FROZEN, "1");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let address = lines.find_map(|line| Some(line.unwrap().split_once("@ ")?.1.to_owned())).unwrap();
+    let address: IpAddr = address.parse().unwrap();
+    let signal = |signal| kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+
+    let ping = b"GET /api/v1/_ping HTTP/1.1\r\nHost: x\r\n\r\n";
+    let mut client = TcpStream::connect((address, HTTP)).unwrap();
+    client.write_all(ping).unwrap();
+    let mut bytes = [0; 4096];
+    assert!(client.read(&mut bytes).unwrap() > 0);
+    signal(Signal::SIGSTOP);
+    wait_until("all threads are frozen", || {
+        std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap().all(|thread| {
+            let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
+            stat.rsplit_once(") ").unwrap().1.starts_with('T')
+        })
+    });
+    // The kernel takes it for the frozen process.
+    client.write_all(ping).unwrap();
+    wait_until("the port refuses", || TcpStream::connect((address, HTTP)).is_err());
+    signal(Signal::SIGCONT);
+    let end = client.read(&mut bytes);
+    assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 const STUCK: &str = "TWISTLOCK_TEST_STUCK";

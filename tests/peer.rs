@@ -21,12 +21,14 @@ use tracing::Dispatch;
 use twistlock_ha::{
     cluster::{ClusterId, Member, Membership, NodeId, Role, command::FORMAT_VERSION},
     peer::{
-        self, LinkSender, Links, LinksConfig, NodeReport, PeerEvent, PeerIdentity,
+        self, LeaseTerms, LinkSender, Links, LinksConfig, NodeReport, PeerEvent, PeerIdentity,
         codec::{Frame, Hello, HelloReply, PROTOCOL_VERSION},
     },
     pki::{Authority, NodeTls},
 };
 
+/// The spans of the default configuration.
+const TERMS: LeaseTerms = LeaseTerms { lease_ms: 400, promise_ms: 475 };
 const CLUSTER: ClusterId = ClusterId(7);
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Tells a process started by [`spawn_node`] which node to be.
@@ -142,6 +144,7 @@ impl Node {
             version: "1.2.3".to_owned(),
             membership: membership.clone(),
             bind: Some(listener.local_addr().unwrap().ip()),
+            terms: TERMS,
             tls: NodeTls::load(certificates).unwrap(),
         });
         let (stop, stopped) = watch::channel(false);
@@ -507,6 +510,7 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
         from: 2,
         to: 1,
         data_format: FORMAT_VERSION,
+        terms: TERMS,
         version: "1.2.3".to_owned(),
     };
     // The same authority's key, used for another cluster's node and for a node that nobody admitted.
@@ -519,6 +523,8 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
         (second, Hello { cluster: ClusterId(8), ..good.clone() }, "the caller is of cluster"),
         (second, Hello { protocol: 2, ..good.clone() }, "protocol version 2"),
         (second, Hello { data_format: 9, ..good.clone() }, "data format 9"),
+        (second, Hello { terms: LeaseTerms { lease_ms: 426, ..TERMS }, ..good.clone() }, "do not fit node 1's"),
+        (second, Hello { terms: LeaseTerms { promise_ms: 449, ..TERMS }, ..good.clone() }, "do not fit node 1's"),
         (second, Hello { from: 3, ..good.clone() }, "the caller says that it is node 3"),
         (second, Hello { to: 2, ..good.clone() }, "the caller wants node 2"),
         (foreign.path(), good.clone(), "the certificate is of cluster"),
@@ -611,6 +617,7 @@ fn a_certificate_of_another_node_is_refused_at_the_start() {
         version: String::new(),
         membership,
         bind: None::<IpAddr>,
+        terms: TERMS,
         tls: NodeTls::load(dir.path()).unwrap(),
     };
     let (_stop, stopped) = watch::channel(false);

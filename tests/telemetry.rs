@@ -1,7 +1,8 @@
 //! Log lines as they leave a process. The log of a process can be set up once, so each sample runs in a child of its own.
 
 use std::{
-    env,
+    env, fs,
+    path::Path,
     process::{Command, Output},
 };
 
@@ -22,6 +23,8 @@ fn child() {
     tracing::info!(target: "twistlock_ha::node", epoch = 7, "role is PRIMARY");
     tracing::info!(target: "sqlx", "too quiet a library");
     tracing::debug!(target: "twistlock_ha::node", "too quiet a line");
+    telemetry::set_level(Level::WARN);
+    tracing::info!(target: "twistlock_ha::node", "too quiet from now on");
     assert!(telemetry::init(format, Level::INFO).is_err(), "the second set-up");
 }
 
@@ -58,5 +61,30 @@ fn json_has_one_object_a_line() {
         assert_eq!((&object["level"], &object["message"]), (&"INFO".into(), &"role is PRIMARY".into()));
         assert_eq!((&object["epoch"], &object["target"]), (&7.into(), &"twistlock_ha::node".into()));
         assert_eq!(object.get("timestamp").is_none(), under_systemd, "{line}");
+    }
+}
+
+fn sources(folder: &Path, out: &mut String) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            sources(&path, out);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            out.push_str(&fs::read_to_string(path).expect("a source file"));
+        }
+    }
+}
+
+#[test]
+fn every_metric_that_is_written_is_described() {
+    let mut text = String::new();
+    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut text);
+    for call in ["counter!(", "gauge!(", "histogram!("] {
+        for (at, _) in text.match_indices(call) {
+            let Some(name) = text[at + call.len()..].trim_start().strip_prefix('"') else { continue };
+            let name = name.split('"').next().unwrap_or_default();
+            let described = telemetry::METRICS.iter().any(|metric| metric.name == name);
+            assert!(described, "{name} is written but not in the table of src/telemetry.rs");
+        }
     }
 }

@@ -236,6 +236,18 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::Count { value: &mut config.election_ticks, min: 10, max: 200 },
     },
     Key {
+        name: "FAST_TAKEOVER",
+        section: TIMING,
+        group: "Timing",
+        default: "true",
+        doc: &[
+            "Take over at once when the PRIMARY's host refuses connections to HIGH_AVAILABILITY_PORT after its links broke.",
+            "Set it to false where something else may refuse them in its name: a firewall that rejects instead of",
+            "dropping, or a proxy. A takeover then always waits until ELECTION_TICKS have passed.",
+        ],
+        slot: |config| Slot::Choice(&mut config.fast_takeover),
+    },
+    Key {
         name: "DEMOTION_DEADLINE_MS",
         section: TIMING,
         group: "Timing",

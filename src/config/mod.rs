@@ -97,6 +97,8 @@ config! {
     tick: Duration,
     /// `ELECTION_TICKS`: silence of the primary, in ticks, after which a member campaigns.
     election_ticks: u32,
+    /// `FAST_TAKEOVER`: elect a new primary at once when the old one's process is proven dead.
+    fast_takeover: bool,
     /// `DEMOTION_DEADLINE_MS`: time for a demotion before the process gives up and exits.
     demotion_deadline: Duration,
     /// `DATABASE_PAGE_SIZE`, in bytes: a power of two from 512 to 65536. Used when the database is created.

@@ -74,12 +74,21 @@ impl Driver {
                 // A late tick is one tick: time that this process did not see must not make it impatient.
                 next_tick = if next_tick + tick > now { next_tick + tick } else { now + tick };
                 self.publisher.tick(&mut self.links);
+                self.watch_database();
             }
             self.carry_out_all();
             self.publisher.publish(&self.cluster, self.applier.applied());
             if let Some(exit) = self.exit.take() {
                 return self.end(exit);
             }
+        }
+    }
+
+    /// The database fences itself when this host's files fail after a majority has a transaction: it must be replayed.
+    fn watch_database(&mut self) {
+        if self.publisher.is_fenced() {
+            error!("the database has fenced itself after a failure of its files on this host");
+            self.cluster.give_up(boottime(), Cause::DatabaseFailed);
         }
     }
 
@@ -115,7 +124,9 @@ impl Driver {
             PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
             PeerEvent::Dead(peer) => {
                 self.publisher.dead(peer);
-                self.cluster.peer_dead(now, peer);
+                if self.config.fast_takeover {
+                    self.cluster.peer_dead(now, peer);
+                }
             }
         }
     }

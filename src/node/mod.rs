@@ -44,6 +44,8 @@ pub struct NodeConfig {
     pub checkpoints: CheckpointPolicy,
     /// Page size, in bytes, of a database that this node founds.
     pub page_size: u32,
+    /// Take over at once when the primary's process is proven dead (`lib.rs` says what that assumes).
+    pub fast_takeover: bool,
     /// Version of this program, as shown to people.
     pub version: String,
     /// The shared lease that this node extends.

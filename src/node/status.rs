@@ -180,6 +180,11 @@ impl Publisher {
         self.database = Some(database);
     }
 
+    /// True if the database that was offered takes no more transactions.
+    pub fn is_fenced(&self) -> bool {
+        self.database.as_ref().is_some_and(|database| database.gate().is_fenced())
+    }
+
     /// From now on no transaction of this node can be committed. Takes effect at once, on any thread.
     pub fn fence(&mut self) {
         if let Some(database) = self.database.take() {

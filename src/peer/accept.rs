@@ -147,7 +147,7 @@ impl Call {
             }
             Err(error) => return Err(error.to_string()),
         };
-        let Hello { cluster, from, to, data_format, .. } = hello;
+        let Hello { cluster, from, to, data_format, terms, .. } = hello;
         let ours = &self.identity.membership;
         if cluster != ours.cluster {
             return Err(format!("the caller is of cluster {cluster}, this is cluster {}", ours.cluster));
@@ -164,6 +164,14 @@ impl Call {
         if data_format != FORMAT_VERSION {
             return Err(format!(
                 "data format {data_format}, but node {to} knows {FORMAT_VERSION}: bring both to the same release"
+            ));
+        }
+        if !terms.fit(&self.identity.terms) {
+            let own = self.identity.terms;
+            return Err(format!(
+                "a lease of {} ms and a promise of {} ms do not fit node {to}'s {} and {} ms: set LEASE_MS, TICK_MS and \
+                 ELECTION_TICKS alike on all nodes",
+                terms.lease_ms, terms.promise_ms, own.lease_ms, own.promise_ms
             ));
         }
         Ok(())

@@ -62,8 +62,30 @@ pub struct Hello {
     pub to: NodeId,
     /// Format of replicated commands that the caller writes ([`crate::cluster::command::FORMAT_VERSION`]).
     pub data_format: u8,
+    /// How long the caller keeps its ports open and keeps its promises: see [`LeaseTerms`].
+    pub terms: LeaseTerms,
     /// Program version, for people.
     pub version: String,
+}
+
+/// The two spans that must fit together on all members, or two nodes could have open ports at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseTerms {
+    /// Milliseconds for which a primary keeps its ports open without an answer.
+    pub lease_ms: u32,
+    /// Milliseconds for which a voter surely elects nobody else after it has answered.
+    pub promise_ms: u32,
+}
+
+impl LeaseTerms {
+    /// Milliseconds that must lie between the end of a lease and the end of a promise.
+    pub const MARGIN_MS: u32 = 50;
+
+    /// True if a lease on either side ends before the promise of the other.
+    pub fn fit(&self, other: &Self) -> bool {
+        let ends_first = |lease: u32, promise: u32| lease.saturating_add(Self::MARGIN_MS) <= promise;
+        ends_first(self.lease_ms, other.promise_ms) && ends_first(other.lease_ms, self.promise_ms)
+    }
 }
 
 /// The answer to [`Hello`]: accepted, or the reason why not.
@@ -259,6 +281,8 @@ fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
     writer.u64(hello.from);
     writer.u64(hello.to);
     writer.0.push(hello.data_format);
+    writer.0.extend_from_slice(&hello.terms.lease_ms.to_le_bytes());
+    writer.0.extend_from_slice(&hello.terms.promise_ms.to_le_bytes());
     writer.bytes(hello.version.as_bytes(), MAX_VERSION, "program version")?;
     writer.finish()
 }
@@ -274,6 +298,10 @@ fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError> {
         from: reader.u64()?,
         to: reader.u64()?,
         data_format: reader.u8()?,
+        terms: LeaseTerms {
+            lease_ms: u32::from_le_bytes(reader.array()?),
+            promise_ms: u32::from_le_bytes(reader.array()?),
+        },
         version: reader.text(MAX_VERSION)?,
     })
 }

@@ -55,13 +55,14 @@ fn message() -> impl Strategy<Value = Message> {
 }
 
 fn hello() -> impl Strategy<Value = Hello> {
-    (any::<u128>(), any::<u64>(), any::<u64>(), any::<u8>(), "[0-9a-z.-]{0,64}").prop_map(
-        |(cluster, from, to, data_format, version)| Hello {
+    (any::<u128>(), any::<u64>(), any::<u64>(), any::<u8>(), any::<[u32; 2]>(), "[0-9a-z.-]{0,64}").prop_map(
+        |(cluster, from, to, data_format, [lease_ms, promise_ms], version)| Hello {
             protocol: PROTOCOL_VERSION,
             cluster: ClusterId(cluster),
             from,
             to,
             data_format,
+            terms: LeaseTerms { lease_ms, promise_ms },
             version,
         },
     )
@@ -173,7 +174,15 @@ fn messages_that_raft_keeps_to_itself_do_not_travel() {
 
 #[test]
 fn another_version_of_the_protocol_names_itself() {
-    let hello = Hello { protocol: 7, cluster: ClusterId(1), from: 1, to: 2, data_format: 1, version: "9.9".to_owned() };
+    let hello = Hello {
+        protocol: 7,
+        cluster: ClusterId(1),
+        from: 1,
+        to: 2,
+        data_format: 1,
+        terms: LeaseTerms { lease_ms: 400, promise_ms: 475 },
+        version: "9.9".to_owned(),
+    };
     let bytes = Frame::Hello(hello).encode().unwrap();
     assert_eq!(Frame::decode(&bytes[LENGTH..]), Err(CodecError::Version(7)));
 }

@@ -255,6 +255,7 @@ impl Dialler {
             from: self.identity.me,
             to: node,
             data_format: FORMAT_VERSION,
+            terms: self.identity.terms,
             version: self.identity.version.clone(),
         };
         // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert

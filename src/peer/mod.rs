@@ -37,7 +37,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{sync::watch, task::JoinSet};
 
 pub use self::{
-    codec::NodeReport,
+    codec::{LeaseTerms, NodeReport},
     links::{LinkSender, Links, LinksConfig, PeerEvent},
 };
 use crate::{
@@ -57,6 +57,8 @@ pub struct PeerIdentity {
     pub membership: Membership,
     /// The address that this node dials from; any if none.
     pub bind: Option<IpAddr>,
+    /// This node's spans; callers whose spans do not fit are refused.
+    pub terms: LeaseTerms,
     pub tls: NodeTls,
 }
 

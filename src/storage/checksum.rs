@@ -1,8 +1,8 @@
 //! The checksum of a whole database, kept incrementally (DESIGN section 8).
 //!
-//! Every page has a CRC-64/NVME over its number (u32, little-endian) and its content; the database's checksum is the XOR
-//! of those of all pages `1..=n`. A page that was never written counts as a page of zeros. Owns the table of these
-//! values, 8 bytes a page. Must never write to a file.
+//! Every page has a CRC-64/NVME over its number (u32, little-endian) and its content; the database's checksum is the
+//! XOR of those of all pages `1..=n`. A page that was never written counts as a page of zeros. Owns the table of
+//! these values, 8 bytes a page. Must never write to a file.
 
 use std::{
     fs::File,
@@ -30,7 +30,7 @@ pub struct Preview {
     pub pages: u32,
     /// Checksum of the database afterwards.
     pub checksum: u64,
-    /// Pages that the database grows over without writing them: they count as zeros.
+    /// Pages that the database grows over without writing them: they count as zeros. Ascending.
     pub holes: Vec<u32>,
     changes: Vec<(u32, u64)>,
 }

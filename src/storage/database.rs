@@ -1,8 +1,8 @@
 //! One replicated database on this node: file, checkpoint record, and the change between following and serving.
 //!
-//! One thread owns a [`Database`]. A secondary feeds it the committed entries of the raft log; a primary promotes it, and
-//! from then on transactions come from SQLite through the [`Gate`]. Must never serve or follow in doubt: whatever fails
-//! half-way is begun again from the last checkpoint.
+//! One thread owns a [`Database`]. A secondary feeds it the committed entries of the raft log; a primary promotes it,
+//! and from then on transactions come from SQLite through the [`Gate`]. Must never serve or follow in doubt: whatever
+//! fails half-way is begun again from the last checkpoint.
 
 use std::{
     fs::{self, File},
@@ -123,9 +123,9 @@ pub struct Database {
 }
 
 impl Database {
-    /// Opens the database `id` in `dir`, which exists, and goes back to its last checkpoint: feed it the entries after
-    /// [`Database::applied`]. `log_last_index` is the highest index in this node's raft log: up to there the file may be
-    /// ahead of what is being applied.
+    /// Opens the database `id` in `dir`, which exists, and goes back to its last checkpoint: feed it the entries
+    /// after [`Database::applied`]. `log_last_index` is the highest index in this node's raft log: up to there the
+    /// file may be ahead of what is being applied.
     ///
     /// # Errors
     /// File errors, a damaged checkpoint record, a missing file.
@@ -267,6 +267,7 @@ impl Database {
             replicator,
             table,
             index: applied,
+            lock_byte: vfs::lock_byte(),
             file: Arc::clone(&self.file),
         }));
         match vfs::admit(&gate).and_then(|()| Checkpointer::open(&gate)) {

@@ -1,14 +1,19 @@
 //! The gate that every transaction of a primary passes: collects its pages, hands them to the [`Replicator`] and lets
-//! SQLite's commit through only when a majority has it. One gate per promotion; safe code only, called by [`super::vfs`].
+//! SQLite's commit through only when a majority has it. One gate per promotion; safe code only, called by
+//! [`super::vfs`].
 //!
-//! Also knows who has the database open, and which raft index a checkpoint has reached. Must never let a write pass once
-//! it is fenced, except the rest of a transaction that the cluster has committed.
+//! Also knows who has the database open, and which raft index a checkpoint has reached. Must never let a write pass
+//! once it is fenced, except the rest of a transaction that the cluster has committed.
+//!
+//! A transaction that grows the database over a page without writing it is refused. The secondaries would have zeros
+//! in that page, while the primary's file could have old bytes there, from when it was larger. SQLite 3.51 never does
+//! that in WAL mode (`pagerWalFrames` writes every dirty page, free ones too; only rollback journals leave pages
+//! out), except for the page of its locks, which nobody ever writes.
 //!
 //! Two locks, so that nobody but another writer ever waits for a majority: `writer` is taken by whoever holds SQLite's
 //! WAL write lock and is held through [`Replicator::replicate`]; `marks` is held for moments.
 
 use std::{
-    collections::BTreeMap,
     fmt,
     fs::File,
     path::{Path, PathBuf},
@@ -53,7 +58,7 @@ impl From<Code> for Stop {
 }
 
 /// The database after one committed transaction.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Mark {
     /// Last frame of the transaction in the WAL; 0 if the WAL has none.
     pub frame: u32,
@@ -63,14 +68,7 @@ pub(super) struct Mark {
     pub pages: u32,
     /// Checksum of the database.
     pub checksum: u64,
-    /// Pages that the database grew over without writing them, and the raft index of the transaction that did. The
-    /// secondaries have zeros there, but the database file of the primary can have old bytes there, if the database was
-    /// larger before; a checkpoint puts zeros in.
-    pub holes: Holes,
 }
-
-/// Nearly always empty, and then shared.
-pub(super) type Holes = Arc<BTreeMap<u32, u64>>;
 
 struct Writer {
     tracker: Tracker,
@@ -83,8 +81,6 @@ struct Marks {
     committed: Mark,
     /// The last one that SQLite's other connections see, and so a checkpoint too.
     visible: Mark,
-    /// Frames of the WAL up to which a checkpoint has brought the database file to its right size, without holes.
-    settled: u32,
     /// While a checkpoint runs: what it may have reached, oldest first.
     recording: Option<Vec<Mark>>,
 }
@@ -97,6 +93,8 @@ pub(super) struct GateConfig {
     pub replicator: Arc<dyn Replicator>,
     pub table: PageTable,
     pub index: u64,
+    /// Where SQLite's locks lie in a database file, in bytes.
+    pub lock_byte: u32,
     pub file: Arc<File>,
 }
 
@@ -106,6 +104,8 @@ pub struct Gate {
     database: u32,
     epoch: u64,
     page_size: u32,
+    /// The page that is never written, because the locks lie there: zeros everywhere.
+    lock_page: u32,
     replicator: Arc<dyn Replicator>,
     fenced: AtomicBool,
     last_index: AtomicU64,
@@ -131,13 +131,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Gate {
     pub(super) fn new(config: GateConfig) -> Self {
-        let mark = Mark {
-            frame: 0,
-            index: config.index,
-            pages: config.table.pages(),
-            checksum: config.table.checksum(),
-            holes: Arc::default(),
-        };
+        let mark =
+            Mark { frame: 0, index: config.index, pages: config.table.pages(), checksum: config.table.checksum() };
         let page_size = config.table.page_size();
         // Far from the end, so that counting up never wraps; different in each promotion.
         let transaction = rand::random::<u64>() >> 1;
@@ -146,6 +141,7 @@ impl Gate {
             database: config.database,
             epoch: config.epoch,
             page_size,
+            lock_page: config.lock_byte / page_size + 1,
             replicator: config.replicator,
             fenced: AtomicBool::new(false),
             last_index: AtomicU64::new(config.index),
@@ -153,7 +149,7 @@ impl Gate {
             open: Mutex::new(0),
             closed: Condvar::new(),
             writer: Mutex::new(Writer { tracker: Tracker::new(page_size), table: config.table, transaction }),
-            marks: Mutex::new(Marks { committed: mark.clone(), visible: mark, settled: 0, recording: None }),
+            marks: Mutex::new(Marks { committed: mark, visible: mark, recording: None }),
             _file: config.file,
         }
     }
@@ -266,9 +262,7 @@ impl Gate {
                 let mut marks = lock(&self.marks);
                 marks.committed.frame = 0;
                 marks.visible.frame = 0;
-                // SQLite starts the WAL again only when a checkpoint has brought all of it into the database file.
-                marks.settled = 0;
-                let mark = marks.committed.clone();
+                let mark = marks.committed;
                 // Once is enough: a WAL restarted by transactions that roll back leads here again and again.
                 marks.record_unless(mark, |last| last.frame == 0);
                 Ok(())
@@ -280,14 +274,12 @@ impl Gate {
         let held = writer.tracker.held().expect("a commit step follows a held header");
         // The data first: a full disk shows before anything is proposed. Without its header it means nothing.
         file.write_at(writer.tracker.data_offset(held.frame), data)?;
-        let (index, preview, written) = self.replicate(writer, file, held, data)?;
+        let (index, preview) = self.replicate(writer, file, held, data)?;
         self.last_index.store(index, Ordering::SeqCst);
         {
+            let mark = Mark { frame: held.frame, index, pages: preview.pages, checksum: preview.checksum };
             let mut marks = lock(&self.marks);
-            let mut holes = Arc::clone(&marks.committed.holes);
-            follow_holes(&mut holes, &preview, &written, index, lock_byte_page(self.page_size));
-            let mark = Mark { frame: held.frame, index, pages: preview.pages, checksum: preview.checksum, holes };
-            marks.committed = mark.clone();
+            marks.committed = mark;
             marks.record_unless(mark, |_| false);
         }
         writer.table.accept(preview);
@@ -306,7 +298,7 @@ impl Gate {
         file: &mut dyn WalFile,
         held: Held,
         data: &[u8],
-    ) -> Result<(u64, Preview, Vec<(u32, u32)>), Stop> {
+    ) -> Result<(u64, Preview), Stop> {
         let transaction = writer.transaction;
         writer.transaction += 1;
         let pages = writer.tracker.pages();
@@ -330,9 +322,12 @@ impl Gate {
             builder.push(*number, image);
         }
         let preview = writer.table.preview(held.database_pages, checksums);
+        if let Some(hole) = preview.holes.iter().find(|number| **number != self.lock_page) {
+            return Err(self.refuse(format!("the database would grow over page {hole} without writing it")));
+        }
         let commit = Commit { database_pages: preview.pages, checksum: preview.checksum };
         let index = self.propose(builder.finish(Some(commit)), true)?;
-        Ok((index, preview, pages))
+        Ok((index, preview))
     }
 
     fn propose(&self, part: Vec<u8>, last: bool) -> Result<u64, Stop> {
@@ -351,7 +346,7 @@ impl Gate {
         if writer.tracker.is_settled() {
             let mut marks = lock(&self.marks);
             if frames == Some(marks.committed.frame) {
-                marks.visible = marks.committed.clone();
+                marks.visible = marks.committed;
             } else {
                 // Something failed between the last write and the wal-index: SQLite has reported an error and rolled
                 // back what the cluster has committed. Its view is wrong from here on.
@@ -365,47 +360,19 @@ impl Gate {
     /// A checkpoint begins: note what it can reach.
     pub(super) fn begin_checkpoint(&self) {
         let mut marks = lock(&self.marks);
-        let mut list = vec![marks.visible.clone()];
-        if marks.committed.index != marks.visible.index {
-            list.push(marks.committed.clone());
-        }
-        marks.recording = Some(list);
+        let (visible, committed) = (marks.visible, marks.committed);
+        // The second is about to be visible: SQLite may have updated its wal-index already.
+        marks.recording = Some(if visible.index == committed.index { vec![visible] } else { vec![visible, committed] });
     }
 
-    /// The holes at the frame that a checkpoint has just reached completely. None if no checkpoint of ours is running.
-    pub(super) fn holes_at(&self, frame: u32) -> Option<Holes> {
-        let marks = lock(&self.marks);
-        // The newest: the WAL cannot start again while the checkpoint holds its read lock 0.
-        let mark = marks.recording.as_ref()?.iter().rfind(|mark| mark.frame == frame)?;
-        Some(Arc::clone(&mark.holes))
-    }
-
-    /// A checkpoint has written zeros to the holes at `frame` and has given the file its size.
-    pub(super) fn settled_at(&self, frame: u32) {
-        let mut marks = lock(&self.marks);
-        marks.settled = frame;
-        let index = marks.recording.as_ref().and_then(|list| list.iter().rfind(|mark| mark.frame == frame));
-        let Some(index) = index.map(|mark| mark.index) else { return };
-        // A hole that is younger may have got a write in between: it stays.
-        let Marks { committed, visible, .. } = &mut *marks;
-        for holes in [&mut committed.holes, &mut visible.holes] {
-            if !holes.is_empty() {
-                Arc::make_mut(holes).retain(|_, since| *since > index);
-            }
-        }
-    }
-
-    /// The checkpoint has ended; it has copied the first `frames` frames, which were all when it began. What do the first
-    /// [`Mark::pages`] pages of the database file hold now? None if that is no state of the database: SQLite leaves out
-    /// the last step, where holes become zeros, if somebody has committed in the meantime.
+    /// The checkpoint has ended; `frames` is the number of frames that it has copied, if those were all that it saw.
+    /// What do the first [`Mark::pages`] pages of the database file hold now?
     pub(super) fn end_checkpoint(&self, frames: Option<u32>) -> Option<Mark> {
-        let mut marks = lock(&self.marks);
-        let recording = marks.recording.take()?;
+        let recording = lock(&self.marks).recording.take()?;
         let frames = frames?;
         // The oldest: if the WAL has just started again, an equal frame number can come twice, and less is safe. A WAL
         // without frames, of which the new header is not yet written, means that all that was visible is in the file.
-        let mark = recording.iter().find(|mark| mark.frame == frames).or((frames == 0).then(|| &recording[0]))?;
-        (frames == 0 || mark.holes.is_empty() || marks.settled == frames).then(|| mark.clone())
+        recording.iter().find(|mark| mark.frame == frames).or((frames == 0).then(|| &recording[0])).copied()
     }
 }
 
@@ -416,28 +383,6 @@ impl Marks {
         {
             recording.push(mark);
         }
-    }
-}
-
-/// The page that SQLite never writes because its locks lie there: it is all zeros, and no hole to take care of.
-fn lock_byte_page(page_size: u32) -> u32 {
-    const PENDING_BYTE: u32 = 0x4000_0000;
-    PENDING_BYTE / page_size + 1
-}
-
-/// Brings the holes from before a transaction to after it.
-fn follow_holes(holes: &mut Holes, preview: &Preview, written: &[(u32, u32)], index: u64, lock_byte_page: u32) {
-    let beyond = holes.last_key_value().is_some_and(|(last, _)| *last > preview.pages);
-    if beyond || (!holes.is_empty() && written.iter().any(|(number, _)| holes.contains_key(number))) {
-        let holes = Arc::make_mut(holes);
-        holes.split_off(&preview.pages.saturating_add(1));
-        for (number, _) in written {
-            holes.remove(number);
-        }
-    }
-    let mut fresh = preview.holes.iter().filter(|number| **number != lock_byte_page).peekable();
-    if fresh.peek().is_some() {
-        Arc::make_mut(holes).extend(fresh.map(|number| (*number, index)));
     }
 }
 
@@ -479,18 +424,34 @@ mod tests {
         let replicator = Arc::<Count>::clone(&count);
         let (path, file) = (PathBuf::from("/nowhere"), Arc::new(tempfile::tempfile().unwrap()));
         let table = PageTable::empty(PAGE as u32);
-        (Gate::new(GateConfig { path, database: 1, epoch: 1, replicator, table, index: 0, file }), count)
+        (
+            Gate::new(GateConfig {
+                path,
+                database: 1,
+                epoch: 1,
+                replicator,
+                table,
+                index: 0,
+                lock_byte: 1 << 30,
+                file,
+            }),
+            count,
+        )
     }
 
     /// A whole transaction of one page: the WAL's header, then data, then the held header.
     fn transaction(gate: &Gate, disk: &mut Disk) -> Result<(), Stop> {
+        transaction_of(gate, disk, 1, 1)
+    }
+
+    fn transaction_of(gate: &Gate, disk: &mut Disk, page: u8, pages: u8) -> Result<(), Stop> {
         let mut header = [0; 32];
         header[..4].copy_from_slice(&0x377f_0682u32.to_be_bytes());
         header[8..12].copy_from_slice(&(PAGE as u32).to_be_bytes());
         gate.wal_write(disk, 0, &header)?;
         let mut frame = [0; 24];
-        frame[3] = 1;
-        frame[7] = 1;
+        frame[3] = page;
+        frame[7] = pages;
         gate.wal_write(disk, 32, &frame)?;
         gate.wal_write(disk, 56, &[5; PAGE])
     }
@@ -527,20 +488,13 @@ mod tests {
     }
 
     #[test]
-    fn holes_go_with_a_write_a_cut_or_a_checkpoint() {
-        let mut holes = Holes::default();
-        let mut table = PageTable::empty(512);
-        let mut step = |pages, written: &[u32], index| {
-            let changes = written.iter().map(|number| (*number, u64::from(*number))).collect();
-            let preview = table.preview(pages, changes);
-            let written: Vec<_> = written.iter().map(|number| (*number, 1)).collect();
-            follow_holes(&mut holes, &preview, &written, index, 7);
-            table.accept(preview);
-            holes.keys().copied().collect::<Vec<_>>()
-        };
-        assert_eq!(step(9, &[1, 2, 6], 1), [3, 4, 5, 8, 9], "7 is the lock-byte page");
-        assert_eq!(step(9, &[3, 9], 2), [4, 5, 8]);
-        assert_eq!(step(4, &[1], 3), [4]);
-        assert_eq!(step(6, &[1], 4), [4, 5, 6]);
+    fn growth_over_an_unwritten_page_is_refused() {
+        let (gate, count) = gate();
+        let mut disk = Disk { writes: 0, fails_at: 99 };
+        assert!(matches!(transaction_of(&gate, &mut disk, 3, 3), Err(Stop::Gate)));
+        assert!(gate.last_refusal().unwrap().contains("page 1 without writing"));
+        gate.write_lock_released(Some(0));
+        assert_eq!(count.0.load(Ordering::SeqCst), 0);
+        assert!(!gate.is_fenced());
     }
 }

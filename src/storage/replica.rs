@@ -58,8 +58,6 @@ pub(super) struct Replica {
     pub claim: u64,
     /// Up to this index the file may be ahead of what is being applied, so its checksum says nothing.
     pub touched: u64,
-    /// The file may be longer or shorter than the database, until the first transaction since it was opened.
-    untrimmed: bool,
     unfinished: Option<Unfinished>,
 }
 
@@ -70,16 +68,7 @@ impl Replica {
             0 => PageTable::empty(0),
             pages => PageTable::read(&file, record.page_size, pages)?,
         };
-        Ok(Self {
-            file,
-            database,
-            table,
-            applied: record.index,
-            claim: record.checksum,
-            touched,
-            untrimmed: true,
-            unfinished: None,
-        })
+        Ok(Self { file, database, table, applied: record.index, claim: record.checksum, touched, unfinished: None })
     }
 
     /// Where a checkpoint may stand now: what is applied, but not in the middle of a transaction.
@@ -143,9 +132,7 @@ impl Replica {
         if self.table.pages() == 0 {
             self.table = PageTable::empty(last.page_size);
         }
-        self.trim().map_err(failed)?;
         self.table.resize(commit.database_pages);
-        // Cutting and growing the file makes zeros of the pages that the transaction grew over without writing them.
         self.file.set_len(u64::from(commit.database_pages) * u64::from(last.page_size)).map_err(failed)?;
         if let Some(open) = self.unfinished {
             self.write_earlier(open, index - 1, source).map_err(failed)?;
@@ -159,14 +146,10 @@ impl Replica {
         Ok(())
     }
 
-    /// Gives the file the size of the database. What a later state has left behind its end must not show through when
-    /// the database grows; what a later state has cut off is written again by it.
-    pub fn trim(&mut self) -> io::Result<()> {
-        if self.untrimmed {
-            self.file.set_len(u64::from(self.table.pages()) * u64::from(self.table.page_size()))?;
-            self.untrimmed = false;
-        }
-        Ok(())
+    /// Gives the file the size of the database: until the first transaction after a start, a later state that a crash
+    /// has thrown away may have left it longer or shorter.
+    pub fn trim(&self) -> io::Result<()> {
+        self.file.set_len(u64::from(self.table.pages()) * u64::from(self.table.page_size()))
     }
 
     /// Reads the earlier parts of the transaction again and writes them.

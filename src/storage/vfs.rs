@@ -1,8 +1,9 @@
 //! The SQLite VFS `twistlock`: a thin layer over the default one, which keeps its files, locks and shared memory.
 //!
-//! It opens only databases that have a live [`Gate`], shows the gate every write to the `-wal` file, lets only our own
-//! checkpoints write to the database file, and refuses whatever would go around the raft log: leaving WAL mode, rollback
-//! journals, attached files. The only `unsafe` code of the program. Must never decide anything about transactions.
+//! It opens only databases that have a live [`Gate`], shows the gate every write to the `-wal` file, lets only our
+//! own checkpoints write to the database file, and refuses whatever would go around the raft log: leaving WAL mode,
+//! rollback journals, attached files. The only `unsafe` code of the program. Must never decide anything about
+//! transactions.
 //!
 //! - `vfs.rs`: registration and the file system calls
 //! - `vfs/file.rs`: the calls on an open file
@@ -77,10 +78,12 @@ fn register() -> Result<(), SqliteError> {
         };
         if version < OLDEST_SQLITE { Err(sqlite::SQLITE_MISMATCH) } else { install() }
     });
-    done.map_err(|code| SqliteError {
-        what: "take the VFS `twistlock`",
-        message: format!("needs SQLite 3.51.3 or later: {}", describe(code)),
-        code,
+    done.map_err(|code| {
+        let message = match code {
+            sqlite::SQLITE_MISMATCH => "the linked SQLite is older than 3.51.3".into(),
+            code => describe(code),
+        };
+        SqliteError { what: "take the VFS `twistlock`", message, code }
     })
 }
 
@@ -126,6 +129,13 @@ fn install() -> Result<(), c_int> {
             code => Err(code),
         }
     }
+}
+
+/// Where SQLite's locks lie in every database file, in bytes; the page there is never written.
+pub(super) fn lock_byte() -> u32 {
+    // SAFETY: a test control that takes one integer; 0 only asks. (Tests move the locks down to a place they can
+    // reach.)
+    unsafe { sqlite::sqlite3_test_control(sqlite::SQLITE_TESTCTRL_PENDING_BYTE, 0) as u32 }
 }
 
 /// Text for one of SQLite's result codes.
@@ -239,7 +249,9 @@ macro_rules! forward {
 
 forward!(delete, xDelete, (name: *const c_char, sync: c_int) -> c_int, sqlite::SQLITE_IOERR_DELETE);
 forward!(access, xAccess, (name: *const c_char, flags: c_int, out: *mut c_int) -> c_int, sqlite::SQLITE_IOERR_ACCESS);
-forward!(full_pathname, xFullPathname, (name: *const c_char, length: c_int, out: *mut c_char) -> c_int, sqlite::SQLITE_CANTOPEN);
+forward!(
+    full_pathname, xFullPathname, (name: *const c_char, length: c_int, out: *mut c_char) -> c_int, sqlite::SQLITE_CANTOPEN
+);
 forward!(randomness, xRandomness, (length: c_int, out: *mut c_char) -> c_int, 0);
 forward!(sleep, xSleep, (microseconds: c_int) -> c_int, 0);
 forward!(current_time, xCurrentTime, (out: *mut f64) -> c_int, sqlite::SQLITE_ERROR);

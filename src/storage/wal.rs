@@ -1,4 +1,5 @@
-//! The format of SQLite's `-wal` file, and which of its frames make up a transaction. Pure: no files, no locks, no SQLite.
+//! The format of SQLite's `-wal` file, and which of its frames make up a transaction. Pure: no files, no locks, no
+//! SQLite.
 //!
 //! The format is that of <https://www.sqlite.org/fileformat2.html#walformat>: a header of 32 bytes, then frames, each a
 //! header of 24 bytes and one page. All integers are big-endian. Frames are counted from 1, as SQLite does.

@@ -326,8 +326,11 @@ fn keep_extending(lease: Lease, extending: Arc<AtomicBool>) {
     // Ends with the node.
     thread::spawn(move || {
         while Arc::strong_count(&extending) > 1 {
-            if extending.load(Ordering::SeqCst) {
-                lease.set(boottime() + LEASE.as_nanos() as u64).unwrap();
+            // A lease that has lapsed needs the majority again: nobody extends it by himself. The time is taken before
+            // the look at the lease, as a real one counts from the time of the question.
+            let now = boottime();
+            if extending.load(Ordering::SeqCst) && now < lease.deadline() {
+                lease.set(now + LEASE.as_nanos() as u64).unwrap();
             }
             thread::park_timeout(Duration::from_millis(25));
         }

@@ -8,13 +8,14 @@ use script::{Content, Script, describe, open};
 use twistlock_ha::storage::raft_log::{LogError, MIN_SEGMENT};
 
 const STEPS: usize = 60;
-const SEEDS: u64 = 32;
+const SEEDS: u64 = 20;
 
 /// Runs a test for every seed, or for the one that is asked for.
 fn for_each_seed(count: u64, test: impl Fn(u64)) {
     match std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()) {
         Some(seed) => test(seed),
-        None => (1..=count).for_each(test),
+        // 103: a batch that began in the oldest segment and ended in the next lost the state that the oldest began with.
+        None => (1..=count).chain([103]).for_each(test),
     }
 }
 

@@ -225,11 +225,14 @@ impl DiskFile for ModelFile {
     }
 }
 
+/// Offset and bytes of a write that no sync covers yet.
+type Written = (usize, Arc<[u8]>);
+
 /// What has really reached the disk, as the operations go by.
 pub struct Platter {
     names: BTreeMap<String, usize>,
     files: HashMap<usize, Vec<u8>>,
-    dirty: BTreeMap<usize, Vec<(usize, Arc<[u8]>)>>,
+    dirty: BTreeMap<usize, Vec<Written>>,
     /// Directory operations since the last sync of it.
     directory: Vec<Op>,
 }

@@ -83,7 +83,8 @@ impl World {
         }
     }
 
-    /// One statement of one writer. Errors are allowed (busy, no such table, refused, fenced): what counts is the result.
+    /// One statement of one writer. Errors are allowed (busy, no such table, refused, fenced): what counts is the
+    /// result.
     fn statement(&mut self) {
         let random = &mut self.random;
         // Whoever has a transaction open goes on, mostly: the others only find the database busy.
@@ -231,8 +232,8 @@ fn run(seed: u64, steps: u64) -> World {
     world
 }
 
-/// SQLite's locks lie at 1 GiB, in a page that is never written. Moved down by SQLite's own test control, which concerns
-/// a whole process, so a child of this one does it.
+/// SQLite's locks lie at 1 GiB, in a page that is never written. Moved down by SQLite's own test control, which
+/// concerns a whole process, so a child of this one does it.
 #[test]
 fn the_page_of_the_locks_is_no_trouble() {
     if std::env::var_os("LOCK_BYTE").is_some() {

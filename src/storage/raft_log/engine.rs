@@ -99,7 +99,7 @@ pub struct Written {
     pub segments: Vec<Arc<Segment>>,
 }
 
-// Locks are taken in the order writer, supply, state; syncing is taken alone or with state.
+/// What the log's threads share. Locks are taken in the order writer, supply, state; syncing is taken alone or with state.
 pub struct Shared {
     pub dir: PathBuf,
     pub helper: bool,

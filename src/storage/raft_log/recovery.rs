@@ -79,7 +79,7 @@ impl Contents {
     }
 
     /// Applies one change; none if it contradicts what is there, which no program of this version would have written.
-    fn apply(&mut self, change: Change, first_segment: bool) -> Option<()> {
+    fn apply(&mut self, change: Change) -> Option<()> {
         match change {
             Change::Entry(index, slot) => {
                 if index <= self.compacted.0 {
@@ -105,12 +105,10 @@ impl Contents {
                 self.slots.clear();
                 (self.compacted, self.conf_index, self.conf) = ((index, term), index, conf);
             }
-            // Later segments repeat what the records before them say.
-            Change::Start(index, term, start) if first_segment => {
+            Change::Start(index, term, start) => {
                 self.compacted = (index, term);
                 (self.hard, self.conf_index, self.conf) = (start.hard, start.conf_index, start.conf);
             }
-            Change::Start(..) => {}
         }
         Some(())
     }
@@ -157,22 +155,25 @@ impl Scan {
             let change = Change::decode(&record, at, space as u32)
                 .ok_or_else(|| damaged("an intact record says nothing that this program understands"))?;
             match &change {
-                Change::Start(_, _, start) if offset == FIRST => {
-                    if !first && start.previous != self.at {
-                        return Ok(false);
-                    }
+                Change::Start(_, _, start) if offset == FIRST && !first && start.previous != self.at => {
+                    return Ok(false);
                 }
+                Change::Start(..) if offset == FIRST => {}
                 Change::Start(..) => return Err(damaged("a segment starts twice")),
                 _ if offset == FIRST => return Err(damaged("a segment does not say how it starts")),
                 _ => {}
             }
             self.proven = self.proven.max(record.durable);
-            self.batch.push(change);
+            // Later segments repeat what the records before them say. A batch may begin in the first segment and end in
+            // another, so this is decided here and not when it is applied.
+            if first || !matches!(change, Change::Start(..)) {
+                self.batch.push(change);
+            }
             offset += space;
             self.at = Position::new(segment.sequence, offset);
             if record.last {
                 for change in self.batch.drain(..) {
-                    self.log.apply(change, first).ok_or_else(|| damaged("its batch contradicts the log before it"))?;
+                    self.log.apply(change).ok_or_else(|| damaged("its batch contradicts the log before it"))?;
                 }
                 self.end = self.at;
             }

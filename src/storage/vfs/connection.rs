@@ -79,8 +79,8 @@ impl Checkpointer {
         Ok(Self(connection))
     }
 
-    /// A PASSIVE checkpoint, which never waits for anybody. Returns the frames in the WAL and how many of them are in the
-    /// database file now; None if another checkpoint or a recovery was in the way.
+    /// A PASSIVE checkpoint, which never waits for anybody. Returns the frames in the WAL and how many of them are in
+    /// the database file now; None if another checkpoint or a recovery was in the way.
     pub(in crate::storage) fn run(&self) -> Result<Option<(u32, u32)>, SqliteError> {
         let (mut frames, mut done) = (-1, -1);
         // SAFETY: an open handle and two integers to write.

@@ -38,8 +38,8 @@ pub(super) struct Shim {
     kind: Kind,
     /// Only this connection may checkpoint.
     checkpointer: bool,
-    /// Frames in the wal-index when the running checkpoint began to copy.
-    frames: Option<u32>,
+    /// The checkpointer is copying.
+    copying: bool,
     /// First region of the wal-index.
     shm: *mut c_void,
 }
@@ -101,7 +101,7 @@ pub(super) unsafe fn open(
             return code;
         }
         let base = sqlite3_file { pMethods: &METHODS };
-        let shim = Shim { base, gate, kind, checkpointer: false, frames: None, shm: ptr::null_mut() };
+        let shim = Shim { base, gate, kind, checkpointer: false, copying: false, shm: ptr::null_mut() };
         file.cast::<Shim>().write(shim);
         sqlite::SQLITE_OK
     }
@@ -152,7 +152,8 @@ impl WalFile for Real {
 }
 
 unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
-    // SAFETY: the last call on this file. The real file goes first: when the gate counts no opener, nobody holds a lock.
+    // SAFETY: the last call on this file. The real file goes first: when the gate counts no opener, nobody holds a
+    // lock.
     unsafe {
         let code = real!(file, xClose, sqlite::SQLITE_OK);
         let shim = file.cast::<Shim>().read();
@@ -179,7 +180,7 @@ unsafe extern "C" fn write(
     unsafe {
         let shim = shim(file);
         if shim.kind == Kind::Database {
-            if shim.checkpointer && shim.frames.is_some() {
+            if shim.checkpointer && shim.copying {
                 return real!(file, xWrite, sqlite::SQLITE_IOERR_WRITE, data, length, offset);
             }
             shim.gate.refuse("a write to the database file outside a checkpoint".into());
@@ -200,45 +201,13 @@ unsafe extern "C" fn truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c
         let shim = shim(file);
         if shim.kind == Kind::Database {
             // SQLite cuts the database at the end of a checkpoint that has reached the end of the WAL, and only then.
-            let Some(frames) = shim.frames.take() else {
+            if !std::mem::take(&mut shim.copying) {
                 shim.gate.refuse("a change of the database file's size outside a checkpoint".into());
                 return sqlite::SQLITE_IOERR_TRUNCATE;
-            };
-            if let Err(code) = clear_holes(&shim.gate, file, frames, size as u64) {
-                return code;
             }
-            let code = real!(file, xTruncate, sqlite::SQLITE_IOERR_TRUNCATE, size);
-            if code == sqlite::SQLITE_OK {
-                shim.gate.settled_at(frames);
-            }
-            return code;
         }
         real!(file, xTruncate, sqlite::SQLITE_IOERR_TRUNCATE, size)
     }
-}
-
-/// Puts zeros where the secondaries have them: into pages that the database grew over without writing them. Their old
-/// content is of no use to anybody: this runs when a checkpoint has reached the end of the WAL, so no reader has an
-/// older view, and while SQLite keeps readers of the database file alone away. In every newer view such a page is either
-/// free or in the WAL.
-fn clear_holes(gate: &Gate, file: *mut sqlite3_file, frames: u32, size: u64) -> Result<(), Code> {
-    let holes = gate.holes_at(frames).ok_or(sqlite::SQLITE_IOERR_TRUNCATE)?;
-    let page_size = gate.page_size() as usize;
-    let (mut image, zeros) = (vec![0; page_size], vec![0; page_size]);
-    for number in holes.keys() {
-        let offset = u64::from(number - 1) * page_size as u64;
-        if offset >= size {
-            break;
-        }
-        match Real(file).read_at(offset, &mut image) {
-            Ok(()) if image == zeros => continue,
-            Ok(()) => Real(file).write_at(offset, &zeros)?,
-            // Beyond the end of the file: the call that follows makes it a hole.
-            Err(sqlite::SQLITE_IOERR_SHORT_READ) => Real(file).write_at(offset, &zeros)?,
-            Err(code) => return Err(code),
-        }
-    }
-    Ok(())
 }
 
 /// Nothing: the raft log has the transaction, and the checkpoint syncs the database file itself.
@@ -280,7 +249,7 @@ unsafe extern "C" fn file_control(file: *mut sqlite3_file, op: c_int, arg: *mut 
                 shim.checkpointer = true;
                 return sqlite::SQLITE_OK;
             }
-            sqlite::SQLITE_FCNTL_CKPT_START => shim.frames = frames(shim),
+            sqlite::SQLITE_FCNTL_CKPT_START => shim.copying = shim.checkpointer,
             // Bigger chunks would make the file longer than the database; a mapping would pass us by.
             sqlite::SQLITE_FCNTL_CHUNK_SIZE | sqlite::SQLITE_FCNTL_MMAP_SIZE => return sqlite::SQLITE_NOTFOUND,
             sqlite::SQLITE_FCNTL_PRAGMA => {
