@@ -151,7 +151,7 @@ impl Dev {
             after => format!("it starts again after {} s", after.as_secs_f64()),
         };
         let rows = screen::rows(&self.layout.cluster, &self.watch.latest());
-        let text = screen::introduction(&self.layout, &rows, &restart);
+        let text = screen::introduction(&self.layout, &rows, &restart, &self.twistcli());
         self.screen.say(&format!("\nThe cluster is ready ({ready:.1} s).\n\n{text}\n"));
         while !self.wait()? {
             self.reap()?;
@@ -160,6 +160,12 @@ impl Dev {
             self.screen.show(&rows);
         }
         Ok(())
+    }
+
+    /// How the administration tool is called: it lies beside this program, or cargo has not built it yet.
+    fn twistcli(&self) -> String {
+        let tool = self.program.with_file_name("twistcli");
+        if tool.exists() { tool.display().to_string() } else { "cargo run --release --bin twistcli --".into() }
     }
 
     /// True if a primary answers and the administrator can log in there.

@@ -137,13 +137,14 @@ fn table(rows: &[Row]) -> String {
 }
 
 /// What a newcomer needs: where the Console is, who may log in, and what to try.
-pub(super) fn introduction(layout: &Layout, rows: &[Row], restart: &str) -> String {
+/// `twistcli` is how the administration tool is called here.
+pub(super) fn introduction(layout: &Layout, rows: &[Row], restart: &str, twistcli: &str) -> String {
     let cluster = &layout.cluster;
     let (url, pid) = primary(rows).map_or(("", None), |row| (row.url.as_str(), row.pid));
     let pid = pid.map_or_else(|| "PID".into(), |pid| pid.to_string());
     let (ca, user, password) = (cluster.ca.display(), &cluster.user, &cluster.password);
     let dir = layout.dir().display();
-    let control = cluster.nodes.first().map(|node| node.data.display().to_string()).unwrap_or_default();
+    let data = cluster.nodes.first().map(|node| node.data.display().to_string()).unwrap_or_default();
     format!(
         "\
 Console   {url}
@@ -156,7 +157,7 @@ Try in another terminal:
                     -d '{{\"name\":\"first\",\"color\":\"#2e7d32\",\"description\":\"\"}}' {url}/api/v1/tags
   read the tags   curl --cacert {ca} -u {user}:{password} {url}/api/v1/tags
   lose a primary  kill -9 {pid}     ({restart}; the tags are then served by another address)
-  watch a node    twistcli ha status --data {control} --watch
+  watch a node    {twistcli} ha status --data {data} --watch
 
 Ctrl-C stops all three."
     )
