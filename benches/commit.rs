@@ -70,7 +70,7 @@ fn measure(folder: &Path, count: usize) -> Result<()> {
         locals.push(runtime.block_on(insert(&mut local, &name))?);
         requests.push(post(&agent, &url, &token, &name)?);
         let after = reading(&socket)?;
-        if after.1 != before.1 + 1.0 {
+        if after.1 != before.1 + 1 {
             bail!("the daemon counted {} commits for one request: is somebody else writing?", after.1 - before.1);
         }
         replicated.push(Duration::from_secs_f64(after.0 - before.0));
@@ -161,7 +161,7 @@ fn post(agent: &Agent, url: &str, token: &str, name: &str) -> Result<Duration> {
 }
 
 /// Sum in seconds and count of the daemon's commits so far.
-fn reading(socket: &Path) -> Result<(f64, f64)> {
+fn reading(socket: &Path) -> Result<(f64, u64)> {
     let Reply::Ok(value) = control::request(socket, &Request::Metrics {}, Duration::from_secs(5))? else {
         bail!("the daemon refuses to tell its metrics");
     };
@@ -169,7 +169,7 @@ fn reading(socket: &Path) -> Result<(f64, f64)> {
     let find = |suffix: &str| {
         let head = format!("{METRIC}_{suffix} ");
         let line = text.lines().find_map(|line| line.strip_prefix(&head));
-        line.and_then(|value| value.trim().parse::<f64>().ok()).with_context(|| format!("no {head}in the metrics"))
+        line.map(str::trim).with_context(|| format!("no {head}in the metrics"))
     };
-    Ok((find("sum")?, find("count")?))
+    Ok((find("sum")?.parse()?, find("count")?.parse()?))
 }

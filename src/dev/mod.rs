@@ -99,6 +99,7 @@ struct Dev {
     signals: SignalFd,
     screen: Screen,
     restart_after: Duration,
+    quiet: bool,
 }
 
 impl Dev {
@@ -132,7 +133,8 @@ impl Dev {
         let mut screen = Screen::new(options.quiet);
         let found = if layout.existed { "again, with the data that was there" } else { "with fresh data" };
         screen.event(&format!("three nodes started {found}; waiting for a primary"));
-        Ok(Self { program, layout, processes, watch, signals, screen, restart_after: options.restart_after })
+        let (restart_after, quiet) = (options.restart_after, options.quiet);
+        Ok(Self { program, layout, processes, watch, signals, screen, restart_after, quiet })
     }
 
     /// From the first election to the signal that ends it all.
@@ -153,6 +155,9 @@ impl Dev {
         let rows = screen::rows(&self.layout.cluster, &self.watch.latest());
         let text = screen::introduction(&self.layout, &rows, &restart, &self.twistcli());
         self.screen.say(&format!("\nThe cluster is ready ({ready:.1} s).\n\n{text}\n"));
+        if self.quiet {
+            self.watch.calm_down();
+        }
         while !self.wait()? {
             self.reap()?;
             self.restart()?;

@@ -13,14 +13,17 @@ use std::{
 
 use crate::{control, node::Status};
 
-/// Pause between two questions.
+/// Pause between two questions while somebody looks.
 const PERIOD: Duration = Duration::from_millis(100);
+/// Pause between two questions when nobody does: the idle cost of a node is not to be ours.
+const CALM_PERIOD: Duration = Duration::from_secs(1);
 /// A node that takes longer than this for an answer counts as down.
 const ANSWER_LIMIT: Duration = Duration::from_millis(400);
 
 /// The newest answers of all nodes.
 pub(super) struct Watch {
     answers: Vec<Arc<Mutex<Option<Status>>>>,
+    calm: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
 }
 
@@ -30,21 +33,26 @@ impl Watch {
     /// # Errors
     /// When a thread cannot be started.
     pub(super) fn start(sockets: Vec<PathBuf>) -> std::io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (calm, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let mut answers = Vec::new();
         for socket in sockets {
             let answer = Arc::new(Mutex::new(None));
-            let (mine, stop) = (Arc::clone(&answer), Arc::clone(&stop));
+            let (mine, calm, stop) = (Arc::clone(&answer), Arc::clone(&calm), Arc::clone(&stop));
             thread::Builder::new().name("watch".into()).spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     let status = control::status(&socket, ANSWER_LIMIT).ok();
                     *mine.lock().unwrap_or_else(PoisonError::into_inner) = status;
-                    thread::sleep(PERIOD);
+                    thread::sleep(if calm.load(Ordering::Relaxed) { CALM_PERIOD } else { PERIOD });
                 }
             })?;
             answers.push(answer);
         }
-        Ok(Self { answers, stop })
+        Ok(Self { answers, calm, stop })
+    }
+
+    /// Asks less often from now on.
+    pub(super) fn calm_down(&self) {
+        self.calm.store(true, Ordering::Relaxed);
     }
 
     /// What each node last said; none for one that does not answer.
