@@ -62,8 +62,8 @@
 //! 7. **Secrets stay.** A private key never leaves its host; without a certificate of the cluster's CA nothing joins, reads
 //!    or votes.
 //!
-//! Where they are checked: 1 to 4 and 6 after every step of `tests/sim`; 2 and 5 at every write in `tests/crash.rs`; 3 and
-//! 4 against SQLite itself in `tests/sqlite.rs`; 1 to 3 with real processes and real signals in `tests/e2e.rs`.
+//! Where they are checked: 1 to 4 and 6 after every step of `tests/sim`; 2 and 5 at every write in `tests/crash`; 3 and
+//! 4 against SQLite itself in `tests/sqlite`; 1 to 3 with real processes and real signals in `tests/e2e`.
 //!
 //! # What the fast takeover assumes
 //!
