@@ -95,8 +95,18 @@ impl Applier {
         self.shared.applied.load(Ordering::Relaxed)
     }
 
+    /// Everything up to here may be applied. The thread is woken by the next [`Applier::nudge`], promotion or demotion: a
+    /// wake-up for each commit would take the processor from the commit behind it.
     pub fn apply(&self, index: u64) {
-        self.change(|goal| goal.applied = goal.applied.max(index));
+        let mut goal = lock(&self.shared);
+        goal.applied = goal.applied.max(index);
+    }
+
+    /// Once per tick: lets the thread catch up.
+    pub fn nudge(&self) {
+        if self.applied() < lock(&self.shared).applied {
+            self.shared.changed.notify_one();
+        }
     }
 
     /// Tells how much the raft log grew: a checkpoint becomes due by it.

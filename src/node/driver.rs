@@ -75,6 +75,7 @@ impl Driver {
                 next_tick = if next_tick + tick > now { next_tick + tick } else { now + tick };
                 self.publisher.tick(&mut self.links);
                 self.watch_database();
+                self.applier.nudge();
             }
             self.carry_out_all();
             self.publisher.publish(&self.cluster, self.applier.applied());
