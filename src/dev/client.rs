@@ -1,4 +1,4 @@
-//! The few requests that `dev` makes to the Console it started: is it there, and sign the administrator up.
+//! The few requests that `dev` makes to the Console it started: is it there, sign the administrator up, write and read.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -60,5 +60,39 @@ impl Client {
             bail!("sign the administrator up: {} {text}", response.status());
         }
         Ok(())
+    }
+
+    /// Logs in and returns the session's token.
+    ///
+    /// # Errors
+    /// When the Console does not answer or refuses.
+    pub(super) fn log_in(&self, url: &str, user: &str, password: &str) -> Result<String> {
+        let body = serde_json::json!({"username": user, "password": password});
+        let mut response = self.0.post(format!("{url}/api/v1/authenticate")).send_json(body).context("log in")?;
+        let answer: serde_json::Value = response.body_mut().read_json().context("log in")?;
+        answer["token"].as_str().map(str::to_owned).with_context(|| format!("log in: {answer}"))
+    }
+
+    /// Writes a tag. That it is there already is no error: an earlier attempt may have got through unseen.
+    ///
+    /// # Errors
+    /// When the tag was not acknowledged.
+    pub(super) fn write_tag(&self, url: &str, token: &str, name: &str) -> Result<()> {
+        let body = serde_json::json!({"name": name, "color": "#2e7d32", "description": ""});
+        let request = self.0.post(format!("{url}/api/v1/tags")).header("authorization", format!("Bearer {token}"));
+        let status = request.send_json(body).context("write a tag")?.status();
+        if status.is_success() || status == 409 { Ok(()) } else { bail!("write a tag: {status}") }
+    }
+
+    /// The names of the tags, up to 1000.
+    ///
+    /// # Errors
+    /// When the Console does not answer as it should.
+    pub(super) fn tags(&self, url: &str, token: &str) -> Result<Vec<String>> {
+        let request = self.0.get(format!("{url}/api/v1/tags?limit=1000"));
+        let mut response =
+            request.header("authorization", format!("Bearer {token}")).call().context("read the tags")?;
+        let tags: Vec<serde_json::Value> = response.body_mut().read_json().context("read the tags")?;
+        Ok(tags.iter().filter_map(|tag| tag["name"].as_str().map(str::to_owned)).collect())
     }
 }

@@ -3,6 +3,7 @@
 //! the daemons do not know that they are part of this.
 
 mod client;
+mod failover;
 mod layout;
 mod process;
 mod screen;
@@ -56,6 +57,9 @@ pub struct Options {
     /// Start a node that ended again after this many seconds; 0: never
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     restart_after: Duration,
+    /// Show a failover first: write a tag, kill the primary, and wait until another node has taken over
+    #[arg(long)]
+    show_failover: bool,
     /// Print the introduction only, no changes
     #[arg(short, long)]
     quiet: bool,
@@ -100,6 +104,7 @@ struct Dev {
     screen: Screen,
     restart_after: Duration,
     quiet: bool,
+    show_failover: bool,
 }
 
 impl Dev {
@@ -133,8 +138,8 @@ impl Dev {
         let mut screen = Screen::new(options.quiet);
         let found = if layout.existed { "again, with the data that was there" } else { "with fresh data" };
         screen.event(&format!("three nodes started {found}; waiting for a primary"));
-        let (restart_after, quiet) = (options.restart_after, options.quiet);
-        Ok(Self { program, layout, processes, watch, signals, screen, restart_after, quiet })
+        let Options { restart_after, quiet, show_failover, .. } = *options;
+        Ok(Self { program, layout, processes, watch, signals, screen, restart_after, quiet, show_failover })
     }
 
     /// From the first election to the signal that ends it all.
@@ -157,6 +162,9 @@ impl Dev {
         self.screen.say(&format!("\nThe cluster is ready ({ready:.1} s).\n\n{text}\n"));
         if self.quiet {
             self.watch.calm_down();
+        }
+        if self.show_failover {
+            failover::show(&self.layout.cluster, &self.processes, &client, &mut self.screen)?;
         }
         while !self.wait()? {
             self.reap()?;

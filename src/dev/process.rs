@@ -84,6 +84,11 @@ impl Process {
         self.signal(Signal::SIGCONT);
     }
 
+    /// Ends it as a power failure would.
+    pub(super) fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
     /// Waits for the end of an orderly stop, and enforces it when that takes too long. True if it was orderly.
     pub(super) fn wait(&mut self) -> bool {
         let Self::Running(child) = self else { return true };
