@@ -34,12 +34,22 @@ enum Command {
     Dev(dev::Options),
 }
 
+/// The command line is wrong (sysexits).
+const EX_USAGE: u8 = 64;
+
 fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|first| first == guard::SUBCOMMAND) {
         return guard::main();
     }
     die_of_panics();
-    match Arguments::parse().command {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print(); // a closed terminal is no reason for another error
+            return if error.use_stderr() { ExitCode::from(EX_USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    match arguments.command {
         Command::Run { config } => daemon::run(&config),
         Command::CheckConfig { file } => {
             let (report, code) = config::check(&file);
