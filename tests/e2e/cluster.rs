@@ -1,13 +1,16 @@
 //! A cluster of real daemons under `twistlockd dev`, and the means to harm it. Must never know what a test wants to show.
 
 use std::{
+    cell::Cell,
+    fs::DirEntry,
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU16, Ordering},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use super::databases;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -25,14 +28,16 @@ use twistlock_ha::{
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// Seconds until a node that was killed is started again: long enough that no takeover can be the old primary's return.
 pub const RESTART_AFTER: &str = "1";
-/// Log lines above INFO that belong to the faults that the tests inject, by a part of their text.
-const EXPECTED_LINES: &[&str] = &[
-    // A primary that is frozen or cut off: what it is there for.
+/// What a primary says that is frozen or cut off: its lease lapses, and the role goes while transactions wait.
+pub const LEASE_LOST: &[&str] = &[
     "the lease lapsed while ports were open; the port guard has closed them",
     "the outcome of waiting transactions is decided by the next primary",
     "database fenced: outcome unknown: the role was lost while a majority was awaited",
-    // The statement that waited while its process was frozen.
+];
+/// What waited in a process while it was frozen.
+pub const FROZEN: &[&str] = &[
     "slow statement: execution time exceeded alert threshold",
+    "acquired connection, but time to acquire exceeded slow threshold",
 ];
 
 /// Ports of the clusters: each cluster of this process gets its own, below the ephemeral ones.
@@ -41,6 +46,8 @@ static NEXT_OFFSET: AtomicU16 = AtomicU16::new(4000);
 /// A running cluster. Stopped in an orderly way when dropped.
 pub struct Cluster {
     dev: Child,
+    /// Reads what dev says to its end; the lines that tell of a stop that was not orderly.
+    listener: Option<JoinHandle<Vec<String>>>,
     folder: TempDir,
     pub port_offset: u16,
 }
@@ -57,19 +64,22 @@ impl Cluster {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut cluster = Self { dev, folder, port_offset };
+        let mut cluster = Self { dev, listener: None, folder, port_offset };
         cluster.wait_ready();
         cluster.wait_healthy();
         cluster
     }
 
-    /// Reads what dev says until it is ready, and goes on reading it for nobody.
+    /// Reads what dev says until it is ready, and goes on reading it.
     fn wait_ready(&mut self) {
         use std::io::{BufRead, BufReader};
         let mut lines = BufReader::new(self.dev.stdout.take().unwrap()).lines();
         let ready = lines.by_ref().map_while(Result::ok).any(|line| line.contains("The cluster is ready"));
         assert!(ready, "the dev cluster ended before it was ready (see its message above)");
-        thread::spawn(move || lines.map_while(Result::ok).for_each(|line| println!("  dev: {line}")));
+        let tell = |line: &String| println!("  dev: {line}");
+        let odd = |line: &String| line.contains("did not stop in an orderly way");
+        let listen = move || lines.map_while(Result::ok).inspect(tell).filter(odd).collect();
+        self.listener = Some(thread::spawn(listen));
     }
 
     /// The current `cluster.json`.
@@ -117,11 +127,18 @@ impl Cluster {
         });
     }
 
-    /// Waits until all three have applied the same index. Only without writers.
-    pub fn wait_level(&self) {
+    /// Waits until all three have applied everything that is committed. Only without writers.
+    fn wait_level(&self) {
+        // A picture may be half a second old: it counts when it is the same for more than twice that.
+        let last = Cell::new((0, Instant::now()));
         self.wait_for("the same applied index everywhere", |statuses| {
-            let known: Vec<u64> = statuses.iter().flatten().map(|status| status.applied).collect();
-            known.len() == 3 && known.iter().all(|index| *index == known[0])
+            let known: Vec<&Status> = statuses.iter().flatten().collect();
+            let committed = known.iter().map(|status| status.committed).max().unwrap_or(0);
+            let level = known.len() == 3 && known.iter().all(|status| status.applied == committed);
+            if !level || last.get().0 != committed {
+                last.set((committed, Instant::now()));
+            }
+            level && last.get().1.elapsed() > Duration::from_millis(1100)
         });
     }
 
@@ -137,17 +154,55 @@ impl Cluster {
         kill(Pid::from_raw(pid as i32), signal).unwrap();
     }
 
-    /// Fails the test if a daemon logged anything above INFO that is not expected.
-    pub fn check_logs(&self) {
-        let expected = |line: &str| EXPECTED_LINES.iter().any(|part| line.contains(part));
+    /// Freezes a node's daemon, and returns when none of its threads runs any more.
+    pub fn freeze(&self, index: usize) {
+        self.signal(index, Signal::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.node(index).pid.expect("it was there a moment ago"));
+        let stopped = |task: std::io::Result<DirEntry>| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
+            // The state follows the name in parentheses. A thread that is gone does not run.
+            stat.ok().is_none_or(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't'])))
+        };
+        let deadline = Instant::now() + LIMIT;
+        while !std::fs::read_dir(&tasks).unwrap().all(stopped) {
+            assert!(Instant::now() < deadline, "SIGSTOP does not stop it");
+            thread::yield_now();
+        }
+    }
+
+    /// Fails the test if a daemon logged anything above INFO that is not expected: by a part of its text.
+    fn check_logs(&self, expected: &[&str]) {
         let mut odd = String::new();
         for (name, line) in self.log_lines() {
-            let serious = ["WARN", "ERROR", "panicked"].iter().any(|level| line.contains(level));
-            if serious && !expected(&line) {
+            let levels = ["WARN", "ERROR", "panicked"];
+            let serious = levels.iter().any(|level| line.contains(level)) || line.starts_with("port guard:");
+            if serious && !expected.iter().any(|part| line.contains(part)) {
                 odd.push_str(&format!("  {name}: {line}\n"));
             }
         }
         assert!(odd.is_empty(), "unexpected log lines:\n{odd}");
+    }
+
+    /// Ends a test: fails it if the logs say anything above INFO beyond what is `expected`, or if the three databases
+    /// differ after an orderly stop. Nobody may write any more. Returns a line for the report.
+    pub fn finish(mut self, expected: &[&str]) -> String {
+        self.wait_healthy();
+        self.wait_level();
+        self.check_logs(expected);
+        self.stop();
+        let disorderly = self.listener.take().map(|listener| listener.join().unwrap());
+        assert_eq!(disorderly, Some(Vec::new()));
+        // The last one to be stopped loses its majority, which may cost it its lease.
+        self.check_logs(&[expected, LEASE_LOST].concat());
+        databases::compare(&self.file().nodes)
+    }
+
+    fn stop(&mut self) {
+        // Not yet waited for: the number is still that of our child.
+        if matches!(self.dev.try_wait(), Ok(None)) {
+            let _ = kill(Pid::from_raw(self.dev.id() as i32), Signal::SIGTERM);
+        }
+        let _ = self.dev.wait();
     }
 
     fn log_path(&self, name: &str) -> PathBuf {
@@ -177,8 +232,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        let _ = kill(Pid::from_raw(self.dev.id() as i32), Signal::SIGTERM);
-        let _ = self.dev.wait();
+        self.stop();
         if thread::panicking() {
             self.show_logs();
         }

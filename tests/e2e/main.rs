@@ -6,6 +6,8 @@
 //! `ROUNDS=n` sets how often each fault is repeated. The tests run one after another.
 
 mod cluster;
+mod databases;
+mod held;
 mod network;
 mod sampler;
 mod writers;
@@ -16,16 +18,27 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cluster::Cluster;
+use cluster::{Cluster, FROZEN, LEASE_LOST};
+use held::Held;
+use network::Wall;
 use nix::sys::signal::Signal;
 use sampler::Sampler;
-use twistlock_ha::cluster::Role;
-use writers::{Outcome, Writers};
+use writers::Writers;
 
 /// Concurrent clients.
 const WRITERS: usize = 16;
 /// How long a frozen node stays frozen.
 const FREEZE: Duration = Duration::from_secs(5);
+
+/// What is done to the primary, again and again.
+struct Fault<'a> {
+    name: &'a str,
+    rounds: usize,
+    /// Log lines above INFO that belong to it, by a part of their text.
+    expected: &'a [&'a str],
+    /// The role ends with the lease: then there is time enough to see the ports closed before another node opens its own.
+    by_lease: bool,
+}
 
 /// Two clusters at once would measure each other.
 fn alone() -> MutexGuard<'static, ()> {
@@ -37,29 +50,47 @@ fn rounds(default: usize) -> usize {
     std::env::var("ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// Repeats a fault under load and reports the gaps. `fault` harms the primary at the given position; `recover` ends the
-/// harm once another node has answered.
-fn repeat(name: &str, rounds: usize, fault: impl Fn(&Cluster, usize), recover: impl Fn(&Cluster, usize)) {
+/// Repeats a fault under load and reports the gaps. `prepare` opens connections to the primary, `harm` harms it, and
+/// `recover` ends the harm once another node has answered.
+fn repeat<T>(
+    fault: &Fault<'_>,
+    prepare: impl Fn(&Cluster, usize, &str) -> T,
+    harm: impl Fn(&Cluster, usize, &mut T),
+    recover: impl Fn(&Cluster, usize, T),
+) {
+    let name = fault.name;
     let cluster = Cluster::start();
     let sampler = Sampler::start(cluster.port_offset);
     let writers = Writers::start(&cluster.file(), WRITERS);
-    let mut gaps = Vec::new();
-    for round in 1..=rounds {
+    let (mut gaps, mut margins) = (Vec::new(), Vec::new());
+    for round in 1..=fault.rounds {
         let primary = cluster.primary();
+        let mut prepared = prepare(&cluster, primary, writers.authorization());
         let before = Instant::now();
-        fault(&cluster, primary);
+        harm(&cluster, primary, &mut prepared);
         let gap = writers.wait_success(before, |node| node != primary);
         let gap = gap.unwrap_or_else(|| panic!("{name}, round {round}: no write succeeded on another node"));
-        println!("  {name} {round}: {} lost, gap {} ms", cluster.node(primary).name, gap.as_millis());
+        let margin = sampler.wait_margin(primary, before);
+        assert!(
+            margin.is_some() || !fault.by_lease,
+            "{name}, round {round}: another node opened its ports before those of {} were seen closed; {}",
+            cluster.node(primary).name,
+            sampler.verify()
+        );
+        let closed = margin.map_or("not seen".into(), |margin| format!("{:.1} ms", margin.as_secs_f64() * 1e3));
+        let lost = cluster.node(primary).name;
+        println!("  {name} {round}: {lost} lost, gap {} ms, all ports closed for {closed}", gap.as_millis());
         gaps.push(gap);
-        recover(&cluster, primary);
+        margins.extend(margin);
+        recover(&cluster, primary, prepared);
         cluster.wait_healthy();
     }
     let (written, sampled) = (writers.verify(), sampler.verify());
-    cluster.wait_level();
-    cluster.check_logs();
+    let compared = cluster.finish(fault.expected);
     report(name, &mut gaps);
-    println!("  {written}\n  {sampled}");
+    let (seen, least) = (margins.len(), margins.iter().min().map_or(0.0, |margin| margin.as_secs_f64() * 1e3));
+    println!("  old ports seen closed before others opened: {seen} of {} times, at least {least:.1} ms", gaps.len());
+    println!("  {written}\n  {sampled}\n  {compared}");
 }
 
 fn report(name: &str, gaps: &mut [Duration]) {
@@ -70,94 +101,73 @@ fn report(name: &str, gaps: &mut [Duration]) {
     println!("{name}: n={} gap min/median/max = {}/{}/{} ms", gaps.len(), ms(first), ms(median), ms(last));
 }
 
+fn send(signal: Signal) -> impl Fn(&Cluster, usize, &mut ()) {
+    move |cluster, primary, ()| cluster.signal(primary, signal)
+}
+
 #[test]
 fn kill_9_of_the_primary() {
     let _alone = alone();
-    repeat("kill -9", rounds(20), |cluster, primary| cluster.signal(primary, Signal::SIGKILL), |_, _| {});
+    let fault = Fault { name: "kill -9", rounds: rounds(20), expected: &[], by_lease: false };
+    repeat(&fault, |_, _, _| (), send(Signal::SIGKILL), |_, _, ()| {});
 }
 
 #[test]
 fn sigterm_of_the_primary() {
     let _alone = alone();
-    repeat("SIGTERM", rounds(5), |cluster, primary| cluster.signal(primary, Signal::SIGTERM), |_, _| {});
+    let fault = Fault { name: "SIGTERM", rounds: rounds(5), expected: &[], by_lease: false };
+    repeat(&fault, |_, _, _| (), send(Signal::SIGTERM), |_, _, ()| {});
 }
 
+/// Connections that were in use before the process was frozen get a request each while it is: nothing may come back on
+/// them when it wakes, neither of what it knew before nor of a write.
 #[test]
 fn sigstop_of_the_primary() {
     let _alone = alone();
-    let wake = |cluster: &Cluster, primary: usize| {
-        let deadline = Instant::now() + FREEZE;
-        let stale = ask_the_frozen(cluster, primary);
-        pace_until(deadline);
-        cluster.signal(primary, Signal::SIGCONT);
-        if let Some(stale) = stale.join().unwrap() {
-            panic!("the woken node answered a request with {stale}");
-        }
+    let expected = [LEASE_LOST, FROZEN].concat();
+    let fault = Fault { name: "SIGSTOP", rounds: rounds(5), expected: &expected, by_lease: true };
+    let prepare = |cluster: &Cluster, primary: usize, authorization: &str| {
+        let mut held = [(); 4].map(|()| Held::open(&cluster.file(), primary, authorization));
+        let body = r##"{"name":"asked-of-the-frozen","color":"#336699","description":""}"##;
+        let requests = [("GET", ""), ("GET", ""), ("POST", body), ("GET", "")];
+        held.iter_mut().zip(requests).for_each(|(held, (method, body))| held.prepare(method, body));
+        held[3].send_half().expect("the primary reads");
+        (Instant::now(), held)
     };
-    repeat("SIGSTOP", rounds(5), |cluster, primary| cluster.signal(primary, Signal::SIGSTOP), wake);
+    let freeze = |cluster: &Cluster, primary: usize, (since, held): &mut (Instant, [Held; 4])| {
+        *since = Instant::now();
+        cluster.freeze(primary);
+        // With the lease still valid.
+        held[0].send_rest().expect("the kernel takes it");
+    };
+    let wake = |cluster: &Cluster, primary: usize, (since, mut held): (Instant, [Held; 4])| {
+        // With another primary, which has acknowledged writes that this one does not know.
+        held[1..].iter_mut().for_each(|held| held.send_rest().expect("the kernel takes it"));
+        pace_until(since + FREEZE);
+        cluster.signal(primary, Signal::SIGCONT);
+        let ends = held.map(Held::wait_end);
+        println!("  asked while frozen, nothing answered: {ends:?}");
+    };
+    repeat(&fault, prepare, freeze, wake);
+}
+
+/// The held connection must be known to object when something comes back.
+#[test]
+fn a_held_connection_sees_an_answer() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let writers = Writers::start(&cluster.file(), 1);
+    let mut held = Held::open(&cluster.file(), cluster.primary(), writers.authorization());
+    held.prepare("GET", "");
+    held.send_half().unwrap();
+    held.send_rest().unwrap();
+    assert!(thread::spawn(move || held.wait_end()).join().is_err());
+    writers.verify();
+    cluster.finish(&[]);
 }
 
 fn pace_until(deadline: Instant) {
     thread::sleep(deadline.saturating_duration_since(Instant::now()));
-}
-
-/// Starts a request to the frozen node and returns the status of its answer, if it gave a successful one. Its port may be
-/// shut by the port guard already; then there is nothing to hear, and that is well.
-fn ask_the_frozen(cluster: &Cluster, node: usize) -> thread::JoinHandle<Option<u16>> {
-    let (file, client) = (cluster.file(), writers::client(&cluster.file().ca, FREEZE * 2));
-    thread::spawn(move || {
-        let url = format!("{}/api/v1/_ping", file.nodes[node].console_url);
-        client.get(url).call().ok().map(|answer| answer.status().as_u16()).filter(|status| *status < 500)
-    })
-}
-
-/// The harder half of "nothing stale": a connection that was open and in use before the freeze.
-#[test]
-fn a_woken_primary_answers_nothing_on_old_connections() {
-    let _alone = alone();
-    let cluster = Cluster::start();
-    let file = cluster.file();
-    let authorization = writers::wait_for_login(&file);
-    let primary = cluster.primary();
-    let url = file.nodes[primary].console_url.clone();
-    let client = writers::client(&file.ca, FREEZE * 4);
-    assert_eq!(writers::post(&client, &url, &authorization, "before"), Outcome::Acknowledged);
-    cluster.signal(primary, Signal::SIGSTOP);
-    let list = {
-        let (client, url, authorization) = (client.clone(), url.clone(), authorization.clone());
-        // The agent keeps the connection of the POST: this request waits in the frozen process's socket.
-        thread::spawn(move || {
-            let answer = client.get(format!("{url}/api/v1/tags")).header("authorization", &authorization).call();
-            answer.ok().map(|answer| answer.status().as_u16())
-        })
-    };
-    cluster.wait_for("another PRIMARY", |statuses| {
-        let other = |(index, status): (usize, &Option<_>)| {
-            index != primary && status.as_ref().is_some_and(|s: &twistlock_ha::node::Status| s.role == Role::Primary)
-        };
-        statuses.iter().enumerate().any(other)
-    });
-    let now = (0..3).find(|index| {
-        *index != primary && cluster.statuses()[*index].as_ref().is_some_and(|s| s.role == Role::Primary)
-    });
-    let now = &file.nodes[now.expect("it was there a moment ago")].console_url;
-    wait_written(&file, now, &authorization);
-    cluster.signal(primary, Signal::SIGCONT);
-    let answer = list.join().unwrap();
-    assert!(answer.is_none_or(|status| status >= 500), "the woken node answered {answer:?}");
-    cluster.wait_healthy();
-    cluster.check_logs();
-}
-
-fn wait_written(file: &twistlock_ha::dev::ClusterFile, url: &str, authorization: &str) {
-    let client = writers::client(&file.ca, Duration::from_secs(5));
-    let deadline = Instant::now() + cluster::LIMIT;
-    let mut number = 0;
-    while writers::post(&client, url, authorization, &format!("after-{number}")) != Outcome::Acknowledged {
-        assert!(Instant::now() < deadline, "the new primary takes no write");
-        number += 1;
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]
@@ -167,7 +177,7 @@ fn kill_9_of_all_three() {
     let sampler = Sampler::start(cluster.port_offset);
     let writers = Writers::start(&cluster.file(), WRITERS);
     let mut gaps = Vec::new();
-    for _ in 0..rounds(3) {
+    for _ in 0..rounds(5) {
         let before: Vec<Option<u32>> = cluster.file().nodes.iter().map(|node| node.pid).collect();
         let fault = Instant::now();
         (0..3).for_each(|node| cluster.signal(node, Signal::SIGKILL));
@@ -180,17 +190,46 @@ fn kill_9_of_all_three() {
         cluster.wait_healthy();
     }
     let (written, sampled) = (writers.verify(), sampler.verify());
-    cluster.wait_level();
-    cluster.check_logs();
+    let compared = cluster.finish(&[]);
     report(&format!("kill -9 of all three (restarted after {} s)", cluster::RESTART_AFTER), &mut gaps);
-    println!("  {written}\n  {sampled}");
+    println!("  {written}\n  {sampled}\n  {compared}");
 }
 
+/// The primary cannot reach the other nodes, but clients reach it: it must close its ports by itself.
 #[test]
 fn partition_of_the_primary() {
+    partition("partition", rounds(5), Wall::Links);
+}
+
+/// Nobody reaches the primary but the sampler, which looks whether its ports close.
+#[test]
+fn partition_of_the_primary_from_everybody() {
+    partition("partition of the host", rounds(5), Wall::Host);
+}
+
+fn partition(name: &'static str, rounds: usize, wall: Wall) {
     let _alone = alone();
-    network::in_private_network(|| {
-        let wall = |cluster: &Cluster, primary: usize| network::isolate(primary, cluster.port_offset);
-        repeat("partition", rounds(5), wall, |_, _| network::heal());
+    network::in_private_network(move || {
+        let fault = Fault { name, rounds, expected: LEASE_LOST, by_lease: true };
+        let prepare = |cluster: &Cluster, primary: usize, authorization: &str| {
+            let mut held = Held::open(&cluster.file(), primary, authorization);
+            held.prepare("GET", "");
+            held
+        };
+        let isolate = |cluster: &Cluster, primary: usize, _: &mut Held| {
+            network::isolate(primary, wall, cluster.port_offset);
+        };
+        let heal = |_: &Cluster, _: usize, mut held: Held| {
+            // A connection of the former term may be reset already, or be cut off: either way nothing comes back.
+            let _ = held.send_rest();
+            if matches!(wall, Wall::Host) {
+                network::heal();
+            }
+            held.wait_end();
+            if matches!(wall, Wall::Links) {
+                network::heal();
+            }
+        };
+        repeat(&fault, prepare, isolate, heal);
     });
 }

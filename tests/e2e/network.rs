@@ -6,6 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use super::sampler::OBSERVER;
 use nix::{
     sched::{CloneFlags, unshare},
     unistd::geteuid,
@@ -13,6 +14,18 @@ use nix::{
 
 /// `HIGH_AVAILABILITY_PORT` before the offset.
 const HA_PORT: u16 = 8086;
+
+/// Where clients come from.
+const CLIENTS: &str = "127.0.0.101";
+
+/// What a wall cuts off.
+#[derive(Clone, Copy)]
+pub enum Wall {
+    /// The links between one node and both others. Clients still reach all of them: the harder case.
+    Links,
+    /// The whole host: only the sampler still reaches it.
+    Host,
+}
 
 /// Runs `test` on a thread with a network namespace of its own, whose loopback is up. Threads and processes that the test
 /// starts are in it too; it is gone with the last of them.
@@ -24,6 +37,12 @@ pub fn in_private_network(test: impl FnOnce() + Send + 'static) {
     let enter = move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
         run("ip", &["link", "set", "lo", "up"], "");
+        // Clients that do not choose an address would come from 127.0.0.1, which is node1's: a wall would hit them.
+        run("ip", &["address", "add", &format!("{CLIENTS}/8"), "dev", "lo"], "");
+        for to in ["127.0.0.0/8", "127.0.0.1"] {
+            let route = ["route", "change", "local", to, "dev", "lo", "table", "local", "proto", "kernel"];
+            run("ip", &[&route[..], &["scope", "host", "src", CLIENTS]].concat(), "");
+        }
         test();
     };
     let thread = std::thread::Builder::new().name("private network".into()).spawn(enter).unwrap();
@@ -32,14 +51,20 @@ pub fn in_private_network(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Cuts the consensus links between one node and the others. Clients still reach all of them: the harder case.
-/// Packets are dropped at their arrival, so that nobody is told.
-pub fn isolate(node: usize, port_offset: u16) {
+/// Puts a wall around one node. Packets are dropped at their arrival, so that nobody is told.
+pub fn isolate(node: usize, wall: Wall, port_offset: u16) {
     let (address, port) = (format!("127.0.0.{}", node + 1), HA_PORT + port_offset);
     let mut rules = String::from("table ip wall { chain input { type filter hook input priority 0;\n");
-    for (side, end) in [("saddr", "dport"), ("saddr", "sport"), ("daddr", "dport"), ("daddr", "sport")] {
+    for side in ["saddr", "daddr"] {
         // Writing to a String cannot fail.
-        let _ = writeln!(rules, "ip {side} {address} tcp {end} {port} drop");
+        let _ = match wall {
+            Wall::Links => {
+                writeln!(rules, "ip {side} {address} tcp dport {port} drop\nip {side} {address} tcp sport {port} drop")
+            }
+            Wall::Host => {
+                writeln!(rules, "ip saddr {OBSERVER} accept\nip daddr {OBSERVER} accept\nip {side} {address} drop")
+            }
+        };
     }
     rules.push_str("}\n}\n");
     run("nft", &["-f", "-"], &rules);

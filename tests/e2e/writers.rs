@@ -31,7 +31,7 @@ const PAGE: usize = 1000;
 
 /// What a client knows about one attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+enum Outcome {
     /// 2xx: it must be there for ever.
     Acknowledged,
     /// 4xx: it must never be there.
@@ -43,7 +43,7 @@ pub enum Outcome {
 }
 
 /// An HTTPS client that trusts the cluster's authority.
-pub fn client(ca: &Path, limit: Duration) -> Agent {
+fn client(ca: &Path, limit: Duration) -> Agent {
     let certificate = Certificate::from_pem(&std::fs::read(ca).unwrap()).unwrap();
     let tls = TlsConfig::builder()
         .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
@@ -60,7 +60,7 @@ pub fn client(ca: &Path, limit: Duration) -> Agent {
 }
 
 /// Logs in at whichever node answers and returns the value of an Authorization header.
-pub fn wait_for_login(cluster: &ClusterFile) -> String {
+fn wait_for_login(cluster: &ClusterFile) -> String {
     let client = client(&cluster.ca, Duration::from_secs(10));
     let deadline = Instant::now() + super::cluster::LIMIT;
     loop {
@@ -146,6 +146,11 @@ impl Writers {
         }
     }
 
+    /// The value of the Authorization header that they use.
+    pub fn authorization(&self) -> &str {
+        &self.shared.authorization
+    }
+
     /// Stops the clients and compares what they were told with what the cluster has. Returns a line for the report.
     pub fn verify(self) -> String {
         self.shared.stop.store(true, Ordering::Relaxed);
@@ -209,7 +214,7 @@ fn pace_round() {
 }
 
 /// Posts one tag.
-pub fn post(client: &Agent, url: &str, authorization: &str, tag: &str) -> Outcome {
+fn post(client: &Agent, url: &str, authorization: &str, tag: &str) -> Outcome {
     let body = json!({"name": tag, "color": "#336699", "description": "e2e"});
     let request = client.post(format!("{url}/api/v1/tags")).header("authorization", authorization);
     match request.send_json(body) {
