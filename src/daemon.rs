@@ -39,6 +39,8 @@ use twistlock_ha::{
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
 const EX_IOERR: u8 = 74;
+/// File in the data folder that says for how many milliseconds a voter's promise holds.
+const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -81,6 +83,8 @@ pub(crate) fn run(path: &Path) -> ExitCode {
 /// Everything that runs, in the order in which it was built.
 struct Parts {
     config: Config,
+    /// See [`promised_earlier`].
+    quiet: Duration,
     /// Held for its lock.
     _data: DataDir,
     identity: Identity,
@@ -114,11 +118,24 @@ impl Parts {
         let others: Vec<NodeId> =
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
-        let node_config = node_config(config, &identity, lease.clone());
+        let quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
+        let node_config = node_config(config, &identity, quiet, lease.clone());
         let (handle, thread) =
             node::spawn(node_config, log, database, (links, sender.clone())).context("start the node")?;
         let config = config.clone();
-        Ok(Self { config, _data: data, identity, listener, lease, guard, node_tls, links: sender, handle, thread })
+        Ok(Self {
+            config,
+            quiet,
+            _data: data,
+            identity,
+            listener,
+            lease,
+            guard,
+            node_tls,
+            links: sender,
+            handle,
+            thread,
+        })
     }
 
     fn run(self, path: &Path) -> Result<Exit> {
@@ -155,6 +172,10 @@ impl Parts {
         let supervising = task::spawn(supervisor.run());
         task::spawn(report_problems(ports.clone(), self.handle.clone()));
         task::spawn(service_manager(self.handle.status()));
+        let own = promise(&self.config);
+        if self.quiet > own {
+            task::spawn(lower_promise(own, self.quiet, self.config.data_folder.join(PROMISE)));
+        }
         info!(node = self.identity.name, cluster = %self.identity.cluster, "node runs");
         let mut node = task::spawn_blocking(move || self.thread.join());
         tokio::select! {
@@ -202,10 +223,13 @@ fn bind_address(config: &Config) -> IpAddr {
     config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
 }
 
-/// A voter keeps its promise for one tick less than it counts: the first may come at once.
 fn lease_terms(config: &Config) -> LeaseTerms {
-    let promise = config.tick * (config.election_ticks - 1);
-    LeaseTerms { lease_ms: config.lease.as_millis() as u32, promise_ms: promise.as_millis() as u32 }
+    LeaseTerms { lease_ms: config.lease.as_millis() as u32, promise_ms: promise(config).as_millis() as u32 }
+}
+
+/// A voter keeps its promise for one tick less than it counts: the first may come at once.
+fn promise(config: &Config) -> Duration {
+    config.tick * (config.election_ticks - 1)
 }
 
 fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
@@ -247,7 +271,34 @@ fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<Raft
     Ok(log)
 }
 
-fn node_config(config: &Config, identity: &Identity, lease: Lease) -> NodeConfig {
+/// How long this process must neither vote nor campaign: the longest promise that an earlier one of this node may have
+/// given, which can be longer than ours if the timing was changed. Its own is noted for the next one.
+fn promised_earlier(own: Duration, path: &Path) -> Result<Duration> {
+    let earlier = match std::fs::read_to_string(path) {
+        Ok(text) => text.trim().parse().with_context(|| format!("{}: \"{text}\" is no number", path.display()))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+        Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+    };
+    let earlier = Duration::from_millis(earlier);
+    if earlier < own {
+        note_promise(own, path)?;
+    }
+    Ok(earlier.max(own))
+}
+
+fn note_promise(promise: Duration, path: &Path) -> Result<()> {
+    durable_write(path, promise.as_millis().to_string().as_bytes()).with_context(|| format!("write {}", path.display()))
+}
+
+/// Lowers the note when the longer promise of an earlier process has run out, and not before: this one may crash, too.
+async fn lower_promise(own: Duration, earlier: Duration, path: PathBuf) {
+    tokio::time::sleep(earlier).await;
+    if let Err(error) = note_promise(own, &path) {
+        warn!("the next start will wait longer than it has to: {error:#}");
+    }
+}
+
+fn node_config(config: &Config, identity: &Identity, quiet: Duration, lease: Lease) -> NodeConfig {
     NodeConfig {
         membership: identity.membership.clone(),
         node: identity.node,
@@ -255,6 +306,7 @@ fn node_config(config: &Config, identity: &Identity, lease: Lease) -> NodeConfig
             tick: config.tick.as_nanos() as u64,
             election_ticks: config.election_ticks as usize,
             lease: config.lease.as_nanos() as u64,
+            quiet: quiet.as_nanos() as u64,
             ..Timing::default()
         },
         demotion_deadline: config.demotion_deadline,

@@ -74,6 +74,16 @@ impl<S: Storage> Election<S> {
         self.raw.raft.term
     }
 
+    /// The epoch and vote that are durable at the start.
+    pub fn vote(&self) -> (u64, NodeId) {
+        (self.raw.raft.term, self.raw.raft.vote)
+    }
+
+    /// Whether voters should prefer this node: they refuse one that is not preferred unless its log is longer than theirs.
+    pub fn prefer(&mut self, preferred: bool) {
+        self.raw.set_priority(if preferred { 0 } else { -1 });
+    }
+
     /// Highest index known to be in the logs of a majority.
     pub fn committed(&self) -> u64 {
         self.raw.raft.raft_log.committed
@@ -90,6 +100,12 @@ impl<S: Storage> Election<S> {
 
     pub fn tick(&mut self) {
         self.raw.tick();
+    }
+
+    /// True if the next tick ends this voter's patience and makes it a candidate.
+    pub fn is_impatient(&self) -> bool {
+        let raft = &self.raw.raft;
+        !self.is_leader() && raft.election_elapsed + 1 >= raft.randomized_election_timeout()
     }
 
     /// One heartbeat round. Once an entry of this term is committed, it carries `context`, which comes back from

@@ -31,6 +31,9 @@ pub struct Timing {
     pub lease: u64,
     /// Head start of each rank over the next when the leader is known to be gone.
     pub stagger: u64,
+    /// How long a process that has just started neither votes nor campaigns: the longest promise that an earlier one of
+    /// this node may have given.
+    pub quiet: u64,
     /// How long a planned handover may take before the role is simply given up.
     pub handover: u64,
 }
@@ -41,6 +44,7 @@ impl Default for Timing {
             tick: 25_000_000,
             election_ticks: election::ELECTION_TICKS,
             lease: 400_000_000,
+            quiet: 475_000_000,
             stagger: 60_000_000,
             handover: 500_000_000,
         }
@@ -99,6 +103,10 @@ pub struct Cluster<S: Storage> {
     lease: Lease,
     /// End of the time in which this node neither votes nor campaigns.
     quiet_until: u64,
+    /// End of the time in which this node should not be elected, because it could not serve.
+    unfit_until: u64,
+    /// Ticks for which it has held back its own candidacy.
+    withheld: usize,
     /// The epoch in which this node last was on its way to the ports. It never serves twice in one epoch.
     served: u64,
     promote_sent: bool,
@@ -112,7 +120,8 @@ pub struct Cluster<S: Storage> {
     /// Messages that wait until everything up to a number is durable.
     held: VecDeque<(u64, Vec<Message>)>,
     free: Vec<Message>,
-    /// The last number whose hard state carries a new epoch or vote, and the last durable number.
+    /// The last epoch and vote that were to be persisted, the number they have, and the last durable number.
+    vote: (u64, NodeId),
     voted: u64,
     durable: u64,
     ready: Option<Ready>,
@@ -155,10 +164,11 @@ impl<S: Storage> Cluster<S> {
             members: membership.members.iter().map(|member| member.id).collect(),
             timing,
             served: 0,
-            election,
             phase: Phase::Startup,
             lease: Lease::default(),
-            quiet_until: now + timing.lease,
+            quiet_until: now + timing.quiet,
+            unfit_until: 0,
+            withheld: 0,
             promote_sent: false,
             confirmed: 0,
             handover: None,
@@ -168,9 +178,11 @@ impl<S: Storage> Cluster<S> {
             transitions: Vec::new(),
             held: VecDeque::new(),
             free: Vec::new(),
+            vote: election.vote(),
             voted: 0,
             durable: 0,
             ready: None,
+            election,
         })
     }
 
@@ -218,6 +230,12 @@ impl<S: Storage> Cluster<S> {
         if self.phase == Phase::Demoting && !self.election.is_leader() {
             return; // its own election time-out must not make it a candidate
         }
+        if now < self.unfit_until && self.election.is_impatient() && self.withheld < 2 * self.timing.election_ticks {
+            // Its turn comes after those who can serve; it votes for them meanwhile.
+            self.withheld += 1;
+            return;
+        }
+        self.withheld = 0;
         self.election.tick();
         if self.election.is_leader() {
             self.round(now);
@@ -253,6 +271,9 @@ impl<S: Storage> Cluster<S> {
         if silent && (election::asks_for_vote(&message) || election::orders_campaign(&message)) {
             return;
         }
+        if now < self.unfit_until && election::orders_campaign(&message) {
+            return;
+        }
         self.election.step(message);
         self.observe(now);
     }
@@ -264,7 +285,7 @@ impl<S: Storage> Cluster<S> {
         if self.election.leader() == Some(peer) && self.phase == Phase::Secondary {
             self.election.forget_leader();
             let before = self.members.iter().take_while(|id| **id != self.node).filter(|id| **id != peer).count();
-            self.campaign = Some(Campaign { at: now + before as u64 * self.timing.stagger, retry: FIRST_RETRY });
+            self.schedule_campaign(now, before);
         }
         self.observe(now);
     }
@@ -295,6 +316,13 @@ impl<S: Storage> Cluster<S> {
         if self.phase == Phase::Promoting && epoch == self.epoch() {
             self.change(Cause::DatabaseOpened);
         }
+    }
+
+    /// This node could not serve before `until` (`u64::MAX`: never again): it goes on voting and replicating, but others
+    /// are preferred. It is elected only if its log is longer than theirs, so that they get what it has.
+    pub fn set_unfit(&mut self, now: u64, until: u64) {
+        self.unfit_until = self.unfit_until.max(until);
+        self.observe(now);
     }
 
     /// Gives up the role for a reason that lies outside of the election.
@@ -381,7 +409,10 @@ impl<S: Storage> Cluster<S> {
         let number = ready.number();
         let hard_state = ready.hs().cloned();
         let must_sync = ready.must_sync();
-        if must_sync && hard_state.is_some() {
+        if let Some(state) = &hard_state
+            && (state.term, state.vote) != self.vote
+        {
+            self.vote = (state.term, state.vote);
             self.voted = number;
         }
         self.free.append(&mut ready.take_messages());
@@ -417,8 +448,8 @@ impl<S: Storage> Cluster<S> {
     fn observe(&mut self, now: u64) {
         if self.phase == Phase::Startup && now >= self.quiet_until {
             self.change(Cause::QuietPeriodOver);
-            let rank = self.members.iter().take_while(|id| **id != self.node).count() as u64;
-            self.campaign = Some(Campaign { at: now + rank * self.timing.stagger, retry: FIRST_RETRY });
+            let rank = self.members.iter().take_while(|id| **id != self.node).count();
+            self.schedule_campaign(now, rank);
         }
         if matches!(self.phase, Phase::Promoting | Phase::Primary) {
             if !self.election.is_leader() || self.epoch() != self.served {
@@ -442,6 +473,7 @@ impl<S: Storage> Cluster<S> {
             }
             self.handover = None;
         }
+        self.election.prefer(now >= self.unfit_until);
         self.run_campaign(now);
     }
 
@@ -461,6 +493,12 @@ impl<S: Storage> Cluster<S> {
             // An order to campaign from an aborted handover may still be under way: only a new epoch makes it harmless.
             self.election.forget_leader();
         }
+    }
+
+    /// Plans to be elected behind `before` other members; behind all of them if this node could not serve well.
+    fn schedule_campaign(&mut self, now: u64, before: usize) {
+        let before = if now < self.unfit_until { before + self.members.len() } else { before };
+        self.campaign = Some(Campaign { at: now + before as u64 * self.timing.stagger, retry: FIRST_RETRY });
     }
 
     fn run_campaign(&mut self, now: u64) {

@@ -123,7 +123,10 @@ impl<'a> Guard<'a> {
             Ok(()) => Kind::Done,
             Err(error) => {
                 eprintln!("port guard: {error}");
-                self.ports.clear();
+                // One of them may listen already, and the daemon may be frozen before it can close it.
+                for port in self.ports.drain(..) {
+                    let _ = shutdown(&port, Shutdown::Both);
+                }
                 Kind::Refused
             }
         };

@@ -102,9 +102,14 @@ impl Applier {
         goal.applied = goal.applied.max(index);
     }
 
+    /// Entries that may be applied and are not yet.
+    pub fn lag(&self) -> u64 {
+        lock(&self.shared).applied.saturating_sub(self.applied())
+    }
+
     /// Once per tick: lets the thread catch up.
     pub fn nudge(&self) {
-        if self.applied() < lock(&self.shared).applied {
+        if self.lag() > 0 {
             self.shared.changed.notify_one();
         }
     }
@@ -188,10 +193,11 @@ impl Worker {
                 self.database.note_committed(goal.applied);
             } else if self.behind(&goal) {
                 self.apply(goal.applied);
-            } else if let Some(epoch) = goal.epoch.filter(|epoch| *epoch != self.refused && !self.broken) {
+            } else if let Some(epoch) = goal.epoch.filter(|epoch| *epoch != self.refused) {
                 self.promote(epoch);
             }
-            if self.epoch.is_none() && goal.demotion != self.reported_demotion && !self.behind(&goal) {
+            // Closed is enough: what is behind is applied before the next promotion.
+            if self.epoch.is_none() && goal.demotion != self.reported_demotion {
                 self.reported_demotion = goal.demotion;
                 self.report(DatabaseEvent::Demoted { demotion: goal.demotion });
             }
@@ -220,7 +226,7 @@ impl Worker {
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
-                Some(epoch) if self.epoch.is_none() && !self.broken => {
+                Some(epoch) if self.epoch.is_none() => {
                     let waits = self.reported_empty == epoch && self.database.is_empty();
                     !self.behind(&goal) && (waits || self.refused == epoch)
                 }
@@ -280,6 +286,11 @@ impl Worker {
     }
 
     fn promote(&mut self, epoch: u64) {
+        if self.broken {
+            self.refused = epoch;
+            let why = "this copy of the database is not to be trusted".to_owned();
+            return self.report(DatabaseEvent::Failed { epoch, why });
+        }
         if self.database.is_empty() {
             if self.reported_empty != epoch {
                 self.reported_empty = epoch;
@@ -287,7 +298,7 @@ impl Worker {
             }
             return;
         }
-        let proposer = Proposer { epoch, sender: self.sender.clone() };
+        let proposer = Proposer { epoch, sender: self.sender.clone(), log: self.log.clone() };
         match self.database.promote(epoch, Arc::new(proposer)) {
             Ok(database) => {
                 self.epoch = Some(epoch);

@@ -33,6 +33,10 @@ const INPUTS_PER_TURN: usize = 64;
 const INLINE_SYNC_BYTES: usize = 128 << 10;
 /// A sync slower than this (microseconds) moves to the sync thread for a while.
 const SLOW_SYNC: u64 = 10_000;
+/// Committed entries that are not in the database yet, beyond which another node should rather become primary.
+const MUCH_BEHIND: u64 = 1000;
+/// How long a node whose database could not be opened leaves the role to others, in nanoseconds.
+const UNFIT: u64 = 10_000_000_000;
 const INLINE_SYNC_PENALTY: Duration = Duration::from_secs(2);
 
 pub(super) struct Driver {
@@ -58,24 +62,23 @@ impl Driver {
         let tick = Duration::from_nanos(self.config.timing.tick);
         let mut next_tick = Instant::now() + tick;
         let mut events = Vec::new();
+        let mut more = false;
         loop {
-            let wait = self.time_to_wait(next_tick);
+            let wait = if more { Duration::ZERO } else { self.time_to_wait(next_tick) };
             if let Err(error) = self.links.poll(wait, &mut events) {
                 return self.end(Exit::Fatal(format!("wait for peer links: {error}")));
             }
             events.drain(..).for_each(|event| self.peer_event(event));
-            for _ in 0..INPUTS_PER_TURN {
-                let Ok(input) = self.inbox.try_recv() else { break };
-                self.input(input);
-            }
+            more = self.take_inputs();
             let now = Instant::now();
             if now >= next_tick {
                 self.cluster.tick(boottime());
-                // A late tick is one tick: time that this process did not see must not make it impatient.
-                next_tick = if next_tick + tick > now { next_tick + tick } else { now + tick };
+                // A late tick delays those behind it: a voter's promise counts ticks, and they must not bunch up.
+                next_tick = now + tick;
                 self.publisher.tick(&mut self.links);
                 self.watch_database();
                 self.applier.nudge();
+                self.prefer_others_while_behind();
             }
             self.carry_out_all();
             self.publisher.publish(&self.cluster, self.applier.applied());
@@ -85,10 +88,31 @@ impl Driver {
         }
     }
 
+    /// True if there may be more inputs than one turn takes.
+    fn take_inputs(&mut self) -> bool {
+        for _ in 0..INPUTS_PER_TURN {
+            let Ok(input) = self.inbox.try_recv() else { return false };
+            self.input(input);
+            if self.exit.is_some() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done.
+    fn prefer_others_while_behind(&mut self) {
+        let now = boottime();
+        if self.cluster.phase() == Phase::Secondary && self.applier.lag() > MUCH_BEHIND {
+            self.cluster.set_unfit(now, now + 4 * self.config.timing.tick);
+        }
+    }
+
     /// The database fences itself when this host's files fail after a majority has a transaction: it must be replayed.
     fn watch_database(&mut self) {
         if self.publisher.is_fenced() {
             error!("the database has fenced itself after a failure of its files on this host");
+            self.cluster.set_unfit(boottime(), boottime() + UNFIT);
             self.cluster.give_up(boottime(), Cause::DatabaseFailed);
         }
     }
@@ -198,12 +222,14 @@ impl Driver {
             DatabaseEvent::Failed { epoch, why } => {
                 error!(reason = why, epoch, "the database cannot be used for writing");
                 self.publisher.warn("database", Some(why));
+                self.cluster.set_unfit(now, now + UNFIT);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
             DatabaseEvent::Diverged { why } => {
                 error!(reason = why, "this copy of the database is not applied to any further");
                 metrics::counter!("twistlock_checksum_failures_total").increment(1);
                 self.publisher.diverged(why);
+                self.cluster.set_unfit(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
             DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
@@ -229,11 +255,10 @@ impl Driver {
     }
 
     fn carry_out_all(&mut self) {
-        while let Some(output) = self.cluster.poll(boottime()) {
+        while self.exit.is_none()
+            && let Some(output) = self.cluster.poll(boottime())
+        {
             self.carry_out(output);
-            if self.exit.is_some() {
-                return;
-            }
         }
         if !self.cluster.is_handing_over()
             && let Some(done) = self.handed_over.take()
@@ -291,7 +316,9 @@ impl Driver {
 
     fn may_sync_inline(&self, bytes: usize) -> bool {
         let follows = matches!(self.cluster.phase(), Phase::Secondary | Phase::Startup);
-        follows && bytes <= INLINE_SYNC_BYTES && Instant::now() >= self.inline_sync_after
+        // With a member missing, the primary needs this one's answers: then not even a first slow sync may hold them up.
+        let spare = self.publisher.hears_all();
+        follows && spare && bytes <= INLINE_SYNC_BYTES && Instant::now() >= self.inline_sync_after
     }
 
     fn transition(&mut self, transition: &Transition) {

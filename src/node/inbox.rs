@@ -3,6 +3,7 @@
 
 use std::{
     collections::VecDeque,
+    io,
     sync::{
         Arc,
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
@@ -14,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::{
     cluster::Cause,
     peer::LinkSender,
-    storage::{ReplicateError, Replicator, database::PrimaryDatabase},
+    storage::{ReplicateError, Replicator, database::PrimaryDatabase, raft_log::RaftLog},
 };
 
 /// Requests that may wait for the loop; far more than the threads that make them.
@@ -102,6 +103,7 @@ impl Sender {
 pub(super) struct Proposer {
     pub epoch: u64,
     pub sender: Sender,
+    pub log: RaftLog,
 }
 
 impl Replicator for Proposer {
@@ -114,6 +116,10 @@ impl Replicator for Proposer {
         // The wait is bounded by the lease: when it lapses, the loop answers every waiting proposal.
         let gone = || ReplicateError::Unknown("the consensus loop ended while the transaction was waiting".to_owned());
         answer.recv().map_err(|_| gone())?
+    }
+
+    fn make_durable(&self) -> io::Result<()> {
+        self.log.sync_written().map_err(io::Error::other)
     }
 }
 

@@ -161,6 +161,11 @@ impl Publisher {
         }
     }
 
+    /// True if every other member was heard of lately.
+    pub fn hears_all(&self) -> bool {
+        self.peers.values().all(|peer| !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER))
+    }
+
     /// Sets or takes back a warning of one kind.
     pub fn warn(&mut self, about: &'static str, text: Option<String>) {
         self.stale = true;

@@ -248,6 +248,8 @@ impl Links {
         let Some((number, peer)) = self.peers.iter_mut().enumerate().find(|(_, peer)| peer.id == id) else { return };
         let token = Token(1 + 2 * number);
         match item {
+            // A link that came up since the verdict belongs to a new process.
+            Handover::Dead(_) if peer.sending.is_some() || peer.receiving.is_some() => {}
             Handover::Dead(id) => events.push(PeerEvent::Dead(id)),
             Handover::Outbound(id, link) => {
                 let mut link = Sending::new(link, Queues::new(self.config.bulk_bytes));

@@ -266,6 +266,16 @@ pub trait Replicator: Send + Sync {
     /// # Errors
     /// See [`ReplicateError`].
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError>;
+
+    /// Returns when this host's own disk has everything that [`Replicator::replicate`] has returned for. A majority can be
+    /// the two other hosts: the database file must not get ahead of this host's raft log, or a crash would leave a file that
+    /// no replay explains. Does nothing where `replicate` waits for this host's disk in any case.
+    ///
+    /// # Errors
+    /// When the disk refuses; nothing may be copied into the database file then.
+    fn make_durable(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Where the parts of a long transaction are read again when its last part commits: the raft log, or a test's list.

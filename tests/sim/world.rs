@@ -43,6 +43,7 @@ enum Event {
     Promoted { life: u64, epoch: u64 },
     Demoted { life: u64 },
     PortsOpen { life: u64, epoch: u64 },
+    CannotOpen { life: u64 },
     Restart,
     Resume,
 }
@@ -61,6 +62,8 @@ struct Node {
     /// Counts the processes of this node: events of an earlier one are void.
     life: u64,
     paused: bool,
+    /// Its database cannot be opened for writing.
+    unfit: bool,
     deferred: Vec<Event>,
     /// Local clock = offset + rate * time / 1000.
     rate: u64,
@@ -129,6 +132,7 @@ impl World {
                 cluster: None,
                 life: 0,
                 paused: false,
+                unfit: false,
                 deferred: Vec::new(),
                 rate: rng.random_range(950..=1050),
                 offset: rng.random_range(0..1_000_000 * MILLI),
@@ -193,6 +197,10 @@ impl World {
         let now = node.clock(time);
         let cluster = Cluster::new(&membership(), node.id, self.timing, node.applied, node.log.clone(), now);
         node.cluster = Some(cluster.expect("the log can be read"));
+        if node.unfit {
+            let cluster = node.cluster.as_mut().expect("it was just made");
+            cluster.set_unfit(now, u64::MAX);
+        }
         let life = node.life;
         let phase = self.rng.random_range(0..25 * MILLI);
         self.schedule(phase, at, Event::Tick { life });
@@ -255,7 +263,7 @@ impl World {
         }
     }
 
-    /// Ends every fault; crashed and paused nodes come back by themselves.
+    /// Ends every fault; crashed and paused nodes come back by themselves, a node that cannot serve stays one.
     pub fn heal(&mut self) {
         self.cut.clear();
         self.loss = 0.0;
@@ -265,7 +273,7 @@ impl World {
     /// After the calm there is one primary, and it has every acknowledged write.
     pub fn assert_alive(&mut self) {
         let open: Vec<_> = self.nodes.iter().filter(|node| node.ports_open(self.time)).map(|node| node.id).collect();
-        assert_eq!(open.len(), 1, "nodes with open ports after the calm: {open:?}");
+        assert_eq!(open.len(), 1, "nodes with open ports after the calm: {open:?} {:?}", self.trace);
         let values = self.nodes.iter().find(|node| node.ports_open(self.time)).map(|node| &node.database);
         let values: BTreeSet<_> = values.into_iter().flatten().copied().collect();
         assert!(self.acknowledged.is_subset(&values), "an acknowledged write is gone");
@@ -277,7 +285,7 @@ impl World {
     fn fault(&mut self) {
         let at = self.rng.random_range(0..3);
         let id = self.nodes[at].id;
-        let kind = self.rng.random_range(0..12);
+        let kind = self.rng.random_range(0..13);
         self.note(format!("fault {kind} at node {id}"));
         match kind {
             0..3 => self.crash(at),
@@ -300,7 +308,10 @@ impl World {
             }
             8 => self.cut.clear(),
             9 => self.loss = [0.0, 0.01, 0.1, 0.4][self.rng.random_range(0..4)],
-            10 => self.stall = [0.0, 0.01, 0.3][self.rng.random_range(0..3)],
+            // One at a time: with two of them there may be nobody left to serve.
+            10 if self.nodes.iter().all(|node| !node.unfit) => self.nodes[at].unfit = true,
+            10 => self.nodes.iter_mut().for_each(|node| node.unfit = false),
+            11 => self.stall = [0.0, 0.01, 0.3][self.rng.random_range(0..3)],
             _ => self.hand_over(at),
         }
         self.check();
@@ -388,6 +399,10 @@ impl World {
                 node.waiting.clear();
                 cluster.demoted(now);
             }
+            Event::CannotOpen { life: of } if of == life => {
+                cluster.set_unfit(now, u64::MAX);
+                cluster.give_up(now, Cause::DatabaseFailed);
+            }
             Event::PortsOpen { life: of, epoch } if of == life => {
                 node.open |= cluster.phase() == Phase::Primary && cluster.epoch() == epoch;
             }
@@ -446,7 +461,8 @@ impl World {
                 self.trace
             );
             let (delay, life) = (self.rng.random_range(MILLI..20 * MILLI), self.nodes[at].life);
-            self.schedule(delay, at, Event::Promoted { life, epoch });
+            let event = if self.nodes[at].unfit { Event::CannotOpen { life } } else { Event::Promoted { life, epoch } };
+            self.schedule(delay, at, event);
         }
     }
 

@@ -238,6 +238,14 @@ impl RaftLog {
         Ok(self.pending())
     }
 
+    /// Returns when everything that was appended so far is on disk.
+    ///
+    /// # Errors
+    /// Any error poisons the log.
+    pub fn sync_written(&self) -> Result<(), LogError> {
+        self.pending().sync()
+    }
+
     /// Durably lets go of all entries up to `to`, which must be applied and not needed by followers. Their space is used again.
     ///
     /// # Errors

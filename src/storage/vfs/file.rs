@@ -249,7 +249,8 @@ unsafe extern "C" fn file_control(file: *mut sqlite3_file, op: c_int, arg: *mut 
                 shim.checkpointer = true;
                 return sqlite::SQLITE_OK;
             }
-            sqlite::SQLITE_FCNTL_CKPT_START => shim.copying = shim.checkpointer,
+            // SQLite ignores the answer here: without `copying`, the first page that it copies is refused.
+            sqlite::SQLITE_FCNTL_CKPT_START => shim.copying = shim.checkpointer && shim.gate.may_copy(),
             // Bigger chunks would make the file longer than the database; a mapping would pass us by.
             sqlite::SQLITE_FCNTL_CHUNK_SIZE | sqlite::SQLITE_FCNTL_MMAP_SIZE => return sqlite::SQLITE_NOTFOUND,
             sqlite::SQLITE_FCNTL_PRAGMA => {
