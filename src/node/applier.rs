@@ -12,17 +12,19 @@ use std::{
 };
 
 use raft::eraftpb::EntryType;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::storage::{
     database::{ApplyError, Database, DatabaseError},
-    raft_log::RaftLog,
+    raft_log::{LogError, RaftLog},
 };
 
 use super::inbox::{DatabaseEvent, Input, Proposer, Sender};
 
 /// Every raft log begins as if everything up to here had been applied and compacted.
 const ORIGIN: u64 = 1;
+/// Entries that stay in the raft log although everybody has them.
+const KEPT_ENTRIES: u64 = 1000;
 /// Entries applied between two looks at the goal.
 const SLICE: u64 = 256;
 
@@ -35,6 +37,8 @@ struct Goal {
     epoch: Option<u64>,
     /// How many times this node was demoted.
     demotion: u64,
+    /// No other member needs the raft log up to here.
+    released: u64,
     stop: bool,
 }
 
@@ -100,6 +104,11 @@ impl Applier {
     pub fn apply(&self, index: u64) {
         let mut goal = lock(&self.shared);
         goal.applied = goal.applied.max(index);
+    }
+
+    /// No other member needs the raft log up to here; it is compacted after the next checkpoint.
+    pub fn release(&self, index: u64) {
+        lock(&self.shared).released = index;
     }
 
     /// Entries that may be applied and are not yet.
@@ -339,10 +348,29 @@ impl Worker {
     }
 
     fn checkpoint(&mut self) {
-        if let Err(error) = self.database.checkpoint() {
+        let result = self.database.checkpoint();
+        if result.is_ok() {
+            self.compact();
+        }
+        if let Err(error) = result {
             // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
             // is not used any further.
             self.fatal(format!("checkpoint the database: {error}"));
+        }
+    }
+
+    /// Lets go of what neither this node's database nor another member needs. While a member is away, the raft log grows.
+    fn compact(&mut self) {
+        let released = lock(&self.shared).released;
+        let to = released.min(self.database.checkpointed()).saturating_sub(KEPT_ENTRIES);
+        if to < self.log.first_index() + KEPT_ENTRIES {
+            return; // not worth a write
+        }
+        let before = self.log.size_bytes();
+        match self.log.compact(to) {
+            Ok(()) => debug!(index = to, bytes = before, "raft log compacted"),
+            Err(LogError::Full { .. } | LogError::Refused(_)) => {} // nothing was done; the next checkpoint tries again
+            Err(error) => self.fatal(format!("compact the raft log: {error}")),
         }
     }
 

@@ -78,6 +78,7 @@ impl Driver {
                 self.publisher.tick(&mut self.links);
                 self.watch_database();
                 self.applier.nudge();
+                self.applier.release(self.publisher.everybody_has());
                 self.prefer_others_while_behind();
             }
             self.carry_out_all();

@@ -82,6 +82,8 @@ pub struct MemberStatus {
 struct Peer {
     heard: Option<Instant>,
     report: Option<NodeReport>,
+    /// The highest index that it has reported as applied: its raft log has had everything up to there on disk.
+    has: u64,
     /// Its process is known to be dead, until something is heard of it again.
     dead: bool,
 }
@@ -150,6 +152,7 @@ impl Publisher {
         if let Some(peer) = self.peers.get_mut(&from) {
             let role = |report: &NodeReport| (report.state, report.epoch);
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
+            peer.has = peer.has.max(report.applied);
             peer.report = Some(report);
         }
     }
@@ -164,6 +167,11 @@ impl Publisher {
     /// True if every other member was heard of lately.
     pub fn hears_all(&self) -> bool {
         self.peers.values().all(|peer| !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER))
+    }
+
+    /// The index up to which all other members have the raft log: nobody will ask for it again.
+    pub fn everybody_has(&self) -> u64 {
+        self.peers.values().map(|peer| peer.has).min().unwrap_or(0)
     }
 
     /// Sets or takes back a warning of one kind.
