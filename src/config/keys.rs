@@ -285,6 +285,6 @@ pub static KEYS: &[Key] = &[
         group: "Raft log",
         default: "16",
         doc: &["Size of one file of the raft log. The space is taken ahead."],
-        slot: |config| mebibytes(&mut config.raft_log_segment_bytes, 4..=1024),
+        slot: |config| mebibytes(&mut config.raft_log_segment_bytes, 4..=64),
     },
 ];
