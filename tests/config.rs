@@ -309,7 +309,7 @@ prop_compose! {
 prop_compose! {
     fn any_config()(
         base in general(), tick in 30u64..=1000, ticks in 10u32..=200, lease in any::<prop::sample::Index>(),
-        deadline in 500u64..=60_000, page in 9u32..=16, segment in 4u64..=1024, wal in 1u64..=4096, seconds in 1u64..=3600,
+        deadline in 500u64..=60_000, page in 9u32..=16, segment in 4u64..=64, wal in 1u64..=4096, seconds in 1u64..=3600,
     ) -> Config {
         let shortest = (4 * tick).max(100);
         let longest = (tick * u64::from(ticks - 1) - 50).min(60_000);
