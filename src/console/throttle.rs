@@ -13,7 +13,8 @@ const FREE: u32 = 5;
 const LONGEST: Duration = Duration::from_secs(30);
 /// After this time without a failure all is forgotten.
 const FORGET: Duration = Duration::from_secs(600);
-/// Accounts remembered; when full, the one with the oldest failure is forgotten.
+/// Accounts remembered; when full, one with the fewest failures is forgotten, the oldest of them first. So nobody who
+/// makes up names makes the table forget an account that is being guessed at.
 const ACCOUNTS: usize = 1024;
 
 #[derive(Debug)]
@@ -29,6 +30,10 @@ impl Failures {
             Some(over) => Duration::from_secs(1 << (over - 1).min(5)).min(LONGEST),
         }
     }
+
+    fn left(&self, now: Instant) -> Duration {
+        (self.last + self.wait()).saturating_duration_since(now)
+    }
 }
 
 /// The table of failures.
@@ -41,18 +46,26 @@ impl Throttle {
     /// How long this account must wait before the next attempt; zero if not at all.
     pub(super) fn wait(&self, account: &str, now: Instant) -> Duration {
         let accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(failures) = accounts.get(account) else { return Duration::ZERO };
-        (failures.last + failures.wait()).saturating_duration_since(now)
+        accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(now))
     }
 
-    /// Notes a failure.
-    pub(super) fn failed(&self, account: &str, now: Instant) {
+    /// Begins an attempt, which counts as a failure until it has succeeded: many at once, or clients that go away, are
+    /// counted like those that come one by one.
+    ///
+    /// # Errors
+    /// How long this account must wait; then nothing is counted.
+    pub(super) fn attempt(&self, account: &str, now: Instant) -> Result<(), Duration> {
         let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        let wait = accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(now));
+        if !wait.is_zero() {
+            return Err(wait);
+        }
         if accounts.len() >= ACCOUNTS && !accounts.contains_key(account) {
             accounts.retain(|_, failures| now.duration_since(failures.last) < FORGET);
             if accounts.len() >= ACCOUNTS {
-                let oldest = accounts.iter().min_by_key(|(_, failures)| failures.last).map(|(name, _)| name.clone());
-                oldest.and_then(|name| accounts.remove(&name));
+                let least = accounts.iter().min_by_key(|(_, failures)| (failures.count, failures.last));
+                let least = least.map(|(name, _)| name.clone());
+                least.and_then(|name| accounts.remove(&name));
             }
         }
         let failures = accounts.entry(account.to_owned()).or_insert(Failures { count: 0, last: now });
@@ -60,6 +73,7 @@ impl Throttle {
             failures.count = 0;
         }
         *failures = Failures { count: failures.count.saturating_add(1), last: now };
+        Ok(())
     }
 
     /// Notes a success.
@@ -74,29 +88,37 @@ mod tests {
 
     #[test]
     fn the_wait_doubles_up_to_a_bound_and_ends_with_a_success() {
-        let (throttle, now) = (Throttle::default(), Instant::now());
+        let (throttle, mut now) = (Throttle::default(), Instant::now());
         let mut waits = Vec::new();
         for _ in 0..FREE + 7 {
-            throttle.failed("admin", now);
-            waits.push(throttle.wait("admin", now).as_secs());
+            throttle.attempt("admin", now).unwrap();
+            let wait = throttle.wait("admin", now);
+            if !wait.is_zero() {
+                assert_eq!(throttle.attempt("admin", now), Err(wait));
+            }
+            waits.push(wait.as_secs());
+            now += wait;
         }
         assert_eq!(waits, [0, 0, 0, 0, 0, 1, 2, 4, 8, 16, 30, 30]);
-        assert_eq!(throttle.wait("admin", now + LONGEST), Duration::ZERO);
+        throttle.attempt("admin", now).unwrap();
+        assert_eq!(throttle.wait("admin", now), LONGEST);
         assert_eq!(throttle.wait("other", now), Duration::ZERO);
         throttle.succeeded("admin");
         assert_eq!(throttle.wait("admin", now), Duration::ZERO);
     }
 
     #[test]
-    fn the_table_is_bounded_and_forgets_the_oldest() {
+    fn the_table_is_bounded_and_forgets_the_fewest_failures_then_the_oldest() {
         let (throttle, now) = (Throttle::default(), Instant::now());
-        for account in 0..ACCOUNTS as u64 + 10 {
-            for _ in 0..=FREE {
-                throttle.failed(&account.to_string(), now + Duration::from_millis(account));
-            }
+        for _ in 0..=FREE {
+            throttle.attempt("admin", now).unwrap();
         }
-        assert_eq!(throttle.accounts.lock().unwrap().len(), ACCOUNTS);
-        assert_eq!(throttle.wait("0", now), Duration::ZERO);
-        assert!(throttle.wait("1000", now) > Duration::ZERO);
+        for account in 0..ACCOUNTS as u64 + 10 {
+            throttle.attempt(&account.to_string(), now + Duration::from_millis(account / 10)).unwrap();
+        }
+        let accounts = throttle.accounts.lock().unwrap();
+        assert_eq!(accounts.len(), ACCOUNTS);
+        assert_eq!(accounts["admin"].count, FREE + 1);
+        assert!(!accounts.contains_key("0") && accounts.contains_key("1000"));
     }
 }

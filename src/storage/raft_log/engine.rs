@@ -7,7 +7,7 @@ use std::{
     collections::VecDeque,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -26,6 +26,8 @@ use super::{
 
 /// Kept free in every segment for compaction alone, so that space can still be given back when the disk is full.
 pub const RESERVE: usize = 512;
+/// Segments that are kept ready: enough for the writer while the disk is slow to make the next one.
+pub const AHEAD: usize = 2;
 /// Records are collected up to this size before they are written.
 const WRITE: usize = 1 << 20;
 
@@ -106,13 +108,18 @@ pub struct Shared {
     pub recovered: Recovered,
     pub writer: Mutex<Writer>,
     pub state: RwLock<State>,
+    /// Size of every segment to come, in bytes.
+    pub segment_size: usize,
+    /// Appending waits for this one: it must not be held while a file is filled.
     pub supply: Mutex<Supply>,
+    /// Something that was made for the supply has come, or has failed.
+    pub made: Condvar,
     pub supply_bytes: AtomicU64,
     pub syncing: Mutex<()>,
     /// End of what has been written, and of what has been synced: [`Position`]s.
     pub written: AtomicU64,
     pub durable: AtomicU64,
-    /// No segment is ready: there is work for the helper.
+    /// A segment was taken: there is work for the helper.
     pub wanted: AtomicBool,
     pub poison: OnceLock<String>,
 }
@@ -154,6 +161,29 @@ impl Shared {
         let result = work(&mut supply).map_err(|error| self.fail(error));
         self.supply_bytes.store(supply.size_bytes(), Ordering::Relaxed);
         result
+    }
+
+    /// Makes sure that `count` segments are ready. Of several callers one works, and each goes on when it has enough.
+    ///
+    /// # Errors
+    /// As [`Job::run`](super::segment::Job::run).
+    pub fn prepare(&self, count: usize) -> Result<(), LogError> {
+        loop {
+            self.check_poison()?;
+            let mut supply = lock(&self.supply);
+            if supply.ready() >= count {
+                return Ok(());
+            }
+            let Some(job) = supply.begin() else {
+                drop(self.made.wait(supply).unwrap_or_else(PoisonError::into_inner));
+                continue;
+            };
+            drop(supply);
+            let made = job.run();
+            let result = self.supplied(|supply| supply.finish(made));
+            self.made.notify_all();
+            result?;
+        }
     }
 
     /// What raft must never ask for is refused here, since afterwards it would be on disk.
@@ -244,11 +274,10 @@ impl Shared {
         reserve: usize,
     ) -> Result<VecDeque<Arc<Segment>>, LogError> {
         let (mut offset, mut size, mut count) = (writer.offset, writer.segment.size, 0);
-        let fresh_size = || lock(&self.supply).segment_size();
         for record in records {
             let length = space(record.data.len() + record.context.len());
             if offset + length + reserve > size {
-                size = fresh_size();
+                size = self.segment_size;
                 (offset, count) = (FIRST + head, count + 1);
                 if offset + length + reserve > size {
                     return Err(LogError::Refused(format!("a record of {length} bytes in segments of {size}")));
@@ -259,8 +288,9 @@ impl Shared {
         if count == 0 {
             return Ok(VecDeque::new());
         }
+        // The last resort: as a rule the helper was here before. Nobody else takes segments meanwhile.
+        self.prepare(count)?;
         self.supplied(|supply| {
-            supply.prepare(count)?;
             self.wanted.store(true, Ordering::Relaxed);
             Ok((0..count).filter_map(|_| supply.take()).collect())
         })
@@ -307,7 +337,7 @@ impl Shared {
         self.durable.store(target.0, Ordering::Release);
         drop(guard);
         if !self.helper && target.sequence() > durable.sequence() {
-            match self.supplied(|supply| supply.prepare(1)) {
+            match self.prepare(AHEAD) {
                 Err(LogError::Full { .. }) => {}
                 result => result?,
             }
@@ -317,13 +347,10 @@ impl Shared {
 
     /// Gives segments back in which no entry is left.
     pub fn retire(&self) -> Result<(), LogError> {
-        self.supplied(|supply| {
-            // The oldest first, each one durably: the numbers of those that remain must have no gap.
-            while let Some(segment) = self.take_unused() {
-                supply.retire(segment)?;
-            }
-            Ok(())
-        })
+        // The oldest first, each one durably: the numbers of those that remain must have no gap.
+        let one = |supply: &mut Supply| self.take_unused().map(|segment| supply.retire(segment)).transpose();
+        while self.supplied(one)?.is_some() {}
+        Ok(())
     }
 
     fn take_unused(&self) -> Option<Arc<Segment>> {

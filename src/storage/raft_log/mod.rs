@@ -25,7 +25,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, OnceLock, RwLock,
+        Arc, Condvar, Mutex, OnceLock, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
@@ -40,7 +40,7 @@ use thiserror::Error;
 
 pub use self::disk::{Disk, DiskFile, RealDisk};
 use self::{
-    engine::{Cache, RESERVE, Shared, State, Writer, lock, plain},
+    engine::{AHEAD, Cache, RESERVE, Shared, State, Writer, lock, plain},
     record::{Kind, Position, Record, Start},
     recovery::Contents,
     segment::{FIRST, Names, Supply, segment_path},
@@ -193,7 +193,9 @@ impl RaftLog {
             writer: Mutex::new(writer),
             state: RwLock::new(State { segments: found.segments, log: found.log, cache }),
             supply_bytes: AtomicU64::new(supply.size_bytes()),
+            segment_size: supply.segment_size(),
             supply: Mutex::new(supply),
+            made: Condvar::new(),
             syncing: Mutex::new(()),
             written: AtomicU64::new(found.end.0),
             durable: AtomicU64::new(found.end.0),
@@ -422,8 +424,9 @@ impl Pending {
 
 /// The first batch of a new log.
 fn create(dir: &Path, found: &mut recovery::Found, supply: &mut Supply, initial: ConfState) -> Result<(), LogError> {
-    supply.prepare(1)?;
-    let segment = supply.take().expect("one segment was prepared");
+    let job = supply.begin().expect("nobody else uses the supply yet");
+    supply.finish(job.run())?;
+    let segment = supply.take().expect("one segment was made");
     let hard = record::hard_state(1, 0, 1);
     let start = Start { previous: Position(0), hard: hard.clone(), conf_index: 1, conf: initial.clone() };
     let data = start.encode();
@@ -444,21 +447,21 @@ type Helper = (SyncSender<()>, JoinHandle<()>);
 fn start_helper(shared: &Arc<Shared>, dir: &Path) -> Result<Helper, LogError> {
     let (work, queue) = sync_channel(1);
     let shared = shared.clone();
-    // The first segment to come is prepared right away.
+    // The first segments to come are prepared right away.
     let _ = work.try_send(());
     let run = move || prepare_ahead(&shared, &queue);
     let thread = std::thread::Builder::new().name("raft-log-files".into()).spawn(run);
     Ok((work, thread.map_err(LogError::io("start the helper thread of", dir))?))
 }
 
-/// Keeps one segment ready until the log is dropped.
+/// Keeps segments ready until the log is dropped.
 fn prepare_ahead(shared: &Shared, queue: &Receiver<()>) {
     while queue.recv().is_ok() {
         shared.wanted.store(false, Ordering::Relaxed);
         if shared.poison.get().is_some() {
             return;
         }
-        match shared.supplied(|supply| supply.prepare(1)) {
+        match shared.prepare(AHEAD) {
             Ok(()) => {}
             Err(error @ LogError::Full { .. }) => tracing::warn!("cannot prepare ahead: {error}"),
             Err(error) => tracing::error!("{error}"),

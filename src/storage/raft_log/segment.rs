@@ -142,105 +142,15 @@ struct Spare {
     segment: Arc<Segment>,
 }
 
-/// The segments to come: headers on disk, no records.
-pub struct Supply {
+/// The directory of a log, and what all new segments have in common.
+struct Files {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     owner: Owner,
     size: usize,
-    ready: VecDeque<Arc<Segment>>,
-    spares: Vec<Spare>,
-    next_sequence: u64,
-    next_spare: u64,
 }
 
-impl Supply {
-    /// Takes over the spare files of a directory; segments are numbered from `next_sequence`.
-    pub fn new(
-        disk: Arc<dyn Disk>,
-        dir: &Path,
-        owner: Owner,
-        options: &Options,
-        names: &Names,
-        next_sequence: u64,
-    ) -> Result<Self, LogError> {
-        let size = options.segment_bytes.next_multiple_of(ALIGN);
-        let next_spare = names.spares.iter().max().map_or(0, |last| last + 1);
-        let (ready, spares) = (VecDeque::new(), Vec::new());
-        let mut supply = Self { disk, dir: dir.to_owned(), owner, size, ready, spares, next_sequence, next_spare };
-        if names.unfinished {
-            supply.remove(&supply.dir.join("unfinished"))?;
-        }
-        for number in &names.spares {
-            let path = supply.spare_path(*number);
-            let file = supply.disk.open(&path).map_err(LogError::io("open", &path))?;
-            let actual = file.size().map_err(LogError::io("examine", &path))?;
-            if actual == size as u64 && supply.spares.len() < SPARES {
-                supply.spares.push(Spare { path, segment: Arc::new(Segment { sequence: 0, size, seed: 0, file }) });
-            } else {
-                supply.remove(&path)?;
-            }
-        }
-        Ok(supply)
-    }
-
-    /// Bytes of the files that are ready or kept as spares.
-    pub fn size_bytes(&self) -> u64 {
-        ((self.ready.len() + self.spares.len()) * self.size) as u64
-    }
-
-    /// Size of every segment that comes from here.
-    pub fn segment_size(&self) -> usize {
-        self.size
-    }
-
-    /// Makes sure that `count` segments are ready.
-    ///
-    /// # Errors
-    /// [`LogError::Full`] leaves everything as it was and can be tried again. Any other error is fatal for the log.
-    pub fn prepare(&mut self, count: usize) -> Result<(), LogError> {
-        while self.ready.len() < count {
-            let (path, file) = match self.spares.iter().position(|spare| Arc::strong_count(&spare.segment) == 1) {
-                Some(at) => {
-                    let Spare { path, segment } = self.spares.swap_remove(at);
-                    let segment = Arc::into_inner(segment).expect("nobody else can reach a spare");
-                    (path, segment.file)
-                }
-                None => self.fill()?,
-            };
-            let sequence = self.next_sequence;
-            let header = encode_header(self.owner, sequence, rand::random(), self.size);
-            let seed = header_crc(&header);
-            file.write_at(&header, 0).map_err(LogError::io("write", &path))?;
-            file.sync_data().map_err(LogError::io("sync", &path))?;
-            self.rename(&path, &segment_path(&self.dir, sequence))?;
-            self.next_sequence += 1;
-            self.ready.push_back(Arc::new(Segment { sequence, size: self.size, seed, file }));
-        }
-        Ok(())
-    }
-
-    /// The next segment; [`Supply::prepare`] has made sure that there is one.
-    pub fn take(&mut self) -> Option<Arc<Segment>> {
-        self.ready.pop_front()
-    }
-
-    /// Takes a segment out of the log for good, before anything else happens to the directory.
-    ///
-    /// # Errors
-    /// Any error is fatal for the log.
-    pub fn retire(&mut self, segment: Arc<Segment>) -> Result<(), LogError> {
-        let from = segment_path(&self.dir, segment.sequence);
-        if self.spares.len() >= SPARES || segment.size != self.size {
-            return self.remove(&from);
-        }
-        let path = self.spare_path(self.next_spare);
-        self.next_spare += 1;
-        self.rename(&from, &path)?;
-        self.spares.push(Spare { path, segment });
-        Ok(())
-    }
-
+impl Files {
     /// A new file of full size, really written: space that is only reserved costs extra at each sync.
     fn fill(&self) -> Result<(PathBuf, Box<dyn DiskFile>), LogError> {
         let path = self.dir.join("unfinished");
@@ -280,5 +190,132 @@ impl Supply {
     fn remove(&self, path: &Path) -> Result<(), LogError> {
         self.disk.remove(path).map_err(LogError::io("remove", path))?;
         self.disk.sync_dir(&self.dir).map_err(LogError::io("sync", &self.dir))
+    }
+}
+
+/// A segment that is to be made, apart from the supply: that takes long, and nobody shall wait for it who need not.
+pub struct Job {
+    files: Arc<Files>,
+    spare: Option<(PathBuf, Box<dyn DiskFile>)>,
+    sequence: u64,
+}
+
+impl Job {
+    /// Makes the segment, durably. [`Supply::finish`] must be told how it ended.
+    ///
+    /// # Errors
+    /// [`LogError::Full`] leaves everything as it was and can be tried again. Any other error is fatal for the log.
+    pub fn run(self) -> Result<Segment, LogError> {
+        let Self { files, spare, sequence } = self;
+        let (path, file) = spare.map_or_else(|| files.fill(), Ok)?;
+        let header = encode_header(files.owner, sequence, rand::random(), files.size);
+        let seed = header_crc(&header);
+        file.write_at(&header, 0).map_err(LogError::io("write", &path))?;
+        file.sync_data().map_err(LogError::io("sync", &path))?;
+        files.rename(&path, &segment_path(&files.dir, sequence))?;
+        Ok(Segment { sequence, size: files.size, seed, file })
+    }
+}
+
+/// The segments to come: headers on disk, no records.
+pub struct Supply {
+    files: Arc<Files>,
+    ready: VecDeque<Arc<Segment>>,
+    spares: Vec<Spare>,
+    next_sequence: u64,
+    next_spare: u64,
+    /// A [`Job`] is under way. One at a time: segments appear in the order of their numbers.
+    busy: bool,
+}
+
+impl Supply {
+    /// Takes over the spare files of a directory; segments are numbered from `next_sequence`.
+    pub fn new(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        owner: Owner,
+        options: &Options,
+        names: &Names,
+        next_sequence: u64,
+    ) -> Result<Self, LogError> {
+        let size = options.segment_bytes.next_multiple_of(ALIGN);
+        let files = Arc::new(Files { disk, dir: dir.to_owned(), owner, size });
+        if names.unfinished {
+            files.remove(&dir.join("unfinished"))?;
+        }
+        let mut spares = Vec::new();
+        for number in &names.spares {
+            let path = files.spare_path(*number);
+            let file = files.disk.open(&path).map_err(LogError::io("open", &path))?;
+            let actual = file.size().map_err(LogError::io("examine", &path))?;
+            if actual == size as u64 && spares.len() < SPARES {
+                spares.push(Spare { path, segment: Arc::new(Segment { sequence: 0, size, seed: 0, file }) });
+            } else {
+                files.remove(&path)?;
+            }
+        }
+        let next_spare = names.spares.iter().max().map_or(0, |last| last + 1);
+        Ok(Self { files, ready: VecDeque::new(), spares, next_sequence, next_spare, busy: false })
+    }
+
+    /// Bytes of the files that are ready or kept as spares.
+    pub fn size_bytes(&self) -> u64 {
+        ((self.ready.len() + self.spares.len()) * self.files.size) as u64
+    }
+
+    /// Size of every segment that comes from here.
+    pub fn segment_size(&self) -> usize {
+        self.files.size
+    }
+
+    /// Segments that are ready.
+    pub fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// Begins to make the next segment; none while one is being made.
+    pub fn begin(&mut self) -> Option<Job> {
+        if self.busy {
+            return None;
+        }
+        self.busy = true;
+        let unused = self.spares.iter().position(|spare| Arc::strong_count(&spare.segment) == 1);
+        let spare = unused.map(|at| {
+            let Spare { path, segment } = self.spares.swap_remove(at);
+            (path, Arc::into_inner(segment).expect("nobody else can reach a spare").file)
+        });
+        Some(Job { files: self.files.clone(), spare, sequence: self.next_sequence })
+    }
+
+    /// Takes what a [`Job`] has made.
+    ///
+    /// # Errors
+    /// The one that the job had.
+    pub fn finish(&mut self, made: Result<Segment, LogError>) -> Result<(), LogError> {
+        self.busy = false;
+        self.ready.push_back(Arc::new(made?));
+        self.next_sequence += 1;
+        Ok(())
+    }
+
+    /// The next segment, if one is ready.
+    pub fn take(&mut self) -> Option<Arc<Segment>> {
+        self.ready.pop_front()
+    }
+
+    /// Takes a segment out of the log for good, before anything else happens to the directory.
+    ///
+    /// # Errors
+    /// Any error is fatal for the log.
+    pub fn retire(&mut self, segment: Arc<Segment>) -> Result<(), LogError> {
+        let from = segment_path(&self.files.dir, segment.sequence);
+        if self.spares.len() >= SPARES || segment.size != self.files.size {
+            return self.files.remove(&from);
+        }
+        let path = self.files.spare_path(self.next_spare);
+        self.next_spare += 1;
+        self.files.rename(&from, &path)?;
+        self.spares.push(Spare { path, segment });
+        Ok(())
     }
 }

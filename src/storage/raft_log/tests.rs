@@ -1,6 +1,6 @@
 //! Tests of the log on the real file system, under raft, and from several threads; tests/crash has a model of the disk.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{fs, os::unix::fs::PermissionsExt, sync::mpsc::channel, time::Duration};
 
 use raft::{Config, RawNode};
 
@@ -154,6 +154,91 @@ fn appending_reading_and_syncing_run_side_by_side() {
         drop(work);
     });
     assert_eq!(log.last_index(), 1999);
+}
+
+/// A disk on which no new file can be made while somebody holds the gate.
+#[derive(Clone, Default)]
+struct Gated {
+    gate: Arc<RwLock<()>>,
+    created: Arc<AtomicU64>,
+}
+
+impl Disk for Gated {
+    fn make_dir(&self, dir: &Path) -> io::Result<()> {
+        RealDisk.make_dir(dir)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        self.created.fetch_add(1, Ordering::SeqCst);
+        drop(self.gate.read().unwrap());
+        RealDisk.create(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        RealDisk.open(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        RealDisk.sync_dir(dir)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        RealDisk.list(dir)
+    }
+}
+
+fn wait_until(condition: impl Fn() -> bool) {
+    while !condition() {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn appending_does_not_wait_for_a_file_that_is_being_filled() {
+    let root = tempfile::tempdir().unwrap();
+    let (size, disk) = (64 << 10, Gated::default());
+    let options = Options { segment_bytes: size, ..Options::default() };
+    let log = RaftLog::open(root.path(), OWNER, conf(&[1]), options, disk.clone()).unwrap();
+    let segments = || log.core.shared.read_state().segments.len();
+    wait_until(|| log.size_bytes() == 3 * size as u64);
+    let closed = disk.gate.write().unwrap();
+    let (done, wait) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut index = 1;
+            let mut append = || {
+                index += 1;
+                log.append(&[entry(index, 1, 20_000)], Some(&hard(1, 0, index))).unwrap().sync().unwrap();
+                index
+            };
+            let taken = |count| segments() > count;
+            while !taken(1) {
+                append();
+            }
+            wait_until(|| disk.created.load(Ordering::SeqCst) == 4);
+            // From here on the helper is at work on a file.
+            while !taken(2) {
+                append();
+            }
+            log.compact(append()).unwrap();
+            done.send(()).unwrap();
+            // Now nothing is ready, and the next segment has to be waited for.
+            while !taken(2) {
+                append();
+            }
+        });
+        let result = wait.recv_timeout(Duration::from_secs(20));
+        drop(closed);
+        result.expect("appending waited for the helper");
+    });
 }
 
 /// One step of a raft node of one member: persist, then apply.
