@@ -20,7 +20,7 @@ use super::{
     EntrySource, Replicator,
     checkpoint::{Record, sync_folder},
     checksum::PageTable,
-    gate::{Gate, GateConfig},
+    gate::{Gate, GateConfig, Mark},
     replica::Replica,
     vfs::{self, Checkpointer, SqliteError, VFS_NAME},
 };
@@ -28,8 +28,13 @@ use crate::cluster::command::{CONSOLE_DATABASE, Commit, PagesBuilder};
 
 /// How long a connection waits for another writer before it gets SQLITE_BUSY.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// A WAL that has grown beyond this is cut back to it when it starts again, in bytes.
-const WAL_LIMIT: &str = "67108864";
+/// A WAL that has grown beyond this is cut back to it when it starts again, in bytes. A checkpoint that leaves a longer
+/// one makes the writers wait for a moment, so that it does start again.
+const WAL_LIMIT: u64 = 64 << 20;
+/// A checkpoint is repeated while the WAL is longer than this, in bytes.
+const REPEAT_ABOVE: u64 = WAL_LIMIT / 4;
+/// How often a checkpoint copies beside the writers.
+const PASSES: u32 = 5;
 
 /// Why the database cannot do something.
 #[derive(Debug, Error)]
@@ -59,7 +64,7 @@ pub enum DatabaseError {
 pub struct Checkpoint {
     /// The durable checkpoint C: the raft log is not needed up to here.
     pub index: u64,
-    /// False if readers or writers were in the way and the checkpoint could not get to the end; C has not moved then.
+    /// False if readers or writers were in the way at last: the file holds more than the database at C.
     pub complete: bool,
     /// Frames in the WAL; 0 on a secondary.
     pub frames: u32,
@@ -87,7 +92,7 @@ impl PrimaryDatabase {
             .busy_timeout(BUSY_TIMEOUT)
             .foreign_keys(true)
             .pragma("wal_autocheckpoint", "0")
-            .pragma("journal_size_limit", WAL_LIMIT)
+            .pragma("journal_size_limit", WAL_LIMIT.to_string())
     }
 
     /// The gate of this promotion: fence it from any thread.
@@ -173,6 +178,15 @@ impl Database {
         match &self.state {
             State::Following(replica) => replica.table.checksum(),
             State::Serving(serving) => serving.primary.gate.checksum(),
+        }
+    }
+
+    /// Bytes of the `-wal` file up to the last transaction; 0 on a secondary. It falls only with the first transaction
+    /// after a checkpoint that found no newer one, not with the checkpoint.
+    pub fn wal_bytes(&self) -> u64 {
+        match &self.state {
+            State::Following(_) => 0,
+            State::Serving(serving) => serving.primary.gate.wal_bytes(),
         }
     }
 
@@ -319,8 +333,9 @@ impl Database {
         Ok(())
     }
 
-    /// Moves the durable checkpoint as far as it can go without making anybody wait. Until the next call, the file's
-    /// pages up to the size of the database at C are the database at C; on a primary the file can be longer.
+    /// Moves the durable checkpoint as far as it can go. Only if the WAL has become very long, writers wait for a
+    /// moment. Until the next call, if it is complete, the file's pages up to the size of the database at C are the
+    /// database at C; on a primary the file can be longer.
     ///
     /// # Errors
     /// File errors. After a failed sync the database is not used any more.
@@ -328,15 +343,14 @@ impl Database {
         if let Some(failed) = &self.failed {
             return Err(DatabaseError::Failed(failed.clone()));
         }
-        let (record, frames) = match &self.state {
-            State::Following(replica) => (Some(replica.record()), 0),
+        let (record, complete, frames) = match &self.state {
+            State::Following(replica) => (Some(replica.record()), true, 0),
             State::Serving(serving) => {
                 let checkpointer = serving.checkpointer.as_ref();
                 let checkpointer = checkpointer.ok_or(DatabaseError::Refused("the database is being closed"))?;
                 checkpoint_wal(&serving.primary.gate, checkpointer)?
             }
         };
-        let complete = record.is_some();
         if let Some(record) = record.filter(|record| record.index > self.record.index) {
             if let Err(source) = self.file.sync_all() {
                 self.failed = Some(format!("a sync of {} failed: {source}", self.path.display()));
@@ -350,19 +364,41 @@ impl Database {
     }
 }
 
-/// Copies the WAL into the database file. The record is None if that did not get to the end.
-fn checkpoint_wal(gate: &Gate, checkpointer: &Checkpointer) -> Result<(Option<Record>, u32), DatabaseError> {
-    gate.begin_checkpoint();
-    let result = checkpointer.run();
+/// Copies the WAL into the database file. Returns what that has reached, whether the last pass got to the end, and the
+/// frames in the WAL.
+///
+/// SQLite starts the WAL again only when a writer begins while nothing is left to copy. Under load there always is:
+/// what was written during the pass. The next pass has less to do. If that is not enough, one pass keeps the writers
+/// out.
+fn checkpoint_wal(gate: &Gate, checkpointer: &Checkpointer) -> Result<(Option<Record>, bool, u32), DatabaseError> {
+    let (mut last, mut frames) = checkpoint_pass(gate, checkpointer, false)?;
+    let mut reached = last;
+    for pass in 1..=PASSES {
+        let restart = pass == PASSES;
+        let limit = if restart { WAL_LIMIT } else { REPEAT_ABOVE };
+        if last.is_none() || gate.wal_bytes() <= limit {
+            break;
+        }
+        (last, frames) = checkpoint_pass(gate, checkpointer, restart)?;
+        reached = [reached, last].into_iter().flatten().max_by_key(|mark| mark.index);
+    }
+    let page_size = gate.page_size();
+    let record = |mark: Mark| Record { index: mark.index, page_size, pages: mark.pages, checksum: mark.checksum };
+    Ok((reached.map(record), last.is_some(), frames))
+}
+
+/// One pass: what it has reached, if that was the end of the WAL, and the frames in the WAL.
+fn checkpoint_pass(
+    gate: &Gate,
+    checkpointer: &Checkpointer,
+    restart: bool,
+) -> Result<(Option<Mark>, u32), DatabaseError> {
+    gate.begin_checkpoint(restart);
+    let result = checkpointer.run(restart);
     // "All frames copied" refers to what the checkpoint saw when it began.
     let reached = result.as_ref().ok().copied().flatten().filter(|(frames, done)| frames == done);
     let mark = gate.end_checkpoint(reached.map(|(frames, _)| frames));
-    let Some((frames, _)) = result? else {
-        return Ok((None, 0));
-    };
-    let page_size = gate.page_size();
-    let record = mark.map(|mark| Record { index: mark.index, page_size, pages: mark.pages, checksum: mark.checksum });
-    Ok((record, frames))
+    Ok((mark, result?.map_or(0, |(frames, _)| frames)))
 }
 
 /// The first entry of a cluster's raft log, as encoded parts: a database without tables. The node proposes it when its

@@ -27,7 +27,7 @@ use std::{
 use super::{
     ReplicateError, Replicator,
     checksum::{PageTable, Preview, page_checksum},
-    wal::{Held, Step, Tracker},
+    wal::{FRAME_HEADER, Held, Step, Tracker, WAL_HEADER},
 };
 use crate::cluster::command::{Commit, PagesBuilder};
 
@@ -108,6 +108,8 @@ pub struct Gate {
     lock_page: u32,
     replicator: Arc<dyn Replicator>,
     fenced: AtomicBool,
+    /// A checkpoint that restarts the WAL runs: no other connection may begin to write.
+    restarting: AtomicBool,
     last_index: AtomicU64,
     refusal: Mutex<Option<String>>,
     open: Mutex<usize>,
@@ -144,6 +146,7 @@ impl Gate {
             lock_page: config.lock_byte / page_size + 1,
             replicator: config.replicator,
             fenced: AtomicBool::new(false),
+            restarting: AtomicBool::new(false),
             last_index: AtomicU64::new(config.index),
             refusal: Mutex::new(None),
             open: Mutex::new(0),
@@ -194,6 +197,17 @@ impl Gate {
     /// Checksum of the database after the last transaction that passed.
     pub fn checksum(&self) -> u64 {
         lock(&self.marks).committed.checksum
+    }
+
+    /// Bytes of the `-wal` file up to the last transaction that passed. The file can be longer.
+    pub fn wal_bytes(&self) -> u64 {
+        let frames = lock(&self.marks).committed.frame;
+        WAL_HEADER as u64 + u64::from(frames) * (FRAME_HEADER as u64 + u64::from(self.page_size))
+    }
+
+    /// True while a checkpoint wants SQLite's write lock for itself: writers must come again later.
+    pub(super) fn is_restarting(&self) -> bool {
+        self.restarting.load(Ordering::SeqCst)
     }
 
     /// Connections that have the database open.
@@ -371,8 +385,9 @@ impl Gate {
         writer.tracker.end();
     }
 
-    /// A checkpoint begins: note what it can reach.
-    pub(super) fn begin_checkpoint(&self) {
+    /// A checkpoint begins: note what it can reach. With `restart`, nobody else begins to write until its end.
+    pub(super) fn begin_checkpoint(&self, restart: bool) {
+        self.restarting.store(restart, Ordering::SeqCst);
         let mut marks = lock(&self.marks);
         let (visible, committed) = (marks.visible, marks.committed);
         // The second is about to be visible: SQLite may have updated its wal-index already.
@@ -382,11 +397,17 @@ impl Gate {
     /// The checkpoint has ended; `frames` is the number of frames that it has copied, if those were all that it saw.
     /// What do the first [`Mark::pages`] pages of the database file hold now?
     pub(super) fn end_checkpoint(&self, frames: Option<u32>) -> Option<Mark> {
+        self.restarting.store(false, Ordering::SeqCst);
         let recording = lock(&self.marks).recording.take()?;
         let frames = frames?;
-        // The oldest: if the WAL has just started again, an equal frame number can come twice, and less is safe. A WAL
-        // without frames, of which the new header is not yet written, means that all that was visible is in the file.
-        recording.iter().find(|mark| mark.frame == frames).or((frames == 0).then(|| &recording[0])).copied()
+        let mut matching = recording.iter().filter(|mark| mark.frame == frames);
+        match (matching.next(), matching.next()) {
+            (Some(mark), None) => Some(*mark),
+            // The WAL has started again meanwhile and has grown to the same length: it may be either.
+            (Some(_), Some(_)) => None,
+            // A WAL without frames, of which the new header is not yet written: all that was visible is in the file.
+            (None, _) => (frames == 0).then(|| recording[0]),
+        }
     }
 }
 
@@ -500,6 +521,21 @@ mod tests {
         assert!(!gate.is_fenced());
         gate.write_lock_released(Some(0));
         assert!(gate.is_fenced());
+    }
+
+    #[test]
+    fn a_checkpoint_that_fits_two_transactions_names_none() {
+        let (gate, _) = gate();
+        let mut disk = Disk { writes: 0, fails_at: 99 };
+        gate.begin_checkpoint(false);
+        for _ in 0..2 {
+            // Each begins with a new header of the WAL.
+            transaction(&gate, &mut disk).unwrap();
+            gate.write_lock_released(Some(1));
+        }
+        assert!(gate.end_checkpoint(Some(1)).is_none());
+        gate.begin_checkpoint(false);
+        assert_eq!(gate.end_checkpoint(Some(1)).unwrap().index, 2);
     }
 
     #[test]

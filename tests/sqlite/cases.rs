@@ -314,6 +314,46 @@ fn the_wal_starts_again_after_a_checkpoint() {
     assert!(largest < 300, "{largest} frames: the WAL never started again");
 }
 
+/// A writer that never pauses: without help, every checkpoint would leave the frames that were written during it, and
+/// SQLite would never start the WAL again.
+#[test]
+fn the_wal_starts_again_under_load() {
+    const TRANSACTIONS: u32 = 600;
+    const TEXT: u32 = 500_000;
+    let (mut first, mut second, primary) = pair(4096);
+    let sql = Sql::open(&primary);
+    sql.run("PRAGMA busy_timeout=5000; CREATE TABLE t(data); INSERT INTO t VALUES (NULL)").unwrap();
+    let (sender, due) = std::sync::mpsc::channel();
+    let writer = std::thread::spawn(move || {
+        for round in 1..=TRANSACTIONS {
+            let (half, digit) = (TEXT / 2, round % 10);
+            sql.run(&format!("UPDATE t SET data = replace(hex(zeroblob({half})), '0', '{digit}')")).unwrap();
+            if round % 16 == 0 {
+                sender.send(()).unwrap();
+            }
+        }
+        sql
+    });
+    let mut largest = 0;
+    while due.recv().is_ok() {
+        due.try_iter().for_each(drop);
+        largest = largest.max(first.database.wal_bytes());
+        let checkpoint = first.database.checkpoint().unwrap();
+        if checkpoint.complete {
+            second.follow_to(checkpoint.index);
+            assert_same_beginning(&first.database, &second.database);
+        }
+    }
+    let sql = writer.join().unwrap();
+    let written = u64::from(TRANSACTIONS) * u64::from(TEXT);
+    println!("the WAL had up to {largest} of {written} bytes");
+    assert!(largest < 128 << 20, "the WAL has grown to {largest} of {written} bytes");
+    assert_equal(&mut first, &mut second);
+    drop(sql);
+    first.demote();
+    assert_eq!(first.database.wal_bytes(), 0);
+}
+
 #[test]
 fn a_crash_at_any_point_ends_in_the_same_file() {
     let (mut first, mut second, primary) = pair(512);

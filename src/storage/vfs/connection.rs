@@ -12,6 +12,8 @@ use libsqlite3_sys as sqlite;
 use super::{SqliteError, VFS_NAME_C, file::FCNTL_CHECKPOINTER, register};
 use crate::storage::gate::Gate;
 
+/// How long a checkpoint that restarts the WAL waits for the writer and for readers, in milliseconds.
+const RESTART_PATIENCE: c_int = 20;
 /// `application_id` of our databases: "TwHA".
 const APPLICATION_ID: u32 = 0x5477_4841;
 
@@ -76,22 +78,27 @@ impl Checkpointer {
         // Opens the WAL too. The sync is done by the caller, after the checkpoint.
         let sql = c"PRAGMA wal_autocheckpoint=0; PRAGMA synchronous=OFF; SELECT count(*) FROM sqlite_schema;";
         connection.run("read the schema", sql)?;
+        // SAFETY: an open handle. Only a checkpoint that restarts the WAL waits at all.
+        let code = unsafe { sqlite::sqlite3_busy_timeout(connection.0, RESTART_PATIENCE) };
+        connection.check("set the time to wait", code)?;
         Ok(Self(connection))
     }
 
-    /// A PASSIVE checkpoint, which never waits for anybody. Returns the frames in the WAL and how many of them are in
-    /// the database file now; None if another checkpoint or a recovery was in the way.
-    pub(in crate::storage) fn run(&self) -> Result<Option<(u32, u32)>, SqliteError> {
+    /// A PASSIVE checkpoint, which never waits for anybody; or, to `restart` the WAL with the next transaction, one
+    /// that holds the write lock, which waits up to [`RESTART_PATIENCE`] for it and copies like a PASSIVE one without.
+    /// Returns the frames in the WAL and how many of them are in the database file now; None if another checkpoint or
+    /// a recovery was in the way.
+    pub(in crate::storage) fn run(&self, restart: bool) -> Result<Option<(u32, u32)>, SqliteError> {
         let (mut frames, mut done) = (-1, -1);
         // SAFETY: an open handle and two integers to write.
         let code = unsafe {
-            let mode = sqlite::SQLITE_CHECKPOINT_PASSIVE;
+            let mode = if restart { sqlite::SQLITE_CHECKPOINT_RESTART } else { sqlite::SQLITE_CHECKPOINT_PASSIVE };
             sqlite::sqlite3_wal_checkpoint_v2(self.0.0, c"main".as_ptr(), mode, &mut frames, &mut done)
         };
-        if code & 0xff == sqlite::SQLITE_BUSY {
-            return Ok(None);
+        // When it only could not wait long enough, SQLite says busy too, but has copied and counted.
+        if code & 0xff != sqlite::SQLITE_BUSY {
+            self.0.check("checkpoint", code)?;
         }
-        self.0.check("checkpoint", code)?;
         Ok(u32::try_from(frames).ok().zip(u32::try_from(done).ok()))
     }
 }

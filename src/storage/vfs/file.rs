@@ -329,8 +329,14 @@ unsafe extern "C" fn shm_lock(file: *mut sqlite3_file, first: c_int, count: c_in
         if exclusive && !unlock && (first, count) == (WAL_CKPT_LOCK, 1) && !shim.checkpointer {
             return sqlite::SQLITE_BUSY;
         }
+        if exclusive && !unlock && (first, count) == (WAL_WRITE_LOCK, 1) && !shim.checkpointer {
+            // The lock is not fair: without this, a writer that never pauses would always be faster.
+            if shim.gate.is_restarting() {
+                return sqlite::SQLITE_BUSY;
+            }
+        }
         if exclusive && unlock && (first, count) == (WAL_WRITE_LOCK, 1) {
-            // Before the next writer can have it.
+            // Of the checkpointer too, which has written nothing and for which the gate has nothing to do. Before the next writer can have it.
             shim.gate.write_lock_released(frames(shim));
         }
         real!(file, xShmLock, sqlite::SQLITE_IOERR_SHMLOCK, first, count, flags)
