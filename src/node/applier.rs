@@ -23,6 +23,8 @@ use super::inbox::{DatabaseEvent, Input, Proposer, Sender};
 
 /// Every raft log begins as if everything up to here had been applied and compacted.
 const ORIGIN: u64 = 1;
+/// Pause between two checkpoints that only the length of the WAL calls for.
+const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
 /// Entries that stay in the raft log although everybody has them.
 const KEPT_ENTRIES: u64 = 1000;
 /// Entries applied between two looks at the goal.
@@ -60,7 +62,7 @@ pub(super) struct Applier {
 /// When a checkpoint is due.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckpointPolicy {
-    /// Bytes appended to the raft log since the last one.
+    /// Bytes appended to the raft log since the last one, or length of SQLite's `-wal` file.
     pub bytes: u64,
     pub interval: Duration,
 }
@@ -340,7 +342,9 @@ impl Worker {
     fn checkpoint_if_due(&mut self) {
         let (at, before) = self.checkpointed;
         let appended = self.shared.appended.load(Ordering::Relaxed);
-        let due = appended - before >= self.checkpoints.bytes || at.elapsed() >= self.checkpoints.interval;
+        // A reader can keep the WAL long: then it is not tried again at once.
+        let long = self.database.wal_bytes() >= self.checkpoints.bytes && at.elapsed() >= LONG_WAL_PAUSE;
+        let due = long || appended - before >= self.checkpoints.bytes || at.elapsed() >= self.checkpoints.interval;
         if due && !self.broken && self.database.applied() > self.database.checkpointed() {
             self.checkpointed = (Instant::now(), appended);
             self.checkpoint();
