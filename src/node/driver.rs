@@ -166,10 +166,6 @@ impl Driver {
                 self.synced(number, result, micros);
             }
             Input::Database(event) => self.database_event(event),
-            Input::GiveUp { cause, why } => {
-                warn!(reason = why, "the primary role is given up");
-                self.cluster.give_up(now, cause);
-            }
             Input::HandOver { done } => {
                 self.cluster.hand_over(now);
                 self.handed_over = Some(done);
@@ -209,6 +205,7 @@ impl Driver {
             DatabaseEvent::Empty { epoch } => self.found_database(epoch),
             DatabaseEvent::Promoted { epoch, database } => {
                 self.publisher.offer(database);
+                self.publisher.warn("database", None);
                 self.cluster.promoted(now, epoch);
                 if self.cluster.phase() != Phase::Primary || self.cluster.epoch() != epoch {
                     self.publisher.fence();

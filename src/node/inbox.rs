@@ -13,7 +13,6 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    cluster::Cause,
     peer::LinkSender,
     storage::{ReplicateError, Replicator, database::PrimaryDatabase, raft_log::RaftLog},
 };
@@ -28,7 +27,6 @@ pub(super) enum Input {
     Propose(Proposal),
     Synced { number: u64, result: Result<(), String>, micros: u64 },
     Database(DatabaseEvent),
-    GiveUp { cause: Cause, why: String },
     HandOver { done: oneshot::Sender<()> },
     Warning { about: &'static str, text: Option<String> },
     Stop,

@@ -23,7 +23,7 @@ pub use lease::Lease;
 pub use status::{MemberStatus, Status};
 
 use crate::{
-    cluster::{Cause, Cluster, Membership, NodeId, Timing},
+    cluster::{Cluster, Membership, NodeId, Timing},
     peer::{LinkSender, Links},
     storage::{database::Database, raft_log::RaftLog},
 };
@@ -81,11 +81,6 @@ impl Handle {
         if self.sender.send(Input::HandOver { done }) {
             let _ = wait.await; // an ended loop has no role either
         }
-    }
-
-    /// Gives the primary role up because of something the node cannot see itself.
-    pub fn give_up(&self, why: String) {
-        self.sender.send(Input::GiveUp { cause: Cause::Handover, why });
     }
 
     /// Shows a warning in the status, or takes it back.

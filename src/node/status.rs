@@ -343,3 +343,54 @@ impl Publisher {
         self.config.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cluster::{Membership, Timing},
+        node::CheckpointPolicy,
+    };
+
+    fn publisher() -> Publisher {
+        let member = |id| Member { id, name: format!("node{id}"), address: format!("127.0.0.{id}"), port: 8086 };
+        let config = NodeConfig {
+            membership: Membership { cluster: ClusterId(7), members: (1..=3).map(member).collect() },
+            node: 1,
+            timing: Timing::default(),
+            demotion_deadline: Duration::from_secs(2),
+            checkpoints: CheckpointPolicy { bytes: 1 << 20, interval: Duration::from_secs(60) },
+            page_size: 4096,
+            fast_takeover: true,
+            version: "1.2.3".to_owned(),
+            lease: crate::node::Lease::new().unwrap(),
+        };
+        Publisher::new(&config).0
+    }
+
+    fn report(applied: u64) -> NodeReport {
+        let version = "1.2.3".to_owned();
+        NodeReport { state: Role::Secondary, epoch: 2, applied, committed: applied, lease_ms: None, version }
+    }
+
+    /// The raft log is compacted by this: an entry that a member lacks must stay.
+    #[test]
+    fn the_raft_log_is_kept_for_a_member_that_was_never_heard_of() {
+        let mut publisher = publisher();
+        publisher.report(2, report(5000));
+        assert_eq!(publisher.everybody_has(), 0);
+        publisher.report(3, report(70));
+        assert_eq!(publisher.everybody_has(), 70);
+    }
+
+    /// A member that was demoted applies again from its checkpoint, but its raft log has what it had.
+    #[test]
+    fn what_a_member_has_does_not_go_back_and_survives_its_death() {
+        let mut publisher = publisher();
+        publisher.report(2, report(900));
+        publisher.report(3, report(800));
+        publisher.report(3, report(10));
+        publisher.dead(3);
+        assert_eq!(publisher.everybody_has(), 800);
+    }
+}
