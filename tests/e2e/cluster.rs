@@ -92,6 +92,31 @@ impl Cluster {
         self.file().nodes[index].clone()
     }
 
+    /// Changes a setting of all nodes; they read it when they start again.
+    pub fn configure(&self, key: &str, value: &str) {
+        for node in self.file().nodes {
+            let path = self.folder.path().join(&node.name).join("twistlock.cfg");
+            let text = std::fs::read_to_string(&path).unwrap();
+            let old = text.lines().find(|line| line.starts_with(&format!("{key}="))).unwrap();
+            std::fs::write(&path, text.replace(old, &format!("{key}={value}"))).unwrap();
+        }
+    }
+
+    /// What a node has logged so far.
+    pub fn log(&self, index: usize) -> String {
+        std::fs::read_to_string(self.log_path(&self.node(index).name)).unwrap()
+    }
+
+    /// Kills all three at once and waits until dev has started them again and they are in their places.
+    pub fn restart_all(&self) {
+        let before: Vec<Option<u32>> = self.file().nodes.iter().map(|node| node.pid).collect();
+        (0..3).for_each(|node| self.signal(node, Signal::SIGKILL));
+        self.wait_for("three new processes", |_| {
+            self.file().nodes.iter().zip(&before).all(|(node, old)| node.pid.is_some() && node.pid != *old)
+        });
+        self.wait_healthy();
+    }
+
     /// What each node says about itself; none for one that does not answer.
     pub fn statuses(&self) -> Vec<Option<Status>> {
         let ask = |node: &NodeFile| control::status(&node.control, Duration::from_millis(500)).ok();

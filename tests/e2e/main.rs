@@ -23,6 +23,7 @@ use held::Held;
 use network::Wall;
 use nix::sys::signal::Signal;
 use sampler::Sampler;
+use twistlock_ha::node::Status;
 use writers::Writers;
 
 /// Concurrent clients.
@@ -232,4 +233,28 @@ fn partition(name: &'static str, rounds: usize, wall: Wall) {
         };
         repeat(&fault, prepare, isolate, heal);
     });
+}
+
+/// A member that is away for thousands of transactions and several checkpoints comes back from the raft log alone: the
+/// others have compacted theirs before, and must not have let go of what it lacks.
+#[test]
+fn the_raft_log_is_compacted_but_kept_for_a_member_that_is_away() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    cluster.configure("CHECKPOINT_SECONDS", "1");
+    cluster.configure("LOG_LEVEL", "debug");
+    cluster.restart_all();
+    let writers = Writers::start(&cluster.file(), WRITERS);
+    let compactions = |node| cluster.log(node).matches("raft log compacted").count();
+    cluster.wait_for("a compaction on every node", |_| (0..3).all(|node| compactions(node) > 0));
+    let away = (cluster.primary() + 1) % 3;
+    let applied =
+        |statuses: &[Option<Status>]| statuses.iter().flatten().map(|status| status.applied).max().unwrap_or(0);
+    let begin = applied(&cluster.statuses());
+    cluster.freeze(away);
+    cluster.wait_for("4000 entries without the frozen node", |statuses| applied(statuses) > begin + 4000);
+    cluster.signal(away, Signal::SIGCONT);
+    cluster.wait_healthy();
+    let written = writers.verify();
+    println!("compaction: {written}\n  {}", cluster.finish(&[]));
 }
