@@ -52,9 +52,9 @@ fn members(net: u8, count: u8) -> (Membership, Vec<TcpListener>) {
         .collect();
     let member = |(id, listener): (u64, &TcpListener)| {
         let address = listener.local_addr().unwrap();
-        Member { id, name: format!("node-{id}"), address: address.ip().to_string(), port: address.port() }
+        Member::founder(id, &format!("node-{id}"), &address.ip().to_string(), address.port())
     };
-    (Membership { cluster: CLUSTER, members: (1..).zip(&listeners).map(member).collect() }, listeners)
+    (Membership::founded(CLUSTER, (1..).zip(&listeners).map(member).collect()), listeners)
 }
 
 fn address(membership: &Membership, id: NodeId) -> SocketAddr {

@@ -1,11 +1,31 @@
-//! Who belongs to the cluster. Owns the identities and the order (rank) of the members; never talks to anybody.
+//! Who belongs to the cluster, and how that may change. Owns the identities, ranks and addresses of the members and the
+//! rules of every change; never talks to anybody.
+//!
+//! A [`Membership`] is replicated as a whole: the entry of a change carries the membership after it, as JSON, in its
+//! context, so that a node that missed an entry has lost nothing once it has a later one.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
 /// Identity of a node inside its cluster: Raft's node id, 1 or more, never used again after a removal.
 pub type NodeId = u64;
+
+/// A complete cluster has this many members; more are never admitted.
+pub const CLUSTER_SIZE: usize = 3;
+/// Version of the encoding that this program writes.
+const FORMAT: u32 = 1;
+/// Largest encoded membership, in bytes.
+pub const MAX_ENCODED: usize = 32 << 10;
+/// Longest name and address of a member, in bytes: that of a DNS name.
+const MAX_NAME: usize = 253;
+/// Removed members that are remembered, newest last, so that they can be told why they are refused.
+const REMEMBERED: usize = 32;
+/// Requests to join and invitations that may be open at one time.
+const MAX_OPEN: usize = 8;
+/// Longest certificate or signing request, in bytes of PEM.
+const MAX_PEM: usize = 2048;
 
 /// Identity of a cluster: 128 random bits, written as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,23 +75,531 @@ pub struct Member {
     pub address: String,
     /// `HIGH_AVAILABILITY_PORT` of this member.
     pub port: u16,
+    /// Place in the order of elections, 0 first: unlike that of any other member, and kept for life.
+    pub rank: u8,
+    /// False until it has caught up after it was admitted: it replicates, but has no vote (STARTUP2).
+    pub voter: bool,
+    /// The request by which it joined and the certificate that was signed for it, for the newcomer to pick up from any
+    /// primary; none for a founder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admission: Option<Admission>,
 }
 
-/// The members in the order of their ids. The position is the member's rank in elections.
+/// What a newcomer picks up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admission {
+    /// [`Request::id`].
+    pub request: String,
+    /// The node's certificate, PEM.
+    pub certificate: String,
+}
+
+impl Member {
+    /// A founding member: a voter whose rank is that of its id.
+    pub fn founder(id: NodeId, name: &str, address: &str, port: u16) -> Self {
+        let rank = u8::try_from(id.saturating_sub(1)).unwrap_or(u8::MAX);
+        Self { id, name: name.to_owned(), address: address.to_owned(), port, rank, voter: true, admission: None }
+    }
+}
+
+/// A host that asks to join (REQUEST_JOIN).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Random and secret between the host and the cluster: whoever knows it may pick up the answer.
+    pub id: String,
+    pub name: String,
+    pub address: String,
+    pub port: u16,
+    /// Version of its program.
+    pub version: String,
+    /// Fingerprint of its public key, which both sides show.
+    pub fingerprint: String,
+    /// Its certificate signing request, PEM.
+    pub csr: String,
+    /// Milliseconds by which its clock is ahead of the primary's.
+    pub clock_ms: i64,
+    /// When it came and when it expires, in seconds since 1970.
+    pub at: u64,
+    pub until: u64,
+}
+
+/// The permission to ask for admission: what a join script carries is the secret to this.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invitation {
+    /// SHA-256 of the secret, in hexadecimal digits.
+    pub hash: String,
+    /// When it was made and when it expires, in seconds since 1970.
+    pub at: u64,
+    pub until: u64,
+    /// Who made it.
+    pub by: String,
+}
+
+/// The cluster's certificate authority, as all members keep it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedAuthority {
+    /// Its certificate, PEM.
+    pub certificate: String,
+    /// Its private key, encrypted with the key that only members hold; base64.
+    pub sealed_key: String,
+}
+
+/// A host that is to be admitted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Newcomer {
+    /// [`Membership::next_id`] or above: its certificate was signed for this id.
+    pub id: NodeId,
+    /// [`Request::id`].
+    pub request: String,
+    /// The node's certificate, PEM.
+    pub certificate: String,
+}
+
+/// A member of the past.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
+    pub id: NodeId,
+    pub name: String,
+    /// When, in seconds since 1970.
+    pub at: u64,
+}
+
+/// Maintenance: no automatic takeover.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pause {
+    /// When it ends by itself, in seconds since 1970.
+    pub until: u64,
+    /// The only node that may become primary meanwhile: the one that was, when the pause began.
+    pub primary: NodeId,
+}
+
+/// The members in the order of their ids, and what else all nodes must agree on about them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {
     pub cluster: ClusterId,
     pub members: Vec<Member>,
+    /// The id that the next newcomer gets; all below are or were in use.
+    pub next_id: NodeId,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<Removed>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause: Option<Pause>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requests: Vec<Request>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub invitations: Vec<Invitation>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority: Option<SealedAuthority>,
+}
+
+/// A change that an administrator (or, for [`Change::Promote`], the primary itself) wants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "change")]
+pub enum Change {
+    /// Lets hosts that know the secret ask for admission.
+    Invite { invitation: Invitation },
+    /// Closes all invitations.
+    Uninvite,
+    /// A host asks for admission.
+    Request { request: Request },
+    /// Turns a request down.
+    Reject { request: String },
+    /// Takes all hosts that ask in as members without a vote, and closes the invitations.
+    Admit { hosts: Vec<Newcomer> },
+    /// Keeps the certificate authority.
+    Authority { authority: SealedAuthority },
+    /// Gives all members a vote, in one joint change.
+    Promote,
+    /// Drops a member; `at` in seconds since 1970. `force` although the rest has no majority that answers.
+    Remove { node: NodeId, at: u64, force: bool },
+    /// A member is reached at another address from now on.
+    Readdress { node: NodeId, name: String, address: String, port: u16 },
+    /// No automatic takeover until then, in seconds since 1970.
+    Pause { until: u64 },
+    /// Automatic takeover again.
+    Resume,
+}
+
+/// Why a change is not possible. Nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{0}")]
+pub struct Impossible(pub String);
+
+#[derive(Serialize, Deserialize)]
+struct Encoded {
+    format: u32,
+    #[serde(flatten)]
+    membership: Membership,
 }
 
 impl Membership {
+    /// The membership of a new cluster.
+    pub fn founded(cluster: ClusterId, members: Vec<Member>) -> Self {
+        let next_id = members.iter().map(|member| member.id).max().unwrap_or(0) + 1;
+        Self {
+            cluster,
+            members,
+            next_id,
+            removed: Vec::new(),
+            pause: None,
+            requests: Vec::new(),
+            invitations: Vec::new(),
+            authority: None,
+        }
+    }
+
     /// The member with this id.
     pub fn get(&self, id: NodeId) -> Option<&Member> {
         self.members.iter().find(|member| member.id == id)
     }
 
-    /// The position of a member in the configured order; the first one campaigns first.
+    /// The place of a member in the order of elections; the first one campaigns first.
     pub fn rank(&self, id: NodeId) -> Option<usize> {
-        self.members.iter().position(|member| member.id == id)
+        self.get(id).map(|member| usize::from(member.rank))
+    }
+
+    /// The ids of all members with a vote.
+    pub fn voters(&self) -> impl Iterator<Item = NodeId> {
+        self.members.iter().filter(|member| member.voter).map(|member| member.id)
+    }
+
+    /// The ids of all members that have no vote yet.
+    pub fn learners(&self) -> impl Iterator<Item = NodeId> {
+        self.members.iter().filter(|member| !member.voter).map(|member| member.id)
+    }
+
+    /// The record of a member of the past.
+    pub fn removed(&self, id: NodeId) -> Option<&Removed> {
+        self.removed.iter().find(|removed| removed.id == id)
+    }
+
+    /// The membership after a change that `primary` makes.
+    ///
+    /// # Errors
+    /// [`Impossible`], with a sentence for the administrator.
+    pub fn changed(&self, change: &Change, primary: NodeId) -> Result<Self, Impossible> {
+        let mut next = self.clone();
+        match change {
+            Change::Invite { invitation } => next.invite(invitation)?,
+            Change::Uninvite => next.invitations.clear(),
+            Change::Request { request } => next.request(request)?,
+            Change::Reject { request } => {
+                let place = next.requests.iter().position(|open| open.id == *request);
+                next.requests.remove(place.ok_or_else(|| Impossible("there is no such request".to_owned()))?);
+            }
+            Change::Admit { hosts } => next.admit(hosts)?,
+            Change::Authority { authority } => next.authority = Some(authority.clone()),
+            Change::Promote => {
+                if self.learners().next().is_none() {
+                    return Err(Impossible("all members have a vote already".to_owned()));
+                }
+                next.members.iter_mut().for_each(|member| member.voter = true);
+            }
+            Change::Remove { node, at, .. } => next.remove(*node, *at, primary)?,
+            Change::Readdress { node, name, address, port } => {
+                let member = next.members.iter_mut().find(|member| member.id == *node);
+                let member = member.ok_or_else(|| no_member(*node))?;
+                (member.name, member.address, member.port) = (name.clone(), address.clone(), *port);
+            }
+            Change::Pause { until } => next.pause = Some(Pause { until: *until, primary }),
+            Change::Resume => {
+                if next.pause.take().is_none() {
+                    return Err(Impossible("automatic takeover is not paused".to_owned()));
+                }
+            }
+        }
+        next.check()?;
+        Ok(next)
+    }
+
+    fn invite(&mut self, invitation: &Invitation) -> Result<(), Impossible> {
+        self.invitations.retain(|open| open.until > invitation.at);
+        if self.invitations.len() >= MAX_OPEN {
+            return Err(Impossible(format!("{MAX_OPEN} invitations are open already: revoke them first")));
+        }
+        self.invitations.push(invitation.clone());
+        Ok(())
+    }
+
+    fn request(&mut self, request: &Request) -> Result<(), Impossible> {
+        check_host(&request.name, &request.address, request.port)?;
+        self.requests.retain(|open| open.until > request.at);
+        // The same host asks again, for example because its first answer was lost: the newest request counts.
+        self.requests.retain(|open| open.fingerprint != request.fingerprint);
+        let place = (&request.address, request.port);
+        let twin = self.requests.iter().find(|open| open.name == request.name || (&open.address, open.port) == place);
+        if let Some(twin) = twin {
+            return Err(Impossible(format!(
+                "another host asks to join as {} ({}:{}) already: reject one of the two",
+                twin.name, twin.address, twin.port
+            )));
+        }
+        if self.members.len() + self.requests.len() >= CLUSTER_SIZE {
+            return Err(Impossible(format!(
+                "{} members and {} requests to join make a complete cluster: remove or reject one first",
+                self.members.len(),
+                self.requests.len()
+            )));
+        }
+        if request.csr.len() > MAX_PEM || request.version.len() > MAX_NAME || request.id.len() > MAX_NAME {
+            return Err(Impossible("the request is too long".to_owned()));
+        }
+        let Request { name, address, port, .. } = request.clone();
+        let mut joined = self.clone();
+        joined.push(self.next_id, name, address, port, None)?;
+        joined.check()?;
+        self.requests.push(request.clone());
+        Ok(())
+    }
+
+    fn push(
+        &mut self,
+        id: NodeId,
+        name: String,
+        address: String,
+        port: u16,
+        admission: Option<Admission>,
+    ) -> Result<(), Impossible> {
+        let taken = |rank: &u8| self.members.iter().any(|member| member.rank == *rank);
+        let Some(rank) = (0..CLUSTER_SIZE as u8).find(|rank| !taken(rank)) else {
+            return Err(Impossible(format!("a cluster has {CLUSTER_SIZE} members: remove one first")));
+        };
+        self.members.push(Member { id, name, address, port, rank, voter: false, admission });
+        self.members.sort_by_key(|member| member.id);
+        Ok(())
+    }
+
+    fn admit(&mut self, hosts: &[Newcomer]) -> Result<(), Impossible> {
+        let (members, requests) = (self.members.len(), self.requests.len());
+        if members + requests != CLUSTER_SIZE || hosts.len() != requests || hosts.is_empty() {
+            return Err(Impossible(format!(
+                "{members} members and {requests} requests to join do not make {CLUSTER_SIZE}: run the join script on \
+                 the missing hosts first"
+            )));
+        }
+        for host in hosts {
+            if host.id < self.next_id {
+                return Err(Impossible(format!("node id {} was given to another host meanwhile: try again", host.id)));
+            }
+            let place = self.requests.iter().position(|request| request.id == host.request);
+            let place = place.ok_or_else(|| Impossible("a request to join is gone: look again".to_owned()))?;
+            let Request { name, address, port, id, .. } = self.requests.remove(place);
+            let admission = Admission { request: id, certificate: host.certificate.clone() };
+            self.push(host.id, name, address, port, Some(admission))?;
+            self.next_id = host.id + 1;
+        }
+        self.invitations.clear();
+        Ok(())
+    }
+
+    fn remove(&mut self, node: NodeId, at: u64, primary: NodeId) -> Result<(), Impossible> {
+        let place = self.members.iter().position(|member| member.id == node).ok_or_else(|| no_member(node))?;
+        if node == primary {
+            let name = &self.members[place].name;
+            return Err(Impossible(format!("{name} is PRIMARY: switch over to another member first, then remove it")));
+        }
+        let gone = self.members.remove(place);
+        if self.removed.len() >= REMEMBERED {
+            self.removed.remove(0);
+        }
+        self.removed.push(Removed { id: gone.id, name: gone.name, at });
+        Ok(())
+    }
+
+    /// What must hold for every membership, whoever made it.
+    fn check(&self) -> Result<(), Impossible> {
+        for (place, member) in self.members.iter().enumerate() {
+            check_host(&member.name, &member.address, member.port)?;
+            for other in &self.members[..place] {
+                let same_place = (&member.address, member.port) == (&other.address, other.port);
+                if member.name == other.name || same_place || member.rank == other.rank || member.id == other.id {
+                    return Err(Impossible(format!(
+                        "{} ({}:{}) and {} ({}:{}) cannot be told apart: names and addresses must differ",
+                        other.name, other.address, other.port, member.name, member.address, member.port
+                    )));
+                }
+            }
+        }
+        match self.voters().next() {
+            Some(_) => Ok(()),
+            None => Err(Impossible("no member with a vote would remain".to_owned())),
+        }
+    }
+
+    /// The bytes of this membership.
+    pub fn encode(&self) -> Vec<u8> {
+        let encoded = Encoded { format: FORMAT, membership: self.clone() };
+        serde_json::to_vec(&encoded).expect("a membership has no maps with keys that JSON lacks")
+    }
+
+    /// The inverse of [`Membership::encode`].
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with the bytes.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        if bytes.len() > MAX_ENCODED {
+            return Err(format!("a membership of {} bytes is longer than {MAX_ENCODED}", bytes.len()));
+        }
+        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        match value.get("format").and_then(serde_json::Value::as_u64) {
+            Some(found) if found > u64::from(FORMAT) => {
+                return Err(format!("membership format {found} is newer than this program's {FORMAT}: upgrade it"));
+            }
+            _ => {}
+        }
+        let Encoded { membership, .. } = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        membership.check().map_err(|error| error.to_string())?;
+        Ok(membership)
+    }
+}
+
+fn no_member(node: NodeId) -> Impossible {
+    Impossible(format!("node {node} is not a member of this cluster"))
+}
+
+/// Refuses names and addresses that could not be shown, dialled or told apart.
+///
+/// # Errors
+/// [`Impossible`], naming the value.
+pub fn check_host(name: &str, address: &str, port: u16) -> Result<(), Impossible> {
+    let readable = |text: &str, extra: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || extra.contains(c);
+        !text.is_empty() && text.len() <= MAX_NAME && text.chars().all(allowed)
+    };
+    if !readable(name, "-._") {
+        return Err(Impossible(format!("{name:?} is not a host name: letters, digits, '-', '.' and '_' are allowed")));
+    }
+    if !readable(address, "-.:_") {
+        return Err(Impossible(format!("{address:?} is neither a host name nor an IP address")));
+    }
+    if port == 0 {
+        return Err(Impossible(format!("port 0 of {name} cannot be dialled")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(id: NodeId) -> Request {
+        Request {
+            id: format!("request{id}"),
+            name: format!("host{id}"),
+            address: format!("127.0.0.{id}"),
+            port: 8086,
+            version: "1.2.3".to_owned(),
+            fingerprint: format!("AB:{id}"),
+            csr: String::new(),
+            clock_ms: 0,
+            at: 10,
+            until: 20,
+        }
+    }
+
+    fn newcomer(id: NodeId) -> Newcomer {
+        Newcomer { id, request: format!("request{id}"), certificate: String::new() }
+    }
+
+    fn ask(membership: &Membership, id: NodeId) -> Membership {
+        change(membership, Change::Request { request: request(id) }).unwrap()
+    }
+
+    fn one() -> Membership {
+        Membership::founded(ClusterId(7), vec![Member::founder(1, "host1", "127.0.0.1", 8086)])
+    }
+
+    fn change(membership: &Membership, change: Change) -> Result<Membership, String> {
+        membership.changed(&change, 1).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn two_hosts_are_admitted_and_get_a_vote_together() {
+        let asked = ask(&ask(&one(), 2), 3);
+        let admitted = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
+        assert_eq!(admitted.learners().collect::<Vec<_>>(), [2, 3]);
+        assert_eq!(admitted.next_id, 4);
+        let all = change(&admitted, Change::Promote).unwrap();
+        assert_eq!(all.voters().collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(all.members.iter().map(|member| member.rank).collect::<Vec<_>>(), [0, 1, 2]);
+        assert!(change(&all, Change::Request { request: request(4) }).unwrap_err().contains("complete"));
+        assert!(
+            change(&ask(&one(), 2), Change::Admit { hosts: vec![newcomer(2)] }).unwrap_err().contains("1 requests")
+        );
+        assert!(change(&all, Change::Promote).unwrap_err().contains("already"));
+        assert_eq!(Membership::decode(&all.encode()).unwrap(), all);
+    }
+
+    #[test]
+    fn a_removed_member_leaves_its_rank_and_keeps_its_id() {
+        let asked = ask(&ask(&one(), 2), 3);
+        let admitted = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
+        let all = change(&admitted, Change::Promote).unwrap();
+        let remove = |node| Change::Remove { node, at: 99, force: false };
+        assert!(change(&all, remove(1)).unwrap_err().contains("switch over"));
+        assert!(change(&all, remove(9)).unwrap_err().contains("not a member"));
+        let two = change(&all, remove(2)).unwrap();
+        assert_eq!(two.removed(2).unwrap().name, "host2");
+        let asked = ask(&two, 2);
+        assert!(change(&asked, Change::Admit { hosts: vec![newcomer(2)] }).unwrap_err().contains("meanwhile"));
+        let again = Newcomer { id: 4, ..newcomer(2) };
+        let three = change(&asked, Change::Admit { hosts: vec![again] }).unwrap();
+        assert_eq!((three.rank(4), three.rank(3)), (Some(1), Some(2)));
+    }
+
+    #[test]
+    fn what_cannot_be_told_apart_or_dialled_is_refused() {
+        let join = |edit: fn(&mut Request)| {
+            let mut request = request(2);
+            edit(&mut request);
+            change(&one(), Change::Request { request })
+        };
+        assert!(join(|host| host.name = "host1".to_owned()).unwrap_err().contains("told apart"));
+        assert!(join(|host| host.address = "127.0.0.1".to_owned()).unwrap_err().contains("told apart"));
+        assert!(join(|host| host.name = "<script>".to_owned()).unwrap_err().contains("not a host name"));
+        assert!(join(|host| host.address = "a b".to_owned()).unwrap_err().contains("neither"));
+        assert!(join(|host| host.port = 0).unwrap_err().contains("port 0"));
+        assert!(join(|host| host.csr = " ".repeat(MAX_PEM + 1)).unwrap_err().contains("too long"));
+        assert!(join(|_| {}).is_ok());
+    }
+
+    #[test]
+    fn requests_and_invitations_are_bounded_and_expire() {
+        let asked = ask(&one(), 2);
+        let other = Request { fingerprint: "CD".to_owned(), ..request(2) };
+        assert!(change(&asked, Change::Request { request: other.clone() }).unwrap_err().contains("reject one"));
+        let later = Request { at: 20, until: 30, ..other };
+        assert_eq!(change(&asked, Change::Request { request: later.clone() }).unwrap().requests, [later]);
+        assert_eq!(ask(&asked, 2).requests.len(), 1);
+        assert!(change(&asked, Change::Reject { request: "request2".into() }).unwrap().requests.is_empty());
+        assert!(change(&asked, Change::Reject { request: "other".into() }).is_err());
+        let invite = |membership: &Membership, at| {
+            let invitation = Invitation { hash: format!("{at:x}"), at, until: at + 100, by: "admin".to_owned() };
+            change(membership, Change::Invite { invitation })
+        };
+        let mut invited = one();
+        for at in 0..MAX_OPEN as u64 {
+            invited = invite(&invited, at).unwrap();
+        }
+        assert!(invite(&invited, 99).unwrap_err().contains("revoke"));
+        assert_eq!(invite(&invited, 101).unwrap().invitations.len(), MAX_OPEN - 1);
+        assert!(change(&invited, Change::Uninvite).unwrap().invitations.is_empty());
+    }
+
+    #[test]
+    fn a_pause_names_who_may_serve() {
+        let paused = change(&one(), Change::Pause { until: 5 }).unwrap();
+        assert_eq!(paused.pause, Some(Pause { until: 5, primary: 1 }));
+        assert_eq!(change(&paused, Change::Resume).unwrap(), one());
+        assert!(change(&one(), Change::Resume).unwrap_err().contains("not paused"));
+    }
+
+    #[test]
+    fn damaged_and_newer_bytes_are_refused() {
+        let bytes = one().encode();
+        assert!(Membership::decode(&bytes[1..]).is_err());
+        let newer = String::from_utf8(bytes).unwrap().replace("\"format\":1", "\"format\":2");
+        assert!(Membership::decode(newer.as_bytes()).unwrap_err().contains("newer"));
+        assert!(Membership::decode(&vec![b' '; MAX_ENCODED + 1]).is_err());
     }
 }

@@ -15,7 +15,7 @@ use raft::{
     eraftpb::{Entry, HardState, Message, MessageType},
 };
 
-pub use membership::{ClusterId, Member, Membership, NodeId};
+pub use membership::{Change, ClusterId, Member, Membership, Newcomer, NodeId};
 pub use role::{Cause, Lease, Phase, Role, Transition};
 
 use election::Election;

@@ -166,14 +166,10 @@ impl Layout {
         let folder = self.dir.join("authority");
         private_dir(&folder)?;
         authority.save(&folder).context("save the certificate authority")?;
-        let member = |(index, node): (usize, &NodeFile)| Member {
-            id: index as NodeId + 1,
-            name: node.name.clone(),
-            address: node.address.clone(),
-            port: HA_PORT + self.port_offset,
-        };
-        let members: Vec<Member> = self.cluster.nodes.iter().enumerate().map(member).collect();
-        let membership = Membership { cluster: id, members };
+        let port = HA_PORT + self.port_offset;
+        let members =
+            (1..).zip(&self.cluster.nodes).map(|(id, node)| Member::founder(id, &node.name, &node.address, port));
+        let membership = Membership::founded(id, members.collect());
         for (index, node) in self.cluster.nodes.iter().enumerate() {
             self.create_node(index, node, &membership, &authority).with_context(|| format!("set {} up", node.name))?;
         }

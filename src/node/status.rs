@@ -353,9 +353,9 @@ mod tests {
     };
 
     fn publisher() -> Publisher {
-        let member = |id| Member { id, name: format!("node{id}"), address: format!("127.0.0.{id}"), port: 8086 };
+        let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
         let config = NodeConfig {
-            membership: Membership { cluster: ClusterId(7), members: (1..=3).map(member).collect() },
+            membership: Membership::founded(ClusterId(7), (1..=3).map(member).collect()),
             node: 1,
             timing: Timing::default(),
             demotion_deadline: Duration::from_secs(2),

@@ -301,8 +301,8 @@ mod tests {
 
     fn identity() -> Identity {
         let cluster = ClusterId(7);
-        let member = Member { id: 2, name: "b".into(), address: "127.0.0.2".into(), port: 8085 };
-        let membership = Membership { cluster, members: vec![member] };
+        let member = Member::founder(2, "b", "127.0.0.2", 8085);
+        let membership = Membership::founded(cluster, vec![member]);
         Identity { format: IDENTITY_FORMAT, cluster, node: 2, name: "b".into(), membership }
     }
 

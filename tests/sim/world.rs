@@ -118,8 +118,8 @@ pub struct World {
 }
 
 fn membership() -> Membership {
-    let member = |id| Member { id, name: format!("node{id}"), address: format!("127.0.0.{id}"), port: 8086 };
-    Membership { cluster: ClusterId(7), members: (1..=3).map(member).collect() }
+    let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
+    Membership::founded(ClusterId(7), (1..=3).map(member).collect())
 }
 
 impl World {
