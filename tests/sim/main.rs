@@ -1,4 +1,4 @@
-//! Deterministic simulation of the consensus core: three real `Cluster`s over a fake network, disk and clock.
+//! Deterministic simulation of the consensus core: real `Cluster`s over a fake network, disk and clock.
 //! The invariants of DESIGN section 4 are checked after every step. `SEED=n` replays one seed, `SEEDS=n` sets how many
 //! are run. Owns no real time, no real files, no threads inside one seed.
 
@@ -61,6 +61,7 @@ fn invariants_hold_on_every_seed() {
     println!("{seeds} seeds: {total:?}");
     // A simulation in which nothing happens proves nothing.
     assert!(total.acknowledged > seeds * 20 && total.takeovers > seeds * 2 && total.crashes > seeds, "{total:?}");
+    assert!(total.removed > seeds / 4 && total.joined > seeds / 20, "{total:?}");
 }
 
 #[test]

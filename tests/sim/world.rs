@@ -341,12 +341,19 @@ impl World {
             9 => self.loss = [0.0, 0.01, 0.1, 0.4][self.rng.random_range(0..4)],
             // One at a time: with two of them there may be nobody left to serve.
             10 if self.nodes.iter().all(|node| !node.unfit) => self.nodes[at].unfit = true,
-            10 => self.nodes.iter_mut().for_each(|node| node.unfit = false),
+            10 => (0..self.nodes.len()).for_each(|at| self.repair(at)),
             11 => self.stall = [0.0, 0.01, 0.3][self.rng.random_range(0..3)],
             12 => self.hand_over(at),
             _ => (0..self.nodes.len()).for_each(|at| self.reconfigure(at)),
         }
         self.check();
+    }
+
+    /// A node that could not serve is repaired, which takes a restart: it had given up on serving for good.
+    fn repair(&mut self, at: usize) {
+        if std::mem::take(&mut self.nodes[at].unfit) {
+            self.crash(at);
+        }
     }
 
     /// The administrator removes a member of a complete cluster, or lets a new host join an incomplete one. Whoever
