@@ -71,6 +71,22 @@ fn a_seed_runs_the_same_twice() {
     }
 }
 
+/// Only the node that was primary when the pause began may come back as primary, however long that takes.
+#[test]
+fn while_takeover_is_paused_nobody_takes_over() {
+    for seed in 0..50 {
+        let mut world = World::new(seed, Timing::default());
+        world.heal();
+        world.run_until(CALM);
+        world.pause();
+        let before = world.crash_primary();
+        let takeovers = world.summary().takeovers;
+        world.run_until(2 * CALM);
+        assert_eq!(world.primary(), Some(before), "seed {seed}: {:?}", world.summary());
+        assert_eq!(world.summary().takeovers, takeovers + 1, "seed {seed}: only it comes back");
+    }
+}
+
 /// The checks can fail: a lease that outlives the voters' promise opens two nodes' ports, and that is found.
 #[test]
 fn a_lease_that_is_too_long_is_caught() {

@@ -228,10 +228,11 @@ impl World {
         let start = Start { membership, membership_index, conf_index, applied };
         let cluster = Cluster::new(&start, node.id, self.timing, node.log.clone(), now);
         node.cluster = Some(cluster.expect("the log can be read"));
+        let cluster = node.cluster.as_mut().expect("it was just made");
         if node.unfit {
-            let cluster = node.cluster.as_mut().expect("it was just made");
             cluster.set_unfit(now, u64::MAX);
         }
+        cluster.set_paused(now, node.membership.0.pause.as_ref().map_or(0, |pause| pause.until));
         let life = node.life;
         let phase = self.rng.random_range(0..25 * MILLI);
         self.schedule(phase, at, Event::Tick { life });
@@ -349,6 +350,31 @@ impl World {
         self.check();
     }
 
+    /// The position of the node with open ports.
+    pub fn primary(&self) -> Option<usize> {
+        self.nodes.iter().position(|node| node.ports_open(self.time))
+    }
+
+    /// Pauses automatic takeover for ever, and waits until every node knows.
+    pub fn pause(&mut self) {
+        let at = self.primary().expect("somebody serves");
+        let now = self.nodes[at].clock(self.time);
+        let cluster = self.nodes[at].cluster.as_mut().expect("it serves");
+        let until = u64::MAX;
+        cluster.change(now, &Change::Pause { until }).expect("nothing else is under way");
+        self.drive(at);
+        while self.nodes.iter().any(|node| node.membership.0.pause.is_none()) {
+            self.step();
+        }
+    }
+
+    /// Crashes the node with open ports; it starts again within two seconds. Returns its position.
+    pub fn crash_primary(&mut self) -> usize {
+        let at = self.primary().expect("somebody serves");
+        self.crash(at);
+        at
+    }
+
     /// A node that could not serve is repaired, which takes a restart: it had given up on serving for good.
     fn repair(&mut self, at: usize) {
         if std::mem::take(&mut self.nodes[at].unfit) {
@@ -390,6 +416,10 @@ impl World {
             if first && self.nodes.iter().all(|node| node.membership.1 < index) {
                 self.summary.joined += u64::from(membership.next_id > before.next_id);
                 self.summary.removed += u64::from(membership.removed.len() > before.removed.len());
+            }
+            let now = self.nodes[at].clock(self.time);
+            if let Some(cluster) = &mut self.nodes[at].cluster {
+                cluster.set_paused(now, membership.pause.as_ref().map_or(0, |pause| pause.until));
             }
             self.nodes[at].membership = (membership, index);
             if new {
