@@ -18,6 +18,7 @@ use twistlock_ha::{
         self, OpenError, PeerEvent, Purpose, Refusal, RefusalCode,
         codec::{Frame, HelloReply},
     },
+    pki::{Authority, NodeTls},
 };
 
 use crate::node::{
@@ -153,6 +154,27 @@ fn a_change_of_address_is_followed() {
     nodes[0].wait_linked(&[2]);
     nodes[0].log.wait_for(&["linked", "name=\"moved\"", &to.to_string()], 1);
     nodes.iter_mut().for_each(|node| node.end(Do::Stop));
+}
+
+#[test]
+fn new_certificates_are_used_from_the_next_handshake_on() {
+    let authority = authority(CLUSTER);
+    let (membership, mut listeners) = members(19, 2);
+    let stale = Authority::create(CLUSTER).unwrap();
+    let (first, second, wrong) = (certificates(&authority, 1), certificates(&authority, 2), certificates(&stale, 2));
+    let mut second_node = Node::start(2, &membership, listeners.pop().unwrap(), wrong.path());
+    let mut first_node = Node::start(1, &membership, listeners.pop().unwrap(), first.path());
+    first_node.log.wait_for(&["cannot link", "not signed by this cluster's authority"], 1);
+    second_node.log.wait_for(&["refused a connection"], 1);
+    second_node.tls.send_replace(Arc::new(NodeTls::load(second.path()).unwrap()));
+    first_node.wait_linked(&[2]);
+    second_node.wait_linked(&[1]);
+    // What is linked stays linked.
+    second_node.tls.send_replace(Arc::new(NodeTls::load(wrong.path()).unwrap()));
+    second_node.order(Do::Send(vec![message(MessageType::MsgHeartbeat, 2, 1, 5)]));
+    first_node.wait("heartbeat", |event| matches!(event, PeerEvent::Raft(message) if message.index == 5));
+    first_node.end(Do::Stop);
+    second_node.end(Do::Stop);
 }
 
 #[test]

@@ -109,6 +109,7 @@ pub struct Around {
     pub identity: PeerIdentity,
     pub members: watch::Sender<Arc<Membership>>,
     pub snapshots: tokio::sync::mpsc::Receiver<SnapshotCall>,
+    pub tls: watch::Sender<Arc<NodeTls>>,
 }
 
 impl Around {
@@ -125,7 +126,7 @@ impl Around {
             tls: tls.subscribe(),
             snapshots: snapshot_sender,
         };
-        Self { identity, members, snapshots }
+        Self { identity, members, snapshots, tls }
     }
 }
 
@@ -140,6 +141,7 @@ pub struct Node {
     pub log: Log,
     pub members: watch::Sender<Arc<Membership>>,
     pub snapshots: tokio::sync::mpsc::Receiver<SnapshotCall>,
+    pub tls: watch::Sender<Arc<NodeTls>>,
     pub links: Option<JoinHandle<()>>,
     pub handshakes: Option<JoinHandle<()>>,
 }
@@ -164,7 +166,7 @@ impl Node {
             tracing::dispatcher::with_default(&links_dispatch, || drive(&mut links, &inbox, &outbox));
         });
         let bind = Some(listener.local_addr().unwrap().ip());
-        let Around { identity, members, snapshots } = Around::new(me, membership, bind, certificates);
+        let Around { identity, members, snapshots, tls } = Around::new(me, membership, bind, certificates);
         let (stop, stopped) = watch::channel(false);
         let sender = wake.clone();
         let handshakes = std::thread::spawn(move || {
@@ -174,7 +176,7 @@ impl Node {
             });
         });
         let (links, handshakes) = (Some(links), Some(handshakes));
-        Self { me, events, seen: Vec::new(), orders, wake, stop, log, members, snapshots, links, handshakes }
+        Self { me, events, seen: Vec::new(), orders, wake, stop, log, members, snapshots, tls, links, handshakes }
     }
 
     pub fn order(&self, order: Do) {
