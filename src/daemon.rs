@@ -37,6 +37,8 @@ use twistlock_ha::{
     telemetry,
 };
 
+use crate::joining::{self, Outcome};
+
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
 const EX_IOERR: u8 = 74;
@@ -69,7 +71,11 @@ pub(crate) fn run(path: &Path) -> ExitCode {
             _ => info!("{note}"),
         }
     }
-    match Parts::build(&loaded.config).and_then(|parts| parts.run(path)) {
+    let exit = joining::join_first(path, &loaded.config).and_then(|outcome| match outcome {
+        Outcome::Ready => Parts::build(&loaded.config).and_then(|parts| parts.run(path)),
+        Outcome::Stopped => Ok(Exit::Stopped),
+    });
+    match exit {
         Ok(Exit::Stopped) => ExitCode::SUCCESS,
         Ok(Exit::Fatal(why)) => {
             error!(reason = why, "the node ends itself: a restart begins from what is durable");
@@ -336,7 +342,7 @@ fn node_config(
 }
 
 /// Returns at SIGTERM or SIGINT. SIGHUP reads the configuration again and says what a restart would change.
-async fn asked_to_stop(path: &Path, running: &Config) {
+pub(crate) async fn asked_to_stop(path: &Path, running: &Config) {
     let listen = |kind| signal(kind).map_err(|error| error!(%error, "a signal cannot be waited for"));
     let (Ok(mut term), Ok(mut int), Ok(mut hup)) =
         (listen(SignalKind::terminate()), listen(SignalKind::interrupt()), listen(SignalKind::hangup()))

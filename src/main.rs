@@ -2,6 +2,7 @@
 //! is dispatched: that process has to stay as small as the program allows.
 
 mod daemon;
+mod joining;
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -184,8 +184,8 @@ impl hyper::body::Body for Download {
 }
 
 /// Who may have scripts and programs: a host with a join token, or a user whose role permits it.
-pub(super) async fn installer(
-    console: &Arc<Console>,
+pub(super) fn installer(
+    console: &Console,
     headers: &HeaderMap,
     Source(from): Source,
 ) -> Result<Option<Installer>, ApiError> {

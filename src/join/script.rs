@@ -209,3 +209,103 @@ fn fill(values: &[(&str, String)]) -> String {
 fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path, process::Command};
+
+    use super::*;
+    use crate::{
+        cluster::{
+            ClusterId, Member,
+            membership::{Invitation, SealedAuthority},
+        },
+        pki::{Authority, certificate_der},
+    };
+
+    /// A membership with an authority and an open invitation, and its token.
+    fn invited() -> (Membership, String) {
+        let ca = Authority::create(ClusterId(7)).unwrap().certificate_pem().to_owned();
+        let token = Token::new(&certificate_der(&ca).unwrap());
+        let members = vec![Member::founder(1, "a", "192.0.2.1", 8086), Member::founder(2, "b", "2001:db8::2", 8086)];
+        let mut membership = Membership::founded(ClusterId(7), members);
+        membership.authority = Some(SealedAuthority { certificate: ca, sealed_key: String::new() });
+        membership.invitations = vec![Invitation { hash: token.secret_hash(), at: 1, until: u64::MAX >> 1, by: "a".into() }];
+        (membership, token.to_string())
+    }
+
+    fn shell(script: &str) -> String {
+        let output = Command::new("bash").args(["-c", script]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[test]
+    fn a_shell_reads_a_quoted_word_as_it_was() {
+        let evil = "it's $(touch /tmp/x) `id` \\ \" ${HOME} @TOKEN@\nand more'";
+        assert_eq!(shell(&format!("printf %s {}", quote(evil))), evil);
+    }
+
+    #[test]
+    fn marks_in_values_stay_what_they_are() {
+        let script = fill(&[("@TOKEN@", quote("@CA@")), ("@CA@", quote("x"))]);
+        assert!(script.contains("readonly TOKEN='@CA@'\n") && script.contains("readonly CA='x'\n"));
+    }
+
+    #[test]
+    fn the_script_is_sound_and_says_what_the_cluster_says() {
+        let (membership, token) = invited();
+        let kit = Kit::new(&Config { console_cn: Some("first.example".into()), ..Config::default() });
+        assert!(matches!(kit.script(&membership, 1, &Token::new(b"x").to_string()), Err(KitError::Token)));
+        let script = kit.script(&membership, 2, &token).unwrap();
+        assert!(!script.lines().any(|line| line.starts_with("readonly ") && line.contains("=@")), "a mark is left");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.sh");
+        fs::write(&path, &script).unwrap();
+        match Command::new("shellcheck").arg(&path).output() {
+            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
+            Err(error) => println!("NOT CHECKED: shellcheck cannot be run: {error}"),
+        }
+        // Everything but the last line, then a look at what it would use.
+        let body = script.strip_suffix("main \"$@\"\n").expect("main is called in the last line");
+        fs::write(&path, body).unwrap();
+        let look = |what: &str| shell(&format!(". {}; {what}", path.display()));
+        assert_eq!(look("printf '%s ' \"${ADDRESSES[@]}\""), "[2001:db8::2]:8083 192.0.2.1:8083 ");
+        assert_eq!(look("printf '%s ' \"${MEMBERS[@]}\" $NEXT_ID"), "1 2 3 ");
+        fs::write(dir.path().join(super::super::JOIN_FILE), look("printf '%s}' \"$JOIN_JSON\"")).unwrap();
+        let file = JoinFile::read(dir.path()).unwrap();
+        assert_eq!((file.token, file.addresses.len(), file.name), (token, 2, None));
+        let config = dir.path().join("twistlock.cfg");
+        fs::write(&config, look("printf %s \"$CONFIG\"")).unwrap();
+        let loaded = config::load(&config).unwrap();
+        assert!(loaded.config.high_availability_enabled && loaded.config.console_cn.is_none(), "{:?}", loaded.notes);
+        assert_eq!(loaded.config.high_availability_state, FirstState::Secondary);
+    }
+
+    #[test]
+    fn the_line_hands_over_ca_and_token_unseen() {
+        let (membership, token) = invited();
+        let line = Kit::new(&Config::default()).line(&membership, 1, &token).unwrap();
+        // `curl` and `sudo` that only tell what they were given.
+        let tell = "curl() { for a in \"$@\"; do case $a in @*) cat \"${a#@}\";; /*) cat \"$a\";; *) echo \"$a\";; esac; done; }; \
+                    sudo() { cat; }; ";
+        let told = shell(&format!("{tell}{line}"));
+        let ca = &membership.authority.unwrap().certificate;
+        assert!(told.contains(ca.as_str()) && told.contains(&format!("Authorization: Bearer {token}")), "{told}");
+        assert!(told.ends_with("https://192.0.2.1:8083/api/v1/scripts/console.sh\n"), "{told}");
+    }
+
+    #[test]
+    fn programs_are_told_apart_from_other_names() {
+        let kit = Kit::new(&Config::default());
+        let program = kit.program("twistlockd").unwrap().unwrap();
+        let own = fs::read("/proc/self/exe").unwrap();
+        assert_eq!(program.length, own.len() as u64);
+        assert_eq!(program.sha256, hex(digest::digest(&digest::SHA256, &own).as_ref()));
+        let mut first = [0; 4];
+        (&program.file).read_exact(&mut first).unwrap();
+        assert_eq!(first, own[..4]);
+        assert!(kit.program("../twistlockd").unwrap().is_none());
+        assert!(!Path::new("/proc/self").join("twistcli").exists() && kit.program("passwd").unwrap().is_none());
+    }
+}

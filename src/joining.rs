@@ -1,0 +1,182 @@
+//! The daemon of a host that is no member yet: serves its control socket and asks to join until it is a member. Runs before
+//! the node's parts are built, and leaves a data folder from which they can be. Must never open a port.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use tokio::{sync::watch, task};
+use twistlock_ha::{
+    cluster::{ClusterId, Membership, Role},
+    config::Config,
+    control::{ControlHandler, ControlSocket},
+    join::{self, Host, Newcomer, Stage},
+    node::Status,
+    storage::{DataDir, DataDirError},
+};
+
+use crate::daemon::asked_to_stop;
+
+/// How often systemd hears that all is well, at least: a small part of any time-out that makes sense.
+const ALIVE: Duration = Duration::from_secs(1);
+
+/// How the time before the node ended.
+pub(crate) enum Outcome {
+    /// The data folder is ready for a start: it is a member's, or nobody has asked to join.
+    Ready,
+    /// Asked to stop.
+    Stopped,
+}
+
+/// Joins, if that is what this host is to do.
+///
+/// # Errors
+/// Those of [`join::run`], and when the control socket cannot be made.
+pub(crate) fn join_first(path: &Path, config: &Config) -> Result<Outcome> {
+    let data = DataDir::open(&config.data_folder)?;
+    match data.identity() {
+        Ok(_) => join::clear(data.path())?,
+        Err(DataDirError::NoIdentity { .. }) if join::wanted(data.path()) => {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .context("start the runtime")?;
+            let outcome = runtime.block_on(joining(path, config, &data));
+            // A question to the cluster may still be under way.
+            runtime.shutdown_background();
+            return outcome;
+        }
+        // Whoever builds the parts says what to do about it.
+        Err(_) => {}
+    }
+    Ok(Outcome::Ready)
+}
+
+async fn joining(path: &Path, config: &Config, data: &DataDir) -> Result<Outcome> {
+    let host = host(config);
+    let (stage, shown) = watch::channel(Stage::Asking { name: host.name.clone(), problem: None });
+    let socket = config.control_socket_path();
+    let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
+    let applicant = Arc::new(Applicant { stage: shown.clone(), version: host.version.clone() });
+    let serving = task::spawn(control.serve(applicant, std::future::pending()));
+    let informing = task::spawn(service_manager(shown));
+    let fetch = async |newcomer: Newcomer<'_>| fetch(config, data.path(), newcomer).await;
+    let outcome = tokio::select! {
+        joined = join::run(data, host, &stage, fetch) => joined.map(|_| Outcome::Ready),
+        () = asked_to_stop(path, config) => Ok(Outcome::Stopped),
+    };
+    // The socket must be gone before the node makes its own.
+    serving.abort();
+    let _ = serving.await;
+    informing.abort();
+    outcome
+}
+
+/// What this host tells about itself.
+fn host(config: &Config) -> Host {
+    let host_name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    let address = config.bind_address.map(|address| address.to_string());
+    let mut console_names = vec![config.common_name()];
+    let further = host_name.iter().chain(address.iter()).cloned().chain(["localhost".to_owned()]);
+    for name in further {
+        if !console_names.contains(&name) {
+            console_names.push(name);
+        }
+    }
+    Host {
+        name: host_name.unwrap_or_else(|| config.common_name()),
+        address,
+        port: config.high_availability_port.unwrap_or(8086),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        console_names,
+    }
+}
+
+/// Brings the whole database from whoever is primary.
+async fn fetch(_config: &Config, _data: &Path, _newcomer: Newcomer<'_>) -> Result<()> {
+    bail!("not yet")
+}
+
+/// Tells systemd that the daemon is up although its node is not: nobody knows how long an administrator takes.
+async fn service_manager(mut stage: watch::Receiver<Stage>) {
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    loop {
+        let line = describe(&stage.borrow_and_update()).1;
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&line), sd_notify::NotifyState::Watchdog]);
+        if let Ok(Err(_)) = tokio::time::timeout(ALIVE, stage.changed()).await {
+            return;
+        }
+    }
+}
+
+/// The role and the sentence that people see.
+fn describe(stage: &Stage) -> (Role, String) {
+    match stage {
+        Stage::Asking { name, problem: None } => (Role::RequestJoin, format!("{name} asks to join the cluster")),
+        Stage::Asking { name, problem: Some(problem) } => {
+            (Role::RequestJoin, format!("{name} cannot ask to join: {problem}"))
+        }
+        Stage::Waiting { name, fingerprint, console } => (
+            Role::RequestJoin,
+            format!("{name} has asked {console} to join and waits for APPLY; fingerprint of its key {fingerprint}"),
+        ),
+        Stage::Refused { name, reason } => {
+            (Role::Removed, format!("{name} may not join: {reason}; run a new join script on this host"))
+        }
+        Stage::Admitted { problem: None, .. } => {
+            (Role::Startup2, "admitted; fetches the database from the primary".to_owned())
+        }
+        Stage::Admitted { problem: Some(problem), .. } => {
+            (Role::Startup2, format!("admitted, but the database could not be fetched: {problem}"))
+        }
+    }
+}
+
+/// What the local administrator can do meanwhile: look.
+struct Applicant {
+    stage: watch::Receiver<Stage>,
+    version: String,
+}
+
+impl ControlHandler for Applicant {
+    fn status(&self) -> Arc<Status> {
+        let stage = self.stage.borrow().clone();
+        let (role, reason) = describe(&stage);
+        let (node, name, membership) = match &stage {
+            Stage::Asking { name, .. } | Stage::Waiting { name, .. } | Stage::Refused { name, .. } => {
+                (0, name.clone(), Membership::founded(ClusterId(0), Vec::new()))
+            }
+            Stage::Admitted { node, membership, .. } => {
+                let name = membership.get(*node).map(|member| member.name.clone()).unwrap_or_default();
+                (*node, name, (**membership).clone())
+            }
+        };
+        let warnings = match &stage {
+            Stage::Asking { problem: Some(_), .. } | Stage::Refused { .. } | Stage::Admitted { problem: Some(_), .. } => {
+                vec![reason.clone()]
+            }
+            _ => Vec::new(),
+        };
+        Arc::new(Status {
+            cluster: membership.cluster,
+            node,
+            name,
+            version: self.version.clone(),
+            role,
+            reason,
+            epoch: 0,
+            primary: None,
+            applied: 0,
+            committed: 0,
+            lease_ms: None,
+            members: Vec::new(),
+            membership,
+            warnings,
+            database: None,
+        })
+    }
+
+    fn step_down(&self, _: &str) -> Result<(), String> {
+        Err("this host has not joined yet".to_owned())
+    }
+}
