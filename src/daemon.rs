@@ -26,6 +26,7 @@ use twistlock_ha::{
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
+    snapshot,
     storage::{
         DataDir, Identity,
         configuration::Configuration,
@@ -187,6 +188,7 @@ impl Parts {
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
+        let (snapshots, calls) = mpsc::channel(1);
         let peers = PeerIdentity {
             me: self.identity.node,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -194,9 +196,12 @@ impl Parts {
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
             tls: watch::Sender::new(Arc::new(self.node_tls)).subscribe(),
-            snapshots: mpsc::channel(1).0,
+            snapshots,
         };
-        let peers = task::spawn(peer::run(self.listener, Arc::new(peers), self.links, stopped));
+        let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
+        task::spawn(snapshot::serve(self.handle.clone(), calls, data.clone()));
+        task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
+        let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
         task::spawn(report_problems(ports.clone(), self.handle.clone()));
         task::spawn(service_manager(self.handle.status()));

@@ -28,6 +28,7 @@
 //! | [`pki`] | certificates and TLS settings | what is sent through them |
 //! | [`peer`] | talks: links between the nodes | what the messages decide |
 //! | [`node`] | drives: the one loop that joins the four above to the clock; publishes [`node::Status`] | ports and workloads |
+//! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
@@ -84,6 +85,7 @@ pub mod guard;
 pub mod node;
 pub mod peer;
 pub mod pki;
+pub mod snapshot;
 pub mod storage;
 pub mod supervisor;
 pub mod telemetry;

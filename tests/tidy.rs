@@ -17,6 +17,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("guard", &["node::lease", "node::Lease", "telemetry"]),
     ("workload", &["console", "node", "storage", "telemetry"]),
     ("console", &["node", "storage", "cluster", "telemetry"]),
+    ("snapshot", &["node", "peer", "storage", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
     ("peer", &["pki", "cluster", "telemetry"]),
     ("storage", &["cluster", "telemetry"]),
