@@ -2,9 +2,9 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{Command, ExitCode},
     sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -26,12 +26,14 @@ use twistlock_ha::{
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
+    snapshot,
     storage::{
         DataDir, Identity,
         configuration::Configuration,
         database::Database,
         durable_write, make_private_dir,
         raft_log::{Options, RaftLog, RealDisk},
+        snapshot::Ready,
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
     telemetry,
@@ -47,6 +49,8 @@ const EX_TEMPFAIL: u8 = 75;
 const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How long the end of the port guard process may take.
+const GUARD_LIMIT: Duration = Duration::from_secs(2);
 
 /// Runs the node that this configuration file describes, until SIGTERM or SIGINT.
 pub(crate) fn run(path: &Path) -> ExitCode {
@@ -83,13 +87,24 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         }
         Ok(Exit::Restart(why)) => {
             info!(reason = why, "the node begins again");
-            ExitCode::from(EX_TEMPFAIL)
+            begin_again()
         }
         Err(error) => {
             error!("cannot start: {error:#}");
             ExitCode::from(EX_UNAVAILABLE)
         }
     }
+}
+
+/// Becomes a new process of the same program, with the same number: whoever watches it sees nothing of it. Everything that is
+/// open is closed by that.
+fn begin_again() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(arguments.next().unwrap_or_else(|| "twistlockd".into())).args(arguments);
+    let error = command.exec();
+    error!(%error, "the program cannot be started again from within");
+    ExitCode::from(EX_TEMPFAIL)
 }
 
 /// Everything that runs, in the order in which it was built.
@@ -121,7 +136,11 @@ impl Parts {
         let guard = PortGuard::spawn(PathBuf::from("/proc/self/exe"), &lease, Some(listener.as_fd()))
             .context("start the port guard")?;
         telemetry::metrics_handle().context("start the metrics")?;
+        let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
         let log = open_log(config, &data, &identity)?;
+        if let Some(snapshot) = snapshot {
+            snapshot.install(&log).context("install the snapshot")?;
+        }
         let database_dir = data.path().join("database");
         make_private_dir(&database_dir).with_context(|| format!("create {}", database_dir.display()))?;
         let start = Instant::now();
@@ -178,6 +197,7 @@ impl Parts {
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
+        let (snapshots, calls) = mpsc::channel(1);
         let peers = PeerIdentity {
             me: self.identity.node,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -185,9 +205,12 @@ impl Parts {
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
             tls: watch::Sender::new(Arc::new(self.node_tls)).subscribe(),
-            snapshots: mpsc::channel(1).0,
+            snapshots,
         };
-        let peers = task::spawn(peer::run(self.listener, Arc::new(peers), self.links, stopped));
+        let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
+        task::spawn(snapshot::serve(self.handle.clone(), calls, data.clone()));
+        task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
+        let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
         task::spawn(report_problems(ports.clone(), self.handle.clone()));
         task::spawn(service_manager(self.handle.status()));
@@ -198,7 +221,16 @@ impl Parts {
         info!(node = self.identity.name, cluster = %self.identity.cluster, "node runs");
         let mut node = task::spawn_blocking(move || self.thread.join());
         tokio::select! {
-            ended = &mut node => return Ok(flatten(ended)),
+            ended = &mut node => {
+                let exit = flatten(ended);
+                if matches!(exit, Exit::Restart(_)) {
+                    stop.send_replace(true);
+                    supervising.abort();
+                    let _ = supervising.await; // that it was aborted
+                    end_of_guard(self.guard).await;
+                }
+                return Ok(exit);
+            }
             ended = peers => ended.context("peer links panicked")?.context("run the peer links")?,
             () = asked_to_stop(path, &self.config) => {}
         }
@@ -235,6 +267,17 @@ impl Parts {
             demotion_deadline: self.config.demotion_deadline,
         };
         Ok(Supervisor::new(supervisor, self.handle.status(), self.lease.clone(), self.guard.clone()))
+    }
+}
+
+/// The port guard holds the HA port, which the next process wants to open.
+async fn end_of_guard(guard: PortGuard) {
+    let mut state = guard.state();
+    drop(guard);
+    // An error says that the thread that keeps the child has ended, and the child with it.
+    let ended = async { while state.changed().await.is_ok() {} };
+    if tokio::time::timeout(GUARD_LIMIT, ended).await.is_err() {
+        warn!("the port guard process does not end");
     }
 }
 
@@ -337,7 +380,11 @@ fn node_config(
             ..Timing::default()
         },
         demotion_deadline: config.demotion_deadline,
-        checkpoints: CheckpointPolicy { bytes: config.checkpoint_bytes, interval: config.checkpoint_interval },
+        checkpoints: CheckpointPolicy {
+            bytes: config.checkpoint_bytes,
+            interval: config.checkpoint_interval,
+            raft_log_limit: config.raft_log_limit,
+        },
         page_size: config.database_page_size,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fast_takeover: config.fast_takeover,

@@ -18,6 +18,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
     ("console", &["admin", "join", "node", "storage", "cluster", "telemetry"]),
     ("admin", &["node", "join", "pki", "cluster", "telemetry"]),
+    ("snapshot", &["node", "peer", "storage", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
     ("join", &["storage", "pki", "config", "cluster", "telemetry"]),
     ("peer", &["pki", "cluster", "telemetry"]),
