@@ -32,6 +32,7 @@ impl ControlHandler for Fake {
             committed: 11,
             lease_ms: None,
             members: Vec::new(),
+            membership: crate::cluster::Membership::founded(ClusterId(7), Vec::new()),
             warnings: Vec::new(),
             database: None,
         })
@@ -188,7 +189,7 @@ fn operations_are_bounded_and_outlive_their_clients() {
         for _ in 0..MAX_OPERATIONS {
             assert!(matches!(pause(), Err(ControlError::NoAnswer { .. })));
         }
-        let full = pause();
+        let full = operate::<u64>(path, Operation::Pause { seconds: 1 }, Duration::from_secs(10));
         assert!(matches!(&full, Err(ControlError::Refused(why)) if why.contains("under way already")), "{full:?}");
         // The status is still told.
         assert_eq!(status(path, Duration::from_secs(10)).unwrap().node, 1);
