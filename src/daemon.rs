@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::administrator::{self, Administrator};
 use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tokio::{
@@ -21,7 +22,7 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
     config::{self, Config, LogFormat, Severity},
-    control::{ControlHandler, ControlSocket},
+    control::ControlSocket,
     guard::PortGuard,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
@@ -164,7 +165,8 @@ impl Parts {
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let (supervisor, ports) = self.supervisor()?;
-        let administrator = Arc::new(Administrator { handle: self.handle.clone(), ports: ports.clone() });
+        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
+        let administrator = Arc::new(Administrator(admin));
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
@@ -391,36 +393,5 @@ async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
         if watchdog.is_some() {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
-    }
-}
-
-/// What the local administrator can do.
-struct Administrator {
-    handle: Handle,
-    ports: SupervisorHandle,
-}
-
-impl ControlHandler for Administrator {
-    fn status(&self) -> Arc<Status> {
-        self.handle.status().borrow().clone()
-    }
-
-    fn step_down(&self, reason: &str) -> Result<(), String> {
-        let status = self.status();
-        if status.primary != Some(status.node) {
-            return Err(format!("{} is not primary", status.name));
-        }
-        info!(reason, "the administrator asks this node to hand the primary role over");
-        let (handle, ports) = (self.handle.clone(), self.ports.clone());
-        task::spawn(async move {
-            ports.drain().await;
-            handle.hand_over(None).await;
-            ports.resume();
-        });
-        Ok(())
-    }
-
-    fn metrics(&self) -> String {
-        telemetry::metrics_handle().map(|handle| handle.render()).unwrap_or_default()
     }
 }

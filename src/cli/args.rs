@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 
 use crate::{
     config::{self, ConfigErrors},
@@ -263,6 +263,7 @@ Examples:
   twistcli ha set-address host3 --address host3.example.com --port 9086 --name host3b";
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("new").required(true).multiple(true).args(["address", "port", "name"])))]
 pub(super) struct SetAddressArgs {
     #[command(flatten)]
     pub target: Target,
@@ -270,7 +271,7 @@ pub(super) struct SetAddressArgs {
     #[arg(value_name = "NODE")]
     pub node: String,
     /// New host name or IP address
-    #[arg(long, value_name = "ADDRESS", required_unless_present_any = ["port", "name"])]
+    #[arg(long, value_name = "ADDRESS")]
     pub address: Option<String>,
     /// New HIGH_AVAILABILITY_PORT
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
@@ -282,9 +283,9 @@ pub(super) struct SetAddressArgs {
 
 const DRILL_HELP: &str = "\
 Runs on the PRIMARY, and only when all three members are healthy and nothing is paused. It writes tags named
-drill-... through the API, one after the other, has another member take over meanwhile, goes on until the new PRIMARY
-has acknowledged 50, checks that every acknowledged tag is there, and removes them. Without --kill that is a switchover; with
---kill the daemon of this host is killed as by a crash (its service manager starts it again).
+drill-... through the API, one after the other. Meanwhile another member takes over: by a switchover or, with
+--kill, because the daemon of this host is killed as by a crash (its service manager starts it again). It goes
+on until the new PRIMARY has acknowledged 50 writes, checks that every acknowledged tag is there, and removes all.
 The result is printed and appended to drills.jsonl in the data folder.
 
 Environment: TWISTLOCK_USER and TWISTLOCK_PASSWORD, so that no password stands in the process list.
@@ -341,7 +342,11 @@ fn span(text: &str) -> Result<Duration, String> {
             _ => return None,
         };
         let digits = text[..at].bytes().all(|byte| byte.is_ascii_digit());
-        text[..at].parse::<u64>().ok().filter(|count| digits && (1..=1_000_000).contains(count)).map(|count| count * unit)
+        text[..at]
+            .parse::<u64>()
+            .ok()
+            .filter(|count| digits && (1..=1_000_000).contains(count))
+            .map(|count| count * unit)
     });
     parsed.map(Duration::from_secs).ok_or_else(|| "a number with its unit is allowed: 90s, 30m, 2h or 1d".into())
 }

@@ -161,7 +161,8 @@ impl Canary {
     /// # Errors
     /// When the Console says that the login is not good.
     pub(super) fn attempt(&mut self) -> Result<(), Failed> {
-        let body = serde_json::json!({"name": self.tag(self.next), "color": "", "description": "rehearsal of a takeover"});
+        let body =
+            serde_json::json!({"name": self.tag(self.next), "color": "", "description": "rehearsal of a takeover"});
         let request = self.agent.post(self.url("tags")).header("authorization", &self.authorization);
         match request.send_json(body).map(|response| response.status()) {
             // An earlier attempt got through unseen.

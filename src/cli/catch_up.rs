@@ -15,7 +15,7 @@ use super::{
     table::size,
 };
 use crate::{
-    cluster::{CLUSTER_SIZE, Role},
+    cluster::{Role, membership::CLUSTER_SIZE},
     node::{Status, SyncProgress},
 };
 
@@ -41,10 +41,8 @@ impl Progress {
             pending.push(format!("{missing} to come"));
         }
         let copies = || status.members.iter().filter_map(|member| member.sync);
-        let sync = SyncProgress {
-            bytes: copies().map(|copy| copy.bytes).sum(),
-            total: copies().map(|copy| copy.total).sum(),
-        };
+        let sync =
+            SyncProgress { bytes: copies().map(|copy| copy.bytes).sum(), total: copies().map(|copy| copy.total).sum() };
         Self { sync, pending }
     }
 }
@@ -64,7 +62,12 @@ pub(super) fn wait(daemon: &Daemon<'_>, limit: Duration) -> Result<(), Stop> {
         let progress = Progress::of(&status);
         if progress.pending.is_empty() {
             bar.finish_and_clear();
-            writeln!(io::stdout(), "All {} members are up ({:.1} s).", status.members.len(), start.elapsed().as_secs_f64())?;
+            writeln!(
+                io::stdout(),
+                "All {} members are up ({:.1} s).",
+                status.members.len(),
+                start.elapsed().as_secs_f64()
+            )?;
             return Ok(());
         }
         let waits_for = progress.pending.join(", ");

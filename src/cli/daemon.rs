@@ -69,13 +69,13 @@ impl Daemon<'_> {
         control::status(self.0, ANSWER_LIMIT).map_err(|error| unanswered(&error))
     }
 
-    /// Its status, if it may carry out `operation` as far as this host knows.
+    /// Its status, unless another host is PRIMARY as far as this host knows: then `command` has to be run there.
     ///
     /// # Errors
     /// When it does not answer, or another host is PRIMARY.
-    pub(super) fn primary(&self, operation: &Operation) -> Result<Status, Stop> {
+    pub(super) fn primary(&self, command: &str) -> Result<Status, Stop> {
         let status = self.status()?;
-        match elsewhere(&status, operation) {
+        match elsewhere(&status, command) {
             Some(text) => Err(Stop::refuse(&text)),
             None => Ok(status),
         }
@@ -90,7 +90,7 @@ impl Daemon<'_> {
             ControlError::Refused(why) => match control::status(self.0, ANSWER_LIMIT) {
                 // The role may have gone between our look and the request.
                 Ok(status) if status.primary.is_some() && status.primary != Some(status.node) => {
-                    let there = elsewhere(&status, &operation).unwrap_or_default();
+                    let there = elsewhere(&status, &command(&operation)).unwrap_or_default();
                     Stop::refuse(&format!("{why}\n  {there}"))
                 }
                 _ => Stop::refuse(&why),
@@ -110,20 +110,16 @@ fn unanswered(error: &ControlError) -> Stop {
 }
 
 /// Which host has to be asked instead, and how.
-fn elsewhere(status: &Status, operation: &Operation) -> Option<String> {
+fn elsewhere(status: &Status, command: &str) -> Option<String> {
     if status.role == Role::RequestJoin {
-        return Some(format!(
-            "{} has not joined yet. Administration is done on the PRIMARY: {}",
-            status.name,
-            command(operation)
-        ));
+        return Some(format!("{} has not joined yet. On the PRIMARY, run: {command}", status.name));
     }
     let id = status.primary.filter(|id| *id != status.node)?;
     let (name, address) = match status.members.iter().find(|member| member.id == id) {
         Some(member) => (member.name.clone(), format!(" ({})", member.address)),
         None => (format!("node {id}"), String::new()),
     };
-    Some(format!("{} is {}; {name}{address} is PRIMARY. Run there: {}", status.name, status.role, command(operation)))
+    Some(format!("{} is {}; {name}{address} is PRIMARY. Run there: {command}", status.name, status.role))
 }
 
 /// The command line that asks for an operation.
@@ -211,14 +207,14 @@ mod tests {
 
     #[test]
     fn another_host_is_named_with_what_to_run_there() {
-        let apply = Operation::Apply { fingerprints: None };
+        let apply = "twistcli ha apply";
         let mut status = healthy();
-        assert_eq!(elsewhere(&status, &apply), None);
+        assert_eq!(elsewhere(&status, apply), None);
         (status.primary, status.role) = (Some(2), Role::Secondary);
         let expected = "node1 is SECONDARY; node2 (127.0.0.2:8086) is PRIMARY. Run there: twistcli ha apply";
-        assert_eq!(elsewhere(&status, &apply).unwrap(), expected);
+        assert_eq!(elsewhere(&status, apply).unwrap(), expected);
         status.primary = None;
-        assert_eq!(elsewhere(&status, &apply), None, "the daemon says why");
+        assert_eq!(elsewhere(&status, apply), None, "the daemon says why");
     }
 
     #[test]

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     admin::SwitchoverReport,
-    cluster::{CLUSTER_SIZE, Role},
+    cluster::{Role, membership::CLUSTER_SIZE},
     control::{self, OPERATION_TIMEOUT, Operation},
     node::Status,
 };
@@ -80,8 +80,8 @@ struct Outcome {
 /// # Errors
 /// When it is refused or cannot be carried out.
 pub(super) fn run(place: &Place, args: &DrillArgs) -> Result<u8, Stop> {
-    let operation = Operation::Switchover { to: None, dry_run: false };
-    let status = Daemon(&place.socket).primary(&operation)?;
+    let command = if args.kill { "twistcli ha drill --kill" } else { "twistcli ha drill" };
+    let status = Daemon(&place.socket).primary(command)?;
     ready(&status, next::now()).map_err(|why| Stop::refuse(&why))?;
     let mut canary = prepare(place, args, &status)?;
     eprintln!(
@@ -203,7 +203,8 @@ impl Takeover {
 
     /// The process is the one that the kernel names as the owner of the control socket, and it must say the same itself.
     fn kill(&self) -> Result<(), String> {
-        let stream = control::connect(&self.socket, ANSWER_LIMIT).map_err(|error| format!("find the daemon: {error}"))?;
+        let stream =
+            control::connect(&self.socket, ANSWER_LIMIT).map_err(|error| format!("find the daemon: {error}"))?;
         let owner = getsockopt(&stream, PeerCredentials).map_err(|error| format!("find the daemon: {error}"))?.pid();
         let text = fs::read_to_string(&self.lock).map_err(|error| format!("{}: {error}", self.lock.display()))?;
         if text.trim().parse() != Ok(owner) || owner <= 1 {

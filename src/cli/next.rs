@@ -3,7 +3,10 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::{
-    cluster::{CLUSTER_SIZE, Role, membership::Pause},
+    cluster::{
+        Role,
+        membership::{CLUSTER_SIZE, Pause},
+    },
     node::Status,
 };
 
@@ -44,7 +47,7 @@ pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
     let missing = CLUSTER_SIZE.saturating_sub(members + requests);
     if requests > 0 && members + requests == CLUSTER_SIZE {
         let (who, them) = if requests == 1 { ("1 host asks", "fingerprint") } else { ("2 hosts ask", "fingerprints") };
-        steps.push(format!("{who} to join. {on}compare the {them}, then `twistcli ha apply`"));
+        steps.push(format!("{who} to join; {on}compare the {them}, then `twistcli ha apply`"));
     } else if missing > 0 {
         let what = if missing == 1 { "one more host" } else { "each of two more hosts" };
         steps.push(format!("{on}`twistcli ha join-script`, and run its line on {what}"));
@@ -87,7 +90,7 @@ mod tests {
         status.membership.requests.push(request("node2"));
         assert_eq!(steps(&status, 0), ["`twistcli ha join-script`, and run its line on one more host"]);
         status.membership.requests.push(request("node3"));
-        assert_eq!(steps(&status, 0), ["2 hosts ask to join. compare the fingerprints, then `twistcli ha apply`"]);
+        assert_eq!(steps(&status, 0), ["2 hosts ask to join; compare the fingerprints, then `twistcli ha apply`"]);
         let mut status = healthy();
         assert!(steps(&status, 0).is_empty());
         status.membership.members[2].voter = false;

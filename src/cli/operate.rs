@@ -6,13 +6,16 @@ use std::io::{self, IsTerminal, Write};
 use super::{
     args::{ApplyArgs, JoinScriptArgs, RemoveArgs, SetAddressArgs, SwitchoverArgs},
     catch_up,
-    daemon::{Daemon, EX_TEMPFAIL, Stop, confirm},
+    daemon::{Daemon, EX_TEMPFAIL, Stop, command, confirm},
     next,
     table::{clock, colour, date, mark},
 };
 use crate::{
     admin::SwitchoverReport,
-    cluster::{CLUSTER_SIZE, NodeId, membership::Request},
+    cluster::{
+        NodeId,
+        membership::{CLUSTER_SIZE, Request},
+    },
     control::{JoinScript, Operation},
     node::{MemberStatus, Status},
 };
@@ -20,7 +23,7 @@ use crate::{
 /// Prints the line, or the script, that makes a host ask for admission.
 pub(super) fn join_script(daemon: &Daemon<'_>, args: &JoinScriptArgs) -> Result<(), Stop> {
     let operation = Operation::Invite { valid_s: args.valid.as_secs(), script: args.script };
-    daemon.primary(&operation)?;
+    daemon.primary(&command(&operation))?;
     let answer: JoinScript = daemon.operate(operation)?;
     let mut out = io::stdout().lock();
     if args.json {
@@ -48,7 +51,7 @@ pub(super) fn join_script(daemon: &Daemon<'_>, args: &JoinScriptArgs) -> Result<
 /// Admits the hosts that ask, and waits until all members are up.
 pub(super) fn apply(daemon: &Daemon<'_>, args: &ApplyArgs) -> Result<(), Stop> {
     let operation = Operation::Apply { fingerprints: None };
-    let status = daemon.primary(&operation)?;
+    let status = daemon.primary(&command(&operation))?;
     let requests = &status.membership.requests;
     if requests.is_empty() {
         let mut text = "no host asks to join".to_owned();
@@ -100,7 +103,7 @@ fn describe(request: &Request) -> String {
 /// Removes a member.
 pub(super) fn remove(daemon: &Daemon<'_>, args: &RemoveArgs) -> Result<(), Stop> {
     let operation = Operation::Remove { node: args.node.clone(), force: args.force };
-    let status = daemon.primary(&operation)?;
+    let status = daemon.primary(&command(&operation))?;
     // Only to explain: which member a name means is for the daemon to decide, and to refuse.
     let named = |member: &&MemberStatus| member.name == args.node || member.id.to_string() == args.node;
     if let Some(member) = status.members.iter().find(named) {
@@ -138,7 +141,7 @@ fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
 /// Hands the role over, or only checks whether it could be.
 pub(super) fn switchover(daemon: &Daemon<'_>, args: &SwitchoverArgs) -> Result<(), Stop> {
     let operation = Operation::Switchover { to: args.to.clone(), dry_run: args.dry_run };
-    let status = daemon.primary(&operation)?;
+    let status = daemon.primary(&command(&operation))?;
     let report: SwitchoverReport = daemon.operate(operation)?;
     let possible = report.checks.iter().all(|check| check.ok);
     let mut out = io::stdout().lock();
@@ -172,7 +175,7 @@ fn describe_switchover(report: &SwitchoverReport, dry_run: bool, colour: bool) -
 /// No automatic takeover for a while.
 pub(super) fn pause(daemon: &Daemon<'_>, seconds: u64) -> Result<(), Stop> {
     let operation = Operation::Pause { seconds };
-    let status = daemon.primary(&operation)?;
+    let status = daemon.primary(&command(&operation))?;
     let until: u64 = daemon.operate(operation)?;
     writeln!(io::stdout(), "PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name)?;
     eprintln!("Next, when the maintenance is done: twistcli ha resume");
@@ -192,7 +195,7 @@ pub(super) fn set_address(daemon: &Daemon<'_>, args: &SetAddressArgs) -> Result<
 
 /// An operation without an answer.
 pub(super) fn simple(daemon: &Daemon<'_>, operation: Operation, done: &str) -> Result<(), Stop> {
-    daemon.primary(&operation)?;
+    daemon.primary(&command(&operation))?;
     let () = daemon.operate(operation)?;
     writeln!(io::stdout(), "{done}")?;
     Ok(())
@@ -235,7 +238,9 @@ mod tests {
         report.checks[1].ok = true;
         assert!(describe_switchover(&report, true, false).ends_with("node2 can take the role. Nothing was changed.\n"));
         report.gap_ms = Some(41.26);
-        assert!(describe_switchover(&report, false, false).ends_with("node2 is PRIMARY. Nobody could write for 41.3 ms.\n"));
+        assert!(
+            describe_switchover(&report, false, false).ends_with("node2 is PRIMARY. Nobody could write for 41.3 ms.\n")
+        );
         assert!(describe_switchover(&report, false, true).contains("\x1b[32m✓\x1b[0m"));
     }
 }

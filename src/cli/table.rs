@@ -87,7 +87,10 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
 fn pause_line(pause: &Pause, status: &Status, now: u64) -> String {
     let name = status.membership.get(pause.primary).map_or("nobody", |member| member.name.as_str());
     let left = duration((pause.until - now) * 1000);
-    format!("PAUSED until {} (for {left}): if {name} fails, nobody takes over. End it: twistcli ha resume", date(pause.until))
+    format!(
+        "PAUSED until {} (for {left}): if {name} fails, nobody takes over. End it: twistcli ha resume",
+        date(pause.until)
+    )
 }
 
 /// Removed members are shown for a while, unless another member has their name.
@@ -234,6 +237,8 @@ pub(super) mod tests {
             version: "0.1.0".into(),
             fingerprint: format!("AB:CD:{name}"),
             csr: String::new(),
+            console_csr: String::new(),
+            console_names: Vec::new(),
             clock_ms: -12,
             at: 0,
             until: 86_400,
@@ -299,7 +304,7 @@ node2 copies the database  [##########--------------------]  33 %  1.0 GiB of 3.
 host7 asks to join until 1970-01-02 00:00 UTC; clock 12 ms behind; fingerprint
     AB:CD:host7
 ! node2 (127.0.0.2:8086) is in STARTUP2: it becomes SECONDARY by itself when it has caught up.
-Next: 1 host asks to join. compare the fingerprint, then `twistcli ha apply`
+Next: 1 host asks to join; compare the fingerprint, then `twistcli ha apply`
 Next: wait until the newcomers have caught up: `twistcli ha status --watch`
 Next: when the maintenance is done, `twistcli ha resume`
 ";

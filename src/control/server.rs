@@ -26,6 +26,7 @@ use super::{
     ControlHandler, MAX_CLIENTS, MAX_OPERATIONS, MAX_REPLY, MAX_REQUEST, OPERATION_TIMEOUT, Operation, Reply, Request,
     STEP_TIMEOUT, check_path, encode,
 };
+use crate::node::Status;
 
 /// The bound socket of a daemon. Its file is removed when this is dropped.
 #[derive(Debug)]
@@ -160,10 +161,15 @@ impl Desk {
             Err(error) => return Reply::Err(format!("request not understood: {error}")),
         };
         match request {
-            Request::Status {} => match serde_json::to_value(self.handler.status().as_ref()) {
-                Ok(value) => Reply::Ok(value),
-                Err(error) => Reply::Err(format!("cannot encode the status: {error}")),
-            },
+            Request::Status {} => {
+                // Whoever reads a status, and passes it on for help, must not pass secrets on.
+                let status = self.handler.status();
+                let public = Status { membership: status.membership.public(), ..status.as_ref().clone() };
+                match serde_json::to_value(public) {
+                    Ok(value) => Reply::Ok(value),
+                    Err(error) => Reply::Err(format!("cannot encode the status: {error}")),
+                }
+            }
             Request::Metrics {} => Reply::Ok(self.handler.metrics().into()),
             Request::Administer { operation } => self.administer(operation).await,
         }
