@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{mpsc, watch},
     task,
 };
 use tracing::{Level, error, info, warn};
@@ -125,7 +125,10 @@ impl Parts {
         let others: Vec<NodeId> =
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
-        let quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
+        let mut quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
+        if log.recovered().created {
+            quiet = Duration::ZERO; // no earlier process of this node has promised anything
+        }
         let configuration = Configuration::read(data.path())
             .with_context(|| format!("read membership.json in {}", data.path().display()))?
             .unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
@@ -174,10 +177,11 @@ impl Parts {
         let peers = PeerIdentity {
             me: self.identity.node,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            membership: self.identity.membership.clone(),
+            membership: self.handle.membership(),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
-            tls: self.node_tls,
+            tls: watch::Sender::new(Arc::new(self.node_tls)).subscribe(),
+            snapshots: mpsc::channel(1).0,
         };
         let peers = task::spawn(peer::run(self.listener, Arc::new(peers), self.links, stopped));
         let supervising = task::spawn(supervisor.run());
