@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::administrator::{self, Administrator};
 use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tokio::{
@@ -21,8 +22,9 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
     config::{self, Config, LogFormat, Severity},
-    control::{ControlHandler, ControlSocket},
+    control::ControlSocket,
     guard::PortGuard,
+    join::Kit,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
@@ -37,6 +39,7 @@ use twistlock_ha::{
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
     telemetry,
+    workload::Services,
 };
 
 use crate::joining::{self, Outcome};
@@ -191,8 +194,10 @@ impl Parts {
         let (stop, stopped) = watch::channel(false);
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
-        let (supervisor, ports) = self.supervisor()?;
-        let administrator = Arc::new(Administrator { handle: self.handle.clone(), ports: ports.clone() });
+        let (mut supervisor, ports) = self.supervisor()?;
+        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
+        supervisor.offer(Services { admin: admin.clone(), kit: Arc::new(Kit::new(&self.config)) });
+        let administrator = Arc::new(Administrator(admin));
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
@@ -285,7 +290,7 @@ fn bind_address(config: &Config) -> IpAddr {
     config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
 }
 
-fn lease_terms(config: &Config) -> LeaseTerms {
+pub(crate) fn lease_terms(config: &Config) -> LeaseTerms {
     LeaseTerms { lease_ms: config.lease.as_millis() as u32, promise_ms: promise(config).as_millis() as u32 }
 }
 
@@ -302,7 +307,7 @@ fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
 }
 
 fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog> {
-    let voters = identity.membership.members.iter().map(|member| member.id).collect();
+    let voters = identity.membership.voters().collect();
     let initial = ConfState { voters, ..ConfState::default() };
     let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, ..Options::default() };
     let owner = (identity.cluster, identity.node);
@@ -448,36 +453,5 @@ async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
         if watchdog.is_some() {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
-    }
-}
-
-/// What the local administrator can do.
-struct Administrator {
-    handle: Handle,
-    ports: SupervisorHandle,
-}
-
-impl ControlHandler for Administrator {
-    fn status(&self) -> Arc<Status> {
-        self.handle.status().borrow().clone()
-    }
-
-    fn step_down(&self, reason: &str) -> Result<(), String> {
-        let status = self.status();
-        if status.primary != Some(status.node) {
-            return Err(format!("{} is not primary", status.name));
-        }
-        info!(reason, "the administrator asks this node to hand the primary role over");
-        let (handle, ports) = (self.handle.clone(), self.ports.clone());
-        task::spawn(async move {
-            ports.drain().await;
-            handle.hand_over(None).await;
-            ports.resume();
-        });
-        Ok(())
-    }
-
-    fn metrics(&self) -> String {
-        telemetry::metrics_handle().map(|handle| handle.render()).unwrap_or_default()
     }
 }

@@ -4,17 +4,24 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
-use tokio::{sync::watch, task};
+use tokio::{
+    sync::{mpsc, watch},
+    task,
+};
+use tracing::info;
 use twistlock_ha::{
     cluster::{ClusterId, Membership, Role},
     config::Config,
     control::{ControlHandler, ControlSocket},
     join::{self, Host, Newcomer, Stage},
-    node::Status,
+    node::{Status, SyncProgress},
+    peer::PeerIdentity,
+    pki::NodeTls,
+    snapshot,
     storage::{DataDir, DataDirError},
 };
 
-use crate::daemon::asked_to_stop;
+use crate::daemon::{asked_to_stop, lease_terms};
 
 /// How often systemd hears that all is well, at least: a small part of any time-out that makes sense.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -54,13 +61,14 @@ pub(crate) fn join_first(path: &Path, config: &Config) -> Result<Outcome> {
 
 async fn joining(path: &Path, config: &Config, data: &DataDir) -> Result<Outcome> {
     let host = host(config);
+    let (progress, seen) = watch::channel(None);
     let (stage, shown) = watch::channel(Stage::Asking { name: host.name.clone(), problem: None });
     let socket = config.control_socket_path();
     let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
-    let applicant = Arc::new(Applicant { stage: shown.clone(), version: host.version.clone() });
+    let applicant = Arc::new(Applicant { stage: shown.clone(), progress: seen, version: host.version.clone() });
     let serving = task::spawn(control.serve(applicant, std::future::pending()));
     let informing = task::spawn(service_manager(shown));
-    let fetch = async |newcomer: Newcomer<'_>| fetch(config, data.path(), newcomer).await;
+    let fetch = async |newcomer: Newcomer<'_>| fetch(config, data.path(), newcomer, &progress).await;
     let outcome = tokio::select! {
         joined = join::run(data, host, &stage, fetch) => joined.map(|_| Outcome::Ready),
         () = asked_to_stop(path, config) => Ok(Outcome::Stopped),
@@ -92,9 +100,42 @@ fn host(config: &Config) -> Host {
     }
 }
 
-/// Brings the whole database from whoever is primary.
-async fn fetch(_config: &Config, _data: &Path, _newcomer: Newcomer<'_>) -> Result<()> {
-    bail!("not yet")
+/// Brings the whole database from whoever is primary: the other members refuse.
+async fn fetch(
+    config: &Config,
+    data: &Path,
+    newcomer: Newcomer<'_>,
+    progress: &watch::Sender<Option<SyncProgress>>,
+) -> Result<()> {
+    let tls = NodeTls::load(&data.join("certificates")).context("load the certificates of this node")?;
+    let (_members, membership) = watch::channel(Arc::new(newcomer.membership.clone()));
+    let (_settings, tls) = watch::channel(Arc::new(tls));
+    // Nobody calls a host that does not listen.
+    let (snapshots, _) = mpsc::channel(1);
+    let identity = PeerIdentity {
+        me: newcomer.node,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        membership,
+        bind: config.bind_address,
+        terms: lease_terms(config),
+        tls,
+        snapshots,
+    };
+    let host = newcomer.console.rsplit_once(':').map_or(newcomer.console, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let mut members: Vec<_> = newcomer.membership.members.iter().filter(|m| m.voter && m.id != newcomer.node).collect();
+    members.sort_by_key(|member| member.address != host);
+    let mut problems = Vec::new();
+    for member in members {
+        match snapshot::fetch(&identity, member, data, |now| drop(progress.send_replace(Some(now)))).await {
+            Ok(manifest) => {
+                info!(from = member.name, bytes = manifest.bytes(), "the whole database has been fetched");
+                return Ok(());
+            }
+            Err(error) => problems.push(format!("{}: {error}", member.name)),
+        }
+    }
+    bail!("{}", problems.join("; "))
 }
 
 /// Tells systemd that the daemon is up although its node is not: nobody knows how long an administrator takes.
@@ -135,13 +176,19 @@ fn describe(stage: &Stage) -> (Role, String) {
 /// What the local administrator can do meanwhile: look.
 struct Applicant {
     stage: watch::Receiver<Stage>,
+    progress: watch::Receiver<Option<SyncProgress>>,
     version: String,
 }
 
 impl ControlHandler for Applicant {
     fn status(&self) -> Arc<Status> {
         let stage = self.stage.borrow().clone();
-        let (role, reason) = describe(&stage);
+        let (role, mut reason) = describe(&stage);
+        if let (Stage::Admitted { problem: None, .. }, Some(SyncProgress { bytes, total })) =
+            (&stage, *self.progress.borrow())
+        {
+            reason.push_str(&format!(": {} of {} MiB", bytes >> 20, total.div_ceil(1 << 20)));
+        }
         let (node, name, membership) = match &stage {
             Stage::Asking { name, .. } | Stage::Waiting { name, .. } | Stage::Refused { name, .. } => {
                 (0, name.clone(), Membership::founded(ClusterId(0), Vec::new()))
@@ -174,9 +221,5 @@ impl ControlHandler for Applicant {
             warnings,
             database: None,
         })
-    }
-
-    fn step_down(&self, _: &str) -> Result<(), String> {
-        Err("this host has not joined yet".to_owned())
     }
 }
