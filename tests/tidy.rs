@@ -19,6 +19,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("console", &["admin", "join", "node", "storage", "cluster", "telemetry"]),
     ("admin", &["node", "join", "pki", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
+    ("found", &["storage", "pki", "cluster", "config", "telemetry"]),
     ("join", &["peer", "storage", "pki", "cluster", "telemetry"]),
     ("peer", &["pki", "cluster", "telemetry"]),
     ("storage", &["cluster", "telemetry"]),
