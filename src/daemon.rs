@@ -21,8 +21,9 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Severity},
+    config::{self, Config, FirstState, LogFormat, Severity},
     control::ControlSocket,
+    found,
     guard::PortGuard,
     join::Kit,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
@@ -30,7 +31,7 @@ use twistlock_ha::{
     pki::NodeTls,
     snapshot,
     storage::{
-        DataDir, Identity,
+        DataDir, DataDirError, Identity,
         configuration::Configuration,
         database::Database,
         durable_write, make_private_dir,
@@ -130,7 +131,10 @@ struct Parts {
 impl Parts {
     fn build(config: &Config) -> Result<Self> {
         let data = DataDir::open(&config.data_folder)?;
-        let identity = data.identity()?;
+        let identity = match data.identity() {
+            Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
+            identity => identity?,
+        };
         let certificates = data.path().join("certificates");
         let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;
         let address = SocketAddr::new(bind_address(config), config.high_availability_port.unwrap_or(8086));
@@ -283,6 +287,21 @@ async fn end_of_guard(guard: PortGuard) {
     let ended = async { while state.changed().await.is_ok() {} };
     if tokio::time::timeout(GUARD_LIMIT, ended).await.is_err() {
         warn!("the port guard process does not end");
+    }
+}
+
+/// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.
+fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
+    let folder = data.path().display();
+    if !config.high_availability_enabled {
+        bail!("{folder} is empty and HIGH_AVAILABILITY_ENABLED is false: set it to true to found or join a cluster");
+    }
+    match config.high_availability_state {
+        FirstState::Primary => found::found(config, data).with_context(|| format!("found a cluster in {folder}")),
+        FirstState::Secondary => bail!(
+            "{folder} is empty and HIGH_AVAILABILITY_STATE is SECONDARY: run the join script of the cluster on this \
+             host (the PRIMARY shows it: twistcli ha join-script, or Manage > System > High Availability)"
+        ),
     }
 }
 

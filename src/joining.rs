@@ -13,6 +13,7 @@ use twistlock_ha::{
     cluster::{ClusterId, Membership, Role},
     config::Config,
     control::{ControlHandler, ControlSocket},
+    found,
     join::{self, Host, Newcomer, Stage},
     node::{Status, SyncProgress},
     peer::PeerIdentity,
@@ -82,22 +83,11 @@ async fn joining(path: &Path, config: &Config, data: &DataDir) -> Result<Outcome
 
 /// What this host tells about itself.
 fn host(config: &Config) -> Host {
-    let host_name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-    let address = config.bind_address.map(|address| address.to_string());
-    let mut console_names = vec![config.common_name()];
-    let further = host_name.iter().chain(address.iter()).cloned().chain(["localhost".to_owned()]);
-    for name in further {
-        if !console_names.contains(&name) {
-            console_names.push(name);
-        }
-    }
-    Host {
-        name: host_name.unwrap_or_else(|| config.common_name()),
-        address,
-        port: config.high_availability_port.unwrap_or(8086),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        console_names,
-    }
+    let name = config.member_name();
+    let address = config.high_availability_address.clone().or_else(|| config.bind_address.map(|own| own.to_string()));
+    let console_names = found::console_names(config, address.as_ref().unwrap_or(&name));
+    let port = config.high_availability_port.unwrap_or(8086);
+    Host { name, address, port, version: env!("CARGO_PKG_VERSION").to_owned(), console_names }
 }
 
 /// Brings the whole database from whoever is primary: the other members refuse.
@@ -127,7 +117,10 @@ async fn fetch(
     members.sort_by_key(|member| member.address != host);
     let mut problems = Vec::new();
     for member in members {
-        match snapshot::fetch(&identity, member, data, |now| drop(progress.send_replace(Some(now)))).await {
+        let report = |now| {
+            progress.send_replace(Some(now));
+        };
+        match snapshot::fetch(&identity, member, data, report).await {
             Ok(manifest) => {
                 info!(from = member.name, bytes = manifest.bytes(), "the whole database has been fetched");
                 return Ok(());

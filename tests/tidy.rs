@@ -20,6 +20,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("admin", &["node", "join", "pki", "cluster", "telemetry"]),
     ("snapshot", &["node", "peer", "storage", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
+    ("found", &["storage", "pki", "cluster", "config", "telemetry"]),
     ("join", &["storage", "pki", "config", "cluster", "telemetry"]),
     ("peer", &["pki", "cluster", "telemetry"]),
     ("storage", &["cluster", "telemetry"]),

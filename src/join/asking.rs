@@ -70,7 +70,6 @@ pub async fn run(
 ) -> Result<Identity> {
     ensure_empty(data)?;
     let first = JoinFile::read(data.path())?;
-    let host = Host { name: first.name.clone().unwrap_or(host.name), ..host };
     let certificates = data.path().join("certificates");
     let requests = Requests::prepare(&certificates, &host.name)?;
     let mut joining = Joining { data, host, requests, stage, refused: None, pause: ROUND };

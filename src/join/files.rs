@@ -40,9 +40,6 @@ pub struct JoinFile {
     pub addresses: Vec<String>,
     /// The authority's certificate, PEM.
     pub ca: String,
-    /// What this host is to be called; none: its host name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
 }
 
 impl JoinFile {

@@ -68,6 +68,8 @@ impl Kit {
             bind_address: None,
             console_cn: None,
             control_socket: None,
+            high_availability_address: None,
+            high_availability_name: None,
             high_availability_enabled: true,
             high_availability_state: FirstState::Secondary,
             ..config.clone()
@@ -125,7 +127,7 @@ impl Kit {
         let until = invitation.ok_or(KitError::Token)?.until;
         let addresses = self.addresses(membership, primary)?;
         let sum = |name| self.program(name).map(|program| program.map(|program| program.sha256).unwrap_or_default());
-        let file = JoinFile { token: token.to_owned(), addresses: addresses.clone(), ca: ca.clone(), name: None };
+        let file = JoinFile { token: token.to_owned(), addresses: addresses.clone(), ca: ca.clone() };
         let json = serde_json::to_string(&file).map_err(io::Error::from)?;
         let list = |items: Vec<String>| items.iter().map(|item| quote(item)).collect::<Vec<_>>().join(" ");
         let members = membership.members.iter().map(|member| member.id.to_string()).collect();
@@ -141,7 +143,7 @@ impl Kit {
             ("@DAEMON_SHA256@", quote(&sum("twistlockd")?)),
             ("@CLI_SHA256@", quote(&sum("twistcli")?)),
             ("@CA@", quote(ca)),
-            ("@JOIN_JSON@", quote(json.strip_suffix('}').unwrap_or(&json))),
+            ("@JOIN_JSON@", quote(&json)),
             ("@CONFIG@", quote(&self.config)),
             ("@UNIT@", quote(UNIT)),
         ]))
@@ -272,9 +274,9 @@ mod tests {
         let look = |what: &str| shell(&format!(". {}; {what}", path.display()));
         assert_eq!(look("printf '%s ' \"${ADDRESSES[@]}\""), "[2001:db8::2]:8083 192.0.2.1:8083 ");
         assert_eq!(look("printf '%s ' \"${MEMBERS[@]}\" $NEXT_ID"), "1 2 3 ");
-        fs::write(dir.path().join(super::super::JOIN_FILE), look("printf '%s}' \"$JOIN_JSON\"")).unwrap();
+        fs::write(dir.path().join(super::super::JOIN_FILE), look("printf %s \"$JOIN_JSON\"")).unwrap();
         let file = JoinFile::read(dir.path()).unwrap();
-        assert_eq!((file.token, file.addresses.len(), file.name), (token, 2, None));
+        assert_eq!((file.token, file.addresses.len()), (token, 2));
         let config = dir.path().join("twistlock.cfg");
         fs::write(&config, look("printf %s \"$CONFIG\"")).unwrap();
         let loaded = config::load(&config).unwrap();
