@@ -3,6 +3,7 @@
 
 mod administrator;
 mod daemon;
+mod joining;
 
 use std::{path::PathBuf, process::ExitCode};
 

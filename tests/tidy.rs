@@ -18,8 +18,10 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
     ("console", &["admin", "join", "node", "storage", "cluster", "telemetry"]),
     ("admin", &["node", "join", "pki", "cluster", "telemetry"]),
+    ("snapshot", &["node", "peer", "storage", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
-    ("join", &["peer", "storage", "pki", "cluster", "telemetry"]),
+    ("found", &["storage", "pki", "cluster", "config", "telemetry"]),
+    ("join", &["storage", "pki", "config", "cluster", "telemetry"]),
     ("peer", &["pki", "cluster", "telemetry"]),
     ("storage", &["cluster", "telemetry"]),
     ("pki", &["cluster"]),
@@ -32,6 +34,7 @@ const PROGRAMS: &[(&str, Option<&[&str]>)] = &[
     ("src/main.rs", None),
     ("src/daemon.rs", None),
     ("src/administrator.rs", None),
+    ("src/joining.rs", None),
     ("src/bin/twistcli.rs", Some(&["cli"])),
 ];
 /// Lines of a file outside its tests.

@@ -200,6 +200,25 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::Port(&mut config.high_availability_port),
     },
     Key {
+        name: "HIGH_AVAILABILITY_ADDRESS",
+        section: AVAILABILITY,
+        group: "Cluster of three nodes",
+        default: "",
+        doc: &[
+            "Address by which the other nodes reach this host. Counts at the first start, as does the name below.",
+            "Empty: BIND_ADDRESS, or else the first address of this host that others can reach.",
+        ],
+        slot: |config| Slot::CommonName(&mut config.high_availability_address),
+    },
+    Key {
+        name: "HIGH_AVAILABILITY_NAME",
+        section: AVAILABILITY,
+        group: "Cluster of three nodes",
+        default: "",
+        doc: &["Name of this node, unlike that of any other. Empty: the name of this host."],
+        slot: |config| Slot::CommonName(&mut config.high_availability_name),
+    },
+    Key {
         name: "CLUSTERED_DB_ENABLED",
         section: AVAILABILITY,
         group: "Pool of three to seven members",
@@ -286,5 +305,16 @@ pub static KEYS: &[Key] = &[
         default: "16",
         doc: &["Size of one file of the raft log. The space is taken ahead."],
         slot: |config| mebibytes(&mut config.raft_log_segment_bytes, 4..=64),
+    },
+    Key {
+        name: "RAFT_LOG_LIMIT_MB",
+        section: STORAGE,
+        group: "Raft log",
+        default: "1024",
+        doc: &[
+            "Size of the raft log up to which it is kept for a member that is away. A member that was away for longer",
+            "gets the whole database when it comes back.",
+        ],
+        slot: |config| mebibytes(&mut config.raft_log_limit, 64..=1_048_576),
     },
 ];

@@ -205,6 +205,7 @@ impl Driver {
             Input::Change { change, reply } => self.change(&change, reply),
             Input::Sync { node, progress } => self.publisher.sync(node, progress),
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
+            Input::Snapshot { reply } => self.snapshot(reply),
             Input::Warning { about, text } => self.publisher.warn(about, text),
             Input::Stop => self.exit = Some(Exit::Stopped),
         }
@@ -265,6 +266,7 @@ impl Driver {
                 self.cluster.set_unfit(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
+            DatabaseEvent::Resting { resting, reply } => self.resting(resting, reply),
             DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
         }
     }

@@ -78,6 +78,19 @@ impl Authority {
         Ok(Self { cluster, cert_pem, key })
     }
 
+    /// Makes the authority of a new cluster and the key that its members share, and writes what belongs into this folder:
+    /// the authority's private key is nowhere but in the sealed form, which goes into the membership.
+    ///
+    /// # Errors
+    /// Any [`PkiError`] of its making.
+    pub fn establish(cluster: ClusterId, dir: &Path) -> Result<(Self, SealedAuthority), PkiError> {
+        let (authority, key) = (Self::create(cluster)?, ClusterKey::generate());
+        let sealed = authority.seal(&key)?;
+        key.save(dir)?;
+        authority.save_certificate(dir)?;
+        Ok((authority, sealed))
+    }
+
     /// Reads the authority of `cluster` from its folder.
     ///
     /// # Errors
