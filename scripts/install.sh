@@ -39,6 +39,8 @@ readonly EX_USAGE=64 EX_NOINPUT=66 EX_UNAVAILABLE=69 EX_CANTCREAT=73 EX_TEMPFAIL
 readonly MIN_CPU=2 MIN_MEMORY_KB=950000 MIN_DISK_KB=10000000
 # How long a node may take to start and to stop, in seconds.
 readonly START_LIMIT=60 STOP_LIMIT=20
+# How often systemd may start a node in vain before this script stops watching.
+readonly START_TRIES=3
 readonly RUN_USER=twistlock
 # The user whose id the original gave to its Console.
 readonly RUN_UID=2674
@@ -492,6 +494,15 @@ leave_role() {
     installed_cli ha switchover >>"$log" 2>&1 || warn "no switchover (see the log); the role is handed over while the node stops"
 }
 
+# True when it is of no use to wait any longer.
+node_gave_up() {
+    if [ "$use_systemd" = false ]; then
+        ! pid_of_node >/dev/null
+        return
+    fi
+    systemctl is-failed --quiet $unit || [ "$(systemctl show -p NRestarts --value $unit)" -ge $START_TRIES ]
+}
+
 wait_until_ready() {
     local tries=$((START_LIMIT * 5)) code=0 report=''
     while [ "$tries" -gt 0 ]; do
@@ -502,7 +513,7 @@ wait_until_ready() {
             say "$report"
             return
         fi
-        if [ "$use_systemd" = false ] && ! pid_of_node >/dev/null; then
+        if node_gave_up; then
             break
         fi
         sleep 0.2

@@ -5,21 +5,24 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: tests/install/run.sh [--keep] [--verbose]
+Usage: tests/install/run.sh [--systemd] [--keep] [--verbose]
 
 Runs scripts/install.sh and the join script on three hosts in namespaces: install, join, APPLY, remove, join again, refusals,
 uninstall. Needs root, ip, unshare, nsenter, curl and overlayfs; says so and exits with 77 where they are missing.
 
+  --systemd   systemd runs on the hosts (needs cgroup 2), so that the unit is used; without it the hosts have no service manager
   --keep      leave the files of the hosts for a look
   --verbose   show what the installed programs print
 
+  TWISTLOCK_DEB      a Debian package to install, upgrade, remove and purge on h3 at the end (with --systemd)
   TWISTLOCK_BIN_DIR  folder of twistlockd and twistcli [default: target/debug]
 TEXT
 }
 
-keep=false verbose=false
+keep=false verbose=false kind=plain
 for argument in "$@"; do
     case "$argument" in
+        --systemd) kind=systemd ;;
         --keep) keep=true ;;
         --verbose) verbose=true ;;
         -h | --help)
@@ -27,7 +30,7 @@ for argument in "$@"; do
             exit 0
             ;;
         *)
-            echo "tests/install/run.sh: found \"$argument\", allowed: --keep, --verbose, --help" >&2
+            echo "tests/install/run.sh: found \"$argument\", allowed: --systemd, --keep, --verbose, --help" >&2
             exit 64
             ;;
     esac
@@ -40,7 +43,7 @@ readonly MISSING=77
 # The switch that joins the hosts, and where the test itself stands.
 readonly NETWORK=10.231.77
 readonly LIMIT=30
-work='' holders=() step_name='' output=''
+work='' cgroups='' holders=() step_name='' output=''
 declare -A pids
 
 skip() {
@@ -56,6 +59,12 @@ for program in twistlockd twistcli; do
     [ -x "$bin/$program" ] || skip "$bin/$program is not there: cargo build --bins, or set TWISTLOCK_BIN_DIR"
 done
 
+if [ "$kind" = systemd ]; then
+    [ -x /lib/systemd/systemd ] || skip "systemd is not installed"
+    cgroups=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
+    [ -w "$cgroups/cgroup.procs" ] || skip "no writable cgroup 2 file system"
+fi
+
 # ---- The hosts -------------------------------------------------------------------------------------------------------------
 
 # shellcheck disable=SC2317,SC2329 # called by the trap
@@ -64,12 +73,20 @@ clean_up() {
     trap - EXIT
     if [ "$code" -ne 0 ]; then
         printf 'FAILED (exit code %s) in: %s\n%s\n' "$code" "$step_name" "$output" >&2
-        tail -n 15 "$work"/h?/var/upper/log/twistlock/twistlockd.log >&2 2>/dev/null || true
+        for pid in 1 2 3; do
+            tail -n 15 "$work/h$pid/var/upper/log/twistlock/twistlockd.log" >&2 2>/dev/null || true
+            if [ "$kind" = systemd ] && [ -n "${pids[h$pid]:-}" ]; then
+                on "h$pid" journalctl -u twistlockd -n 15 --no-pager >&2 || true
+            fi
+        done
     fi
     for pid in "${holders[@]}"; do
         # The first process of a namespace of processes: all others there die with it.
         kill -KILL "$pid" 2>/dev/null || true
         wait "$pid" 2>/dev/null || true
+    done
+    for pid in 1 2 3; do
+        drop_cgroup "$cgroups/twistlock-test-$$-h$pid"
     done
     if [ "$keep" = true ]; then
         echo "files: $work"
@@ -79,25 +96,39 @@ clean_up() {
     exit "$code"
 }
 
-# hold NAME COMMAND...: starts the first process of new namespaces; its pid outside goes to pids[NAME].
-hold() {
-    local name=$1 tries=100 child=''
-    shift
-    "$@" &
-    holders+=("$!")
-    # unshare waits, its child is the one inside; without --fork it is the same process.
-    while [ "$tries" -gt 0 ]; do
-        child=$(cat "/proc/$!/task/$!/children" 2>/dev/null || true)
-        child=${child%% *}
-        if [ -n "$child" ] && [ -e "$work/$name.ready" ]; then
-            pids[$name]=$child
-            return
-        fi
+# drop_cgroup DIR: as soon as the last process in it is gone.
+# shellcheck disable=SC2317,SC2329 # called by the trap
+drop_cgroup() {
+    local tries=100
+    while [ -d "$1" ] && [ "$tries" -gt 0 ]; do
+        find "$1" -depth -type d -exec rmdir {} + 2>/dev/null && return
         sleep 0.05
         tries=$((tries - 1))
     done
-    echo "the namespaces of $name did not come up" >&2
-    return 1
+}
+
+# hold NAME COMMAND...: starts the first process of new namespaces; its pid outside goes to pids[NAME].
+hold() {
+    local name=$1 tries=200 child
+    shift
+    if [ "$kind" = systemd ] && [ "$name" != switch ]; then
+        mkdir "$cgroups/twistlock-test-$$-$name"
+        # shellcheck disable=SC2016 # the inner shell's
+        set -- bash -c 'echo 0 >"$0/cgroup.procs"; exec "$@"' "$cgroups/twistlock-test-$$-$name" "$@"
+    fi
+    "$@" &
+    holders+=("$!")
+    while [ "$tries" -gt 0 ]; do
+        # unshare waits; its child is the first process inside.
+        child=$(cat "/proc/$!/task/$!/children" 2>/dev/null || true)
+        if [ -n "$child" ] && [ -e "$work/$name/ready" ]; then
+            pids[$name]=${child%% *}
+            return
+        fi
+        sleep 0.02
+        tries=$((tries - 1))
+    done
+    fail "the namespaces of $name did not come up"
 }
 
 # on HOST COMMAND...: runs a command there, as root and in an empty folder.
@@ -111,21 +142,25 @@ on() {
 make_hosts() {
     local number host
     # The switch has a network of its own, so that no rule and no address of this host is in the way.
-    # shellcheck disable=SC2016
-    hold switch unshare --net --pid --kill-child --fork bash -c ': >"$1"; sleep infinity & wait' bash "$work/switch.ready"
+    mkdir "$work/switch"
+    # shellcheck disable=SC2016 # the inner shell's
+    hold switch unshare --net --pid --kill-child --fork bash -c ': >"$0"; sleep infinity & wait' "$work/switch/ready"
     nsenter --target "${pids[switch]}" --net ip link add switch type bridge
     nsenter --target "${pids[switch]}" --net ip address add $NETWORK.254/24 dev switch
     nsenter --target "${pids[switch]}" --net ip link set switch up
     for number in 1 2 3; do
         host=h$number
         mkdir -p "$work/$host"/{etc,usr,var}/{upper,work} "$work/$host/cwd"
-        hold "$host" unshare --mount --uts --net --pid --fork --kill-child --mount-proc \
-            bash "$root/tests/install/host.sh" "$work/$host" "$host" "$work/$host.ready"
+        hold "$host" unshare --mount --uts --ipc --net --pid --cgroup --fork --kill-child --mount-proc \
+            bash "$root/tests/install/host.sh" "$work/$host" "$host" "$NETWORK" "$kind"
         ip link add "veth$number" netns "${pids[switch]}" type veth peer name eth0 netns "${pids[$host]}"
         nsenter --target "${pids[switch]}" --net ip link set "veth$number" master switch up
         on "$host" ip link set lo up
         on "$host" ip address add $NETWORK.$number/24 dev eth0
         on "$host" ip link set eth0 up
+        if [ "$kind" = systemd ]; then
+            wait_for "systemd on $host" on "$host" systemctl is-active basic.target
+        fi
     done
 }
 
