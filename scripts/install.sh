@@ -497,8 +497,10 @@ leave_role() {
 # True when it is of no use to wait any longer.
 node_gave_up() {
     if [ "$use_systemd" = false ]; then
-        ! pid_of_node >/dev/null
-        return
+        if pid_of_node >/dev/null; then
+            return 1
+        fi
+        return 0
     fi
     systemctl is-failed --quiet $unit || [ "$(systemctl show -p NRestarts --value $unit)" -ge $START_TRIES ]
 }

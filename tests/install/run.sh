@@ -71,6 +71,7 @@ fi
 clean_up() {
     local code=$? pid
     trap - EXIT
+    set +e
     if [ "$code" -ne 0 ]; then
         printf 'FAILED (exit code %s) in: %s\n%s\n' "$code" "$step_name" "$output" >&2
         for pid in 1 2 3; do
