@@ -347,6 +347,9 @@ check_host() {
         tmpfs | ramfs) warn "$data is in memory: it does not survive a restart of the host" ;;
         nfs* | cifs | smb* | fuse*) warn "$data is on a network or user-space file system: use a local one" ;;
     esac
+    if [ "$use_systemd" = true ] && [[ "$data/ $backups/" =~ (^| )/(home|root|tmp|var/tmp|run/user)/ ]]; then
+        block "DATA_FOLDER=$data or DATA_RECOVERY_VOLUME=$backups is in a folder that the systemd unit hides from the node"
+    fi
     check_ports
     check_clock
     if ! names=$(getent ahosts "$(hostname)"); then
@@ -427,16 +430,25 @@ check_membership() {
 
 # ---- The node --------------------------------------------------------------------------------------------------------------
 
-# The process that this script or the join script started without systemd, if it still runs.
+# The process that this script or the join script started without systemd, or that has the data folder, if it still runs.
 pid_of_node() {
-    local pid='' program
-    if [ -r "$pid_file" ]; then
-        read -r pid <"$pid_file" || true
-    fi
-    [[ $pid =~ ^[0-9]+$ ]] || return 1
-    program=$(readlink "/proc/$pid/exe" 2>/dev/null) || return 1
-    # A replaced program is still "twistlockd (deleted)".
-    [[ ${program##*/} == twistlockd* ]] && echo "$pid"
+    local file pid program
+    for file in "$pid_file" "$data/lock"; do
+        pid=''
+        if [ -r "$file" ]; then
+            read -r pid <"$file" || true
+        fi
+        [[ $pid =~ ^[0-9]+$ ]] || continue
+        program=$(readlink "/proc/$pid/exe" 2>/dev/null) || continue
+        # A replaced program is still "twistlockd (deleted)".
+        [[ ${program##*/} == twistlockd* ]] || continue
+        # A process id comes back: one in an old lock file may be that of another node.
+        if [ "$file" = "$pid_file" ] || readlink "/proc/$pid"/fd/* 2>/dev/null | grep -qxF "$data/lock"; then
+            echo "$pid"
+            return
+        fi
+    done
+    return 1
 }
 
 unit_is_there() {

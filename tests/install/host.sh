@@ -13,6 +13,7 @@ mount --make-rprivate /
 for folder in etc usr var; do
     mount -t overlay overlay -o "lowerdir=/$folder,upperdir=$dir/$folder/upper,workdir=$dir/$folder/work" "/$folder"
 done
+mount -t tmpfs -o mode=0755 srv /srv
 # Neither the systemd nor the pid files of the real host.
 mount -t tmpfs -o mode=0755 run /run
 

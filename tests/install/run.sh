@@ -268,6 +268,26 @@ first_node() {
     expect 1 on h1 twistcli ha status
 }
 
+# Another folder, a privileged port, and back: what systemd may let the node do follows the settings.
+other_settings() {
+    step "another data folder and ports below 1024 work; -f sets the database aside"
+    expect 0 install_on h1 -sj --set DATA_FOLDER=/srv/twistlock --set MANAGEMENT_PORT_HTTPS=443 console
+    [ "$(on h1 stat -c '%U %a' /srv/twistlock)" = "twistlock 700" ] || fail "wrong owner or mode of the other data folder"
+    wait_for "port 443" on h1 grep -q ':01BB .* 0A ' /proc/net/tcp6
+    [ "$(on h1 ps -o user= -C twistlockd | sort -u)" = twistlock ] || fail "twistlockd runs as another user"
+    local id
+    id=$(on h1 grep -o '"cluster": *"[^"]*"' /srv/twistlock/identity.json)
+    expect 0 install_on h1 -sjf console
+    says "set aside, not deleted: /srv/twistlock.dropped-"
+    # shellcheck disable=SC2016 # the inner shell's
+    on h1 bash -c 'grep -qF "$1" /srv/twistlock.dropped-*/identity.json' bash "$id" || fail "the dropped data are not there"
+    expect 0 install_on h1 -s console
+    [ "$(on h1 stat -c '%U %a' /var/lib/twistlock)" = "twistlock 700" ] || fail "the first data folder is gone"
+    if [ "$kind" = systemd ]; then
+        on h1 test ! -e /etc/systemd/system/twistlockd.service.d/10-install.conf || fail "a drop-in without a reason"
+    fi
+}
+
 # api METHOD PATH [BODY]: asks the Console of h1 as an administrator does, with its real certificate.
 api() {
     local body=()
@@ -367,6 +387,41 @@ uninstall() {
     expect 0 on h3 "$root/scripts/install.sh" -su
 }
 
+# The package takes over where install.sh left the data, and lets go of them only when told so.
+package() {
+    local deb=${TWISTLOCK_DEB:-} before
+    if [ "$kind" != systemd ] || [ -z "$deb" ]; then
+        return
+    fi
+    step "h3 goes on with the Debian package"
+    expect 0 on h3 dpkg -i "$deb"
+    expect 0 on h3 systemctl enable --now twistlockd
+    wait_for "three members, all up" healthy
+    on h3 readlink "/proc/$(on h3 systemctl show -p MainPID --value twistlockd)/exe" | grep -qx /usr/bin/twistlockd ||
+        fail "the package's program does not run"
+    expect 77 install_on h3 -s console
+    says "installed as a Debian package"
+
+    step "its upgrade moves the role first"
+    expect 0 on "h$primary" twistcli ha switchover --to h3
+    wait_for "three members, all up" healthy
+    before=$(on h3 systemctl show -p MainPID --value twistlockd)
+    expect 0 on h3 dpkg -i "$deb"
+    says "the role moves to another member first"
+    wait_for "another process" on h3 bash -c "[ \"\$(systemctl show -p MainPID --value twistlockd)\" != $before ]"
+    wait_for "three members, all up" healthy
+
+    step "its removal leaves the data, and so does a purge that was not told otherwise"
+    expect 0 on h3 dpkg -r twistlock-ha
+    expect 3 on h3 systemctl is-active twistlockd
+    expect 0 on h3 dpkg -P twistlock-ha
+    says "the data in /var/lib/twistlock stay"
+    on h3 test -f /var/lib/twistlock/identity.json || fail "the data are gone"
+    expect 0 on h3 dpkg -i "$deb"
+    expect 0 on h3 env TWISTLOCK_PURGE_DATA=yes TWISTLOCK_PURGE_BACKUPS=yes dpkg -P twistlock-ha
+    on h3 test ! -e /var/lib/twistlock || fail "a confirmed purge left the data"
+}
+
 main() {
     began=$(now_ms) primary=1
     password="Test1-$(od -An -N12 -tx1 /dev/urandom | tr -d ' \n')"
@@ -379,10 +434,12 @@ main() {
     refusals
     port_in_use
     first_node
+    other_settings
     cluster
     replace
     upgrade
     uninstall
+    package
     step "all as it should be"
 }
 
