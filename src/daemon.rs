@@ -20,14 +20,16 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Severity},
+    config::{self, Config, FirstState, LogFormat, Severity},
     control::{ControlHandler, ControlSocket},
+    found,
     guard::PortGuard,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
     storage::{
-        DataDir, Identity,
+        DataDir, DataDirError, Identity,
+        configuration::Configuration,
         database::Database,
         durable_write, make_private_dir,
         raft_log::{Options, RaftLog, RealDisk},
@@ -39,6 +41,7 @@ use twistlock_ha::{
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
 const EX_IOERR: u8 = 74;
+const EX_TEMPFAIL: u8 = 75;
 /// File in the data folder that says for how many milliseconds a voter's promise holds.
 const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
@@ -73,6 +76,10 @@ pub(crate) fn run(path: &Path) -> ExitCode {
             error!(reason = why, "the node ends itself: a restart begins from what is durable");
             ExitCode::from(EX_IOERR)
         }
+        Ok(Exit::Restart(why)) => {
+            info!(reason = why, "the node begins again");
+            ExitCode::from(EX_TEMPFAIL)
+        }
         Err(error) => {
             error!("cannot start: {error:#}");
             ExitCode::from(EX_UNAVAILABLE)
@@ -100,7 +107,10 @@ struct Parts {
 impl Parts {
     fn build(config: &Config) -> Result<Self> {
         let data = DataDir::open(&config.data_folder)?;
-        let identity = data.identity()?;
+        let identity = match data.identity() {
+            Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
+            identity => identity?,
+        };
         let certificates = data.path().join("certificates");
         let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;
         let address = SocketAddr::new(bind_address(config), config.high_availability_port.unwrap_or(8086));
@@ -118,8 +128,14 @@ impl Parts {
         let others: Vec<NodeId> =
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
-        let quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
-        let node_config = node_config(config, &identity, quiet, lease.clone());
+        let mut quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
+        if log.recovered().created {
+            quiet = Duration::ZERO; // no earlier process of this node has promised anything
+        }
+        let configuration = Configuration::read(data.path())
+            .with_context(|| format!("read membership.json in {}", data.path().display()))?
+            .unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
+        let node_config = node_config(config, &identity, configuration, quiet, lease.clone());
         let (handle, thread) =
             node::spawn(node_config, log, database, (links, sender.clone())).context("start the node")?;
         let config = config.clone();
@@ -186,7 +202,7 @@ impl Parts {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         let orderly = async {
             ports.drain().await;
-            self.handle.hand_over().await;
+            self.handle.hand_over(None).await;
             self.handle.stop();
             (&mut node).await
         };
@@ -216,6 +232,21 @@ impl Parts {
             demotion_deadline: self.config.demotion_deadline,
         };
         Ok(Supervisor::new(supervisor, self.handle.status(), self.lease.clone(), self.guard.clone()))
+    }
+}
+
+/// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.
+fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
+    let folder = data.path().display();
+    if !config.high_availability_enabled {
+        bail!("{folder} is empty and HIGH_AVAILABILITY_ENABLED is false: set it to true to found or join a cluster");
+    }
+    match config.high_availability_state {
+        FirstState::Primary => found::found(config, data).with_context(|| format!("found a cluster in {folder}")),
+        FirstState::Secondary => bail!(
+            "{folder} is empty and HIGH_AVAILABILITY_STATE is SECONDARY: run the join script of the cluster on this \
+             host (the PRIMARY shows it: twistcli ha join-script, or Manage > System > High Availability)"
+        ),
     }
 }
 
@@ -298,10 +329,18 @@ async fn lower_promise(own: Duration, earlier: Duration, path: PathBuf) {
     }
 }
 
-fn node_config(config: &Config, identity: &Identity, quiet: Duration, lease: Lease) -> NodeConfig {
+fn node_config(
+    config: &Config,
+    identity: &Identity,
+    configuration: Configuration,
+    quiet: Duration,
+    lease: Lease,
+) -> NodeConfig {
     NodeConfig {
-        membership: identity.membership.clone(),
+        configuration,
+        data: config.data_folder.clone(),
         node: identity.node,
+        name: identity.name.clone(),
         timing: Timing {
             tick: config.tick.as_nanos() as u64,
             election_ticks: config.election_ticks as usize,
@@ -397,7 +436,7 @@ impl ControlHandler for Administrator {
         let (handle, ports) = (self.handle.clone(), self.ports.clone());
         task::spawn(async move {
             ports.drain().await;
-            handle.hand_over().await;
+            handle.hand_over(None).await;
             ports.resume();
         });
         Ok(())
