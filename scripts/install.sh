@@ -509,7 +509,8 @@ leave_role() {
 # True when it is of no use to wait any longer.
 node_gave_up() {
     if [ "$use_systemd" = false ]; then
-        if pid_of_node >/dev/null; then
+        # It may still be on its way through setsid and setpriv: any program will do.
+        if readlink "/proc/$started/exe" >/dev/null 2>&1; then
             return 1
         fi
         return 0
@@ -560,8 +561,9 @@ start_node() {
         command=(setpriv --reuid "$run_user" --regid "$run_user" --init-groups "${capabilities[@]}" "${command[@]}")
     fi
     setsid "${command[@]}" </dev/null >>"$log_file" 2>&1 &
-    echo "$!" >"$pid_file"
-    say "No systemd here: the node runs as pid $!, its log is $log_file"
+    started=$!
+    echo "$started" >"$pid_file"
+    say "No systemd here: the node runs as pid $started, its log is $log_file"
     say "To start it at boot is up to this host's service manager: ${command[*]}"
 }
 
