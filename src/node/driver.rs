@@ -171,6 +171,15 @@ impl Driver {
             PeerEvent::Report(peer, report) => self.publisher.report(peer, report),
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
             PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
+            PeerEvent::Removed { by, reason } => self.told_removed(format!("node {by} says: {reason}")),
+            PeerEvent::Twins { peer, gone } => self.publisher.warn(
+                "twins",
+                (!gone).then(|| {
+                    format!(
+                        "two processes use the identity of node {peer}: was its data folder copied? Stop one of them"
+                    )
+                }),
+            ),
             PeerEvent::Dead(peer) => {
                 self.publisher.dead(peer);
                 if self.config.fast_takeover {
@@ -196,6 +205,7 @@ impl Driver {
             Input::Change { change, reply } => self.change(&change, reply),
             Input::Sync { node, progress } => self.publisher.sync(node, progress),
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
+            Input::Snapshot { reply } => self.snapshot(reply),
             Input::Warning { about, text } => self.publisher.warn(about, text),
             Input::Stop => self.exit = Some(Exit::Stopped),
         }
@@ -256,6 +266,7 @@ impl Driver {
                 self.cluster.set_unfit(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
+            DatabaseEvent::Resting { resting, reply } => self.resting(resting, reply),
             DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
         }
     }

@@ -6,6 +6,7 @@ mod configure;
 mod driver;
 mod inbox;
 pub mod lease;
+mod snapshots;
 pub mod status;
 mod syncer;
 
@@ -28,7 +29,12 @@ pub use status::{MemberStatus, Status, SyncProgress};
 use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing},
     peer::{LinkSender, Links},
-    storage::{configuration::Configuration, database::Database, raft_log::RaftLog},
+    storage::{
+        configuration::Configuration,
+        database::Database,
+        raft_log::RaftLog,
+        snapshot::{Manifest, Resting},
+    },
 };
 use applier::Applier;
 use configure::Changes;
@@ -124,6 +130,20 @@ impl Handle {
     /// Shows how far the copy of the database for a member is, or that it is over.
     pub fn report_sync(&self, node: NodeId, progress: Option<SyncProgress>) {
         self.sender.send(Input::Sync { node, progress });
+    }
+
+    /// Lets the whole database be read while writers go on, until the [`Resting`] file is dropped or its hold is broken; only on
+    /// the primary. The manifest comes without the cluster key.
+    ///
+    /// # Errors
+    /// A sentence for the node that wants it.
+    pub async fn snapshot(&self) -> Result<(Manifest, Resting), String> {
+        let (reply, wait) = oneshot::channel();
+        let ended = "the node stops";
+        if !self.sender.send(Input::Snapshot { reply }) {
+            return Err(ended.to_owned());
+        }
+        wait.await.map_err(|_| ended.to_owned())?
     }
 
     /// Ends the loop in order with [`Exit::Restart`].

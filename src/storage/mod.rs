@@ -10,6 +10,7 @@ pub mod database;
 pub mod gate;
 pub mod raft_log;
 pub mod replica;
+pub mod snapshot;
 #[allow(unsafe_code, reason = "SQLite speaks C: this folder is the only place where we do, too")]
 pub mod vfs;
 pub mod wal;
