@@ -737,9 +737,6 @@ run_install() {
     start_node
     wait_until_ready
     say "Done.${https:+ Console: https://$(hostname):$https on the PRIMARY}"
-    if [ "$(members)" -le 1 ]; then
-        say "Next: twistcli ha join-script prints the line to run on the two other hosts"
-    fi
 }
 
 main() {

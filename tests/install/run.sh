@@ -159,10 +159,12 @@ make_hosts() {
         on "$host" ip link set lo up
         on "$host" ip address add $NETWORK.$number/24 dev eth0
         on "$host" ip link set eth0 up
-        if [ "$kind" = systemd ]; then
-            wait_for "systemd on $host" on "$host" systemctl is-active basic.target
-        fi
     done
+    if [ "$kind" = systemd ]; then
+        for host in h1 h2 h3; do
+            wait_for "systemd on $host" on "$host" systemctl is-active basic.target
+        done
+    fi
 }
 
 # ---- What a step says ------------------------------------------------------------------------------------------------------
@@ -244,11 +246,12 @@ port_in_use() {
     # shellcheck disable=SC2016 # perl's variables
     on h1 perl -MIO::Socket::INET -e 'my $s = IO::Socket::INET->new(LocalPort => 8083, Listen => 1) or die;
         open(my $f, ">", "listener.pid"); print $f $$; close $f; sleep 60' &
+    # Its end is no news.
+    disown
     wait_for "a listener on port 8083" on h1 grep -q ':1F93 .* 0A ' /proc/net/tcp
     expect 75 install_on h1 -s console
     says "port 8083 is in use"
     on h1 kill "$(cat "$work/h1/cwd/listener.pid")"
-    wait "$!" 2>/dev/null || true
 }
 
 first_node() {
@@ -326,7 +329,7 @@ healthy() {
 apply() {
     local start
     start=$(now_ms)
-    expect 0 on "h$primary" twistcli ha apply --yes --no-wait
+    expect 0 on "h$primary" twistcli ha apply --yes
     wait_for "three members, all up" healthy
     echo "            from APPLY to SECONDARY: $(($(now_ms) - start)) ms"
 }
