@@ -32,7 +32,8 @@ fn two_hosts_join_with_the_line_and_have_everything() {
     let said = third.run_line(&line, "--wget");
     let requests = first.status()["membership"]["requests"].clone();
     for (host, said) in [(&second, &second.fingerprint()), (&third, &said)] {
-        let request = requests.as_array().unwrap().iter().find(|request| request["name"] == host.name.as_str()).unwrap();
+        let request =
+            requests.as_array().unwrap().iter().find(|request| request["name"] == host.name.as_str()).unwrap();
         assert!(said.contains(request["fingerprint"].as_str().unwrap()), "{said}\n{request}");
         assert!(!request.to_string().contains("BEGIN"), "{request}");
     }
