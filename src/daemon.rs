@@ -31,6 +31,7 @@ use twistlock_ha::{
         database::Database,
         durable_write, make_private_dir,
         raft_log::{Options, RaftLog, RealDisk},
+        tail,
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
     telemetry,
@@ -315,6 +316,7 @@ fn node_config(config: &Config, identity: &Identity, quiet: Duration, lease: Lea
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fast_takeover: config.fast_takeover,
         lease,
+        rollback: config.data_folder.join(tail::FOLDER),
     }
 }
 

@@ -23,6 +23,7 @@ use super::{
     applier::Applier,
     inbox::{DatabaseEvent, Input, Proposal, Waiting},
     lease::boottime,
+    rollback::{self, Rollback},
     status::Publisher,
     syncer::Syncer,
 };
@@ -49,6 +50,7 @@ pub(super) struct Driver {
     pub publisher: Publisher,
     pub config: NodeConfig,
     pub waiting: Waiting,
+    pub rollback: Rollback,
     pub handed_over: Option<oneshot::Sender<()>>,
     /// The demotion that the database thread has to answer.
     pub demotion: Option<u64>,
@@ -80,8 +82,14 @@ impl Driver {
                 self.applier.nudge();
                 self.applier.release(self.publisher.everybody_has());
                 self.prefer_others_while_behind();
+                if self.rollback.note_ends() {
+                    self.publisher.warn(rollback::ABOUT, None);
+                }
             }
             self.carry_out_all();
+            if self.rollback.is_over(self.applier.applied()) {
+                self.publisher.rolling_back(false);
+            }
             self.publisher.publish(&self.cluster, self.applier.applied());
             if let Some(exit) = self.exit.take() {
                 return self.end(exit);
@@ -280,6 +288,9 @@ impl Driver {
         if let Some(persist) = output.persist {
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
             self.applier.appended(bytes);
+            if self.rollback.watch(&self.log, &persist.entries) {
+                self.publisher.rolling_back(true);
+            }
             match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
                 Ok(pending) => {
                     self.cluster.written();

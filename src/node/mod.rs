@@ -5,11 +5,13 @@ mod applier;
 mod driver;
 mod inbox;
 pub mod lease;
+mod rollback;
 pub mod status;
 mod syncer;
 
 use std::{
     io,
+    path::PathBuf,
     sync::Arc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -30,6 +32,7 @@ use crate::{
 use applier::Applier;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
+use rollback::Rollback;
 use status::Publisher;
 use syncer::Syncer;
 
@@ -50,6 +53,8 @@ pub struct NodeConfig {
     pub version: String,
     /// The shared lease that this node extends.
     pub lease: Lease,
+    /// Where dropped tails of the raft log are kept.
+    pub rollback: PathBuf,
 }
 
 /// Why the loop ended.
@@ -113,6 +118,7 @@ pub fn spawn(
     let (publisher, status) = Publisher::new(&config);
     let driver = Driver {
         syncer: Syncer::start(sender.clone())?,
+        rollback: Rollback::new(config.rollback.clone(), (config.membership.cluster, config.node), sender.clone()),
         cluster,
         log,
         links,

@@ -96,6 +96,8 @@ pub(super) struct Publisher {
     phase: Phase,
     reason: &'static str,
     diverged: bool,
+    /// Entries of its raft log were replaced, and its database is not level again.
+    rolling_back: bool,
     database: Option<Arc<PrimaryDatabase>>,
     sender: watch::Sender<Arc<Status>>,
     ticks: u32,
@@ -131,6 +133,7 @@ impl Publisher {
             phase: Phase::Startup,
             reason: "starts: an earlier process of this node may have promised its vote",
             diverged: false,
+            rolling_back: false,
             database: None,
             sender,
             ticks: 0,
@@ -186,6 +189,11 @@ impl Publisher {
     pub fn diverged(&mut self, why: String) {
         self.diverged = true;
         self.warn("diverged", Some(format!("{why}; this node needs its database restored from the primary")));
+    }
+
+    pub fn rolling_back(&mut self, rolling_back: bool) {
+        self.rolling_back = rolling_back;
+        self.stale = true;
     }
 
     /// The database is open for writing: shown with the role PRIMARY only.
@@ -263,7 +271,11 @@ impl Publisher {
     fn picture(&self, cluster: &Cluster<RaftLog>, applied: u64) -> Status {
         let committed = cluster.committed();
         let lease_ms = cluster.lease().deadline().map(|deadline| deadline.saturating_sub(boottime()) / 1_000_000);
-        let role = if self.diverged { Role::Recovering } else { self.phase.role() };
+        let role = match self.phase {
+            _ if self.diverged => Role::Recovering,
+            Phase::Startup | Phase::Secondary if self.rolling_back => Role::Rollback,
+            phase => phase.role(),
+        };
         let own = MemberStatus {
             id: self.config.node,
             name: String::new(),
@@ -364,6 +376,7 @@ mod tests {
             fast_takeover: true,
             version: "1.2.3".to_owned(),
             lease: crate::node::Lease::new().unwrap(),
+            rollback: std::path::PathBuf::new(),
         };
         Publisher::new(&config).0
     }

@@ -400,7 +400,11 @@ impl Shared {
         Ok(all)
     }
 
-    fn load(&self, index: u64, slot: Slot, segment: &Segment) -> Result<Entry, LogError> {
+    /// Reads one entry back.
+    ///
+    /// # Errors
+    /// Read errors, [`LogError::Damaged`].
+    pub fn load(&self, index: u64, slot: Slot, segment: &Segment) -> Result<Entry, LogError> {
         let offset = slot.at.offset();
         let path = || segment_path(&self.dir, segment.sequence);
         let mut bytes = vec![0; slot.length as usize];

@@ -14,6 +14,7 @@
 
 pub mod disk;
 mod engine;
+mod held;
 pub mod record;
 mod recovery;
 pub mod segment;
@@ -38,7 +39,10 @@ use raft::{
 };
 use thiserror::Error;
 
-pub use self::disk::{Disk, DiskFile, RealDisk};
+pub use self::{
+    disk::{Disk, DiskFile, RealDisk},
+    held::Held,
+};
 use self::{
     engine::{AHEAD, Cache, RESERVE, Shared, State, Writer, lock, plain},
     record::{Kind, Position, Record, Start},
