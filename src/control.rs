@@ -359,6 +359,7 @@ mod tests {
                 committed: 11,
                 lease_ms: None,
                 members: Vec::new(),
+                membership: crate::cluster::Membership::founded(ClusterId(7), Vec::new()),
                 warnings: Vec::new(),
                 database: None,
             })

@@ -28,10 +28,10 @@ use twistlock_ha::{
     pki::NodeTls,
     storage::{
         DataDir, Identity,
+        configuration::Configuration,
         database::Database,
         durable_write, make_private_dir,
         raft_log::{Options, RaftLog, RealDisk},
-        tail,
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
     telemetry,
@@ -40,6 +40,7 @@ use twistlock_ha::{
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
 const EX_IOERR: u8 = 74;
+const EX_TEMPFAIL: u8 = 75;
 /// File in the data folder that says for how many milliseconds a voter's promise holds.
 const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
@@ -73,6 +74,10 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         Ok(Exit::Fatal(why)) => {
             error!(reason = why, "the node ends itself: a restart begins from what is durable");
             ExitCode::from(EX_IOERR)
+        }
+        Ok(Exit::Restart(why)) => {
+            info!(reason = why, "the node begins again");
+            ExitCode::from(EX_TEMPFAIL)
         }
         Err(error) => {
             error!("cannot start: {error:#}");
@@ -120,7 +125,10 @@ impl Parts {
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
         let quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
-        let node_config = node_config(config, &identity, quiet, lease.clone());
+        let configuration = Configuration::read(data.path())
+            .with_context(|| format!("read membership.json in {}", data.path().display()))?
+            .unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
+        let node_config = node_config(config, &identity, configuration, quiet, lease.clone());
         let (handle, thread) =
             node::spawn(node_config, log, database, (links, sender.clone())).context("start the node")?;
         let config = config.clone();
@@ -187,7 +195,7 @@ impl Parts {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         let orderly = async {
             ports.drain().await;
-            self.handle.hand_over().await;
+            self.handle.hand_over(None).await;
             self.handle.stop();
             (&mut node).await
         };
@@ -299,10 +307,18 @@ async fn lower_promise(own: Duration, earlier: Duration, path: PathBuf) {
     }
 }
 
-fn node_config(config: &Config, identity: &Identity, quiet: Duration, lease: Lease) -> NodeConfig {
+fn node_config(
+    config: &Config,
+    identity: &Identity,
+    configuration: Configuration,
+    quiet: Duration,
+    lease: Lease,
+) -> NodeConfig {
     NodeConfig {
-        membership: identity.membership.clone(),
+        configuration,
+        data: config.data_folder.clone(),
         node: identity.node,
+        name: identity.name.clone(),
         timing: Timing {
             tick: config.tick.as_nanos() as u64,
             election_ticks: config.election_ticks as usize,
@@ -316,7 +332,6 @@ fn node_config(config: &Config, identity: &Identity, quiet: Duration, lease: Lea
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fast_takeover: config.fast_takeover,
         lease,
-        rollback: config.data_folder.join(tail::FOLDER),
     }
 }
 
@@ -399,7 +414,7 @@ impl ControlHandler for Administrator {
         let (handle, ports) = (self.handle.clone(), self.ports.clone());
         task::spawn(async move {
             ports.drain().await;
-            handle.hand_over().await;
+            handle.hand_over(None).await;
             ports.resume();
         });
         Ok(())

@@ -10,7 +10,7 @@ use std::{
 };
 
 use twistlock_ha::{
-    cluster::{ClusterId, Role},
+    cluster::{ClusterId, Member, Membership, Role},
     control::{ControlHandler, ControlSocket},
     node::{MemberStatus, Status},
 };
@@ -40,6 +40,8 @@ impl ControlHandler for Frozen {
 /// The picture that node 2 has of a cluster whose members are in these states.
 fn picture(states: [Role; 3]) -> Status {
     let member = |id: u64| MemberStatus {
+        voter: true,
+        sync: None,
         id,
         name: format!("host{id}"),
         address: format!("192.0.2.{id}:8086"),
@@ -51,6 +53,7 @@ fn picture(states: [Role; 3]) -> Status {
         last_contact_ms: Some(9_000),
         version: "0.1.0".into(),
     };
+    let founder = |id| Member::founder(id, &format!("host{id}"), &format!("192.0.2.{id}"), 8086);
     Status {
         cluster: ClusterId(1),
         node: 2,
@@ -64,6 +67,7 @@ fn picture(states: [Role; 3]) -> Status {
         committed: 1_000,
         lease_ms: None,
         members: (1..=3).map(member).collect(),
+        membership: Membership::founded(ClusterId(1), (1..=3).map(founder).collect()),
         warnings: Vec::new(),
         database: None,
     }

@@ -102,7 +102,7 @@ fn last_heard(member: &MemberStatus) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::cluster::ClusterId;
+    use crate::cluster::{ClusterId, Member, Membership};
 
     /// A healthy cluster of three as node 1, its primary, sees it.
     pub(crate) fn healthy() -> Status {
@@ -117,7 +117,10 @@ pub(crate) mod tests {
             lease_ms: (state == Role::Primary).then_some(380),
             last_contact_ms: Some(if id == 1 { 0 } else { 12 }),
             version: "0.1.0".into(),
+            voter: true,
+            sync: None,
         };
+        let founder = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
         Status {
             cluster: ClusterId(0xabc),
             node: 1,
@@ -131,6 +134,7 @@ pub(crate) mod tests {
             committed: 120,
             lease_ms: Some(380),
             members: vec![member(1, Role::Primary), member(2, Role::Secondary), member(3, Role::Secondary)],
+            membership: Membership::founded(ClusterId(0xabc), (1..=3).map(founder).collect()),
             warnings: Vec::new(),
             database: None,
         }

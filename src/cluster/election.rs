@@ -2,11 +2,11 @@
 //! Must never decide about ports: leadership alone opens nothing.
 
 use raft::{
-    Config, INVALID_ID, RawNode, ReadOnlyOption, Ready, StateRole, Storage,
-    eraftpb::{Message, MessageType},
+    Config, INVALID_ID, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole, Storage,
+    eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState, Message, MessageType},
 };
 
-use super::NodeId;
+use super::{Membership, NodeId};
 
 /// Ticks of silence after which a voter may campaign or vote for somebody else.
 pub const ELECTION_TICKS: usize = 20;
@@ -18,6 +18,9 @@ const MAX_INFLIGHT: usize = 64;
 const MAX_UNCOMMITTED_BYTES: u64 = 64 << 20;
 /// Bytes of committed entries handed out at once.
 const MAX_COMMITTED_BYTES: u64 = 1 << 20;
+
+/// Entries by which a member may be behind and still count as caught up: under load it is never level.
+const CAUGHT_UP: u64 = 200;
 
 /// One node's view of the election, and the replicated log behind it.
 pub struct Election<S: Storage> {
@@ -58,6 +61,14 @@ impl<S: Storage> Election<S> {
 
     pub fn is_leader(&self) -> bool {
         self.raw.raft.state == StateRole::Leader
+    }
+
+    /// Gives up leadership or candidacy if this node has no vote any more: the change that removed it was made by an
+    /// earlier primary. Raft itself would go on, and panic for want of its own progress.
+    pub fn stop_if_removed(&mut self) {
+        if !self.raw.raft.promotable() && self.raw.raft.state != StateRole::Follower {
+            self.forget_leader();
+        }
     }
 
     /// True while real votes (not pre-votes) are being collected: another attempt would throw them away.
@@ -105,7 +116,7 @@ impl<S: Storage> Election<S> {
     /// True if the next tick ends this voter's patience and makes it a candidate.
     pub fn is_impatient(&self) -> bool {
         let raft = &self.raw.raft;
-        !self.is_leader() && raft.election_elapsed + 1 >= raft.randomized_election_timeout()
+        !self.is_leader() && raft.promotable() && raft.election_elapsed + 1 >= raft.randomized_election_timeout()
     }
 
     /// One heartbeat round. Once an entry of this term is committed, it carries `context`, which comes back from
@@ -128,6 +139,53 @@ impl<S: Storage> Election<S> {
         (self.is_leader() && index == before + 1).then_some(index)
     }
 
+    /// Appends a proposal that carries the membership after it, and returns its index. It changes who votes if that
+    /// differs from the configuration in force. None if raft refuses it, as while another such change is under way.
+    pub fn propose_membership(&mut self, membership: &Membership) -> Option<u64> {
+        let conf = self.conf();
+        if !self.is_leader() || self.raw.raft.has_pending_conf() || !conf.voters_outgoing.is_empty() {
+            return None;
+        }
+        let before = self.last_index();
+        let (context, change) = (membership.encode(), difference(&conf, membership));
+        if change.changes.is_empty() {
+            self.raw.propose(context, Vec::new()).ok()?;
+        } else {
+            self.raw.propose_conf_change(context, change).ok()?;
+        }
+        let index = self.last_index();
+        (self.is_leader() && index == before + 1).then_some(index)
+    }
+
+    /// Who votes and who only replicates, at the moment.
+    pub fn conf(&self) -> ConfState {
+        self.raw.raft.prs().conf().to_conf_state()
+    }
+
+    /// Applies a committed change of the configuration: to what `membership` says, or, without one, the end of a joint
+    /// configuration. All nodes do this at the same index, so all come to the same configuration.
+    ///
+    /// # Errors
+    /// A change that is not possible, which no primary would have proposed.
+    pub fn configure(&mut self, membership: Option<&Membership>) -> raft::Result<ConfState> {
+        let change = membership.map(|membership| difference(&self.conf(), membership)).unwrap_or_default();
+        if membership.is_some() && change.changes.is_empty() {
+            return Ok(self.conf());
+        }
+        self.raw.apply_conf_change(&change)
+    }
+
+    /// True if this member answered lately and has about as much of the log as the leader, which we are.
+    pub fn has_caught_up(&self, id: NodeId) -> bool {
+        let Some(progress) = self.raw.raft.prs().get(id) else { return false };
+        progress.recent_active && progress.matched + CAUGHT_UP >= self.last_index()
+    }
+
+    /// Tells raft that a snapshot is not on its way any more, so that it looks again where that member stands.
+    pub fn snapshot_over(&mut self, id: NodeId) {
+        self.raw.report_snapshot(id, SnapshotStatus::Failure);
+    }
+
     /// Asks the others for their votes, pre-vote first.
     pub fn campaign(&mut self) {
         let _ = self.raw.campaign();
@@ -139,15 +197,17 @@ impl<S: Storage> Election<S> {
         self.raw.raft.become_follower(term, INVALID_ID);
     }
 
-    /// Starts to hand leadership to the most advanced member that has answered lately. Returns it.
-    pub fn transfer(&mut self) -> Option<NodeId> {
+    /// Starts to hand leadership to `to`, or else to the most advanced voter that has answered lately. Returns it.
+    pub fn transfer(&mut self, to: Option<NodeId>) -> Option<NodeId> {
         let me = self.raw.raft.id;
+        let voters = self.conf().voters;
         let best = self
             .raw
             .raft
             .prs()
             .iter()
-            .filter(|(id, progress)| **id != me && progress.recent_active)
+            .filter(|(id, progress)| **id != me && progress.recent_active && voters.contains(id))
+            .filter(|(id, _)| to.is_none_or(|to| to == **id))
             .max_by_key(|(id, progress)| (progress.matched, std::cmp::Reverse(**id)))
             .map(|(id, _)| *id)?;
         self.raw.transfer_leader(best);
@@ -180,6 +240,30 @@ impl<S: Storage> Election<S> {
     pub fn persisted(&mut self, number: u64) {
         self.raw.on_persist_ready(number);
     }
+}
+
+/// The change that leads from a configuration to the voters and learners of a membership. More than one step at a time
+/// goes through a joint configuration, which raft ends by itself.
+fn difference(conf: &ConfState, membership: &Membership) -> ConfChangeV2 {
+    let mut changes = Vec::new();
+    let mut push = |kind, id| {
+        let mut single = ConfChangeSingle::default();
+        single.set_change_type(kind);
+        single.node_id = id;
+        changes.push(single);
+    };
+    for id in membership.voters().filter(|id| !conf.voters.contains(id)) {
+        push(ConfChangeType::AddNode, id);
+    }
+    for id in membership.learners().filter(|id| !conf.learners.contains(id)) {
+        push(ConfChangeType::AddLearnerNode, id);
+    }
+    for id in conf.voters.iter().chain(&conf.learners).filter(|id| membership.get(**id).is_none()) {
+        push(ConfChangeType::RemoveNode, *id);
+    }
+    let mut change = ConfChangeV2::default();
+    change.set_changes(changes.into());
+    change
 }
 
 /// True for the requests by which others ask this node for its vote.

@@ -4,6 +4,7 @@
 //! Times are nanoseconds of one clock that never stops or jumps (CLOCK_BOOTTIME in a daemon).
 
 pub mod command;
+mod configure;
 pub mod election;
 pub mod membership;
 pub mod role;
@@ -15,6 +16,7 @@ use raft::{
     eraftpb::{Entry, HardState, Message, MessageType},
 };
 
+pub use configure::{ChangeError, Configured};
 pub use membership::{Change, ClusterId, Member, Membership, Newcomer, NodeId};
 pub use role::{Cause, Lease, Phase, Role, Transition};
 
@@ -74,12 +76,27 @@ pub struct Output {
     pub send: Vec<Message>,
     /// 4. What to append to the raft log.
     pub persist: Option<Persist>,
-    /// 5. Everything up to here is in the logs of a majority: waiting commits may be released.
+    /// 5. Changes of the configuration that are in force now, oldest first: to be made durable before raft is told
+    ///    anything else.
+    pub configured: Vec<Configured>,
+    /// 6. Everything up to here is in the logs of a majority: waiting commits may be released.
     pub committed: u64,
-    /// 6. The database may apply the raft log up to here.
+    /// 7. The database may apply the raft log up to here.
     pub apply: u64,
-    /// 7. The database is to be opened for writing in this epoch, once it has applied everything up to `apply`.
+    /// 8. The database is to be opened for writing in this epoch, once it has applied everything up to `apply`.
     pub promote: Option<u64>,
+}
+
+/// Where a node stands when it starts: what it has stored of the configuration and of the database.
+#[derive(Clone, Debug)]
+pub struct Start<'a> {
+    pub membership: &'a Membership,
+    /// Raft index of the entry that made this membership; 1 for that of the founders.
+    pub membership_index: u64,
+    /// Raft index of the configuration that the log's [`raft::Storage::initial_state`] returns.
+    pub conf_index: u64,
+    /// Index up to which the database has everything.
+    pub applied: u64,
 }
 
 /// Why a proposal was not taken. It is certain that it never will be.
@@ -96,7 +113,14 @@ pub enum ProposeError {
 /// One member of the cluster, as pure state.
 pub struct Cluster<S: Storage> {
     node: NodeId,
-    members: Vec<NodeId>,
+    membership: Membership,
+    /// Raft indexes of the newest membership and configuration that are in force, and of the newest proposed one.
+    membership_index: u64,
+    conf_index: u64,
+    changing: u64,
+    /// End of the time in which this node must not take over by itself.
+    paused_until: u64,
+    configured: Vec<Configured>,
     timing: Timing,
     election: Election<S>,
     phase: Phase,
@@ -131,6 +155,7 @@ pub struct Cluster<S: Storage> {
 struct Handover {
     until: u64,
     transferring: bool,
+    to: Option<NodeId>,
 }
 
 /// A planned attempt to be elected while no leader is known.
@@ -145,23 +170,23 @@ const FIRST_RETRY: u64 = 10_000_000;
 const LAST_RETRY: u64 = 640_000_000;
 
 impl<S: Storage> Cluster<S> {
-    /// A node that starts at `now` with its raft log and a database that has everything up to `applied`.
+    /// A node that starts at `now` with its raft log.
     ///
     /// # Errors
     /// When the raft log cannot be read or contradicts itself.
-    pub fn new(
-        membership: &Membership,
-        node: NodeId,
-        timing: Timing,
-        applied: u64,
-        log: S,
-        now: u64,
-    ) -> raft::Result<Self> {
-        let rank = membership.rank(node).ok_or_else(|| raft::Error::ConfigInvalid(format!("{node} is no member")))?;
+    pub fn new(start: &Start<'_>, node: NodeId, timing: Timing, log: S, now: u64) -> raft::Result<Self> {
+        // A node that was removed has no rank, and needs none: it is never elected.
+        let rank = start.membership.rank(node).unwrap_or(membership::CLUSTER_SIZE);
+        let applied = start.applied;
         let election = Election::new(node, rank, timing.election_ticks, applied, log)?;
         Ok(Self {
             node,
-            members: membership.members.iter().map(|member| member.id).collect(),
+            membership: start.membership.clone(),
+            membership_index: start.membership_index,
+            conf_index: start.conf_index,
+            changing: 0,
+            paused_until: 0,
+            configured: Vec::new(),
             timing,
             served: 0,
             phase: Phase::Startup,
@@ -230,6 +255,9 @@ impl<S: Storage> Cluster<S> {
         if self.phase == Phase::Demoting && !self.election.is_leader() {
             return; // its own election time-out must not make it a candidate
         }
+        if self.is_paused(now) && self.election.is_impatient() {
+            return; // it votes, but does not take over by itself
+        }
         if now < self.unfit_until && self.election.is_impatient() && self.withheld < 2 * self.timing.election_ticks {
             // Its turn comes after those who can serve; it votes for them meanwhile.
             self.withheld += 1;
@@ -239,6 +267,7 @@ impl<S: Storage> Cluster<S> {
         self.election.tick();
         if self.election.is_leader() {
             self.round(now);
+            self.promote_learners(now);
         }
         self.observe(now);
     }
@@ -271,7 +300,7 @@ impl<S: Storage> Cluster<S> {
         if silent && (election::asks_for_vote(&message) || election::orders_campaign(&message)) {
             return;
         }
-        if now < self.unfit_until && election::orders_campaign(&message) {
+        if (now < self.unfit_until || self.is_paused(now)) && election::orders_campaign(&message) {
             return;
         }
         self.election.step(message);
@@ -284,7 +313,7 @@ impl<S: Storage> Cluster<S> {
         self.election.report_unreachable(peer);
         if self.election.leader() == Some(peer) && self.phase == Phase::Secondary {
             self.election.forget_leader();
-            let before = self.members.iter().take_while(|id| **id != self.node).filter(|id| **id != peer).count();
+            let before = self.ranked_before(Some(peer));
             self.schedule_campaign(now, before);
         }
         self.observe(now);
@@ -314,7 +343,7 @@ impl<S: Storage> Cluster<S> {
     pub fn promoted(&mut self, now: u64, epoch: u64) {
         self.observe(now);
         if self.phase == Phase::Promoting && epoch == self.epoch() {
-            self.change(Cause::DatabaseOpened);
+            self.enter(Cause::DatabaseOpened);
         }
     }
 
@@ -329,18 +358,19 @@ impl<S: Storage> Cluster<S> {
     pub fn give_up(&mut self, now: u64, cause: Cause) {
         self.observe(now);
         if matches!(self.phase, Phase::Promoting | Phase::Primary) {
-            self.change(cause);
+            self.enter(cause);
             self.election.forget_leader();
         }
         self.observe(now);
     }
 
     /// Planned handover: the caller has drained the ports. Leadership goes over once the database is closed.
-    pub fn hand_over(&mut self, now: u64) {
+    /// It goes to `to`, or else to the member that has most.
+    pub fn hand_over(&mut self, now: u64, to: Option<NodeId>) {
         self.observe(now);
         if matches!(self.phase, Phase::Promoting | Phase::Primary) {
-            self.handover = Some(Handover { until: now + self.timing.handover, transferring: false });
-            self.change(Cause::Handover);
+            self.handover = Some(Handover { until: now + self.timing.handover, transferring: false, to });
+            self.enter(Cause::Handover);
         }
     }
 
@@ -348,33 +378,38 @@ impl<S: Storage> Cluster<S> {
     pub fn demoted(&mut self, now: u64) {
         self.observe(now);
         if self.phase == Phase::Demoting {
-            self.change(Cause::DatabaseClosed);
+            self.enter(Cause::DatabaseClosed);
         }
         self.observe(now);
     }
 
     /// Takes what there is to do; none if there is nothing. [`Cluster::written`] must follow before the next call.
-    pub fn poll(&mut self, now: u64) -> Option<Output> {
+    ///
+    /// # Errors
+    /// A committed entry that this program does not understand: the node must not go on.
+    pub fn poll(&mut self, now: u64) -> Result<Option<Output>, String> {
         self.observe(now);
         assert!(self.ready.is_none(), "written() follows poll()");
         let mut persist = None;
         if let Some(mut ready) = self.election.ready() {
             self.confirm(now, &ready);
+            self.configure(ready.committed_entries())?;
             persist = Some(self.collect(&mut ready));
             self.ready = Some(ready);
         } else if self.transitions.is_empty() && self.free.is_empty() {
-            return None;
+            return Ok(None);
         }
         let promote = self.may_promote(now);
-        Some(Output {
+        Ok(Some(Output {
             lease: self.lease.deadline().unwrap_or(0),
             transitions: std::mem::take(&mut self.transitions),
             send: std::mem::take(&mut self.free),
             persist,
+            configured: std::mem::take(&mut self.configured),
             committed: if matches!(self.phase, Phase::Promoting | Phase::Primary) { self.committed() } else { 0 },
             apply: self.applied,
             promote,
-        })
+        }))
     }
 
     /// The last output's entries are in the raft log and can be read, though they need not be durable.
@@ -382,6 +417,7 @@ impl<S: Storage> Cluster<S> {
         if let Some(ready) = self.ready.take() {
             self.election.written(ready);
         }
+        self.election.stop_if_removed();
     }
 
     /// Everything up to this number is durable.
@@ -415,8 +451,14 @@ impl<S: Storage> Cluster<S> {
             self.vote = (state.term, state.vote);
             self.voted = number;
         }
-        self.free.append(&mut ready.take_messages());
+        let mut messages = ready.take_messages();
         let mut after = ready.take_persisted_messages();
+        for message in messages.iter().chain(&after).filter(|m| m.get_msg_type() == MessageType::MsgSnapshot) {
+            // It is a signal and no more: the member fetches the database on another connection, restarts with it, and
+            // is found there by the next probe.
+            self.election.snapshot_over(message.to);
+        }
+        self.free.append(&mut messages);
         if self.voted <= self.durable {
             // An answer to a heartbeat promises no entry: a stalled disk must not cost the primary its lease.
             let at = |message: &mut Message| message.get_msg_type() == MessageType::MsgHeartbeatResponse;
@@ -447,15 +489,15 @@ impl<S: Storage> Cluster<S> {
     /// Brings the phase in line with the election and the clock. Called at both ends of every input.
     fn observe(&mut self, now: u64) {
         if self.phase == Phase::Startup && now >= self.quiet_until {
-            self.change(Cause::QuietPeriodOver);
-            let rank = self.members.iter().take_while(|id| **id != self.node).count();
-            self.schedule_campaign(now, rank);
+            self.enter(Cause::QuietPeriodOver);
+            let before = self.ranked_before(None);
+            self.schedule_campaign(now, before);
         }
         if matches!(self.phase, Phase::Promoting | Phase::Primary) {
             if !self.election.is_leader() || self.epoch() != self.served {
-                self.change(Cause::LeadershipLost);
+                self.enter(Cause::LeadershipLost);
             } else if self.lease.deadline().is_some() && !self.lease.is_valid(now) {
-                self.change(Cause::LeaseLapsed);
+                self.enter(Cause::LeaseLapsed);
                 self.election.forget_leader();
             }
         }
@@ -483,11 +525,11 @@ impl<S: Storage> Cluster<S> {
             self.served = self.epoch();
             self.promote_sent = false;
             self.campaign = None;
-            self.change(Cause::ElectionWon);
+            self.enter(Cause::ElectionWon);
         } else if let Some(handover) = &mut self.handover {
             if !handover.transferring {
                 handover.transferring = true;
-                self.election.transfer();
+                self.election.transfer(handover.to);
             }
         } else {
             // An order to campaign from an aborted handover may still be under way: only a new epoch makes it harmless.
@@ -497,13 +539,13 @@ impl<S: Storage> Cluster<S> {
 
     /// Plans to be elected behind `before` other members; behind all of them if this node could not serve well.
     fn schedule_campaign(&mut self, now: u64, before: usize) {
-        let before = if now < self.unfit_until { before + self.members.len() } else { before };
+        let before = if now < self.unfit_until { before + self.membership.members.len() } else { before };
         self.campaign = Some(Campaign { at: now + before as u64 * self.timing.stagger, retry: FIRST_RETRY });
     }
 
     fn run_campaign(&mut self, now: u64) {
         let Some(campaign) = self.campaign else { return };
-        if self.phase != Phase::Secondary || self.election.leader().is_some() {
+        if self.phase != Phase::Secondary || self.election.leader().is_some() || self.is_paused(now) {
             self.campaign = None;
         } else if now >= campaign.at {
             let retry = (campaign.retry * 2).min(LAST_RETRY);
@@ -514,7 +556,7 @@ impl<S: Storage> Cluster<S> {
         }
     }
 
-    fn change(&mut self, cause: Cause) {
+    fn enter(&mut self, cause: Cause) {
         let Some(edge) = role::transition(self.phase, cause) else {
             panic!("no transition from {:?} by {cause:?}", self.phase)
         };

@@ -2,15 +2,15 @@
 //! the order of effects. Must never wait for anything but its own poll: disk and database have their own threads.
 
 use std::{
-    sync::mpsc::Receiver,
+    sync::{Arc, mpsc::Receiver},
     time::{Duration, Instant},
 };
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::{
-    cluster::{Cause, Cluster, Output, Phase, command::CONSOLE_DATABASE, role::Transition},
+    cluster::{Cause, Cluster, Membership, NodeId, Output, Phase, command::CONSOLE_DATABASE, role::Transition},
     peer::{Links, PeerEvent},
     storage::{
         ReplicateError, database,
@@ -21,6 +21,7 @@ use crate::{
 use super::{
     Exit, NodeConfig,
     applier::Applier,
+    configure::Changes,
     inbox::{DatabaseEvent, Input, Proposal, Waiting},
     lease::boottime,
     rollback::{self, Rollback},
@@ -51,6 +52,13 @@ pub(super) struct Driver {
     pub config: NodeConfig,
     pub waiting: Waiting,
     pub rollback: Rollback,
+    pub changes: Changes,
+    /// The membership in force, for whoever follows it.
+    pub members: watch::Sender<Arc<Membership>>,
+    /// Who can give this node the whole database, while it needs that.
+    pub restorer: watch::Sender<Option<NodeId>>,
+    /// Why this node is no member any more.
+    pub removed: Option<String>,
     pub handed_over: Option<oneshot::Sender<()>>,
     /// The demotion that the database thread has to answer.
     pub demotion: Option<u64>,
@@ -85,6 +93,7 @@ impl Driver {
                 if self.rollback.note_ends() {
                     self.publisher.warn(rollback::ABOUT, None);
                 }
+                self.restore_if_diverged();
             }
             self.carry_out_all();
             if self.rollback.is_over(self.applier.applied()) {
@@ -117,6 +126,15 @@ impl Driver {
         }
     }
 
+    /// A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
+    fn restore_if_diverged(&mut self) {
+        if self.publisher.is_diverged()
+            && let Some(primary) = self.publisher.known_primary()
+        {
+            self.want_restore(primary);
+        }
+    }
+
     /// The database fences itself when this host's files fail after a majority has a transaction: it must be replayed.
     fn watch_database(&mut self) {
         if self.publisher.is_fenced() {
@@ -138,8 +156,9 @@ impl Driver {
             error!(%error, "the port guard could not be told that the lease is over");
         }
         self.waiting.fail("the node stops");
+        self.changes.fail();
         self.publisher.fence();
-        if matches!(exit, Exit::Stopped) {
+        if matches!(exit, Exit::Stopped | Exit::Restart(_)) {
             self.applier.stop();
         }
         self.links.shutdown();
@@ -151,7 +170,11 @@ impl Driver {
         match event {
             PeerEvent::Raft(message) => {
                 self.publisher.heard(message.from);
-                self.cluster.step(now, message);
+                if self.cluster.needs_snapshot(&message) {
+                    self.wants_snapshot(&message);
+                } else {
+                    self.cluster.step(now, message);
+                }
             }
             PeerEvent::Report(peer, report) => self.publisher.report(peer, report),
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
@@ -174,10 +197,13 @@ impl Driver {
                 self.synced(number, result, micros);
             }
             Input::Database(event) => self.database_event(event),
-            Input::HandOver { done } => {
-                self.cluster.hand_over(now);
+            Input::HandOver { to, done } => {
+                self.cluster.hand_over(now, to);
                 self.handed_over = Some(done);
             }
+            Input::Change { change, reply } => self.change(&change, reply),
+            Input::Sync { node, progress } => self.publisher.sync(node, progress),
+            Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
             Input::Warning { about, text } => self.publisher.warn(about, text),
             Input::Stop => self.exit = Some(Exit::Stopped),
         }
@@ -260,11 +286,13 @@ impl Driver {
         info!(epoch, page_size = self.config.page_size, "proposed the first transaction of a new database");
     }
 
-    fn carry_out_all(&mut self) {
-        while self.exit.is_none()
-            && let Some(output) = self.cluster.poll(boottime())
-        {
-            self.carry_out(output);
+    pub(super) fn carry_out_all(&mut self) {
+        while self.exit.is_none() {
+            match self.cluster.poll(boottime()) {
+                Ok(Some(output)) => self.carry_out(output),
+                Ok(None) => break,
+                Err(why) => self.exit = Some(Exit::Fatal(format!("read the raft log: {why}"))),
+            }
         }
         if !self.cluster.is_handing_over()
             && let Some(done) = self.handed_over.take()
@@ -286,6 +314,9 @@ impl Driver {
             self.links.send(&message);
         }
         if let Some(persist) = output.persist {
+            if !output.configured.is_empty() {
+                self.configured(output.configured);
+            }
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
             self.applier.appended(bytes);
             if self.rollback.watch(&self.log, &persist.entries) {
@@ -336,6 +367,7 @@ impl Driver {
             self.publisher.fence();
             self.demotion = Some(self.applier.demote());
             let unknown = self.waiting.fail("the role was lost while a majority was awaited");
+            self.changes.fail();
             if unknown > 0 {
                 warn!(transactions = unknown, "the outcome of waiting transactions is decided by the next primary");
             }

@@ -12,7 +12,9 @@ use std::{
 
 use tokio::sync::oneshot;
 
+use super::{ChangeError, status::SyncProgress};
 use crate::{
+    cluster::{Change, Membership, NodeId},
     peer::LinkSender,
     storage::{ReplicateError, Replicator, database::PrimaryDatabase, raft_log::RaftLog},
 };
@@ -27,7 +29,10 @@ pub(super) enum Input {
     Propose(Proposal),
     Synced { number: u64, result: Result<(), String>, micros: u64 },
     Database(DatabaseEvent),
-    HandOver { done: oneshot::Sender<()> },
+    HandOver { to: Option<NodeId>, done: oneshot::Sender<()> },
+    Change { change: Change, reply: oneshot::Sender<Result<Arc<Membership>, ChangeError>> },
+    Sync { node: NodeId, progress: Option<SyncProgress> },
+    Restart { why: String },
     Warning { about: &'static str, text: Option<String> },
     Stop,
 }

@@ -2,6 +2,7 @@
 //! `watch<Status>` and knows nothing of ports and workloads.
 
 mod applier;
+mod configure;
 mod driver;
 mod inbox;
 pub mod lease;
@@ -21,15 +22,17 @@ use raft::{Storage, eraftpb::HardState};
 use tokio::sync::{oneshot, watch};
 
 pub use applier::CheckpointPolicy;
+pub use configure::ChangeError;
 pub use lease::Lease;
-pub use status::{MemberStatus, Status};
+pub use status::{MemberStatus, Status, SyncProgress};
 
 use crate::{
-    cluster::{Cluster, Membership, NodeId, Timing},
+    cluster::{self, Change, Cluster, Membership, NodeId, Timing},
     peer::{LinkSender, Links},
-    storage::{database::Database, raft_log::RaftLog},
+    storage::{configuration::Configuration, database::Database, raft_log::RaftLog},
 };
 use applier::Applier;
+use configure::Changes;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
 use rollback::Rollback;
@@ -39,8 +42,13 @@ use syncer::Syncer;
 /// What a node is made of.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
-    pub membership: Membership,
+    /// The membership to start with.
+    pub configuration: Configuration,
+    /// The data folder, where changes of the membership and dropped tails of the raft log are kept.
+    pub data: PathBuf,
     pub node: NodeId,
+    /// This node's name, for as long as no membership names it otherwise.
+    pub name: String,
     pub timing: Timing,
     /// How long closing the database may take at a demotion before the process gives up and exits.
     pub demotion_deadline: Duration,
@@ -53,8 +61,6 @@ pub struct NodeConfig {
     pub version: String,
     /// The shared lease that this node extends.
     pub lease: Lease,
-    /// Where dropped tails of the raft log are kept.
-    pub rollback: PathBuf,
 }
 
 /// Why the loop ended.
@@ -64,6 +70,8 @@ pub enum Exit {
     Stopped,
     /// Going on would not be safe; a restart is. The sentence says what failed.
     Fatal(String),
+    /// All is well, but the process has to begin again, as to install a snapshot. The sentence says why.
+    Restart(String),
 }
 
 /// The rest of the process' view of a running node.
@@ -71,6 +79,8 @@ pub enum Exit {
 pub struct Handle {
     sender: Sender,
     status: watch::Receiver<Arc<Status>>,
+    membership: watch::Receiver<Arc<Membership>>,
+    restore: watch::Receiver<Option<NodeId>>,
 }
 
 impl Handle {
@@ -79,13 +89,48 @@ impl Handle {
         self.status.clone()
     }
 
-    /// Hands the primary role to another member: returns when it has gone over, or when the time for it is up. At once if this node
-    /// is not primary. The Console must have been drained before.
-    pub async fn hand_over(&self) {
+    /// The membership in force; changes can be awaited.
+    pub fn membership(&self) -> watch::Receiver<Arc<Membership>> {
+        self.membership.clone()
+    }
+
+    /// The member that can give this node the whole database, while it needs that: its raft log is too far behind those of
+    /// the others, or its copy is not to be trusted.
+    pub fn restore_wanted(&self) -> watch::Receiver<Option<NodeId>> {
+        self.restore.clone()
+    }
+
+    /// Changes the membership; only on the primary. Returns the membership after it when it is in force here.
+    ///
+    /// # Errors
+    /// [`ChangeError`]; only with `Unknown` it may have been made.
+    pub async fn change(&self, change: Change) -> Result<Arc<Membership>, ChangeError> {
+        let (reply, wait) = oneshot::channel();
+        let ended = || ChangeError::Unknown("the node stops".to_owned());
+        if !self.sender.send(Input::Change { change, reply }) {
+            return Err(ended());
+        }
+        // Bounded by the lease: when it lapses, the loop answers everybody who waits.
+        wait.await.map_err(|_| ended())?
+    }
+
+    /// Hands the primary role to another member, to `to` if named: returns when it has gone over, or when the time for it is up.
+    /// At once if this node is not primary. The Console must have been drained before.
+    pub async fn hand_over(&self, to: Option<NodeId>) {
         let (done, wait) = oneshot::channel();
-        if self.sender.send(Input::HandOver { done }) {
+        if self.sender.send(Input::HandOver { to, done }) {
             let _ = wait.await; // an ended loop has no role either
         }
+    }
+
+    /// Shows how far the copy of the database for a member is, or that it is over.
+    pub fn report_sync(&self, node: NodeId, progress: Option<SyncProgress>) {
+        self.sender.send(Input::Sync { node, progress });
+    }
+
+    /// Ends the loop in order with [`Exit::Restart`].
+    pub fn restart(&self, why: String) {
+        self.sender.send(Input::Restart { why });
     }
 
     /// Shows a warning in the status, or takes it back.
@@ -111,14 +156,19 @@ pub fn spawn(
 ) -> io::Result<(Handle, JoinHandle<Exit>)> {
     let applied = database.applied().max(1);
     trust_checkpoint(&log, applied)?;
-    let cluster = Cluster::new(&config.membership, config.node, config.timing, applied, log.clone(), lease::boottime())
+    let Configuration { index, membership } = &config.configuration;
+    let (membership_index, conf_index) = (*index, log.applied_conf().1);
+    let start = cluster::Start { membership, membership_index, conf_index, applied };
+    let cluster = Cluster::new(&start, config.node, config.timing, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
+    let (members, membership) = watch::channel(Arc::new(membership.clone()));
+    let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
     let (publisher, status) = Publisher::new(&config);
-    let driver = Driver {
+    let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
-        rollback: Rollback::new(config.rollback.clone(), (config.membership.cluster, config.node), sender.clone()),
+        rollback: Rollback::new(&config, sender.clone()),
         cluster,
         log,
         links,
@@ -127,13 +177,18 @@ pub fn spawn(
         publisher,
         config,
         waiting: Waiting::default(),
+        changes: Changes::default(),
+        members,
+        restorer,
+        removed: None,
         handed_over: None,
         demotion: None,
         inline_sync_after: Instant::now(),
         exit: None,
     };
+    driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status }, thread))
+    Ok((Handle { sender, status, membership, restore }, thread))
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.

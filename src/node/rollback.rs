@@ -19,7 +19,10 @@ use crate::{
     telemetry,
 };
 
-use super::inbox::{Input, Sender};
+use super::{
+    NodeConfig,
+    inbox::{Input, Sender},
+};
 
 /// Longest tail, in bytes, that is copied on the loop itself.
 const INLINE: u64 = 1 << 20;
@@ -40,8 +43,9 @@ pub(super) struct Rollback {
 }
 
 impl Rollback {
-    pub fn new(folder: PathBuf, owner: (ClusterId, NodeId), sender: Sender) -> Self {
-        Self { folder, owner, sender, until: None, noted: None }
+    pub fn new(config: &NodeConfig, sender: Sender) -> Self {
+        let owner = (config.configuration.membership.cluster, config.node);
+        Self { folder: config.data.join(tail::FOLDER), owner, sender, until: None, noted: None }
     }
 
     /// Must be called before `entries` are appended: true if they replace other ones.

@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::{
-    cluster::{Cluster, ClusterId, Member, NodeId, Phase, Role, role::Transition},
+    cluster::{Cluster, ClusterId, Member, Membership, NodeId, Phase, Role, role::Transition},
     peer::{Links, NodeReport},
     storage::{database::PrimaryDatabase, raft_log::RaftLog},
 };
 
 use super::{NodeConfig, lease::boottime};
+use crate::cluster::membership::CLUSTER_SIZE;
 
 /// A member that was not heard of for this long is shown as DOWN.
 const DOWN_AFTER: Duration = Duration::from_secs(1);
@@ -43,6 +44,8 @@ pub struct Status {
     pub lease_ms: Option<u64>,
     /// All members in rank order, this one included.
     pub members: Vec<MemberStatus>,
+    /// The membership in force here, with requests to join, removals and a pause.
+    pub membership: Membership,
     /// What is wrong and what to do about it, in sentences; empty when all is well.
     pub warnings: Vec<String>,
     /// The database, opened for writing. Present only in the role PRIMARY. Whoever holds a clone of it or a connection to it
@@ -75,6 +78,17 @@ pub struct MemberStatus {
     /// Milliseconds since it was last heard of; 0 for the node itself; none if never.
     pub last_contact_ms: Option<u64>,
     pub version: String,
+    /// False until it has caught up after it was admitted.
+    pub voter: bool,
+    /// How far the copy of the whole database is that is on its way to it; on the node that sends or receives it.
+    pub sync: Option<SyncProgress>,
+}
+
+/// How far the copy of a database is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncProgress {
+    pub bytes: u64,
+    pub total: u64,
 }
 
 /// What is known about another member.
@@ -86,6 +100,7 @@ struct Peer {
     has: u64,
     /// Its process is known to be dead, until something is heard of it again.
     dead: bool,
+    sync: Option<SyncProgress>,
 }
 
 /// Keeps the picture together. Lives on the consensus loop.
@@ -93,11 +108,16 @@ pub(super) struct Publisher {
     config: NodeConfig,
     peers: BTreeMap<NodeId, Peer>,
     warnings: BTreeMap<&'static str, String>,
+    membership: Membership,
     phase: Phase,
     reason: &'static str,
     diverged: bool,
     /// Entries of its raft log were replaced, and its database is not level again.
     rolling_back: bool,
+    /// Why this node is no member any more.
+    removed: Option<String>,
+    /// The copy of the database that is on its way to this node.
+    sync: Option<SyncProgress>,
     database: Option<Arc<PrimaryDatabase>>,
     sender: watch::Sender<Arc<Status>>,
     ticks: u32,
@@ -108,11 +128,12 @@ pub(super) struct Publisher {
 
 impl Publisher {
     pub fn new(config: &NodeConfig) -> (Self, watch::Receiver<Arc<Status>>) {
-        let others = config.membership.members.iter().filter(|member| member.id != config.node);
+        let membership = config.configuration.membership.clone();
+        let others = membership.members.iter().filter(|member| member.id != config.node);
         let first = Status {
-            cluster: config.membership.cluster,
+            cluster: membership.cluster,
             node: config.node,
-            name: config.membership.get(config.node).map(|member| member.name.clone()).unwrap_or_default(),
+            name: membership.get(config.node).map_or_else(|| config.name.clone(), |member| member.name.clone()),
             version: config.version.clone(),
             role: Role::Startup,
             reason: "starts".to_owned(),
@@ -122,6 +143,7 @@ impl Publisher {
             committed: 0,
             lease_ms: None,
             members: Vec::new(),
+            membership: membership.clone(),
             warnings: Vec::new(),
             database: None,
         };
@@ -130,6 +152,9 @@ impl Publisher {
             config: config.clone(),
             peers: others.map(|member| (member.id, Peer::default())).collect(),
             warnings: BTreeMap::new(),
+            membership: membership.clone(),
+            removed: None,
+            sync: None,
             phase: Phase::Startup,
             reason: "starts: an earlier process of this node may have promised its vote",
             diverged: false,
@@ -165,6 +190,43 @@ impl Publisher {
             peer.dead = true;
             self.stale = true;
         }
+    }
+
+    /// The members from now on.
+    pub fn set_membership(&mut self, membership: &Membership) {
+        let node = self.config.node;
+        let is_other = |id: &NodeId| *id != node && membership.get(*id).is_some();
+        self.peers.retain(|id, _| is_other(id));
+        for id in membership.members.iter().map(|member| member.id).filter(is_other) {
+            self.peers.entry(id).or_default();
+        }
+        self.membership = membership.clone();
+        self.stale = true;
+    }
+
+    /// This node is no member any more.
+    pub fn removed(&mut self, why: String) {
+        self.removed = Some(why);
+        self.stale = true;
+    }
+
+    /// How far the copy of the database for a member, or for this node, is.
+    pub fn sync(&mut self, node: NodeId, progress: Option<SyncProgress>) {
+        if node == self.config.node {
+            self.sync = progress;
+        } else if let Some(peer) = self.peers.get_mut(&node) {
+            peer.sync = progress;
+        }
+        self.stale = true;
+    }
+
+    pub fn is_diverged(&self) -> bool {
+        self.diverged
+    }
+
+    /// Who is primary, as it was published last.
+    pub fn known_primary(&self) -> Option<NodeId> {
+        self.shown.1
     }
 
     /// True if every other member was heard of lately.
@@ -271,11 +333,7 @@ impl Publisher {
     fn picture(&self, cluster: &Cluster<RaftLog>, applied: u64) -> Status {
         let committed = cluster.committed();
         let lease_ms = cluster.lease().deadline().map(|deadline| deadline.saturating_sub(boottime()) / 1_000_000);
-        let role = match self.phase {
-            _ if self.diverged => Role::Recovering,
-            Phase::Startup | Phase::Secondary if self.rolling_back => Role::Rollback,
-            phase => phase.role(),
-        };
+        let role = self.role();
         let own = MemberStatus {
             id: self.config.node,
             name: String::new(),
@@ -287,21 +345,24 @@ impl Publisher {
             lease_ms,
             last_contact_ms: Some(0),
             version: self.config.version.clone(),
+            voter: true,
+            sync: self.sync,
         };
-        let members = &self.config.membership.members;
+        let members = &self.membership.members;
         Status {
-            cluster: self.config.membership.cluster,
+            cluster: self.membership.cluster,
             node: self.config.node,
             name: self.name(self.config.node),
             version: self.config.version.clone(),
             role,
-            reason: self.reason.to_owned(),
+            reason: self.removed.clone().unwrap_or_else(|| self.reason.to_owned()),
             epoch: cluster.epoch(),
             primary: None,
             applied,
             committed,
             lease_ms,
             members: members.iter().map(|member| self.member(member, &own, committed)).collect(),
+            membership: self.membership.clone(),
             warnings: Vec::new(),
             database: self.database.clone().filter(|_| self.phase == Phase::Primary),
         }
@@ -310,7 +371,7 @@ impl Publisher {
     fn member(&self, member: &Member, own: &MemberStatus, committed: u64) -> MemberStatus {
         let (name, address) = (member.name.clone(), format!("{}:{}", member.address, member.port));
         let Some(peer) = self.peers.get(&member.id) else {
-            return MemberStatus { name, address, ..own.clone() };
+            return MemberStatus { name, address, voter: member.voter, ..own.clone() };
         };
         let silence = peer.heard.map(|heard| heard.elapsed());
         let state = match (silence, &peer.report) {
@@ -331,6 +392,21 @@ impl Publisher {
             lease_ms: report.and_then(|report| report.lease_ms).filter(|_| state == Role::Primary),
             last_contact_ms: silence.map(|silence| silence.as_millis() as u64),
             version: report.map(|report| report.version.clone()).unwrap_or_default(),
+            voter: member.voter,
+            sync: peer.sync,
+        }
+    }
+
+    /// The word for this node itself.
+    fn role(&self) -> Role {
+        let role = self.phase.role();
+        let votes = self.membership.get(self.config.node).is_none_or(|member| member.voter);
+        match role {
+            _ if self.removed.is_some() => Role::Removed,
+            _ if self.diverged || self.sync.is_some() && votes => Role::Recovering,
+            Role::Startup | Role::Secondary if self.rolling_back => Role::Rollback,
+            Role::Startup | Role::Secondary if !votes => Role::Startup2,
+            role => role,
         }
     }
 
@@ -344,7 +420,13 @@ impl Publisher {
                 member.name, member.address
             ));
         }
-        if status.primary.is_none() && status.role != Role::Startup {
+        if status.membership.members.len() < CLUSTER_SIZE && status.role != Role::Removed {
+            sentences.push(format!(
+                "the cluster has {} of {CLUSTER_SIZE} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)",
+                status.membership.members.len()
+            ));
+        }
+        if status.primary.is_none() && !matches!(status.role, Role::Startup | Role::Removed) {
             sentences
                 .push("no primary is known here: a majority of the members must be up and reach each other".to_owned());
         }
@@ -352,7 +434,7 @@ impl Publisher {
     }
 
     fn name(&self, id: NodeId) -> String {
-        self.config.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
+        self.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
     }
 }
 
@@ -362,12 +444,16 @@ mod tests {
     use crate::{
         cluster::{Membership, Timing},
         node::CheckpointPolicy,
+        storage::configuration::Configuration,
     };
 
     fn publisher() -> Publisher {
         let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
+        let membership = Membership::founded(ClusterId(7), (1..=3).map(member).collect());
         let config = NodeConfig {
-            membership: Membership::founded(ClusterId(7), (1..=3).map(member).collect()),
+            configuration: Configuration { index: 1, membership },
+            data: std::path::PathBuf::new(),
+            name: "node1".to_owned(),
             node: 1,
             timing: Timing::default(),
             demotion_deadline: Duration::from_secs(2),
@@ -376,7 +462,6 @@ mod tests {
             fast_takeover: true,
             version: "1.2.3".to_owned(),
             lease: crate::node::Lease::new().unwrap(),
-            rollback: std::path::PathBuf::new(),
         };
         Publisher::new(&config).0
     }

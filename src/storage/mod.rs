@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod checksum;
+pub mod configuration;
 pub mod database;
 pub mod gate;
 pub mod raft_log;

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{runtime::Runtime, sync::watch};
 use twistlock_ha::{
-    cluster::{ClusterId, Role, command::CONSOLE_DATABASE},
+    cluster::{ClusterId, Membership, Role, command::CONSOLE_DATABASE},
     guard::PortGuard,
     node::{Lease, Status, lease::boottime},
     storage::{
@@ -148,6 +148,7 @@ fn status(role: Role, epoch: u64) -> Status {
         committed: 0,
         lease_ms: None,
         members: Vec::new(),
+        membership: Membership::founded(ClusterId(1), Vec::new()),
         warnings: Vec::new(),
         database: None,
     }

@@ -46,6 +46,8 @@ struct State {
     now: Image,
     durable: Image,
     unsynced: VecDeque<Write>,
+    /// The configuration in force and its index; durable as soon as it is set.
+    conf: (ConfState, u64),
 }
 
 /// Shared handle, so that the node, raft and the world all see the same log.
@@ -57,7 +59,16 @@ impl SimLog {
         let mut image = Image::default();
         image.hard_state.term = 1;
         image.hard_state.commit = 1;
-        Self(Rc::new(RefCell::new(State { now: image.clone(), durable: image, unsynced: VecDeque::new() })))
+        let conf = (ConfState { voters: vec![1, 2, 3], ..ConfState::default() }, 1);
+        Self(Rc::new(RefCell::new(State { now: image.clone(), durable: image, unsynced: VecDeque::new(), conf })))
+    }
+
+    pub fn set_conf(&self, conf: ConfState, index: u64) {
+        self.0.borrow_mut().conf = (conf, index);
+    }
+
+    pub fn conf_index(&self) -> u64 {
+        self.0.borrow().conf.1
     }
 
     pub fn append(&self, number: u64, entries: Vec<Entry>, hard_state: Option<HardState>) {
@@ -109,7 +120,7 @@ impl SimLog {
 
 impl Storage for SimLog {
     fn initial_state(&self) -> raft::Result<RaftState> {
-        let conf = ConfState { voters: vec![1, 2, 3], ..ConfState::default() };
+        let conf = self.0.borrow().conf.0.clone();
         Ok(RaftState::new(self.read(|image| image.hard_state.clone()), conf))
     }
 

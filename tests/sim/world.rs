@@ -1,13 +1,16 @@
-//! The world around three nodes: time, messages, faults, clients, and the checks after every step.
+//! The world around the nodes: time, messages, faults, clients, and the checks after every step.
 
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
 };
 
-use raft::eraftpb::Message;
+use raft::eraftpb::{EntryType, Message};
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
-use twistlock_ha::cluster::{Cause, Cluster, ClusterId, Member, Membership, Output, Phase, Timing, Transition};
+use twistlock_ha::cluster::{
+    Cause, Change, Cluster, ClusterId, Configured, Member, Membership, Newcomer, Output, Phase, Start, Timing,
+    Transition, membership::Request,
+};
 
 use super::disk::SimLog;
 
@@ -21,6 +24,8 @@ pub struct Summary {
     pub takeovers: u64,
     pub crashes: u64,
     pub handovers: u64,
+    pub removed: u64,
+    pub joined: u64,
 }
 
 impl Summary {
@@ -30,6 +35,8 @@ impl Summary {
         self.takeovers += other.takeovers;
         self.crashes += other.crashes;
         self.handovers += other.handovers;
+        self.removed += other.removed;
+        self.joined += other.joined;
     }
 }
 
@@ -81,9 +88,35 @@ struct Node {
     released: u64,
     /// When the slowest sync so far will have ended: syncs end in order.
     disk_busy: u64,
+    /// The membership in force here, and its index; survives a crash.
+    membership: (Membership, u64),
 }
 
 impl Node {
+    /// A host that never ran. One that joins later begins with the log of the founders, as they did.
+    fn new(id: u64, rng: &mut SmallRng) -> Self {
+        Self {
+            id,
+            log: SimLog::new(),
+            cluster: None,
+            life: 0,
+            paused: false,
+            unfit: false,
+            deferred: Vec::new(),
+            rate: rng.random_range(950..=1050),
+            offset: rng.random_range(0..1_000_000 * MILLI),
+            open: false,
+            lease: 0,
+            database: Vec::new(),
+            applied: 1,
+            checkpoint: (Vec::new(), 1),
+            waiting: Vec::new(),
+            released: 0,
+            disk_busy: 0,
+            membership: (membership(), 1),
+        }
+    }
+
     fn clock(&self, time: u64) -> u64 {
         self.offset + time / 1000 * self.rate
     }
@@ -122,30 +155,25 @@ fn membership() -> Membership {
     Membership::founded(ClusterId(7), (1..=3).map(member).collect())
 }
 
+fn request(id: u64) -> Request {
+    Request {
+        id: format!("request{id}"),
+        name: format!("node{id}"),
+        address: format!("127.0.0.{id}"),
+        port: 8086,
+        version: "1.2.3".to_owned(),
+        fingerprint: format!("AB:{id}"),
+        csr: String::new(),
+        clock_ms: 0,
+        at: 0,
+        until: 1,
+    }
+}
+
 impl World {
     pub fn new(seed: u64, timing: Timing) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let nodes = (1..=3)
-            .map(|id| Node {
-                id,
-                log: SimLog::new(),
-                cluster: None,
-                life: 0,
-                paused: false,
-                unfit: false,
-                deferred: Vec::new(),
-                rate: rng.random_range(950..=1050),
-                offset: rng.random_range(0..1_000_000 * MILLI),
-                open: false,
-                lease: 0,
-                database: Vec::new(),
-                applied: 1,
-                checkpoint: (Vec::new(), 1),
-                waiting: Vec::new(),
-                released: 0,
-                disk_busy: 0,
-            })
-            .collect();
+        let nodes = (1..=3).map(|id| Node::new(id, &mut rng)).collect();
         let mut world = Self {
             timing,
             rng,
@@ -195,7 +223,10 @@ impl World {
         (node.database, node.applied) = node.checkpoint.clone();
         node.log.raise_commit(node.applied);
         let now = node.clock(time);
-        let cluster = Cluster::new(&membership(), node.id, self.timing, node.applied, node.log.clone(), now);
+        let (membership, membership_index) = (&node.membership.0, node.membership.1);
+        let (conf_index, applied) = (node.log.conf_index(), node.applied);
+        let start = Start { membership, membership_index, conf_index, applied };
+        let cluster = Cluster::new(&start, node.id, self.timing, node.log.clone(), now);
         node.cluster = Some(cluster.expect("the log can be read"));
         if node.unfit {
             let cluster = node.cluster.as_mut().expect("it was just made");
@@ -224,7 +255,7 @@ impl World {
         let (survive, part) = (self.rng.random_range(0..4), self.rng.random_range(0..8));
         self.nodes[at].log.crash(survive, part);
         let dead = self.nodes[at].id;
-        for other in (0..3).filter(|other| *other != at) {
+        for other in (0..self.nodes.len()).filter(|other| *other != at) {
             if self.rng.random_bool(0.8) && !self.cut.contains(&(self.nodes[other].id, dead)) {
                 let life = self.nodes[other].life;
                 let delay = self.rng.random_range(MILLI..50 * MILLI);
@@ -283,13 +314,13 @@ impl World {
     }
 
     fn fault(&mut self) {
-        let at = self.rng.random_range(0..3);
-        let id = self.nodes[at].id;
-        let kind = self.rng.random_range(0..13);
+        let at = self.rng.random_range(0..self.nodes.len());
+        let (id, last) = (self.nodes[at].id, self.nodes.len() as u64);
+        let kind = self.rng.random_range(0..16);
         self.note(format!("fault {kind} at node {id}"));
         match kind {
             0..3 => self.crash(at),
-            3 => (0..3).for_each(|at| self.crash(at)),
+            3 => (0..self.nodes.len()).for_each(|at| self.crash(at)),
             4..6 => {
                 if self.nodes[at].cluster.is_some() && !self.nodes[at].paused {
                     self.nodes[at].paused = true;
@@ -298,12 +329,12 @@ impl World {
                 }
             }
             6 => {
-                for other in (1..=3).filter(|other| *other != id) {
+                for other in (1..=last).filter(|other| *other != id) {
                     self.cut.extend([(id, other), (other, id)]);
                 }
             }
             7 => {
-                let to = 1 + (id + self.rng.random_range(0..2)) % 3;
+                let to = 1 + (id + self.rng.random_range(0..last - 1)) % last;
                 self.cut.insert((id, to));
             }
             8 => self.cut.clear(),
@@ -312,9 +343,58 @@ impl World {
             10 if self.nodes.iter().all(|node| !node.unfit) => self.nodes[at].unfit = true,
             10 => self.nodes.iter_mut().for_each(|node| node.unfit = false),
             11 => self.stall = [0.0, 0.01, 0.3][self.rng.random_range(0..3)],
-            _ => self.hand_over(at),
+            12 => self.hand_over(at),
+            _ => (0..self.nodes.len()).for_each(|at| self.reconfigure(at)),
         }
         self.check();
+    }
+
+    /// The administrator removes a member of a complete cluster, or lets a new host join an incomplete one. Whoever
+    /// believes to be the primary is asked.
+    fn reconfigure(&mut self, at: usize) {
+        let now = self.nodes[at].clock(self.time);
+        let (pick, next) = (self.rng.random_range(0..3), self.nodes.len() as u64 + 1);
+        let node = &mut self.nodes[at];
+        let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) else { return };
+        let membership = cluster.membership().0.clone();
+        let change = if membership.requests.is_empty() && membership.members.len() == 3 {
+            Change::Remove { node: membership.members[pick].id, at: 0, force: false }
+        } else if membership.requests.is_empty() {
+            Change::Request { request: request(membership.next_id) }
+        } else if membership.next_id == next {
+            let certificate = String::new();
+            Change::Admit { hosts: vec![Newcomer { id: next, request: request(next).id, certificate }] }
+        } else {
+            return;
+        };
+        if cluster.change(now, &change).is_ok() {
+            self.note(format!("node {} proposes {change:?}", self.nodes[at].id));
+        }
+        self.drive(at);
+    }
+
+    /// What came into force on a node is durable before raft goes on.
+    fn configured(&mut self, at: usize, configured: Configured) {
+        let Configured { index, conf, membership } = configured;
+        if let Some(membership) = membership {
+            let before = &self.nodes[at].membership.0;
+            let new = membership.members.iter().any(|member| member.id as usize > self.nodes.len());
+            let first = membership.next_id > before.next_id || membership.removed.len() > before.removed.len();
+            if first && self.nodes.iter().all(|node| node.membership.1 < index) {
+                self.summary.joined += u64::from(membership.next_id > before.next_id);
+                self.summary.removed += u64::from(membership.removed.len() > before.removed.len());
+            }
+            self.nodes[at].membership = (membership, index);
+            if new {
+                let newcomer = Node::new(self.nodes.len() as u64 + 1, &mut self.rng);
+                self.nodes.push(newcomer);
+                self.start(self.nodes.len() - 1);
+            }
+        }
+        if let Some(conf) = conf {
+            assert!(!conf.voters.is_empty() && conf.voters.len() <= 3, "impossible voters {conf:?}");
+            self.nodes[at].log.set_conf(conf, index);
+        }
     }
 
     fn hand_over(&mut self, at: usize) {
@@ -326,14 +406,14 @@ impl World {
                 node.open = false;
                 self.summary.handovers += 1;
             }
-            if give_up { cluster.give_up(now, Cause::DatabaseFailed) } else { cluster.hand_over(now) }
+            if give_up { cluster.give_up(now, Cause::DatabaseFailed) } else { cluster.hand_over(now, None) }
         }
         self.drive(at);
     }
 
     /// A client writes to every node whose ports it finds open.
     fn write(&mut self) {
-        for at in 0..3 {
+        for at in 0..self.nodes.len() {
             let node = &mut self.nodes[at];
             if node.paused || !node.ports_open(self.time) {
                 continue;
@@ -416,7 +496,7 @@ impl World {
         loop {
             let now = self.nodes[at].clock(self.time);
             let Some(cluster) = self.nodes[at].cluster.as_mut() else { return };
-            let Some(output) = cluster.poll(now) else { break };
+            let Some(output) = cluster.poll(now).expect("all entries can be read") else { break };
             self.carry_out(at, output);
         }
         let node = &self.nodes[at];
@@ -436,6 +516,7 @@ impl World {
             self.transition(at, *transition);
         }
         output.send.into_iter().for_each(|message| self.send(message));
+        output.configured.into_iter().for_each(|configured| self.configured(at, configured));
         if let Some(persist) = output.persist {
             let node = &mut self.nodes[at];
             node.log.append(persist.number, persist.entries, persist.hard_state);
@@ -501,6 +582,9 @@ impl World {
             return;
         }
         let to = message.to as usize - 1;
+        if to >= self.nodes.len() {
+            return; // a newcomer that has not started yet
+        }
         let copies = if self.rng.random_bool(0.02) { 2 } else { 1 };
         for _ in 0..copies {
             let late = self.rng.random_bool(0.02);
@@ -515,7 +599,8 @@ impl World {
             let entry = node.log.read(|image| image.entry(index).cloned()).expect("applied entries are in the log");
             let durable = node.log.durable(|image| image.entry(index).map(|entry| entry.term));
             assert_eq!(durable, Some(entry.term), "index {index} was applied before it was durable here");
-            let value = entry.data.as_ref().try_into().map(u64::from_le_bytes).ok();
+            let normal = entry.get_entry_type() == EntryType::EntryNormal;
+            let value = entry.data.as_ref().try_into().map(u64::from_le_bytes).ok().filter(|_| normal);
             let first = *self.decided.entry(index).or_insert((entry.term, value));
             assert_eq!(first, (entry.term, value), "node {} differs at index {index}", node.id);
             node.database.extend(value);
@@ -539,7 +624,9 @@ impl World {
                 let value = write.value.to_le_bytes();
                 node.log.durable(|image| image.entry(write.index).is_some_and(|entry| entry.data.as_ref() == value))
             });
-            assert!(holders.count() >= 2, "committed without a majority of disks");
+            // Two are a majority of two and of three; the cluster may have shrunk since the write was committed.
+            let enough = self.nodes[at].membership.0.voters().count().min(2);
+            assert!(holders.count() >= enough, "committed without a majority of disks");
             self.nodes[at].released = write.index;
             if self.nodes[at].ports_open(time) {
                 self.note(format!("node {} acknowledges {} in epoch {epoch}", self.nodes[at].id, write.index));

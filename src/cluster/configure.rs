@@ -1,0 +1,124 @@
+//! How the configuration changes: the core's part that proposes, puts into force and completes changes of the membership.
+//! Must never put a change into force that a majority does not have, or one that is in force already.
+
+use raft::{
+    Storage,
+    eraftpb::{ConfState, Entry, EntryType, Message, MessageType},
+};
+
+use super::{Change, Cluster, Membership, NodeId, Phase, membership};
+
+/// A change of the configuration, as a committed entry makes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Configured {
+    /// Raft index of the entry.
+    pub index: u64,
+    /// Who votes from now on; none if that has not changed.
+    pub conf: Option<ConfState>,
+    /// The membership from now on; none at the end of a joint configuration, which changes only who votes.
+    pub membership: Option<Membership>,
+}
+
+/// Why a change of the membership was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    #[error("this node is not primary")]
+    NotPrimary,
+    #[error("another change of the membership is under way: try again")]
+    Busy,
+    #[error(transparent)]
+    Impossible(#[from] membership::Impossible),
+}
+
+impl<S: Storage> Cluster<S> {
+    /// The membership in force, and the raft index of the entry that made it.
+    pub fn membership(&self) -> (&Membership, u64) {
+        (&self.membership, self.membership_index)
+    }
+
+    /// Until then (0: from now on) only [`membership::Pause::primary`] may become primary, if the membership names one.
+    pub fn set_paused(&mut self, now: u64, until: u64) {
+        self.paused_until = until;
+        self.observe(now);
+    }
+
+    pub(super) fn is_paused(&self, now: u64) -> bool {
+        let other = |pause: &membership::Pause| pause.primary != self.node;
+        now < self.paused_until && self.membership.pause.as_ref().is_some_and(other)
+    }
+
+    /// True for a leader's message that says: this node lacks entries that the raft log does not have any more.
+    pub fn needs_snapshot(&self, message: &Message) -> bool {
+        let index = || message.get_snapshot().get_metadata().index;
+        message.get_msg_type() == MessageType::MsgSnapshot && index() > self.committed()
+    }
+
+    /// Gives members that were admitted their vote, all at once, when all of them have caught up. Whoever is primary does
+    /// it: an admission goes on when the primary that began it is gone.
+    pub(super) fn promote_learners(&mut self, now: u64) {
+        let learners: Vec<_> = self.membership.learners().collect();
+        let ready = learners.iter().all(|id| self.election.has_caught_up(*id));
+        if !learners.is_empty() && ready && self.changing <= self.applied {
+            // Refused only while something else is under way: the next tick tries again.
+            let _ = self.change(now, &Change::Promote);
+        }
+    }
+
+    /// Proposes a change of the membership and returns its raft index: it is in force once
+    /// [`Cluster::membership`] has come there.
+    ///
+    /// # Errors
+    /// [`ChangeError`]: the change was not proposed and never will be.
+    pub fn change(&mut self, now: u64, change: &Change) -> Result<u64, ChangeError> {
+        self.observe(now);
+        // A primary has applied everything of earlier epochs: no change that it does not know of is under way.
+        if self.phase != Phase::Primary || !self.lease.is_valid(now) {
+            return Err(ChangeError::NotPrimary);
+        }
+        if self.changing > self.applied {
+            return Err(ChangeError::Busy);
+        }
+        let next = self.membership.changed(change, self.node)?;
+        let index = self.election.propose_membership(&next).ok_or(ChangeError::Busy)?;
+        self.changing = index;
+        Ok(index)
+    }
+
+    /// Puts the changes of membership and configuration into force that are among these committed entries. After a
+    /// restart some come by again: what is in force already stays as it is.
+    pub(super) fn configure(&mut self, committed: &[Entry]) -> Result<(), String> {
+        for entry in committed {
+            let changes_conf = entry.get_entry_type() != EntryType::EntryNormal;
+            if !changes_conf && entry.context.is_empty() {
+                continue;
+            }
+            let unreadable = |why: String| format!("entry {}: {why}", entry.index);
+            let membership = match entry.context.is_empty() {
+                true => None,
+                false => Some(Membership::decode(&entry.context).map_err(unreadable)?),
+            };
+            let mut conf = None;
+            if changes_conf && entry.index > self.conf_index {
+                let result = self.election.configure(membership.as_ref());
+                conf = Some(result.map_err(|error| unreadable(error.to_string()))?);
+                self.conf_index = entry.index;
+            }
+            let membership = membership.filter(|_| entry.index > self.membership_index);
+            if let Some(membership) = &membership {
+                self.membership = membership.clone();
+                self.membership_index = entry.index;
+            }
+            if conf.is_some() || membership.is_some() {
+                self.configured.push(Configured { index: entry.index, conf, membership });
+            }
+        }
+        Ok(())
+    }
+
+    /// How many voters campaign before this one, one of them left aside.
+    pub(super) fn ranked_before(&self, except: Option<NodeId>) -> usize {
+        let own = self.membership.rank(self.node).unwrap_or(0);
+        let earlier = |id: &NodeId| self.membership.rank(*id).is_some_and(|rank| rank < own) && Some(*id) != except;
+        self.membership.voters().filter(earlier).count()
+    }
+}

@@ -1,0 +1,185 @@
+//! Changes of the membership on the consensus loop: proposes them, makes those that are in force durable, and lets links
+//! and status follow. Must never let raft go on before a change is on disk.
+
+use std::{sync::Arc, time::SystemTime};
+
+use raft::eraftpb::Message;
+use thiserror::Error;
+use tokio::sync::oneshot;
+use tracing::{error, info, warn};
+
+use super::{Exit, driver::Driver, lease::boottime};
+use crate::{
+    cluster::{self, Change, Configured, Membership, NodeId},
+    storage::configuration::Configuration,
+};
+
+/// Changes that may wait for a majority; raft takes one at a time.
+const WAITING: usize = 16;
+
+/// Why a change of the membership was not made.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ChangeError {
+    /// Only the primary changes the membership.
+    #[error("this node is not primary")]
+    NotPrimary,
+    /// It cannot be made; the sentence says why. Nothing was changed.
+    #[error("{0}")]
+    Impossible(String),
+    /// It was proposed, and the role was lost before its outcome was known: look at the membership.
+    #[error("the outcome is unknown: {0}")]
+    Unknown(String),
+}
+
+impl From<cluster::ChangeError> for ChangeError {
+    fn from(error: cluster::ChangeError) -> Self {
+        match error {
+            cluster::ChangeError::NotPrimary => Self::NotPrimary,
+            other => Self::Impossible(other.to_string()),
+        }
+    }
+}
+
+type Reply = oneshot::Sender<Result<Arc<Membership>, ChangeError>>;
+
+/// Those who wait for a change to come into force, with its raft index.
+#[derive(Default)]
+pub(super) struct Changes(Vec<(u64, Reply)>);
+
+impl Changes {
+    /// The role is gone: the next primary's raft log decides.
+    pub fn fail(&mut self) {
+        for (_, reply) in self.0.drain(..) {
+            let why = "the role was lost while a majority was awaited".to_owned();
+            let _ = reply.send(Err(ChangeError::Unknown(why))); // nobody waits any more: nothing to tell
+        }
+    }
+
+    fn release(&mut self, index: u64, membership: &Arc<Membership>) {
+        for (_, reply) in self.0.extract_if(.., |(at, _)| *at <= index) {
+            let _ = reply.send(Ok(membership.clone()));
+        }
+    }
+}
+
+impl Driver {
+    pub(super) fn change(&mut self, change: &Change, reply: Reply) {
+        let result = if self.changes.0.len() < WAITING {
+            self.cluster.change(boottime(), change).map_err(ChangeError::from)
+        } else {
+            Err(ChangeError::Impossible("too many changes of the membership wait already: try again".to_owned()))
+        };
+        match result {
+            Ok(index) => self.changes.0.push((index, reply)),
+            Err(error) => {
+                let _ = reply.send(Err(error));
+            }
+        }
+        self.carry_out_all();
+    }
+
+    /// Makes changes durable that are in force, and lets everything follow them. The membership is written first: see
+    /// [`crate::storage::configuration`].
+    pub(super) fn configured(&mut self, configured: Vec<Configured>) {
+        for Configured { index, conf, membership } in configured {
+            let changed = membership.is_some();
+            let written = membership.map_or(Ok(()), |membership| {
+                let configuration = Configuration { index, membership };
+                let written = configuration.write(&self.config.data);
+                self.config.configuration = configuration;
+                written
+            });
+            if let Err(error) = written {
+                self.exit = Some(Exit::Fatal(format!("keep the membership: {error}")));
+                return;
+            }
+            if let Some(conf) = conf {
+                info!(index, voters = ?conf.voters, joint = ?conf.voters_outgoing, learners = ?conf.learners, "the voters change");
+                if let Err(error) = self.log.set_applied_conf(conf, index) {
+                    self.exit = Some(Exit::Fatal(format!("keep the configuration: {error}")));
+                    return;
+                }
+            }
+            if changed {
+                self.follow_membership();
+                let membership = self.members.borrow().clone();
+                self.changes.release(index, &membership);
+            }
+        }
+    }
+
+    /// Lets links, status and whoever watches follow the membership in force.
+    pub(super) fn follow_membership(&mut self) {
+        let membership = self.config.configuration.membership.clone();
+        log_differences(&self.members.borrow(), &membership);
+        let pause = membership.pause.as_ref().map_or(0, |pause| boottime_of(pause.until));
+        self.cluster.set_paused(boottime(), pause);
+        self.publisher.set_membership(&membership);
+        if membership.get(self.config.node).is_none() {
+            self.told_removed("it was removed from the cluster by the administrator".to_owned());
+        }
+        self.members.send_replace(Arc::new(membership));
+    }
+
+    /// This node is no member any more: it says so, and keeps out of everything.
+    pub(super) fn told_removed(&mut self, why: String) {
+        if self.removed.is_none() {
+            error!(reason = why, "this node is REMOVED; run the join script here to bring it back");
+            self.publisher.removed(format!("{why}; run the join script on this host to bring it back"));
+            self.cluster.set_unfit(boottime(), u64::MAX);
+            self.removed = Some(why);
+        }
+    }
+
+    /// The leader's raft log begins behind the end of ours: the whole database is needed.
+    pub(super) fn wants_snapshot(&mut self, message: &Message) {
+        let (from, index) = (message.from, message.get_snapshot().get_metadata().index);
+        if self.want_restore(from) {
+            warn!(
+                from,
+                index, "this node lacks entries that the raft log does not have any more: it fetches the database"
+            );
+        }
+    }
+
+    /// Asks for the database of `from`. True if that is news.
+    pub(super) fn want_restore(&mut self, from: NodeId) -> bool {
+        let wanted = Some(from).filter(|from| *from != self.config.node);
+        wanted.is_some() && self.restorer.send_if_modified(|now| std::mem::replace(now, wanted) != wanted)
+    }
+}
+
+/// One line for each thing that changed, as every node sees it.
+fn log_differences(before: &Membership, after: &Membership) {
+    for member in &after.members {
+        let (id, name, address, port) = (member.id, &member.name, &member.address, member.port);
+        match before.get(id) {
+            None => info!(id, name, address, port, "admitted: it gets a vote when it has caught up"),
+            Some(old) if !old.voter && member.voter => info!(id, name, "has caught up and votes from now on"),
+            Some(old) if (&old.name, &old.address, old.port) != (name, address, port) => {
+                info!(id, name, address, port, "is reached at another address from now on");
+            }
+            Some(_) => {}
+        }
+    }
+    for gone in before.members.iter().filter(|member| after.get(member.id).is_none()) {
+        info!(id = gone.id, name = gone.name, "removed from the cluster");
+    }
+    for request in after.requests.iter().filter(|request| !before.requests.contains(request)) {
+        let (name, address, port) = (&request.name, &request.address, request.port);
+        info!(name, address, port, fingerprint = request.fingerprint, "asks to join");
+    }
+    if before.pause != after.pause {
+        match &after.pause {
+            Some(pause) => warn!(until = pause.until, "automatic takeover is paused"),
+            None => info!("automatic takeover is no longer paused"),
+        }
+    }
+}
+
+/// A wall-clock time (seconds since 1970) on the clock that never jumps; 0 if it is over.
+fn boottime_of(until: u64) -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let left = std::time::Duration::from_secs(until).saturating_sub(now);
+    if left.is_zero() { 0 } else { boottime().saturating_add(left.as_nanos() as u64) }
+}

@@ -1,0 +1,86 @@
+//! The membership in force on this node, in `<data>/membership.json`: what the node needs to know before it can read its
+//! raft log with others. Written before the raft log notes the configuration of the same entry: after a crash in between, the entry is
+//! applied again and changes nothing here. Must never decide who votes: that is in the raft log.
+
+use std::{
+    fs::File,
+    io::{self, ErrorKind, Read},
+    path::Path,
+};
+
+use serde_json::Value;
+
+use super::durable_write;
+use crate::cluster::{Membership, membership::MAX_ENCODED};
+
+/// Name of the file in the data folder.
+pub const FILE: &str = "membership.json";
+/// Version of the file that this program writes.
+const FORMAT: u64 = 1;
+
+/// A membership and the raft index of the entry that made it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Configuration {
+    pub index: u64,
+    pub membership: Membership,
+}
+
+impl Configuration {
+    /// Reads the file; none if there is none, as in a cluster whose membership never changed.
+    ///
+    /// # Errors
+    /// Read errors, and `InvalidData` with a reason for a damaged or newer file.
+    pub fn read(data: &Path) -> io::Result<Option<Self>> {
+        let mut bytes = Vec::new();
+        match File::open(data.join(FILE)).and_then(|file| file.take(4 * MAX_ENCODED as u64).read_to_end(&mut bytes)) {
+            Ok(_) => decode(&bytes).map(Some).map_err(|why| io::Error::new(ErrorKind::InvalidData, why)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes this the membership in force, durably.
+    ///
+    /// # Errors
+    /// Those of the file system; the old one is in place then, or the new one is.
+    pub fn write(&self, data: &Path) -> io::Result<()> {
+        let membership: Value = serde_json::from_slice(&self.membership.encode())?;
+        let file = serde_json::json!({ "format": FORMAT, "index": self.index, "membership": membership });
+        durable_write(&data.join(FILE), &serde_json::to_vec_pretty(&file)?)
+    }
+}
+
+fn decode(bytes: &[u8]) -> Result<Configuration, String> {
+    let file: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    match file["format"].as_u64() {
+        Some(FORMAT) => {}
+        Some(newer) => return Err(format!("format {newer} is not known to this program (it knows {FORMAT})")),
+        None => return Err("it has no format".to_owned()),
+    }
+    let index = file["index"].as_u64().ok_or("it has no index")?;
+    let membership = Membership::decode(file["membership"].to_string().as_bytes())?;
+    Ok(Configuration { index, membership })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{ClusterId, Member};
+
+    #[test]
+    fn it_survives_and_damage_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(Configuration::read(folder.path()).unwrap(), None);
+        let members = vec![Member::founder(1, "a", "127.0.0.1", 8086)];
+        let configuration = Configuration { index: 9, membership: Membership::founded(ClusterId(7), members) };
+        configuration.write(folder.path()).unwrap();
+        assert_eq!(Configuration::read(folder.path()).unwrap(), Some(configuration));
+        let path = folder.path().join(FILE);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let newer = text.replacen("\"format\": 1", "\"format\": 2", 1);
+        for damaged in [&text[1..], &text.replace("\"index\"", "\"other\""), &newer] {
+            std::fs::write(&path, damaged).unwrap();
+            assert_eq!(Configuration::read(folder.path()).unwrap_err().kind(), ErrorKind::InvalidData);
+        }
+    }
+}
