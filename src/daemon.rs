@@ -26,6 +26,7 @@ use twistlock_ha::{
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
+    recover,
     storage::{
         DataDir, Identity,
         configuration::Configuration,
@@ -106,6 +107,9 @@ struct Parts {
 impl Parts {
     fn build(config: &Config) -> Result<Self> {
         let data = DataDir::open(&config.data_folder)?;
+        if let Some(done) = recover::finish_interrupted(data.path())? {
+            info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
+        }
         let identity = data.identity()?;
         let certificates = data.path().join("certificates");
         let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;

@@ -6,7 +6,7 @@ mod daemon;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use twistlock_ha::{config, dev, guard};
+use twistlock_ha::{config, dev, guard, recover};
 
 /// Active/passive high availability for a management Console with a replicated SQLite database.
 #[derive(Parser)]
@@ -30,6 +30,8 @@ enum Command {
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
+    /// Make a new cluster from this stopped node when the other two are lost for good
+    Recover(recover::Options),
     /// Start a whole cluster of three nodes on loopback addresses, to try it out and to watch it fail over
     Dev(dev::Options),
 }
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
             }
             ExitCode::from(code)
         }
+        Command::Recover(options) => recover::main(&options),
         Command::Dev(options) => dev::main(options),
     }
 }

@@ -11,6 +11,7 @@ use std::{
 /// `telemetry` owns nothing but names and may be used by all that are not pure.
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "node", "cluster", "storage", "telemetry"]),
+    ("recover", &["config", "pki", "storage", "cluster"]),
     ("cli", &["config", "control", "node", "cluster"]),
     ("control", &["node", "telemetry"]),
     ("supervisor", &["workload", "guard", "node", "storage", "cluster", "telemetry"]),

@@ -181,6 +181,20 @@ impl Database {
         }
     }
 
+    /// Compares the checksum of a database that follows with what its last transaction claimed.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Diverged`].
+    pub fn verify(&self) -> Result<(), DatabaseError> {
+        match &self.state {
+            State::Following(replica) if replica.claim != replica.table.checksum() => {
+                let (expected, computed) = (replica.claim, replica.table.checksum());
+                Err(DatabaseError::Diverged { index: replica.applied, expected, computed })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Bytes of the `-wal` file up to the last transaction; 0 on a secondary. It falls only with the first transaction
     /// after a checkpoint that found no newer one, not with the checkpoint.
     pub fn wal_bytes(&self) -> u64 {

@@ -57,10 +57,15 @@ pub struct Cluster {
 impl Cluster {
     /// Starts a new cluster and waits until all three members are in their places.
     pub fn start() -> Self {
+        Self::start_with(RESTART_AFTER)
+    }
+
+    /// The same, with nodes that start again after so many seconds when they were killed; "0": never.
+    pub fn start_with(restart_after: &str) -> Self {
         let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
         let port_offset = NEXT_OFFSET.fetch_add(10, Ordering::Relaxed);
         let dev = Command::new(env!("CARGO_BIN_EXE_twistlockd"))
-            .args(["dev", "--restart-after", RESTART_AFTER, "--port-offset", &port_offset.to_string(), "--dir"])
+            .args(["dev", "--restart-after", restart_after, "--port-offset", &port_offset.to_string(), "--dir"])
             .arg(folder.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -102,6 +107,11 @@ impl Cluster {
             let old = text.lines().find(|line| line.starts_with(&format!("{key}="))).unwrap();
             std::fs::write(&path, text.replace(old, &format!("{key}={value}"))).unwrap();
         }
+    }
+
+    /// The configuration file of a node.
+    pub fn config_path(&self, index: usize) -> PathBuf {
+        self.folder.path().join(self.node(index).name).join("twistlock.cfg")
     }
 
     /// What a node has logged so far.

@@ -9,6 +9,7 @@ mod cluster;
 mod databases;
 mod held;
 mod network;
+mod recover;
 mod rollback;
 mod sampler;
 mod writers;
