@@ -128,7 +128,10 @@ impl Parts {
         let others: Vec<NodeId> =
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
-        let quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
+        let mut quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
+        if log.recovered().created {
+            quiet = Duration::ZERO; // no earlier process of this node has promised anything
+        }
         let configuration = Configuration::read(data.path())
             .with_context(|| format!("read membership.json in {}", data.path().display()))?
             .unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
