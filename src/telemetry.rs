@@ -92,6 +92,8 @@ pub const CHECKSUM_FAILURES: &str = "twistlock_checksum_failures_total";
 pub const ROLLBACK_ENTRIES: &str = "twistlock_rollback_entries_total";
 /// Counter: transactions among them that are kept in files.
 pub const ROLLBACK_TRANSACTIONS: &str = "twistlock_rollback_transactions_total";
+/// Gauge: 1 while the disk of this node is full.
+pub const DISK_FULL: &str = "twistlock_disk_full";
 /// Counter: processes of other members that were proven dead by a refused connection.
 pub const PEER_DEATHS: &str = "twistlock_peer_deaths_total";
 /// Counter, label `class`: messages that did not fit into the queue to a member.
@@ -139,6 +141,7 @@ pub const METRICS: &[Metric] = &[
         Kind::Counter,
         "Transactions that were dropped unacknowledged and are kept in files.",
     ),
+    metric(DISK_FULL, Kind::Gauge, "1 while the disk of this node is full."),
     metric(PEER_DEATHS, Kind::Counter, "Processes of other members that were proven dead by a refused connection."),
     metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class."),
 ];

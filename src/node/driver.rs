@@ -25,6 +25,7 @@ use super::{
     inbox::{DatabaseEvent, Input, Proposal, Waiting},
     lease::boottime,
     rollback::{self, Rollback},
+    space::Space,
     status::Publisher,
     syncer::Syncer,
 };
@@ -52,6 +53,7 @@ pub(super) struct Driver {
     pub config: NodeConfig,
     pub waiting: Waiting,
     pub rollback: Rollback,
+    pub space: Space,
     pub changes: Changes,
     /// The membership in force, for whoever follows it.
     pub members: watch::Sender<Arc<Membership>>,
@@ -94,6 +96,7 @@ impl Driver {
                     self.publisher.warn(rollback::ABOUT, None);
                 }
                 self.restore_if_diverged();
+                self.watch_space();
             }
             self.carry_out_all();
             if self.rollback.is_over(self.applier.applied()) {
@@ -172,7 +175,7 @@ impl Driver {
                 self.publisher.heard(message.from);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
-                } else {
+                } else if self.space.admits(&self.log, &message) {
                     self.cluster.step(now, message);
                 }
             }
@@ -211,6 +214,11 @@ impl Driver {
 
     fn propose(&mut self, proposal: Proposal) {
         let Proposal { epoch, part, last, reply } = proposal;
+        if !self.has_room(part.len()) {
+            let why = "the disk of the primary is full".to_owned();
+            let _ = reply.send(Err(ReplicateError::Full(why))); // nobody waits any more: nothing to tell
+            return;
+        }
         match self.cluster.propose(boottime(), epoch, part) {
             Ok(index) => self.waiting.add(index, last, reply),
             Err(error) => {
@@ -324,6 +332,7 @@ impl Driver {
             }
             match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
                 Ok(pending) => {
+                    self.space.appended();
                     self.cluster.written();
                     self.persist(persist.number, persist.must_sync.then_some(pending), bytes);
                 }

@@ -7,6 +7,7 @@ mod driver;
 mod inbox;
 pub mod lease;
 mod rollback;
+mod space;
 pub mod status;
 mod syncer;
 
@@ -36,6 +37,7 @@ use configure::Changes;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
 use rollback::Rollback;
+use space::Space;
 use status::Publisher;
 use syncer::Syncer;
 
@@ -169,6 +171,7 @@ pub fn spawn(
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
         rollback: Rollback::new(&config, sender.clone()),
+        space: Space::new(config.data.clone()),
         cluster,
         log,
         links,

@@ -234,6 +234,13 @@ impl Publisher {
         self.peers.values().all(|peer| !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER))
     }
 
+    /// True if another member is SECONDARY and was heard of lately.
+    pub fn hears_secondary(&self) -> bool {
+        let secondary = |peer: &Peer| peer.report.as_ref().is_some_and(|report| report.state == Role::Secondary);
+        let heard = |peer: &Peer| peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER);
+        self.peers.values().any(|peer| !peer.dead && heard(peer) && secondary(peer))
+    }
+
     /// The index up to which all other members have the raft log: nobody will ask for it again.
     pub fn everybody_has(&self) -> u64 {
         self.peers.values().map(|peer| peer.has).min().unwrap_or(0)

@@ -20,8 +20,8 @@ use super::{
     EntrySource, Replicator,
     checkpoint::{Record, sync_folder},
     checksum::PageTable,
-    gate::{Gate, GateConfig, Mark},
-    replica::Replica,
+    gate::{self, Gate, GateConfig, Mark},
+    replica::{Replica, is_full},
     vfs::{self, Checkpointer, SqliteError, VFS_NAME},
 };
 use crate::cluster::command::{CONSOLE_DATABASE, Commit, PagesBuilder};
@@ -57,6 +57,18 @@ pub enum DatabaseError {
     /// An earlier failure.
     #[error("the database is not used any more: {0}")]
     Failed(String),
+}
+
+impl DatabaseError {
+    /// True if only the disk had no space: everything is as it was, and the same can be tried again. A failed sync is
+    /// another matter, whatever its reason.
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Io { what, source, .. } => *what == "write" && is_full(source),
+            Self::Sqlite(error) => error.code & 0xff == gate::FULL,
+            _ => false,
+        }
+    }
 }
 
 /// What [`Database::checkpoint`] has reached.
@@ -249,7 +261,9 @@ impl Database {
     }
 
     fn note_failure(&mut self, result: Result<(), ApplyError>) -> Result<(), ApplyError> {
-        if let Err(error) = &result {
+        if let Err(error) = &result
+            && !error.is_full()
+        {
             self.failed = Some(error.to_string());
         }
         result

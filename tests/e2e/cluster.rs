@@ -3,7 +3,7 @@
 use std::{
     cell::Cell,
     fs::DirEntry,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU16, Ordering},
     thread::{self, JoinHandle},
@@ -57,12 +57,14 @@ pub struct Cluster {
 impl Cluster {
     /// Starts a new cluster and waits until all three members are in their places.
     pub fn start() -> Self {
-        Self::start_with(RESTART_AFTER)
+        Self::start_with(RESTART_AFTER, |_| {})
     }
 
-    /// The same, with nodes that start again after so many seconds when they were killed; "0": never.
-    pub fn start_with(restart_after: &str) -> Self {
+    /// The same, with nodes that start again after so many seconds when they were killed ("0": never), in a folder that was
+    /// prepared.
+    pub fn start_with(restart_after: &str, prepare: impl FnOnce(&Path)) -> Self {
         let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
+        prepare(folder.path());
         let port_offset = NEXT_OFFSET.fetch_add(10, Ordering::Relaxed);
         let dev = Command::new(env!("CARGO_BIN_EXE_twistlockd"))
             .args(["dev", "--restart-after", restart_after, "--port-offset", &port_offset.to_string(), "--dir"])

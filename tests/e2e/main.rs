@@ -7,6 +7,7 @@
 
 mod cluster;
 mod databases;
+mod disk;
 mod held;
 mod network;
 mod recover;

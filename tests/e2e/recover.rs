@@ -82,7 +82,7 @@ fn wait_all_dead(cluster: &Cluster) {
 #[test]
 fn a_survivor_becomes_a_new_cluster_of_one() {
     let _alone = alone();
-    let cluster = Cluster::start_with("0");
+    let cluster = Cluster::start_with("0", |_| {});
     let pen = Pen::new(&cluster.file());
     let old = cluster.primary();
     let other = (old + 1) % 3;

@@ -121,6 +121,8 @@ pub struct Shared {
     pub durable: AtomicU64,
     /// A segment was taken: there is work for the helper.
     pub wanted: AtomicBool,
+    /// The last attempt to make a segment found no space.
+    pub full: AtomicBool,
     pub poison: OnceLock<String>,
 }
 
@@ -181,6 +183,7 @@ impl Shared {
             drop(supply);
             let made = job.run();
             let result = self.supplied(|supply| supply.finish(made));
+            self.full.store(matches!(result, Err(LogError::Full { .. })), Ordering::Relaxed);
             self.made.notify_all();
             result?;
         }
