@@ -13,10 +13,15 @@ use nix::{
     sched::{CloneFlags, unshare},
     unistd::geteuid,
 };
+use twistlock_ha::{
+    cluster::Role,
+    control::{self, Request},
+    node::Status,
+};
 
 use super::{
     WRITERS, alone,
-    cluster::{Cluster, LEASE_LOST, RESTART_AFTER},
+    cluster::{Cluster, LEASE_LOST, LIMIT, RESTART_AFTER},
     writers::Writers,
 };
 
@@ -74,12 +79,11 @@ fn wait_role(cluster: &Cluster, node: usize, primary: bool) {
         if (now == node) == primary {
             return;
         }
-        let told = twistlock_ha::control::step_down(&cluster.node(now).control, "a test");
-        assert!(told.is_ok(), "{told:?}");
+        let step_down = Request::StepDown { reason: "a test".to_owned() };
+        control::request(&cluster.node(now).control, &step_down, LIMIT).unwrap();
         cluster.wait_for("another primary", |statuses| {
-            let serves =
-                |status: &Option<twistlock_ha::node::Status>| status.as_ref().is_some_and(|s| s.serving().is_some());
-            !serves(&statuses[now])
+            let serves = |status: &Status| status.role == Role::Primary;
+            !statuses[now].as_ref().is_some_and(serves)
         });
         cluster.wait_healthy();
     }
