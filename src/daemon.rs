@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{mpsc, watch},
     task,
 };
 use tracing::{Level, error, info, warn};
@@ -179,10 +179,11 @@ impl Parts {
         let peers = PeerIdentity {
             me: self.identity.node,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            membership: self.identity.membership.clone(),
+            membership: self.handle.membership(),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
-            tls: self.node_tls,
+            tls: watch::Sender::new(Arc::new(self.node_tls)).subscribe(),
+            snapshots: mpsc::channel(1).0,
         };
         let peers = task::spawn(peer::run(self.listener, Arc::new(peers), self.links, stopped));
         let supervising = task::spawn(supervisor.run());

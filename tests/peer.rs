@@ -19,9 +19,14 @@ use tokio::{
 };
 use tracing::Dispatch;
 use twistlock_ha::{
-    cluster::{ClusterId, Member, Membership, NodeId, Role, command::FORMAT_VERSION},
+    cluster::{
+        ClusterId, Member, Membership, NodeId, Role,
+        command::FORMAT_VERSION,
+        membership::{Change, Newcomer, Request},
+    },
     peer::{
-        self, LeaseTerms, LinkSender, Links, LinksConfig, NodeReport, PeerEvent, PeerIdentity,
+        self, LeaseTerms, LinkSender, Links, LinksConfig, NodeReport, OpenError, PeerEvent, PeerIdentity, Purpose,
+        Refusal, RefusalCode, SnapshotCall,
         codec::{Frame, Hello, HelloReply, PROTOCOL_VERSION},
     },
     pki::{Authority, NodeTls},
@@ -96,6 +101,8 @@ impl Log {
 
 enum Do {
     Send(Vec<Message>),
+    /// These are the other members now.
+    Peers(Vec<NodeId>),
     Report(NodeId, NodeReport),
     /// Writes "mark" to the log.
     Mark,
@@ -107,6 +114,31 @@ enum Do {
     Crash,
 }
 
+/// What a node knows of the others, how it learns of changes, and where calls for snapshots go. One at a time.
+struct Around {
+    identity: PeerIdentity,
+    members: watch::Sender<Arc<Membership>>,
+    snapshots: tokio::sync::mpsc::Receiver<SnapshotCall>,
+}
+
+impl Around {
+    fn new(me: NodeId, membership: &Membership, bind: Option<IpAddr>, certificates: &Path) -> Self {
+        let members = watch::Sender::new(Arc::new(membership.clone()));
+        let (snapshot_sender, snapshots) = tokio::sync::mpsc::channel(1);
+        let tls = watch::Sender::new(Arc::new(NodeTls::load(certificates).unwrap()));
+        let identity = PeerIdentity {
+            me,
+            version: "1.2.3".to_owned(),
+            membership: members.subscribe(),
+            bind,
+            terms: TERMS,
+            tls: tls.subscribe(),
+            snapshots: snapshot_sender,
+        };
+        Self { identity, members, snapshots }
+    }
+}
+
 /// A node without a brain: the loop's thread and the tokio side.
 struct Node {
     me: NodeId,
@@ -116,6 +148,8 @@ struct Node {
     wake: LinkSender,
     stop: watch::Sender<bool>,
     log: Log,
+    members: watch::Sender<Arc<Membership>>,
+    snapshots: tokio::sync::mpsc::Receiver<SnapshotCall>,
     links: Option<JoinHandle<()>>,
     handshakes: Option<JoinHandle<()>>,
 }
@@ -139,29 +173,34 @@ impl Node {
         let links = std::thread::spawn(move || {
             tracing::dispatcher::with_default(&links_dispatch, || drive(&mut links, &inbox, &outbox));
         });
-        let identity = Arc::new(PeerIdentity {
-            me,
-            version: "1.2.3".to_owned(),
-            membership: membership.clone(),
-            bind: Some(listener.local_addr().unwrap().ip()),
-            terms: TERMS,
-            tls: NodeTls::load(certificates).unwrap(),
-        });
+        let bind = Some(listener.local_addr().unwrap().ip());
+        let Around { identity, members, snapshots } = Around::new(me, membership, bind, certificates);
         let (stop, stopped) = watch::channel(false);
         let sender = wake.clone();
         let handshakes = std::thread::spawn(move || {
             tracing::dispatcher::with_default(&dispatch, || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(peer::run(listener, identity, sender, stopped)).unwrap();
+                runtime.block_on(peer::run(listener, Arc::new(identity), sender, stopped)).unwrap();
             });
         });
         let (links, handshakes) = (Some(links), Some(handshakes));
-        Self { me, events, seen: Vec::new(), orders, wake, stop, log, links, handshakes }
+        Self { me, events, seen: Vec::new(), orders, wake, stop, log, members, snapshots, links, handshakes }
     }
 
     fn order(&self, order: Do) {
         self.orders.send(order).unwrap();
         self.wake.wake();
+    }
+
+    /// Both halves follow a change of the membership.
+    fn follow(&self, membership: &Membership) {
+        self.know(membership);
+        self.members.send_replace(Arc::new(membership.clone()));
+    }
+
+    /// The loop alone follows.
+    fn know(&self, membership: &Membership) {
+        self.order(Do::Peers(membership.members.iter().map(|member| member.id).collect()));
     }
 
     /// Waits for an event; all events on the way are kept in `seen`.
@@ -225,6 +264,7 @@ fn drive(links: &mut Links, orders: &mpsc::Receiver<Do>, events: &mpsc::Sender<(
         for order in orders.try_iter() {
             match order {
                 Do::Send(messages) => messages.iter().for_each(|message| assert!(links.send(message))),
+                Do::Peers(peers) => links.set_peers(&peers),
                 Do::Report(to, report) => assert!(links.send_report(to, &report)),
                 Do::Mark => tracing::info!("mark"),
                 Do::Pause(until) => assert!(until.recv().is_err()),
@@ -511,6 +551,8 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
         to: 1,
         data_format: FORMAT_VERSION,
         terms: TERMS,
+        purpose: Purpose::Link,
+        incarnation: 5,
         version: "1.2.3".to_owned(),
     };
     // The same authority's key, used for another cluster's node and for a node that nobody admitted.
@@ -534,7 +576,9 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
         for _ in 0..3 {
             let bytes = Frame::Hello(hello.clone()).encode().unwrap();
             match call(dir, to, &bytes) {
-                HelloReply::Refused(said) => assert!(said.contains(reason), "{said}"),
+                HelloReply::Refused(Refusal { code, reason: said }) => {
+                    assert!(said.contains(reason) && code == RefusalCode::Other, "{said}");
+                }
                 HelloReply::Accepted => panic!("accepted: {hello:?}"),
             }
         }
@@ -612,16 +656,225 @@ fn a_certificate_of_another_node_is_refused_at_the_start() {
     let (membership, mut listeners) = members(12, 2);
     let dir = certificates(&authority, 2);
     let (_links, sender) = Links::new(LinksConfig::new(1, vec![2])).unwrap();
-    let identity = PeerIdentity {
-        me: 1,
-        version: String::new(),
-        membership,
-        bind: None::<IpAddr>,
-        terms: TERMS,
-        tls: NodeTls::load(dir.path()).unwrap(),
-    };
+    let Around { identity, .. } = Around::new(1, &membership, None, dir.path());
     let (_stop, stopped) = watch::channel(false);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let result = runtime.block_on(peer::run(listeners.remove(0), Arc::new(identity), sender, stopped));
     assert!(result.unwrap_err().to_string().contains("certificate is of node 2"));
+}
+
+/// The membership after a host was admitted: a member without a vote.
+fn joined(membership: &Membership, id: NodeId, to: SocketAddr) -> Membership {
+    let request = Request {
+        id: format!("request-{id}"),
+        name: format!("node-{id}"),
+        address: to.ip().to_string(),
+        port: to.port(),
+        version: "1.2.3".to_owned(),
+        fingerprint: String::new(),
+        csr: String::new(),
+        clock_ms: 0,
+        at: 1,
+        until: 2,
+    };
+    let newcomer = Newcomer { id, request: request.id.clone(), certificate: String::new() };
+    let asked = membership.changed(&Change::Request { request }, 1).unwrap();
+    asked.changed(&Change::Admit { hosts: vec![newcomer] }, 1).unwrap()
+}
+
+/// Two members, and what a third one needs.
+fn two_of_three(net: u8) -> (Membership, Vec<Node>, TcpListener, Vec<TempDir>) {
+    let authority = authority(CLUSTER);
+    let (mut membership, mut listeners) = members(net, 3);
+    let dirs: Vec<_> = (1..=3).map(|id| certificates(&authority, id)).collect();
+    let third = listeners.pop().unwrap();
+    membership.members.pop();
+    membership.next_id = 3;
+    let nodes = (1..).zip(listeners).zip(&dirs);
+    let mut nodes: Vec<_> =
+        nodes.map(|((id, listener), dir)| Node::start(id, &membership, listener, dir.path())).collect();
+    nodes.iter_mut().zip([2, 1]).for_each(|(node, other)| node.wait_linked(&[other]));
+    (membership, nodes, third, dirs)
+}
+
+#[test]
+fn a_member_that_is_added_later_is_linked_both_ways() {
+    let (membership, mut nodes, listener, dirs) = two_of_three(14);
+    let all = joined(&membership, 3, listener.local_addr().unwrap());
+    assert!(!all.get(3).unwrap().voter);
+    // The newcomer knows first and is turned away; then one loop knows and then its handshakes, and the other way round.
+    let mut third = Node::start(3, &all, listener, dirs[2].path());
+    third.log.wait_for(&["WARN", "node 3 is not another member of this cluster (yet)"], 2);
+    nodes[0].know(&all);
+    nodes[1].members.send_replace(Arc::new(all.clone()));
+    nodes[1].log.wait_for(&["refused a link", "node 3 is not another member"], 1);
+    assert!(nodes.iter_mut().all(|node| node.events.try_recv().is_err()), "no link with half a member");
+    nodes[0].members.send_replace(Arc::new(all.clone()));
+    nodes[1].know(&all);
+    let start = Instant::now();
+    third.wait_linked(&[1, 2]);
+    println!("linked {:?} after all knew", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    for node in &mut nodes {
+        node.wait_linked(&[3]);
+        node.order(Do::Send(vec![append(node.me, 3, 5, 100)]));
+        third.order(Do::Send(vec![message(MessageType::MsgAppendResponse, 3, node.me, 5)]));
+        node.wait("answer", |event| matches!(event, PeerEvent::Raft(message) if message.from == 3));
+        assert!(!node.seen.iter().any(|event| matches!(event, PeerEvent::Down { .. } | PeerEvent::InboundDown { .. })));
+    }
+    for from in [1, 2] {
+        let got = |event: &PeerEvent| matches!(event, PeerEvent::Raft(message) if message.from == from);
+        if !third.seen.iter().any(got) {
+            third.wait("entry", got);
+        }
+    }
+    nodes.iter_mut().chain([&mut third]).for_each(|node| node.end(Do::Stop));
+}
+
+#[test]
+fn a_removed_member_is_cut_and_told_why() {
+    let (mut membership, mut nodes, _dirs) = cluster(15, 3);
+    (1..)
+        .zip(&mut nodes)
+        .for_each(|(me, node)| node.wait_linked(&[1, 2, 3].map(|id| if id == me { me % 3 + 1 } else { id })));
+    let whole = membership.clone();
+    membership = membership.changed(&Change::Remove { node: 2, at: 1_767_225_600, force: false }, 1).unwrap();
+    for node in [0, 2] {
+        nodes[node].follow(&membership);
+        nodes[node].seen.clear();
+    }
+    let removed =
+        "node 2 (node-2) was removed from the cluster at 2026-01-01T00:00:00Z; run the join script to come back";
+    for by in [1, 3] {
+        let told = |event: &PeerEvent| matches!(event, PeerEvent::Removed { by: from, reason } if *from == by && *reason == removed);
+        if !nodes[1].seen.iter().any(told) {
+            nodes[1].wait("refusal", told);
+        }
+        let lost = |event: &PeerEvent| matches!(event, PeerEvent::Down { peer, clean: true, .. } if *peer == by);
+        assert!(nodes[1].seen.iter().any(lost), "{:?}", nodes[1].seen);
+    }
+    assert!(!nodes[1].saw_death());
+    // Its place is not given to another one, and a second change finds it again as new.
+    for node in [0, 2] {
+        nodes[node].follow(&membership);
+        nodes[node].follow(&whole);
+        nodes[node].wait_linked(&[2]);
+    }
+    nodes[1].wait("return", |event| matches!(event, PeerEvent::Up(_)));
+    let told = nodes[1].seen.iter().filter(|event| matches!(event, PeerEvent::Removed { .. })).count();
+    assert_eq!(told, 2, "once by each");
+    for (from, to) in [(0, 2), (2, 0)] {
+        let id = nodes[to].me;
+        let heartbeat = message(MessageType::MsgHeartbeat, nodes[from].me, id, 77);
+        nodes[from].order(Do::Send(vec![heartbeat]));
+        nodes[to].wait("heartbeat", |event| matches!(event, PeerEvent::Raft(message) if message.index == 77));
+    }
+    nodes.iter_mut().for_each(|node| node.end(Do::Stop));
+}
+
+#[test]
+fn a_change_of_address_is_followed() {
+    let (membership, mut nodes, dirs) = cluster(16, 2);
+    nodes.iter_mut().zip([2, 1]).for_each(|(node, other)| node.wait_linked(&[other]));
+    // Announced before the node moves: what is linked stays linked.
+    let listener = peer::listen("127.77.16.9:0".parse().unwrap()).unwrap();
+    let to = listener.local_addr().unwrap();
+    let (name, address, port) = ("moved".to_owned(), to.ip().to_string(), to.port());
+    let moved = membership.changed(&Change::Readdress { node: 2, name, address, port }, 1).unwrap();
+    nodes[0].seen.clear();
+    nodes[0].follow(&moved);
+    nodes[0].order(Do::Send(vec![message(MessageType::MsgHeartbeat, 1, 2, 5)]));
+    nodes[1].wait("heartbeat", |event| matches!(event, PeerEvent::Raft(message) if message.index == 5));
+    nodes[1].end(Do::Stop);
+    nodes[0].wait("end", |event| matches!(event, PeerEvent::Down { peer: 2, .. }));
+    nodes[1] = Node::start(2, &moved, listener, dirs[1].path());
+    nodes[0].seen.clear();
+    nodes[0].wait_linked(&[2]);
+    nodes[0].log.wait_for(&["linked", "name=\"moved\"", &to.to_string()], 1);
+    nodes.iter_mut().for_each(|node| node.end(Do::Stop));
+}
+
+#[test]
+fn a_stream_for_a_snapshot_goes_to_who_takes_it() {
+    let (membership, mut nodes, listener, dirs) = two_of_three(17);
+    let address = listener.local_addr().unwrap();
+    let all = joined(&membership, 3, address);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let Around { identity, .. } = Around::new(3, &all, Some(address.ip()), dirs[2].path());
+    let primary = all.get(1).unwrap();
+    let open = || runtime.block_on(peer::open_stream(&identity, primary, Purpose::Snapshot));
+    let refused = |result: Result<_, OpenError>| match result.map(|_: tokio_rustls::client::TlsStream<_>| ()) {
+        Err(OpenError::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    };
+    let stranger = refused(open());
+    assert!(stranger.reason.contains("node 3 is not another member") && stranger.code == RefusalCode::Other);
+    // Links are not needed for it: the handshakes alone know of the member.
+    nodes[0].members.send_replace(Arc::new(all.clone()));
+    let mut stream = open().unwrap();
+    let busy = refused(open());
+    assert_eq!((busy.code, busy.reason.contains("try again")), (RefusalCode::Busy, true), "{busy}");
+    assert_eq!(nodes[0].log.count(&["WARN", "no more snapshots"]), 0, "it is no fault");
+    runtime.block_on(async {
+        let mut call = nodes[0].snapshots.recv().await.unwrap();
+        assert_eq!(call.from, 3);
+        stream.write_all(b"which?").await.unwrap();
+        let mut heard = [0; 6];
+        call.stream.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"which?");
+        call.stream.write_all(&[7; 100_000]).await.unwrap();
+        call.stream.shutdown().await.unwrap();
+        let mut whole = Vec::new();
+        stream.read_to_end(&mut whole).await.unwrap();
+        assert_eq!(whole, vec![7; 100_000]);
+    });
+    drop(open().unwrap());
+    let gone = Change::Remove { node: 3, at: 0, force: false };
+    nodes[0].members.send_replace(Arc::new(all.changed(&gone, 1).unwrap()));
+    let removed = refused(open());
+    assert!(removed.code == RefusalCode::Removed && removed.reason.contains("removed from the cluster"), "{removed}");
+    let nobody = Member { port: 1, ..primary.clone() };
+    let nobody = runtime.block_on(peer::open_stream(&identity, &nobody, Purpose::Snapshot));
+    assert!(matches!(nobody, Err(OpenError::Unreachable(reason)) if reason.contains("nobody listens")));
+    nodes.iter_mut().for_each(|node| node.end(Do::Stop));
+}
+
+#[test]
+fn two_processes_with_one_identity_are_noticed_and_the_second_is_refused() {
+    let (membership, mut nodes, dirs) = cluster(18, 2);
+    nodes.iter_mut().zip([2, 1]).for_each(|(node, other)| node.wait_linked(&[other]));
+    let twin = Frame::Hello(Hello {
+        protocol: PROTOCOL_VERSION,
+        cluster: CLUSTER,
+        from: 2,
+        to: 1,
+        data_format: FORMAT_VERSION,
+        terms: TERMS,
+        purpose: Purpose::Link,
+        incarnation: 5,
+        version: "1.2.3".to_owned(),
+    });
+    let call = || call(dirs[1].path(), address(&membership, 1), &twin.encode().unwrap());
+    nodes[0].seen.clear();
+    assert_eq!(call(), HelloReply::Accepted, "it may be a restart");
+    nodes[1].wait("theft", |event| matches!(event, PeerEvent::Down { peer: 1, .. }));
+    nodes[1].wait("return", |event| matches!(event, PeerEvent::Up(1)));
+    // The twin hangs up each time, so its call is no theft unless the true one is back.
+    nodes[0].wait("twin", |event| matches!(event, PeerEvent::InboundUp(2)));
+    nodes[0].wait("return", |event| matches!(event, PeerEvent::InboundUp(2)));
+    let start = Instant::now();
+    for _ in 0..3 {
+        match call() {
+            HelloReply::Refused(Refusal { reason, .. }) => assert!(reason.contains("two processes use"), "{reason}"),
+            HelloReply::Accepted => panic!("the true one was robbed"),
+        }
+    }
+    nodes[0].wait("alarm", |event| matches!(event, PeerEvent::Twins { peer: 2, gone: false }));
+    nodes[0].log.wait_for(&["ERROR", "two processes use the identity of this node"], 1);
+    nodes[1].order(Do::Send(vec![message(MessageType::MsgHeartbeat, 2, 1, 5)]));
+    nodes[0].wait("heartbeat", |event| matches!(event, PeerEvent::Raft(message) if message.index == 5));
+    nodes[0].wait("end of the alarm", |event| matches!(event, PeerEvent::Twins { peer: 2, gone: true }));
+    assert!(start.elapsed() > Duration::from_secs(4));
+    assert_eq!(nodes[0].log.count(&["ERROR"]), 1);
+    nodes.iter_mut().for_each(|node| node.end(Do::Stop));
 }

@@ -117,8 +117,11 @@ impl Driver {
         let pause = membership.pause.as_ref().map_or(0, |pause| boottime_of(pause.until));
         self.cluster.set_paused(boottime(), pause);
         self.publisher.set_membership(&membership);
+        let others: Vec<_> = membership.members.iter().map(|member| member.id).collect();
+        self.links.set_peers(&others);
         if membership.get(self.config.node).is_none() {
-            self.told_removed("it was removed from the cluster by the administrator".to_owned());
+            let why = "it was removed from the cluster by the administrator; run the join script to come back";
+            self.told_removed(why.to_owned());
         }
         self.members.send_replace(Arc::new(membership));
     }
@@ -126,8 +129,8 @@ impl Driver {
     /// This node is no member any more: it says so, and keeps out of everything.
     pub(super) fn told_removed(&mut self, why: String) {
         if self.removed.is_none() {
-            error!(reason = why, "this node is REMOVED; run the join script here to bring it back");
-            self.publisher.removed(format!("{why}; run the join script on this host to bring it back"));
+            error!(reason = why, "this node is REMOVED");
+            self.publisher.removed(why.clone());
             self.cluster.set_unfit(boottime(), u64::MAX);
             self.removed = Some(why);
         }

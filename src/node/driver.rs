@@ -182,6 +182,15 @@ impl Driver {
             PeerEvent::Report(peer, report) => self.publisher.report(peer, report),
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
             PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
+            PeerEvent::Removed { by, reason } => self.told_removed(format!("node {by} says: {reason}")),
+            PeerEvent::Twins { peer, gone } => self.publisher.warn(
+                "twins",
+                (!gone).then(|| {
+                    format!(
+                        "two processes use the identity of node {peer}: was its data folder copied? Stop one of them"
+                    )
+                }),
+            ),
             PeerEvent::Dead(peer) => {
                 self.publisher.dead(peer);
                 if self.config.fast_takeover {

@@ -6,18 +6,20 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
+    sync::mpsc,
     task::JoinSet,
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{
-    PeerIdentity,
-    codec::{CodecError, Frame, Hello, HelloReply, PROTOCOL_VERSION},
+    PeerIdentity, SnapshotCall,
+    codec::{CodecError, Frame, Hello, HelloReply, PROTOCOL_VERSION, Purpose, Refusal, RefusalCode},
     hello::{Complaints, HANDSHAKE, Subject, certified, explain, read_frame, shortened, tune, write_frame},
     link::Established,
     links::{Handover, LinkSender},
+    twins::Twins,
 };
 use crate::{cluster::NodeId, cluster::command::FORMAT_VERSION};
 
@@ -32,6 +34,7 @@ pub(super) async fn run(
     sender: LinkSender,
     complaints: Arc<Complaints>,
 ) {
+    let twins = Arc::new(Twins::default());
     let mut handshakes = JoinSet::new();
     let mut failing = false;
     loop {
@@ -42,8 +45,9 @@ pub(super) async fn run(
         match listener.accept().await {
             Ok((stream, from)) => {
                 failing = false;
-                let call = Call { identity: identity.clone(), complaints: complaints.clone(), from };
-                handshakes.spawn(call.answer(stream, sender.clone()));
+                let (identity, sender) = (identity.clone(), sender.clone());
+                let (complaints, twins) = (complaints.clone(), twins.clone());
+                handshakes.spawn(Call { identity, sender, complaints, twins, from }.answer(stream));
             }
             // A connection that died while it waited says nothing about the listener.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -59,7 +63,7 @@ pub(super) async fn run(
 }
 
 /// Why a call was not answered.
-enum Refusal {
+enum Failure {
     /// The connection ended before it said anything useful: a probe, or a node that stopped.
     Gone(io::Error),
     /// Refused, with the reason to log.
@@ -68,20 +72,22 @@ enum Refusal {
 
 struct Call {
     identity: Arc<PeerIdentity>,
+    sender: LinkSender,
     complaints: Arc<Complaints>,
+    twins: Arc<Twins>,
     from: SocketAddr,
 }
 
 impl Call {
-    async fn answer(self, stream: TcpStream, sender: LinkSender) {
+    async fn answer(self, stream: TcpStream) {
         let result = timeout(HANDSHAKE, self.handshake(stream)).await;
-        let (peer, link) = match result {
-            Ok(Ok(accepted)) => accepted,
-            Ok(Err(Refusal::Gone(error))) => {
+        let peer = match result {
+            Ok(Ok(peer)) => peer,
+            Ok(Err(Failure::Gone(error))) => {
                 debug!(from = %self.from, %error, "a connection ended during the handshake");
                 return;
             }
-            Ok(Err(Refusal::Because(subject, reason))) => {
+            Ok(Err(Failure::Because(subject, reason))) => {
                 if self.complaints.is_new(subject, &reason) {
                     match subject {
                         Subject::Caller(peer) => warn!(peer, from = %self.from, reason, "refused a link of this node"),
@@ -100,66 +106,99 @@ impl Call {
         };
         self.complaints.settle(Subject::Caller(peer));
         self.complaints.settle(Subject::Stranger(self.from.ip()));
-        if !sender.hand_over(Handover::Inbound(peer, link)) {
-            debug!(peer, "the consensus loop takes no new link");
-        }
     }
 
-    async fn handshake(&self, stream: TcpStream) -> Result<(NodeId, Established), Refusal> {
-        tune(&stream).map_err(Refusal::Gone)?;
+    async fn handshake(&self, stream: TcpStream) -> Result<NodeId, Failure> {
+        tune(&stream, Purpose::Link).map_err(Failure::Gone)?;
         let stranger = Subject::Stranger(self.from.ip());
         let failed = |error| match explain(&error) {
-            Some(reason) => Refusal::Because(stranger, reason),
-            None => Refusal::Gone(error),
+            Some(reason) => Failure::Because(stranger, reason),
+            None => Failure::Gone(error),
         };
-        let acceptor = TlsAcceptor::from(self.identity.tls.server.clone());
+        let acceptor = TlsAcceptor::from(self.identity.tls.borrow().server.clone());
         let mut stream = acceptor.accept(stream).await.map_err(failed)?;
-        let caller = certified(self.identity.membership.cluster, stream.get_ref().1.peer_certificates());
+        let cluster = self.identity.membership.borrow().cluster;
+        let caller = certified(cluster, stream.get_ref().1.peer_certificates());
         let hello = read_frame(&mut stream).await.map_err(failed)?;
         let verdict = match &caller {
             Ok(peer) => self.check(*peer, hello),
-            Err(reason) => Err(reason.clone()),
+            Err(reason) => Err(Refusal::other(reason.clone())),
         };
         match (verdict, caller) {
-            (Ok(()), Ok(peer)) => {
+            (Ok(welcome), Ok(peer)) => {
                 write_frame(&mut stream, &Frame::HelloReply(HelloReply::Accepted)).await.map_err(failed)?;
-                let (socket, tls) = stream.into_inner();
-                Ok((peer, Established { socket: socket.into_std().map_err(Refusal::Gone)?, tls: tls.into() }))
+                self.welcome(peer, welcome, stream).map_err(Failure::Gone)?;
+                Ok(peer)
             }
             (verdict, caller) => {
-                let reason = verdict.err().unwrap_or_default();
-                refuse(stream, &reason).await;
-                Err(Refusal::Because(caller.map_or(stranger, Subject::Caller), reason))
+                let refusal = verdict.err().unwrap_or_else(|| Refusal::other(""));
+                let (code, reason) = (refusal.code, refusal.reason.clone());
+                refuse(stream, refusal).await;
+                if code == RefusalCode::Busy {
+                    return Err(Failure::Gone(io::Error::other(reason))); // nothing is wrong
+                }
+                Err(Failure::Because(caller.map_or(stranger, Subject::Caller), reason))
             }
         }
     }
 
+    /// Gives an accepted connection to the one who wants it.
+    fn welcome(&self, peer: NodeId, welcome: Welcome, stream: TlsStream<TcpStream>) -> io::Result<()> {
+        match welcome {
+            Welcome::Link => {
+                let (socket, tls) = stream.into_inner();
+                let link = Established { socket: socket.into_std()?, tls: tls.into() };
+                if !self.sender.hand_over(Handover::Inbound(peer, link)) {
+                    debug!(peer, "the consensus loop takes no new link");
+                }
+            }
+            Welcome::Snapshot(place) => {
+                tune(stream.get_ref().0, Purpose::Snapshot)?;
+                place.send(SnapshotCall { from: peer, stream });
+            }
+        }
+        Ok(())
+    }
+
     /// Compares what the caller says with what its certificate says and what this node knows.
-    fn check(&self, certified: NodeId, hello: Result<Frame, CodecError>) -> Result<(), String> {
+    fn check(&self, certified: NodeId, hello: Result<Frame, CodecError>) -> Result<Welcome, Refusal> {
         let hello = match hello {
             Ok(Frame::Hello(hello)) => hello,
-            Ok(_) => return Err("the first frame is not a hello".to_owned()),
+            Ok(_) => return Err(Refusal::other("the first frame is not a hello")),
             Err(CodecError::Version(theirs)) => {
-                return Err(format!(
+                return Err(Refusal::other(format!(
                     "protocol version {theirs}, but node {} knows {PROTOCOL_VERSION}: bring both to the same release",
                     self.identity.me
-                ));
+                )));
             }
-            Err(error) => return Err(error.to_string()),
+            Err(error) => return Err(Refusal::other(error.to_string())),
         };
-        let Hello { cluster, from, to, data_format, terms, .. } = hello;
-        let ours = &self.identity.membership;
-        if cluster != ours.cluster {
-            return Err(format!("the caller is of cluster {cluster}, this is cluster {}", ours.cluster));
+        self.check_terms(certified, &hello).map_err(Refusal::other)?;
+        self.check_member(hello.from)?;
+        match hello.purpose {
+            Purpose::Link => self.check_link(hello.from, hello.incarnation),
+            Purpose::Snapshot => {
+                let busy = |_| Refusal {
+                    code: RefusalCode::Busy,
+                    reason: format!("node {} can give no more snapshots at the moment: try again", self.identity.me),
+                };
+                self.identity.snapshots.clone().try_reserve_owned().map(Welcome::Snapshot).map_err(busy)
+            }
+        }
+    }
+
+    /// Whether the two understand each other and mean each other.
+    fn check_terms(&self, certified: NodeId, hello: &Hello) -> Result<(), String> {
+        let Hello { cluster, from, to, data_format, terms, .. } = *hello;
+        let ours = self.identity.membership.borrow().cluster;
+        if cluster != ours {
+            return Err(format!("the caller is of cluster {cluster}, this is cluster {ours}"));
         }
         if from != certified {
             return Err(format!("the caller says that it is node {from}, its certificate is of node {certified}"));
         }
         if to != self.identity.me {
             return Err(format!("the caller wants node {to}, this is node {}", self.identity.me));
-        }
-        if from == self.identity.me || ours.get(from).is_none() {
-            return Err(format!("node {from} is not another member of this cluster"));
         }
         if data_format != FORMAT_VERSION {
             return Err(format!(
@@ -176,11 +215,58 @@ impl Call {
         }
         Ok(())
     }
+
+    fn check_member(&self, from: NodeId) -> Result<(), Refusal> {
+        let ours = self.identity.membership.borrow();
+        if let Some(removed) = ours.removed(from) {
+            // A time that no calendar has is shown as the number that it is.
+            let at = i64::try_from(removed.at).ok().and_then(|at| jiff::Timestamp::from_second(at).ok());
+            let at = at.map_or_else(|| format!("second {}", removed.at), |at| at.to_string());
+            let name = &removed.name;
+            let reason =
+                format!("node {from} ({name}) was removed from the cluster at {at}; run the join script to come back");
+            return Err(Refusal { code: RefusalCode::Removed, reason });
+        }
+        if from == self.identity.me || ours.get(from).is_none() {
+            return Err(not_yet(from));
+        }
+        Ok(())
+    }
+
+    fn check_link(&self, from: NodeId, incarnation: u64) -> Result<Welcome, Refusal> {
+        // The loop follows the membership, too, but it may not have got there yet.
+        let signal = self.sender.signal(from).ok_or_else(|| not_yet(from))?;
+        if self.twins.calls(from, incarnation, signal.inbound) {
+            let reason = format!(
+                "two processes use the identity of node {from}, and the other one is linked: was its data folder \
+                 copied? Stop one of the two"
+            );
+            if self.complaints.is_new(Subject::Twins(from), &reason) {
+                error!(peer = from, from = %self.from, "two processes use the identity of this node: stop one of the two");
+            }
+            if !self.sender.hand_over(Handover::Twins(from)) {
+                debug!(peer = from, "the consensus loop is not told of the twins");
+            }
+            return Err(Refusal::other(reason));
+        }
+        Ok(Welcome::Link)
+    }
+}
+
+/// What an accepted call gets.
+enum Welcome {
+    Link,
+    /// With a place in the queue of those who give snapshots.
+    Snapshot(mpsc::OwnedPermit<SnapshotCall>),
+}
+
+fn not_yet(from: NodeId) -> Refusal {
+    Refusal::other(format!("node {from} is not another member of this cluster (yet)"))
 }
 
 /// Tells the caller why, as well as that is possible: it may be gone.
-async fn refuse(mut stream: TlsStream<TcpStream>, reason: &str) {
-    let reply = Frame::HelloReply(HelloReply::Refused(shortened(reason.to_owned())));
+async fn refuse(mut stream: TlsStream<TcpStream>, Refusal { code, reason }: Refusal) {
+    let reply = Frame::HelloReply(HelloReply::Refused(Refusal { code, reason: shortened(reason) }));
     if write_frame(&mut stream, &reply).await.is_ok() {
         let _ = stream.shutdown().await;
     }

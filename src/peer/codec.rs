@@ -21,8 +21,8 @@ pub const MAX_ENTRIES: usize = 4096;
 pub const MAX_VERSION: usize = 64;
 /// Longest reason of a refusal, in bytes.
 pub const MAX_REASON: usize = 256;
-/// Longest context of a message or an entry, in bytes.
-pub const MAX_CONTEXT: usize = 4096;
+/// Longest context of a message or an entry, in bytes: a change of the membership carries all of it in its entry.
+pub const MAX_CONTEXT: usize = 64 << 10;
 /// Longest data of a snapshot message, in bytes: it carries metadata, never the database.
 pub const MAX_SNAPSHOT_DATA: usize = 64 << 10;
 /// Largest number of members in one list of a snapshot's configuration.
@@ -64,8 +64,21 @@ pub struct Hello {
     pub data_format: u8,
     /// How long the caller keeps its ports open and keeps its promises: see [`LeaseTerms`].
     pub terms: LeaseTerms,
+    /// What the connection is for.
+    pub purpose: Purpose,
+    /// Random number of the caller's process: two processes with the identity of one node give themselves away.
+    pub incarnation: u64,
     /// Program version, for people.
     pub version: String,
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A link: frames from the caller, nothing back.
+    Link,
+    /// The caller fetches a snapshot of the database; what follows the hello is not of this protocol.
+    Snapshot,
 }
 
 /// The two spans that must fit together on all members, or two nodes could have open ports at once.
@@ -92,7 +105,34 @@ impl LeaseTerms {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HelloReply {
     Accepted,
-    Refused(String),
+    Refused(Refusal),
+}
+
+/// Why a node was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{reason}")]
+pub struct Refusal {
+    pub code: RefusalCode,
+    /// A sentence for people.
+    pub reason: String,
+}
+
+impl Refusal {
+    /// A refusal that programs need not tell from others.
+    pub fn other(reason: impl Into<String>) -> Self {
+        Self { code: RefusalCode::Other, reason: reason.into() }
+    }
+}
+
+/// What a program can make of a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusalCode {
+    /// Nothing but the reason: it may pass by itself, as for a newcomer that is not known everywhere yet, or not.
+    Other,
+    /// The caller was a member once and is none any more. Final: no id is given twice.
+    Removed,
+    /// Not now.
+    Busy,
 }
 
 /// What a node says about itself to the others, for status displays; decisions never rest on it.
@@ -283,6 +323,11 @@ fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
     writer.0.push(hello.data_format);
     writer.0.extend_from_slice(&hello.terms.lease_ms.to_le_bytes());
     writer.0.extend_from_slice(&hello.terms.promise_ms.to_le_bytes());
+    writer.0.push(match hello.purpose {
+        Purpose::Link => 0,
+        Purpose::Snapshot => 1,
+    });
+    writer.u64(hello.incarnation);
     writer.bytes(hello.version.as_bytes(), MAX_VERSION, "program version")?;
     writer.finish()
 }
@@ -302,26 +347,45 @@ fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError> {
             lease_ms: u32::from_le_bytes(reader.array()?),
             promise_ms: u32::from_le_bytes(reader.array()?),
         },
+        purpose: match reader.u8()? {
+            0 => Purpose::Link,
+            1 => Purpose::Snapshot,
+            _ => return Err(Malformed("unknown purpose")),
+        },
+        incarnation: reader.u64()?,
         version: reader.text(MAX_VERSION)?,
     })
 }
 
 fn encode_reply(reply: &HelloReply) -> Result<Vec<u8>, CodecError> {
     let mut writer = Writer::new(kind::HELLO_REPLY, MAX_REASON);
-    let reason = match reply {
-        HelloReply::Accepted => "",
-        HelloReply::Refused(reason) => reason,
+    let (code, reason) = match reply {
+        HelloReply::Accepted => (1, ""),
+        HelloReply::Refused(refusal) => (refusal_code(refusal.code), refusal.reason.as_str()),
     };
-    writer.0.push(u8::from(*reply == HelloReply::Accepted));
+    writer.0.push(code);
     writer.bytes(reason.as_bytes(), MAX_REASON, "reason")?;
     writer.finish()
 }
 
 fn decode_reply(reader: &mut Reader<'_>) -> Result<HelloReply, CodecError> {
-    match (reader.bool()?, reader.text(MAX_REASON)?) {
-        (true, reason) if reason.is_empty() => Ok(HelloReply::Accepted),
-        (true, _) => Err(Malformed("accepted with a reason")),
-        (false, reason) => Ok(HelloReply::Refused(reason)),
+    let (code, reason) = match (reader.u8()?, reader.text(MAX_REASON)?) {
+        (1, reason) if reason.is_empty() => return Ok(HelloReply::Accepted),
+        (1, _) => return Err(Malformed("accepted with a reason")),
+        (2, reason) => (RefusalCode::Removed, reason),
+        (3, reason) => (RefusalCode::Busy, reason),
+        // Codes of a later version, too: their reason says what this program does not understand.
+        (_, reason) => (RefusalCode::Other, reason),
+    };
+    Ok(HelloReply::Refused(Refusal { code, reason }))
+}
+
+/// The numbers on the wire, besides 1 for an acceptance; never renumber.
+fn refusal_code(code: RefusalCode) -> u8 {
+    match code {
+        RefusalCode::Other => 0,
+        RefusalCode::Removed => 2,
+        RefusalCode::Busy => 3,
     }
 }
 

@@ -55,17 +55,25 @@ fn message() -> impl Strategy<Value = Message> {
 }
 
 fn hello() -> impl Strategy<Value = Hello> {
-    (any::<u128>(), any::<u64>(), any::<u64>(), any::<u8>(), any::<[u32; 2]>(), "[0-9a-z.-]{0,64}").prop_map(
-        |(cluster, from, to, data_format, [lease_ms, promise_ms], version)| Hello {
+    let purpose = prop_oneof![Just(Purpose::Link), Just(Purpose::Snapshot)];
+    (any::<u128>(), any::<[u64; 3]>(), any::<u8>(), any::<[u32; 2]>(), purpose, "[0-9a-z.-]{0,64}").prop_map(
+        |(cluster, [from, to, incarnation], data_format, [lease_ms, promise_ms], purpose, version)| Hello {
             protocol: PROTOCOL_VERSION,
             cluster: ClusterId(cluster),
             from,
             to,
             data_format,
             terms: LeaseTerms { lease_ms, promise_ms },
+            purpose,
+            incarnation,
             version,
         },
     )
+}
+
+fn refusal() -> impl Strategy<Value = Refusal> {
+    let code = prop_oneof![Just(RefusalCode::Other), Just(RefusalCode::Removed), Just(RefusalCode::Busy)];
+    (code, "[a-z ]{0,256}").prop_map(|(code, reason)| Refusal { code, reason })
 }
 
 fn report() -> impl Strategy<Value = NodeReport> {
@@ -84,7 +92,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         1 => hello().prop_map(Frame::Hello),
         1 => report().prop_map(Frame::Report),
         1 => Just(Frame::HelloReply(HelloReply::Accepted)),
-        1 => "[a-z ]{0,256}".prop_map(|reason| Frame::HelloReply(HelloReply::Refused(reason))),
+        1 => refusal().prop_map(|refusal| Frame::HelloReply(HelloReply::Refused(refusal))),
     ]
 }
 
@@ -181,8 +189,30 @@ fn another_version_of_the_protocol_names_itself() {
         to: 2,
         data_format: 1,
         terms: LeaseTerms { lease_ms: 400, promise_ms: 475 },
+        purpose: Purpose::Link,
+        incarnation: 5,
         version: "9.9".to_owned(),
     };
     let bytes = Frame::Hello(hello).encode().unwrap();
     assert_eq!(Frame::decode(&bytes[LENGTH..]), Err(CodecError::Version(7)));
+}
+
+#[test]
+fn a_refusal_of_a_later_version_keeps_its_reason() {
+    let refused = HelloReply::Refused(Refusal { code: RefusalCode::Busy, reason: "later".to_owned() });
+    let mut bytes = Frame::HelloReply(refused).encode().unwrap();
+    bytes[LENGTH + 1] = 200;
+    let understood = Frame::HelloReply(HelloReply::Refused(Refusal::other("later")));
+    assert_eq!(Frame::decode(&bytes[LENGTH..]), Ok(understood));
+}
+
+#[test]
+fn the_largest_membership_fits_into_the_context_of_an_entry() {
+    use crate::cluster::membership::MAX_ENCODED;
+    let mut message = Message { msg_type: MessageType::MsgAppend, ..Message::default() };
+    message.entries = vec![Entry { context: vec![b'x'; MAX_ENCODED].into(), ..Entry::default() }].into();
+    let bytes = encode_raft(&message).unwrap();
+    assert_eq!(Frame::decode(&bytes[LENGTH..]), Ok(Frame::Raft(Box::new(message.clone()))));
+    message.entries[0].context = vec![b'x'; MAX_CONTEXT + 1].into();
+    assert_eq!(encode_raft(&message), Err(TooLarge("entry context")));
 }

@@ -6,7 +6,7 @@ use std::{
     io,
     net::IpAddr,
     os::fd::AsFd,
-    sync::{Mutex, PoisonError},
+    sync::{LazyLock, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -14,7 +14,7 @@ use rustls::{AlertDescription, CertificateError, pki_types::CertificateDer};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::codec::{CodecError, Frame, MAX_REASON, frame_length};
+use super::codec::{CodecError, Frame, MAX_REASON, Purpose, frame_length};
 use crate::{
     cluster::{ClusterId, NodeId},
     pki,
@@ -29,14 +29,22 @@ const NOT_SENT: u32 = 128 << 10;
 /// Data that nobody acknowledges for this long ends a link. Short, because TCP's own retries get slower and slower:
 /// dialling anew finds a healed network sooner.
 const USER_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same where whole databases go: a disk that stalls must not end the transfer.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(30);
 /// Complaints remembered, so that they are not repeated.
 const COMPLAINTS: usize = 128;
 
+/// Tells this process from all others that have the same node's identity, now or at another time.
+pub(super) static INCARNATION: LazyLock<u64> = LazyLock::new(rand::random);
+
 /// Sets the options of a link's socket.
-pub(super) fn tune(socket: &impl AsFd) -> io::Result<()> {
+pub(super) fn tune(socket: &impl AsFd, purpose: Purpose) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    socket.set_tcp_user_timeout(Some(match purpose {
+        Purpose::Link => USER_TIMEOUT,
+        Purpose::Snapshot => STREAM_TIMEOUT,
+    }))?;
     socket.set_tcp_notsent_lowat(NOT_SENT)?;
     let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(1)).with_interval(Duration::from_secs(1));
     socket.set_tcp_keepalive(&keepalive.with_retries(3))
@@ -108,6 +116,8 @@ pub(super) enum Subject {
     Dialled(NodeId),
     /// A certified node, as it calls.
     Caller(NodeId),
+    /// A node whose identity two processes use.
+    Twins(NodeId),
     /// Somebody who did not get as far as proving who they are.
     Stranger(IpAddr),
 }

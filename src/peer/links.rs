@@ -25,6 +25,8 @@ const WAKE: Token = Token(0);
 const INBOX: usize = 64;
 /// How long a planned stop waits for sockets to take what is queued.
 const FAREWELL: Duration = Duration::from_millis(100);
+/// How long two processes with one identity are held against a peer after they were seen.
+const TWINS_FOR: Duration = Duration::from_secs(5);
 
 /// Settings of [`Links`].
 #[derive(Clone, Debug)]
@@ -62,6 +64,10 @@ pub enum PeerEvent {
     InboundDown { peer: NodeId, clean: bool },
     /// The peer's process is dead: see the module's documentation for what that means and assumes.
     Dead(NodeId),
+    /// A member says that this node was removed from the cluster; once per reason that it gives.
+    Removed { by: NodeId, reason: String },
+    /// Two processes use the identity of this peer; `gone`: they have not been seen both for a while.
+    Twins { peer: NodeId, gone: bool },
 }
 
 /// What the two halves know about a peer's links: written by the loop's thread and the dialler, watched by the dialler.
@@ -81,12 +87,17 @@ pub(super) enum Handover {
     Outbound(NodeId, Established),
     Inbound(NodeId, Established),
     Dead(NodeId),
+    Removed { by: NodeId, reason: String },
+    Twins(NodeId),
 }
+
+/// The peers that the loop knows. A peer's sender ends with its place here, and so do those who wait for its signal.
+type Signals = BTreeMap<NodeId, watch::Sender<Signal>>;
 
 struct Shared {
     waker: Waker,
     inbox: mpsc::SyncSender<Handover>,
-    signals: BTreeMap<NodeId, watch::Sender<Signal>>,
+    signals: watch::Sender<Signals>,
 }
 
 /// The way to the loop's thread, for any thread.
@@ -107,28 +118,36 @@ impl LinkSender {
         sent
     }
 
-    pub(super) fn signal(&self, peer: NodeId) -> Option<&watch::Sender<Signal>> {
-        self.0.signals.get(&peer)
+    /// Changes the signal of a peer. False if the loop does not know the peer.
+    pub(super) fn change_signal(&self, peer: NodeId, change: impl FnOnce(&mut Signal)) -> bool {
+        self.0.update(peer, change)
+    }
+
+    /// What is known about the links of a peer; `None` if the loop does not know it.
+    pub(super) fn signal(&self, peer: NodeId) -> Option<Signal> {
+        self.0.signals.borrow().get(&peer).map(|signal| *signal.borrow())
+    }
+
+    /// Waits until the loop knows a peer. The receiver fails when it knows it no more; `None` if nobody can tell.
+    pub(super) async fn wait_for_signal(&self, peer: NodeId) -> Option<watch::Receiver<Signal>> {
+        let mut signals = self.0.signals.subscribe();
+        let known = signals.wait_for(|signals| signals.contains_key(&peer)).await.ok()?;
+        known.get(&peer).map(|signal| signal.subscribe())
     }
 
     /// The peer's HA port refused a connection: reports its death if the rest of the evidence is there too.
     pub(super) fn condemn(&self, peer: NodeId) -> bool {
-        let Some(signal) = self.signal(peer) else { return false };
         let mut dead = false;
-        signal.send_if_modified(|signal| {
+        self.change_signal(peer, |signal| {
             dead = signal.alive && !signal.up && !signal.inbound;
             signal.alive &= !dead;
-            false
         });
         if dead {
             info!(peer, "the process of this node is dead: its links dropped and its port refuses connections");
             counter!("twistlock_peer_deaths_total").increment(1);
             dead = self.hand_over(Handover::Dead(peer));
             // A stuck loop was not told: the next refusal tries again.
-            signal.send_if_modified(|signal| {
-                signal.alive |= !dead;
-                false
-            });
+            self.change_signal(peer, |signal| signal.alive |= !dead);
         }
         dead
     }
@@ -136,6 +155,9 @@ impl LinkSender {
 
 struct Peer {
     id: NodeId,
+    /// Makes the tokens of its links, see [`Links::wait`]; never given twice, so that a late event cannot be taken for
+    /// that of another peer.
+    slot: usize,
     sending: Option<Sending>,
     receiving: Option<Receiving>,
 }
@@ -148,6 +170,10 @@ pub struct Links {
     inbox: mpsc::Receiver<Handover>,
     shared: Arc<Shared>,
     peers: Vec<Peer>,
+    /// The slot of the next new peer.
+    next_slot: usize,
+    /// Peers that two processes claim to be, with when that was last seen.
+    twins: Vec<(NodeId, Instant)>,
     scratch: Box<[u8]>,
 }
 
@@ -160,12 +186,41 @@ impl Links {
         let poll = Poll::new()?;
         let waker = Waker::new(poll.registry(), WAKE)?;
         let (inbox_sender, inbox) = mpsc::sync_channel(INBOX);
-        let signals = config.peers.iter().map(|id| (*id, watch::Sender::new(Signal::default()))).collect();
-        let shared = Arc::new(Shared { waker, inbox: inbox_sender, signals });
-        let peers = config.peers.iter().map(|id| Peer { id: *id, sending: None, receiving: None }).collect();
+        let shared = Arc::new(Shared { waker, inbox: inbox_sender, signals: watch::Sender::new(Signals::new()) });
         let (ready, scratch) = (Events::with_capacity(64), vec![0; SCRATCH].into_boxed_slice());
         let sender = LinkSender(shared.clone());
-        Ok((Self { config, poll, ready, inbox, shared, peers, scratch }, sender))
+        let first = config.peers.clone();
+        let (peers, twins) = (Vec::new(), Vec::new());
+        let mut links = Self { config, poll, ready, inbox, shared, peers, next_slot: 0, twins, scratch };
+        links.set_peers(&first);
+        Ok((links, sender))
+    }
+
+    /// Follows a change of the members: `peers` are all others from now on. The links of those that are not among them
+    /// any more end with a farewell, as far as that is possible without waiting; no event tells of it.
+    pub fn set_peers(&mut self, peers: &[NodeId]) {
+        for mut gone in self.peers.extract_if(.., |peer| !peers.contains(&peer.id)) {
+            info!(peer = gone.id, "this node is no member any more: its links are closed");
+            gone.close(self.poll.registry());
+        }
+        for id in peers.iter().filter(|id| **id != self.config.me) {
+            if !self.peers.iter().any(|peer| peer.id == *id) {
+                self.peers.push(Peer { id: *id, slot: self.next_slot, sending: None, receiving: None });
+                self.next_slot += 1;
+            }
+        }
+        self.config.peers = self.peers.iter().map(|peer| peer.id).collect();
+        let known = &self.peers;
+        self.shared.signals.send_if_modified(|signals| {
+            let before = signals.len();
+            signals.retain(|id, _| known.iter().any(|peer| peer.id == *id));
+            let mut changed = signals.len() != before;
+            for peer in known {
+                changed |= !signals.contains_key(&peer.id);
+                signals.entry(peer.id).or_default();
+            }
+            changed
+        });
     }
 
     /// Waits until something arrives, [`LinkSender::wake`] is called, or the time is over (whole milliseconds, rounded
@@ -182,6 +237,9 @@ impl Links {
         for peer in &mut self.peers {
             peer.step(self.config.me, &mut self.scratch, &self.shared, self.poll.registry(), events);
         }
+        for (peer, _) in self.twins.extract_if(.., |(_, seen)| seen.elapsed() > TWINS_FOR) {
+            events.push(PeerEvent::Twins { peer, gone: true });
+        }
         Ok(())
     }
 
@@ -191,9 +249,9 @@ impl Links {
             _ => {}
         }
         for event in &self.ready {
-            // Tokens are 1 + 2 * position for the link to a peer and one more for the link from it.
+            // Tokens are 1 + 2 * slot for the link to a peer and one more for the link from it.
             if let Some(number) = event.token().0.checked_sub(1)
-                && let Some(peer) = self.peers.get_mut(number / 2)
+                && let Some(peer) = self.peers.iter_mut().find(|peer| peer.slot == number / 2)
             {
                 peer.mark(event, number % 2 == 0);
             }
@@ -242,12 +300,22 @@ impl Links {
 
     fn take_over(&mut self, item: Handover, events: &mut Vec<PeerEvent>) {
         let id = match &item {
-            Handover::Outbound(id, _) | Handover::Inbound(id, _) | Handover::Dead(id) => *id,
+            Handover::Outbound(id, _) | Handover::Inbound(id, _) | Handover::Dead(id) | Handover::Twins(id) => *id,
+            Handover::Removed { by, .. } => *by,
         };
         let registry = self.poll.registry();
-        let Some((number, peer)) = self.peers.iter_mut().enumerate().find(|(_, peer)| peer.id == id) else { return };
-        let token = Token(1 + 2 * number);
+        // Not of a peer that was dropped meanwhile: its links end here.
+        let Some(peer) = self.peers.iter_mut().find(|peer| peer.id == id) else { return };
+        let token = Token(1 + 2 * peer.slot);
         match item {
+            Handover::Removed { by, reason } => events.push(PeerEvent::Removed { by, reason }),
+            Handover::Twins(peer) => match self.twins.iter_mut().find(|(known, _)| *known == peer) {
+                Some((_, seen)) => *seen = Instant::now(),
+                None => {
+                    self.twins.push((peer, Instant::now()));
+                    events.push(PeerEvent::Twins { peer, gone: false });
+                }
+            },
             // A link that came up since the verdict belongs to a new process.
             Handover::Dead(_) if peer.sending.is_some() || peer.receiving.is_some() => {}
             Handover::Dead(id) => events.push(PeerEvent::Dead(id)),
@@ -256,7 +324,7 @@ impl Links {
                 if let Err(error) = registry.register(&mut link.socket, token, Interest::READABLE | Interest::WRITABLE)
                 {
                     warn!(peer = id, %error, "cannot use a new link");
-                    self.shared.update(id, |signal| signal.up = false);
+                    self.shared.update(id, |signal| signal.up = peer.sending.is_some());
                     return;
                 }
                 if let Some(mut old) = peer.sending.replace(link) {
@@ -309,14 +377,26 @@ impl Links {
 }
 
 impl Shared {
-    fn update(&self, peer: NodeId, change: impl FnOnce(&mut Signal)) {
-        if let Some(signal) = self.signals.get(&peer) {
-            signal.send_modify(change);
-        }
+    fn update(&self, peer: NodeId, change: impl FnOnce(&mut Signal)) -> bool {
+        let signals = self.signals.borrow();
+        signals.get(&peer).map(|signal| signal.send_modify(change)).is_some()
     }
 }
 
 impl Peer {
+    /// Ends both links with a farewell, as far as that is possible without waiting.
+    fn close(&mut self, registry: &Registry) {
+        if let Some(mut link) = self.sending.take() {
+            let _ = registry.deregister(&mut link.socket);
+            link.farewell();
+            link.close();
+        }
+        if let Some(mut link) = self.receiving.take() {
+            let _ = registry.deregister(&mut link.socket);
+            link.close();
+        }
+    }
+
     /// True if the next poll must not wait.
     fn has_work(&self) -> bool {
         self.sending.as_ref().is_some_and(|link| link.readable || link.failed.is_some())

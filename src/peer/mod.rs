@@ -8,6 +8,9 @@
 //! may be slow. Established links are handed to [`Links`], which the consensus loop's own thread owns and polls:
 //! heartbeats and commits take no hop through a runtime and do not suffer from what else runs there.
 //!
+//! Both halves follow the membership. [`run`] watches it and dials whom it names; the loop calls [`Links::set_peers`]. Either
+//! may be first: who is not in both is refused, or waits.
+//!
 //! # Dead processes
 //! A process that is killed loses all links at once, without TLS close_notify, and its host's kernel then answers
 //! "connection refused" on its HA port. [`PeerEvent::Dead`] is reported when all of this holds for a peer: a link was
@@ -22,26 +25,35 @@
 
 mod accept;
 pub mod codec;
+mod connect;
 mod dial;
 mod hello;
 mod link;
 mod links;
+mod twins;
 
 use std::{
+    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr, TcpListener},
     sync::Arc,
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    net::TcpStream,
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinSet},
+};
+use tokio_rustls::server::TlsStream;
 
 pub use self::{
-    codec::{LeaseTerms, NodeReport},
+    codec::{LeaseTerms, NodeReport, Purpose, Refusal, RefusalCode},
+    connect::{OpenError, open_stream},
     links::{LinkSender, Links, LinksConfig, PeerEvent},
 };
 use crate::{
-    cluster::{Membership, NodeId},
+    cluster::{Member, Membership, NodeId},
     pki::NodeTls,
 };
 
@@ -53,13 +65,23 @@ pub struct PeerIdentity {
     pub me: NodeId,
     /// Program version, told to the others.
     pub version: String,
-    /// The cluster, and all members with the addresses to dial, this node included.
-    pub membership: Membership,
+    /// The cluster, and all members with the addresses to dial, this node included. Its changes are followed.
+    pub membership: watch::Receiver<Arc<Membership>>,
     /// The address that this node dials from; any if none.
     pub bind: Option<IpAddr>,
     /// This node's spans; callers whose spans do not fit are refused.
     pub terms: LeaseTerms,
-    pub tls: NodeTls,
+    /// Settings for the handshakes that begin from now on.
+    pub tls: watch::Receiver<Arc<NodeTls>>,
+    /// Takes the calls of members that want a snapshot. While it is full, they are told to try again.
+    pub snapshots: mpsc::Sender<SnapshotCall>,
+}
+
+/// A member that wants a snapshot: its call was accepted, what follows is up to the one who takes it.
+pub struct SnapshotCall {
+    /// The member, proven by its certificate.
+    pub from: NodeId,
+    pub stream: TlsStream<TcpStream>,
 }
 
 /// Opens the HA port. Do this before [`run`], and before anything that should be undone if the port is taken.
@@ -85,9 +107,9 @@ pub async fn run(
     sender: LinkSender,
     mut shutdown: watch::Receiver<bool>,
 ) -> io::Result<()> {
-    let expected = (identity.membership.cluster, identity.me);
-    if identity.tls.identity != expected {
-        let (cluster, node) = identity.tls.identity;
+    let expected = (identity.membership.borrow().cluster, identity.me);
+    let (cluster, node) = identity.tls.borrow().identity;
+    if (cluster, node) != expected {
         let text = format!(
             "this host's certificate is of node {node} in cluster {cluster}, but this is node {} in cluster {}",
             expected.1, expected.0
@@ -97,15 +119,58 @@ pub async fn run(
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let complaints = Arc::new(hello::Complaints::default());
-    let mut tasks = JoinSet::new();
-    tasks.spawn(accept::run(listener, identity.clone(), sender.clone(), complaints.clone()));
-    for member in identity.membership.members.iter().filter(|member| member.id != identity.me) {
-        if let Some(dialler) = dial::Dialler::new(member.clone(), &identity, &sender, &complaints) {
-            tasks.spawn(dialler.run());
+    let mut accepting = JoinSet::new();
+    accepting.spawn(accept::run(listener, identity.clone(), sender.clone(), complaints.clone()));
+    let mut diallers = Diallers { dialled: BTreeMap::new(), tasks: JoinSet::new(), identity, sender, complaints };
+    let mut membership = diallers.identity.membership.clone();
+    // Neither the tasks nor the membership have an end of their own; an error of `shutdown` only says that nobody can ask
+    // for the end any more.
+    let follow = async {
+        loop {
+            let members = membership.borrow_and_update().clone();
+            diallers.follow(&members);
+            if membership.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    tokio::select! {
+        _ = shutdown.wait_for(|stop| *stop) => {}
+        () = follow => {}
+    }
+    diallers.tasks.shutdown().await;
+    accepting.shutdown().await;
+    Ok(())
+}
+
+/// One task per other member.
+struct Diallers {
+    dialled: BTreeMap<NodeId, (Member, AbortHandle)>,
+    tasks: JoinSet<()>,
+    identity: Arc<PeerIdentity>,
+    sender: LinkSender,
+    complaints: Arc<hello::Complaints>,
+}
+
+impl Diallers {
+    /// Dials all other members at the addresses that they have now, and nobody else.
+    fn follow(&mut self, membership: &Membership) {
+        // Those that were stopped at earlier changes.
+        while self.tasks.try_join_next().is_some() {}
+        let place = |member: &Member| (member.name.clone(), member.address.clone(), member.port);
+        self.dialled.retain(|id, (member, task)| {
+            let stays = membership.get(*id).is_some_and(|now| place(now) == place(member));
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for member in &membership.members {
+            if member.id != self.identity.me && !self.dialled.contains_key(&member.id) {
+                let (identity, sender) = (self.identity.clone(), self.sender.clone());
+                let task = self.tasks.spawn(dial::run(member.clone(), identity, sender, self.complaints.clone()));
+                self.dialled.insert(member.id, (member.clone(), task));
+            }
         }
     }
-    // The tasks have no end of their own; an error here only says that nobody can ask for the end any more.
-    let _ = shutdown.wait_for(|stop| *stop).await;
-    tasks.shutdown().await;
-    Ok(())
 }
