@@ -73,7 +73,7 @@ impl Space {
         // A question to the kernel's memory: local file systems answer it without touching the disk.
         let system = statvfs(&self.data).ok()?;
         let blocks = if geteuid().is_root() { system.blocks_free() } else { system.blocks_available() };
-        Some(blocks as u64 * system.fragment_size() as u64)
+        Some(blocks * system.fragment_size())
     }
 }
 

@@ -113,8 +113,10 @@ fn progress(what: &'static str, length: u64, bytes: bool) -> ProgressBar {
     let units = if bytes { "{bytes}/{total_bytes}" } else { "{pos}/{len} entries" };
     let style = ProgressStyle::with_template(&format!("{{msg:24}} [{{bar:40}}] {units} {{eta}}"));
     let bar = ProgressBar::new(length).with_message(what);
-    style.map(|style| bar.set_style(style)).ok();
-    bar
+    match style {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
 }
 
 fn copy(from: &Path, to: &Path, bar: &ProgressBar) -> io::Result<()> {

@@ -81,7 +81,7 @@ impl Survivor {
         // About: compressed images take more space than their entries. A full disk ends the recovery without harm.
         let segments = 3 * config.raft_log_segment_bytes;
         let needed = database_bytes + log.size_bytes() + segments + (1 << 20);
-        let free = statvfs(&path).map(|fs| fs.blocks_available() as u64 * fs.fragment_size() as u64);
+        let free = statvfs(&path).map(|fs| fs.blocks_available() * fs.fragment_size());
         let free =
             free.map_err(|errno| RecoverError::Io { what: "look at the file system".into(), source: errno.into() })?;
         Ok(Self { data: path, identity, membership, log, checkpoint, database_bytes, written, needed, free })
