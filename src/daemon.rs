@@ -20,15 +20,16 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Severity},
+    config::{self, Config, FirstState, LogFormat, Severity},
     control::{ControlHandler, ControlSocket},
+    found,
     guard::PortGuard,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
     recover,
     storage::{
-        DataDir, Identity,
+        DataDir, DataDirError, Identity,
         configuration::Configuration,
         database::Database,
         durable_write, make_private_dir,
@@ -110,7 +111,10 @@ impl Parts {
         if let Some(done) = recover::finish_interrupted(data.path())? {
             info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
         }
-        let identity = data.identity()?;
+        let identity = match data.identity() {
+            Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
+            identity => identity?,
+        };
         let certificates = data.path().join("certificates");
         let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;
         let address = SocketAddr::new(bind_address(config), config.high_availability_port.unwrap_or(8086));
@@ -233,6 +237,21 @@ impl Parts {
             demotion_deadline: self.config.demotion_deadline,
         };
         Ok(Supervisor::new(supervisor, self.handle.status(), self.lease.clone(), self.guard.clone()))
+    }
+}
+
+/// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.
+fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
+    let folder = data.path().display();
+    if !config.high_availability_enabled {
+        bail!("{folder} is empty and HIGH_AVAILABILITY_ENABLED is false: set it to true to found or join a cluster");
+    }
+    match config.high_availability_state {
+        FirstState::Primary => found::found(config, data).with_context(|| format!("found a cluster in {folder}")),
+        FirstState::Secondary => bail!(
+            "{folder} is empty and HIGH_AVAILABILITY_STATE is SECONDARY: run the join script of the cluster on this \
+             host (the PRIMARY shows it: twistcli ha join-script, or Manage > System > High Availability)"
+        ),
     }
 }
 

@@ -17,8 +17,9 @@ use super::{
     switch::Plan,
 };
 use crate::{
-    cluster::{ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE},
+    cluster::{ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE, membership::SealedAuthority},
     config::Config,
+    found,
     pki::{Authority, PkiError},
     storage::{
         IDENTITY_FORMAT, Identity,
@@ -144,22 +145,22 @@ fn build_identity(
 ) -> Result<(), RecoverError> {
     let old = survivor.member();
     let name = old.map_or(&survivor.identity.name, |member| &member.name).clone();
-    let common_name = config.common_name();
-    let address = old.map_or(&common_name, |member| &member.address).clone();
+    let address = old.map_or_else(|| config.common_name(), |member| member.address.clone());
     let port = old.map_or(config.high_availability_port.unwrap_or(8086), |member| member.port);
     let certificates = staging.join("certificates");
     make_private_dir(&certificates).map_err(RecoverError::io("create the folder of the certificates"))?;
-    let make_certificates = || -> Result<(), PkiError> {
-        let authority = Authority::create(cluster)?;
-        authority.save(&certificates)?;
+    let make_certificates = || -> Result<SealedAuthority, PkiError> {
+        let (authority, sealed) = Authority::establish(cluster, &certificates)?;
         authority.issue_node(NODE, &name, &[&address])?.save_node(&certificates)?;
-        let mut names = vec![common_name.as_str(), &address, "localhost"];
-        names.dedup();
-        authority.issue_console(&names)?.save_console(&certificates)
+        let names = found::console_names(config, &address);
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        authority.issue_console(&names)?.save_console(&certificates)?;
+        Ok(sealed)
     };
-    make_certificates()
+    let sealed = make_certificates()
         .map_err(|error| RecoverError::Io { what: "make the certificates".into(), source: io::Error::other(error) })?;
-    let membership = Membership::founded(cluster, vec![Member::founder(NODE, &name, &address, port)]);
+    let mut membership = Membership::founded(cluster, vec![Member::founder(NODE, &name, &address, port)]);
+    membership.authority = Some(sealed);
     let written = RecoverError::io("write the identity");
     let identity = Identity { format: IDENTITY_FORMAT, cluster, node: NODE, name, membership: membership.clone() };
     let write = || {

@@ -13,7 +13,7 @@ use twistlock_ha::{
     control,
     dev::NodeFile,
     node::Status,
-    pki::NodeTls,
+    pki::{Authority, ClusterKey, NodeTls},
     storage::{DataDir, Identity},
 };
 
@@ -118,6 +118,9 @@ fn a_survivor_becomes_a_new_cluster_of_one() {
         assert!(aside[0].join(file).exists(), "{file} was not set aside");
     }
     assert_eq!(NodeTls::load(&data.join("certificates")).unwrap().identity, (after.cluster, after.node));
+    let sealed = after.membership.authority.expect("a new authority");
+    let key = ClusterKey::load(&data.join("certificates")).unwrap();
+    Authority::unseal(after.cluster, &sealed, &key).unwrap();
 
     let survivor = Daemon::start(&cluster, old);
     let status = survivor.wait_for("PRIMARY", |status, _| status.role == Role::Primary);

@@ -164,6 +164,8 @@ fn request(id: u64) -> Request {
         version: "1.2.3".to_owned(),
         fingerprint: format!("AB:{id}"),
         csr: String::new(),
+        console_csr: String::new(),
+        console_names: Vec::new(),
         clock_ms: 0,
         at: 0,
         until: 1,
@@ -395,8 +397,9 @@ impl World {
         } else if membership.requests.is_empty() {
             Change::Request { request: request(membership.next_id) }
         } else if membership.next_id == next {
-            let certificate = String::new();
-            Change::Admit { hosts: vec![Newcomer { id: next, request: request(next).id, certificate }] }
+            let (certificate, console_certificate) = Default::default();
+            let newcomer = Newcomer { id: next, request: request(next).id, certificate, console_certificate };
+            Change::Admit { hosts: vec![newcomer] }
         } else {
             return;
         };
