@@ -2,7 +2,8 @@
 //! shows ROLLBACK until its database is level again. Must never hold the consensus loop up for the disk.
 
 use std::{
-    path::PathBuf,
+    io,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -33,7 +34,7 @@ pub(super) const ABOUT: &str = "rollback";
 
 /// Keeps tails and knows whether one is being rolled back.
 pub(super) struct Rollback {
-    folder: PathBuf,
+    data: PathBuf,
     owner: (ClusterId, NodeId),
     sender: Sender,
     /// The database is level again once it has everything up to here.
@@ -45,7 +46,7 @@ pub(super) struct Rollback {
 impl Rollback {
     pub fn new(config: &NodeConfig, sender: Sender) -> Self {
         let owner = (config.configuration.membership.cluster, config.node);
-        Self { folder: config.data.join(tail::FOLDER), owner, sender, until: None, noted: None }
+        Self { data: config.data.clone(), owner, sender, until: None, noted: None }
     }
 
     /// Must be called before `entries` are appended: true if they replace other ones.
@@ -74,13 +75,16 @@ impl Rollback {
         let dropped = held.last() - held.first() + 1;
         metrics::counter!(telemetry::ROLLBACK_ENTRIES).increment(dropped);
         self.noted = Some(Instant::now() + NOTE);
-        let (folder, (cluster, node), sender) = (self.folder.clone(), self.owner, self.sender.clone());
+        let (folder, (cluster, node), sender) = (self.data.join(tail::FOLDER), self.owner, self.sender.clone());
+        let database = self.data.join("database").join("console.db");
         let write = move |held: Held| tail::write(&folder, cluster, node, &held);
         let started = if held.bytes() <= INLINE {
             let draft = write(held);
-            thread::Builder::new().name("rollback".to_owned()).spawn(move || finish(draft, epoch, &sender))
+            thread::Builder::new().name("rollback".to_owned()).spawn(move || finish(draft, &database, epoch, &sender))
         } else {
-            thread::Builder::new().name("rollback".to_owned()).spawn(move || finish(write(held), epoch, &sender))
+            thread::Builder::new()
+                .name("rollback".to_owned())
+                .spawn(move || finish(write(held), &database, epoch, &sender))
         };
         if let Err(error) = started {
             warn!(%error, entries = dropped, "the dropped tail of the raft log cannot be kept: no thread for it");
@@ -98,8 +102,8 @@ impl Rollback {
     }
 }
 
-fn finish(draft: std::io::Result<Draft>, epoch: u64, sender: &Sender) {
-    let kept = match draft.and_then(Draft::finish) {
+fn finish(draft: io::Result<Draft>, database: &Path, epoch: u64, sender: &Sender) {
+    let kept = match draft.and_then(|draft| draft.finish(database)) {
         Ok((kept, removed)) => {
             for path in removed {
                 info!(file = %path.display(), "the oldest dropped tail was removed: {} are kept", tail::MAX_FILES);

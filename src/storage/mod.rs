@@ -11,6 +11,7 @@ pub mod gate;
 pub mod raft_log;
 pub mod replica;
 pub mod tail;
+mod tail_rows;
 mod tail_text;
 #[allow(unsafe_code, reason = "SQLite speaks C: this folder is the only place where we do, too")]
 pub mod vfs;

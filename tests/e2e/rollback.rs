@@ -40,6 +40,10 @@ fn drop_a_tail(cluster: &Cluster, pen: &Pen, round: usize, back: Signal) {
     let kept = tails(cluster, old);
     assert!(kept.iter().any(|path| holds(path, &lost)), "{lost} is in none of {kept:?}");
     assert!(!kept.iter().any(|path| holds(path, &after)), "{after} was not dropped");
+    let told = kept
+        .iter()
+        .any(|path| fs::read_to_string(path.with_extension("txt")).unwrap().contains(&format!("\"{lost}\"")));
+    assert!(told, "no summary names the row of {lost}");
     let notes = cluster.statuses()[old].clone().unwrap().warnings;
     assert!(notes.iter().any(|note| note.contains(".txt")), "{notes:?}");
 }

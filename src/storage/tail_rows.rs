@@ -1,0 +1,228 @@
+//! Rows in page images: reads just enough of SQLite's file format to say which rows of which table a page holds. For
+//! people only: must never decide anything, and never fail on any input. What it cannot read it leaves out.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::Write,
+};
+
+/// Depth of a b-tree, pages read for the names of the tables, and characters of one row that are shown.
+const MAX_DEPTH: u32 = 12;
+const MAX_READS: u32 = 20_000;
+const MAX_TEXT: usize = 400;
+/// Types of b-tree pages: inner and leaf of a table.
+const INNER: u8 = 5;
+const LEAF: u8 = 13;
+
+/// Gives the image of a page.
+pub(super) type Read<'a> = dyn Fn(u32) -> Option<Vec<u8>> + 'a;
+
+/// The rows of one page, as people read them, by rowid.
+pub(super) type Rows = BTreeMap<i64, String>;
+
+fn short(bytes: &[u8], at: usize) -> Option<usize> {
+    Some(usize::from(*bytes.get(at)?) << 8 | usize::from(*bytes.get(at + 1)?))
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+}
+
+/// SQLite's variable-length integer and its length.
+fn varint(bytes: &[u8]) -> Option<(u64, usize)> {
+    let mut value = 0u64;
+    for at in 0..9 {
+        let byte = *bytes.get(at)?;
+        if at == 8 {
+            return Some((value << 8 | u64::from(byte), 9));
+        }
+        value = value << 7 | u64::from(byte & 0x7f);
+        if byte & 0x80 == 0 {
+            return Some((value, at + 1));
+        }
+    }
+    None
+}
+
+/// Type of a page, where its header begins, and where its cells are.
+fn cells(number: u32, image: &[u8]) -> Option<(u8, usize, Vec<usize>)> {
+    let header = if number == 1 { 100 } else { 0 };
+    let kind = *image.get(header)?;
+    let first = header + if kind == INNER { 12 } else { 8 };
+    let count = short(image, header + 3)?.min(image.len() / 2);
+    Some((kind, header, (0..count).filter_map(|cell| short(image, first + 2 * cell)).collect()))
+}
+
+enum Value {
+    Null,
+    Integer(i64),
+    Real(f64),
+    Text(String),
+    Blob(usize),
+}
+
+/// The columns of a record; none if it goes on in other pages or makes no sense.
+fn record(payload: &[u8]) -> Option<Vec<Value>> {
+    let (length, mut at) = varint(payload)?;
+    let end = usize::try_from(length).ok()?;
+    let mut body = end;
+    let mut values = Vec::new();
+    while at < end {
+        let (kind, size) = varint(payload.get(at..)?)?;
+        at += size;
+        let length = match kind {
+            0 | 8 | 9 => 0,
+            1..=4 => kind as usize,
+            5 => 6,
+            6 | 7 => 8,
+            _ => usize::try_from(kind.checked_sub(12)? / 2).ok()?,
+        };
+        let bytes = payload.get(body..body.checked_add(length)?)?;
+        body += length;
+        let sign = if bytes.first().is_some_and(|byte| byte & 0x80 != 0) { -1 } else { 0 };
+        let number = bytes.iter().take(8).fold(sign, |number: i64, byte| number << 8 | i64::from(*byte));
+        values.push(match kind {
+            0 => Value::Null,
+            8 | 9 => Value::Integer(kind as i64 - 8),
+            1..=6 => Value::Integer(number),
+            7 => Value::Real(f64::from_bits(number as u64)),
+            _ if kind % 2 == 1 => Value::Text(String::from_utf8_lossy(bytes).into_owned()),
+            _ => Value::Blob(length),
+        });
+    }
+    Some(values)
+}
+
+/// Rowid and columns of a leaf's cell; no columns if the row goes on in other pages.
+fn cell(image: &[u8], at: usize) -> Option<(i64, Option<Vec<Value>>)> {
+    let (length, first) = varint(image.get(at..)?)?;
+    let (rowid, second) = varint(image.get(at + first..)?)?;
+    let start = at + first + second;
+    let whole = usize::try_from(length).ok().filter(|length| *length <= image.len().saturating_sub(35));
+    Some((rowid as i64, whole.and_then(|length| record(image.get(start..start.checked_add(length)?)?))))
+}
+
+fn show(values: &[Value]) -> String {
+    let mut text = String::new();
+    for (at, value) in values.iter().enumerate() {
+        text.push_str(if at > 0 { ", " } else { "" });
+        // Writing to a String cannot fail.
+        let _ = match value {
+            Value::Null => write!(text, "NULL"),
+            Value::Integer(number) => write!(text, "{number}"),
+            Value::Real(number) => write!(text, "{number}"),
+            Value::Text(value) => write!(text, "{value:?}"),
+            Value::Blob(length) => write!(text, "{length} bytes"),
+        };
+    }
+    if text.chars().count() > MAX_TEXT {
+        text = text.chars().take(MAX_TEXT).chain("...".chars()).collect();
+    }
+    text
+}
+
+/// The rows that a page of a table holds; none for any other page.
+pub(super) fn rows(number: u32, image: &[u8]) -> Rows {
+    let Some((LEAF, _, cells)) = cells(number, image) else { return Rows::new() };
+    let row = |at: usize| {
+        let (rowid, values) = cell(image, at)?;
+        Some((rowid, values.map_or_else(|| "a row too long for one page".to_owned(), |values| show(&values))))
+    };
+    cells.into_iter().filter_map(row).collect()
+}
+
+/// Which table each leaf page belongs to, as far as it can be found out within bounds.
+pub(super) fn tables(read: &Read<'_>) -> HashMap<u32, String> {
+    let (mut names, mut reads) = (HashMap::new(), 0);
+    let schema = leaves(1, read, &mut reads);
+    for leaf in &schema {
+        names.insert(*leaf, "sqlite_schema".to_owned());
+    }
+    for leaf in schema {
+        let Some(image) = read(leaf) else { continue };
+        let Some((LEAF, _, cells)) = cells(leaf, &image) else { continue };
+        for values in cells.into_iter().filter_map(|at| cell(&image, at)?.1) {
+            if let [Value::Text(kind), Value::Text(name), _, Value::Integer(root), ..] = values.as_slice()
+                && kind == "table"
+                && let Ok(root) = u32::try_from(*root)
+            {
+                let found = leaves(root, read, &mut reads);
+                names.extend(found.into_iter().map(|leaf| (leaf, name.clone())));
+            }
+        }
+    }
+    names
+}
+
+/// The leaves of a table's b-tree. All are equally deep, so that only the way to the first one has to be read to the end.
+fn leaves(root: u32, read: &Read<'_>, reads: &mut u32) -> Vec<u32> {
+    let mut inner = |number: u32| -> Option<Vec<u32>> {
+        *reads += 1;
+        let image = read(number).filter(|_| *reads < MAX_READS)?;
+        let (kind, header, cells) = cells(number, &image)?;
+        let children = cells.into_iter().filter_map(|at| word(&image, at)).chain(word(&image, header + 8));
+        (kind == INNER).then(|| children.collect())
+    };
+    let mut level = vec![root];
+    for _ in 0..MAX_DEPTH {
+        let Some(first) = level.first().and_then(|first| inner(*first)) else { break };
+        let others: Vec<u32> = level[1..].iter().filter_map(|page| inner(*page)).flatten().collect();
+        level = [first, others].concat();
+    }
+    level
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use sqlx::{ConnectOptions, Connection, sqlite::SqliteConnectOptions};
+
+    use super::*;
+
+    /// A database that SQLite made, large enough for inner pages.
+    fn database() -> Vec<u8> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db");
+        let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true).pragma("page_size", "512");
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let mut connection = options.connect().await.unwrap();
+            let statement = "CREATE TABLE tags (name TEXT, n INTEGER, r REAL, b BLOB);
+                 CREATE TABLE other (x);
+                 WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 300)
+                 INSERT INTO tags SELECT 'tag-' || i, -i * 1000, 0.5, x'0102' FROM c;
+                 INSERT INTO other VALUES (NULL), (printf('%2000s', 'long'))";
+            sqlx::raw_sql(statement).execute(&mut connection).await.unwrap();
+            connection.close().await.unwrap();
+        });
+        std::fs::read(path).unwrap()
+    }
+
+    #[test]
+    fn rows_and_tables_of_a_real_database_are_found() {
+        let bytes = database();
+        let read = |number: u32| bytes.chunks(512).nth(number as usize - 1).map(<[u8]>::to_vec);
+        let tables = tables(&read);
+        let mut found = BTreeMap::new();
+        for (page, _) in tables.iter().filter(|(_, name)| *name == "tags") {
+            found.extend(rows(*page, &read(*page).unwrap()));
+        }
+        assert_eq!(found.len(), 300);
+        assert_eq!(found[&7], "\"tag-7\", -7000, 0.5, 2 bytes");
+        let other = tables.iter().find(|(_, name)| *name == "other").unwrap().0;
+        let rows = rows(*other, &read(*other).unwrap());
+        assert_eq!((rows[&1].as_str(), rows[&2].as_str()), ("NULL", "a row too long for one page"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_panics(bytes in proptest::collection::vec(any::<u8>(), 0..1024), kind in 0usize..2, number in 1u32..3) {
+            let mut bytes = bytes;
+            let at = if number == 1 { 100 } else { 0 };
+            if let Some(first) = bytes.get_mut(at) {
+                *first = [INNER, LEAF][kind];
+            }
+            rows(number, &bytes);
+            tables(&|_| Some(bytes.clone()));
+        }
+    }
+}
