@@ -10,15 +10,17 @@ use std::{
 const MAX_DEPTH: u32 = 12;
 const MAX_READS: u32 = 20_000;
 const MAX_TEXT: usize = 400;
-/// Types of b-tree pages: inner and leaf of a table.
+/// Types of b-tree pages: inner and leaf of a table, and of an index, which a table WITHOUT ROWID is.
 const INNER: u8 = 5;
 const LEAF: u8 = 13;
+const INDEX_INNER: u8 = 2;
+const INDEX_LEAF: u8 = 10;
 
 /// Gives the image of a page.
 pub(super) type Read<'a> = dyn Fn(u32) -> Option<Vec<u8>> + 'a;
 
-/// The rows of one page, as people read them, by rowid.
-pub(super) type Rows = BTreeMap<i64, String>;
+/// The rows of one page, as people read them, by what tells them apart: the rowid, or the row itself where it has none.
+pub(super) type Rows = BTreeMap<String, String>;
 
 fn short(bytes: &[u8], at: usize) -> Option<usize> {
     Some(usize::from(*bytes.get(at)?) << 8 | usize::from(*bytes.get(at + 1)?))
@@ -48,7 +50,7 @@ fn varint(bytes: &[u8]) -> Option<(u64, usize)> {
 fn cells(number: u32, image: &[u8]) -> Option<(u8, usize, Vec<usize>)> {
     let header = if number == 1 { 100 } else { 0 };
     let kind = *image.get(header)?;
-    let first = header + if kind == INNER { 12 } else { 8 };
+    let first = header + if matches!(kind, INNER | INDEX_INNER) { 12 } else { 8 };
     let count = short(image, header + 3)?.min(image.len() / 2);
     Some((kind, header, (0..count).filter_map(|cell| short(image, first + 2 * cell)).collect()))
 }
@@ -121,22 +123,37 @@ fn show(values: &[Value]) -> String {
     text
 }
 
-/// The rows that a page of a table holds; none for any other page.
+/// The rows that a page of a table holds. An index looks like a table without rowids: ask [`tables`] which it is.
 pub(super) fn rows(number: u32, image: &[u8]) -> Rows {
-    let Some((LEAF, _, cells)) = cells(number, image) else { return Rows::new() };
-    let row = |at: usize| {
+    let Some((kind, _, cells)) = cells(number, image) else { return Rows::new() };
+    let numbered = |at: usize| {
         let (rowid, values) = cell(image, at)?;
-        Some((rowid, values.map_or_else(|| "a row too long for one page".to_owned(), |values| show(&values))))
+        let row = values.map_or_else(|| "a row too long for one page".to_owned(), |values| show(&values));
+        Some((format!("row {rowid}"), row))
     };
-    cells.into_iter().filter_map(row).collect()
+    let whole = |at: usize| {
+        let (length, size) = varint(image.get(at..)?)?;
+        let start = at + size;
+        // What fits into a page of an index is less than into one of a table; the rest is elsewhere.
+        let local = image.len().saturating_sub(12) * 64 / 255;
+        let length = usize::try_from(length).ok().filter(|length| length + 23 <= local)?;
+        let row = show(&record(image.get(start..start.checked_add(length)?)?)?);
+        Some((row, String::new()))
+    };
+    match kind {
+        LEAF => cells.into_iter().filter_map(numbered).collect(),
+        INDEX_LEAF => cells.into_iter().filter_map(whole).collect(),
+        INDEX_INNER => cells.into_iter().filter_map(|at| whole(at.checked_add(4)?)).collect(),
+        _ => Rows::new(),
+    }
 }
 
-/// Which table each leaf page belongs to, as far as it can be found out within bounds.
+/// Which table each page belongs to, as far as it can be found out within bounds.
 pub(super) fn tables(read: &Read<'_>) -> HashMap<u32, String> {
     let (mut names, mut reads) = (HashMap::new(), 0);
-    let schema = leaves(1, read, &mut reads);
-    for leaf in &schema {
-        names.insert(*leaf, "sqlite_schema".to_owned());
+    let schema = pages(1, read, &mut reads);
+    for page in &schema {
+        names.insert(*page, "sqlite_schema".to_owned());
     }
     for leaf in schema {
         let Some(image) = read(leaf) else { continue };
@@ -146,7 +163,7 @@ pub(super) fn tables(read: &Read<'_>) -> HashMap<u32, String> {
                 && kind == "table"
                 && let Ok(root) = u32::try_from(*root)
             {
-                let found = leaves(root, read, &mut reads);
+                let found = pages(root, read, &mut reads);
                 names.extend(found.into_iter().map(|leaf| (leaf, name.clone())));
             }
         }
@@ -154,22 +171,23 @@ pub(super) fn tables(read: &Read<'_>) -> HashMap<u32, String> {
     names
 }
 
-/// The leaves of a table's b-tree. All are equally deep, so that only the way to the first one has to be read to the end.
-fn leaves(root: u32, read: &Read<'_>, reads: &mut u32) -> Vec<u32> {
+/// The pages of a table's b-tree. All leaves are equally deep, so that only the way to the first one has to be read to the end.
+fn pages(root: u32, read: &Read<'_>, reads: &mut u32) -> Vec<u32> {
     let mut inner = |number: u32| -> Option<Vec<u32>> {
         *reads += 1;
         let image = read(number).filter(|_| *reads < MAX_READS)?;
         let (kind, header, cells) = cells(number, &image)?;
         let children = cells.into_iter().filter_map(|at| word(&image, at)).chain(word(&image, header + 8));
-        (kind == INNER).then(|| children.collect())
+        matches!(kind, INNER | INDEX_INNER).then(|| children.collect())
     };
-    let mut level = vec![root];
+    let (mut level, mut all) = (vec![root], vec![root]);
     for _ in 0..MAX_DEPTH {
         let Some(first) = level.first().and_then(|first| inner(*first)) else { break };
         let others: Vec<u32> = level[1..].iter().filter_map(|page| inner(*page)).flatten().collect();
         level = [first, others].concat();
+        all.extend(&level);
     }
-    level
+    all
 }
 
 #[cfg(test)]
@@ -188,8 +206,10 @@ mod tests {
             let mut connection = options.connect().await.unwrap();
             let statement = "CREATE TABLE tags (name TEXT, n INTEGER, r REAL, b BLOB);
                  CREATE TABLE other (x);
+                 CREATE TABLE keyed (k TEXT PRIMARY KEY, v) WITHOUT ROWID;
                  WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 300)
                  INSERT INTO tags SELECT 'tag-' || i, -i * 1000, 0.5, x'0102' FROM c;
+                 INSERT INTO keyed SELECT name, n FROM tags;
                  INSERT INTO other VALUES (NULL), (printf('%2000s', 'long'))";
             sqlx::raw_sql(statement).execute(&mut connection).await.unwrap();
             connection.close().await.unwrap();
@@ -207,19 +227,25 @@ mod tests {
             found.extend(rows(*page, &read(*page).unwrap()));
         }
         assert_eq!(found.len(), 300);
-        assert_eq!(found[&7], "\"tag-7\", -7000, 0.5, 2 bytes");
+        assert_eq!(found["row 7"], "\"tag-7\", -7000, 0.5, 2 bytes");
+        let mut keyed = Rows::new();
+        for (page, _) in tables.iter().filter(|(_, name)| *name == "keyed") {
+            keyed.extend(super::rows(*page, &read(*page).unwrap()));
+        }
+        assert_eq!(keyed.len(), 300);
+        assert!(keyed.contains_key("\"tag-7\", -7000"));
         let other = tables.iter().find(|(_, name)| *name == "other").unwrap().0;
         let rows = rows(*other, &read(*other).unwrap());
-        assert_eq!((rows[&1].as_str(), rows[&2].as_str()), ("NULL", "a row too long for one page"));
+        assert_eq!((rows["row 1"].as_str(), rows["row 2"].as_str()), ("NULL", "a row too long for one page"));
     }
 
     proptest! {
         #[test]
-        fn no_input_panics(bytes in proptest::collection::vec(any::<u8>(), 0..1024), kind in 0usize..2, number in 1u32..3) {
+        fn no_input_panics(bytes in proptest::collection::vec(any::<u8>(), 0..1024), kind in 0usize..4, number in 1u32..3) {
             let mut bytes = bytes;
             let at = if number == 1 { 100 } else { 0 };
             if let Some(first) = bytes.get_mut(at) {
-                *first = [INNER, LEAF][kind];
+                *first = [INNER, LEAF, INDEX_INNER, INDEX_LEAF][kind];
             }
             rows(number, &bytes);
             tables(&|_| Some(bytes.clone()));

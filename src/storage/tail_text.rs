@@ -44,8 +44,8 @@ pub(super) struct Summary {
     bytes: usize,
 }
 
-/// Rows by table and rowid.
-type Content = BTreeMap<(String, i64), String>;
+/// Rows by table and what tells them apart.
+type Content = BTreeMap<(String, String), String>;
 
 impl Summary {
     /// Takes in the next entry.
@@ -141,7 +141,6 @@ impl Summary {
         let mut newest: HashMap<u32, &Vec<u8>> = HashMap::new();
         self.transactions.iter().for_each(|transaction| newest.extend(transaction.images.iter().map(|(n, i)| (*n, i))));
         let names = tables(&|number| newest.get(&number).map(|image| (*image).clone()).or_else(|| base(number)));
-        let table = |number: &u32| names.get(number).cloned().unwrap_or_else(|| "of an unknown table".to_owned());
         let mut seen: HashMap<u32, &Vec<u8>> = HashMap::new();
         let mut all = Vec::new();
         for transaction in &self.transactions {
@@ -149,14 +148,17 @@ impl Summary {
             let (mut before, mut after) = (Content::new(), Content::new());
             for (number, image) in &transaction.images {
                 let old = seen.get(number).map(|image| (*image).clone()).or_else(|| base(*number));
-                let name = table(number);
-                let named = |(rowid, row)| ((name.clone(), rowid), row);
+                let Some(name) = names.get(number) else { continue };
+                let named = |(key, row)| ((name.clone(), key), row);
                 before.extend(old.iter().flat_map(|old| rows(*number, old)).map(named));
                 after.extend(rows(*number, image).into_iter().map(named));
             }
             let tell = |sign, from: &Content, to: &Content| {
                 let odd = from.iter().filter(|(key, row)| to.get(*key) != Some(row));
-                odd.map(|((table, id), row)| format!("    {sign} {table} {id}: {row}\n")).collect::<Vec<_>>()
+                odd.map(|((table, id), row)| {
+                    format!("    {sign} {table}: {id}{}{row}\n", if row.is_empty() { "" } else { ": " })
+                })
+                .collect::<Vec<_>>()
             };
             all.push([tell('-', &before, &after), tell('+', &after, &before)].concat());
             seen.extend(transaction.images.iter().map(|(number, image)| (*number, image)));
