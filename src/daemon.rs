@@ -2,14 +2,15 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{Command, ExitCode},
     sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
+use crate::administrator::{self, Administrator};
 use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tokio::{
@@ -21,23 +22,28 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
     config::{self, Config, FirstState, LogFormat, Severity},
-    control::{ControlHandler, ControlSocket},
+    control::ControlSocket,
     found,
     guard::PortGuard,
+    join::Kit,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
-    recover,
+    recover, snapshot,
     storage::{
         DataDir, DataDirError, Identity,
         configuration::Configuration,
         database::Database,
         durable_write, make_private_dir,
         raft_log::{Options, RaftLog, RealDisk},
+        snapshot::Ready,
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
     telemetry,
+    workload::Services,
 };
+
+use crate::joining::{self, Outcome};
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
@@ -47,6 +53,8 @@ const EX_TEMPFAIL: u8 = 75;
 const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How long the end of the port guard process may take.
+const GUARD_LIMIT: Duration = Duration::from_secs(2);
 
 /// Runs the node that this configuration file describes, until SIGTERM or SIGINT.
 pub(crate) fn run(path: &Path) -> ExitCode {
@@ -71,7 +79,11 @@ pub(crate) fn run(path: &Path) -> ExitCode {
             _ => info!("{note}"),
         }
     }
-    match Parts::build(&loaded.config).and_then(|parts| parts.run(path)) {
+    let exit = joining::join_first(path, &loaded.config).and_then(|outcome| match outcome {
+        Outcome::Ready => Parts::build(&loaded.config).and_then(|parts| parts.run(path)),
+        Outcome::Stopped => Ok(Exit::Stopped),
+    });
+    match exit {
         Ok(Exit::Stopped) => ExitCode::SUCCESS,
         Ok(Exit::Fatal(why)) => {
             error!(reason = why, "the node ends itself: a restart begins from what is durable");
@@ -79,13 +91,24 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         }
         Ok(Exit::Restart(why)) => {
             info!(reason = why, "the node begins again");
-            ExitCode::from(EX_TEMPFAIL)
+            begin_again()
         }
         Err(error) => {
             error!("cannot start: {error:#}");
             ExitCode::from(EX_UNAVAILABLE)
         }
     }
+}
+
+/// Becomes a new process of the same program, with the same number: whoever watches it sees nothing of it. Everything that is
+/// open is closed by that.
+fn begin_again() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(arguments.next().unwrap_or_else(|| "twistlockd".into())).args(arguments);
+    let error = command.exec();
+    error!(%error, "the program cannot be started again from within");
+    ExitCode::from(EX_TEMPFAIL)
 }
 
 /// Everything that runs, in the order in which it was built.
@@ -123,7 +146,11 @@ impl Parts {
         let guard = PortGuard::spawn(PathBuf::from("/proc/self/exe"), &lease, Some(listener.as_fd()))
             .context("start the port guard")?;
         telemetry::metrics_handle().context("start the metrics")?;
+        let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
         let log = open_log(config, &data, &identity)?;
+        if let Some(snapshot) = snapshot {
+            snapshot.install(&log).context("install the snapshot")?;
+        }
         let database_dir = data.path().join("database");
         make_private_dir(&database_dir).with_context(|| format!("create {}", database_dir.display()))?;
         let start = Instant::now();
@@ -174,12 +201,16 @@ impl Parts {
         let (stop, stopped) = watch::channel(false);
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
-        let (supervisor, ports) = self.supervisor()?;
-        let administrator = Arc::new(Administrator { handle: self.handle.clone(), ports: ports.clone() });
+        let (mut supervisor, ports) = self.supervisor()?;
+        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
+        let kit = Arc::new(Kit::new(&self.config));
+        supervisor.offer(Services { admin: admin.clone(), kit: kit.clone() });
+        let administrator = Arc::new(Administrator { admin, kit, membership: self.handle.membership() });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
+        let (snapshots, calls) = mpsc::channel(1);
         let peers = PeerIdentity {
             me: self.identity.node,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -187,9 +218,12 @@ impl Parts {
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
             tls: watch::Sender::new(Arc::new(self.node_tls)).subscribe(),
-            snapshots: mpsc::channel(1).0,
+            snapshots,
         };
-        let peers = task::spawn(peer::run(self.listener, Arc::new(peers), self.links, stopped));
+        let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
+        task::spawn(snapshot::serve(self.handle.clone(), calls, data.clone()));
+        task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
+        let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
         task::spawn(report_problems(ports.clone(), self.handle.clone()));
         task::spawn(service_manager(self.handle.status()));
@@ -200,7 +234,16 @@ impl Parts {
         info!(node = self.identity.name, cluster = %self.identity.cluster, "node runs");
         let mut node = task::spawn_blocking(move || self.thread.join());
         tokio::select! {
-            ended = &mut node => return Ok(flatten(ended)),
+            ended = &mut node => {
+                let exit = flatten(ended);
+                if matches!(exit, Exit::Restart(_)) {
+                    stop.send_replace(true);
+                    supervising.abort();
+                    let _ = supervising.await; // that it was aborted
+                    end_of_guard(self.guard).await;
+                }
+                return Ok(exit);
+            }
             ended = peers => ended.context("peer links panicked")?.context("run the peer links")?,
             () = asked_to_stop(path, &self.config) => {}
         }
@@ -240,6 +283,17 @@ impl Parts {
     }
 }
 
+/// The port guard holds the HA port, which the next process wants to open.
+async fn end_of_guard(guard: PortGuard) {
+    let mut state = guard.state();
+    drop(guard);
+    // An error says that the thread that keeps the child has ended, and the child with it.
+    let ended = async { while state.changed().await.is_ok() {} };
+    if tokio::time::timeout(GUARD_LIMIT, ended).await.is_err() {
+        warn!("the port guard process does not end");
+    }
+}
+
 /// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.
 fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
     let folder = data.path().display();
@@ -259,7 +313,7 @@ fn bind_address(config: &Config) -> IpAddr {
     config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
 }
 
-fn lease_terms(config: &Config) -> LeaseTerms {
+pub(crate) fn lease_terms(config: &Config) -> LeaseTerms {
     LeaseTerms { lease_ms: config.lease.as_millis() as u32, promise_ms: promise(config).as_millis() as u32 }
 }
 
@@ -276,7 +330,7 @@ fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
 }
 
 fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog> {
-    let voters = identity.membership.members.iter().map(|member| member.id).collect();
+    let voters = identity.membership.voters().collect();
     let initial = ConfState { voters, ..ConfState::default() };
     let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, ..Options::default() };
     let owner = (identity.cluster, identity.node);
@@ -354,7 +408,11 @@ fn node_config(
             ..Timing::default()
         },
         demotion_deadline: config.demotion_deadline,
-        checkpoints: CheckpointPolicy { bytes: config.checkpoint_bytes, interval: config.checkpoint_interval },
+        checkpoints: CheckpointPolicy {
+            bytes: config.checkpoint_bytes,
+            interval: config.checkpoint_interval,
+            raft_log_limit: config.raft_log_limit,
+        },
         page_size: config.database_page_size,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fast_takeover: config.fast_takeover,
@@ -363,7 +421,7 @@ fn node_config(
 }
 
 /// Returns at SIGTERM or SIGINT. SIGHUP reads the configuration again and says what a restart would change.
-async fn asked_to_stop(path: &Path, running: &Config) {
+pub(crate) async fn asked_to_stop(path: &Path, running: &Config) {
     let listen = |kind| signal(kind).map_err(|error| error!(%error, "a signal cannot be waited for"));
     let (Ok(mut term), Ok(mut int), Ok(mut hup)) =
         (listen(SignalKind::terminate()), listen(SignalKind::interrupt()), listen(SignalKind::hangup()))
@@ -418,36 +476,5 @@ async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
         if watchdog.is_some() {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
-    }
-}
-
-/// What the local administrator can do.
-struct Administrator {
-    handle: Handle,
-    ports: SupervisorHandle,
-}
-
-impl ControlHandler for Administrator {
-    fn status(&self) -> Arc<Status> {
-        self.handle.status().borrow().clone()
-    }
-
-    fn step_down(&self, reason: &str) -> Result<(), String> {
-        let status = self.status();
-        if status.primary != Some(status.node) {
-            return Err(format!("{} is not primary", status.name));
-        }
-        info!(reason, "the administrator asks this node to hand the primary role over");
-        let (handle, ports) = (self.handle.clone(), self.ports.clone());
-        task::spawn(async move {
-            ports.drain().await;
-            handle.hand_over(None).await;
-            ports.resume();
-        });
-        Ok(())
-    }
-
-    fn metrics(&self) -> String {
-        telemetry::metrics_handle().map(|handle| handle.render()).unwrap_or_default()
     }
 }

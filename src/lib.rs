@@ -31,6 +31,7 @@
 //! | [`admin`] | every operation of an administrator: its checks, and the change it asks for | HTTP, sockets and terminals |
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
+//! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
@@ -92,6 +93,7 @@ pub mod node;
 pub mod peer;
 pub mod pki;
 pub mod recover;
+pub mod snapshot;
 pub mod storage;
 pub mod supervisor;
 pub mod telemetry;

@@ -98,6 +98,14 @@ pub const DISK_FULL: &str = "twistlock_disk_full";
 pub const PEER_DEATHS: &str = "twistlock_peer_deaths_total";
 /// Counter, label `class`: messages that did not fit into the queue to a member.
 pub const PEER_DROPPED: &str = "twistlock_peer_dropped_total";
+/// Counter, label `direction`: bytes of databases that were sent to other nodes or fetched from them.
+pub const SNAPSHOT_BYTES: &str = "twistlock_snapshot_bytes_total";
+/// Histogram, seconds, label `direction`: one whole database, sent or fetched.
+pub const SNAPSHOT_LATENCY: &str = "twistlock_snapshot_seconds";
+/// Counter, label `direction`: whole databases that could not be sent or fetched to their end.
+pub const SNAPSHOT_FAILURES: &str = "twistlock_snapshot_failures_total";
+/// Counter: how often the raft log has become too long to be kept for a member that is away.
+pub const RAFT_LOG_OVERRUNS: &str = "twistlock_raft_log_overruns_total";
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,6 +152,10 @@ pub const METRICS: &[Metric] = &[
     metric(DISK_FULL, Kind::Gauge, "1 while the disk of this node is full."),
     metric(PEER_DEATHS, Kind::Counter, "Processes of other members that were proven dead by a refused connection."),
     metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class."),
+    metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction."),
+    metric(SNAPSHOT_LATENCY, Kind::Latency, "Seconds that one whole database took, by direction."),
+    metric(SNAPSHOT_FAILURES, Kind::Counter, "Whole databases that could not be sent or fetched, by direction."),
+    metric(RAFT_LOG_OVERRUNS, Kind::Counter, "How often the raft log was too long for a member that was away."),
 ];
 
 /// Upper bounds of the latency histograms, in seconds: from a fast disk to one that is in trouble.

@@ -310,6 +310,7 @@ prop_compose! {
     fn any_config()(
         base in general(), tick in 30u64..=1000, ticks in 10u32..=200, lease in any::<prop::sample::Index>(),
         deadline in 500u64..=60_000, page in 9u32..=16, segment in 4u64..=64, wal in 1u64..=4096, seconds in 1u64..=3600,
+        limit in 64u64..=1_048_576,
     ) -> Config {
         let shortest = (4 * tick).max(100);
         let longest = (tick * u64::from(ticks - 1) - 50).min(60_000);
@@ -320,6 +321,7 @@ prop_compose! {
             demotion_deadline: Duration::from_millis(deadline),
             database_page_size: 1 << page,
             raft_log_segment_bytes: segment << 20,
+            raft_log_limit: limit << 20,
             checkpoint_bytes: wal << 20,
             checkpoint_interval: Duration::from_secs(seconds),
             ..base

@@ -306,4 +306,15 @@ pub static KEYS: &[Key] = &[
         doc: &["Size of one file of the raft log. The space is taken ahead."],
         slot: |config| mebibytes(&mut config.raft_log_segment_bytes, 4..=64),
     },
+    Key {
+        name: "RAFT_LOG_LIMIT_MB",
+        section: STORAGE,
+        group: "Raft log",
+        default: "1024",
+        doc: &[
+            "Size of the raft log up to which it is kept for a member that is away. A member that was away for longer",
+            "gets the whole database when it comes back.",
+        ],
+        slot: |config| mebibytes(&mut config.raft_log_limit, 64..=1_048_576),
+    },
 ];

@@ -109,6 +109,8 @@ config! {
     database_page_size: u32,
     /// `RAFT_LOG_SEGMENT_MB`, in bytes.
     raft_log_segment_bytes: u64,
+    /// `RAFT_LOG_LIMIT_MB`, in bytes: the raft log is not kept longer than this for a member that is away.
+    raft_log_limit: u64,
     /// `CHECKPOINT_MB`, in bytes: a checkpoint starts when SQLite's `-wal` file has grown to this.
     checkpoint_bytes: u64,
     /// `CHECKPOINT_SECONDS`: a checkpoint starts when the last one is this long ago and something was written since.

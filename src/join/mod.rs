@@ -1,12 +1,21 @@
 //! How a host that is no member yet asks to become one: what it sends, what it is answered, and the token that lets it ask.
 //! Must never let a host trust a cluster whose authority is not the one in its token, or let a private key leave its host.
 
+mod asking;
+mod client;
+mod files;
+mod script;
+
 use std::{fmt, str::FromStr};
 
 use ring::digest;
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::{Membership, NodeId};
+
+pub use asking::{Newcomer, Stage, run, wanted};
+pub use files::{Host, JOIN_FILE, JoinFile, clear};
+pub use script::{Kit, KitError, Program};
 
 /// The beginning of every token: its kind and version.
 const TOKEN_PREFIX: &str = "TWJ1";
@@ -37,6 +46,7 @@ pub struct JoinRequest {
 /// Where a request stands.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
+#[allow(clippy::large_enum_variant, reason = "one at a time exists, as an answer")]
 pub enum RequestState {
     /// An administrator has to decide.
     Pending {

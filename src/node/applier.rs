@@ -14,12 +14,18 @@ use std::{
 use raft::eraftpb::EntryType;
 use tracing::{debug, info, warn};
 
-use crate::storage::{
-    database::{ApplyError, Database, DatabaseError},
-    raft_log::{LogError, RaftLog},
+use crate::{
+    storage::{
+        database::{ApplyError, Database, DatabaseError},
+        raft_log::{LogError, RaftLog},
+    },
+    telemetry::RAFT_LOG_OVERRUNS,
 };
 
-use super::inbox::{DatabaseEvent, Input, Proposer, Sender};
+use super::{
+    inbox::{DatabaseEvent, Input, Proposer, Sender},
+    snapshots::Reply,
+};
 
 /// Every raft log begins as if everything up to here had been applied and compacted.
 const ORIGIN: u64 = 1;
@@ -29,6 +35,11 @@ const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
 const KEPT_ENTRIES: u64 = 1000;
 /// Pause before a database on a full disk is applied to again.
 const FULL_PAUSE: Duration = Duration::from_millis(500);
+/// While the database file rests for a snapshot, the WAL may grow to this many bytes, or to four times the length that calls
+/// for a checkpoint otherwise; then the snapshot has to be begun again.
+const HELD_WAL: u64 = 1 << 30;
+/// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
+const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
 /// Entries applied between two looks at the goal.
 const SLICE: u64 = 256;
 
@@ -43,6 +54,8 @@ struct Goal {
     demotion: u64,
     /// No other member needs the raft log up to here.
     released: u64,
+    /// How often a snapshot was asked for.
+    snapshots: u64,
     stop: bool,
 }
 
@@ -50,6 +63,8 @@ struct Goal {
 struct Shared {
     goal: Mutex<Goal>,
     changed: Condvar,
+    /// Who waits for a snapshot.
+    snapshots: Mutex<Vec<Reply>>,
     applied: AtomicU64,
     /// Bytes ever appended to the raft log by this process.
     appended: AtomicU64,
@@ -67,6 +82,8 @@ pub struct CheckpointPolicy {
     /// Bytes appended to the raft log since the last one, or length of SQLite's `-wal` file.
     pub bytes: u64,
     pub interval: Duration,
+    /// Bytes of the raft log on disk beyond which nothing is kept for members that are away.
+    pub raft_log_limit: u64,
 }
 
 impl Applier {
@@ -91,6 +108,9 @@ impl Applier {
             reported_empty: 0,
             refused: 0,
             reported_demotion: 0,
+            snapshots: 0,
+            snapshot_at: None,
+            overrun: false,
             broken: false,
             ended: false,
             full_until: None,
@@ -147,6 +167,12 @@ impl Applier {
         .demotion
     }
 
+    /// Lets the database file rest for a snapshot; answered by [`DatabaseEvent::Resting`].
+    pub fn rest(&self, reply: Reply) {
+        self.shared.snapshots.lock().unwrap_or_else(PoisonError::into_inner).push(reply);
+        self.change(|goal| goal.snapshots += 1);
+    }
+
     /// Ends the thread after a last checkpoint.
     pub fn stop(&mut self) {
         self.change(|goal| goal.stop = true);
@@ -186,6 +212,12 @@ struct Worker {
     /// The epoch in which opening failed: not tried again in it.
     refused: u64,
     reported_demotion: u64,
+    /// How many requests for a snapshot have been answered.
+    snapshots: u64,
+    /// The checkpoint that a snapshot was last seen to be read at, and until when the raft log behind it is kept.
+    snapshot_at: Option<(u64, Instant)>,
+    /// The raft log is too long, and that was reported.
+    overrun: bool,
     /// Its content is not to be trusted: nothing is applied any more.
     broken: bool,
     /// The process was asked to end; nothing more happens here.
@@ -224,6 +256,10 @@ impl Worker {
                 self.report(DatabaseEvent::Demoted { demotion: goal.demotion });
             }
             self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
+            if goal.snapshots != self.snapshots {
+                self.snapshots = goal.snapshots;
+                self.rest();
+            }
             self.checkpoint_if_due();
         }
     }
@@ -267,6 +303,7 @@ impl Worker {
             let pause = if self.behind(&goal) { self.pause() } else { None };
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
+                _ if goal.snapshots != self.snapshots => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
                 Some(epoch) if pause.is_some() => epoch == self.refused,
                 None if pause.is_some() => true,
@@ -386,9 +423,45 @@ impl Worker {
         // A reader can keep the WAL long: then it is not tried again at once.
         let long = self.database.wal_bytes() >= self.checkpoints.bytes && at.elapsed() >= LONG_WAL_PAUSE;
         let due = long || appended - before >= self.checkpoints.bytes || at.elapsed() >= self.checkpoints.interval;
-        if due && !self.broken && self.database.applied() > self.database.checkpointed() {
+        if due && !self.broken && self.database.applied() > self.database.checkpointed() && !self.is_held() {
             self.checkpointed = (Instant::now(), appended);
             self.checkpoint();
+        }
+    }
+
+    /// A snapshot is being read, and may go on.
+    fn is_held(&mut self) -> bool {
+        if !self.database.is_held() {
+            return false;
+        }
+        self.snapshot_at = Some((self.database.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
+        let bytes = self.database.wal_bytes();
+        let too_long = bytes >= HELD_WAL.max(4 * self.checkpoints.bytes);
+        if too_long {
+            warn!(bytes, "the -wal file has grown too long while a snapshot was read: the snapshot is begun again");
+        }
+        !too_long
+    }
+
+    /// Answers everybody who wants to read the database file.
+    fn rest(&mut self) {
+        let replies = std::mem::take(&mut *self.shared.snapshots.lock().unwrap_or_else(PoisonError::into_inner));
+        for reply in replies {
+            let result = self.database.rest();
+            if result.is_ok() {
+                let appended = self.shared.appended.load(Ordering::Relaxed);
+                self.checkpointed = (Instant::now(), appended);
+                self.snapshot_at = Some((self.database.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
+            }
+            match result {
+                Err(error @ (DatabaseError::Io { .. } | DatabaseError::Failed(_))) => {
+                    return self.fatal(format!("checkpoint the database: {error}"));
+                }
+                result => {
+                    let resting = result.map_err(|error| error.to_string());
+                    self.report(DatabaseEvent::Resting { resting, reply });
+                }
+            }
         }
     }
 
@@ -408,13 +481,28 @@ impl Worker {
         }
     }
 
-    /// Lets go of what neither this node's database nor another member needs. While a member is away, the raft log grows.
+    /// Lets go of what neither this node's database nor another member needs. While a member is away, the raft log grows
+    /// up to its limit; then that member has to be given the whole database.
     fn compact(&mut self) {
         let released = lock(&self.shared).released;
-        let to = released.min(self.database.checkpointed()).saturating_sub(KEPT_ENTRIES);
+        let snapshot =
+            self.snapshot_at.filter(|(_, until)| Instant::now() < *until).map_or(u64::MAX, |(index, _)| index);
+        let possible = self.database.checkpointed().min(snapshot).saturating_sub(KEPT_ENTRIES);
+        let kind = released.saturating_sub(KEPT_ENTRIES);
+        let too_long = self.log.size_bytes() > self.checkpoints.raft_log_limit && kind < possible;
+        let to = if too_long { possible } else { kind.min(possible) };
         if to < self.log.first_index() + KEPT_ENTRIES {
             return; // not worth a write
         }
+        if too_long && !self.overrun {
+            let limit = self.checkpoints.raft_log_limit;
+            warn!(
+                index = to,
+                limit, "the raft log is too long to be kept for a member that is away: it will get the whole database"
+            );
+            metrics::counter!(RAFT_LOG_OVERRUNS).increment(1);
+        }
+        self.overrun = too_long;
         let before = self.log.size_bytes();
         match self.log.compact(to) {
             Ok(()) => debug!(index = to, bytes = before, "raft log compacted"),

@@ -12,11 +12,11 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{ChangeError, status::SyncProgress};
+use super::{ChangeError, snapshots, status::SyncProgress};
 use crate::{
     cluster::{Change, Membership, NodeId},
     peer::LinkSender,
-    storage::{ReplicateError, Replicator, database::PrimaryDatabase, raft_log::RaftLog},
+    storage::{ReplicateError, Replicator, database::PrimaryDatabase, raft_log::RaftLog, snapshot::Resting},
 };
 
 /// Requests that may wait for the loop; far more than the threads that make them.
@@ -33,6 +33,8 @@ pub(super) enum Input {
     Change { change: Change, reply: oneshot::Sender<Result<Arc<Membership>, ChangeError>> },
     Sync { node: NodeId, progress: Option<SyncProgress> },
     Restart { why: String },
+    IgnorePause,
+    Snapshot { reply: snapshots::Reply },
     Warning { about: &'static str, text: Option<String> },
     Stop,
 }
@@ -67,6 +69,11 @@ pub(super) enum DatabaseEvent {
     /// This node's copy is not to be trusted: nothing more is applied to it.
     Diverged {
         why: String,
+    },
+    /// The database file rests for a snapshot, or cannot.
+    Resting {
+        resting: Result<Resting, String>,
+        reply: snapshots::Reply,
     },
     /// The process must end: a restart is the safe way on.
     Fatal {

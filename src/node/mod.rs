@@ -7,6 +7,7 @@ mod driver;
 mod inbox;
 pub mod lease;
 mod rollback;
+mod snapshots;
 mod space;
 pub mod status;
 mod syncer;
@@ -30,7 +31,12 @@ pub use status::{MemberStatus, Status, SyncProgress};
 use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing},
     peer::{LinkSender, Links},
-    storage::{configuration::Configuration, database::Database, raft_log::RaftLog},
+    storage::{
+        configuration::Configuration,
+        database::Database,
+        raft_log::RaftLog,
+        snapshot::{Manifest, Resting},
+    },
 };
 use applier::Applier;
 use configure::Changes;
@@ -130,6 +136,26 @@ impl Handle {
         self.sender.send(Input::Sync { node, progress });
     }
 
+    /// Lets the whole database be read while writers go on, until the [`Resting`] file is dropped or its hold is broken; only on
+    /// the primary. The manifest comes without the cluster key.
+    ///
+    /// # Errors
+    /// A sentence for the node that wants it.
+    pub async fn snapshot(&self) -> Result<(Manifest, Resting), String> {
+        let (reply, wait) = oneshot::channel();
+        let ended = "the node stops";
+        if !self.sender.send(Input::Snapshot { reply }) {
+            return Err(ended.to_owned());
+        }
+        wait.await.map_err(|_| ended.to_owned())?
+    }
+
+    /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node that
+    /// may be primary is gone.
+    pub fn ignore_pause(&self) {
+        self.sender.send(Input::IgnorePause);
+    }
+
     /// Ends the loop in order with [`Exit::Restart`].
     pub fn restart(&self, why: String) {
         self.sender.send(Input::Restart { why });
@@ -184,6 +210,8 @@ pub fn spawn(
         members,
         restorer,
         removed: None,
+        paused_ignored: false,
+        lacks: 0,
         handed_over: None,
         demotion: None,
         inline_sync_after: Instant::now(),

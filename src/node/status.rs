@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
@@ -45,6 +45,7 @@ pub struct Status {
     /// All members in rank order, this one included.
     pub members: Vec<MemberStatus>,
     /// The membership in force here, with requests to join, removals and a pause.
+    #[serde(serialize_with = "without_secrets")]
     pub membership: Membership,
     /// What is wrong and what to do about it, in sentences; empty when all is well.
     pub warnings: Vec<String>,
@@ -52,6 +53,11 @@ pub struct Status {
     /// must let go as soon as the role changes: the daemon exits when that takes longer than the demotion deadline.
     #[serde(skip)]
     pub database: Option<Arc<PrimaryDatabase>>,
+}
+
+/// Whoever may look at a status may not see what lets a host in.
+fn without_secrets<S: serde::Serializer>(membership: &Membership, serializer: S) -> Result<S::Ok, S::Error> {
+    membership.public().serialize(serializer)
 }
 
 impl Status {
@@ -243,7 +249,7 @@ impl Publisher {
 
     /// The index up to which all other members have the raft log: nobody will ask for it again.
     pub fn everybody_has(&self) -> u64 {
-        self.peers.values().map(|peer| peer.has).min().unwrap_or(0)
+        self.peers.values().map(|peer| peer.has).min().unwrap_or(u64::MAX)
     }
 
     /// Sets or takes back a warning of one kind.
@@ -427,6 +433,22 @@ impl Publisher {
                 member.name, member.address
             ));
         }
+        if let Some(pause) = &status.membership.pause
+            && unix_now() < pause.until
+        {
+            sentences.push(format!(
+                "automatic takeover is paused for {} more minutes: if {} fails, nobody takes over; end it with `twistcli ha resume`",
+                (pause.until - unix_now()).div_ceil(60),
+                self.name(pause.primary)
+            ));
+        }
+        let voters = status.membership.voters().count();
+        if voters < status.membership.members.len() {
+            sentences.push(format!(
+                "{voters} of {} members vote: no failure is tolerated until the others have caught up",
+                status.membership.members.len()
+            ));
+        }
         if status.membership.members.len() < CLUSTER_SIZE && status.role != Role::Removed {
             sentences.push(format!(
                 "the cluster has {} of {CLUSTER_SIZE} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)",
@@ -443,6 +465,11 @@ impl Publisher {
     fn name(&self, id: NodeId) -> String {
         self.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
     }
+}
+
+/// Seconds since 1970.
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 #[cfg(test)]
@@ -464,7 +491,11 @@ mod tests {
             node: 1,
             timing: Timing::default(),
             demotion_deadline: Duration::from_secs(2),
-            checkpoints: CheckpointPolicy { bytes: 1 << 20, interval: Duration::from_secs(60) },
+            checkpoints: CheckpointPolicy {
+                bytes: 1 << 20,
+                interval: Duration::from_secs(60),
+                raft_log_limit: 1 << 30,
+            },
             page_size: 4096,
             fast_takeover: true,
             version: "1.2.3".to_owned(),

@@ -20,6 +20,7 @@ use crate::{
         checkpoint::Record,
         configuration::Configuration,
         raft_log::{Options, RaftLog, RealDisk},
+        snapshot::Ready,
     },
 };
 
@@ -61,6 +62,9 @@ impl Survivor {
         let membership = Configuration::read(&path)
             .map_err(RecoverError::io("read membership.json"))?
             .map_or_else(|| identity.membership.clone(), |configuration| configuration.membership);
+        if Ready::find(&path).map_err(|error| unusable(&error.to_string()))?.is_some() {
+            return Err(unusable("a snapshot waits to be installed: start and stop twistlockd once, then come back"));
+        }
         let folder = path.join("raft-log");
         if !folder.is_dir() {
             return Err(unusable("there is no raft log, so nothing can be recovered from this node"));

@@ -22,6 +22,7 @@ use super::{
     checksum::PageTable,
     gate::{self, Gate, GateConfig, Mark},
     replica::{Replica, is_full},
+    snapshot::{Hold, Resting},
     vfs::{self, Checkpointer, SqliteError, VFS_NAME},
 };
 use crate::cluster::command::{CONSOLE_DATABASE, Commit, PagesBuilder};
@@ -35,6 +36,8 @@ const WAL_LIMIT: u64 = 64 << 20;
 const REPEAT_ABOVE: u64 = WAL_LIMIT / 4;
 /// How often a checkpoint copies beside the writers.
 const PASSES: u32 = 5;
+/// How often a checkpoint is begun again so that the file rests.
+const REST_TRIES: u32 = 5;
 
 /// Why the database cannot do something.
 #[derive(Debug, Error)]
@@ -137,6 +140,8 @@ pub struct Database {
     failed: Option<String>,
     /// A sync of the file failed: not even another start from the checkpoint helps, its pages may be lost.
     sync_failed: bool,
+    /// Whoever reads the file while it rests at the last checkpoint.
+    hold: Option<Hold>,
 }
 
 impl Database {
@@ -164,7 +169,7 @@ impl Database {
         let replica = Replica::at(Arc::clone(&file), id, &record, log_last_index.max(record.index))
             .map_err(|source| io_error("read", &path, source))?;
         let state = State::Following(replica);
-        Ok(Self { id, path, record_path, file, record, state, failed: None, sync_failed: false })
+        Ok(Self { id, path, record_path, file, record, state, failed: None, sync_failed: false, hold: None })
     }
 
     /// Raft index up to which the database has everything.
@@ -333,6 +338,7 @@ impl Database {
     /// # Errors
     /// [`DatabaseError::StillOpen`] after the deadline: exit the process. File errors.
     pub fn demote(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
+        self.break_hold();
         let State::Serving(serving) = &mut self.state else {
             return Ok(());
         };
@@ -363,11 +369,13 @@ impl Database {
 
     /// Moves the durable checkpoint as far as it can go. Only if the WAL has become very long, writers wait for a
     /// moment. Until the next call, if it is complete, the file's pages up to the size of the database at C are the
-    /// database at C; on a primary the file can be longer.
+    /// database at C; on a primary the file can be longer. Breaks the hold of whoever reads
+    /// the [resting](Database::rest) file.
     ///
     /// # Errors
     /// File errors. After a failed sync the database is not used any more.
     pub fn checkpoint(&mut self) -> Result<Checkpoint, DatabaseError> {
+        self.break_hold();
         if let Some(failed) = &self.failed {
             return Err(DatabaseError::Failed(failed.clone()));
         }
@@ -389,6 +397,38 @@ impl Database {
             self.record = record;
         }
         Ok(Checkpoint { index: self.record.index, complete, frames })
+    }
+
+    /// Lets somebody read the database as of a checkpoint, while writers go on: the file rests until everybody who got it
+    /// has dropped it, or until the next [`Database::checkpoint`] or [`Database::demote`]. Only on a primary.
+    ///
+    /// # Errors
+    /// Those of a checkpoint; [`DatabaseError::Refused`] on a secondary, and while readers keep checkpoints from an end.
+    pub fn rest(&mut self) -> Result<Resting, DatabaseError> {
+        if matches!(self.state, State::Following(_)) {
+            return Err(DatabaseError::Refused("only the primary's database file rests between checkpoints"));
+        }
+        if !self.is_held() {
+            let mut tries = 0..REST_TRIES;
+            while !self.checkpoint()?.complete {
+                tries.next().ok_or(DatabaseError::Refused("readers keep the database file from resting: try again"))?;
+            }
+        }
+        // A second reader gets the checkpoint of the first: another one would take it away.
+        let hold = self.hold.get_or_insert_default().clone();
+        Ok(Resting::new(Arc::clone(&self.file), self.record, hold))
+    }
+
+    /// True while somebody reads the resting file.
+    pub fn is_held(&mut self) -> bool {
+        self.hold.take_if(|hold| !hold.is_wanted());
+        self.hold.is_some()
+    }
+
+    fn break_hold(&mut self) {
+        if let Some(hold) = self.hold.take() {
+            hold.break_off();
+        }
     }
 }
 

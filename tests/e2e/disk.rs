@@ -15,7 +15,7 @@ use nix::{
 };
 use twistlock_ha::{
     cluster::Role,
-    control::{self, Request},
+    control::{self, Operation, Request},
     node::Status,
 };
 
@@ -79,8 +79,8 @@ fn wait_role(cluster: &Cluster, node: usize, primary: bool) {
         if (now == node) == primary {
             return;
         }
-        let step_down = Request::StepDown { reason: "a test".to_owned() };
-        control::request(&cluster.node(now).control, &step_down, LIMIT).unwrap();
+        let operation = Operation::Switchover { to: None, dry_run: false };
+        control::request(&cluster.node(now).control, &Request::Administer { operation }, LIMIT).unwrap();
         cluster.wait_for("another primary", |statuses| {
             let serves = |status: &Status| status.role == Role::Primary;
             !statuses[now].as_ref().is_some_and(serves)

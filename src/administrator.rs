@@ -1,0 +1,130 @@
+//! What the local administrator can do, through the control socket: each operation goes to [`Admin`], which checks, carries
+//! out and logs it. Must never do anything that `Admin` would refuse.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use serde_json::Value;
+use tokio::{sync::watch, task};
+use twistlock_ha::{
+    admin::{Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
+    cluster::Membership,
+    config::Config,
+    control::{Answer, ControlHandler, JoinScript, Operation},
+    join::{Kit, KitError},
+    node::{Handle, Status},
+    supervisor::SupervisorHandle,
+    telemetry,
+};
+
+/// Who asks, in the log: only the owner of the socket can.
+const BY: &str = "the administrator of this host";
+
+/// The operations of this node.
+pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle) -> Admin {
+    let config = AdminConfig {
+        certificates: config.data_folder.join("certificates"),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        console_addresses: Vec::new(),
+        https_port: config.management_port_https,
+        data: PathBuf::from(&config.data_folder),
+    };
+    Admin::new(config, handle.clone(), Arc::new(ConsolePorts(ports)))
+}
+
+/// The Console's ports, as the supervisor holds them.
+struct ConsolePorts(SupervisorHandle);
+
+impl Ports for ConsolePorts {
+    fn drain(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.0.drain())
+    }
+
+    fn resume(&self) {
+        self.0.resume();
+    }
+}
+
+/// The handler of the control socket of a member.
+pub(crate) struct Administrator {
+    pub(crate) admin: Arc<Admin>,
+    pub(crate) kit: Arc<Kit>,
+    /// Newer than that of a status: has every change whose outcome is known.
+    pub(crate) membership: watch::Receiver<Arc<Membership>>,
+}
+
+impl Administrator {
+    async fn carry_out(&self, operation: Operation) -> Result<Value, AdminError> {
+        let admin = &self.admin;
+        match operation {
+            Operation::Invite { valid_s, script } => {
+                let invited = admin.invite(Duration::from_secs(valid_s), BY).await?;
+                self.join_script(invited, script).await.map(answer)
+            }
+            Operation::Uninvite {} => admin.uninvite(BY).await.map(answer),
+            Operation::Apply { fingerprints } => {
+                self.still_the_same(fingerprints)?;
+                admin.apply(BY).await.map(answer)
+            }
+            Operation::Reject { host } => admin.reject(&host, BY).await.map(answer),
+            Operation::Remove { node, force } => admin.remove(&node, force, BY).await.map(answer),
+            Operation::Switchover { to, dry_run } => admin.switchover(to.as_deref(), dry_run, BY).await.map(answer),
+            Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), BY).await.map(answer),
+            Operation::Resume {} => admin.resume(BY).await.map(answer),
+            Operation::Readdress { node, new_name, address, port } => {
+                admin.readdress(&node, new_name, address, port, BY).await.map(answer)
+            }
+        }
+    }
+
+    async fn join_script(&self, invited: Invited, script: bool) -> Result<JoinScript, AdminError> {
+        let (node, membership) = (self.admin.status().node, self.membership.borrow().clone());
+        let Invited { token, until, .. } = invited;
+        let refused = |error: KitError| AdminError::Refused(error.to_string());
+        let line = self.kit.line(&membership, node, &token).map_err(refused)?;
+        let kit = self.kit.clone();
+        // Reads the programs whole.
+        let read = move || kit.script(&membership, node, &token);
+        let script = if script {
+            let script = task::spawn_blocking(read).await;
+            Some(script.map_err(|error| AdminError::Unknown(error.to_string()))?.map_err(refused)?)
+        } else {
+            None
+        };
+        Ok(JoinScript { line, script, until })
+    }
+
+    /// A host must not be admitted whose fingerprint nobody has compared.
+    fn still_the_same(&self, compared: Option<Vec<String>>) -> Result<(), AdminError> {
+        let Some(mut compared) = compared else { return Ok(()) };
+        let membership = self.membership.borrow().clone();
+        let mut asking: Vec<String> = membership.requests.iter().map(|request| request.fingerprint.clone()).collect();
+        asking.sort();
+        compared.sort();
+        if asking == compared {
+            return Ok(());
+        }
+        Err(AdminError::Refused(
+            "the hosts that ask to join are not those that you have looked at: compare the fingerprints again"
+                .to_owned(),
+        ))
+    }
+}
+
+/// None of the answers has maps with keys that JSON lacks.
+fn answer(value: impl serde::Serialize) -> Value {
+    serde_json::to_value(value).unwrap_or_default()
+}
+
+impl ControlHandler for Administrator {
+    fn status(&self) -> Arc<Status> {
+        self.admin.status()
+    }
+
+    fn administer(&self, operation: Operation) -> Answer<'_> {
+        Box::pin(async move { self.carry_out(operation).await.map_err(|error| error.to_string()) })
+    }
+
+    fn metrics(&self) -> String {
+        telemetry::metrics_handle().map(|handle| handle.render()).unwrap_or_default()
+    }
+}

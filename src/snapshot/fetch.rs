@@ -1,0 +1,179 @@
+//! The receiving side: takes a snapshot from the primary into its staging folder. Must never leave anything behind that
+//! counts, unless the whole snapshot has come and is durable.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use thiserror::Error;
+use tokio::{
+    io::AsyncRead,
+    sync::mpsc::{self, Receiver, Sender},
+    task,
+};
+
+use super::{CHUNKS, REPORT, STALL, frame};
+use crate::{
+    cluster::{ClusterId, Member},
+    node::SyncProgress,
+    peer::{OpenError, PeerIdentity, Purpose, open_stream},
+    storage::snapshot::{Incoming, Manifest, SnapshotError},
+    telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY},
+};
+
+/// How long the primary may take for the checkpoint with which it begins.
+const CHECKPOINT: Duration = Duration::from_secs(60);
+
+/// Why a snapshot was not fetched.
+#[derive(Debug, Error)]
+pub enum FetchError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The other side says why.
+    #[error("it sends no snapshot: {0}")]
+    Refused(String),
+    #[error("the snapshot's connection failed: {0}")]
+    Connection(#[from] io::Error),
+    #[error("{0}")]
+    Odd(String),
+    #[error(transparent)]
+    Store(#[from] SnapshotError),
+}
+
+/// Fetches the whole database from `member`, which should be the primary. When this returns it is complete and durable in the
+/// data folder, and the next start installs it.
+///
+/// # Errors
+/// [`FetchError`]; nothing has changed then.
+pub async fn fetch(
+    identity: &PeerIdentity,
+    member: &Member,
+    data: &Path,
+    progress: impl FnMut(SyncProgress),
+) -> Result<Manifest, FetchError> {
+    let start = Instant::now();
+    let attempt = async {
+        let mut stream = open_stream(identity, member, Purpose::Snapshot).await?;
+        let cluster = identity.membership.borrow().cluster;
+        receive(&mut stream, cluster, data, progress).await
+    };
+    let result = attempt.await;
+    match &result {
+        Ok(manifest) => {
+            metrics::histogram!(SNAPSHOT_LATENCY, "direction" => "fetched").record(start.elapsed().as_secs_f64());
+            metrics::counter!(SNAPSHOT_BYTES, "direction" => "fetched").increment(manifest.bytes());
+        }
+        Err(_) => metrics::counter!(SNAPSHOT_FAILURES, "direction" => "fetched").increment(1),
+    }
+    result
+}
+
+/// What the network hands to the disk.
+enum Part {
+    Chunk(u64, Vec<u8>),
+    End,
+}
+
+/// Receives one snapshot.
+pub(super) async fn receive(
+    stream: &mut (impl AsyncRead + Unpin),
+    cluster: ClusterId,
+    data: &Path,
+    mut progress: impl FnMut(SyncProgress),
+) -> Result<Manifest, FetchError> {
+    let manifest = match frame::read_head(stream, CHECKPOINT).await? {
+        (frame::MANIFEST, length) => {
+            let bytes = content(stream, length).await?;
+            let odd = |why| FetchError::Odd(format!("its manifest cannot be read: {why}"));
+            Manifest::decode(&bytes).map_err(odd)?
+        }
+        (frame::REFUSED, length) => return Err(refused(&content(stream, length).await?)),
+        _ => return Err(FetchError::Odd("the stream does not begin with a manifest".to_owned())),
+    };
+    if manifest.membership.cluster != cluster {
+        let theirs = manifest.membership.cluster;
+        return Err(FetchError::Odd(format!("the snapshot is of cluster {theirs}, and this is cluster {cluster}")));
+    }
+    let total = manifest.bytes();
+    let (parts, to_disk) = mpsc::channel(CHUNKS);
+    let (give_back, mut empty) = mpsc::channel(CHUNKS + 2);
+    let folder = data.to_owned();
+    let storing = task::spawn_blocking(move || store(folder, manifest, to_disk, &give_back));
+    let (mut bytes, mut reported) = (0, Instant::now());
+    progress(SyncProgress { bytes, total });
+    let received = loop {
+        let part = match next(stream, &mut empty).await {
+            Ok(part) => part,
+            Err(error) => break Err(error),
+        };
+        let end = matches!(part, Part::End);
+        if let Part::Chunk(_, chunk) = &part {
+            bytes += chunk.len() as u64;
+        }
+        // If nobody takes it, the disk's side has failed and says why below.
+        if parts.send(part).await.is_err() || end {
+            break Ok(());
+        }
+        if reported.elapsed() >= REPORT {
+            reported = Instant::now();
+            progress(SyncProgress { bytes, total });
+        }
+    };
+    drop(parts);
+    let stored = storing.await.map_err(io::Error::other)?;
+    received?;
+    progress(SyncProgress { bytes, total });
+    Ok(stored?)
+}
+
+async fn next(stream: &mut (impl AsyncRead + Unpin), empty: &mut Receiver<Vec<u8>>) -> Result<Part, FetchError> {
+    match frame::read_head(stream, STALL).await? {
+        (frame::CHUNK, length) => {
+            let mut sum = [0; 8];
+            frame::read(stream, &mut sum).await?;
+            let mut bytes = empty.try_recv().unwrap_or_default();
+            bytes.resize(length - sum.len(), 0);
+            frame::read(stream, &mut bytes).await?;
+            Ok(Part::Chunk(u64::from_le_bytes(sum), bytes))
+        }
+        (frame::END, _) => Ok(Part::End),
+        (frame::REFUSED, length) => Err(refused(&content(stream, length).await?)),
+        _ => Err(FetchError::Odd("a second manifest came".to_owned())),
+    }
+}
+
+async fn content(stream: &mut (impl AsyncRead + Unpin), length: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    frame::read(stream, &mut bytes).await?;
+    Ok(bytes)
+}
+
+fn refused(reason: &[u8]) -> FetchError {
+    FetchError::Refused(String::from_utf8_lossy(reason).into_owned())
+}
+
+/// The disk's side: it ends without a complete snapshot unless [`Part::End`] comes.
+fn store(
+    data: PathBuf,
+    manifest: Manifest,
+    mut parts: Receiver<Part>,
+    give_back: &Sender<Vec<u8>>,
+) -> Result<Manifest, SnapshotError> {
+    // An attempt whose connection broke may still be at its last write.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut incoming = Incoming::begin(&data, manifest)?;
+    while let Some(part) = parts.blocking_recv() {
+        match part {
+            Part::Chunk(sum, bytes) => {
+                incoming.push(sum, &bytes)?;
+                let _ = give_back.try_send(bytes); // nobody may need it any more
+            }
+            Part::End => return incoming.finish(),
+        }
+    }
+    Err(SnapshotError::Damaged(format!("it broke off after {} bytes", incoming.bytes())))
+}

@@ -1,0 +1,87 @@
+//! The frames of a snapshot's stream: `kind u8, length u32` (little-endian), then so many bytes. Owns their limits; must
+//! never read more into memory than these allow.
+//!
+//! The sender begins with [`MANIFEST`] or [`REFUSED`]; [`CHUNK`]s follow, then [`END`] or [`REFUSED`].
+
+use std::{
+    io::{self, ErrorKind},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::timeout,
+};
+
+use super::STALL;
+use crate::storage::snapshot::{CHUNK as CHUNK_BYTES, MAX_MANIFEST};
+
+/// A manifest as JSON.
+pub(super) const MANIFEST: u8 = 1;
+/// The checksum of the pages (u64, little-endian), then the pages.
+pub(super) const CHUNK: u8 = 2;
+/// Everything has been sent.
+pub(super) const END: u8 = 3;
+/// There is no snapshot, or no more of it: a sentence.
+pub(super) const REFUSED: u8 = 4;
+
+/// Longest sentence, in bytes.
+pub(super) const MAX_REASON: usize = 1024;
+/// Bytes that must find their way within [`STALL`].
+const PIECE: usize = 64 << 10;
+
+/// Kind and length of the next frame, which has to begin within `patience`.
+pub(super) async fn read_head(stream: &mut (impl AsyncRead + Unpin), patience: Duration) -> io::Result<(u8, usize)> {
+    let mut head = [0; 5];
+    timeout(patience, stream.read_exact(&mut head)).await.map_err(|_| stalled(patience))??;
+    let length = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
+    let limit = match head[0] {
+        MANIFEST => MAX_MANIFEST,
+        CHUNK => CHUNK_BYTES + 8,
+        END => 0,
+        REFUSED => MAX_REASON,
+        other => return Err(io::Error::new(ErrorKind::InvalidData, format!("frame kind {other} is unknown"))),
+    };
+    if length > limit || (head[0] == CHUNK && length <= 8) {
+        return Err(io::Error::new(ErrorKind::InvalidData, format!("a frame of kind {} has {length} bytes", head[0])));
+    }
+    Ok((head[0], length))
+}
+
+/// Reads exactly `bytes`, as long as some come.
+pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin), bytes: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match timeout(STALL, stream.read(&mut bytes[done..])).await {
+            Ok(Ok(0)) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(count) => done += count?,
+            Err(_) => return Err(stalled(STALL)),
+        }
+    }
+    Ok(())
+}
+
+/// Writes one frame, of which the content is in two parts, as long as some is taken.
+pub(super) async fn write(
+    stream: &mut (impl AsyncWrite + Unpin),
+    kind: u8,
+    first: &[u8],
+    rest: &[u8],
+) -> io::Result<()> {
+    let length = (first.len() + rest.len()) as u32;
+    let mut head = Vec::with_capacity(5 + first.len());
+    head.push(kind);
+    head.extend_from_slice(&length.to_le_bytes());
+    head.extend_from_slice(first);
+    for piece in head.chunks(PIECE).chain(rest.chunks(PIECE)) {
+        timeout(STALL, stream.write_all(piece)).await.map_err(|_| stalled(STALL))??;
+    }
+    if kind != CHUNK {
+        timeout(STALL, stream.flush()).await.map_err(|_| stalled(STALL))??;
+    }
+    Ok(())
+}
+
+fn stalled(patience: Duration) -> io::Error {
+    io::Error::new(ErrorKind::TimedOut, format!("nothing moved for {} s", patience.as_secs()))
+}

@@ -1,0 +1,67 @@
+//! Gives this node the whole database again when it needs that, and has the process begin again with it.
+//! Must never stop trying while the database is needed, and never try without a pause.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
+
+use super::fetch::{FetchError, fetch};
+use crate::{
+    cluster::{Member, NodeId},
+    node::Handle,
+    peer::PeerIdentity,
+};
+
+/// First and longest pause between two attempts.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+
+/// Waits until this node needs the whole database, fetches it, and asks for a restart, which installs it. `data` is the
+/// data folder.
+pub async fn restore(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf) {
+    let me = identity.me;
+    let mut wanted = handle.restore_wanted();
+    let mut pause = PAUSE.0;
+    loop {
+        // An error means that the node has ended.
+        let Ok(from) = wanted.wait_for(Option::is_some).await.map(|from| *from) else { return };
+        let Some(member) = source(&handle, from, me) else {
+            sleep(PAUSE.0).await;
+            continue;
+        };
+        info!(from = member.name, "fetches the whole database");
+        let result = fetch(&identity, &member, &data, |progress| handle.report_sync(me, Some(progress))).await;
+        match result {
+            Ok(manifest) => {
+                handle.warn("snapshot", None);
+                let index = manifest.record.index;
+                info!(index, bytes = manifest.bytes(), "the whole database has been fetched");
+                return handle.restart(format!("the database of {} at index {index} is to be installed", member.name));
+            }
+            Err(error) => give_up(&handle, &member, me, &error),
+        }
+        wanted.mark_unchanged();
+        // Somebody else may have become primary: then at once.
+        if timeout(pause, wanted.changed()).await.is_ok() {
+            pause = PAUSE.0;
+        } else {
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+}
+
+/// Whom to ask: whoever is primary now, or else who was when the need was found out.
+fn source(handle: &Handle, from: Option<NodeId>, me: NodeId) -> Option<Member> {
+    let status = handle.status();
+    let primary = status.borrow().primary.filter(|primary| *primary != me).or(from)?;
+    let membership = handle.membership();
+    let member = membership.borrow().get(primary).cloned();
+    member
+}
+
+fn give_up(handle: &Handle, member: &Member, me: NodeId, error: &FetchError) {
+    handle.report_sync(me, None);
+    warn!(from = member.name, %error, "the whole database could not be fetched; trying again");
+    let text = format!("this node needs the whole database, and could not fetch it from {}: {error}", member.name);
+    handle.warn("snapshot", Some(text));
+}

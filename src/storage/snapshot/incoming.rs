@@ -1,0 +1,215 @@
+//! A snapshot that arrives: every chunk is verified before it is written, and the whole before it counts.
+//! Must never leave a folder under the name of a complete snapshot that is not one, whenever the process dies.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{PosixFadviseAdvice, posix_fadvise},
+    sys::statvfs::statvfs,
+};
+
+use super::{CHUNK, Manifest, SnapshotError, chunk_checksum, install};
+use crate::storage::{durable_write, fsync_dir};
+
+/// Where a snapshot is while it arrives; deleted at the next start, and before the next attempt.
+pub(super) const INCOMING: &str = "snapshot.incoming";
+/// A complete snapshot.
+pub(super) const READY: &str = "snapshot.ready";
+/// Names inside of these folders.
+pub(super) const DATABASE: &str = "console.db";
+pub(super) const MANIFEST: &str = "manifest.json";
+/// The disk is set to work whenever so many bytes were written, so that the last sync is short.
+const WRITE_BACK: u64 = 8 << 20;
+/// Free space that is left to everything else on the same file system.
+const SPARE: u64 = 64 << 20;
+
+/// See the module. Dropped before its end, it leaves a folder that nobody uses.
+#[derive(Debug)]
+pub struct Incoming {
+    data: PathBuf,
+    folder: PathBuf,
+    file: File,
+    manifest: Manifest,
+    pages: u32,
+    checksum: u64,
+    written_back: u64,
+}
+
+impl Incoming {
+    /// Makes room for the snapshot that the manifest describes; the remains of an earlier attempt are deleted.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NoSpace`] or [`SnapshotError::Io`].
+    pub fn begin(data: &Path, manifest: Manifest) -> Result<Self, SnapshotError> {
+        install::clear(data)?;
+        let space =
+            statvfs(data).map_err(|errno| SnapshotError::io("look at the free space of", data)(errno.into()))?;
+        let free = space.blocks_available() * space.fragment_size();
+        let needed = manifest.bytes() + SPARE;
+        if free < needed {
+            return Err(SnapshotError::NoSpace { path: data.to_owned(), needed, free });
+        }
+        let folder = data.join(INCOMING);
+        DirBuilder::new().mode(0o700).create(&folder).map_err(SnapshotError::io("create", &folder))?;
+        let path = folder.join(DATABASE);
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let file = file.map_err(SnapshotError::io("create", &path))?;
+        Ok(Self { data: data.to_owned(), folder, file, manifest, pages: 0, checksum: 0, written_back: 0 })
+    }
+
+    /// Bytes that have arrived.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.pages) * u64::from(self.manifest.record.page_size)
+    }
+
+    /// Takes the next chunk, of which the sender says that its checksum is `claimed`.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Damaged`] or [`SnapshotError::Io`]; the attempt is over then.
+    pub fn push(&mut self, claimed: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
+        let record = self.manifest.record;
+        let page_size = record.page_size as usize;
+        let count = (bytes.len() / page_size) as u32;
+        if bytes.is_empty() || bytes.len() > CHUNK || !bytes.len().is_multiple_of(page_size) {
+            return Err(SnapshotError::Damaged(format!("a chunk has {} bytes", bytes.len())));
+        }
+        if count > record.pages - self.pages {
+            return Err(SnapshotError::Damaged(format!("it is longer than its {} pages", record.pages)));
+        }
+        let computed = chunk_checksum(self.pages, record.page_size, bytes);
+        if computed != claimed {
+            return Err(SnapshotError::Damaged(format!(
+                "the {count} pages behind page {} have the checksum {computed:016x}, not {claimed:016x}",
+                self.pages
+            )));
+        }
+        let path = || self.folder.join(DATABASE);
+        (&self.file).write_all(bytes).map_err(|source| SnapshotError::io("write", &path())(source))?;
+        self.pages += count;
+        self.checksum ^= computed;
+        let written = self.bytes();
+        if written - self.written_back >= WRITE_BACK {
+            // Linux begins to write what of this range is dirty, and returns. An error costs time later, and no more.
+            let (from, length) = (self.written_back as i64, (written - self.written_back) as i64);
+            let _ = posix_fadvise(&self.file, from, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+            self.written_back = written;
+        }
+        Ok(())
+    }
+
+    /// All has been sent: verifies the whole, and makes it a complete snapshot that the next start installs.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Damaged`] or [`SnapshotError::Io`].
+    pub fn finish(self) -> Result<Manifest, SnapshotError> {
+        let Self { data, folder, file, manifest, .. } = self;
+        let record = manifest.record;
+        if (self.pages, self.checksum) != (record.pages, record.checksum) {
+            return Err(SnapshotError::Damaged(format!(
+                "{} of {} pages have come, with the checksum {:016x} instead of {:016x}",
+                self.pages, record.pages, self.checksum, record.checksum
+            )));
+        }
+        let path = folder.join(DATABASE);
+        file.sync_all().map_err(SnapshotError::io("sync", &path))?;
+        let path = folder.join(MANIFEST);
+        durable_write(&path, &manifest.encode()).map_err(SnapshotError::io("write", &path))?;
+        let ready = data.join(READY);
+        let publish = || -> io::Result<()> {
+            fs::rename(&folder, &ready)?;
+            fsync_dir(&data)
+        };
+        publish().map_err(SnapshotError::io("rename", &folder))?;
+        Ok(manifest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::snapshot::{
+        Ready,
+        tests::{manifest, resting},
+    };
+
+    fn chunks(seed: u8, pages: u32) -> (Manifest, Vec<(u64, Vec<u8>)>) {
+        let (resting, ..) = resting(seed, pages, 40);
+        let (mut all, mut done) = (Vec::new(), 0);
+        while done < pages {
+            let mut bytes = Vec::new();
+            let sum = resting.read(done, &mut bytes).unwrap();
+            done += bytes.len() as u32 / 512;
+            all.push((sum, bytes));
+        }
+        (manifest(resting.record(), 3), all)
+    }
+
+    fn take(data: &Path, manifest: &Manifest, chunks: &[(u64, Vec<u8>)]) -> Result<Manifest, SnapshotError> {
+        let mut incoming = Incoming::begin(data, manifest.clone())?;
+        for (sum, bytes) in chunks {
+            incoming.push(*sum, bytes)?;
+        }
+        incoming.finish()
+    }
+
+    #[test]
+    fn a_whole_snapshot_becomes_ready_and_remains_are_deleted() {
+        let data = tempfile::tempdir().unwrap();
+        let (manifest, chunks) = chunks(1, 5000);
+        fs::create_dir(data.path().join(INCOMING)).unwrap();
+        fs::write(data.path().join(INCOMING).join(DATABASE), "old").unwrap();
+        assert_eq!(take(data.path(), &manifest, &chunks).unwrap(), manifest);
+        assert_eq!(Ready::find(data.path()).unwrap().unwrap().manifest(), &manifest);
+        let image: Vec<u8> = chunks.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
+        assert!(fs::read(data.path().join(READY).join(DATABASE)).unwrap() == image);
+        // A second one replaces the first, which nobody has installed.
+        take(data.path(), &manifest, &chunks).unwrap();
+        assert!(!data.path().join(INCOMING).exists());
+    }
+
+    #[test]
+    fn every_kind_of_damage_is_refused() {
+        let (good, chunks) = chunks(1, 5000);
+        let damage = |what: &str, manifest: &Manifest, chunks: &[(u64, Vec<u8>)]| {
+            let data = tempfile::tempdir().unwrap();
+            let error = take(data.path(), manifest, chunks).expect_err(what);
+            assert!(matches!(error, SnapshotError::Damaged(_)), "{what}: {error}");
+            assert!(Ready::find(data.path()).unwrap().is_none(), "{what}");
+        };
+        let mut flipped = chunks.clone();
+        flipped[1].1[77] ^= 1;
+        damage("a flipped bit", &good, &flipped);
+        flipped[1].0 = chunk_checksum(2048, 512, &flipped[1].1);
+        damage("a flipped bit, with the right checksum of its chunk", &good, &flipped);
+        damage("a chunk too few", &good, &chunks[..2]);
+        damage("a chunk too many", &good, &[&chunks[..], &chunks[..1]].concat());
+        let mut swapped = chunks.clone();
+        swapped.swap(0, 1);
+        damage("chunks in another order", &good, &swapped);
+        let mut odd = chunks.clone();
+        odd[0].1.pop();
+        damage("half a page", &good, &odd);
+        damage("nothing", &good, &[(0, Vec::new())]);
+        let mut wrong = good.clone();
+        wrong.record.checksum ^= 1;
+        damage("another checksum in the manifest", &wrong, &chunks);
+        let mut wrong = good.clone();
+        wrong.record.pages += 1;
+        damage("another size in the manifest", &wrong, &chunks);
+    }
+
+    #[test]
+    fn a_full_disk_is_seen_before_anything_is_written() {
+        let data = tempfile::tempdir().unwrap();
+        let (mut manifest, _) = chunks(1, 1);
+        (manifest.record.pages, manifest.record.page_size) = (u32::MAX, 65536);
+        let error = Incoming::begin(data.path(), manifest).unwrap_err();
+        assert!(matches!(error, SnapshotError::NoSpace { .. }), "{error}");
+        assert!(!data.path().join(INCOMING).exists());
+    }
+}
