@@ -175,10 +175,11 @@ impl<S: Storage> Election<S> {
         self.raw.apply_conf_change(&change)
     }
 
-    /// True if this member answered lately and has about as much of the log as the leader, which we are.
+    /// True if this member answered lately and has about as much of the log as the leader, which we are. One that has never
+    /// answered counts as active for raft, so that its admission does not end the leader's quorum: its match is still 0.
     pub fn has_caught_up(&self, id: NodeId) -> bool {
         let Some(progress) = self.raw.raft.prs().get(id) else { return false };
-        progress.recent_active && progress.matched + CAUGHT_UP >= self.last_index()
+        progress.matched > 0 && progress.recent_active && progress.matched + CAUGHT_UP >= self.last_index()
     }
 
     /// Tells raft that a snapshot is not on its way any more, so that it looks again where that member stands.
