@@ -20,6 +20,7 @@ use tokio::{
 };
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
+    admin::renewal,
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
     config::{self, Config, FirstState, LogFormat, Severity},
     control::ControlSocket,
@@ -211,13 +212,16 @@ impl Parts {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
         let (snapshots, calls) = mpsc::channel(1);
+        let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
+        let folder = self.config.data_folder.join("certificates");
+        task::spawn(renewal::keep(folder, self.handle.clone(), certificates));
         let peers = PeerIdentity {
             me: self.identity.node,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             membership: self.handle.membership(),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
-            tls: watch::Sender::new(Arc::new(self.node_tls)).subscribe(),
+            tls,
             snapshots,
         };
         let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());

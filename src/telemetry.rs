@@ -78,6 +78,8 @@ pub const PRIMARY: &str = "twistlock_primary";
 pub const EPOCH: &str = "twistlock_epoch";
 /// Gauge, seconds: what is left of the lease; 0 on a node without one.
 pub const LEASE_REMAINING: &str = "twistlock_lease_remaining_seconds";
+/// Gauge, seconds: until the certificate of this node (label `of`: node or console) expires.
+pub const CERTIFICATE_EXPIRY: &str = "twistlock_certificate_expiry_seconds";
 /// Gauge: raft index up to which the database has everything, here.
 pub const APPLIED_INDEX: &str = "twistlock_applied_index";
 /// Histogram, seconds: one write transaction of the Console, the majority's answer included.
@@ -138,6 +140,7 @@ pub const METRICS: &[Metric] = &[
     metric(PRIMARY, Kind::Gauge, "1 on the PRIMARY, 0 elsewhere."),
     metric(EPOCH, Kind::Gauge, "The epoch in which this node is."),
     metric(LEASE_REMAINING, Kind::Gauge, "Seconds that are left of the lease of this node; 0 without one."),
+    metric(CERTIFICATE_EXPIRY, Kind::Gauge, "Seconds until a certificate of this node expires, by what it is of."),
     metric(APPLIED_INDEX, Kind::Gauge, "Raft index up to which the database of this node has everything."),
     metric(COMMIT_LATENCY, Kind::Latency, "Seconds of one write transaction of the Console, its replication included."),
     metric(SYNC_LATENCY, Kind::Latency, "Seconds that one fsync of the raft log took."),
