@@ -88,7 +88,11 @@ impl Founder {
             name: identity.name.clone(),
             timing: Timing::default(),
             demotion_deadline: Duration::from_secs(2),
-            checkpoints: CheckpointPolicy { bytes: 1 << 20, interval: Duration::from_secs(60) },
+            checkpoints: CheckpointPolicy {
+                bytes: 1 << 20,
+                interval: Duration::from_secs(60),
+                raft_log_limit: 1 << 30,
+            },
             page_size: 4096,
             fast_takeover: true,
             version: VERSION.to_owned(),
