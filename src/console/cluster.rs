@@ -129,8 +129,8 @@ struct Failed {
 }
 
 /// `POST high-availability/switchover`: 202 with the checks, and the switchover begins right after: this node's ports close,
-/// and the connection may end before or after the answer has come. 409 if a
-/// check fails. With `dryRun` 200 with the checks, and nothing else.
+/// and the connection may end before or after the answer has come. 409 if a check fails. With `dryRun` 200 with the checks,
+/// and nothing else.
 pub(super) async fn switchover(
     State(console): State<Arc<Console>>,
     Administrator(user): Administrator,
