@@ -6,7 +6,7 @@ mod host;
 
 use std::time::{Duration, Instant};
 
-use host::{Founder, wait_until};
+use host::{Founder, Host, wait_until};
 use serde_json::{Value, json};
 use twistlock_ha::cluster::Role;
 
@@ -64,12 +64,30 @@ fn two_hosts_join_with_the_line_and_have_everything() {
     let said = second.run_line(&first.line(), "");
     assert!(said.contains("nothing to do"), "{said}");
 
+    leave_and_come_back(&first, &mut third);
     first.post("/tags", json!({"name": "after", "color": "#112233"}), 200);
     for host in [&second, &third] {
         first.switch_over_to(host);
         let names = host.tags();
         assert_eq!(names, ["after", "before"], "{}", host.name);
     }
+}
+
+/// A removed member knows it, and joins again as a new one; its old data is set aside.
+fn leave_and_come_back(first: &Founder, host: &mut Host) {
+    first.delete(&format!("/high-availability/members/{}", host.name), 200);
+    wait_until("the removed host knows it", || host.role() == Some(Role::Removed));
+    let said = host.run_line(&first.line(), "");
+    assert!(said.contains("set aside") && said.contains("REQUEST_JOIN"), "{said}");
+    let aside = |path: &std::path::Path| path.file_name().unwrap().to_string_lossy().starts_with("twistlock.removed-");
+    let mut folders = std::fs::read_dir(host.data().parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    assert!(folders.any(|path| aside(&path) && path.join("database").exists()));
+    first.post("/high-availability/apply", Value::Null, 200);
+    wait_until("SECONDARY again", || host.role() == Some(Role::Secondary));
+    wait_until("three votes", || {
+        let status = first.status();
+        status["members"].as_array().is_some_and(|all| all.len() == 3 && all.iter().all(|one| one["voter"] == true))
+    });
 }
 
 /// Tokens that are not good, and the hosts that have them.

@@ -126,21 +126,21 @@ impl Joining<'_> {
         let asked = Asked::read(self.data.path())?;
         let (console, answer) = self.question(&file, asked.as_ref()).await?;
         match answer {
-            Answer::State(RequestState::Pending { id, fingerprint, .. }) => {
-                if asked.as_ref().is_none_or(|asked| asked.id != id) {
-                    // Durable before anybody can click APPLY in the knowledge of it: from then on the token is worth nothing.
-                    Asked { id }.save(self.data.path())?;
+            Answer::State(state) => match *state {
+                RequestState::Pending { id, fingerprint, .. } => {
+                    if asked.as_ref().is_none_or(|asked| asked.id != id) {
+                        // Durable before anybody can click APPLY in the knowledge of it: then the token is worth nothing.
+                        Asked { id }.save(self.data.path())?;
+                    }
+                    self.show(Stage::Waiting { name: self.host.name.clone(), fingerprint, console });
+                    (self.refused, self.pause) = (None, ROUND);
                 }
-                self.show(Stage::Waiting { name: self.host.name.clone(), fingerprint, console });
-                (self.refused, self.pause) = (None, ROUND);
-            }
-            Answer::State(state @ RequestState::Admitted { .. }) => {
-                return self.take_over(state, &file, &console, fetch).await;
-            }
-            Answer::State(RequestState::Rejected { reason }) => {
-                Asked::forget(self.data.path())?;
-                self.refuse(file, format!("turned down: {reason}"));
-            }
+                RequestState::Rejected { reason } => {
+                    Asked::forget(self.data.path())?;
+                    self.refuse(file, format!("turned down: {reason}"));
+                }
+                state @ RequestState::Admitted { .. } => return self.take_over(state, &file, &console, fetch).await,
+            },
             Answer::Denied(reason) => self.refuse(file, reason),
             // The request has expired, or this host was removed before it was complete: the token decides what is next.
             Answer::NotFound => Asked::forget(self.data.path())?,

@@ -37,6 +37,8 @@ fn joined(membership: &Membership, id: NodeId, to: SocketAddr) -> Membership {
         version: "1.2.3".to_owned(),
         fingerprint: String::new(),
         csr: String::new(),
+        console_csr: String::new(),
+        console_names: Vec::new(),
         clock_ms: 0,
         at: 1,
         until: 2,
