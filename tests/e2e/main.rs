@@ -10,6 +10,7 @@ mod databases;
 mod held;
 mod network;
 mod sampler;
+mod snapshot;
 mod writers;
 
 use std::{
