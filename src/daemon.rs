@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::administrator::{self, Administrator};
 use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tokio::{
@@ -20,15 +21,17 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Severity},
-    control::{ControlHandler, ControlSocket},
+    config::{self, Config, FirstState, LogFormat, Severity},
+    control::ControlSocket,
+    found,
     guard::PortGuard,
+    join::Kit,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
     snapshot,
     storage::{
-        DataDir, Identity,
+        DataDir, DataDirError, Identity,
         configuration::Configuration,
         database::Database,
         durable_write, make_private_dir,
@@ -37,7 +40,10 @@ use twistlock_ha::{
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
     telemetry,
+    workload::Services,
 };
+
+use crate::joining::{self, Outcome};
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
@@ -73,7 +79,11 @@ pub(crate) fn run(path: &Path) -> ExitCode {
             _ => info!("{note}"),
         }
     }
-    match Parts::build(&loaded.config).and_then(|parts| parts.run(path)) {
+    let exit = joining::join_first(path, &loaded.config).and_then(|outcome| match outcome {
+        Outcome::Ready => Parts::build(&loaded.config).and_then(|parts| parts.run(path)),
+        Outcome::Stopped => Ok(Exit::Stopped),
+    });
+    match exit {
         Ok(Exit::Stopped) => ExitCode::SUCCESS,
         Ok(Exit::Fatal(why)) => {
             error!(reason = why, "the node ends itself: a restart begins from what is durable");
@@ -121,7 +131,10 @@ struct Parts {
 impl Parts {
     fn build(config: &Config) -> Result<Self> {
         let data = DataDir::open(&config.data_folder)?;
-        let identity = data.identity()?;
+        let identity = match data.identity() {
+            Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
+            identity => identity?,
+        };
         let certificates = data.path().join("certificates");
         let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;
         let address = SocketAddr::new(bind_address(config), config.high_availability_port.unwrap_or(8086));
@@ -143,7 +156,10 @@ impl Parts {
         let others: Vec<NodeId> =
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
-        let quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
+        let mut quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
+        if log.recovered().created {
+            quiet = Duration::ZERO; // no earlier process of this node has promised anything
+        }
         let configuration = Configuration::read(data.path())
             .with_context(|| format!("read membership.json in {}", data.path().display()))?
             .unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
@@ -182,8 +198,10 @@ impl Parts {
         let (stop, stopped) = watch::channel(false);
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
-        let (supervisor, ports) = self.supervisor()?;
-        let administrator = Arc::new(Administrator { handle: self.handle.clone(), ports: ports.clone() });
+        let (mut supervisor, ports) = self.supervisor()?;
+        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
+        supervisor.offer(Services { admin: admin.clone(), kit: Arc::new(Kit::new(&self.config)) });
+        let administrator = Arc::new(Administrator(admin));
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
@@ -272,11 +290,26 @@ async fn end_of_guard(guard: PortGuard) {
     }
 }
 
+/// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.
+fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
+    let folder = data.path().display();
+    if !config.high_availability_enabled {
+        bail!("{folder} is empty and HIGH_AVAILABILITY_ENABLED is false: set it to true to found or join a cluster");
+    }
+    match config.high_availability_state {
+        FirstState::Primary => found::found(config, data).with_context(|| format!("found a cluster in {folder}")),
+        FirstState::Secondary => bail!(
+            "{folder} is empty and HIGH_AVAILABILITY_STATE is SECONDARY: run the join script of the cluster on this \
+             host (the PRIMARY shows it: twistcli ha join-script, or Manage > System > High Availability)"
+        ),
+    }
+}
+
 fn bind_address(config: &Config) -> IpAddr {
     config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
 }
 
-fn lease_terms(config: &Config) -> LeaseTerms {
+pub(crate) fn lease_terms(config: &Config) -> LeaseTerms {
     LeaseTerms { lease_ms: config.lease.as_millis() as u32, promise_ms: promise(config).as_millis() as u32 }
 }
 
@@ -293,7 +326,7 @@ fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
 }
 
 fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog> {
-    let voters = identity.membership.members.iter().map(|member| member.id).collect();
+    let voters = identity.membership.voters().collect();
     let initial = ConfState { voters, ..ConfState::default() };
     let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, ..Options::default() };
     let owner = (identity.cluster, identity.node);
@@ -384,7 +417,7 @@ fn node_config(
 }
 
 /// Returns at SIGTERM or SIGINT. SIGHUP reads the configuration again and says what a restart would change.
-async fn asked_to_stop(path: &Path, running: &Config) {
+pub(crate) async fn asked_to_stop(path: &Path, running: &Config) {
     let listen = |kind| signal(kind).map_err(|error| error!(%error, "a signal cannot be waited for"));
     let (Ok(mut term), Ok(mut int), Ok(mut hup)) =
         (listen(SignalKind::terminate()), listen(SignalKind::interrupt()), listen(SignalKind::hangup()))
@@ -439,36 +472,5 @@ async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
         if watchdog.is_some() {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
-    }
-}
-
-/// What the local administrator can do.
-struct Administrator {
-    handle: Handle,
-    ports: SupervisorHandle,
-}
-
-impl ControlHandler for Administrator {
-    fn status(&self) -> Arc<Status> {
-        self.handle.status().borrow().clone()
-    }
-
-    fn step_down(&self, reason: &str) -> Result<(), String> {
-        let status = self.status();
-        if status.primary != Some(status.node) {
-            return Err(format!("{} is not primary", status.name));
-        }
-        info!(reason, "the administrator asks this node to hand the primary role over");
-        let (handle, ports) = (self.handle.clone(), self.ports.clone());
-        task::spawn(async move {
-            ports.drain().await;
-            handle.hand_over(None).await;
-            ports.resume();
-        });
-        Ok(())
-    }
-
-    fn metrics(&self) -> String {
-        telemetry::metrics_handle().map(|handle| handle.render()).unwrap_or_default()
     }
 }

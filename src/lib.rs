@@ -28,6 +28,9 @@
 //! | [`pki`] | certificates and TLS settings | what is sent through them |
 //! | [`peer`] | talks: links between the nodes | what the messages decide |
 //! | [`node`] | drives: the one loop that joins the four above to the clock; publishes [`node::Status`] | ports and workloads |
+//! | [`admin`] | every operation of an administrator: its checks, and the change it asks for | HTTP, sockets and terminals |
+//! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
+//! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
@@ -75,13 +78,16 @@
 //! must drop packets rather than reject them. Where that cannot be promised, an election takes its 600 ms as usual.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+pub mod admin;
 pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod console;
 pub mod control;
 pub mod dev;
+pub mod found;
 pub mod guard;
+pub mod join;
 pub mod node;
 pub mod peer;
 pub mod pki;

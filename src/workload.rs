@@ -8,6 +8,8 @@ use tokio::sync::watch;
 
 use crate::{console::Console, node::Status, storage::database::PrimaryDatabase};
 
+pub use crate::console::Services;
+
 /// The workload of one term as PRIMARY. Holds the database: it must be stopped and dropped before the node can become
 /// SECONDARY.
 #[derive(Debug)]
@@ -22,11 +24,15 @@ impl Workload {
     ///
     /// # Errors
     /// When the epoch is over or the system has no random bytes.
-    pub fn start(epoch: u64, status: watch::Receiver<Arc<Status>>) -> anyhow::Result<Self> {
+    pub fn start(
+        epoch: u64,
+        status: watch::Receiver<Arc<Status>>,
+        services: Option<Services>,
+    ) -> anyhow::Result<Self> {
         let now = Arc::clone(&status.borrow());
         let database = now.database.clone().filter(|_| now.serving() == Some(epoch));
         let database = database.ok_or_else(|| anyhow!("this node is not PRIMARY in epoch {epoch} any more"))?;
-        let console = Console::new(database.connect_options(), status)
+        let console = Console::new(database.connect_options(), status, services)
             .map_err(|_| anyhow!("the system gives no random bytes"))?;
         Ok(Self { console, _database: database })
     }

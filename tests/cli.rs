@@ -10,8 +10,9 @@ use std::{
 };
 
 use twistlock_ha::{
-    cluster::{ClusterId, Member, Membership, Role},
-    control::{ControlHandler, ControlSocket},
+    admin::{Check, SwitchoverReport},
+    cluster::{ClusterId, Member, Membership, Role, membership::Request},
+    control::{Answer, ControlHandler, ControlSocket, JoinScript, Operation},
     node::{MemberStatus, Status},
 };
 
@@ -32,8 +33,33 @@ impl ControlHandler for Frozen {
         Arc::new(self.0.clone())
     }
 
-    fn step_down(&self, reason: &str) -> Result<(), String> {
-        Err(format!("refused for a test: {reason}"))
+    /// Does nothing, and answers as the daemon would.
+    fn administer(&self, operation: Operation) -> Answer<'_> {
+        let answer = match operation {
+            Operation::Invite { script, .. } => {
+                let script = script.then(|| "#!/bin/bash\n".to_owned());
+                let invited = JoinScript { line: "curl -fsS ... | sudo bash".into(), script, until: 1_793_383_200 };
+                serde_json::to_value(invited).unwrap()
+            }
+            Operation::Apply { fingerprints } => {
+                assert_eq!(fingerprints, Some(vec!["AB:CD".to_owned()]), "those that were shown");
+                vec![3].into()
+            }
+            Operation::Switchover { to, dry_run } => {
+                let checks = vec![
+                    Check { name: "host1 is up".into(), ok: true, detail: String::new() },
+                    Check { name: "caught up".into(), ok: to.is_none(), detail: "7 entries behind".into() },
+                ];
+                let gap_ms = (!dry_run).then_some(41.26);
+                serde_json::to_value(SwitchoverReport { checks, to: Some("host1".into()), gap_ms }).unwrap()
+            }
+            Operation::Pause { seconds } => seconds.into(),
+            Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
+            Operation::Uninvite {} | Operation::Remove { .. } | Operation::Resume {} | Operation::Readdress { .. } => {
+                serde_json::Value::Null
+            }
+        };
+        Box::pin(async { Ok(answer) })
     }
 }
 
@@ -116,10 +142,141 @@ fn json_is_the_whole_status() {
     assert!(String::from_utf8(output.stdout).unwrap().contains("\"state\": \"ROLLBACK\""));
 }
 
+/// The cluster as its PRIMARY, node 2, sees it.
+fn primary() -> Status {
+    let mut status = picture([Role::Secondary, Role::Primary, Role::Secondary]);
+    status.primary = Some(2);
+    status
+}
+
+/// Exit code, standard output and standard error.
+fn told(status: Status, args: &[&str]) -> (i32, String, String) {
+    let output = twistcli(status, args);
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+    (output.status.code().unwrap(), out, err)
+}
+
 #[test]
 fn a_refusal_is_told_with_its_reason() {
-    let output = twistcli(picture([Role::Primary; 3]), &["step-down", "--reason", "why not"]);
-    assert_eq!(output.status.code(), Some(75));
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(text, "twistcli: not done: refused for a test: why not\n");
+    let (code, _, err) = told(primary(), &["reject", "host9"]);
+    assert_eq!((code, err.as_str()), (75, "twistcli: not done: no host host9 asks to join\n"));
+}
+
+#[test]
+fn another_host_is_named_when_this_one_is_not_primary() {
+    let mut elsewhere = picture([Role::Primary, Role::Secondary, Role::Secondary]);
+    elsewhere.primary = Some(1);
+    for (args, command) in [
+        (&["apply", "--yes"][..], "apply"),
+        (&["switchover", "--to", "host3"], "switchover --to host3"),
+        (&["step-down"], "switchover"),
+        (&["remove", "host3", "--force"], "remove host3 --force"),
+        (&["join-script"], "join-script"),
+        (&["resume"], "resume"),
+        (&["set-address", "host3", "--port", "9"], "set-address host3 --port 9"),
+        (&["drill", "--kill"], "drill --kill"),
+    ] {
+        let (code, out, err) = told(elsewhere.clone(), args);
+        let there = "twistcli: not done: host2 is SECONDARY; host1 (192.0.2.1:8086) is PRIMARY. Run there: twistcli ha";
+        assert_eq!((code, out.as_str(), err), (75, "", format!("{there} {command}\n")));
+    }
+}
+
+#[test]
+fn operations_say_what_was_done() {
+    let json = told(primary(), &["join-script", "--json"]);
+    assert!(json.1.contains("\"until\": 1793383200"), "{json:?}");
+    for (args, code, out) in [
+        (&["join-script"][..], 0, "curl -fsS ... | sudo bash\n"),
+        (&["join-script", "--script"], 0, "#!/bin/bash\n"),
+        (&["revoke"], 0, "All invitations are closed: no join script that was given out is good any more.\n"),
+        (&["remove", "host3", "--yes"], 0, "host3 is removed.\n"),
+        (
+            &["switchover"],
+            0,
+            "✓ host1 is up\n✓ caught up: 7 entries behind\nhost1 is PRIMARY. Nobody could write for 41.3 ms.\n",
+        ),
+        (
+            &["switchover", "--dry-run", "--to", "host1"],
+            75,
+            "✓ host1 is up\n✗ caught up: 7 entries behind\nThe role stays here: see what is marked above.\n",
+        ),
+        (
+            &["pause", "--for", "2h"],
+            0,
+            "PAUSED until 1970-01-01 02:00 UTC: nobody takes over if host2 fails meanwhile.\n",
+        ),
+        (&["resume"], 0, "The pause is over: the members take over by themselves again.\n"),
+        (
+            &["set-address", "host3", "--address", "192.0.2.33"],
+            0,
+            "The members dial the new address from now on. See: twistcli ha status\n",
+        ),
+    ] {
+        let (found, text, err) = told(primary(), args);
+        assert_eq!((found, text.as_str()), (code, out), "{args:?}: {err}");
+    }
+}
+
+/// Two members, and a host that asks.
+fn asked() -> Status {
+    let mut status = primary();
+    status.members.pop();
+    let gone = status.membership.members.pop().unwrap();
+    status.membership.requests.push(Request {
+        id: "only the host may know this".into(),
+        name: gone.name,
+        address: gone.address,
+        port: gone.port,
+        version: "0.1.0".into(),
+        fingerprint: "AB:CD".into(),
+        csr: String::new(),
+        console_csr: String::new(),
+        console_names: Vec::new(),
+        clock_ms: 3,
+        at: 0,
+        until: u64::MAX,
+    });
+    status
+}
+
+#[test]
+fn nothing_is_admitted_or_removed_without_a_yes() {
+    for args in [&["apply"][..], &["remove", "host1"]] {
+        let (code, out, err) = told(asked(), args);
+        assert_eq!((code, out.as_str()), (64, ""), "{err}");
+        assert!(err.ends_with("standard input is no terminal: say --yes to go on without a question\n"), "{err}");
+    }
+    let (code, out, err) = told(asked(), &["apply", "--yes", "--no-wait"]);
+    assert_eq!((code, out.as_str()), (0, "Admitted: host3 (node 3).\n"), "{err}");
+    assert!(err.contains("host3 (192.0.2.3:8086), version 0.1.0, clock 3 ms ahead\n    fingerprint AB:CD\n"), "{err}");
+    // The members of this daemon never come up.
+    let (code, _, err) = told(asked(), &["apply", "--yes", "--wait", "1s"]);
+    assert_eq!(code, 75);
+    assert!(err.contains("1 to come: not up within 1 s"), "{err}");
+    let (code, _, err) = told(primary(), &["apply", "--yes"]);
+    assert_eq!((code, err.as_str()), (75, "twistcli: not done: no host asks to join\n"));
+}
+
+#[test]
+fn a_status_shows_who_asks_and_keeps_secrets() {
+    let (code, text, _) = told(asked(), &["status"]);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("host3   192.0.2.3:8086  REQUEST_JOIN"), "{text}");
+    assert!(
+        text.contains("\n    AB:CD\nNext: 1 host asks to join; compare the fingerprint, then `twistcli ha apply`\n")
+    );
+    let (_, json, _) = told(asked(), &["status", "--json"]);
+    assert!(json.contains("AB:CD") && !json.contains("only the host may know this"), "{json}");
+}
+
+#[test]
+fn a_drill_needs_a_healthy_cluster_and_a_login() {
+    let sick = picture([Role::Down, Role::Primary, Role::Secondary]);
+    let (code, _, err) = told(Status { primary: Some(2), ..sick }, &["drill", "--kill"]);
+    assert_eq!(code, 75);
+    assert!(err.starts_with("twistcli: not done: host1 is DOWN\n"), "{err}");
+    let (code, _, err) = told(primary(), &["drill", "--token", "x", "--tlscacert", "/nonexistent/ca.pem"]);
+    assert_eq!(code, 69);
+    assert!(err.contains("name the right one with --tlscacert"), "{err}");
 }

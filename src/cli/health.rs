@@ -1,5 +1,6 @@
 //! The verdict over a cluster status: healthy, degraded or without a primary, and what to do about it. Pure.
 
+use super::next;
 use crate::{
     cluster::Role,
     node::{MemberStatus, Status},
@@ -31,8 +32,11 @@ pub struct Verdict {
     pub advice: Vec<String>,
 }
 
-/// Judges a status.
-pub fn judge(status: &Status) -> Verdict {
+/// Judges a status. `now` in seconds since 1970.
+pub fn judge(status: &Status, now: u64) -> Verdict {
+    if let Some(headline) = outside(status) {
+        return Verdict { health: Health::Degraded, headline, advice: status.warnings.clone() };
+    }
     let primary = status.members.iter().find(|member| member.state == Role::Primary);
     let up = status.members.iter().filter(|member| is_up(member)).count();
     let mut advice: Vec<String> = status.warnings.clone();
@@ -43,7 +47,7 @@ pub fn judge(status: &Status) -> Verdict {
             advice.insert(0, no_primary(status, up));
             (Health::NoPrimary, format!("NO PRIMARY: nobody serves the Console ({count})"))
         }
-        Some(primary) if advice.is_empty() => {
+        Some(primary) if advice.is_empty() && next::paused(status, now).is_none() => {
             (Health::Healthy, format!("HEALTHY: {} is PRIMARY ({count})", primary.name))
         }
         Some(primary) => (Health::Degraded, format!("DEGRADED: {} is PRIMARY ({count})", primary.name)),
@@ -51,12 +55,22 @@ pub fn judge(status: &Status) -> Verdict {
     Verdict { health, headline, advice }
 }
 
+/// The headline of a host that is no member.
+fn outside(status: &Status) -> Option<String> {
+    let name = &status.name;
+    match status.role {
+        Role::RequestJoin => Some(format!("REQUEST_JOIN: {name} asks to join ({})", status.reason)),
+        Role::Removed => Some(format!("REMOVED: {name} is no longer a member ({})", status.reason)),
+        _ => None,
+    }
+}
+
 fn is_up(member: &MemberStatus) -> bool {
     matches!(member.state, Role::Primary | Role::Secondary)
 }
 
 fn no_primary(status: &Status, up: usize) -> String {
-    let needed = status.members.len() / 2 + 1;
+    let needed = status.membership.voters().count() / 2 + 1;
     if up >= needed {
         return "An election should end within seconds. If it does not: do the members reach each other on \
                 the HIGH_AVAILABILITY_PORT?"
@@ -79,9 +93,10 @@ fn advise(member: &MemberStatus, status: &Status) -> Option<String> {
         Role::Unknown => {
             format!("{who} has not been heard of: start twistlockd there, or check the network between the hosts.")
         }
-        Role::RequestJoin => format!("{who} asks to join: press APPLY in Manage > System > High Availability."),
+        Role::RequestJoin => format!("{who} asks to join."),
         Role::Removed => format!("{who} is no longer a member: stop twistlockd there and delete its data folder."),
-        Role::Startup | Role::Startup2 | Role::Recovering | Role::Rollback => {
+        Role::Startup2 => format!("{who} is in STARTUP2: it becomes SECONDARY by itself when it has caught up."),
+        Role::Startup | Role::Recovering | Role::Rollback => {
             let state = member.state;
             let where_ = if member.id == status.node { "here" } else { "there" };
             format!(
@@ -142,7 +157,7 @@ pub(crate) mod tests {
 
     #[test]
     fn all_well() {
-        let verdict = judge(&healthy());
+        let verdict = judge(&healthy(), 0);
         assert_eq!(verdict.health, Health::Healthy);
         assert_eq!(verdict.headline, "HEALTHY: node1 is PRIMARY (3 of 3 members up)");
         assert!(verdict.advice.is_empty());
@@ -153,7 +168,7 @@ pub(crate) mod tests {
         let mut status = healthy();
         status.members[2].state = Role::Down;
         status.members[2].last_contact_ms = Some(75_000);
-        let verdict = judge(&status);
+        let verdict = judge(&status, 0);
         assert_eq!(verdict.health, Health::Degraded);
         assert_eq!(verdict.headline, "DEGRADED: node1 is PRIMARY (2 of 3 members up)");
         assert!(verdict.advice[0].contains("node3 (127.0.0.3:8086) is DOWN, last heard of 75 s ago"), "{verdict:?}");
@@ -163,23 +178,42 @@ pub(crate) mod tests {
     fn lag_and_warnings_degrade() {
         let mut status = healthy();
         status.members[1].lag = LAG_LIMIT + 1;
-        assert_eq!(judge(&status).health, Health::Degraded);
+        assert_eq!(judge(&status, 0).health, Health::Degraded);
         let mut status = healthy();
         status.warnings.push("The disk is full.".into());
-        assert_eq!(judge(&status).advice, ["The disk is full."]);
-        assert_eq!(judge(&status).health, Health::Degraded);
+        assert_eq!(judge(&status, 0).advice, ["The disk is full."]);
+        assert_eq!(judge(&status, 0).health, Health::Degraded);
     }
 
     #[test]
     fn without_a_primary_the_majority_is_explained() {
         let mut status = healthy();
         status.members[0].state = Role::Secondary;
-        assert!(judge(&status).advice[0].contains("An election should end"));
+        assert!(judge(&status, 0).advice[0].contains("An election should end"));
         status.members[0].state = Role::Down;
         status.members[1].state = Role::Down;
-        let verdict = judge(&status);
+        let verdict = judge(&status, 0);
         assert_eq!(verdict.health, Health::NoPrimary);
         assert_eq!(verdict.headline, "NO PRIMARY: nobody serves the Console (1 of 3 members up)");
         assert!(verdict.advice[0].starts_with("2 members that reach each other are needed"));
+    }
+
+    #[test]
+    fn a_pause_degrades_until_it_ends() {
+        let mut status = healthy();
+        status.membership.pause = Some(crate::cluster::membership::Pause { until: 10, primary: 1 });
+        assert_eq!(judge(&status, 9).health, Health::Degraded);
+        assert_eq!(judge(&status, 10).health, Health::Healthy);
+    }
+
+    #[test]
+    fn a_host_outside_says_so() {
+        let mut status = healthy();
+        status.members.clear();
+        (status.role, status.primary, status.reason) = (Role::RequestJoin, None, "waits for APPLY".into());
+        assert_eq!(judge(&status, 0).headline, "REQUEST_JOIN: node1 asks to join (waits for APPLY)");
+        status.role = Role::Removed;
+        assert!(judge(&status, 0).headline.starts_with("REMOVED: node1 is no longer a member"));
+        assert_eq!(judge(&status, 0).health, Health::Degraded);
     }
 }

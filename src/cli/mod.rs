@@ -1,42 +1,31 @@
-//! `twistcli`: the administration tool. Owns its command line and its exit codes. Must never touch the data folder or talk
-//! to other hosts: everything it knows comes from the daemon's control socket.
+//! `twistcli`: the administration tool. Owns its command line and its exit codes. Everything it knows comes from the daemon's
+//! control socket; only `ha drill` talks to the Consoles, and writes its record into the data folder. Must never touch
+//! anything else there, and must never print a password.
 
+mod args;
+mod canary;
+mod catch_up;
+mod daemon;
+mod drill;
 pub mod health;
+mod next;
+mod operate;
 mod status;
 mod table;
 
 use std::{
     io::{self, Write},
-    path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
 };
 
-use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use clap_complete::Shell;
 
-use crate::{
-    config::{self, ConfigErrors},
-    control::{self, ControlError, Reply, Request},
-};
+use crate::control::Operation;
+use args::{Ha, Place, Target};
+use daemon::{Daemon, EX_IOERR, EX_USAGE, Stop};
 
 pub use table::render as render_table;
-
-/// Wrong command line (sysexits EX_USAGE); not clap's 2, which means "no primary" here.
-const EX_USAGE: u8 = 64;
-/// The daemon cannot be reached (sysexits EX_UNAVAILABLE).
-const EX_UNAVAILABLE: u8 = 69;
-/// Writing the output failed (sysexits EX_IOERR).
-const EX_IOERR: u8 = 74;
-/// The daemon refused what was asked (sysexits EX_TEMPFAIL).
-const EX_TEMPFAIL: u8 = 75;
-
-/// Data folder when nothing else is said.
-const DEFAULT_DATA: &str = "/var/lib/twistlock";
-/// Environment variable that names the data folder.
-const DATA_VARIABLE: &str = "TWISTLOCK_DATA";
-/// How long one answer of the daemon may take.
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Administer Twistlock HA on this host
 #[derive(Debug, Parser)]
@@ -48,7 +37,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// High availability: look at the cluster, hand the PRIMARY role over
+    /// High availability: look at the cluster, change its members, hand the PRIMARY role over
     #[command(subcommand)]
     Ha(Ha),
     /// Print a shell completion script
@@ -62,76 +51,6 @@ enum Command {
     Man,
 }
 
-#[derive(Debug, Subcommand)]
-enum Ha {
-    /// Show the cluster as this host's daemon sees it; works on every node, PRIMARY or not
-    #[command(after_help = EXIT_CODES)]
-    Status(StatusArgs),
-    /// Hand the PRIMARY role of this host over to another member
-    StepDown {
-        #[command(flatten)]
-        target: Target,
-        /// Why; goes into the daemons' logs
-        #[arg(long, value_name = "TEXT", default_value = "asked for by the administrator")]
-        reason: String,
-    },
-}
-
-const EXIT_CODES: &str = "\
-Exit code: 0 healthy, 1 degraded (it serves, but something needs attention), 2 no primary,
-64 wrong command line, 69 the daemon cannot be reached.";
-
-/// Which daemon of this host is meant: at most one of the three.
-#[derive(Debug, Args)]
-struct Target {
-    /// The daemon's control socket
-    #[arg(long, value_name = "PATH", group = "target")]
-    control: Option<PathBuf>,
-    /// The daemon's data folder [default: $TWISTLOCK_DATA, else /var/lib/twistlock]
-    #[arg(long, value_name = "DIR", group = "target")]
-    data: Option<PathBuf>,
-    /// The daemon's configuration file, which names the data folder or the socket
-    #[arg(long, value_name = "FILE", group = "target")]
-    config: Option<PathBuf>,
-}
-
-impl Target {
-    /// Where the daemon listens.
-    ///
-    /// # Errors
-    /// The problems of the configuration file.
-    fn socket(&self) -> Result<PathBuf, ConfigErrors> {
-        if let Some(path) = &self.control {
-            return Ok(path.clone());
-        }
-        if let Some(file) = &self.config {
-            return Ok(config::load(file)?.config.control_socket_path());
-        }
-        let variable = || std::env::var_os(DATA_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let data = self.data.clone().or_else(variable).unwrap_or_else(|| DEFAULT_DATA.into());
-        Ok(data.join(control::SOCKET_NAME))
-    }
-}
-
-#[derive(Debug, Args)]
-struct StatusArgs {
-    #[command(flatten)]
-    target: Target,
-    /// Print the status as JSON (with --watch: one line per look)
-    #[arg(long)]
-    json: bool,
-    /// Look again every SECONDS (at least 0.1) until interrupted
-    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = interval)]
-    watch: Option<Duration>,
-}
-
-fn interval(text: &str) -> Result<Duration, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err("a number of seconds from 0.1 to 86400 is allowed".into()),
-    }
-}
-
 /// Runs the tool with the arguments of the process.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -139,8 +58,7 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let result = match cli.command {
-        Command::Ha(Ha::Status(args)) => at_socket(&args.target, |socket| status::run(socket, &args)),
-        Command::Ha(Ha::StepDown { target, reason }) => at_socket(&target, |socket| Ok(step_down(socket, reason))),
+        Command::Ha(command) => ha(&command),
         Command::Completions { shell } => completions(shell),
         Command::Man => manual(),
     };
@@ -162,14 +80,47 @@ fn usage(error: &clap::Error) -> ExitCode {
     if asked_for { ExitCode::SUCCESS } else { ExitCode::from(EX_USAGE) }
 }
 
-/// Runs `command` with the socket, or tells why there is none.
-fn at_socket(target: &Target, command: impl FnOnce(&Path) -> io::Result<u8>) -> io::Result<u8> {
-    match target.socket() {
-        Ok(socket) => command(&socket),
+fn ha(command: &Ha) -> io::Result<u8> {
+    match command {
+        Ha::Status(args) => at_daemon(&args.target, |place| Ok(status::run(&place.socket, args)?)),
+        Ha::JoinScript(args) => operate(&args.target, |daemon| operate::join_script(daemon, args)),
+        Ha::Apply(args) => operate(&args.target, |daemon| operate::apply(daemon, args)),
+        Ha::Reject { target, node } => {
+            let reject = Operation::Reject { host: node.clone() };
+            operate(target, |daemon| operate::simple(daemon, reject, &format!("{node} is turned down.")))
+        }
+        Ha::Revoke { target } => {
+            let done = "All invitations are closed: no join script that was given out is good any more.";
+            operate(target, |daemon| operate::simple(daemon, Operation::Uninvite {}, done))
+        }
+        Ha::Remove(args) => operate(&args.target, |daemon| operate::remove(daemon, args)),
+        Ha::Switchover(args) => operate(&args.target, |daemon| operate::switchover(daemon, args)),
+        Ha::Pause { target, span } => operate(target, |daemon| operate::pause(daemon, span.as_secs())),
+        Ha::Resume { target } => {
+            let done = "The pause is over: the members take over by themselves again.";
+            operate(target, |daemon| operate::simple(daemon, Operation::Resume {}, done))
+        }
+        Ha::SetAddress(args) => operate(&args.target, |daemon| operate::set_address(daemon, args)),
+        Ha::Drill(args) => at_daemon(&args.target, |place| drill::run(place, args)),
+    }
+}
+
+fn operate(target: &Target, command: impl FnOnce(&Daemon<'_>) -> Result<(), Stop>) -> io::Result<u8> {
+    at_daemon(target, |place| command(&Daemon(&place.socket)).map(|()| 0))
+}
+
+/// Runs `command` with the place of the daemon, or tells why there is none.
+fn at_daemon(target: &Target, command: impl FnOnce(&Place) -> Result<u8, Stop>) -> io::Result<u8> {
+    let place = match target.place() {
+        Ok(place) => place,
         Err(errors) => {
             eprintln!("twistcli: {errors}");
-            Ok(errors.exit_code())
+            return Ok(errors.exit_code());
         }
+    };
+    match command(&place) {
+        Ok(code) | Err(Stop::Told(code)) => Ok(code),
+        Err(Stop::Output(error)) => Err(error),
     }
 }
 
@@ -197,47 +148,4 @@ fn manual() -> io::Result<u8> {
     }
     io::stdout().write_all(&text)?;
     Ok(0)
-}
-
-fn step_down(socket: &Path, reason: String) -> u8 {
-    match control::request(socket, &Request::StepDown { reason }, ANSWER_LIMIT) {
-        Ok(Reply::Ok(_)) => {
-            println!("The PRIMARY role is being handed over. See: twistcli ha status");
-            0
-        }
-        Ok(Reply::Err(why)) => {
-            eprintln!("twistcli: not done: {why}");
-            EX_TEMPFAIL
-        }
-        Err(error) => {
-            eprintln!("{}", explain(&error));
-            EX_UNAVAILABLE
-        }
-    }
-}
-
-/// What went wrong on the way to the daemon, and what to do about it.
-fn explain(error: &ControlError) -> String {
-    let hint = match error {
-        ControlError::Unreachable { source, .. } => match source.kind() {
-            io::ErrorKind::NotFound => {
-                "There is no such socket. Is twistlockd running on this host? Try: systemctl status twistlockd\n  \
-                 If its data folder is another one, name it: --data DIR, --control PATH or TWISTLOCK_DATA=DIR."
-            }
-            io::ErrorKind::PermissionDenied => "Only the owner of the socket may use it. Try again with sudo.",
-            io::ErrorKind::ConnectionRefused => {
-                "The socket is left over: twistlockd does not run. Try: systemctl status twistlockd"
-            }
-            _ => "Is twistlockd running on this host? Try: systemctl status twistlockd",
-        },
-        ControlError::NoAnswer { .. } => {
-            "twistlockd is there but does not answer: stopped, frozen or overloaded. Try: journalctl -u twistlockd -e"
-        }
-        ControlError::Malformed { .. } => {
-            "twistcli and twistlockd are of different versions. Install the same on both."
-        }
-        ControlError::Path(_) => "Name the socket by a shorter path: --control PATH",
-        ControlError::Refused(_) => "Try: journalctl -u twistlockd -e",
-    };
-    format!("twistcli: {error}\n  {hint}")
 }

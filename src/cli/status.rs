@@ -5,7 +5,13 @@ use std::{
     path::Path,
 };
 
-use super::{ANSWER_LIMIT, EX_UNAVAILABLE, StatusArgs, explain, health::judge, table};
+use super::{
+    args::StatusArgs,
+    daemon::{ANSWER_LIMIT, EX_UNAVAILABLE, explain},
+    health::judge,
+    next::now,
+    table,
+};
 use crate::control;
 
 /// Erases the screen from the upper left corner on.
@@ -47,18 +53,13 @@ fn look(socket: &Path, json: bool, one_line: bool) -> (String, u8) {
         Ok(status) => status,
         Err(error) => return (format!("{}\n", explain(&error)), EX_UNAVAILABLE),
     };
-    let code = judge(&status).health as u8;
+    let code = judge(&status, now()).health as u8;
     if !json {
-        return (table::render(&status, colour()), code);
+        return (table::render(&status, table::colour(&io::stdout()), now()), code);
     }
     let encoded = if one_line { serde_json::to_string(&status) } else { serde_json::to_string_pretty(&status) };
     match encoded {
         Ok(text) => (format!("{text}\n"), code),
         Err(error) => (format!("twistcli: cannot encode the status: {error}\n"), EX_UNAVAILABLE),
     }
-}
-
-/// Colours on a terminal, unless the user said NO_COLOR (<https://no-color.org>).
-fn colour() -> bool {
-    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

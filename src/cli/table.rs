@@ -1,12 +1,23 @@
 //! The status as a table for people. Pure text: colours are asked for by the caller.
 
-use std::fmt::Write;
+use std::{fmt::Write, io::IsTerminal};
 
-use super::health::{Health, judge};
-use crate::{
-    cluster::Role,
-    node::{MemberStatus, Status},
+use jiff::Timestamp;
+
+use super::{
+    health::{Health, judge},
+    next,
 };
+use crate::{
+    cluster::{
+        Role,
+        membership::{Pause, Removed, Request},
+    },
+    node::{MemberStatus, Status, SyncProgress},
+};
+
+/// For how long a removed member is shown.
+const SHOW_REMOVED_S: u64 = 24 * 3600;
 
 const HEADS: [&str; 9] = ["NODE", "ADDRESS", "STATE", "EPOCH", "APPLIED", "LAG", "LEASE", "LAST CONTACT", "VERSION"];
 /// Columns of numbers are set flush right.
@@ -22,34 +33,100 @@ impl Paint {
     }
 }
 
-/// Headline, table and advice, each line ended by a newline.
-pub fn render(status: &Status, colour: bool) -> String {
+/// Headline, table and advice, each line ended by a newline. `now` in seconds since 1970.
+pub fn render(status: &Status, colour: bool, now: u64) -> String {
     let paint = Paint(colour);
-    let verdict = judge(status);
+    let verdict = judge(status, now);
     let code = match verdict.health {
         Health::Healthy => "1;32",
         Health::Degraded => "1;33",
         Health::NoPrimary => "1;31",
     };
-    let mut out = format!("{}\n\n", paint.text(code, &verdict.headline));
-    let rows: Vec<[String; 9]> = status.members.iter().map(|member| row(member, status)).collect();
+    let mut out = format!("{}\n", paint.text(code, &verdict.headline));
+    if let Some(pause) = next::paused(status, now) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(out, "{}", paint.text("1;37;41", &pause_line(pause, status, now)));
+    }
+    out.push('\n');
+    let mut rows: Vec<(Role, [String; 9])> =
+        status.members.iter().map(|member| (member.state, row(member, status))).collect();
+    rows.extend(status.membership.requests.iter().map(|request| (Role::RequestJoin, request_row(request, status))));
+    rows.extend(removed_lately(status, now).map(|removed| (Role::Removed, removed_row(removed))));
     let widths: Vec<usize> = (0..HEADS.len())
         .map(|column| {
-            let cells = rows.iter().map(|row| row[column].chars().count());
+            let cells = rows.iter().map(|(_, row)| row[column].chars().count());
             cells.chain([HEADS[column].len()]).max().unwrap_or(0)
         })
         .collect();
     out.push_str(&line(&HEADS, &widths, paint, "1"));
-    for (row, member) in rows.iter().zip(&status.members) {
+    for (state, row) in &rows {
         let cells: Vec<&str> = row.iter().map(String::as_str).collect();
-        out.push_str(&line(&cells, &widths, paint, state_colour(member.state)));
+        out.push_str(&line(&cells, &widths, paint, state_colour(*state)));
     }
     out.push_str("\n* this node; the lines of the others are as this node last heard of them\n");
+    status.members.iter().filter_map(copy).for_each(|copy| out.push_str(&copy));
+    for request in &status.membership.requests {
+        let _ = writeln!(
+            out,
+            "{} asks to join until {}; clock {}; fingerprint\n    {}",
+            request.name,
+            date(request.until),
+            clock(request.clock_ms),
+            request.fingerprint
+        );
+    }
     for advice in &verdict.advice {
-        // Writing to a String cannot fail.
         let _ = writeln!(out, "{} {advice}", paint.text("1;33", "!"));
     }
+    for step in next::steps(status, now) {
+        let _ = writeln!(out, "{} {step}", paint.text("1", "Next:"));
+    }
     out
+}
+
+fn pause_line(pause: &Pause, status: &Status, now: u64) -> String {
+    let name = status.membership.get(pause.primary).map_or("nobody", |member| member.name.as_str());
+    let left = duration((pause.until - now) * 1000);
+    format!(
+        "PAUSED until {} (for {left}): if {name} fails, nobody takes over. End it: twistcli ha resume",
+        date(pause.until)
+    )
+}
+
+/// Removed members are shown for a while, unless another member has their name.
+fn removed_lately(status: &Status, now: u64) -> impl Iterator<Item = &Removed> {
+    let again = |removed: &Removed| status.membership.members.iter().any(|member| member.name == removed.name);
+    let lately = move |removed: &&Removed| now.saturating_sub(removed.at) < SHOW_REMOVED_S;
+    status.membership.removed.iter().filter(lately).filter(move |removed| !again(removed))
+}
+
+/// How far the copy of the database for a member is.
+fn copy(member: &MemberStatus) -> Option<String> {
+    const WIDTH: u64 = 30;
+    let SyncProgress { bytes, total } = member.sync?;
+    let part = |of: u64| (u128::from(bytes.min(total)) * u128::from(of) / u128::from(total.max(1))) as u64;
+    let done = part(WIDTH);
+    Some(format!(
+        "{} copies the database  [{}{}] {:>3} %  {} of {}\n",
+        member.name,
+        "#".repeat(done as usize),
+        "-".repeat((WIDTH - done) as usize),
+        part(100),
+        size(bytes),
+        size(total)
+    ))
+}
+
+fn request_row(request: &Request, status: &Status) -> [String; 9] {
+    let here = if status.role == Role::RequestJoin && status.name == request.name { "*" } else { "" };
+    let [name, address] = [format!("{}{here}", request.name), format!("{}:{}", request.address, request.port)];
+    let [epoch, applied, lag, lease, contact] = [(); 5].map(|()| "-".to_owned());
+    [name, address, Role::RequestJoin.to_string(), epoch, applied, lag, lease, contact, request.version.clone()]
+}
+
+fn removed_row(removed: &Removed) -> [String; 9] {
+    let [address, epoch, applied, lag, lease, contact, version] = [(); 7].map(|()| "-".to_owned());
+    [removed.name.clone(), address, Role::Removed.to_string(), epoch, applied, lag, lease, contact, version]
 }
 
 fn row(member: &MemberStatus, status: &Status) -> [String; 9] {
@@ -108,10 +185,65 @@ pub(super) fn duration(ms: u64) -> String {
     }
 }
 
+/// Bytes in the unit that reads best.
+pub(super) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// A date from seconds since 1970.
+pub(super) fn date(seconds: u64) -> String {
+    let known = i64::try_from(seconds).ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
+    known.map_or_else(|| format!("second {seconds}"), |time| time.strftime("%Y-%m-%d %H:%M UTC").to_string())
+}
+
+/// A clock's difference from the primary's.
+pub(super) fn clock(ahead_ms: i64) -> String {
+    match ahead_ms {
+        0 => "exact".to_owned(),
+        1.. => format!("{} ahead", duration(ahead_ms.unsigned_abs())),
+        _ => format!("{} behind", duration(ahead_ms.unsigned_abs())),
+    }
+}
+
+/// Whether something is as it must be.
+pub(super) fn mark(ok: bool, colour: bool) -> String {
+    if ok { Paint(colour).text("32", "✓") } else { Paint(colour).text("1;31", "✗") }
+}
+
+/// Colours on a terminal, unless the user said NO_COLOR (<https://no-color.org>).
+pub(super) fn colour(out: &impl IsTerminal) -> bool {
+    out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::cli::health::tests::healthy;
+
+    /// A host that asks.
+    pub(in crate::cli) fn request(name: &str) -> Request {
+        Request {
+            id: format!("secret of {name}"),
+            name: name.into(),
+            address: "192.0.2.7".into(),
+            port: 8086,
+            version: "0.1.0".into(),
+            fingerprint: format!("AB:CD:{name}"),
+            csr: String::new(),
+            console_csr: String::new(),
+            console_names: Vec::new(),
+            clock_ms: -12,
+            at: 0,
+            until: 86_400,
+        }
+    }
 
     #[test]
     fn the_table_is_what_the_manual_shows() {
@@ -130,18 +262,64 @@ node3   127.0.0.3:8086  DOWN           3      120    7       -         never  0.
 * this node; the lines of the others are as this node last heard of them
 ! node3 (127.0.0.3:8086) is DOWN, never heard of: check that its host is up and see `systemctl status twistlockd` there.
 ";
-        assert_eq!(render(&status, false), expected);
+        assert_eq!(render(&status, false, 0), expected);
     }
 
     #[test]
     fn colours_only_when_asked_for() {
-        assert!(!render(&healthy(), false).contains('\x1b'));
-        assert!(render(&healthy(), true).contains("\x1b[1;32mPRIMARY\x1b[0m"));
+        assert!(!render(&healthy(), false, 0).contains('\x1b'));
+        assert!(render(&healthy(), true, 0).contains("\x1b[1;32mPRIMARY\x1b[0m"));
     }
 
     #[test]
     fn durations_read_well() {
         let texts = [0, 999, 1_000, 119_999, 120_000, 7_200_000, 172_800_000].map(duration);
         assert_eq!(texts, ["0 ms", "999 ms", "1 s", "119 s", "2 min", "2 h", "2 days"]);
+    }
+
+    #[test]
+    fn a_cluster_in_the_making_shows_all_that_is_under_way() {
+        let mut status = healthy();
+        status.members.pop();
+        status.membership.members.pop();
+        status.members[1].state = Role::Startup2;
+        status.members[1].voter = false;
+        status.members[1].sync = Some(SyncProgress { bytes: 1 << 30, total: 3 << 30 });
+        status.membership.members[1].voter = false;
+        status.membership.requests.push(request("host7"));
+        status.membership.removed.push(Removed { id: 3, name: "node3".into(), at: 1_000 });
+        status.membership.pause = Some(Pause { until: 3_600, primary: 1 });
+        let expected = "\
+DEGRADED: node1 is PRIMARY (1 of 2 members up)
+PAUSED until 1970-01-01 01:00 UTC (for 30 min): if node1 fails, nobody takes over. End it: twistcli ha resume
+
+NODE    ADDRESS         STATE         EPOCH  APPLIED  LAG   LEASE  LAST CONTACT  VERSION
+node1*  127.0.0.1:8086  PRIMARY           3      120    0  380 ms             -  0.1.0
+node2   127.0.0.2:8086  STARTUP2          3      120    0       -     12 ms ago  0.1.0
+host7   192.0.2.7:8086  REQUEST_JOIN      -        -    -       -             -  0.1.0
+node3   -               REMOVED           -        -    -       -             -  -
+
+* this node; the lines of the others are as this node last heard of them
+node2 copies the database  [##########--------------------]  33 %  1.0 GiB of 3.0 GiB
+host7 asks to join until 1970-01-02 00:00 UTC; clock 12 ms behind; fingerprint
+    AB:CD:host7
+! node2 (127.0.0.2:8086) is in STARTUP2: it becomes SECONDARY by itself when it has caught up.
+Next: 1 host asks to join; compare the fingerprint, then `twistcli ha apply`
+Next: wait until the newcomers have caught up: `twistcli ha status --watch`
+Next: when the maintenance is done, `twistcli ha resume`
+";
+        assert_eq!(render(&status, false, 1_800), expected);
+        assert!(!render(&status, false, 3_600).contains("PAUSED"));
+        assert!(!render(&status, false, 1_000 + SHOW_REMOVED_S).contains("REMOVED"));
+        assert!(!render(&status, false, 1_800).contains("secret"));
+    }
+
+    #[test]
+    fn sizes_and_clocks_read_well() {
+        let texts = [0, 1_023, 1_024, 1_572_864, u64::MAX].map(size);
+        assert_eq!(texts, ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "16777216.0 TiB"]);
+        assert_eq!([0, 5, -2_000].map(clock), ["exact", "5 ms ahead", "2 s behind"]);
+        assert_eq!(date(1_793_383_200), "2026-10-30 18:00 UTC");
+        assert!(date(u64::MAX).starts_with("second"));
     }
 }

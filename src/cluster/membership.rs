@@ -24,8 +24,12 @@ const MAX_NAME: usize = 253;
 const REMEMBERED: usize = 32;
 /// Requests to join and invitations that may be open at one time.
 const MAX_OPEN: usize = 8;
-/// Longest certificate or signing request, in bytes of PEM.
+/// Longest certificate, in bytes of PEM.
 const MAX_PEM: usize = 2048;
+/// Longest signing request, in bytes of PEM: for a P-256 key it needs about 500.
+const MAX_CSR: usize = 1024;
+/// Length of all names of a host's Console certificate together, in bytes: the certificate must stay below [`MAX_PEM`].
+const MAX_NAMES: usize = 768;
 
 /// Identity of a cluster: 128 random bits, written as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -92,6 +96,8 @@ pub struct Admission {
     pub request: String,
     /// The node's certificate, PEM.
     pub certificate: String,
+    /// The certificate of its Console, PEM.
+    pub console_certificate: String,
 }
 
 impl Member {
@@ -114,8 +120,11 @@ pub struct Request {
     pub version: String,
     /// Fingerprint of its public key, which both sides show.
     pub fingerprint: String,
-    /// Its certificate signing request, PEM.
+    /// Its signing request for the node's certificate, PEM.
     pub csr: String,
+    /// Its signing request for the Console's certificate, PEM, and the names that it is to have.
+    pub console_csr: String,
+    pub console_names: Vec<String>,
     /// Milliseconds by which its clock is ahead of the primary's.
     pub clock_ms: i64,
     /// When it came and when it expires, in seconds since 1970.
@@ -153,6 +162,8 @@ pub struct Newcomer {
     pub request: String,
     /// The node's certificate, PEM.
     pub certificate: String,
+    /// The certificate of its Console, PEM.
+    pub console_certificate: String,
 }
 
 /// A member of the past.
@@ -309,7 +320,21 @@ impl Membership {
             }
         }
         next.check()?;
-        Ok(next)
+        // Checked here, too: an entry that no member can read would stop them all.
+        match next.encode().len() {
+            0..=MAX_ENCODED => Ok(next),
+            length => Err(Impossible(format!("a membership of {length} bytes is longer than {MAX_ENCODED}"))),
+        }
+    }
+
+    /// What everybody who may look at the cluster may see: no key, no invitation, no request that could be picked up.
+    pub fn public(&self) -> Self {
+        let mut public = Self { invitations: Vec::new(), authority: None, ..self.clone() };
+        public.members.iter_mut().for_each(|member| member.admission = None);
+        for request in &mut public.requests {
+            (request.id, request.csr, request.console_csr) = Default::default();
+        }
+        public
     }
 
     fn invite(&mut self, invitation: &Invitation) -> Result<(), Impossible> {
@@ -341,7 +366,10 @@ impl Membership {
                 self.requests.len()
             )));
         }
-        if request.csr.len() > MAX_PEM || request.version.len() > MAX_NAME || request.id.len() > MAX_NAME {
+        let names: usize = request.console_names.iter().map(|name| name.len() + 3).sum();
+        let csr = request.csr.len().max(request.console_csr.len());
+        let label = request.version.len().max(request.id.len()).max(request.fingerprint.len());
+        if csr > MAX_CSR || names > MAX_NAMES || label > MAX_NAME {
             return Err(Impossible("the request is too long".to_owned()));
         }
         let Request { name, address, port, .. } = request.clone();
@@ -384,7 +412,11 @@ impl Membership {
             let place = self.requests.iter().position(|request| request.id == host.request);
             let place = place.ok_or_else(|| Impossible("a request to join is gone: look again".to_owned()))?;
             let Request { name, address, port, id, .. } = self.requests.remove(place);
-            let admission = Admission { request: id, certificate: host.certificate.clone() };
+            if host.certificate.len().max(host.console_certificate.len()) > MAX_PEM {
+                return Err(Impossible(format!("a certificate of {name} is longer than {MAX_PEM} bytes")));
+            }
+            let (certificate, console_certificate) = (host.certificate.clone(), host.console_certificate.clone());
+            let admission = Admission { request: id, certificate, console_certificate };
             self.push(host.id, name, address, port, Some(admission))?;
             self.next_id = host.id + 1;
         }
@@ -491,6 +523,8 @@ mod tests {
             version: "1.2.3".to_owned(),
             fingerprint: format!("AB:{id}"),
             csr: String::new(),
+            console_csr: String::new(),
+            console_names: Vec::new(),
             clock_ms: 0,
             at: 10,
             until: 20,
@@ -498,7 +532,8 @@ mod tests {
     }
 
     fn newcomer(id: NodeId) -> Newcomer {
-        Newcomer { id, request: format!("request{id}"), certificate: String::new() }
+        let request = format!("request{id}");
+        Newcomer { id, request, certificate: String::new(), console_certificate: String::new() }
     }
 
     fn ask(membership: &Membership, id: NodeId) -> Membership {
@@ -559,7 +594,8 @@ mod tests {
         assert!(join(|host| host.name = "<script>".to_owned()).unwrap_err().contains("not a host name"));
         assert!(join(|host| host.address = "a b".to_owned()).unwrap_err().contains("neither"));
         assert!(join(|host| host.port = 0).unwrap_err().contains("port 0"));
-        assert!(join(|host| host.csr = " ".repeat(MAX_PEM + 1)).unwrap_err().contains("too long"));
+        assert!(join(|host| host.csr = " ".repeat(MAX_CSR + 1)).unwrap_err().contains("too long"));
+        assert!(join(|host| host.console_names = vec!["a".repeat(99); 9]).unwrap_err().contains("too long"));
         assert!(join(|_| {}).is_ok());
     }
 

@@ -129,6 +129,8 @@ pub struct Cluster<S: Storage> {
     quiet_until: u64,
     /// End of the time in which this node should not be elected, because it could not serve.
     unfit_until: u64,
+    /// Since when no leader is known.
+    leaderless_since: Option<u64>,
     /// Ticks for which it has held back its own candidacy.
     withheld: usize,
     /// The epoch in which this node last was on its way to the ports. It never serves twice in one epoch.
@@ -168,6 +170,8 @@ struct Campaign {
 /// First pause between two attempts to be elected, in nanoseconds; doubled each time.
 const FIRST_RETRY: u64 = 10_000_000;
 const LAST_RETRY: u64 = 640_000_000;
+/// Time without a leader after which a node that could not serve well stands like any other, in nanoseconds.
+const DESPERATE: u64 = 1_500_000_000;
 
 impl<S: Storage> Cluster<S> {
     /// A node that starts at `now` with its raft log.
@@ -193,6 +197,7 @@ impl<S: Storage> Cluster<S> {
             lease: Lease::default(),
             quiet_until: now + timing.quiet,
             unfit_until: 0,
+            leaderless_since: None,
             withheld: 0,
             promote_sent: false,
             confirmed: 0,
@@ -515,7 +520,13 @@ impl<S: Storage> Cluster<S> {
             }
             self.handover = None;
         }
-        self.election.prefer(now >= self.unfit_until);
+        if self.election.leader().is_some() {
+            self.leaderless_since = None;
+        }
+        let since = *self.leaderless_since.get_or_insert(now);
+        // A voter with a longer log of an older epoch refuses whoever is not preferred, although it must not be elected
+        // itself: after a while any primary is better than none. It lets the others catch up, and gives up.
+        self.election.prefer(now >= self.unfit_until || now - since >= DESPERATE);
         self.run_campaign(now);
     }
 

@@ -200,6 +200,25 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::Port(&mut config.high_availability_port),
     },
     Key {
+        name: "HIGH_AVAILABILITY_ADDRESS",
+        section: AVAILABILITY,
+        group: "Cluster of three nodes",
+        default: "",
+        doc: &[
+            "Address by which the other nodes reach this host. Counts at the first start, as does the name below.",
+            "Empty: BIND_ADDRESS, or else the first address of this host that others can reach.",
+        ],
+        slot: |config| Slot::CommonName(&mut config.high_availability_address),
+    },
+    Key {
+        name: "HIGH_AVAILABILITY_NAME",
+        section: AVAILABILITY,
+        group: "Cluster of three nodes",
+        default: "",
+        doc: &["Name of this node, unlike that of any other. Empty: the name of this host."],
+        slot: |config| Slot::CommonName(&mut config.high_availability_name),
+    },
+    Key {
         name: "CLUSTERED_DB_ENABLED",
         section: AVAILABILITY,
         group: "Pool of three to seven members",

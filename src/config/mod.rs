@@ -89,6 +89,10 @@ config! {
     high_availability_state: FirstState,
     /// `HIGH_AVAILABILITY_PORT`; always present when high availability is enabled.
     high_availability_port: Option<u16>,
+    /// `HIGH_AVAILABILITY_ADDRESS`: how other nodes reach this host; none: found out. Counts at the first start.
+    high_availability_address: Option<String>,
+    /// `HIGH_AVAILABILITY_NAME`; none: the host's name. Counts at the first start. See [`Config::member_name`].
+    high_availability_name: Option<String>,
     /// `CLUSTERED_DB_ENABLED`.
     clustered_db_enabled: bool,
     /// `LEASE_MS`: how long ports may stay open without hearing from a majority.
@@ -174,14 +178,23 @@ impl Default for Config {
 impl Config {
     /// The common name of the Console's certificate: `CONSOLE_CN`, or the name that the kernel knows for this host.
     pub fn common_name(&self) -> String {
-        let host = || nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-        self.console_cn.clone().or_else(host).unwrap_or_else(|| "localhost".to_owned())
+        self.console_cn.clone().unwrap_or_else(host_name)
+    }
+
+    /// The name of this node among the members: `HIGH_AVAILABILITY_NAME`, or the name that the kernel knows for this host.
+    pub fn member_name(&self) -> String {
+        self.high_availability_name.clone().unwrap_or_else(host_name)
     }
 
     /// The Unix socket for local administration: `CONTROL_SOCKET`, or `control.sock` in the data folder.
     pub fn control_socket_path(&self) -> PathBuf {
         self.control_socket.clone().unwrap_or_else(|| self.data_folder.join("control.sock"))
     }
+}
+
+fn host_name() -> String {
+    let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    name.filter(|name| !name.is_empty()).unwrap_or_else(|| "localhost".to_owned())
 }
 
 /// A valid file: its settings and what is still to be said about it.

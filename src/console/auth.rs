@@ -3,13 +3,14 @@
 
 use std::{
     collections::HashMap,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
 use axum::{
     Json,
-    extract::{FromRequestParts, State},
+    extract::{ConnectInfo, FromRequestParts, State},
     http::{HeaderMap, header, request::Parts},
 };
 use base64::{
@@ -22,7 +23,9 @@ use ring::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Console, errors::ApiError, extract::Body, password::Hasher, store::StoreError, throttle::Throttle};
+use super::{
+    Console, errors::ApiError, extract::Body, password::Hasher, programs, store::StoreError, throttle::Throttle,
+};
 
 /// How long a token is valid.
 const TOKEN_LIFE: Duration = Duration::from_secs(30 * 60);
@@ -30,6 +33,12 @@ const TOKEN_LIFE: Duration = Duration::from_secs(30 * 60);
 const CACHE_LIFE: Duration = Duration::from_secs(60);
 /// Verified names and passwords remembered.
 const CACHE_SIZE: usize = 1024;
+/// The role that may change the cluster, as the database has it.
+const ADMINISTRATOR: &str = "admin";
+/// The roles that may let a host ask to join: Defender Manager or higher.
+const INSTALLERS: [&str; 3] = [ADMINISTRATOR, "operator", "defenderManager"];
+/// How every join token begins; no token of `authenticate` does, since those have no dot.
+const JOIN_TOKEN: &str = "TWJ1.";
 /// Longest name and password that are looked at, in bytes.
 pub(super) const LONGEST: usize = 1024;
 
@@ -182,6 +191,74 @@ impl FromRequestParts<Arc<Console>> for User {
             }
             None => Err(ApiError::Unauthorized("log in with a bearer token or with Basic")),
         }
+    }
+}
+
+/// A user who may change the cluster.
+#[derive(Clone, Debug)]
+pub(super) struct Administrator(pub(super) User);
+
+impl FromRequestParts<Arc<Console>> for Administrator {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
+        let user = User::from_request_parts(parts, console).await?;
+        permit(console, &user, &[ADMINISTRATOR], "an Administrator").await?;
+        Ok(Self(user))
+    }
+}
+
+/// Who may have the join script and the programs.
+#[derive(Clone)]
+pub(super) enum Installer {
+    User(User),
+    /// A host that is no member yet, by its join token.
+    Host { token: String },
+}
+
+impl FromRequestParts<Arc<Console>> for Installer {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
+        let source = Source::from_request_parts(parts, console).await?;
+        if let Some(host) = programs::installer(console, &parts.headers, source)? {
+            return Ok(host);
+        }
+        let user = User::from_request_parts(parts, console).await?;
+        permit(console, &user, &INSTALLERS, "a Defender Manager or higher").await?;
+        Ok(Self::User(user))
+    }
+}
+
+async fn permit(console: &Console, user: &User, roles: &[&str], needed: &str) -> Result<(), ApiError> {
+    let mut reading = console.store.read().await?;
+    let query = sqlx::query_scalar("SELECT role FROM users WHERE name = ?").bind(&user.name);
+    let role: Option<String> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
+    if role.is_some_and(|role| roles.contains(&role.as_str())) {
+        return Ok(());
+    }
+    Err(ApiError::Forbidden(format!("this needs the role of {needed}")))
+}
+
+/// The address that a request comes from: what guesses of secrets are counted against.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Source(pub(super) IpAddr);
+
+impl FromRequestParts<Arc<Console>> for Source {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Arc<Console>) -> Result<Self, ApiError> {
+        // Whoever serves the connection puts it there.
+        let info = parts.extensions.get::<ConnectInfo<SocketAddr>>().ok_or(ApiError::Internal)?;
+        Ok(Self(info.0.ip()))
+    }
+}
+
+/// The join token that is sent as a bearer token, good or not.
+pub(super) fn join_token(headers: &HeaderMap) -> Option<String> {
+    match credentials(headers)? {
+        Credentials::Bearer(token) if token.starts_with(JOIN_TOKEN) => Some(token),
+        _ => None,
     }
 }
 

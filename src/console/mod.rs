@@ -2,16 +2,18 @@
 //! Must never know about roles, leases or sockets: who runs it decides when it runs.
 
 mod auth;
+mod cluster;
 mod errors;
 mod extract;
 mod password;
+mod programs;
 mod store;
 mod system;
 mod tags;
 mod throttle;
 mod users;
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -19,20 +21,34 @@ use axum::{
     http::{HeaderValue, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post, put},
+    routing::{delete, get, post, put},
 };
 use sqlx::sqlite::SqliteConnectOptions;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::node::Status;
+use crate::{admin::Admin, join::Kit, node::Status};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
 /// Longest time from a request's head to its response.
 const REQUEST: Duration = Duration::from_secs(30);
+
+/// What the Console does for the cluster that it runs in.
+#[derive(Clone)]
+pub struct Services {
+    pub admin: Arc<Admin>,
+    /// What new hosts download.
+    pub kit: Arc<Kit>,
+}
+
+impl fmt::Debug for Services {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Services").finish_non_exhaustive()
+    }
+}
 
 /// The Console of one opening.
 #[derive(Debug)]
@@ -40,6 +56,9 @@ pub struct Console {
     store: Store,
     logins: auth::Logins,
     status: watch::Receiver<Arc<Status>>,
+    /// None where there is no cluster to administer.
+    services: Option<Services>,
+    downloads: Arc<Semaphore>,
 }
 
 impl Console {
@@ -50,8 +69,11 @@ impl Console {
     pub fn new(
         database: SqliteConnectOptions,
         status: watch::Receiver<Arc<Status>>,
+        services: Option<Services>,
     ) -> Result<Arc<Self>, ring::error::Unspecified> {
-        Ok(Arc::new(Self { store: Store::new(database), logins: auth::Logins::new()?, status }))
+        let (store, logins) = (Store::new(database), auth::Logins::new()?);
+        let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
+        Ok(Arc::new(Self { store, logins, status, services, downloads }))
     }
 
     /// Opens the database and brings the schema up to date.
@@ -70,7 +92,10 @@ impl Console {
             .route("/settings/initialized", get(users::initialized))
             .route("/signup", post(users::signup))
             .route("/authenticate", post(auth::authenticate))
-            .route("/high-availability", get(system::high_availability))
+            .route("/scripts/console.sh", get(programs::script))
+            .route("/programs/{name}", get(programs::program))
+            .route("/certs/ca.pem", get(programs::ca))
+            .nest("/high-availability", cluster())
             .route("/tags", get(tags::list).post(tags::create))
             .route("/tags/{name}", put(tags::replace).delete(tags::remove));
         Router::new()
@@ -87,6 +112,20 @@ impl Console {
     pub async fn stop(&self) {
         self.store.close().await;
     }
+}
+
+fn cluster() -> Router<Arc<Console>> {
+    Router::new()
+        .route("/", get(cluster::status))
+        .route("/join-script", get(programs::line))
+        .route("/requests", post(cluster::request))
+        .route("/requests/{id}", get(cluster::request_state).delete(cluster::reject))
+        .route("/apply", post(cluster::apply))
+        .route("/members/{member}", delete(cluster::remove))
+        .route("/members/{member}/address", put(cluster::readdress))
+        .route("/switchover", post(cluster::switchover))
+        .route("/pause", post(cluster::pause))
+        .route("/resume", post(cluster::resume))
 }
 
 async fn no_route(uri: Uri) -> ApiError {

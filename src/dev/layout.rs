@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     cluster::{ClusterId, Member, Membership, NodeId},
     config::{self, Config},
-    pki::Authority,
+    pki::{Authority, ClusterKey},
     storage::{DataDir, DataDirError, Identity, durable_write, make_private_dir},
 };
 
@@ -169,9 +169,12 @@ impl Layout {
         let port = HA_PORT + self.port_offset;
         let members =
             (1..).zip(&self.cluster.nodes).map(|(id, node)| Member::founder(id, &node.name, &node.address, port));
-        let membership = Membership::founded(id, members.collect());
+        let key = ClusterKey::generate();
+        let mut membership = Membership::founded(id, members.collect());
+        membership.authority = Some(authority.seal(&key).context("seal the certificate authority")?);
         for (index, node) in self.cluster.nodes.iter().enumerate() {
             self.create_node(index, node, &membership, &authority).with_context(|| format!("set {} up", node.name))?;
+            key.save(&node.data.join("certificates"))?;
         }
         Ok(())
     }

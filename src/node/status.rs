@@ -45,6 +45,7 @@ pub struct Status {
     /// All members in rank order, this one included.
     pub members: Vec<MemberStatus>,
     /// The membership in force here, with requests to join, removals and a pause.
+    #[serde(serialize_with = "without_secrets")]
     pub membership: Membership,
     /// What is wrong and what to do about it, in sentences; empty when all is well.
     pub warnings: Vec<String>,
@@ -52,6 +53,11 @@ pub struct Status {
     /// must let go as soon as the role changes: the daemon exits when that takes longer than the demotion deadline.
     #[serde(skip)]
     pub database: Option<Arc<PrimaryDatabase>>,
+}
+
+/// Whoever may look at a status may not see what lets a host in.
+fn without_secrets<S: serde::Serializer>(membership: &Membership, serializer: S) -> Result<S::Ok, S::Error> {
+    membership.public().serialize(serializer)
 }
 
 impl Status {

@@ -11,7 +11,7 @@ use tokio::{
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     PeerIdentity, SnapshotCall,
@@ -241,9 +241,6 @@ impl Call {
                 "two processes use the identity of node {from}, and the other one is linked: was its data folder \
                  copied? Stop one of the two"
             );
-            if self.complaints.is_new(Subject::Twins(from), &reason) {
-                error!(peer = from, from = %self.from, "two processes use the identity of this node: stop one of the two");
-            }
             if !self.sender.hand_over(Handover::Twins(from)) {
                 debug!(peer = from, "the consensus loop is not told of the twins");
             }

@@ -19,8 +19,8 @@ pub const MAX_FRAME: usize = 4 << 20;
 pub const MAX_ENTRIES: usize = 4096;
 /// Longest program version, in bytes.
 pub const MAX_VERSION: usize = 64;
-/// Longest reason of a refusal, in bytes.
-pub const MAX_REASON: usize = 256;
+/// Longest reason of a refusal, in bytes: a sentence and the name of a host.
+pub const MAX_REASON: usize = 512;
 /// Longest context of a message or an entry, in bytes: a change of the membership carries all of it in its entry.
 pub const MAX_CONTEXT: usize = 64 << 10;
 /// Longest data of a snapshot message, in bytes: it carries metadata, never the database.

@@ -73,7 +73,7 @@ fn hello() -> impl Strategy<Value = Hello> {
 
 fn refusal() -> impl Strategy<Value = Refusal> {
     let code = prop_oneof![Just(RefusalCode::Other), Just(RefusalCode::Removed), Just(RefusalCode::Busy)];
-    (code, "[a-z ]{0,256}").prop_map(|(code, reason)| Refusal { code, reason })
+    (code, "[a-z ]{0,512}").prop_map(|(code, reason)| Refusal { code, reason })
 }
 
 fn report() -> impl Strategy<Value = NodeReport> {

@@ -116,8 +116,6 @@ pub(super) enum Subject {
     Dialled(NodeId),
     /// A certified node, as it calls.
     Caller(NodeId),
-    /// A node whose identity two processes use.
-    Twins(NodeId),
     /// Somebody who did not get as far as proving who they are.
     Stranger(IpAddr),
 }

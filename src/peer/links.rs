@@ -12,7 +12,7 @@ use metrics::counter;
 use mio::{Events, Interest, Poll, Registry, Token, Waker, event::Event};
 use raft::eraftpb::{Message, MessageType};
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{
     codec::{self, CodecError, Frame, NodeReport},
@@ -312,6 +312,7 @@ impl Links {
             Handover::Twins(peer) => match self.twins.iter_mut().find(|(known, _)| *known == peer) {
                 Some((_, seen)) => *seen = Instant::now(),
                 None => {
+                    error!(peer, "two processes use the identity of this node: stop one of the two");
                     self.twins.push((peer, Instant::now()));
                     events.push(PeerEvent::Twins { peer, gone: false });
                 }

@@ -23,7 +23,7 @@ use self::{
 use crate::{
     guard::{GuardState, PortGuard},
     node::{Lease, Status, lease::boottime},
-    workload::Workload,
+    workload::{Services, Workload},
 };
 
 pub use ports::{ConsolePorts, tls_config};
@@ -99,6 +99,7 @@ pub struct Supervisor {
     inputs: Inputs,
     guard: PortGuard,
     state: watch::Sender<SupervisorState>,
+    services: Option<Services>,
 }
 
 /// Everything that decides whether the ports should be open.
@@ -211,7 +212,13 @@ impl Supervisor {
         let (state, seen) = watch::channel(SupervisorState::default());
         let (hold, held) = watch::channel(false);
         let inputs = Inputs { status, lease, guard: guard.state(), held };
-        (Self { config, inputs, guard, state }, SupervisorHandle { held: hold, state: seen })
+        (Self { config, inputs, guard, state, services: None }, SupervisorHandle { held: hold, state: seen })
+    }
+
+    /// What the Console does for the cluster; without it, there is none to administer. It needs this supervisor's handle, so
+    /// it comes after [`Self::new`].
+    pub fn offer(&mut self, services: Services) {
+        self.services = Some(services);
     }
 
     /// Runs until the node's status channel closes; everything is closed and stopped then.
@@ -259,7 +266,7 @@ impl Supervisor {
 
     /// Starts the workload, then opens the ports. Gives up as soon as the role is lost.
     async fn open(&mut self, epoch: u64, lapses: u64) -> anyhow::Result<Running> {
-        let workload = Workload::start(epoch, self.inputs.status.clone())?;
+        let workload = Workload::start(epoch, self.inputs.status.clone(), self.services.clone())?;
         self.publish(|state| state.running = true);
         let mut watched = self.inputs.clone();
         let result = tokio::select! {

@@ -1,9 +1,12 @@
 //! Accepts connections and serves them until the opening ends: TLS, HTTP/1.1, limits. Must never write to a socket but
 //! through [`LeasedStream`].
 
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use axum::Router;
+use axum::{
+    Router,
+    extract::{ConnectInfo, Request},
+};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -15,6 +18,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_rustls::TlsAcceptor;
+use tower::ServiceExt;
 
 use super::{
     leased::{LeasedStream, Opening, Phase},
@@ -90,8 +94,8 @@ async fn accept(service: Service, listener: &TcpListener, shared: &Shared) {
         // Before accepting: the kernel's queue is the place to wait.
         let Ok(place) = Arc::clone(&shared.places).acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(connection(service, stream, shared.clone(), place));
+            Ok((stream, from)) => {
+                tokio::spawn(connection(service, stream, from, shared.clone(), place));
             }
             // The listening socket was shut down by the guard or by ourselves: the opening ends in a moment.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
@@ -111,7 +115,13 @@ fn is_of_the_client(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
 }
 
-async fn connection(service: Service, stream: TcpStream, shared: Shared, place: OwnedSemaphorePermit) {
+async fn connection(
+    service: Service,
+    stream: TcpStream,
+    from: SocketAddr,
+    shared: Shared,
+    place: OwnedSemaphorePermit,
+) {
     let opening = Arc::clone(&shared.opening);
     // Small answers leave at once. It fails only if the client is gone.
     let _ = stream.set_nodelay(true);
@@ -120,7 +130,7 @@ async fn connection(service: Service, stream: TcpStream, shared: Shared, place: 
         biased;
         // Drops everything, the request that runs too; the stream resets the connection.
         () = opening.reached(Phase::Closed) => {}
-        result = serve(service, stream, shared) => {
+        result = serve(service, stream, from, shared) => {
             if let Err(error) = result {
                 tracing::debug!("a connection to the Console ended: {error:#}");
             }
@@ -129,24 +139,32 @@ async fn connection(service: Service, stream: TcpStream, shared: Shared, place: 
     drop(place);
 }
 
-async fn serve(service: Service, stream: LeasedStream, shared: Shared) -> anyhow::Result<()> {
+async fn serve(service: Service, stream: LeasedStream, from: SocketAddr, shared: Shared) -> anyhow::Result<()> {
     if service == Service::Http {
-        return http(stream, shared).await;
+        return http(stream, from, shared).await;
     }
     let stream = tokio::time::timeout(HANDSHAKE, shared.tls.accept(stream)).await??;
     if service == Service::Defender {
         tracing::debug!("closed a connection to the Defender port: Defenders are not supported yet");
         return Ok(());
     }
-    http(stream, shared).await
+    http(stream, from, shared).await
 }
 
-async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(stream: S, shared: Shared) -> anyhow::Result<()> {
+async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    from: SocketAddr,
+    shared: Shared,
+) -> anyhow::Result<()> {
+    let service = shared.router.map_request(move |mut request: Request<_>| {
+        request.extensions_mut().insert(ConnectInfo(from));
+        request
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_buf_size(BUFFER)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(shared.router));
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     let mut connection = pin!(connection);
     tokio::select! {
         result = connection.as_mut() => return Ok(result?),

@@ -24,7 +24,10 @@ use held::Held;
 use network::Wall;
 use nix::sys::signal::Signal;
 use sampler::Sampler;
-use twistlock_ha::node::Status;
+use twistlock_ha::{
+    control::{self, Reply, Request},
+    node::Status,
+};
 use writers::Writers;
 
 /// Concurrent clients.
@@ -119,6 +122,75 @@ fn sigterm_of_the_primary() {
     let _alone = alone();
     let fault = Fault { name: "SIGTERM", rounds: rounds(5), expected: &[], by_lease: false };
     repeat(&fault, |_, _, _| (), send(Signal::SIGTERM), |_, _, ()| {});
+}
+
+/// Planned: the ports are drained, the last transaction is replicated, then the role goes over.
+#[test]
+fn switchover_under_load() {
+    let _alone = alone();
+    let fault = Fault { name: "switchover", rounds: rounds(20), expected: &[], by_lease: false };
+    let ask = |cluster: &Cluster, primary: usize, (): &mut ()| {
+        let request = Request::StepDown { reason: "a test".to_owned() };
+        let reply = control::request(&cluster.node(primary).control, &request, cluster::LIMIT).unwrap();
+        assert!(matches!(reply, Reply::Ok(_)), "{reply:?}");
+    };
+    repeat(&fault, |_, _, _| (), ask, |_, _, ()| {});
+}
+
+/// The new primary is killed while the old one is still coming back: what both acknowledged must be there.
+#[test]
+fn kill_9_of_the_next_primary_too() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let sampler = Sampler::start(cluster.port_offset);
+    let writers = Writers::start(&cluster.file(), WRITERS);
+    let mut gaps = Vec::new();
+    for round in 1..=rounds(5) {
+        let first = cluster.primary();
+        let before = cluster.node(first).pid;
+        let fault = Instant::now();
+        cluster.signal(first, Signal::SIGKILL);
+        writers.wait_success(fault, |node| node != first).expect("a write on the next primary");
+        let second = cluster.primary();
+        assert_ne!(first, second, "round {round}");
+        // As early as a process can be harmful: it exists, and may not even have opened its raft log.
+        cluster.wait_for("the old primary's new process", |_| {
+            cluster.node(first).pid.is_some_and(|pid| Some(pid) != before)
+        });
+        let fault = Instant::now();
+        cluster.signal(second, Signal::SIGKILL);
+        gaps.push(writers.wait_success(fault, |node| node != second).expect("a write after the second kill"));
+        cluster.wait_healthy();
+    }
+    let (written, sampled) = (writers.verify(), sampler.verify());
+    let compared = cluster.finish(LEASE_LOST);
+    report("kill -9 of the next primary while the old one comes back", &mut gaps);
+    println!("  {written}\n  {sampled}\n  {compared}");
+}
+
+/// The cable is out, in, and out again: some absences are shorter than a lease, some longer than an election.
+#[test]
+fn a_loose_cable() {
+    let _alone = alone();
+    network::in_private_network(|| {
+        let cluster = Cluster::start();
+        let sampler = Sampler::start(cluster.port_offset);
+        let writers = Writers::start(&cluster.file(), WRITERS);
+        for round in 0..rounds(3) {
+            for (out, back) in [(100, 50), (450, 20), (900, 300), (600, 10), (2000, 700)] {
+                let primary = cluster.primary();
+                network::isolate(primary, Wall::Links, cluster.port_offset);
+                pace_until(Instant::now() + Duration::from_millis(out));
+                network::heal();
+                pace_until(Instant::now() + Duration::from_millis(back));
+            }
+            cluster.wait_healthy();
+            writers.wait_success(Instant::now(), |_| true).unwrap_or_else(|| panic!("no write after round {round}"));
+        }
+        let (written, sampled) = (writers.verify(), sampler.verify());
+        let compared = cluster.finish(LEASE_LOST);
+        println!("loose cable: {written}\n  {sampled}\n  {compared}");
+    });
 }
 
 /// Connections that were in use before the process was frozen get a request each while it is: nothing may come back on

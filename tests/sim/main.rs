@@ -1,4 +1,4 @@
-//! Deterministic simulation of the consensus core: three real `Cluster`s over a fake network, disk and clock.
+//! Deterministic simulation of the consensus core: real `Cluster`s over a fake network, disk and clock.
 //! The invariants of DESIGN section 4 are checked after every step. `SEED=n` replays one seed, `SEEDS=n` sets how many
 //! are run. Owns no real time, no real files, no threads inside one seed.
 
@@ -61,12 +61,29 @@ fn invariants_hold_on_every_seed() {
     println!("{seeds} seeds: {total:?}");
     // A simulation in which nothing happens proves nothing.
     assert!(total.acknowledged > seeds * 20 && total.takeovers > seeds * 2 && total.crashes > seeds, "{total:?}");
+    assert!(total.removed > seeds / 4 && total.joined > seeds / 20, "{total:?}");
 }
 
 #[test]
 fn a_seed_runs_the_same_twice() {
     for seed in [1, 77, 4242] {
         assert_eq!(run(seed, Timing::default()), run(seed, Timing::default()), "seed {seed}");
+    }
+}
+
+/// Only the node that was primary when the pause began may come back as primary, however long that takes.
+#[test]
+fn while_takeover_is_paused_nobody_takes_over() {
+    for seed in 0..50 {
+        let mut world = World::new(seed, Timing::default());
+        world.heal();
+        world.run_until(CALM);
+        world.pause();
+        let before = world.crash_primary();
+        let takeovers = world.summary().takeovers;
+        world.run_until(2 * CALM);
+        assert_eq!(world.primary(), Some(before), "seed {seed}: {:?}", world.summary());
+        assert_eq!(world.summary().takeovers, takeovers + 1, "seed {seed}: only it comes back");
     }
 }
 

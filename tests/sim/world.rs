@@ -164,6 +164,8 @@ fn request(id: u64) -> Request {
         version: "1.2.3".to_owned(),
         fingerprint: format!("AB:{id}"),
         csr: String::new(),
+        console_csr: String::new(),
+        console_names: Vec::new(),
         clock_ms: 0,
         at: 0,
         until: 1,
@@ -228,10 +230,11 @@ impl World {
         let start = Start { membership, membership_index, conf_index, applied };
         let cluster = Cluster::new(&start, node.id, self.timing, node.log.clone(), now);
         node.cluster = Some(cluster.expect("the log can be read"));
+        let cluster = node.cluster.as_mut().expect("it was just made");
         if node.unfit {
-            let cluster = node.cluster.as_mut().expect("it was just made");
             cluster.set_unfit(now, u64::MAX);
         }
+        cluster.set_paused(now, node.membership.0.pause.as_ref().map_or(0, |pause| pause.until));
         let life = node.life;
         let phase = self.rng.random_range(0..25 * MILLI);
         self.schedule(phase, at, Event::Tick { life });
@@ -341,12 +344,44 @@ impl World {
             9 => self.loss = [0.0, 0.01, 0.1, 0.4][self.rng.random_range(0..4)],
             // One at a time: with two of them there may be nobody left to serve.
             10 if self.nodes.iter().all(|node| !node.unfit) => self.nodes[at].unfit = true,
-            10 => self.nodes.iter_mut().for_each(|node| node.unfit = false),
+            10 => (0..self.nodes.len()).for_each(|at| self.repair(at)),
             11 => self.stall = [0.0, 0.01, 0.3][self.rng.random_range(0..3)],
             12 => self.hand_over(at),
             _ => (0..self.nodes.len()).for_each(|at| self.reconfigure(at)),
         }
         self.check();
+    }
+
+    /// The position of the node with open ports.
+    pub fn primary(&self) -> Option<usize> {
+        self.nodes.iter().position(|node| node.ports_open(self.time))
+    }
+
+    /// Pauses automatic takeover for ever, and waits until every node knows.
+    pub fn pause(&mut self) {
+        let at = self.primary().expect("somebody serves");
+        let now = self.nodes[at].clock(self.time);
+        let cluster = self.nodes[at].cluster.as_mut().expect("it serves");
+        let until = u64::MAX;
+        cluster.change(now, &Change::Pause { until }).expect("nothing else is under way");
+        self.drive(at);
+        while self.nodes.iter().any(|node| node.membership.0.pause.is_none()) {
+            self.step();
+        }
+    }
+
+    /// Crashes the node with open ports; it starts again within two seconds. Returns its position.
+    pub fn crash_primary(&mut self) -> usize {
+        let at = self.primary().expect("somebody serves");
+        self.crash(at);
+        at
+    }
+
+    /// A node that could not serve is repaired, which takes a restart: it had given up on serving for good.
+    fn repair(&mut self, at: usize) {
+        if std::mem::take(&mut self.nodes[at].unfit) {
+            self.crash(at);
+        }
     }
 
     /// The administrator removes a member of a complete cluster, or lets a new host join an incomplete one. Whoever
@@ -362,8 +397,9 @@ impl World {
         } else if membership.requests.is_empty() {
             Change::Request { request: request(membership.next_id) }
         } else if membership.next_id == next {
-            let certificate = String::new();
-            Change::Admit { hosts: vec![Newcomer { id: next, request: request(next).id, certificate }] }
+            let (certificate, console_certificate) = Default::default();
+            let newcomer = Newcomer { id: next, request: request(next).id, certificate, console_certificate };
+            Change::Admit { hosts: vec![newcomer] }
         } else {
             return;
         };
@@ -383,6 +419,10 @@ impl World {
             if first && self.nodes.iter().all(|node| node.membership.1 < index) {
                 self.summary.joined += u64::from(membership.next_id > before.next_id);
                 self.summary.removed += u64::from(membership.removed.len() > before.removed.len());
+            }
+            let now = self.nodes[at].clock(self.time);
+            if let Some(cluster) = &mut self.nodes[at].cluster {
+                cluster.set_paused(now, membership.pause.as_ref().map_or(0, |pause| pause.until));
             }
             self.nodes[at].membership = (membership, index);
             if new {

@@ -6,20 +6,18 @@
 //! the URI `twistlock://<cluster id>/node/<node id>` says which one. Addresses are listed too, for people; nothing
 //! checks them, so that a host may change its address.
 
+mod authority;
+mod request;
+mod sealed;
+
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    net::IpAddr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256, SanType,
-};
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite,
     client::Resumption,
@@ -33,6 +31,12 @@ use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
 use crate::cluster::{ClusterId, NodeId};
 
+pub use authority::{Authority, Issued};
+pub use request::{
+    SigningRequest, certificate_expiry, certificate_key, console_request, new_key, node_request, request_with,
+};
+pub use sealed::ClusterKey;
+
 /// The authority's certificate, on every node.
 pub const CA_CERTIFICATE: &str = "ca.pem";
 /// The authority's private key, only on the node that signs.
@@ -43,16 +47,10 @@ pub const NODE_KEY: &str = "node-key.pem";
 /// The Console's certificate and key.
 pub const CONSOLE_CERTIFICATE: &str = "console-cert.pem";
 pub const CONSOLE_KEY: &str = "console-key.pem";
+/// The key that unseals the authority's private key; only on members.
+pub const CLUSTER_KEY: &str = "cluster.key";
 /// The DNS name in every node certificate, which TLS checks. `.internal` is reserved for private use.
 pub const PEER_NAME: &str = "node.twistlock.internal";
-
-const DAY: Duration = Duration::from_secs(86_400);
-const CA_DAYS: u32 = 3650;
-const LEAF_DAYS: u32 = 365;
-/// Certificates are valid a little before they are made: clocks of hosts differ.
-const BACKDATE: Duration = Duration::from_secs(3600);
-/// Longest common name that X.509 allows, in characters.
-const MAX_COMMON_NAME: usize = 64;
 
 /// What can be wrong with keys and certificates.
 #[derive(Debug, Error)]
@@ -62,163 +60,23 @@ pub enum PkiError {
     #[error("{} does not hold {expected}: {detail}", path.display())]
     Malformed { path: PathBuf, expected: &'static str, detail: String },
     #[error("cannot make a certificate: {0}")]
-    Generate(#[from] rcgen::Error),
+    Generate(String),
     #[error("the name '{0}' cannot be in a Console certificate")]
     Name(String),
     #[error("certificate and key cannot be used: {0}")]
     Tls(#[from] rustls::Error),
     #[error("{0}")]
     Identity(&'static str),
+    #[error("the signing request is refused: {0}")]
+    Request(&'static str),
+    #[error("the authority's private key cannot be unsealed: {0}")]
+    Sealed(&'static str),
 }
 
-/// A certificate and its private key, both PEM.
-#[derive(Clone)]
-pub struct Issued {
-    pub cert_pem: String,
-    pub key_pem: String,
-}
-
-impl Issued {
-    /// Writes certificate and key (mode 0600) as this node's.
-    ///
-    /// # Errors
-    /// [`PkiError::File`].
-    pub fn save_node(&self, dir: &Path) -> Result<(), PkiError> {
-        write_file(&dir.join(NODE_KEY), &self.key_pem, 0o600)?;
-        write_file(&dir.join(NODE_CERTIFICATE), &self.cert_pem, 0o644)
+impl From<rcgen::Error> for PkiError {
+    fn from(error: rcgen::Error) -> Self {
+        Self::Generate(error.to_string())
     }
-
-    /// Writes certificate and key (mode 0600) as the Console's.
-    ///
-    /// # Errors
-    /// [`PkiError::File`].
-    pub fn save_console(&self, dir: &Path) -> Result<(), PkiError> {
-        write_file(&dir.join(CONSOLE_KEY), &self.key_pem, 0o600)?;
-        write_file(&dir.join(CONSOLE_CERTIFICATE), &self.cert_pem, 0o644)
-    }
-}
-
-/// The cluster's certificate authority: ECDSA P-256.
-pub struct Authority {
-    cluster: ClusterId,
-    cert_pem: String,
-    key: KeyPair,
-}
-
-impl Authority {
-    /// Makes a new authority, valid for ten years.
-    ///
-    /// It has no name constraints: the Console's names are the administrator's choice, and X.509 libraries differ in
-    /// what they understand. What keeps Console certificates from being used by nodes is in [`peer_identity`].
-    ///
-    /// # Errors
-    /// [`PkiError::Generate`].
-    pub fn create(cluster: ClusterId) -> Result<Self, PkiError> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        // The cluster id in the name lets TLS tell "another cluster's authority" from "a forged signature".
-        let mut params = params(&format!("Twistlock {cluster}"), CA_DAYS);
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let cert_pem = params.self_signed(&key)?.pem();
-        Ok(Self { cluster, cert_pem, key })
-    }
-
-    /// Reads the authority of `cluster` from its folder.
-    ///
-    /// # Errors
-    /// [`PkiError::File`] or [`PkiError::Malformed`].
-    pub fn load(cluster: ClusterId, dir: &Path) -> Result<Self, PkiError> {
-        let cert_pem = read_file(&dir.join(CA_CERTIFICATE))?;
-        let path = dir.join(CA_KEY);
-        let key = KeyPair::from_pem(&read_file(&path)?).map_err(|error| malformed(path, "a private key", error))?;
-        Ok(Self { cluster, cert_pem, key })
-    }
-
-    /// Writes certificate and key (mode 0600).
-    ///
-    /// # Errors
-    /// [`PkiError::File`].
-    pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
-        write_file(&dir.join(CA_KEY), &self.key.serialize_pem(), 0o600)?;
-        self.save_certificate(dir)
-    }
-
-    /// Writes the certificate alone: what a node needs that does not sign.
-    ///
-    /// # Errors
-    /// [`PkiError::File`].
-    pub fn save_certificate(&self, dir: &Path) -> Result<(), PkiError> {
-        write_file(&dir.join(CA_CERTIFICATE), &self.cert_pem, 0o644)
-    }
-
-    /// The authority's certificate, PEM.
-    pub fn certificate_pem(&self) -> &str {
-        &self.cert_pem
-    }
-
-    /// Makes key and certificate of a node, valid for a year, for both ends of TLS. `name` and `addresses` (host names
-    /// or IP addresses) are for people.
-    ///
-    /// # Errors
-    /// [`PkiError::Generate`].
-    pub fn issue_node(&self, node: NodeId, name: &str, addresses: &[&str]) -> Result<Issued, PkiError> {
-        let mut params = params(name, LEAF_DAYS);
-        let uri = format!("twistlock://{}/node/{node}", self.cluster);
-        params.subject_alt_names = vec![SanType::DnsName(PEER_NAME.try_into()?), SanType::URI(uri.try_into()?)];
-        for address in addresses {
-            params.subject_alt_names.push(alternative_name(address)?);
-        }
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        self.sign(params)
-    }
-
-    /// Makes key and certificate of the Console, valid for a year, for `names` (host names or IP addresses); the first
-    /// one is the common name.
-    ///
-    /// # Errors
-    /// [`PkiError::Name`] for a name that nodes use among themselves or no name at all, [`PkiError::Generate`].
-    pub fn issue_console(&self, names: &[&str]) -> Result<Issued, PkiError> {
-        let first = names.first().ok_or_else(|| PkiError::Name(String::new()))?;
-        let mut params = params(first, LEAF_DAYS);
-        for name in names {
-            let wildcard_covers = name.strip_prefix("*.").is_some_and(|rest| PEER_NAME.ends_with(rest));
-            if name.eq_ignore_ascii_case(PEER_NAME) || wildcard_covers || name.is_empty() {
-                return Err(PkiError::Name((*name).to_owned()));
-            }
-            params.subject_alt_names.push(alternative_name(name)?);
-        }
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        self.sign(params)
-    }
-
-    fn sign(&self, mut params: CertificateParams) -> Result<Issued, PkiError> {
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.use_authority_key_identifier_extension = true;
-        let issuer = Issuer::from_ca_cert_pem(&self.cert_pem, &self.key)?;
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let cert_pem = params.signed_by(&key, &issuer)?.pem();
-        Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
-    }
-}
-
-fn params(common_name: &str, days: u32) -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    let common_name: String = common_name.chars().take(MAX_COMMON_NAME).collect();
-    params.distinguished_name.push(DnType::CommonName, common_name);
-    // A clock before 1970 gives a certificate that is not valid yet, which is what such a clock deserves.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let epoch = rcgen::date_time_ymd(1970, 1, 1);
-    params.not_before = epoch + now.saturating_sub(BACKDATE);
-    params.not_after = epoch + now + DAY * days;
-    params
-}
-
-fn alternative_name(name: &str) -> Result<SanType, PkiError> {
-    Ok(match name.parse::<IpAddr>() {
-        Ok(address) => SanType::IpAddress(address),
-        Err(_) => SanType::DnsName(name.try_into()?),
-    })
 }
 
 /// The SHA-256 fingerprint of a certificate (DER): upper-case hexadecimal pairs with colons, as browsers show it.
@@ -347,8 +205,25 @@ fn read_file(path: &Path) -> Result<String, PkiError> {
     fs::read_to_string(path).map_err(|source| PkiError::File { action: "read", path: path.into(), source })
 }
 
+/// Keeps a certificate that was signed elsewhere, or the key to it (`secret`: mode 0600), under one of the names above.
+///
+/// # Errors
+/// [`PkiError::File`].
+pub fn store_pem(dir: &Path, name: &str, pem: &str, secret: bool) -> Result<(), PkiError> {
+    write_file(&dir.join(name), pem, if secret { 0o600 } else { 0o644 })
+}
+
+/// The DER form of the first certificate in a PEM text.
+///
+/// # Errors
+/// [`PkiError::Identity`].
+pub fn certificate_der(pem: &str) -> Result<CertificateDer<'static>, PkiError> {
+    CertificateDer::from_pem_slice(pem.as_bytes())
+        .map_err(|_| PkiError::Identity("this is not a certificate in PEM form"))
+}
+
 /// Replaces a file so that a crash leaves the old or the new one, and the key is never readable by others in between.
-fn write_file(path: &Path, content: &str, mode: u32) -> Result<(), PkiError> {
+fn write_file(path: &Path, content: impl AsRef<[u8]>, mode: u32) -> Result<(), PkiError> {
     let write = || {
         let temporary = path.with_extension("pem.new");
         match fs::remove_file(&temporary) {
@@ -356,7 +231,7 @@ fn write_file(path: &Path, content: &str, mode: u32) -> Result<(), PkiError> {
             _ => {}
         }
         let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-        file.write_all(content.as_bytes())?;
+        file.write_all(content.as_ref())?;
         file.sync_all()?;
         fs::rename(&temporary, path)?;
         File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()

@@ -1,0 +1,195 @@
+//! Every operation of an administrator, in one place: the Console's API and the control socket both come here. Owns the
+//! checks before a change and the line in the log after it; who may ask is up to the callers. Must never change anything
+//! when it refuses, and never log a secret.
+//!
+//! All but [`Admin::status`] and [`Admin::request_state`] work on the PRIMARY only and name it elsewhere.
+
+mod admission;
+mod attempts;
+mod invitation;
+mod members;
+mod switchover;
+
+use std::{
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{
+    cluster::{Change, Membership, NodeId},
+    node::{ChangeError, Handle, Status},
+};
+
+pub use switchover::{Check, SwitchoverReport};
+
+use admission::Rejections;
+use attempts::Attempts;
+
+/// A future behind a pointer, as traits that are used behind a pointer return it.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What the operations need to know about this host.
+#[derive(Clone, Debug)]
+pub struct AdminConfig {
+    /// Folder of the certificates and of the key that unseals the authority.
+    pub certificates: PathBuf,
+    /// Version of this program.
+    pub version: String,
+    /// Further `host:port` at which the Console is reached, such as that of a load balancer; those of the members are
+    /// made of their addresses and `https_port`.
+    pub console_addresses: Vec<String>,
+    /// `MANAGEMENT_PORT_HTTPS`, the same on all members.
+    pub https_port: Option<u16>,
+    /// The data folder.
+    pub data: PathBuf,
+}
+
+/// The Console's ports on this node, as the daemon controls them.
+pub trait Ports: Send + Sync {
+    /// Closes them in order; returns when the database is free.
+    fn drain(&self) -> BoxFuture<'_, ()>;
+    /// Takes [`Ports::drain`] back.
+    fn resume(&self);
+}
+
+/// A new invitation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invited {
+    /// The join token: whoever has it may ask to join. Kept nowhere.
+    pub token: String,
+    /// The authority's certificate, PEM.
+    pub ca_pem: String,
+    /// When it expires, in seconds since 1970.
+    pub until: u64,
+    /// `host:port` of the members' Console ports, the primary's first.
+    pub addresses: Vec<String>,
+}
+
+/// Why an operation was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum AdminError {
+    /// Only the primary does this.
+    #[error("{}", elsewhere(primary.as_deref()))]
+    NotPrimary {
+        /// Its name, if one is known.
+        primary: Option<String>,
+    },
+    /// Something is in the way; the text says what to do. Nothing was changed.
+    #[error("{0}")]
+    Refused(String),
+    /// The token does not permit it.
+    #[error("{0}")]
+    Denied(String),
+    /// It may have happened or not: look at the status.
+    #[error("{0}")]
+    Unknown(String),
+}
+
+fn elsewhere(primary: Option<&str>) -> String {
+    match primary {
+        Some(name) => format!("only the PRIMARY does this: run it on {name}"),
+        None => {
+            "there is no PRIMARY at the moment: a majority of the members must be up and reach each other".to_owned()
+        }
+    }
+}
+
+impl From<ChangeError> for AdminError {
+    fn from(error: ChangeError) -> Self {
+        match error {
+            ChangeError::NotPrimary => Self::NotPrimary { primary: None },
+            ChangeError::Impossible(why) => Self::Refused(why),
+            ChangeError::Unknown(_) => Self::Unknown(format!("{error}; look at the status before you try again")),
+        }
+    }
+}
+
+/// The operations of an administrator.
+pub struct Admin {
+    config: AdminConfig,
+    handle: Handle,
+    ports: Arc<dyn Ports>,
+    /// Raft takes one change of the membership at a time: held from the look at the membership to the change.
+    changing: tokio::sync::Mutex<()>,
+    attempts: Mutex<Attempts>,
+    rejections: Mutex<Rejections>,
+}
+
+impl Admin {
+    /// Prepares the operations of the node behind `handle`.
+    pub fn new(config: AdminConfig, handle: Handle, ports: Arc<dyn Ports>) -> Self {
+        Self {
+            config,
+            handle,
+            ports,
+            changing: tokio::sync::Mutex::default(),
+            attempts: Mutex::default(),
+            rejections: Mutex::default(),
+        }
+    }
+
+    /// The latest picture of this node and what it knows of the others.
+    pub fn status(&self) -> Arc<Status> {
+        self.handle.status().borrow().clone()
+    }
+
+    fn membership(&self) -> Arc<Membership> {
+        self.handle.membership().borrow().clone()
+    }
+
+    /// The status of this node if it is PRIMARY.
+    fn primary(&self) -> Result<Arc<Status>, AdminError> {
+        let status = self.status();
+        if status.primary == Some(status.node) {
+            return Ok(status);
+        }
+        let name = status.primary.and_then(|id| status.membership.get(id)).map(|member| member.name.clone());
+        Err(AdminError::NotPrimary { primary: name })
+    }
+
+    async fn change(&self, change: Change) -> Result<Arc<Membership>, AdminError> {
+        self.handle.change(change).await.map_err(|error| match AdminError::from(error) {
+            AdminError::NotPrimary { .. } => match self.primary() {
+                Err(error) => error,
+                Ok(_) => AdminError::Refused("the primary role is on its way here: try again".to_owned()),
+            },
+            other => other,
+        })
+    }
+
+    /// The ids of the members that are meant by a name, an id or the beginning of a name that fits one member only.
+    fn member(membership: &Membership, wanted: &str) -> Result<NodeId, AdminError> {
+        let names: Vec<String> = membership.members.iter().map(|member| member.name.clone()).collect();
+        let exact = membership.members.iter().find(|member| member.name == wanted);
+        let by_id = || membership.members.iter().find(|member| member.id.to_string() == wanted);
+        if let Some(member) = exact.or_else(by_id) {
+            return Ok(member.id);
+        }
+        let mut begin =
+            membership.members.iter().filter(|member| !wanted.is_empty() && member.name.starts_with(wanted));
+        match (begin.next(), begin.next()) {
+            (Some(member), None) => Ok(member.id),
+            (Some(_), Some(_)) => Err(AdminError::Refused(format!(
+                "{wanted:?} fits more than one member: write more of the name ({})",
+                names.join(", ")
+            ))),
+            (None, _) => {
+                Err(AdminError::Refused(format!("there is no member {wanted:?}: the members are {}", names.join(", "))))
+            }
+        }
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,366 @@
+//! The command line of `twistcli ha`: commands, their arguments, and the text of their help. Pure: nothing is carried out here.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{ArgGroup, Args, Subcommand};
+
+use crate::{
+    config::{self, ConfigErrors},
+    control,
+};
+
+/// Data folder when nothing else is said.
+const DEFAULT_DATA: &str = "/var/lib/twistlock";
+/// Environment variable that names the data folder.
+const DATA_VARIABLE: &str = "TWISTLOCK_DATA";
+
+const STATUS_HELP: &str = "\
+Exit code: 0 healthy, 1 degraded (it serves, but something needs attention), 2 no primary,
+64 wrong command line, 69 the daemon cannot be reached.
+
+Examples:
+  twistcli ha status
+  twistcli ha status --watch 0.5
+  twistcli ha status --json | jq .role";
+const DONE_OR_REFUSED: &str = "\
+Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached,
+75 refused or not confirmed (the message says why and what to do).";
+
+/// Commands of `twistcli ha`.
+#[derive(Debug, Subcommand)]
+pub(super) enum Ha {
+    /// Show the cluster as this host's daemon sees it; works on every node, PRIMARY or not
+    #[command(after_help = STATUS_HELP)]
+    Status(StatusArgs),
+    /// Print the line that makes another host ask for admission
+    #[command(after_help = JOIN_SCRIPT_HELP)]
+    JoinScript(JoinScriptArgs),
+    /// Admit the hosts that ask to join, after a look at their fingerprints
+    #[command(after_help = APPLY_HELP)]
+    Apply(ApplyArgs),
+    /// Turn down a host that asks to join
+    #[command(after_help = DONE_OR_REFUSED)]
+    Reject {
+        #[command(flatten)]
+        target: Target,
+        /// Its name
+        #[arg(value_name = "NODE")]
+        node: String,
+    },
+    /// Close all invitations: join scripts that were given out are worth nothing from then on
+    #[command(after_help = DONE_OR_REFUSED)]
+    Revoke {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Remove a member for good, dead or alive
+    #[command(after_help = REMOVE_HELP)]
+    Remove(RemoveArgs),
+    /// Hand the PRIMARY role of this host over to another member
+    #[command(visible_alias = "step-down", after_help = SWITCHOVER_HELP)]
+    Switchover(SwitchoverArgs),
+    /// Maintenance: no automatic takeover for a while
+    #[command(after_help = PAUSE_HELP)]
+    Pause {
+        #[command(flatten)]
+        target: Target,
+        /// For how long; it ends by itself
+        #[arg(long = "for", value_name = "SPAN", default_value = "30m", value_parser = span)]
+        span: Duration,
+    },
+    /// End a pause: automatic takeover again
+    #[command(after_help = DONE_OR_REFUSED)]
+    Resume {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Tell the cluster that a member is reached at another address from now on
+    #[command(after_help = SET_ADDRESS_HELP)]
+    SetAddress(SetAddressArgs),
+    /// Rehearse a takeover: write all the time, take over, measure the outage, prove that nothing was lost
+    #[command(after_help = DRILL_HELP)]
+    Drill(DrillArgs),
+}
+
+/// Which daemon of this host is meant: at most one of the three.
+#[derive(Debug, Args)]
+pub(super) struct Target {
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH", group = "target")]
+    control: Option<PathBuf>,
+    /// The daemon's data folder [default: $TWISTLOCK_DATA, else /var/lib/twistlock]
+    #[arg(long, value_name = "DIR", group = "target")]
+    data: Option<PathBuf>,
+    /// The daemon's configuration file, which names the data folder or the socket
+    #[arg(long, value_name = "FILE", group = "target")]
+    config: Option<PathBuf>,
+}
+
+/// What a [`Target`] comes to.
+pub(super) struct Place {
+    /// Where the daemon listens.
+    pub socket: PathBuf,
+    /// Its data folder. Of a bare socket: the folder that the socket is in.
+    pub data: PathBuf,
+    /// `MANAGEMENT_PORT_HTTPS`, if a configuration file was named.
+    pub https_port: Option<u16>,
+}
+
+impl Target {
+    /// Where the daemon is.
+    ///
+    /// # Errors
+    /// The problems of the configuration file.
+    pub(super) fn place(&self) -> Result<Place, ConfigErrors> {
+        if let Some(path) = &self.control {
+            let data = path.parent().map(PathBuf::from).unwrap_or_default();
+            return Ok(Place { socket: path.clone(), data, https_port: None });
+        }
+        if let Some(file) = &self.config {
+            let config = config::load(file)?.config;
+            let https_port = config.management_port_https;
+            return Ok(Place { socket: config.control_socket_path(), data: config.data_folder, https_port });
+        }
+        let variable = || std::env::var_os(DATA_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let data = self.data.clone().or_else(variable).unwrap_or_else(|| DEFAULT_DATA.into());
+        Ok(Place { socket: data.join(control::SOCKET_NAME), data, https_port: None })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Print the status as JSON (with --watch: one line per look)
+    #[arg(long)]
+    pub json: bool,
+    /// Look again every SECONDS (at least 0.1) until interrupted
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = interval)]
+    pub watch: Option<Duration>,
+}
+
+const JOIN_SCRIPT_HELP: &str = "\
+The line goes to standard output, everything else to standard error. It carries a secret: whoever has
+it may ask to join, nothing more. Admission is what `twistcli ha apply` gives, and it closes the invitation.
+
+Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached, 75 refused.
+
+Examples:
+  twistcli ha join-script
+  twistcli ha join-script --valid 2h
+  twistcli ha join-script --script > join.sh";
+
+#[derive(Debug, Args)]
+pub(super) struct JoinScriptArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// How long hosts may use it
+    #[arg(long, value_name = "SPAN", default_value = "1h", value_parser = span)]
+    pub valid: Duration,
+    /// Print the script itself instead of the line that fetches it
+    #[arg(long)]
+    pub script: bool,
+    /// Print line, script (with --script) and end as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+const APPLY_HELP: &str = "\
+Compare each fingerprint with the one that the join script has shown on that host. Hosts whose
+fingerprints change between your look and the admission are not admitted.
+
+Exit code: 0 done and all members up, 64 wrong command line, 69 the daemon cannot be reached,
+75 refused, not confirmed, or not all up yet within the time given by --wait.
+
+Examples:
+  twistcli ha apply
+  twistcli ha apply --yes --no-wait";
+
+#[derive(Debug, Args)]
+pub(super) struct ApplyArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Do not ask; needed where standard input is no terminal
+    #[arg(long, short)]
+    pub yes: bool,
+    /// Return when they are admitted; they copy the database and get their votes afterwards, by themselves
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Longest wait until all are SECONDARY
+    #[arg(long, value_name = "SPAN", default_value = "1h", value_parser = span, conflicts_with = "no_wait")]
+    pub wait: Duration,
+}
+
+const REMOVE_HELP: &str = "\
+The member has no vote from then on, its certificate is refused for good, and it stops serving. Its data stay
+on its disk. To come back, it runs the join script again; to replace it, another host does.
+The PRIMARY itself is not removed: run `twistcli ha switchover` first.
+
+Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached, 75 refused or not confirmed.
+
+Examples:
+  twistcli ha remove host3
+  twistcli ha remove host3 --yes";
+
+#[derive(Debug, Args)]
+pub(super) struct RemoveArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Its name or id
+    #[arg(value_name = "NODE")]
+    pub node: String,
+    /// Even if the members that remain have no majority that answers: the cluster may then stop serving
+    #[arg(long)]
+    pub force: bool,
+    /// Do not ask; needed where standard input is no terminal
+    #[arg(long, short)]
+    pub yes: bool,
+}
+
+const SWITCHOVER_HELP: &str = "\
+The ports of this host are closed, the last write is replicated, then the other member takes the role. No
+acknowledged write is lost, and no connection is answered twice.
+
+Exit code: 0 done (with --dry-run: it could be done), 64 wrong command line, 69 the daemon cannot be
+reached, 75 refused (with --dry-run: it would be).
+
+Examples:
+  twistcli ha switchover
+  twistcli ha switchover --to host2
+  twistcli ha switchover --dry-run";
+
+#[derive(Debug, Args)]
+pub(super) struct SwitchoverArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// To this member [default: the one that is best prepared]
+    #[arg(long, value_name = "NODE")]
+    pub to: Option<String>,
+    /// Make all checks, and nothing else
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print checks and write gap as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+const PAUSE_HELP: &str = "\
+While paused, only the present PRIMARY may serve: if it fails, nobody takes over until the pause ends.
+
+Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached, 75 refused.
+
+Examples:
+  twistcli ha pause
+  twistcli ha pause --for 2h";
+
+const SET_ADDRESS_HELP: &str = "\
+What is not named stays. The member may be up or down; the others dial the new address at once.
+
+Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached, 75 refused.
+
+Examples:
+  twistcli ha set-address host3 --address 192.0.2.13
+  twistcli ha set-address host3 --address host3.example.com --port 9086 --name host3b";
+
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("new").required(true).multiple(true).args(["address", "port", "name"])))]
+pub(super) struct SetAddressArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Its present name or id
+    #[arg(value_name = "NODE")]
+    pub node: String,
+    /// New host name or IP address
+    #[arg(long, value_name = "ADDRESS")]
+    pub address: Option<String>,
+    /// New HIGH_AVAILABILITY_PORT
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: Option<u16>,
+    /// New name
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+}
+
+const DRILL_HELP: &str = "\
+Runs on the PRIMARY, and only when all three members are healthy and nothing is paused. It writes tags named
+drill-... through the API, one after the other. Meanwhile another member takes over: by a switchover or, with
+--kill, because the daemon of this host is killed as by a crash (its service manager starts it again). It goes
+on until the new PRIMARY has acknowledged 50 writes, checks that every acknowledged tag is there, and removes all.
+The result is printed and appended to drills.jsonl in the data folder.
+
+Environment: TWISTLOCK_USER and TWISTLOCK_PASSWORD, so that no password stands in the process list.
+
+Exit code: 0 nothing was lost, 1 an acknowledged write is missing, 64 wrong command line, 69 daemon or
+Console cannot be reached, 75 refused, or no other member took over.
+
+Examples:
+  TWISTLOCK_PASSWORD=... twistcli ha drill
+  twistcli ha drill --kill --token \"$TOKEN\" --json";
+
+#[derive(Debug, Args)]
+pub(super) struct DrillArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Kill the PRIMARY's process instead of a switchover
+    #[arg(long)]
+    pub kill: bool,
+    /// User of the Console's API [default: $TWISTLOCK_USER, else admin]
+    #[arg(long, short, value_name = "NAME")]
+    pub user: Option<String>,
+    /// Its password [default: $TWISTLOCK_PASSWORD]
+    #[arg(long, short, value_name = "PASSWORD", conflicts_with = "token")]
+    pub password: Option<String>,
+    /// A session's token, instead of user and password
+    #[arg(long, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// Certificate of the authority that signed the Consoles' certificates [default: that of the cluster]
+    #[arg(long, value_name = "PATH")]
+    pub tlscacert: Option<PathBuf>,
+    /// The Consoles' HTTPS port [default: that of --config, else 8083]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub https_port: Option<u16>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("a number of seconds from 0.1 to 86400 is allowed".into()),
+    }
+}
+
+/// A whole number with its unit: `90s`, `30m`, `2h`, `1d`. What is allowed where is for the daemon to say.
+fn span(text: &str) -> Result<Duration, String> {
+    let parsed = text.char_indices().next_back().and_then(|(at, unit)| {
+        let unit = match unit {
+            's' => 1,
+            'm' => 60,
+            'h' => 3_600,
+            'd' => 86_400,
+            _ => return None,
+        };
+        let digits = text[..at].bytes().all(|byte| byte.is_ascii_digit());
+        text[..at]
+            .parse::<u64>()
+            .ok()
+            .filter(|count| digits && (1..=1_000_000).contains(count))
+            .map(|count| count * unit)
+    });
+    parsed.map(Duration::from_secs).ok_or_else(|| "a number with its unit is allowed: 90s, 30m, 2h or 1d".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_have_a_number_and_a_unit() {
+        let seconds = |text| span(text).map(|span| span.as_secs()).ok();
+        assert_eq!(["90s", "30m", "2h", "1d"].map(seconds), [Some(90), Some(1_800), Some(7_200), Some(86_400)]);
+        for bad in ["", "30", "m", "0m", "+1m", "-1m", "1.5h", "1 h", "1y", "9999999999d", "1h30m", "ä"] {
+            assert_eq!(seconds(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! The canary of a drill: writes tags through the Consoles' API, one after the other, and remembers what each answer was.
+//! Must never count a write as acknowledged that no Console has acknowledged.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use ureq::{
+    Agent, Error,
+    http::StatusCode,
+    tls::{Certificate, RootCerts, TlsConfig},
+};
+
+use crate::node::Status;
+
+/// How long one request may take: far longer than any write of a cluster that serves.
+const REQUEST_LIMIT: Duration = Duration::from_secs(2);
+/// A host that does not answer at all is given up sooner: another one may serve already.
+const CONNECT_LIMIT: Duration = Duration::from_millis(300);
+/// Pause after an attempt that failed, so that refused connections are not tried in a busy loop.
+const PAUSE: Duration = Duration::from_millis(1);
+/// Tags in one page of the list: the most that the API gives.
+const PAGE: usize = 1000;
+/// Pages that are read at most.
+const MAX_PAGES: usize = 1000;
+
+/// The Console of one member.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Console {
+    /// The member's name.
+    pub name: String,
+    /// `https://HOST:PORT`.
+    pub url: String,
+}
+
+/// The Consoles of all members, that of the PRIMARY first.
+pub(super) fn consoles(status: &Status, port: u16) -> Vec<Console> {
+    let console = |address: &str, name: &str| {
+        let host = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
+        Console { name: name.to_owned(), url: format!("https://{host}:{port}") }
+    };
+    let mut members: Vec<_> = status.membership.members.iter().collect();
+    members.sort_by_key(|member| Some(member.id) != status.primary);
+    members.into_iter().map(|member| console(&member.address, &member.name)).collect()
+}
+
+/// A write that was acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Acknowledged {
+    /// Number of the tag.
+    pub tag: u64,
+    /// Which Console.
+    pub console: usize,
+    /// When its answer was there.
+    pub at: Instant,
+}
+
+/// Writes and counts.
+pub(super) struct Canary {
+    agent: Agent,
+    consoles: Vec<Console>,
+    authorization: String,
+    prefix: String,
+    /// The Console that is tried first.
+    current: usize,
+    /// Number of the next tag.
+    next: u64,
+    /// True if an attempt to write the next tag had no answer.
+    doubt: bool,
+    /// All that was acknowledged.
+    pub acknowledged: Vec<Acknowledged>,
+    /// Attempts that certainly wrote nothing.
+    pub refused: u64,
+    /// Attempts whose outcome the client does not know.
+    pub unknown: u64,
+}
+
+/// The way to the API failed for good.
+#[derive(Debug)]
+pub(super) struct Failed(pub String);
+
+impl Canary {
+    /// A canary whose tags begin with `prefix`, and that trusts one authority only.
+    ///
+    /// # Errors
+    /// When the authority's certificate cannot be used.
+    pub(super) fn new(consoles: Vec<Console>, ca: &Path, prefix: &str) -> Result<Self, Failed> {
+        let unusable = |why: String| Failed(format!("{}: {why}; name the right one with --tlscacert", ca.display()));
+        let pem = std::fs::read(ca).map_err(|error| unusable(error.to_string()))?;
+        let certificate = Certificate::from_pem(&pem).map_err(|error| unusable(error.to_string()))?;
+        let tls = TlsConfig::builder()
+            .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
+            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .build();
+        let config = Agent::config_builder()
+            .tls_config(tls)
+            .https_only(true)
+            .proxy(None)
+            .http_status_as_error(false)
+            .timeout_connect(Some(CONNECT_LIMIT))
+            .timeout_global(Some(REQUEST_LIMIT))
+            .build();
+        Ok(Self {
+            agent: config.into(),
+            consoles,
+            authorization: String::new(),
+            prefix: prefix.to_owned(),
+            current: 0,
+            next: 0,
+            doubt: false,
+            acknowledged: Vec::new(),
+            refused: 0,
+            unknown: 0,
+        })
+    }
+
+    fn url(&self, rest: &str) -> String {
+        format!("{}/api/v1/{rest}", self.consoles[self.current].url)
+    }
+
+    fn tag(&self, number: u64) -> String {
+        format!("{}-{number}", self.prefix)
+    }
+
+    /// The name of the Console with this number.
+    pub(super) fn name(&self, console: usize) -> &str {
+        &self.consoles[console].name
+    }
+
+    /// Uses a session that exists.
+    pub(super) fn use_token(&mut self, token: &str) {
+        self.authorization = format!("Bearer {token}");
+    }
+
+    /// Logs in.
+    ///
+    /// # Errors
+    /// When the Console cannot be reached or refuses.
+    pub(super) fn log_in(&mut self, user: &str, password: &str) -> Result<(), Failed> {
+        let url = self.url("authenticate");
+        let body = serde_json::json!({"username": user, "password": password});
+        let mut response =
+            self.agent.post(&url).send_json(body).map_err(|error| Failed(format!("log in at {url}: {error}")))?;
+        let answer: serde_json::Value = response.body_mut().read_json().unwrap_or_default();
+        match answer["token"].as_str() {
+            Some(token) => self.use_token(token),
+            None => {
+                let why = answer["err"].as_str().unwrap_or("no reason given").to_owned();
+                return Err(Failed(format!("log in at {url} as {user}: {}: {why}", response.status())));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries once to write the next tag, and goes to the next Console if that fails.
+    ///
+    /// # Errors
+    /// When the Console says that the login is not good.
+    pub(super) fn attempt(&mut self) -> Result<(), Failed> {
+        let body =
+            serde_json::json!({"name": self.tag(self.next), "color": "", "description": "rehearsal of a takeover"});
+        let request = self.agent.post(self.url("tags")).header("authorization", &self.authorization);
+        match request.send_json(body).map(|response| response.status()) {
+            // An earlier attempt got through unseen.
+            Ok(status) if status.is_success() || status == StatusCode::CONFLICT && self.doubt => {
+                self.acknowledged.push(Acknowledged { tag: self.next, console: self.current, at: Instant::now() });
+                self.next += 1;
+                self.doubt = false;
+                return Ok(());
+            }
+            Ok(status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::CONFLICT)) => {
+                return Err(Failed(format!("{} refuses to write a tag: {status}", self.url("tags"))));
+            }
+            Err(Error::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => self.refused += 1,
+            // What a Console answers may still hide a write whose outcome it does not know itself.
+            Ok(_) | Err(_) => {
+                self.unknown += 1;
+                self.doubt = true;
+            }
+        }
+        self.current = (self.current + 1) % self.consoles.len();
+        std::thread::sleep(PAUSE);
+        Ok(())
+    }
+
+    /// The acknowledged tags that the present PRIMARY does not have.
+    ///
+    /// # Errors
+    /// When no Console gives the list in time.
+    pub(super) fn missing(&mut self, limit: Duration) -> Result<Vec<String>, Failed> {
+        let deadline = Instant::now() + limit;
+        let there = loop {
+            match self.list() {
+                Ok(there) => break there,
+                Err(Failed(why)) if Instant::now() > deadline => return Err(Failed(why)),
+                Err(_) => {
+                    self.current = (self.current + 1) % self.consoles.len();
+                    std::thread::sleep(PAUSE);
+                }
+            }
+        };
+        Ok(self.acknowledged.iter().map(|write| self.tag(write.tag)).filter(|tag| !there.contains(tag)).collect())
+    }
+
+    /// All tags of this canary.
+    fn list(&self) -> Result<BTreeSet<String>, Failed> {
+        let mut there = BTreeSet::new();
+        for page in 0..MAX_PAGES {
+            let url = self.url(&format!("tags?limit={PAGE}&offset={}", page * PAGE));
+            let failed = |why: String| Failed(format!("read the tags at {url}: {why}"));
+            let request = self.agent.get(&url).header("authorization", &self.authorization);
+            let mut response = request.call().map_err(|error| failed(error.to_string()))?;
+            if !response.status().is_success() {
+                return Err(failed(response.status().to_string()));
+            }
+            let tags: Vec<serde_json::Value> =
+                response.body_mut().read_json().map_err(|error| failed(error.to_string()))?;
+            let names = tags.iter().filter_map(|tag| tag["name"].as_str());
+            there.extend(names.filter(|name| name.starts_with(&self.prefix)).map(str::to_owned));
+            if tags.len() < PAGE {
+                return Ok(there);
+            }
+        }
+        Err(Failed(format!("there are more than {} tags: too many to look through", PAGE * MAX_PAGES)))
+    }
+
+    /// Removes all tags of this canary. Returns how many may have been left.
+    pub(super) fn clean_up(&self) -> u64 {
+        // The last one may have been written by an attempt without an answer.
+        let gone = |number: &u64| {
+            let url = self.url(&format!("tags/{}", self.tag(*number)));
+            let request = self.agent.delete(&url).header("authorization", &self.authorization);
+            request.call().is_ok_and(|answer| answer.status().is_success() || answer.status() == StatusCode::NOT_FOUND)
+        };
+        (0..=self.next).filter(|number| !gone(number)).count() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::health::tests::healthy;
+
+    #[test]
+    fn the_primary_is_tried_first_and_addresses_become_urls() {
+        let mut status = healthy();
+        status.primary = Some(2);
+        status.membership.members[2].address = "2001:db8::3".into();
+        let urls: Vec<String> = consoles(&status, 8083).into_iter().map(|console| console.url).collect();
+        assert_eq!(urls, ["https://127.0.0.2:8083", "https://127.0.0.1:8083", "https://[2001:db8::3]:8083"]);
+    }
+}

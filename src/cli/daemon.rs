@@ -1,0 +1,236 @@
+//! The conversation of a command with the daemon of this host, and how it ends early. Owns the exit codes and what is said
+//! when the daemon cannot be reached, refuses, or is not PRIMARY. Must never ask twice for what changes something.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    path::Path,
+    time::Duration,
+};
+
+use serde::de::DeserializeOwned;
+
+use crate::{
+    cluster::Role,
+    control::{self, ControlError, OPERATION_TIMEOUT, Operation},
+    node::Status,
+};
+
+/// Wrong command line (sysexits EX_USAGE); not clap's 2, which means "no primary" here.
+pub(super) const EX_USAGE: u8 = 64;
+/// The daemon cannot be reached (sysexits EX_UNAVAILABLE).
+pub(super) const EX_UNAVAILABLE: u8 = 69;
+/// Writing the output failed (sysexits EX_IOERR).
+pub(super) const EX_IOERR: u8 = 74;
+/// Refused, by the daemon or by the administrator (sysexits EX_TEMPFAIL).
+pub(super) const EX_TEMPFAIL: u8 = 75;
+
+/// How long one answer of the daemon may take.
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// How long the outcome of an operation may take: the daemon gives up first.
+const OUTCOME_LIMIT: Duration = OPERATION_TIMEOUT.saturating_add(ANSWER_LIMIT);
+
+/// Why a command ends before its end.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// Everything has been said; this is the exit code.
+    Told(u8),
+    /// The output cannot be written.
+    Output(io::Error),
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+impl Stop {
+    /// Says why, and stops with this exit code.
+    pub(super) fn tell(code: u8, why: &str) -> Self {
+        eprintln!("twistcli: {why}");
+        Self::Told(code)
+    }
+
+    /// A refusal: nothing was changed.
+    pub(super) fn refuse(why: &str) -> Self {
+        Self::tell(EX_TEMPFAIL, &format!("not done: {why}"))
+    }
+}
+
+/// The daemon behind a control socket.
+pub(super) struct Daemon<'a>(pub &'a Path);
+
+impl Daemon<'_> {
+    /// Its status.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub(super) fn status(&self) -> Result<Status, Stop> {
+        control::status(self.0, ANSWER_LIMIT).map_err(|error| unanswered(&error))
+    }
+
+    /// Its status, unless another host is PRIMARY as far as this host knows: then `command` has to be run there.
+    ///
+    /// # Errors
+    /// When it does not answer, or another host is PRIMARY.
+    pub(super) fn primary(&self, command: &str) -> Result<Status, Stop> {
+        let status = self.status()?;
+        match elsewhere(&status, command) {
+            Some(text) => Err(Stop::refuse(&text)),
+            None => Ok(status),
+        }
+    }
+
+    /// Has it carry an operation out.
+    ///
+    /// # Errors
+    /// When it does not answer or refuses.
+    pub(super) fn operate<T: DeserializeOwned>(&self, operation: Operation) -> Result<T, Stop> {
+        control::operate(self.0, operation.clone(), OUTCOME_LIMIT).map_err(|error| match error {
+            ControlError::Refused(why) => match control::status(self.0, ANSWER_LIMIT) {
+                // The role may have gone between our look and the request.
+                Ok(status) if status.primary.is_some() && status.primary != Some(status.node) => {
+                    let there = elsewhere(&status, &command(&operation)).unwrap_or_default();
+                    Stop::refuse(&format!("{why}\n  {there}"))
+                }
+                _ => Stop::refuse(&why),
+            },
+            ControlError::NoAnswer { .. } => {
+                eprintln!("{}\n  Whether it was done is unknown. See: twistcli ha status", explain(&error));
+                Stop::Told(EX_UNAVAILABLE)
+            }
+            other => unanswered(&other),
+        })
+    }
+}
+
+fn unanswered(error: &ControlError) -> Stop {
+    eprintln!("{}", explain(error));
+    Stop::Told(EX_UNAVAILABLE)
+}
+
+/// Which host has to be asked instead, and how.
+fn elsewhere(status: &Status, command: &str) -> Option<String> {
+    if status.role == Role::RequestJoin {
+        return Some(format!("{} has not joined yet. On the PRIMARY, run: {command}", status.name));
+    }
+    let id = status.primary.filter(|id| *id != status.node)?;
+    let (name, address) = match status.members.iter().find(|member| member.id == id) {
+        Some(member) => (member.name.clone(), format!(" ({})", member.address)),
+        None => (format!("node {id}"), String::new()),
+    };
+    Some(format!("{} is {}; {name}{address} is PRIMARY. Run there: {command}", status.name, status.role))
+}
+
+/// The command line that asks for an operation.
+pub(super) fn command(operation: &Operation) -> String {
+    let option = |name: &str, value: &Option<String>| match value {
+        Some(value) => format!(" --{name} {value}"),
+        None => String::new(),
+    };
+    let flag = |name: &str, on: bool| if on { format!(" --{name}") } else { String::new() };
+    let text = match operation {
+        Operation::Invite { valid_s, script } => {
+            let valid = if *valid_s == 3600 { String::new() } else { format!(" --valid {valid_s}s") };
+            format!("join-script{valid}{}", flag("script", *script))
+        }
+        Operation::Uninvite {} => "revoke".to_owned(),
+        Operation::Apply { .. } => "apply".to_owned(),
+        Operation::Reject { host } => format!("reject {host}"),
+        Operation::Remove { node, force } => format!("remove {node}{}", flag("force", *force)),
+        Operation::Switchover { to, dry_run } => {
+            format!("switchover{}{}", option("to", to), flag("dry-run", *dry_run))
+        }
+        Operation::Pause { seconds } => format!("pause --for {seconds}s"),
+        Operation::Resume {} => "resume".to_owned(),
+        Operation::Readdress { node, new_name, address, port } => format!(
+            "set-address {node}{}{}{}",
+            option("address", address),
+            option("port", &port.map(|port| port.to_string())),
+            option("name", new_name)
+        ),
+    };
+    format!("twistcli ha {text}")
+}
+
+/// Asks the administrator; `yes` answers in advance.
+///
+/// # Errors
+/// Anything but a yes, and no terminal to ask on.
+pub(super) fn confirm(question: &str, yes: bool) -> Result<(), Stop> {
+    if yes {
+        return Ok(());
+    }
+    if !io::stdin().is_terminal() {
+        return Err(Stop::tell(EX_USAGE, "standard input is no terminal: say --yes to go on without a question"));
+    }
+    eprint!("{question} [y/N] ");
+    io::stderr().flush()?;
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    match answer.trim().to_ascii_lowercase().as_str() {
+        "y" | "yes" => Ok(()),
+        _ => Err(Stop::refuse("not confirmed; nothing was changed")),
+    }
+}
+
+/// What went wrong on the way to the daemon, and what to do about it.
+pub(super) fn explain(error: &ControlError) -> String {
+    let hint = match error {
+        ControlError::Unreachable { source, .. } => match source.kind() {
+            io::ErrorKind::NotFound => {
+                "There is no such socket. Is twistlockd running on this host? Try: systemctl status twistlockd\n  \
+                 If its data folder is another one, name it: --data DIR, --control PATH or TWISTLOCK_DATA=DIR."
+            }
+            io::ErrorKind::PermissionDenied => "Only the owner of the socket may use it. Try again with sudo.",
+            io::ErrorKind::ConnectionRefused => {
+                "The socket is left over: twistlockd does not run. Try: systemctl status twistlockd"
+            }
+            _ => "Is twistlockd running on this host? Try: systemctl status twistlockd",
+        },
+        ControlError::NoAnswer { .. } => {
+            "twistlockd is there but does not answer: stopped, frozen or overloaded. Try: journalctl -u twistlockd -e"
+        }
+        ControlError::Malformed { .. } => {
+            "twistcli and twistlockd are of different versions. Install the same on both."
+        }
+        ControlError::Path(_) => "Name the socket by a shorter path: --control PATH",
+        ControlError::Refused(_) => "Try: journalctl -u twistlockd -e",
+    };
+    format!("twistcli: {error}\n  {hint}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::health::tests::healthy;
+
+    #[test]
+    fn another_host_is_named_with_what_to_run_there() {
+        let apply = "twistcli ha apply";
+        let mut status = healthy();
+        assert_eq!(elsewhere(&status, apply), None);
+        (status.primary, status.role) = (Some(2), Role::Secondary);
+        let expected = "node1 is SECONDARY; node2 (127.0.0.2:8086) is PRIMARY. Run there: twistcli ha apply";
+        assert_eq!(elsewhere(&status, apply).unwrap(), expected);
+        status.primary = None;
+        assert_eq!(elsewhere(&status, apply), None, "the daemon says why");
+    }
+
+    #[test]
+    fn commands_are_written_as_they_are_typed() {
+        for (operation, text) in [
+            (Operation::Invite { valid_s: 3600, script: true }, "join-script --script"),
+            (Operation::Invite { valid_s: 60, script: false }, "join-script --valid 60s"),
+            (Operation::Remove { node: "host3".into(), force: true }, "remove host3 --force"),
+            (Operation::Switchover { to: Some("host2".into()), dry_run: true }, "switchover --to host2 --dry-run"),
+            (Operation::Pause { seconds: 1800 }, "pause --for 1800s"),
+            (
+                Operation::Readdress { node: "2".into(), new_name: None, address: Some("a".into()), port: Some(9) },
+                "set-address 2 --address a --port 9",
+            ),
+        ] {
+            assert_eq!(command(&operation), format!("twistcli ha {text}"));
+        }
+    }
+}

@@ -1,0 +1,406 @@
+//! `twistcli ha drill`: a takeover for practice, measured from outside as a client sees it, with the proof that no acknowledged
+//! write was lost. Must never begin unless all members are healthy, and never kill anything but the daemon of this host.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        socket::{getsockopt, sockopt::PeerCredentials},
+    },
+    unistd::Pid,
+};
+use serde::Serialize;
+
+use super::{
+    args::{DrillArgs, Place},
+    canary::{Acknowledged, Canary, Failed, consoles},
+    daemon::{ANSWER_LIMIT, Daemon, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
+    health::LAG_LIMIT,
+    next,
+};
+use crate::{
+    admin::SwitchoverReport,
+    cluster::{Role, membership::CLUSTER_SIZE},
+    control::{self, OPERATION_TIMEOUT, Operation},
+    node::Status,
+};
+
+/// Writes before the takeover, so that it comes in the middle of work.
+const BEFORE: usize = 20;
+/// Writes on the new PRIMARY.
+const AFTER: usize = 50;
+/// How long another member may take to serve.
+const LIMIT: Duration = Duration::from_secs(60);
+/// Most writes of one drill: reading and removing them must stay quick.
+const MAX_WRITES: usize = 50_000;
+/// How long the new PRIMARY may take to give the list of tags.
+const CHECK_LIMIT: Duration = Duration::from_secs(10);
+/// `MANAGEMENT_PORT_HTTPS` when nothing else is said.
+const HTTPS_PORT: u16 = 8083;
+/// Name of the record in the data folder, and how many drills it keeps.
+const RECORD: &str = "drills.jsonl";
+const KEPT: usize = 500;
+/// Longest record that is read.
+const MAX_RECORD: u64 = 1 << 20;
+/// An acknowledged write is missing.
+const EX_LOST: u8 = 1;
+
+/// What came out of a drill; one line of [`RECORD`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Outcome {
+    at: String,
+    version: String,
+    /// `switchover` or `kill`.
+    takeover: &'static str,
+    from: String,
+    to: Option<String>,
+    /// From the last write that the old PRIMARY acknowledged to the first one of the new.
+    outage_ms: Option<f64>,
+    /// The gap that the daemon has measured; only of a switchover.
+    handover_ms: Option<f64>,
+    acknowledged: usize,
+    acknowledged_by_new: usize,
+    refused: u64,
+    unknown: u64,
+    /// Tags that were acknowledged and are not there: must be empty.
+    missing: Vec<String>,
+}
+
+/// Runs a drill and returns the exit code.
+///
+/// # Errors
+/// When it is refused or cannot be carried out.
+pub(super) fn run(place: &Place, args: &DrillArgs) -> Result<u8, Stop> {
+    let command = if args.kill { "twistcli ha drill --kill" } else { "twistcli ha drill" };
+    let status = Daemon(&place.socket).primary(command)?;
+    ready(&status, next::now()).map_err(|why| Stop::refuse(&why))?;
+    let mut canary = prepare(place, args, &status)?;
+    eprintln!(
+        "{} writes until another member has taken over ({}) ...",
+        status.name,
+        if args.kill { "its process is killed" } else { "switchover" }
+    );
+    let takeover = Takeover { socket: place.socket.clone(), lock: place.data.join("lock"), kill: args.kill };
+    let rehearsed = rehearse(&mut canary, takeover);
+    let missing = canary.missing(CHECK_LIMIT);
+    let left = canary.clean_up();
+    if left > 0 {
+        eprintln!("twistcli: {left} tags named drill-... could not be removed: remove them in the Console");
+    }
+    let handover_ms = rehearsed.map_err(|stop| stop.into_stop())?;
+    let missing = missing.map_err(|Failed(why)| Stop::tell(EX_UNAVAILABLE, &why))?;
+    let outcome = outcome(&canary, &status, args.kill, handover_ms, missing);
+    if let Err(error) = record(&place.data, &outcome) {
+        eprintln!("twistcli: the result is not recorded in {}: {error}", place.data.join(RECORD).display());
+    }
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&outcome).map_err(io::Error::from)?)?;
+    } else {
+        write!(out, "{}", describe(&outcome))?;
+    }
+    Ok(match (&outcome.missing[..], &outcome.to) {
+        ([], Some(_)) => 0,
+        ([], None) => EX_TEMPFAIL,
+        _ => EX_LOST,
+    })
+}
+
+/// Whether a drill may begin.
+fn ready(status: &Status, now: u64) -> Result<(), String> {
+    let see = "\n  A drill takes one member away: all three must be healthy. See: twistcli ha status";
+    if status.primary != Some(status.node) {
+        return Err(format!("{} is {}, and no PRIMARY is known{see}", status.name, status.role));
+    }
+    if next::paused(status, now).is_some() {
+        return Err("automatic takeover is paused\n  End the pause first: twistcli ha resume".to_owned());
+    }
+    let members = status.members.len();
+    if members != CLUSTER_SIZE {
+        return Err(format!("the cluster has {members} of {CLUSTER_SIZE} members{see}"));
+    }
+    for member in &status.members {
+        let wanted = if member.id == status.node { Role::Primary } else { Role::Secondary };
+        if member.state != wanted || !member.voter {
+            return Err(format!("{} is {}{see}", member.name, member.state));
+        }
+        if member.lag > LAG_LIMIT {
+            return Err(format!("{} is {} entries behind{see}", member.name, member.lag));
+        }
+    }
+    Ok(())
+}
+
+/// A canary that is logged in.
+fn prepare(place: &Place, args: &DrillArgs, status: &Status) -> Result<Canary, Stop> {
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let port = args.https_port.or(place.https_port).unwrap_or(HTTPS_PORT);
+    let ca = args.tlscacert.clone().unwrap_or_else(|| place.data.join("certificates").join("ca.pem"));
+    let prefix = format!("drill-{}", Timestamp::now().as_millisecond());
+    let failed = |Failed(why): Failed| Stop::tell(EX_UNAVAILABLE, &why);
+    let mut canary = Canary::new(consoles(status, port), &ca, &prefix).map_err(failed)?;
+    if let Some(token) = &args.token {
+        canary.use_token(token);
+        return Ok(canary);
+    }
+    let user = args.user.clone().or_else(|| variable("TWISTLOCK_USER")).unwrap_or_else(|| "admin".to_owned());
+    let Some(password) = args.password.clone().or_else(|| variable("TWISTLOCK_PASSWORD")) else {
+        let why = "a drill writes through the API: give the password of a user in TWISTLOCK_PASSWORD, or --token";
+        return Err(Stop::tell(EX_USAGE, why));
+    };
+    canary.log_in(&user, &password).map_err(failed)?;
+    Ok(canary)
+}
+
+/// How the role is taken from this host.
+struct Takeover {
+    socket: PathBuf,
+    /// The lock of the data folder, with the daemon's pid in it.
+    lock: PathBuf,
+    kill: bool,
+}
+
+/// Why a rehearsal broke off.
+enum Broken {
+    /// The takeover was refused.
+    Refused(String),
+    /// The API refuses the canary.
+    Api(String),
+}
+
+impl Broken {
+    fn into_stop(self) -> Stop {
+        match self {
+            Self::Refused(why) => Stop::refuse(&why),
+            Self::Api(why) => Stop::tell(EX_TEMPFAIL, &why),
+        }
+    }
+}
+
+impl Takeover {
+    /// Takes it. Returns the gap that the daemon has measured.
+    fn take(&self) -> Result<Option<f64>, String> {
+        if self.kill {
+            return self.kill().map(|()| None);
+        }
+        let operation = Operation::Switchover { to: None, dry_run: false };
+        let report: SwitchoverReport = control::operate(&self.socket, operation, OPERATION_TIMEOUT + ANSWER_LIMIT)
+            .map_err(|error| format!("the switchover: {error}"))?;
+        match report.checks.iter().find(|check| !check.ok) {
+            Some(check) => Err(format!("the switchover: {}: {}", check.name, check.detail)),
+            None => Ok(report.gap_ms),
+        }
+    }
+
+    /// The process is the one that the kernel names as the owner of the control socket, and it must say the same itself.
+    fn kill(&self) -> Result<(), String> {
+        let stream =
+            control::connect(&self.socket, ANSWER_LIMIT).map_err(|error| format!("find the daemon: {error}"))?;
+        let owner = getsockopt(&stream, PeerCredentials).map_err(|error| format!("find the daemon: {error}"))?.pid();
+        let text = fs::read_to_string(&self.lock).map_err(|error| format!("{}: {error}", self.lock.display()))?;
+        if text.trim().parse() != Ok(owner) || owner <= 1 {
+            return Err(format!(
+                "process {owner} serves the control socket, but {} names {}: which one is the daemon?",
+                self.lock.display(),
+                text.trim()
+            ));
+        }
+        kill(Pid::from_raw(owner), Signal::SIGKILL).map_err(|error| format!("kill process {owner}: {error}"))
+    }
+}
+
+/// Writes before, during and after the takeover. Returns the gap that the daemon has measured.
+fn rehearse(canary: &mut Canary, takeover: Takeover) -> Result<Option<f64>, Broken> {
+    let deadline = Instant::now() + LIMIT;
+    let mut takeover = Some(takeover);
+    let mut under_way: Option<JoinHandle<Result<Option<f64>, String>>> = None;
+    let mut gap = None;
+    while after(&canary.acknowledged).len() < AFTER
+        && Instant::now() < deadline
+        && canary.acknowledged.len() < MAX_WRITES
+    {
+        canary.attempt().map_err(|Failed(why)| Broken::Api(why))?;
+        if canary.acknowledged.len() >= BEFORE
+            && let Some(takeover) = takeover.take()
+        {
+            under_way = Some(thread::spawn(move || takeover.take()));
+        }
+        if under_way.as_ref().is_some_and(JoinHandle::is_finished)
+            && let Some(ended) = under_way.take()
+        {
+            gap = joined(ended)?;
+        }
+    }
+    match under_way {
+        Some(ended) => joined(ended),
+        None => Ok(gap),
+    }
+}
+
+fn joined(ended: JoinHandle<Result<Option<f64>, String>>) -> Result<Option<f64>, Broken> {
+    ended.join().unwrap_or_else(|_| Err("the takeover panicked".to_owned())).map_err(Broken::Refused)
+}
+
+/// The writes that another Console than the first one has acknowledged.
+fn after(acknowledged: &[Acknowledged]) -> &[Acknowledged] {
+    let first = acknowledged.first().map(|write| write.console);
+    let at = acknowledged.iter().position(|write| Some(write.console) != first).unwrap_or(acknowledged.len());
+    &acknowledged[at..]
+}
+
+fn outcome(canary: &Canary, status: &Status, kill: bool, handover: Option<f64>, missing: Vec<String>) -> Outcome {
+    let all = &canary.acknowledged;
+    let after = after(all);
+    let before = &all[..all.len() - after.len()];
+    let outage = before.last().zip(after.first()).map(|(last, first)| first.at.duration_since(last.at));
+    // Tenths of a millisecond: more would be noise.
+    let rounded = |ms: f64| (ms * 10.0).round() / 10.0;
+    Outcome {
+        at: Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+        version: status.version.clone(),
+        takeover: if kill { "kill" } else { "switchover" },
+        from: status.name.clone(),
+        to: after.first().map(|write| canary.name(write.console).to_owned()),
+        outage_ms: outage.map(|outage| rounded(outage.as_secs_f64() * 1000.0)),
+        handover_ms: handover.map(rounded),
+        acknowledged: all.len(),
+        acknowledged_by_new: after.len(),
+        refused: canary.refused,
+        unknown: canary.unknown,
+        missing,
+    }
+}
+
+fn describe(outcome: &Outcome) -> String {
+    let Outcome { from, acknowledged, acknowledged_by_new, refused, unknown, .. } = outcome;
+    let mut text = match (&outcome.to, outcome.outage_ms) {
+        (Some(to), Some(ms)) => format!("{to} took over from {from} ({}). Outage: {ms:.1} ms.\n", outcome.takeover),
+        _ => format!("No other member took over from {from} within {} s.\n", LIMIT.as_secs()),
+    };
+    if let Some(ms) = outcome.handover_ms {
+        text.push_str(&format!("  As the daemon measured it: {ms:.1} ms.\n"));
+    }
+    text.push_str(&format!(
+        "  {acknowledged} writes acknowledged, {acknowledged_by_new} of them by the new PRIMARY; {refused} connections refused; \
+         {unknown} outcomes unknown to the client.\n"
+    ));
+    match outcome.missing.len() {
+        0 => text.push_str("  Every acknowledged write is there: nothing was lost.\n"),
+        lost => {
+            let some = outcome.missing.iter().take(10).cloned().collect::<Vec<_>>().join(", ");
+            text.push_str(&format!("  {lost} ACKNOWLEDGED WRITES ARE MISSING: {some}\n"));
+        }
+    }
+    text
+}
+
+/// Appends to the record, and drops the oldest lines of a long one.
+fn record(data: &Path, outcome: &Outcome) -> io::Result<()> {
+    let path = data.join(RECORD);
+    // The folder belongs to the daemon's user, and root may run this: a link must lead nowhere.
+    let mut options = OpenOptions::new();
+    options.custom_flags(nix::libc::O_NOFOLLOW).mode(0o600);
+    let mut text = String::new();
+    match options.clone().read(true).open(&path) {
+        Ok(file) => {
+            file.take(MAX_RECORD).read_to_string(&mut text)?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let new = serde_json::to_string(outcome)?;
+    let lines: Vec<&str> = text.lines().chain([new.as_str()]).collect();
+    let kept = lines[lines.len().saturating_sub(KEPT)..].join("\n");
+    let staging = data.join(format!("{RECORD}.new"));
+    match fs::remove_file(&staging) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = options.write(true).create_new(true).open(&staging)?;
+    writeln!(file, "{kept}")?;
+    file.sync_all()?;
+    fs::rename(&staging, &path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{cli::health::tests::healthy, cluster::membership::Pause};
+
+    #[test]
+    fn only_a_healthy_cluster_is_put_to_the_test() {
+        assert_eq!(ready(&healthy(), 0), Ok(()));
+        let refused = |edit: fn(&mut Status)| {
+            let mut status = healthy();
+            edit(&mut status);
+            ready(&status, 0).unwrap_err()
+        };
+        assert!(refused(|status| status.members[2].state = Role::Down).starts_with("node3 is DOWN"));
+        assert!(refused(|status| status.members[2].lag = LAG_LIMIT + 1).contains("entries behind"));
+        assert!(refused(|status| status.members[1].voter = false).starts_with("node2 is SECONDARY"));
+        assert!(refused(|status| drop(status.members.pop())).contains("2 of 3 members"));
+        assert!(refused(|status| status.primary = None).contains("no PRIMARY is known"));
+        let pause = |status: &mut Status| status.membership.pause = Some(Pause { until: 1, primary: 1 });
+        assert!(refused(pause).contains("twistcli ha resume"));
+    }
+
+    fn sample() -> Outcome {
+        Outcome {
+            at: "2026-11-22T18:00:00Z".into(),
+            version: "0.1.0".into(),
+            takeover: "kill",
+            from: "node1".into(),
+            to: Some("node2".into()),
+            outage_ms: Some(31.4),
+            handover_ms: None,
+            acknowledged: 90,
+            acknowledged_by_new: 50,
+            refused: 7,
+            unknown: 1,
+            missing: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_new_primary_begins_where_another_console_answers() {
+        let at = Instant::now();
+        let write = |(tag, console)| Acknowledged { tag, console, at };
+        let writes: Vec<_> = [(0, 1), (1, 1), (2, 0), (3, 0)].map(write).to_vec();
+        assert_eq!(after(&writes).iter().map(|write| write.tag).collect::<Vec<_>>(), [2, 3]);
+        assert!(after(&writes[..2]).is_empty());
+        assert!(after(&[]).is_empty());
+    }
+
+    #[test]
+    fn a_loss_is_said_aloud() {
+        let text = describe(&sample());
+        assert!(text.starts_with("node2 took over from node1 (kill). Outage: 31.4 ms.\n"), "{text}");
+        assert!(text.ends_with("nothing was lost.\n"), "{text}");
+        let lost = Outcome { missing: vec!["drill-1-7".into()], ..sample() };
+        assert!(describe(&lost).contains("1 ACKNOWLEDGED WRITES ARE MISSING: drill-1-7"));
+    }
+
+    #[test]
+    fn the_record_is_bounded_and_follows_no_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(RECORD);
+        fs::write(&path, "{}\n".repeat(KEPT + 5)).unwrap();
+        record(folder.path(), &sample()).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(text.lines().count(), KEPT);
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        assert_eq!((last["takeover"].as_str(), last["outage_ms"].as_f64()), (Some("kill"), Some(31.4)));
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
+        assert!(record(folder.path(), &sample()).is_err());
+    }
+}

@@ -1,0 +1,123 @@
+//! What the administrator should type next, from a status. Pure.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::{
+    cluster::{
+        Role,
+        membership::{CLUSTER_SIZE, Pause},
+    },
+    node::Status,
+};
+
+/// A member that is down for this long may not come back by itself.
+const LONG_GONE_MS: u64 = 10 * 60 * 1000;
+
+/// Seconds since 1970, as pauses and requests count.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// The pause that is in force.
+pub(super) fn paused(status: &Status, now: u64) -> Option<&Pause> {
+    status.membership.pause.as_ref().filter(|pause| pause.until > now)
+}
+
+/// Sentences with a command in each, most urgent first.
+pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
+    let mut steps = Vec::new();
+    let primary = status.members.iter().find(|member| Some(member.id) == status.primary);
+    let on = match primary {
+        Some(member) if member.id == status.node => String::new(),
+        Some(member) => format!("on {}: ", member.name),
+        None => "on the PRIMARY: ".to_owned(),
+    };
+    match status.role {
+        Role::RequestJoin => {
+            steps.push("on the PRIMARY: compare the fingerprints, then `twistcli ha apply`".to_owned());
+            return steps;
+        }
+        Role::Removed => {
+            steps.push("to come back: `twistcli ha join-script` on the PRIMARY, and run its line here".to_owned());
+            return steps;
+        }
+        _ => {}
+    }
+    let (members, requests) = (status.membership.members.len(), status.membership.requests.len());
+    let missing = CLUSTER_SIZE.saturating_sub(members + requests);
+    if requests > 0 && members + requests == CLUSTER_SIZE {
+        let (who, them) = if requests == 1 { ("1 host asks", "fingerprint") } else { ("2 hosts ask", "fingerprints") };
+        steps.push(format!("{who} to join; {on}compare the {them}, then `twistcli ha apply`"));
+    } else if missing > 0 {
+        let what = if missing == 1 { "one more host" } else { "each of two more hosts" };
+        steps.push(format!("{on}`twistcli ha join-script`, and run its line on {what}"));
+    }
+    if status.membership.learners().next().is_some() {
+        steps.push("wait until the newcomers have caught up: `twistcli ha status --watch`".to_owned());
+    }
+    if paused(status, now).is_some() {
+        steps.push(format!("when the maintenance is done, {on}`twistcli ha resume`"));
+    }
+    let gone = |ms: Option<u64>| ms.is_some_and(|ms| ms > LONG_GONE_MS);
+    for member in status.members.iter().filter(|member| member.state == Role::Down && gone(member.last_contact_ms)) {
+        steps.push(format!(
+            "if {name} will not come back, {on}`twistcli ha remove {name}`, then `twistcli ha join-script` for another host",
+            name = member.name
+        ));
+    }
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cli::{health::tests::healthy, table::tests::request},
+        cluster::NodeId,
+    };
+
+    fn without(ids: &[NodeId]) -> Status {
+        let mut status = healthy();
+        status.members.retain(|member| !ids.contains(&member.id));
+        status.membership.members.retain(|member| !ids.contains(&member.id));
+        status
+    }
+
+    #[test]
+    fn from_one_host_to_a_cluster() {
+        let mut status = without(&[2, 3]);
+        assert_eq!(steps(&status, 0), ["`twistcli ha join-script`, and run its line on each of two more hosts"]);
+        status.membership.requests.push(request("node2"));
+        assert_eq!(steps(&status, 0), ["`twistcli ha join-script`, and run its line on one more host"]);
+        status.membership.requests.push(request("node3"));
+        assert_eq!(steps(&status, 0), ["2 hosts ask to join; compare the fingerprints, then `twistcli ha apply`"]);
+        let mut status = healthy();
+        assert!(steps(&status, 0).is_empty());
+        status.membership.members[2].voter = false;
+        assert!(steps(&status, 0)[0].contains("twistcli ha status --watch"));
+    }
+
+    #[test]
+    fn another_host_is_named_where_it_has_to_be_done() {
+        let mut status = without(&[3]);
+        (status.primary, status.role) = (Some(2), Role::Secondary);
+        assert_eq!(steps(&status, 0), ["on node2: `twistcli ha join-script`, and run its line on one more host"]);
+        status.primary = None;
+        assert!(steps(&status, 0)[0].starts_with("on the PRIMARY: "));
+        status.role = Role::RequestJoin;
+        assert_eq!(steps(&status, 0), ["on the PRIMARY: compare the fingerprints, then `twistcli ha apply`"]);
+    }
+
+    #[test]
+    fn pauses_end_and_the_dead_are_replaced() {
+        let mut status = healthy();
+        status.membership.pause = Some(Pause { until: 100, primary: 1 });
+        assert_eq!(steps(&status, 99), ["when the maintenance is done, `twistcli ha resume`"]);
+        assert!(steps(&status, 100).is_empty());
+        status.members[2].state = Role::Down;
+        status.members[2].last_contact_ms = Some(1_000);
+        assert!(steps(&status, 100).is_empty());
+        status.members[2].last_contact_ms = Some(LONG_GONE_MS + 1);
+        assert!(steps(&status, 100)[0].starts_with("if node3 will not come back, `twistcli ha remove node3`"));
+    }
+}

@@ -1,0 +1,246 @@
+//! The commands that change the cluster: what they show before, ask for, and say after. Each one is one operation of the
+//! daemon. Must never decide whether something may be done.
+
+use std::io::{self, IsTerminal, Write};
+
+use super::{
+    args::{ApplyArgs, JoinScriptArgs, RemoveArgs, SetAddressArgs, SwitchoverArgs},
+    catch_up,
+    daemon::{Daemon, EX_TEMPFAIL, Stop, command, confirm},
+    next,
+    table::{clock, colour, date, mark},
+};
+use crate::{
+    admin::SwitchoverReport,
+    cluster::{
+        NodeId,
+        membership::{CLUSTER_SIZE, Request},
+    },
+    control::{JoinScript, Operation},
+    node::{MemberStatus, Status},
+};
+
+/// Prints the line, or the script, that makes a host ask for admission.
+pub(super) fn join_script(daemon: &Daemon<'_>, args: &JoinScriptArgs) -> Result<(), Stop> {
+    let operation = Operation::Invite { valid_s: args.valid.as_secs(), script: args.script };
+    daemon.primary(&command(&operation))?;
+    let answer: JoinScript = daemon.operate(operation)?;
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&answer).map_err(io::Error::from)?)?;
+        return Ok(());
+    }
+    let until = date(answer.until);
+    match &answer.script {
+        Some(script) if args.script => {
+            write!(out, "{script}")?;
+            eprintln!("Run this script as root on each host that is to join, before {until}.");
+        }
+        _ => {
+            eprintln!("Run this line on each host that is to join, before {until}:\n");
+            writeln!(out, "{}", answer.line)?;
+            out.flush()?;
+            eprintln!();
+        }
+    }
+    eprintln!("It carries a secret: whoever has it may ask to join. To take it back: twistcli ha revoke");
+    eprintln!("Next, when all hosts show REQUEST_JOIN in `twistcli ha status`: twistcli ha apply");
+    Ok(())
+}
+
+/// Admits the hosts that ask, and waits until all members are up.
+pub(super) fn apply(daemon: &Daemon<'_>, args: &ApplyArgs) -> Result<(), Stop> {
+    let operation = Operation::Apply { fingerprints: None };
+    let status = daemon.primary(&command(&operation))?;
+    let requests = &status.membership.requests;
+    if requests.is_empty() {
+        let mut text = "no host asks to join".to_owned();
+        next::steps(&status, next::now()).iter().for_each(|step| text.push_str(&format!("\n  {step}")));
+        return Err(Stop::refuse(&text));
+    }
+    eprintln!("{} to join {}:\n", ask(requests.len()), cluster_of(&status));
+    requests.iter().for_each(|request| eprint!("{}", describe(request)));
+    eprintln!("\nEach fingerprint must be the one that the join script has shown on that host.");
+    confirm("Admit them?", args.yes)?;
+    let fingerprints = Some(requests.iter().map(|request| request.fingerprint.clone()).collect());
+    let admitted: Vec<NodeId> = daemon.operate(Operation::Apply { fingerprints })?;
+    let names: Vec<&str> = requests.iter().map(|request| request.name.as_str()).collect();
+    writeln!(io::stdout(), "Admitted: {} (node {}).", names.join(", "), list(&admitted))?;
+    if args.no_wait {
+        eprintln!("Next: twistcli ha status --watch");
+        return Ok(());
+    }
+    catch_up::wait(daemon, args.wait)
+}
+
+/// "2 hosts ask".
+fn ask(count: usize) -> String {
+    if count == 1 { "1 host asks".to_owned() } else { format!("{count} hosts ask") }
+}
+
+fn list(ids: &[NodeId]) -> String {
+    ids.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn cluster_of(status: &Status) -> String {
+    let names: Vec<&str> = status.membership.members.iter().map(|member| member.name.as_str()).collect();
+    format!("the cluster of {}", names.join(", "))
+}
+
+/// A host that asks, as the administrator compares it.
+fn describe(request: &Request) -> String {
+    format!(
+        "  {} ({}:{}), version {}, clock {}\n    fingerprint {}\n",
+        request.name,
+        request.address,
+        request.port,
+        request.version,
+        clock(request.clock_ms),
+        request.fingerprint
+    )
+}
+
+/// Removes a member.
+pub(super) fn remove(daemon: &Daemon<'_>, args: &RemoveArgs) -> Result<(), Stop> {
+    let operation = Operation::Remove { node: args.node.clone(), force: args.force };
+    let status = daemon.primary(&command(&operation))?;
+    // Only to explain: which member a name means is for the daemon to decide, and to refuse.
+    let named = |member: &&MemberStatus| member.name == args.node || member.id.to_string() == args.node;
+    if let Some(member) = status.members.iter().find(named) {
+        eprint!("{}", consequences(member, &status, args.force));
+    }
+    confirm(&format!("Remove {}?", args.node), args.yes)?;
+    let () = daemon.operate(operation)?;
+    writeln!(io::stdout(), "{} is removed.", args.node)?;
+    eprintln!("Next: twistcli ha join-script, and run its line on the host that takes the place");
+    Ok(())
+}
+
+fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
+    let mut text = format!(
+        "{} ({}) is {}. Once removed, it has no vote, its certificate is refused for good, and it stops serving.\n\
+         Its data stay on its disk; to come back it runs the join script again.\n",
+        member.name, member.address, member.state
+    );
+    let left = status.members.len() - 1;
+    if left < CLUSTER_SIZE {
+        text.push_str(&format!(
+            "{left} of {CLUSTER_SIZE} members remain: {}\n",
+            if left == 2 { "both must be up for the Console to be served." } else { "no failure is tolerated then." }
+        ));
+    }
+    if force {
+        text.push_str(
+            "--force: even if the members that remain have no majority that answers. Nobody serves then until enough of \
+             them are back.\n",
+        );
+    }
+    text
+}
+
+/// Hands the role over, or only checks whether it could be.
+pub(super) fn switchover(daemon: &Daemon<'_>, args: &SwitchoverArgs) -> Result<(), Stop> {
+    let operation = Operation::Switchover { to: args.to.clone(), dry_run: args.dry_run };
+    let status = daemon.primary(&command(&operation))?;
+    let report: SwitchoverReport = daemon.operate(operation)?;
+    let possible = report.checks.iter().all(|check| check.ok);
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report).map_err(io::Error::from)?)?;
+    } else {
+        write!(out, "{}", describe_switchover(&report, args.dry_run, colour(&io::stdout())))?;
+        if report.gap_ms.is_some() {
+            eprintln!("Next, to bring it back: on that host, twistcli ha switchover --to {}", status.name);
+        }
+    }
+    if possible { Ok(()) } else { Err(Stop::Told(EX_TEMPFAIL)) }
+}
+
+fn describe_switchover(report: &SwitchoverReport, dry_run: bool, colour: bool) -> String {
+    let mut text = String::new();
+    for check in &report.checks {
+        let detail = if check.detail.is_empty() { String::new() } else { format!(": {}", check.detail) };
+        text.push_str(&format!("{} {}{detail}\n", mark(check.ok, colour), check.name));
+    }
+    let to = report.to.as_deref().unwrap_or("another member");
+    text.push_str(&match (report.checks.iter().all(|check| check.ok), dry_run, report.gap_ms) {
+        (false, ..) => "The role stays here: see what is marked above.\n".to_owned(),
+        (true, true, _) => format!("{to} can take the role. Nothing was changed.\n"),
+        (true, false, Some(gap)) => format!("{to} is PRIMARY. Nobody could write for {gap:.1} ms.\n"),
+        (true, false, None) => format!("The role goes to {to}. See: twistcli ha status\n"),
+    });
+    text
+}
+
+/// No automatic takeover for a while.
+pub(super) fn pause(daemon: &Daemon<'_>, seconds: u64) -> Result<(), Stop> {
+    let operation = Operation::Pause { seconds };
+    let status = daemon.primary(&command(&operation))?;
+    let until: u64 = daemon.operate(operation)?;
+    writeln!(io::stdout(), "PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name)?;
+    eprintln!("Next, when the maintenance is done: twistcli ha resume");
+    Ok(())
+}
+
+/// Gives a member another address.
+pub(super) fn set_address(daemon: &Daemon<'_>, args: &SetAddressArgs) -> Result<(), Stop> {
+    let operation = Operation::Readdress {
+        node: args.node.clone(),
+        new_name: args.name.clone(),
+        address: args.address.clone(),
+        port: args.port,
+    };
+    simple(daemon, operation, "The members dial the new address from now on. See: twistcli ha status")
+}
+
+/// An operation without an answer.
+pub(super) fn simple(daemon: &Daemon<'_>, operation: Operation, done: &str) -> Result<(), Stop> {
+    daemon.primary(&command(&operation))?;
+    let () = daemon.operate(operation)?;
+    writeln!(io::stdout(), "{done}")?;
+    Ok(())
+}
+
+/// True where a person looks at the progress.
+pub(super) fn watched() -> bool {
+    io::stderr().is_terminal()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{admin::Check, cli::health::tests::healthy, cluster::Role};
+
+    #[test]
+    fn a_removal_is_explained_before_it_is_asked_for() {
+        let mut status = healthy();
+        status.members[2].state = Role::Down;
+        let text = consequences(&status.members[2], &status, false);
+        assert!(text.starts_with("node3 (127.0.0.3:8086) is DOWN. Once removed, it has no vote"), "{text}");
+        assert!(text.contains("2 of 3 members remain: both must be up"), "{text}");
+        assert!(!text.contains("--force"), "{text}");
+        assert!(consequences(&status.members[2], &status, true).contains("--force: even if"));
+    }
+
+    #[test]
+    fn each_check_of_a_switchover_is_shown() {
+        let check = |name: &str, ok, detail: &str| Check { name: name.into(), ok, detail: detail.into() };
+        let mut report = SwitchoverReport {
+            checks: vec![check("node2 is up", true, ""), check("caught up", false, "9 entries behind")],
+            to: Some("node2".into()),
+            gap_ms: None,
+        };
+        let text = describe_switchover(&report, true, false);
+        assert_eq!(
+            text,
+            "✓ node2 is up\n✗ caught up: 9 entries behind\nThe role stays here: see what is marked above.\n"
+        );
+        report.checks[1].ok = true;
+        assert!(describe_switchover(&report, true, false).ends_with("node2 can take the role. Nothing was changed.\n"));
+        report.gap_ms = Some(41.26);
+        assert!(
+            describe_switchover(&report, false, false).ends_with("node2 is PRIMARY. Nobody could write for 41.3 ms.\n")
+        );
+        assert!(describe_switchover(&report, false, true).contains("\x1b[32m✓\x1b[0m"));
+    }
+}

@@ -1,0 +1,208 @@
+//! `high-availability`: the cluster's status, and what an administrator does to it; and the two resources by which a host
+//! that is no member asks to become one. Owns the roles and the HTTP side; what is done is up to [`crate::admin`].
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderMap, StatusCode},
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    Console, Services,
+    auth::{self, Administrator, Source, User},
+    errors::ApiError,
+    extract::{Body, Name, Search},
+};
+use crate::{
+    admin::{AdminError, SwitchoverReport},
+    join::{JoinRequest, RequestState},
+};
+
+impl From<AdminError> for ApiError {
+    fn from(error: AdminError) -> Self {
+        match error {
+            AdminError::Refused(why) => Self::Conflict(why),
+            AdminError::Denied(why) => Self::Forbidden(why),
+            AdminError::Unknown(why) => Self::Unknown(why),
+            AdminError::NotPrimary { .. } => Self::Unavailable(error.to_string()),
+        }
+    }
+}
+
+impl Console {
+    /// # Errors
+    /// When this Console runs without a cluster.
+    pub(super) fn services(&self) -> Result<&Services, ApiError> {
+        let none = || ApiError::NotFound("this Console does not run in a cluster".to_owned());
+        self.services.as_ref().ok_or_else(none)
+    }
+}
+
+/// `GET high-availability`: this node's picture of the cluster.
+pub(super) async fn status(State(console): State<Arc<Console>>, _: User) -> Result<Json<Value>, ApiError> {
+    // Turned into JSON here and not by the response: a status holds the database and must not be kept.
+    let status = serde_json::to_value(&**console.status.borrow());
+    status.map(Json).map_err(|error| {
+        tracing::error!("cannot write the status as JSON: {error}");
+        ApiError::Internal
+    })
+}
+
+/// `POST high-availability/requests`: a host asks to join. The join token is the bearer token.
+pub(super) async fn request(
+    State(console): State<Arc<Console>>,
+    Source(from): Source,
+    headers: HeaderMap,
+    Body(request): Body<JoinRequest>,
+) -> Result<(StatusCode, Json<RequestState>), ApiError> {
+    let token = auth::join_token(&headers).ok_or(ApiError::Unauthorized("send the join token as a bearer token"))?;
+    let state = console.services()?.admin.request(&token, from, request).await?;
+    Ok((StatusCode::ACCEPTED, Json(state)))
+}
+
+/// `GET high-availability/requests/{id}`: where a request stands. Its id is a secret of the host that asked.
+pub(super) async fn request_state(
+    State(console): State<Arc<Console>>,
+    Name(id): Name,
+) -> Result<Json<RequestState>, ApiError> {
+    let state = console.services()?.admin.request_state(&id);
+    state.map(Json).ok_or_else(|| ApiError::NotFound("there is no such request to join, or it has expired".to_owned()))
+}
+
+/// `POST high-availability/apply`: admits all hosts that ask.
+pub(super) async fn apply(
+    State(console): State<Arc<Console>>,
+    Administrator(user): Administrator,
+) -> Result<Json<Value>, ApiError> {
+    let admitted = console.services()?.admin.apply(&user.name).await?;
+    Ok(Json(json!({ "admitted": admitted })))
+}
+
+/// `DELETE high-availability/requests/{name or fingerprint}`: turns a host down.
+pub(super) async fn reject(
+    State(console): State<Arc<Console>>,
+    Administrator(user): Administrator,
+    Name(request): Name,
+) -> Result<Json<Value>, ApiError> {
+    console.services()?.admin.reject(&request, &user.name).await?;
+    Ok(Json(json!({})))
+}
+
+/// The query of [`remove`].
+#[derive(Debug, Deserialize)]
+pub(super) struct Removal {
+    #[serde(default)]
+    force: bool,
+}
+
+/// `DELETE high-availability/members/{id or name}?force=true`.
+pub(super) async fn remove(
+    State(console): State<Arc<Console>>,
+    Administrator(user): Administrator,
+    Name(member): Name,
+    Search(removal): Search<Removal>,
+) -> Result<Json<Value>, ApiError> {
+    console.services()?.admin.remove(&member, removal.force, &user.name).await?;
+    Ok(Json(json!({})))
+}
+
+/// The body of [`switchover`].
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Switchover {
+    to: Option<String>,
+    #[serde(default)]
+    dry_run: bool,
+}
+
+/// What [`switchover`] answers when a check fails.
+#[derive(Serialize)]
+struct Failed {
+    err: String,
+    #[serde(flatten)]
+    report: SwitchoverReport,
+}
+
+/// `POST high-availability/switchover`: 202 with the checks, and the switchover begins right after: this node's ports close,
+/// and the connection may end before or after the answer has come. With `dryRun` 200 and nothing else. 409 if a check fails.
+pub(super) async fn switchover(
+    State(console): State<Arc<Console>>,
+    Administrator(user): Administrator,
+    Body(wish): Body<Switchover>,
+) -> Result<Response, ApiError> {
+    let admin = Arc::clone(&console.services()?.admin);
+    let report = admin.switchover(wish.to.as_deref(), true, &user.name).await?;
+    if let Some(failed) = report.checks.iter().find(|check| !check.ok) {
+        let err = format!("{}: {}", failed.name, failed.detail);
+        return Ok((StatusCode::CONFLICT, Json(Failed { err, report })).into_response());
+    }
+    if wish.dry_run {
+        return Ok(Json(report).into_response());
+    }
+    let to = report.to.clone();
+    // Not in this request: it would be one of those that the switchover waits for.
+    tokio::spawn(async move {
+        if let Err(error) = admin.switchover(to.as_deref(), false, &user.name).await {
+            tracing::warn!(by = user.name, "the switchover did not come about: {error}");
+        }
+    });
+    Ok((StatusCode::ACCEPTED, Json(report)).into_response())
+}
+
+/// The body of [`pause`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Pause {
+    minutes: u32,
+}
+
+/// `POST high-availability/pause`: no automatic takeover for so long.
+pub(super) async fn pause(
+    State(console): State<Arc<Console>>,
+    Administrator(user): Administrator,
+    Body(wish): Body<Pause>,
+) -> Result<Json<Value>, ApiError> {
+    let span = Duration::from_secs(u64::from(wish.minutes) * 60);
+    let until = console.services()?.admin.pause(span, &user.name).await?;
+    Ok(Json(json!({ "until": until })))
+}
+
+/// `POST high-availability/resume`: ends a pause.
+pub(super) async fn resume(
+    State(console): State<Arc<Console>>,
+    Administrator(user): Administrator,
+) -> Result<Json<Value>, ApiError> {
+    console.services()?.admin.resume(&user.name).await?;
+    Ok(Json(json!({})))
+}
+
+/// The body of [`readdress`]; what is missing stays.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Place {
+    name: Option<String>,
+    address: Option<String>,
+    port: Option<u16>,
+}
+
+/// `PUT high-availability/members/{id or name}/address`.
+pub(super) async fn readdress(
+    State(console): State<Arc<Console>>,
+    Administrator(user): Administrator,
+    Name(member): Name,
+    Body(place): Body<Place>,
+) -> Result<Json<Value>, ApiError> {
+    let Place { name, address, port } = place;
+    console.services()?.admin.readdress(&member, name, address, port, &user.name).await?;
+    Ok(Json(json!({})))
+}
+
+/// Refuses a join token that is not good; `from` is counted against.
+pub(super) fn check_join_token(console: &Console, token: &str, from: IpAddr) -> Result<(), ApiError> {
+    Ok(console.services()?.admin.check_token(token, from)?)
+}

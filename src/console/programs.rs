@@ -1,0 +1,195 @@
+//! What a new host downloads: the join script, the programs, the CA certificate. Open to those who log in and to those who
+//! have a join token; the certificate to everybody. Must never read a program into memory as a whole.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderMap, HeaderName, HeaderValue, Method, header},
+    response::{IntoResponse, Response},
+};
+use hyper::body::{Bytes, Frame, SizeHint};
+use serde::Serialize;
+use tokio::{sync::mpsc, task};
+
+use super::{
+    Console,
+    auth::{self, Installer, Source},
+    cluster::check_join_token,
+    errors::ApiError,
+    extract::Name,
+};
+use crate::{
+    admin::Invited,
+    cluster::Membership,
+    join::{Kit, KitError, Program},
+};
+
+/// How long an invitation is good that the script or the line make.
+const VALID: Duration = Duration::from_secs(3600);
+/// Bytes of a program that are read at a time, and how many such pieces wait for a slow client.
+const PIECE: usize = 64 << 10;
+const PIECES: usize = 4;
+/// Downloads at once: each has a thread.
+pub(super) const DOWNLOADS: usize = 8;
+
+impl From<KitError> for ApiError {
+    fn from(error: KitError) -> Self {
+        match error {
+            KitError::NoHttps | KitError::NoAuthority => Self::Conflict(error.to_string()),
+            KitError::Token => Self::Forbidden(error.to_string()),
+            KitError::Program(_) => {
+                tracing::error!("{error}");
+                Self::Internal
+            }
+        }
+    }
+}
+
+/// `GET scripts/console.sh`: the join script. For a join token, or with a new invitation for who logs in.
+pub(super) async fn script(
+    State(console): State<Arc<Console>>,
+    installer: Installer,
+) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {
+    let token = match installer {
+        Installer::Host { token } => token,
+        Installer::User(user) => console.services()?.admin.invite(VALID, &user.name).await?.token,
+    };
+    let script = with_kit(&console, move |kit, membership, me| kit.script(membership, me, &token)).await?;
+    Ok(([(header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8")], script))
+}
+
+/// The answer of [`line`].
+#[derive(Serialize)]
+pub(super) struct Line {
+    line: String,
+    script_url: String,
+    until: u64,
+}
+
+/// `GET high-availability/join-script`: a new invitation, as the line to run on the other hosts.
+pub(super) async fn line(
+    State(console): State<Arc<Console>>,
+    installer: Installer,
+) -> Result<Json<Line>, ApiError> {
+    let Installer::User(user) = installer else {
+        return Err(ApiError::Forbidden("a join token is good for one script, not for more of them".to_owned()));
+    };
+    let Invited { token, until, .. } = console.services()?.admin.invite(VALID, &user.name).await?;
+    let make = move |kit: &Kit, membership: &Membership, me| {
+        Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?))
+    };
+    let (line, script_url) = with_kit(&console, make).await?;
+    Ok(Json(Line { line, script_url, until }))
+}
+
+/// Runs something that may have to compute a checksum.
+async fn with_kit<T: Send + 'static>(
+    console: &Console,
+    make: impl FnOnce(&Kit, &Membership, u64) -> Result<T, KitError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let kit = Arc::clone(&console.services()?.kit);
+    let (membership, me) = {
+        let status = console.status.borrow();
+        (status.membership.clone(), status.node)
+    };
+    let made = task::spawn_blocking(move || make(&kit, &membership, me)).await.map_err(|_| ApiError::Internal)?;
+    Ok(made?)
+}
+
+/// `GET certs/ca.pem`: the CA certificate. Whoever fetches it without knowing it already must compare its fingerprint.
+pub(super) async fn ca(
+    State(console): State<Arc<Console>>,
+) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {
+    let authority = console.status.borrow().membership.authority.as_ref().map(|sealed| sealed.certificate.clone());
+    let pem = authority.ok_or_else(|| ApiError::NotFound(KitError::NoAuthority.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, "application/x-pem-file")], pem))
+}
+
+/// `GET` and `HEAD programs/{twistlockd or twistcli}`: the program that runs here, with its SHA-256 and architecture.
+pub(super) async fn program(
+    State(console): State<Arc<Console>>,
+    _: Installer,
+    method: Method,
+    Name(name): Name,
+) -> Result<Response, ApiError> {
+    let busy = || ApiError::Unavailable(format!("{DOWNLOADS} downloads are under way: try again"));
+    let slot = Arc::clone(&console.downloads).try_acquire_owned().map_err(|_| busy())?;
+    let wanted = name.clone();
+    let found = with_kit(&console, move |kit, _, _| Ok(kit.program(&wanted)?)).await?;
+    let none = || ApiError::NotFound(format!("there is no program {name:?}: twistlockd and twistcli are there"));
+    let Program { file, length, sha256 } = found.ok_or_else(none)?;
+    let text = |value: &str| HeaderValue::from_str(value).map_err(|_| ApiError::Internal);
+    let headers = HeaderMap::from_iter([
+        (header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream")),
+        (header::CONTENT_LENGTH, HeaderValue::from(length)),
+        (HeaderName::from_static("x-sha256"), text(&sha256)?),
+        (HeaderName::from_static("x-architecture"), HeaderValue::from_static(std::env::consts::ARCH)),
+        (HeaderName::from_static("x-version"), HeaderValue::from_static(env!("CARGO_PKG_VERSION"))),
+    ]);
+    if method == Method::HEAD {
+        return Ok(headers.into_response());
+    }
+    let (sender, pieces) = mpsc::channel(PIECES);
+    task::spawn_blocking(move || {
+        read_pieces(file, length, &sender);
+        drop(slot);
+    });
+    Ok((headers, axum::body::Body::new(Download { pieces, left: length })).into_response())
+}
+
+/// Reads until the end, an error, or the client is gone.
+fn read_pieces(mut file: File, length: u64, sender: &mpsc::Sender<io::Result<Bytes>>) {
+    let mut left = length;
+    while left > 0 {
+        let mut piece = vec![0; PIECE.min(usize::try_from(left).unwrap_or(PIECE))];
+        let read = file.read_exact(&mut piece);
+        left -= piece.len() as u64;
+        let failed = read.is_err();
+        if sender.blocking_send(read.map(|()| piece.into())).is_err() || failed {
+            return;
+        }
+    }
+}
+
+/// A body whose length is known and whose pieces come from a thread.
+struct Download {
+    pieces: mpsc::Receiver<io::Result<Bytes>>,
+    left: u64,
+}
+
+impl hyper::body::Body for Download {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        let piece = std::task::ready!(self.pieces.poll_recv(context));
+        if let Some(Ok(bytes)) = &piece {
+            self.left -= bytes.len() as u64;
+        }
+        Poll::Ready(piece.map(|piece| piece.map(Frame::data)))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left)
+    }
+}
+
+/// Who may have scripts and programs: a host with a join token, or a user whose role permits it.
+pub(super) fn installer(
+    console: &Console,
+    headers: &HeaderMap,
+    Source(from): Source,
+) -> Result<Option<Installer>, ApiError> {
+    let Some(token) = auth::join_token(headers) else { return Ok(None) };
+    check_join_token(console, &token, from)?;
+    Ok(Some(Installer::Host { token }))
+}

@@ -1,0 +1,80 @@
+//! The local administration socket: a Unix stream socket that speaks one JSON object per line, in both directions.
+//! Owns the protocol, its limits, the server side in the daemon and the blocking client. Must never decide anything: what a
+//! request means is up to the [`ControlHandler`], and who may ask is up to the file permissions (owner only).
+
+mod client;
+mod protocol;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use std::{future::Future, io, os::unix::ffi::OsStrExt, path::Path, pin::Pin, sync::Arc, time::Duration};
+
+use serde::Serialize;
+
+pub use client::{ControlError, connect, operate, request, status};
+pub use protocol::{JoinScript, Operation, Reply, Request};
+pub use server::{ControlSocket, serve};
+
+use crate::node::Status;
+
+/// Name of the socket in the data folder.
+pub const SOCKET_NAME: &str = "control.sock";
+/// Longest request line in bytes, newline included.
+pub const MAX_REQUEST: usize = 64 * 1024;
+/// Longest reply line in bytes, newline included: the text of all metrics fits many times.
+pub const MAX_REPLY: usize = 1024 * 1024;
+/// Clients served at the same time; further ones wait in the kernel's queue.
+pub const MAX_CLIENTS: usize = 16;
+/// Operations carried out at the same time, those included whose clients have gone; further ones are refused.
+pub const MAX_OPERATIONS: usize = 4;
+/// Longest time for one step of a conversation: reading a request or writing its reply.
+pub const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time that a client waits for the outcome of an operation. The operation itself is never cut off half-way.
+pub const OPERATION_TIMEOUT: Duration = Duration::from_secs(30);
+/// `sun_path` of Linux holds 108 bytes, one of them the closing zero (unix(7)).
+const MAX_PATH: usize = 107;
+
+/// An answer that takes its time.
+pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<serde_json::Value, String>> + Send + 'a>>;
+
+/// What the daemon does for its local administrator. Status and metrics are short: they run on the runtime's threads.
+pub trait ControlHandler: Send + Sync {
+    /// The newest picture of this node.
+    fn status(&self) -> Arc<Status>;
+
+    /// Carries an operation out, to its end. What the value is, [`Operation`] says. An error is one sentence for the
+    /// administrator. The future is never dropped half-way, unless the whole runtime ends.
+    ///
+    /// Unless a handler says otherwise, its host has not joined a cluster and can administer nothing.
+    fn administer(&self, operation: Operation) -> Answer<'_> {
+        let _ = operation;
+        Box::pin(async { Err(NOT_JOINED.to_owned()) })
+    }
+
+    /// All metrics in Prometheus text format.
+    fn metrics(&self) -> String {
+        String::new()
+    }
+}
+
+/// Why a host that waits for its admission refuses every operation.
+pub const NOT_JOINED: &str = "this host has not joined yet: run `twistcli ha apply` on the PRIMARY";
+
+fn check_path(path: &Path) -> io::Result<()> {
+    let length = path.as_os_str().as_bytes().len();
+    if length <= MAX_PATH {
+        return Ok(());
+    }
+    let text = format!(
+        "control socket path {} has {length} bytes, the kernel allows {MAX_PATH}: choose a shorter folder",
+        path.display()
+    );
+    Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+}
+
+fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut bytes = serde_json::to_vec(message)?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}

@@ -1,0 +1,99 @@
+//! What goes over the control socket: requests, operations and their answers. Must never carry a private key or the key
+//! of the certificate authority; a join script's token is the only secret that passes.
+
+use serde::{Deserialize, Serialize};
+
+/// What a local client may ask for. On the wire: `{"command":"status"}`,
+/// `{"command":"administer","operation":{"name":"pause","seconds":600}}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// The node's [`Status`](crate::node::Status).
+    Status {},
+    /// The metrics in Prometheus text format, as one JSON string.
+    Metrics {},
+    /// Something that changes the cluster.
+    Administer {
+        /// What.
+        operation: Operation,
+    },
+}
+
+/// What an administrator may have done. Only the PRIMARY does it; another node refuses and names the PRIMARY.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Operation {
+    /// Lets hosts ask for admission. Answer: a [`JoinScript`].
+    Invite {
+        /// How long the invitation is good.
+        valid_s: u64,
+        /// Whether the script itself is wanted, beside the line that fetches it.
+        script: bool,
+    },
+    /// Closes all invitations. Answer: null.
+    Uninvite {},
+    /// Admits the hosts that ask. Answer: their node ids.
+    Apply {
+        /// The fingerprints that the administrator has compared: refused if they are not those of the hosts that ask.
+        /// None: whoever asks.
+        fingerprints: Option<Vec<String>>,
+    },
+    /// Turns a host down that asks. Answer: null.
+    Reject {
+        /// Its name, or the id of its request.
+        host: String,
+    },
+    /// Drops a member. Answer: null.
+    Remove {
+        /// Its name or id.
+        node: String,
+        /// Even if the rest has no majority that answers.
+        force: bool,
+    },
+    /// Hands the role of PRIMARY over. Answer: a [`SwitchoverReport`](crate::admin::SwitchoverReport).
+    Switchover {
+        /// To this member; none: to the one that is best prepared.
+        to: Option<String>,
+        /// Only check whether it could be done.
+        dry_run: bool,
+    },
+    /// No automatic takeover for so long. Answer: when it ends, in seconds since 1970.
+    Pause {
+        /// From now on.
+        seconds: u64,
+    },
+    /// Automatic takeover again. Answer: null.
+    Resume {},
+    /// A member is reached elsewhere from now on; none keeps what there is. Answer: null.
+    Readdress {
+        /// Its name or id.
+        node: String,
+        /// Its new name.
+        new_name: Option<String>,
+        /// Its new host name or IP address.
+        address: Option<String>,
+        /// Its new `HIGH_AVAILABILITY_PORT`.
+        port: Option<u16>,
+    },
+}
+
+/// How a host joins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinScript {
+    /// The one line to run there, with the token in it.
+    pub line: String,
+    /// The script that the line fetches, if it was asked for.
+    pub script: Option<String>,
+    /// When the token expires, in seconds since 1970.
+    pub until: u64,
+}
+
+/// The answer to one request: `{"ok": ...}` or `{"err": "..."}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reply {
+    /// It was done; the value is what was asked for, `null` when there is nothing to tell.
+    Ok(serde_json::Value),
+    /// It was not done, and why, as one sentence.
+    Err(String),
+}

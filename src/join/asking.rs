@@ -1,0 +1,224 @@
+//! The host that joins: asks, waits for APPLY, and takes over what it is given, until it is a member. A level-triggered loop:
+//! each round looks at the files and at the cluster's answer anew, so that a crash, another primary, an expired request or a
+//! new join script at any time only mean another round. Must never give up by itself while it can still be admitted.
+
+use std::{
+    net::IpAddr,
+    path::Path,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result, ensure};
+use tokio::{sync::watch, task, time::sleep};
+use tracing::{info, warn};
+
+use super::{
+    RequestState,
+    client::{Answer, Client},
+    files::{Admitted, Asked, Host, JoinFile, Requests},
+};
+use crate::{
+    cluster::{Membership, NodeId},
+    storage::{DataDir, DataDirError, Identity},
+};
+
+/// Time between two looks at a request that waits, and at the files.
+const ROUND: Duration = Duration::from_secs(1);
+/// Longest time between two attempts while nobody answers as hoped.
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+/// Time until a token that was refused is tried again: the primary's clock may have been wrong.
+const AFTER_REFUSAL: Duration = Duration::from_secs(60);
+
+/// How far a host has come, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It has not been heard yet; the text says why, once that is known.
+    Asking { name: String, problem: Option<String> },
+    /// The cluster has its request, and an administrator has to APPLY.
+    Waiting { name: String, fingerprint: String, console: String },
+    /// It may not join with this token, or was turned down.
+    Refused { name: String, reason: String },
+    /// It was admitted and fetches the database.
+    Admitted { node: NodeId, membership: Box<Membership>, problem: Option<String> },
+}
+
+/// A host that was admitted, for [`run`]'s `fetch`.
+#[derive(Clone, Copy, Debug)]
+pub struct Newcomer<'a> {
+    pub node: NodeId,
+    pub membership: &'a Membership,
+    /// `host:port` of the Console that said so: the primary's, at that time.
+    pub console: &'a str,
+}
+
+/// True if this data folder is that of a host that is to join.
+pub fn wanted(data: &Path) -> bool {
+    data.join(super::JOIN_FILE).exists()
+}
+
+/// Joins: returns when this host is a member and its data folder has everything that a start needs. `fetch` brings the
+/// snapshot into the data folder. May be given up at any time, and begun again.
+///
+/// # Errors
+/// When the data folder holds another node's data, the join file cannot be used, or the disk fails: nothing that waiting
+/// would mend.
+pub async fn run(
+    data: &DataDir,
+    host: Host,
+    stage: &watch::Sender<Stage>,
+    fetch: impl AsyncFn(Newcomer<'_>) -> Result<()>,
+) -> Result<Identity> {
+    ensure_empty(data)?;
+    let first = JoinFile::read(data.path())?;
+    let certificates = data.path().join("certificates");
+    let requests = Requests::prepare(&certificates, &host.name)?;
+    let mut joining = Joining { data, host, requests, stage, refused: None, pause: ROUND };
+    info!(host = joining.host.name, addresses = ?first.addresses, "asks to join a cluster");
+    loop {
+        if let Some(identity) = joining.round(&fetch).await? {
+            info!(node = identity.node, cluster = %identity.cluster, "this host has joined");
+            return Ok(identity);
+        }
+        sleep(joining.pause).await;
+    }
+}
+
+/// Data without an identity belongs to a node that was here before: joining over it would mix the two.
+fn ensure_empty(data: &DataDir) -> Result<()> {
+    match data.identity() {
+        Err(DataDirError::NoIdentity { .. }) => {}
+        Err(error) => return Err(error.into()),
+        Ok(Identity { cluster, node, name, .. }) => {
+            return Err(DataDirError::Exists { path: data.path().to_owned(), cluster, node, name }.into());
+        }
+    }
+    let found = ["raft-log", "membership.json"].into_iter().find(|name| data.path().join(name).exists());
+    let path = data.path().display();
+    ensure!(
+        found.is_none(),
+        "{path} holds {} of a node but no identity.json: the join script sets such a folder aside, run it again",
+        found.unwrap_or_default()
+    );
+    Ok(())
+}
+
+struct Joining<'a> {
+    data: &'a DataDir,
+    host: Host,
+    requests: Requests,
+    stage: &'a watch::Sender<Stage>,
+    /// The join file that was refused, and when: it is not tried again at once, another one is.
+    refused: Option<(JoinFile, Instant)>,
+    pause: Duration,
+}
+
+impl Joining<'_> {
+    /// One look at everything; the identity when this host is a member.
+    async fn round(&mut self, fetch: &impl AsyncFn(Newcomer<'_>) -> Result<()>) -> Result<Option<Identity>> {
+        let file = match JoinFile::read(self.data.path()) {
+            Ok(file) => file,
+            Err(error) => {
+                self.trouble(format!("{error:#}"));
+                return Ok(None);
+            }
+        };
+        if self.refused.as_ref().is_some_and(|(old, since)| *old == file && since.elapsed() < AFTER_REFUSAL) {
+            return Ok(None);
+        }
+        let asked = Asked::read(self.data.path())?;
+        let (console, answer) = self.question(&file, asked.as_ref()).await?;
+        match answer {
+            Answer::State(RequestState::Pending { id, fingerprint, .. }) => {
+                if asked.as_ref().is_none_or(|asked| asked.id != id) {
+                    // Durable before anybody can click APPLY in the knowledge of it: from then on the token is worth nothing.
+                    Asked { id }.save(self.data.path())?;
+                }
+                self.show(Stage::Waiting { name: self.host.name.clone(), fingerprint, console });
+                (self.refused, self.pause) = (None, ROUND);
+            }
+            Answer::State(state @ RequestState::Admitted { .. }) => {
+                return self.take_over(state, &file, &console, fetch).await;
+            }
+            Answer::State(RequestState::Rejected { reason }) => {
+                Asked::forget(self.data.path())?;
+                self.refuse(file, format!("turned down: {reason}"));
+            }
+            Answer::Denied(reason) => self.refuse(file, reason),
+            // The request has expired, or this host was removed before it was complete: the token decides what is next.
+            Answer::NotFound => Asked::forget(self.data.path())?,
+            Answer::Refused(why) | Answer::Nobody(why) => self.trouble(why),
+        }
+        Ok(None)
+    }
+
+    /// Asks where the request stands, or makes one if there is none.
+    async fn question(&self, file: &JoinFile, asked: Option<&Asked>) -> Result<(String, Answer)> {
+        let client = Client::new(file)?;
+        let (host, id) = (self.host.clone(), asked.map(|asked| asked.id.clone()));
+        let (node, console) = (self.requests.node.clone(), self.requests.console.clone());
+        let question = move || match id {
+            Some(id) => client.poll(&id),
+            None => client.ask(|own: Option<IpAddr>| {
+                let address = host.address.clone().or_else(|| own.map(|own| own.to_canonical().to_string()));
+                let requests = Requests { node: node.clone(), console: console.clone() };
+                host.request(&requests, &address.unwrap_or_else(|| host.name.clone()), now_ms())
+            }),
+        };
+        task::spawn_blocking(question).await.context("ask the cluster")
+    }
+
+    async fn take_over(
+        &mut self,
+        state: RequestState,
+        file: &JoinFile,
+        console: &str,
+        fetch: &impl AsyncFn(Newcomer<'_>) -> Result<()>,
+    ) -> Result<Option<Identity>> {
+        let admitted = Admitted::save(state, file, &self.data.path().join("certificates"))?;
+        let (node, membership) = (admitted.node, &admitted.membership);
+        let shown = |problem| Stage::Admitted { node, membership: Box::new(membership.clone()), problem };
+        self.show(shown(None));
+        match fetch(Newcomer { node, membership, console }).await {
+            Ok(()) => admitted.become_member(self.data).map(Some),
+            Err(error) => {
+                warn!("admitted, but the database could not be fetched: {error:#}; trying again");
+                let stage = shown(Some(format!("{error:#}")));
+                self.show(stage);
+                self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+                Ok(None)
+            }
+        }
+    }
+
+    fn refuse(&mut self, file: JoinFile, reason: String) {
+        warn!(reason, "this host may not join; it waits for a new join script");
+        self.show(Stage::Refused { name: self.host.name.clone(), reason });
+        (self.refused, self.pause) = (Some((file, Instant::now())), ROUND);
+    }
+
+    fn trouble(&mut self, problem: String) {
+        // Said when it begins and when it changes, not at every attempt.
+        let stage = Stage::Asking { name: self.host.name.clone(), problem: Some(problem.clone()) };
+        if *self.stage.borrow() != stage {
+            warn!(problem, "the cluster has not heard this host yet; trying again");
+        }
+        self.show(stage);
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+    }
+
+    fn show(&self, stage: Stage) {
+        self.stage.send_if_modified(|shown| {
+            let changed = *shown != stage;
+            if let (true, Stage::Waiting { fingerprint, console, .. }) = (changed, &stage) {
+                info!(fingerprint, console, "the cluster has the request; an administrator has to APPLY");
+            }
+            *shown = stage;
+            changed
+        });
+    }
+}
+
+/// Milliseconds since 1970: the primary compares the clocks.
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
+}

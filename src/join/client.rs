@@ -1,0 +1,130 @@
+//! Asks the Consoles of a cluster over HTTPS. Blocking: runs on threads that may wait. Must never trust another authority
+//! than the one it was given, follow a redirect, or read an answer without a bound.
+
+use std::{
+    net::{IpAddr, ToSocketAddrs, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use ureq::{
+    Agent, Body,
+    http::Response,
+    tls::{Certificate, RootCerts, TlsConfig},
+};
+
+use super::{JoinFile, JoinRequest, RequestState};
+
+/// Longest time for one question.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Longest time until a connection is there: an address may swallow packets.
+const CONNECT: Duration = Duration::from_secs(3);
+/// Longest answer in bytes.
+const ANSWER: u64 = 256 << 10;
+
+/// What a Console says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    State(RequestState),
+    /// There is no such request (any more).
+    NotFound,
+    /// The token does not permit it.
+    Denied(String),
+    /// Something is in the way that an administrator has to change.
+    Refused(String),
+    /// Nobody gave an answer that counts: one sentence for each address.
+    Nobody(String),
+}
+
+/// A client that trusts one authority only.
+pub(super) struct Client {
+    agent: Agent,
+    addresses: Vec<String>,
+    token: String,
+}
+
+impl Client {
+    /// # Errors
+    /// When the CA cannot be read.
+    pub fn new(file: &JoinFile) -> Result<Self> {
+        let certificate = Certificate::from_pem(file.ca.as_bytes()).context("read the CA of the join file")?;
+        let tls = TlsConfig::builder()
+            .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
+            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .build();
+        let config = Agent::config_builder()
+            .tls_config(tls)
+            .https_only(true)
+            .proxy(None)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .http_status_as_error(false)
+            .timeout_global(Some(LIMIT))
+            .timeout_connect(Some(CONNECT))
+            .build();
+        Ok(Self { agent: config.into(), addresses: file.addresses.clone(), token: file.token.clone() })
+    }
+
+    /// Makes a request to join; `request` is told from which address of this host the Console is reached. Returns who
+    /// answered, too.
+    pub fn ask(&self, request: impl Fn(Option<IpAddr>) -> JoinRequest) -> (String, Answer) {
+        self.first(|address| {
+            let call = self.agent.post(format!("https://{address}/api/v1/high-availability/requests"));
+            call.header("authorization", format!("Bearer {}", self.token)).send_json(request(own_address(address)))
+        })
+    }
+
+    /// Where the request with this id stands.
+    pub fn poll(&self, id: &str) -> (String, Answer) {
+        self.first(|address| self.agent.get(format!("https://{address}/api/v1/high-availability/requests/{id}")).call())
+    }
+
+    /// The first answer that counts: only the PRIMARY's ports are open, and nobody knows who that is at the moment.
+    fn first(&self, call: impl Fn(&str) -> Result<Response<Body>, ureq::Error>) -> (String, Answer) {
+        let mut silent = Vec::new();
+        for address in &self.addresses {
+            match call(address).map_err(anyhow::Error::from).and_then(understand) {
+                Ok(Answer::Nobody(why)) => silent.push(format!("{address}: {why}")),
+                Ok(answer) => return (address.clone(), answer),
+                Err(error) => silent.push(format!("{address}: {error:#}")),
+            }
+        }
+        (self.addresses.join(", "), Answer::Nobody(silent.join("; ")))
+    }
+}
+
+#[derive(Deserialize)]
+struct Failure {
+    err: String,
+}
+
+fn understand(mut response: Response<Body>) -> Result<Answer> {
+    let status = response.status().as_u16();
+    let body = response.body_mut().with_config().limit(ANSWER);
+    if (200..300).contains(&status) {
+        return Ok(Answer::State(body.read_json().context("understand the answer")?));
+    }
+    let text = body.read_to_string().unwrap_or_default();
+    let why = serde_json::from_str::<Failure>(&text).map(|failure| failure.err).unwrap_or_default();
+    // It is logged, and shown on terminals.
+    let why: String = why.chars().filter(|c| !c.is_control()).take(500).collect();
+    let why = if why.is_empty() { format!("HTTP status {status}") } else { why };
+    Ok(match status {
+        401 | 403 => Answer::Denied(why),
+        404 => Answer::NotFound,
+        // A time-out, too many attempts, or no primary at the moment: later.
+        408 | 429 | 500.. => Answer::Nobody(why),
+        _ => Answer::Refused(why),
+    })
+}
+
+/// The address of this host from which packets leave for `place` (`host:port`). Sends nothing.
+fn own_address(place: &str) -> Option<IpAddr> {
+    let target = place.to_socket_addrs().ok()?.next()?;
+    let unspecified: IpAddr = if target.is_ipv4() { [0u8; 4].into() } else { [0u8; 16].into() };
+    let socket = UdpSocket::bind((unspecified, 0)).ok()?;
+    socket.connect(target).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}

@@ -1,0 +1,313 @@
+//! The join script and the programs that it downloads, as the primary gives them out. Must never put anything into the
+//! script that is not quoted, and never a secret but the token that its reader has or was just given.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use ring::digest;
+
+use super::{JoinFile, Token, hex};
+use crate::{
+    cluster::{Membership, NodeId},
+    config::{self, Config, FirstState},
+};
+
+const TEMPLATE: &str = include_str!("console.sh.in");
+const UNIT: &str = include_str!("../../packaging/twistlockd.service");
+/// The daemon's own program, even when its file has been replaced since.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+/// Bytes that are read at a time to compute a checksum.
+const CHUNK: usize = 256 << 10;
+
+/// Everything that another host needs to join.
+#[derive(Debug)]
+pub struct Kit {
+    /// `twistlock.cfg` of a newcomer.
+    config: String,
+    https_port: Option<u16>,
+    /// Checksums by name, each with what tells whether the file is still the same.
+    checksums: Mutex<HashMap<&'static str, (FileState, String)>>,
+    cli: PathBuf,
+}
+
+type FileState = (u64, u64, u64, i64, i64);
+
+/// A program that other hosts may download.
+#[derive(Debug)]
+pub struct Program {
+    pub file: File,
+    pub length: u64,
+    /// In hexadecimal digits.
+    pub sha256: String,
+}
+
+/// Why there is no script.
+#[derive(Debug, thiserror::Error)]
+pub enum KitError {
+    #[error("MANAGEMENT_PORT_HTTPS is off, and other hosts join through it: set it on all members")]
+    NoHttps,
+    #[error("this cluster has no certificate authority in its membership")]
+    NoAuthority,
+    #[error("the join token is not one of this cluster, or it has expired")]
+    Token,
+    #[error("cannot read this node's program: {0}")]
+    Program(#[from] io::Error),
+}
+
+impl Kit {
+    /// Prepares the kit of a node with this configuration: newcomers get the same, but for what is of this host alone.
+    pub fn new(config: &Config) -> Self {
+        let newcomer = Config {
+            bind_address: None,
+            console_cn: None,
+            control_socket: None,
+            high_availability_address: None,
+            high_availability_name: None,
+            high_availability_enabled: true,
+            high_availability_state: FirstState::Secondary,
+            ..config.clone()
+        };
+        let own = std::env::current_exe().unwrap_or_default();
+        Self {
+            config: config::render(&newcomer),
+            https_port: config.management_port_https,
+            checksums: Mutex::default(),
+            cli: own.with_file_name("twistcli"),
+        }
+    }
+
+    /// Opens `twistlockd` or `twistcli`; none if there is no such program. Blocks: its checksum is computed, once.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn program(&self, name: &str) -> io::Result<Option<Program>> {
+        let (name, path) = match name {
+            "twistlockd" => ("twistlockd", PathBuf::from(OWN_PROGRAM)),
+            "twistcli" => ("twistcli", self.cli.clone()),
+            _ => return Ok(None),
+        };
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let found = file.metadata()?;
+        let state = (found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec());
+        // Held while it is computed: whoever comes meanwhile needs the same.
+        let mut checksums = self.checksums.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = checksums.get(name).filter(|(known, _)| *known == state).map(|(_, sha256)| sha256.clone());
+        let sha256 = match known {
+            Some(sha256) => sha256,
+            None => {
+                let sha256 = checksum(file.try_clone()?)?;
+                checksums.insert(name, (state, sha256.clone()));
+                sha256
+            }
+        };
+        drop(checksums);
+        io::Seek::rewind(&mut &file)?;
+        Ok(Some(Program { file, length: found.len(), sha256 }))
+    }
+
+    /// The script for a token that was checked. Blocks as [`Self::program`] does.
+    ///
+    /// # Errors
+    /// [`KitError`].
+    pub fn script(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
+        let ca = &membership.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
+        let parsed: Token = token.parse().map_err(|_| KitError::Token)?;
+        let invitation = membership.invitations.iter().find(|open| parsed.has_hash(&open.hash));
+        let until = invitation.ok_or(KitError::Token)?.until;
+        let addresses = self.addresses(membership, primary)?;
+        let sum = |name| self.program(name).map(|program| program.map(|program| program.sha256).unwrap_or_default());
+        let file = JoinFile { token: token.to_owned(), addresses: addresses.clone(), ca: ca.clone() };
+        let json = serde_json::to_string(&file).map_err(io::Error::from)?;
+        let list = |items: Vec<String>| items.iter().map(|item| quote(item)).collect::<Vec<_>>().join(" ");
+        let members = membership.members.iter().map(|member| member.id.to_string()).collect();
+        Ok(fill(&[
+            ("@TOKEN@", quote(token)),
+            ("@ADDRESSES@", list(addresses)),
+            ("@CLUSTER@", quote(&membership.cluster.to_string())),
+            ("@MEMBERS@", list(members)),
+            ("@NEXT_ID@", membership.next_id.to_string()),
+            ("@UNTIL@", until.to_string()),
+            ("@VERSION@", quote(env!("CARGO_PKG_VERSION"))),
+            ("@ARCHITECTURE@", quote(std::env::consts::ARCH)),
+            ("@DAEMON_SHA256@", quote(&sum("twistlockd")?)),
+            ("@CLI_SHA256@", quote(&sum("twistcli")?)),
+            ("@CA@", quote(ca)),
+            ("@JOIN_JSON@", quote(&json)),
+            ("@CONFIG@", quote(&self.config)),
+            ("@UNIT@", quote(UNIT)),
+        ]))
+    }
+
+    /// Where the script is.
+    ///
+    /// # Errors
+    /// [`KitError`].
+    pub fn url(&self, membership: &Membership, primary: NodeId) -> Result<String, KitError> {
+        let addresses = self.addresses(membership, primary)?;
+        let first = addresses.first().ok_or(KitError::NoHttps)?;
+        Ok(format!("https://{first}/api/v1/scripts/console.sh"))
+    }
+
+    /// The line to run on another host. It trusts this cluster's authority alone; the token is in no command line that other
+    /// users of that host could read.
+    ///
+    /// # Errors
+    /// [`KitError`].
+    pub fn line(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
+        let ca = &membership.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
+        let (ca, url) = (BASE64_STANDARD.encode(ca), self.url(membership, primary)?);
+        Ok(format!(
+            "curl -fsS --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') {url} | sudo bash"
+        ))
+    }
+
+    /// `host:port` of the members' Console ports, the primary's first.
+    fn addresses(&self, membership: &Membership, primary: NodeId) -> Result<Vec<String>, KitError> {
+        let port = self.https_port.ok_or(KitError::NoHttps)?;
+        let mut members: Vec<_> = membership.members.iter().collect();
+        members.sort_by_key(|member| member.id != primary);
+        let place = |host: &str| if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+        Ok(members.iter().map(|member| place(&member.address)).collect())
+    }
+}
+
+fn checksum(mut file: File) -> io::Result<String> {
+    let mut context = digest::Context::new(&digest::SHA256);
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => return Ok(hex(context.finish().as_ref())),
+            count => context.update(&chunk[..count]),
+        }
+    }
+}
+
+/// Puts each value where its mark stands. What was put in is not looked at again: it may look like a mark.
+fn fill(values: &[(&str, String)]) -> String {
+    let mut script = String::with_capacity(TEMPLATE.len() + 32_768);
+    for line in TEMPLATE.lines() {
+        let mark = values.iter().find(|(mark, _)| line.starts_with("readonly ") && line.contains(mark));
+        match mark.and_then(|(mark, value)| Some((line.split_once(mark)?, value))) {
+            Some(((before, after), value)) => script.extend([before, value, after]),
+            None => script.push_str(line),
+        }
+        script.push('\n');
+    }
+    script
+}
+
+/// One word of a shell, whatever is in it.
+fn quote(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path, process::Command};
+
+    use super::*;
+    use crate::{
+        cluster::{
+            ClusterId, Member,
+            membership::{Invitation, SealedAuthority},
+        },
+        pki::{Authority, certificate_der},
+    };
+
+    /// A membership with an authority and an open invitation, and its token.
+    fn invited() -> (Membership, String) {
+        let ca = Authority::create(ClusterId(7)).unwrap().certificate_pem().to_owned();
+        let token = Token::new(&certificate_der(&ca).unwrap());
+        let members = vec![Member::founder(1, "a", "192.0.2.1", 8086), Member::founder(2, "b", "2001:db8::2", 8086)];
+        let mut membership = Membership::founded(ClusterId(7), members);
+        membership.authority = Some(SealedAuthority { certificate: ca, sealed_key: String::new() });
+        membership.invitations = vec![Invitation { hash: token.secret_hash(), at: 1, until: u64::MAX >> 1, by: "a".into() }];
+        (membership, token.to_string())
+    }
+
+    fn shell(script: &str) -> String {
+        let output = Command::new("bash").args(["-c", script]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[test]
+    fn a_shell_reads_a_quoted_word_as_it_was() {
+        let evil = "it's $(touch /tmp/x) `id` \\ \" ${HOME} @TOKEN@\nand more'";
+        assert_eq!(shell(&format!("printf %s {}", quote(evil))), evil);
+    }
+
+    #[test]
+    fn marks_in_values_stay_what_they_are() {
+        let script = fill(&[("@TOKEN@", quote("@CA@")), ("@CA@", quote("x"))]);
+        assert!(script.contains("readonly TOKEN='@CA@'\n") && script.contains("readonly CA='x'\n"));
+    }
+
+    #[test]
+    fn the_script_is_sound_and_says_what_the_cluster_says() {
+        let (membership, token) = invited();
+        let kit = Kit::new(&Config { console_cn: Some("first.example".into()), ..Config::default() });
+        assert!(matches!(kit.script(&membership, 1, &Token::new(b"x").to_string()), Err(KitError::Token)));
+        let script = kit.script(&membership, 2, &token).unwrap();
+        assert!(!script.lines().any(|line| line.starts_with("readonly ") && line.contains("=@")), "a mark is left");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.sh");
+        fs::write(&path, &script).unwrap();
+        match Command::new("shellcheck").arg(&path).output() {
+            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
+            Err(error) => println!("NOT CHECKED: shellcheck cannot be run: {error}"),
+        }
+        // Everything but the last line, then a look at what it would use.
+        let body = script.strip_suffix("main \"$@\"\n").expect("main is called in the last line");
+        fs::write(&path, body).unwrap();
+        let look = |what: &str| shell(&format!(". {}; {what}", path.display()));
+        assert_eq!(look("printf '%s ' \"${ADDRESSES[@]}\""), "[2001:db8::2]:8083 192.0.2.1:8083 ");
+        assert_eq!(look("printf '%s ' \"${MEMBERS[@]}\" $NEXT_ID"), "1 2 3 ");
+        fs::write(dir.path().join(super::super::JOIN_FILE), look("printf %s \"$JOIN_JSON\"")).unwrap();
+        let file = JoinFile::read(dir.path()).unwrap();
+        assert_eq!((file.token, file.addresses.len()), (token, 2));
+        let config = dir.path().join("twistlock.cfg");
+        fs::write(&config, look("printf %s \"$CONFIG\"")).unwrap();
+        let loaded = config::load(&config).unwrap();
+        assert!(loaded.config.high_availability_enabled && loaded.config.console_cn.is_none(), "{:?}", loaded.notes);
+        assert_eq!(loaded.config.high_availability_state, FirstState::Secondary);
+    }
+
+    #[test]
+    fn the_line_hands_over_ca_and_token_unseen() {
+        let (membership, token) = invited();
+        let line = Kit::new(&Config::default()).line(&membership, 1, &token).unwrap();
+        // `curl` and `sudo` that only tell what they were given.
+        let tell = "curl() { for a in \"$@\"; do case $a in @*) cat \"${a#@}\";; /*) cat \"$a\";; *) echo \"$a\";; esac; done; }; \
+                    sudo() { cat; }; ";
+        let told = shell(&format!("{tell}{line}"));
+        let ca = &membership.authority.unwrap().certificate;
+        assert!(told.contains(ca.as_str()) && told.contains(&format!("Authorization: Bearer {token}")), "{told}");
+        assert!(told.ends_with("https://192.0.2.1:8083/api/v1/scripts/console.sh\n"), "{told}");
+    }
+
+    #[test]
+    fn programs_are_told_apart_from_other_names() {
+        let kit = Kit::new(&Config::default());
+        let program = kit.program("twistlockd").unwrap().unwrap();
+        let own = fs::read("/proc/self/exe").unwrap();
+        assert_eq!(program.length, own.len() as u64);
+        assert_eq!(program.sha256, hex(digest::digest(&digest::SHA256, &own).as_ref()));
+        let mut first = [0; 4];
+        (&program.file).read_exact(&mut first).unwrap();
+        assert_eq!(first, own[..4]);
+        assert!(kit.program("../twistlockd").unwrap().is_none());
+        assert!(!Path::new("/proc/self").join("twistcli").exists() && kit.program("passwd").unwrap().is_none());
+    }
+}

@@ -1,0 +1,218 @@
+//! The daemon of a host that is no member yet: serves its control socket and asks to join until it is a member. Runs before
+//! the node's parts are built, and leaves a data folder from which they can be. Must never open a port.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use tokio::{
+    sync::{mpsc, watch},
+    task,
+};
+use tracing::info;
+use twistlock_ha::{
+    cluster::{ClusterId, Membership, Role},
+    config::Config,
+    control::{ControlHandler, ControlSocket},
+    found,
+    join::{self, Host, Newcomer, Stage},
+    node::{Status, SyncProgress},
+    peer::PeerIdentity,
+    pki::NodeTls,
+    snapshot,
+    storage::{DataDir, DataDirError},
+};
+
+use crate::daemon::{asked_to_stop, lease_terms};
+
+/// How often systemd hears that all is well, at least: a small part of any time-out that makes sense.
+const ALIVE: Duration = Duration::from_secs(1);
+
+/// How the time before the node ended.
+pub(crate) enum Outcome {
+    /// The data folder is ready for a start: it is a member's, or nobody has asked to join.
+    Ready,
+    /// Asked to stop.
+    Stopped,
+}
+
+/// Joins, if that is what this host is to do.
+///
+/// # Errors
+/// Those of [`join::run`], and when the control socket cannot be made.
+pub(crate) fn join_first(path: &Path, config: &Config) -> Result<Outcome> {
+    let data = DataDir::open(&config.data_folder)?;
+    match data.identity() {
+        Ok(_) => join::clear(data.path())?,
+        Err(DataDirError::NoIdentity { .. }) if join::wanted(data.path()) => {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .context("start the runtime")?;
+            let outcome = runtime.block_on(joining(path, config, &data));
+            // A question to the cluster may still be under way.
+            runtime.shutdown_background();
+            return outcome;
+        }
+        // Whoever builds the parts says what to do about it.
+        Err(_) => {}
+    }
+    Ok(Outcome::Ready)
+}
+
+async fn joining(path: &Path, config: &Config, data: &DataDir) -> Result<Outcome> {
+    let host = host(config);
+    let (progress, seen) = watch::channel(None);
+    let (stage, shown) = watch::channel(Stage::Asking { name: host.name.clone(), problem: None });
+    let socket = config.control_socket_path();
+    let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
+    let applicant = Arc::new(Applicant { stage: shown.clone(), progress: seen, version: host.version.clone() });
+    let serving = task::spawn(control.serve(applicant, std::future::pending()));
+    let informing = task::spawn(service_manager(shown));
+    let fetch = async |newcomer: Newcomer<'_>| fetch(config, data.path(), newcomer, &progress).await;
+    let outcome = tokio::select! {
+        joined = join::run(data, host, &stage, fetch) => joined.map(|_| Outcome::Ready),
+        () = asked_to_stop(path, config) => Ok(Outcome::Stopped),
+    };
+    // The socket must be gone before the node makes its own.
+    serving.abort();
+    let _ = serving.await;
+    informing.abort();
+    outcome
+}
+
+/// What this host tells about itself.
+fn host(config: &Config) -> Host {
+    let name = config.member_name();
+    let address = config.high_availability_address.clone().or_else(|| config.bind_address.map(|own| own.to_string()));
+    let console_names = found::console_names(config, address.as_ref().unwrap_or(&name));
+    let port = config.high_availability_port.unwrap_or(8086);
+    Host { name, address, port, version: env!("CARGO_PKG_VERSION").to_owned(), console_names }
+}
+
+/// Brings the whole database from whoever is primary: the other members refuse.
+async fn fetch(
+    config: &Config,
+    data: &Path,
+    newcomer: Newcomer<'_>,
+    progress: &watch::Sender<Option<SyncProgress>>,
+) -> Result<()> {
+    let tls = NodeTls::load(&data.join("certificates")).context("load the certificates of this node")?;
+    let (_members, membership) = watch::channel(Arc::new(newcomer.membership.clone()));
+    let (_settings, tls) = watch::channel(Arc::new(tls));
+    // Nobody calls a host that does not listen.
+    let (snapshots, _) = mpsc::channel(1);
+    let identity = PeerIdentity {
+        me: newcomer.node,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        membership,
+        bind: config.bind_address,
+        terms: lease_terms(config),
+        tls,
+        snapshots,
+    };
+    let host = newcomer.console.rsplit_once(':').map_or(newcomer.console, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let mut members: Vec<_> = newcomer.membership.members.iter().filter(|m| m.voter && m.id != newcomer.node).collect();
+    members.sort_by_key(|member| member.address != host);
+    let mut problems = Vec::new();
+    for member in members {
+        let report = |now| {
+            progress.send_replace(Some(now));
+        };
+        match snapshot::fetch(&identity, member, data, report).await {
+            Ok(manifest) => {
+                info!(from = member.name, bytes = manifest.bytes(), "the whole database has been fetched");
+                return Ok(());
+            }
+            Err(error) => problems.push(format!("{}: {error}", member.name)),
+        }
+    }
+    bail!("{}", problems.join("; "))
+}
+
+/// Tells systemd that the daemon is up although its node is not: nobody knows how long an administrator takes.
+async fn service_manager(mut stage: watch::Receiver<Stage>) {
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    loop {
+        let line = describe(&stage.borrow_and_update()).1;
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&line), sd_notify::NotifyState::Watchdog]);
+        if let Ok(Err(_)) = tokio::time::timeout(ALIVE, stage.changed()).await {
+            return;
+        }
+    }
+}
+
+/// The role and the sentence that people see.
+fn describe(stage: &Stage) -> (Role, String) {
+    match stage {
+        Stage::Asking { name, problem: None } => (Role::RequestJoin, format!("{name} asks to join the cluster")),
+        Stage::Asking { name, problem: Some(problem) } => {
+            (Role::RequestJoin, format!("{name} cannot ask to join: {problem}"))
+        }
+        Stage::Waiting { name, fingerprint, console } => (
+            Role::RequestJoin,
+            format!("{name} has asked {console} to join and waits for APPLY; fingerprint of its key {fingerprint}"),
+        ),
+        Stage::Refused { name, reason } => {
+            (Role::Removed, format!("{name} may not join: {reason}; run a new join script on this host"))
+        }
+        Stage::Admitted { problem: None, .. } => {
+            (Role::Startup2, "admitted; fetches the database from the primary".to_owned())
+        }
+        Stage::Admitted { problem: Some(problem), .. } => {
+            (Role::Startup2, format!("admitted, but the database could not be fetched: {problem}"))
+        }
+    }
+}
+
+/// What the local administrator can do meanwhile: look.
+struct Applicant {
+    stage: watch::Receiver<Stage>,
+    progress: watch::Receiver<Option<SyncProgress>>,
+    version: String,
+}
+
+impl ControlHandler for Applicant {
+    fn status(&self) -> Arc<Status> {
+        let stage = self.stage.borrow().clone();
+        let (role, mut reason) = describe(&stage);
+        if let (Stage::Admitted { problem: None, .. }, Some(SyncProgress { bytes, total })) =
+            (&stage, *self.progress.borrow())
+        {
+            reason.push_str(&format!(": {} of {} MiB", bytes >> 20, total.div_ceil(1 << 20)));
+        }
+        let (node, name, membership) = match &stage {
+            Stage::Asking { name, .. } | Stage::Waiting { name, .. } | Stage::Refused { name, .. } => {
+                (0, name.clone(), Membership::founded(ClusterId(0), Vec::new()))
+            }
+            Stage::Admitted { node, membership, .. } => {
+                let name = membership.get(*node).map(|member| member.name.clone()).unwrap_or_default();
+                (*node, name, (**membership).clone())
+            }
+        };
+        let warnings = match &stage {
+            Stage::Asking { problem: Some(_), .. } | Stage::Refused { .. } | Stage::Admitted { problem: Some(_), .. } => {
+                vec![reason.clone()]
+            }
+            _ => Vec::new(),
+        };
+        Arc::new(Status {
+            cluster: membership.cluster,
+            node,
+            name,
+            version: self.version.clone(),
+            role,
+            reason,
+            epoch: 0,
+            primary: None,
+            applied: 0,
+            committed: 0,
+            lease_ms: None,
+            members: Vec::new(),
+            membership,
+            warnings,
+            database: None,
+        })
+    }
+}

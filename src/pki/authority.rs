@@ -1,0 +1,244 @@
+//! The cluster's certificate authority: makes and signs certificates. Decides every name in them; must never take a name,
+//! a usage or an extension from a signing request.
+
+use std::{
+    net::IpAddr,
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
+};
+
+use super::{
+    CA_CERTIFICATE, CA_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, ClusterKey, NODE_CERTIFICATE, NODE_KEY, PEER_NAME,
+    PkiError, SigningRequest, certificate_key, fingerprint, malformed, read_file, write_file,
+};
+use crate::cluster::{ClusterId, NodeId, membership::SealedAuthority};
+
+const DAY: Duration = Duration::from_secs(86_400);
+const CA_DAYS: u32 = 3650;
+const LEAF_DAYS: u32 = 365;
+/// Certificates are valid a little before they are made: clocks of hosts differ.
+const BACKDATE: Duration = Duration::from_secs(3600);
+/// Longest common name that X.509 allows, in characters.
+const MAX_COMMON_NAME: usize = 64;
+
+/// A certificate and its private key, both PEM.
+#[derive(Clone)]
+pub struct Issued {
+    pub cert_pem: String,
+    pub key_pem: String,
+}
+
+impl Issued {
+    /// Writes certificate and key (mode 0600) as this node's.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn save_node(&self, dir: &Path) -> Result<(), PkiError> {
+        write_file(&dir.join(NODE_KEY), &self.key_pem, 0o600)?;
+        write_file(&dir.join(NODE_CERTIFICATE), &self.cert_pem, 0o644)
+    }
+
+    /// Writes certificate and key (mode 0600) as the Console's.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn save_console(&self, dir: &Path) -> Result<(), PkiError> {
+        write_file(&dir.join(CONSOLE_KEY), &self.key_pem, 0o600)?;
+        write_file(&dir.join(CONSOLE_CERTIFICATE), &self.cert_pem, 0o644)
+    }
+}
+
+/// The cluster's certificate authority: ECDSA P-256.
+pub struct Authority {
+    cluster: ClusterId,
+    cert_pem: String,
+    key: KeyPair,
+}
+
+impl Authority {
+    /// Makes a new authority, valid for ten years.
+    ///
+    /// It has no name constraints: the Console's names are the administrator's choice, and X.509 libraries differ in
+    /// what they understand. What keeps Console certificates from being used by nodes is in [`peer_identity`].
+    ///
+    /// # Errors
+    /// [`PkiError::Generate`].
+    pub fn create(cluster: ClusterId) -> Result<Self, PkiError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        // The cluster id in the name lets TLS tell "another cluster's authority" from "a forged signature".
+        let mut params = params(&format!("Twistlock {cluster}"), CA_DAYS);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let cert_pem = params.self_signed(&key)?.pem();
+        Ok(Self { cluster, cert_pem, key })
+    }
+
+    /// Makes the authority of a new cluster and the key that its members share, and writes what belongs into this folder:
+    /// the authority's private key is nowhere but in the sealed form, which goes into the membership.
+    ///
+    /// # Errors
+    /// Any [`PkiError`] of its making.
+    pub fn establish(cluster: ClusterId, dir: &Path) -> Result<(Self, SealedAuthority), PkiError> {
+        let (authority, key) = (Self::create(cluster)?, ClusterKey::generate());
+        let sealed = authority.seal(&key)?;
+        key.save(dir)?;
+        authority.save_certificate(dir)?;
+        Ok((authority, sealed))
+    }
+
+    /// Reads the authority of `cluster` from its folder.
+    ///
+    /// # Errors
+    /// [`PkiError::File`] or [`PkiError::Malformed`].
+    pub fn load(cluster: ClusterId, dir: &Path) -> Result<Self, PkiError> {
+        let cert_pem = read_file(&dir.join(CA_CERTIFICATE))?;
+        let path = dir.join(CA_KEY);
+        let key = KeyPair::from_pem(&read_file(&path)?).map_err(|error| malformed(path, "a private key", error))?;
+        Ok(Self { cluster, cert_pem, key })
+    }
+
+    /// The private key, encrypted so that only members can use it.
+    ///
+    /// # Errors
+    /// [`PkiError::Sealed`].
+    pub fn seal(&self, key: &ClusterKey) -> Result<SealedAuthority, PkiError> {
+        let sealed_key = key.seal(self.cluster, &self.key.serialize_der())?;
+        Ok(SealedAuthority { certificate: self.cert_pem.clone(), sealed_key })
+    }
+
+    /// The inverse of [`Authority::seal`].
+    ///
+    /// # Errors
+    /// [`PkiError::Sealed`]: another cluster's, or damaged, or not sealed with this key.
+    pub fn unseal(cluster: ClusterId, sealed: &SealedAuthority, key: &ClusterKey) -> Result<Self, PkiError> {
+        let der = key.unseal(cluster, &sealed.sealed_key)?;
+        let key = KeyPair::try_from(der.as_slice()).map_err(|_| PkiError::Sealed("it is not a private key"))?;
+        if certificate_key(&sealed.certificate)? != fingerprint(&key.subject_public_key_info()) {
+            return Err(PkiError::Sealed("it does not belong to the authority's certificate"));
+        }
+        Ok(Self { cluster, cert_pem: sealed.certificate.clone(), key })
+    }
+
+    /// Writes certificate and key (mode 0600).
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
+        write_file(&dir.join(CA_KEY), &self.key.serialize_pem(), 0o600)?;
+        self.save_certificate(dir)
+    }
+
+    /// Writes the certificate alone: what a node needs that does not sign.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn save_certificate(&self, dir: &Path) -> Result<(), PkiError> {
+        write_file(&dir.join(CA_CERTIFICATE), &self.cert_pem, 0o644)
+    }
+
+    /// The authority's certificate, PEM.
+    pub fn certificate_pem(&self) -> &str {
+        &self.cert_pem
+    }
+
+    /// Makes key and certificate of a node, valid for a year, for both ends of TLS. `name` and `addresses` (host names
+    /// or IP addresses) are for people.
+    ///
+    /// # Errors
+    /// [`PkiError::Generate`].
+    pub fn issue_node(&self, node: NodeId, name: &str, addresses: &[&str]) -> Result<Issued, PkiError> {
+        let (cert_pem, key) = self.with_new_key(self.node_params(node, name, addresses)?)?;
+        Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
+    }
+
+    /// The same for a key that stays where it is: signs the request of a host. Of the request only the key counts; the
+    /// names in it mean nothing, because the cluster decides who somebody is.
+    ///
+    /// # Errors
+    /// [`PkiError::Request`] when the request is not sound, [`PkiError::Generate`].
+    pub fn sign_request(&self, csr: &str, node: NodeId, name: &str, addresses: &[&str]) -> Result<String, PkiError> {
+        let request = SigningRequest::parse(csr)?;
+        self.certify(self.node_params(node, name, addresses)?, request.key())
+    }
+
+    fn node_params(&self, node: NodeId, name: &str, addresses: &[&str]) -> Result<CertificateParams, PkiError> {
+        let mut params = params(name, LEAF_DAYS);
+        let uri = format!("twistlock://{}/node/{node}", self.cluster);
+        params.subject_alt_names = vec![SanType::DnsName(PEER_NAME.try_into()?), SanType::URI(uri.try_into()?)];
+        for address in addresses {
+            params.subject_alt_names.push(alternative_name(address)?);
+        }
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        Ok(params)
+    }
+
+    /// Makes key and certificate of the Console, valid for a year, for `names` (host names or IP addresses); the first
+    /// one is the common name.
+    ///
+    /// # Errors
+    /// [`PkiError::Name`] for a name that nodes use among themselves or no name at all, [`PkiError::Generate`].
+    pub fn issue_console(&self, names: &[&str]) -> Result<Issued, PkiError> {
+        let (cert_pem, key) = self.with_new_key(console_params(names)?)?;
+        Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
+    }
+
+    /// The same for a key that stays where it is.
+    ///
+    /// # Errors
+    /// Those of [`Authority::issue_console`], and [`PkiError::Request`] when the request is not sound.
+    pub fn sign_console_request(&self, csr: &str, names: &[&str]) -> Result<String, PkiError> {
+        let request = SigningRequest::parse(csr)?;
+        self.certify(console_params(names)?, request.key())
+    }
+
+    fn with_new_key(&self, params: CertificateParams) -> Result<(String, KeyPair), PkiError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        Ok((self.certify(params, &key)?, key))
+    }
+
+    fn certify(&self, mut params: CertificateParams, key: &impl PublicKeyData) -> Result<String, PkiError> {
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.use_authority_key_identifier_extension = true;
+        let issuer = Issuer::from_ca_cert_pem(&self.cert_pem, &self.key)?;
+        Ok(params.signed_by(key, &issuer)?.pem())
+    }
+}
+
+fn console_params(names: &[&str]) -> Result<CertificateParams, PkiError> {
+    let first = names.first().ok_or_else(|| PkiError::Name(String::new()))?;
+    let mut params = params(first, LEAF_DAYS);
+    for name in names {
+        let wildcard_covers = name.strip_prefix("*.").is_some_and(|rest| PEER_NAME.ends_with(rest));
+        if name.eq_ignore_ascii_case(PEER_NAME) || wildcard_covers || name.is_empty() {
+            return Err(PkiError::Name((*name).to_owned()));
+        }
+        params.subject_alt_names.push(alternative_name(name)?);
+    }
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    Ok(params)
+}
+
+pub(super) fn params(common_name: &str, days: u32) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    let common_name: String = common_name.chars().take(MAX_COMMON_NAME).collect();
+    params.distinguished_name.push(DnType::CommonName, common_name);
+    // A clock before 1970 gives a certificate that is not valid yet, which is what such a clock deserves.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let epoch = rcgen::date_time_ymd(1970, 1, 1);
+    params.not_before = epoch + now.saturating_sub(BACKDATE);
+    params.not_after = epoch + now + DAY * days;
+    params
+}
+
+pub(super) fn alternative_name(name: &str) -> Result<SanType, PkiError> {
+    Ok(match name.parse::<IpAddr>() {
+        Ok(address) => SanType::IpAddress(address),
+        Err(_) => SanType::DnsName(name.try_into()?),
+    })
+}

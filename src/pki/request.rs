@@ -1,0 +1,218 @@
+//! Signing requests: a host makes a key, and asks for a certificate without giving the key away. Owns their making and
+//! their checking; must never let anything but a sound P-256 key through.
+
+use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKey, PublicKeyData};
+use x509_parser::{certificate::X509Certificate, certification_request::X509CertificationRequest, prelude::FromDer};
+
+use super::{
+    PkiError,
+    authority::{alternative_name, params},
+    certificate_der, fingerprint,
+};
+
+/// Longest signing request that is looked at, in bytes of PEM.
+const MAX_REQUEST: usize = 4096;
+/// Days of validity in the parameters of a request, which has none.
+const NONE: u32 = 0;
+
+/// A new private key, PEM.
+///
+/// # Errors
+/// [`PkiError::Generate`].
+pub fn new_key() -> Result<String, PkiError> {
+    Ok(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?.serialize_pem())
+}
+
+/// Makes a key for a node and the signing request for it: `(request, key)`, both PEM. The names are for people who look at
+/// the request; the authority decides the real ones.
+///
+/// # Errors
+/// [`PkiError::Generate`].
+pub fn node_request(name: &str, addresses: &[&str]) -> Result<(String, String), PkiError> {
+    let key = new_key()?;
+    Ok((request_with(&key, name, addresses)?, key))
+}
+
+/// The same for a Console, with the names that its certificate is to have.
+///
+/// # Errors
+/// [`PkiError::Generate`].
+pub fn console_request(names: &[&str]) -> Result<(String, String), PkiError> {
+    node_request(names.first().copied().unwrap_or_default(), names)
+}
+
+/// A signing request for a private key (PEM) that there is already.
+///
+/// # Errors
+/// [`PkiError::Generate`], also when the key is not one.
+pub fn request_with(key: &str, name: &str, addresses: &[&str]) -> Result<String, PkiError> {
+    let key = KeyPair::from_pem(key)?;
+    let mut params = params(name, NONE);
+    for address in addresses {
+        params.subject_alt_names.push(alternative_name(address)?);
+    }
+    Ok(params.serialize_request(&key)?.pem()?)
+}
+
+/// A signing request that is sound: signed by the key that it is for, an ECDSA key on P-256.
+pub struct SigningRequest {
+    key: PublicKey,
+    fingerprint: String,
+}
+
+impl SigningRequest {
+    /// Checks a request, PEM.
+    ///
+    /// # Errors
+    /// [`PkiError::Request`].
+    pub fn parse(pem: &str) -> Result<Self, PkiError> {
+        if pem.len() > MAX_REQUEST {
+            return Err(PkiError::Request("it is too long"));
+        }
+        // Verifies the signature, too.
+        let CertificateSigningRequestParams { public_key: key, .. } = CertificateSigningRequestParams::from_pem(pem)
+            .map_err(|error| match error {
+                rcgen::Error::InvalidCertificationRequestSignature => {
+                    PkiError::Request("its signature is not that of its own key")
+                }
+                rcgen::Error::UnsupportedSignatureAlgorithm => {
+                    PkiError::Request("its key is not an ECDSA key on P-256")
+                }
+                rcgen::Error::UnsupportedExtension => PkiError::Request("it asks for an unknown extension"),
+                _ => PkiError::Request("it cannot be parsed"),
+            })?;
+        // The library concludes from the algorithm of the signature to that of the key: look at the key itself.
+        let (_, der) =
+            x509_parser::pem::parse_x509_pem(pem.as_bytes()).map_err(|_| PkiError::Request("it is not PEM"))?;
+        let (rest, request) =
+            X509CertificationRequest::from_der(&der.contents).map_err(|_| PkiError::Request("it cannot be parsed"))?;
+        let stated = request.certification_request_info.subject_pki.raw;
+        let understood = key.subject_public_key_info();
+        if *key.algorithm() != PKCS_ECDSA_P256_SHA256 || stated != understood || !rest.is_empty() {
+            return Err(PkiError::Request("its key is not an ECDSA key on P-256"));
+        }
+        Ok(Self { fingerprint: fingerprint(&understood), key })
+    }
+
+    /// SHA-256 of the public key (SubjectPublicKeyInfo), as [`fingerprint`] writes it.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    pub(super) fn key(&self) -> &PublicKey {
+        &self.key
+    }
+}
+
+/// The fingerprint of the key in a certificate (PEM), as [`SigningRequest::fingerprint`] writes it.
+///
+/// # Errors
+/// [`PkiError::Identity`].
+pub fn certificate_key(pem: &str) -> Result<String, PkiError> {
+    let der = certificate_der(pem)?;
+    let (_, parsed) =
+        X509Certificate::from_der(&der).map_err(|_| PkiError::Identity("the certificate cannot be parsed"))?;
+    Ok(fingerprint(parsed.public_key().raw))
+}
+
+/// When a certificate (PEM) expires, in seconds since 1970.
+///
+/// # Errors
+/// [`PkiError::Identity`].
+pub fn certificate_expiry(pem: &str) -> Result<u64, PkiError> {
+    let der = certificate_der(pem)?;
+    let (_, parsed) =
+        X509Certificate::from_der(&der).map_err(|_| PkiError::Identity("the certificate cannot be parsed"))?;
+    Ok(u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, PKCS_ECDSA_P384_SHA384, PKCS_ED25519};
+
+    use super::*;
+    use crate::{
+        cluster::ClusterId,
+        pki::{Authority, PEER_NAME, peer_identity},
+    };
+
+    const CLUSTER: ClusterId = ClusterId(0xabcd);
+
+    #[test]
+    fn only_the_key_of_a_request_counts() {
+        let authority = Authority::create(CLUSTER).unwrap();
+        // A host that would like to be node 1 and every node's Console.
+        let evil = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+        let mut wish = params("node1", NONE);
+        let uri = format!("twistlock://{CLUSTER}/node/1");
+        wish.subject_alt_names =
+            vec![rcgen::SanType::URI(uri.try_into().unwrap()), alternative_name("console.example").unwrap()];
+        wish.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let csr = wish.serialize_request(&evil).unwrap().pem().unwrap();
+        let signed = authority.sign_request(&csr, 4, "host4", &["192.0.2.4"]).unwrap();
+        assert_eq!(peer_identity(&certificate_der(&signed).unwrap()).unwrap(), (CLUSTER, 4));
+        let der = certificate_der(&signed).unwrap();
+        let (_, parsed) = X509Certificate::from_der(&der).unwrap();
+        assert!(!parsed.is_ca());
+        let text = format!("{:?}", parsed.subject_alternative_name().unwrap().unwrap().value);
+        assert!(text.contains(PEER_NAME) && !text.contains("console.example") && !text.contains("/node/1\""), "{text}");
+        assert!(parsed.subject().to_string().contains("host4"));
+        assert_eq!(SigningRequest::parse(&csr).unwrap().fingerprint(), certificate_key(&signed).unwrap());
+        let console = authority.sign_console_request(&csr, &["other.example"]).unwrap();
+        assert!(peer_identity(&certificate_der(&console).unwrap()).is_err());
+        assert!(authority.sign_console_request(&csr, &[PEER_NAME]).is_err());
+    }
+
+    #[test]
+    fn unsound_requests_are_refused() {
+        let (csr, _) = node_request("host", &["192.0.2.1", "host.example"]).unwrap();
+        assert!(csr.len() <= 1024, "{}", csr.len());
+        SigningRequest::parse(&csr).unwrap();
+        // Another key put into a signed request: the signature does not fit any more.
+        let (other, _) = node_request("host", &["192.0.2.1", "host.example"]).unwrap();
+        let der = |pem: &str| x509_parser::pem::parse_x509_pem(pem.as_bytes()).unwrap().1.contents;
+        let point = |der: &[u8]| {
+            let (_, request) = X509CertificationRequest::from_der(der).unwrap();
+            request.certification_request_info.subject_pki.subject_public_key.data.to_vec()
+        };
+        let (mut forged, stolen) = (der(&csr), point(&der(&other)));
+        let own = point(&forged);
+        let at = forged.windows(own.len()).position(|window| window == own).unwrap();
+        forged[at..at + own.len()].copy_from_slice(&stolen);
+        let error = SigningRequest::parse(&pem(&forged)).err().unwrap().to_string();
+        assert!(error.contains("its own key"), "{error}");
+        for kind in [&PKCS_ECDSA_P384_SHA384, &PKCS_ED25519] {
+            let key = KeyPair::generate_for(kind).unwrap();
+            let csr = CertificateParams::default().serialize_request(&key).unwrap().pem().unwrap();
+            let error = SigningRequest::parse(&csr).err().unwrap().to_string();
+            assert!(error.contains("P-256"), "{error}");
+        }
+        let long = format!("{csr}{}", " ".repeat(MAX_REQUEST));
+        for wrong in ["", "-----BEGIN CERTIFICATE REQUEST-----", &csr[..csr.len() / 2], &long] {
+            assert!(matches!(SigningRequest::parse(wrong), Err(PkiError::Request(_))), "{wrong}");
+        }
+    }
+
+    fn pem(der: &[u8]) -> String {
+        use base64::{Engine, engine::general_purpose::STANDARD};
+        let begin = "-----BEGIN CERTIFICATE REQUEST-----";
+        format!("{begin}\n{}\n-----END CERTIFICATE REQUEST-----\n", STANDARD.encode(der))
+    }
+
+    #[test]
+    fn a_key_is_used_again() {
+        let (first, key) = console_request(&["console.example", "192.0.2.1"]).unwrap();
+        let second = request_with(&key, "other", &[]).unwrap();
+        let fingerprint = |csr: &str| SigningRequest::parse(csr).unwrap().fingerprint().to_owned();
+        assert_eq!(fingerprint(&first), fingerprint(&second));
+        assert!(request_with("no key", "other", &[]).is_err());
+    }
+
+    #[test]
+    fn an_expiry_is_a_year_ahead() {
+        let issued = Authority::create(CLUSTER).unwrap().issue_node(1, "a", &[]).unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let days = (certificate_expiry(&issued.cert_pem).unwrap() - now) / 86_400;
+        assert!((363..=365).contains(&days), "{days}");
+    }
+}

@@ -1,0 +1,353 @@
+#!/usr/bin/env bash
+# Installs a cluster of three on three hosts of its own making: each has its own network, host name, processes, /etc, /usr and
+# /var, so that the real paths and the real user are used. Leaves nothing behind, and touches nothing of this host.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+Usage: tests/install/run.sh [--keep] [--verbose]
+
+Runs scripts/install.sh and the join script on three hosts in namespaces: install, join, APPLY, remove, join again, refusals,
+uninstall. Needs root, ip, unshare, nsenter, curl and overlayfs; says so and exits with 77 where they are missing.
+
+  --keep      leave the files of the hosts for a look
+  --verbose   show what the installed programs print
+
+  TWISTLOCK_BIN_DIR  folder of twistlockd and twistcli [default: target/debug]
+TEXT
+}
+
+keep=false verbose=false
+for argument in "$@"; do
+    case "$argument" in
+        --keep) keep=true ;;
+        --verbose) verbose=true ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *)
+            echo "tests/install/run.sh: found \"$argument\", allowed: --keep, --verbose, --help" >&2
+            exit 64
+            ;;
+    esac
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+bin=${TWISTLOCK_BIN_DIR:-$root/target/debug}
+PATH=$PATH:/usr/sbin:/sbin
+readonly MISSING=77
+# The switch that joins the hosts, and where the test itself stands.
+readonly NETWORK=10.231.77
+readonly LIMIT=30
+work='' holders=() step_name='' output=''
+declare -A pids
+
+skip() {
+    echo "SKIPPED: $*"
+    exit $MISSING
+}
+
+[ "$(id -u)" -eq 0 ] || skip "needs root for namespaces"
+for program in ip unshare nsenter curl setpriv; do
+    command -v "$program" >/dev/null || skip "$program is not installed"
+done
+for program in twistlockd twistcli; do
+    [ -x "$bin/$program" ] || skip "$bin/$program is not there: cargo build --bins, or set TWISTLOCK_BIN_DIR"
+done
+
+# ---- The hosts -------------------------------------------------------------------------------------------------------------
+
+# shellcheck disable=SC2317,SC2329 # called by the trap
+clean_up() {
+    local code=$? pid
+    trap - EXIT
+    if [ "$code" -ne 0 ]; then
+        printf 'FAILED (exit code %s) in: %s\n%s\n' "$code" "$step_name" "$output" >&2
+        tail -n 15 "$work"/h?/var/upper/log/twistlock/twistlockd.log >&2 2>/dev/null || true
+    fi
+    for pid in "${holders[@]}"; do
+        # The first process of a namespace of processes: all others there die with it.
+        kill -KILL "$pid" 2>/dev/null || true
+        wait "$pid" 2>/dev/null || true
+    done
+    if [ "$keep" = true ]; then
+        echo "files: $work"
+    elif [ -n "$work" ]; then
+        rm -rf "$work"
+    fi
+    exit "$code"
+}
+
+# hold NAME COMMAND...: starts the first process of new namespaces; its pid outside goes to pids[NAME].
+hold() {
+    local name=$1 tries=100 child=''
+    shift
+    "$@" &
+    holders+=("$!")
+    # unshare waits, its child is the one inside; without --fork it is the same process.
+    while [ "$tries" -gt 0 ]; do
+        child=$(cat "/proc/$!/task/$!/children" 2>/dev/null || true)
+        child=${child%% *}
+        if [ -n "$child" ] && [ -e "$work/$name.ready" ]; then
+            pids[$name]=$child
+            return
+        fi
+        sleep 0.05
+        tries=$((tries - 1))
+    done
+    echo "the namespaces of $name did not come up" >&2
+    return 1
+}
+
+# on HOST COMMAND...: runs a command there, as root and in an empty folder.
+on() {
+    local host=$1
+    shift
+    nsenter --target "${pids[$host]}" --mount --uts --net --pid --wd="$work/$host/cwd" \
+        env -i PATH="$PATH" HOME=/root LANG=C.UTF-8 "$@"
+}
+
+make_hosts() {
+    local number host
+    # The switch has a network of its own, so that no rule and no address of this host is in the way.
+    # shellcheck disable=SC2016
+    hold switch unshare --net --pid --kill-child --fork bash -c ': >"$1"; sleep infinity & wait' bash "$work/switch.ready"
+    nsenter --target "${pids[switch]}" --net ip link add switch type bridge
+    nsenter --target "${pids[switch]}" --net ip address add $NETWORK.254/24 dev switch
+    nsenter --target "${pids[switch]}" --net ip link set switch up
+    for number in 1 2 3; do
+        host=h$number
+        mkdir -p "$work/$host"/{etc,usr,var}/{upper,work} "$work/$host/cwd"
+        hold "$host" unshare --mount --uts --net --pid --fork --kill-child --mount-proc \
+            bash "$root/tests/install/host.sh" "$work/$host" "$host" "$work/$host.ready"
+        ip link add "veth$number" netns "${pids[switch]}" type veth peer name eth0 netns "${pids[$host]}"
+        nsenter --target "${pids[switch]}" --net ip link set "veth$number" master switch up
+        on "$host" ip link set lo up
+        on "$host" ip address add $NETWORK.$number/24 dev eth0
+        on "$host" ip link set eth0 up
+    done
+}
+
+# ---- What a step says ------------------------------------------------------------------------------------------------------
+
+now_ms() {
+    local seconds
+    read -r seconds _ </proc/uptime
+    echo $((${seconds%.*} * 1000 + 10#${seconds#*.} * 10))
+}
+
+step() {
+    local ms=$(($(now_ms) - began))
+    step_name=$*
+    printf '  %3d.%02d s  %s\n' $((ms / 1000)) $((ms % 1000 / 10)) "$*"
+}
+
+fail() {
+    echo "not as it should be: $*" >&2
+    exit 1
+}
+
+# expect CODE COMMAND...: runs it, keeps its output, and insists on its exit code.
+expect() {
+    local wanted=$1 code=0
+    shift
+    output=$("$@" 2>&1) || code=$?
+    [ "$verbose" = false ] || printf '%s\n' "$output"
+    [ "$code" -eq "$wanted" ] || fail "exit code $code instead of $wanted of: $*"
+}
+
+# says TEXT: the output that was kept last has it.
+says() {
+    [[ $output == *"$1"* ]] || fail "no \"$1\" in the output"
+}
+
+# wait_for SENTENCE COMMAND...: until the command succeeds.
+wait_for() {
+    local what=$1 end
+    shift
+    end=$(($(now_ms) + LIMIT * 1000))
+    until output=$("$@" 2>&1); do
+        [ "$(now_ms)" -lt "$end" ] || fail "$what: not within $LIMIT s"
+        sleep 0.05
+    done
+}
+
+install_on() {
+    local host=$1
+    shift
+    on "$host" "$root/scripts/install.sh" --program "$bin" --config "$root/twistlock.cfg.example" \
+        --set HIGH_AVAILABILITY_ENABLED=true "$@"
+}
+
+# ---- The test --------------------------------------------------------------------------------------------------------------
+
+refusals() {
+    step "install.sh refuses what cannot be, with an exit code for each"
+    expect 64 on h1 "$root/scripts/install.sh" -s
+    says "the component is missing"
+    expect 64 on h1 "$root/scripts/install.sh" -sq console
+    says "found -q"
+    expect 66 on h1 "$root/scripts/install.sh" -s --program /nowhere console
+    expect 66 on h1 "$root/scripts/install.sh" -s --program "$bin" --config /nowhere/twistlock.cfg console
+    expect 78 install_on h1 -s --set MANAGEMENT_PORT_HTTPS=70000 console
+    says "MANAGEMENT_PORT_HTTPS"
+    expect 77 install_on h1 console
+    says "the terms were not accepted"
+    expect 77 on h1 setpriv --reuid 65534 --clear-groups "$root/scripts/install.sh" -s console
+    says "this needs root"
+    on h1 test ! -e /usr/local/bin/twistlockd || fail "a refused installation left files"
+}
+
+port_in_use() {
+    if ! command -v perl >/dev/null; then
+        echo "  (no perl: a port in use is not tried)"
+        return
+    fi
+    step "a port in use blocks"
+    # shellcheck disable=SC2016 # perl's variables
+    on h1 perl -MIO::Socket::INET -e 'my $s = IO::Socket::INET->new(LocalPort => 8083, Listen => 1) or die;
+        open(my $f, ">", "listener.pid"); print $f $$; close $f; sleep 60' &
+    wait_for "a listener on port 8083" on h1 grep -q ':1F93 .* 0A ' /proc/net/tcp
+    expect 75 install_on h1 -s console
+    says "port 8083 is in use"
+    on h1 kill "$(cat "$work/h1/cwd/listener.pid")"
+    wait "$!" 2>/dev/null || true
+}
+
+first_node() {
+    step "h1 is installed as the first node"
+    expect 0 install_on h1 -s console
+    says "PRIMARY"
+    on h1 id twistlock >/dev/null || fail "there is no user twistlock"
+    [ "$(on h1 stat -c '%U %a' /var/lib/twistlock)" = "twistlock 700" ] || fail "wrong owner or mode of the data folder"
+    [ "$(on h1 stat -c '%U:%G %a' /etc/twistlock/twistlock.cfg)" = "root:twistlock 640" ] || fail "wrong owner or mode of twistlock.cfg"
+    [ -z "$(on h1 find /var/lib/twistlock -name '*key*' -type f -perm /077)" ] || fail "others can read a key"
+    [ "$(on h1 ps -o user= -C twistlockd | sort -u)" = twistlock ] || fail "twistlockd runs as another user"
+
+    step "installing it again changes nothing, and -j keeps its settings"
+    expect 0 install_on h1 -s --set CHECKPOINT_SECONDS=30 console
+    expect 0 on h1 "$root/scripts/install.sh" -sj --program "$bin" --config "$root/twistlock.cfg.example" console
+    on h1 grep -qx CHECKPOINT_SECONDS=30 /etc/twistlock/twistlock.cfg || fail "-j lost a setting"
+    expect 1 on h1 twistcli ha status
+}
+
+# api METHOD PATH [BODY]: asks the Console of h1 as an administrator does, with its real certificate.
+api() {
+    local body=()
+    [ $# -lt 3 ] || body=(-H 'content-type: application/json' -d "$3")
+    nsenter --target "${pids[switch]}" --net curl -fsS --max-time 10 --cacert "$work/ca.pem" -u "admin:$password" \
+        -X "$1" "${body[@]}" "https://$NETWORK.$primary:8083/api/v1$2"
+}
+
+# tag NAME: an acknowledged write.
+tag() {
+    expect 0 api POST /tags "{\"name\":\"$1\",\"color\":\"#2e7d32\",\"description\":\"\"}"
+}
+
+on_all() {
+    local name=$1 host
+    shift
+    for host in "$@"; do
+        # A secondary runs no SQLite: pages are copied into its database file, where the text can be seen.
+        wait_for "\"$name\" on $host" on "$host" grep -rqa "$name" /var/lib/twistlock/database
+    done
+}
+
+join() {
+    local host=$1 line
+    expect 0 on "h$primary" twistcli ha join-script
+    line=$(grep -m 1 '^ *curl ' <<<"$output") || fail "join-script printed no line"
+    # We are root there, and sudo may be missing.
+    expect 0 on "$host" bash -c "${line/sudo bash/bash}"
+    says "REQUEST_JOIN"
+}
+
+healthy() {
+    on "h$primary" twistcli ha status
+}
+
+apply() {
+    local start
+    start=$(now_ms)
+    expect 0 on "h$primary" twistcli ha apply --yes --no-wait
+    wait_for "three members, all up" healthy
+    echo "            from APPLY to SECONDARY: $(($(now_ms) - start)) ms"
+}
+
+cluster() {
+    step "an administrator signs up and writes"
+    on h1 cat /var/lib/twistlock/certificates/ca.pem >"$work/ca.pem"
+    expect 0 api POST /signup "{\"username\":\"admin\",\"password\":\"$password\"}"
+    tag before-the-others
+
+    step "h2 and h3 run the line of the join script"
+    join h2
+    expect 75 on h1 twistcli ha apply --yes --no-wait
+    join h3
+
+    step "APPLY admits both"
+    apply
+    tag written-to-three
+    on_all before-the-others h2 h3
+    on_all written-to-three h2 h3
+
+    step "a new PRIMARY over a member's data is refused, -f or not"
+    expect 77 install_on h1 -s console
+    says "recover --force-new-cluster"
+    expect 77 install_on h1 -sf console
+    expect 0 healthy
+}
+
+replace() {
+    step "h3 is removed, and joins again"
+    expect 0 on h1 twistcli ha remove h3 --yes
+    join h3
+    apply
+    tag after-the-return
+    on_all after-the-return h2 h3
+    [ -n "$(on h3 find /var/lib -maxdepth 1 -name 'twistlock.removed-*')" ] || fail "the data of the removed node was not set aside"
+}
+
+upgrade() {
+    step "an upgrade of the PRIMARY moves the role first"
+    expect 0 on h1 "$root/scripts/install.sh" -sj --program "$bin" --config "$root/twistlock.cfg.example" console
+    says "the role moves to another member first"
+    wait_for "three members, all up" healthy
+    expect 0 on h1 twistcli ha status --json
+    primary=$(grep -o '"primary"[: ]*[0-9]*' <<<"$output" | grep -o '[0-9]*$')
+    [ "$primary" != 1 ] || fail "h1 is still PRIMARY"
+    tag after-the-upgrade
+    on_all after-the-upgrade h1
+}
+
+uninstall() {
+    step "uninstalling h3 leaves its data"
+    expect 0 on h3 "$root/scripts/install.sh" -su
+    says "Left in place: the data in /var/lib/twistlock"
+    on h3 test ! -e /usr/local/bin/twistlockd || fail "the program is still there"
+    on h3 test -f /var/lib/twistlock/identity.json || fail "the data are gone"
+    [ -z "$(on h3 pgrep -x twistlockd)" ] || fail "twistlockd still runs"
+    expect 0 on h3 "$root/scripts/install.sh" -su
+}
+
+main() {
+    began=$(now_ms) primary=1
+    password="Test1-$(od -An -N12 -tx1 /dev/urandom | tr -d ' \n')"
+    trap clean_up EXIT
+    trap 'exit 130' INT TERM
+    work=$(mktemp -d)
+    chmod 755 "$work"
+    step "three hosts are made"
+    make_hosts
+    refusals
+    port_in_use
+    first_node
+    cluster
+    replace
+    upgrade
+    uninstall
+    step "all as it should be"
+}
+
+main
