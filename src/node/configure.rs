@@ -148,7 +148,20 @@ impl Driver {
     /// Asks for the database of `from`. True if that is news.
     pub(super) fn want_restore(&mut self, from: NodeId) -> bool {
         let wanted = Some(from).filter(|from| *from != self.config.node);
+        self.restore_from = self.cluster.committed();
         wanted.is_some() && self.restorer.send_if_modified(|now| std::mem::replace(now, wanted) != wanted)
+    }
+}
+
+impl Driver {
+    /// Another leader may have the entries that the last one lacked: then nothing has to be fetched.
+    pub(super) fn forget_restore(&mut self) {
+        if !self.publisher.is_diverged() && self.cluster.committed() > self.restore_from {
+            let forgotten = self.restorer.send_if_modified(|now| now.take().is_some());
+            if forgotten {
+                info!("the raft log goes on here: the whole database is not needed any more");
+            }
+        }
     }
 }
 

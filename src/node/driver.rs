@@ -55,6 +55,8 @@ pub(super) struct Driver {
     pub members: watch::Sender<Arc<Membership>>,
     /// Who can give this node the whole database, while it needs that.
     pub restorer: watch::Sender<Option<NodeId>>,
+    /// The commit index when that was last found out.
+    pub restore_from: u64,
     /// Why this node is no member any more.
     pub removed: Option<String>,
     pub handed_over: Option<oneshot::Sender<()>>,
@@ -89,6 +91,7 @@ impl Driver {
                 self.applier.release(self.publisher.everybody_has());
                 self.prefer_others_while_behind();
                 self.restore_if_diverged();
+                self.forget_restore();
             }
             self.carry_out_all();
             self.publisher.publish(&self.cluster, self.applier.applied());

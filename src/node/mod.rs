@@ -197,6 +197,7 @@ pub fn spawn(
         changes: Changes::default(),
         members,
         restorer,
+        restore_from: 0,
         removed: None,
         handed_over: None,
         demotion: None,

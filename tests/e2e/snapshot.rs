@@ -17,6 +17,8 @@ use super::{
 
 /// Characters in the description of each tag: 3 KB, as many as are allowed.
 const LONG: usize = 1024;
+/// How long the database may take to get the size that a measurement wants.
+const FILL: Duration = Duration::from_secs(1800);
 /// What a node installs is logged so.
 const INSTALLED: &str = "the snapshot has become this node's database";
 /// The warnings that belong to it.
@@ -54,8 +56,9 @@ fn database(cluster: &Cluster, node: usize) -> PathBuf {
 fn wait_size(cluster: &Cluster) {
     let wanted = std::env::var("SNAPSHOT_MIB").ok().and_then(|text| text.parse().ok()).unwrap_or(0u64) << 20;
     let primary = database(cluster, cluster.primary());
-    let mut before = 0;
+    let (mut before, deadline) = (0, Instant::now() + FILL);
     loop {
+        assert!(Instant::now() < deadline, "the database does not grow");
         let size = std::fs::metadata(&primary).unwrap().len();
         if size >= wanted {
             return;
@@ -74,8 +77,11 @@ fn copy(cluster: &Cluster, node: usize) -> Duration {
     let to = from.with_extension("copy");
     let start = Instant::now();
     // Through memory, as the snapshot: the file system must not share the blocks.
-    let status = Command::new("dd").args(["bs=1M", "conv=fsync", "status=none"]);
-    let status = status.arg(format!("if={}", from.display())).arg(format!("of={}", to.display())).status();
+    let status = Command::new("dd")
+        .args(["bs=1M", "conv=fsync", "status=none"])
+        .arg(format!("if={}", from.display()))
+        .arg(format!("of={}", to.display()))
+        .status();
     assert!(status.unwrap().success());
     let time = start.elapsed();
     std::fs::remove_file(to).unwrap();
