@@ -61,8 +61,7 @@ fn source(handle: &Handle, from: Option<NodeId>, me: NodeId) -> Option<Member> {
     let status = handle.status();
     let primary = status.borrow().primary.filter(|primary| *primary != me).or(from)?;
     let membership = handle.membership();
-    let member = membership.borrow().get(primary).cloned();
-    member
+    membership.borrow().get(primary).cloned()
 }
 
 fn give_up(handle: &Handle, member: &Member, me: NodeId, error: &FetchError) {
