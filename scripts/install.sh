@@ -39,6 +39,8 @@ readonly EX_USAGE=64 EX_NOINPUT=66 EX_UNAVAILABLE=69 EX_CANTCREAT=73 EX_TEMPFAIL
 readonly MIN_CPU=2 MIN_MEMORY_KB=950000 MIN_DISK_KB=10000000
 # How long a node may take to start and to stop, in seconds.
 readonly START_LIMIT=60 STOP_LIMIT=20
+# How often systemd may start a node in vain before this script stops watching.
+readonly START_TRIES=3
 readonly RUN_USER=twistlock
 # The user whose id the original gave to its Console.
 readonly RUN_UID=2674
@@ -345,6 +347,9 @@ check_host() {
         tmpfs | ramfs) warn "$data is in memory: it does not survive a restart of the host" ;;
         nfs* | cifs | smb* | fuse*) warn "$data is on a network or user-space file system: use a local one" ;;
     esac
+    if [ "$use_systemd" = true ] && [[ "$data/ $backups/" =~ (^| )/(home|root|tmp|var/tmp|run/user)/ ]]; then
+        block "DATA_FOLDER=$data or DATA_RECOVERY_VOLUME=$backups is in a folder that the systemd unit hides from the node"
+    fi
     check_ports
     check_clock
     if ! names=$(getent ahosts "$(hostname)"); then
@@ -425,16 +430,25 @@ check_membership() {
 
 # ---- The node --------------------------------------------------------------------------------------------------------------
 
-# The process that this script or the join script started without systemd, if it still runs.
+# The process that this script or the join script started without systemd, or that has the data folder, if it still runs.
 pid_of_node() {
-    local pid='' program
-    if [ -r "$pid_file" ]; then
-        read -r pid <"$pid_file" || true
-    fi
-    [[ $pid =~ ^[0-9]+$ ]] || return 1
-    program=$(readlink "/proc/$pid/exe" 2>/dev/null) || return 1
-    # A replaced program is still "twistlockd (deleted)".
-    [[ ${program##*/} == twistlockd* ]] && echo "$pid"
+    local file pid program
+    for file in "$pid_file" "$data/lock"; do
+        pid=''
+        if [ -r "$file" ]; then
+            read -r pid <"$file" || true
+        fi
+        [[ $pid =~ ^[0-9]+$ ]] || continue
+        program=$(readlink "/proc/$pid/exe" 2>/dev/null) || continue
+        # A replaced program is still "twistlockd (deleted)".
+        [[ ${program##*/} == twistlockd* ]] || continue
+        # A process id comes back: one in an old lock file may be that of another node.
+        if [ "$file" = "$pid_file" ] || readlink "/proc/$pid"/fd/* 2>/dev/null | grep -qxF "$data/lock"; then
+            echo "$pid"
+            return
+        fi
+    done
+    return 1
 }
 
 unit_is_there() {
@@ -492,6 +506,18 @@ leave_role() {
     installed_cli ha switchover >>"$log" 2>&1 || warn "no switchover (see the log); the role is handed over while the node stops"
 }
 
+# True when it is of no use to wait any longer.
+node_gave_up() {
+    if [ "$use_systemd" = false ]; then
+        # It may still be on its way through setsid and setpriv: any program will do.
+        if readlink "/proc/$started/exe" >/dev/null 2>&1; then
+            return 1
+        fi
+        return 0
+    fi
+    systemctl is-failed --quiet $unit || [ "$(systemctl show -p NRestarts --value $unit)" -ge $START_TRIES ]
+}
+
 wait_until_ready() {
     local tries=$((START_LIMIT * 5)) code=0 report=''
     while [ "$tries" -gt 0 ]; do
@@ -502,7 +528,7 @@ wait_until_ready() {
             say "$report"
             return
         fi
-        if [ "$use_systemd" = false ] && ! pid_of_node >/dev/null; then
+        if node_gave_up; then
             break
         fi
         sleep 0.2
@@ -535,8 +561,9 @@ start_node() {
         command=(setpriv --reuid "$run_user" --regid "$run_user" --init-groups "${capabilities[@]}" "${command[@]}")
     fi
     setsid "${command[@]}" </dev/null >>"$log_file" 2>&1 &
-    echo "$!" >"$pid_file"
-    say "No systemd here: the node runs as pid $!, its log is $log_file"
+    started=$!
+    echo "$started" >"$pid_file"
+    say "No systemd here: the node runs as pid $started, its log is $log_file"
     say "To start it at boot is up to this host's service manager: ${command[*]}"
 }
 
@@ -710,9 +737,6 @@ run_install() {
     start_node
     wait_until_ready
     say "Done.${https:+ Console: https://$(hostname):$https on the PRIMARY}"
-    if [ "$(members)" -le 1 ]; then
-        say "Next: twistcli ha join-script prints the line to run on the two other hosts"
-    fi
 }
 
 main() {

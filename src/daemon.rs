@@ -200,8 +200,9 @@ impl Parts {
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let (mut supervisor, ports) = self.supervisor()?;
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
-        supervisor.offer(Services { admin: admin.clone(), kit: Arc::new(Kit::new(&self.config)) });
-        let administrator = Arc::new(Administrator(admin));
+        let kit = Arc::new(Kit::new(&self.config));
+        supervisor.offer(Services { admin: admin.clone(), kit: kit.clone() });
+        let administrator = Arc::new(Administrator { admin, kit, membership: self.handle.membership() });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;

@@ -60,8 +60,7 @@ pub fn wanted(data: &Path) -> bool {
 /// snapshot into the data folder. May be given up at any time, and begun again.
 ///
 /// # Errors
-/// When the data folder holds another node's data, the join file cannot be used, or the disk fails: nothing that waiting
-/// would mend.
+/// When the data folder holds another node's data, or the disk fails: nothing that waiting or a new join script would mend.
 pub async fn run(
     data: &DataDir,
     host: Host,
@@ -69,11 +68,10 @@ pub async fn run(
     fetch: impl AsyncFn(Newcomer<'_>) -> Result<()>,
 ) -> Result<Identity> {
     ensure_empty(data)?;
-    let first = JoinFile::read(data.path())?;
     let certificates = data.path().join("certificates");
     let requests = Requests::prepare(&certificates, &host.name)?;
     let mut joining = Joining { data, host, requests, stage, refused: None, pause: ROUND };
-    info!(host = joining.host.name, addresses = ?first.addresses, "asks to join a cluster");
+    info!(host = joining.host.name, "asks to join a cluster");
     loop {
         if let Some(identity) = joining.round(&fetch).await? {
             info!(node = identity.node, cluster = %identity.cluster, "this host has joined");

@@ -112,8 +112,7 @@ impl Driver {
     pub(super) fn follow_membership(&mut self) {
         let membership = self.config.configuration.membership.clone();
         log_differences(&self.members.borrow(), &membership);
-        let pause = membership.pause.as_ref().map_or(0, |pause| boottime_of(pause.until));
-        self.cluster.set_paused(boottime(), pause);
+        self.paused_ignored = false;
         self.publisher.set_membership(&membership);
         let others: Vec<_> = membership.members.iter().map(|member| member.id).collect();
         self.links.set_peers(&others);
@@ -122,6 +121,21 @@ impl Driver {
             self.told_removed(why.to_owned());
         }
         self.members.send_replace(Arc::new(membership));
+        self.follow_pause();
+    }
+
+    /// Once per tick, too: the wall clock, which says when a pause ends, may be set right only after the start.
+    pub(super) fn follow_pause(&mut self) {
+        let pause = &self.config.configuration.membership.pause;
+        let until = pause.as_ref().filter(|_| !self.paused_ignored).map_or(0, |pause| boottime_of(pause.until));
+        self.cluster.set_paused(boottime(), until);
+    }
+
+    /// The administrator wants a primary although takeover is paused, and the only node that may be one is gone.
+    pub(super) fn ignore_pause(&mut self) {
+        warn!("the pause is ignored on this node from now on, as the administrator wants it");
+        self.paused_ignored = true;
+        self.follow_pause();
     }
 
     /// This node is no member any more: it says so, and keeps out of everything.
@@ -137,6 +151,7 @@ impl Driver {
     /// The leader's raft log begins behind the end of ours: the whole database is needed.
     pub(super) fn wants_snapshot(&mut self, message: &Message) {
         let (from, index) = (message.from, message.get_snapshot().get_metadata().index);
+        self.lacks = index;
         if self.want_restore(from) {
             warn!(
                 from,
@@ -145,23 +160,22 @@ impl Driver {
         }
     }
 
+    /// What was missing has come by other ways, for example from another primary with a longer raft log.
+    pub(super) fn restore_if_needed(&mut self) {
+        if self.publisher.is_diverged() {
+            // A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
+            if let Some(primary) = self.publisher.known_primary() {
+                self.want_restore(primary);
+            }
+        } else if self.cluster.committed() >= self.lacks {
+            self.restorer.send_if_modified(|wanted| wanted.take().is_some());
+        }
+    }
+
     /// Asks for the database of `from`. True if that is news.
     pub(super) fn want_restore(&mut self, from: NodeId) -> bool {
         let wanted = Some(from).filter(|from| *from != self.config.node);
-        self.restore_from = self.cluster.committed();
         wanted.is_some() && self.restorer.send_if_modified(|now| std::mem::replace(now, wanted) != wanted)
-    }
-}
-
-impl Driver {
-    /// Another leader may have the entries that the last one lacked: then nothing has to be fetched.
-    pub(super) fn forget_restore(&mut self) {
-        if !self.publisher.is_diverged() && self.cluster.committed() > self.restore_from {
-            let forgotten = self.restorer.send_if_modified(|now| now.take().is_some());
-            if forgotten {
-                info!("the raft log goes on here: the whole database is not needed any more");
-            }
-        }
     }
 }
 
@@ -197,5 +211,6 @@ fn log_differences(before: &Membership, after: &Membership) {
 fn boottime_of(until: u64) -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let left = std::time::Duration::from_secs(until).saturating_sub(now);
-    if left.is_zero() { 0 } else { boottime().saturating_add(left.as_nanos() as u64) }
+    let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
+    if left == 0 { 0 } else { boottime().saturating_add(left) }
 }

@@ -55,10 +55,12 @@ pub(super) struct Driver {
     pub members: watch::Sender<Arc<Membership>>,
     /// Who can give this node the whole database, while it needs that.
     pub restorer: watch::Sender<Option<NodeId>>,
-    /// The commit index when that was last found out.
-    pub restore_from: u64,
     /// Why this node is no member any more.
     pub removed: Option<String>,
+    /// The administrator wants a takeover in spite of a pause.
+    pub paused_ignored: bool,
+    /// This node lacks entries up to here that the leader's raft log does not have any more.
+    pub lacks: u64,
     pub handed_over: Option<oneshot::Sender<()>>,
     /// The demotion that the database thread has to answer.
     pub demotion: Option<u64>,
@@ -90,8 +92,8 @@ impl Driver {
                 self.applier.nudge();
                 self.applier.release(self.publisher.everybody_has());
                 self.prefer_others_while_behind();
-                self.restore_if_diverged();
-                self.forget_restore();
+                self.restore_if_needed();
+                self.follow_pause();
             }
             self.carry_out_all();
             self.publisher.publish(&self.cluster, self.applier.applied());
@@ -118,15 +120,6 @@ impl Driver {
         let now = boottime();
         if self.cluster.phase() == Phase::Secondary && self.applier.lag() > MUCH_BEHIND {
             self.cluster.set_unfit(now, now + 4 * self.config.timing.tick);
-        }
-    }
-
-    /// A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
-    fn restore_if_diverged(&mut self) {
-        if self.publisher.is_diverged()
-            && let Some(primary) = self.publisher.known_primary()
-        {
-            self.want_restore(primary);
         }
     }
 
@@ -206,6 +199,7 @@ impl Driver {
                 self.handed_over = Some(done);
             }
             Input::Change { change, reply } => self.change(&change, reply),
+            Input::IgnorePause => self.ignore_pause(),
             Input::Sync { node, progress } => self.publisher.sync(node, progress),
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
             Input::Snapshot { reply } => self.snapshot(reply),
@@ -322,6 +316,9 @@ impl Driver {
         if let Some(persist) = output.persist {
             if !output.configured.is_empty() {
                 self.configured(output.configured);
+                if self.exit.is_some() {
+                    return; // raft must not go on with a configuration that is not on disk
+                }
             }
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
             self.applier.appended(bytes);

@@ -146,6 +146,12 @@ impl Handle {
         wait.await.map_err(|_| ended.to_owned())?
     }
 
+    /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node that
+    /// may be primary is gone.
+    pub fn ignore_pause(&self) {
+        self.sender.send(Input::IgnorePause);
+    }
+
     /// Ends the loop in order with [`Exit::Restart`].
     pub fn restart(&self, why: String) {
         self.sender.send(Input::Restart { why });
@@ -197,8 +203,9 @@ pub fn spawn(
         changes: Changes::default(),
         members,
         restorer,
-        restore_from: 0,
         removed: None,
+        paused_ignored: false,
+        lacks: 0,
         handed_over: None,
         demotion: None,
         inline_sync_after: Instant::now(),

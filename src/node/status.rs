@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
@@ -239,7 +239,7 @@ impl Publisher {
 
     /// The index up to which all other members have the raft log: nobody will ask for it again.
     pub fn everybody_has(&self) -> u64 {
-        self.peers.values().map(|peer| peer.has).min().unwrap_or(0)
+        self.peers.values().map(|peer| peer.has).min().unwrap_or(u64::MAX)
     }
 
     /// Sets or takes back a warning of one kind.
@@ -417,6 +417,22 @@ impl Publisher {
                 member.name, member.address
             ));
         }
+        if let Some(pause) = &status.membership.pause
+            && unix_now() < pause.until
+        {
+            sentences.push(format!(
+                "automatic takeover is paused for {} more minutes: if {} fails, nobody takes over; end it with `twistcli ha resume`",
+                (pause.until - unix_now()).div_ceil(60),
+                self.name(pause.primary)
+            ));
+        }
+        let voters = status.membership.voters().count();
+        if voters < status.membership.members.len() {
+            sentences.push(format!(
+                "{voters} of {} members vote: no failure is tolerated until the others have caught up",
+                status.membership.members.len()
+            ));
+        }
         if status.membership.members.len() < CLUSTER_SIZE && status.role != Role::Removed {
             sentences.push(format!(
                 "the cluster has {} of {CLUSTER_SIZE} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)",
@@ -433,6 +449,11 @@ impl Publisher {
     fn name(&self, id: NodeId) -> String {
         self.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
     }
+}
+
+/// Seconds since 1970.
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 
 mod cluster;
 mod databases;
+mod drill;
 mod held;
 mod network;
 mod sampler;
@@ -25,7 +26,8 @@ use network::Wall;
 use nix::sys::signal::Signal;
 use sampler::Sampler;
 use twistlock_ha::{
-    control::{self, Reply, Request},
+    admin::SwitchoverReport,
+    control::{self, Operation},
     node::Status,
 };
 use writers::Writers;
@@ -130,9 +132,10 @@ fn switchover_under_load() {
     let _alone = alone();
     let fault = Fault { name: "switchover", rounds: rounds(20), expected: &[], by_lease: false };
     let ask = |cluster: &Cluster, primary: usize, (): &mut ()| {
-        let request = Request::StepDown { reason: "a test".to_owned() };
-        let reply = control::request(&cluster.node(primary).control, &request, cluster::LIMIT).unwrap();
-        assert!(matches!(reply, Reply::Ok(_)), "{reply:?}");
+        let operation = Operation::Switchover { to: None, dry_run: false };
+        let report: SwitchoverReport =
+            control::operate(&cluster.node(primary).control, operation, cluster::LIMIT).unwrap();
+        assert!(report.checks.iter().all(|check| check.ok), "{report:?}");
     };
     repeat(&fault, |_, _, _| (), ask, |_, _, ()| {});
 }

@@ -5,21 +5,24 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: tests/install/run.sh [--keep] [--verbose]
+Usage: tests/install/run.sh [--systemd] [--keep] [--verbose]
 
 Runs scripts/install.sh and the join script on three hosts in namespaces: install, join, APPLY, remove, join again, refusals,
 uninstall. Needs root, ip, unshare, nsenter, curl and overlayfs; says so and exits with 77 where they are missing.
 
+  --systemd   systemd runs on the hosts (needs cgroup 2), so that the unit is used; without it the hosts have no service manager
   --keep      leave the files of the hosts for a look
   --verbose   show what the installed programs print
 
+  TWISTLOCK_DEB      a Debian package to install, upgrade, remove and purge on h3 at the end (with --systemd)
   TWISTLOCK_BIN_DIR  folder of twistlockd and twistcli [default: target/debug]
 TEXT
 }
 
-keep=false verbose=false
+keep=false verbose=false kind=plain
 for argument in "$@"; do
     case "$argument" in
+        --systemd) kind=systemd ;;
         --keep) keep=true ;;
         --verbose) verbose=true ;;
         -h | --help)
@@ -27,7 +30,7 @@ for argument in "$@"; do
             exit 0
             ;;
         *)
-            echo "tests/install/run.sh: found \"$argument\", allowed: --keep, --verbose, --help" >&2
+            echo "tests/install/run.sh: found \"$argument\", allowed: --systemd, --keep, --verbose, --help" >&2
             exit 64
             ;;
     esac
@@ -40,7 +43,7 @@ readonly MISSING=77
 # The switch that joins the hosts, and where the test itself stands.
 readonly NETWORK=10.231.77
 readonly LIMIT=30
-work='' holders=() step_name='' output=''
+work='' cgroups='' holders=() step_name='' output=''
 declare -A pids
 
 skip() {
@@ -56,20 +59,35 @@ for program in twistlockd twistcli; do
     [ -x "$bin/$program" ] || skip "$bin/$program is not there: cargo build --bins, or set TWISTLOCK_BIN_DIR"
 done
 
+if [ "$kind" = systemd ]; then
+    [ -x /lib/systemd/systemd ] || skip "systemd is not installed"
+    cgroups=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
+    [ -w "$cgroups/cgroup.procs" ] || skip "no writable cgroup 2 file system"
+fi
+
 # ---- The hosts -------------------------------------------------------------------------------------------------------------
 
 # shellcheck disable=SC2317,SC2329 # called by the trap
 clean_up() {
     local code=$? pid
     trap - EXIT
+    set +e
     if [ "$code" -ne 0 ]; then
         printf 'FAILED (exit code %s) in: %s\n%s\n' "$code" "$step_name" "$output" >&2
-        tail -n 15 "$work"/h?/var/upper/log/twistlock/twistlockd.log >&2 2>/dev/null || true
+        for pid in 1 2 3; do
+            tail -n 15 "$work/h$pid/var/upper/log/twistlock/twistlockd.log" >&2 2>/dev/null || true
+            if [ "$kind" = systemd ] && [ -n "${pids[h$pid]:-}" ]; then
+                on "h$pid" journalctl -u twistlockd -n 15 --no-pager >&2 || true
+            fi
+        done
     fi
     for pid in "${holders[@]}"; do
         # The first process of a namespace of processes: all others there die with it.
         kill -KILL "$pid" 2>/dev/null || true
         wait "$pid" 2>/dev/null || true
+    done
+    for pid in 1 2 3; do
+        drop_cgroup "$cgroups/twistlock-test-$$-h$pid"
     done
     if [ "$keep" = true ]; then
         echo "files: $work"
@@ -79,25 +97,39 @@ clean_up() {
     exit "$code"
 }
 
-# hold NAME COMMAND...: starts the first process of new namespaces; its pid outside goes to pids[NAME].
-hold() {
-    local name=$1 tries=100 child=''
-    shift
-    "$@" &
-    holders+=("$!")
-    # unshare waits, its child is the one inside; without --fork it is the same process.
-    while [ "$tries" -gt 0 ]; do
-        child=$(cat "/proc/$!/task/$!/children" 2>/dev/null || true)
-        child=${child%% *}
-        if [ -n "$child" ] && [ -e "$work/$name.ready" ]; then
-            pids[$name]=$child
-            return
-        fi
+# drop_cgroup DIR: as soon as the last process in it is gone.
+# shellcheck disable=SC2317,SC2329 # called by the trap
+drop_cgroup() {
+    local tries=100
+    while [ -d "$1" ] && [ "$tries" -gt 0 ]; do
+        find "$1" -depth -type d -exec rmdir {} + 2>/dev/null && return
         sleep 0.05
         tries=$((tries - 1))
     done
-    echo "the namespaces of $name did not come up" >&2
-    return 1
+}
+
+# hold NAME COMMAND...: starts the first process of new namespaces; its pid outside goes to pids[NAME].
+hold() {
+    local name=$1 tries=200 child
+    shift
+    if [ "$kind" = systemd ] && [ "$name" != switch ]; then
+        mkdir "$cgroups/twistlock-test-$$-$name"
+        # shellcheck disable=SC2016 # the inner shell's
+        set -- bash -c 'echo 0 >"$0/cgroup.procs"; exec "$@"' "$cgroups/twistlock-test-$$-$name" "$@"
+    fi
+    "$@" &
+    holders+=("$!")
+    while [ "$tries" -gt 0 ]; do
+        # unshare waits; its child is the first process inside.
+        child=$(cat "/proc/$!/task/$!/children" 2>/dev/null || true)
+        if [ -n "$child" ] && [ -e "$work/$name/ready" ]; then
+            pids[$name]=${child%% *}
+            return
+        fi
+        sleep 0.02
+        tries=$((tries - 1))
+    done
+    fail "the namespaces of $name did not come up"
 }
 
 # on HOST COMMAND...: runs a command there, as root and in an empty folder.
@@ -111,22 +143,28 @@ on() {
 make_hosts() {
     local number host
     # The switch has a network of its own, so that no rule and no address of this host is in the way.
-    # shellcheck disable=SC2016
-    hold switch unshare --net --pid --kill-child --fork bash -c ': >"$1"; sleep infinity & wait' bash "$work/switch.ready"
+    mkdir "$work/switch"
+    # shellcheck disable=SC2016 # the inner shell's
+    hold switch unshare --net --pid --kill-child --fork bash -c ': >"$0"; sleep infinity & wait' "$work/switch/ready"
     nsenter --target "${pids[switch]}" --net ip link add switch type bridge
     nsenter --target "${pids[switch]}" --net ip address add $NETWORK.254/24 dev switch
     nsenter --target "${pids[switch]}" --net ip link set switch up
     for number in 1 2 3; do
         host=h$number
         mkdir -p "$work/$host"/{etc,usr,var}/{upper,work} "$work/$host/cwd"
-        hold "$host" unshare --mount --uts --net --pid --fork --kill-child --mount-proc \
-            bash "$root/tests/install/host.sh" "$work/$host" "$host" "$work/$host.ready"
+        hold "$host" unshare --mount --uts --ipc --net --pid --cgroup --fork --kill-child --mount-proc \
+            bash "$root/tests/install/host.sh" "$work/$host" "$host" "$NETWORK" "$kind"
         ip link add "veth$number" netns "${pids[switch]}" type veth peer name eth0 netns "${pids[$host]}"
         nsenter --target "${pids[switch]}" --net ip link set "veth$number" master switch up
         on "$host" ip link set lo up
         on "$host" ip address add $NETWORK.$number/24 dev eth0
         on "$host" ip link set eth0 up
     done
+    if [ "$kind" = systemd ]; then
+        for host in h1 h2 h3; do
+            wait_for "systemd on $host" on "$host" systemctl is-active basic.target
+        done
+    fi
 }
 
 # ---- What a step says ------------------------------------------------------------------------------------------------------
@@ -208,11 +246,12 @@ port_in_use() {
     # shellcheck disable=SC2016 # perl's variables
     on h1 perl -MIO::Socket::INET -e 'my $s = IO::Socket::INET->new(LocalPort => 8083, Listen => 1) or die;
         open(my $f, ">", "listener.pid"); print $f $$; close $f; sleep 60' &
+    # Its end is no news.
+    disown
     wait_for "a listener on port 8083" on h1 grep -q ':1F93 .* 0A ' /proc/net/tcp
     expect 75 install_on h1 -s console
     says "port 8083 is in use"
     on h1 kill "$(cat "$work/h1/cwd/listener.pid")"
-    wait "$!" 2>/dev/null || true
 }
 
 first_node() {
@@ -230,6 +269,26 @@ first_node() {
     expect 0 on h1 "$root/scripts/install.sh" -sj --program "$bin" --config "$root/twistlock.cfg.example" console
     on h1 grep -qx CHECKPOINT_SECONDS=30 /etc/twistlock/twistlock.cfg || fail "-j lost a setting"
     expect 1 on h1 twistcli ha status
+}
+
+# Another folder, a privileged port, and back: what systemd may let the node do follows the settings.
+other_settings() {
+    step "another data folder and ports below 1024 work; -f sets the database aside"
+    expect 0 install_on h1 -sj --set DATA_FOLDER=/srv/twistlock --set MANAGEMENT_PORT_HTTPS=443 console
+    [ "$(on h1 stat -c '%U %a' /srv/twistlock)" = "twistlock 700" ] || fail "wrong owner or mode of the other data folder"
+    wait_for "port 443" on h1 grep -q ':01BB .* 0A ' /proc/net/tcp6
+    [ "$(on h1 ps -o user= -C twistlockd | sort -u)" = twistlock ] || fail "twistlockd runs as another user"
+    local id
+    id=$(on h1 grep -o '"cluster": *"[^"]*"' /srv/twistlock/identity.json)
+    expect 0 install_on h1 -sjf console
+    says "set aside, not deleted: /srv/twistlock.dropped-"
+    # shellcheck disable=SC2016 # the inner shell's
+    on h1 bash -c 'grep -qF "$1" /srv/twistlock.dropped-*/identity.json' bash "$id" || fail "the dropped data are not there"
+    expect 0 install_on h1 -s console
+    [ "$(on h1 stat -c '%U %a' /var/lib/twistlock)" = "twistlock 700" ] || fail "the first data folder is gone"
+    if [ "$kind" = systemd ]; then
+        on h1 test ! -e /etc/systemd/system/twistlockd.service.d/10-install.conf || fail "a drop-in without a reason"
+    fi
 }
 
 # api METHOD PATH [BODY]: asks the Console of h1 as an administrator does, with its real certificate.
@@ -270,7 +329,7 @@ healthy() {
 apply() {
     local start
     start=$(now_ms)
-    expect 0 on "h$primary" twistcli ha apply --yes --no-wait
+    expect 0 on "h$primary" twistcli ha apply --yes
     wait_for "three members, all up" healthy
     echo "            from APPLY to SECONDARY: $(($(now_ms) - start)) ms"
 }
@@ -331,6 +390,41 @@ uninstall() {
     expect 0 on h3 "$root/scripts/install.sh" -su
 }
 
+# The package takes over where install.sh left the data, and lets go of them only when told so.
+package() {
+    local deb=${TWISTLOCK_DEB:-} before
+    if [ "$kind" != systemd ] || [ -z "$deb" ]; then
+        return
+    fi
+    step "h3 goes on with the Debian package"
+    expect 0 on h3 dpkg -i "$deb"
+    expect 0 on h3 systemctl enable --now twistlockd
+    wait_for "three members, all up" healthy
+    on h3 readlink "/proc/$(on h3 systemctl show -p MainPID --value twistlockd)/exe" | grep -qx /usr/bin/twistlockd ||
+        fail "the package's program does not run"
+    expect 77 install_on h3 -s console
+    says "installed as a Debian package"
+
+    step "its upgrade moves the role first"
+    expect 0 on "h$primary" twistcli ha switchover --to h3
+    wait_for "three members, all up" healthy
+    before=$(on h3 systemctl show -p MainPID --value twistlockd)
+    expect 0 on h3 dpkg -i "$deb"
+    says "the role moves to another member first"
+    wait_for "another process" on h3 bash -c "[ \"\$(systemctl show -p MainPID --value twistlockd)\" != $before ]"
+    wait_for "three members, all up" healthy
+
+    step "its removal leaves the data, and so does a purge that was not told otherwise"
+    expect 0 on h3 dpkg -r twistlock-ha
+    expect 3 on h3 systemctl is-active twistlockd
+    expect 0 on h3 dpkg -P twistlock-ha
+    says "the data in /var/lib/twistlock stay"
+    on h3 test -f /var/lib/twistlock/identity.json || fail "the data are gone"
+    expect 0 on h3 dpkg -i "$deb"
+    expect 0 on h3 env TWISTLOCK_PURGE_DATA=yes TWISTLOCK_PURGE_BACKUPS=yes dpkg -P twistlock-ha
+    on h3 test ! -e /var/lib/twistlock || fail "a confirmed purge left the data"
+}
+
 main() {
     began=$(now_ms) primary=1
     password="Test1-$(od -An -N12 -tx1 /dev/urandom | tr -d ' \n')"
@@ -343,10 +437,12 @@ main() {
     refusals
     port_in_use
     first_node
+    other_settings
     cluster
     replace
     upgrade
     uninstall
+    package
     step "all as it should be"
 }
 
