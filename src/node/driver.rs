@@ -97,6 +97,7 @@ impl Driver {
             }
             self.carry_out_all();
             self.publisher.publish(&self.cluster, self.applier.applied());
+            self.publisher.announce(&mut self.links);
             if let Some(exit) = self.exit.take() {
                 return self.end(exit);
             }

@@ -128,6 +128,8 @@ pub(super) struct Publisher {
     stale: bool,
     /// What was published last: epoch and primary.
     shown: (u64, Option<NodeId>),
+    /// What the others were told last: role and epoch.
+    announced: (Role, u64),
 }
 
 impl Publisher {
@@ -167,6 +169,7 @@ impl Publisher {
             ticks: 0,
             stale: true,
             shown: (0, None),
+            announced: (Role::Startup, 0),
         };
         (publisher, receiver)
     }
@@ -287,6 +290,18 @@ impl Publisher {
             return;
         }
         self.stale = true;
+        self.send_reports(links);
+    }
+
+    /// Tells the others at once when the role changes: they wait for it, as in a switchover.
+    pub fn announce(&mut self, links: &mut Links) {
+        let (role, epoch) = (self.sender.borrow().role, self.shown.0);
+        if std::mem::replace(&mut self.announced, (role, epoch)) != (role, epoch) {
+            self.send_reports(links);
+        }
+    }
+
+    fn send_reports(&self, links: &mut Links) {
         let status = self.sender.borrow().clone();
         for peer in self.peers.keys() {
             let report = NodeReport {
