@@ -29,7 +29,7 @@ use twistlock_ha::{
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
-    snapshot,
+    recover, snapshot,
     storage::{
         DataDir, DataDirError, Identity,
         configuration::Configuration,
@@ -131,6 +131,9 @@ struct Parts {
 impl Parts {
     fn build(config: &Config) -> Result<Self> {
         let data = DataDir::open(&config.data_folder)?;
+        if let Some(done) = recover::finish_interrupted(data.path())? {
+            info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
+        }
         let identity = match data.identity() {
             Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
             identity => identity?,

@@ -88,6 +88,12 @@ pub const SYNC_LATENCY: &str = "twistlock_raft_log_sync_seconds";
 pub const ROLE_CHANGES: &str = "twistlock_role_changes_total";
 /// Counter: how often the database's checksum was not what the primary said.
 pub const CHECKSUM_FAILURES: &str = "twistlock_checksum_failures_total";
+/// Counter: entries of the raft log that another primary's entries have replaced.
+pub const ROLLBACK_ENTRIES: &str = "twistlock_rollback_entries_total";
+/// Counter: transactions among them that are kept in files.
+pub const ROLLBACK_TRANSACTIONS: &str = "twistlock_rollback_transactions_total";
+/// Gauge: 1 while the disk of this node is full.
+pub const DISK_FULL: &str = "twistlock_disk_full";
 /// Counter: processes of other members that were proven dead by a refused connection.
 pub const PEER_DEATHS: &str = "twistlock_peer_deaths_total";
 /// Counter, label `class`: messages that did not fit into the queue to a member.
@@ -137,6 +143,13 @@ pub const METRICS: &[Metric] = &[
     metric(SYNC_LATENCY, Kind::Latency, "Seconds that one fsync of the raft log took."),
     metric(ROLE_CHANGES, Kind::Counter, "Changes of the role of this node, by cause."),
     metric(CHECKSUM_FAILURES, Kind::Counter, "How often the checksum of the database was wrong."),
+    metric(ROLLBACK_ENTRIES, Kind::Counter, "Entries of the raft log that another primary's entries have replaced."),
+    metric(
+        ROLLBACK_TRANSACTIONS,
+        Kind::Counter,
+        "Transactions that were dropped unacknowledged and are kept in files.",
+    ),
+    metric(DISK_FULL, Kind::Gauge, "1 while the disk of this node is full."),
     metric(PEER_DEATHS, Kind::Counter, "Processes of other members that were proven dead by a refused connection."),
     metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class."),
     metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction."),

@@ -10,7 +10,7 @@ use tracing::{error, info, warn};
 
 use super::{Exit, driver::Driver, lease::boottime};
 use crate::{
-    cluster::{self, Change, Configured, Membership, NodeId},
+    cluster::{self, Change, Configured, Membership, NodeId, membership::MAX_ENCODED},
     storage::configuration::Configuration,
 };
 
@@ -64,7 +64,9 @@ impl Changes {
 
 impl Driver {
     pub(super) fn change(&mut self, change: &Change, reply: Reply) {
-        let result = if self.changes.0.len() < WAITING {
+        let result = if !self.has_room(MAX_ENCODED) {
+            Err(ChangeError::Impossible("the disk of the primary is full: free some space first".to_owned()))
+        } else if self.changes.0.len() < WAITING {
             self.cluster.change(boottime(), change).map_err(ChangeError::from)
         } else {
             Err(ChangeError::Impossible("too many changes of the membership wait already: try again".to_owned()))

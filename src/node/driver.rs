@@ -24,6 +24,8 @@ use super::{
     configure::Changes,
     inbox::{DatabaseEvent, Input, Proposal, Waiting},
     lease::boottime,
+    rollback::{self, Rollback},
+    space::Space,
     status::Publisher,
     syncer::Syncer,
 };
@@ -50,6 +52,8 @@ pub(super) struct Driver {
     pub publisher: Publisher,
     pub config: NodeConfig,
     pub waiting: Waiting,
+    pub rollback: Rollback,
+    pub space: Space,
     pub changes: Changes,
     /// The membership in force, for whoever follows it.
     pub members: watch::Sender<Arc<Membership>>,
@@ -92,10 +96,17 @@ impl Driver {
                 self.applier.nudge();
                 self.applier.release(self.publisher.everybody_has());
                 self.prefer_others_while_behind();
+                if self.rollback.note_ends() {
+                    self.publisher.warn(rollback::ABOUT, None);
+                }
+                self.watch_space();
                 self.restore_if_needed();
                 self.follow_pause();
             }
             self.carry_out_all();
+            if self.rollback.is_over(self.applier.applied()) {
+                self.publisher.rolling_back(false);
+            }
             self.publisher.publish(&self.cluster, self.applier.applied());
             self.publisher.announce(&mut self.links);
             if let Some(exit) = self.exit.take() {
@@ -161,7 +172,7 @@ impl Driver {
                 self.publisher.heard(message.from);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
-                } else {
+                } else if self.space.admits(&self.log, &message) {
                     self.cluster.step(now, message);
                 }
             }
@@ -211,6 +222,11 @@ impl Driver {
 
     fn propose(&mut self, proposal: Proposal) {
         let Proposal { epoch, part, last, reply } = proposal;
+        if !self.has_room(part.len()) {
+            let why = "the disk of the primary is full".to_owned();
+            let _ = reply.send(Err(ReplicateError::Full(why))); // nobody waits any more: nothing to tell
+            return;
+        }
         match self.cluster.propose(boottime(), epoch, part) {
             Ok(index) => self.waiting.add(index, last, reply),
             Err(error) => {
@@ -323,8 +339,12 @@ impl Driver {
             }
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
             self.applier.appended(bytes);
+            if self.rollback.watch(&self.log, &persist.entries) {
+                self.publisher.rolling_back(true);
+            }
             match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
                 Ok(pending) => {
+                    self.space.appended();
                     self.cluster.written();
                     self.persist(persist.number, persist.must_sync.then_some(pending), bytes);
                 }

@@ -118,6 +118,8 @@ pub(super) struct Publisher {
     phase: Phase,
     reason: &'static str,
     diverged: bool,
+    /// Entries of its raft log were replaced, and its database is not level again.
+    rolling_back: bool,
     /// Why this node is no member any more.
     removed: Option<String>,
     /// The copy of the database that is on its way to this node.
@@ -164,6 +166,7 @@ impl Publisher {
             phase: Phase::Startup,
             reason: "starts: an earlier process of this node may have promised its vote",
             diverged: false,
+            rolling_back: false,
             database: None,
             sender,
             ticks: 0,
@@ -240,6 +243,13 @@ impl Publisher {
         self.peers.values().all(|peer| !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER))
     }
 
+    /// True if another member is SECONDARY and was heard of lately.
+    pub fn hears_secondary(&self) -> bool {
+        let secondary = |peer: &Peer| peer.report.as_ref().is_some_and(|report| report.state == Role::Secondary);
+        let heard = |peer: &Peer| peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER);
+        self.peers.values().any(|peer| !peer.dead && heard(peer) && secondary(peer))
+    }
+
     /// The index up to which all other members have the raft log: nobody will ask for it again.
     pub fn everybody_has(&self) -> u64 {
         self.peers.values().map(|peer| peer.has).min().unwrap_or(u64::MAX)
@@ -257,6 +267,11 @@ impl Publisher {
     pub fn diverged(&mut self, why: String) {
         self.diverged = true;
         self.warn("diverged", Some(format!("{why}; this node needs its database restored from the primary")));
+    }
+
+    pub fn rolling_back(&mut self, rolling_back: bool) {
+        self.rolling_back = rolling_back;
+        self.stale = true;
     }
 
     /// The database is open for writing: shown with the role PRIMARY only.
@@ -417,6 +432,7 @@ impl Publisher {
         match role {
             _ if self.removed.is_some() => Role::Removed,
             _ if self.diverged || self.sync.is_some() && votes => Role::Recovering,
+            Role::Startup | Role::Secondary if self.rolling_back => Role::Rollback,
             Role::Startup | Role::Secondary if !votes => Role::Startup2,
             role => role,
         }

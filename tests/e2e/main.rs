@@ -7,9 +7,12 @@
 
 mod cluster;
 mod databases;
+mod disk;
 mod drill;
 mod held;
 mod network;
+mod recover;
+mod rollback;
 mod sampler;
 mod snapshot;
 mod writers;

@@ -79,6 +79,30 @@ fn wait_for_login(cluster: &ClusterFile) -> String {
     }
 }
 
+/// One client that writes one tag at a time to one node.
+pub struct Pen {
+    cluster: ClusterFile,
+    authorization: String,
+}
+
+impl Pen {
+    /// Logs in.
+    pub fn new(cluster: &ClusterFile) -> Self {
+        Self { cluster: cluster.clone(), authorization: wait_for_login(cluster) }
+    }
+
+    /// Writes a tag to a node: true if it was acknowledged.
+    pub fn write(&self, node: usize, tag: &str) -> bool {
+        let client = client(&self.cluster.ca, Duration::from_secs(5));
+        post(&client, &self.cluster.nodes[node].console_url, &self.authorization, tag) == Outcome::Acknowledged
+    }
+
+    /// True if the cluster has the tag.
+    pub fn has(&self, tag: &str) -> bool {
+        all_tags(&self.cluster, &self.authorization).contains_key(tag)
+    }
+}
+
 /// A write that was acknowledged.
 #[derive(Clone, Copy)]
 struct Success {
