@@ -14,6 +14,7 @@ mod network;
 mod recover;
 mod rollback;
 mod sampler;
+mod snapshot;
 mod writers;
 
 use std::{
