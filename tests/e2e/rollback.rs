@@ -1,6 +1,9 @@
 //! A primary with transactions that nobody else has comes back: they are dropped, kept in a file, and shown.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use nix::sys::signal::Signal;
 use twistlock_ha::{cluster::Role, cluster::command::Pages, storage::tail};
@@ -55,7 +58,7 @@ fn tails(cluster: &Cluster, node: usize) -> Vec<PathBuf> {
 }
 
 /// True if a page image in the file shows the text.
-fn holds(path: &PathBuf, text: &str) -> bool {
+fn holds(path: &Path, text: &str) -> bool {
     let (_, entries) = tail::read(path).unwrap();
     entries.iter().filter(|entry| !entry.data.is_empty()).any(|entry| {
         let pages = Pages::decode(&entry.data).unwrap();
