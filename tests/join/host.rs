@@ -54,7 +54,12 @@ fn stop(data: &Path, signal: Signal) {
     let Some(pid) = pid_of(data) else { return };
     // It may end by itself just now.
     let _ = kill(pid, signal);
-    wait_until("the daemon has ended", || pid_of(data) != Some(pid));
+    // Its program is gone before its files are, and with them the lock of the data folder.
+    let lives = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().any(|line| line.starts_with("State:") && !line.contains("Z (") && !line.contains("X ("))
+    };
+    wait_until("the daemon has ended", || !lives());
 }
 
 /// A cluster of one, with an administrator.
