@@ -54,7 +54,12 @@ fn stop(data: &Path, signal: Signal) {
     let Some(pid) = pid_of(data) else { return };
     // It may end by itself just now.
     let _ = kill(pid, signal);
-    wait_until("the daemon has ended", || pid_of(data) != Some(pid));
+    // Its program is gone before its files are, and with them the lock of the data folder.
+    let lives = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().any(|line| line.starts_with("State:") && !line.contains("Z (") && !line.contains("X ("))
+    };
+    wait_until("the daemon has ended", || !lives());
 }
 
 /// A cluster of one, with an administrator.
@@ -161,12 +166,14 @@ impl Founder {
     pub fn switch_over_to(&self, host: &Host) {
         let addresses = [1, 2, 3].map(|number| address(self.network, number));
         let wish = json!({"to": host.name});
-        let asked = addresses.iter().any(|address| {
-            let url = format!("https://{address}:8083/api/v1/high-availability/switchover");
-            let answer = self.agent.post(&url).header("authorization", basic()).send_json(&wish);
-            answer.is_ok_and(|answer| answer.status() == 202)
+        // A primary that has just begun may not have heard yet that the other one is SECONDARY: it says so, and is asked again.
+        wait_until("somebody takes the switchover", || {
+            addresses.iter().any(|address| {
+                let url = format!("https://{address}:8083/api/v1/high-availability/switchover");
+                let answer = self.agent.post(&url).header("authorization", basic()).send_json(&wish);
+                answer.is_ok_and(|answer| answer.status() == 202)
+            })
         });
-        assert!(asked, "nobody took the switchover");
         wait_until("the switchover", || host.role() == Some(Role::Primary));
     }
 
