@@ -94,7 +94,7 @@ impl Pen {
     /// Writes a tag to a node: true if it was acknowledged.
     pub fn write(&self, node: usize, tag: &str) -> bool {
         let client = client(&self.cluster.ca, Duration::from_secs(5));
-        post(&client, &self.cluster.nodes[node].console_url, &self.authorization, tag) == Outcome::Acknowledged
+        post(&client, &self.cluster.nodes[node].console_url, &self.authorization, tag, "e2e") == Outcome::Acknowledged
     }
 
     /// True if the cluster has the tag.
