@@ -150,7 +150,7 @@ impl Parts {
         let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
         let log = open_log(config, &data, &identity)?;
         if let Some(snapshot) = snapshot {
-            snapshot.install(&log).context("install the snapshot")?;
+            snapshot.install(&log, identity.node).context("install the snapshot")?;
         }
         let database_dir = data.path().join("database");
         make_private_dir(&database_dir).with_context(|| format!("create {}", database_dir.display()))?;

@@ -28,8 +28,6 @@ use crate::node::{
 /// The membership after a host was admitted: a member without a vote.
 fn joined(membership: &Membership, id: NodeId, to: SocketAddr) -> Membership {
     let request = Request {
-        console_csr: String::new(),
-        console_names: Vec::new(),
         id: format!("request-{id}"),
         name: format!("node-{id}"),
         address: to.ip().to_string(),

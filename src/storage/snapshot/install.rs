@@ -17,7 +17,10 @@ use super::{
     CLUSTER_KEY, ClusterKey, Manifest, SnapshotError,
     incoming::{DATABASE, INCOMING, MANIFEST, READY},
 };
-use crate::storage::{configuration::Configuration, durable_write, fsync_dir, make_private_dir, raft_log::RaftLog};
+use crate::{
+    cluster::NodeId,
+    storage::{configuration::Configuration, durable_write, fsync_dir, make_private_dir, raft_log::RaftLog, tail},
+};
 
 /// A snapshot that is installed, or of no use.
 const DONE: &str = "snapshot.done";
@@ -77,12 +80,13 @@ impl Ready {
         &self.manifest
     }
 
-    /// Puts it into its place. Afterwards the database can be opened, and is at the snapshot's index. False if the
+    /// Puts it into its place, on the node that this log belongs to. Afterwards the database can be opened, and is at the snapshot's index. False if the
     /// snapshot was of no use here and everything is as it was.
     ///
     /// # Errors
     /// [`SnapshotError`]; the next start tries again.
-    pub fn install(&self, log: &RaftLog) -> Result<bool, SnapshotError> {
+    pub fn install(&self, log: &RaftLog, node: NodeId) -> Result<bool, SnapshotError> {
+        self.keep_tail(log, node);
         for work in STEPS {
             if work(self, log)? == Step::Useless {
                 self.tidy_away(log)?;
@@ -92,6 +96,27 @@ impl Ready {
         let record = self.manifest.record;
         info!(index = record.index, bytes = self.manifest.bytes(), "the snapshot has become this node's database");
         Ok(true)
+    }
+
+    /// Entries of which this node does not know whether a majority has them are kept for the administrator, if the raft log
+    /// is about to begin again. Most likely they are in the snapshot, too; safety does not depend on the file.
+    fn keep_tail(&self, log: &RaftLog, node: NodeId) {
+        let index = self.manifest.record.index;
+        let stays = log.first_index() > index + 1 || log.term(index).is_ok_and(|term| term == self.manifest.term);
+        let held = log.hold(log.hard_state().commit + 1).filter(|held| held.has_content() && !stays);
+        let Some(held) = held else { return };
+        let folder = self.data.join(tail::FOLDER);
+        let database = self.data.join(FOLDER).join(DATABASE);
+        let written = tail::write(&folder, self.manifest.membership.cluster, node, &held);
+        match written.and_then(|draft| draft.finish(&database)) {
+            Ok((kept, _)) => info!(
+                entries = kept.dropped,
+                transactions = kept.transactions,
+                file = %kept.path.with_extension("txt").display(),
+                "the end of the raft log, of which it was not known here whether a majority has it, is kept in a file"
+            ),
+            Err(error) => warn!(%error, "the end of the raft log that the snapshot replaces cannot be kept"),
+        }
     }
 
     /// Entries behind the snapshot stay if they continue it: they may have been acknowledged.
@@ -316,7 +341,7 @@ mod tests {
         let ready = Ready::find(data).unwrap();
         let log = open_log(data);
         if let Some(ready) = ready {
-            assert!(ready.install(&log).unwrap());
+            assert!(ready.install(&log, 3).unwrap());
         }
         let state = look(data, &log);
         drop(log);
@@ -373,6 +398,14 @@ mod tests {
     fn a_tail_of_another_term_is_dropped() {
         let state = install_with_crashes(|| node(60, 2, 30, 10));
         assert_eq!((state.log.0, state.log.1, state.log.2.commit), (INDEX + 1, INDEX, INDEX));
+        // Dropped, but not lost.
+        let data = node(60, 2, 30, 10);
+        start(data.path());
+        let files = fs::read_dir(data.path().join(tail::FOLDER)).unwrap().map(|file| file.unwrap().path());
+        let tails: Vec<_> = files.filter(|path| path.extension().is_some_and(|end| end == "tail")).collect();
+        let [file] = &tails[..] else { panic!("{tails:?}") };
+        let entries = tail::read(file).unwrap().1;
+        assert_eq!((entries[0].index, entries.len()), (31, 30));
     }
 
     #[test]
@@ -381,7 +414,7 @@ mod tests {
         let ready = Ready::find(data.path()).unwrap().unwrap();
         let log = open_log(data.path());
         let before = look(data.path(), &log);
-        assert!(!ready.install(&log).unwrap());
+        assert!(!ready.install(&log, 3).unwrap());
         assert_eq!(look(data.path(), &log), State { leftovers: Vec::new(), ..before });
         assert!(Ready::find(data.path()).unwrap().is_none());
     }
@@ -392,7 +425,7 @@ mod tests {
         let ready = Ready::find(data.path()).unwrap().unwrap();
         let log = open_log(data.path());
         let before = look(data.path(), &log);
-        let error = ready.install(&log).unwrap_err();
+        let error = ready.install(&log, 3).unwrap_err();
         assert!(error.to_string().contains("another cluster"), "{error}");
         assert_eq!(look(data.path(), &log), before);
     }
