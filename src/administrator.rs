@@ -4,10 +4,13 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use serde_json::Value;
+use tokio::{sync::watch, task};
 use twistlock_ha::{
     admin::{Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
+    cluster::Membership,
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
+    join::{Kit, KitError},
     node::{Handle, Status},
     supervisor::SupervisorHandle,
     telemetry,
@@ -42,15 +45,20 @@ impl Ports for ConsolePorts {
 }
 
 /// The handler of the control socket of a member.
-pub(crate) struct Administrator(pub(crate) Arc<Admin>);
+pub(crate) struct Administrator {
+    pub(crate) admin: Arc<Admin>,
+    pub(crate) kit: Arc<Kit>,
+    /// Newer than that of a status: has every change whose outcome is known.
+    pub(crate) membership: watch::Receiver<Arc<Membership>>,
+}
 
 impl Administrator {
     async fn carry_out(&self, operation: Operation) -> Result<Value, AdminError> {
-        let admin = &self.0;
+        let admin = &self.admin;
         match operation {
             Operation::Invite { valid_s, script } => {
                 let invited = admin.invite(Duration::from_secs(valid_s), BY).await?;
-                join_script(&invited, script).map(answer)
+                self.join_script(invited, script).await.map(answer)
             }
             Operation::Uninvite {} => admin.uninvite(BY).await.map(answer),
             Operation::Apply { fingerprints } => {
@@ -68,12 +76,28 @@ impl Administrator {
         }
     }
 
+    async fn join_script(&self, invited: Invited, script: bool) -> Result<JoinScript, AdminError> {
+        let (node, membership) = (self.admin.status().node, self.membership.borrow().clone());
+        let Invited { token, until, .. } = invited;
+        let refused = |error: KitError| AdminError::Refused(error.to_string());
+        let line = self.kit.line(&membership, node, &token).map_err(refused)?;
+        let kit = self.kit.clone();
+        // Reads the programs whole.
+        let read = move || kit.script(&membership, node, &token);
+        let script = if script {
+            let script = task::spawn_blocking(read).await;
+            Some(script.map_err(|error| AdminError::Unknown(error.to_string()))?.map_err(refused)?)
+        } else {
+            None
+        };
+        Ok(JoinScript { line, script, until })
+    }
+
     /// A host must not be admitted whose fingerprint nobody has compared.
     fn still_the_same(&self, compared: Option<Vec<String>>) -> Result<(), AdminError> {
         let Some(mut compared) = compared else { return Ok(()) };
-        let status = self.0.status();
-        let mut asking: Vec<String> =
-            status.membership.requests.iter().map(|request| request.fingerprint.clone()).collect();
+        let membership = self.membership.borrow().clone();
+        let mut asking: Vec<String> = membership.requests.iter().map(|request| request.fingerprint.clone()).collect();
         asking.sort();
         compared.sort();
         if asking == compared {
@@ -93,7 +117,7 @@ fn answer(value: impl serde::Serialize) -> Value {
 
 impl ControlHandler for Administrator {
     fn status(&self) -> Arc<Status> {
-        self.0.status()
+        self.admin.status()
     }
 
     fn administer(&self, operation: Operation) -> Answer<'_> {
@@ -103,20 +127,4 @@ impl ControlHandler for Administrator {
     fn metrics(&self) -> String {
         telemetry::metrics_handle().map(|handle| handle.render()).unwrap_or_default()
     }
-}
-
-fn join_script(invited: &Invited, script: bool) -> Result<JoinScript, AdminError> {
-    use base64::{Engine, prelude::BASE64_STANDARD};
-    if script {
-        return Err(AdminError::Refused("the script itself comes from the Console: leave --script out".to_owned()));
-    }
-    let nowhere = || AdminError::Refused("the Console has no HTTPS port: set MANAGEMENT_PORT_HTTPS".to_owned());
-    let address = invited.addresses.first().ok_or_else(nowhere)?;
-    let line = format!(
-        "curl -fsS --cacert <(base64 -d <<<{}) -H @<(echo 'Authorization: Bearer {}') \
-         https://{address}/api/v1/scripts/console.sh | sudo bash",
-        BASE64_STANDARD.encode(&invited.ca_pem),
-        invited.token
-    );
-    Ok(JoinScript { line, script: None, until: invited.until })
 }

@@ -20,6 +20,7 @@ use tokio::{
 };
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
+    admin::renewal,
     cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
     config::{self, Config, FirstState, LogFormat, Severity},
     control::ControlSocket,
@@ -29,7 +30,7 @@ use twistlock_ha::{
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
     peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
     pki::NodeTls,
-    snapshot,
+    recover, snapshot,
     storage::{
         DataDir, DataDirError, Identity,
         configuration::Configuration,
@@ -131,6 +132,9 @@ struct Parts {
 impl Parts {
     fn build(config: &Config) -> Result<Self> {
         let data = DataDir::open(&config.data_folder)?;
+        if let Some(done) = recover::finish_interrupted(data.path())? {
+            info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
+        }
         let identity = match data.identity() {
             Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
             identity => identity?,
@@ -200,20 +204,24 @@ impl Parts {
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let (mut supervisor, ports) = self.supervisor()?;
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
-        supervisor.offer(Services { admin: admin.clone(), kit: Arc::new(Kit::new(&self.config)) });
-        let administrator = Arc::new(Administrator(admin));
+        let kit = Arc::new(Kit::new(&self.config));
+        supervisor.offer(Services { admin: admin.clone(), kit: kit.clone() });
+        let administrator = Arc::new(Administrator { admin, kit, membership: self.handle.membership() });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
         let (snapshots, calls) = mpsc::channel(1);
+        let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
+        let folder = self.config.data_folder.join("certificates");
+        task::spawn(renewal::keep(folder, self.handle.clone(), certificates));
         let peers = PeerIdentity {
             me: self.identity.node,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             membership: self.handle.membership(),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
-            tls: watch::Sender::new(Arc::new(self.node_tls)).subscribe(),
+            tls,
             snapshots,
         };
         let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());

@@ -192,7 +192,9 @@ impl ControlHandler for Applicant {
             }
         };
         let warnings = match &stage {
-            Stage::Asking { problem: Some(_), .. } | Stage::Refused { .. } | Stage::Admitted { problem: Some(_), .. } => {
+            Stage::Asking { problem: Some(_), .. }
+            | Stage::Refused { .. }
+            | Stage::Admitted { problem: Some(_), .. } => {
                 vec![reason.clone()]
             }
             _ => Vec::new(),

@@ -37,6 +37,7 @@
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
 //! | [`control`], [`cli`] | local administration over a Unix socket | the inside of a node |
+//! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //!
@@ -91,6 +92,7 @@ pub mod join;
 pub mod node;
 pub mod peer;
 pub mod pki;
+pub mod recover;
 pub mod snapshot;
 pub mod storage;
 pub mod supervisor;

@@ -8,7 +8,7 @@ mod joining;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use twistlock_ha::{config, dev, guard};
+use twistlock_ha::{config, dev, guard, recover};
 
 /// Active/passive high availability for a management Console with a replicated SQLite database.
 #[derive(Parser)]
@@ -32,6 +32,8 @@ enum Command {
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
+    /// Make a new cluster from this stopped node when the other two are lost for good
+    Recover(recover::Options),
     /// Start a whole cluster of three nodes on loopback addresses, to try it out and to watch it fail over
     Dev(dev::Options),
 }
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
             }
             ExitCode::from(code)
         }
+        Command::Recover(options) => recover::main(&options),
         Command::Dev(options) => dev::main(options),
     }
 }

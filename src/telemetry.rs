@@ -78,6 +78,8 @@ pub const PRIMARY: &str = "twistlock_primary";
 pub const EPOCH: &str = "twistlock_epoch";
 /// Gauge, seconds: what is left of the lease; 0 on a node without one.
 pub const LEASE_REMAINING: &str = "twistlock_lease_remaining_seconds";
+/// Gauge, seconds: until the certificate of this node (label `of`: node or console) expires.
+pub const CERTIFICATE_EXPIRY: &str = "twistlock_certificate_expiry_seconds";
 /// Gauge: raft index up to which the database has everything, here.
 pub const APPLIED_INDEX: &str = "twistlock_applied_index";
 /// Histogram, seconds: one write transaction of the Console, the majority's answer included.
@@ -88,6 +90,12 @@ pub const SYNC_LATENCY: &str = "twistlock_raft_log_sync_seconds";
 pub const ROLE_CHANGES: &str = "twistlock_role_changes_total";
 /// Counter: how often the database's checksum was not what the primary said.
 pub const CHECKSUM_FAILURES: &str = "twistlock_checksum_failures_total";
+/// Counter: entries of the raft log that another primary's entries have replaced.
+pub const ROLLBACK_ENTRIES: &str = "twistlock_rollback_entries_total";
+/// Counter: transactions among them that are kept in files.
+pub const ROLLBACK_TRANSACTIONS: &str = "twistlock_rollback_transactions_total";
+/// Gauge: 1 while the disk of this node is full.
+pub const DISK_FULL: &str = "twistlock_disk_full";
 /// Counter: processes of other members that were proven dead by a refused connection.
 pub const PEER_DEATHS: &str = "twistlock_peer_deaths_total";
 /// Counter, label `class`: messages that did not fit into the queue to a member.
@@ -132,11 +140,19 @@ pub const METRICS: &[Metric] = &[
     metric(PRIMARY, Kind::Gauge, "1 on the PRIMARY, 0 elsewhere."),
     metric(EPOCH, Kind::Gauge, "The epoch in which this node is."),
     metric(LEASE_REMAINING, Kind::Gauge, "Seconds that are left of the lease of this node; 0 without one."),
+    metric(CERTIFICATE_EXPIRY, Kind::Gauge, "Seconds until a certificate of this node expires, by what it is of."),
     metric(APPLIED_INDEX, Kind::Gauge, "Raft index up to which the database of this node has everything."),
     metric(COMMIT_LATENCY, Kind::Latency, "Seconds of one write transaction of the Console, its replication included."),
     metric(SYNC_LATENCY, Kind::Latency, "Seconds that one fsync of the raft log took."),
     metric(ROLE_CHANGES, Kind::Counter, "Changes of the role of this node, by cause."),
     metric(CHECKSUM_FAILURES, Kind::Counter, "How often the checksum of the database was wrong."),
+    metric(ROLLBACK_ENTRIES, Kind::Counter, "Entries of the raft log that another primary's entries have replaced."),
+    metric(
+        ROLLBACK_TRANSACTIONS,
+        Kind::Counter,
+        "Transactions that were dropped unacknowledged and are kept in files.",
+    ),
+    metric(DISK_FULL, Kind::Gauge, "1 while the disk of this node is full."),
     metric(PEER_DEATHS, Kind::Counter, "Processes of other members that were proven dead by a refused connection."),
     metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class."),
     metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction."),

@@ -24,11 +24,7 @@ impl Workload {
     ///
     /// # Errors
     /// When the epoch is over or the system has no random bytes.
-    pub fn start(
-        epoch: u64,
-        status: watch::Receiver<Arc<Status>>,
-        services: Option<Services>,
-    ) -> anyhow::Result<Self> {
+    pub fn start(epoch: u64, status: watch::Receiver<Arc<Status>>, services: Option<Services>) -> anyhow::Result<Self> {
         let now = Arc::clone(&status.borrow());
         let database = now.database.clone().filter(|_| now.serving() == Some(epoch));
         let database = database.ok_or_else(|| anyhow!("this node is not PRIMARY in epoch {epoch} any more"))?;

@@ -11,6 +11,7 @@ use std::{
 /// `telemetry` owns nothing but names and may be used by all that are not pure.
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "node", "cluster", "storage", "telemetry"]),
+    ("recover", &["found", "config", "pki", "storage", "cluster"]),
     ("cli", &["config", "control", "admin", "node", "cluster"]),
     ("control", &["admin", "node", "telemetry"]),
     ("supervisor", &["workload", "guard", "admin", "node", "storage", "cluster", "telemetry"]),

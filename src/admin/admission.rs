@@ -1,53 +1,327 @@
-//! From a request to join to a member. Owns the checks of both sides of APPLY; must never sign a name that the newcomer
-//! has chosen, or admit some of the hosts only.
+//! From a request to join to a member. Owns the checks of both sides of APPLY; must never sign a name that nobody has
+//! checked, or admit some of the hosts only.
 
-use std::net::IpAddr;
-
-use super::{Admin, AdminError};
-use crate::{
-    cluster::NodeId,
-    join::{JoinRequest, RequestState},
+use std::{
+    collections::VecDeque,
+    net::IpAddr,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
-/// Requests that were turned down lately.
+use tracing::{info, warn};
+
+use super::{Admin, AdminError, invitation::authority, locked, members::name, now};
+use crate::{
+    cluster::{
+        Change, Membership, Newcomer, NodeId,
+        membership::{CLUSTER_SIZE, Request, check_host},
+    },
+    join::{JoinRequest, RequestState, Token},
+    node::Status,
+    pki::{self, Authority, ClusterKey, SigningRequest},
+};
+
+/// How long a request waits for an answer, in seconds.
+const EXPIRES: u64 = 86_400;
+/// Difference of two clocks with which certificates, times of expiry and logs still make sense, in milliseconds.
+const MAX_CLOCK_MS: i64 = 1_000;
+/// A clock that has moved by less than this since the last request is not noted again.
+const CLOCK_STEP_MS: i64 = 250;
+/// Names of a Console certificate.
+const MAX_NAMES: usize = 32;
+/// Rejections that are remembered.
+const REMEMBERED: usize = 32;
+
+/// Requests that were turned down lately by this node: their hosts are told so, for as long as they come with a token
+/// that was made before. With a new join script a host may ask again.
 #[derive(Debug, Default)]
-pub(super) struct Rejections;
+pub(super) struct Rejections(VecDeque<Rejected>);
+
+#[derive(Debug)]
+struct Rejected {
+    id: String,
+    fingerprint: String,
+    /// Hashes of the tokens that were good at that time.
+    tokens: Vec<String>,
+    by: String,
+}
+
+impl Rejections {
+    fn add(&mut self, request: &Request, tokens: Vec<String>, by: &str) {
+        if self.0.len() >= REMEMBERED {
+            self.0.pop_front();
+        }
+        let (id, fingerprint) = (request.id.clone(), request.fingerprint.clone());
+        self.0.push_back(Rejected { id, fingerprint, tokens, by: by.to_owned() });
+    }
+
+    fn find(&self, which: impl Fn(&Rejected) -> bool) -> Option<RequestState> {
+        let rejected = self.0.iter().rev().find(|rejected| which(rejected))?;
+        let reason = format!("{} has turned the request down", rejected.by);
+        Some(RequestState::Rejected { reason })
+    }
+}
 
 impl Admin {
     /// A host asks to join; asking again with the same key gives the same answer.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn request(
-        &self,
-        _token: &str,
-        _from: IpAddr,
-        _request: JoinRequest,
-    ) -> Result<RequestState, AdminError> {
-        self.primary()?;
-        Err(AdminError::Refused(String::new()))
+    pub async fn request(&self, token: &str, from: IpAddr, request: JoinRequest) -> Result<RequestState, AdminError> {
+        if let Err(error) = self.check_token(token, from) {
+            // APPLY closes the invitations. A host that has lost its answer to a crash proves itself by its key.
+            let known = matches!(error, AdminError::Denied(_)).then(|| sound(&request).ok()).flatten();
+            let state = known.and_then(|fingerprint| admitted_with(&self.membership(), &fingerprint));
+            return state.ok_or(error);
+        }
+        let fingerprint = sound(&request).map_err(AdminError::Refused)?;
+        let _one = self.changing.lock().await;
+        let membership = self.membership();
+        if let Some(state) = admitted_with(&membership, &fingerprint) {
+            return Ok(state);
+        }
+        let token: Token = token.parse().map_err(|why: &str| AdminError::Denied(why.to_owned()))?;
+        let same =
+            |old: &Rejected| old.fingerprint == fingerprint && old.tokens.iter().any(|hash| token.has_hash(hash));
+        if let Some(state) = locked(&self.rejections).find(same) {
+            return Ok(state);
+        }
+        let (at, clock_ms) = (now(), clock_ms(request.time_ms));
+        let old = membership.requests.iter().find(|old| old.fingerprint == fingerprint && old.until > at);
+        let wanted = Request {
+            id: old.map_or_else(|| format!("{:032x}", rand::random::<u128>()), |old| old.id.clone()),
+            name: request.name,
+            address: request.address,
+            port: request.port,
+            version: request.version,
+            fingerprint,
+            csr: request.csr,
+            console_csr: request.console_csr,
+            console_names: request.console_names,
+            clock_ms,
+            at,
+            until: at + EXPIRES,
+        };
+        if let Some(old) = old.filter(|old| says_the_same(old, &wanted)) {
+            return Ok(pending(old));
+        }
+        let state = pending(&wanted);
+        let Request { name, address, port, version, fingerprint, .. } = wanted.clone();
+        self.change(Change::Request { request: wanted }).await?;
+        info!(%from, name, address, port, version, fingerprint, clock_ms, "a host asks to join");
+        Ok(state)
     }
 
     /// Where a request stands; none if nobody made it or it has expired. Works on every member.
-    pub fn request_state(&self, _id: &str) -> Option<RequestState> {
-        None
+    pub fn request_state(&self, id: &str) -> Option<RequestState> {
+        let membership = self.membership();
+        let open = membership.requests.iter().find(|open| same_secret(&open.id, id) && open.until > now());
+        let member = |member: &&_| admission_is(member, |request| same_secret(request, id));
+        open.map(pending)
+            .or_else(|| membership.members.iter().find(member).and_then(|member| admitted(&membership, member.id)))
+            .or_else(|| locked(&self.rejections).find(|rejected| same_secret(&rejected.id, id)))
     }
 
     /// APPLY: takes all hosts that ask in. Returns their ids.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` names everything that is in the way.
-    pub async fn apply(&self, _by: &str) -> Result<Vec<NodeId>, AdminError> {
+    pub async fn apply(&self, by: &str) -> Result<Vec<NodeId>, AdminError> {
         self.primary()?;
-        Err(AdminError::Refused(String::new()))
+        let _one = self.changing.lock().await;
+        let membership = self.membership();
+        let objections = objections(&membership, &self.status(), &self.config.version, now());
+        if !objections.is_empty() {
+            return Err(AdminError::Refused(objections.join("; ")));
+        }
+        let hosts = self.sign(&membership)?;
+        let admitted: Vec<(NodeId, Request)> =
+            hosts.iter().map(|host| host.id).zip(membership.requests.iter().cloned()).collect();
+        self.change(Change::Admit { hosts }).await?;
+        for (node, Request { name, address, port, fingerprint, .. }) in &admitted {
+            info!(
+                by,
+                node, name, address, port, fingerprint, "a host is admitted: it has a vote once it has caught up"
+            );
+        }
+        Ok(admitted.into_iter().map(|(node, _)| node).collect())
     }
 
     /// Turns a request down, by the name of its host, its fingerprint (or the beginning of it) or its id.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn reject(&self, _request: &str, _by: &str) -> Result<(), AdminError> {
+    pub async fn reject(&self, request: &str, by: &str) -> Result<(), AdminError> {
         self.primary()?;
-        Err(AdminError::Refused(String::new()))
+        let _one = self.changing.lock().await;
+        let membership = self.membership();
+        let found = find(&membership.requests, request).map_err(AdminError::Refused)?;
+        self.change(Change::Reject { request: found.id.clone() }).await?;
+        let tokens = membership.invitations.iter().map(|invitation| invitation.hash.clone()).collect();
+        locked(&self.rejections).add(found, tokens, by);
+        info!(by, name = found.name, fingerprint = found.fingerprint, "a request to join is turned down");
+        Ok(())
+    }
+
+    /// Signs for all hosts that ask.
+    fn sign(&self, membership: &Membership) -> Result<Vec<Newcomer>, AdminError> {
+        authority(membership)?;
+        let Some(sealed) = &membership.authority else { return Ok(Vec::new()) };
+        let failed = |error: pki::PkiError| AdminError::Refused(error.to_string());
+        let key = ClusterKey::load(&self.config.certificates).map_err(failed)?;
+        let authority = Authority::unseal(membership.cluster, sealed, &key).map_err(failed)?;
+        let sign = |(id, request): (NodeId, &Request)| {
+            let names: Vec<&str> = request.console_names.iter().map(String::as_str).collect();
+            let certificate = authority.sign_request(&request.csr, id, &request.name, &[&request.address]);
+            let of_host = |error: pki::PkiError| AdminError::Refused(format!("{}: {error}", request.name));
+            Ok(Newcomer {
+                id,
+                request: request.id.clone(),
+                certificate: certificate.map_err(of_host)?,
+                console_certificate: authority.sign_console_request(&request.console_csr, &names).map_err(of_host)?,
+            })
+        };
+        (membership.next_id..).zip(&membership.requests).map(sign).collect()
     }
 }
+
+/// Checks everything that a host says about itself; returns the fingerprint of its key.
+fn sound(request: &JoinRequest) -> Result<String, String> {
+    check_host(&request.name, &request.address, request.port).map_err(|error| error.to_string())?;
+    let version = &request.version;
+    let readable = |c: char| c.is_ascii_alphanumeric() || "-.+_".contains(c);
+    if version.is_empty() || version.len() > 64 || !version.chars().all(readable) {
+        return Err("the version of the program is not readable".to_owned());
+    }
+    if request.console_names.is_empty() || request.console_names.len() > MAX_NAMES {
+        return Err(format!("a Console certificate has 1 to {MAX_NAMES} names"));
+    }
+    for name in &request.console_names {
+        let plain = name.strip_prefix("*.").unwrap_or(name);
+        check_host("name", plain, 1).map_err(|_| format!("{name:?} cannot be in a Console certificate"))?;
+    }
+    let of = |what: &str, csr: &str| {
+        let request = SigningRequest::parse(csr).map_err(|error| format!("{what}: {error}"))?;
+        Ok::<_, String>(request.fingerprint().to_owned())
+    };
+    let fingerprint = of("the node's certificate", &request.csr)?;
+    if of("the Console's certificate", &request.console_csr)? == fingerprint {
+        return Err("the Console needs a key of its own".to_owned());
+    }
+    Ok(fingerprint)
+}
+
+/// Everything that is in the way of APPLY, in sentences.
+fn objections(membership: &Membership, status: &Status, version: &str, now: u64) -> Vec<String> {
+    let mut found = Vec::new();
+    let (members, requests) = (membership.members.len(), membership.requests.len());
+    if requests == 0 && members >= CLUSTER_SIZE {
+        return vec![format!("the cluster is complete: it has {CLUSTER_SIZE} members")];
+    }
+    if members + requests != CLUSTER_SIZE {
+        let missing = CLUSTER_SIZE.saturating_sub(members + requests);
+        found.push(format!(
+            "{members} of {CLUSTER_SIZE} members and {requests} that ask to join: run the join script on {missing} more"
+        ));
+    }
+    for request in &membership.requests {
+        let Request { name, clock_ms, until, .. } = request;
+        if request.version != version {
+            let other = &request.version;
+            found.push(format!("{name} runs version {other}, not {version}: run the join script there again"));
+        }
+        if clock_ms.unsigned_abs() > MAX_CLOCK_MS.unsigned_abs() {
+            let way = if *clock_ms > 0 { "ahead" } else { "behind" };
+            let ms = clock_ms.unsigned_abs();
+            found.push(format!("the clock of {name} is {ms} ms {way}: set up time synchronization there"));
+        }
+        if *until <= now {
+            found.push(format!("the request of {name} has expired: run the join script there again, or reject it"));
+        }
+    }
+    for member in &status.members {
+        let (name, other) = (&member.name, &member.version);
+        if !other.is_empty() && other != version {
+            found.push(format!("member {name} runs version {other}, not {version}: upgrade it first"));
+        }
+    }
+    for node in membership.learners() {
+        found.push(format!("{} is still being brought up to date: wait until it is SECONDARY", name(membership, node)));
+    }
+    found
+}
+
+/// The one request that is meant.
+fn find<'a>(requests: &'a [Request], wanted: &str) -> Result<&'a Request, String> {
+    let exact = |request: &&Request| request.name == wanted || same_secret(&request.id, wanted);
+    let begins = |request: &&Request| wanted.len() >= 5 && request.fingerprint.starts_with(wanted);
+    let mut found = requests.iter().filter(exact);
+    if let Some(request) = found.next() {
+        return Ok(request);
+    }
+    let mut found = requests.iter().filter(begins);
+    match (found.next(), found.next()) {
+        (Some(request), None) => Ok(request),
+        (Some(_), Some(_)) => Err(format!("{wanted} fits more than one request: write more of the fingerprint")),
+        (None, _) if requests.is_empty() => Err("no host asks to join".to_owned()),
+        (None, _) => {
+            let names: Vec<_> = requests.iter().map(|request| request.name.as_str()).collect();
+            Err(format!("there is no request of {wanted:?}: {} ask to join", names.join(" and ")))
+        }
+    }
+}
+
+/// True if nothing but the signatures of the two requests differs, which are new each time.
+fn says_the_same(old: &Request, new: &Request) -> bool {
+    let key = |csr: &str| SigningRequest::parse(csr).ok().map(|request| request.fingerprint().to_owned());
+    let (csr, console_csr) = (new.csr.clone(), new.console_csr.clone());
+    let settled = Request { clock_ms: new.clock_ms, at: new.at, until: new.until, csr, console_csr, ..old.clone() };
+    let moved = old.clock_ms.abs_diff(new.clock_ms) > CLOCK_STEP_MS.unsigned_abs();
+    !moved && settled == *new && key(&old.console_csr) == key(&new.console_csr)
+}
+
+/// Milliseconds by which a clock is ahead of ours.
+fn clock_ms(time_ms: u64) -> i64 {
+    let ours = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as i64;
+    i64::try_from(time_ms).unwrap_or(i64::MAX).saturating_sub(ours)
+}
+
+fn pending(request: &Request) -> RequestState {
+    let Request { id, fingerprint, until, .. } = request.clone();
+    RequestState::Pending { id, fingerprint, until }
+}
+
+fn admission_is(member: &crate::cluster::Member, which: impl Fn(&str) -> bool) -> bool {
+    member.admission.as_ref().is_some_and(|admission| which(&admission.request))
+}
+
+/// The answer for the member that was admitted with this key.
+fn admitted_with(membership: &Membership, fingerprint: &str) -> Option<RequestState> {
+    let member = membership.members.iter().find(|member| {
+        let key = member.admission.as_ref().map(|admission| pki::certificate_key(&admission.certificate));
+        matches!(key, Some(Ok(key)) if key == fingerprint)
+    })?;
+    admitted(membership, member.id)
+}
+
+fn admitted(membership: &Membership, node: NodeId) -> Option<RequestState> {
+    let admission = membership.get(node)?.admission.as_ref()?;
+    let ca = authority(membership).inspect_err(|error| warn!(%error, "a newcomer cannot be answered")).ok()?;
+    Some(RequestState::Admitted {
+        node,
+        certificate: admission.certificate.clone(),
+        console_certificate: admission.console_certificate.clone(),
+        ca,
+        membership: Membership { requests: Vec::new(), ..membership.public() },
+    })
+}
+
+/// Compares in the same time wherever they differ.
+fn same_secret(a: &str, b: &str) -> bool {
+    let pairs = a.bytes().zip(b.bytes());
+    let difference = pairs.fold(0, |sum, (a, b)| std::hint::black_box(sum | (a ^ b)));
+    a.len() == b.len() && difference == 0
+}
+
+#[cfg(test)]
+#[path = "admission_tests.rs"]
+mod tests;

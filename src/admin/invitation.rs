@@ -1,34 +1,192 @@
-//! Invitations: who may ask to join. Keeps only hashes of secrets; must never say which part of a token was wrong.
+//! Invitations: who may ask to join. Keeps only hashes of secrets; must never let a token through that has expired or is
+//! of another cluster.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
-use super::{Admin, AdminError, Invited};
+use tracing::info;
+
+use super::{Admin, AdminError, Invited, locked, now};
+use crate::{
+    cluster::{Change, Membership, membership::Invitation},
+    join::Token,
+    pki,
+};
+
+/// How long an invitation may be good.
+const VALID: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(7 * 86_400);
+/// Longest name of the one who invites that is kept, in characters.
+const MAX_BY: usize = 64;
 
 impl Admin {
     /// Makes a join token that is good for `valid`.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn invite(&self, _valid: Duration, _by: &str) -> Result<Invited, AdminError> {
+    pub async fn invite(&self, valid: Duration, by: &str) -> Result<Invited, AdminError> {
         self.primary()?;
-        Err(AdminError::Refused(String::new()))
+        if !VALID.contains(&valid) {
+            return Err(AdminError::Refused("an invitation is good for one second to seven days".to_owned()));
+        }
+        let _one = self.changing.lock().await;
+        let ca_pem = authority(&self.membership())?;
+        let token = Token::new(&der(&ca_pem)?);
+        let at = now();
+        let until = at + valid.as_secs();
+        let by: String = by.chars().take(MAX_BY).collect();
+        let invitation = Invitation { hash: token.secret_hash(), at, until, by: by.clone() };
+        let membership = self.change(Change::Invite { invitation }).await?;
+        info!(by, until, "hosts are invited to join");
+        let primary = self.status().node;
+        let addresses = addresses(&membership, primary, self.config.https_port, &self.config.console_addresses);
+        Ok(Invited { token: token.to_string(), ca_pem, until, addresses })
     }
 
     /// Closes all invitations: no token is good any more.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn uninvite(&self, _by: &str) -> Result<(), AdminError> {
+    pub async fn uninvite(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
-        Err(AdminError::Refused(String::new()))
+        let _one = self.changing.lock().await;
+        let open = self.membership().invitations.len();
+        if open > 0 {
+            self.change(Change::Uninvite).await?;
+        }
+        info!(by, open, "all invitations are closed");
+        Ok(())
     }
 
     /// Refuses a join token that is not good (any more), and addresses that have tried too many of them.
     ///
     /// # Errors
     /// [`AdminError::Denied`] or [`AdminError::NotPrimary`].
-    pub fn check_token(&self, _token: &str, _from: IpAddr) -> Result<(), AdminError> {
+    pub fn check_token(&self, token: &str, from: IpAddr) -> Result<(), AdminError> {
         self.primary()?;
-        Err(AdminError::Denied(String::new()))
+        let mut attempts = locked(&self.attempts);
+        if !attempts.may_try(from, Instant::now()) {
+            return Err(AdminError::Denied("too many attempts: wait a minute".to_owned()));
+        }
+        let checked = check(&self.membership(), token, now());
+        if let Err(AdminError::Denied(why)) = &checked {
+            attempts.failed(from, Instant::now());
+            info!(%from, why, "a join token is refused");
+        }
+        checked
+    }
+}
+
+/// The authority's certificate, PEM.
+pub(super) fn authority(membership: &Membership) -> Result<String, AdminError> {
+    let none = || {
+        let why = "this cluster was set up without its certificate authority: no host can be admitted to it";
+        AdminError::Refused(why.to_owned())
+    };
+    membership.authority.as_ref().map(|authority| authority.certificate.clone()).ok_or_else(none)
+}
+
+fn der(pem: &str) -> Result<Vec<u8>, AdminError> {
+    let der = pki::certificate_der(pem).map_err(|error| AdminError::Refused(error.to_string()))?;
+    Ok(der.to_vec())
+}
+
+/// Looks a token up among the invitations.
+fn check(membership: &Membership, text: &str, now: u64) -> Result<(), AdminError> {
+    let denied = |why: &str| Err(AdminError::Denied(why.to_owned()));
+    let token: Token = match text.parse() {
+        Ok(token) => token,
+        Err(why) => return denied(why),
+    };
+    if !token.trusts(&der(&authority(membership)?)?) {
+        return denied("the join token is one of another cluster");
+    }
+    // All are compared, so that the time says nothing about where the right one stands.
+    let mut found = None;
+    for open in &membership.invitations {
+        if token.has_hash(&open.hash) {
+            found = Some(open.until);
+        }
+    }
+    match found {
+        Some(until) if now < until => Ok(()),
+        Some(_) => denied("the join token has expired: get a new join script from the PRIMARY"),
+        None => denied("the join token is not good (any more): get a new join script from the PRIMARY"),
+    }
+}
+
+/// `host:port` of all Consoles, the primary's first.
+fn addresses(membership: &Membership, primary: u64, port: Option<u16>, others: &[String]) -> Vec<String> {
+    let mut members: Vec<_> = membership.members.iter().collect();
+    members.sort_by_key(|member| (member.id != primary, member.rank));
+    let of_members = port.into_iter().flat_map(|port| {
+        members.iter().map(move |member| match member.address.contains(':') {
+            true => format!("[{}]:{port}", member.address),
+            false => format!("{}:{port}", member.address),
+        })
+    });
+    of_members.chain(others.iter().cloned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cluster::{ClusterId, Member},
+        pki::{Authority, ClusterKey},
+    };
+
+    fn membership() -> Membership {
+        let cluster = ClusterId(7);
+        let member = |id| Member::founder(id, &format!("node{id}"), &format!("192.0.2.{id}"), 8086);
+        let mut membership = Membership::founded(cluster, vec![member(1), member(2)]);
+        let authority = Authority::create(cluster).unwrap();
+        membership.authority = Some(authority.seal(&ClusterKey::generate()).unwrap());
+        membership
+    }
+
+    fn invited(membership: &mut Membership, at: u64, until: u64) -> String {
+        let token = Token::new(&der(&authority(membership).unwrap()).unwrap());
+        membership.invitations.push(Invitation { hash: token.secret_hash(), at, until, by: "admin".to_owned() });
+        token.to_string()
+    }
+
+    fn denied(membership: &Membership, token: &str, now: u64) -> String {
+        match check(membership, token, now) {
+            Err(AdminError::Denied(why)) => why,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_token_is_good_until_it_expires_is_revoked_or_belongs_elsewhere() {
+        let mut here = membership();
+        let (first, second) = (invited(&mut here, 10, 20), invited(&mut here, 10, 30));
+        for token in [&first, &second] {
+            assert_eq!(check(&here, token, 19), Ok(()));
+        }
+        assert!(denied(&here, &first, 20).contains("expired"));
+        assert_eq!(check(&here, &second, 20), Ok(()));
+        let guess = Token::new(&der(&authority(&here).unwrap()).unwrap()).to_string();
+        assert!(denied(&here, &guess, 10).contains("not good"));
+        assert!(denied(&here, "nonsense", 10).contains("not a join token"));
+        let mut elsewhere = membership();
+        let foreign = invited(&mut elsewhere, 10, 20);
+        assert!(denied(&here, &foreign, 10).contains("another cluster"));
+        here.invitations.clear();
+        assert!(denied(&here, &second, 20).contains("any more"));
+        here.authority = None;
+        assert!(matches!(check(&here, &second, 20), Err(AdminError::Refused(_))));
+    }
+
+    #[test]
+    fn the_primary_is_asked_first() {
+        let mut membership = membership();
+        membership.members[0].address = "2001:db8::1".to_owned();
+        let others = ["lb.example:443".to_owned()];
+        let found = addresses(&membership, 2, Some(8083), &others);
+        assert_eq!(found, ["192.0.2.2:8083", "[2001:db8::1]:8083", "lb.example:443"]);
+        assert_eq!(addresses(&membership, 2, None, &[]), Vec::<String>::new());
     }
 }

@@ -1,35 +1,72 @@
-//! Changes to the members that there are: removal, another address, a pause of automatic takeovers.
+//! Changes to the members that there are: removal, another address, a pause of automatic takeovers. Must never take the
+//! majority away from a cluster unless it is told to by force.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Admin, AdminError};
+use tracing::{info, warn};
+
+use super::{Admin, AdminError, now};
+use crate::{
+    cluster::{Change, Membership, NodeId, Role},
+    node::MemberStatus,
+};
+
+/// How long automatic takeovers may be paused.
+const PAUSE: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(86_400);
 
 impl Admin {
     /// Drops a member, by its name, its id or the beginning of its name.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` when the rest has no majority that answers, unless `force`.
-    pub async fn remove(&self, _member: &str, _force: bool, _by: &str) -> Result<(), AdminError> {
+    pub async fn remove(&self, member: &str, force: bool, by: &str) -> Result<(), AdminError> {
         self.primary()?;
-        Err(AdminError::Refused(String::new()))
+        let _one = self.changing.lock().await;
+        let (membership, status) = (self.membership(), self.status());
+        let node = Self::member(&membership, member)?;
+        let name = name(&membership, node);
+        if node == status.node {
+            return Err(AdminError::Refused(format!(
+                "{name} is PRIMARY: switch over to another member first, then remove it there"
+            )));
+        }
+        if let Err(why) = leaves_a_majority(&membership, &status.members, node) {
+            if !force {
+                return Err(AdminError::Refused(why));
+            }
+            warn!(by, member = name, "a member is removed by force: {why}");
+        }
+        self.change(Change::Remove { node, at: now(), force }).await?;
+        info!(by, member = name, node, force, "a member is removed");
+        Ok(())
     }
 
     /// No automatic takeover for so long. Returns when the pause ends, in seconds since 1970.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn pause(&self, _span: Duration, _by: &str) -> Result<u64, AdminError> {
+    pub async fn pause(&self, span: Duration, by: &str) -> Result<u64, AdminError> {
         self.primary()?;
-        Err(AdminError::Refused(String::new()))
+        if !PAUSE.contains(&span) {
+            return Err(AdminError::Refused("a pause lasts one minute to 24 hours".to_owned()));
+        }
+        let _one = self.changing.lock().await;
+        let until = now() + span.as_secs();
+        self.change(Change::Pause { until }).await?;
+        warn!(by, until, "automatic takeover is paused: if this node fails, no other takes over until the pause ends");
+        Ok(until)
     }
 
     /// Ends a pause.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn resume(&self, _by: &str) -> Result<(), AdminError> {
+    pub async fn resume(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
-        Err(AdminError::Refused(String::new()))
+        let _one = self.changing.lock().await;
+        self.change(Change::Resume).await?;
+        info!(by, "automatic takeover is possible again");
+        Ok(())
     }
 
     /// A member is called or reached otherwise from now on.
@@ -38,13 +75,103 @@ impl Admin {
     /// [`AdminError`].
     pub async fn readdress(
         &self,
-        _member: &str,
-        _name: Option<String>,
-        _address: Option<String>,
-        _port: Option<u16>,
-        _by: &str,
+        member: &str,
+        new_name: Option<String>,
+        address: Option<String>,
+        port: Option<u16>,
+        by: &str,
     ) -> Result<(), AdminError> {
         self.primary()?;
-        Err(AdminError::Refused(String::new()))
+        let _one = self.changing.lock().await;
+        let membership = self.membership();
+        let node = Self::member(&membership, member)?;
+        let Some(old) = membership.get(node) else { return Err(AdminError::Refused("the member is gone".to_owned())) };
+        let name = new_name.unwrap_or_else(|| old.name.clone());
+        let address = address.unwrap_or_else(|| old.address.clone());
+        let port = port.unwrap_or(old.port);
+        if (&name, &address, port) == (&old.name, &old.address, old.port) {
+            return Err(AdminError::Refused(format!("{name} is reached at {address}:{port} already")));
+        }
+        let now_at = format!("{name} ({address}:{port})");
+        self.change(Change::Readdress { node, name, address, port }).await?;
+        info!(by, node, was = format!("{} ({}:{})", old.name, old.address, old.port), now_at, "a member has moved");
+        Ok(())
+    }
+}
+
+pub(super) fn name(membership: &Membership, node: NodeId) -> String {
+    membership.get(node).map_or_else(|| format!("node {node}"), |member| member.name.clone())
+}
+
+/// Refuses a removal after which fewer than a majority of the voters would answer.
+fn leaves_a_majority(membership: &Membership, members: &[MemberStatus], node: NodeId) -> Result<(), String> {
+    let rest: Vec<NodeId> = membership.voters().filter(|id| *id != node).collect();
+    let silent = |id: &NodeId| {
+        let state = members.iter().find(|member| member.id == *id).map(|member| member.state);
+        matches!(state, None | Some(Role::Down | Role::Unknown))
+    };
+    let missing: Vec<String> = rest.iter().filter(|id| silent(id)).map(|id| name(membership, *id)).collect();
+    if 2 * (rest.len() - missing.len()) > rest.len() {
+        return Ok(());
+    }
+    let gone = name(membership, node);
+    let missing = missing.join(" and ");
+    Err(format!(
+        "without {gone} there is no majority: {missing} does not answer, and the Console would be closed at once. Bring \
+         {missing} back, or remove {missing} instead; force removes {gone} all the same"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{ClusterId, Member};
+
+    fn membership(count: NodeId) -> Membership {
+        let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
+        Membership::founded(ClusterId(7), (1..=count).map(member).collect())
+    }
+
+    fn member(id: NodeId, state: Role) -> MemberStatus {
+        MemberStatus {
+            id,
+            name: format!("node{id}"),
+            address: String::new(),
+            state,
+            epoch: 1,
+            applied: 1,
+            lag: 0,
+            lease_ms: None,
+            last_contact_ms: None,
+            version: String::new(),
+            voter: true,
+            sync: None,
+        }
+    }
+
+    #[test]
+    fn a_removal_needs_a_majority_of_the_rest() {
+        let three = membership(3);
+        let all_up = [member(1, Role::Primary), member(2, Role::Secondary), member(3, Role::Secondary)];
+        assert_eq!(leaves_a_majority(&three, &all_up, 3), Ok(()));
+        let one_down = [member(1, Role::Primary), member(2, Role::Secondary), member(3, Role::Down)];
+        assert_eq!(leaves_a_majority(&three, &one_down, 3), Ok(()));
+        let why = leaves_a_majority(&three, &one_down, 2).unwrap_err();
+        assert!(why.contains("without node2") && why.contains("node3 does not answer"), "{why}");
+        assert!(leaves_a_majority(&three, &all_up[..2], 2).is_err(), "a member without a status does not answer");
+        assert_eq!(leaves_a_majority(&membership(2), &all_up[..2], 2), Ok(()), "one member is its own majority");
+    }
+
+    #[test]
+    fn members_are_found_by_name_id_and_the_beginning_of_a_name() {
+        let mut three = membership(3);
+        three.members[2].name = "backup.example".to_owned();
+        assert_eq!(Admin::member(&three, "node2"), Ok(2));
+        assert_eq!(Admin::member(&three, "3"), Ok(3));
+        assert_eq!(Admin::member(&three, "back"), Ok(3));
+        let why = |wanted| Admin::member(&three, wanted).unwrap_err().to_string();
+        assert!(why("node").contains("more than one"));
+        assert!(why("other").contains("node1, node2, backup.example"));
+        assert!(why("").contains("there is no member"));
     }
 }

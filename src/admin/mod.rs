@@ -8,6 +8,7 @@ mod admission;
 mod attempts;
 mod invitation;
 mod members;
+pub mod renewal;
 mod switchover;
 
 use std::{

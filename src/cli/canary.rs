@@ -79,9 +79,14 @@ pub(super) struct Canary {
     pub unknown: u64,
 }
 
-/// The way to the API failed for good.
+/// The way to the API failed for good; the sentence says how.
 #[derive(Debug)]
-pub(super) struct Failed(pub String);
+pub(super) enum Failed {
+    /// Nobody answers as a Console does.
+    Unreachable(String),
+    /// The login is not good, or not good enough.
+    Refused(String),
+}
 
 impl Canary {
     /// A canary whose tags begin with `prefix`, and that trusts one authority only.
@@ -89,7 +94,8 @@ impl Canary {
     /// # Errors
     /// When the authority's certificate cannot be used.
     pub(super) fn new(consoles: Vec<Console>, ca: &Path, prefix: &str) -> Result<Self, Failed> {
-        let unusable = |why: String| Failed(format!("{}: {why}; name the right one with --tlscacert", ca.display()));
+        let unusable =
+            |why: String| Failed::Unreachable(format!("{}: {why}; name the right one with --tlscacert", ca.display()));
         let pem = std::fs::read(ca).map_err(|error| unusable(error.to_string()))?;
         let certificate = Certificate::from_pem(&pem).map_err(|error| unusable(error.to_string()))?;
         let tls = TlsConfig::builder()
@@ -143,14 +149,17 @@ impl Canary {
     pub(super) fn log_in(&mut self, user: &str, password: &str) -> Result<(), Failed> {
         let url = self.url("authenticate");
         let body = serde_json::json!({"username": user, "password": password});
-        let mut response =
-            self.agent.post(&url).send_json(body).map_err(|error| Failed(format!("log in at {url}: {error}")))?;
+        let mut response = self
+            .agent
+            .post(&url)
+            .send_json(body)
+            .map_err(|error| Failed::Unreachable(format!("log in at {url}: {error}")))?;
         let answer: serde_json::Value = response.body_mut().read_json().unwrap_or_default();
         match answer["token"].as_str() {
             Some(token) => self.use_token(token),
             None => {
                 let why = answer["err"].as_str().unwrap_or("no reason given").to_owned();
-                return Err(Failed(format!("log in at {url} as {user}: {}: {why}", response.status())));
+                return Err(Failed::Refused(format!("log in at {url} as {user}: {}: {why}", response.status())));
             }
         }
         Ok(())
@@ -173,7 +182,7 @@ impl Canary {
                 return Ok(());
             }
             Ok(status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::CONFLICT)) => {
-                return Err(Failed(format!("{} refuses to write a tag: {status}", self.url("tags"))));
+                return Err(Failed::Refused(format!("{} refuses to write a tag: {status}", self.url("tags"))));
             }
             Err(Error::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => self.refused += 1,
             // What a Console answers may still hide a write whose outcome it does not know itself.
@@ -196,7 +205,7 @@ impl Canary {
         let there = loop {
             match self.list() {
                 Ok(there) => break there,
-                Err(Failed(why)) if Instant::now() > deadline => return Err(Failed(why)),
+                Err(failed) if Instant::now() > deadline => return Err(failed),
                 Err(_) => {
                     self.current = (self.current + 1) % self.consoles.len();
                     std::thread::sleep(PAUSE);
@@ -211,7 +220,7 @@ impl Canary {
         let mut there = BTreeSet::new();
         for page in 0..MAX_PAGES {
             let url = self.url(&format!("tags?limit={PAGE}&offset={}", page * PAGE));
-            let failed = |why: String| Failed(format!("read the tags at {url}: {why}"));
+            let failed = |why: String| Failed::Unreachable(format!("read the tags at {url}: {why}"));
             let request = self.agent.get(&url).header("authorization", &self.authorization);
             let mut response = request.call().map_err(|error| failed(error.to_string()))?;
             if !response.status().is_success() {
@@ -225,18 +234,19 @@ impl Canary {
                 return Ok(there);
             }
         }
-        Err(Failed(format!("there are more than {} tags: too many to look through", PAGE * MAX_PAGES)))
+        Err(Failed::Refused(format!("there are more than {} tags: too many to look through", PAGE * MAX_PAGES)))
     }
 
     /// Removes all tags of this canary. Returns how many may have been left.
     pub(super) fn clean_up(&self) -> u64 {
-        // The last one may have been written by an attempt without an answer.
         let gone = |number: &u64| {
             let url = self.url(&format!("tags/{}", self.tag(*number)));
             let request = self.agent.delete(&url).header("authorization", &self.authorization);
             request.call().is_ok_and(|answer| answer.status().is_success() || answer.status() == StatusCode::NOT_FOUND)
         };
-        (0..=self.next).filter(|number| !gone(number)).count() as u64
+        // The last one may have been written by an attempt without an answer.
+        let end = self.next + u64::from(self.doubt);
+        (0..end).filter(|number| !gone(number)).count() as u64
     }
 }
 

@@ -91,13 +91,13 @@ pub(super) fn run(place: &Place, args: &DrillArgs) -> Result<u8, Stop> {
     );
     let takeover = Takeover { socket: place.socket.clone(), lock: place.data.join("lock"), kill: args.kill };
     let rehearsed = rehearse(&mut canary, takeover);
-    let missing = canary.missing(CHECK_LIMIT);
+    let checked = rehearsed.map(|handover_ms| (handover_ms, canary.missing(CHECK_LIMIT)));
     let left = canary.clean_up();
     if left > 0 {
         eprintln!("twistcli: {left} tags named drill-... could not be removed: remove them in the Console");
     }
-    let handover_ms = rehearsed.map_err(|stop| stop.into_stop())?;
-    let missing = missing.map_err(|Failed(why)| Stop::tell(EX_UNAVAILABLE, &why))?;
+    let (handover_ms, missing) = checked.map_err(Broken::into_stop)?;
+    let missing = missing.map_err(stop)?;
     let outcome = outcome(&canary, &status, args.kill, handover_ms, missing);
     if let Err(error) = record(&place.data, &outcome) {
         eprintln!("twistcli: the result is not recorded in {}: {error}", place.data.join(RECORD).display());
@@ -146,8 +146,7 @@ fn prepare(place: &Place, args: &DrillArgs, status: &Status) -> Result<Canary, S
     let port = args.https_port.or(place.https_port).unwrap_or(HTTPS_PORT);
     let ca = args.tlscacert.clone().unwrap_or_else(|| place.data.join("certificates").join("ca.pem"));
     let prefix = format!("drill-{}", Timestamp::now().as_millisecond());
-    let failed = |Failed(why): Failed| Stop::tell(EX_UNAVAILABLE, &why);
-    let mut canary = Canary::new(consoles(status, port), &ca, &prefix).map_err(failed)?;
+    let mut canary = Canary::new(consoles(status, port), &ca, &prefix).map_err(stop)?;
     if let Some(token) = &args.token {
         canary.use_token(token);
         return Ok(canary);
@@ -157,8 +156,15 @@ fn prepare(place: &Place, args: &DrillArgs, status: &Status) -> Result<Canary, S
         let why = "a drill writes through the API: give the password of a user in TWISTLOCK_PASSWORD, or --token";
         return Err(Stop::tell(EX_USAGE, why));
     };
-    canary.log_in(&user, &password).map_err(failed)?;
+    canary.log_in(&user, &password).map_err(stop)?;
     Ok(canary)
+}
+
+fn stop(failed: Failed) -> Stop {
+    match failed {
+        Failed::Unreachable(why) => Stop::tell(EX_UNAVAILABLE, &why),
+        Failed::Refused(why) => Stop::tell(EX_TEMPFAIL, &why),
+    }
 }
 
 /// How the role is taken from this host.
@@ -174,14 +180,14 @@ enum Broken {
     /// The takeover was refused.
     Refused(String),
     /// The API refuses the canary.
-    Api(String),
+    Api(Failed),
 }
 
 impl Broken {
     fn into_stop(self) -> Stop {
         match self {
             Self::Refused(why) => Stop::refuse(&why),
-            Self::Api(why) => Stop::tell(EX_TEMPFAIL, &why),
+            Self::Api(failed) => stop(failed),
         }
     }
 }
@@ -228,7 +234,7 @@ fn rehearse(canary: &mut Canary, takeover: Takeover) -> Result<Option<f64>, Brok
         && Instant::now() < deadline
         && canary.acknowledged.len() < MAX_WRITES
     {
-        canary.attempt().map_err(|Failed(why)| Broken::Api(why))?;
+        canary.attempt().map_err(Broken::Api)?;
         if canary.acknowledged.len() >= BEFORE
             && let Some(takeover) = takeover.take()
         {

@@ -35,7 +35,9 @@ pub struct Verdict {
 /// Judges a status. `now` in seconds since 1970.
 pub fn judge(status: &Status, now: u64) -> Verdict {
     if let Some(headline) = outside(status) {
-        return Verdict { health: Health::Degraded, headline, advice: status.warnings.clone() };
+        // The headline says the reason already.
+        let advice = status.warnings.iter().filter(|warning| **warning != status.reason).cloned().collect();
+        return Verdict { health: Health::Degraded, headline, advice };
     }
     let primary = status.members.iter().find(|member| member.state == Role::Primary);
     let up = status.members.iter().filter(|member| is_up(member)).count();
@@ -55,12 +57,13 @@ pub fn judge(status: &Status, now: u64) -> Verdict {
     Verdict { health, headline, advice }
 }
 
-/// The headline of a host that is no member.
+/// The headline of a host that is no member, or not yet in its place.
 fn outside(status: &Status) -> Option<String> {
-    let name = &status.name;
+    let Status { name, reason, .. } = status;
     match status.role {
-        Role::RequestJoin => Some(format!("REQUEST_JOIN: {name} asks to join ({})", status.reason)),
-        Role::Removed => Some(format!("REMOVED: {name} is no longer a member ({})", status.reason)),
+        Role::RequestJoin => Some(format!("REQUEST_JOIN: {reason}")),
+        Role::Startup2 if status.members.is_empty() => Some(format!("STARTUP2: {name} joins: {reason}")),
+        Role::Removed => Some(format!("REMOVED: this host ({name}) is no member: {reason}")),
         _ => None,
     }
 }
@@ -210,10 +213,15 @@ pub(crate) mod tests {
     fn a_host_outside_says_so() {
         let mut status = healthy();
         status.members.clear();
-        (status.role, status.primary, status.reason) = (Role::RequestJoin, None, "waits for APPLY".into());
-        assert_eq!(judge(&status, 0).headline, "REQUEST_JOIN: node1 asks to join (waits for APPLY)");
+        (status.role, status.primary, status.reason) = (Role::RequestJoin, None, "node1 waits for APPLY".into());
+        status.warnings = vec![status.reason.clone(), "The disk is full.".into()];
+        let verdict = judge(&status, 0);
+        assert_eq!(verdict.headline, "REQUEST_JOIN: node1 waits for APPLY");
+        assert_eq!(verdict.advice, ["The disk is full."]);
+        status.role = Role::Startup2;
+        assert_eq!(judge(&status, 0).headline, "STARTUP2: node1 joins: node1 waits for APPLY");
         status.role = Role::Removed;
-        assert!(judge(&status, 0).headline.starts_with("REMOVED: node1 is no longer a member"));
+        assert!(judge(&status, 0).headline.starts_with("REMOVED: this host (node1) is no member: "));
         assert_eq!(judge(&status, 0).health, Health::Degraded);
     }
 }

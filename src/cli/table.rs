@@ -47,23 +47,10 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{}", paint.text("1;37;41", &pause_line(pause, status, now)));
     }
-    out.push('\n');
-    let mut rows: Vec<(Role, [String; 9])> =
-        status.members.iter().map(|member| (member.state, row(member, status))).collect();
-    rows.extend(status.membership.requests.iter().map(|request| (Role::RequestJoin, request_row(request, status))));
-    rows.extend(removed_lately(status, now).map(|removed| (Role::Removed, removed_row(removed))));
-    let widths: Vec<usize> = (0..HEADS.len())
-        .map(|column| {
-            let cells = rows.iter().map(|(_, row)| row[column].chars().count());
-            cells.chain([HEADS[column].len()]).max().unwrap_or(0)
-        })
-        .collect();
-    out.push_str(&line(&HEADS, &widths, paint, "1"));
-    for (state, row) in &rows {
-        let cells: Vec<&str> = row.iter().map(String::as_str).collect();
-        out.push_str(&line(&cells, &widths, paint, state_colour(*state)));
+    let rows = rows(status, now);
+    if !rows.is_empty() {
+        out.push_str(&table(&rows, paint));
     }
-    out.push_str("\n* this node; the lines of the others are as this node last heard of them\n");
     status.members.iter().filter_map(copy).for_each(|copy| out.push_str(&copy));
     for request in &status.membership.requests {
         let _ = writeln!(
@@ -81,6 +68,31 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
     for step in next::steps(status, now) {
         let _ = writeln!(out, "{} {step}", paint.text("1", "Next:"));
     }
+    out
+}
+
+/// All that belong to the cluster, ask to, or did so lately: the state of each, and its cells.
+fn rows(status: &Status, now: u64) -> Vec<(Role, [String; 9])> {
+    let mut rows: Vec<(Role, [String; 9])> =
+        status.members.iter().map(|member| (member.state, row(member, status))).collect();
+    rows.extend(status.membership.requests.iter().map(|request| (Role::RequestJoin, request_row(request))));
+    rows.extend(removed_lately(status, now).map(|removed| (Role::Removed, removed_row(removed))));
+    rows
+}
+
+fn table(rows: &[(Role, [String; 9])], paint: Paint) -> String {
+    let widths: Vec<usize> = (0..HEADS.len())
+        .map(|column| {
+            let cells = rows.iter().map(|(_, row)| row[column].chars().count());
+            cells.chain([HEADS[column].len()]).max().unwrap_or(0)
+        })
+        .collect();
+    let mut out = format!("\n{}", line(&HEADS, &widths, paint, "1"));
+    for (state, row) in rows {
+        let cells: Vec<&str> = row.iter().map(String::as_str).collect();
+        out.push_str(&line(&cells, &widths, paint, state_colour(*state)));
+    }
+    out.push_str("\n* this node; the lines of the others are as this node last heard of them\n");
     out
 }
 
@@ -117,11 +129,11 @@ fn copy(member: &MemberStatus) -> Option<String> {
     ))
 }
 
-fn request_row(request: &Request, status: &Status) -> [String; 9] {
-    let here = if status.role == Role::RequestJoin && status.name == request.name { "*" } else { "" };
-    let [name, address] = [format!("{}{here}", request.name), format!("{}:{}", request.address, request.port)];
+fn request_row(request: &Request) -> [String; 9] {
+    let address = format!("{}:{}", request.address, request.port);
     let [epoch, applied, lag, lease, contact] = [(); 5].map(|()| "-".to_owned());
-    [name, address, Role::RequestJoin.to_string(), epoch, applied, lag, lease, contact, request.version.clone()]
+    let (name, version) = (request.name.clone(), request.version.clone());
+    [name, address, Role::RequestJoin.to_string(), epoch, applied, lag, lease, contact, version]
 }
 
 fn removed_row(removed: &Removed) -> [String; 9] {

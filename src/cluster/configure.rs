@@ -8,6 +8,9 @@ use raft::{
 
 use super::{Change, Cluster, Membership, NodeId, Phase, membership};
 
+/// A member that was not heard of for this long, in nanoseconds, does not count for a majority after a removal.
+const HEARD_LATELY: u64 = 1_000_000_000;
+
 /// A change of the configuration, as a committed entry makes it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Configured {
@@ -50,14 +53,17 @@ impl<S: Storage> Cluster<S> {
     /// True for a leader's message that says: this node lacks entries that the raft log does not have any more.
     pub fn needs_snapshot(&self, message: &Message) -> bool {
         let index = || message.get_snapshot().get_metadata().index;
-        message.get_msg_type() == MessageType::MsgSnapshot && index() > self.committed()
+        message.get_msg_type() == MessageType::MsgSnapshot && message.term >= self.epoch() && index() > self.committed()
     }
 
     /// Gives members that were admitted their vote, all at once, when all of them have caught up. Whoever is primary does
     /// it: an admission goes on when the primary that began it is gone.
     pub(super) fn promote_learners(&mut self, now: u64) {
         let learners: Vec<_> = self.membership.learners().collect();
-        let ready = learners.iter().all(|id| self.election.has_caught_up(*id));
+        // Raft takes a new member for an active one that it has not heard of yet. But what has its own admission has
+        // answered, and with a database: it would not begin without one.
+        let least = self.membership_index;
+        let ready = learners.iter().all(|id| self.hears(*id, now) && self.election.has_caught_up(*id, least));
         if !learners.is_empty() && ready && self.changing <= self.applied {
             // Refused only while something else is under way: the next tick tries again.
             let _ = self.change(now, &Change::Promote);
@@ -79,9 +85,30 @@ impl<S: Storage> Cluster<S> {
             return Err(ChangeError::Busy);
         }
         let next = self.membership.changed(change, self.node)?;
+        if let Change::Remove { node, force: false, .. } = change {
+            self.check_majority_without(*node, now, &next)?;
+        }
         let index = self.election.propose_membership(&next).ok_or(ChangeError::Busy)?;
         self.changing = index;
         Ok(index)
+    }
+
+    /// True if a message of that member came lately, or if it is this node.
+    fn hears(&self, id: NodeId, now: u64) -> bool {
+        id == self.node || self.heard.get(&id).is_some_and(|at| now - at.min(&now) < HEARD_LATELY)
+    }
+
+    /// Refuses a removal after which nothing could be committed, not even its taking back.
+    fn check_majority_without(&self, gone: NodeId, now: u64, next: &Membership) -> Result<(), ChangeError> {
+        let (up, all) = (next.voters().filter(|id| self.hears(*id, now)).count(), next.voters().count());
+        if up > all / 2 {
+            return Ok(());
+        }
+        let name = self.membership.get(gone).map_or("this member", |member| &member.name);
+        Err(ChangeError::Impossible(membership::Impossible(format!(
+            "without {name}, only {up} of {all} members with a vote answer: that is no majority, and the service would stop \
+             until another one is back; remove the member that does not answer instead, or use force"
+        ))))
     }
 
     /// Puts the changes of membership and configuration into force that are among these committed entries. After a

@@ -110,7 +110,9 @@ impl<S: Storage> Election<S> {
     }
 
     pub fn tick(&mut self) {
-        self.raw.tick();
+        if !self.must_wait_for_disk() {
+            self.raw.tick();
+        }
     }
 
     /// True if the next tick ends this voter's patience and makes it a candidate.
@@ -175,10 +177,16 @@ impl<S: Storage> Election<S> {
         self.raw.apply_conf_change(&change)
     }
 
-    /// True if this member answered lately and has about as much of the log as the leader, which we are.
-    pub fn has_caught_up(&self, id: NodeId) -> bool {
+    /// True if this member has the entry at `least`, and about as much of the log as the leader, which we are.
+    pub fn has_caught_up(&self, id: NodeId, least: u64) -> bool {
         let Some(progress) = self.raw.raft.prs().get(id) else { return false };
-        progress.recent_active && progress.matched + CAUGHT_UP >= self.last_index()
+        progress.matched >= least && progress.matched + CAUGHT_UP >= self.last_index()
+    }
+
+    /// A sole voter is elected without a message, and raft panics if its log is not durable then.
+    fn must_wait_for_disk(&self) -> bool {
+        let log = &self.raw.raft.raft_log;
+        self.raw.raft.prs().is_singleton() && !self.is_leader() && log.persisted < log.last_index()
     }
 
     /// Tells raft that a snapshot is not on its way any more, so that it looks again where that member stands.
@@ -188,7 +196,9 @@ impl<S: Storage> Election<S> {
 
     /// Asks the others for their votes, pre-vote first.
     pub fn campaign(&mut self) {
-        let _ = self.raw.campaign();
+        if self.raw.raft.promotable() && !self.must_wait_for_disk() {
+            let _ = self.raw.campaign();
+        }
     }
 
     /// Gives up leadership, or forgets the leader, without a new term.

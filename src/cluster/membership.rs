@@ -431,6 +431,8 @@ impl Membership {
             return Err(Impossible(format!("{name} is PRIMARY: switch over to another member first, then remove it")));
         }
         let gone = self.members.remove(place);
+        // Nobody could become primary any more.
+        self.pause.take_if(|pause| pause.primary == gone.id);
         if self.removed.len() >= REMEMBERED {
             self.removed.remove(0);
         }

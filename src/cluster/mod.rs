@@ -9,7 +9,7 @@ pub mod election;
 pub mod membership;
 pub mod role;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use raft::{
     Ready, Storage,
@@ -118,6 +118,8 @@ pub struct Cluster<S: Storage> {
     membership_index: u64,
     conf_index: u64,
     changing: u64,
+    /// When a message of another member came last.
+    heard: BTreeMap<NodeId, u64>,
     /// End of the time in which this node must not take over by itself.
     paused_until: u64,
     configured: Vec<Configured>,
@@ -189,6 +191,7 @@ impl<S: Storage> Cluster<S> {
             membership_index: start.membership_index,
             conf_index: start.conf_index,
             changing: 0,
+            heard: BTreeMap::new(),
             paused_until: 0,
             configured: Vec::new(),
             timing,
@@ -301,6 +304,9 @@ impl<S: Storage> Cluster<S> {
     /// A message of another member.
     pub fn step(&mut self, now: u64, message: Message) {
         self.observe(now);
+        if self.membership.get(message.from).is_some() {
+            self.heard.insert(message.from, now);
+        }
         let silent = matches!(self.phase, Phase::Startup | Phase::Demoting);
         if silent && (election::asks_for_vote(&message) || election::orders_campaign(&message)) {
             return;
@@ -370,10 +376,11 @@ impl<S: Storage> Cluster<S> {
     }
 
     /// Planned handover: the caller has drained the ports. Leadership goes over once the database is closed.
-    /// It goes to `to`, or else to the member that has most.
+    /// It goes to `to`, or else to the member that has most. Does nothing while takeover is paused: nobody would take it.
     pub fn hand_over(&mut self, now: u64, to: Option<NodeId>) {
         self.observe(now);
-        if matches!(self.phase, Phase::Promoting | Phase::Primary) {
+        let paused = now < self.paused_until && self.membership.pause.is_some();
+        if matches!(self.phase, Phase::Promoting | Phase::Primary) && !paused {
             self.handover = Some(Handover { until: now + self.timing.handover, transferring: false, to });
             self.enter(Cause::Handover);
         }
@@ -535,6 +542,8 @@ impl<S: Storage> Cluster<S> {
         if self.served < self.epoch() {
             self.served = self.epoch();
             self.promote_sent = false;
+            // What this node proposed in an earlier epoch is committed and applied, or gone.
+            self.changing = 0;
             self.campaign = None;
             self.enter(Cause::ElectionWon);
         } else if let Some(handover) = &mut self.handover {

@@ -213,7 +213,9 @@ impl FromRequestParts<Arc<Console>> for Administrator {
 pub(super) enum Installer {
     User(User),
     /// A host that is no member yet, by its join token.
-    Host { token: String },
+    Host {
+        token: String,
+    },
 }
 
 impl FromRequestParts<Arc<Console>> for Installer {

@@ -129,7 +129,8 @@ struct Failed {
 }
 
 /// `POST high-availability/switchover`: 202 with the checks, and the switchover begins right after: this node's ports close,
-/// and the connection may end before or after the answer has come. With `dryRun` 200 and nothing else. 409 if a check fails.
+/// and the connection may end before or after the answer has come. 409 if a check fails. With `dryRun` 200 with the checks,
+/// and nothing else.
 pub(super) async fn switchover(
     State(console): State<Arc<Console>>,
     Administrator(user): Administrator,
@@ -137,12 +138,12 @@ pub(super) async fn switchover(
 ) -> Result<Response, ApiError> {
     let admin = Arc::clone(&console.services()?.admin);
     let report = admin.switchover(wish.to.as_deref(), true, &user.name).await?;
+    if wish.dry_run {
+        return Ok(Json(report).into_response());
+    }
     if let Some(failed) = report.checks.iter().find(|check| !check.ok) {
         let err = format!("{}: {}", failed.name, failed.detail);
         return Ok((StatusCode::CONFLICT, Json(Failed { err, report })).into_response());
-    }
-    if wish.dry_run {
-        return Ok(Json(report).into_response());
     }
     let to = report.to.clone();
     // Not in this request: it would be one of those that the switchover waits for.

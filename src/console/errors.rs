@@ -63,10 +63,19 @@ impl ApiError {
     }
 }
 
+fn is_full(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.and_then(|code| code.parse().ok()) == Some(libsqlite3_sys::SQLITE_FULL)
+}
+
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Duplicate => Self::Conflict("the name exists already".into()),
+            StoreError::Unavailable(error) if is_full(&error) => {
+                tracing::info!("a write was refused: {error}");
+                Self::Unavailable("the disk of the primary is full: nothing was changed".into())
+            }
             // Usual while the primary role moves, so no warning.
             StoreError::Unavailable(error) => {
                 tracing::info!("a request found the database not available: {error}");

@@ -76,17 +76,13 @@ pub(super) struct Line {
 }
 
 /// `GET high-availability/join-script`: a new invitation, as the line to run on the other hosts.
-pub(super) async fn line(
-    State(console): State<Arc<Console>>,
-    installer: Installer,
-) -> Result<Json<Line>, ApiError> {
+pub(super) async fn line(State(console): State<Arc<Console>>, installer: Installer) -> Result<Json<Line>, ApiError> {
     let Installer::User(user) = installer else {
         return Err(ApiError::Forbidden("a join token is good for one script, not for more of them".to_owned()));
     };
     let Invited { token, until, .. } = console.services()?.admin.invite(VALID, &user.name).await?;
-    let make = move |kit: &Kit, membership: &Membership, me| {
-        Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?))
-    };
+    let make =
+        move |kit: &Kit, membership: &Membership, me| Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?));
     let (line, script_url) = with_kit(&console, make).await?;
     Ok(Json(Line { line, script_url, until }))
 }

@@ -60,8 +60,7 @@ pub fn wanted(data: &Path) -> bool {
 /// snapshot into the data folder. May be given up at any time, and begun again.
 ///
 /// # Errors
-/// When the data folder holds another node's data, the join file cannot be used, or the disk fails: nothing that waiting
-/// would mend.
+/// When the data folder holds another node's data, or the disk fails: nothing that waiting or a new join script would mend.
 pub async fn run(
     data: &DataDir,
     host: Host,
@@ -69,11 +68,10 @@ pub async fn run(
     fetch: impl AsyncFn(Newcomer<'_>) -> Result<()>,
 ) -> Result<Identity> {
     ensure_empty(data)?;
-    let first = JoinFile::read(data.path())?;
     let certificates = data.path().join("certificates");
     let requests = Requests::prepare(&certificates, &host.name)?;
     let mut joining = Joining { data, host, requests, stage, refused: None, pause: ROUND };
-    info!(host = joining.host.name, addresses = ?first.addresses, "asks to join a cluster");
+    info!(host = joining.host.name, "asks to join a cluster");
     loop {
         if let Some(identity) = joining.round(&fetch).await? {
             info!(node = identity.node, cluster = %identity.cluster, "this host has joined");
@@ -128,21 +126,21 @@ impl Joining<'_> {
         let asked = Asked::read(self.data.path())?;
         let (console, answer) = self.question(&file, asked.as_ref()).await?;
         match answer {
-            Answer::State(RequestState::Pending { id, fingerprint, .. }) => {
-                if asked.as_ref().is_none_or(|asked| asked.id != id) {
-                    // Durable before anybody can click APPLY in the knowledge of it: from then on the token is worth nothing.
-                    Asked { id }.save(self.data.path())?;
+            Answer::State(state) => match *state {
+                RequestState::Pending { id, fingerprint, .. } => {
+                    if asked.as_ref().is_none_or(|asked| asked.id != id) {
+                        // Durable before anybody can click APPLY in the knowledge of it: then the token is worth nothing.
+                        Asked { id }.save(self.data.path())?;
+                    }
+                    self.show(Stage::Waiting { name: self.host.name.clone(), fingerprint, console });
+                    (self.refused, self.pause) = (None, ROUND);
                 }
-                self.show(Stage::Waiting { name: self.host.name.clone(), fingerprint, console });
-                (self.refused, self.pause) = (None, ROUND);
-            }
-            Answer::State(state @ RequestState::Admitted { .. }) => {
-                return self.take_over(state, &file, &console, fetch).await;
-            }
-            Answer::State(RequestState::Rejected { reason }) => {
-                Asked::forget(self.data.path())?;
-                self.refuse(file, format!("turned down: {reason}"));
-            }
+                RequestState::Rejected { reason } => {
+                    Asked::forget(self.data.path())?;
+                    self.refuse(file, format!("turned down: {reason}"));
+                }
+                state @ RequestState::Admitted { .. } => return self.take_over(state, &file, &console, fetch).await,
+            },
             Answer::Denied(reason) => self.refuse(file, reason),
             // The request has expired, or this host was removed before it was complete: the token decides what is next.
             Answer::NotFound => Asked::forget(self.data.path())?,

@@ -27,7 +27,7 @@ const ANSWER: u64 = 256 << 10;
 /// What a Console says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    State(RequestState),
+    State(Box<RequestState>),
     /// There is no such request (any more).
     NotFound,
     /// The token does not permit it.
@@ -104,7 +104,8 @@ fn understand(mut response: Response<Body>) -> Result<Answer> {
     let status = response.status().as_u16();
     let body = response.body_mut().with_config().limit(ANSWER);
     if (200..300).contains(&status) {
-        return Ok(Answer::State(body.read_json().context("understand the answer")?));
+        let state: RequestState = body.read_json().context("understand the answer")?;
+        return Ok(Answer::State(Box::new(state)));
     }
     let text = body.read_to_string().unwrap_or_default();
     let why = serde_json::from_str::<Failure>(&text).map(|failure| failure.err).unwrap_or_default();

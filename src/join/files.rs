@@ -56,7 +56,8 @@ impl JoinFile {
 
     fn check(&self) -> Result<()> {
         let token: Token = self.token.parse().map_err(anyhow::Error::msg)?;
-        let ca = CertificateDer::from_pem_slice(self.ca.as_bytes()).context("the CA is not a certificate in PEM form")?;
+        let ca =
+            CertificateDer::from_pem_slice(self.ca.as_bytes()).context("the CA is not a certificate in PEM form")?;
         ensure!(token.trusts(&ca), "the CA is not the one that the join token vouches for: run the join script again");
         ensure!((1..=MAX_ADDRESSES).contains(&self.addresses.len()), "1 to {MAX_ADDRESSES} addresses are allowed");
         for address in &self.addresses {
@@ -228,7 +229,9 @@ fn read_json<T: DeserializeOwned>(path: &PathBuf) -> Result<Option<T>> {
 
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
-        Ok(()) => fsync_dir(path.parent().unwrap_or(Path::new("."))).with_context(|| format!("remove {}", path.display())),
+        Ok(()) => {
+            fsync_dir(path.parent().unwrap_or(Path::new("."))).with_context(|| format!("remove {}", path.display()))
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error).with_context(|| format!("remove {}", path.display())),
     }

@@ -46,6 +46,7 @@ pub struct JoinRequest {
 /// Where a request stands.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
+#[allow(clippy::large_enum_variant, reason = "one at a time exists, as an answer")]
 pub enum RequestState {
     /// An administrator has to decide.
     Pending {

@@ -33,6 +33,8 @@ const ORIGIN: u64 = 1;
 const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
 /// Entries that stay in the raft log although everybody has them.
 const KEPT_ENTRIES: u64 = 1000;
+/// Pause before a database on a full disk is applied to again.
+const FULL_PAUSE: Duration = Duration::from_millis(500);
 /// While the database file rests for a snapshot, the WAL may grow to this many bytes, or to four times the length that calls
 /// for a checkpoint otherwise; then the snapshot has to be begun again.
 const HELD_WAL: u64 = 1 << 30;
@@ -111,6 +113,8 @@ impl Applier {
             overrun: false,
             broken: false,
             ended: false,
+            full_until: None,
+            told_full: false,
         };
         let thread = thread::Builder::new().name("database".to_owned()).spawn(move || worker.run())?;
         Ok(Self { shared, thread: Some(thread) })
@@ -218,6 +222,9 @@ struct Worker {
     broken: bool,
     /// The process was asked to end; nothing more happens here.
     ended: bool,
+    /// The disk is full: nothing is applied before then.
+    full_until: Option<Instant>,
+    told_full: bool,
 }
 
 impl Worker {
@@ -235,7 +242,11 @@ impl Worker {
             } else if self.epoch.is_some() {
                 self.database.note_committed(goal.applied);
             } else if self.behind(&goal) {
-                self.apply(goal.applied);
+                if self.pause().is_none() {
+                    self.apply(goal.applied);
+                } else {
+                    self.refuse_while_full(&goal);
+                }
             } else if let Some(epoch) = goal.epoch.filter(|epoch| *epoch != self.refused) {
                 self.promote(epoch);
             }
@@ -266,14 +277,36 @@ impl Worker {
         !self.broken && self.database.applied().max(ORIGIN) < goal.applied
     }
 
+    /// How long nothing is applied yet because the disk is full.
+    fn pause(&self) -> Option<Duration> {
+        self.full_until.and_then(|until| until.checked_duration_since(Instant::now())).filter(|left| !left.is_zero())
+    }
+
+    /// What the new primary needs cannot be applied here now: another node may have the space.
+    fn refuse_while_full(&mut self, goal: &Goal) {
+        if let Some(epoch) = goal.epoch.filter(|epoch| *epoch != self.refused) {
+            self.refused = epoch;
+            self.report(DatabaseEvent::Failed { epoch, why: "the disk is full".to_owned() });
+        }
+    }
+
+    fn note_full(&mut self, what: &str) {
+        if !std::mem::replace(&mut self.told_full, true) {
+            warn!("the disk is full: {what} waits until there is space");
+        }
+    }
+
     /// Waits until there is something to do, or a checkpoint is due.
     fn wait(&self) -> Goal {
         let mut goal = lock(&self.shared);
         loop {
+            let pause = if self.behind(&goal) { self.pause() } else { None };
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
                 _ if goal.snapshots != self.snapshots => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
+                Some(epoch) if pause.is_some() => epoch == self.refused,
+                None if pause.is_some() => true,
                 Some(epoch) if self.epoch.is_none() => {
                     let waits = self.reported_empty == epoch && self.database.is_empty();
                     !self.behind(&goal) && (waits || self.refused == epoch)
@@ -286,7 +319,7 @@ impl Worker {
             let (guard, time) = self
                 .shared
                 .changed
-                .wait_timeout(goal, self.checkpoints.interval)
+                .wait_timeout(goal, pause.unwrap_or(self.checkpoints.interval))
                 .unwrap_or_else(PoisonError::into_inner);
             goal = guard;
             if time.timed_out() {
@@ -313,7 +346,15 @@ impl Worker {
             })
         });
         match (failed, result) {
-            (None, Ok(())) => {}
+            (None, Ok(())) => {
+                if self.full_until.take().is_some() && std::mem::take(&mut self.told_full) {
+                    info!("the database is applied to again: there is space on the disk");
+                }
+            }
+            (Some(error), _) if error.is_full() => {
+                self.full_until = Some(Instant::now() + FULL_PAUSE);
+                self.note_full("applying to the database");
+            }
             // Another start from the checkpoint would end the same way: the copy is wrong, or this program too old for it.
             (
                 Some(
@@ -427,9 +468,13 @@ impl Worker {
     fn checkpoint(&mut self) {
         let result = self.database.checkpoint();
         if result.is_ok() {
+            self.told_full &= self.full_until.is_some();
             self.compact();
         }
         if let Err(error) = result {
+            if error.is_full() {
+                return self.note_full("the checkpoint of the database");
+            }
             // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
             // is not used any further.
             self.fatal(format!("checkpoint the database: {error}"));

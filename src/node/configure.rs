@@ -10,7 +10,7 @@ use tracing::{error, info, warn};
 
 use super::{Exit, driver::Driver, lease::boottime};
 use crate::{
-    cluster::{self, Change, Configured, Membership, NodeId},
+    cluster::{self, Change, Configured, Membership, NodeId, membership::MAX_ENCODED},
     storage::configuration::Configuration,
 };
 
@@ -64,7 +64,9 @@ impl Changes {
 
 impl Driver {
     pub(super) fn change(&mut self, change: &Change, reply: Reply) {
-        let result = if self.changes.0.len() < WAITING {
+        let result = if !self.has_room(MAX_ENCODED) {
+            Err(ChangeError::Impossible("the disk of the primary is full: free some space first".to_owned()))
+        } else if self.changes.0.len() < WAITING {
             self.cluster.change(boottime(), change).map_err(ChangeError::from)
         } else {
             Err(ChangeError::Impossible("too many changes of the membership wait already: try again".to_owned()))
@@ -112,8 +114,7 @@ impl Driver {
     pub(super) fn follow_membership(&mut self) {
         let membership = self.config.configuration.membership.clone();
         log_differences(&self.members.borrow(), &membership);
-        let pause = membership.pause.as_ref().map_or(0, |pause| boottime_of(pause.until));
-        self.cluster.set_paused(boottime(), pause);
+        self.paused_ignored = false;
         self.publisher.set_membership(&membership);
         let others: Vec<_> = membership.members.iter().map(|member| member.id).collect();
         self.links.set_peers(&others);
@@ -122,6 +123,21 @@ impl Driver {
             self.told_removed(why.to_owned());
         }
         self.members.send_replace(Arc::new(membership));
+        self.follow_pause();
+    }
+
+    /// Once per tick, too: the wall clock, which says when a pause ends, may be set right only after the start.
+    pub(super) fn follow_pause(&mut self) {
+        let pause = &self.config.configuration.membership.pause;
+        let until = pause.as_ref().filter(|_| !self.paused_ignored).map_or(0, |pause| boottime_of(pause.until));
+        self.cluster.set_paused(boottime(), until);
+    }
+
+    /// The administrator wants a primary although takeover is paused, and the only node that may be one is gone.
+    pub(super) fn ignore_pause(&mut self) {
+        warn!("the pause is ignored on this node from now on, as the administrator wants it");
+        self.paused_ignored = true;
+        self.follow_pause();
     }
 
     /// This node is no member any more: it says so, and keeps out of everything.
@@ -137,11 +153,24 @@ impl Driver {
     /// The leader's raft log begins behind the end of ours: the whole database is needed.
     pub(super) fn wants_snapshot(&mut self, message: &Message) {
         let (from, index) = (message.from, message.get_snapshot().get_metadata().index);
+        self.lacks = index;
         if self.want_restore(from) {
             warn!(
                 from,
                 index, "this node lacks entries that the raft log does not have any more: it fetches the database"
             );
+        }
+    }
+
+    /// What was missing has come by other ways, for example from another primary with a longer raft log.
+    pub(super) fn restore_if_needed(&mut self) {
+        if self.publisher.is_diverged() {
+            // A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
+            if let Some(primary) = self.publisher.known_primary() {
+                self.want_restore(primary);
+            }
+        } else if self.cluster.committed() >= self.lacks {
+            self.restorer.send_if_modified(|wanted| wanted.take().is_some());
         }
     }
 
@@ -184,5 +213,6 @@ fn log_differences(before: &Membership, after: &Membership) {
 fn boottime_of(until: u64) -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let left = std::time::Duration::from_secs(until).saturating_sub(now);
-    if left.is_zero() { 0 } else { boottime().saturating_add(left.as_nanos() as u64) }
+    let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
+    if left == 0 { 0 } else { boottime().saturating_add(left) }
 }

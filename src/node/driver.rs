@@ -24,6 +24,8 @@ use super::{
     configure::Changes,
     inbox::{DatabaseEvent, Input, Proposal, Waiting},
     lease::boottime,
+    rollback::{self, Rollback},
+    space::Space,
     status::Publisher,
     syncer::Syncer,
 };
@@ -50,6 +52,8 @@ pub(super) struct Driver {
     pub publisher: Publisher,
     pub config: NodeConfig,
     pub waiting: Waiting,
+    pub rollback: Rollback,
+    pub space: Space,
     pub changes: Changes,
     /// The membership in force, for whoever follows it.
     pub members: watch::Sender<Arc<Membership>>,
@@ -57,6 +61,10 @@ pub(super) struct Driver {
     pub restorer: watch::Sender<Option<NodeId>>,
     /// Why this node is no member any more.
     pub removed: Option<String>,
+    /// The administrator wants a takeover in spite of a pause.
+    pub paused_ignored: bool,
+    /// This node lacks entries up to here that the leader's raft log does not have any more.
+    pub lacks: u64,
     pub handed_over: Option<oneshot::Sender<()>>,
     /// The demotion that the database thread has to answer.
     pub demotion: Option<u64>,
@@ -88,10 +96,19 @@ impl Driver {
                 self.applier.nudge();
                 self.applier.release(self.publisher.everybody_has());
                 self.prefer_others_while_behind();
-                self.restore_if_diverged();
+                if self.rollback.note_ends() {
+                    self.publisher.warn(rollback::ABOUT, None);
+                }
+                self.watch_space();
+                self.restore_if_needed();
+                self.follow_pause();
             }
             self.carry_out_all();
+            if self.rollback.is_over(self.applier.applied()) {
+                self.publisher.rolling_back(false);
+            }
             self.publisher.publish(&self.cluster, self.applier.applied());
+            self.publisher.announce(&mut self.links);
             if let Some(exit) = self.exit.take() {
                 return self.end(exit);
             }
@@ -115,15 +132,6 @@ impl Driver {
         let now = boottime();
         if self.cluster.phase() == Phase::Secondary && self.applier.lag() > MUCH_BEHIND {
             self.cluster.set_unfit(now, now + 4 * self.config.timing.tick);
-        }
-    }
-
-    /// A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
-    fn restore_if_diverged(&mut self) {
-        if self.publisher.is_diverged()
-            && let Some(primary) = self.publisher.known_primary()
-        {
-            self.want_restore(primary);
         }
     }
 
@@ -164,7 +172,7 @@ impl Driver {
                 self.publisher.heard(message.from);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
-                } else {
+                } else if self.space.admits(&self.log, &message) {
                     self.cluster.step(now, message);
                 }
             }
@@ -203,6 +211,7 @@ impl Driver {
                 self.handed_over = Some(done);
             }
             Input::Change { change, reply } => self.change(&change, reply),
+            Input::IgnorePause => self.ignore_pause(),
             Input::Sync { node, progress } => self.publisher.sync(node, progress),
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
             Input::Snapshot { reply } => self.snapshot(reply),
@@ -213,6 +222,11 @@ impl Driver {
 
     fn propose(&mut self, proposal: Proposal) {
         let Proposal { epoch, part, last, reply } = proposal;
+        if !self.has_room(part.len()) {
+            let why = "the disk of the primary is full".to_owned();
+            let _ = reply.send(Err(ReplicateError::Full(why))); // nobody waits any more: nothing to tell
+            return;
+        }
         match self.cluster.propose(boottime(), epoch, part) {
             Ok(index) => self.waiting.add(index, last, reply),
             Err(error) => {
@@ -319,11 +333,18 @@ impl Driver {
         if let Some(persist) = output.persist {
             if !output.configured.is_empty() {
                 self.configured(output.configured);
+                if self.exit.is_some() {
+                    return; // raft must not go on with a configuration that is not on disk
+                }
             }
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
             self.applier.appended(bytes);
+            if self.rollback.watch(&self.log, &persist.entries) {
+                self.publisher.rolling_back(true);
+            }
             match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
                 Ok(pending) => {
+                    self.space.appended();
                     self.cluster.written();
                     self.persist(persist.number, persist.must_sync.then_some(pending), bytes);
                 }

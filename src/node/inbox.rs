@@ -33,6 +33,7 @@ pub(super) enum Input {
     Change { change: Change, reply: oneshot::Sender<Result<Arc<Membership>, ChangeError>> },
     Sync { node: NodeId, progress: Option<SyncProgress> },
     Restart { why: String },
+    IgnorePause,
     Snapshot { reply: snapshots::Reply },
     Warning { about: &'static str, text: Option<String> },
     Stop,

@@ -6,7 +6,9 @@ mod configure;
 mod driver;
 mod inbox;
 pub mod lease;
+mod rollback;
 mod snapshots;
+mod space;
 pub mod status;
 mod syncer;
 
@@ -40,6 +42,8 @@ use applier::Applier;
 use configure::Changes;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
+use rollback::Rollback;
+use space::Space;
 use status::Publisher;
 use syncer::Syncer;
 
@@ -48,7 +52,7 @@ use syncer::Syncer;
 pub struct NodeConfig {
     /// The membership to start with.
     pub configuration: Configuration,
-    /// The data folder, where changes of the membership are kept.
+    /// The data folder, where changes of the membership and dropped tails of the raft log are kept.
     pub data: PathBuf,
     pub node: NodeId,
     /// This node's name, for as long as no membership names it otherwise.
@@ -146,6 +150,12 @@ impl Handle {
         wait.await.map_err(|_| ended.to_owned())?
     }
 
+    /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node that
+    /// may be primary is gone.
+    pub fn ignore_pause(&self) {
+        self.sender.send(Input::IgnorePause);
+    }
+
     /// Ends the loop in order with [`Exit::Restart`].
     pub fn restart(&self, why: String) {
         self.sender.send(Input::Restart { why });
@@ -186,6 +196,8 @@ pub fn spawn(
     let (publisher, status) = Publisher::new(&config);
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
+        rollback: Rollback::new(&config, sender.clone()),
+        space: Space::new(config.data.clone()),
         cluster,
         log,
         links,
@@ -198,6 +210,8 @@ pub fn spawn(
         members,
         restorer,
         removed: None,
+        paused_ignored: false,
+        lacks: 0,
         handed_over: None,
         demotion: None,
         inline_sync_after: Instant::now(),

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
@@ -118,6 +118,8 @@ pub(super) struct Publisher {
     phase: Phase,
     reason: &'static str,
     diverged: bool,
+    /// Entries of its raft log were replaced, and its database is not level again.
+    rolling_back: bool,
     /// Why this node is no member any more.
     removed: Option<String>,
     /// The copy of the database that is on its way to this node.
@@ -128,6 +130,8 @@ pub(super) struct Publisher {
     stale: bool,
     /// What was published last: epoch and primary.
     shown: (u64, Option<NodeId>),
+    /// What the others were told last: role and epoch.
+    announced: (Role, u64),
 }
 
 impl Publisher {
@@ -162,11 +166,13 @@ impl Publisher {
             phase: Phase::Startup,
             reason: "starts: an earlier process of this node may have promised its vote",
             diverged: false,
+            rolling_back: false,
             database: None,
             sender,
             ticks: 0,
             stale: true,
             shown: (0, None),
+            announced: (Role::Startup, 0),
         };
         (publisher, receiver)
     }
@@ -237,9 +243,16 @@ impl Publisher {
         self.peers.values().all(|peer| !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER))
     }
 
+    /// True if another member is SECONDARY and was heard of lately.
+    pub fn hears_secondary(&self) -> bool {
+        let secondary = |peer: &Peer| peer.report.as_ref().is_some_and(|report| report.state == Role::Secondary);
+        let heard = |peer: &Peer| peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER);
+        self.peers.values().any(|peer| !peer.dead && heard(peer) && secondary(peer))
+    }
+
     /// The index up to which all other members have the raft log: nobody will ask for it again.
     pub fn everybody_has(&self) -> u64 {
-        self.peers.values().map(|peer| peer.has).min().unwrap_or(0)
+        self.peers.values().map(|peer| peer.has).min().unwrap_or(u64::MAX)
     }
 
     /// Sets or takes back a warning of one kind.
@@ -254,6 +267,11 @@ impl Publisher {
     pub fn diverged(&mut self, why: String) {
         self.diverged = true;
         self.warn("diverged", Some(format!("{why}; this node needs its database restored from the primary")));
+    }
+
+    pub fn rolling_back(&mut self, rolling_back: bool) {
+        self.rolling_back = rolling_back;
+        self.stale = true;
     }
 
     /// The database is open for writing: shown with the role PRIMARY only.
@@ -287,6 +305,18 @@ impl Publisher {
             return;
         }
         self.stale = true;
+        self.send_reports(links);
+    }
+
+    /// Tells the others at once when the role changes: they wait for it, as in a switchover.
+    pub fn announce(&mut self, links: &mut Links) {
+        let (role, epoch) = (self.sender.borrow().role, self.shown.0);
+        if std::mem::replace(&mut self.announced, (role, epoch)) != (role, epoch) {
+            self.send_reports(links);
+        }
+    }
+
+    fn send_reports(&self, links: &mut Links) {
         let status = self.sender.borrow().clone();
         for peer in self.peers.keys() {
             let report = NodeReport {
@@ -402,6 +432,7 @@ impl Publisher {
         match role {
             _ if self.removed.is_some() => Role::Removed,
             _ if self.diverged || self.sync.is_some() && votes => Role::Recovering,
+            Role::Startup | Role::Secondary if self.rolling_back => Role::Rollback,
             Role::Startup | Role::Secondary if !votes => Role::Startup2,
             role => role,
         }
@@ -415,6 +446,22 @@ impl Publisher {
             sentences.push(format!(
                 "{} ({}) is not heard of: start twistlockd there, or check the host and its network; no further failure is tolerated until it is back",
                 member.name, member.address
+            ));
+        }
+        if let Some(pause) = &status.membership.pause
+            && unix_now() < pause.until
+        {
+            sentences.push(format!(
+                "automatic takeover is paused for {} more minutes: if {} fails, nobody takes over; end it with `twistcli ha resume`",
+                (pause.until - unix_now()).div_ceil(60),
+                self.name(pause.primary)
+            ));
+        }
+        let voters = status.membership.voters().count();
+        if voters < status.membership.members.len() {
+            sentences.push(format!(
+                "{voters} of {} members vote: no failure is tolerated until the others have caught up",
+                status.membership.members.len()
             ));
         }
         if status.membership.members.len() < CLUSTER_SIZE && status.role != Role::Removed {
@@ -433,6 +480,11 @@ impl Publisher {
     fn name(&self, id: NodeId) -> String {
         self.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
     }
+}
+
+/// Seconds since 1970.
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 #[cfg(test)]

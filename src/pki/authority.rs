@@ -129,7 +129,7 @@ impl Authority {
     /// # Errors
     /// [`PkiError::File`].
     pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
-        write_file(&dir.join(CA_KEY), &self.key.serialize_pem(), 0o600)?;
+        write_file(&dir.join(CA_KEY), self.key.serialize_pem(), 0o600)?;
         self.save_certificate(dir)
     }
 

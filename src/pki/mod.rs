@@ -33,7 +33,7 @@ use crate::cluster::{ClusterId, NodeId};
 
 pub use authority::{Authority, Issued};
 pub use request::{
-    SigningRequest, certificate_expiry, certificate_key, console_request, new_key, node_request, request_with,
+    SigningRequest, certificate_key, certificate_validity, console_request, new_key, node_request, request_with,
 };
 pub use sealed::ClusterKey;
 

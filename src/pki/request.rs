@@ -115,15 +115,16 @@ pub fn certificate_key(pem: &str) -> Result<String, PkiError> {
     Ok(fingerprint(parsed.public_key().raw))
 }
 
-/// When a certificate (PEM) expires, in seconds since 1970.
+/// From when to when a certificate (PEM) is valid, in seconds since 1970.
 ///
 /// # Errors
 /// [`PkiError::Identity`].
-pub fn certificate_expiry(pem: &str) -> Result<u64, PkiError> {
+pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
     let der = certificate_der(pem)?;
     let (_, parsed) =
         X509Certificate::from_der(&der).map_err(|_| PkiError::Identity("the certificate cannot be parsed"))?;
-    Ok(u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0))
+    let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+    Ok((seconds(parsed.validity().not_before), seconds(parsed.validity().not_after)))
 }
 
 #[cfg(test)]
@@ -212,7 +213,7 @@ mod tests {
     fn an_expiry_is_a_year_ahead() {
         let issued = Authority::create(CLUSTER).unwrap().issue_node(1, "a", &[]).unwrap();
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-        let days = (certificate_expiry(&issued.cert_pem).unwrap() - now) / 86_400;
-        assert!((363..=365).contains(&days), "{days}");
+        let (from, until) = certificate_validity(&issued.cert_pem).unwrap();
+        assert!(from < now && (363..=365).contains(&((until - now) / 86_400)), "{from} {now} {until}");
     }
 }

@@ -165,7 +165,20 @@ fn store(
     // An attempt whose connection broke may still be at its last write.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut incoming = Incoming::begin(&data, manifest)?;
+    let result = take(&data, manifest, &mut parts, give_back);
+    if result.is_err() {
+        Incoming::abandon(&data);
+    }
+    result
+}
+
+fn take(
+    data: &Path,
+    manifest: Manifest,
+    parts: &mut Receiver<Part>,
+    give_back: &Sender<Vec<u8>>,
+) -> Result<Manifest, SnapshotError> {
+    let mut incoming = Incoming::begin(data, manifest)?;
     while let Some(part) = parts.blocking_recv() {
         match part {
             Part::Chunk(sum, bytes) => {

@@ -1,7 +1,11 @@
 //! Gives this node the whole database again when it needs that, and has the process begin again with it.
 //! Must never stop trying while the database is needed, and never try without a pause.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
@@ -30,12 +34,14 @@ pub async fn restore(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
             continue;
         };
         info!(from = member.name, "fetches the whole database");
+        let start = Instant::now();
         let result = fetch(&identity, &member, &data, |progress| handle.report_sync(me, Some(progress))).await;
         match result {
             Ok(manifest) => {
                 handle.warn("snapshot", None);
                 let index = manifest.record.index;
-                info!(index, bytes = manifest.bytes(), "the whole database has been fetched");
+                let ms = start.elapsed().as_millis() as u64;
+                info!(index, bytes = manifest.bytes(), ms, "the whole database has been fetched");
                 return handle.restart(format!("the database of {} at index {index} is to be installed", member.name));
             }
             Err(error) => give_up(&handle, &member, me, &error),
@@ -55,8 +61,7 @@ fn source(handle: &Handle, from: Option<NodeId>, me: NodeId) -> Option<Member> {
     let status = handle.status();
     let primary = status.borrow().primary.filter(|primary| *primary != me).or(from)?;
     let membership = handle.membership();
-    let member = membership.borrow().get(primary).cloned();
-    member
+    membership.borrow().get(primary).cloned()
 }
 
 fn give_up(handle: &Handle, member: &Member, me: NodeId, error: &FetchError) {

@@ -41,17 +41,21 @@ pub async fn serve(handle: Handle, mut calls: Receiver<SnapshotCall>, data: Path
 
 async fn answer(handle: Handle, call: SnapshotCall, data: PathBuf) {
     let SnapshotCall { from: peer, mut stream } = call;
-    let result = match offer(&handle, &data).await {
-        Ok((manifest, resting)) => {
-            let total = manifest.bytes();
-            info!(peer, index = manifest.record.index, bytes = total, "sends the whole database to this node");
-            let report = |bytes| handle.report_sync(peer, Some(SyncProgress { bytes, total }));
-            let result = send(&mut stream, &manifest, resting, report).await;
-            handle.report_sync(peer, None);
-            result
+    let (manifest, resting) = match offer(&handle, &data).await {
+        Ok(offer) => offer,
+        Err(why) => {
+            info!(peer, reason = why, "a node that wants the whole database was sent away");
+            // If it does not arrive, the other side sees the end of the connection.
+            let _ = refuse(&mut stream, &why).await;
+            let _ = stream.shutdown().await;
+            return;
         }
-        Err(why) => refuse(&mut stream, &why).await.and_then(|()| Err(io::Error::other(why))),
     };
+    let total = manifest.bytes();
+    info!(peer, index = manifest.record.index, bytes = total, "sends the whole database to this node");
+    let report = |bytes| handle.report_sync(peer, Some(SyncProgress { bytes, total }));
+    let result = send(&mut stream, &manifest, resting, report).await;
+    handle.report_sync(peer, None);
     // Whatever has been sent arrives before the end of the connection.
     let _ = stream.shutdown().await;
     conclude(peer, result);

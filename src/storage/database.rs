@@ -20,8 +20,8 @@ use super::{
     EntrySource, Replicator,
     checkpoint::{Record, sync_folder},
     checksum::PageTable,
-    gate::{Gate, GateConfig, Mark},
-    replica::Replica,
+    gate::{self, Gate, GateConfig, Mark},
+    replica::{Replica, is_full},
     snapshot::{Hold, Resting},
     vfs::{self, Checkpointer, SqliteError, VFS_NAME},
 };
@@ -60,6 +60,18 @@ pub enum DatabaseError {
     /// An earlier failure.
     #[error("the database is not used any more: {0}")]
     Failed(String),
+}
+
+impl DatabaseError {
+    /// True if only the disk had no space: everything is as it was, and the same can be tried again. A failed sync is
+    /// another matter, whatever its reason.
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Io { what, source, .. } => *what == "write" && is_full(source),
+            Self::Sqlite(error) => error.code & 0xff == gate::FULL,
+            _ => false,
+        }
+    }
 }
 
 /// What [`Database::checkpoint`] has reached.
@@ -186,6 +198,20 @@ impl Database {
         }
     }
 
+    /// Compares the checksum of a database that follows with what its last transaction claimed.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Diverged`].
+    pub fn verify(&self) -> Result<(), DatabaseError> {
+        match &self.state {
+            State::Following(replica) if replica.claim != replica.table.checksum() => {
+                let (expected, computed) = (replica.claim, replica.table.checksum());
+                Err(DatabaseError::Diverged { index: replica.applied, expected, computed })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Bytes of the `-wal` file up to the last transaction; 0 on a secondary. It falls only with the first transaction
     /// after a checkpoint that found no newer one, not with the checkpoint.
     pub fn wal_bytes(&self) -> u64 {
@@ -240,7 +266,9 @@ impl Database {
     }
 
     fn note_failure(&mut self, result: Result<(), ApplyError>) -> Result<(), ApplyError> {
-        if let Err(error) = &result {
+        if let Err(error) = &result
+            && !error.is_full()
+        {
             self.failed = Some(error.to_string());
         }
         result

@@ -33,6 +33,8 @@ use crate::cluster::command::{Commit, PagesBuilder};
 
 /// SQLite's result codes, as the real file gave them.
 pub(super) type Code = i32;
+/// SQLITE_FULL: the disk has no space.
+pub(super) const FULL: Code = 13;
 
 /// The `-wal` file below the shim.
 pub(super) trait WalFile {
@@ -364,6 +366,10 @@ impl Gate {
         }
         self.replicator.replicate(part, last).map_err(|error| match error {
             ReplicateError::Refused(_) => self.refuse(error.to_string()),
+            ReplicateError::Full(_) => {
+                self.refuse(error.to_string());
+                Stop::File(FULL)
+            }
             ReplicateError::Unknown(_) => self.fence_because(error.to_string()),
         })
     }
@@ -426,7 +432,6 @@ mod tests {
     use super::*;
 
     const PAGE: usize = 512;
-    const FULL: Code = 13;
 
     /// A disk that fails at a chosen write.
     struct Disk {

@@ -11,6 +11,9 @@ pub mod gate;
 pub mod raft_log;
 pub mod replica;
 pub mod snapshot;
+pub mod tail;
+mod tail_rows;
+mod tail_text;
 #[allow(unsafe_code, reason = "SQLite speaks C: this folder is the only place where we do, too")]
 pub mod vfs;
 pub mod wal;
@@ -254,6 +257,9 @@ pub enum ReplicateError {
     /// It is certain that the transaction will never be committed: the last part was never proposed.
     #[error("not replicated: {0}")]
     Refused(String),
+    /// The same, because this host has no space for it.
+    #[error("not replicated: {0}")]
+    Full(String),
     /// The last part was proposed; the new primary's raft log decides. The caller must fence itself.
     #[error("outcome unknown: {0}")]
     Unknown(String),

@@ -15,7 +15,8 @@ use super::{
 };
 use crate::cluster::command::{CommandError, Commit, Pages};
 
-/// Why an entry was not applied. After any of these the database applies nothing more until it is opened again.
+/// Why an entry was not applied. After any of these but a full disk the database applies nothing more until it is opened
+/// again.
 #[derive(Debug, Error)]
 pub enum ApplyError {
     /// This node's database is not what the primary's was: it must be restored from the primary.
@@ -34,6 +35,18 @@ pub enum ApplyError {
     /// The database is open for writing here.
     #[error("entry {index} cannot be applied: this node is the primary")]
     Primary { index: u64 },
+}
+
+impl ApplyError {
+    /// True if the disk had no space: the same entry can be applied again when there is some.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if is_full(source))
+    }
+}
+
+/// True for an error that says that there is no space.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// A transaction of which the last part has not come yet.

@@ -7,9 +7,14 @@
 
 mod cluster;
 mod databases;
+mod disk;
+mod drill;
 mod held;
 mod network;
+mod recover;
+mod rollback;
 mod sampler;
+mod snapshot;
 mod writers;
 
 use std::{
@@ -24,7 +29,8 @@ use network::Wall;
 use nix::sys::signal::Signal;
 use sampler::Sampler;
 use twistlock_ha::{
-    control::{self, Reply, Request},
+    admin::SwitchoverReport,
+    control::{self, Operation},
     node::Status,
 };
 use writers::Writers;
@@ -129,9 +135,10 @@ fn switchover_under_load() {
     let _alone = alone();
     let fault = Fault { name: "switchover", rounds: rounds(20), expected: &[], by_lease: false };
     let ask = |cluster: &Cluster, primary: usize, (): &mut ()| {
-        let request = Request::StepDown { reason: "a test".to_owned() };
-        let reply = control::request(&cluster.node(primary).control, &request, cluster::LIMIT).unwrap();
-        assert!(matches!(reply, Reply::Ok(_)), "{reply:?}");
+        let operation = Operation::Switchover { to: None, dry_run: false };
+        let report: SwitchoverReport =
+            control::operate(&cluster.node(primary).control, operation, cluster::LIMIT).unwrap();
+        assert!(report.checks.iter().all(|check| check.ok), "{report:?}");
     };
     repeat(&fault, |_, _, _| (), ask, |_, _, ()| {});
 }

@@ -79,6 +79,30 @@ fn wait_for_login(cluster: &ClusterFile) -> String {
     }
 }
 
+/// One client that writes one tag at a time to one node.
+pub struct Pen {
+    cluster: ClusterFile,
+    authorization: String,
+}
+
+impl Pen {
+    /// Logs in.
+    pub fn new(cluster: &ClusterFile) -> Self {
+        Self { cluster: cluster.clone(), authorization: wait_for_login(cluster) }
+    }
+
+    /// Writes a tag to a node: true if it was acknowledged.
+    pub fn write(&self, node: usize, tag: &str) -> bool {
+        let client = client(&self.cluster.ca, Duration::from_secs(5));
+        post(&client, &self.cluster.nodes[node].console_url, &self.authorization, tag) == Outcome::Acknowledged
+    }
+
+    /// True if the cluster has the tag.
+    pub fn has(&self, tag: &str) -> bool {
+        all_tags(&self.cluster, &self.authorization).contains_key(tag)
+    }
+}
+
 /// A write that was acknowledged.
 #[derive(Clone, Copy)]
 struct Success {
@@ -91,6 +115,8 @@ struct Shared {
     cluster: ClusterFile,
     authorization: String,
     next: AtomicU64,
+    /// Characters in the description of each tag.
+    length: usize,
     stop: AtomicBool,
     outcomes: Mutex<HashMap<String, Outcome>>,
     successes: Mutex<Vec<Success>>,
@@ -106,10 +132,16 @@ pub struct Writers {
 impl Writers {
     /// Starts `count` clients.
     pub fn start(cluster: &ClusterFile, count: usize) -> Self {
+        Self::start_long(cluster, count, 3)
+    }
+
+    /// Starts `count` clients whose tags have descriptions of `length` characters, which no compression makes shorter.
+    pub fn start_long(cluster: &ClusterFile, count: usize, length: usize) -> Self {
         let shared = Arc::new(Shared {
             cluster: cluster.clone(),
             authorization: wait_for_login(cluster),
             next: AtomicU64::new(0),
+            length,
             stop: AtomicBool::new(false),
             outcomes: Mutex::new(HashMap::new()),
             successes: Mutex::new(Vec::new()),
@@ -192,7 +224,8 @@ impl Shared {
         while !self.stop.load(Ordering::Relaxed) {
             let tag = format!("tag-{:08}", self.next.fetch_add(1, Ordering::Relaxed));
             let started = Instant::now();
-            let outcome = post(&client, &self.cluster.nodes[node].console_url, &self.authorization, &tag);
+            let url = &self.cluster.nodes[node].console_url;
+            let outcome = post(&client, url, &self.authorization, &tag, &description(&tag, self.length));
             let finished = Instant::now();
             self.outcomes.lock().unwrap().insert(tag, outcome);
             if outcome == Outcome::Acknowledged {
@@ -213,9 +246,23 @@ fn pace_round() {
     thread::sleep(ROUND_PAUSE);
 }
 
+/// Characters of three bytes each that follow no pattern, different for each tag.
+fn description(tag: &str, length: usize) -> String {
+    let mut state = tag
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |state: u64, byte| (state ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        char::from_u32(0x4e00 + (state % 0x5000) as u32).unwrap_or('x')
+    };
+    (0..length).map(|_| next()).collect()
+}
+
 /// Posts one tag.
-fn post(client: &Agent, url: &str, authorization: &str, tag: &str) -> Outcome {
-    let body = json!({"name": tag, "color": "#336699", "description": "e2e"});
+fn post(client: &Agent, url: &str, authorization: &str, tag: &str, description: &str) -> Outcome {
+    let body = json!({"name": tag, "color": "#336699", "description": description});
     let request = client.post(format!("{url}/api/v1/tags")).header("authorization", authorization);
     match request.send_json(body) {
         Ok(mut answer) => {
@@ -242,7 +289,9 @@ fn all_tags(cluster: &ClusterFile, authorization: &str) -> HashMap<String, Value
     loop {
         let page = wait_page(cluster, &client, authorization, tags.len());
         let full = page.len() == PAGE;
-        for tag in page {
+        for mut tag in page {
+            // Its name is enough, and a long description would fill the memory.
+            tag.as_object_mut().expect("a tag is an object").remove("description");
             let name = tag["name"].as_str().expect("a tag has a name").to_owned();
             assert!(tags.insert(name.clone(), tag).is_none(), "{name} is there twice");
         }

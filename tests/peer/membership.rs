@@ -28,6 +28,8 @@ use crate::node::{
 /// The membership after a host was admitted: a member without a vote.
 fn joined(membership: &Membership, id: NodeId, to: SocketAddr) -> Membership {
     let request = Request {
+        console_csr: String::new(),
+        console_names: Vec::new(),
         id: format!("request-{id}"),
         name: format!("node-{id}"),
         address: to.ip().to_string(),
@@ -35,11 +37,14 @@ fn joined(membership: &Membership, id: NodeId, to: SocketAddr) -> Membership {
         version: "1.2.3".to_owned(),
         fingerprint: String::new(),
         csr: String::new(),
+        console_csr: String::new(),
+        console_names: Vec::new(),
         clock_ms: 0,
         at: 1,
         until: 2,
     };
-    let newcomer = Newcomer { id, request: request.id.clone(), certificate: String::new() };
+    let newcomer =
+        Newcomer { id, request: request.id.clone(), certificate: String::new(), console_certificate: String::new() };
     let asked = membership.changed(&Change::Request { request }, 1).unwrap();
     asked.changed(&Change::Admit { hosts: vec![newcomer] }, 1).unwrap()
 }

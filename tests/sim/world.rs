@@ -302,6 +302,10 @@ impl World {
         self.cut.clear();
         self.loss = 0.0;
         self.stall = 0.0;
+        if self.nodes.iter().any(|node| node.membership.0.voters().count() < 3) {
+            // Soon there may be a sole voter: one that cannot serve has nobody to leave the role to.
+            (0..self.nodes.len()).for_each(|at| self.repair(at));
+        }
     }
 
     /// After the calm there is one primary, and it has every acknowledged write.
@@ -428,7 +432,9 @@ impl World {
             if new {
                 let newcomer = Node::new(self.nodes.len() as u64 + 1, &mut self.rng);
                 self.nodes.push(newcomer);
-                self.start(self.nodes.len() - 1);
+                // It fetches its certificate and the database first.
+                let delay = self.rng.random_range(0..4_000 * MILLI);
+                self.schedule(delay, self.nodes.len() - 1, Event::Restart);
             }
         }
         if let Some(conf) = conf {

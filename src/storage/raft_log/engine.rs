@@ -121,6 +121,8 @@ pub struct Shared {
     pub durable: AtomicU64,
     /// A segment was taken: there is work for the helper.
     pub wanted: AtomicBool,
+    /// The last attempt to make a segment found no space.
+    pub full: AtomicBool,
     pub poison: OnceLock<String>,
 }
 
@@ -181,6 +183,7 @@ impl Shared {
             drop(supply);
             let made = job.run();
             let result = self.supplied(|supply| supply.finish(made));
+            self.full.store(matches!(result, Err(LogError::Full { .. })), Ordering::Relaxed);
             self.made.notify_all();
             result?;
         }
@@ -400,7 +403,11 @@ impl Shared {
         Ok(all)
     }
 
-    fn load(&self, index: u64, slot: Slot, segment: &Segment) -> Result<Entry, LogError> {
+    /// Reads one entry back.
+    ///
+    /// # Errors
+    /// Read errors, [`LogError::Damaged`].
+    pub fn load(&self, index: u64, slot: Slot, segment: &Segment) -> Result<Entry, LogError> {
         let offset = slot.at.offset();
         let path = || segment_path(&self.dir, segment.sequence);
         let mut bytes = vec![0; slot.length as usize];

@@ -14,8 +14,10 @@
 
 pub mod disk;
 mod engine;
+mod held;
 pub mod record;
 mod recovery;
+mod room;
 pub mod segment;
 #[cfg(test)]
 mod tests;
@@ -38,7 +40,10 @@ use raft::{
 };
 use thiserror::Error;
 
-pub use self::disk::{Disk, DiskFile, RealDisk};
+pub use self::{
+    disk::{Disk, DiskFile, RealDisk},
+    held::Held,
+};
 use self::{
     engine::{AHEAD, Cache, RESERVE, Shared, State, Writer, lock, plain},
     record::{Kind, Position, Record, Start},
@@ -200,6 +205,7 @@ impl RaftLog {
             written: AtomicU64::new(found.end.0),
             durable: AtomicU64::new(found.end.0),
             wanted: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             poison: OnceLock::new(),
         });
         let helper = if options.helper { Some(start_helper(&shared, dir)?) } else { None };
@@ -456,14 +462,20 @@ fn start_helper(shared: &Arc<Shared>, dir: &Path) -> Result<Helper, LogError> {
 
 /// Keeps segments ready until the log is dropped.
 fn prepare_ahead(shared: &Shared, queue: &Receiver<()>) {
+    let mut told = false;
     while queue.recv().is_ok() {
         shared.wanted.store(false, Ordering::Relaxed);
         if shared.poison.get().is_some() {
             return;
         }
         match shared.prepare(AHEAD) {
-            Ok(()) => {}
-            Err(error @ LogError::Full { .. }) => tracing::warn!("cannot prepare ahead: {error}"),
+            Ok(()) => told = false,
+            // It is asked again and again until there is space: once is enough to tell.
+            Err(LogError::Full { .. }) if told => {}
+            Err(error @ LogError::Full { .. }) => {
+                told = true;
+                tracing::warn!("cannot prepare ahead: {error}");
+            }
             Err(error) => tracing::error!("{error}"),
         }
     }

@@ -43,6 +43,68 @@ fn a_new_log_begins_behind_index_one() {
     }
 }
 
+/// A disk on which no new file can be made while the flag is set.
+struct Small(Arc<AtomicBool>);
+
+impl Disk for Small {
+    fn make_dir(&self, dir: &Path) -> io::Result<()> {
+        RealDisk.make_dir(dir)
+    }
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        if self.0.load(Ordering::Relaxed) { Err(io::ErrorKind::StorageFull.into()) } else { RealDisk.create(path) }
+    }
+    fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        RealDisk.open(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove(path)
+    }
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        RealDisk.sync_dir(dir)
+    }
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        RealDisk.list(dir)
+    }
+}
+
+/// As long as it says that there is room, appending works; afterwards votes still do; and space brings it back.
+#[test]
+fn on_a_full_disk_there_is_room_until_there_is_none() {
+    let root = tempfile::tempdir().unwrap();
+    let full = Arc::new(AtomicBool::new(false));
+    let options = Options { segment_bytes: 1 << 20, helper: false, ..Options::default() };
+    let log = RaftLog::open(root.path(), OWNER, conf(&[1]), options, Small(full.clone())).unwrap();
+    log.retry();
+    assert!(log.has_room([1 << 20, 1 << 19].map(|length: usize| length / 2)) && !log.is_full());
+    full.store(true, Ordering::Relaxed);
+    let (mut index, mut bytes) = (2, 0);
+    for length in [10_000, 300_000, 1, 77_777].into_iter().cycle() {
+        if !log.has_room([length, length]) {
+            break;
+        }
+        let entries = [entry(index, 1, length), entry(index + 1, 1, length)];
+        log.append(&entries, Some(&hard(1, 1, 1))).unwrap().sync().unwrap();
+        (index, bytes) = (index + 2, bytes + 2 * length);
+    }
+    assert!(log.is_full() && bytes > 1 << 20, "{bytes} bytes fitted");
+    // Each with the end of a batch and the copy of the state that a start makes: hundreds of elections.
+    for term in 2..300 {
+        log.append(&[], Some(&hard(term, 1, 1))).unwrap().sync().unwrap();
+    }
+    assert!(!log.is_poisoned());
+    log.compact(1).unwrap();
+    full.store(false, Ordering::Relaxed);
+    assert!(!log.has_room([300_000, 300_000]), "nobody has looked again yet");
+    log.retry();
+    assert!(!log.is_full() && log.has_room([300_000, 300_000]));
+    log.append(&[entry(index, 300, 300_000)], Some(&hard(300, 1, 1))).unwrap().sync().unwrap();
+    drop(log);
+    assert_eq!(open(root.path(), 1 << 20).last_index(), index);
+}
+
 #[test]
 fn entries_and_state_come_back_and_large_entries_fit() {
     let root = tempfile::tempdir().unwrap();

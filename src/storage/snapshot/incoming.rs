@@ -62,6 +62,14 @@ impl Incoming {
         Ok(Self { data: data.to_owned(), folder, file, manifest, pages: 0, checksum: 0, written_back: 0 })
     }
 
+    /// Gives the space of a failed attempt back at once: the disk may be full. What cannot be deleted goes at the next
+    /// attempt or start.
+    pub fn abandon(data: &Path) {
+        if let Err(error) = fs::remove_dir_all(data.join(INCOMING)) {
+            tracing::debug!(%error, "what has come of a snapshot stays for now");
+        }
+    }
+
     /// Bytes that have arrived.
     pub fn bytes(&self) -> u64 {
         u64::from(self.pages) * u64::from(self.manifest.record.page_size)

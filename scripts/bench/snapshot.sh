@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Time in which a member gets the whole database, from the first byte to the last fsync, beside a copy on the same disk.
+set -euo pipefail
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    echo "usage: [SNAPSHOT_MIB=1024] [TMPDIR=folder] scripts/bench/snapshot.sh"
+    echo "Fills the database of a three-node cluster through the Console while one member is frozen, lets that member come"
+    echo "back under load, and prints both times and their ratio. TMPDIR chooses the disk; a tmpfs would flatter both."
+    exit 0
+fi
+cd "$(dirname "$0")/../.."
+export SNAPSHOT_MIB=${SNAPSHOT_MIB:-1024}
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+if ! cargo test --release --quiet --test e2e snapshot::a_member_beyond -- --nocapture >"$output" 2>&1; then
+    tail -n 50 "$output" >&2
+    exit 1
+fi
+grep "^snapshot: " "$output"

@@ -1,0 +1,131 @@
+//! What this node does with entries of its raft log that another primary replaces: keeps them for the administrator, and
+//! shows ROLLBACK until its database is level again. Must never hold the consensus loop up for the disk.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use raft::{Storage, eraftpb::Entry};
+use tracing::{info, warn};
+
+use crate::{
+    cluster::{ClusterId, NodeId},
+    storage::{
+        raft_log::{Held, RaftLog},
+        tail::{self, Draft},
+    },
+    telemetry,
+};
+
+use super::{
+    NodeConfig,
+    inbox::{Input, Sender},
+};
+
+/// Longest tail, in bytes, that is copied on the loop itself.
+const INLINE: u64 = 1 << 20;
+/// How long the status names the file.
+const NOTE: Duration = Duration::from_secs(3600);
+/// The kind of the warning in the status.
+pub(super) const ABOUT: &str = "rollback";
+
+/// Keeps tails and knows whether one is being rolled back.
+pub(super) struct Rollback {
+    data: PathBuf,
+    owner: (ClusterId, NodeId),
+    sender: Sender,
+    /// The database is level again once it has everything up to here.
+    until: Option<u64>,
+    /// When the note in the status ends.
+    noted: Option<Instant>,
+}
+
+impl Rollback {
+    pub fn new(config: &NodeConfig, sender: Sender) -> Self {
+        let owner = (config.configuration.membership.cluster, config.node);
+        Self { data: config.data.clone(), owner, sender, until: None, noted: None }
+    }
+
+    /// Must be called before `entries` are appended: true if they replace other ones.
+    pub fn watch(&mut self, log: &RaftLog, entries: &[Entry]) -> bool {
+        let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return false };
+        if first.index > log.last_index() {
+            return false;
+        }
+        let differs = |entry: &&Entry| log.term(entry.index).is_ok_and(|term| term != entry.term);
+        let Some(conflict) = entries.iter().find(differs) else { return false };
+        self.until = Some(last.index);
+        match log.hold(conflict.index) {
+            Some(held) if held.has_content() => self.keep(held, conflict.term),
+            // Only the first entry of a primary that nobody followed: there is nothing to look at.
+            _ => {
+                info!(index = conflict.index, epoch = conflict.term, "ROLLBACK: entries without content were replaced")
+            }
+        }
+        true
+    }
+
+    /// The tail was never acknowledged, so safety does not depend on its file. Still it should not get lost: a short one is
+    /// in the page cache before the entries are replaced, so that only a power failure in the next moments can take it.
+    /// The disk is waited for on another thread, and a long tail is copied there, too.
+    fn keep(&mut self, held: Held, epoch: u64) {
+        let dropped = held.last() - held.first() + 1;
+        metrics::counter!(telemetry::ROLLBACK_ENTRIES).increment(dropped);
+        self.noted = Some(Instant::now() + NOTE);
+        let (folder, (cluster, node), sender) = (self.data.join(tail::FOLDER), self.owner, self.sender.clone());
+        let database = self.data.join("database").join("console.db");
+        let write = move |held: Held| tail::write(&folder, cluster, node, &held);
+        let started = if held.bytes() <= INLINE {
+            let draft = write(held);
+            thread::Builder::new().name("rollback".to_owned()).spawn(move || finish(draft, &database, epoch, &sender))
+        } else {
+            thread::Builder::new()
+                .name("rollback".to_owned())
+                .spawn(move || finish(write(held), &database, epoch, &sender))
+        };
+        if let Err(error) = started {
+            warn!(%error, entries = dropped, "the dropped tail of the raft log cannot be kept: no thread for it");
+        }
+    }
+
+    /// Once per turn: true when a rollback is over, the database having `applied`.
+    pub fn is_over(&mut self, applied: u64) -> bool {
+        self.until.take_if(|until| *until <= applied).is_some()
+    }
+
+    /// Once per tick: true when the note in the status is to go.
+    pub fn note_ends(&mut self) -> bool {
+        self.noted.take_if(|until| *until <= Instant::now()).is_some()
+    }
+}
+
+fn finish(draft: io::Result<Draft>, database: &Path, epoch: u64, sender: &Sender) {
+    let kept = match draft.and_then(|draft| draft.finish(database)) {
+        Ok((kept, removed)) => {
+            for path in removed {
+                info!(file = %path.display(), "the oldest dropped tail was removed: {} are kept", tail::MAX_FILES);
+            }
+            kept
+        }
+        Err(error) => return warn!(%error, "the dropped tail of the raft log cannot be kept"),
+    };
+    metrics::counter!(telemetry::ROLLBACK_TRANSACTIONS).increment(kept.transactions);
+    let path = kept.path.with_extension("txt");
+    warn!(
+        entries = kept.dropped,
+        kept = kept.kept,
+        transactions = kept.transactions,
+        epoch,
+        file = %path.display(),
+        "ROLLBACK: the tail of the raft log that no majority had was dropped and is kept in a file"
+    );
+    let text = format!(
+        "{} transactions that this node alone had, and that were never acknowledged, were dropped: see {}",
+        kept.transactions,
+        path.display()
+    );
+    sender.send(Input::Warning { about: ABOUT, text: Some(text) });
+}

@@ -1,0 +1,142 @@
+//! A full disk: takes in no entry that the raft log has no room for, lets another member be primary, and goes on when there is space
+//! again. Must never let raft accept what cannot be written: that would end the process.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use nix::{sys::statvfs::statvfs, unistd::geteuid};
+use raft::eraftpb::{Message, MessageType};
+use tracing::{info, warn};
+
+use crate::{
+    cluster::{Phase, command::MAX_COMMAND},
+    storage::raft_log::RaftLog,
+    telemetry,
+};
+
+use super::{driver::Driver, lease::boottime};
+
+/// Less free space than this, in bytes, is a full disk; twice as much is space again.
+const LOW: u64 = 8 << 20;
+/// How often the disk is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long a disk must be full before the role goes to another member.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Not more often than this, or the role would go round when all disks are full.
+const PAUSE: Duration = Duration::from_secs(60);
+/// The kind of the warning in the status.
+const ABOUT: &str = "disk";
+
+/// What is known about the space of this host.
+pub(super) struct Space {
+    data: PathBuf,
+    looked: Instant,
+    full: Option<Instant>,
+    given_up: Option<Instant>,
+    /// Lengths of the entries that raft has got since the last append.
+    taken: Vec<usize>,
+    /// An append was dropped since there was space last.
+    dropped: bool,
+}
+
+impl Space {
+    pub fn new(data: PathBuf) -> Self {
+        Self { data, looked: Instant::now(), full: None, given_up: None, taken: Vec::new(), dropped: false }
+    }
+
+    /// False for a message whose entries the raft log has no room for: it counts as lost on the network. Raft sends them again.
+    pub fn admits(&mut self, log: &RaftLog, message: &Message) -> bool {
+        if message.get_msg_type() != MessageType::MsgAppend || message.entries.is_empty() {
+            return true;
+        }
+        let before = self.taken.len();
+        self.taken.extend(message.entries.iter().map(|entry| entry.data.len() + entry.context.len()));
+        let fits = log.has_room(self.taken.iter().copied());
+        if !fits {
+            self.taken.truncate(before);
+            if !std::mem::replace(&mut self.dropped, true) {
+                warn!("the disk is full: this node takes no more entries into its raft log until there is space");
+            }
+        }
+        fits
+    }
+
+    /// Everything that raft has got was appended.
+    pub fn appended(&mut self) {
+        self.taken.clear();
+    }
+
+    /// Bytes that this process may still use.
+    fn free(&self) -> Option<u64> {
+        // A question to the kernel's memory: local file systems answer it without touching the disk.
+        let system = statvfs(&self.data).ok()?;
+        let blocks = if geteuid().is_root() { system.blocks_free() } else { system.blocks_available() };
+        Some(blocks * system.fragment_size())
+    }
+}
+
+impl Driver {
+    /// Once per tick.
+    pub(super) fn watch_space(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.space.looked) >= LOOK {
+            self.space.looked = now;
+            self.look_at_space(now);
+        }
+        if self.space.full.is_some() && self.cluster.phase() == Phase::Secondary {
+            let now = boottime();
+            self.cluster.set_unfit(now, now + 4 * self.config.timing.tick);
+        }
+    }
+
+    fn look_at_space(&mut self, now: Instant) {
+        if self.log.is_full() {
+            self.log.retry();
+        }
+        let was = self.space.full.is_some();
+        let low = if was { 2 * LOW } else { LOW };
+        // A disk that does not answer is another trouble, which shows elsewhere.
+        let full = self.log.is_full() || self.space.free().is_some_and(|free| free < low);
+        metrics::gauge!(telemetry::DISK_FULL).set(f64::from(u8::from(full)));
+        if full != was {
+            self.space.full = full.then_some(now);
+            let text = full.then(|| {
+                let data = self.config.data.display();
+                format!(
+                    "the disk is full: free some space in the file system of {data}; this node goes on by itself then"
+                )
+            });
+            match &text {
+                Some(text) => warn!("{text}"),
+                None => info!("there is space on the disk again"),
+            }
+            self.space.dropped &= full;
+            self.publisher.warn(ABOUT, text);
+        }
+        self.leave_role_to_others(now);
+    }
+
+    /// A primary that cannot write lets a member with space be primary.
+    fn leave_role_to_others(&mut self, now: Instant) {
+        let lasts = self.space.full.is_some_and(|since| now.duration_since(since) >= PATIENCE);
+        let tried = self.space.given_up.is_some_and(|at| now.duration_since(at) < PAUSE);
+        let paused = self.cluster.membership().0.pause.is_some();
+        let serves = self.cluster.phase() == Phase::Primary;
+        if !serves || !lasts || tried || paused || !self.publisher.hears_secondary() {
+            return;
+        }
+        self.space.given_up = Some(now);
+        warn!("the disk of the primary is full: the role goes to a member with space");
+        let now = boottime();
+        self.cluster.set_unfit(now, now + PAUSE.as_nanos() as u64 / 6);
+        self.cluster.hand_over(now, None);
+    }
+
+    /// True if the raft log can take a command of this length, and the entry of the next epoch behind it.
+    pub(super) fn has_room(&self, length: usize) -> bool {
+        debug_assert!(length <= MAX_COMMAND);
+        self.log.has_room([length])
+    }
+}

@@ -1,0 +1,185 @@
+//! Builds the data of the new cluster in a staging folder, beside the old data. Must never write anywhere else: until the switch, the
+//! old node can be started as if nothing had happened.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use raft::eraftpb::{ConfState, EntryType};
+
+use super::{
+    RecoverError,
+    survivor::{CHECKPOINT, DATABASE, Survivor, log_options, staging},
+    switch::Plan,
+};
+use crate::{
+    cluster::{ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE, membership::SealedAuthority},
+    config::Config,
+    found,
+    pki::{Authority, PkiError},
+    storage::{
+        IDENTITY_FORMAT, Identity,
+        configuration::Configuration,
+        database::{ApplyError, Database},
+        durable_write, fsync_dir, make_private_dir,
+        raft_log::{RaftLog, RealDisk},
+    },
+};
+
+/// The survivor's node id in its new cluster.
+const NODE: NodeId = 1;
+/// Bytes copied at a time.
+const COPY: usize = 1 << 20;
+
+/// Makes everything, durably.
+///
+/// # Errors
+/// [`RecoverError`]; the old data is untouched.
+pub(super) fn build(survivor: &Survivor, config: &Config) -> Result<Plan, RecoverError> {
+    survivor.check_space()?;
+    let staging = staging(&survivor.data);
+    match fs::remove_dir_all(&staging) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(RecoverError::io(format!("remove {}", staging.display()))(error));
+        }
+        _ => {}
+    }
+    make_private_dir(&staging).map_err(RecoverError::io(format!("create {}", staging.display())))?;
+    let index = build_database(survivor, &staging)?;
+    let cluster = ClusterId(rand::random());
+    let term = survivor.log.hard_state().term + 1;
+    let owner = (cluster, NODE);
+    let conf = ConfState { voters: vec![NODE], ..ConfState::default() };
+    let make_log = || {
+        let log = RaftLog::open(&staging.join("raft-log"), owner, conf.clone(), log_options(config), RealDisk)?;
+        log.reset(index, term, conf.clone())
+    };
+    make_log()
+        .map_err(|error| RecoverError::Io { what: "make the raft log".into(), source: io::Error::other(error) })?;
+    build_identity(survivor, config, &staging, cluster, index)?;
+    sync_all(&staging).map_err(RecoverError::io(format!("sync {}", staging.display())))?;
+    Ok(Plan::new())
+}
+
+/// A copy of the database with everything that the raft log has, the end that is not known to be committed included.
+/// Returns the index up to which it has everything.
+fn build_database(survivor: &Survivor, staging: &Path) -> Result<u64, RecoverError> {
+    let (from, to) = (survivor.data.join("database"), staging.join("database"));
+    make_private_dir(&to).map_err(RecoverError::io(format!("create {}", to.display())))?;
+    if survivor.checkpoint.index > 0 {
+        let bar = progress("copying the database", survivor.database_bytes, true);
+        copy(&from.join(DATABASE), &to.join(DATABASE), &bar).map_err(RecoverError::io("copy the database"))?;
+        fs::copy(from.join(CHECKPOINT), to.join(CHECKPOINT)).map_err(RecoverError::io("copy the checkpoint record"))?;
+        bar.finish();
+    }
+    let unusable = |what: String| RecoverError::Unusable(format!("this node's database cannot be used: {what}"));
+    let last = survivor.log.last_index();
+    let mut database = Database::open(&to, CONSOLE_DATABASE, last).map_err(|error| unusable(error.to_string()))?;
+    let first = (database.applied() + 1).max(survivor.log.first_index());
+    let bar = progress("applying the raft log", (last + 1).saturating_sub(first), false);
+    let mut failed = None;
+    let result = survivor.log.entries_between(first, last, &mut |entry| {
+        bar.inc(1);
+        let applied = if entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty() {
+            database.apply(entry.index, entry.term, &entry.data, &survivor.log)
+        } else {
+            database.apply_empty(entry.index, entry.term)
+        };
+        applied.map_err(|error: ApplyError| {
+            failed = Some(error);
+            io::Error::other("see the error that was kept")
+        })
+    });
+    match (failed, result) {
+        (None, Ok(())) => {}
+        (Some(error), _) => return Err(unusable(error.to_string())),
+        (None, Err(error)) => return Err(RecoverError::io("read the raft log")(error)),
+    }
+    bar.finish();
+    if database.is_empty() {
+        return Err(unusable("it is empty".to_owned()));
+    }
+    database.verify().map_err(|error| unusable(error.to_string()))?;
+    // In the middle of a transaction whose end never came, that is its beginning.
+    let reached = database.checkpoint().map_err(|error| unusable(error.to_string()))?;
+    Ok(reached.index)
+}
+
+/// A bar on a terminal; nothing elsewhere.
+fn progress(what: &'static str, length: u64, bytes: bool) -> ProgressBar {
+    let units = if bytes { "{bytes}/{total_bytes}" } else { "{pos}/{len} entries" };
+    let style = ProgressStyle::with_template(&format!("{{msg:24}} [{{bar:40}}] {units} {{eta}}"));
+    let bar = ProgressBar::new(length).with_message(what);
+    match style {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
+fn copy(from: &Path, to: &Path, bar: &ProgressBar) -> io::Result<()> {
+    let mut from = File::open(from)?;
+    let mut to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    let mut buffer = vec![0; COPY];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return to.sync_all(),
+            length => {
+                to.write_all(&buffer[..length])?;
+                bar.inc(length as u64);
+            }
+        }
+    }
+}
+
+/// Identity, membership, authority and certificates of the new cluster.
+fn build_identity(
+    survivor: &Survivor,
+    config: &Config,
+    staging: &Path,
+    cluster: ClusterId,
+    index: u64,
+) -> Result<(), RecoverError> {
+    let old = survivor.member();
+    let name = old.map_or(&survivor.identity.name, |member| &member.name).clone();
+    let address = old.map_or_else(|| config.common_name(), |member| member.address.clone());
+    let port = old.map_or(config.high_availability_port.unwrap_or(8086), |member| member.port);
+    let certificates = staging.join("certificates");
+    make_private_dir(&certificates).map_err(RecoverError::io("create the folder of the certificates"))?;
+    let make_certificates = || -> Result<SealedAuthority, PkiError> {
+        let (authority, sealed) = Authority::establish(cluster, &certificates)?;
+        authority.issue_node(NODE, &name, &[&address])?.save_node(&certificates)?;
+        let names = found::console_names(config, &address);
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        authority.issue_console(&names)?.save_console(&certificates)?;
+        Ok(sealed)
+    };
+    let sealed = make_certificates()
+        .map_err(|error| RecoverError::Io { what: "make the certificates".into(), source: io::Error::other(error) })?;
+    let mut membership = Membership::founded(cluster, vec![Member::founder(NODE, &name, &address, port)]);
+    membership.authority = Some(sealed);
+    let written = RecoverError::io("write the identity");
+    let identity = Identity { format: IDENTITY_FORMAT, cluster, node: NODE, name, membership: membership.clone() };
+    let write = || {
+        Configuration { index, membership }.write(staging)?;
+        durable_write(&staging.join("raft-log.created"), b"")?;
+        durable_write(&staging.join("identity.json"), &serde_json::to_vec_pretty(&identity)?)
+    };
+    write().map_err(written)
+}
+
+/// Makes a folder and everything in it durable.
+fn sync_all(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_all(&entry.path())?;
+        } else {
+            File::open(entry.path())?.sync_all()?;
+        }
+    }
+    fsync_dir(folder)
+}

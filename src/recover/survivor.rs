@@ -1,0 +1,181 @@
+//! What a stopped node has: its identity, its raft log, its database, and what that means for what may be lost. Reads only, apart from
+//! the repair of a torn end of the raft log that every start makes.
+
+use std::{
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use nix::sys::statvfs::statvfs;
+use raft::eraftpb::ConfState;
+
+use super::{RecoverError, switch::STAGING};
+use crate::{
+    cluster::{Member, Membership, command::CONSOLE_DATABASE},
+    config::Config,
+    storage::{
+        DataDir, Identity,
+        checkpoint::Record,
+        configuration::Configuration,
+        raft_log::{Options, RaftLog, RealDisk},
+        snapshot::Ready,
+    },
+};
+
+/// The database file and its checkpoint record, in `<data>/database`.
+pub(super) const DATABASE: &str = "console.db";
+pub(super) const CHECKPOINT: &str = "console.checkpoint";
+
+/// A stopped node's data.
+pub(super) struct Survivor {
+    pub data: PathBuf,
+    pub identity: Identity,
+    pub membership: Membership,
+    pub log: RaftLog,
+    /// The last checkpoint of the database.
+    pub checkpoint: Record,
+    /// Bytes of the database file.
+    pub database_bytes: u64,
+    /// When the raft log was last written.
+    written: Option<SystemTime>,
+    /// Bytes that the recovery needs, and bytes that are free.
+    needed: u64,
+    free: u64,
+}
+
+/// How the raft log of this configuration is laid out.
+pub(super) fn log_options(config: &Config) -> Options {
+    Options { segment_bytes: config.raft_log_segment_bytes as usize, helper: false, ..Options::default() }
+}
+
+impl Survivor {
+    /// Looks at the data folder.
+    ///
+    /// # Errors
+    /// When there is nothing to recover, or it is damaged.
+    pub fn examine(data: &DataDir, config: &Config) -> Result<Self, RecoverError> {
+        let path = data.path().to_owned();
+        let identity = data.identity()?;
+        let unusable = |what: &str| RecoverError::Unusable(format!("{}: {what}", path.display()));
+        let membership = Configuration::read(&path)
+            .map_err(RecoverError::io("read membership.json"))?
+            .map_or_else(|| identity.membership.clone(), |configuration| configuration.membership);
+        if Ready::find(&path).map_err(|error| unusable(&error.to_string()))?.is_some() {
+            return Err(unusable("a snapshot waits to be installed: start and stop twistlockd once, then come back"));
+        }
+        let folder = path.join("raft-log");
+        if !folder.is_dir() {
+            return Err(unusable("there is no raft log, so nothing can be recovered from this node"));
+        }
+        let written = newest(&folder);
+        let voters = membership.voters().collect();
+        let conf = ConfState { voters, ..ConfState::default() };
+        let owner = (identity.cluster, identity.node);
+        let log = RaftLog::open(&folder, owner, conf, log_options(config), RealDisk)
+            .map_err(|error| unusable(&error.to_string()))?;
+        let database = path.join("database");
+        let checkpoint = Record::read(&database.join(CHECKPOINT), CONSOLE_DATABASE)
+            .map_err(RecoverError::io("read the checkpoint record"))?;
+        let database_bytes = fs::metadata(database.join(DATABASE)).map_or(0, |file| file.len());
+        if checkpoint.index > log.last_index() || log.first_index() > checkpoint.index.max(1) + 1 {
+            return Err(unusable("database and raft log do not belong together"));
+        }
+        // About: compressed images take more space than their entries. A full disk ends the recovery without harm.
+        let segments = 3 * config.raft_log_segment_bytes;
+        let needed = database_bytes + log.size_bytes() + segments + (1 << 20);
+        let free = statvfs(&path).map(|fs| fs.blocks_available() * fs.fragment_size());
+        let free =
+            free.map_err(|errno| RecoverError::Io { what: "look at the file system".into(), source: errno.into() })?;
+        Ok(Self { data: path, identity, membership, log, checkpoint, database_bytes, written, needed, free })
+    }
+
+    /// What the administrator types: the beginning of the cluster's id.
+    pub fn cluster_name(&self) -> String {
+        self.identity.cluster.to_string()[..8].to_owned()
+    }
+
+    /// This node among the members.
+    pub fn member(&self) -> Option<&Member> {
+        self.membership.get(self.identity.node).or_else(|| self.identity.membership.get(self.identity.node))
+    }
+
+    /// # Errors
+    /// [`RecoverError::Space`].
+    pub fn check_space(&self) -> Result<(), RecoverError> {
+        if self.free >= self.needed {
+            return Ok(());
+        }
+        Err(RecoverError::Space { path: self.data.clone(), needed: self.needed, free: self.free })
+    }
+
+    /// What will happen and what may be lost.
+    pub fn explain(&self) -> String {
+        let hard = self.log.hard_state();
+        let last = self.log.last_index();
+        let others: Vec<_> = self.membership.members.iter().filter(|member| member.id != self.identity.node).collect();
+        let list = |what: fn(&&Member) -> String| others.iter().map(what).collect::<Vec<_>>().join(" and ");
+        let names = if others.is_empty() { "nobody".to_owned() } else { list(|member| member.name.clone()) };
+        let written = self.written.map_or_else(
+            || "at an unknown time".to_owned(),
+            |time| {
+                jiff::Timestamp::try_from(time).map_or_else(
+                    |_| "at an unknown time".to_owned(),
+                    |time| time.strftime("at %Y-%m-%d %H:%M:%S UTC").to_string(),
+                )
+            },
+        );
+        let mut text = format!(
+            "This makes a new cluster of one member from the data of {} (node {} of cluster {}).\n\n\
+             \u{20} database    up to index {} at its last checkpoint, {} bytes\n\
+             \u{20} raft log    up to index {last} in epoch {}, last written {written}\n\
+             \u{20} given up    {}\n\n\
+             WHAT MAY BE LOST\n\
+             \u{20} Transactions that {names} acknowledged without this node: a majority is two of three, and nobody can\n\
+             \u{20} tell from here how many there are. If another member can still be started, recover the one whose raft\n\
+             \u{20} log goes furthest.\n",
+            self.identity.name,
+            self.identity.node,
+            self.identity.cluster,
+            self.checkpoint.index,
+            self.database_bytes,
+            hard.term,
+            list(|member| format!("{} ({}:{})", member.name, member.address, member.port)),
+        );
+        if last > hard.commit {
+            let _ = writeln!(
+                text,
+                "  Index {} to {last}: not known to be committed. They may have been acknowledged, so they are kept; a\n  \
+                 client that got no answer may find that its write was made after all.",
+                hard.commit + 1
+            );
+        }
+        let _ = write!(
+            text,
+            "\nWHAT MUST BE TRUE\n\
+             \u{20} {names} must be off, and must never be started again with their old data folders: together they would\n\
+             \u{20} elect a primary of the old cluster, and two Consoles would serve different data. The new cluster\n\
+             \u{20} refuses them.\n\n\
+             WHAT IS DONE\n\
+             \u{20} A copy of the database gets everything that the raft log has. Cluster id, authority, certificates and\n\
+             \u{20} raft log are made anew. The old files are moved to a folder before-recover-..., where they stay, in\n\
+             \u{20} {}\n\
+             \u{20} Needed: about {} bytes; free: {} bytes.\n",
+            self.data.display(),
+            self.needed,
+            self.free
+        );
+        text
+    }
+}
+
+/// The staging folder of a recovery in this data folder.
+pub(super) fn staging(data: &Path) -> PathBuf {
+    data.join(STAGING)
+}
+
+fn newest(folder: &Path) -> Option<SystemTime> {
+    let files = fs::read_dir(folder).ok()?;
+    files.filter_map(|file| file.ok()?.metadata().ok()?.modified().ok()).max()
+}

@@ -1,0 +1,61 @@
+//! Whether the log could take more: asked before raft sees an entry, since what raft has accepted must be written.
+//!
+//! Must never promise room that the next append does not find: segments count when they exist, not when the disk has space.
+
+use std::sync::atomic::Ordering;
+
+use super::{
+    RaftLog,
+    engine::{AHEAD, RESERVE, lock},
+    record::space,
+    segment::FIRST,
+};
+
+/// Left free in every segment for votes and epochs: some hundreds of them. A node whose disk is full still takes part in elections.
+const VOTES: usize = 64 << 10;
+/// More than the copy of the state at the head of a segment takes.
+const HEAD: usize = 1024;
+
+impl RaftLog {
+    /// True if entries with payloads of these lengths can be appended. May make a segment, as the append itself would.
+    pub fn has_room(&self, payloads: impl IntoIterator<Item = usize>) -> bool {
+        let shared = &self.core.shared;
+        let reserve = RESERVE + VOTES.min(shared.segment_size / 16);
+        let (mut offset, mut size) = {
+            let writer = lock(&shared.writer);
+            (writer.offset, writer.segment.size)
+        };
+        let mut count = 0;
+        for payload in payloads {
+            let length = space(payload);
+            if offset + length + reserve > size {
+                (offset, size, count) = (FIRST + HEAD, shared.segment_size, count + 1);
+            }
+            offset += length;
+        }
+        if count <= lock(&shared.supply).ready() {
+            return true;
+        }
+        // An error of another kind shows at the append, which knows what to do with it.
+        !self.is_full() && (shared.prepare(count).is_ok() || !self.is_full())
+    }
+
+    /// True if the last attempt to make a segment found no space.
+    pub fn is_full(&self) -> bool {
+        self.core.shared.full.load(Ordering::Relaxed)
+    }
+
+    /// Tries again to make segments, without waiting for it where the log has a helper.
+    pub fn retry(&self) {
+        match &self.core.helper {
+            Some((work, _)) => {
+                // One message waiting is enough: the helper looks for itself what there is to do.
+                let _ = work.try_send(());
+            }
+            None => {
+                // What it found is in `is_full`; anything worse poisons the log.
+                let _ = self.core.shared.prepare(AHEAD);
+            }
+        }
+    }
+}

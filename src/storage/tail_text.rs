@@ -1,0 +1,181 @@
+//! What people read about a dropped tail: its transactions, the pages they touch, and the rows by which these differ from
+//! this node's database. Must never claim more than the page images show.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::Write,
+    fs::File,
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+use raft::eraftpb::Entry;
+
+use super::{
+    tail::Header,
+    tail_rows::{rows, tables},
+};
+use crate::cluster::command::Pages;
+
+/// Lines about single entries and transactions; more are only counted.
+const MAX_LINES: usize = 1000;
+/// Page images that are looked into, in bytes; rows in those behind them are not told.
+const MAX_IMAGES: usize = 64 << 20;
+
+#[derive(Debug)]
+struct Transaction {
+    id: u64,
+    first: u64,
+    last: u64,
+    page_size: u32,
+    pages: BTreeSet<u32>,
+    /// As far as they are looked into; the last one of each page counts.
+    images: BTreeMap<u32, Vec<u8>>,
+    complete: bool,
+}
+
+/// Collects the summary while the entries come by.
+#[derive(Debug, Default)]
+pub(super) struct Summary {
+    transactions: Vec<Transaction>,
+    /// Entries that are not part of a transaction.
+    others: Vec<String>,
+    /// Bytes of all images.
+    bytes: usize,
+}
+
+/// Rows by table and what tells them apart.
+type Content = BTreeMap<(String, String), String>;
+
+impl Summary {
+    /// Takes in the next entry.
+    pub fn add(&mut self, entry: &Entry) {
+        let index = entry.index;
+        if !entry.context.is_empty() {
+            return self.others.push(format!("entry {index}: a change of the membership"));
+        }
+        if entry.data.is_empty() {
+            return self.others.push(format!("entry {index}: without content, the first one of epoch {}", entry.term));
+        }
+        let pages = match Pages::decode(&entry.data) {
+            Ok(pages) => pages,
+            Err(error) => return self.others.push(format!("entry {index}: {error}")),
+        };
+        if pages.part == 0 || self.transactions.last().is_none_or(|last| last.id != pages.transaction) {
+            let (id, page_size) = (pages.transaction, pages.page_size);
+            let (pages, images) = Default::default();
+            let (first, last, complete) = (index, index, false);
+            self.transactions.push(Transaction { id, first, last, page_size, pages, images, complete });
+        }
+        if let Some(open) = self.transactions.last_mut() {
+            open.last = index;
+            open.complete |= pages.commit.is_some();
+            for (number, image) in pages.iter() {
+                open.pages.insert(number);
+                self.bytes += image.len();
+                if self.bytes <= MAX_IMAGES {
+                    open.images.insert(number, image.to_vec());
+                }
+            }
+        }
+    }
+
+    /// How many transactions there are, whole or not.
+    pub fn transactions(&self) -> u64 {
+        self.transactions.len() as u64
+    }
+
+    /// The text beside the file at `path`, which has `kept` entries, compared with the database file.
+    pub fn render(&self, header: &Header, path: &Path, kept: u64, database: &Path) -> String {
+        let Header { cluster, node, first, last, epoch } = header;
+        let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let mut text = format!(
+            "Dropped tail of node {node} of cluster {cluster}: entries {first} to {last} of its raft log, the last one of \
+             epoch {epoch}.\n\n\
+             This node had them, but no majority did, and the next primary's entries took their place. No client was \
+             told that these transactions are committed; a client that waited for one got an error (\"outcome unknown\"). \
+             The database of the cluster does not contain them.\n\n\
+             The complete page images are in {name} (its format: the head of src/storage/tail.rs). Below, \
+             \"+\" is a row that a transaction's pages have, and \"-\" one that the same pages had not any more, compared with the \
+             transaction before it or with this node's database file when this text was written. Where the cluster has \
+             changed these pages since, its rows show up as \"-\", too.\n\n"
+        );
+        let dropped = last - first + 1;
+        if kept < dropped {
+            let left = dropped - kept;
+            let _ = writeln!(text, "Only the first {kept} of {dropped} entries were kept: {left} were too much.\n");
+        }
+        let differences = self.differences(database);
+        for (transaction, rows) in self.transactions.iter().zip(differences).take(MAX_LINES) {
+            let Transaction { id, first, last, page_size, pages, complete, .. } = transaction;
+            let complete = if *complete { "" } else { ", incomplete (its last part is missing)" };
+            let _ = writeln!(text, "transaction {id:016x}, entries {first} to {last}{complete}");
+            let _ = writeln!(text, "    {} pages of {page_size} bytes: pages {}", pages.len(), ranges(pages));
+            rows.iter().take(MAX_LINES).for_each(|row| text.push_str(row));
+            if rows.len() > MAX_LINES {
+                let _ = writeln!(text, "    ... and {} more rows", rows.len() - MAX_LINES);
+            }
+        }
+        for other in self.others.iter().take(MAX_LINES) {
+            let _ = writeln!(text, "{other}");
+        }
+        let more = self.transactions.len().max(self.others.len()).saturating_sub(MAX_LINES);
+        if more > 0 {
+            let _ = writeln!(text, "... and {more} more");
+        }
+        text
+    }
+}
+
+impl Summary {
+    /// For each transaction the rows by which its pages differ from what was there before.
+    fn differences(&self, database: &Path) -> Vec<Vec<String>> {
+        let file = File::open(database).ok();
+        let size = self.transactions.first().map_or(0, |first| first.page_size as usize);
+        let base = |number: u32| {
+            let mut image = vec![0; size];
+            let at = u64::from(number.checked_sub(1)?) * size as u64;
+            file.as_ref()?.read_exact_at(&mut image, at).ok()?;
+            Some(image)
+        };
+        let mut newest: HashMap<u32, &Vec<u8>> = HashMap::new();
+        self.transactions.iter().for_each(|transaction| newest.extend(transaction.images.iter().map(|(n, i)| (*n, i))));
+        let names = tables(&|number| newest.get(&number).map(|image| (*image).clone()).or_else(|| base(number)));
+        let mut seen: HashMap<u32, &Vec<u8>> = HashMap::new();
+        let mut all = Vec::new();
+        for transaction in &self.transactions {
+            // All its pages together: a row that moves from one page to another has not changed.
+            let (mut before, mut after) = (Content::new(), Content::new());
+            for (number, image) in &transaction.images {
+                let old = seen.get(number).map(|image| (*image).clone()).or_else(|| base(*number));
+                let Some(name) = names.get(number) else { continue };
+                let named = |(key, row)| ((name.clone(), key), row);
+                before.extend(old.iter().flat_map(|old| rows(*number, old)).map(named));
+                after.extend(rows(*number, image).into_iter().map(named));
+            }
+            let tell = |sign, from: &Content, to: &Content| {
+                let odd = from.iter().filter(|(key, row)| to.get(*key) != Some(row));
+                odd.map(|((table, id), row)| {
+                    format!("    {sign} {table}: {id}{}{row}\n", if row.is_empty() { "" } else { ": " })
+                })
+                .collect::<Vec<_>>()
+            };
+            all.push([tell('-', &before, &after), tell('+', &after, &before)].concat());
+            seen.extend(transaction.images.iter().map(|(number, image)| (*number, image)));
+        }
+        all
+    }
+}
+
+/// Numbers as people write them: 2-4, 9.
+fn ranges(numbers: &BTreeSet<u32>) -> String {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == *number => *last = *number,
+            _ => runs.push((*number, *number)),
+        }
+    }
+    let run = |(first, last): &(u32, u32)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    runs.iter().map(run).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,318 @@
+//! The operations of an administrator on a real node: a cluster of one that is founded here, in this process.
+
+use std::{
+    net::IpAddr,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use raft::eraftpb::ConfState;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use twistlock_ha::{
+    admin::{Admin, AdminConfig, AdminError, BoxFuture, Ports},
+    cluster::{Role, Timing, command::CONSOLE_DATABASE},
+    config::Config,
+    found,
+    join::{JoinRequest, RequestState},
+    node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig},
+    peer::{Links, LinksConfig},
+    pki::{self, CONSOLE_CERTIFICATE, CONSOLE_KEY, NODE_CERTIFICATE, NODE_KEY, NodeTls},
+    storage::{
+        DataDir,
+        configuration::Configuration,
+        database::Database,
+        raft_log::{Options, RaftLog, RealDisk},
+    },
+};
+
+const VERSION: &str = "1.2.3";
+const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Counts instead of opening and closing anything.
+#[derive(Default)]
+struct Counted {
+    drained: AtomicUsize,
+    resumed: AtomicUsize,
+}
+
+impl Ports for Counted {
+    fn drain(&self) -> BoxFuture<'_, ()> {
+        self.drained.fetch_add(1, Ordering::SeqCst);
+        Box::pin(std::future::ready(()))
+    }
+
+    fn resume(&self) {
+        self.resumed.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+struct Founder {
+    admin: Arc<Admin>,
+    handle: Handle,
+    ports: Arc<Counted>,
+    thread: Option<JoinHandle<Exit>>,
+    runtime: Runtime,
+    _data: DataDir,
+    _folder: TempDir,
+}
+
+impl Founder {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let data = DataDir::open(folder.path().join("data")).unwrap();
+        let config = Config {
+            data_folder: data.path().to_owned(),
+            bind_address: Some(HERE),
+            high_availability_name: Some("first".to_owned()),
+            ..Config::default()
+        };
+        let identity = found::found(&config, &data).unwrap();
+        let initial = ConfState { voters: vec![identity.node], ..ConfState::default() };
+        let owner = (identity.cluster, identity.node);
+        let log = RaftLog::open(&data.path().join("raft-log"), owner, initial, Options::default(), RealDisk).unwrap();
+        let database = data.path().join("database");
+        std::fs::create_dir(&database).unwrap();
+        let database = Database::open(&database, CONSOLE_DATABASE, log.last_index()).unwrap();
+        let (links, sender) = Links::new(LinksConfig::new(identity.node, Vec::new())).unwrap();
+        let node_config = NodeConfig {
+            configuration: Configuration { index: 1, membership: identity.membership.clone() },
+            data: data.path().to_owned(),
+            node: identity.node,
+            name: identity.name.clone(),
+            timing: Timing::default(),
+            demotion_deadline: Duration::from_secs(2),
+            checkpoints: CheckpointPolicy {
+                bytes: 1 << 20,
+                interval: Duration::from_secs(60),
+                raft_log_limit: 1 << 30,
+            },
+            page_size: 4096,
+            fast_takeover: true,
+            version: VERSION.to_owned(),
+            lease: Lease::new().unwrap(),
+        };
+        let (handle, thread) = node::spawn(node_config, log, database, (links, sender)).unwrap();
+        let ports = Arc::new(Counted::default());
+        let admin_config = AdminConfig {
+            certificates: data.path().join("certificates"),
+            version: VERSION.to_owned(),
+            console_addresses: Vec::new(),
+            https_port: Some(8083),
+            data: data.path().to_owned(),
+        };
+        let admin = Arc::new(Admin::new(admin_config, handle.clone(), ports.clone()));
+        let runtime = Runtime::new().unwrap();
+        let mut status = handle.status();
+        runtime.block_on(async {
+            let primary = status.wait_for(|status| status.serving().is_some());
+            assert_eq!(tokio::time::timeout(LIMIT, primary).await.unwrap().unwrap().role, Role::Primary);
+        });
+        Self { admin, handle, ports, thread: Some(thread), runtime, _data: data, _folder: folder }
+    }
+
+    fn wait<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(async { tokio::time::timeout(LIMIT, future).await.expect("an answer in time") })
+    }
+
+    fn invite(&self) -> String {
+        let invited = self.wait(self.admin.invite(Duration::from_secs(3600), "admin")).unwrap();
+        assert_eq!(invited.addresses, ["127.0.0.1:8083"]);
+        assert!(invited.ca_pem.starts_with("-----BEGIN CERTIFICATE-----"));
+        invited.token
+    }
+
+    fn ask(&self, token: &str, host: &Host) -> Result<RequestState, AdminError> {
+        self.wait(self.admin.request(token, HERE, host.request.clone()))
+    }
+
+    fn refused<T: std::fmt::Debug>(&self, operation: impl Future<Output = Result<T, AdminError>>) -> String {
+        match self.wait(operation) {
+            Err(AdminError::Refused(why)) => why,
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+}
+
+impl Drop for Founder {
+    fn drop(&mut self) {
+        self.handle.stop();
+        if let Some(thread) = self.thread.take() {
+            assert_eq!(thread.join().unwrap(), Exit::Stopped);
+        }
+    }
+}
+
+/// A host that wants to join, with the keys that never leave it.
+struct Host {
+    request: JoinRequest,
+    key: String,
+    console_key: String,
+}
+
+fn host(number: u8) -> Host {
+    let (name, address) = (format!("host{number}"), format!("127.0.0.{number}"));
+    let (csr, key) = pki::node_request(&name, &[&address]).unwrap();
+    let (console_csr, console_key) = pki::console_request(&["console.example", &address]).unwrap();
+    let request = JoinRequest {
+        port: 8086,
+        version: VERSION.to_owned(),
+        csr,
+        console_csr,
+        console_names: vec!["console.example".to_owned(), address.clone()],
+        time_ms: clock(),
+        name,
+        address,
+    };
+    Host { request, key, console_key }
+}
+
+fn clock() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+fn pending(state: RequestState) -> String {
+    match state {
+        RequestState::Pending { id, .. } => id,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The certificates fit the keys that stayed with the host, and make it a node of this cluster.
+fn can_start(state: &RequestState, host: &Host, folder: &Path) -> u64 {
+    let RequestState::Admitted { node, certificate, console_certificate, ca, membership } = state else {
+        panic!("{state:?}")
+    };
+    pki::store_pem(folder, pki::CA_CERTIFICATE, ca, false).unwrap();
+    pki::store_pem(folder, NODE_KEY, &host.key, true).unwrap();
+    pki::store_pem(folder, NODE_CERTIFICATE, certificate, false).unwrap();
+    pki::store_pem(folder, CONSOLE_KEY, &host.console_key, true).unwrap();
+    pki::store_pem(folder, CONSOLE_CERTIFICATE, console_certificate, false).unwrap();
+    assert_eq!(NodeTls::load(folder).unwrap().identity, (membership.cluster, *node));
+    pki::console_server_config(&folder.join(CONSOLE_CERTIFICATE), &folder.join(CONSOLE_KEY)).unwrap();
+    assert!(membership.authority.is_none() && membership.invitations.is_empty() && membership.requests.is_empty());
+    assert!(membership.members.iter().all(|member| member.admission.is_none()));
+    *node
+}
+
+#[test]
+fn two_hosts_ask_and_are_admitted_together() {
+    let founder = Founder::start();
+    let admin = &founder.admin;
+    let token = founder.invite();
+    assert_eq!(admin.check_token(&token, HERE), Ok(()));
+    let (second, mut third) = (host(2), host(3));
+    let id = pending(founder.ask(&token, &second).unwrap());
+    assert_eq!(pending(founder.ask(&token, &second).unwrap()), id, "asking again must not make another request");
+    assert!(founder.refused(admin.apply("admin")).contains("on 1 more"));
+    third.request.time_ms = clock() + 5_000;
+    let other = pending(founder.ask(&token, &third).unwrap());
+    let why = founder.refused(admin.apply("admin"));
+    assert!(why.contains("clock of host3") && why.contains("ahead"), "{why}");
+    third.request.time_ms = clock();
+    assert_eq!(pending(founder.ask(&token, &third).unwrap()), other);
+    let public = serde_json::to_string(&admin.status().membership.public()).unwrap();
+    assert!(public.contains("host2") && !public.contains(&id) && !public.contains("BEGIN"), "{public}");
+    assert!(admin.request_state("0123").is_none());
+
+    assert_eq!(founder.wait(admin.apply("admin")).unwrap(), [2, 3]);
+    let state = admin.request_state(&id).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(can_start(&state, &second, folder.path()), 2);
+    assert_eq!(can_start(&admin.request_state(&other).unwrap(), &third, folder.path()), 3);
+    assert!(matches!(admin.check_token(&token, HERE), Err(AdminError::Denied(_))), "APPLY closes the invitations");
+    assert_eq!(founder.ask(&token, &second).unwrap(), state, "its key proves who lost the answer");
+    assert!(matches!(founder.ask(&token, &host(4)), Err(AdminError::Denied(_))));
+    assert!(founder.refused(admin.apply("admin")).contains("complete"));
+}
+
+#[test]
+fn a_host_that_was_turned_down_needs_a_new_script() {
+    let founder = Founder::start();
+    let admin = &founder.admin;
+    let token = founder.invite();
+    let second = host(2);
+    let id = pending(founder.ask(&token, &second).unwrap());
+    assert!(founder.refused(admin.reject("host9", "admin")).contains("host2"));
+    founder.wait(admin.reject("host2", "carla")).unwrap();
+    let rejected = admin.request_state(&id).unwrap();
+    assert!(matches!(&rejected, RequestState::Rejected { reason } if reason.contains("carla")));
+    assert_eq!(founder.ask(&token, &second).unwrap(), rejected);
+    let newer = founder.invite();
+    assert_ne!(pending(founder.ask(&newer, &second).unwrap()), id);
+    founder.wait(admin.uninvite("admin")).unwrap();
+    assert!(matches!(admin.check_token(&newer, HERE), Err(AdminError::Denied(_))));
+}
+
+#[test]
+fn whoever_guesses_tokens_is_not_listened_to_any_more() {
+    let founder = Founder::start();
+    let token = founder.invite();
+    let wrong = format!("{}{}", &token[..token.len() - 1], if token.ends_with('0') { '1' } else { '0' });
+    let guess = || match founder.admin.check_token(&wrong, HERE) {
+        Err(AdminError::Denied(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    assert!((0..10).all(|_| guess().contains("not good")));
+    assert!(guess().contains("too many"));
+    let elsewhere = "127.0.0.9".parse().unwrap();
+    assert_eq!(founder.admin.check_token(&token, elsewhere), Ok(()));
+}
+
+#[test]
+fn members_move_pause_and_leave() {
+    let founder = Founder::start();
+    let admin = &founder.admin;
+    let token = founder.invite();
+    for number in [2, 3] {
+        pending(founder.ask(&token, &host(number)).unwrap());
+    }
+    founder.wait(admin.apply("admin")).unwrap();
+    let moved = admin.readdress("host3", None, Some("127.0.0.33".to_owned()), None, "admin");
+    founder.wait(moved).unwrap();
+    assert_eq!(founder.handle.membership().borrow().get(3).unwrap().address, "127.0.0.33");
+    let same = admin.readdress("3", None, None, Some(8086), "admin");
+    assert!(founder.refused(same).contains("already"));
+    let taken = admin.readdress("host3", Some("host2".to_owned()), None, None, "admin");
+    assert!(founder.refused(taken).contains("told apart"));
+
+    assert!(founder.refused(admin.pause(Duration::from_secs(59), "admin")).contains("one minute"));
+    let until = founder.wait(admin.pause(Duration::from_secs(60), "admin")).unwrap();
+    let pause = founder.handle.membership().borrow().pause.clone().unwrap();
+    assert_eq!((pause.until, pause.primary), (until, 1));
+    founder.wait(admin.resume("admin")).unwrap();
+    assert!(founder.refused(admin.resume("admin")).contains("not paused"));
+
+    assert!(founder.refused(admin.remove("first", true, "admin")).contains("switch over"));
+    assert!(founder.refused(admin.remove("host", false, "admin")).contains("more than one"));
+    founder.wait(admin.remove("host3", false, "admin")).unwrap();
+    let membership = founder.handle.membership().borrow().clone();
+    assert!(membership.get(3).is_none() && membership.removed(3).is_some_and(|gone| gone.name == "host3"));
+}
+
+#[test]
+fn a_switchover_without_a_target_leaves_the_ports_alone() {
+    let founder = Founder::start();
+    let report = founder.wait(founder.admin.switchover(None, true, "admin")).unwrap();
+    let failed: Vec<_> = report.checks.iter().filter(|check| !check.ok).map(|check| check.name.as_str()).collect();
+    assert_eq!((failed, report.to, report.gap_ms), (vec!["target"], None, None));
+    let why = founder.refused(founder.admin.switchover(None, false, "admin"));
+    assert!(why.contains("no other member"), "{why}");
+    assert!(founder.refused(founder.admin.switchover(Some("first"), false, "admin")).contains("already"));
+    assert_eq!(founder.ports.drained.load(Ordering::SeqCst), 0);
+    assert_eq!(founder.ports.resumed.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_node_that_stops_does_not_say_that_nothing_happened() {
+    let founder = Founder::start();
+    founder.handle.stop();
+    let answer = founder.wait(founder.admin.pause(Duration::from_secs(60), "admin"));
+    assert!(matches!(answer, Err(AdminError::Unknown(_) | AdminError::NotPrimary { .. })), "{answer:?}");
+}

@@ -1,0 +1,145 @@
+//! The disk of one node is full: nothing is lost, no process ends, and it heals by itself. Needs root, for a small file system that
+//! only this test sees.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use nix::{
+    sched::{CloneFlags, unshare},
+    unistd::geteuid,
+};
+use twistlock_ha::{
+    cluster::Role,
+    control::{self, Operation, Request},
+    node::Status,
+};
+
+use super::{
+    WRITERS, alone,
+    cluster::{Cluster, LEASE_LOST, LIMIT, RESTART_AFTER},
+    writers::Writers,
+};
+
+/// Three segments of the raft log, the database, and a little more.
+const SIZE: &str = "size=80m";
+/// What may be said about a full disk.
+const FULL: &[&str] =
+    &["the disk is full", "the disk of the primary is full", "cannot prepare ahead", "database or disk is full"];
+
+fn run(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status().unwrap();
+    assert!(status.success(), "{program} {arguments:?}");
+}
+
+/// Runs the test on a thread that alone sees what is mounted there, with all that it starts.
+fn in_private_mounts(test: impl FnOnce() + Send + 'static) {
+    assert!(
+        geteuid().is_root(),
+        "this test mounts a small file system: run it as root, or leave it out with --skip disk"
+    );
+    let enter = move || {
+        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+        run("mount", &["--make-rprivate", "/"]);
+        test();
+    };
+    let thread = std::thread::Builder::new().name("private mounts".into()).spawn(enter).unwrap();
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// A cluster in which the data folder of one node is small.
+fn start(small: usize) -> Cluster {
+    Cluster::start_with(RESTART_AFTER, |folder: &Path| {
+        let data = folder.join(format!("node{}", small + 1)).join("data");
+        fs::create_dir_all(&data).unwrap();
+        run("mount", &["-t", "tmpfs", "-o", SIZE, "tmpfs", data.to_str().unwrap()]);
+    })
+}
+
+/// Takes all space in the file system of a node.
+fn fill(cluster: &Cluster, node: usize) -> PathBuf {
+    let path = cluster.node(node).data.join("ballast");
+    let mut file = File::create(&path).unwrap();
+    for length in [1 << 20, 4096] {
+        while file.write_all(&vec![1; length]).is_ok() {}
+    }
+    path
+}
+
+/// Moves the role until the node has it, or has it not.
+fn wait_role(cluster: &Cluster, node: usize, primary: bool) {
+    for _ in 0..20 {
+        let now = cluster.primary();
+        if (now == node) == primary {
+            return;
+        }
+        let operation = Operation::Switchover { to: None, dry_run: false };
+        control::request(&cluster.node(now).control, &Request::Administer { operation }, LIMIT).unwrap();
+        cluster.wait_for("another primary", |statuses| {
+            let serves = |status: &Status| status.role == Role::Primary;
+            !statuses[now].as_ref().is_some_and(serves)
+        });
+        cluster.wait_healthy();
+    }
+    panic!("the role does not move as wanted");
+}
+
+fn warns(cluster: &Cluster, node: usize) -> bool {
+    let status = cluster.statuses()[node].clone();
+    status.is_some_and(|status| status.warnings.iter().any(|warning| warning.contains("the disk is full")))
+}
+
+#[test]
+fn a_secondary_with_a_full_disk_is_done_without() {
+    let _alone = alone();
+    in_private_mounts(|| {
+        let node = 2;
+        let cluster = start(node);
+        wait_role(&cluster, node, false);
+        let pid = cluster.node(node).pid;
+        let writers = Writers::start(&cluster.file(), WRITERS);
+        let ballast = fill(&cluster, node);
+        cluster.wait_for("a warning", |_| warns(&cluster, node));
+        let refuses = || cluster.log(node).contains("takes no more entries into its raft log");
+        cluster.wait_for("a full raft log", |_| refuses());
+        writers.wait_success(Instant::now(), |_| true).expect("the others go on");
+        fs::remove_file(ballast).unwrap();
+        cluster.wait_for("no warning", |_| !warns(&cluster, node));
+        let written = writers.verify();
+        cluster.wait_healthy();
+        assert_eq!(cluster.node(node).pid, pid, "the node did not go on, it was started again");
+        println!("full disk of a secondary: {written}\n  {}", cluster.finish(FULL));
+    });
+}
+
+#[test]
+fn a_primary_with_a_full_disk_hands_the_role_over() {
+    let _alone = alone();
+    in_private_mounts(|| {
+        let node = 0;
+        let cluster = start(node);
+        wait_role(&cluster, node, true);
+        let pid = cluster.node(node).pid;
+        let writers = Writers::start(&cluster.file(), WRITERS);
+        let fault = Instant::now();
+        let ballast = fill(&cluster, node);
+        let gap = writers.wait_success(fault, |by| by != node).expect("another node takes over");
+        cluster.wait_for("a warning", |_| warns(&cluster, node));
+        fs::remove_file(ballast).unwrap();
+        cluster.wait_for("no warning", |_| !warns(&cluster, node));
+        let written = writers.verify();
+        cluster.wait_healthy();
+        assert_eq!(cluster.node(node).pid, pid, "the node did not go on, it was started again");
+        let compared = cluster.finish(&[FULL, LEASE_LOST].concat());
+        println!(
+            "full disk of the primary: another node answers after {} ms\n  {written}\n  {compared}",
+            gap.as_millis()
+        );
+    });
+}

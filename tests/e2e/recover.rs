@@ -1,0 +1,143 @@
+//! Two hosts are lost for good: the third becomes a new cluster of one with everything that it has, and the others stay out.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+use twistlock_ha::{
+    cluster::Role,
+    control,
+    dev::NodeFile,
+    node::Status,
+    pki::{Authority, ClusterKey, NodeTls},
+    storage::{DataDir, Identity},
+};
+
+use super::{
+    alone,
+    cluster::{Cluster, LIMIT},
+    writers::Pen,
+};
+
+/// A daemon that nobody starts again.
+struct Daemon {
+    child: Child,
+    node: NodeFile,
+    log: PathBuf,
+}
+
+impl Daemon {
+    fn start(cluster: &Cluster, index: usize) -> Self {
+        let node = cluster.node(index);
+        let log = node.data.with_file_name("log-alone");
+        let file = File::create(&log).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_twistlockd"));
+        command.args(["run", "--config"]).arg(cluster.config_path(index)).stdin(Stdio::null());
+        let child = command.stdout(Stdio::null()).stderr(file).spawn().unwrap();
+        Self { child, node, log }
+    }
+
+    fn wait_for(&self, what: &str, condition: impl Fn(&Status, &str) -> bool) -> Status {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let log = fs::read_to_string(&self.log).unwrap();
+            if let Ok(status) = control::status(&self.node.control, Duration::from_millis(500))
+                && condition(&status, &log)
+            {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "{}: no {what}; its log:\n{log}", self.node.name);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn recover(cluster: &Cluster, index: usize, more: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_twistlockd"));
+    command.args(["recover", "--config"]).arg(cluster.config_path(index)).args(more).stdin(Stdio::null());
+    let output = command.output().unwrap();
+    println!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+fn identity(data: &Path) -> Identity {
+    DataDir::open(data).unwrap().identity().unwrap()
+}
+
+fn wait_all_dead(cluster: &Cluster) {
+    cluster.wait_for("three dead nodes", |_| cluster.file().nodes.iter().all(|node| node.pid.is_none()));
+}
+
+#[test]
+fn a_survivor_becomes_a_new_cluster_of_one() {
+    let _alone = alone();
+    let cluster = Cluster::start_with("0", |_| {});
+    let pen = Pen::new(&cluster.file());
+    let old = cluster.primary();
+    let other = (old + 1) % 3;
+    let acknowledged: Vec<_> = (0..50).map(|number| format!("acknowledged-{number}")).collect();
+    assert!(acknowledged.iter().all(|tag| pen.write(old, tag)));
+    // One that only the survivor has: for all it knows, the others acknowledged it.
+    cluster.freeze(other);
+    cluster.freeze((old + 2) % 3);
+    assert!(!pen.write(old, "in-the-tail"));
+    let running = recover(&cluster, old, &["--force-new-cluster"]);
+    assert_eq!(running.status.code(), Some(75), "it runs");
+    (0..3).for_each(|node| cluster.signal(node, Signal::SIGKILL));
+    wait_all_dead(&cluster);
+
+    let data = cluster.node(old).data;
+    let before = identity(&data);
+    let name = before.cluster.to_string()[..8].to_owned();
+    let force = ["--force-new-cluster", "--confirm", &name];
+    assert_eq!(recover(&cluster, old, &[]).status.code(), Some(64));
+    assert_eq!(recover(&cluster, old, &["--force-new-cluster"]).status.code(), Some(64), "nobody confirmed");
+    assert_eq!(recover(&cluster, old, &["--force-new-cluster", "--confirm", "00000000"]).status.code(), Some(64));
+    assert_eq!(recover(&cluster, old, &["--force-new-cluster", "--dry-run"]).status.code(), Some(0));
+    assert_eq!(identity(&data), before, "nothing was changed so far");
+    let done = recover(&cluster, old, &force);
+    assert_eq!(done.status.code(), Some(0));
+
+    let after = identity(&data);
+    assert!(after.cluster != before.cluster && after.membership.members.len() == 1);
+    let aside = fs::read_dir(&data).unwrap().map(|file| file.unwrap().path());
+    let aside = aside.filter(|path| path.to_string_lossy().contains("before-recover-")).collect::<Vec<_>>();
+    assert_eq!(aside.len(), 1);
+    for file in ["identity.json", "raft-log", "database/console.db", "certificates/node-key.pem"] {
+        assert!(aside[0].join(file).exists(), "{file} was not set aside");
+    }
+    assert_eq!(NodeTls::load(&data.join("certificates")).unwrap().identity, (after.cluster, after.node));
+    let sealed = after.membership.authority.expect("a new authority");
+    let key = ClusterKey::load(&data.join("certificates")).unwrap();
+    Authority::unseal(after.cluster, &sealed, &key).unwrap();
+
+    let survivor = Daemon::start(&cluster, old);
+    let status = survivor.wait_for("PRIMARY", |status, _| status.role == Role::Primary);
+    assert_eq!((status.cluster, status.members.len()), (after.cluster, 1));
+    let mut file = cluster.file();
+    file.ca = data.join("certificates/ca.pem");
+    let pen = Pen::new(&file);
+    assert!(pen.write(old, "after-the-recovery"));
+    for tag in acknowledged.iter().map(String::as_str).chain(["in-the-tail", "after-the-recovery"]) {
+        assert!(pen.has(tag), "{tag} is lost");
+    }
+
+    // A member of the old cluster comes back: it is refused, and cannot serve alone.
+    let lost = Daemon::start(&cluster, other);
+    lost.wait_for("refusal", |status, log| {
+        status.role == Role::Secondary && log.contains("not signed by this cluster's authority")
+    });
+    let status = survivor.wait_for("its own view", |status, _| status.role == Role::Primary);
+    assert_eq!(status.members.len(), 1);
+}

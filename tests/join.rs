@@ -1,0 +1,166 @@
+//! Joining, as an administrator does it: real daemons on loopback addresses, the real line in a real shell, APPLY over
+//! HTTPS. Nothing is played by the test but the administrator and those who should not get in.
+
+#[path = "join/host.rs"]
+mod host;
+
+use std::time::{Duration, Instant};
+
+use host::{Founder, Host, wait_until};
+use serde_json::{Value, json};
+use twistlock_ha::cluster::Role;
+
+/// Two hosts run the line, both show REQUEST_JOIN, APPLY, both are SECONDARY; what was written before and after is on both.
+#[test]
+fn two_hosts_join_with_the_line_and_have_everything() {
+    let first = Founder::start();
+    first.post("/tags", json!({"name": "before", "color": "#112233"}), 200);
+    let line = first.line();
+    let (mut second, mut third) = (first.host(2), first.host(3));
+    let said = second.run_line(&line, "");
+    assert!(said.contains("REQUEST_JOIN"), "{said}");
+    let refused = first.post("/high-availability/apply", Value::Null, 409);
+    assert!(refused["err"].as_str().unwrap().contains("on 1 more"), "{refused}");
+
+    // Killed and started again, it is still the same host to the cluster.
+    let asked = second.fingerprint();
+    second.kill();
+    second.start();
+    wait_until("the same request is shown again", || second.role() == Some(Role::RequestJoin));
+    assert_eq!(second.fingerprint(), asked);
+
+    let said = third.run_line(&line, "--wget");
+    let requests = first.status()["membership"]["requests"].clone();
+    for (host, said) in [(&second, &second.fingerprint()), (&third, &said)] {
+        let request =
+            requests.as_array().unwrap().iter().find(|request| request["name"] == host.name.as_str()).unwrap();
+        assert!(said.contains(request["fingerprint"].as_str().unwrap()), "{said}\n{request}");
+        assert!(!request.to_string().contains("BEGIN"), "{request}");
+    }
+
+    let begin = Instant::now();
+    first.post("/high-availability/apply", Value::Null, 200);
+    // At the worst moment: admitted, and nothing fetched yet, or half of it.
+    second.kill();
+    second.start();
+    for host in [&second, &third] {
+        wait_until("SECONDARY after APPLY", || host.role() == Some(Role::Secondary));
+    }
+    println!("  from APPLY to SECONDARY on both (one of them killed meanwhile): {:?}", begin.elapsed());
+    wait_until("both have a vote", || {
+        let status = first.status();
+        status["members"].as_array().is_some_and(|all| all.len() == 3 && all.iter().all(|one| one["voter"] == true))
+    });
+    for host in [&second, &third] {
+        assert!(!host.data().join("join.json").exists() && !host.data().join("join-request.json").exists());
+    }
+
+    // The token was good for this APPLY only, and a member has nothing to do.
+    let mut late = first.host(4);
+    let said = late.fails_to_run_line(&line);
+    assert!(said.contains("403"), "{said}");
+    let text = first.post_as(&host::token_of(&line), "/high-availability/requests", late.request(), 403);
+    assert!(!text["err"].as_str().unwrap().is_empty());
+    let said = second.run_line(&first.line(), "");
+    assert!(said.contains("nothing to do"), "{said}");
+
+    leave_and_come_back(&first, &mut third);
+    first.post("/tags", json!({"name": "after", "color": "#112233"}), 200);
+    for host in [&second, &third] {
+        first.switch_over_to(host);
+        let names = host.tags();
+        assert_eq!(names, ["after", "before"], "{}", host.name);
+    }
+}
+
+/// A removed member knows it, and joins again as a new one; its old data is set aside.
+fn leave_and_come_back(first: &Founder, host: &mut Host) {
+    first.delete(&format!("/high-availability/members/{}", host.name), 200);
+    wait_until("the removed host knows it", || host.role() == Some(Role::Removed));
+    let said = host.run_line(&first.line(), "");
+    assert!(said.contains("set aside") && said.contains("REQUEST_JOIN"), "{said}");
+    let aside = |path: &std::path::Path| path.file_name().unwrap().to_string_lossy().starts_with("twistlock.removed-");
+    let mut folders = std::fs::read_dir(host.data().parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    assert!(folders.any(|path| aside(&path) && path.join("database").exists()));
+    first.post("/high-availability/apply", Value::Null, 200);
+    wait_until("SECONDARY again", || host.role() == Some(Role::Secondary));
+    wait_until("three votes", || {
+        let status = first.status();
+        status["members"].as_array().is_some_and(|all| all.len() == 3 && all.iter().all(|one| one["voter"] == true))
+    });
+}
+
+/// Tokens that are not good, and the hosts that have them.
+#[test]
+fn who_may_not_join_does_not() {
+    let (first, other) = (Founder::start(), Founder::start());
+    let (line, foreign) = (first.line(), other.line());
+    let host = first.host(2);
+    let requests = "/high-availability/requests";
+
+    let wrong = format!("{}{}", &host::token_of(&line)[..70], "0".repeat(64));
+    let refused = first.post_as(&wrong, requests, host.request(), 403);
+    let other_cluster = first.post_as(&host::token_of(&foreign), requests, host.request(), 403);
+    assert!(other_cluster["err"].as_str().unwrap().contains("another cluster"), "{refused} {other_cluster}");
+    assert_eq!(first.get_as(&wrong, "/scripts/console.sh").0, 403);
+    assert_eq!(first.get_as(&wrong, "/programs/twistlockd").0, 403);
+    assert_eq!(first.get_as("", "/high-availability/requests/guess").0, 404);
+    for path in ["/high-availability", "/high-availability/join-script", "/scripts/console.sh", "/programs/twistcli"] {
+        assert_eq!(first.get_as("", path).0, 401, "{path}");
+    }
+    let mut broken = host.request();
+    broken["csr"] = json!("-----BEGIN CERTIFICATE REQUEST-----");
+    first.post_as(&host::token_of(&line), requests, broken, 409);
+
+    // A join file that contradicts itself, or another cluster's CA behind a good token.
+    let nowhere = ["127.0.0.1:1"];
+    let file = |token: &str, ca: &str| json!({"token": token, "addresses": nowhere, "ca": ca});
+    let mut host = host;
+    for (file, problem) in [
+        (file(&host::token_of(&line), &other.ca()), "vouches for"),
+        (file("TWJ1.x", &first.ca()), "not a join token"),
+        (file(&host::token_of(&line), &first.ca()), "127.0.0.1:1: "),
+    ] {
+        let said = host.cannot_ask_with(&file);
+        assert!(said.contains(problem) && said.contains("cannot ask to join"), "{said}");
+    }
+}
+
+/// Turned down, a host says so and waits for a new script; with that it can ask again, with the same key.
+#[test]
+fn a_host_that_was_turned_down_asks_again_with_a_new_script() {
+    let first = Founder::start();
+    let mut second = first.host(2);
+    second.run_line(&first.line(), "");
+    let asked = second.fingerprint();
+    first.delete(&format!("/high-availability/requests/{}", second.name), 200);
+    wait_until("the host knows that it was turned down", || second.role() == Some(Role::Removed));
+    second.run_line(&first.line(), "");
+    assert_eq!((second.role(), second.fingerprint()), (Some(Role::RequestJoin), asked));
+    let requests = first.status()["membership"]["requests"].clone();
+    assert_eq!(requests.as_array().map(Vec::len), Some(1), "{requests}");
+}
+
+/// Nobody who guesses gets in, fills the memory or keeps a real host away.
+#[test]
+fn ten_thousand_bogus_requests_change_nothing() {
+    let first = Founder::start();
+    let mut second = first.host(2);
+    let before = first.memory_kib();
+    let begin = Instant::now();
+    let mut answers = std::collections::BTreeMap::new();
+    for number in 0..10_000 {
+        let token = format!("TWJ1.{:064x}.{number:064x}", 7);
+        *answers.entry(first.knock(&token, &second.request())).or_insert(0) += 1;
+    }
+    println!("  10000 bogus requests in {:?}: {answers:?}", begin.elapsed());
+    assert!(answers.keys().all(|status| [401, 403, 429].contains(status)), "{answers:?}");
+    let grown = first.memory_kib().saturating_sub(before);
+    assert!(grown < 64 << 10, "grown by {grown} KiB");
+    assert_eq!(first.status()["membership"]["requests"], Value::Null);
+    // It comes from the same address as those who guess, which is heard again after some seconds.
+    let line = first.line();
+    wait_until("the address is heard again", || first.get_as(&host::token_of(&line), "/scripts/console.sh").0 == 200);
+    second.run_line(&line, "");
+    assert!(begin.elapsed() < Duration::from_secs(300));
+}
