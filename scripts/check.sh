@@ -100,7 +100,6 @@ fi
 # Installs a cluster on hosts made of namespaces. 77: this machine cannot make them, and the test has said why.
 install_on_hosts() {
     local code=0
-    cargo build --locked --bins --quiet
     tests/install/run.sh "$@" || code=$?
     [ "$code" -eq 0 ] || [ "$code" -eq 77 ]
 }
@@ -108,6 +107,7 @@ install_on_hosts() {
 if [ "$quick" = false ]; then
     step "cargo test"
     cargo test --locked
+    cargo build --locked --bins --quiet
     step "installation on three hosts"
     install_on_hosts
     step "installation on three hosts with systemd"

@@ -42,7 +42,8 @@ PATH=$PATH:/usr/sbin:/sbin
 readonly MISSING=77
 # The switch that joins the hosts, and where the test itself stands.
 readonly NETWORK=10.231.77
-readonly LIMIT=30
+# How long a condition may take to come about, and one command to end, in seconds.
+readonly LIMIT=30 COMMAND_LIMIT=90
 work='' cgroups='' holders=() step_name='' output=''
 declare -A pids
 
@@ -137,7 +138,7 @@ on() {
     local host=$1
     shift
     nsenter --target "${pids[$host]}" --mount --uts --net --pid --wd="$work/$host/cwd" \
-        env -i PATH="$PATH" HOME=/root LANG=C.UTF-8 "$@"
+        timeout $COMMAND_LIMIT env -i PATH="$PATH" HOME=/root LANG=C.UTF-8 "$@"
 }
 
 make_hosts() {
@@ -245,9 +246,7 @@ port_in_use() {
     step "a port in use blocks"
     # shellcheck disable=SC2016 # perl's variables
     on h1 perl -MIO::Socket::INET -e 'my $s = IO::Socket::INET->new(LocalPort => 8083, Listen => 1) or die;
-        open(my $f, ">", "listener.pid"); print $f $$; close $f; sleep 60' &
-    # Its end is no news.
-    disown
+        open(my $f, ">", "listener.pid"); print $f $$; close $f; sleep 60' 2>/dev/null &
     wait_for "a listener on port 8083" on h1 grep -q ':1F93 .* 0A ' /proc/net/tcp
     expect 75 install_on h1 -s console
     says "port 8083 is in use"
@@ -329,7 +328,7 @@ healthy() {
 apply() {
     local start
     start=$(now_ms)
-    expect 0 on "h$primary" twistcli ha apply --yes
+    expect 0 on "h$primary" twistcli ha apply --yes --wait 30s
     wait_for "three members, all up" healthy
     echo "            from APPLY to SECONDARY: $(($(now_ms) - start)) ms"
 }
@@ -432,6 +431,13 @@ main() {
     trap 'exit 130' INT TERM
     work=$(mktemp -d)
     chmod 755 "$work"
+    # Many copies are made of them; what a debugger needs is most of a program that was not built for release.
+    if command -v strip >/dev/null; then
+        mkdir "$work/bin"
+        strip --strip-debug -o "$work/bin/twistlockd" "$bin/twistlockd"
+        strip --strip-debug -o "$work/bin/twistcli" "$bin/twistcli"
+        bin=$work/bin
+    fi
     step "three hosts are made"
     make_hosts
     refusals
