@@ -367,13 +367,24 @@ replace() {
     [ -n "$(on h3 find /var/lib -maxdepth 1 -name 'twistlock.removed-*')" ] || fail "the data of the removed node was not set aside"
 }
 
+# The number of the host that is PRIMARY; the ids of members are another matter: h3 has got a new one.
+find_primary() {
+    for primary in 1 2 3; do
+        # There is none on a host where nothing is installed (any more).
+        output=$(on "h$primary" twistcli ha status --json) || true
+        if grep -q '"role" *: *"PRIMARY"' <<<"$output"; then
+            return
+        fi
+    done
+    fail "no host is PRIMARY"
+}
+
 upgrade() {
     step "an upgrade of the PRIMARY moves the role first"
     expect 0 on h1 "$root/scripts/install.sh" -sj --program "$bin" --config "$root/twistlock.cfg.example" console
     says "the role moves to another member first"
     wait_for "three members, all up" healthy
-    expect 0 on h1 twistcli ha status --json
-    primary=$(grep -o '"primary"[: ]*[0-9]*' <<<"$output" | grep -o '[0-9]*$')
+    find_primary
     [ "$primary" != 1 ] || fail "h1 is still PRIMARY"
     tag after-the-upgrade
     on_all after-the-upgrade h1
@@ -398,6 +409,8 @@ package() {
     step "h3 goes on with the Debian package"
     expect 0 on h3 dpkg -i "$deb"
     expect 0 on h3 systemctl enable --now twistlockd
+    # h3 may have been PRIMARY before it was uninstalled.
+    find_primary
     wait_for "three members, all up" healthy
     on h3 readlink "/proc/$(on h3 systemctl show -p MainPID --value twistlockd)/exe" | grep -qx /usr/bin/twistlockd ||
         fail "the package's program does not run"
@@ -407,9 +420,12 @@ package() {
     step "its upgrade moves the role first"
     expect 0 on "h$primary" twistcli ha switchover --to h3
     wait_for "three members, all up" healthy
+    find_primary
+    [ "$primary" = 3 ] || fail "h3 is not PRIMARY after the switchover"
     before=$(on h3 systemctl show -p MainPID --value twistlockd)
     expect 0 on h3 dpkg -i "$deb"
     says "the role moves to another member first"
+    find_primary
     wait_for "another process" on h3 bash -c "[ \"\$(systemctl show -p MainPID --value twistlockd)\" != $before ]"
     wait_for "three members, all up" healthy
 
