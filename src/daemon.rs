@@ -28,7 +28,7 @@ use twistlock_ha::{
     guard::PortGuard,
     join::Kit,
     node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
-    peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity},
+    peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
     recover, snapshot,
     storage::{
@@ -218,7 +218,7 @@ impl Parts {
         let peers = PeerIdentity {
             me: self.identity.node,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            membership: self.handle.membership(),
+            roster: Roster::new(self.handle.editions()),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
             tls,

@@ -16,7 +16,7 @@ use twistlock_ha::{
     found,
     join::{self, Host, Newcomer, Stage},
     node::{Status, SyncProgress},
-    peer::PeerIdentity,
+    peer::{Edition, PeerIdentity, Roster},
     pki::NodeTls,
     snapshot,
     storage::{DataDir, DataDirError},
@@ -98,14 +98,16 @@ async fn fetch(
     progress: &watch::Sender<Option<SyncProgress>>,
 ) -> Result<()> {
     let tls = NodeTls::load(&data.join("certificates")).context("load the certificates of this node")?;
-    let (_members, membership) = watch::channel(Arc::new(newcomer.membership.clone()));
+    // Index 0: whatever a member says about itself is newer.
+    let edition = Edition { index: 0, membership: Arc::new(newcomer.membership.clone()) };
+    let (_editions, editions) = watch::channel(edition);
     let (_settings, tls) = watch::channel(Arc::new(tls));
     // Nobody calls a host that does not listen.
     let (snapshots, _) = mpsc::channel(1);
     let identity = PeerIdentity {
         me: newcomer.node,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        membership,
+        roster: Roster::new(editions),
         bind: config.bind_address,
         terms: lease_terms(config),
         tls,

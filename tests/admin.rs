@@ -274,9 +274,13 @@ fn members_move_pause_and_leave() {
         pending(founder.ask(&token, &host(number)).unwrap());
     }
     founder.wait(admin.apply("admin")).unwrap();
+    let before = founder.handle.editions().borrow().index;
     let moved = admin.readdress("host3", None, Some("127.0.0.33".to_owned()), None, "admin");
     founder.wait(moved).unwrap();
     assert_eq!(founder.handle.membership().borrow().get(3).unwrap().address, "127.0.0.33");
+    // What the links tell the others: which membership it is, too.
+    let edition = founder.handle.editions().borrow().clone();
+    assert!(edition.index > before && edition.membership == *founder.handle.membership().borrow());
     let same = admin.readdress("3", None, None, Some(8086), "admin");
     assert!(founder.refused(same).contains("already"));
     let taken = admin.readdress("host3", Some("host2".to_owned()), None, None, "admin");

@@ -11,6 +11,7 @@ use tracing::{error, info, warn};
 use super::{Exit, driver::Driver, lease::boottime};
 use crate::{
     cluster::{self, Change, Configured, Membership, NodeId, membership::MAX_ENCODED},
+    peer::Edition,
     storage::configuration::Configuration,
 };
 
@@ -122,7 +123,10 @@ impl Driver {
             let why = "it was removed from the cluster by the administrator; run the join script to come back";
             self.told_removed(why.to_owned());
         }
-        self.members.send_replace(Arc::new(membership));
+        let membership = Arc::new(membership);
+        let index = self.config.configuration.index;
+        self.editions.send_replace(Edition { index, membership: membership.clone() });
+        self.members.send_replace(membership);
         self.follow_pause();
     }
 

@@ -11,7 +11,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     cluster::{Cause, Cluster, Membership, NodeId, Output, Phase, command::CONSOLE_DATABASE, role::Transition},
-    peer::{Links, PeerEvent},
+    peer::{Edition, Links, PeerEvent},
     storage::{
         ReplicateError, database,
         raft_log::{Pending, RaftLog},
@@ -57,6 +57,8 @@ pub(super) struct Driver {
     pub changes: Changes,
     /// The membership in force, for whoever follows it.
     pub members: watch::Sender<Arc<Membership>>,
+    /// The same with its raft index.
+    pub editions: watch::Sender<Edition>,
     /// Who can give this node the whole database, while it needs that.
     pub restorer: watch::Sender<Option<NodeId>>,
     /// Why this node is no member any more.

@@ -30,7 +30,7 @@ pub use status::{MemberStatus, Status, SyncProgress};
 
 use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing},
-    peer::{LinkSender, Links},
+    peer::{Edition, LinkSender, Links},
     storage::{
         configuration::Configuration,
         database::Database,
@@ -88,6 +88,7 @@ pub struct Handle {
     sender: Sender,
     status: watch::Receiver<Arc<Status>>,
     membership: watch::Receiver<Arc<Membership>>,
+    editions: watch::Receiver<Edition>,
     restore: watch::Receiver<Option<NodeId>>,
 }
 
@@ -100,6 +101,11 @@ impl Handle {
     /// The membership in force; changes can be awaited.
     pub fn membership(&self) -> watch::Receiver<Arc<Membership>> {
         self.membership.clone()
+    }
+
+    /// The same with its raft index, for the links.
+    pub fn editions(&self) -> watch::Receiver<Edition> {
+        self.editions.clone()
     }
 
     /// The member that can give this node the whole database, while it needs that: its raft log is too far behind those of
@@ -189,7 +195,9 @@ pub fn spawn(
     let start = cluster::Start { membership, membership_index, conf_index, applied };
     let cluster = Cluster::new(&start, config.node, config.timing, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
-    let (members, membership) = watch::channel(Arc::new(membership.clone()));
+    let membership = Arc::new(membership.clone());
+    let (editions, edition) = watch::channel(Edition { index: membership_index, membership: membership.clone() });
+    let (members, membership) = watch::channel(membership);
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
@@ -208,6 +216,7 @@ pub fn spawn(
         waiting: Waiting::default(),
         changes: Changes::default(),
         members,
+        editions,
         restorer,
         removed: None,
         paused_ignored: false,
@@ -219,7 +228,7 @@ pub fn spawn(
     };
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status, membership, restore }, thread))
+    Ok((Handle { sender, status, membership, editions: edition, restore }, thread))
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.

@@ -15,13 +15,13 @@ use tracing::{debug, info, warn};
 
 use super::{
     PeerIdentity, SnapshotCall,
-    codec::{CodecError, Frame, Hello, HelloReply, PROTOCOL_VERSION, Purpose, Refusal, RefusalCode},
+    codec::{CodecError, Frame, Hello, HelloReply, PROTOCOL_VERSION, Purpose, Reached, Refusal, RefusalCode},
     hello::{Complaints, HANDSHAKE, Subject, certified, explain, read_frame, shortened, tune, write_frame},
     link::Established,
     links::{Handover, LinkSender},
     twins::Twins,
 };
-use crate::{cluster::NodeId, cluster::command::FORMAT_VERSION};
+use crate::cluster::{NodeId, command::FORMAT_VERSION, membership::check_host};
 
 /// Handshakes under way at one time; the next ones wait in the kernel.
 const HANDSHAKES: usize = 16;
@@ -117,7 +117,7 @@ impl Call {
         };
         let acceptor = TlsAcceptor::from(self.identity.tls.borrow().server.clone());
         let mut stream = acceptor.accept(stream).await.map_err(failed)?;
-        let cluster = self.identity.membership.borrow().cluster;
+        let cluster = self.identity.roster.cluster();
         let caller = certified(cluster, stream.get_ref().1.peer_certificates());
         let hello = read_frame(&mut stream).await.map_err(failed)?;
         let verdict = match &caller {
@@ -176,7 +176,13 @@ impl Call {
         self.check_terms(certified, &hello).map_err(Refusal::other)?;
         self.check_member(hello.from)?;
         match hello.purpose {
-            Purpose::Link => self.check_link(hello.from, hello.incarnation),
+            Purpose::Link => {
+                let welcome = self.check_link(hello.from, hello.incarnation)?;
+                if let Some(reached) = hello.reached {
+                    self.identity.roster.hear(hello.from, reached);
+                }
+                Ok(welcome)
+            }
             Purpose::Snapshot => {
                 let busy = |_| Refusal {
                     code: RefusalCode::Busy,
@@ -190,7 +196,7 @@ impl Call {
     /// Whether the two understand each other and mean each other.
     fn check_terms(&self, certified: NodeId, hello: &Hello) -> Result<(), String> {
         let Hello { cluster, from, to, data_format, terms, .. } = *hello;
-        let ours = self.identity.membership.borrow().cluster;
+        let ours = self.identity.roster.cluster();
         if cluster != ours {
             return Err(format!("the caller is of cluster {cluster}, this is cluster {ours}"));
         }
@@ -213,11 +219,18 @@ impl Call {
                 terms.lease_ms, terms.promise_ms, own.lease_ms, own.promise_ms
             ));
         }
-        Ok(())
+        match &hello.reached {
+            Some(Reached { address, port, .. }) => {
+                let name = format!("node-{from}");
+                let odd = |error| format!("the caller says where it is reached, but {error}");
+                check_host(&name, address, *port).map_err(odd)
+            }
+            None => Ok(()),
+        }
     }
 
     fn check_member(&self, from: NodeId) -> Result<(), Refusal> {
-        let ours = self.identity.membership.borrow();
+        let ours = self.identity.roster.membership();
         if let Some(removed) = ours.removed(from) {
             // A time that no calendar has is shown as the number that it is.
             let at = i64::try_from(removed.at).ok().and_then(|at| jiff::Timestamp::from_second(at).ok());

@@ -19,6 +19,8 @@ pub const MAX_FRAME: usize = 4 << 20;
 pub const MAX_ENTRIES: usize = 4096;
 /// Longest program version, in bytes.
 pub const MAX_VERSION: usize = 64;
+/// Longest address that a caller says, in bytes: that of a DNS name, as in the membership.
+pub const MAX_ADDRESS: usize = 253;
 /// Longest reason of a refusal, in bytes: a sentence and the name of a host.
 pub const MAX_REASON: usize = 512;
 /// Longest context of a message or an entry, in bytes: a change of the membership carries all of it in its entry.
@@ -70,6 +72,17 @@ pub struct Hello {
     pub incarnation: u64,
     /// Program version, for people.
     pub version: String,
+    /// Where the caller is reached; none if it does not know itself as a member.
+    pub reached: Option<Reached>,
+}
+
+/// Where a node is reached by its own membership, which may be newer than that of whom it calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reached {
+    pub address: String,
+    pub port: u16,
+    /// Raft index of the entry that made that membership.
+    pub index: u64,
 }
 
 /// What a connection is for.
@@ -329,6 +342,12 @@ fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
     });
     writer.u64(hello.incarnation);
     writer.bytes(hello.version.as_bytes(), MAX_VERSION, "program version")?;
+    writer.0.push(u8::from(hello.reached.is_some()));
+    if let Some(Reached { address, port, index }) = &hello.reached {
+        writer.bytes(address.as_bytes(), MAX_ADDRESS, "address")?;
+        writer.0.extend_from_slice(&port.to_le_bytes());
+        writer.u64(*index);
+    }
     writer.finish()
 }
 
@@ -354,7 +373,13 @@ fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError> {
         },
         incarnation: reader.u64()?,
         version: reader.text(MAX_VERSION)?,
+        reached: if reader.bool()? { Some(decode_reached(reader)?) } else { None },
     })
+}
+
+fn decode_reached(reader: &mut Reader<'_>) -> Result<Reached, CodecError> {
+    let address = reader.text(MAX_ADDRESS)?;
+    Ok(Reached { address, port: u16::from_le_bytes(reader.array()?), index: reader.u64()? })
 }
 
 fn encode_reply(reply: &HelloReply) -> Result<Vec<u8>, CodecError> {

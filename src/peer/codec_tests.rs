@@ -56,8 +56,11 @@ fn message() -> impl Strategy<Value = Message> {
 
 fn hello() -> impl Strategy<Value = Hello> {
     let purpose = prop_oneof![Just(Purpose::Link), Just(Purpose::Snapshot)];
-    (any::<u128>(), any::<[u64; 3]>(), any::<u8>(), any::<[u32; 2]>(), purpose, "[0-9a-z.-]{0,64}").prop_map(
-        |(cluster, [from, to, incarnation], data_format, [lease_ms, promise_ms], purpose, version)| Hello {
+    let reached = proptest::option::of(("[0-9a-z.:-]{0,253}", any::<u16>(), any::<u64>()));
+    let reached = reached.prop_map(|reached| reached.map(|(address, port, index)| Reached { address, port, index }));
+    let texts = ("[0-9a-z.-]{0,64}", reached);
+    (any::<u128>(), any::<[u64; 3]>(), any::<u8>(), any::<[u32; 2]>(), purpose, texts).prop_map(
+        |(cluster, [from, to, incarnation], data_format, [lease_ms, promise_ms], purpose, (version, reached))| Hello {
             protocol: PROTOCOL_VERSION,
             cluster: ClusterId(cluster),
             from,
@@ -67,6 +70,7 @@ fn hello() -> impl Strategy<Value = Hello> {
             purpose,
             incarnation,
             version,
+            reached,
         },
     )
 }
@@ -180,10 +184,9 @@ fn messages_that_raft_keeps_to_itself_do_not_travel() {
     }
 }
 
-#[test]
-fn another_version_of_the_protocol_names_itself() {
-    let hello = Hello {
-        protocol: 7,
+fn plain_hello() -> Hello {
+    Hello {
+        protocol: PROTOCOL_VERSION,
         cluster: ClusterId(1),
         from: 1,
         to: 2,
@@ -192,7 +195,31 @@ fn another_version_of_the_protocol_names_itself() {
         purpose: Purpose::Link,
         incarnation: 5,
         version: "9.9".to_owned(),
-    };
+        reached: None,
+    }
+}
+
+#[test]
+fn every_address_of_a_member_fits_into_a_hello_and_no_longer_one() {
+    use crate::cluster::membership::check_host;
+    let reached = |length| Reached { address: "x".repeat(length), port: 1, index: 1 };
+    let encode = |length| encode_hello(&Hello { reached: Some(reached(length)), ..plain_hello() });
+    assert!(check_host("n", &reached(MAX_ADDRESS).address, 1).is_ok());
+    assert!(check_host("n", &reached(MAX_ADDRESS + 1).address, 1).is_err());
+    assert_eq!(encode(MAX_ADDRESS + 1), Err(TooLarge("address")));
+    let mut bytes = encode(MAX_ADDRESS).unwrap().split_off(LENGTH);
+    // Length, address, port and index are the end.
+    let at = bytes.len() - 8 - 2 - MAX_ADDRESS - 4;
+    assert_eq!(bytes[at - 1], 1);
+    bytes[at..at + 4].copy_from_slice(&(MAX_ADDRESS as u32 + 1).to_le_bytes());
+    assert_eq!(Frame::decode(&bytes), Err(Malformed("byte string too long")));
+    bytes[at - 1] = 2;
+    assert_eq!(Frame::decode(&bytes), Err(Malformed("neither true nor false")));
+}
+
+#[test]
+fn another_version_of_the_protocol_names_itself() {
+    let hello = Hello { protocol: 7, ..plain_hello() };
     let bytes = Frame::Hello(hello).encode().unwrap();
     assert_eq!(Frame::decode(&bytes[LENGTH..]), Err(CodecError::Version(7)));
 }

@@ -149,7 +149,7 @@ async fn handshake(
     tune(&stream, purpose).map_err(failed)?;
     let connector = TlsConnector::from(identity.tls.borrow().client.clone());
     let mut stream = connector.connect(NodeTls::peer_name(), stream).await.map_err(failed)?;
-    let cluster = identity.membership.borrow().cluster;
+    let cluster = identity.roster.cluster();
     let node = certified(cluster, stream.get_ref().1.peer_certificates()).map_err(Failure::refused)?;
     if node != member.id {
         let reason = format!("the certificate there is of node {node}, expected is node {}", member.id);
@@ -165,6 +165,7 @@ async fn handshake(
         purpose,
         incarnation: *INCARNATION,
         version: identity.version.clone(),
+        reached: identity.roster.own(identity.me),
     };
     // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert
     // waiting that says why, so the answer is read in any case.

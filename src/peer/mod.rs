@@ -9,7 +9,8 @@
 //! heartbeats and commits take no hop through a runtime and do not suffer from what else runs there.
 //!
 //! Both halves follow the membership. [`run`] watches it and dials whom it names; the loop calls [`Links::set_peers`]. Either
-//! may be first: who is not in both is refused, or waits.
+//! may be first: who is not in both is refused, or waits. A caller says where it is reached by its own membership: a node
+//! that has missed the change of an address dials what it was told until it has caught up ([`Roster`]).
 //!
 //! # Dead processes
 //! A process that is killed loses all links at once, without TLS close_notify, and its host's kernel then answers
@@ -30,6 +31,7 @@ mod dial;
 mod hello;
 mod link;
 mod links;
+mod roster;
 mod twins;
 
 use std::{
@@ -48,12 +50,13 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 pub use self::{
-    codec::{LeaseTerms, NodeReport, Purpose, Refusal, RefusalCode},
+    codec::{LeaseTerms, NodeReport, Purpose, Reached, Refusal, RefusalCode},
     connect::{OpenError, open_stream},
     links::{LinkSender, Links, LinksConfig, PeerEvent},
+    roster::{Edition, Roster},
 };
 use crate::{
-    cluster::{Member, Membership, NodeId},
+    cluster::{Member, NodeId},
     pki::NodeTls,
 };
 
@@ -65,8 +68,8 @@ pub struct PeerIdentity {
     pub me: NodeId,
     /// Program version, told to the others.
     pub version: String,
-    /// The cluster, and all members with the addresses to dial, this node included. Its changes are followed.
-    pub membership: watch::Receiver<Arc<Membership>>,
+    /// The cluster, and all members with the addresses to dial. Its changes are followed.
+    pub roster: Roster,
     /// The address that this node dials from; any if none.
     pub bind: Option<IpAddr>,
     /// This node's spans; callers whose spans do not fit are refused.
@@ -107,7 +110,7 @@ pub async fn run(
     sender: LinkSender,
     mut shutdown: watch::Receiver<bool>,
 ) -> io::Result<()> {
-    let expected = (identity.membership.borrow().cluster, identity.me);
+    let expected = (identity.roster.cluster(), identity.me);
     let (cluster, node) = identity.tls.borrow().identity;
     if (cluster, node) != expected {
         let text = format!(
@@ -121,16 +124,19 @@ pub async fn run(
     let complaints = Arc::new(hello::Complaints::default());
     let mut accepting = JoinSet::new();
     accepting.spawn(accept::run(listener, identity.clone(), sender.clone(), complaints.clone()));
+    let (mut editions, mut told) = identity.roster.changes();
     let mut diallers = Diallers { dialled: BTreeMap::new(), tasks: JoinSet::new(), identity, sender, complaints };
-    let mut membership = diallers.identity.membership.clone();
     // Neither the tasks nor the membership have an end of their own; an error of `shutdown` only says that nobody can ask
     // for the end any more.
     let follow = async {
         loop {
-            let members = membership.borrow_and_update().clone();
-            diallers.follow(&members);
-            if membership.changed().await.is_err() {
-                std::future::pending::<()>().await;
+            editions.mark_unchanged();
+            told.mark_unchanged();
+            diallers.follow();
+            tokio::select! {
+                Ok(()) = editions.changed() => {}
+                Ok(()) = told.changed() => {}
+                else => std::future::pending().await,
             }
         }
     };
@@ -154,22 +160,23 @@ struct Diallers {
 
 impl Diallers {
     /// Dials all other members at the addresses that they have now, and nobody else.
-    fn follow(&mut self, membership: &Membership) {
+    fn follow(&mut self) {
+        let members = self.identity.roster.others(self.identity.me);
         // Those that were stopped at earlier changes.
         while self.tasks.try_join_next().is_some() {}
         let place = |member: &Member| (member.name.clone(), member.address.clone(), member.port);
         self.dialled.retain(|id, (member, task)| {
-            let stays = membership.get(*id).is_some_and(|now| place(now) == place(member));
+            let stays = members.iter().any(|now| now.id == *id && place(now) == place(member));
             if !stays {
                 task.abort();
             }
             stays
         });
-        for member in &membership.members {
-            if member.id != self.identity.me && !self.dialled.contains_key(&member.id) {
+        for member in members {
+            if !self.dialled.contains_key(&member.id) {
                 let (identity, sender) = (self.identity.clone(), self.sender.clone());
                 let task = self.tasks.spawn(dial::run(member.clone(), identity, sender, self.complaints.clone()));
-                self.dialled.insert(member.id, (member.clone(), task));
+                self.dialled.insert(member.id, (member, task));
             }
         }
     }

@@ -57,7 +57,7 @@ pub async fn fetch(
     let start = Instant::now();
     let attempt = async {
         let mut stream = open_stream(identity, member, Purpose::Snapshot).await?;
-        let cluster = identity.membership.borrow().cluster;
+        let cluster = identity.roster.cluster();
         receive(&mut stream, cluster, data, progress).await
     };
     let result = attempt.await;

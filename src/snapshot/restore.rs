@@ -29,7 +29,7 @@ pub async fn restore(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
     loop {
         // An error means that the node has ended.
         let Ok(from) = wanted.wait_for(Option::is_some).await.map(|from| *from) else { return };
-        let Some(member) = source(&handle, from, me) else {
+        let Some(member) = source(&handle, &identity, from) else {
             sleep(PAUSE.0).await;
             continue;
         };
@@ -57,11 +57,11 @@ pub async fn restore(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
 }
 
 /// Whom to ask: whoever is primary now, or else who was when the need was found out.
-fn source(handle: &Handle, from: Option<NodeId>, me: NodeId) -> Option<Member> {
+fn source(handle: &Handle, identity: &PeerIdentity, from: Option<NodeId>) -> Option<Member> {
     let status = handle.status();
-    let primary = status.borrow().primary.filter(|primary| *primary != me).or(from)?;
-    let membership = handle.membership();
-    membership.borrow().get(primary).cloned()
+    let primary = status.borrow().primary.filter(|primary| *primary != identity.me).or(from)?;
+    // Not by the membership alone: this node may be too far behind to know that the primary has moved.
+    identity.roster.member(primary)
 }
 
 fn give_up(handle: &Handle, member: &Member, me: NodeId, error: &FetchError) {

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use twistlock_ha::{
     cluster::{ClusterId, Member, Membership, NodeId, Role},
     peer::{
-        self, LeaseTerms, Links, LinksConfig, NodeReport, PeerEvent, Refusal, RefusalCode,
+        self, LeaseTerms, Links, LinksConfig, NodeReport, PeerEvent, Reached, Refusal, RefusalCode,
         codec::{Frame, Hello, HelloReply},
     },
     pki::Authority,
@@ -269,6 +269,10 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
     let foreign = certificates(&Authority::load(ClusterId(8), home.path()).unwrap(), 2);
     let stranger = certificates(&authority, 9);
     let second = dirs[1].path();
+    let reached = |address: &str, port| {
+        let reached = Some(Reached { address: address.to_owned(), port, index: 9 });
+        Hello { reached, ..good.clone() }
+    };
     let cases = [
         (second, Hello { cluster: ClusterId(8), ..good.clone() }, "the caller is of cluster"),
         (second, Hello { protocol: 2, ..good.clone() }, "protocol version 2"),
@@ -277,6 +281,8 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
         (second, Hello { terms: LeaseTerms { promise_ms: 449, ..TERMS }, ..good.clone() }, "a promise of 449 ms"),
         (second, Hello { from: 3, ..good.clone() }, "the caller says that it is node 3"),
         (second, Hello { to: 2, ..good.clone() }, "the caller wants node 2"),
+        (second, reached("a b", 1), "is neither a host name nor an IP address"),
+        (second, reached("192.0.2.2", 0), "the caller says where it is reached, but port 0"),
         (foreign.path(), good.clone(), "the certificate is of cluster"),
         (stranger.path(), Hello { from: 9, ..good.clone() }, "node 9 is not another member"),
     ];
@@ -364,7 +370,7 @@ fn a_certificate_of_another_node_is_refused_at_the_start() {
     let (membership, mut listeners) = members(12, 2);
     let dir = certificates(&authority, 2);
     let (_links, sender) = Links::new(LinksConfig::new(1, vec![2])).unwrap();
-    let Around { identity, .. } = Around::new(1, &membership, None, dir.path());
+    let Around { identity, .. } = Around::new(1, node::first(&membership), None, dir.path());
     let (_stop, stopped) = watch::channel(false);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let result = runtime.block_on(peer::run(listeners.remove(0), Arc::new(identity), sender, stopped));

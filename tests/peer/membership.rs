@@ -15,14 +15,14 @@ use twistlock_ha::{
         membership::{Change, Newcomer, Request},
     },
     peer::{
-        self, OpenError, PeerEvent, Purpose, Refusal, RefusalCode,
+        self, Edition, OpenError, PeerEvent, Purpose, Refusal, RefusalCode,
         codec::{Frame, HelloReply},
     },
     pki::{Authority, NodeTls},
 };
 
 use crate::node::{
-    Around, CLUSTER, Do, Node, address, append, authority, call, certificates, cluster, hello, members, message,
+    Around, CLUSTER, Do, Node, address, append, authority, call, certificates, cluster, first, hello, members, message,
 };
 
 /// The membership after a host was admitted: a member without a vote.
@@ -71,10 +71,10 @@ fn a_member_that_is_added_later_is_linked_both_ways() {
     let mut third = Node::start(3, &all, listener, dirs[2].path());
     third.log.wait_for(&["WARN", "node 3 is not another member of this cluster (yet)"], 2);
     nodes[0].know(&all);
-    nodes[1].members.send_replace(Arc::new(all.clone()));
+    nodes[1].dial(&all);
     nodes[1].log.wait_for(&["refused a link", "node 3 is not another member"], 1);
     assert!(nodes.iter_mut().all(|node| node.events.try_recv().is_err()), "no link with half a member");
-    nodes[0].members.send_replace(Arc::new(all.clone()));
+    nodes[0].dial(&all);
     nodes[1].know(&all);
     let start = Instant::now();
     third.wait_linked(&[1, 2]);
@@ -159,6 +159,51 @@ fn a_change_of_address_is_followed() {
     nodes.iter_mut().for_each(|node| node.end(Do::Stop));
 }
 
+/// Two members, of which the first one has moved: it, with the membership that says so, and the second one, which was away
+/// at that time and still looks for it where it was.
+fn moved_and_behind(net: u8) -> (Membership, [Node; 2], Vec<TempDir>) {
+    let authority = authority(CLUSTER);
+    let (membership, mut listeners) = members(net, 2);
+    let dirs: Vec<_> = (1..=2).map(|id| certificates(&authority, id)).collect();
+    let stays = listeners.pop().unwrap();
+    drop(listeners); // nobody listens at the old address of the first one
+    let listener = peer::listen(SocketAddr::new([127, 77, net, 9].into(), 0)).unwrap();
+    let to = listener.local_addr().unwrap();
+    let change = Change::Readdress { node: 1, name: "moved".into(), address: to.ip().to_string(), port: to.port() };
+    let moved = membership.changed(&change, 1).unwrap();
+    let second = Node::start(2, &membership, stays, dirs[1].path());
+    second.log.wait_for(&["peer=1", "cannot reach this node"], 1);
+    let edition = Edition { index: 5, membership: Arc::new(moved.clone()) };
+    let first = Node::start_with(1, edition, listener, dirs[0].path());
+    (moved, [first, second], dirs)
+}
+
+#[test]
+fn a_node_that_missed_a_change_of_address_is_linked_with_the_moved_member_both_ways() {
+    let (moved, mut nodes, dirs) = moved_and_behind(20);
+    nodes.iter_mut().zip([2, 1]).for_each(|(node, other)| node.wait_linked(&[other]));
+    nodes[1].log.wait_for(&["linked", "peer=1", &address(&moved, 1).to_string()], 1);
+    assert_eq!(nodes[1].log.count(&["is reached at another address, as it says"]), 1);
+    // As raft brings a node up to date: the entry that it lacks, and its answer.
+    nodes[0].order(Do::Send(vec![append(1, 2, 5, 100)]));
+    nodes[1].wait("entry", |event| matches!(event, PeerEvent::Raft(message) if message.index == 5));
+    nodes[1].order(Do::Send(vec![message(MessageType::MsgAppendResponse, 2, 1, 5)]));
+    nodes[0].wait("answer", |event| matches!(event, PeerEvent::Raft(message) if message.index == 5));
+    // It has caught up, and so its own membership counts again, which has learnt of one more move.
+    nodes[0].end(Do::Stop);
+    nodes[1].wait("end", |event| matches!(event, PeerEvent::Down { peer: 1, .. }));
+    nodes[1].seen.clear();
+    let listener = peer::listen("127.77.20.8:0".parse().unwrap()).unwrap();
+    let to = listener.local_addr().unwrap();
+    let change = Change::Readdress { node: 1, name: "again".into(), address: to.ip().to_string(), port: to.port() };
+    let again = Arc::new(moved.changed(&change, 1).unwrap());
+    nodes[1].editions.send_replace(Edition { index: 6, membership: again });
+    nodes[0] = Node::start_with(1, Edition { index: 5, membership: Arc::new(moved) }, listener, dirs[0].path());
+    nodes[1].wait_linked(&[1]);
+    nodes[1].log.wait_for(&["linked", "name=\"again\"", &to.to_string()], 1);
+    nodes.iter_mut().for_each(|node| node.end(Do::Stop));
+}
+
 #[test]
 fn new_certificates_are_used_from_the_next_handshake_on() {
     let authority = authority(CLUSTER);
@@ -186,7 +231,7 @@ fn a_stream_for_a_snapshot_goes_to_who_takes_it() {
     let address = listener.local_addr().unwrap();
     let all = joined(&membership, 3, address);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let Around { identity, .. } = Around::new(3, &all, Some(address.ip()), dirs[2].path());
+    let Around { identity, .. } = Around::new(3, first(&all), Some(address.ip()), dirs[2].path());
     let primary = all.get(1).unwrap();
     let open = || runtime.block_on(peer::open_stream(&identity, primary, Purpose::Snapshot));
     let refused = |result: Result<_, OpenError>| match result.map(|_: tokio_rustls::client::TlsStream<_>| ()) {
@@ -196,7 +241,7 @@ fn a_stream_for_a_snapshot_goes_to_who_takes_it() {
     let stranger = refused(open());
     assert!(stranger.reason.contains("node 3 is not another member") && stranger.code == RefusalCode::Other);
     // Links are not needed for it: the handshakes alone know of the member.
-    nodes[0].members.send_replace(Arc::new(all.clone()));
+    nodes[0].dial(&all);
     let mut stream = open().unwrap();
     let busy = refused(open());
     assert_eq!((busy.code, busy.reason.contains("try again")), (RefusalCode::Busy, true), "{busy}");
@@ -216,7 +261,7 @@ fn a_stream_for_a_snapshot_goes_to_who_takes_it() {
     });
     drop(open().unwrap());
     let gone = Change::Remove { node: 3, at: 0, force: false };
-    nodes[0].members.send_replace(Arc::new(all.changed(&gone, 1).unwrap()));
+    nodes[0].dial(&all.changed(&gone, 1).unwrap());
     let removed = refused(open());
     assert!(removed.code == RefusalCode::Removed && removed.reason.contains("removed from the cluster"), "{removed}");
     let nobody = Member { port: 1, ..primary.clone() };

@@ -19,7 +19,8 @@ use tracing::Dispatch;
 use twistlock_ha::{
     cluster::{ClusterId, Member, Membership, NodeId, command::FORMAT_VERSION},
     peer::{
-        self, LeaseTerms, LinkSender, Links, LinksConfig, NodeReport, PeerEvent, PeerIdentity, Purpose, SnapshotCall,
+        self, Edition, LeaseTerms, LinkSender, Links, LinksConfig, NodeReport, PeerEvent, PeerIdentity, Purpose,
+        Roster, SnapshotCall,
         codec::{Frame, Hello, HelloReply, PROTOCOL_VERSION},
     },
     pki::{Authority, NodeTls},
@@ -104,29 +105,34 @@ pub enum Do {
     Crash,
 }
 
+/// The membership that a cluster begins with.
+pub fn first(membership: &Membership) -> Edition {
+    Edition { index: 1, membership: Arc::new(membership.clone()) }
+}
+
 /// What a node knows of the others, how it learns of changes, and where calls for snapshots go. One at a time.
 pub struct Around {
     pub identity: PeerIdentity,
-    pub members: watch::Sender<Arc<Membership>>,
+    pub editions: watch::Sender<Edition>,
     pub snapshots: tokio::sync::mpsc::Receiver<SnapshotCall>,
     pub tls: watch::Sender<Arc<NodeTls>>,
 }
 
 impl Around {
-    pub fn new(me: NodeId, membership: &Membership, bind: Option<IpAddr>, certificates: &Path) -> Self {
-        let members = watch::Sender::new(Arc::new(membership.clone()));
+    pub fn new(me: NodeId, edition: Edition, bind: Option<IpAddr>, certificates: &Path) -> Self {
+        let editions = watch::Sender::new(edition);
         let (snapshot_sender, snapshots) = tokio::sync::mpsc::channel(1);
         let tls = watch::Sender::new(Arc::new(NodeTls::load(certificates).unwrap()));
         let identity = PeerIdentity {
             me,
             version: "1.2.3".to_owned(),
-            membership: members.subscribe(),
+            roster: Roster::new(editions.subscribe()),
             bind,
             terms: TERMS,
             tls: tls.subscribe(),
             snapshots: snapshot_sender,
         };
-        Self { identity, members, snapshots, tls }
+        Self { identity, editions, snapshots, tls }
     }
 }
 
@@ -139,7 +145,7 @@ pub struct Node {
     pub wake: LinkSender,
     pub stop: watch::Sender<bool>,
     pub log: Log,
-    pub members: watch::Sender<Arc<Membership>>,
+    pub editions: watch::Sender<Edition>,
     pub snapshots: tokio::sync::mpsc::Receiver<SnapshotCall>,
     pub tls: watch::Sender<Arc<NodeTls>>,
     pub links: Option<JoinHandle<()>>,
@@ -148,6 +154,10 @@ pub struct Node {
 
 impl Node {
     pub fn start(me: NodeId, membership: &Membership, listener: TcpListener, certificates: &Path) -> Self {
+        Self::start_with(me, first(membership), listener, certificates)
+    }
+
+    pub fn start_with(me: NodeId, edition: Edition, listener: TcpListener, certificates: &Path) -> Self {
         let log = Log::default();
         let writer = log.clone();
         let subscriber = tracing_subscriber::fmt()
@@ -156,7 +166,7 @@ impl Node {
             .with_writer(move || writer.clone())
             .finish();
         let dispatch = Dispatch::new(subscriber);
-        let peers = membership.members.iter().map(|member| member.id).filter(|id| *id != me).collect();
+        let peers = edition.membership.members.iter().map(|member| member.id).filter(|id| *id != me).collect();
         let config = LinksConfig { bulk_bytes: 80 << 20, ..LinksConfig::new(me, peers) };
         let (mut links, wake) = Links::new(config).unwrap();
         let (orders, inbox) = mpsc::channel();
@@ -166,7 +176,7 @@ impl Node {
             tracing::dispatcher::with_default(&links_dispatch, || drive(&mut links, &inbox, &outbox));
         });
         let bind = Some(listener.local_addr().unwrap().ip());
-        let Around { identity, members, snapshots, tls } = Around::new(me, membership, bind, certificates);
+        let Around { identity, editions, snapshots, tls } = Around::new(me, edition, bind, certificates);
         let (stop, stopped) = watch::channel(false);
         let sender = wake.clone();
         let handshakes = std::thread::spawn(move || {
@@ -176,7 +186,7 @@ impl Node {
             });
         });
         let (links, handshakes) = (Some(links), Some(handshakes));
-        Self { me, events, seen: Vec::new(), orders, wake, stop, log, members, snapshots, tls, links, handshakes }
+        Self { me, events, seen: Vec::new(), orders, wake, stop, log, editions, snapshots, tls, links, handshakes }
     }
 
     pub fn order(&self, order: Do) {
@@ -187,7 +197,13 @@ impl Node {
     /// Both halves follow a change of the membership.
     pub fn follow(&self, membership: &Membership) {
         self.know(membership);
-        self.members.send_replace(Arc::new(membership.clone()));
+        self.dial(membership);
+    }
+
+    /// The handshakes alone follow.
+    pub fn dial(&self, membership: &Membership) {
+        let membership = Arc::new(membership.clone());
+        self.editions.send_modify(|edition| *edition = Edition { index: edition.index + 1, membership });
     }
 
     /// The loop alone follows.
@@ -316,5 +332,6 @@ pub fn hello() -> Hello {
         purpose: Purpose::Link,
         incarnation: 5,
         version: "1.2.3".to_owned(),
+        reached: None,
     }
 }
