@@ -15,7 +15,7 @@ use std::{
     path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,10 @@ pub use switchover::{Check, SwitchoverReport};
 
 use admission::Rejections;
 use attempts::Attempts;
+
+/// How often a change is tried again while another one is under way, and how far apart: one second in all.
+const PATIENCE: u32 = 40;
+const PACE: Duration = Duration::from_millis(25);
 
 /// A future behind a pointer, as traits that are used behind a pointer return it.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -104,6 +108,7 @@ impl From<ChangeError> for AdminError {
     fn from(error: ChangeError) -> Self {
         match error {
             ChangeError::NotPrimary => Self::NotPrimary { primary: None },
+            ChangeError::Busy => Self::Refused(error.to_string()),
             ChangeError::Impossible(why) => Self::Refused(why),
             ChangeError::Unknown(_) => Self::Unknown(format!("{error}; look at the status before you try again")),
         }
@@ -153,8 +158,16 @@ impl Admin {
         Err(AdminError::NotPrimary { primary: name })
     }
 
+    /// Makes a change. The end of an admission is two changes of raft in a row, and the primary gives members their vote by
+    /// itself: that another change is under way is worth a moment's patience.
     async fn change(&self, change: Change) -> Result<Arc<Membership>, AdminError> {
-        self.handle.change(change).await.map_err(|error| match AdminError::from(error) {
+        let mut result = self.handle.change(change.clone()).await;
+        for _ in 0..PATIENCE {
+            let Err(ChangeError::Busy) = result else { break };
+            tokio::time::sleep(PACE).await;
+            result = self.handle.change(change.clone()).await;
+        }
+        result.map_err(|error| match AdminError::from(error) {
             AdminError::NotPrimary { .. } => match self.primary() {
                 Err(error) => error,
                 Ok(_) => AdminError::Refused("the primary role is on its way here: try again".to_owned()),

@@ -238,7 +238,7 @@ impl Worker {
                 return;
             }
             if self.epoch.is_some() && self.epoch != goal.epoch {
-                self.demote();
+                self.demote(&goal);
             } else if self.epoch.is_some() {
                 self.database.note_committed(goal.applied);
             } else if self.behind(&goal) {
@@ -250,17 +250,21 @@ impl Worker {
             } else if let Some(epoch) = goal.epoch.filter(|epoch| *epoch != self.refused) {
                 self.promote(epoch);
             }
-            // Closed is enough: what is behind is applied before the next promotion.
-            if self.epoch.is_none() && goal.demotion != self.reported_demotion {
-                self.reported_demotion = goal.demotion;
-                self.report(DatabaseEvent::Demoted { demotion: goal.demotion });
-            }
+            self.report_demotion(&goal);
             self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
             if goal.snapshots != self.snapshots {
                 self.snapshots = goal.snapshots;
                 self.rest();
             }
             self.checkpoint_if_due();
+        }
+    }
+
+    /// Closed is enough: what is behind is applied before the next promotion.
+    fn report_demotion(&mut self, goal: &Goal) {
+        if self.epoch.is_none() && goal.demotion != self.reported_demotion {
+            self.reported_demotion = goal.demotion;
+            self.report(DatabaseEvent::Demoted { demotion: goal.demotion });
         }
     }
 
@@ -401,19 +405,22 @@ impl Worker {
         }
     }
 
-    fn demote(&mut self) {
+    /// The next primary waits for the closing, not for the reading of a large file behind it.
+    fn demote(&mut self, goal: &Goal) {
         let start = Instant::now();
-        match self.database.demote(start + self.deadline) {
+        let ms = |start: Instant| start.elapsed().as_millis() as u64;
+        if let Err(error) = self.database.close(start + self.deadline) {
+            return self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis()));
+        }
+        let closed_ms = ms(start);
+        self.epoch = None;
+        self.report_demotion(goal);
+        match self.database.reopen() {
             Ok(()) => {
-                let back_at = self.database.applied();
-                info!(
-                    index = back_at,
-                    ms = start.elapsed().as_millis() as u64,
-                    "database closed, raft log is re-applied from its checkpoint"
-                );
-                self.epoch = None;
+                let (index, ms) = (self.database.applied(), ms(start));
+                info!(index, closed_ms, ms, "database closed, raft log is re-applied from its checkpoint");
             }
-            Err(error) => self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis())),
+            Err(error) => self.fatal(format!("go back to the checkpoint of the database: {error}")),
         }
     }
 
@@ -513,7 +520,8 @@ impl Worker {
 
     fn close(&mut self) {
         if self.epoch.is_some() {
-            self.demote();
+            let goal = *lock(&self.shared);
+            self.demote(&goal);
         }
         if self.epoch.is_none() && !self.broken && !self.database.is_empty() {
             self.checkpoint();

@@ -27,6 +27,9 @@ pub enum ChangeError {
     /// It cannot be made; the sentence says why. Nothing was changed.
     #[error("{0}")]
     Impossible(String),
+    /// Nothing was changed; the same may be possible in a moment.
+    #[error("another change of the membership is under way: try again")]
+    Busy,
     /// It was proposed, and the role was lost before its outcome was known: look at the membership.
     #[error("the outcome is unknown: {0}")]
     Unknown(String),
@@ -36,6 +39,7 @@ impl From<cluster::ChangeError> for ChangeError {
     fn from(error: cluster::ChangeError) -> Self {
         match error {
             cluster::ChangeError::NotPrimary => Self::NotPrimary,
+            cluster::ChangeError::Busy => Self::Busy,
             other => Self::Impossible(other.to_string()),
         }
     }

@@ -126,6 +126,10 @@ struct Serving {
 enum State {
     Following(Replica),
     Serving(Serving),
+    /// Between the two: nobody has the database open, and what the file has beyond its checkpoint (up to `touched`) does not count.
+    Closed {
+        touched: u64,
+    },
 }
 
 /// See the module.
@@ -177,6 +181,7 @@ impl Database {
         match &self.state {
             State::Following(replica) => replica.applied,
             State::Serving(serving) => serving.applied,
+            State::Closed { .. } => self.record.index,
         }
     }
 
@@ -195,6 +200,7 @@ impl Database {
         match &self.state {
             State::Following(replica) => replica.table.checksum(),
             State::Serving(serving) => serving.primary.gate.checksum(),
+            State::Closed { .. } => self.record.checksum,
         }
     }
 
@@ -216,7 +222,7 @@ impl Database {
     /// after a checkpoint that found no newer one, not with the checkpoint.
     pub fn wal_bytes(&self) -> u64 {
         match &self.state {
-            State::Following(_) => 0,
+            State::Following(_) | State::Closed { .. } => 0,
             State::Serving(serving) => serving.primary.gate.wal_bytes(),
         }
     }
@@ -226,6 +232,7 @@ impl Database {
         match &self.state {
             State::Following(replica) => replica.table.page_size(),
             State::Serving(serving) => serving.primary.gate.page_size(),
+            State::Closed { .. } => self.record.page_size,
         }
     }
 
@@ -240,7 +247,7 @@ impl Database {
         }
         match &mut self.state {
             State::Following(replica) => Ok(replica),
-            State::Serving(_) => Err(ApplyError::Primary { index }),
+            State::Serving(_) | State::Closed { .. } => Err(ApplyError::Primary { index }),
         }
     }
 
@@ -332,12 +339,12 @@ impl Database {
         }
     }
 
-    /// Fences the gate, waits until nobody has the database open, and goes back to the last checkpoint: feed it the
-    /// entries after [`Database::applied`] again. Does nothing on a secondary.
+    /// Fences the gate and waits until nobody has the database open. From then on another node may serve. The database is of no
+    /// use here before [`Database::reopen`]. Does nothing on a secondary.
     ///
     /// # Errors
-    /// [`DatabaseError::StillOpen`] after the deadline: exit the process. File errors.
-    pub fn demote(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
+    /// [`DatabaseError::StillOpen`] after the deadline: exit the process.
+    pub fn close(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
         self.break_hold();
         let State::Serving(serving) = &mut self.state else {
             return Ok(());
@@ -350,7 +357,29 @@ impl Database {
             return Err(DatabaseError::StillOpen { connections: gate.open_connections() });
         }
         let touched = serving.applied.max(gate.last_index());
-        self.fall_back(touched)
+        self.state = State::Closed { touched };
+        Ok(())
+    }
+
+    /// Goes back to the last checkpoint after [`Database::close`]: feed it the entries after [`Database::applied`] again. Reads
+    /// the whole file.
+    ///
+    /// # Errors
+    /// File errors.
+    pub fn reopen(&mut self) -> Result<(), DatabaseError> {
+        match self.state {
+            State::Closed { touched } => self.fall_back(touched),
+            State::Following(_) | State::Serving(_) => Ok(()),
+        }
+    }
+
+    /// [`Database::close`] and [`Database::reopen`] in one.
+    ///
+    /// # Errors
+    /// Those of the two.
+    pub fn demote(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
+        self.close(deadline)?;
+        self.reopen()
     }
 
     /// Starts again from the last checkpoint; up to `touched` the file may be ahead of it.
@@ -386,6 +415,7 @@ impl Database {
                 let checkpointer = checkpointer.ok_or(DatabaseError::Refused("the database is being closed"))?;
                 checkpoint_wal(&serving.primary.gate, checkpointer)?
             }
+            State::Closed { .. } => (None, false, 0),
         };
         if let Some(record) = record.filter(|record| record.index > self.record.index) {
             if let Err(source) = self.file.sync_all() {
@@ -405,7 +435,7 @@ impl Database {
     /// # Errors
     /// Those of a checkpoint; [`DatabaseError::Refused`] on a secondary, and while readers keep checkpoints from an end.
     pub fn rest(&mut self) -> Result<Resting, DatabaseError> {
-        if matches!(self.state, State::Following(_)) {
+        if !matches!(self.state, State::Serving(_)) {
             return Err(DatabaseError::Refused("only the primary's database file rests between checkpoints"));
         }
         if !self.is_held() {
