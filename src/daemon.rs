@@ -50,6 +50,8 @@ use crate::joining::{self, Outcome};
 const EX_UNAVAILABLE: u8 = 69;
 const EX_IOERR: u8 = 74;
 const EX_TEMPFAIL: u8 = 75;
+/// How long a start may take before the service manager's watchdog ends the process.
+const LONGEST_START: Duration = Duration::from_secs(1800);
 /// File in the data folder that says for how many milliseconds a voter's promise holds.
 const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
@@ -81,7 +83,12 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         }
     }
     let exit = joining::join_first(path, &loaded.config).and_then(|outcome| match outcome {
-        Outcome::Ready => Parts::build(&loaded.config).and_then(|parts| parts.run(path)),
+        Outcome::Ready => {
+            let patience = watchdog_patience();
+            let parts = Parts::build(&loaded.config);
+            drop(patience);
+            parts.and_then(|parts| parts.run(path))
+        }
         Outcome::Stopped => Ok(Exit::Stopped),
     });
     match exit {
@@ -149,6 +156,13 @@ impl Parts {
         telemetry::metrics_handle().context("start the metrics")?;
         let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
         let log = open_log(config, &data, &identity)?;
+        let snapshot = snapshot.filter(|snapshot| {
+            let ours = snapshot.manifest().membership.cluster == identity.cluster;
+            if !ours {
+                warn!("a snapshot of another cluster waits in snapshot.ready of the data folder: it is not installed");
+            }
+            ours
+        });
         if let Some(snapshot) = snapshot {
             snapshot.install(&log, identity.node).context("install the snapshot")?;
         }
@@ -259,7 +273,7 @@ impl Parts {
             (&mut node).await
         };
         let exit = match tokio::time::timeout(STOP_LIMIT, orderly).await {
-            Ok(ended) => flatten(ended),
+            Ok(ended) => as_stopped(flatten(ended)),
             Err(_) => Exit::Fatal(format!("an orderly stop took longer than {} s", STOP_LIMIT.as_secs())),
         };
         stop.send_replace(true);
@@ -285,6 +299,29 @@ impl Parts {
         };
         Ok(Supervisor::new(supervisor, self.handle.status(), self.lease.clone(), self.guard.clone()))
     }
+}
+
+/// A process that was about to begin again when it was told to stop does stop.
+fn as_stopped(exit: Exit) -> Exit {
+    match exit {
+        Exit::Restart(_) => Exit::Stopped,
+        exit => exit,
+    }
+}
+
+/// After a process has begun again within itself, the service manager's watchdog is armed already, and reading a large raft log
+/// and database takes longer than that waits. Feeds it until what is returned is dropped, [`LONGEST_START`] at most.
+fn watchdog_patience() -> Option<mpsc::Sender<()>> {
+    let every = sd_notify::watchdog_enabled()? / 3;
+    let (held, mut over) = mpsc::channel(1);
+    std::thread::spawn(move || {
+        let end = Instant::now() + LONGEST_START;
+        while Instant::now() < end && over.try_recv() == Err(mpsc::error::TryRecvError::Empty) {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+            std::thread::park_timeout(every);
+        }
+    });
+    Some(held)
 }
 
 /// The port guard holds the HA port, which the next process wants to open.

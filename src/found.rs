@@ -17,7 +17,7 @@ use crate::{
 /// The id of the founder.
 const FOUNDER: NodeId = 1;
 /// What only a node writes that has an identity.
-const REMAINS: [&str; 3] = ["raft-log", "database", "membership.json"];
+const REMAINS: [&str; 4] = ["raft-log", "database", "membership.json", "snapshot.ready"];
 /// Length of all names of a Console certificate together, in bytes, so that the certificate stays small.
 const NAMES: usize = 640;
 

@@ -244,6 +244,11 @@ impl<S: Storage> Cluster<S> {
         self.election.last_index()
     }
 
+    /// Index up to which committed entries were handed out, and with them the changes of the membership.
+    pub fn applied(&self) -> u64 {
+        self.applied
+    }
+
     /// Raft index that another member is known to have, on the primary only.
     pub fn matched(&self, id: NodeId) -> Option<u64> {
         self.election.matched(id)

@@ -35,8 +35,8 @@ const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
 const KEPT_ENTRIES: u64 = 1000;
 /// Pause before a database on a full disk is applied to again.
 const FULL_PAUSE: Duration = Duration::from_millis(500);
-/// While the database file rests for a snapshot, the WAL may grow to this many bytes, or to four times the length that calls
-/// for a checkpoint otherwise; then the snapshot has to be begun again.
+/// While the database file rests for a snapshot, the WAL may grow to this many bytes, to four times the length that calls for a
+/// checkpoint otherwise, or to the size of the database; then the snapshot has to be begun again.
 const HELD_WAL: u64 = 1 << 30;
 /// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
 const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
@@ -414,6 +414,8 @@ impl Worker {
         }
         let closed_ms = ms(start);
         self.epoch = None;
+        // Behind again: others should rather be primary until the file is read and the raft log re-applied.
+        self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
         self.report_demotion(goal);
         match self.database.reopen() {
             Ok(()) => {
@@ -443,7 +445,8 @@ impl Worker {
         }
         self.snapshot_at = Some((self.database.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
         let bytes = self.database.wal_bytes();
-        let too_long = bytes >= HELD_WAL.max(4 * self.checkpoints.bytes);
+        // A large database takes longer to send.
+        let too_long = bytes >= HELD_WAL.max(4 * self.checkpoints.bytes).max(self.database.file_bytes());
         if too_long {
             warn!(bytes, "the -wal file has grown too long while a snapshot was read: the snapshot is begun again");
         }

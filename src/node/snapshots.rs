@@ -22,13 +22,18 @@ impl Driver {
         }
     }
 
-    /// The file rests. Everything up to its index has been through this loop, so the configuration is not older than it.
+    /// The file rests. A write is let through when a majority has it, which can be before this loop hands it out with the changes
+    /// of the membership before it: the snapshot must not leave one of these out.
     pub(super) fn resting(&mut self, resting: Result<Resting, String>, reply: Reply) {
         let resting = match resting {
             Ok(resting) => resting,
             Err(why) => return refuse(reply, why),
         };
         let record = resting.record();
+        self.carry_out_all();
+        if record.index > self.cluster.applied() {
+            return refuse(reply, "its disk is behind those of the others: ask again".to_owned());
+        }
         let term = match self.log.term(record.index) {
             Ok(term) => term,
             Err(error) => return refuse(reply, format!("its raft log has no entry {}: {error}", record.index)),

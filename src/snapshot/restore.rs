@@ -50,6 +50,9 @@ pub async fn restore(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
         // Somebody else may have become primary: then at once.
         if timeout(pause, wanted.changed()).await.is_ok() {
             pause = PAUSE.0;
+            if wanted.borrow().is_none() {
+                handle.warn("snapshot", None); // what was missing came by other ways
+            }
         } else {
             pause = (pause * 2).min(PAUSE.1);
         }

@@ -227,6 +227,11 @@ impl Database {
         }
     }
 
+    /// Bytes of the database file as of the last checkpoint.
+    pub fn file_bytes(&self) -> u64 {
+        u64::from(self.record.pages) * u64::from(self.record.page_size)
+    }
+
     /// Size of a page in bytes; 0 if the database is empty.
     pub fn page_size(&self) -> u32 {
         match &self.state {
