@@ -19,6 +19,12 @@
 //! entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
 //! [`supervisor`] sees the role and opens the ports.
 //!
+//! A newcomer's way: the join script installs the program and leaves a token; the daemon makes its keys and asks
+//! ([`join`]). The request is part of the replicated membership ([`cluster::membership`]): any primary knows it. APPLY
+//! ([`admin`]) signs the certificates and admits all hosts that ask in one entry. Each fetches the whole database
+//! ([`snapshot`]) and begins as a member without a vote; when all have caught up, whoever is primary gives them their votes in
+//! one joint change. A member that is too far behind or does not trust its copy goes the same way from the fetching on.
+//!
 //! # Where things are
 //!
 //! | module | what it does | what it must not know |
@@ -49,7 +55,7 @@
 //! primary serves. *Lease*: the span in which the primary may keep its ports open without hearing from a majority.
 //! *Transaction*: one committed SQLite transaction, as page images in one or more raft log entries. *Raft log*: the
 //! replicated entries on disk; the *WAL* is SQLite's `-wal` file. *Checkpoint*: the index up to which the database file
-//! needs no entry of the raft log. *Phase*: where a member stands between SECONDARY and PRIMARY.
+//! needs no entry of the raft log; a *snapshot* is the whole database as of a checkpoint, on its way to another node. *Phase*: where a member stands between SECONDARY and PRIMARY.
 //!
 //! # Architecture invariants
 //!
