@@ -25,9 +25,12 @@ fn two_hosts_join_with_the_line_and_have_everything() {
     // Killed and started again, it is still the same host to the cluster.
     let asked = second.fingerprint();
     second.kill();
+    second.rename("renamed");
     second.start();
     wait_until("the same request is shown again", || second.role() == Some(Role::RequestJoin));
     assert_eq!(second.fingerprint(), asked);
+    let requests = first.status()["membership"]["requests"].clone();
+    assert_eq!((requests.as_array().map(Vec::len), &requests[0]["name"]), (Some(1), &json!("renamed")), "{requests}");
 
     let said = third.run_line(&line, "--wget");
     let requests = first.status()["membership"]["requests"].clone();

@@ -67,6 +67,8 @@ impl Admin {
     /// # Errors
     /// [`AdminError`].
     pub async fn request(&self, token: &str, from: IpAddr, request: JoinRequest) -> Result<RequestState, AdminError> {
+        // Before anything that may wait: the time that another change takes is no difference of the clocks.
+        let (at, clock_ms) = (now(), clock_ms(request.time_ms));
         if let Err(error) = self.check_token(token, from) {
             // APPLY closes the invitations. A host that has lost its answer to a crash proves itself by its key.
             let known = matches!(error, AdminError::Denied(_)).then(|| sound(&request).ok()).flatten();
@@ -85,7 +87,6 @@ impl Admin {
         if let Some(state) = locked(&self.rejections).find(same) {
             return Ok(state);
         }
-        let (at, clock_ms) = (now(), clock_ms(request.time_ms));
         let old = membership.requests.iter().find(|old| old.fingerprint == fingerprint && old.until > at);
         let wanted = Request {
             id: old.map_or_else(|| format!("{:032x}", rand::random::<u128>()), |old| old.id.clone()),
