@@ -219,10 +219,10 @@ fn two_hosts_ask_and_are_admitted_together() {
     let JoinRequest { csr, console_csr, .. } = second.request;
     second.request = JoinRequest { csr, console_csr, ..host(2).request };
     assert_eq!(pending(founder.ask(&token, &second).unwrap()), id);
-    assert!(founder.refused(admin.apply("admin")).contains("on 1 more"));
+    assert!(founder.refused(admin.apply(None, "admin")).contains("on 1 more"));
     third.request.time_ms = clock() + 5_000;
     let other = pending(founder.ask(&token, &third).unwrap());
-    let why = founder.refused(admin.apply("admin"));
+    let why = founder.refused(admin.apply(None, "admin"));
     assert!(why.contains("clock of host3") && why.contains("ahead"), "{why}");
     third.request.time_ms = clock();
     assert_eq!(pending(founder.ask(&token, &third).unwrap()), other);
@@ -230,7 +230,13 @@ fn two_hosts_ask_and_are_admitted_together() {
     assert!(public.contains("host2") && !public.contains(&id) && !public.contains("BEGIN"), "{public}");
     assert!(admin.request_state("0123").is_none());
 
-    assert_eq!(founder.wait(admin.apply("admin")).unwrap(), [2, 3]);
+    let asking = || founder.handle.membership().borrow().requests.iter().map(|one| one.fingerprint.clone()).collect();
+    let mut compared: Vec<String> = asking();
+    for other in [vec![], compared[..1].to_vec(), vec![compared[0].clone(); 2]] {
+        assert!(founder.refused(admin.apply(Some(other), "admin")).contains("compare the fingerprints again"));
+    }
+    compared.reverse();
+    assert_eq!(founder.wait(admin.apply(Some(compared), "admin")).unwrap(), [2, 3]);
     let state = admin.request_state(&id).unwrap();
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(can_start(&state, &second, folder.path()), 2);
@@ -238,7 +244,7 @@ fn two_hosts_ask_and_are_admitted_together() {
     assert!(matches!(admin.check_token(&token, HERE), Err(AdminError::Denied(_))), "APPLY closes the invitations");
     assert_eq!(founder.ask(&token, &second).unwrap(), state, "its key proves who lost the answer");
     assert!(matches!(founder.ask(&token, &host(4)), Err(AdminError::Denied(_))));
-    assert!(founder.refused(admin.apply("admin")).contains("complete"));
+    assert!(founder.refused(admin.apply(None, "admin")).contains("complete"));
 }
 
 #[test]
@@ -282,7 +288,7 @@ fn members_move_pause_and_leave() {
     for number in [2, 3] {
         pending(founder.ask(&token, &host(number)).unwrap());
     }
-    founder.wait(admin.apply("admin")).unwrap();
+    founder.wait(admin.apply(None, "admin")).unwrap();
     let moved = admin.readdress("host3", None, Some("127.0.0.33".to_owned()), None, "admin");
     founder.wait(moved).unwrap();
     assert_eq!(founder.handle.membership().borrow().get(3).unwrap().address, "127.0.0.33");

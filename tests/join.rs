@@ -19,6 +19,8 @@ fn two_hosts_join_with_the_line_and_have_everything() {
     let (mut second, mut third) = (first.host(2), first.host(3));
     let said = second.run_line(&line, "");
     assert!(said.contains("REQUEST_JOIN"), "{said}");
+    let others = first.post("/high-availability/apply", json!({"fingerprints": ["AB"]}), 409);
+    assert!(others["err"].as_str().unwrap().contains("compare the fingerprints"), "{others}");
     let refused = first.post("/high-availability/apply", Value::Null, 409);
     assert!(refused["err"].as_str().unwrap().contains("on 1 more"), "{refused}");
 

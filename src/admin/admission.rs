@@ -122,14 +122,19 @@ impl Admin {
             .or_else(|| locked(&self.rejections).find(|rejected| same_secret(&rejected.id, id)))
     }
 
-    /// APPLY: takes all hosts that ask in. Returns their ids.
+    /// APPLY: takes all hosts that ask in. Returns their ids. With the fingerprints that somebody has `compared`: only if
+    /// those are the hosts that ask.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` names everything that is in the way.
-    pub async fn apply(&self, by: &str) -> Result<Vec<NodeId>, AdminError> {
+    pub async fn apply(&self, compared: Option<Vec<String>>, by: &str) -> Result<Vec<NodeId>, AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         let membership = self.membership();
+        if compared.is_some_and(|compared| !are_those_who_ask(&membership, compared)) {
+            let why = "the hosts that ask to join are not those that you have looked at: compare the fingerprints again";
+            return Err(AdminError::Refused(why.to_owned()));
+        }
         let objections = objections(&membership, &self.status(), &self.config.version, now());
         if !objections.is_empty() {
             return Err(AdminError::Refused(objections.join("; ")));
@@ -209,6 +214,14 @@ fn sound(request: &JoinRequest) -> Result<String, String> {
         return Err("the Console needs a key of its own".to_owned());
     }
     Ok(fingerprint)
+}
+
+/// A host must not be admitted whose fingerprint nobody has compared.
+fn are_those_who_ask(membership: &Membership, mut compared: Vec<String>) -> bool {
+    let mut asking: Vec<&str> = membership.requests.iter().map(|request| request.fingerprint.as_str()).collect();
+    asking.sort_unstable();
+    compared.sort_unstable();
+    asking == compared
 }
 
 /// Everything that is in the way of APPLY, in sentences.
