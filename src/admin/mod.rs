@@ -144,7 +144,8 @@ impl Admin {
         self.handle.status().borrow().clone()
     }
 
-    fn membership(&self) -> Arc<Membership> {
+    /// The newest membership that this node knows: newer than that of a status, has every change whose outcome is known.
+    pub fn membership(&self) -> Arc<Membership> {
         self.handle.membership().borrow().clone()
     }
 
