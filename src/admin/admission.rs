@@ -54,6 +54,10 @@ impl Rejections {
         self.0.push_back(Rejected { id, fingerprint, tokens, by: by.to_owned() });
     }
 
+    fn forget(&mut self, id: &str) {
+        self.0.retain(|rejected| rejected.id != id);
+    }
+
     fn find(&self, which: impl Fn(&Rejected) -> bool) -> Option<RequestState> {
         let rejected = self.0.iter().rev().find(|rejected| which(rejected))?;
         let reason = format!("{} has turned the request down", rejected.by);
@@ -161,9 +165,13 @@ impl Admin {
         let _one = self.changing.lock().await;
         let membership = self.membership();
         let found = find(&membership.requests, request).map_err(AdminError::Refused)?;
-        self.change(Change::Reject { request: found.id.clone() }).await?;
         let tokens = membership.invitations.iter().map(|invitation| invitation.hash.clone()).collect();
+        // Before the request is gone: its host asks at any time, and must not take the rejection for an expired request.
         locked(&self.rejections).add(found, tokens, by);
+        if let Err(error) = self.change(Change::Reject { request: found.id.clone() }).await {
+            locked(&self.rejections).forget(&found.id);
+            return Err(error);
+        }
         info!(by, name = found.name, fingerprint = found.fingerprint, "a request to join is turned down");
         Ok(())
     }
