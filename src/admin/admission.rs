@@ -13,7 +13,7 @@ use super::{Admin, AdminError, invitation::authority, locked, members::name, now
 use crate::{
     cluster::{
         Change, Membership, Newcomer, NodeId,
-        membership::{CLUSTER_SIZE, Request, check_host},
+        membership::{CLUSTER_SIZE, MAX_CONSOLE_NAMES, Request, check_host},
     },
     join::{JoinRequest, RequestState, Token},
     node::Status,
@@ -26,8 +26,6 @@ const EXPIRES: u64 = 86_400;
 const MAX_CLOCK_MS: i64 = 1_000;
 /// A clock that has moved by less than this since the last request is not noted again.
 const CLOCK_STEP_MS: i64 = 250;
-/// Names of a Console certificate.
-const MAX_NAMES: usize = 32;
 /// Rejections that are remembered.
 const REMEMBERED: usize = 32;
 
@@ -206,8 +204,8 @@ fn sound(request: &JoinRequest) -> Result<String, String> {
     if version.is_empty() || version.len() > 64 || !version.chars().all(readable) {
         return Err("the version of the program is not readable".to_owned());
     }
-    if request.console_names.is_empty() || request.console_names.len() > MAX_NAMES {
-        return Err(format!("a Console certificate has 1 to {MAX_NAMES} names"));
+    if request.console_names.is_empty() || request.console_names.len() > MAX_CONSOLE_NAMES {
+        return Err(format!("a Console certificate has 1 to {MAX_CONSOLE_NAMES} names"));
     }
     for name in &request.console_names {
         let plain = name.strip_prefix("*.").unwrap_or(name);
