@@ -270,14 +270,16 @@ fn whoever_guesses_tokens_is_not_listened_to_any_more() {
     let founder = Founder::start();
     let token = founder.invite();
     let wrong = format!("{}{}", &token[..token.len() - 1], if token.ends_with('0') { '1' } else { '0' });
-    let guess = || match founder.admin.check_token(&wrong, HERE) {
-        Err(AdminError::Denied(why)) => why,
-        other => panic!("{other:?}"),
-    };
-    assert!((0..10).all(|_| guess().contains("not good")));
-    assert!(guess().contains("too many"));
+    let guess = |from| founder.admin.check_token(&wrong, from).unwrap_err();
+    for _ in 0..10 {
+        assert!(matches!(guess(HERE), AdminError::Denied(why) if why.contains("not good")));
+    }
+    assert!(matches!(guess(HERE), AdminError::TooMany(_)));
+    assert!(matches!(founder.ask(&wrong, &host(2)), Err(AdminError::TooMany(_))));
     let elsewhere = "127.0.0.9".parse().unwrap();
-    assert_eq!(founder.admin.check_token(&token, elsewhere), Ok(()));
+    assert!(matches!(guess(elsewhere), AdminError::Denied(_)));
+    assert_eq!(founder.admin.check_token(&token, HERE), Ok(()), "others must not keep a host away");
+    pending(founder.ask(&token, &host(2)).unwrap());
 }
 
 #[test]

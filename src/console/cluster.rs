@@ -28,6 +28,7 @@ impl From<AdminError> for ApiError {
         match error {
             AdminError::Refused(why) => Self::Conflict(why),
             AdminError::Denied(why) => Self::Forbidden(why),
+            AdminError::TooMany(why) => Self::Request(StatusCode::TOO_MANY_REQUESTS, why),
             AdminError::Unknown(why) => Self::Unknown(why),
             AdminError::NotPrimary { .. } => Self::Unavailable(error.to_string()),
         }
