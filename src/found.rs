@@ -8,7 +8,7 @@ use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
 use tracing::info;
 
 use crate::{
-    cluster::{ClusterId, Member, Membership, NodeId, membership::check_host},
+    cluster::{ClusterId, Member, Membership, NodeId, membership::{check_host, console_names_that_fit}},
     config::Config,
     pki::Authority,
     storage::{DataDir, DataDirError, IDENTITY_FORMAT, Identity, make_private_dir},
@@ -18,8 +18,6 @@ use crate::{
 const FOUNDER: NodeId = 1;
 /// What only a node writes that has an identity.
 const REMAINS: [&str; 4] = ["raft-log", "database", "membership.json", "snapshot.ready"];
-/// Length of all names of a Console certificate together, in bytes, so that the certificate stays small.
-const NAMES: usize = 640;
 
 /// Makes this host the only member of a new cluster. The identity is written last: whatever a crash left before that is
 /// made anew by the next start.
@@ -83,14 +81,8 @@ pub fn address(config: &Config) -> Result<String> {
 pub fn console_names(config: &Config, address: &str) -> Vec<String> {
     let first = [config.common_name(), config.member_name(), address.to_owned(), "localhost".to_owned()];
     let local = local_addresses().into_iter().map(|address| address.to_string());
-    let (mut seen, mut room) = (HashSet::new(), NAMES);
-    let mut names: Vec<String> = first.into_iter().chain(local).filter(|name| seen.insert(name.clone())).collect();
-    names.retain(|name| {
-        let fits = name.len() <= room;
-        room -= if fits { name.len() } else { 0 };
-        fits
-    });
-    names
+    let mut seen = HashSet::new();
+    console_names_that_fit(first.into_iter().chain(local).filter(|name| seen.insert(name.clone())))
 }
 
 /// The addresses of this host's interfaces, in the order of the system, IPv4 first; those of a link alone left out.
@@ -206,7 +198,7 @@ mod tests {
         assert_eq!(names[..4], ["console.example", "first", "192.0.2.7", "localhost"]);
         assert!(names.contains(&"127.0.0.1".to_owned()), "{names:?}");
         assert_eq!(names.iter().collect::<HashSet<_>>().len(), names.len());
-        assert!(console_names(&config, &"a".repeat(NAMES + 1)).iter().all(|name| name.len() < 64));
+        assert!(console_names(&config, &"a".repeat(254)).iter().all(|name| name.len() < 64));
         config.high_availability_address = Some("node.example".to_owned());
         assert_eq!(address(&config).unwrap(), "node.example");
     }

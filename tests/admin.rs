@@ -207,13 +207,22 @@ fn two_hosts_ask_and_are_admitted_together() {
     let admin = &founder.admin;
     let token = founder.invite();
     assert_eq!(admin.check_token(&token, HERE), Ok(()));
-    let (second, mut third) = (host(2), host(3));
+    let (mut second, mut third) = (host(2), host(3));
     let id = pending(founder.ask(&token, &second).unwrap());
     assert_eq!(pending(founder.ask(&token, &second).unwrap()), id, "asking again must not make another request");
-    assert!(founder.refused(admin.apply("admin")).contains("on 1 more"));
+    (second.request.name, second.request.address) = ("other2".to_owned(), "127.0.0.22".to_owned());
+    second.request.version = "1.2.4".to_owned();
+    assert_eq!(pending(founder.ask(&token, &second).unwrap()), id);
+    let requests = founder.handle.membership().borrow().requests.clone();
+    let [one] = &requests[..] else { panic!("{requests:?}") };
+    assert_eq!((&*one.name, &*one.address, &*one.version), ("other2", "127.0.0.22", "1.2.4"), "the newest counts");
+    let JoinRequest { csr, console_csr, .. } = second.request;
+    second.request = JoinRequest { csr, console_csr, ..host(2).request };
+    assert_eq!(pending(founder.ask(&token, &second).unwrap()), id);
+    assert!(founder.refused(admin.apply(None, "admin")).contains("on 1 more"));
     third.request.time_ms = clock() + 5_000;
     let other = pending(founder.ask(&token, &third).unwrap());
-    let why = founder.refused(admin.apply("admin"));
+    let why = founder.refused(admin.apply(None, "admin"));
     assert!(why.contains("clock of host3") && why.contains("ahead"), "{why}");
     third.request.time_ms = clock();
     assert_eq!(pending(founder.ask(&token, &third).unwrap()), other);
@@ -221,7 +230,13 @@ fn two_hosts_ask_and_are_admitted_together() {
     assert!(public.contains("host2") && !public.contains(&id) && !public.contains("BEGIN"), "{public}");
     assert!(admin.request_state("0123").is_none());
 
-    assert_eq!(founder.wait(admin.apply("admin")).unwrap(), [2, 3]);
+    let asking = || founder.handle.membership().borrow().requests.iter().map(|one| one.fingerprint.clone()).collect();
+    let mut compared: Vec<String> = asking();
+    for other in [vec![], compared[..1].to_vec(), vec![compared[0].clone(); 2]] {
+        assert!(founder.refused(admin.apply(Some(other), "admin")).contains("compare the fingerprints again"));
+    }
+    compared.reverse();
+    assert_eq!(founder.wait(admin.apply(Some(compared), "admin")).unwrap(), [2, 3]);
     let state = admin.request_state(&id).unwrap();
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(can_start(&state, &second, folder.path()), 2);
@@ -229,7 +244,7 @@ fn two_hosts_ask_and_are_admitted_together() {
     assert!(matches!(admin.check_token(&token, HERE), Err(AdminError::Denied(_))), "APPLY closes the invitations");
     assert_eq!(founder.ask(&token, &second).unwrap(), state, "its key proves who lost the answer");
     assert!(matches!(founder.ask(&token, &host(4)), Err(AdminError::Denied(_))));
-    assert!(founder.refused(admin.apply("admin")).contains("complete"));
+    assert!(founder.refused(admin.apply(None, "admin")).contains("complete"));
 }
 
 #[test]
@@ -255,14 +270,16 @@ fn whoever_guesses_tokens_is_not_listened_to_any_more() {
     let founder = Founder::start();
     let token = founder.invite();
     let wrong = format!("{}{}", &token[..token.len() - 1], if token.ends_with('0') { '1' } else { '0' });
-    let guess = || match founder.admin.check_token(&wrong, HERE) {
-        Err(AdminError::Denied(why)) => why,
-        other => panic!("{other:?}"),
-    };
-    assert!((0..10).all(|_| guess().contains("not good")));
-    assert!(guess().contains("too many"));
+    let guess = |from| founder.admin.check_token(&wrong, from).unwrap_err();
+    for _ in 0..10 {
+        assert!(matches!(guess(HERE), AdminError::Denied(why) if why.contains("not good")));
+    }
+    assert!(matches!(guess(HERE), AdminError::TooMany(_)));
+    assert!(matches!(founder.ask(&wrong, &host(2)), Err(AdminError::TooMany(_))));
     let elsewhere = "127.0.0.9".parse().unwrap();
-    assert_eq!(founder.admin.check_token(&token, elsewhere), Ok(()));
+    assert!(matches!(guess(elsewhere), AdminError::Denied(_)));
+    assert_eq!(founder.admin.check_token(&token, HERE), Ok(()), "others must not keep a host away");
+    pending(founder.ask(&token, &host(2)).unwrap());
 }
 
 #[test]
@@ -273,7 +290,7 @@ fn members_move_pause_and_leave() {
     for number in [2, 3] {
         pending(founder.ask(&token, &host(number)).unwrap());
     }
-    founder.wait(admin.apply("admin")).unwrap();
+    founder.wait(admin.apply(None, "admin")).unwrap();
     let before = founder.handle.editions().borrow().index;
     let moved = admin.readdress("host3", None, Some("127.0.0.33".to_owned()), None, "admin");
     founder.wait(moved).unwrap();

@@ -19,15 +19,20 @@ fn two_hosts_join_with_the_line_and_have_everything() {
     let (mut second, mut third) = (first.host(2), first.host(3));
     let said = second.run_line(&line, "");
     assert!(said.contains("REQUEST_JOIN"), "{said}");
+    let others = first.post("/high-availability/apply", json!({"fingerprints": ["AB"]}), 409);
+    assert!(others["err"].as_str().unwrap().contains("compare the fingerprints"), "{others}");
     let refused = first.post("/high-availability/apply", Value::Null, 409);
     assert!(refused["err"].as_str().unwrap().contains("on 1 more"), "{refused}");
 
     // Killed and started again, it is still the same host to the cluster.
     let asked = second.fingerprint();
     second.kill();
+    second.rename("renamed");
     second.start();
     wait_until("the same request is shown again", || second.role() == Some(Role::RequestJoin));
     assert_eq!(second.fingerprint(), asked);
+    let requests = first.status()["membership"]["requests"].clone();
+    assert_eq!((requests.as_array().map(Vec::len), &requests[0]["name"]), (Some(1), &json!("renamed")), "{requests}");
 
     let said = third.run_line(&line, "--wget");
     let requests = first.status()["membership"]["requests"].clone();

@@ -13,7 +13,7 @@ use super::{Admin, AdminError, invitation::authority, locked, members::name, now
 use crate::{
     cluster::{
         Change, Membership, Newcomer, NodeId,
-        membership::{CLUSTER_SIZE, Request, check_host},
+        membership::{CLUSTER_SIZE, MAX_CONSOLE_NAMES, Request, check_host},
     },
     join::{JoinRequest, RequestState, Token},
     node::Status,
@@ -26,8 +26,6 @@ const EXPIRES: u64 = 86_400;
 const MAX_CLOCK_MS: i64 = 1_000;
 /// A clock that has moved by less than this since the last request is not noted again.
 const CLOCK_STEP_MS: i64 = 250;
-/// Names of a Console certificate.
-const MAX_NAMES: usize = 32;
 /// Rejections that are remembered.
 const REMEMBERED: usize = 32;
 
@@ -54,6 +52,10 @@ impl Rejections {
         self.0.push_back(Rejected { id, fingerprint, tokens, by: by.to_owned() });
     }
 
+    fn forget(&mut self, id: &str) {
+        self.0.retain(|rejected| rejected.id != id);
+    }
+
     fn find(&self, which: impl Fn(&Rejected) -> bool) -> Option<RequestState> {
         let rejected = self.0.iter().rev().find(|rejected| which(rejected))?;
         let reason = format!("{} has turned the request down", rejected.by);
@@ -67,6 +69,8 @@ impl Admin {
     /// # Errors
     /// [`AdminError`].
     pub async fn request(&self, token: &str, from: IpAddr, request: JoinRequest) -> Result<RequestState, AdminError> {
+        // Before anything that may wait: the time that another change takes is no difference of the clocks.
+        let (at, clock_ms) = (now(), clock_ms(request.time_ms));
         if let Err(error) = self.check_token(token, from) {
             // APPLY closes the invitations. A host that has lost its answer to a crash proves itself by its key.
             let known = matches!(error, AdminError::Denied(_)).then(|| sound(&request).ok()).flatten();
@@ -85,7 +89,6 @@ impl Admin {
         if let Some(state) = locked(&self.rejections).find(same) {
             return Ok(state);
         }
-        let (at, clock_ms) = (now(), clock_ms(request.time_ms));
         let old = membership.requests.iter().find(|old| old.fingerprint == fingerprint && old.until > at);
         let wanted = Request {
             id: old.map_or_else(|| format!("{:032x}", rand::random::<u128>()), |old| old.id.clone()),
@@ -121,14 +124,19 @@ impl Admin {
             .or_else(|| locked(&self.rejections).find(|rejected| same_secret(&rejected.id, id)))
     }
 
-    /// APPLY: takes all hosts that ask in. Returns their ids.
+    /// APPLY: takes all hosts that ask in. Returns their ids. With the fingerprints that somebody has `compared`: only if
+    /// those are the hosts that ask.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` names everything that is in the way.
-    pub async fn apply(&self, by: &str) -> Result<Vec<NodeId>, AdminError> {
+    pub async fn apply(&self, compared: Option<Vec<String>>, by: &str) -> Result<Vec<NodeId>, AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         let membership = self.membership();
+        if compared.is_some_and(|compared| !are_those_who_ask(&membership, compared)) {
+            let why = "the hosts that ask to join are not those that you have looked at: compare the fingerprints again";
+            return Err(AdminError::Refused(why.to_owned()));
+        }
         let objections = objections(&membership, &self.status(), &self.config.version, now());
         if !objections.is_empty() {
             return Err(AdminError::Refused(objections.join("; ")));
@@ -155,9 +163,13 @@ impl Admin {
         let _one = self.changing.lock().await;
         let membership = self.membership();
         let found = find(&membership.requests, request).map_err(AdminError::Refused)?;
-        self.change(Change::Reject { request: found.id.clone() }).await?;
         let tokens = membership.invitations.iter().map(|invitation| invitation.hash.clone()).collect();
+        // Before the request is gone: its host asks at any time, and must not take the rejection for an expired request.
         locked(&self.rejections).add(found, tokens, by);
+        if let Err(error) = self.change(Change::Reject { request: found.id.clone() }).await {
+            locked(&self.rejections).forget(&found.id);
+            return Err(error);
+        }
         info!(by, name = found.name, fingerprint = found.fingerprint, "a request to join is turned down");
         Ok(())
     }
@@ -192,8 +204,8 @@ fn sound(request: &JoinRequest) -> Result<String, String> {
     if version.is_empty() || version.len() > 64 || !version.chars().all(readable) {
         return Err("the version of the program is not readable".to_owned());
     }
-    if request.console_names.is_empty() || request.console_names.len() > MAX_NAMES {
-        return Err(format!("a Console certificate has 1 to {MAX_NAMES} names"));
+    if request.console_names.is_empty() || request.console_names.len() > MAX_CONSOLE_NAMES {
+        return Err(format!("a Console certificate has 1 to {MAX_CONSOLE_NAMES} names"));
     }
     for name in &request.console_names {
         let plain = name.strip_prefix("*.").unwrap_or(name);
@@ -208,6 +220,14 @@ fn sound(request: &JoinRequest) -> Result<String, String> {
         return Err("the Console needs a key of its own".to_owned());
     }
     Ok(fingerprint)
+}
+
+/// A host must not be admitted whose fingerprint nobody has compared.
+fn are_those_who_ask(membership: &Membership, mut compared: Vec<String>) -> bool {
+    let mut asking: Vec<&str> = membership.requests.iter().map(|request| request.fingerprint.as_str()).collect();
+    asking.sort_unstable();
+    compared.sort_unstable();
+    asking == compared
 }
 
 /// Everything that is in the way of APPLY, in sentences.

@@ -156,6 +156,8 @@ fn rejections_are_remembered_for_old_tokens_only_and_not_for_ever() {
     let Some(RequestState::Rejected { reason }) = rejections.find(|rejected| rejected.id == id) else { panic!() };
     assert!(reason.contains("admin"));
     assert!(rejections.find(|rejected| rejected.id == "secret-host0").is_none());
+    rejections.forget(&id);
+    assert!(rejections.find(|rejected| rejected.id == id).is_none() && rejections.0.len() == REMEMBERED - 1);
 }
 
 #[test]

@@ -59,18 +59,19 @@ impl Admin {
         Ok(())
     }
 
-    /// Refuses a join token that is not good (any more), and addresses that have tried too many of them.
+    /// Refuses a join token that is not good (any more), and says no more than that to addresses that have tried too many
+    /// of them. A good one is good wherever it comes from: others behind the same address must not keep a host away.
     ///
     /// # Errors
-    /// [`AdminError::Denied`] or [`AdminError::NotPrimary`].
+    /// [`AdminError::Denied`], [`AdminError::TooMany`] or [`AdminError::NotPrimary`].
     pub fn check_token(&self, token: &str, from: IpAddr) -> Result<(), AdminError> {
         self.primary()?;
-        let mut attempts = locked(&self.attempts);
-        if !attempts.may_try(from, Instant::now()) {
-            return Err(AdminError::Denied("too many attempts: wait a minute".to_owned()));
-        }
         let checked = check(&self.membership(), token, now());
         if let Err(AdminError::Denied(why)) = &checked {
+            let mut attempts = locked(&self.attempts);
+            if !attempts.may_try(from, Instant::now()) {
+                return Err(AdminError::TooMany("too many attempts with bad join tokens: wait a minute".to_owned()));
+            }
             attempts.failed(from, Instant::now());
             info!(%from, why, "a join token is refused");
         }

@@ -90,6 +90,9 @@ pub enum AdminError {
     /// The token does not permit it.
     #[error("{0}")]
     Denied(String),
+    /// Too many tokens that were not good; later, this one may be looked at.
+    #[error("{0}")]
+    TooMany(String),
     /// It may have happened or not: look at the status.
     #[error("{0}")]
     Unknown(String),
@@ -144,7 +147,8 @@ impl Admin {
         self.handle.status().borrow().clone()
     }
 
-    fn membership(&self) -> Arc<Membership> {
+    /// The newest membership that this node knows: newer than that of a status, has every change whose outcome is known.
+    pub fn membership(&self) -> Arc<Membership> {
         self.handle.membership().borrow().clone()
     }
 

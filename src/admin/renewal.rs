@@ -64,9 +64,9 @@ fn look(dir: &Path, membership: &Membership, node: NodeId, tls: &watch::Sender<A
     Ok(())
 }
 
-/// Less than a third of its life remains.
+/// Less than a third of its life remains, or it has not begun: it was made when a clock was ahead.
 fn is_due(from: u64, until: u64, now: u64) -> bool {
-    until.saturating_sub(now) < until.saturating_sub(from) / 3
+    now < from || until.saturating_sub(now) < until.saturating_sub(from) / 3
 }
 
 /// Signs the key of this node again.
@@ -125,6 +125,8 @@ mod tests {
         assert!(is_due(0, 300, 201));
         assert!(is_due(0, 300, 400));
         assert!(!is_due(0, 300, 0));
+        assert!(!is_due(100, 400, 100));
+        assert!(is_due(100, 400, 99), "made with a clock that was ahead");
     }
 
     #[test]

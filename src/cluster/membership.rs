@@ -30,6 +30,10 @@ const MAX_PEM: usize = 2048;
 const MAX_CSR: usize = 1024;
 /// Length of all names of a host's Console certificate together, in bytes: the certificate must stay below [`MAX_PEM`].
 const MAX_NAMES: usize = 768;
+/// What a certificate needs for a name beside it, at most.
+const PER_NAME: usize = 3;
+/// Names of a Console certificate.
+pub const MAX_CONSOLE_NAMES: usize = 32;
 
 /// Identity of a cluster: 128 random bits, written as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -243,6 +247,17 @@ struct Encoded {
     membership: Membership,
 }
 
+/// Of the names that a host would like in its Console certificate, the first ones that a request may have.
+pub fn console_names_that_fit(names: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut room = MAX_NAMES;
+    let fits = |name: &String| {
+        let left = room.checked_sub(name.len() + PER_NAME).filter(|_| !name.is_empty() && name.len() <= MAX_NAME);
+        room = left.unwrap_or(room);
+        left.is_some()
+    };
+    names.into_iter().filter(fits).take(MAX_CONSOLE_NAMES).collect()
+}
+
 impl Membership {
     /// The membership of a new cluster.
     pub fn founded(cluster: ClusterId, members: Vec<Member>) -> Self {
@@ -366,7 +381,7 @@ impl Membership {
                 self.requests.len()
             )));
         }
-        let names: usize = request.console_names.iter().map(|name| name.len() + 3).sum();
+        let names: usize = request.console_names.iter().map(|name| name.len() + PER_NAME).sum();
         let csr = request.csr.len().max(request.console_csr.len());
         let label = request.version.len().max(request.id.len()).max(request.fingerprint.len());
         if csr > MAX_CSR || names > MAX_NAMES || label > MAX_NAME {
@@ -598,6 +613,14 @@ mod tests {
         assert!(join(|host| host.port = 0).unwrap_err().contains("port 0"));
         assert!(join(|host| host.csr = " ".repeat(MAX_CSR + 1)).unwrap_err().contains("too long"));
         assert!(join(|host| host.console_names = vec!["a".repeat(99); 9]).unwrap_err().contains("too long"));
+        let fitting = console_names_that_fit(["b".to_owned(), "c".repeat(254)].into_iter().chain(vec!["a".repeat(99); 9]));
+        assert_eq!(fitting.len(), 8, "the first ones are kept");
+        let many = console_names_that_fit(vec!["a".repeat(9); 99]);
+        assert_eq!(many.len(), MAX_CONSOLE_NAMES);
+        for names in [fitting, many] {
+            let host = Request { console_names: names, ..request(2) };
+            change(&one(), Change::Request { request: host }).unwrap();
+        }
         assert!(join(|_| {}).is_ok());
     }
 

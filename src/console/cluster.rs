@@ -16,7 +16,7 @@ use super::{
     Console, Services,
     auth::{self, Administrator, Source, User},
     errors::ApiError,
-    extract::{Body, Name, Search},
+    extract::{Body, Name, OptionalBody, Search},
 };
 use crate::{
     admin::{AdminError, SwitchoverReport},
@@ -28,6 +28,7 @@ impl From<AdminError> for ApiError {
         match error {
             AdminError::Refused(why) => Self::Conflict(why),
             AdminError::Denied(why) => Self::Forbidden(why),
+            AdminError::TooMany(why) => Self::Request(StatusCode::TOO_MANY_REQUESTS, why),
             AdminError::Unknown(why) => Self::Unknown(why),
             AdminError::NotPrimary { .. } => Self::Unavailable(error.to_string()),
         }
@@ -74,12 +75,22 @@ pub(super) async fn request_state(
     state.map(Json).ok_or_else(|| ApiError::NotFound("there is no such request to join, or it has expired".to_owned()))
 }
 
-/// `POST high-availability/apply`: admits all hosts that ask.
+/// The body of [`apply`], if there is one.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Approval {
+    /// Of all hosts that are to be admitted, as somebody has compared them.
+    fingerprints: Option<Vec<String>>,
+}
+
+/// `POST high-availability/apply`: admits all hosts that ask; with their fingerprints only if no other one asks.
 pub(super) async fn apply(
     State(console): State<Arc<Console>>,
     Administrator(user): Administrator,
+    OptionalBody(approval): OptionalBody<Approval>,
 ) -> Result<Json<Value>, ApiError> {
-    let admitted = console.services()?.admin.apply(&user.name).await?;
+    let compared = approval.and_then(|approval| approval.fingerprints);
+    let admitted = console.services()?.admin.apply(compared, &user.name).await?;
     Ok(Json(json!({ "admitted": admitted })))
 }
 

@@ -29,7 +29,7 @@ pub enum ApiError {
     /// 409.
     #[error("{0}")]
     Conflict(String),
-    /// 429: seconds to wait.
+    /// 429 for a login: seconds to wait.
     #[error("too many failed logins for this account; try again in {0} s")]
     TooMany(u64),
     /// 503; nothing was changed.

@@ -24,6 +24,21 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     }
 }
 
+/// The same where a body may be missing or `null`.
+#[derive(Debug)]
+pub(super) struct OptionalBody<T>(pub(super) Option<T>);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for OptionalBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        if hyper::body::Body::is_end_stream(request.body()) {
+            return Ok(Self(None));
+        }
+        Body::from_request(request, state).await.map(|Body(value)| Self(value))
+    }
+}
+
 /// A part of the path, decoded.
 #[derive(Debug)]
 pub(super) struct Name(pub(super) String);

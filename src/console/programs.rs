@@ -92,11 +92,10 @@ async fn with_kit<T: Send + 'static>(
     console: &Console,
     make: impl FnOnce(&Kit, &Membership, u64) -> Result<T, KitError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let kit = Arc::clone(&console.services()?.kit);
-    let (membership, me) = {
-        let status = console.status.borrow();
-        (status.membership.clone(), status.node)
-    };
+    let services = console.services()?;
+    let (kit, me) = (Arc::clone(&services.kit), console.status.borrow().node);
+    // Not that of the status, which lacks an invitation that was made a moment ago.
+    let membership = services.admin.membership();
     let made = task::spawn_blocking(move || make(&kit, &membership, me)).await.map_err(|_| ApiError::Internal)?;
     Ok(made?)
 }

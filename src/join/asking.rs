@@ -28,6 +28,8 @@ const ROUND: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 /// Time until a token that was refused is tried again: the primary's clock may have been wrong.
 const AFTER_REFUSAL: Duration = Duration::from_secs(60);
+/// Time until a request that waits is made again: the cluster then has this host's clock of today, not of the first time.
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// How far a host has come, for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +72,7 @@ pub async fn run(
     ensure_empty(data)?;
     let certificates = data.path().join("certificates");
     let requests = Requests::prepare(&certificates, &host.name)?;
-    let mut joining = Joining { data, host, requests, stage, refused: None, pause: ROUND };
+    let mut joining = Joining { data, host, requests, stage, refused: None, told: None, pause: ROUND };
     info!(host = joining.host.name, "asks to join a cluster");
     loop {
         if let Some(identity) = joining.round(&fetch).await? {
@@ -107,6 +109,9 @@ struct Joining<'a> {
     stage: &'a watch::Sender<Stage>,
     /// The join file that was refused, and when: it is not tried again at once, another one is.
     refused: Option<(JoinFile, Instant)>,
+    /// The join file with which the cluster was told about this host last, and when. None at each start of the process: name,
+    /// address, port and version may be others than the cluster has.
+    told: Option<(JoinFile, Instant)>,
     pause: Duration,
 }
 
@@ -149,20 +154,36 @@ impl Joining<'_> {
         Ok(None)
     }
 
-    /// Asks where the request stands, or makes one if there is none.
-    async fn question(&self, file: &JoinFile, asked: Option<&Asked>) -> Result<(String, Answer)> {
-        let client = Client::new(file)?;
-        let (host, id) = (self.host.clone(), asked.map(|asked| asked.id.clone()));
-        let (node, console) = (self.requests.node.clone(), self.requests.console.clone());
-        let question = move || match id {
-            Some(id) => client.poll(&id),
-            None => client.ask(|own: Option<IpAddr>| {
+    /// Makes the request, or makes it again when that is due; otherwise asks where it stands.
+    async fn question(&mut self, file: &JoinFile, asked: Option<&Asked>) -> Result<(String, Answer)> {
+        if asked.is_some() && self.told.as_ref().is_some_and(|(with, at)| with == file && at.elapsed() < AGAIN) {
+            return self.poll(file, asked).await;
+        }
+        let answered = self.ask(file).await?;
+        let heard = !matches!(answered.1, Answer::Nobody(_) | Answer::Refused(_));
+        self.told = heard.then(|| (file.clone(), Instant::now()));
+        match answered.1 {
+            // The token is good for an hour, the request for a day: it may wait although it can no longer be made.
+            Answer::Denied(_) | Answer::Nobody(_) if asked.is_some() => self.poll(file, asked).await,
+            _ => Ok(answered),
+        }
+    }
+
+    async fn ask(&self, file: &JoinFile) -> Result<(String, Answer)> {
+        let (client, host) = (Client::new(file)?, self.host.clone());
+        let requests = Requests { node: self.requests.node.clone(), console: self.requests.console.clone() };
+        let question = move || {
+            client.ask(|own: Option<IpAddr>| {
                 let address = host.address.clone().or_else(|| own.map(|own| own.to_canonical().to_string()));
-                let requests = Requests { node: node.clone(), console: console.clone() };
                 host.request(&requests, &address.unwrap_or_else(|| host.name.clone()), now_ms())
-            }),
+            })
         };
         task::spawn_blocking(question).await.context("ask the cluster")
+    }
+
+    async fn poll(&self, file: &JoinFile, asked: Option<&Asked>) -> Result<(String, Answer)> {
+        let (client, id) = (Client::new(file)?, asked.map(|asked| asked.id.clone()).unwrap_or_default());
+        task::spawn_blocking(move || client.poll(&id)).await.context("ask the cluster")
     }
 
     async fn take_over(

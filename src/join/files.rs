@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{JoinRequest, RequestState, Token};
 use crate::{
-    cluster::{Membership, NodeId},
+    cluster::{Membership, NodeId, membership::console_names_that_fit},
     pki,
     storage::{DataDir, IDENTITY_FORMAT, Identity, durable_write, fsync_dir, make_private_dir},
 };
@@ -200,8 +200,10 @@ impl Host {
     pub(super) fn request(&self, requests: &Requests, address: &str, time_ms: u64) -> JoinRequest {
         let mut console_names = self.console_names.clone();
         if !console_names.iter().any(|name| name == address) {
-            console_names.push(address.to_owned());
+            // By which members and administrators reach it: before those that may not fit.
+            console_names.insert(console_names.len().min(1), address.to_owned());
         }
+        let console_names = console_names_that_fit(console_names);
         JoinRequest {
             name: self.name.clone(),
             address: address.to_owned(),

@@ -240,6 +240,18 @@ impl Host {
         }
     }
 
+    /// As an administrator who edits the configuration.
+    pub fn rename(&mut self, name: &str) {
+        let path = self.prefix.join("etc/twistlock/twistlock.cfg");
+        let text = fs::read_to_string(&path).unwrap();
+        let key = "HIGH_AVAILABILITY_NAME=";
+        let kept = text.lines().filter(|line| !line.starts_with(key));
+        let lines: Vec<&str> = kept.collect();
+        assert_ne!(lines.len(), text.lines().count(), "{text}");
+        fs::write(&path, format!("{}\n{key}{name}\n", lines.join("\n"))).unwrap();
+        self.name = name.to_owned();
+    }
+
     /// Starts the installed daemon.
     pub fn start(&mut self) {
         let log = fs::File::options().append(true).open(self.log()).unwrap();
