@@ -203,7 +203,7 @@ fn a_primary_that_dies_while_a_member_is_removed() {
             false
         });
         println!("  killed with the removal in force: {in_force}; removed with {again} more in {:?}", begin.elapsed());
-        assert_eq!(again, u32::from(!in_force));
+        assert!(again <= 1 && (again == 0 || !in_force), "a removal in force was forgotten");
         is_kept_out(&mut site, leaver);
         let line = site.line();
         site.host(leaver).run_line(&line, "");
