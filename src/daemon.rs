@@ -283,6 +283,12 @@ impl Parts {
 
     fn supervisor(&self) -> Result<(Supervisor, SupervisorHandle)> {
         let certificates = self.config.data_folder.join("certificates");
+        if let Ok(address) = found::address(&self.config) {
+            let (names, membership) = (found::console_names(&self.config, &address), self.handle.membership());
+            if let Err(error) = renewal::follow_address(&certificates, &membership.borrow(), &address, &names) {
+                warn!("the certificate of the Console is not good for {address}, and stays so: {error:#}");
+            }
+        }
         let read = |name: &str| {
             let file = certificates.join(name);
             std::fs::read(&file).with_context(|| format!("read {}", file.display()))

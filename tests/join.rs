@@ -1,8 +1,12 @@
 //! Joining, as an administrator does it: real daemons on loopback addresses, the real line in a real shell, APPLY over
 //! HTTPS. Nothing is played by the test but the administrator and those who should not get in.
 
+#[path = "join/faults.rs"]
+mod faults;
 #[path = "join/host.rs"]
 mod host;
+#[path = "join/site.rs"]
+mod site;
 
 use std::time::{Duration, Instant};
 

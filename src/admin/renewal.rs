@@ -2,7 +2,8 @@
 //! itself, in time and without asking anybody. Must never change the node's key: certificate and key are two files, and a
 //! crash between them would leave a node that cannot start.
 //!
-//! The Console's certificate may be an administrator's own; it is only watched.
+//! The Console's certificate may be an administrator's own, and is only watched then. The cluster's own follows the address
+//! of this host.
 
 use std::{
     fs,
@@ -20,8 +21,8 @@ use crate::{
     cluster::{Membership, NodeId},
     node::Handle,
     pki::{
-        self, Authority, CONSOLE_CERTIFICATE, ClusterKey, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity,
-        request_with,
+        self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, ClusterKey, NODE_CERTIFICATE, NODE_KEY, NodeTls,
+        certificate_validity, request_with,
     },
     telemetry,
 };
@@ -78,6 +79,24 @@ fn renew(dir: &Path, membership: &Membership, node: NodeId) -> Result<()> {
     let csr = request_with(&read(dir, NODE_KEY)?, &member.name, &[])?;
     let certificate = authority.sign_request(&csr, node, &member.name, &[&member.address])?;
     pki::store_pem(dir, NODE_CERTIFICATE, &certificate, false)?;
+    Ok(())
+}
+
+/// Signs the Console's key again for `names` if its certificate is the cluster's and not good for the address at which this
+/// host is reached now. To be called before the certificate is loaded.
+///
+/// # Errors
+/// When a file cannot be read or written, or the authority cannot be unsealed: the certificate is as it was.
+pub fn follow_address(dir: &Path, membership: &Membership, address: &str, names: &[String]) -> Result<()> {
+    let Some(sealed) = &membership.authority else { return Ok(()) };
+    if !pki::lacks_name(&read(dir, CONSOLE_CERTIFICATE)?, &sealed.certificate, address)? {
+        return Ok(());
+    }
+    let authority = Authority::unseal(membership.cluster, sealed, &ClusterKey::load(dir)?)?;
+    let csr = request_with(&read(dir, CONSOLE_KEY)?, address, &[])?;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    pki::store_pem(dir, CONSOLE_CERTIFICATE, &authority.sign_console_request(&csr, &names)?, false)?;
+    info!(address, "this host is reached at another address: the certificate of its Console is made for that");
     Ok(())
 }
 
@@ -152,6 +171,29 @@ mod tests {
         let tls = watch::Sender::new(Arc::new(NodeTls::load(dir.path()).unwrap()));
         look(dir.path(), &membership, 1, &tls).unwrap();
         assert_eq!(read(dir.path(), NODE_CERTIFICATE).unwrap(), before);
+    }
+
+    #[test]
+    fn the_certificate_of_the_console_follows_the_address() {
+        let (dir, membership) = folder();
+        let names = |all: &[&str]| all.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let follow = |membership: &Membership, address: &str| {
+            follow_address(dir.path(), membership, address, &names(&["new", address])).unwrap();
+            read(dir.path(), CONSOLE_CERTIFICATE).unwrap()
+        };
+        let (key, old) = (read(dir.path(), CONSOLE_KEY).unwrap(), read(dir.path(), CONSOLE_CERTIFICATE).unwrap());
+        assert_eq!(follow(&membership, "CONSOLE.example"), old, "it is good for that");
+        let new = follow(&membership, "192.0.2.9");
+        let ca = &membership.authority.as_ref().unwrap().certificate;
+        assert!(!pki::lacks_name(&new, ca, "192.0.2.9").unwrap() && pki::lacks_name(&new, ca, "192.0.2.1").unwrap());
+        assert!(pki::lacks_name(&new, ca, "console.example").unwrap() && !pki::lacks_name(&new, ca, "new").unwrap());
+        let path = |name| dir.path().join(name);
+        pki::console_server_config(&path(CONSOLE_CERTIFICATE), &path(CONSOLE_KEY)).unwrap();
+        assert_eq!(read(dir.path(), CONSOLE_KEY).unwrap(), key);
+        let own = Authority::create(ClusterId(8)).unwrap();
+        own.issue_console(&["own.example"]).unwrap().save_console(dir.path()).unwrap();
+        let own = read(dir.path(), CONSOLE_CERTIFICATE).unwrap();
+        assert_eq!(follow(&membership, "192.0.2.10"), own, "that of somebody else stays");
     }
 
     #[test]

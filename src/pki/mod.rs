@@ -33,7 +33,8 @@ use crate::cluster::{ClusterId, NodeId};
 
 pub use authority::{Authority, Issued};
 pub use request::{
-    SigningRequest, certificate_key, certificate_validity, console_request, new_key, node_request, request_with,
+    SigningRequest, certificate_key, certificate_validity, console_request, lacks_name, new_key, node_request,
+    request_with,
 };
 pub use sealed::ClusterKey;
 

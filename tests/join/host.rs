@@ -3,8 +3,9 @@
 
 use std::{
     fs,
+    io::Write,
     net::Ipv4Addr,
-    os::unix::process::CommandExt,
+    os::unix::{fs::symlink, net::UnixStream, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::atomic::{AtomicU8, Ordering},
@@ -16,9 +17,16 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use sqlx::{ConnectOptions, sqlite::SqliteConnectOptions};
 use tempfile::TempDir;
-use twistlock_ha::{cluster::Role, control, node::Status, pki};
+use twistlock_ha::{
+    cluster::Role,
+    control::{self, Operation, Request},
+    node::Status,
+    pki,
+};
 use ureq::{
     Agent, SendBody,
     tls::{Certificate, RootCerts, TlsConfig},
@@ -27,6 +35,8 @@ use ureq::{
 const PASSWORD: &str = "Join-test-1234";
 /// Far above what anything should take: a busy machine fails no test.
 const BOUND: Duration = Duration::from_secs(90);
+/// How long an answer of a daemon may take.
+const ANSWER: Duration = Duration::from_secs(30);
 
 /// Polls until the condition holds.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -64,7 +74,8 @@ fn stop(data: &Path, signal: Signal) {
 
 /// A cluster of one, with an administrator.
 pub struct Founder {
-    daemon: Child,
+    /// The host itself; no join script is run on it.
+    pub host: Host,
     folder: TempDir,
     /// Its address without the last number's place among the hosts of the cluster.
     network: (u8, u16),
@@ -76,25 +87,21 @@ impl Founder {
         static NEXT: AtomicU8 = AtomicU8::new(128);
         let network = (NEXT.fetch_add(1, Ordering::Relaxed), std::process::id() as u16);
         let folder = tempfile::Builder::new().prefix("twj").tempdir().unwrap();
-        let (address, data) = (address(network, 1), folder.path().join("1/data"));
-        fs::create_dir(folder.path().join("1")).unwrap();
-        let config = folder.path().join("1/twistlock.cfg");
-        let text = format!(
-            "BIND_ADDRESS={address}\nDATA_FOLDER={}\nDATA_RECOVERY_ENABLED=false\nHIGH_AVAILABILITY_ENABLED=true\n\
+        // Nobody trusts anything yet: this agent is replaced below.
+        let mut host = Host::new(folder.path(), network, 1, Agent::new_with_defaults());
+        let data = host.data();
+        host.install(&format!(
+            "BIND_ADDRESS={}\nDATA_FOLDER={}\nDATA_RECOVERY_ENABLED=false\nHIGH_AVAILABILITY_ENABLED=true\n\
              HIGH_AVAILABILITY_STATE=PRIMARY\nHIGH_AVAILABILITY_NAME=host1\n",
+            host.address,
             data.display()
-        );
-        fs::write(&config, text).unwrap();
-        let daemon = Command::new(env!("CARGO_BIN_EXE_twistlockd"))
-            .args(["run", "--config"])
-            .arg(&config)
-            .stdin(Stdio::null())
-            .stderr(fs::File::create(folder.path().join("1/log")).unwrap())
-            .spawn()
-            .unwrap();
+        ));
+        host.start();
         let ca = data.join("certificates").join(pki::CA_CERTIFICATE);
         wait_until("the founder has a CA", || ca.exists() && data.join("identity.json").exists());
-        let founder = Self { daemon, network, agent: agent(&fs::read_to_string(&ca).unwrap()), folder };
+        let agent = agent(&fs::read_to_string(&ca).unwrap(), ANSWER);
+        host.agent = agent.clone();
+        let founder = Self { host, network, agent, folder };
         let url = founder.url("/_ping");
         wait_until("the founder serves", || founder.agent.get(&url).call().is_ok());
         founder.post_as("", "/signup", json!({"username": "admin", "password": PASSWORD}), 200);
@@ -102,20 +109,22 @@ impl Founder {
     }
 
     fn url(&self, path: &str) -> String {
-        format!("https://{}:8083/api/v1{path}", address(self.network, 1))
+        self.host.url(path)
     }
 
     /// The authority's certificate.
     pub fn ca(&self) -> String {
-        fs::read_to_string(self.folder.path().join("1/data/certificates").join(pki::CA_CERTIFICATE)).unwrap()
+        fs::read_to_string(self.host.data().join("certificates").join(pki::CA_CERTIFICATE)).unwrap()
+    }
+
+    /// A client that trusts the cluster and waits this long.
+    pub fn agent_for(&self, limit: Duration) -> Agent {
+        agent(&self.ca(), limit)
     }
 
     /// A host that has nothing yet.
     pub fn host(&self, number: u8) -> Host {
-        let prefix = self.folder.path().join(number.to_string());
-        fs::create_dir_all(&prefix).unwrap();
-        let (name, agent) = (format!("host{number}"), self.agent.clone());
-        Host { name, address: address(self.network, number), prefix, agent, daemon: None }
+        Host::new(self.folder.path(), self.network, number, self.agent.clone())
     }
 
     /// The line to run on other hosts.
@@ -128,9 +137,7 @@ impl Founder {
 
     /// The status, as this node's Console or the control socket gives it.
     pub fn status(&self) -> Value {
-        let socket = self.folder.path().join("1/data").join(control::SOCKET_NAME);
-        let status = control::status(&socket, Duration::from_secs(5)).unwrap();
-        serde_json::to_value(&status).unwrap()
+        serde_json::to_value(self.host.status().unwrap()).unwrap()
     }
 
     pub fn post(&self, path: &str, body: Value, expected: u16) -> Value {
@@ -179,26 +186,16 @@ impl Founder {
 
     /// Resident memory of the daemon.
     pub fn memory_kib(&self) -> u64 {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.daemon.id())).unwrap();
+        let text = fs::read_to_string(format!("/proc/{}/status", pid_of(&self.host.data()).unwrap())).unwrap();
         let line = text.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Founder {
-    fn drop(&mut self) {
-        let _ = kill(Pid::from_raw(self.daemon.id() as i32), Signal::SIGTERM);
-        let _ = self.daemon.wait();
-        if thread::panicking() {
-            print_log("host1", &self.folder.path().join("1/log"));
-        }
     }
 }
 
 /// A host that joins.
 pub struct Host {
     pub name: String,
-    address: Ipv4Addr,
+    pub address: Ipv4Addr,
     prefix: PathBuf,
     agent: Agent,
     /// The daemon, if the test has started it and not the script.
@@ -206,6 +203,30 @@ pub struct Host {
 }
 
 impl Host {
+    fn new(folder: &Path, network: (u8, u16), number: u8, agent: Agent) -> Self {
+        let (name, prefix) = (format!("host{number}"), folder.join(number.to_string()));
+        fs::create_dir_all(&prefix).unwrap();
+        Self { name, address: address(network, number), prefix, agent, daemon: None }
+    }
+
+    /// Puts the program and a configuration where the script would.
+    fn install(&self, config: &str) {
+        for file in [self.program(), self.config(), self.log()] {
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+        }
+        symlink(env!("CARGO_BIN_EXE_twistlockd"), self.program()).unwrap();
+        fs::write(self.config(), config).unwrap();
+        fs::write(self.log(), "").unwrap();
+    }
+
+    fn program(&self) -> PathBuf {
+        self.prefix.join("usr/local/bin/twistlockd")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.prefix.join("etc/twistlock/twistlock.cfg")
+    }
+
     pub fn data(&self) -> PathBuf {
         self.prefix.join("var/lib/twistlock")
     }
@@ -252,6 +273,35 @@ impl Host {
         self.name = name.to_owned();
     }
 
+    /// Ends the daemon in order.
+    pub fn end(&mut self) {
+        stop(&self.data(), Signal::SIGTERM);
+        self.kill();
+    }
+
+    /// A disk that had to be replaced.
+    pub fn wipe(&mut self) {
+        self.kill();
+        fs::remove_dir_all(self.data()).unwrap();
+    }
+
+    /// What another host is when the folders of this one, which must be stopped, are copied there.
+    pub fn copy_to(&self, other: &Host) {
+        let config = fs::read_to_string(self.config()).unwrap();
+        let path = |host: &Host| host.prefix.display().to_string();
+        let config = config.replace(&path(self), &path(other));
+        other.install(&config.replace(&self.address.to_string(), &other.address.to_string()));
+        copy(&self.data(), &other.data());
+    }
+
+    /// The host has another address from now on; it must be stopped.
+    pub fn move_to(&mut self, address: Ipv4Addr) {
+        let config = fs::read_to_string(self.config()).unwrap();
+        assert!(config.contains(&self.address.to_string()), "{config}");
+        fs::write(self.config(), config.replace(&self.address.to_string(), &address.to_string())).unwrap();
+        self.address = address;
+    }
+
     /// Starts the installed daemon.
     pub fn start(&mut self) {
         let log = fs::File::options().append(true).open(self.log()).unwrap();
@@ -260,9 +310,14 @@ impl Host {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(self.prefix.join("usr/local/bin/twistlockd"));
-        command.args(["run", "--config"]).arg(self.prefix.join("etc/twistlock/twistlock.cfg")).stdin(Stdio::null());
+        let mut command = Command::new(self.program());
+        command.args(["run", "--config"]).arg(self.config()).stdin(Stdio::null());
         command
+    }
+
+    /// What the daemon has logged.
+    pub fn said(&self) -> String {
+        fs::read_to_string(self.log()).unwrap()
     }
 
     fn log(&self) -> PathBuf {
@@ -289,8 +344,37 @@ impl Host {
         reason
     }
 
-    fn status(&self) -> Option<Status> {
-        control::status(&self.data().join(control::SOCKET_NAME), Duration::from_secs(5)).ok()
+    pub fn status(&self) -> Option<Status> {
+        control::status(&self.socket(), ANSWER).ok()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.data().join(control::SOCKET_NAME)
+    }
+
+    /// Has the daemon carry out an operation.
+    pub fn operate<T: DeserializeOwned>(&self, operation: Operation) -> Result<T, String> {
+        control::operate(&self.socket(), operation, ANSWER).map_err(|error| error.to_string())
+    }
+
+    /// Sends an operation and waits for no answer.
+    pub fn send(&self, operation: Operation) -> UnixStream {
+        let mut stream = control::connect(&self.socket(), ANSWER).unwrap();
+        let line = serde_json::to_string(&Request::Administer { operation }).unwrap() + "\n";
+        stream.write_all(line.as_bytes()).unwrap();
+        stream
+    }
+
+    /// The names of the tags in the database file of a SECONDARY to which nothing is written.
+    pub fn file_tags(&self) -> Vec<String> {
+        let copy = tempfile::NamedTempFile::new().unwrap();
+        fs::copy(self.data().join("database/console.db"), copy.path()).unwrap();
+        let options = SqliteConnectOptions::new().filename(copy.path()).read_only(true).immutable(true);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut connection = options.connect().await.unwrap();
+            sqlx::query_scalar("SELECT name FROM tags ORDER BY name").fetch_all(&mut connection).await.unwrap()
+        })
     }
 
     /// What this host's own daemon says that it is.
@@ -309,12 +393,32 @@ impl Host {
 
     /// The names of the tags, from this host's Console.
     pub fn tags(&self) -> Vec<String> {
-        let url = format!("https://{}:8083/api/v1/tags", self.address);
+        let url = self.url("/tags");
         wait_until("the Console answers", || self.agent.get(&url).call().is_ok());
-        let (status, text) = call(&self.agent, "GET", &basic(), &url, None);
+        let mut names = Vec::new();
+        loop {
+            let url = format!("{url}?limit=1000&offset={}", names.len());
+            let (status, text) = call(&self.agent, "GET", &basic(), &url, None);
+            assert_eq!(status, 200, "{text}");
+            let tags: Vec<Value> = serde_json::from_str(&text).unwrap();
+            if tags.is_empty() {
+                return names;
+            }
+            names.extend(tags.iter().map(|tag| tag["name"].as_str().unwrap().to_owned()));
+        }
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("https://{}:8083/api/v1{path}", self.address)
+    }
+
+    /// The header of a session on this host's Console.
+    pub fn log_in(&self) -> String {
+        let body = json!({"username": "admin", "password": PASSWORD});
+        let (status, text) = call(&self.agent, "POST", "", &self.url("/authenticate"), Some(&body));
         assert_eq!(status, 200, "{text}");
-        let tags: Vec<Value> = serde_json::from_str(&text).unwrap();
-        tags.iter().map(|tag| tag["name"].as_str().unwrap().to_owned()).collect()
+        let answer: Value = serde_json::from_str(&text).unwrap();
+        format!("Bearer {}", answer["token"].as_str().unwrap())
     }
 
     /// A request to join that is in order.
@@ -337,6 +441,19 @@ impl Drop for Host {
     }
 }
 
+/// Copies a folder, without what belongs to the running daemon.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let (kind, to) = (entry.file_type().unwrap(), to.join(entry.file_name()));
+        if kind.is_dir() {
+            copy(&entry.path(), &to);
+        } else if kind.is_file() && entry.file_name() != "lock" {
+            fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
 fn print_log(name: &str, path: &Path) {
     let text = fs::read_to_string(path).unwrap_or_default();
     let lines: Vec<&str> = text.lines().rev().take(15).collect();
@@ -353,7 +470,7 @@ fn basic() -> String {
     format!("Basic {}", BASE64_STANDARD.encode(format!("admin:{PASSWORD}")))
 }
 
-fn agent(ca: &str) -> Agent {
+fn agent(ca: &str, limit: Duration) -> Agent {
     let root = Certificate::from_pem(ca.as_bytes()).unwrap();
     let tls = TlsConfig::builder()
         .root_certs(RootCerts::new_with_certs(&[root]))
@@ -363,7 +480,7 @@ fn agent(ca: &str) -> Agent {
         .tls_config(tls)
         .proxy(None)
         .http_status_as_error(false)
-        .timeout_global(Some(Duration::from_secs(30)))
+        .timeout_global(Some(limit))
         .build();
     config.into()
 }
