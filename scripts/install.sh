@@ -199,9 +199,14 @@ value() {
 
 # plain TEXT: without quotes and trailing blanks; ${VAR-default} and ${VAR:-default} are looked up. Nothing is run.
 plain() {
-    local text=$1 name
+    local text=$1 name quoted="'\\''"
     text=${text%"${text##*[![:space:]]}"}
-    if [[ $text =~ ^\"(.*)\"$ || $text =~ ^\'(.*)\'$ ]]; then
+    if [[ $text =~ ^\'(.*)\'$ ]]; then
+        # Nothing in it is looked up, and a single quote is written so.
+        printf '%s\n' "${BASH_REMATCH[1]//"$quoted"/"'"}"
+        return
+    fi
+    if [[ $text =~ ^\"(.*)\"$ ]]; then
         text=${BASH_REMATCH[1]}
     fi
     if [[ $text =~ ^\$\{([A-Za-z_][A-Za-z0-9_]*)(:?)-(.*)\}$ ]]; then
@@ -459,10 +464,14 @@ node_runs() {
     { unit_is_there && systemctl is-active --quiet $unit; } || pid_of_node >/dev/null
 }
 
+# lives PID: false once it has let go of its files, even where nobody has collected it yet. Its program is gone earlier.
+lives() {
+    grep -q '^State:[[:space:]]*[^ZX[:space:]]' "/proc/$1/status" 2>/dev/null
+}
+
 wait_until_gone() {
     local pid=$1 tries=$((STOP_LIMIT * 10))
-    # A process that has ended has no program any more, even where nobody has collected it yet.
-    while readlink "/proc/$pid/exe" >/dev/null 2>&1 && [ "$tries" -gt 0 ]; do
+    while lives "$pid" && [ "$tries" -gt 0 ]; do
         sleep 0.1
         tries=$((tries - 1))
     done
@@ -471,9 +480,12 @@ wait_until_gone() {
 
 stop_node() {
     local pid
-    if unit_is_there && systemctl is-active --quiet $unit; then
-        say "Stopping the node"
-        systemctl stop $unit
+    # Active or not: between two attempts to start it, a unit is neither active nor stopped, and the next attempt would come
+    # while its data moves.
+    if unit_is_there; then
+        [[ $(systemctl is-active $unit) == inactive ]] || say "Stopping the node"
+        systemctl stop $unit || die $EX_TEMPFAIL "$unit does not stop: see systemctl status $unit"
+        systemctl reset-failed $unit 2>/dev/null || true
     fi
     if pid=$(pid_of_node); then
         say "Stopping the node (pid $pid)"
@@ -510,7 +522,7 @@ leave_role() {
 node_gave_up() {
     if [ "$use_systemd" = false ]; then
         # It may still be on its way through setsid and setpriv: any program will do.
-        if readlink "/proc/$started/exe" >/dev/null 2>&1; then
+        if lives "$started"; then
             return 1
         fi
         return 0
@@ -596,17 +608,48 @@ make_user() {
         --comment "Twistlock HA" $RUN_USER >>"$log" 2>&1 || die $EX_CANTCREAT "the user $RUN_USER cannot be made (see the log)"
 }
 
+# own_contents TEST...: what is in the data folder, but for what a file system has from its beginning, and what was set aside.
+own_contents() {
+    find -H "$data" -mindepth 1 -maxdepth 1 ! -name lost+found ! -name '*.removed-*' ! -name '*.dropped-*' "$@"
+}
+
+# is_nodes: true if the data folder is a node's alone.
+is_nodes() {
+    [ -e "$data/lock" ] || [ -z "$(own_contents -print -quit)" ]
+}
+
+# can_write DIR: whether the node's user can.
+can_write() {
+    local as=()
+    # Where it cannot be tried, the node itself will say it.
+    command -v setpriv >/dev/null || return 0
+    [ "$run_user" = "$(id -un)" ] || as=(setpriv --reuid "$run_user" --regid "$run_user" --init-groups)
+    "${as[@]}" test -w "$1" -a -x "$1"
+}
+
 make_folders() {
     local folder
     mkdir -p "$bin_dir" "$etc_dir" "$(dirname "$man_page")" "$(dirname "$completion")"
     for folder in "$data" "$backups"; do
-        mkdir -p "$(dirname "$folder")"
-        install -d -m 0700 "$folder"
-        # Files of a node that has run as another user until now.
-        if [ "$(stat -c %U "$folder")" != "$run_user" ]; then
-            chown -hR "$run_user:" "$folder"
+        if ! [ -d "$folder" ]; then
+            mkdir -p "$(dirname "$folder")"
+            install -d -m 0700 "$folder"
+            [ -n "$prefix" ] || chown "$run_user:" "$folder"
         fi
     done
+    # A folder that was there may be others' too, and stays as it is; but not what belongs to a node, or is nothing at all.
+    if is_nodes; then
+        chmod 0700 "$data"
+        # Files of a node that has run as another user until now.
+        if [ "$(stat -L -c %U "$data")" != "$run_user" ]; then
+            chown "$run_user:" "$data"
+            own_contents -exec chown -hR "$run_user:" {} +
+        fi
+    fi
+    can_write "$data" || die $EX_NOPERM "the user $run_user cannot write to $data, which has files that are not a node's" \
+        "Set DATA_FOLDER to a folder of the node alone, and run this script again."
+    can_write "$backups" || warn "the user $run_user cannot write to $backups, which was there before:" \
+        "give it the right, or no backup is made"
     if [ "$use_systemd" = false ]; then
         install -d -m 0755 "$(dirname "$pid_file")"
         install -d -m 0750 "$(dirname "$log_file")"
@@ -660,13 +703,39 @@ install_files() {
     say "Installed $bin_dir/twistlockd, $bin_dir/twistcli and $config"
 }
 
+# is_mounted DIR: a file system of its own begins there, or it is the name of a folder elsewhere: it cannot be renamed.
+is_mounted() {
+    [ -L "$1" ] || [ "$(stat -c %m -- "$1")" = "$(readlink -f -- "$1")" ]
+}
+
+# move_contents DIR: from the data folder to this folder in it. The identity goes first: without it, nothing starts from the rest.
+move_contents() {
+    local path name
+    mkdir -m 0700 "$1" || return
+    for path in "$data/identity.json" "$data"/* "$data"/.[!.]*; do
+        name=${path##*/}
+        case "$name" in
+            lost+found | "${data##*/}".removed-* | "${data##*/}".dropped-*) continue ;;
+        esac
+        if [ -e "$path" ] || [ -L "$path" ]; then
+            mv -T "$path" "$1/$name" || return
+        fi
+    done
+}
+
 set_data_aside() {
     local aside
     if [ "$drop" = false ] || ! [ -d "$data" ]; then
         return
     fi
     aside=$data.dropped-$(date -u +%Y%m%dT%H%M%SZ)
-    mv -T "$data" "$aside" || die $EX_CANTCREAT "$data cannot be renamed to $aside"
+    if is_mounted "$data"; then
+        # No node looks into a folder that it does not know by name.
+        aside=$data/${aside##*/}
+        move_contents "$aside" || die $EX_CANTCREAT "what is in $data cannot be moved to $aside"
+    else
+        mv -T "$data" "$aside" || die $EX_CANTCREAT "$data cannot be renamed to $aside"
+    fi
     say "The existing database is out of use. It was set aside, not deleted: $aside"
 }
 

@@ -56,6 +56,8 @@ const LONGEST_START: Duration = Duration::from_secs(1800);
 const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How long a start from a fetched database may take, as in the systemd unit.
+const LONG_START: Duration = Duration::from_secs(30 * 60);
 /// How long the end of the port guard process may take.
 const GUARD_LIMIT: Duration = Duration::from_secs(2);
 
@@ -99,6 +101,7 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         }
         Ok(Exit::Restart(why)) => {
             info!(reason = why, "the node begins again");
+            begin_long_start();
             begin_again()
         }
         Err(error) => {
@@ -508,11 +511,23 @@ async fn report_problems(ports: SupervisorHandle, handle: Handle) {
     }
 }
 
+/// Tells systemd, which has heard already that this daemon is up, that a whole database may be put in place before the node's
+/// loop turns: as long as at a start. [`service_manager`] ends that.
+pub(crate) fn begin_long_start() {
+    if sd_notify::watchdog_enabled().is_some() {
+        let limit = sd_notify::NotifyState::WatchdogUsec(LONG_START.as_micros() as u32);
+        let _ = sd_notify::notify(&[limit, sd_notify::NotifyState::Watchdog]);
+    }
+}
+
 /// Tells systemd that the node is up, what it is, and, as long as its loop turns, that it is alive.
 async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
     let watchdog = sd_notify::watchdog_enabled();
     let mut shown = String::new();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    if let Some(usual) = watchdog.and_then(|limit| u32::try_from(limit.as_micros()).ok()) {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::WatchdogUsec(usual)]);
+    }
     while status.changed().await.is_ok() {
         let now = status.borrow_and_update().clone();
         let line = format!("{} in epoch {}: {}", now.role, now.epoch, now.reason);

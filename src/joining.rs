@@ -22,7 +22,7 @@ use twistlock_ha::{
     storage::{DataDir, DataDirError},
 };
 
-use crate::daemon::{asked_to_stop, lease_terms};
+use crate::daemon::{asked_to_stop, begin_long_start, lease_terms};
 
 /// How often systemd hears that all is well, at least: a small part of any time-out that makes sense.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -78,6 +78,8 @@ async fn joining(path: &Path, config: &Config, data: &DataDir) -> Result<Outcome
     serving.abort();
     let _ = serving.await;
     informing.abort();
+    let _ = informing.await;
+    begin_long_start();
     outcome
 }
 
