@@ -144,7 +144,8 @@ impl Admin {
         self.handle.status().borrow().clone()
     }
 
-    fn membership(&self) -> Arc<Membership> {
+    /// The membership in force on this node. Newer than that in the status, which is published now and then.
+    pub fn membership(&self) -> Arc<Membership> {
         self.handle.membership().borrow().clone()
     }
 

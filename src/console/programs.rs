@@ -92,11 +92,9 @@ async fn with_kit<T: Send + 'static>(
     console: &Console,
     make: impl FnOnce(&Kit, &Membership, u64) -> Result<T, KitError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let kit = Arc::clone(&console.services()?.kit);
-    let (membership, me) = {
-        let status = console.status.borrow();
-        (status.membership.clone(), status.node)
-    };
+    let services = console.services()?;
+    // Not the membership of the status: an invitation that was just made may not be in it yet.
+    let (kit, membership, me) = (Arc::clone(&services.kit), services.admin.membership(), console.status.borrow().node);
     let made = task::spawn_blocking(move || make(&kit, &membership, me)).await.map_err(|_| ApiError::Internal)?;
     Ok(made?)
 }
