@@ -50,8 +50,6 @@ use crate::joining::{self, Outcome};
 const EX_UNAVAILABLE: u8 = 69;
 const EX_IOERR: u8 = 74;
 const EX_TEMPFAIL: u8 = 75;
-/// How long a start may take before the service manager's watchdog ends the process.
-const LONGEST_START: Duration = Duration::from_secs(1800);
 /// File in the data folder that says for how many milliseconds a voter's promise holds.
 const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
@@ -85,12 +83,7 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         }
     }
     let exit = joining::join_first(path, &loaded.config).and_then(|outcome| match outcome {
-        Outcome::Ready => {
-            let patience = watchdog_patience();
-            let parts = Parts::build(&loaded.config);
-            drop(patience);
-            parts.and_then(|parts| parts.run(path))
-        }
+        Outcome::Ready => Parts::build(&loaded.config).and_then(|parts| parts.run(path)),
         Outcome::Stopped => Ok(Exit::Stopped),
     });
     match exit {
@@ -316,21 +309,6 @@ fn as_stopped(exit: Exit) -> Exit {
         Exit::Restart(_) => Exit::Stopped,
         exit => exit,
     }
-}
-
-/// After a process has begun again within itself, the service manager's watchdog is armed already, and reading a large raft log
-/// and database takes longer than that waits. Feeds it until what is returned is dropped, [`LONGEST_START`] at most.
-fn watchdog_patience() -> Option<mpsc::Sender<()>> {
-    let every = sd_notify::watchdog_enabled()? / 3;
-    let (held, mut over) = mpsc::channel(1);
-    std::thread::spawn(move || {
-        let end = Instant::now() + LONGEST_START;
-        while Instant::now() < end && over.try_recv() == Err(mpsc::error::TryRecvError::Empty) {
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
-            std::thread::park_timeout(every);
-        }
-    });
-    Some(held)
 }
 
 /// The port guard holds the HA port, which the next process wants to open.
