@@ -134,10 +134,7 @@ struct Parts {
 
 impl Parts {
     fn build(config: &Config) -> Result<Self> {
-        let data = DataDir::open(&config.data_folder)?;
-        if let Some(done) = recover::finish_interrupted(data.path())? {
-            info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
-        }
+        let data = open_data(config)?;
         let identity = match data.identity() {
             Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
             identity => identity?,
@@ -320,6 +317,15 @@ async fn end_of_guard(guard: PortGuard) {
     if tokio::time::timeout(GUARD_LIMIT, ended).await.is_err() {
         warn!("the port guard process does not end");
     }
+}
+
+/// The data folder, with an interrupted recovery completed before anything looks at whose it is.
+pub(crate) fn open_data(config: &Config) -> Result<DataDir> {
+    let data = DataDir::open(&config.data_folder)?;
+    if let Some(done) = recover::finish_interrupted(data.path())? {
+        info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
+    }
+    Ok(data)
 }
 
 /// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.

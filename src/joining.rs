@@ -22,7 +22,7 @@ use twistlock_ha::{
     storage::{DataDir, DataDirError},
 };
 
-use crate::daemon::{asked_to_stop, begin_long_start, lease_terms};
+use crate::daemon::{asked_to_stop, begin_long_start, lease_terms, open_data};
 
 /// How often systemd hears that all is well, at least: a small part of any time-out that makes sense.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -40,7 +40,7 @@ pub(crate) enum Outcome {
 /// # Errors
 /// Those of [`join::run`], and when the control socket cannot be made.
 pub(crate) fn join_first(path: &Path, config: &Config) -> Result<Outcome> {
-    let data = DataDir::open(&config.data_folder)?;
+    let data = open_data(config)?;
     match data.identity() {
         Ok(_) => join::clear(data.path())?,
         Err(DataDirError::NoIdentity { .. }) if join::wanted(data.path()) => {

@@ -77,6 +77,8 @@ pub(super) struct Canary {
     pub refused: u64,
     /// Attempts whose outcome the client does not know.
     pub unknown: u64,
+    /// Why the last attempt that failed did.
+    pub last_failure: Option<String>,
 }
 
 /// The way to the API failed for good; the sentence says how.
@@ -121,6 +123,7 @@ impl Canary {
             acknowledged: Vec::new(),
             refused: 0,
             unknown: 0,
+            last_failure: None,
         })
     }
 
@@ -173,7 +176,8 @@ impl Canary {
         let body =
             serde_json::json!({"name": self.tag(self.next), "color": "", "description": "rehearsal of a takeover"});
         let request = self.agent.post(self.url("tags")).header("authorization", &self.authorization);
-        match request.send_json(body).map(|response| response.status()) {
+        let answer = request.send_json(body).map(|response| response.status());
+        match answer {
             // An earlier attempt got through unseen.
             Ok(status) if status.is_success() || status == StatusCode::CONFLICT && self.doubt => {
                 self.acknowledged.push(Acknowledged { tag: self.next, console: self.current, at: Instant::now() });
@@ -184,13 +188,15 @@ impl Canary {
             Ok(status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::CONFLICT)) => {
                 return Err(Failed::Refused(format!("{} refuses to write a tag: {status}", self.url("tags"))));
             }
-            Err(Error::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => self.refused += 1,
+            Err(Error::Io(ref error)) if error.kind() == io::ErrorKind::ConnectionRefused => self.refused += 1,
             // What a Console answers may still hide a write whose outcome it does not know itself.
             Ok(_) | Err(_) => {
                 self.unknown += 1;
                 self.doubt = true;
             }
         }
+        let why = answer.map_or_else(|error| error.to_string(), |status| status.to_string());
+        self.last_failure = Some(format!("{}: {why}", self.url("tags")));
         self.current = (self.current + 1) % self.consoles.len();
         std::thread::sleep(PAUSE);
         Ok(())

@@ -90,7 +90,7 @@ pub(super) fn run(place: &Place, args: &DrillArgs) -> Result<u8, Stop> {
         if args.kill { "its process is killed" } else { "switchover" }
     );
     let takeover = Takeover { socket: place.socket.clone(), lock: place.data.join("lock"), kill: args.kill };
-    let rehearsed = rehearse(&mut canary, takeover);
+    let rehearsed = rehearse(&mut canary, takeover, LIMIT);
     let checked = rehearsed.map(|handover_ms| (handover_ms, canary.missing(CHECK_LIMIT)));
     let left = canary.clean_up();
     if left > 0 {
@@ -181,6 +181,8 @@ enum Broken {
     Refused(String),
     /// The API refuses the canary.
     Api(Failed),
+    /// The API did not acknowledge enough writes to begin. What it answered last.
+    Never(Option<String>),
 }
 
 impl Broken {
@@ -188,6 +190,10 @@ impl Broken {
         match self {
             Self::Refused(why) => Stop::refuse(&why),
             Self::Api(failed) => stop(failed),
+            Self::Never(last) => Stop::refuse(&format!(
+                "the takeover was never begun: fewer than {BEFORE} writes were acknowledged\n  The last error: {}",
+                last.as_deref().unwrap_or("none: the writes are too slow")
+            )),
         }
     }
 }
@@ -224,9 +230,9 @@ impl Takeover {
     }
 }
 
-/// Writes before, during and after the takeover. Returns the gap that the daemon has measured.
-fn rehearse(canary: &mut Canary, takeover: Takeover) -> Result<Option<f64>, Broken> {
-    let deadline = Instant::now() + LIMIT;
+/// Writes before, during and after the takeover, until `limit`. Returns the gap that the daemon has measured.
+fn rehearse(canary: &mut Canary, takeover: Takeover, limit: Duration) -> Result<Option<f64>, Broken> {
+    let deadline = Instant::now() + limit;
     let mut takeover = Some(takeover);
     let mut under_way: Option<JoinHandle<Result<Option<f64>, String>>> = None;
     let mut gap = None;
@@ -245,6 +251,9 @@ fn rehearse(canary: &mut Canary, takeover: Takeover) -> Result<Option<f64>, Brok
         {
             gap = joined(ended)?;
         }
+    }
+    if takeover.is_some() {
+        return Err(Broken::Never(canary.last_failure.take()));
     }
     match under_way {
         Some(ended) => joined(ended),
@@ -339,8 +348,12 @@ fn record(data: &Path, outcome: &Outcome) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::{net::TcpListener, sync::Arc};
+
+    use rustls::{ServerConfig, ServerConnection};
+
     use super::*;
-    use crate::{cli::health::tests::healthy, cluster::membership::Pause};
+    use crate::{cli::canary::Console, cli::health::tests::healthy, cluster::membership::Pause};
 
     #[test]
     fn only_a_healthy_cluster_is_put_to_the_test() {
@@ -374,6 +387,47 @@ mod tests {
             unknown: 1,
             missing: Vec::new(),
         }
+    }
+
+    /// Answers 503 to everything, as long as the tests run. Returns its address and writes its certificate.
+    fn busy_console(ca: &Path) -> String {
+        let rcgen::CertifiedKey { cert, signing_key } =
+            rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        fs::write(ca, cert.pem()).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(signing_key.serialize_der()).unwrap();
+        let tls = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key);
+        let (tls, listener) = (Arc::new(tls.unwrap()), TcpListener::bind("127.0.0.1:0").unwrap());
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let mut connection = ServerConnection::new(tls.clone()).unwrap();
+                let mut stream = rustls::Stream::new(&mut connection, &mut stream);
+                // A client that goes away is no matter: the next one is served.
+                let _ = stream.read(&mut [0; 4096]);
+                let _ = stream
+                    .write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+                let _ = stream.flush();
+            }
+        });
+        format!("https://{address}")
+    }
+
+    /// A Console that answers, and acknowledges nothing: nobody may read that another member did not take over.
+    #[test]
+    fn a_takeover_that_was_not_begun_is_not_called_a_failed_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let ca = folder.path().join("ca.pem");
+        let url = busy_console(&ca);
+        let mut canary = Canary::new(vec![Console { name: "node1".into(), url }], &ca, "drill-1").unwrap();
+        let takeover = Takeover { socket: "/nowhere".into(), lock: "/nowhere".into(), kill: true };
+        let ended = rehearse(&mut canary, takeover, Duration::from_millis(300));
+        let Err(Broken::Never(Some(last))) = ended else { panic!("the takeover was begun") };
+        assert!(last.ends_with("/api/v1/tags: 503 Service Unavailable"), "{last}");
+        assert!(canary.acknowledged.is_empty() && canary.unknown > 0);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use raft::eraftpb::{ConfState, EntryType};
 use super::{
     RecoverError,
     survivor::{CHECKPOINT, DATABASE, Survivor, log_options, staging},
-    switch::Plan,
+    switch::{Plan, discard},
 };
 use crate::{
     cluster::{ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE, membership::SealedAuthority},
@@ -38,18 +38,22 @@ const COPY: usize = 1 << 20;
 /// Makes everything, durably.
 ///
 /// # Errors
-/// [`RecoverError`]; the old data is untouched.
+/// [`RecoverError`]; the old data is untouched, and the staging folder is gone.
 pub(super) fn build(survivor: &Survivor, config: &Config) -> Result<Plan, RecoverError> {
     survivor.check_space()?;
-    let staging = staging(&survivor.data);
-    match fs::remove_dir_all(&staging) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(RecoverError::io(format!("remove {}", staging.display()))(error));
-        }
-        _ => {}
+    let built = fill(survivor, config, &staging(&survivor.data));
+    if built.is_err()
+        && let Err(error) = discard(&survivor.data)
+    {
+        // What failed first is what the administrator has to know; the next start tries again to remove it.
+        eprintln!("twistlockd recover: {error}");
     }
-    make_private_dir(&staging).map_err(RecoverError::io(format!("create {}", staging.display())))?;
-    let index = build_database(survivor, &staging)?;
+    built
+}
+
+fn fill(survivor: &Survivor, config: &Config, staging: &Path) -> Result<Plan, RecoverError> {
+    make_private_dir(staging).map_err(RecoverError::io(format!("create {}", staging.display())))?;
+    let index = build_database(survivor, staging)?;
     let cluster = ClusterId(rand::random());
     let term = survivor.log.hard_state().term + 1;
     let owner = (cluster, NODE);
@@ -60,8 +64,8 @@ pub(super) fn build(survivor: &Survivor, config: &Config) -> Result<Plan, Recove
     };
     make_log()
         .map_err(|error| RecoverError::Io { what: "make the raft log".into(), source: io::Error::other(error) })?;
-    build_identity(survivor, config, &staging, cluster, index)?;
-    sync_all(&staging).map_err(RecoverError::io(format!("sync {}", staging.display())))?;
+    build_identity(survivor, config, staging, cluster, index)?;
+    sync_all(staging).map_err(RecoverError::io(format!("sync {}", staging.display())))?;
     Ok(Plan::new())
 }
 
@@ -182,4 +186,30 @@ fn sync_all(folder: &Path) -> io::Result<()> {
         }
     }
     fsync_dir(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::DataDir;
+
+    /// The disk may be full: whatever is left would take the space of the next attempt.
+    #[test]
+    fn an_attempt_that_fails_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let data = DataDir::open(folder.path()).unwrap();
+        let config = Config { raft_log_segment_bytes: 1 << 20, ..Config::default() };
+        let cluster = ClusterId(7);
+        let membership = Membership::founded(cluster, vec![Member::founder(NODE, "node1", "127.0.0.1", 8086)]);
+        let identity = Identity { format: IDENTITY_FORMAT, cluster, node: NODE, name: "node1".into(), membership };
+        data.create_identity(&identity).unwrap();
+        let conf = ConfState { voters: vec![NODE], ..ConfState::default() };
+        let log = RaftLog::open(&folder.path().join("raft-log"), (cluster, NODE), conf, log_options(&config), RealDisk);
+        drop(log.unwrap());
+        let survivor = Survivor::examine(&data, &config).unwrap();
+        // It has no database, which is known only once one was made from its raft log.
+        assert!(matches!(build(&survivor, &config), Err(RecoverError::Unusable(what)) if what.contains("it is empty")));
+        assert!(!staging(folder.path()).exists());
+        assert_eq!(data.identity().unwrap(), identity);
+    }
 }

@@ -7,12 +7,15 @@ mod survivor;
 mod switch;
 
 use std::{
+    fs,
     io::{self, BufRead, IsTerminal, Write},
-    path::PathBuf,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use clap::Args;
+use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use thiserror::Error;
 
 use crate::{
@@ -109,8 +112,16 @@ fn run(options: &Options, config: &config::Config) -> Result<(), RecoverError> {
                 .to_owned(),
         ));
     }
+    become_owner(&config.data_folder)?;
     // Fails while the daemon runs.
     let data = DataDir::open(&config.data_folder)?;
+    if options.dry_run && switch::under_way(data.path())?.is_some() {
+        println!(
+            "An earlier recovery was interrupted while it put the new files in place. This command without --dry-run, or \
+             the next start of twistlockd, completes it.\n--dry-run: nothing was changed."
+        );
+        return Ok(());
+    }
     if let Some(done) = finish_interrupted(data.path())? {
         println!("An earlier recovery was interrupted while it put the new files in place. It is complete now.");
         report(&done);
@@ -126,6 +137,32 @@ fn run(options: &Options, config: &config::Config) -> Result<(), RecoverError> {
     let plan = build::build(&survivor, config)?;
     report(&switch::execute(data.path(), &plan)?);
     Ok(())
+}
+
+/// Root becomes the owner of the data folder, for good: the daemon could not open what root makes. Without root, nothing changes.
+fn become_owner(data: &Path) -> Result<(), RecoverError> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let folder = match fs::metadata(data) {
+        Ok(folder) => folder,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(DataDirError::NoIdentity { path: data.to_owned() }.into());
+        }
+        Err(error) => return Err(RecoverError::io(format!("look at {}", data.display()))(error)),
+    };
+    let (user, group) = (Uid::from_raw(folder.uid()), Gid::from_raw(folder.gid()));
+    if user.is_root() {
+        return Ok(());
+    }
+    // The groups first: afterwards there is no right to give them up.
+    setgroups(&[group])
+        .and_then(|()| setresgid(group, group, group))
+        .and_then(|()| setresuid(user, user, user))
+        .map_err(|errno| RecoverError::Io {
+            what: format!("become user {user} and group {group}, whose {} is", data.display()),
+            source: errno.into(),
+        })
 }
 
 fn report(done: &Interrupted) {

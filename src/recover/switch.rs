@@ -55,11 +55,23 @@ pub(super) fn execute(data: &Path, plan: &Plan) -> Result<Interrupted, RecoverEr
     carry_out(data, plan, &mut || Ok(()))
 }
 
-/// Completes a switch that a crash has interrupted; none if there is none. Every start of the node asks.
+/// Completes a switch that a crash has interrupted. If there is none, what an attempt without a decision has left is removed:
+/// it may be as large as the database. Every start of the node calls this, with the lock of the data folder.
 ///
 /// # Errors
 /// [`RecoverError::Io`], or [`RecoverError::Unusable`] for a plan of a newer version.
 pub fn finish_interrupted(data: &Path) -> Result<Option<Interrupted>, RecoverError> {
+    match under_way(data)? {
+        Some(plan) => carry_out(data, &plan, &mut || Ok(())).map(Some),
+        None => discard(data).map(|()| None),
+    }
+}
+
+/// The switch that a crash has interrupted.
+///
+/// # Errors
+/// As [`finish_interrupted`].
+pub(super) fn under_way(data: &Path) -> Result<Option<Plan>, RecoverError> {
     let path = data.join(PLAN);
     let text = match fs::read(&path) {
         Ok(text) => text,
@@ -67,10 +79,22 @@ pub fn finish_interrupted(data: &Path) -> Result<Option<Interrupted>, RecoverErr
         Err(error) => return Err(RecoverError::io(format!("read {}", path.display()))(error)),
     };
     match serde_json::from_slice::<Plan>(&text) {
-        Ok(plan) if plan.format == FORMAT && !plan.aside.contains('/') => {
-            carry_out(data, &plan, &mut || Ok(())).map(Some)
-        }
+        Ok(plan) if plan.format == FORMAT && !plan.aside.contains('/') => Ok(Some(plan)),
         _ => Err(RecoverError::Unusable(format!("{} was written by another version of this program", path.display()))),
+    }
+}
+
+/// Removes the staging folder. Only for a recovery that was not decided.
+///
+/// # Errors
+/// [`RecoverError::Io`].
+pub(super) fn discard(data: &Path) -> Result<(), RecoverError> {
+    let staging = data.join(STAGING);
+    match fs::remove_dir_all(&staging) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(RecoverError::io(format!("remove {}", staging.display()))(error))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -175,10 +199,13 @@ mod tests {
         put(&root.path().join(STAGING), "new", "");
         assert!(finish_interrupted(root.path()).unwrap().is_none());
         assert_eq!(content(root.path()), ["old"; 6]);
+        assert!(!root.path().join(STAGING).exists(), "it takes the space of the next attempt");
+        put(&root.path().join(STAGING), "new", "");
         fs::write(root.path().join(PLAN), "{\"format\":2,\"aside\":\"x\"}").unwrap();
         assert!(matches!(finish_interrupted(root.path()), Err(RecoverError::Unusable(_))));
         fs::write(root.path().join(PLAN), "{\"format\":1,\"aside\":\"../x\"}").unwrap();
         assert!(matches!(finish_interrupted(root.path()), Err(RecoverError::Unusable(_))));
         assert_eq!(content(root.path()), ["old"; 6]);
+        assert_eq!(content(&root.path().join(STAGING)), ["new"; 6], "the other version may need it");
     }
 }
