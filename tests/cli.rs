@@ -68,6 +68,7 @@ fn picture(states: [Role; 3]) -> Status {
     let member = |id: u64| MemberStatus {
         voter: true,
         sync: None,
+        full: false,
         id,
         name: format!("host{id}"),
         address: format!("192.0.2.{id}:8086"),

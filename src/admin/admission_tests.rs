@@ -51,6 +51,7 @@ fn status(membership: &Membership, version: &str) -> Status {
         version: version.to_owned(),
         voter: true,
         sync: None,
+        full: false,
     };
     Status {
         cluster: membership.cluster,

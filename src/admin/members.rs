@@ -146,6 +146,7 @@ mod tests {
             version: String::new(),
             voter: true,
             sync: None,
+            full: false,
         }
     }
 

@@ -149,6 +149,10 @@ fn checks(status: &Status, wanted: Option<NodeId>, version: &str) -> (Vec<Check>
     });
     let detail = format!("{name} is {lag} entries behind by its last report (allowed: {MAX_LAG})");
     list.push(check("caught up", *lag <= MAX_LAG, detail));
+    list.push(match member.full {
+        false => check("disk space", true, format!("{name} has space on its disk")),
+        true => check("disk space", false, format!("the disk of {name} is full: free some space there first")),
+    });
     let other = &member.version;
     list.push(match other == version {
         true => check("version", true, format!("{name} runs version {version}, too")),
@@ -159,10 +163,10 @@ fn checks(status: &Status, wanted: Option<NodeId>, version: &str) -> (Vec<Check>
     (list, target)
 }
 
-/// The secondary that has the most, by its reports; of equals the first in rank.
+/// The secondary that has the most, by its reports; of equals the first in rank. One with a full disk only if there is no other.
 fn furthest(status: &Status) -> Option<NodeId> {
     let able = |member: &&MemberStatus| member.id != status.node && member.voter && member.state == Role::Secondary;
-    status.members.iter().filter(able).min_by_key(|member| member.lag).map(|member| member.id)
+    status.members.iter().filter(able).min_by_key(|member| (member.full, member.lag)).map(|member| member.id)
 }
 
 #[cfg(test)]
@@ -188,6 +192,7 @@ mod tests {
             version: (*version).to_owned(),
             voter: true,
             sync: None,
+            full: false,
         });
         Status {
             cluster: ClusterId(7),
@@ -221,7 +226,7 @@ mod tests {
         let (list, target) = checks(&status, None, "1.2.3");
         assert_eq!(target, Some(3));
         let names: Vec<_> = list.iter().map(|check| check.name.as_str()).collect();
-        assert_eq!(names, ["role", "no pause", "lease", "database", "target", "caught up", "version"]);
+        assert_eq!(names, ["role", "no pause", "lease", "database", "target", "caught up", "disk space", "version"]);
         assert_eq!(failed(&status, None), Vec::<String>::new());
         assert_eq!(checks(&status, Some(2), "1.2.3").1, Some(2));
     }
@@ -233,12 +238,18 @@ mod tests {
         assert_eq!(failed(&good(), Some(1)), ["target"]);
         assert!(checks(&good(), None, "1.2.3").0.iter().any(|check| check.name == "database" && !check.ok));
         let paused = Some(Pause { until: now() + 60, primary: 1 });
-        let mut status = Status { lease_ms: None, role: Role::Secondary, ..good() };
-        status.membership.pause = paused;
-        assert_eq!(failed(&status, None), ["role", "no pause", "lease"]);
+        let mut other = Status { lease_ms: None, role: Role::Secondary, ..good() };
+        other.membership.pause = paused;
+        assert_eq!(failed(&other, None), ["role", "no pause", "lease"]);
         let mut over = good();
         over.membership.pause = Some(Pause { until: now() - 1, primary: 1 });
         assert_eq!(failed(&over, Some(2)), Vec::<String>::new());
+        let mut full = status(&[(Role::Secondary, 0, "1.2.3"), (Role::Secondary, 3, "1.2.3")]);
+        full.members[1].full = true;
+        assert_eq!(failed(&full, Some(2)), ["disk space"]);
+        assert_eq!((failed(&full, None), checks(&full, None, "1.2.3").1), (Vec::new(), Some(3)));
+        full.members[2].full = true;
+        assert_eq!(failed(&full, None), ["disk space"]);
         let mut learner = good();
         learner.members[1].voter = false;
         assert_eq!(failed(&learner, Some(2)), ["target"]);

@@ -137,6 +137,7 @@ pub(crate) mod tests {
             version: "0.1.0".into(),
             voter: true,
             sync: None,
+            full: false,
         };
         let founder = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
         Status {

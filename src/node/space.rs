@@ -114,6 +114,7 @@ impl Driver {
             }
             self.space.dropped &= full;
             self.publisher.warn(ABOUT, text);
+            self.publisher.full(full);
         }
         self.leave_role_to_others(now);
     }
@@ -124,14 +125,16 @@ impl Driver {
         let tried = self.space.given_up.is_some_and(|at| now.duration_since(at) < PAUSE);
         let paused = self.cluster.membership().0.pause.is_some();
         let serves = self.cluster.phase() == Phase::Primary;
-        if !serves || !lasts || tried || paused || !self.publisher.hears_secondary() {
+        if !serves || !lasts || tried || paused {
             return;
         }
+        // Reports come now and then: a member whose disk has just become full may be named, and gives the role up again.
+        let Some(to) = self.publisher.secondary_with_space() else { return };
         self.space.given_up = Some(now);
-        warn!("the disk of the primary is full: the role goes to a member with space");
+        warn!(to, "the disk of the primary is full: the role goes to a member with space");
         let now = boottime();
         self.cluster.set_unfit(now, now + PAUSE.as_nanos() as u64 / 6);
-        self.cluster.hand_over(now, None);
+        self.cluster.hand_over(now, Some(to));
     }
 
     /// True if the raft log can take a command of this length, and the entry of the next epoch behind it.

@@ -88,6 +88,9 @@ pub struct MemberStatus {
     pub voter: bool,
     /// How far the copy of the whole database is that is on its way to it; on the node that sends or receives it.
     pub sync: Option<SyncProgress>,
+    /// Its disk is full, by its last report.
+    #[serde(default)]
+    pub full: bool,
 }
 
 /// How far the copy of a database is.
@@ -120,6 +123,8 @@ pub(super) struct Publisher {
     diverged: bool,
     /// Entries of its raft log were replaced, and its database is not level again.
     rolling_back: bool,
+    /// The disk of this node is full.
+    full: bool,
     /// Why this node is no member any more.
     removed: Option<String>,
     /// The copy of the database that is on its way to this node.
@@ -167,6 +172,7 @@ impl Publisher {
             reason: "starts: an earlier process of this node may have promised its vote",
             diverged: false,
             rolling_back: false,
+            full: false,
             database: None,
             sender,
             ticks: 0,
@@ -187,7 +193,7 @@ impl Publisher {
     pub fn report(&mut self, from: NodeId, report: NodeReport) {
         self.heard(from);
         if let Some(peer) = self.peers.get_mut(&from) {
-            let role = |report: &NodeReport| (report.state, report.epoch);
+            let role = |report: &NodeReport| (report.state, report.epoch, report.full);
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
             peer.has = peer.has.max(report.applied);
             peer.report = Some(report);
@@ -243,11 +249,23 @@ impl Publisher {
         self.peers.values().all(|peer| !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER))
     }
 
-    /// True if another member is SECONDARY and was heard of lately.
-    pub fn hears_secondary(&self) -> bool {
-        let secondary = |peer: &Peer| peer.report.as_ref().is_some_and(|report| report.state == Role::Secondary);
-        let heard = |peer: &Peer| peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER);
-        self.peers.values().any(|peer| !peer.dead && heard(peer) && secondary(peer))
+    /// The voter with the most that is SECONDARY, has space on its disk and was heard of lately; of equals the first in rank.
+    pub fn secondary_with_space(&self) -> Option<NodeId> {
+        let able = |peer: &&Peer| {
+            let heard = peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER);
+            let report = peer.report.as_ref();
+            !peer.dead && heard && report.is_some_and(|report| report.state == Role::Secondary && !report.full)
+        };
+        let voters = self.membership.members.iter().filter(|member| member.voter).map(|member| member.id);
+        let lacks = |peer: &Peer| std::cmp::Reverse(peer.report.as_ref().map_or(0, |report| report.applied));
+        let found = voters.filter_map(|id| self.peers.get(&id).filter(able).map(|peer| (lacks(peer), id)));
+        found.min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
+    }
+
+    /// The disk of this node is full, or is not any more.
+    pub fn full(&mut self, full: bool) {
+        self.full = full;
+        self.stale = true;
     }
 
     /// The index up to which all other members have the raft log: nobody will ask for it again.
@@ -325,6 +343,7 @@ impl Publisher {
                 applied: status.applied,
                 committed: status.committed,
                 lease_ms: status.lease_ms,
+                full: self.full,
                 version: status.version.clone(),
             };
             links.send_report(*peer, &report);
@@ -375,6 +394,7 @@ impl Publisher {
             version: self.config.version.clone(),
             voter: true,
             sync: self.sync,
+            full: self.full,
         };
         let members = &self.membership.members;
         Status {
@@ -422,6 +442,7 @@ impl Publisher {
             version: report.map(|report| report.version.clone()).unwrap_or_default(),
             voter: member.voter,
             sync: peer.sync,
+            full: report.is_some_and(|report| report.full),
         }
     }
 
@@ -521,7 +542,38 @@ mod tests {
 
     fn report(applied: u64) -> NodeReport {
         let version = "1.2.3".to_owned();
-        NodeReport { state: Role::Secondary, epoch: 2, applied, committed: applied, lease_ms: None, version }
+        NodeReport {
+            state: Role::Secondary,
+            epoch: 2,
+            applied,
+            committed: applied,
+            lease_ms: None,
+            full: false,
+            version,
+        }
+    }
+
+    /// A primary whose disk is full must not give the role to a member that could not write either.
+    #[test]
+    fn only_a_secondary_voter_with_space_is_named() {
+        let mut publisher = publisher();
+        assert_eq!(publisher.secondary_with_space(), None);
+        publisher.report(2, report(70));
+        publisher.report(3, report(900));
+        assert_eq!(publisher.secondary_with_space(), Some(3));
+        publisher.report(3, NodeReport { full: true, ..report(900) });
+        assert_eq!(publisher.secondary_with_space(), Some(2));
+        let mut membership = publisher.membership.clone();
+        membership.members[1].voter = false;
+        publisher.set_membership(&membership);
+        assert_eq!(publisher.secondary_with_space(), None);
+        membership.members[1].voter = true;
+        publisher.set_membership(&membership);
+        publisher.report(2, NodeReport { state: Role::Startup, ..report(70) });
+        assert_eq!(publisher.secondary_with_space(), None);
+        publisher.report(2, report(70));
+        publisher.dead(2);
+        assert_eq!(publisher.secondary_with_space(), None);
     }
 
     /// The raft log is compacted by this: an entry that a member lacks must stay.

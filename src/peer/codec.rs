@@ -157,6 +157,8 @@ pub struct NodeReport {
     pub committed: u64,
     /// Milliseconds of the lease that remain; only from a primary.
     pub lease_ms: Option<u64>,
+    /// Its disk is full: it should not become primary.
+    pub full: bool,
     pub version: String,
 }
 
@@ -426,6 +428,7 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
     writer.u64(report.committed);
     writer.0.push(u8::from(report.lease_ms.is_some()));
     writer.u64(report.lease_ms.unwrap_or_default());
+    writer.0.push(u8::from(report.full));
     writer.bytes(report.version.as_bytes(), MAX_VERSION, "program version")?;
     writer.finish()
 }
@@ -435,8 +438,9 @@ fn decode_report(reader: &mut Reader<'_>) -> Result<NodeReport, CodecError> {
     let state = ROLES.into_iter().find(|role| role_code(*role) == code).ok_or(Malformed("unknown role"))?;
     let (epoch, applied, committed) = (reader.u64()?, reader.u64()?, reader.u64()?);
     let (has_lease, lease) = (reader.bool()?, reader.u64()?);
+    let full = reader.bool()?;
     let version = reader.text(MAX_VERSION)?;
-    Ok(NodeReport { state, epoch, applied, committed, lease_ms: has_lease.then_some(lease), version })
+    Ok(NodeReport { state, epoch, applied, committed, lease_ms: has_lease.then_some(lease), full, version })
 }
 
 const ROLES: [Role; 10] = [

@@ -82,10 +82,10 @@ fn refusal() -> impl Strategy<Value = Refusal> {
 
 fn report() -> impl Strategy<Value = NodeReport> {
     let lease = proptest::option::of(any::<u64>());
-    (0..ROLES.len(), any::<[u64; 3]>(), lease, "[0-9.]{0,64}").prop_map(
-        |(role, [epoch, applied, committed], lease_ms, version)| {
+    (0..ROLES.len(), any::<[u64; 3]>(), lease, any::<bool>(), "[0-9.]{0,64}").prop_map(
+        |(role, [epoch, applied, committed], lease_ms, full, version)| {
             let state = ROLES[role];
-            NodeReport { state, epoch, applied, committed, lease_ms, version }
+            NodeReport { state, epoch, applied, committed, lease_ms, full, version }
         },
     )
 }

@@ -43,6 +43,7 @@ fn three_nodes_exchange_messages_and_reports() {
         applied: 10,
         committed: 11,
         lease_ms: Some(399),
+        full: true,
         version: "1.2.3".to_owned(),
     };
     for node in &nodes {
