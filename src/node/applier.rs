@@ -464,7 +464,8 @@ impl Worker {
                 self.snapshot_at = Some((self.database.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
             }
             match result {
-                Err(error @ (DatabaseError::Io { .. } | DatabaseError::Failed(_))) => {
+                // On a full disk nobody gets a snapshot; that is no reason to end the primary.
+                Err(error @ (DatabaseError::Io { .. } | DatabaseError::Failed(_))) if !error.is_full() => {
                     return self.fatal(format!("checkpoint the database: {error}"));
                 }
                 result => {
