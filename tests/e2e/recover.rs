@@ -108,6 +108,23 @@ fn wait_all_dead(cluster: &Cluster) {
     cluster.wait_for("three dead nodes", |_| cluster.file().nodes.iter().all(|node| node.pid.is_none()));
 }
 
+/// The new identity, authority and certificates belong together, and the old files were set aside.
+fn expect_new_cluster(data: &Path, before: &Identity) -> Identity {
+    let after = identity(data);
+    assert!(after.cluster != before.cluster && after.membership.members.len() == 1);
+    let aside = fs::read_dir(data).unwrap().map(|file| file.unwrap().path());
+    let aside = aside.filter(|path| path.to_string_lossy().contains("before-recover-")).collect::<Vec<_>>();
+    assert_eq!(aside.len(), 1);
+    for file in ["identity.json", "raft-log", "database/console.db", "certificates/node-key.pem"] {
+        assert!(aside[0].join(file).exists(), "{file} was not set aside");
+    }
+    assert_eq!(NodeTls::load(&data.join("certificates")).unwrap().identity, (after.cluster, after.node));
+    let sealed = after.membership.authority.as_ref().expect("a new authority");
+    let key = ClusterKey::load(&data.join("certificates")).unwrap();
+    Authority::unseal(after.cluster, sealed, &key).unwrap();
+    after
+}
+
 #[test]
 fn a_survivor_becomes_a_new_cluster_of_one() {
     let _alone = alone();
@@ -155,19 +172,7 @@ fn a_survivor_becomes_a_new_cluster_of_one() {
         });
     }
 
-    let after = identity(&data);
-    assert!(after.cluster != before.cluster && after.membership.members.len() == 1);
-    let aside = fs::read_dir(&data).unwrap().map(|file| file.unwrap().path());
-    let aside = aside.filter(|path| path.to_string_lossy().contains("before-recover-")).collect::<Vec<_>>();
-    assert_eq!(aside.len(), 1);
-    for file in ["identity.json", "raft-log", "database/console.db", "certificates/node-key.pem"] {
-        assert!(aside[0].join(file).exists(), "{file} was not set aside");
-    }
-    assert_eq!(NodeTls::load(&data.join("certificates")).unwrap().identity, (after.cluster, after.node));
-    let sealed = after.membership.authority.expect("a new authority");
-    let key = ClusterKey::load(&data.join("certificates")).unwrap();
-    Authority::unseal(after.cluster, &sealed, &key).unwrap();
-
+    let after = expect_new_cluster(&data, &before);
     interrupt(&data);
     assert_eq!(recover(&cluster, old, &["--force-new-cluster", "--dry-run"]).status.code(), Some(0));
     assert!(data.join("recover.json").exists() && !data.join("identity.json").exists(), "--dry-run changes nothing");
