@@ -283,6 +283,16 @@ other_settings() {
     says "set aside, not deleted: /srv/twistlock.dropped-"
     # shellcheck disable=SC2016 # the inner shell's
     on h1 bash -c 'grep -qF "$1" /srv/twistlock.dropped-*/identity.json' bash "$id" || fail "the dropped data are not there"
+    step "a mount point is emptied and not renamed; a folder of others stays as it is"
+    on h1 mkdir -m 0775 /srv/mounted /srv/shared
+    on h1 mount -t tmpfs mounted /srv/mounted
+    on h1 touch /srv/shared/of-others
+    expect 0 install_on h1 -sj --set DATA_FOLDER=/srv/mounted --set DATA_RECOVERY_VOLUME=/srv/shared console
+    says "cannot write to /srv/shared"
+    [ "$(on h1 stat -c '%U %a' /srv/shared /srv/shared/of-others | sort -u)" = $'root 644\nroot 775' ] || fail "a folder of others was taken over"
+    [ "$(on h1 stat -c '%U %a' /srv/mounted)" = "twistlock 700" ] || fail "wrong owner or mode of the mounted data folder"
+    expect 0 install_on h1 -sjf console
+    says "set aside, not deleted: /srv/mounted/mounted.dropped-"
     expect 0 install_on h1 -s console
     [ "$(on h1 stat -c '%U %a' /var/lib/twistlock)" = "twistlock 700" ] || fail "the first data folder is gone"
     if [ "$kind" = systemd ]; then
