@@ -57,11 +57,18 @@ impl Admin {
         Ok(until)
     }
 
-    /// Ends a pause.
+    /// Ends a pause. While no primary is known, as when the only node that may be one is gone, it ends on this node alone: then
+    /// this node may take over.
     ///
     /// # Errors
     /// [`AdminError`].
     pub async fn resume(&self, by: &str) -> Result<(), AdminError> {
+        let status = self.status();
+        if status.primary.is_none() && status.membership.pause.is_some() {
+            info!(by, "no primary is known: the pause is ended on this node alone");
+            self.handle.ignore_pause();
+            return Ok(());
+        }
         self.primary()?;
         let _one = self.changing.lock().await;
         self.change(Change::Resume).await?;
