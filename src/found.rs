@@ -8,7 +8,10 @@ use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
 use tracing::info;
 
 use crate::{
-    cluster::{ClusterId, Member, Membership, NodeId, membership::{check_host, console_names_that_fit}},
+    cluster::{
+        ClusterId, Member, Membership, NodeId,
+        membership::{check_host, console_names_that_fit},
+    },
     config::Config,
     pki::Authority,
     storage::{DataDir, DataDirError, IDENTITY_FORMAT, Identity, make_private_dir},

@@ -134,7 +134,8 @@ impl Admin {
         let _one = self.changing.lock().await;
         let membership = self.membership();
         if compared.is_some_and(|compared| !are_those_who_ask(&membership, compared)) {
-            let why = "the hosts that ask to join are not those that you have looked at: compare the fingerprints again";
+            let why =
+                "the hosts that ask to join are not those that you have looked at: compare the fingerprints again";
             return Err(AdminError::Refused(why.to_owned()));
         }
         let objections = objections(&membership, &self.status(), &self.config.version, now());

@@ -613,7 +613,8 @@ mod tests {
         assert!(join(|host| host.port = 0).unwrap_err().contains("port 0"));
         assert!(join(|host| host.csr = " ".repeat(MAX_CSR + 1)).unwrap_err().contains("too long"));
         assert!(join(|host| host.console_names = vec!["a".repeat(99); 9]).unwrap_err().contains("too long"));
-        let fitting = console_names_that_fit(["b".to_owned(), "c".repeat(254)].into_iter().chain(vec!["a".repeat(99); 9]));
+        let fitting =
+            console_names_that_fit(["b".to_owned(), "c".repeat(254)].into_iter().chain(vec!["a".repeat(99); 9]));
         assert_eq!(fitting.len(), 8, "the first ones are kept");
         let many = console_names_that_fit(vec!["a".repeat(9); 99]);
         assert_eq!(many.len(), MAX_CONSOLE_NAMES);
