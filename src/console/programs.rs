@@ -18,7 +18,11 @@ use axum::{
 };
 use hyper::body::{Bytes, Frame, SizeHint};
 use serde::Serialize;
-use tokio::{sync::mpsc, task};
+use tokio::{
+    runtime::Handle,
+    sync::mpsc::{self, error::SendTimeoutError},
+    task,
+};
 
 use super::{
     Console,
@@ -38,6 +42,8 @@ const VALID: Duration = Duration::from_secs(3600);
 /// Bytes of a program that are read at a time, and how many such pieces wait for a slow client.
 const PIECE: usize = 64 << 10;
 const PIECES: usize = 4;
+/// Longest time until a client has taken a piece. Pieces go in bursts of some hundred KiB.
+const PIECE_TIME: Duration = Duration::from_secs(30);
 /// Downloads at once: each has a thread.
 pub(super) const DOWNLOADS: usize = 8;
 
@@ -135,21 +141,27 @@ pub(super) async fn program(
     }
     let (sender, pieces) = mpsc::channel(PIECES);
     task::spawn_blocking(move || {
-        read_pieces(file, length, &sender);
+        read_pieces(file, length, &sender, PIECE_TIME);
         drop(slot);
     });
     Ok((headers, axum::body::Body::new(Download { pieces, left: length })).into_response())
 }
 
-/// Reads until the end, an error, or the client is gone.
-fn read_pieces(mut file: File, length: u64, sender: &mpsc::Sender<io::Result<Bytes>>) {
+/// Reads until the end, an error, or the client is gone or too slow: then its body ends too early, and its connection with
+/// it. On a thread of the runtime that may wait.
+fn read_pieces(mut file: File, length: u64, sender: &mpsc::Sender<io::Result<Bytes>>, limit: Duration) {
+    let runtime = Handle::current();
     let mut left = length;
     while left > 0 {
         let mut piece = vec![0; PIECE.min(usize::try_from(left).unwrap_or(PIECE))];
         let read = file.read_exact(&mut piece);
         left -= piece.len() as u64;
         let failed = read.is_err();
-        if sender.blocking_send(read.map(|()| piece.into())).is_err() || failed {
+        let sent = runtime.block_on(sender.send_timeout(read.map(|()| piece.into()), limit));
+        if let Err(SendTimeoutError::Timeout(_)) = &sent {
+            tracing::info!(left, "a download is given up: its client is too slow");
+        }
+        if sent.is_err() || failed {
             return;
         }
     }
@@ -187,4 +199,24 @@ pub(super) fn installer(
     let Some(token) = auth::join_token(headers) else { return Ok(None) };
     check_join_token(console, &token, from)?;
     Ok(Some(Installer::Host { token }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_does_not_keep_its_slot() {
+        let mut file = tempfile::tempfile().unwrap();
+        let length = (PIECE * (PIECES + 2)) as u64;
+        file.set_len(length).unwrap();
+        io::Seek::rewind(&mut file).unwrap();
+        let (sender, mut pieces) = mpsc::channel(PIECES);
+        let reader = task::spawn_blocking(move || read_pieces(file, length, &sender, Duration::from_millis(50)));
+        reader.await.unwrap();
+        for _ in 0..PIECES {
+            assert_eq!(pieces.recv().await.unwrap().unwrap().len(), PIECE);
+        }
+        assert!(pieces.recv().await.is_none(), "the body ends before its length is reached");
+    }
 }

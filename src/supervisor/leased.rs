@@ -6,16 +6,21 @@ use std::{
     io::{self, IoSlice},
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     sync::watch,
+    time::{Sleep, sleep},
 };
 
 use crate::node::{Lease, Status};
+
+/// Time without a byte that leaves after which a client is taken for gone: it must not keep its place, or a download's.
+const STALL: Duration = Duration::from_secs(10);
 
 /// How far the closing of the ports has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,16 +78,30 @@ impl Opening {
 }
 
 /// A connection that only writes while its opening permits it, and is reset, not closed in order, when it ends without
-/// that permission.
+/// that permission. Ends with an error when the client does not read.
 #[derive(Debug)]
 pub(super) struct LeasedStream {
     stream: TcpStream,
     opening: Arc<Opening>,
+    /// Runs while a write waits for the client.
+    waits: Option<Pin<Box<Sleep>>>,
+    limit: Duration,
 }
 
 impl LeasedStream {
     pub(super) fn new(stream: TcpStream, opening: Arc<Opening>) -> Self {
-        Self { stream, opening }
+        Self { stream, opening, waits: None, limit: STALL }
+    }
+
+    /// Passes the outcome of a write on, unless it has waited for too long.
+    fn in_time(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.waits = None;
+            return written;
+        }
+        let limit = self.limit;
+        ready!(self.waits.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(cx));
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read")))
     }
 
     fn permitted(&self) -> io::Result<()> {
@@ -111,7 +130,8 @@ impl AsyncRead for LeasedStream {
 impl AsyncWrite for LeasedStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.permitted()?;
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.in_time(cx, written)
     }
 
     fn poll_write_vectored(
@@ -120,7 +140,8 @@ impl AsyncWrite for LeasedStream {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.permitted()?;
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.in_time(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -139,8 +160,6 @@ impl AsyncWrite for LeasedStream {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpListener,
@@ -210,6 +229,31 @@ mod tests {
         server.write_all(b"first").await.unwrap();
         serving.store(false, std::sync::atomic::Ordering::SeqCst);
         assert!(server.write_all(b"late").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_dropped_and_a_slow_one_is_not() {
+        let lease = Lease::new().unwrap();
+        let opening = opening(&lease);
+        let (mut server, mut client) = connection(&opening).await;
+        extend(&lease);
+        server.limit = Duration::from_millis(500);
+        let piece = vec![0; 64 << 10];
+        let error = loop {
+            if let Err(error) = server.write_all(&piece).await {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        // As soon as it reads, there is time again.
+        server.waits = None;
+        let mut sink = vec![0; 8 << 20];
+        let reading = async { while client.read(&mut sink).await.is_ok_and(|read| read > 0) {} };
+        tokio::select! {
+            written = server.write_all(&piece) => written.unwrap(),
+            () = reading => panic!("the connection has ended"),
+        }
+        assert!(server.waits.is_none());
     }
 
     #[tokio::test]
