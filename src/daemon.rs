@@ -1,5 +1,8 @@
 //! One node's process: builds the parts, joins them, and takes them apart in order. The only place where parts are wired.
 
+mod signals;
+mod start;
+
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::{fd::AsFd, unix::process::CommandExt},
@@ -10,33 +13,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::administrator::{self, Administrator};
-use anyhow::{Context, Result, bail};
-use raft::eraftpb::ConfState;
+use anyhow::{Context, Result};
 use tokio::{
-    signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     task,
 };
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::renewal,
-    cluster::{NodeId, Timing, command::CONSOLE_DATABASE},
-    config::{self, Config, FirstState, LogFormat, Severity},
+    cluster::{NodeId, command::CONSOLE_DATABASE},
+    config::{self, Config, LogFormat, Severity},
     control::ControlSocket,
     found,
     guard::PortGuard,
     join::Kit,
-    node::{self, CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status},
-    peer::{self, LeaseTerms, Links, LinksConfig, PeerIdentity, Roster},
+    node::{self, Exit, Handle, Lease, Status},
+    peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
-    recover, snapshot,
+    snapshot,
     storage::{
-        DataDir, DataDirError, Identity,
-        configuration::Configuration,
-        database::Database,
-        durable_write, make_private_dir,
-        raft_log::{Options, RaftLog, RealDisk},
+        DataDir, DataDirError, Identity, configuration::Configuration, database::Database, make_private_dir,
         snapshot::Ready,
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
@@ -44,14 +40,18 @@ use twistlock_ha::{
     workload::Services,
 };
 
-use crate::joining::{self, Outcome};
+use crate::{
+    administrator::{self, Administrator},
+    joining::{self, Outcome},
+};
+pub(crate) use signals::Signals;
+use start::{PROMISE, first_start, lower_promise, node_config, open_log, promise, promised_earlier};
+pub(crate) use start::{lease_terms, open_data};
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
 const EX_IOERR: u8 = 74;
 const EX_TEMPFAIL: u8 = 75;
-/// File in the data folder that says for how many milliseconds a voter's promise holds.
-const PROMISE: &str = "promise-ms";
 /// How long a planned stop may take before the process ends anyway.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// How long a start from a fetched database may take, as in the systemd unit.
@@ -82,11 +82,7 @@ pub(crate) fn run(path: &Path) -> ExitCode {
             _ => info!("{note}"),
         }
     }
-    let exit = joining::join_first(path, &loaded.config).and_then(|outcome| match outcome {
-        Outcome::Ready => Parts::build(&loaded.config).and_then(|parts| parts.run(path)),
-        Outcome::Stopped => Ok(Exit::Stopped),
-    });
-    match exit {
+    match live(path, &loaded.config) {
         Ok(Exit::Stopped) => ExitCode::SUCCESS,
         Ok(Exit::Fatal(why)) => {
             error!(reason = why, "the node ends itself: a restart begins from what is durable");
@@ -102,6 +98,16 @@ pub(crate) fn run(path: &Path) -> ExitCode {
             ExitCode::from(EX_UNAVAILABLE)
         }
     }
+}
+
+/// From the first look at the data folder to the end of the node.
+fn live(path: &Path, config: &Config) -> Result<Exit> {
+    let signals = Signals::take(path.to_owned(), config.clone())?;
+    if let Outcome::Stopped = joining::join_first(config, &signals)? {
+        return Ok(Exit::Stopped);
+    }
+    let exit = Parts::build(config)?.run(&signals)?;
+    Ok(if signals.stop_asked() { as_stopped(exit) } else { exit })
 }
 
 /// Becomes a new process of the same program, with the same number: whoever watches it sees nothing of it. Everything that is
@@ -193,19 +199,19 @@ impl Parts {
         })
     }
 
-    fn run(self, path: &Path) -> Result<Exit> {
+    fn run(self, signals: &Signals) -> Result<Exit> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .context("start the runtime")?;
-        let exit = runtime.block_on(self.serve(path));
+        let exit = runtime.block_on(self.serve(signals));
         // Whatever a task still does must not keep the process: everything that matters has been closed by now.
         runtime.shutdown_background();
         exit
     }
 
-    async fn serve(self, path: &Path) -> Result<Exit> {
+    async fn serve(self, signals: &Signals) -> Result<Exit> {
         let (stop, stopped) = watch::channel(false);
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
@@ -256,7 +262,7 @@ impl Parts {
                 return Ok(exit);
             }
             ended = peers => ended.context("peer links panicked")?.context("run the peer links")?,
-            () = asked_to_stop(path, &self.config) => {}
+            () = signals.asked_to_stop() => {}
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         let orderly = async {
@@ -319,166 +325,14 @@ async fn end_of_guard(guard: PortGuard) {
     }
 }
 
-/// The data folder, with an interrupted recovery completed before anything looks at whose it is.
-pub(crate) fn open_data(config: &Config) -> Result<DataDir> {
-    let data = DataDir::open(&config.data_folder)?;
-    if let Some(done) = recover::finish_interrupted(data.path())? {
-        info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
-    }
-    Ok(data)
-}
-
-/// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.
-fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
-    let folder = data.path().display();
-    if !config.high_availability_enabled {
-        bail!("{folder} is empty and HIGH_AVAILABILITY_ENABLED is false: set it to true to found or join a cluster");
-    }
-    match config.high_availability_state {
-        FirstState::Primary => found::found(config, data).with_context(|| format!("found a cluster in {folder}")),
-        FirstState::Secondary => bail!(
-            "{folder} is empty and HIGH_AVAILABILITY_STATE is SECONDARY: run the join script of the cluster on this \
-             host (the PRIMARY shows it: twistcli ha join-script, or Manage > System > High Availability)"
-        ),
-    }
-}
-
 fn bind_address(config: &Config) -> IpAddr {
     config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
-}
-
-pub(crate) fn lease_terms(config: &Config) -> LeaseTerms {
-    LeaseTerms { lease_ms: config.lease.as_millis() as u32, promise_ms: promise(config).as_millis() as u32 }
-}
-
-/// A voter keeps its promise for one tick less than it counts: the first may come at once.
-fn promise(config: &Config) -> Duration {
-    config.tick * (config.election_ticks - 1)
 }
 
 fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
     match ended {
         Ok(Ok(exit)) => exit,
         Ok(Err(_)) | Err(_) => Exit::Fatal("the consensus loop panicked".to_owned()),
-    }
-}
-
-fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog> {
-    let voters = identity.membership.voters().collect();
-    let initial = ConfState { voters, ..ConfState::default() };
-    let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, ..Options::default() };
-    let owner = (identity.cluster, identity.node);
-    let log = RaftLog::open(&data.path().join("raft-log"), owner, initial, options, RealDisk)?;
-    let recovered = log.recovered();
-    // A node that forgot its log would forget whom it voted for, and could vote twice in one epoch.
-    let marker = data.path().join("raft-log.created");
-    if !recovered.created {
-        info!(
-            entries = recovered.entries,
-            segments = recovered.segments,
-            torn_bytes = recovered.torn_bytes,
-            unproven_bytes = recovered.unproven_bytes,
-            "raft log opened"
-        );
-    } else if marker.exists() {
-        bail!(
-            "the raft log in {} is gone, but this node has had one ({} says so): bring it back, or remove this member \
-             from the cluster and join it anew",
-            data.path().join("raft-log").display(),
-            marker.display()
-        );
-    }
-    if !marker.exists() {
-        durable_write(&marker, b"").with_context(|| format!("write {}", marker.display()))?;
-        info!("raft log created");
-    }
-    Ok(log)
-}
-
-/// How long this process must neither vote nor campaign: the longest promise that an earlier one of this node may have
-/// given, which can be longer than ours if the timing was changed. Its own is noted for the next one.
-fn promised_earlier(own: Duration, path: &Path) -> Result<Duration> {
-    let earlier = match std::fs::read_to_string(path) {
-        Ok(text) => text.trim().parse().with_context(|| format!("{}: \"{text}\" is no number", path.display()))?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
-        Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
-    };
-    let earlier = Duration::from_millis(earlier);
-    if earlier < own {
-        note_promise(own, path)?;
-    }
-    Ok(earlier.max(own))
-}
-
-fn note_promise(promise: Duration, path: &Path) -> Result<()> {
-    durable_write(path, promise.as_millis().to_string().as_bytes()).with_context(|| format!("write {}", path.display()))
-}
-
-/// Lowers the note when the longer promise of an earlier process has run out, and not before: this one may crash, too.
-async fn lower_promise(own: Duration, earlier: Duration, path: PathBuf) {
-    tokio::time::sleep(earlier).await;
-    if let Err(error) = note_promise(own, &path) {
-        warn!("the next start will wait longer than it has to: {error:#}");
-    }
-}
-
-fn node_config(
-    config: &Config,
-    identity: &Identity,
-    configuration: Configuration,
-    quiet: Duration,
-    lease: Lease,
-) -> NodeConfig {
-    NodeConfig {
-        configuration,
-        data: config.data_folder.clone(),
-        node: identity.node,
-        name: identity.name.clone(),
-        timing: Timing {
-            tick: config.tick.as_nanos() as u64,
-            election_ticks: config.election_ticks as usize,
-            lease: config.lease.as_nanos() as u64,
-            quiet: quiet.as_nanos() as u64,
-            ..Timing::default()
-        },
-        demotion_deadline: config.demotion_deadline,
-        checkpoints: CheckpointPolicy {
-            bytes: config.checkpoint_bytes,
-            interval: config.checkpoint_interval,
-            raft_log_limit: config.raft_log_limit,
-        },
-        page_size: config.database_page_size,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        fast_takeover: config.fast_takeover,
-        lease,
-    }
-}
-
-/// Returns at SIGTERM or SIGINT. SIGHUP reads the configuration again and says what a restart would change.
-pub(crate) async fn asked_to_stop(path: &Path, running: &Config) {
-    let listen = |kind| signal(kind).map_err(|error| error!(%error, "a signal cannot be waited for"));
-    let (Ok(mut term), Ok(mut int), Ok(mut hup)) =
-        (listen(SignalKind::terminate()), listen(SignalKind::interrupt()), listen(SignalKind::hangup()))
-    else {
-        return;
-    };
-    loop {
-        tokio::select! {
-            _ = term.recv() => return info!("SIGTERM: the role is handed over, then the node stops"),
-            _ = int.recv() => return info!("SIGINT: the role is handed over, then the node stops"),
-            _ = hup.recv() => reload(path, running),
-        }
-    }
-}
-
-fn reload(path: &Path, running: &Config) {
-    match config::load(path) {
-        Ok(loaded) if loaded.config == *running => info!("SIGHUP: {} has not changed", path.display()),
-        Ok(loaded) => {
-            telemetry::set_level(Level::from(loaded.config.log_level));
-            info!("SIGHUP: LOG_LEVEL of {} is in force; other changes need a restart of this node", path.display());
-        }
-        Err(errors) => error!("SIGHUP: nothing changed, the file has errors:\n{errors}"),
     }
 }
 

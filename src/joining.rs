@@ -22,7 +22,7 @@ use twistlock_ha::{
     storage::{DataDir, DataDirError},
 };
 
-use crate::daemon::{asked_to_stop, begin_long_start, lease_terms, open_data};
+use crate::daemon::{Signals, begin_long_start, lease_terms, open_data};
 
 /// How often systemd hears that all is well, at least: a small part of any time-out that makes sense.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ pub(crate) enum Outcome {
 ///
 /// # Errors
 /// Those of [`join::run`], and when the control socket cannot be made.
-pub(crate) fn join_first(path: &Path, config: &Config) -> Result<Outcome> {
+pub(crate) fn join_first(config: &Config, signals: &Signals) -> Result<Outcome> {
     let data = open_data(config)?;
     match data.identity() {
         Ok(_) => join::clear(data.path())?,
@@ -49,7 +49,7 @@ pub(crate) fn join_first(path: &Path, config: &Config) -> Result<Outcome> {
                 .enable_all()
                 .build()
                 .context("start the runtime")?;
-            let outcome = runtime.block_on(joining(path, config, &data));
+            let outcome = runtime.block_on(joining(config, &data, signals));
             // A question to the cluster may still be under way.
             runtime.shutdown_background();
             return outcome;
@@ -60,7 +60,7 @@ pub(crate) fn join_first(path: &Path, config: &Config) -> Result<Outcome> {
     Ok(Outcome::Ready)
 }
 
-async fn joining(path: &Path, config: &Config, data: &DataDir) -> Result<Outcome> {
+async fn joining(config: &Config, data: &DataDir, signals: &Signals) -> Result<Outcome> {
     let host = host(config);
     let (progress, seen) = watch::channel(None);
     let (stage, shown) = watch::channel(Stage::Asking { name: host.name.clone(), problem: None });
@@ -72,7 +72,7 @@ async fn joining(path: &Path, config: &Config, data: &DataDir) -> Result<Outcome
     let fetch = async |newcomer: Newcomer<'_>| fetch(config, data.path(), newcomer, &progress).await;
     let outcome = tokio::select! {
         joined = join::run(data, host, &stage, fetch) => joined.map(|_| Outcome::Ready),
-        () = asked_to_stop(path, config) => Ok(Outcome::Stopped),
+        () = signals.asked_to_stop() => Ok(Outcome::Stopped),
     };
     // The socket must be gone before the node makes its own.
     serving.abort();

@@ -34,6 +34,8 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
 const PROGRAMS: &[(&str, Option<&[&str]>)] = &[
     ("src/main.rs", None),
     ("src/daemon.rs", None),
+    ("src/daemon/signals.rs", None),
+    ("src/daemon/start.rs", None),
     ("src/administrator.rs", None),
     ("src/joining.rs", None),
     ("src/bin/twistcli.rs", Some(&["cli"])),
