@@ -8,9 +8,11 @@ mod extract;
 mod password;
 mod programs;
 mod store;
+mod stream;
 mod system;
 mod tags;
 mod throttle;
+mod ui;
 mod users;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -59,6 +61,9 @@ pub struct Console {
     /// None where there is no cluster to administer.
     services: Option<Services>,
     downloads: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+    /// True when the ports are about to close: nothing may go on for long then.
+    closing: watch::Sender<bool>,
 }
 
 impl Console {
@@ -73,7 +78,8 @@ impl Console {
     ) -> Result<Arc<Self>, ring::error::Unspecified> {
         let (store, logins) = (Store::new(database), auth::Logins::new()?);
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
-        Ok(Arc::new(Self { store, logins, status, services, downloads }))
+        let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
+        Ok(Arc::new(Self { store, logins, status, services, downloads, streams, closing }))
     }
 
     /// Opens the database and brings the schema up to date.
@@ -99,13 +105,19 @@ impl Console {
             .route("/tags", get(tags::list).post(tags::create))
             .route("/tags/{name}", put(tags::replace).delete(tags::remove));
         Router::new()
-            .route("/", get(system::index))
+            .route("/", get(ui::index))
+            .route("/ui/{name}", get(ui::part))
             .nest("/api/v1", api)
             .fallback(no_route)
             .method_not_allowed_fallback(no_method)
             .layer(DefaultBodyLimit::max(BODY))
             .layer(middleware::from_fn(around))
             .with_state(Arc::clone(self))
+    }
+
+    /// Ends what would go on for as long as the client likes. The ports are about to close.
+    pub fn wind_down(&self) {
+        self.closing.send_replace(true);
     }
 
     /// Closes the database; waits for the statements that run.
@@ -117,6 +129,7 @@ impl Console {
 fn cluster() -> Router<Arc<Console>> {
     Router::new()
         .route("/", get(cluster::status))
+        .route("/stream", get(stream::stream))
         .route("/join-script", get(programs::line))
         .route("/requests", post(cluster::request))
         .route("/requests/{id}", get(cluster::request_state).delete(cluster::reject))
@@ -143,7 +156,7 @@ async fn around(request: Request, next: Next) -> Response {
         Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
     };
     let headers = response.headers_mut();
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
