@@ -9,7 +9,7 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 use axum::{
     body::{Body, Bytes},
     extract::State,
-    http::header,
+    http::{Method, header},
     response::{IntoResponse, Response},
 };
 use futures_util::stream::unfold;
@@ -18,7 +18,11 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{Console, auth::User, errors::ApiError};
+use super::{
+    Console,
+    errors::ApiError,
+    routes::{Access, Entry, route},
+};
 use crate::node::Status;
 
 /// Streams at once: each holds a connection.
@@ -37,8 +41,14 @@ struct Times {
     life: Duration,
 }
 
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    let summary = "The state of the cluster, again and again, as server-sent events";
+    vec![route(Method::GET, "/high-availability/stream", Access::Any, summary, stream).file("text/event-stream")]
+}
+
 /// `GET high-availability/stream`.
-pub(super) async fn stream(State(console): State<Arc<Console>>, _: User) -> Result<Response, ApiError> {
+async fn stream(State(console): State<Arc<Console>>) -> Result<Response, ApiError> {
     let busy = || ApiError::Unavailable(format!("{STREAMS} streams are open: ask for the status now and then instead"));
     let slot = Arc::clone(&console.streams).try_acquire_owned().map_err(|_| busy())?;
     let feed = Feed::new(console.status.clone(), console.closing.subscribe(), TIMES, slot);

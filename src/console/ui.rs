@@ -4,14 +4,22 @@
 use std::sync::LazyLock;
 
 use axum::{
-    extract::Path,
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header},
+    Json,
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use ring::digest;
+use schemars::JsonSchema;
+use serde::Serialize;
 
-use super::errors::ApiError;
+use super::{
+    access::Role,
+    auth::User,
+    errors::ApiError,
+    extract::Name,
+    routes::{Access, Entry, route},
+};
 
 /// Nothing but the files below, run and shown from nowhere else, in no frame. Not even a mistake in them turns text into
 /// a script: `require-trusted-types-for` takes away every way to do so.
@@ -91,14 +99,36 @@ fn find(name: &str, asked: &HeaderMap) -> Option<Response> {
     FILES.iter().find(|file| file.name == name).map(|file| file.response(asked))
 }
 
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    let get = Method::GET;
+    vec![
+        route(get.clone(), "/", Access::Open, "The page", index).at_root().file("text/html").tag("page"),
+        route(get.clone(), "/ui/{name}", Access::Open, "A part of the page", part).at_root().file("*/*").tag("page"),
+        route(get, "/session", Access::Any, "Who is logged in", session).answer::<Session>().tag("page"),
+    ]
+}
+
+/// The answer of [`session`].
+#[derive(Serialize, JsonSchema)]
+struct Session {
+    username: String,
+    role: Role,
+}
+
+/// `GET session`: a page cannot read its cookie.
+async fn session(user: User) -> Json<Session> {
+    Json(Session { username: user.name, role: user.role })
+}
+
 /// `GET /`: the page.
-pub(super) async fn index(asked: HeaderMap) -> Result<Response, ApiError> {
+async fn index(asked: HeaderMap) -> Result<Response, ApiError> {
     find("index.html", &asked).ok_or(ApiError::Internal)
 }
 
 /// `GET /ui/{name}`: its parts.
-pub(super) async fn part(uri: Uri, Path(name): Path<String>, asked: HeaderMap) -> Result<Response, ApiError> {
-    find(&name, &asked).ok_or_else(|| ApiError::NotFound(format!("there is nothing at {}", uri.path())))
+async fn part(Name(name): Name, asked: HeaderMap) -> Result<Response, ApiError> {
+    find(&name, &asked).ok_or_else(|| ApiError::NotFound(format!("the page has no part {name:?}")))
 }
 
 #[cfg(test)]

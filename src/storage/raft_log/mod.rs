@@ -390,7 +390,8 @@ impl RaftLog {
         let (from, to) = (slot(after + 1)?, slot(last)?);
         // By their places, not one by one: a member may be behind by a million of them.
         let between = from.at.sequence()..to.at.sequence();
-        let files: usize = state.segments.iter().filter(|one| between.contains(&one.sequence)).map(|one| one.size).sum();
+        let files: usize =
+            state.segments.iter().filter(|one| between.contains(&one.sequence)).map(|one| one.size).sum();
         let end = files + to.at.offset() + to.length as usize;
         Some(end.saturating_sub(from.at.offset()) as u64)
     }
