@@ -16,9 +16,11 @@ mod routes;
 mod sessions;
 mod settings;
 mod store;
+mod stream;
 mod system;
 mod tags;
 mod throttle;
+mod ui;
 mod users;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -84,6 +86,9 @@ pub struct Console {
     downloads: Arc<Semaphore>,
     /// A place for each request under way.
     places: Semaphore,
+    streams: Arc<Semaphore>,
+    /// True when the ports are about to close: nothing may go on for long then.
+    closing: watch::Sender<bool>,
 }
 
 impl Console {
@@ -98,7 +103,9 @@ impl Console {
     ) -> Result<Arc<Self>, ring::error::Unspecified> {
         let (store, logins) = (Store::new(database), auth::Logins::new()?);
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
-        Ok(Arc::new(Self { store, logins, status, services, downloads, places: Semaphore::new(AT_ONCE) }))
+        let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
+        let places = Semaphore::new(AT_ONCE);
+        Ok(Arc::new(Self { store, logins, status, services, downloads, places, streams, closing }))
     }
 
     /// Opens the database and brings the schema up to date.
@@ -117,6 +124,11 @@ impl Console {
             .layer(DefaultBodyLimit::max(BODY))
             .layer(middleware::from_fn_with_state(Arc::clone(self), around))
             .with_state(Arc::clone(self))
+    }
+
+    /// Ends what would go on for as long as the client likes. The ports are about to close.
+    pub fn wind_down(&self) {
+        self.closing.send_replace(true);
     }
 
     /// Closes the database; waits for the statements that run.

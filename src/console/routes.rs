@@ -13,7 +13,9 @@ use axum::{
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
-use super::{Console, audits, cluster, logs, openapi, programs, sessions, settings, system, tags, users};
+use super::{
+    Console, audits, cluster, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users,
+};
 
 /// Where the API begins.
 pub(super) const BASE: &str = "/api/v1";
@@ -30,6 +32,8 @@ pub(super) fn table() -> Vec<Entry> {
         cluster::routes(),
         programs::routes(),
         tags::routes(),
+        stream::routes(),
+        ui::routes(),
         openapi::routes(),
     ]
     .into_iter()
@@ -203,6 +207,7 @@ mod tests {
             "GET /api/v1/certs/ca.pem",
             "GET /api/v1/high-availability/requests/{id}",
             "GET /api/v1/settings/initialized",
+            "GET /ui/{name}",
             "POST /api/v1/authenticate",
             "POST /api/v1/high-availability/requests",
             "POST /api/v1/signup",
