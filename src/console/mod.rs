@@ -4,6 +4,7 @@
 mod auth;
 mod cluster;
 mod errors;
+mod events;
 mod extract;
 mod password;
 mod programs;
@@ -29,7 +30,7 @@ use tokio::sync::{Semaphore, watch};
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::{admin::Admin, join::Kit, node::Status};
+use crate::{admin::Admin, events::Recorder, join::Kit, node::Status};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
@@ -42,6 +43,8 @@ pub struct Services {
     pub admin: Arc<Admin>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
+    /// What has happened.
+    pub events: Recorder,
 }
 
 impl fmt::Debug for Services {
@@ -81,7 +84,11 @@ impl Console {
     /// # Errors
     /// When the database cannot be used or its schema is newer than this program.
     pub async fn ready(&self) -> Result<(), sqlx::migrate::MigrateError> {
-        self.store.migrate().await
+        self.store.migrate().await?;
+        if let Some(services) = &self.services {
+            tokio::spawn(events::keep(self.store.clone(), services.events.clone()));
+        }
+        Ok(())
     }
 
     /// All routes.
@@ -123,6 +130,7 @@ fn cluster() -> Router<Arc<Console>> {
         .route("/apply", post(cluster::apply))
         .route("/members/{member}", delete(cluster::remove))
         .route("/members/{member}/address", put(cluster::readdress))
+        .route("/events", get(events::list))
         .route("/switchover", post(cluster::switchover))
         .route("/pause", post(cluster::pause))
         .route("/resume", post(cluster::resume))

@@ -18,7 +18,10 @@ const READERS: u32 = 4;
 const TURN: Duration = Duration::from_secs(5);
 
 /// The schema in the order in which it came to be. A file never changes once it is released: sqlx compares digests.
-const MIGRATIONS: [(i64, &str, &str); 1] = [(1, "first", include_str!("migrations/0001_first.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "first", include_str!("migrations/0001_first.sql")),
+    (3, "events", include_str!("migrations/0003_events.sql")),
+];
 
 /// Histogram, seconds: a write of the Console from the statement that commits until a majority has it, without the wait
 /// for its turn.
@@ -117,11 +120,11 @@ impl Store {
     /// # Errors
     /// When the database cannot be used or its schema is newer than this program.
     pub async fn migrate(&self) -> Result<(), sqlx::migrate::MigrateError> {
-        let migrations = MIGRATIONS.map(|(version, description, sql)| {
-            let sql = sqlx::SqlSafeStr::into_sql_str(sql);
-            Migration::new(version, description.into(), MigrationType::Simple, sql, false)
+        let migrations = MIGRATIONS.iter().map(|(version, description, sql)| {
+            let sql = sqlx::SqlSafeStr::into_sql_str(*sql);
+            Migration::new(*version, (*description).into(), MigrationType::Simple, sql, false)
         });
-        Migrator::with_migrations(migrations.into()).run(&self.writer).await
+        Migrator::with_migrations(migrations.collect()).run(&self.writer).await
     }
 
     /// A connection for reading only.
@@ -153,6 +156,11 @@ impl Store {
         // IMMEDIATE: what it reads first is still true when it writes.
         let transaction = self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(StoreError::Unavailable)?;
         Ok(Writing { transaction })
+    }
+
+    /// Returns when the connections are being closed.
+    pub async fn closing(&self) {
+        self.writer.close_event().await;
     }
 
     /// Closes all connections; waits for the statements that run. Later uses fail.
