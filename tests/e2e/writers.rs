@@ -43,7 +43,7 @@ enum Outcome {
 }
 
 /// An HTTPS client that trusts the cluster's authority.
-fn client(ca: &Path, limit: Duration) -> Agent {
+pub fn client(ca: &Path, limit: Duration) -> Agent {
     let certificate = Certificate::from_pem(&std::fs::read(ca).unwrap()).unwrap();
     let tls = TlsConfig::builder()
         .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
