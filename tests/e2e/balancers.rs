@@ -24,7 +24,8 @@ use twistlock_ha::{
 
 use super::{
     alone,
-    cluster::{self, Cluster, FROZEN, LEASE_LOST, LIMIT},
+    cluster::{Cluster, FROZEN, LEASE_LOST, LIMIT},
+    network::{self, CLIENTS as HERE, Wall},
     writers::{self, Writers},
 };
 
@@ -72,17 +73,10 @@ impl Balancer {
 
     fn wait_open(&self, port: u16) {
         let deadline = Instant::now() + LIMIT;
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        while TcpStream::connect((HERE, port)).is_err() {
             assert!(Instant::now() < deadline, "the balancer does not listen:\n{}", self.log());
             poll_pause();
         }
-    }
-
-    /// The cluster as a client of the balancer sees it: one node.
-    fn seen(cluster: &ClusterFile, port: u16) -> ClusterFile {
-        let console_url = format!("https://127.0.0.1:{port}");
-        let nodes = vec![NodeFile { console_url, ..cluster.nodes[0].clone() }];
-        ClusterFile { nodes, ..cluster.clone() }
     }
 }
 
@@ -109,8 +103,8 @@ fn adapted(file: &str, cluster: &Cluster, folder: &Path) -> String {
     };
     for (port, ours) in [(8083, CONSOLE), (8084, DEFENDERS)] {
         match file {
-            "haproxy.cfg" => replace(&format!("bind :{port}"), format!("bind 127.0.0.1:{}", ours + offset)),
-            _ => replace(&format!("listen {port}"), format!("listen 127.0.0.1:{}", ours + offset)),
+            "haproxy.cfg" => replace(&format!("bind :{port}"), format!("bind {HERE}:{}", ours + offset)),
+            _ => replace(&format!("listen {port}"), format!("listen {HERE}:{}", ours + offset)),
         }
     }
     for node in 1..=3 {
@@ -154,23 +148,42 @@ fn start_probe(cluster: &ClusterFile, but: usize) -> JoinHandle<Option<Instant>>
     })
 }
 
-/// Lets clients write while the primary is killed, frozen and switched over, and reports what each cost. `seen` is the cluster as
-/// the clients see it.
-fn measure(name: &str, cluster: &Cluster, seen: &ClusterFile) -> String {
-    let writers = Writers::start_paced(seen, CLIENTS, PACE);
-    for fault in ["kill -9", "SIGSTOP", "switchover"] {
+/// Harms the primary, and returns what ends the harm.
+fn harm(cluster: &Cluster, primary: usize, fault: &str) -> impl FnOnce(&Cluster) + use<> {
+    let end: fn(&Cluster, usize) = match fault {
+        "kill -9" => {
+            cluster.signal(primary, Signal::SIGKILL);
+            |_, _| ()
+        }
+        "SIGSTOP" => {
+            cluster.freeze(primary);
+            |cluster, primary| cluster.signal(primary, Signal::SIGCONT)
+        }
+        "host cut off" => {
+            network::isolate(primary, Wall::Host, cluster.port_offset);
+            |_, _| network::heal()
+        }
+        _ => {
+            let operation = Operation::Switchover { to: None, dry_run: false };
+            let _: SwitchoverReport = control::operate(&cluster.node(primary).control, operation, LIMIT).unwrap();
+            |_, _| ()
+        }
+    };
+    move |cluster| end(cluster, primary)
+}
+
+/// Lets clients write to one name while the primary is killed, frozen, cut off and switched over, and reports what each cost.
+fn measure(name: &str, cluster: &Cluster, port: u16) {
+    let mut seen = cluster.file();
+    // The name in the certificates of a dev cluster.
+    let console_url = format!("https://localhost:{port}");
+    seen.nodes = vec![NodeFile { console_url, ..seen.nodes[0].clone() }];
+    let writers = Writers::start_paced(&seen, CLIENTS, PACE);
+    for fault in ["kill -9", "SIGSTOP", "host cut off", "switchover"] {
         let primary = cluster.primary();
         let probe = start_probe(&cluster.file(), primary);
         let (failed, before) = (writers.not_acknowledged(), Instant::now());
-        match fault {
-            "kill -9" => cluster.signal(primary, Signal::SIGKILL),
-            "SIGSTOP" => cluster.freeze(primary),
-            _ => {
-                let operation = Operation::Switchover { to: None, dry_run: false };
-                let _: SwitchoverReport =
-                    control::operate(&cluster.node(primary).control, operation, cluster::LIMIT).unwrap();
-            }
-        }
+        let end = harm(cluster, primary, fault);
         let over = probe.join().unwrap().expect("a next primary") - before;
         writers.wait_success(before + over, |_| true).unwrap_or_else(|| panic!("{name}, {fault}: no write"));
         pace_watch();
@@ -182,22 +195,38 @@ fn measure(name: &str, cluster: &Cluster, seen: &ClusterFile) -> String {
             silence.as_millis(),
             silence.saturating_sub(over).as_millis()
         );
-        if fault == "SIGSTOP" {
-            cluster.signal(primary, Signal::SIGCONT);
-        }
+        end(cluster);
         cluster.wait_healthy();
     }
-    writers.verify()
+    println!("  {name}: {}", writers.verify());
 }
 
-fn balanced(program: &str, file: &str, arguments: &[&str]) {
+/// Runs the test in a network of its own, in which names mean these addresses.
+fn in_private_names(addresses: &'static [&str], test: impl FnOnce() + Send + 'static) {
+    network::in_private_network(move || {
+        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+        let folder = tempfile::tempdir().unwrap();
+        let hosts = folder.path().join("hosts");
+        // curl has an address of its own for localhost, and is given another name.
+        let lines: String = addresses.iter().map(|address| format!("{address} localhost twistlock.test\n")).collect();
+        fs::write(&hosts, lines).unwrap();
+        let mounts: [&[&str]; 2] = [&["--make-rprivate", "/"], &["--bind", hosts.to_str().unwrap(), "/etc/hosts"]];
+        for arguments in mounts {
+            assert!(Command::new("mount").args(arguments).status().unwrap().success());
+        }
+        test();
+    });
+}
+
+fn balanced(program: &'static str, file: &'static str, arguments: &'static [&str]) {
     let _alone = alone();
-    let cluster = Cluster::start();
-    let balancer = Balancer::start(program, file, arguments, &cluster);
-    let seen = Balancer::seen(&cluster.file(), CONSOLE + cluster.port_offset);
-    let written = measure(program, &cluster, &seen);
-    drop(balancer);
-    println!("  {program}: {written}\n  {}", cluster.finish(&[LEASE_LOST, FROZEN].concat()));
+    in_private_names(&[HERE], move || {
+        let cluster = Cluster::start();
+        let balancer = Balancer::start(program, file, arguments, &cluster);
+        measure(program, &cluster, CONSOLE + cluster.port_offset);
+        drop(balancer);
+        println!("  {}", cluster.finish(&[LEASE_LOST, FROZEN].concat()));
+    });
 }
 
 #[test]
@@ -214,28 +243,12 @@ fn nginx_finds_the_next_primary() {
 #[test]
 fn a_client_that_tries_all_addresses_of_a_name_finds_the_next_primary() {
     let _alone = alone();
-    let run = || {
-        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace: run this test as root");
-        let folder = tempfile::tempdir().unwrap();
-        let hosts = folder.path().join("hosts");
-        // The name in the certificates of a dev cluster; curl has an address of its own for that, and is given another.
-        let line = |node| format!("127.0.0.{node} localhost twistlock.test\n");
-        fs::write(&hosts, (1..=3).map(line).collect::<String>()).unwrap();
-        let mounts: [&[&str]; 2] = [&["--make-rprivate", "/"], &["--bind", hosts.to_str().unwrap(), "/etc/hosts"]];
-        for arguments in mounts {
-            assert!(Command::new("mount").args(arguments).status().unwrap().success());
-        }
+    in_private_names(&["127.0.0.1", "127.0.0.2", "127.0.0.3"], || {
         let cluster = Cluster::start();
-        let mut seen = cluster.file();
-        let console_url = format!("https://localhost:{}", 8083 + cluster.port_offset);
-        seen.nodes = vec![NodeFile { console_url, ..seen.nodes[0].clone() }];
-        let written = measure("round-robin DNS", &cluster, &seen);
+        measure("round-robin DNS", &cluster, 8083 + cluster.port_offset);
         let url = format!("https://twistlock.test:{}/api/v1/_ping", 8083 + cluster.port_offset);
         let ping = Command::new("curl").args(["-fsSk", &url]).output().expect("curl (scripts/check.sh installs it)");
         assert!(ping.status.success(), "curl: {}", String::from_utf8_lossy(&ping.stderr));
-        println!("  round-robin DNS: {written}\n  {}", cluster.finish(&[LEASE_LOST, FROZEN].concat()));
-    };
-    if let Err(panic) = thread::spawn(run).join() {
-        std::panic::resume_unwind(panic);
-    }
+        println!("  {}", cluster.finish(&[LEASE_LOST, FROZEN].concat()));
+    });
 }

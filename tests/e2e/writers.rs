@@ -24,8 +24,8 @@ use ureq::{
 const CONNECT_LIMIT: Duration = Duration::from_millis(100);
 /// A client gives one address this long before it tries the next one.
 const REQUEST_LIMIT: Duration = Duration::from_millis(300);
-/// What a patient client gives an address, through a balancer that may hold it back for a while.
-const PATIENT: Duration = Duration::from_secs(2);
+/// The same of a patient client, for a name with three addresses or a balancer that may hold it back for a while.
+const PATIENT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
 /// Pause after all three addresses failed, so that the clients leave the processors to the election.
 const ROUND_PAUSE: Duration = Duration::from_millis(5);
 /// Largest page of `GET tags`.
@@ -46,6 +46,10 @@ enum Outcome {
 
 /// An HTTPS client that trusts the cluster's authority.
 pub fn client(ca: &Path, limit: Duration) -> Agent {
+    client_with(ca, CONNECT_LIMIT, limit)
+}
+
+fn client_with(ca: &Path, connect: Duration, limit: Duration) -> Agent {
     let certificate = Certificate::from_pem(&std::fs::read(ca).unwrap()).unwrap();
     let tls = TlsConfig::builder()
         .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
@@ -55,7 +59,7 @@ pub fn client(ca: &Path, limit: Duration) -> Agent {
         .tls_config(tls)
         .proxy(None)
         .http_status_as_error(false)
-        .timeout_connect(Some(CONNECT_LIMIT))
+        .timeout_connect(Some(connect))
         .timeout_global(Some(limit))
         .build();
     config.into()
@@ -133,14 +137,14 @@ struct Shared {
 struct Manner {
     /// From the start of one write to the start of the next; none: at once.
     pace: Option<Duration>,
-    /// How long one write may take.
-    limit: Duration,
+    /// How long a connection and a whole write may take.
+    limits: (Duration, Duration),
     /// Every second client makes a new connection for each write.
     reconnect: bool,
 }
 
 impl Manner {
-    const HURRIED: Self = Self { pace: None, limit: REQUEST_LIMIT, reconnect: false };
+    const HURRIED: Self = Self { pace: None, limits: (CONNECT_LIMIT, REQUEST_LIMIT), reconnect: false };
 }
 
 /// Concurrent clients, running until they are told to stop.
@@ -163,7 +167,7 @@ impl Writers {
     /// Starts `count` clients that make one write per `pace` each, and are patient: half of them keep their connection, the
     /// others make a new one for each write.
     pub fn start_paced(cluster: &ClusterFile, count: usize, pace: Duration) -> Self {
-        Self::start_like(cluster, count, 3, Manner { pace: Some(pace), limit: PATIENT, reconnect: true })
+        Self::start_like(cluster, count, 3, Manner { pace: Some(pace), limits: PATIENT, reconnect: true })
     }
 
     fn start_like(cluster: &ClusterFile, count: usize, length: usize, manner: Manner) -> Self {
@@ -266,8 +270,8 @@ impl Writers {
 
 impl Shared {
     fn write_until_stopped(&self, index: usize) {
-        let Manner { pace, limit, reconnect } = self.manner;
-        let mut client = client(&self.cluster.ca, limit);
+        let Manner { pace, limits: (connect, limit), reconnect } = self.manner;
+        let mut client = client_with(&self.cluster.ca, connect, limit);
         // One after the other, not all at once.
         let ahead = pace.unwrap_or_default() * index as u32 / self.clients as u32;
         let (mut next, reconnect) = (Instant::now() + ahead, reconnect && index % 2 == 1);
@@ -279,7 +283,7 @@ impl Shared {
                 next = pace_to(next) + pace;
             }
             if reconnect {
-                client = self::client(&self.cluster.ca, limit);
+                client = client_with(&self.cluster.ca, connect, limit);
             }
             let started = Instant::now();
             let url = &self.cluster.nodes[node].console_url;
