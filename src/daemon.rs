@@ -219,7 +219,11 @@ impl Parts {
         let (mut supervisor, ports) = self.supervisor()?;
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
         let kit = Arc::new(Kit::new(&self.config));
-        supervisor.offer(Services { admin: admin.clone(), kit: kit.clone() });
+        supervisor.offer(Services {
+            admin: admin.clone(),
+            kit: kit.clone(),
+            high_availability: self.config.high_availability_enabled,
+        });
         let administrator = Arc::new(Administrator { admin, kit, membership: self.handle.membership() });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {

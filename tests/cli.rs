@@ -76,6 +76,7 @@ fn picture(states: [Role; 3]) -> Status {
         epoch: 8,
         applied: 1_000,
         lag: 0,
+        lag_bytes: Some(0),
         lease_ms: None,
         last_contact_ms: Some(9_000),
         version: "0.1.0".into(),
