@@ -22,10 +22,11 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::renewal,
     cluster::{NodeId, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Severity},
+    config::{self, Config, LogFormat, Secret, Severity},
     control::ControlSocket,
     found,
     guard::PortGuard,
+    health::{self, MetricsPage},
     join::Kit,
     node::{self, Exit, Handle, Lease, Status},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
@@ -218,12 +219,17 @@ impl Parts {
         let (mut supervisor, ports) = self.supervisor()?;
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
         let kit = Arc::new(Kit::new(&self.config));
-        supervisor.offer(Services { admin: admin.clone(), kit: kit.clone() });
+        supervisor.offer(Services {
+            admin: admin.clone(),
+            kit: kit.clone(),
+            high_availability: self.config.high_availability_enabled,
+        });
         let administrator = Arc::new(Administrator { admin, kit, membership: self.handle.membership() });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
+        self.open_health_port(&ports)?;
         let (snapshots, calls) = mpsc::channel(1);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
         let folder = self.config.data_folder.join("certificates");
@@ -278,6 +284,22 @@ impl Parts {
         stop.send_replace(true);
         supervising.abort();
         Ok(exit)
+    }
+
+    /// Opens the health port, if there is to be one.
+    fn open_health_port(&self, ports: &SupervisorHandle) -> Result<()> {
+        let Some(address) = self.config.health_address() else { return Ok(()) };
+        let state = ports.state();
+        let sources = health::Sources {
+            status: self.handle.status(),
+            lease: self.lease.clone(),
+            pulse: self.handle.pulse(),
+            open: Arc::new(move || state.borrow().open),
+            certificates: self.config.data_folder.join("certificates"),
+            metrics: MetricsPage::new(self.config.metrics_token.as_ref().map(Secret::reveal))?,
+        };
+        task::spawn(health::serve(address, sources, self.handle.clone()));
+        Ok(())
     }
 
     fn supervisor(&self) -> Result<(Supervisor, SupervisorHandle)> {

@@ -5,12 +5,16 @@ mod access;
 mod audits;
 mod auth;
 mod cluster;
+mod cookie;
 mod errors;
 mod extract;
+mod logs;
 mod openapi;
 mod password;
 mod programs;
 mod routes;
+mod sessions;
+mod settings;
 mod store;
 mod stream;
 mod system;
@@ -23,8 +27,8 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    extract::{DefaultBodyLimit, Request},
-    http::{HeaderValue, Method, StatusCode, Uri, header},
+    extract::{DefaultBodyLimit, Request, State},
+    http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header, uri::Scheme},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -38,8 +42,22 @@ use crate::{admin::Admin, join::Kit, node::Status};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
+/// Requests under way at once; more are refused, so that a client learns it at once and may try again.
+const AT_ONCE: usize = 256;
+/// Health checks are answered however busy the Console is: a load balancer must not take a busy primary for a dead one.
+const PING: &str = "/api/v1/_ping";
 /// Longest time from a request's head to its response.
 const REQUEST: Duration = Duration::from_secs(30);
+
+/// On every answer that does not say otherwise. An answer of the API is no page: nothing may run or be framed in it.
+const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
+    (header::CACHE_CONTROL, "no-store"),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+    (header::REFERRER_POLICY, "no-referrer"),
+    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+];
 
 /// What the Console does for the cluster that it runs in.
 #[derive(Clone)]
@@ -47,6 +65,8 @@ pub struct Services {
     pub admin: Arc<Admin>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
+    /// `HIGH_AVAILABILITY_ENABLED`.
+    pub high_availability: bool,
 }
 
 impl fmt::Debug for Services {
@@ -64,6 +84,8 @@ pub struct Console {
     /// None where there is no cluster to administer.
     services: Option<Services>,
     downloads: Arc<Semaphore>,
+    /// A place for each request under way.
+    places: Semaphore,
     streams: Arc<Semaphore>,
     /// True when the ports are about to close: nothing may go on for long then.
     closing: watch::Sender<bool>,
@@ -82,7 +104,8 @@ impl Console {
         let (store, logins) = (Store::new(database), auth::Logins::new()?);
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
         let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
-        Ok(Arc::new(Self { store, logins, status, services, downloads, streams, closing }))
+        let places = Semaphore::new(AT_ONCE);
+        Ok(Arc::new(Self { store, logins, status, services, downloads, places, streams, closing }))
     }
 
     /// Opens the database and brings the schema up to date.
@@ -99,7 +122,7 @@ impl Console {
             .fallback(no_route)
             .method_not_allowed_fallback(no_method)
             .layer(DefaultBodyLimit::max(BODY))
-            .layer(middleware::from_fn(around))
+            .layer(middleware::from_fn_with_state(Arc::clone(self), around))
             .with_state(Arc::clone(self))
     }
 
@@ -122,14 +145,32 @@ async fn no_method(method: Method, uri: Uri) -> ApiError {
     ApiError::Request(StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not possible at {}", uri.path()))
 }
 
-/// What is the same for all requests: the time limit and a few headers.
-async fn around(request: Request, next: Next) -> Response {
-    let mut response = match tokio::time::timeout(REQUEST, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
+/// What is the same for all requests: their number, the time limit and a few headers.
+async fn around(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
+    let place = console.places.try_acquire();
+    let secure = request.extensions().get() == Some(&Scheme::HTTPS);
+    let browser = cookie::is_browser(request.headers());
+    let mut response = if place.is_err() && request.uri().path() != PING {
+        let mut busy = ApiError::Unavailable(format!("{AT_ONCE} requests are under way: try again")).into_response();
+        busy.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(1));
+        busy
+    } else {
+        match tokio::time::timeout(REQUEST, next.run(request)).await {
+            Ok(response) => response,
+            Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
+        }
     };
     let headers = response.headers_mut();
-    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if browser && headers.contains_key(header::WWW_AUTHENTICATE) {
+        // A browser that hears of Basic asks for a password itself, above the page.
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    if secure {
+        headers.insert(header::STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
+    }
+    // The page has its own policies for some of them.
+    for (name, value) in DEFAULT_HEADERS {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
     response
 }

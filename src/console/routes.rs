@@ -13,7 +13,9 @@ use axum::{
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
-use super::{Console, audits, auth, cluster, openapi, programs, stream, system, tags, ui, users};
+use super::{
+    Console, audits, cluster, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users,
+};
 
 /// Where the API begins.
 pub(super) const BASE: &str = "/api/v1";
@@ -22,9 +24,11 @@ pub(super) const BASE: &str = "/api/v1";
 pub(super) fn table() -> Vec<Entry> {
     [
         system::routes(),
-        auth::routes(),
+        sessions::routes(),
         users::routes(),
+        settings::routes(),
         audits::routes(),
+        logs::routes(),
         cluster::routes(),
         programs::routes(),
         tags::routes(),
@@ -67,6 +71,8 @@ pub(super) struct Entry {
     pub(super) query: Option<SchemaOf>,
     pub(super) status: StatusCode,
     pub(super) content: Content,
+    /// What else than JSON the client may ask for.
+    pub(super) also: Option<&'static str>,
     /// A list: `limit`, `offset` and `X-Total-Count`.
     pub(super) paged: bool,
     handler: MethodRouter<Arc<Console>>,
@@ -100,6 +106,7 @@ where
         query: None,
         status: StatusCode::OK,
         content: Content::Nothing,
+        also: None,
         paged: false,
         handler: on(filter, handler),
     }
@@ -129,6 +136,11 @@ impl Entry {
     /// A success that is not JSON, by its media type.
     pub(super) fn file(self, media_type: &'static str) -> Self {
         Self { content: Content::File(media_type), ..self }
+    }
+
+    /// Another media type that the client may choose.
+    pub(super) fn also(self, media_type: &'static str) -> Self {
+        Self { also: Some(media_type), ..self }
     }
 
     /// The status of a success, if it is not 200.

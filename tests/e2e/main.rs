@@ -9,6 +9,7 @@ mod cluster;
 mod databases;
 mod disk;
 mod drill;
+mod health;
 mod held;
 mod network;
 mod recover;
