@@ -38,7 +38,8 @@ step() {
 }
 
 # Program and the Debian package that brings it.
-needed=(shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl)
+needed=(shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl
+    chromium:chromium chromedriver:chromium-driver certutil:libnss3-tools)
 
 install_missing() {
     local entry program missing=()
