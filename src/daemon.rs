@@ -21,7 +21,7 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::renewal,
-    cluster::{NodeId, command::CONSOLE_DATABASE},
+    cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
     config::{self, Config, LogFormat, Severity},
     control::ControlSocket,
     found,
@@ -30,7 +30,7 @@ use twistlock_ha::{
     node::{self, Exit, Handle, Lease, Status},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
-    snapshot,
+    rotation, snapshot,
     storage::{
         DataDir, DataDirError, Identity, configuration::Configuration, database::Database, make_private_dir,
         snapshot::Ready,
@@ -45,7 +45,9 @@ use crate::{
     joining::{self, Outcome},
 };
 pub(crate) use signals::Signals;
-use start::{PROMISE, first_start, lower_promise, node_config, open_log, promise, promised_earlier};
+use start::{
+    PROMISE, first_start, lower_promise, node_config, open_log, promise, promised_earlier, refuse_if_outdated,
+};
 pub(crate) use start::{lease_terms, open_data};
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
@@ -154,6 +156,9 @@ impl Parts {
             .context("start the port guard")?;
         telemetry::metrics_handle().context("start the metrics")?;
         let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
+        let known = Configuration::read(data.path())
+            .with_context(|| format!("read membership.json in {}", data.path().display()))?;
+        refuse_if_outdated(known.as_ref().map_or(&identity.membership, |known| &known.membership))?;
         let log = open_log(config, &data, &identity)?;
         let snapshot = snapshot.filter(|snapshot| {
             let ours = snapshot.manifest().membership.cluster == identity.cluster;
@@ -163,6 +168,7 @@ impl Parts {
             ours
         });
         if let Some(snapshot) = snapshot {
+            refuse_if_outdated(&snapshot.manifest().membership)?;
             snapshot.install(&log, identity.node).context("install the snapshot")?;
         }
         let database_dir = data.path().join("database");
@@ -225,21 +231,32 @@ impl Parts {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
         let (snapshots, calls) = mpsc::channel(1);
+        let (keys, key_calls) = mpsc::channel(1);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
         let folder = self.config.data_folder.join("certificates");
-        task::spawn(renewal::keep(folder, self.handle.clone(), certificates));
+        task::spawn(renewal::keep(folder.clone(), self.handle.clone(), certificates.clone()));
         let peers = PeerIdentity {
             me: self.identity.node,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: PROGRAM_VERSION.to_owned(),
+            level: FEATURE_LEVEL,
             roster: Roster::new(self.handle.editions()),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
             tls,
             snapshots,
+            keys,
         };
         let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
         task::spawn(snapshot::serve(self.handle.clone(), calls, data.clone()));
         task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
+        task::spawn(rotation::serve(folder.clone(), key_calls));
+        task::spawn(rotation::keep(rotation::Parts {
+            certificates: folder,
+            handle: self.handle.clone(),
+            peers: peers.clone(),
+            tls: certificates,
+            console: Box::new(|| {}),
+        }));
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
         task::spawn(report_problems(ports.clone(), self.handle.clone()));

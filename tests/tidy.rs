@@ -19,6 +19,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
     ("console", &["admin", "join", "node", "storage", "cluster", "telemetry"]),
     ("admin", &["node", "join", "pki", "cluster", "telemetry"]),
+    ("rotation", &["admin", "node", "peer", "pki", "cluster", "telemetry"]),
     ("snapshot", &["node", "peer", "storage", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
     ("found", &["storage", "pki", "cluster", "config", "telemetry"]),

@@ -154,6 +154,8 @@ mod tests {
             voter: true,
             sync: None,
             full: false,
+            level: 0,
+            holds: Default::default(),
         }
     }
 

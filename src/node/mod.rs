@@ -11,6 +11,7 @@ mod snapshots;
 mod space;
 pub mod status;
 mod syncer;
+mod upgrade;
 
 use std::{
     io,
@@ -29,7 +30,7 @@ pub use lease::Lease;
 pub use status::{MemberStatus, Status, SyncProgress};
 
 use crate::{
-    cluster::{self, Change, Cluster, Membership, NodeId, Timing},
+    cluster::{self, Change, Cluster, Membership, NodeId, Timing, trust::Holdings},
     peer::{Edition, LinkSender, Links},
     storage::{
         configuration::Configuration,
@@ -46,6 +47,7 @@ use rollback::Rollback;
 use space::Space;
 use status::Publisher;
 use syncer::Syncer;
+use upgrade::Upgrade;
 
 /// What a node is made of.
 #[derive(Clone, Debug)]
@@ -67,6 +69,8 @@ pub struct NodeConfig {
     pub fast_takeover: bool,
     /// Version of this program, as shown to people.
     pub version: String,
+    /// What this program can do: see [`crate::cluster::level`].
+    pub level: u32,
     /// The shared lease that this node extends.
     pub lease: Lease,
 }
@@ -167,6 +171,11 @@ impl Handle {
         self.sender.send(Input::Restart { why });
     }
 
+    /// Tells the others what this node has on its disk of what they go on with together.
+    pub fn report_holdings(&self, holds: Holdings) {
+        self.sender.send(Input::Holds { holds });
+    }
+
     /// Shows a warning in the status, or takes it back.
     pub fn warn(&self, about: &'static str, text: Option<String>) {
         self.sender.send(Input::Warning { about, text });
@@ -192,7 +201,7 @@ pub fn spawn(
     trust_checkpoint(&log, applied)?;
     let Configuration { index, membership } = &config.configuration;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
-    let start = cluster::Start { membership, membership_index, conf_index, applied };
+    let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level };
     let cluster = Cluster::new(&start, config.node, config.timing, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let membership = Arc::new(membership.clone());
@@ -215,6 +224,7 @@ pub fn spawn(
         config,
         waiting: Waiting::default(),
         changes: Changes::default(),
+        upgrade: Upgrade::default(),
         members,
         editions,
         restorer,

@@ -18,7 +18,7 @@ use super::{CHUNKS, REPORT, frame};
 use crate::{
     cluster::NodeId,
     node::{Handle, SyncProgress},
-    peer::SnapshotCall,
+    peer::StreamCall,
     storage::snapshot::{ClusterKey, Manifest, Resting},
     telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY},
 };
@@ -27,7 +27,7 @@ use crate::{
 const AT_ONCE: usize = 2;
 
 /// Answers calls for snapshots until nobody can call any more. `data` is the data folder.
-pub async fn serve(handle: Handle, mut calls: Receiver<SnapshotCall>, data: PathBuf) {
+pub async fn serve(handle: Handle, mut calls: Receiver<StreamCall>, data: PathBuf) {
     let mut running = JoinSet::new();
     while let Some(mut call) = calls.recv().await {
         while running.try_join_next().is_some() {}
@@ -39,8 +39,8 @@ pub async fn serve(handle: Handle, mut calls: Receiver<SnapshotCall>, data: Path
     }
 }
 
-async fn answer(handle: Handle, call: SnapshotCall, data: PathBuf) {
-    let SnapshotCall { from: peer, mut stream } = call;
+async fn answer(handle: Handle, call: StreamCall, data: PathBuf) {
+    let StreamCall { from: peer, mut stream } = call;
     let (manifest, resting) = match offer(&handle, &data).await {
         Ok(offer) => offer,
         Err(why) => {
