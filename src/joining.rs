@@ -221,6 +221,7 @@ impl ControlHandler for Applicant {
             membership,
             warnings,
             database: None,
+            recent: Default::default(),
         })
     }
 }

@@ -71,6 +71,11 @@ pub enum Operation {
         /// How long the old one is still trusted when the new one signs.
         overlap_s: u64,
     },
+    /// What happened to this node, newest first; any node answers it. Answer: a list of [`Event`](crate::events::Event)s.
+    Events {
+        /// Which.
+        wanted: crate::events::Wanted,
+    },
     /// A member is reached elsewhere from now on; none keeps what there is. Answer: null.
     Readdress {
         /// Its name or id.
