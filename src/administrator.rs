@@ -7,7 +7,7 @@ use serde_json::Value;
 use tokio::{sync::watch, task};
 use twistlock_ha::{
     admin::{Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
-    cluster::Membership,
+    cluster::{Membership, PROGRAM_VERSION},
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
     events::{self, Wanted},
@@ -24,7 +24,7 @@ const BY: &str = "the administrator of this host";
 pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle) -> Admin {
     let config = AdminConfig {
         certificates: config.data_folder.join("certificates"),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: PROGRAM_VERSION.to_owned(),
         console_addresses: Vec::new(),
         https_port: config.management_port_https,
         data: PathBuf::from(&config.data_folder),
@@ -70,6 +70,10 @@ impl Administrator {
             Operation::Switchover { to, dry_run } => admin.switchover(to.as_deref(), dry_run, BY).await.map(answer),
             Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), BY).await.map(answer),
             Operation::Resume {} => admin.resume(BY).await.map(answer),
+            Operation::RotateKey {} => admin.rotate_cluster_key(BY).await.map(answer),
+            Operation::RotateCa { overlap_s } => {
+                admin.rotate_authority(Duration::from_secs(overlap_s), BY).await.map(answer)
+            }
             Operation::Events { wanted } => self.events(wanted).await,
             Operation::Readdress { node, new_name, address, port } => {
                 admin.readdress(&node, new_name, address, port, BY).await.map(answer)

@@ -36,6 +36,7 @@
 //! | [`node`] | drives: the one loop that joins the four above to the clock; publishes [`node::Status`] | ports and workloads |
 //! | [`admin`] | every operation of an administrator: its checks, and the change it asks for | HTTP, sockets and terminals |
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
+//! | [`rotation`] | replaces what all members share: the cluster key, the certificate authority | how a change is agreed on |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
@@ -103,6 +104,7 @@ pub mod node;
 pub mod peer;
 pub mod pki;
 pub mod recover;
+pub mod rotation;
 pub mod snapshot;
 pub mod storage;
 pub mod supervisor;

@@ -70,6 +70,8 @@ fn picture(states: [Role; 3]) -> Status {
         voter: true,
         sync: None,
         full: false,
+        level: twistlock_ha::cluster::FEATURE_LEVEL,
+        holds: Default::default(),
         id,
         name: format!("host{id}"),
         address: format!("192.0.2.{id}:8086"),

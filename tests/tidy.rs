@@ -12,7 +12,7 @@ use std::{
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "node", "cluster", "storage", "telemetry"]),
     ("recover", &["found", "config", "pki", "storage", "cluster"]),
-    ("cli", &["config", "control", "events", "admin", "node", "cluster"]),
+    ("cli", &["config", "control", "events", "admin", "node", "pki", "cluster"]),
     ("control", &["admin", "events", "node", "telemetry"]),
     ("supervisor", &["workload", "guard", "admin", "node", "storage", "cluster", "telemetry"]),
     ("health", &["node", "pki", "cluster", "telemetry"]),
@@ -20,6 +20,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
     ("console", &["admin", "events", "join", "node", "storage", "cluster", "telemetry"]),
     ("admin", &["node", "join", "pki", "cluster", "telemetry"]),
+    ("rotation", &["admin", "node", "peer", "pki", "cluster", "telemetry"]),
     ("events", &["node", "cluster", "telemetry"]),
     ("snapshot", &["events", "node", "peer", "storage", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),

@@ -143,6 +143,8 @@ pub(super) fn command(operation: &Operation) -> String {
         }
         Operation::Pause { seconds } => format!("pause --for {seconds}s"),
         Operation::Resume {} => "resume".to_owned(),
+        Operation::RotateKey {} => "rotate-key".to_owned(),
+        Operation::RotateCa { overlap_s } => format!("rotate-ca --overlap {overlap_s}s"),
         Operation::Events { .. } => "events".to_owned(),
         Operation::Readdress { node, new_name, address, port } => format!(
             "set-address {node}{}{}{}",
