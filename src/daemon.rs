@@ -218,8 +218,10 @@ impl Parts {
         let (mut supervisor, ports) = self.supervisor()?;
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
         let kit = Arc::new(Kit::new(&self.config));
-        supervisor.offer(Services { admin: admin.clone(), kit: kit.clone() });
-        let administrator = Arc::new(Administrator { admin, kit, membership: self.handle.membership() });
+        let backups = administrator::backups(&self.config, &self.handle, admin.clone());
+        task::spawn(backups.clone().keep());
+        supervisor.offer(Services { admin: admin.clone(), backups: backups.clone(), kit: kit.clone() });
+        let administrator = Arc::new(Administrator { admin, backups, kit, membership: self.handle.membership() });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;

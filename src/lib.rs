@@ -38,6 +38,7 @@
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
+//! | [`backup`] | backups: made, kept, verified, brought back | HTTP, sockets and terminals |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
@@ -86,6 +87,7 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod admin;
+pub mod backup;
 pub mod cli;
 pub mod cluster;
 pub mod config;

@@ -29,7 +29,7 @@ use tokio::sync::{Semaphore, watch};
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::{admin::Admin, join::Kit, node::Status};
+use crate::{admin::Admin, backup::Backups, join::Kit, node::Status};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
@@ -40,6 +40,7 @@ const REQUEST: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub struct Services {
     pub admin: Arc<Admin>,
+    pub backups: Arc<Backups>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
 }

@@ -32,13 +32,14 @@ use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing},
     peer::{Edition, LinkSender, Links},
     storage::{
+        backup::{CopyError, Copying, Finished},
         configuration::Configuration,
         database::Database,
         raft_log::RaftLog,
         snapshot::{Manifest, Resting},
     },
 };
-use applier::Applier;
+use applier::{Applier, Copies};
 use configure::Changes;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
@@ -90,6 +91,7 @@ pub struct Handle {
     membership: watch::Receiver<Arc<Membership>>,
     editions: watch::Receiver<Edition>,
     restore: watch::Receiver<Option<NodeId>>,
+    copies: Copies,
 }
 
 impl Handle {
@@ -156,6 +158,22 @@ impl Handle {
         wait.await.map_err(|_| ended.to_owned())?
     }
 
+    /// Begins a copy of this node's own database while it follows; on a SECONDARY. A change of the role ends it.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub async fn copy(&self) -> Result<Copying, CopyError> {
+        self.copies.begin().await
+    }
+
+    /// Ends a copy at the transaction that was applied last.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub async fn finish_copy(&self, copy: &Copying) -> Result<Finished, CopyError> {
+        self.copies.finish(copy.progress()).await
+    }
+
     /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node that
     /// may be primary is gone.
     pub fn ignore_pause(&self) {
@@ -201,6 +219,7 @@ pub fn spawn(
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
+    let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
@@ -228,7 +247,7 @@ pub fn spawn(
     };
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status, membership, editions: edition, restore }, thread))
+    Ok((Handle { sender, status, membership, editions: edition, restore, copies }, thread))
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.
