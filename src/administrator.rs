@@ -11,6 +11,7 @@ use twistlock_ha::{
     cluster::Membership,
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
+    events::{self, Recorder, Wanted},
     join::{Kit, KitError},
     node::{Handle, Status},
     supervisor::SupervisorHandle,
@@ -33,7 +34,7 @@ pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle) -
 }
 
 /// The backups of this node.
-pub(crate) fn backups(config: &Config, handle: &Handle, admin: Arc<Admin>) -> Arc<Backups> {
+pub(crate) fn backups(config: &Config, handle: &Handle, admin: Arc<Admin>, events: Recorder) -> Arc<Backups> {
     let keep = Keep {
         daily: config.backup_keep_daily,
         weekly: config.backup_keep_weekly,
@@ -48,7 +49,7 @@ pub(crate) fn backups(config: &Config, handle: &Handle, admin: Arc<Admin>) -> Ar
         data: config.data_folder.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    Backups::new(config, handle.clone(), admin)
+    Backups::new(config, handle.clone(), admin, events)
 }
 
 /// The Console's ports, as the supervisor holds them.
@@ -69,6 +70,8 @@ pub(crate) struct Administrator {
     pub(crate) admin: Arc<Admin>,
     pub(crate) backups: Arc<Backups>,
     pub(crate) kit: Arc<Kit>,
+    /// The data folder.
+    pub(crate) data: PathBuf,
     /// Newer than that of a status: has every change whose outcome is known.
     pub(crate) membership: watch::Receiver<Arc<Membership>>,
 }
@@ -88,6 +91,7 @@ impl Administrator {
             Operation::Switchover { to, dry_run } => admin.switchover(to.as_deref(), dry_run, BY).await.map(answer),
             Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), BY).await.map(answer),
             Operation::Resume {} => admin.resume(BY).await.map(answer),
+            Operation::Events { wanted } => self.events(wanted).await,
             Operation::Readdress { node, new_name, address, port } => {
                 admin.readdress(&node, new_name, address, port, BY).await.map(answer)
             }
@@ -107,6 +111,13 @@ impl Administrator {
             Operation::Restore { file, stop_console } => backups.restore(&file, stop_console, BY).map(answer),
             other => Err(BackupError::Refused(format!("not known here: {other:?}"))),
         }
+    }
+
+    async fn events(&self, wanted: Wanted) -> Result<Value, AdminError> {
+        let data = self.data.clone();
+        let read = task::spawn_blocking(move || events::read(&data, &wanted)).await;
+        let read = read.map_err(|error| AdminError::Unknown(error.to_string()))?;
+        read.map(answer).map_err(|error| AdminError::Refused(format!("the events cannot be read: {error}")))
     }
 
     async fn join_script(&self, invited: Invited, script: bool) -> Result<JoinScript, AdminError> {

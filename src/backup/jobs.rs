@@ -6,8 +6,10 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
+
+use tokio::{sync::watch, time::timeout};
 
 use super::{BackupError, Outcome, Running, Started, Work, now};
 
@@ -22,6 +24,18 @@ struct Table {
     last: Option<Outcome>,
 }
 
+impl Table {
+    fn check_idle(&self) -> Result<(), BackupError> {
+        let Some(other) = &self.running else { return Ok(()) };
+        let doing = match other.work {
+            Work::Create => "made",
+            Work::Verify => "verified",
+            Work::Restore => "restored",
+        };
+        Err(BackupError::Refused(format!("{} is being {doing}: wait until that is over", other.id)))
+    }
+}
+
 /// Something under way.
 #[derive(Debug)]
 pub(super) struct Job {
@@ -32,6 +46,7 @@ pub(super) struct Job {
     step: Mutex<&'static str>,
     done: AtomicU64,
     total: AtomicU64,
+    ended: watch::Sender<bool>,
 }
 
 impl Job {
@@ -72,20 +87,30 @@ impl Jobs {
     /// Begins something, unless something is under way. It must be [ended](Self::end).
     pub fn begin(&self, work: Work, id: String) -> Result<Arc<Job>, BackupError> {
         let mut table = self.table();
-        if let Some(other) = &table.running {
-            let doing = match other.work {
-                Work::Create => "made",
-                Work::Verify => "verified",
-                Work::Restore => "restored",
-            };
-            return Err(BackupError::Refused(format!("{} is being {doing}: wait until that is over", other.id)));
-        }
+        table.check_idle()?;
         table.begun += 1;
         let (step, begun) = (Mutex::new("begins"), Instant::now());
         let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
-        let job = Arc::new(Job { number: table.begun, work, id, begun, step, done, total });
+        let job =
+            Arc::new(Job { number: table.begun, work, id, begun, step, done, total, ended: watch::Sender::new(false) });
         table.running = Some(Arc::clone(&job));
         Ok(job)
+    }
+
+    /// Refuses while something is under way.
+    pub fn check_idle(&self) -> Result<(), BackupError> {
+        self.table().check_idle()
+    }
+
+    /// The end of what was begun under this number, if it comes in time.
+    pub async fn wait(&self, number: u64, limit: Duration) -> Option<Outcome> {
+        let running = self.table().running.clone().filter(|job| job.number == number);
+        if let Some(job) = running {
+            let mut ended = job.ended.subscribe();
+            // Not over in time: then the picture has no outcome of it either.
+            let _ = timeout(limit, ended.wait_for(|ended| *ended)).await;
+        }
+        self.table().last.clone().filter(|last| last.number == number)
     }
 
     /// Notes how it ended.
@@ -100,6 +125,7 @@ impl Jobs {
         let mut table = self.table();
         table.running = None;
         table.last = Some(outcome.clone());
+        job.ended.send_replace(true);
         outcome
     }
 

@@ -20,7 +20,10 @@ use super::{
     jobs::Job,
     name, now,
 };
-use crate::telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS};
+use crate::{
+    events::{self, Event, Scope, Severity},
+    telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS},
+};
 
 /// Names in the workshop.
 const COPY: &str = "copy.db";
@@ -79,12 +82,15 @@ impl Backups {
             Ok(_) => {
                 metrics::gauge!(BACKUP_LAST_SUCCESS).set(id.time as f64);
                 self.node.warn(ABOUT, None);
+                self.tell(Severity::Info, Scope::Local, format!("the backup {} is good", job.id()));
             }
             Err(error) => {
                 warn!(id = job.id(), %error, "the backup failed");
                 metrics::counter!(BACKUP_FAILURES).increment(1);
                 let kind = if id.kind() == Kind::Manual { "the last backup" } else { "the automatic backup" };
-                self.node.warn(ABOUT, Some(format!("{kind} of this host failed: {error}")));
+                let sentence = format!("{kind} of this host failed: {error}");
+                self.tell(Severity::Warning, Scope::Node, sentence.clone());
+                self.node.warn(ABOUT, Some(sentence));
             }
         }
         let outcome = self.jobs.end(job, &result);
@@ -92,6 +98,11 @@ impl Backups {
             info!(id = job.id(), ms = outcome.ms, "the backup is done: {}", outcome.text);
         }
         outcome.ok
+    }
+
+    /// Records an event.
+    pub(super) fn tell(&self, severity: Severity, scope: Scope, sentence: String) {
+        self.events.record(Event::new(events::Kind::Backup, severity, sentence).scope(scope));
     }
 
     async fn steps(self: &Arc<Self>, job: &Arc<Job>, id: &BackupId) -> Result<String, BackupError> {

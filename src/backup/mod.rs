@@ -35,7 +35,7 @@ use thiserror::Error;
 pub use name::{BackupId, Kind};
 pub use state::{Backup, BackupState, Keep, Outcome, Running, Started, Work};
 
-use crate::{admin::Admin, node::Handle};
+use crate::{admin::Admin, events::Recorder, node::Handle};
 use cipher::Secret;
 use folder::Folder;
 use jobs::Jobs;
@@ -68,6 +68,9 @@ pub enum BackupError {
     /// The text says what is in the way and what to do. Nothing was changed.
     #[error("{0}")]
     Refused(String),
+    /// A name cannot be that of a backup; the text says what is allowed.
+    #[error("{0}")]
+    Name(String),
     /// There is no such backup.
     #[error("{0}")]
     NotFound(String),
@@ -99,6 +102,7 @@ pub struct Backups {
     folder: Folder,
     node: Handle,
     admin: Arc<Admin>,
+    events: Recorder,
     jobs: Jobs,
     /// When the next automatic one is due.
     next: Mutex<Option<u64>>,
@@ -112,9 +116,9 @@ impl std::fmt::Debug for Backups {
 
 impl Backups {
     /// Prepares the backups of the node behind `node`. Nothing is touched yet.
-    pub fn new(config: BackupConfig, node: Handle, admin: Arc<Admin>) -> Arc<Self> {
+    pub fn new(config: BackupConfig, node: Handle, admin: Arc<Admin>, events: Recorder) -> Arc<Self> {
         let folder = Folder::new(config.folder.clone(), node.status().borrow().node);
-        Arc::new(Self { config, folder, node, admin, jobs: Jobs::default(), next: Mutex::default() })
+        Arc::new(Self { config, folder, node, admin, events, jobs: Jobs::default(), next: Mutex::default() })
     }
 
     /// All backups in the folder, newest first.
@@ -144,6 +148,20 @@ impl Backups {
             running,
             last,
         }
+    }
+
+    /// Refuses what [`Self::create`] would refuse.
+    ///
+    /// # Errors
+    /// [`BackupError::Name`], and [`BackupError::Refused`] while something else is under way.
+    pub fn check_new(&self, name: &str) -> Result<(), BackupError> {
+        name::check_name(name)?;
+        self.jobs.check_idle()
+    }
+
+    /// Waits for the end of what was begun under this number; none if it is not over by then, or was forgotten.
+    pub async fn wait(&self, number: u64, limit: Duration) -> Option<Outcome> {
+        self.jobs.wait(number, limit).await
     }
 
     /// Where a backup lies, for a download: the name has been checked, and the file is there.

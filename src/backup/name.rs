@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::BackupError;
@@ -17,7 +18,7 @@ const PLAIN: &str = ".tar.gz";
 const SEALED: &str = ".tar.gz.sealed";
 
 /// What a backup was made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// By an administrator, who also deletes it.
@@ -48,20 +49,20 @@ impl Kind {
 /// A name that is good to be part of a file name.
 ///
 /// # Errors
-/// [`BackupError::Refused`], with what is allowed.
+/// [`BackupError::Name`], with what is allowed.
 pub fn check_name(name: &str) -> Result<(), BackupError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let fine = (1..=LONGEST_NAME).contains(&name.chars().count())
         && name.chars().all(plain)
         && name.starts_with(|c: char| c.is_ascii_alphanumeric());
     if !fine {
-        return Err(BackupError::Refused(format!(
+        return Err(BackupError::Name(format!(
             "a backup's name has 1 to {LONGEST_NAME} characters, begins with a letter or digit, and goes on with letters, \
              digits, '.', '-' and '_'"
         )));
     }
     if Kind::AUTOMATIC.iter().any(|kind| kind.word().eq_ignore_ascii_case(name)) {
-        return Err(BackupError::Refused(format!("'{name}' is the name of automatic backups: choose another one")));
+        return Err(BackupError::Name(format!("'{name}' is the name of automatic backups: choose another one")));
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use super::{BackupError, BackupId, Backups, Started, Work, archive::Manifest, blocking, jobs::Job, now};
 use crate::{
     admin::AdminError,
+    events::{Scope, Severity},
     storage::database::{PrimaryDatabase, ReplaceError},
 };
 
@@ -56,8 +57,15 @@ impl Backups {
         tokio::spawn(async move {
             let result = all.bring_back(&file, &id, &job, &by).await;
             match &result {
-                Ok(text) => info!(by, id = job.id(), "the backup was restored: {text}"),
-                Err(error) => warn!(by, id = job.id(), %error, "the restore failed"),
+                Ok(text) => {
+                    info!(by, id = job.id(), "the backup was restored: {text}");
+                    let sentence = format!("the backup {} was restored: {text}", job.id());
+                    all.tell(Severity::Warning, Scope::Cluster, sentence);
+                }
+                Err(error) => {
+                    warn!(by, id = job.id(), %error, "the restore failed");
+                    all.tell(Severity::Warning, Scope::Node, format!("the restore of {} failed: {error}", job.id()));
+                }
             }
             all.jobs.end(&job, &result);
         });
@@ -172,13 +180,11 @@ async fn prepare(copy: &Path, id: &BackupId, by: &str) -> Result<(), BackupError
 }
 
 async fn note(connection: &mut sqlx::SqliteConnection, id: &BackupId, by: &str) -> Result<(), sqlx::Error> {
-    let tables: Vec<String> =
-        sqlx::query_scalar("SELECT name FROM sqlite_schema WHERE type = 'table'").fetch_all(&mut *connection).await?;
-    let has = |name: &str| tables.iter().any(|table| table == name);
     let mut writing = connection.begin().await?;
-    if has("sessions") {
-        sqlx::query("DELETE FROM sessions").execute(&mut *writing).await?;
-    }
-    let _ = (id, by, now());
+    sqlx::query("DELETE FROM tokens").execute(&mut *writing).await?;
+    // As `console::audits` writes it; a version restores its own backups only, so that the columns are known.
+    let insert = "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, 'local', 'restore', ?, 1, 'null')";
+    let (time, what) = (now() as i64, format!("backup '{id}'"));
+    sqlx::query(insert).bind(time).bind(by).bind(what).execute(&mut *writing).await?;
     writing.commit().await
 }

@@ -1,11 +1,12 @@
 //! What is told about backups: the answers of the Console's API and of the control socket. No logic.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::name::Kind;
 
 /// A backup in this host's folder.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Backup {
     /// Its file name.
     pub id: String,
@@ -22,7 +23,7 @@ pub struct Backup {
 }
 
 /// What can be under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Work {
     Create,
@@ -31,7 +32,7 @@ pub enum Work {
 }
 
 /// Something was begun: its end is told by [`BackupState::last`] under the same number.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Started {
     pub number: u64,
     /// The backup that is made, verified or restored.
@@ -39,7 +40,7 @@ pub struct Started {
 }
 
 /// How far it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Running {
     pub number: u64,
     pub work: Work,
@@ -52,7 +53,7 @@ pub struct Running {
 }
 
 /// How it ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Outcome {
     pub number: u64,
     pub work: Work,
@@ -67,7 +68,7 @@ pub struct Outcome {
 }
 
 /// How many automatic backups are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Keep {
     pub daily: u32,
     pub weekly: u32,
@@ -75,7 +76,7 @@ pub struct Keep {
 }
 
 /// The backups of this host: how they are set up, what is under way, and how the last one went.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct BackupState {
     /// `DATA_RECOVERY_ENABLED`: automatic backups are made.
     pub enabled: bool,

@@ -210,7 +210,7 @@ pub fn checksum(file: &File, record: &Record, mut each: impl FnMut(&[u8]) -> io:
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
+    use std::{os::unix::fs::FileExt, sync::atomic::AtomicU32};
 
     use super::*;
 
@@ -229,9 +229,9 @@ mod tests {
         let pages = 6000;
         file.write_all_at(&vec![1; pages as usize * SIZE as usize], 0).unwrap();
         let (copying, tracking) = Copying::begin(Arc::clone(&file), SIZE, pages);
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
         let writer = std::thread::spawn({
-            let (file, stop) = (Arc::clone(&file), Arc::clone(&stop));
+            let (file, stop, rounds) = (Arc::clone(&file), Arc::clone(&stop), Arc::clone(&rounds));
             move || {
                 let (mut size, mut round) = (pages, 0u32);
                 while !stop.load(Ordering::SeqCst) {
@@ -245,6 +245,7 @@ mod tests {
                     let image = [(round % 251) as u8; SIZE as usize];
                     file.write_all_at(&image, u64::from(number - 1) * u64::from(SIZE)).unwrap();
                     tracking.note(number);
+                    rounds.store(round, Ordering::SeqCst);
                 }
                 (tracking, size)
             }
@@ -261,6 +262,10 @@ mod tests {
                 copying.read_page(number, &mut bytes).unwrap();
                 copy.write_all_at(&bytes, u64::from(number - 1) * u64::from(SIZE)).unwrap();
             }
+        }
+        let before = rounds.load(Ordering::SeqCst);
+        while rounds.load(Ordering::SeqCst) < before + 100 {
+            std::thread::yield_now();
         }
         stop.store(true, Ordering::SeqCst);
         let (tracking, size) = writer.join().unwrap();
