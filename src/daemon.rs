@@ -238,14 +238,17 @@ impl Parts {
         let (mut supervisor, ports) = self.supervisor()?;
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
         let kit = Arc::new(Kit::new(&self.config));
+        let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
+        task::spawn(backups.clone().keep());
         supervisor.offer(Services {
             admin: admin.clone(),
+            backups: backups.clone(),
             kit: kit.clone(),
             high_availability: self.config.high_availability_enabled,
             events: self.events.clone(),
         });
         let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
-        let administrator = Arc::new(Administrator { admin, kit, data, membership });
+        let administrator = Arc::new(Administrator { admin, backups, kit, data, membership });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;

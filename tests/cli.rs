@@ -59,6 +59,7 @@ impl ControlHandler for Frozen {
             Operation::Uninvite {} | Operation::Remove { .. } | Operation::Resume {} | Operation::Readdress { .. } => {
                 serde_json::Value::Null
             }
+            of_backups => return Box::pin(async move { Err(format!("no backups here: {of_backups:?}")) }),
         };
         Box::pin(async { Ok(answer) })
     }

@@ -6,6 +6,7 @@
 
 mod admission;
 mod attempts;
+mod closed;
 mod invitation;
 mod members;
 pub mod renewal;

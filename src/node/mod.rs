@@ -36,13 +36,14 @@ use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing, trust::Holdings},
     peer::{Edition, LinkSender, Links},
     storage::{
+        backup::{CopyError, Copying, Finished},
         configuration::Configuration,
         database::Database,
         raft_log::RaftLog,
         snapshot::{Manifest, Resting},
     },
 };
-use applier::Applier;
+use applier::{Applier, Copies};
 use configure::Changes;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
@@ -97,6 +98,7 @@ pub struct Handle {
     membership: watch::Receiver<Arc<Membership>>,
     editions: watch::Receiver<Edition>,
     restore: watch::Receiver<Option<NodeId>>,
+    copies: Copies,
     pulse: Pulse,
 }
 
@@ -174,6 +176,22 @@ impl Handle {
         wait.await.map_err(|_| ended.to_owned())?
     }
 
+    /// Begins a copy of this node's own database while it follows; on a SECONDARY. A change of the role ends it.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub async fn copy(&self) -> Result<Copying, CopyError> {
+        self.copies.begin().await
+    }
+
+    /// Ends a copy at the transaction that was applied last.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub async fn finish_copy(&self, copy: &Copying) -> Result<Finished, CopyError> {
+        self.copies.finish(copy.progress()).await
+    }
+
     /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node that
     /// may be primary is gone.
     pub fn ignore_pause(&self) {
@@ -224,6 +242,7 @@ pub fn spawn(
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
+    let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
@@ -254,7 +273,7 @@ pub fn spawn(
     let pulse = driver.pulse.clone();
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status, membership, editions: edition, restore, pulse }, thread))
+    Ok((Handle { sender, status, membership, editions: edition, restore, copies, pulse }, thread))
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.
