@@ -22,7 +22,7 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::renewal,
     cluster::{NodeId, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Severity},
+    config::{self, Config, LogFormat, Secret, Severity},
     control::ControlSocket,
     events::{
         self, Event, Kind, Recorder,
@@ -30,6 +30,7 @@ use twistlock_ha::{
     },
     found,
     guard::PortGuard,
+    health::{self, MetricsPage},
     join::Kit,
     node::{self, Exit, Handle, Lease, Status, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
@@ -238,6 +239,7 @@ impl Parts {
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
+        self.open_health_port(&ports)?;
         let (snapshots, calls) = mpsc::channel(1);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
         let folder = self.config.data_folder.join("certificates");
@@ -294,6 +296,22 @@ impl Parts {
         stop.send_replace(true);
         supervising.abort();
         Ok(exit)
+    }
+
+    /// Opens the health port, if there is to be one.
+    fn open_health_port(&self, ports: &SupervisorHandle) -> Result<()> {
+        let Some(address) = self.config.health_address() else { return Ok(()) };
+        let state = ports.state();
+        let sources = health::Sources {
+            status: self.handle.status(),
+            lease: self.lease.clone(),
+            pulse: self.handle.pulse(),
+            open: Arc::new(move || state.borrow().open),
+            certificates: self.config.data_folder.join("certificates"),
+            metrics: MetricsPage::new(self.config.metrics_token.as_ref().map(Secret::reveal))?,
+        };
+        task::spawn(health::serve(address, sources, self.handle.clone()));
+        Ok(())
     }
 
     fn supervisor(&self) -> Result<(Supervisor, SupervisorHandle)> {

@@ -15,6 +15,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("cli", &["config", "control", "events", "admin", "node", "cluster"]),
     ("control", &["admin", "events", "node", "telemetry"]),
     ("supervisor", &["workload", "guard", "admin", "node", "storage", "cluster", "telemetry"]),
+    ("health", &["node", "pki", "cluster", "telemetry"]),
     ("guard", &["node::lease", "node::Lease", "telemetry"]),
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
     ("console", &["admin", "events", "join", "node", "storage", "cluster", "telemetry"]),

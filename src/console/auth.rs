@@ -11,7 +11,7 @@ use std::{
 use axum::{
     Json,
     extract::{ConnectInfo, FromRequestParts, State},
-    http::{HeaderMap, header, request::Parts},
+    http::{HeaderMap, Method, header, request::Parts},
 };
 use base64::{
     Engine,
@@ -21,10 +21,17 @@ use ring::{
     digest, hmac,
     rand::{SecureRandom, SystemRandom},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Console, errors::ApiError, extract::Body, password::Hasher, programs, store::StoreError, throttle::Throttle,
+    Console,
+    errors::ApiError,
+    extract::Body,
+    password::Hasher,
+    routes::{Access, Entry, Role, route},
+    store::StoreError,
+    throttle::Throttle,
 };
 
 /// How long a token is valid.
@@ -33,19 +40,20 @@ const TOKEN_LIFE: Duration = Duration::from_secs(30 * 60);
 const CACHE_LIFE: Duration = Duration::from_secs(60);
 /// Verified names and passwords remembered.
 const CACHE_SIZE: usize = 1024;
-/// The role that may change the cluster, as the database has it.
-const ADMINISTRATOR: &str = "admin";
-/// The roles that may let a host ask to join: Defender Manager or higher.
-const INSTALLERS: [&str; 3] = [ADMINISTRATOR, "operator", "defenderManager"];
+/// The page's token. The prefix makes browsers insist on Secure, on the path `/` and on no domain.
+pub(super) const COOKIE: &str = "__Host-twistlock";
+const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
 /// How every join token begins; no token of `authenticate` does, since those have no dot.
 const JOIN_TOKEN: &str = "TWJ1.";
 /// Longest name and password that are looked at, in bytes.
 pub(super) const LONGEST: usize = 1024;
 
-/// The sender of a request, verified. Handlers that take it as an argument are closed to strangers.
+/// The sender of a request, verified: what a handler behind a route that asks for one may take as an argument.
 #[derive(Clone, Debug)]
 pub(super) struct User {
     pub(super) name: String,
+    pub(super) role: Role,
+    pub(super) from: IpAddr,
 }
 
 /// What verification needs besides the database.
@@ -64,11 +72,13 @@ impl Logins {
         Ok(Self { hasher: Hasher::new(), throttle: Throttle::default(), key, verified: Mutex::default() })
     }
 
-    fn tag(&self, login: &Login) -> [u8; 32] {
+    /// With the stored hash, so that a changed password is not remembered as a good one.
+    fn tag(&self, login: &Login, stored: Option<&str>) -> [u8; 32] {
         let mut context = hmac::Context::with_key(&self.key);
-        context.update(&(login.username.len() as u64).to_le_bytes());
-        context.update(login.username.as_bytes());
-        context.update(login.password.as_bytes());
+        for part in [&login.username, stored.unwrap_or_default(), &login.password] {
+            context.update(&(part.len() as u64).to_le_bytes());
+            context.update(part.as_bytes());
+        }
         let mut tag = [0; 32];
         tag.copy_from_slice(context.sign().as_ref());
         tag
@@ -89,17 +99,9 @@ impl Logins {
         }
     }
 
-    /// Checks a name and a password; `stored` reads the hash of that user, if it comes to that.
-    async fn verify(
-        &self,
-        login: Login,
-        stored: impl Future<Output = Result<Option<String>, ApiError>>,
-    ) -> Result<(), ApiError> {
-        const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
-        if login.username.len() > LONGEST || login.password.len() > LONGEST {
-            return Err(WRONG);
-        }
-        let tag = self.tag(&login);
+    /// Checks a name and a password against the hash of that user, if there is one.
+    async fn verify(&self, login: Login, stored: Option<String>) -> Result<(), ApiError> {
+        let tag = self.tag(&login, stored.as_deref());
         if self.is_verified(&tag) {
             return Ok(());
         }
@@ -114,7 +116,6 @@ impl Logins {
         if self.is_verified(&tag) {
             return Ok(());
         }
-        let stored = stored.await?;
         self.throttle.attempt(&login.username, Instant::now()).map_err(slow_down)?;
         if !turn.verify(login.password, stored).await? {
             return Err(WRONG);
@@ -126,14 +127,23 @@ impl Logins {
 }
 
 /// A name and a password: the body of `signup` and `authenticate`, or what Basic carries.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 pub(super) struct Login {
     pub(super) username: String,
     pub(super) password: String,
 }
 
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    vec![
+        route(Method::POST, "/authenticate", Access::Open, "Log in: a token for a name and a password", authenticate)
+            .body::<Login>()
+            .answer::<Token>(),
+    ]
+}
+
 /// The answer of `authenticate`.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub(super) struct Token {
     token: String,
 }
@@ -151,8 +161,8 @@ pub(super) async fn authenticate(
     let now = unix_time();
     let mut writing = console.store.begin().await?;
     writing.execute(sqlx::query("DELETE FROM tokens WHERE expires <= ?").bind(now)).await?;
-    let insert = sqlx::query("INSERT INTO tokens (digest, user, expires) VALUES (?, ?, ?)");
-    let insert = insert.bind(digest_of(&token)).bind(name).bind(now + TOKEN_LIFE.as_secs() as i64);
+    let insert = sqlx::query("INSERT INTO tokens (digest, user, expires, began) VALUES (?, ?, ?, ?)");
+    let insert = insert.bind(digest_of(&token)).bind(name).bind(now + TOKEN_LIFE.as_secs() as i64).bind(now);
     writing.execute(insert).await?;
     writing.commit().await?;
     Ok(Json(Token { token }))
@@ -167,79 +177,38 @@ pub(super) fn unix_time() -> i64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64)
 }
 
-/// Checks a name and a password.
-async fn verify(console: &Console, login: Login) -> Result<(), ApiError> {
+/// Checks a name and a password; returns the role.
+async fn verify(console: &Console, login: Login) -> Result<Role, ApiError> {
     let name = login.username.clone();
-    let stored = async {
-        let mut reading = console.store.read().await?;
-        let query = sqlx::query_scalar("SELECT password FROM users WHERE name = ?").bind(name);
-        Ok(query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?)
-    };
-    console.logins.verify(login, stored).await
-}
-
-impl FromRequestParts<Arc<Console>> for User {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
-        match credentials(&parts.headers) {
-            Some(Credentials::Bearer(token)) => bearer(console, &token).await,
-            Some(Credentials::Basic(login)) => {
-                let name = login.username.clone();
-                verify(console, login).await?;
-                Ok(User { name })
-            }
-            None => Err(ApiError::Unauthorized("log in with a bearer token or with Basic")),
-        }
+    if name.len() > LONGEST || login.password.len() > LONGEST {
+        return Err(WRONG);
     }
-}
-
-/// A user who may change the cluster.
-#[derive(Clone, Debug)]
-pub(super) struct Administrator(pub(super) User);
-
-impl FromRequestParts<Arc<Console>> for Administrator {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
-        let user = User::from_request_parts(parts, console).await?;
-        permit(console, &user, &[ADMINISTRATOR], "an Administrator").await?;
-        Ok(Self(user))
-    }
-}
-
-/// Who may have the join script and the programs.
-#[derive(Clone)]
-pub(super) enum Installer {
-    User(User),
-    /// A host that is no member yet, by its join token.
-    Host {
-        token: String,
-    },
-}
-
-impl FromRequestParts<Arc<Console>> for Installer {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
-        let source = Source::from_request_parts(parts, console).await?;
-        if let Some(host) = programs::installer(console, &parts.headers, source)? {
-            return Ok(host);
-        }
-        let user = User::from_request_parts(parts, console).await?;
-        permit(console, &user, &INSTALLERS, "a Defender Manager or higher").await?;
-        Ok(Self::User(user))
-    }
-}
-
-async fn permit(console: &Console, user: &User, roles: &[&str], needed: &str) -> Result<(), ApiError> {
     let mut reading = console.store.read().await?;
-    let query = sqlx::query_scalar("SELECT role FROM users WHERE name = ?").bind(&user.name);
-    let role: Option<String> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
-    if role.is_some_and(|role| roles.contains(&role.as_str())) {
-        return Ok(());
+    let query = sqlx::query_as("SELECT password, role FROM users WHERE name = ?").bind(name.clone());
+    let stored: Option<(String, String)> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
+    // Not kept during the computation: there are few of them.
+    drop(reading);
+    let (stored, role) = stored.unzip();
+    console.logins.verify(login, stored).await?;
+    role_of(&name, &role.ok_or(WRONG)?)
+}
+
+/// Who sends this request, verified.
+pub(super) async fn identify(
+    console: &Console,
+    _method: &Method,
+    headers: &HeaderMap,
+    Source(from): Source,
+) -> Result<User, ApiError> {
+    match credentials(headers) {
+        Some(Credentials::Bearer(token)) => bearer(console, &token, from).await,
+        Some(Credentials::Basic(login)) => {
+            let name = login.username.clone();
+            let role = verify(console, login).await?;
+            Ok(User { name, role, from })
+        }
+        None => Err(ApiError::Unauthorized("log in with a bearer token or with Basic")),
     }
-    Err(ApiError::Forbidden(format!("this needs the role of {needed}")))
 }
 
 /// The address that a request comes from: what guesses of secrets are counted against.
@@ -264,12 +233,23 @@ pub(super) fn join_token(headers: &HeaderMap) -> Option<String> {
     }
 }
 
-async fn bearer(console: &Console, token: &str) -> Result<User, ApiError> {
+async fn bearer(console: &Console, token: &str, from: IpAddr) -> Result<User, ApiError> {
+    const INVALID: ApiError = ApiError::Unauthorized("the token is not valid or has expired");
     let mut reading = console.store.read().await?;
-    let query = sqlx::query_scalar("SELECT user FROM tokens WHERE digest = ? AND expires > ?");
-    let query = query.bind(digest_of(token)).bind(unix_time());
-    let user: Option<String> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
-    user.map(|name| User { name }).ok_or(ApiError::Unauthorized("the token is not valid or has expired"))
+    let query = "SELECT users.name, users.role FROM tokens JOIN users ON users.name = tokens.user \
+                 WHERE tokens.digest = ? AND tokens.expires > ?";
+    let query = sqlx::query_as(query).bind(digest_of(token)).bind(unix_time());
+    let user: Option<(String, String)> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
+    let (name, role) = user.ok_or(INVALID)?;
+    Ok(User { role: role_of(&name, &role)?, name, from })
+}
+
+/// A role that this program does not know: of a newer one, so it permits nothing here.
+fn role_of(name: &str, role: &str) -> Result<Role, ApiError> {
+    Role::of(role).ok_or_else(|| {
+        tracing::error!("user '{name}' has the role '{role}', which this version does not know");
+        ApiError::Forbidden("this version does not know your role".to_owned())
+    })
 }
 
 enum Credentials {
@@ -321,13 +301,14 @@ mod tests {
     fn the_cache_is_bounded_and_tells_logins_apart() {
         let logins = Logins::new().unwrap();
         let login = |username: &str, password: &str| Login { username: username.into(), password: password.into() };
-        assert_ne!(logins.tag(&login("ab", "c")), logins.tag(&login("a", "bc")));
+        assert_ne!(logins.tag(&login("ab", "c"), None), logins.tag(&login("a", "bc"), None));
+        assert_ne!(logins.tag(&login("a", "b"), Some("old")), logins.tag(&login("a", "b"), Some("new")));
         for number in 0..CACHE_SIZE + 5 {
-            logins.remember(logins.tag(&login("a", &number.to_string())));
+            logins.remember(logins.tag(&login("a", &number.to_string()), None));
         }
         assert_eq!(logins.verified.lock().unwrap().len(), CACHE_SIZE);
-        assert!(logins.is_verified(&logins.tag(&login("a", "0"))));
-        assert!(!logins.is_verified(&logins.tag(&login("b", "0"))));
+        assert!(logins.is_verified(&logins.tag(&login("a", "0"), None)));
+        assert!(!logins.is_verified(&logins.tag(&login("b", "0"), None)));
     }
 
     #[test]
@@ -336,7 +317,7 @@ mod tests {
         let guess = |number: u32| {
             let logins = logins.clone();
             let login = Login { username: "admin".into(), password: number.to_string() };
-            async move { logins.verify(login, async { Ok(None) }).await.unwrap_err() }
+            async move { logins.verify(login, None).await.unwrap_err() }
         };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
         let guesses: Vec<_> = (0..100).map(|number| runtime.spawn(guess(number))).collect();

@@ -85,6 +85,10 @@ impl From<StoreError> for ApiError {
                 tracing::info!("the outcome of a write is unknown: {error}");
                 Self::Unknown("the cluster did not confirm the write in time".into())
             }
+            StoreError::Setting(..) => {
+                tracing::error!("{error}");
+                Self::Internal
+            }
             StoreError::Statement(error) => {
                 tracing::error!("the database does not accept a statement of the Console: {error}");
                 Self::Internal

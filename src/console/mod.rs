@@ -1,13 +1,18 @@
 //! SERVES. The built-in Console: its routes, its resources and its database. One instance per opening of the ports.
 //! Must never know about roles, leases or sockets: who runs it decides when it runs.
 
+mod access;
+mod audits;
 mod auth;
 mod cluster;
 mod errors;
 mod events;
 mod extract;
+mod notifications;
+mod openapi;
 mod password;
 mod programs;
+mod routes;
 mod store;
 mod system;
 mod tags;
@@ -22,7 +27,6 @@ use axum::{
     http::{HeaderValue, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{delete, get, post, put},
 };
 use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::{Semaphore, watch};
@@ -93,21 +97,7 @@ impl Console {
 
     /// All routes.
     pub fn router(self: &Arc<Self>) -> Router {
-        let api = Router::new()
-            .route("/_ping", get(system::ping))
-            .route("/version", get(system::version))
-            .route("/settings/initialized", get(users::initialized))
-            .route("/signup", post(users::signup))
-            .route("/authenticate", post(auth::authenticate))
-            .route("/scripts/console.sh", get(programs::script))
-            .route("/programs/{name}", get(programs::program))
-            .route("/certs/ca.pem", get(programs::ca))
-            .nest("/high-availability", cluster())
-            .route("/tags", get(tags::list).post(tags::create))
-            .route("/tags/{name}", put(tags::replace).delete(tags::remove));
-        Router::new()
-            .route("/", get(system::index))
-            .nest("/api/v1", api)
+        routes::router(self)
             .fallback(no_route)
             .method_not_allowed_fallback(no_method)
             .layer(DefaultBodyLimit::max(BODY))
@@ -119,21 +109,6 @@ impl Console {
     pub async fn stop(&self) {
         self.store.close().await;
     }
-}
-
-fn cluster() -> Router<Arc<Console>> {
-    Router::new()
-        .route("/", get(cluster::status))
-        .route("/join-script", get(programs::line))
-        .route("/requests", post(cluster::request))
-        .route("/requests/{id}", get(cluster::request_state).delete(cluster::reject))
-        .route("/apply", post(cluster::apply))
-        .route("/members/{member}", delete(cluster::remove))
-        .route("/members/{member}/address", put(cluster::readdress))
-        .route("/events", get(events::list))
-        .route("/switchover", post(cluster::switchover))
-        .route("/pause", post(cluster::pause))
-        .route("/resume", post(cluster::resume))
 }
 
 async fn no_route(uri: Uri) -> ApiError {

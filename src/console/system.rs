@@ -1,8 +1,18 @@
 //! What the Console says about itself: `_ping`, `version`, and the page at `/`.
 
-use axum::{Json, response::Html};
+use axum::{Json, http::Method, response::Html};
 
-use super::auth::User;
+use super::routes::{Access, Entry, route};
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    let get = Method::GET;
+    vec![
+        route(get.clone(), "/", Access::Open, "The page", index).at_root().file("text/html").tag("page"),
+        route(get.clone(), "/_ping", Access::Open, "For load balancers: 200 on the PRIMARY", ping).file("text/plain"),
+        route(get, "/version", Access::Any, "The version of this program", version).answer::<String>(),
+    ]
+}
 
 /// `GET _ping`: for load balancers. Needs no login, and one that comes with it is not looked at.
 pub(super) async fn ping() -> &'static str {
@@ -10,7 +20,7 @@ pub(super) async fn ping() -> &'static str {
 }
 
 /// `GET version`: the version of this program as a JSON string.
-pub(super) async fn version(_: User) -> Json<&'static str> {
+pub(super) async fn version() -> Json<&'static str> {
     Json(env!("CARGO_PKG_VERSION"))
 }
 

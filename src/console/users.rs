@@ -2,14 +2,20 @@
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State, http::StatusCode};
-use serde_json::{Value, json};
+use axum::{
+    Json,
+    extract::State,
+    http::{Method, StatusCode},
+};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::{
     Console,
     auth::{LONGEST, Login, unix_time},
     errors::ApiError,
     extract::Body,
+    routes::{Access, Entry, route},
     store::StoreError,
 };
 
@@ -18,12 +24,27 @@ const SHORTEST_PASSWORD: usize = 8;
 /// Longest name in characters.
 const LONGEST_NAME: usize = 64;
 
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    let initial = "Whether the first administrator exists";
+    vec![
+        route(Method::GET, "/settings/initialized", Access::Open, initial, initialized).answer::<Initialized>(),
+        route(Method::POST, "/signup", Access::Open, "Create the first administrator, once", signup).body::<Login>(),
+    ]
+}
+
+/// The answer of [`initialized`].
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Initialized {
+    initialized: bool,
+}
+
 /// `GET settings/initialized`: whether the first administrator exists. Open to everybody.
-pub(super) async fn initialized(State(console): State<Arc<Console>>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn initialized(State(console): State<Arc<Console>>) -> Result<Json<Initialized>, ApiError> {
     let mut reading = console.store.read().await?;
     let query = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM users)");
     let exists: bool = query.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
-    Ok(Json(json!({ "initialized": exists })))
+    Ok(Json(Initialized { initialized: exists }))
 }
 
 /// `POST signup`: creates the first administrator, once.
@@ -35,7 +56,7 @@ pub(super) async fn signup(
     check(&login)?;
     // Asked first, so that a password hash is not spent on every attempt; asked again in the transaction.
     let Json(state) = initialized(State(Arc::clone(&console))).await?;
-    if state["initialized"] == true {
+    if state.initialized {
         return Err(done());
     }
     let hash = console.logins.hasher.turn().await?.hash(login.password).await?;

@@ -20,7 +20,7 @@ use crate::{
 };
 
 use super::{
-    Exit, NodeConfig,
+    Exit, NodeConfig, Pulse,
     applier::Applier,
     configure::Changes,
     inbox::{DatabaseEvent, Input, Proposal, Waiting},
@@ -72,6 +72,8 @@ pub(super) struct Driver {
     /// The demotion that the database thread has to answer.
     pub demotion: Option<u64>,
     pub inline_sync_after: Instant,
+    /// Tells others that the loop turns.
+    pub pulse: Pulse,
     pub exit: Option<Exit>,
 }
 
@@ -89,6 +91,7 @@ impl Driver {
             }
             events.drain(..).for_each(|event| self.peer_event(event));
             more = self.take_inputs();
+            self.pulse.beat();
             let now = Instant::now();
             if now >= next_tick {
                 self.cluster.tick(boottime());

@@ -7,6 +7,7 @@ mod driver;
 pub mod history;
 mod inbox;
 pub mod lease;
+mod pulse;
 mod rollback;
 mod snapshots;
 mod space;
@@ -27,6 +28,7 @@ use tokio::sync::{oneshot, watch};
 pub use applier::CheckpointPolicy;
 pub use configure::ChangeError;
 pub use lease::Lease;
+pub use pulse::Pulse;
 pub use status::{MemberStatus, Status, SyncProgress};
 
 use crate::{
@@ -91,6 +93,7 @@ pub struct Handle {
     membership: watch::Receiver<Arc<Membership>>,
     editions: watch::Receiver<Edition>,
     restore: watch::Receiver<Option<NodeId>>,
+    pulse: Pulse,
 }
 
 impl Handle {
@@ -118,6 +121,11 @@ impl Handle {
     /// the others, or its copy is not to be trusted.
     pub fn restore_wanted(&self) -> watch::Receiver<Option<NodeId>> {
         self.restore.clone()
+    }
+
+    /// When the consensus loop turned last.
+    pub fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// Changes the membership; only on the primary. Returns the membership after it when it is in force here.
@@ -230,11 +238,13 @@ pub fn spawn(
         handed_over: None,
         demotion: None,
         inline_sync_after: Instant::now(),
+        pulse: Pulse::new(),
         exit: None,
     };
+    let pulse = driver.pulse.clone();
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status, membership, editions: edition, restore }, thread))
+    Ok((Handle { sender, status, membership, editions: edition, restore, pulse }, thread))
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.

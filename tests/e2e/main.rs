@@ -10,6 +10,7 @@ mod databases;
 mod disk;
 mod drill;
 mod events;
+mod health;
 mod held;
 mod network;
 mod recover;
