@@ -10,7 +10,7 @@ use twistlock_ha::{
     cluster::Membership,
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
-    events::{self, Wanted},
+    events::{self, Notifier, Wanted},
     join::{Kit, KitError},
     node::{Handle, Status},
     supervisor::SupervisorHandle,
@@ -51,6 +51,7 @@ pub(crate) struct Administrator {
     pub(crate) kit: Arc<Kit>,
     /// The data folder.
     pub(crate) data: PathBuf,
+    pub(crate) notifier: Notifier,
     /// Newer than that of a status: has every change whose outcome is known.
     pub(crate) membership: watch::Receiver<Arc<Membership>>,
 }
@@ -70,6 +71,7 @@ impl Administrator {
             Operation::Switchover { to, dry_run } => admin.switchover(to.as_deref(), dry_run, BY).await.map(answer),
             Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), BY).await.map(answer),
             Operation::Resume {} => admin.resume(BY).await.map(answer),
+            Operation::TestNotifications {} => Ok(answer(self.notifier.test().await)),
             Operation::Events { wanted } => self.events(wanted).await,
             Operation::Readdress { node, new_name, address, port } => {
                 admin.readdress(&node, new_name, address, port, BY).await.map(answer)

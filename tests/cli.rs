@@ -55,7 +55,7 @@ impl ControlHandler for Frozen {
             }
             Operation::Pause { seconds } => seconds.into(),
             Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
-            Operation::Events { .. } => serde_json::Value::Array(Vec::new()),
+            Operation::Events { .. } | Operation::TestNotifications {} => serde_json::Value::Array(Vec::new()),
             Operation::Uninvite {} | Operation::Remove { .. } | Operation::Resume {} | Operation::Readdress { .. } => {
                 serde_json::Value::Null
             }
@@ -77,6 +77,7 @@ fn picture(states: [Role; 3]) -> Status {
         epoch: 8,
         applied: 1_000,
         lag: 0,
+        lag_bytes: Some(0),
         lease_ms: None,
         last_contact_ms: Some(9_000),
         version: "0.1.0".into(),

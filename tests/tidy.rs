@@ -18,7 +18,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("health", &["node", "pki", "cluster", "telemetry"]),
     ("guard", &["node::lease", "node::Lease", "telemetry"]),
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
-    ("console", &["admin", "events", "join", "node", "storage", "cluster", "telemetry"]),
+    ("console", &["admin", "events", "health", "join", "node", "storage", "cluster", "telemetry"]),
     ("admin", &["node", "join", "pki", "cluster", "telemetry"]),
     ("events", &["node", "cluster", "telemetry"]),
     ("snapshot", &["events", "node", "peer", "storage", "cluster", "telemetry"]),

@@ -8,6 +8,7 @@ mod admission;
 mod attempts;
 mod invitation;
 mod members;
+mod notifications;
 pub mod renewal;
 mod switchover;
 

@@ -187,6 +187,7 @@ mod tests {
             epoch: 2,
             applied: 9,
             lag: *lag,
+            lag_bytes: None,
             lease_ms: None,
             last_contact_ms: Some(1),
             version: (*version).to_owned(),

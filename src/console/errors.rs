@@ -30,7 +30,7 @@ pub enum ApiError {
     #[error("{0}")]
     Conflict(String),
     /// 429 for a login: seconds to wait.
-    #[error("too many failed logins for this account; try again in {0} s")]
+    #[error("too many failed logins; try again in {0} s")]
     TooMany(u64),
     /// 503; nothing was changed.
     #[error("{0}")]

@@ -50,7 +50,7 @@ pub(super) fn describe(table: &[Entry]) -> Value {
             "securitySchemes": {
                 "bearer": { "type": "http", "scheme": "bearer" },
                 "basic": { "type": "http", "scheme": "basic" },
-                "page": { "type": "apiKey", "in": "cookie", "name": super::auth::COOKIE },
+                "page": { "type": "apiKey", "in": "cookie", "name": super::cookie::COOKIE },
             },
             "responses": { "error": {
                 "description": "A refusal: nothing was changed, unless it is a 503 that says otherwise",
@@ -70,6 +70,9 @@ fn operation(entry: &Entry, generator: &mut SchemaGenerator) -> Value {
         Content::File(media_type) => {
             success["content"] = json!({ media_type: { "schema": { "type": "string" } } });
         }
+    }
+    if let Some(media_type) = entry.also {
+        success["content"][media_type] = json!({ "schema": { "type": "string" } });
     }
     if entry.paged {
         let schema = json!({ "description": "Rows of the whole list", "schema": { "type": "integer", "minimum": 0 } });

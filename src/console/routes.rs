@@ -13,7 +13,10 @@ use axum::{
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
-use super::{Console, audits, auth, cluster, events, notifications, openapi, programs, system, tags, users};
+use super::{
+    Console, audits, cluster, events, logs, notifications, openapi, programs, sessions, settings, stream, system, tags,
+    ui, users,
+};
 
 /// Where the API begins.
 pub(super) const BASE: &str = "/api/v1";
@@ -22,14 +25,18 @@ pub(super) const BASE: &str = "/api/v1";
 pub(super) fn table() -> Vec<Entry> {
     [
         system::routes(),
-        auth::routes(),
+        sessions::routes(),
         users::routes(),
+        settings::routes(),
         audits::routes(),
+        logs::routes(),
         cluster::routes(),
         events::routes(),
         notifications::routes(),
         programs::routes(),
         tags::routes(),
+        stream::routes(),
+        ui::routes(),
         openapi::routes(),
     ]
     .into_iter()
@@ -67,6 +74,8 @@ pub(super) struct Entry {
     pub(super) query: Option<SchemaOf>,
     pub(super) status: StatusCode,
     pub(super) content: Content,
+    /// What else than JSON the client may ask for.
+    pub(super) also: Option<&'static str>,
     /// A list: `limit`, `offset` and `X-Total-Count`.
     pub(super) paged: bool,
     handler: MethodRouter<Arc<Console>>,
@@ -100,6 +109,7 @@ where
         query: None,
         status: StatusCode::OK,
         content: Content::Nothing,
+        also: None,
         paged: false,
         handler: on(filter, handler),
     }
@@ -129,6 +139,11 @@ impl Entry {
     /// A success that is not JSON, by its media type.
     pub(super) fn file(self, media_type: &'static str) -> Self {
         Self { content: Content::File(media_type), ..self }
+    }
+
+    /// Another media type that the client may choose.
+    pub(super) fn also(self, media_type: &'static str) -> Self {
+        Self { also: Some(media_type), ..self }
     }
 
     /// The status of a success, if it is not 200.
@@ -196,6 +211,7 @@ mod tests {
             "GET /api/v1/high-availability/requests/{id}",
             "GET /api/v1/settings/initialized",
             "GET /metrics",
+            "GET /ui/{name}",
             "POST /api/v1/authenticate",
             "POST /api/v1/high-availability/requests",
             "POST /api/v1/signup",

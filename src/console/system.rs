@@ -1,6 +1,6 @@
-//! What the Console says about itself: `_ping`, `version`, and the page at `/`.
+//! What the Console says about itself: `_ping` and `version`.
 
-use axum::{Json, http::Method, response::Html};
+use axum::{Json, http::Method};
 
 use super::routes::{Access, Entry, route};
 
@@ -8,7 +8,6 @@ use super::routes::{Access, Entry, route};
 pub(super) fn routes() -> Vec<Entry> {
     let get = Method::GET;
     vec![
-        route(get.clone(), "/", Access::Open, "The page", index).at_root().file("text/html").tag("page"),
         route(get.clone(), "/_ping", Access::Open, "For load balancers: 200 on the PRIMARY", ping).file("text/plain"),
         route(get, "/version", Access::Any, "The version of this program", version).answer::<String>(),
     ]
@@ -22,12 +21,4 @@ pub(super) async fn ping() -> &'static str {
 /// `GET version`: the version of this program as a JSON string.
 pub(super) async fn version() -> Json<&'static str> {
     Json(env!("CARGO_PKG_VERSION"))
-}
-
-/// `GET /`.
-pub(super) async fn index() -> Html<&'static str> {
-    Html(
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Twistlock HA</title>\
-         <h1>Twistlock HA</h1><p>This node is PRIMARY. The API is at <code>/api/v1</code>.</p></html>\n",
-    )
 }

@@ -64,6 +64,9 @@ pub enum Operation {
     },
     /// Automatic takeover again. Answer: null.
     Resume {},
+    /// Sends a test event to everybody whom this node would notify. Answer: a list of
+    /// [`Delivery`](crate::events::notify::Delivery)s.
+    TestNotifications {},
     /// What happened to this node, newest first; any node answers it. Answer: a list of [`Event`](crate::events::Event)s.
     Events {
         /// Which.

@@ -110,6 +110,7 @@ mod tests {
             voter: true,
             sync: None,
             full: false,
+            lag_bytes: None,
         };
         Status {
             cluster: ClusterId(1),
@@ -127,6 +128,7 @@ mod tests {
             membership: crate::cluster::Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
             database: None,
+            recent: Default::default(),
         }
     }
 

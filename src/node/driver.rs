@@ -113,7 +113,7 @@ impl Driver {
             if self.rollback.is_over(self.applier.applied()) {
                 self.publisher.rolling_back(false);
             }
-            self.publisher.publish(&self.cluster, self.applier.applied());
+            self.publisher.publish(&self.cluster, &self.log, self.applier.applied());
             self.publisher.announce(&mut self.links);
             if let Some(exit) = self.exit.take() {
                 return self.end(exit);

@@ -87,6 +87,9 @@ pub struct MemberStatus {
     pub applied: u64,
     /// Raft entries that it is behind the highest committed index known here.
     pub lag: u64,
+    /// The same in bytes of the raft log; none if that is not known here.
+    #[serde(default)]
+    pub lag_bytes: Option<u64>,
     pub lease_ms: Option<u64>,
     /// Milliseconds since it was last heard of; 0 for the node itself; none if never.
     pub last_contact_ms: Option<u64>,
@@ -380,7 +383,7 @@ impl Publisher {
     }
 
     /// Publishes a new picture if anything changed that somebody may wait for.
-    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, applied: u64) {
+    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, log: &RaftLog, applied: u64) {
         let primary = self.primary(cluster);
         let shown = (cluster.epoch(), primary);
         if shown == self.shown && !std::mem::take(&mut self.stale) {
@@ -390,7 +393,7 @@ impl Publisher {
         if let Some(primary) = primary {
             self.history.primary_is(primary);
         }
-        let mut status = self.picture(cluster, applied);
+        let mut status = self.picture(cluster, log, applied);
         status.primary = primary;
         status.warnings = self.sentences(&status);
         metrics::gauge!("twistlock_epoch").set(status.epoch as f64);
@@ -409,7 +412,7 @@ impl Publisher {
         (report.state == Role::Primary && report.epoch == cluster.epoch()).then_some(leader)
     }
 
-    fn picture(&self, cluster: &Cluster<RaftLog>, applied: u64) -> Status {
+    fn picture(&self, cluster: &Cluster<RaftLog>, log: &RaftLog, applied: u64) -> Status {
         let committed = cluster.committed();
         let lease_ms = cluster.lease().deadline().map(|deadline| deadline.saturating_sub(boottime()) / 1_000_000);
         let role = self.role();
@@ -421,6 +424,7 @@ impl Publisher {
             epoch: cluster.epoch(),
             applied,
             lag: committed.saturating_sub(applied),
+            lag_bytes: log.bytes_between(applied, committed),
             lease_ms,
             last_contact_ms: Some(0),
             version: self.config.version.clone(),
@@ -441,7 +445,7 @@ impl Publisher {
             applied,
             committed,
             lease_ms,
-            members: members.iter().map(|member| self.member(member, &own, committed)).collect(),
+            members: members.iter().map(|member| self.member(member, &own, log, committed)).collect(),
             membership: self.membership.clone(),
             warnings: Vec::new(),
             database: self.database.clone().filter(|_| self.phase == Phase::Primary),
@@ -449,7 +453,7 @@ impl Publisher {
         }
     }
 
-    fn member(&self, member: &Member, own: &MemberStatus, committed: u64) -> MemberStatus {
+    fn member(&self, member: &Member, own: &MemberStatus, log: &RaftLog, committed: u64) -> MemberStatus {
         let (name, address) = (member.name.clone(), format!("{}:{}", member.address, member.port));
         let Some(peer) = self.peers.get(&member.id) else {
             return MemberStatus { name, address, voter: member.voter, ..own.clone() };
@@ -470,6 +474,7 @@ impl Publisher {
             epoch: report.map_or(0, |report| report.epoch),
             applied: report.map_or(0, |report| report.applied),
             lag: report.map_or(0, |report| committed.saturating_sub(report.applied)),
+            lag_bytes: report.and_then(|report| log.bytes_between(report.applied, committed)),
             lease_ms: report.and_then(|report| report.lease_ms).filter(|_| state == Role::Primary),
             last_contact_ms: silence.map(|silence| silence.as_millis() as u64),
             version: report.map(|report| report.version.clone()).unwrap_or_default(),
