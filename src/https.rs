@@ -46,8 +46,7 @@ impl Trust {
     /// # Errors
     /// [`TrustError`].
     pub fn pem(text: &[u8]) -> Result<Self, TrustError> {
-        let found: Vec<_> =
-            CertificateDer::pem_slice_iter(text).collect::<Result<_, _>>().map_err(TrustError::Pem)?;
+        let found: Vec<_> = CertificateDer::pem_slice_iter(text).collect::<Result<_, _>>().map_err(TrustError::Pem)?;
         // What a client silently left out would be found out at the first server.
         let mut store = RootCertStore::empty();
         found.iter().try_for_each(|der| store.add(der.clone())).map_err(TrustError::Certificate)?;

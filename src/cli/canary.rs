@@ -35,8 +35,7 @@ pub(super) struct Console {
 
 /// The Consoles of all members, that of the PRIMARY first.
 pub(super) fn consoles(status: &Status, port: Option<u16>) -> Vec<Console> {
-    let console =
-        |address: &str, name: &str| Console { name: name.to_owned(), url: Place::of(address, port).url() };
+    let console = |address: &str, name: &str| Console { name: name.to_owned(), url: Place::of(address, port).url() };
     let mut members: Vec<_> = status.membership.members.iter().collect();
     members.sort_by_key(|member| Some(member.id) != status.primary);
     members.into_iter().map(|member| console(&member.address, &member.name)).collect()

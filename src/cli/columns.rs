@@ -107,7 +107,9 @@ pub(super) fn table(heads: &[Head], rows: &[Vec<Cell>], paint: Paint) -> String 
 
 /// The text without anything that a terminal would act on, or that would break a line.
 pub(super) fn harmless(text: &str) -> String {
-    let odd = |c: char| c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let odd = |c: char| {
+        c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
     text.chars().map(|c| if odd(c) { '\u{fffd}' } else { c }).collect()
 }
 

@@ -1,7 +1,7 @@
 //! The two ways to a cluster behind one door: the control socket of this host's daemon, or the API of the Consoles. Commands
 //! are written once, for the door. Must never decide what is permitted: both ways ask the same operations of the daemon.
 
-use std::{io, path::PathBuf};
+use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -86,7 +86,8 @@ impl Door {
             }
         };
         serde_json::from_value(answer).map_err(|error| {
-            let text = format!("the answer is not understood: {error}\n  twistcli and twistlockd are of different versions.");
+            let text =
+                format!("the answer is not understood: {error}\n  twistcli and twistlockd are of different versions.");
             Stop::tell(EX_UNAVAILABLE, &text)
         })
     }
@@ -131,24 +132,25 @@ impl Call {
                 let body = json!({ "name": new_name, "address": address, "port": port });
                 call(Method::PUT, &format!("members/{}/address", segment(node)), Some(body), nothing)
             }
+            Operation::Events { wanted } => {
+                // Names and values are words, numbers and dates: only the dates have something to encode.
+                let fields = serde_json::to_value(wanted).unwrap_or_default();
+                let pairs =
+                    fields.as_object().into_iter().flatten().map(|(name, value)| {
+                        format!("{name}={}", segment(value.as_str().unwrap_or(&value.to_string())))
+                    });
+                call(Method::GET, &format!("events?{}", pairs.collect::<Vec<_>>().join("&")), None, |answer| answer)
+            }
             // It answers before it is done: see `handover`.
             Operation::Switchover { .. } => None,
         }
     }
 }
 
-/// Sorts JSON that came over the API into what a table needs.
-///
-/// # Errors
-/// When it is something else.
-pub(super) fn rows<T: DeserializeOwned>(values: &[Value]) -> Result<Vec<T>, Stop> {
-    let rows = values.iter().map(|value| T::deserialize(value)).collect::<Result<_, _>>();
-    rows.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error).into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::events::{Kind, Wanted};
 
     #[test]
     fn names_cannot_leave_their_place_in_a_path() {
@@ -157,5 +159,9 @@ mod tests {
         assert_eq!(call.method, Method::DELETE);
         let call = Call::of(&Operation::Pause { seconds: 90 }).unwrap();
         assert_eq!((call.take)(json!({ "until": 5 })), json!(5));
+        let since = "2026-11-22T18:00:00Z".parse().ok();
+        let wanted = Wanted { limit: Some(5), kind: Some(Kind::Takeover), since, ..Wanted::default() };
+        let path = Call::of(&Operation::Events { wanted }).unwrap().path;
+        assert_eq!(path, "high-availability/events?kind=takeover&limit=5&since=2026-11-22T18%3A00%3A00Z");
     }
 }

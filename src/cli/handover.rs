@@ -113,7 +113,8 @@ fn watch(remote: &Remote, before: &Status) -> Result<(String, Duration), Stop> {
         }
         thread::sleep(PACE);
     }
-    let text = format!("the switchover has begun, and no Console answers since {} s: see twistcli ha status", LIMIT.as_secs());
+    let text =
+        format!("the switchover has begun, and no Console answers since {} s: see twistcli ha status", LIMIT.as_secs());
     Err(Stop::tell(EX_UNAVAILABLE, &text))
 }
 

@@ -9,8 +9,7 @@ use super::{
     columns::{self, Paint, print_json},
     daemon::command,
     door::Door,
-    handover,
-    next,
+    handover, next,
     stop::{EX_TEMPFAIL, Stop, confirm},
     table::{clock, date},
 };
@@ -242,10 +241,14 @@ mod tests {
             "✓ node2 is up\n✗ caught up: 9 entries behind\nThe role stays here: see what is marked above.\n"
         );
         report.checks[1].ok = true;
-        assert!(describe_switchover(&report, true, Paint(false)).ends_with("node2 can take the role. Nothing was changed.\n"));
+        assert!(
+            describe_switchover(&report, true, Paint(false))
+                .ends_with("node2 can take the role. Nothing was changed.\n")
+        );
         report.gap_ms = Some(41.26);
         assert!(
-            describe_switchover(&report, false, Paint(false)).ends_with("node2 is PRIMARY. Nobody could write for 41.3 ms.\n")
+            describe_switchover(&report, false, Paint(false))
+                .ends_with("node2 is PRIMARY. Nobody could write for 41.3 ms.\n")
         );
         assert!(describe_switchover(&report, false, Paint(true)).contains("\x1b[32m✓\x1b[0m"));
     }

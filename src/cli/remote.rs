@@ -108,7 +108,9 @@ impl Login {
         match self {
             Self::Token(token) => format!("Bearer {token}"),
             // A command makes few requests, so that no session has to be begun and ended for it.
-            Self::Password { user, password } => format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}"))),
+            Self::Password { user, password } => {
+                format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")))
+            }
         }
     }
 
@@ -193,9 +195,8 @@ impl Remote {
             return Err(self.refused(&method, status, &https::refusal(&mut response)));
         }
         let text = response.body_mut().with_config().limit(LONGEST).read_to_string();
-        let text = text.map_err(|error| {
-            Stop::tell(EX_UNAVAILABLE, &format!("{}: the answer broke off: {error}", self.first()))
-        })?;
+        let text = text
+            .map_err(|error| Stop::tell(EX_UNAVAILABLE, &format!("{}: the answer broke off: {error}", self.first())))?;
         if text.is_empty() {
             return Ok(Value::Null);
         }
@@ -370,8 +371,12 @@ mod tests {
         remote.learn(&status.membership);
         remote.learn(&status.membership);
         let urls: Vec<String> = remote.places().iter().map(Place::url).collect();
-        let expected =
-            ["https://lb.example:9083", "https://127.0.0.1:9083", "https://127.0.0.2:9083", "https://[2001:db8::3]:9083"];
+        let expected = [
+            "https://lb.example:9083",
+            "https://127.0.0.1:9083",
+            "https://127.0.0.2:9083",
+            "https://[2001:db8::3]:9083",
+        ];
         assert_eq!(urls, expected);
         remote.prefer(&Place::of("127.0.0.2", Some(9083)));
         assert_eq!(remote.first(), "https://127.0.0.2:9083");

@@ -69,12 +69,16 @@ impl Target {
     /// # Errors
     /// When the configuration file, an address or the authority's certificate cannot be used, or nobody can be asked.
     pub(super) fn door(&self) -> Result<Door, Stop> {
-        let local = self.control.is_some() || self.data.is_some() || self.config.is_some();
-        let places = if local { Vec::new() } else { self.addresses()? };
+        let places = if self.is_local() { Vec::new() } else { self.addresses()? };
         if places.is_empty() {
             return Ok(Door::Local(self.local()?));
         }
         Ok(Door::Remote(Remote::new(places, self.login.trust(None)?, self.login.resolve()?)))
+    }
+
+    /// The daemon of this host was named, whatever the environment says.
+    pub(super) fn is_local(&self) -> bool {
+        self.control.is_some() || self.data.is_some() || self.config.is_some()
     }
 
     /// The addresses that were named, if any.
@@ -105,15 +109,15 @@ impl Target {
             return Ok(Local { socket: path.clone(), data, https_port: HTTPS_PORT });
         }
         if let Some(file) = &self.config {
-            let config = config::load(file)
-                .map_err(|errors| Stop::tell(errors.exit_code(), &errors.to_string()))?
-                .config;
+            let config =
+                config::load(file).map_err(|errors| Stop::tell(errors.exit_code(), &errors.to_string()))?.config;
             let https_port = config.management_port_https.unwrap_or(HTTPS_PORT);
             return Ok(Local { socket: config.control_socket_path(), data: config.data_folder, https_port });
         }
         let named = self.data.clone().or_else(|| variable(DATA_VARIABLE).map(PathBuf::from));
         // Only to learn the port of the Console that is installed here: what else is in it is the daemon's business.
-        let installed = || config::load(INSTALLED_CONFIG.as_ref()).ok().and_then(|loaded| loaded.config.management_port_https);
+        let installed =
+            || config::load(INSTALLED_CONFIG.as_ref()).ok().and_then(|loaded| loaded.config.management_port_https);
         let https_port = if named.is_none() { installed() } else { None };
         let data = named.unwrap_or_else(|| DEFAULT_DATA.into());
         Ok(Local { socket: data.join(control::SOCKET_NAME), data, https_port: https_port.unwrap_or(HTTPS_PORT) })
@@ -134,7 +138,8 @@ impl LoginArgs {
         let named = self.tlscacert.clone().or_else(|| variable("TWISTLOCK_CACERT").map(PathBuf::from));
         if let Some(path) = named {
             let unusable = |error| {
-                let text = format!("{}: {error}\n  --tlscacert names the certificate of an authority, PEM", path.display());
+                let text =
+                    format!("{}: {error}\n  --tlscacert names the certificate of an authority, PEM", path.display());
                 Stop::tell(EX_NOINPUT, &text)
             };
             return Trust::file(&path).map_err(unusable);

@@ -30,8 +30,7 @@ pub(super) struct Claimed {
 pub(super) fn authority(place: &Place) -> Result<Claimed, Stop> {
     let url = format!("{place}/api/v1/certs/ca.pem");
     let failed = |why: String| Stop::tell(EX_UNAVAILABLE, &format!("{url}: {why}"));
-    let mut response =
-        https::credulous_client(LIMITS).get(&url).call().map_err(|error| failed(error.to_string()))?;
+    let mut response = https::credulous_client(LIMITS).get(&url).call().map_err(|error| failed(error.to_string()))?;
     if !response.status().is_success() {
         return Err(failed(https::refusal(&mut response)));
     }

@@ -14,7 +14,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
 use super::{
-    Console, audits, cluster, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users,
+    Console, audits, cluster, events, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users,
 };
 
 /// Where the API begins.
@@ -30,6 +30,7 @@ pub(super) fn table() -> Vec<Entry> {
         audits::routes(),
         logs::routes(),
         cluster::routes(),
+        events::routes(),
         programs::routes(),
         tags::routes(),
         stream::routes(),
