@@ -32,6 +32,8 @@ const LIMITS: Limits = Limits { connect: Duration::from_secs(3), request: Durati
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Between two rounds.
 const PAUSE: Duration = Duration::from_millis(100);
+/// `MANAGEMENT_PORT_HTTPS` when nothing else is said.
+pub(super) const HTTPS_PORT: u16 = 8083;
 /// Longest answer that is read.
 const LONGEST: u64 = 8 << 20;
 /// What stays as it is in a segment of a path.
@@ -156,7 +158,8 @@ impl Remote {
     /// The members are tried, too, from now on: the one that was named may lose the role.
     pub(super) fn learn(&self, membership: &Membership) {
         let mut places = self.places.borrow_mut();
-        let port = places.first().and_then(|place| place.port);
+        // Behind a load balancer with the usual port of HTTPS, the Consoles have their own.
+        let port = places.first().and_then(|place| place.port).or(Some(HTTPS_PORT));
         for member in &membership.members {
             let place = Place::of(&member.address, port);
             if !places.contains(&place) {
@@ -233,7 +236,8 @@ impl Remote {
                     Err(silence) => silent.push(silence),
                 }
             }
-            let hopeless = silent.iter().all(|silence| matches!(silence.failure, Failure::Untrusted(_)));
+            // It answers, and time will not make it better.
+            let hopeless = silent.iter().any(|silence| matches!(silence.failure, Failure::Untrusted(_)));
             if hopeless || Instant::now() > deadline {
                 return Err(self.nobody(&silent));
             }

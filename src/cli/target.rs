@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::{
     door::{Door, Local},
-    remote::{Login, Place, Remote},
+    remote::{HTTPS_PORT, Login, Place, Remote},
     stop::{EX_NOINPUT, EX_USAGE, Stop},
 };
 use crate::{config, control, https::Trust};
@@ -18,8 +18,6 @@ const DEFAULT_DATA: &str = "/var/lib/twistlock";
 const DATA_VARIABLE: &str = "TWISTLOCK_DATA";
 /// The configuration file of an installed daemon.
 const INSTALLED_CONFIG: &str = "/etc/twistlock/twistlock.cfg";
-/// `MANAGEMENT_PORT_HTTPS` when nothing else is said.
-const HTTPS_PORT: u16 = 8083;
 /// Addresses that are tried at most.
 const MAX_ADDRESSES: usize = 16;
 
