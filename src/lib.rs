@@ -46,9 +46,10 @@
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
 //! | [`health`] | the health port: what load balancers and monitors may know of a node | anything that it could decide |
-//! | [`control`], [`cli`] | local administration over a Unix socket | the inside of a node |
+//! | [`control`], [`cli`] | administration over a Unix socket, and `twistcli` by it or by the API | the inside of a node |
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
+//! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //!
 //! `tests/tidy.rs` holds the permitted dependencies between them.
@@ -101,6 +102,7 @@ pub mod events;
 pub mod found;
 pub mod guard;
 pub mod health;
+pub mod https;
 pub mod join;
 pub mod node;
 pub mod peer;

@@ -10,9 +10,9 @@ use std::{
 /// Every module of the library and what it may use, outermost first (DESIGN section 3). An entry may name a module inside a module.
 /// `telemetry` owns nothing but names and may be used by all that are not pure.
 const DEPENDENCIES: &[(&str, &[&str])] = &[
-    ("dev", &["config", "pki", "control", "node", "cluster", "storage", "telemetry"]),
+    ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
     ("recover", &["found", "config", "pki", "storage", "cluster"]),
-    ("cli", &["config", "control", "events", "admin", "backup", "node", "pki", "cluster"]),
+    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "cluster"]),
     ("control", &["admin", "backup", "events", "node", "telemetry"]),
     ("supervisor", &["workload", "guard", "admin", "node", "storage", "cluster", "telemetry"]),
     ("health", &["node", "pki", "cluster", "telemetry"]),
@@ -26,11 +26,12 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("snapshot", &["events", "node", "peer", "storage", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
     ("found", &["storage", "pki", "cluster", "config", "telemetry"]),
-    ("join", &["storage", "pki", "config", "cluster", "telemetry"]),
+    ("join", &["https", "storage", "pki", "config", "cluster", "telemetry"]),
     ("peer", &["pki", "cluster", "telemetry"]),
     ("storage", &["cluster", "telemetry"]),
     ("pki", &["cluster"]),
     ("config", &[]),
+    ("https", &[]),
     ("telemetry", &[]),
     ("cluster", &[]),
 ];
