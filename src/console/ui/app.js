@@ -2,7 +2,7 @@
 
 import { get, keepSession, logOut, onTrouble, whoIs } from './api.js';
 import { h, show } from './dom.js';
-import { dismiss, live, start, stop, subscribe, suspect } from './live.js';
+import { dismiss, live, recovered, start, stop, subscribe, suspect } from './live.js';
 import { announce, button } from './parts.js';
 import { ROLES, span } from './words.js';
 import { open as backups } from './backups.js';
@@ -150,7 +150,7 @@ async function leave() {
 }
 
 async function begin() {
-  onTrouble({ expired: () => expired(), lost: suspect });
+  onTrouble({ expired: () => expired(), lost: suspect, recovered });
   subscribe(drawConnection);
   window.addEventListener('hashchange', route);
   element('skip').addEventListener('click', () => element('main').focus());

@@ -10,6 +10,8 @@ import { badge, button, card, copyButton, page, table, toast, when } from './par
 import { bytes, CLUSTER_SIZE, count, lastContact, span, stateWords, time, tolerance } from './words.js';
 
 const EVENTS = 20;
+// The API gives no more at once.
+const MOST = 400;
 
 // A failure of what was asked by a button without a dialog.
 async function attempt(work) {
@@ -204,7 +206,7 @@ function overview(status, now, may) {
       picture(status, searching),
       h('div', {},
         h('p', { class: 'large' }, text),
-        h('p', { class: 'quiet' }, status.reason),
+        h('p', { class: 'quiet' }, `Last change of its role: ${status.reason}`),
         controls(status, now, may))),
   );
 }
@@ -223,15 +225,15 @@ function eventRow(event) {
 
 function history(state) {
   const rows = state.events.map(eventRow);
-  const more = state.total > state.events.length && button('Show older ones', state.more);
+  const more = state.events.length >= state.wanted && state.wanted < MOST && button('Show older ones', state.more);
   const empty = state.eventsProblem ?? 'Nothing has happened yet.';
   return card('History', {}, table('History', [['When', 'time-column'], ['Node', 'name-column'], ['What and why', 'wide-column']], rows, empty), more);
 }
 
 async function loadEvents(state, redraw, wanted = EVENTS) {
   try {
-    const { rows, total } = await list('/high-availability/events', wanted, 0);
-    Object.assign(state, { events: rows, total, eventsProblem: null });
+    const { rows } = await list('/high-availability/events', wanted, 0);
+    Object.assign(state, { events: rows, wanted, eventsProblem: null });
   } catch (error) {
     if (error.status !== 0) state.eventsProblem = error.status === 404 ? 'No history is kept yet.' : error.message;
   }
@@ -246,7 +248,7 @@ function mark(status) {
 }
 
 export function open(root, { may }) {
-  const state = { line: null, events: [], total: 0, eventsProblem: null, more: null };
+  const state = { line: null, events: [], wanted: EVENTS, eventsProblem: null, more: null };
   let seen = '';
   let timer = 0;
   const draw = () => {
@@ -257,14 +259,14 @@ export function open(root, { may }) {
       : [h('p', { class: 'quiet' }, 'Asking the PRIMARY …')];
     show(root, page('High Availability', null, parts));
   };
-  state.more = () => loadEvents(state, draw, state.events.length + EVENTS);
+  state.more = () => loadEvents(state, draw, Math.min(MOST, state.wanted + 4 * EVENTS));
   const changed = () => {
     draw();
     if (!live.status || live.phase !== 'live' || seen === mark(live.status)) return;
     seen = mark(live.status);
     // What has just happened is written down a moment later.
     clearTimeout(timer);
-    timer = setTimeout(() => loadEvents(state, draw, Math.max(EVENTS, state.events.length)), 700);
+    timer = setTimeout(() => loadEvents(state, draw, state.wanted), 700);
   };
   const unsubscribe = subscribe(changed);
   changed();
