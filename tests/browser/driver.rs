@@ -291,6 +291,7 @@ fn capabilities(profile: &Path) -> Value {
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",
         "--disable-quic",
         "--no-first-run",
         "--disable-background-networking",

@@ -110,7 +110,8 @@ for (const type of ['pointerdown', 'keydown']) document.addEventListener(type, (
 // only open.
 export function keepSession(seconds) {
   clearTimeout(renewal);
-  if (!(seconds > 0)) return;
+  // Near its end, it is let go.
+  if (!(seconds > 5)) return;
   renewal = setTimeout(async () => {
     let left = seconds / 2;
     try {

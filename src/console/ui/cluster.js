@@ -6,9 +6,11 @@ import { chart, picture } from './cluster-picture.js';
 import { list } from './api.js';
 import { h, show } from './dom.js';
 import { live, subscribe } from './live.js';
-import { badge, button, card, copyButton, page, table, toast, when } from './parts.js';
+import { announce, badge, button, card, copyButton, page, table, toast, when } from './parts.js';
 import { bytes, CLUSTER_SIZE, count, lastContact, span, stateWords, time, tolerance } from './words.js';
 
+// The roles that may have the join line.
+const INSTALLERS = ['admin', 'operator', 'defenderManager'];
 const EVENTS = 20;
 // The API gives no more at once.
 const MOST = 400;
@@ -145,9 +147,9 @@ function applyObstacle(status) {
   return null;
 }
 
-function joining(status, state, may, redraw) {
+function joining(status, state, { may, user }, redraw) {
   const requests = status.membership.requests ?? [];
-  const obstacle = applyObstacle(status);
+  const obstacle = applyObstacle(status) ?? (may ? null : 'Only an Administrator can admit them.');
   const make = () => attempt(async () => {
     state.line = await actions.joinLine();
     redraw();
@@ -164,7 +166,7 @@ function joining(status, state, may, redraw) {
   const made = button(state.line ? 'Make a new join line' : 'Show the join line', make, { kind: state.line ? 'plain' : 'primary' });
   if (complete) return card('Add hosts', {}, h('p', {}, obstacle, ' To replace a host, remove it first (✕), then join another.'));
   const press = button('APPLY', () => actions.apply(requests), {
-    kind: 'primary', disabled: obstacle !== null || !may, id: 'apply', 'aria-describedby': 'apply-why',
+    kind: 'primary', disabled: obstacle !== null, id: 'apply', 'aria-describedby': 'apply-why',
   });
   return card(
     'Add hosts',
@@ -172,7 +174,7 @@ function joining(status, state, may, redraw) {
     h(
       'ol',
       { class: 'steps' },
-      step('Run one line on each host that shall join.', line, may && h('div', { class: 'buttons' }, made)),
+      step('Run one line on each host that shall join.', line, INSTALLERS.includes(user.role) && h('div', { class: 'buttons' }, made)),
       step('Each of them appears above as REQUEST_JOIN. Compare its fingerprint.'),
       step('Admit them.', h('div', { class: 'buttons' }, press),
         h('p', { id: 'apply-why', class: 'quiet' }, obstacle ?? `Ready: ${count(requests.length, 'host asks', 'hosts ask')} to join.`)),
@@ -247,21 +249,32 @@ function mark(status) {
   return [status.epoch, status.primary, members, pause?.until, requests?.length].join();
 }
 
-export function open(root, { may }) {
+// Says what has changed to who cannot see it. Returns what to compare the next status with.
+function speak(status, before) {
+  const requests = (status.membership.requests ?? []).map((request) => [request.name, 'REQUEST_JOIN']);
+  const states = new Map([...status.members.map((member) => [member.name, member.state]), ...requests]);
+  const changes = [...states].filter(([name, state]) => before && before.get(name) !== state);
+  if (changes.length > 0) announce(`${changes.map(([name, state]) => `${name} is ${state}`).join(', ')}.`);
+  return states;
+}
+
+export function open(root, { may, user }) {
   const state = { line: null, events: [], wanted: EVENTS, eventsProblem: null, more: null };
   let seen = '';
+  let spoken = null;
   let timer = 0;
   const draw = () => {
     const { status } = live;
     const now = Date.now() / 1000;
     const parts = status
-      ? [banner(status, now), overview(status, now, may), nodes(status, may), joining(status, state, may, draw), history(state)]
+      ? [banner(status, now), overview(status, now, may), nodes(status, may), joining(status, state, { may, user }, draw), history(state)]
       : [h('p', { class: 'quiet' }, 'Asking the PRIMARY …')];
     show(root, page('High Availability', null, parts));
   };
   state.more = () => loadEvents(state, draw, Math.min(MOST, state.wanted + 4 * EVENTS));
   const changed = () => {
     draw();
+    if (live.status) spoken = speak(live.status, spoken);
     if (!live.status || live.phase !== 'live' || seen === mark(live.status)) return;
     seen = mark(live.status);
     // What has just happened is written down a moment later.
