@@ -54,7 +54,7 @@ function lagCell(member, status) {
   return h(
     'div',
     { class: 'lag' },
-    h('span', {}, known ? text : `last known: ${text}`),
+    h('span', {}, known ? text : `last: ${text}`),
     chart(live.lags.get(member.id) ?? []),
   );
 }
@@ -122,7 +122,7 @@ function requestRow(request, may) {
 }
 
 const COLUMNS = [
-  ['Node', 'name-column'], ['State', 'state-column'], ['Address', 'name-column'], ['Version'], ['Behind', 'lag-column'], ['Last contact'], ['', 'action-column'],
+  ['Node', 'name-column'], ['State', 'state-column'], ['Address', 'address-column'], ['Version'], ['Behind', 'lag-column'], ['Last contact'], ['', 'action-column'],
 ];
 
 function nodes(status, may) {
