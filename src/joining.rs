@@ -219,6 +219,7 @@ impl ControlHandler for Applicant {
             membership,
             warnings,
             database: None,
+            recent: Default::default(),
         })
     }
 }

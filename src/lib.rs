@@ -14,6 +14,10 @@
 //! a majority has them on disk, SQLite's write is let through, COMMIT returns, and the response leaves if the lease is
 //! still valid. On the others the database thread copies the page images into the database file. They run no SQLite.
 //!
+//! A request's way: each resource of the Console lists its routes in one table (`console::routes`): method, path, who may,
+//! what goes in and comes out. The router, the check of roles before every handler and the OpenAPI document are made from it.
+//! A change and its audit row are one transaction, so that neither is there without the other.
+//!
 //! A takeover's way: the primary's process dies; its links break and its host refuses connections to the HA port. The
 //! survivors forget their leader and elect a new one ([`cluster`], pure, no clock and no sockets). The winner commits an
 //! entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
@@ -40,6 +44,7 @@
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
+//! | [`events`] | tells: what happened, to the history and to whoever is to be notified | what it is told for |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
 //! | [`health`] | the health port: what load balancers and monitors may know of a node | anything that it could decide |
@@ -93,6 +98,7 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod dev;
+pub mod events;
 pub mod found;
 pub mod guard;
 pub mod health;

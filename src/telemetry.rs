@@ -69,7 +69,6 @@ static RECENT: Mutex<VecDeque<Line>> = Mutex::new(VecDeque::new());
 
 /// One line of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
 pub struct Line {
     /// Milliseconds since 1970.
     pub time_ms: u64,
@@ -201,6 +200,15 @@ pub const SNAPSHOT_FAILURES: &str = "twistlock_snapshot_failures_total";
 /// Counter: how often the raft log has become too long to be kept for a member that is away.
 pub const RAFT_LOG_OVERRUNS: &str = "twistlock_raft_log_overruns_total";
 
+/// Histogram, seconds: from the last sign of the primary before to open ports, on the node that took over.
+pub const TAKEOVER: &str = "twistlock_takeover_seconds";
+/// Counter, label `reason`: takeovers by this node.
+pub const FAILOVERS: &str = "twistlock_failovers_total";
+/// Counter, label `severity`: events that this node recorded.
+pub const EVENTS: &str = "twistlock_events_total";
+/// Counter: events that could not be written to the file.
+pub const EVENTS_LOST: &str = "twistlock_events_lost_total";
+
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -250,6 +258,10 @@ pub const METRICS: &[Metric] = &[
     metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction."),
     metric(SNAPSHOT_LATENCY, Kind::Latency, "Seconds that one whole database took, by direction."),
     metric(SNAPSHOT_FAILURES, Kind::Counter, "Whole databases that could not be sent or fetched, by direction."),
+    metric(TAKEOVER, Kind::Latency, "Seconds from the last sign of the former PRIMARY to open ports on this node."),
+    metric(FAILOVERS, Kind::Counter, "Takeovers by this node, by the reason why the former PRIMARY was lost."),
+    metric(EVENTS, Kind::Counter, "Events that this node recorded, by severity."),
+    metric(EVENTS_LOST, Kind::Counter, "Events that could not be written to events.jsonl."),
     metric(RAFT_LOG_OVERRUNS, Kind::Counter, "How often the raft log was too long for a member that was away."),
 ];
 

@@ -55,6 +55,7 @@ impl ControlHandler for Frozen {
             }
             Operation::Pause { seconds } => seconds.into(),
             Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
+            Operation::Events { .. } => serde_json::Value::Array(Vec::new()),
             Operation::Uninvite {} | Operation::Remove { .. } | Operation::Resume {} | Operation::Readdress { .. } => {
                 serde_json::Value::Null
             }
@@ -98,6 +99,7 @@ fn picture(states: [Role; 3]) -> Status {
         membership: Membership::founded(ClusterId(1), (1..=3).map(founder).collect()),
         warnings: Vec::new(),
         database: None,
+        recent: Default::default(),
     }
 }
 

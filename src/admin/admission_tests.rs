@@ -70,6 +70,7 @@ fn status(membership: &Membership, version: &str) -> Status {
         membership: membership.clone(),
         warnings: Vec::new(),
         database: None,
+        recent: Default::default(),
     }
 }
 

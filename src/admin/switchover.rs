@@ -211,6 +211,7 @@ mod tests {
             membership: Membership::founded(ClusterId(7), (1..=others.len() as u64 + 1).map(founder).collect()),
             warnings: Vec::new(),
             database: None,
+            recent: Default::default(),
         }
     }
 

@@ -157,6 +157,7 @@ pub(crate) mod tests {
             membership: Membership::founded(ClusterId(0xabc), (1..=3).map(founder).collect()),
             warnings: Vec::new(),
             database: None,
+            recent: Default::default(),
         }
     }
 

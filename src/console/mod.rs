@@ -7,6 +7,7 @@ mod auth;
 mod cluster;
 mod cookie;
 mod errors;
+mod events;
 mod extract;
 mod logs;
 mod openapi;
@@ -40,7 +41,7 @@ use tokio::sync::{Semaphore, watch};
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::{admin::Admin, join::Kit, node::Status};
+use crate::{admin::Admin, events::Recorder, join::Kit, node::Status};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
@@ -69,6 +70,8 @@ pub struct Services {
     pub kit: Arc<Kit>,
     /// `HIGH_AVAILABILITY_ENABLED`.
     pub high_availability: bool,
+    /// What has happened.
+    pub events: Recorder,
 }
 
 impl fmt::Debug for Services {
@@ -115,7 +118,11 @@ impl Console {
     /// # Errors
     /// When the database cannot be used or its schema is newer than this program.
     pub async fn ready(&self) -> Result<(), sqlx::migrate::MigrateError> {
-        self.store.migrate().await
+        self.store.migrate().await?;
+        if let Some(services) = &self.services {
+            tokio::spawn(events::keep(self.store.clone(), services.events.clone()));
+        }
+        Ok(())
     }
 
     /// All routes.

@@ -13,7 +13,9 @@ use axum::{
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
-use super::{Console, audits, cluster, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users};
+use super::{
+    Console, audits, cluster, events, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users,
+};
 
 /// Where the API begins.
 pub(super) const BASE: &str = "/api/v1";
@@ -28,6 +30,7 @@ pub(super) fn table() -> Vec<Entry> {
         audits::routes(),
         logs::routes(),
         cluster::routes(),
+        events::routes(),
         programs::routes(),
         tags::routes(),
         stream::routes(),

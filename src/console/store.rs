@@ -19,8 +19,11 @@ const READERS: u32 = 4;
 const TURN: Duration = Duration::from_secs(5);
 
 /// The schema in the order in which it came to be. A file never changes once it is released: sqlx compares digests.
-const MIGRATIONS: &[(i64, &str, &str)] =
-    &[(1, "first", include_str!("migrations/0001_first.sql")), (2, "api", include_str!("migrations/0002_api.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "first", include_str!("migrations/0001_first.sql")),
+    (2, "api", include_str!("migrations/0002_api.sql")),
+    (3, "events", include_str!("migrations/0003_events.sql")),
+];
 
 /// Histogram, seconds: a write of the Console from the statement that commits until a majority has it, without the wait
 /// for its turn.
@@ -179,6 +182,11 @@ impl Store {
         // IMMEDIATE: what it reads first is still true when it writes.
         let transaction = self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(StoreError::Unavailable)?;
         Ok(Writing { transaction })
+    }
+
+    /// Returns when the connections are being closed.
+    pub async fn closing(&self) {
+        self.writer.close_event().await;
     }
 
     /// Closes all connections; waits for the statements that run. Later uses fail.

@@ -35,6 +35,7 @@ impl ControlHandler for Fake {
             membership: crate::cluster::Membership::founded(ClusterId(7), Vec::new()),
             warnings: Vec::new(),
             database: None,
+            recent: Default::default(),
         })
     }
 

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use raft::eraftpb::MessageType;
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
@@ -175,6 +176,9 @@ impl Driver {
         match event {
             PeerEvent::Raft(message) => {
                 self.publisher.heard(message.from);
+                if message.get_msg_type() == MessageType::MsgTimeoutNow {
+                    self.publisher.handed_over(message.from);
+                }
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
                 } else if self.space.admits(&self.log, &message) {
@@ -398,7 +402,7 @@ impl Driver {
                 warn!(transactions = unknown, "the outcome of waiting transactions is decided by the next primary");
             }
         }
-        self.publisher.transition(transition);
+        self.publisher.transition(epoch, transition);
         info!(epoch, from = ?transition.from, to = ?transition.to, "{}", transition.sentence);
         metrics::counter!("twistlock_role_changes_total", "cause" => format!("{:?}", transition.cause)).increment(1);
     }

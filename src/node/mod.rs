@@ -4,6 +4,7 @@
 mod applier;
 mod configure;
 mod driver;
+pub mod history;
 mod inbox;
 pub mod lease;
 mod pulse;
@@ -99,6 +100,11 @@ impl Handle {
     /// The latest picture; changes can be awaited.
     pub fn status(&self) -> watch::Receiver<Arc<Status>> {
         self.status.clone()
+    }
+
+    /// What a member is called.
+    pub fn name(&self, id: NodeId) -> String {
+        self.membership.borrow().get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
     }
 
     /// The membership in force; changes can be awaited.

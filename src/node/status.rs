@@ -15,7 +15,11 @@ use crate::{
     storage::{database::PrimaryDatabase, raft_log::RaftLog},
 };
 
-use super::{NodeConfig, lease::boottime};
+use super::{
+    NodeConfig,
+    history::{History, Recent},
+    lease::boottime,
+};
 use crate::cluster::membership::CLUSTER_SIZE;
 
 /// A member that was not heard of for this long is shown as DOWN.
@@ -53,6 +57,9 @@ pub struct Status {
     /// must let go as soon as the role changes: the daemon exits when that takes longer than the demotion deadline.
     #[serde(skip)]
     pub database: Option<Arc<PrimaryDatabase>>,
+    /// What this node went through lately.
+    #[serde(skip)]
+    pub recent: Recent,
 }
 
 /// Whoever may look at a status may not see what lets a host in.
@@ -130,6 +137,7 @@ pub(super) struct Publisher {
     full: bool,
     /// Why this node is no member any more.
     removed: Option<String>,
+    history: History,
     /// The copy of the database that is on its way to this node.
     sync: Option<SyncProgress>,
     database: Option<Arc<PrimaryDatabase>>,
@@ -162,6 +170,7 @@ impl Publisher {
             membership: membership.clone(),
             warnings: Vec::new(),
             database: None,
+            recent: Recent::default(),
         };
         let (sender, receiver) = watch::channel(Arc::new(first));
         let publisher = Self {
@@ -170,6 +179,7 @@ impl Publisher {
             warnings: BTreeMap::new(),
             membership: membership.clone(),
             removed: None,
+            history: History::default(),
             sync: None,
             phase: Phase::Startup,
             reason: "starts: an earlier process of this node may have promised its vote",
@@ -196,6 +206,9 @@ impl Publisher {
     pub fn report(&mut self, from: NodeId, report: NodeReport) {
         self.heard(from);
         if let Some(peer) = self.peers.get_mut(&from) {
+            if report.state != Role::Primary {
+                self.history.not_primary(from, boottime());
+            }
             let role = |report: &NodeReport| (report.state, report.epoch, report.full);
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
             peer.has = peer.has.max(report.applied);
@@ -204,6 +217,9 @@ impl Publisher {
     }
 
     pub fn dead(&mut self, peer: NodeId) {
+        if let Some(heard) = self.last_heard(peer) {
+            self.history.dead(peer, heard);
+        }
         if let Some(peer) = self.peers.get_mut(&peer) {
             peer.dead = true;
             self.stale = true;
@@ -313,7 +329,20 @@ impl Publisher {
         self.stale = true;
     }
 
-    pub fn transition(&mut self, transition: &Transition) {
+    /// When a member was heard of last, on the clock of [`boottime`].
+    fn last_heard(&self, node: NodeId) -> Option<u64> {
+        let silence = self.peers.get(&node)?.heard?.elapsed();
+        Some(boottime().saturating_sub(silence.as_nanos() as u64))
+    }
+
+    /// The primary lets this node campaign at once: it gives its role up on purpose.
+    pub fn handed_over(&mut self, by: NodeId) {
+        self.history.handed_over(by, boottime());
+    }
+
+    pub fn transition(&mut self, epoch: u64, transition: &Transition) {
+        let heard = self.history.lost_primary().and_then(|primary| self.last_heard(primary));
+        self.history.note(self.config.node, epoch, transition, boottime(), heard);
         self.phase = transition.to;
         self.reason = transition.sentence;
         self.stale = true;
@@ -361,6 +390,9 @@ impl Publisher {
             return;
         }
         self.shown = shown;
+        if let Some(primary) = primary {
+            self.history.primary_is(primary);
+        }
         let mut status = self.picture(cluster, log, applied);
         status.primary = primary;
         status.warnings = self.sentences(&status);
@@ -417,6 +449,7 @@ impl Publisher {
             membership: self.membership.clone(),
             warnings: Vec::new(),
             database: self.database.clone().filter(|_| self.phase == Phase::Primary),
+            recent: Recent { role_changes: self.history.changes().clone(), warnings: self.warnings.clone() },
         }
     }
 

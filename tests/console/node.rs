@@ -165,6 +165,7 @@ fn status(role: Role, epoch: u64) -> Status {
         membership: Membership::founded(ClusterId(1), Vec::new()),
         warnings: Vec::new(),
         database: None,
+        recent: Default::default(),
     }
 }
 

@@ -6,12 +6,17 @@ import { CLUSTER_SIZE, count, listed, stateKind } from './words.js';
 const WIDTH = 360;
 const NODE = { width: 104, height: 60, top: 84 };
 const LEFT = [8, 128, 248];
-const SHORT = 14;
+const SHORT = 12;
 
 // Text that fits: SVG does not clip it.
-function shortened(text, length = SHORT) {
+function shortened(text, length) {
   const letters = [...text];
   return letters.length <= length ? text : `${letters.slice(0, length - 1).join('')}…`;
+}
+
+// A host's own part of its name; an address stays whole.
+function host(name) {
+  return shortened(/[a-z]/i.test(name) ? name.split('.')[0] : name, SHORT);
 }
 
 // What stands in the three places: members by rank, then those who ask, then nobody.
@@ -32,7 +37,7 @@ function box(place, at) {
     { class: `node ${kind}` },
     s('title', {}, place.state ? `${place.name}: ${place.state}` : 'No host yet'),
     s('rect', { x: LEFT[at], y, width: NODE.width, height: NODE.height, rx: 9 }),
-    s('text', { x: middle(at), y: y + 26, class: 'name' }, shortened(place.name)),
+    s('text', { x: middle(at), y: y + 26, class: 'name' }, place.state ? host(place.name) : place.name),
     place.state && s('text', { x: middle(at), y: y + 45, class: 'state' }, place.state),
   );
 }
@@ -53,14 +58,13 @@ function copyLink(primary, to, place) {
   const base = NODE.top + NODE.height;
   const depth = base + (Math.abs(primary - to) === 2 ? 52 : 32);
   const broken = stateKind(place.state) === 'bad';
-  const label = broken ? 'no contact' : place.lag === 0 ? 'in step' : `${count(place.lag, 'transaction')} behind`;
-  const shift = end > from ? -14 : 14;
+  const label = broken ? 'no contact' : place.lag === 0 ? 'in step' : `${place.lag.toLocaleString('en')} behind`;
   return s(
     'g',
     { class: `copy-link ${broken ? 'broken' : ''}` },
     s('path', { d: `M${from} ${base} C ${from} ${depth}, ${end} ${depth}, ${end} ${base + 6}` }),
     s('path', { d: `M${end - 4} ${base + 8} L${end} ${base + 1} L${end + 4} ${base + 8} Z`, class: 'head' }),
-    s('text', { x: end + shift, y: base + 44 }, label),
+    s('text', { x: end, y: base + 54 }, label),
   );
 }
 
@@ -79,7 +83,7 @@ export function picture(status, searching) {
   );
   return s(
     'svg',
-    { class: 'picture', viewBox: `0 0 ${WIDTH} 206`, role: 'img', 'aria-label': spoken(all, primary) },
+    { class: 'picture', viewBox: `0 0 ${WIDTH} 208`, role: 'img', 'aria-label': spoken(all, primary) },
     s('rect', { x: WIDTH / 2 - 52, y: 10, width: 104, height: 28, rx: 14, class: 'clients' }),
     s('text', { x: WIDTH / 2, y: 28.5, class: 'name' }, 'clients'),
     primary >= 0 && clientsLink(primary),

@@ -118,7 +118,7 @@ function requestRow(request, may) {
 }
 
 const COLUMNS = [
-  ['Node'], ['State'], ['Address'], ['Version'], ['Behind', 'lag-column'], ['Last contact'], ['', 'action-column'],
+  ['Node', 'name-column'], ['State', 'state-column'], ['Address', 'name-column'], ['Version'], ['Behind', 'lag-column'], ['Last contact'], ['', 'action-column'],
 ];
 
 function nodes(status, may) {
@@ -127,7 +127,7 @@ function nodes(status, may) {
     ...status.members.map((member) => memberRow(member, status, may)),
     ...requests.map((request) => requestRow(request, may)),
   ];
-  const facts = `Epoch ${status.epoch}. ${count(status.committed, 'entry', 'entries')} in the raft log, all on a majority.`;
+  const facts = `Epoch ${status.epoch}. A majority has every transaction up to entry ${status.committed.toLocaleString('en')} of the raft log.`;
   return card('Nodes', {}, table('Nodes', COLUMNS, rows, ''), h('p', { class: 'quiet foot' }, facts));
 }
 
@@ -227,7 +227,7 @@ function history(state) {
   const rows = state.events.map(eventRow);
   const more = state.total > state.events.length && button('Show older ones', state.more);
   const empty = state.eventsProblem ?? 'Nothing has happened yet.';
-  return card('History', {}, table('History', [['When', 'time-column'], ['Node'], ['What and why']], rows, empty), more);
+  return card('History', {}, table('History', [['When', 'time-column'], ['Node', 'name-column'], ['What and why', 'wide-column']], rows, empty), more);
 }
 
 async function loadEvents(state, redraw, wanted = EVENTS) {

@@ -22,7 +22,7 @@ function set(node, name, value) {
   } else if (name === 'swatch') {
     // The only style that comes from data, and only if it is a colour.
     if (/^#[0-9a-f]{6}$/i.test(value)) node.style.backgroundColor = value;
-  } else if (name === 'href' && !/^[#/](?!\/)/.test(value)) {
+  } else if (name === 'href' && !/^(#|\/(?![/\\]))/.test(value)) {
     throw new TypeError('links lead to this page or to this host');
   } else if (name === 'style' || name === 'src') {
     throw new TypeError(`${name} is not for data`);
