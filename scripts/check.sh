@@ -40,7 +40,9 @@ step() {
 # Program (or file) and the Debian package that brings it.
 needed=(
     shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl haproxy:haproxy nginx:nginx
-    /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream python3:python3-venv
+    /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream
+    chromium:chromium chromedriver:chromium-driver certutil:libnss3-tools
+    python3:python3-venv
 )
 
 install_missing() {

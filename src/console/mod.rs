@@ -4,12 +4,14 @@
 mod access;
 mod audits;
 mod auth;
+mod backups;
 mod cluster;
 mod cookie;
 mod errors;
 mod events;
 mod extract;
 mod logs;
+mod notifications;
 mod openapi;
 mod password;
 mod programs;
@@ -41,7 +43,14 @@ use tokio::sync::{Semaphore, watch};
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::{admin::Admin, events::Recorder, join::Kit, node::Status};
+use crate::{
+    admin::Admin,
+    backup::Backups,
+    events::{Notifier, Recorder},
+    health::MetricsPage,
+    join::Kit,
+    node::Status,
+};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
@@ -66,12 +75,17 @@ const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
 #[derive(Clone)]
 pub struct Services {
     pub admin: Arc<Admin>,
+    pub backups: Arc<Backups>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
-    /// `HIGH_AVAILABILITY_ENABLED`.
-    pub high_availability: bool,
     /// What has happened.
     pub events: Recorder,
+    /// Whom to tell of it.
+    pub notifier: Notifier,
+    /// What Prometheus reads.
+    pub metrics: MetricsPage,
+    /// `HIGH_AVAILABILITY_ENABLED`.
+    pub high_availability: bool,
 }
 
 impl fmt::Debug for Services {

@@ -12,18 +12,22 @@ use std::{
 };
 
 use raft::eraftpb::EntryType;
+use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use crate::{
     storage::{
+        backup::{CopyError, Copying, Finished, Progress},
         database::{ApplyError, Database, DatabaseError},
         raft_log::{LogError, RaftLog},
     },
-    telemetry::RAFT_LOG_OVERRUNS,
+    telemetry::{RAFT_LOG_OVERRUNS, SCRUB_FAILURES},
 };
 
 use super::{
     inbox::{DatabaseEvent, Input, Proposer, Sender},
+    lease::boottime,
+    scrub::{Finding, Scrub},
     snapshots::Reply,
 };
 
@@ -40,6 +44,10 @@ const FULL_PAUSE: Duration = Duration::from_millis(500);
 const HELD_WAL: u64 = 1 << 30;
 /// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
 const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
+/// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
+const COPY_PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is tried to begin a scrub that is due.
+const SCRUB_LOOK: Duration = Duration::from_millis(100);
 /// Entries applied between two looks at the goal.
 const SLICE: u64 = 256;
 
@@ -56,6 +64,10 @@ struct Goal {
     released: u64,
     /// How often a snapshot was asked for.
     snapshots: u64,
+    /// How often something was asked about a copy.
+    copies: u64,
+    /// How often a scrub has read something.
+    scrubbed: u64,
     stop: bool,
 }
 
@@ -65,9 +77,53 @@ struct Shared {
     changed: Condvar,
     /// Who waits for a snapshot.
     snapshots: Mutex<Vec<Reply>>,
+    /// Who waits for a copy, or for its end. One backup at a time asks, so this stays short.
+    copies: Mutex<Vec<CopyRequest>>,
     applied: AtomicU64,
     /// Bytes ever appended to the raft log by this process.
     appended: AtomicU64,
+    /// Since when the database has something that its checkpoint lacks, on the clock of [`boottime`]; 0: it has nothing.
+    unsaved: AtomicU64,
+    /// Bytes of the database.
+    bytes: AtomicU64,
+}
+
+enum CopyRequest {
+    Begin(oneshot::Sender<Result<Copying, CopyError>>),
+    Finish(Progress, oneshot::Sender<Result<Finished, CopyError>>),
+}
+
+/// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop has
+/// nothing to do with it.
+#[derive(Clone)]
+pub(super) struct Copies(Arc<Shared>);
+
+impl Copies {
+    pub async fn begin(&self) -> Result<Copying, CopyError> {
+        let (reply, wait) = oneshot::channel();
+        self.ask(CopyRequest::Begin(reply), wait).await
+    }
+
+    pub async fn finish(&self, copy: Progress) -> Result<Finished, CopyError> {
+        let (reply, wait) = oneshot::channel();
+        self.ask(CopyRequest::Finish(copy, reply), wait).await
+    }
+
+    async fn ask<T>(
+        &self,
+        request: CopyRequest,
+        wait: oneshot::Receiver<Result<T, CopyError>>,
+    ) -> Result<T, CopyError> {
+        self.0.copies.lock().unwrap_or_else(PoisonError::into_inner).push(request);
+        lock(&self.0).copies += 1;
+        self.0.changed.notify_one();
+        // A thread that has ended leaves the request where it is.
+        match tokio::time::timeout(COPY_PATIENCE, wait).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(CopyError::Ended("the node stops".to_owned())),
+            Err(_) => Err(CopyError::Ended("the database is busy: try again".to_owned())),
+        }
+    }
 }
 
 /// The loop's side of the database thread.
@@ -84,6 +140,8 @@ pub struct CheckpointPolicy {
     pub interval: Duration,
     /// Bytes of the raft log on disk beyond which nothing is kept for members that are away.
     pub raft_log_limit: u64,
+    /// From the end of one scrub of the database file to the next; zero: never.
+    pub scrub: Duration,
 }
 
 impl Applier {
@@ -96,7 +154,14 @@ impl Applier {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         shared.applied.store(database.applied(), Ordering::Relaxed);
+        let reader = Arc::clone(&shared);
+        let scrub = Scrub::start(checkpoints.scrub, move || {
+            lock(&reader).scrubbed += 1;
+            reader.changed.notify_one();
+        })?;
         let worker = Worker {
+            scrub,
+            scrubbed: 0,
             checkpointed: (Instant::now(), 0),
             database,
             log,
@@ -109,6 +174,7 @@ impl Applier {
             refused: 0,
             reported_demotion: 0,
             snapshots: 0,
+            copies: 0,
             snapshot_at: None,
             overrun: false,
             broken: false,
@@ -118,6 +184,11 @@ impl Applier {
         };
         let thread = thread::Builder::new().name("database".to_owned()).spawn(move || worker.run())?;
         Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Where copies are asked for.
+    pub fn copies(&self) -> Copies {
+        Copies(Arc::clone(&self.shared))
     }
 
     /// The raft index up to which the database has everything.
@@ -135,6 +206,13 @@ impl Applier {
     /// No other member needs the raft log up to here; it is compacted after the next checkpoint.
     pub fn release(&self, index: u64) {
         lock(&self.shared).released = index;
+    }
+
+    /// How large the database is, in bytes, and for how long its checkpoint has lacked something.
+    pub fn figures(&self) -> (u64, Duration) {
+        let unsaved = self.shared.unsaved.load(Ordering::Relaxed);
+        let age = if unsaved == 0 { 0 } else { boottime().saturating_sub(unsaved) };
+        (self.shared.bytes.load(Ordering::Relaxed), Duration::from_nanos(age))
     }
 
     /// Entries that may be applied and are not yet.
@@ -214,6 +292,8 @@ struct Worker {
     reported_demotion: u64,
     /// How many requests for a snapshot have been answered.
     snapshots: u64,
+    /// How many requests about copies have been answered.
+    copies: u64,
     /// The checkpoint that a snapshot was last seen to be read at, and until when the raft log behind it is kept.
     snapshot_at: Option<(u64, Instant)>,
     /// The raft log is too long, and that was reported.
@@ -222,6 +302,9 @@ struct Worker {
     broken: bool,
     /// The process was asked to end; nothing more happens here.
     ended: bool,
+    scrub: Scrub,
+    /// How many answers of the scrub were seen.
+    scrubbed: u64,
     /// The disk is full: nothing is applied before then.
     full_until: Option<Instant>,
     told_full: bool,
@@ -256,7 +339,46 @@ impl Worker {
                 self.snapshots = goal.snapshots;
                 self.rest();
             }
+            if goal.copies != self.copies {
+                self.copies = goal.copies;
+                self.copy();
+            }
             self.checkpoint_if_due();
+            self.scrub(&goal);
+            self.measure();
+        }
+    }
+
+    /// Lets a scrub go on, when there is nothing more important to do.
+    fn scrub(&mut self, goal: &Goal) {
+        self.scrubbed = goal.scrubbed;
+        if self.broken || self.ended || self.behind(goal) || self.epoch != goal.epoch {
+            return;
+        }
+        match self.scrub.turn(&mut self.database) {
+            Finding::Nothing => {}
+            Finding::Clean => {
+                self.sender.send(Input::Warning { about: "scrub", text: None });
+            }
+            Finding::Rot(why) => {
+                metrics::counter!(SCRUB_FAILURES).increment(1);
+                if self.epoch.is_some() {
+                    // Whether another node can take over, the loop knows.
+                    self.report(DatabaseEvent::Rotten { why });
+                } else {
+                    self.mistrust(why);
+                }
+            }
+        }
+    }
+
+    fn measure(&self) {
+        self.shared.bytes.store(self.database.file_bytes(), Ordering::Relaxed);
+        let saved = self.database.applied() <= self.database.checkpointed();
+        if saved {
+            self.shared.unsaved.store(0, Ordering::Relaxed);
+        } else if self.shared.unsaved.load(Ordering::Relaxed) == 0 {
+            self.shared.unsaved.store(boottime(), Ordering::Relaxed);
         }
     }
 
@@ -303,11 +425,14 @@ impl Worker {
     /// Waits until there is something to do, or a checkpoint is due.
     fn wait(&self) -> Goal {
         let mut goal = lock(&self.shared);
+        // What cannot be begun now is not asked for without a pause.
+        let scrub = if self.broken { Duration::MAX } else { self.scrub.due_in().max(SCRUB_LOOK) };
         loop {
             let pause = if self.behind(&goal) { self.pause() } else { None };
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
-                _ if goal.snapshots != self.snapshots => false,
+                _ if goal.snapshots != self.snapshots || goal.copies != self.copies => false,
+                _ if goal.scrubbed != self.scrubbed => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
                 Some(epoch) if pause.is_some() => epoch == self.refused,
                 None if pause.is_some() => true,
@@ -323,7 +448,7 @@ impl Worker {
             let (guard, time) = self
                 .shared
                 .changed
-                .wait_timeout(goal, pause.unwrap_or(self.checkpoints.interval))
+                .wait_timeout(goal, pause.unwrap_or(self.checkpoints.interval).min(scrub))
                 .unwrap_or_else(PoisonError::into_inner);
             goal = guard;
             if time.timed_out() {
@@ -472,6 +597,17 @@ impl Worker {
                     let resting = result.map_err(|error| error.to_string());
                     self.report(DatabaseEvent::Resting { resting, reply });
                 }
+            }
+        }
+    }
+
+    /// Answers everybody who makes a copy. Whoever does not wait any more asks again.
+    fn copy(&mut self) {
+        let requests = std::mem::take(&mut *self.shared.copies.lock().unwrap_or_else(PoisonError::into_inner));
+        for request in requests {
+            match request {
+                CopyRequest::Begin(reply) => drop(reply.send(self.database.begin_copy())),
+                CopyRequest::Finish(copy, reply) => drop(reply.send(self.database.finish_copy(&copy))),
             }
         }
     }

@@ -357,6 +357,14 @@ impl Node {
         self.basic(name, PASSWORD)
     }
 
+    /// The body of an answer that has no end of its own.
+    pub fn read(&self, path: &str, auth: &str) -> impl std::io::Read + use<> {
+        let url = format!("https://{}:{HTTPS}{path}", self.address);
+        let response = self.agent.get(url).header("authorization", auth).call().unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body().into_reader()
+    }
+
     /// Posts a tag in another thread.
     pub fn post_in_background(&self, token: &str, name: &str) -> JoinHandle<Answer> {
         let (agent, token) = (self.agent.clone(), token.to_owned());

@@ -15,9 +15,12 @@ mod health;
 mod held;
 mod network;
 mod recover;
+mod remote;
 mod rollback;
 mod sampler;
 mod snapshot;
+#[path = "../cli/terminal.rs"]
+mod terminal;
 mod writers;
 
 use std::{
