@@ -31,13 +31,13 @@ const SIZE: &str = "size=160m";
 const FULL: &[&str] =
     &["the disk is full", "the disk of the primary is full", "cannot prepare ahead", "database or disk is full"];
 
-fn run(program: &str, arguments: &[&str]) {
+pub fn run(program: &str, arguments: &[&str]) {
     let status = Command::new(program).args(arguments).status().unwrap();
     assert!(status.success(), "{program} {arguments:?}");
 }
 
 /// Runs the test on a thread that alone sees what is mounted there, with all that it starts.
-fn in_private_mounts(test: impl FnOnce() + Send + 'static) {
+pub fn in_private_mounts(test: impl FnOnce() + Send + 'static) {
     assert!(
         geteuid().is_root(),
         "this test mounts a small file system: run it as root, or leave it out with --skip disk"
