@@ -3,6 +3,7 @@
 //! anything else there, and must never print a password.
 
 mod args;
+mod bundle;
 mod canary;
 mod catch_up;
 mod daemon;
@@ -40,6 +41,9 @@ enum Command {
     /// High availability: look at the cluster, change its members, hand the PRIMARY role over
     #[command(subcommand)]
     Ha(Ha),
+    /// What somebody needs who is asked for help
+    #[command(subcommand)]
+    Debug(bundle::Debug),
     /// Print a shell completion script
     #[command(after_help = "Example: twistcli completions bash > /etc/bash_completion.d/twistcli")]
     Completions {
@@ -59,6 +63,7 @@ pub fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Ha(command) => ha(&command),
+        Command::Debug(bundle::Debug::Bundle(args)) => bundle::run(&args),
         Command::Completions { shell } => completions(shell),
         Command::Man => manual(),
     };

@@ -156,7 +156,6 @@ mod tests {
             warnings: Vec::new(),
             recent: Default::default(),
             database: None,
-            recent: Default::default(),
         })
     }
 

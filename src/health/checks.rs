@@ -111,7 +111,6 @@ mod tests {
             voter: true,
             sync: None,
             full: false,
-            lag_bytes: None,
         };
         Status {
             cluster: ClusterId(1),
@@ -130,7 +129,6 @@ mod tests {
             warnings: Vec::new(),
             recent: Default::default(),
             database: None,
-            recent: Default::default(),
         }
     }
 

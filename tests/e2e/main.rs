@@ -14,6 +14,7 @@ mod events;
 mod health;
 mod held;
 mod network;
+mod observe;
 mod recover;
 mod rollback;
 mod sampler;
