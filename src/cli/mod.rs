@@ -11,6 +11,7 @@ mod drill;
 pub mod health;
 mod next;
 mod operate;
+mod progress;
 mod status;
 mod table;
 
@@ -105,6 +106,11 @@ fn ha(command: &Ha) -> io::Result<u8> {
             let done = "The pause is over: the members take over by themselves again.";
             operate(target, |daemon| operate::simple(daemon, Operation::Resume {}, done))
         }
+        Ha::RotateKey { target } => {
+            let done = "The members exchange the cluster key now. See: twistcli ha status";
+            operate(target, |daemon| operate::simple(daemon, Operation::RotateKey {}, done))
+        }
+        Ha::RotateCa(args) => operate(&args.target, |daemon| operate::rotate_ca(daemon, args)),
         Ha::SetAddress(args) => operate(&args.target, |daemon| operate::set_address(daemon, args)),
         Ha::Drill(args) => at_daemon(&args.target, |place| drill::run(place, args)),
     }

@@ -4,11 +4,11 @@
 use std::io::{self, IsTerminal, Write};
 
 use super::{
-    args::{ApplyArgs, JoinScriptArgs, RemoveArgs, SetAddressArgs, SwitchoverArgs},
+    args::{ApplyArgs, JoinScriptArgs, RemoveArgs, RotateCaArgs, SetAddressArgs, SwitchoverArgs},
     catch_up,
     daemon::{Daemon, EX_TEMPFAIL, Stop, command, confirm},
     next,
-    table::{clock, colour, date, mark},
+    table::{clock, colour, date, duration, mark},
 };
 use crate::{
     admin::SwitchoverReport,
@@ -180,6 +180,16 @@ pub(super) fn pause(daemon: &Daemon<'_>, seconds: u64) -> Result<(), Stop> {
     writeln!(io::stdout(), "PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name)?;
     eprintln!("Next, when the maintenance is done: twistcli ha resume");
     Ok(())
+}
+
+/// Replaces the certificate authority.
+pub(super) fn rotate_ca(daemon: &Daemon<'_>, args: &RotateCaArgs) -> Result<(), Stop> {
+    let operation = Operation::RotateCa { overlap_s: args.overlap.as_secs() };
+    daemon.primary(&command(&operation))?;
+    eprintln!("All certificates of nodes and Consoles are made anew, and join scripts that were given out end.");
+    eprintln!("Clients that know the old CA need the new one within {}.", duration(args.overlap.as_millis() as u64));
+    confirm("Replace the certificate authority?", args.yes)?;
+    simple(daemon, operation, "The members trust the new authority now, and then it signs. See: twistcli ha status")
 }
 
 /// Gives a member another address.

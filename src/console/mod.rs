@@ -4,6 +4,7 @@
 mod access;
 mod audits;
 mod auth;
+mod backups;
 mod cluster;
 mod cookie;
 mod errors;
@@ -42,6 +43,7 @@ pub use store::{COMMIT, Store, StoreError};
 
 use crate::{
     admin::Admin,
+    backup::Backups,
     events::{Notifier, Recorder},
     health::MetricsPage,
     join::Kit,
@@ -71,6 +73,7 @@ const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
 #[derive(Clone)]
 pub struct Services {
     pub admin: Arc<Admin>,
+    pub backups: Arc<Backups>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
     /// What has happened.

@@ -83,12 +83,37 @@ export async function signUp(username, password) {
   await post('/signup', { username, password });
 }
 
+// { username, role, expiresInSec }.
+export const whoIs = () => get('/authenticate');
+
 // Throws what the daemon says: wrong password, or too many attempts.
 export async function logIn(username, password) {
   const response = await send('POST', '/authenticate', { body: { username, password } });
   if (!response.ok) throw new Problem(response.status, await text(response));
 }
 
+let renewal = 0;
+let active = false;
+for (const type of ['pointerdown', 'keydown']) document.addEventListener(type, () => { active = true; }, { passive: true });
+
+// Renews the session before it ends, for as long as somebody uses the page. Nobody is kept logged in by a page that is
+// only open.
+export function keepSession(seconds) {
+  clearTimeout(renewal);
+  if (!(seconds > 0)) return;
+  renewal = setTimeout(async () => {
+    let left = seconds / 2;
+    try {
+      if (active) left = (await get('/authenticate/renew')).expiresInSec;
+      active = false;
+    } catch {
+      // No answer at the moment: the session goes on at the next PRIMARY, so this is tried again there.
+    }
+    keepSession(left);
+  }, Math.min(seconds * 500, 2 ** 30));
+}
+
 export async function logOut() {
+  clearTimeout(renewal);
   await send('POST', '/logout');
 }

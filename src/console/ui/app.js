@@ -1,6 +1,6 @@
 // The frame of the page: who is logged in, which page is open, and the line that says when the PRIMARY does not answer.
 
-import { get, logOut, onTrouble } from './api.js';
+import { get, keepSession, logOut, onTrouble, whoIs } from './api.js';
 import { h, show } from './dom.js';
 import { dismiss, live, start, stop, subscribe, suspect } from './live.js';
 import { announce, button } from './parts.js';
@@ -19,7 +19,7 @@ const HOME = '#/manage/system/high-availability';
 const ADMINISTRATOR = ['admin'];
 const READERS = ['admin', 'auditor'];
 const PAGES = [
-  { group: 'System', title: 'High Availability', hash: HOME, open: cluster },
+  { group: 'System', title: 'High Availability', hash: HOME, open: cluster, clustered: true },
   { group: 'System', title: 'Backup & Restore', hash: '#/manage/system/backup', open: backups, roles: ADMINISTRATOR },
   { group: 'System', title: 'General', hash: '#/manage/system/general', open: general },
   { group: 'Authentication', title: 'Users', hash: '#/manage/authentication/users', open: users, roles: ADMINISTRATOR },
@@ -31,11 +31,12 @@ const PAGES = [
 
 const element = (id) => document.getElementById(id);
 let user = null;
+let clustered = true;
 let close = null;
 // The version that this page came from: after an upgrade it fits the Console no more.
 let version = null;
 
-const allowed = (page) => !page.roles || page.roles.includes(user.role);
+const allowed = (page) => (!page.roles || page.roles.includes(user.role)) && (!page.clustered || clustered);
 
 function drawTop() {
   const brand = h('a', { class: 'brand', href: HOME }, h('span', { class: 'mark', 'aria-hidden': 'true' }), 'Twistlock HA');
@@ -75,7 +76,7 @@ function route() {
   const page = PAGES.find(({ hash }) => hash === window.location.hash);
   if (!page || !allowed(page)) {
     // Replaces the entry: the way back must not lead here again.
-    window.location.replace(HOME);
+    window.location.replace(PAGES.find(allowed).hash);
     return;
   }
   clear();
@@ -111,8 +112,11 @@ function drawConnection() {
 }
 
 async function enter() {
-  user = await get('/session');
-  version = await get('/version');
+  user = await whoIs();
+  const system = await get('/settings/system');
+  version = system.version;
+  clustered = system.haEnabled !== false;
+  keepSession(user.expiresInSec);
   start(expired);
   drawTop();
   drawConnection();

@@ -209,16 +209,14 @@ function overview(status, now, may) {
   );
 }
 
-function eventRow(event, at) {
-  const facts = event.fields ?? {};
-  const took = facts.durationMs ?? facts.duration_ms ?? event.durationMs ?? event.duration_ms;
+function eventRow(event) {
   return {
-    key: `event-${event.id ?? at}`,
-    kind: event.severity,
+    key: `event-${event.id}`,
+    kind: `severity-${event.severity}`,
     cells: [
       when(event.time),
-      event.node ?? '',
-      [event.sentence ?? event.reason ?? event.kind, took !== undefined && h('span', { class: 'quiet' }, ` (${span(took)})`)],
+      event.node,
+      event.sentence,
     ],
   };
 }
