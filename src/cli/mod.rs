@@ -3,6 +3,7 @@
 //! that `ha drill` writes there), and must never print a password.
 
 mod args;
+mod bundle;
 mod canary;
 mod catch_up;
 mod certs;
@@ -113,6 +114,9 @@ enum Command {
     /// Show the versions of this program and of the cluster's members
     #[command(after_help = version::HELP)]
     Version(VersionArgs),
+    /// What somebody needs who is asked for help
+    #[command(subcommand)]
+    Debug(bundle::Debug),
     /// Print a shell completion script
     #[command(after_help = "Example: twistcli completions bash > /etc/bash_completion.d/twistcli")]
     Completions {
@@ -139,6 +143,7 @@ pub fn main() -> ExitCode {
         Command::Audits(args) => records::audits(args, paint).map(|()| 0),
         Command::Logs(args) => records::logs(args, paint).map(|()| 0),
         Command::Version(args) => version::run(args, paint).map(|()| 0),
+        Command::Debug(bundle::Debug::Bundle(args)) => bundle::run(args).map_err(Stop::from),
         Command::Completions { shell } => {
             Ok(completions(*shell)).and_then(|text| Ok(io::stdout().write_all(&text)?)).map(|()| 0)
         }

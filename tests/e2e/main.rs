@@ -15,6 +15,7 @@ mod events;
 mod health;
 mod held;
 mod network;
+mod observe;
 mod recover;
 mod remote;
 mod rollback;
