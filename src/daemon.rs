@@ -21,7 +21,7 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::renewal,
-    cluster::{NodeId, command::CONSOLE_DATABASE},
+    cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
     config::{self, Config, LogFormat, Secret, Severity},
     control::ControlSocket,
     events::{
@@ -35,7 +35,7 @@ use twistlock_ha::{
     node::{self, Exit, Handle, Lease, Status, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
-    snapshot,
+    rotation, snapshot,
     storage::{
         DataDir, DataDirError, Identity, configuration::Configuration, database::Database, make_private_dir,
         snapshot::Ready,
@@ -50,7 +50,9 @@ use crate::{
     joining::{self, Outcome},
 };
 pub(crate) use signals::Signals;
-use start::{PROMISE, first_start, lower_promise, node_config, open_log, promise, promised_earlier};
+use start::{
+    PROMISE, first_start, lower_promise, node_config, open_log, promise, promised_earlier, refuse_if_outdated,
+};
 pub(crate) use start::{lease_terms, open_data};
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
@@ -160,6 +162,9 @@ impl Parts {
             .context("start the port guard")?;
         telemetry::metrics_handle().context("start the metrics")?;
         let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
+        let known = Configuration::read(data.path())
+            .with_context(|| format!("read membership.json in {}", data.path().display()))?;
+        refuse_if_outdated(known.as_ref().map_or(&identity.membership, |known| &known.membership))?;
         let log = open_log(config, &data, &identity)?;
         let snapshot = snapshot.filter(|snapshot| {
             let ours = snapshot.manifest().membership.cluster == identity.cluster;
@@ -169,9 +174,10 @@ impl Parts {
             ours
         });
         let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
-        let version = env!("CARGO_PKG_VERSION");
+        let version = PROGRAM_VERSION;
         events.record(Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name)));
         if let Some(snapshot) = snapshot {
+            refuse_if_outdated(&snapshot.manifest().membership)?;
             events.record(installs(&snapshot));
             snapshot.install(&log, identity.node).context("install the snapshot")?;
         }
@@ -232,35 +238,49 @@ impl Parts {
         let (mut supervisor, ports) = self.supervisor()?;
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
         let kit = Arc::new(Kit::new(&self.config));
+        let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
+        task::spawn(backups.clone().keep());
         supervisor.offer(Services {
             admin: admin.clone(),
+            backups: backups.clone(),
             kit: kit.clone(),
             high_availability: self.config.high_availability_enabled,
             events: self.events.clone(),
         });
         let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
-        let administrator = Arc::new(Administrator { admin, kit, data, membership });
+        let administrator = Arc::new(Administrator { admin, backups, kit, data, membership });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
         self.open_health_port(&ports)?;
         let (snapshots, calls) = mpsc::channel(1);
+        let (keys, key_calls) = mpsc::channel(1);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
         let folder = self.config.data_folder.join("certificates");
-        task::spawn(renewal::keep(folder, self.handle.clone(), certificates));
+        task::spawn(renewal::keep(folder.clone(), self.handle.clone(), certificates.clone()));
         let peers = PeerIdentity {
             me: self.identity.node,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: PROGRAM_VERSION.to_owned(),
+            level: FEATURE_LEVEL,
             roster: Roster::new(self.handle.editions()),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
             tls,
             snapshots,
+            keys,
         };
         let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
         task::spawn(snapshot::serve(self.handle.clone(), self.events.clone(), calls, data.clone()));
         task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
+        task::spawn(rotation::serve(folder.clone(), key_calls));
+        task::spawn(rotation::keep(rotation::Parts {
+            certificates: folder,
+            handle: self.handle.clone(),
+            peers: peers.clone(),
+            tls: certificates,
+            console: Box::new(|| {}),
+        }));
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
         let (opened, open) = watch::channel(None);

@@ -36,8 +36,10 @@
 //! | [`node`] | drives: the one loop that joins the four above to the clock; publishes [`node::Status`] | ports and workloads |
 //! | [`admin`] | every operation of an administrator: its checks, and the change it asks for | HTTP, sockets and terminals |
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
+//! | [`rotation`] | replaces what all members share: the cluster key, the certificate authority | how a change is agreed on |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
+//! | [`backup`] | backups: made, kept, verified, brought back | HTTP, sockets and terminals |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
 //! | [`events`] | tells: what happened, to the history and to whoever is to be notified | what it is told for |
@@ -89,6 +91,7 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod admin;
+pub mod backup;
 pub mod cli;
 pub mod cluster;
 pub mod config;
@@ -105,6 +108,7 @@ pub mod node;
 pub mod peer;
 pub mod pki;
 pub mod recover;
+pub mod rotation;
 pub mod snapshot;
 pub mod storage;
 pub mod supervisor;

@@ -200,6 +200,10 @@ pub const SNAPSHOT_LATENCY: &str = "twistlock_snapshot_seconds";
 pub const SNAPSHOT_FAILURES: &str = "twistlock_snapshot_failures_total";
 /// Counter: how often the raft log has become too long to be kept for a member that is away.
 pub const RAFT_LOG_OVERRUNS: &str = "twistlock_raft_log_overruns_total";
+/// Gauge, seconds since 1970: when the newest backup of this host was made.
+pub const BACKUP_LAST_SUCCESS: &str = "twistlock_backup_last_success_timestamp_seconds";
+/// Counter: backups of this host that failed.
+pub const BACKUP_FAILURES: &str = "twistlock_backup_failures_total";
 
 /// Histogram, seconds: from the last sign of the primary before to open ports, on the node that took over.
 pub const TAKEOVER: &str = "twistlock_takeover_seconds";
@@ -259,6 +263,8 @@ pub const METRICS: &[Metric] = &[
     metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction."),
     metric(SNAPSHOT_LATENCY, Kind::Latency, "Seconds that one whole database took, by direction."),
     metric(SNAPSHOT_FAILURES, Kind::Counter, "Whole databases that could not be sent or fetched, by direction."),
+    metric(BACKUP_LAST_SUCCESS, Kind::Gauge, "When the newest backup of this host was made, in seconds since 1970."),
+    metric(BACKUP_FAILURES, Kind::Counter, "Backups of this host that failed."),
     metric(TAKEOVER, Kind::Latency, "Seconds from the last sign of the former PRIMARY to open ports on this node."),
     metric(FAILOVERS, Kind::Counter, "Takeovers by this node, by the reason why the former PRIMARY was lost."),
     metric(EVENTS, Kind::Counter, "Events that this node recorded, by severity."),

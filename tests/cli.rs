@@ -63,6 +63,7 @@ impl ControlHandler for Frozen {
             Operation::Uninvite {} | Operation::Remove { .. } | Operation::Resume {} | Operation::Readdress { .. } => {
                 serde_json::Value::Null
             }
+            of_backups => return Box::pin(async move { Err(format!("no backups here: {of_backups:?}")) }),
         };
         Box::pin(async { Ok(answer) })
     }
@@ -74,6 +75,8 @@ fn picture(states: [Role; 3]) -> Status {
         voter: true,
         sync: None,
         full: false,
+        level: twistlock_ha::cluster::FEATURE_LEVEL,
+        holds: Default::default(),
         id,
         name: format!("host{id}"),
         address: format!("192.0.2.{id}:8086"),

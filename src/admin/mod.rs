@@ -6,9 +6,11 @@
 
 mod admission;
 mod attempts;
+mod closed;
 mod invitation;
 mod members;
 pub mod renewal;
+mod rotate;
 mod switchover;
 
 use std::{
@@ -204,7 +206,7 @@ impl Admin {
 }
 
 /// Seconds since 1970.
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 

@@ -72,6 +72,15 @@ pub(super) enum Ha {
         #[command(flatten)]
         target: Target,
     },
+    /// Replace the key with which all members protect the certificate authority's
+    #[command(after_help = ROTATE_KEY_HELP)]
+    RotateKey {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Replace the certificate authority, and with it all certificates, while the cluster runs
+    #[command(after_help = ROTATE_CA_HELP)]
+    RotateCa(RotateCaArgs),
     /// Tell the cluster that a member is reached at another address from now on
     #[command(after_help = SET_ADDRESS_HELP)]
     SetAddress(SetAddressArgs),
@@ -236,6 +245,40 @@ Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the 
 Examples:
   twistcli ha pause
   twistcli ha pause --for 2h";
+
+const ROTATE_KEY_HELP: &str = "\
+All members fetch a new cluster key from each other; when each has it on its disk, the certificate authority's
+private key is encrypted with it. This happens by itself after each removal of a member.
+
+Exit code: 0 begun (twistcli ha status shows how far it is), 64 wrong command line, 69 the daemon cannot be
+reached, 75 refused.
+
+Example:
+  twistcli ha rotate-key";
+const ROTATE_CA_HELP: &str = "\
+All members trust a new authority first; then it signs, and all certificates of nodes and Consoles are made anew;
+the old one is trusted until the overlap is over. Give the new ca.pem, in certificates/ of the data folder, to
+clients in that time. Join scripts that were given out are worth nothing any more.
+After the removal of a host that you do not trust any more, this shuts it out: it knew the old authority's key.
+
+Exit code: 0 begun (twistcli ha status shows how far it is), 64 wrong command line, 69 the daemon cannot be
+reached, 75 refused or not confirmed.
+
+Examples:
+  twistcli ha rotate-ca
+  twistcli ha rotate-ca --overlap 7d --yes";
+
+#[derive(Debug, Args)]
+pub(super) struct RotateCaArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// How long the old authority is still trusted when the new one signs
+    #[arg(long, value_name = "SPAN", default_value = "1d", value_parser = span)]
+    pub overlap: Duration,
+    /// Do not ask; needed where standard input is no terminal
+    #[arg(long, short)]
+    pub yes: bool,
+}
 
 const SET_ADDRESS_HELP: &str = "\
 What is not named stays. The member may be up or down; the others dial the new address at once.

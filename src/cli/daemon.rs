@@ -102,6 +102,8 @@ pub(super) fn command(operation: &Operation) -> String {
         }
         Operation::Pause { seconds } => format!("pause --for {seconds}s"),
         Operation::Resume {} => "resume".to_owned(),
+        Operation::RotateKey {} => "rotate-key".to_owned(),
+        Operation::RotateCa { overlap_s } => format!("rotate-ca --overlap {overlap_s}s"),
         Operation::Events { .. } => "events".to_owned(),
         Operation::Readdress { node, new_name, address, port } => format!(
             "set-address {node}{}{}{}",
@@ -109,8 +111,22 @@ pub(super) fn command(operation: &Operation) -> String {
             option("port", &port.map(|port| port.to_string())),
             option("name", new_name)
         ),
+        of_backups => return backup_command(of_backups),
     };
     format!("twistcli ha {text}")
+}
+
+fn backup_command(operation: &Operation) -> String {
+    match operation {
+        Operation::Backups {} => "twistcli backup list".to_owned(),
+        Operation::BackupState {} => "twistcli backup status".to_owned(),
+        Operation::Backup { called } => format!("twistcli backup create {called}"),
+        Operation::VerifyBackup { id } => format!("twistcli backup verify {id}"),
+        Operation::RenameBackup { id, called } => format!("twistcli backup rename {id} {called}"),
+        Operation::DeleteBackup { id } => format!("twistcli backup delete {id}"),
+        Operation::Restore { file, .. } => format!("twistcli restore {}", file.display()),
+        _ => "twistcli --help".to_owned(),
+    }
 }
 
 /// What went wrong on the way to the daemon, and what to do about it.

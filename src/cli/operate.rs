@@ -4,14 +4,14 @@
 use std::io::{self, IsTerminal, Write};
 
 use super::{
-    args::{ApplyArgs, JoinScriptArgs, RemoveArgs, SetAddressArgs, SwitchoverArgs},
+    args::{ApplyArgs, JoinScriptArgs, RemoveArgs, RotateCaArgs, SetAddressArgs, SwitchoverArgs},
     catch_up,
     columns::{self, Paint, print_json},
     daemon::command,
     door::Door,
     handover, next,
     stop::{EX_TEMPFAIL, Stop, confirm},
-    table::{clock, date},
+    table::{clock, date, duration},
 };
 use crate::{
     admin::SwitchoverReport,
@@ -185,6 +185,16 @@ pub(super) fn pause(door: &Door, seconds: u64) -> Result<(), Stop> {
     writeln!(io::stdout(), "PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name)?;
     eprintln!("Next, when the maintenance is done: twistcli ha resume");
     Ok(())
+}
+
+/// Replaces the certificate authority.
+pub(super) fn rotate_ca(door: &Door, args: &RotateCaArgs) -> Result<(), Stop> {
+    let operation = Operation::RotateCa { overlap_s: args.overlap.as_secs() };
+    door.primary(&command(&operation))?;
+    eprintln!("All certificates of nodes and Consoles are made anew, and join scripts that were given out end.");
+    eprintln!("Clients that know the old CA need the new one within {}.", duration(args.overlap.as_millis() as u64));
+    confirm("Replace the certificate authority?", args.yes)?;
+    simple(door, operation, "The members trust the new authority now, and then it signs. See: twistcli ha status")
 }
 
 /// Gives a member another address.

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::{
     columns::{self, Cell, Head, Paint},
     health::{Health, judge},
-    next,
+    next, progress,
 };
 use crate::{
     cluster::{
@@ -51,6 +51,9 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
         out.push_str(&table(&rows, paint));
     }
     status.members.iter().filter_map(copy).for_each(|copy| out.push_str(&copy));
+    for line in progress::lines(status) {
+        let _ = writeln!(out, "{} {line}", paint.text("1;36", "~"));
+    }
     for request in &status.membership.requests {
         let _ = writeln!(
             out,
@@ -220,6 +223,7 @@ pub(super) mod tests {
             address: "192.0.2.7".into(),
             port: 8086,
             version: "0.1.0".into(),
+            level: crate::cluster::FEATURE_LEVEL,
             fingerprint: format!("AB:CD:{name}"),
             csr: String::new(),
             console_csr: String::new(),

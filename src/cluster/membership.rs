@@ -9,6 +9,11 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::{
+    level,
+    trust::{Coming, KeyId, Rekey, Retired},
+};
+
 /// Identity of a node inside its cluster: Raft's node id, 1 or more, never used again after a removal.
 pub type NodeId = u64;
 
@@ -122,6 +127,9 @@ pub struct Request {
     pub port: u16,
     /// Version of its program.
     pub version: String,
+    /// What its program can do.
+    #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
+    pub level: u32,
     /// Fingerprint of its public key, which both sides show.
     pub fingerprint: String,
     /// Its signing request for the node's certificate, PEM.
@@ -155,6 +163,9 @@ pub struct SealedAuthority {
     pub certificate: String,
     /// Its private key, encrypted with the key that only members hold; base64.
     pub sealed_key: String,
+    /// Names that key; none if it is the one that the cluster was founded with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<KeyId>,
 }
 
 /// A host that is to be admitted.
@@ -205,6 +216,19 @@ pub struct Membership {
     pub invitations: Vec<Invitation>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub authority: Option<SealedAuthority>,
+    /// The feature level in force: what the programs of all members have. Never lowered.
+    #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
+    pub level: u32,
+    /// Version of the program that raised it: older ones may not take part.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub level_version: String,
+    /// See [`super::trust`], these three.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rekey: Option<Rekey>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coming: Option<Coming>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retired: Option<Retired>,
 }
 
 /// A change that an administrator (or, for [`Change::Promote`], the primary itself) wants.
@@ -233,6 +257,20 @@ pub enum Change {
     Pause { until: u64 },
     /// Automatic takeover again.
     Resume,
+    /// The programs of all members have this feature level; `version` is that of the primary's.
+    Raise { level: u32, version: String },
+    /// The cluster key is to be replaced.
+    Rekey,
+    /// The primary has made a cluster key; all members fetch it.
+    AnnounceKey { id: KeyId },
+    /// All members have the announced cluster key: the authority is sealed with it.
+    Reseal { authority: SealedAuthority },
+    /// All members are to trust this authority, too.
+    IntroduceAuthority { coming: Coming },
+    /// All members trust it: it signs from now on; `at` in seconds since 1970.
+    SwitchAuthority { at: u64 },
+    /// All members show certificates of the authority that signs: the old one is not trusted any more.
+    DropAuthority,
 }
 
 /// Why a change is not possible. Nothing was changed.
@@ -271,6 +309,11 @@ impl Membership {
             requests: Vec::new(),
             invitations: Vec::new(),
             authority: None,
+            level: level::FEATURE_LEVEL,
+            level_version: level::PROGRAM_VERSION.to_owned(),
+            rekey: None,
+            coming: None,
+            retired: None,
         }
     }
 
@@ -333,6 +376,13 @@ impl Membership {
                     return Err(Impossible("automatic takeover is not paused".to_owned()));
                 }
             }
+            Change::Raise { level, version } => next.raise(*level, version)?,
+            Change::Rekey => next.rekey()?,
+            Change::AnnounceKey { id } => next.announce_key(*id)?,
+            Change::Reseal { authority } => next.reseal(authority)?,
+            Change::IntroduceAuthority { coming } => next.introduce_authority(coming)?,
+            Change::SwitchAuthority { at } => next.switch_authority(*at)?,
+            Change::DropAuthority => next.drop_authority()?,
         }
         next.check()?;
         // Checked here, too: an entry that no member can read would stop them all.
@@ -344,12 +394,28 @@ impl Membership {
 
     /// What everybody who may look at the cluster may see: no key, no invitation, no request that could be picked up.
     pub fn public(&self) -> Self {
-        let mut public = Self { invitations: Vec::new(), authority: None, ..self.clone() };
+        let mut public = Self { invitations: Vec::new(), authority: None, coming: None, ..self.clone() };
         public.members.iter_mut().for_each(|member| member.admission = None);
         for request in &mut public.requests {
             (request.id, request.csr, request.console_csr) = Default::default();
         }
         public
+    }
+
+    fn raise(&mut self, level: u32, version: &str) -> Result<(), Impossible> {
+        if level <= self.level {
+            return Err(Impossible(format!("the cluster runs feature level {} already", self.level)));
+        }
+        if version.len() > MAX_NAME {
+            return Err(Impossible("the version is too long".to_owned()));
+        }
+        let before = std::mem::replace(&mut self.level, level);
+        self.level_version = version.to_owned();
+        // Removals so far could not have the cluster key replaced.
+        if before < 2 && !self.removed.is_empty() {
+            self.distrust();
+        }
+        Ok(())
     }
 
     fn invite(&mut self, invitation: &Invitation) -> Result<(), Impossible> {
@@ -362,6 +428,11 @@ impl Membership {
     }
 
     fn request(&mut self, request: &Request) -> Result<(), Impossible> {
+        if self.coming.is_some() {
+            return Err(Impossible(
+                "the certificate authority is being replaced: get a new join script in a moment".to_owned(),
+            ));
+        }
         check_host(&request.name, &request.address, request.port)?;
         self.requests.retain(|open| open.until > request.at);
         // The same host asks again, for example because its first answer was lost: the newest request counts.
@@ -452,6 +523,7 @@ impl Membership {
             self.removed.remove(0);
         }
         self.removed.push(Removed { id: gone.id, name: gone.name, at });
+        self.distrust();
         Ok(())
     }
 
@@ -538,6 +610,7 @@ mod tests {
             address: format!("127.0.0.{id}"),
             port: 8086,
             version: "1.2.3".to_owned(),
+            level: level::FEATURE_LEVEL,
             fingerprint: format!("AB:{id}"),
             csr: String::new(),
             console_csr: String::new(),
@@ -654,6 +727,23 @@ mod tests {
         assert_eq!(paused.pause, Some(Pause { until: 5, primary: 1 }));
         assert_eq!(change(&paused, Change::Resume).unwrap(), one());
         assert!(change(&one(), Change::Resume).unwrap_err().contains("not paused"));
+    }
+
+    #[test]
+    fn a_level_rises_and_never_falls_and_an_older_program_reads_past_it() {
+        let raise =
+            |membership: &Membership, level| change(membership, Change::Raise { level, version: format!("{level}.0") });
+        let old = Membership { level: 1, level_version: String::new(), ..one() };
+        assert!(!String::from_utf8(old.encode()).unwrap().contains("level"), "as before there were levels");
+        assert_eq!(Membership::decode(&old.encode()).unwrap(), old);
+        let raised = raise(&old, 7).unwrap();
+        assert_eq!((raised.level, raised.level_version.as_str()), (7, "7.0"));
+        assert_eq!(Membership::decode(&raised.encode()).unwrap(), raised);
+        for level in [6, 7] {
+            assert!(raise(&raised, level).unwrap_err().contains("level 7 already"));
+        }
+        let paused = change(&raised, Change::Pause { until: 5 }).unwrap();
+        assert_eq!(paused.level, 7);
     }
 
     #[test]

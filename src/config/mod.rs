@@ -77,6 +77,14 @@ config! {
     data_recovery_enabled: bool,
     /// `DATA_RECOVERY_VOLUME`, absolute.
     data_recovery_volume: PathBuf,
+    /// `BACKUP_KEEP_DAILY`, `BACKUP_KEEP_WEEKLY`, `BACKUP_KEEP_MONTHLY`: how many automatic backups are kept.
+    backup_keep_daily: u32,
+    backup_keep_weekly: u32,
+    backup_keep_monthly: u32,
+    /// `BACKUP_KEY_FILE`, absolute; none: backups are not encrypted.
+    backup_key_file: Option<PathBuf>,
+    /// `BACKUP_DELAY_SECONDS`: from the start of the daemon to the first automatic backup.
+    backup_delay: Duration,
     /// `DATA_FOLDER`, absolute.
     data_folder: PathBuf,
     /// `CONTROL_SOCKET`; none: inside the data folder. See [`Config::control_socket_path`].

@@ -4,6 +4,7 @@
 mod access;
 mod audits;
 mod auth;
+mod backups;
 mod cluster;
 mod cookie;
 mod errors;
@@ -39,7 +40,7 @@ use tokio::sync::{Semaphore, watch};
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::{admin::Admin, events::Recorder, join::Kit, node::Status};
+use crate::{admin::Admin, backup::Backups, events::Recorder, join::Kit, node::Status};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
@@ -64,6 +65,7 @@ const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
 #[derive(Clone)]
 pub struct Services {
     pub admin: Arc<Admin>,
+    pub backups: Arc<Backups>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
     /// `HIGH_AVAILABILITY_ENABLED`.

@@ -21,7 +21,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::{
     runtime::Handle,
-    sync::mpsc::{self, error::SendTimeoutError},
+    sync::{
+        OwnedSemaphorePermit,
+        mpsc::{self, error::SendTimeoutError},
+    },
     task,
 };
 
@@ -165,8 +168,7 @@ pub(super) async fn program(
     method: Method,
     Name(name): Name,
 ) -> Result<Response, ApiError> {
-    let busy = || ApiError::Unavailable(format!("{DOWNLOADS} downloads are under way: try again"));
-    let slot = Arc::clone(&console.downloads).try_acquire_owned().map_err(|_| busy())?;
+    let slot = slot(&console)?;
     let wanted = name.clone();
     let found = with_kit(&console, move |kit, _, _| Ok(kit.program(&wanted)?)).await?;
     let none = || ApiError::NotFound(format!("there is no program {name:?}: twistlockd and twistcli are there"));
@@ -182,12 +184,23 @@ pub(super) async fn program(
     if method == Method::HEAD {
         return Ok(headers.into_response());
     }
+    Ok((headers, body(file, length, slot)).into_response())
+}
+
+/// The right to download something.
+pub(super) fn slot(console: &Console) -> Result<OwnedSemaphorePermit, ApiError> {
+    let busy = |_| ApiError::Unavailable(format!("{DOWNLOADS} downloads are under way: try again"));
+    Arc::clone(&console.downloads).try_acquire_owned().map_err(busy)
+}
+
+/// The first `length` bytes of a file as the body of a response.
+pub(super) fn body(file: File, length: u64, slot: OwnedSemaphorePermit) -> axum::body::Body {
     let (sender, pieces) = mpsc::channel(PIECES);
     task::spawn_blocking(move || {
         read_pieces(file, length, &sender, PIECE_TIME);
         drop(slot);
     });
-    Ok((headers, axum::body::Body::new(Download { pieces, left: length })).into_response())
+    axum::body::Body::new(Download { pieces, left: length })
 }
 
 /// Reads until the end, an error, or the client is gone or too slow: then its body ends too early, and its connection with

@@ -14,7 +14,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
 use super::{
-    Console, audits, cluster, events, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users,
+    Console, audits, backups, cluster, events, logs, openapi, programs, sessions, settings, stream, system, tags, ui,
+    users,
 };
 
 /// Where the API begins.
@@ -29,6 +30,7 @@ pub(super) fn table() -> Vec<Entry> {
         settings::routes(),
         audits::routes(),
         logs::routes(),
+        backups::routes(),
         cluster::routes(),
         events::routes(),
         programs::routes(),

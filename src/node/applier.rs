@@ -12,10 +12,12 @@ use std::{
 };
 
 use raft::eraftpb::EntryType;
+use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use crate::{
     storage::{
+        backup::{CopyError, Copying, Finished, Progress},
         database::{ApplyError, Database, DatabaseError},
         raft_log::{LogError, RaftLog},
     },
@@ -40,6 +42,8 @@ const FULL_PAUSE: Duration = Duration::from_millis(500);
 const HELD_WAL: u64 = 1 << 30;
 /// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
 const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
+/// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
+const COPY_PATIENCE: Duration = Duration::from_secs(30);
 /// Entries applied between two looks at the goal.
 const SLICE: u64 = 256;
 
@@ -56,6 +60,8 @@ struct Goal {
     released: u64,
     /// How often a snapshot was asked for.
     snapshots: u64,
+    /// How often something was asked about a copy.
+    copies: u64,
     stop: bool,
 }
 
@@ -65,9 +71,49 @@ struct Shared {
     changed: Condvar,
     /// Who waits for a snapshot.
     snapshots: Mutex<Vec<Reply>>,
+    /// Who waits for a copy, or for its end. One backup at a time asks, so this stays short.
+    copies: Mutex<Vec<CopyRequest>>,
     applied: AtomicU64,
     /// Bytes ever appended to the raft log by this process.
     appended: AtomicU64,
+}
+
+enum CopyRequest {
+    Begin(oneshot::Sender<Result<Copying, CopyError>>),
+    Finish(Progress, oneshot::Sender<Result<Finished, CopyError>>),
+}
+
+/// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop has
+/// nothing to do with it.
+#[derive(Clone)]
+pub(super) struct Copies(Arc<Shared>);
+
+impl Copies {
+    pub async fn begin(&self) -> Result<Copying, CopyError> {
+        let (reply, wait) = oneshot::channel();
+        self.ask(CopyRequest::Begin(reply), wait).await
+    }
+
+    pub async fn finish(&self, copy: Progress) -> Result<Finished, CopyError> {
+        let (reply, wait) = oneshot::channel();
+        self.ask(CopyRequest::Finish(copy, reply), wait).await
+    }
+
+    async fn ask<T>(
+        &self,
+        request: CopyRequest,
+        wait: oneshot::Receiver<Result<T, CopyError>>,
+    ) -> Result<T, CopyError> {
+        self.0.copies.lock().unwrap_or_else(PoisonError::into_inner).push(request);
+        lock(&self.0).copies += 1;
+        self.0.changed.notify_one();
+        // A thread that has ended leaves the request where it is.
+        match tokio::time::timeout(COPY_PATIENCE, wait).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(CopyError::Ended("the node stops".to_owned())),
+            Err(_) => Err(CopyError::Ended("the database is busy: try again".to_owned())),
+        }
+    }
 }
 
 /// The loop's side of the database thread.
@@ -109,6 +155,7 @@ impl Applier {
             refused: 0,
             reported_demotion: 0,
             snapshots: 0,
+            copies: 0,
             snapshot_at: None,
             overrun: false,
             broken: false,
@@ -118,6 +165,11 @@ impl Applier {
         };
         let thread = thread::Builder::new().name("database".to_owned()).spawn(move || worker.run())?;
         Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Where copies are asked for.
+    pub fn copies(&self) -> Copies {
+        Copies(Arc::clone(&self.shared))
     }
 
     /// The raft index up to which the database has everything.
@@ -214,6 +266,8 @@ struct Worker {
     reported_demotion: u64,
     /// How many requests for a snapshot have been answered.
     snapshots: u64,
+    /// How many requests about copies have been answered.
+    copies: u64,
     /// The checkpoint that a snapshot was last seen to be read at, and until when the raft log behind it is kept.
     snapshot_at: Option<(u64, Instant)>,
     /// The raft log is too long, and that was reported.
@@ -255,6 +309,10 @@ impl Worker {
             if goal.snapshots != self.snapshots {
                 self.snapshots = goal.snapshots;
                 self.rest();
+            }
+            if goal.copies != self.copies {
+                self.copies = goal.copies;
+                self.copy();
             }
             self.checkpoint_if_due();
         }
@@ -307,7 +365,7 @@ impl Worker {
             let pause = if self.behind(&goal) { self.pause() } else { None };
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
-                _ if goal.snapshots != self.snapshots => false,
+                _ if goal.snapshots != self.snapshots || goal.copies != self.copies => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
                 Some(epoch) if pause.is_some() => epoch == self.refused,
                 None if pause.is_some() => true,
@@ -472,6 +530,17 @@ impl Worker {
                     let resting = result.map_err(|error| error.to_string());
                     self.report(DatabaseEvent::Resting { resting, reply });
                 }
+            }
+        }
+    }
+
+    /// Answers everybody who makes a copy. Whoever does not wait any more asks again.
+    fn copy(&mut self) {
+        let requests = std::mem::take(&mut *self.shared.copies.lock().unwrap_or_else(PoisonError::into_inner));
+        for request in requests {
+            match request {
+                CopyRequest::Begin(reply) => drop(reply.send(self.database.begin_copy())),
+                CopyRequest::Finish(copy, reply) => drop(reply.send(self.database.finish_copy(&copy))),
             }
         }
     }

@@ -127,6 +127,7 @@ impl Driver {
             let why = "it was removed from the cluster by the administrator; run the join script to come back";
             self.told_removed(why.to_owned());
         }
+        self.leave_if_outdated();
         let membership = Arc::new(membership);
         let index = self.config.configuration.index;
         self.editions.send_replace(Edition { index, membership: membership.clone() });
@@ -208,6 +209,10 @@ fn log_differences(before: &Membership, after: &Membership) {
     for request in after.requests.iter().filter(|request| !before.requests.contains(request)) {
         let (name, address, port) = (&request.name, &request.address, request.port);
         info!(name, address, port, fingerprint = request.fingerprint, "asks to join");
+    }
+    if before.level != after.level {
+        let (level, version) = (after.level, &after.level_version);
+        info!(level, version, "this feature level is in force: programs that do not have it are refused from now on");
     }
     if before.pause != after.pause {
         match &after.pause {

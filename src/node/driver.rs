@@ -29,6 +29,7 @@ use super::{
     space::Space,
     status::Publisher,
     syncer::Syncer,
+    upgrade::Upgrade,
 };
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
@@ -56,6 +57,7 @@ pub(super) struct Driver {
     pub rollback: Rollback,
     pub space: Space,
     pub changes: Changes,
+    pub upgrade: Upgrade,
     /// The membership in force, for whoever follows it.
     pub members: watch::Sender<Arc<Membership>>,
     /// The same with its raft index.
@@ -108,6 +110,7 @@ impl Driver {
                 self.watch_space();
                 self.restore_if_needed();
                 self.follow_pause();
+                self.follow_level();
             }
             self.carry_out_all();
             if self.rollback.is_over(self.applier.applied()) {
@@ -189,6 +192,7 @@ impl Driver {
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
             PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
             PeerEvent::Removed { by, reason } => self.told_removed(format!("node {by} says: {reason}")),
+            PeerEvent::Outdated { by, reason } => self.told_outdated(format!("node {by} says: {reason}")),
             PeerEvent::Twins { peer, gone } => self.publisher.warn(
                 "twins",
                 (!gone).then(|| {
@@ -221,6 +225,7 @@ impl Driver {
             }
             Input::Change { change, reply } => self.change(&change, reply),
             Input::IgnorePause => self.ignore_pause(),
+            Input::Holds { holds } => self.publisher.holds(holds),
             Input::Sync { node, progress } => self.publisher.sync(node, progress),
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
             Input::Snapshot { reply } => self.snapshot(reply),

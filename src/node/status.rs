@@ -10,8 +10,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::{
-    cluster::{Cluster, ClusterId, Member, Membership, NodeId, Phase, Role, role::Transition},
-    peer::{Links, NodeReport},
+    cluster::{
+        Cluster, ClusterId, Member, Membership, NodeId, Phase, Role, level::FIRST_LEVEL, role::Transition,
+        trust::Holdings,
+    },
+    peer::{Links, More, NodeReport},
     storage::{database::PrimaryDatabase, raft_log::RaftLog},
 };
 
@@ -101,6 +104,12 @@ pub struct MemberStatus {
     /// Its disk is full, by its last report.
     #[serde(default)]
     pub full: bool,
+    /// The feature level of its program; 0 if it was never heard of.
+    #[serde(default)]
+    pub level: u32,
+    /// What it has on its disk of what all members go on with together, by its last report.
+    #[serde(default)]
+    pub holds: Holdings,
 }
 
 /// How far the copy of a database is.
@@ -135,6 +144,8 @@ pub(super) struct Publisher {
     rolling_back: bool,
     /// The disk of this node is full.
     full: bool,
+    /// What this node has on its disk.
+    holds: Holdings,
     /// Why this node is no member any more.
     removed: Option<String>,
     history: History,
@@ -186,6 +197,7 @@ impl Publisher {
             diverged: false,
             rolling_back: false,
             full: false,
+            holds: Holdings::default(),
             database: None,
             sender,
             ticks: 0,
@@ -209,7 +221,7 @@ impl Publisher {
             if report.state != Role::Primary {
                 self.history.not_primary(from, boottime());
             }
-            let role = |report: &NodeReport| (report.state, report.epoch, report.full);
+            let role = |report: &NodeReport| (report.state, report.epoch, report.full, report.more);
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
             peer.has = peer.has.max(report.applied);
             peer.report = Some(report);
@@ -279,6 +291,23 @@ impl Publisher {
         let lacks = |peer: &Peer| std::cmp::Reverse(peer.report.as_ref().map_or(0, |report| report.applied));
         let found = voters.filter_map(|id| self.peers.get(&id).filter(able).map(|peer| (lacks(peer), id)));
         found.min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
+    }
+
+    /// The feature level that the programs of all members have; none while one of them is not heard of.
+    pub fn common_level(&self) -> Option<u32> {
+        let level = |peer: &Peer| {
+            let heard = !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER);
+            peer.report.as_ref().filter(|_| heard).map(level_of)
+        };
+        self.peers.values().map(level).try_fold(self.config.level, |least, level| Some(least.min(level?)))
+    }
+
+    /// What this node has on its disk; the others are told at once.
+    pub fn holds(&mut self, holds: Holdings) {
+        self.holds = holds;
+        self.stale = true;
+        // Not one of the roles that are announced: the next turn of the loop does it.
+        self.announced.1 = u64::MAX;
     }
 
     /// The disk of this node is full, or is not any more.
@@ -377,6 +406,7 @@ impl Publisher {
                 lease_ms: status.lease_ms,
                 full: self.full,
                 version: status.version.clone(),
+                more: Some(More { level: self.config.level, holds: self.holds }),
             };
             links.send_report(*peer, &report);
         }
@@ -431,6 +461,8 @@ impl Publisher {
             voter: true,
             sync: self.sync,
             full: self.full,
+            level: self.config.level,
+            holds: self.holds,
         };
         let members = &self.membership.members;
         Status {
@@ -481,6 +513,8 @@ impl Publisher {
             voter: member.voter,
             sync: peer.sync,
             full: report.is_some_and(|report| report.full),
+            level: report.map_or(0, level_of),
+            holds: report.and_then(|report| report.more).map(|more| more.holds).unwrap_or_default(),
         }
     }
 
@@ -541,6 +575,11 @@ impl Publisher {
     }
 }
 
+/// The feature level of the program that reports: one that says none is of the first.
+fn level_of(report: &NodeReport) -> u32 {
+    report.more.map_or(FIRST_LEVEL, |more| more.level)
+}
+
 /// Seconds since 1970.
 fn unix_now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
@@ -573,6 +612,7 @@ mod tests {
             page_size: 4096,
             fast_takeover: true,
             version: "1.2.3".to_owned(),
+            level: 2,
             lease: crate::node::Lease::new().unwrap(),
         };
         Publisher::new(&config).0
@@ -588,7 +628,22 @@ mod tests {
             lease_ms: None,
             full: false,
             version,
+            more: None,
         }
+    }
+
+    #[test]
+    fn the_common_level_is_that_of_the_oldest_program_and_needs_everybody() {
+        let mut publisher = publisher();
+        let says = |level| NodeReport { more: Some(More { level, holds: Holdings::default() }), ..report(5) };
+        publisher.report(2, says(9));
+        assert_eq!(publisher.common_level(), None, "one was never heard of");
+        publisher.report(3, report(5));
+        assert_eq!(publisher.common_level(), Some(1), "one says no level");
+        publisher.report(3, says(3));
+        assert_eq!(publisher.common_level(), Some(2), "our own");
+        publisher.dead(3);
+        assert_eq!(publisher.common_level(), None);
     }
 
     /// A primary whose disk is full must not give the role to a member that could not write either.

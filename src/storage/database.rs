@@ -18,6 +18,7 @@ use thiserror::Error;
 pub use super::replica::ApplyError;
 use super::{
     EntrySource, Replicator,
+    backup::{CopyError, Copying, Finished, Progress},
     checkpoint::{Record, sync_folder},
     checksum::PageTable,
     gate::{self, Gate, GateConfig, Mark},
@@ -74,6 +75,17 @@ impl DatabaseError {
     }
 }
 
+/// Why the content of a database was not replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ReplaceError {
+    /// Nothing has changed.
+    #[error("{0}")]
+    Refused(String),
+    /// The role was lost meanwhile: the whole new content is there later, or the whole old one.
+    #[error("{0}")]
+    Unknown(String),
+}
+
 /// What [`Database::checkpoint`] has reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
@@ -108,6 +120,27 @@ impl PrimaryDatabase {
             .foreign_keys(true)
             .pragma("wal_autocheckpoint", "0")
             .pragma("journal_size_limit", WAL_LIMIT.to_string())
+    }
+
+    /// Replaces the whole content of the database by that of a file which nobody has open, as one transaction that a majority
+    /// has when this returns. `go_on` is told pages done and in all, and ends the work by false. Nobody else may write
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// [`ReplaceError`].
+    pub fn replace(&self, from: &Path, go_on: impl FnMut(u32, u32) -> bool) -> Result<(), ReplaceError> {
+        vfs::replace(&self.gate, from, go_on).map_err(|error| {
+            let why = match self.gate.last_refusal() {
+                Some(reason) => format!("{error}: {reason}"),
+                None => error.to_string(),
+            };
+            if self.gate.is_fenced() { ReplaceError::Unknown(why) } else { ReplaceError::Refused(why) }
+        })
+    }
+
+    /// Size of a page in bytes.
+    pub fn page_size(&self) -> u32 {
+        self.gate.page_size()
     }
 
     /// The gate of this promotion: fence it from any thread.
@@ -452,6 +485,51 @@ impl Database {
         // A second reader gets the checkpoint of the first: another one would take it away.
         let hold = self.hold.get_or_insert_default().clone();
         Ok(Resting::new(Arc::clone(&self.file), self.record, hold))
+    }
+
+    /// Begins a copy of a database that follows and goes on following. An earlier copy ends.
+    ///
+    /// # Errors
+    /// [`CopyError::Ended`] on a primary, and while the file is ahead of what has been applied.
+    pub fn begin_copy(&mut self) -> Result<Copying, CopyError> {
+        let replica = self.whole()?;
+        let table = &replica.table;
+        let (copying, tracking) = Copying::begin(Arc::clone(&replica.file), table.page_size(), table.pages());
+        replica.copy = Some(tracking);
+        Ok(copying)
+    }
+
+    /// Ends a copy at what is applied now.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub fn finish_copy(&mut self, copy: &Progress) -> Result<Finished, CopyError> {
+        let replica = self.whole()?;
+        let Some(tracking) = &replica.copy else {
+            return Err(CopyError::Ended("the database was begun again since the copy began".to_owned()));
+        };
+        let finished = tracking.finish(copy, &replica.file, replica.record())?;
+        replica.copy = None;
+        Ok(finished)
+    }
+
+    /// The database that follows, if its file is what its last transaction claimed.
+    fn whole(&mut self) -> Result<&mut Replica, CopyError> {
+        let ended = |why: &str| Err(CopyError::Ended(why.to_owned()));
+        if self.failed.is_some() {
+            return ended("this node's database is not used any more: see its status");
+        }
+        match &mut self.state {
+            State::Serving(_) | State::Closed { .. } => ended("the role of this node changes"),
+            State::Following(replica) if replica.table.pages() == 0 => ended("this node has no database yet"),
+            State::Following(replica) if replica.applied < replica.touched => {
+                ended("this node still replays its raft log: try again in a moment")
+            }
+            State::Following(replica) if replica.claim != replica.table.checksum() => {
+                ended("this node's database is damaged: it must be restored from the primary first")
+            }
+            State::Following(replica) => Ok(replica),
+        }
     }
 
     /// True while somebody reads the resting file.

@@ -3,6 +3,7 @@
 //! This file owns the data directory: its lock, its identity and the durable replacement of small files. It must never
 //! decide anything about roles, and never hand a directory to two processes or to a member it does not belong to.
 
+pub mod backup;
 pub mod checkpoint;
 pub mod checksum;
 pub mod configuration;

@@ -271,7 +271,7 @@ impl Resting {
 }
 
 /// The XOR of the checksums of the pages in `bytes`, of which the first one has the number `done + 1`.
-fn chunk_checksum(done: u32, page_size: u32, bytes: &[u8]) -> u64 {
+pub(crate) fn chunk_checksum(done: u32, page_size: u32, bytes: &[u8]) -> u64 {
     let pages = bytes.chunks_exact(page_size as usize);
     (done + 1..).zip(pages).fold(0, |sum, (number, image)| sum ^ page_checksum(number, image))
 }
