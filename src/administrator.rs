@@ -11,7 +11,7 @@ use twistlock_ha::{
     cluster::{Membership, PROGRAM_VERSION},
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
-    events::{self, Recorder, Wanted},
+    events::{self, Notifier, Recorder, Wanted},
     join::{Kit, KitError},
     node::{Handle, Status},
     supervisor::SupervisorHandle,
@@ -72,6 +72,7 @@ pub(crate) struct Administrator {
     pub(crate) kit: Arc<Kit>,
     /// The data folder.
     pub(crate) data: PathBuf,
+    pub(crate) notifier: Notifier,
     /// Newer than that of a status: has every change whose outcome is known.
     pub(crate) membership: watch::Receiver<Arc<Membership>>,
 }
@@ -95,6 +96,7 @@ impl Administrator {
             Operation::RotateCa { overlap_s } => {
                 admin.rotate_authority(Duration::from_secs(overlap_s), BY).await.map(answer)
             }
+            Operation::TestNotifications {} => Ok(answer(self.notifier.test().await)),
             Operation::Events { wanted } => self.events(wanted).await,
             Operation::Readdress { node, new_name, address, port } => {
                 admin.readdress(&node, new_name, address, port, BY).await.map(answer)

@@ -22,11 +22,12 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::renewal,
     cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Secret, Severity},
+    config::{self, Config, LogFormat, NotifySeverity, Secret, Severity},
     control::ControlSocket,
     events::{
-        self, Event, Kind, Recorder,
+        self, Event, Kind, Notifier, Recorder,
         Severity::{Critical, Info},
+        notify,
     },
     found,
     guard::PortGuard,
@@ -240,15 +241,19 @@ impl Parts {
         let kit = Arc::new(Kit::new(&self.config));
         let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
         task::spawn(backups.clone().keep());
+        let (notifier, notifying) = self.notifier();
+        task::spawn(notifying);
         supervisor.offer(Services {
             admin: admin.clone(),
             backups: backups.clone(),
             kit: kit.clone(),
-            high_availability: self.config.high_availability_enabled,
             events: self.events.clone(),
+            notifier: notifier.clone(),
+            metrics: self.metrics()?,
+            high_availability: self.config.high_availability_enabled,
         });
         let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
-        let administrator = Arc::new(Administrator { admin, backups, kit, data, membership });
+        let administrator = Arc::new(Administrator { admin, backups, kit, data, notifier, membership });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
@@ -323,6 +328,24 @@ impl Parts {
         Ok(exit)
     }
 
+    /// What Prometheus reads.
+    fn metrics(&self) -> Result<MetricsPage> {
+        MetricsPage::new(self.config.metrics_token.as_ref().map(Secret::reveal))
+    }
+
+    /// Who is to be told of events, and what tells them.
+    fn notifier(&self) -> (Notifier, impl Future<Output = ()> + use<>) {
+        let severity = match self.config.notify_severity {
+            NotifySeverity::Info => events::Severity::Info,
+            NotifySeverity::Warning => events::Severity::Warning,
+            NotifySeverity::Critical => events::Severity::Critical,
+        };
+        let words = self.config.notify_command.clone();
+        let command = (!words.is_empty()).then_some(notify::Command { words, severity });
+        let notifier = Notifier::new(&self.identity.name, self.handle.membership(), command);
+        (notifier.clone(), notifier.run(self.events.clone()))
+    }
+
     /// Opens the health port, if there is to be one.
     fn open_health_port(&self, ports: &SupervisorHandle) -> Result<()> {
         let Some(address) = self.config.health_address() else { return Ok(()) };
@@ -333,7 +356,7 @@ impl Parts {
             pulse: self.handle.pulse(),
             open: Arc::new(move || state.borrow().open),
             certificates: self.config.data_folder.join("certificates"),
-            metrics: MetricsPage::new(self.config.metrics_token.as_ref().map(Secret::reveal))?,
+            metrics: self.metrics()?,
         };
         task::spawn(health::serve(address, sources, self.handle.clone()));
         Ok(())

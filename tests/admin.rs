@@ -92,6 +92,7 @@ impl Founder {
                 bytes: 1 << 20,
                 interval: Duration::from_secs(60),
                 raft_log_limit: 1 << 30,
+                scrub: Duration::ZERO,
             },
             page_size: 4096,
             fast_takeover: true,

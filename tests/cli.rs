@@ -59,7 +59,7 @@ impl ControlHandler for Frozen {
             }
             Operation::Pause { seconds } => seconds.into(),
             Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
-            Operation::Events { .. } => serde_json::Value::Array(Vec::new()),
+            Operation::Events { .. } | Operation::TestNotifications {} => serde_json::Value::Array(Vec::new()),
             Operation::Uninvite {} | Operation::Remove { .. } | Operation::Resume {} | Operation::Readdress { .. } => {
                 serde_json::Value::Null
             }
@@ -257,6 +257,7 @@ fn asked() -> Status {
         address: gone.address,
         port: gone.port,
         version: "0.1.0".into(),
+        level: 1,
         fingerprint: "AB:CD".into(),
         csr: String::new(),
         console_csr: String::new(),

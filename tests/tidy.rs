@@ -18,7 +18,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("health", &["node", "pki", "cluster", "telemetry"]),
     ("guard", &["node::lease", "node::Lease", "telemetry"]),
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
-    ("console", &["admin", "backup", "events", "join", "node", "storage", "cluster", "telemetry"]),
+    ("console", &["admin", "backup", "events", "health", "join", "node", "storage", "cluster", "telemetry"]),
     ("backup", &["admin", "events", "node", "storage", "cluster", "telemetry"]),
     ("admin", &["node", "join", "pki", "cluster", "telemetry"]),
     ("rotation", &["admin", "node", "peer", "pki", "cluster", "telemetry"]),

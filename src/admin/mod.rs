@@ -9,6 +9,7 @@ mod attempts;
 mod closed;
 mod invitation;
 mod members;
+mod notifications;
 pub mod renewal;
 mod rotate;
 mod switchover;

@@ -104,6 +104,7 @@ pub(super) fn command(operation: &Operation) -> String {
         Operation::Resume {} => "resume".to_owned(),
         Operation::RotateKey {} => "rotate-key".to_owned(),
         Operation::RotateCa { overlap_s } => format!("rotate-ca --overlap {overlap_s}s"),
+        Operation::TestNotifications {} => "test-notifications".to_owned(),
         Operation::Events { .. } => "events".to_owned(),
         Operation::Readdress { node, new_name, address, port } => format!(
             "set-address {node}{}{}{}",

@@ -8,7 +8,7 @@
 //! | level | what hangs on it |
 //! |---|---|
 //! | 1 | everything before levels were introduced |
-//! | 2 | the cluster key and the certificate authority are replaced ([`super::trust`]) |
+//! | 2 | the cluster key and the certificate authority are replaced ([`super::trust`]); webhooks |
 //!
 //! A new level is needed for everything that an older program would misread or drop: another field of the membership, another
 //! kind of entry, another purpose of a connection. What is only shown to people needs none.
@@ -58,7 +58,8 @@ impl Change {
             | Change::Reseal { .. }
             | Change::IntroduceAuthority { .. }
             | Change::SwitchAuthority { .. }
-            | Change::DropAuthority => 2,
+            | Change::DropAuthority
+            | Change::Notify { .. } => 2,
         }
     }
 }

@@ -37,6 +37,8 @@ const MAX_CSR: usize = 1024;
 const MAX_NAMES: usize = 768;
 /// What a certificate needs for a name beside it, at most.
 const PER_NAME: usize = 3;
+/// Webhooks of a cluster.
+const MAX_WEBHOOKS: usize = 3;
 /// Names of a Console certificate.
 pub const MAX_CONSOLE_NAMES: usize = 32;
 
@@ -156,6 +158,29 @@ pub struct Invitation {
     pub by: String,
 }
 
+/// Where events are sent: an HTTP request for each.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Webhook {
+    /// Unlike that of any other.
+    pub name: String,
+    /// `https://` or `http://`; may itself be a secret.
+    pub url: String,
+    /// Key of the signature of each request; none: they are not signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<String>,
+    /// The only authority that its certificate may come from, PEM; none: those that the host trusts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<String>,
+    /// The least severe event that is sent: info, warning or critical.
+    pub severity: String,
+}
+
+impl fmt::Debug for Webhook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Webhook").field("name", &self.name).field("severity", &self.severity).finish_non_exhaustive()
+    }
+}
+
 /// The cluster's certificate authority, as all members keep it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedAuthority {
@@ -229,6 +254,8 @@ pub struct Membership {
     pub coming: Option<Coming>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retired: Option<Retired>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub webhooks: Vec<Webhook>,
 }
 
 /// A change that an administrator (or, for [`Change::Promote`], the primary itself) wants.
@@ -253,6 +280,8 @@ pub enum Change {
     Remove { node: NodeId, at: u64, force: bool },
     /// A member is reached at another address from now on.
     Readdress { node: NodeId, name: String, address: String, port: u16 },
+    /// Sends events there from now on, and nowhere else.
+    Notify { webhooks: Vec<Webhook> },
     /// No automatic takeover until then, in seconds since 1970.
     Pause { until: u64 },
     /// Automatic takeover again.
@@ -314,6 +343,7 @@ impl Membership {
             rekey: None,
             coming: None,
             retired: None,
+            webhooks: Vec::new(),
         }
     }
 
@@ -358,6 +388,10 @@ impl Membership {
             }
             Change::Admit { hosts } => next.admit(hosts)?,
             Change::Authority { authority } => next.authority = Some(authority.clone()),
+            Change::Notify { webhooks } => {
+                check_webhooks(webhooks)?;
+                next.webhooks.clone_from(webhooks);
+            }
             Change::Promote => {
                 if self.learners().next().is_none() {
                     return Err(Impossible("all members have a vote already".to_owned()));
@@ -392,9 +426,11 @@ impl Membership {
         }
     }
 
-    /// What everybody who may look at the cluster may see: no key, no invitation, no request that could be picked up.
+    /// What everybody who may look at the cluster may see: no key, no invitation, no webhook, no request that could be picked
+    /// up.
     pub fn public(&self) -> Self {
-        let mut public = Self { invitations: Vec::new(), authority: None, coming: None, ..self.clone() };
+        let (invitations, webhooks) = (Vec::new(), Vec::new());
+        let mut public = Self { invitations, authority: None, coming: None, webhooks, ..self.clone() };
         public.members.iter_mut().for_each(|member| member.admission = None);
         for request in &mut public.requests {
             (request.id, request.csr, request.console_csr) = Default::default();
@@ -572,6 +608,33 @@ impl Membership {
         membership.check().map_err(|error| error.to_string())?;
         Ok(membership)
     }
+}
+
+/// Bounds, so that a membership with all else at its limits still fits.
+fn check_webhooks(webhooks: &[Webhook]) -> Result<(), Impossible> {
+    if webhooks.len() > MAX_WEBHOOKS {
+        return Err(Impossible(format!("at most {MAX_WEBHOOKS} webhooks are possible")));
+    }
+    for (place, webhook) in webhooks.iter().enumerate() {
+        let Webhook { name, url, secret, ca, .. } = webhook;
+        if name.is_empty() || name.len() > 64 || name.contains(char::is_control) {
+            return Err(Impossible(format!("{name:?} is no name of a webhook: 1 to 64 bytes, no control characters")));
+        }
+        if webhooks[..place].iter().any(|other| other.name == *name) {
+            return Err(Impossible(format!("two webhooks are called {name:?}")));
+        }
+        let lengths = [(url.len(), 512), (length(secret), 128), (length(ca), MAX_PEM)];
+        if lengths.iter().any(|(length, most)| length > most) {
+            return Err(Impossible(format!(
+                "webhook {name:?}: the address may have 512 bytes, the secret 128, the authority {MAX_PEM}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn length(text: &Option<String>) -> usize {
+    text.as_ref().map_or(0, String::len)
 }
 
 fn no_member(node: NodeId) -> Impossible {

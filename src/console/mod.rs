@@ -11,6 +11,7 @@ mod errors;
 mod events;
 mod extract;
 mod logs;
+mod notifications;
 mod openapi;
 mod password;
 mod programs;
@@ -40,7 +41,14 @@ use tokio::sync::{Semaphore, watch};
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::{admin::Admin, backup::Backups, events::Recorder, join::Kit, node::Status};
+use crate::{
+    admin::Admin,
+    backup::Backups,
+    events::{Notifier, Recorder},
+    health::MetricsPage,
+    join::Kit,
+    node::Status,
+};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
@@ -68,10 +76,14 @@ pub struct Services {
     pub backups: Arc<Backups>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
-    /// `HIGH_AVAILABILITY_ENABLED`.
-    pub high_availability: bool,
     /// What has happened.
     pub events: Recorder,
+    /// Whom to tell of it.
+    pub notifier: Notifier,
+    /// What Prometheus reads.
+    pub metrics: MetricsPage,
+    /// `HIGH_AVAILABILITY_ENABLED`.
+    pub high_availability: bool,
 }
 
 impl fmt::Debug for Services {

@@ -71,6 +71,9 @@ pub enum Operation {
         /// How long the old one is still trusted when the new one signs.
         overlap_s: u64,
     },
+    /// Sends a test event to everybody whom this node would notify. Answer: a list of
+    /// [`Delivery`](crate::events::notify::Delivery)s.
+    TestNotifications {},
     /// What happened to this node, newest first; any node answers it. Answer: a list of [`Event`](crate::events::Event)s.
     Events {
         /// Which.

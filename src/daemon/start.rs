@@ -152,6 +152,7 @@ pub(super) fn node_config(
             bytes: config.checkpoint_bytes,
             interval: config.checkpoint_interval,
             raft_log_limit: config.raft_log_limit,
+            scrub: config.scrub_interval,
         },
         page_size: config.database_page_size,
         version: PROGRAM_VERSION.to_owned(),

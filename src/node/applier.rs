@@ -21,11 +21,13 @@ use crate::{
         database::{ApplyError, Database, DatabaseError},
         raft_log::{LogError, RaftLog},
     },
-    telemetry::RAFT_LOG_OVERRUNS,
+    telemetry::{RAFT_LOG_OVERRUNS, SCRUB_FAILURES},
 };
 
 use super::{
     inbox::{DatabaseEvent, Input, Proposer, Sender},
+    lease::boottime,
+    scrub::{Finding, Scrub},
     snapshots::Reply,
 };
 
@@ -44,6 +46,8 @@ const HELD_WAL: u64 = 1 << 30;
 const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
 /// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
 const COPY_PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is tried to begin a scrub that is due.
+const SCRUB_LOOK: Duration = Duration::from_millis(100);
 /// Entries applied between two looks at the goal.
 const SLICE: u64 = 256;
 
@@ -62,6 +66,8 @@ struct Goal {
     snapshots: u64,
     /// How often something was asked about a copy.
     copies: u64,
+    /// How often a scrub has read something.
+    scrubbed: u64,
     stop: bool,
 }
 
@@ -76,6 +82,10 @@ struct Shared {
     applied: AtomicU64,
     /// Bytes ever appended to the raft log by this process.
     appended: AtomicU64,
+    /// Since when the database has something that its checkpoint lacks, on the clock of [`boottime`]; 0: it has nothing.
+    unsaved: AtomicU64,
+    /// Bytes of the database.
+    bytes: AtomicU64,
 }
 
 enum CopyRequest {
@@ -130,6 +140,8 @@ pub struct CheckpointPolicy {
     pub interval: Duration,
     /// Bytes of the raft log on disk beyond which nothing is kept for members that are away.
     pub raft_log_limit: u64,
+    /// From the end of one scrub of the database file to the next; zero: never.
+    pub scrub: Duration,
 }
 
 impl Applier {
@@ -142,7 +154,14 @@ impl Applier {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         shared.applied.store(database.applied(), Ordering::Relaxed);
+        let reader = Arc::clone(&shared);
+        let scrub = Scrub::start(checkpoints.scrub, move || {
+            lock(&reader).scrubbed += 1;
+            reader.changed.notify_one();
+        })?;
         let worker = Worker {
+            scrub,
+            scrubbed: 0,
             checkpointed: (Instant::now(), 0),
             database,
             log,
@@ -187,6 +206,13 @@ impl Applier {
     /// No other member needs the raft log up to here; it is compacted after the next checkpoint.
     pub fn release(&self, index: u64) {
         lock(&self.shared).released = index;
+    }
+
+    /// How large the database is, in bytes, and for how long its checkpoint has lacked something.
+    pub fn figures(&self) -> (u64, Duration) {
+        let unsaved = self.shared.unsaved.load(Ordering::Relaxed);
+        let age = if unsaved == 0 { 0 } else { boottime().saturating_sub(unsaved) };
+        (self.shared.bytes.load(Ordering::Relaxed), Duration::from_nanos(age))
     }
 
     /// Entries that may be applied and are not yet.
@@ -276,6 +302,9 @@ struct Worker {
     broken: bool,
     /// The process was asked to end; nothing more happens here.
     ended: bool,
+    scrub: Scrub,
+    /// How many answers of the scrub were seen.
+    scrubbed: u64,
     /// The disk is full: nothing is applied before then.
     full_until: Option<Instant>,
     told_full: bool,
@@ -315,6 +344,41 @@ impl Worker {
                 self.copy();
             }
             self.checkpoint_if_due();
+            self.scrub(&goal);
+            self.measure();
+        }
+    }
+
+    /// Lets a scrub go on, when there is nothing more important to do.
+    fn scrub(&mut self, goal: &Goal) {
+        self.scrubbed = goal.scrubbed;
+        if self.broken || self.ended || self.behind(goal) || self.epoch != goal.epoch {
+            return;
+        }
+        match self.scrub.turn(&mut self.database) {
+            Finding::Nothing => {}
+            Finding::Clean => {
+                self.sender.send(Input::Warning { about: "scrub", text: None });
+            }
+            Finding::Rot(why) => {
+                metrics::counter!(SCRUB_FAILURES).increment(1);
+                if self.epoch.is_some() {
+                    // Whether another node can take over, the loop knows.
+                    self.report(DatabaseEvent::Rotten { why });
+                } else {
+                    self.mistrust(why);
+                }
+            }
+        }
+    }
+
+    fn measure(&self) {
+        self.shared.bytes.store(self.database.file_bytes(), Ordering::Relaxed);
+        let saved = self.database.applied() <= self.database.checkpointed();
+        if saved {
+            self.shared.unsaved.store(0, Ordering::Relaxed);
+        } else if self.shared.unsaved.load(Ordering::Relaxed) == 0 {
+            self.shared.unsaved.store(boottime(), Ordering::Relaxed);
         }
     }
 
@@ -361,11 +425,14 @@ impl Worker {
     /// Waits until there is something to do, or a checkpoint is due.
     fn wait(&self) -> Goal {
         let mut goal = lock(&self.shared);
+        // What cannot be begun now is not asked for without a pause.
+        let scrub = if self.broken { Duration::MAX } else { self.scrub.due_in().max(SCRUB_LOOK) };
         loop {
             let pause = if self.behind(&goal) { self.pause() } else { None };
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
                 _ if goal.snapshots != self.snapshots || goal.copies != self.copies => false,
+                _ if goal.scrubbed != self.scrubbed => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
                 Some(epoch) if pause.is_some() => epoch == self.refused,
                 None if pause.is_some() => true,
@@ -381,7 +448,7 @@ impl Worker {
             let (guard, time) = self
                 .shared
                 .changed
-                .wait_timeout(goal, pause.unwrap_or(self.checkpoints.interval))
+                .wait_timeout(goal, pause.unwrap_or(self.checkpoints.interval).min(scrub))
                 .unwrap_or_else(PoisonError::into_inner);
             goal = guard;
             if time.timed_out() {

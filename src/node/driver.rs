@@ -99,7 +99,9 @@ impl Driver {
                 self.cluster.tick(boottime());
                 // A late tick delays those behind it: a voter's promise counts ticks, and they must not bunch up.
                 next_tick = now + tick;
-                self.publisher.tick(&mut self.links);
+                if self.publisher.tick(&mut self.links) {
+                    self.measure();
+                }
                 self.watch_database();
                 self.applier.nudge();
                 self.applier.release(self.publisher.everybody_has());
@@ -294,6 +296,7 @@ impl Driver {
                 self.cluster.set_unfit(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
+            DatabaseEvent::Rotten { why } => self.database_rots(why),
             DatabaseEvent::Resting { resting, reply } => self.resting(resting, reply),
             DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
         }

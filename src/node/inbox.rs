@@ -71,6 +71,10 @@ pub(super) enum DatabaseEvent {
     Diverged {
         why: String,
     },
+    /// The file of a database that is open for writing is damaged.
+    Rotten {
+        why: String,
+    },
     /// The database file rests for a snapshot, or cannot.
     Resting {
         resting: Result<Resting, String>,

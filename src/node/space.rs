@@ -98,7 +98,11 @@ impl Driver {
         let was = self.space.full.is_some();
         let low = if was { 2 * LOW } else { LOW };
         // A disk that does not answer is another trouble, which shows elsewhere.
-        let full = self.log.is_full() || self.space.free().is_some_and(|free| free < low);
+        let free = self.space.free();
+        if let Some(free) = free {
+            metrics::gauge!(telemetry::DISK_FREE).set(free as f64);
+        }
+        let full = self.log.is_full() || free.is_some_and(|free| free < low);
         metrics::gauge!(telemetry::DISK_FULL).set(f64::from(u8::from(full)));
         if full != was {
             self.space.full = full.then_some(now);

@@ -22,6 +22,7 @@ use super::{
     NodeConfig,
     history::{History, Recent},
     lease::boottime,
+    measure,
 };
 use crate::cluster::membership::CLUSTER_SIZE;
 
@@ -345,6 +346,11 @@ impl Publisher {
         self.database = Some(database);
     }
 
+    /// Bytes of the `-wal` file of the database that is open for writing.
+    pub fn wal_bytes(&self) -> u64 {
+        self.database.as_ref().map_or(0, |database| database.gate().wal_bytes())
+    }
+
     /// True if the database that was offered takes no more transactions.
     pub fn is_fenced(&self) -> bool {
         self.database.as_ref().is_some_and(|database| database.gate().is_fenced())
@@ -377,14 +383,15 @@ impl Publisher {
         self.stale = true;
     }
 
-    /// Once per tick: tells the others where this node stands, now and then.
-    pub fn tick(&mut self, links: &mut Links) {
+    /// Once per tick: tells the others where this node stands, now and then. True if it did.
+    pub fn tick(&mut self, links: &mut Links) -> bool {
         self.ticks += 1;
         if self.ticks % REPORT_TICKS != 1 {
-            return;
+            return false;
         }
         self.stale = true;
         self.send_reports(links);
+        true
     }
 
     /// Tells the others at once when the role changes: they wait for it, as in a switchover.
@@ -426,10 +433,7 @@ impl Publisher {
         let mut status = self.picture(cluster, log, applied);
         status.primary = primary;
         status.warnings = self.sentences(&status);
-        metrics::gauge!("twistlock_epoch").set(status.epoch as f64);
-        metrics::gauge!("twistlock_applied_index").set(status.applied as f64);
-        metrics::gauge!("twistlock_primary").set(f64::from(u8::from(status.role == Role::Primary)));
-        metrics::gauge!("twistlock_lease_remaining_seconds").set(status.lease_ms.unwrap_or(0) as f64 / 1e3);
+        measure::status(&status);
         self.sender.send_replace(Arc::new(status));
     }
 
@@ -608,6 +612,7 @@ mod tests {
                 bytes: 1 << 20,
                 interval: Duration::from_secs(60),
                 raft_log_limit: 1 << 30,
+                scrub: Duration::ZERO,
             },
             page_size: 4096,
             fast_takeover: true,

@@ -11,6 +11,7 @@ pub mod database;
 pub mod gate;
 pub mod raft_log;
 pub mod replica;
+pub mod scrub;
 pub mod snapshot;
 pub mod tail;
 mod tail_rows;

@@ -32,6 +32,7 @@ use super::{
     leased::{LeasedStream, Opening, Phase},
     ports::Service,
 };
+use crate::telemetry::CONSOLE_CONNECTIONS;
 
 /// Connections at once over all ports; further ones wait in the kernel's queue.
 const CONNECTIONS: u32 = 1024;
@@ -176,6 +177,7 @@ async fn connection(
     place: (OwnedSemaphorePermit, Counted),
 ) {
     let opening = Arc::clone(&shared.opening);
+    metrics::gauge!(CONSOLE_CONNECTIONS).increment(1.0);
     // Small answers leave at once. It fails only if the client is gone.
     let _ = stream.set_nodelay(true);
     let stream = LeasedStream::new(stream, Arc::clone(&opening));
@@ -189,6 +191,7 @@ async fn connection(
             }
         }
     }
+    metrics::gauge!(CONSOLE_CONNECTIONS).decrement(1.0);
     drop(place);
 }
 

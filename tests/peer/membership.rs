@@ -33,6 +33,7 @@ fn joined(membership: &Membership, id: NodeId, to: SocketAddr) -> Membership {
         address: to.ip().to_string(),
         port: to.port(),
         version: "1.2.3".to_owned(),
+        level: 1,
         fingerprint: String::new(),
         csr: String::new(),
         console_csr: String::new(),
