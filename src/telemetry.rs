@@ -69,7 +69,6 @@ static RECENT: Mutex<VecDeque<Line>> = Mutex::new(VecDeque::new());
 
 /// One line of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
 pub struct Line {
     /// Milliseconds since 1970.
     pub time_ms: u64,

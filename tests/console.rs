@@ -1,8 +1,14 @@
 //! The Console as clients see it: real supervisor, port guard, TLS and replicated database on loopback. The test plays
 //! the consensus loop: it sets status and lease, and is the majority that a commit waits for.
 
+#[path = "console/fuzz.rs"]
+mod fuzz;
 #[path = "console/node.rs"]
 mod node;
+#[path = "console/security.rs"]
+mod security;
+#[path = "console/users.rs"]
+mod users;
 
 use std::{
     io::{BufRead, BufReader, Read, Write},

@@ -23,6 +23,8 @@ mod stream;
 mod system;
 mod tags;
 mod throttle;
+#[cfg(test)]
+mod trial;
 mod ui;
 mod users;
 
@@ -194,4 +196,23 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+
+    use super::{trial::Trial, *};
+
+    #[tokio::test]
+    async fn a_busy_console_refuses_at_once_and_answers_health_checks() {
+        let trial = Trial::start().await;
+        let get = |path: &str| Request::builder().uri(path).body(Body::empty()).unwrap();
+        let all = trial.console.places.acquire_many(AT_ONCE as u32).await.unwrap();
+        let (status, headers, text) = trial.send(get("/api/v1/settings/initialized")).await;
+        assert!(status == 503 && headers.contains_key(header::RETRY_AFTER) && text.contains("try again"), "{text}");
+        assert_eq!(trial.send(get(PING)).await.0, StatusCode::OK);
+        drop(all);
+        assert_eq!(trial.send(get("/api/v1/settings/initialized")).await.0, StatusCode::OK);
+    }
 }

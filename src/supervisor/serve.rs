@@ -46,7 +46,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Longest time from the end of a request (or the start of the connection) to the end of the next request's head: also
 /// the limit of an idle connection.
 const HEAD: Duration = Duration::from_secs(10);
-/// Largest head of a request in bytes, and the size of the buffers.
+/// The size of the buffers. A request whose head does not fit is refused, at the latest at twice of this.
 const BUFFER: usize = 64 << 10;
 /// Pause after an error of accept that does not pass at once, as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
