@@ -237,23 +237,7 @@ impl Parts {
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let (mut supervisor, ports) = self.supervisor()?;
-        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
-        let kit = Arc::new(Kit::new(&self.config));
-        let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
-        task::spawn(backups.clone().keep());
-        let (notifier, notifying) = self.notifier();
-        task::spawn(notifying);
-        supervisor.offer(Services {
-            admin: admin.clone(),
-            backups: backups.clone(),
-            kit: kit.clone(),
-            events: self.events.clone(),
-            notifier: notifier.clone(),
-            metrics: self.metrics()?,
-            high_availability: self.config.high_availability_enabled,
-        });
-        let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
-        let administrator = Arc::new(Administrator { admin, backups, kit, data, notifier, membership });
+        let administrator = Arc::new(self.offer(&mut supervisor, &ports)?);
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
@@ -288,10 +272,7 @@ impl Parts {
         }));
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
-        let (opened, open) = watch::channel(None);
-        task::spawn(events::follow(self.events.clone(), self.handle.status(), open));
-        task::spawn(report_problems(ports.clone(), self.handle.clone(), opened));
-        task::spawn(service_manager(self.handle.status()));
+        follow(&self.events, &self.handle, &ports);
         let own = promise(&self.config);
         if self.quiet > own {
             task::spawn(lower_promise(own, self.quiet, self.config.data_folder.join(PROMISE)));
@@ -313,19 +294,31 @@ impl Parts {
             () = signals.asked_to_stop() => {}
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        let orderly = async {
-            ports.drain().await;
-            self.handle.hand_over(None).await;
-            self.handle.stop();
-            (&mut node).await
-        };
-        let exit = match tokio::time::timeout(STOP_LIMIT, orderly).await {
-            Ok(ended) => as_stopped(flatten(ended)),
-            Err(_) => Exit::Fatal(format!("an orderly stop took longer than {} s", STOP_LIMIT.as_secs())),
-        };
+        let exit = stop_in_order(&ports, &self.handle, &mut node).await;
         stop.send_replace(true);
         supervising.abort();
         Ok(exit)
+    }
+
+    /// Gives the Console what it does for the cluster, and returns what the control socket does.
+    fn offer(&self, supervisor: &mut Supervisor, ports: &SupervisorHandle) -> Result<Administrator> {
+        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
+        let kit = Arc::new(Kit::new(&self.config));
+        let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
+        task::spawn(backups.clone().keep());
+        let (notifier, notifying) = self.notifier();
+        task::spawn(notifying);
+        supervisor.offer(Services {
+            admin: admin.clone(),
+            backups: backups.clone(),
+            kit: kit.clone(),
+            events: self.events.clone(),
+            notifier: notifier.clone(),
+            metrics: self.metrics()?,
+            high_availability: self.config.high_availability_enabled,
+        });
+        let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
+        Ok(Administrator { admin, backups, kit, data, notifier, membership })
     }
 
     /// What Prometheus reads.
@@ -404,6 +397,32 @@ fn installs(snapshot: &Ready) -> Event {
     let sentence =
         format!("installs the whole database as of raft index {}, which was fetched from the PRIMARY", record.index);
     Event::new(Kind::Snapshot, Info, sentence).field("index", record.index)
+}
+
+/// Lets history, status and service manager follow the node.
+fn follow(recorder: &Recorder, handle: &Handle, ports: &SupervisorHandle) {
+    let (opened, open) = watch::channel(None);
+    task::spawn(events::follow(recorder.clone(), handle.status(), open));
+    task::spawn(report_problems(ports.clone(), handle.clone(), opened));
+    task::spawn(service_manager(handle.status()));
+}
+
+/// Hands the role over and ends the loop, whose end `node` tells.
+async fn stop_in_order(
+    ports: &SupervisorHandle,
+    handle: &Handle,
+    node: &mut task::JoinHandle<std::thread::Result<Exit>>,
+) -> Exit {
+    let orderly = async {
+        ports.drain().await;
+        handle.hand_over(None).await;
+        handle.stop();
+        node.await
+    };
+    match tokio::time::timeout(STOP_LIMIT, orderly).await {
+        Ok(ended) => as_stopped(flatten(ended)),
+        Err(_) => Exit::Fatal(format!("an orderly stop took longer than {} s", STOP_LIMIT.as_secs())),
+    }
 }
 
 /// A process that was about to begin again when it was told to stop does stop.

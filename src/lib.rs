@@ -23,6 +23,10 @@
 //! entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
 //! [`supervisor`] sees the role and opens the ports.
 //!
+//! A viewer's way: the browser gets the page ([`console`], `src/console/ui`), logs in, and follows the status as a stream of
+//! events. When the stream breaks off, the page knocks at the same host name until a PRIMARY opens; the session is in the
+//! replicated database, so that nobody logs in again.
+//!
 //! A newcomer's way: the join script installs the program and leaves a token; the daemon makes its keys and asks
 //! ([`join`]). The request is part of the replicated membership ([`cluster::membership`]): any primary knows it. APPLY
 //! ([`admin`]) signs the certificates and admits all hosts that ask in one entry. Each fetches the whole database

@@ -339,7 +339,7 @@ pub const METRICS: &[Metric] = &[
     metric(DISK_FULL, Kind::Gauge, "1 while the disk of this node is full."),
     metric(PEER_DEATHS, Kind::Counter, "Processes of other members that were proven dead by a refused connection."),
     metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class.")
-        .by("class", &[]),
+        .by("class", &["bulk", "control"]),
     metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction.")
         .by("direction", &["sent", "fetched"]),
     metric(SNAPSHOT_LATENCY, Kind::Latency, "Seconds that one whole database took, by direction.")

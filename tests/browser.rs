@@ -198,7 +198,9 @@ fn no_text_becomes_markup() {
         for (hash, title) in &pages {
             browser.open(hash);
             browser.wait_for("the page is shown", &format!("return heading() === {}", json!(title)));
-            browser.wait_for("the poison has come", "return document.body.textContent.includes('<svg onload')");
+            // What these two ask for may not be there, and then they show a sentence of their own.
+            let place = if ["Backup & Restore", "Certificates"].contains(&title.as_str()) { "body" } else { "main" };
+            browser.wait_for("the poison has come", &format!("return text('{place}').includes('<svg onload')"));
         }
         for (_, title) in &pages {
             println!("  {title}: nothing but text");

@@ -12,7 +12,7 @@ use std::{
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
     ("recover", &["found", "config", "pki", "storage", "cluster"]),
-    ("cli", &["config", "control", "events", "https", "pki", "admin", "backup", "node", "cluster"]),
+    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "cluster"]),
     ("control", &["admin", "backup", "events", "node", "telemetry"]),
     ("supervisor", &["workload", "guard", "admin", "node", "storage", "cluster", "telemetry"]),
     ("health", &["node", "pki", "cluster", "telemetry"]),

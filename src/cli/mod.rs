@@ -4,6 +4,7 @@
 
 mod args;
 mod backup;
+mod bundle;
 mod canary;
 mod catch_up;
 mod certs;
@@ -124,6 +125,9 @@ enum Command {
     /// Show the versions of this program and of the cluster's members
     #[command(after_help = version::HELP)]
     Version(VersionArgs),
+    /// What somebody needs who is asked for help
+    #[command(subcommand)]
+    Debug(bundle::Debug),
     /// Print a shell completion script
     #[command(after_help = "Example: twistcli completions bash > /etc/bash_completion.d/twistcli")]
     Completions {
@@ -152,6 +156,7 @@ pub fn main() -> ExitCode {
         Command::Audits(args) => records::audits(args, paint).map(|()| 0),
         Command::Logs(args) => records::logs(args, paint).map(|()| 0),
         Command::Version(args) => version::run(args, paint).map(|()| 0),
+        Command::Debug(bundle::Debug::Bundle(args)) => bundle::run(args).map_err(Stop::from),
         Command::Completions { shell } => write(&completions(*shell)),
         Command::Man => manual().map_err(Stop::from).and_then(|text| write(&text)),
     };

@@ -137,6 +137,12 @@ config! {
     scrub_interval: Duration,
 }
 
+/// True for a key whose value must not be shown.
+pub fn is_secret(key: &str) -> bool {
+    let known = KEYS.iter().find(|known| known.name == key);
+    known.is_some_and(|known| known.slot(&mut Config::blank()).is_secret())
+}
+
 /// A value that is never shown: not in a message, and not by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);

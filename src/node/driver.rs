@@ -29,6 +29,7 @@ use super::{
     space::Space,
     status::Publisher,
     syncer::Syncer,
+    throttle::Throttle,
     upgrade::Upgrade,
 };
 
@@ -58,6 +59,9 @@ pub(super) struct Driver {
     pub space: Space,
     pub changes: Changes,
     pub upgrade: Upgrade,
+    pub throttle: Throttle,
+    /// The disk is full, and the membership in force is not in its file yet.
+    pub unwritten: bool,
     /// The membership in force, for whoever follows it.
     pub members: watch::Sender<Arc<Membership>>,
     /// The same with its raft index.
@@ -184,6 +188,7 @@ impl Driver {
                 if message.get_msg_type() == MessageType::MsgTimeoutNow {
                     self.publisher.handed_over(message.from);
                 }
+                self.throttle.heard(&message);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
                 } else if self.space.admits(&self.log, &message) {
@@ -345,7 +350,9 @@ impl Driver {
         }
         output.transitions.iter().for_each(|transition| self.transition(transition));
         for message in output.send {
-            self.links.send(&message);
+            if self.throttle.admits(&message, self.publisher.has_full_disk(message.to), Instant::now()) {
+                self.links.send(&message);
+            }
         }
         if let Some(persist) = output.persist {
             if !output.configured.is_empty() {

@@ -15,6 +15,7 @@ mod snapshots;
 mod space;
 pub mod status;
 mod syncer;
+mod throttle;
 mod upgrade;
 
 use std::{
@@ -53,6 +54,7 @@ use rollback::Rollback;
 use space::Space;
 use status::Publisher;
 use syncer::Syncer;
+use throttle::Throttle;
 use upgrade::Upgrade;
 
 /// What a node is made of.
@@ -243,13 +245,16 @@ pub fn spawn(
     let (members, membership) = watch::channel(membership);
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
+    let file = database.file();
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
     let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
-        rollback: Rollback::new(&config, sender.clone()),
+        rollback: Rollback::new(&config, file, sender.clone()),
         space: Space::new(config.data.clone()),
+        throttle: Throttle::default(),
+        unwritten: false,
         cluster,
         log,
         links,

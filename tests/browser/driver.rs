@@ -242,6 +242,9 @@ impl Browser {
         };
         let bad: Vec<_> = log.as_array().unwrap().iter().filter(bad).collect();
         assert!(bad.is_empty(), "{bad:?}");
+        // Last, since the browser notes it down: even a mistake in the page could not make markup out of text.
+        let markup = "try { document.body.insertAdjacentHTML('beforeend', '<b></b>'); return 'done' } catch { return 'refused' }";
+        assert_eq!(self.run(markup), "refused");
     }
 }
 
@@ -288,6 +291,7 @@ fn capabilities(profile: &Path) -> Value {
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",
         "--disable-quic",
         "--no-first-run",
         "--disable-background-networking",

@@ -325,6 +325,14 @@ impl Node {
         call(&self.agent, &format!("https://{}:{port}{path}", self.address), method, auth, body)
     }
 
+    /// The body of an answer that has no end of its own.
+    pub fn read(&self, path: &str, auth: &str) -> impl std::io::Read + use<> {
+        let url = format!("https://{}:{HTTPS}{path}", self.address);
+        let response = self.agent.get(url).header("authorization", auth).call().unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body().into_reader()
+    }
+
     /// A request with headers and a body as they are; the answer with its headers.
     pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
         let mut response = self.begin(method, path, headers, body);

@@ -98,10 +98,12 @@ impl Founder {
         let mut host = Host::new(folder.path(), network, 1, Agent::new_with_defaults());
         let data = host.data();
         host.install(&format!(
-            "BIND_ADDRESS={}\nDATA_FOLDER={}\nDATA_RECOVERY_ENABLED=false\nHIGH_AVAILABILITY_ENABLED=true\n\
+            "BIND_ADDRESS={}\nDATA_FOLDER={}\nDATA_RECOVERY_ENABLED=false\nDATA_RECOVERY_VOLUME={}\n\
+             HIGH_AVAILABILITY_ENABLED=true\n\
              HIGH_AVAILABILITY_STATE=PRIMARY\nHIGH_AVAILABILITY_NAME=host1\n",
             host.address,
-            data.display()
+            data.display(),
+            folder.path().join("backups").display()
         ));
         host.start();
         let ca = data.join("certificates").join(pki::CA_CERTIFICATE);

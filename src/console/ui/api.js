@@ -12,9 +12,9 @@ export class Problem extends Error {
   }
 }
 
-const listeners = { expired: () => {}, lost: () => {} };
+const listeners = { expired: () => {}, lost: () => {}, recovered: async () => false };
 
-// Who is told that the session has ended, and that nobody answered.
+// Who is told that the session has ended, and that nobody answered; and who knows when somebody does again.
 export function onTrouble(told) {
   Object.assign(listeners, told);
 }
@@ -47,8 +47,18 @@ export async function send(method, path, { body, limit = LONGEST } = {}) {
   }
 }
 
+// What only asks is asked again, once, when there is a PRIMARY again.
+async function ask(method, path, body) {
+  try {
+    return await send(method, path, { body });
+  } catch (error) {
+    if (method !== 'GET' || !(await listeners.recovered())) throw error;
+    return send(method, path, { body });
+  }
+}
+
 async function call(method, path, body) {
-  const response = await send(method, path, { body });
+  const response = await ask(method, path, body);
   if (response.status === 401) {
     listeners.expired();
     throw new Problem(401, 'Your session has ended: log in again.');
@@ -100,7 +110,8 @@ for (const type of ['pointerdown', 'keydown']) document.addEventListener(type, (
 // only open.
 export function keepSession(seconds) {
   clearTimeout(renewal);
-  if (!(seconds > 0)) return;
+  // Near its end, it is let go.
+  if (!(seconds > 5)) return;
   renewal = setTimeout(async () => {
     let left = seconds / 2;
     try {

@@ -2,8 +2,8 @@
 
 import { get, keepSession, logOut, onTrouble, whoIs } from './api.js';
 import { h, show } from './dom.js';
-import { dismiss, live, start, stop, subscribe, suspect } from './live.js';
-import { announce, button } from './parts.js';
+import { dismiss, live, recovered, start, stop, subscribe, suspect } from './live.js';
+import { announce, button, toast } from './parts.js';
 import { ROLES, span } from './words.js';
 import { open as backups } from './backups.js';
 import { open as certificates } from './certificates.js';
@@ -56,9 +56,9 @@ function drawNav() {
     h('li', {}, h('a', { href: hash, 'aria-current': hash === window.location.hash ? 'page' : null }, title));
   show(
     nav,
-    groups.map((group) => [
-      h('h2', { id: `group-${group}` }, group),
-      h('ul', { 'aria-labelledby': `group-${group}` }, pages.filter((page) => page.group === group).map(link)),
+    groups.map((group, at) => [
+      h('h2', { id: `group-${at}` }, group),
+      h('ul', { 'aria-labelledby': `group-${at}` }, pages.filter((page) => page.group === group).map(link)),
     ]),
   );
 }
@@ -114,7 +114,7 @@ function drawConnection() {
 async function enter() {
   user = await whoIs();
   const system = await get('/settings/system');
-  version = system.version;
+  version ??= system.version;
   clustered = system.haEnabled !== false;
   keepSession(user.expiresInSec);
   start(expired);
@@ -130,7 +130,7 @@ async function askWho(note) {
   drawTop();
   drawNav();
   document.title = 'Twistlock HA';
-  await login(element('main'), enter, note);
+  await login(element('main'), enter, note).catch(trouble);
 }
 
 function expired() {
@@ -143,14 +143,21 @@ function expired() {
 async function leave() {
   try {
     await logOut();
-  } finally {
-    stop();
-    await askWho('You are logged out.');
+  } catch (error) {
+    toast(`You may still be logged in. ${error.message}`, 'bad');
+    return;
   }
+  stop();
+  await askWho('You are logged out.');
+}
+
+function trouble(error) {
+  const again = button('Try again', () => window.location.reload());
+  show(element('main'), h('h1', {}, 'The Console does not answer'), h('p', {}, error.message), again);
 }
 
 async function begin() {
-  onTrouble({ expired: () => expired(), lost: suspect });
+  onTrouble({ expired: () => expired(), lost: suspect, recovered });
   subscribe(drawConnection);
   window.addEventListener('hashchange', route);
   element('skip').addEventListener('click', () => element('main').focus());
@@ -163,6 +170,4 @@ async function begin() {
   }
 }
 
-begin().catch((error) => {
-  show(element('main'), h('h1', {}, 'The Console does not answer'), h('p', {}, error.message), button('Try again', () => window.location.reload()));
-});
+begin().catch(trouble);

@@ -7,12 +7,12 @@ import { time } from './words.js';
 
 const ROWS = 50;
 const LINES = 500;
-const COLUMNS = [['When', 'time-column'], ['User', 'user-column'], ['From', 'user-column'], ['What', 'user-column'], ['Difference', 'wide-column']];
+const COLUMNS = [['When', 'time-column'], ['User', 'user-column'], ['From', 'user-column'], ['What', 'what-column'], ['Difference', 'wide-column']];
 
 function difference(value) {
   if (value === null || value === undefined) return '';
   if (typeof value !== 'object') return String(value);
-  const text = (part) => (part === null || part === undefined ? 'nothing' : typeof part === 'string' ? part : JSON.stringify(part));
+  const text = (part) => (part === null || part === undefined ? 'nothing' : part === '' ? 'empty' : typeof part === 'string' ? part : JSON.stringify(part));
   const lines = Object.entries(value).map(([name, change]) =>
     h('div', {}, h('span', { class: 'quiet' }, `${name}: `), change?.old === undefined && change?.new === undefined
       ? text(change) : `${text(change.old)} → ${text(change.new)}`),
