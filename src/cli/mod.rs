@@ -18,6 +18,7 @@ mod lists;
 mod next;
 mod operate;
 mod progress;
+mod prompt;
 mod records;
 mod remote;
 mod restore;
