@@ -16,8 +16,10 @@ mod held;
 mod network;
 mod recover;
 mod rollback;
+mod rotation;
 mod sampler;
 mod snapshot;
+mod upgrade;
 mod writers;
 
 use std::{
