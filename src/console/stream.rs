@@ -155,6 +155,7 @@ mod tests {
             membership: Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
             database: None,
+            recent: Default::default(),
         })
     }
 
