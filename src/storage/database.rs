@@ -522,13 +522,11 @@ impl Database {
         match &mut self.state {
             State::Serving(_) | State::Closed { .. } => ended("the role of this node changes"),
             State::Following(replica) if replica.table.pages() == 0 => ended("this node has no database yet"),
+            State::Following(replica) if replica.claim == replica.table.checksum() => Ok(replica),
             State::Following(replica) if replica.applied < replica.touched => {
                 ended("this node still replays its raft log: try again in a moment")
             }
-            State::Following(replica) if replica.claim != replica.table.checksum() => {
-                ended("this node's database is damaged: it must be restored from the primary first")
-            }
-            State::Following(replica) => Ok(replica),
+            State::Following(_) => ended("this node's database is damaged: it must be restored from the primary first"),
         }
     }
 
