@@ -8,10 +8,10 @@ use tokio::{sync::watch, task};
 use twistlock_ha::{
     admin::{Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
     backup::{BackupConfig, BackupError, Backups, Keep},
-    cluster::Membership,
+    cluster::{Membership, PROGRAM_VERSION},
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
-    events::{self, Recorder, Wanted},
+    events::{self, Notifier, Recorder, Wanted},
     join::{Kit, KitError},
     node::{Handle, Status},
     supervisor::SupervisorHandle,
@@ -25,7 +25,7 @@ const BY: &str = "the administrator of this host";
 pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle) -> Admin {
     let config = AdminConfig {
         certificates: config.data_folder.join("certificates"),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: PROGRAM_VERSION.to_owned(),
         console_addresses: Vec::new(),
         https_port: config.management_port_https,
         data: PathBuf::from(&config.data_folder),
@@ -72,6 +72,7 @@ pub(crate) struct Administrator {
     pub(crate) kit: Arc<Kit>,
     /// The data folder.
     pub(crate) data: PathBuf,
+    pub(crate) notifier: Notifier,
     /// Newer than that of a status: has every change whose outcome is known.
     pub(crate) membership: watch::Receiver<Arc<Membership>>,
 }
@@ -91,6 +92,11 @@ impl Administrator {
             Operation::Switchover { to, dry_run } => admin.switchover(to.as_deref(), dry_run, BY).await.map(answer),
             Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), BY).await.map(answer),
             Operation::Resume {} => admin.resume(BY).await.map(answer),
+            Operation::RotateKey {} => admin.rotate_cluster_key(BY).await.map(answer),
+            Operation::RotateCa { overlap_s } => {
+                admin.rotate_authority(Duration::from_secs(overlap_s), BY).await.map(answer)
+            }
+            Operation::TestNotifications {} => Ok(answer(self.notifier.test().await)),
             Operation::Events { wanted } => self.events(wanted).await,
             Operation::Readdress { node, new_name, address, port } => {
                 admin.readdress(&node, new_name, address, port, BY).await.map(answer)

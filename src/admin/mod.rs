@@ -9,7 +9,9 @@ mod attempts;
 mod closed;
 mod invitation;
 mod members;
+mod notifications;
 pub mod renewal;
+mod rotate;
 mod switchover;
 
 use std::{
@@ -205,7 +207,7 @@ impl Admin {
 }
 
 /// Seconds since 1970.
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 

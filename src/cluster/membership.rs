@@ -9,6 +9,11 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::{
+    level,
+    trust::{Coming, KeyId, Rekey, Retired},
+};
+
 /// Identity of a node inside its cluster: Raft's node id, 1 or more, never used again after a removal.
 pub type NodeId = u64;
 
@@ -32,6 +37,8 @@ const MAX_CSR: usize = 1024;
 const MAX_NAMES: usize = 768;
 /// What a certificate needs for a name beside it, at most.
 const PER_NAME: usize = 3;
+/// Webhooks of a cluster.
+const MAX_WEBHOOKS: usize = 3;
 /// Names of a Console certificate.
 pub const MAX_CONSOLE_NAMES: usize = 32;
 
@@ -122,6 +129,9 @@ pub struct Request {
     pub port: u16,
     /// Version of its program.
     pub version: String,
+    /// What its program can do.
+    #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
+    pub level: u32,
     /// Fingerprint of its public key, which both sides show.
     pub fingerprint: String,
     /// Its signing request for the node's certificate, PEM.
@@ -148,6 +158,29 @@ pub struct Invitation {
     pub by: String,
 }
 
+/// Where events are sent: an HTTP request for each.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Webhook {
+    /// Unlike that of any other.
+    pub name: String,
+    /// `https://` or `http://`; may itself be a secret.
+    pub url: String,
+    /// Key of the signature of each request; none: they are not signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<String>,
+    /// The only authority that its certificate may come from, PEM; none: those that the host trusts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<String>,
+    /// The least severe event that is sent: info, warning or critical.
+    pub severity: String,
+}
+
+impl fmt::Debug for Webhook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Webhook").field("name", &self.name).field("severity", &self.severity).finish_non_exhaustive()
+    }
+}
+
 /// The cluster's certificate authority, as all members keep it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedAuthority {
@@ -155,6 +188,9 @@ pub struct SealedAuthority {
     pub certificate: String,
     /// Its private key, encrypted with the key that only members hold; base64.
     pub sealed_key: String,
+    /// Names that key; none if it is the one that the cluster was founded with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<KeyId>,
 }
 
 /// A host that is to be admitted.
@@ -205,6 +241,21 @@ pub struct Membership {
     pub invitations: Vec<Invitation>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub authority: Option<SealedAuthority>,
+    /// The feature level in force: what the programs of all members have. Never lowered.
+    #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
+    pub level: u32,
+    /// Version of the program that raised it: older ones may not take part.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub level_version: String,
+    /// See [`super::trust`], these three.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rekey: Option<Rekey>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coming: Option<Coming>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retired: Option<Retired>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub webhooks: Vec<Webhook>,
 }
 
 /// A change that an administrator (or, for [`Change::Promote`], the primary itself) wants.
@@ -229,10 +280,26 @@ pub enum Change {
     Remove { node: NodeId, at: u64, force: bool },
     /// A member is reached at another address from now on.
     Readdress { node: NodeId, name: String, address: String, port: u16 },
+    /// Sends events there from now on, and nowhere else.
+    Notify { webhooks: Vec<Webhook> },
     /// No automatic takeover until then, in seconds since 1970.
     Pause { until: u64 },
     /// Automatic takeover again.
     Resume,
+    /// The programs of all members have this feature level; `version` is that of the primary's.
+    Raise { level: u32, version: String },
+    /// The cluster key is to be replaced.
+    Rekey,
+    /// The primary has made a cluster key; all members fetch it.
+    AnnounceKey { id: KeyId },
+    /// All members have the announced cluster key: the authority is sealed with it.
+    Reseal { authority: SealedAuthority },
+    /// All members are to trust this authority, too.
+    IntroduceAuthority { coming: Coming },
+    /// All members trust it: it signs from now on; `at` in seconds since 1970.
+    SwitchAuthority { at: u64 },
+    /// All members show certificates of the authority that signs: the old one is not trusted any more.
+    DropAuthority,
 }
 
 /// Why a change is not possible. Nothing was changed.
@@ -271,6 +338,12 @@ impl Membership {
             requests: Vec::new(),
             invitations: Vec::new(),
             authority: None,
+            level: level::FEATURE_LEVEL,
+            level_version: level::PROGRAM_VERSION.to_owned(),
+            rekey: None,
+            coming: None,
+            retired: None,
+            webhooks: Vec::new(),
         }
     }
 
@@ -315,6 +388,10 @@ impl Membership {
             }
             Change::Admit { hosts } => next.admit(hosts)?,
             Change::Authority { authority } => next.authority = Some(authority.clone()),
+            Change::Notify { webhooks } => {
+                check_webhooks(webhooks)?;
+                next.webhooks.clone_from(webhooks);
+            }
             Change::Promote => {
                 if self.learners().next().is_none() {
                     return Err(Impossible("all members have a vote already".to_owned()));
@@ -333,6 +410,13 @@ impl Membership {
                     return Err(Impossible("automatic takeover is not paused".to_owned()));
                 }
             }
+            Change::Raise { level, version } => next.raise(*level, version)?,
+            Change::Rekey => next.rekey()?,
+            Change::AnnounceKey { id } => next.announce_key(*id)?,
+            Change::Reseal { authority } => next.reseal(authority)?,
+            Change::IntroduceAuthority { coming } => next.introduce_authority(coming)?,
+            Change::SwitchAuthority { at } => next.switch_authority(*at)?,
+            Change::DropAuthority => next.drop_authority()?,
         }
         next.check()?;
         // Checked here, too: an entry that no member can read would stop them all.
@@ -342,14 +426,32 @@ impl Membership {
         }
     }
 
-    /// What everybody who may look at the cluster may see: no key, no invitation, no request that could be picked up.
+    /// What everybody who may look at the cluster may see: no key, no invitation, no webhook, no request that could be picked
+    /// up.
     pub fn public(&self) -> Self {
-        let mut public = Self { invitations: Vec::new(), authority: None, ..self.clone() };
+        let (invitations, webhooks) = (Vec::new(), Vec::new());
+        let mut public = Self { invitations, authority: None, coming: None, webhooks, ..self.clone() };
         public.members.iter_mut().for_each(|member| member.admission = None);
         for request in &mut public.requests {
             (request.id, request.csr, request.console_csr) = Default::default();
         }
         public
+    }
+
+    fn raise(&mut self, level: u32, version: &str) -> Result<(), Impossible> {
+        if level <= self.level {
+            return Err(Impossible(format!("the cluster runs feature level {} already", self.level)));
+        }
+        if version.len() > MAX_NAME {
+            return Err(Impossible("the version is too long".to_owned()));
+        }
+        let before = std::mem::replace(&mut self.level, level);
+        self.level_version = version.to_owned();
+        // Removals so far could not have the cluster key replaced.
+        if before < 2 && !self.removed.is_empty() {
+            self.distrust();
+        }
+        Ok(())
     }
 
     fn invite(&mut self, invitation: &Invitation) -> Result<(), Impossible> {
@@ -362,6 +464,11 @@ impl Membership {
     }
 
     fn request(&mut self, request: &Request) -> Result<(), Impossible> {
+        if self.coming.is_some() {
+            return Err(Impossible(
+                "the certificate authority is being replaced: get a new join script in a moment".to_owned(),
+            ));
+        }
         check_host(&request.name, &request.address, request.port)?;
         self.requests.retain(|open| open.until > request.at);
         // The same host asks again, for example because its first answer was lost: the newest request counts.
@@ -452,6 +559,7 @@ impl Membership {
             self.removed.remove(0);
         }
         self.removed.push(Removed { id: gone.id, name: gone.name, at });
+        self.distrust();
         Ok(())
     }
 
@@ -502,6 +610,33 @@ impl Membership {
     }
 }
 
+/// Bounds, so that a membership with all else at its limits still fits.
+fn check_webhooks(webhooks: &[Webhook]) -> Result<(), Impossible> {
+    if webhooks.len() > MAX_WEBHOOKS {
+        return Err(Impossible(format!("at most {MAX_WEBHOOKS} webhooks are possible")));
+    }
+    for (place, webhook) in webhooks.iter().enumerate() {
+        let Webhook { name, url, secret, ca, .. } = webhook;
+        if name.is_empty() || name.len() > 64 || name.contains(char::is_control) {
+            return Err(Impossible(format!("{name:?} is no name of a webhook: 1 to 64 bytes, no control characters")));
+        }
+        if webhooks[..place].iter().any(|other| other.name == *name) {
+            return Err(Impossible(format!("two webhooks are called {name:?}")));
+        }
+        let lengths = [(url.len(), 512), (length(secret), 128), (length(ca), MAX_PEM)];
+        if lengths.iter().any(|(length, most)| length > most) {
+            return Err(Impossible(format!(
+                "webhook {name:?}: the address may have 512 bytes, the secret 128, the authority {MAX_PEM}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn length(text: &Option<String>) -> usize {
+    text.as_ref().map_or(0, String::len)
+}
+
 fn no_member(node: NodeId) -> Impossible {
     Impossible(format!("node {node} is not a member of this cluster"))
 }
@@ -538,6 +673,7 @@ mod tests {
             address: format!("127.0.0.{id}"),
             port: 8086,
             version: "1.2.3".to_owned(),
+            level: level::FEATURE_LEVEL,
             fingerprint: format!("AB:{id}"),
             csr: String::new(),
             console_csr: String::new(),
@@ -654,6 +790,23 @@ mod tests {
         assert_eq!(paused.pause, Some(Pause { until: 5, primary: 1 }));
         assert_eq!(change(&paused, Change::Resume).unwrap(), one());
         assert!(change(&one(), Change::Resume).unwrap_err().contains("not paused"));
+    }
+
+    #[test]
+    fn a_level_rises_and_never_falls_and_an_older_program_reads_past_it() {
+        let raise =
+            |membership: &Membership, level| change(membership, Change::Raise { level, version: format!("{level}.0") });
+        let old = Membership { level: 1, level_version: String::new(), ..one() };
+        assert!(!String::from_utf8(old.encode()).unwrap().contains("level"), "as before there were levels");
+        assert_eq!(Membership::decode(&old.encode()).unwrap(), old);
+        let raised = raise(&old, 7).unwrap();
+        assert_eq!((raised.level, raised.level_version.as_str()), (7, "7.0"));
+        assert_eq!(Membership::decode(&raised.encode()).unwrap(), raised);
+        for level in [6, 7] {
+            assert!(raise(&raised, level).unwrap_err().contains("level 7 already"));
+        }
+        let paused = change(&raised, Change::Pause { until: 5 }).unwrap();
+        assert_eq!(paused.level, 7);
     }
 
     #[test]

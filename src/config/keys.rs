@@ -249,6 +249,26 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::Choice(&mut config.log_level),
     },
     Key {
+        name: "NOTIFY_COMMAND",
+        section: GENERAL,
+        group: "Notifications",
+        default: "",
+        doc: &[
+            "Program that is run for each event that somebody should know of: its path and its arguments, apart by blanks.",
+            "No shell reads it. It gets the event as JSON on standard input and has 10 seconds. Webhooks are set up in the",
+            "Console, for all members.",
+        ],
+        slot: |config| Slot::Command(&mut config.notify_command),
+    },
+    Key {
+        name: "NOTIFY_SEVERITY",
+        section: GENERAL,
+        group: "Notifications",
+        default: "warning",
+        doc: &["The least severe event for which NOTIFY_COMMAND is run."],
+        slot: |config| Slot::Choice(&mut config.notify_severity),
+    },
+    Key {
         name: "HIGH_AVAILABILITY_ENABLED",
         section: AVAILABILITY,
         group: "Cluster of three nodes",
@@ -373,6 +393,17 @@ pub static KEYS: &[Key] = &[
         default: "60",
         doc: &["Seconds after which that happens although the -wal file is smaller."],
         slot: |config| Slot::Span { value: &mut config.checkpoint_interval, unit: Unit::Seconds, min: 1, max: 3600 },
+    },
+    Key {
+        name: "SCRUB_SECONDS",
+        section: STORAGE,
+        group: "Database",
+        default: "86400",
+        doc: &[
+            "Seconds from the end of one scrub to the next: the database file is read again, page by page, so that what has",
+            "rotted on the disk is found before it is needed. A damaged copy is replaced by that of another member. 0: never.",
+        ],
+        slot: |config| Slot::Span { value: &mut config.scrub_interval, unit: Unit::Seconds, min: 0, max: 31_536_000 },
     },
     Key {
         name: "RAFT_LOG_SEGMENT_MB",

@@ -154,7 +154,6 @@ mod tests {
             members: Vec::new(),
             membership: Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
-            recent: Default::default(),
             database: None,
         })
     }

@@ -64,6 +64,16 @@ pub enum Operation {
     },
     /// Automatic takeover again. Answer: null.
     Resume {},
+    /// Replaces the cluster key. Answer: null, when that has begun.
+    RotateKey {},
+    /// Replaces the certificate authority. Answer: null, when that has begun.
+    RotateCa {
+        /// How long the old one is still trusted when the new one signs.
+        overlap_s: u64,
+    },
+    /// Sends a test event to everybody whom this node would notify. Answer: a list of
+    /// [`Delivery`](crate::events::notify::Delivery)s.
+    TestNotifications {},
     /// What happened to this node, newest first; any node answers it. Answer: a list of [`Event`](crate::events::Event)s.
     Events {
         /// Which.

@@ -3,19 +3,14 @@
 
 use std::{
     net::{IpAddr, ToSocketAddrs, UdpSocket},
-    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
-use ureq::{
-    Agent, Body,
-    http::Response,
-    tls::{Certificate, RootCerts, TlsConfig},
-};
+use ureq::{Agent, Body, http::Response};
 
 use super::{JoinFile, JoinRequest, RequestState};
+use crate::https::{self, Limits, Trust};
 
 /// Longest time for one question.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -49,22 +44,9 @@ impl Client {
     /// # Errors
     /// When the CA cannot be read.
     pub fn new(file: &JoinFile) -> Result<Self> {
-        let certificate = Certificate::from_pem(file.ca.as_bytes()).context("read the CA of the join file")?;
-        let tls = TlsConfig::builder()
-            .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .build();
-        let config = Agent::config_builder()
-            .tls_config(tls)
-            .https_only(true)
-            .proxy(None)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .timeout_global(Some(LIMIT))
-            .timeout_connect(Some(CONNECT))
-            .build();
-        Ok(Self { agent: config.into(), addresses: file.addresses.clone(), token: file.token.clone() })
+        let trust = Trust::pem(file.ca.as_bytes()).context("read the CA of the join file")?;
+        let agent = https::client(&trust, Limits { connect: CONNECT, request: LIMIT });
+        Ok(Self { agent, addresses: file.addresses.clone(), token: file.token.clone() })
     }
 
     /// Makes a request to join; `request` is told from which address of this host the Console is reached. Returns who
@@ -95,23 +77,14 @@ impl Client {
     }
 }
 
-#[derive(Deserialize)]
-struct Failure {
-    err: String,
-}
-
 fn understand(mut response: Response<Body>) -> Result<Answer> {
     let status = response.status().as_u16();
-    let body = response.body_mut().with_config().limit(ANSWER);
     if (200..300).contains(&status) {
+        let body = response.body_mut().with_config().limit(ANSWER);
         let state: RequestState = body.read_json().context("understand the answer")?;
         return Ok(Answer::State(Box::new(state)));
     }
-    let text = body.read_to_string().unwrap_or_default();
-    let why = serde_json::from_str::<Failure>(&text).map(|failure| failure.err).unwrap_or_default();
-    // It is logged, and shown on terminals.
-    let why: String = why.chars().filter(|c| !c.is_control()).take(500).collect();
-    let why = if why.is_empty() { format!("HTTP status {status}") } else { why };
+    let why = https::refusal(&mut response);
     Ok(match status {
         401 | 403 => Answer::Denied(why),
         404 => Answer::NotFound,

@@ -7,12 +7,16 @@ mod driver;
 pub mod history;
 mod inbox;
 pub mod lease;
+mod measure;
 mod pulse;
 mod rollback;
+mod scrub;
 mod snapshots;
 mod space;
 pub mod status;
 mod syncer;
+mod throttle;
+mod upgrade;
 
 use std::{
     io,
@@ -32,7 +36,7 @@ pub use pulse::Pulse;
 pub use status::{MemberStatus, Status, SyncProgress};
 
 use crate::{
-    cluster::{self, Change, Cluster, Membership, NodeId, Timing},
+    cluster::{self, Change, Cluster, Membership, NodeId, Timing, trust::Holdings},
     peer::{Edition, LinkSender, Links},
     storage::{
         backup::{CopyError, Copying, Finished},
@@ -50,6 +54,8 @@ use rollback::Rollback;
 use space::Space;
 use status::Publisher;
 use syncer::Syncer;
+use throttle::Throttle;
+use upgrade::Upgrade;
 
 /// What a node is made of.
 #[derive(Clone, Debug)]
@@ -71,6 +77,8 @@ pub struct NodeConfig {
     pub fast_takeover: bool,
     /// Version of this program, as shown to people.
     pub version: String,
+    /// What this program can do: see [`crate::cluster::level`].
+    pub level: u32,
     /// The shared lease that this node extends.
     pub lease: Lease,
 }
@@ -199,6 +207,11 @@ impl Handle {
         self.sender.send(Input::Restart { why });
     }
 
+    /// Tells the others what this node has on its disk of what they go on with together.
+    pub fn report_holdings(&self, holds: Holdings) {
+        self.sender.send(Input::Holds { holds });
+    }
+
     /// Shows a warning in the status, or takes it back.
     pub fn warn(&self, about: &'static str, text: Option<String>) {
         self.sender.send(Input::Warning { about, text });
@@ -224,7 +237,7 @@ pub fn spawn(
     trust_checkpoint(&log, applied)?;
     let Configuration { index, membership } = &config.configuration;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
-    let start = cluster::Start { membership, membership_index, conf_index, applied };
+    let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level };
     let cluster = Cluster::new(&start, config.node, config.timing, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let membership = Arc::new(membership.clone());
@@ -232,13 +245,16 @@ pub fn spawn(
     let (members, membership) = watch::channel(membership);
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
+    let file = database.file();
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
     let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
-        rollback: Rollback::new(&config, sender.clone()),
+        rollback: Rollback::new(&config, file, sender.clone()),
         space: Space::new(config.data.clone()),
+        throttle: Throttle::default(),
+        unwritten: false,
         cluster,
         log,
         links,
@@ -248,6 +264,7 @@ pub fn spawn(
         config,
         waiting: Waiting::default(),
         changes: Changes::default(),
+        upgrade: Upgrade::default(),
         members,
         editions,
         restorer,

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKey, PublicKeyData};
 use x509_parser::{
-    certificate::X509Certificate, certification_request::X509CertificationRequest, extensions::GeneralName,
+    certificate::X509Certificate,
+    certification_request::X509CertificationRequest,
+    extensions::{GeneralName, ParsedExtension},
     prelude::FromDer,
 };
 
@@ -132,6 +134,48 @@ pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
     Ok((seconds(parsed.validity().not_before), seconds(parsed.validity().not_after)))
 }
 
+/// True if a certificate (PEM) says that this authority (PEM) signed it. Two authorities of one cluster have the same name:
+/// their keys tell them apart. Proves nothing; TLS checks signatures.
+///
+/// # Errors
+/// [`PkiError::Identity`].
+pub fn is_signed_by(pem: &str, authority: &str) -> Result<bool, PkiError> {
+    const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
+    let (der, authority) = (certificate_der(pem)?, certificate_der(authority)?);
+    let (_, parsed) = X509Certificate::from_der(&der).map_err(|_| UNREADABLE)?;
+    let (_, authority) = X509Certificate::from_der(&authority).map_err(|_| UNREADABLE)?;
+    let signer = parsed.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::AuthorityKeyIdentifier(found) => found.key_identifier.as_ref().map(|id| id.0),
+        _ => None,
+    });
+    let own = authority.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::SubjectKeyIdentifier(found) => Some(found.0),
+        _ => None,
+    });
+    Ok(parsed.issuer().as_raw() == authority.subject().as_raw() && signer.is_some() && signer == own)
+}
+
+/// The host names and IP addresses in a certificate (PEM).
+///
+/// # Errors
+/// [`PkiError::Identity`].
+pub fn certificate_names(pem: &str) -> Result<Vec<String>, PkiError> {
+    const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
+    let der = certificate_der(pem)?;
+    let (_, parsed) = X509Certificate::from_der(&der).map_err(|_| UNREADABLE)?;
+    let names = parsed.subject_alternative_name().map_err(|_| UNREADABLE)?;
+    let address = |bytes: &[u8]| {
+        let four = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+        four.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
+    };
+    let text = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(name) => Some((*name).to_owned()),
+        GeneralName::IPAddress(bytes) => address(bytes).map(|address| address.to_string()),
+        _ => None,
+    };
+    Ok(names.into_iter().flat_map(|names| names.value.general_names.iter().filter_map(text)).collect())
+}
+
 /// True if a certificate (PEM) is one of this authority (PEM) and not good for that host name or IP address.
 ///
 /// # Errors
@@ -237,6 +281,18 @@ mod tests {
         let fingerprint = |csr: &str| SigningRequest::parse(csr).unwrap().fingerprint().to_owned();
         assert_eq!(fingerprint(&first), fingerprint(&second));
         assert!(request_with("no key", "other", &[]).is_err());
+    }
+
+    #[test]
+    fn authorities_of_one_cluster_are_told_apart() {
+        let (old, new) = (Authority::create(CLUSTER).unwrap(), Authority::create(CLUSTER).unwrap());
+        let names = ["console.example", "192.0.2.1", "2001:db8::1"];
+        let console = old.issue_console(&names).unwrap().cert_pem;
+        for leaf in [old.issue_node(1, "a", &[]).unwrap().cert_pem, console.clone()] {
+            assert!(is_signed_by(&leaf, old.certificate_pem()).unwrap());
+            assert!(!is_signed_by(&leaf, new.certificate_pem()).unwrap());
+        }
+        assert_eq!(certificate_names(&console).unwrap(), names);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use super::{
     checksum::PageTable,
     gate::{self, Gate, GateConfig, Mark},
     replica::{Replica, is_full},
+    scrub::page_checksums,
     snapshot::{Hold, Resting},
     vfs::{self, Checkpointer, SqliteError, VFS_NAME},
 };
@@ -84,6 +85,17 @@ pub enum ReplaceError {
     /// The role was lost meanwhile: the whole new content is there later, or the whole old one.
     #[error("{0}")]
     Unknown(String),
+}
+
+/// How the database file can be read for a scrub.
+#[derive(Debug)]
+pub enum Scrubbable {
+    /// Not at all.
+    Not,
+    /// Page by page: [`Database::differs`] knows what each has to be.
+    Follows { file: Arc<File>, page_size: u32, pages: u32 },
+    /// While it [rests](Database::rest).
+    Serves,
 }
 
 /// What [`Database::checkpoint`] has reached.
@@ -251,6 +263,46 @@ impl Database {
         }
     }
 
+    /// What a scrub can read now.
+    pub fn scrubbable(&self) -> Scrubbable {
+        match &self.state {
+            State::Following(replica) if replica.table.pages() > 0 && self.failed.is_none() => Scrubbable::Follows {
+                file: Arc::clone(&self.file),
+                page_size: replica.table.page_size(),
+                pages: replica.table.pages(),
+            },
+            State::Serving(_) if self.failed.is_none() => Scrubbable::Serves,
+            _ => Scrubbable::Not,
+        }
+    }
+
+    /// Compares the checksums of the pages behind page `done`, as somebody has read them, with what they have to be. The first
+    /// page that differs is read again: it may have been written meanwhile. Returns it if it differs still.
+    ///
+    /// # Errors
+    /// Read errors of the file.
+    pub fn differs(&self, done: u32, sums: &[u64]) -> io::Result<Option<u32>> {
+        let State::Following(replica) = &self.state else { return Ok(None) };
+        for (number, sum) in (done + 1..).zip(sums) {
+            let Some(expected) = replica.table.get(number) else { break };
+            if expected != *sum && page_checksums(&self.file, replica.table.page_size(), number - 1, 1)? != [expected] {
+                return Ok(Some(number));
+            }
+        }
+        Ok(None)
+    }
+
+    /// [`Self::verify`], as soon as the file cannot be ahead of what was applied.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Diverged`].
+    pub fn verify_settled(&self) -> Result<(), DatabaseError> {
+        match &self.state {
+            State::Following(replica) if replica.applied <= replica.touched => Ok(()),
+            _ => self.verify(),
+        }
+    }
+
     /// Bytes of the `-wal` file up to the last transaction; 0 on a secondary. It falls only with the first transaction
     /// after a checkpoint that found no newer one, not with the checkpoint.
     pub fn wal_bytes(&self) -> u64 {
@@ -272,6 +324,11 @@ impl Database {
             State::Serving(serving) => serving.primary.gate.page_size(),
             State::Closed { .. } => self.record.page_size,
         }
+    }
+
+    /// The open database file, for whoever reads it beside this: see [`Database::path`].
+    pub fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
     }
 
     /// The database file. Nobody may open and close it through another descriptor while this node is the primary.

@@ -11,6 +11,7 @@ pub mod database;
 pub mod gate;
 pub mod raft_log;
 pub mod replica;
+pub mod scrub;
 pub mod snapshot;
 pub mod tail;
 mod tail_rows;
@@ -34,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::cluster::{ClusterId, Membership, NodeId};
+pub use replica::is_full;
 
 /// Version of `identity.json` that this program writes.
 pub const IDENTITY_FORMAT: u32 = 1;

@@ -15,10 +15,14 @@ mod events;
 mod health;
 mod held;
 mod network;
+mod observe;
 mod recover;
+mod remote;
 mod rollback;
 mod sampler;
 mod snapshot;
+#[path = "../cli/terminal.rs"]
+mod terminal;
 mod writers;
 
 use std::{

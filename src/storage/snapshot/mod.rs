@@ -32,6 +32,7 @@ pub use self::{incoming::Incoming, install::Ready};
 use super::{
     checkpoint::Record,
     checksum::{page_checksum, read_or_zero},
+    scrub::drop_cache,
 };
 use crate::cluster::{Membership, command::valid_page_size, membership::MAX_ENCODED};
 
@@ -250,6 +251,12 @@ impl Resting {
     /// True once the file may have changed: the snapshot must be begun again.
     pub fn is_broken(&self) -> bool {
         self.hold.is_broken()
+    }
+
+    /// Lets the next [`Self::read`] behind page `done` come from the disk.
+    pub fn drop_cache(&self, done: u32) {
+        let page_size = self.record.page_size;
+        drop_cache(&self.file, page_size, done, CHUNK as u32 / page_size);
     }
 
     /// Reads the next pages behind page `done`, at most [`CHUNK`] bytes, none at the end. Returns the XOR of their
