@@ -13,9 +13,7 @@ use axum::{
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
-use super::{
-    Console, audits, cluster, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users,
-};
+use super::{Console, audits, cluster, logs, openapi, programs, sessions, settings, stream, system, tags, ui, users};
 
 /// Where the API begins.
 pub(super) const BASE: &str = "/api/v1";

@@ -104,6 +104,7 @@ mod tests {
             epoch: 3,
             applied: 120,
             lag: 0,
+            lag_bytes: None,
             lease_ms: None,
             last_contact_ms: Some(0),
             version: "0.1.0".into(),

@@ -56,6 +56,10 @@ struct Goal {
     released: u64,
     /// How often a snapshot was asked for.
     snapshots: u64,
+    /// The disk is full.
+    full: bool,
+    /// No checkpoint: what is in force since the last one is not in its file yet.
+    pinned: bool,
     stop: bool,
 }
 
@@ -111,6 +115,7 @@ impl Applier {
             snapshots: 0,
             snapshot_at: None,
             overrun: false,
+            full: false,
             broken: false,
             ended: false,
             full_until: None,
@@ -135,6 +140,16 @@ impl Applier {
     /// No other member needs the raft log up to here; it is compacted after the next checkpoint.
     pub fn release(&self, index: u64) {
         lock(&self.shared).released = index;
+    }
+
+    /// The disk is full, or is not any more: nothing is kept for members that are away then.
+    pub fn full(&self, full: bool) {
+        self.change(|goal| goal.full = full);
+    }
+
+    /// Allows no checkpoint, or allows it again. To be called before whatever the checkpoint must not pass is applied.
+    pub fn pin(&self, pinned: bool) {
+        self.change(|goal| goal.pinned = pinned);
     }
 
     /// Entries that may be applied and are not yet.
@@ -218,6 +233,8 @@ struct Worker {
     snapshot_at: Option<(u64, Instant)>,
     /// The raft log is too long, and that was reported.
     overrun: bool,
+    /// The disk is full, and that was looked at.
+    full: bool,
     /// Its content is not to be trusted: nothing is applied any more.
     broken: bool,
     /// The process was asked to end; nothing more happens here.
@@ -254,9 +271,15 @@ impl Worker {
             self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
             if goal.snapshots != self.snapshots {
                 self.snapshots = goal.snapshots;
-                self.rest();
+                self.rest(goal.pinned);
             }
-            self.checkpoint_if_due();
+            if goal.full != self.full {
+                self.full = goal.full;
+                self.compact();
+            }
+            if !goal.pinned {
+                self.checkpoint_if_due();
+            }
         }
     }
 
@@ -307,7 +330,7 @@ impl Worker {
             let pause = if self.behind(&goal) { self.pause() } else { None };
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
-                _ if goal.snapshots != self.snapshots => false,
+                _ if goal.snapshots != self.snapshots || goal.full != self.full => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
                 Some(epoch) if pause.is_some() => epoch == self.refused,
                 None if pause.is_some() => true,
@@ -454,9 +477,14 @@ impl Worker {
     }
 
     /// Answers everybody who wants to read the database file.
-    fn rest(&mut self) {
+    fn rest(&mut self, pinned: bool) {
         let replies = std::mem::take(&mut *self.shared.snapshots.lock().unwrap_or_else(PoisonError::into_inner));
         for reply in replies {
+            if pinned {
+                let resting = Err("the disk of the primary is full".to_owned());
+                self.report(DatabaseEvent::Resting { resting, reply });
+                continue;
+            }
             let result = self.database.rest();
             if result.is_ok() {
                 let appended = self.shared.appended.load(Ordering::Relaxed);
@@ -484,6 +512,7 @@ impl Worker {
         }
         if let Err(error) = result {
             if error.is_full() {
+                self.compact(); // it may give space back
                 return self.note_full("the checkpoint of the database");
             }
             // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
@@ -493,14 +522,16 @@ impl Worker {
     }
 
     /// Lets go of what neither this node's database nor another member needs. While a member is away, the raft log grows
-    /// up to its limit; then that member has to be given the whole database.
+    /// up to its limit, or until the disk is full; then that member has to be given the whole database.
     fn compact(&mut self) {
         let released = lock(&self.shared).released;
         let snapshot =
             self.snapshot_at.filter(|(_, until)| Instant::now() < *until).map_or(u64::MAX, |(index, _)| index);
         let possible = self.database.checkpointed().min(snapshot).saturating_sub(KEPT_ENTRIES);
         let kind = released.saturating_sub(KEPT_ENTRIES);
-        let too_long = self.log.size_bytes() > self.checkpoints.raft_log_limit && kind < possible;
+        // A full disk lets go for a member that is really away, not for one that has just not answered yet.
+        let full = self.full && kind + KEPT_ENTRIES < possible;
+        let too_long = full || self.log.size_bytes() > self.checkpoints.raft_log_limit && kind < possible;
         let to = if too_long { possible } else { kind.min(possible) };
         if to < self.log.first_index() + KEPT_ENTRIES {
             return; // not worth a write
@@ -509,7 +540,9 @@ impl Worker {
             let limit = self.checkpoints.raft_log_limit;
             warn!(
                 index = to,
-                limit, "the raft log is too long to be kept for a member that is away: it will get the whole database"
+                limit,
+                full,
+                "the raft log is too long to be kept for a member that is away: it will get the whole database"
             );
             metrics::counter!(RAFT_LOG_OVERRUNS).increment(1);
         }
@@ -527,7 +560,8 @@ impl Worker {
             let goal = *lock(&self.shared);
             self.demote(&goal);
         }
-        if self.epoch.is_none() && !self.broken && !self.database.is_empty() {
+        let pinned = lock(&self.shared).pinned;
+        if self.epoch.is_none() && !self.broken && !self.database.is_empty() && !pinned {
             self.checkpoint();
         } else if self.broken {
             warn!("the database is left as it is: it needs to be restored");

@@ -28,6 +28,7 @@ use super::{
     space::Space,
     status::Publisher,
     syncer::Syncer,
+    throttle::Throttle,
 };
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
@@ -55,6 +56,9 @@ pub(super) struct Driver {
     pub rollback: Rollback,
     pub space: Space,
     pub changes: Changes,
+    pub throttle: Throttle,
+    /// The disk is full, and the membership in force is not in its file yet.
+    pub unwritten: bool,
     /// The membership in force, for whoever follows it.
     pub members: watch::Sender<Arc<Membership>>,
     /// The same with its raft index.
@@ -175,6 +179,7 @@ impl Driver {
         match event {
             PeerEvent::Raft(message) => {
                 self.publisher.heard(message.from);
+                self.throttle.heard(&message);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
                 } else if self.space.admits(&self.log, &message) {
@@ -333,7 +338,9 @@ impl Driver {
         }
         output.transitions.iter().for_each(|transition| self.transition(transition));
         for message in output.send {
-            self.links.send(&message);
+            if self.throttle.admits(&message, self.publisher.has_full_disk(message.to), Instant::now()) {
+                self.links.send(&message);
+            }
         }
         if let Some(persist) = output.persist {
             if !output.configured.is_empty() {

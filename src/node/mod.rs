@@ -12,6 +12,7 @@ mod snapshots;
 mod space;
 pub mod status;
 mod syncer;
+mod throttle;
 
 use std::{
     io,
@@ -48,6 +49,7 @@ use rollback::Rollback;
 use space::Space;
 use status::Publisher;
 use syncer::Syncer;
+use throttle::Throttle;
 
 /// What a node is made of.
 #[derive(Clone, Debug)]
@@ -208,12 +210,15 @@ pub fn spawn(
     let (members, membership) = watch::channel(membership);
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
+    let file = database.file();
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
     let (publisher, status) = Publisher::new(&config);
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
-        rollback: Rollback::new(&config, sender.clone()),
+        rollback: Rollback::new(&config, file, sender.clone()),
         space: Space::new(config.data.clone()),
+        throttle: Throttle::default(),
+        unwritten: false,
         cluster,
         log,
         links,

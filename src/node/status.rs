@@ -265,6 +265,12 @@ impl Publisher {
         found.min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
     }
 
+    /// By its last report.
+    pub fn has_full_disk(&self, member: NodeId) -> bool {
+        let report = self.peers.get(&member).and_then(|peer| peer.report.as_ref());
+        report.is_some_and(|report| report.full)
+    }
+
     /// The disk of this node is full, or is not any more.
     pub fn full(&mut self, full: bool) {
         self.full = full;

@@ -241,6 +241,11 @@ impl Database {
         }
     }
 
+    /// The open database file, for whoever reads it beside this: see [`Database::path`].
+    pub fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+
     /// The database file. Nobody may open and close it through another descriptor while this node is the primary.
     pub fn path(&self) -> &Path {
         &self.path

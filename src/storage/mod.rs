@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::cluster::{ClusterId, Membership, NodeId};
+pub use replica::is_full;
 
 /// Version of `identity.json` that this program writes.
 pub const IDENTITY_FORMAT: u32 = 1;

@@ -45,7 +45,7 @@ impl ApplyError {
 }
 
 /// True for an error that says that there is no space.
-pub(super) fn is_full(error: &io::Error) -> bool {
+pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 

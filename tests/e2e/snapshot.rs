@@ -1,13 +1,14 @@
 //! A member that was away for longer than the raft log is kept gets the whole database, whoever dies on the way.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
+use twistlock_ha::{cluster::Role, node::Status};
 
 use super::{
     WRITERS, alone,
@@ -134,6 +135,96 @@ fn a_member_beyond_the_raft_log_gets_the_whole_database() {
     report(&cluster, away);
     assert_eq!(installed(&cluster, away), 1, "one snapshot is enough");
     finish(cluster, writers, away, &[]);
+}
+
+/// A number of MiB that a measurement may set.
+fn mebibytes(name: &str, usual: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
+/// Sizes in bytes, and how many segments the raft log has had.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sizes {
+    raft_log: u64,
+    wal: u64,
+    segments: u64,
+}
+
+impl Sizes {
+    fn of(data: &Path) -> Self {
+        let names = std::fs::read_dir(data.join("raft-log")).unwrap().map(|entry| entry.unwrap().path());
+        let files: Vec<_> = names.filter_map(|path| Some((std::fs::metadata(&path).ok()?.len(), path))).collect();
+        let number = |path: &Path| u64::from_str_radix(path.file_name()?.to_str()?.strip_prefix("segment-")?, 16).ok();
+        let wal = std::fs::metadata(data.join("database/console.db-wal")).map_or(0, |file| file.len());
+        let segments = files.iter().filter_map(|(_, path)| number(path)).max().unwrap_or(0);
+        Self { raft_log: files.iter().map(|(length, _)| length).sum(), wal, segments }
+    }
+
+    fn max(self, other: Self) -> Self {
+        let (raft_log, wal) = (self.raft_log.max(other.raft_log), self.wal.max(other.wal));
+        Self { raft_log, wal, segments: self.segments.max(other.segments) }
+    }
+}
+
+/// Looks at the sizes on some nodes until the condition holds; returns the largest of them.
+fn sample_sizes(cluster: &Cluster, nodes: &[usize], over: impl Fn(Sizes) -> bool) -> Sizes {
+    let folders: Vec<PathBuf> = nodes.iter().map(|node| cluster.node(*node).data).collect();
+    let (mut largest, deadline) = (Sizes::default(), Instant::now() + FILL);
+    while !over(largest) {
+        assert!(Instant::now() < deadline, "it does not come to an end: {largest:?}");
+        largest = folders.iter().map(|folder| Sizes::of(folder)).fold(largest, Sizes::max);
+        thread::sleep(Duration::from_millis(100));
+    }
+    largest
+}
+
+/// Many times what is kept of the raft log is written while a member is away; `scripts/bench/absent.sh` writes 2 GiB.
+#[test]
+fn the_raft_log_and_the_wal_stay_within_bounds_while_a_member_is_away() {
+    const CHECKPOINT: u64 = 16;
+    let _alone = alone();
+    let (total, limit, segment) = (mebibytes("ABSENT_MIB", 160), mebibytes("ABSENT_LIMIT_MIB", 64), 4);
+    let cluster = Cluster::start();
+    cluster.configure("RAFT_LOG_SEGMENT_MB", &segment.to_string());
+    cluster.configure("RAFT_LOG_LIMIT_MB", &limit.to_string());
+    cluster.restart_all();
+    let writers = Writers::start_long(&cluster.file(), WRITERS, LONG);
+    let away = (cluster.primary() + 1) % 3;
+    let others: Vec<usize> = (0..3).filter(|node| *node != away).collect();
+    let before = sample_sizes(&cluster, &others, |sizes| sizes.segments > 0).segments;
+    cluster.freeze(away);
+    let begin = Instant::now();
+    let meanwhile = sample_sizes(&cluster, &others, |sizes| (sizes.segments - before) * segment >= total);
+    let written = begin.elapsed();
+    let let_go = others.iter().all(|node| cluster.log(*node).contains(EXPECTED[0]));
+    assert!(let_go, "{total} MiB are too few for a limit of {limit} MiB");
+    let back = Instant::now();
+    cluster.signal(away, Signal::SIGCONT);
+    let returned = || installed(&cluster, away) > 0 && cluster.statuses()[away].as_ref().is_some_and(is_level);
+    let returning = sample_sizes(&cluster, &others, |_| returned());
+    let secondary = back.elapsed();
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    println!(
+        "absent: {total} MiB of transactions in {:.0} s with one member away; raft log at most {} MiB (limit {limit}), -wal \
+         at most {} MiB (checkpoint at {CHECKPOINT}); SECONDARY again under load after {:.1} s, database {} MiB, raft log \
+         then at most {} MiB, -wal {} MiB",
+        written.as_secs_f64(),
+        mib(meanwhile.raft_log),
+        mib(meanwhile.wal),
+        secondary.as_secs_f64(),
+        mib(std::fs::metadata(database(&cluster, cluster.primary())).unwrap().len()),
+        mib(returning.raft_log),
+        mib(returning.wal),
+    );
+    // Beyond the limit: what comes until the next checkpoint, the entries that are always kept, and files made ahead.
+    let bound = limit + 4 * CHECKPOINT + 8 * segment;
+    assert!(mib(meanwhile.raft_log) <= bound, "the raft log had {} MiB", mib(meanwhile.raft_log));
+    assert!(mib(meanwhile.wal) <= 4 * CHECKPOINT, "the -wal file had {} MiB", mib(meanwhile.wal));
+    finish(cluster, writers, away, &[]);
+}
+
+fn is_level(status: &Status) -> bool {
+    status.role == Role::Secondary && status.committed - status.applied < 1000
 }
 
 /// Waits until a snapshot is on its way to a node, and freezes the node then. False if it was complete before that.
