@@ -56,8 +56,9 @@ impl Place {
         let uri: Uri = text.trim().parse().map_err(|_| wrong())?;
         let authority = uri.authority().ok_or_else(wrong)?;
         let plain = matches!(uri.path(), "" | "/") && uri.query().is_none() && !authority.as_str().contains('@');
-        // A colon without a number would pass for no port.
-        let odd = authority.host().is_empty() || authority.as_str().ends_with(':');
+        // A colon without a number, or with one that is no port, would pass for no port.
+        let odd = authority.as_str() != authority.host() && authority.port_u16().is_none();
+        let odd = odd || authority.host().is_empty();
         if uri.scheme_str() != Some("https") || !plain || odd {
             return Err(wrong());
         }

@@ -1,6 +1,8 @@
 //! The database thread: brings the database in line with what the consensus loop wants of it. Level-triggered: the loop
 //! sets a goal, the thread compares it with where it is. Owns the [`Database`]; the loop never touches the disk for it.
 
+mod copies;
+
 use std::{
     io,
     sync::{
@@ -44,8 +46,6 @@ const FULL_PAUSE: Duration = Duration::from_millis(500);
 const HELD_WAL: u64 = 1 << 30;
 /// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
 const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
-/// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
-const COPY_PATIENCE: Duration = Duration::from_secs(30);
 /// How often it is tried to begin a scrub that is due.
 const SCRUB_LOOK: Duration = Duration::from_millis(100);
 /// Entries applied between two looks at the goal.
@@ -90,44 +90,6 @@ struct Shared {
     unsaved: AtomicU64,
     /// Bytes of the database.
     bytes: AtomicU64,
-}
-
-enum CopyRequest {
-    Begin(oneshot::Sender<Result<Copying, CopyError>>),
-    Finish(Progress, oneshot::Sender<Result<Finished, CopyError>>),
-}
-
-/// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop has
-/// nothing to do with it.
-#[derive(Clone)]
-pub(super) struct Copies(Arc<Shared>);
-
-impl Copies {
-    pub async fn begin(&self) -> Result<Copying, CopyError> {
-        let (reply, wait) = oneshot::channel();
-        self.ask(CopyRequest::Begin(reply), wait).await
-    }
-
-    pub async fn finish(&self, copy: Progress) -> Result<Finished, CopyError> {
-        let (reply, wait) = oneshot::channel();
-        self.ask(CopyRequest::Finish(copy, reply), wait).await
-    }
-
-    async fn ask<T>(
-        &self,
-        request: CopyRequest,
-        wait: oneshot::Receiver<Result<T, CopyError>>,
-    ) -> Result<T, CopyError> {
-        self.0.copies.lock().unwrap_or_else(PoisonError::into_inner).push(request);
-        lock(&self.0).copies += 1;
-        self.0.changed.notify_one();
-        // A thread that has ended leaves the request where it is.
-        match tokio::time::timeout(COPY_PATIENCE, wait).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(CopyError::Ended("the node stops".to_owned())),
-            Err(_) => Err(CopyError::Ended("the database is busy: try again".to_owned())),
-        }
-    }
 }
 
 /// The loop's side of the database thread.

@@ -3,6 +3,7 @@
 //! are run. Owns no real time, no real files, no threads inside one seed.
 
 mod disk;
+mod node;
 mod world;
 
 use twistlock_ha::cluster::Timing;
@@ -12,7 +13,7 @@ use world::World;
 const STORM: u64 = 12_000_000_000;
 const CALM: u64 = 6_000_000_000;
 
-fn run(seed: u64, timing: Timing) -> world::Summary {
+fn run(seed: u64, timing: Timing) -> node::Summary {
     let mut world = World::new(seed, timing);
     world.storm_until(STORM);
     world.heal();
@@ -33,13 +34,13 @@ fn invariants_hold_on_every_seed() {
     }
     let seeds = number("SEEDS").unwrap_or(2000);
     let threads = std::thread::available_parallelism().map_or(2, usize::from) as u64;
-    let mut total = world::Summary::default();
+    let mut total = node::Summary::default();
     std::thread::scope(|scope| {
         let share = |first| (first..seeds).step_by(threads as usize);
         let workers: Vec<_> = (0..threads)
             .map(|first| {
                 scope.spawn(move || {
-                    let mut sum = world::Summary::default();
+                    let mut sum = node::Summary::default();
                     for seed in share(first) {
                         let result = std::panic::catch_unwind(|| run(seed, Timing::default()));
                         match result {

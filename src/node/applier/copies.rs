@@ -1,0 +1,52 @@
+//! Asks the database thread for a copy of a SECONDARY's database. Must never let the one who asks wait for ever.
+
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::oneshot;
+
+use super::{Shared, lock};
+use crate::storage::backup::{CopyError, Copying, Finished, Progress};
+
+/// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
+const COPY_PATIENCE: Duration = Duration::from_secs(30);
+
+pub(super) enum CopyRequest {
+    Begin(oneshot::Sender<Result<Copying, CopyError>>),
+    Finish(Progress, oneshot::Sender<Result<Finished, CopyError>>),
+}
+
+/// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop has
+/// nothing to do with it.
+#[derive(Clone)]
+pub(in crate::node) struct Copies(pub(super) Arc<Shared>);
+
+impl Copies {
+    pub async fn begin(&self) -> Result<Copying, CopyError> {
+        let (reply, wait) = oneshot::channel();
+        self.ask(CopyRequest::Begin(reply), wait).await
+    }
+
+    pub async fn finish(&self, copy: Progress) -> Result<Finished, CopyError> {
+        let (reply, wait) = oneshot::channel();
+        self.ask(CopyRequest::Finish(copy, reply), wait).await
+    }
+
+    async fn ask<T>(
+        &self,
+        request: CopyRequest,
+        wait: oneshot::Receiver<Result<T, CopyError>>,
+    ) -> Result<T, CopyError> {
+        self.0.copies.lock().unwrap_or_else(PoisonError::into_inner).push(request);
+        lock(&self.0).copies += 1;
+        self.0.changed.notify_one();
+        // A thread that has ended leaves the request where it is.
+        match tokio::time::timeout(COPY_PATIENCE, wait).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(CopyError::Ended("the node stops".to_owned())),
+            Err(_) => Err(CopyError::Ended("the database is busy: try again".to_owned())),
+        }
+    }
+}

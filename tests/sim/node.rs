@@ -1,0 +1,154 @@
+//! A node of the simulation: what of it survives a crash, what does not, and what can happen to it. Must never decide anything.
+
+use raft::eraftpb::Message;
+use rand::{RngExt, rngs::SmallRng};
+use twistlock_ha::cluster::{Cluster, ClusterId, Member, Membership, membership::Request};
+
+use super::disk::SimLog;
+
+pub const MILLI: u64 = 1_000_000;
+/// The feature levels of the programs that there are. Both know the rule.
+pub const OLD: u32 = 2;
+pub const NEW: u32 = 3;
+
+/// What happened in one seed; equal for equal seeds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    pub steps: u64,
+    pub acknowledged: u64,
+    pub takeovers: u64,
+    pub crashes: u64,
+    pub handovers: u64,
+    pub removed: u64,
+    pub joined: u64,
+    /// How often another program was installed on a node, and how often the feature level was raised.
+    pub programs: u64,
+    pub raised: u64,
+}
+
+impl Summary {
+    pub fn add(&mut self, other: &Summary) {
+        self.steps += other.steps;
+        self.acknowledged += other.acknowledged;
+        self.takeovers += other.takeovers;
+        self.crashes += other.crashes;
+        self.handovers += other.handovers;
+        self.removed += other.removed;
+        self.joined += other.joined;
+        self.programs += other.programs;
+        self.raised += other.raised;
+    }
+}
+
+#[derive(Debug)]
+pub enum Event {
+    Tick { life: u64 },
+    Wake { life: u64 },
+    Deliver(Box<Message>),
+    PeerDead { life: u64, peer: u64 },
+    Synced { life: u64, number: u64 },
+    Promoted { life: u64, epoch: u64 },
+    Demoted { life: u64 },
+    PortsOpen { life: u64, epoch: u64 },
+    CannotOpen { life: u64 },
+    Restart,
+    Resume,
+}
+
+/// A write that waits for a majority on one node.
+pub struct Waiting {
+    pub index: u64,
+    pub epoch: u64,
+    pub value: u64,
+}
+
+pub struct Node {
+    pub id: u64,
+    pub log: SimLog,
+    pub cluster: Option<Cluster<SimLog>>,
+    /// Counts the processes of this node: events of an earlier one are void.
+    pub life: u64,
+    pub paused: bool,
+    /// Its database cannot be opened for writing.
+    pub unfit: bool,
+    /// The feature level of its program.
+    pub level: u32,
+    pub deferred: Vec<Event>,
+    /// Local clock = offset + rate * time / 1000.
+    pub rate: u64,
+    pub offset: u64,
+    /// What the supervisor has open, and the deadline in the port guard's memory.
+    pub open: bool,
+    pub lease: u64,
+    /// Values in the database, in order, and the raft index it stands at.
+    pub database: Vec<u64>,
+    pub applied: u64,
+    /// The state that survives a crash.
+    pub checkpoint: (Vec<u64>, u64),
+    pub waiting: Vec<Waiting>,
+    /// The last own transaction that this primary released: visible in its database before it is applied from the log.
+    pub released: u64,
+    /// When the slowest sync so far will have ended: syncs end in order.
+    pub disk_busy: u64,
+    /// The membership in force here, and its index; survives a crash.
+    pub membership: (Membership, u64),
+}
+
+impl Node {
+    /// A host that never ran. One that joins later begins with the log of the founders, as they did.
+    pub fn new(id: u64, rng: &mut SmallRng) -> Self {
+        Self {
+            id,
+            log: SimLog::new(),
+            cluster: None,
+            life: 0,
+            paused: false,
+            unfit: false,
+            level: OLD,
+            deferred: Vec::new(),
+            rate: rng.random_range(950..=1050),
+            offset: rng.random_range(0..1_000_000 * MILLI),
+            open: false,
+            lease: 0,
+            database: Vec::new(),
+            applied: 1,
+            checkpoint: (Vec::new(), 1),
+            waiting: Vec::new(),
+            released: 0,
+            disk_busy: 0,
+            membership: (membership(), 1),
+        }
+    }
+
+    pub fn clock(&self, time: u64) -> u64 {
+        self.offset + time / 1000 * self.rate
+    }
+
+    /// What a load balancer would find.
+    pub fn ports_open(&self, time: u64) -> bool {
+        self.open && self.clock(time) < self.lease
+    }
+}
+
+pub fn membership() -> Membership {
+    let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
+    Membership { level: OLD, ..Membership::founded(ClusterId(7), (1..=3).map(member).collect()) }
+}
+
+pub fn request(id: u64) -> Request {
+    Request {
+        id: format!("request{id}"),
+        name: format!("node{id}"),
+        address: format!("127.0.0.{id}"),
+        port: 8086,
+        version: "1.2.3".to_owned(),
+        level: OLD,
+        fingerprint: format!("AB:{id}"),
+        csr: String::new(),
+        console_csr: String::new(),
+        console_names: Vec::new(),
+        clock_ms: 0,
+        at: 0,
+        until: 1,
+    }
+}
