@@ -14,12 +14,13 @@ use std::{
 };
 
 use raft::eraftpb::EntryType;
-use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
+
+pub(super) use copies::Copies;
+use copies::CopyRequest;
 
 use crate::{
     storage::{
-        backup::{CopyError, Copying, Finished, Progress},
         database::{ApplyError, Database, DatabaseError},
         raft_log::{LogError, RaftLog},
     },
