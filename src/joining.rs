@@ -218,6 +218,7 @@ impl ControlHandler for Applicant {
             members: Vec::new(),
             membership,
             warnings,
+            certificates: Vec::new(),
             database: None,
         })
     }

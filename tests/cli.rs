@@ -55,9 +55,14 @@ impl ControlHandler for Frozen {
             }
             Operation::Pause { seconds } => seconds.into(),
             Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
-            Operation::Uninvite {} | Operation::Remove { .. } | Operation::Resume {} | Operation::Readdress { .. } => {
-                serde_json::Value::Null
-            }
+            Operation::Uninvite {}
+            | Operation::Remove { .. }
+            | Operation::Resume {}
+            | Operation::Readdress { .. }
+            | Operation::Certificates {}
+            | Operation::SetConsoleNames { .. }
+            | Operation::SetCertificate { .. }
+            | Operation::RemoveCertificate {} => serde_json::Value::Null,
         };
         Box::pin(async { Ok(answer) })
     }
@@ -96,6 +101,7 @@ fn picture(states: [Role; 3]) -> Status {
         members: (1..=3).map(member).collect(),
         membership: Membership::founded(ClusterId(1), (1..=3).map(founder).collect()),
         warnings: Vec::new(),
+        certificates: Vec::new(),
         database: None,
     }
 }

@@ -68,6 +68,7 @@ fn status(membership: &Membership, version: &str) -> Status {
         members: membership.members.iter().map(member).collect(),
         membership: membership.clone(),
         warnings: Vec::new(),
+        certificates: Vec::new(),
         database: None,
     }
 }

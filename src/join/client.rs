@@ -1,5 +1,8 @@
 //! Asks the Consoles of a cluster over HTTPS. Blocking: runs on threads that may wait. Must never trust another authority
 //! than the one it was given, follow a redirect, or read an answer without a bound.
+//!
+//! It dials the members' addresses and asks each for [`CONSOLE_NAME`]: only by that name a Console always proves itself with
+//! a certificate of the cluster's authority.
 
 use std::{
     net::{IpAddr, ToSocketAddrs, UdpSocket},
@@ -11,11 +14,17 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use ureq::{
     Agent, Body,
-    http::Response,
+    config::Config,
+    http::{Response, Uri},
     tls::{Certificate, RootCerts, TlsConfig},
+    unversioned::{
+        resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver},
+        transport::{DefaultConnector, NextTimeout},
+    },
 };
 
 use super::{JoinFile, JoinRequest, RequestState};
+use crate::pki::CONSOLE_NAME;
 
 /// Longest time for one question.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -40,9 +49,30 @@ pub(super) enum Answer {
 
 /// A client that trusts one authority only.
 pub(super) struct Client {
-    agent: Agent,
-    addresses: Vec<String>,
+    consoles: Vec<Console>,
     token: String,
+}
+
+/// One Console, with connections of its own.
+struct Console {
+    address: String,
+    agent: Agent,
+}
+
+impl Console {
+    fn url(&self, path: &str) -> String {
+        format!("https://{CONSOLE_NAME}/api/v1/high-availability/{path}")
+    }
+}
+
+/// Whatever the name in a URL is: the way leads there.
+#[derive(Debug)]
+struct Way(Uri);
+
+impl Resolver for Way {
+    fn resolve(&self, _: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        DefaultResolver::default().resolve(&self.0, config, timeout)
+    }
 }
 
 impl Client {
@@ -64,34 +94,43 @@ impl Client {
             .timeout_global(Some(LIMIT))
             .timeout_connect(Some(CONNECT))
             .build();
-        Ok(Self { agent: config.into(), addresses: file.addresses.clone(), token: file.token.clone() })
+        let console = |address: &String| {
+            let way = format!("https://{address}").parse().with_context(|| format!("use the address {address:?}"))?;
+            let agent = Agent::with_parts(config.clone(), DefaultConnector::default(), Way(way));
+            Ok::<_, anyhow::Error>(Console { address: address.clone(), agent })
+        };
+        let consoles = file.addresses.iter().map(console).collect::<Result<_>>()?;
+        Ok(Self { consoles, token: file.token.clone() })
     }
 
     /// Makes a request to join; `request` is told from which address of this host the Console is reached. Returns who
     /// answered, too.
     pub fn ask(&self, request: impl Fn(Option<IpAddr>) -> JoinRequest) -> (String, Answer) {
-        self.first(|address| {
-            let call = self.agent.post(format!("https://{address}/api/v1/high-availability/requests"));
-            call.header("authorization", format!("Bearer {}", self.token)).send_json(request(own_address(address)))
+        self.first(|console| {
+            let call = console.agent.post(console.url("requests"));
+            let own = own_address(&console.address);
+            call.header("authorization", format!("Bearer {}", self.token)).send_json(request(own))
         })
     }
 
     /// Where the request with this id stands.
     pub fn poll(&self, id: &str) -> (String, Answer) {
-        self.first(|address| self.agent.get(format!("https://{address}/api/v1/high-availability/requests/{id}")).call())
+        self.first(|console| console.agent.get(console.url(&format!("requests/{id}"))).call())
     }
 
     /// The first answer that counts: only the PRIMARY's ports are open, and nobody knows who that is at the moment.
-    fn first(&self, call: impl Fn(&str) -> Result<Response<Body>, ureq::Error>) -> (String, Answer) {
+    fn first(&self, call: impl Fn(&Console) -> Result<Response<Body>, ureq::Error>) -> (String, Answer) {
         let mut silent = Vec::new();
-        for address in &self.addresses {
-            match call(address).map_err(anyhow::Error::from).and_then(understand) {
+        for console in &self.consoles {
+            let address = &console.address;
+            match call(console).map_err(anyhow::Error::from).and_then(understand) {
                 Ok(Answer::Nobody(why)) => silent.push(format!("{address}: {why}")),
                 Ok(answer) => return (address.clone(), answer),
                 Err(error) => silent.push(format!("{address}: {error:#}")),
             }
         }
-        (self.addresses.join(", "), Answer::Nobody(silent.join("; ")))
+        let all: Vec<&str> = self.consoles.iter().map(|console| console.address.as_str()).collect();
+        (all.join(", "), Answer::Nobody(silent.join("; ")))
     }
 }
 

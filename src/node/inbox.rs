@@ -12,7 +12,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{ChangeError, snapshots, status::SyncProgress};
+use super::{CertificateStatus, ChangeError, snapshots, status::SyncProgress};
 use crate::{
     cluster::{Change, Membership, NodeId},
     peer::LinkSender,
@@ -36,6 +36,7 @@ pub(super) enum Input {
     IgnorePause,
     Snapshot { reply: snapshots::Reply },
     Warning { about: &'static str, text: Option<String> },
+    Certificates(Vec<CertificateStatus>),
     Stop,
 }
 

@@ -26,7 +26,7 @@ use tokio::sync::{oneshot, watch};
 pub use applier::CheckpointPolicy;
 pub use configure::ChangeError;
 pub use lease::Lease;
-pub use status::{MemberStatus, Status, SyncProgress};
+pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
 
 use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing},
@@ -170,6 +170,11 @@ impl Handle {
     /// Shows a warning in the status, or takes it back.
     pub fn warn(&self, about: &'static str, text: Option<String>) {
         self.sender.send(Input::Warning { about, text });
+    }
+
+    /// Shows the certificates that this node uses in the status.
+    pub fn show_certificates(&self, certificates: Vec<CertificateStatus>) {
+        self.sender.send(Input::Certificates(certificates));
     }
 
     /// Ends the loop in order; join its thread afterwards.

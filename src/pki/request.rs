@@ -1,13 +1,8 @@
 //! Signing requests: a host makes a key, and asks for a certificate without giving the key away. Owns their making and
 //! their checking; must never let anything but a sound P-256 key through.
 
-use std::net::IpAddr;
-
 use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKey, PublicKeyData};
-use x509_parser::{
-    certificate::X509Certificate, certification_request::X509CertificationRequest, extensions::GeneralName,
-    prelude::FromDer,
-};
+use x509_parser::{certificate::X509Certificate, certification_request::X509CertificationRequest, prelude::FromDer};
 
 use super::{
     PkiError,
@@ -130,31 +125,6 @@ pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
         X509Certificate::from_der(&der).map_err(|_| PkiError::Identity("the certificate cannot be parsed"))?;
     let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
     Ok((seconds(parsed.validity().not_before), seconds(parsed.validity().not_after)))
-}
-
-/// True if a certificate (PEM) is one of this authority (PEM) and not good for that host name or IP address.
-///
-/// # Errors
-/// [`PkiError::Identity`].
-pub fn lacks_name(pem: &str, authority: &str, name: &str) -> Result<bool, PkiError> {
-    const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
-    let (der, authority) = (certificate_der(pem)?, certificate_der(authority)?);
-    let (_, parsed) = X509Certificate::from_der(&der).map_err(|_| UNREADABLE)?;
-    let (_, authority) = X509Certificate::from_der(&authority).map_err(|_| UNREADABLE)?;
-    if parsed.issuer().as_raw() != authority.subject().as_raw() {
-        return Ok(false);
-    }
-    let names = parsed.subject_alternative_name().map_err(|_| UNREADABLE)?;
-    let address = name.parse::<IpAddr>().ok().map(|address| match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    });
-    let is_it = |of: &GeneralName<'_>| match of {
-        GeneralName::DNSName(of) => of.eq_ignore_ascii_case(name),
-        GeneralName::IPAddress(of) => address.as_deref() == Some(*of),
-        _ => false,
-    };
-    Ok(!names.is_some_and(|names| names.value.general_names.iter().any(is_it)))
 }
 
 #[cfg(test)]

@@ -1,0 +1,291 @@
+//! What the Console of this host serves: keeps the TLS settings that each new connection is asked for in step with the
+//! membership, the custom folder and the clock. Every member signs for itself. Must never change the Console's own key
+//! (certificate and key are two files, and a crash between them would leave a node that cannot start), nor serve nothing
+//! because something new is broken.
+//!
+//! What is served, first come first: the folder of this host, the certificate that an administrator has given to all
+//! Consoles, the cluster's own. Hosts that join ask for a name of their own and always see the last one.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use rustls::ServerConfig;
+use tokio::{sync::watch, task, time};
+use tracing::{error, info};
+
+use super::{
+    certificates::missing,
+    custom_folder::CustomFolder,
+    expiry::{Told, node_and_ca},
+    now,
+    renewal::is_due,
+};
+use crate::{
+    cluster::{Membership, NodeId, membership::CustomCertificate},
+    node::{CertificateSource, CertificateStatus, Handle},
+    pki::{
+        self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKey, Pair,
+        console_tls, request_with,
+    },
+};
+
+/// Between two looks at the custom folder.
+const LOOK: Duration = Duration::from_secs(1);
+/// Between two looks at everything else that nobody announces: addresses of this host, the clock, what failed before.
+const SLOW_LOOK: Duration = Duration::from_secs(10);
+
+/// The names that this host's Console is known by, for the address that the members use.
+pub type LocalNames = Box<dyn Fn(&str) -> Vec<String> + Send + Sync>;
+
+/// See [`ConsoleTls::open`].
+pub struct ConsoleTls {
+    certificates: PathBuf,
+    node: NodeId,
+    local_names: LocalNames,
+    own: Arc<Pair>,
+    folder: CustomFolder,
+    upload: Upload,
+    served: watch::Sender<Arc<ServerConfig>>,
+    /// What is in `served`: that for all, and the cluster's own.
+    serving: (Arc<Pair>, Arc<Pair>),
+    /// What is wrong, by what it is about. Logged when it begins and when it changes.
+    problems: [Option<String>; 3],
+    told: Told,
+    slow: Option<Instant>,
+}
+
+/// The certificate that was given to all Consoles, as it was unsealed last.
+#[derive(Default)]
+struct Upload {
+    sealed: Option<CustomCertificate>,
+    pair: Option<Arc<Pair>>,
+}
+
+/// What something can be wrong with; the index in `problems`.
+#[derive(Clone, Copy)]
+enum About {
+    Own,
+    Upload,
+    Folder,
+}
+
+impl fmt::Debug for ConsoleTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConsoleTls").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+impl ConsoleTls {
+    /// Reads what this node serves, and makes its own certificate anew if that is due. `data` is the data folder.
+    ///
+    /// # Errors
+    /// When the Console's own certificate or the one in the custom folder cannot be used: nothing should start that serves
+    /// another one than its administrator thinks.
+    pub fn open(data: &Path, node: NodeId, membership: &Membership, local_names: LocalNames) -> Result<Self> {
+        let certificates = data.join("certificates");
+        let own = load(&certificates).context("load the certificate of the Console")?;
+        let folder = CustomFolder::open(data).context("mend the two files or take them away")?;
+        let settings = console_tls(&own, &own)?;
+        let serving = (Arc::clone(&own), Arc::clone(&own));
+        let served = watch::Sender::new(settings);
+        let (upload, problems, told) = (Upload::default(), Default::default(), Told::default());
+        let mut tls =
+            Self { certificates, node, local_names, own, folder, upload, served, serving, problems, told, slow: None };
+        tls.look(membership, true);
+        Ok(tls)
+    }
+
+    /// The settings for a connection that begins now.
+    pub fn served(&self) -> watch::Receiver<Arc<ServerConfig>> {
+        self.served.subscribe()
+    }
+
+    /// Keeps all of it in step until the node ends.
+    pub async fn keep(mut self, handle: Handle) {
+        let mut membership = handle.membership();
+        let mut looks = time::interval(LOOK);
+        looks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+        let mut shown = None;
+        loop {
+            let announced = tokio::select! {
+                changed = membership.changed() => match changed {
+                    Ok(()) => true,
+                    Err(_) => return,
+                },
+                _ = looks.tick() => false,
+            };
+            let known = membership.borrow_and_update().clone();
+            // Reads, signs and fsyncs.
+            let looked = task::spawn_blocking(move || {
+                let all = self.look(&known, announced);
+                (self, all)
+            });
+            let Ok((tls, all)) = looked.await else {
+                error!("the certificates of the Console are looked after no more: restart this node");
+                return;
+            };
+            self = tls;
+            if let Some((certificates, warning)) = all.filter(|all| shown.as_ref() != Some(all)) {
+                handle.show_certificates(certificates.clone());
+                handle.warn("certificates", warning.clone());
+                shown = Some((certificates, warning));
+            }
+        }
+    }
+
+    /// One look. Returns what is to be shown, if it may have changed.
+    fn look(&mut self, membership: &Membership, announced: bool) -> Option<(Vec<CertificateStatus>, Option<String>)> {
+        let now = now();
+        let slow = announced || self.slow.is_none_or(|last| last.elapsed() >= SLOW_LOOK);
+        let changed = self.folder.look(now);
+        self.note(About::Folder, self.folder.problem().map(str::to_owned));
+        if !slow && !changed {
+            return None;
+        }
+        self.slow = Some(Instant::now());
+        let renewed = self.renew_own(membership, now);
+        self.note(
+            About::Own,
+            renewed.err().map(|error| {
+                format!("the cluster's own certificate of this Console stays as it was, and is tried again: {error:#}")
+            }),
+        );
+        let unsealed = self.unseal(membership);
+        self.note(
+            About::Upload,
+            unsealed.err().map(|error| {
+                format!(
+                    "the certificate that was given to all Consoles cannot be used here: {error:#}; upload it again"
+                )
+            }),
+        );
+        self.serve();
+        let certificates = self.certificates(membership);
+        let mut sentences = self.told.tell(&certificates, now);
+        sentences.extend(self.problems.iter().flatten().cloned());
+        sentences.extend(lacking(&certificates));
+        Some((certificates, (!sentences.is_empty()).then(|| sentences.join("; "))))
+    }
+
+    /// Signs the Console's key again when the certificate of the cluster's own authority ends or is for other names than
+    /// it should be. One of another authority in its place stays.
+    fn renew_own(&mut self, membership: &Membership, now: u64) -> Result<()> {
+        let (Some(sealed), Some(member)) = (&membership.authority, membership.get(self.node)) else { return Ok(()) };
+        let ca = pki::certificate_der(&sealed.certificate)?;
+        let info = self.own.info();
+        if info.issuer != CertificateInfo::read(&ca)?.subject {
+            return Ok(());
+        }
+        let names = own_names((self.local_names)(&member.address), &membership.console_names);
+        let is: BTreeSet<&str> = info.names.iter().map(String::as_str).collect();
+        let should: BTreeSet<&str> = names.iter().map(String::as_str).chain([CONSOLE_NAME]).collect();
+        if is == should && !is_due(info.not_before, info.not_after, now) && self.own.is_signed_by(&ca) {
+            return Ok(());
+        }
+        let authority = Authority::unseal(membership.cluster, sealed, &ClusterKey::load(&self.certificates)?)?;
+        let path = self.certificates.join(CONSOLE_KEY);
+        let key = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let csr = request_with(&key, &member.name, &[])?;
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let certificate = authority.sign_console_request(&csr, &names)?;
+        let own = Pair::parse(&certificate, &key)?;
+        pki::store_pem(&self.certificates, CONSOLE_CERTIFICATE, &certificate, false)?;
+        info!(?names, "the cluster's own certificate of this Console is made anew");
+        self.own = Arc::new(own);
+        Ok(())
+    }
+
+    /// Follows the membership. One that cannot be unsealed is tried at every look: the cluster key may be on its way.
+    fn unseal(&mut self, membership: &Membership) -> Result<()> {
+        let wanted = &membership.custom_certificate;
+        if self.upload.sealed == *wanted && self.upload.pair.is_some() == wanted.is_some() {
+            return Ok(());
+        }
+        self.upload = Upload { sealed: wanted.clone(), pair: None };
+        if let Some(sealed) = wanted {
+            let key = ClusterKey::load(&self.certificates)?;
+            self.upload.pair = Some(Arc::new(Pair::unseal(membership.cluster, sealed, &key)?));
+        }
+        Ok(())
+    }
+
+    fn chosen(&self) -> (CertificateSource, &Arc<Pair>) {
+        let folder = self.folder.pair().map(|pair| (CertificateSource::Folder, pair));
+        let upload = || self.upload.pair.as_ref().map(|pair| (CertificateSource::Upload, pair));
+        folder.or_else(upload).unwrap_or((CertificateSource::Cluster, &self.own))
+    }
+
+    /// From the next connection on.
+    fn serve(&mut self) {
+        let (source, pair) = self.chosen();
+        let pair = Arc::clone(pair);
+        let same = |one: &Pair, other: &Pair| one.is_same(other);
+        if same(&pair, &self.serving.0) && same(&self.own, &self.serving.1) {
+            return;
+        }
+        match console_tls(&pair, &self.own) {
+            Ok(settings) => {
+                self.served.send_replace(settings);
+                let CertificateInfo { subject, issuer, fingerprint, names, .. } = pair.info();
+                info!(?source, subject, issuer, ?names, fingerprint, "the Console serves this certificate from now on");
+                self.serving = (pair, Arc::clone(&self.own));
+            }
+            Err(error) => error!("the Console goes on serving the certificate that it has: {error}"),
+        }
+    }
+
+    fn certificates(&self, membership: &Membership) -> Vec<CertificateStatus> {
+        let (source, pair) = self.chosen();
+        // Others have folders of their own.
+        let of = if source == CertificateSource::Upload { None } else { Some(self.node) };
+        let missing = missing(membership, &[], pair.info(), of);
+        let console = CertificateStatus { of: "console".to_owned(), source, missing, info: pair.info().clone() };
+        let mut all = vec![console];
+        all.extend(node_and_ca(&self.certificates));
+        all
+    }
+
+    fn note(&mut self, about: About, problem: Option<String>) {
+        let noted = &mut self.problems[about as usize];
+        if *noted != problem {
+            match &problem {
+                Some(problem) => error!("{problem}"),
+                None => info!("what was wrong with a certificate of the Console is over"),
+            }
+            *noted = problem;
+        }
+    }
+}
+
+/// What the administrator should know about clients that will not be content.
+fn lacking(certificates: &[CertificateStatus]) -> Option<String> {
+    let console =
+        certificates.iter().find(|certificate| certificate.of == "console" && !certificate.missing.is_empty())?;
+    let missing = console.missing.join(", ");
+    Some(format!("the Console's certificate is not good for {missing}: clients that use these names refuse it"))
+}
+
+/// What the cluster's own certificate is to be good for: names of this host first, then the list.
+fn own_names(local: Vec<String>, list: &[String]) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for name in local.iter().chain(list) {
+        let name = match name.parse::<std::net::IpAddr>() {
+            Ok(address) => address.to_string(),
+            Err(_) => name.to_ascii_lowercase(),
+        };
+        if !pki::is_reserved(&name) && !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
+}
+
+fn load(certificates: &Path) -> Result<Arc<Pair>, pki::PkiError> {
+    Ok(Arc::new(Pair::load(&certificates.join(CONSOLE_CERTIFICATE), &certificates.join(CONSOLE_KEY))?))
+}
