@@ -37,15 +37,18 @@ step() {
     printf '\n== %s\n' "$*"
 }
 
-# Program and the Debian package that brings it.
-needed=(shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl)
+# Program (or file) and the Debian package that brings it.
+needed=(
+    shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl haproxy:haproxy nginx:nginx
+    /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream
+)
 
 install_missing() {
     local entry program missing=()
     for entry in "${needed[@]}"; do
         program=${entry%%:*}
         # nft and ip stand in a folder that not every user searches.
-        if ! PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null; then
+        if ! PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null && [ ! -e "$program" ]; then
             missing+=("${entry#*:}")
         fi
     done

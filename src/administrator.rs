@@ -10,6 +10,7 @@ use twistlock_ha::{
     cluster::Membership,
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
+    events::{self, Wanted},
     join::{Kit, KitError},
     node::{Handle, Status},
     supervisor::SupervisorHandle,
@@ -48,6 +49,8 @@ impl Ports for ConsolePorts {
 pub(crate) struct Administrator {
     pub(crate) admin: Arc<Admin>,
     pub(crate) kit: Arc<Kit>,
+    /// The data folder.
+    pub(crate) data: PathBuf,
     /// Newer than that of a status: has every change whose outcome is known.
     pub(crate) membership: watch::Receiver<Arc<Membership>>,
 }
@@ -67,6 +70,7 @@ impl Administrator {
             Operation::Switchover { to, dry_run } => admin.switchover(to.as_deref(), dry_run, BY).await.map(answer),
             Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), BY).await.map(answer),
             Operation::Resume {} => admin.resume(BY).await.map(answer),
+            Operation::Events { wanted } => self.events(wanted).await,
             Operation::Readdress { node, new_name, address, port } => {
                 admin.readdress(&node, new_name, address, port, BY).await.map(answer)
             }
@@ -75,6 +79,13 @@ impl Administrator {
             Operation::SetCertificate { pem } => admin.set_certificate(&pem.0, BY).await.map(answer),
             Operation::RemoveCertificate {} => admin.remove_certificate(BY).await.map(answer),
         }
+    }
+
+    async fn events(&self, wanted: Wanted) -> Result<Value, AdminError> {
+        let data = self.data.clone();
+        let read = task::spawn_blocking(move || events::read(&data, &wanted)).await;
+        let read = read.map_err(|error| AdminError::Unknown(error.to_string()))?;
+        read.map(answer).map_err(|error| AdminError::Refused(format!("the events cannot be read: {error}")))
     }
 
     async fn join_script(&self, invited: Invited, script: bool) -> Result<JoinScript, AdminError> {

@@ -22,12 +22,17 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::{console_tls::ConsoleTls, renewal},
     cluster::{NodeId, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Severity},
+    config::{self, Config, LogFormat, Secret, Severity},
     control::ControlSocket,
+    events::{
+        self, Event, Kind, Recorder,
+        Severity::{Critical, Info},
+    },
     found,
     guard::PortGuard,
+    health::{self, MetricsPage},
     join::Kit,
-    node::{self, Exit, Handle, Lease, Status},
+    node::{self, Exit, Handle, Lease, Status, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
     snapshot,
@@ -35,7 +40,7 @@ use twistlock_ha::{
         DataDir, DataDirError, Identity, configuration::Configuration, database::Database, make_private_dir,
         snapshot::Ready,
     },
-    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle},
+    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
     telemetry,
     workload::Services,
 };
@@ -134,6 +139,7 @@ struct Parts {
     guard: PortGuard,
     node_tls: NodeTls,
     links: peer::LinkSender,
+    events: Recorder,
     handle: Handle,
     thread: JoinHandle<Exit>,
 }
@@ -162,7 +168,11 @@ impl Parts {
             }
             ours
         });
+        let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
+        let version = env!("CARGO_PKG_VERSION");
+        events.record(Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name)));
         if let Some(snapshot) = snapshot {
+            events.record(installs(&snapshot));
             snapshot.install(&log, identity.node).context("install the snapshot")?;
         }
         let database_dir = data.path().join("database");
@@ -194,6 +204,7 @@ impl Parts {
             guard,
             node_tls,
             links: sender,
+            events,
             handle,
             thread,
         })
@@ -205,7 +216,10 @@ impl Parts {
             .enable_all()
             .build()
             .context("start the runtime")?;
+        let (events, name) = (self.events.clone(), self.identity.name.clone());
         let exit = runtime.block_on(self.serve(signals));
+        events.record(ends(&name, &exit));
+        events.flush();
         // Whatever a task still does must not keep the process: everything that matters has been closed by now.
         runtime.shutdown_background();
         exit
@@ -219,12 +233,19 @@ impl Parts {
         let (mut supervisor, ports) = self.supervisor(console_tls.served());
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
         let kit = Arc::new(Kit::new(&self.config));
-        supervisor.offer(Services { admin: admin.clone(), kit: kit.clone() });
-        let administrator = Arc::new(Administrator { admin, kit, membership: self.handle.membership() });
+        supervisor.offer(Services {
+            admin: admin.clone(),
+            kit: kit.clone(),
+            high_availability: self.config.high_availability_enabled,
+            events: self.events.clone(),
+        });
+        let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
+        let administrator = Arc::new(Administrator { admin, kit, data, membership });
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
+        self.open_health_port(&ports)?;
         let (snapshots, calls) = mpsc::channel(1);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
         let folder = self.config.data_folder.join("certificates");
@@ -240,11 +261,13 @@ impl Parts {
             snapshots,
         };
         let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
-        task::spawn(snapshot::serve(self.handle.clone(), calls, data.clone()));
+        task::spawn(snapshot::serve(self.handle.clone(), self.events.clone(), calls, data.clone()));
         task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
-        task::spawn(report_problems(ports.clone(), self.handle.clone()));
+        let (opened, open) = watch::channel(None);
+        task::spawn(events::follow(self.events.clone(), self.handle.status(), open));
+        task::spawn(report_problems(ports.clone(), self.handle.clone(), opened));
         task::spawn(service_manager(self.handle.status()));
         let own = promise(&self.config);
         if self.quiet > own {
@@ -282,6 +305,22 @@ impl Parts {
         Ok(exit)
     }
 
+    /// Opens the health port, if there is to be one.
+    fn open_health_port(&self, ports: &SupervisorHandle) -> Result<()> {
+        let Some(address) = self.config.health_address() else { return Ok(()) };
+        let state = ports.state();
+        let sources = health::Sources {
+            status: self.handle.status(),
+            lease: self.lease.clone(),
+            pulse: self.handle.pulse(),
+            open: Arc::new(move || state.borrow().open),
+            certificates: self.config.data_folder.join("certificates"),
+            metrics: MetricsPage::new(self.config.metrics_token.as_ref().map(Secret::reveal))?,
+        };
+        task::spawn(health::serve(address, sources, self.handle.clone()));
+        Ok(())
+    }
+
     fn supervisor(&self, tls: watch::Receiver<Arc<rustls::ServerConfig>>) -> (Supervisor, SupervisorHandle) {
         let supervisor = SupervisorConfig {
             address: bind_address(&self.config),
@@ -303,6 +342,24 @@ impl Parts {
         let membership = self.handle.membership().borrow().clone();
         ConsoleTls::open(&self.config.data_folder, self.identity.node, &membership, local_names)
     }
+}
+
+/// How this process of the node ends.
+fn ends(name: &str, exit: &Result<Exit>) -> Event {
+    let (severity, why) = match exit {
+        Ok(Exit::Stopped) => (Info, "stops as it was asked to".to_owned()),
+        Ok(Exit::Restart(why)) => (Info, format!("begins again: {why}")),
+        Ok(Exit::Fatal(why)) => (Critical, format!("ends itself: {why}")),
+        Err(error) => (Critical, format!("cannot go on: {error:#}")),
+    };
+    Event::new(Kind::Role, severity, format!("{name} {why}"))
+}
+
+fn installs(snapshot: &Ready) -> Event {
+    let record = snapshot.manifest().record;
+    let sentence =
+        format!("installs the whole database as of raft index {}, which was fetched from the PRIMARY", record.index);
+    Event::new(Kind::Snapshot, Info, sentence).field("index", record.index)
 }
 
 /// A process that was about to begin again when it was told to stop does stop.
@@ -335,12 +392,16 @@ fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {
     }
 }
 
-/// Shows in the node's status why ports are not open.
-async fn report_problems(ports: SupervisorHandle, handle: Handle) {
+/// Shows in the node's status why ports are not open, and tells when they are.
+async fn report_problems(ports: SupervisorHandle, handle: Handle, opened: watch::Sender<Option<u64>>) {
     let mut state = ports.state();
-    let mut shown = None;
+    let (mut shown, mut was_open) = (None, false);
     while state.changed().await.is_ok() {
-        let problem = state.borrow_and_update().problem.clone();
+        let SupervisorState { problem, open, .. } = state.borrow_and_update().clone();
+        if open && !std::mem::replace(&mut was_open, open) {
+            opened.send_replace(Some(boottime()));
+        }
+        was_open = open;
         if problem != shown {
             handle.warn("ports", problem.clone());
             shown = problem;

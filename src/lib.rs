@@ -40,8 +40,10 @@
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
+//! | [`events`] | tells: what happened, to the history and to whoever is to be notified | what it is told for |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
+//! | [`health`] | the health port: what load balancers and monitors may know of a node | anything that it could decide |
 //! | [`control`], [`cli`] | local administration over a Unix socket | the inside of a node |
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
@@ -92,8 +94,10 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod dev;
+pub mod events;
 pub mod found;
 pub mod guard;
+pub mod health;
 pub mod join;
 pub mod node;
 pub mod peer;

@@ -1,15 +1,24 @@
 //! Log lines to standard error, and the numbers for Prometheus: owns the one table of metric names.
 //! Must never open a port, and must never depend on another module of ours.
 
-use std::{io::IsTerminal, sync::OnceLock, thread, time::Duration};
+use std::{
+    collections::VecDeque,
+    fmt::{self as text, Write},
+    io::IsTerminal,
+    sync::{Mutex, OnceLock, PoisonError},
+    thread,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context, Result};
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing::Level;
+use schemars::JsonSchema;
+use serde::Serialize;
+use tracing::{Event, Level, Subscriber, field};
 use tracing_subscriber::{
-    EnvFilter, Registry, fmt,
-    layer::SubscriberExt,
+    EnvFilter, Layer, Registry, fmt,
+    layer::{Context as LayerContext, SubscriberExt},
     registry,
     reload::{self, Handle},
     util::SubscriberInitExt,
@@ -39,7 +48,7 @@ pub fn init(format: Format, level: Level) -> Result<()> {
     let colour = !received && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(colour);
     let (filter, handle) = reload::Layer::new(EnvFilter::try_new(filter(level)).context("build the log filter")?);
-    let log = registry().with(filter);
+    let log = registry().with(filter).with(Recent);
     match (format, received) {
         (Format::Human, true) => log.with(lines.compact().without_time()).try_init(),
         (Format::Human, false) => log.with(lines.compact()).try_init(),
@@ -50,6 +59,89 @@ pub fn init(format: Format, level: Level) -> Result<()> {
     // Only one call gets here: the log can be started once.
     let _ = FILTER.set(handle);
     Ok(())
+}
+
+/// Lines of the log that are kept in memory.
+pub const RECENT_LINES: usize = 2000;
+/// Longest text of a line that is kept, in bytes; the rest is cut.
+const RECENT_TEXT: usize = 2048;
+static RECENT: Mutex<VecDeque<Line>> = Mutex::new(VecDeque::new());
+
+/// One line of the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Line {
+    /// Milliseconds since 1970.
+    pub time_ms: u64,
+    /// `ERROR`, `WARN`, `INFO`, `DEBUG` or `TRACE`.
+    pub level: String,
+    /// The message and its fields, without line breaks.
+    pub text: String,
+}
+
+/// The last lines of this process's log, the oldest first.
+pub fn recent(lines: usize) -> Vec<Line> {
+    let recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
+    recent.iter().skip(recent.len().saturating_sub(lines)).cloned().collect()
+}
+
+/// Keeps the last lines in memory, for whoever cannot read the host's log.
+struct Recent;
+
+impl<S: Subscriber> Layer<S> for Recent {
+    fn on_event(&self, event: &Event<'_>, _: LayerContext<'_, S>) {
+        let mut text = Text::default();
+        event.record(&mut text);
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let line = Line { time_ms, level: event.metadata().level().to_string(), text: text.finish() };
+        let mut recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
+        if recent.len() >= RECENT_LINES {
+            recent.pop_front();
+        }
+        recent.push_back(line);
+    }
+}
+
+/// The message of an event, and its fields.
+#[derive(Default)]
+struct Text {
+    message: String,
+    fields: String,
+}
+
+impl Text {
+    fn finish(self) -> String {
+        let mut line = String::new();
+        // A line stays one line, whatever somebody put into a name.
+        for c in self.message.chars().chain(self.fields.chars()) {
+            if line.len() >= RECENT_TEXT {
+                break;
+            }
+            if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+        }
+        line
+    }
+
+    fn add(&mut self, field: &field::Field, value: text::Arguments<'_>) {
+        let written = if field.name() == "message" {
+            self.message.write_fmt(value)
+        } else {
+            write!(self.fields, " {}={value}", field.name())
+        };
+        // A String takes everything; a value that cannot be formatted is left out.
+        written.unwrap_or_default();
+    }
+}
+
+impl field::Visit for Text {
+    fn record_str(&mut self, field: &field::Field, value: &str) {
+        self.add(field, format_args!("{value}"));
+    }
+
+    fn record_debug(&mut self, field: &field::Field, value: &dyn text::Debug) {
+        self.add(field, format_args!("{value:?}"));
+    }
 }
 
 /// Exchanges the level of the running log. Does nothing before [`init`].
@@ -109,6 +201,15 @@ pub const SNAPSHOT_FAILURES: &str = "twistlock_snapshot_failures_total";
 /// Counter: how often the raft log has become too long to be kept for a member that is away.
 pub const RAFT_LOG_OVERRUNS: &str = "twistlock_raft_log_overruns_total";
 
+/// Histogram, seconds: from the last sign of the primary before to open ports, on the node that took over.
+pub const TAKEOVER: &str = "twistlock_takeover_seconds";
+/// Counter, label `reason`: takeovers by this node.
+pub const FAILOVERS: &str = "twistlock_failovers_total";
+/// Counter, label `severity`: events that this node recorded.
+pub const EVENTS: &str = "twistlock_events_total";
+/// Counter: events that could not be written to the file.
+pub const EVENTS_LOST: &str = "twistlock_events_lost_total";
+
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -158,6 +259,10 @@ pub const METRICS: &[Metric] = &[
     metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction."),
     metric(SNAPSHOT_LATENCY, Kind::Latency, "Seconds that one whole database took, by direction."),
     metric(SNAPSHOT_FAILURES, Kind::Counter, "Whole databases that could not be sent or fetched, by direction."),
+    metric(TAKEOVER, Kind::Latency, "Seconds from the last sign of the former PRIMARY to open ports on this node."),
+    metric(FAILOVERS, Kind::Counter, "Takeovers by this node, by the reason why the former PRIMARY was lost."),
+    metric(EVENTS, Kind::Counter, "Events that this node recorded, by severity."),
+    metric(EVENTS_LOST, Kind::Counter, "Events that could not be written to events.jsonl."),
     metric(RAFT_LOG_OVERRUNS, Kind::Counter, "How often the raft log was too long for a member that was away."),
 ];
 
@@ -210,6 +315,22 @@ mod tests {
         for level in [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE] {
             EnvFilter::try_new(filter(level)).unwrap();
         }
+    }
+
+    #[test]
+    fn the_last_lines_are_kept_and_stay_lines() {
+        let subscriber = registry().with(Recent);
+        tracing::subscriber::with_default(subscriber, || {
+            for number in 0..RECENT_LINES + 5 {
+                tracing::info!(number, "counted");
+            }
+            tracing::warn!(name = "a\nb", long = "x".repeat(RECENT_TEXT * 2), "odd");
+        });
+        let lines = recent(usize::MAX);
+        assert_eq!(lines.len(), RECENT_LINES);
+        let last = &recent(1)[0];
+        assert!(last.text.starts_with("odd name=a\\nb long=xxx") && last.text.len() == RECENT_TEXT, "{}", last.text);
+        assert_eq!((&*last.level, &*recent(2)[0].text), ("WARN", &*format!("counted number={}", RECENT_LINES + 4)));
     }
 
     #[test]

@@ -46,6 +46,11 @@ impl Workload {
         self.console.router()
     }
 
+    /// Ends what would go on for as long as a client likes: the ports are about to close in order.
+    pub fn wind_down(&self) {
+        self.console.wind_down();
+    }
+
     /// Stops: returns when nothing uses the database any more. The caller bounds the time.
     pub async fn stop(self) {
         self.console.stop().await;

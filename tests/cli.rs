@@ -55,6 +55,7 @@ impl ControlHandler for Frozen {
             }
             Operation::Pause { seconds } => seconds.into(),
             Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
+            Operation::Events { .. } => serde_json::Value::Array(Vec::new()),
             Operation::Uninvite {}
             | Operation::Remove { .. }
             | Operation::Resume {}
@@ -81,6 +82,7 @@ fn picture(states: [Role; 3]) -> Status {
         epoch: 8,
         applied: 1_000,
         lag: 0,
+        lag_bytes: Some(0),
         lease_ms: None,
         last_contact_ms: Some(9_000),
         version: "0.1.0".into(),
@@ -103,6 +105,7 @@ fn picture(states: [Role; 3]) -> Status {
         warnings: Vec::new(),
         certificates: Vec::new(),
         database: None,
+        recent: Default::default(),
     }
 }
 

@@ -383,3 +383,27 @@ proptest! {
         let _ = config::parse(bytes, "f", &|_| None);
     }
 }
+
+#[test]
+fn a_secret_is_read_and_never_shown() {
+    let loaded = read("METRICS_TOKEN=0123456789abcdefXYZ\n").expect("valid");
+    let token = loaded.config.metrics_token.as_ref().expect("a token");
+    assert_eq!(token.reveal(), "0123456789abcdefXYZ");
+    assert!(!format!("{loaded:?}").contains("0123456789abcdef"));
+    for wrong in ["tooshort", "0123456789 abcdef", "0123456789abcdef\u{e9}"] {
+        let told = problems(format!("METRICS_TOKEN=\"{wrong}\"\n")).join("\n");
+        assert!(told.starts_with("twistlock.cfg:1: METRICS_TOKEN: ") && !told.contains(wrong), "{told}");
+    }
+}
+
+#[test]
+fn the_health_port_is_its_own() {
+    let told = problems("HEALTH_PORT=8086\n");
+    assert!(told[0].contains("HEALTH_PORT") && told[0].contains("HIGH_AVAILABILITY_PORT has this one"), "{told:?}");
+    let at = |text| read(text).expect("valid").config.health_address().map(|address| address.to_string());
+    assert_eq!(at(""), None);
+    assert_eq!(at("HEALTH_PORT=8087\n").as_deref(), Some("[::]:8087"));
+    assert_eq!(at("HEALTH_PORT=8087\nBIND_ADDRESS=192.0.2.1\n").as_deref(), Some("192.0.2.1:8087"));
+    let own = at("HEALTH_PORT=8087\nBIND_ADDRESS=192.0.2.1\nHEALTH_ADDRESS=127.0.0.1\n");
+    assert_eq!(own.as_deref(), Some("127.0.0.1:8087"));
+}

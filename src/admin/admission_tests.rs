@@ -46,6 +46,7 @@ fn status(membership: &Membership, version: &str) -> Status {
         epoch: 1,
         applied: 1,
         lag: 0,
+        lag_bytes: Some(0),
         lease_ms: None,
         last_contact_ms: Some(0),
         version: version.to_owned(),
@@ -70,6 +71,7 @@ fn status(membership: &Membership, version: &str) -> Status {
         warnings: Vec::new(),
         certificates: Vec::new(),
         database: None,
+        recent: Default::default(),
     }
 }
 

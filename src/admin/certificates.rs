@@ -17,7 +17,7 @@ pub const MAX_UPLOAD: usize = 48 << 10;
 const MAX_BY: usize = 64;
 
 /// What there is to know about the certificates of this node and of the Consoles.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Certificates {
     /// What every Console's certificate is good for beside the names of its own host.
     #[serde(rename = "consoleSAN")]
@@ -30,7 +30,7 @@ pub struct Certificates {
 }
 
 /// A certificate that an administrator has given all Consoles.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Custom {
     /// Who, and when, in seconds since 1970.
     pub by: String,
@@ -145,7 +145,8 @@ pub(super) fn missing(
     let hosts = places.iter().map(|place| host(place));
     let names = membership.console_names.iter().map(String::as_str).chain(hosts);
     for name in names.filter(|name| !info.covers(name)) {
-        if !missing.iter().any(|known| known == name) {
+        let member = format!("({name})");
+        if !missing.iter().any(|known| known == name || known.ends_with(&member)) {
             missing.push(name.to_owned());
         }
     }

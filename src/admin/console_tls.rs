@@ -289,3 +289,92 @@ fn own_names(local: Vec<String>, list: &[String]) -> Vec<String> {
 fn load(certificates: &Path) -> Result<Arc<Pair>, pki::PkiError> {
     Ok(Arc::new(Pair::load(&certificates.join(CONSOLE_CERTIFICATE), &certificates.join(CONSOLE_KEY))?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{ClusterId, Member};
+
+    fn founded() -> (tempfile::TempDir, Membership) {
+        let dir = tempfile::tempdir().unwrap();
+        let certificates = dir.path().join("certificates");
+        std::fs::create_dir(&certificates).unwrap();
+        let (authority, sealed) = Authority::establish(ClusterId(7), &certificates).unwrap();
+        authority.issue_console(&["host1", "192.0.2.1"]).unwrap().save_console(&certificates).unwrap();
+        let mut membership = Membership::founded(ClusterId(7), vec![Member::founder(1, "host1", "192.0.2.1", 8086)]);
+        membership.authority = Some(sealed);
+        (dir, membership)
+    }
+
+    fn open(dir: &Path, membership: &Membership) -> ConsoleTls {
+        let local = |address: &str| vec!["HOST1".to_owned(), address.to_owned()];
+        ConsoleTls::open(dir, 1, membership, Box::new(local)).unwrap()
+    }
+
+    #[test]
+    fn the_own_certificate_follows_address_list_and_authority() {
+        let (dir, mut membership) = founded();
+        let mut tls = open(dir.path(), &membership);
+        let mut served = tls.served();
+        let first = tls.own.info().clone();
+        assert_eq!(first.names, ["host1", "192.0.2.1", CONSOLE_NAME]);
+        assert!(tls.look(&membership, true).unwrap().1.is_none() && tls.own.info() == &first, "as it should be");
+        membership.members[0].address = "192.0.2.9".to_owned();
+        membership.console_names = vec!["lb.example".to_owned(), "host1".to_owned()];
+        tls.look(&membership, true);
+        assert_eq!(tls.own.info().names, ["host1", "192.0.2.9", "lb.example", CONSOLE_NAME]);
+        assert!(served.has_changed().unwrap());
+        served.mark_unchanged();
+        assert_eq!(open(dir.path(), &membership).own.info(), tls.own.info(), "it is in its file");
+        // Another authority of the same cluster.
+        let key = ClusterKey::load(&tls.certificates).unwrap();
+        let authority = Authority::create(ClusterId(7)).unwrap();
+        membership.authority = Some(authority.seal(&key).unwrap());
+        tls.look(&membership, true);
+        assert!(tls.own.is_signed_by(&pki::certificate_der(authority.certificate_pem()).unwrap()));
+        assert!(served.has_changed().unwrap());
+    }
+
+    #[test]
+    fn what_fails_leaves_what_there_is_and_is_shown() {
+        let (dir, mut membership) = founded();
+        let mut tls = open(dir.path(), &membership);
+        let before = tls.own.info().clone();
+        ClusterKey::generate().save(&tls.certificates).unwrap();
+        membership.console_names = vec!["lb.example".to_owned()];
+        membership.custom_certificate =
+            Some(CustomCertificate { chain: String::new(), sealed_key: "AAAA".into(), by: "a".into(), at: 1 });
+        let (certificates, warning) = tls.look(&membership, true).unwrap();
+        let warning = warning.unwrap();
+        assert!(warning.contains("stays as it was") && warning.contains("upload it again"), "{warning}");
+        assert!(warning.contains("not good for lb.example"), "{warning}");
+        assert_eq!((&certificates[0].info, certificates[0].source), (&before, CertificateSource::Cluster));
+        let (authority, _) = Authority::establish(ClusterId(8), dir.path()).unwrap();
+        authority.issue_console(&["own.example"]).unwrap().save_console(&tls.certificates).unwrap();
+        let mut tls = open(dir.path(), &membership);
+        tls.look(&membership, true);
+        assert_eq!(tls.own.info().names[0], "own.example", "that of another authority is its administrator's");
+    }
+
+    #[test]
+    fn the_folder_comes_before_an_upload_before_the_clusters_own() {
+        let (dir, mut membership) = founded();
+        let mut tls = open(dir.path(), &membership);
+        let other = Authority::create(ClusterId(8)).unwrap();
+        let (upload, folder) = (other.issue_console(&["192.0.2.1"]).unwrap(), other.issue_console(&["host1"]).unwrap());
+        let key = ClusterKey::load(&tls.certificates).unwrap();
+        let pair = Pair::parse(&upload.cert_pem, &upload.key_pem).unwrap();
+        membership.custom_certificate = Some(pair.seal(&key, ClusterId(7), "admin", 1).unwrap());
+        let source = |tls: &mut ConsoleTls| tls.look(&membership, true).unwrap().0[0].source;
+        assert_eq!(source(&mut tls), CertificateSource::Upload);
+        let path = dir.path().join(pki::CUSTOM_FOLDER);
+        std::fs::create_dir(&path).unwrap();
+        folder.save_console(&path).unwrap();
+        assert_eq!(source(&mut tls), CertificateSource::Upload, "not before it rests");
+        assert_eq!(source(&mut tls), CertificateSource::Folder);
+        std::fs::remove_dir_all(&path).unwrap();
+        assert_eq!((source(&mut tls), source(&mut tls)), (CertificateSource::Folder, CertificateSource::Upload));
+        membership.custom_certificate = None;
+        assert_eq!(tls.look(&membership, true).unwrap().0[0].source, CertificateSource::Cluster);
+    }
+}

@@ -148,6 +148,7 @@ mod tests {
             epoch: 1,
             applied: 1,
             lag: 0,
+            lag_bytes: Some(0),
             lease_ms: None,
             last_contact_ms: None,
             version: String::new(),

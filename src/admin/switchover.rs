@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const KNOCK: Duration = Duration::from_millis(2);
 
 /// One precondition of a switchover.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Check {
     pub name: String,
     pub ok: bool,
@@ -35,7 +35,7 @@ pub struct Check {
 }
 
 /// What was found before a switchover, and how it went.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct SwitchoverReport {
     pub checks: Vec<Check>,
     /// Name of the new primary, or of the one that it would be.
@@ -187,6 +187,7 @@ mod tests {
             epoch: 2,
             applied: 9,
             lag: *lag,
+            lag_bytes: None,
             lease_ms: None,
             last_contact_ms: Some(1),
             version: (*version).to_owned(),
@@ -211,6 +212,7 @@ mod tests {
             warnings: Vec::new(),
             certificates: Vec::new(),
             database: None,
+            recent: Default::default(),
         }
     }
 

@@ -143,6 +143,7 @@ pub(super) fn command(operation: &Operation) -> String {
         }
         Operation::Pause { seconds } => format!("pause --for {seconds}s"),
         Operation::Resume {} => "resume".to_owned(),
+        Operation::Events { .. } => "events".to_owned(),
         Operation::Readdress { node, new_name, address, port } => format!(
             "set-address {node}{}{}{}",
             option("address", address),

@@ -132,6 +132,7 @@ pub(crate) mod tests {
             epoch: 3,
             applied: 120,
             lag: 0,
+            lag_bytes: Some(0),
             lease_ms: (state == Role::Primary).then_some(380),
             last_contact_ms: Some(if id == 1 { 0 } else { 12 }),
             version: "0.1.0".into(),
@@ -157,6 +158,7 @@ pub(crate) mod tests {
             warnings: Vec::new(),
             certificates: Vec::new(),
             database: None,
+            recent: Default::default(),
         }
     }
 

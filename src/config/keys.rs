@@ -98,6 +98,36 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::Address(&mut config.bind_address),
     },
     Key {
+        name: "HEALTH_PORT",
+        section: NETWORK,
+        group: "Health port",
+        default: "",
+        doc: &[
+            "Plain-HTTP port that answers on every member, PRIMARY or not: / is 200 on the PRIMARY and 503 elsewhere;",
+            "/secondary, /livez, /readyz?verbose and /metrics tell more. For load balancers and monitors. Empty: off.",
+        ],
+        slot: |config| Slot::Port(&mut config.health_port),
+    },
+    Key {
+        name: "HEALTH_ADDRESS",
+        section: NETWORK,
+        group: "Health port",
+        default: "",
+        doc: &["IP address on which the health port is opened. Empty: BIND_ADDRESS."],
+        slot: |config| Slot::Address(&mut config.health_address),
+    },
+    Key {
+        name: "METRICS_TOKEN",
+        section: NETWORK,
+        group: "Health port",
+        default: "",
+        doc: &[
+            "Token that a reader of /metrics sends: Authorization: Bearer TOKEN. Empty: the health port shows the metrics",
+            "to everybody who reaches it.",
+        ],
+        slot: |config| Slot::Secret(&mut config.metrics_token),
+    },
+    Key {
         name: CONSOLE_CN,
         section: NETWORK,
         group: "Certificate",

@@ -13,7 +13,7 @@ use std::{
     fmt,
     fs::File,
     io::{self, Read},
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -63,6 +63,12 @@ config! {
     management_port_https: Option<u16>,
     /// `COMMUNICATION_PORT`; none: no listener for Defenders.
     communication_port: Option<u16>,
+    /// `HEALTH_PORT`; none: no health port.
+    health_port: Option<u16>,
+    /// `HEALTH_ADDRESS`; none: `BIND_ADDRESS`. See [`Config::health_address`].
+    health_address: Option<IpAddr>,
+    /// `METRICS_TOKEN`; none: whoever reaches the page may read the metrics.
+    metrics_token: Option<Secret>,
     /// `BIND_ADDRESS`: where Console and consensus listen and from where consensus dials; none: all interfaces.
     bind_address: Option<IpAddr>,
     /// `CONSOLE_CN`; none: the host's name. See [`Config::common_name`].
@@ -115,6 +121,23 @@ config! {
     checkpoint_bytes: u64,
     /// `CHECKPOINT_SECONDS`: a checkpoint starts when the last one is this long ago and something was written since.
     checkpoint_interval: Duration,
+}
+
+/// A value that is never shown: not in a message, and not by `Debug`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The value itself.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
 }
 
 /// What a node is at its very first start.
@@ -184,6 +207,12 @@ impl Config {
     /// The name of this node among the members: `HIGH_AVAILABILITY_NAME`, or the name that the kernel knows for this host.
     pub fn member_name(&self) -> String {
         self.high_availability_name.clone().unwrap_or_else(host_name)
+    }
+
+    /// Where the health port listens; none: it is off. The unspecified IPv6 address means all interfaces of both families.
+    pub fn health_address(&self) -> Option<SocketAddr> {
+        let all = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+        Some(SocketAddr::new(self.health_address.or(self.bind_address).unwrap_or(all), self.health_port?))
     }
 
     /// The Unix socket for local administration: `CONTROL_SOCKET`, or `control.sock` in the data folder.

@@ -148,7 +148,9 @@ impl<'a> Reader<'a> {
             self.failed.remove(key.name);
         } else {
             self.failed.insert(key.name);
-            self.problem(Some(line), Some(key.name), value, &key.allowed());
+            let secret = key.slot(&mut self.config).is_secret();
+            let shown = if secret { "a value that is not shown" } else { value };
+            self.problem(Some(line), Some(key.name), shown, &key.allowed());
         }
     }
 
@@ -171,6 +173,7 @@ impl<'a> Reader<'a> {
             ("MANAGEMENT_PORT_HTTPS", self.config.management_port_https),
             ("COMMUNICATION_PORT", self.config.communication_port),
             ("HIGH_AVAILABILITY_PORT", self.config.high_availability_port),
+            ("HEALTH_PORT", self.config.health_port),
         ];
         for (index, (second, port)) in ports.iter().enumerate() {
             for (first, other) in &ports[..index] {

@@ -6,12 +6,14 @@ use std::{
     time::Duration,
 };
 
-use super::{FirstState, LogFormat, LogLevel};
+use super::{FirstState, LogFormat, LogLevel, Secret};
 
 /// Longest path, in bytes. Escaped for [`super::render`] it still fits into a line.
 const MAX_PATH: usize = 512;
 /// Longest common name, in characters (X.520, `ub-common-name`).
 const MAX_NAME: usize = 64;
+/// Length of a secret in characters: shorter ones can be guessed.
+const SECRET: std::ops::RangeInclusive<usize> = 16..=256;
 
 /// A field of the configuration together with the rules of its kind.
 pub(super) enum Slot<'a> {
@@ -27,6 +29,8 @@ pub(super) enum Slot<'a> {
     CommonName(&'a mut Option<String>),
     /// An IP address of this host or empty.
     Address(&'a mut Option<IpAddr>),
+    /// What only those who share it may know, or empty.
+    Secret(&'a mut Option<Secret>),
     /// A count of something.
     Count { value: &'a mut u32, min: u32, max: u32 },
     /// A page size of SQLite.
@@ -112,6 +116,7 @@ impl Slot<'_> {
             Self::OptionalPath(value) => *value = optional(text, path)?,
             Self::CommonName(value) => *value = optional(text, common_name)?,
             Self::Address(value) => *value = optional(text, address)?,
+            Self::Secret(value) => *value = optional(text, secret)?,
             Self::Count { value, min, max } => *value = digits(text, min.into(), max.into())? as u32,
             Self::PageSize(value) => {
                 *value = digits(text, 512, 65536).filter(|size| size.is_power_of_two())? as u32;
@@ -134,10 +139,16 @@ impl Slot<'_> {
             Self::OptionalPath(value) => value.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
             Self::CommonName(value) => shown(value.as_ref()),
             Self::Address(value) => shown(value.as_ref()),
+            Self::Secret(value) => value.as_ref().map(|secret| secret.reveal().to_owned()).unwrap_or_default(),
             Self::Count { value, .. } | Self::PageSize(value) => value.to_string(),
             Self::Mebibytes { value, .. } => (**value >> 20).to_string(),
             Self::Span { value, unit, .. } => unit.number(**value).to_string(),
         }
+    }
+
+    /// True if a message must not repeat the value.
+    pub(super) fn is_secret(&self) -> bool {
+        matches!(self, Self::Secret(_))
     }
 
     /// What may stand there, as the end of a sentence.
@@ -149,6 +160,10 @@ impl Slot<'_> {
             Self::OptionalPath(_) => format!("an absolute path without \"..\", up to {MAX_PATH} bytes, or empty"),
             Self::CommonName(_) => format!("a host name or IP address of up to {MAX_NAME} characters"),
             Self::Address(_) => "an IP address of this host, or empty for all interfaces".to_owned(),
+            Self::Secret(_) => {
+                let (least, most) = (SECRET.start(), SECRET.end());
+                format!("{least} to {most} letters, digits and -._~+/=, or empty")
+            }
             Self::Count { min, max, .. } => format!("a whole number from {min} to {max}"),
             Self::PageSize(_) => "a power of two from 512 to 65536".to_owned(),
             Self::Mebibytes { min, max, .. } => format!("a whole number from {min} to {max} (MiB)"),
@@ -178,6 +193,12 @@ fn path(text: &str) -> Option<PathBuf> {
 fn common_name(text: &str) -> Option<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '*');
     (text.chars().count() <= MAX_NAME && text.chars().all(fits)).then(|| text.to_owned())
+}
+
+/// The characters of a bearer token (RFC 6750).
+fn secret(text: &str) -> Option<Secret> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~+/=".contains(&byte);
+    (SECRET.contains(&text.len()) && text.bytes().all(fits)).then(|| Secret(text.to_owned()))
 }
 
 fn address(text: &str) -> Option<IpAddr> {

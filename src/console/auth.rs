@@ -1,58 +1,62 @@
-//! Who sends a request: bearer tokens from `POST authenticate`, or Basic. Tokens live in the replicated database, so
-//! that nobody is logged out when the primary role moves. Must never keep a token or a password in clear.
+//! Who sends a request: a bearer token, the page's cookie, or Basic. Checks names and passwords, and slows down guessing.
+//! Must never keep a token or a password in clear.
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
 use axum::{
-    Json,
-    extract::{ConnectInfo, FromRequestParts, State},
-    http::{HeaderMap, header, request::Parts},
+    extract::{ConnectInfo, FromRequestParts},
+    http::{HeaderMap, Method, header, request::Parts},
 };
-use base64::{
-    Engine,
-    prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD},
-};
-use ring::{
-    digest, hmac,
-    rand::{SecureRandom, SystemRandom},
-};
-use serde::{Deserialize, Serialize};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use ring::{hmac, rand::SystemRandom};
+use schemars::JsonSchema;
+use serde::Deserialize;
 
 use super::{
-    Console, errors::ApiError, extract::Body, password::Hasher, programs, store::StoreError, throttle::Throttle,
+    Console, audits, cookie,
+    errors::ApiError,
+    password::Hasher,
+    routes::Role,
+    sessions::{self, Session},
+    store::{StoreError, Writing},
+    throttle::{Limits, Throttle},
 };
 
-/// How long a token is valid.
-const TOKEN_LIFE: Duration = Duration::from_secs(30 * 60);
 /// How long a verified name and password need not be verified again: else each request would cost a password hash.
 const CACHE_LIFE: Duration = Duration::from_secs(60);
 /// Verified names and passwords remembered.
 const CACHE_SIZE: usize = 1024;
-/// The role that may change the cluster, as the database has it.
-const ADMINISTRATOR: &str = "admin";
-/// The roles that may let a host ask to join: Defender Manager or higher.
-const INSTALLERS: [&str; 3] = [ADMINISTRATOR, "operator", "defenderManager"];
+const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
+/// Wrong passwords for one account: short enough that a stranger locks nobody out for long.
+const ACCOUNT: Limits = Limits { free: 5, longest: Duration::from_secs(30) };
+/// Wrong passwords from one address: wide, because all clients behind a load balancer come from the same one.
+const ADDRESS: Limits = Limits { free: 50, longest: Duration::from_secs(2) };
 /// How every join token begins; no token of `authenticate` does, since those have no dot.
 const JOIN_TOKEN: &str = "TWJ1.";
 /// Longest name and password that are looked at, in bytes.
 pub(super) const LONGEST: usize = 1024;
 
-/// The sender of a request, verified. Handlers that take it as an argument are closed to strangers.
+/// The sender of a request, verified: what a handler behind a route that asks for one may take as an argument.
 #[derive(Clone, Debug)]
 pub(super) struct User {
     pub(super) name: String,
+    pub(super) role: Role,
+    pub(super) from: IpAddr,
+    /// None for a login by Basic.
+    pub(super) session: Option<Session>,
 }
 
 /// What verification needs besides the database.
 #[derive(Debug)]
 pub(super) struct Logins {
     pub(super) hasher: Hasher,
-    throttle: Throttle,
+    accounts: Throttle<String>,
+    addresses: Throttle<IpAddr>,
     /// Random for each process, so that the table below is of no use to anybody else.
     key: hmac::Key,
     verified: Mutex<HashMap<[u8; 32], Instant>>,
@@ -61,14 +65,17 @@ pub(super) struct Logins {
 impl Logins {
     pub(super) fn new() -> Result<Self, ring::error::Unspecified> {
         let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())?;
-        Ok(Self { hasher: Hasher::new(), throttle: Throttle::default(), key, verified: Mutex::default() })
+        let (accounts, addresses) = (Throttle::new(ACCOUNT), Throttle::new(ADDRESS));
+        Ok(Self { hasher: Hasher::new(), accounts, addresses, key, verified: Mutex::default() })
     }
 
-    fn tag(&self, login: &Login) -> [u8; 32] {
+    /// With the stored hash, so that a changed password is not remembered as a good one.
+    fn tag(&self, login: &Login, stored: Option<&str>) -> [u8; 32] {
         let mut context = hmac::Context::with_key(&self.key);
-        context.update(&(login.username.len() as u64).to_le_bytes());
-        context.update(login.username.as_bytes());
-        context.update(login.password.as_bytes());
+        for part in [&login.username, stored.unwrap_or_default(), &login.password] {
+            context.update(&(part.len() as u64).to_le_bytes());
+            context.update(part.as_bytes());
+        }
         let mut tag = [0; 32];
         tag.copy_from_slice(context.sign().as_ref());
         tag
@@ -89,77 +96,44 @@ impl Logins {
         }
     }
 
-    /// Checks a name and a password; `stored` reads the hash of that user, if it comes to that.
-    async fn verify(
-        &self,
-        login: Login,
-        stored: impl Future<Output = Result<Option<String>, ApiError>>,
-    ) -> Result<(), ApiError> {
-        const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
-        if login.username.len() > LONGEST || login.password.len() > LONGEST {
-            return Err(WRONG);
-        }
-        let tag = self.tag(&login);
+    /// Checks a name and a password against the hash of that user, if there is one. True if it was computed and not
+    /// remembered. `Unauthorized` has always been computed.
+    async fn verify(&self, login: Login, stored: Option<String>, from: IpAddr) -> Result<bool, ApiError> {
+        let tag = self.tag(&login, stored.as_deref());
         if self.is_verified(&tag) {
-            return Ok(());
+            return Ok(false);
         }
+        let from = network(from);
         let slow_down = |wait: Duration| ApiError::TooMany(wait.as_secs() + 1);
         // Asked here too, so that nobody queues up in vain.
-        let wait = self.throttle.wait(&login.username, Instant::now());
+        let now = Instant::now();
+        let wait = self.accounts.wait(&login.username, now).max(self.addresses.wait(&from, now));
         if !wait.is_zero() {
             return Err(slow_down(wait));
         }
         let turn = self.hasher.turn().await?;
         // Of many requests that came with the same password at once, only the first ones compute.
         if self.is_verified(&tag) {
-            return Ok(());
+            return Ok(false);
         }
-        let stored = stored.await?;
-        self.throttle.attempt(&login.username, Instant::now()).map_err(slow_down)?;
+        let now = Instant::now();
+        self.addresses.attempt(&from, now).map_err(slow_down)?;
+        self.accounts.attempt(&login.username, now).map_err(slow_down)?;
         if !turn.verify(login.password, stored).await? {
             return Err(WRONG);
         }
-        self.throttle.succeeded(&login.username);
+        self.accounts.succeeded(&login.username);
+        self.addresses.succeeded(&from);
         self.remember(tag);
-        Ok(())
+        Ok(true)
     }
 }
 
 /// A name and a password: the body of `signup` and `authenticate`, or what Basic carries.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 pub(super) struct Login {
     pub(super) username: String,
     pub(super) password: String,
-}
-
-/// The answer of `authenticate`.
-#[derive(Serialize)]
-pub(super) struct Token {
-    token: String,
-}
-
-/// `POST authenticate`.
-pub(super) async fn authenticate(
-    State(console): State<Arc<Console>>,
-    Body(login): Body<Login>,
-) -> Result<Json<Token>, ApiError> {
-    let name = login.username.clone();
-    verify(&console, login).await?;
-    let mut secret = [0; 32];
-    SystemRandom::new().fill(&mut secret).map_err(|_| ApiError::Internal)?;
-    let token = BASE64_URL_SAFE_NO_PAD.encode(secret);
-    let now = unix_time();
-    let mut writing = console.store.begin().await?;
-    writing.execute(sqlx::query("DELETE FROM tokens WHERE expires <= ?").bind(now)).await?;
-    let insert = sqlx::query("INSERT INTO tokens (digest, user, expires) VALUES (?, ?, ?)");
-    let insert = insert.bind(digest_of(&token)).bind(name).bind(now + TOKEN_LIFE.as_secs() as i64);
-    writing.execute(insert).await?;
-    writing.commit().await?;
-    Ok(Json(Token { token }))
-}
-
-fn digest_of(token: &str) -> Vec<u8> {
-    digest::digest(&digest::SHA256, token.as_bytes()).as_ref().to_vec()
 }
 
 /// Seconds since 1970. The wall clock, not a monotonic one: another node may check the token's expiry.
@@ -167,79 +141,85 @@ pub(super) fn unix_time() -> i64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64)
 }
 
-/// Checks a name and a password.
-async fn verify(console: &Console, login: Login) -> Result<(), ApiError> {
+/// A name and a password that were right.
+pub(super) struct Verified {
+    pub(super) role: Role,
+    hash: String,
+}
+
+impl Verified {
+    /// Refuses if the password was changed in the meantime, or the user deleted.
+    pub(super) async fn recheck(&self, writing: &mut Writing, name: &str) -> Result<(), ApiError> {
+        let query = sqlx::query_scalar("SELECT password = ? FROM users WHERE name = ?");
+        let query = query.bind(self.hash.clone()).bind(name.to_owned());
+        let same: Option<bool> = query.fetch_optional(writing.connection()).await.map_err(StoreError::from)?;
+        if same == Some(true) { Ok(()) } else { Err(WRONG) }
+    }
+}
+
+/// Checks a name and a password. Each that was computed and wrong is audited.
+pub(super) async fn verify(console: &Console, login: Login, from: IpAddr) -> Result<Verified, ApiError> {
+    verify_noting(console, login, from).await.map(|(verified, _)| verified)
+}
+
+/// The same; true if it was computed and not remembered.
+async fn verify_noting(console: &Console, login: Login, from: IpAddr) -> Result<(Verified, bool), ApiError> {
     let name = login.username.clone();
-    let stored = async {
-        let mut reading = console.store.read().await?;
-        let query = sqlx::query_scalar("SELECT password FROM users WHERE name = ?").bind(name);
-        Ok(query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?)
-    };
-    console.logins.verify(login, stored).await
-}
-
-impl FromRequestParts<Arc<Console>> for User {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
-        match credentials(&parts.headers) {
-            Some(Credentials::Bearer(token)) => bearer(console, &token).await,
-            Some(Credentials::Basic(login)) => {
-                let name = login.username.clone();
-                verify(console, login).await?;
-                Ok(User { name })
-            }
-            None => Err(ApiError::Unauthorized("log in with a bearer token or with Basic")),
-        }
+    if name.len() > LONGEST || login.password.len() > LONGEST {
+        return Err(WRONG);
     }
-}
-
-/// A user who may change the cluster.
-#[derive(Clone, Debug)]
-pub(super) struct Administrator(pub(super) User);
-
-impl FromRequestParts<Arc<Console>> for Administrator {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
-        let user = User::from_request_parts(parts, console).await?;
-        permit(console, &user, &[ADMINISTRATOR], "an Administrator").await?;
-        Ok(Self(user))
-    }
-}
-
-/// Who may have the join script and the programs.
-#[derive(Clone)]
-pub(super) enum Installer {
-    User(User),
-    /// A host that is no member yet, by its join token.
-    Host {
-        token: String,
-    },
-}
-
-impl FromRequestParts<Arc<Console>> for Installer {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, console: &Arc<Console>) -> Result<Self, ApiError> {
-        let source = Source::from_request_parts(parts, console).await?;
-        if let Some(host) = programs::installer(console, &parts.headers, source)? {
-            return Ok(host);
-        }
-        let user = User::from_request_parts(parts, console).await?;
-        permit(console, &user, &INSTALLERS, "a Defender Manager or higher").await?;
-        Ok(Self::User(user))
-    }
-}
-
-async fn permit(console: &Console, user: &User, roles: &[&str], needed: &str) -> Result<(), ApiError> {
     let mut reading = console.store.read().await?;
-    let query = sqlx::query_scalar("SELECT role FROM users WHERE name = ?").bind(&user.name);
-    let role: Option<String> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
-    if role.is_some_and(|role| roles.contains(&role.as_str())) {
-        return Ok(());
+    let query = sqlx::query_as("SELECT password, role FROM users WHERE name = ?").bind(name.clone());
+    let stored: Option<(String, String)> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
+    // Not kept during the computation: there are few of them.
+    drop(reading);
+    let (hash, role) = stored.unzip();
+    let computed = match console.logins.verify(login, hash.clone(), from).await {
+        Err(ApiError::Unauthorized(why)) => {
+            audits::note_login(&console.store, &name, from, false).await;
+            return Err(ApiError::Unauthorized(why));
+        }
+        other => other?,
+    };
+    let (hash, role) = hash.zip(role).ok_or(WRONG)?;
+    Ok((Verified { role: role_of(&name, &role)?, hash }, computed))
+}
+
+/// Who sends this request, verified.
+pub(super) async fn identify(
+    console: &Console,
+    method: &Method,
+    headers: &HeaderMap,
+    Source(from): Source,
+) -> Result<User, ApiError> {
+    if !headers.contains_key(header::AUTHORIZATION)
+        && let Some(token) = cookie::token(headers)
+    {
+        if !method.is_safe() {
+            cookie::check_page(headers)?;
+        }
+        return sessions::find(console, token, from, true).await;
     }
-    Err(ApiError::Forbidden(format!("this needs the role of {needed}")))
+    match credentials(headers) {
+        Some(Credentials::Bearer(token)) => sessions::find(console, &token, from, false).await,
+        Some(Credentials::Basic(login)) => {
+            let name = login.username.clone();
+            let (Verified { role, .. }, computed) = verify_noting(console, login, from).await?;
+            if computed {
+                audits::note_login(&console.store, &name, from, true).await;
+            }
+            Ok(User { name, role, from, session: None })
+        }
+        None => Err(ApiError::Unauthorized("log in with a bearer token or with Basic")),
+    }
+}
+
+/// A role that this program does not know: of a newer one, so it permits nothing here.
+pub(super) fn role_of(name: &str, role: &str) -> Result<Role, ApiError> {
+    Role::of(role).ok_or_else(|| {
+        tracing::error!("user '{name}' has the role '{role}', which this version does not know");
+        ApiError::Forbidden("this version does not know your role".to_owned())
+    })
 }
 
 /// The address that a request comes from: what guesses of secrets are counted against.
@@ -264,14 +244,6 @@ pub(super) fn join_token(headers: &HeaderMap) -> Option<String> {
     }
 }
 
-async fn bearer(console: &Console, token: &str) -> Result<User, ApiError> {
-    let mut reading = console.store.read().await?;
-    let query = sqlx::query_scalar("SELECT user FROM tokens WHERE digest = ? AND expires > ?");
-    let query = query.bind(digest_of(token)).bind(unix_time());
-    let user: Option<String> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
-    user.map(|name| User { name }).ok_or(ApiError::Unauthorized("the token is not valid or has expired"))
-}
-
 enum Credentials {
     Bearer(String),
     Basic(Login),
@@ -290,6 +262,14 @@ fn credentials(headers: &HeaderMap) -> Option<Credentials> {
     let text = String::from_utf8(BASE64_STANDARD.decode(value).ok()?).ok()?;
     let (username, password) = text.split_once(':')?;
     Some(Credentials::Basic(Login { username: username.to_owned(), password: password.to_owned() }))
+}
+
+/// What guesses are counted against: a host of IPv6 has a whole /64 of addresses.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !0 << 64)),
+        address => address,
+    }
 }
 
 #[cfg(test)]
@@ -318,25 +298,35 @@ mod tests {
     }
 
     #[test]
+    fn a_host_of_ipv6_is_one_address() {
+        let of = |text: &str| network(text.parse().unwrap());
+        assert_eq!(of("2001:db8:1:2:3:4:5:6"), of("2001:db8:1:2::1"));
+        assert_ne!(of("2001:db8:1:2::1"), of("2001:db8:1:3::1"));
+        assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+    }
+
+    #[test]
     fn the_cache_is_bounded_and_tells_logins_apart() {
         let logins = Logins::new().unwrap();
         let login = |username: &str, password: &str| Login { username: username.into(), password: password.into() };
-        assert_ne!(logins.tag(&login("ab", "c")), logins.tag(&login("a", "bc")));
+        assert_ne!(logins.tag(&login("ab", "c"), None), logins.tag(&login("a", "bc"), None));
+        assert_ne!(logins.tag(&login("a", "b"), Some("old")), logins.tag(&login("a", "b"), Some("new")));
         for number in 0..CACHE_SIZE + 5 {
-            logins.remember(logins.tag(&login("a", &number.to_string())));
+            logins.remember(logins.tag(&login("a", &number.to_string()), None));
         }
         assert_eq!(logins.verified.lock().unwrap().len(), CACHE_SIZE);
-        assert!(logins.is_verified(&logins.tag(&login("a", "0"))));
-        assert!(!logins.is_verified(&logins.tag(&login("b", "0"))));
+        assert!(logins.is_verified(&logins.tag(&login("a", "0"), None)));
+        assert!(!logins.is_verified(&logins.tag(&login("b", "0"), None)));
     }
 
     #[test]
     fn of_many_guesses_at_once_a_handful_is_computed() {
         let logins = Arc::new(Logins::new().unwrap());
         let guess = |number: u32| {
-            let logins = logins.clone();
+            let (logins, from) = (logins.clone(), IpAddr::from([192, 0, 2, 1]));
             let login = Login { username: "admin".into(), password: number.to_string() };
-            async move { logins.verify(login, async { Ok(None) }).await.unwrap_err() }
+            async move { logins.verify(login, None, from).await.unwrap_err() }
         };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
         let guesses: Vec<_> = (0..100).map(|number| runtime.spawn(guess(number))).collect();

@@ -6,17 +6,19 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use axum::{
     Json,
     extract::State,
-    http::{HeaderMap, StatusCode},
+    http::{HeaderMap, Method, StatusCode},
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{
-    Console, Services,
-    auth::{self, Administrator, Source, User},
+    Console, Services, audits,
+    auth::{self, Source, User},
     errors::ApiError,
     extract::{Body, Name, OptionalBody, Search},
+    routes::{Access, Entry, Role, route},
 };
 use crate::{
     admin::{AdminError, SwitchoverReport},
@@ -43,6 +45,45 @@ impl Console {
         self.services.as_ref().ok_or_else(none)
     }
 }
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
+    let (get, post, put, delete) = (Method::GET, Method::POST, Method::PUT, Method::DELETE);
+    vec![
+        route(get.clone(), "/high-availability", Access::Any, "The state of the cluster", status)
+            .answer::<Map<String, Value>>(),
+        route(post.clone(), "/high-availability/requests", Access::Open, "Ask to join, with a join token", request)
+            .body::<JoinRequest>()
+            .answer::<RequestState>()
+            .status(StatusCode::ACCEPTED),
+        route(get, "/high-availability/requests/{id}", Access::Open, "Where a request to join stands", request_state)
+            .answer::<RequestState>(),
+        route(delete.clone(), "/high-availability/requests/{id}", ADMINISTRATORS, "Turn a host down", reject)
+            .answer::<Done>(),
+        route(post.clone(), "/high-availability/apply", ADMINISTRATORS, "Admit the hosts that ask to join", apply)
+            .optional_body::<Approval>()
+            .answer::<Admitted>(),
+        route(delete, "/high-availability/members/{member}", ADMINISTRATORS, "Remove a member", remove)
+            .query::<Removal>()
+            .answer::<Done>(),
+        route(put, "/high-availability/members/{member}/address", ADMINISTRATORS, "Move a member", readdress)
+            .body::<Place>()
+            .answer::<Done>(),
+        route(post.clone(), "/high-availability/switchover", ADMINISTRATORS, "Hand the primary role over", switchover)
+            .body::<Switchover>()
+            .answer::<SwitchoverReport>()
+            .status(StatusCode::ACCEPTED),
+        route(post.clone(), "/high-availability/pause", ADMINISTRATORS, "No takeover for some minutes", pause)
+            .body::<Pause>()
+            .answer::<Paused>(),
+        route(post, "/high-availability/resume", ADMINISTRATORS, "End a pause", resume).answer::<Done>(),
+    ]
+}
+
+/// An answer that says nothing but that it is done.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Done {}
 
 /// `GET high-availability`: this node's picture of the cluster.
 pub(super) async fn status(State(console): State<Arc<Console>>, _: User) -> Result<Json<Value>, ApiError> {
@@ -76,36 +117,47 @@ pub(super) async fn request_state(
 }
 
 /// The body of [`apply`], if there is one.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Approval {
     /// Of all hosts that are to be admitted, as somebody has compared them.
     fingerprints: Option<Vec<String>>,
 }
 
+/// The answer of [`apply`]: the ids of those who were admitted.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Admitted {
+    admitted: Vec<u64>,
+}
+
 /// `POST high-availability/apply`: admits all hosts that ask; with their fingerprints only if no other one asks.
 pub(super) async fn apply(
     State(console): State<Arc<Console>>,
-    Administrator(user): Administrator,
+    user: User,
     OptionalBody(approval): OptionalBody<Approval>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Admitted>, ApiError> {
+    let services = console.services()?;
     let compared = approval.and_then(|approval| approval.fingerprints);
-    let admitted = console.services()?.admin.apply(compared, &user.name).await?;
-    Ok(Json(json!({ "admitted": admitted })))
+    let wish = audits::difference(&Value::Null, &json!({ "fingerprints": compared }));
+    audits::note(&console.store, &user, "apply", "high availability", wish).await?;
+    let admitted = services.admin.apply(compared, &user.name).await?;
+    Ok(Json(Admitted { admitted }))
 }
 
 /// `DELETE high-availability/requests/{name or fingerprint}`: turns a host down.
 pub(super) async fn reject(
     State(console): State<Arc<Console>>,
-    Administrator(user): Administrator,
+    user: User,
     Name(request): Name,
-) -> Result<Json<Value>, ApiError> {
-    console.services()?.admin.reject(&request, &user.name).await?;
-    Ok(Json(json!({})))
+) -> Result<Json<Done>, ApiError> {
+    let services = console.services()?;
+    audits::note(&console.store, &user, "reject", &format!("request to join '{request}'"), Value::Null).await?;
+    services.admin.reject(&request, &user.name).await?;
+    Ok(Json(Done {}))
 }
 
 /// The query of [`remove`].
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct Removal {
     #[serde(default)]
     force: bool,
@@ -114,16 +166,19 @@ pub(super) struct Removal {
 /// `DELETE high-availability/members/{id or name}?force=true`.
 pub(super) async fn remove(
     State(console): State<Arc<Console>>,
-    Administrator(user): Administrator,
+    user: User,
     Name(member): Name,
     Search(removal): Search<Removal>,
-) -> Result<Json<Value>, ApiError> {
-    console.services()?.admin.remove(&member, removal.force, &user.name).await?;
-    Ok(Json(json!({})))
+) -> Result<Json<Done>, ApiError> {
+    let services = console.services()?;
+    let wish = audits::difference(&Value::Null, &json!({ "force": removal.force }));
+    audits::note(&console.store, &user, "remove", &format!("member '{member}'"), wish).await?;
+    services.admin.remove(&member, removal.force, &user.name).await?;
+    Ok(Json(Done {}))
 }
 
 /// The body of [`switchover`].
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Switchover {
     to: Option<String>,
@@ -144,7 +199,7 @@ struct Failed {
 /// and nothing else.
 pub(super) async fn switchover(
     State(console): State<Arc<Console>>,
-    Administrator(user): Administrator,
+    user: User,
     Body(wish): Body<Switchover>,
 ) -> Result<Response, ApiError> {
     let admin = Arc::clone(&console.services()?.admin);
@@ -157,6 +212,8 @@ pub(super) async fn switchover(
         return Ok((StatusCode::CONFLICT, Json(Failed { err, report })).into_response());
     }
     let to = report.to.clone();
+    let wish = audits::difference(&Value::Null, &json!({ "to": to }));
+    audits::note(&console.store, &user, "switchover", "high availability", wish).await?;
     // Not in this request: it would be one of those that the switchover waits for.
     tokio::spawn(async move {
         if let Err(error) = admin.switchover(to.as_deref(), false, &user.name).await {
@@ -167,34 +224,42 @@ pub(super) async fn switchover(
 }
 
 /// The body of [`pause`].
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Pause {
     minutes: u32,
 }
 
+/// The answer of [`pause`]: when it ends by itself, in seconds since 1970.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Paused {
+    until: u64,
+}
+
 /// `POST high-availability/pause`: no automatic takeover for so long.
 pub(super) async fn pause(
     State(console): State<Arc<Console>>,
-    Administrator(user): Administrator,
+    user: User,
     Body(wish): Body<Pause>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Paused>, ApiError> {
     let span = Duration::from_secs(u64::from(wish.minutes) * 60);
-    let until = console.services()?.admin.pause(span, &user.name).await?;
-    Ok(Json(json!({ "until": until })))
+    let services = console.services()?;
+    let change = audits::difference(&Value::Null, &json!({ "minutes": wish.minutes }));
+    audits::note(&console.store, &user, "pause", "high availability", change).await?;
+    let until = services.admin.pause(span, &user.name).await?;
+    Ok(Json(Paused { until }))
 }
 
 /// `POST high-availability/resume`: ends a pause.
-pub(super) async fn resume(
-    State(console): State<Arc<Console>>,
-    Administrator(user): Administrator,
-) -> Result<Json<Value>, ApiError> {
-    console.services()?.admin.resume(&user.name).await?;
-    Ok(Json(json!({})))
+pub(super) async fn resume(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
+    let services = console.services()?;
+    audits::note(&console.store, &user, "resume", "high availability", Value::Null).await?;
+    services.admin.resume(&user.name).await?;
+    Ok(Json(Done {}))
 }
 
 /// The body of [`readdress`]; what is missing stays.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Place {
     name: Option<String>,
@@ -205,13 +270,16 @@ pub(super) struct Place {
 /// `PUT high-availability/members/{id or name}/address`.
 pub(super) async fn readdress(
     State(console): State<Arc<Console>>,
-    Administrator(user): Administrator,
+    user: User,
     Name(member): Name,
     Body(place): Body<Place>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Done>, ApiError> {
     let Place { name, address, port } = place;
-    console.services()?.admin.readdress(&member, name, address, port, &user.name).await?;
-    Ok(Json(json!({})))
+    let services = console.services()?;
+    let wish = audits::difference(&Value::Null, &json!({ "name": name, "address": address, "port": port }));
+    audits::note(&console.store, &user, "readdress", &format!("member '{member}'"), wish).await?;
+    services.admin.readdress(&member, name, address, port, &user.name).await?;
+    Ok(Json(Done {}))
 }
 
 /// Refuses a join token that is not good; `from` is counted against.

@@ -30,7 +30,7 @@ pub enum ApiError {
     #[error("{0}")]
     Conflict(String),
     /// 429 for a login: seconds to wait.
-    #[error("too many failed logins for this account; try again in {0} s")]
+    #[error("too many failed logins; try again in {0} s")]
     TooMany(u64),
     /// 503; nothing was changed.
     #[error("{0}")]
@@ -84,6 +84,10 @@ impl From<StoreError> for ApiError {
             StoreError::Unknown(error) => {
                 tracing::info!("the outcome of a write is unknown: {error}");
                 Self::Unknown("the cluster did not confirm the write in time".into())
+            }
+            StoreError::Setting(..) => {
+                tracing::error!("{error}");
+                Self::Internal
             }
             StoreError::Statement(error) => {
                 tracing::error!("the database does not accept a statement of the Console: {error}");

@@ -3,11 +3,52 @@
 use axum::{
     Json,
     extract::{FromRequest, FromRequestParts, Path, Query, Request},
-    http::request::Parts,
+    http::{HeaderName, HeaderValue, request::Parts},
+    response::{IntoResponse, Response},
 };
-use serde::de::DeserializeOwned;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::errors::ApiError;
+
+/// Rows of a list in one answer if the client does not say, and at most.
+const PAGE: (u32, u32) = (50, 1000);
+/// How long the whole list is.
+pub(super) const TOTAL: HeaderName = HeaderName::from_static("x-total-count");
+
+/// Which part of a list is wanted. A query with more fields has these two itself, since a flattened one reads no numbers.
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
+pub(super) struct Page {
+    /// At most so many rows, 50 if not given.
+    #[schemars(range(min = 1, max = 1000))]
+    pub(super) limit: Option<u32>,
+    /// So many rows of the whole list come before.
+    pub(super) offset: Option<u32>,
+}
+
+impl Page {
+    /// `LIMIT` and `OFFSET` for SQL.
+    pub(super) fn bounds(self) -> Result<(u32, u32), ApiError> {
+        let limit = self.limit.unwrap_or(PAGE.0);
+        if !(1..=PAGE.1).contains(&limit) {
+            return Err(ApiError::bad(format!("limit must be 1 to {}", PAGE.1)));
+        }
+        Ok((limit, self.offset.unwrap_or(0)))
+    }
+}
+
+/// The answer of a list: a part of it as a JSON array, and how many rows there are in all as `X-Total-Count`.
+#[derive(Debug)]
+pub(super) struct Paged<T> {
+    pub(super) rows: Vec<T>,
+    pub(super) total: i64,
+}
+
+impl<T: Serialize> IntoResponse for Paged<T> {
+    fn into_response(self) -> Response {
+        ([(TOTAL, HeaderValue::from(self.total))], axum::Json(self.rows)).into_response()
+    }
+}
 
 /// A JSON body. Only with the content type of JSON: a browser then asks before it sends it for another site.
 #[derive(Debug)]

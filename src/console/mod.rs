@@ -1,27 +1,38 @@
 //! SERVES. The built-in Console: its routes, its resources and its database. One instance per opening of the ports.
 //! Must never know about roles, leases or sockets: who runs it decides when it runs.
 
+mod access;
+mod audits;
 mod auth;
+mod certs;
 mod cluster;
+mod cookie;
 mod errors;
+mod events;
 mod extract;
+mod logs;
+mod openapi;
 mod password;
 mod programs;
+mod routes;
+mod sessions;
+mod settings;
 mod store;
+mod stream;
 mod system;
 mod tags;
 mod throttle;
+mod ui;
 mod users;
 
 use std::{fmt, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    extract::{DefaultBodyLimit, Request},
-    http::{HeaderValue, Method, StatusCode, Uri, header},
+    extract::{DefaultBodyLimit, Request, State},
+    http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header, uri::Scheme},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{delete, get, post, put},
 };
 use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::{Semaphore, watch};
@@ -29,12 +40,26 @@ use tokio::sync::{Semaphore, watch};
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::{admin::Admin, join::Kit, node::Status};
+use crate::{admin::Admin, events::Recorder, join::Kit, node::Status};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
+/// Requests under way at once; more are refused, so that a client learns it at once and may try again.
+const AT_ONCE: usize = 256;
+/// Health checks are answered however busy the Console is: a load balancer must not take a busy primary for a dead one.
+const PING: &str = "/api/v1/_ping";
 /// Longest time from a request's head to its response.
 const REQUEST: Duration = Duration::from_secs(30);
+
+/// On every answer that does not say otherwise. An answer of the API is no page: nothing may run or be framed in it.
+const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
+    (header::CACHE_CONTROL, "no-store"),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+    (header::REFERRER_POLICY, "no-referrer"),
+    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+];
 
 /// What the Console does for the cluster that it runs in.
 #[derive(Clone)]
@@ -42,6 +67,10 @@ pub struct Services {
     pub admin: Arc<Admin>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
+    /// `HIGH_AVAILABILITY_ENABLED`.
+    pub high_availability: bool,
+    /// What has happened.
+    pub events: Recorder,
 }
 
 impl fmt::Debug for Services {
@@ -59,6 +88,11 @@ pub struct Console {
     /// None where there is no cluster to administer.
     services: Option<Services>,
     downloads: Arc<Semaphore>,
+    /// A place for each request under way.
+    places: Semaphore,
+    streams: Arc<Semaphore>,
+    /// True when the ports are about to close: nothing may go on for long then.
+    closing: watch::Sender<bool>,
 }
 
 impl Console {
@@ -73,7 +107,9 @@ impl Console {
     ) -> Result<Arc<Self>, ring::error::Unspecified> {
         let (store, logins) = (Store::new(database), auth::Logins::new()?);
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
-        Ok(Arc::new(Self { store, logins, status, services, downloads }))
+        let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
+        let places = Semaphore::new(AT_ONCE);
+        Ok(Arc::new(Self { store, logins, status, services, downloads, places, streams, closing }))
     }
 
     /// Opens the database and brings the schema up to date.
@@ -81,51 +117,32 @@ impl Console {
     /// # Errors
     /// When the database cannot be used or its schema is newer than this program.
     pub async fn ready(&self) -> Result<(), sqlx::migrate::MigrateError> {
-        self.store.migrate().await
+        self.store.migrate().await?;
+        if let Some(services) = &self.services {
+            tokio::spawn(events::keep(self.store.clone(), services.events.clone()));
+        }
+        Ok(())
     }
 
     /// All routes.
     pub fn router(self: &Arc<Self>) -> Router {
-        let api = Router::new()
-            .route("/_ping", get(system::ping))
-            .route("/version", get(system::version))
-            .route("/settings/initialized", get(users::initialized))
-            .route("/signup", post(users::signup))
-            .route("/authenticate", post(auth::authenticate))
-            .route("/scripts/console.sh", get(programs::script))
-            .route("/programs/{name}", get(programs::program))
-            .route("/certs/ca.pem", get(programs::ca))
-            .nest("/high-availability", cluster())
-            .route("/tags", get(tags::list).post(tags::create))
-            .route("/tags/{name}", put(tags::replace).delete(tags::remove));
-        Router::new()
-            .route("/", get(system::index))
-            .nest("/api/v1", api)
+        routes::router(self)
             .fallback(no_route)
             .method_not_allowed_fallback(no_method)
             .layer(DefaultBodyLimit::max(BODY))
-            .layer(middleware::from_fn(around))
+            .layer(middleware::from_fn_with_state(Arc::clone(self), around))
             .with_state(Arc::clone(self))
+    }
+
+    /// Ends what would go on for as long as the client likes. The ports are about to close.
+    pub fn wind_down(&self) {
+        self.closing.send_replace(true);
     }
 
     /// Closes the database; waits for the statements that run.
     pub async fn stop(&self) {
         self.store.close().await;
     }
-}
-
-fn cluster() -> Router<Arc<Console>> {
-    Router::new()
-        .route("/", get(cluster::status))
-        .route("/join-script", get(programs::line))
-        .route("/requests", post(cluster::request))
-        .route("/requests/{id}", get(cluster::request_state).delete(cluster::reject))
-        .route("/apply", post(cluster::apply))
-        .route("/members/{member}", delete(cluster::remove))
-        .route("/members/{member}/address", put(cluster::readdress))
-        .route("/switchover", post(cluster::switchover))
-        .route("/pause", post(cluster::pause))
-        .route("/resume", post(cluster::resume))
 }
 
 async fn no_route(uri: Uri) -> ApiError {
@@ -136,14 +153,32 @@ async fn no_method(method: Method, uri: Uri) -> ApiError {
     ApiError::Request(StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not possible at {}", uri.path()))
 }
 
-/// What is the same for all requests: the time limit and a few headers.
-async fn around(request: Request, next: Next) -> Response {
-    let mut response = match tokio::time::timeout(REQUEST, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
+/// What is the same for all requests: their number, the time limit and a few headers.
+async fn around(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
+    let place = console.places.try_acquire();
+    let secure = request.extensions().get() == Some(&Scheme::HTTPS);
+    let browser = cookie::is_browser(request.headers());
+    let mut response = if place.is_err() && request.uri().path() != PING {
+        let mut busy = ApiError::Unavailable(format!("{AT_ONCE} requests are under way: try again")).into_response();
+        busy.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(1));
+        busy
+    } else {
+        match tokio::time::timeout(REQUEST, next.run(request)).await {
+            Ok(response) => response,
+            Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
+        }
     };
     let headers = response.headers_mut();
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if browser && headers.contains_key(header::WWW_AUTHENTICATE) {
+        // A browser that hears of Basic asks for a password itself, above the page.
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    if secure {
+        headers.insert(header::STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
+    }
+    // The page has its own policies for some of them.
+    for (name, value) in DEFAULT_HEADERS {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
     response
 }

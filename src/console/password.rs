@@ -1,4 +1,4 @@
-//! Password hashes: argon2id with random salts, a bounded number at once, never on a thread that serves requests.
+//! Passwords: what a new one must be like, and their hashes: argon2id with random salts, a bounded number at once, never on a thread that serves requests.
 
 use std::sync::Arc;
 
@@ -8,12 +8,42 @@ use argon2::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::errors::ApiError;
+use super::{auth::LONGEST, errors::ApiError};
 
 /// Hashes at once: each takes 19 MiB and a core for some ten milliseconds.
 const AT_ONCE: usize = 2;
 /// Requests that may wait for their turn; more are refused.
 const WAITING: usize = 128;
+
+/// Shortest password in characters, and shortest strong one.
+const SHORTEST: (usize, usize) = (8, 12);
+
+/// Refuses a new password that is too easy to guess. The name is not searched for in weak ones: they are what they are.
+pub(super) fn check(name: &str, password: &str, strong: bool) -> Result<(), ApiError> {
+    let shortest = if strong { SHORTEST.1 } else { SHORTEST.0 };
+    if password.chars().count() < shortest {
+        return Err(ApiError::bad(format!("password must have at least {shortest} characters")));
+    }
+    if password.len() > LONGEST {
+        return Err(ApiError::bad(format!("password must have at most {LONGEST} bytes")));
+    }
+    if !strong {
+        return Ok(());
+    }
+    let kinds: [(&str, fn(char) -> bool); 4] = [
+        ("an upper-case letter", char::is_uppercase),
+        ("a lower-case letter", char::is_lowercase),
+        ("a digit", |c| c.is_ascii_digit()),
+        ("a special character", |c| !c.is_alphanumeric()),
+    ];
+    if let Some((missing, _)) = kinds.iter().find(|(_, is)| !password.contains(*is)) {
+        return Err(ApiError::bad(format!("password must have {missing}")));
+    }
+    if password.to_lowercase().contains(&name.to_lowercase()) {
+        return Err(ApiError::bad("password must not contain the user name"));
+    }
+    Ok(())
+}
 
 /// Computes and checks password hashes.
 #[derive(Debug)]
@@ -77,6 +107,25 @@ impl Turn {
                 Err(ApiError::Internal)
             }
             Err(_) => Err(ApiError::Unavailable("the Console is stopping".into())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strong_password_has_all_kinds_and_is_unlike_the_name() {
+        check("admin", "12345678", false).unwrap();
+        check("admin", "1234567", false).unwrap_err();
+        check("admin", &"x".repeat(LONGEST + 1), false).unwrap_err();
+        check("admin", "Correct-Horse7", true).unwrap();
+        for weak in
+            ["Correct-Hor7", "correct-horse7", "CORRECT-HORSE7", "Correct-Horse", "CorrectHorse77", "My-Admin-is-7!"]
+        {
+            let weak = if weak.len() == 12 { &weak[1..] } else { weak };
+            check("admin", weak, true).unwrap_err();
         }
     }
 }

@@ -17,6 +17,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use hyper::body::{Bytes, Frame, SizeHint};
+use schemars::JsonSchema;
 use serde::Serialize;
 use tokio::{
     runtime::Handle,
@@ -26,10 +27,12 @@ use tokio::{
 
 use super::{
     Console,
-    auth::{self, Installer, Source},
+    access::Installer,
+    auth::{self, Source, User},
     cluster::check_join_token,
     errors::ApiError,
     extract::Name,
+    routes::{Access, Entry, Role, route},
 };
 use crate::{
     admin::Invited,
@@ -46,6 +49,27 @@ const PIECES: usize = 4;
 const PIECE_TIME: Duration = Duration::from_secs(30);
 /// Downloads at once: each has a thread.
 pub(super) const DOWNLOADS: usize = 8;
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    let get = Method::GET;
+    let programs = "A program that a new host needs: twistlockd or twistcli";
+    vec![
+        route(get.clone(), "/scripts/console.sh", Access::JoinToken, "The join script", script)
+            .file("text/x-shellscript"),
+        route(get.clone(), "/programs/{name}", Access::JoinToken, programs, program).file("application/octet-stream"),
+        route(get.clone(), "/certs/ca.pem", Access::Open, "The CA certificate of the cluster", ca)
+            .file("application/x-pem-file"),
+        route(
+            get,
+            "/high-availability/join-script",
+            Access::Roles(Role::INSTALLERS),
+            "A new invitation: the line to run on the other hosts",
+            line,
+        )
+        .answer::<Line>(),
+    ]
+}
 
 impl From<KitError> for ApiError {
     fn from(error: KitError) -> Self {
@@ -74,7 +98,7 @@ pub(super) async fn script(
 }
 
 /// The answer of [`line`].
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub(super) struct Line {
     line: String,
     script_url: String,
@@ -82,10 +106,7 @@ pub(super) struct Line {
 }
 
 /// `GET high-availability/join-script`: a new invitation, as the line to run on the other hosts.
-pub(super) async fn line(State(console): State<Arc<Console>>, installer: Installer) -> Result<Json<Line>, ApiError> {
-    let Installer::User(user) = installer else {
-        return Err(ApiError::Forbidden("a join token is good for one script, not for more of them".to_owned()));
-    };
+pub(super) async fn line(State(console): State<Arc<Console>>, user: User) -> Result<Json<Line>, ApiError> {
     let Invited { token, until, .. } = console.services()?.admin.invite(VALID, &user.name).await?;
     let make =
         move |kit: &Kit, membership: &Membership, me| Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?));

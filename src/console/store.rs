@@ -3,8 +3,9 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Serialize, de::DeserializeOwned};
 use sqlx::{
-    Sqlite, SqlitePool, SqliteTransaction,
+    Connection, Sqlite, SqliteConnection, SqlitePool, SqliteTransaction,
     migrate::{Migration, MigrationType, Migrator},
     pool::PoolConnection,
     query::Query,
@@ -18,7 +19,11 @@ const READERS: u32 = 4;
 const TURN: Duration = Duration::from_secs(5);
 
 /// The schema in the order in which it came to be. A file never changes once it is released: sqlx compares digests.
-const MIGRATIONS: [(i64, &str, &str); 1] = [(1, "first", include_str!("migrations/0001_first.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "first", include_str!("migrations/0001_first.sql")),
+    (2, "api", include_str!("migrations/0002_api.sql")),
+    (3, "events", include_str!("migrations/0003_events.sql")),
+];
 
 /// Histogram, seconds: a write of the Console from the statement that commits until a majority has it, without the wait
 /// for its turn.
@@ -39,6 +44,9 @@ pub enum StoreError {
     /// A statement that SQLite does not accept: a bug. Nothing was written.
     #[error("the database does not accept a statement: {0}")]
     Statement(sqlx::Error),
+    /// A setting that this program cannot read or write as JSON. Nothing was written.
+    #[error("the setting '{0}' cannot be used: {1}")]
+    Setting(&'static str, serde_json::Error),
 }
 
 /// SQLite's primary result code, without the extension in the higher bits.
@@ -82,6 +90,16 @@ impl StoreError {
     }
 }
 
+/// False if a transaction is still open on the writer's connection, as sqlx sees it: after a COMMIT that failed, SQLite
+/// has none any more, its ROLLBACK fails, and sqlx would refuse every later transaction. The pool then opens another one.
+async fn is_usable(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+    if connection.is_in_transaction() {
+        // Behind it in the queue of the connection's thread: a rollback on its way is done then.
+        connection.ping().await?;
+    }
+    Ok(!connection.is_in_transaction())
+}
+
 /// Connections to the database while this node is PRIMARY.
 #[derive(Clone, Debug)]
 pub struct Store {
@@ -107,7 +125,9 @@ impl Store {
         let thread = |kind: &'static str| move |number| format!("console-{kind}{number}");
         let reading = options.clone().pragma("query_only", "ON").thread_name(thread("r"));
         Self {
-            writer: pool(1).connect_lazy_with(options.thread_name(thread("w"))),
+            writer: pool(1)
+                .before_acquire(|connection, _| Box::pin(is_usable(connection)))
+                .connect_lazy_with(options.thread_name(thread("w"))),
             readers: pool(READERS).connect_lazy_with(reading),
         }
     }
@@ -117,11 +137,11 @@ impl Store {
     /// # Errors
     /// When the database cannot be used or its schema is newer than this program.
     pub async fn migrate(&self) -> Result<(), sqlx::migrate::MigrateError> {
-        let migrations = MIGRATIONS.map(|(version, description, sql)| {
+        let migrations = MIGRATIONS.iter().map(|&(version, description, sql)| {
             let sql = sqlx::SqlSafeStr::into_sql_str(sql);
             Migration::new(version, description.into(), MigrationType::Simple, sql, false)
         });
-        Migrator::with_migrations(migrations.into()).run(&self.writer).await
+        Migrator::with_migrations(migrations.collect()).run(&self.writer).await
     }
 
     /// A connection for reading only.
@@ -130,6 +150,15 @@ impl Store {
     /// [`StoreError::Unavailable`].
     pub async fn read(&self) -> Result<PoolConnection<Sqlite>, StoreError> {
         self.readers.acquire().await.map_err(StoreError::Unavailable)
+    }
+
+    /// What an administrator has set under this name; `None` if nobody has.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`], [`StoreError::Setting`].
+    pub async fn setting<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, StoreError> {
+        let mut reading = self.read().await?;
+        setting(&mut reading, name).await
     }
 
     /// Runs one statement as a transaction of its own and returns the number of changed rows. When it returns, a
@@ -153,6 +182,11 @@ impl Store {
         // IMMEDIATE: what it reads first is still true when it writes.
         let transaction = self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(StoreError::Unavailable)?;
         Ok(Writing { transaction })
+    }
+
+    /// Returns when the connections are being closed.
+    pub async fn closing(&self) {
+        self.writer.close_event().await;
     }
 
     /// Closes all connections; waits for the statements that run. Later uses fail.
@@ -188,6 +222,30 @@ impl Writing {
         sqlx::query_scalar(sql).fetch_one(&mut *self.transaction).await.map_err(StoreError::before)
     }
 
+    /// What is set under this name, as the transaction sees it.
+    ///
+    /// # Errors
+    /// As [`Self::execute`], and [`StoreError::Setting`].
+    pub async fn setting<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<Option<T>, StoreError> {
+        setting(&mut self.transaction, name).await
+    }
+
+    /// Sets the value of this name.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub async fn set_setting<T: Serialize>(&mut self, name: &'static str, value: &T) -> Result<(), StoreError> {
+        let text = serde_json::to_string(value).map_err(|error| StoreError::Setting(name, error))?;
+        let upsert =
+            "INSERT INTO settings (name, value) VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value";
+        self.execute(sqlx::query(upsert).bind(name).bind(text)).await.map(|_| ())
+    }
+
+    /// The connection of this transaction, for queries that answer with rows.
+    pub fn connection(&mut self) -> &mut SqliteConnection {
+        &mut self.transaction
+    }
+
     /// Commits. When it returns, a majority of the nodes has the change.
     ///
     /// # Errors
@@ -198,6 +256,15 @@ impl Writing {
         note_commit(begin);
         Ok(())
     }
+}
+
+async fn setting<T: DeserializeOwned>(
+    connection: &mut SqliteConnection,
+    name: &'static str,
+) -> Result<Option<T>, StoreError> {
+    let query = sqlx::query_scalar("SELECT value FROM settings WHERE name = ?").bind(name);
+    let text: Option<String> = query.fetch_optional(connection).await?;
+    text.map(|text| serde_json::from_str(&text)).transpose().map_err(|error| StoreError::Setting(name, error))
 }
 
 /// For errors of reads.

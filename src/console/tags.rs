@@ -2,31 +2,50 @@
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{
+    Json,
+    extract::State,
+    http::{Method, StatusCode},
+};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use sqlx::Row;
+use serde_json::Value;
+use sqlx::FromRow;
 
 use super::{
-    Console,
+    Console, audits,
     auth::User,
     errors::ApiError,
-    extract::{Body, Name, Search},
-    store::StoreError,
+    extract::{Body, Name, Page, Paged, Search},
+    routes::{Access, Entry, Role, route},
+    store::{StoreError, Writing},
 };
 
 const LONGEST_NAME: usize = 128;
 const LONGEST_DESCRIPTION: usize = 1024;
-/// Tags in one answer if the client does not say, and at most.
-const PAGE: (u32, u32) = (50, 1000);
 
 /// A tag as it is sent and stored.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, FromRow)]
 pub(super) struct Tag {
     name: String,
     #[serde(default)]
     color: String,
     #[serde(default)]
     description: String,
+}
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    const OPERATORS: Access = Access::Roles(Role::OPERATORS);
+    vec![
+        route(Method::GET, "/tags", Access::Any, "All tags, by name", list)
+            .query::<Page>()
+            .paged()
+            .answer::<Vec<Tag>>(),
+        route(Method::POST, "/tags", OPERATORS, "Create a tag", create).body::<Tag>().answer::<Tag>(),
+        route(Method::PUT, "/tags/{name}", OPERATORS, "Replace a tag", replace).body::<Tag>().answer::<Tag>(),
+        route(Method::DELETE, "/tags/{name}", OPERATORS, "Delete a tag", remove),
+    ]
 }
 
 impl Tag {
@@ -48,30 +67,18 @@ impl Tag {
     }
 }
 
-/// Which part of the list is wanted.
-#[derive(Debug, Deserialize)]
-pub(super) struct Page {
-    limit: Option<u32>,
-    offset: Option<u32>,
-}
-
-/// `GET tags`: a JSON array in the order of the names, paged by `limit` (1 to 1000, 50 if not given) and `offset`.
+/// `GET tags`: a JSON array in the order of the names.
 pub(super) async fn list(
     State(console): State<Arc<Console>>,
-    _: User,
     Search(page): Search<Page>,
-) -> Result<Json<Vec<Tag>>, ApiError> {
-    let limit = page.limit.unwrap_or(PAGE.0);
-    if !(1..=PAGE.1).contains(&limit) {
-        return Err(ApiError::bad(format!("limit must be 1 to {}", PAGE.1)));
-    }
+) -> Result<Paged<Tag>, ApiError> {
+    let (limit, offset) = page.bounds()?;
     let mut reading = console.store.read().await?;
-    let query = sqlx::query("SELECT name, color, description FROM tags ORDER BY name LIMIT ? OFFSET ?");
-    let query = query.bind(limit).bind(page.offset.unwrap_or(0));
-    let rows = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
-    let tags =
-        rows.iter().map(|row| Ok(Tag { name: row.try_get(0)?, color: row.try_get(1)?, description: row.try_get(2)? }));
-    Ok(Json(tags.collect::<Result<_, sqlx::Error>>().map_err(StoreError::from)?))
+    let query = sqlx::query_as("SELECT name, color, description FROM tags ORDER BY name LIMIT ? OFFSET ?");
+    let rows = query.bind(limit).bind(offset).fetch_all(&mut *reading).await.map_err(StoreError::from)?;
+    let total = sqlx::query_scalar("SELECT count(*) FROM tags");
+    let total = total.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
+    Ok(Paged { rows, total })
 }
 
 /// `POST tags`: creates one and answers 200 with it, as the original does (not 201); 409 if the name exists.
@@ -83,8 +90,11 @@ pub(super) async fn create(
     tag.check()?;
     let insert = sqlx::query("INSERT INTO tags (name, color, description) VALUES (?, ?, ?)");
     let insert = insert.bind(tag.name.clone()).bind(tag.color.clone()).bind(tag.description.clone());
-    console.store.write(insert).await.map_err(|error| exists(&tag.name, error))?;
-    tracing::debug!("user '{}' created tag '{}'", user.name, tag.name);
+    let mut writing = console.store.begin().await?;
+    writing.execute(insert).await.map_err(|error| exists(&tag.name, error))?;
+    let difference = audits::difference(&Value::Null, &tag);
+    audits::record(&mut writing, &user, "create", &format!("tag '{}'", tag.name), difference).await?;
+    writing.commit().await?;
     Ok(Json(tag))
 }
 
@@ -96,15 +106,15 @@ pub(super) async fn replace(
     Body(tag): Body<Tag>,
 ) -> Result<Json<Tag>, ApiError> {
     tag.check()?;
+    let mut writing = console.store.begin().await?;
+    let old = stored(&mut writing, &name).await?;
     let update = sqlx::query("UPDATE tags SET name = ?, color = ?, description = ? WHERE name = ?");
     let update = update.bind(tag.name.clone()).bind(tag.color.clone()).bind(tag.description.clone()).bind(name.clone());
-    match console.store.write(update).await.map_err(|error| exists(&tag.name, error))? {
-        0 => Err(missing(&name)),
-        _ => {
-            tracing::debug!("user '{}' replaced tag '{name}'", user.name);
-            Ok(Json(tag))
-        }
-    }
+    writing.execute(update).await.map_err(|error| exists(&tag.name, error))?;
+    let difference = audits::difference(&old, &tag);
+    audits::record(&mut writing, &user, "replace", &format!("tag '{name}'"), difference).await?;
+    writing.commit().await?;
+    Ok(Json(tag))
 }
 
 /// `DELETE tags/{name}`; 404 if there is none.
@@ -113,18 +123,20 @@ pub(super) async fn remove(
     user: User,
     Name(name): Name,
 ) -> Result<StatusCode, ApiError> {
-    let delete = sqlx::query("DELETE FROM tags WHERE name = ?").bind(name.clone());
-    match console.store.write(delete).await? {
-        0 => Err(missing(&name)),
-        _ => {
-            tracing::debug!("user '{}' removed tag '{name}'", user.name);
-            Ok(StatusCode::OK)
-        }
-    }
+    let mut writing = console.store.begin().await?;
+    let old = stored(&mut writing, &name).await?;
+    writing.execute(sqlx::query("DELETE FROM tags WHERE name = ?").bind(name.clone())).await?;
+    let difference = audits::difference(&old, &Value::Null);
+    audits::record(&mut writing, &user, "delete", &format!("tag '{name}'"), difference).await?;
+    writing.commit().await?;
+    Ok(StatusCode::OK)
 }
 
-fn missing(name: &str) -> ApiError {
-    ApiError::NotFound(format!("there is no tag '{name}'"))
+/// The tag as it is before a change.
+async fn stored(writing: &mut Writing, name: &str) -> Result<Tag, ApiError> {
+    let query = sqlx::query_as("SELECT name, color, description FROM tags WHERE name = ?").bind(name.to_owned());
+    let tag: Option<Tag> = query.fetch_optional(writing.connection()).await.map_err(StoreError::from)?;
+    tag.ok_or_else(|| ApiError::NotFound(format!("there is no tag '{name}'")))
 }
 
 fn exists(name: &str, error: StoreError) -> ApiError {

@@ -1,21 +1,27 @@
-//! Slows down guessing of passwords: per account, the wait doubles with each failure. Knows nothing of sessions: who
+//! Slows down guessing of passwords: per account and per address, the wait doubles with each failure. Knows nothing of sessions: who
 //! holds a token is not disturbed by somebody who guesses.
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-/// Failures without any wait.
-const FREE: u32 = 5;
-/// The longest wait: short enough that nobody is locked out of the account by a stranger for long.
-const LONGEST: Duration = Duration::from_secs(30);
 /// After this time without a failure all is forgotten.
 const FORGET: Duration = Duration::from_secs(600);
-/// Accounts remembered; when full, one with the fewest failures is forgotten, the oldest of them first. So nobody who
+/// Accounts (or addresses) remembered; when full, one with the fewest failures is forgotten, the oldest of them first. So nobody who
 /// makes up names makes the table forget an account that is being guessed at.
 const ACCOUNTS: usize = 1024;
+
+/// How much is borne.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Failures without any wait.
+    pub(super) free: u32,
+    /// The longest wait.
+    pub(super) longest: Duration,
+}
 
 #[derive(Debug)]
 struct Failures {
@@ -24,29 +30,34 @@ struct Failures {
 }
 
 impl Failures {
-    fn wait(&self) -> Duration {
-        match self.count.checked_sub(FREE) {
+    fn wait(&self, limits: Limits) -> Duration {
+        match self.count.checked_sub(limits.free) {
             None | Some(0) => Duration::ZERO,
-            Some(over) => Duration::from_secs(1 << (over - 1).min(5)).min(LONGEST),
+            Some(over) => Duration::from_secs(1 << (over - 1).min(5)).min(limits.longest),
         }
     }
 
-    fn left(&self, now: Instant) -> Duration {
-        (self.last + self.wait()).saturating_duration_since(now)
+    fn left(&self, limits: Limits, now: Instant) -> Duration {
+        (self.last + self.wait(limits)).saturating_duration_since(now)
     }
 }
 
 /// The table of failures.
-#[derive(Debug, Default)]
-pub(super) struct Throttle {
-    accounts: Mutex<HashMap<String, Failures>>,
+#[derive(Debug)]
+pub(super) struct Throttle<K> {
+    limits: Limits,
+    accounts: Mutex<HashMap<K, Failures>>,
 }
 
-impl Throttle {
+impl<K: Clone + Eq + Hash> Throttle<K> {
+    pub(super) fn new(limits: Limits) -> Self {
+        Self { limits, accounts: Mutex::default() }
+    }
+
     /// How long this account must wait before the next attempt; zero if not at all.
-    pub(super) fn wait(&self, account: &str, now: Instant) -> Duration {
+    pub(super) fn wait(&self, account: &K, now: Instant) -> Duration {
         let accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-        accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(now))
+        accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(self.limits, now))
     }
 
     /// Begins an attempt, which counts as a failure until it has succeeded: many at once, or clients that go away, are
@@ -54,9 +65,9 @@ impl Throttle {
     ///
     /// # Errors
     /// How long this account must wait; then nothing is counted.
-    pub(super) fn attempt(&self, account: &str, now: Instant) -> Result<(), Duration> {
+    pub(super) fn attempt(&self, account: &K, now: Instant) -> Result<(), Duration> {
         let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-        let wait = accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(now));
+        let wait = accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(self.limits, now));
         if !wait.is_zero() {
             return Err(wait);
         }
@@ -68,7 +79,7 @@ impl Throttle {
                 least.and_then(|name| accounts.remove(&name));
             }
         }
-        let failures = accounts.entry(account.to_owned()).or_insert(Failures { count: 0, last: now });
+        let failures = accounts.entry(account.clone()).or_insert(Failures { count: 0, last: now });
         if now.duration_since(failures.last) >= FORGET {
             failures.count = 0;
         }
@@ -77,7 +88,7 @@ impl Throttle {
     }
 
     /// Notes a success.
-    pub(super) fn succeeded(&self, account: &str) {
+    pub(super) fn succeeded(&self, account: &K) {
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner).remove(account);
     }
 }
@@ -86,32 +97,39 @@ impl Throttle {
 mod tests {
     use super::*;
 
+    const FREE: u32 = 5;
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    fn throttle() -> Throttle<String> {
+        Throttle::new(Limits { free: FREE, longest: LONGEST })
+    }
+
     #[test]
     fn the_wait_doubles_up_to_a_bound_and_ends_with_a_success() {
-        let (throttle, mut now) = (Throttle::default(), Instant::now());
+        let (throttle, mut now) = (throttle(), Instant::now());
         let mut waits = Vec::new();
         for _ in 0..FREE + 7 {
-            throttle.attempt("admin", now).unwrap();
-            let wait = throttle.wait("admin", now);
+            throttle.attempt(&"admin".into(), now).unwrap();
+            let wait = throttle.wait(&"admin".into(), now);
             if !wait.is_zero() {
-                assert_eq!(throttle.attempt("admin", now), Err(wait));
+                assert_eq!(throttle.attempt(&"admin".into(), now), Err(wait));
             }
             waits.push(wait.as_secs());
             now += wait;
         }
         assert_eq!(waits, [0, 0, 0, 0, 0, 1, 2, 4, 8, 16, 30, 30]);
-        throttle.attempt("admin", now).unwrap();
-        assert_eq!(throttle.wait("admin", now), LONGEST);
-        assert_eq!(throttle.wait("other", now), Duration::ZERO);
-        throttle.succeeded("admin");
-        assert_eq!(throttle.wait("admin", now), Duration::ZERO);
+        throttle.attempt(&"admin".into(), now).unwrap();
+        assert_eq!(throttle.wait(&"admin".into(), now), LONGEST);
+        assert_eq!(throttle.wait(&"other".into(), now), Duration::ZERO);
+        throttle.succeeded(&"admin".into());
+        assert_eq!(throttle.wait(&"admin".into(), now), Duration::ZERO);
     }
 
     #[test]
     fn the_table_is_bounded_and_forgets_the_fewest_failures_then_the_oldest() {
-        let (throttle, now) = (Throttle::default(), Instant::now());
+        let (throttle, now) = (throttle(), Instant::now());
         for _ in 0..=FREE {
-            throttle.attempt("admin", now).unwrap();
+            throttle.attempt(&"admin".into(), now).unwrap();
         }
         for account in 0..ACCOUNTS as u64 + 10 {
             throttle.attempt(&account.to_string(), now + Duration::from_millis(account / 10)).unwrap();

@@ -1,41 +1,80 @@
-//! `settings/initialized` and `signup`: the first administrator.
+//! `users`, and `settings/initialized` and `signup`: who may log in. There is always an Administrator, once there was one.
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{
+    Json,
+    extract::State,
+    http::{Method, StatusCode},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sqlx::FromRow;
 
 use super::{
-    Console,
-    auth::{LONGEST, Login, unix_time},
+    Console, audits,
+    auth::{self, Login, Source, User, unix_time},
     errors::ApiError,
-    extract::Body,
-    store::StoreError,
+    extract::{Body, Name, Page, Paged, Search},
+    password,
+    routes::{Access, Entry, Role, route},
+    sessions,
+    settings::Logon,
+    store::{StoreError, Writing},
 };
 
-/// Shortest password in characters.
-const SHORTEST_PASSWORD: usize = 8;
 /// Longest name in characters.
 const LONGEST_NAME: usize = 64;
+/// Users at most.
+const MOST: i64 = 1000;
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
+    let initial = "Whether the first administrator exists";
+    vec![
+        route(Method::GET, "/settings/initialized", Access::Open, initial, initialized).answer::<Initialized>(),
+        route(Method::POST, "/signup", Access::Open, "Create the first administrator, once", signup).body::<Login>(),
+        route(Method::GET, "/users", ADMINISTRATORS, "All users, by name", list)
+            .query::<Page>()
+            .paged()
+            .answer::<Vec<Account>>(),
+        route(Method::POST, "/users", ADMINISTRATORS, "Create a user", create).body::<New>(),
+        route(Method::PUT, "/users", ADMINISTRATORS, "Change a user's role or password, or both", change)
+            .body::<Change>(),
+        route(Method::DELETE, "/users/{name}", ADMINISTRATORS, "Delete a user", remove),
+        route(Method::PUT, "/users/password", Access::Any, "Change one's own password", change_password)
+            .body::<Passwords>(),
+    ]
+}
+
+/// The answer of [`initialized`].
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Initialized {
+    initialized: bool,
+}
 
 /// `GET settings/initialized`: whether the first administrator exists. Open to everybody.
-pub(super) async fn initialized(State(console): State<Arc<Console>>) -> Result<Json<Value>, ApiError> {
+async fn initialized(State(console): State<Arc<Console>>) -> Result<Json<Initialized>, ApiError> {
     let mut reading = console.store.read().await?;
     let query = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM users)");
     let exists: bool = query.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
-    Ok(Json(json!({ "initialized": exists })))
+    Ok(Json(Initialized { initialized: exists }))
 }
 
 /// `POST signup`: creates the first administrator, once.
-pub(super) async fn signup(
+async fn signup(
     State(console): State<Arc<Console>>,
+    Source(from): Source,
     Body(login): Body<Login>,
 ) -> Result<StatusCode, ApiError> {
     let done = || ApiError::bad("system already initialized");
-    check(&login)?;
+    check_name(&login.username)?;
+    password::check(&login.username, &login.password, false)?;
     // Asked first, so that a password hash is not spent on every attempt; asked again in the transaction.
     let Json(state) = initialized(State(Arc::clone(&console))).await?;
-    if state["initialized"] == true {
+    if state.initialized {
         return Err(done());
     }
     let hash = console.logins.hasher.turn().await?.hash(login.password).await?;
@@ -43,23 +82,215 @@ pub(super) async fn signup(
     if writing.number("SELECT count(*) FROM users").await? > 0 {
         return Err(done());
     }
-    let insert = sqlx::query("INSERT INTO users (name, password, role, created) VALUES (?, ?, 'admin', ?)");
-    writing.execute(insert.bind(login.username.clone()).bind(hash).bind(unix_time())).await?;
+    let user = User { name: login.username, role: Role::Administrator, from, session: None };
+    insert(&mut writing, &user.name, hash, user.role).await?;
+    audits::record(&mut writing, &user, "signup", &format!("user '{}'", user.name), Value::Null).await?;
     writing.commit().await?;
-    tracing::info!("signed up the first administrator '{}'", login.username);
+    tracing::info!("signed up the first administrator '{}'", user.name);
     Ok(StatusCode::OK)
 }
 
-fn check(login: &Login) -> Result<(), ApiError> {
-    let name = &login.username;
-    let length = name.chars().count();
-    if length == 0 || length > LONGEST_NAME || name.contains(|c: char| c.is_control() || c == ':') {
-        return Err(ApiError::bad(format!(
-            "username must have 1 to {LONGEST_NAME} characters, no ':' and no control characters"
-        )));
+/// A user as others see him.
+#[derive(Debug, Serialize, JsonSchema, FromRow)]
+pub(super) struct Account {
+    username: String,
+    /// As stored: a newer version may know more of them.
+    #[schemars(with = "Role")]
+    role: String,
+    /// Seconds since 1970.
+    created: i64,
+}
+
+/// `GET users`.
+async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -> Result<Paged<Account>, ApiError> {
+    let (limit, offset) = page.bounds()?;
+    let mut reading = console.store.read().await?;
+    let query = sqlx::query_as("SELECT name AS username, role, created FROM users ORDER BY name LIMIT ? OFFSET ?");
+    let rows = query.bind(limit).bind(offset).fetch_all(&mut *reading).await.map_err(StoreError::from)?;
+    let total = sqlx::query_scalar("SELECT count(*) FROM users");
+    let total = total.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
+    Ok(Paged { rows, total })
+}
+
+/// The body of [`create`].
+#[derive(Deserialize, JsonSchema)]
+pub(super) struct New {
+    #[schemars(length(min = 1, max = 64))]
+    username: String,
+    #[schemars(length(min = 8, max = 1024))]
+    password: String,
+    role: Role,
+}
+
+/// `POST users`.
+async fn create(State(console): State<Arc<Console>>, by: User, Body(new): Body<New>) -> Result<StatusCode, ApiError> {
+    check_name(&new.username)?;
+    password::check(&new.username, &new.password, Logon::read(&console).await?.strong_password())?;
+    let hash = console.logins.hasher.turn().await?.hash(new.password).await?;
+    let mut writing = console.store.begin().await?;
+    if writing.number("SELECT count(*) FROM users").await? >= MOST {
+        return Err(ApiError::Conflict(format!("there are {MOST} users already: delete some first")));
     }
-    if login.password.chars().count() < SHORTEST_PASSWORD || login.password.len() > LONGEST {
-        return Err(ApiError::bad(format!("password must have at least {SHORTEST_PASSWORD} characters")));
+    insert(&mut writing, &new.username, hash, new.role).await.map_err(|error| match error {
+        StoreError::Duplicate => ApiError::Conflict(format!("user '{}' exists already", new.username)),
+        other => other.into(),
+    })?;
+    let difference = audits::difference(&Value::Null, &json!({ "role": new.role }));
+    audits::record(&mut writing, &by, "create", &format!("user '{}'", new.username), difference).await?;
+    writing.commit().await?;
+    Ok(StatusCode::OK)
+}
+
+/// The body of [`change`]; what is missing stays.
+#[derive(Deserialize, JsonSchema)]
+pub(super) struct Change {
+    username: String,
+    #[schemars(length(min = 8, max = 1024))]
+    password: Option<String>,
+    role: Option<Role>,
+}
+
+/// `PUT users`: ends the sessions of that user.
+async fn change(
+    State(console): State<Arc<Console>>,
+    by: User,
+    Body(change): Body<Change>,
+) -> Result<StatusCode, ApiError> {
+    let Change { username, password, role } = change;
+    let mut hash = None;
+    if let Some(password) = password {
+        password::check(&username, &password, Logon::read(&console).await?.strong_password())?;
+        hash = Some(console.logins.hasher.turn().await?.hash(password).await?);
+    }
+    let mut writing = console.store.begin().await?;
+    let old = role_in(&mut writing, &username).await?;
+    let new = role.map_or_else(|| old.clone(), |role| role.name().to_owned());
+    if new != Role::Administrator.name() {
+        keep_an_administrator(&mut writing, &username).await?;
+    }
+    let mut difference = audits::difference(&json!({ "role": old }), &json!({ "role": new }));
+    if hash.is_some() {
+        // That it changed, and nothing else about it.
+        difference["password"] = json!("changed");
+    }
+    let update = sqlx::query("UPDATE users SET role = ?, password = coalesce(?, password) WHERE name = ?");
+    writing.execute(update.bind(new).bind(hash).bind(username.clone())).await?;
+    if difference != json!({}) {
+        sessions::end_all(&mut writing, &username).await?;
+    }
+    audits::record(&mut writing, &by, "change", &format!("user '{username}'"), difference).await?;
+    writing.commit().await?;
+    Ok(StatusCode::OK)
+}
+
+/// `DELETE users/{name}`: ends the sessions of that user.
+async fn remove(State(console): State<Arc<Console>>, by: User, Name(name): Name) -> Result<StatusCode, ApiError> {
+    if name == by.name {
+        return Err(ApiError::Conflict("nobody can delete himself: another Administrator can".to_owned()));
+    }
+    let mut writing = console.store.begin().await?;
+    let role = role_in(&mut writing, &name).await?;
+    keep_an_administrator(&mut writing, &name).await?;
+    // Their tokens go with them.
+    writing.execute(sqlx::query("DELETE FROM users WHERE name = ?").bind(name.clone())).await?;
+    let difference = audits::difference(&json!({ "role": role }), &Value::Null);
+    audits::record(&mut writing, &by, "delete", &format!("user '{name}'"), difference).await?;
+    writing.commit().await?;
+    Ok(StatusCode::OK)
+}
+
+/// The body of [`change_password`].
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Passwords {
+    old_password: String,
+    #[schemars(length(min = 8, max = 1024))]
+    new_password: String,
+}
+
+/// `PUT users/password`: ends all sessions of this user, the one that asks too.
+async fn change_password(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Body(passwords): Body<Passwords>,
+) -> Result<StatusCode, ApiError> {
+    let Passwords { old_password, new_password } = passwords;
+    password::check(&user.name, &new_password, Logon::read(&console).await?.strong_password())?;
+    let login = Login { username: user.name.clone(), password: old_password };
+    let verified = auth::verify(&console, login, user.from).await.map_err(|error| match error {
+        // 401 would say that the session is over.
+        ApiError::Unauthorized(_) => ApiError::Forbidden("the old password is wrong".to_owned()),
+        other => other,
+    })?;
+    let hash = console.logins.hasher.turn().await?.hash(new_password).await?;
+    let mut writing = console.store.begin().await?;
+    verified.recheck(&mut writing, &user.name).await?;
+    let update = sqlx::query("UPDATE users SET password = ? WHERE name = ?").bind(hash).bind(user.name.clone());
+    writing.execute(update).await?;
+    sessions::end_all(&mut writing, &user.name).await?;
+    let difference = json!({ "password": "changed" });
+    audits::record(&mut writing, &user, "change", &format!("user '{}'", user.name), difference).await?;
+    writing.commit().await?;
+    Ok(StatusCode::OK)
+}
+
+async fn insert(writing: &mut Writing, name: &str, hash: String, role: Role) -> Result<(), StoreError> {
+    let insert = sqlx::query("INSERT INTO users (name, password, role, created) VALUES (?, ?, ?, ?)");
+    let insert = insert.bind(name.to_owned()).bind(hash).bind(role.name()).bind(unix_time());
+    writing.execute(insert).await.map(|_| ())
+}
+
+/// The role of a user, as stored.
+async fn role_in(writing: &mut Writing, name: &str) -> Result<String, ApiError> {
+    let query = sqlx::query_scalar("SELECT role FROM users WHERE name = ?").bind(name.to_owned());
+    let role: Option<String> = query.fetch_optional(writing.connection()).await.map_err(StoreError::from)?;
+    role.ok_or_else(|| ApiError::NotFound(format!("there is no user '{name}'")))
+}
+
+/// Refuses what would leave nobody who could undo it.
+async fn keep_an_administrator(writing: &mut Writing, without: &str) -> Result<(), ApiError> {
+    let query = sqlx::query_scalar("SELECT count(*) FROM users WHERE role = ? AND name <> ?");
+    let query = query.bind(Role::Administrator.name()).bind(without.to_owned());
+    let others: i64 = query.fetch_one(writing.connection()).await.map_err(StoreError::from)?;
+    if others == 0 {
+        return Err(ApiError::Conflict("this is the last Administrator: make another one first".to_owned()));
     }
     Ok(())
+}
+
+/// What a name may look like: what Basic can carry, what fits into a path, and what people can tell apart.
+fn check_name(name: &str) -> Result<(), ApiError> {
+    let length = name.chars().count();
+    let odd = |c: char| {
+        c.is_control()
+            || c == ':'
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+    };
+    if length == 0 || length > LONGEST_NAME || name.contains(odd) || name.trim() != name {
+        return Err(ApiError::bad(format!(
+            "username must have 1 to {LONGEST_NAME} characters, no ':', no blanks around it and no invisible characters"
+        )));
+    }
+    if matches!(name, "." | ".." | "password") {
+        // Clients take dots out of a path, and `users/password` is another resource.
+        return Err(ApiError::bad("username must not be \".\", \"..\" or \"password\""));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_people_can_tell_apart() {
+        for good in ["a", "Jörg Müller", "x@example.org", "a/b", "%2e", &"ä".repeat(64)] {
+            check_name(good).unwrap();
+        }
+        for bad in
+            ["", " a", "a ", "a:b", "a\nb", "a\u{202e}b", "a\u{200b}", ".", "..", "password", "\0", &"a".repeat(65)]
+        {
+            check_name(bad).unwrap_err();
+        }
+    }
 }

@@ -68,6 +68,11 @@ pub enum Operation {
     },
     /// Automatic takeover again. Answer: null.
     Resume {},
+    /// What happened to this node, newest first; any node answers it. Answer: a list of [`Event`](crate::events::Event)s.
+    Events {
+        /// Which.
+        wanted: crate::events::Wanted,
+    },
     /// A member is reached elsewhere from now on; none keeps what there is. Answer: null.
     Readdress {
         /// Its name or id.

@@ -36,6 +36,7 @@ impl ControlHandler for Fake {
             warnings: Vec::new(),
             certificates: Vec::new(),
             database: None,
+            recent: Default::default(),
         })
     }
 

@@ -23,7 +23,7 @@ const TOKEN_PREFIX: &str = "TWJ1";
 const TOKEN_LENGTH: usize = TOKEN_PREFIX.len() + 2 * (1 + 64);
 
 /// What a host that wants to join tells about itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JoinRequest {
     pub name: String,
@@ -44,7 +44,7 @@ pub struct JoinRequest {
 }
 
 /// Where a request stands.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(tag = "state", rename_all = "kebab-case")]
 #[allow(clippy::large_enum_variant, reason = "one at a time exists, as an answer")]
 pub enum RequestState {
@@ -73,6 +73,7 @@ pub enum RequestState {
         /// The authority's certificate, PEM.
         ca: String,
         /// The members, without anything secret.
+        #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
         membership: Membership,
     },
 }

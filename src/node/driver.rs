@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use raft::eraftpb::MessageType;
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
@@ -19,7 +20,7 @@ use crate::{
 };
 
 use super::{
-    Exit, NodeConfig,
+    Exit, NodeConfig, Pulse,
     applier::Applier,
     configure::Changes,
     inbox::{DatabaseEvent, Input, Proposal, Waiting},
@@ -71,6 +72,8 @@ pub(super) struct Driver {
     /// The demotion that the database thread has to answer.
     pub demotion: Option<u64>,
     pub inline_sync_after: Instant,
+    /// Tells others that the loop turns.
+    pub pulse: Pulse,
     pub exit: Option<Exit>,
 }
 
@@ -88,6 +91,7 @@ impl Driver {
             }
             events.drain(..).for_each(|event| self.peer_event(event));
             more = self.take_inputs();
+            self.pulse.beat();
             let now = Instant::now();
             if now >= next_tick {
                 self.cluster.tick(boottime());
@@ -109,7 +113,7 @@ impl Driver {
             if self.rollback.is_over(self.applier.applied()) {
                 self.publisher.rolling_back(false);
             }
-            self.publisher.publish(&self.cluster, self.applier.applied());
+            self.publisher.publish(&self.cluster, &self.log, self.applier.applied());
             self.publisher.announce(&mut self.links);
             if let Some(exit) = self.exit.take() {
                 return self.end(exit);
@@ -172,6 +176,9 @@ impl Driver {
         match event {
             PeerEvent::Raft(message) => {
                 self.publisher.heard(message.from);
+                if message.get_msg_type() == MessageType::MsgTimeoutNow {
+                    self.publisher.handed_over(message.from);
+                }
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
                 } else if self.space.admits(&self.log, &message) {
@@ -396,7 +403,7 @@ impl Driver {
                 warn!(transactions = unknown, "the outcome of waiting transactions is decided by the next primary");
             }
         }
-        self.publisher.transition(transition);
+        self.publisher.transition(epoch, transition);
         info!(epoch, from = ?transition.from, to = ?transition.to, "{}", transition.sentence);
         metrics::counter!("twistlock_role_changes_total", "cause" => format!("{:?}", transition.cause)).increment(1);
     }

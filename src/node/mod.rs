@@ -4,8 +4,10 @@
 mod applier;
 mod configure;
 mod driver;
+pub mod history;
 mod inbox;
 pub mod lease;
+mod pulse;
 mod rollback;
 mod snapshots;
 mod space;
@@ -26,6 +28,7 @@ use tokio::sync::{oneshot, watch};
 pub use applier::CheckpointPolicy;
 pub use configure::ChangeError;
 pub use lease::Lease;
+pub use pulse::Pulse;
 pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
 
 use crate::{
@@ -90,12 +93,18 @@ pub struct Handle {
     membership: watch::Receiver<Arc<Membership>>,
     editions: watch::Receiver<Edition>,
     restore: watch::Receiver<Option<NodeId>>,
+    pulse: Pulse,
 }
 
 impl Handle {
     /// The latest picture; changes can be awaited.
     pub fn status(&self) -> watch::Receiver<Arc<Status>> {
         self.status.clone()
+    }
+
+    /// What a member is called.
+    pub fn name(&self, id: NodeId) -> String {
+        self.membership.borrow().get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
     }
 
     /// The membership in force; changes can be awaited.
@@ -112,6 +121,11 @@ impl Handle {
     /// the others, or its copy is not to be trusted.
     pub fn restore_wanted(&self) -> watch::Receiver<Option<NodeId>> {
         self.restore.clone()
+    }
+
+    /// When the consensus loop turned last.
+    pub fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// Changes the membership; only on the primary. Returns the membership after it when it is in force here.
@@ -229,11 +243,13 @@ pub fn spawn(
         handed_over: None,
         demotion: None,
         inline_sync_after: Instant::now(),
+        pulse: Pulse::new(),
         exit: None,
     };
+    let pulse = driver.pulse.clone();
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status, membership, editions: edition, restore }, thread))
+    Ok((Handle { sender, status, membership, editions: edition, restore, pulse }, thread))
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.

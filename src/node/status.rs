@@ -16,7 +16,11 @@ use crate::{
     storage::{database::PrimaryDatabase, raft_log::RaftLog},
 };
 
-use super::{NodeConfig, lease::boottime};
+use super::{
+    NodeConfig,
+    history::{History, Recent},
+    lease::boottime,
+};
 use crate::cluster::membership::CLUSTER_SIZE;
 
 /// A member that was not heard of for this long is shown as DOWN.
@@ -57,6 +61,9 @@ pub struct Status {
     /// must let go as soon as the role changes: the daemon exits when that takes longer than the demotion deadline.
     #[serde(skip)]
     pub database: Option<Arc<PrimaryDatabase>>,
+    /// What this node went through lately.
+    #[serde(skip)]
+    pub recent: Recent,
 }
 
 /// Whoever may look at a status may not see what lets a host in.
@@ -73,7 +80,7 @@ impl Status {
 }
 
 /// One certificate of a node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct CertificateStatus {
     /// What it is for: `node`, `console` or `ca`.
     pub of: String,
@@ -87,7 +94,7 @@ pub struct CertificateStatus {
 }
 
 /// Where a certificate is from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CertificateSource {
     /// The cluster's own authority: it is renewed by itself.
@@ -110,6 +117,9 @@ pub struct MemberStatus {
     pub applied: u64,
     /// Raft entries that it is behind the highest committed index known here.
     pub lag: u64,
+    /// The same in bytes of the raft log; none if that is not known here.
+    #[serde(default)]
+    pub lag_bytes: Option<u64>,
     pub lease_ms: Option<u64>,
     /// Milliseconds since it was last heard of; 0 for the node itself; none if never.
     pub last_contact_ms: Option<u64>,
@@ -158,6 +168,7 @@ pub(super) struct Publisher {
     full: bool,
     /// Why this node is no member any more.
     removed: Option<String>,
+    history: History,
     /// The copy of the database that is on its way to this node.
     sync: Option<SyncProgress>,
     database: Option<Arc<PrimaryDatabase>>,
@@ -191,6 +202,7 @@ impl Publisher {
             warnings: Vec::new(),
             certificates: Vec::new(),
             database: None,
+            recent: Recent::default(),
         };
         let (sender, receiver) = watch::channel(Arc::new(first));
         let publisher = Self {
@@ -200,6 +212,7 @@ impl Publisher {
             certificates: Vec::new(),
             membership: membership.clone(),
             removed: None,
+            history: History::default(),
             sync: None,
             phase: Phase::Startup,
             reason: "starts: an earlier process of this node may have promised its vote",
@@ -226,6 +239,9 @@ impl Publisher {
     pub fn report(&mut self, from: NodeId, report: NodeReport) {
         self.heard(from);
         if let Some(peer) = self.peers.get_mut(&from) {
+            if report.state != Role::Primary {
+                self.history.not_primary(from, boottime());
+            }
             let role = |report: &NodeReport| (report.state, report.epoch, report.full);
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
             peer.has = peer.has.max(report.applied);
@@ -234,6 +250,9 @@ impl Publisher {
     }
 
     pub fn dead(&mut self, peer: NodeId) {
+        if let Some(heard) = self.last_heard(peer) {
+            self.history.dead(peer, heard);
+        }
         if let Some(peer) = self.peers.get_mut(&peer) {
             peer.dead = true;
             self.stale = true;
@@ -349,7 +368,20 @@ impl Publisher {
         self.stale = true;
     }
 
-    pub fn transition(&mut self, transition: &Transition) {
+    /// When a member was heard of last, on the clock of [`boottime`].
+    fn last_heard(&self, node: NodeId) -> Option<u64> {
+        let silence = self.peers.get(&node)?.heard?.elapsed();
+        Some(boottime().saturating_sub(silence.as_nanos() as u64))
+    }
+
+    /// The primary lets this node campaign at once: it gives its role up on purpose.
+    pub fn handed_over(&mut self, by: NodeId) {
+        self.history.handed_over(by, boottime());
+    }
+
+    pub fn transition(&mut self, epoch: u64, transition: &Transition) {
+        let heard = self.history.lost_primary().and_then(|primary| self.last_heard(primary));
+        self.history.note(self.config.node, epoch, transition, boottime(), heard);
         self.phase = transition.to;
         self.reason = transition.sentence;
         self.stale = true;
@@ -390,14 +422,17 @@ impl Publisher {
     }
 
     /// Publishes a new picture if anything changed that somebody may wait for.
-    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, applied: u64) {
+    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, log: &RaftLog, applied: u64) {
         let primary = self.primary(cluster);
         let shown = (cluster.epoch(), primary);
         if shown == self.shown && !std::mem::take(&mut self.stale) {
             return;
         }
         self.shown = shown;
-        let mut status = self.picture(cluster, applied);
+        if let Some(primary) = primary {
+            self.history.primary_is(primary);
+        }
+        let mut status = self.picture(cluster, log, applied);
         status.primary = primary;
         status.warnings = self.sentences(&status);
         metrics::gauge!("twistlock_epoch").set(status.epoch as f64);
@@ -416,7 +451,7 @@ impl Publisher {
         (report.state == Role::Primary && report.epoch == cluster.epoch()).then_some(leader)
     }
 
-    fn picture(&self, cluster: &Cluster<RaftLog>, applied: u64) -> Status {
+    fn picture(&self, cluster: &Cluster<RaftLog>, log: &RaftLog, applied: u64) -> Status {
         let committed = cluster.committed();
         let lease_ms = cluster.lease().deadline().map(|deadline| deadline.saturating_sub(boottime()) / 1_000_000);
         let role = self.role();
@@ -428,6 +463,7 @@ impl Publisher {
             epoch: cluster.epoch(),
             applied,
             lag: committed.saturating_sub(applied),
+            lag_bytes: log.bytes_between(applied, committed),
             lease_ms,
             last_contact_ms: Some(0),
             version: self.config.version.clone(),
@@ -448,15 +484,16 @@ impl Publisher {
             applied,
             committed,
             lease_ms,
-            members: members.iter().map(|member| self.member(member, &own, committed)).collect(),
+            members: members.iter().map(|member| self.member(member, &own, log, committed)).collect(),
             membership: self.membership.clone(),
             warnings: Vec::new(),
             certificates: self.certificates.clone(),
             database: self.database.clone().filter(|_| self.phase == Phase::Primary),
+            recent: Recent { role_changes: self.history.changes().clone(), warnings: self.warnings.clone() },
         }
     }
 
-    fn member(&self, member: &Member, own: &MemberStatus, committed: u64) -> MemberStatus {
+    fn member(&self, member: &Member, own: &MemberStatus, log: &RaftLog, committed: u64) -> MemberStatus {
         let (name, address) = (member.name.clone(), format!("{}:{}", member.address, member.port));
         let Some(peer) = self.peers.get(&member.id) else {
             return MemberStatus { name, address, voter: member.voter, ..own.clone() };
@@ -477,6 +514,7 @@ impl Publisher {
             epoch: report.map_or(0, |report| report.epoch),
             applied: report.map_or(0, |report| report.applied),
             lag: report.map_or(0, |report| committed.saturating_sub(report.applied)),
+            lag_bytes: report.and_then(|report| log.bytes_between(report.applied, committed)),
             lease_ms: report.and_then(|report| report.lease_ms).filter(|_| state == Role::Primary),
             last_contact_ms: silence.map(|silence| silence.as_millis() as u64),
             version: report.map(|report| report.version.clone()).unwrap_or_default(),

@@ -29,7 +29,7 @@ const MIN_RSA: usize = 2048;
 const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
 
 /// What is in a certificate, for people and for those who watch it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct CertificateInfo {
     pub subject: String,
     pub issuer: String,

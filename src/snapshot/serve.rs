@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use super::{CHUNKS, REPORT, frame};
 use crate::{
     cluster::NodeId,
+    events::{Event, Kind, Recorder, Scope, Severity},
     node::{Handle, SyncProgress},
     peer::SnapshotCall,
     storage::snapshot::{ClusterKey, Manifest, Resting},
@@ -27,19 +28,19 @@ use crate::{
 const AT_ONCE: usize = 2;
 
 /// Answers calls for snapshots until nobody can call any more. `data` is the data folder.
-pub async fn serve(handle: Handle, mut calls: Receiver<SnapshotCall>, data: PathBuf) {
+pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<SnapshotCall>, data: PathBuf) {
     let mut running = JoinSet::new();
     while let Some(mut call) = calls.recv().await {
         while running.try_join_next().is_some() {}
         if running.len() < AT_ONCE {
-            running.spawn(answer(handle.clone(), call, data.clone()));
+            running.spawn(answer(handle.clone(), events.clone(), call, data.clone()));
         } else if refuse(&mut call.stream, "other nodes are being given the database: ask again").await.is_ok() {
             let _ = call.stream.shutdown().await;
         }
     }
 }
 
-async fn answer(handle: Handle, call: SnapshotCall, data: PathBuf) {
+async fn answer(handle: Handle, events: Recorder, call: SnapshotCall, data: PathBuf) {
     let SnapshotCall { from: peer, mut stream } = call;
     let (manifest, resting) = match offer(&handle, &data).await {
         Ok(offer) => offer,
@@ -58,7 +59,7 @@ async fn answer(handle: Handle, call: SnapshotCall, data: PathBuf) {
     handle.report_sync(peer, None);
     // Whatever has been sent arrives before the end of the connection.
     let _ = stream.shutdown().await;
-    conclude(peer, result);
+    conclude(&events, &handle.name(peer), peer, result);
 }
 
 async fn offer(handle: &Handle, data: &Path) -> Result<(Manifest, Resting), String> {
@@ -69,10 +70,13 @@ async fn offer(handle: &Handle, data: &Path) -> Result<(Manifest, Resting), Stri
     Ok((manifest, resting))
 }
 
-fn conclude(peer: NodeId, result: io::Result<Sent>) {
+fn conclude(events: &Recorder, name: &str, peer: NodeId, result: io::Result<Sent>) {
     match result {
         Ok(Sent { bytes, seconds }) => {
             info!(peer, bytes, ms = (seconds * 1e3) as u64, "the whole database was sent to this node");
+            let sentence = format!("the whole database was sent to {name} ({bytes} bytes in {seconds:.1} s)");
+            let event = Event::new(Kind::Snapshot, Severity::Info, sentence).scope(Scope::Cluster);
+            events.record(event.field("member", name).field("bytes", bytes));
             metrics::histogram!(SNAPSHOT_LATENCY, "direction" => "sent").record(seconds);
             metrics::counter!(SNAPSHOT_BYTES, "direction" => "sent").increment(bytes);
         }

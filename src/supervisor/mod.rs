@@ -304,6 +304,7 @@ impl Supervisor {
         drop(sockets);
         self.publish(|state| state.open = false);
         if reason == Reason::Switchover {
+            workload.wind_down();
             server.opening().advance(Phase::Draining);
             // What does not end in time is reset.
             let _ = time::timeout(DRAIN, server.finished()).await;

@@ -1,11 +1,19 @@
 //! Accepts connections and serves them until the opening ends: TLS, HTTP/1.1, limits. Must never write to a socket but
 //! through [`LeasedStream`].
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Router,
     extract::{ConnectInfo, Request},
+    http::uri::Scheme,
 };
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -28,6 +36,11 @@ use super::{
 
 /// Connections at once over all ports; further ones wait in the kernel's queue.
 const CONNECTIONS: u32 = 1024;
+/// Connections at once from one address, so that none can have all of them. Half of them, because all clients behind a
+/// load balancer come from the same one.
+const FROM_ONE: usize = 512;
+/// Lines in the head of a request.
+const HEADERS: usize = 64;
 /// Longest time for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Longest time from the end of a request (or the start of the connection) to the end of the next request's head: also
@@ -52,6 +65,42 @@ struct Shared {
     tls: watch::Receiver<Arc<ServerConfig>>,
     router: Router,
     places: Arc<Semaphore>,
+    clients: Arc<Clients>,
+}
+
+/// How many connections each address has.
+#[derive(Debug, Default)]
+struct Clients(Mutex<HashMap<IpAddr, usize>>);
+
+/// A connection that is counted until it ends.
+struct Counted {
+    clients: Arc<Clients>,
+    address: IpAddr,
+}
+
+impl Clients {
+    /// None if the address has its share already. There are never more addresses than connections.
+    fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Counted> {
+        let mut clients = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = clients.entry(address).or_default();
+        if *count >= FROM_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Counted { clients: Arc::clone(self), address })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut clients = self.clients.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Occupied(mut entry) = clients.entry(self.address) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
+    }
 }
 
 impl Server {
@@ -63,9 +112,11 @@ impl Server {
         router: Router,
     ) -> Self {
         let places = Arc::new(Semaphore::new(CONNECTIONS as usize));
+        let clients = Arc::new(Clients::default());
         for (service, listener) in listeners {
+            let clients = Arc::clone(&clients);
             let (opening, places, tls) = (Arc::clone(&opening), Arc::clone(&places), tls.clone());
-            let shared = Shared { opening, tls, router: router.clone(), places };
+            let shared = Shared { opening, tls, router: router.clone(), places, clients };
             tokio::spawn(async move {
                 let opening = Arc::clone(&shared.opening);
                 tokio::select! {
@@ -96,7 +147,9 @@ async fn accept(service: Service, listener: &TcpListener, shared: &Shared) {
         let Ok(place) = Arc::clone(&shared.places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, from)) => {
-                tokio::spawn(connection(service, stream, from, shared.clone(), place));
+                // Closed at once: the place is for another address.
+                let Some(counted) = shared.clients.enter(from.ip().to_canonical()) else { continue };
+                tokio::spawn(connection(service, stream, from, shared.clone(), (place, counted)));
             }
             // The listening socket was shut down by the guard or by ourselves: the opening ends in a moment.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
@@ -121,7 +174,7 @@ async fn connection(
     stream: TcpStream,
     from: SocketAddr,
     shared: Shared,
-    place: OwnedSemaphorePermit,
+    place: (OwnedSemaphorePermit, Counted),
 ) {
     let opening = Arc::clone(&shared.opening);
     // Small answers leave at once. It fails only if the client is gone.
@@ -142,7 +195,7 @@ async fn connection(
 
 async fn serve(service: Service, stream: LeasedStream, from: SocketAddr, shared: Shared) -> anyhow::Result<()> {
     if service == Service::Http {
-        return http(stream, from, shared).await;
+        return http(stream, from, Scheme::HTTP, shared).await;
     }
     // The settings of this instant: certificates are exchanged while connections go on.
     let tls = TlsAcceptor::from(Arc::clone(&shared.tls.borrow()));
@@ -151,22 +204,26 @@ async fn serve(service: Service, stream: LeasedStream, from: SocketAddr, shared:
         tracing::debug!("closed a connection to the Defender port: Defenders are not supported yet");
         return Ok(());
     }
-    http(stream, from, shared).await
+    http(stream, from, Scheme::HTTPS, shared).await
 }
 
 async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     from: SocketAddr,
+    scheme: Scheme,
     shared: Shared,
 ) -> anyhow::Result<()> {
     let service = shared.router.map_request(move |mut request: Request<_>| {
         request.extensions_mut().insert(ConnectInfo(from));
+        // How it came, not what its head says: cookies are for TLS only.
+        request.extensions_mut().insert(scheme.clone());
         request
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_buf_size(BUFFER)
+        .max_headers(HEADERS)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     let mut connection = pin!(connection);
     tokio::select! {
@@ -174,4 +231,22 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         () = shared.opening.reached(Phase::Draining) => connection.as_mut().graceful_shutdown(),
     }
     Ok(connection.await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_gets_its_share_and_is_forgotten_when_it_leaves() {
+        let clients = Arc::new(Clients::default());
+        let (one, other) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 2]));
+        let mut counted: Vec<_> = (0..FROM_ONE).map(|_| clients.enter(one).unwrap()).collect();
+        assert!(clients.enter(one).is_none());
+        assert!(clients.enter(other).is_some());
+        counted.pop();
+        counted.push(clients.enter(one).unwrap());
+        drop(counted);
+        assert!(clients.0.lock().unwrap().is_empty());
+    }
 }

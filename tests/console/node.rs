@@ -153,6 +153,7 @@ fn status(role: Role, epoch: u64) -> Status {
         warnings: Vec::new(),
         certificates: Vec::new(),
         database: None,
+        recent: Default::default(),
     }
 }
 

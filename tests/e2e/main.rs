@@ -5,10 +5,14 @@
 //! answered by another node than the one at fault, by any of 16 clients that try all three addresses.
 //! `ROUNDS=n` sets how often each fault is repeated. The tests run one after another.
 
+mod balancers;
+mod certificates;
 mod cluster;
 mod databases;
 mod disk;
 mod drill;
+mod events;
+mod health;
 mod held;
 mod network;
 mod recover;

@@ -15,8 +15,8 @@ use nix::{
 /// `HIGH_AVAILABILITY_PORT` before the offset.
 const HA_PORT: u16 = 8086;
 
-/// Where clients come from.
-const CLIENTS: &str = "127.0.0.101";
+/// Where clients come from, and where a balancer listens: no wall hits it.
+pub const CLIENTS: &str = "127.0.0.101";
 
 /// What a wall cuts off.
 #[derive(Clone, Copy)]
@@ -39,7 +39,7 @@ pub fn in_private_network(test: impl FnOnce() + Send + 'static) {
         run("ip", &["link", "set", "lo", "up"], "");
         // Clients that do not choose an address would come from 127.0.0.1, which is node1's: a wall would hit them.
         run("ip", &["address", "add", &format!("{CLIENTS}/8"), "dev", "lo"], "");
-        for to in ["127.0.0.0/8", "127.0.0.1"] {
+        for to in ["127.0.0.0/8", "127.0.0.1", CLIENTS] {
             let route = ["route", "change", "local", to, "dev", "lo", "table", "local", "proto", "kernel"];
             run("ip", &[&route[..], &["scope", "host", "src", CLIENTS]].concat(), "");
         }

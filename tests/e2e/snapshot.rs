@@ -1,13 +1,18 @@
 //! A member that was away for longer than the raft log is kept gets the whole database, whoever dies on the way.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
-    thread,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
+use twistlock_ha::dev::NodeFile;
 
 use super::{
     WRITERS, alone,
@@ -36,16 +41,67 @@ fn behind() -> (Cluster, Writers, usize) {
     let cluster = Cluster::start();
     cluster.configure("CHECKPOINT_SECONDS", "1");
     cluster.configure("RAFT_LOG_SEGMENT_MB", "4");
-    cluster.configure("RAFT_LOG_LIMIT_MB", "64");
+    cluster.configure("RAFT_LOG_LIMIT_MB", &log_limit().to_string());
     cluster.restart_all();
     let writers = Writers::start_long(&cluster.file(), WRITERS, LONG);
     let away = (cluster.primary() + 1) % 3;
+    let files = Files::watch(&cluster);
     cluster.freeze(away);
     // Both: either may be primary when it comes back.
     let let_go = |node| cluster.log(node).contains(EXPECTED[0]);
-    cluster.wait_for("a raft log beyond its limit", |_| (0..3).filter(|node| *node != away).all(let_go));
+    wait_long("a raft log beyond its limit", || (0..3).filter(|node| *node != away).all(let_go));
     wait_size(&cluster);
+    files.report();
     (cluster, writers, away)
+}
+
+/// `RAFT_LOG_LIMIT_MB` of the nodes: as in the environment, for measurements.
+fn log_limit() -> u64 {
+    std::env::var("RAFT_LOG_LIMIT_MB").ok().and_then(|text| text.parse().ok()).unwrap_or(64)
+}
+
+/// Bytes of the files of a folder whose names end so.
+fn bytes_of(folder: &Path, ending: &str) -> u64 {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let files = files.filter(|file| file.file_name().to_string_lossy().ends_with(ending));
+    files.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum()
+}
+
+/// Looks at the sizes of the raft logs and `-wal` files again and again.
+struct Files {
+    stop: Arc<AtomicBool>,
+    looking: JoinHandle<(u64, u64)>,
+}
+
+impl Files {
+    fn watch(cluster: &Cluster) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (asked, nodes) = (stop.clone(), cluster.file().nodes);
+        let looking = thread::spawn(move || sample_sizes(&nodes, &asked));
+        Self { stop, looking }
+    }
+
+    /// Says how long they became, and fails the test if that is too long. The log may pass its limit by what is written until
+    /// the next checkpoint has ended and by the segments at its two ends.
+    fn report(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let (log, wal) = self.looking.join().unwrap();
+        println!("files: raft log at most {} MiB (limit {}), -wal at most {} MiB", log >> 20, log_limit(), wal >> 20);
+        assert!(log >> 20 <= log_limit() + 128, "the raft log grows beyond its limit");
+        assert!(wal >> 20 <= 128, "the -wal file grows beyond its limit");
+    }
+}
+
+fn sample_sizes(nodes: &[NodeFile], stop: &AtomicBool) -> (u64, u64) {
+    let (mut log, mut wal) = (0, 0);
+    while !stop.load(Ordering::Relaxed) {
+        for node in nodes {
+            log = log.max(bytes_of(&node.data.join("raft-log"), ""));
+            wal = wal.max(bytes_of(&node.data.join("database"), "-wal"));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    (log, wal)
 }
 
 fn database(cluster: &Cluster, node: usize) -> PathBuf {
@@ -100,6 +156,15 @@ fn report(cluster: &Cluster, node: usize) {
     println!("snapshot: {} MiB in {ms:.0} ms, dd and fsync {copy:.0} ms, ratio {:.2}", bytes >> 20, ms / copy);
 }
 
+/// Waits for what takes longer than anything else in these tests if a measurement wants a large database.
+fn wait_long(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + FILL;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within {} s", FILL.as_secs());
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 fn installed(cluster: &Cluster, node: usize) -> usize {
     cluster.log(node).matches(INSTALLED).count()
 }
@@ -126,7 +191,7 @@ fn a_member_beyond_the_raft_log_gets_the_whole_database() {
     let pid = cluster.node(away).pid;
     cluster.signal(away, Signal::SIGCONT);
     let start = Instant::now();
-    cluster.wait_for("the installation of a snapshot", |_| installed(&cluster, away) > 0);
+    wait_long("the installation of a snapshot", || installed(&cluster, away) > 0);
     cluster.wait_healthy();
     println!("snapshot: back after {} ms", start.elapsed().as_millis());
     assert_eq!(cluster.node(away).pid, pid, "it begins again as the same process");

@@ -24,6 +24,8 @@ use ureq::{
 const CONNECT_LIMIT: Duration = Duration::from_millis(100);
 /// A client gives one address this long before it tries the next one.
 const REQUEST_LIMIT: Duration = Duration::from_millis(300);
+/// The same of a patient client, for a name with three addresses or a balancer that may hold it back for a while.
+const PATIENT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
 /// Pause after all three addresses failed, so that the clients leave the processors to the election.
 const ROUND_PAUSE: Duration = Duration::from_millis(5);
 /// Largest page of `GET tags`.
@@ -43,7 +45,11 @@ enum Outcome {
 }
 
 /// An HTTPS client that trusts the cluster's authority.
-fn client(ca: &Path, limit: Duration) -> Agent {
+pub fn client(ca: &Path, limit: Duration) -> Agent {
+    client_with(ca, CONNECT_LIMIT, limit)
+}
+
+fn client_with(ca: &Path, connect: Duration, limit: Duration) -> Agent {
     let certificate = Certificate::from_pem(&std::fs::read(ca).unwrap()).unwrap();
     let tls = TlsConfig::builder()
         .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
@@ -53,7 +59,7 @@ fn client(ca: &Path, limit: Duration) -> Agent {
         .tls_config(tls)
         .proxy(None)
         .http_status_as_error(false)
-        .timeout_connect(Some(CONNECT_LIMIT))
+        .timeout_connect(Some(connect))
         .timeout_global(Some(limit))
         .build();
     config.into()
@@ -91,6 +97,11 @@ impl Pen {
         Self { cluster: cluster.clone(), authorization: wait_for_login(cluster) }
     }
 
+    /// The value of an Authorization header.
+    pub fn authorization(&self) -> &str {
+        &self.authorization
+    }
+
     /// Writes a tag to a node: true if it was acknowledged.
     pub fn write(&self, node: usize, tag: &str) -> bool {
         let client = client(&self.cluster.ca, Duration::from_secs(5));
@@ -117,10 +128,28 @@ struct Shared {
     next: AtomicU64,
     /// Characters in the description of each tag.
     length: usize,
+    /// How many clients there are, and how each goes about it.
+    clients: usize,
+    manner: Manner,
     stop: AtomicBool,
     outcomes: Mutex<HashMap<String, Outcome>>,
     successes: Mutex<Vec<Success>>,
     succeeded: Condvar,
+}
+
+/// How clients write.
+#[derive(Clone, Copy)]
+struct Manner {
+    /// From the start of one write to the start of the next; none: at once.
+    pace: Option<Duration>,
+    /// How long a connection and a whole write may take.
+    limits: (Duration, Duration),
+    /// Every second client makes a new connection for each write.
+    reconnect: bool,
+}
+
+impl Manner {
+    const HURRIED: Self = Self { pace: None, limits: (CONNECT_LIMIT, REQUEST_LIMIT), reconnect: false };
 }
 
 /// Concurrent clients, running until they are told to stop.
@@ -137,11 +166,23 @@ impl Writers {
 
     /// Starts `count` clients whose tags have descriptions of `length` characters, which no compression makes shorter.
     pub fn start_long(cluster: &ClusterFile, count: usize, length: usize) -> Self {
+        Self::start_like(cluster, count, length, Manner::HURRIED)
+    }
+
+    /// Starts `count` clients that make one write per `pace` each, and are patient: half of them keep their connection, the
+    /// others make a new one for each write.
+    pub fn start_paced(cluster: &ClusterFile, count: usize, pace: Duration) -> Self {
+        Self::start_like(cluster, count, 3, Manner { pace: Some(pace), limits: PATIENT, reconnect: true })
+    }
+
+    fn start_like(cluster: &ClusterFile, count: usize, length: usize, manner: Manner) -> Self {
         let shared = Arc::new(Shared {
             cluster: cluster.clone(),
             authorization: wait_for_login(cluster),
             next: AtomicU64::new(0),
             length,
+            clients: count,
+            manner,
             stop: AtomicBool::new(false),
             outcomes: Mutex::new(HashMap::new()),
             successes: Mutex::new(Vec::new()),
@@ -176,6 +217,22 @@ impl Writers {
             let left = deadline.checked_duration_since(Instant::now())?;
             successes = self.shared.succeeded.wait_timeout(successes, left).unwrap().0;
         }
+    }
+
+    /// The longest time without the end of an acknowledged write since `from`.
+    pub fn longest_silence(&self, from: Instant) -> Duration {
+        let successes = self.shared.successes.lock().unwrap();
+        let mut ends: Vec<Instant> =
+            successes.iter().map(|success| success.finished).filter(|end| *end > from).collect();
+        ends.sort();
+        let starts = std::iter::once(from).chain(ends.iter().copied());
+        starts.zip(&ends).map(|(start, end)| *end - start).max().unwrap_or_default()
+    }
+
+    /// How many writes were not acknowledged so far.
+    pub fn not_acknowledged(&self) -> usize {
+        let outcomes = self.shared.outcomes.lock().unwrap();
+        outcomes.values().filter(|outcome| **outcome != Outcome::Acknowledged).count()
     }
 
     /// The value of the Authorization header that they use.
@@ -218,11 +275,21 @@ impl Writers {
 
 impl Shared {
     fn write_until_stopped(&self, index: usize) {
-        let client = client(&self.cluster.ca, REQUEST_LIMIT);
+        let Manner { pace, limits: (connect, limit), reconnect } = self.manner;
+        let mut client = client_with(&self.cluster.ca, connect, limit);
+        // One after the other, not all at once.
+        let ahead = pace.unwrap_or_default() * index as u32 / self.clients as u32;
+        let (mut next, reconnect) = (Instant::now() + ahead, reconnect && index % 2 == 1);
         let nodes = self.cluster.nodes.len();
         let (mut node, mut failures) = (index % nodes, 0);
         while !self.stop.load(Ordering::Relaxed) {
             let tag = format!("tag-{:08}", self.next.fetch_add(1, Ordering::Relaxed));
+            if let Some(pace) = pace {
+                next = pace_to(next) + pace;
+            }
+            if reconnect {
+                client = client_with(&self.cluster.ca, connect, limit);
+            }
             let started = Instant::now();
             let url = &self.cluster.nodes[node].console_url;
             let outcome = post(&client, url, &self.authorization, &tag, &description(&tag, self.length));
@@ -240,6 +307,12 @@ impl Shared {
             }
         }
     }
+}
+
+/// Returns at that time; at once, with the present, if it is over.
+fn pace_to(time: Instant) -> Instant {
+    thread::sleep(time.saturating_duration_since(Instant::now()));
+    time.max(Instant::now())
 }
 
 fn pace_round() {

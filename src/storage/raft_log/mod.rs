@@ -380,6 +380,22 @@ impl RaftLog {
         (state.log.conf.clone(), state.log.conf_index)
     }
 
+    /// Bytes that the entries above `after` up to `last` take in the log; none if some of them are not there.
+    pub fn bytes_between(&self, after: u64, last: u64) -> Option<u64> {
+        if after >= last {
+            return Some(0);
+        }
+        let state = self.core.shared.read_state();
+        let slot = |index: u64| state.log.slots.get(usize::try_from(index.checked_sub(state.log.first)?).ok()?);
+        let (from, to) = (slot(after + 1)?, slot(last)?);
+        // By their places, not one by one: a member may be behind by a million of them.
+        let between = from.at.sequence()..to.at.sequence();
+        let files: usize =
+            state.segments.iter().filter(|one| between.contains(&one.sequence)).map(|one| one.size).sum();
+        let end = files + to.at.offset() + to.length as usize;
+        Some(end.saturating_sub(from.at.offset()) as u64)
+    }
+
     /// Bytes on disk, files kept ready included.
     pub fn size_bytes(&self) -> u64 {
         let shared = &self.core.shared;

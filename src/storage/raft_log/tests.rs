@@ -136,6 +136,26 @@ fn entries_and_state_come_back_and_large_entries_fit() {
     assert!(!log.is_poisoned());
 }
 
+/// What a member lacks is told in bytes, over several files, and is unknown once it is gone.
+#[test]
+fn bytes_between_two_entries_are_known() {
+    let root = tempfile::tempdir().unwrap();
+    let log = open(&root.path().join("raft"), 64 << 10);
+    let entries: Vec<_> = (2..=101).map(|index| entry(index, 1, 4000)).collect();
+    for one in &entries {
+        log.append(std::slice::from_ref(one), None).unwrap().sync().unwrap();
+    }
+    assert_eq!((log.bytes_between(101, 101), log.bytes_between(90, 80)), (Some(0), Some(0)));
+    let one = log.bytes_between(100, 101).unwrap();
+    assert!((4000..4200).contains(&one), "{one}");
+    let all = log.bytes_between(1, 101).unwrap();
+    assert!((100 * 4000..100 * 4000 + (100 << 10)).contains(&all), "{all}");
+    assert_eq!(log.bytes_between(100, 102), None);
+    log.compact(50).unwrap();
+    assert_eq!(log.bytes_between(30, 101), None);
+    assert!(log.bytes_between(50, 101).unwrap() > 51 * 4000);
+}
+
 #[test]
 fn files_are_used_again() {
     let root = tempfile::tempdir().unwrap();

@@ -1,0 +1,120 @@
+//! `openapi.json`: the description of the API for programs, made from the table of routes and nothing else.
+
+use std::sync::OnceLock;
+
+use axum::http::{Method, header};
+use schemars::{SchemaGenerator, generate::SchemaSettings};
+use serde_json::{Map, Value, json};
+
+use super::routes::{self, Access, Content, Entry, Role, route};
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    vec![
+        route(Method::GET, "/openapi.json", Access::Any, "This document", document)
+            .answer::<Map<String, Value>>()
+            .tag("version"),
+    ]
+}
+
+/// `GET openapi.json`.
+pub(super) async fn document() -> ([(header::HeaderName, &'static str); 1], &'static str) {
+    static TEXT: OnceLock<String> = OnceLock::new();
+    let text = TEXT.get_or_init(|| describe(&routes::table()).to_string());
+    ([(header::CONTENT_TYPE, "application/json")], text)
+}
+
+/// The document of a table.
+pub(super) fn describe(table: &[Entry]) -> Value {
+    let settings = SchemaSettings::draft2020_12().with(|settings| {
+        settings.definitions_path = "/components/schemas".into();
+        settings.meta_schema = None;
+    });
+    let mut generator = settings.into_generator();
+    let mut paths = Map::new();
+    for entry in table {
+        let operation = operation(entry, &mut generator);
+        let path = paths.entry(entry.full_path()).or_insert_with(|| json!({}));
+        path[entry.method.as_str().to_ascii_lowercase()] = operation;
+    }
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Twistlock HA",
+            "version": env!("CARGO_PKG_VERSION"),
+            "description": "The API of the Console. Errors are `{\"err\": \"...\"}`. Only the PRIMARY answers.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": generator.take_definitions(true),
+            "securitySchemes": {
+                "bearer": { "type": "http", "scheme": "bearer" },
+                "basic": { "type": "http", "scheme": "basic" },
+                "page": { "type": "apiKey", "in": "cookie", "name": super::cookie::COOKIE },
+            },
+            "responses": { "error": {
+                "description": "A refusal: nothing was changed, unless it is a 503 that says otherwise",
+                "content": { "application/json": { "schema": {
+                    "type": "object", "required": ["err"], "properties": { "err": { "type": "string" } },
+                } } },
+            } },
+        },
+    })
+}
+
+fn operation(entry: &Entry, generator: &mut SchemaGenerator) -> Value {
+    let mut success = json!({ "description": "Done" });
+    match entry.content {
+        Content::Nothing => {}
+        Content::Json(schema) => success["content"] = json!({ "application/json": { "schema": schema(generator) } }),
+        Content::File(media_type) => {
+            success["content"] = json!({ media_type: { "schema": { "type": "string" } } });
+        }
+    }
+    if let Some(media_type) = entry.also {
+        success["content"][media_type] = json!({ "schema": { "type": "string" } });
+    }
+    if entry.paged {
+        let schema = json!({ "description": "Rows of the whole list", "schema": { "type": "integer", "minimum": 0 } });
+        success["headers"] = json!({ "X-Total-Count": schema });
+    }
+    let mut operation = json!({
+        "summary": entry.summary,
+        "operationId": format!("{} {}", entry.method, entry.path),
+        "tags": [entry.tag],
+        "parameters": parameters(entry, generator),
+        "responses": { entry.status.as_str(): success, "default": { "$ref": "#/components/responses/error" } },
+    });
+    if let Some((schema, required)) = entry.body {
+        let content = json!({ "application/json": { "schema": schema(generator) } });
+        operation["requestBody"] = json!({ "required": required, "content": content });
+    }
+    let roles: Vec<_> = entry.access.roles().iter().copied().map(Role::name).collect();
+    if entry.access == Access::Open {
+        operation["security"] = json!([]);
+    } else {
+        operation["security"] = json!([{ "bearer": [] }, { "basic": [] }, { "page": [] }]);
+        operation["x-roles"] = json!(roles);
+    }
+    operation
+}
+
+fn parameters(entry: &Entry, generator: &mut SchemaGenerator) -> Vec<Value> {
+    let mut all = Vec::new();
+    let parts = entry.path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
+    for name in parts {
+        all.push(json!({ "name": name, "in": "path", "required": true, "schema": { "type": "string" } }));
+    }
+    if let Some(query) = entry.query {
+        // Behind a reference: a query's own fields are wanted.
+        let reference = query(generator);
+        let name = reference.get("$ref").and_then(Value::as_str).and_then(|name| name.rsplit('/').next());
+        let schema = name.and_then(|name| generator.definitions().get(name)).cloned().unwrap_or(reference.to_value());
+        let required = schema["required"].as_array().cloned().unwrap_or_default();
+        for (name, schema) in schema["properties"].as_object().into_iter().flatten() {
+            let required = required.iter().any(|required| required == name);
+            all.push(json!({ "name": name, "in": "query", "required": required, "schema": schema }));
+        }
+    }
+    all
+}

@@ -1,0 +1,203 @@
+//! Sessions: opaque random tokens in the replicated database, so that nobody is logged out when the primary role moves.
+//! `authenticate`, its renewal, and `logout`. Must never store a token: only its digest.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    Json,
+    extract::{Extension, State},
+    http::{HeaderMap, Method, uri::Scheme},
+    response::{AppendHeaders, IntoResponse, Response},
+};
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use ring::{
+    digest,
+    rand::{SecureRandom, SystemRandom},
+};
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    Console, audits,
+    auth::{self, Login, Source, User, unix_time},
+    cookie,
+    errors::ApiError,
+    extract::Body,
+    routes::{Access, Entry, Role, route},
+    settings::Logon,
+    store::{StoreError, Writing},
+};
+
+/// Seconds that a renewed token is still good: the answer with the new one may be lost in a takeover, and the requests that
+/// are under way carry the old one.
+const GRACE: i64 = 30;
+const INVALID: ApiError = ApiError::Unauthorized("the token is not valid or has expired");
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    let (get, post) = (Method::GET, Method::POST);
+    vec![
+        route(post.clone(), "/authenticate", Access::Open, "Log in: a token for a name and a password", authenticate)
+            .body::<Login>()
+            .answer::<Granted>(),
+        route(get.clone(), "/authenticate", Access::Any, "Who is logged in, and for how long", current)
+            .answer::<Granted>(),
+        route(get, "/authenticate/renew", Access::Any, "A new token for one that is still good", renew)
+            .answer::<Granted>(),
+        route(post, "/logout", Access::Any, "End the session of this token", logout).tag("authenticate"),
+    ]
+}
+
+/// The session that a request belongs to.
+#[derive(Clone, Debug)]
+pub(super) struct Session {
+    digest: Vec<u8>,
+    began: i64,
+    expires: i64,
+    /// The token came as the page's cookie, and the next one must go the same way.
+    page: bool,
+}
+
+/// The answer of a login.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Granted {
+    /// Missing for the page, which gets a cookie, and where no new token was made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<String>,
+    username: String,
+    role: Role,
+    /// Seconds that the token is good; missing for a login by Basic.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_in_sec: Option<i64>,
+}
+
+/// A new token.
+struct Issued {
+    token: String,
+    seconds: i64,
+}
+
+impl Issued {
+    fn answer(self, user: User, page: bool) -> Result<Response, ApiError> {
+        let Self { token, seconds } = self;
+        let cookie = page.then(|| cookie::set(&token, seconds)).transpose()?;
+        let token = (!page).then_some(token);
+        let granted = Granted { token, username: user.name, role: user.role, expires_in_sec: Some(seconds) };
+        Ok((AppendHeaders(cookie), Json(granted)).into_response())
+    }
+}
+
+/// `POST authenticate`.
+async fn authenticate(
+    State(console): State<Arc<Console>>,
+    Source(from): Source,
+    scheme: Option<Extension<Scheme>>,
+    headers: HeaderMap,
+    Body(login): Body<Login>,
+) -> Result<Response, ApiError> {
+    let page = cookie::is_page(&headers);
+    if page {
+        cookie::check_scheme(scheme.as_deref())?;
+        cookie::check_page(&headers)?;
+    }
+    let name = login.username.clone();
+    let verified = auth::verify(&console, login, from).await?;
+    let user = User { name, role: verified.role, from, session: None };
+    let mut writing = console.store.begin().await?;
+    // The password may have changed since: a session with the old one would outlive the change.
+    verified.recheck(&mut writing, &user.name).await?;
+    // Whoever planted a session in this browser loses it.
+    if let Some(token) = cookie::token(&headers).filter(|_| page) {
+        end(&mut writing, digest_of(token)).await?;
+    }
+    let issued = issue(&mut writing, &user.name, unix_time()).await?;
+    audits::record(&mut writing, &user, "login", "session", Value::Null).await?;
+    writing.commit().await?;
+    issued.answer(user, page)
+}
+
+/// `GET authenticate`.
+async fn current(user: User) -> Json<Granted> {
+    let expires_in_sec = user.session.map(|session| session.expires - unix_time());
+    Json(Granted { token: None, username: user.name, role: user.role, expires_in_sec })
+}
+
+/// `GET authenticate/renew`: the old token is good for [`GRACE`] more. Not audited: nothing changes hands.
+async fn renew(State(console): State<Arc<Console>>, headers: HeaderMap, user: User) -> Result<Response, ApiError> {
+    let session = user.session.clone().ok_or_else(|| ApiError::bad("a login by Basic needs no renewal"))?;
+    if session.page {
+        // It is a GET that changes something.
+        cookie::check_page(&headers)?;
+    }
+    let now = unix_time();
+    let mut writing = console.store.begin().await?;
+    let update = sqlx::query("UPDATE tokens SET expires = min(expires, ?) WHERE digest = ? AND expires > ?");
+    if writing.execute(update.bind(now + GRACE).bind(session.digest.clone()).bind(now)).await? == 0 {
+        return Err(INVALID);
+    }
+    let issued = issue(&mut writing, &user.name, session.began).await?;
+    writing.commit().await?;
+    issued.answer(user, session.page)
+}
+
+/// `POST logout`.
+async fn logout(State(console): State<Arc<Console>>, user: User) -> Result<Response, ApiError> {
+    let Some(session) = user.session.clone() else { return Ok(().into_response()) };
+    let mut writing = console.store.begin().await?;
+    end(&mut writing, session.digest).await?;
+    audits::record(&mut writing, &user, "logout", "session", Value::Null).await?;
+    writing.commit().await?;
+    let cookie = session.page.then(cookie::clear).transpose()?;
+    Ok(AppendHeaders(cookie).into_response())
+}
+
+/// Whose session a token is of.
+pub(super) async fn find(console: &Console, token: &str, from: IpAddr, page: bool) -> Result<User, ApiError> {
+    let digest = digest_of(token);
+    let mut reading = console.store.read().await?;
+    let query = "SELECT users.name, users.role, tokens.began, tokens.expires FROM tokens JOIN users \
+                 ON users.name = tokens.user WHERE tokens.digest = ? AND tokens.expires > ?";
+    let query = sqlx::query_as(query).bind(digest.clone()).bind(unix_time());
+    let found: Option<(String, String, i64, i64)> =
+        query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
+    let (name, role, began, expires) = found.ok_or(INVALID)?;
+    let session = Session { digest, began, expires, page };
+    Ok(User { role: auth::role_of(&name, &role)?, name, from, session: Some(session) })
+}
+
+/// Ends all sessions of a user.
+pub(super) async fn end_all(writing: &mut Writing, user: &str) -> Result<(), StoreError> {
+    writing.execute(sqlx::query("DELETE FROM tokens WHERE user = ?").bind(user.to_owned())).await.map(|_| ())
+}
+
+async fn end(writing: &mut Writing, digest: Vec<u8>) -> Result<(), StoreError> {
+    writing.execute(sqlx::query("DELETE FROM tokens WHERE digest = ?").bind(digest)).await.map(|_| ())
+}
+
+/// Makes a token for a session that began then. The user's oldest sessions end if there are too many.
+async fn issue(writing: &mut Writing, user: &str, began: i64) -> Result<Issued, ApiError> {
+    let logon = Logon::of(writing).await?;
+    let now = unix_time();
+    let expires = (now + logon.timeout()).min(began + logon.maximum());
+    if expires <= now {
+        return Err(ApiError::Unauthorized("the session has lasted as long as it may: log in again"));
+    }
+    let mut secret = [0; 32];
+    SystemRandom::new().fill(&mut secret).map_err(|_| ApiError::Internal)?;
+    let token = BASE64_URL_SAFE_NO_PAD.encode(secret);
+    writing.execute(sqlx::query("DELETE FROM tokens WHERE expires <= ?").bind(now)).await?;
+    let surplus = "DELETE FROM tokens WHERE user = ? AND digest NOT IN \
+                   (SELECT digest FROM tokens WHERE user = ? ORDER BY expires DESC, digest LIMIT ?)";
+    let surplus = sqlx::query(surplus).bind(user.to_owned()).bind(user.to_owned());
+    writing.execute(surplus.bind(logon.sessions() - 1)).await?;
+    let insert = sqlx::query("INSERT INTO tokens (digest, user, expires, began) VALUES (?, ?, ?, ?)");
+    let insert = insert.bind(digest_of(&token)).bind(user.to_owned()).bind(expires).bind(began);
+    writing.execute(insert).await?;
+    Ok(Issued { token, seconds: expires - now })
+}
+
+fn digest_of(token: &str) -> Vec<u8> {
+    digest::digest(&digest::SHA256, token.as_bytes()).as_ref().to_vec()
+}

@@ -1,0 +1,157 @@
+//! `settings/logon` and `settings/system`. Other settings belong to their resource's file.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::State,
+    http::{Method, StatusCode},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Console, audits,
+    auth::User,
+    errors::ApiError,
+    extract::Body,
+    routes::{Access, Entry, Role, route},
+    store::{StoreError, Writing},
+};
+
+const LOGON: &str = "logon";
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    vec![
+        route(Method::GET, "/settings/logon", Access::Roles(Role::READERS), "How one logs in", logon).answer::<Logon>(),
+        route(Method::POST, "/settings/logon", Access::Roles(Role::ADMINISTRATORS), "Set how one logs in", set_logon)
+            .body::<Logon>(),
+        route(Method::GET, "/settings/system", Access::Any, "What this Console is", system).answer::<System>(),
+    ]
+}
+
+/// How one logs in, and for how long. What a body leaves out gets its default; what is unknown is passed over, because a
+/// newer version may have stored it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Logon {
+    /// Seconds that a token is good unless it is renewed.
+    #[schemars(range(min = 60, max = 86_400))]
+    session_timeout_sec: u32,
+    /// Seconds that a session may last in all, however often it is renewed.
+    #[schemars(range(min = 60, max = 2_592_000))]
+    session_maximum_sec: u32,
+    /// Sessions of one user at once; the oldest end for new ones.
+    #[schemars(range(min = 1, max = 1000))]
+    sessions_per_user: u32,
+    /// New passwords: 12 characters, upper and lower case, digit, special character, unlike the name.
+    strong_password: bool,
+}
+
+impl Default for Logon {
+    fn default() -> Self {
+        Self {
+            session_timeout_sec: 30 * 60,
+            session_maximum_sec: 12 * 60 * 60,
+            sessions_per_user: 50,
+            strong_password: false,
+        }
+    }
+}
+
+impl Logon {
+    /// As an administrator has set it.
+    pub(super) async fn of(writing: &mut Writing) -> Result<Self, StoreError> {
+        Ok(writing.setting(LOGON).await?.unwrap_or_default())
+    }
+
+    /// The same outside a transaction.
+    pub(super) async fn read(console: &Console) -> Result<Self, StoreError> {
+        Ok(console.store.setting(LOGON).await?.unwrap_or_default())
+    }
+
+    pub(super) fn timeout(&self) -> i64 {
+        self.session_timeout_sec.into()
+    }
+
+    pub(super) fn maximum(&self) -> i64 {
+        self.session_maximum_sec.into()
+    }
+
+    pub(super) fn sessions(&self) -> i64 {
+        self.sessions_per_user.into()
+    }
+
+    pub(super) fn strong_password(&self) -> bool {
+        self.strong_password
+    }
+
+    fn check(&self) -> Result<(), ApiError> {
+        for (name, value, range) in [
+            ("sessionTimeoutSec", self.session_timeout_sec, 60..=86_400),
+            ("sessionMaximumSec", self.session_maximum_sec, 60..=2_592_000),
+            ("sessionsPerUser", self.sessions_per_user, 1..=1000),
+        ] {
+            if !range.contains(&value) {
+                return Err(ApiError::bad(format!("{name} must be {} to {}", range.start(), range.end())));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `GET settings/logon`.
+async fn logon(State(console): State<Arc<Console>>) -> Result<Json<Logon>, ApiError> {
+    Ok(Json(Logon::read(&console).await?))
+}
+
+/// `POST settings/logon`: for sessions and passwords to come; those that exist stay as they are.
+async fn set_logon(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Body(logon): Body<Logon>,
+) -> Result<StatusCode, ApiError> {
+    logon.check()?;
+    let mut writing = console.store.begin().await?;
+    let difference = audits::difference(&Logon::of(&mut writing).await?, &logon);
+    writing.set_setting(LOGON, &logon).await?;
+    audits::record(&mut writing, &user, "set", "settings/logon", difference).await?;
+    writing.commit().await?;
+    Ok(StatusCode::OK)
+}
+
+/// What this Console is.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct System {
+    version: &'static str,
+    /// True where the page has a High Availability page.
+    ha_enabled: bool,
+    /// Name of the node that answers.
+    node: String,
+}
+
+/// `GET settings/system`.
+async fn system(State(console): State<Arc<Console>>) -> Json<System> {
+    let ha_enabled = console.services.as_ref().is_some_and(|services| services.high_availability);
+    let node = console.status.borrow().name.clone();
+    Json(System { version: env!("CARGO_PKG_VERSION"), ha_enabled, node })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_has_its_default_and_limits_hold_on_both_sides() {
+        let read = |text: &str| serde_json::from_str::<Logon>(text).unwrap();
+        assert_eq!(read("{}"), Logon::default());
+        assert!(read(r#"{"strongPassword": true, "ofANewerVersion": 1}"#).strong_password);
+        read("{}").check().unwrap();
+        read(r#"{"sessionTimeoutSec": 60, "sessionsPerUser": 1000}"#).check().unwrap();
+        for bad in [r#"{"sessionTimeoutSec": 59}"#, r#"{"sessionsPerUser": 0}"#, r#"{"sessionMaximumSec": 2592001}"#] {
+            read(bad).check().unwrap_err();
+        }
+    }
+}

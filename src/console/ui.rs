@@ -1,0 +1,194 @@
+//! The web page: hand-written files, embedded. Owns their addresses, types and the policy under which browsers run them; must
+//! never put anything into them: what they show comes from the API, and is set as text.
+
+use std::sync::LazyLock;
+
+use axum::{
+    Json,
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use ring::digest;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use super::{
+    access::Role,
+    auth::User,
+    errors::ApiError,
+    extract::Name,
+    routes::{Access, Entry, route},
+};
+
+/// Nothing but the files below, run and shown from nowhere else, in no frame. Not even a mistake in them turns text into
+/// a script: `require-trusted-types-for` takes away every way to do so.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
+                      form-action 'none'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
+                      trusted-types 'none'";
+
+const HTML: &str = "text/html; charset=utf-8";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+const STYLE: &str = "text/css; charset=utf-8";
+const PICTURE: &str = "image/svg+xml";
+
+macro_rules! files {
+    ($($name:literal: $kind:expr),* $(,)?) => {
+        [$(File::new($name, $kind, include_bytes!(concat!("ui/", $name)))),*]
+    };
+}
+
+/// One file of the page.
+struct File {
+    name: &'static str,
+    kind: &'static str,
+    bytes: &'static [u8],
+    tag: String,
+}
+
+impl File {
+    fn new(name: &'static str, kind: &'static str, bytes: &'static [u8]) -> Self {
+        let digest = digest::digest(&digest::SHA256, bytes);
+        Self { name, kind, bytes, tag: format!("\"{}\"", BASE64_URL_SAFE_NO_PAD.encode(&digest.as_ref()[..12])) }
+    }
+
+    fn response(&self, asked: &HeaderMap) -> Response {
+        let same = |value: &HeaderValue| value.to_str().is_ok_and(|tags| tags.split(", ").any(|tag| tag == self.tag));
+        let unchanged = asked.get_all(header::IF_NONE_MATCH).iter().any(same);
+        let headers: [(HeaderName, &str); 6] = [
+            (header::CONTENT_TYPE, self.kind),
+            (header::ETAG, &self.tag),
+            // Asked for again each time: the next PRIMARY may run another version.
+            (header::CACHE_CONTROL, "no-cache"),
+            (header::CONTENT_SECURITY_POLICY, POLICY),
+            (header::REFERRER_POLICY, "no-referrer"),
+            (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+        ];
+        match unchanged {
+            true => (StatusCode::NOT_MODIFIED, headers).into_response(),
+            false => (headers, self.bytes).into_response(),
+        }
+    }
+}
+
+static FILES: LazyLock<[File; 19]> = LazyLock::new(|| {
+    files! {
+        "index.html": HTML,
+        "style.css": STYLE,
+        "icon.svg": PICTURE,
+        "app.js": SCRIPT,
+        "api.js": SCRIPT,
+        "dom.js": SCRIPT,
+        "live.js": SCRIPT,
+        "parts.js": SCRIPT,
+        "words.js": SCRIPT,
+        "login.js": SCRIPT,
+        "cluster.js": SCRIPT,
+        "cluster-actions.js": SCRIPT,
+        "cluster-picture.js": SCRIPT,
+        "backups.js": SCRIPT,
+        "general.js": SCRIPT,
+        "users.js": SCRIPT,
+        "certificates.js": SCRIPT,
+        "logs.js": SCRIPT,
+        "tags.js": SCRIPT,
+    }
+});
+
+fn find(name: &str, asked: &HeaderMap) -> Option<Response> {
+    FILES.iter().find(|file| file.name == name).map(|file| file.response(asked))
+}
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    let get = Method::GET;
+    vec![
+        route(get.clone(), "/", Access::Open, "The page", index).at_root().file("text/html").tag("page"),
+        route(get.clone(), "/ui/{name}", Access::Open, "A part of the page", part).at_root().file("*/*").tag("page"),
+        route(get, "/session", Access::Any, "Who is logged in", session).answer::<Session>().tag("page"),
+    ]
+}
+
+/// The answer of [`session`].
+#[derive(Serialize, JsonSchema)]
+struct Session {
+    username: String,
+    role: Role,
+}
+
+/// `GET session`: a page cannot read its cookie.
+async fn session(user: User) -> Json<Session> {
+    Json(Session { username: user.name, role: user.role })
+}
+
+/// `GET /`: the page.
+async fn index(asked: HeaderMap) -> Result<Response, ApiError> {
+    find("index.html", &asked).ok_or(ApiError::Internal)
+}
+
+/// `GET /ui/{name}`: its parts.
+async fn part(Name(name): Name, asked: HeaderMap) -> Result<Response, ApiError> {
+    find(&name, &asked).ok_or_else(|| ApiError::NotFound(format!("the page has no part {name:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(name: &str) -> &'static str {
+        std::str::from_utf8(FILES.iter().find(|file| file.name == name).unwrap().bytes).unwrap()
+    }
+
+    /// What a file refers to is there, and everything that is there is referred to.
+    #[test]
+    fn the_files_belong_together() {
+        let all: String = FILES.iter().map(|file| std::str::from_utf8(file.bytes).unwrap()).collect();
+        for file in FILES.iter().filter(|file| file.name != "index.html") {
+            let (page, script) = (format!("/ui/{}", file.name), format!("from './{}'", file.name));
+            assert!(all.contains(&page) || all.contains(&script), "nothing refers to {}", file.name);
+        }
+        for (begin, _) in all.match_indices("from './") {
+            let name = all[begin + 8..].split('\'').next().unwrap();
+            assert!(FILES.iter().any(|file| file.name == name), "there is no {name}");
+        }
+    }
+
+    /// Text that comes from the cluster can only become text: what could turn it into anything else does not occur.
+    #[test]
+    fn nothing_turns_text_into_markup_or_code() {
+        for file in FILES.iter().filter(|file| file.kind == SCRIPT) {
+            for bad in [
+                "innerHTML",
+                "outerHTML",
+                "insertAdjacentHTML",
+                "document.write",
+                "DOMParser",
+                "eval(",
+                "Function(",
+                "createContextualFragment",
+                "srcdoc",
+                "http://",
+                "https://",
+                "import(",
+            ] {
+                let found = text(file.name).contains(bad) && !(bad == "http://" && file.name == "dom.js");
+                assert!(!found, "{bad} in {}", file.name);
+            }
+        }
+        let page = text("index.html");
+        for bad in ["<style", "style=", " onclick", "javascript:", "<script>"] {
+            assert!(!page.contains(bad), "{bad} is refused by the policy");
+        }
+    }
+
+    #[test]
+    fn a_browser_that_has_a_file_is_told_so() {
+        let first = find("app.js", &HeaderMap::new()).unwrap();
+        assert_eq!(first.status(), StatusCode::OK);
+        let mut asked = HeaderMap::new();
+        asked.insert(header::IF_NONE_MATCH, first.headers()[header::ETAG].clone());
+        assert_eq!(find("app.js", &asked).unwrap().status(), StatusCode::NOT_MODIFIED);
+        assert_eq!(find("style.css", &asked).unwrap().status(), StatusCode::OK);
+        assert!(find("../ui.rs", &HeaderMap::new()).is_none());
+    }
+}

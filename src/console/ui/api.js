@@ -1,0 +1,94 @@
+// Requests to the API. Owns the session as far as a page can: the token itself is in a cookie that no script can read.
+// Must never repeat a change by itself.
+
+const BASE = '/api/v1';
+const LONGEST = 30_000;
+
+// What went wrong, for people. Status 0: there was no answer.
+export class Problem extends Error {
+  constructor(status, text) {
+    super(text);
+    this.status = status;
+  }
+}
+
+const listeners = { expired: () => {}, lost: () => {} };
+
+// Who is told that the session has ended, and that nobody answered.
+export function onTrouble(told) {
+  Object.assign(listeners, told);
+}
+
+// Tells the daemon that a request comes from this page: other sites cannot send this header.
+export const HEADERS = { 'X-Twistlock-Page': '1' };
+
+async function text(response) {
+  const body = await response.text();
+  try {
+    return JSON.parse(body).err ?? body;
+  } catch {
+    return body;
+  }
+}
+
+// The response to one request, whatever its status.
+export async function send(method, path, { body, limit = LONGEST } = {}) {
+  const headers = { ...HEADERS };
+  if (body !== undefined) headers['Content-Type'] = 'application/json';
+  const signal = AbortSignal.timeout(limit);
+  const options = { method, headers, signal, cache: 'no-store', credentials: 'same-origin' };
+  if (body !== undefined) options.body = JSON.stringify(body);
+  try {
+    return await fetch(BASE + path, options);
+  } catch {
+    listeners.lost();
+    const what = method === 'GET' ? '' : ' The change may have been made: look before you repeat it.';
+    throw new Problem(0, `The PRIMARY does not answer.${what}`);
+  }
+}
+
+async function call(method, path, body) {
+  const response = await send(method, path, { body });
+  if (response.status === 401) {
+    listeners.expired();
+    throw new Problem(401, 'Your session has ended: log in again.');
+  }
+  if (!response.ok) throw new Problem(response.status, await text(response));
+  const kind = response.headers.get('content-type') ?? '';
+  const answer = kind.startsWith('application/json') ? await response.json() : await response.text();
+  return { answer, total: Number(response.headers.get('x-total-count')) };
+}
+
+export const get = async (path) => (await call('GET', path)).answer;
+export const post = async (path, body) => (await call('POST', path, body)).answer;
+export const put = async (path, body) => (await call('PUT', path, body)).answer;
+export const patch = async (path, body) => (await call('PATCH', path, body)).answer;
+export const remove = async (path) => (await call('DELETE', path)).answer;
+
+// One page of a list, with the number of all.
+export async function list(path, limit, offset) {
+  const { answer, total } = await call('GET', `${path}${path.includes('?') ? '&' : '?'}limit=${limit}&offset=${offset}`);
+  return { rows: Array.isArray(answer) ? answer : [], total: total || 0 };
+}
+
+// A name as a part of a path.
+export const part = encodeURIComponent;
+
+// Whether the first administrator exists.
+export async function isInitialized() {
+  return (await get('/settings/initialized')).initialized;
+}
+
+export async function signUp(username, password) {
+  await post('/signup', { username, password });
+}
+
+// Throws what the daemon says: wrong password, or too many attempts.
+export async function logIn(username, password) {
+  const response = await send('POST', '/authenticate', { body: { username, password } });
+  if (!response.ok) throw new Problem(response.status, await text(response));
+}
+
+export async function logOut() {
+  await send('POST', '/logout');
+}

@@ -1,0 +1,164 @@
+// The frame of the page: who is logged in, which page is open, and the line that says when the PRIMARY does not answer.
+
+import { get, logOut, onTrouble } from './api.js';
+import { h, show } from './dom.js';
+import { dismiss, live, start, stop, subscribe, suspect } from './live.js';
+import { announce, button } from './parts.js';
+import { ROLES, span } from './words.js';
+import { open as backups } from './backups.js';
+import { open as certificates } from './certificates.js';
+import { open as cluster } from './cluster.js';
+import { open as general } from './general.js';
+import { open as login } from './login.js';
+import { consoleLog, history } from './logs.js';
+import { open as tags } from './tags.js';
+import { open as users } from './users.js';
+
+const HOME = '#/manage/system/high-availability';
+// Roles as the API writes them; no list: everybody who is logged in.
+const ADMINISTRATOR = ['admin'];
+const READERS = ['admin', 'auditor'];
+const PAGES = [
+  { group: 'System', title: 'High Availability', hash: HOME, open: cluster },
+  { group: 'System', title: 'Backup & Restore', hash: '#/manage/system/backup', open: backups, roles: ADMINISTRATOR },
+  { group: 'System', title: 'General', hash: '#/manage/system/general', open: general },
+  { group: 'Authentication', title: 'Users', hash: '#/manage/authentication/users', open: users, roles: ADMINISTRATOR },
+  { group: 'Authentication', title: 'Certificates', hash: '#/manage/certificates', open: certificates, roles: ADMINISTRATOR },
+  { group: 'View Logs', title: 'History', hash: '#/manage/logs/history', open: history, roles: READERS },
+  { group: 'View Logs', title: 'Console', hash: '#/manage/logs/console', open: consoleLog, roles: READERS },
+  { group: 'Collections', title: 'Tags', hash: '#/tags', open: tags },
+];
+
+const element = (id) => document.getElementById(id);
+let user = null;
+let close = null;
+// The version that this page came from: after an upgrade it fits the Console no more.
+let version = null;
+
+const allowed = (page) => !page.roles || page.roles.includes(user.role);
+
+function drawTop() {
+  const brand = h('a', { class: 'brand', href: HOME }, h('span', { class: 'mark', 'aria-hidden': 'true' }), 'Twistlock HA');
+  const menu = button('Menu', () => element('nav').classList.toggle('shown'), { kind: 'menu', 'aria-controls': 'nav' });
+  const who = user && h('span', { class: 'who' }, user.username, h('span', { class: 'quiet' }, ` ${ROLES[user.role] ?? user.role}`));
+  show(element('top'), user && menu, brand, h('span', { class: 'gap' }), who, user && button('Log out', leave));
+}
+
+function drawNav() {
+  const nav = element('nav');
+  nav.hidden = !user;
+  nav.classList.remove('shown');
+  if (!user) return;
+  const pages = PAGES.filter(allowed);
+  const groups = [...new Set(pages.map((page) => page.group))];
+  const link = ({ title, hash }) =>
+    h('li', {}, h('a', { href: hash, 'aria-current': hash === window.location.hash ? 'page' : null }, title));
+  show(
+    nav,
+    groups.map((group) => [
+      h('h2', { id: `group-${group}` }, group),
+      h('ul', { 'aria-labelledby': `group-${group}` }, pages.filter((page) => page.group === group).map(link)),
+    ]),
+  );
+}
+
+// Replaces what is shown; an open page is told to let go.
+function clear() {
+  close?.();
+  close = null;
+  document.querySelectorAll('dialog').forEach((dialog) => dialog.close());
+  show(element('main'));
+}
+
+function route() {
+  if (!user) return;
+  const page = PAGES.find(({ hash }) => hash === window.location.hash);
+  if (!page || !allowed(page)) {
+    // Replaces the entry: the way back must not lead here again.
+    window.location.replace(HOME);
+    return;
+  }
+  clear();
+  drawNav();
+  document.title = `${page.title} · Twistlock HA`;
+  const root = h('div', { class: 'page' });
+  element('main').append(root);
+  close = page.open(root, { user, may: user.role === 'admin' });
+  root.querySelector('h1')?.focus();
+}
+
+// The line below the top: the PRIMARY is looked for, or was found.
+function drawConnection() {
+  const place = element('connection');
+  place.className = `connection ${live.phase}`;
+  const upgraded = version && live.status && live.status.version !== version;
+  if (live.phase === 'searching') {
+    const seconds = Math.floor((performance.now() - live.lostAt) / 1000);
+    const why = live.farewell ? 'The PRIMARY role is being switched over' : 'The PRIMARY does not answer';
+    // Only the first part is spoken: the seconds would be read aloud again and again.
+    show(place, h('p', {}, `${why}; looking for the new one`, h('span', { 'aria-hidden': 'true' }, ` (${seconds} s)`)));
+  } else if (live.takeover && user) {
+    const { from, to, ms, changed } = live.takeover;
+    const news = changed ? `${to} took over from ${from ?? 'the former PRIMARY'}` : `${to} answers again; it is still PRIMARY`;
+    const text = `${news}. This page was without a PRIMARY for ${span(ms)}. You are still logged in.`;
+    show(place, h('p', {}, text, ' ', button('Close', dismiss, { kind: 'small' })));
+  } else if (upgraded) {
+    const reload = button('Reload', () => window.location.reload(), { kind: 'small' });
+    show(place, h('p', {}, `The Console runs version ${live.status.version} now; this page is of ${version}. `, reload));
+  } else {
+    show(place);
+  }
+}
+
+async function enter() {
+  user = await get('/session');
+  version = await get('/version');
+  start(expired);
+  drawTop();
+  drawConnection();
+  if (!window.location.hash) window.history.replaceState(null, '', HOME);
+  route();
+}
+
+async function askWho(note) {
+  user = null;
+  clear();
+  drawTop();
+  drawNav();
+  document.title = 'Twistlock HA';
+  await login(element('main'), enter, note);
+}
+
+function expired() {
+  if (!user) return;
+  stop();
+  announce('Your session has ended');
+  askWho('Your session has ended. After the login you are where you were.');
+}
+
+async function leave() {
+  try {
+    await logOut();
+  } finally {
+    stop();
+    await askWho('You are logged out.');
+  }
+}
+
+async function begin() {
+  onTrouble({ expired: () => expired(), lost: suspect });
+  subscribe(drawConnection);
+  window.addEventListener('hashchange', route);
+  element('skip').addEventListener('click', () => element('main').focus());
+  drawTop();
+  try {
+    await enter();
+  } catch (error) {
+    if (error.status !== 401) throw error;
+    await askWho();
+  }
+}
+
+begin().catch((error) => {
+  show(element('main'), h('h1', {}, 'The Console does not answer'), h('p', {}, error.message), button('Try again', () => window.location.reload()));
+});

@@ -1,0 +1,93 @@
+// Manage > Certificates: the names of the Console's certificate, and a certificate of one's own.
+
+import { get, post, remove } from './api.js';
+import { h, show } from './dom.js';
+import { button, card, confirm, field, form, page, table, toast, when } from './parts.js';
+
+const COLUMNS = [['Of'], ['Subject'], ['Issuer'], ['Expires'], ['Source']];
+
+function row(certificate, at) {
+  const names = certificate.names ?? [];
+  return {
+    key: `certificate-${at}`,
+    cells: [
+      certificate.of ?? '–',
+      [h('strong', {}, certificate.subject ?? '–'), names.length > 0 && h('div', { class: 'quiet' }, names.join(', '))],
+      certificate.issuer ?? '–',
+      when(certificate.not_after ?? certificate.notAfter),
+      certificate.source ?? '–',
+    ],
+  };
+}
+
+export function open(root) {
+  const state = { names: null, served: [], custom: null, problem: null };
+  const naming = () => form(
+    'Save and reissue',
+    async ({ names: text }) => {
+      await post('/settings/certs', { consoleSAN: text.split(/[\s,]+/).filter(Boolean) });
+      toast('The names are saved: every member serves a new certificate');
+      await load();
+    },
+    field('Host names and addresses, one a line', 'names', {
+      element: 'textarea', rows: 6, spellcheck: 'false', class: 'mono', text: (state.names ?? []).join('\n'),
+    }),
+  );
+  const uploading = () => form(
+    'Upload',
+    async ({ certificate }, element) => {
+      await post('/settings/custom-certs', { certificate });
+      element.reset();
+      toast('The certificate is served');
+      await load();
+    },
+    field('Certificate chain and private key, PEM', 'certificate', {
+      element: 'textarea', rows: 6, spellcheck: 'false', class: 'mono', required: true, autocomplete: 'off',
+      hint: 'It must have the names of all members and of the load balancer. It cannot be read back.',
+    }),
+  );
+  const back = () => confirm(
+    'Go back to the certificate of the cluster?',
+    h('p', {}, 'Browsers that trust only your own authority will warn.'),
+    'Go back',
+    async () => {
+      await remove('/settings/custom-certs');
+      await load();
+    },
+    { kind: 'danger' },
+  );
+  function draw() {
+    const served = [].concat(state.served ?? []);
+    const custom = state.custom && [
+      h('p', {}, `Served now: ${state.custom.subject ?? 'a certificate of your own'}.`),
+      button('Go back to the certificate of the cluster …', back),
+    ];
+    const empty = state.problem ?? 'Loading …';
+    show(
+      root,
+      page(
+        'Certificates',
+        'Every member signs a certificate for its Console by itself, with the authority of the cluster.',
+        card('In use', {}, table('Certificates', COLUMNS, served.map(row), empty)),
+        h('div', { class: 'columns' },
+          card('Names of the Console', {}, naming()),
+          card('A certificate of your own', {}, custom, uploading())),
+      ),
+    );
+  }
+  async function load() {
+    try {
+      const found = await get('/settings/certs');
+      state.served = found.certificates ?? found.served ?? [];
+      state.names = found.consoleSAN ?? [];
+      state.problem = 'Nothing is known about the certificates in use.';
+      const custom = await get('/settings/custom-certs');
+      state.custom = custom?.subject || custom?.installed ? custom : null;
+    } catch (error) {
+      state.problem = error.status === 404 ? 'This version has no settings for certificates.' : error.message;
+    }
+    draw();
+  }
+  draw();
+  load();
+}

@@ -1,0 +1,277 @@
+// Manage > System > High Availability: the cluster, live. Owns what is shown of a status, and the conditions under which a
+// button can be pressed; what the buttons do is in cluster-actions.js.
+
+import * as actions from './cluster-actions.js';
+import { chart, picture } from './cluster-picture.js';
+import { list } from './api.js';
+import { h, show } from './dom.js';
+import { live, subscribe } from './live.js';
+import { badge, button, card, copyButton, page, table, toast, when } from './parts.js';
+import { bytes, CLUSTER_SIZE, count, lastContact, span, stateWords, time, tolerance } from './words.js';
+
+const EVENTS = 20;
+
+// A failure of what was asked by a button without a dialog.
+async function attempt(work) {
+  try {
+    await work();
+  } catch (error) {
+    toast(error.message, 'bad');
+  }
+}
+
+function headline(status, facts) {
+  if (facts.complete && facts.survives > 0) return `Healthy: the cluster survives the loss of ${count(facts.survives, 'host')}.`;
+  if (facts.paused) return 'Automatic takeover is paused: if the PRIMARY fails, nobody takes over.';
+  if (status.members.length === 1) return 'There is no other host yet: if this one fails, the Console is down.';
+  if (facts.survives > 0) return 'Fault tolerance is reduced: the cluster is not complete.';
+  return 'No failure is tolerated at the moment: the loss of one more host stops the Console.';
+}
+
+// Honest about what could happen next, and about what to do.
+function banner(status, now) {
+  const facts = tolerance(status, now);
+  const good = facts.complete && facts.survives > 0;
+  const kind = good ? (status.warnings.length > 0 ? 'notice' : 'good') : status.members.length === 1 ? 'notice' : 'bad';
+  const lines = status.warnings.map((warning) => h('li', {}, warning));
+  return h(
+    'div',
+    { class: `banner ${kind}`, 'data-key': 'banner', role: 'status' },
+    h('strong', {}, headline(status, facts)),
+    lines.length > 0 && h('ul', {}, lines),
+  );
+}
+
+function lagCell(member, status) {
+  if (member.id === status.primary) return h('span', { class: 'quiet' }, '–');
+  const size = member.lag_bytes === null || member.lag_bytes === undefined ? 'size unknown' : bytes(member.lag_bytes);
+  const known = member.state !== 'DOWN' && member.state !== 'UNKNOWN';
+  const text = known && member.lag === 0 ? 'in step' : `${count(member.lag, 'transaction')}, ${size}`;
+  return h(
+    'div',
+    { class: 'lag' },
+    h('span', {}, known ? text : `last known: ${text}`),
+    chart(live.lags.get(member.id) ?? []),
+  );
+}
+
+function words(member) {
+  const notes = [stateWords(member.state)];
+  if (!member.voter && member.state !== 'STARTUP2') notes.push('no vote yet');
+  if (member.full) notes.push('its disk is full');
+  if (member.sync && member.sync.total > 0) {
+    const percent = Math.floor((100 * member.sync.bytes) / member.sync.total);
+    notes.push(`${percent} % of ${bytes(member.sync.total)} copied`);
+  }
+  return notes.join(' · ');
+}
+
+function nameCell(member, status) {
+  const here = member.id === status.node && h('span', { class: 'quiet' }, ' this node');
+  return h('span', { class: 'node-name' }, h('strong', {}, member.name), here);
+}
+
+function memberRow(member, status, may) {
+  const other = member.id !== status.primary;
+  const label = `Remove ${member.name}`;
+  const cross = button('✕', () => actions.removeMember(member), { kind: 'cross', 'aria-label': label, title: label });
+  const state = member.state === 'DOWN' ? [badge('DOWN'), h('span', {}, ' unavailable')] : [badge(member.state)];
+  return {
+    key: `member-${member.id}`,
+    kind: `row-${member.state.toLowerCase()}`,
+    cells: [
+      nameCell(member, status),
+      h('div', {}, state, member.state !== 'DOWN' && h('div', { class: 'quiet' }, words(member))),
+      h('span', { class: 'mono' }, member.address),
+      member.version || '–',
+      lagCell(member, status),
+      member.id === status.node ? h('span', { class: 'quiet' }, '–') : lastContact(member.last_contact_ms),
+      may && other ? cross : '',
+    ],
+  };
+}
+
+function requestRow(request, may) {
+  const label = `Reject ${request.name}`;
+  const cross = button('✕', () => actions.reject(request), { kind: 'cross', 'aria-label': label, title: label });
+  const state = h(
+    'div',
+    {},
+    badge('REQUEST_JOIN'),
+    h('div', { class: 'quiet' }, `asks to join since ${time(request.at)}; waits for APPLY`),
+    h('div', { class: 'mono fingerprint' }, request.fingerprint),
+  );
+  const clock = Math.abs(request.clock_ms) > 1000 ? `clock ${span(Math.abs(request.clock_ms))} off` : '–';
+  return {
+    key: `request-${request.fingerprint}`,
+    kind: 'row-request_join',
+    cells: [
+      h('strong', {}, request.name),
+      state,
+      h('span', { class: 'mono' }, `${request.address}:${request.port}`),
+      request.version,
+      clock,
+      '–',
+      may ? cross : '',
+    ],
+  };
+}
+
+const COLUMNS = [
+  ['Node', 'name-column'], ['State', 'state-column'], ['Address', 'name-column'], ['Version'], ['Behind', 'lag-column'], ['Last contact'], ['', 'action-column'],
+];
+
+function nodes(status, may) {
+  const requests = status.membership.requests ?? [];
+  const rows = [
+    ...status.members.map((member) => memberRow(member, status, may)),
+    ...requests.map((request) => requestRow(request, may)),
+  ];
+  const facts = `Epoch ${status.epoch}. A majority has every transaction up to entry ${status.committed.toLocaleString('en')} of the raft log.`;
+  return card('Nodes', {}, table('Nodes', COLUMNS, rows, ''), h('p', { class: 'quiet foot' }, facts));
+}
+
+// Why APPLY cannot be pressed; nothing if it can.
+function applyObstacle(status) {
+  const members = status.members.length;
+  const requests = (status.membership.requests ?? []).length;
+  const sum = `${count(members, 'member')} + ${count(requests, 'request')} = ${members + requests}, and ${CLUSTER_SIZE} are needed`;
+  if (requests === 0 && members === CLUSTER_SIZE) return 'The cluster is complete: it has 3 members. Nobody else can join.';
+  const missing = CLUSTER_SIZE - members - requests;
+  if (missing > 0) return `APPLY needs exactly three hosts: ${sum}. Run the join line on ${missing} more.`;
+  if (missing < 0) return `APPLY needs exactly three hosts: ${sum}. Reject ${-missing}.`;
+  return null;
+}
+
+function joining(status, state, may, redraw) {
+  const requests = status.membership.requests ?? [];
+  const obstacle = applyObstacle(status);
+  const make = () => attempt(async () => {
+    state.line = await actions.joinLine();
+    redraw();
+  });
+  const line = state.line && h(
+    'div',
+    { class: 'join-line', 'data-key': state.line.line },
+    h('code', { id: 'join-line', tabindex: 0 }, state.line.line),
+    copyButton(state.line.line, 'Copy'),
+    h('p', { class: 'quiet' }, `Run it as a user who may use sudo. It is good until ${time(state.line.until)}, or until APPLY.`),
+  );
+  const step = (text, ...more) => h('li', {}, text, more);
+  const complete = requests.length === 0 && status.members.length === CLUSTER_SIZE;
+  const made = button(state.line ? 'Make a new join line' : 'Show the join line', make, { kind: state.line ? 'plain' : 'primary' });
+  if (complete) return card('Add hosts', {}, h('p', {}, obstacle, ' To replace a host, remove it first (✕), then join another.'));
+  const press = button('APPLY', () => actions.apply(requests), {
+    kind: 'primary', disabled: obstacle !== null || !may, id: 'apply', 'aria-describedby': 'apply-why',
+  });
+  return card(
+    'Add hosts',
+    {},
+    h(
+      'ol',
+      { class: 'steps' },
+      step('Run one line on each host that shall join.', line, may && h('div', { class: 'buttons' }, made)),
+      step('Each of them appears above as REQUEST_JOIN. Compare its fingerprint.'),
+      step('Admit them.', h('div', { class: 'buttons' }, press),
+        h('p', { id: 'apply-why', class: 'quiet' }, obstacle ?? `Ready: ${count(requests.length, 'host asks', 'hosts ask')} to join.`)),
+    ),
+  );
+}
+
+function controls(status, now, may) {
+  if (!may) return null;
+  const paused = status.membership.pause && status.membership.pause.until > now;
+  const ready = status.members.some((member) => member.state === 'SECONDARY' && member.voter);
+  return h(
+    'div',
+    { class: 'buttons' },
+    button('Switch over …', () => actions.switchover(status.members), {
+      disabled: !ready, title: ready ? null : 'No other member is SECONDARY',
+    }),
+    paused
+      ? button('Resume automatic takeover', () => attempt(actions.resume))
+      : button('Pause automatic takeover …', () => actions.pause(status.name)),
+  );
+}
+
+function overview(status, now, may) {
+  const searching = live.phase === 'searching';
+  const text = searching ? `${status.name} was PRIMARY` : `${status.name} is PRIMARY`;
+  return card(
+    'Overview',
+    {},
+    h('div', { class: 'overview' },
+      picture(status, searching),
+      h('div', {},
+        h('p', { class: 'large' }, text),
+        h('p', { class: 'quiet' }, status.reason),
+        controls(status, now, may))),
+  );
+}
+
+function eventRow(event, at) {
+  const facts = event.fields ?? {};
+  const took = facts.durationMs ?? facts.duration_ms ?? event.durationMs ?? event.duration_ms;
+  return {
+    key: `event-${event.id ?? at}`,
+    kind: event.severity,
+    cells: [
+      when(event.time),
+      event.node ?? '',
+      [event.sentence ?? event.reason ?? event.kind, took !== undefined && h('span', { class: 'quiet' }, ` (${span(took)})`)],
+    ],
+  };
+}
+
+function history(state) {
+  const rows = state.events.map(eventRow);
+  const more = state.total > state.events.length && button('Show older ones', state.more);
+  const empty = state.eventsProblem ?? 'Nothing has happened yet.';
+  return card('History', {}, table('History', [['When', 'time-column'], ['Node', 'name-column'], ['What and why', 'wide-column']], rows, empty), more);
+}
+
+async function loadEvents(state, redraw, wanted = EVENTS) {
+  try {
+    const { rows, total } = await list('/high-availability/events', wanted, 0);
+    Object.assign(state, { events: rows, total, eventsProblem: null });
+  } catch (error) {
+    if (error.status !== 0) state.eventsProblem = error.status === 404 ? 'No history is kept yet.' : error.message;
+  }
+  redraw();
+}
+
+// What must have changed for the history to be worth another look.
+function mark(status) {
+  const members = status.members.map((member) => `${member.id} ${member.state}`).join();
+  const { pause, requests } = status.membership;
+  return [status.epoch, status.primary, members, pause?.until, requests?.length].join();
+}
+
+export function open(root, { may }) {
+  const state = { line: null, events: [], total: 0, eventsProblem: null, more: null };
+  let seen = '';
+  let timer = 0;
+  const draw = () => {
+    const { status } = live;
+    const now = Date.now() / 1000;
+    const parts = status
+      ? [banner(status, now), overview(status, now, may), nodes(status, may), joining(status, state, may, draw), history(state)]
+      : [h('p', { class: 'quiet' }, 'Asking the PRIMARY …')];
+    show(root, page('High Availability', null, parts));
+  };
+  state.more = () => loadEvents(state, draw, state.events.length + EVENTS);
+  const changed = () => {
+    draw();
+    if (!live.status || live.phase !== 'live' || seen === mark(live.status)) return;
+    seen = mark(live.status);
+    // What has just happened is written down a moment later.
+    clearTimeout(timer);
+    timer = setTimeout(() => loadEvents(state, draw, Math.max(EVENTS, state.events.length)), 700);
+  };
+  const unsubscribe = subscribe(changed);
+  changed();
+  return () => {
+    unsubscribe();
+    clearTimeout(timer);
+  };
+}

@@ -1,0 +1,209 @@
+// The cluster as it is: follows the stream of the PRIMARY's status. Owns the search for the new PRIMARY when it does not
+// answer any more: through the same host name, with the same session.
+
+import { HEADERS, send } from './api.js';
+
+// The daemon sends a status at least every half second, so this much silence means that it is gone: a host that has lost
+// its power sends no farewell.
+const SILENCE = 3_000;
+// One knock at the door, and the pause to the next.
+const KNOCK = 1_000;
+const PAUSE = 200;
+const ANSWER = 3_000;
+// Without a stream, because there are too many.
+const POLL = 2_000;
+const SAMPLES = 120;
+
+export const live = {
+  // opening, live, searching, resting (nobody looks) or off.
+  phase: 'off',
+  // The newest status, kept while the PRIMARY does not answer.
+  status: null,
+  // While searching: since when, by performance.now().
+  lostAt: 0,
+  // Whether the former PRIMARY said goodbye, as at a switchover.
+  farewell: false,
+  // The last change of the PRIMARY that this page has lived through: { from, to, ms }.
+  takeover: null,
+  // Transactions behind by member id, oldest first.
+  lags: new Map(),
+};
+
+const subscribers = new Set();
+let onExpired = () => {};
+let controller = null;
+let heardAt = 0;
+
+// Calls `listener` at every change until the function that is returned is called.
+export function subscribe(listener) {
+  subscribers.add(listener);
+  return () => subscribers.delete(listener);
+}
+
+function publish() {
+  for (const subscriber of subscribers) subscriber(live);
+}
+
+function enter(phase) {
+  live.phase = phase;
+  publish();
+}
+
+const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+function take(status) {
+  live.status = status;
+  heardAt = performance.now();
+  const known = new Set();
+  for (const member of status.members) {
+    const samples = live.lags.get(member.id) ?? [];
+    samples.push(member.state === 'DOWN' || member.state === 'UNKNOWN' ? null : member.lag);
+    live.lags.set(member.id, samples.slice(-SAMPLES));
+    known.add(member.id);
+  }
+  for (const id of live.lags.keys()) if (!known.has(id)) live.lags.delete(id);
+}
+
+export function nameOf(status, id) {
+  return status?.members.find((member) => member.id === id)?.name;
+}
+
+// Reads events from a response; returns the reason of its end, or nothing if it broke off.
+async function follow(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = '';
+  for (;;) {
+    const alarm = setTimeout(() => controller.abort(), SILENCE);
+    const { done, value } = await reader.read();
+    clearTimeout(alarm);
+    if (done) return undefined;
+    const events = (buffer + value).split('\n\n');
+    buffer = events.pop();
+    for (const event of events) {
+      const lines = event.split('\n');
+      const data = lines.filter((line) => line.startsWith('data: ')).map((line) => line.slice(6)).join('\n');
+      if (lines[0] === 'event: end') return data;
+      if (lines[0] !== 'event: status') continue;
+      take(JSON.parse(data));
+      enter('live');
+    }
+  }
+}
+
+// Knocks until somebody answers, then asks who it is. Returns false if the session has ended.
+async function search() {
+  const before = live.status;
+  live.lostAt = heardAt || performance.now();
+  enter('searching');
+  while (live.phase === 'searching') {
+    try {
+      const ping = await fetch('/api/v1/_ping', { cache: 'no-store', signal: AbortSignal.timeout(KNOCK) });
+      if (ping.ok) {
+        const response = await send('GET', '/high-availability', { limit: ANSWER });
+        if (response.status === 401) return false;
+        if (response.ok) {
+          found(before, await response.json());
+          return true;
+        }
+      }
+    } catch {
+      // Nobody: knock again.
+    }
+    publish();
+    await wait(PAUSE);
+  }
+  return true;
+}
+
+function found(before, status) {
+  const ms = performance.now() - live.lostAt;
+  const changed = before && before.primary !== status.primary;
+  live.takeover = before && { from: nameOf(before, before.primary), to: status.name, ms, changed, planned: live.farewell };
+  live.farewell = false;
+  take(status);
+  enter('live');
+}
+
+async function poll(until) {
+  while (performance.now() < until && live.phase !== 'off' && !document.hidden) {
+    const response = await send('GET', '/high-availability', { limit: ANSWER });
+    if (response.status === 401) return false;
+    if (!response.ok) throw new Error('no status');
+    take(await response.json());
+    enter('live');
+    await wait(POLL);
+  }
+  return true;
+}
+
+// One stream from its beginning to its end. Returns false if the session has ended.
+async function listen() {
+  controller = new AbortController();
+  const alarm = setTimeout(() => controller.abort(), ANSWER);
+  try {
+    const options = { signal: controller.signal, headers: HEADERS, cache: 'no-store', credentials: 'same-origin' };
+    const response = await fetch('/api/v1/high-availability/stream', options);
+    clearTimeout(alarm);
+    if (response.status === 401) return false;
+    if (response.status === 503) return await poll(performance.now() + 30_000);
+    if (!response.ok) throw new Error(`status ${response.status}`);
+    const end = await follow(response);
+    if (end === 'renew') return true;
+    live.farewell = end === 'closing';
+  } catch {
+    // It broke off, or nobody was there.
+  } finally {
+    clearTimeout(alarm);
+    controller.abort();
+  }
+  if (live.phase === 'off' || document.hidden) return true;
+  return search();
+}
+
+async function run() {
+  while (live.phase !== 'off') {
+    if (document.hidden) {
+      enter('resting');
+      await new Promise((resolve) => document.addEventListener('visibilitychange', resolve, { once: true }));
+      heardAt = 0;
+      continue;
+    }
+    if (!(await listen())) {
+      stop();
+      onExpired();
+      return;
+    }
+  }
+}
+
+// Begins to follow. `expired` is called when the session has ended.
+export function start(expired) {
+  onExpired = expired;
+  if (live.phase !== 'off') return;
+  enter('opening');
+  run();
+}
+
+export function stop() {
+  live.phase = 'off';
+  live.status = null;
+  live.takeover = null;
+  live.lags.clear();
+  heardAt = 0;
+  controller?.abort();
+}
+
+// A request had no answer: the stream may not have noticed yet.
+export function suspect() {
+  if (live.phase === 'live') controller?.abort();
+}
+
+// Closes the message about the last change of the PRIMARY.
+export function dismiss() {
+  live.takeover = null;
+  publish();
+}
+
+document.addEventListener('visibilitychange', () => {
+  if (document.hidden) controller?.abort();
+});

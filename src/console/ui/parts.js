@@ -1,0 +1,158 @@
+// What pages are made of: buttons, fields, tables, dialogs, messages. Owns how they look and speak; knows nothing of the API.
+
+import { h, show } from './dom.js';
+import { stateKind, time } from './words.js';
+
+// Says something to who cannot see the page.
+export function announce(text) {
+  document.getElementById('announcer').textContent = text;
+}
+
+// What is the same on every page: its heading, and a place for what went wrong.
+export function page(title, intro, ...children) {
+  return [
+    h('h1', { tabindex: -1 }, title),
+    intro && h('p', { class: 'intro' }, intro),
+    children,
+  ];
+}
+
+export function button(label, onclick, { kind = 'plain', disabled = false, ...more } = {}) {
+  return h('button', { type: 'button', class: `button ${kind}`, disabled, onclick, ...more }, label);
+}
+
+// A labelled input. `more` are its attributes; `hint` stands below it and is read with it.
+export function field(label, name, { hint, element = 'input', options, text, ...more } = {}) {
+  const choices = options?.map(([value, words, selected]) => h('option', { value, selected }, words));
+  return h(
+    'label',
+    { class: 'field' },
+    h('span', {}, label),
+    h(options ? 'select' : element, { name, ...more }, choices, text),
+    hint && h('span', { class: 'hint' }, hint),
+  );
+}
+
+export function check(label, name, checked) {
+  return h('label', { class: 'check' }, h('input', { type: 'checkbox', name, checked }), h('span', {}, label));
+}
+
+// A form: `send` gets the values by name; what it throws is shown and spoken, and its button rests meanwhile.
+export function form(label, send, fields, { kind = 'primary', cancel } = {}) {
+  const onsubmit = async (event) => {
+    event.preventDefault();
+    // Looked up: this form may have been shown in the place of an older one.
+    const element = event.currentTarget;
+    const [problem, submit] = [element.querySelector('.problem'), element.querySelector('[type=submit]')];
+    submit.disabled = true;
+    problem.textContent = '';
+    try {
+      await send(Object.fromEntries(new FormData(element)), element);
+    } catch (error) {
+      problem.textContent = error.message;
+    }
+    submit.disabled = false;
+  };
+  const submit = h('button', { type: 'submit', class: `button ${kind}` }, label);
+  const buttons = h('div', { class: 'buttons' }, submit, cancel && button('Cancel', cancel));
+  return h('form', { class: 'form', onsubmit, novalidate: true }, fields, h('p', { class: 'problem', role: 'alert' }), buttons);
+}
+
+// A table that becomes a list of cards where there is no room. Columns: [heading, class]; rows: { key, cells, class }.
+export function table(label, columns, rows, empty) {
+  if (rows.length === 0) return h('p', { class: 'empty' }, empty);
+  const head = columns.map(([heading, kind]) => h('th', { scope: 'col', role: 'columnheader', class: kind }, heading));
+  const body = rows.map(({ key, cells, kind }) =>
+    h(
+      'tr',
+      { role: 'row', 'data-key': key, class: kind },
+      cells.map((cell, at) =>
+        h('td', { role: 'cell', class: columns[at][1], 'data-label': columns[at][0] }, h('div', {}, cell)),
+      ),
+    ),
+  );
+  // The roles are spelled out: a table that is laid out as blocks loses them in some browsers.
+  return h(
+    'table',
+    { role: 'table', 'aria-label': label },
+    h('thead', { role: 'rowgroup' }, h('tr', { role: 'row' }, head)),
+    h('tbody', { role: 'rowgroup' }, body),
+  );
+}
+
+// A state, by its word, its colour and its shape.
+export function badge(state) {
+  return h('span', { class: `badge ${stateKind(state)} ${state.toLowerCase()}` }, state);
+}
+
+export function when(value) {
+  if (!value) return h('span', { class: 'quiet' }, 'never');
+  return h('time', {}, time(value));
+}
+
+export function card(title, attributes, ...children) {
+  const id = `card-${title.toLowerCase().replace(/[^a-z]+/g, '-')}`;
+  return h(
+    'section',
+    { class: 'card', 'aria-labelledby': id, 'data-key': id, ...attributes },
+    h('h2', { id }, title),
+    children,
+  );
+}
+
+// Copies a text; says so where it was asked for.
+export function copyButton(text, label = 'Copy') {
+  const done = async (event) => {
+    const element = event.currentTarget;
+    await navigator.clipboard.writeText(text);
+    element.textContent = 'Copied';
+    announce('Copied to the clipboard');
+    setTimeout(() => {
+      element.textContent = label;
+    }, 2000);
+  };
+  return button(label, done, { class: 'button copy' });
+}
+
+// A modal dialog around what `body(close)` returns. Resolves with what `close` is given, or undefined if it was left.
+export function dialog(title, body) {
+  const { promise, resolve } = Promise.withResolvers();
+  const element = h('dialog', { 'aria-labelledby': 'dialog-title' });
+  const close = (value) => {
+    resolve(value);
+    element.close();
+  };
+  element.addEventListener('close', () => {
+    resolve(undefined);
+    element.remove();
+  });
+  show(element, h('h2', { id: 'dialog-title' }, title), body(close));
+  document.body.append(element);
+  element.showModal();
+  return promise;
+}
+
+// A question. `work` is done while the dialog is open; what it throws is shown there. With `typed`, that text must be
+// entered first. Resolves with true once `work` is done.
+export function confirm(title, content, label, work, { kind = 'primary', typed } = {}) {
+  return dialog(title, (close) => {
+    const send = async (values) => {
+      if (typed !== undefined && values.typed !== typed) throw new Error(`Type ${typed} to confirm.`);
+      await work(values);
+      close(true);
+    };
+    const fields = [
+      content,
+      typed !== undefined && field(`Type ${typed} to confirm`, 'typed', { autocomplete: 'off', spellcheck: 'false' }),
+    ];
+    return form(label, send, fields, { kind, cancel: () => close(false) });
+  });
+}
+
+// A passing message at the edge of the page.
+export function toast(text, kind = 'good') {
+  const element = h('div', { class: `toast ${kind}` }, text);
+  document.body.append(element);
+  announce(text);
+  setTimeout(() => element.remove(), 6000);
+}

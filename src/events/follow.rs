@@ -1,0 +1,443 @@
+//! Makes events of what a node publishes: compares each picture with the one before. Must never keep a picture: it holds the
+//! database of a PRIMARY.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+use tracing::info;
+
+use super::{Event, Kind, Recorder, Scope, Severity};
+use crate::{
+    cluster::{Member, Membership, NodeId, Phase, Role},
+    node::{
+        Status,
+        history::{Loss, RoleChange, Takeover},
+    },
+    telemetry,
+};
+
+/// A cluster without a primary for so long is worth telling: any takeover is over by then.
+const WITHOUT_PRIMARY: Duration = Duration::from_secs(5);
+
+/// What is compared of a picture.
+#[derive(Clone, Debug)]
+struct Seen {
+    node: NodeId,
+    name: String,
+    role: Role,
+    epoch: u64,
+    primary: Option<NodeId>,
+    /// State and full disk of the other members.
+    others: BTreeMap<NodeId, (Role, bool)>,
+    membership: Membership,
+    warnings: BTreeMap<&'static str, String>,
+}
+
+impl Seen {
+    fn of(status: &Status) -> Self {
+        let others = status.members.iter().filter(|member| member.id != status.node);
+        Self {
+            node: status.node,
+            name: status.name.clone(),
+            role: status.role,
+            epoch: status.epoch,
+            primary: status.primary,
+            others: others.map(|member| (member.id, (member.state, member.full))).collect(),
+            membership: status.membership.public(),
+            warnings: status.recent.warnings.clone(),
+        }
+    }
+
+    fn name(&self, id: NodeId) -> String {
+        self.membership.get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
+    }
+
+    /// Of those who are up, as far as this node knows, it is the first: then it speaks for them.
+    fn is_first_of_those_up(&self) -> bool {
+        let up = |member: &&Member| {
+            let other = self.others.get(&member.id);
+            other.is_none_or(|(state, _)| !matches!(state, Role::Down | Role::Unknown | Role::Removed))
+        };
+        let first = self.membership.members.iter().filter(up).min_by_key(|member| member.rank);
+        first.is_some_and(|first| first.id == self.node)
+    }
+}
+
+/// Records what happens until the node ends. `opened` says when the Console's ports were opened last, on the clock of
+/// [`crate::node::lease::boottime`].
+pub async fn follow(
+    recorder: Recorder,
+    mut status: watch::Receiver<Arc<Status>>,
+    mut opened: watch::Receiver<Option<u64>>,
+) {
+    let mut follower = Follower::new(recorder, &status.borrow_and_update());
+    loop {
+        let ended = tokio::select! {
+            changed = status.changed() => changed.is_err(),
+            changed = opened.changed() => changed.is_err(),
+        };
+        let open = *opened.borrow_and_update();
+        // The guard of the picture is gone at the end of this line.
+        follower.look(&status.borrow_and_update(), open, Instant::now());
+        if ended {
+            return;
+        }
+    }
+}
+
+struct Follower {
+    recorder: Recorder,
+    seen: Seen,
+    /// Number of the last change of the role that was recorded.
+    number: u64,
+    /// The ports of this primary are not open yet.
+    opening: Option<RoleChange>,
+    /// Since when no primary is known, and with which scope that was told.
+    without: Option<(Instant, Option<Scope>)>,
+    /// The primary that was known last.
+    last_primary: Option<NodeId>,
+}
+
+impl Follower {
+    fn new(recorder: Recorder, status: &Status) -> Self {
+        let seen = Seen::of(status);
+        Self { recorder, last_primary: None, seen, number: 0, opening: None, without: None }
+    }
+
+    fn look(&mut self, status: &Status, opened: Option<u64>, now: Instant) {
+        let before = std::mem::replace(&mut self.seen, Seen::of(status));
+        self.recorder.set_primary(self.seen.role == Role::Primary);
+        let known = self.number;
+        for change in status.recent.role_changes.iter().filter(|change| change.number > known) {
+            self.recorder.record(role_changed(&self.seen.name, change));
+            self.opening = Some(change.clone()).filter(|change| change.to == Phase::Primary);
+            self.number = change.number;
+        }
+        if let Some(opened) = opened
+            && let Some(change) = self.opening.take_if(|change| opened >= change.at)
+            && let Some(takeover) = change.takeover
+        {
+            self.took_over(&change, takeover, opened);
+        }
+        self.follow_primary(now);
+        let mut events = members(&before, &self.seen);
+        events.iter().for_each(|event| info!("{}", event.sentence));
+        events.extend(membership(&before, &self.seen));
+        events.extend(warnings(&before, &self.seen));
+        events.into_iter().for_each(|event| self.recorder.record(event));
+    }
+
+    fn took_over(&self, change: &RoleChange, takeover: Takeover, opened: u64) {
+        let ms = takeover.since.map(|since| opened.saturating_sub(since) as f64 / 1e6);
+        let event = took_over(&self.seen, change.epoch, takeover, ms);
+        info!("{}", event.sentence);
+        self.recorder.record(event);
+        if takeover.loss != Loss::FirstStart {
+            metrics::counter!(telemetry::FAILOVERS, "reason" => takeover.loss.word()).increment(1);
+            if let Some(ms) = ms {
+                metrics::histogram!(telemetry::TAKEOVER).record(ms / 1e3);
+            }
+        }
+    }
+
+    fn follow_primary(&mut self, now: Instant) {
+        let seen = &self.seen;
+        if let Some(primary) = seen.primary {
+            let name = seen.name(primary);
+            if self.last_primary.replace(primary) != Some(primary) && primary != seen.node {
+                let event =
+                    Event::new(Kind::Primary, Severity::Info, format!("{name} is PRIMARY (epoch {})", seen.epoch));
+                info!("{}", event.sentence);
+                self.recorder.record(event.field("primary", name.clone()).field("epoch", seen.epoch));
+            }
+            if let Some((since, Some(scope))) = self.without.take() {
+                let seconds = now.duration_since(since).as_secs();
+                let sentence = format!("{name} is PRIMARY after {seconds} s without one, as seen from {}", seen.name);
+                let event = Event::new(Kind::Primary, Severity::Info, sentence).scope(scope);
+                self.recorder.record(event.field("primary", name).field("seconds", seconds));
+            }
+            return;
+        }
+        if matches!(seen.role, Role::Removed | Role::RequestJoin) {
+            return;
+        }
+        let (since, told) = self.without.get_or_insert((now, None));
+        if told.is_none() && now.duration_since(*since) >= WITHOUT_PRIMARY {
+            let scope = if seen.is_first_of_those_up() { Scope::Node } else { Scope::Local };
+            *told = Some(scope);
+            let state = |(id, (state, _)): (&NodeId, &(Role, bool))| format!("{} {state}", seen.name(*id));
+            let states = seen.others.iter().map(state).collect::<Vec<_>>().join(", ");
+            let sentence = format!(
+                "nobody is PRIMARY, as seen from {} ({}; {states}): start twistlockd on the other hosts and check the network between them",
+                seen.name, seen.role
+            );
+            self.recorder.record(Event::new(Kind::Primary, Severity::Critical, sentence).scope(scope));
+        }
+    }
+}
+
+fn role_changed(name: &str, change: &RoleChange) -> Event {
+    let severity = match change.from {
+        Phase::Primary if change.cause != crate::cluster::Cause::Handover => Severity::Warning,
+        _ => Severity::Info,
+    };
+    Event::new(Kind::Role, severity, format!("{name} {}", change.sentence))
+        .field("from", format!("{:?}", change.from))
+        .field("to", format!("{:?}", change.to))
+        .field("cause", format!("{:?}", change.cause))
+        .field("epoch", change.epoch)
+}
+
+fn took_over(seen: &Seen, epoch: u64, takeover: Takeover, ms: Option<f64>) -> Event {
+    let Takeover { from, loss, .. } = takeover;
+    let (name, old) = (&seen.name, from.map(|from| seen.name(from)));
+    let former = old.as_deref().unwrap_or("nobody");
+    let why = match loss {
+        Loss::HandedOver => format!("{former} handed the role over"),
+        Loss::ProcessDead => format!("the process of {former} is dead"),
+        Loss::NotHeard => format!("{former} was not heard of any more"),
+        Loss::GaveUp => format!("{former} gave the role up"),
+        Loss::Regained => "it had lost the role itself".to_owned(),
+        Loss::FirstStart => "none was known since it started".to_owned(),
+    };
+    let sentence = match (from.filter(|from| *from != seen.node), ms) {
+        (Some(_), Some(ms)) => format!("{name} took over from {former} within {ms:.0} ms: {why}"),
+        (Some(_), None) => format!("{name} took over from {former}: {why}"),
+        (None, _) => format!("{name} is PRIMARY: {why}"),
+    };
+    let severity = match loss {
+        Loss::HandedOver | Loss::FirstStart => Severity::Info,
+        _ => Severity::Warning,
+    };
+    let event = Event::new(Kind::Takeover, severity, sentence).scope(Scope::Cluster);
+    let event = event.field("to", name.clone()).field("reason", loss.word()).field("epoch", epoch);
+    let event = old.into_iter().fold(event, |event, old| event.field("from", old));
+    ms.into_iter().fold(event, |event, ms| event.field("durationMs", (ms * 10.0).round() / 10.0))
+}
+
+/// What became of the other members, as seen from here.
+fn members(before: &Seen, after: &Seen) -> Vec<Event> {
+    let mut events = Vec::new();
+    for (id, (state, full)) in &after.others {
+        let Some((was, was_full)) = before.others.get(id) else { continue };
+        let name = after.name(*id);
+        if was != state && *was != Role::Unknown {
+            let (severity, sentence) = match (was, state) {
+                (_, Role::Down) => (Severity::Warning, format!("{name} is not heard of: {was} -> DOWN")),
+                (Role::Down, _) => (Severity::Info, format!("{name} is back: DOWN -> {state}")),
+                _ => (Severity::Info, format!("{name}: {was} -> {state}")),
+            };
+            let event = Event::new(Kind::Member, severity, sentence).scope(Scope::Cluster);
+            events.push(
+                event.field("member", name.clone()).field("from", was.to_string()).field("to", state.to_string()),
+            );
+        }
+        if was_full != full {
+            let (severity, sentence) = match full {
+                true => (Severity::Warning, format!("the disk of {name} is full: free some space there")),
+                false => (Severity::Info, format!("there is space on the disk of {name} again")),
+            };
+            events.push(Event::new(Kind::Disk, severity, sentence).scope(Scope::Cluster).field("member", name));
+        }
+    }
+    events
+}
+
+/// Who belongs to the cluster, and whether it is paused.
+fn membership(before: &Seen, after: &Seen) -> Vec<Event> {
+    let (old, new) = (&before.membership, &after.membership);
+    let mut events = Vec::new();
+    let mut tell = |name: &str, sentence: String| {
+        let event = Event::new(Kind::Membership, Severity::Info, sentence).scope(Scope::Cluster);
+        events.push(event.field("member", name));
+    };
+    for member in &new.members {
+        let Member { id, name, address, port, .. } = member;
+        match old.get(*id) {
+            None => tell(name, format!("{name} ({address}:{port}) was admitted to the cluster")),
+            Some(was) if !was.voter && member.voter => tell(name, format!("{name} has caught up and votes")),
+            Some(was) if (&was.name, &was.address, was.port) != (name, address, *port) => {
+                let former = format!("{} ({}:{})", was.name, was.address, was.port);
+                tell(name, format!("{former} is {name} ({address}:{port}) from now on"));
+            }
+            Some(_) => {}
+        }
+    }
+    for Member { name, .. } in old.members.iter().filter(|member| new.get(member.id).is_none()) {
+        tell(name, format!("{name} was removed from the cluster"));
+    }
+    let asks = |membership: &Membership, print: &str| membership.requests.iter().any(|open| open.fingerprint == print);
+    for request in new.requests.iter().filter(|request| !asks(old, &request.fingerprint)) {
+        let (name, address) = (&request.name, &request.address);
+        tell(name, format!("{name} ({address}:{}) asks to join: {}", request.port, request.fingerprint));
+    }
+    let place = |membership: &Membership, address: &str, port| {
+        membership.members.iter().any(|member| member.address == address && member.port == port)
+    };
+    for gone in old.requests.iter().filter(|request| !asks(new, &request.fingerprint)) {
+        if !place(new, &gone.address, gone.port) {
+            tell(&gone.name, format!("the request of {} to join was turned down, or has expired", gone.name));
+        }
+    }
+    if old.pause != new.pause {
+        let sentence = match &new.pause {
+            Some(_) => "automatic takeover is paused",
+            None => "automatic takeover is no longer paused",
+        };
+        let event = Event::new(Kind::Pause, Severity::Info, sentence).scope(Scope::Cluster);
+        events.push(new.pause.iter().fold(event, |event, pause| event.field("until", pause.until)));
+    }
+    events
+}
+
+/// What the status warns of, when it begins and when it ends.
+fn warnings(before: &Seen, after: &Seen) -> Vec<Event> {
+    let mut events = Vec::new();
+    let kind = |about: &str| match about {
+        "disk" => (Kind::Disk, Severity::Warning),
+        "rollback" => (Kind::Rollback, Severity::Warning),
+        "diverged" | "scrub" => (Kind::Damage, Severity::Critical),
+        "snapshot" => (Kind::Snapshot, Severity::Warning),
+        "backup" => (Kind::Backup, Severity::Warning),
+        "certificate" | "certificates" => (Kind::Certificate, Severity::Warning),
+        _ => (Kind::Warning, Severity::Warning),
+    };
+    // The PRIMARY sees the disks of the others by itself.
+    let scope = |about: &str| if about == "disk" { Scope::Cluster } else { Scope::Node };
+    for (about, text) in after.warnings.iter().filter(|(about, _)| !before.warnings.contains_key(*about)) {
+        let (kind, severity) = kind(about);
+        let sentence = format!("{}: {text}", after.name);
+        events.push(Event::new(kind, severity, sentence).scope(scope(about)).field("about", *about));
+    }
+    for about in before.warnings.keys().filter(|about| !after.warnings.contains_key(*about)) {
+        let sentence = format!("{}: the warning about {about} is over", after.name);
+        events.push(Event::new(kind(about).0, Severity::Info, sentence).scope(scope(about)).field("about", *about));
+    }
+    events
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cluster::{Cause, ClusterId, membership::Pause, role::transition},
+        events::{Wanted, read},
+    };
+
+    fn seen(states: &[(Role, bool)]) -> Seen {
+        let founder = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
+        Seen {
+            node: 1,
+            name: "node1".to_owned(),
+            role: Role::Secondary,
+            epoch: 4,
+            primary: None,
+            others: (2..).zip(states.iter().copied()).collect(),
+            membership: Membership::founded(ClusterId(7), (1..=3).map(founder).collect()),
+            warnings: BTreeMap::new(),
+        }
+    }
+
+    fn told(events: &[Event]) -> Vec<(Severity, &str)> {
+        events.iter().map(|event| (event.severity, event.sentence.as_str())).collect()
+    }
+
+    #[test]
+    fn states_of_others_are_told_but_not_the_first_sight_of_them() {
+        let unknown = seen(&[(Role::Unknown, false), (Role::Unknown, false)]);
+        let up = seen(&[(Role::Secondary, false), (Role::Primary, false)]);
+        let down = seen(&[(Role::Secondary, true), (Role::Down, false)]);
+        assert_eq!(members(&unknown, &up), []);
+        let events = members(&up, &down);
+        let disk = (Severity::Warning, "the disk of node2 is full: free some space there");
+        assert_eq!(told(&events), [disk, (Severity::Warning, "node3 is not heard of: PRIMARY -> DOWN")]);
+        assert!(events.iter().all(|event| event.scope == Scope::Cluster));
+        let back = members(&down, &up);
+        assert_eq!(told(&back)[1], (Severity::Info, "node3 is back: DOWN -> PRIMARY"));
+        assert!(down.is_first_of_those_up());
+        assert!(!Seen { node: 2, others: BTreeMap::from([(1, (Role::Startup, false))]), ..up }.is_first_of_those_up());
+    }
+
+    #[test]
+    fn membership_and_pause_are_told() {
+        let before = seen(&[]);
+        let mut after = before.clone();
+        after.membership.members.remove(2);
+        after.membership.members[1].address = "10.0.0.2".to_owned();
+        after.membership.pause = Some(Pause { until: 7, primary: 1 });
+        let events = membership(&before, &after);
+        let sentences = [
+            "node2 (127.0.0.2:8086) is node2 (10.0.0.2:8086) from now on",
+            "node3 was removed from the cluster",
+            "automatic takeover is paused",
+        ];
+        assert_eq!(told(&events).iter().map(|(_, sentence)| *sentence).collect::<Vec<_>>(), sentences);
+        assert!(membership(&after, &before).iter().any(|event| event.sentence.contains("was admitted")));
+        assert_eq!(membership(&after, &after), []);
+    }
+
+    #[test]
+    fn warnings_begin_and_end_once() {
+        let before = seen(&[]);
+        let warned = Seen { warnings: BTreeMap::from([("diverged", "it differs".to_owned())]), ..before.clone() };
+        assert_eq!(told(&warnings(&before, &warned)), [(Severity::Critical, "node1: it differs")]);
+        assert_eq!(warnings(&warned, &warned), []);
+        let over = (Severity::Info, "node1: the warning about diverged is over");
+        assert_eq!(told(&warnings(&warned, &before)), [over]);
+    }
+
+    fn change(number: u64, takeover: Option<Takeover>) -> RoleChange {
+        let edge = transition(Phase::Promoting, Cause::DatabaseOpened).unwrap();
+        let (from, to, cause, sentence) = (edge.from, edge.to, edge.cause, edge.sentence);
+        RoleChange { number, at: 1000, epoch: 4, from, to, cause, sentence, takeover }
+    }
+
+    /// A picture of the same node.
+    fn status(role: Role, primary: Option<NodeId>) -> Status {
+        let seen = seen(&[]);
+        let text = serde_json::json!({
+            "cluster": seen.membership.cluster, "node": 1, "name": "node1", "version": "1", "role": role, "reason": "",
+            "epoch": 4, "primary": primary, "applied": 0, "committed": 0, "lease_ms": null, "members": [],
+            "membership": seen.membership, "warnings": [],
+        });
+        serde_json::from_value(text).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_takeover_is_told_once_when_the_ports_are_open_and_a_loss_after_a_while() {
+        let folder = tempfile::tempdir().unwrap();
+        let recorder = Recorder::start("node1", folder.path()).unwrap();
+        let mut notified = recorder.to_notify();
+        let mut follower = Follower::new(recorder.clone(), &status(Role::Secondary, Some(2)));
+        let now = Instant::now();
+        follower.look(&status(Role::Secondary, Some(2)), None, now);
+        follower.look(&status(Role::Secondary, None), None, now);
+        let mut primary = status(Role::Primary, Some(1));
+        let takeover = Takeover { from: Some(2), loss: Loss::ProcessDead, since: Some(900) };
+        primary.recent.role_changes.push_back(change(1, Some(takeover)));
+        follower.look(&primary, Some(10), now);
+        assert!(notified.try_recv().is_err(), "the ports were opened by an earlier term");
+        follower.look(&primary, Some(24_000_900), now);
+        follower.look(&primary, Some(24_000_900), now);
+        let event = notified.try_recv().unwrap();
+        assert_eq!(event.sentence, "node1 took over from node2 within 24 ms: the process of node2 is dead");
+        assert_eq!((&event.fields["reason"], &event.fields["durationMs"]), (&"process_dead".into(), &24.0.into()));
+        assert!(notified.try_recv().is_err(), "told twice");
+        follower.look(&status(Role::Secondary, None), None, now);
+        follower.look(&status(Role::Secondary, None), None, now + WITHOUT_PRIMARY);
+        follower.look(&status(Role::Secondary, None), None, now + 2 * WITHOUT_PRIMARY);
+        follower.look(&status(Role::Secondary, Some(3)), None, now + 2 * WITHOUT_PRIMARY);
+        let sentences = [notified.try_recv().unwrap().sentence, notified.try_recv().unwrap().sentence];
+        assert!(sentences[0].starts_with("nobody is PRIMARY, as seen from node1"), "{sentences:?}");
+        assert_eq!(sentences[1], "node3 is PRIMARY after 10 s without one, as seen from node1");
+        assert!(notified.try_recv().is_err());
+        recorder.flush();
+        let kinds: Vec<_> = read(folder.path(), &Wanted::default()).unwrap().iter().map(|event| event.kind).collect();
+        let (primary, change, takeover) = (Kind::Primary, Kind::Role, Kind::Takeover);
+        assert_eq!(kinds, [primary, primary, primary, takeover, change, primary]);
+    }
+}

@@ -1,0 +1,205 @@
+//! The routes of the health port. Each answer is a code, which a balancer reads, and a JSON body, which a person reads.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use axum::{
+    Extension, Json, Router,
+    extract::{Query, State},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    middleware,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use serde::Serialize;
+use serde_json::json;
+
+use super::{Sources, checks, claim::Claim};
+use crate::{cluster::Role, node::Status};
+
+/// The loop turns once per tick; one that has not for so long does no work. `?within=` asks for another limit.
+const LIVE: Duration = Duration::from_secs(1);
+/// What `?within=` may ask for, in milliseconds.
+const WITHIN: std::ops::RangeInclusive<u64> = 50..=60_000;
+
+pub(super) fn router(sources: Sources) -> Router {
+    Router::new()
+        .route("/", get(primary))
+        .route("/primary", get(primary))
+        .route("/secondary", get(secondary))
+        .route("/livez", get(live))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .fallback(nothing)
+        .layer(middleware::map_response(mark))
+        .with_state(sources)
+}
+
+/// What a balancer may think of this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// PRIMARY with a valid lease and open ports.
+    Primary,
+    /// In its place as SECONDARY.
+    Secondary,
+    /// Anything else: on its way to a role, cut off, removed, or its loop does not turn.
+    Other,
+}
+
+/// The codes for the three standings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Codes {
+    primary: StatusCode,
+    secondary: StatusCode,
+    other: StatusCode,
+}
+
+/// `GET /` and `GET /primary`: 200 where the Console is, 503 elsewhere.
+async fn primary(
+    sources: State<Sources>,
+    claim: Extension<Arc<Claim>>,
+    query: Query<HashMap<String, String>>,
+) -> Response {
+    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+    let usual = Codes { primary: StatusCode::OK, secondary: unavailable, other: unavailable };
+    tell(&sources, &claim, &query, usual)
+}
+
+/// `GET /secondary`: 200 on a SECONDARY, 503 elsewhere.
+async fn secondary(
+    sources: State<Sources>,
+    claim: Extension<Arc<Claim>>,
+    query: Query<HashMap<String, String>>,
+) -> Response {
+    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+    let usual = Codes { primary: unavailable, secondary: StatusCode::OK, other: unavailable };
+    tell(&sources, &claim, &query, usual)
+}
+
+fn tell(sources: &Sources, claim: &Claim, query: &HashMap<String, String>, usual: Codes) -> Response {
+    let codes = match usual.with(query) {
+        Ok(codes) => codes,
+        Err(problem) => return refuse(problem),
+    };
+    let status = sources.status.borrow().clone();
+    let standing = match status.role {
+        _ if claim.make() => Standing::Primary,
+        Role::Secondary if sources.pulse.age() < LIVE => Standing::Secondary,
+        _ => Standing::Other,
+    };
+    let code = match standing {
+        Standing::Primary => codes.primary,
+        Standing::Secondary => codes.secondary,
+        Standing::Other => codes.other,
+    };
+    (code, Json(Body::of(&status, standing == Standing::Primary))).into_response()
+}
+
+/// The body. No secrets, and of the members only who is primary.
+#[derive(Debug, Serialize)]
+struct Body {
+    name: String,
+    state: Role,
+    /// PRIMARY with a valid lease and open ports.
+    serves: bool,
+    epoch: u64,
+    primary: Option<String>,
+    lag: u64,
+    warnings: usize,
+}
+
+impl Body {
+    fn of(status: &Status, serves: bool) -> Self {
+        let member = |id| status.members.iter().find(|member| member.id == id);
+        Self {
+            name: status.name.clone(),
+            state: status.role,
+            serves,
+            epoch: status.epoch,
+            primary: status.primary.and_then(member).map(|member| member.name.clone()),
+            lag: status.committed.saturating_sub(status.applied),
+            warnings: status.warnings.len(),
+        }
+    }
+}
+
+impl Codes {
+    /// With those that the request asks for: `?primary=200&secondary=429&other=500`. A node in no good standing never says that
+    /// all is well, whatever is asked for.
+    fn with(mut self, query: &HashMap<String, String>) -> Result<Self, String> {
+        for (name, value) in query {
+            let (code, may_be_200) = match name.as_str() {
+                "primary" => (&mut self.primary, true),
+                "secondary" => (&mut self.secondary, true),
+                "other" => (&mut self.other, false),
+                _ => return Err(format!("{name:.40}: unknown parameter, allowed: primary, secondary, other")),
+            };
+            let number = value.parse::<u16>().ok().filter(|n| (may_be_200 && *n == 200) || (400..=599).contains(n));
+            let given = number.and_then(|number| StatusCode::from_u16(number).ok());
+            *code = given.ok_or_else(|| {
+                let allowed = if may_be_200 { "200, or 400 to 599" } else { "400 to 599" };
+                format!("{name}: found \"{value:.40}\", allowed: {allowed}")
+            })?;
+        }
+        Ok(self)
+    }
+}
+
+/// `GET /livez`: 200 while the consensus loop turns.
+async fn live(sources: State<Sources>, Query(query): Query<HashMap<String, String>>) -> Response {
+    let mut limit = LIVE;
+    for (name, value) in &query {
+        let number = value.parse().ok().filter(|number| name == "within" && WITHIN.contains(number));
+        let Some(number) = number else {
+            let (least, most) = WITHIN.into_inner();
+            return refuse(format!(
+                "found \"{name:.40}={value:.40}\", allowed: within={least} to {most} (milliseconds)"
+            ));
+        };
+        limit = Duration::from_millis(number);
+    }
+    let age = sources.pulse.age();
+    let body = json!({ "live": age <= limit, "turned_ms_ago": age.as_millis() as u64 });
+    (code(age <= limit), Json(body)).into_response()
+}
+
+/// `GET /readyz`: 200 if this node does its work and could take over; `?verbose` lists all checks, not only those that fail.
+async fn ready(State(sources): State<Sources>, Query(query): Query<HashMap<String, String>>) -> Response {
+    let verbose = query.contains_key("verbose");
+    if query.len() > usize::from(verbose) {
+        return refuse("unknown parameter, allowed: verbose".to_owned());
+    }
+    // Two small files are read.
+    let Ok(mut checks) = tokio::task::spawn_blocking(move || checks::all(&sources)).await else {
+        return code(false).into_response();
+    };
+    let ready = checks.iter().all(|check| check.ok);
+    checks.retain(|check| verbose || !check.ok);
+    (code(ready), Json(json!({ "ready": ready, "checks": checks }))).into_response()
+}
+
+/// `GET /metrics`.
+async fn metrics(State(sources): State<Sources>, headers: HeaderMap) -> Response {
+    sources.metrics.answer(&headers)
+}
+
+async fn nothing(uri: Uri) -> Response {
+    let text =
+        format!("there is nothing at {:.200}: try /primary, /secondary, /livez, /readyz or /metrics", uri.path());
+    (StatusCode::NOT_FOUND, Json(json!({ "err": text }))).into_response()
+}
+
+fn code(fine: bool) -> StatusCode {
+    if fine { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+fn refuse(problem: String) -> Response {
+    (StatusCode::BAD_REQUEST, Json(json!({ "err": problem }))).into_response()
+}
+
+/// An answer is good for the moment only.
+async fn mark(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}

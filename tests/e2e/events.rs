@@ -1,0 +1,107 @@
+//! What a takeover leaves behind: events with their reason and duration, on the node that took over and, through another
+//! takeover, in the replicated history.
+
+use std::time::Duration;
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use twistlock_ha::{
+    control::{self, Operation},
+    dev::ClusterFile,
+    events::{Event, Kind, Wanted},
+};
+
+use super::{
+    alone,
+    cluster::{Cluster, LIMIT},
+    writers::client,
+};
+
+/// The administrator, at the API of the node that is PRIMARY.
+struct Api {
+    file: ClusterFile,
+    authorization: String,
+}
+
+impl Api {
+    fn new(cluster: &Cluster) -> Self {
+        let file = cluster.file();
+        let authorization = format!("Basic {}", STANDARD.encode(format!("{}:{}", file.user, file.password)));
+        Self { file, authorization }
+    }
+
+    fn get(&self, node: usize, path: &str) -> (u16, Value) {
+        let client = client(&self.file.ca, Duration::from_secs(5));
+        let call = client.get(format!("{}/api/v1/{path}", self.file.nodes[node].console_url));
+        let mut answer = call.header("authorization", &self.authorization).call().expect("the PRIMARY answers");
+        (answer.status().as_u16(), answer.body_mut().read_json().expect("JSON"))
+    }
+
+    /// Waits until the history has so many takeovers from another node, and returns them, newest first.
+    fn wait_takeovers(&self, cluster: &Cluster, count: usize) -> Vec<Event> {
+        let read = || {
+            let (status, value) = self.get(cluster.primary(), "high-availability/events?kind=takeover&limit=400");
+            assert_eq!(status, 200, "{value}");
+            let events: Vec<Event> = serde_json::from_value(value).expect("events");
+            events.into_iter().filter(|event| event.fields.contains_key("from")).collect::<Vec<_>>()
+        };
+        cluster.wait_for("takeovers in the history", |_| read().len() >= count);
+        read()
+    }
+}
+
+/// What a node has in its file.
+fn local(cluster: &Cluster, node: usize, kind: Kind) -> Vec<Event> {
+    let wanted = Wanted { limit: Some(400), kind: Some(kind), ..Wanted::default() };
+    control::operate(&cluster.node(node).control, Operation::Events { wanted }, LIMIT).expect("events")
+}
+
+fn assert_took_over(event: &Event, from: &str, to: &str, reason: &str) {
+    let field = |name: &str| event.fields[name].as_str().unwrap_or_default();
+    assert_eq!((field("from"), field("to"), field("reason")), (from, to, reason), "{event:?}");
+    let ms = event.fields["durationMs"].as_f64().expect("a number");
+    assert!(ms > 0.0 && ms < LIMIT.as_secs_f64() * 1e3, "{event:?}");
+    assert_eq!(event.node, to);
+}
+
+#[test]
+fn a_takeover_is_in_the_history_with_reason_and_duration_and_survives_the_next_one() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let api = Api::new(&cluster);
+    let name = |node: usize| cluster.node(node).name;
+    let first = cluster.primary();
+    cluster.signal(first, Signal::SIGKILL);
+    cluster.wait_for("another PRIMARY", |statuses| {
+        statuses.iter().flatten().any(|status| status.primary.is_some_and(|id| id != first as u64 + 1))
+    });
+    let killed = api.wait_takeovers(&cluster, 1);
+    let second = cluster.primary();
+    assert_took_over(&killed[0], &name(first), &name(second), "process_dead");
+    assert_eq!(local(&cluster, second, Kind::Takeover)[0], killed[0], "the file says the same");
+    cluster.wait_healthy();
+    let operation = Operation::Switchover { to: None, dry_run: false };
+    let _: Value = control::operate(&cluster.node(second).control, operation, LIMIT).expect("a switchover");
+    let both = api.wait_takeovers(&cluster, 2);
+    let third = cluster.primary();
+    assert_took_over(&both[0], &name(second), &name(third), "handed_over");
+    assert_eq!(both[1], killed[0], "the history has survived");
+    // Frozen, so that nobody refuses a connection in its place.
+    cluster.wait_healthy();
+    cluster.freeze(third);
+    cluster.wait_for("another PRIMARY", |statuses| {
+        let others = statuses.iter().enumerate().filter(|(node, _)| *node != third).filter_map(|(_, s)| s.as_ref());
+        others.into_iter().any(|status| status.primary.is_some_and(|id| id != third as u64 + 1))
+    });
+    cluster.signal(third, Signal::SIGCONT);
+    let all = api.wait_takeovers(&cluster, 3);
+    assert_took_over(&all[0], &name(third), &name(cluster.primary()), "not_heard");
+    assert!(local(&cluster, third, Kind::Role).iter().any(|event| event.fields.get("from") == Some(&"Primary".into())));
+    assert_eq!(api.get(cluster.primary(), "high-availability/events?limit=0").0, 400);
+    assert_eq!(api.get(cluster.primary(), "high-availability/events?kind=odd").0, 400);
+    for event in &all {
+        println!("  {} {}", event.time, event.sentence);
+    }
+    println!("events: {}", cluster.finish(&[super::cluster::LEASE_LOST, super::cluster::FROZEN].concat()));
+}
