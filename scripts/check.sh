@@ -41,6 +41,8 @@ step() {
 needed=(
     shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl haproxy:haproxy nginx:nginx
     /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream
+    chromium:chromium chromedriver:chromium-driver certutil:libnss3-tools
+    python3:python3-venv
 )
 
 install_missing() {
@@ -107,7 +109,22 @@ install_on_hosts() {
     [ "$code" -eq 0 ] || [ "$code" -eq 77 ]
 }
 
+# tests/console/fuzz.rs runs it against the API. The test says so where it is missing.
+schemathesis() {
+    local folder=target/schemathesis
+    if [ -x "$folder/bin/schemathesis" ]; then
+        echo "it is there"
+    elif [ "$install" = false ] || ! command -v python3 >/dev/null; then
+        echo "skipped: not installed"
+    elif ! { python3 -m venv "$folder" && "$folder/bin/pip" install --quiet 'schemathesis==4.*'; }; then
+        rm -rf "$folder"
+        echo "could not install it; going on without"
+    fi
+}
+
 if [ "$quick" = false ]; then
+    step "schemathesis"
+    schemathesis
     step "cargo test"
     cargo test --locked
     cargo build --locked --bins --quiet

@@ -7,10 +7,11 @@ use serde_json::Value;
 use tokio::{sync::watch, task};
 use twistlock_ha::{
     admin::{Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
-    cluster::Membership,
+    backup::{BackupConfig, BackupError, Backups, Keep},
+    cluster::{Membership, PROGRAM_VERSION},
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
-    events::{self, Wanted},
+    events::{self, Notifier, Recorder, Wanted},
     join::{Kit, KitError},
     node::{Handle, Status},
     supervisor::SupervisorHandle,
@@ -24,12 +25,31 @@ const BY: &str = "the administrator of this host";
 pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle) -> Admin {
     let config = AdminConfig {
         certificates: config.data_folder.join("certificates"),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: PROGRAM_VERSION.to_owned(),
         console_addresses: Vec::new(),
         https_port: config.management_port_https,
         data: PathBuf::from(&config.data_folder),
     };
     Admin::new(config, handle.clone(), Arc::new(ConsolePorts(ports)))
+}
+
+/// The backups of this node.
+pub(crate) fn backups(config: &Config, handle: &Handle, admin: Arc<Admin>, events: Recorder) -> Arc<Backups> {
+    let keep = Keep {
+        daily: config.backup_keep_daily,
+        weekly: config.backup_keep_weekly,
+        monthly: config.backup_keep_monthly,
+    };
+    let config = BackupConfig {
+        enabled: config.data_recovery_enabled,
+        folder: config.data_recovery_volume.clone(),
+        keep,
+        key_file: config.backup_key_file.clone(),
+        delay: config.backup_delay,
+        data: config.data_folder.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    Backups::new(config, handle.clone(), admin, events)
 }
 
 /// The Console's ports, as the supervisor holds them.
@@ -48,9 +68,11 @@ impl Ports for ConsolePorts {
 /// The handler of the control socket of a member.
 pub(crate) struct Administrator {
     pub(crate) admin: Arc<Admin>,
+    pub(crate) backups: Arc<Backups>,
     pub(crate) kit: Arc<Kit>,
     /// The data folder.
     pub(crate) data: PathBuf,
+    pub(crate) notifier: Notifier,
     /// Newer than that of a status: has every change whose outcome is known.
     pub(crate) membership: watch::Receiver<Arc<Membership>>,
 }
@@ -70,6 +92,11 @@ impl Administrator {
             Operation::Switchover { to, dry_run } => admin.switchover(to.as_deref(), dry_run, BY).await.map(answer),
             Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), BY).await.map(answer),
             Operation::Resume {} => admin.resume(BY).await.map(answer),
+            Operation::RotateKey {} => admin.rotate_cluster_key(BY).await.map(answer),
+            Operation::RotateCa { overlap_s } => {
+                admin.rotate_authority(Duration::from_secs(overlap_s), BY).await.map(answer)
+            }
+            Operation::TestNotifications {} => Ok(answer(self.notifier.test().await)),
             Operation::Events { wanted } => self.events(wanted).await,
             Operation::Readdress { node, new_name, address, port } => {
                 admin.readdress(&node, new_name, address, port, BY).await.map(answer)
@@ -78,6 +105,21 @@ impl Administrator {
             Operation::SetConsoleNames { names } => admin.set_console_names(names, BY).await.map(answer),
             Operation::SetCertificate { pem } => admin.set_certificate(&pem.0, BY).await.map(answer),
             Operation::RemoveCertificate {} => admin.remove_certificate(BY).await.map(answer),
+            of_backups => self.back_up(of_backups).await.map_err(|error| AdminError::Refused(error.to_string())),
+        }
+    }
+
+    async fn back_up(&self, operation: Operation) -> Result<Value, BackupError> {
+        let backups = &self.backups;
+        match operation {
+            Operation::Backups {} => backups.list().await.map(answer),
+            Operation::BackupState {} => Ok(answer(backups.state().await)),
+            Operation::Backup { called } => backups.create(&called, BY).map(answer),
+            Operation::VerifyBackup { id } => backups.verify(&id, BY).map(answer),
+            Operation::RenameBackup { id, called } => backups.rename(&id, &called, BY).await.map(answer),
+            Operation::DeleteBackup { id } => backups.delete(&id, BY).await.map(answer),
+            Operation::Restore { file, stop_console } => backups.restore(&file, stop_console, BY).map(answer),
+            other => Err(BackupError::Refused(format!("not known here: {other:?}"))),
         }
     }
 

@@ -21,12 +21,13 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::{console_tls::ConsoleTls, renewal},
-    cluster::{NodeId, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, Secret, Severity},
+    cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
+    config::{self, Config, LogFormat, NotifySeverity, Secret, Severity},
     control::ControlSocket,
     events::{
-        self, Event, Kind, Recorder,
+        self, Event, Kind, Notifier, Recorder,
         Severity::{Critical, Info},
+        notify,
     },
     found,
     guard::PortGuard,
@@ -35,7 +36,7 @@ use twistlock_ha::{
     node::{self, Exit, Handle, Lease, Status, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
-    snapshot,
+    rotation, snapshot,
     storage::{
         DataDir, DataDirError, Identity, configuration::Configuration, database::Database, make_private_dir,
         snapshot::Ready,
@@ -50,7 +51,9 @@ use crate::{
     joining::{self, Outcome},
 };
 pub(crate) use signals::Signals;
-use start::{PROMISE, first_start, lower_promise, node_config, open_log, promise, promised_earlier};
+use start::{
+    PROMISE, first_start, lower_promise, node_config, open_log, promise, promised_earlier, refuse_if_outdated,
+};
 pub(crate) use start::{lease_terms, open_data};
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
@@ -160,6 +163,9 @@ impl Parts {
             .context("start the port guard")?;
         telemetry::metrics_handle().context("start the metrics")?;
         let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
+        let known = Configuration::read(data.path())
+            .with_context(|| format!("read membership.json in {}", data.path().display()))?;
+        refuse_if_outdated(known.as_ref().map_or(&identity.membership, |known| &known.membership))?;
         let log = open_log(config, &data, &identity)?;
         let snapshot = snapshot.filter(|snapshot| {
             let ours = snapshot.manifest().membership.cluster == identity.cluster;
@@ -169,9 +175,10 @@ impl Parts {
             ours
         });
         let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
-        let version = env!("CARGO_PKG_VERSION");
+        let version = PROGRAM_VERSION;
         events.record(Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name)));
         if let Some(snapshot) = snapshot {
+            refuse_if_outdated(&snapshot.manifest().membership)?;
             events.record(installs(&snapshot));
             snapshot.install(&log, identity.node).context("install the snapshot")?;
         }
@@ -231,44 +238,42 @@ impl Parts {
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let console_tls = self.console_tls().context("load what the Console serves")?;
         let (mut supervisor, ports) = self.supervisor(console_tls.served());
-        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
-        let kit = Arc::new(Kit::new(&self.config));
-        supervisor.offer(Services {
-            admin: admin.clone(),
-            kit: kit.clone(),
-            high_availability: self.config.high_availability_enabled,
-            events: self.events.clone(),
-        });
-        let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
-        let administrator = Arc::new(Administrator { admin, kit, data, membership });
+        let administrator = Arc::new(self.offer(&mut supervisor, &ports)?);
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
         self.open_health_port(&ports)?;
         let (snapshots, calls) = mpsc::channel(1);
+        let (keys, key_calls) = mpsc::channel(1);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
         let folder = self.config.data_folder.join("certificates");
-        task::spawn(renewal::keep(folder, self.handle.clone(), certificates));
+        task::spawn(renewal::keep(folder.clone(), self.handle.clone(), certificates.clone()));
         task::spawn(console_tls.keep(self.handle.clone()));
         let peers = PeerIdentity {
             me: self.identity.node,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: PROGRAM_VERSION.to_owned(),
+            level: FEATURE_LEVEL,
             roster: Roster::new(self.handle.editions()),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),
             tls,
             snapshots,
+            keys,
         };
         let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
         task::spawn(snapshot::serve(self.handle.clone(), self.events.clone(), calls, data.clone()));
         task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
+        task::spawn(rotation::serve(folder.clone(), key_calls));
+        task::spawn(rotation::keep(rotation::Parts {
+            certificates: folder,
+            handle: self.handle.clone(),
+            peers: peers.clone(),
+            tls: certificates,
+        }));
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
-        let (opened, open) = watch::channel(None);
-        task::spawn(events::follow(self.events.clone(), self.handle.status(), open));
-        task::spawn(report_problems(ports.clone(), self.handle.clone(), opened));
-        task::spawn(service_manager(self.handle.status()));
+        follow(&self.events, &self.handle, &ports);
         let own = promise(&self.config);
         if self.quiet > own {
             task::spawn(lower_promise(own, self.quiet, self.config.data_folder.join(PROMISE)));
@@ -290,19 +295,49 @@ impl Parts {
             () = signals.asked_to_stop() => {}
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        let orderly = async {
-            ports.drain().await;
-            self.handle.hand_over(None).await;
-            self.handle.stop();
-            (&mut node).await
-        };
-        let exit = match tokio::time::timeout(STOP_LIMIT, orderly).await {
-            Ok(ended) => as_stopped(flatten(ended)),
-            Err(_) => Exit::Fatal(format!("an orderly stop took longer than {} s", STOP_LIMIT.as_secs())),
-        };
+        let exit = stop_in_order(&ports, &self.handle, &mut node).await;
         stop.send_replace(true);
         supervising.abort();
         Ok(exit)
+    }
+
+    /// Gives the Console what it does for the cluster, and returns what the control socket does.
+    fn offer(&self, supervisor: &mut Supervisor, ports: &SupervisorHandle) -> Result<Administrator> {
+        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
+        let kit = Arc::new(Kit::new(&self.config));
+        let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
+        task::spawn(backups.clone().keep());
+        let (notifier, notifying) = self.notifier();
+        task::spawn(notifying);
+        supervisor.offer(Services {
+            admin: admin.clone(),
+            backups: backups.clone(),
+            kit: kit.clone(),
+            events: self.events.clone(),
+            notifier: notifier.clone(),
+            metrics: self.metrics()?,
+            high_availability: self.config.high_availability_enabled,
+        });
+        let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
+        Ok(Administrator { admin, backups, kit, data, notifier, membership })
+    }
+
+    /// What Prometheus reads.
+    fn metrics(&self) -> Result<MetricsPage> {
+        MetricsPage::new(self.config.metrics_token.as_ref().map(Secret::reveal))
+    }
+
+    /// Who is to be told of events, and what tells them.
+    fn notifier(&self) -> (Notifier, impl Future<Output = ()> + use<>) {
+        let severity = match self.config.notify_severity {
+            NotifySeverity::Info => events::Severity::Info,
+            NotifySeverity::Warning => events::Severity::Warning,
+            NotifySeverity::Critical => events::Severity::Critical,
+        };
+        let words = self.config.notify_command.clone();
+        let command = (!words.is_empty()).then_some(notify::Command { words, severity });
+        let notifier = Notifier::new(&self.identity.name, self.handle.membership(), command);
+        (notifier.clone(), notifier.run(self.events.clone()))
     }
 
     /// Opens the health port, if there is to be one.
@@ -315,7 +350,7 @@ impl Parts {
             pulse: self.handle.pulse(),
             open: Arc::new(move || state.borrow().open),
             certificates: self.config.data_folder.join("certificates"),
-            metrics: MetricsPage::new(self.config.metrics_token.as_ref().map(Secret::reveal))?,
+            metrics: self.metrics()?,
         };
         task::spawn(health::serve(address, sources, self.handle.clone()));
         Ok(())
@@ -360,6 +395,32 @@ fn installs(snapshot: &Ready) -> Event {
     let sentence =
         format!("installs the whole database as of raft index {}, which was fetched from the PRIMARY", record.index);
     Event::new(Kind::Snapshot, Info, sentence).field("index", record.index)
+}
+
+/// Lets history, status and service manager follow the node.
+fn follow(recorder: &Recorder, handle: &Handle, ports: &SupervisorHandle) {
+    let (opened, open) = watch::channel(None);
+    task::spawn(events::follow(recorder.clone(), handle.status(), open));
+    task::spawn(report_problems(ports.clone(), handle.clone(), opened));
+    task::spawn(service_manager(handle.status()));
+}
+
+/// Hands the role over and ends the loop, whose end `node` tells.
+async fn stop_in_order(
+    ports: &SupervisorHandle,
+    handle: &Handle,
+    node: &mut task::JoinHandle<std::thread::Result<Exit>>,
+) -> Exit {
+    let orderly = async {
+        ports.drain().await;
+        handle.hand_over(None).await;
+        handle.stop();
+        node.await
+    };
+    match tokio::time::timeout(STOP_LIMIT, orderly).await {
+        Ok(ended) => as_stopped(flatten(ended)),
+        Err(_) => Exit::Fatal(format!("an orderly stop took longer than {} s", STOP_LIMIT.as_secs())),
+    }
 }
 
 /// A process that was about to begin again when it was told to stop does stop.

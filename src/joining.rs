@@ -10,7 +10,7 @@ use tokio::{
 };
 use tracing::info;
 use twistlock_ha::{
-    cluster::{ClusterId, Membership, Role},
+    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role},
     config::Config,
     control::{ControlHandler, ControlSocket},
     found,
@@ -89,7 +89,7 @@ fn host(config: &Config) -> Host {
     let address = config.high_availability_address.clone().or_else(|| config.bind_address.map(|own| own.to_string()));
     let console_names = found::console_names(config, address.as_ref().unwrap_or(&name));
     let port = config.high_availability_port.unwrap_or(8086);
-    Host { name, address, port, version: env!("CARGO_PKG_VERSION").to_owned(), console_names }
+    Host { name, address, port, version: PROGRAM_VERSION.to_owned(), console_names }
 }
 
 /// Brings the whole database from whoever is primary: the other members refuse.
@@ -105,15 +105,17 @@ async fn fetch(
     let (_editions, editions) = watch::channel(edition);
     let (_settings, tls) = watch::channel(Arc::new(tls));
     // Nobody calls a host that does not listen.
-    let (snapshots, _) = mpsc::channel(1);
+    let ((snapshots, _), (keys, _)) = (mpsc::channel(1), mpsc::channel(1));
     let identity = PeerIdentity {
         me: newcomer.node,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: PROGRAM_VERSION.to_owned(),
+        level: FEATURE_LEVEL,
         roster: Roster::new(editions),
         bind: config.bind_address,
         terms: lease_terms(config),
         tls,
         snapshots,
+        keys,
     };
     let host = newcomer.console.rsplit_once(':').map_or(newcomer.console, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');

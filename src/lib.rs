@@ -14,10 +14,18 @@
 //! a majority has them on disk, SQLite's write is let through, COMMIT returns, and the response leaves if the lease is
 //! still valid. On the others the database thread copies the page images into the database file. They run no SQLite.
 //!
+//! A request's way: each resource of the Console lists its routes in one table (`console::routes`): method, path, who may,
+//! what goes in and comes out. The router, the check of roles before every handler and the OpenAPI document are made from it.
+//! A change and its audit row are one transaction, so that neither is there without the other.
+//!
 //! A takeover's way: the primary's process dies; its links break and its host refuses connections to the HA port. The
 //! survivors forget their leader and elect a new one ([`cluster`], pure, no clock and no sockets). The winner commits an
 //! entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
 //! [`supervisor`] sees the role and opens the ports.
+//!
+//! A viewer's way: the browser gets the page ([`console`], `src/console/ui`), logs in, and follows the status as a stream of
+//! events. When the stream breaks off, the page knocks at the same host name until a PRIMARY opens; the session is in the
+//! replicated database, so that nobody logs in again.
 //!
 //! A newcomer's way: the join script installs the program and leaves a token; the daemon makes its keys and asks
 //! ([`join`]). The request is part of the replicated membership ([`cluster::membership`]): any primary knows it. APPLY
@@ -36,17 +44,20 @@
 //! | [`node`] | drives: the one loop that joins the four above to the clock; publishes [`node::Status`] | ports and workloads |
 //! | [`admin`] | every operation of an administrator: its checks, and the change it asks for | HTTP, sockets and terminals |
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
+//! | [`rotation`] | replaces what all members share: the cluster key, the certificate authority | how a change is agreed on |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
+//! | [`backup`] | backups: made, kept, verified, brought back | HTTP, sockets and terminals |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
 //! | [`events`] | tells: what happened, to the history and to whoever is to be notified | what it is told for |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
 //! | [`health`] | the health port: what load balancers and monitors may know of a node | anything that it could decide |
-//! | [`control`], [`cli`] | local administration over a Unix socket | the inside of a node |
+//! | [`control`], [`cli`] | administration over a Unix socket, and `twistcli` by it or by the API | the inside of a node |
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
+//! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //!
 //! `tests/tidy.rs` holds the permitted dependencies between them.
@@ -88,6 +99,7 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod admin;
+pub mod backup;
 pub mod cli;
 pub mod cluster;
 pub mod config;
@@ -98,11 +110,13 @@ pub mod events;
 pub mod found;
 pub mod guard;
 pub mod health;
+pub mod https;
 pub mod join;
 pub mod node;
 pub mod peer;
 pub mod pki;
 pub mod recover;
+pub mod rotation;
 pub mod snapshot;
 pub mod storage;
 pub mod supervisor;

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -69,7 +69,6 @@ static RECENT: Mutex<VecDeque<Line>> = Mutex::new(VecDeque::new());
 
 /// One line of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
 pub struct Line {
     /// Milliseconds since 1970.
     pub time_ms: u64,
@@ -200,6 +199,10 @@ pub const SNAPSHOT_LATENCY: &str = "twistlock_snapshot_seconds";
 pub const SNAPSHOT_FAILURES: &str = "twistlock_snapshot_failures_total";
 /// Counter: how often the raft log has become too long to be kept for a member that is away.
 pub const RAFT_LOG_OVERRUNS: &str = "twistlock_raft_log_overruns_total";
+/// Gauge, seconds since 1970: when the newest backup of this host was made.
+pub const BACKUP_LAST_SUCCESS: &str = "twistlock_backup_last_success_timestamp_seconds";
+/// Counter: backups of this host that failed.
+pub const BACKUP_FAILURES: &str = "twistlock_backup_failures_total";
 
 /// Histogram, seconds: from the last sign of the primary before to open ports, on the node that took over.
 pub const TAKEOVER: &str = "twistlock_takeover_seconds";
@@ -209,6 +212,57 @@ pub const FAILOVERS: &str = "twistlock_failovers_total";
 pub const EVENTS: &str = "twistlock_events_total";
 /// Counter: events that could not be written to the file.
 pub const EVENTS_LOST: &str = "twistlock_events_lost_total";
+/// Counter, label `result`: notifications that were sent, failed for good, or dropped from a full queue.
+pub const NOTIFICATIONS: &str = "twistlock_notifications_total";
+/// Gauge, label `version`: always 1.
+pub const BUILD_INFO: &str = "twistlock_build_info";
+/// Gauge, label `role`: 1 for the role of this node, 0 for the others.
+pub const ROLE: &str = "twistlock_role";
+/// The roles as people see them; `node` has a test that these are all.
+pub const ROLES: &[&str] = &[
+    "REQUEST_JOIN",
+    "STARTUP",
+    "STARTUP2",
+    "RECOVERING",
+    "SECONDARY",
+    "PRIMARY",
+    "ROLLBACK",
+    "DOWN",
+    "UNKNOWN",
+    "REMOVED",
+];
+/// Gauge: raft index that is known to be committed, here.
+pub const COMMITTED_INDEX: &str = "twistlock_committed_index";
+/// Gauge: sentences in which the status says that something is wrong.
+pub const WARNINGS: &str = "twistlock_warnings";
+/// Gauge, label `member`: entries that it is behind.
+pub const MEMBER_LAG: &str = "twistlock_member_lag_entries";
+/// Gauge, label `member`: the same in bytes of the raft log.
+pub const MEMBER_LAG_BYTES: &str = "twistlock_member_lag_bytes";
+/// Gauge, label `member`: 1 if it was heard of lately.
+pub const MEMBER_UP: &str = "twistlock_member_up";
+/// Gauge, label `member`, seconds: since it was heard of last.
+pub const MEMBER_CONTACT: &str = "twistlock_member_last_contact_seconds";
+/// Gauge: bytes of the raft log on disk.
+pub const RAFT_LOG_BYTES: &str = "twistlock_raft_log_bytes";
+/// Gauge: entries in the raft log.
+pub const RAFT_LOG_ENTRIES: &str = "twistlock_raft_log_entries";
+/// Gauge: bytes of the database as of its last checkpoint.
+pub const DATABASE_BYTES: &str = "twistlock_database_bytes";
+/// Gauge: bytes of the `-wal` file; 0 on a secondary.
+pub const WAL_BYTES: &str = "twistlock_wal_bytes";
+/// Gauge, seconds: for how long the last checkpoint has lacked something.
+pub const CHECKPOINT_AGE: &str = "twistlock_checkpoint_age_seconds";
+/// Gauge: bytes that are free in the file system of the data folder.
+pub const DISK_FREE: &str = "twistlock_disk_free_bytes";
+/// Gauge: connections to the Console.
+pub const CONSOLE_CONNECTIONS: &str = "twistlock_console_connections";
+/// Gauge: share of the database file that the scrub under way has read, or 1.
+pub const SCRUB_PROGRESS: &str = "twistlock_scrub_progress_ratio";
+/// Gauge: when a scrub has found nothing wrong last, in seconds since 1970.
+pub const SCRUB_SUCCESS: &str = "twistlock_scrub_last_success_timestamp_seconds";
+/// Counter: scrubs that found the database file damaged.
+pub const SCRUB_FAILURES: &str = "twistlock_scrub_failures_total";
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,10 +284,38 @@ pub struct Metric {
     pub kind: Kind,
     /// What it tells, in one sentence.
     pub help: &'static str,
+    /// Its label, if it has one, and the values of that, as far as they are known before.
+    pub label: Option<(&'static str, &'static [&'static str])>,
+}
+
+impl Metric {
+    const fn by(self, label: &'static str, values: &'static [&'static str]) -> Self {
+        Self { label: Some((label, values)), ..self }
+    }
+
+    /// So that it is there, and 0, before anything has happened: what is not there cannot be waited for.
+    fn begin(&self) {
+        let labels = |value: Option<&'static str>| match (self.label, value) {
+            (Some((label, _)), Some(value)) => vec![metrics::Label::new(label, value)],
+            _ => Vec::new(),
+        };
+        let values: Vec<_> = match self.label {
+            None => vec![None],
+            Some((_, values)) => values.iter().copied().map(Some).collect(),
+        };
+        for value in values {
+            match self.kind {
+                Kind::Counter => counter!(self.name, labels(value)).increment(0),
+                Kind::Latency => drop(histogram!(self.name, labels(value))),
+                // A value that nobody has measured would be wrong.
+                Kind::Gauge => {}
+            }
+        }
+    }
 }
 
 const fn metric(name: &'static str, kind: Kind, help: &'static str) -> Metric {
-    Metric { name, kind, help }
+    Metric { name, kind, help, label: None }
 }
 
 /// Every metric that this program writes.
@@ -241,11 +323,12 @@ pub const METRICS: &[Metric] = &[
     metric(PRIMARY, Kind::Gauge, "1 on the PRIMARY, 0 elsewhere."),
     metric(EPOCH, Kind::Gauge, "The epoch in which this node is."),
     metric(LEASE_REMAINING, Kind::Gauge, "Seconds that are left of the lease of this node; 0 without one."),
-    metric(CERTIFICATE_EXPIRY, Kind::Gauge, "Seconds until a certificate of this node expires, by what it is of."),
+    metric(CERTIFICATE_EXPIRY, Kind::Gauge, "Seconds until a certificate of this node expires, by what it is of.")
+        .by("of", &["node", "console"]),
     metric(APPLIED_INDEX, Kind::Gauge, "Raft index up to which the database of this node has everything."),
     metric(COMMIT_LATENCY, Kind::Latency, "Seconds of one write transaction of the Console, its replication included."),
     metric(SYNC_LATENCY, Kind::Latency, "Seconds that one fsync of the raft log took."),
-    metric(ROLE_CHANGES, Kind::Counter, "Changes of the role of this node, by cause."),
+    metric(ROLE_CHANGES, Kind::Counter, "Changes of the role of this node, by cause.").by("cause", &[]),
     metric(CHECKSUM_FAILURES, Kind::Counter, "How often the checksum of the database was wrong."),
     metric(ROLLBACK_ENTRIES, Kind::Counter, "Entries of the raft log that another primary's entries have replaced."),
     metric(
@@ -255,16 +338,75 @@ pub const METRICS: &[Metric] = &[
     ),
     metric(DISK_FULL, Kind::Gauge, "1 while the disk of this node is full."),
     metric(PEER_DEATHS, Kind::Counter, "Processes of other members that were proven dead by a refused connection."),
-    metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class."),
-    metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction."),
-    metric(SNAPSHOT_LATENCY, Kind::Latency, "Seconds that one whole database took, by direction."),
-    metric(SNAPSHOT_FAILURES, Kind::Counter, "Whole databases that could not be sent or fetched, by direction."),
+    metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class.")
+        .by("class", &["bulk", "control"]),
+    metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction.")
+        .by("direction", &["sent", "fetched"]),
+    metric(SNAPSHOT_LATENCY, Kind::Latency, "Seconds that one whole database took, by direction.")
+        .by("direction", &["sent", "fetched"]),
+    metric(SNAPSHOT_FAILURES, Kind::Counter, "Whole databases that could not be sent or fetched, by direction.")
+        .by("direction", &["sent", "fetched"]),
+    metric(BACKUP_LAST_SUCCESS, Kind::Gauge, "When the newest backup of this host was made, in seconds since 1970."),
+    metric(BACKUP_FAILURES, Kind::Counter, "Backups of this host that failed."),
     metric(TAKEOVER, Kind::Latency, "Seconds from the last sign of the former PRIMARY to open ports on this node."),
-    metric(FAILOVERS, Kind::Counter, "Takeovers by this node, by the reason why the former PRIMARY was lost."),
-    metric(EVENTS, Kind::Counter, "Events that this node recorded, by severity."),
+    metric(FAILOVERS, Kind::Counter, "Takeovers by this node, by the reason why the former PRIMARY was lost.")
+        .by("reason", &["handed_over", "process_dead", "not_heard", "gave_up", "regained"]),
+    metric(EVENTS, Kind::Counter, "Events that this node recorded, by severity.")
+        .by("severity", &["info", "warning", "critical"]),
     metric(EVENTS_LOST, Kind::Counter, "Events that could not be written to events.jsonl."),
+    metric(
+        NOTIFICATIONS,
+        Kind::Counter,
+        "Notifications by result: sent, failed (after retries) or dropped (queue full).",
+    )
+    .by("result", &["sent", "failed", "dropped"]),
     metric(RAFT_LOG_OVERRUNS, Kind::Counter, "How often the raft log was too long for a member that was away."),
+    metric(BUILD_INFO, Kind::Gauge, "Always 1; the version of this program is a label.").by("version", &[]),
+    metric(ROLE, Kind::Gauge, "1 for the role that this node has, 0 for all others.").by("role", ROLES),
+    metric(COMMITTED_INDEX, Kind::Gauge, "Raft index that this node knows to be committed."),
+    metric(WARNINGS, Kind::Gauge, "How many warnings the status of this node shows: twistcli ha status names them."),
+    metric(MEMBER_LAG, Kind::Gauge, "Raft entries that a member is behind, as seen from this node.").by("member", &[]),
+    metric(MEMBER_LAG_BYTES, Kind::Gauge, "The same in bytes of the raft log.").by("member", &[]),
+    metric(MEMBER_UP, Kind::Gauge, "1 if this node has heard of a member within the last second.").by("member", &[]),
+    metric(MEMBER_CONTACT, Kind::Gauge, "Seconds since this node has heard of a member.").by("member", &[]),
+    metric(RAFT_LOG_BYTES, Kind::Gauge, "Bytes of the raft log on the disk of this node."),
+    metric(RAFT_LOG_ENTRIES, Kind::Gauge, "Entries in the raft log of this node."),
+    metric(DATABASE_BYTES, Kind::Gauge, "Bytes of the database as of its last checkpoint."),
+    metric(WAL_BYTES, Kind::Gauge, "Bytes of the -wal file of the PRIMARY; 0 elsewhere."),
+    metric(CHECKPOINT_AGE, Kind::Gauge, "Seconds for which the last checkpoint has lacked something; 0 if it has all."),
+    metric(DISK_FREE, Kind::Gauge, "Bytes that are free in the file system of the data folder."),
+    metric(CONSOLE_CONNECTIONS, Kind::Gauge, "Connections to the Console of this node."),
+    metric(
+        SCRUB_PROGRESS,
+        Kind::Gauge,
+        "Share of the database file that the scrub under way has read; 1 after its end.",
+    ),
+    metric(SCRUB_SUCCESS, Kind::Gauge, "When a scrub has found nothing wrong last, in seconds since 1970."),
+    metric(SCRUB_FAILURES, Kind::Counter, "Scrubs that found the database file damaged."),
 ];
+
+/// The table above as a page for people.
+pub fn reference() -> String {
+    let mut page = String::from(
+        "# Metrics\n\nMade from the table in `src/telemetry.rs` by `UPDATE_EXPECT=1 cargo test --test telemetry`. They are \
+         at `/metrics` of the Console\n(with `METRICS_TOKEN` or a login) and of the health port of every member \
+         (`HEALTH_PORT`).\n\n| name | type | label | meaning |\n|---|---|---|---|\n",
+    );
+    for Metric { name, kind, help, label } in METRICS {
+        let kind = match kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Latency => "histogram",
+        };
+        let label = match label {
+            None => String::new(),
+            Some((label, [])) => format!("`{label}`"),
+            Some((label, values)) => format!("`{label}`: {}", values.join(", ")),
+        };
+        page.push_str(&format!("| `{name}` | {kind} | {label} | {help} |\n"));
+    }
+    page
+}
 
 /// Upper bounds of the latency histograms, in seconds: from a fast disk to one that is in trouble.
 const BUCKETS: &[f64] =
@@ -287,13 +429,14 @@ pub fn metrics_handle() -> Result<PrometheusHandle> {
         builder = builder.set_buckets_for_metric(matcher, BUCKETS).context("set histogram buckets")?;
     }
     let handle = builder.install_recorder().context("install the metrics recorder")?;
-    for Metric { name, kind, help } in METRICS {
+    for Metric { name, kind, help, .. } in METRICS {
         match kind {
             Kind::Counter => describe_counter!(*name, *help),
             Kind::Gauge => describe_gauge!(*name, *help),
             Kind::Latency => describe_histogram!(*name, Unit::Seconds, *help),
         }
     }
+    METRICS.iter().for_each(Metric::begin);
     let upkeep = handle.clone();
     let run = move || {
         loop {

@@ -92,10 +92,12 @@ impl Founder {
                 bytes: 1 << 20,
                 interval: Duration::from_secs(60),
                 raft_log_limit: 1 << 30,
+                scrub: Duration::ZERO,
             },
             page_size: 4096,
             fast_takeover: true,
             version: VERSION.to_owned(),
+            level: twistlock_ha::cluster::FEATURE_LEVEL,
             lease: Lease::new().unwrap(),
         };
         let (handle, thread) = node::spawn(node_config, log, database, (links, sender)).unwrap();
@@ -163,6 +165,7 @@ fn host(number: u8) -> Host {
     let request = JoinRequest {
         port: 8086,
         version: VERSION.to_owned(),
+        level: twistlock_ha::cluster::FEATURE_LEVEL,
         csr,
         console_csr,
         console_names: vec!["console.example".to_owned(), address.clone()],

@@ -2,6 +2,9 @@
 //! and `ha status` is run against a real control socket with invented states behind it.
 //! `TRYCMD=overwrite cargo test --test cli` writes the sessions anew.
 
+#[path = "cli/terminal.rs"]
+mod terminal;
+
 use std::{
     path::Path,
     process::{Command, Output},
@@ -9,11 +12,13 @@ use std::{
     thread,
 };
 
+use terminal::Terminal;
 use twistlock_ha::{
-    admin::{Check, SwitchoverReport},
+    admin::{Certificates, Check, Custom, SwitchoverReport},
     cluster::{ClusterId, Member, Membership, Role, membership::Request},
     control::{Answer, ControlHandler, ControlSocket, JoinScript, Operation},
-    node::{MemberStatus, Status},
+    node::{CertificateSource, CertificateStatus, MemberStatus, Status},
+    pki::CertificateInfo,
 };
 
 #[test]
@@ -55,18 +60,72 @@ impl ControlHandler for Frozen {
             }
             Operation::Pause { seconds } => seconds.into(),
             Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
-            Operation::Events { .. } => serde_json::Value::Array(Vec::new()),
+            Operation::Events { .. } | Operation::TestNotifications {} => serde_json::Value::Array(Vec::new()),
             Operation::Uninvite {}
             | Operation::Remove { .. }
             | Operation::Resume {}
             | Operation::Readdress { .. }
-            | Operation::Certificates {}
-            | Operation::SetConsoleNames { .. }
-            | Operation::SetCertificate { .. }
             | Operation::RemoveCertificate {} => serde_json::Value::Null,
+            Operation::Certificates {} => serde_json::to_value(certificates()).unwrap(),
+            Operation::SetCertificate { pem } => {
+                assert_eq!(pem.0, "chain\n\nkey\n", "both files");
+                serde_json::to_value(certificates().custom).unwrap()
+            }
+            Operation::SetConsoleNames { names } => names.into(),
+            of_backups => return Box::pin(async move { Err(format!("no backups here: {of_backups:?}")) }),
         };
         Box::pin(async { Ok(answer) })
     }
+}
+
+/// What a cluster with a certificate of its administrator says of it.
+fn certificates() -> Certificates {
+    let info = CertificateInfo {
+        subject: "CN=console.example".into(),
+        issuer: "CN=Example CA".into(),
+        names: vec!["console.example".into(), "192.0.2.1".into()],
+        not_before: 1_793_383_200,
+        not_after: 1_793_383_200 + 365 * 86_400,
+        fingerprint: "AB:CD".into(),
+    };
+    let source = CertificateSource::Upload;
+    Certificates {
+        console_names: vec!["console.example".into()],
+        certificates: vec![CertificateStatus { of: "console".into(), source, missing: Vec::new(), info: info.clone() }],
+        custom: Some(Custom { by: "ann".into(), at: 1_793_383_200, missing: Vec::new(), info }),
+    }
+}
+
+#[test]
+fn certificates_of_the_consoles_are_shown_and_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let (chain, key) = (folder.path().join("chain.pem"), folder.path().join("key.pem"));
+    std::fs::write(&chain, "chain\n").unwrap();
+    std::fs::write(&key, "key\n").unwrap();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+        let status = picture([Role::Secondary, Role::Primary, Role::Secondary]);
+        let output = beside(status, |data| command.arg("certs").args(args).arg("--data").arg(data).output().unwrap());
+        let text =
+            format!("{}{}", String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        (output.status.code().unwrap(), text)
+    };
+    let (code, text) = run(&["list"]);
+    assert_eq!(code, 0, "{text}");
+    for part in ["console  upload", "CN=Example CA", "console.example, 192.0.2.1", "given by ann"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    let (code, text) = run(&["upload", chain.to_str().unwrap(), "--key", key.to_str().unwrap()]);
+    assert!(code == 0 && text.contains("All Consoles serve the certificate CN=console.example"), "{text}");
+    let (code, text) = run(&["upload", "/nonexistent/chain.pem"]);
+    assert!(code == 66 && text.contains("/nonexistent/chain.pem"), "{text}");
+    let (code, text) = run(&["set-names", "lb.example", "192.0.2.7"]);
+    assert!(code == 0 && text.contains("lb.example, 192.0.2.7, too"), "{text}");
+    assert!(run(&["set-names", "--none"]).1.contains("its host only"));
+    assert_eq!(run(&["set-names"]).0, 64, "to take all away has to be said");
+    let (code, text) = run(&["remove"]);
+    assert!(code == 75, "not confirmed: {text}");
+    assert!(run(&["remove", "--yes"]).1.contains("authority again"));
 }
 
 /// The picture that node 2 has of a cluster whose members are in these states.
@@ -75,6 +134,8 @@ fn picture(states: [Role; 3]) -> Status {
         voter: true,
         sync: None,
         full: false,
+        level: twistlock_ha::cluster::FEATURE_LEVEL,
+        holds: Default::default(),
         id,
         name: format!("host{id}"),
         address: format!("192.0.2.{id}:8086"),
@@ -109,8 +170,8 @@ fn picture(states: [Role; 3]) -> Status {
     }
 }
 
-/// Runs `twistcli ha ARGS --data FOLDER` beside a daemon that tells `status`.
-fn twistcli(status: Status, args: &[&str]) -> Output {
+/// Runs `act` with the data folder of a daemon that tells `status`.
+fn beside<T>(status: Status, act: impl FnOnce(&Path) -> T) -> T {
     let folder = tempfile::tempdir().unwrap();
     let socket = ControlSocket::bind(&folder.path().join("control.sock")).unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -119,11 +180,28 @@ fn twistcli(status: Status, args: &[&str]) -> Output {
         let shutdown = async move { stopped.await.unwrap_or(()) };
         runtime.block_on(socket.serve(Arc::new(Frozen(status)), shutdown)).unwrap();
     });
-    let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
-    let output = command.arg("ha").args(args).arg("--data").arg(folder.path()).output().unwrap();
+    let done = act(folder.path());
     stop.send(()).unwrap();
     server.join().unwrap();
-    output
+    done
+}
+
+/// Runs `twistcli ha ARGS --data FOLDER` beside a daemon that tells `status`.
+fn twistcli(status: Status, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+    beside(status, |folder| command.arg("ha").args(args).arg("--data").arg(folder).output().unwrap())
+}
+
+/// The same on a terminal.
+fn on_terminal(status: Status, args: &[&str], talk: impl FnOnce(&mut Terminal)) -> (i32, String) {
+    beside(status, |folder| {
+        let mut command = vec![env!("CARGO_BIN_EXE_twistcli"), "ha"];
+        command.extend(args);
+        command.extend(["--data", folder.to_str().unwrap()]);
+        let mut terminal = Terminal::run(&command, &[]);
+        talk(&mut terminal);
+        terminal.wait_end()
+    })
 }
 
 #[test]
@@ -218,7 +296,7 @@ fn operations_say_what_was_done() {
         ),
         (&["resume"], 0, "The pause is over: the members take over by themselves again.\n"),
         (
-            &["set-address", "host3", "--address", "192.0.2.33"],
+            &["set-address", "host3", "--to", "192.0.2.33"],
             0,
             "The members dial the new address from now on. See: twistcli ha status\n",
         ),
@@ -239,6 +317,7 @@ fn asked() -> Status {
         address: gone.address,
         port: gone.port,
         version: "0.1.0".into(),
+        level: 1,
         fingerprint: "AB:CD".into(),
         csr: String::new(),
         console_csr: String::new(),
@@ -287,6 +366,52 @@ fn a_drill_needs_a_healthy_cluster_and_a_login() {
     assert_eq!(code, 75);
     assert!(err.starts_with("twistcli: not done: host1 is DOWN\n"), "{err}");
     let (code, _, err) = told(primary(), &["drill", "--token", "x", "--tlscacert", "/nonexistent/ca.pem"]);
-    assert_eq!(code, 69);
-    assert!(err.contains("name the right one with --tlscacert"), "{err}");
+    assert_eq!(code, 66);
+    assert!(err.contains("/nonexistent/ca.pem: No such file") && err.contains("--tlscacert names"), "{err}");
+}
+
+#[test]
+fn on_a_terminal_nobody_is_admitted_without_a_yes() {
+    for (answer, code, last) in [
+        ("n", 75, "twistcli: not done: not confirmed; nothing was changed"),
+        ("", 75, "twistcli: not done: not confirmed; nothing was changed"),
+        ("yes", 0, "Next: twistcli ha status --watch"),
+    ] {
+        let (found, seen) = on_terminal(asked(), &["apply", "--no-wait"], |terminal| {
+            terminal.wait_for("AB:CD");
+            terminal.wait_for("Admit them? [y/N] ");
+            terminal.type_line(answer);
+        });
+        assert_eq!((found, seen.trim_end().ends_with(last)), (code, true), "{answer:?}: {seen}");
+        assert_eq!(seen.contains("Admitted: host3 (node 3)."), code == 0, "{seen}");
+    }
+    let (code, seen) = on_terminal(primary(), &["remove", "host3"], |terminal| {
+        terminal.wait_for("Remove host3? [y/N] ");
+        terminal.type_line("y");
+    });
+    assert_eq!((code, seen.contains("host3 is removed.")), (0, true), "{seen}");
+}
+
+#[test]
+fn colours_are_for_terminals_unless_somebody_says_otherwise() {
+    let coloured = |args: &[&str]| on_terminal(primary(), args, |_| {}).1.contains("\x1b[1;32mPRIMARY\x1b[0m");
+    assert!(coloured(&["status"]));
+    assert!(!coloured(&["status", "--color", "never"]));
+    let piped = |args: &[&str]| told(primary(), args).1.contains('\x1b');
+    assert!(!piped(&["status"]) && !piped(&["status", "--color=never"]));
+    assert!(piped(&["status", "--color=always"]));
+}
+
+#[test]
+fn a_password_is_asked_for_and_not_shown() {
+    let mut command = vec![env!("CARGO_BIN_EXE_twistcli"), "ha", "status", "--user", "ann"];
+    // Nobody listens there.
+    command.extend(["--address", "https://127.0.0.1:9"]);
+    let mut terminal = Terminal::run(&command, &[("TWISTLOCK_TOKEN", "not for ann")]);
+    terminal.wait_for("Password of ann: ");
+    terminal.type_line("s3cret-word");
+    let (code, seen) = terminal.wait_end();
+    assert_eq!(code, 69, "{seen}");
+    assert!(seen.contains("https://127.0.0.1:9: connection refused"), "{seen}");
+    assert!(!seen.contains("s3cret-word"), "{seen}");
 }

@@ -1,8 +1,14 @@
 //! The Console as clients see it: real supervisor, port guard, TLS and replicated database on loopback. The test plays
 //! the consensus loop: it sets status and lease, and is the majority that a commit waits for.
 
+#[path = "console/fuzz.rs"]
+mod fuzz;
 #[path = "console/node.rs"]
 mod node;
+#[path = "console/security.rs"]
+mod security;
+#[path = "console/users.rs"]
+mod users;
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -99,6 +105,27 @@ fn guessing_a_password_is_slowed_down_but_a_session_goes_on() {
     node.ok("GET", "/api/v1/tags", Some(&token), Value::Null);
     let stranger = json!({"username": "nobody", "password": PASSWORD});
     node.fails(401, "POST", "/api/v1/authenticate", None, stranger);
+}
+
+/// A page that watches must not delay a switchover: its stream ends in order, with the reason, before connections are reset.
+#[test]
+fn a_stream_ends_in_order_when_the_ports_close() {
+    let node = Node::start();
+    node.serve(1);
+    node.signup();
+    let token = node.token();
+    let path = "/api/v1/high-availability/stream";
+    node.fails(401, "GET", path, None, Value::Null);
+    let mut stream = BufReader::new(node.read(path, &token));
+    let mut line = String::new();
+    stream.read_line(&mut line).unwrap();
+    assert_eq!(line, "event: status\n");
+    let begin = Instant::now();
+    node.runtime.block_on(node.handle.drain());
+    println!("drained in {:?} with a stream open", begin.elapsed());
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.starts_with("data: {") && rest.ends_with("event: end\ndata: closing\n\n"), "{rest}");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Joining, as an administrator does it: real daemons on loopback addresses, the real line in a real shell, APPLY over
 //! HTTPS. Nothing is played by the test but the administrator and those who should not get in.
 
+#[path = "join/backup.rs"]
+mod backup;
 #[path = "join/faults.rs"]
 mod faults;
 #[path = "join/host.rs"]

@@ -64,6 +64,66 @@ fn json_has_one_object_a_line() {
     }
 }
 
+/// The page for people, as the table says it. `UPDATE_EXPECT=1` writes it.
+#[test]
+fn the_reference_is_that_of_the_table() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/observability/METRICS.md");
+    if env::var_os("UPDATE_EXPECT").is_some() {
+        fs::write(&path, telemetry::reference()).expect("write the reference");
+    }
+    let page = fs::read_to_string(&path).expect("packaging/observability/METRICS.md");
+    assert_eq!(page, telemetry::reference(), "UPDATE_EXPECT=1 cargo test --test telemetry writes it");
+}
+
+/// The names of metrics in a text.
+fn metrics_in(text: &str) -> Vec<&str> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.split(|c| !is_name(c)).filter(|word| word.starts_with("twistlock_")).collect()
+}
+
+fn check_names(text: &str) {
+    let names = metrics_in(text);
+    assert!(names.len() > 10);
+    for name in names {
+        let base = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        assert!(telemetry::METRICS.iter().any(|metric| metric.name == base || metric.name == name), "{name}");
+    }
+}
+
+#[test]
+fn alerts_name_metrics_that_exist_and_prometheus_takes_them() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/observability");
+    let rules = folder.join("alerts.yml");
+    check_names(&fs::read_to_string(&rules).expect("alerts.yml"));
+    for arguments in [["check", "rules"], ["test", "rules"]] {
+        let file = if arguments[0] == "check" { rules.clone() } else { folder.join("alerts_test.yml") };
+        match Command::new("promtool").args(arguments).arg(file).output() {
+            Ok(output) => assert!(output.status.success(), "{output:?}"),
+            Err(error) => println!("promtool is not installed ({error}): the rules are not run"),
+        }
+    }
+}
+
+#[test]
+fn the_dashboard_is_json_and_asks_for_metrics_that_exist() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/observability/dashboard.json");
+    let text = fs::read_to_string(path).expect("dashboard.json");
+    let dashboard: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let mut all = String::new();
+    for panel in panels.iter().filter(|panel| panel["type"] != "row") {
+        let targets = panel["targets"].as_array().expect("targets");
+        assert!(!targets.is_empty() && panel["title"].is_string(), "{panel}");
+        for target in targets {
+            let expression = target["expr"].as_str().expect("an expression");
+            assert!(!metrics_in(expression).is_empty(), "{expression}");
+            all.push_str(expression);
+            all.push('\n');
+        }
+    }
+    check_names(&all);
+}
+
 fn sources(folder: &Path, out: &mut String) {
     for entry in fs::read_dir(folder).expect("a folder") {
         let path = entry.expect("an entry").path();

@@ -13,11 +13,11 @@ use super::{Admin, AdminError, invitation::authority, locked, members::name, now
 use crate::{
     cluster::{
         Change, Membership, Newcomer, NodeId,
+        level::{FIRST_LEVEL, outdated},
         membership::{CLUSTER_SIZE, MAX_CONSOLE_NAMES, Request, check_host},
     },
     join::{JoinRequest, RequestState, Token},
-    node::Status,
-    pki::{self, Authority, ClusterKey, SigningRequest},
+    pki::{self, Authority, SigningRequest},
 };
 
 /// How long a request waits for an answer, in seconds.
@@ -96,6 +96,7 @@ impl Admin {
             address: request.address,
             port: request.port,
             version: request.version,
+            level: request.level.max(FIRST_LEVEL),
             fingerprint,
             csr: request.csr,
             console_csr: request.console_csr,
@@ -138,7 +139,7 @@ impl Admin {
                 "the hosts that ask to join are not those that you have looked at: compare the fingerprints again";
             return Err(AdminError::Refused(why.to_owned()));
         }
-        let objections = objections(&membership, &self.status(), &self.config.version, now());
+        let objections = objections(&membership, now());
         if !objections.is_empty() {
             return Err(AdminError::Refused(objections.join("; ")));
         }
@@ -180,8 +181,7 @@ impl Admin {
         authority(membership)?;
         let Some(sealed) = &membership.authority else { return Ok(Vec::new()) };
         let failed = |error: pki::PkiError| AdminError::Refused(error.to_string());
-        let key = ClusterKey::load(&self.config.certificates).map_err(failed)?;
-        let authority = Authority::unseal(membership.cluster, sealed, &key).map_err(failed)?;
+        let authority = Authority::open(membership.cluster, sealed, &self.config.certificates).map_err(failed)?;
         let sign = |(id, request): (NodeId, &Request)| {
             let names: Vec<&str> = request.console_names.iter().map(String::as_str).collect();
             let certificate = authority.sign_request(&request.csr, id, &request.name, &[&request.address]);
@@ -232,7 +232,7 @@ fn are_those_who_ask(membership: &Membership, mut compared: Vec<String>) -> bool
 }
 
 /// Everything that is in the way of APPLY, in sentences.
-fn objections(membership: &Membership, status: &Status, version: &str, now: u64) -> Vec<String> {
+fn objections(membership: &Membership, now: u64) -> Vec<String> {
     let mut found = Vec::new();
     let (members, requests) = (membership.members.len(), membership.requests.len());
     if requests == 0 && members >= CLUSTER_SIZE {
@@ -246,9 +246,10 @@ fn objections(membership: &Membership, status: &Status, version: &str, now: u64)
     }
     for request in &membership.requests {
         let Request { name, clock_ms, until, .. } = request;
-        if request.version != version {
-            let other = &request.version;
-            found.push(format!("{name} runs version {other}, not {version}: run the join script there again"));
+        if request.level < membership.level {
+            let theirs = (request.version.as_str(), request.level);
+            let needed = (membership.level_version.as_str(), membership.level);
+            found.push(format!("{}; or run the join script there again", outdated(name, theirs, needed)));
         }
         if clock_ms.unsigned_abs() > MAX_CLOCK_MS.unsigned_abs() {
             let way = if *clock_ms > 0 { "ahead" } else { "behind" };
@@ -257,12 +258,6 @@ fn objections(membership: &Membership, status: &Status, version: &str, now: u64)
         }
         if *until <= now {
             found.push(format!("the request of {name} has expired: run the join script there again, or reject it"));
-        }
-    }
-    for member in &status.members {
-        let (name, other) = (&member.name, &member.version);
-        if !other.is_empty() && other != version {
-            found.push(format!("member {name} runs version {other}, not {version}: upgrade it first"));
         }
     }
     for node in membership.learners() {
@@ -326,7 +321,8 @@ fn admitted_with(membership: &Membership, fingerprint: &str) -> Option<RequestSt
 
 fn admitted(membership: &Membership, node: NodeId) -> Option<RequestState> {
     let admission = membership.get(node)?.admission.as_ref()?;
-    let ca = authority(membership).inspect_err(|error| warn!(%error, "a newcomer cannot be answered")).ok()?;
+    authority(membership).inspect_err(|error| warn!(%error, "a newcomer cannot be answered")).ok()?;
+    let ca = membership.trust_bundle();
     Some(RequestState::Admitted {
         node,
         certificate: admission.certificate.clone(),

@@ -8,7 +8,7 @@ use super::{Admin, AdminError, now};
 use crate::{
     cluster::{Change, Membership, NodeId},
     node::CertificateStatus,
-    pki::{self, CertificateInfo, ClusterKey, Pair, PkiError},
+    pki::{self, CertificateInfo, ClusterKeys, Pair, PkiError},
 };
 
 /// Longest text with a certificate chain and its key that is looked at, in bytes.
@@ -98,9 +98,16 @@ impl Admin {
                 if info.names.is_empty() { "no name at all".to_owned() } else { info.names.join(", ") }
             )));
         }
-        let key = ClusterKey::load(&self.config.certificates).map_err(refused)?;
+        let Some(authority) = &membership.authority else {
+            let why = "this cluster was set up without its certificate authority, whose key protects an upload: put the \
+                       certificate into custom-certificates/ in the data folder of each host instead";
+            return Err(AdminError::Refused(why.to_owned()));
+        };
+        let keys = ClusterKeys::load(&self.config.certificates).map_err(refused)?;
+        // The key in force, also while another one is announced: that one seals all anew.
+        let key = keys.for_authority(authority).map_err(refused)?;
         let by: String = by.chars().take(MAX_BY).collect();
-        let certificate = pair.seal(&key, membership.cluster, &by, at).map_err(refused)?;
+        let certificate = pair.seal(key, membership.cluster, &by, at).map_err(refused)?;
         self.change(Change::CustomCertificate { certificate: Some(certificate) }).await?;
         let CertificateInfo { subject, issuer, fingerprint, .. } = &info;
         info!(by, subject, issuer, fingerprint, "all Consoles are to serve a certificate that was given to them");

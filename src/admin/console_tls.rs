@@ -30,7 +30,7 @@ use crate::{
     cluster::{Membership, NodeId, membership::CustomCertificate},
     node::{CertificateSource, CertificateStatus, Handle},
     pki::{
-        self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKey, Pair,
+        self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKeys, Pair,
         console_tls, request_with,
     },
 };
@@ -188,7 +188,7 @@ impl ConsoleTls {
         if is == should && !is_due(info.not_before, info.not_after, now) && self.own.is_signed_by(&ca) {
             return Ok(());
         }
-        let authority = Authority::unseal(membership.cluster, sealed, &ClusterKey::load(&self.certificates)?)?;
+        let authority = Authority::open(membership.cluster, sealed, &self.certificates)?;
         let path = self.certificates.join(CONSOLE_KEY);
         let key = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         let csr = request_with(&key, &member.name, &[])?;
@@ -207,11 +207,17 @@ impl ConsoleTls {
         if self.upload.sealed == *wanted && self.upload.pair.is_some() == wanted.is_some() {
             return Ok(());
         }
-        self.upload = Upload { sealed: wanted.clone(), pair: None };
-        if let Some(sealed) = wanted {
-            let key = ClusterKey::load(&self.certificates)?;
-            self.upload.pair = Some(Arc::new(Pair::unseal(membership.cluster, sealed, &key)?));
+        // Sealed anew with another cluster key, it is the same; this node may have to fetch that key first.
+        let chain = |sealed: &Option<CustomCertificate>| sealed.as_ref().map(|sealed| sealed.chain.clone());
+        if chain(&self.upload.sealed) != chain(wanted) {
+            self.upload = Upload::default();
         }
+        if let Some(sealed) = wanted {
+            let keys = ClusterKeys::load(&self.certificates)?;
+            let key = keys.find(sealed.key).context("this node does not have the cluster key that sealed it (yet)")?;
+            self.upload.pair = Some(Arc::new(Pair::unseal(membership.cluster, sealed, key)?));
+        }
+        self.upload.sealed = wanted.clone();
         Ok(())
     }
 
@@ -293,7 +299,10 @@ fn load(certificates: &Path) -> Result<Arc<Pair>, pki::PkiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{ClusterId, Member};
+    use crate::{
+        cluster::{ClusterId, Member, trust::KeyId},
+        pki::ClusterKey,
+    };
 
     fn founded() -> (tempfile::TempDir, Membership) {
         let dir = tempfile::tempdir().unwrap();
@@ -342,8 +351,13 @@ mod tests {
         let before = tls.own.info().clone();
         ClusterKey::generate().save(&tls.certificates).unwrap();
         membership.console_names = vec!["lb.example".to_owned()];
-        membership.custom_certificate =
-            Some(CustomCertificate { chain: String::new(), sealed_key: "AAAA".into(), by: "a".into(), at: 1 });
+        membership.custom_certificate = Some(CustomCertificate {
+            chain: String::new(),
+            sealed_key: "AAAA".into(),
+            key: KeyId(1),
+            by: "a".into(),
+            at: 1,
+        });
         let (certificates, warning) = tls.look(&membership, true).unwrap();
         let warning = warning.unwrap();
         assert!(warning.contains("stays as it was") && warning.contains("upload it again"), "{warning}");
@@ -376,5 +390,37 @@ mod tests {
         assert_eq!((source(&mut tls), source(&mut tls)), (CertificateSource::Folder, CertificateSource::Upload));
         membership.custom_certificate = None;
         assert_eq!(tls.look(&membership, true).unwrap().0[0].source, CertificateSource::Cluster);
+    }
+
+    #[test]
+    fn another_cluster_key_changes_nothing_of_what_is_served() {
+        let (dir, mut membership) = founded();
+        let mut tls = open(dir.path(), &membership);
+        let upload = Authority::create(ClusterId(8)).unwrap().issue_console(&["192.0.2.1"]).unwrap();
+        let pair = Pair::parse(&upload.cert_pem, &upload.key_pem).unwrap();
+        let (old, next) = (ClusterKey::load(&tls.certificates).unwrap(), ClusterKey::generate());
+        membership.custom_certificate = Some(pair.seal(&old, ClusterId(7), "admin", 1).unwrap());
+        let shown = |tls: &mut ConsoleTls, membership: &Membership| {
+            let (certificates, warning) = tls.look(membership, true).unwrap();
+            (certificates[0].source, certificates[0].info == *pair.info(), warning)
+        };
+        let good = (CertificateSource::Upload, true, None);
+        assert_eq!(shown(&mut tls, &membership), good);
+        let given = membership.custom_certificate.clone().unwrap();
+        let authority =
+            Authority::open(ClusterId(7), membership.authority.as_ref().unwrap(), &tls.certificates).unwrap();
+        membership.custom_certificate = Some(pki::reseal(ClusterId(7), &given, &old, &next).unwrap());
+        membership.authority = Some(authority.seal(&next).unwrap());
+        let (source, same, warning) = shown(&mut tls, &membership);
+        assert!(warning.unwrap().contains("(yet)"), "a node that was away has to fetch the key");
+        assert_eq!((source, same), (CertificateSource::Upload, true), "it goes on with what it has");
+        let mut keys = ClusterKeys::load(&tls.certificates).unwrap();
+        keys.keep_next(&tls.certificates, next).unwrap();
+        for _ in 0..2 {
+            assert_eq!(shown(&mut tls, &membership), good);
+            // A node that starts has nothing but its files.
+            assert_eq!(shown(&mut open(dir.path(), &membership), &membership), good);
+            keys.use_next(&tls.certificates).unwrap();
+        }
     }
 }

@@ -155,6 +155,8 @@ mod tests {
             voter: true,
             sync: None,
             full: false,
+            level: 0,
+            holds: Default::default(),
         }
     }
 

@@ -8,12 +8,15 @@
 mod admission;
 mod attempts;
 mod certificates;
+mod closed;
 pub mod console_tls;
 mod custom_folder;
 mod expiry;
 mod invitation;
 mod members;
+mod notifications;
 pub mod renewal;
+mod rotate;
 mod switchover;
 
 use std::{
@@ -210,7 +213,7 @@ impl Admin {
 }
 
 /// Seconds since 1970.
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 

@@ -17,7 +17,7 @@ use super::now;
 use crate::{
     cluster::{Membership, NodeId},
     node::Handle,
-    pki::{self, Authority, ClusterKey, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, request_with},
+    pki::{self, Authority, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, request_with},
 };
 
 /// Between two looks.
@@ -61,11 +61,13 @@ pub(super) fn is_due(from: u64, until: u64, now: u64) -> bool {
 }
 
 /// Signs the key of this node again.
-fn renew(dir: &Path, membership: &Membership, node: NodeId) -> Result<()> {
+///
+/// # Errors
+/// When a file cannot be read or written, or the authority cannot be unsealed: the certificate is as it was.
+pub fn renew(dir: &Path, membership: &Membership, node: NodeId) -> Result<()> {
     let sealed = membership.authority.as_ref().context("this cluster was set up without its certificate authority")?;
     let member = membership.get(node).context("this node is not a member")?;
-    let key = ClusterKey::load(dir)?;
-    let authority = Authority::unseal(membership.cluster, sealed, &key)?;
+    let authority = Authority::open(membership.cluster, sealed, dir)?;
     let csr = request_with(&read(dir, NODE_KEY)?, &member.name, &[])?;
     let certificate = authority.sign_request(&csr, node, &member.name, &[&member.address])?;
     pki::store_pem(dir, NODE_CERTIFICATE, &certificate, false)?;
@@ -80,7 +82,10 @@ fn read(dir: &Path, file: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{ClusterId, Member};
+    use crate::{
+        cluster::{ClusterId, Member},
+        pki::ClusterKey,
+    };
 
     fn folder() -> (tempfile::TempDir, Membership) {
         let dir = tempfile::tempdir().unwrap();

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{Admin, AdminError, Ports, members::name, now};
 use crate::{
-    cluster::{NodeId, Role},
+    cluster::{NodeId, Role, level::outdated},
     node::{Handle, MemberStatus, Status},
 };
 
@@ -53,7 +53,7 @@ impl Admin {
     pub async fn switchover(&self, to: Option<&str>, dry_run: bool, by: &str) -> Result<SwitchoverReport, AdminError> {
         let status = self.primary()?;
         let wanted = to.map(|to| Self::member(&status.membership, to)).transpose()?;
-        let (checks, target) = checks(&status, wanted, &self.config.version);
+        let (checks, target) = checks(&status, wanted);
         let to = target.map(|target| name(&status.membership, target));
         if dry_run {
             return Ok(SwitchoverReport { checks, to, gap_ms: None });
@@ -119,7 +119,7 @@ async fn opened((host, port): (String, u16)) {
 }
 
 /// All preconditions, and who would be primary.
-fn checks(status: &Status, wanted: Option<NodeId>, version: &str) -> (Vec<Check>, Option<NodeId>) {
+fn checks(status: &Status, wanted: Option<NodeId>) -> (Vec<Check>, Option<NodeId>) {
     let check = |name: &str, ok, detail: String| Check { name: name.to_owned(), ok, detail };
     let target = wanted.or_else(|| furthest(status));
     let member = target.and_then(|target| status.members.iter().find(|member| member.id == target));
@@ -153,11 +153,17 @@ fn checks(status: &Status, wanted: Option<NodeId>, version: &str) -> (Vec<Check>
         false => check("disk space", true, format!("{name} has space on its disk")),
         true => check("disk space", false, format!("the disk of {name} is full: free some space there first")),
     });
-    let other = &member.version;
-    list.push(match other == version {
-        true => check("version", true, format!("{name} runs version {version}, too")),
+    let (own, other) = (&status.version, &member.version);
+    let membership = &status.membership;
+    list.push(match member.level >= membership.level {
+        true if own == other => check("version", true, format!("{name} runs version {own}, too")),
+        true => {
+            let both = format!("version {other:?}, this node {own}: both have feature level {}", membership.level);
+            check("version", true, format!("{name} runs {both}, which the cluster runs"))
+        }
         false => {
-            check("version", false, format!("{name} runs version {other:?}, this node {version}: upgrade it first"))
+            let needed = (membership.level_version.as_str(), membership.level);
+            check("version", false, outdated(name, (other, member.level), needed))
         }
     });
     (list, target)
@@ -172,7 +178,7 @@ fn furthest(status: &Status) -> Option<NodeId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{ClusterId, Member, Membership, membership::Pause};
+    use crate::cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, membership::Pause, trust::Holdings};
 
     /// Node 1 is primary; the others as given.
     fn status(others: &[(Role, u64, &str)]) -> Status {
@@ -194,6 +200,8 @@ mod tests {
             voter: true,
             sync: None,
             full: false,
+            level: if *version == "1.2.4" { 1 } else { FEATURE_LEVEL },
+            holds: Holdings::default(),
         });
         Status {
             cluster: ClusterId(7),
@@ -218,7 +226,7 @@ mod tests {
 
     /// The names of the checks that failed; that of the database always does, as there is none in these tests.
     fn failed(status: &Status, wanted: Option<NodeId>) -> Vec<String> {
-        let (list, _) = checks(status, wanted, "1.2.3");
+        let (list, _) = checks(status, wanted);
         let failed = list.into_iter().filter(|check| !check.ok).map(|check| check.name);
         failed.filter(|name| name != "database").collect()
     }
@@ -226,12 +234,22 @@ mod tests {
     #[test]
     fn the_furthest_secondary_is_chosen_and_nothing_is_in_the_way() {
         let status = status(&[(Role::Secondary, 7, "1.2.3"), (Role::Secondary, 3, "1.2.3")]);
-        let (list, target) = checks(&status, None, "1.2.3");
+        let (list, target) = checks(&status, None);
         assert_eq!(target, Some(3));
         let names: Vec<_> = list.iter().map(|check| check.name.as_str()).collect();
         assert_eq!(names, ["role", "no pause", "lease", "database", "target", "caught up", "disk space", "version"]);
         assert_eq!(failed(&status, None), Vec::<String>::new());
-        assert_eq!(checks(&status, Some(2), "1.2.3").1, Some(2));
+        assert_eq!(checks(&status, Some(2)).1, Some(2));
+    }
+
+    #[test]
+    fn another_version_is_no_hindrance_while_it_has_the_level_in_force() {
+        let mut status = status(&[(Role::Secondary, 0, "9.9.9"), (Role::Secondary, 3, "1.2.3")]);
+        assert_eq!(failed(&status, Some(2)), Vec::<String>::new());
+        let (list, _) = checks(&status, Some(2));
+        assert!(list.iter().any(|check| check.detail.contains("both have feature level")), "{list:?}");
+        status.membership.level = FEATURE_LEVEL + 1;
+        assert_eq!(failed(&status, Some(2)), ["version"]);
     }
 
     #[test]
@@ -239,7 +257,7 @@ mod tests {
         let good = || status(&[(Role::Secondary, 0, "1.2.3"), (Role::Down, MAX_LAG + 1, "1.2.4")]);
         assert_eq!(failed(&good(), Some(3)), ["target", "caught up", "version"]);
         assert_eq!(failed(&good(), Some(1)), ["target"]);
-        assert!(checks(&good(), None, "1.2.3").0.iter().any(|check| check.name == "database" && !check.ok));
+        assert!(checks(&good(), None).0.iter().any(|check| check.name == "database" && !check.ok));
         let paused = Some(Pause { until: now() + 60, primary: 1 });
         let mut other = Status { lease_ms: None, role: Role::Secondary, ..good() };
         other.membership.pause = paused;
@@ -250,13 +268,13 @@ mod tests {
         let mut full = status(&[(Role::Secondary, 0, "1.2.3"), (Role::Secondary, 3, "1.2.3")]);
         full.members[1].full = true;
         assert_eq!(failed(&full, Some(2)), ["disk space"]);
-        assert_eq!((failed(&full, None), checks(&full, None, "1.2.3").1), (Vec::new(), Some(3)));
+        assert_eq!((failed(&full, None), checks(&full, None).1), (Vec::new(), Some(3)));
         full.members[2].full = true;
         assert_eq!(failed(&full, None), ["disk space"]);
         let mut learner = good();
         learner.members[1].voter = false;
         assert_eq!(failed(&learner, Some(2)), ["target"]);
         assert_eq!(failed(&learner, None), ["target"]);
-        assert_eq!(checks(&learner, None, "1.2.3").1, None);
+        assert_eq!(checks(&learner, None).1, None);
     }
 }

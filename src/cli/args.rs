@@ -1,30 +1,25 @@
 //! The command line of `twistcli ha`: commands, their arguments, and the text of their help. Pure: nothing is carried out here.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use clap::{ArgGroup, Args, Subcommand};
 
-use crate::{
-    config::{self, ConfigErrors},
-    control,
-};
-
-/// Data folder when nothing else is said.
-const DEFAULT_DATA: &str = "/var/lib/twistlock";
-/// Environment variable that names the data folder.
-const DATA_VARIABLE: &str = "TWISTLOCK_DATA";
+use super::target::Target;
+use crate::events::Kind;
 
 const STATUS_HELP: &str = "\
 Exit code: 0 healthy, 1 degraded (it serves, but something needs attention), 2 no primary,
-64 wrong command line, 69 the daemon cannot be reached.
+64 wrong command line, 69 nobody answers, 77 the login is refused.
 
 Examples:
   twistcli ha status
   twistcli ha status --watch 0.5
-  twistcli ha status --json | jq .role";
-const DONE_OR_REFUSED: &str = "\
-Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached,
-75 refused or not confirmed (the message says why and what to do).";
+  twistcli ha status --json | jq .role
+  twistcli ha status --address https://host1:8083,https://host2:8083,https://host3:8083 --tlscacert ca.pem";
+/// For commands that need no further words.
+pub(super) const DONE_OR_REFUSED: &str = "\
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused or not confirmed
+(the message says why and what to do), 77 the login is refused.";
 
 /// Commands of `twistcli ha`.
 #[derive(Debug, Subcommand)]
@@ -32,6 +27,9 @@ pub(super) enum Ha {
     /// Show the cluster as this host's daemon sees it; works on every node, PRIMARY or not
     #[command(after_help = STATUS_HELP)]
     Status(StatusArgs),
+    /// Show what has happened: takeovers and their reasons, members, pauses, disks, backups
+    #[command(after_help = EVENTS_HELP)]
+    Events(EventsArgs),
     /// Print the line that makes another host ask for admission
     #[command(after_help = JOIN_SCRIPT_HELP)]
     JoinScript(JoinScriptArgs),
@@ -56,7 +54,7 @@ pub(super) enum Ha {
     /// Remove a member for good, dead or alive
     #[command(after_help = REMOVE_HELP)]
     Remove(RemoveArgs),
-    /// Hand the PRIMARY role of this host over to another member
+    /// Hand the PRIMARY role over to another member
     #[command(visible_alias = "step-down", after_help = SWITCHOVER_HELP)]
     Switchover(SwitchoverArgs),
     /// Maintenance: no automatic takeover for a while
@@ -74,57 +72,21 @@ pub(super) enum Ha {
         #[command(flatten)]
         target: Target,
     },
+    /// Replace the key with which all members protect the certificate authority's
+    #[command(after_help = ROTATE_KEY_HELP)]
+    RotateKey {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Replace the certificate authority, and with it all certificates, while the cluster runs
+    #[command(after_help = ROTATE_CA_HELP)]
+    RotateCa(RotateCaArgs),
     /// Tell the cluster that a member is reached at another address from now on
     #[command(after_help = SET_ADDRESS_HELP)]
     SetAddress(SetAddressArgs),
     /// Rehearse a takeover: write all the time, take over, measure the outage, prove that nothing was lost
     #[command(after_help = DRILL_HELP)]
     Drill(DrillArgs),
-}
-
-/// Which daemon of this host is meant: at most one of the three.
-#[derive(Debug, Args)]
-pub(super) struct Target {
-    /// The daemon's control socket
-    #[arg(long, value_name = "PATH", group = "target")]
-    control: Option<PathBuf>,
-    /// The daemon's data folder [default: $TWISTLOCK_DATA, else /var/lib/twistlock]
-    #[arg(long, value_name = "DIR", group = "target")]
-    data: Option<PathBuf>,
-    /// The daemon's configuration file, which names the data folder or the socket
-    #[arg(long, value_name = "FILE", group = "target")]
-    config: Option<PathBuf>,
-}
-
-/// What a [`Target`] comes to.
-pub(super) struct Place {
-    /// Where the daemon listens.
-    pub socket: PathBuf,
-    /// Its data folder. Of a bare socket: the folder that the socket is in.
-    pub data: PathBuf,
-    /// `MANAGEMENT_PORT_HTTPS`, if a configuration file was named.
-    pub https_port: Option<u16>,
-}
-
-impl Target {
-    /// Where the daemon is.
-    ///
-    /// # Errors
-    /// The problems of the configuration file.
-    pub(super) fn place(&self) -> Result<Place, ConfigErrors> {
-        if let Some(path) = &self.control {
-            let data = path.parent().map(PathBuf::from).unwrap_or_default();
-            return Ok(Place { socket: path.clone(), data, https_port: None });
-        }
-        if let Some(file) = &self.config {
-            let config = config::load(file)?.config;
-            let https_port = config.management_port_https;
-            return Ok(Place { socket: config.control_socket_path(), data: config.data_folder, https_port });
-        }
-        let variable = || std::env::var_os(DATA_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let data = self.data.clone().or_else(variable).unwrap_or_else(|| DEFAULT_DATA.into());
-        Ok(Place { socket: data.join(control::SOCKET_NAME), data, https_port: None })
-    }
 }
 
 #[derive(Debug, Args)]
@@ -139,11 +101,40 @@ pub(super) struct StatusArgs {
     pub watch: Option<Duration>,
 }
 
+const EVENTS_HELP: &str = "\
+Without --address: what this host has seen, in its events.jsonl; works on every node, PRIMARY or not. With
+--address: the history of the cluster, which every PRIMARY goes on with.
+
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 77 the login is refused.
+
+Examples:
+  twistcli ha events
+  twistcli ha events --kind takeover --since 7d
+  twistcli ha events --json | jq '.[0]'";
+
+#[derive(Debug, Args)]
+pub(super) struct EventsArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// At most so many, the newest first
+    #[arg(long, value_name = "COUNT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=400))]
+    pub limit: u32,
+    /// Only what is about this, as takeover, membership or disk
+    #[arg(long, value_name = "KIND")]
+    pub kind: Option<Kind>,
+    /// Only what happened in this span
+    #[arg(long, value_name = "SPAN", value_parser = span)]
+    pub since: Option<Duration>,
+    /// Print them as JSON, with all fields
+    #[arg(long)]
+    pub json: bool,
+}
+
 const JOIN_SCRIPT_HELP: &str = "\
 The line goes to standard output, everything else to standard error. It carries a secret: whoever has
 it may ask to join, nothing more. Admission is what `twistcli ha apply` gives, and it closes the invitation.
 
-Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached, 75 refused.
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
 Examples:
   twistcli ha join-script
@@ -169,8 +160,8 @@ const APPLY_HELP: &str = "\
 Compare each fingerprint with the one that the join script has shown on that host. Hosts whose
 fingerprints change between your look and the admission are not admitted.
 
-Exit code: 0 done and all members up, 64 wrong command line, 69 the daemon cannot be reached,
-75 refused, not confirmed, or not all up yet within the time given by --wait.
+Exit code: 0 done and all members up, 64 wrong command line, 69 nobody answers,
+75 refused, not confirmed, or not all up yet within the time given by --wait, 77 the login is refused.
 
 Examples:
   twistcli ha apply
@@ -196,7 +187,8 @@ The member has no vote from then on, its certificate is refused for good, and it
 on its disk. To come back, it runs the join script again; to replace it, another host does.
 The PRIMARY itself is not removed: run `twistcli ha switchover` first.
 
-Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached, 75 refused or not confirmed.
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused or not confirmed,
+77 the login is refused.
 
 Examples:
   twistcli ha remove host3
@@ -218,11 +210,12 @@ pub(super) struct RemoveArgs {
 }
 
 const SWITCHOVER_HELP: &str = "\
-The ports of this host are closed, the last write is replicated, then the other member takes the role. No
-acknowledged write is lost, and no connection is answered twice.
+The ports of the PRIMARY are closed, the last write is replicated, then the other member takes the role. No
+acknowledged write is lost, and no connection is answered twice. With --address the gap is measured from here:
+the longest time for which no Console answered.
 
-Exit code: 0 done (with --dry-run: it could be done), 64 wrong command line, 69 the daemon cannot be
-reached, 75 refused (with --dry-run: it would be).
+Exit code: 0 done (with --dry-run: it could be done), 64 wrong command line, 69 nobody
+answers, 75 refused (with --dry-run: it would be), 77 the login is refused.
 
 Examples:
   twistcli ha switchover
@@ -247,23 +240,57 @@ pub(super) struct SwitchoverArgs {
 const PAUSE_HELP: &str = "\
 While paused, only the present PRIMARY may serve: if it fails, nobody takes over until the pause ends.
 
-Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached, 75 refused.
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
 Examples:
   twistcli ha pause
   twistcli ha pause --for 2h";
 
+const ROTATE_KEY_HELP: &str = "\
+All members fetch a new cluster key from each other; when each has it on its disk, the certificate authority's
+private key is encrypted with it. This happens by itself after each removal of a member.
+
+Exit code: 0 begun (twistcli ha status shows how far it is), 64 wrong command line, 69 the daemon cannot be
+reached, 75 refused.
+
+Example:
+  twistcli ha rotate-key";
+const ROTATE_CA_HELP: &str = "\
+All members trust a new authority first; then it signs, and all certificates of nodes and Consoles are made anew;
+the old one is trusted until the overlap is over. Give the new ca.pem, in certificates/ of the data folder, to
+clients in that time. Join scripts that were given out are worth nothing any more.
+After the removal of a host that you do not trust any more, this shuts it out: it knew the old authority's key.
+
+Exit code: 0 begun (twistcli ha status shows how far it is), 64 wrong command line, 69 the daemon cannot be
+reached, 75 refused or not confirmed.
+
+Examples:
+  twistcli ha rotate-ca
+  twistcli ha rotate-ca --overlap 7d --yes";
+
+#[derive(Debug, Args)]
+pub(super) struct RotateCaArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// How long the old authority is still trusted when the new one signs
+    #[arg(long, value_name = "SPAN", default_value = "1d", value_parser = span)]
+    pub overlap: Duration,
+    /// Do not ask; needed where standard input is no terminal
+    #[arg(long, short)]
+    pub yes: bool,
+}
+
 const SET_ADDRESS_HELP: &str = "\
 What is not named stays. The member may be up or down; the others dial the new address at once.
 
-Exit code: 0 done, 64 wrong command line, 69 the daemon cannot be reached, 75 refused.
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
 Examples:
-  twistcli ha set-address host3 --address 192.0.2.13
-  twistcli ha set-address host3 --address host3.example.com --port 9086 --name host3b";
+  twistcli ha set-address host3 --to 192.0.2.13
+  twistcli ha set-address host3 --to host3.example.com --port 9086 --name host3b";
 
 #[derive(Debug, Args)]
-#[command(group(ArgGroup::new("new").required(true).multiple(true).args(["address", "port", "name"])))]
+#[command(group(ArgGroup::new("new").required(true).multiple(true).args(["to", "port", "name"])))]
 pub(super) struct SetAddressArgs {
     #[command(flatten)]
     pub target: Target,
@@ -271,8 +298,8 @@ pub(super) struct SetAddressArgs {
     #[arg(value_name = "NODE")]
     pub node: String,
     /// New host name or IP address
-    #[arg(long, value_name = "ADDRESS")]
-    pub address: Option<String>,
+    #[arg(long, value_name = "HOST")]
+    pub to: Option<String>,
     /// New HIGH_AVAILABILITY_PORT
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub port: Option<u16>,
@@ -282,16 +309,14 @@ pub(super) struct SetAddressArgs {
 }
 
 const DRILL_HELP: &str = "\
-Runs on the PRIMARY, and only when all three members are healthy and nothing is paused. It writes tags named
-drill-... through the API, one after the other. Meanwhile another member takes over: by a switchover or, with
---kill, because the daemon of this host is killed as by a crash (its service manager starts it again). It goes
-on until the new PRIMARY has acknowledged 50 writes, checks that every acknowledged tag is there, and removes all.
-The result is printed and appended to drills.jsonl in the data folder.
-
-Environment: TWISTLOCK_USER and TWISTLOCK_PASSWORD, so that no password stands in the process list.
+Runs on the PRIMARY or with --address, and only when all three members are healthy and nothing is paused. It
+writes tags named drill-... through the API, one after the other. Meanwhile another member takes over: by a
+switchover or, with --kill, because the daemon of this host is killed as by a crash (its service manager starts it
+again). It goes on until the new PRIMARY has acknowledged 50 writes, checks that every acknowledged tag is there,
+and removes all. The result is printed and, on the PRIMARY, appended to drills.jsonl in the data folder.
 
 Exit code: 0 nothing was lost, 1 an acknowledged write is missing, 64 wrong command line, 69 daemon or
-Console cannot be reached, 75 refused, or no other member took over.
+Console cannot be reached, 75 refused, or no other member took over, 77 the login is refused.
 
 Examples:
   TWISTLOCK_PASSWORD=... twistcli ha drill
@@ -304,19 +329,7 @@ pub(super) struct DrillArgs {
     /// Kill the PRIMARY's process instead of a switchover
     #[arg(long)]
     pub kill: bool,
-    /// User of the Console's API [default: $TWISTLOCK_USER, else admin]
-    #[arg(long, short, value_name = "NAME")]
-    pub user: Option<String>,
-    /// Its password [default: $TWISTLOCK_PASSWORD]
-    #[arg(long, short, value_name = "PASSWORD", conflicts_with = "token")]
-    pub password: Option<String>,
-    /// A session's token, instead of user and password
-    #[arg(long, value_name = "TOKEN")]
-    pub token: Option<String>,
-    /// Certificate of the authority that signed the Consoles' certificates [default: that of the cluster]
-    #[arg(long, value_name = "PATH")]
-    pub tlscacert: Option<PathBuf>,
-    /// The Consoles' HTTPS port [default: that of --config, else 8083]
+    /// The Consoles' HTTPS port [default: that of --config or --address, else 8083]
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub https_port: Option<u16>,
     /// Print the result as JSON
@@ -332,7 +345,7 @@ fn interval(text: &str) -> Result<Duration, String> {
 }
 
 /// A whole number with its unit: `90s`, `30m`, `2h`, `1d`. What is allowed where is for the daemon to say.
-fn span(text: &str) -> Result<Duration, String> {
+pub(super) fn span(text: &str) -> Result<Duration, String> {
     let parsed = text.char_indices().next_back().and_then(|(at, unit)| {
         let unit = match unit {
             's' => 1,

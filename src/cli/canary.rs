@@ -3,24 +3,20 @@
 
 use std::{
     collections::BTreeSet,
-    io,
-    path::Path,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use ureq::{
-    Agent, Error,
-    http::StatusCode,
-    tls::{Certificate, RootCerts, TlsConfig},
+use ureq::{Agent, http::StatusCode};
+
+use super::remote::{Login, Place, segment};
+use crate::{
+    https::{self, Failure, Limits, Trust},
+    node::Status,
 };
 
-use crate::node::Status;
-
-/// How long one request may take: far longer than any write of a cluster that serves.
-const REQUEST_LIMIT: Duration = Duration::from_secs(2);
-/// A host that does not answer at all is given up sooner: another one may serve already.
-const CONNECT_LIMIT: Duration = Duration::from_millis(300);
+/// A request may take far longer than any write of a cluster that serves. A host that does not answer at all is given up
+/// sooner: another one may serve already.
+const LIMITS: Limits = Limits { connect: Duration::from_millis(300), request: Duration::from_secs(2) };
 /// Pause after an attempt that failed, so that refused connections are not tried in a busy loop.
 const PAUSE: Duration = Duration::from_millis(1);
 /// Tags in one page of the list: the most that the API gives.
@@ -38,11 +34,8 @@ pub(super) struct Console {
 }
 
 /// The Consoles of all members, that of the PRIMARY first.
-pub(super) fn consoles(status: &Status, port: u16) -> Vec<Console> {
-    let console = |address: &str, name: &str| {
-        let host = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
-        Console { name: name.to_owned(), url: format!("https://{host}:{port}") }
-    };
+pub(super) fn consoles(status: &Status, port: Option<u16>) -> Vec<Console> {
+    let console = |address: &str, name: &str| Console { name: name.to_owned(), url: Place::of(address, port).url() };
     let mut members: Vec<_> = status.membership.members.iter().collect();
     members.sort_by_key(|member| Some(member.id) != status.primary);
     members.into_iter().map(|member| console(&member.address, &member.name)).collect()
@@ -64,6 +57,8 @@ pub(super) struct Canary {
     agent: Agent,
     consoles: Vec<Console>,
     authorization: String,
+    /// The session was begun here, and is ended here.
+    own_session: bool,
     prefix: String,
     /// The Console that is tried first.
     current: usize,
@@ -91,31 +86,13 @@ pub(super) enum Failed {
 }
 
 impl Canary {
-    /// A canary whose tags begin with `prefix`, and that trusts one authority only.
-    ///
-    /// # Errors
-    /// When the authority's certificate cannot be used.
-    pub(super) fn new(consoles: Vec<Console>, ca: &Path, prefix: &str) -> Result<Self, Failed> {
-        let unusable =
-            |why: String| Failed::Unreachable(format!("{}: {why}; name the right one with --tlscacert", ca.display()));
-        let pem = std::fs::read(ca).map_err(|error| unusable(error.to_string()))?;
-        let certificate = Certificate::from_pem(&pem).map_err(|error| unusable(error.to_string()))?;
-        let tls = TlsConfig::builder()
-            .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .build();
-        let config = Agent::config_builder()
-            .tls_config(tls)
-            .https_only(true)
-            .proxy(None)
-            .http_status_as_error(false)
-            .timeout_connect(Some(CONNECT_LIMIT))
-            .timeout_global(Some(REQUEST_LIMIT))
-            .build();
-        Ok(Self {
-            agent: config.into(),
+    /// A canary whose tags begin with `prefix`.
+    pub(super) fn new(consoles: Vec<Console>, trust: &Trust, prefix: &str) -> Self {
+        Self {
+            agent: https::client(trust, LIMITS),
             consoles,
             authorization: String::new(),
+            own_session: false,
             prefix: prefix.to_owned(),
             current: 0,
             next: 0,
@@ -124,7 +101,7 @@ impl Canary {
             refused: 0,
             unknown: 0,
             last_failure: None,
-        })
+        }
     }
 
     fn url(&self, rest: &str) -> String {
@@ -140,16 +117,18 @@ impl Canary {
         &self.consoles[console].name
     }
 
-    /// Uses a session that exists.
-    pub(super) fn use_token(&mut self, token: &str) {
-        self.authorization = format!("Bearer {token}");
-    }
-
-    /// Logs in.
+    /// Uses the session of a token, or begins one: each new PRIMARY would have to compute a password hash otherwise.
     ///
     /// # Errors
     /// When the Console cannot be reached or refuses.
-    pub(super) fn log_in(&mut self, user: &str, password: &str) -> Result<(), Failed> {
+    pub(super) fn log_in(&mut self, login: &Login) -> Result<(), Failed> {
+        let (user, password) = match login {
+            Login::Token(token) => {
+                self.authorization = format!("Bearer {token}");
+                return Ok(());
+            }
+            Login::Password { user, password } => (user, password),
+        };
         let url = self.url("authenticate");
         let body = serde_json::json!({"username": user, "password": password});
         let mut response = self
@@ -159,9 +138,12 @@ impl Canary {
             .map_err(|error| Failed::Unreachable(format!("log in at {url}: {error}")))?;
         let answer: serde_json::Value = response.body_mut().read_json().unwrap_or_default();
         match answer["token"].as_str() {
-            Some(token) => self.use_token(token),
+            Some(token) => {
+                self.authorization = format!("Bearer {token}");
+                self.own_session = true;
+            }
             None => {
-                let why = answer["err"].as_str().unwrap_or("no reason given").to_owned();
+                let why = answer["err"].as_str().unwrap_or("no reason given");
                 return Err(Failed::Refused(format!("log in at {url} as {user}: {}: {why}", response.status())));
             }
         }
@@ -188,7 +170,7 @@ impl Canary {
             Ok(status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::CONFLICT)) => {
                 return Err(Failed::Refused(format!("{} refuses to write a tag: {status}", self.url("tags"))));
             }
-            Err(Error::Io(ref error)) if error.kind() == io::ErrorKind::ConnectionRefused => self.refused += 1,
+            Err(ref error) if https::failure(error) == Failure::Refused => self.refused += 1,
             // What a Console answers may still hide a write whose outcome it does not know itself.
             Ok(_) | Err(_) => {
                 self.unknown += 1;
@@ -243,16 +225,21 @@ impl Canary {
         Err(Failed::Refused(format!("there are more than {} tags: too many to look through", PAGE * MAX_PAGES)))
     }
 
-    /// Removes all tags of this canary. Returns how many may have been left.
+    /// Removes all tags of this canary, and ends its session. Returns how many tags may have been left.
     pub(super) fn clean_up(&self) -> u64 {
         let gone = |number: &u64| {
-            let url = self.url(&format!("tags/{}", self.tag(*number)));
+            let url = self.url(&format!("tags/{}", segment(&self.tag(*number))));
             let request = self.agent.delete(&url).header("authorization", &self.authorization);
             request.call().is_ok_and(|answer| answer.status().is_success() || answer.status() == StatusCode::NOT_FOUND)
         };
         // The last one may have been written by an attempt without an answer.
         let end = self.next + u64::from(self.doubt);
-        (0..end).filter(|number| !gone(number)).count() as u64
+        let left = (0..end).filter(|number| !gone(number)).count() as u64;
+        if self.own_session {
+            // Otherwise it ends by itself, later.
+            let _ = self.agent.post(self.url("logout")).header("authorization", &self.authorization).send_empty();
+        }
+        left
     }
 }
 
@@ -266,7 +253,7 @@ mod tests {
         let mut status = healthy();
         status.primary = Some(2);
         status.membership.members[2].address = "2001:db8::3".into();
-        let urls: Vec<String> = consoles(&status, 8083).into_iter().map(|console| console.url).collect();
+        let urls: Vec<String> = consoles(&status, Some(8083)).into_iter().map(|console| console.url).collect();
         assert_eq!(urls, ["https://127.0.0.2:8083", "https://127.0.0.1:8083", "https://[2001:db8::3]:8083"]);
     }
 }

@@ -10,8 +10,9 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
-    daemon::{Daemon, EX_TEMPFAIL, Stop},
+    door::Door,
     operate::watched,
+    stop::{EX_TEMPFAIL, Stop},
     table::size,
 };
 use crate::{
@@ -51,14 +52,14 @@ impl Progress {
 ///
 /// # Errors
 /// When the daemon cannot be reached, gives the role up, or `limit` is over.
-pub(super) fn wait(daemon: &Daemon<'_>, limit: Duration) -> Result<(), Stop> {
+pub(super) fn wait(door: &Door, limit: Duration) -> Result<(), Stop> {
     let start = Instant::now();
     let bar = if watched() { ProgressBar::no_length() } else { ProgressBar::hidden() };
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
         bar.set_style(style.progress_chars("##-"));
     }
     loop {
-        let status = daemon.status().inspect_err(|_| bar.abandon())?;
+        let status = door.status().inspect_err(|_| bar.abandon())?;
         let progress = Progress::of(&status);
         if progress.pending.is_empty() {
             bar.finish_and_clear();

@@ -1,75 +1,35 @@
-//! The conversation of a command with the daemon of this host, and how it ends early. Owns the exit codes and what is said
-//! when the daemon cannot be reached, refuses, or is not PRIMARY. Must never ask twice for what changes something.
+//! The conversation with the daemon of this host: what is said when it cannot be reached, refuses, or is not PRIMARY. Must
+//! never ask twice for what changes something.
 
-use std::{
-    io::{self, IsTerminal, Write},
-    path::Path,
-    time::Duration,
+use std::{io, time::Duration};
+
+use serde_json::Value;
+
+use super::{
+    door::Local,
+    stop::{EX_UNAVAILABLE, Stop},
 };
-
-use serde::de::DeserializeOwned;
-
 use crate::{
     cluster::Role,
     control::{self, ControlError, OPERATION_TIMEOUT, Operation},
     node::Status,
 };
 
-/// Wrong command line (sysexits EX_USAGE); not clap's 2, which means "no primary" here.
-pub(super) const EX_USAGE: u8 = 64;
-/// The daemon cannot be reached (sysexits EX_UNAVAILABLE).
-pub(super) const EX_UNAVAILABLE: u8 = 69;
-/// Writing the output failed (sysexits EX_IOERR).
-pub(super) const EX_IOERR: u8 = 74;
-/// Refused, by the daemon or by the administrator (sysexits EX_TEMPFAIL).
-pub(super) const EX_TEMPFAIL: u8 = 75;
-
 /// How long one answer of the daemon may take.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long the outcome of an operation may take: the daemon gives up first.
 const OUTCOME_LIMIT: Duration = OPERATION_TIMEOUT.saturating_add(ANSWER_LIMIT);
 
-/// Why a command ends before its end.
-#[derive(Debug)]
-pub(super) enum Stop {
-    /// Everything has been said; this is the exit code.
-    Told(u8),
-    /// The output cannot be written.
-    Output(io::Error),
-}
-
-impl From<io::Error> for Stop {
-    fn from(error: io::Error) -> Self {
-        Self::Output(error)
-    }
-}
-
-impl Stop {
-    /// Says why, and stops with this exit code.
-    pub(super) fn tell(code: u8, why: &str) -> Self {
-        eprintln!("twistcli: {why}");
-        Self::Told(code)
-    }
-
-    /// A refusal: nothing was changed.
-    pub(super) fn refuse(why: &str) -> Self {
-        Self::tell(EX_TEMPFAIL, &format!("not done: {why}"))
-    }
-}
-
-/// The daemon behind a control socket.
-pub(super) struct Daemon<'a>(pub &'a Path);
-
-impl Daemon<'_> {
-    /// Its status.
+impl Local {
+    /// The daemon's picture of the cluster.
     ///
     /// # Errors
     /// When it does not answer.
     pub(super) fn status(&self) -> Result<Status, Stop> {
-        control::status(self.0, ANSWER_LIMIT).map_err(|error| unanswered(&error))
+        control::status(&self.socket, ANSWER_LIMIT).map_err(|error| unanswered(&error))
     }
 
-    /// Its status, unless another host is PRIMARY as far as this host knows: then `command` has to be run there.
+    /// The same, unless another host is PRIMARY as far as this host knows: then `command` has to be run there.
     ///
     /// # Errors
     /// When it does not answer, or another host is PRIMARY.
@@ -81,23 +41,23 @@ impl Daemon<'_> {
         }
     }
 
-    /// Has it carry an operation out.
+    /// Has the daemon carry an operation out.
     ///
     /// # Errors
     /// When it does not answer or refuses.
-    pub(super) fn operate<T: DeserializeOwned>(&self, operation: Operation) -> Result<T, Stop> {
-        control::operate(self.0, operation.clone(), OUTCOME_LIMIT).map_err(|error| match error {
-            ControlError::Refused(why) => match control::status(self.0, ANSWER_LIMIT) {
+    pub(super) fn operate(&self, operation: &Operation) -> Result<Value, Stop> {
+        control::operate(&self.socket, operation.clone(), OUTCOME_LIMIT).map_err(|error| match error {
+            ControlError::Refused(why) => match control::status(&self.socket, ANSWER_LIMIT) {
                 // The role may have gone between our look and the request.
                 Ok(status) if status.primary.is_some() && status.primary != Some(status.node) => {
-                    let there = elsewhere(&status, &command(&operation)).unwrap_or_default();
+                    let there = elsewhere(&status, &command(operation)).unwrap_or_default();
                     Stop::refuse(&format!("{why}\n  {there}"))
                 }
                 _ => Stop::refuse(&why),
             },
             ControlError::NoAnswer { .. } => {
-                eprintln!("{}\n  Whether it was done is unknown. See: twistcli ha status", explain(&error));
-                Stop::Told(EX_UNAVAILABLE)
+                let text = format!("{}\n  Whether it was done is unknown. See: twistcli ha status", explain(&error));
+                Stop::tell(EX_UNAVAILABLE, &text)
             }
             other => unanswered(&other),
         })
@@ -105,8 +65,7 @@ impl Daemon<'_> {
 }
 
 fn unanswered(error: &ControlError) -> Stop {
-    eprintln!("{}", explain(error));
-    Stop::Told(EX_UNAVAILABLE)
+    Stop::tell(EX_UNAVAILABLE, &explain(error))
 }
 
 /// Which host has to be asked instead, and how.
@@ -143,10 +102,13 @@ pub(super) fn command(operation: &Operation) -> String {
         }
         Operation::Pause { seconds } => format!("pause --for {seconds}s"),
         Operation::Resume {} => "resume".to_owned(),
+        Operation::RotateKey {} => "rotate-key".to_owned(),
+        Operation::RotateCa { overlap_s } => format!("rotate-ca --overlap {overlap_s}s"),
+        Operation::TestNotifications {} => "test-notifications".to_owned(),
         Operation::Events { .. } => "events".to_owned(),
         Operation::Readdress { node, new_name, address, port } => format!(
             "set-address {node}{}{}{}",
-            option("address", address),
+            option("to", address),
             option("port", &port.map(|port| port.to_string())),
             option("name", new_name)
         ),
@@ -154,28 +116,21 @@ pub(super) fn command(operation: &Operation) -> String {
         Operation::SetConsoleNames { names } => return format!("twistcli certs set-names {}", names.join(" ")),
         Operation::SetCertificate { .. } => return "twistcli certs upload FILE".to_owned(),
         Operation::RemoveCertificate {} => return "twistcli certs remove".to_owned(),
+        of_backups => return backup_command(of_backups),
     };
     format!("twistcli ha {text}")
 }
 
-/// Asks the administrator; `yes` answers in advance.
-///
-/// # Errors
-/// Anything but a yes, and no terminal to ask on.
-pub(super) fn confirm(question: &str, yes: bool) -> Result<(), Stop> {
-    if yes {
-        return Ok(());
-    }
-    if !io::stdin().is_terminal() {
-        return Err(Stop::tell(EX_USAGE, "standard input is no terminal: say --yes to go on without a question"));
-    }
-    eprint!("{question} [y/N] ");
-    io::stderr().flush()?;
-    let mut answer = String::new();
-    io::stdin().read_line(&mut answer)?;
-    match answer.trim().to_ascii_lowercase().as_str() {
-        "y" | "yes" => Ok(()),
-        _ => Err(Stop::refuse("not confirmed; nothing was changed")),
+fn backup_command(operation: &Operation) -> String {
+    match operation {
+        Operation::Backups {} => "twistcli backup list".to_owned(),
+        Operation::BackupState {} => "twistcli backup status".to_owned(),
+        Operation::Backup { called } => format!("twistcli backup create {called}"),
+        Operation::VerifyBackup { id } => format!("twistcli backup verify {id}"),
+        Operation::RenameBackup { id, called } => format!("twistcli backup rename {id} {called}"),
+        Operation::DeleteBackup { id } => format!("twistcli backup delete {id}"),
+        Operation::Restore { file, .. } => format!("twistcli restore {}", file.display()),
+        _ => "twistcli --help".to_owned(),
     }
 }
 
@@ -185,7 +140,8 @@ pub(super) fn explain(error: &ControlError) -> String {
         ControlError::Unreachable { source, .. } => match source.kind() {
             io::ErrorKind::NotFound => {
                 "There is no such socket. Is twistlockd running on this host? Try: systemctl status twistlockd\n  \
-                 If its data folder is another one, name it: --data DIR, --control PATH or TWISTLOCK_DATA=DIR."
+                 If its data folder is another one, name it: --data DIR, --control PATH or TWISTLOCK_DATA=DIR.\n  \
+                 For a cluster elsewhere, name its Consoles: --address https://HOST:8083"
             }
             io::ErrorKind::PermissionDenied => "Only the owner of the socket may use it. Try again with sudo.",
             io::ErrorKind::ConnectionRefused => {
@@ -202,7 +158,7 @@ pub(super) fn explain(error: &ControlError) -> String {
         ControlError::Path(_) => "Name the socket by a shorter path: --control PATH",
         ControlError::Refused(_) => "Try: journalctl -u twistlockd -e",
     };
-    format!("twistcli: {error}\n  {hint}")
+    format!("{error}\n  {hint}")
 }
 
 #[cfg(test)]
@@ -232,7 +188,7 @@ mod tests {
             (Operation::Pause { seconds: 1800 }, "pause --for 1800s"),
             (
                 Operation::Readdress { node: "2".into(), new_name: None, address: Some("a".into()), port: Some(9) },
-                "set-address 2 --address a --port 9",
+                "set-address 2 --to a --port 9",
             ),
         ] {
             assert_eq!(command(&operation), format!("twistcli ha {text}"));

@@ -21,11 +21,16 @@ use nix::{
 use serde::Serialize;
 
 use super::{
-    args::{DrillArgs, Place},
+    args::DrillArgs,
     canary::{Acknowledged, Canary, Failed, consoles},
-    daemon::{ANSWER_LIMIT, Daemon, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
+    columns::{self, print_json},
+    daemon::ANSWER_LIMIT,
+    door::{Door, Local},
+    handover,
     health::LAG_LIMIT,
     next,
+    remote::Remote,
+    stop::{EX_FOUND, EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
 };
 use crate::{
     admin::SwitchoverReport,
@@ -44,15 +49,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 const MAX_WRITES: usize = 50_000;
 /// How long the new PRIMARY may take to give the list of tags.
 const CHECK_LIMIT: Duration = Duration::from_secs(10);
-/// `MANAGEMENT_PORT_HTTPS` when nothing else is said.
-const HTTPS_PORT: u16 = 8083;
 /// Name of the record in the data folder, and how many drills it keeps.
 const RECORD: &str = "drills.jsonl";
 const KEPT: usize = 500;
 /// Longest record that is read.
 const MAX_RECORD: u64 = 1 << 20;
-/// An acknowledged write is missing.
-const EX_LOST: u8 = 1;
 
 /// What came out of a drill; one line of [`RECORD`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -79,17 +80,16 @@ struct Outcome {
 ///
 /// # Errors
 /// When it is refused or cannot be carried out.
-pub(super) fn run(place: &Place, args: &DrillArgs) -> Result<u8, Stop> {
+pub(super) fn run(door: &Door, args: &DrillArgs) -> Result<u8, Stop> {
     let command = if args.kill { "twistcli ha drill --kill" } else { "twistcli ha drill" };
-    let status = Daemon(&place.socket).primary(command)?;
+    let status = door.primary(command)?;
     ready(&status, next::now()).map_err(|why| Stop::refuse(&why))?;
-    let mut canary = prepare(place, args, &status)?;
+    let (mut canary, takeover) = prepare(door, args, &status)?;
     eprintln!(
         "{} writes until another member has taken over ({}) ...",
         status.name,
         if args.kill { "its process is killed" } else { "switchover" }
     );
-    let takeover = Takeover { socket: place.socket.clone(), lock: place.data.join("lock"), kill: args.kill };
     let rehearsed = rehearse(&mut canary, takeover, LIMIT);
     let checked = rehearsed.map(|handover_ms| (handover_ms, canary.missing(CHECK_LIMIT)));
     let left = canary.clean_up();
@@ -99,19 +99,20 @@ pub(super) fn run(place: &Place, args: &DrillArgs) -> Result<u8, Stop> {
     let (handover_ms, missing) = checked.map_err(Broken::into_stop)?;
     let missing = missing.map_err(stop)?;
     let outcome = outcome(&canary, &status, args.kill, handover_ms, missing);
-    if let Err(error) = record(&place.data, &outcome) {
-        eprintln!("twistcli: the result is not recorded in {}: {error}", place.data.join(RECORD).display());
+    if let Door::Local(local) = door
+        && let Err(error) = record(&local.data, &outcome)
+    {
+        eprintln!("twistcli: the result is not recorded in {}: {error}", local.data.join(RECORD).display());
     }
-    let mut out = io::stdout().lock();
     if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&outcome).map_err(io::Error::from)?)?;
+        print_json(&outcome)?;
     } else {
-        write!(out, "{}", describe(&outcome))?;
+        columns::print(&describe(&outcome))?;
     }
     Ok(match (&outcome.missing[..], &outcome.to) {
         ([], Some(_)) => 0,
         ([], None) => EX_TEMPFAIL,
-        _ => EX_LOST,
+        _ => EX_FOUND,
     })
 }
 
@@ -140,39 +141,52 @@ fn ready(status: &Status, now: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// A canary that is logged in.
-fn prepare(place: &Place, args: &DrillArgs, status: &Status) -> Result<Canary, Stop> {
-    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let port = args.https_port.or(place.https_port).unwrap_or(HTTPS_PORT);
-    let ca = args.tlscacert.clone().unwrap_or_else(|| place.data.join("certificates").join("ca.pem"));
+/// A canary that is logged in, and how the role is to be taken.
+fn prepare(door: &Door, args: &DrillArgs, status: &Status) -> Result<(Canary, Takeover), Stop> {
     let prefix = format!("drill-{}", Timestamp::now().as_millisecond());
-    let mut canary = Canary::new(consoles(status, port), &ca, &prefix).map_err(stop)?;
-    if let Some(token) = &args.token {
-        canary.use_token(token);
-        return Ok(canary);
-    }
-    let user = args.user.clone().or_else(|| variable("TWISTLOCK_USER")).unwrap_or_else(|| "admin".to_owned());
-    let Some(password) = args.password.clone().or_else(|| variable("TWISTLOCK_PASSWORD")) else {
-        let why = "a drill writes through the API: give the password of a user in TWISTLOCK_PASSWORD, or --token";
-        return Err(Stop::tell(EX_USAGE, why));
+    let begin = |port, remote: &Remote| {
+        // Each member by its own address: behind a load balancer nobody sees who answers.
+        let mut canary = Canary::new(consoles(status, port), &remote.trust, &prefix);
+        canary.log_in(&remote.login).map_err(stop).map(|()| canary)
     };
-    canary.log_in(&user, &password).map_err(stop)?;
-    Ok(canary)
+    match door {
+        Door::Remote(_) if args.kill => {
+            let why = "--kill ends the daemon of this host: run it on the PRIMARY, without --address";
+            Err(Stop::tell(EX_USAGE, why))
+        }
+        Door::Remote(remote) => {
+            let port = args.https_port.or_else(|| remote.places().first().and_then(|place| place.port()));
+            let way = Remote::new(remote.places(), remote.trust.clone(), remote.login.clone());
+            Ok((begin(port, remote)?, Takeover::ByApi(way)))
+        }
+        Door::Local(local) => {
+            let port = args.https_port.unwrap_or(local.https_port);
+            let canary = begin(Some(port), &local.consoles(args.target.login())?)?;
+            let Local { socket, data, .. } = local;
+            let takeover = match args.kill {
+                true => Takeover::Kill { socket: socket.clone(), lock: data.join("lock") },
+                false => Takeover::Here { socket: socket.clone() },
+            };
+            Ok((canary, takeover))
+        }
+    }
 }
 
 fn stop(failed: Failed) -> Stop {
     match failed {
         Failed::Unreachable(why) => Stop::tell(EX_UNAVAILABLE, &why),
-        Failed::Refused(why) => Stop::tell(EX_TEMPFAIL, &why),
+        Failed::Refused(why) => Stop::tell(EX_NOPERM, &why),
     }
 }
 
-/// How the role is taken from this host.
-struct Takeover {
-    socket: PathBuf,
-    /// The lock of the data folder, with the daemon's pid in it.
-    lock: PathBuf,
-    kill: bool,
+/// How the role is taken from the PRIMARY.
+enum Takeover {
+    /// A switchover by the daemon of this host.
+    Here { socket: PathBuf },
+    /// A switchover by the API.
+    ByApi(Remote),
+    /// The daemon of this host is killed. The lock of its data folder has its pid in it.
+    Kill { socket: PathBuf, lock: PathBuf },
 }
 
 /// Why a rehearsal broke off.
@@ -201,33 +215,35 @@ impl Broken {
 impl Takeover {
     /// Takes it. Returns the gap that the daemon has measured.
     fn take(&self) -> Result<Option<f64>, String> {
-        if self.kill {
-            return self.kill().map(|()| None);
-        }
-        let operation = Operation::Switchover { to: None, dry_run: false };
-        let report: SwitchoverReport = control::operate(&self.socket, operation, OPERATION_TIMEOUT + ANSWER_LIMIT)
-            .map_err(|error| format!("the switchover: {error}"))?;
+        let report: SwitchoverReport = match self {
+            Self::Kill { socket, lock } => return kill_daemon(socket, lock).map(|()| None),
+            Self::Here { socket } => {
+                let operation = Operation::Switchover { to: None, dry_run: false };
+                control::operate(socket, operation, OPERATION_TIMEOUT + ANSWER_LIMIT)
+                    .map_err(|error| format!("the switchover: {error}"))?
+            }
+            Self::ByApi(remote) => handover::begin(remote, None).map_err(|stop| stop.text())?,
+        };
         match report.checks.iter().find(|check| !check.ok) {
             Some(check) => Err(format!("the switchover: {}: {}", check.name, check.detail)),
             None => Ok(report.gap_ms),
         }
     }
+}
 
-    /// The process is the one that the kernel names as the owner of the control socket, and it must say the same itself.
-    fn kill(&self) -> Result<(), String> {
-        let stream =
-            control::connect(&self.socket, ANSWER_LIMIT).map_err(|error| format!("find the daemon: {error}"))?;
-        let owner = getsockopt(&stream, PeerCredentials).map_err(|error| format!("find the daemon: {error}"))?.pid();
-        let text = fs::read_to_string(&self.lock).map_err(|error| format!("{}: {error}", self.lock.display()))?;
-        if text.trim().parse() != Ok(owner) || owner <= 1 {
-            return Err(format!(
-                "process {owner} serves the control socket, but {} names {}: which one is the daemon?",
-                self.lock.display(),
-                text.trim()
-            ));
-        }
-        kill(Pid::from_raw(owner), Signal::SIGKILL).map_err(|error| format!("kill process {owner}: {error}"))
+/// The process is the one that the kernel names as the owner of the control socket, and it must say the same itself.
+fn kill_daemon(socket: &Path, lock: &Path) -> Result<(), String> {
+    let stream = control::connect(socket, ANSWER_LIMIT).map_err(|error| format!("find the daemon: {error}"))?;
+    let owner = getsockopt(&stream, PeerCredentials).map_err(|error| format!("find the daemon: {error}"))?.pid();
+    let text = fs::read_to_string(lock).map_err(|error| format!("{}: {error}", lock.display()))?;
+    if text.trim().parse() != Ok(owner) || owner <= 1 {
+        return Err(format!(
+            "process {owner} serves the control socket, but {} names {}: which one is the daemon?",
+            lock.display(),
+            text.trim()
+        ));
     }
+    kill(Pid::from_raw(owner), Signal::SIGKILL).map_err(|error| format!("kill process {owner}: {error}"))
 }
 
 /// Writes before, during and after the takeover, until `limit`. Returns the gap that the daemon has measured.
@@ -353,7 +369,7 @@ mod tests {
     use rustls::{ServerConfig, ServerConnection};
 
     use super::*;
-    use crate::{cli::canary::Console, cli::health::tests::healthy, cluster::membership::Pause};
+    use crate::{cli::canary::Console, cli::health::tests::healthy, cluster::membership::Pause, https::Trust};
 
     #[test]
     fn only_a_healthy_cluster_is_put_to_the_test() {
@@ -422,8 +438,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let ca = folder.path().join("ca.pem");
         let url = busy_console(&ca);
-        let mut canary = Canary::new(vec![Console { name: "node1".into(), url }], &ca, "drill-1").unwrap();
-        let takeover = Takeover { socket: "/nowhere".into(), lock: "/nowhere".into(), kill: true };
+        let trust = Trust::file(&ca).unwrap();
+        let mut canary = Canary::new(vec![Console { name: "node1".into(), url }], &trust, "drill-1");
+        let takeover = Takeover::Kill { socket: "/nowhere".into(), lock: "/nowhere".into() };
         let ended = rehearse(&mut canary, takeover, Duration::from_millis(300));
         let Err(Broken::Never(Some(last))) = ended else { panic!("the takeover was begun") };
         assert!(last.ends_with("/api/v1/tags: 503 Service Unavailable"), "{last}");

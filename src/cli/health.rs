@@ -120,7 +120,7 @@ fn last_heard(member: &MemberStatus) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::cluster::{ClusterId, Member, Membership};
+    use crate::cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, trust::Holdings};
 
     /// A healthy cluster of three as node 1, its primary, sees it.
     pub(crate) fn healthy() -> Status {
@@ -139,6 +139,8 @@ pub(crate) mod tests {
             voter: true,
             sync: None,
             full: false,
+            level: FEATURE_LEVEL,
+            holds: Holdings::default(),
         };
         let founder = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
         Status {

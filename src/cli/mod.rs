@@ -1,17 +1,32 @@
-//! `twistcli`: the administration tool. Owns its command line and its exit codes. Everything it knows comes from the daemon's
-//! control socket; only `ha drill` talks to the Consoles, and writes its record into the data folder. Must never touch
-//! anything else there, and must never print a password.
+//! `twistcli`: the administration tool. Owns its command line and its exit codes. What it knows comes through one [door]: the
+//! control socket of this host's daemon, or the API of the Consoles. Must never touch the data folder (but for the record
+//! that `ha drill` writes there), and must never print a password.
 
 mod args;
+mod bundle;
 mod canary;
 mod catch_up;
+mod certs;
+mod columns;
 mod daemon;
+mod door;
 mod drill;
+mod handover;
 pub mod health;
+mod lists;
 mod next;
 mod operate;
+mod progress;
+mod records;
+mod remote;
 mod status;
+mod stop;
 mod table;
+mod tags;
+mod target;
+mod untrusted;
+mod users;
+mod version;
 
 use std::{
     io::{self, Write},
@@ -22,15 +37,56 @@ use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use clap_complete::Shell;
 
 use crate::control::Operation;
-use args::{Ha, Place, Target};
-use daemon::{Daemon, EX_IOERR, EX_USAGE, Stop};
+use args::Ha;
+use certs::Certs;
+use columns::{Paint, When};
+use door::Door;
+use records::{AuditsArgs, LogsArgs};
+use stop::{EX_IOERR, EX_USAGE, Stop};
+use tags::Tags;
+use target::Target;
+use users::Users;
+use version::VersionArgs;
 
 pub use table::render as render_table;
 
-/// Administer Twistlock HA on this host
+const HELP: &str = "\
+Without --address, commands go to the daemon of this host (as root, or as the owner of its data folder). With
+--address they go to the Consoles of a cluster elsewhere, with a user's name and password or a token.
+
+Environment:
+  TWISTLOCK_ADDRESS   https://HOST:PORT of the Consoles, separated by commas
+  TWISTLOCK_USER      user of the API
+  TWISTLOCK_PASSWORD  the user's password
+  TWISTLOCK_TOKEN     a session's token, instead of the two
+  TWISTLOCK_CACERT    certificate of the authority that signed those of the Consoles
+  TWISTLOCK_DATA      data folder of this host's daemon
+  NO_COLOR            no colours
+
+Exit codes, the same everywhere:
+   0  done, or all is well
+   1  done, and something is wrong: the cluster is degraded, a write is missing, a backup is damaged
+   2  no PRIMARY (only `ha status`)
+  64  wrong command line
+  66  a file that was named cannot be read
+  69  nobody answers, or nobody who can be trusted
+  74  the output cannot be written
+  75  refused, not confirmed, or not complete in time: the message says why and what to do
+  77  the login is refused, or its role does not permit this
+  78  the configuration file is wrong
+
+Examples:
+  sudo twistcli ha status
+  twistcli ha status --address https://console.example.com:8083 --user ann
+  twistcli certs ca --address https://console.example.com:8083 > ca.pem";
+
+/// Administer Twistlock HA: the cluster of this host, or one elsewhere
 #[derive(Debug, Parser)]
-#[command(name = "twistcli", version, max_term_width = 110)]
+#[command(name = "twistcli", version, max_term_width = 110, after_help = HELP)]
 struct Cli {
+    /// Colours in tables
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t, global = true, hide_possible_values = true)]
+    color: When,
     #[command(subcommand)]
     command: Command,
 }
@@ -40,6 +96,27 @@ enum Command {
     /// High availability: look at the cluster, change its members, hand the PRIMARY role over
     #[command(subcommand)]
     Ha(Ha),
+    /// Users of the Console and their roles
+    #[command(subcommand)]
+    Users(Users),
+    /// Labels that the Console keeps
+    #[command(subcommand)]
+    Tags(Tags),
+    /// Certificates of the Consoles, and of the authority that signs them
+    #[command(subcommand)]
+    Certs(Certs),
+    /// Show who changed what and who logged in
+    #[command(after_help = records::AUDITS_HELP)]
+    Audits(AuditsArgs),
+    /// Show the last lines of the PRIMARY's log
+    #[command(after_help = records::LOGS_HELP)]
+    Logs(LogsArgs),
+    /// Show the versions of this program and of the cluster's members
+    #[command(after_help = version::HELP)]
+    Version(VersionArgs),
+    /// What somebody needs who is asked for help
+    #[command(subcommand)]
+    Debug(bundle::Debug),
     /// Print a shell completion script
     #[command(after_help = "Example: twistcli completions bash > /etc/bash_completion.d/twistcli")]
     Completions {
@@ -57,12 +134,22 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let result = match cli.command {
-        Command::Ha(command) => ha(&command),
-        Command::Completions { shell } => completions(shell),
-        Command::Man => manual(),
+    let paint = Paint::new(cli.color);
+    let result = match &cli.command {
+        Command::Ha(command) => ha(command, paint),
+        Command::Users(command) => users::run(command, paint).map(|()| 0),
+        Command::Tags(command) => tags::run(command, paint).map(|()| 0),
+        Command::Certs(command) => certs::run(command, paint).map(|()| 0),
+        Command::Audits(args) => records::audits(args, paint).map(|()| 0),
+        Command::Logs(args) => records::logs(args, paint).map(|()| 0),
+        Command::Version(args) => version::run(args, paint).map(|()| 0),
+        Command::Debug(bundle::Debug::Bundle(args)) => bundle::run(args).map_err(Stop::from),
+        Command::Completions { shell } => {
+            Ok(completions(*shell)).and_then(|text| Ok(io::stdout().write_all(&text)?)).map(|()| 0)
+        }
+        Command::Man => manual().and_then(|text| io::stdout().write_all(&text)).map(|()| 0).map_err(Stop::from),
     };
-    match result {
+    match result.or_else(Stop::code) {
         Ok(code) => ExitCode::from(code),
         // `twistcli ... | head` closes our output early: no reason to complain.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
@@ -80,72 +167,72 @@ fn usage(error: &clap::Error) -> ExitCode {
     if asked_for { ExitCode::SUCCESS } else { ExitCode::from(EX_USAGE) }
 }
 
-fn ha(command: &Ha) -> io::Result<u8> {
+fn ha(command: &Ha, paint: Paint) -> Result<u8, Stop> {
     match command {
-        Ha::Status(args) => at_daemon(&args.target, |place| Ok(status::run(&place.socket, args)?)),
-        Ha::JoinScript(args) => operate(&args.target, |daemon| operate::join_script(daemon, args)),
-        Ha::Apply(args) => operate(&args.target, |daemon| operate::apply(daemon, args)),
+        Ha::Status(args) => status::run(&args.target.door()?, args, paint),
+        Ha::Events(args) => records::events(&args.target.door()?, args, paint).map(|()| 0),
+        Ha::JoinScript(args) => at(&args.target, |door| operate::join_script(door, args)),
+        Ha::Apply(args) => at(&args.target, |door| operate::apply(door, args)),
         Ha::Reject { target, node } => {
             let reject = Operation::Reject { host: node.clone() };
-            operate(target, |daemon| operate::simple(daemon, reject, &format!("{node} is turned down.")))
+            at(target, |door| operate::simple(door, reject, &format!("{node} is turned down.")))
         }
         Ha::Revoke { target } => {
             let done = "All invitations are closed: no join script that was given out is good any more.";
-            operate(target, |daemon| operate::simple(daemon, Operation::Uninvite {}, done))
+            at(target, |door| operate::simple(door, Operation::Uninvite {}, done))
         }
-        Ha::Remove(args) => operate(&args.target, |daemon| operate::remove(daemon, args)),
-        Ha::Switchover(args) => operate(&args.target, |daemon| operate::switchover(daemon, args)),
-        Ha::Pause { target, span } => operate(target, |daemon| operate::pause(daemon, span.as_secs())),
+        Ha::Remove(args) => at(&args.target, |door| operate::remove(door, args)),
+        Ha::Switchover(args) => at(&args.target, |door| operate::switchover(door, args, paint)),
+        Ha::Pause { target, span } => at(target, |door| operate::pause(door, span.as_secs())),
         Ha::Resume { target } => {
             let done = "The pause is over: the members take over by themselves again.";
-            operate(target, |daemon| operate::simple(daemon, Operation::Resume {}, done))
+            at(target, |door| operate::simple(door, Operation::Resume {}, done))
         }
-        Ha::SetAddress(args) => operate(&args.target, |daemon| operate::set_address(daemon, args)),
-        Ha::Drill(args) => at_daemon(&args.target, |place| drill::run(place, args)),
+        Ha::RotateKey { target } => {
+            let done = "The members exchange the cluster key now. See: twistcli ha status";
+            at(target, |door| operate::simple(door, Operation::RotateKey {}, done))
+        }
+        Ha::RotateCa(args) => at(&args.target, |door| operate::rotate_ca(door, args)),
+        Ha::SetAddress(args) => at(&args.target, |door| operate::set_address(door, args)),
+        Ha::Drill(args) => drill::run(&args.target.door()?, args),
     }
 }
 
-fn operate(target: &Target, command: impl FnOnce(&Daemon<'_>) -> Result<(), Stop>) -> io::Result<u8> {
-    at_daemon(target, |place| command(&Daemon(&place.socket)).map(|()| 0))
+/// Runs a command at the cluster that is meant.
+fn at(target: &Target, command: impl FnOnce(&Door) -> Result<(), Stop>) -> Result<u8, Stop> {
+    command(&target.door()?).map(|()| 0)
 }
 
-/// Runs `command` with the place of the daemon, or tells why there is none.
-fn at_daemon(target: &Target, command: impl FnOnce(&Place) -> Result<u8, Stop>) -> io::Result<u8> {
-    let place = match target.place() {
-        Ok(place) => place,
-        Err(errors) => {
-            eprintln!("twistcli: {errors}");
-            return Ok(errors.exit_code());
-        }
-    };
-    match command(&place) {
-        Ok(code) | Err(Stop::Told(code)) => Ok(code),
-        Err(Stop::Output(error)) => Err(error),
-    }
-}
-
-fn completions(shell: Shell) -> io::Result<u8> {
+fn completions(shell: Shell) -> Vec<u8> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "twistcli", &mut text);
-    io::stdout().write_all(&text)?;
-    Ok(0)
+    text
 }
 
-fn manual() -> io::Result<u8> {
+/// One page: the tool itself, then every command with its options.
+fn manual() -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     // build() gives the nested commands their full names.
     let mut root = Cli::command();
     root.build();
     clap_mangen::Man::new(root.clone()).render(&mut text)?;
-    let leaves = root.get_subcommands().flat_map(|command| command.get_subcommands());
-    for leaf in leaves.filter(|leaf| leaf.get_name() != "help") {
-        let page = clap_mangen::Man::new(leaf.clone());
+    let mut waiting: Vec<&clap::Command> = root.get_subcommands().collect();
+    waiting.reverse();
+    while let Some(command) = waiting.pop() {
+        if command.get_name() == "help" {
+            continue;
+        }
+        if command.has_subcommands() {
+            let below: Vec<_> = command.get_subcommands().collect();
+            waiting.extend(below.into_iter().rev());
+            continue;
+        }
+        let page = clap_mangen::Man::new(command.clone());
         page.render_name_section(&mut text)?;
         page.render_synopsis_section(&mut text)?;
         page.render_description_section(&mut text)?;
         page.render_options_section(&mut text)?;
         page.render_extra_section(&mut text)?;
     }
-    io::stdout().write_all(&text)?;
-    Ok(0)
+    Ok(text)
 }

@@ -4,11 +4,14 @@
 use std::io::{self, IsTerminal, Write};
 
 use super::{
-    args::{ApplyArgs, JoinScriptArgs, RemoveArgs, SetAddressArgs, SwitchoverArgs},
+    args::{ApplyArgs, JoinScriptArgs, RemoveArgs, RotateCaArgs, SetAddressArgs, SwitchoverArgs},
     catch_up,
-    daemon::{Daemon, EX_TEMPFAIL, Stop, command, confirm},
-    next,
-    table::{clock, colour, date, mark},
+    columns::{self, Paint, print_json},
+    daemon::command,
+    door::Door,
+    handover, next,
+    stop::{EX_TEMPFAIL, Stop, confirm},
+    table::{clock, date, duration},
 };
 use crate::{
     admin::SwitchoverReport,
@@ -21,15 +24,14 @@ use crate::{
 };
 
 /// Prints the line, or the script, that makes a host ask for admission.
-pub(super) fn join_script(daemon: &Daemon<'_>, args: &JoinScriptArgs) -> Result<(), Stop> {
+pub(super) fn join_script(door: &Door, args: &JoinScriptArgs) -> Result<(), Stop> {
     let operation = Operation::Invite { valid_s: args.valid.as_secs(), script: args.script };
-    daemon.primary(&command(&operation))?;
-    let answer: JoinScript = daemon.operate(operation)?;
-    let mut out = io::stdout().lock();
+    door.primary(&command(&operation))?;
+    let answer: JoinScript = door.operate(operation)?;
     if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&answer).map_err(io::Error::from)?)?;
-        return Ok(());
+        return print_json(&answer);
     }
+    let mut out = io::stdout().lock();
     let until = date(answer.until);
     match &answer.script {
         Some(script) if args.script => {
@@ -49,9 +51,9 @@ pub(super) fn join_script(daemon: &Daemon<'_>, args: &JoinScriptArgs) -> Result<
 }
 
 /// Admits the hosts that ask, and waits until all members are up.
-pub(super) fn apply(daemon: &Daemon<'_>, args: &ApplyArgs) -> Result<(), Stop> {
+pub(super) fn apply(door: &Door, args: &ApplyArgs) -> Result<(), Stop> {
     let operation = Operation::Apply { fingerprints: None };
-    let status = daemon.primary(&command(&operation))?;
+    let status = door.primary(&command(&operation))?;
     let requests = &status.membership.requests;
     if requests.is_empty() {
         let mut text = "no host asks to join".to_owned();
@@ -63,14 +65,14 @@ pub(super) fn apply(daemon: &Daemon<'_>, args: &ApplyArgs) -> Result<(), Stop> {
     eprintln!("\nEach fingerprint must be the one that the join script has shown on that host.");
     confirm("Admit them?", args.yes)?;
     let fingerprints = Some(requests.iter().map(|request| request.fingerprint.clone()).collect());
-    let admitted: Vec<NodeId> = daemon.operate(Operation::Apply { fingerprints })?;
+    let admitted: Vec<NodeId> = door.operate(Operation::Apply { fingerprints })?;
     let names: Vec<&str> = requests.iter().map(|request| request.name.as_str()).collect();
     writeln!(io::stdout(), "Admitted: {} (node {}).", names.join(", "), list(&admitted))?;
     if args.no_wait {
         eprintln!("Next: twistcli ha status --watch");
         return Ok(());
     }
-    catch_up::wait(daemon, args.wait)
+    catch_up::wait(door, args.wait)
 }
 
 /// "2 hosts ask".
@@ -101,16 +103,16 @@ fn describe(request: &Request) -> String {
 }
 
 /// Removes a member.
-pub(super) fn remove(daemon: &Daemon<'_>, args: &RemoveArgs) -> Result<(), Stop> {
+pub(super) fn remove(door: &Door, args: &RemoveArgs) -> Result<(), Stop> {
     let operation = Operation::Remove { node: args.node.clone(), force: args.force };
-    let status = daemon.primary(&command(&operation))?;
+    let status = door.primary(&command(&operation))?;
     // Only to explain: which member a name means is for the daemon to decide, and to refuse.
     let named = |member: &&MemberStatus| member.name == args.node || member.id.to_string() == args.node;
     if let Some(member) = status.members.iter().find(named) {
         eprint!("{}", consequences(member, &status, args.force));
     }
     confirm(&format!("Remove {}?", args.node), args.yes)?;
-    let () = daemon.operate(operation)?;
+    let () = door.operate(operation)?;
     writeln!(io::stdout(), "{} is removed.", args.node)?;
     eprintln!("Next: twistcli ha join-script, and run its line on the host that takes the place");
     Ok(())
@@ -139,28 +141,31 @@ fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
 }
 
 /// Hands the role over, or only checks whether it could be.
-pub(super) fn switchover(daemon: &Daemon<'_>, args: &SwitchoverArgs) -> Result<(), Stop> {
+pub(super) fn switchover(door: &Door, args: &SwitchoverArgs, paint: Paint) -> Result<(), Stop> {
     let operation = Operation::Switchover { to: args.to.clone(), dry_run: args.dry_run };
-    let status = daemon.primary(&command(&operation))?;
-    let report: SwitchoverReport = daemon.operate(operation)?;
+    let status = door.primary(&command(&operation))?;
+    let report: SwitchoverReport = match door {
+        Door::Local(_) => door.operate(operation)?,
+        Door::Remote(remote) => handover::switchover(remote, &status, args.to.as_deref(), args.dry_run)?,
+    };
     let possible = report.checks.iter().all(|check| check.ok);
-    let mut out = io::stdout().lock();
     if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report).map_err(io::Error::from)?)?;
+        print_json(&report)?;
     } else {
-        write!(out, "{}", describe_switchover(&report, args.dry_run, colour(&io::stdout())))?;
+        columns::print(&describe_switchover(&report, args.dry_run, paint))?;
         if report.gap_ms.is_some() {
-            eprintln!("Next, to bring it back: on that host, twistcli ha switchover --to {}", status.name);
+            let there = if matches!(door, Door::Local(_)) { "on that host, " } else { "" };
+            eprintln!("Next, to bring it back: {there}twistcli ha switchover --to {}", status.name);
         }
     }
     if possible { Ok(()) } else { Err(Stop::Told(EX_TEMPFAIL)) }
 }
 
-fn describe_switchover(report: &SwitchoverReport, dry_run: bool, colour: bool) -> String {
+fn describe_switchover(report: &SwitchoverReport, dry_run: bool, paint: Paint) -> String {
     let mut text = String::new();
     for check in &report.checks {
         let detail = if check.detail.is_empty() { String::new() } else { format!(": {}", check.detail) };
-        text.push_str(&format!("{} {}{detail}\n", mark(check.ok, colour), check.name));
+        text.push_str(&format!("{} {}{detail}\n", paint.mark(check.ok), check.name));
     }
     let to = report.to.as_deref().unwrap_or("another member");
     text.push_str(&match (report.checks.iter().all(|check| check.ok), dry_run, report.gap_ms) {
@@ -173,30 +178,40 @@ fn describe_switchover(report: &SwitchoverReport, dry_run: bool, colour: bool) -
 }
 
 /// No automatic takeover for a while.
-pub(super) fn pause(daemon: &Daemon<'_>, seconds: u64) -> Result<(), Stop> {
+pub(super) fn pause(door: &Door, seconds: u64) -> Result<(), Stop> {
     let operation = Operation::Pause { seconds };
-    let status = daemon.primary(&command(&operation))?;
-    let until: u64 = daemon.operate(operation)?;
+    let status = door.primary(&command(&operation))?;
+    let until: u64 = door.operate(operation)?;
     writeln!(io::stdout(), "PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name)?;
     eprintln!("Next, when the maintenance is done: twistcli ha resume");
     Ok(())
 }
 
+/// Replaces the certificate authority.
+pub(super) fn rotate_ca(door: &Door, args: &RotateCaArgs) -> Result<(), Stop> {
+    let operation = Operation::RotateCa { overlap_s: args.overlap.as_secs() };
+    door.primary(&command(&operation))?;
+    eprintln!("All certificates of nodes and Consoles are made anew, and join scripts that were given out end.");
+    eprintln!("Clients that know the old CA need the new one within {}.", duration(args.overlap.as_millis() as u64));
+    confirm("Replace the certificate authority?", args.yes)?;
+    simple(door, operation, "The members trust the new authority now, and then it signs. See: twistcli ha status")
+}
+
 /// Gives a member another address.
-pub(super) fn set_address(daemon: &Daemon<'_>, args: &SetAddressArgs) -> Result<(), Stop> {
+pub(super) fn set_address(door: &Door, args: &SetAddressArgs) -> Result<(), Stop> {
     let operation = Operation::Readdress {
         node: args.node.clone(),
         new_name: args.name.clone(),
-        address: args.address.clone(),
+        address: args.to.clone(),
         port: args.port,
     };
-    simple(daemon, operation, "The members dial the new address from now on. See: twistcli ha status")
+    simple(door, operation, "The members dial the new address from now on. See: twistcli ha status")
 }
 
 /// An operation without an answer.
-pub(super) fn simple(daemon: &Daemon<'_>, operation: Operation, done: &str) -> Result<(), Stop> {
-    daemon.primary(&command(&operation))?;
-    let () = daemon.operate(operation)?;
+pub(super) fn simple(door: &Door, operation: Operation, done: &str) -> Result<(), Stop> {
+    door.primary(&command(&operation))?;
+    let () = door.operate(operation)?;
     writeln!(io::stdout(), "{done}")?;
     Ok(())
 }
@@ -230,17 +245,21 @@ mod tests {
             to: Some("node2".into()),
             gap_ms: None,
         };
-        let text = describe_switchover(&report, true, false);
+        let text = describe_switchover(&report, true, Paint(false));
         assert_eq!(
             text,
             "✓ node2 is up\n✗ caught up: 9 entries behind\nThe role stays here: see what is marked above.\n"
         );
         report.checks[1].ok = true;
-        assert!(describe_switchover(&report, true, false).ends_with("node2 can take the role. Nothing was changed.\n"));
+        assert!(
+            describe_switchover(&report, true, Paint(false))
+                .ends_with("node2 can take the role. Nothing was changed.\n")
+        );
         report.gap_ms = Some(41.26);
         assert!(
-            describe_switchover(&report, false, false).ends_with("node2 is PRIMARY. Nobody could write for 41.3 ms.\n")
+            describe_switchover(&report, false, Paint(false))
+                .ends_with("node2 is PRIMARY. Nobody could write for 41.3 ms.\n")
         );
-        assert!(describe_switchover(&report, false, true).contains("\x1b[32m✓\x1b[0m"));
+        assert!(describe_switchover(&report, false, Paint(true)).contains("\x1b[32m✓\x1b[0m"));
     }
 }

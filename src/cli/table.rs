@@ -1,12 +1,13 @@
 //! The status as a table for people. Pure text: colours are asked for by the caller.
 
-use std::{fmt::Write, io::IsTerminal};
+use std::fmt::Write;
 
 use jiff::Timestamp;
 
 use super::{
+    columns::{self, Cell, Head, Paint},
     health::{Health, judge},
-    next,
+    next, progress,
 };
 use crate::{
     cluster::{
@@ -19,19 +20,17 @@ use crate::{
 /// For how long a removed member is shown.
 const SHOW_REMOVED_S: u64 = 24 * 3600;
 
-const HEADS: [&str; 9] = ["NODE", "ADDRESS", "STATE", "EPOCH", "APPLIED", "LAG", "LEASE", "LAST CONTACT", "VERSION"];
-/// Columns of numbers are set flush right.
-const RIGHT: [bool; 9] = [false, false, false, true, true, true, true, true, false];
-
-/// ANSI colours, or nothing at all.
-#[derive(Clone, Copy)]
-struct Paint(bool);
-
-impl Paint {
-    fn text(self, code: &str, text: &str) -> String {
-        if self.0 { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
-    }
-}
+const HEADS: [Head; 9] = [
+    ("NODE", false),
+    ("ADDRESS", false),
+    ("STATE", false),
+    ("EPOCH", true),
+    ("APPLIED", true),
+    ("LAG", true),
+    ("LEASE", true),
+    ("LAST CONTACT", true),
+    ("VERSION", false),
+];
 
 /// Headline, table and advice, each line ended by a newline. `now` in seconds since 1970.
 pub fn render(status: &Status, colour: bool, now: u64) -> String {
@@ -52,6 +51,9 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
         out.push_str(&table(&rows, paint));
     }
     status.members.iter().filter_map(copy).for_each(|copy| out.push_str(&copy));
+    for line in progress::lines(status) {
+        let _ = writeln!(out, "{} {line}", paint.text("1;36", "~"));
+    }
     for request in &status.membership.requests {
         let _ = writeln!(
             out,
@@ -81,19 +83,13 @@ fn rows(status: &Status, now: u64) -> Vec<(Role, [String; 9])> {
 }
 
 fn table(rows: &[(Role, [String; 9])], paint: Paint) -> String {
-    let widths: Vec<usize> = (0..HEADS.len())
-        .map(|column| {
-            let cells = rows.iter().map(|(_, row)| row[column].chars().count());
-            cells.chain([HEADS[column].len()]).max().unwrap_or(0)
-        })
-        .collect();
-    let mut out = format!("\n{}", line(&HEADS, &widths, paint, "1"));
-    for (state, row) in rows {
-        let cells: Vec<&str> = row.iter().map(String::as_str).collect();
-        out.push_str(&line(&cells, &widths, paint, state_colour(*state)));
-    }
-    out.push_str("\n* this node; the lines of the others are as this node last heard of them\n");
-    out
+    let cells = |(state, row): &(Role, [String; 9])| {
+        let code = |column| if column == 2 { state_colour(*state) } else { "" };
+        row.iter().enumerate().map(|(column, text)| Cell::coloured(code(column), text)).collect()
+    };
+    let rows: Vec<Vec<Cell>> = rows.iter().map(cells).collect();
+    let table = columns::table(&HEADS, &rows, paint);
+    format!("\n{table}\n* this node; the lines of the others are as this node last heard of them\n")
 }
 
 fn pause_line(pause: &Pause, status: &Status, now: u64) -> String {
@@ -161,22 +157,6 @@ fn row(member: &MemberStatus, status: &Status) -> [String; 9] {
     ]
 }
 
-/// Sets one line of the table. The state column, or the whole head line, is coloured.
-fn line(cells: &[&str], widths: &[usize], paint: Paint, code: &str) -> String {
-    let head = cells.first() == HEADS.first();
-    let mut out = String::new();
-    for (column, (cell, width)) in cells.iter().zip(widths).enumerate() {
-        let padding = " ".repeat(width - cell.chars().count());
-        let cell = if head || column == 2 { paint.text(code, cell) } else { (*cell).to_owned() };
-        let (left, right) = if RIGHT[column] { (padding.as_str(), "") } else { ("", padding.as_str()) };
-        let gap = if column == 0 { "" } else { "  " };
-        let _ = write!(out, "{gap}{left}{cell}{right}");
-    }
-    out.truncate(out.trim_end().len());
-    out.push('\n');
-    out
-}
-
 fn state_colour(state: Role) -> &'static str {
     match state {
         Role::Primary => "1;32",
@@ -215,6 +195,12 @@ pub(super) fn date(seconds: u64) -> String {
     known.map_or_else(|| format!("second {seconds}"), |time| time.strftime("%Y-%m-%d %H:%M UTC").to_string())
 }
 
+/// The same to the second, from milliseconds.
+pub(super) fn moment(ms: u64) -> String {
+    let known = i64::try_from(ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
+    known.map_or_else(|| format!("millisecond {ms}"), |time| time.strftime("%Y-%m-%d %H:%M:%S").to_string())
+}
+
 /// A clock's difference from the primary's.
 pub(super) fn clock(ahead_ms: i64) -> String {
     match ahead_ms {
@@ -222,16 +208,6 @@ pub(super) fn clock(ahead_ms: i64) -> String {
         1.. => format!("{} ahead", duration(ahead_ms.unsigned_abs())),
         _ => format!("{} behind", duration(ahead_ms.unsigned_abs())),
     }
-}
-
-/// Whether something is as it must be.
-pub(super) fn mark(ok: bool, colour: bool) -> String {
-    if ok { Paint(colour).text("32", "✓") } else { Paint(colour).text("1;31", "✗") }
-}
-
-/// Colours on a terminal, unless the user said NO_COLOR (<https://no-color.org>).
-pub(super) fn colour(out: &impl IsTerminal) -> bool {
-    out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 #[cfg(test)]
@@ -247,6 +223,7 @@ pub(super) mod tests {
             address: "192.0.2.7".into(),
             port: 8086,
             version: "0.1.0".into(),
+            level: crate::cluster::FEATURE_LEVEL,
             fingerprint: format!("AB:CD:{name}"),
             csr: String::new(),
             console_csr: String::new(),
@@ -333,5 +310,6 @@ Next: when the maintenance is done, `twistcli ha resume`
         assert_eq!([0, 5, -2_000].map(clock), ["exact", "5 ms ahead", "2 s behind"]);
         assert_eq!(date(1_793_383_200), "2026-10-30 18:00 UTC");
         assert!(date(u64::MAX).starts_with("second"));
+        assert_eq!(moment(1_793_383_207_999), "2026-10-30 18:00:07");
     }
 }

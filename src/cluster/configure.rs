@@ -84,6 +84,7 @@ impl<S: Storage> Cluster<S> {
         if self.changing > self.applied {
             return Err(ChangeError::Busy);
         }
+        self.check_level(change)?;
         let next = self.membership.changed(change, self.node)?;
         if let Change::Remove { node, force: false, .. } = change {
             self.check_majority_without(*node, now, &next)?;

@@ -9,6 +9,11 @@ use std::{fmt, net::IpAddr, str::FromStr};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::{
+    level,
+    trust::{Coming, KeyId, Rekey, Retired},
+};
+
 /// Identity of a node inside its cluster: Raft's node id, 1 or more, never used again after a removal.
 pub type NodeId = u64;
 
@@ -32,6 +37,8 @@ const MAX_CSR: usize = 1024;
 const MAX_NAMES: usize = 768;
 /// What a certificate needs for a name beside it, at most.
 const PER_NAME: usize = 3;
+/// Webhooks of a cluster.
+const MAX_WEBHOOKS: usize = 3;
 /// Names of a Console certificate.
 pub const MAX_CONSOLE_NAMES: usize = 32;
 /// Length of all names together that an administrator adds to the Console's certificates, in bytes.
@@ -128,6 +135,9 @@ pub struct Request {
     pub port: u16,
     /// Version of its program.
     pub version: String,
+    /// What its program can do.
+    #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
+    pub level: u32,
     /// Fingerprint of its public key, which both sides show.
     pub fingerprint: String,
     /// Its signing request for the node's certificate, PEM.
@@ -154,6 +164,29 @@ pub struct Invitation {
     pub by: String,
 }
 
+/// Where events are sent: an HTTP request for each.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Webhook {
+    /// Unlike that of any other.
+    pub name: String,
+    /// `https://` or `http://`; may itself be a secret.
+    pub url: String,
+    /// Key of the signature of each request; none: they are not signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<String>,
+    /// The only authority that its certificate may come from, PEM; none: those that the host trusts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<String>,
+    /// The least severe event that is sent: info, warning or critical.
+    pub severity: String,
+}
+
+impl fmt::Debug for Webhook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Webhook").field("name", &self.name).field("severity", &self.severity).finish_non_exhaustive()
+    }
+}
+
 /// The cluster's certificate authority, as all members keep it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedAuthority {
@@ -161,6 +194,9 @@ pub struct SealedAuthority {
     pub certificate: String,
     /// Its private key, encrypted with the key that only members hold; base64.
     pub sealed_key: String,
+    /// Names that key; none if it is the one that the cluster was founded with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<KeyId>,
 }
 
 /// A certificate that an administrator has given the Console, for all members to serve.
@@ -170,6 +206,8 @@ pub struct CustomCertificate {
     pub chain: String,
     /// Its private key, encrypted with the key that only members hold; base64.
     pub sealed_key: String,
+    /// Names that key.
+    pub key: KeyId,
     /// Who gave it, and when, in seconds since 1970.
     pub by: String,
     pub at: u64,
@@ -228,6 +266,21 @@ pub struct Membership {
     pub console_names: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub custom_certificate: Option<CustomCertificate>,
+    /// The feature level in force: what the programs of all members have. Never lowered.
+    #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
+    pub level: u32,
+    /// Version of the program that raised it: older ones may not take part.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub level_version: String,
+    /// See [`super::trust`], these three.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rekey: Option<Rekey>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coming: Option<Coming>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retired: Option<Retired>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub webhooks: Vec<Webhook>,
 }
 
 /// A change that an administrator (or, for [`Change::Promote`], the primary itself) wants.
@@ -252,10 +305,27 @@ pub enum Change {
     Remove { node: NodeId, at: u64, force: bool },
     /// A member is reached at another address from now on.
     Readdress { node: NodeId, name: String, address: String, port: u16 },
+    /// Sends events there from now on, and nowhere else.
+    Notify { webhooks: Vec<Webhook> },
     /// No automatic takeover until then, in seconds since 1970.
     Pause { until: u64 },
     /// Automatic takeover again.
     Resume,
+    /// The programs of all members have this feature level; `version` is that of the primary's.
+    Raise { level: u32, version: String },
+    /// The cluster key is to be replaced.
+    Rekey,
+    /// The primary has made a cluster key; all members fetch it.
+    AnnounceKey { id: KeyId },
+    /// All members have the announced cluster key: the authority is sealed with it, and so is the certificate that was given
+    /// to the Consoles, if there is one.
+    Reseal { authority: SealedAuthority, certificate: Option<CustomCertificate> },
+    /// All members are to trust this authority, too.
+    IntroduceAuthority { coming: Coming },
+    /// All members trust it: it signs from now on; `at` in seconds since 1970.
+    SwitchAuthority { at: u64 },
+    /// All members show certificates of the authority that signs: the old one is not trusted any more.
+    DropAuthority,
     /// What all Consoles' certificates are good for, beside the names of their hosts.
     ConsoleNames { names: Vec<String> },
     /// What all Consoles serve; none: certificates of the cluster's authority.
@@ -300,6 +370,12 @@ impl Membership {
             authority: None,
             console_names: Vec::new(),
             custom_certificate: None,
+            level: level::FEATURE_LEVEL,
+            level_version: level::PROGRAM_VERSION.to_owned(),
+            rekey: None,
+            coming: None,
+            retired: None,
+            webhooks: Vec::new(),
         }
     }
 
@@ -344,6 +420,10 @@ impl Membership {
             }
             Change::Admit { hosts } => next.admit(hosts)?,
             Change::Authority { authority } => next.authority = Some(authority.clone()),
+            Change::Notify { webhooks } => {
+                check_webhooks(webhooks)?;
+                next.webhooks.clone_from(webhooks);
+            }
             Change::Promote => {
                 if self.learners().next().is_none() {
                     return Err(Impossible("all members have a vote already".to_owned()));
@@ -362,9 +442,16 @@ impl Membership {
                     return Err(Impossible("automatic takeover is not paused".to_owned()));
                 }
             }
+            Change::Raise { level, version } => next.raise(*level, version)?,
+            Change::Rekey => next.rekey()?,
+            Change::AnnounceKey { id } => next.announce_key(*id)?,
+            Change::Reseal { authority, certificate } => next.reseal(authority, certificate.as_ref())?,
+            Change::IntroduceAuthority { coming } => next.introduce_authority(coming)?,
+            Change::SwitchAuthority { at } => next.switch_authority(*at)?,
+            Change::DropAuthority => next.drop_authority()?,
             Change::ConsoleNames { names } => next.console_names = sound_names(names)?,
             Change::CustomCertificate { certificate } => {
-                next.custom_certificate = sound_certificate(certificate.clone())?;
+                next.custom_certificate = next.sound_certificate(certificate.clone())?;
             }
         }
         next.check()?;
@@ -375,14 +462,50 @@ impl Membership {
         }
     }
 
-    /// What everybody who may look at the cluster may see: no key, no invitation, no request that could be picked up.
+    /// Refuses a certificate that is too long, or that members could not unseal before long.
+    pub(super) fn sound_certificate(
+        &self,
+        certificate: Option<CustomCertificate>,
+    ) -> Result<Option<CustomCertificate>, Impossible> {
+        let Some(CustomCertificate { chain, sealed_key, key, by, .. }) = &certificate else { return Ok(None) };
+        if chain.len() > MAX_CHAIN || sealed_key.len() > MAX_SEALED || by.len() > MAX_NAME {
+            return Err(Impossible(format!(
+                "the certificate is too long: at most {MAX_CHAIN} bytes of PEM for the chain and a key of 4096 bits are allowed"
+            )));
+        }
+        if self.authority.as_ref().and_then(|authority| authority.key).is_some_and(|current| current != *key) {
+            return Err(Impossible("the cluster key was replaced meanwhile: try again".to_owned()));
+        }
+        Ok(certificate)
+    }
+
+    /// What everybody who may look at the cluster may see: no key, no invitation, no webhook, no request that could be picked
+    /// up.
     pub fn public(&self) -> Self {
-        let mut public = Self { invitations: Vec::new(), authority: None, custom_certificate: None, ..self.clone() };
+        let (invitations, webhooks) = (Vec::new(), Vec::new());
+        let (authority, coming, custom_certificate) = (None, None, None);
+        let mut public = Self { invitations, authority, coming, custom_certificate, webhooks, ..self.clone() };
         public.members.iter_mut().for_each(|member| member.admission = None);
         for request in &mut public.requests {
             (request.id, request.csr, request.console_csr) = Default::default();
         }
         public
+    }
+
+    fn raise(&mut self, level: u32, version: &str) -> Result<(), Impossible> {
+        if level <= self.level {
+            return Err(Impossible(format!("the cluster runs feature level {} already", self.level)));
+        }
+        if version.len() > MAX_NAME {
+            return Err(Impossible("the version is too long".to_owned()));
+        }
+        let before = std::mem::replace(&mut self.level, level);
+        self.level_version = version.to_owned();
+        // Removals so far could not have the cluster key replaced.
+        if before < 2 && !self.removed.is_empty() {
+            self.distrust();
+        }
+        Ok(())
     }
 
     fn invite(&mut self, invitation: &Invitation) -> Result<(), Impossible> {
@@ -395,6 +518,11 @@ impl Membership {
     }
 
     fn request(&mut self, request: &Request) -> Result<(), Impossible> {
+        if self.coming.is_some() {
+            return Err(Impossible(
+                "the certificate authority is being replaced: get a new join script in a moment".to_owned(),
+            ));
+        }
         check_host(&request.name, &request.address, request.port)?;
         self.requests.retain(|open| open.until > request.at);
         // The same host asks again, for example because its first answer was lost: the newest request counts.
@@ -485,6 +613,7 @@ impl Membership {
             self.removed.remove(0);
         }
         self.removed.push(Removed { id: gone.id, name: gone.name, at });
+        self.distrust();
         Ok(())
     }
 
@@ -533,6 +662,33 @@ impl Membership {
         membership.check().map_err(|error| error.to_string())?;
         Ok(membership)
     }
+}
+
+/// Bounds, so that a membership with all else at its limits still fits.
+fn check_webhooks(webhooks: &[Webhook]) -> Result<(), Impossible> {
+    if webhooks.len() > MAX_WEBHOOKS {
+        return Err(Impossible(format!("at most {MAX_WEBHOOKS} webhooks are possible")));
+    }
+    for (place, webhook) in webhooks.iter().enumerate() {
+        let Webhook { name, url, secret, ca, .. } = webhook;
+        if name.is_empty() || name.len() > 64 || name.contains(char::is_control) {
+            return Err(Impossible(format!("{name:?} is no name of a webhook: 1 to 64 bytes, no control characters")));
+        }
+        if webhooks[..place].iter().any(|other| other.name == *name) {
+            return Err(Impossible(format!("two webhooks are called {name:?}")));
+        }
+        let lengths = [(url.len(), 512), (length(secret), 128), (length(ca), MAX_PEM)];
+        if lengths.iter().any(|(length, most)| length > most) {
+            return Err(Impossible(format!(
+                "webhook {name:?}: the address may have 512 bytes, the secret 128, the authority {MAX_PEM}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn length(text: &Option<String>) -> usize {
+    text.as_ref().map_or(0, String::len)
 }
 
 fn no_member(node: NodeId) -> Impossible {
@@ -601,17 +757,6 @@ fn is_console_name(name: &str) -> bool {
     name.len() <= MAX_NAME && wildcard_of_a_domain && !numeric && plain.split('.').all(label)
 }
 
-fn sound_certificate(certificate: Option<CustomCertificate>) -> Result<Option<CustomCertificate>, Impossible> {
-    if let Some(CustomCertificate { chain, sealed_key, by, .. }) = &certificate
-        && (chain.len() > MAX_CHAIN || sealed_key.len() > MAX_SEALED || by.len() > MAX_NAME)
-    {
-        return Err(Impossible(format!(
-            "the certificate is too long: at most {MAX_CHAIN} bytes of PEM for the chain and a key of 4096 bits are allowed"
-        )));
-    }
-    Ok(certificate)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -623,6 +768,7 @@ mod tests {
             address: format!("127.0.0.{id}"),
             port: 8086,
             version: "1.2.3".to_owned(),
+            level: level::FEATURE_LEVEL,
             fingerprint: format!("AB:{id}"),
             csr: String::new(),
             console_csr: String::new(),
@@ -769,7 +915,8 @@ mod tests {
     fn a_custom_certificate_is_bounded_and_not_for_everybody() {
         let with = |chain: usize, key: usize| {
             let (chain, sealed_key) = ("c".repeat(chain), "k".repeat(key));
-            let certificate = Some(CustomCertificate { chain, sealed_key, by: "admin".to_owned(), at: 7 });
+            let certificate =
+                Some(CustomCertificate { chain, sealed_key, key: KeyId(1), by: "admin".to_owned(), at: 7 });
             change(&one(), Change::CustomCertificate { certificate })
         };
         assert!(with(MAX_CHAIN + 1, 1).unwrap_err().contains("too long"));
@@ -778,6 +925,23 @@ mod tests {
         assert_eq!(Membership::decode(&largest.encode()).unwrap(), largest);
         assert_eq!(largest.public(), one());
         assert_eq!(change(&largest, Change::CustomCertificate { certificate: None }).unwrap(), one());
+    }
+
+    #[test]
+    fn a_level_rises_and_never_falls_and_an_older_program_reads_past_it() {
+        let raise =
+            |membership: &Membership, level| change(membership, Change::Raise { level, version: format!("{level}.0") });
+        let old = Membership { level: 1, level_version: String::new(), ..one() };
+        assert!(!String::from_utf8(old.encode()).unwrap().contains("level"), "as before there were levels");
+        assert_eq!(Membership::decode(&old.encode()).unwrap(), old);
+        let raised = raise(&old, 7).unwrap();
+        assert_eq!((raised.level, raised.level_version.as_str()), (7, "7.0"));
+        assert_eq!(Membership::decode(&raised.encode()).unwrap(), raised);
+        for level in [6, 7] {
+            assert!(raise(&raised, level).unwrap_err().contains("level 7 already"));
+        }
+        let paused = change(&raised, Change::Pause { until: 5 }).unwrap();
+        assert_eq!(paused.level, 7);
     }
 
     #[test]

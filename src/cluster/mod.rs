@@ -6,8 +6,10 @@
 pub mod command;
 mod configure;
 pub mod election;
+pub mod level;
 pub mod membership;
 pub mod role;
+pub mod trust;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -17,6 +19,7 @@ use raft::{
 };
 
 pub use configure::{ChangeError, Configured};
+pub use level::{FEATURE_LEVEL, PROGRAM_VERSION};
 pub use membership::{Change, ClusterId, Member, Membership, Newcomer, NodeId};
 pub use role::{Cause, Lease, Phase, Role, Transition};
 
@@ -97,6 +100,8 @@ pub struct Start<'a> {
     pub conf_index: u64,
     /// Index up to which the database has everything.
     pub applied: u64,
+    /// The feature level that this node's program has.
+    pub level: u32,
 }
 
 /// Why a proposal was not taken. It is certain that it never will be.
@@ -113,6 +118,8 @@ pub enum ProposeError {
 /// One member of the cluster, as pure state.
 pub struct Cluster<S: Storage> {
     node: NodeId,
+    /// What this program can do: see [`level`].
+    level: u32,
     membership: Membership,
     /// Raft indexes of the newest membership and configuration that are in force, and of the newest proposed one.
     membership_index: u64,
@@ -187,6 +194,7 @@ impl<S: Storage> Cluster<S> {
         let election = Election::new(node, rank, timing.election_ticks, applied, log)?;
         Ok(Self {
             node,
+            level: start.level,
             membership: start.membership.clone(),
             membership_index: start.membership_index,
             conf_index: start.conf_index,
@@ -268,7 +276,7 @@ impl<S: Storage> Cluster<S> {
         if self.phase == Phase::Demoting && !self.election.is_leader() {
             return; // its own election time-out must not make it a candidate
         }
-        if self.is_paused(now) && self.election.is_impatient() {
+        if (self.is_paused(now) || self.is_outdated()) && self.election.is_impatient() {
             return; // it votes, but does not take over by itself
         }
         if now < self.unfit_until && self.election.is_impatient() && self.withheld < 2 * self.timing.election_ticks {
@@ -316,7 +324,8 @@ impl<S: Storage> Cluster<S> {
         if silent && (election::asks_for_vote(&message) || election::orders_campaign(&message)) {
             return;
         }
-        if (now < self.unfit_until || self.is_paused(now)) && election::orders_campaign(&message) {
+        let stays = now < self.unfit_until || self.is_paused(now) || self.is_outdated();
+        if stays && election::orders_campaign(&message) {
             return;
         }
         self.election.step(message);
@@ -496,7 +505,7 @@ impl<S: Storage> Cluster<S> {
         let known = self.phase == Phase::Promoting && self.election.committed_in_term() && self.lease.is_valid(now);
         // The entry that opened this epoch is among those handed out for application.
         let complete = known && self.applied >= self.committed();
-        if !complete || self.promote_sent {
+        if !complete || self.promote_sent || self.is_outdated() {
             return None;
         }
         self.promote_sent = true;
@@ -517,6 +526,11 @@ impl<S: Storage> Cluster<S> {
                 self.enter(Cause::LeaseLapsed);
                 self.election.forget_leader();
             }
+        }
+        // Elected before it knew: whoever has applied all of the earlier epochs knows the level that they raised.
+        if self.phase == Phase::Promoting && self.is_outdated() {
+            self.enter(Cause::Outdated);
+            self.election.forget_leader();
         }
         if self.phase == Phase::Secondary && self.election.is_leader() {
             self.lead();
@@ -570,7 +584,11 @@ impl<S: Storage> Cluster<S> {
 
     fn run_campaign(&mut self, now: u64) {
         let Some(campaign) = self.campaign else { return };
-        if self.phase != Phase::Secondary || self.election.leader().is_some() || self.is_paused(now) {
+        if self.phase != Phase::Secondary
+            || self.election.leader().is_some()
+            || self.is_paused(now)
+            || self.is_outdated()
+        {
             self.campaign = None;
         } else if now >= campaign.at {
             let retry = (campaign.retry * 2).min(LAST_RETRY);

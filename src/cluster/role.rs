@@ -87,6 +87,8 @@ pub enum Cause {
     /// The database could not be opened, or failed while in use.
     DatabaseFailed,
     DatabaseClosed,
+    /// The cluster relies on what this program does not have.
+    Outdated,
 }
 
 /// One permitted change of phase with the sentence that is logged for it.
@@ -121,6 +123,8 @@ pub const TRANSITIONS: &[Transition] = &[
         "gives up before its ports were open: it was asked to stop"),
     edge(Phase::Promoting, Cause::OutcomeUnknown, Phase::Demoting,
         "gives up before its ports were open: the first transaction of the database was not confirmed"),
+    edge(Phase::Promoting, Cause::Outdated, Phase::Demoting,
+        "gives up before its ports were open: the cluster runs a feature level that this program does not have"),
     edge(Phase::Primary, Cause::LeaseLapsed, Phase::Demoting,
         "closes its ports: no majority answered within the lease"),
     edge(Phase::Primary, Cause::LeadershipLost, Phase::Demoting,

@@ -77,6 +77,14 @@ config! {
     data_recovery_enabled: bool,
     /// `DATA_RECOVERY_VOLUME`, absolute.
     data_recovery_volume: PathBuf,
+    /// `BACKUP_KEEP_DAILY`, `BACKUP_KEEP_WEEKLY`, `BACKUP_KEEP_MONTHLY`: how many automatic backups are kept.
+    backup_keep_daily: u32,
+    backup_keep_weekly: u32,
+    backup_keep_monthly: u32,
+    /// `BACKUP_KEY_FILE`, absolute; none: backups are not encrypted.
+    backup_key_file: Option<PathBuf>,
+    /// `BACKUP_DELAY_SECONDS`: from the start of the daemon to the first automatic backup.
+    backup_delay: Duration,
     /// `DATA_FOLDER`, absolute.
     data_folder: PathBuf,
     /// `CONTROL_SOCKET`; none: inside the data folder. See [`Config::control_socket_path`].
@@ -89,6 +97,10 @@ config! {
     log_format: LogFormat,
     /// `LOG_LEVEL`.
     log_level: LogLevel,
+    /// `NOTIFY_COMMAND`: program and arguments; empty: none.
+    notify_command: Vec<String>,
+    /// `NOTIFY_SEVERITY`.
+    notify_severity: NotifySeverity,
     /// `HIGH_AVAILABILITY_ENABLED`.
     high_availability_enabled: bool,
     /// `HIGH_AVAILABILITY_STATE`: what the node is at its very first start, and meaningless afterwards.
@@ -121,6 +133,14 @@ config! {
     checkpoint_bytes: u64,
     /// `CHECKPOINT_SECONDS`: a checkpoint starts when the last one is this long ago and something was written since.
     checkpoint_interval: Duration,
+    /// `SCRUB_SECONDS`; zero: never.
+    scrub_interval: Duration,
+}
+
+/// True for a key whose value must not be shown.
+pub fn is_secret(key: &str) -> bool {
+    let known = KEYS.iter().find(|known| known.name == key);
+    known.is_some_and(|known| known.slot(&mut Config::blank()).is_secret())
 }
 
 /// A value that is never shown: not in a message, and not by `Debug`.
@@ -138,6 +158,15 @@ impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("(secret)")
     }
+}
+
+/// The least severe event for which a program is run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NotifySeverity {
+    Info,
+    #[default]
+    Warning,
+    Critical,
 }
 
 /// What a node is at its very first start.

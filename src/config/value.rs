@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{FirstState, LogFormat, LogLevel, Secret};
+use super::{FirstState, LogFormat, LogLevel, NotifySeverity, Secret};
 
 /// Longest path, in bytes. Escaped for [`super::render`] it still fits into a line.
 const MAX_PATH: usize = 512;
@@ -31,6 +31,8 @@ pub(super) enum Slot<'a> {
     Address(&'a mut Option<IpAddr>),
     /// What only those who share it may know, or empty.
     Secret(&'a mut Option<Secret>),
+    /// A program with its arguments, apart by blanks, or nothing.
+    Command(&'a mut Vec<String>),
     /// A count of something.
     Count { value: &'a mut u32, min: u32, max: u32 },
     /// A page size of SQLite.
@@ -100,6 +102,8 @@ macro_rules! choice {
 
 choice!(bool: "true" => true = true, "false" => false = false);
 choice!(FirstState: "PRIMARY" => Self::Primary = Self::Primary, "SECONDARY" => Self::Secondary = Self::Secondary);
+choice!(NotifySeverity: "info" => Self::Info = Self::Info, "warning" => Self::Warning = Self::Warning,
+    "critical" => Self::Critical = Self::Critical);
 choice!(LogFormat: "human" => Self::Human = Self::Human, "json" => Self::Json = Self::Json);
 choice!(LogLevel: "error" => Self::Error = Self::Error, "warn" => Self::Warn = Self::Warn,
     "info" => Self::Info = Self::Info, "debug" => Self::Debug = Self::Debug, "trace" => Self::Trace = Self::Trace);
@@ -117,6 +121,7 @@ impl Slot<'_> {
             Self::CommonName(value) => *value = optional(text, common_name)?,
             Self::Address(value) => *value = optional(text, address)?,
             Self::Secret(value) => *value = optional(text, secret)?,
+            Self::Command(value) => *value = optional(text, command)?.unwrap_or_default(),
             Self::Count { value, min, max } => *value = digits(text, min.into(), max.into())? as u32,
             Self::PageSize(value) => {
                 *value = digits(text, 512, 65536).filter(|size| size.is_power_of_two())? as u32;
@@ -139,6 +144,7 @@ impl Slot<'_> {
             Self::OptionalPath(value) => value.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
             Self::CommonName(value) => shown(value.as_ref()),
             Self::Address(value) => shown(value.as_ref()),
+            Self::Command(value) => value.join(" "),
             Self::Secret(value) => value.as_ref().map(|secret| secret.reveal().to_owned()).unwrap_or_default(),
             Self::Count { value, .. } | Self::PageSize(value) => value.to_string(),
             Self::Mebibytes { value, .. } => (**value >> 20).to_string(),
@@ -163,6 +169,9 @@ impl Slot<'_> {
             Self::Secret(_) => {
                 let (least, most) = (SECRET.start(), SECRET.end());
                 format!("{least} to {most} letters, digits and -._~+/=, or empty")
+            }
+            Self::Command(_) => {
+                format!("an absolute path and arguments, apart by blanks, up to {MAX_PATH} bytes, or empty")
             }
             Self::Count { min, max, .. } => format!("a whole number from {min} to {max}"),
             Self::PageSize(_) => "a power of two from 512 to 65536".to_owned(),
@@ -193,6 +202,13 @@ fn path(text: &str) -> Option<PathBuf> {
 fn common_name(text: &str) -> Option<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '*');
     (text.chars().count() <= MAX_NAME && text.chars().all(fits)).then(|| text.to_owned())
+}
+
+fn command(text: &str) -> Option<Vec<String>> {
+    let words: Vec<String> = text.split_ascii_whitespace().map(str::to_owned).collect();
+    let fits = text.len() <= MAX_PATH && !text.chars().any(char::is_control);
+    words.first().filter(|program| fits && path(program).is_some())?;
+    Some(words)
 }
 
 /// The characters of a bearer token (RFC 6750).

@@ -6,7 +6,7 @@ use std::{net::IpAddr, sync::Arc};
 use axum::{
     extract::State,
     http::{Method, header},
-    response::{AppendHeaders, IntoResponse, Response},
+    response::{IntoResponse, Response},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ use super::{
 const ROWS: i64 = 100_000;
 /// Rows of failed logins kept among them: who guesses passwords must not push out what others did.
 const FAILURES: i64 = 10_000;
-/// Longest name and description in characters: what is longer is cut.
+/// Longest name, action and description in characters: what is longer is cut.
 const TEXT: usize = 256;
 /// Longest difference in bytes; a longer one is replaced by a remark.
 const DIFFERENCE: usize = 8 << 10;
@@ -109,11 +109,12 @@ async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted
     if wanted.format != Some(Format::Csv) {
         return Ok(Paged { rows, total }.into_response());
     }
-    let headers = AppendHeaders([
+    // Not AppendHeaders: the text has a type already, which these replace.
+    let headers = [
         (header::CONTENT_TYPE, "text/csv; charset=utf-8".to_owned()),
         (header::CONTENT_DISPOSITION, "attachment; filename=\"audits.csv\"".to_owned()),
         (TOTAL, total.to_string()),
-    ]);
+    ];
     Ok((headers, csv(&rows)).into_response())
 }
 
@@ -202,7 +203,7 @@ async fn insert(writing: &mut Writing, row: &Row<'_>) -> Result<(), StoreError> 
     );
     let cut = |text: &str| text.chars().take(TEXT).collect::<String>();
     let insert = insert.bind(unix_time()).bind(cut(row.user)).bind(row.source.to_owned());
-    let insert = insert.bind(row.action.to_owned()).bind(cut(row.what)).bind(row.ok).bind(difference);
+    let insert = insert.bind(cut(row.action)).bind(cut(row.what)).bind(row.ok).bind(difference);
     writing.execute(insert).await?;
     let delete = sqlx::query("DELETE FROM audits WHERE id <= (SELECT max(id) FROM audits) - ?");
     writing.execute(delete.bind(ROWS)).await?;

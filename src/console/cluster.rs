@@ -61,6 +61,14 @@ pub(super) fn routes() -> Vec<Entry> {
             .answer::<RequestState>(),
         route(delete.clone(), "/high-availability/requests/{id}", ADMINISTRATORS, "Turn a host down", reject)
             .answer::<Done>(),
+        route(
+            delete.clone(),
+            "/high-availability/join-script",
+            ADMINISTRATORS,
+            "Close all invitations: no join script is good any more",
+            uninvite,
+        )
+        .answer::<Done>(),
         route(post.clone(), "/high-availability/apply", ADMINISTRATORS, "Admit the hosts that ask to join", apply)
             .optional_body::<Approval>()
             .answer::<Admitted>(),
@@ -114,6 +122,14 @@ pub(super) async fn request_state(
 ) -> Result<Json<RequestState>, ApiError> {
     let state = console.services()?.admin.request_state(&id);
     state.map(Json).ok_or_else(|| ApiError::NotFound("there is no such request to join, or it has expired".to_owned()))
+}
+
+/// `DELETE high-availability/join-script`: closes all invitations.
+pub(super) async fn uninvite(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
+    let services = console.services()?;
+    audits::note(&console.store, &user, "uninvite", "high availability", Value::Null).await?;
+    services.admin.uninvite(&user.name).await?;
+    Ok(Json(Done {}))
 }
 
 /// The body of [`apply`], if there is one.
@@ -227,7 +243,9 @@ pub(super) async fn switchover(
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Pause {
-    minutes: u32,
+    minutes: Option<u32>,
+    /// The same, finer: one of the two.
+    seconds: Option<u32>,
 }
 
 /// The answer of [`pause`]: when it ends by itself, in seconds since 1970.
@@ -242,9 +260,14 @@ pub(super) async fn pause(
     user: User,
     Body(wish): Body<Pause>,
 ) -> Result<Json<Paused>, ApiError> {
-    let span = Duration::from_secs(u64::from(wish.minutes) * 60);
+    let seconds = match (wish.minutes, wish.seconds) {
+        (Some(minutes), None) => u64::from(minutes) * 60,
+        (None, Some(seconds)) => u64::from(seconds),
+        _ => return Err(ApiError::bad("say for how long: either minutes or seconds")),
+    };
+    let span = Duration::from_secs(seconds);
     let services = console.services()?;
-    let change = audits::difference(&Value::Null, &json!({ "minutes": wish.minutes }));
+    let change = audits::difference(&Value::Null, &json!({ "seconds": seconds }));
     audits::note(&console.store, &user, "pause", "high availability", change).await?;
     let until = services.admin.pause(span, &user.name).await?;
     Ok(Json(Paused { until }))

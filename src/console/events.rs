@@ -3,13 +3,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use axum::{Json, extract::State, http::Method};
+use axum::{extract::State, http::Method};
 
 use super::{
     Console,
-    auth::User,
     errors::ApiError,
-    extract::Search,
+    extract::{Paged, Search},
     routes::{Access, Entry, route},
     store::{Store, StoreError},
 };
@@ -22,7 +21,13 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
-    vec![route(Method::GET, "/high-availability/events", Access::Any, "What has happened, the newest first", list)]
+    let summary = "What happened to the cluster, newest first";
+    vec![
+        route(Method::GET, "/high-availability/events", Access::Any, summary, list)
+            .query::<Wanted>()
+            .paged()
+            .answer::<Vec<Event>>(),
+    ]
 }
 
 /// Writes events into the history until the Console is closed. What could not be written by then stays with the recorder, and
@@ -60,20 +65,19 @@ async fn write(store: &Store, events: &[Event]) -> Result<(), StoreError> {
     writing.commit().await
 }
 
-/// `GET high-availability/events?limit&offset&kind&since`: newest first.
-pub(super) async fn list(
-    State(console): State<Arc<Console>>,
-    _: User,
-    Search(wanted): Search<Wanted>,
-) -> Result<Json<Vec<Event>>, ApiError> {
+/// `GET high-availability/events?limit&offset&kind&since`.
+async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted>) -> Result<Paged<Event>, ApiError> {
     let (limit, offset) = wanted.page().map_err(ApiError::bad)?;
-    let sql = "SELECT event FROM events WHERE time >= ? AND (? IS NULL OR kind = ?) \
-               ORDER BY time DESC, id DESC LIMIT ? OFFSET ?";
     let kind = wanted.kind.map(|kind| kind.word());
     let since = wanted.since.map_or(i64::MIN, |since| since.as_millisecond());
-    let query = sqlx::query_scalar::<_, String>(sql).bind(since).bind(kind).bind(kind).bind(limit).bind(offset);
     let mut reading = console.store.read().await?;
+    let count = "SELECT count(*) FROM events WHERE time >= ? AND (? IS NULL OR kind = ?)";
+    let count = sqlx::query_scalar(count).bind(since).bind(kind).bind(kind);
+    let total = count.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
+    let sql = "SELECT event FROM events WHERE time >= ? AND (? IS NULL OR kind = ?) \
+               ORDER BY time DESC, id DESC LIMIT ? OFFSET ?";
+    let query = sqlx::query_scalar::<_, String>(sql).bind(since).bind(kind).bind(kind).bind(limit).bind(offset);
     let rows = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
     // One that a newer version wrote and this one does not understand is left out.
-    Ok(Json(rows.iter().filter_map(|text| serde_json::from_str(text).ok()).collect()))
+    Ok(Paged { rows: rows.iter().filter_map(|text| serde_json::from_str(text).ok()).collect(), total })
 }

@@ -4,6 +4,7 @@
 mod access;
 mod audits;
 mod auth;
+mod backups;
 mod certs;
 mod cluster;
 mod cookie;
@@ -11,6 +12,7 @@ mod errors;
 mod events;
 mod extract;
 mod logs;
+mod notifications;
 mod openapi;
 mod password;
 mod programs;
@@ -22,6 +24,8 @@ mod stream;
 mod system;
 mod tags;
 mod throttle;
+#[cfg(test)]
+mod trial;
 mod ui;
 mod users;
 
@@ -40,7 +44,14 @@ use tokio::sync::{Semaphore, watch};
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
-use crate::{admin::Admin, events::Recorder, join::Kit, node::Status};
+use crate::{
+    admin::Admin,
+    backup::Backups,
+    events::{Notifier, Recorder},
+    health::MetricsPage,
+    join::Kit,
+    node::Status,
+};
 
 /// Largest body of a request in bytes.
 const BODY: usize = 1 << 20;
@@ -65,12 +76,17 @@ const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
 #[derive(Clone)]
 pub struct Services {
     pub admin: Arc<Admin>,
+    pub backups: Arc<Backups>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
-    /// `HIGH_AVAILABILITY_ENABLED`.
-    pub high_availability: bool,
     /// What has happened.
     pub events: Recorder,
+    /// Whom to tell of it.
+    pub notifier: Notifier,
+    /// What Prometheus reads.
+    pub metrics: MetricsPage,
+    /// `HIGH_AVAILABILITY_ENABLED`.
+    pub high_availability: bool,
 }
 
 impl fmt::Debug for Services {
@@ -181,4 +197,23 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+
+    use super::{trial::Trial, *};
+
+    #[tokio::test]
+    async fn a_busy_console_refuses_at_once_and_answers_health_checks() {
+        let trial = Trial::start().await;
+        let get = |path: &str| Request::builder().uri(path).body(Body::empty()).unwrap();
+        let all = trial.console.places.acquire_many(AT_ONCE as u32).await.unwrap();
+        let (status, headers, text) = trial.send(get("/api/v1/settings/initialized")).await;
+        assert!(status == 503 && headers.contains_key(header::RETRY_AFTER) && text.contains("try again"), "{text}");
+        assert_eq!(trial.send(get(PING)).await.0, StatusCode::OK);
+        drop(all);
+        assert_eq!(trial.send(get("/api/v1/settings/initialized")).await.0, StatusCode::OK);
+    }
 }

@@ -118,3 +118,57 @@ fn parameters(entry: &Entry, generator: &mut SchemaGenerator) -> Vec<Value> {
     }
     all
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn the_document_says_of_every_route_what_the_table_says() {
+        let table = routes::table();
+        let document = describe(&table);
+        let mut ids = HashSet::new();
+        for entry in &table {
+            let operation = &document["paths"][entry.full_path()][entry.method.as_str().to_ascii_lowercase()];
+            assert_eq!(operation["summary"], entry.summary, "{} {}", entry.method, entry.path);
+            assert!(ids.insert(operation["operationId"].as_str().unwrap().to_owned()));
+            assert_eq!(operation["requestBody"].is_object(), entry.body.is_some());
+            assert!(operation["responses"][entry.status.as_str()].is_object());
+            let open = operation["security"] == json!([]);
+            assert_eq!(open, entry.access == Access::Open);
+            let roles: Vec<_> = entry.access.roles().iter().map(|role| role.name()).collect();
+            assert!(open || operation["x-roles"] == json!(roles));
+        }
+        let operations = document["paths"].as_object().unwrap().values().map(|path| path.as_object().unwrap().len());
+        assert_eq!(operations.sum::<usize>(), table.len());
+    }
+
+    #[test]
+    fn every_reference_of_the_document_leads_somewhere() {
+        fn walk(value: &Value, root: &Value, found: &mut usize) {
+            if let Some(reference) = value.get("$ref").and_then(Value::as_str) {
+                assert!(root.pointer(reference.strip_prefix('#').unwrap()).is_some(), "{reference}");
+                *found += 1;
+            }
+            match value {
+                Value::Object(fields) => fields.values().for_each(|value| walk(value, root, found)),
+                Value::Array(values) => values.iter().for_each(|value| walk(value, root, found)),
+                _ => {}
+            }
+        }
+        let document = describe(&routes::table());
+        let mut found = 0;
+        walk(&document, &document, &mut found);
+        assert!(found > 20, "{found}");
+    }
+
+    #[test]
+    fn the_fields_of_a_query_are_parameters() {
+        let document = describe(&routes::table());
+        let parameters = &document["paths"]["/api/v1/audits/mgmt"]["get"]["parameters"];
+        let names: Vec<_> = parameters.as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
+        assert_eq!(HashSet::from_iter(names), HashSet::from(["limit", "offset", "user", "since", "format"]));
+    }
+}

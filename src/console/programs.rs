@@ -18,10 +18,13 @@ use axum::{
 };
 use hyper::body::{Bytes, Frame, SizeHint};
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::{
     runtime::Handle,
-    sync::mpsc::{self, error::SendTimeoutError},
+    sync::{
+        OwnedSemaphorePermit,
+        mpsc::{self, error::SendTimeoutError},
+    },
     task,
 };
 
@@ -31,7 +34,7 @@ use super::{
     auth::{self, Source, User},
     cluster::check_join_token,
     errors::ApiError,
-    extract::Name,
+    extract::{Name, Search},
     routes::{Access, Entry, Role, route},
 };
 use crate::{
@@ -67,6 +70,7 @@ pub(super) fn routes() -> Vec<Entry> {
             "A new invitation: the line to run on the other hosts",
             line,
         )
+        .query::<Wish>()
         .answer::<Line>(),
     ]
 }
@@ -97,21 +101,42 @@ pub(super) async fn script(
     Ok(([(header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8")], script))
 }
 
+/// What [`line`] is asked for.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Wish {
+    /// How long the invitation is good: up to seven days, one hour if not given.
+    #[schemars(range(min = 1, max = 604_800))]
+    valid_sec: Option<u32>,
+    /// The script itself is wanted, too.
+    #[serde(default)]
+    script: bool,
+}
+
 /// The answer of [`line`].
 #[derive(Serialize, JsonSchema)]
 pub(super) struct Line {
     line: String,
     script_url: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    script: Option<String>,
     until: u64,
 }
 
 /// `GET high-availability/join-script`: a new invitation, as the line to run on the other hosts.
-pub(super) async fn line(State(console): State<Arc<Console>>, user: User) -> Result<Json<Line>, ApiError> {
-    let Invited { token, until, .. } = console.services()?.admin.invite(VALID, &user.name).await?;
-    let make =
-        move |kit: &Kit, membership: &Membership, me| Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?));
-    let (line, script_url) = with_kit(&console, make).await?;
-    Ok(Json(Line { line, script_url, until }))
+pub(super) async fn line(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Search(wish): Search<Wish>,
+) -> Result<Json<Line>, ApiError> {
+    let valid = wish.valid_sec.map_or(VALID, |seconds| Duration::from_secs(seconds.into()));
+    let Invited { token, until, .. } = console.services()?.admin.invite(valid, &user.name).await?;
+    let make = move |kit: &Kit, membership: &Membership, me| {
+        let script = wish.script.then(|| kit.script(membership, me, &token)).transpose()?;
+        Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?, script))
+    };
+    let (line, script_url, script) = with_kit(&console, make).await?;
+    Ok(Json(Line { line, script_url, script, until }))
 }
 
 /// Runs something that may have to compute a checksum.
@@ -143,8 +168,7 @@ pub(super) async fn program(
     method: Method,
     Name(name): Name,
 ) -> Result<Response, ApiError> {
-    let busy = || ApiError::Unavailable(format!("{DOWNLOADS} downloads are under way: try again"));
-    let slot = Arc::clone(&console.downloads).try_acquire_owned().map_err(|_| busy())?;
+    let slot = slot(&console)?;
     let wanted = name.clone();
     let found = with_kit(&console, move |kit, _, _| Ok(kit.program(&wanted)?)).await?;
     let none = || ApiError::NotFound(format!("there is no program {name:?}: twistlockd and twistcli are there"));
@@ -160,12 +184,23 @@ pub(super) async fn program(
     if method == Method::HEAD {
         return Ok(headers.into_response());
     }
+    Ok((headers, body(file, length, slot)).into_response())
+}
+
+/// The right to download something.
+pub(super) fn slot(console: &Console) -> Result<OwnedSemaphorePermit, ApiError> {
+    let busy = |_| ApiError::Unavailable(format!("{DOWNLOADS} downloads are under way: try again"));
+    Arc::clone(&console.downloads).try_acquire_owned().map_err(busy)
+}
+
+/// The first `length` bytes of a file as the body of a response.
+pub(super) fn body(file: File, length: u64, slot: OwnedSemaphorePermit) -> axum::body::Body {
     let (sender, pieces) = mpsc::channel(PIECES);
     task::spawn_blocking(move || {
         read_pieces(file, length, &sender, PIECE_TIME);
         drop(slot);
     });
-    Ok((headers, axum::body::Body::new(Download { pieces, left: length })).into_response())
+    axum::body::Body::new(Download { pieces, left: length })
 }
 
 /// Reads until the end, an error, or the client is gone or too slow: then its body ends too early, and its connection with

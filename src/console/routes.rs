@@ -14,8 +14,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
 use super::{
-    Console, audits, certs, cluster, events, logs, openapi, programs, sessions, settings, stream, system, tags, ui,
-    users,
+    Console, audits, backups, certs, cluster, events, logs, notifications, openapi, programs, sessions, settings,
+    stream, system, tags, ui, users,
 };
 
 /// Where the API begins.
@@ -31,8 +31,10 @@ pub(super) fn table() -> Vec<Entry> {
         certs::routes(),
         audits::routes(),
         logs::routes(),
+        backups::routes(),
         cluster::routes(),
         events::routes(),
+        notifications::routes(),
         programs::routes(),
         tags::routes(),
         stream::routes(),
@@ -210,6 +212,7 @@ mod tests {
             "GET /api/v1/certs/ca.pem",
             "GET /api/v1/high-availability/requests/{id}",
             "GET /api/v1/settings/initialized",
+            "GET /metrics",
             "GET /ui/{name}",
             "POST /api/v1/authenticate",
             "POST /api/v1/high-availability/requests",

@@ -201,3 +201,71 @@ async fn issue(writing: &mut Writing, user: &str, began: i64) -> Result<Issued, 
 fn digest_of(token: &str) -> Vec<u8> {
     digest::digest(&digest::SHA256, token.as_bytes()).as_ref().to_vec()
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+    use serde_json::json;
+
+    use super::{super::trial::Trial, *};
+
+    async fn asks(trial: &Trial, token: &str) -> (StatusCode, Value) {
+        trial.call(Method::GET, "/api/v1/authenticate", token, Value::Null).await
+    }
+
+    async fn renews(trial: &Trial, token: &str) -> (StatusCode, Value) {
+        trial.call(Method::GET, "/api/v1/authenticate/renew", token, Value::Null).await
+    }
+
+    #[tokio::test]
+    async fn a_session_ends_when_it_is_idle_and_when_it_is_old() {
+        let trial = Trial::start().await;
+        let token = trial.login().await;
+        let store = &trial.console.store;
+        assert_eq!(asks(&trial, &token).await.0, StatusCode::OK);
+        store.write(sqlx::query("UPDATE tokens SET expires = ?").bind(unix_time())).await.unwrap();
+        assert_eq!(asks(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(renews(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
+
+        let token = trial.login().await;
+        let age = Logon::default().maximum();
+        store.write(sqlx::query("UPDATE tokens SET began = ?").bind(unix_time() - age + 20)).await.unwrap();
+        let (status, granted) = renews(&trial, &token).await;
+        assert!(status == 200 && (1..=20).contains(&granted["expiresInSec"].as_i64().unwrap()), "{granted}");
+        store.write(sqlx::query("UPDATE tokens SET began = ?").bind(unix_time() - age)).await.unwrap();
+        assert_eq!(renews(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(
+            asks(&trial, &token).await.0,
+            StatusCode::OK,
+            "it is refused a new token, and goes on until its end"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_renewed_token_is_good_for_a_moment_only() {
+        let trial = Trial::start().await;
+        let old = trial.login().await;
+        let (status, granted) = renews(&trial, &old).await;
+        let new = format!("Bearer {}", granted["token"].as_str().unwrap());
+        assert!(status == 200 && new != old && granted["username"] == "admin" && granted["role"] == "admin");
+        let left = async |token| asks(&trial, token).await.1["expiresInSec"].as_i64().unwrap();
+        assert!(left(&old).await <= GRACE && left(&new).await > GRACE);
+        assert_eq!(trial.call(Method::POST, "/api/v1/logout", &new, Value::Null).await.0, StatusCode::OK);
+        assert_eq!(asks(&trial, &new).await.0, StatusCode::UNAUTHORIZED);
+    }
+
+    #[tokio::test]
+    async fn new_sessions_end_the_oldest_ones_of_the_same_user() {
+        let trial = Trial::start().await;
+        let first = trial.login().await;
+        let logon = json!({ "sessionsPerUser": 2 });
+        assert_eq!(trial.call(Method::POST, "/api/v1/settings/logon", &first, logon).await.0, StatusCode::OK);
+        let age = sqlx::query("UPDATE tokens SET expires = expires - 5");
+        trial.console.store.write(age).await.unwrap();
+        let (second, third) = (trial.login().await, trial.login().await);
+        assert_eq!(asks(&trial, &first).await.0, StatusCode::UNAUTHORIZED);
+        for token in [second, third] {
+            assert_eq!(asks(&trial, &token).await.0, StatusCode::OK);
+        }
+    }
+}

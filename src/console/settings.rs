@@ -23,10 +23,14 @@ const LOGON: &str = "logon";
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
+    let set = |method| {
+        let access = Access::Roles(Role::ADMINISTRATORS);
+        route(method, "/settings/logon", access, "Set how one logs in", set_logon).body::<Logon>()
+    };
     vec![
         route(Method::GET, "/settings/logon", Access::Roles(Role::READERS), "How one logs in", logon).answer::<Logon>(),
-        route(Method::POST, "/settings/logon", Access::Roles(Role::ADMINISTRATORS), "Set how one logs in", set_logon)
-            .body::<Logon>(),
+        set(Method::POST),
+        set(Method::PUT),
         route(Method::GET, "/settings/system", Access::Any, "What this Console is", system).answer::<System>(),
     ]
 }
@@ -106,7 +110,7 @@ async fn logon(State(console): State<Arc<Console>>) -> Result<Json<Logon>, ApiEr
     Ok(Json(Logon::read(&console).await?))
 }
 
-/// `POST settings/logon`: for sessions and passwords to come; those that exist stay as they are.
+/// `POST` and `PUT settings/logon`: for sessions and passwords to come; those that exist stay as they are.
 async fn set_logon(
     State(console): State<Arc<Console>>,
     user: User,

@@ -4,18 +4,13 @@
 use std::sync::LazyLock;
 
 use axum::{
-    Json,
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use ring::digest;
-use schemars::JsonSchema;
-use serde::Serialize;
 
 use super::{
-    access::Role,
-    auth::User,
     errors::ApiError,
     extract::Name,
     routes::{Access, Entry, route},
@@ -104,21 +99,8 @@ pub(super) fn routes() -> Vec<Entry> {
     let get = Method::GET;
     vec![
         route(get.clone(), "/", Access::Open, "The page", index).at_root().file("text/html").tag("page"),
-        route(get.clone(), "/ui/{name}", Access::Open, "A part of the page", part).at_root().file("*/*").tag("page"),
-        route(get, "/session", Access::Any, "Who is logged in", session).answer::<Session>().tag("page"),
+        route(get, "/ui/{name}", Access::Open, "A part of the page", part).at_root().file("*/*").tag("page"),
     ]
-}
-
-/// The answer of [`session`].
-#[derive(Serialize, JsonSchema)]
-struct Session {
-    username: String,
-    role: Role,
-}
-
-/// `GET session`: a page cannot read its cookie.
-async fn session(user: User) -> Json<Session> {
-    Json(Session { username: user.name, role: user.role })
 }
 
 /// `GET /`: the page.

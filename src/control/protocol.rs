@@ -68,6 +68,16 @@ pub enum Operation {
     },
     /// Automatic takeover again. Answer: null.
     Resume {},
+    /// Replaces the cluster key. Answer: null, when that has begun.
+    RotateKey {},
+    /// Replaces the certificate authority. Answer: null, when that has begun.
+    RotateCa {
+        /// How long the old one is still trusted when the new one signs.
+        overlap_s: u64,
+    },
+    /// Sends a test event to everybody whom this node would notify. Answer: a list of
+    /// [`Delivery`](crate::events::notify::Delivery)s.
+    TestNotifications {},
     /// What happened to this node, newest first; any node answers it. Answer: a list of [`Event`](crate::events::Event)s.
     Events {
         /// Which.
@@ -99,6 +109,41 @@ pub enum Operation {
     },
     /// All Consoles serve certificates of the cluster's own authority again. Answer: null.
     RemoveCertificate {},
+    /// The backups in this host's folder, newest first; on every node, as the next five. Answer: a list of
+    /// [`Backup`](crate::backup::Backup).
+    Backups {},
+    /// What is set up and under way. Answer: a [`BackupState`](crate::backup::BackupState).
+    BackupState {},
+    /// Makes a backup of this host's copy of the database. Answer: [`Started`](crate::backup::Started), at once.
+    Backup {
+        /// What the administrator calls it.
+        called: String,
+    },
+    /// Opens a backup and checks all of it. Answer: [`Started`](crate::backup::Started), at once.
+    VerifyBackup {
+        /// Its file name.
+        id: String,
+    },
+    /// Gives a manual backup another name. Answer: the [`Backup`](crate::backup::Backup).
+    RenameBackup {
+        /// Its file name.
+        id: String,
+        /// What it is called from now on.
+        called: String,
+    },
+    /// Deletes a backup. Answer: null.
+    DeleteBackup {
+        /// Its file name.
+        id: String,
+    },
+    /// Puts the content of a backup in the place of the whole cluster's database. The Console is closed meanwhile. Only on the
+    /// PRIMARY. Answer: [`Started`](crate::backup::Started), at once.
+    Restore {
+        /// The absolute path of the backup on this host.
+        file: std::path::PathBuf,
+        /// The administrator knows that the Console is closed for it; refused otherwise.
+        stop_console: bool,
+    },
 }
 
 /// A text that is never logged or shown.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::Timing,
+    cluster::{FEATURE_LEVEL, Membership, PROGRAM_VERSION, Timing, level},
     config::{Config, FirstState},
     found,
     node::{CheckpointPolicy, Lease, NodeConfig},
@@ -119,6 +119,15 @@ pub(super) async fn lower_promise(own: Duration, earlier: Duration, path: PathBu
     }
 }
 
+/// Refuses to touch the data of a cluster that relies on what this program does not have.
+pub(super) fn refuse_if_outdated(membership: &Membership) -> Result<()> {
+    if membership.level > FEATURE_LEVEL {
+        let needed = (membership.level_version.as_str(), membership.level);
+        bail!("{}", level::outdated("this host", (PROGRAM_VERSION, FEATURE_LEVEL), needed));
+    }
+    Ok(())
+}
+
 pub(super) fn node_config(
     config: &Config,
     identity: &Identity,
@@ -143,9 +152,11 @@ pub(super) fn node_config(
             bytes: config.checkpoint_bytes,
             interval: config.checkpoint_interval,
             raft_log_limit: config.raft_log_limit,
+            scrub: config.scrub_interval,
         },
         page_size: config.database_page_size,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: PROGRAM_VERSION.to_owned(),
+        level: FEATURE_LEVEL,
         fast_takeover: config.fast_takeover,
         lease,
     }

@@ -1,12 +1,14 @@
 //! The few requests that `dev` makes to the Console it started: is it there, sign the administrator up, write and read.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail};
-use ureq::{
-    Agent,
-    tls::{Certificate, RootCerts, TlsConfig},
-};
+use ureq::Agent;
+
+use crate::https::{self, Limits, Trust};
+
+/// Longest time for one request: everything is on this host.
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// A client that trusts one authority only.
 pub(super) struct Client(Agent);
@@ -17,20 +19,8 @@ impl Client {
     /// # Errors
     /// When it cannot be read.
     pub(super) fn new(ca: &Path) -> Result<Self> {
-        let pem = std::fs::read(ca).with_context(|| format!("read {}", ca.display()))?;
-        let certificate = Certificate::from_pem(&pem).with_context(|| format!("parse {}", ca.display()))?;
-        let tls = TlsConfig::builder()
-            .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .build();
-        let config = Agent::config_builder()
-            .tls_config(tls)
-            .https_only(true)
-            .proxy(None)
-            .http_status_as_error(false)
-            .timeout_global(Some(Duration::from_secs(5)))
-            .build();
-        Ok(Self(config.into()))
+        let trust = Trust::file(ca).with_context(|| format!("read {}", ca.display()))?;
+        Ok(Self(https::client(&trust, Limits { connect: LIMIT, request: LIMIT })))
     }
 
     /// True if the Console at `url` answers its health check.

@@ -207,6 +207,7 @@ impl Layout {
             console_cn: Some(node.address.clone()),
             data_folder: node.data.clone(),
             data_recovery_enabled: false,
+            data_recovery_volume: self.node_dir(index).join("backup"),
             systemd_enabled: false,
             run_console_as_root: true,
             high_availability_enabled: true,

@@ -6,7 +6,9 @@
 
 mod file;
 mod follow;
+pub mod notify;
 mod recorder;
+mod webhook;
 
 use std::{
     collections::BTreeMap,
@@ -15,12 +17,15 @@ use std::{
 };
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use file::{FILE, read};
 pub use follow::follow;
+pub use notify::Notifier;
 pub use recorder::Recorder;
+pub use webhook::check_url;
 
 /// Longest sentence and longest text in a field, in bytes.
 const MAX_TEXT: usize = 500;
@@ -33,7 +38,7 @@ pub const MAX_PAGE: u32 = 400;
 macro_rules! words {
     ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
         pub enum $name {
             $($(#[$doc])* #[serde(rename = $word)] $variant,)+
         }
@@ -125,7 +130,7 @@ pub enum Scope {
 }
 
 /// Something that happened.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Event {
     /// Unlike that of any other, and in the order of time for the events of one node.
     pub id: String,
@@ -187,11 +192,12 @@ fn shortened(mut text: String) -> String {
 }
 
 /// Which events are wanted, newest first.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Wanted {
     /// At most so many, up to [`MAX_PAGE`]; 50 if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 400))]
     pub limit: Option<u32>,
     /// Leave out so many of the newest.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -126,7 +126,6 @@ impl Recorder {
     }
 
     /// The events that somebody has to be notified of, from now on.
-    #[allow(dead_code)]
     pub(super) fn to_notify(&self) -> broadcast::Receiver<Event> {
         self.0.notify.subscribe()
     }

@@ -104,13 +104,15 @@ mod tests {
             epoch: 3,
             applied: 120,
             lag: 0,
-            lag_bytes: Some(0),
             lease_ms: None,
             last_contact_ms: Some(0),
             version: "0.1.0".into(),
             voter: true,
             sync: None,
             full: false,
+            lag_bytes: None,
+            level: 1,
+            holds: Default::default(),
         };
         Status {
             cluster: ClusterId(1),
@@ -128,8 +130,8 @@ mod tests {
             membership: crate::cluster::Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
             certificates: Vec::new(),
-            recent: Default::default(),
             database: None,
+            recent: Default::default(),
         }
     }
 

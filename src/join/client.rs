@@ -6,25 +6,17 @@
 
 use std::{
     net::{IpAddr, ToSocketAddrs, UdpSocket},
-    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
-use ureq::{
-    Agent, Body,
-    config::Config,
-    http::{Response, Uri},
-    tls::{Certificate, RootCerts, TlsConfig},
-    unversioned::{
-        resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver},
-        transport::{DefaultConnector, NextTimeout},
-    },
-};
+use ureq::{Agent, Body, http::Response};
 
 use super::{JoinFile, JoinRequest, RequestState};
-use crate::pki::CONSOLE_NAME;
+use crate::{
+    https::{self, Limits, Trust},
+    pki::CONSOLE_NAME,
+};
 
 /// Longest time for one question.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -65,38 +57,14 @@ impl Console {
     }
 }
 
-/// Whatever the name in a URL is: the way leads there.
-#[derive(Debug)]
-struct Way(Uri);
-
-impl Resolver for Way {
-    fn resolve(&self, _: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        DefaultResolver::default().resolve(&self.0, config, timeout)
-    }
-}
-
 impl Client {
     /// # Errors
     /// When the CA cannot be read.
     pub fn new(file: &JoinFile) -> Result<Self> {
-        let certificate = Certificate::from_pem(file.ca.as_bytes()).context("read the CA of the join file")?;
-        let tls = TlsConfig::builder()
-            .root_certs(RootCerts::Specific(Arc::new(vec![certificate])))
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .build();
-        let config = Agent::config_builder()
-            .tls_config(tls)
-            .https_only(true)
-            .proxy(None)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .timeout_global(Some(LIMIT))
-            .timeout_connect(Some(CONNECT))
-            .build();
+        let trust = Trust::pem(file.ca.as_bytes()).context("read the CA of the join file")?;
+        let limits = Limits { connect: CONNECT, request: LIMIT };
         let console = |address: &String| {
-            let way = format!("https://{address}").parse().with_context(|| format!("use the address {address:?}"))?;
-            let agent = Agent::with_parts(config.clone(), DefaultConnector::default(), Way(way));
+            let agent = https::client_at(&trust, limits, address)?;
             Ok::<_, anyhow::Error>(Console { address: address.clone(), agent })
         };
         let consoles = file.addresses.iter().map(console).collect::<Result<_>>()?;
@@ -134,23 +102,14 @@ impl Client {
     }
 }
 
-#[derive(Deserialize)]
-struct Failure {
-    err: String,
-}
-
 fn understand(mut response: Response<Body>) -> Result<Answer> {
     let status = response.status().as_u16();
-    let body = response.body_mut().with_config().limit(ANSWER);
     if (200..300).contains(&status) {
+        let body = response.body_mut().with_config().limit(ANSWER);
         let state: RequestState = body.read_json().context("understand the answer")?;
         return Ok(Answer::State(Box::new(state)));
     }
-    let text = body.read_to_string().unwrap_or_default();
-    let why = serde_json::from_str::<Failure>(&text).map(|failure| failure.err).unwrap_or_default();
-    // It is logged, and shown on terminals.
-    let why: String = why.chars().filter(|c| !c.is_control()).take(500).collect();
-    let why = if why.is_empty() { format!("HTTP status {status}") } else { why };
+    let why = https::refusal(&mut response);
     Ok(match status {
         401 | 403 => Answer::Denied(why),
         404 => Answer::NotFound,

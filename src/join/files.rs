@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{JoinRequest, RequestState, Token};
 use crate::{
-    cluster::{Membership, NodeId, membership::console_names_that_fit},
+    cluster::{FEATURE_LEVEL, Membership, NodeId, membership::console_names_that_fit},
     pki,
     storage::{DataDir, IDENTITY_FORMAT, Identity, durable_write, fsync_dir, make_private_dir},
 };
@@ -145,7 +145,8 @@ impl Admitted {
         let der = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).context("read a CA certificate");
         ensure!(der(&ca)? == der(&file.ca)?, "the cluster answered with another CA than the join token vouches for");
         let files = [
-            (pki::CA_CERTIFICATE, &file.ca),
+            // With those that are trusted beside it while it is being replaced.
+            (pki::CA_CERTIFICATE, &ca),
             (pki::NODE_CERTIFICATE, &certificate),
             (pki::CONSOLE_CERTIFICATE, &console_certificate),
         ];
@@ -209,6 +210,7 @@ impl Host {
             address: address.to_owned(),
             port: self.port,
             version: self.version.clone(),
+            level: FEATURE_LEVEL,
             csr: requests.node.clone(),
             console_csr: requests.console.clone(),
             console_names,

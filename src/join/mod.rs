@@ -24,7 +24,6 @@ const TOKEN_LENGTH: usize = TOKEN_PREFIX.len() + 2 * (1 + 64);
 
 /// What a host that wants to join tells about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(deny_unknown_fields)]
 pub struct JoinRequest {
     pub name: String,
     /// Host name or IP address by which the members reach it.
@@ -33,6 +32,9 @@ pub struct JoinRequest {
     pub port: u16,
     /// Version of its program.
     pub version: String,
+    /// What its program can do ([`crate::cluster::level`]); one that does not say is of the first level.
+    #[serde(default)]
+    pub level: u32,
     /// Signing request for its node certificate, PEM. Names inside it mean nothing: the cluster decides them.
     pub csr: String,
     /// Signing request for its Console certificate, PEM; made with another key.

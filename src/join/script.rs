@@ -235,7 +235,7 @@ mod tests {
         let token = Token::new(&certificate_der(&ca).unwrap());
         let members = vec![Member::founder(1, "a", "192.0.2.1", 8086), Member::founder(2, "b", "2001:db8::2", 8086)];
         let mut membership = Membership::founded(ClusterId(7), members);
-        membership.authority = Some(SealedAuthority { certificate: ca, sealed_key: String::new() });
+        membership.authority = Some(SealedAuthority { certificate: ca, sealed_key: String::new(), key: None });
         membership.invitations =
             vec![Invitation { hash: token.secret_hash(), at: 1, until: u64::MAX >> 1, by: "a".into() }];
         (membership, token.to_string())

@@ -12,18 +12,22 @@ use std::{
 };
 
 use raft::eraftpb::EntryType;
+use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use crate::{
     storage::{
+        backup::{CopyError, Copying, Finished, Progress},
         database::{ApplyError, Database, DatabaseError},
         raft_log::{LogError, RaftLog},
     },
-    telemetry::RAFT_LOG_OVERRUNS,
+    telemetry::{RAFT_LOG_OVERRUNS, SCRUB_FAILURES},
 };
 
 use super::{
     inbox::{DatabaseEvent, Input, Proposer, Sender},
+    lease::boottime,
+    scrub::{Finding, Scrub},
     snapshots::Reply,
 };
 
@@ -40,6 +44,10 @@ const FULL_PAUSE: Duration = Duration::from_millis(500);
 const HELD_WAL: u64 = 1 << 30;
 /// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
 const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
+/// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
+const COPY_PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is tried to begin a scrub that is due.
+const SCRUB_LOOK: Duration = Duration::from_millis(100);
 /// Entries applied between two looks at the goal.
 const SLICE: u64 = 256;
 
@@ -56,6 +64,14 @@ struct Goal {
     released: u64,
     /// How often a snapshot was asked for.
     snapshots: u64,
+    /// How often something was asked about a copy.
+    copies: u64,
+    /// How often a scrub has read something.
+    scrubbed: u64,
+    /// The disk is full.
+    full: bool,
+    /// No checkpoint: what is in force since the last one is not in its file yet.
+    pinned: bool,
     stop: bool,
 }
 
@@ -65,9 +81,53 @@ struct Shared {
     changed: Condvar,
     /// Who waits for a snapshot.
     snapshots: Mutex<Vec<Reply>>,
+    /// Who waits for a copy, or for its end. One backup at a time asks, so this stays short.
+    copies: Mutex<Vec<CopyRequest>>,
     applied: AtomicU64,
     /// Bytes ever appended to the raft log by this process.
     appended: AtomicU64,
+    /// Since when the database has something that its checkpoint lacks, on the clock of [`boottime`]; 0: it has nothing.
+    unsaved: AtomicU64,
+    /// Bytes of the database.
+    bytes: AtomicU64,
+}
+
+enum CopyRequest {
+    Begin(oneshot::Sender<Result<Copying, CopyError>>),
+    Finish(Progress, oneshot::Sender<Result<Finished, CopyError>>),
+}
+
+/// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop has
+/// nothing to do with it.
+#[derive(Clone)]
+pub(super) struct Copies(Arc<Shared>);
+
+impl Copies {
+    pub async fn begin(&self) -> Result<Copying, CopyError> {
+        let (reply, wait) = oneshot::channel();
+        self.ask(CopyRequest::Begin(reply), wait).await
+    }
+
+    pub async fn finish(&self, copy: Progress) -> Result<Finished, CopyError> {
+        let (reply, wait) = oneshot::channel();
+        self.ask(CopyRequest::Finish(copy, reply), wait).await
+    }
+
+    async fn ask<T>(
+        &self,
+        request: CopyRequest,
+        wait: oneshot::Receiver<Result<T, CopyError>>,
+    ) -> Result<T, CopyError> {
+        self.0.copies.lock().unwrap_or_else(PoisonError::into_inner).push(request);
+        lock(&self.0).copies += 1;
+        self.0.changed.notify_one();
+        // A thread that has ended leaves the request where it is.
+        match tokio::time::timeout(COPY_PATIENCE, wait).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(CopyError::Ended("the node stops".to_owned())),
+            Err(_) => Err(CopyError::Ended("the database is busy: try again".to_owned())),
+        }
+    }
 }
 
 /// The loop's side of the database thread.
@@ -84,6 +144,8 @@ pub struct CheckpointPolicy {
     pub interval: Duration,
     /// Bytes of the raft log on disk beyond which nothing is kept for members that are away.
     pub raft_log_limit: u64,
+    /// From the end of one scrub of the database file to the next; zero: never.
+    pub scrub: Duration,
 }
 
 impl Applier {
@@ -96,7 +158,14 @@ impl Applier {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         shared.applied.store(database.applied(), Ordering::Relaxed);
+        let reader = Arc::clone(&shared);
+        let scrub = Scrub::start(checkpoints.scrub, move || {
+            lock(&reader).scrubbed += 1;
+            reader.changed.notify_one();
+        })?;
         let worker = Worker {
+            scrub,
+            scrubbed: 0,
             checkpointed: (Instant::now(), 0),
             database,
             log,
@@ -109,8 +178,10 @@ impl Applier {
             refused: 0,
             reported_demotion: 0,
             snapshots: 0,
+            copies: 0,
             snapshot_at: None,
             overrun: false,
+            full: false,
             broken: false,
             ended: false,
             full_until: None,
@@ -118,6 +189,11 @@ impl Applier {
         };
         let thread = thread::Builder::new().name("database".to_owned()).spawn(move || worker.run())?;
         Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Where copies are asked for.
+    pub fn copies(&self) -> Copies {
+        Copies(Arc::clone(&self.shared))
     }
 
     /// The raft index up to which the database has everything.
@@ -135,6 +211,23 @@ impl Applier {
     /// No other member needs the raft log up to here; it is compacted after the next checkpoint.
     pub fn release(&self, index: u64) {
         lock(&self.shared).released = index;
+    }
+
+    /// How large the database is, in bytes, and for how long its checkpoint has lacked something.
+    pub fn figures(&self) -> (u64, Duration) {
+        let unsaved = self.shared.unsaved.load(Ordering::Relaxed);
+        let age = if unsaved == 0 { 0 } else { boottime().saturating_sub(unsaved) };
+        (self.shared.bytes.load(Ordering::Relaxed), Duration::from_nanos(age))
+    }
+
+    /// The disk is full, or is not any more: nothing is kept for members that are away then.
+    pub fn full(&self, full: bool) {
+        self.change(|goal| goal.full = full);
+    }
+
+    /// Allows no checkpoint, or allows it again. To be called before whatever the checkpoint must not pass is applied.
+    pub fn pin(&self, pinned: bool) {
+        self.change(|goal| goal.pinned = pinned);
     }
 
     /// Entries that may be applied and are not yet.
@@ -214,14 +307,21 @@ struct Worker {
     reported_demotion: u64,
     /// How many requests for a snapshot have been answered.
     snapshots: u64,
+    /// How many requests about copies have been answered.
+    copies: u64,
     /// The checkpoint that a snapshot was last seen to be read at, and until when the raft log behind it is kept.
     snapshot_at: Option<(u64, Instant)>,
     /// The raft log is too long, and that was reported.
     overrun: bool,
+    /// The disk is full, and that was looked at.
+    full: bool,
     /// Its content is not to be trusted: nothing is applied any more.
     broken: bool,
     /// The process was asked to end; nothing more happens here.
     ended: bool,
+    scrub: Scrub,
+    /// How many answers of the scrub were seen.
+    scrubbed: u64,
     /// The disk is full: nothing is applied before then.
     full_until: Option<Instant>,
     told_full: bool,
@@ -254,9 +354,54 @@ impl Worker {
             self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
             if goal.snapshots != self.snapshots {
                 self.snapshots = goal.snapshots;
-                self.rest();
+                self.rest(goal.pinned);
             }
-            self.checkpoint_if_due();
+            if goal.full != self.full {
+                self.full = goal.full;
+                self.compact();
+            }
+            if goal.copies != self.copies {
+                self.copies = goal.copies;
+                self.copy();
+            }
+            if !goal.pinned {
+                self.checkpoint_if_due();
+            }
+            self.scrub(&goal);
+            self.measure();
+        }
+    }
+
+    /// Lets a scrub go on, when there is nothing more important to do.
+    fn scrub(&mut self, goal: &Goal) {
+        self.scrubbed = goal.scrubbed;
+        if self.broken || self.ended || self.behind(goal) || self.epoch != goal.epoch {
+            return;
+        }
+        match self.scrub.turn(&mut self.database) {
+            Finding::Nothing => {}
+            Finding::Clean => {
+                self.sender.send(Input::Warning { about: "scrub", text: None });
+            }
+            Finding::Rot(why) => {
+                metrics::counter!(SCRUB_FAILURES).increment(1);
+                if self.epoch.is_some() {
+                    // Whether another node can take over, the loop knows.
+                    self.report(DatabaseEvent::Rotten { why });
+                } else {
+                    self.mistrust(why);
+                }
+            }
+        }
+    }
+
+    fn measure(&self) {
+        self.shared.bytes.store(self.database.file_bytes(), Ordering::Relaxed);
+        let saved = self.database.applied() <= self.database.checkpointed();
+        if saved {
+            self.shared.unsaved.store(0, Ordering::Relaxed);
+        } else if self.shared.unsaved.load(Ordering::Relaxed) == 0 {
+            self.shared.unsaved.store(boottime(), Ordering::Relaxed);
         }
     }
 
@@ -303,11 +448,14 @@ impl Worker {
     /// Waits until there is something to do, or a checkpoint is due.
     fn wait(&self) -> Goal {
         let mut goal = lock(&self.shared);
+        // What cannot be begun now is not asked for without a pause.
+        let scrub = if self.broken { Duration::MAX } else { self.scrub.due_in().max(SCRUB_LOOK) };
         loop {
             let pause = if self.behind(&goal) { self.pause() } else { None };
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
-                _ if goal.snapshots != self.snapshots => false,
+                _ if goal.snapshots != self.snapshots || goal.copies != self.copies => false,
+                _ if goal.scrubbed != self.scrubbed || goal.full != self.full => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
                 Some(epoch) if pause.is_some() => epoch == self.refused,
                 None if pause.is_some() => true,
@@ -323,7 +471,7 @@ impl Worker {
             let (guard, time) = self
                 .shared
                 .changed
-                .wait_timeout(goal, pause.unwrap_or(self.checkpoints.interval))
+                .wait_timeout(goal, pause.unwrap_or(self.checkpoints.interval).min(scrub))
                 .unwrap_or_else(PoisonError::into_inner);
             goal = guard;
             if time.timed_out() {
@@ -454,9 +602,14 @@ impl Worker {
     }
 
     /// Answers everybody who wants to read the database file.
-    fn rest(&mut self) {
+    fn rest(&mut self, pinned: bool) {
         let replies = std::mem::take(&mut *self.shared.snapshots.lock().unwrap_or_else(PoisonError::into_inner));
         for reply in replies {
+            if pinned {
+                let resting = Err("the disk of the primary is full".to_owned());
+                self.report(DatabaseEvent::Resting { resting, reply });
+                continue;
+            }
             let result = self.database.rest();
             if result.is_ok() {
                 let appended = self.shared.appended.load(Ordering::Relaxed);
@@ -476,6 +629,17 @@ impl Worker {
         }
     }
 
+    /// Answers everybody who makes a copy. Whoever does not wait any more asks again.
+    fn copy(&mut self) {
+        let requests = std::mem::take(&mut *self.shared.copies.lock().unwrap_or_else(PoisonError::into_inner));
+        for request in requests {
+            match request {
+                CopyRequest::Begin(reply) => drop(reply.send(self.database.begin_copy())),
+                CopyRequest::Finish(copy, reply) => drop(reply.send(self.database.finish_copy(&copy))),
+            }
+        }
+    }
+
     fn checkpoint(&mut self) {
         let result = self.database.checkpoint();
         if result.is_ok() {
@@ -484,6 +648,7 @@ impl Worker {
         }
         if let Err(error) = result {
             if error.is_full() {
+                self.compact(); // it may give space back
                 return self.note_full("the checkpoint of the database");
             }
             // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
@@ -493,14 +658,16 @@ impl Worker {
     }
 
     /// Lets go of what neither this node's database nor another member needs. While a member is away, the raft log grows
-    /// up to its limit; then that member has to be given the whole database.
+    /// up to its limit, or until the disk is full; then that member has to be given the whole database.
     fn compact(&mut self) {
         let released = lock(&self.shared).released;
         let snapshot =
             self.snapshot_at.filter(|(_, until)| Instant::now() < *until).map_or(u64::MAX, |(index, _)| index);
         let possible = self.database.checkpointed().min(snapshot).saturating_sub(KEPT_ENTRIES);
         let kind = released.saturating_sub(KEPT_ENTRIES);
-        let too_long = self.log.size_bytes() > self.checkpoints.raft_log_limit && kind < possible;
+        // A full disk lets go for a member that is really away, not for one that has just not answered yet.
+        let full = self.full && kind + KEPT_ENTRIES < possible;
+        let too_long = full || self.log.size_bytes() > self.checkpoints.raft_log_limit && kind < possible;
         let to = if too_long { possible } else { kind.min(possible) };
         if to < self.log.first_index() + KEPT_ENTRIES {
             return; // not worth a write
@@ -509,7 +676,9 @@ impl Worker {
             let limit = self.checkpoints.raft_log_limit;
             warn!(
                 index = to,
-                limit, "the raft log is too long to be kept for a member that is away: it will get the whole database"
+                limit,
+                full,
+                "the raft log is too long to be kept for a member that is away: it will get the whole database"
             );
             metrics::counter!(RAFT_LOG_OVERRUNS).increment(1);
         }
@@ -527,7 +696,8 @@ impl Worker {
             let goal = *lock(&self.shared);
             self.demote(&goal);
         }
-        if self.epoch.is_none() && !self.broken && !self.database.is_empty() {
+        let pinned = lock(&self.shared).pinned;
+        if self.epoch.is_none() && !self.broken && !self.database.is_empty() && !pinned {
             self.checkpoint();
         } else if self.broken {
             warn!("the database is left as it is: it needs to be restored");

@@ -12,7 +12,7 @@ use super::{Exit, driver::Driver, lease::boottime};
 use crate::{
     cluster::{self, Change, Configured, Membership, NodeId, membership::MAX_ENCODED},
     peer::Edition,
-    storage::configuration::Configuration,
+    storage::{configuration::Configuration, is_full},
 };
 
 /// Changes that may wait for a majority; raft takes one at a time.
@@ -69,7 +69,7 @@ impl Changes {
 
 impl Driver {
     pub(super) fn change(&mut self, change: &Change, reply: Reply) {
-        let result = if !self.has_room(MAX_ENCODED) {
+        let result = if self.unwritten || !self.has_room(MAX_ENCODED) {
             Err(ChangeError::Impossible("the disk of the primary is full: free some space first".to_owned()))
         } else if self.changes.0.len() < WAITING {
             self.cluster.change(boottime(), change).map_err(ChangeError::from)
@@ -94,9 +94,12 @@ impl Driver {
                 let configuration = Configuration { index, membership };
                 let written = configuration.write(&self.config.data);
                 self.config.configuration = configuration;
+                self.note_written(&written);
                 written
             });
-            if let Err(error) = written {
+            if let Err(error) = written
+                && !self.waits_for_space(&error)
+            {
                 self.exit = Some(Exit::Fatal(format!("keep the membership: {error}")));
                 return;
             }
@@ -115,6 +118,40 @@ impl Driver {
         }
     }
 
+    /// True if only space is missing for the membership: it is in the raft log and in force, and its file follows when there is
+    /// space. Until then the database makes no checkpoint, so that a start from here would come by the entry again.
+    fn waits_for_space(&mut self, error: &std::io::Error) -> bool {
+        if !is_full(error) {
+            return false;
+        }
+        if !std::mem::replace(&mut self.unwritten, true) {
+            warn!("the disk is full: the membership in force is kept in memory until there is space for its file");
+        }
+        self.applier.pin(true);
+        true
+    }
+
+    /// The membership in force is in its file, whatever was before.
+    fn note_written(&mut self, written: &std::io::Result<()>) {
+        if written.is_ok() && std::mem::take(&mut self.unwritten) {
+            self.applier.pin(false);
+            info!(index = self.config.configuration.index, "the membership in force is in its file again");
+        }
+    }
+
+    /// Writes the membership that could not be written for want of space.
+    pub(super) fn write_membership_again(&mut self) {
+        if !self.unwritten {
+            return;
+        }
+        let written = self.config.configuration.write(&self.config.data);
+        self.note_written(&written);
+        match written {
+            Err(error) if !is_full(&error) => self.exit = Some(Exit::Fatal(format!("keep the membership: {error}"))),
+            _ => {}
+        }
+    }
+
     /// Lets links, status and whoever watches follow the membership in force.
     pub(super) fn follow_membership(&mut self) {
         let membership = self.config.configuration.membership.clone();
@@ -127,6 +164,7 @@ impl Driver {
             let why = "it was removed from the cluster by the administrator; run the join script to come back";
             self.told_removed(why.to_owned());
         }
+        self.leave_if_outdated();
         let membership = Arc::new(membership);
         let index = self.config.configuration.index;
         self.editions.send_replace(Edition { index, membership: membership.clone() });
@@ -208,6 +246,10 @@ fn log_differences(before: &Membership, after: &Membership) {
     for request in after.requests.iter().filter(|request| !before.requests.contains(request)) {
         let (name, address, port) = (&request.name, &request.address, request.port);
         info!(name, address, port, fingerprint = request.fingerprint, "asks to join");
+    }
+    if before.level != after.level {
+        let (level, version) = (after.level, &after.level_version);
+        info!(level, version, "this feature level is in force: programs that do not have it are refused from now on");
     }
     if before.pause != after.pause {
         match &after.pause {

@@ -29,6 +29,8 @@ use super::{
     space::Space,
     status::Publisher,
     syncer::Syncer,
+    throttle::Throttle,
+    upgrade::Upgrade,
 };
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
@@ -56,6 +58,10 @@ pub(super) struct Driver {
     pub rollback: Rollback,
     pub space: Space,
     pub changes: Changes,
+    pub upgrade: Upgrade,
+    pub throttle: Throttle,
+    /// The disk is full, and the membership in force is not in its file yet.
+    pub unwritten: bool,
     /// The membership in force, for whoever follows it.
     pub members: watch::Sender<Arc<Membership>>,
     /// The same with its raft index.
@@ -97,7 +103,9 @@ impl Driver {
                 self.cluster.tick(boottime());
                 // A late tick delays those behind it: a voter's promise counts ticks, and they must not bunch up.
                 next_tick = now + tick;
-                self.publisher.tick(&mut self.links);
+                if self.publisher.tick(&mut self.links) {
+                    self.measure();
+                }
                 self.watch_database();
                 self.applier.nudge();
                 self.applier.release(self.publisher.everybody_has());
@@ -108,6 +116,7 @@ impl Driver {
                 self.watch_space();
                 self.restore_if_needed();
                 self.follow_pause();
+                self.follow_level();
             }
             self.carry_out_all();
             if self.rollback.is_over(self.applier.applied()) {
@@ -179,6 +188,7 @@ impl Driver {
                 if message.get_msg_type() == MessageType::MsgTimeoutNow {
                     self.publisher.handed_over(message.from);
                 }
+                self.throttle.heard(&message);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
                 } else if self.space.admits(&self.log, &message) {
@@ -189,6 +199,7 @@ impl Driver {
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
             PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
             PeerEvent::Removed { by, reason } => self.told_removed(format!("node {by} says: {reason}")),
+            PeerEvent::Outdated { by, reason } => self.told_outdated(format!("node {by} says: {reason}")),
             PeerEvent::Twins { peer, gone } => self.publisher.warn(
                 "twins",
                 (!gone).then(|| {
@@ -221,6 +232,7 @@ impl Driver {
             }
             Input::Change { change, reply } => self.change(&change, reply),
             Input::IgnorePause => self.ignore_pause(),
+            Input::Holds { holds } => self.publisher.holds(holds),
             Input::Sync { node, progress } => self.publisher.sync(node, progress),
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
             Input::Snapshot { reply } => self.snapshot(reply),
@@ -290,6 +302,7 @@ impl Driver {
                 self.cluster.set_unfit(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
+            DatabaseEvent::Rotten { why } => self.database_rots(why),
             DatabaseEvent::Resting { resting, reply } => self.resting(resting, reply),
             DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
         }
@@ -338,7 +351,9 @@ impl Driver {
         }
         output.transitions.iter().for_each(|transition| self.transition(transition));
         for message in output.send {
-            self.links.send(&message);
+            if self.throttle.admits(&message, self.publisher.has_full_disk(message.to), Instant::now()) {
+                self.links.send(&message);
+            }
         }
         if let Some(persist) = output.persist {
             if !output.configured.is_empty() {

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use super::{CertificateStatus, ChangeError, snapshots, status::SyncProgress};
 use crate::{
-    cluster::{Change, Membership, NodeId},
+    cluster::{Change, Membership, NodeId, trust::Holdings},
     peer::LinkSender,
     storage::{ReplicateError, Replicator, database::PrimaryDatabase, raft_log::RaftLog, snapshot::Resting},
 };
@@ -34,6 +34,7 @@ pub(super) enum Input {
     Sync { node: NodeId, progress: Option<SyncProgress> },
     Restart { why: String },
     IgnorePause,
+    Holds { holds: Holdings },
     Snapshot { reply: snapshots::Reply },
     Warning { about: &'static str, text: Option<String> },
     Certificates(Vec<CertificateStatus>),
@@ -69,6 +70,10 @@ pub(super) enum DatabaseEvent {
     },
     /// This node's copy is not to be trusted: nothing more is applied to it.
     Diverged {
+        why: String,
+    },
+    /// The file of a database that is open for writing is damaged.
+    Rotten {
         why: String,
     },
     /// The database file rests for a snapshot, or cannot.

@@ -7,12 +7,16 @@ mod driver;
 pub mod history;
 mod inbox;
 pub mod lease;
+mod measure;
 mod pulse;
 mod rollback;
+mod scrub;
 mod snapshots;
 mod space;
 pub mod status;
 mod syncer;
+mod throttle;
+mod upgrade;
 
 use std::{
     io,
@@ -32,16 +36,17 @@ pub use pulse::Pulse;
 pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
 
 use crate::{
-    cluster::{self, Change, Cluster, Membership, NodeId, Timing},
+    cluster::{self, Change, Cluster, Membership, NodeId, Timing, trust::Holdings},
     peer::{Edition, LinkSender, Links},
     storage::{
+        backup::{CopyError, Copying, Finished},
         configuration::Configuration,
         database::Database,
         raft_log::RaftLog,
         snapshot::{Manifest, Resting},
     },
 };
-use applier::Applier;
+use applier::{Applier, Copies};
 use configure::Changes;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
@@ -49,6 +54,8 @@ use rollback::Rollback;
 use space::Space;
 use status::Publisher;
 use syncer::Syncer;
+use throttle::Throttle;
+use upgrade::Upgrade;
 
 /// What a node is made of.
 #[derive(Clone, Debug)]
@@ -70,6 +77,8 @@ pub struct NodeConfig {
     pub fast_takeover: bool,
     /// Version of this program, as shown to people.
     pub version: String,
+    /// What this program can do: see [`crate::cluster::level`].
+    pub level: u32,
     /// The shared lease that this node extends.
     pub lease: Lease,
 }
@@ -93,6 +102,7 @@ pub struct Handle {
     membership: watch::Receiver<Arc<Membership>>,
     editions: watch::Receiver<Edition>,
     restore: watch::Receiver<Option<NodeId>>,
+    copies: Copies,
     pulse: Pulse,
 }
 
@@ -170,6 +180,22 @@ impl Handle {
         wait.await.map_err(|_| ended.to_owned())?
     }
 
+    /// Begins a copy of this node's own database while it follows; on a SECONDARY. A change of the role ends it.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub async fn copy(&self) -> Result<Copying, CopyError> {
+        self.copies.begin().await
+    }
+
+    /// Ends a copy at the transaction that was applied last.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub async fn finish_copy(&self, copy: &Copying) -> Result<Finished, CopyError> {
+        self.copies.finish(copy.progress()).await
+    }
+
     /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node that
     /// may be primary is gone.
     pub fn ignore_pause(&self) {
@@ -179,6 +205,11 @@ impl Handle {
     /// Ends the loop in order with [`Exit::Restart`].
     pub fn restart(&self, why: String) {
         self.sender.send(Input::Restart { why });
+    }
+
+    /// Tells the others what this node has on its disk of what they go on with together.
+    pub fn report_holdings(&self, holds: Holdings) {
+        self.sender.send(Input::Holds { holds });
     }
 
     /// Shows a warning in the status, or takes it back.
@@ -211,7 +242,7 @@ pub fn spawn(
     trust_checkpoint(&log, applied)?;
     let Configuration { index, membership } = &config.configuration;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
-    let start = cluster::Start { membership, membership_index, conf_index, applied };
+    let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level };
     let cluster = Cluster::new(&start, config.node, config.timing, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let membership = Arc::new(membership.clone());
@@ -219,12 +250,16 @@ pub fn spawn(
     let (members, membership) = watch::channel(membership);
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
+    let file = database.file();
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
+    let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone())?,
-        rollback: Rollback::new(&config, sender.clone()),
+        rollback: Rollback::new(&config, file, sender.clone()),
         space: Space::new(config.data.clone()),
+        throttle: Throttle::default(),
+        unwritten: false,
         cluster,
         log,
         links,
@@ -234,6 +269,7 @@ pub fn spawn(
         config,
         waiting: Waiting::default(),
         changes: Changes::default(),
+        upgrade: Upgrade::default(),
         members,
         editions,
         restorer,
@@ -249,7 +285,7 @@ pub fn spawn(
     let pulse = driver.pulse.clone();
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status, membership, editions: edition, restore, pulse }, thread))
+    Ok((Handle { sender, status, membership, editions: edition, restore, copies, pulse }, thread))
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.

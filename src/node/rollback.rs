@@ -2,8 +2,10 @@
 //! shows ROLLBACK until its database is level again. Must never hold the consensus loop up for the disk.
 
 use std::{
+    fs::File,
     io,
-    path::{Path, PathBuf},
+    path::PathBuf,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -37,6 +39,8 @@ pub(super) struct Rollback {
     data: PathBuf,
     owner: (ClusterId, NodeId),
     sender: Sender,
+    /// The database file, which only its owner may open and close.
+    database: Arc<File>,
     /// The database is level again once it has everything up to here.
     until: Option<u64>,
     /// When the note in the status ends.
@@ -44,9 +48,9 @@ pub(super) struct Rollback {
 }
 
 impl Rollback {
-    pub fn new(config: &NodeConfig, sender: Sender) -> Self {
+    pub fn new(config: &NodeConfig, database: Arc<File>, sender: Sender) -> Self {
         let owner = (config.configuration.membership.cluster, config.node);
-        Self { data: config.data.clone(), owner, sender, until: None, noted: None }
+        Self { data: config.data.clone(), owner, sender, database, until: None, noted: None }
     }
 
     /// Must be called before `entries` are appended: true if they replace other ones.
@@ -76,7 +80,7 @@ impl Rollback {
         metrics::counter!(telemetry::ROLLBACK_ENTRIES).increment(dropped);
         self.noted = Some(Instant::now() + NOTE);
         let (folder, (cluster, node), sender) = (self.data.join(tail::FOLDER), self.owner, self.sender.clone());
-        let database = self.data.join("database").join("console.db");
+        let database = Arc::clone(&self.database);
         let write = move |held: Held| tail::write(&folder, cluster, node, &held);
         let started = if held.bytes() <= INLINE {
             let draft = write(held);
@@ -102,8 +106,8 @@ impl Rollback {
     }
 }
 
-fn finish(draft: io::Result<Draft>, database: &Path, epoch: u64, sender: &Sender) {
-    let kept = match draft.and_then(|draft| draft.finish(database)) {
+fn finish(draft: io::Result<Draft>, database: &File, epoch: u64, sender: &Sender) {
+    let kept = match draft.and_then(|draft| draft.finish(Some(database))) {
         Ok((kept, removed)) => {
             for path in removed {
                 info!(file = %path.display(), "the oldest dropped tail was removed: {} are kept", tail::MAX_FILES);

@@ -92,13 +92,20 @@ impl Driver {
     }
 
     fn look_at_space(&mut self, now: Instant) {
-        if self.log.is_full() {
+        // A disk that does not answer is another trouble, which shows elsewhere.
+        let free = self.space.free();
+        if let Some(free) = free {
+            metrics::gauge!(telemetry::DISK_FREE).set(free as f64);
+        }
+        let free = free.unwrap_or(u64::MAX);
+        // Not in vain: that would fill the disk with a segment, and take it away again, each time.
+        if self.log.is_full() && self.log.can_prepare(free.saturating_sub(LOW)) {
             self.log.retry();
         }
+        self.write_membership_again();
         let was = self.space.full.is_some();
         let low = if was { 2 * LOW } else { LOW };
-        // A disk that does not answer is another trouble, which shows elsewhere.
-        let full = self.log.is_full() || self.space.free().is_some_and(|free| free < low);
+        let full = self.log.is_full() || self.unwritten || free < low;
         metrics::gauge!(telemetry::DISK_FULL).set(f64::from(u8::from(full)));
         if full != was {
             self.space.full = full.then_some(now);
@@ -115,6 +122,7 @@ impl Driver {
             self.space.dropped &= full;
             self.publisher.warn(ABOUT, text);
             self.publisher.full(full);
+            self.applier.full(full);
         }
         self.leave_role_to_others(now);
     }

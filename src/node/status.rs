@@ -10,8 +10,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::{
-    cluster::{Cluster, ClusterId, Member, Membership, NodeId, Phase, Role, role::Transition},
-    peer::{Links, NodeReport},
+    cluster::{
+        Cluster, ClusterId, Member, Membership, NodeId, Phase, Role, level::FIRST_LEVEL, role::Transition,
+        trust::Holdings,
+    },
+    peer::{Links, More, NodeReport},
     pki::CertificateInfo,
     storage::{database::PrimaryDatabase, raft_log::RaftLog},
 };
@@ -20,6 +23,7 @@ use super::{
     NodeConfig,
     history::{History, Recent},
     lease::boottime,
+    measure,
 };
 use crate::cluster::membership::CLUSTER_SIZE;
 
@@ -131,6 +135,12 @@ pub struct MemberStatus {
     /// Its disk is full, by its last report.
     #[serde(default)]
     pub full: bool,
+    /// The feature level of its program; 0 if it was never heard of.
+    #[serde(default)]
+    pub level: u32,
+    /// What it has on its disk of what all members go on with together, by its last report.
+    #[serde(default)]
+    pub holds: Holdings,
 }
 
 /// How far the copy of a database is.
@@ -166,6 +176,8 @@ pub(super) struct Publisher {
     rolling_back: bool,
     /// The disk of this node is full.
     full: bool,
+    /// What this node has on its disk.
+    holds: Holdings,
     /// Why this node is no member any more.
     removed: Option<String>,
     history: History,
@@ -219,6 +231,7 @@ impl Publisher {
             diverged: false,
             rolling_back: false,
             full: false,
+            holds: Holdings::default(),
             database: None,
             sender,
             ticks: 0,
@@ -242,7 +255,7 @@ impl Publisher {
             if report.state != Role::Primary {
                 self.history.not_primary(from, boottime());
             }
-            let role = |report: &NodeReport| (report.state, report.epoch, report.full);
+            let role = |report: &NodeReport| (report.state, report.epoch, report.full, report.more);
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
             peer.has = peer.has.max(report.applied);
             peer.report = Some(report);
@@ -314,6 +327,29 @@ impl Publisher {
         found.min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
     }
 
+    /// The feature level that the programs of all members have; none while one of them is not heard of.
+    pub fn common_level(&self) -> Option<u32> {
+        let level = |peer: &Peer| {
+            let heard = !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER);
+            peer.report.as_ref().filter(|_| heard).map(level_of)
+        };
+        self.peers.values().map(level).try_fold(self.config.level, |least, level| Some(least.min(level?)))
+    }
+
+    /// What this node has on its disk; the others are told at once.
+    pub fn holds(&mut self, holds: Holdings) {
+        self.holds = holds;
+        self.stale = true;
+        // Not one of the roles that are announced: the next turn of the loop does it.
+        self.announced.1 = u64::MAX;
+    }
+
+    /// By its last report.
+    pub fn has_full_disk(&self, member: NodeId) -> bool {
+        let report = self.peers.get(&member).and_then(|peer| peer.report.as_ref());
+        report.is_some_and(|report| report.full)
+    }
+
     /// The disk of this node is full, or is not any more.
     pub fn full(&mut self, full: bool) {
         self.full = full;
@@ -355,6 +391,11 @@ impl Publisher {
         self.database = Some(database);
     }
 
+    /// Bytes of the `-wal` file of the database that is open for writing.
+    pub fn wal_bytes(&self) -> u64 {
+        self.database.as_ref().map_or(0, |database| database.gate().wal_bytes())
+    }
+
     /// True if the database that was offered takes no more transactions.
     pub fn is_fenced(&self) -> bool {
         self.database.as_ref().is_some_and(|database| database.gate().is_fenced())
@@ -387,14 +428,15 @@ impl Publisher {
         self.stale = true;
     }
 
-    /// Once per tick: tells the others where this node stands, now and then.
-    pub fn tick(&mut self, links: &mut Links) {
+    /// Once per tick: tells the others where this node stands, now and then. True if it did.
+    pub fn tick(&mut self, links: &mut Links) -> bool {
         self.ticks += 1;
         if self.ticks % REPORT_TICKS != 1 {
-            return;
+            return false;
         }
         self.stale = true;
         self.send_reports(links);
+        true
     }
 
     /// Tells the others at once when the role changes: they wait for it, as in a switchover.
@@ -416,6 +458,7 @@ impl Publisher {
                 lease_ms: status.lease_ms,
                 full: self.full,
                 version: status.version.clone(),
+                more: Some(More { level: self.config.level, holds: self.holds }),
             };
             links.send_report(*peer, &report);
         }
@@ -435,10 +478,7 @@ impl Publisher {
         let mut status = self.picture(cluster, log, applied);
         status.primary = primary;
         status.warnings = self.sentences(&status);
-        metrics::gauge!("twistlock_epoch").set(status.epoch as f64);
-        metrics::gauge!("twistlock_applied_index").set(status.applied as f64);
-        metrics::gauge!("twistlock_primary").set(f64::from(u8::from(status.role == Role::Primary)));
-        metrics::gauge!("twistlock_lease_remaining_seconds").set(status.lease_ms.unwrap_or(0) as f64 / 1e3);
+        measure::status(&status);
         self.sender.send_replace(Arc::new(status));
     }
 
@@ -470,6 +510,8 @@ impl Publisher {
             voter: true,
             sync: self.sync,
             full: self.full,
+            level: self.config.level,
+            holds: self.holds,
         };
         let members = &self.membership.members;
         Status {
@@ -521,6 +563,8 @@ impl Publisher {
             voter: member.voter,
             sync: peer.sync,
             full: report.is_some_and(|report| report.full),
+            level: report.map_or(0, level_of),
+            holds: report.and_then(|report| report.more).map(|more| more.holds).unwrap_or_default(),
         }
     }
 
@@ -581,6 +625,11 @@ impl Publisher {
     }
 }
 
+/// The feature level of the program that reports: one that says none is of the first.
+fn level_of(report: &NodeReport) -> u32 {
+    report.more.map_or(FIRST_LEVEL, |more| more.level)
+}
+
 /// Seconds since 1970.
 fn unix_now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
@@ -609,10 +658,12 @@ mod tests {
                 bytes: 1 << 20,
                 interval: Duration::from_secs(60),
                 raft_log_limit: 1 << 30,
+                scrub: Duration::ZERO,
             },
             page_size: 4096,
             fast_takeover: true,
             version: "1.2.3".to_owned(),
+            level: 2,
             lease: crate::node::Lease::new().unwrap(),
         };
         Publisher::new(&config).0
@@ -628,7 +679,22 @@ mod tests {
             lease_ms: None,
             full: false,
             version,
+            more: None,
         }
+    }
+
+    #[test]
+    fn the_common_level_is_that_of_the_oldest_program_and_needs_everybody() {
+        let mut publisher = publisher();
+        let says = |level| NodeReport { more: Some(More { level, holds: Holdings::default() }), ..report(5) };
+        publisher.report(2, says(9));
+        assert_eq!(publisher.common_level(), None, "one was never heard of");
+        publisher.report(3, report(5));
+        assert_eq!(publisher.common_level(), Some(1), "one says no level");
+        publisher.report(3, says(3));
+        assert_eq!(publisher.common_level(), Some(2), "our own");
+        publisher.dead(3);
+        assert_eq!(publisher.common_level(), None);
     }
 
     /// A primary whose disk is full must not give the role to a member that could not write either.

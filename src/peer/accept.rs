@@ -14,14 +14,14 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tracing::{debug, info, warn};
 
 use super::{
-    PeerIdentity, SnapshotCall,
+    PeerIdentity, StreamCall,
     codec::{CodecError, Frame, Hello, HelloReply, PROTOCOL_VERSION, Purpose, Reached, Refusal, RefusalCode},
     hello::{Complaints, HANDSHAKE, Subject, certified, explain, read_frame, shortened, tune, write_frame},
     link::Established,
     links::{Handover, LinkSender},
     twins::Twins,
 };
-use crate::cluster::{NodeId, command::FORMAT_VERSION, membership::check_host};
+use crate::cluster::{NodeId, command::FORMAT_VERSION, level::outdated, membership::check_host};
 
 /// Handshakes under way at one time; the next ones wait in the kernel.
 const HANDSHAKES: usize = 16;
@@ -126,7 +126,8 @@ impl Call {
         };
         match (verdict, caller) {
             (Ok(welcome), Ok(peer)) => {
-                write_frame(&mut stream, &Frame::HelloReply(HelloReply::Accepted)).await.map_err(failed)?;
+                let accepted = HelloReply::Accepted(self.identity.level_for(stream.get_ref().1.alpn_protocol()));
+                write_frame(&mut stream, &Frame::HelloReply(accepted)).await.map_err(failed)?;
                 self.welcome(peer, welcome, stream).map_err(Failure::Gone)?;
                 Ok(peer)
             }
@@ -154,7 +155,10 @@ impl Call {
             }
             Welcome::Snapshot(place) => {
                 tune(stream.get_ref().0, Purpose::Snapshot)?;
-                place.send(SnapshotCall { from: peer, stream });
+                place.send(StreamCall { from: peer, stream });
+            }
+            Welcome::Key(place) => {
+                place.send(StreamCall { from: peer, stream });
             }
         }
         Ok(())
@@ -175,6 +179,7 @@ impl Call {
         };
         self.check_terms(certified, &hello).map_err(Refusal::other)?;
         self.check_member(hello.from)?;
+        self.check_level(&hello)?;
         match hello.purpose {
             Purpose::Link => {
                 let welcome = self.check_link(hello.from, hello.incarnation)?;
@@ -189,6 +194,13 @@ impl Call {
                     reason: format!("node {} can give no more snapshots at the moment: try again", self.identity.me),
                 };
                 self.identity.snapshots.clone().try_reserve_owned().map(Welcome::Snapshot).map_err(busy)
+            }
+            Purpose::Key => {
+                let busy = |_| Refusal {
+                    code: RefusalCode::Busy,
+                    reason: format!("node {} gives its key to others at the moment: try again", self.identity.me),
+                };
+                self.identity.keys.clone().try_reserve_owned().map(Welcome::Key).map_err(busy)
             }
         }
     }
@@ -246,6 +258,17 @@ impl Call {
         Ok(())
     }
 
+    /// A program that does not have what the cluster relies on would misread what it is sent.
+    fn check_level(&self, hello: &Hello) -> Result<(), Refusal> {
+        let (ours, has) = (self.identity.roster.membership(), hello.feature_level());
+        if has >= ours.level {
+            return Ok(());
+        }
+        let who = ours.get(hello.from).map_or_else(|| format!("node {}", hello.from), |member| member.name.clone());
+        let reason = outdated(&who, (&hello.version, has), (&ours.level_version, ours.level));
+        Err(Refusal { code: RefusalCode::Outdated, reason })
+    }
+
     fn check_link(&self, from: NodeId, incarnation: u64) -> Result<Welcome, Refusal> {
         // The loop follows the membership, too, but it may not have got there yet.
         let signal = self.sender.signal(from).ok_or_else(|| not_yet(from))?;
@@ -267,7 +290,9 @@ impl Call {
 enum Welcome {
     Link,
     /// With a place in the queue of those who give snapshots.
-    Snapshot(mpsc::OwnedPermit<SnapshotCall>),
+    Snapshot(mpsc::OwnedPermit<StreamCall>),
+    /// The same for keys.
+    Key(mpsc::OwnedPermit<StreamCall>),
 }
 
 fn not_yet(from: NodeId) -> Refusal {

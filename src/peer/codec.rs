@@ -5,11 +5,19 @@
 //! A frame is `length u32` (of what follows), `kind u8`, body. All integers are little-endian, byte strings are
 //! `length u32` and bytes unless said otherwise. The layout of [`HelloReply`] and the first field of [`Hello`] stay the
 //! same in all versions, so that two versions can tell each other what is wrong.
+//!
+//! Hellos, their answers and reports may go on behind what a program knows: it passes over that. Programs of feature level 1
+//! did not; what came later is written only for those that say so in the TLS handshake ([`crate::pki::EXTENSIBLE`]), and
+//! therefore stands last and is optional.
 
 use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType, Snapshot};
 use thiserror::Error;
 
-use crate::cluster::{ClusterId, NodeId, Role};
+use crate::cluster::{
+    ClusterId, NodeId, Role,
+    level::FIRST_LEVEL,
+    trust::{Holdings, KeyId},
+};
 
 /// Version of the protocol that this program speaks.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -74,6 +82,15 @@ pub struct Hello {
     pub version: String,
     /// Where the caller is reached; none if it does not know itself as a member.
     pub reached: Option<Reached>,
+    /// The feature level of the caller's program; none for one that does not say, or a receiver that could not read it.
+    pub level: Option<u32>,
+}
+
+impl Hello {
+    /// The feature level of the caller's program.
+    pub fn feature_level(&self) -> u32 {
+        self.level.unwrap_or(FIRST_LEVEL)
+    }
 }
 
 /// Where a node is reached by its own membership, which may be newer than that of whom it calls.
@@ -92,6 +109,8 @@ pub enum Purpose {
     Link,
     /// The caller fetches a snapshot of the database; what follows the hello is not of this protocol.
     Snapshot,
+    /// The caller fetches a cluster key that it can name; what follows the hello is not of this protocol. Feature level 2.
+    Key,
 }
 
 /// The two spans that must fit together on all members, or two nodes could have open ports at once.
@@ -117,7 +136,8 @@ impl LeaseTerms {
 /// The answer to [`Hello`]: accepted, or the reason why not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HelloReply {
-    Accepted,
+    /// With the feature level of the answering program, if the caller has said its own.
+    Accepted(Option<u32>),
     Refused(Refusal),
 }
 
@@ -146,9 +166,12 @@ pub enum RefusalCode {
     Removed,
     /// Not now.
     Busy,
+    /// The cluster runs a feature level that the caller's program does not have.
+    Outdated,
 }
 
-/// What a node says about itself to the others, for status displays; decisions never rest on it.
+/// What a node says about itself to the others. It is for status displays; the only decisions that rest on it are those of
+/// the primary to go on with what all members have: the feature level, and what they hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeReport {
     pub state: Role,
@@ -160,6 +183,17 @@ pub struct NodeReport {
     /// Its disk is full: it should not become primary.
     pub full: bool,
     pub version: String,
+    /// None from a program of feature level 1, and for one.
+    pub more: Option<More>,
+}
+
+/// What reports say since feature level 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct More {
+    /// The feature level of the program.
+    pub level: u32,
+    /// What the node has on its disk.
+    pub holds: Holdings,
 }
 
 /// One frame.
@@ -201,7 +235,9 @@ impl Frame {
             kind::REPORT => Frame::Report(decode_report(&mut reader)?),
             _ => return Err(Malformed("unknown kind of frame")),
         };
-        if reader.0.is_empty() { Ok(frame) } else { Err(Malformed("bytes left over")) }
+        // A later version may say more in the others; what raft is told must be understood whole.
+        let whole = reader.0.is_empty() || !matches!(frame, Frame::Raft(_));
+        if whole { Ok(frame) } else { Err(Malformed("bytes left over")) }
     }
 }
 
@@ -341,6 +377,7 @@ fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
     writer.0.push(match hello.purpose {
         Purpose::Link => 0,
         Purpose::Snapshot => 1,
+        Purpose::Key => 2,
     });
     writer.u64(hello.incarnation);
     writer.bytes(hello.version.as_bytes(), MAX_VERSION, "program version")?;
@@ -350,6 +387,7 @@ fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
         writer.0.extend_from_slice(&port.to_le_bytes());
         writer.u64(*index);
     }
+    hello.level.into_iter().for_each(|level| writer.u32(level));
     writer.finish()
 }
 
@@ -371,11 +409,13 @@ fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError> {
         purpose: match reader.u8()? {
             0 => Purpose::Link,
             1 => Purpose::Snapshot,
+            2 => Purpose::Key,
             _ => return Err(Malformed("unknown purpose")),
         },
         incarnation: reader.u64()?,
         version: reader.text(MAX_VERSION)?,
         reached: if reader.bool()? { Some(decode_reached(reader)?) } else { None },
+        level: reader.optional(Reader::u32)?,
     })
 }
 
@@ -387,20 +427,24 @@ fn decode_reached(reader: &mut Reader<'_>) -> Result<Reached, CodecError> {
 fn encode_reply(reply: &HelloReply) -> Result<Vec<u8>, CodecError> {
     let mut writer = Writer::new(kind::HELLO_REPLY, MAX_REASON);
     let (code, reason) = match reply {
-        HelloReply::Accepted => (1, ""),
+        HelloReply::Accepted(_) => (1, ""),
         HelloReply::Refused(refusal) => (refusal_code(refusal.code), refusal.reason.as_str()),
     };
     writer.0.push(code);
     writer.bytes(reason.as_bytes(), MAX_REASON, "reason")?;
+    if let HelloReply::Accepted(Some(level)) = reply {
+        writer.u32(*level);
+    }
     writer.finish()
 }
 
 fn decode_reply(reader: &mut Reader<'_>) -> Result<HelloReply, CodecError> {
     let (code, reason) = match (reader.u8()?, reader.text(MAX_REASON)?) {
-        (1, reason) if reason.is_empty() => return Ok(HelloReply::Accepted),
+        (1, reason) if reason.is_empty() => return Ok(HelloReply::Accepted(reader.optional(Reader::u32)?)),
         (1, _) => return Err(Malformed("accepted with a reason")),
         (2, reason) => (RefusalCode::Removed, reason),
         (3, reason) => (RefusalCode::Busy, reason),
+        (4, reason) => (RefusalCode::Outdated, reason),
         // Codes of a later version, too: their reason says what this program does not understand.
         (_, reason) => (RefusalCode::Other, reason),
     };
@@ -413,6 +457,7 @@ fn refusal_code(code: RefusalCode) -> u8 {
         RefusalCode::Other => 0,
         RefusalCode::Removed => 2,
         RefusalCode::Busy => 3,
+        RefusalCode::Outdated => 4,
     }
 }
 
@@ -430,6 +475,12 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
     writer.u64(report.lease_ms.unwrap_or_default());
     writer.0.push(u8::from(report.full));
     writer.bytes(report.version.as_bytes(), MAX_VERSION, "program version")?;
+    if let Some(More { level, holds }) = &report.more {
+        writer.u32(*level);
+        for KeyId(id) in [holds.key, holds.trusts, holds.shows] {
+            writer.0.extend_from_slice(&id.to_le_bytes());
+        }
+    }
     writer.finish()
 }
 
@@ -440,7 +491,14 @@ fn decode_report(reader: &mut Reader<'_>) -> Result<NodeReport, CodecError> {
     let (has_lease, lease) = (reader.bool()?, reader.u64()?);
     let full = reader.bool()?;
     let version = reader.text(MAX_VERSION)?;
-    Ok(NodeReport { state, epoch, applied, committed, lease_ms: has_lease.then_some(lease), full, version })
+    let more = reader.optional(decode_more)?;
+    Ok(NodeReport { state, epoch, applied, committed, lease_ms: has_lease.then_some(lease), full, version, more })
+}
+
+fn decode_more(reader: &mut Reader<'_>) -> Result<More, CodecError> {
+    let level = reader.u32()?;
+    let mut id = || Ok(KeyId(u128::from_le_bytes(reader.array()?)));
+    Ok(More { level, holds: Holdings { key: id()?, trusts: id()?, shows: id()? } })
 }
 
 const ROLES: [Role; 10] = [
@@ -568,6 +626,11 @@ impl<'a> Reader<'a> {
         let (head, rest) = self.0.split_first_chunk().ok_or(Malformed("frame too short"))?;
         self.0 = rest;
         Ok(*head)
+    }
+
+    /// What came with a later version, if it is there.
+    fn optional<T>(&mut self, read: impl FnOnce(&mut Self) -> Result<T, CodecError>) -> Result<Option<T>, CodecError> {
+        if self.0.is_empty() { Ok(None) } else { read(self).map(Some) }
     }
 
     fn u8(&mut self) -> Result<u8, CodecError> {

@@ -55,12 +55,19 @@ fn message() -> impl Strategy<Value = Message> {
 }
 
 fn hello() -> impl Strategy<Value = Hello> {
-    let purpose = prop_oneof![Just(Purpose::Link), Just(Purpose::Snapshot)];
+    let purpose = prop_oneof![Just(Purpose::Link), Just(Purpose::Snapshot), Just(Purpose::Key)];
     let reached = proptest::option::of(("[0-9a-z.:-]{0,253}", any::<u16>(), any::<u64>()));
     let reached = reached.prop_map(|reached| reached.map(|(address, port, index)| Reached { address, port, index }));
-    let texts = ("[0-9a-z.-]{0,64}", reached);
+    let texts = ("[0-9a-z.-]{0,64}", reached, proptest::option::of(any::<u32>()));
     (any::<u128>(), any::<[u64; 3]>(), any::<u8>(), any::<[u32; 2]>(), purpose, texts).prop_map(
-        |(cluster, [from, to, incarnation], data_format, [lease_ms, promise_ms], purpose, (version, reached))| Hello {
+        |(
+            cluster,
+            [from, to, incarnation],
+            data_format,
+            [lease_ms, promise_ms],
+            purpose,
+            (version, reached, level),
+        )| Hello {
             protocol: PROTOCOL_VERSION,
             cluster: ClusterId(cluster),
             from,
@@ -71,21 +78,27 @@ fn hello() -> impl Strategy<Value = Hello> {
             incarnation,
             version,
             reached,
+            level,
         },
     )
 }
 
 fn refusal() -> impl Strategy<Value = Refusal> {
-    let code = prop_oneof![Just(RefusalCode::Other), Just(RefusalCode::Removed), Just(RefusalCode::Busy)];
+    use RefusalCode::{Busy, Other, Outdated, Removed};
+    let code = prop_oneof![Just(Other), Just(Removed), Just(Busy), Just(Outdated)];
     (code, "[a-z ]{0,512}").prop_map(|(code, reason)| Refusal { code, reason })
 }
 
 fn report() -> impl Strategy<Value = NodeReport> {
     let lease = proptest::option::of(any::<u64>());
-    (0..ROLES.len(), any::<[u64; 3]>(), lease, any::<bool>(), "[0-9.]{0,64}").prop_map(
-        |(role, [epoch, applied, committed], lease_ms, full, version)| {
+    let more = proptest::option::of((any::<u32>(), any::<[u128; 3]>())).prop_map(|more| {
+        let holds = |[key, trusts, shows]: [KeyId; 3]| Holdings { key, trusts, shows };
+        more.map(|(level, ids)| More { level, holds: holds(ids.map(KeyId)) })
+    });
+    (0..ROLES.len(), any::<[u64; 3]>(), lease, any::<bool>(), ("[0-9.]{0,64}", more)).prop_map(
+        |(role, [epoch, applied, committed], lease_ms, full, (version, more))| {
             let state = ROLES[role];
-            NodeReport { state, epoch, applied, committed, lease_ms, full, version }
+            NodeReport { state, epoch, applied, committed, lease_ms, full, version, more }
         },
     )
 }
@@ -95,7 +108,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         4 => message().prop_map(|message| Frame::Raft(Box::new(message))),
         1 => hello().prop_map(Frame::Hello),
         1 => report().prop_map(Frame::Report),
-        1 => Just(Frame::HelloReply(HelloReply::Accepted)),
+        1 => proptest::option::of(any::<u32>()).prop_map(|level| Frame::HelloReply(HelloReply::Accepted(level))),
         1 => refusal().prop_map(|refusal| Frame::HelloReply(HelloReply::Refused(refusal))),
     ]
 }
@@ -140,12 +153,33 @@ proptest! {
             let at = at.index(bytes.len());
             bytes[at] = value;
         }
-        // What still decodes must be something that this program could have sent itself.
+        // What still decodes must be something that this program could have sent itself, or the beginning of what a later
+        // one says.
         if let Ok(frame) = Frame::decode(&bytes) {
-            prop_assert_eq!(&frame.encode().unwrap()[LENGTH..].len(), &bytes.len());
+            let again = frame.encode().unwrap().split_off(LENGTH);
+            let whole = matches!(frame, Frame::Raft(_));
+            prop_assert!(again.len() == bytes.len() || !whole && again.len() < bytes.len());
         }
         bytes.truncate(cut.index(bytes.len()));
         let _ = Frame::decode(&bytes);
+    }
+
+    #[test]
+    fn what_a_later_version_adds_is_passed_over(frame in frame(), more in vec(any::<u8>(), 1..40)) {
+        let mut bytes = frame.encode().unwrap().split_off(LENGTH);
+        // Behind everything that this program knows: before that there is no room for more.
+        let complete = match &frame {
+            Frame::Hello(hello) => hello.level.is_some(),
+            Frame::HelloReply(reply) => !matches!(reply, HelloReply::Accepted(None)),
+            Frame::Report(report) => report.more.is_some(),
+            Frame::Raft(_) => true,
+        };
+        bytes.extend_from_slice(&more);
+        match (&frame, Frame::decode(&bytes)) {
+            (Frame::Raft(_), read) => prop_assert_eq!(read, Err(Malformed("bytes left over"))),
+            (_, read) if complete => prop_assert_eq!(read, Ok(frame)),
+            _ => {}
+        }
     }
 
     #[test]
@@ -196,6 +230,7 @@ fn plain_hello() -> Hello {
         incarnation: 5,
         version: "9.9".to_owned(),
         reached: None,
+        level: None,
     }
 }
 
@@ -215,6 +250,21 @@ fn every_address_of_a_member_fits_into_a_hello_and_no_longer_one() {
     assert_eq!(Frame::decode(&bytes), Err(Malformed("byte string too long")));
     bytes[at - 1] = 2;
     assert_eq!(Frame::decode(&bytes), Err(Malformed("neither true nor false")));
+}
+
+/// The bytes that a program of feature level 1 sends and expects, which knew no levels: nothing may stand behind them.
+#[test]
+fn a_program_without_levels_is_spoken_to_as_before() {
+    let bytes = Frame::Hello(plain_hello()).encode().unwrap();
+    assert_eq!(bytes.len(), LENGTH + 1 + 2 + 16 + 8 + 8 + 1 + 8 + 1 + 8 + 4 + 3 + 1);
+    let Ok(Frame::Hello(hello)) = Frame::decode(&bytes[LENGTH..]) else { panic!("a hello") };
+    assert_eq!(hello.feature_level(), 1);
+    let accepted = Frame::HelloReply(HelloReply::Accepted(None)).encode().unwrap();
+    assert_eq!(accepted, [6, 0, 0, 0, kind::HELLO_REPLY, 1, 0, 0, 0, 0]);
+    let (state, version) = (Role::Secondary, "1".to_owned());
+    let report =
+        NodeReport { state, epoch: 1, applied: 2, committed: 3, lease_ms: None, full: false, version, more: None };
+    assert_eq!(encode_report(&report).unwrap().len(), LENGTH + 1 + 1 + 24 + 9 + 1 + 4 + 1);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use super::{
     hello::{HANDSHAKE, INCARNATION, certified, explain, read_frame, shortened, tune, write_frame},
 };
 use crate::{
-    cluster::{Member, command::FORMAT_VERSION},
+    cluster::{Member, command::FORMAT_VERSION, level::FIRST_LEVEL},
     pki::NodeTls,
 };
 
@@ -166,20 +166,36 @@ async fn handshake(
         incarnation: *INCARNATION,
         version: identity.version.clone(),
         reached: identity.roster.own(identity.me),
+        level: identity.level_for(stream.get_ref().1.alpn_protocol()),
     };
     // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert
     // waiting that says why, so the answer is read in any case.
     let written = write_frame(&mut stream, &Frame::Hello(hello)).await;
     match read_frame(&mut stream).await.and_then(|reply| written.map(|()| reply)).map_err(failed)? {
-        Ok(Frame::HelloReply(HelloReply::Accepted)) => Ok(stream),
+        Ok(Frame::HelloReply(HelloReply::Accepted(level))) => {
+            check_level(identity, member, level.unwrap_or(FIRST_LEVEL)).map_err(Failure::refused)?;
+            Ok(stream)
+        }
         Ok(Frame::HelloReply(HelloReply::Refused(Refusal { code, reason }))) => {
             let reason = match code {
                 RefusalCode::Other => format!("it refuses this node: {}", shortened(reason)),
-                RefusalCode::Removed | RefusalCode::Busy => shortened(reason),
+                RefusalCode::Removed | RefusalCode::Busy | RefusalCode::Outdated => shortened(reason),
             };
             Err(Failure::Other(OpenError::Refused(Refusal { code, reason })))
         }
         Ok(_) => Err(Failure::refused("its answer is not one to a hello")),
         Err(error) => Err(Failure::refused(error.to_string())),
     }
+}
+
+/// A member whose program does not have what the cluster relies on is not sent anything, either.
+fn check_level(identity: &PeerIdentity, member: &Member, has: u32) -> Result<(), String> {
+    let ours = identity.roster.membership();
+    if has >= ours.level {
+        return Ok(());
+    }
+    Err(format!(
+        "the program of {} has feature level {has}, but the cluster runs level {}: install version {} or newer there",
+        member.name, ours.level, ours.level_version
+    ))
 }

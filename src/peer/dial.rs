@@ -23,13 +23,13 @@ use super::{
     link::Established,
     links::{Handover, LinkSender, Signal},
 };
-use crate::cluster::Member;
+use crate::cluster::{Member, NodeId};
 
 /// First and longest pause between attempts.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Longest pause after a refusal: the other side may only be about to learn that this node has been admitted.
 const REFUSED_PAUSE: Duration = Duration::from_millis(250);
-/// Pause of a node that is no member any more. It goes on because the next answer may be of a member that knows better.
+/// Pause of a node that is no member any more, or whose program is too old. It goes on because the next answer may be of a member that knows better.
 const REMOVED_PAUSE: Duration = Duration::from_secs(5);
 /// A link that lasted for this long counts as a good one: after it, dialling starts without a pause.
 const STEADY: Duration = Duration::from_secs(1);
@@ -47,8 +47,8 @@ pub(super) struct Dialler {
     signal: watch::Receiver<Signal>,
     /// Where the last link went, for probes.
     last: Option<SocketAddr>,
-    /// The refusal by which the loop was told that this node was removed.
-    removed: Option<String>,
+    /// The refusal by which the loop was told that this node was removed, or that its program is too old.
+    told: Option<String>,
 }
 
 /// Dials a member for as long as the task lives. While [`super::Links`] does not know the member, or no more, it waits.
@@ -56,7 +56,7 @@ pub(super) async fn run(member: Member, identity: Arc<PeerIdentity>, sender: Lin
     while let Some(signal) = sender.wait_for_signal(member.id).await {
         let (member, identity, sender) = (member.clone(), identity.clone(), sender.clone());
         let complaints = complaints.clone();
-        Dialler { member, identity, sender, complaints, signal, last: None, removed: None }.run().await;
+        Dialler { member, identity, sender, complaints, signal, last: None, told: None }.run().await;
     }
 }
 
@@ -101,18 +101,27 @@ impl Dialler {
         }
     }
 
-    /// How long to wait after a failure. Tells the loop when this node was removed, once per reason.
+    /// How long to wait after a failure. Tells the loop of what does not pass by itself.
     fn pause_after(&mut self, failure: &Failure, pause: Duration) -> Duration {
         match failure {
             Failure::Other(OpenError::Refused(Refusal { code: RefusalCode::Removed, reason })) => {
-                if self.removed.as_ref() != Some(reason) {
-                    let event = Handover::Removed { by: self.member.id, reason: reason.clone() };
-                    self.removed = self.sender.hand_over(event).then(|| reason.clone());
-                }
+                self.tell(reason, |by, reason| Handover::Removed { by, reason });
+                REMOVED_PAUSE
+            }
+            Failure::Other(OpenError::Refused(Refusal { code: RefusalCode::Outdated, reason })) => {
+                self.tell(reason, |by, reason| Handover::Outdated { by, reason });
                 REMOVED_PAUSE
             }
             Failure::Other(OpenError::Refused(_)) => pause.min(REFUSED_PAUSE),
             _ => pause,
+        }
+    }
+
+    /// Tells the loop of a refusal, once per reason.
+    fn tell(&mut self, reason: &str, event: impl FnOnce(NodeId, String) -> Handover) {
+        if self.told.as_deref() != Some(reason) {
+            let told = self.sender.hand_over(event(self.member.id, reason.to_owned()));
+            self.told = told.then(|| reason.to_owned());
         }
     }
 
@@ -129,7 +138,7 @@ impl Dialler {
         }
         self.complaints.settle(Subject::Dialled(peer));
         info!(peer, name, %address, "linked");
-        self.removed = None;
+        self.told = None;
         // An error means that the loop has dropped the peer, and its links with it.
         let _ = self.signal.wait_for(|signal| !signal.up).await;
         true

@@ -11,6 +11,7 @@ use mio::net::TcpStream;
 use rustls::Connection;
 
 use super::codec::{Assembler, Frame};
+use crate::pki::EXTENSIBLE;
 
 /// Frames that may wait in the control queue of a link.
 const CONTROL_FRAMES: usize = 1024;
@@ -103,14 +104,17 @@ pub(super) struct Sending {
     pub readable: bool,
     /// A write failed; the next poll reports it.
     pub failed: Option<Loss>,
+    /// The other node takes frames that go on behind what it knows.
+    pub extensible: bool,
 }
 
 impl Sending {
     pub fn new(link: Established, queues: Queues) -> Self {
         let mut tls = link.tls;
         tls.set_buffer_limit(Some(TLS_BUFFER));
+        let extensible = tls.alpn_protocol() == Some(EXTENSIBLE);
         let socket = TcpStream::from_std(link.socket);
-        Self { socket, tls, queues, frame: Vec::new(), taken: 0, readable: true, failed: None }
+        Self { socket, tls, queues, frame: Vec::new(), taken: 0, readable: true, failed: None, extensible }
     }
 
     /// Queues a frame and writes what the socket takes. False if the queue is full: the frame is dropped.

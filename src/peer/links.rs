@@ -66,6 +66,8 @@ pub enum PeerEvent {
     Dead(NodeId),
     /// A member says that this node was removed from the cluster; once per reason that it gives.
     Removed { by: NodeId, reason: String },
+    /// A member says that this node's program is too old for the cluster; once per reason that it gives.
+    Outdated { by: NodeId, reason: String },
     /// Two processes use the identity of this peer; `gone`: they have not been seen both for a while.
     Twins { peer: NodeId, gone: bool },
 }
@@ -88,6 +90,7 @@ pub(super) enum Handover {
     Inbound(NodeId, Established),
     Dead(NodeId),
     Removed { by: NodeId, reason: String },
+    Outdated { by: NodeId, reason: String },
     Twins(NodeId),
 }
 
@@ -273,12 +276,17 @@ impl Links {
 
     /// Sends this node's report to a peer. Returns false if it was dropped.
     pub fn send_report(&mut self, to: NodeId, report: &NodeReport) -> bool {
-        self.send_frame(to, Class::Control, || codec::encode_report(report))
+        let extensible = self.link_to(to).is_some_and(|link| link.extensible);
+        let more = report.more.filter(|_| extensible);
+        self.send_frame(to, Class::Control, || codec::encode_report(&NodeReport { more, ..report.clone() }))
+    }
+
+    fn link_to(&mut self, to: NodeId) -> Option<&mut Sending> {
+        self.peers.iter_mut().find(|peer| peer.id == to).and_then(|peer| peer.sending.as_mut())
     }
 
     fn send_frame(&mut self, to: NodeId, class: Class, encode: impl FnOnce() -> Result<Vec<u8>, CodecError>) -> bool {
-        let link = self.peers.iter_mut().find(|peer| peer.id == to).and_then(|peer| peer.sending.as_mut());
-        let Some(link) = link else { return false };
+        let Some(link) = self.link_to(to) else { return false };
         let sent = match encode() {
             Ok(frame) => link.send(class, frame),
             Err(error) => {
@@ -301,7 +309,7 @@ impl Links {
     fn take_over(&mut self, item: Handover, events: &mut Vec<PeerEvent>) {
         let id = match &item {
             Handover::Outbound(id, _) | Handover::Inbound(id, _) | Handover::Dead(id) | Handover::Twins(id) => *id,
-            Handover::Removed { by, .. } => *by,
+            Handover::Removed { by, .. } | Handover::Outdated { by, .. } => *by,
         };
         let registry = self.poll.registry();
         // Not of a peer that was dropped meanwhile: its links end here.
@@ -309,6 +317,7 @@ impl Links {
         let token = Token(1 + 2 * peer.slot);
         match item {
             Handover::Removed { by, reason } => events.push(PeerEvent::Removed { by, reason }),
+            Handover::Outdated { by, reason } => events.push(PeerEvent::Outdated { by, reason }),
             Handover::Twins(peer) => match self.twins.iter_mut().find(|(known, _)| *known == peer) {
                 Some((_, seen)) => *seen = Instant::now(),
                 None => {

@@ -50,14 +50,14 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 pub use self::{
-    codec::{LeaseTerms, NodeReport, Purpose, Reached, Refusal, RefusalCode},
+    codec::{LeaseTerms, More, NodeReport, Purpose, Reached, Refusal, RefusalCode},
     connect::{OpenError, open_stream},
     links::{LinkSender, Links, LinksConfig, PeerEvent},
     roster::{Edition, Roster},
 };
 use crate::{
     cluster::{Member, NodeId},
-    pki::NodeTls,
+    pki::{EXTENSIBLE, NodeTls},
 };
 
 /// Connections that wait in the kernel to be accepted.
@@ -77,11 +77,22 @@ pub struct PeerIdentity {
     /// Settings for the handshakes that begin from now on.
     pub tls: watch::Receiver<Arc<NodeTls>>,
     /// Takes the calls of members that want a snapshot. While it is full, they are told to try again.
-    pub snapshots: mpsc::Sender<SnapshotCall>,
+    pub snapshots: mpsc::Sender<StreamCall>,
+    /// The same for those that want a cluster key.
+    pub keys: mpsc::Sender<StreamCall>,
+    /// What this node's program can do: see [`crate::cluster::level`].
+    pub level: u32,
 }
 
-/// A member that wants a snapshot: its call was accepted, what follows is up to the one who takes it.
-pub struct SnapshotCall {
+impl PeerIdentity {
+    /// What this node says about its program to an end of a TLS connection that speaks `protocol`.
+    fn level_for(&self, protocol: Option<&[u8]>) -> Option<u32> {
+        (protocol == Some(EXTENSIBLE)).then_some(self.level)
+    }
+}
+
+/// A member that wants a stream of its own: its call was accepted, what follows is up to the one who takes it.
+pub struct StreamCall {
     /// The member, proven by its certificate.
     pub from: NodeId,
     pub stream: TlsStream<TcpStream>,

@@ -13,8 +13,8 @@ use rcgen::{
 };
 
 use super::{
-    CA_CERTIFICATE, CA_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, ClusterKey, NODE_CERTIFICATE, NODE_KEY,
-    PEER_NAME, PkiError, SigningRequest, certificate_key, fingerprint, malformed, read_file, sealed::Purpose,
+    CA_CERTIFICATE, CA_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, ClusterKey, ClusterKeys, NODE_CERTIFICATE,
+    NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, fingerprint, malformed, read_file, sealed::Purpose,
     write_file,
 };
 use crate::cluster::{ClusterId, NodeId, membership::SealedAuthority};
@@ -109,7 +109,15 @@ impl Authority {
     /// [`PkiError::Sealed`].
     pub fn seal(&self, key: &ClusterKey) -> Result<SealedAuthority, PkiError> {
         let sealed_key = key.seal(Purpose::Authority, self.cluster, &self.key.serialize_der())?;
-        Ok(SealedAuthority { certificate: self.cert_pem.clone(), sealed_key })
+        Ok(SealedAuthority { certificate: self.cert_pem.clone(), sealed_key, key: Some(key.id()) })
+    }
+
+    /// [`Authority::unseal`] with the key in this folder that fits.
+    ///
+    /// # Errors
+    /// [`PkiError`]: as it says, or when this node does not have the key.
+    pub fn open(cluster: ClusterId, sealed: &SealedAuthority, dir: &Path) -> Result<Self, PkiError> {
+        Self::unseal(cluster, sealed, ClusterKeys::load(dir)?.for_authority(sealed)?)
     }
 
     /// The inverse of [`Authority::seal`].

@@ -222,7 +222,7 @@ impl Pair {
     /// [`PkiError::Sealed`].
     pub fn seal(&self, key: &ClusterKey, cluster: ClusterId, by: &str, at: u64) -> Result<CustomCertificate, PkiError> {
         let sealed_key = key.seal(Purpose::Console, cluster, self.key.secret_der())?;
-        Ok(CustomCertificate { chain: pem(&self.chain), sealed_key, by: by.to_owned(), at })
+        Ok(CustomCertificate { chain: pem(&self.chain), sealed_key, key: key.id(), by: by.to_owned(), at })
     }
 
     /// The inverse of [`Pair::seal`].
@@ -248,7 +248,8 @@ pub fn reseal(
     new: &ClusterKey,
 ) -> Result<CustomCertificate, PkiError> {
     let der = old.unseal(Purpose::Console, cluster, &sealed.sealed_key)?;
-    Ok(CustomCertificate { sealed_key: new.seal(Purpose::Console, cluster, &der)?, ..sealed.clone() })
+    let sealed_key = new.seal(Purpose::Console, cluster, &der)?;
+    Ok(CustomCertificate { sealed_key, key: new.id(), ..sealed.clone() })
 }
 
 /// Refuses keys that are too weak or that browsers do not know.

@@ -30,14 +30,15 @@ use rustls::{
 use thiserror::Error;
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
-use crate::cluster::{ClusterId, NodeId};
+use crate::cluster::{ClusterId, NodeId, trust::KeyId};
 
 pub use authority::{Authority, Issued, is_reserved};
 pub use console::{CertificateInfo, Pair, console_tls, reseal};
 pub use request::{
-    SigningRequest, certificate_key, certificate_validity, console_request, new_key, node_request, request_with,
+    SigningRequest, certificate_key, certificate_validity, console_request, is_signed_by, new_key, node_request,
+    request_with,
 };
-pub use sealed::ClusterKey;
+pub use sealed::{ClusterKey, ClusterKeys};
 
 /// The authority's certificate, on every node.
 pub const CA_CERTIFICATE: &str = "ca.pem";
@@ -51,6 +52,8 @@ pub const CONSOLE_CERTIFICATE: &str = "console-cert.pem";
 pub const CONSOLE_KEY: &str = "console-key.pem";
 /// The key that unseals the authority's private key; only on members.
 pub const CLUSTER_KEY: &str = "cluster.key";
+/// The key that is to take its place.
+pub const NEXT_CLUSTER_KEY: &str = "cluster.key.next";
 /// The DNS name in every node certificate, which TLS checks. `.internal` is reserved for private use.
 pub const PEER_NAME: &str = "node.twistlock.internal";
 /// The DNS name in every Console certificate of the cluster's own authority. A client that asks for it is always shown that
@@ -59,6 +62,9 @@ pub const CONSOLE_NAME: &str = "console.twistlock.internal";
 /// The folder in the data folder where an administrator puts certificate and key for the Console of this host, by the names
 /// of [`CONSOLE_CERTIFICATE`] and [`CONSOLE_KEY`].
 pub const CUSTOM_FOLDER: &str = "custom-certificates";
+/// What both ends of a link say in the TLS handshake when they take frames that go on behind what they know (feature level
+/// 2). An older program neither offers nor chooses it, and is sent the frames that it knows.
+pub const EXTENSIBLE: &[u8] = b"twistlock/2";
 
 /// What can be wrong with keys and certificates.
 #[derive(Debug, Error)]
@@ -97,6 +103,14 @@ pub fn fingerprint(certificate: &[u8]) -> String {
     let digest = suite.common.hash_provider.hash(certificate);
     let pairs: Vec<String> = digest.as_ref().iter().map(|byte| format!("{byte:02X}")).collect();
     pairs.join(":")
+}
+
+/// Names an authority by its certificate (PEM).
+///
+/// # Errors
+/// [`PkiError::Identity`].
+pub fn authority_id(pem: &str) -> Result<KeyId, PkiError> {
+    Ok(KeyId(sealed::digest_of(&certificate_der(pem)?)))
 }
 
 /// Which node of which cluster a certificate (DER) was made for. Says nothing about who signed it: TLS checks that.
@@ -155,12 +169,14 @@ impl NodeTls {
             .with_protocol_versions(&[&TLS13])?
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain.clone(), key.clone_key())?;
+        server.alpn_protocols = vec![EXTENSIBLE.to_vec()];
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(NoServerSessionStorage {});
         let mut client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])?
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, key)?;
+        client.alpn_protocols = vec![EXTENSIBLE.to_vec()];
         client.resumption = Resumption::disabled();
         client.enable_sni = false;
         Ok(Self { client: Arc::new(client), server: Arc::new(server), identity })
@@ -234,6 +250,25 @@ fn write_file(path: &Path, content: impl AsRef<[u8]>, mode: u32) -> Result<(), P
         File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
     };
     write().map_err(|source| PkiError::File { action: "write", path: path.into(), source })
+}
+
+/// Removes a file if it is there, durably.
+fn remove_file(path: &Path) -> Result<(), PkiError> {
+    let remove = || match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all(),
+    };
+    remove().map_err(|source| PkiError::File { action: "remove", path: path.into(), source })
+}
+
+/// Puts a file in the place of another one, durably.
+fn rename_file(from: &Path, to: &Path) -> Result<(), PkiError> {
+    let rename = || {
+        fs::rename(from, to)?;
+        File::open(to.parent().unwrap_or(Path::new(".")))?.sync_all()
+    };
+    rename().map_err(|source| PkiError::File { action: "rename", path: from.into(), source })
 }
 
 #[cfg(test)]

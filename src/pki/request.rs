@@ -2,7 +2,10 @@
 //! their checking; must never let anything but a sound P-256 key through.
 
 use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKey, PublicKeyData};
-use x509_parser::{certificate::X509Certificate, certification_request::X509CertificationRequest, prelude::FromDer};
+use x509_parser::{
+    certificate::X509Certificate, certification_request::X509CertificationRequest, extensions::ParsedExtension,
+    prelude::FromDer,
+};
 
 use super::{
     PkiError,
@@ -127,6 +130,27 @@ pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
     Ok((seconds(parsed.validity().not_before), seconds(parsed.validity().not_after)))
 }
 
+/// True if a certificate (PEM) says that this authority (PEM) signed it. Two authorities of one cluster have the same name:
+/// their keys tell them apart. Proves nothing; TLS checks signatures.
+///
+/// # Errors
+/// [`PkiError::Identity`].
+pub fn is_signed_by(pem: &str, authority: &str) -> Result<bool, PkiError> {
+    const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
+    let (der, authority) = (certificate_der(pem)?, certificate_der(authority)?);
+    let (_, parsed) = X509Certificate::from_der(&der).map_err(|_| UNREADABLE)?;
+    let (_, authority) = X509Certificate::from_der(&authority).map_err(|_| UNREADABLE)?;
+    let signer = parsed.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::AuthorityKeyIdentifier(found) => found.key_identifier.as_ref().map(|id| id.0),
+        _ => None,
+    });
+    let own = authority.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::SubjectKeyIdentifier(found) => Some(found.0),
+        _ => None,
+    });
+    Ok(parsed.issuer().as_raw() == authority.subject().as_raw() && signer.is_some() && signer == own)
+}
+
 #[cfg(test)]
 mod tests {
     use rcgen::{CertificateParams, PKCS_ECDSA_P384_SHA384, PKCS_ED25519};
@@ -207,6 +231,16 @@ mod tests {
         let fingerprint = |csr: &str| SigningRequest::parse(csr).unwrap().fingerprint().to_owned();
         assert_eq!(fingerprint(&first), fingerprint(&second));
         assert!(request_with("no key", "other", &[]).is_err());
+    }
+
+    #[test]
+    fn authorities_of_one_cluster_are_told_apart() {
+        let (old, new) = (Authority::create(CLUSTER).unwrap(), Authority::create(CLUSTER).unwrap());
+        let console = old.issue_console(&["console.example"]).unwrap().cert_pem;
+        for leaf in [old.issue_node(1, "a", &[]).unwrap().cert_pem, console] {
+            assert!(is_signed_by(&leaf, old.certificate_pem()).unwrap());
+            assert!(!is_signed_by(&leaf, new.certificate_pem()).unwrap());
+        }
     }
 
     #[test]

@@ -4,13 +4,18 @@
 use std::{fmt, fs, path::Path};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use ring::{
+    aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
+    digest,
+};
 
-use super::{CLUSTER_KEY, PkiError, malformed, write_file};
-use crate::cluster::ClusterId;
+use super::{CLUSTER_KEY, NEXT_CLUSTER_KEY, PkiError, malformed, remove_file, rename_file, write_file};
+use crate::cluster::{ClusterId, membership::SealedAuthority, trust::KeyId};
 
 /// Length of the key in bytes.
 const LENGTH: usize = 32;
+/// Before a key in the digest that names it, so that its name is no digest that anything else may need of it.
+const NAME: &[u8] = b"twistlock cluster key name v1";
 
 /// What is sealed, so that nothing else that this key seals is taken for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,12 +61,21 @@ impl ClusterKey {
         &self.0
     }
 
+    /// Its name: the key is random, so that nobody can find it by that.
+    pub fn id(&self) -> KeyId {
+        KeyId(digest_of(&[NAME, self.0.as_slice()].concat()))
+    }
+
     /// Reads the key in the folder of certificates.
     ///
     /// # Errors
     /// [`PkiError::File`] or [`PkiError::Malformed`].
     pub fn load(dir: &Path) -> Result<Self, PkiError> {
-        let path = dir.join(CLUSTER_KEY);
+        Self::read(dir, CLUSTER_KEY)
+    }
+
+    fn read(dir: &Path, name: &str) -> Result<Self, PkiError> {
+        let path = dir.join(name);
         let bytes = fs::read(&path).map_err(|source| PkiError::File { action: "read", path: path.clone(), source })?;
         let key = <[u8; LENGTH]>::try_from(bytes.as_slice());
         key.map(Self)
@@ -103,6 +117,84 @@ impl ClusterKey {
             .map_err(|_| PkiError::Sealed("it was sealed with another key or for another cluster, or is damaged"))?;
         Ok(opened.to_vec())
     }
+}
+
+/// The cluster keys that a member has: the one in use, and the one that was announced to take its place. Both are kept until
+/// the membership says that the authority was sealed with the new one, so that a crash at any moment leaves the right one.
+#[derive(Debug)]
+pub struct ClusterKeys {
+    /// In [`CLUSTER_KEY`].
+    pub current: Option<ClusterKey>,
+    /// In [`NEXT_CLUSTER_KEY`].
+    pub next: Option<ClusterKey>,
+}
+
+impl ClusterKeys {
+    /// Reads what there is.
+    ///
+    /// # Errors
+    /// [`PkiError::File`] or [`PkiError::Malformed`].
+    pub fn load(dir: &Path) -> Result<Self, PkiError> {
+        let read = |name| match ClusterKey::read(dir, name) {
+            Ok(key) => Ok(Some(key)),
+            Err(PkiError::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        };
+        Ok(Self { current: read(CLUSTER_KEY)?, next: read(NEXT_CLUSTER_KEY)? })
+    }
+
+    /// The key with this name.
+    pub fn find(&self, id: KeyId) -> Option<&ClusterKey> {
+        self.current.iter().chain(&self.next).find(|key| key.id() == id)
+    }
+
+    /// The key with which the authority was sealed.
+    ///
+    /// # Errors
+    /// [`PkiError::Sealed`] when this node does not have it (yet).
+    pub fn for_authority(&self, sealed: &SealedAuthority) -> Result<&ClusterKey, PkiError> {
+        let key = match sealed.key {
+            Some(id) => self.find(id),
+            None => self.current.as_ref(),
+        };
+        key.ok_or(PkiError::Sealed("this node does not have the cluster key (yet)"))
+    }
+
+    /// Keeps the announced key beside the one in use.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn keep_next(&mut self, dir: &Path, key: ClusterKey) -> Result<(), PkiError> {
+        write_file(&dir.join(NEXT_CLUSTER_KEY), key.0, 0o600)?;
+        self.next = Some(key);
+        Ok(())
+    }
+
+    /// The announced key takes the place of the one in use, in one step.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn use_next(&mut self, dir: &Path) -> Result<(), PkiError> {
+        rename_file(&dir.join(NEXT_CLUSTER_KEY), &dir.join(CLUSTER_KEY))?;
+        self.current = self.next.take().or(self.current.take());
+        Ok(())
+    }
+
+    /// Another key was announced instead, or none is wanted any more.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn forget_next(&mut self, dir: &Path) -> Result<(), PkiError> {
+        remove_file(&dir.join(NEXT_CLUSTER_KEY))?;
+        self.next = None;
+        Ok(())
+    }
+}
+
+/// 128 bits of SHA-256.
+pub(super) fn digest_of(bytes: &[u8]) -> u128 {
+    let digest = digest::digest(&digest::SHA256, bytes);
+    digest.as_ref().iter().take(16).fold(0, |sum, byte| sum << 8 | u128::from(*byte))
 }
 
 fn bound_to(purpose: Purpose, cluster: ClusterId) -> Aad<Vec<u8>> {
@@ -165,6 +257,34 @@ mod tests {
         let sealed = key.seal(Purpose::Console, CLUSTER, b"secret").unwrap();
         assert_eq!(key.unseal(Purpose::Console, CLUSTER, &sealed).unwrap(), b"secret");
         assert!(key.unseal(Purpose::Authority, CLUSTER, &sealed).is_err());
+    }
+
+    #[test]
+    fn an_announced_key_takes_its_place_only_when_it_is_told_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let (authority, old) = Authority::establish(CLUSTER, dir).unwrap();
+        let mut keys = ClusterKeys::load(dir).unwrap();
+        let next = ClusterKey::generate();
+        let new = authority.seal(&next).unwrap();
+        assert_eq!((new.key, old.key), (Some(next.id()), keys.current.as_ref().map(ClusterKey::id)));
+        assert!(keys.for_authority(&new).is_err() && keys.find(next.id()).is_none());
+        keys.keep_next(dir, next.clone()).unwrap();
+        let mode = fs::metadata(dir.join(NEXT_CLUSTER_KEY)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        for sealed in [&old, &new] {
+            Authority::open(CLUSTER, sealed, dir).unwrap();
+        }
+        keys.use_next(dir).unwrap();
+        assert_eq!((keys.next.as_ref(), ClusterKey::load(dir).unwrap()), (None, next));
+        Authority::open(CLUSTER, &new, dir).unwrap();
+        assert!(
+            Authority::open(CLUSTER, &old, dir).err().unwrap().to_string().contains("does not have the cluster key")
+        );
+        keys.forget_next(dir).unwrap();
+        keys.keep_next(dir, ClusterKey::generate()).unwrap();
+        keys.forget_next(dir).unwrap();
+        assert!(ClusterKeys::load(dir).unwrap().next.is_none() && !dir.join(NEXT_CLUSTER_KEY).exists());
     }
 
     #[test]

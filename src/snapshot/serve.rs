@@ -19,7 +19,7 @@ use crate::{
     cluster::NodeId,
     events::{Event, Kind, Recorder, Scope, Severity},
     node::{Handle, SyncProgress},
-    peer::SnapshotCall,
+    peer::StreamCall,
     storage::snapshot::{ClusterKey, Manifest, Resting},
     telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY},
 };
@@ -28,7 +28,7 @@ use crate::{
 const AT_ONCE: usize = 2;
 
 /// Answers calls for snapshots until nobody can call any more. `data` is the data folder.
-pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<SnapshotCall>, data: PathBuf) {
+pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<StreamCall>, data: PathBuf) {
     let mut running = JoinSet::new();
     while let Some(mut call) = calls.recv().await {
         while running.try_join_next().is_some() {}
@@ -40,8 +40,8 @@ pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<Snapsho
     }
 }
 
-async fn answer(handle: Handle, events: Recorder, call: SnapshotCall, data: PathBuf) {
-    let SnapshotCall { from: peer, mut stream } = call;
+async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBuf) {
+    let StreamCall { from: peer, mut stream } = call;
     let (manifest, resting) = match offer(&handle, &data).await {
         Ok(offer) => offer,
         Err(why) => {

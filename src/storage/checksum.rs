@@ -100,6 +100,11 @@ impl PageTable {
         }
     }
 
+    /// The checksum of a page; none beyond the end.
+    pub fn get(&self, number: u32) -> Option<u64> {
+        self.pages.get(number.checked_sub(1)? as usize).copied()
+    }
+
     /// Notes new content of a page. Panics if the page is not within the size: a bug of the caller.
     pub fn set(&mut self, number: u32, value: u64) {
         let slot = &mut self.pages[number as usize - 1];

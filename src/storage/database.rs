@@ -18,10 +18,12 @@ use thiserror::Error;
 pub use super::replica::ApplyError;
 use super::{
     EntrySource, Replicator,
+    backup::{CopyError, Copying, Finished, Progress},
     checkpoint::{Record, sync_folder},
     checksum::PageTable,
     gate::{self, Gate, GateConfig, Mark},
     replica::{Replica, is_full},
+    scrub::page_checksums,
     snapshot::{Hold, Resting},
     vfs::{self, Checkpointer, SqliteError, VFS_NAME},
 };
@@ -74,6 +76,28 @@ impl DatabaseError {
     }
 }
 
+/// Why the content of a database was not replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ReplaceError {
+    /// Nothing has changed.
+    #[error("{0}")]
+    Refused(String),
+    /// The role was lost meanwhile: the whole new content is there later, or the whole old one.
+    #[error("{0}")]
+    Unknown(String),
+}
+
+/// How the database file can be read for a scrub.
+#[derive(Debug)]
+pub enum Scrubbable {
+    /// Not at all.
+    Not,
+    /// Page by page: [`Database::differs`] knows what each has to be.
+    Follows { file: Arc<File>, page_size: u32, pages: u32 },
+    /// While it [rests](Database::rest).
+    Serves,
+}
+
 /// What [`Database::checkpoint`] has reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
@@ -108,6 +132,27 @@ impl PrimaryDatabase {
             .foreign_keys(true)
             .pragma("wal_autocheckpoint", "0")
             .pragma("journal_size_limit", WAL_LIMIT.to_string())
+    }
+
+    /// Replaces the whole content of the database by that of a file which nobody has open, as one transaction that a majority
+    /// has when this returns. `go_on` is told pages done and in all, and ends the work by false. Nobody else may write
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// [`ReplaceError`].
+    pub fn replace(&self, from: &Path, go_on: impl FnMut(u32, u32) -> bool) -> Result<(), ReplaceError> {
+        vfs::replace(&self.gate, from, go_on).map_err(|error| {
+            let why = match self.gate.last_refusal() {
+                Some(reason) => format!("{error}: {reason}"),
+                None => error.to_string(),
+            };
+            if self.gate.is_fenced() { ReplaceError::Unknown(why) } else { ReplaceError::Refused(why) }
+        })
+    }
+
+    /// Size of a page in bytes.
+    pub fn page_size(&self) -> u32 {
+        self.gate.page_size()
     }
 
     /// The gate of this promotion: fence it from any thread.
@@ -218,6 +263,46 @@ impl Database {
         }
     }
 
+    /// What a scrub can read now.
+    pub fn scrubbable(&self) -> Scrubbable {
+        match &self.state {
+            State::Following(replica) if replica.table.pages() > 0 && self.failed.is_none() => Scrubbable::Follows {
+                file: Arc::clone(&self.file),
+                page_size: replica.table.page_size(),
+                pages: replica.table.pages(),
+            },
+            State::Serving(_) if self.failed.is_none() => Scrubbable::Serves,
+            _ => Scrubbable::Not,
+        }
+    }
+
+    /// Compares the checksums of the pages behind page `done`, as somebody has read them, with what they have to be. The first
+    /// page that differs is read again: it may have been written meanwhile. Returns it if it differs still.
+    ///
+    /// # Errors
+    /// Read errors of the file.
+    pub fn differs(&self, done: u32, sums: &[u64]) -> io::Result<Option<u32>> {
+        let State::Following(replica) = &self.state else { return Ok(None) };
+        for (number, sum) in (done + 1..).zip(sums) {
+            let Some(expected) = replica.table.get(number) else { break };
+            if expected != *sum && page_checksums(&self.file, replica.table.page_size(), number - 1, 1)? != [expected] {
+                return Ok(Some(number));
+            }
+        }
+        Ok(None)
+    }
+
+    /// [`Self::verify`], as soon as the file cannot be ahead of what was applied.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Diverged`].
+    pub fn verify_settled(&self) -> Result<(), DatabaseError> {
+        match &self.state {
+            State::Following(replica) if replica.applied <= replica.touched => Ok(()),
+            _ => self.verify(),
+        }
+    }
+
     /// Bytes of the `-wal` file up to the last transaction; 0 on a secondary. It falls only with the first transaction
     /// after a checkpoint that found no newer one, not with the checkpoint.
     pub fn wal_bytes(&self) -> u64 {
@@ -239,6 +324,11 @@ impl Database {
             State::Serving(serving) => serving.primary.gate.page_size(),
             State::Closed { .. } => self.record.page_size,
         }
+    }
+
+    /// The open database file, for whoever reads it beside this: see [`Database::path`].
+    pub fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
     }
 
     /// The database file. Nobody may open and close it through another descriptor while this node is the primary.
@@ -452,6 +542,51 @@ impl Database {
         // A second reader gets the checkpoint of the first: another one would take it away.
         let hold = self.hold.get_or_insert_default().clone();
         Ok(Resting::new(Arc::clone(&self.file), self.record, hold))
+    }
+
+    /// Begins a copy of a database that follows and goes on following. An earlier copy ends.
+    ///
+    /// # Errors
+    /// [`CopyError::Ended`] on a primary, and while the file is ahead of what has been applied.
+    pub fn begin_copy(&mut self) -> Result<Copying, CopyError> {
+        let replica = self.whole()?;
+        let table = &replica.table;
+        let (copying, tracking) = Copying::begin(Arc::clone(&replica.file), table.page_size(), table.pages());
+        replica.copy = Some(tracking);
+        Ok(copying)
+    }
+
+    /// Ends a copy at what is applied now.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub fn finish_copy(&mut self, copy: &Progress) -> Result<Finished, CopyError> {
+        let replica = self.whole()?;
+        let Some(tracking) = &replica.copy else {
+            return Err(CopyError::Ended("the database was begun again since the copy began".to_owned()));
+        };
+        let finished = tracking.finish(copy, &replica.file, replica.record())?;
+        replica.copy = None;
+        Ok(finished)
+    }
+
+    /// The database that follows, if its file is what its last transaction claimed.
+    fn whole(&mut self) -> Result<&mut Replica, CopyError> {
+        let ended = |why: &str| Err(CopyError::Ended(why.to_owned()));
+        if self.failed.is_some() {
+            return ended("this node's database is not used any more: see its status");
+        }
+        match &mut self.state {
+            State::Serving(_) | State::Closed { .. } => ended("the role of this node changes"),
+            State::Following(replica) if replica.table.pages() == 0 => ended("this node has no database yet"),
+            State::Following(replica) if replica.applied < replica.touched => {
+                ended("this node still replays its raft log: try again in a moment")
+            }
+            State::Following(replica) if replica.claim != replica.table.checksum() => {
+                ended("this node's database is damaged: it must be restored from the primary first")
+            }
+            State::Following(replica) => Ok(replica),
+        }
     }
 
     /// True while somebody reads the resting file.

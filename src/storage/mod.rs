@@ -3,6 +3,7 @@
 //! This file owns the data directory: its lock, its identity and the durable replacement of small files. It must never
 //! decide anything about roles, and never hand a directory to two processes or to a member it does not belong to.
 
+pub mod backup;
 pub mod checkpoint;
 pub mod checksum;
 pub mod configuration;
@@ -10,6 +11,7 @@ pub mod database;
 pub mod gate;
 pub mod raft_log;
 pub mod replica;
+pub mod scrub;
 pub mod snapshot;
 pub mod tail;
 mod tail_rows;
@@ -33,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::cluster::{ClusterId, Membership, NodeId};
+pub use replica::is_full;
 
 /// Version of `identity.json` that this program writes.
 pub const IDENTITY_FORMAT: u32 = 1;

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::{
     EntrySource,
+    backup::Tracking,
     checkpoint::Record,
     checksum::{PageTable, page_checksum},
 };
@@ -45,7 +46,7 @@ impl ApplyError {
 }
 
 /// True for an error that says that there is no space.
-pub(super) fn is_full(error: &io::Error) -> bool {
+pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
@@ -62,7 +63,7 @@ struct Unfinished {
 /// A database file that follows the raft log.
 #[derive(Debug)]
 pub(super) struct Replica {
-    file: Arc<File>,
+    pub file: Arc<File>,
     database: u32,
     pub table: PageTable,
     /// Index of the last entry applied.
@@ -72,6 +73,8 @@ pub(super) struct Replica {
     /// Up to this index the file may be ahead of what is being applied, so its checksum says nothing.
     pub touched: u64,
     unfinished: Option<Unfinished>,
+    /// Whoever copies the file while it changes.
+    pub copy: Option<Tracking>,
 }
 
 impl Replica {
@@ -81,7 +84,8 @@ impl Replica {
             0 => PageTable::empty(0),
             pages => PageTable::read(&file, record.page_size, pages)?,
         };
-        Ok(Self { file, database, table, applied: record.index, claim: record.checksum, touched, unfinished: None })
+        let (applied, claim) = (record.index, record.checksum);
+        Ok(Self { file, database, table, applied, claim, touched, unfinished: None, copy: None })
     }
 
     /// Where a checkpoint may stand now: what is applied, but not in the middle of a transaction.
@@ -183,12 +187,16 @@ impl Replica {
     }
 
     fn write_pages(&mut self, part: &Pages<'_>) -> io::Result<()> {
+        self.copy.take_if(|copy| !copy.is_wanted());
         for (number, image) in part.iter() {
             if number > self.table.pages() {
                 return Err(io::Error::other("a page beyond the end of the database"));
             }
             self.file.write_all_at(image, u64::from(number - 1) * u64::from(part.page_size))?;
             self.table.set(number, page_checksum(number, image));
+            if let Some(copy) = &self.copy {
+                copy.note(number);
+            }
         }
         Ok(())
     }

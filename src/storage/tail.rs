@@ -154,11 +154,11 @@ impl Draft {
     }
 
     /// Makes the file durable, writes its summary, which compares it with the `database` file, and removes the oldest files beyond [`MAX_FILES`]; their names
-    /// come second.
+    /// come second. The file is never opened here: closing any descriptor of it would drop SQLite's locks on it (POSIX).
     ///
     /// # Errors
     /// Those of the file system; the `.tail` itself may be there then.
-    pub fn finish(self, database: &Path) -> io::Result<(Kept, Vec<PathBuf>)> {
+    pub fn finish(self, database: Option<&File>) -> io::Result<(Kept, Vec<PathBuf>)> {
         self.file.sync_all()?;
         let folder = self.path.parent().unwrap_or(Path::new("."));
         fsync_dir(folder)?;
@@ -275,7 +275,7 @@ mod tests {
         log.append(&[entry(3, 2, Vec::new())], None).unwrap().sync().unwrap();
         assert_eq!(log.last_index(), 3);
         let folder = root.path().join(FOLDER);
-        let (kept, removed) = write(&folder, ClusterId(9), 1, &held).unwrap().finish(Path::new("none")).unwrap();
+        let (kept, removed) = write(&folder, ClusterId(9), 1, &held).unwrap().finish(None).unwrap();
         assert_eq!((kept.dropped, kept.kept, kept.transactions, removed.len()), (4, 4, 2, 0));
         assert_eq!(fs::metadata(&kept.path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(kept.path.to_string_lossy().ends_with("Z-epoch1-index3-6.tail"), "{}", kept.path.display());
@@ -309,7 +309,7 @@ mod tests {
         }
         fs::write(folder.join("note-of-the-administrator"), "").unwrap();
         let draft = write(&folder, ClusterId(9), 1, &log.hold(2).unwrap()).unwrap();
-        let (kept, removed) = draft.finish(Path::new("none")).unwrap();
+        let (kept, removed) = draft.finish(None).unwrap();
         assert_eq!(removed, [folder.join("20000110T000000.000Z-epoch1-index2-2.tail")]);
         assert!(kept.path.exists());
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 2 * MAX_FILES + 1);

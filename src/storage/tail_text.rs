@@ -86,7 +86,7 @@ impl Summary {
     }
 
     /// The text beside the file at `path`, which has `kept` entries, compared with the database file.
-    pub fn render(&self, header: &Header, path: &Path, kept: u64, database: &Path) -> String {
+    pub fn render(&self, header: &Header, path: &Path, kept: u64, database: Option<&File>) -> String {
         let Header { cluster, node, first, last, epoch } = header;
         let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let mut text = format!(
@@ -129,13 +129,12 @@ impl Summary {
 
 impl Summary {
     /// For each transaction the rows by which its pages differ from what was there before.
-    fn differences(&self, database: &Path) -> Vec<Vec<String>> {
-        let file = File::open(database).ok();
+    fn differences(&self, database: Option<&File>) -> Vec<Vec<String>> {
         let size = self.transactions.first().map_or(0, |first| first.page_size as usize);
         let base = |number: u32| {
             let mut image = vec![0; size];
             let at = u64::from(number.checked_sub(1)?) * size as u64;
-            file.as_ref()?.read_exact_at(&mut image, at).ok()?;
+            database?.read_exact_at(&mut image, at).ok()?;
             Some(image)
         };
         let mut newest: HashMap<u32, &Vec<u8>> = HashMap::new();

@@ -8,6 +8,7 @@
 //! - `vfs.rs`: registration and the file system calls
 //! - `vfs/file.rs`: the calls on an open file
 //! - `vfs/connection.rs`: the few SQLite connections that we hold ourselves
+//! - `vfs/replace.rs`: the whole database replaced at once, for a restore
 
 use std::{
     collections::HashMap,
@@ -27,8 +28,10 @@ use super::gate::Gate;
 
 mod connection;
 mod file;
+mod replace;
 
 pub(super) use connection::{Checkpointer, initial_image};
+pub(super) use replace::replace;
 
 /// Name under which SQLite knows the VFS.
 pub const VFS_NAME: &str = "twistlock";

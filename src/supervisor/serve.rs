@@ -33,6 +33,7 @@ use super::{
     leased::{LeasedStream, Opening, Phase},
     ports::Service,
 };
+use crate::telemetry::CONSOLE_CONNECTIONS;
 
 /// Connections at once over all ports; further ones wait in the kernel's queue.
 const CONNECTIONS: u32 = 1024;
@@ -46,7 +47,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Longest time from the end of a request (or the start of the connection) to the end of the next request's head: also
 /// the limit of an idle connection.
 const HEAD: Duration = Duration::from_secs(10);
-/// Largest head of a request in bytes, and the size of the buffers.
+/// The size of the buffers. A request whose head does not fit is refused, at the latest at twice of this.
 const BUFFER: usize = 64 << 10;
 /// Pause after an error of accept that does not pass at once, as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -177,6 +178,7 @@ async fn connection(
     place: (OwnedSemaphorePermit, Counted),
 ) {
     let opening = Arc::clone(&shared.opening);
+    metrics::gauge!(CONSOLE_CONNECTIONS).increment(1.0);
     // Small answers leave at once. It fails only if the client is gone.
     let _ = stream.set_nodelay(true);
     let stream = LeasedStream::new(stream, Arc::clone(&opening));
@@ -190,6 +192,7 @@ async fn connection(
             }
         }
     }
+    metrics::gauge!(CONSOLE_CONNECTIONS).decrement(1.0);
     drop(place);
 }
 

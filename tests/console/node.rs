@@ -114,6 +114,20 @@ pub enum Answer {
     None(#[allow(dead_code)] String),
 }
 
+/// An answer.
+pub struct Reply {
+    pub status: u16,
+    pub headers: ureq::http::HeaderMap,
+    pub text: String,
+}
+
+impl Reply {
+    /// The value of a header; empty without one.
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+}
+
 pub struct Node {
     pub address: IpAddr,
     pub majority: Arc<Cluster>,
@@ -185,10 +199,16 @@ impl Node {
         let runtime = Runtime::new().unwrap();
         runtime.spawn(supervisor.run());
         let agent = agent(&certificate);
+        std::fs::write(dir.path().join("console.pem"), &certificate).unwrap();
         let extending = Arc::new(AtomicBool::new(false));
         keep_extending(lease.clone(), Arc::clone(&extending));
         let (address, status, _dir) = (address.into(), publish, dir);
         Self { address, majority, handle, guard, runtime, agent, status, lease, extending, database, _dir }
+    }
+
+    /// The file of the certificate that the ports serve.
+    pub fn certificate(&self) -> std::path::PathBuf {
+        self._dir.path().join("console.pem")
     }
 
     /// Becomes PRIMARY with a lease.
@@ -306,6 +326,46 @@ impl Node {
         body: String,
     ) -> Result<(u16, String), ureq::Error> {
         call(&self.agent, &format!("https://{}:{port}{path}", self.address), method, auth, body)
+    }
+
+    /// The body of an answer that has no end of its own.
+    pub fn read(&self, path: &str, auth: &str) -> impl std::io::Read + use<> {
+        let url = format!("https://{}:{HTTPS}{path}", self.address);
+        let response = self.agent.get(url).header("authorization", auth).call().unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body().into_reader()
+    }
+
+    /// A request with headers and a body as they are; the answer with its headers.
+    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
+        let mut response = self.begin(method, path, headers, body);
+        let text = response.body_mut().read_to_string().unwrap();
+        Reply { status: response.status().as_u16(), headers: response.headers().clone(), text }
+    }
+
+    /// The same without reading the answer's body, which may have no end.
+    pub fn begin(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> ureq::http::Response<ureq::Body> {
+        let url = format!("https://{}:{HTTPS}{path}", self.address);
+        let mut request = ureq::http::Request::builder().method(method).uri(url);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        self.agent.run(request.body(body.to_owned()).unwrap()).unwrap()
+    }
+
+    /// Creates a user by the Administrator; returns his Basic header.
+    pub fn add_user(&self, name: &str, role: &str) -> String {
+        let user = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
+        let (status, text) =
+            self.call_raw(HTTPS, "POST", "/api/v1/users", Some(&self.basic("admin", PASSWORD)), user).unwrap();
+        assert_eq!(status, 200, "{text}");
+        self.basic(name, PASSWORD)
     }
 
     /// Posts a tag in another thread.

@@ -31,13 +31,13 @@ const SIZE: &str = "size=160m";
 const FULL: &[&str] =
     &["the disk is full", "the disk of the primary is full", "cannot prepare ahead", "database or disk is full"];
 
-fn run(program: &str, arguments: &[&str]) {
+pub fn run(program: &str, arguments: &[&str]) {
     let status = Command::new(program).args(arguments).status().unwrap();
     assert!(status.success(), "{program} {arguments:?}");
 }
 
 /// Runs the test on a thread that alone sees what is mounted there, with all that it starts.
-fn in_private_mounts(test: impl FnOnce() + Send + 'static) {
+pub fn in_private_mounts(test: impl FnOnce() + Send + 'static) {
     assert!(
         geteuid().is_root(),
         "this test mounts a small file system: run it as root, or leave it out with --skip disk"
@@ -116,6 +116,41 @@ fn a_secondary_with_a_full_disk_is_done_without() {
         cluster.wait_healthy();
         assert_eq!(cluster.node(node).pid, pid, "the node did not go on, it was started again");
         println!("full disk of a secondary: {written}\n  {}", cluster.finish(FULL));
+    });
+}
+
+/// What the raft log has room for and `membership.json` has not is kept in memory, and written when there is space.
+#[test]
+fn a_change_of_the_membership_waits_for_space() {
+    let _alone = alone();
+    in_private_mounts(|| {
+        let node = 2;
+        let cluster = start(node);
+        wait_role(&cluster, node, false);
+        let pid = cluster.node(node).pid;
+        let ballast = fill(&cluster, node);
+        cluster.wait_for("a warning", |_| warns(&cluster, node));
+        let primary = cluster.node(cluster.primary()).control;
+        let administer = |operation| {
+            control::request(&primary, &Request::Administer { operation }, LIMIT).unwrap();
+        };
+        administer(Operation::Pause { seconds: 600 });
+        let paused = |status: &Status| status.membership.pause.is_some();
+        cluster
+            .wait_for("a pause on all nodes", |statuses| statuses.iter().flatten().filter(|s| paused(s)).count() == 3);
+        let kept = || fs::read_to_string(cluster.node(node).data.join("membership.json")).unwrap_or_default();
+        assert!(!kept().contains("\"until\""), "there was space for it after all: {}", kept());
+        // Checkpoints are held back, not writes.
+        let writers = Writers::start(&cluster.file(), WRITERS);
+        writers.wait_success(Instant::now(), |_| true).expect("a write");
+        fs::remove_file(ballast).unwrap();
+        cluster.wait_for("the membership in its file", |_| kept().contains("\"until\""));
+        administer(Operation::Resume {});
+        cluster.wait_for("no pause", |statuses| !statuses.iter().flatten().any(paused));
+        let written = writers.verify();
+        assert_eq!(cluster.node(node).pid, pid, "the node did not go on, it was started again");
+        let expected = [FULL, &["automatic takeover is paused"]].concat();
+        println!("membership on a full disk: {written}\n  {}", cluster.finish(&expected));
     });
 }
 

@@ -54,8 +54,8 @@ fn a_drill_measures_the_takeover_and_finds_every_write() {
     wait_seen_up(&cluster);
     // Somebody who may not log in disturbs nobody.
     let primary = cluster.primary();
-    assert_eq!(drill(&cluster, &["--password", "wrong"]).0, Some(75));
-    assert_eq!(drill(&cluster, &["--token", "wrong"]).0, Some(75));
+    assert_eq!(drill(&cluster, &["--password", "wrong"]).0, Some(77));
+    assert_eq!(drill(&cluster, &["--token", "wrong"]).0, Some(77));
     assert_eq!(cluster.primary(), primary);
     println!("drill: {}", cluster.finish(&[]));
 }

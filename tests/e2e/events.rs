@@ -19,23 +19,31 @@ use super::{
 };
 
 /// The administrator, at the API of the node that is PRIMARY.
-struct Api {
-    file: ClusterFile,
-    authorization: String,
+pub struct Api {
+    pub file: ClusterFile,
+    pub authorization: String,
 }
 
 impl Api {
-    fn new(cluster: &Cluster) -> Self {
+    pub fn new(cluster: &Cluster) -> Self {
         let file = cluster.file();
         let authorization = format!("Basic {}", STANDARD.encode(format!("{}:{}", file.user, file.password)));
         Self { file, authorization }
     }
 
-    fn get(&self, node: usize, path: &str) -> (u16, Value) {
+    pub fn get(&self, node: usize, path: &str) -> (u16, Value) {
         let client = client(&self.file.ca, Duration::from_secs(5));
         let call = client.get(format!("{}/api/v1/{path}", self.file.nodes[node].console_url));
         let mut answer = call.header("authorization", &self.authorization).call().expect("the PRIMARY answers");
         (answer.status().as_u16(), answer.body_mut().read_json().expect("JSON"))
+    }
+
+    pub fn post(&self, node: usize, path: &str, body: &Value) -> (u16, String) {
+        let client = client(&self.file.ca, Duration::from_secs(15));
+        let call = client.post(format!("{}/api/v1/{path}", self.file.nodes[node].console_url));
+        let mut answer =
+            call.header("authorization", &self.authorization).send_json(body).expect("the PRIMARY answers");
+        (answer.status().as_u16(), answer.body_mut().read_to_string().expect("text"))
     }
 
     /// Waits until the history has so many takeovers from another node, and returns them, newest first.
@@ -52,7 +60,7 @@ impl Api {
 }
 
 /// What a node has in its file.
-fn local(cluster: &Cluster, node: usize, kind: Kind) -> Vec<Event> {
+pub fn local(cluster: &Cluster, node: usize, kind: Kind) -> Vec<Event> {
     let wanted = Wanted { limit: Some(400), kind: Some(kind), ..Wanted::default() };
     control::operate(&cluster.node(node).control, Operation::Events { wanted }, LIMIT).expect("events")
 }

@@ -5,6 +5,7 @@
 //! answered by another node than the one at fault, by any of 16 clients that try all three addresses.
 //! `ROUNDS=n` sets how often each fault is repeated. The tests run one after another.
 
+mod backup;
 mod balancers;
 mod certificates;
 mod cluster;
@@ -15,10 +16,14 @@ mod events;
 mod health;
 mod held;
 mod network;
+mod observe;
 mod recover;
+mod remote;
 mod rollback;
 mod sampler;
 mod snapshot;
+#[path = "../cli/terminal.rs"]
+mod terminal;
 mod writers;
 
 use std::{

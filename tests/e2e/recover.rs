@@ -21,6 +21,7 @@ use twistlock_ha::{
 use super::{
     alone,
     cluster::{Cluster, LIMIT},
+    terminal::Terminal,
     writers::Pen,
 };
 
@@ -70,6 +71,20 @@ fn recover(cluster: &Cluster, index: usize, more: &[&str]) -> Output {
     let output = command.output().unwrap();
     println!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     output
+}
+
+/// The same on a terminal, with an administrator who types. Returns the exit code.
+fn on_terminal(cluster: &Cluster, index: usize, typed: &[&str]) -> i32 {
+    let config = cluster.config_path(index);
+    let command = ["recover", "--force-new-cluster", "--config", config.to_str().unwrap()];
+    let mut terminal = Terminal::run(&[&[env!("CARGO_BIN_EXE_twistlockd")][..], &command].concat(), &[]);
+    for line in typed {
+        terminal.wait_for(") to go on: ");
+        terminal.type_line(line);
+    }
+    let (code, seen) = terminal.wait_end();
+    println!("{seen}");
+    code
 }
 
 fn identity(data: &Path) -> Identity {
@@ -152,11 +167,11 @@ fn a_survivor_becomes_a_new_cluster_of_one() {
     } else {
         eprintln!("SKIPPED: not root, so that a recovery for another user is not tested");
     }
-    let force = ["--force-new-cluster", "--confirm", &name];
     assert_eq!(recover(&cluster, old, &[]).status.code(), Some(64));
     assert_eq!(recover(&cluster, old, &["--force-new-cluster"]).status.code(), Some(64), "nobody confirmed");
     assert_eq!(recover(&cluster, old, &["--force-new-cluster", "--confirm", "00000000"]).status.code(), Some(64));
     assert_eq!(recover(&cluster, old, &["--force-new-cluster", "--dry-run"]).status.code(), Some(0));
+    assert_eq!(on_terminal(&cluster, old, &["00000000"]), 64, "a wrong name was typed");
     assert_eq!(identity(&data), before, "nothing was changed so far");
     // An attempt that was ended by force takes space, and must not be in the way.
     fs::create_dir(data.join("recover-new")).unwrap();
@@ -164,8 +179,7 @@ fn a_survivor_becomes_a_new_cluster_of_one() {
     if root {
         give_away(&data);
     }
-    let done = recover(&cluster, old, &force);
-    assert_eq!(done.status.code(), Some(0));
+    assert_eq!(on_terminal(&cluster, old, &[&name]), 0);
     if root {
         every_file(&data, &|path, metadata| {
             assert_eq!((metadata.uid(), metadata.gid()), (OWNER, OWNER), "{}", path.display());

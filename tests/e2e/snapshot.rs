@@ -3,16 +3,12 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{self, JoinHandle},
+    thread,
     time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
-use twistlock_ha::dev::NodeFile;
+use twistlock_ha::{cluster::Role, node::Status};
 
 use super::{
     WRITERS, alone,
@@ -41,67 +37,16 @@ fn behind() -> (Cluster, Writers, usize) {
     let cluster = Cluster::start();
     cluster.configure("CHECKPOINT_SECONDS", "1");
     cluster.configure("RAFT_LOG_SEGMENT_MB", "4");
-    cluster.configure("RAFT_LOG_LIMIT_MB", &log_limit().to_string());
+    cluster.configure("RAFT_LOG_LIMIT_MB", "64");
     cluster.restart_all();
     let writers = Writers::start_long(&cluster.file(), WRITERS, LONG);
     let away = (cluster.primary() + 1) % 3;
-    let files = Files::watch(&cluster);
     cluster.freeze(away);
     // Both: either may be primary when it comes back.
     let let_go = |node| cluster.log(node).contains(EXPECTED[0]);
-    wait_long("a raft log beyond its limit", || (0..3).filter(|node| *node != away).all(let_go));
+    cluster.wait_for("a raft log beyond its limit", |_| (0..3).filter(|node| *node != away).all(let_go));
     wait_size(&cluster);
-    files.report();
     (cluster, writers, away)
-}
-
-/// `RAFT_LOG_LIMIT_MB` of the nodes: as in the environment, for measurements.
-fn log_limit() -> u64 {
-    std::env::var("RAFT_LOG_LIMIT_MB").ok().and_then(|text| text.parse().ok()).unwrap_or(64)
-}
-
-/// Bytes of the files of a folder whose names end so.
-fn bytes_of(folder: &Path, ending: &str) -> u64 {
-    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let files = files.filter(|file| file.file_name().to_string_lossy().ends_with(ending));
-    files.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum()
-}
-
-/// Looks at the sizes of the raft logs and `-wal` files again and again.
-struct Files {
-    stop: Arc<AtomicBool>,
-    looking: JoinHandle<(u64, u64)>,
-}
-
-impl Files {
-    fn watch(cluster: &Cluster) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (asked, nodes) = (stop.clone(), cluster.file().nodes);
-        let looking = thread::spawn(move || sample_sizes(&nodes, &asked));
-        Self { stop, looking }
-    }
-
-    /// Says how long they became, and fails the test if that is too long. The log may pass its limit by what is written until
-    /// the next checkpoint has ended and by the segments at its two ends.
-    fn report(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        let (log, wal) = self.looking.join().unwrap();
-        println!("files: raft log at most {} MiB (limit {}), -wal at most {} MiB", log >> 20, log_limit(), wal >> 20);
-        assert!(log >> 20 <= log_limit() + 128, "the raft log grows beyond its limit");
-        assert!(wal >> 20 <= 128, "the -wal file grows beyond its limit");
-    }
-}
-
-fn sample_sizes(nodes: &[NodeFile], stop: &AtomicBool) -> (u64, u64) {
-    let (mut log, mut wal) = (0, 0);
-    while !stop.load(Ordering::Relaxed) {
-        for node in nodes {
-            log = log.max(bytes_of(&node.data.join("raft-log"), ""));
-            wal = wal.max(bytes_of(&node.data.join("database"), "-wal"));
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
-    (log, wal)
 }
 
 fn database(cluster: &Cluster, node: usize) -> PathBuf {
@@ -156,15 +101,6 @@ fn report(cluster: &Cluster, node: usize) {
     println!("snapshot: {} MiB in {ms:.0} ms, dd and fsync {copy:.0} ms, ratio {:.2}", bytes >> 20, ms / copy);
 }
 
-/// Waits for what takes longer than anything else in these tests if a measurement wants a large database.
-fn wait_long(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + FILL;
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}: not within {} s", FILL.as_secs());
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
 fn installed(cluster: &Cluster, node: usize) -> usize {
     cluster.log(node).matches(INSTALLED).count()
 }
@@ -191,7 +127,7 @@ fn a_member_beyond_the_raft_log_gets_the_whole_database() {
     let pid = cluster.node(away).pid;
     cluster.signal(away, Signal::SIGCONT);
     let start = Instant::now();
-    wait_long("the installation of a snapshot", || installed(&cluster, away) > 0);
+    cluster.wait_for("the installation of a snapshot", |_| installed(&cluster, away) > 0);
     cluster.wait_healthy();
     println!("snapshot: back after {} ms", start.elapsed().as_millis());
     assert_eq!(cluster.node(away).pid, pid, "it begins again as the same process");
@@ -199,6 +135,96 @@ fn a_member_beyond_the_raft_log_gets_the_whole_database() {
     report(&cluster, away);
     assert_eq!(installed(&cluster, away), 1, "one snapshot is enough");
     finish(cluster, writers, away, &[]);
+}
+
+/// A number of MiB that a measurement may set.
+fn mebibytes(name: &str, usual: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
+/// Sizes in bytes, and how many segments the raft log has had.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sizes {
+    raft_log: u64,
+    wal: u64,
+    segments: u64,
+}
+
+impl Sizes {
+    fn of(data: &Path) -> Self {
+        let names = std::fs::read_dir(data.join("raft-log")).unwrap().map(|entry| entry.unwrap().path());
+        let files: Vec<_> = names.filter_map(|path| Some((std::fs::metadata(&path).ok()?.len(), path))).collect();
+        let number = |path: &Path| u64::from_str_radix(path.file_name()?.to_str()?.strip_prefix("segment-")?, 16).ok();
+        let wal = std::fs::metadata(data.join("database/console.db-wal")).map_or(0, |file| file.len());
+        let segments = files.iter().filter_map(|(_, path)| number(path)).max().unwrap_or(0);
+        Self { raft_log: files.iter().map(|(length, _)| length).sum(), wal, segments }
+    }
+
+    fn max(self, other: Self) -> Self {
+        let (raft_log, wal) = (self.raft_log.max(other.raft_log), self.wal.max(other.wal));
+        Self { raft_log, wal, segments: self.segments.max(other.segments) }
+    }
+}
+
+/// Looks at the sizes on some nodes until the condition holds; returns the largest of them.
+fn sample_sizes(cluster: &Cluster, nodes: &[usize], over: impl Fn(Sizes) -> bool) -> Sizes {
+    let folders: Vec<PathBuf> = nodes.iter().map(|node| cluster.node(*node).data).collect();
+    let (mut largest, deadline) = (Sizes::default(), Instant::now() + FILL);
+    while !over(largest) {
+        assert!(Instant::now() < deadline, "it does not come to an end: {largest:?}");
+        largest = folders.iter().map(|folder| Sizes::of(folder)).fold(largest, Sizes::max);
+        thread::sleep(Duration::from_millis(100));
+    }
+    largest
+}
+
+/// Many times what is kept of the raft log is written while a member is away; `scripts/bench/absent.sh` writes 2 GiB.
+#[test]
+fn the_raft_log_and_the_wal_stay_within_bounds_while_a_member_is_away() {
+    const CHECKPOINT: u64 = 16;
+    let _alone = alone();
+    let (total, limit, segment) = (mebibytes("ABSENT_MIB", 160), mebibytes("ABSENT_LIMIT_MIB", 64), 4);
+    let cluster = Cluster::start();
+    cluster.configure("RAFT_LOG_SEGMENT_MB", &segment.to_string());
+    cluster.configure("RAFT_LOG_LIMIT_MB", &limit.to_string());
+    cluster.restart_all();
+    let writers = Writers::start_long(&cluster.file(), WRITERS, LONG);
+    let away = (cluster.primary() + 1) % 3;
+    let others: Vec<usize> = (0..3).filter(|node| *node != away).collect();
+    let before = sample_sizes(&cluster, &others, |sizes| sizes.segments > 0).segments;
+    cluster.freeze(away);
+    let begin = Instant::now();
+    let meanwhile = sample_sizes(&cluster, &others, |sizes| (sizes.segments - before) * segment >= total);
+    let written = begin.elapsed();
+    let let_go = others.iter().all(|node| cluster.log(*node).contains(EXPECTED[0]));
+    assert!(let_go, "{total} MiB are too few for a limit of {limit} MiB");
+    let back = Instant::now();
+    cluster.signal(away, Signal::SIGCONT);
+    let returned = || installed(&cluster, away) > 0 && cluster.statuses()[away].as_ref().is_some_and(is_level);
+    let returning = sample_sizes(&cluster, &others, |_| returned());
+    let secondary = back.elapsed();
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    println!(
+        "absent: {total} MiB of transactions in {:.0} s with one member away; raft log at most {} MiB (limit {limit}), -wal \
+         at most {} MiB (checkpoint at {CHECKPOINT}); SECONDARY again under load after {:.1} s, database {} MiB, raft log \
+         then at most {} MiB, -wal {} MiB",
+        written.as_secs_f64(),
+        mib(meanwhile.raft_log),
+        mib(meanwhile.wal),
+        secondary.as_secs_f64(),
+        mib(std::fs::metadata(database(&cluster, cluster.primary())).unwrap().len()),
+        mib(returning.raft_log),
+        mib(returning.wal),
+    );
+    // Beyond the limit: what comes until the next checkpoint, the entries that are always kept, and files made ahead.
+    let bound = limit + 4 * CHECKPOINT + 8 * segment;
+    assert!(mib(meanwhile.raft_log) <= bound, "the raft log had {} MiB", mib(meanwhile.raft_log));
+    assert!(mib(meanwhile.wal) <= 4 * CHECKPOINT, "the -wal file had {} MiB", mib(meanwhile.wal));
+    finish(cluster, writers, away, &[]);
+}
+
+fn is_level(status: &Status) -> bool {
+    status.role == Role::Secondary && status.committed - status.applied < 1000
 }
 
 /// Waits until a snapshot is on its way to a node, and freezes the node then. False if it was complete before that.

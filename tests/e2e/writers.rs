@@ -2,7 +2,7 @@
 //! Must never take an attempt whose outcome is unknown for one that failed.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io,
     path::Path,
     sync::{
@@ -106,6 +106,38 @@ impl Pen {
     pub fn write(&self, node: usize, tag: &str) -> bool {
         let client = client(&self.cluster.ca, Duration::from_secs(5));
         post(&client, &self.cluster.nodes[node].console_url, &self.authorization, tag, "") == Outcome::Acknowledged
+    }
+
+    /// Sends any request to a node: the status and the text of its answer.
+    pub fn call(&self, node: usize, method: &str, path: &str, body: Option<Value>) -> (u16, String) {
+        let (status, bytes) = self.send(node, method, path, body);
+        (status, String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// The status and the content of a file.
+    pub fn download(&self, node: usize, path: &str) -> (u16, Vec<u8>) {
+        self.send(node, "GET", path, None)
+    }
+
+    fn send(&self, node: usize, method: &str, path: &str, body: Option<Value>) -> (u16, Vec<u8>) {
+        let client = client(&self.cluster.ca, Duration::from_secs(30));
+        let url = format!("{}/api/v1{path}", self.cluster.nodes[node].console_url);
+        let request = ureq::http::Request::builder().method(method).uri(url);
+        let request = request.header("authorization", &self.authorization);
+        let answer = match body {
+            Some(body) => {
+                client.run(request.header("content-type", "application/json").body(body.to_string()).unwrap())
+            }
+            None => client.run(request.body(()).unwrap()),
+        };
+        let mut answer = answer.unwrap();
+        let bytes = answer.body_mut().with_config().limit(1 << 30).read_to_vec().unwrap();
+        (answer.status().as_u16(), bytes)
+    }
+
+    /// The names of all tags.
+    pub fn tags(&self) -> BTreeSet<String> {
+        all_tags(&self.cluster, &self.authorization).into_keys().collect()
     }
 
     /// True if the cluster has the tag.

@@ -32,7 +32,7 @@ use ureq::{
     tls::{Certificate, RootCerts, TlsConfig},
 };
 
-const PASSWORD: &str = "Join-test-1234";
+pub const PASSWORD: &str = "Join-test-1234";
 /// Far above what anything should take: a busy machine fails no test.
 const BOUND: Duration = Duration::from_secs(90);
 /// How long an answer of a daemon may take.
@@ -84,6 +84,13 @@ pub struct Founder {
 
 impl Founder {
     pub fn start() -> Self {
+        let founder = Self::start_without_administrator();
+        founder.post_as("", "/signup", json!({"username": "admin", "password": PASSWORD}), 200);
+        founder
+    }
+
+    /// The same, as it is right after the installation.
+    pub fn start_without_administrator() -> Self {
         static NEXT: AtomicU8 = AtomicU8::new(128);
         let network = (NEXT.fetch_add(1, Ordering::Relaxed), std::process::id() as u16);
         let folder = tempfile::Builder::new().prefix("twj").tempdir().unwrap();
@@ -91,10 +98,12 @@ impl Founder {
         let mut host = Host::new(folder.path(), network, 1, Agent::new_with_defaults());
         let data = host.data();
         host.install(&format!(
-            "BIND_ADDRESS={}\nDATA_FOLDER={}\nDATA_RECOVERY_ENABLED=false\nHIGH_AVAILABILITY_ENABLED=true\n\
+            "BIND_ADDRESS={}\nDATA_FOLDER={}\nDATA_RECOVERY_ENABLED=false\nDATA_RECOVERY_VOLUME={}\n\
+             HIGH_AVAILABILITY_ENABLED=true\n\
              HIGH_AVAILABILITY_STATE=PRIMARY\nHIGH_AVAILABILITY_NAME=host1\n",
             host.address,
-            data.display()
+            data.display(),
+            folder.path().join("backups").display()
         ));
         host.start();
         let ca = data.join("certificates").join(pki::CA_CERTIFICATE);
@@ -104,7 +113,6 @@ impl Founder {
         let founder = Self { host, network, agent, folder };
         let url = founder.url("/_ping");
         wait_until("the founder serves", || founder.agent.get(&url).call().is_ok());
-        founder.post_as("", "/signup", json!({"username": "admin", "password": PASSWORD}), 200);
         founder
     }
 

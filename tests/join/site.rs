@@ -31,7 +31,11 @@ pub struct Site {
 impl Site {
     /// The founder, and two hosts that have asked to join.
     pub fn asking() -> Self {
-        let founder = Founder::start();
+        Self::asking_of(Founder::start())
+    }
+
+    /// The same with a founder that has done something before.
+    pub fn asking_of(founder: Founder) -> Self {
         let mut site = Self { joined: vec![founder.host(2), founder.host(3)], founder };
         let line = site.line();
         for host in &mut site.joined {
@@ -42,7 +46,12 @@ impl Site {
 
     /// Three members.
     pub fn complete() -> Self {
-        let site = Self::asking();
+        Self::complete_of(Founder::start())
+    }
+
+    /// The same with a founder that has done something before.
+    pub fn complete_of(founder: Founder) -> Self {
+        let site = Self::asking_of(founder);
         site.operate::<Value>(Operation::Apply { fingerprints: None }).unwrap();
         site.wait_whole();
         site

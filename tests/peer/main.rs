@@ -15,9 +15,12 @@ use std::{
 use raft::eraftpb::MessageType;
 use tokio::sync::watch;
 use twistlock_ha::{
-    cluster::{ClusterId, Member, Membership, NodeId, Role},
+    cluster::{
+        ClusterId, FEATURE_LEVEL, Member, Membership, NodeId, Role,
+        trust::{Holdings, KeyId},
+    },
     peer::{
-        self, LeaseTerms, Links, LinksConfig, NodeReport, PeerEvent, Reached, Refusal, RefusalCode,
+        self, LeaseTerms, Links, LinksConfig, More, NodeReport, PeerEvent, Reached, Refusal, RefusalCode,
         codec::{Frame, Hello, HelloReply},
     },
     pki::Authority,
@@ -45,6 +48,7 @@ fn three_nodes_exchange_messages_and_reports() {
         lease_ms: Some(399),
         full: true,
         version: "1.2.3".to_owned(),
+        more: Some(More { level: 7, holds: Holdings { key: KeyId(1), trusts: KeyId(2), shows: KeyId(3) } }),
     };
     for node in &nodes {
         for to in (1..=3).filter(|to| *to != node.me) {
@@ -284,24 +288,28 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
         (second, Hello { to: 2, ..good.clone() }, "the caller wants node 2"),
         (second, reached("a b", 1), "is neither a host name nor an IP address"),
         (second, reached("192.0.2.2", 0), "the caller says where it is reached, but port 0"),
+        (second, Hello { level: None, ..good.clone() }, "which has feature level 1, but the cluster runs level 2"),
+        (second, Hello { level: Some(1), ..good.clone() }, "runs version 1.2.3, which has feature level 1"),
         (foreign.path(), good.clone(), "the certificate is of cluster"),
         (stranger.path(), Hello { from: 9, ..good.clone() }, "node 9 is not another member"),
     ];
     for (dir, hello, reason) in cases {
         for _ in 0..3 {
             let bytes = Frame::Hello(hello.clone()).encode().unwrap();
+            let outdated = hello.feature_level() < FEATURE_LEVEL;
+            let expected = if outdated { RefusalCode::Outdated } else { RefusalCode::Other };
             match call(dir, to, &bytes) {
                 HelloReply::Refused(Refusal { code, reason: said }) => {
-                    assert!(said.contains(reason) && code == RefusalCode::Other, "{said}");
+                    assert!(said.contains(reason) && code == expected, "{said}");
                 }
-                HelloReply::Accepted => panic!("accepted: {hello:?}"),
+                HelloReply::Accepted(_) => panic!("accepted: {hello:?}"),
             }
         }
         node.log.wait_for(&["WARN", reason], 1);
         assert_eq!(node.log.count(&["WARN", reason]), 1, "{reason}");
     }
     assert!(matches!(call(second, to, &[3, 0, 0, 0, 3, 1, 1]), HelloReply::Refused(_)));
-    assert_eq!(call(second, to, &Frame::Hello(good).encode().unwrap()), HelloReply::Accepted);
+    assert_eq!(call(second, to, &Frame::Hello(good).encode().unwrap()), HelloReply::Accepted(Some(FEATURE_LEVEL)));
     node.wait("good caller", |event| matches!(event, PeerEvent::InboundUp(2)));
     node.end(Do::Stop);
 }

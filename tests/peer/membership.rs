@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use twistlock_ha::{
     cluster::{
-        Member, Membership, NodeId,
+        FEATURE_LEVEL, Member, Membership, NodeId,
         membership::{Change, Newcomer, Request},
     },
     peer::{
@@ -33,6 +33,7 @@ fn joined(membership: &Membership, id: NodeId, to: SocketAddr) -> Membership {
         address: to.ip().to_string(),
         port: to.port(),
         version: "1.2.3".to_owned(),
+        level: 1,
         fingerprint: String::new(),
         csr: String::new(),
         console_csr: String::new(),
@@ -277,7 +278,7 @@ fn two_processes_with_one_identity_are_noticed_and_the_second_is_refused() {
     let twin = Frame::Hello(hello());
     let call = || call(dirs[1].path(), address(&membership, 1), &twin.encode().unwrap());
     nodes[0].seen.clear();
-    assert_eq!(call(), HelloReply::Accepted, "it may be a restart");
+    assert_eq!(call(), HelloReply::Accepted(Some(FEATURE_LEVEL)), "it may be a restart");
     nodes[1].wait("theft", |event| matches!(event, PeerEvent::Down { peer: 1, .. }));
     nodes[1].wait("return", |event| matches!(event, PeerEvent::Up(1)));
     // The twin hangs up each time, so its call is no theft unless the true one is back.
@@ -287,7 +288,7 @@ fn two_processes_with_one_identity_are_noticed_and_the_second_is_refused() {
     for _ in 0..3 {
         match call() {
             HelloReply::Refused(Refusal { reason, .. }) => assert!(reason.contains("two processes use"), "{reason}"),
-            HelloReply::Accepted => panic!("the true one was robbed"),
+            HelloReply::Accepted(_) => panic!("the true one was robbed"),
         }
     }
     nodes[0].wait("alarm", |event| matches!(event, PeerEvent::Twins { peer: 2, gone: false }));

@@ -17,10 +17,10 @@ use tokio::{
 };
 use tracing::Dispatch;
 use twistlock_ha::{
-    cluster::{ClusterId, Member, Membership, NodeId, command::FORMAT_VERSION},
+    cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, NodeId, command::FORMAT_VERSION},
     peer::{
         self, Edition, LeaseTerms, LinkSender, Links, LinksConfig, NodeReport, PeerEvent, PeerIdentity, Purpose,
-        Roster, SnapshotCall,
+        Roster, StreamCall,
         codec::{Frame, Hello, HelloReply, PROTOCOL_VERSION},
     },
     pki::{Authority, NodeTls},
@@ -114,7 +114,7 @@ pub fn first(membership: &Membership) -> Edition {
 pub struct Around {
     pub identity: PeerIdentity,
     pub editions: watch::Sender<Edition>,
-    pub snapshots: tokio::sync::mpsc::Receiver<SnapshotCall>,
+    pub snapshots: tokio::sync::mpsc::Receiver<StreamCall>,
     pub tls: watch::Sender<Arc<NodeTls>>,
 }
 
@@ -131,6 +131,8 @@ impl Around {
             terms: TERMS,
             tls: tls.subscribe(),
             snapshots: snapshot_sender,
+            keys: tokio::sync::mpsc::channel(1).0,
+            level: FEATURE_LEVEL,
         };
         Self { identity, editions, snapshots, tls }
     }
@@ -146,7 +148,7 @@ pub struct Node {
     pub stop: watch::Sender<bool>,
     pub log: Log,
     pub editions: watch::Sender<Edition>,
-    pub snapshots: tokio::sync::mpsc::Receiver<SnapshotCall>,
+    pub snapshots: tokio::sync::mpsc::Receiver<StreamCall>,
     pub tls: watch::Sender<Arc<NodeTls>>,
     pub links: Option<JoinHandle<()>>,
     pub handshakes: Option<JoinHandle<()>>,
@@ -333,5 +335,6 @@ pub fn hello() -> Hello {
         incarnation: 5,
         version: "1.2.3".to_owned(),
         reached: None,
+        level: Some(FEATURE_LEVEL),
     }
 }

@@ -62,6 +62,7 @@ fn invariants_hold_on_every_seed() {
     // A simulation in which nothing happens proves nothing.
     assert!(total.acknowledged > seeds * 20 && total.takeovers > seeds * 2 && total.crashes > seeds, "{total:?}");
     assert!(total.removed > seeds / 4 && total.joined > seeds / 20, "{total:?}");
+    assert!(total.raised > seeds / 40 && total.programs > seeds / 4, "{total:?}");
 }
 
 #[test]
@@ -93,4 +94,18 @@ fn a_lease_that_is_too_long_is_caught() {
     let timing = Timing { lease: 900_000_000, ..Timing::default() };
     let caught = (0..300).any(|seed| std::panic::catch_unwind(|| run(seed, timing)).is_err());
     assert!(caught, "300 seeds with a lease of 900 ms found nothing");
+}
+
+/// The same for a program that does not know that the cluster runs a newer feature level than its own.
+#[test]
+fn an_older_program_that_would_serve_is_caught() {
+    let caught = (0..300).any(|seed| {
+        let storm = || {
+            let mut world = World::new(seed, Timing::default());
+            world.blind = true;
+            world.storm_until(STORM);
+        };
+        std::panic::catch_unwind(storm).is_err()
+    });
+    assert!(caught, "300 seeds with programs that do not know their level found nothing");
 }

@@ -15,6 +15,9 @@ use twistlock_ha::cluster::{
 use super::disk::SimLog;
 
 const MILLI: u64 = 1_000_000;
+/// The feature levels of the programs that there are. Both know the rule.
+const OLD: u32 = 2;
+const NEW: u32 = 3;
 
 /// What happened in one seed; equal for equal seeds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +29,9 @@ pub struct Summary {
     pub handovers: u64,
     pub removed: u64,
     pub joined: u64,
+    /// How often another program was installed on a node, and how often the feature level was raised.
+    pub programs: u64,
+    pub raised: u64,
 }
 
 impl Summary {
@@ -37,6 +43,8 @@ impl Summary {
         self.handovers += other.handovers;
         self.removed += other.removed;
         self.joined += other.joined;
+        self.programs += other.programs;
+        self.raised += other.raised;
     }
 }
 
@@ -71,6 +79,8 @@ struct Node {
     paused: bool,
     /// Its database cannot be opened for writing.
     unfit: bool,
+    /// The feature level of its program.
+    level: u32,
     deferred: Vec<Event>,
     /// Local clock = offset + rate * time / 1000.
     rate: u64,
@@ -102,6 +112,7 @@ impl Node {
             life: 0,
             paused: false,
             unfit: false,
+            level: OLD,
             deferred: Vec::new(),
             rate: rng.random_range(950..=1050),
             offset: rng.random_range(0..1_000_000 * MILLI),
@@ -145,6 +156,10 @@ pub struct World {
     highest_ack: u64,
     epochs: BTreeMap<u64, u64>,
     next_value: u64,
+    /// The highest feature level that came into force on any node.
+    in_force: u32,
+    /// The programs do not know their own level: the checks must find out.
+    pub blind: bool,
     summary: Summary,
     /// What led here, for the message of a failed check.
     trace: VecDeque<String>,
@@ -152,7 +167,7 @@ pub struct World {
 
 fn membership() -> Membership {
     let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
-    Membership::founded(ClusterId(7), (1..=3).map(member).collect())
+    Membership { level: OLD, ..Membership::founded(ClusterId(7), (1..=3).map(member).collect()) }
 }
 
 fn request(id: u64) -> Request {
@@ -162,6 +177,7 @@ fn request(id: u64) -> Request {
         address: format!("127.0.0.{id}"),
         port: 8086,
         version: "1.2.3".to_owned(),
+        level: OLD,
         fingerprint: format!("AB:{id}"),
         csr: String::new(),
         console_csr: String::new(),
@@ -192,6 +208,8 @@ impl World {
             highest_ack: 0,
             epochs: BTreeMap::new(),
             next_value: 1,
+            in_force: OLD,
+            blind: false,
             summary: Summary::default(),
             trace: VecDeque::new(),
         };
@@ -227,7 +245,8 @@ impl World {
         let now = node.clock(time);
         let (membership, membership_index) = (&node.membership.0, node.membership.1);
         let (conf_index, applied) = (node.log.conf_index(), node.applied);
-        let start = Start { membership, membership_index, conf_index, applied };
+        let level = if self.blind { u32::MAX } else { node.level };
+        let start = Start { membership, membership_index, conf_index, applied, level };
         let cluster = Cluster::new(&start, node.id, self.timing, node.log.clone(), now);
         node.cluster = Some(cluster.expect("the log can be read"));
         let cluster = node.cluster.as_mut().expect("it was just made");
@@ -302,6 +321,10 @@ impl World {
         self.cut.clear();
         self.loss = 0.0;
         self.stall = 0.0;
+        if self.summary.raised > 0 {
+            // Whoever is outdated needs the newer program to serve again.
+            (0..self.nodes.len()).for_each(|at| self.install(at, NEW));
+        }
         if self.nodes.iter().any(|node| node.membership.0.voters().count() < 3) {
             // Soon there may be a sole voter: one that cannot serve has nobody to leave the role to.
             (0..self.nodes.len()).for_each(|at| self.repair(at));
@@ -323,7 +346,7 @@ impl World {
     fn fault(&mut self) {
         let at = self.rng.random_range(0..self.nodes.len());
         let (id, last) = (self.nodes[at].id, self.nodes.len() as u64);
-        let kind = self.rng.random_range(0..16);
+        let kind = self.rng.random_range(0..20);
         self.note(format!("fault {kind} at node {id}"));
         match kind {
             0..3 => self.crash(at),
@@ -351,6 +374,12 @@ impl World {
             10 => (0..self.nodes.len()).for_each(|at| self.repair(at)),
             11 => self.stall = [0.0, 0.01, 0.3][self.rng.random_range(0..3)],
             12 => self.hand_over(at),
+            13 => {
+                // Twice as often up as down.
+                let level = [OLD, NEW, NEW][self.rng.random_range(0..3)];
+                self.install(at, level);
+            }
+            14..17 => (0..self.nodes.len()).for_each(|at| self.raise(at)),
             _ => (0..self.nodes.len()).for_each(|at| self.reconfigure(at)),
         }
         self.check();
@@ -386,6 +415,28 @@ impl World {
         if std::mem::take(&mut self.nodes[at].unfit) {
             self.crash(at);
         }
+    }
+
+    /// Another program is installed on a host, which takes a restart.
+    fn install(&mut self, at: usize, level: u32) {
+        if std::mem::replace(&mut self.nodes[at].level, level) != level {
+            self.note(format!("node {} gets a program of level {level}", self.nodes[at].id));
+            self.summary.programs += 1;
+            self.crash(at);
+        }
+    }
+
+    /// Whoever believes to be the primary raises the level to that of its own program, whatever the others have: worse than
+    /// what a node does, which asks them first.
+    fn raise(&mut self, at: usize) {
+        let (now, level) = (self.nodes[at].clock(self.time), self.nodes[at].level);
+        let node = &mut self.nodes[at];
+        let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) else { return };
+        if cluster.change(now, &Change::Raise { level, version: "3".to_owned() }).is_ok() {
+            self.summary.raised += 1;
+            self.note(format!("node {} raises the level to {level}", self.nodes[at].id));
+        }
+        self.drive(at);
     }
 
     /// The administrator removes a member of a complete cluster, or lets a new host join an incomplete one. Whoever
@@ -424,6 +475,8 @@ impl World {
                 self.summary.joined += u64::from(membership.next_id > before.next_id);
                 self.summary.removed += u64::from(membership.removed.len() > before.removed.len());
             }
+            assert!(membership.level >= self.nodes[at].membership.0.level, "a feature level was lowered");
+            self.in_force = self.in_force.max(membership.level);
             let now = self.nodes[at].clock(self.time);
             if let Some(cluster) = &mut self.nodes[at].cluster {
                 cluster.set_paused(now, membership.pause.as_ref().map_or(0, |pause| pause.until));
@@ -687,5 +740,12 @@ impl World {
     fn check(&self) {
         let open: Vec<_> = self.nodes.iter().filter(|node| node.ports_open(self.time)).map(|node| node.id).collect();
         assert!(open.len() <= 1, "ports are open on nodes {open:?} at {} ms", self.time / MILLI);
+        let outdated = self.nodes.iter().find(|node| node.ports_open(self.time) && node.level < self.in_force);
+        if let Some(node) = outdated {
+            panic!(
+                "node {} serves with a program of level {} in a cluster of level {}",
+                node.id, node.level, self.in_force
+            );
+        }
     }
 }

@@ -12,9 +12,9 @@ export class Problem extends Error {
   }
 }
 
-const listeners = { expired: () => {}, lost: () => {} };
+const listeners = { expired: () => {}, lost: () => {}, recovered: async () => false };
 
-// Who is told that the session has ended, and that nobody answered.
+// Who is told that the session has ended, and that nobody answered; and who knows when somebody does again.
 export function onTrouble(told) {
   Object.assign(listeners, told);
 }
@@ -47,8 +47,18 @@ export async function send(method, path, { body, limit = LONGEST } = {}) {
   }
 }
 
+// What only asks is asked again, once, when there is a PRIMARY again.
+async function ask(method, path, body) {
+  try {
+    return await send(method, path, { body });
+  } catch (error) {
+    if (method !== 'GET' || !(await listeners.recovered())) throw error;
+    return send(method, path, { body });
+  }
+}
+
 async function call(method, path, body) {
-  const response = await send(method, path, { body });
+  const response = await ask(method, path, body);
   if (response.status === 401) {
     listeners.expired();
     throw new Problem(401, 'Your session has ended: log in again.');
@@ -83,12 +93,38 @@ export async function signUp(username, password) {
   await post('/signup', { username, password });
 }
 
+// { username, role, expiresInSec }.
+export const whoIs = () => get('/authenticate');
+
 // Throws what the daemon says: wrong password, or too many attempts.
 export async function logIn(username, password) {
   const response = await send('POST', '/authenticate', { body: { username, password } });
   if (!response.ok) throw new Problem(response.status, await text(response));
 }
 
+let renewal = 0;
+let active = false;
+for (const type of ['pointerdown', 'keydown']) document.addEventListener(type, () => { active = true; }, { passive: true });
+
+// Renews the session before it ends, for as long as somebody uses the page. Nobody is kept logged in by a page that is
+// only open.
+export function keepSession(seconds) {
+  clearTimeout(renewal);
+  // Near its end, it is let go.
+  if (!(seconds > 5)) return;
+  renewal = setTimeout(async () => {
+    let left = seconds / 2;
+    try {
+      if (active) left = (await get('/authenticate/renew')).expiresInSec;
+      active = false;
+    } catch {
+      // No answer at the moment: the session goes on at the next PRIMARY, so this is tried again there.
+    }
+    keepSession(left);
+  }, Math.min(seconds * 500, 2 ** 30));
+}
+
 export async function logOut() {
+  clearTimeout(renewal);
   await send('POST', '/logout');
 }

@@ -1,9 +1,9 @@
 // The frame of the page: who is logged in, which page is open, and the line that says when the PRIMARY does not answer.
 
-import { get, logOut, onTrouble } from './api.js';
+import { get, keepSession, logOut, onTrouble, whoIs } from './api.js';
 import { h, show } from './dom.js';
-import { dismiss, live, start, stop, subscribe, suspect } from './live.js';
-import { announce, button } from './parts.js';
+import { dismiss, live, recovered, start, stop, subscribe, suspect } from './live.js';
+import { announce, button, toast } from './parts.js';
 import { ROLES, span } from './words.js';
 import { open as backups } from './backups.js';
 import { open as certificates } from './certificates.js';
@@ -19,7 +19,7 @@ const HOME = '#/manage/system/high-availability';
 const ADMINISTRATOR = ['admin'];
 const READERS = ['admin', 'auditor'];
 const PAGES = [
-  { group: 'System', title: 'High Availability', hash: HOME, open: cluster },
+  { group: 'System', title: 'High Availability', hash: HOME, open: cluster, clustered: true },
   { group: 'System', title: 'Backup & Restore', hash: '#/manage/system/backup', open: backups, roles: ADMINISTRATOR },
   { group: 'System', title: 'General', hash: '#/manage/system/general', open: general },
   { group: 'Authentication', title: 'Users', hash: '#/manage/authentication/users', open: users, roles: ADMINISTRATOR },
@@ -31,11 +31,12 @@ const PAGES = [
 
 const element = (id) => document.getElementById(id);
 let user = null;
+let clustered = true;
 let close = null;
 // The version that this page came from: after an upgrade it fits the Console no more.
 let version = null;
 
-const allowed = (page) => !page.roles || page.roles.includes(user.role);
+const allowed = (page) => (!page.roles || page.roles.includes(user.role)) && (!page.clustered || clustered);
 
 function drawTop() {
   const brand = h('a', { class: 'brand', href: HOME }, h('span', { class: 'mark', 'aria-hidden': 'true' }), 'Twistlock HA');
@@ -55,9 +56,9 @@ function drawNav() {
     h('li', {}, h('a', { href: hash, 'aria-current': hash === window.location.hash ? 'page' : null }, title));
   show(
     nav,
-    groups.map((group) => [
-      h('h2', { id: `group-${group}` }, group),
-      h('ul', { 'aria-labelledby': `group-${group}` }, pages.filter((page) => page.group === group).map(link)),
+    groups.map((group, at) => [
+      h('h2', { id: `group-${at}` }, group),
+      h('ul', { 'aria-labelledby': `group-${at}` }, pages.filter((page) => page.group === group).map(link)),
     ]),
   );
 }
@@ -75,7 +76,7 @@ function route() {
   const page = PAGES.find(({ hash }) => hash === window.location.hash);
   if (!page || !allowed(page)) {
     // Replaces the entry: the way back must not lead here again.
-    window.location.replace(HOME);
+    window.location.replace(PAGES.find(allowed).hash);
     return;
   }
   clear();
@@ -111,8 +112,11 @@ function drawConnection() {
 }
 
 async function enter() {
-  user = await get('/session');
-  version = await get('/version');
+  user = await whoIs();
+  const system = await get('/settings/system');
+  version ??= system.version;
+  clustered = system.haEnabled !== false;
+  keepSession(user.expiresInSec);
   start(expired);
   drawTop();
   drawConnection();
@@ -126,7 +130,7 @@ async function askWho(note) {
   drawTop();
   drawNav();
   document.title = 'Twistlock HA';
-  await login(element('main'), enter, note);
+  await login(element('main'), enter, note).catch(trouble);
 }
 
 function expired() {
@@ -139,14 +143,21 @@ function expired() {
 async function leave() {
   try {
     await logOut();
-  } finally {
-    stop();
-    await askWho('You are logged out.');
+  } catch (error) {
+    toast(`You may still be logged in. ${error.message}`, 'bad');
+    return;
   }
+  stop();
+  await askWho('You are logged out.');
+}
+
+function trouble(error) {
+  const again = button('Try again', () => window.location.reload());
+  show(element('main'), h('h1', {}, 'The Console does not answer'), h('p', {}, error.message), again);
 }
 
 async function begin() {
-  onTrouble({ expired: () => expired(), lost: suspect });
+  onTrouble({ expired: () => expired(), lost: suspect, recovered });
   subscribe(drawConnection);
   window.addEventListener('hashchange', route);
   element('skip').addEventListener('click', () => element('main').focus());
@@ -159,6 +170,4 @@ async function begin() {
   }
 }
 
-begin().catch((error) => {
-  show(element('main'), h('h1', {}, 'The Console does not answer'), h('p', {}, error.message), button('Try again', () => window.location.reload()));
-});
+begin().catch(trouble);

@@ -3,19 +3,24 @@
 import { get, post, remove } from './api.js';
 import { h, show } from './dom.js';
 import { button, card, confirm, field, form, page, table, toast, when } from './parts.js';
+import { time } from './words.js';
 
-const COLUMNS = [['Of'], ['Subject'], ['Issuer'], ['Expires'], ['Source']];
+const COLUMNS = [['Of'], ['Subject', 'wide-column'], ['Issuer', 'user-column'], ['Expires', 'time-column'], ['From']];
 
 function row(certificate, at) {
   const names = certificate.names ?? [];
   return {
     key: `certificate-${at}`,
     cells: [
-      certificate.of ?? '–',
-      [h('strong', {}, certificate.subject ?? '–'), names.length > 0 && h('div', { class: 'quiet' }, names.join(', '))],
-      certificate.issuer ?? '–',
-      when(certificate.not_after ?? certificate.notAfter),
-      certificate.source ?? '–',
+      certificate.of,
+      [
+        h('strong', {}, certificate.subject),
+        names.length > 0 && h('div', { class: 'quiet' }, names.join(', ')),
+        certificate.missing?.length > 0 && h('div', { class: 'problem' }, `Not good for: ${certificate.missing.join(', ')}`),
+      ],
+      certificate.issuer,
+      when(certificate.not_after),
+      certificate.source,
     ],
   };
 }
@@ -57,9 +62,8 @@ export function open(root) {
     { kind: 'danger' },
   );
   function draw() {
-    const served = [].concat(state.served ?? []);
     const custom = state.custom && [
-      h('p', {}, `Served now: ${state.custom.subject ?? 'a certificate of your own'}.`),
+      h('p', {}, `Given to all Consoles by ${state.custom.by}, ${time(state.custom.at)}.`),
       button('Go back to the certificate of the cluster …', back),
     ];
     const empty = state.problem ?? 'Loading …';
@@ -68,7 +72,7 @@ export function open(root) {
       page(
         'Certificates',
         'Every member signs a certificate for its Console by itself, with the authority of the cluster.',
-        card('In use', {}, table('Certificates', COLUMNS, served.map(row), empty)),
+        card('In use', {}, table('Certificates', COLUMNS, state.served.map(row), empty)),
         h('div', { class: 'columns' },
           card('Names of the Console', {}, naming()),
           card('A certificate of your own', {}, custom, uploading())),
@@ -78,11 +82,10 @@ export function open(root) {
   async function load() {
     try {
       const found = await get('/settings/certs');
-      state.served = found.certificates ?? found.served ?? [];
+      state.served = found.certificates ?? [];
+      state.custom = found.custom ?? null;
       state.names = found.consoleSAN ?? [];
       state.problem = 'Nothing is known about the certificates in use.';
-      const custom = await get('/settings/custom-certs');
-      state.custom = custom?.subject || custom?.installed ? custom : null;
     } catch (error) {
       state.problem = error.status === 404 ? 'This version has no settings for certificates.' : error.message;
     }

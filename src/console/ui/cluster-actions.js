@@ -66,9 +66,13 @@ export function switchover(members) {
     const checks = h('div', { 'aria-live': 'polite', class: 'check-area' });
     const wish = (to) => (to ? { to } : {});
     const look = async (to) => {
+      const submit = checks.closest('form')?.querySelector('[type=submit]');
+      if (submit) submit.disabled = true;
       show(checks, h('p', { class: 'quiet' }, 'Looking whether it can be done …'));
       try {
-        show(checks, checkList(await post('/high-availability/switchover', { ...wish(to), dryRun: true })));
+        const report = await post('/high-availability/switchover', { ...wish(to), dryRun: true });
+        show(checks, checkList(report));
+        checks.closest('form').querySelector('[type=submit]').disabled = report.checks.some((check) => !check.ok);
       } catch (error) {
         show(checks, h('p', { class: 'problem' }, error.message));
       }

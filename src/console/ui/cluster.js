@@ -6,10 +6,14 @@ import { chart, picture } from './cluster-picture.js';
 import { list } from './api.js';
 import { h, show } from './dom.js';
 import { live, subscribe } from './live.js';
-import { badge, button, card, copyButton, page, table, toast, when } from './parts.js';
+import { announce, badge, button, card, copyButton, page, table, toast, when } from './parts.js';
 import { bytes, CLUSTER_SIZE, count, lastContact, span, stateWords, time, tolerance } from './words.js';
 
+// The roles that may have the join line.
+const INSTALLERS = ['admin', 'operator', 'defenderManager'];
 const EVENTS = 20;
+// The API gives no more at once.
+const MOST = 400;
 
 // A failure of what was asked by a button without a dialog.
 async function attempt(work) {
@@ -50,7 +54,7 @@ function lagCell(member, status) {
   return h(
     'div',
     { class: 'lag' },
-    h('span', {}, known ? text : `last known: ${text}`),
+    h('span', {}, known ? text : `last: ${text}`),
     chart(live.lags.get(member.id) ?? []),
   );
 }
@@ -118,7 +122,7 @@ function requestRow(request, may) {
 }
 
 const COLUMNS = [
-  ['Node', 'name-column'], ['State', 'state-column'], ['Address', 'name-column'], ['Version'], ['Behind', 'lag-column'], ['Last contact'], ['', 'action-column'],
+  ['Node', 'name-column'], ['State', 'state-column'], ['Address', 'address-column'], ['Version'], ['Behind', 'lag-column'], ['Last contact'], ['', 'action-column'],
 ];
 
 function nodes(status, may) {
@@ -143,9 +147,9 @@ function applyObstacle(status) {
   return null;
 }
 
-function joining(status, state, may, redraw) {
+function joining(status, state, { may, user }, redraw) {
   const requests = status.membership.requests ?? [];
-  const obstacle = applyObstacle(status);
+  const obstacle = applyObstacle(status) ?? (may ? null : 'Only an Administrator can admit them.');
   const make = () => attempt(async () => {
     state.line = await actions.joinLine();
     redraw();
@@ -162,7 +166,7 @@ function joining(status, state, may, redraw) {
   const made = button(state.line ? 'Make a new join line' : 'Show the join line', make, { kind: state.line ? 'plain' : 'primary' });
   if (complete) return card('Add hosts', {}, h('p', {}, obstacle, ' To replace a host, remove it first (✕), then join another.'));
   const press = button('APPLY', () => actions.apply(requests), {
-    kind: 'primary', disabled: obstacle !== null || !may, id: 'apply', 'aria-describedby': 'apply-why',
+    kind: 'primary', disabled: obstacle !== null, id: 'apply', 'aria-describedby': 'apply-why',
   });
   return card(
     'Add hosts',
@@ -170,7 +174,7 @@ function joining(status, state, may, redraw) {
     h(
       'ol',
       { class: 'steps' },
-      step('Run one line on each host that shall join.', line, may && h('div', { class: 'buttons' }, made)),
+      step('Run one line on each host that shall join.', line, INSTALLERS.includes(user.role) && h('div', { class: 'buttons' }, made)),
       step('Each of them appears above as REQUEST_JOIN. Compare its fingerprint.'),
       step('Admit them.', h('div', { class: 'buttons' }, press),
         h('p', { id: 'apply-why', class: 'quiet' }, obstacle ?? `Ready: ${count(requests.length, 'host asks', 'hosts ask')} to join.`)),
@@ -204,36 +208,34 @@ function overview(status, now, may) {
       picture(status, searching),
       h('div', {},
         h('p', { class: 'large' }, text),
-        h('p', { class: 'quiet' }, status.reason),
+        h('p', { class: 'quiet' }, `Last change of its role: ${status.reason}`),
         controls(status, now, may))),
   );
 }
 
-function eventRow(event, at) {
-  const facts = event.fields ?? {};
-  const took = facts.durationMs ?? facts.duration_ms ?? event.durationMs ?? event.duration_ms;
+function eventRow(event) {
   return {
-    key: `event-${event.id ?? at}`,
-    kind: event.severity,
+    key: `event-${event.id}`,
+    kind: `severity-${event.severity}`,
     cells: [
       when(event.time),
-      event.node ?? '',
-      [event.sentence ?? event.reason ?? event.kind, took !== undefined && h('span', { class: 'quiet' }, ` (${span(took)})`)],
+      event.node,
+      event.sentence,
     ],
   };
 }
 
 function history(state) {
   const rows = state.events.map(eventRow);
-  const more = state.total > state.events.length && button('Show older ones', state.more);
+  const more = state.events.length >= state.wanted && state.wanted < MOST && button('Show older ones', state.more);
   const empty = state.eventsProblem ?? 'Nothing has happened yet.';
   return card('History', {}, table('History', [['When', 'time-column'], ['Node', 'name-column'], ['What and why', 'wide-column']], rows, empty), more);
 }
 
 async function loadEvents(state, redraw, wanted = EVENTS) {
   try {
-    const { rows, total } = await list('/high-availability/events', wanted, 0);
-    Object.assign(state, { events: rows, total, eventsProblem: null });
+    const { rows } = await list('/high-availability/events', wanted, 0);
+    Object.assign(state, { events: rows, wanted, eventsProblem: null });
   } catch (error) {
     if (error.status !== 0) state.eventsProblem = error.status === 404 ? 'No history is kept yet.' : error.message;
   }
@@ -247,26 +249,37 @@ function mark(status) {
   return [status.epoch, status.primary, members, pause?.until, requests?.length].join();
 }
 
-export function open(root, { may }) {
-  const state = { line: null, events: [], total: 0, eventsProblem: null, more: null };
+// Says what has changed to who cannot see it. Returns what to compare the next status with.
+function speak(status, before) {
+  const requests = (status.membership.requests ?? []).map((request) => [request.name, 'REQUEST_JOIN']);
+  const states = new Map([...status.members.map((member) => [member.name, member.state]), ...requests]);
+  const changes = [...states].filter(([name, state]) => before && before.get(name) !== state);
+  if (changes.length > 0) announce(`${changes.map(([name, state]) => `${name} is ${state}`).join(', ')}.`);
+  return states;
+}
+
+export function open(root, { may, user }) {
+  const state = { line: null, events: [], wanted: EVENTS, eventsProblem: null, more: null };
   let seen = '';
+  let spoken = null;
   let timer = 0;
   const draw = () => {
     const { status } = live;
     const now = Date.now() / 1000;
     const parts = status
-      ? [banner(status, now), overview(status, now, may), nodes(status, may), joining(status, state, may, draw), history(state)]
+      ? [banner(status, now), overview(status, now, may), nodes(status, may), joining(status, state, { may, user }, draw), history(state)]
       : [h('p', { class: 'quiet' }, 'Asking the PRIMARY …')];
     show(root, page('High Availability', null, parts));
   };
-  state.more = () => loadEvents(state, draw, state.events.length + EVENTS);
+  state.more = () => loadEvents(state, draw, Math.min(MOST, state.wanted + 4 * EVENTS));
   const changed = () => {
     draw();
+    if (live.status) spoken = speak(live.status, spoken);
     if (!live.status || live.phase !== 'live' || seen === mark(live.status)) return;
     seen = mark(live.status);
     // What has just happened is written down a moment later.
     clearTimeout(timer);
-    timer = setTimeout(() => loadEvents(state, draw, Math.max(EVENTS, state.events.length)), 700);
+    timer = setTimeout(() => loadEvents(state, draw, state.wanted), 700);
   };
   const unsubscribe = subscribe(changed);
   changed();

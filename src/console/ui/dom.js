@@ -57,14 +57,16 @@ function alike(a, b) {
 // What the user has done to an element and no picture may undo.
 const KEPT = new Set(['open', 'value', 'checked']);
 
+const keeps = (element, name) => KEPT.has(name) && element.nodeName !== 'PROGRESS';
+
 function morphAttributes(old, next) {
   for (const { name } of [...old.attributes]) {
-    if (!next.hasAttribute(name) && !KEPT.has(name)) old.removeAttribute(name);
+    if (!next.hasAttribute(name) && !keeps(old, name)) old.removeAttribute(name);
   }
   for (const { name, value } of next.attributes) {
     // Set only when it differs: an attribute that is set again makes some screen readers speak again. A style comes as a
     // property, since the policy of the page forbids the attribute.
-    if (name !== 'style' && !KEPT.has(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
+    if (name !== 'style' && !keeps(old, name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
   if (next.style && old.style.backgroundColor !== next.style.backgroundColor) {
     old.style.backgroundColor = next.style.backgroundColor;

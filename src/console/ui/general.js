@@ -1,6 +1,6 @@
 // Manage > System > General: what this Console is, and how long sessions last.
 
-import { get, put } from './api.js';
+import { get, post } from './api.js';
 import { h, show } from './dom.js';
 import { live } from './live.js';
 import { card, check, field, form, page, toast } from './parts.js';
@@ -13,7 +13,7 @@ export function open(root, { may }) {
   const state = { system: {}, logon: null };
   const save = async ({ minutes, strong }) => {
     const wanted = { ...state.logon, sessionTimeoutSec: Math.round(Number(minutes) * 60), strongPassword: strong === 'on' };
-    await put('/settings/logon', wanted);
+    await post('/settings/logon', wanted);
     state.logon = wanted;
     toast('Saved');
   };

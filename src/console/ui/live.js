@@ -13,6 +13,9 @@ const ANSWER = 3_000;
 // Without a stream, because there are too many.
 const POLL = 2_000;
 const SAMPLES = 120;
+const BRIEF = 2_000;
+// What somebody who has asked for something waits for at most.
+const LONGEST = 30_000;
 
 export const live = {
   // opening, live, searching, resting (nobody looks) or off.
@@ -69,13 +72,12 @@ export function nameOf(status, id) {
 }
 
 // Reads events from a response; returns the reason of its end, or nothing if it broke off.
-async function follow(response) {
+async function follow(response, own) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = '';
   for (;;) {
-    const alarm = setTimeout(() => controller.abort(), SILENCE);
-    const { done, value } = await reader.read();
-    clearTimeout(alarm);
+    const alarm = setTimeout(() => own.abort(), SILENCE);
+    const { done, value } = await reader.read().finally(() => clearTimeout(alarm));
     if (done) return undefined;
     const events = (buffer + value).split('\n\n');
     buffer = events.pop();
@@ -102,7 +104,8 @@ async function search() {
         const response = await send('GET', '/high-availability', { limit: ANSWER });
         if (response.status === 401) return false;
         if (response.ok) {
-          found(before, await response.json());
+          const status = await response.json();
+          if (live.phase === 'searching') found(before, status);
           return true;
         }
       }
@@ -118,7 +121,9 @@ async function search() {
 function found(before, status) {
   const ms = performance.now() - live.lostAt;
   const changed = before && before.primary !== status.primary;
-  live.takeover = before && { from: nameOf(before, before.primary), to: status.name, ms, changed, planned: live.farewell };
+  // That the same one was away for a moment is no news.
+  const news = before && (changed || ms > BRIEF);
+  live.takeover = news && { from: nameOf(before, before.primary), to: status.name, ms, changed, planned: live.farewell };
   live.farewell = false;
   take(status);
   enter('live');
@@ -129,7 +134,9 @@ async function poll(until) {
     const response = await send('GET', '/high-availability', { limit: ANSWER });
     if (response.status === 401) return false;
     if (!response.ok) throw new Error('no status');
-    take(await response.json());
+    const status = await response.json();
+    if (live.phase === 'off') break;
+    take(status);
     enter('live');
     await wait(POLL);
   }
@@ -138,23 +145,25 @@ async function poll(until) {
 
 // One stream from its beginning to its end. Returns false if the session has ended.
 async function listen() {
-  controller = new AbortController();
-  const alarm = setTimeout(() => controller.abort(), ANSWER);
+  // Of this stream alone: an alarm that is left over must not end the next one.
+  const own = new AbortController();
+  controller = own;
+  const alarm = setTimeout(() => own.abort(), ANSWER);
   try {
-    const options = { signal: controller.signal, headers: HEADERS, cache: 'no-store', credentials: 'same-origin' };
+    const options = { signal: own.signal, headers: HEADERS, cache: 'no-store', credentials: 'same-origin' };
     const response = await fetch('/api/v1/high-availability/stream', options);
     clearTimeout(alarm);
     if (response.status === 401) return false;
     if (response.status === 503) return await poll(performance.now() + 30_000);
     if (!response.ok) throw new Error(`status ${response.status}`);
-    const end = await follow(response);
+    const end = await follow(response, own);
     if (end === 'renew') return true;
     live.farewell = end === 'closing';
   } catch {
     // It broke off, or nobody was there.
   } finally {
     clearTimeout(alarm);
-    controller.abort();
+    own.abort();
   }
   if (live.phase === 'off' || document.hidden) return true;
   return search();
@@ -191,11 +200,31 @@ export function stop() {
   live.lags.clear();
   heardAt = 0;
   controller?.abort();
+  publish();
 }
 
 // A request had no answer: the stream may not have noticed yet.
 export function suspect() {
   if (live.phase === 'live') controller?.abort();
+}
+
+// The same, and true once a PRIMARY answers, false if none does for long.
+export function recovered() {
+  if (live.phase === 'off' || live.phase === 'opening') return Promise.resolve(false);
+  suspect();
+  return new Promise((resolve) => {
+    let unsubscribe = () => {};
+    const end = (value) => {
+      unsubscribe();
+      resolve(value);
+    };
+    const timer = setTimeout(() => end(false), LONGEST);
+    unsubscribe = subscribe(() => {
+      if (live.phase === 'searching') return;
+      clearTimeout(timer);
+      end(live.phase === 'live');
+    });
+  });
 }
 
 // Closes the message about the last change of the PRIMARY.

@@ -3,28 +3,34 @@
 import { get, list } from './api.js';
 import { h, show } from './dom.js';
 import { button, card, page, table, when } from './parts.js';
+import { time } from './words.js';
 
 const ROWS = 50;
 const LINES = 500;
-const COLUMNS = [['When', 'time-column'], ['User'], ['From'], ['What'], ['Difference', 'wide-column']];
+const COLUMNS = [['When', 'time-column'], ['User', 'user-column'], ['From', 'user-column'], ['What', 'what-column'], ['Difference', 'wide-column']];
 
 function difference(value) {
   if (value === null || value === undefined) return '';
-  const fields = typeof value === 'string' ? value : Object.keys(value).length === 0 ? '' : JSON.stringify(value, null, 1);
-  return fields && h('pre', { class: 'difference' }, fields);
+  if (typeof value !== 'object') return String(value);
+  const text = (part) => (part === null || part === undefined ? 'nothing' : part === '' ? 'empty' : typeof part === 'string' ? part : JSON.stringify(part));
+  const lines = Object.entries(value).map(([name, change]) =>
+    h('div', {}, h('span', { class: 'quiet' }, `${name}: `), change?.old === undefined && change?.new === undefined
+      ? text(change) : `${text(change.old)} → ${text(change.new)}`),
+  );
+  return lines.length > 0 && h('div', { class: 'difference' }, lines);
 }
 
 function row(audit, at) {
-  const failed = audit.ok === false || audit.success === false;
+  const failed = audit.ok === false;
   return {
     key: `audit-${audit.id ?? at}`,
     kind: failed ? 'row-down' : null,
     cells: [
       when(audit.time),
-      audit.user ?? audit.username ?? '',
-      h('span', { class: 'mono' }, audit.source ?? audit.sourceIP ?? ''),
-      [`${audit.action ?? audit.type ?? ''} ${audit.what ?? audit.api ?? ''}`, failed && h('strong', {}, ' failed')],
-      difference(audit.difference ?? audit.diff),
+      audit.user,
+      h('span', { class: 'mono' }, audit.source),
+      [`${audit.action} ${audit.what}`, failed && h('strong', {}, ' failed')],
+      difference(audit.difference),
     ],
   };
 }
@@ -77,7 +83,7 @@ export function consoleLog(root) {
   async function load() {
     try {
       const lines = await get(`/logs/console?lines=${LINES}`);
-      text = Array.isArray(lines) ? lines.map((line) => line.log ?? line.text ?? line).join('\n') : String(lines?.lines?.join('\n') ?? lines);
+      text = lines.map((line) => `${time((line.timeMs ?? line.time_ms) / 1000)} ${line.level.padEnd(5)} ${line.text}`).join('\n');
     } catch (error) {
       text = error.message;
     }

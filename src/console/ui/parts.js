@@ -129,6 +129,8 @@ export function dialog(title, body) {
   show(element, h('h2', { id: 'dialog-title' }, title), body(close));
   document.body.append(element);
   element.showModal();
+  // Never on the button that does it: a key that is still held down would press it.
+  (element.querySelector('input, select, textarea') ?? element.querySelector('.buttons .button:last-child'))?.focus();
   return promise;
 }
 

@@ -67,9 +67,13 @@ export function open(root, { user: me }) {
     await put('/users/password', { oldPassword, newPassword });
     element.reset();
     toast('Your password is changed');
+    // All sessions of this user have ended, this one too: asking brings the login.
+    await get('/authenticate').catch(() => {});
   };
   const password = (label, name, autocomplete) => field(label, name, { type: 'password', autocomplete, required: true });
   const renewing = () => form('Change', renew, [
+    // For the browser's password manager.
+    h('input', { name: 'username', autocomplete: 'username', value: me.username, hidden: true, readonly: true }),
     password('Old password', 'oldPassword', 'current-password'),
     password('New password', 'newPassword', 'new-password'),
     password('The same again', 'again', 'new-password'),

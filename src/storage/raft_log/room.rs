@@ -45,6 +45,12 @@ impl RaftLog {
         self.core.shared.full.load(Ordering::Relaxed)
     }
 
+    /// True if a segment can be made with so many free bytes: of a spare file, or of a new one.
+    pub fn can_prepare(&self, free: u64) -> bool {
+        let supply = lock(&self.core.shared.supply);
+        supply.has_spare() || free >= supply.segment_size() as u64
+    }
+
     /// Tries again to make segments, without waiting for it where the log has a helper.
     pub fn retry(&self) {
         match &self.core.helper {

@@ -268,6 +268,11 @@ impl Supply {
         self.files.size
     }
 
+    /// True if there is a file that can be used again.
+    pub fn has_spare(&self) -> bool {
+        !self.spares.is_empty()
+    }
+
     /// Segments that are ready.
     pub fn ready(&self) -> usize {
         self.ready.len()

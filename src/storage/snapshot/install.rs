@@ -5,7 +5,7 @@
 //! snapshot that this node may have acknowledged, nor go below the commit index.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::{self, ErrorKind},
     path::{Path, PathBuf},
 };
@@ -24,6 +24,8 @@ use crate::{
 
 /// A snapshot that is installed, or of no use.
 const DONE: &str = "snapshot.done";
+/// File beside the manifest that says that the end of the raft log needs not be kept again.
+const TAIL_KEPT: &str = "tail-kept";
 /// Where the database has its place below the data folder, and the record of its checkpoint.
 const FOLDER: &str = "database";
 const RECORD: &str = "console.checkpoint";
@@ -70,7 +72,14 @@ impl Ready {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(SnapshotError::io("read", &path)(error)),
         };
-        let unreadable = |why: String| SnapshotError::Contradiction(format!("{} is damaged: {why}", path.display()));
+        let unreadable = |why: String| {
+            SnapshotError::Contradiction(format!(
+                "{} is damaged ({why}): move the folder {} away and start this node again, which then fetches the database \
+                 anew; if it does not start even so, remove it from the cluster and join it again",
+                path.display(),
+                data.join(READY).display()
+            ))
+        };
         let manifest = Manifest::decode(&bytes).map_err(unreadable)?;
         Ok(Some(Self { data: data.to_owned(), manifest }))
     }
@@ -104,11 +113,14 @@ impl Ready {
         let index = self.manifest.record.index;
         let stays = log.first_index() > index + 1 || log.term(index).is_ok_and(|term| term == self.manifest.term);
         let held = log.hold(log.hard_state().commit + 1).filter(|held| held.has_content() && !stays);
-        let Some(held) = held else { return };
+        // An earlier start has kept it, and could not go on.
+        let noted = self.data.join(READY).join(TAIL_KEPT);
+        let Some(held) = held.filter(|_| !noted.exists()) else { return };
         let folder = self.data.join(tail::FOLDER);
-        let database = self.data.join(FOLDER).join(DATABASE);
+        // Nobody else has the database open yet.
+        let database = File::open(self.data.join(FOLDER).join(DATABASE)).ok();
         let written = tail::write(&folder, self.manifest.membership.cluster, node, &held);
-        match written.and_then(|draft| draft.finish(&database)) {
+        match written.and_then(|draft| draft.finish(database.as_ref())) {
             Ok((kept, _)) => info!(
                 entries = kept.dropped,
                 transactions = kept.transactions,
@@ -116,6 +128,10 @@ impl Ready {
                 "the end of the raft log, of which it was not known here whether a majority has it, is kept in a file"
             ),
             Err(error) => warn!(%error, "the end of the raft log that the snapshot replaces cannot be kept"),
+        }
+        // Also after an error, as on a full disk: each start would leave another part of it.
+        if let Err(error) = durable_write(&noted, b"") {
+            warn!(%error, "it cannot be noted that the end of the raft log was kept");
         }
     }
 
@@ -398,14 +414,26 @@ mod tests {
     fn a_tail_of_another_term_is_dropped() {
         let state = install_with_crashes(|| node(60, 2, 30, 10));
         assert_eq!((state.log.0, state.log.1, state.log.2.commit), (INDEX + 1, INDEX, INDEX));
-        // Dropped, but not lost.
+        // Dropped, but not lost; once, however often the installation is begun again.
         let data = node(60, 2, 30, 10);
+        let ready = Ready::find(data.path()).unwrap().unwrap();
+        (0..3).for_each(|_| ready.keep_tail(&open_log(data.path()), 3));
         start(data.path());
         let files = fs::read_dir(data.path().join(tail::FOLDER)).unwrap().map(|file| file.unwrap().path());
         let tails: Vec<_> = files.filter(|path| path.extension().is_some_and(|end| end == "tail")).collect();
         let [file] = &tails[..] else { panic!("{tails:?}") };
         let entries = tail::read(file).unwrap().1;
         assert_eq!((entries[0].index, entries.len()), (31, 30));
+    }
+
+    #[test]
+    fn a_damaged_manifest_is_named_with_what_to_do() {
+        let data = node(30, 2, 25, 10);
+        fs::write(data.path().join(READY).join(MANIFEST), "{").unwrap();
+        let text = Ready::find(data.path()).unwrap_err().to_string();
+        assert!(text.contains("is damaged") && text.contains("snapshot.ready away and start"), "{text}");
+        fs::rename(data.path().join(READY), data.path().join("aside")).unwrap();
+        assert!(Ready::find(data.path()).unwrap().is_none());
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub use self::{incoming::Incoming, install::Ready};
 use super::{
     checkpoint::Record,
     checksum::{page_checksum, read_or_zero},
+    scrub::drop_cache,
 };
 use crate::cluster::{Membership, command::valid_page_size, membership::MAX_ENCODED};
 
@@ -252,6 +253,12 @@ impl Resting {
         self.hold.is_broken()
     }
 
+    /// Lets the next [`Self::read`] behind page `done` come from the disk.
+    pub fn drop_cache(&self, done: u32) {
+        let page_size = self.record.page_size;
+        drop_cache(&self.file, page_size, done, CHUNK as u32 / page_size);
+    }
+
     /// Reads the next pages behind page `done`, at most [`CHUNK`] bytes, none at the end. Returns the XOR of their
     /// checksums.
     ///
@@ -271,7 +278,7 @@ impl Resting {
 }
 
 /// The XOR of the checksums of the pages in `bytes`, of which the first one has the number `done + 1`.
-fn chunk_checksum(done: u32, page_size: u32, bytes: &[u8]) -> u64 {
+pub(crate) fn chunk_checksum(done: u32, page_size: u32, bytes: &[u8]) -> u64 {
     let pages = bytes.chunks_exact(page_size as usize);
     (done + 1..).zip(pages).fold(0, |sum, (number, image)| sum ^ page_checksum(number, image))
 }

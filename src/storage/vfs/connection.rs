@@ -18,7 +18,7 @@ const RESTART_PATIENCE: c_int = 20;
 const APPLICATION_ID: u32 = 0x5477_4841;
 
 /// A raw connection.
-struct Connection(*mut sqlite::sqlite3);
+pub(super) struct Connection(*mut sqlite::sqlite3);
 
 // SAFETY: opened with SQLITE_OPEN_FULLMUTEX, so any thread may use it.
 unsafe impl Send for Connection {}
@@ -31,7 +31,7 @@ impl Drop for Connection {
 }
 
 impl Connection {
-    fn open(name: &CStr, flags: c_int, vfs: Option<&CStr>) -> Result<Self, SqliteError> {
+    pub(super) fn open(name: &CStr, flags: c_int, vfs: Option<&CStr>) -> Result<Self, SqliteError> {
         let mut db = ptr::null_mut();
         let vfs = vfs.map_or(ptr::null(), CStr::as_ptr);
         // SAFETY: the strings live through the call; a handle is returned also with most errors, and closed by Drop.
@@ -42,7 +42,12 @@ impl Connection {
         Ok(connection)
     }
 
-    fn check(&self, what: &'static str, code: c_int) -> Result<(), SqliteError> {
+    /// For calls that this file does not make. It lives as long as this connection.
+    pub(super) fn raw(&self) -> *mut sqlite::sqlite3 {
+        self.0
+    }
+
+    pub(super) fn check(&self, what: &'static str, code: c_int) -> Result<(), SqliteError> {
         if code == sqlite::SQLITE_OK {
             return Ok(());
         }
@@ -51,7 +56,7 @@ impl Connection {
         Err(SqliteError { what, message, code })
     }
 
-    fn run(&self, what: &'static str, sql: &CStr) -> Result<(), SqliteError> {
+    pub(super) fn run(&self, what: &'static str, sql: &CStr) -> Result<(), SqliteError> {
         // SAFETY: an open handle and a C string; no callback.
         let code = unsafe { sqlite::sqlite3_exec(self.0, sql.as_ptr(), None, ptr::null_mut(), ptr::null_mut()) };
         self.check(what, code)

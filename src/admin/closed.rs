@@ -1,0 +1,47 @@
+//! Work for which the Console must be closed while the role stays. Must never leave the ports closed behind it.
+
+use tracing::info;
+
+use super::{Admin, AdminError};
+
+/// Opens the Console again however the work ends.
+struct Resume<'a>(&'a Admin);
+
+impl Drop for Resume<'_> {
+    fn drop(&mut self) {
+        self.0.ports.resume();
+    }
+}
+
+impl Admin {
+    /// Refuses on a node that is not PRIMARY, and names the one that is.
+    ///
+    /// # Errors
+    /// [`AdminError::NotPrimary`].
+    pub fn check_primary(&self) -> Result<(), AdminError> {
+        self.primary().map(|_| ())
+    }
+
+    /// Closes the Console, does the work, and opens it again. No switchover and no change of the membership comes between. The
+    /// caller must see to it that the future is not dropped half-way.
+    ///
+    /// # Errors
+    /// [`AdminError`]; nothing was done then.
+    pub async fn with_console_closed<T>(
+        &self,
+        by: &str,
+        what: &str,
+        work: impl Future<Output = T>,
+    ) -> Result<T, AdminError> {
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(AdminError::Refused("another change is under way: try again".to_owned()));
+        };
+        self.check_primary()?;
+        info!(by, what, "the Console is closed");
+        let _resume = Resume(self);
+        self.ports.drain().await;
+        let done = work.await;
+        info!(by, what, "the Console may open again");
+        Ok(done)
+    }
+}

@@ -1,0 +1,34 @@
+//! Who is notified of events: the webhooks of the cluster. Must never give a secret back.
+
+use tracing::info;
+
+use super::{Admin, AdminError};
+use crate::cluster::{Change, membership::Webhook};
+
+impl Admin {
+    /// The webhooks, without their secrets; true where there is one.
+    pub fn webhooks(&self) -> Vec<(Webhook, bool)> {
+        let without = |webhook: &Webhook| (Webhook { secret: None, ..webhook.clone() }, webhook.secret.is_some());
+        self.membership().webhooks.iter().map(without).collect()
+    }
+
+    /// Sends events there from now on, and nowhere else. A webhook without a secret keeps the one that its name and address
+    /// have, unless that is empty.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn set_webhooks(&self, mut webhooks: Vec<Webhook>, by: &str) -> Result<(), AdminError> {
+        self.primary()?;
+        let _one = self.changing.lock().await;
+        let known = self.membership().webhooks.clone();
+        for webhook in &mut webhooks {
+            let same = known.iter().find(|known| (&known.name, &known.url) == (&webhook.name, &webhook.url));
+            webhook.secret = webhook.secret.take().or_else(|| same.and_then(|same| same.secret.clone()));
+            webhook.secret.take_if(|secret| secret.is_empty());
+        }
+        let names: Vec<_> = webhooks.iter().map(|webhook| webhook.name.clone()).collect();
+        self.change(Change::Notify { webhooks }).await?;
+        info!(by, webhooks = ?names, "events are sent to these webhooks from now on");
+        Ok(())
+    }
+}

@@ -1,0 +1,58 @@
+//! The beginning of what [`crate::cluster::trust`] describes: a new cluster key, a new certificate authority. What follows goes
+//! on by itself under whoever is primary. Must never let the private key of an authority out of here but in its sealed form.
+
+use std::{ops::RangeInclusive, time::Duration};
+
+use tracing::info;
+
+use super::{Admin, AdminError};
+use crate::{
+    cluster::{
+        Change,
+        trust::{Coming, KeyId},
+    },
+    pki::{Authority, ClusterKeys, PkiError},
+};
+
+/// How long an authority may be trusted that does not sign any more.
+const OVERLAP: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(90 * 86_400);
+
+impl Admin {
+    /// Has the members replace the cluster key. Returns when that has begun.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn rotate_cluster_key(&self, by: &str) -> Result<(), AdminError> {
+        self.primary()?;
+        let _one = self.changing.lock().await;
+        self.change(Change::Rekey).await?;
+        info!(by, "the cluster key is to be replaced");
+        Ok(())
+    }
+
+    /// Has the members replace the certificate authority; the old one is trusted for so long when the new one signs. Returns
+    /// when that has begun.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn rotate_authority(&self, overlap: Duration, by: &str) -> Result<(), AdminError> {
+        self.primary()?;
+        if !OVERLAP.contains(&overlap) {
+            return Err(AdminError::Refused("the overlap of two authorities lasts one second to 90 days".to_owned()));
+        }
+        let _one = self.changing.lock().await;
+        let membership = self.membership();
+        super::invitation::authority(&membership)?;
+        let Some(sealed) = &membership.authority else { return Ok(()) };
+        let make = || -> Result<Coming, PkiError> {
+            let keys = ClusterKeys::load(&self.config.certificates)?;
+            let authority = Authority::create(membership.cluster)?.seal(keys.for_authority(sealed)?)?;
+            Ok(Coming { authority, overlap: overlap.as_secs() })
+        };
+        let coming = make().map_err(|error| AdminError::Refused(error.to_string()))?;
+        let key = coming.authority.key.map(|KeyId(id)| format!("{id:032x}"));
+        self.change(Change::IntroduceAuthority { coming }).await?;
+        info!(by, key, overlap_s = overlap.as_secs(), "the certificate authority is to be replaced");
+        Ok(())
+    }
+}

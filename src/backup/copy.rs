@@ -1,0 +1,240 @@
+//! This host's copy of the database, into a file of its own: on the PRIMARY from the file that rests between two checkpoints,
+//! on a SECONDARY from the file that goes on changing. Takes its time, so that others get theirs. Must never call a copy whole
+//! that does not have the checksum which all members agree on.
+
+use std::{
+    fs::File,
+    io::{self, ErrorKind},
+    os::unix::fs::FileExt,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
+use super::{BackupError, archive::Digest, blocking, folder::create, jobs::Job};
+use crate::{
+    node::Handle,
+    storage::{
+        backup::{CopyError, Copying, Finished, checksum},
+        checkpoint::Record,
+        snapshot::Resting,
+    },
+};
+
+/// How often a copy is begun again when a change of the role, or a checkpoint that had to be made, ended it; and how long
+/// afterwards.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_secs(1);
+/// How often pages that have changed are read again before the copy is given up.
+const PASSES: u32 = 100;
+/// The disk is set to work whenever so many bytes were written, and what was written leaves the page cache.
+const WRITE_BACK: u64 = 8 << 20;
+/// Longest pause after one piece of work.
+const LONGEST_REST: Duration = Duration::from_millis(250);
+
+/// Leaves the disk and the processor to others for as long as it has used them.
+pub(super) struct Pace(Instant);
+
+impl Pace {
+    pub fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    /// To be called after each piece of about a megabyte, on a thread of its own.
+    pub fn rest(&mut self) {
+        std::thread::sleep(self.0.elapsed().min(LONGEST_REST));
+        self.0 = Instant::now();
+    }
+}
+
+/// A copy, verified by its checksum.
+#[derive(Debug)]
+pub(super) struct Copied {
+    pub record: Record,
+    /// Of the file: hexadecimal SHA-256.
+    pub sha256: String,
+}
+
+/// Copies the database to a new file.
+pub(super) async fn copy(node: &Handle, to: PathBuf, job: &Arc<Job>) -> Result<Copied, BackupError> {
+    let file = Arc::new(create(&to)?);
+    let mut tries = 0;
+    let record = loop {
+        let serves = node.status().borrow().serving().is_some();
+        let result = if serves { of_primary(node, &file, job).await } else { of_secondary(node, &file, job).await };
+        match result {
+            Ok(record) => break record,
+            Err(Stop::Failed(error)) => return Err(error),
+            Err(Stop::Again(why)) if tries == TRIES => {
+                return Err(BackupError::Refused(format!("the database could not be copied: {why}")));
+            }
+            Err(Stop::Again(why)) => {
+                tracing::info!(reason = why, "the copy for a backup is begun again");
+                tries += 1;
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    };
+    job.step("checks the copy", bytes(&record));
+    let job = Arc::clone(job);
+    blocking(move || verify(&file, &record, &to, &job)).await
+}
+
+/// Why there is no copy this time.
+enum Stop {
+    Again(String),
+    Failed(BackupError),
+}
+
+impl From<CopyError> for Stop {
+    fn from(error: CopyError) -> Self {
+        Self::Again(error.to_string())
+    }
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            ErrorKind::Interrupted => Self::Again(error.to_string()),
+            _ => Self::Failed(BackupError::Refused(format!("the database could not be copied: {error}"))),
+        }
+    }
+}
+
+fn bytes(record: &Record) -> u64 {
+    u64::from(record.pages) * u64::from(record.page_size)
+}
+
+async fn of_primary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result<Record, Stop> {
+    let (_, resting) = node.snapshot().await.map_err(Stop::Again)?;
+    let record = resting.record();
+    job.step("copies the database", bytes(&record));
+    let (file, job) = (Arc::clone(file), Arc::clone(job));
+    on_thread(move || read_resting(&resting, &file, &job)).await?;
+    Ok(record)
+}
+
+async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Stop> {
+    Ok(tokio::task::spawn_blocking(work).await.map_err(io::Error::other)??)
+}
+
+fn read_resting(resting: &Resting, file: &File, job: &Job) -> io::Result<()> {
+    let record = resting.record();
+    let mut out = Output::new(file, record.page_size);
+    let (mut done, mut chunk, mut pace) = (0, Vec::new(), Pace::new());
+    file.set_len(0)?;
+    while done < record.pages {
+        resting.read(done, &mut chunk)?;
+        out.write(done + 1, &chunk)?;
+        done += chunk.len() as u32 / record.page_size;
+        job.advance(chunk.len() as u64);
+        pace.rest();
+    }
+    Ok(())
+}
+
+async fn of_secondary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result<Record, Stop> {
+    let copying = Arc::new(node.copy().await?);
+    let total = u64::from(copying.pages()) * u64::from(copying.page_size());
+    job.step("copies the database", total);
+    {
+        let (copying, file, job) = (Arc::clone(&copying), Arc::clone(file), Arc::clone(job));
+        on_thread(move || read_following(&copying, &file, &job)).await?;
+    }
+    for _ in 0..PASSES {
+        match node.finish_copy(&copying).await {
+            Ok(finished) => {
+                let file = Arc::clone(file);
+                return on_thread(move || write_last(&finished, &file)).await;
+            }
+            Err(CopyError::Changed(_)) => {
+                let (copying, file) = (Arc::clone(&copying), Arc::clone(file));
+                on_thread(move || read_changed(&copying, &file)).await?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let why = "the database changes faster than it can be copied: try again when there are fewer writes";
+    Err(Stop::Failed(BackupError::Refused(why.to_owned())))
+}
+
+fn read_following(copying: &Copying, file: &File, job: &Job) -> io::Result<()> {
+    let mut out = Output::new(file, copying.page_size());
+    let (mut done, mut chunk, mut pace) = (0, Vec::new(), Pace::new());
+    file.set_len(0)?;
+    while done < copying.pages() {
+        copying.read(done, &mut chunk)?;
+        out.write(done + 1, &chunk)?;
+        done += chunk.len() as u32 / copying.page_size();
+        job.advance(chunk.len() as u64);
+        pace.rest();
+    }
+    Ok(())
+}
+
+/// Without a pause: the fewer are written meanwhile, the sooner this ends.
+fn read_changed(copying: &Copying, file: &File) -> io::Result<()> {
+    let mut out = Output::new(file, copying.page_size());
+    let mut image = Vec::new();
+    for number in copying.changed() {
+        copying.read_page(number, &mut image)?;
+        out.write(number, &image)?;
+    }
+    Ok(())
+}
+
+fn write_last(finished: &Finished, file: &File) -> io::Result<Record> {
+    let mut out = Output::new(file, finished.record.page_size);
+    for (number, image) in &finished.pages {
+        out.write(*number, image)?;
+    }
+    file.set_len(bytes(&finished.record))?;
+    Ok(finished.record)
+}
+
+/// The file that the copy goes to.
+struct Output<'a> {
+    file: &'a File,
+    page_size: u64,
+    pending: u64,
+}
+
+impl<'a> Output<'a> {
+    fn new(file: &'a File, page_size: u32) -> Self {
+        Self { file, page_size: u64::from(page_size), pending: 0 }
+    }
+
+    /// Writes pages from this number on.
+    fn write(&mut self, number: u32, pages: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(pages, u64::from(number - 1) * self.page_size)?;
+        self.pending += pages.len() as u64;
+        if self.pending >= WRITE_BACK {
+            self.pending = 0;
+            // Linux begins to write what is dirty and returns. An error costs time later, and no more.
+            let _ = posix_fadvise(self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        }
+        Ok(())
+    }
+}
+
+/// Reads the copy again: it must have the checksum that the members agreed on at its index.
+fn verify(file: &File, record: &Record, path: &std::path::Path, job: &Job) -> Result<Copied, BackupError> {
+    let (mut digest, mut pace) = (Digest::new(), Pace::new());
+    let found = checksum(file, record, |chunk| {
+        digest.add(chunk);
+        job.advance(chunk.len() as u64);
+        pace.rest();
+        Ok(())
+    });
+    let found = found.map_err(BackupError::io("read", path))?;
+    if found != record.checksum {
+        return Err(BackupError::Damaged(format!(
+            "this host's copy of the database has the checksum {found:016x} at index {}, and the cluster agreed on {:016x}: look \
+             for faults of its disk, and remove this member and let it join again",
+            record.index, record.checksum
+        )));
+    }
+    Ok(Copied { record: *record, sha256: digest.finish() })
+}

@@ -1,0 +1,257 @@
+//! A new backup: copy, check, pack, read again, and only then its name. And the same checks for a backup that is there.
+//! Must never leave a file under a backup's name that was not read again to its end.
+
+use std::{
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use sqlx::{ConnectOptions, Connection, sqlite::SqliteConnectOptions};
+use tracing::{info, warn};
+
+use super::{
+    ABOUT, BackupError, BackupId, Backups, Kind, Started, Work,
+    archive::{self, Manifest},
+    blocking,
+    cipher::Secret,
+    copy::{Copied, Pace, copy},
+    folder::{Workshop, create},
+    jobs::Job,
+    name, now,
+};
+use crate::{
+    events::{self, Event, Scope, Severity},
+    telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS},
+};
+
+/// Names in the workshop.
+const COPY: &str = "copy.db";
+const ARCHIVE: &str = "archive";
+/// Pieces in which the copy is packed, in bytes.
+const PIECE: u64 = 1 << 20;
+
+impl Backups {
+    /// Begins a backup that an administrator wants.
+    ///
+    /// # Errors
+    /// [`BackupError::Refused`] for a name that cannot be, and while something else is under way.
+    pub fn create(self: &Arc<Self>, name: &str, by: &str) -> Result<Started, BackupError> {
+        name::check_name(name)?;
+        let (job, id) = self.begin_backup(name)?;
+        info!(by, id = job.id(), "a backup begins");
+        let (all, started) = (self.clone(), Started::from(&*job));
+        tokio::spawn(async move { all.make(&job, &id).await });
+        Ok(started)
+    }
+
+    /// Begins to check a backup: opens it, compares its checksums, and lets SQLite look through the database.
+    ///
+    /// # Errors
+    /// [`BackupError::NotFound`]; [`BackupError::Refused`] while something else is under way.
+    pub fn verify(self: &Arc<Self>, id: &str, by: &str) -> Result<Started, BackupError> {
+        let id = BackupId::read(id)?;
+        let path = self.folder.find(&id)?;
+        let job = self.jobs.begin(Work::Verify, id.to_string())?;
+        info!(by, id = job.id(), "a backup is verified");
+        let (all, started) = (self.clone(), Started::from(&*job));
+        tokio::spawn(async move {
+            let result = all.unpack(&path, id.sealed, &job, |_| Ok(())).await.map(|(manifest, ..)| {
+                format!("the backup is good: the database of {} at raft index {}", manifest.node, manifest.index)
+            });
+            match &result {
+                Ok(_) => info!(id = job.id(), "the backup is good"),
+                Err(error) => warn!(id = job.id(), %error, "the backup could not be verified"),
+            }
+            all.jobs.end(&job, &result);
+        });
+        Ok(started)
+    }
+
+    /// Takes the turn for a new backup of this name.
+    pub(super) fn begin_backup(&self, name: &str) -> Result<(Arc<Job>, BackupId), BackupError> {
+        let (name, version, sealed) = (name.to_owned(), self.config.version.clone(), self.config.key_file.is_some());
+        let id = BackupId { name, version, time: now(), sealed };
+        Ok((self.jobs.begin(Work::Create, id.to_string())?, id))
+    }
+
+    /// Makes the backup whose turn it is. True if there is one now.
+    pub(super) async fn make(self: &Arc<Self>, job: &Arc<Job>, id: &BackupId) -> bool {
+        let result = self.steps(job, id).await;
+        match &result {
+            Ok(_) => {
+                metrics::gauge!(BACKUP_LAST_SUCCESS).set(id.time as f64);
+                self.node.warn(ABOUT, None);
+                self.tell(Severity::Info, Scope::Local, format!("the backup {} is good", job.id()));
+            }
+            Err(error) => {
+                warn!(id = job.id(), %error, "the backup failed");
+                metrics::counter!(BACKUP_FAILURES).increment(1);
+                let kind = if id.kind() == Kind::Manual { "the last backup" } else { "the automatic backup" };
+                let sentence = format!("{kind} of this host failed: {error}");
+                self.tell(Severity::Warning, Scope::Node, sentence.clone());
+                self.node.warn(ABOUT, Some(sentence));
+            }
+        }
+        let outcome = self.jobs.end(job, &result);
+        if outcome.ok {
+            info!(id = job.id(), ms = outcome.ms, "the backup is done: {}", outcome.text);
+        }
+        outcome.ok
+    }
+
+    /// Records an event.
+    pub(super) fn tell(&self, severity: Severity, scope: Scope, sentence: String) {
+        self.events.record(Event::new(events::Kind::Backup, severity, sentence).scope(scope));
+    }
+
+    async fn steps(self: &Arc<Self>, job: &Arc<Job>, id: &BackupId) -> Result<String, BackupError> {
+        let (all, database) = (self.clone(), self.config.data.join("database/console.db"));
+        let (workshop, secret) = blocking(move || {
+            let workshop = all.folder.workshop()?;
+            // Never opened here: closing it would take SQLite's locks away.
+            let length = std::fs::metadata(&database).map_err(BackupError::io("look at", &database))?.len();
+            // The copy, and an archive that could not be compressed.
+            all.folder.check_space(2 * length)?;
+            Ok((workshop, all.secret()?))
+        })
+        .await?;
+        let copied = copy(&self.node, workshop.join(COPY), job).await?;
+        job.step("lets SQLite check the copy", 0);
+        check_integrity(&workshop.join(COPY)).await?;
+        let manifest = self.manifest(id, &copied);
+        let (all, id, packing) = (self.clone(), id.clone(), Arc::clone(job));
+        blocking(move || all.pack(&workshop, &manifest, secret.as_ref(), &id, &packing)).await
+    }
+
+    fn manifest(&self, id: &BackupId, copied: &Copied) -> Manifest {
+        let status = self.node.status().borrow().clone();
+        let record = &copied.record;
+        Manifest {
+            format: Manifest::FORMAT,
+            version: id.version.clone(),
+            name: id.name.clone(),
+            cluster: status.cluster.to_string(),
+            node: status.name.clone(),
+            index: record.index,
+            epoch: status.epoch,
+            created: id.time,
+            page_size: record.page_size,
+            pages: record.pages,
+            checksum: format!("{:016x}", record.checksum),
+            sha256: copied.sha256.clone(),
+        }
+    }
+
+    /// Packs the copy, reads the archive again to its end, and gives it its name.
+    fn pack(
+        &self,
+        workshop: &Workshop,
+        manifest: &Manifest,
+        secret: Option<&Secret>,
+        id: &BackupId,
+        job: &Job,
+    ) -> Result<String, BackupError> {
+        let (from, to) = (workshop.join(COPY), workshop.join(ARCHIVE));
+        job.step("compresses the copy", manifest.bytes());
+        let copy = std::fs::File::open(&from).map_err(BackupError::io("open", &from))?;
+        let copy = Paced { inner: copy, job, pace: Pace::new(), since: 0 };
+        archive::write(create(&to)?, manifest, copy, secret).map_err(BackupError::io("write", &to))?;
+        job.step("reads the backup again", manifest.bytes());
+        let mut pace = Pace::new();
+        let found = archive::read(
+            &to,
+            id.sealed,
+            secret,
+            |_| Ok(()),
+            |chunk| {
+                job.advance(chunk.len() as u64);
+                pace.rest();
+                Ok(())
+            },
+        )?;
+        if &found != manifest {
+            return Err(BackupError::Damaged("its manifest is not the one that was written".to_owned()));
+        }
+        let length = std::fs::metadata(&to).map_err(BackupError::io("look at", &to))?.len();
+        self.folder.publish(&to, id)?;
+        Ok(format!(
+            "{length} bytes of the database of {} at raft index {} ({} bytes)",
+            manifest.node,
+            manifest.index,
+            manifest.bytes()
+        ))
+    }
+
+    /// Unpacks a backup and checks all of it. The database lies in the workshop afterwards.
+    pub(super) async fn unpack(
+        self: &Arc<Self>,
+        path: &Path,
+        sealed: bool,
+        job: &Arc<Job>,
+        accept: impl FnOnce(&Manifest) -> Result<(), BackupError> + Send + 'static,
+    ) -> Result<(Manifest, Workshop, PathBuf), BackupError> {
+        let (all, path, unpacking) = (self.clone(), path.to_owned(), Arc::clone(job));
+        let (manifest, workshop) = blocking(move || {
+            let (workshop, secret) = (all.folder.workshop()?, all.secret()?);
+            let to = workshop.join(COPY);
+            let mut file = create(&to)?;
+            let accept = |manifest: &Manifest| {
+                accept(manifest)?;
+                unpacking.step("reads the backup", manifest.bytes());
+                all.folder.check_space(manifest.bytes())
+            };
+            let manifest = archive::read(&path, sealed, secret.as_ref(), accept, |chunk| {
+                io::Write::write_all(&mut file, chunk).map_err(BackupError::io("write", &to))?;
+                unpacking.advance(chunk.len() as u64);
+                Ok(())
+            })?;
+            Ok((manifest, workshop))
+        })
+        .await?;
+        let copy = workshop.join(COPY);
+        job.step("lets SQLite check the database", 0);
+        check_integrity(&copy).await?;
+        Ok((manifest, workshop, copy))
+    }
+}
+
+/// Reads at a pace that leaves something to others, and tells how far it is.
+struct Paced<'a> {
+    inner: std::fs::File,
+    job: &'a Job,
+    pace: Pace,
+    since: u64,
+}
+
+impl Read for Paced<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(bytes)?;
+        self.job.advance(count as u64);
+        self.since += count as u64;
+        if self.since >= PIECE {
+            self.since = 0;
+            self.pace.rest();
+        }
+        Ok(count)
+    }
+}
+
+/// Lets SQLite look through a database that nobody else has open.
+async fn check_integrity(path: &Path) -> Result<(), BackupError> {
+    // Immutable: not even a lock or a WAL beside it.
+    let options =
+        SqliteConnectOptions::new().filename(path).read_only(true).immutable(true).disable_statement_logging();
+    let found: Result<Vec<String>, sqlx::Error> = async {
+        let mut connection = options.connect().await?;
+        let found = sqlx::query_scalar("PRAGMA integrity_check(10)").fetch_all(&mut connection).await;
+        connection.close().await?;
+        found
+    }
+    .await;
+    match found {
+        Ok(found) if found == ["ok"] => Ok(()),
+        Ok(found) => Err(BackupError::Damaged(format!("SQLite finds in its database: {}", found.join("; ")))),
+        Err(error) => Err(BackupError::Damaged(format!("SQLite cannot read its database: {error}"))),
+    }
+}

@@ -1,0 +1,223 @@
+//! Backups of the database: made from this host's own copy while replication goes on, kept in `DATA_RECOVERY_VOLUME`,
+//! verified, and brought back. The Console's API and the control socket both come here, and so does the schedule.
+//!
+//! Owns the folder of the backups and the one thing at a time that is done with it. Must never keep a takeover waiting, never
+//! call a backup good that was not read again, and never leave a cluster with half of one.
+//!
+//! - `name.rs`: file names; the only way from a client's word to a path
+//! - `copy.rs`: this host's database into a file
+//! - `archive.rs`, `cipher.rs`: that file into an archive, and back
+//! - `make.rs`: a new backup, step by step; the verification of an old one
+//! - `restore.rs`: a backup into the cluster
+//! - `schedule.rs`: what is due when, and what is not kept any longer
+//! - `jobs.rs`: what is under way and how it ended
+
+mod archive;
+mod cipher;
+mod copy;
+mod folder;
+mod jobs;
+mod make;
+mod name;
+mod restore;
+mod schedule;
+mod state;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use thiserror::Error;
+
+pub use name::{BackupId, Kind};
+pub use state::{Backup, BackupState, Keep, Outcome, Running, Started, Work};
+
+use crate::{admin::Admin, events::Recorder, node::Handle};
+use cipher::Secret;
+use folder::Folder;
+use jobs::Jobs;
+
+/// Under what a failed backup is shown in the status.
+const ABOUT: &str = "backup";
+
+/// How the backups of this host are set up.
+#[derive(Clone, Debug)]
+pub struct BackupConfig {
+    /// `DATA_RECOVERY_ENABLED`.
+    pub enabled: bool,
+    /// `DATA_RECOVERY_VOLUME`.
+    pub folder: PathBuf,
+    /// `BACKUP_KEEP_DAILY`, `_WEEKLY`, `_MONTHLY`.
+    pub keep: Keep,
+    /// `BACKUP_KEY_FILE`.
+    pub key_file: Option<PathBuf>,
+    /// `BACKUP_DELAY_SECONDS`.
+    pub delay: Duration,
+    /// The data folder of the node.
+    pub data: PathBuf,
+    /// Version of this program.
+    pub version: String,
+}
+
+/// Why something was not done.
+#[derive(Debug, Error)]
+pub enum BackupError {
+    /// The text says what is in the way and what to do. Nothing was changed.
+    #[error("{0}")]
+    Refused(String),
+    /// A name cannot be that of a backup; the text says what is allowed.
+    #[error("{0}")]
+    Name(String),
+    /// There is no such backup.
+    #[error("{0}")]
+    NotFound(String),
+    /// A backup is not what it should be.
+    #[error("the backup is damaged: {0}")]
+    Damaged(String),
+    #[error(
+        "{} bytes are needed in {}, and {free} are free: free some space, or set DATA_RECOVERY_VOLUME to a larger file system",
+        needed,
+        path.display()
+    )]
+    NoSpace { path: PathBuf, needed: u64, free: u64 },
+    #[error("cannot {verb} {}: {source}", path.display())]
+    Io { verb: &'static str, path: PathBuf, source: io::Error },
+    /// It may have been done or not.
+    #[error("{0}")]
+    Unknown(String),
+}
+
+impl BackupError {
+    fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { verb, path: path.to_owned(), source }
+    }
+}
+
+/// The backups of this host.
+pub struct Backups {
+    config: BackupConfig,
+    folder: Folder,
+    node: Handle,
+    admin: Arc<Admin>,
+    events: Recorder,
+    jobs: Jobs,
+    /// When the next automatic one is due.
+    next: Mutex<Option<u64>>,
+}
+
+impl std::fmt::Debug for Backups {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backups").field("folder", &self.config.folder).finish_non_exhaustive()
+    }
+}
+
+impl Backups {
+    /// Prepares the backups of the node behind `node`. Nothing is touched yet.
+    pub fn new(config: BackupConfig, node: Handle, admin: Arc<Admin>, events: Recorder) -> Arc<Self> {
+        let folder = Folder::new(config.folder.clone(), node.status().borrow().node);
+        Arc::new(Self { config, folder, node, admin, events, jobs: Jobs::default(), next: Mutex::default() })
+    }
+
+    /// All backups in the folder, newest first.
+    ///
+    /// # Errors
+    /// [`BackupError::Io`].
+    pub async fn list(self: &Arc<Self>) -> Result<Vec<Backup>, BackupError> {
+        let all = self.clone();
+        blocking(move || all.folder.list()).await
+    }
+
+    /// How backups are set up, and what is under way.
+    pub async fn state(self: &Arc<Self>) -> BackupState {
+        let all = self.clone();
+        // A folder that cannot be read shows where it is used.
+        let found = blocking(move || Ok((all.folder.free().ok(), all.folder.list().unwrap_or_default()))).await;
+        let (free, list) = found.unwrap_or_default();
+        let (running, last) = self.jobs.picture();
+        BackupState {
+            enabled: self.config.enabled,
+            folder: self.config.folder.display().to_string(),
+            free,
+            encrypted: self.config.key_file.is_some(),
+            keep: self.config.keep,
+            next: *self.next.lock().unwrap_or_else(PoisonError::into_inner),
+            newest: list.iter().map(|backup| backup.time).max(),
+            running,
+            last,
+        }
+    }
+
+    /// Refuses what [`Self::create`] would refuse.
+    ///
+    /// # Errors
+    /// [`BackupError::Name`], and [`BackupError::Refused`] while something else is under way.
+    pub fn check_new(&self, name: &str) -> Result<(), BackupError> {
+        name::check_name(name)?;
+        self.jobs.check_idle()
+    }
+
+    /// Waits for the end of what was begun under this number; none if it is not over by then, or was forgotten.
+    pub async fn wait(&self, number: u64, limit: Duration) -> Option<Outcome> {
+        self.jobs.wait(number, limit).await
+    }
+
+    /// Where a backup lies, for a download: the name has been checked, and the file is there.
+    ///
+    /// # Errors
+    /// [`BackupError::NotFound`].
+    pub fn path(&self, id: &str) -> Result<PathBuf, BackupError> {
+        self.folder.find(&BackupId::read(id)?)
+    }
+
+    /// Gives a manual backup another name.
+    ///
+    /// # Errors
+    /// [`BackupError::Refused`], [`BackupError::NotFound`], [`BackupError::Io`].
+    pub async fn rename(self: &Arc<Self>, id: &str, new: &str, by: &str) -> Result<Backup, BackupError> {
+        let old = BackupId::read(id)?;
+        name::check_name(new)?;
+        if old.kind() != Kind::Manual {
+            return Err(BackupError::Refused("an automatic backup keeps its name".to_owned()));
+        }
+        self.jobs.check_free(id)?;
+        let (all, to) = (self.clone(), BackupId { name: new.to_owned(), ..old.clone() });
+        let done = blocking(move || all.folder.rename(&old, &to)).await?;
+        tracing::info!(by, from = id, to = done.id, "a backup has another name");
+        Ok(done)
+    }
+
+    /// Deletes a backup.
+    ///
+    /// # Errors
+    /// As [`Self::rename`].
+    pub async fn delete(self: &Arc<Self>, id: &str, by: &str) -> Result<(), BackupError> {
+        let old = BackupId::read(id)?;
+        self.jobs.check_free(id)?;
+        let all = self.clone();
+        blocking(move || all.folder.delete(&old)).await?;
+        tracing::info!(by, id, "a backup was deleted");
+        Ok(())
+    }
+
+    fn secret(&self) -> Result<Option<Secret>, BackupError> {
+        self.config.key_file.as_deref().map(Secret::read).transpose()
+    }
+}
+
+/// Runs file work on a thread that may wait for a disk.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BackupError> + Send + 'static,
+) -> Result<T, BackupError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(BackupError::Unknown(format!("it ended without an outcome: {error}"))),
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

@@ -1,0 +1,190 @@
+//! A backup into the cluster: unpacked and checked beside the running Console, then put in the place of the whole database as
+//! one transaction of the cluster while the Console is closed. All members get it as they get any other transaction, so that
+//! they have the old state or the new one, whoever dies on the way. Must never touch the database with less than a whole,
+//! verified backup of this very version.
+
+use std::{path::Path, sync::Arc};
+
+use sqlx::{
+    ConnectOptions, Connection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode},
+};
+use tracing::{info, warn};
+
+use super::{BackupError, BackupId, Backups, Started, Work, archive::Manifest, blocking, jobs::Job, now};
+use crate::{
+    admin::AdminError,
+    events::{Scope, Severity},
+    storage::database::{PrimaryDatabase, ReplaceError},
+};
+
+/// Free space that must remain on the disk of the data folder, in bytes.
+const SPARE: u64 = 64 << 20;
+
+impl From<AdminError> for BackupError {
+    fn from(error: AdminError) -> Self {
+        match error {
+            AdminError::Unknown(why) => Self::Unknown(why),
+            other => Self::Refused(other.to_string()),
+        }
+    }
+}
+
+impl Backups {
+    /// Begins to put the content of a backup, a file of this host, in the place of the cluster's database. `stop_console`: whoever
+    /// asks knows that the Console is closed for it.
+    ///
+    /// # Errors
+    /// [`BackupError::Refused`] on a node that is not PRIMARY, without `stop_console`, and while something else is under way;
+    /// [`BackupError::NotFound`].
+    pub fn restore(self: &Arc<Self>, file: &Path, stop_console: bool, by: &str) -> Result<Started, BackupError> {
+        self.admin.check_primary()?;
+        let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let id = BackupId::read(name)?;
+        if !file.is_file() {
+            return Err(BackupError::NotFound(format!("there is no file {}", file.display())));
+        }
+        self.check_version(&id.version)?;
+        if !stop_console {
+            return Err(BackupError::Refused(
+                "the Console serves: a restore closes it for a while and replaces everything in it; ask again with --stop-console"
+                    .to_owned(),
+            ));
+        }
+        let job = self.jobs.begin(Work::Restore, id.to_string())?;
+        let (all, started, file, by) = (self.clone(), Started::from(&*job), file.to_owned(), by.to_owned());
+        info!(by, id = job.id(), "a restore begins");
+        tokio::spawn(async move {
+            let result = all.bring_back(&file, &id, &job, &by).await;
+            match &result {
+                Ok(text) => {
+                    info!(by, id = job.id(), "the backup was restored: {text}");
+                    let sentence = format!("the backup {} was restored: {text}", job.id());
+                    all.tell(Severity::Warning, Scope::Cluster, sentence);
+                }
+                Err(error) => {
+                    warn!(by, id = job.id(), %error, "the restore failed");
+                    all.tell(Severity::Warning, Scope::Node, format!("the restore of {} failed: {error}", job.id()));
+                }
+            }
+            all.jobs.end(&job, &result);
+        });
+        Ok(started)
+    }
+
+    fn check_version(&self, version: &str) -> Result<(), BackupError> {
+        let own = &self.config.version;
+        if version == own {
+            return Ok(());
+        }
+        Err(BackupError::Refused(format!(
+            "the backup was made by version {version}, and this is {own}: install version {version} on all members, restore, and \
+             upgrade afterwards"
+        )))
+    }
+
+    async fn bring_back(
+        self: &Arc<Self>,
+        file: &Path,
+        id: &BackupId,
+        job: &Arc<Job>,
+        by: &str,
+    ) -> Result<String, BackupError> {
+        let all = self.clone();
+        // The file may have been renamed: the manifest counts.
+        let accept = move |manifest: &Manifest| {
+            all.check_version(&manifest.version)?;
+            all.check_target(manifest)
+        };
+        let (manifest, _workshop, copy) = self.unpack(file, id.sealed, job, accept).await?;
+        job.step("prepares the database", 0);
+        prepare(&copy, id, by).await?;
+        job.step("closes the Console", 0);
+        let (all, replacing) = (self.clone(), Arc::clone(job));
+        let work = async move {
+            let status = all.node.status().borrow().clone();
+            let gone = || BackupError::Refused("this node is not PRIMARY any more: nothing was changed".to_owned());
+            let database = status.database.clone().ok_or_else(gone)?;
+            drop(status);
+            blocking(move || replace(&database, &copy, &replacing)).await
+        };
+        self.admin.with_console_closed(by, "restore", work).await??;
+        let bytes = manifest.bytes();
+        Ok(format!(
+            "all members have the database of {} at raft index {} ({bytes} bytes)",
+            manifest.node, manifest.index
+        ))
+    }
+
+    /// The page size is that of the cluster, and there is room for the transaction: in the raft log, and in the `-wal` file.
+    fn check_target(&self, manifest: &Manifest) -> Result<(), BackupError> {
+        let status = self.node.status().borrow().clone();
+        let page_size = status.database.as_ref().map(|database| database.page_size());
+        if let Some(own) = page_size.filter(|own| *own != manifest.page_size) {
+            return Err(BackupError::Refused(format!(
+                "the backup has pages of {} bytes, and this cluster's database has {own}: found a new cluster with \
+                 DATABASE_PAGE_SIZE={}, and restore it there",
+                manifest.page_size, manifest.page_size
+            )));
+        }
+        let data = &self.config.data;
+        let free = super::folder::free(data)?;
+        let needed = 2 * manifest.bytes() + SPARE;
+        if free < needed {
+            return Err(BackupError::Refused(format!(
+                "{needed} bytes are needed in the data folder {} for the restore, and {free} are free: free some space there, on all \
+                 members",
+                data.display()
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn replace(database: &PrimaryDatabase, copy: &Path, job: &Job) -> Result<(), BackupError> {
+    let size = u64::from(database.page_size());
+    let (mut before, mut total_before) = (0, 0);
+    let done = database.replace(copy, |done, total| {
+        if total != total_before {
+            total_before = total;
+            job.step("replaces the database of the cluster", u64::from(total) * size);
+        }
+        job.advance(u64::from(done.saturating_sub(before)) * size);
+        before = done;
+        true
+    });
+    done.map_err(|error| match error {
+        ReplaceError::Refused(why) => BackupError::Refused(format!("{why}; nothing was changed")),
+        ReplaceError::Unknown(why) => BackupError::Unknown(format!(
+            "{why}; this node lost its role meanwhile: the members have the whole backup or the whole old state, look which before \
+             you try again"
+        )),
+    })
+}
+
+/// Makes the unpacked database what the cluster gets: nobody is logged in, and the audit tells where it came from. Both are part
+/// of the one transaction.
+async fn prepare(copy: &Path, id: &BackupId, by: &str) -> Result<(), BackupError> {
+    let failed =
+        |error: sqlx::Error| BackupError::Refused(format!("the unpacked database cannot be prepared: {error}"));
+    // A journal beside the file would have to be moved with it.
+    let options = SqliteConnectOptions::new()
+        .filename(copy)
+        .create_if_missing(false)
+        .journal_mode(SqliteJournalMode::Delete)
+        .disable_statement_logging();
+    let mut connection = options.connect().await.map_err(failed)?;
+    let result = note(&mut connection, id, by).await;
+    connection.close().await.map_err(failed)?;
+    result.map_err(failed)
+}
+
+async fn note(connection: &mut sqlx::SqliteConnection, id: &BackupId, by: &str) -> Result<(), sqlx::Error> {
+    let mut writing = connection.begin().await?;
+    sqlx::query("DELETE FROM tokens").execute(&mut *writing).await?;
+    // As `console::audits` writes it; a version restores its own backups only, so that the columns are known.
+    let insert = "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, 'local', 'restore', ?, 1, 'null')";
+    let (time, what) = (now() as i64, format!("backup '{id}'"));
+    sqlx::query(insert).bind(time).bind(by).bind(what).execute(&mut *writing).await?;
+    writing.commit().await
+}

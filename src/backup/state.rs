@@ -1,0 +1,96 @@
+//! What is told about backups: the answers of the Console's API and of the control socket. No logic.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::name::Kind;
+
+/// A backup in this host's folder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Backup {
+    /// Its file name.
+    pub id: String,
+    pub name: String,
+    /// Of the program that made it: only the same version restores it.
+    pub version: String,
+    /// When it was made, in seconds since 1970.
+    pub time: u64,
+    /// Length of the file.
+    pub bytes: u64,
+    pub kind: Kind,
+    /// It can only be read with the key of `BACKUP_KEY_FILE`.
+    pub encrypted: bool,
+}
+
+/// What can be under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Work {
+    Create,
+    Verify,
+    Restore,
+}
+
+/// Something was begun: its end is told by [`BackupState::last`] under the same number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Started {
+    pub number: u64,
+    /// The backup that is made, verified or restored.
+    pub id: String,
+}
+
+/// How far it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Running {
+    pub number: u64,
+    pub work: Work,
+    pub id: String,
+    /// What is being done now, in words.
+    pub step: String,
+    /// Bytes of this step, done and in all.
+    pub done: u64,
+    pub total: u64,
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Outcome {
+    pub number: u64,
+    pub work: Work,
+    pub id: String,
+    pub ok: bool,
+    /// What was reached, or why not, as a sentence.
+    pub text: String,
+    /// When, in seconds since 1970.
+    pub time: u64,
+    /// How long it took.
+    pub ms: u64,
+}
+
+/// How many automatic backups are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Keep {
+    pub daily: u32,
+    pub weekly: u32,
+    pub monthly: u32,
+}
+
+/// The backups of this host: how they are set up, what is under way, and how the last one went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct BackupState {
+    /// `DATA_RECOVERY_ENABLED`: automatic backups are made.
+    pub enabled: bool,
+    /// `DATA_RECOVERY_VOLUME`.
+    pub folder: String,
+    /// Free space there, in bytes; none if it cannot be told.
+    pub free: Option<u64>,
+    /// `BACKUP_KEY_FILE` is set: new backups are encrypted.
+    pub encrypted: bool,
+    pub keep: Keep,
+    /// When the next automatic one is due, in seconds since 1970.
+    pub next: Option<u64>,
+    /// When the newest good one in the folder was made.
+    pub newest: Option<u64>,
+    pub running: Option<Running>,
+    pub last: Option<Outcome>,
+}

@@ -1,0 +1,148 @@
+//! Tables, colours and JSON on standard output. What came from elsewhere is made harmless: nothing that a terminal would act on
+//! gets through.
+
+use std::io::{self, IsTerminal, Write};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use super::stop::Stop;
+
+/// When the output has colours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum When {
+    /// On a terminal, unless NO_COLOR is set
+    #[default]
+    Auto,
+    Always,
+    Never,
+}
+
+/// ANSI colours, or nothing at all.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Paint(pub bool);
+
+impl Paint {
+    /// For standard output.
+    pub(super) fn new(when: When) -> Self {
+        // See https://no-color.org.
+        let wanted = || std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        Self(match when {
+            When::Auto => io::stdout().is_terminal() && wanted(),
+            When::Always => true,
+            When::Never => false,
+        })
+    }
+
+    pub(super) fn text(self, code: &str, text: &str) -> String {
+        if self.0 && !code.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    /// Whether something is as it must be.
+    pub(super) fn mark(self, ok: bool) -> String {
+        if ok { self.text("32", "✓") } else { self.text("1;31", "✗") }
+    }
+}
+
+/// One cell: a text, and its colour.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Cell {
+    text: String,
+    code: &'static str,
+}
+
+impl Cell {
+    pub(super) fn coloured(code: &'static str, text: &str) -> Self {
+        Self { text: harmless(text), code }
+    }
+}
+
+impl From<&str> for Cell {
+    fn from(text: &str) -> Self {
+        Self::coloured("", text)
+    }
+}
+
+impl From<String> for Cell {
+    fn from(text: String) -> Self {
+        Self::coloured("", &text)
+    }
+}
+
+/// The head of a column; those of numbers are set flush right.
+pub(super) type Head = (&'static str, bool);
+
+/// A table with a head line; each line ends with a newline.
+pub(super) fn table(heads: &[Head], rows: &[Vec<Cell>], paint: Paint) -> String {
+    let width = |text: &str| text.chars().count();
+    let widths: Vec<usize> = heads
+        .iter()
+        .enumerate()
+        .map(|(column, (head, _))| {
+            let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| width(&cell.text));
+            cells.chain([width(head)]).max().unwrap_or(0)
+        })
+        .collect();
+    let head: Vec<Cell> = heads.iter().map(|(head, _)| Cell::coloured("1", head)).collect();
+    let line = |row: &Vec<Cell>| {
+        let mut out = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            let padding = " ".repeat(widths[column] - width(&cell.text));
+            let text = paint.text(cell.code, &cell.text);
+            let (left, right) = if heads[column].1 { (padding.as_str(), "") } else { ("", padding.as_str()) };
+            let gap = if column == 0 { "" } else { "  " };
+            out.extend([gap, left, &text, right]);
+        }
+        out.truncate(out.trim_end().len());
+        out.push('\n');
+        out
+    };
+    std::iter::once(&head).chain(rows).map(line).collect()
+}
+
+/// The text without anything that a terminal would act on, or that would break a line.
+pub(super) fn harmless(text: &str) -> String {
+    let odd = |c: char| {
+        c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars().map(|c| if odd(c) { '\u{fffd}' } else { c }).collect()
+}
+
+/// Prints a text that is complete.
+///
+/// # Errors
+/// When it cannot be written.
+pub(super) fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// Prints a value as JSON.
+///
+/// # Errors
+/// When it cannot be written.
+pub(super) fn print_json(value: &impl Serialize) -> Result<(), Stop> {
+    let text = serde_json::to_string_pretty(value).map_err(io::Error::from)?;
+    Ok(print(&format!("{text}\n"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_they_must_be() {
+        let rows = [vec!["ä".into(), "7".into()], vec!["abcdef".into(), Cell::coloured("31", "12345")]];
+        let heads = [("NAME", false), ("SIZE", true)];
+        assert_eq!(table(&heads, &rows, Paint(false)), "NAME     SIZE\nä           7\nabcdef  12345\n");
+        assert!(table(&heads, &rows, Paint(true)).contains("abcdef  \x1b[31m12345\x1b[0m\n"));
+        assert_eq!(table(&heads, &[], Paint(false)), "NAME  SIZE\n");
+    }
+
+    #[test]
+    fn nothing_reaches_the_terminal_that_it_would_act_on() {
+        let text = table(&[("A", false)], &[vec!["x\x1b[2J\r\n\u{202e}y".into()]], Paint(false));
+        assert_eq!(text, "A\nx\u{fffd}[2J\u{fffd}\u{fffd}\u{fffd}y\n");
+    }
+}

@@ -1,0 +1,188 @@
+//! The two ways to a cluster behind one door: the control socket of this host's daemon, or the API of the Consoles. Commands
+//! are written once, for the door. Must never decide what is permitted: both ways ask the same operations of the daemon.
+
+use std::path::PathBuf;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use ureq::http::Method;
+
+use super::{
+    remote::{Place, Remote, segment},
+    stop::{EX_UNAVAILABLE, EX_USAGE, Stop},
+    target::LoginArgs,
+};
+use crate::{control::Operation, node::Status};
+
+/// The daemon of this host.
+pub(super) struct Local {
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// Its data folder. Of a bare socket: the folder that the socket is in.
+    pub data: PathBuf,
+    /// `MANAGEMENT_PORT_HTTPS`, as far as it is known.
+    pub https_port: u16,
+}
+
+impl Local {
+    /// The Consoles of this host's cluster, for what only the API has.
+    ///
+    /// # Errors
+    /// When the daemon does not answer, or there is no login.
+    pub(super) fn consoles(&self, login: &LoginArgs) -> Result<Remote, Stop> {
+        let status = self.status()?;
+        let mut members: Vec<_> = status.membership.members.iter().collect();
+        members.sort_by_key(|member| Some(member.id) != status.primary);
+        let places = members.iter().map(|member| Place::of(&member.address, Some(self.https_port)));
+        let trust = login.trust(Some(self.data.join("certificates").join("ca.pem")))?;
+        Ok(Remote::new(places.collect(), trust, login.resolve()?))
+    }
+}
+
+/// The way to a cluster.
+pub(super) enum Door {
+    Local(Local),
+    Remote(Remote),
+}
+
+impl Door {
+    /// How the cluster is, as this host's daemon or the PRIMARY sees it.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub(super) fn status(&self) -> Result<Status, Stop> {
+        match self {
+            Self::Local(local) => local.status(),
+            Self::Remote(remote) => remote.status(),
+        }
+    }
+
+    /// The same as the PRIMARY sees it, as far as it can be known; if it is another host's daemon: where to run `command`.
+    ///
+    /// # Errors
+    /// When nobody answers, or another host is PRIMARY.
+    pub(super) fn primary(&self, command: &str) -> Result<Status, Stop> {
+        match self {
+            Self::Local(local) => local.primary(command),
+            // Only the PRIMARY's Console answers.
+            Self::Remote(remote) => remote.status(),
+        }
+    }
+
+    /// Has an operation carried out.
+    ///
+    /// # Errors
+    /// When nobody answers, or it is refused.
+    pub(super) fn operate<T: DeserializeOwned>(&self, operation: Operation) -> Result<T, Stop> {
+        let answer = match self {
+            Self::Local(local) => local.operate(&operation)?,
+            Self::Remote(remote) => {
+                let Some(call) = Call::of(&operation) else {
+                    let why = "this is only possible on a host of the cluster, without --address";
+                    return Err(Stop::tell(EX_USAGE, why));
+                };
+                let answer = remote.call(call.method, &call.path, call.body.as_ref())?;
+                (call.take)(answer)
+            }
+        };
+        serde_json::from_value(answer).map_err(|error| {
+            let text =
+                format!("the answer is not understood: {error}\n  twistcli and twistlockd are of different versions.");
+            Stop::tell(EX_UNAVAILABLE, &text)
+        })
+    }
+}
+
+/// An operation as the API has it.
+#[derive(Debug)]
+struct Call {
+    method: Method,
+    path: String,
+    body: Option<Value>,
+    /// What the control socket would have answered.
+    take: fn(Value) -> Value,
+}
+
+impl Call {
+    /// None: the API does not have it.
+    fn of(operation: &Operation) -> Option<Self> {
+        let nothing: fn(Value) -> Value = |_| Value::Null;
+        let call = |method, path: &str, body, take| {
+            Some(Self { method, path: format!("high-availability/{path}"), body, take })
+        };
+        let settings =
+            |method, path: &str, body, take| Some(Self { method, path: format!("settings/{path}"), body, take });
+        match operation {
+            Operation::Invite { valid_s, script } => {
+                let path = format!("join-script?validSec={valid_s}&script={script}");
+                call(Method::GET, &path, None, |answer| answer)
+            }
+            Operation::Uninvite {} => call(Method::DELETE, "join-script", None, nothing),
+            Operation::Apply { fingerprints } => {
+                let body = json!({ "fingerprints": fingerprints });
+                call(Method::POST, "apply", Some(body), |answer| answer["admitted"].clone())
+            }
+            Operation::Reject { host } => call(Method::DELETE, &format!("requests/{}", segment(host)), None, nothing),
+            Operation::Remove { node, force } => {
+                call(Method::DELETE, &format!("members/{}?force={force}", segment(node)), None, nothing)
+            }
+            Operation::Pause { seconds } => {
+                call(Method::POST, "pause", Some(json!({ "seconds": seconds })), |answer| answer["until"].clone())
+            }
+            Operation::Resume {} => call(Method::POST, "resume", None, nothing),
+            Operation::Readdress { node, new_name, address, port } => {
+                let body = json!({ "name": new_name, "address": address, "port": port });
+                call(Method::PUT, &format!("members/{}/address", segment(node)), Some(body), nothing)
+            }
+            Operation::Events { wanted } => {
+                // Names and values are words, numbers and dates: only the dates have something to encode.
+                let fields = serde_json::to_value(wanted).unwrap_or_default();
+                let pairs =
+                    fields.as_object().into_iter().flatten().map(|(name, value)| {
+                        format!("{name}={}", segment(value.as_str().unwrap_or(&value.to_string())))
+                    });
+                call(Method::GET, &format!("events?{}", pairs.collect::<Vec<_>>().join("&")), None, |answer| answer)
+            }
+            Operation::Certificates {} => settings(Method::GET, "certs", None, |answer| answer),
+            Operation::SetConsoleNames { names } => {
+                let body = json!({ "consoleSAN": names });
+                settings(Method::POST, "certs", Some(body), |answer| answer["consoleSAN"].clone())
+            }
+            Operation::SetCertificate { pem } => {
+                settings(Method::POST, "custom-certs", Some(json!({ "certificate": pem.0 })), |answer| answer)
+            }
+            Operation::RemoveCertificate {} => settings(Method::DELETE, "custom-certs", None, nothing),
+            // It answers before it is done: see `handover`.
+            Operation::Switchover { .. } => None,
+            Operation::RotateKey {} | Operation::RotateCa { .. } | Operation::TestNotifications {} => None,
+            Operation::Backups {}
+            | Operation::BackupState {}
+            | Operation::Backup { .. }
+            | Operation::VerifyBackup { .. }
+            | Operation::RenameBackup { .. }
+            | Operation::DeleteBackup { .. }
+            | Operation::Restore { .. } => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::{Kind, Wanted};
+
+    #[test]
+    fn names_cannot_leave_their_place_in_a_path() {
+        let call = Call::of(&Operation::Remove { node: "../x?force=true#".into(), force: false }).unwrap();
+        assert_eq!(call.path, "high-availability/members/..%2Fx%3Fforce%3Dtrue%23?force=false");
+        assert_eq!(call.method, Method::DELETE);
+        let call = Call::of(&Operation::Pause { seconds: 90 }).unwrap();
+        assert_eq!((call.take)(json!({ "until": 5 })), json!(5));
+        let call = Call::of(&Operation::SetConsoleNames { names: vec!["lb".into()] }).unwrap();
+        assert_eq!((call.path.as_str(), call.body), ("settings/certs", Some(json!({ "consoleSAN": ["lb"] }))));
+        let since = "2026-11-22T18:00:00Z".parse().ok();
+        let wanted = Wanted { limit: Some(5), kind: Some(Kind::Takeover), since, ..Wanted::default() };
+        let path = Call::of(&Operation::Events { wanted }).unwrap().path;
+        assert_eq!(path, "high-availability/events?kind=takeover&limit=5&since=2026-11-22T18%3A00%3A00Z");
+    }
+}

@@ -1,0 +1,140 @@
+//! A switchover by the API, measured from here: the Console is asked all the time whether it is there, until another member
+//! is PRIMARY. Must never begin a second one because the answer to the first got lost.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use ureq::{
+    Agent,
+    http::{Method, StatusCode},
+};
+
+use super::{
+    remote::{Place, Remote},
+    stop::{EX_UNAVAILABLE, Stop},
+};
+use crate::{
+    admin::SwitchoverReport,
+    https::{self, Limits},
+    node::Status,
+};
+
+/// How long a Console may take to say that it is there: one that is gone must not hide one that has come.
+const LIMITS: Limits = Limits { connect: Duration::from_millis(300), request: Duration::from_secs(1) };
+/// Between two questions.
+const PACE: Duration = Duration::from_millis(2);
+/// Between two looks at who is PRIMARY while nothing seems to change.
+const LOOK: Duration = Duration::from_millis(250);
+/// A switchover that has not happened by then has been given up by the daemon.
+const STAYS: Duration = Duration::from_secs(8);
+/// How long another PRIMARY is awaited.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Checks, and hands the role over unless a check fails. `before` is the status of a moment ago.
+///
+/// # Errors
+/// When nobody answers, it is refused, or the role does not go.
+pub(super) fn switchover(
+    remote: &Remote,
+    before: &Status,
+    to: Option<&str>,
+    dry_run: bool,
+) -> Result<SwitchoverReport, Stop> {
+    let checked = ask(remote, to, true)?;
+    if dry_run || checked.checks.iter().any(|check| !check.ok) {
+        return Ok(checked);
+    }
+    let report = begin(remote, to)?;
+    if report.checks.iter().any(|check| !check.ok) {
+        return Ok(report);
+    }
+    let (to, gap) = watch(remote, before)?;
+    Ok(SwitchoverReport { checks: checked.checks, to: Some(to), gap_ms: Some(gap.as_secs_f64() * 1e3) })
+}
+
+/// Begins a switchover, and does not wait for its end.
+///
+/// # Errors
+/// When nobody answers, or it is refused.
+pub(super) fn begin(remote: &Remote, to: Option<&str>) -> Result<SwitchoverReport, Stop> {
+    ask(remote, to, false)
+}
+
+/// One question. When the answer to the real one gets lost, the ports may have been closed before it: it is no error.
+fn ask(remote: &Remote, to: Option<&str>, dry_run: bool) -> Result<SwitchoverReport, Stop> {
+    let begun = SwitchoverReport { checks: Vec::new(), to: None, gap_ms: None };
+    let body = json!({ "to": to, "dryRun": dry_run });
+    let sent = remote.send(&Method::POST, "high-availability/switchover", Some(&body));
+    let mut response = match sent {
+        Ok(response) => response,
+        Err(_) if !dry_run => return Ok(begun),
+        Err(stop) => return Err(stop),
+    };
+    let status = response.status();
+    let text = response.body_mut().read_to_string().unwrap_or_default();
+    let answer: Value = serde_json::from_str(&text).unwrap_or_default();
+    match serde_json::from_value(answer.clone()) {
+        // A failed check comes with the report, too.
+        Ok(report) if status.is_success() || status == StatusCode::CONFLICT => Ok(report),
+        _ if status.is_success() => Ok(begun),
+        _ => Err(remote.refused(&Method::POST, status, answer["err"].as_str().unwrap_or("no reason given"))),
+    }
+}
+
+/// Returns who is PRIMARY, and the longest time for which no Console answered.
+fn watch(remote: &Remote, before: &Status) -> Result<(String, Duration), Stop> {
+    let begun = Instant::now();
+    let mut pulse = Pulse { agent: https::client(&remote.trust, LIMITS), places: remote.places() };
+    let (mut last, mut gap, mut looked) = (begun, Duration::ZERO, begun);
+    while begun.elapsed() < LIMIT {
+        let first = pulse.places.first().cloned();
+        if pulse.beats() {
+            let silent = last.elapsed();
+            last = Instant::now();
+            let odd = silent > gap || pulse.places.first() != first.as_ref();
+            gap = gap.max(silent);
+            if odd || looked.elapsed() > LOOK {
+                // It costs time in which a Console answers.
+                if let Ok(status) = remote.status() {
+                    if status.node != before.node && status.primary == Some(status.node) {
+                        return Ok((status.name, gap));
+                    }
+                    if begun.elapsed() > STAYS {
+                        let text = format!("{} is PRIMARY again or still: see its log for the reason", status.name);
+                        return Err(Stop::refuse(&text));
+                    }
+                    last = Instant::now();
+                }
+                looked = Instant::now();
+            }
+        }
+        thread::sleep(PACE);
+    }
+    let text =
+        format!("the switchover has begun, and no Console answers since {} s: see twistcli ha status", LIMIT.as_secs());
+    Err(Stop::tell(EX_UNAVAILABLE, &text))
+}
+
+/// Whether any Console is there.
+struct Pulse {
+    agent: Agent,
+    places: Vec<Place>,
+}
+
+impl Pulse {
+    /// Asks each once, the one that answered last first.
+    fn beats(&mut self) -> bool {
+        let there = |place: &Place| {
+            let answer = self.agent.get(format!("{place}/api/v1/_ping")).call();
+            answer.is_ok_and(|answer| answer.status().is_success())
+        };
+        let found = self.places.iter().position(there);
+        if let Some(at) = found {
+            self.places[..=at].rotate_right(1);
+        }
+        found.is_some()
+    }
+}

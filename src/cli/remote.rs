@@ -1,0 +1,397 @@
+//! The way to a cluster by its Consoles' API. Tries each address until one answers: only the PRIMARY's does. Must never send a
+//! credential to a server whose certificate does not verify, nor repeat a request that changes something and may have arrived.
+
+use std::{
+    cell::RefCell,
+    fmt, thread,
+    time::{Duration, Instant},
+};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use ureq::{
+    Agent, Body, SendBody,
+    http::{Method, Request, Response, StatusCode, Uri},
+};
+
+use super::{
+    stop::{EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, Stop},
+    untrusted,
+};
+use crate::{
+    cluster::Membership,
+    https::{self, Failure, Limits, Trust},
+    node::Status,
+};
+
+/// How long one request may take: longer than the Console gives itself.
+const LIMITS: Limits = Limits { connect: Duration::from_secs(3), request: Duration::from_secs(35) };
+/// For as long as nobody answers: a takeover takes less.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Between two rounds.
+const PAUSE: Duration = Duration::from_millis(100);
+/// `MANAGEMENT_PORT_HTTPS` when nothing else is said.
+pub(super) const HTTPS_PORT: u16 = 8083;
+/// Longest answer that is read.
+const LONGEST: u64 = 8 << 20;
+/// What stays as it is in a segment of a path.
+const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+
+/// `https://HOST:PORT` of a Console, or of what stands in front of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    host: String,
+    port: Option<u16>,
+}
+
+impl Place {
+    /// # Errors
+    /// When it is not such a URL.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let wrong = || format!("found {text:?}, allowed: https://HOST:PORT, as https://console.example.com:8083");
+        let uri: Uri = text.trim().parse().map_err(|_| wrong())?;
+        let authority = uri.authority().ok_or_else(wrong)?;
+        let plain = matches!(uri.path(), "" | "/") && uri.query().is_none() && !authority.as_str().contains('@');
+        // A colon without a number would pass for no port.
+        let odd = authority.host().is_empty() || authority.as_str().ends_with(':');
+        if uri.scheme_str() != Some("https") || !plain || odd {
+            return Err(wrong());
+        }
+        Ok(Self { host: authority.host().to_owned(), port: authority.port_u16() })
+    }
+
+    /// Of a member.
+    pub(super) fn of(address: &str, port: Option<u16>) -> Self {
+        let host = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
+        Self { host, port }
+    }
+
+    /// As it was named.
+    pub(super) fn port(&self) -> Option<u16> {
+        self.port
+    }
+
+    /// Without `/api`.
+    pub(super) fn url(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.port {
+            Some(port) => write!(f, "https://{}:{port}", self.host),
+            None => write!(f, "https://{}", self.host),
+        }
+    }
+}
+
+/// Who asks.
+#[derive(Clone)]
+pub(super) enum Login {
+    Token(String),
+    Password { user: String, password: String },
+}
+
+impl Login {
+    /// # Errors
+    /// When no header can carry it.
+    pub(super) fn token(text: &str) -> Result<Self, &'static str> {
+        match !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            true => Ok(Self::Token(text.to_owned())),
+            false => Err("the token has characters that no token has"),
+        }
+    }
+
+    /// The value of the Authorization header.
+    fn header(&self) -> String {
+        match self {
+            Self::Token(token) => format!("Bearer {token}"),
+            // A command makes few requests, so that no session has to be begun and ended for it.
+            Self::Password { user, password } => {
+                format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")))
+            }
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::Token(_) => "the token".to_owned(),
+            Self::Password { user, .. } => format!("the login of {user}"),
+        }
+    }
+}
+
+/// One segment of a path, encoded.
+pub(super) fn segment(text: &str) -> String {
+    utf8_percent_encode(text, SEGMENT).to_string()
+}
+
+/// A cluster by its Consoles.
+pub(super) struct Remote {
+    agent: Agent,
+    /// The one that answered last is the first.
+    places: RefCell<Vec<Place>>,
+    pub trust: Trust,
+    pub login: Login,
+}
+
+/// What goes wrong at one address.
+struct Silence {
+    place: Place,
+    failure: Failure,
+    why: String,
+}
+
+impl Remote {
+    pub(super) fn new(places: Vec<Place>, trust: Trust, login: Login) -> Self {
+        Self { agent: https::client(&trust, LIMITS), places: RefCell::new(places), trust, login }
+    }
+
+    /// All addresses that are tried.
+    pub(super) fn places(&self) -> Vec<Place> {
+        self.places.borrow().clone()
+    }
+
+    /// The members are tried, too, from now on: the one that was named may lose the role.
+    pub(super) fn learn(&self, membership: &Membership) {
+        let mut places = self.places.borrow_mut();
+        // Behind a load balancer with the usual port of HTTPS, the Consoles have their own.
+        let port = places.first().and_then(|place| place.port).or(Some(HTTPS_PORT));
+        for member in &membership.members {
+            let place = Place::of(&member.address, port);
+            if !places.contains(&place) {
+                places.push(place);
+            }
+        }
+    }
+
+    /// The PRIMARY's picture of the cluster.
+    ///
+    /// # Errors
+    /// When nobody gives one.
+    pub(super) fn status(&self) -> Result<Status, Stop> {
+        let status: Status = self.get("high-availability")?;
+        self.learn(&status.membership);
+        Ok(status)
+    }
+
+    /// Asks for something.
+    ///
+    /// # Errors
+    /// When nobody answers as they should.
+    pub(super) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Stop> {
+        let answer = self.call(Method::GET, path, None)?;
+        serde_json::from_value(answer).map_err(|error| self.misunderstood(path, &error))
+    }
+
+    /// Has something done. The answer is `null` where there is nothing to tell.
+    ///
+    /// # Errors
+    /// When nobody answers, or the answer is no.
+    pub(super) fn call(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, Stop> {
+        let mut response = self.send(&method, path, body)?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err(self.refused(&method, status, &https::refusal(&mut response)));
+        }
+        let text = response.body_mut().with_config().limit(LONGEST).read_to_string();
+        let text = text
+            .map_err(|error| Stop::tell(EX_UNAVAILABLE, &format!("{}: the answer broke off: {error}", self.first())))?;
+        if text.is_empty() {
+            return Ok(Value::Null);
+        }
+        serde_json::from_str(&text).map_err(|error| self.misunderstood(path, &error))
+    }
+
+    /// The first answer, whatever it says: each address is tried, again for a while if all refuse.
+    ///
+    /// # Errors
+    /// When nobody answers, or a request that changes something got lost.
+    pub(super) fn send(&self, method: &Method, path: &str, body: Option<&Value>) -> Result<Response<Body>, Stop> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut silent = Vec::new();
+            for place in self.places() {
+                match self.attempt(&place, method, path, body) {
+                    // It was PRIMARY a moment ago, and nothing was changed there.
+                    Ok(response) if response.status() == StatusCode::SERVICE_UNAVAILABLE && *method == Method::GET => {
+                        let why = https::refusal(&mut { response });
+                        silent.push(Silence { place, failure: Failure::Unreachable, why });
+                    }
+                    Ok(response) => {
+                        self.prefer(&place);
+                        return Ok(response);
+                    }
+                    Err(silence) if silence.failure == Failure::Unknown && *method != Method::GET => {
+                        let text = format!(
+                            "{}: the connection was lost before the answer came: {}\n  Whether it was done is unknown: look \
+                             before you repeat it. See: twistcli ha status",
+                            silence.place, silence.why
+                        );
+                        return Err(Stop::tell(EX_UNAVAILABLE, &text));
+                    }
+                    Err(silence) => silent.push(silence),
+                }
+            }
+            // It answers, and time will not make it better.
+            let hopeless = silent.iter().any(|silence| matches!(silence.failure, Failure::Untrusted(_)));
+            if hopeless || Instant::now() > deadline {
+                return Err(self.nobody(&silent));
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    fn attempt(
+        &self,
+        place: &Place,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Response<Body>, Silence> {
+        let silence = |failure, why| Silence { place: place.clone(), failure, why };
+        let request = Request::builder()
+            .method(method.clone())
+            .uri(format!("{place}/api/v1/{path}"))
+            .header("authorization", self.login.header());
+        let sent = match body {
+            Some(body) => request
+                .header("content-type", "application/json")
+                .body(body.to_string())
+                .map(|request| self.agent.run(request)),
+            None => request.body(SendBody::none()).map(|request| self.agent.run(request)),
+        };
+        let sent = sent.map_err(|error| silence(Failure::Unreachable, error.to_string()))?;
+        sent.map_err(|error| silence(https::failure(&error), error.to_string()))
+    }
+
+    /// Where a request went that was answered.
+    pub(super) fn first(&self) -> String {
+        self.places.borrow().first().map(Place::to_string).unwrap_or_default()
+    }
+
+    fn prefer(&self, place: &Place) {
+        let mut places = self.places.borrow_mut();
+        if let Some(at) = places.iter().position(|other| other == place) {
+            places[..=at].rotate_right(1);
+        }
+    }
+
+    fn nobody(&self, silent: &[Silence]) -> Stop {
+        let distrusted = silent.iter().find_map(|silence| match silence.failure {
+            Failure::Untrusted(why) => Some((silence, why)),
+            _ => None,
+        });
+        if let Some((silence, why)) = distrusted {
+            return Stop::tell(EX_UNAVAILABLE, &untrusted::explain(&silence.place, why, &silence.why));
+        }
+        let mut text = "no Console answers".to_owned();
+        for Silence { place, failure, why } in silent {
+            let why = if *failure == Failure::Refused { "connection refused" } else { why.as_str() };
+            text.push_str(&format!("\n  {place}: {why}"));
+            if place.port.is_none() {
+                text.push_str(" (port 443, as none was named; a Console has 8083 unless it was changed)");
+            }
+        }
+        text.push_str(
+            "\n  Only the PRIMARY's Console accepts connections: name all members, each with --address. If none accepts, run \
+             `twistcli ha status` on one of them.",
+        );
+        Stop::tell(EX_UNAVAILABLE, &text)
+    }
+
+    /// What an answer means that is not a success.
+    pub(super) fn refused(&self, method: &Method, status: StatusCode, why: &str) -> Stop {
+        let (place, who) = (self.first(), self.login.name());
+        match status.as_u16() {
+            401 => {
+                let text = format!("{place} does not accept {who}: {why}\n  Name another one with --user, or --token.");
+                Stop::tell(EX_NOPERM, &text)
+            }
+            403 => Stop::tell(EX_NOPERM, &format!("{place} does not permit this to {who}: {why}")),
+            404 if why.starts_with("there is nothing at") => {
+                let text = format!("{place}: {why}\n  twistcli and the Console are of different versions.");
+                Stop::tell(EX_UNAVAILABLE, &text)
+            }
+            500.. if *method != Method::GET => Stop::tell(EX_UNAVAILABLE, &format!("{place}: {why}")),
+            500.. => Stop::tell(EX_UNAVAILABLE, &format!("{place}: {why}\n  Try again, or see the log there.")),
+            _ => Stop::tell(EX_TEMPFAIL, &format!("not done: {why}")),
+        }
+    }
+
+    fn misunderstood(&self, path: &str, error: &serde_json::Error) -> Stop {
+        let place = self.first();
+        let text = format!(
+            "{place}/api/v1/{path}: the answer is not understood: {error}\n  Is this a Console, and of the same version?"
+        );
+        Stop::tell(EX_UNAVAILABLE, &text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::health::tests::healthy;
+
+    #[test]
+    fn addresses_are_https_urls_and_nothing_else() {
+        let url = |text: &str| Place::parse(text).map(|place| place.url()).ok();
+        for (text, expected) in [
+            ("https://a.example:8083", "https://a.example:8083"),
+            ("https://a.example:8083/", "https://a.example:8083"),
+            (" https://192.0.2.1", "https://192.0.2.1"),
+            ("https://[2001:db8::1]:8083/", "https://[2001:db8::1]:8083"),
+        ] {
+            assert_eq!(url(text).as_deref(), Some(expected), "{text}");
+        }
+        for bad in [
+            "",
+            "host",
+            "host:8083",
+            "http://host:8083",
+            "https://",
+            "https://host:8083/x",
+            "https://host?x",
+            "https://u:p@host",
+            "https://host:99999",
+            "https://host:",
+            "https://a b",
+            "https://host\r\nx",
+        ] {
+            assert_eq!(url(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn members_are_learnt_once_and_with_the_port_that_was_named() {
+        let named = Place::parse("https://lb.example:9083").unwrap();
+        let login = Login::token("t").unwrap();
+        let remote = Remote::new(vec![named.clone()], Trust::default(), login);
+        let mut status = healthy();
+        status.membership.members[2].address = "2001:db8::3".into();
+        remote.learn(&status.membership);
+        remote.learn(&status.membership);
+        let urls: Vec<String> = remote.places().iter().map(Place::url).collect();
+        let expected = [
+            "https://lb.example:9083",
+            "https://127.0.0.1:9083",
+            "https://127.0.0.2:9083",
+            "https://[2001:db8::3]:9083",
+        ];
+        assert_eq!(urls, expected);
+        remote.prefer(&Place::of("127.0.0.2", Some(9083)));
+        assert_eq!(remote.first(), "https://127.0.0.2:9083");
+        assert_eq!(remote.places()[1], named);
+    }
+
+    #[test]
+    fn what_goes_into_a_path_or_a_header_stays_there() {
+        assert_eq!(segment("a/b?c#d e%ä.."), "a%2Fb%3Fc%23d%20e%25%C3%A4..");
+        assert!(Login::token("a\r\nb").is_err() && Login::token("").is_err());
+        let login = Login::Password { user: "Jörg".into(), password: "a:b\r\n".into() };
+        assert!(login.header().bytes().all(|byte| byte.is_ascii_graphic() || byte == b' '));
+    }
+}

@@ -1,0 +1,103 @@
+//! How a command ends: its exit codes, what it says when it ends early, and the question before what cannot be undone.
+
+use std::io::{self, IsTerminal, Write};
+
+/// It was done, and something is wrong: degraded, a write is missing, a backup is damaged.
+pub(super) const EX_FOUND: u8 = 1;
+/// Wrong command line (sysexits EX_USAGE); not clap's 2, which means "no primary" here.
+pub(super) const EX_USAGE: u8 = 64;
+/// A file that was named cannot be read (sysexits EX_NOINPUT).
+pub(super) const EX_NOINPUT: u8 = 66;
+/// Nobody answers (sysexits EX_UNAVAILABLE).
+pub(super) const EX_UNAVAILABLE: u8 = 69;
+/// Writing the output failed (sysexits EX_IOERR).
+pub(super) const EX_IOERR: u8 = 74;
+/// Refused, by the cluster or by the administrator (sysexits EX_TEMPFAIL).
+pub(super) const EX_TEMPFAIL: u8 = 75;
+/// The login is not good, or its role does not permit this (sysexits EX_NOPERM).
+pub(super) const EX_NOPERM: u8 = 77;
+
+/// Why a command ends before its end.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// This has to be said, with this exit code.
+    Why { code: u8, text: String },
+    /// Everything has been said; this is the exit code.
+    Told(u8),
+    /// The output cannot be written.
+    Output(io::Error),
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+impl Stop {
+    /// Stops with this sentence and exit code.
+    pub(super) fn tell(code: u8, why: &str) -> Self {
+        Self::Why { code, text: format!("twistcli: {why}") }
+    }
+
+    /// A refusal: nothing was changed.
+    pub(super) fn refuse(why: &str) -> Self {
+        Self::tell(EX_TEMPFAIL, &format!("not done: {why}"))
+    }
+
+    /// The sentence, for another one to be made of it.
+    pub(super) fn text(self) -> String {
+        match self {
+            Self::Why { text, .. } => text.strip_prefix("twistcli: ").unwrap_or(&text).to_owned(),
+            Self::Told(code) => format!("exit code {code}"),
+            Self::Output(error) => error.to_string(),
+        }
+    }
+
+    /// The exit code, after everything has been said.
+    ///
+    /// # Errors
+    /// When the output could not be written.
+    pub(super) fn code(self) -> io::Result<u8> {
+        match self {
+            Self::Why { code, text } => {
+                eprintln!("{text}");
+                Ok(code)
+            }
+            Self::Told(code) => Ok(code),
+            Self::Output(error) => Err(error),
+        }
+    }
+}
+
+/// Asks the administrator; `yes` answers in advance.
+///
+/// # Errors
+/// Anything but a yes, and no terminal to ask on.
+pub(super) fn confirm(question: &str, yes: bool) -> Result<(), Stop> {
+    if yes {
+        return Ok(());
+    }
+    if !io::stdin().is_terminal() {
+        return Err(Stop::tell(EX_USAGE, "standard input is no terminal: say --yes to go on without a question"));
+    }
+    match ask(&format!("{question} [y/N]"))?.to_ascii_lowercase().as_str() {
+        "y" | "yes" => Ok(()),
+        _ => Err(Stop::refuse("not confirmed; nothing was changed")),
+    }
+}
+
+/// One line from standard input.
+///
+/// # Errors
+/// When there is none to be had.
+pub(super) fn ask(question: &str) -> io::Result<String> {
+    eprint!("{question} ");
+    io::stderr().flush()?;
+    let mut answer = String::new();
+    if io::stdin().read_line(&mut answer)? == 0 {
+        // The end of the input leaves the cursor behind the question.
+        eprintln!();
+    }
+    Ok(answer.trim().to_owned())
+}

@@ -1,0 +1,150 @@
+//! `backups` and `settings/backup`: the backups of the PRIMARY's host. Every check of a name and every step belongs to
+//! [`crate::backup`]. A restore is not offered here: it replaces the Console's own database.
+
+use std::{fs::File, sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    body::Body as Bytes,
+    extract::State,
+    http::{HeaderMap, HeaderValue, Method, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+
+use super::{
+    Console, audits,
+    auth::User,
+    errors::ApiError,
+    extract::{Body, Name, Page, Paged, Search},
+    programs,
+    routes::{Access, Entry, Role, route},
+};
+use crate::backup::{Backup, BackupError, BackupState, Started};
+
+/// How long a client waits for the end of what it has begun; then it looks at `settings/backup`.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
+    let make = "Back up the database; answers when that is done, or after 20 s while it goes on";
+    let check = "Open a backup and check all of it; answers as the creation does";
+    vec![
+        route(Method::GET, "/backups", ADMINISTRATORS, "The backups of this member, newest first", list)
+            .query::<Page>()
+            .paged()
+            .answer::<Vec<Backup>>(),
+        route(Method::POST, "/backups", ADMINISTRATORS, make, create).body::<String>().answer::<Started>(),
+        route(Method::GET, "/backups/{id}", ADMINISTRATORS, "Download a backup", download).file("application/gzip"),
+        route(Method::PATCH, "/backups/{id}", ADMINISTRATORS, "Give a manual backup another name", rename)
+            .body::<String>()
+            .answer::<Backup>(),
+        route(Method::DELETE, "/backups/{id}", ADMINISTRATORS, "Delete a backup", remove),
+        route(Method::POST, "/backups/{id}/verify", ADMINISTRATORS, check, verify).answer::<Started>(),
+        route(Method::GET, "/settings/backup", ADMINISTRATORS, "How backups are set up, and what is under way", state)
+            .answer::<BackupState>(),
+    ]
+}
+
+impl From<BackupError> for ApiError {
+    fn from(error: BackupError) -> Self {
+        match error {
+            BackupError::Refused(_) | BackupError::Damaged(_) | BackupError::NoSpace { .. } => {
+                Self::Conflict(error.to_string())
+            }
+            BackupError::Name(why) => Self::bad(why),
+            BackupError::NotFound(why) => Self::NotFound(why),
+            BackupError::Unknown(why) => Self::Unknown(why),
+            BackupError::Io { .. } => {
+                tracing::error!("{error}");
+                Self::Unavailable(error.to_string())
+            }
+        }
+    }
+}
+
+/// `GET backups`.
+async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -> Result<Paged<Backup>, ApiError> {
+    let (limit, offset) = page.bounds()?;
+    let all = console.services()?.backups.list().await?;
+    let total = all.len() as i64;
+    Ok(Paged { rows: all.into_iter().skip(offset as usize).take(limit as usize).collect(), total })
+}
+
+/// `POST backups` with the name as a JSON string.
+async fn create(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Body(name): Body<String>,
+) -> Result<Json<Started>, ApiError> {
+    let backups = &console.services()?.backups;
+    backups.check_new(&name)?;
+    audits::note(&console.store, &user, "create", &format!("backup '{name}'"), Value::Null).await?;
+    let started = backups.create(&name, &user.name)?;
+    ended(&console, started).await
+}
+
+/// `POST backups/{id}/verify`.
+async fn verify(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<Json<Started>, ApiError> {
+    let started = console.services()?.backups.verify(&id, &user.name)?;
+    ended(&console, started).await
+}
+
+/// Waits for a moment: most databases are small.
+async fn ended(console: &Console, started: Started) -> Result<Json<Started>, ApiError> {
+    match console.services()?.backups.wait(started.number, PATIENCE).await {
+        Some(outcome) if !outcome.ok => Err(ApiError::Conflict(outcome.text)),
+        _ => Ok(Json(started)),
+    }
+}
+
+/// `GET backups/{id}`.
+async fn download(State(console): State<Arc<Console>>, Name(id): Name) -> Result<Response, ApiError> {
+    let slot = programs::slot(&console)?;
+    let path = console.services()?.backups.path(&id)?;
+    let gone = |error: std::io::Error| ApiError::Unavailable(format!("the backup cannot be read: {error}"));
+    let opened = tokio::task::spawn_blocking(move || {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        Ok((file, length))
+    });
+    let (file, length) = opened.await.map_err(|_| ApiError::Internal)?.map_err(gone)?;
+    // Such a name has no character that means something in a header.
+    let name = HeaderValue::from_str(&format!("attachment; filename=\"{id}\"")).map_err(|_| ApiError::Internal)?;
+    let headers = HeaderMap::from_iter([
+        (header::CONTENT_TYPE, HeaderValue::from_static("application/gzip")),
+        (header::CONTENT_LENGTH, HeaderValue::from(length)),
+        (header::CONTENT_DISPOSITION, name),
+    ]);
+    let body: Bytes = programs::body(file, length, slot);
+    Ok((headers, body).into_response())
+}
+
+/// `PATCH backups/{id}` with the new name as a JSON string.
+async fn rename(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Name(id): Name,
+    Body(name): Body<String>,
+) -> Result<Json<Backup>, ApiError> {
+    let backups = &console.services()?.backups;
+    backups.path(&id)?;
+    backups.check_new(&name)?;
+    let difference = json!({ "name": { "new": name } });
+    audits::note(&console.store, &user, "rename", &format!("backup '{id}'"), difference).await?;
+    Ok(Json(backups.rename(&id, &name, &user.name).await?))
+}
+
+/// `DELETE backups/{id}`.
+async fn remove(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<(), ApiError> {
+    let backups = &console.services()?.backups;
+    backups.path(&id)?;
+    audits::note(&console.store, &user, "delete", &format!("backup '{id}'"), Value::Null).await?;
+    Ok(backups.delete(&id, &user.name).await?)
+}
+
+/// `GET settings/backup`.
+async fn state(State(console): State<Arc<Console>>) -> Result<Json<BackupState>, ApiError> {
+    Ok(Json(console.services()?.backups.state().await))
+}

@@ -1,0 +1,141 @@
+//! `settings/notifications`: where events are sent; and the test of it. And `/metrics`, for those who rather fetch. Must never
+//! give a secret back.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderMap, Method},
+    response::Response,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{
+    Console, audits,
+    auth::{self, Source, User},
+    errors::ApiError,
+    extract::Body,
+    routes::{Access, Entry, Role, route},
+};
+use crate::{
+    cluster::membership::Webhook,
+    events::{Severity, check_url, notify::Delivery},
+};
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
+    let path = "/settings/notifications";
+    let test = "/settings/notifications/test";
+    vec![
+        route(Method::GET, path, ADMINISTRATORS, "Where events are sent", settings).answer::<Settings>(),
+        route(Method::POST, path, ADMINISTRATORS, "Set where events are sent", set).body::<Wish>(),
+        route(Method::POST, test, ADMINISTRATORS, "Send a test event everywhere", send_test).answer::<Vec<Delivery>>(),
+        route(Method::GET, "/metrics", Access::Open, "For Prometheus: needs METRICS_TOKEN or a login", metrics)
+            .at_root()
+            .tag("metrics")
+            .file("text/plain"),
+    ]
+}
+
+/// A webhook as it is set.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Hook {
+    /// Unlike that of any other.
+    #[schemars(length(min = 1, max = 64))]
+    name: String,
+    /// `https://` or `http://`; redirects are not followed.
+    #[schemars(length(max = 512))]
+    url: String,
+    /// Key of the signature in `x-twistlock-signature`. Not given: as it was; empty: none.
+    #[schemars(length(max = 128))]
+    secret: Option<String>,
+    /// The only authority that its certificate may come from, PEM.
+    #[schemars(length(max = 2048))]
+    ca: Option<String>,
+    /// The least severe event that is sent.
+    #[serde(default = "usual")]
+    severity: Severity,
+}
+
+fn usual() -> Severity {
+    Severity::Warning
+}
+
+/// All webhooks as they are set.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Wish {
+    #[schemars(length(max = 3))]
+    webhooks: Vec<Hook>,
+}
+
+/// A webhook as it is shown.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+struct Shown {
+    name: String,
+    url: String,
+    ca: Option<String>,
+    severity: String,
+    /// It has a secret.
+    signed: bool,
+}
+
+/// Where events are sent.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct Settings {
+    webhooks: Vec<Shown>,
+    /// The PRIMARY has a NOTIFY_COMMAND, too. It is set in the twistlock.cfg of each host alone.
+    command: bool,
+}
+
+fn shown((webhook, signed): (Webhook, bool)) -> Shown {
+    let Webhook { name, url, ca, severity, .. } = webhook;
+    Shown { name, url, ca, severity, signed }
+}
+
+async fn settings(State(console): State<Arc<Console>>) -> Result<Json<Settings>, ApiError> {
+    let services = console.services()?;
+    let webhooks = services.admin.webhooks().into_iter().map(shown).collect();
+    Ok(Json(Settings { webhooks, command: services.notifier.has_command() }))
+}
+
+async fn set(State(console): State<Arc<Console>>, user: User, Body(wish): Body<Wish>) -> Result<(), ApiError> {
+    let admin = &console.services()?.admin;
+    let webhooks = wish.webhooks.into_iter().map(|hook| {
+        let Hook { name, url, secret, ca, severity } = hook;
+        let webhook = Webhook { name, url, secret, ca, severity: severity.word().to_owned() };
+        check_url(&webhook).map(|()| webhook).map_err(ApiError::bad)
+    });
+    let webhooks = webhooks.collect::<Result<Vec<_>, _>>()?;
+    let names = |webhooks: &mut dyn Iterator<Item = String>| webhooks.collect::<Vec<_>>();
+    let old = names(&mut admin.webhooks().into_iter().map(|(webhook, _)| webhook.name));
+    let new = names(&mut webhooks.iter().map(|webhook| webhook.name.clone()));
+    let difference = json!({ "webhooks": { "old": old, "new": new } });
+    audits::note(&console.store, &user, "set", "notifications", difference).await?;
+    Ok(admin.set_webhooks(webhooks, &user.name).await?)
+}
+
+async fn send_test(State(console): State<Arc<Console>>) -> Result<Json<Vec<Delivery>>, ApiError> {
+    Ok(Json(console.services()?.notifier.test().await))
+}
+
+/// `GET /metrics`: the health port without a token shows them to whoever reaches it, which an administrator has decided; the
+/// Console's port is open to more people.
+async fn metrics(
+    State(console): State<Arc<Console>>,
+    source: Source,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let page = &console.services()?.metrics;
+    if !(page.needs_token() && page.permits(&headers)) {
+        auth::identify(&console, &Method::GET, &headers, source).await?;
+        return Ok(page.shown());
+    }
+    Ok(page.answer(&headers))
+}

@@ -1,0 +1,244 @@
+//! The background scrub: reads the database file again, slowly and from the disk, so that rot is found before it is needed. The
+//! reading is done by a thread of its own; what was read is judged by the database thread, which alone knows what the pages
+//! have to be. Must never write, and never hold the database thread up for a disk.
+
+use std::{
+    fs::File,
+    io::{self, ErrorKind},
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tracing::{debug, info};
+
+use crate::{
+    storage::{
+        database::{Database, Scrubbable},
+        scrub::{drop_cache, page_checksums},
+        snapshot::Resting,
+    },
+    telemetry::{SCRUB_PROGRESS, SCRUB_SUCCESS},
+};
+
+/// Bytes that are read at once.
+const CHUNK: u32 = 1 << 20;
+/// Pause between two chunks: about 32 MiB are read in a second.
+const PACE: Duration = Duration::from_millis(30);
+/// The longest wait before what could not be scrubbed is tried again.
+const AGAIN: Duration = Duration::from_secs(60);
+/// After a start there is more important work.
+const FIRST: Duration = Duration::from_secs(600);
+
+enum Job {
+    /// These pages of a file that follows: their checksums are wanted.
+    Pages { file: Arc<File>, page_size: u32, done: u32, count: u32 },
+    /// The whole file, which rests: it must have the checksum of its checkpoint.
+    Resting(Resting),
+}
+
+enum Answer {
+    Pages { done: u32, sums: io::Result<Vec<u64>> },
+    Resting(io::Result<()>),
+}
+
+/// What a look at the answers found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Finding {
+    Nothing,
+    /// A whole pass found nothing wrong.
+    Clean,
+    /// The file is damaged; the sentence says where.
+    Rot(String),
+}
+
+/// A pass under way.
+struct Pass {
+    begun: Instant,
+    /// Of a file that follows; a resting one is read as a whole.
+    follows: bool,
+    done: u32,
+}
+
+/// The database thread's side.
+pub(super) struct Scrub {
+    /// Zero: never.
+    interval: Duration,
+    next: Instant,
+    pass: Option<Pass>,
+    /// The reader works.
+    busy: bool,
+    jobs: SyncSender<Job>,
+    answers: Receiver<Answer>,
+}
+
+impl Scrub {
+    /// Starts the reader; `wake` wakes the database thread when there is an answer.
+    pub fn start(interval: Duration, wake: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let (jobs, taken) = sync_channel(1);
+        let (answer, answers) = sync_channel(1);
+        thread::Builder::new().name("scrub".to_owned()).spawn(move || {
+            while let Ok(job) = taken.recv() {
+                let done = read(job);
+                if answer.send(done).is_err() {
+                    return; // the node ends
+                }
+                wake();
+            }
+        })?;
+        let next = Instant::now() + interval.min(FIRST);
+        Ok(Self { interval, next, pass: None, busy: false, jobs, answers })
+    }
+
+    /// How long nothing has to be begun.
+    pub fn due_in(&self) -> Duration {
+        if self.interval.is_zero() || self.busy {
+            return Duration::MAX;
+        }
+        self.next.saturating_duration_since(Instant::now())
+    }
+
+    /// The last pass did not count: it is begun again soon.
+    pub fn postpone(&mut self) {
+        self.pass = None;
+        self.next = Instant::now() + self.interval.min(AGAIN);
+    }
+
+    /// Looks at what was read, and lets more be read.
+    pub fn turn(&mut self, database: &mut Database) -> Finding {
+        let mut finding = match self.answers.try_recv() {
+            Ok(answer) => {
+                self.busy = false;
+                self.judge(answer, database)
+            }
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => Finding::Nothing,
+        };
+        if !self.busy && finding == Finding::Nothing {
+            finding = self.go_on(database);
+        }
+        match &finding {
+            Finding::Nothing => {}
+            Finding::Clean => self.clean(database),
+            Finding::Rot(_) => self.postpone(),
+        }
+        finding
+    }
+
+    fn judge(&mut self, answer: Answer, database: &Database) -> Finding {
+        let unreadable = |error: io::Error| Finding::Rot(format!("the database file cannot be read: {error}"));
+        match answer {
+            Answer::Pages { done, sums } => {
+                let Some(pass) = self.pass.as_mut().filter(|pass| pass.follows && pass.done == done) else {
+                    return Finding::Nothing; // the role has changed meanwhile
+                };
+                match sums {
+                    Ok(sums) => match database.differs(done, &sums) {
+                        Ok(Some(page)) => {
+                            Finding::Rot(format!("page {page} of the database file has rotted on the disk"))
+                        }
+                        Ok(None) => {
+                            pass.done += sums.len() as u32;
+                            Finding::Nothing
+                        }
+                        Err(error) => unreadable(error),
+                    },
+                    Err(error) => unreadable(error),
+                }
+            }
+            Answer::Resting(result) => match result {
+                _ if self.pass.as_ref().is_none_or(|pass| pass.follows) => Finding::Nothing,
+                Ok(()) => Finding::Clean,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {
+                    debug!("a scrub is begun again: {error}");
+                    self.postpone();
+                    Finding::Nothing
+                }
+                Err(error) if error.kind() == ErrorKind::InvalidData => Finding::Rot(error.to_string()),
+                Err(error) => unreadable(error),
+            },
+        }
+    }
+
+    fn go_on(&mut self, database: &mut Database) -> Finding {
+        let follows = match database.scrubbable() {
+            Scrubbable::Not => return Finding::Nothing,
+            Scrubbable::Follows { .. } => true,
+            Scrubbable::Serves => false,
+        };
+        if self.pass.as_ref().is_some_and(|pass| pass.follows != follows) {
+            self.pass = None; // what was read of the other role's file does not count
+            self.next = Instant::now();
+        }
+        if self.pass.is_none() {
+            if !self.due_in().is_zero() {
+                return Finding::Nothing;
+            }
+            self.pass = Some(Pass { begun: Instant::now(), follows, done: 0 });
+        }
+        let Some(pass) = &self.pass else { return Finding::Nothing };
+        let job = match database.scrubbable() {
+            Scrubbable::Follows { file, page_size, pages } => {
+                metrics::gauge!(SCRUB_PROGRESS).set(f64::from(pass.done) / f64::from(pages.max(1)));
+                if pass.done >= pages {
+                    return database
+                        .verify_settled()
+                        .map_or_else(|error| Finding::Rot(error.to_string()), |()| Finding::Clean);
+                }
+                let count = (CHUNK / page_size).min(pages - pass.done);
+                Job::Pages { file, page_size, done: pass.done, count }
+            }
+            _ => match database.rest() {
+                Ok(resting) => Job::Resting(resting),
+                Err(error) => {
+                    // Whatever it is, the next checkpoint finds it, too.
+                    debug!("the database file does not rest for a scrub: {error}");
+                    self.postpone();
+                    return Finding::Nothing;
+                }
+            },
+        };
+        self.busy = self.jobs.try_send(job).is_ok();
+        Finding::Nothing
+    }
+
+    fn clean(&mut self, database: &Database) {
+        let ms = self.pass.take().map_or(0, |pass| pass.begun.elapsed().as_millis() as u64);
+        self.next = Instant::now() + self.interval;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        metrics::gauge!(SCRUB_SUCCESS).set(now.as_secs_f64());
+        metrics::gauge!(SCRUB_PROGRESS).set(1.0);
+        info!(bytes = database.file_bytes(), ms, "the scrub of the database file found nothing wrong");
+    }
+}
+
+/// Does a job, at its pace.
+fn read(job: Job) -> Answer {
+    match job {
+        Job::Pages { file, page_size, done, count } => {
+            thread::sleep(PACE);
+            drop_cache(&file, page_size, done, count);
+            Answer::Pages { done, sums: page_checksums(&file, page_size, done, count) }
+        }
+        Job::Resting(resting) => Answer::Resting(whole(&resting)),
+    }
+}
+
+fn whole(resting: &Resting) -> io::Result<()> {
+    let record = resting.record();
+    let (mut done, mut checksum, mut bytes) = (0, 0, Vec::new());
+    while done < record.pages {
+        thread::sleep(PACE);
+        resting.drop_cache(done);
+        checksum ^= resting.read(done, &mut bytes)?;
+        done += bytes.len() as u32 / record.page_size;
+        metrics::gauge!(SCRUB_PROGRESS).set(f64::from(done) / f64::from(record.pages));
+    }
+    if checksum == record.checksum {
+        return Ok(());
+    }
+    let why = format!("the database file does not have the checksum of its checkpoint at raft index {}", record.index);
+    Err(io::Error::new(ErrorKind::InvalidData, why))
+}

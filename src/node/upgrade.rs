@@ -1,0 +1,89 @@
+//! The feature level while the node runs: raises it when all members have the next one, and keeps a program out that is too
+//! old. Must never raise it while a member is away: its host may be on its way back to the older program.
+
+use std::time::{Duration, Instant};
+
+use tracing::{error, info};
+
+use super::{Exit, driver::Driver, lease::boottime};
+use crate::cluster::{Change, Phase, level::outdated};
+
+/// How long all members must have shown the next level before it is in force: an upgrade that does not hold is taken back
+/// within its first moments.
+const SETTLED: Duration = Duration::from_secs(5);
+/// What the warning is about.
+const ABOUT: &str = "level";
+
+/// Since when all members have had a level above the one in force.
+#[derive(Default)]
+pub(super) struct Upgrade {
+    ready: Option<(u32, Instant)>,
+}
+
+impl Upgrade {
+    /// The level to raise to, now. `common`: what the programs of all members have; none while one of them is not heard.
+    fn due(&mut self, common: Option<u32>, in_force: u32, now: Instant) -> Option<u32> {
+        let Some(level) = common.filter(|level| *level > in_force) else {
+            self.ready = None;
+            return None;
+        };
+        let since = match self.ready {
+            Some((ready, since)) if ready == level => since,
+            _ => {
+                self.ready = Some((level, now));
+                now
+            }
+        };
+        (now.duration_since(since) >= SETTLED).then_some(level)
+    }
+}
+
+impl Driver {
+    /// Once per tick.
+    pub(super) fn follow_level(&mut self) {
+        let in_force = self.config.configuration.membership.level;
+        let common = if self.cluster.phase() == Phase::Primary { self.publisher.common_level() } else { None };
+        let Some(level) = self.upgrade.due(common, in_force, Instant::now()) else { return };
+        let raise = Change::Raise { level, version: self.config.version.clone() };
+        // Refused only while something else is under way, or without a lease: the next tick tries again.
+        if self.cluster.change(boottime(), &raise).is_ok() {
+            info!(level, before = in_force, "the programs of all members have the next feature level: it is raised");
+            self.upgrade.ready = None;
+        }
+    }
+
+    /// This node's program lacks what the cluster relies on from now on: the next start says so, too, and ends there.
+    pub(super) fn leave_if_outdated(&mut self) {
+        let membership = &self.config.configuration.membership;
+        if membership.level > self.config.level {
+            let own = (self.config.version.as_str(), self.config.level);
+            self.exit = Some(Exit::Fatal(outdated("this node", own, (&membership.level_version, membership.level))));
+        }
+    }
+
+    /// A member refuses this node because of its program.
+    pub(super) fn told_outdated(&mut self, why: String) {
+        error!(reason = why, "the program of this node is too old for the cluster");
+        self.publisher.warn(ABOUT, Some(why));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_is_due_when_all_have_shown_it_for_a_while() {
+        let (mut upgrade, start) = (Upgrade::default(), Instant::now());
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(upgrade.due(Some(2), 2, after(0)), None);
+        assert_eq!(upgrade.due(Some(3), 2, after(0)), None);
+        assert_eq!(upgrade.due(Some(3), 2, after(4)), None);
+        assert_eq!(upgrade.due(None, 2, after(5)), None, "one is away");
+        assert_eq!(upgrade.due(Some(3), 2, after(6)), None, "it begins again");
+        assert_eq!(upgrade.due(Some(4), 2, after(10)), None, "another level");
+        assert_eq!(upgrade.due(Some(4), 2, after(15)), Some(4));
+        assert_eq!(upgrade.due(Some(4), 2, after(16)), Some(4), "until it is in force");
+        assert_eq!(upgrade.due(Some(4), 4, after(17)), None);
+    }
+}

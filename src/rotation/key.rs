@@ -1,0 +1,115 @@
+//! The cluster key: makes, fetches and keeps it. Must never seal the authority with a key that a member does not have.
+
+use anyhow::{Context, Result, bail};
+use tracing::info;
+
+use super::{Rotation, all, exchange};
+use crate::{
+    cluster::{Change, Membership, trust::KeyId},
+    node::Status,
+    pki::{self, Authority, ClusterKey, ClusterKeys},
+};
+
+impl Rotation {
+    fn keys(&mut self) -> Result<&mut ClusterKeys> {
+        let keys = match self.keys.take() {
+            Some(keys) => keys,
+            None => ClusterKeys::load(&self.parts.certificates)?,
+        };
+        Ok(self.keys.insert(keys))
+    }
+
+    /// The key that the others wait for, if it is here; else the one in use.
+    pub(super) fn held_key(&self, membership: &Membership) -> KeyId {
+        let Some(keys) = &self.keys else { return KeyId::default() };
+        let announced = membership.rekey.and_then(|rekey| rekey.next).filter(|id| keys.find(*id).is_some());
+        announced.or(keys.current.as_ref().map(ClusterKey::id)).unwrap_or_default()
+    }
+
+    /// Has the key that seals the authority in its place, and the announced one beside it.
+    pub(super) async fn follow_key(&mut self, membership: &Membership) -> Result<()> {
+        let dir = self.parts.certificates.clone();
+        let sealed_with = membership.authority.as_ref().and_then(|authority| authority.key);
+        let has = |key: &Option<ClusterKey>, id| key.as_ref().is_some_and(|key| key.id() == id);
+        if let Some(id) = sealed_with
+            && !has(&self.keys()?.current, id)
+        {
+            if !has(&self.keys()?.next, id) {
+                // It was away when the others replaced the key, or got its database from one that had not yet.
+                let key = self.fetch(membership, id).await?;
+                self.keys()?.keep_next(&dir, key)?;
+            }
+            self.keys()?.use_next(&dir)?;
+            info!(key = %id, "the new cluster key is in use");
+        }
+        match membership.rekey {
+            Some(rekey) => {
+                if let Some(id) = rekey.next
+                    && !has(&self.keys()?.next, id)
+                {
+                    let key = self.fetch(membership, id).await?;
+                    self.keys()?.keep_next(&dir, key)?;
+                    info!(key = %id, "the announced cluster key is on this disk");
+                }
+            }
+            // It was announced in vain: another one came in its place, or none is wanted any more.
+            None if self.keys()?.next.is_some() => self.keys()?.forget_next(&dir)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Asks all other members, the primary first.
+    async fn fetch(&self, membership: &Membership, id: KeyId) -> Result<ClusterKey> {
+        let status = self.parts.handle.status().borrow().clone();
+        let mut others: Vec<_> = membership.members.iter().filter(|member| member.id != status.node).collect();
+        others.sort_by_key(|member| status.primary != Some(member.id));
+        let mut problems = Vec::new();
+        for member in others {
+            // Where it is reached by what it says itself.
+            let member = self.parts.peers.roster.member(member.id).unwrap_or_else(|| member.clone());
+            match exchange::fetch(&self.parts.peers, &member, id).await {
+                Ok(key) => return Ok(key),
+                Err(error) => problems.push(format!("{}: {error:#}", member.name)),
+            }
+        }
+        bail!("the cluster key {id} could not be fetched ({})", problems.join("; "))
+    }
+
+    /// Announces a key if none is, or if the one that made it took it along; seals when all members have it.
+    pub(super) async fn lead_key(&mut self, membership: &Membership, status: &Status) -> Result<()> {
+        let (Some(rekey), Some(authority)) = (membership.rekey, &membership.authority) else { return Ok(()) };
+        let announced = match rekey.next {
+            Some(id) => self.keys()?.next.clone().filter(|key| key.id() == id),
+            None => None,
+        };
+        let Some(next) = announced else {
+            // That no other member has it was found out a moment ago, by asking for it. Nothing is sealed with it.
+            let key = ClusterKey::generate();
+            let id = key.id();
+            let dir = self.parts.certificates.clone();
+            self.keys()?.keep_next(&dir, key)?;
+            return self
+                .change(Change::AnnounceKey { id }, "a new cluster key is announced: all members fetch it")
+                .await;
+        };
+        if !all(membership, status, |holds| holds.key == next.id()) {
+            return Ok(());
+        }
+        let opened = Authority::open(membership.cluster, authority, &self.parts.certificates);
+        let sealed =
+            opened.and_then(|authority| authority.seal(&next)).context("seal the certificate authority anew")?;
+        let certificate = match &membership.custom_certificate {
+            Some(given) => Some(
+                self.keys()?.find(given.key).context("this node does not have the cluster key that sealed it").and_then(
+                    |old| Ok(pki::reseal(membership.cluster, given, old, &next)?),
+                ).context(
+                    "seal the certificate that was given to the Consoles anew (or take it back: twistcli certs remove)",
+                )?,
+            ),
+            None => None,
+        };
+        let done = "all members have the new cluster key: it seals the authority";
+        self.change(Change::Reseal { authority: sealed, certificate }, done).await
+    }
+}

@@ -1,0 +1,301 @@
+//! The copy of a database that follows the raft log, while it goes on following: whoever copies reads the file at his own
+//! pace, and pages that were written meanwhile are read again. The database thread reads the last few of them itself,
+//! between two transactions, so that the copy is the database at one raft index.
+//!
+//! Owns what is known about the pages written since the copy began. Must never make the database thread wait: a copy that
+//! is given up, or a promotion, leaves nothing behind but a flag.
+
+use std::{
+    fs::File,
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use thiserror::Error;
+
+use super::{
+    checkpoint::Record,
+    checksum::read_or_zero,
+    snapshot::{CHUNK, chunk_checksum},
+};
+
+/// Bytes that the database thread reads itself at the end of a copy: about a millisecond.
+const LAST_BYTES: usize = 4 << 20;
+
+/// Why there is no copy.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum CopyError {
+    /// More pages were written than the database thread reads itself: read them, then ask again.
+    #[error("{0} pages were written since they were read")]
+    Changed(usize),
+    /// The database does not follow any more, or not yet. The text says why.
+    #[error("{0}")]
+    Ended(String),
+}
+
+/// The pages written since they were read last, one bit each.
+#[derive(Debug, Default)]
+struct Written {
+    bits: Mutex<Vec<u64>>,
+    ended: AtomicBool,
+}
+
+impl Written {
+    fn bits(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.bits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, number: u32) {
+        let (word, bit) = (number as usize / 64, number % 64);
+        let mut bits = self.bits();
+        if bits.len() <= word {
+            bits.resize(word + 1, 0);
+        }
+        bits[word] |= 1 << bit;
+    }
+
+    /// The pages, ascending; none are noted from then on.
+    fn take(&self) -> Vec<u32> {
+        let words = std::mem::take(&mut *self.bits());
+        let of_word = |(at, word): (usize, u64)| {
+            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| at as u32 * 64 + bit)
+        };
+        words.into_iter().enumerate().flat_map(of_word).collect()
+    }
+}
+
+/// The database's side: notes what is written. Dropped when the database does not follow any more, which ends the copy.
+#[derive(Debug)]
+pub(super) struct Tracking(Arc<Written>);
+
+impl Tracking {
+    /// To be called **after** the page is in the file: whoever copies forgets the note first and reads then, so that a page
+    /// which he reads while it is being written is noted again behind him.
+    pub fn note(&self, number: u32) {
+        self.0.note(number);
+    }
+
+    /// True while somebody makes the copy.
+    pub fn is_wanted(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
+    /// The end of the copy: reads the pages that are still noted. `record` describes the database at this moment.
+    pub fn finish(&self, copy: &Progress, file: &File, record: Record) -> Result<Finished, CopyError> {
+        if !Arc::ptr_eq(&self.0, &copy.0) {
+            return Err(CopyError::Ended("another copy of the database was begun".to_owned()));
+        }
+        let mut numbers = self.0.take();
+        numbers.retain(|number| *number <= record.pages);
+        if numbers.len() * record.page_size as usize > LAST_BYTES {
+            numbers.iter().for_each(|number| self.0.note(*number));
+            return Err(CopyError::Changed(numbers.len()));
+        }
+        let page = |number: u32| {
+            let mut image = vec![0; record.page_size as usize];
+            read_or_zero(file, &mut image, u64::from(number - 1) * u64::from(record.page_size))?;
+            Ok((number, image))
+        };
+        let pages = numbers.into_iter().map(page).collect::<io::Result<_>>();
+        let pages = pages.map_err(|error| CopyError::Ended(format!("its database file cannot be read: {error}")))?;
+        Ok(Finished { record, pages })
+    }
+}
+
+/// Names a copy to the database thread.
+#[derive(Clone, Debug)]
+pub struct Progress(Arc<Written>);
+
+/// The copying side.
+#[derive(Debug)]
+pub struct Copying {
+    // Never a duplicate: closing any descriptor of the file would drop SQLite's locks on it (POSIX).
+    file: Arc<File>,
+    written: Arc<Written>,
+    page_size: u32,
+    pages: u32,
+}
+
+/// The end of a copy: what the whole is, and the pages that are still to be put into it.
+#[derive(Debug)]
+pub struct Finished {
+    /// Raft index, size and checksum of the database that has been copied.
+    pub record: Record,
+    /// Page numbers and images.
+    pub pages: Vec<(u32, Vec<u8>)>,
+}
+
+impl Copying {
+    /// A copy of a database of `pages` pages, and what notes the writes to it from now on.
+    pub(super) fn begin(file: Arc<File>, page_size: u32, pages: u32) -> (Self, Tracking) {
+        let written = Arc::<Written>::default();
+        (Self { file, written: Arc::clone(&written), page_size, pages }, Tracking(written))
+    }
+
+    /// Size of a page in bytes.
+    pub fn page_size(&self) -> u32 {
+        self.page_size
+    }
+
+    /// Size of the database when the copy began, in pages.
+    pub fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    /// For [`crate::node::Handle::finish_copy`].
+    pub fn progress(&self) -> Progress {
+        Progress(Arc::clone(&self.written))
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if !self.written.ended.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        Err(io::Error::new(io::ErrorKind::Interrupted, "the role of this node changes, or its database is begun again"))
+    }
+
+    /// Reads the next pages behind page `done`, at most [`CHUNK`] bytes, none at the end.
+    ///
+    /// # Errors
+    /// Those of the file; `Interrupted` once the database does not follow any more.
+    pub fn read(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<()> {
+        self.check()?;
+        let count = (self.pages - done).min(CHUNK as u32 / self.page_size);
+        bytes.resize(count as usize * self.page_size as usize, 0);
+        read_or_zero(&self.file, bytes, u64::from(done) * u64::from(self.page_size))
+    }
+
+    /// The pages that were written since they were read; they must be read again, and are noted again if they are written again.
+    pub fn changed(&self) -> Vec<u32> {
+        self.written.take()
+    }
+
+    /// Reads one page.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_page(&self, number: u32, image: &mut Vec<u8>) -> io::Result<()> {
+        self.check()?;
+        image.resize(self.page_size as usize, 0);
+        read_or_zero(&self.file, image, u64::from(number - 1) * u64::from(self.page_size))
+    }
+}
+
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        self.0.ended.store(true, Ordering::SeqCst);
+    }
+}
+
+/// The checksum of the first `record.pages` pages of a file, to be compared with that of the record. `each` gets every chunk
+/// in order.
+///
+/// # Errors
+/// Those of the file, and those of `each`.
+pub fn checksum(file: &File, record: &Record, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<u64> {
+    let (mut done, mut sum, mut bytes) = (0, 0, Vec::new());
+    while done < record.pages {
+        let count = (record.pages - done).min(CHUNK as u32 / record.page_size);
+        bytes.resize(count as usize * record.page_size as usize, 0);
+        read_or_zero(file, &mut bytes, u64::from(done) * u64::from(record.page_size))?;
+        sum ^= chunk_checksum(done, record.page_size, &bytes);
+        each(&bytes)?;
+        done += count;
+    }
+    Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::FileExt, sync::atomic::AtomicU32};
+
+    use super::*;
+
+    const SIZE: u32 = 512;
+
+    fn record(file: &File, pages: u32) -> Record {
+        let mut record = Record { index: 9, page_size: SIZE, pages, checksum: 0 };
+        record.checksum = checksum(file, &record, |_| Ok(())).unwrap();
+        record
+    }
+
+    /// Copies while another thread writes without a pause, growing the database, as the database thread does.
+    #[test]
+    fn a_copy_under_load_is_the_database_at_its_end() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let pages = 6000;
+        file.write_all_at(&vec![1; pages as usize * SIZE as usize], 0).unwrap();
+        let (copying, tracking) = Copying::begin(Arc::clone(&file), SIZE, pages);
+        let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
+        let writer = std::thread::spawn({
+            let (file, stop, rounds) = (Arc::clone(&file), Arc::clone(&stop), Arc::clone(&rounds));
+            move || {
+                let (mut size, mut round) = (pages, 0u32);
+                while !stop.load(Ordering::SeqCst) {
+                    round += 1;
+                    let number = if round % 50 == 0 && size < 7000 {
+                        size += 1;
+                        size
+                    } else {
+                        round.wrapping_mul(2_654_435_761) % size + 1
+                    };
+                    let image = [(round % 251) as u8; SIZE as usize];
+                    file.write_all_at(&image, u64::from(number - 1) * u64::from(SIZE)).unwrap();
+                    tracking.note(number);
+                    rounds.store(round, Ordering::SeqCst);
+                }
+                (tracking, size)
+            }
+        });
+        let copy = tempfile::tempfile().unwrap();
+        let (mut done, mut bytes) = (0, Vec::new());
+        while done < pages {
+            copying.read(done, &mut bytes).unwrap();
+            copy.write_all_at(&bytes, u64::from(done) * u64::from(SIZE)).unwrap();
+            done += bytes.len() as u32 / SIZE;
+        }
+        for _ in 0..3 {
+            for number in copying.changed() {
+                copying.read_page(number, &mut bytes).unwrap();
+                copy.write_all_at(&bytes, u64::from(number - 1) * u64::from(SIZE)).unwrap();
+            }
+        }
+        let before = rounds.load(Ordering::SeqCst);
+        while rounds.load(Ordering::SeqCst) < before + 100 {
+            std::thread::yield_now();
+        }
+        stop.store(true, Ordering::SeqCst);
+        let (tracking, size) = writer.join().unwrap();
+        let record = record(&file, size);
+        let finished = tracking.finish(&copying.progress(), &file, record).unwrap();
+        assert!(!finished.pages.is_empty(), "the last pass must have had something to do");
+        for (number, image) in finished.pages {
+            copy.write_all_at(&image, u64::from(number - 1) * u64::from(SIZE)).unwrap();
+        }
+        assert_eq!(checksum(&copy, &record, |_| Ok(())).unwrap(), record.checksum);
+    }
+
+    #[test]
+    fn too_many_changes_stay_noted_and_an_end_is_seen() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let pages = LAST_BYTES as u32 / SIZE + 2;
+        file.set_len(u64::from(pages * SIZE)).unwrap();
+        let (copying, tracking) = Copying::begin(Arc::clone(&file), SIZE, pages);
+        (2..=pages).for_each(|number| tracking.note(number));
+        let record = record(&file, pages);
+        let error = tracking.finish(&copying.progress(), &file, record).unwrap_err();
+        assert_eq!(error, CopyError::Changed(pages as usize - 1));
+        assert_eq!(copying.changed(), (2..=pages).collect::<Vec<_>>());
+        // Pages behind the end of a database that has shrunk are of no interest.
+        tracking.note(pages + 5);
+        assert!(tracking.finish(&copying.progress(), &file, record).unwrap().pages.is_empty());
+        let (other, _other) = Copying::begin(Arc::clone(&file), SIZE, pages);
+        assert!(matches!(tracking.finish(&other.progress(), &file, record), Err(CopyError::Ended(_))));
+        assert!(tracking.is_wanted());
+        drop(tracking);
+        assert_eq!(copying.read(0, &mut Vec::new()).unwrap_err().kind(), io::ErrorKind::Interrupted);
+    }
+}

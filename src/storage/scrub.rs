@@ -1,0 +1,46 @@
+//! Reading a database file for a scrub: from the disk and not from memory, and only to compare. Must never write.
+
+use std::{fs::File, io};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
+use super::checksum::{page_checksum, read_or_zero};
+
+/// Lets the kernel forget these pages, so that they come from the disk when they are read next. What is not written to the
+/// disk yet stays.
+pub fn drop_cache(file: &File, page_size: u32, done: u32, count: u32) {
+    let (at, length) = (i64::from(done) * i64::from(page_size), i64::from(count) * i64::from(page_size));
+    // A file system that does not know it reads from memory: less is found, and nothing is wrong.
+    let _ = posix_fadvise(file, at, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+}
+
+/// The checksums of `count` pages behind page `done`.
+///
+/// # Errors
+/// Those of the file.
+pub fn page_checksums(file: &File, page_size: u32, done: u32, count: u32) -> io::Result<Vec<u64>> {
+    let mut bytes = vec![0; count as usize * page_size as usize];
+    read_or_zero(file, &mut bytes, u64::from(done) * u64::from(page_size))?;
+    let pages = bytes.chunks_exact(page_size as usize);
+    Ok((done + 1..).zip(pages).map(|(number, image)| page_checksum(number, image)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn one_flipped_bit_changes_the_checksum_of_its_page_alone() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 5 * 512], 0).unwrap();
+        let before = page_checksums(&file, 512, 1, 4).unwrap();
+        assert_eq!(before.len(), 4);
+        file.write_all_at(&[6], 2 * 512 + 9).unwrap();
+        drop_cache(&file, 512, 1, 4);
+        let after = page_checksums(&file, 512, 1, 4).unwrap();
+        let differ: Vec<_> = before.iter().zip(&after).map(|(a, b)| a != b).collect();
+        assert_eq!(differ, [false, true, false, false]);
+    }
+}

@@ -1,0 +1,211 @@
+//! The page, as an administrator uses it: headless Chromium through WebDriver, real daemons, the real join line. Owns the
+//! story from the first sign-up to a takeover, and the proof that no text becomes markup. Must never reach a host but its own.
+
+#[path = "browser/driver.rs"]
+mod driver;
+#[allow(dead_code, reason = "tests/join.rs uses the rest")]
+#[path = "join/host.rs"]
+mod host;
+#[path = "browser/stage.rs"]
+mod stage;
+
+use std::time::{Duration, Instant};
+
+use driver::Browser;
+use host::{Founder, Host, PASSWORD, wait_until};
+use serde_json::json;
+use stage::on_stage;
+
+/// How long anything may take; far above what a busy machine needs.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Where the history, the nodes and everything else live.
+const CLUSTER: &str = "#/manage/system/high-availability";
+
+#[test]
+fn from_the_first_sign_up_to_a_takeover() {
+    on_stage("from_the_first_sign_up_to_a_takeover", || {
+        let mut founder = Founder::start_without_administrator();
+        let (mut second, mut third) = (founder.host(2), founder.host(3));
+        stage::name_hosts(&[founder.host.address, second.address, third.address]);
+        let browser = Browser::start(&founder.ca());
+        sign_up_and_log_in(&browser);
+        join(&browser, &mut [&mut second, &mut third]);
+        let took_over = takeover(&browser, &mut founder);
+        come_back(&browser, &mut founder, &took_over);
+        browser.assert_clean();
+    });
+}
+
+fn sign_up_and_log_in(browser: &Browser) {
+    browser.open("");
+    browser.wait_for("the page asks for the first administrator", "return heading() === 'Sign up'");
+    browser.screenshots("sign-up");
+    browser.fill("password", PASSWORD);
+    browser.fill("again", "something else");
+    browser.press("Create and log in");
+    browser.wait_for("a slip is shown", "return text('.problem').includes('differ')");
+    browser.fill("again", PASSWORD);
+    browser.press("Create and log in");
+    browser
+        .wait_for("the cluster is shown", "return heading() === 'High Availability' && state('host1') === 'PRIMARY'");
+
+    browser.press("Log out");
+    browser.wait_for("the page asks who it is", "return heading() === 'Log in'");
+    browser.screenshots("log-in");
+    browser.fill("username", "admin");
+    browser.fill("password", "not the password");
+    browser.press("Log in");
+    browser.wait_for("a wrong password is refused", "return text('.problem') !== ''");
+    browser.fill("password", PASSWORD);
+    browser.press("Log in");
+    browser.wait_for("the cluster is shown again", "return state('host1') === 'PRIMARY'");
+    assert_eq!(browser.run("return document.cookie"), "", "no script may see the session");
+}
+
+fn join(browser: &Browser, hosts: &mut [&mut Host]) {
+    browser
+        .wait_for("APPLY says what it needs", "return text('#apply-why').includes('on 2 more') && disabled('#apply')");
+    browser.screenshots("alone");
+    browser.press("Show the join line");
+    browser.wait_for("the line is shown", "return text('#join-line').includes('| sudo bash')");
+    browser.press("Copy");
+    browser.wait_for("it says that it is copied", "return text('.copy') === 'Copied'");
+    let line = browser.clipboard();
+    assert_eq!(browser.run("return text('#join-line')"), line.as_str());
+
+    for (number, host) in hosts.iter_mut().enumerate() {
+        host.run_line(&line, "");
+        let shown = format!("return state('{}') === 'REQUEST_JOIN'", host.name);
+        browser.wait_for("the host asks to join", &shown);
+        let fingerprint = host.fingerprint();
+        assert!(browser.text("main").contains(&fingerprint), "the page shows the fingerprint of {}", host.name);
+        let disabled = browser.run("return disabled('#apply')");
+        assert_eq!(disabled, json!(number == 0), "APPLY needs exactly two that ask");
+    }
+    browser.screenshots("asking");
+    browser.press("APPLY");
+    browser.wait_for(
+        "the question names the hosts",
+        "return text('dialog').includes('host2') && text('dialog').includes('host3')",
+    );
+    browser.press("They are the same: APPLY");
+    let begin = Instant::now();
+    let both = "return state('host2') === 'SECONDARY' && state('host3') === 'SECONDARY' && healthy()";
+    browser.wait_for("both are SECONDARY and the cluster is healthy", both);
+    println!("  from APPLY to two SECONDARY hosts on the page: {:?}", begin.elapsed());
+    browser.screenshots("whole");
+}
+
+/// Kills the primary; returns the name of the next one.
+fn takeover(browser: &Browser, founder: &mut Founder) -> String {
+    browser.run(
+        "window.lines = []; const place = document.getElementById('connection');
+         new MutationObserver(() => window.lines.push(place.textContent))
+             .observe(place, { childList: true, subtree: true, characterData: true });",
+    );
+    let begin = Instant::now();
+    founder.host.kill();
+    browser
+        .wait_for("the page has found the new PRIMARY", "return text('#connection').includes('took over from host1')");
+    println!("  from kill -9 to the page on the new PRIMARY: {:?}", begin.elapsed());
+    let said = browser.text("#connection");
+    println!("  the page says: {said}");
+    let lines = browser.run("return window.lines.join('|')").to_string();
+    assert!(lines.contains("The PRIMARY does not answer; looking for the new one"), "{lines}");
+    assert!(said.contains("You are still logged in") && said.contains("without a PRIMARY for"), "{said}");
+    let name = said.split(' ').next().unwrap().to_owned();
+    browser.wait_for("the new one is shown", &format!("return state('{name}') === 'PRIMARY'"));
+    browser.wait_for(
+        "the old one is unavailable",
+        "return row('host1').includes('unavailable') && state('host1') === 'DOWN'",
+    );
+    let warned = "return document.querySelector('.banner').matches('.bad') && text('.banner').includes('host1')";
+    browser.wait_for("the banner is honest", warned);
+    browser.screenshots("one-down");
+    name
+}
+
+fn come_back(browser: &Browser, founder: &mut Founder, primary: &str) {
+    // Still logged in: a write, on the new primary, without a word about a password.
+    browser.go("#/tags", "Tags");
+    browser.fill("name", "after the takeover");
+    browser.press("Add");
+    browser.wait_for("the tag is there", "return text('main .tag') === 'after the takeover'");
+    founder.host.start();
+    browser.go(CLUSTER, "High Availability");
+    let back = format!("return state('host1') === 'SECONDARY' && state('{primary}') === 'PRIMARY' && healthy()");
+    browser.wait_for("the old one is SECONDARY", &back);
+    browser.press("Switch over …");
+    browser.wait_for("the checks are shown", "return document.querySelectorAll('dialog .checks .ok').length > 4");
+    browser.screenshots("switch-over");
+    browser.choose("to", "host1");
+    browser.wait_for("its checks are shown", "return text('dialog .check-area').includes('host1 becomes PRIMARY')");
+    let begin = Instant::now();
+    browser.press("Switch over");
+    browser.wait_for(
+        "the page has followed the role",
+        "return state('host1') === 'PRIMARY' && text('#connection').includes('host1 took over')",
+    );
+    println!("  from the press of the button to the page on the next PRIMARY: {:?}", begin.elapsed());
+}
+
+/// Names that people and programs choose come back as they were written, in every place that shows them.
+#[test]
+fn no_text_becomes_markup() {
+    const HOSTILE: [&str; 3] = [
+        "<img src=x onerror=\"window.hacked=1\">",
+        "\"'><svg onload=window.hacked=1><script>window.hacked=1</script>",
+        "javascript:window.hacked=1//{{7*7}}${7*7}",
+    ];
+    on_stage("no_text_becomes_markup", || {
+        let founder = Founder::start();
+        stage::name_hosts(&[founder.host.address]);
+        for name in HOSTILE {
+            founder.post("/tags", json!({"name": name, "color": "", "description": name}), 200);
+            let user = json!({"username": name.replace(':', ";"), "password": "A-long-Pass-1234", "role": "auditor"});
+            founder.post("/users", user, 200);
+            founder.post_as("", "/authenticate", json!({"username": name, "password": name}), 401);
+        }
+        let browser = Browser::start(&founder.ca());
+        browser.open("");
+        browser.wait_for("the login is shown", "return heading() === 'Log in'");
+        browser.fill("username", "admin");
+        browser.fill("password", PASSWORD);
+        browser.press("Log in");
+        browser.wait_for("the cluster is shown", "return state('host1') === 'PRIMARY'");
+        let pages = browser.pages();
+        assert!(pages.len() >= 8, "{pages:?}");
+        for (hash, title) in &pages {
+            browser.go(hash, title);
+            browser.screenshots(&format!("page-{}", title.to_lowercase().replace([' ', '&'], "-")));
+        }
+        for (hash, title, change) in [
+            ("#/tags", "Tags", (":", ":")),
+            ("#/manage/authentication/users", "Users", (":", ";")),
+            ("#/manage/logs/history", "History", (":", ":")),
+        ] {
+            browser.go(hash, title);
+            for name in HOSTILE {
+                let shown = json!(name.replace(change.0, change.1)).to_string();
+                browser.wait_for(
+                    "the name is shown as it is",
+                    &format!("return document.querySelector('main').textContent.includes({shown})"),
+                );
+            }
+        }
+        // And now every text of every answer, also where the daemon would not let one in.
+        browser.poison(HOSTILE[1]);
+        for (hash, title) in &pages {
+            browser.open(hash);
+            browser.wait_for("the page is shown", &format!("return heading() === {}", json!(title)));
+            // What these two ask for may not be there, and then they show a sentence of their own.
+            let place = if ["Backup & Restore", "Certificates"].contains(&title.as_str()) { "body" } else { "main" };
+            browser.wait_for("the poison has come", &format!("return text('{place}').includes('<svg onload')"));
+        }
+        for (_, title) in &pages {
+            println!("  {title}: nothing but text");
+        }
+        browser.assert_clean();
+        wait_until("the founder still serves", || founder.get_as("", "/_ping").0 == 200);
+    });
+}

@@ -1,0 +1,294 @@
+//! Backups of real daemons: taken under load on any member, restored into the running cluster; and everything that must be
+//! refused. The loss of all data folders stands in tests/join.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use twistlock_ha::{
+    backup::{Backup, BackupState, Kind, Outcome, Started},
+    cluster::Role,
+    control::{self, Operation},
+};
+
+use super::{
+    WRITERS, alone,
+    cluster::{Cluster, LIMIT},
+    disk::{in_private_mounts, run},
+    writers::{Pen, Writers},
+};
+
+/// Between two looks at something under way.
+const LOOK: Duration = Duration::from_millis(20);
+
+fn ask<T: serde::de::DeserializeOwned>(cluster: &Cluster, node: usize, operation: Operation) -> Result<T, String> {
+    control::operate(&cluster.node(node).control, operation, LIMIT).map_err(|error| error.to_string())
+}
+
+fn wait_ended(cluster: &Cluster, node: usize, started: &Started) -> Outcome {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let state: BackupState = ask(cluster, node, Operation::BackupState {}).unwrap();
+        if let Some(last) = state.last.filter(|last| last.number == started.number) {
+            return last;
+        }
+        assert!(Instant::now() < deadline, "{started:?} does not end: {:?}", state.running);
+        thread::sleep(LOOK);
+    }
+}
+
+/// Makes a backup on a node, and returns its file.
+fn make(cluster: &Cluster, node: usize, name: &str) -> PathBuf {
+    let started: Started = ask(cluster, node, Operation::Backup { called: name.to_owned() }).unwrap();
+    let outcome = wait_ended(cluster, node, &started);
+    assert!(outcome.ok, "{}", outcome.text);
+    println!("  {name} on {}: {} ms, {}", cluster.node(node).name, outcome.ms, outcome.text);
+    folder(cluster, node).join(outcome.id)
+}
+
+fn folder(cluster: &Cluster, node: usize) -> PathBuf {
+    cluster.config_path(node).with_file_name("backup")
+}
+
+fn begin_restore(cluster: &Cluster, node: usize, file: &Path, stop_console: bool) -> Result<Started, String> {
+    ask(cluster, node, Operation::Restore { file: file.to_owned(), stop_console })
+}
+
+fn restore(cluster: &Cluster, file: &Path) -> Outcome {
+    let node = cluster.primary();
+    let started = begin_restore(cluster, node, file, true).unwrap();
+    wait_ended(cluster, node, &started)
+}
+
+#[test]
+fn a_backup_under_load_and_the_exact_state_of_another_come_back() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let (primary, secondary) = (cluster.primary(), (cluster.primary() + 1) % 3);
+    let writers = Writers::start(&cluster.file(), WRITERS);
+    writers.wait_success(Instant::now(), |_| true).expect("they write");
+    let under_load = [make(&cluster, secondary, "load2"), make(&cluster, primary, "load1")];
+    let busy = writers.wait_success(Instant::now(), |_| true).expect("they still write");
+    println!("  next write under the last backup after {} ms; {}", busy.as_millis(), writers.verify());
+    let pen = Pen::new(&cluster.file());
+    let before = pen.tags();
+    let exact = make(&cluster, secondary, "exact");
+    assert!(pen.write(primary, "written-afterwards"));
+    let begin = Instant::now();
+    let outcome = restore(&cluster, &exact);
+    assert!(outcome.ok, "{}", outcome.text);
+    assert_eq!(pen.call(primary, "GET", "/users", None).0, 401, "nobody is logged in after a restore");
+    let pen = Pen::new(&cluster.file());
+    println!("  restored in {} ms, logged in again after {} ms", outcome.ms, begin.elapsed().as_millis());
+    assert!(pen.tags() == before, "not exactly the state of the backup");
+    let audits = pen.call(primary, "GET", "/audits/mgmt", None).1;
+    assert!(audits.contains("\"restore\"") && audits.contains("exact-"), "{audits}");
+    for file in under_load {
+        let outcome = restore(&cluster, &file);
+        assert!(outcome.ok, "{}", outcome.text);
+        let tags = Pen::new(&cluster.file()).tags();
+        assert!(!tags.is_empty() && tags.iter().all(|tag| before.contains(tag)), "it has what nobody wrote");
+    }
+    assert!(Pen::new(&cluster.file()).write(primary, "goes-on"));
+    println!("  {}", cluster.finish(&[]));
+}
+
+/// What the web page and other clients do.
+#[test]
+fn the_api_makes_lists_gives_renames_and_deletes() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let (primary, pen) = (cluster.primary(), Pen::new(&cluster.file()));
+    let call = |method: &str, path: &str, body: Option<Value>| pen.call(primary, method, path, body);
+    let (status, text) = call("POST", "/backups", Some(json!("mine")));
+    let made: Started = serde_json::from_str(&text).unwrap();
+    assert_eq!(status, 200, "{text}");
+    let list: Vec<Backup> = serde_json::from_str(&call("GET", "/backups", None).1).unwrap();
+    assert_eq!((list.len(), &list[0].id, list[0].kind), (1, &made.id, Kind::Manual));
+    let path = format!("/backups/{}", made.id);
+    let (status, bytes) = pen.download(primary, &path);
+    assert!(status == 200 && bytes == fs::read(folder(&cluster, primary).join(&made.id)).unwrap());
+    assert_eq!(call("POST", &format!("{path}/verify"), None).0, 200);
+    let (status, text) = call("PATCH", &path, Some(json!("other")));
+    let renamed: Backup = serde_json::from_str(&text).unwrap();
+    assert_eq!((status, &*renamed.name, renamed.time), (200, "other", list[0].time));
+    for name in ["../../etc/cron.d/x", "", "a/b", "daily", "a\r\nSet-Cookie: b", "..", "<script>"] {
+        assert_eq!(call("POST", "/backups", Some(json!(name))).0, 400, "{name:?}");
+        let path = format!("/backups/{}", renamed.id);
+        assert_eq!(call("PATCH", &path, Some(json!(name))).0, 400, "{name:?}");
+    }
+    fs::write(folder(&cluster, primary).join("../secret-0.1.0-1.tar.gz"), "x").unwrap();
+    for id in ["..%2Fsecret-0.1.0-1.tar.gz", "%2Fetc%2Fpasswd", "..%2Fdata%2Fidentity.json", "none-0.1.0-1.tar.gz"] {
+        for (method, body) in [("GET", None), ("DELETE", None), ("PATCH", Some(json!("x")))] {
+            assert_eq!(call(method, &format!("/backups/{id}"), body).0, 404, "{method} {id}");
+        }
+        assert_eq!(call("POST", &format!("/backups/{id}/verify"), None).0, 404, "{id}");
+    }
+    assert_eq!(call("GET", &path, None).0, 404, "the old name");
+    assert_eq!(call("DELETE", &format!("/backups/{}", renamed.id), None).0, 200);
+    let state: BackupState = serde_json::from_str(&call("GET", "/settings/backup", None).1).unwrap();
+    assert!(!state.enabled && state.newest.is_none() && state.last.is_some_and(|last| last.ok), "nothing is left");
+    println!("  {}", cluster.finish(&[]));
+}
+
+#[test]
+fn what_cannot_be_restored_is_refused_and_changes_nothing() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let (primary, pen) = (cluster.primary(), Pen::new(&cluster.file()));
+    assert!(pen.write(primary, "kept"));
+    let good = make(&cluster, primary, "good");
+    assert!(pen.write(primary, "after"));
+    let refused = |node, file: &Path, stop, part: &str| {
+        let error = begin_restore(&cluster, node, file, stop).unwrap_err();
+        assert!(error.contains(part), "{error}");
+    };
+    refused(primary, &good, false, "--stop-console");
+    refused((primary + 1) % 3, &good, true, "only the PRIMARY does this");
+    let name = good.file_name().unwrap().to_str().unwrap();
+    let other = good.with_file_name(name.replace("-0.1.0-", "-9.9.9-"));
+    fs::copy(&good, &other).unwrap();
+    refused(primary, &other, true, "was made by version 9.9.9, and this is 0.1.0");
+    refused(primary, Path::new("/etc/passwd"), true, "there is no backup");
+    refused(primary, &good.with_file_name("none-0.1.0-5.tar.gz"), true, "there is no file");
+    let bytes = fs::read(&good).unwrap();
+    for (what, at) in [("first", 40), ("middle", bytes.len() / 2), ("last", bytes.len() - 3)] {
+        let mut bad = bytes.clone();
+        bad[at] ^= 0x20;
+        let file = good.with_file_name(format!("{what}-0.1.0-7.tar.gz"));
+        fs::write(&file, bad).unwrap();
+        let outcome = restore(&cluster, &file);
+        assert!(!outcome.ok && outcome.text.contains("damaged"), "{what}: {}", outcome.text);
+        let id = file.file_name().unwrap().to_str().unwrap().to_owned();
+        let started: Started = ask(&cluster, primary, Operation::VerifyBackup { id }).unwrap();
+        let outcome = wait_ended(&cluster, primary, &started);
+        assert!(!outcome.ok && outcome.text.contains("damaged"), "{what}: {}", outcome.text);
+    }
+    fs::write(good.with_file_name("text-0.1.0-7.tar.gz"), "not an archive").unwrap();
+    assert!(!restore(&cluster, &good.with_file_name("text-0.1.0-7.tar.gz")).ok);
+    assert!(pen.has("kept") && pen.has("after"), "and everybody is still logged in");
+    println!("  {}", cluster.finish(&["the restore failed", "could not be verified"]));
+}
+
+/// Waits until the restore is at the step that everything before it only prepares.
+fn wait_replacing(cluster: &Cluster, node: usize, started: &Started) {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let state: BackupState = ask(cluster, node, Operation::BackupState {}).unwrap();
+        assert!(state.last.is_none_or(|last| last.number != started.number), "it was over before anybody could die");
+        if state.running.is_some_and(|running| running.step.contains("replaces") && running.done > 0) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "it does not get that far");
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn the_primary_dies_while_it_restores() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    // Some megabytes, so that there is time to die in.
+    let writers = Writers::start_long(&cluster.file(), WRITERS, 1024);
+    let large =
+        |node: usize| fs::metadata(cluster.node(node).data.join("database/console.db")).unwrap().len() > 24 << 20;
+    cluster.wait_for("a database of some size", |_| large(cluster.primary()));
+    writers.verify();
+    let files: Vec<PathBuf> = (0..3).map(|node| make(&cluster, node, "whole")).collect();
+    let mut pen = Pen::new(&cluster.file());
+    let whole = pen.tags();
+    let (mut old, mut new) = (0, 0);
+    for round in 0..3 {
+        let primary = cluster.primary();
+        let more = format!("more-{round}");
+        assert!(pen.write(primary, &more));
+        let started = begin_restore(&cluster, primary, &files[primary], true).unwrap();
+        wait_replacing(&cluster, primary, &started);
+        // At another moment each time.
+        pace_round(round);
+        cluster.signal(primary, Signal::SIGKILL);
+        cluster.wait_for("a new primary", |statuses| {
+            let serves = |status: &twistlock_ha::node::Status| status.role == Role::Primary;
+            statuses.iter().enumerate().any(|(node, status)| node != primary && status.as_ref().is_some_and(serves))
+        });
+        cluster.wait_healthy();
+        pen = Pen::new(&cluster.file());
+        let tags = pen.tags();
+        let restored = tags == whole;
+        let untouched = tags.len() == whole.len() + 1 && tags.contains(&more);
+        assert!(restored || untouched, "round {round}: {} tags, neither {} nor one more", tags.len(), whole.len());
+        if restored {
+            new += 1
+        } else {
+            old += 1
+        }
+        if untouched {
+            pen.call(cluster.primary(), "DELETE", &format!("/tags/{more}"), None);
+        }
+    }
+    println!("kill -9 during a restore: {old} times the old state, {new} times the new one");
+    println!("  {}", cluster.finish(&[]));
+}
+
+fn pace_round(round: u64) {
+    thread::sleep(Duration::from_millis(round * 30));
+}
+
+#[test]
+fn every_member_makes_encrypted_backups_by_itself() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    assert!(Pen::new(&cluster.file()).write(cluster.primary(), "kept"));
+    let key = cluster.config_path(0).with_file_name("backup.key");
+    fs::write(&key, "a pass phrase of the administrator").unwrap();
+    cluster.configure("DATA_RECOVERY_ENABLED", "true");
+    cluster.configure("BACKUP_DELAY_SECONDS", "1");
+    cluster.configure("BACKUP_KEY_FILE", key.to_str().unwrap());
+    cluster.restart_all();
+    let listed = |node| ask::<Vec<Backup>>(&cluster, node, Operation::Backups {}).unwrap_or_default();
+    cluster.wait_for("the first backups", |_| (0..3).all(|node| listed(node).len() == 3));
+    for node in 0..3 {
+        let kinds: Vec<Kind> = listed(node).iter().map(|backup| backup.kind).collect();
+        assert!(Kind::AUTOMATIC.iter().all(|kind| kinds.contains(kind)), "{kinds:?}");
+        assert!(listed(node).iter().all(|backup| backup.encrypted));
+    }
+    let primary = cluster.primary();
+    let file = folder(&cluster, primary).join(&listed(primary)[0].id);
+    let outcome = restore(&cluster, &file);
+    assert!(outcome.ok && Pen::new(&cluster.file()).has("kept"), "{}", outcome.text);
+    // Not due again: a restart makes none.
+    cluster.restart_all();
+    let state = |node| ask::<BackupState>(&cluster, node, Operation::BackupState {}).ok();
+    let tomorrow =
+        |state: BackupState| state.newest.zip(state.next).is_some_and(|(newest, next)| next >= newest + 86_400);
+    cluster.wait_for("tomorrow's backups", |_| (0..3).all(|node| state(node).is_some_and(tomorrow)));
+    println!("  {}", cluster.finish(&[]));
+}
+
+#[test]
+fn a_disk_that_is_too_small_is_left_alone() {
+    let _alone = alone();
+    in_private_mounts(|| {
+        let node = 1;
+        let cluster = Cluster::start_with(super::cluster::RESTART_AFTER, |dir| {
+            let small = dir.join(format!("node{}", node + 1)).join("backup");
+            fs::create_dir_all(&small).unwrap();
+            run("mount", &["-t", "tmpfs", "-o", "size=32m", "tmpfs", small.to_str().unwrap()]);
+        });
+        let started: Started = ask(&cluster, node, Operation::Backup { called: "large".to_owned() }).unwrap();
+        let outcome = wait_ended(&cluster, node, &started);
+        assert!(!outcome.ok && outcome.text.contains("free some space"), "{}", outcome.text);
+        let warned = |cluster: &Cluster| {
+            let status = cluster.statuses()[node].clone();
+            status.is_some_and(|status| status.warnings.iter().any(|warning| warning.contains("backup of this host")))
+        };
+        cluster.wait_for("a warning in the status", |_| warned(&cluster));
+        assert_eq!(fs::read_dir(folder(&cluster, node)).unwrap().count(), 0, "nothing is left over");
+        println!("  {}", cluster.finish(&["the backup failed"]));
+    });
+}
