@@ -101,6 +101,10 @@ impl Administrator {
             Operation::Readdress { node, new_name, address, port } => {
                 admin.readdress(&node, new_name, address, port, BY).await.map(answer)
             }
+            Operation::Certificates {} => Ok(answer(admin.certificates())),
+            Operation::SetConsoleNames { names } => admin.set_console_names(names, BY).await.map(answer),
+            Operation::SetCertificate { pem } => admin.set_certificate(&pem.0, BY).await.map(answer),
+            Operation::RemoveCertificate {} => admin.remove_certificate(BY).await.map(answer),
             of_backups => self.back_up(of_backups).await.map_err(|error| AdminError::Refused(error.to_string())),
         }
     }

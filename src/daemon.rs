@@ -20,7 +20,7 @@ use tokio::{
 };
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
-    admin::renewal,
+    admin::{console_tls::ConsoleTls, renewal},
     cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
     config::{self, Config, LogFormat, NotifySeverity, Secret, Severity},
     control::ControlSocket,
@@ -41,7 +41,7 @@ use twistlock_ha::{
         DataDir, DataDirError, Identity, configuration::Configuration, database::Database, make_private_dir,
         snapshot::Ready,
     },
-    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState, tls_config},
+    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
     telemetry,
     workload::Services,
 };
@@ -236,13 +236,15 @@ impl Parts {
         let (stop, stopped) = watch::channel(false);
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
-        let (mut supervisor, ports) = self.supervisor()?;
+        let console_tls = self.console_tls().context("load what the Console serves")?;
+        let (mut supervisor, ports) = self.supervisor(console_tls.served());
         let administrator = Arc::new(self.offer(&mut supervisor, &ports)?);
         let mut control_stop = stopped.clone();
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
         self.open_health_port(&ports)?;
+        task::spawn(console_tls.keep(self.handle.clone()));
         let peers = self.share_with_others();
         self.tell_of_it(&ports);
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
@@ -336,7 +338,6 @@ impl Parts {
             handle: self.handle.clone(),
             peers: peers.clone(),
             tls: certificates,
-            console: Box::new(|| {}),
         }));
         peers
     }
@@ -366,18 +367,7 @@ impl Parts {
         Ok(())
     }
 
-    fn supervisor(&self) -> Result<(Supervisor, SupervisorHandle)> {
-        let certificates = self.config.data_folder.join("certificates");
-        if let Ok(address) = found::address(&self.config) {
-            let (names, membership) = (found::console_names(&self.config, &address), self.handle.membership());
-            if let Err(error) = renewal::follow_address(&certificates, &membership.borrow(), &address, &names) {
-                warn!("the certificate of the Console is not good for {address}, and stays so: {error:#}");
-            }
-        }
-        let read = |name: &str| {
-            let file = certificates.join(name);
-            std::fs::read(&file).with_context(|| format!("read {}", file.display()))
-        };
+    fn supervisor(&self, tls: watch::Receiver<Arc<rustls::ServerConfig>>) -> (Supervisor, SupervisorHandle) {
         let supervisor = SupervisorConfig {
             address: bind_address(&self.config),
             ports: ConsolePorts {
@@ -385,10 +375,18 @@ impl Parts {
                 http: self.config.management_port_http,
                 defender: self.config.communication_port,
             },
-            tls: tls_config(&read("console-cert.pem")?, &read("console-key.pem")?)?,
+            tls,
             demotion_deadline: self.config.demotion_deadline,
         };
-        Ok(Supervisor::new(supervisor, self.handle.status(), self.lease.clone(), self.guard.clone()))
+        Supervisor::new(supervisor, self.handle.status(), self.lease.clone(), self.guard.clone())
+    }
+
+    /// What the Console serves. Its own certificate follows the address of this host.
+    fn console_tls(&self) -> Result<ConsoleTls> {
+        let config = self.config.clone();
+        let local_names = Box::new(move |address: &str| found::console_names(&config, address));
+        let membership = self.handle.membership().borrow().clone();
+        ConsoleTls::open(&self.config.data_folder, self.identity.node, &membership, local_names)
     }
 }
 

@@ -112,9 +112,7 @@ mod tests {
     use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
     use super::*;
-    use crate::pki::{
-        CA_KEY, CLUSTER_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, ClusterKey, NODE_KEY, NodeTls, console_server_config,
-    };
+    use crate::pki::{CA_KEY, CLUSTER_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, ClusterKey, NODE_KEY, NodeTls, Pair};
 
     fn config(data: &Path) -> Config {
         Config {
@@ -136,7 +134,7 @@ mod tests {
         assert!(member.voter);
         let certificates = data.path().join("certificates");
         assert_eq!(NodeTls::load(&certificates).unwrap().identity, (identity.cluster, FOUNDER));
-        console_server_config(&certificates.join(CONSOLE_CERTIFICATE), &certificates.join(CONSOLE_KEY)).unwrap();
+        Pair::load(&certificates.join(CONSOLE_CERTIFICATE), &certificates.join(CONSOLE_KEY)).unwrap();
         let sealed = identity.membership.authority.as_ref().unwrap();
         let key = ClusterKey::load(&certificates).unwrap();
         Authority::unseal(identity.cluster, sealed, &key).unwrap();

@@ -10,8 +10,13 @@ use rustls::{
 use thiserror::Error;
 use ureq::{
     Agent, Body,
-    http::Response,
+    config::Config,
+    http::{Response, Uri},
     tls::{Certificate, RootCerts, TlsConfig, TlsConfigBuilder},
+    unversioned::{
+        resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver},
+        transport::{DefaultConnector, NextTimeout},
+    },
 };
 
 /// Longest sentence of a server that is repeated, in characters.
@@ -67,6 +72,11 @@ impl Trust {
         Self(rustls_native_certs::load_native_certs().certs)
     }
 
+    fn tls(&self) -> TlsConfigBuilder {
+        let roots = self.0.iter().map(|der| Certificate::from_der(der).to_owned()).collect();
+        TlsConfig::builder().root_certs(RootCerts::Specific(Arc::new(roots)))
+    }
+
     /// These and the others.
     #[must_use]
     pub fn and(mut self, others: Self) -> Self {
@@ -87,19 +97,37 @@ pub struct Limits {
 /// A client. Statuses such as 404 are answers for it, not errors.
 #[must_use]
 pub fn client(trust: &Trust, limits: Limits) -> Agent {
-    let roots = trust.0.iter().map(|der| Certificate::from_der(der).to_owned()).collect();
-    agent(TlsConfig::builder().root_certs(RootCerts::Specific(Arc::new(roots))), limits)
+    config(trust.tls(), limits).into()
+}
+
+/// The same, but it always dials `place` (`host:port`), whatever the name in the URL is: that one the server has to prove.
+///
+/// # Errors
+/// When that is no place.
+pub fn client_at(trust: &Trust, limits: Limits, place: &str) -> Result<Agent, ureq::Error> {
+    let way = Way(format!("https://{place}").parse::<Uri>().map_err(|_| ureq::Error::BadUri(place.to_owned()))?);
+    Ok(Agent::with_parts(config(trust.tls(), limits), DefaultConnector::default(), way))
+}
+
+/// The way leads there, wherever a URL points.
+#[derive(Debug)]
+struct Way(Uri);
+
+impl Resolver for Way {
+    fn resolve(&self, _: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        DefaultResolver::default().resolve(&self.0, config, timeout)
+    }
 }
 
 /// A client that talks to anybody. Only to fetch what is public, to be compared by a person: it must be told no secret.
 #[must_use]
 pub fn credulous_client(limits: Limits) -> Agent {
-    agent(TlsConfig::builder().disable_verification(true), limits)
+    config(TlsConfig::builder().disable_verification(true), limits).into()
 }
 
-fn agent(tls: TlsConfigBuilder, limits: Limits) -> Agent {
+fn config(tls: TlsConfigBuilder, limits: Limits) -> Config {
     let tls = tls.unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider())).build();
-    let config = Agent::config_builder()
+    Agent::config_builder()
         .tls_config(tls)
         .https_only(true)
         .proxy(None)
@@ -108,8 +136,7 @@ fn agent(tls: TlsConfigBuilder, limits: Limits) -> Agent {
         .http_status_as_error(false)
         .timeout_connect(Some(limits.connect))
         .timeout_global(Some(limits.request))
-        .build();
-    config.into()
+        .build()
 }
 
 /// What a request without an answer means.

@@ -220,6 +220,7 @@ impl ControlHandler for Applicant {
             members: Vec::new(),
             membership,
             warnings,
+            certificates: Vec::new(),
             database: None,
             recent: Default::default(),
         })

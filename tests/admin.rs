@@ -198,7 +198,7 @@ fn can_start(state: &RequestState, host: &Host, folder: &Path) -> u64 {
     pki::store_pem(folder, CONSOLE_KEY, &host.console_key, true).unwrap();
     pki::store_pem(folder, CONSOLE_CERTIFICATE, console_certificate, false).unwrap();
     assert_eq!(NodeTls::load(folder).unwrap().identity, (membership.cluster, *node));
-    pki::console_server_config(&folder.join(CONSOLE_CERTIFICATE), &folder.join(CONSOLE_KEY)).unwrap();
+    pki::Pair::load(&folder.join(CONSOLE_CERTIFICATE), &folder.join(CONSOLE_KEY)).unwrap();
     assert!(membership.authority.is_none() && membership.invitations.is_empty() && membership.requests.is_empty());
     assert!(membership.members.iter().all(|member| member.admission.is_none()));
     *node

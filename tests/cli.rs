@@ -14,10 +14,11 @@ use std::{
 
 use terminal::Terminal;
 use twistlock_ha::{
-    admin::{Check, SwitchoverReport},
+    admin::{Certificates, Check, Custom, SwitchoverReport},
     cluster::{ClusterId, Member, Membership, Role, membership::Request},
     control::{Answer, ControlHandler, ControlSocket, JoinScript, Operation},
-    node::{MemberStatus, Status},
+    node::{CertificateSource, CertificateStatus, MemberStatus, Status},
+    pki::CertificateInfo,
 };
 
 #[test]
@@ -60,13 +61,71 @@ impl ControlHandler for Frozen {
             Operation::Pause { seconds } => seconds.into(),
             Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
             Operation::Events { .. } | Operation::TestNotifications {} => serde_json::Value::Array(Vec::new()),
-            Operation::Uninvite {} | Operation::Remove { .. } | Operation::Resume {} | Operation::Readdress { .. } => {
-                serde_json::Value::Null
+            Operation::Uninvite {}
+            | Operation::Remove { .. }
+            | Operation::Resume {}
+            | Operation::Readdress { .. }
+            | Operation::RemoveCertificate {} => serde_json::Value::Null,
+            Operation::Certificates {} => serde_json::to_value(certificates()).unwrap(),
+            Operation::SetCertificate { pem } => {
+                assert_eq!(pem.0, "chain\n\nkey\n", "both files");
+                serde_json::to_value(certificates().custom).unwrap()
             }
+            Operation::SetConsoleNames { names } => names.into(),
             of_backups => return Box::pin(async move { Err(format!("no backups here: {of_backups:?}")) }),
         };
         Box::pin(async { Ok(answer) })
     }
+}
+
+/// What a cluster with a certificate of its administrator says of it.
+fn certificates() -> Certificates {
+    let info = CertificateInfo {
+        subject: "CN=console.example".into(),
+        issuer: "CN=Example CA".into(),
+        names: vec!["console.example".into(), "192.0.2.1".into()],
+        not_before: 1_793_383_200,
+        not_after: 1_793_383_200 + 365 * 86_400,
+        fingerprint: "AB:CD".into(),
+    };
+    let source = CertificateSource::Upload;
+    Certificates {
+        console_names: vec!["console.example".into()],
+        certificates: vec![CertificateStatus { of: "console".into(), source, missing: Vec::new(), info: info.clone() }],
+        custom: Some(Custom { by: "ann".into(), at: 1_793_383_200, missing: Vec::new(), info }),
+    }
+}
+
+#[test]
+fn certificates_of_the_consoles_are_shown_and_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let (chain, key) = (folder.path().join("chain.pem"), folder.path().join("key.pem"));
+    std::fs::write(&chain, "chain\n").unwrap();
+    std::fs::write(&key, "key\n").unwrap();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+        let status = picture([Role::Secondary, Role::Primary, Role::Secondary]);
+        let output = beside(status, |data| command.arg("certs").args(args).arg("--data").arg(data).output().unwrap());
+        let text =
+            format!("{}{}", String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        (output.status.code().unwrap(), text)
+    };
+    let (code, text) = run(&["list"]);
+    assert_eq!(code, 0, "{text}");
+    for part in ["console  upload", "CN=Example CA", "console.example, 192.0.2.1", "given by ann"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    let (code, text) = run(&["upload", chain.to_str().unwrap(), "--key", key.to_str().unwrap()]);
+    assert!(code == 0 && text.contains("All Consoles serve the certificate CN=console.example"), "{text}");
+    let (code, text) = run(&["upload", "/nonexistent/chain.pem"]);
+    assert!(code == 66 && text.contains("/nonexistent/chain.pem"), "{text}");
+    let (code, text) = run(&["set-names", "lb.example", "192.0.2.7"]);
+    assert!(code == 0 && text.contains("lb.example, 192.0.2.7, too"), "{text}");
+    assert!(run(&["set-names", "--none"]).1.contains("its host only"));
+    assert_eq!(run(&["set-names"]).0, 64, "to take all away has to be said");
+    let (code, text) = run(&["remove"]);
+    assert!(code == 75, "not confirmed: {text}");
+    assert!(run(&["remove", "--yes"]).1.contains("authority again"));
 }
 
 /// The picture that node 2 has of a cluster whose members are in these states.
@@ -105,6 +164,7 @@ fn picture(states: [Role; 3]) -> Status {
         members: (1..=3).map(member).collect(),
         membership: Membership::founded(ClusterId(1), (1..=3).map(founder).collect()),
         warnings: Vec::new(),
+        certificates: Vec::new(),
         database: None,
         recent: Default::default(),
     }

@@ -14,7 +14,11 @@ use std::time::{Duration, Instant};
 
 use host::{Founder, Host, wait_until};
 use serde_json::{Value, json};
-use twistlock_ha::cluster::Role;
+use twistlock_ha::{
+    admin::Custom,
+    cluster::Role,
+    control::{Operation, SecretText},
+};
 
 /// Two hosts run the line, both show REQUEST_JOIN, APPLY, both are SECONDARY; what was written before and after is on both.
 #[test]
@@ -174,4 +178,31 @@ fn ten_thousand_bogus_requests_change_nothing() {
     wait_until("the address is heard again", || first.get_as(&host::token_of(&line), "/scripts/console.sh").0 == 200);
     second.run_line(&line, "");
     assert!(begin.elapsed() < Duration::from_secs(300));
+}
+
+/// The Consoles serve a certificate that hosts which join cannot know: the line and the daemon ask for the cluster's own.
+#[test]
+fn hosts_join_although_the_consoles_serve_a_certificate_of_another_authority() {
+    let first = Founder::start();
+    let line = first.line();
+    let made = rcgen::generate_simple_self_signed(vec![first.host.address.to_string()]).unwrap();
+    let pem = SecretText([made.cert.pem(), made.signing_key.serialize_pem()].concat());
+    let _: Custom = first.host.operate(Operation::SetCertificate { pem }).unwrap();
+    let url = first.host.url("/_ping");
+    let others = first.agent_for(Duration::from_secs(5));
+    wait_until("the certificate is served", || others.get(&url).call().is_err());
+    let (mut second, mut third) = (first.host(2), first.host(3));
+    for host in [&mut second, &mut third] {
+        let said = host.run_line(&line, "");
+        assert!(said.contains("REQUEST_JOIN"), "{said}");
+    }
+    let _: Value = first.host.operate(Operation::Apply { fingerprints: None }).unwrap();
+    for host in [&second, &third] {
+        wait_until("SECONDARY after APPLY", || host.role() == Some(Role::Secondary));
+        // It serves the same one, which is not good for it: said, and not hidden.
+        wait_until("the newcomer says what its certificate lacks", || {
+            let warnings = host.status().map(|status| status.warnings).unwrap_or_default();
+            warnings.iter().any(|warning| warning.contains(&format!("({})", host.address)))
+        });
+    }
 }

@@ -2,11 +2,16 @@
 //! checks before a change and the line in the log after it; who may ask is up to the callers. Must never change anything
 //! when it refuses, and never log a secret.
 //!
-//! All but [`Admin::status`] and [`Admin::request_state`] work on the PRIMARY only and name it elsewhere.
+//! All but [`Admin::status`], [`Admin::request_state`] and [`Admin::certificates`] work on the PRIMARY only and name it
+//! elsewhere.
 
 mod admission;
 mod attempts;
+mod certificates;
 mod closed;
+pub mod console_tls;
+mod custom_folder;
+mod expiry;
 mod invitation;
 mod members;
 mod notifications;
@@ -29,6 +34,7 @@ use crate::{
     node::{ChangeError, Handle, Status},
 };
 
+pub use certificates::{Certificates, Custom, MAX_UPLOAD};
 pub use switchover::{Check, SwitchoverReport};
 
 use admission::Rejections;

@@ -1,9 +1,6 @@
 //! Keeps the certificate of this node good: every member holds the key that unseals the authority, so each one signs for
 //! itself, in time and without asking anybody. Must never change the node's key: certificate and key are two files, and a
-//! crash between them would leave a node that cannot start.
-//!
-//! The Console's certificate may be an administrator's own, and is only watched then. The cluster's own follows the address
-//! of this host.
+//! crash between them would leave a node that cannot start. The Console's certificate is [`super::console_tls`]'s.
 
 use std::{
     fs,
@@ -20,19 +17,13 @@ use super::now;
 use crate::{
     cluster::{Membership, NodeId},
     node::Handle,
-    pki::{
-        self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity,
-        request_with,
-    },
-    telemetry,
+    pki::{self, Authority, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, request_with},
 };
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(3600);
-/// From here on an administrator should know, in seconds before the end.
-const WARN: u64 = 30 * 86_400;
 
-/// Looks after the certificates in `dir`; new handshakes use what is sent through `tls`. Ends with the node.
+/// Looks after the certificate of the node in `dir`; new handshakes use what is sent through `tls`. Ends with the node.
 pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>) {
     let mut looks = time::interval(EVERY);
     looks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -46,7 +37,6 @@ pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>
         if let Err(error) = look(&dir, &membership, node, &tls) {
             warn!("the certificate of this node is not renewed; the next attempt is in an hour: {error:#}");
         }
-        handle.warn("certificates", ending(&dir, now()));
     }
 }
 
@@ -66,7 +56,7 @@ fn look(dir: &Path, membership: &Membership, node: NodeId, tls: &watch::Sender<A
 }
 
 /// Less than a third of its life remains, or it has not begun: it was made when a clock was ahead.
-fn is_due(from: u64, until: u64, now: u64) -> bool {
+pub(super) fn is_due(from: u64, until: u64, now: u64) -> bool {
     now < from || until.saturating_sub(now) < until.saturating_sub(from) / 3
 }
 
@@ -82,41 +72,6 @@ pub fn renew(dir: &Path, membership: &Membership, node: NodeId) -> Result<()> {
     let certificate = authority.sign_request(&csr, node, &member.name, &[&member.address])?;
     pki::store_pem(dir, NODE_CERTIFICATE, &certificate, false)?;
     Ok(())
-}
-
-/// Signs the Console's key again for `names` if its certificate is the cluster's and not good for the address at which this
-/// host is reached now. To be called before the certificate is loaded.
-///
-/// # Errors
-/// When a file cannot be read or written, or the authority cannot be unsealed: the certificate is as it was.
-pub fn follow_address(dir: &Path, membership: &Membership, address: &str, names: &[String]) -> Result<()> {
-    let Some(sealed) = &membership.authority else { return Ok(()) };
-    if !pki::lacks_name(&read(dir, CONSOLE_CERTIFICATE)?, &sealed.certificate, address)? {
-        return Ok(());
-    }
-    let authority = Authority::open(membership.cluster, sealed, dir)?;
-    let csr = request_with(&read(dir, CONSOLE_KEY)?, address, &[])?;
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    pki::store_pem(dir, CONSOLE_CERTIFICATE, &authority.sign_console_request(&csr, &names)?, false)?;
-    info!(address, "this host is reached at another address: the certificate of its Console is made for that");
-    Ok(())
-}
-
-/// What an administrator should know about certificates that end soon; notes for all of them how long they are good.
-fn ending(dir: &Path, now: u64) -> Option<String> {
-    let mut sentences = Vec::new();
-    for (of, file) in [("node", NODE_CERTIFICATE), ("console", CONSOLE_CERTIFICATE)] {
-        let validity = read(dir, file).and_then(|pem| Ok(certificate_validity(&pem)?));
-        let Ok((_, until)) = validity else { continue }; // whoever needs the file says so
-        let left = until.saturating_sub(now);
-        metrics::gauge!(telemetry::CERTIFICATE_EXPIRY, "of" => of).set(left as f64);
-        if left < WARN {
-            let days = left / 86_400;
-            sentences
-                .push(format!("the certificate {file} expires in {days} days: put a new one into {}", dir.display()));
-        }
-    }
-    (!sentences.is_empty()).then(|| sentences.join("; "))
 }
 
 fn read(dir: &Path, file: &str) -> Result<String> {
@@ -137,7 +92,6 @@ mod tests {
         let cluster = ClusterId(7);
         let (authority, sealed) = Authority::establish(cluster, dir.path()).unwrap();
         authority.issue_node(1, "old", &["192.0.2.1"]).unwrap().save_node(dir.path()).unwrap();
-        authority.issue_console(&["console.example"]).unwrap().save_console(dir.path()).unwrap();
         let mut membership = Membership::founded(cluster, vec![Member::founder(1, "new", "192.0.2.2", 8086)]);
         membership.authority = Some(sealed);
         (dir, membership)
@@ -176,36 +130,5 @@ mod tests {
         let tls = watch::Sender::new(Arc::new(NodeTls::load(dir.path()).unwrap()));
         look(dir.path(), &membership, 1, &tls).unwrap();
         assert_eq!(read(dir.path(), NODE_CERTIFICATE).unwrap(), before);
-    }
-
-    #[test]
-    fn the_certificate_of_the_console_follows_the_address() {
-        let (dir, membership) = folder();
-        let names = |all: &[&str]| all.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
-        let follow = |membership: &Membership, address: &str| {
-            follow_address(dir.path(), membership, address, &names(&["new", address])).unwrap();
-            read(dir.path(), CONSOLE_CERTIFICATE).unwrap()
-        };
-        let (key, old) = (read(dir.path(), CONSOLE_KEY).unwrap(), read(dir.path(), CONSOLE_CERTIFICATE).unwrap());
-        assert_eq!(follow(&membership, "CONSOLE.example"), old, "it is good for that");
-        let new = follow(&membership, "192.0.2.9");
-        let ca = &membership.authority.as_ref().unwrap().certificate;
-        assert!(!pki::lacks_name(&new, ca, "192.0.2.9").unwrap() && pki::lacks_name(&new, ca, "192.0.2.1").unwrap());
-        assert!(pki::lacks_name(&new, ca, "console.example").unwrap() && !pki::lacks_name(&new, ca, "new").unwrap());
-        let path = |name| dir.path().join(name);
-        pki::console_server_config(&path(CONSOLE_CERTIFICATE), &path(CONSOLE_KEY)).unwrap();
-        assert_eq!(read(dir.path(), CONSOLE_KEY).unwrap(), key);
-        let own = Authority::create(ClusterId(8)).unwrap();
-        own.issue_console(&["own.example"]).unwrap().save_console(dir.path()).unwrap();
-        let own = read(dir.path(), CONSOLE_CERTIFICATE).unwrap();
-        assert_eq!(follow(&membership, "192.0.2.10"), own, "that of somebody else stays");
-    }
-
-    #[test]
-    fn the_administrator_is_told_a_month_ahead() {
-        let (dir, _) = folder();
-        assert_eq!(ending(dir.path(), now()), None);
-        let text = ending(dir.path(), now() + 340 * 86_400).unwrap();
-        assert!(text.contains("node.pem expires in 2") && text.contains("console-cert.pem expires in 2"), "{text}");
     }
 }

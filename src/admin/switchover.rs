@@ -218,6 +218,7 @@ mod tests {
             members: members.collect(),
             membership: Membership::founded(ClusterId(7), (1..=others.len() as u64 + 1).map(founder).collect()),
             warnings: Vec::new(),
+            certificates: Vec::new(),
             database: None,
             recent: Default::default(),
         }

@@ -1,15 +1,27 @@
 //! `twistcli certs`: the authority that signs the certificates of a cluster, and the certificates of its Consoles. Must never
-//! pass an authority's certificate that came from a stranger off as a good one.
+//! pass an authority's certificate that came from a stranger off as a good one, or print a private key.
 
-use std::fs;
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+};
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use super::{
-    columns::{self, Paint},
-    stop::{EX_NOINPUT, Stop},
+    args::DONE_OR_REFUSED,
+    columns::{self, Cell, Paint, print_json},
+    daemon::command,
+    stop::{EX_NOINPUT, EX_USAGE, Stop, confirm},
+    table::date,
     target::Target,
     untrusted::{self, Claimed},
+};
+use crate::{
+    admin::{Certificates, Custom, MAX_UPLOAD},
+    control::{Operation, SecretText},
+    node::{CertificateSource, CertificateStatus},
 };
 
 const CA_HELP: &str = "\
@@ -23,6 +35,28 @@ Examples:
   sudo twistcli certs ca
   twistcli certs ca --address https://console.example.com:8083 > ca.pem";
 
+const NAMES_HELP: &str = "\
+Every Console's certificate is good for the names of its own host, and for these. The list that was there before is
+replaced. Each member makes its certificate anew and serves it at once; no connection is cut.
+
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
+
+Examples:
+  sudo twistcli certs set-names console.example.com 192.0.2.10
+  sudo twistcli certs set-names --none";
+
+const UPLOAD_HELP: &str = "\
+The file has the certificate first, then those of the authorities above it, in PEM form, and the private key, unless
+--key names another file for that. It is refused with the missing names if it does not cover every member and the
+names of `twistcli certs set-names`. All Consoles serve it at once; the key is kept encrypted.
+
+Exit code: 0 done, 64 wrong command line, 66 a file cannot be read, 69 nobody answers, 75 refused, 77 the login is
+refused.
+
+Examples:
+  sudo twistcli certs upload console.pem
+  twistcli certs upload chain.pem --key key.pem --address https://console.example.com:8083";
+
 /// Commands of `twistcli certs`.
 #[derive(Debug, Subcommand)]
 pub(super) enum Certs {
@@ -32,16 +66,161 @@ pub(super) enum Certs {
         #[command(flatten)]
         target: Target,
     },
+    /// Show what the Consoles serve, and until when
+    #[command(after_help = DONE_OR_REFUSED)]
+    List {
+        #[command(flatten)]
+        target: Target,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Set the names that every Console's certificate is good for, beside those of its host
+    #[command(after_help = NAMES_HELP)]
+    SetNames(NamesArgs),
+    /// Have all Consoles serve a certificate of your own
+    #[command(after_help = UPLOAD_HELP)]
+    Upload(UploadArgs),
+    /// Have all Consoles serve certificates of the cluster's authority again
+    #[command(after_help = DONE_OR_REFUSED)]
+    Remove {
+        #[command(flatten)]
+        target: Target,
+        /// Do not ask; needed where standard input is no terminal
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+/// Arguments of `twistcli certs set-names`.
+#[derive(Debug, Args)]
+pub(super) struct NamesArgs {
+    #[command(flatten)]
+    target: Target,
+    /// Host names and IP addresses: those of a load balancer, say
+    #[arg(value_name = "NAME", required_unless_present = "none", conflicts_with = "none")]
+    names: Vec<String>,
+    /// No names but those of each host
+    #[arg(long)]
+    none: bool,
+}
+
+/// Arguments of `twistcli certs upload`.
+#[derive(Debug, Args)]
+pub(super) struct UploadArgs {
+    #[command(flatten)]
+    target: Target,
+    /// The certificate chain, PEM, and the private key
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// The private key, PEM, if it is in a file of its own
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
 }
 
 /// Carries a command out.
 ///
 /// # Errors
 /// When nobody answers, or it is refused.
-pub(super) fn run(command: &Certs, _paint: Paint) -> Result<(), Stop> {
+pub(super) fn run(command: &Certs, paint: Paint) -> Result<(), Stop> {
     match command {
         Certs::Ca { target } => ca(target),
+        Certs::List { target, json } => list(target, *json, paint),
+        Certs::SetNames(args) => set_names(args),
+        Certs::Upload(args) => upload(args),
+        Certs::Remove { target, yes } => remove(target, *yes),
     }
+}
+
+fn list(target: &Target, json: bool, paint: Paint) -> Result<(), Stop> {
+    let found: Certificates = target.door()?.operate(Operation::Certificates {})?;
+    if json {
+        return print_json(&found);
+    }
+    let rows: Vec<Vec<Cell>> = found.certificates.iter().map(row).collect();
+    let heads = [("OF", false), ("SOURCE", false), ("VALID UNTIL", false), ("ISSUER", false), ("NAMES", false)];
+    let mut text = columns::table(&heads, &rows, paint);
+    let names = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    text.push_str(&format!("\nNames of all Consoles, beside those of each host: {}\n", names(&found.console_names)));
+    if let Some(Custom { by, at, missing, .. }) = &found.custom {
+        text.push_str(&format!(
+            "The certificate of all Consoles was given by {}, {}.\n",
+            columns::harmless(by),
+            date(*at)
+        ));
+        if !missing.is_empty() {
+            text.push_str(&format!("It is not good for: {}\n", columns::harmless(&missing.join(", "))));
+        }
+    }
+    Ok(columns::print(&text)?)
+}
+
+fn row(certificate: &CertificateStatus) -> Vec<Cell> {
+    let source = match certificate.source {
+        CertificateSource::Cluster => "cluster",
+        CertificateSource::Upload => "upload",
+        CertificateSource::Folder => "folder",
+    };
+    let info = &certificate.info;
+    vec![
+        certificate.of.as_str().into(),
+        source.into(),
+        date(info.not_after).into(),
+        info.issuer.as_str().into(),
+        info.names.join(", ").into(),
+    ]
+}
+
+fn set_names(args: &NamesArgs) -> Result<(), Stop> {
+    let operation = Operation::SetConsoleNames { names: args.names.clone() };
+    let door = args.target.door()?;
+    door.primary(&command(&operation))?;
+    let names: Vec<String> = door.operate(operation)?;
+    let sentence = match names.as_slice() {
+        [] => "Every Console's certificate is good for the names of its host only.".to_owned(),
+        names => format!("Every Console's certificate is good for {}, too.", columns::harmless(&names.join(", "))),
+    };
+    writeln!(io::stdout(), "{sentence}")?;
+    eprintln!("Each member makes its certificate anew. To look at it: twistcli certs list");
+    Ok(())
+}
+
+fn upload(args: &UploadArgs) -> Result<(), Stop> {
+    let mut pem = read(&args.file)?;
+    if let Some(key) = &args.key {
+        pem.push('\n');
+        pem.push_str(&read(key)?);
+    }
+    let operation = Operation::SetCertificate { pem: SecretText(pem) };
+    let door = args.target.door()?;
+    door.primary(&command(&operation))?;
+    let given: Custom = door.operate(operation)?;
+    let (subject, until) = (columns::harmless(&given.info.subject), date(given.info.not_after));
+    writeln!(io::stdout(), "All Consoles serve the certificate {subject}, good until {until}.")?;
+    eprintln!("SHA-256 fingerprint:\n  {}", given.info.fingerprint);
+    Ok(())
+}
+
+/// A file of an administrator; nothing of it is ever repeated.
+fn read(path: &Path) -> Result<String, Stop> {
+    let unusable = |code, why: &str| Stop::tell(code, &format!("{}: {why}", path.display()));
+    let failed = |error: io::Error| unusable(EX_NOINPUT, &error.to_string());
+    let mut text = String::new();
+    let file = File::open(path).map_err(failed)?;
+    file.take(MAX_UPLOAD as u64 + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() > MAX_UPLOAD {
+        return Err(unusable(EX_USAGE, &format!("it is longer than {MAX_UPLOAD} bytes")));
+    }
+    Ok(text)
+}
+
+fn remove(target: &Target, yes: bool) -> Result<(), Stop> {
+    let operation = Operation::RemoveCertificate {};
+    let door = target.door()?;
+    door.primary(&command(&operation))?;
+    confirm("Have all Consoles serve certificates of the cluster's authority again?", yes)?;
+    let () = door.operate(operation)?;
+    Ok(writeln!(io::stdout(), "All Consoles serve certificates of the cluster's authority again.")?)
 }
 
 fn ca(target: &Target) -> Result<(), Stop> {
@@ -65,6 +244,6 @@ fn ca(target: &Target) -> Result<(), Stop> {
 fn own(target: &Target) -> Result<Claimed, Stop> {
     let path = target.local()?.data.join("certificates").join("ca.pem");
     let unusable = |why: String| Stop::tell(EX_NOINPUT, &format!("{}: {why}", path.display()));
-    let text = fs::read_to_string(&path).map_err(|error| unusable(error.to_string()))?;
+    let text = std::fs::read_to_string(&path).map_err(|error| unusable(error.to_string()))?;
     untrusted::claimed(&text).map_err(unusable)
 }

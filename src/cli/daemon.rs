@@ -112,6 +112,10 @@ pub(super) fn command(operation: &Operation) -> String {
             option("port", &port.map(|port| port.to_string())),
             option("name", new_name)
         ),
+        Operation::Certificates {} => return "twistcli certs list".to_owned(),
+        Operation::SetConsoleNames { names } => return format!("twistcli certs set-names {}", names.join(" ")),
+        Operation::SetCertificate { .. } => return "twistcli certs upload FILE".to_owned(),
+        Operation::RemoveCertificate {} => return "twistcli certs remove".to_owned(),
         of_backups => return backup_command(of_backups),
     };
     format!("twistcli ha {text}")

@@ -111,6 +111,8 @@ impl Call {
         let call = |method, path: &str, body, take| {
             Some(Self { method, path: format!("high-availability/{path}"), body, take })
         };
+        let settings =
+            |method, path: &str, body, take| Some(Self { method, path: format!("settings/{path}"), body, take });
         match operation {
             Operation::Invite { valid_s, script } => {
                 call(Method::GET, &format!("join-script?validSec={valid_s}&script={script}"), None, whole)
@@ -145,6 +147,15 @@ impl Call {
                     });
                 call(Method::GET, &format!("events?{}", pairs.collect::<Vec<_>>().join("&")), None, whole)
             }
+            Operation::Certificates {} => settings(Method::GET, "certs", None, |answer| answer),
+            Operation::SetConsoleNames { names } => {
+                let body = json!({ "consoleSAN": names });
+                settings(Method::POST, "certs", Some(body), |answer| answer["consoleSAN"].clone())
+            }
+            Operation::SetCertificate { pem } => {
+                settings(Method::POST, "custom-certs", Some(json!({ "certificate": pem.0 })), |answer| answer)
+            }
+            Operation::RemoveCertificate {} => settings(Method::DELETE, "custom-certs", None, nothing),
             // It answers before it is done: see `handover`.
             Operation::Switchover { .. } => None,
             other => Self::of_backups(other),
@@ -179,6 +190,8 @@ mod tests {
         assert_eq!(call.method, Method::DELETE);
         let call = Call::of(&Operation::Pause { seconds: 90 }).unwrap();
         assert_eq!((call.take)(json!({ "until": 5 })), json!(5));
+        let call = Call::of(&Operation::SetConsoleNames { names: vec!["lb".into()] }).unwrap();
+        assert_eq!((call.path.as_str(), call.body), ("settings/certs", Some(json!({ "consoleSAN": ["lb"] }))));
         let since = "2026-11-22T18:00:00Z".parse().ok();
         let wanted = Wanted { limit: Some(5), kind: Some(Kind::Takeover), since, ..Wanted::default() };
         let path = Call::of(&Operation::Events { wanted }).unwrap().path;

@@ -158,6 +158,7 @@ pub(crate) mod tests {
             members: vec![member(1, Role::Primary), member(2, Role::Secondary), member(3, Role::Secondary)],
             membership: Membership::founded(ClusterId(0xabc), (1..=3).map(founder).collect()),
             warnings: Vec::new(),
+            certificates: Vec::new(),
             database: None,
             recent: Default::default(),
         }

@@ -61,8 +61,11 @@ impl Drop for Quiet {
 /// The line without its end; none after Ctrl-C, or Ctrl-D at its beginning.
 fn read_line(input: &mut impl Read) -> io::Result<Option<String>> {
     let mut line: Vec<u8> = Vec::new();
-    for byte in input.bytes().take(LONGEST) {
-        match byte? {
+    // One by one: what follows the line is for whoever reads next.
+    for _ in 0..LONGEST {
+        let mut byte = [0];
+        input.read_exact(&mut byte)?;
+        match byte[0] {
             b'\r' | b'\n' => return text(line),
             0x03 => return Ok(None),
             0x04 if line.is_empty() => return Ok(None),

@@ -8,7 +8,7 @@
 //! | level | what hangs on it |
 //! |---|---|
 //! | 1 | everything before levels were introduced |
-//! | 2 | the cluster key and the certificate authority are replaced ([`super::trust`]); webhooks |
+//! | 2 | the cluster key and the certificate authority are replaced ([`super::trust`]); webhooks; names and certificate of the Consoles |
 //!
 //! A new level is needed for everything that an older program would misread or drop: another field of the membership, another
 //! kind of entry, another purpose of a connection. What is only shown to people needs none.
@@ -59,6 +59,8 @@ impl Change {
             | Change::IntroduceAuthority { .. }
             | Change::SwitchAuthority { .. }
             | Change::DropAuthority
+            | Change::ConsoleNames { .. }
+            | Change::CustomCertificate { .. }
             | Change::Notify { .. } => 2,
         }
     }

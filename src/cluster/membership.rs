@@ -4,7 +4,7 @@
 //! A [`Membership`] is replicated as a whole: the entry of a change carries the membership after it, as JSON, in its
 //! context, so that a node that missed an entry has lost nothing once it has a later one.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -41,6 +41,12 @@ const PER_NAME: usize = 3;
 const MAX_WEBHOOKS: usize = 3;
 /// Names of a Console certificate.
 pub const MAX_CONSOLE_NAMES: usize = 32;
+/// Length of all names together that an administrator adds to the Console's certificates, in bytes.
+const MAX_ADDED: usize = 2048;
+/// Longest certificate chain of an administrator, in bytes of PEM: three certificates with RSA keys of 4096 bits.
+pub const MAX_CHAIN: usize = 10 << 10;
+/// Longest private key of an administrator, sealed: an RSA key of 4096 bits needs 3300 bytes.
+const MAX_SEALED: usize = 4096;
 
 /// Identity of a cluster: 128 random bits, written as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -193,6 +199,20 @@ pub struct SealedAuthority {
     pub key: Option<KeyId>,
 }
 
+/// A certificate that an administrator has given the Console, for all members to serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CustomCertificate {
+    /// The chain, its own certificate first; PEM.
+    pub chain: String,
+    /// Its private key, encrypted with the key that only members hold; base64.
+    pub sealed_key: String,
+    /// Names that key.
+    pub key: KeyId,
+    /// Who gave it, and when, in seconds since 1970.
+    pub by: String,
+    pub at: u64,
+}
+
 /// A host that is to be admitted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Newcomer {
@@ -241,6 +261,11 @@ pub struct Membership {
     pub invitations: Vec<Invitation>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub authority: Option<SealedAuthority>,
+    /// What every Console's certificate is good for beside the names of its own host: those of a load balancer, say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub console_names: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub custom_certificate: Option<CustomCertificate>,
     /// The feature level in force: what the programs of all members have. Never lowered.
     #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
     pub level: u32,
@@ -292,14 +317,19 @@ pub enum Change {
     Rekey,
     /// The primary has made a cluster key; all members fetch it.
     AnnounceKey { id: KeyId },
-    /// All members have the announced cluster key: the authority is sealed with it.
-    Reseal { authority: SealedAuthority },
+    /// All members have the announced cluster key: the authority is sealed with it, and so is the certificate that was given
+    /// to the Consoles, if there is one.
+    Reseal { authority: SealedAuthority, certificate: Option<CustomCertificate> },
     /// All members are to trust this authority, too.
     IntroduceAuthority { coming: Coming },
     /// All members trust it: it signs from now on; `at` in seconds since 1970.
     SwitchAuthority { at: u64 },
     /// All members show certificates of the authority that signs: the old one is not trusted any more.
     DropAuthority,
+    /// What all Consoles' certificates are good for, beside the names of their hosts.
+    ConsoleNames { names: Vec<String> },
+    /// What all Consoles serve; none: certificates of the cluster's authority.
+    CustomCertificate { certificate: Option<CustomCertificate> },
 }
 
 /// Why a change is not possible. Nothing was changed.
@@ -338,6 +368,8 @@ impl Membership {
             requests: Vec::new(),
             invitations: Vec::new(),
             authority: None,
+            console_names: Vec::new(),
+            custom_certificate: None,
             level: level::FEATURE_LEVEL,
             level_version: level::PROGRAM_VERSION.to_owned(),
             rekey: None,
@@ -413,10 +445,14 @@ impl Membership {
             Change::Raise { level, version } => next.raise(*level, version)?,
             Change::Rekey => next.rekey()?,
             Change::AnnounceKey { id } => next.announce_key(*id)?,
-            Change::Reseal { authority } => next.reseal(authority)?,
+            Change::Reseal { authority, certificate } => next.reseal(authority, certificate.as_ref())?,
             Change::IntroduceAuthority { coming } => next.introduce_authority(coming)?,
             Change::SwitchAuthority { at } => next.switch_authority(*at)?,
             Change::DropAuthority => next.drop_authority()?,
+            Change::ConsoleNames { names } => next.console_names = sound_names(names)?,
+            Change::CustomCertificate { certificate } => {
+                next.custom_certificate = next.sound_certificate(certificate.clone())?;
+            }
         }
         next.check()?;
         // Checked here, too: an entry that no member can read would stop them all.
@@ -426,11 +462,29 @@ impl Membership {
         }
     }
 
+    /// Refuses a certificate that is too long, or that members could not unseal before long.
+    pub(super) fn sound_certificate(
+        &self,
+        certificate: Option<CustomCertificate>,
+    ) -> Result<Option<CustomCertificate>, Impossible> {
+        let Some(CustomCertificate { chain, sealed_key, key, by, .. }) = &certificate else { return Ok(None) };
+        if chain.len() > MAX_CHAIN || sealed_key.len() > MAX_SEALED || by.len() > MAX_NAME {
+            return Err(Impossible(format!(
+                "the certificate is too long: at most {MAX_CHAIN} bytes of PEM for the chain and a key of 4096 bits are allowed"
+            )));
+        }
+        if self.authority.as_ref().and_then(|authority| authority.key).is_some_and(|current| current != *key) {
+            return Err(Impossible("the cluster key was replaced meanwhile: try again".to_owned()));
+        }
+        Ok(certificate)
+    }
+
     /// What everybody who may look at the cluster may see: no key, no invitation, no webhook, no request that could be picked
     /// up.
     pub fn public(&self) -> Self {
         let (invitations, webhooks) = (Vec::new(), Vec::new());
-        let mut public = Self { invitations, authority: None, coming: None, webhooks, ..self.clone() };
+        let (authority, coming, custom_certificate) = (None, None, None);
+        let mut public = Self { invitations, authority, coming, custom_certificate, webhooks, ..self.clone() };
         public.members.iter_mut().for_each(|member| member.admission = None);
         for request in &mut public.requests {
             (request.id, request.csr, request.console_csr) = Default::default();
@@ -662,6 +716,47 @@ pub fn check_host(name: &str, address: &str, port: u16) -> Result<(), Impossible
     Ok(())
 }
 
+/// The names as they are kept: in lower case, each once.
+fn sound_names(names: &[String]) -> Result<Vec<String>, Impossible> {
+    let mut sound: Vec<String> = Vec::new();
+    for name in names {
+        let name = name.to_ascii_lowercase();
+        if !is_console_name(&name) {
+            return Err(Impossible(format!(
+                "{name:?} cannot be in a certificate: host names (also *.example.com) and IP addresses are allowed, without \
+                 port and scheme"
+            )));
+        }
+        if !sound.contains(&name) {
+            sound.push(name);
+        }
+    }
+    let length: usize = sound.iter().map(String::len).sum();
+    if sound.len() > MAX_CONSOLE_NAMES || length > MAX_ADDED {
+        return Err(Impossible(format!(
+            "{} names of {length} bytes: at most {MAX_CONSOLE_NAMES} names of {MAX_ADDED} bytes together are allowed",
+            sound.len()
+        )));
+    }
+    Ok(sound)
+}
+
+/// True for a DNS name, one with a wildcard as its first label, and an IP address.
+fn is_console_name(name: &str) -> bool {
+    if name.parse::<IpAddr>().is_ok() {
+        return true;
+    }
+    let plain = name.strip_prefix("*.").unwrap_or(name);
+    let wildcard_of_a_domain = plain.len() == name.len() || plain.contains('.');
+    let label = |label: &str| {
+        let inner = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+        (1..=63).contains(&label.len()) && label.chars().all(inner) && !label.starts_with('-') && !label.ends_with('-')
+    };
+    // The last label tells a host name from something that looks like an IP address and is none.
+    let numeric = plain.rsplit('.').next().is_some_and(|last| last.chars().all(|c| c.is_ascii_digit()));
+    name.len() <= MAX_NAME && wildcard_of_a_domain && !numeric && plain.split('.').all(label)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -790,6 +885,46 @@ mod tests {
         assert_eq!(paused.pause, Some(Pause { until: 5, primary: 1 }));
         assert_eq!(change(&paused, Change::Resume).unwrap(), one());
         assert!(change(&one(), Change::Resume).unwrap_err().contains("not paused"));
+    }
+
+    #[test]
+    fn names_of_the_console_are_dns_names_or_addresses() {
+        let set = |names: &[&str]| {
+            let names = names.iter().map(|name| (*name).to_owned()).collect();
+            change(&one(), Change::ConsoleNames { names })
+        };
+        let good = ["lb.example.com", "LB.example.com", "*.example.com", "192.0.2.7", "2001:db8::7", "console", "a_b"];
+        let set_to = set(&good).unwrap();
+        assert_eq!(set_to.console_names[0], "lb.example.com");
+        assert_eq!(set_to.console_names.len(), good.len() - 1, "each once");
+        assert_eq!(Membership::decode(&set_to.encode()).unwrap(), set_to);
+        assert!(set(&[]).unwrap().console_names.is_empty());
+        for wrong in
+            ["", "a b", "https://a", "a:8083", "*.com", "*", "a.*.b", "-a", "a..b", "1.2.3", "1.2.3.4.5", "a\n", "ä"]
+        {
+            assert!(set(&[wrong]).unwrap_err().contains("cannot be in a certificate"), "{wrong}");
+        }
+        assert!(set(&["a".repeat(64).as_str()]).is_err());
+        let many: Vec<String> = (0..33).map(|n| format!("h{n}")).collect();
+        assert!(change(&one(), Change::ConsoleNames { names: many }).unwrap_err().contains("at most 32 names"));
+        let long = (0..30).map(|n| format!("{n}x.{}.example", "a".repeat(60))).collect();
+        assert!(change(&one(), Change::ConsoleNames { names: long }).unwrap_err().contains("2048"));
+    }
+
+    #[test]
+    fn a_custom_certificate_is_bounded_and_not_for_everybody() {
+        let with = |chain: usize, key: usize| {
+            let (chain, sealed_key) = ("c".repeat(chain), "k".repeat(key));
+            let certificate =
+                Some(CustomCertificate { chain, sealed_key, key: KeyId(1), by: "admin".to_owned(), at: 7 });
+            change(&one(), Change::CustomCertificate { certificate })
+        };
+        assert!(with(MAX_CHAIN + 1, 1).unwrap_err().contains("too long"));
+        assert!(with(1, MAX_SEALED + 1).unwrap_err().contains("too long"));
+        let largest = with(MAX_CHAIN, MAX_SEALED).unwrap();
+        assert_eq!(Membership::decode(&largest.encode()).unwrap(), largest);
+        assert_eq!(largest.public(), one());
+        assert_eq!(change(&largest, Change::CustomCertificate { certificate: None }).unwrap(), one());
     }
 
     #[test]

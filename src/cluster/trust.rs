@@ -6,8 +6,8 @@
 //! which the next one goes on.
 //!
 //! *Cluster key*: wanted ([`Rekey`] without an id, after each removal) -> announced (the primary has made one and keeps it; the
-//! others fetch it) -> all members have it on disk: one change seals the authority anew ([`Change::Reseal`](super::Change)).
-//! Until then everybody keeps the old key, too.
+//! others fetch it) -> all members have it on disk: one change seals anew what was sealed with the old one
+//! ([`Change::Reseal`](super::Change)): the authority, and the certificate that the Consoles were given. Until then everybody keeps the old key, too.
 //!
 //! *Authority*: introduced (all members trust it beside the old one) -> all do: it signs from now on
 //! ([`Change::SwitchAuthority`](super::Change)), all certificates are made anew, the old one is still trusted -> all members show
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Membership,
-    membership::{Impossible, SealedAuthority},
+    membership::{CustomCertificate, Impossible, SealedAuthority},
 };
 
 /// Longest certificate of an authority and longest sealed key, in bytes.
@@ -148,7 +148,11 @@ impl Membership {
         Ok(())
     }
 
-    pub(super) fn reseal(&mut self, authority: &SealedAuthority) -> Result<(), Impossible> {
+    pub(super) fn reseal(
+        &mut self,
+        authority: &SealedAuthority,
+        certificate: Option<&CustomCertificate>,
+    ) -> Result<(), Impossible> {
         let announced = self.rekey.and_then(|rekey| rekey.next);
         if announced.is_none() || authority.key != announced {
             return Err(refuse("the authority was not sealed with the key that was announced"));
@@ -157,7 +161,18 @@ impl Membership {
             return Err(refuse("this is not the authority that signs"));
         }
         fits(authority)?;
+        // One that came or went while this change was made would be lost, or stay sealed with a key that nobody keeps.
+        let (known, sealed) = (self.custom_certificate.as_ref(), certificate);
+        let same =
+            |(known, new): (&CustomCertificate, &CustomCertificate)| known.chain == new.chain && known.at == new.at;
+        if known.is_some() != sealed.is_some() || !known.zip(sealed).is_none_or(same) {
+            return Err(refuse("another certificate was given to the Consoles meanwhile"));
+        }
+        if sealed.is_some_and(|certificate| Some(certificate.key) != announced) {
+            return Err(refuse("the Consoles' certificate was not sealed with the key that was announced"));
+        }
         self.authority = Some(authority.clone());
+        self.custom_certificate = self.sound_certificate(certificate.cloned())?;
         self.rekey = None;
         Ok(())
     }
@@ -225,6 +240,10 @@ mod tests {
         membership
     }
 
+    fn sealed_anew(name: &str, key: Option<KeyId>, certificate: Option<CustomCertificate>) -> Change {
+        Change::Reseal { authority: authority(name, key), certificate }
+    }
+
     fn change(membership: &Membership, change: Change) -> Result<Membership, String> {
         membership.changed(&change, 1).map_err(|error| error.to_string())
     }
@@ -233,8 +252,7 @@ mod tests {
     fn after_a_removal_another_key_is_wanted_and_only_the_announced_one_seals() {
         let removed = change(&three(), Change::Remove { node: 3, at: 9, force: false }).unwrap();
         assert_eq!(removed.rekey, Some(Rekey { next: None }));
-        let reseal =
-            |membership: &Membership, key| change(membership, Change::Reseal { authority: authority("old", key) });
+        let reseal = |membership: &Membership, key| change(membership, sealed_anew("old", key, None));
         assert!(reseal(&removed, None).unwrap_err().contains("announced"));
         let announced = change(&removed, Change::AnnounceKey { id: KeyId(5) }).unwrap();
         assert!(reseal(&announced, Some(KeyId(6))).unwrap_err().contains("announced"));
@@ -242,13 +260,40 @@ mod tests {
         let again = change(&announced, Change::AnnounceKey { id: KeyId(6) }).unwrap();
         let done = reseal(&again, Some(KeyId(6))).unwrap();
         assert_eq!((done.rekey, done.authority.unwrap().key), (None, Some(KeyId(6))));
-        let other = Change::Reseal { authority: authority("other", Some(KeyId(6))) };
+        let other = sealed_anew("other", Some(KeyId(6)), None);
         assert!(change(&again, other).unwrap_err().contains("not the authority"));
         // The host that goes now may have the announced one.
         let less = change(&announced, Change::Remove { node: 2, at: 9, force: false }).unwrap();
         assert_eq!(less.rekey, Some(Rekey { next: None }));
         assert!(change(&three(), Change::AnnounceKey { id: KeyId(5) }).unwrap_err().contains("wanted"));
         assert!(change(&removed, Change::Rekey).unwrap_err().contains("already"));
+    }
+
+    #[test]
+    fn the_certificate_of_the_consoles_is_sealed_anew_in_the_same_change() {
+        let given = |chain: &str, key| {
+            let (chain, sealed_key) = (chain.to_owned(), format!("sealed with {key}"));
+            CustomCertificate { chain, sealed_key, key: KeyId(key), by: "admin".to_owned(), at: 1 }
+        };
+        let give = |membership: &Membership, certificate| {
+            change(membership, Change::CustomCertificate { certificate: Some(certificate) })
+        };
+        let with = give(&three(), given("a", 1)).unwrap();
+        let announced = change(&change(&with, Change::Rekey).unwrap(), Change::AnnounceKey { id: KeyId(5) }).unwrap();
+        let seal = |certificate| change(&announced, sealed_anew("old", Some(KeyId(5)), certificate));
+        for other in [None, Some(given("b", 5))] {
+            assert!(seal(other).unwrap_err().contains("meanwhile"));
+        }
+        assert!(seal(Some(given("a", 1))).unwrap_err().contains("not sealed with the key"));
+        let done = seal(Some(given("a", 5))).unwrap();
+        assert_eq!((done.custom_certificate.as_ref(), done.rekey), (Some(&given("a", 5)), None));
+        // An upload that was sealed a moment too early.
+        assert!(give(&done, given("c", 1)).unwrap_err().contains("try again"));
+        assert_eq!(give(&done, given("c", 5)).unwrap().custom_certificate, Some(given("c", 5)));
+        let without = change(&done, Change::CustomCertificate { certificate: None }).unwrap();
+        let again = change(&change(&without, Change::Rekey).unwrap(), Change::AnnounceKey { id: KeyId(6) }).unwrap();
+        let late = change(&again, sealed_anew("old", Some(KeyId(6)), Some(given("a", 6))));
+        assert!(late.unwrap_err().contains("meanwhile"), "it was removed");
     }
 
     #[test]

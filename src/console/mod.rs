@@ -5,6 +5,7 @@ mod access;
 mod audits;
 mod auth;
 mod backups;
+mod certs;
 mod cluster;
 mod cookie;
 mod errors;

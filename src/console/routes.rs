@@ -14,8 +14,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 pub(super) use super::access::{Access, Role};
 use super::{
-    Console, audits, backups, cluster, events, logs, notifications, openapi, programs, sessions, settings, stream,
-    system, tags, ui, users,
+    Console, audits, backups, certs, cluster, events, logs, notifications, openapi, programs, sessions, settings,
+    stream, system, tags, ui, users,
 };
 
 /// Where the API begins.
@@ -28,6 +28,7 @@ pub(super) fn table() -> Vec<Entry> {
         sessions::routes(),
         users::routes(),
         settings::routes(),
+        certs::routes(),
         audits::routes(),
         logs::routes(),
         backups::routes(),

@@ -154,6 +154,8 @@ mod tests {
             members: Vec::new(),
             membership: Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
+            certificates: Vec::new(),
+            recent: Default::default(),
             database: None,
             recent: Default::default(),
         })

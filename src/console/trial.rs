@@ -93,6 +93,7 @@ fn status() -> Status {
         members: Vec::new(),
         membership: Membership::founded(ClusterId(1), Vec::new()),
         warnings: Vec::new(),
+        certificates: Vec::new(),
         recent: Default::default(),
         database: None,
     }

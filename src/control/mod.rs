@@ -13,7 +13,7 @@ use std::{future::Future, io, os::unix::ffi::OsStrExt, path::Path, pin::Pin, syn
 use serde::Serialize;
 
 pub use client::{ControlError, connect, operate, request, status};
-pub use protocol::{JoinScript, Operation, Reply, Request};
+pub use protocol::{JoinScript, Operation, Reply, Request, SecretText};
 pub use server::{ControlSocket, serve};
 
 use crate::node::Status;

@@ -1,5 +1,8 @@
-//! What goes over the control socket: requests, operations and their answers. Must never carry a private key or the key
-//! of the certificate authority; a join script's token is the only secret that passes.
+//! What goes over the control socket: requests, operations and their answers. Must never carry a private key of the node or
+//! of the certificate authority; a join script's token, on its way out, and the key of a certificate that an administrator
+//! brings, on its way in, are the only secrets that pass.
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +22,8 @@ pub enum Request {
     },
 }
 
-/// What an administrator may have done. Only the PRIMARY does it; another node refuses and names the PRIMARY.
+/// What an administrator may have done. Only the PRIMARY does it; another node refuses and names the PRIMARY, unless said
+/// otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Operation {
@@ -90,6 +94,21 @@ pub enum Operation {
         /// Its new `HIGH_AVAILABILITY_PORT`.
         port: Option<u16>,
     },
+    /// Any node answers. Answer: [`Certificates`](crate::admin::Certificates).
+    Certificates {},
+    /// The names that every Console's certificate is good for, beside those of its own host; all others go. Answer: the
+    /// list as it is kept.
+    SetConsoleNames {
+        /// Host names and IP addresses.
+        names: Vec<String>,
+    },
+    /// All Consoles serve this certificate. Answer: [`Custom`](crate::admin::Custom).
+    SetCertificate {
+        /// The chain, its own certificate first, and the private key; PEM.
+        pem: SecretText,
+    },
+    /// All Consoles serve certificates of the cluster's own authority again. Answer: null.
+    RemoveCertificate {},
     /// The backups in this host's folder, newest first; on every node, as the next five. Answer: a list of
     /// [`Backup`](crate::backup::Backup).
     Backups {},
@@ -125,6 +144,17 @@ pub enum Operation {
         /// The administrator knows that the Console is closed for it; refused otherwise.
         stop_console: bool,
     },
+}
+
+/// A text that is never logged or shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SecretText(pub String);
+
+impl fmt::Debug for SecretText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
 }
 
 /// How a host joins.

@@ -34,6 +34,7 @@ impl ControlHandler for Fake {
             members: Vec::new(),
             membership: crate::cluster::Membership::founded(ClusterId(7), Vec::new()),
             warnings: Vec::new(),
+            certificates: Vec::new(),
             database: None,
             recent: Default::default(),
         })
@@ -171,7 +172,10 @@ fn every_operation_reaches_the_handler_as_it_was_sent() {
         Operation::Switchover { to: Some("host2".into()), dry_run: true },
         Operation::Switchover { to: None, dry_run: false },
         Operation::Readdress { node: "2".into(), new_name: None, address: Some("192.0.2.9".into()), port: Some(9) },
+        Operation::SetConsoleNames { names: vec!["lb.example".into()] },
+        Operation::SetCertificate { pem: SecretText("-----BEGIN".into()) },
     ];
+    assert!(!format!("{operations:?}").contains("BEGIN"));
     with_server(|path| {
         let limit = Duration::from_secs(10);
         for operation in operations {

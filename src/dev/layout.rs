@@ -172,6 +172,8 @@ impl Layout {
         let key = ClusterKey::generate();
         let mut membership = Membership::founded(id, members.collect());
         membership.authority = Some(authority.seal(&key).context("seal the certificate authority")?);
+        // Every Console may be asked for by every address: a client that tries all three verifies each.
+        membership.console_names = self.cluster.nodes.iter().map(|node| node.address.clone()).collect();
         for (index, node) in self.cluster.nodes.iter().enumerate() {
             self.create_node(index, node, &membership, &authority).with_context(|| format!("set {} up", node.name))?;
             key.save(&node.data.join("certificates"))?;
@@ -195,9 +197,7 @@ impl Layout {
         private_dir(&certificates)?;
         authority.save_certificate(&certificates)?;
         authority.issue_node(id, &node.name, &[&node.address])?.save_node(&certificates)?;
-        // Every Console may be asked for by every address: a client that tries all three verifies each.
-        let names: Vec<&str> =
-            self.cluster.nodes.iter().map(|node| node.address.as_str()).chain(["localhost"]).collect();
+        let names: Vec<&str> = membership.console_names.iter().map(String::as_str).collect();
         authority.issue_console(&names)?.save_console(&certificates)?;
         let config = Config {
             management_port_https: Some(HTTPS_PORT + self.port_offset),

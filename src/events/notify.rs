@@ -280,7 +280,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("said");
         let script = folder.path().join("script.sh");
-        let text = format!("cat > {0}; env >> {0}; echo \"$1\" >> {0}", file.display());
+        let text = format!("cat > {0}; echo >> {0}; env >> {0}; echo \"$1\" >> {0}", file.display());
         std::fs::write(&script, text).unwrap();
         let event = Event::new(Kind::Test, Severity::Critical, "a test; $(touch /tmp/no)");
         let target = Target::Command(command(&["/bin/sh", script.to_str().unwrap(), "$(id)"]));

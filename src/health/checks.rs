@@ -129,6 +129,7 @@ mod tests {
             members: vec![member(1, Role::Primary), member(2, Role::Secondary), member(3, Role::Secondary)],
             membership: crate::cluster::Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
+            certificates: Vec::new(),
             database: None,
             recent: Default::default(),
         }

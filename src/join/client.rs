@@ -1,5 +1,8 @@
 //! Asks the Consoles of a cluster over HTTPS. Blocking: runs on threads that may wait. Must never trust another authority
 //! than the one it was given, follow a redirect, or read an answer without a bound.
+//!
+//! It dials the members' addresses and asks each for [`CONSOLE_NAME`]: only by that name a Console always proves itself with
+//! a certificate of the cluster's authority.
 
 use std::{
     net::{IpAddr, ToSocketAddrs, UdpSocket},
@@ -10,7 +13,10 @@ use anyhow::{Context, Result};
 use ureq::{Agent, Body, http::Response};
 
 use super::{JoinFile, JoinRequest, RequestState};
-use crate::https::{self, Limits, Trust};
+use crate::{
+    https::{self, Limits, Trust},
+    pki::CONSOLE_NAME,
+};
 
 /// Longest time for one question.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -35,9 +41,20 @@ pub(super) enum Answer {
 
 /// A client that trusts one authority only.
 pub(super) struct Client {
-    agent: Agent,
-    addresses: Vec<String>,
+    consoles: Vec<Console>,
     token: String,
+}
+
+/// One Console, with connections of its own.
+struct Console {
+    address: String,
+    agent: Agent,
+}
+
+impl Console {
+    fn url(&self, path: &str) -> String {
+        format!("https://{CONSOLE_NAME}/api/v1/high-availability/{path}")
+    }
 }
 
 impl Client {
@@ -45,35 +62,43 @@ impl Client {
     /// When the CA cannot be read.
     pub fn new(file: &JoinFile) -> Result<Self> {
         let trust = Trust::pem(file.ca.as_bytes()).context("read the CA of the join file")?;
-        let agent = https::client(&trust, Limits { connect: CONNECT, request: LIMIT });
-        Ok(Self { agent, addresses: file.addresses.clone(), token: file.token.clone() })
+        let limits = Limits { connect: CONNECT, request: LIMIT };
+        let console = |address: &String| {
+            let agent = https::client_at(&trust, limits, address)?;
+            Ok::<_, anyhow::Error>(Console { address: address.clone(), agent })
+        };
+        let consoles = file.addresses.iter().map(console).collect::<Result<_>>()?;
+        Ok(Self { consoles, token: file.token.clone() })
     }
 
     /// Makes a request to join; `request` is told from which address of this host the Console is reached. Returns who
     /// answered, too.
     pub fn ask(&self, request: impl Fn(Option<IpAddr>) -> JoinRequest) -> (String, Answer) {
-        self.first(|address| {
-            let call = self.agent.post(format!("https://{address}/api/v1/high-availability/requests"));
-            call.header("authorization", format!("Bearer {}", self.token)).send_json(request(own_address(address)))
+        self.first(|console| {
+            let call = console.agent.post(console.url("requests"));
+            let own = own_address(&console.address);
+            call.header("authorization", format!("Bearer {}", self.token)).send_json(request(own))
         })
     }
 
     /// Where the request with this id stands.
     pub fn poll(&self, id: &str) -> (String, Answer) {
-        self.first(|address| self.agent.get(format!("https://{address}/api/v1/high-availability/requests/{id}")).call())
+        self.first(|console| console.agent.get(console.url(&format!("requests/{id}"))).call())
     }
 
     /// The first answer that counts: only the PRIMARY's ports are open, and nobody knows who that is at the moment.
-    fn first(&self, call: impl Fn(&str) -> Result<Response<Body>, ureq::Error>) -> (String, Answer) {
+    fn first(&self, call: impl Fn(&Console) -> Result<Response<Body>, ureq::Error>) -> (String, Answer) {
         let mut silent = Vec::new();
-        for address in &self.addresses {
-            match call(address).map_err(anyhow::Error::from).and_then(understand) {
+        for console in &self.consoles {
+            let address = &console.address;
+            match call(console).map_err(anyhow::Error::from).and_then(understand) {
                 Ok(Answer::Nobody(why)) => silent.push(format!("{address}: {why}")),
                 Ok(answer) => return (address.clone(), answer),
                 Err(error) => silent.push(format!("{address}: {error:#}")),
             }
         }
-        (self.addresses.join(", "), Answer::Nobody(silent.join("; ")))
+        let all: Vec<&str> = self.consoles.iter().map(|console| console.address.as_str()).collect();
+        (all.join(", "), Answer::Nobody(silent.join("; ")))
     }
 }
 

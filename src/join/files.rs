@@ -156,7 +156,7 @@ impl Admitted {
         let found = pki::NodeTls::load(certificates).context("use the certificate that the cluster gave")?.identity;
         let expected = (membership.cluster, node);
         ensure!(found == expected, "the cluster gave a certificate for node {} instead of node {node}", found.1);
-        pki::console_server_config(&certificates.join(pki::CONSOLE_CERTIFICATE), &certificates.join(pki::CONSOLE_KEY))
+        pki::Pair::load(&certificates.join(pki::CONSOLE_CERTIFICATE), &certificates.join(pki::CONSOLE_KEY))
             .context("use the Console certificate that the cluster gave")?;
         ensure!(membership.get(node).is_some(), "the cluster answered without this host among its members");
         Ok(Self { node, membership })

@@ -17,6 +17,7 @@ use super::{JoinFile, Token, hex};
 use crate::{
     cluster::{Membership, NodeId},
     config::{self, Config, FirstState},
+    pki::CONSOLE_NAME,
 };
 
 const TEMPLATE: &str = include_str!("console.sh.in");
@@ -143,6 +144,7 @@ impl Kit {
             ("@DAEMON_SHA256@", quote(&sum("twistlockd")?)),
             ("@CLI_SHA256@", quote(&sum("twistcli")?)),
             ("@CA@", quote(ca)),
+            ("@CONSOLE_NAME@", quote(CONSOLE_NAME)),
             ("@JOIN_JSON@", quote(&json)),
             ("@CONFIG@", quote(&self.config)),
             ("@UNIT@", quote(UNIT)),
@@ -159,16 +161,18 @@ impl Kit {
         Ok(format!("https://{first}/api/v1/scripts/console.sh"))
     }
 
-    /// The line to run on another host. It trusts this cluster's authority alone; the token is in no command line that other
-    /// users of that host could read.
+    /// The line to run on another host. It trusts this cluster's authority alone, and therefore asks the primary for
+    /// [`CONSOLE_NAME`]; the token is in no command line that other users of that host could read.
     ///
     /// # Errors
     /// [`KitError`].
     pub fn line(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
         let ca = &membership.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
-        let (ca, url) = (BASE64_STANDARD.encode(ca), self.url(membership, primary)?);
+        let addresses = self.addresses(membership, primary)?;
+        let (ca, place) = (BASE64_STANDARD.encode(ca), addresses.first().ok_or(KitError::NoHttps)?);
         Ok(format!(
-            "curl -fsS --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') {url} | sudo bash"
+            "curl -fsS --connect-to ::{place} --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') \
+             https://{CONSOLE_NAME}/api/v1/scripts/console.sh | sudo bash"
         ))
     }
 
@@ -295,7 +299,8 @@ mod tests {
         let told = shell(&format!("{tell}{line}"));
         let ca = &membership.authority.unwrap().certificate;
         assert!(told.contains(ca.as_str()) && told.contains(&format!("Authorization: Bearer {token}")), "{told}");
-        assert!(told.ends_with("https://192.0.2.1:8083/api/v1/scripts/console.sh\n"), "{told}");
+        assert!(told.contains("--connect-to\n::192.0.2.1:8083\n"), "{told}");
+        assert!(told.ends_with("https://console.twistlock.internal/api/v1/scripts/console.sh\n"), "{told}");
     }
 
     #[test]

@@ -237,6 +237,7 @@ impl Driver {
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
             Input::Snapshot { reply } => self.snapshot(reply),
             Input::Warning { about, text } => self.publisher.warn(about, text),
+            Input::Certificates(certificates) => self.publisher.certificates(certificates),
             Input::Stop => self.exit = Some(Exit::Stopped),
         }
     }

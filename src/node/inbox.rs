@@ -12,7 +12,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{ChangeError, snapshots, status::SyncProgress};
+use super::{CertificateStatus, ChangeError, snapshots, status::SyncProgress};
 use crate::{
     cluster::{Change, Membership, NodeId, trust::Holdings},
     peer::LinkSender,
@@ -37,6 +37,7 @@ pub(super) enum Input {
     Holds { holds: Holdings },
     Snapshot { reply: snapshots::Reply },
     Warning { about: &'static str, text: Option<String> },
+    Certificates(Vec<CertificateStatus>),
     Stop,
 }
 

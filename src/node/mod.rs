@@ -33,7 +33,7 @@ pub use applier::CheckpointPolicy;
 pub use configure::ChangeError;
 pub use lease::Lease;
 pub use pulse::Pulse;
-pub use status::{MemberStatus, Status, SyncProgress};
+pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
 
 use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing, trust::Holdings},
@@ -215,6 +215,11 @@ impl Handle {
     /// Shows a warning in the status, or takes it back.
     pub fn warn(&self, about: &'static str, text: Option<String>) {
         self.sender.send(Input::Warning { about, text });
+    }
+
+    /// Shows the certificates that this node uses in the status.
+    pub fn show_certificates(&self, certificates: Vec<CertificateStatus>) {
+        self.sender.send(Input::Certificates(certificates));
     }
 
     /// Ends the loop in order; join its thread afterwards.

@@ -15,6 +15,7 @@ use crate::{
         trust::Holdings,
     },
     peer::{Links, More, NodeReport},
+    pki::CertificateInfo,
     storage::{database::PrimaryDatabase, raft_log::RaftLog},
 };
 
@@ -57,6 +58,9 @@ pub struct Status {
     pub membership: Membership,
     /// What is wrong and what to do about it, in sentences; empty when all is well.
     pub warnings: Vec<String>,
+    /// The certificates that this node uses; empty until somebody has looked.
+    #[serde(default)]
+    pub certificates: Vec<CertificateStatus>,
     /// The database, opened for writing. Present only in the role PRIMARY. Whoever holds a clone of it or a connection to it
     /// must let go as soon as the role changes: the daemon exits when that takes longer than the demotion deadline.
     #[serde(skip)]
@@ -77,6 +81,32 @@ impl Status {
     pub fn serving(&self) -> Option<u64> {
         (self.role == Role::Primary && self.database.is_some()).then_some(self.epoch)
     }
+}
+
+/// One certificate of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct CertificateStatus {
+    /// What it is for: `node`, `console` or `ca`.
+    pub of: String,
+    /// Where it is from.
+    pub source: CertificateSource,
+    /// What clients ask for and it is not good for.
+    #[serde(default)]
+    pub missing: Vec<String>,
+    #[serde(flatten)]
+    pub info: CertificateInfo,
+}
+
+/// Where a certificate is from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CertificateSource {
+    /// The cluster's own authority: it is renewed by itself.
+    Cluster,
+    /// An administrator has given it to all Consoles.
+    Upload,
+    /// An administrator has put it into a folder of this host.
+    Folder,
 }
 
 /// One member as this node sees it.
@@ -137,6 +167,7 @@ pub(super) struct Publisher {
     config: NodeConfig,
     peers: BTreeMap<NodeId, Peer>,
     warnings: BTreeMap<&'static str, String>,
+    certificates: Vec<CertificateStatus>,
     membership: Membership,
     phase: Phase,
     reason: &'static str,
@@ -181,6 +212,7 @@ impl Publisher {
             members: Vec::new(),
             membership: membership.clone(),
             warnings: Vec::new(),
+            certificates: Vec::new(),
             database: None,
             recent: Recent::default(),
         };
@@ -189,6 +221,7 @@ impl Publisher {
             config: config.clone(),
             peers: others.map(|member| (member.id, Peer::default())).collect(),
             warnings: BTreeMap::new(),
+            certificates: Vec::new(),
             membership: membership.clone(),
             removed: None,
             history: History::default(),
@@ -335,6 +368,12 @@ impl Publisher {
             Some(text) => self.warnings.insert(about, text),
             None => self.warnings.remove(about),
         };
+    }
+
+    /// Shows these certificates from now on.
+    pub fn certificates(&mut self, certificates: Vec<CertificateStatus>) {
+        self.certificates = certificates;
+        self.stale = true;
     }
 
     pub fn diverged(&mut self, why: String) {
@@ -490,6 +529,7 @@ impl Publisher {
             members: members.iter().map(|member| self.member(member, &own, log, committed)).collect(),
             membership: self.membership.clone(),
             warnings: Vec::new(),
+            certificates: self.certificates.clone(),
             database: self.database.clone().filter(|_| self.phase == Phase::Primary),
             recent: Recent { role_changes: self.history.changes().clone(), warnings: self.warnings.clone() },
         }

@@ -13,8 +13,9 @@ use rcgen::{
 };
 
 use super::{
-    CA_CERTIFICATE, CA_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, ClusterKey, ClusterKeys, NODE_CERTIFICATE, NODE_KEY,
-    PEER_NAME, PkiError, SigningRequest, certificate_key, fingerprint, malformed, read_file, write_file,
+    CA_CERTIFICATE, CA_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, ClusterKey, ClusterKeys, NODE_CERTIFICATE,
+    NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, fingerprint, malformed, read_file, sealed::Purpose,
+    write_file,
 };
 use crate::cluster::{ClusterId, NodeId, membership::SealedAuthority};
 
@@ -107,7 +108,7 @@ impl Authority {
     /// # Errors
     /// [`PkiError::Sealed`].
     pub fn seal(&self, key: &ClusterKey) -> Result<SealedAuthority, PkiError> {
-        let sealed_key = key.seal(self.cluster, &self.key.serialize_der())?;
+        let sealed_key = key.seal(Purpose::Authority, self.cluster, &self.key.serialize_der())?;
         Ok(SealedAuthority { certificate: self.cert_pem.clone(), sealed_key, key: Some(key.id()) })
     }
 
@@ -124,7 +125,7 @@ impl Authority {
     /// # Errors
     /// [`PkiError::Sealed`]: another cluster's, or damaged, or not sealed with this key.
     pub fn unseal(cluster: ClusterId, sealed: &SealedAuthority, key: &ClusterKey) -> Result<Self, PkiError> {
-        let der = key.unseal(cluster, &sealed.sealed_key)?;
+        let der = key.unseal(Purpose::Authority, cluster, &sealed.sealed_key)?;
         let key = KeyPair::try_from(der.as_slice()).map_err(|_| PkiError::Sealed("it is not a private key"))?;
         if certificate_key(&sealed.certificate)? != fingerprint(&key.subject_public_key_info()) {
             return Err(PkiError::Sealed("it does not belong to the authority's certificate"));
@@ -185,8 +186,8 @@ impl Authority {
         Ok(params)
     }
 
-    /// Makes key and certificate of the Console, valid for a year, for `names` (host names or IP addresses); the first
-    /// one is the common name.
+    /// Makes key and certificate of the Console, valid for a year, for `names` (host names or IP addresses) and
+    /// [`CONSOLE_NAME`]; the first one is the common name.
     ///
     /// # Errors
     /// [`PkiError::Name`] for a name that nodes use among themselves or no name at all, [`PkiError::Generate`].
@@ -217,16 +218,23 @@ impl Authority {
     }
 }
 
+/// True for a name that nodes or Consoles use among themselves, and for a wildcard that would cover it.
+pub fn is_reserved(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let covers = |reserved: &str| name.strip_prefix('*').is_some_and(|rest| reserved.ends_with(rest));
+    [PEER_NAME, CONSOLE_NAME].iter().any(|reserved| name == *reserved || covers(reserved))
+}
+
 fn console_params(names: &[&str]) -> Result<CertificateParams, PkiError> {
     let first = names.first().ok_or_else(|| PkiError::Name(String::new()))?;
     let mut params = params(first, LEAF_DAYS);
     for name in names {
-        let wildcard_covers = name.strip_prefix("*.").is_some_and(|rest| PEER_NAME.ends_with(rest));
-        if name.eq_ignore_ascii_case(PEER_NAME) || wildcard_covers || name.is_empty() {
+        if is_reserved(name) || name.is_empty() {
             return Err(PkiError::Name((*name).to_owned()));
         }
         params.subject_alt_names.push(alternative_name(name)?);
     }
+    params.subject_alt_names.push(alternative_name(CONSOLE_NAME)?);
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
     Ok(params)
 }

@@ -7,6 +7,7 @@
 //! checks them, so that a host may change its address.
 
 mod authority;
+mod console;
 mod request;
 mod sealed;
 
@@ -24,17 +25,18 @@ use rustls::{
     crypto::{CryptoProvider, ring},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
     server::{NoServerSessionStorage, WebPkiClientVerifier},
-    version::{TLS12, TLS13},
+    version::TLS13,
 };
 use thiserror::Error;
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
 use crate::cluster::{ClusterId, NodeId, trust::KeyId};
 
-pub use authority::{Authority, Issued};
+pub use authority::{Authority, Issued, is_reserved};
+pub use console::{CertificateInfo, Pair, console_tls, reseal};
 pub use request::{
-    SigningRequest, certificate_key, certificate_names, certificate_validity, console_request, is_signed_by,
-    lacks_name, new_key, node_request, request_with,
+    SigningRequest, certificate_key, certificate_validity, console_request, is_signed_by, new_key, node_request,
+    request_with,
 };
 pub use sealed::{ClusterKey, ClusterKeys};
 
@@ -54,6 +56,12 @@ pub const CLUSTER_KEY: &str = "cluster.key";
 pub const NEXT_CLUSTER_KEY: &str = "cluster.key.next";
 /// The DNS name in every node certificate, which TLS checks. `.internal` is reserved for private use.
 pub const PEER_NAME: &str = "node.twistlock.internal";
+/// The DNS name in every Console certificate of the cluster's own authority. A client that asks for it is always shown that
+/// certificate, whatever an administrator has others see: hosts that join trust nothing else.
+pub const CONSOLE_NAME: &str = "console.twistlock.internal";
+/// The folder in the data folder where an administrator puts certificate and key for the Console of this host, by the names
+/// of [`CONSOLE_CERTIFICATE`] and [`CONSOLE_KEY`].
+pub const CUSTOM_FOLDER: &str = "custom-certificates";
 /// What both ends of a link say in the TLS handshake when they take frames that go on behind what they know (feature level
 /// 2). An older program neither offers nor chooses it, and is sent the frames that it knows.
 pub const EXTENSIBLE: &[u8] = b"twistlock/2";
@@ -75,8 +83,10 @@ pub enum PkiError {
     Identity(&'static str),
     #[error("the signing request is refused: {0}")]
     Request(&'static str),
-    #[error("the authority's private key cannot be unsealed: {0}")]
+    #[error("a private key of the cluster cannot be unsealed: {0}")]
     Sealed(&'static str),
+    #[error("the certificate is refused: {0}")]
+    Custom(String),
 }
 
 impl From<rcgen::Error> for PkiError {
@@ -176,19 +186,6 @@ impl NodeTls {
     pub fn peer_name() -> ServerName<'static> {
         ServerName::try_from(PEER_NAME).expect("PEER_NAME is a DNS name")
     }
-}
-
-/// TLS for the Console's HTTPS port: TLS 1.2 and 1.3, HTTP/1.1, no client certificate.
-///
-/// # Errors
-/// Any [`PkiError`] but `Generate`.
-pub fn console_server_config(certificate: &Path, key: &Path) -> Result<ServerConfig, PkiError> {
-    let mut config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&TLS13, &TLS12])?
-        .with_no_client_auth()
-        .with_single_cert(certificates(certificate)?, private_key(key)?)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(config)
 }
 
 /// Always this one, never the process-wide default: a library that installs another must not change our links.
@@ -322,7 +319,7 @@ mod tests {
         authority.issue_node(2, "b", &[]).unwrap().save_node(dir.path()).unwrap();
         authority.issue_console(&["b.example"]).unwrap().save_console(dir.path()).unwrap();
         assert_eq!(NodeTls::load(dir.path()).unwrap().identity, (CLUSTER, 2));
-        console_server_config(&dir.path().join(CONSOLE_CERTIFICATE), &dir.path().join(CONSOLE_KEY)).unwrap();
+        Pair::load(&dir.path().join(CONSOLE_CERTIFICATE), &dir.path().join(CONSOLE_KEY)).unwrap();
         for key in [CA_KEY, NODE_KEY, CONSOLE_KEY] {
             assert_eq!(fs::metadata(dir.path().join(key)).unwrap().permissions().mode() & 0o777, 0o600, "{key}");
         }

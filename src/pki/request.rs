@@ -1,13 +1,9 @@
 //! Signing requests: a host makes a key, and asks for a certificate without giving the key away. Owns their making and
 //! their checking; must never let anything but a sound P-256 key through.
 
-use std::net::IpAddr;
-
 use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKey, PublicKeyData};
 use x509_parser::{
-    certificate::X509Certificate,
-    certification_request::X509CertificationRequest,
-    extensions::{GeneralName, ParsedExtension},
+    certificate::X509Certificate, certification_request::X509CertificationRequest, extensions::ParsedExtension,
     prelude::FromDer,
 };
 
@@ -155,52 +151,6 @@ pub fn is_signed_by(pem: &str, authority: &str) -> Result<bool, PkiError> {
     Ok(parsed.issuer().as_raw() == authority.subject().as_raw() && signer.is_some() && signer == own)
 }
 
-/// The host names and IP addresses in a certificate (PEM).
-///
-/// # Errors
-/// [`PkiError::Identity`].
-pub fn certificate_names(pem: &str) -> Result<Vec<String>, PkiError> {
-    const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
-    let der = certificate_der(pem)?;
-    let (_, parsed) = X509Certificate::from_der(&der).map_err(|_| UNREADABLE)?;
-    let names = parsed.subject_alternative_name().map_err(|_| UNREADABLE)?;
-    let address = |bytes: &[u8]| {
-        let four = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
-        four.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
-    };
-    let text = |name: &GeneralName<'_>| match name {
-        GeneralName::DNSName(name) => Some((*name).to_owned()),
-        GeneralName::IPAddress(bytes) => address(bytes).map(|address| address.to_string()),
-        _ => None,
-    };
-    Ok(names.into_iter().flat_map(|names| names.value.general_names.iter().filter_map(text)).collect())
-}
-
-/// True if a certificate (PEM) is one of this authority (PEM) and not good for that host name or IP address.
-///
-/// # Errors
-/// [`PkiError::Identity`].
-pub fn lacks_name(pem: &str, authority: &str, name: &str) -> Result<bool, PkiError> {
-    const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
-    let (der, authority) = (certificate_der(pem)?, certificate_der(authority)?);
-    let (_, parsed) = X509Certificate::from_der(&der).map_err(|_| UNREADABLE)?;
-    let (_, authority) = X509Certificate::from_der(&authority).map_err(|_| UNREADABLE)?;
-    if parsed.issuer().as_raw() != authority.subject().as_raw() {
-        return Ok(false);
-    }
-    let names = parsed.subject_alternative_name().map_err(|_| UNREADABLE)?;
-    let address = name.parse::<IpAddr>().ok().map(|address| match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    });
-    let is_it = |of: &GeneralName<'_>| match of {
-        GeneralName::DNSName(of) => of.eq_ignore_ascii_case(name),
-        GeneralName::IPAddress(of) => address.as_deref() == Some(*of),
-        _ => false,
-    };
-    Ok(!names.is_some_and(|names| names.value.general_names.iter().any(is_it)))
-}
-
 #[cfg(test)]
 mod tests {
     use rcgen::{CertificateParams, PKCS_ECDSA_P384_SHA384, PKCS_ED25519};
@@ -286,13 +236,11 @@ mod tests {
     #[test]
     fn authorities_of_one_cluster_are_told_apart() {
         let (old, new) = (Authority::create(CLUSTER).unwrap(), Authority::create(CLUSTER).unwrap());
-        let names = ["console.example", "192.0.2.1", "2001:db8::1"];
-        let console = old.issue_console(&names).unwrap().cert_pem;
-        for leaf in [old.issue_node(1, "a", &[]).unwrap().cert_pem, console.clone()] {
+        let console = old.issue_console(&["console.example"]).unwrap().cert_pem;
+        for leaf in [old.issue_node(1, "a", &[]).unwrap().cert_pem, console] {
             assert!(is_signed_by(&leaf, old.certificate_pem()).unwrap());
             assert!(!is_signed_by(&leaf, new.certificate_pem()).unwrap());
         }
-        assert_eq!(certificate_names(&console).unwrap(), names);
     }
 
     #[test]

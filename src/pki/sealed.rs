@@ -1,5 +1,5 @@
-//! The cluster key: what members share so that each of them can sign for the cluster. Owns its file and the sealing of the
-//! authority's private key; must never be logged, replicated or sent but to a member over a node's own TLS connection.
+//! The cluster key: what members share so that each of them can sign for the cluster. Owns its file and the sealing of
+//! private keys; must never be logged, replicated or sent but to a member over a node's own TLS connection.
 
 use std::{fmt, fs, path::Path};
 
@@ -14,10 +14,26 @@ use crate::cluster::{ClusterId, membership::SealedAuthority, trust::KeyId};
 
 /// Length of the key in bytes.
 const LENGTH: usize = 32;
-/// What is sealed, so that nothing else that this key may ever seal is taken for it.
-const PURPOSE: &[u8] = b"twistlock certificate authority key v1";
 /// Before a key in the digest that names it, so that its name is no digest that anything else may need of it.
 const NAME: &[u8] = b"twistlock cluster key name v1";
+
+/// What is sealed, so that nothing else that this key seals is taken for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// The private key of the cluster's authority.
+    Authority,
+    /// The private key of a certificate that an administrator has given the Console.
+    Console,
+}
+
+impl Purpose {
+    fn label(self) -> &'static [u8] {
+        match self {
+            Self::Authority => b"twistlock certificate authority key v1",
+            Self::Console => b"twistlock custom console key v1",
+        }
+    }
+}
 
 /// 32 random bytes that all members have, and nobody else.
 #[derive(Clone, PartialEq, Eq)]
@@ -82,23 +98,23 @@ impl ClusterKey {
 
     /// Encrypts with a random nonce, which stands before the text; base64. A cluster seals a handful of times in its
     /// life, so that random nonces do not meet.
-    pub(super) fn seal(&self, cluster: ClusterId, secret: &[u8]) -> Result<String, PkiError> {
+    pub(super) fn seal(&self, purpose: Purpose, cluster: ClusterId, secret: &[u8]) -> Result<String, PkiError> {
         let nonce: [u8; NONCE_LEN] = rand::random();
         let mut text = secret.to_vec();
         self.cipher()?
-            .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), bound_to(cluster), &mut text)
+            .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), bound_to(purpose, cluster), &mut text)
             .map_err(|_| PkiError::Sealed("it is too long"))?;
         Ok(STANDARD.encode([nonce.as_slice(), &text].concat()))
     }
 
-    pub(super) fn unseal(&self, cluster: ClusterId, sealed: &str) -> Result<Vec<u8>, PkiError> {
+    pub(super) fn unseal(&self, purpose: Purpose, cluster: ClusterId, sealed: &str) -> Result<Vec<u8>, PkiError> {
         let bytes = STANDARD.decode(sealed).map_err(|_| PkiError::Sealed("it is not base64"))?;
         let (nonce, text) = bytes.split_first_chunk::<NONCE_LEN>().ok_or(PkiError::Sealed("it is too short"))?;
         let mut text = text.to_vec();
-        let opened =
-            self.cipher()?.open_in_place(Nonce::assume_unique_for_key(*nonce), bound_to(cluster), &mut text).map_err(
-                |_| PkiError::Sealed("it was sealed with another key or for another cluster, or is damaged"),
-            )?;
+        let opened = self
+            .cipher()?
+            .open_in_place(Nonce::assume_unique_for_key(*nonce), bound_to(purpose, cluster), &mut text)
+            .map_err(|_| PkiError::Sealed("it was sealed with another key or for another cluster, or is damaged"))?;
         Ok(opened.to_vec())
     }
 }
@@ -181,8 +197,8 @@ pub(super) fn digest_of(bytes: &[u8]) -> u128 {
     digest.as_ref().iter().take(16).fold(0, |sum, byte| sum << 8 | u128::from(*byte))
 }
 
-fn bound_to(cluster: ClusterId) -> Aad<Vec<u8>> {
-    Aad::from([PURPOSE, &cluster.0.to_be_bytes()].concat())
+fn bound_to(purpose: Purpose, cluster: ClusterId) -> Aad<Vec<u8>> {
+    Aad::from([purpose.label(), &cluster.0.to_be_bytes()].concat())
 }
 
 #[cfg(test)]
@@ -233,6 +249,14 @@ mod tests {
             let damaged = SealedAuthority { sealed_key: text.to_owned(), ..sealed.clone() };
             assert!(Authority::unseal(CLUSTER, &damaged, &key).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn what_is_sealed_for_one_purpose_is_not_taken_for_another() {
+        let key = ClusterKey::generate();
+        let sealed = key.seal(Purpose::Console, CLUSTER, b"secret").unwrap();
+        assert_eq!(key.unseal(Purpose::Console, CLUSTER, &sealed).unwrap(), b"secret");
+        assert!(key.unseal(Purpose::Authority, CLUSTER, &sealed).is_err());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::{
     admin::renewal,
     cluster::{Change, Membership, NodeId, trust::KeyId},
     node::Status,
-    pki::{self, Authority, CA_CERTIFICATE, CONSOLE_CERTIFICATE, CONSOLE_KEY, NODE_CERTIFICATE, NodeTls},
+    pki::{self, CA_CERTIFICATE, CONSOLE_CERTIFICATE, NODE_CERTIFICATE, NodeTls},
 };
 
 /// The newest authority that members are to trust.
@@ -45,8 +45,8 @@ impl Rotation {
         Ok(())
     }
 
-    /// Has this node's certificates made anew if another authority signed them. Returns which one signed what it shows now;
-    /// nothing while the two differ.
+    /// Has this node's certificate made anew if another authority signed it. Returns which one signed what it shows now, the
+    /// Console's own certificate included; nothing while the two differ.
     pub(super) fn follow_certificates(&self, membership: &Membership, node: NodeId) -> Result<KeyId> {
         let Some(sealed) = &membership.authority else { return Ok(KeyId::default()) };
         let signs = pki::authority_id(&sealed.certificate)?;
@@ -57,18 +57,9 @@ impl Rotation {
             self.reload()?;
             info!("the certificate of this node is made anew by the authority that signs from now on");
         }
-        let console = self.read(CONSOLE_CERTIFICATE)?;
-        if pki::is_signed_by(&console, &retired.certificate)? {
-            let authority = Authority::open(membership.cluster, sealed, dir)?;
-            let names = pki::certificate_names(&console)?;
-            let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            let csr = pki::request_with(&self.read(CONSOLE_KEY)?, names.first().copied().unwrap_or_default(), &[])?;
-            let certificate = authority.sign_console_request(&csr, &names)?;
-            pki::store_pem(dir, CONSOLE_CERTIFICATE, &certificate, false)?;
-            (self.parts.console)();
-            info!("the certificate of the Console is made anew by the authority that signs from now on");
-        }
-        Ok(signs)
+        // That of the Console is made anew by whoever looks after what the Console serves ([`crate::admin::console_tls`]).
+        let waits = pki::is_signed_by(&self.read(CONSOLE_CERTIFICATE)?, &retired.certificate)?;
+        Ok(if waits { KeyId::default() } else { signs })
     }
 
     /// Lets the new authority sign when all members trust it, and drops the old one when nothing of it is shown any more.

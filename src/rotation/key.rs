@@ -7,7 +7,7 @@ use super::{Rotation, all, exchange};
 use crate::{
     cluster::{Change, Membership, trust::KeyId},
     node::Status,
-    pki::{Authority, ClusterKey, ClusterKeys},
+    pki::{self, Authority, ClusterKey, ClusterKeys},
 };
 
 impl Rotation {
@@ -99,10 +99,17 @@ impl Rotation {
         let opened = Authority::open(membership.cluster, authority, &self.parts.certificates);
         let sealed =
             opened.and_then(|authority| authority.seal(&next)).context("seal the certificate authority anew")?;
-        self.change(
-            Change::Reseal { authority: sealed },
-            "all members have the new cluster key: it seals the authority",
-        )
-        .await
+        let certificate = match &membership.custom_certificate {
+            Some(given) => Some(
+                self.keys()?.find(given.key).context("this node does not have the cluster key that sealed it").and_then(
+                    |old| Ok(pki::reseal(membership.cluster, given, old, &next)?),
+                ).context(
+                    "seal the certificate that was given to the Consoles anew (or take it back: twistcli certs remove)",
+                )?,
+            ),
+            None => None,
+        };
+        let done = "all members have the new cluster key: it seals the authority";
+        self.change(Change::Reseal { authority: sealed, certificate }, done).await
     }
 }

@@ -48,8 +48,6 @@ pub struct Parts {
     pub peers: Arc<PeerIdentity>,
     /// Where new handshakes between members take their settings from.
     pub tls: watch::Sender<Arc<NodeTls>>,
-    /// Told when the certificate of this host's Console was made anew.
-    pub console: Box<dyn Fn() + Send + Sync>,
 }
 
 /// Looks after what all members share, until the node ends.

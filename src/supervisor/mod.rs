@@ -26,7 +26,7 @@ use crate::{
     workload::{Services, Workload},
 };
 
-pub use ports::{ConsolePorts, tls_config};
+pub use ports::ConsolePorts;
 
 /// Exit code when the demotion deadline was missed: EX_TEMPFAIL of sysexits, so that the service manager starts us again.
 pub const EXIT_DEADLINE: i32 = 75;
@@ -47,8 +47,8 @@ pub struct SupervisorConfig {
     /// Where the ports are bound; the unspecified IPv6 address means all interfaces of both families.
     pub address: IpAddr,
     pub ports: ConsolePorts,
-    /// See [`tls_config`].
-    pub tls: Arc<rustls::ServerConfig>,
+    /// Looked at for each connection.
+    pub tls: watch::Receiver<Arc<rustls::ServerConfig>>,
     /// `DEMOTION_DEADLINE_MS`: from the loss of the role to the moment the database is free.
     pub demotion_deadline: Duration,
 }
@@ -292,7 +292,7 @@ impl Supervisor {
         let sockets = Sockets::bind(self.config.address, self.config.ports)?;
         sockets.open(&self.guard).await?;
         let opening = Opening::new(epoch, self.inputs.lease.clone(), self.inputs.status.clone());
-        let tls = Arc::clone(&self.config.tls);
+        let tls = self.config.tls.clone();
         let server = Server::start(sockets.listeners()?, opening, tls, workload.router());
         Ok((sockets, server))
     }

@@ -5,14 +5,9 @@ use std::{
     io,
     net::{IpAddr, SocketAddr, TcpListener},
     os::fd::AsFd,
-    sync::Arc,
 };
 
-use anyhow::{Context, bail};
-use rustls::{
-    ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-};
+use anyhow::Context;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::guard::PortGuard;
@@ -99,25 +94,4 @@ fn bind_one(at: SocketAddr) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     socket.bind(&at.into())?;
     Ok(socket)
-}
-
-/// The TLS settings of the Console from PEM texts: certificate chain (own certificate first) and private key.
-///
-/// # Errors
-/// When a text is not PEM, holds no certificate or key, or the two do not belong together.
-pub fn tls_config(certificates: &[u8], key: &[u8]) -> anyhow::Result<Arc<ServerConfig>> {
-    let chain = CertificateDer::pem_slice_iter(certificates).collect::<Result<Vec<_>, _>>();
-    let chain = chain.context("read the Console certificate")?;
-    if chain.is_empty() {
-        bail!("the Console certificate file holds no certificate");
-    }
-    let key = PrivateKeyDer::from_pem_slice(key).context("read the key of the Console certificate")?;
-    let mut config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .context("choose the TLS versions")?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .context("use the Console certificate with its key")?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
 }

@@ -20,10 +20,11 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
+use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
@@ -62,7 +63,7 @@ pub(super) struct Server {
 #[derive(Clone)]
 struct Shared {
     opening: Arc<Opening>,
-    tls: TlsAcceptor,
+    tls: watch::Receiver<Arc<ServerConfig>>,
     router: Router,
     places: Arc<Semaphore>,
     clients: Arc<Clients>,
@@ -108,15 +109,15 @@ impl Server {
     pub(super) fn start(
         listeners: Vec<(Service, TcpListener)>,
         opening: Arc<Opening>,
-        tls: Arc<rustls::ServerConfig>,
+        tls: watch::Receiver<Arc<ServerConfig>>,
         router: Router,
     ) -> Self {
         let places = Arc::new(Semaphore::new(CONNECTIONS as usize));
         let clients = Arc::new(Clients::default());
         for (service, listener) in listeners {
             let clients = Arc::clone(&clients);
-            let (opening, places, tls) = (Arc::clone(&opening), Arc::clone(&places), Arc::clone(&tls));
-            let shared = Shared { opening, tls: TlsAcceptor::from(tls), router: router.clone(), places, clients };
+            let (opening, places, tls) = (Arc::clone(&opening), Arc::clone(&places), tls.clone());
+            let shared = Shared { opening, tls, router: router.clone(), places, clients };
             tokio::spawn(async move {
                 let opening = Arc::clone(&shared.opening);
                 tokio::select! {
@@ -199,7 +200,9 @@ async fn serve(service: Service, stream: LeasedStream, from: SocketAddr, shared:
     if service == Service::Http {
         return http(stream, from, Scheme::HTTP, shared).await;
     }
-    let stream = tokio::time::timeout(HANDSHAKE, shared.tls.accept(stream)).await??;
+    // The settings of this instant: certificates are exchanged while connections go on.
+    let tls = TlsAcceptor::from(Arc::clone(&shared.tls.borrow()));
+    let stream = tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await??;
     if service == Service::Defender {
         tracing::debug!("closed a connection to the Defender port: Defenders are not supported yet");
         return Ok(());

@@ -18,11 +18,12 @@ use twistlock_ha::{
     cluster::{ClusterId, Membership, Role, command::CONSOLE_DATABASE},
     guard::PortGuard,
     node::{Lease, Status, lease::boottime},
+    pki::{Pair, console_tls},
     storage::{
         EntrySource, ReplicateError, Replicator,
         database::{Database, initial_transaction},
     },
-    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, tls_config},
+    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle},
 };
 use ureq::{
     Agent,
@@ -164,6 +165,7 @@ fn status(role: Role, epoch: u64) -> Status {
         members: Vec::new(),
         membership: Membership::founded(ClusterId(1), Vec::new()),
         warnings: Vec::new(),
+        certificates: Vec::new(),
         database: None,
         recent: Default::default(),
     }
@@ -175,6 +177,7 @@ impl Node {
         let address = own_address();
         let made = rcgen::generate_simple_self_signed(vec![address.to_string()]).unwrap();
         let (certificate, key) = (made.cert.pem(), made.signing_key.serialize_pem());
+        let pair = Pair::parse(&certificate, &key).unwrap();
         let dir = TempDir::new().unwrap();
         let majority = Arc::new(Cluster {
             answer: Mutex::new(Majority::Agrees),
@@ -189,7 +192,7 @@ impl Node {
         let config = SupervisorConfig {
             address: address.into(),
             ports: ConsolePorts { https: Some(HTTPS), http: Some(HTTP), defender: Some(DEFENDER) },
-            tls: tls_config(certificate.as_bytes(), key.as_bytes()).unwrap(),
+            tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
             demotion_deadline: DEADLINE,
         };
         let (supervisor, handle) = Supervisor::new(config, status, lease.clone(), guard.clone());

@@ -80,7 +80,7 @@ impl Held {
     }
 
     /// Reads one answer, which must be a 200, to its last byte.
-    fn read_answer(&mut self) {
+    pub fn read_answer(&mut self) {
         let (mut text, mut buffer) = (Vec::new(), [0; 4096]);
         loop {
             let read = self.stream.read(&mut buffer).expect("an answer of the primary");

@@ -7,6 +7,7 @@
 
 mod backup;
 mod balancers;
+mod certificates;
 mod cluster;
 mod databases;
 mod disk;

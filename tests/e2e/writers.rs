@@ -97,6 +97,11 @@ impl Pen {
         Self { cluster: cluster.clone(), authorization: wait_for_login(cluster) }
     }
 
+    /// The value of an Authorization header.
+    pub fn authorization(&self) -> &str {
+        &self.authorization
+    }
+
     /// Writes a tag to a node: true if it was acknowledged.
     pub fn write(&self, node: usize, tag: &str) -> bool {
         let client = client(&self.cluster.ca, Duration::from_secs(5));

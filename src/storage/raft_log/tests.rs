@@ -143,7 +143,7 @@ fn bytes_between_two_entries_are_known() {
     let log = open(&root.path().join("raft"), 64 << 10);
     let entries: Vec<_> = (2..=101).map(|index| entry(index, 1, 4000)).collect();
     for one in &entries {
-        log.append(std::slice::from_ref(one), None).unwrap().sync().unwrap();
+        log.append(std::slice::from_ref(one), Some(&hard(1, 0, one.index))).unwrap().sync().unwrap();
     }
     assert_eq!((log.bytes_between(101, 101), log.bytes_between(90, 80)), (Some(0), Some(0)));
     let one = log.bytes_between(100, 101).unwrap();

@@ -1,0 +1,108 @@
+//! `settings/certs` and `settings/custom-certs`: what the Consoles serve. Owns the HTTP side; what is done is up to
+//! [`crate::admin`]. Must never show a key, or keep one longer than the request.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State, http::Method};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    Console, audits,
+    auth::User,
+    errors::ApiError,
+    extract::Body,
+    routes::{Access, Entry, Role, route},
+};
+use crate::admin::{Certificates, Custom};
+
+const NAMES: &str = "settings/certs";
+const CUSTOM: &str = "settings/custom-certs";
+
+/// The routes of this file.
+pub(super) fn routes() -> Vec<Entry> {
+    const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
+    let (get, post) = (Method::GET, Method::POST);
+    vec![
+        route(get.clone(), "/settings/certs", ADMINISTRATORS, "What the Consoles serve, and until when", certificates)
+            .answer::<Certificates>(),
+        route(
+            post.clone(),
+            "/settings/certs",
+            ADMINISTRATORS,
+            "Set the names of the Consoles' certificates",
+            set_names,
+        )
+        .body::<Names>()
+        .answer::<Names>(),
+        route(get, "/settings/custom-certs", ADMINISTRATORS, "The certificate that the Consoles were given", custom)
+            .answer::<Option<Custom>>(),
+        route(post, "/settings/custom-certs", ADMINISTRATORS, "Give the Consoles a certificate", set_custom)
+            .body::<Upload>()
+            .answer::<Custom>(),
+        route(Method::DELETE, "/settings/custom-certs", ADMINISTRATORS, "Back to the cluster's certificates", remove)
+            .answer::<Names>(),
+    ]
+}
+
+/// What every Console's certificate is good for, beside the names of its own host.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Names {
+    /// Host names and IP addresses.
+    #[serde(rename = "consoleSAN")]
+    names: Vec<String>,
+}
+
+/// A certificate for the Consoles.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Upload {
+    /// PEM: the chain, its own certificate first, and the private key.
+    certificate: String,
+}
+
+/// `GET settings/certs`.
+async fn certificates(State(console): State<Arc<Console>>) -> Result<Json<Certificates>, ApiError> {
+    Ok(Json(console.services()?.admin.certificates()))
+}
+
+/// `POST settings/certs`: all members make their certificates anew and serve them at once.
+async fn set_names(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Body(Names { names }): Body<Names>,
+) -> Result<Json<Names>, ApiError> {
+    let admin = &console.services()?.admin;
+    let of = |names: &[String]| json!({ "consoleSAN": names });
+    let difference = audits::difference(&of(&admin.certificates().console_names), &of(&names));
+    audits::note(&console.store, &user, "set", NAMES, difference).await?;
+    let names = admin.set_console_names(names, &user.name).await?;
+    Ok(Json(Names { names }))
+}
+
+/// `GET settings/custom-certs`: null if there is none.
+async fn custom(State(console): State<Arc<Console>>) -> Result<Json<Option<Custom>>, ApiError> {
+    Ok(Json(console.services()?.admin.certificates().custom))
+}
+
+/// `POST settings/custom-certs`: refused with all names that it lacks.
+async fn set_custom(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Body(upload): Body<Upload>,
+) -> Result<Json<Custom>, ApiError> {
+    let admin = &console.services()?.admin;
+    // Nothing of a text that holds a key.
+    audits::note(&console.store, &user, "set", CUSTOM, Value::Null).await?;
+    Ok(Json(admin.set_certificate(&upload.certificate, &user.name).await?))
+}
+
+/// `DELETE settings/custom-certs`. Answers with the names that the cluster's own certificates have in common.
+async fn remove(State(console): State<Arc<Console>>, user: User) -> Result<Json<Names>, ApiError> {
+    let admin = &console.services()?.admin;
+    audits::note(&console.store, &user, "delete", CUSTOM, Value::Null).await?;
+    admin.remove_certificate(&user.name).await?;
+    Ok(Json(Names { names: admin.certificates().console_names }))
+}

@@ -1,0 +1,326 @@
+//! What a Console shows its clients: certificate chains with their keys, what is in them, and the TLS settings made of them.
+//! Owns the checks of a certificate that an administrator brings; must never log a key, or accept one that does not fit.
+
+use std::{fmt, net::IpAddr, path::Path, sync::Arc};
+
+use rustls::{
+    ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::{ClientHello, ResolvesServerCert},
+    sign::CertifiedKey,
+    version::{TLS12, TLS13},
+};
+use serde::{Deserialize, Serialize};
+use x509_parser::{
+    certificate::X509Certificate,
+    extensions::GeneralName,
+    oid_registry::{OID_PKCS1_MD5WITHRSAENC, OID_PKCS1_SHA1WITHRSA, OID_SIG_ED25519},
+    prelude::FromDer,
+    public_key::PublicKey,
+};
+
+use super::{CONSOLE_NAME, ClusterKey, PkiError, fingerprint, provider, read_file, sealed::Purpose};
+use crate::cluster::{ClusterId, membership::CustomCertificate};
+
+/// Certificates in one chain, at most.
+const MAX_CERTIFICATES: usize = 8;
+/// Smallest RSA key that is accepted, in bits: rustls and today's browsers refuse smaller ones.
+const MIN_RSA: usize = 2048;
+const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
+
+/// What is in a certificate, for people and for those who watch it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct CertificateInfo {
+    pub subject: String,
+    pub issuer: String,
+    /// The host names and IP addresses that it is good for.
+    pub names: Vec<String>,
+    /// From when to when it is valid, in seconds since 1970.
+    pub not_before: u64,
+    pub not_after: u64,
+    /// SHA-256, as browsers show it.
+    pub fingerprint: String,
+}
+
+impl CertificateInfo {
+    /// Reads a certificate (DER).
+    ///
+    /// # Errors
+    /// [`PkiError::Identity`].
+    pub fn read(der: &[u8]) -> Result<Self, PkiError> {
+        let (_, parsed) = X509Certificate::from_der(der).map_err(|_| UNREADABLE)?;
+        let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+        let shown = |text: String| text.chars().filter(|c| !c.is_control()).collect();
+        Ok(Self {
+            subject: shown(parsed.subject().to_string()),
+            issuer: shown(parsed.issuer().to_string()),
+            names: names(&parsed)?,
+            not_before: seconds(parsed.validity().not_before),
+            not_after: seconds(parsed.validity().not_after),
+            fingerprint: fingerprint(der),
+        })
+    }
+
+    /// True if a client that asks for this host name or IP address is content.
+    pub fn covers(&self, wanted: &str) -> bool {
+        let wanted = wanted.trim_end_matches('.').to_ascii_lowercase();
+        if let Ok(address) = wanted.parse::<IpAddr>() {
+            return self.names.iter().any(|name| name.parse() == Ok(address));
+        }
+        self.names.iter().any(|name| {
+            // A wildcard stands for one whole label.
+            let under = |domain: &str| wanted.split_once('.').is_some_and(|(_, rest)| rest == domain);
+            *name == wanted || name.strip_prefix("*.").is_some_and(under)
+        })
+    }
+}
+
+fn names(parsed: &X509Certificate<'_>) -> Result<Vec<String>, PkiError> {
+    let found = parsed.subject_alternative_name().map_err(|_| UNREADABLE)?;
+    let name = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
+        GeneralName::IPAddress(bytes) => {
+            let v4 = <[u8; 4]>::try_from(*bytes).ok().map(IpAddr::from);
+            v4.or_else(|| <[u8; 16]>::try_from(*bytes).ok().map(IpAddr::from)).map(|address| address.to_string())
+        }
+        _ => None,
+    };
+    Ok(found.map(|found| found.value.general_names.iter().filter_map(name).collect()).unwrap_or_default())
+}
+
+/// True if this certificate (DER) was signed by the authority with that one (DER).
+fn is_signed_by(certificate: &[u8], authority: &[u8]) -> bool {
+    let (Ok((_, certificate)), Ok((_, authority))) =
+        (X509Certificate::from_der(certificate), X509Certificate::from_der(authority))
+    else {
+        return false;
+    };
+    certificate.issuer().as_raw() == authority.subject().as_raw()
+        && certificate.verify_signature(Some(authority.public_key())).is_ok()
+}
+
+/// A certificate chain, its own certificate first, and the private key to it, which fits.
+pub struct Pair {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    certified: Arc<CertifiedKey>,
+    info: CertificateInfo,
+}
+
+impl fmt::Debug for Pair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pair").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+impl Pair {
+    /// Reads a chain and a key, both PEM; they may be one text.
+    ///
+    /// # Errors
+    /// [`PkiError::Custom`] with a sentence: something is missing, or the key is not that of the first certificate.
+    pub fn parse(certificates: &str, key: &str) -> Result<Self, PkiError> {
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificates.as_bytes()).collect();
+        let chain = chain.map_err(|error| custom(format!("its PEM cannot be read: {error}")))?;
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|_| {
+            custom(
+                "there is no private key in PEM form (one that is encrypted with a password must be decrypted first)",
+            )
+        })?;
+        Self::new(chain, key)
+    }
+
+    fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, PkiError> {
+        let first = chain.first().ok_or_else(|| custom("there is no certificate in PEM form"))?;
+        if chain.len() > MAX_CERTIFICATES {
+            return Err(custom(format!("it has more than {MAX_CERTIFICATES} certificates")));
+        }
+        let info = CertificateInfo::read(first)?;
+        check_key(first)?;
+        let certified = CertifiedKey::from_der(chain.clone(), key.clone_key(), &provider());
+        let certified = certified.map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => custom(format!(
+                "the private key does not belong to the first certificate ({}): a chain begins with its own certificate",
+                info.subject
+            )),
+            error => custom(format!("the key cannot be used: {error}")),
+        })?;
+        Ok(Self { certified: Arc::new(certified), chain, key, info })
+    }
+
+    /// Reads the two files.
+    ///
+    /// # Errors
+    /// [`PkiError::File`], or [`PkiError::Malformed`] that names them.
+    pub fn load(certificate: &Path, key: &Path) -> Result<Self, PkiError> {
+        Self::parse(&read_file(certificate)?, &read_file(key)?).map_err(|error| match error {
+            PkiError::File { .. } => error,
+            error => PkiError::Malformed {
+                path: certificate.into(),
+                expected: "a certificate that can be used with its key",
+                detail: error.to_string(),
+            },
+        })
+    }
+
+    /// What is in the first certificate.
+    pub fn info(&self) -> &CertificateInfo {
+        &self.info
+    }
+
+    /// True if the first certificate was signed by the authority with that certificate (DER).
+    pub fn is_signed_by(&self, authority: &[u8]) -> bool {
+        is_signed_by(&self.chain[0], authority)
+    }
+
+    /// True if all of it is the same.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.chain == other.chain && self.key == other.key
+    }
+
+    /// What an administrator's certificate must be to be taken, at this time (seconds since 1970): in order, valid, and for
+    /// servers.
+    ///
+    /// # Errors
+    /// [`PkiError::Custom`] with a sentence.
+    pub fn check(&self, now: u64) -> Result<(), PkiError> {
+        for (place, der) in self.chain.iter().enumerate() {
+            let info = CertificateInfo::read(der)?;
+            let (_, parsed) = X509Certificate::from_der(der).map_err(|_| UNREADABLE)?;
+            let subject = &info.subject;
+            if info.not_after <= now {
+                return Err(custom(format!("{subject} has expired on {}", date(info.not_after))));
+            }
+            if info.not_before > now {
+                return Err(custom(format!("{subject} is not valid before {}", date(info.not_before))));
+            }
+            let algorithm = &parsed.signature_algorithm.algorithm;
+            let own = parsed.issuer() == parsed.subject();
+            if !own && [OID_PKCS1_SHA1WITHRSA, OID_PKCS1_MD5WITHRSAENC].contains(algorithm) {
+                return Err(custom(format!("{subject} is signed with SHA-1 or MD5, which no client accepts any more")));
+            }
+            if let Some(next) = self.chain.get(place + 1)
+                && !is_signed_by(der, next)
+            {
+                return Err(custom(format!(
+                    "the chain is not in order: {subject} was issued by {}, but {} comes next",
+                    info.issuer,
+                    CertificateInfo::read(next)?.subject
+                )));
+            }
+        }
+        let (_, first) = X509Certificate::from_der(&self.chain[0]).map_err(|_| UNREADABLE)?;
+        let usage = first.extended_key_usage().map_err(|_| UNREADABLE)?;
+        if usage.is_some_and(|usage| !usage.value.server_auth && !usage.value.any) {
+            return Err(custom(format!("{} is not for servers (its extended key usage)", self.info.subject)));
+        }
+        Ok(())
+    }
+
+    /// The same with the key encrypted, for all members to keep.
+    ///
+    /// # Errors
+    /// [`PkiError::Sealed`].
+    pub fn seal(&self, key: &ClusterKey, cluster: ClusterId, by: &str, at: u64) -> Result<CustomCertificate, PkiError> {
+        let sealed_key = key.seal(Purpose::Console, cluster, self.key.secret_der())?;
+        Ok(CustomCertificate { chain: pem(&self.chain), sealed_key, key: key.id(), by: by.to_owned(), at })
+    }
+
+    /// The inverse of [`Pair::seal`].
+    ///
+    /// # Errors
+    /// [`PkiError::Sealed`], [`PkiError::Custom`].
+    pub fn unseal(cluster: ClusterId, sealed: &CustomCertificate, key: &ClusterKey) -> Result<Self, PkiError> {
+        let der = key.unseal(Purpose::Console, cluster, &sealed.sealed_key)?;
+        let key = PrivateKeyDer::try_from(der).map_err(|_| PkiError::Sealed("it is not a private key"))?;
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(sealed.chain.as_bytes()).collect();
+        Self::new(chain.map_err(|error| custom(error.to_string()))?, key)
+    }
+}
+
+/// Encrypts the private key of an administrator's certificate with another cluster key.
+///
+/// # Errors
+/// [`PkiError::Sealed`].
+pub fn reseal(
+    cluster: ClusterId,
+    sealed: &CustomCertificate,
+    old: &ClusterKey,
+    new: &ClusterKey,
+) -> Result<CustomCertificate, PkiError> {
+    let der = old.unseal(Purpose::Console, cluster, &sealed.sealed_key)?;
+    let sealed_key = new.seal(Purpose::Console, cluster, &der)?;
+    Ok(CustomCertificate { sealed_key, key: new.id(), ..sealed.clone() })
+}
+
+/// Refuses keys that are too weak or that browsers do not know.
+fn check_key(certificate: &[u8]) -> Result<(), PkiError> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| UNREADABLE)?;
+    let key = parsed.public_key();
+    match key.parsed() {
+        Ok(PublicKey::RSA(rsa)) if rsa.key_size() < MIN_RSA => {
+            Err(custom(format!("its RSA key has {} bits, at least {MIN_RSA} are needed", rsa.key_size())))
+        }
+        _ if key.algorithm.algorithm == OID_SIG_ED25519 => {
+            Err(custom("browsers do not accept Ed25519 keys: use one on the curve P-256, or RSA"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn custom(why: impl Into<String>) -> PkiError {
+    PkiError::Custom(why.into())
+}
+
+/// A day as people write it, UTC.
+fn date(seconds: u64) -> String {
+    let day = i64::try_from(seconds).ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+    day.map_or_else(|| seconds.to_string(), |day| day.strftime("%Y-%m-%d").to_string())
+}
+
+fn pem(chain: &[CertificateDer<'_>]) -> String {
+    use base64::{Engine, prelude::BASE64_STANDARD};
+    let mut text = String::new();
+    for der in chain {
+        text.push_str("-----BEGIN CERTIFICATE-----\n");
+        let encoded = BASE64_STANDARD.encode(der);
+        for at in (0..encoded.len()).step_by(64) {
+            text.push_str(&encoded[at..encoded.len().min(at + 64)]);
+            text.push('\n');
+        }
+        text.push_str("-----END CERTIFICATE-----\n");
+    }
+    text
+}
+
+/// Chooses by the name that a client asks for: hosts that join trust the cluster's own authority alone.
+#[derive(Debug)]
+struct ByName {
+    served: Arc<CertifiedKey>,
+    own: Arc<CertifiedKey>,
+}
+
+impl ResolvesServerCert for ByName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let internal = hello.server_name().is_some_and(|name| name.eq_ignore_ascii_case(CONSOLE_NAME));
+        Some(Arc::clone(if internal { &self.own } else { &self.served }))
+    }
+}
+
+/// TLS for the Console's ports: TLS 1.2 and 1.3, HTTP/1.1, no client certificate. Clients that ask for [`CONSOLE_NAME`] get
+/// the cluster's `own` certificate, all others what is `served`.
+///
+/// # Errors
+/// [`PkiError::Tls`].
+pub fn console_tls(served: &Pair, own: &Pair) -> Result<Arc<ServerConfig>, PkiError> {
+    let certificates = ByName { served: Arc::clone(&served.certified), own: Arc::clone(&own.certified) };
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13, &TLS12])?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(certificates));
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
+#[cfg(test)]
+#[path = "console_tests.rs"]
+mod tests;
