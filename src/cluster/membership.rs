@@ -4,12 +4,13 @@
 //! A [`Membership`] is replicated as a whole: the entry of a change carries the membership after it, as JSON, in its
 //! context, so that a node that missed an entry has lost nothing once it has a later one.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{
+    console_certificate::{CustomCertificate, sound_names},
     level,
     trust::{Coming, KeyId, Rekey, Retired},
 };
@@ -24,7 +25,7 @@ const FORMAT: u32 = 1;
 /// Largest encoded membership, in bytes.
 pub const MAX_ENCODED: usize = 32 << 10;
 /// Longest name and address of a member, in bytes: that of a DNS name.
-const MAX_NAME: usize = 253;
+pub(super) const MAX_NAME: usize = 253;
 /// Removed members that are remembered, newest last, so that they can be told why they are refused.
 const REMEMBERED: usize = 32;
 /// Requests to join and invitations that may be open at one time.
@@ -41,12 +42,6 @@ const PER_NAME: usize = 3;
 const MAX_WEBHOOKS: usize = 3;
 /// Names of a Console certificate.
 pub const MAX_CONSOLE_NAMES: usize = 32;
-/// Length of all names together that an administrator adds to the Console's certificates, in bytes.
-const MAX_ADDED: usize = 2048;
-/// Longest certificate chain of an administrator, in bytes of PEM: three certificates with RSA keys of 4096 bits.
-pub const MAX_CHAIN: usize = 10 << 10;
-/// Longest private key of an administrator, sealed: an RSA key of 4096 bits needs 3300 bytes.
-const MAX_SEALED: usize = 4096;
 
 /// Identity of a cluster: 128 random bits, written as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -197,20 +192,6 @@ pub struct SealedAuthority {
     /// Names that key; none if it is the one that the cluster was founded with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<KeyId>,
-}
-
-/// A certificate that an administrator has given the Console, for all members to serve.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CustomCertificate {
-    /// The chain, its own certificate first; PEM.
-    pub chain: String,
-    /// Its private key, encrypted with the key that only members hold; base64.
-    pub sealed_key: String,
-    /// Names that key.
-    pub key: KeyId,
-    /// Who gave it, and when, in seconds since 1970.
-    pub by: String,
-    pub at: u64,
 }
 
 /// A host that is to be admitted.
@@ -462,23 +443,6 @@ impl Membership {
         }
     }
 
-    /// Refuses a certificate that is too long, or that members could not unseal before long.
-    pub(super) fn sound_certificate(
-        &self,
-        certificate: Option<CustomCertificate>,
-    ) -> Result<Option<CustomCertificate>, Impossible> {
-        let Some(CustomCertificate { chain, sealed_key, key, by, .. }) = &certificate else { return Ok(None) };
-        if chain.len() > MAX_CHAIN || sealed_key.len() > MAX_SEALED || by.len() > MAX_NAME {
-            return Err(Impossible(format!(
-                "the certificate is too long: at most {MAX_CHAIN} bytes of PEM for the chain and a key of 4096 bits are allowed"
-            )));
-        }
-        if self.authority.as_ref().and_then(|authority| authority.key).is_some_and(|current| current != *key) {
-            return Err(Impossible("the cluster key was replaced meanwhile: try again".to_owned()));
-        }
-        Ok(certificate)
-    }
-
     /// What everybody who may look at the cluster may see: no key, no invitation, no webhook, no request that could be picked
     /// up.
     pub fn public(&self) -> Self {
@@ -716,50 +680,12 @@ pub fn check_host(name: &str, address: &str, port: u16) -> Result<(), Impossible
     Ok(())
 }
 
-/// The names as they are kept: in lower case, each once.
-fn sound_names(names: &[String]) -> Result<Vec<String>, Impossible> {
-    let mut sound: Vec<String> = Vec::new();
-    for name in names {
-        let name = name.to_ascii_lowercase();
-        if !is_console_name(&name) {
-            return Err(Impossible(format!(
-                "{name:?} cannot be in a certificate: host names (also *.example.com) and IP addresses are allowed, without \
-                 port and scheme"
-            )));
-        }
-        if !sound.contains(&name) {
-            sound.push(name);
-        }
-    }
-    let length: usize = sound.iter().map(String::len).sum();
-    if sound.len() > MAX_CONSOLE_NAMES || length > MAX_ADDED {
-        return Err(Impossible(format!(
-            "{} names of {length} bytes: at most {MAX_CONSOLE_NAMES} names of {MAX_ADDED} bytes together are allowed",
-            sound.len()
-        )));
-    }
-    Ok(sound)
-}
-
-/// True for a DNS name, one with a wildcard as its first label, and an IP address.
-fn is_console_name(name: &str) -> bool {
-    if name.parse::<IpAddr>().is_ok() {
-        return true;
-    }
-    let plain = name.strip_prefix("*.").unwrap_or(name);
-    let wildcard_of_a_domain = plain.len() == name.len() || plain.contains('.');
-    let label = |label: &str| {
-        let inner = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
-        (1..=63).contains(&label.len()) && label.chars().all(inner) && !label.starts_with('-') && !label.ends_with('-')
-    };
-    // The last label tells a host name from something that looks like an IP address and is none.
-    let numeric = plain.rsplit('.').next().is_some_and(|last| last.chars().all(|c| c.is_ascii_digit()));
-    name.len() <= MAX_NAME && wildcard_of_a_domain && !numeric && plain.split('.').all(label)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::console_certificate::{MAX_CHAIN, MAX_SEALED},
+        *,
+    };
 
     fn request(id: NodeId) -> Request {
         Request {

@@ -5,6 +5,7 @@
 
 pub mod command;
 mod configure;
+pub mod console_certificate;
 pub mod election;
 pub mod level;
 pub mod membership;

@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Membership,
-    membership::{CustomCertificate, Impossible, SealedAuthority},
+    console_certificate::CustomCertificate,
+    membership::{Impossible, SealedAuthority},
 };
 
 /// Longest certificate of an authority and longest sealed key, in bytes.

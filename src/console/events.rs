@@ -16,8 +16,8 @@ use crate::events::{Event, Recorder, Wanted};
 
 /// Events that are kept; the oldest go first.
 const KEPT: i64 = 10_000;
-/// Time from the opening to the first write. A node that is PRIMARY for a moment only, as while all three are stopped one after the
-/// other, would otherwise leave a transaction behind that nobody acknowledges any more.
+/// Time from an event to its writing. While all three nodes are stopped one after the other, the last one would otherwise write
+/// that the others are gone, and leave a transaction behind that nobody acknowledges any more.
 const SETTLE: Duration = Duration::from_secs(1);
 /// Pause after a failed write.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -37,8 +37,9 @@ pub(super) fn routes() -> Vec<Entry> {
 /// is written when this node is PRIMARY again.
 pub(super) async fn keep(store: Store, recorder: Recorder) {
     let write = async {
-        tokio::time::sleep(SETTLE).await;
         loop {
+            recorder.pending_events().await;
+            tokio::time::sleep(SETTLE).await;
             let events = recorder.pending_events().await;
             match write(&store, &events).await {
                 Ok(()) => recorder.stored(&events),

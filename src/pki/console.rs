@@ -20,7 +20,7 @@ use x509_parser::{
 };
 
 use super::{CONSOLE_NAME, ClusterKey, PkiError, fingerprint, provider, read_file, sealed::Purpose};
-use crate::cluster::{ClusterId, membership::CustomCertificate};
+use crate::cluster::{ClusterId, console_certificate::CustomCertificate};
 
 /// Certificates in one chain, at most.
 const MAX_CERTIFICATES: usize = 8;

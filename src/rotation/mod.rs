@@ -65,9 +65,8 @@ pub async fn keep(parts: Parts) {
                 ended = status.changed(), if is_busy(&now) => ended.is_ok(),
             }
         };
-        match timeout(if is_busy(&now) { PACE } else { IDLE }, changed).await {
-            Ok(false) => return,
-            Ok(true) | Err(_) => {}
+        if let Ok(false) = timeout(if is_busy(&now) { PACE } else { IDLE }, changed).await {
+            return;
         }
     }
 }
