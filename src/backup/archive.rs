@@ -361,7 +361,7 @@ pub(super) mod tests {
             let mut odd = manifest.clone();
             change(&mut odd);
             let length = odd.bytes() as usize;
-            let image = [&image[..], &[0; 20_000]].concat();
+            let image = [&image[..], &vec![0; 20_000]].concat();
             let path = made(folder.path(), &odd, &image[..length], None);
             assert!(load(&path, None).is_err(), "{odd:?}");
         }

@@ -208,8 +208,9 @@ mod tests {
         assert_eq!(folder.rename(&old, &id("b-0.1.0-5.tar.gz")).unwrap().bytes, 5);
         folder.delete(&new).unwrap();
         assert_eq!(folder.list().unwrap().len(), 2);
-        fs::write(workshop.join("left-over"), "").unwrap();
-        std::mem::forget(workshop);
+        drop(workshop);
+        fs::create_dir(folder.path.join(".work-2")).unwrap();
+        fs::write(folder.path.join(".work-2/left-over"), "").unwrap();
         let workshop = folder.workshop().unwrap();
         assert!(!workshop.join("left-over").exists());
         drop(workshop);

@@ -112,7 +112,7 @@ fn the_page_has_a_cookie_that_other_sites_and_scripts_cannot_use() {
     assert_eq!(post(&with(&ours, &planted), "ours"), 200);
     let json = ("content-type", "application/json".to_owned());
     let marked = ("x-twistlock-page", "1".to_owned());
-    assert_eq!(post(&with(&[json.clone()], &planted), "no header"), 403);
+    assert_eq!(post(&with(std::slice::from_ref(&json), &planted), "no header"), 403);
     assert_eq!(post(&with(&[json, marked], &planted), "no origin"), 403);
     assert_eq!(post(&with(&page("https://evil.example"), &planted), "evil"), 403);
     let mut cross = with(&ours, &planted);
