@@ -41,8 +41,7 @@ step() {
 needed=(
     shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl haproxy:haproxy nginx:nginx
     /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream
-    chromium:chromium chromedriver:chromium-driver certutil:libnss3-tools
-    python3:python3-venv
+    chromium:chromium chromedriver:chromium-driver certutil:libnss3-tools python3:python3-venv
 )
 
 install_missing() {

@@ -244,40 +244,11 @@ impl Parts {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
         self.open_health_port(&ports)?;
-        let (snapshots, calls) = mpsc::channel(1);
-        let (keys, key_calls) = mpsc::channel(1);
-        let (certificates, tls) = watch::channel(Arc::new(self.node_tls));
-        let folder = self.config.data_folder.join("certificates");
-        task::spawn(renewal::keep(folder.clone(), self.handle.clone(), certificates.clone()));
         task::spawn(console_tls.keep(self.handle.clone()));
-        let peers = PeerIdentity {
-            me: self.identity.node,
-            version: PROGRAM_VERSION.to_owned(),
-            level: FEATURE_LEVEL,
-            roster: Roster::new(self.handle.editions()),
-            bind: self.config.bind_address,
-            terms: lease_terms(&self.config),
-            tls,
-            snapshots,
-            keys,
-        };
-        let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
-        task::spawn(snapshot::serve(self.handle.clone(), self.events.clone(), calls, data.clone()));
-        task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
-        task::spawn(rotation::serve(folder.clone(), key_calls));
-        task::spawn(rotation::keep(rotation::Parts {
-            certificates: folder,
-            handle: self.handle.clone(),
-            peers: peers.clone(),
-            tls: certificates,
-        }));
+        let peers = self.share_with_others();
+        self.tell_of_it(&ports);
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
-        follow(&self.events, &self.handle, &ports);
-        let own = promise(&self.config);
-        if self.quiet > own {
-            task::spawn(lower_promise(own, self.quiet, self.config.data_folder.join(PROMISE)));
-        }
         info!(node = self.identity.name, cluster = %self.identity.cluster, "node runs");
         let mut node = task::spawn_blocking(move || self.thread.join());
         tokio::select! {
@@ -338,6 +309,46 @@ impl Parts {
         let command = (!words.is_empty()).then_some(notify::Command { words, severity });
         let notifier = Notifier::new(&self.identity.name, self.handle.membership(), command);
         (notifier.clone(), notifier.run(self.events.clone()))
+    }
+
+    /// Whom the others take this node for, and the tasks that exchange with them what goes beside the links.
+    fn share_with_others(&self) -> Arc<PeerIdentity> {
+        let (snapshots, calls) = mpsc::channel(1);
+        let (keys, key_calls) = mpsc::channel(1);
+        let (certificates, tls) = watch::channel(Arc::new(self.node_tls.clone()));
+        let folder = self.config.data_folder.join("certificates");
+        task::spawn(renewal::keep(folder.clone(), self.handle.clone(), certificates.clone()));
+        let peers = PeerIdentity {
+            me: self.identity.node,
+            version: PROGRAM_VERSION.to_owned(),
+            level: FEATURE_LEVEL,
+            roster: Roster::new(self.handle.editions()),
+            bind: self.config.bind_address,
+            terms: lease_terms(&self.config),
+            tls,
+            snapshots,
+            keys,
+        };
+        let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
+        task::spawn(snapshot::serve(self.handle.clone(), self.events.clone(), calls, data.clone()));
+        task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
+        task::spawn(rotation::serve(folder.clone(), key_calls));
+        task::spawn(rotation::keep(rotation::Parts {
+            certificates: folder,
+            handle: self.handle.clone(),
+            peers: peers.clone(),
+            tls: certificates,
+        }));
+        peers
+    }
+
+    /// Follows the node for those who look at it from outside.
+    fn tell_of_it(&self, ports: &SupervisorHandle) {
+        follow(&self.events, &self.handle, ports);
+        let own = promise(&self.config);
+        if self.quiet > own {
+            task::spawn(lower_promise(own, self.quiet, self.config.data_folder.join(PROMISE)));
+        }
     }
 
     /// Opens the health port, if there is to be one.

@@ -33,6 +33,14 @@
 //! ([`snapshot`]) and begins as a member without a vote; when all have caught up, whoever is primary gives them their votes in
 //! one joint change. A member that is too far behind or does not trust its copy goes the same way from the fetching on.
 //!
+//! An upgrade's way: hosts get the newer program one by one, and any of them may be primary meanwhile. When all members have
+//! shown the next feature level for a while, the primary raises it ([`cluster::level`]); from then on an older program does
+//! not start, is not linked with and does not become primary. What needs an understanding of all members waits for its level.
+//!
+//! A backup's way: each member copies its own database, the PRIMARY from the file that rests between two checkpoints, the
+//! others from the file that goes on changing ([`storage::backup`]); the copy must have the checksum that all agreed on at its
+//! index. A restore ([`backup`]) puts the whole content of one in the database's place as a single transaction.
+//!
 //! # Where things are
 //!
 //! | module | what it does | what it must not know |

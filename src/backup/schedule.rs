@@ -16,6 +16,8 @@ const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
 /// Longest wait between two looks at the clock, which may be set at any time.
 const LOOK: Duration = Duration::from_secs(60);
+/// Pause while one is due, and the node or another job is in the way.
+const READY: Duration = Duration::from_secs(1);
 /// Pause after a failure.
 const AGAIN: Duration = Duration::from_secs(HOUR);
 
@@ -95,7 +97,7 @@ impl Backups {
             if left.is_zero() && ready {
                 return;
             }
-            sleep(if left.is_zero() { LOOK } else { left.min(LOOK) }).await;
+            sleep(if left.is_zero() { READY } else { left.min(LOOK) }).await;
         }
     }
 

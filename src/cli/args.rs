@@ -256,10 +256,10 @@ reached, 75 refused.
 Example:
   twistcli ha rotate-key";
 const ROTATE_CA_HELP: &str = "\
-All members trust a new authority first; then it signs, and all certificates of nodes and Consoles are made anew;
-the old one is trusted until the overlap is over. Give the new ca.pem, in certificates/ of the data folder, to
-clients in that time. Join scripts that were given out are worth nothing any more.
-After the removal of a host that you do not trust any more, this shuts it out: it knew the old authority's key.
+All members trust a new authority first; then it signs, and all certificates of nodes and Consoles are made
+anew; the old one is trusted until the overlap is over. Give the new ca.pem, in certificates/ of the data
+folder, to clients in that time. Join scripts that were given out are worth nothing any more.
+After the removal of a host that you do not trust, this shuts it out: it knew the old authority's key.
 
 Exit code: 0 begun (twistcli ha status shows how far it is), 64 wrong command line, 69 the daemon cannot be
 reached, 75 refused or not confirmed.

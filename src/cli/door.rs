@@ -107,6 +107,7 @@ impl Call {
     /// None: the API does not have it.
     fn of(operation: &Operation) -> Option<Self> {
         let nothing: fn(Value) -> Value = |_| Value::Null;
+        let whole: fn(Value) -> Value = |answer| answer;
         let call = |method, path: &str, body, take| {
             Some(Self { method, path: format!("high-availability/{path}"), body, take })
         };
@@ -114,8 +115,7 @@ impl Call {
             |method, path: &str, body, take| Some(Self { method, path: format!("settings/{path}"), body, take });
         match operation {
             Operation::Invite { valid_s, script } => {
-                let path = format!("join-script?validSec={valid_s}&script={script}");
-                call(Method::GET, &path, None, |answer| answer)
+                call(Method::GET, &format!("join-script?validSec={valid_s}&script={script}"), None, whole)
             }
             Operation::Uninvite {} => call(Method::DELETE, "join-script", None, nothing),
             Operation::Apply { fingerprints } => {
@@ -130,6 +130,10 @@ impl Call {
                 call(Method::POST, "pause", Some(json!({ "seconds": seconds })), |answer| answer["until"].clone())
             }
             Operation::Resume {} => call(Method::POST, "resume", None, nothing),
+            Operation::RotateKey {} => call(Method::POST, "rotate-key", None, nothing),
+            Operation::RotateCa { overlap_s } => {
+                call(Method::POST, "rotate-ca", Some(json!({ "overlapSec": overlap_s })), nothing)
+            }
             Operation::Readdress { node, new_name, address, port } => {
                 let body = json!({ "name": new_name, "address": address, "port": port });
                 call(Method::PUT, &format!("members/{}/address", segment(node)), Some(body), nothing)
@@ -141,7 +145,7 @@ impl Call {
                     fields.as_object().into_iter().flatten().map(|(name, value)| {
                         format!("{name}={}", segment(value.as_str().unwrap_or(&value.to_string())))
                     });
-                call(Method::GET, &format!("events?{}", pairs.collect::<Vec<_>>().join("&")), None, |answer| answer)
+                call(Method::GET, &format!("events?{}", pairs.collect::<Vec<_>>().join("&")), None, whole)
             }
             Operation::Certificates {} => settings(Method::GET, "certs", None, |answer| answer),
             Operation::SetConsoleNames { names } => {
@@ -154,14 +158,22 @@ impl Call {
             Operation::RemoveCertificate {} => settings(Method::DELETE, "custom-certs", None, nothing),
             // It answers before it is done: see `handover`.
             Operation::Switchover { .. } => None,
-            Operation::RotateKey {} | Operation::RotateCa { .. } | Operation::TestNotifications {} => None,
-            Operation::Backups {}
-            | Operation::BackupState {}
-            | Operation::Backup { .. }
-            | Operation::VerifyBackup { .. }
-            | Operation::RenameBackup { .. }
-            | Operation::DeleteBackup { .. }
-            | Operation::Restore { .. } => None,
+            other => Self::of_backups(other),
+        }
+    }
+
+    fn of_backups(operation: &Operation) -> Option<Self> {
+        let call = |method, path: &str, body| Some(Self { method, path: path.to_owned(), body, take: |answer| answer });
+        let one = |id: &str| format!("backups/{}", segment(id));
+        match operation {
+            Operation::Backups {} => call(Method::GET, "backups?limit=1000", None),
+            Operation::BackupState {} => call(Method::GET, "settings/backup", None),
+            Operation::Backup { called } => call(Method::POST, "backups", Some(json!(called))),
+            Operation::VerifyBackup { id } => call(Method::POST, &format!("{}/verify", one(id)), None),
+            Operation::RenameBackup { id, called } => call(Method::PATCH, &one(id), Some(json!(called))),
+            Operation::DeleteBackup { id } => call(Method::DELETE, &one(id), None),
+            // The file is one of the host's, and whoever may do this is there, too.
+            _ => None,
         }
     }
 }

@@ -3,6 +3,7 @@
 //! that `ha drill` writes there), and must never print a password.
 
 mod args;
+mod backup;
 mod bundle;
 mod canary;
 mod catch_up;
@@ -17,8 +18,10 @@ mod lists;
 mod next;
 mod operate;
 mod progress;
+mod prompt;
 mod records;
 mod remote;
+mod restore;
 mod status;
 mod stop;
 mod table;
@@ -38,10 +41,12 @@ use clap_complete::Shell;
 
 use crate::control::Operation;
 use args::Ha;
+use backup::Backups;
 use certs::Certs;
 use columns::{Paint, When};
 use door::Door;
 use records::{AuditsArgs, LogsArgs};
+use restore::RestoreArgs;
 use stop::{EX_IOERR, EX_USAGE, Stop};
 use tags::Tags;
 use target::Target;
@@ -105,6 +110,12 @@ enum Command {
     /// Certificates of the Consoles, and of the authority that signs them
     #[command(subcommand)]
     Certs(Certs),
+    /// Backups of the database: make, list, check, fetch and delete them
+    #[command(subcommand)]
+    Backup(Backups),
+    /// Bring a backup back into the whole cluster, on the PRIMARY's host
+    #[command(after_help = restore::HELP)]
+    Restore(RestoreArgs),
     /// Show who changed what and who logged in
     #[command(after_help = records::AUDITS_HELP)]
     Audits(AuditsArgs),
@@ -140,14 +151,14 @@ pub fn main() -> ExitCode {
         Command::Users(command) => users::run(command, paint).map(|()| 0),
         Command::Tags(command) => tags::run(command, paint).map(|()| 0),
         Command::Certs(command) => certs::run(command, paint).map(|()| 0),
+        Command::Backup(command) => backup::run(command, paint).map(|()| 0),
+        Command::Restore(args) => restore::run(args).map(|()| 0),
         Command::Audits(args) => records::audits(args, paint).map(|()| 0),
         Command::Logs(args) => records::logs(args, paint).map(|()| 0),
         Command::Version(args) => version::run(args, paint).map(|()| 0),
         Command::Debug(bundle::Debug::Bundle(args)) => bundle::run(args).map_err(Stop::from),
-        Command::Completions { shell } => {
-            Ok(completions(*shell)).and_then(|text| Ok(io::stdout().write_all(&text)?)).map(|()| 0)
-        }
-        Command::Man => manual().and_then(|text| io::stdout().write_all(&text)).map(|()| 0).map_err(Stop::from),
+        Command::Completions { shell } => write(&completions(*shell)),
+        Command::Man => manual().map_err(Stop::from).and_then(|text| write(&text)),
     };
     match result.or_else(Stop::code) {
         Ok(code) => ExitCode::from(code),
@@ -201,6 +212,11 @@ fn ha(command: &Ha, paint: Paint) -> Result<u8, Stop> {
 /// Runs a command at the cluster that is meant.
 fn at(target: &Target, command: impl FnOnce(&Door) -> Result<(), Stop>) -> Result<u8, Stop> {
     command(&target.door()?).map(|()| 0)
+}
+
+fn write(text: &[u8]) -> Result<u8, Stop> {
+    io::stdout().write_all(text)?;
+    Ok(0)
 }
 
 fn completions(shell: Shell) -> Vec<u8> {

@@ -28,6 +28,8 @@ use crate::{
 
 /// How long one request may take: longer than the Console gives itself.
 const LIMITS: Limits = Limits { connect: Duration::from_secs(3), request: Duration::from_secs(35) };
+/// The same for a backup.
+const DOWNLOAD: Duration = Duration::from_secs(3600);
 /// For as long as nobody answers: a takeover takes less.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Between two rounds.
@@ -204,6 +206,19 @@ impl Remote {
             return Ok(Value::Null);
         }
         serde_json::from_str(&text).map_err(|error| self.misunderstood(path, &error))
+    }
+
+    /// A file, which may take its time.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub(super) fn download(&self, path: &str) -> Result<Response<Body>, Stop> {
+        let patient = https::client(&self.trust, Limits { request: DOWNLOAD, ..LIMITS });
+        let way =
+            Self { agent: patient, places: self.places.clone(), trust: self.trust.clone(), login: self.login.clone() };
+        let response = way.send(&Method::GET, path, None)?;
+        self.places.replace(way.places());
+        Ok(response)
     }
 
     /// The first answer, whatever it says: each address is tried, again for a while if all refuse.

@@ -20,7 +20,7 @@ const ADD_HELP: &str = "\
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
 Examples:
-  twistcli tags add prod --color '#2e7d32' --description 'in production'";
+  twistcli tags add prod --tag-color '#2e7d32' --description 'in production'";
 
 /// Commands of `twistcli tags`.
 #[derive(Debug, Subcommand)]
@@ -43,8 +43,8 @@ pub(super) enum Tags {
         #[arg(value_name = "NAME")]
         name: String,
         /// Its colour, as #2e7d32
-        #[arg(long, value_name = "COLOUR", default_value = "")]
-        color: String,
+        #[arg(long = "tag-color", value_name = "COLOUR", default_value = "")]
+        tag_color: String,
         /// What it is for
         #[arg(long, value_name = "TEXT", default_value = "")]
         description: String,
@@ -79,8 +79,8 @@ pub(super) fn run(command: &Tags, paint: Paint) -> Result<(), Stop> {
             let found = lists::all(&lists::consoles(target)?, "tags")?;
             if *json { print_json(&found) } else { Ok(columns::print(&table(&found, paint)?)?) }
         }
-        Tags::Add { target, name, color, description } => {
-            let body = json!({ "name": name, "color": color, "description": description });
+        Tags::Add { target, name, tag_color, description } => {
+            let body = json!({ "name": name, "color": tag_color, "description": description });
             lists::consoles(target)?.call(Method::POST, "tags", Some(&body))?;
             Ok(writeln!(io::stdout(), "The tag {} is there.", columns::harmless(name))?)
         }

@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::{
     door::{Door, Local},
+    prompt::hidden,
     remote::{HTTPS_PORT, Login, Place, Remote},
     stop::{EX_NOINPUT, EX_USAGE, Stop},
 };
@@ -170,14 +171,6 @@ impl LoginArgs {
 /// The value of an environment variable, unless it is empty.
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
-}
-
-/// Asks on the terminal for what must not be seen there.
-fn hidden(question: &str) -> Result<String, Stop> {
-    rpassword::prompt_password(question).map_err(|_| {
-        let why = "there is no terminal to ask for the password on: give it in TWISTLOCK_PASSWORD, or a token in TWISTLOCK_TOKEN";
-        Stop::tell(EX_USAGE, why)
-    })
 }
 
 /// A password that is to be set: asked for twice on a terminal, else the first line of standard input.

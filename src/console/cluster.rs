@@ -85,6 +85,17 @@ pub(super) fn routes() -> Vec<Entry> {
         route(post.clone(), "/high-availability/pause", ADMINISTRATORS, "No takeover for some minutes", pause)
             .body::<Pause>()
             .answer::<Paused>(),
+        route(post.clone(), "/high-availability/rotate-key", ADMINISTRATORS, "Replace the cluster key", rotate_key)
+            .answer::<Done>(),
+        route(
+            post.clone(),
+            "/high-availability/rotate-ca",
+            ADMINISTRATORS,
+            "Replace the certificate authority",
+            rotate_ca,
+        )
+        .body::<Overlap>()
+        .answer::<Done>(),
         route(post, "/high-availability/resume", ADMINISTRATORS, "End a pause", resume).answer::<Done>(),
     ]
 }
@@ -278,6 +289,35 @@ pub(super) async fn resume(State(console): State<Arc<Console>>, user: User) -> R
     let services = console.services()?;
     audits::note(&console.store, &user, "resume", "high availability", Value::Null).await?;
     services.admin.resume(&user.name).await?;
+    Ok(Json(Done {}))
+}
+
+/// `POST high-availability/rotate-key`: answers when the exchange has begun.
+pub(super) async fn rotate_key(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
+    let services = console.services()?;
+    audits::note(&console.store, &user, "rotate", "cluster key", Value::Null).await?;
+    services.admin.rotate_cluster_key(&user.name).await?;
+    Ok(Json(Done {}))
+}
+
+/// The body of [`rotate_ca`].
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Overlap {
+    /// For how long the old authority is still trusted when the new one signs.
+    overlap_sec: u32,
+}
+
+/// `POST high-availability/rotate-ca`: answers when that has begun.
+pub(super) async fn rotate_ca(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Body(Overlap { overlap_sec }): Body<Overlap>,
+) -> Result<Json<Done>, ApiError> {
+    let services = console.services()?;
+    let wish = audits::difference(&Value::Null, &json!({ "overlapSec": overlap_sec }));
+    audits::note(&console.store, &user, "rotate", "certificate authority", wish).await?;
+    services.admin.rotate_authority(Duration::from_secs(overlap_sec.into()), &user.name).await?;
     Ok(Json(Done {}))
 }
 

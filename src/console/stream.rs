@@ -155,8 +155,8 @@ mod tests {
             membership: Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
             certificates: Vec::new(),
-            recent: Default::default(),
             database: None,
+            recent: Default::default(),
         })
     }
 

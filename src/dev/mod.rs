@@ -175,6 +175,12 @@ impl Dev {
         Ok(())
     }
 
+    /// What a node runs: this program, or the one that lies in its folder, as on a host that is upgraded before the others.
+    fn program_of(&self, index: usize) -> PathBuf {
+        let own = self.layout.config_path(index).with_file_name("twistlockd");
+        if own.exists() { own } else { self.program.clone() }
+    }
+
     /// How the administration tool is called: it lies beside this program, or cargo has not built it yet.
     fn twistcli(&self) -> String {
         let tool = self.program.with_file_name("twistcli");
@@ -253,7 +259,7 @@ impl Dev {
                 continue;
             }
             let (config, log) = (self.layout.config_path(index), self.layout.log_path(index));
-            self.processes[index] = Process::start(&self.program, &config, &log)?;
+            self.processes[index] = Process::start(&self.program_of(index), &config, &log)?;
             self.layout.set_pids(&pids(&self.processes))?;
             let pid = self.processes[index].pid().unwrap_or_default();
             let name = &self.layout.cluster.nodes[index].name;

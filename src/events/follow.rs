@@ -81,8 +81,10 @@ pub async fn follow(
             changed = opened.changed() => changed.is_err(),
         };
         let open = *opened.borrow_and_update();
-        // The guard of the picture is gone at the end of this line.
-        follower.look(&status.borrow_and_update(), open, Instant::now());
+        // Not under the guard, which keeps the consensus loop from publishing; and let go of at once.
+        let now = Arc::clone(&status.borrow_and_update());
+        follower.look(&now, open, Instant::now());
+        drop(now);
         if ended {
             return;
         }

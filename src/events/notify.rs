@@ -123,10 +123,13 @@ async fn run(command: &Command, body: &[u8]) -> Result<(), Failure> {
             let _ = stdin.write_all(body).await; // it need not read it
         }
         let mut said = Vec::new();
-        if let Some(stderr) = stderr {
-            let _ = stderr.take(1024).read_to_end(&mut said).await; // only for the message
-        }
-        (child.wait().await, said)
+        // What it has started may keep the pipe open for longer than it lives.
+        let status = tokio::select! {
+            biased;
+            () = listen(stderr, &mut said) => child.wait().await,
+            status = child.wait() => status,
+        };
+        (status, said)
     };
     match timeout(COMMAND_LIMIT, work).await {
         Ok((Ok(status), _)) if status.success() => Ok(()),
@@ -137,6 +140,15 @@ async fn run(command: &Command, body: &[u8]) -> Result<(), Failure> {
         }
         Ok((Err(error), _)) => Err(Failure::passing(error.to_string())),
         Err(_) => Err(Failure::passing(format!("{program} was killed: it took longer than {COMMAND_LIMIT:?}"))),
+    }
+}
+
+/// Reads to the end, so that nobody waits for a full pipe; keeps the beginning, for a message.
+async fn listen(stderr: Option<process::ChildStderr>, said: &mut Vec<u8>) {
+    let Some(mut stderr) = stderr else { return };
+    let mut bytes = [0; 512];
+    while let Ok(length @ 1..) = stderr.read(&mut bytes).await {
+        said.extend_from_slice(&bytes[..length.min(512_usize.saturating_sub(said.len()))]);
     }
 }
 

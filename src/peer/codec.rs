@@ -38,7 +38,8 @@ pub const MAX_SNAPSHOT_DATA: usize = 64 << 10;
 /// Largest number of members in one list of a snapshot's configuration.
 pub const MAX_MEMBERS: usize = 64;
 
-const LENGTH: usize = 4;
+/// Bytes of a frame's length field.
+pub(super) const LENGTH: usize = 4;
 const ENTRY_MIN: usize = 1 + 8 + 8 + 4 + 4;
 const FLAG_REJECT: u8 = 1;
 const FLAG_SNAPSHOT: u8 = 2;
@@ -673,45 +674,6 @@ impl<'a> Reader<'a> {
     fn text(&mut self, limit: usize) -> Result<String, CodecError> {
         let text = std::str::from_utf8(self.bytes(limit)?).map_err(|_| Malformed("text is not UTF-8"))?;
         Ok(text.to_owned())
-    }
-}
-
-/// Puts frames together from the pieces in which they arrive. Holds one incomplete frame and the last piece at most.
-#[derive(Default)]
-pub struct Assembler {
-    buffer: Vec<u8>,
-    start: usize,
-}
-
-/// Capacity that an idle [`Assembler`] keeps, in bytes.
-const IDLE_CAPACITY: usize = 64 << 10;
-
-impl Assembler {
-    /// Takes the next piece. Call [`Assembler::next_frame`] until it has nothing more before the next piece.
-    pub fn push(&mut self, piece: &[u8]) {
-        self.buffer.extend_from_slice(piece);
-    }
-
-    /// The next complete frame.
-    ///
-    /// # Errors
-    /// See [`Frame::decode`]; the stream cannot be used any more then.
-    pub fn next_frame(&mut self) -> Result<Option<Frame>, CodecError> {
-        let rest = &self.buffer[self.start..];
-        if let Some((header, body)) = rest.split_first_chunk() {
-            let length = frame_length(*header)?;
-            if let Some(body) = body.get(..length) {
-                let frame = Frame::decode(body)?;
-                self.start += LENGTH + length;
-                return Ok(Some(frame));
-            }
-        }
-        self.buffer.drain(..self.start);
-        self.start = 0;
-        if self.buffer.is_empty() {
-            self.buffer.shrink_to(IDLE_CAPACITY);
-        }
-        Ok(None)
     }
 }
 

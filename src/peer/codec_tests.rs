@@ -3,6 +3,7 @@
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
+use crate::peer::assembler::Assembler;
 
 fn members() -> impl Strategy<Value = ConfState> {
     let list = || vec(any::<u64>(), 0..5);

@@ -10,7 +10,7 @@ use std::{
 use mio::net::TcpStream;
 use rustls::Connection;
 
-use super::codec::{Assembler, Frame};
+use super::{assembler::Assembler, codec::Frame};
 use crate::pki::EXTENSIBLE;
 
 /// Frames that may wait in the control queue of a link.

@@ -25,6 +25,7 @@
 //!   moment, and a planned stop says farewell first ([`Links::shutdown`]).
 
 mod accept;
+mod assembler;
 pub mod codec;
 mod connect;
 mod dial;

@@ -13,7 +13,7 @@ use raft::eraftpb::ConfState;
 
 use super::{RecoverError, switch::STAGING};
 use crate::{
-    cluster::{Member, Membership, command::CONSOLE_DATABASE},
+    cluster::{FEATURE_LEVEL, Member, Membership, PROGRAM_VERSION, command::CONSOLE_DATABASE, level::outdated},
     config::Config,
     storage::{
         DataDir, Identity,
@@ -62,6 +62,10 @@ impl Survivor {
         let membership = Configuration::read(&path)
             .map_err(RecoverError::io("read membership.json"))?
             .map_or_else(|| identity.membership.clone(), |configuration| configuration.membership);
+        if membership.level > FEATURE_LEVEL {
+            let needed = (membership.level_version.as_str(), membership.level);
+            return Err(RecoverError::Unusable(outdated("this host", (PROGRAM_VERSION, FEATURE_LEVEL), needed)));
+        }
         if Ready::find(&path).map_err(|error| unusable(&error.to_string()))?.is_some() {
             return Err(unusable("a snapshot waits to be installed: start and stop twistlockd once, then come back"));
         }

@@ -54,7 +54,7 @@ pub struct Parts {
 pub async fn keep(parts: Parts) {
     let mut membership = parts.handle.membership();
     let mut status = parts.handle.status();
-    let mut rotation = Rotation { parts, keys: None, reported: None, problem: None, waiting: None };
+    let mut rotation = Rotation { parts, keys: None, reported: None, problem: None, shown: None, waiting: None };
     while membership.has_changed().is_ok() {
         let now = membership.borrow_and_update().clone();
         let result = rotation.look(&now).await;
@@ -81,8 +81,9 @@ struct Rotation {
     /// What is in the folder; none before the first look at it.
     keys: Option<ClusterKeys>,
     reported: Option<Holdings>,
-    /// What was logged last.
+    /// What was logged last, and what is shown.
     problem: Option<String>,
+    shown: Option<String>,
     /// The step that is under way, and since when.
     waiting: Option<(String, Instant)>,
 }
@@ -147,7 +148,12 @@ impl Rotation {
             _ => (step, Instant::now()),
         });
         let slow = self.waiting.as_ref().filter(|(_, since)| since.elapsed() > PATIENCE).map(|(step, _)| step.clone());
-        self.parts.handle.warn(ABOUT, self.problem.clone().or(slow));
+        let shown = self.problem.clone().or(slow);
+        // Only news: what is shown is a change of the status, which leads to the next look.
+        if shown != self.shown {
+            self.parts.handle.warn(ABOUT, shown.clone());
+            self.shown = shown;
+        }
     }
 }
 

@@ -576,16 +576,18 @@ impl Database {
         if self.failed.is_some() {
             return ended("this node's database is not used any more: see its status");
         }
-        match &mut self.state {
-            State::Serving(_) | State::Closed { .. } => ended("the role of this node changes"),
-            State::Following(replica) if replica.table.pages() == 0 => ended("this node has no database yet"),
-            State::Following(replica) if replica.applied < replica.touched => {
+        let State::Following(replica) = &mut self.state else {
+            return ended("the role of this node changes");
+        };
+        if replica.table.pages() == 0 {
+            return ended("this node has no database yet");
+        }
+        match replica.claim == replica.table.checksum() {
+            true => Ok(replica),
+            false if replica.applied < replica.touched => {
                 ended("this node still replays its raft log: try again in a moment")
             }
-            State::Following(replica) if replica.claim != replica.table.checksum() => {
-                ended("this node's database is damaged: it must be restored from the primary first")
-            }
-            State::Following(replica) => Ok(replica),
+            false => ended("this node's database is damaged: it must be restored from the primary first"),
         }
     }
 

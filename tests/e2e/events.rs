@@ -60,7 +60,7 @@ impl Api {
 }
 
 /// What a node has in its file.
-pub fn local(cluster: &Cluster, node: usize, kind: Kind) -> Vec<Event> {
+fn local(cluster: &Cluster, node: usize, kind: Kind) -> Vec<Event> {
     let wanted = Wanted { limit: Some(400), kind: Some(kind), ..Wanted::default() };
     control::operate(&cluster.node(node).control, Operation::Events { wanted }, LIMIT).expect("events")
 }

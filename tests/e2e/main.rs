@@ -20,10 +20,12 @@ mod observe;
 mod recover;
 mod remote;
 mod rollback;
+mod rotation;
 mod sampler;
 mod snapshot;
 #[path = "../cli/terminal.rs"]
 mod terminal;
+mod upgrade;
 mod writers;
 
 use std::{

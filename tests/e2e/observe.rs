@@ -17,14 +17,14 @@ use serde_json::{Value, json};
 use twistlock_ha::{
     cluster::Role,
     dev::NodeFile,
-    events::Kind,
+    events::{self, Event, Kind, Wanted},
     telemetry::{self, BACKUP_LAST_SUCCESS},
 };
 
 use super::{
     alone,
     cluster::{Cluster, LEASE_LOST},
-    events::{Api, local},
+    events::Api,
     writers::{Pen, client},
 };
 
@@ -191,10 +191,15 @@ fn flip(node: &NodeFile, page: u64) {
     file.write_all_at(&[byte[0] ^ 4], at).unwrap();
 }
 
+/// What a node has recorded, also while its process begins again.
+fn in_file(cluster: &Cluster, node: usize, kind: Kind) -> Vec<Event> {
+    events::read(&cluster.node(node).data, &Wanted { kind: Some(kind), ..Wanted::default() }).expect("events")
+}
+
 fn wait_repaired(cluster: &Cluster, node: usize) {
-    cluster.wait_for("the damage to be found", |_| !local(cluster, node, Kind::Damage).is_empty());
+    cluster.wait_for("the damage to be found", |_| !in_file(cluster, node, Kind::Damage).is_empty());
     cluster.wait_for("another database", |_| {
-        local(cluster, node, Kind::Snapshot).iter().any(|event| event.sentence.starts_with("installs the whole"))
+        in_file(cluster, node, Kind::Snapshot).iter().any(|event| event.sentence.starts_with("installs the whole"))
     });
     cluster.wait_healthy();
     cluster.wait_for("all SECONDARY up, as the PRIMARY sees them", |statuses| {
@@ -236,7 +241,7 @@ fn a_flipped_bit_is_found_and_repaired_and_all_metrics_are_there() {
     assert!(pen.has("before-the-damage"));
     assert!(pen.write(cluster.primary(), "after-the-damage"));
     for node in [away, primary] {
-        println!("  {}", local(&cluster, node, Kind::Damage)[0].sentence);
+        println!("  {}", in_file(&cluster, node, Kind::Damage)[0].sentence);
     }
     let expected = [
         "this copy of the database is not applied to any further",

@@ -107,10 +107,6 @@ fn local_and_remote_commands_do_the_same() {
         (&["ha", "reject", "host9"], 75, "not done: no host asks to join"),
         (&["ha", "remove", "host9", "--yes"], 75, "not done: "),
         (&["ha", "switchover", "--dry-run"], 0, "can take the role. Nothing was changed."),
-        (&["ha", "pause", "--for", "90s"], 0, "PAUSED until "),
-        (&["ha", "status"], 1, "PAUSED until "),
-        (&["ha", "switchover", "--dry-run"], 75, "✗ no pause"),
-        (&["ha", "resume"], 0, "The pause is over"),
         (&["ha", "set-address", "node3", "--name", "third"], 0, "The members dial the new address"),
         (&["ha", "set-address", "third", "--name", "node3"], 0, "The members dial the new address"),
         (&["ha", "revoke"], 0, "All invitations are closed"),
@@ -182,7 +178,7 @@ fn lists_are_read_and_changed_from_anywhere() {
         (&["users", "delete", "admin", "--yes"], 75, "not done: "),
         (&["users", "delete", "a/b ü", "--yes"], 0, "a/b ü is deleted."),
         (&["users", "delete", "a/b ü", "--yes"], 75, "not done: there is no user"),
-        (&["tags", "add", "../x?", "--color", "#2e7d32"], 0, "The tag ../x? is there."),
+        (&["tags", "add", "../x?", "--tag-color", "#2e7d32"], 0, "The tag ../x? is there."),
         (&["tags", "list"], 0, "../x?  #2e7d32"),
         (&["tags", "delete", "../x?"], 0, "is deleted"),
         (&["audits", "--limit", "20"], 0, "user 'a/b ü'"),
@@ -198,6 +194,53 @@ fn lists_are_read_and_changed_from_anywhere() {
     Desk::run(command, "").expect(0, "admin");
     desk.here(&["ha", "events", "--json"]).expect(0, "\"kind\"");
     println!("lists (port {port}): {}", desk.cluster.finish(&[]));
+}
+
+#[test]
+fn a_backup_is_made_fetched_and_brought_back() {
+    let _alone = alone();
+    let desk = Desk::new();
+    desk.there(&["tags", "add", "before"]).expect(0, "before is there");
+    let made = desk.there(&["backup", "create", "mine"]).expect(0, "mine-");
+    let id = made.out.split(':').next().unwrap().to_owned();
+    desk.there(&["tags", "add", "after"]).expect(0, "after is there");
+    let renamed = id.replacen("mine-", "ours-", 1);
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().to_str().unwrap();
+    for (args, code, text) in [
+        (&["backup", "create", "../mine"][..], 75, "not done: "),
+        (&["backup", "verify", &id], 0, &id),
+        (&["backup", "verify", "no-such-0.1.0-1.tar.gz"], 75, "not done: "),
+        (&["backup", "rename", &id, "ours"], 0, &renamed),
+        (&["backup", "list", "--json"], 0, &renamed),
+        (&["backup", "list"], 0, "automatic backups: off"),
+    ] {
+        desk.there(args).expect(code, text);
+    }
+    // The backups are those of a host: the PRIMARY's are the same from both sides.
+    let list = |said: Said| said.expect(0, "").json()["backups"].clone();
+    assert_eq!(list(desk.here(&["backup", "list", "--json"])), list(desk.there(&["backup", "list", "--json"])));
+    desk.there(&["backup", "download", &renamed, "--to", to]).expect(0, &renamed);
+    desk.there(&["backup", "download", &renamed, "--to", to]).expect(74, "exists");
+    let file = folder.path().join(&renamed);
+    assert!(std::fs::metadata(&file).unwrap().len() > 1000);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left over");
+    // On the host, at the terminal: the list, the selection, the question.
+    let primary = desk.cluster.node(desk.cluster.primary());
+    let data = primary.data.to_str().unwrap().to_owned();
+    let command = [TWISTCLI, "restore", "--data-recovery-folder", to, "--data", &data];
+    let mut terminal = Terminal::run(&command, &[]);
+    terminal.wait_for("0: ours  ");
+    terminal.wait_for("Which one (a number)? ");
+    terminal.type_line("0");
+    terminal.wait_for("restore it? [y/N] ");
+    terminal.type_line("y");
+    let (code, seen) = terminal.wait_end();
+    assert_eq!(code, 0, "{seen}");
+    let tags = desk.there(&["tags", "list"]).expect(0, "before");
+    assert!(!tags.out.contains("after"), "{}", tags.out);
+    desk.there(&["backup", "delete", &renamed, "--yes"]).expect(0, "is deleted");
+    println!("backups: {}", desk.cluster.finish(&[]));
 }
 
 /// A status that is asked for again and again.

@@ -1,0 +1,327 @@
+//! `twistcli backup`: what is kept of the database, made, checked, fetched and deleted. Each step belongs to the daemon. Must
+//! never overwrite a file of the administrator's.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use clap::Subcommand;
+use indicatif::{ProgressBar, ProgressStyle};
+use ureq::http::Method;
+
+use super::{
+    args::DONE_OR_REFUSED,
+    columns::{self, Cell, Paint, print_json},
+    door::Door,
+    operate::watched,
+    remote::{Remote, segment},
+    stop::{EX_FOUND, EX_IOERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop, confirm},
+    table::{date, duration, size},
+    target::Target,
+};
+use crate::{
+    backup::{Backup, BackupState, Outcome, Started},
+    control::Operation,
+    https,
+};
+
+const CREATE_HELP: &str = "\
+The backup is made of the copy that the asked host has: this host's without --address, the PRIMARY's with it. It is
+opened and checked before it counts as good. Replication goes on meanwhile.
+
+Exit code: 0 done, 1 it is not good, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
+
+Examples:
+  twistcli backup create before-the-upgrade
+  twistcli backup create nightly --no-wait";
+
+const VERIFY_HELP: &str = "\
+Opens the backup and checks all of it: checksums, every page, and the database's own integrity check.
+
+Exit code: 0 it is good, 1 it is damaged, 64 wrong command line, 69 nobody answers, 75 refused,
+77 the login is refused.
+
+Examples:
+  twistcli backup verify before-the-upgrade-0.1.0-1793383200.tar.gz";
+
+const DOWNLOAD_HELP: &str = "\
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 74 the file cannot be written, 75 refused,
+77 the login is refused.
+
+Examples:
+  twistcli backup download before-the-upgrade-0.1.0-1793383200.tar.gz
+  twistcli backup download before-the-upgrade-0.1.0-1793383200.tar.gz --to /mnt/safe";
+
+/// Between two looks at something that is under way.
+const PACE: Duration = Duration::from_millis(250);
+/// Longest wait for the end of it.
+const LIMIT: Duration = Duration::from_secs(24 * 3600);
+
+/// Commands of `twistcli backup`.
+#[derive(Debug, Subcommand)]
+pub(super) enum Backups {
+    /// Make a backup now
+    #[command(after_help = CREATE_HELP)]
+    Create {
+        #[command(flatten)]
+        target: Target,
+        /// What it is called
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Return when it has begun
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// List the backups, the newest first, and how they are set up
+    #[command(after_help = DONE_OR_REFUSED)]
+    List {
+        #[command(flatten)]
+        target: Target,
+        /// Print backups and set-up as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Fetch a backup from the PRIMARY
+    #[command(after_help = DOWNLOAD_HELP)]
+    Download {
+        #[command(flatten)]
+        target: Target,
+        /// Its file name, as the list has it
+        #[arg(value_name = "BACKUP")]
+        id: String,
+        /// Folder, or name of the new file
+        #[arg(long, value_name = "PATH", default_value = ".")]
+        to: PathBuf,
+    },
+    /// Open a backup and check all of it
+    #[command(after_help = VERIFY_HELP)]
+    Verify {
+        #[command(flatten)]
+        target: Target,
+        /// Its file name, as the list has it
+        #[arg(value_name = "BACKUP")]
+        id: String,
+    },
+    /// Give a backup that you made another name
+    #[command(after_help = DONE_OR_REFUSED)]
+    Rename {
+        #[command(flatten)]
+        target: Target,
+        /// Its file name, as the list has it
+        #[arg(value_name = "BACKUP")]
+        id: String,
+        /// What it is called from now on
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+    /// Delete a backup
+    #[command(after_help = DONE_OR_REFUSED)]
+    Delete {
+        #[command(flatten)]
+        target: Target,
+        /// Its file name, as the list has it
+        #[arg(value_name = "BACKUP")]
+        id: String,
+        /// Do not ask; needed where standard input is no terminal
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+/// Carries a command out.
+///
+/// # Errors
+/// When nobody answers, or it is refused.
+pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
+    match command {
+        Backups::Create { target, name, no_wait } => {
+            let door = target.door()?;
+            let started: Started = door.operate(Operation::Backup { called: name.clone() })?;
+            if *no_wait {
+                return say(&format!("{} is being made. See: twistcli backup list", started.id));
+            }
+            follow(&door, &started)
+        }
+        Backups::List { target, json } => list(&target.door()?, *json, paint),
+        Backups::Download { target, id, to } => download(&target.door()?, id, to),
+        Backups::Verify { target, id } => {
+            let door = target.door()?;
+            let started: Started = door.operate(Operation::VerifyBackup { id: id.clone() })?;
+            follow(&door, &started)
+        }
+        Backups::Rename { target, id, name } => {
+            let renamed: Backup =
+                target.door()?.operate(Operation::RenameBackup { id: id.clone(), called: name.clone() })?;
+            say(&format!("It is {} now.", renamed.id))
+        }
+        Backups::Delete { target, id, yes } => {
+            let door = target.door()?;
+            confirm(&format!("Delete the backup {id} for good?"), *yes)?;
+            let () = door.operate(Operation::DeleteBackup { id: id.clone() })?;
+            say(&format!("{id} is deleted."))
+        }
+    }
+}
+
+fn say(text: &str) -> Result<(), Stop> {
+    writeln!(io::stdout(), "{}", columns::harmless(text))?;
+    Ok(())
+}
+
+fn list(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
+    let found: Vec<Backup> = door.operate(Operation::Backups {})?;
+    let state: BackupState = door.operate(Operation::BackupState {})?;
+    if json {
+        return print_json(&serde_json::json!({ "backups": found, "state": state }));
+    }
+    Ok(columns::print(&describe(&found, &state, paint))?)
+}
+
+fn describe(found: &[Backup], state: &BackupState, paint: Paint) -> String {
+    let row = |backup: &Backup| -> Vec<Cell> {
+        let kind = format!("{:?}", backup.kind).to_lowercase();
+        let locked = if backup.encrypted { "encrypted" } else { "" };
+        vec![backup.id.as_str().into(), kind.into(), date(backup.time).into(), size(backup.bytes).into(), locked.into()]
+    };
+    let rows: Vec<Vec<Cell>> = found.iter().map(row).collect();
+    let heads = [("BACKUP", false), ("KIND", false), ("MADE", false), ("SIZE", true), ("", false)];
+    let mut text = columns::table(&heads, &rows, paint);
+    let free = state.free.map_or_else(String::new, |free| format!(", {} free", size(free)));
+    text.push_str(&format!("\nfolder {}{free}\n", columns::harmless(&state.folder)));
+    let next = state.next.map_or_else(String::new, |next| format!(", the next one at {}", date(next)));
+    let automatic = if state.enabled { format!("on{next}") } else { "off".to_owned() };
+    text.push_str(&format!("automatic backups: {automatic}\n"));
+    if let Some(running) = &state.running {
+        let line = format!("under way: {} ({} of {})", running.step, size(running.done), size(running.total));
+        text.push_str(&format!("{}\n", columns::harmless(&line)));
+    }
+    if let Some(last) = &state.last {
+        let line = format!("{}: {}", last.id, last.text);
+        text.push_str(&format!("last: {} {}\n", paint.mark(last.ok), columns::harmless(&line)));
+    }
+    text
+}
+
+/// Waits for the end of something, with a progress bar where a person looks.
+///
+/// # Errors
+/// When it did not go well, or its end is not heard of.
+pub(super) fn follow(door: &Door, started: &Started) -> Result<(), Stop> {
+    let begun = Instant::now();
+    let bar = if watched() { ProgressBar::no_length() } else { ProgressBar::hidden() };
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
+        bar.set_style(style.progress_chars("##-"));
+    }
+    loop {
+        let state: BackupState = door.operate(Operation::BackupState {}).inspect_err(|_| bar.abandon())?;
+        let ended = state.last.filter(|last| last.number >= started.number);
+        if let Some(last) = ended {
+            bar.finish_and_clear();
+            return if last.number == started.number { outcome(&last) } else { lost(started) };
+        }
+        let Some(running) = state.running.filter(|running| running.number == started.number) else {
+            // Between the two, or the host that did it is not the one that answers now.
+            if begun.elapsed() > Duration::from_secs(5) {
+                bar.abandon();
+                return lost(started);
+            }
+            thread::sleep(PACE);
+            continue;
+        };
+        if begun.elapsed() > LIMIT {
+            bar.abandon();
+            return Err(Stop::tell(
+                EX_TEMPFAIL,
+                &format!("{}: not done within a day: see twistcli backup list", started.id),
+            ));
+        }
+        bar.set_length(running.total.max(1));
+        bar.set_position(running.done);
+        bar.set_message(columns::harmless(&format!(
+            "{}  {} of {}",
+            running.step,
+            size(running.done),
+            size(running.total)
+        )));
+        thread::sleep(PACE);
+    }
+}
+
+fn lost(started: &Started) -> Result<(), Stop> {
+    let text = format!("{}: its end was not heard of: see twistcli backup list", started.id);
+    Err(Stop::tell(EX_UNAVAILABLE, &text))
+}
+
+fn outcome(last: &Outcome) -> Result<(), Stop> {
+    let text = columns::harmless(&format!("{}: {} ({})", last.id, last.text, duration(last.ms)));
+    if last.ok { say(&text) } else { Err(Stop::tell(EX_FOUND, &text)) }
+}
+
+fn download(door: &Door, id: &str, to: &Path) -> Result<(), Stop> {
+    let Door::Remote(remote) = door else {
+        let why = "without --address the backups are files of this host: copy them from the folder that `twistcli backup list` names";
+        return Err(Stop::tell(EX_USAGE, why));
+    };
+    // Only a name: the server must not choose where this host writes.
+    if id.is_empty() || id.contains(['/', '\0']) || id == "." || id == ".." {
+        return Err(Stop::tell(EX_USAGE, &format!("{id:?} is no file name of a backup")));
+    }
+    let path = if to.is_dir() { to.join(id) } else { to.to_owned() };
+    let failed = |error: io::Error| Stop::tell(EX_IOERR, &format!("{}: {error}", path.display()));
+    if path.exists() {
+        return Err(failed(io::ErrorKind::AlreadyExists.into()));
+    }
+    // A half of a backup must not look like one. It has all of the Console's secrets.
+    let partial = path.with_added_extension("part");
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&partial).map_err(failed)?;
+    let fetched = fetch(remote, id, &mut file).and_then(|bytes| {
+        file.sync_all().and_then(|()| fs::hard_link(&partial, &path)).map_err(failed)?;
+        Ok(bytes)
+    });
+    // Linked or of no use.
+    let _ = fs::remove_file(&partial);
+    say(&format!("{}: {}", path.display(), size(fetched?)))
+}
+
+/// Copies a backup into a file. Returns its length.
+fn fetch(remote: &Remote, id: &str, file: &mut fs::File) -> Result<u64, Stop> {
+    let mut response = remote.download(&format!("backups/{}", segment(id)))?;
+    if !response.status().is_success() {
+        let status = response.status();
+        return Err(remote.refused(&Method::GET, status, &https::refusal(&mut response)));
+    }
+    let length = response.body().content_length();
+    let bar = match length {
+        Some(length) if watched() => ProgressBar::new(length),
+        _ => ProgressBar::hidden(),
+    };
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {bytes} of {total_bytes}, {eta} left") {
+        bar.set_style(style.progress_chars("##-"));
+    }
+    let mut reader = bar.wrap_read(response.body_mut().as_reader());
+    let mut chunk = vec![0; 256 << 10];
+    let mut total = 0;
+    loop {
+        let count = reader.read(&mut chunk).map_err(|error| {
+            Stop::tell(EX_UNAVAILABLE, &format!("{}: the download broke off: {error}", remote.first()))
+        })?;
+        if count == 0 {
+            break;
+        }
+        file.write_all(&chunk[..count]).map_err(|error| Stop::tell(EX_IOERR, &format!("write the backup: {error}")))?;
+        total += count as u64;
+    }
+    bar.finish_and_clear();
+    match length {
+        Some(length) if length != total => Err(Stop::tell(
+            EX_UNAVAILABLE,
+            &format!("{}: the download broke off after {}", remote.first(), size(total)),
+        )),
+        _ => Ok(total),
+    }
+}

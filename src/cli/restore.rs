@@ -1,0 +1,140 @@
+//! `twistcli restore`: brings a backup back into the whole cluster, on the host that is PRIMARY. Shows what there is, asks which
+//! one, and says what is lost. Everything else belongs to the daemon.
+
+use std::{
+    fs,
+    io::{self, IsTerminal},
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+
+use super::{
+    backup::follow,
+    columns,
+    daemon::command,
+    door::Door,
+    stop::{EX_NOINPUT, EX_USAGE, Stop, ask, confirm},
+    table::date,
+    target::Target,
+};
+use crate::{
+    backup::{BackupId, BackupState, Started},
+    control::Operation,
+};
+
+/// The help of `twistcli restore`.
+pub(super) const HELP: &str = "\
+Runs on the PRIMARY's host. The Console is closed, the whole database is replaced by that of the backup, on all
+members, and the Console is opened again. All that was written since the backup was made is lost, and everybody has
+to log in again. The backup must have been made by the very same version. It is checked before anything is changed.
+
+Without a file, the backups of the folder are listed and one is asked for.
+
+Exit code: 0 done, 1 it did not go well, 64 wrong command line, 66 there is no such backup, 69 nobody answers,
+75 refused or not confirmed.
+
+Examples:
+  sudo twistcli restore
+  sudo twistcli restore --data-recovery-folder /mnt/safe
+  sudo twistcli restore /mnt/safe/daily-0.1.0-1793383200.tar.gz --stop-console --yes";
+
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    #[command(flatten)]
+    target: Target,
+    /// A backup, or a folder of backups [default: the folder of this host's backups]
+    #[arg(value_name = "PATH")]
+    path: Option<PathBuf>,
+    /// A folder of backups
+    #[arg(long, value_name = "DIR", conflicts_with = "path")]
+    data_recovery_folder: Option<PathBuf>,
+    /// Close the Console for it; asked for otherwise
+    #[arg(long)]
+    stop_console: bool,
+    /// Do not ask; needed where standard input is no terminal
+    #[arg(long, short)]
+    yes: bool,
+}
+
+/// A backup in a folder.
+#[derive(Debug, PartialEq, Eq)]
+struct Found {
+    path: PathBuf,
+    id: BackupId,
+}
+
+/// Restores.
+///
+/// # Errors
+/// When nobody answers, it is refused, or nobody confirms.
+pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
+    let door = target_here(&args.target)?;
+    let named = args.path.as_ref().or(args.data_recovery_folder.as_ref());
+    let path = match named {
+        Some(path) if path.is_file() => path.clone(),
+        Some(folder) => choose(folder)?,
+        None => {
+            let state: BackupState = door.operate(Operation::BackupState {})?;
+            choose(Path::new(&state.folder))?
+        }
+    };
+    let unreadable = |error: io::Error| Stop::tell(EX_NOINPUT, &format!("{}: {error}", path.display()));
+    let file = fs::canonicalize(&path).map_err(unreadable)?;
+    let operation = Operation::Restore { file: file.clone(), stop_console: true };
+    let status = door.primary(&command(&operation))?;
+    eprintln!(
+        "{} replaces the whole database of {}.\nAll that was written since it was made is lost. The Console is closed meanwhile, \
+         and everybody has to log in again.",
+        columns::harmless(&file.display().to_string()),
+        status.members.iter().map(|member| member.name.as_str()).collect::<Vec<_>>().join(", ")
+    );
+    if !args.stop_console && args.yes {
+        return Err(Stop::tell(EX_USAGE, "the Console is closed for a restore: say --stop-console, too"));
+    }
+    confirm("Close the Console and restore it?", args.yes)?;
+    let started: Started = door.operate(operation)?;
+    follow(&door, &started)
+}
+
+/// Only on a host of the cluster: the file is there, and so is whoever may do this.
+fn target_here(target: &Target) -> Result<Door, Stop> {
+    match target.door()? {
+        Door::Remote(_) => {
+            let why = "a restore is made on the PRIMARY's host, without --address (and without TWISTLOCK_ADDRESS)";
+            Err(Stop::tell(EX_USAGE, why))
+        }
+        door => Ok(door),
+    }
+}
+
+/// Lists the backups of a folder and asks for one.
+fn choose(folder: &Path) -> Result<PathBuf, Stop> {
+    let found = backups(folder).map_err(|error| Stop::tell(EX_NOINPUT, &format!("{}: {error}", folder.display())))?;
+    if found.is_empty() {
+        return Err(Stop::tell(EX_NOINPUT, &format!("{}: there are no backups in it", folder.display())));
+    }
+    let width = found.iter().map(|one| one.id.name.chars().count()).max().unwrap_or(0);
+    for (number, one) in found.iter().enumerate() {
+        let name = columns::harmless(&one.id.name);
+        eprintln!("{number}: {name:width$}  {}  {}", columns::harmless(&one.id.version), date(one.id.time));
+    }
+    if !io::stdin().is_terminal() {
+        return Err(Stop::tell(EX_USAGE, "standard input is no terminal: name the file of the backup"));
+    }
+    let answer = ask("Which one (a number)?")?;
+    let chosen = answer.parse::<usize>().ok().and_then(|number| found.get(number));
+    chosen.map(|one| one.path.clone()).ok_or_else(|| Stop::refuse(&format!("{answer:?} is none of the numbers")))
+}
+
+/// The backups of a folder, the newest first.
+fn backups(folder: &Path) -> io::Result<Vec<Found>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| BackupId::read(name).ok());
+        found.extend(id.map(|id| Found { path, id }));
+    }
+    found.sort_by(|a, b| b.id.time.cmp(&a.id.time).then_with(|| a.path.cmp(&b.path)));
+    Ok(found)
+}

@@ -1,0 +1,150 @@
+//! A rolling upgrade with two real builds: this one, and one that is a version and a feature level ahead.
+
+use std::{
+    fs, io,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use nix::sys::signal::Signal;
+use twistlock_ha::{
+    admin::SwitchoverReport,
+    cluster::{FEATURE_LEVEL, PROGRAM_VERSION, Role},
+    control::{self, Operation},
+    node::Status,
+};
+
+use super::{
+    WRITERS, alone,
+    cluster::{Cluster, LIMIT},
+    sampler::Sampler,
+    writers::Writers,
+};
+
+const NEXT_LEVEL: u32 = FEATURE_LEVEL + 1;
+
+/// Builds the daemon that is ahead. What both builds have in common is taken from where cargo keeps it already.
+fn next_program() -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    let next = target.join("next-version");
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--offline", "--locked", "--quiet", "--bin", "twistlockd", "--features", "next-version"])
+        .arg("--target-dir")
+        .arg(&next)
+        .env("CARGO_BUILD_BUILD_DIR", target)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .status()
+        .unwrap();
+    assert!(status.success(), "the next version cannot be built");
+    next.join("debug/twistlockd")
+}
+
+/// Puts another program on a host, or takes it away again, and restarts the daemon as a package's upgrade does.
+fn install(cluster: &Cluster, node: usize, program: Option<&Path>) {
+    let place = cluster.config_path(node).with_file_name("twistlockd");
+    match fs::remove_file(&place) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => panic!("{error}"),
+        _ => {}
+    }
+    if let Some(program) = program {
+        symlink(program, &place).unwrap();
+    }
+    let before = cluster.node(node).pid;
+    if before.is_some() {
+        cluster.signal(node, Signal::SIGTERM);
+    }
+    cluster.wait_for("the daemon starts again", |_| {
+        let now = cluster.node(node).pid;
+        now.is_some() && now != before
+    });
+}
+
+fn levels(statuses: &[Option<Status>]) -> Vec<u32> {
+    statuses.iter().flatten().map(|status| status.membership.level).collect()
+}
+
+fn hand_over(cluster: &Cluster, to: usize) {
+    let operation = Operation::Switchover { to: Some(cluster.node(to).name), dry_run: false };
+    let ask = || {
+        let primary = cluster.node(cluster.primary()).control;
+        control::operate::<SwitchoverReport>(&primary, operation.clone(), LIMIT)
+    };
+    // The primary may not have heard yet that the other one is SECONDARY: it says so.
+    cluster.wait_for("the switchover is taken", |_| ask().is_ok());
+    cluster
+        .wait_for("it is PRIMARY", |statuses| statuses[to].as_ref().is_some_and(|status| status.role == Role::Primary));
+    cluster.wait_healthy();
+}
+
+/// Every order of old and new serves until the last one is new; nothing is lost; after that the old program is kept out.
+#[test]
+fn a_rolling_upgrade_under_load() {
+    let _alone = alone();
+    let next = next_program();
+    let cluster = Cluster::start();
+    let (sampler, writers) = (Sampler::start(cluster.port_offset), Writers::start(&cluster.file(), WRITERS));
+    let begin = Instant::now();
+    let first = cluster.primary();
+    let (second, third) = ((first + 1) % 3, (first + 2) % 3);
+    let same = |level| vec![level; 3];
+    // There and back again, and there for good.
+    for program in [Some(next.as_path()), None, Some(&next)] {
+        install(&cluster, second, program);
+        cluster.wait_healthy();
+        assert_eq!(levels(&cluster.statuses()), same(FEATURE_LEVEL));
+    }
+    // The newer program serves a cluster of the older level, and the older one takes over from it.
+    hand_over(&cluster, second);
+    let shown = cluster.statuses()[first].clone().unwrap();
+    let versions: Vec<&str> = shown.members.iter().map(|member| member.version.as_str()).collect();
+    assert_eq!(versions.iter().filter(|version| **version == PROGRAM_VERSION).count(), 2, "{versions:?}");
+    hand_over(&cluster, first);
+    install(&cluster, third, Some(&next));
+    cluster.wait_healthy();
+    assert_eq!(levels(&cluster.statuses()), same(FEATURE_LEVEL));
+    install(&cluster, first, Some(&next));
+    let last = Instant::now();
+    cluster.wait_for("the next level", |statuses| levels(statuses) == same(NEXT_LEVEL));
+    println!("  the level rose {} ms after the last program was exchanged", last.elapsed().as_millis());
+    cluster.wait_healthy();
+    kept_out(&cluster, &writers, &next);
+    let (written, sampled) = (writers.verify(), sampler.verify());
+    println!("rolling upgrade: {} s\n  {written}\n  {sampled}", begin.elapsed().as_secs());
+    println!("  {}", cluster.finish(&["feature level"]));
+}
+
+/// A host that goes back to the older program: its daemon does not start; if it does not know of the new level, because it was
+/// away, nobody links with it.
+fn kept_out(cluster: &Cluster, writers: &Writers, next: &Path) {
+    let back = (cluster.primary() + 1) % 3;
+    let refusal =
+        format!("has feature level {FEATURE_LEVEL}, but the cluster runs level {NEXT_LEVEL}: install version");
+    let said = |cluster: &Cluster| {
+        cluster
+            .log(back)
+            .matches(&format!("cannot start: this host runs version {PROGRAM_VERSION}, which {refusal}"))
+            .count()
+    };
+    install(cluster, back, None);
+    cluster.wait_for("it does not start", |_| said(cluster) > 0);
+    let file = cluster.node(back).data.join("membership.json");
+    let known = fs::read_to_string(&file).unwrap();
+    let stale = known.replace(&format!("\"level\": {NEXT_LEVEL}"), &format!("\"level\": {FEATURE_LEVEL}"));
+    assert_ne!(known, stale);
+    fs::write(&file, stale).unwrap();
+    cluster.wait_for("it shows why nobody links with it", |statuses| {
+        let warnings = statuses[back].as_ref().map(|status| status.warnings.clone()).unwrap_or_default();
+        warnings.iter().any(|warning| warning.contains(&refusal))
+    });
+    let refused = (0..3).filter(|node| *node != back).any(|node| {
+        cluster.log(node).lines().any(|line| line.contains("refused a link of this node") && line.contains(&refusal))
+    });
+    assert!(refused, "the others say so, too");
+    writers.wait_success(Instant::now(), |node| node != back).expect("a write without it");
+    fs::write(&file, known).unwrap();
+    install(cluster, back, Some(next));
+    cluster.wait_healthy();
+    assert_eq!(levels(&cluster.statuses()), vec![NEXT_LEVEL; 3]);
+}
