@@ -416,11 +416,10 @@ mod tests {
         assert_eq!((source, same), (CertificateSource::Upload, true), "it goes on with what it has");
         let mut keys = ClusterKeys::load(&tls.certificates).unwrap();
         keys.keep_next(&tls.certificates, next).unwrap();
-        for _ in 0..2 {
-            assert_eq!(shown(&mut tls, &membership), good);
-            // A node that starts has nothing but its files.
-            assert_eq!(shown(&mut open(dir.path(), &membership), &membership), good);
-            keys.use_next(&tls.certificates).unwrap();
-        }
+        assert_eq!(shown(&mut tls, &membership), good);
+        keys.use_next(&tls.certificates).unwrap();
+        assert_eq!(shown(&mut tls, &membership), good);
+        // A node that starts has nothing but its files.
+        assert_eq!(shown(&mut open(dir.path(), &membership), &membership), good);
     }
 }
