@@ -7,12 +7,9 @@ use std::{
 
 use raft::eraftpb::{EntryType, Message};
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
-use twistlock_ha::cluster::{
-    Cause, Change, Cluster, ClusterId, Configured, Member, Membership, Newcomer, Output, Phase, Start, Timing,
-    Transition, membership::Request,
-};
+use twistlock_ha::cluster::{Cause, Change, Cluster, Configured, Newcomer, Output, Phase, Start, Timing, Transition};
 
-use super::node::{Event, MILLI, NEW, Node, OLD, Summary, Waiting, membership, request};
+use super::node::{Event, MILLI, NEW, Node, OLD, Summary, Waiting, request};
 
 pub struct World {
     timing: Timing,
