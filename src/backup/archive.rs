@@ -339,9 +339,10 @@ pub(super) mod tests {
             let mut bad = good.clone();
             bad[at] ^= 0x10;
             std::fs::write(&path, &bad).unwrap();
-            // Bytes 3 to 9 of a gzip file tell time and system, and the bits after the last block, before the 8 bytes at the end,
-            // mean nothing: they are nobody's business.
-            assert!((3..10).contains(&at) || at + 9 == good.len() || load(&path, None).is_err(), "byte {at}");
+            // Not every bit of a gzip file means something: bytes 3 to 9 tell time and system, and of a periodic text one distance is
+            // as good as another. What is read is right, or nothing is.
+            let right = |(found, read): (Manifest, Vec<u8>)| found == manifest && read == image;
+            assert!(load(&path, None).map_or(true, right), "byte {at}");
             std::fs::write(&path, &good[..at]).unwrap();
             assert!(load(&path, None).is_err(), "{at} bytes");
         }
