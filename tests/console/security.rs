@@ -218,8 +218,10 @@ fn heads_are_limited_in_size_number_and_time() {
     // The reset may overtake the answer.
     assert!(large.is_empty() || large.starts_with("HTTP/1.1 431"), "{large}");
     assert!(with(&"A: b\r\n".repeat(100)).starts_with("HTTP/1.1 431"));
-    assert!(with("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n").starts_with("HTTP/1.1 400"));
-    assert!(raw(&node, b"\x16\x03\x01\x02\x00\x01").starts_with("HTTP/1.1 400"));
+    // What a proxy in between and we would read differently.
+    assert!(with("Content-Length: 5\r\nContent-Length: 6\r\n").starts_with("HTTP/1.1 400"));
+    let tls = raw(&node, b"\x16\x03\x01\x02\x00\x01");
+    assert!(tls.is_empty() || tls.starts_with("HTTP/1.1 400"), "{tls}");
     // One byte at a time is not enough either: the limit is for the whole head.
     let begin = Instant::now();
     let mut slow = TcpStream::connect((node.address, HTTP)).unwrap();
