@@ -85,6 +85,12 @@ fn every_node_says_what_it_is() {
     let cluster = start();
     let primary = cluster.primary();
     let other = (primary + 1) % 3;
+    // The role comes first, then the ports.
+    let deadline = Instant::now() + LIMIT;
+    while code(&cluster, primary, "/") != 200 {
+        assert!(Instant::now() < deadline, "the primary does not serve");
+        poll_pause();
+    }
     for (path, on_primary, on_secondary) in [
         ("/", 200, 503),
         ("/primary", 200, 503),
