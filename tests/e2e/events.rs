@@ -1,7 +1,7 @@
 //! What a takeover leaves behind: events with their reason and duration, on the node that took over and, through another
 //! takeover, in the replicated history.
 
-use std::time::Duration;
+use std::{cell::RefCell, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use nix::sys::signal::Signal;
@@ -32,10 +32,15 @@ impl Api {
     }
 
     pub fn get(&self, node: usize, path: &str) -> (u16, Value) {
+        self.try_get(node, path).expect("the PRIMARY answers")
+    }
+
+    /// None while its ports are closed: the role comes a moment before them.
+    fn try_get(&self, node: usize, path: &str) -> Option<(u16, Value)> {
         let client = client(&self.file.ca, Duration::from_secs(5));
         let call = client.get(format!("{}/api/v1/{path}", self.file.nodes[node].console_url));
-        let mut answer = call.header("authorization", &self.authorization).call().expect("the PRIMARY answers");
-        (answer.status().as_u16(), answer.body_mut().read_json().expect("JSON"))
+        let mut answer = call.header("authorization", &self.authorization).call().ok()?;
+        Some((answer.status().as_u16(), answer.body_mut().read_json().expect("JSON")))
     }
 
     pub fn post(&self, node: usize, path: &str, body: &Value) -> (u16, String) {
@@ -49,13 +54,18 @@ impl Api {
     /// Waits until the history has so many takeovers from another node, and returns them, newest first.
     fn wait_takeovers(&self, cluster: &Cluster, count: usize) -> Vec<Event> {
         let read = || {
-            let (status, value) = self.get(cluster.primary(), "high-availability/events?kind=takeover&limit=400");
+            let path = "high-availability/events?kind=takeover&limit=400";
+            let Some((status, value)) = self.try_get(cluster.primary(), path) else { return Vec::new() };
             assert_eq!(status, 200, "{value}");
             let events: Vec<Event> = serde_json::from_value(value).expect("events");
             events.into_iter().filter(|event| event.fields.contains_key("from")).collect::<Vec<_>>()
         };
-        cluster.wait_for("takeovers in the history", |_| read().len() >= count);
-        read()
+        let found = RefCell::new(Vec::new());
+        cluster.wait_for("takeovers in the history", |_| {
+            found.replace(read());
+            found.borrow().len() >= count
+        });
+        found.into_inner()
     }
 }
 
