@@ -181,10 +181,14 @@ fn lists_are_read_and_changed_from_anywhere() {
         (&["tags", "delete", "../x?"], 0, "is deleted"),
         (&["audits", "--limit", "20"], 0, "user 'a/b ü'"),
         (&["logs", "--lines", "20"], 0, "INFO"),
-        (&["ha", "events", "--kind", "takeover"], 0, "takeover"),
     ] {
         desk.there(args).expect(code, text);
     }
+    // The history is written a moment after what it tells.
+    let history = || desk.there(&["ha", "events", "--kind", "takeover"]).expect(0, "WHAT HAPPENED").out;
+    desk.cluster.wait_for("the takeover in the history", |_| {
+        history().contains("took over") || history().contains("is PRIMARY")
+    });
     // On a host of the cluster: its daemon knows where the Consoles are.
     let config = desk.cluster.config_path((desk.cluster.primary() + 1) % 3);
     let mut command = desk.command(&["users", "list", "--config", config.to_str().unwrap()]);
