@@ -137,7 +137,12 @@ fn kill_9_of_the_primary() {
 fn sigterm_of_the_primary() {
     let _alone = alone();
     let fault = Fault { name: "SIGTERM", rounds: rounds(5), expected: &[], by_lease: false };
-    repeat(&fault, |_, _, _| (), send(Signal::SIGTERM), |_, _, ()| {});
+    let process = |cluster: &Cluster, primary: usize, _: &str| cluster.node(primary).pid;
+    // Until it has ended it answers as a SECONDARY: the next round must not take it for one.
+    let again = |cluster: &Cluster, node: usize, before: Option<u32>| {
+        cluster.wait_for("a new process", |_| cluster.node(node).pid.is_some_and(|pid| Some(pid) != before));
+    };
+    repeat(&fault, process, |cluster, primary, _| cluster.signal(primary, Signal::SIGTERM), again);
 }
 
 /// Planned: the ports are drained, the last transaction is replicated, then the role goes over.

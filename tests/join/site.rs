@@ -109,18 +109,19 @@ impl Site {
             let members: Vec<_> = all.iter().filter(|status| status.role != Role::Removed).collect();
             (count(Role::Primary), count(Role::Secondary)) == (1, 2) && members.into_iter().all(whole)
         });
-        let (mut there, mut files) = (Vec::new(), Vec::new());
-        for host in self.hosts() {
-            match host.role() {
-                Some(Role::Primary) => there = host.tags(),
-                Some(Role::Secondary) => files.push((&host.name, host.file_tags())),
-                _ => {}
+        let mut there = Vec::new();
+        // What a host says of itself may be older than the last write.
+        wait_until("the same tags on all", || {
+            let mut files = Vec::new();
+            for host in self.hosts() {
+                match host.role() {
+                    Some(Role::Primary) => there = host.tags(),
+                    Some(Role::Secondary) => files.push(host.file_tags()),
+                    _ => {}
+                }
             }
-        }
-        assert_eq!(files.len(), 2);
-        for (name, tags) in files {
-            assert_eq!(tags, there, "{name}");
-        }
+            files.len() == 2 && files.iter().all(|tags| *tags == there)
+        });
         there
     }
 }
