@@ -224,10 +224,15 @@ fn remove(target: &Target, yes: bool) -> Result<(), Stop> {
 }
 
 fn ca(target: &Target) -> Result<(), Stop> {
-    let places = target.addresses()?;
-    let (claimed, whence) = match places.first() {
-        Some(_) if target.is_local() => (own(target)?, None),
-        Some(place) => (untrusted::authority(place)?, Some(place)),
+    let places = if target.is_local() { Vec::new() } else { target.addresses()? };
+    let (claimed, whence) = match places.split_last() {
+        // Only the PRIMARY's answers; what the last one says stands for all.
+        Some((last, others)) => {
+            let found = others.iter().find_map(|place| Some((untrusted::authority(place).ok()?, place)));
+            let (claimed, place) =
+                found.map_or_else(|| untrusted::authority(last).map(|claimed| (claimed, last)), Ok)?;
+            (claimed, Some(place))
+        }
         None => (own(target)?, None),
     };
     columns::print(&claimed.pem)?;
