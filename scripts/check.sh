@@ -126,7 +126,6 @@ if [ "$quick" = false ]; then
     schemathesis
     step "cargo test"
     cargo test --locked
-    cargo build --locked --bins --quiet
     step "installation on three hosts"
     install_on_hosts
     step "installation on three hosts with systemd"

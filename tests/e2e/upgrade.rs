@@ -29,8 +29,12 @@ const NEXT_LEVEL: u32 = FEATURE_LEVEL + 1;
 fn next_program() -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let next = target.join("next-version");
+    // With a test among the targets cargo chooses the features of the dependencies as it does for this test, and need not
+    // build them again.
+    let targets = ["--bin", "twistlockd", "--test", "tidy"];
     let status = Command::new(env!("CARGO"))
-        .args(["build", "--offline", "--locked", "--quiet", "--bin", "twistlockd", "--features", "next-version"])
+        .args(["build", "--offline", "--locked", "--quiet", "--features", "next-version"])
+        .args(targets)
         .arg("--target-dir")
         .arg(&next)
         .env("CARGO_BUILD_BUILD_DIR", target)
