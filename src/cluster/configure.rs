@@ -45,9 +45,14 @@ impl<S: Storage> Cluster<S> {
         self.observe(now);
     }
 
+    /// True while nobody takes over: then the role is not handed over either.
+    pub fn is_takeover_paused(&self, now: u64) -> bool {
+        now < self.paused_until && self.membership.pause.is_some()
+    }
+
     pub(super) fn is_paused(&self, now: u64) -> bool {
         let other = |pause: &membership::Pause| pause.primary != self.node;
-        now < self.paused_until && self.membership.pause.as_ref().is_some_and(other)
+        self.is_takeover_paused(now) && self.membership.pause.as_ref().is_some_and(other)
     }
 
     /// True for a leader's message that says: this node lacks entries that the raft log does not have any more.

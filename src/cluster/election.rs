@@ -207,8 +207,8 @@ impl<S: Storage> Election<S> {
         self.raw.raft.become_follower(term, INVALID_ID);
     }
 
-    /// Starts to hand leadership to `to`, or else to the most advanced voter that has answered lately. Returns it.
-    pub fn transfer(&mut self, to: Option<NodeId>) -> Option<NodeId> {
+    /// Starts to hand leadership to `to`, or else to the most advanced voter but `not` that has answered lately.
+    pub fn transfer(&mut self, to: Option<NodeId>, not: Option<NodeId>) {
         let me = self.raw.raft.id;
         let voters = self.conf().voters;
         let best = self
@@ -217,11 +217,17 @@ impl<S: Storage> Election<S> {
             .prs()
             .iter()
             .filter(|(id, progress)| **id != me && progress.recent_active && voters.contains(id))
-            .filter(|(id, _)| to.is_none_or(|to| to == **id))
+            .filter(|(id, _)| to.is_none_or(|to| to == **id) && not != Some(**id))
             .max_by_key(|(id, progress)| (progress.matched, std::cmp::Reverse(**id)))
-            .map(|(id, _)| *id)?;
-        self.raw.transfer_leader(best);
-        Some(best)
+            .map(|(id, _)| *id);
+        if let Some(best) = best {
+            self.raw.transfer_leader(best);
+        }
+    }
+
+    /// The member that has got the order to campaign, or gets it as soon as it has all entries.
+    pub fn transferee(&self) -> Option<NodeId> {
+        self.raw.raft.lead_transferee
     }
 
     /// Tells raft that messages to this member may be lost, so that it probes before it streams.

@@ -166,7 +166,8 @@ pub struct Cluster<S: Storage> {
 #[derive(Clone, Copy, Debug)]
 struct Handover {
     until: u64,
-    transferring: bool,
+    /// When another member gets the order, if the one that has got it has not campaigned by then.
+    other: u64,
     to: Option<NodeId>,
 }
 
@@ -394,9 +395,8 @@ impl<S: Storage> Cluster<S> {
     /// It goes to `to`, or else to the member that has most. Does nothing while takeover is paused: nobody would take it.
     pub fn hand_over(&mut self, now: u64, to: Option<NodeId>) {
         self.observe(now);
-        let paused = now < self.paused_until && self.membership.pause.is_some();
-        if matches!(self.phase, Phase::Promoting | Phase::Primary) && !paused {
-            self.handover = Some(Handover { until: now + self.timing.handover, transferring: false, to });
+        if matches!(self.phase, Phase::Promoting | Phase::Primary) && !self.is_takeover_paused(now) {
+            self.handover = Some(Handover { until: now + self.timing.handover, other: u64::MAX, to });
             self.enter(Cause::Handover);
         }
     }
@@ -534,7 +534,7 @@ impl<S: Storage> Cluster<S> {
             self.election.forget_leader();
         }
         if self.phase == Phase::Secondary && self.election.is_leader() {
-            self.lead();
+            self.lead(now);
         }
         if self.phase == Phase::Promoting && self.confirmed < self.epoch() && self.election.committed_in_term() {
             // The takeover waits for this round: it must not wait for a tick, too.
@@ -558,7 +558,7 @@ impl<S: Storage> Cluster<S> {
     }
 
     /// A leader without ports: new in this epoch, or on its way out of the role.
-    fn lead(&mut self) {
+    fn lead(&mut self, now: u64) {
         if self.served < self.epoch() {
             self.served = self.epoch();
             self.promote_sent = false;
@@ -567,9 +567,18 @@ impl<S: Storage> Cluster<S> {
             self.campaign = None;
             self.enter(Cause::ElectionWon);
         } else if let Some(handover) = &mut self.handover {
-            if !handover.transferring {
-                handover.transferring = true;
-                self.election.transfer(handover.to);
+            match self.election.transferee() {
+                // Again and again: raft may not know just now who answers, and it forgets an order that has taken long.
+                None => {
+                    handover.other = now + self.timing.handover / 3;
+                    self.election.transfer(handover.to, None);
+                }
+                // It could not serve well, or the order was lost.
+                Some(idle) if now >= handover.other => {
+                    handover.other = u64::MAX;
+                    self.election.transfer(None, Some(idle));
+                }
+                Some(_) => {}
             }
         } else {
             // An order to campaign from an aborted handover may still be under way: only a new epoch makes it harmless.

@@ -89,6 +89,25 @@ fn while_takeover_is_paused_nobody_takes_over() {
     }
 }
 
+/// A planned handover never waits for an election time-out: neither when raft has just forgotten who answers, as it does
+/// every 20 ticks, nor when the member that got the order could not serve well and stays where it is.
+#[test]
+fn a_handover_is_carried_out_whenever_it_is_asked_for() {
+    let mut longest = (0, 0);
+    for seed in 0..60 {
+        let mut world = World::new(seed, Timing::default());
+        world.heal();
+        world.run_until(CALM);
+        for round in 0..20 {
+            world.run_until(CALM + round * 1_037_000_000);
+            longest = longest.max((world.hand_over_primary(), seed));
+        }
+    }
+    let (longest, seed) = (longest.0 / 1_000_000, longest.1);
+    println!("the longest handover took {longest} ms (seed {seed})");
+    assert!(longest < 450, "seed {seed}: {longest} ms");
+}
+
 /// The checks can fail: a lease that outlives the voters' promise opens two nodes' ports, and that is found.
 #[test]
 fn a_lease_that_is_too_long_is_caught() {

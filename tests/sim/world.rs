@@ -260,6 +260,20 @@ impl World {
         at
     }
 
+    /// Hands the role over, and returns how long nobody's ports are open, in nanoseconds.
+    pub fn hand_over_primary(&mut self) -> u64 {
+        let at = self.primary().expect("somebody serves");
+        let now = self.nodes[at].clock(self.time);
+        self.nodes[at].open = false;
+        self.nodes[at].cluster.as_mut().expect("it serves").hand_over(now, None);
+        self.drive(at);
+        let begin = self.time;
+        while self.primary().is_none() && self.time < begin + 10_000 * MILLI {
+            self.step();
+        }
+        self.time - begin
+    }
+
     /// A node that could not serve is repaired, which takes a restart: it had given up on serving for good.
     fn repair(&mut self, at: usize) {
         if std::mem::take(&mut self.nodes[at].unfit) {
