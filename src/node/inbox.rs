@@ -124,6 +124,8 @@ pub(super) struct Proposer {
 
 impl Replicator for Proposer {
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError> {
+        // What room it needs is made on this thread, which may wait for a slow disk: the consensus loop asks again, and decides.
+        self.log.has_room([part.len()]);
         let (reply, answer) = sync_channel(1);
         let proposal = Proposal { epoch: self.epoch, part, last, reply };
         if !self.sender.try_send(Input::Propose(proposal)) {

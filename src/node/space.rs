@@ -53,10 +53,11 @@ impl Space {
         }
         let before = self.taken.len();
         self.taken.extend(message.entries.iter().map(|entry| entry.data.len() + entry.context.len()));
-        let fits = log.has_room(self.taken.iter().copied());
+        // Without a wait: heartbeats are answered while a slow disk makes room.
+        let fits = log.has_room_now(self.taken.iter().copied());
         if !fits {
             self.taken.truncate(before);
-            if !std::mem::replace(&mut self.dropped, true) {
+            if log.is_full() && !std::mem::replace(&mut self.dropped, true) {
                 warn!("the disk is full: this node takes no more entries into its raft log until there is space");
             }
         }
@@ -131,7 +132,7 @@ impl Driver {
     fn leave_role_to_others(&mut self, now: Instant) {
         let lasts = self.space.full.is_some_and(|since| now.duration_since(since) >= PATIENCE);
         let tried = self.space.given_up.is_some_and(|at| now.duration_since(at) < PAUSE);
-        let paused = self.cluster.membership().0.pause.is_some();
+        let paused = self.cluster.is_takeover_paused(boottime());
         let serves = self.cluster.phase() == Phase::Primary;
         if !serves || !lasts || tried || paused {
             return;

@@ -17,8 +17,32 @@ const VOTES: usize = 64 << 10;
 const HEAD: usize = 1024;
 
 impl RaftLog {
-    /// True if entries with payloads of these lengths can be appended. May make a segment, as the append itself would.
+    /// True if entries with payloads of these lengths can be appended. May make a segment, as the append itself would: whoever
+    /// must not wait for the disk lets another thread ask first, or uses [`Self::has_room_now`].
     pub fn has_room(&self, payloads: impl IntoIterator<Item = usize>) -> bool {
+        let shared = &self.core.shared;
+        let count = self.segments_for(payloads);
+        if count <= lock(&shared.supply).ready() {
+            return true;
+        }
+        // An error of another kind shows at the append, which knows what to do with it.
+        !self.is_full() && (shared.prepare(count).is_ok() || !self.is_full())
+    }
+
+    /// The same without any wait: false, too, while the helper still makes the segments that are needed.
+    pub fn has_room_now(&self, payloads: impl IntoIterator<Item = usize>) -> bool {
+        if self.core.helper.is_none() {
+            return self.has_room(payloads);
+        }
+        let fits = self.segments_for(payloads) <= lock(&self.core.shared.supply).ready();
+        if !fits && !self.is_full() {
+            self.retry();
+        }
+        fits
+    }
+
+    /// How many segments beyond the present one these payloads need.
+    fn segments_for(&self, payloads: impl IntoIterator<Item = usize>) -> usize {
         let shared = &self.core.shared;
         let reserve = RESERVE + VOTES.min(shared.segment_size / 16);
         let (mut offset, mut size) = {
@@ -33,11 +57,7 @@ impl RaftLog {
             }
             offset += length;
         }
-        if count <= lock(&shared.supply).ready() {
-            return true;
-        }
-        // An error of another kind shows at the append, which knows what to do with it.
-        !self.is_full() && (shared.prepare(count).is_ok() || !self.is_full())
+        count
     }
 
     /// True if the last attempt to make a segment found no space.
