@@ -202,7 +202,12 @@ async fn serve(service: Service, stream: LeasedStream, from: SocketAddr, shared:
     }
     // The settings of this instant: certificates are exchanged while connections go on.
     let tls = TlsAcceptor::from(Arc::clone(&shared.tls.borrow()));
-    let stream = tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await??;
+    let stream = tokio::select! {
+        biased;
+        // It has not asked for anything yet: a switchover need not wait for it.
+        () = shared.opening.reached(Phase::Draining) => return Ok(()),
+        stream = tokio::time::timeout(HANDSHAKE, tls.accept(stream)) => stream??,
+    };
     if service == Service::Defender {
         tracing::debug!("closed a connection to the Defender port: Defenders are not supported yet");
         return Ok(());
