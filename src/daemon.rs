@@ -115,7 +115,7 @@ fn live(path: &Path, config: &Config) -> Result<Exit> {
         return Ok(Exit::Stopped);
     }
     let exit = Parts::build(config)?.run(&signals)?;
-    Ok(if signals.stop_asked() { as_stopped(exit) } else { exit })
+    Ok(if signals.leave() { as_stopped(exit) } else { exit })
 }
 
 /// Becomes a new process of the same program, with the same number: whoever watches it sees nothing of it. Everything that is

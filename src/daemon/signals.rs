@@ -1,10 +1,17 @@
 //! The signals of the daemon, from its first moment to its last: none is lost between two phases of its life. Must never do
 //! more than tell, but for the level of the log.
 
-use std::{path::PathBuf, thread};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
 
 use anyhow::{Context, Result};
-use nix::sys::signal::{SigSet, Signal};
+use nix::{
+    sys::signal::{SigSet, Signal, kill},
+    unistd::Pid,
+};
 use tokio::sync::watch;
 use tracing::{Level, error, info};
 use twistlock_ha::{
@@ -16,6 +23,8 @@ use twistlock_ha::{
 #[derive(Clone)]
 pub(crate) struct Signals {
     stop: watch::Receiver<bool>,
+    /// Nobody here heeds signals any more: they are for the program that comes next in this process.
+    left: Arc<Mutex<bool>>,
 }
 
 impl Signals {
@@ -29,9 +38,19 @@ impl Signals {
         taken.extend([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
         taken.thread_block().context("block the signals")?;
         let (sender, stop) = watch::channel(false);
+        let left = Arc::new(Mutex::new(false));
+        let leaving = Arc::clone(&left);
         let wait = move || {
             loop {
-                match taken.wait() {
+                let signal = taken.wait();
+                // Held until the signal is told: see `leave`.
+                let left = leaving.lock().unwrap_or_else(PoisonError::into_inner);
+                match signal {
+                    // It stays pending, as it is blocked, beyond the beginning of another program.
+                    Ok(signal) if *left => {
+                        let _ = kill(Pid::this(), signal); // a process may always signal itself
+                        return;
+                    }
                     Ok(Signal::SIGHUP) => reload(&path, &running),
                     Ok(signal) => {
                         info!("{signal}: the role is handed over, then the node stops");
@@ -46,11 +65,14 @@ impl Signals {
             }
         };
         thread::Builder::new().name("signals".to_owned()).spawn(wait).context("start the thread for signals")?;
-        Ok(Self { stop })
+        Ok(Self { stop, left })
     }
 
-    /// True once SIGTERM or SIGINT has come.
-    pub(crate) fn stop_asked(&self) -> bool {
+    /// Leaves signals that come from now on to the program that begins in this process next. True if this one was asked to
+    /// stop before.
+    pub(crate) fn leave(&self) -> bool {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        *left = true;
         *self.stop.borrow()
     }
 
