@@ -338,7 +338,9 @@ impl Worker {
     /// Lets a scrub go on, when there is nothing more important to do.
     fn scrub(&mut self, goal: &Goal) {
         self.scrubbed = goal.scrubbed;
-        if self.broken || self.ended || self.behind(goal) || self.epoch != goal.epoch {
+        // A scrub of the PRIMARY's file begins with a checkpoint, which must not be while checkpoints are pinned.
+        let pinned = goal.pinned && self.epoch.is_some();
+        if self.broken || self.ended || pinned || self.behind(goal) || self.epoch != goal.epoch {
             return;
         }
         match self.scrub.turn(&mut self.database) {
@@ -528,11 +530,13 @@ impl Worker {
         // Behind again: others should rather be primary until the file is read and the raft log re-applied.
         self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
         self.report_demotion(goal);
-        match self.database.reopen() {
+        let stops = || lock(&self.shared).stop;
+        match self.database.reopen(&|| !stops()) {
             Ok(()) => {
                 let (index, ms) = (self.database.applied(), ms(start));
                 info!(index, closed_ms, ms, "database closed, raft log is re-applied from its checkpoint");
             }
+            Err(_) if stops() => info!(closed_ms, "database closed; the next start reads it again"),
             Err(error) => self.fatal(format!("go back to the checkpoint of the database: {error}")),
         }
     }
@@ -556,10 +560,10 @@ impl Worker {
         }
         self.snapshot_at = Some((self.database.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
         let bytes = self.database.wal_bytes();
-        // A large database takes longer to send.
-        let too_long = bytes >= HELD_WAL.max(4 * self.checkpoints.bytes).max(self.database.file_bytes());
+        // A large database takes longer to send. A full disk needs what a checkpoint gives back.
+        let too_long = self.full || bytes >= HELD_WAL.max(4 * self.checkpoints.bytes).max(self.database.file_bytes());
         if too_long {
-            warn!(bytes, "the -wal file has grown too long while a snapshot was read: the snapshot is begun again");
+            warn!(bytes, "the -wal file has grown too long while the database was read: whoever read it begins again");
         }
         !too_long
     }
@@ -660,7 +664,8 @@ impl Worker {
             self.demote(&goal);
         }
         let pinned = lock(&self.shared).pinned;
-        if self.epoch.is_none() && !self.broken && !self.database.is_empty() && !pinned {
+        let closed = self.epoch.is_some() || self.database.is_closed();
+        if !closed && !self.broken && !self.database.is_empty() && !pinned {
             self.checkpoint();
         } else if self.broken {
             warn!("the database is left as it is: it needs to be restored");

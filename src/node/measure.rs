@@ -28,6 +28,13 @@ impl Driver {
                 format!("{why}; this is the only member that can serve: bring another one up, it takes over then");
             return self.publisher.warn("scrub", Some(text));
         };
+        if self.cluster.is_takeover_paused(boottime()) {
+            error!(reason = why, "the database file of this PRIMARY is damaged, and takeover is paused");
+            let text = format!(
+                "{why}; takeover is paused: end the pause with `twistcli ha resume`, another member takes over then"
+            );
+            return self.publisher.warn("scrub", Some(text));
+        }
         error!(reason = why, to, "the database file of this PRIMARY is damaged: the role goes to another member");
         self.publisher.warn("scrub", None);
         self.publisher.diverged(why);

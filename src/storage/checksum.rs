@@ -52,12 +52,15 @@ impl PageTable {
     /// Reads the first `pages` pages of a file. What lies beyond the file's end counts as zeros.
     ///
     /// # Errors
-    /// Read errors of the file.
-    pub fn read(file: &File, page_size: u32, pages: u32) -> io::Result<Self> {
+    /// Read errors of the file; [`ErrorKind::Interrupted`] as soon as `go_on` is false.
+    pub fn read(file: &File, page_size: u32, pages: u32, go_on: &dyn Fn() -> bool) -> io::Result<Self> {
         let mut table = Self { page_size, pages: Vec::with_capacity(pages as usize), total: 0 };
         let mut chunk = vec![0; CHUNK];
         let mut number = 0;
         while number < pages {
+            if !go_on() {
+                return Err(ErrorKind::Interrupted.into());
+            }
             let count = (pages - number).min((CHUNK / page_size as usize) as u32);
             let bytes = &mut chunk[..count as usize * page_size as usize];
             read_or_zero(file, bytes, u64::from(number) * u64::from(page_size))?;
@@ -216,6 +219,6 @@ mod tests {
         let mut table = PageTable::empty(512);
         table.resize(4);
         table.set(2, page_checksum(2, &[3; 512]));
-        assert_eq!(PageTable::read(&file, 512, 4).unwrap().checksum(), table.checksum());
+        assert_eq!(PageTable::read(&file, 512, 4, &|| true).unwrap().checksum(), table.checksum());
     }
 }

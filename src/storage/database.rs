@@ -215,7 +215,7 @@ impl Database {
         let file = options.read(true).write(true).create(true).truncate(false).open(&path);
         let file = Arc::new(file.map_err(|source| io_error("open", &path, source))?);
         sync_folder(&path).map_err(|source| io_error("sync the folder of", &path, source))?;
-        let replica = Replica::at(Arc::clone(&file), id, &record, log_last_index.max(record.index))
+        let replica = Replica::at(Arc::clone(&file), id, &record, log_last_index.max(record.index), &|| true)
             .map_err(|source| io_error("read", &path, source))?;
         let state = State::Following(replica);
         Ok(Self { id, path, record_path, file, record, state, failed: None, sync_failed: false, hold: None })
@@ -428,7 +428,7 @@ impl Database {
             }
             Err(error) => {
                 vfs::forget(&gate);
-                self.fall_back(applied)?;
+                self.fall_back(applied, &|| true)?;
                 Err(error.into())
             }
         }
@@ -457,15 +457,20 @@ impl Database {
     }
 
     /// Goes back to the last checkpoint after [`Database::close`]: feed it the entries after [`Database::applied`] again. Reads
-    /// the whole file.
+    /// the whole file, as long as `go_on` is true.
     ///
     /// # Errors
-    /// File errors.
-    pub fn reopen(&mut self) -> Result<(), DatabaseError> {
+    /// File errors, also that it was not to go on.
+    pub fn reopen(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
         match self.state {
-            State::Closed { touched } => self.fall_back(touched),
+            State::Closed { touched } => self.fall_back(touched, go_on),
             State::Following(_) | State::Serving(_) => Ok(()),
         }
+    }
+
+    /// True between [`Database::close`] and the end of [`Database::reopen`].
+    pub fn is_closed(&self) -> bool {
+        matches!(self.state, State::Closed { .. })
     }
 
     /// [`Database::close`] and [`Database::reopen`] in one.
@@ -474,17 +479,17 @@ impl Database {
     /// Those of the two.
     pub fn demote(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
         self.close(deadline)?;
-        self.reopen()
+        self.reopen(&|| true)
     }
 
     /// Starts again from the last checkpoint; up to `touched` the file may be ahead of it.
-    fn fall_back(&mut self, touched: u64) -> Result<(), DatabaseError> {
+    fn fall_back(&mut self, touched: u64, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
         if self.sync_failed {
             return Err(DatabaseError::Failed(self.failed.clone().unwrap_or_default()));
         }
         remove_cache(&self.path)?;
         let touched = touched.max(self.record.index);
-        let replica = Replica::at(Arc::clone(&self.file), self.id, &self.record, touched)
+        let replica = Replica::at(Arc::clone(&self.file), self.id, &self.record, touched, go_on)
             .map_err(|source| io_error("read", &self.path, source))?;
         self.state = State::Following(replica);
         self.failed = None;

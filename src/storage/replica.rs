@@ -78,11 +78,20 @@ pub(super) struct Replica {
 }
 
 impl Replica {
-    /// Starts at a checkpoint.
-    pub fn at(file: Arc<File>, database: u32, record: &Record, touched: u64) -> io::Result<Self> {
+    /// Starts at a checkpoint: reads the whole file, as long as `go_on` is true.
+    ///
+    /// # Errors
+    /// Those of reading; [`io::ErrorKind::Interrupted`] when it was not to go on.
+    pub fn at(
+        file: Arc<File>,
+        database: u32,
+        record: &Record,
+        touched: u64,
+        go_on: &dyn Fn() -> bool,
+    ) -> io::Result<Self> {
         let table = match record.pages {
             0 => PageTable::empty(0),
-            pages => PageTable::read(&file, record.page_size, pages)?,
+            pages => PageTable::read(&file, record.page_size, pages, go_on)?,
         };
         let (applied, claim) = (record.index, record.checksum);
         Ok(Self { file, database, table, applied, claim, touched, unfinished: None, copy: None })
