@@ -233,7 +233,9 @@ impl Remote {
             for place in self.places() {
                 match self.attempt(&place, method, path, body) {
                     // It was PRIMARY a moment ago, and nothing was changed there.
-                    Ok(response) if response.status() == StatusCode::SERVICE_UNAVAILABLE && *method == Method::GET => {
+                    Ok(response)
+                        if response.status() == StatusCode::SERVICE_UNAVAILABLE && changes_nothing(method, path) =>
+                    {
                         let why = https::refusal(&mut { response });
                         silent.push(Silence { place, failure: Failure::Unreachable, why });
                     }
@@ -241,7 +243,7 @@ impl Remote {
                         self.prefer(&place);
                         return Ok(response);
                     }
-                    Err(silence) if silence.failure == Failure::Unknown && *method != Method::GET => {
+                    Err(silence) if silence.failure == Failure::Unknown && !changes_nothing(method, path) => {
                         let text = format!(
                             "{}: the connection was lost before the answer came: {}\n  Whether it was done is unknown: look \
                              before you repeat it. See: twistcli ha status",
@@ -345,6 +347,11 @@ impl Remote {
         );
         Stop::tell(EX_UNAVAILABLE, &text)
     }
+}
+
+/// True for what may be asked again without harm. A join script brings an invitation with it.
+fn changes_nothing(method: &Method, path: &str) -> bool {
+    *method == Method::GET && !path.starts_with("high-availability/join-script")
 }
 
 #[cfg(test)]

@@ -30,6 +30,8 @@ pub(super) fn run(door: &Door, args: &StatusArgs, paint: Paint) -> Result<u8, St
         match look(door, args.json, true, paint) {
             Ok((text, _)) if redraw => columns::print(&format!("{HOME_AND_CLEAR}{text}"))?,
             Ok((text, _)) => columns::print(&text)?,
+            // Trying a refused login again and again would keep everybody else from logging in.
+            Err(stop) if !stop.passes() => return Err(stop),
             // Who does not answer may come back: go on looking.
             Err(stop) => drop(stop.code()?),
         }

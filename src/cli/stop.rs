@@ -45,6 +45,11 @@ impl Stop {
         Self::tell(EX_TEMPFAIL, &format!("not done: {why}"))
     }
 
+    /// True if the same may be possible in a moment: somebody does not answer now.
+    pub(super) fn passes(&self) -> bool {
+        matches!(self, Self::Why { code: EX_UNAVAILABLE | EX_TEMPFAIL, .. } | Self::Told(EX_UNAVAILABLE | EX_TEMPFAIL))
+    }
+
     /// The sentence, for another one to be made of it.
     pub(super) fn text(self) -> String {
         match self {
