@@ -144,9 +144,17 @@ read_flag() {
 }
 
 open_log() {
-    if : >>twistlock-install.log 2>/dev/null; then
+    local argument said=''
+    # People send this file when they ask for help: what a setting is set to may be a secret.
+    for argument in "$@"; do
+        case "$argument" in
+            [A-Z]*=*) argument=${argument%%=*}=... ;;
+        esac
+        said+=" $argument"
+    done
+    if (umask 077 && : >>twistlock-install.log) 2>/dev/null; then
         log=$PWD/twistlock-install.log
-        printf -- '\n---- %s: install.sh %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*" >>"$log"
+        printf -- '\n---- %s: install.sh%s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$said" >>"$log"
     else
         complain "warning: twistlock-install.log cannot be written in $PWD: going on without"
     fi

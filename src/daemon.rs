@@ -1,5 +1,6 @@
 //! One node's process: builds the parts, joins them, and takes them apart in order. The only place where parts are wired.
 
+mod damage;
 mod signals;
 mod start;
 
@@ -145,6 +146,8 @@ struct Parts {
     events: Recorder,
     handle: Handle,
     thread: JoinHandle<Exit>,
+    /// That another copy of the database was put in place: told when there is somebody to be notified.
+    replaced: Option<Event>,
 }
 
 impl Parts {
@@ -177,9 +180,10 @@ impl Parts {
         let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
         let version = PROGRAM_VERSION;
         events.record(Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name)));
+        let damage = damage::last(data.path());
+        let replaced = snapshot.as_ref().map(|ready| damage::replaced(&identity.name, ready, damage.as_ref()));
         if let Some(snapshot) = snapshot {
             refuse_if_outdated(&snapshot.manifest().membership)?;
-            events.record(installs(&snapshot));
             snapshot.install(&log, identity.node).context("install the snapshot")?;
         }
         let database_dir = data.path().join("database");
@@ -214,6 +218,7 @@ impl Parts {
             events,
             handle,
             thread,
+            replaced,
         })
     }
 
@@ -344,6 +349,9 @@ impl Parts {
 
     /// Follows the node for those who look at it from outside.
     fn tell_of_it(&self, ports: &SupervisorHandle) {
+        if let Some(event) = &self.replaced {
+            self.events.record(event.clone());
+        }
         follow(&self.events, &self.handle, ports);
         let own = promise(&self.config);
         if self.quiet > own {
@@ -399,13 +407,6 @@ fn ends(name: &str, exit: &Result<Exit>) -> Event {
         Err(error) => (Critical, format!("cannot go on: {error:#}")),
     };
     Event::new(Kind::Role, severity, format!("{name} {why}"))
-}
-
-fn installs(snapshot: &Ready) -> Event {
-    let record = snapshot.manifest().record;
-    let sentence =
-        format!("installs the whole database as of raft index {}, which was fetched from the PRIMARY", record.index);
-    Event::new(Kind::Snapshot, Info, sentence).field("index", record.index)
 }
 
 /// Lets history, status and service manager follow the node.

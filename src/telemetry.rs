@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -199,6 +199,8 @@ pub const SNAPSHOT_LATENCY: &str = "twistlock_snapshot_seconds";
 pub const SNAPSHOT_FAILURES: &str = "twistlock_snapshot_failures_total";
 /// Counter: how often the raft log has become too long to be kept for a member that is away.
 pub const RAFT_LOG_OVERRUNS: &str = "twistlock_raft_log_overruns_total";
+/// Gauge, seconds since 1970: when damage of this node's database was found last, by this process or an earlier one.
+pub const DAMAGE_FOUND: &str = "twistlock_database_damage_timestamp_seconds";
 /// Gauge, seconds since 1970: when the newest backup of this host was made.
 pub const BACKUP_LAST_SUCCESS: &str = "twistlock_backup_last_success_timestamp_seconds";
 /// Counter: backups of this host that failed.
@@ -346,14 +348,23 @@ pub const METRICS: &[Metric] = &[
         .by("direction", &["sent", "fetched"]),
     metric(SNAPSHOT_FAILURES, Kind::Counter, "Whole databases that could not be sent or fetched, by direction.")
         .by("direction", &["sent", "fetched"]),
-    metric(BACKUP_LAST_SUCCESS, Kind::Gauge, "When the newest backup of this host was made, in seconds since 1970."),
+    metric(DAMAGE_FOUND, Kind::Gauge, "When the database of this node was last found damaged, in seconds since 1970."),
+    metric(
+        BACKUP_LAST_SUCCESS,
+        Kind::Gauge,
+        "When the newest backup of this host was made, or else this process began, in seconds since 1970.",
+    ),
     metric(BACKUP_FAILURES, Kind::Counter, "Backups of this host that failed."),
     metric(TAKEOVER, Kind::Latency, "Seconds from the last sign of the former PRIMARY to open ports on this node."),
     metric(FAILOVERS, Kind::Counter, "Takeovers by this node, by the reason why the former PRIMARY was lost.")
         .by("reason", &["handed_over", "process_dead", "not_heard", "gave_up", "regained"]),
     metric(EVENTS, Kind::Counter, "Events that this node recorded, by severity.")
         .by("severity", &["info", "warning", "critical"]),
-    metric(EVENTS_LOST, Kind::Counter, "Events that could not be written to events.jsonl."),
+    metric(
+        EVENTS_LOST,
+        Kind::Counter,
+        "Events that could not be written to events.jsonl, or in time into the history.",
+    ),
     metric(
         NOTIFICATIONS,
         Kind::Counter,
@@ -381,7 +392,11 @@ pub const METRICS: &[Metric] = &[
         Kind::Gauge,
         "Share of the database file that the scrub under way has read; 1 after its end.",
     ),
-    metric(SCRUB_SUCCESS, Kind::Gauge, "When a scrub has found nothing wrong last, in seconds since 1970."),
+    metric(
+        SCRUB_SUCCESS,
+        Kind::Gauge,
+        "When a scrub has found nothing wrong last, or else this process began, in seconds since 1970.",
+    ),
     metric(SCRUB_FAILURES, Kind::Counter, "Scrubs that found the database file damaged."),
 ];
 
@@ -446,6 +461,12 @@ pub fn metrics_handle() -> Result<PrometheusHandle> {
     };
     thread::Builder::new().name("metrics".to_owned()).spawn(run).context("start the metrics thread")?;
     Ok(HANDLE.get_or_init(|| handle).clone())
+}
+
+/// Sets a gauge that is a time to the present, in seconds since 1970.
+pub fn note_now(gauge: &'static str) {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    gauge!(gauge).set(now.as_secs_f64());
 }
 
 #[cfg(test)]

@@ -62,13 +62,12 @@ fn surplus(list: &[Backup], keep: Keep) -> Vec<String> {
 impl Backups {
     /// Makes backups when they are due, for as long as the node lives.
     pub async fn keep(self: Arc<Self>) {
-        let newest = self.list().await.ok().and_then(|list| list.first().map(|backup| backup.time));
-        if let Some(newest) = newest {
-            metrics::gauge!(BACKUP_LAST_SUCCESS).set(newest as f64);
-        }
         if !self.config.enabled {
             return;
         }
+        // Overdue is counted from the start while there is none, as with a folder that cannot be read.
+        let newest = self.list().await.ok().and_then(|list| list.first().map(|backup| backup.time));
+        metrics::gauge!(BACKUP_LAST_SUCCESS).set(newest.unwrap_or_else(now) as f64);
         // Not all members at once, and none in the middle of a start.
         let mut earliest = Instant::now() + self.config.delay * (1 + self.rank());
         loop {

@@ -200,9 +200,14 @@ impl Notifier {
     }
 
     /// Sends what is recorded from now on, until the node ends.
-    pub async fn run(mut self, recorder: Recorder) {
-        let mut events = recorder.to_notify();
+    pub fn run(self, recorder: Recorder) -> impl Future<Output = ()> + Send + use<> {
+        // From this moment on, not from the first turn of the task.
+        let events = recorder.to_notify();
         drop(recorder);
+        self.deliver(events)
+    }
+
+    async fn deliver(mut self, mut events: tokio::sync::broadcast::Receiver<Event>) {
         let mut workers: Vec<(Target, mpsc::Sender<Event>)> = Vec::new();
         loop {
             let wanted = self.targets();

@@ -85,6 +85,7 @@ impl Recorder {
             let mut pending = self.pending();
             if pending.len() >= PENDING {
                 pending.pop_front();
+                metrics::counter!(telemetry::EVENTS_LOST).increment(1);
             }
             pending.push_back(event.clone());
             drop(pending);
@@ -157,9 +158,10 @@ fn write(folder: &Path, orders: &Receiver<Order>) {
             None => EventFile::open(folder),
         };
         let added = opened.and_then(|mut open| {
-            let added = open.add(&event);
+            open.add(&event)?;
+            // After a failure it is opened again: it may not be where it was.
             file = Some(open);
-            added
+            Ok(())
         });
         if let Err(error) = &added {
             metrics::counter!(telemetry::EVENTS_LOST).increment(1);

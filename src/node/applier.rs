@@ -24,7 +24,7 @@ use crate::{
         database::{ApplyError, Database, DatabaseError},
         raft_log::{LogError, RaftLog},
     },
-    telemetry::{RAFT_LOG_OVERRUNS, SCRUB_FAILURES},
+    telemetry::{DAMAGE_FOUND, RAFT_LOG_OVERRUNS, SCRUB_FAILURES, note_now},
 };
 
 use super::{
@@ -350,6 +350,7 @@ impl Worker {
             }
             Finding::Rot(why) => {
                 metrics::counter!(SCRUB_FAILURES).increment(1);
+                note_now(DAMAGE_FOUND);
                 if self.epoch.is_some() {
                     // Whether another node can take over, the loop knows.
                     self.report(DatabaseEvent::Rotten { why });

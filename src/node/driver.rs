@@ -17,6 +17,7 @@ use crate::{
         ReplicateError, database,
         raft_log::{Pending, RaftLog},
     },
+    telemetry,
 };
 
 use super::{
@@ -297,7 +298,8 @@ impl Driver {
             }
             DatabaseEvent::Diverged { why } => {
                 error!(reason = why, "this copy of the database is not applied to any further");
-                metrics::counter!("twistlock_checksum_failures_total").increment(1);
+                metrics::counter!(telemetry::CHECKSUM_FAILURES).increment(1);
+                telemetry::note_now(telemetry::DAMAGE_FOUND);
                 self.publisher.diverged(why);
                 self.cluster.set_unfit(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);

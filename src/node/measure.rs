@@ -1,6 +1,11 @@
 //! The gauges: what this node publishes as numbers, twice a second. And what a node does whose database file was measured and
 //! found wanting. Must never cost the loop more than a moment.
 
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, PoisonError},
+};
+
 use tracing::error;
 
 use super::{Status, driver::Driver, lease::boottime};
@@ -56,6 +61,7 @@ pub(super) fn status(status: &Status) {
     for word in telemetry::ROLES {
         metrics::gauge!(telemetry::ROLE, "role" => *word).set(truth(status.role.to_string() == *word));
     }
+    forget_the_gone(status);
     for member in &status.members {
         let name = || member.name.clone();
         metrics::gauge!(telemetry::MEMBER_LAG, "member" => name()).set(member.lag as f64);
@@ -68,6 +74,24 @@ pub(super) fn status(status: &Status) {
             metrics::gauge!(telemetry::MEMBER_CONTACT, "member" => name()).set(ms as f64 / 1e3);
         }
     }
+}
+
+/// A gauge stays once it was set: those of a member that is gone become no number, of which no alert is made.
+fn forget_the_gone(status: &Status) {
+    static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut shown = SHOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if status.members.iter().map(|member| &member.name).eq(shown.iter()) {
+        return;
+    }
+    let now: BTreeSet<String> = status.members.iter().map(|member| member.name.clone()).collect();
+    for gone in shown.difference(&now) {
+        for name in
+            [telemetry::MEMBER_LAG, telemetry::MEMBER_LAG_BYTES, telemetry::MEMBER_UP, telemetry::MEMBER_CONTACT]
+        {
+            metrics::gauge!(name, "member" => gone.clone()).set(f64::NAN);
+        }
+    }
+    *shown = now;
 }
 
 fn truth(truth: bool) -> f64 {

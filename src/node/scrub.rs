@@ -10,7 +10,7 @@ use std::{
         mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
     },
     thread,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use tracing::{debug, info};
@@ -21,7 +21,7 @@ use crate::{
         scrub::{drop_cache, page_checksums},
         snapshot::Resting,
     },
-    telemetry::{SCRUB_PROGRESS, SCRUB_SUCCESS},
+    telemetry::{SCRUB_PROGRESS, SCRUB_SUCCESS, note_now},
 };
 
 /// Bytes that are read at once.
@@ -89,6 +89,9 @@ impl Scrub {
                 wake();
             }
         })?;
+        if !interval.is_zero() {
+            note_now(SCRUB_SUCCESS); // overdue is counted from here at first
+        }
         let next = Instant::now() + interval.min(FIRST);
         Ok(Self { interval, next, pass: None, busy: false, jobs, answers })
     }
@@ -207,8 +210,7 @@ impl Scrub {
     fn clean(&mut self, database: &Database) {
         let ms = self.pass.take().map_or(0, |pass| pass.begun.elapsed().as_millis() as u64);
         self.next = Instant::now() + self.interval;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        metrics::gauge!(SCRUB_SUCCESS).set(now.as_secs_f64());
+        note_now(SCRUB_SUCCESS);
         metrics::gauge!(SCRUB_PROGRESS).set(1.0);
         info!(bytes = database.file_bytes(), ms, "the scrub of the database file found nothing wrong");
     }

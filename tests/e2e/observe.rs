@@ -16,18 +16,21 @@ use ring::hmac;
 use serde_json::{Value, json};
 use twistlock_ha::{
     cluster::Role,
+    control::{self, Reply, Request},
     dev::NodeFile,
     events::{self, Event, Kind, Wanted},
-    telemetry::{self, BACKUP_LAST_SUCCESS},
+    telemetry::{self, BACKUP_LAST_SUCCESS, DAMAGE_FOUND},
 };
 
 use super::{
     alone,
-    cluster::{Cluster, LEASE_LOST},
+    cluster::{Cluster, LEASE_LOST, LIMIT},
     events::Api,
     writers::{Pen, client},
 };
 
+/// What a node says that has put another copy in the place of a damaged one.
+const REPLACED: &str = "has replaced its copy";
 const SECRET: &str = "the-key-of-the-signature";
 
 /// One request that somebody sent.
@@ -199,7 +202,7 @@ fn in_file(cluster: &Cluster, node: usize, kind: Kind) -> Vec<Event> {
 fn wait_repaired(cluster: &Cluster, node: usize) {
     cluster.wait_for("the damage to be found", |_| !in_file(cluster, node, Kind::Damage).is_empty());
     cluster.wait_for("another database", |_| {
-        in_file(cluster, node, Kind::Snapshot).iter().any(|event| event.sentence.starts_with("installs the whole"))
+        in_file(cluster, node, Kind::Damage).iter().any(|event| event.sentence.contains(REPLACED))
     });
     cluster.wait_healthy();
     cluster.wait_for("all SECONDARY up, as the PRIMARY sees them", |statuses| {
@@ -219,12 +222,14 @@ fn a_flipped_bit_is_found_and_repaired_and_all_metrics_are_there() {
     assert!(pen.write(cluster.primary(), "before-the-damage"));
     let missing = |text: &str| {
         let has = |name: &str| text.lines().any(|line| !line.starts_with('#') && line.starts_with(name));
-        // Nobody has made a backup yet.
-        let names = telemetry::METRICS.iter().map(|metric| metric.name).filter(|name| *name != BACKUP_LAST_SUCCESS);
+        // Nobody has made a backup yet, and nothing is damaged.
+        let absent = [BACKUP_LAST_SUCCESS, DAMAGE_FOUND];
+        let names = telemetry::METRICS.iter().map(|metric| metric.name).filter(|name| !absent.contains(name));
         names.filter(|name| !has(name)).collect::<Vec<_>>()
     };
     let scrape_all = || scrape(&api, cluster.primary(), Some(&api.authorization));
-    cluster.wait_for("a scrub", |_| scrape_all().1.contains("twistlock_scrub_last_success_timestamp_seconds "));
+    let clean = "the scrub of the database file found nothing wrong";
+    cluster.wait_for("a scrub", |_| cluster.log(cluster.primary()).contains(clean));
     let (status, text) = scrape_all();
     assert_eq!((status, missing(&text)), (200, Vec::new()));
     assert_eq!(scrape(&api, cluster.primary(), None).0, 401);
@@ -241,7 +246,12 @@ fn a_flipped_bit_is_found_and_repaired_and_all_metrics_are_there() {
     assert!(pen.has("before-the-damage"));
     assert!(pen.write(cluster.primary(), "after-the-damage"));
     for node in [away, primary] {
-        println!("  {}", in_file(&cluster, node, Kind::Damage)[0].sentence);
+        // By the process that came after: the one that found the damage has not lived long enough to be heard.
+        let told = in_file(&cluster, node, Kind::Damage).into_iter().find(|event| event.sentence.contains(REPLACED));
+        println!("  {}", told.unwrap().sentence);
+        let metrics = control::request(&cluster.node(node).control, &Request::Metrics {}, LIMIT).unwrap();
+        let Reply::Ok(Value::String(text)) = metrics else { panic!("{metrics:?}") };
+        assert!(text.lines().any(|line| line.starts_with(DAMAGE_FOUND)), "{text}");
     }
     let expected = [
         "this copy of the database is not applied to any further",
