@@ -210,6 +210,14 @@ pub fn refusal(response: &mut Response<Body>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        net::{SocketAddr, TcpListener, TcpStream},
+        sync::mpsc,
+        thread,
+    };
+
+    use socket2::{Domain, Socket, Type};
+
     use super::*;
 
     #[test]
@@ -240,5 +248,37 @@ mod tests {
         assert_eq!(tls(CertificateError::NotValidForName), Failure::Untrusted(Distrust::Name));
         assert_eq!(tls(CertificateError::Expired), Failure::Untrusted(Distrust::Time));
         assert_eq!(tls(CertificateError::Revoked), Failure::Untrusted(Distrust::Other));
+    }
+
+    /// A host without power does not refuse a connection, as a name with the addresses of all hosts may lead to: it says nothing.
+    #[test]
+    fn an_address_that_swallows_packets_hides_no_other_one() {
+        #[derive(Debug)]
+        struct Both([SocketAddr; 2]);
+        impl Resolver for Both {
+            fn resolve(&self, _: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+                let mut all = self.empty();
+                self.0.into_iter().for_each(|address| all.push(address));
+                Ok(all)
+            }
+        }
+        // Nobody accepts there: once the kernel's queue is full, it drops whatever comes.
+        let deaf = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        deaf.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        deaf.listen(0).unwrap();
+        let swallows = deaf.local_addr().unwrap().as_socket().unwrap();
+        let dial = || TcpStream::connect_timeout(&swallows, Duration::from_millis(100));
+        let queued: Vec<_> = (0..8).map_while(|_| dial().ok()).collect();
+        assert_eq!(dial().unwrap_err().kind(), io::ErrorKind::TimedOut, "{} are queued", queued.len());
+
+        let good = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addresses = Both([swallows, good.local_addr().unwrap()]);
+        let (sender, came) = mpsc::channel();
+        thread::spawn(move || sender.send(good.accept().map(drop)));
+        let limits = Limits { connect: Duration::from_secs(1), request: Duration::from_secs(20) };
+        let agent = Agent::with_parts(config(Trust::default().tls(), limits), DefaultConnector::default(), addresses);
+        // It has no certificate to show: that it was reached is what counts.
+        agent.get("https://console.example/").call().unwrap_err();
+        came.recv_timeout(limits.request).expect("the second address is tried").unwrap();
     }
 }

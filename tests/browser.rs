@@ -6,6 +6,8 @@ mod driver;
 #[allow(dead_code, reason = "tests/join.rs uses the rest")]
 #[path = "join/host.rs"]
 mod host;
+#[path = "browser/setup.rs"]
+mod setup;
 #[path = "browser/stage.rs"]
 mod stage;
 
@@ -27,7 +29,7 @@ fn from_the_first_sign_up_to_a_takeover() {
         let mut founder = Founder::start_without_administrator();
         let (mut second, mut third) = (founder.host(2), founder.host(3));
         stage::name_hosts(&[founder.host.address, second.address, third.address]);
-        let browser = Browser::start(&founder.ca());
+        let browser = Browser::start(&[&founder.ca()]);
         sign_up_and_log_in(&browser);
         join(&browser, &mut [&mut second, &mut third]);
         let took_over = takeover(&browser, &mut founder);
@@ -150,6 +152,31 @@ fn come_back(browser: &Browser, founder: &mut Founder, primary: &str) {
     println!("  from the press of the button to the page on the next PRIMARY: {:?}", begin.elapsed());
 }
 
+fn log_in(browser: &Browser) {
+    browser.open("");
+    browser.wait_for("the login is shown", "return heading() === 'Log in'");
+    browser.fill("username", "admin");
+    browser.fill("password", PASSWORD);
+    browser.press("Log in");
+    browser.wait_for("the cluster is shown", "return state('host1') === 'PRIMARY'");
+}
+
+#[test]
+fn what_an_administrator_sets_up_does_what_the_page_says() {
+    on_stage("what_an_administrator_sets_up_does_what_the_page_says", || {
+        let founder = Founder::start();
+        stage::name_hosts(&[founder.host.address]);
+        let own = setup::Authority::new();
+        let browser = Browser::start(&[&founder.ca(), &own.pem]);
+        log_in(&browser);
+        setup::backups(&browser, &founder);
+        setup::notifications(&browser, &founder);
+        setup::logins(&browser, &founder);
+        setup::certificates(&browser, &founder, &own);
+        browser.assert_clean();
+    });
+}
+
 /// Names that people and programs choose come back as they were written, in every place that shows them.
 #[test]
 fn no_text_becomes_markup() {
@@ -167,13 +194,11 @@ fn no_text_becomes_markup() {
             founder.post("/users", user, 200);
             founder.post_as("", "/authenticate", json!({"username": name, "password": name}), 401);
         }
-        let browser = Browser::start(&founder.ca());
-        browser.open("");
-        browser.wait_for("the login is shown", "return heading() === 'Log in'");
-        browser.fill("username", "admin");
-        browser.fill("password", PASSWORD);
-        browser.press("Log in");
-        browser.wait_for("the cluster is shown", "return state('host1') === 'PRIMARY'");
+        // Nobody listens there: a test of it fails, and says for whom.
+        let hook = json!({"name": &HOSTILE[0], "url": "http://127.0.0.1:9/"});
+        founder.post("/settings/notifications", json!({"webhooks": [hook]}), 200);
+        let browser = Browser::start(&[&founder.ca()]);
+        log_in(&browser);
         let pages = browser.pages();
         assert!(pages.len() >= 8, "{pages:?}");
         for (hash, title) in &pages {
@@ -194,13 +219,18 @@ fn no_text_becomes_markup() {
                 );
             }
         }
+        browser.go("#/manage/system/settings", "Settings");
+        browser.press("Send a test");
+        let failed = json!(format!("{}: failed", HOSTILE[0]));
+        browser.wait_for("the target is shown as it is", &format!("return text('.checks .bad').includes({failed})"));
         // And now every text of every answer, also where the daemon would not let one in.
         browser.poison(HOSTILE[1]);
         for (hash, title) in &pages {
             browser.open(hash);
             browser.wait_for("the page is shown", &format!("return heading() === {}", json!(title)));
-            // What these two ask for may not be there, and then they show a sentence of their own.
-            let place = if ["Backup & Restore", "Certificates"].contains(&title.as_str()) { "body" } else { "main" };
+            // What these ask for may not be there, and then they show a sentence of their own, or it is in fields.
+            let others = ["Backup & Restore", "Certificates", "Settings"];
+            let place = if others.contains(&title.as_str()) { "body" } else { "main" };
             browser.wait_for("the poison has come", &format!("return text('{place}').includes('<svg onload')"));
         }
         for (_, title) in &pages {

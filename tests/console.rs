@@ -1,6 +1,8 @@
 //! The Console as clients see it: real supervisor, port guard, TLS and replicated database on loopback. The test plays
 //! the consensus loop: it sets status and lease, and is the majority that a commit waits for.
 
+#[path = "console/clients.rs"]
+mod clients;
 #[path = "console/fuzz.rs"]
 mod fuzz;
 #[path = "console/node.rs"]

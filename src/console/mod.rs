@@ -2,6 +2,7 @@
 //! Must never know about roles, leases or sockets: who runs it decides when it runs.
 
 mod access;
+mod arriving;
 mod audits;
 mod auth;
 mod backups;
@@ -41,6 +42,7 @@ use axum::{
 use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::{Semaphore, watch};
 
+use arriving::Arriving;
 pub use errors::ApiError;
 pub use store::{COMMIT, Store, StoreError};
 
@@ -169,11 +171,12 @@ async fn no_method(method: Method, uri: Uri) -> ApiError {
     ApiError::Request(StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not possible at {}", uri.path()))
 }
 
-/// What is the same for all requests: their number, the time limit and a few headers.
+/// What is the same for all requests: their number, the time limits and a few headers.
 async fn around(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
     let place = console.places.try_acquire();
     let secure = request.extensions().get() == Some(&Scheme::HTTPS);
     let browser = cookie::is_browser(request.headers());
+    let (request, arriving) = Arriving::of(request, arriving::LIMITS);
     let mut response = if place.is_err() && request.uri().path() != PING {
         let mut busy = ApiError::Unavailable(format!("{AT_ONCE} requests are under way: try again")).into_response();
         busy.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(1));
@@ -184,6 +187,11 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
             Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
         }
     };
+    // What is left to do costs the client its connection only.
+    drop(place);
+    if let Some(arriving) = arriving {
+        response = arriving.answer(response).await;
+    }
     let headers = response.headers_mut();
     if browser && headers.contains_key(header::WWW_AUTHENTICATE) {
         // A browser that hears of Basic asks for a password itself, above the page.

@@ -66,7 +66,7 @@ impl File {
     }
 }
 
-static FILES: LazyLock<[File; 19]> = LazyLock::new(|| {
+static FILES: LazyLock<[File; 20]> = LazyLock::new(|| {
     files! {
         "index.html": HTML,
         "style.css": STYLE,
@@ -83,6 +83,7 @@ static FILES: LazyLock<[File; 19]> = LazyLock::new(|| {
         "cluster-picture.js": SCRIPT,
         "backups.js": SCRIPT,
         "general.js": SCRIPT,
+        "settings.js": SCRIPT,
         "users.js": SCRIPT,
         "certificates.js": SCRIPT,
         "logs.js": SCRIPT,

@@ -71,7 +71,7 @@ async fn signup(
 ) -> Result<StatusCode, ApiError> {
     let done = || ApiError::bad("system already initialized");
     check_name(&login.username)?;
-    password::check(&login.username, &login.password, false)?;
+    password::check(&login.username, &login.password, Logon::read(&console).await?.strong_password())?;
     // Asked first, so that a password hash is not spent on every attempt; asked again in the transaction.
     let Json(state) = initialized(State(Arc::clone(&console))).await?;
     if state.initialized {
@@ -117,7 +117,7 @@ async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -
 pub(super) struct New {
     #[schemars(length(min = 1, max = 64))]
     username: String,
-    #[schemars(length(min = 8, max = 1024))]
+    #[schemars(length(min = 12, max = 1024))]
     password: String,
     role: Role,
 }
@@ -145,7 +145,7 @@ async fn create(State(console): State<Arc<Console>>, by: User, Body(new): Body<N
 #[derive(Deserialize, JsonSchema)]
 pub(super) struct Change {
     username: String,
-    #[schemars(length(min = 8, max = 1024))]
+    #[schemars(length(min = 12, max = 1024))]
     password: Option<String>,
     role: Option<Role>,
 }
@@ -204,7 +204,7 @@ async fn remove(State(console): State<Arc<Console>>, by: User, Name(name): Name)
 #[serde(rename_all = "camelCase")]
 pub(super) struct Passwords {
     old_password: String,
-    #[schemars(length(min = 8, max = 1024))]
+    #[schemars(length(min = 12, max = 1024))]
     new_password: String,
 }
 

@@ -26,6 +26,9 @@ const WORDS: &str = r#"
     const row = (name) => rows().find((row) => row.querySelector('strong').textContent === name)?.textContent ?? '';
     const state = (name) => rows().find((row) => row.querySelector('strong').textContent === name)
         ?.querySelector('.badge').textContent;
+    const button = (label) => [...document.querySelectorAll('button')].find((one) => one.textContent === label);
+    const said = (words) => [...document.querySelectorAll('.toast')].some((one) => one.textContent.includes(words));
+    const problems = () => [...document.querySelectorAll('.problem')].map((one) => one.textContent).join('|');
     const healthy = () => document.querySelector('.banner')?.matches('.good') ?? false;
 "#;
 
@@ -38,10 +41,10 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// A fresh browser that trusts this authority and nothing else that is new.
-    pub fn start(ca: &str) -> Self {
+    /// A fresh browser that trusts these authorities and nothing else that is new.
+    pub fn start(authorities: &[&str]) -> Self {
         let folder = tempfile::Builder::new().prefix("twb").tempdir().unwrap();
-        trust(folder.path(), ca);
+        trust(folder.path(), authorities);
         let mut driver = Command::new("chromedriver")
             .args(["--port=0"])
             .env("HOME", folder.path())
@@ -182,6 +185,22 @@ impl Browser {
         }
     }
 
+    /// Clicks a link that downloads a file of this name; its bytes.
+    pub fn download(&self, link: &str, name: &str) -> Vec<u8> {
+        let folder = self._folder.path().join("downloads");
+        fs::create_dir_all(&folder).unwrap();
+        self.devtools("Page.setDownloadBehavior", json!({"behavior": "allow", "downloadPath": folder}));
+        let id = self.find("xpath", link);
+        self.call("POST", &format!("/element/{id}/click"), &json!({}));
+        let (begin, file) = (Instant::now(), folder.join(name));
+        // It has another name until it is whole.
+        while !file.exists() {
+            assert!(begin.elapsed() < PATIENCE, "{name} was not downloaded");
+            thread::park_timeout(Duration::from_millis(20));
+        }
+        fs::read(file).unwrap()
+    }
+
     /// What a paste would give.
     pub fn clipboard(&self) -> String {
         let script =
@@ -213,7 +232,11 @@ impl Browser {
         let theme = if dark { "dark" } else { "light" };
         self.devtools(
             "Emulation.setEmulatedMedia",
-            json!({"features": [{"name": "prefers-color-scheme", "value": theme}]}),
+            // Without motion: a picture in the middle of a change of colours shows neither.
+            json!({"features": [
+                {"name": "prefers-color-scheme", "value": theme},
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ]}),
         );
         let size = |height: &Value| json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": false});
         self.devtools("Emulation.setDeviceMetricsOverride", size(&json!(800)));
@@ -257,17 +280,19 @@ impl Drop for Browser {
     }
 }
 
-/// Puts the authority where Chromium looks for those that a user has added.
-fn trust(home: &Path, ca: &str) {
-    let (database, file) = (home.join(".pki/nssdb"), home.join("ca.pem"));
-    fs::create_dir_all(&database).unwrap();
-    fs::write(&file, ca).unwrap();
-    let database = format!("sql:{}", database.display());
-    for arguments in
-        [&["-N", "--empty-password"][..], &["-A", "-t", "C,,", "-n", "cluster", "-i", file.to_str().unwrap()]]
-    {
+/// Puts the authorities where Chromium looks for those that a user has added.
+fn trust(home: &Path, authorities: &[&str]) {
+    let (folder, file) = (home.join(".pki/nssdb"), home.join("ca.pem"));
+    fs::create_dir_all(&folder).unwrap();
+    let database = format!("sql:{}", folder.display());
+    let certutil = |arguments: &[&str]| {
         let output = Command::new("certutil").args(["-d", &database]).args(arguments).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    certutil(&["-N", "--empty-password"]);
+    for (number, authority) in authorities.iter().enumerate() {
+        fs::write(&file, authority).unwrap();
+        certutil(&["-A", "-t", "C,,", "-n", &number.to_string(), "-i", file.to_str().unwrap()]);
     }
 }
 

@@ -21,6 +21,7 @@ fn schemathesis_finds_no_answer_that_the_document_does_not_describe() {
     }
     let node = Node::start();
     node.serve(1);
+    node.hold_lease();
     node.signup();
     let url = format!("https://{}:{}", node.address, super::HTTPS);
     let begin = Instant::now();

@@ -11,6 +11,7 @@ import { open as cluster } from './cluster.js';
 import { open as general } from './general.js';
 import { open as login } from './login.js';
 import { consoleLog, history } from './logs.js';
+import { open as settings } from './settings.js';
 import { open as tags } from './tags.js';
 import { open as users } from './users.js';
 
@@ -21,6 +22,7 @@ const READERS = ['admin', 'auditor'];
 const PAGES = [
   { group: 'System', title: 'High Availability', hash: HOME, open: cluster, clustered: true },
   { group: 'System', title: 'Backup & Restore', hash: '#/manage/system/backup', open: backups, roles: ADMINISTRATOR },
+  { group: 'System', title: 'Settings', hash: '#/manage/system/settings', open: settings, roles: ADMINISTRATOR },
   { group: 'System', title: 'General', hash: '#/manage/system/general', open: general },
   { group: 'Authentication', title: 'Users', hash: '#/manage/authentication/users', open: users, roles: ADMINISTRATOR },
   { group: 'Authentication', title: 'Certificates', hash: '#/manage/certificates', open: certificates, roles: ADMINISTRATOR },

@@ -1,9 +1,10 @@
 // Manage > System > Backup & Restore: the backups of this member, and manual ones. Restoring needs a shell on the host, since it
-// replaces the database under everybody: the page says the command.
+// replaces the database under everybody: the page says the command. Must never let a folder's name become a part of it.
 
-import { get, list, part, patch, post, remove } from './api.js';
+import { Problem, get, list, part, patch, post, remove } from './api.js';
 import { h, show } from './dom.js';
-import { button, card, confirm, field, form, page, table, toast, when } from './parts.js';
+import { live } from './live.js';
+import { button, card, confirm, copyButton, dialog, field, form, page, table, toast, when } from './parts.js';
 import { bytes, time } from './words.js';
 
 const ROWS = 1000;
@@ -27,7 +28,28 @@ function drop(backup, reload) {
   }, { kind: 'danger' });
 }
 
-function row(backup, reload, verify) {
+// As one word of a shell.
+const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+
+// How this one is restored, and what that does.
+function restore(backup, { folder }) {
+  const command = `sudo twistcli restore ${quoted(`${folder}/${backup.id}`)}`;
+  const { name, version } = live.status ?? {};
+  const other = version && version !== backup.version;
+  return dialog(`Restore ${backup.name}`, (close) => [
+    other && h('p', { class: 'problem' }, `Version ${backup.version} made it, and only the same version restores it: this Console is ${version}.`),
+    h('p', {}, 'On the host of the PRIMARY', name && [', ', h('strong', {}, name)], ', run:'),
+    h('div', { class: 'join-line' }, h('code', { id: 'restore-command' }, command), copyButton(command)),
+    h('ul', {},
+      h('li', {}, 'The backup is checked first: nothing changes if it is damaged', backup.encrypted && ' or the key of BACKUP_KEY_FILE is not its own', '.'),
+      h('li', {}, 'The Console is closed, and the database of all members is replaced.'),
+      h('li', {}, h('strong', {}, `All that was written since ${time(backup.time)} is lost.`)),
+      h('li', {}, 'Everybody has to log in again, with the passwords of then.')),
+    h('div', { class: 'buttons' }, button('Close', () => close())),
+  ]);
+}
+
+function row(backup, reload, { verify, restoring }) {
   const named = (text) => `${text} ${backup.name}`;
   const small = (text, work) => button(text, work, { kind: 'small', 'aria-label': named(text) });
   return {
@@ -41,6 +63,7 @@ function row(backup, reload, verify) {
       h('div', { class: 'actions' },
         h('a', { class: 'button small', href: `/api/v1/backups/${part(backup.id)}`, download: true, 'aria-label': named('Download') }, 'Download'),
         small('Check', () => verify(backup)),
+        small('Restore …', () => restoring(backup)),
         backup.kind === 'manual' && small('Rename', () => rename(backup, reload)),
         small('Delete', () => drop(backup, reload))),
     ],
@@ -67,30 +90,39 @@ export function open(root) {
   const state = { backups: null, settings: null, problem: null };
   let timer = 0;
   const make = async ({ name }, element) => {
-    const made = post('/backups', name);
-    // Meanwhile, how far it is.
-    timer = setTimeout(load, PACE / 2);
-    await made.finally(load);
+    const goes = await watched(post('/backups', name));
     element.reset();
-    toast(state.settings?.running ? `Backup ${name} is being made` : `Backup ${name} is made`);
+    toast(goes ? `Backup ${name} is being made` : `Backup ${name} is made`);
+  };
+  // Shows meanwhile how far it is. True if it goes on after the answer.
+  const watched = async (work) => {
+    timer = setTimeout(load, PACE / 2);
+    try {
+      const { number } = await work;
+      await load();
+      const { running, last } = state.settings ?? {};
+      // It ended between the answer and this look.
+      if (last?.number === number && !last.ok) throw new Problem(409, last.text);
+      return running?.number === number;
+    } catch (error) {
+      await load();
+      throw error;
+    }
   };
   const verify = async (backup) => {
     try {
-      await post(`/backups/${part(backup.id)}/verify`);
-      toast(`${backup.name} is sound`);
+      const goes = await watched(post(`/backups/${part(backup.id)}/verify`));
+      toast(goes ? `${backup.name} is still being checked: its outcome comes with the state` : `${backup.name} is sound`);
     } catch (error) {
       toast(error.message, 'bad');
     }
-    await load();
   };
   const creating = () => form('Back up now', make, field('Name', 'name', { maxlength: 64, autocomplete: 'off', required: true }));
   function draw() {
     const empty = state.problem ?? (state.backups ? 'There is no backup yet.' : 'Loading …');
-    const rows = (state.backups ?? []).map((backup) => row(backup, load, verify));
-    const restoring = [
-      h('p', {}, 'A restore replaces the whole database, on all members. On the host of the PRIMARY, run:'),
-      h('pre', {}, h('code', {}, 'sudo twistcli restore')),
-    ];
+    const rows = (state.backups ?? []).map((backup) => row(backup, load, { verify, restoring: (one) => restore(one, state.settings ?? {}) }));
+    const restoring = h('p', {}, 'A restore replaces the whole database, on all members, and needs a shell on the host of the PRIMARY: ',
+      'press Restore at a backup for its command. A backup of the same version is needed', state.settings?.encrypted && ', and its key', '.');
     show(
       root,
       page(

@@ -3,9 +3,21 @@
 import { get, post, remove } from './api.js';
 import { h, show } from './dom.js';
 import { button, card, confirm, field, form, page, table, toast, when } from './parts.js';
-import { time } from './words.js';
+import { span, time } from './words.js';
 
-const COLUMNS = [['Of'], ['Subject', 'wide-column'], ['Issuer', 'user-column'], ['Expires', 'time-column'], ['From']];
+// Days before its end from which a certificate is shown as a problem.
+const SOON = 14;
+// Between two looks for a new certificate, and how many.
+const PACE = 300;
+const TURNS = 10;
+const COLUMNS = [['Of', 'word-column'], ['Subject', 'wide-column'], ['Issuer', 'user-column'], ['Expires', 'time-column'], ['From', 'word-column']];
+
+// When a certificate ends, and how far that is.
+function expiry(end) {
+  const left = end * 1000 - Date.now();
+  const text = left > 0 ? `in ${span(left)}` : 'expired';
+  return [when(end), h('div', { class: left < SOON * 86_400_000 ? 'problem' : 'quiet' }, text)];
+}
 
 function row(certificate, at) {
   const names = certificate.names ?? [];
@@ -19,7 +31,7 @@ function row(certificate, at) {
         certificate.missing?.length > 0 && h('div', { class: 'problem' }, `Not good for: ${certificate.missing.join(', ')}`),
       ],
       certificate.issuer,
-      when(certificate.not_after),
+      expiry(certificate.not_after),
       certificate.source,
     ],
   };
@@ -27,12 +39,22 @@ function row(certificate, at) {
 
 export function open(root) {
   const state = { names: null, served: [], custom: null, problem: null };
+  // The members make their certificates by themselves: it is looked for that of this one.
+  const served = async () => {
+    const has = (name) => state.served.some(({ of, names }) => of === 'console' && names?.includes(name));
+    for (let turn = 0; turn < TURNS; turn += 1) {
+      await load();
+      if (state.custom || state.names.every(has)) return;
+      await new Promise((resolve) => { setTimeout(resolve, PACE); });
+    }
+  };
   const naming = () => form(
     'Save and reissue',
-    async ({ names: text }) => {
+    async ({ names: text }, element) => {
       await post('/settings/certs', { consoleSAN: text.split(/[\s,]+/).filter(Boolean) });
       toast('The names are saved: every member serves a new certificate');
-      await load();
+      await served();
+      element.reset();
     },
     field('Host names and addresses, one a line', 'names', {
       element: 'textarea', rows: 6, spellcheck: 'false', class: 'mono', text: (state.names ?? []).join('\n'),

@@ -34,7 +34,7 @@ function firstRun(root, done) {
   const fields = [
     field('User', 'username', { ...NAME, value: 'admin' }),
     field('Password', 'password', {
-      type: 'password', autocomplete: 'new-password', required: true, hint: 'At least 8 characters. Nobody can read it back.',
+      type: 'password', autocomplete: 'new-password', required: true, hint: 'At least 12 characters. Nobody can read it back.',
     }),
     field('The same again', 'again', { type: 'password', autocomplete: 'new-password', required: true }),
   ];

@@ -154,7 +154,10 @@ export function confirm(title, content, label, work, { kind = 'primary', typed }
 // A passing message at the edge of the page.
 export function toast(text, kind = 'good') {
   const element = h('div', { class: `toast ${kind}` }, text);
-  document.body.append(element);
+  // Below the one before it, if that still stands; more would cover the page.
+  const place = document.getElementById('toasts');
+  if (place.childElementCount > 1) place.firstElementChild.remove();
+  place.append(element);
   announce(text);
   setTimeout(() => element.remove(), 6000);
 }

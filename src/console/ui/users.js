@@ -59,7 +59,7 @@ export function open(root, { user: me }) {
   };
   const adding = () => form('Add', add, [
     field('User', 'username', { maxlength: 64, autocomplete: 'off', required: true }),
-    field('Password', 'password', { type: 'password', autocomplete: 'new-password', required: true }),
+    field('Password', 'password', { type: 'password', autocomplete: 'new-password', required: true, hint: 'At least 12 characters.' }),
     roleField('operator'),
   ]);
   const renew = async ({ oldPassword, newPassword, again }, element) => {
