@@ -168,7 +168,7 @@ async fn ready(State(sources): State<Sources>, Query(query): Query<HashMap<Strin
     if query.len() > usize::from(verbose) {
         return refuse("unknown parameter, allowed: verbose".to_owned());
     }
-    // Two small files are read.
+    // A small file is read.
     let Ok(mut checks) = tokio::task::spawn_blocking(move || checks::all(&sources)).await else {
         return code(false).into_response();
     };

@@ -1,4 +1,4 @@
-//! The checks behind `/readyz`. Pure but for the certificates, which are read from their files. Must never name a member or show
+//! The checks behind `/readyz`. Pure but for the node's certificate, which is read from its file. Must never name a member or show
 //! anything that helps to become one.
 
 use std::{fs, path::Path, time::SystemTime};
@@ -8,8 +8,8 @@ use serde::Serialize;
 use super::Sources;
 use crate::{
     cluster::Role,
-    node::Status,
-    pki::{self, CONSOLE_CERTIFICATE, NODE_CERTIFICATE},
+    node::{CertificateStatus, Status},
+    pki::{self, NODE_CERTIFICATE},
 };
 
 /// The loop turns once per tick; one that has not for so long does no work.
@@ -36,7 +36,7 @@ pub(super) fn all(sources: &Sources) -> Vec<Check> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut checks = vec![check("loop", turned <= TURNED_MS, format!("turned {turned} ms ago"))];
     checks.extend(of_status(&status, sources.serves().is_some()));
-    checks.extend(of_certificates(&sources.certificates, now));
+    checks.extend(of_certificates(&sources.certificates, &status, now));
     checks
 }
 
@@ -65,35 +65,40 @@ fn of_status(status: &Status, serves: bool) -> Vec<Check> {
     checks
 }
 
-/// `certificates` and `clock`: a clock that is before the beginning of this node's certificate is wrong.
-fn of_certificates(folder: &Path, now: u64) -> [Check; 2] {
-    let mut sentences = Vec::new();
-    let (mut good, mut clock) = (true, true);
-    for file in [NODE_CERTIFICATE, CONSOLE_CERTIFICATE] {
-        let validity = fs::read_to_string(folder.join(file)).ok().and_then(|pem| pki::certificate_validity(&pem).ok());
-        let Some((from, until)) = validity else {
-            good = false;
-            sentences.push(format!("{file} cannot be read"));
-            continue;
-        };
-        if file == NODE_CERTIFICATE {
-            clock = now >= from;
-        }
-        good &= now < until;
-        sentences.push(match until.checked_sub(now) {
-            Some(left @ 1..) => format!("{file} is good for {} days", left / 86_400),
-            _ => format!("{file} has expired"),
-        });
-    }
+/// `certificates` and `clock`: a clock that is before the beginning of this node's certificate is wrong. Of the Console what
+/// it serves is judged, wherever that is from.
+fn of_certificates(folder: &Path, status: &Status, now: u64) -> [Check; 2] {
+    let pem = fs::read_to_string(folder.join(NODE_CERTIFICATE)).ok();
+    let node = pem.and_then(|pem| pki::certificate_validity(&pem).ok());
+    let console = status.certificates.iter().find(|certificate| certificate.of == "console");
+    let judge = |name: String, until: u64| match until.checked_sub(now) {
+        Some(left @ 1..) => (true, format!("{name} is good for {} days", left / 86_400)),
+        _ => (false, format!("{name} has expired")),
+    };
+    let judged = [
+        match node {
+            Some((_, until)) => judge(NODE_CERTIFICATE.to_owned(), until),
+            None => (false, format!("{NODE_CERTIFICATE} cannot be read")),
+        },
+        match console {
+            Some(CertificateStatus { source, info, .. }) => {
+                judge(format!("what the Console serves ({})", source.word()), info.not_after)
+            }
+            None => (false, "what the Console serves is not known yet".to_owned()),
+        },
+    ];
+    let clock = node.is_none_or(|(from, _)| now >= from);
     let told = if clock { "not before this node's certificate" } else { "before this node's certificate was made" };
-    [check("certificates", good, sentences.join(", ")), check("clock", clock, told.to_owned())]
+    let good = judged.iter().all(|(good, _)| *good);
+    let sentences = judged.map(|(_, sentence)| sentence).join(", ");
+    [check("certificates", good, sentences), check("clock", clock, told.to_owned())]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cluster::ClusterId;
-    use crate::pki::Authority;
+    use crate::{node::CertificateSource, pki::Authority};
 
     fn status() -> Status {
         let member = |id, state| crate::node::MemberStatus {
@@ -167,16 +172,36 @@ mod tests {
     }
 
     #[test]
-    fn certificates_and_the_clock_are_judged_by_the_files() {
+    fn certificates_and_the_clock_are_judged_by_what_is_in_use() {
         let folder = tempfile::tempdir().unwrap();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let judge = |now| of_certificates(folder.path(), now).map(|check| check.ok);
-        assert_eq!(judge(now), [false, true], "no certificates");
+        let mut status = status();
+        let judge = |status: &Status, now| of_certificates(folder.path(), status, now).map(|check| check.ok);
+        assert_eq!(judge(&status, now), [false, true], "no certificates");
         let authority = Authority::create(ClusterId(1)).unwrap();
         authority.issue_node(2, "b", &[]).unwrap().save_node(folder.path()).unwrap();
-        authority.issue_console(&["b.example"]).unwrap().save_console(folder.path()).unwrap();
-        assert_eq!(judge(now), [true, true]);
-        assert_eq!(judge(now + 20 * 365 * 86_400), [false, true]);
-        assert_eq!(judge(0), [true, false]);
+        assert_eq!(judge(&status, now), [false, true], "nobody has looked at the Console's");
+        let der = pki::certificate_der(&authority.issue_console(&["b.example"]).unwrap().cert_pem).unwrap();
+        let info = pki::CertificateInfo::read(&der).unwrap();
+        let served = CertificateStatus {
+            of: "console".to_owned(),
+            source: CertificateSource::Upload,
+            missing: Vec::new(),
+            info: pki::CertificateInfo { not_after: now + 9 * 86_400, ..info },
+        };
+        status.certificates = vec![served];
+        assert_eq!(judge(&status, now), [true, true]);
+        let [certificates, _] = of_certificates(folder.path(), &status, now + 8 * 86_400);
+        assert!(
+            certificates.detail.ends_with("what the Console serves (upload) is good for 1 days"),
+            "{certificates:?}"
+        );
+        assert_eq!(
+            judge(&status, now + 9 * 86_400),
+            [false, true],
+            "the node's own one is good, the served one is not"
+        );
+        assert_eq!(judge(&status, now + 20 * 365 * 86_400), [false, true]);
+        assert_eq!(judge(&status, 0), [true, false]);
     }
 }

@@ -109,6 +109,17 @@ pub enum CertificateSource {
     Folder,
 }
 
+impl CertificateSource {
+    /// The word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Cluster => "cluster",
+            Self::Upload => "upload",
+            Self::Folder => "folder",
+        }
+    }
+}
+
 /// One member as this node sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberStatus {
