@@ -12,12 +12,8 @@ use crate::{
 };
 
 const DAY: u64 = 86_400;
-/// How long before its end a certificate is spoken of in the log, in days, once each; from the first one on in the status.
-const DAYS: [u64; 3] = [30, 7, 1];
-/// In [`Told`] for a certificate that has expired.
-const EXPIRED: u64 = 0;
 
-/// What was said already: by certificate its fingerprint and the last of [`DAYS`].
+/// What was said already: by certificate its fingerprint and the last [step](CertificateInfo::expiry_step).
 #[derive(Debug, Default)]
 pub(super) struct Told(BTreeMap<String, (String, u64)>);
 
@@ -28,7 +24,7 @@ impl Told {
         for certificate in certificates {
             let left = certificate.info.not_after.saturating_sub(now);
             metrics::gauge!(telemetry::CERTIFICATE_EXPIRY, "of" => certificate.of.clone()).set(left as f64);
-            let Some(step) = step(left) else { continue };
+            let Some(step) = certificate.info.expiry_step(now) else { continue };
             let sentence = sentence(certificate, left);
             if self.is_new(certificate, step) {
                 warn!(of = certificate.of, subject = certificate.info.subject, "{sentence}");
@@ -42,14 +38,6 @@ impl Told {
         let said = (certificate.info.fingerprint.clone(), step);
         self.0.insert(certificate.of.clone(), said.clone()).as_ref() != Some(&said)
     }
-}
-
-/// The step that a certificate has reached which is good for so many seconds; none while there is time enough.
-fn step(left: u64) -> Option<u64> {
-    if left == 0 {
-        return Some(EXPIRED);
-    }
-    DAYS.into_iter().rev().find(|days| left <= days * DAY)
 }
 
 fn sentence(certificate: &CertificateStatus, left: u64) -> String {
@@ -101,13 +89,13 @@ mod tests {
         assert_eq!(sentences.len(), 1, "that of the authority is good for ten years: {sentences:?}");
         assert!(sentences[0].contains("node certificate") && sentences[0].contains("in 20 days"), "{sentences:?}");
         for (left, new) in [(30 * DAY, false), (8 * DAY, false), (7 * DAY, true), (DAY, true), (5, false), (0, true)] {
-            let step = step(left).unwrap();
+            let step = all[0].info.expiry_step(end - left).unwrap();
             let before = told.0["node"].1;
             assert_eq!(told.is_new(&all[0], step), new, "{left}");
             assert_eq!(before != step, new);
         }
         let renewed = CertificateStatus { info: all[1].info.clone(), ..all[0].clone() };
-        assert!(told.is_new(&renewed, EXPIRED), "another certificate is another matter");
+        assert!(told.is_new(&renewed, 0), "another certificate is another matter");
         assert!(sentence(&all[0], 5).contains("in 1 hours") && sentence(&all[0], 0).contains("has expired"));
         let upload = CertificateStatus { source: CertificateSource::Upload, ..all[0].clone() };
         assert!(sentence(&upload, DAY).contains("twistcli certs upload"));

@@ -4,13 +4,16 @@
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use tokio::sync::watch;
 use tracing::info;
 
-use super::{Event, Kind, Recorder, Scope, Severity};
+use super::{
+    Event, Kind, Recorder, Scope, Severity,
+    certificates::{self, Certificates, Ends},
+};
 use crate::{
     cluster::{Member, Membership, NodeId, Phase, Role},
     node::{
@@ -35,6 +38,7 @@ struct Seen {
     others: BTreeMap<NodeId, (Role, bool)>,
     membership: Membership,
     warnings: BTreeMap<&'static str, String>,
+    certificates: Certificates,
 }
 
 impl Seen {
@@ -49,6 +53,7 @@ impl Seen {
             others: others.map(|member| (member.id, (member.state, member.full))).collect(),
             membership: status.membership.public(),
             warnings: status.recent.warnings.clone(),
+            certificates: Certificates::of(status),
         }
     }
 
@@ -102,12 +107,13 @@ struct Follower {
     without: Option<(Instant, Option<Scope>)>,
     /// The primary that was known last.
     last_primary: Option<NodeId>,
+    ends: Ends,
 }
 
 impl Follower {
     fn new(recorder: Recorder, status: &Status) -> Self {
         let seen = Seen::of(status);
-        Self { recorder, last_primary: None, seen, number: 0, opening: None, without: None }
+        Self { recorder, last_primary: None, seen, number: 0, opening: None, without: None, ends: Ends::default() }
     }
 
     fn look(&mut self, status: &Status, opened: Option<u64>, now: Instant) {
@@ -130,6 +136,10 @@ impl Follower {
         events.iter().for_each(|event| info!("{}", event.sentence));
         events.extend(membership(&before, &self.seen));
         events.extend(warnings(&before, &self.seen));
+        let Seen { name, certificates: seen, .. } = &self.seen;
+        events.extend(certificates::changes(name, &before.certificates, seen));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        events.extend(self.ends.look(name, seen, now));
         events.into_iter().for_each(|event| self.recorder.record(event));
     }
 
@@ -305,17 +315,20 @@ fn warnings(before: &Seen, after: &Seen) -> Vec<Event> {
         "diverged" | "scrub" => (Kind::Damage, Severity::Critical),
         "snapshot" => (Kind::Snapshot, Severity::Warning),
         "backup" => (Kind::Backup, Severity::Warning),
-        "certificate" | "certificates" => (Kind::Certificate, Severity::Warning),
+        "certificates" | "given certificate" => (Kind::Certificate, Severity::Warning),
         _ => (Kind::Warning, Severity::Warning),
     };
-    // The PRIMARY sees the disks of the others by itself.
-    let scope = |about: &str| if about == "disk" { Scope::Cluster } else { Scope::Node };
-    for (about, text) in after.warnings.iter().filter(|(about, _)| !before.warnings.contains_key(*about)) {
+    // The PRIMARY sees the disks of the others by itself, and all see what the Consoles were given.
+    let scope = |about: &str| if ["disk", "given certificate"].contains(&about) { Scope::Cluster } else { Scope::Node };
+    // Told with their dates by [`Ends`].
+    let ends = |about: &&str| *about == "certificate expiry";
+    let new = |(about, _): &(&&str, &String)| !before.warnings.contains_key(*about) && !ends(about);
+    for (about, text) in after.warnings.iter().filter(new) {
         let (kind, severity) = kind(about);
         let sentence = format!("{}: {text}", after.name);
         events.push(Event::new(kind, severity, sentence).scope(scope(about)).field("about", *about));
     }
-    for about in before.warnings.keys().filter(|about| !after.warnings.contains_key(*about)) {
+    for about in before.warnings.keys().filter(|about| !after.warnings.contains_key(*about) && !ends(about)) {
         let sentence = format!("{}: the warning about {about} is over", after.name);
         events.push(Event::new(kind(about).0, Severity::Info, sentence).scope(scope(about)).field("about", *about));
     }
@@ -341,6 +354,7 @@ mod tests {
             others: (2..).zip(states.iter().copied()).collect(),
             membership: Membership::founded(ClusterId(7), (1..=3).map(founder).collect()),
             warnings: BTreeMap::new(),
+            certificates: Certificates::default(),
         }
     }
 

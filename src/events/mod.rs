@@ -4,6 +4,7 @@
 //! Must never hold anybody up: whoever records an event goes on at once, and a full queue or disk costs events, which are
 //! counted, and nothing else.
 
+mod certificates;
 mod file;
 mod follow;
 pub mod notify;
@@ -98,7 +99,7 @@ words! {
         Warning = "warning",
         /// A backup or a restore.
         Backup = "backup",
-        /// A certificate.
+        /// Certificates, the authority that signs them, and the key that protects it.
         Certificate = "certificate",
         /// A test of the notifications.
         Test = "test",

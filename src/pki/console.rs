@@ -26,6 +26,8 @@ use crate::cluster::{ClusterId, console_certificate::CustomCertificate};
 const MAX_CERTIFICATES: usize = 8;
 /// Smallest RSA key that is accepted, in bits: rustls and today's browsers refuse smaller ones.
 const MIN_RSA: usize = 2048;
+/// How long before its end a certificate is spoken of, in days.
+const EXPIRY_DAYS: [u64; 3] = [30, 7, 1];
 const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
 
 /// What is in a certificate, for people and for those who watch it.
@@ -59,6 +61,15 @@ impl CertificateInfo {
             not_after: seconds(parsed.validity().not_after),
             fingerprint: fingerprint(der),
         })
+    }
+
+    /// How near its end is at this time (seconds since 1970): the last of [`EXPIRY_DAYS`] that it has reached, 0 once it has
+    /// expired; none while there is time enough.
+    pub fn expiry_step(&self, now: u64) -> Option<u64> {
+        match self.not_after.saturating_sub(now) {
+            0 => Some(0),
+            left => EXPIRY_DAYS.into_iter().rev().find(|days| left <= days * 86_400),
+        }
     }
 
     /// True if a client that asks for this host name or IP address is content.
