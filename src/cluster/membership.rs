@@ -28,16 +28,12 @@ pub const MAX_ENCODED: usize = 32 << 10;
 pub(super) const MAX_NAME: usize = 253;
 /// Removed members that are remembered, newest last, so that they can be told why they are refused.
 const REMEMBERED: usize = 32;
-/// Requests to join and invitations that may be open at one time.
-const MAX_OPEN: usize = 8;
 /// Longest certificate, in bytes of PEM.
-const MAX_PEM: usize = 2048;
-/// Longest signing request, in bytes of PEM: for a P-256 key it needs about 500.
-const MAX_CSR: usize = 1024;
+pub(super) const MAX_PEM: usize = 2048;
 /// Length of all names of a host's Console certificate together, in bytes: the certificate must stay below [`MAX_PEM`].
-const MAX_NAMES: usize = 768;
+pub(super) const MAX_NAMES: usize = 768;
 /// What a certificate needs for a name beside it, at most.
-const PER_NAME: usize = 3;
+pub(super) const PER_NAME: usize = 3;
 /// Webhooks of a cluster.
 const MAX_WEBHOOKS: usize = 3;
 /// Names of a Console certificate.
@@ -392,7 +388,7 @@ impl Membership {
     pub fn changed(&self, change: &Change, primary: NodeId) -> Result<Self, Impossible> {
         let mut next = self.clone();
         match change {
-            Change::Invite { invitation } => next.invite(invitation)?,
+            Change::Invite { invitation } => next.invite(invitation),
             Change::Uninvite => next.invitations.clear(),
             Change::Request { request } => next.request(request)?,
             Change::Reject { request } => {
@@ -472,98 +468,6 @@ impl Membership {
         Ok(())
     }
 
-    fn invite(&mut self, invitation: &Invitation) -> Result<(), Impossible> {
-        self.invitations.retain(|open| open.until > invitation.at);
-        if self.invitations.len() >= MAX_OPEN {
-            return Err(Impossible(format!("{MAX_OPEN} invitations are open already: revoke them first")));
-        }
-        self.invitations.push(invitation.clone());
-        Ok(())
-    }
-
-    fn request(&mut self, request: &Request) -> Result<(), Impossible> {
-        if self.coming.is_some() {
-            return Err(Impossible(
-                "the certificate authority is being replaced: get a new join script in a moment".to_owned(),
-            ));
-        }
-        check_host(&request.name, &request.address, request.port)?;
-        self.requests.retain(|open| open.until > request.at);
-        // The same host asks again, for example because its first answer was lost: the newest request counts.
-        self.requests.retain(|open| open.fingerprint != request.fingerprint);
-        let place = (&request.address, request.port);
-        let twin = self.requests.iter().find(|open| open.name == request.name || (&open.address, open.port) == place);
-        if let Some(twin) = twin {
-            return Err(Impossible(format!(
-                "another host asks to join as {} ({}:{}) already: reject one of the two",
-                twin.name, twin.address, twin.port
-            )));
-        }
-        if self.members.len() + self.requests.len() >= CLUSTER_SIZE {
-            return Err(Impossible(format!(
-                "{} members and {} requests to join make a complete cluster: remove or reject one first",
-                self.members.len(),
-                self.requests.len()
-            )));
-        }
-        let names: usize = request.console_names.iter().map(|name| name.len() + PER_NAME).sum();
-        let csr = request.csr.len().max(request.console_csr.len());
-        let label = request.version.len().max(request.id.len()).max(request.fingerprint.len());
-        if csr > MAX_CSR || names > MAX_NAMES || label > MAX_NAME {
-            return Err(Impossible("the request is too long".to_owned()));
-        }
-        let Request { name, address, port, .. } = request.clone();
-        let mut joined = self.clone();
-        joined.push(self.next_id, name, address, port, None)?;
-        joined.check()?;
-        self.requests.push(request.clone());
-        Ok(())
-    }
-
-    fn push(
-        &mut self,
-        id: NodeId,
-        name: String,
-        address: String,
-        port: u16,
-        admission: Option<Admission>,
-    ) -> Result<(), Impossible> {
-        let taken = |rank: &u8| self.members.iter().any(|member| member.rank == *rank);
-        let Some(rank) = (0..CLUSTER_SIZE as u8).find(|rank| !taken(rank)) else {
-            return Err(Impossible(format!("a cluster has {CLUSTER_SIZE} members: remove one first")));
-        };
-        self.members.push(Member { id, name, address, port, rank, voter: false, admission });
-        self.members.sort_by_key(|member| member.id);
-        Ok(())
-    }
-
-    fn admit(&mut self, hosts: &[Newcomer]) -> Result<(), Impossible> {
-        let (members, requests) = (self.members.len(), self.requests.len());
-        if members + requests != CLUSTER_SIZE || hosts.len() != requests || hosts.is_empty() {
-            return Err(Impossible(format!(
-                "{members} members and {requests} requests to join do not make {CLUSTER_SIZE}: run the join script on \
-                 the missing hosts first"
-            )));
-        }
-        for host in hosts {
-            if host.id < self.next_id {
-                return Err(Impossible(format!("node id {} was given to another host meanwhile: try again", host.id)));
-            }
-            let place = self.requests.iter().position(|request| request.id == host.request);
-            let place = place.ok_or_else(|| Impossible("a request to join is gone: look again".to_owned()))?;
-            let Request { name, address, port, id, .. } = self.requests.remove(place);
-            if host.certificate.len().max(host.console_certificate.len()) > MAX_PEM {
-                return Err(Impossible(format!("a certificate of {name} is longer than {MAX_PEM} bytes")));
-            }
-            let (certificate, console_certificate) = (host.certificate.clone(), host.console_certificate.clone());
-            let admission = Admission { request: id, certificate, console_certificate };
-            self.push(host.id, name, address, port, Some(admission))?;
-            self.next_id = host.id + 1;
-        }
-        self.invitations.clear();
-        Ok(())
-    }
-
     fn remove(&mut self, node: NodeId, at: u64, primary: NodeId) -> Result<(), Impossible> {
         let place = self.members.iter().position(|member| member.id == node).ok_or_else(|| no_member(node))?;
         if node == primary {
@@ -582,7 +486,7 @@ impl Membership {
     }
 
     /// What must hold for every membership, whoever made it.
-    fn check(&self) -> Result<(), Impossible> {
+    pub(super) fn check(&self) -> Result<(), Impossible> {
         for (place, member) in self.members.iter().enumerate() {
             check_host(&member.name, &member.address, member.port)?;
             for other in &self.members[..place] {
@@ -683,7 +587,10 @@ pub fn check_host(name: &str, address: &str, port: u16) -> Result<(), Impossible
 #[cfg(test)]
 mod tests {
     use super::{
-        super::console_certificate::{MAX_CHAIN, MAX_SEALED},
+        super::{
+            admission::{MAX_CSR, MAX_OPEN},
+            console_certificate::{MAX_CHAIN, MAX_SEALED},
+        },
         *,
     };
 
@@ -800,8 +707,12 @@ mod tests {
         for at in 0..MAX_OPEN as u64 {
             invited = invite(&invited, at).unwrap();
         }
-        assert!(invite(&invited, 99).unwrap_err().contains("revoke"));
-        assert_eq!(invite(&invited, 101).unwrap().invitations.len(), MAX_OPEN - 1);
+        assert_eq!(invite(&invited, 101).unwrap().invitations.len(), MAX_OPEN - 1, "two have expired");
+        let ends = |membership: &Membership| membership.invitations.iter().map(|open| open.until).collect::<Vec<_>>();
+        invited.invitations[0].until = 900;
+        let more = invite(&invited, 99).unwrap();
+        assert_eq!(ends(&more), [900, 102, 103, 104, 105, 106, 107, 199], "the one that ends first gives way");
+        assert_eq!(ends(&invite(&more, 99).unwrap())[..2], [900, 103]);
         assert!(change(&invited, Change::Uninvite).unwrap().invitations.is_empty());
     }
 

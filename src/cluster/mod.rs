@@ -3,6 +3,7 @@
 //!
 //! Times are nanoseconds of one clock that never stops or jumps (CLOCK_BOOTTIME in a daemon).
 
+mod admission;
 pub mod command;
 mod configure;
 pub mod console_certificate;

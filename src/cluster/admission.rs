@@ -1,0 +1,110 @@
+//! How hosts come into the cluster: invitations, requests, admission. Owns the limits of all three; must never let in more
+//! hosts than a complete cluster has.
+
+use super::{
+    Membership, NodeId,
+    membership::{
+        Admission, CLUSTER_SIZE, Impossible, Invitation, MAX_NAME, MAX_NAMES, MAX_PEM, Member, Newcomer, PER_NAME,
+        Request, check_host,
+    },
+};
+
+/// Requests to join and invitations that may be open at one time.
+pub(super) const MAX_OPEN: usize = 8;
+/// Longest signing request, in bytes of PEM: for a P-256 key it needs about 500.
+pub(super) const MAX_CSR: usize = 1024;
+
+impl Membership {
+    /// When no more may be open, the one gives way that ends first: whoever wants a script gets one.
+    pub(super) fn invite(&mut self, invitation: &Invitation) {
+        self.invitations.retain(|open| open.until > invitation.at);
+        while self.invitations.len() >= MAX_OPEN {
+            let first = (0..self.invitations.len()).min_by_key(|place| self.invitations[*place].until).unwrap_or(0);
+            self.invitations.remove(first);
+        }
+        self.invitations.push(invitation.clone());
+    }
+
+    pub(super) fn request(&mut self, request: &Request) -> Result<(), Impossible> {
+        if self.coming.is_some() {
+            return Err(Impossible(
+                "the certificate authority is being replaced: get a new join script in a moment".to_owned(),
+            ));
+        }
+        check_host(&request.name, &request.address, request.port)?;
+        self.requests.retain(|open| open.until > request.at);
+        // The same host asks again, for example because its first answer was lost: the newest request counts.
+        self.requests.retain(|open| open.fingerprint != request.fingerprint);
+        let place = (&request.address, request.port);
+        let twin = self.requests.iter().find(|open| open.name == request.name || (&open.address, open.port) == place);
+        if let Some(twin) = twin {
+            return Err(Impossible(format!(
+                "another host asks to join as {} ({}:{}) already: reject one of the two",
+                twin.name, twin.address, twin.port
+            )));
+        }
+        if self.members.len() + self.requests.len() >= CLUSTER_SIZE {
+            return Err(Impossible(format!(
+                "{} members and {} requests to join make a complete cluster: remove or reject one first",
+                self.members.len(),
+                self.requests.len()
+            )));
+        }
+        let names: usize = request.console_names.iter().map(|name| name.len() + PER_NAME).sum();
+        let csr = request.csr.len().max(request.console_csr.len());
+        let label = request.version.len().max(request.id.len()).max(request.fingerprint.len());
+        if csr > MAX_CSR || names > MAX_NAMES || label > MAX_NAME {
+            return Err(Impossible("the request is too long".to_owned()));
+        }
+        let Request { name, address, port, .. } = request.clone();
+        let mut joined = self.clone();
+        joined.push(self.next_id, name, address, port, None)?;
+        joined.check()?;
+        self.requests.push(request.clone());
+        Ok(())
+    }
+
+    fn push(
+        &mut self,
+        id: NodeId,
+        name: String,
+        address: String,
+        port: u16,
+        admission: Option<Admission>,
+    ) -> Result<(), Impossible> {
+        let taken = |rank: &u8| self.members.iter().any(|member| member.rank == *rank);
+        let Some(rank) = (0..CLUSTER_SIZE as u8).find(|rank| !taken(rank)) else {
+            return Err(Impossible(format!("a cluster has {CLUSTER_SIZE} members: remove one first")));
+        };
+        self.members.push(Member { id, name, address, port, rank, voter: false, admission });
+        self.members.sort_by_key(|member| member.id);
+        Ok(())
+    }
+
+    pub(super) fn admit(&mut self, hosts: &[Newcomer]) -> Result<(), Impossible> {
+        let (members, requests) = (self.members.len(), self.requests.len());
+        if members + requests != CLUSTER_SIZE || hosts.len() != requests || hosts.is_empty() {
+            return Err(Impossible(format!(
+                "{members} members and {requests} requests to join do not make {CLUSTER_SIZE}: run the join script on \
+                 the missing hosts first"
+            )));
+        }
+        for host in hosts {
+            if host.id < self.next_id {
+                return Err(Impossible(format!("node id {} was given to another host meanwhile: try again", host.id)));
+            }
+            let place = self.requests.iter().position(|request| request.id == host.request);
+            let place = place.ok_or_else(|| Impossible("a request to join is gone: look again".to_owned()))?;
+            let Request { name, address, port, id, .. } = self.requests.remove(place);
+            if host.certificate.len().max(host.console_certificate.len()) > MAX_PEM {
+                return Err(Impossible(format!("a certificate of {name} is longer than {MAX_PEM} bytes")));
+            }
+            let (certificate, console_certificate) = (host.certificate.clone(), host.console_certificate.clone());
+            let admission = Admission { request: id, certificate, console_certificate };
+            self.push(host.id, name, address, port, Some(admission))?;
+            self.next_id = host.id + 1;
+        }
+        self.invitations.clear();
+        Ok(())
+    }
+}
