@@ -33,6 +33,14 @@ pub struct CustomCertificate {
 }
 
 impl Membership {
+    /// True if the certificate that the Consoles were given is sealed with another key than the authority: no member keeps that
+    /// one, so that only those who have unsealed it before can serve it.
+    pub fn certificate_is_stranded(&self) -> bool {
+        let sealed_with = self.authority.as_ref().and_then(|authority| authority.key);
+        let certificate = self.custom_certificate.as_ref();
+        certificate.is_some_and(|certificate| sealed_with.is_some_and(|key| key != certificate.key))
+    }
+
     /// Refuses a certificate that is too long, or that members could not unseal before long.
     pub(super) fn sound_certificate(
         &self,

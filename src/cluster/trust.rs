@@ -8,6 +8,7 @@
 //! *Cluster key*: wanted ([`Rekey`] without an id, after each removal) -> announced (the primary has made one and keeps it; the
 //! others fetch it) -> all members have it on disk: one change seals anew what was sealed with the old one
 //! ([`Change::Reseal`](super::Change)): the authority, and the certificate that the Consoles were given. Until then everybody keeps the old key, too.
+//! A certificate that cannot be unsealed stays as it is ([`Membership::certificate_is_stranded`]).
 //!
 //! *Authority*: introduced (all members trust it beside the old one) -> all do: it signs from now on
 //! ([`Change::SwitchAuthority`](super::Change)), all certificates are made anew, the old one is still trusted -> all members show
@@ -169,11 +170,15 @@ impl Membership {
         if known.is_some() != sealed.is_some() || !known.zip(sealed).is_none_or(same) {
             return Err(refuse("another certificate was given to the Consoles meanwhile"));
         }
-        if sealed.is_some_and(|certificate| Some(certificate.key) != announced) {
+        // One that the primary cannot unseal stays as it is: it must not keep a removed host's key in use.
+        let stays = known == sealed;
+        if !stays && sealed.is_some_and(|certificate| Some(certificate.key) != announced) {
             return Err(refuse("the Consoles' certificate was not sealed with the key that was announced"));
         }
         self.authority = Some(authority.clone());
-        self.custom_certificate = self.sound_certificate(certificate.cloned())?;
+        if !stays {
+            self.custom_certificate = self.sound_certificate(certificate.cloned())?;
+        }
         self.rekey = None;
         Ok(())
     }
@@ -285,7 +290,13 @@ mod tests {
         for other in [None, Some(given("b", 5))] {
             assert!(seal(other).unwrap_err().contains("meanwhile"));
         }
-        assert!(seal(Some(given("a", 1))).unwrap_err().contains("not sealed with the key"));
+        assert!(seal(Some(given("a", 2))).unwrap_err().contains("not sealed with the key"));
+        // Nobody could unseal it: the key is replaced all the same, and it stays until another one is given.
+        let stranded = seal(Some(given("a", 1))).unwrap();
+        assert_eq!((stranded.custom_certificate.as_ref(), stranded.rekey), (Some(&given("a", 1)), None));
+        assert!(stranded.certificate_is_stranded() && !announced.certificate_is_stranded());
+        let other = give(&stranded, given("b", 5)).unwrap();
+        assert!(!other.certificate_is_stranded(), "given anew");
         let done = seal(Some(given("a", 5))).unwrap();
         assert_eq!((done.custom_certificate.as_ref(), done.rekey), (Some(&given("a", 5)), None));
         // An upload that was sealed a moment too early.

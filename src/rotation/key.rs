@@ -1,13 +1,13 @@
 //! The cluster key: makes, fetches and keeps it. Must never seal the authority with a key that a member does not have.
 
 use anyhow::{Context, Result, bail};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Rotation, all, exchange};
 use crate::{
-    cluster::{Change, Membership, trust::KeyId},
+    cluster::{Change, Membership, console_certificate::CustomCertificate, trust::KeyId},
     node::Status,
-    pki::{self, Authority, ClusterKey, ClusterKeys},
+    pki::{self, Authority, ClusterKey, ClusterKeys, PkiError},
 };
 
 impl Rotation {
@@ -89,9 +89,9 @@ impl Rotation {
             let id = key.id();
             let dir = self.parts.certificates.clone();
             self.keys()?.keep_next(&dir, key)?;
-            return self
-                .change(Change::AnnounceKey { id }, "a new cluster key is announced: all members fetch it")
-                .await;
+            let done = "a new cluster key is announced: all members fetch it";
+            self.change(Change::AnnounceKey { id }, done).await?;
+            return Ok(());
         };
         if !all(membership, status, |holds| holds.key == next.id()) {
             return Ok(());
@@ -99,17 +99,34 @@ impl Rotation {
         let opened = Authority::open(membership.cluster, authority, &self.parts.certificates);
         let sealed =
             opened.and_then(|authority| authority.seal(&next)).context("seal the certificate authority anew")?;
-        let certificate = match &membership.custom_certificate {
-            Some(given) => Some(
-                self.keys()?.find(given.key).context("this node does not have the cluster key that sealed it").and_then(
-                    |old| Ok(pki::reseal(membership.cluster, given, old, &next)?),
-                ).context(
-                    "seal the certificate that was given to the Consoles anew (or take it back: twistcli certs remove)",
-                )?,
-            ),
-            None => None,
+        let (certificate, problem) = match &membership.custom_certificate {
+            Some(given) => match self.sealed_anew(membership, given, &next)? {
+                Ok(certificate) => (Some(certificate), None),
+                Err(error) => (Some(given.clone()), Some(error)),
+            },
+            None => (None, None),
         };
         let done = "all members have the new cluster key: it seals the authority";
-        self.change(Change::Reseal { authority: sealed, certificate }, done).await
+        let changed = self.change(Change::Reseal { authority: sealed, certificate }, done).await?;
+        if let Some(error) = problem.filter(|_| changed) {
+            warn!(
+                "the certificate that was given to all Consoles could not be sealed with the new cluster key and stays as it \
+                 is: a Console that starts again cannot serve it; upload it again: {error}"
+            );
+        }
+        Ok(())
+    }
+
+    /// The certificate that the Consoles were given, for the new key. That it cannot be unsealed is for good: the key in force
+    /// has just unsealed the authority, nobody keeps another one, and what is damaged here is damaged everywhere.
+    fn sealed_anew(
+        &self,
+        membership: &Membership,
+        given: &CustomCertificate,
+        next: &ClusterKey,
+    ) -> Result<Result<CustomCertificate, PkiError>> {
+        let keys = ClusterKeys::load(&self.parts.certificates)?;
+        let old = keys.find(given.key).ok_or(PkiError::Sealed("its key is that of an earlier time"));
+        Ok(old.and_then(|old| pki::reseal(membership.cluster, given, old, next)))
     }
 }

@@ -124,14 +124,14 @@ impl Rotation {
         Ok(())
     }
 
-    /// Makes a change; one that came too late or too early is made at the next look if it is still wanted.
-    async fn change(&self, change: Change, done: &str) -> Result<()> {
+    /// Makes a change; one that came too late or too early is made at the next look if it is still wanted. True if it is made.
+    async fn change(&self, change: Change, done: &str) -> Result<bool> {
         match self.parts.handle.change(change).await {
             Ok(_) => info!("{done}"),
-            Err(ChangeError::Busy | ChangeError::NotPrimary) => {}
+            Err(ChangeError::Busy | ChangeError::NotPrimary) => return Ok(false),
             Err(error) => return Err(error.into()),
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Logs each problem once, and shows those that last and steps that take long.
