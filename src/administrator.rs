@@ -26,7 +26,6 @@ pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle) -
     let config = AdminConfig {
         certificates: config.data_folder.join("certificates"),
         version: PROGRAM_VERSION.to_owned(),
-        console_addresses: Vec::new(),
         https_port: config.management_port_https,
         data: PathBuf::from(&config.data_folder),
     };

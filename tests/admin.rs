@@ -105,7 +105,6 @@ impl Founder {
         let admin_config = AdminConfig {
             certificates: data.path().join("certificates"),
             version: VERSION.to_owned(),
-            console_addresses: Vec::new(),
             https_port: Some(8083),
             data: data.path().to_owned(),
         };
@@ -266,6 +265,20 @@ fn a_host_that_was_turned_down_needs_a_new_script() {
     assert_ne!(pending(founder.ask(&newer, &second).unwrap()), id);
     founder.wait(admin.uninvite("admin")).unwrap();
     assert!(matches!(admin.check_token(&newer, HERE), Err(AdminError::Denied(_))));
+}
+
+/// Each fetch of the script by an administrator is an invitation.
+#[test]
+fn the_ninth_invitation_closes_the_one_that_ends_first() {
+    let founder = Founder::start();
+    let admin = &founder.admin;
+    let long = founder.wait(admin.invite(Duration::from_secs(7 * 86_400), "admin")).unwrap().token;
+    let tokens: Vec<String> = (0..8).map(|_| founder.invite()).collect();
+    let denied = admin.check_token(&tokens[0], HERE);
+    assert!(matches!(&denied, Err(AdminError::Denied(why)) if why.contains("get a new join script")), "{denied:?}");
+    for token in tokens[1..].iter().chain([&long]) {
+        assert_eq!(admin.check_token(token, HERE), Ok(()));
+    }
 }
 
 #[test]

@@ -92,7 +92,7 @@ fn certificates() -> Certificates {
     Certificates {
         console_names: vec!["console.example".into()],
         certificates: vec![CertificateStatus { of: "console".into(), source, missing: Vec::new(), info: info.clone() }],
-        custom: Some(Custom { by: "ann".into(), at: 1_793_383_200, missing: Vec::new(), info }),
+        custom: Some(Custom { by: "ann".into(), at: 1_793_383_200, missing: Vec::new(), exposed_to: Vec::new(), info }),
     }
 }
 

@@ -1,12 +1,14 @@
 //! What the Consoles serve, as an administrator changes it: the list of names, and a certificate of their own. Owns the
 //! checks; must never take a certificate that some member or the load balancer could not be reached with.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::{Admin, AdminError, now};
 use crate::{
-    cluster::{Change, Membership, NodeId},
+    cluster::{Change, Membership, NodeId, console_certificate::CustomCertificate},
     node::CertificateStatus,
     pki::{self, CertificateInfo, ClusterKeys, Pair, PkiError},
 };
@@ -32,11 +34,14 @@ pub struct Certificates {
 /// A certificate that an administrator has given all Consoles.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Custom {
-    /// Who, and when, in seconds since 1970.
+    /// Who, and when the key was given first, in seconds since 1970.
     pub by: String,
     pub at: u64,
     /// What of the members and the list it is not good for.
     pub missing: Vec<String>,
+    /// Members that were removed since: they know its private key.
+    #[serde(default, rename = "exposedTo", skip_serializing_if = "Vec::is_empty")]
+    pub exposed_to: Vec<String>,
     #[serde(flatten)]
     pub info: CertificateInfo,
 }
@@ -47,8 +52,8 @@ impl Admin {
         let membership = self.membership();
         let custom = membership.custom_certificate.as_ref().and_then(|custom| {
             let info = pki::certificate_der(&custom.chain).and_then(|der| CertificateInfo::read(&der)).ok()?;
-            let missing = missing(&membership, &self.config.console_addresses, &info, None);
-            Some(Custom { by: custom.by.clone(), at: custom.at, missing, info })
+            let (missing, exposed_to) = (missing(&membership, &info, None), exposed_to(&membership));
+            Some(Custom { by: custom.by.clone(), at: custom.at, missing, exposed_to, info })
         });
         let certificates = self.status().certificates.clone();
         Certificates { console_names: membership.console_names.clone(), certificates, custom }
@@ -84,12 +89,11 @@ impl Admin {
         }
         let refused = |error: PkiError| AdminError::Refused(error.to_string());
         let pair = Pair::parse(pem, pem).map_err(refused)?;
-        let at = now();
-        pair.check(at).map_err(refused)?;
+        pair.check(now()).map_err(refused)?;
         let _one = self.changing.lock().await;
         let membership = self.membership();
         let info = pair.info().clone();
-        let missing = missing(&membership, &self.config.console_addresses, &info, None);
+        let missing = missing(&membership, &info, None);
         if !missing.is_empty() {
             return Err(AdminError::Refused(format!(
                 "the certificate is refused: it is not good for {}. It is good for {}. Order one with all names, or change \
@@ -107,11 +111,13 @@ impl Admin {
         // The key in force, also while another one is announced: that one seals all anew.
         let key = keys.for_authority(authority).map_err(refused)?;
         let by: String = by.chars().take(MAX_BY).collect();
-        let certificate = pair.seal(key, membership.cluster, &by, at).map_err(refused)?;
-        self.change(Change::CustomCertificate { certificate: Some(certificate) }).await?;
+        let mut certificate = pair.seal(key, membership.cluster, &by, now()).map_err(refused)?;
+        let at = given_at(&membership, &certificate);
+        certificate.at = at;
+        let membership = self.change(Change::CustomCertificate { certificate: Some(certificate) }).await?;
         let CertificateInfo { subject, issuer, fingerprint, .. } = &info;
         info!(by, subject, issuer, fingerprint, "all Consoles are to serve a certificate that was given to them");
-        Ok(Custom { by, at, missing, info })
+        Ok(Custom { by, at, missing, exposed_to: exposed_to(&membership), info })
     }
 
     /// All Consoles serve certificates of the cluster's own authority again.
@@ -132,15 +138,52 @@ impl Admin {
     }
 }
 
+/// When a certificate is to count as given: after all removals so far, whatever the clocks of earlier primaries said; or, if
+/// it has the key of the one in its place, when that was given.
+fn given_at(membership: &Membership, new: &CustomCertificate) -> u64 {
+    let key = |certificate: &CustomCertificate| pki::certificate_key(&certificate.chain).ok();
+    let same =
+        membership.custom_certificate.as_ref().filter(|known| key(known).is_some_and(|known| key(new) == Some(known)));
+    let after = membership.removed.iter().map(|removed| removed.at.saturating_add(1)).max().unwrap_or(0);
+    same.map_or(new.at.max(after), |known| known.at)
+}
+
+/// The members that were removed since the Consoles were given their certificate: each had its private key.
+fn exposed_to(membership: &Membership) -> Vec<String> {
+    let Some(certificate) = &membership.custom_certificate else { return Vec::new() };
+    let gone = membership.removed.iter().filter(|removed| removed.at >= certificate.at);
+    let names: BTreeSet<&str> = gone.map(|removed| removed.name.as_str()).collect();
+    names.into_iter().map(str::to_owned).collect()
+}
+
+/// That somebody else knows the key of the certificate that the Consoles were given, and what to do about it.
+pub(super) fn exposure(membership: &Membership) -> Option<String> {
+    let exposed = exposed_to(membership);
+    (!exposed.is_empty()).then(|| {
+        format!(
+            "{} has the private key of the certificate that was given to all Consoles, and is not a member any more: upload one \
+             with another key, or go back to the cluster's own (twistcli certs upload, twistcli certs remove); have the old one \
+             revoked if that host is not in your hands",
+            exposed.join(" and ")
+        )
+    })
+}
+
+/// What an administrator should do about the certificate that the Consoles were given: who else knows its key, and that no
+/// Console can unseal it any more.
+pub(super) fn warning(membership: &Membership) -> Option<String> {
+    let stranded = membership.certificate_is_stranded().then(|| {
+        "the certificate that was given to all Consoles is sealed with a cluster key that no member has any more: a Console that \
+         starts again serves the cluster's own; upload it again (twistcli certs upload)"
+            .to_owned()
+    });
+    let sentences: Vec<String> = exposure(membership).into_iter().chain(stranded).collect();
+    (!sentences.is_empty()).then(|| sentences.join("; "))
+}
+
 /// What clients may reach the Consoles by, and this certificate is not good for: each member by its address or its name (also
-/// as the first part of a longer one), the names of the list, and further `places` (`host:port`). For one member `only`, or
-/// for all.
-pub(super) fn missing(
-    membership: &Membership,
-    places: &[String],
-    info: &CertificateInfo,
-    only: Option<NodeId>,
-) -> Vec<String> {
+/// as the first part of a longer one), and the names of the list. For one member `only`, or for all.
+pub(super) fn missing(membership: &Membership, info: &CertificateInfo, only: Option<NodeId>) -> Vec<String> {
     let begins_with =
         |name: &str| info.names.iter().any(|full| full.split_once('.').is_some_and(|(host, _)| host == name));
     let members = membership.members.iter().filter(|member| only.is_none_or(|node| node == member.id));
@@ -149,27 +192,22 @@ pub(super) fn missing(
         !info.covers(&member.address) && !info.covers(&name) && !begins_with(&name)
     });
     let mut missing: Vec<String> = lacking.map(|member| format!("{} ({})", member.name, member.address)).collect();
-    let hosts = places.iter().map(|place| host(place));
-    let names = membership.console_names.iter().map(String::as_str).chain(hosts);
-    for name in names.filter(|name| !info.covers(name)) {
+    for name in membership.console_names.iter().filter(|name| !info.covers(name)) {
         let member = format!("({name})");
         if !missing.iter().any(|known| known == name || known.ends_with(&member)) {
-            missing.push(name.to_owned());
+            missing.push(name.clone());
         }
     }
     missing
 }
 
-/// The host of `host:port`.
-fn host(place: &str) -> &str {
-    let host = place.rsplit_once(':').map_or(place, |(host, _)| host);
-    host.trim_start_matches('[').trim_end_matches(']')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{ClusterId, Member};
+    use crate::{
+        cluster::{ClusterId, Member, membership::Removed, trust::KeyId},
+        pki::Authority,
+    };
 
     fn info(names: &[&str]) -> CertificateInfo {
         let names = names.iter().map(|name| (*name).to_owned()).collect();
@@ -187,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_member_is_reached_by_its_address_or_its_name() {
-        let lacks = |names: &[&str]| missing(&membership(), &["lb.example.com:8083".to_owned()], &info(names), None);
+        let lacks = |names: &[&str]| missing(&membership(), &info(names), None);
         let all = lacks(&[]);
         let expected = [
             "host1 (192.0.2.1)",
@@ -195,7 +233,6 @@ mod tests {
             "host3 (three.example.com)",
             "console.example.com",
             "2001:db8::7",
-            "lb.example.com",
         ];
         assert_eq!(all, expected);
         let rest = lacks(&["192.0.2.1", "host2.example.com", "*.example.com", "2001:db8:0::7"]);
@@ -203,14 +240,34 @@ mod tests {
         assert_eq!(lacks(&["192.0.2.1", "host22.example.com", "*.example.com", "2001:db8::7"]), ["host2 (192.0.2.2)"]);
         // A wildcard of one label does not cover a deeper name, nor the domain itself.
         assert!(!info(&["*.example.com"]).covers("a.b.example.com") && !info(&["*.example.com"]).covers("example.com"));
-        assert_eq!(
-            missing(&membership(), &[], &info(&["*.example.com", "2001:db8::7"]), Some(3)),
-            Vec::<String>::new()
-        );
+        assert_eq!(missing(&membership(), &info(&["*.example.com", "2001:db8::7"]), Some(3)), Vec::<String>::new());
     }
 
     #[test]
-    fn the_host_of_a_place_is_found() {
-        assert_eq!(["a:1", "[2001:db8::1]:8083", "a"].map(host), ["a", "2001:db8::1", "a"]);
+    fn whoever_was_removed_after_a_key_was_given_knows_it() {
+        let other = Authority::create(ClusterId(8)).unwrap();
+        let given = |at| {
+            let issued = other.issue_console(&["a.example"]).unwrap();
+            let (chain, sealed_key) = (issued.cert_pem, String::new());
+            CustomCertificate { chain, sealed_key, key: KeyId(1), by: "admin".to_owned(), at }
+        };
+        let mut membership = membership();
+        let remove = |membership: &mut Membership, id, at| {
+            let gone = membership.members.pop().unwrap();
+            membership.removed.push(Removed { id, name: gone.name, at });
+        };
+        remove(&mut membership, 3, 50);
+        let first = given(20);
+        assert_eq!(given_at(&membership, &first), 51, "the clock of that primary is behind");
+        membership.custom_certificate = Some(CustomCertificate { at: 51, ..first.clone() });
+        assert_eq!((exposed_to(&membership), warning(&membership)), (Vec::new(), None), "removed before");
+        remove(&mut membership, 2, 51);
+        assert_eq!(exposed_to(&membership), ["host2"]);
+        assert!(warning(&membership).unwrap().starts_with("host2 has the private key"));
+        assert_eq!(given_at(&membership, &CustomCertificate { at: 99, ..first }), 51, "the same key is no better");
+        let second = given(99);
+        assert_eq!(given_at(&membership, &second), 99);
+        membership.custom_certificate = Some(second);
+        assert_eq!(warning(&membership), None);
     }
 }

@@ -20,7 +20,7 @@ use tokio::{sync::watch, task, time};
 use tracing::{error, info};
 
 use super::{
-    certificates::missing,
+    certificates::{missing, warning},
     custom_folder::CustomFolder,
     expiry::{Told, node_and_ca},
     now,
@@ -58,6 +58,14 @@ pub struct ConsoleTls {
     problems: [Option<String>; 3],
     told: Told,
     slow: Option<Instant>,
+}
+
+/// What is to be shown in the status.
+#[derive(Debug, PartialEq)]
+struct Shown {
+    certificates: Vec<CertificateStatus>,
+    /// By what they are about: what this host's Console serves, what all were given, what ends.
+    warnings: [(&'static str, Option<String>); 3],
 }
 
 /// The certificate that was given to all Consoles, as it was unsealed last.
@@ -131,16 +139,16 @@ impl ConsoleTls {
                 return;
             };
             self = tls;
-            if let Some((certificates, warning)) = all.filter(|all| shown.as_ref() != Some(all)) {
-                handle.show_certificates(certificates.clone());
-                handle.warn("certificates", warning.clone());
-                shown = Some((certificates, warning));
+            if let Some(all) = all.filter(|all| shown.as_ref() != Some(all)) {
+                handle.show_certificates(all.certificates.clone());
+                all.warnings.iter().for_each(|(about, text)| handle.warn(about, text.clone()));
+                shown = Some(all);
             }
         }
     }
 
     /// One look. Returns what is to be shown, if it may have changed.
-    fn look(&mut self, membership: &Membership, announced: bool) -> Option<(Vec<CertificateStatus>, Option<String>)> {
+    fn look(&mut self, membership: &Membership, announced: bool) -> Option<Shown> {
         let now = now();
         let slow = announced || self.slow.is_none_or(|last| last.elapsed() >= SLOW_LOOK);
         let changed = self.folder.look(now);
@@ -167,10 +175,12 @@ impl ConsoleTls {
         );
         self.serve();
         let certificates = self.certificates(membership);
-        let mut sentences = self.told.tell(&certificates, now);
-        sentences.extend(self.problems.iter().flatten().cloned());
-        sentences.extend(lacking(&certificates));
-        Some((certificates, (!sentences.is_empty()).then(|| sentences.join("; "))))
+        let text = |sentences: Vec<String>| (!sentences.is_empty()).then(|| sentences.join("; "));
+        let ends = text(self.told.tell(&certificates, now));
+        let problems = text(self.problems.iter().flatten().cloned().chain(lacking(&certificates)).collect());
+        let warnings =
+            [("certificates", problems), ("given certificate", warning(membership)), ("certificate expiry", ends)];
+        Some(Shown { certificates, warnings })
     }
 
     /// Signs the Console's key again when the certificate of the cluster's own authority ends or is for other names than
@@ -250,7 +260,7 @@ impl ConsoleTls {
         let (source, pair) = self.chosen();
         // Others have folders of their own.
         let of = if source == CertificateSource::Upload { None } else { Some(self.node) };
-        let missing = missing(membership, &[], pair.info(), of);
+        let missing = missing(membership, pair.info(), of);
         let console = CertificateStatus { of: "console".to_owned(), source, missing, info: pair.info().clone() };
         let mut all = vec![console];
         all.extend(node_and_ca(&self.certificates));
@@ -327,7 +337,8 @@ mod tests {
         let mut served = tls.served();
         let first = tls.own.info().clone();
         assert_eq!(first.names, ["host1", "192.0.2.1", CONSOLE_NAME]);
-        assert!(tls.look(&membership, true).unwrap().1.is_none() && tls.own.info() == &first, "as it should be");
+        let quiet = |shown: Shown| shown.warnings.iter().all(|(_, text)| text.is_none());
+        assert!(quiet(tls.look(&membership, true).unwrap()) && tls.own.info() == &first, "as it should be");
         membership.members[0].address = "192.0.2.9".to_owned();
         membership.console_names = vec!["lb.example".to_owned(), "host1".to_owned()];
         tls.look(&membership, true);
@@ -358,7 +369,7 @@ mod tests {
             by: "a".into(),
             at: 1,
         });
-        let (certificates, warning) = tls.look(&membership, true).unwrap();
+        let Shown { certificates, warnings: [(_, warning), _, _] } = tls.look(&membership, true).unwrap();
         let warning = warning.unwrap();
         assert!(warning.contains("stays as it was") && warning.contains("upload it again"), "{warning}");
         assert!(warning.contains("not good for lb.example"), "{warning}");
@@ -379,7 +390,7 @@ mod tests {
         let key = ClusterKey::load(&tls.certificates).unwrap();
         let pair = Pair::parse(&upload.cert_pem, &upload.key_pem).unwrap();
         membership.custom_certificate = Some(pair.seal(&key, ClusterId(7), "admin", 1).unwrap());
-        let source = |tls: &mut ConsoleTls| tls.look(&membership, true).unwrap().0[0].source;
+        let source = |tls: &mut ConsoleTls| tls.look(&membership, true).unwrap().certificates[0].source;
         assert_eq!(source(&mut tls), CertificateSource::Upload);
         let path = dir.path().join(pki::CUSTOM_FOLDER);
         std::fs::create_dir(&path).unwrap();
@@ -389,7 +400,7 @@ mod tests {
         std::fs::remove_dir_all(&path).unwrap();
         assert_eq!((source(&mut tls), source(&mut tls)), (CertificateSource::Folder, CertificateSource::Upload));
         membership.custom_certificate = None;
-        assert_eq!(tls.look(&membership, true).unwrap().0[0].source, CertificateSource::Cluster);
+        assert_eq!(tls.look(&membership, true).unwrap().certificates[0].source, CertificateSource::Cluster);
     }
 
     #[test]
@@ -401,7 +412,7 @@ mod tests {
         let (old, next) = (ClusterKey::load(&tls.certificates).unwrap(), ClusterKey::generate());
         membership.custom_certificate = Some(pair.seal(&old, ClusterId(7), "admin", 1).unwrap());
         let shown = |tls: &mut ConsoleTls, membership: &Membership| {
-            let (certificates, warning) = tls.look(membership, true).unwrap();
+            let Shown { certificates, warnings: [(_, warning), ..] } = tls.look(membership, true).unwrap();
             (certificates[0].source, certificates[0].info == *pair.info(), warning)
         };
         let good = (CertificateSource::Upload, true, None);
@@ -421,5 +432,14 @@ mod tests {
         assert_eq!(shown(&mut tls, &membership), good);
         // A node that starts has nothing but its files.
         assert_eq!(shown(&mut open(dir.path(), &membership), &membership), good);
+        // Left behind by a replacement of the key: it is served until the next start, and everybody is told.
+        membership.custom_certificate = Some(given);
+        let told =
+            |tls: &mut ConsoleTls| tls.look(&membership, true).unwrap().warnings[1].1.clone().unwrap_or_default();
+        assert!(told(&mut tls).contains("upload it again"));
+        assert_eq!(shown(&mut tls, &membership).0, CertificateSource::Upload);
+        let mut started = open(dir.path(), &membership);
+        assert!(told(&mut started).contains("upload it again"));
+        assert_eq!(shown(&mut started, &membership).0, CertificateSource::Cluster);
     }
 }

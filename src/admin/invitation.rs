@@ -21,7 +21,7 @@ const VALID: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Durat
 const MAX_BY: usize = 64;
 
 impl Admin {
-    /// Makes a join token that is good for `valid`.
+    /// Makes a join token that is good for `valid`. When too many are open, the one that ends first is closed.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -37,10 +37,15 @@ impl Admin {
         let until = at + valid.as_secs();
         let by: String = by.chars().take(MAX_BY).collect();
         let invitation = Invitation { hash: token.secret_hash(), at, until, by: by.clone() };
+        let before = self.membership();
         let membership = self.change(Change::Invite { invitation }).await?;
         info!(by, until, "hosts are invited to join");
+        for gone in before.invitations.iter().filter(|open| open.until > at && !membership.invitations.contains(open)) {
+            let (made_by, until) = (&gone.by, gone.until);
+            info!(made_by, until, "too many invitations are open: this one, which would end first, is closed");
+        }
         let primary = self.status().node;
-        let addresses = addresses(&membership, primary, self.config.https_port, &self.config.console_addresses);
+        let addresses = addresses(&membership, primary, self.config.https_port);
         Ok(Invited { token: token.to_string(), ca_pem, until, addresses })
     }
 
@@ -118,16 +123,16 @@ fn check(membership: &Membership, text: &str, now: u64) -> Result<(), AdminError
 }
 
 /// `host:port` of all Consoles, the primary's first.
-fn addresses(membership: &Membership, primary: u64, port: Option<u16>, others: &[String]) -> Vec<String> {
+fn addresses(membership: &Membership, primary: u64, port: Option<u16>) -> Vec<String> {
     let mut members: Vec<_> = membership.members.iter().collect();
     members.sort_by_key(|member| (member.id != primary, member.rank));
-    let of_members = port.into_iter().flat_map(|port| {
+    let places = port.into_iter().flat_map(|port| {
         members.iter().map(move |member| match member.address.contains(':') {
             true => format!("[{}]:{port}", member.address),
             false => format!("{}:{port}", member.address),
         })
     });
-    of_members.chain(others.iter().cloned()).collect()
+    places.collect()
 }
 
 #[cfg(test)]
@@ -185,9 +190,7 @@ mod tests {
     fn the_primary_is_asked_first() {
         let mut membership = membership();
         membership.members[0].address = "2001:db8::1".to_owned();
-        let others = ["lb.example:443".to_owned()];
-        let found = addresses(&membership, 2, Some(8083), &others);
-        assert_eq!(found, ["192.0.2.2:8083", "[2001:db8::1]:8083", "lb.example:443"]);
-        assert_eq!(addresses(&membership, 2, None, &[]), Vec::<String>::new());
+        assert_eq!(addresses(&membership, 2, Some(8083)), ["192.0.2.2:8083", "[2001:db8::1]:8083"]);
+        assert_eq!(addresses(&membership, 2, None), Vec::<String>::new());
     }
 }

@@ -15,11 +15,11 @@ use crate::{
 const PAUSE: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(86_400);
 
 impl Admin {
-    /// Drops a member, by its name, its id or the beginning of its name.
+    /// Drops a member, by its name, its id or the beginning of its name. Returns what remains to be done about what it knows.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` when the rest has no majority that answers, unless `force`.
-    pub async fn remove(&self, member: &str, force: bool, by: &str) -> Result<(), AdminError> {
+    pub async fn remove(&self, member: &str, force: bool, by: &str) -> Result<Option<String>, AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         let (membership, status) = (self.membership(), self.status());
@@ -36,9 +36,11 @@ impl Admin {
             }
             warn!(by, member = name, "a member is removed by force: {why}");
         }
-        self.change(Change::Remove { node, at: now(), force }).await?;
+        // After whatever it was given, also if the clock of an earlier primary was ahead.
+        let given = membership.custom_certificate.as_ref().map_or(0, |certificate| certificate.at);
+        let membership = self.change(Change::Remove { node, at: now().max(given), force }).await?;
         info!(by, member = name, node, force, "a member is removed");
-        Ok(())
+        Ok(super::certificates::exposure(&membership))
     }
 
     /// No automatic takeover for so long. Returns when the pause ends, in seconds since 1970.

@@ -54,9 +54,6 @@ pub struct AdminConfig {
     pub certificates: PathBuf,
     /// Version of this program.
     pub version: String,
-    /// Further `host:port` at which the Console is reached, such as that of a load balancer; those of the members are
-    /// made of their addresses and `https_port`.
-    pub console_addresses: Vec<String>,
     /// `MANAGEMENT_PORT_HTTPS`, the same on all members.
     pub https_port: Option<u16>,
     /// The data folder.

@@ -185,6 +185,7 @@ pub(super) struct ApplyArgs {
 const REMOVE_HELP: &str = "\
 The member has no vote from then on, its certificate is refused for good, and it stops serving. Its data stay
 on its disk. To come back, it runs the join script again; to replace it, another host does.
+What it knew, it knows: if the Consoles were given a certificate (twistcli certs upload), its private key, too.
 The PRIMARY itself is not removed: run `twistcli ha switchover` first.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused or not confirmed,

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     admin::{Certificates, Custom, MAX_UPLOAD},
     control::{Operation, SecretText},
-    node::{CertificateSource, CertificateStatus},
+    node::CertificateStatus,
 };
 
 const CA_HELP: &str = "\
@@ -142,7 +142,7 @@ fn list(target: &Target, json: bool, paint: Paint) -> Result<(), Stop> {
     let mut text = columns::table(&heads, &rows, paint);
     let names = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     text.push_str(&format!("\nNames of all Consoles, beside those of each host: {}\n", names(&found.console_names)));
-    if let Some(Custom { by, at, missing, .. }) = &found.custom {
+    if let Some(Custom { by, at, missing, exposed_to, .. }) = &found.custom {
         text.push_str(&format!(
             "The certificate of all Consoles was given by {}, {}.\n",
             columns::harmless(by),
@@ -151,20 +151,18 @@ fn list(target: &Target, json: bool, paint: Paint) -> Result<(), Stop> {
         if !missing.is_empty() {
             text.push_str(&format!("It is not good for: {}\n", columns::harmless(&missing.join(", "))));
         }
+        if !exposed_to.is_empty() {
+            text.push_str(&exposed(exposed_to));
+        }
     }
     Ok(columns::print(&text)?)
 }
 
 fn row(certificate: &CertificateStatus) -> Vec<Cell> {
-    let source = match certificate.source {
-        CertificateSource::Cluster => "cluster",
-        CertificateSource::Upload => "upload",
-        CertificateSource::Folder => "folder",
-    };
     let info = &certificate.info;
     vec![
         certificate.of.as_str().into(),
-        source.into(),
+        certificate.source.word().into(),
         date(info.not_after).into(),
         info.issuer.as_str().into(),
         info.names.join(", ").into(),
@@ -198,7 +196,18 @@ fn upload(args: &UploadArgs) -> Result<(), Stop> {
     let (subject, until) = (columns::harmless(&given.info.subject), date(given.info.not_after));
     writeln!(io::stdout(), "All Consoles serve the certificate {subject}, good until {until}.")?;
     eprintln!("SHA-256 fingerprint:\n  {}", given.info.fingerprint);
+    if !given.exposed_to.is_empty() {
+        eprint!("It has the key of the one before. {}", exposed(&given.exposed_to));
+    }
     Ok(())
+}
+
+/// Who else knows the private key.
+fn exposed(names: &[String]) -> String {
+    format!(
+        "Its private key is known to {}, no members any more: upload one with another key.\n",
+        columns::harmless(&names.join(", "))
+    )
 }
 
 /// A file of an administrator; nothing of it is ever repeated.

@@ -124,7 +124,8 @@ impl Call {
             }
             Operation::Reject { host } => call(Method::DELETE, &format!("requests/{}", segment(host)), None, nothing),
             Operation::Remove { node, force } => {
-                call(Method::DELETE, &format!("members/{}?force={force}", segment(node)), None, nothing)
+                let path = format!("members/{}?force={force}", segment(node));
+                call(Method::DELETE, &path, None, |answer| answer["warning"].clone())
             }
             Operation::Pause { seconds } => {
                 call(Method::POST, "pause", Some(json!({ "seconds": seconds })), |answer| answer["until"].clone())

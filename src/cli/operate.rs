@@ -112,8 +112,11 @@ pub(super) fn remove(door: &Door, args: &RemoveArgs) -> Result<(), Stop> {
         eprint!("{}", consequences(member, &status, args.force));
     }
     confirm(&format!("Remove {}?", args.node), args.yes)?;
-    let () = door.operate(operation)?;
+    let warning: Option<String> = door.operate(operation)?;
     writeln!(io::stdout(), "{} is removed.", args.node)?;
+    if let Some(warning) = warning {
+        eprintln!("Warning: {}", columns::harmless(&warning));
+    }
     eprintln!("Next: twistcli ha join-script, and run its line on the host that takes the place");
     Ok(())
 }

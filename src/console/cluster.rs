@@ -74,7 +74,7 @@ pub(super) fn routes() -> Vec<Entry> {
             .answer::<Admitted>(),
         route(delete, "/high-availability/members/{member}", ADMINISTRATORS, "Remove a member", remove)
             .query::<Removal>()
-            .answer::<Done>(),
+            .answer::<Gone>(),
         route(put, "/high-availability/members/{member}/address", ADMINISTRATORS, "Move a member", readdress)
             .body::<Place>()
             .answer::<Done>(),
@@ -190,18 +190,26 @@ pub(super) struct Removal {
     force: bool,
 }
 
+/// The answer of [`remove`].
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Gone {
+    /// What remains to be done about what it knows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warning: Option<String>,
+}
+
 /// `DELETE high-availability/members/{id or name}?force=true`.
 pub(super) async fn remove(
     State(console): State<Arc<Console>>,
     user: User,
     Name(member): Name,
     Search(removal): Search<Removal>,
-) -> Result<Json<Done>, ApiError> {
+) -> Result<Json<Gone>, ApiError> {
     let services = console.services()?;
     let wish = audits::difference(&Value::Null, &json!({ "force": removal.force }));
     audits::note(&console.store, &user, "remove", &format!("member '{member}'"), wish).await?;
-    services.admin.remove(&member, removal.force, &user.name).await?;
-    Ok(Json(Done {}))
+    let warning = services.admin.remove(&member, removal.force, &user.name).await?;
+    Ok(Json(Gone { warning }))
 }
 
 /// The body of [`switchover`].

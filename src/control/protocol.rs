@@ -47,7 +47,7 @@ pub enum Operation {
         /// Its name, or the id of its request.
         host: String,
     },
-    /// Drops a member. Answer: null.
+    /// Drops a member. Answer: null, or what remains to be done about what it knows.
     Remove {
         /// Its name or id.
         node: String,

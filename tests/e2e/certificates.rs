@@ -17,10 +17,13 @@ use rustls::{
     pki_types::{CertificateDer, pem::PemObject},
 };
 use twistlock_ha::{
-    admin::Custom,
+    admin::{Certificates, Custom},
+    cluster::Role,
     control::{self, Operation, SecretText},
+    events::{Event, Kind, Wanted},
     node::{CertificateSource, CertificateStatus, Status},
-    pki::{CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CUSTOM_FOLDER},
+    pki::{CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CUSTOM_FOLDER, ClusterKeys},
+    storage::configuration::Configuration,
 };
 
 use super::{
@@ -36,13 +39,13 @@ const BALANCER: &str = "console.example.com";
 const MEMBERS: [&str; 3] = ["127.0.0.1", "127.0.0.2", "127.0.0.3"];
 
 /// An authority that the cluster does not know.
-struct Foreign {
-    pem: String,
+pub struct Foreign {
+    pub pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Foreign {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -51,7 +54,7 @@ impl Foreign {
     }
 
     /// A certificate for these names, and its key.
-    fn issue(&self, names: &[&str]) -> (String, String) {
+    pub fn issue(&self, names: &[&str]) -> (String, String) {
         let params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap();
         let key = KeyPair::generate().unwrap();
         (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
@@ -144,6 +147,13 @@ fn new_names_are_served_by_all_without_a_restart() {
         assert!(trusts(&cluster, node, &cluster.node(node).address, &ca));
     }
     assert_eq!(pids(&cluster), before, "nobody was started again");
+    for node in 0..3 {
+        wait_for_events(
+            &cluster,
+            node,
+            &["for other names: beside those of each host 127.0.0.1", "was made anew, good until"],
+        );
+    }
     for wrong in ["https://a", "node.twistlock.internal", "*.twistlock.internal"] {
         let refused = operate::<Vec<String>>(&cluster, Operation::SetConsoleNames { names: vec![wrong.to_owned()] });
         assert!(refused.unwrap_err().contains(wrong));
@@ -187,6 +197,80 @@ fn a_given_certificate_survives_a_takeover() {
     wait_until_trusted(&cluster, cluster.primary(), BALANCER, &ca);
     assert!(operate::<()>(&cluster, Operation::RemoveCertificate {}).unwrap_err().contains("none to remove"));
     println!("given certificate: {}", cluster.finish(&[]));
+}
+
+/// Waits until a node has events of certificates with these parts.
+fn wait_for_events(cluster: &Cluster, node: usize, parts: &[&str]) {
+    let wanted = Wanted { limit: Some(400), kind: Some(Kind::Certificate), ..Wanted::default() };
+    let read = || -> Vec<Event> {
+        let control = cluster.node(node).control;
+        control::operate(&control, Operation::Events { wanted: wanted.clone() }, cluster::LIMIT).unwrap()
+    };
+    cluster.wait_for("events of certificates", |_| {
+        let events = read();
+        parts.iter().all(|part| events.iter().any(|event| event.sentence.contains(part)))
+    });
+}
+
+/// As a disk, or whoever has had it in his hands, may leave it: the same on all members.
+fn damage_given_certificate(cluster: &Cluster) {
+    for node in 0..3 {
+        let data = cluster.node(node).data;
+        let mut known = Configuration::read(&data).unwrap().expect("a membership");
+        let given = known.membership.custom_certificate.as_mut().expect("a certificate");
+        given.sealed_key = given.sealed_key.chars().rev().collect();
+        known.write(&data).unwrap();
+    }
+}
+
+fn warned(cluster: &Cluster, part: &str) -> bool {
+    let primary = cluster.statuses().into_iter().flatten().find(|status| status.role == Role::Primary);
+    primary.is_some_and(|status| status.warnings.iter().any(|warning| warning.contains(part)))
+}
+
+/// A host is removed that knows the key of the certificate, which nobody can unseal any more: the cluster key is replaced all the
+/// same, and the administrator is told of both until he gives another one.
+#[test]
+fn a_given_certificate_does_not_keep_a_removed_hosts_key_in_use() {
+    let _alone = alone();
+    let cluster = Cluster::start_with("4", |_| {});
+    let foreign = Foreign::new();
+    let give = || {
+        let (certificate, key) = foreign.issue(&all_names());
+        let pem = SecretText([certificate, key].concat());
+        operate::<Custom>(&cluster, Operation::SetCertificate { pem }).unwrap()
+    };
+    assert_eq!(give().exposed_to, [""; 0]);
+    wait_for_consoles(&cluster, "it on all three", |console| console.source == CertificateSource::Upload);
+    let key =
+        |node: usize| ClusterKeys::load(&cluster.node(node).data.join("certificates")).unwrap().current.unwrap().id();
+    let before = key(0);
+    (0..3).for_each(|node| cluster.signal(node, Signal::SIGKILL));
+    cluster.wait_for("three dead nodes", |_| cluster.file().nodes.iter().all(|node| node.pid.is_none()));
+    damage_given_certificate(&cluster);
+    cluster.wait_healthy();
+    wait_for_consoles(&cluster, "the cluster's own on all three", |console| {
+        console.source == CertificateSource::Cluster
+    });
+    assert!(warned(&cluster, "cannot be used here"), "{:?}", cluster.statuses());
+
+    let primary = cluster.primary();
+    let gone = cluster.node((primary + 1) % 3).name;
+    let told: Option<String> = operate(&cluster, Operation::Remove { node: gone.clone(), force: false }).unwrap();
+    assert!(told.as_ref().is_some_and(|told| told.contains(&gone) && told.contains("private key")), "{told:?}");
+    cluster.wait_for("another cluster key", |_| key(primary) != before && key((primary + 2) % 3) != before);
+    for part in ["no member has any more", "upload it again", &format!("{gone} has the private key")] {
+        cluster.wait_for("a warning", |_| warned(&cluster, part));
+    }
+    let history =
+        ["was given to all Consoles by", "the cluster key is replaced", "has the private key of the certificate"];
+    wait_for_events(&cluster, primary, &history);
+    let known: Certificates = operate(&cluster, Operation::Certificates {}).unwrap();
+    assert_eq!(known.custom.unwrap().exposed_to, [gone]);
+
+    assert_eq!(give().exposed_to, [""; 0]);
+    wait_until_trusted(&cluster, primary, BALANCER, &foreign.pem);
+    cluster.wait_for("no warning", |_| !warned(&cluster, "private key") && !warned(&cluster, "upload it again"));
 }
 
 /// As a tool that renews certificates does it: each file at one instant.
