@@ -17,10 +17,13 @@ use super::{
     switch::{Plan, discard},
 };
 use crate::{
-    cluster::{ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE, membership::SealedAuthority},
+    cluster::{
+        ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE, console_certificate::CustomCertificate,
+        membership::SealedAuthority,
+    },
     config::Config,
     found,
-    pki::{Authority, PkiError},
+    pki::{Authority, ClusterKey, ClusterKeys, Pair, PkiError},
     storage::{
         IDENTITY_FORMAT, Identity,
         configuration::Configuration,
@@ -35,11 +38,11 @@ const NODE: NodeId = 1;
 /// Bytes copied at a time.
 const COPY: usize = 1 << 20;
 
-/// Makes everything, durably.
+/// Makes everything, durably. Returns with the plan what the administrator should know of it.
 ///
 /// # Errors
 /// [`RecoverError`]; the old data is untouched, and the staging folder is gone.
-pub(super) fn build(survivor: &Survivor, config: &Config) -> Result<Plan, RecoverError> {
+pub(super) fn build(survivor: &Survivor, config: &Config) -> Result<(Plan, Vec<String>), RecoverError> {
     survivor.check_space()?;
     let built = fill(survivor, config, &staging(&survivor.data));
     if built.is_err()
@@ -51,7 +54,7 @@ pub(super) fn build(survivor: &Survivor, config: &Config) -> Result<Plan, Recove
     built
 }
 
-fn fill(survivor: &Survivor, config: &Config, staging: &Path) -> Result<Plan, RecoverError> {
+fn fill(survivor: &Survivor, config: &Config, staging: &Path) -> Result<(Plan, Vec<String>), RecoverError> {
     make_private_dir(staging).map_err(RecoverError::io(format!("create {}", staging.display())))?;
     let index = build_database(survivor, staging)?;
     let cluster = ClusterId(rand::random());
@@ -64,9 +67,9 @@ fn fill(survivor: &Survivor, config: &Config, staging: &Path) -> Result<Plan, Re
     };
     make_log()
         .map_err(|error| RecoverError::Io { what: "make the raft log".into(), source: io::Error::other(error) })?;
-    build_identity(survivor, config, staging, cluster, index)?;
+    let notes = build_identity(survivor, config, staging, cluster, index)?;
     sync_all(staging).map_err(RecoverError::io(format!("sync {}", staging.display())))?;
-    Ok(Plan::new())
+    Ok((Plan::new(), notes))
 }
 
 /// A copy of the database with everything that the raft log has, the end that is not known to be committed included.
@@ -139,25 +142,27 @@ fn copy(from: &Path, to: &Path, bar: &ProgressBar) -> io::Result<()> {
     }
 }
 
-/// Identity, membership, authority and certificates of the new cluster.
+/// Identity, membership, authority and certificates of the new cluster. What an administrator has set for the old one stays.
 fn build_identity(
     survivor: &Survivor,
     config: &Config,
     staging: &Path,
     cluster: ClusterId,
     index: u64,
-) -> Result<(), RecoverError> {
+) -> Result<Vec<String>, RecoverError> {
     let old = survivor.member();
     let name = old.map_or(&survivor.identity.name, |member| &member.name).clone();
     let address = old.map_or_else(|| config.common_name(), |member| member.address.clone());
     let port = old.map_or(config.high_availability_port.unwrap_or(8086), |member| member.port);
     let certificates = staging.join("certificates");
     make_private_dir(&certificates).map_err(RecoverError::io("create the folder of the certificates"))?;
+    let list = &survivor.membership.console_names;
     let make_certificates = || -> Result<SealedAuthority, PkiError> {
         let (authority, sealed) = Authority::establish(cluster, &certificates)?;
         authority.issue_node(NODE, &name, &[&address])?.save_node(&certificates)?;
         let names = found::console_names(config, &address);
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let new = list.iter().filter(|name| !names.contains(name));
+        let names: Vec<&str> = names.iter().chain(new).map(String::as_str).collect();
         authority.issue_console(&names)?.save_console(&certificates)?;
         Ok(sealed)
     };
@@ -165,6 +170,10 @@ fn build_identity(
         .map_err(|error| RecoverError::Io { what: "make the certificates".into(), source: io::Error::other(error) })?;
     let mut membership = Membership::founded(cluster, vec![Member::founder(NODE, &name, &address, port)]);
     membership.authority = Some(sealed);
+    membership.console_names.clone_from(list);
+    membership.webhooks.clone_from(&survivor.membership.webhooks);
+    let (given, notes) = given_certificate(survivor, cluster, &certificates);
+    membership.custom_certificate = given;
     let written = RecoverError::io("write the identity");
     let identity = Identity { format: IDENTITY_FORMAT, cluster, node: NODE, name, membership: membership.clone() };
     let write = || {
@@ -172,7 +181,37 @@ fn build_identity(
         durable_write(&staging.join("raft-log.created"), b"")?;
         durable_write(&staging.join("identity.json"), &serde_json::to_vec_pretty(&identity)?)
     };
-    write().map_err(written)
+    write().map_err(written)?;
+    Ok(notes)
+}
+
+/// The certificate that the old cluster's Consoles were given, sealed for the new one; or why it is not there.
+fn given_certificate(
+    survivor: &Survivor,
+    cluster: ClusterId,
+    certificates: &Path,
+) -> (Option<CustomCertificate>, Vec<String>) {
+    let Some(given) = &survivor.membership.custom_certificate else { return (None, Vec::new()) };
+    let carry = || -> Result<CustomCertificate, PkiError> {
+        let keys = ClusterKeys::load(&survivor.data.join("certificates"))?;
+        let old = keys.find(given.key).ok_or(PkiError::Sealed("this node does not have the cluster key"))?;
+        let pair = Pair::unseal(survivor.membership.cluster, given, old)?;
+        pair.seal(&ClusterKey::load(certificates)?, cluster, &given.by, given.at)
+    };
+    match carry() {
+        Ok(certificate) => {
+            let note = "The certificate that was given to the Consoles is served again. The hosts that are given up have its \
+                        private key: if they may be in other hands, have it revoked and give another one.";
+            (Some(certificate), vec![note.to_owned()])
+        }
+        Err(error) => {
+            let note = format!(
+                "The certificate that was given to the Consoles could not be taken over: {error}. The Console serves one of the \
+                 new cluster's own authority. Next, when the node runs: twistcli certs upload"
+            );
+            (None, vec![note])
+        }
+    }
 }
 
 /// Makes a folder and everything in it durable.
@@ -193,20 +232,49 @@ mod tests {
     use super::*;
     use crate::storage::DataDir;
 
-    /// The disk may be full: whatever is left would take the space of the next attempt.
-    #[test]
-    fn an_attempt_that_fails_leaves_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let data = DataDir::open(folder.path()).unwrap();
+    /// A node of cluster 7 that has nothing yet.
+    fn survivor(folder: &Path) -> (Survivor, Config, DataDir, Identity) {
+        let data = DataDir::open(folder).unwrap();
         let config = Config { raft_log_segment_bytes: 1 << 20, ..Config::default() };
         let cluster = ClusterId(7);
         let membership = Membership::founded(cluster, vec![Member::founder(NODE, "node1", "127.0.0.1", 8086)]);
         let identity = Identity { format: IDENTITY_FORMAT, cluster, node: NODE, name: "node1".into(), membership };
         data.create_identity(&identity).unwrap();
         let conf = ConfState { voters: vec![NODE], ..ConfState::default() };
-        let log = RaftLog::open(&folder.path().join("raft-log"), (cluster, NODE), conf, log_options(&config), RealDisk);
+        let log = RaftLog::open(&folder.join("raft-log"), (cluster, NODE), conf, log_options(&config), RealDisk);
         drop(log.unwrap());
-        let survivor = Survivor::examine(&data, &config).unwrap();
+        (Survivor::examine(&data, &config).unwrap(), config, data, identity)
+    }
+
+    #[test]
+    fn a_given_certificate_is_sealed_for_the_new_cluster_or_it_is_said() {
+        let (folder, new) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (mut survivor, ..) = survivor(folder.path());
+        let cluster = ClusterId(9);
+        assert_eq!(given_certificate(&survivor, cluster, new.path()), (None, Vec::new()), "there is none");
+        let issued = Authority::create(ClusterId(8)).unwrap().issue_console(&["lb.example"]).unwrap();
+        let pair = Pair::parse(&issued.cert_pem, &issued.key_pem).unwrap();
+        let old = ClusterKey::generate();
+        ClusterKey::generate().save(new.path()).unwrap();
+        survivor.membership.custom_certificate = Some(pair.seal(&old, ClusterId(7), "ann", 5).unwrap());
+        let (given, notes) = given_certificate(&survivor, cluster, new.path());
+        assert!(given.is_none() && notes[0].contains("does not have the cluster key"), "{notes:?}");
+        assert!(notes[0].contains("twistcli certs upload"), "{notes:?}");
+        let certificates = folder.path().join("certificates");
+        make_private_dir(&certificates).unwrap();
+        old.save(&certificates).unwrap();
+        let (given, notes) = given_certificate(&survivor, cluster, new.path());
+        let given = given.unwrap();
+        assert!(Pair::unseal(cluster, &given, &ClusterKey::load(new.path()).unwrap()).unwrap().is_same(&pair));
+        assert_eq!((given.by.as_str(), given.at), ("ann", 5));
+        assert!(notes[0].contains("have its private key"), "{notes:?}");
+    }
+
+    /// The disk may be full: whatever is left would take the space of the next attempt.
+    #[test]
+    fn an_attempt_that_fails_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (survivor, config, data, identity) = survivor(folder.path());
         // It has no database, which is known only once one was made from its raft log.
         assert!(matches!(build(&survivor, &config), Err(RecoverError::Unusable(what)) if what.contains("it is empty")));
         assert!(!staging(folder.path()).exists());

@@ -134,8 +134,9 @@ fn run(options: &Options, config: &config::Config) -> Result<(), RecoverError> {
         return Ok(());
     }
     confirm(options.confirm.as_deref(), &survivor.cluster_name())?;
-    let plan = build::build(&survivor, config)?;
+    let (plan, notes) = build::build(&survivor, config)?;
     report(&switch::execute(data.path(), &plan)?);
+    notes.iter().for_each(|note| println!("\n{note}"));
     Ok(())
 }
 

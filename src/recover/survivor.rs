@@ -163,7 +163,8 @@ impl Survivor {
              \u{20} refuses them.\n\n\
              WHAT IS DONE\n\
              \u{20} A copy of the database gets everything that the raft log has. Cluster id, authority, certificates and\n\
-             \u{20} raft log are made anew. The old files are moved to a folder before-recover-..., where they stay, in\n\
+             \u{20} raft log are made anew; the names and the certificate that the Consoles were given and the webhooks stay.\n\
+             \u{20} The old files are moved to a folder before-recover-..., where they stay, in\n\
              \u{20} {}\n\
              \u{20} Needed: about {} bytes; free: {} bytes.\n",
             self.data.display(),

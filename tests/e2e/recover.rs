@@ -11,15 +11,16 @@ use std::{
 use nix::sys::signal::Signal;
 use twistlock_ha::{
     cluster::Role,
-    control,
-    dev::NodeFile,
-    node::Status,
-    pki::{Authority, ClusterKey, NodeTls},
+    control::{self, Operation, SecretText},
+    dev::{ClusterFile, NodeFile},
+    node::{CertificateSource, Status},
+    pki::{self, Authority, CertificateInfo, ClusterKey, NodeTls},
     storage::{DataDir, Identity},
 };
 
 use super::{
     alone,
+    certificates::Foreign,
     cluster::{Cluster, LIMIT},
     terminal::Terminal,
     writers::Pen,
@@ -119,6 +120,30 @@ fn interrupt(data: &Path) {
     fs::write(data.join("join.json"), "{}").unwrap();
 }
 
+/// The Consoles get another name and a certificate of another authority, which clients of the returned file trust.
+fn give_names_and_certificate(cluster: &Cluster, node: usize) -> ClusterFile {
+    let control = cluster.node(node).control;
+    let operate = |operation| control::operate::<serde_json::Value>(&control, operation, LIMIT).unwrap();
+    operate(Operation::SetConsoleNames { names: vec!["lb.example.com".to_owned()] });
+    let foreign = Foreign::new();
+    let (certificate, key) = foreign.issue(&["127.0.0.1", "127.0.0.2", "127.0.0.3", "lb.example.com"]);
+    operate(Operation::SetCertificate { pem: SecretText([certificate, key].concat()) });
+    let mut file = cluster.file();
+    file.ca = file.ca.with_file_name("foreign-ca.pem");
+    fs::write(&file.ca, &foreign.pem).unwrap();
+    file
+}
+
+/// Both are there again; clients that know nothing of the new cluster show that the certificate is served.
+fn expect_names_and_certificate(survivor: &Daemon, data: &Path) {
+    let served = survivor.wait_for("what it serves", |status, _| !status.certificates.is_empty()).certificates;
+    let console = served.iter().find(|certificate| certificate.of == "console").unwrap();
+    assert_eq!(console.source, CertificateSource::Upload);
+    let own = fs::read_to_string(data.join("certificates/console-cert.pem")).unwrap();
+    let own = CertificateInfo::read(&pki::certificate_der(&own).unwrap()).unwrap();
+    assert!(own.covers("lb.example.com") && own.covers("127.0.0.1"), "{own:?}");
+}
+
 fn wait_all_dead(cluster: &Cluster) {
     cluster.wait_for("three dead nodes", |_| cluster.file().nodes.iter().all(|node| node.pid.is_none()));
 }
@@ -144,8 +169,9 @@ fn expect_new_cluster(data: &Path, before: &Identity) -> Identity {
 fn a_survivor_becomes_a_new_cluster_of_one() {
     let _alone = alone();
     let cluster = Cluster::start_with("0", |_| {});
-    let pen = Pen::new(&cluster.file());
     let old = cluster.primary();
+    let file = give_names_and_certificate(&cluster, old);
+    let pen = Pen::new(&file);
     let other = (old + 1) % 3;
     let acknowledged: Vec<_> = (0..50).map(|number| format!("acknowledged-{number}")).collect();
     assert!(acknowledged.iter().all(|tag| pen.write(old, tag)));
@@ -193,8 +219,7 @@ fn a_survivor_becomes_a_new_cluster_of_one() {
     let survivor = Daemon::start(&cluster, old);
     let status = survivor.wait_for("PRIMARY", |status, _| status.role == Role::Primary);
     assert_eq!((status.cluster, status.members.len()), (after.cluster, 1));
-    let mut file = cluster.file();
-    file.ca = data.join("certificates/ca.pem");
+    expect_names_and_certificate(&survivor, &data);
     let pen = Pen::new(&file);
     assert!(pen.write(old, "after-the-recovery"));
     for tag in acknowledged.iter().map(String::as_str).chain(["in-the-tail", "after-the-recovery"]) {
