@@ -185,6 +185,8 @@ fn ten_thousand_bogus_requests_change_nothing() {
 fn hosts_join_although_the_consoles_serve_a_certificate_of_another_authority() {
     let first = Founder::start();
     let line = first.line();
+    let (_, audits) = first.get_as(&host::basic(), "/audits/mgmt?limit=5");
+    assert!(audits.contains("\"invite\""), "{audits}");
     let made = rcgen::generate_simple_self_signed(vec![first.host.address.to_string()]).unwrap();
     let pem = SecretText([made.cert.pem(), made.signing_key.serialize_pem()].concat());
     let _: Custom = first.host.operate(Operation::SetCertificate { pem }).unwrap();

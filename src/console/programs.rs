@@ -19,6 +19,7 @@ use axum::{
 use hyper::body::{Bytes, Frame, SizeHint};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use tokio::{
     runtime::Handle,
     sync::{
@@ -31,6 +32,7 @@ use tokio::{
 use super::{
     Console,
     access::Installer,
+    audits,
     auth::{self, Source, User},
     cluster::check_join_token,
     errors::ApiError,
@@ -95,7 +97,7 @@ pub(super) async fn script(
 ) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {
     let token = match installer {
         Installer::Host { token } => token,
-        Installer::User(user) => console.services()?.admin.invite(VALID, &user.name).await?.token,
+        Installer::User(user) => invite(&console, &user, VALID).await?.token,
     };
     let script = with_kit(&console, move |kit, membership, me| kit.script(membership, me, &token)).await?;
     Ok(([(header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8")], script))
@@ -130,13 +132,21 @@ pub(super) async fn line(
     Search(wish): Search<Wish>,
 ) -> Result<Json<Line>, ApiError> {
     let valid = wish.valid_sec.map_or(VALID, |seconds| Duration::from_secs(seconds.into()));
-    let Invited { token, until, .. } = console.services()?.admin.invite(valid, &user.name).await?;
+    let Invited { token, until, .. } = invite(&console, &user, valid).await?;
     let make = move |kit: &Kit, membership: &Membership, me| {
         let script = wish.script.then(|| kit.script(membership, me, &token)).transpose()?;
         Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?, script))
     };
     let (line, script_url, script) = with_kit(&console, make).await?;
     Ok(Json(Line { line, script_url, script, until }))
+}
+
+/// A new invitation is a change, whatever the method of its request.
+async fn invite(console: &Console, user: &User, valid: Duration) -> Result<Invited, ApiError> {
+    let admin = &console.services()?.admin;
+    let wish = audits::difference(&Value::Null, &json!({ "validSec": valid.as_secs() }));
+    audits::note(&console.store, user, "invite", "high availability", wish).await?;
+    Ok(admin.invite(valid, &user.name).await?)
 }
 
 /// Runs something that may have to compute a checksum.

@@ -23,7 +23,7 @@ use crate::{
     },
     config::Config,
     found,
-    pki::{Authority, ClusterKey, ClusterKeys, Pair, PkiError},
+    pki::{self, Authority, ClusterKey, ClusterKeys, Pair, PkiError},
     storage::{
         IDENTITY_FORMAT, Identity,
         configuration::Configuration,
@@ -161,7 +161,7 @@ fn build_identity(
         let (authority, sealed) = Authority::establish(cluster, &certificates)?;
         authority.issue_node(NODE, &name, &[&address])?.save_node(&certificates)?;
         let names = found::console_names(config, &address);
-        let new = list.iter().filter(|name| !names.contains(name));
+        let new = list.iter().filter(|name| !names.contains(name) && !pki::is_reserved(name));
         let names: Vec<&str> = names.iter().chain(new).map(String::as_str).collect();
         authority.issue_console(&names)?.save_console(&certificates)?;
         Ok(sealed)

@@ -473,7 +473,7 @@ fn address((cluster, process): (u8, u16), number: u8) -> Ipv4Addr {
     Ipv4Addr::new(127, cluster, (process >> 6) as u8, ((process & 63) as u8) << 2 | (number - 1))
 }
 
-fn basic() -> String {
+pub fn basic() -> String {
     use base64::{Engine, prelude::BASE64_STANDARD};
     format!("Basic {}", BASE64_STANDARD.encode(format!("admin:{PASSWORD}")))
 }
