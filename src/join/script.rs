@@ -171,7 +171,7 @@ impl Kit {
         let addresses = self.addresses(membership, primary)?;
         let (ca, place) = (BASE64_STANDARD.encode(ca), addresses.first().ok_or(KitError::NoHttps)?);
         Ok(format!(
-            "curl -fsS --connect-to ::{place} --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') \
+            "curl -fsS --noproxy '*' --connect-to ::{place} --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') \
              https://{CONSOLE_NAME}/api/v1/scripts/console.sh | sudo bash"
         ))
     }
