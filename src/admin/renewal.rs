@@ -20,22 +20,26 @@ use crate::{
     pki::{self, Authority, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, request_with},
 };
 
-/// Between two looks.
+/// Between two looks, and after one at a certificate that is not good at this time or could not be renewed: the clock may have
+/// been wrong.
 const EVERY: Duration = Duration::from_secs(3600);
+const SOON: Duration = Duration::from_secs(10);
 
 /// Looks after the certificate of the node in `dir`; new handshakes use what is sent through `tls`. Ends with the node.
 pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>) {
-    let mut looks = time::interval(EVERY);
-    looks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     let mut status = handle.status();
+    let mut told = None;
     loop {
-        tokio::select! {
-            _ = looks.tick() => {}
-            ended = wait_for_the_end(&mut status) => return ended,
-        }
         let (membership, node) = (handle.membership().borrow().clone(), status.borrow().node);
-        if let Err(error) = look(&dir, &membership, node, &tls) {
-            warn!("the certificate of this node is not renewed; the next attempt is in an hour: {error:#}");
+        let problem = look(&dir, &membership, node, &tls).err().map(|error| format!("{error:#}"));
+        if let (Some(problem), true) = (&problem, problem != told) {
+            warn!("the certificate of this node is not renewed, which is tried again: {problem}");
+        }
+        let pause = if problem.is_none() && is_good(&dir, now()) { EVERY } else { SOON };
+        told = problem;
+        tokio::select! {
+            () = time::sleep(pause) => {}
+            ended = wait_for_the_end(&mut status) => return ended,
         }
     }
 }
@@ -53,6 +57,12 @@ fn look(dir: &Path, membership: &Membership, node: NodeId, tls: &watch::Sender<A
     tls.send_replace(Arc::new(NodeTls::load(dir).context("load the new certificate")?));
     info!("the certificate of this node is renewed");
     Ok(())
+}
+
+/// The certificate in the folder is valid at this time.
+fn is_good(dir: &Path, now: u64) -> bool {
+    let validity = read(dir, NODE_CERTIFICATE).and_then(|pem| Ok(certificate_validity(&pem)?));
+    validity.is_ok_and(|(from, until)| (from..until).contains(&now))
 }
 
 /// Less than a third of its life remains, or it has not begun: it was made when a clock was ahead.
@@ -121,6 +131,14 @@ mod tests {
         ClusterKey::generate().save(dir.path()).unwrap();
         assert!(renew(dir.path(), &membership, 1).is_err());
         assert_eq!(read(dir.path(), NODE_CERTIFICATE).unwrap(), new, "a failure leaves the old one");
+    }
+
+    #[test]
+    fn one_that_a_wrong_clock_calls_bad_is_looked_at_again_soon() {
+        let (dir, _) = folder();
+        assert!(is_good(dir.path(), now()));
+        assert!(!is_good(dir.path(), 0) && !is_good(dir.path(), now() + 800 * 86_400));
+        assert!(!is_good(tempfile::tempdir().unwrap().path(), now()));
     }
 
     #[test]

@@ -14,8 +14,8 @@ use rcgen::{
 
 use super::{
     CA_CERTIFICATE, CA_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, ClusterKey, ClusterKeys, NODE_CERTIFICATE,
-    NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, fingerprint, malformed, read_file, sealed::Purpose,
-    write_file,
+    NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, certificate_validity, fingerprint, malformed,
+    read_file, sealed::Purpose, write_file,
 };
 use crate::cluster::{ClusterId, NodeId, membership::SealedAuthority};
 
@@ -211,11 +211,31 @@ impl Authority {
     }
 
     fn certify(&self, mut params: CertificateParams, key: &impl PublicKeyData) -> Result<String, PkiError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        check_clock(&self.cert_pem, now)?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.use_authority_key_identifier_extension = true;
         let issuer = Issuer::from_ca_cert_pem(&self.cert_pem, &self.key)?;
         Ok(params.signed_by(key, &issuer)?.pem())
     }
+}
+
+/// A clock that is before the beginning of the authority is wrong: what is signed by it could have expired for all others.
+fn check_clock(authority: &str, now: u64) -> Result<(), PkiError> {
+    if now < certificate_validity(authority)?.0 {
+        return Err(PkiError::Identity(
+            "the clock of this host is wrong: it is before the certificate authority was made",
+        ));
+    }
+    Ok(())
+}
+
+/// When an authority with this certificate was made, in seconds since 1970.
+///
+/// # Errors
+/// [`PkiError::Identity`] for what is no certificate.
+pub fn authority_made_at(pem: &str) -> Result<u64, PkiError> {
+    Ok(certificate_validity(pem)?.0 + BACKDATE.as_secs())
 }
 
 /// True for a name that nodes or Consoles use among themselves, and for a wildcard that would cover it.

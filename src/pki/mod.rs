@@ -16,7 +16,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use rustls::{
@@ -32,7 +32,7 @@ use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
 use crate::cluster::{ClusterId, NodeId, trust::KeyId};
 
-pub use authority::{Authority, Issued, is_reserved};
+pub use authority::{Authority, Issued, authority_made_at, is_reserved};
 pub use console::{CertificateInfo, Pair, console_tls, reseal};
 pub use request::{
     SigningRequest, certificate_key, certificate_validity, console_request, is_signed_by, new_key, node_request,
@@ -237,6 +237,9 @@ pub fn certificate_der(pem: &str) -> Result<CertificateDer<'static>, PkiError> {
 
 /// Replaces a file so that a crash leaves the old or the new one, and the key is never readable by others in between.
 fn write_file(path: &Path, content: impl AsRef<[u8]>, mode: u32) -> Result<(), PkiError> {
+    // Two tasks may renew the same file, and both would write to the same temporary one.
+    static WRITING: Mutex<()> = Mutex::new(());
+    let _one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
     let write = || {
         let temporary = path.with_extension("pem.new");
         match fs::remove_file(&temporary) {
