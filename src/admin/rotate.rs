@@ -14,7 +14,7 @@ use crate::{
     pki::{Authority, ClusterKeys, PkiError},
 };
 
-/// How long an authority may be trusted that does not sign any more.
+/// How long an authority may be trusted that does not sign yet.
 const OVERLAP: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(90 * 86_400);
 
 impl Admin {
@@ -30,15 +30,17 @@ impl Admin {
         Ok(())
     }
 
-    /// Has the members replace the certificate authority; the old one is trusted for so long when the new one signs. Returns
-    /// when that has begun.
+    /// Has the members replace the certificate authority; the new one is trusted for so long before it signs. Returns when
+    /// that has begun.
     ///
     /// # Errors
     /// [`AdminError`].
     pub async fn rotate_authority(&self, overlap: Duration, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         if !OVERLAP.contains(&overlap) {
-            return Err(AdminError::Refused("the overlap of two authorities lasts one second to 90 days".to_owned()));
+            return Err(AdminError::Refused(
+                "the new authority is trusted for one second to 90 days before it signs".to_owned(),
+            ));
         }
         let _one = self.changing.lock().await;
         let membership = self.membership();

@@ -257,10 +257,11 @@ reached, 75 refused.
 Example:
   twistcli ha rotate-key";
 const ROTATE_CA_HELP: &str = "\
-All members trust a new authority first; then it signs, and all certificates of nodes and Consoles are made
-anew; the old one is trusted until the overlap is over. Give the new ca.pem, in certificates/ of the data
-folder, to clients in that time. Join scripts that were given out are worth nothing any more.
-After the removal of a host that you do not trust, this shuts it out: it knew the old authority's key.
+All members trust a new authority first, for as long as the overlap says; give the new ca.pem, in certificates/
+of the data folder, to clients in that time. Then it signs, all certificates of nodes and Consoles are made
+anew, and the old authority is not trusted any more. Join scripts that were given out end with it.
+After the removal of a host that you do not trust, this shuts it out: it knows the old authority's key, and
+could pass for a member until this is over. Choose a short overlap then, and restart the members one by one.
 
 Exit code: 0 begun (twistcli ha status shows how far it is), 64 wrong command line, 69 the daemon cannot be
 reached, 75 refused or not confirmed.
@@ -273,7 +274,7 @@ Examples:
 pub(super) struct RotateCaArgs {
     #[command(flatten)]
     pub target: Target,
-    /// How long the old authority is still trusted when the new one signs
+    /// How long the new authority is trusted before it signs
     #[arg(long, value_name = "SPAN", default_value = "1d", value_parser = span)]
     pub overlap: Duration,
     /// Do not ask; needed where standard input is no terminal

@@ -195,9 +195,17 @@ pub(super) fn rotate_ca(door: &Door, args: &RotateCaArgs) -> Result<(), Stop> {
     let operation = Operation::RotateCa { overlap_s: args.overlap.as_secs() };
     door.primary(&command(&operation))?;
     eprintln!("All certificates of nodes and Consoles are made anew, and join scripts that were given out end.");
-    eprintln!("Clients that know the old CA need the new one within {}.", duration(args.overlap.as_millis() as u64));
+    eprintln!(
+        "Clients that know the old CA need the new one within {}, when it begins to sign: certificates/ca.pem of each member \
+         has both until then.",
+        duration(args.overlap.as_millis() as u64)
+    );
     confirm("Replace the certificate authority?", args.yes)?;
-    simple(door, operation, "The members trust the new authority now, and then it signs. See: twistcli ha status")
+    simple(
+        door,
+        operation,
+        "The members trust the new authority now, and it signs when the overlap is over. See: twistcli ha status",
+    )
 }
 
 /// Gives a member another address.

@@ -53,15 +53,16 @@ fn renewal(status: &Status) -> Option<String> {
     if let Some(coming) = &membership.coming {
         let id = pki::authority_id(&coming.authority.certificate).ok()?;
         let trust = count(&|member| member.holds.trusts == id);
-        return Some(format!("the certificate authority is being replaced: {trust} trust the new one"));
+        let from = pki::authority_made_at(&coming.authority.certificate).ok()?.saturating_add(coming.overlap);
+        let from = super::table::date(from);
+        return Some(format!(
+            "the certificate authority is being replaced: {trust} trust the new one, which signs from {from} on"
+        ));
     }
-    let retired = membership.retired.as_ref()?;
-    let signs = pki::authority_id(&membership.authority.as_ref()?.certificate).ok()?;
-    Some(format!(
-        "the certificate authority is being replaced: {} show certificates of the new one; the old one is trusted until {}",
-        count(&|member| member.holds.shows == signs),
-        super::table::date(retired.until)
-    ))
+    membership.retired.as_ref()?;
+    let text = "the certificate authority is being replaced: the new one signs, and the old one is trusted until all members show \
+                certificates of the new one";
+    Some(text.to_owned())
 }
 
 #[cfg(test)]

@@ -440,11 +440,14 @@ impl Membership {
     }
 
     /// What everybody who may look at the cluster may see: no key, no invitation, no webhook, no request that could be picked
-    /// up.
+    /// up. Of an authority that is introduced its certificate.
     pub fn public(&self) -> Self {
         let (invitations, webhooks) = (Vec::new(), Vec::new());
-        let (authority, coming, custom_certificate) = (None, None, None);
-        let mut public = Self { invitations, authority, coming, custom_certificate, webhooks, ..self.clone() };
+        let (authority, custom_certificate) = (None, None);
+        let mut public = Self { invitations, authority, custom_certificate, webhooks, ..self.clone() };
+        if let Some(coming) = &mut public.coming {
+            coming.authority.sealed_key.clear();
+        }
         public.members.iter_mut().for_each(|member| member.admission = None);
         for request in &mut public.requests {
             (request.id, request.csr, request.console_csr) = Default::default();
@@ -644,6 +647,27 @@ mod tests {
         );
         assert!(change(&all, Change::Promote).unwrap_err().contains("already"));
         assert_eq!(Membership::decode(&all.encode()).unwrap(), all);
+    }
+
+    /// Days may pass until the new authority signs.
+    #[test]
+    fn a_host_may_join_while_an_authority_is_introduced_and_is_waited_for() {
+        let authority = |name: &str| {
+            let (certificate, sealed_key) = (name.to_owned(), "sealed".to_owned());
+            SealedAuthority { certificate, sealed_key, key: None }
+        };
+        let alone = Membership { authority: Some(authority("old")), ..one() };
+        let coming = Coming { authority: authority("new"), overlap: 60 };
+        let both = change(&ask(&alone, 2), Change::IntroduceAuthority { coming }).unwrap();
+        assert_eq!(both.public().coming.unwrap().authority.sealed_key, "");
+        let switch = |membership: &Membership, at| change(membership, Change::SwitchAuthority { at });
+        let asked = ask(&both, 3);
+        assert!(switch(&asked, 19).unwrap_err().contains("on their way"));
+        assert!(switch(&asked, 20).unwrap().requests.is_empty(), "they have expired");
+        let admitted = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
+        assert!(switch(&admitted, 90).unwrap_err().contains("on their way"));
+        let all = change(&admitted, Change::Promote).unwrap();
+        assert_eq!(switch(&all, 90).unwrap().authority, Some(authority("new")));
     }
 
     #[test]

@@ -10,9 +10,10 @@
 //! ([`Change::Reseal`](super::Change)): the authority, and the certificate that the Consoles were given. Until then everybody keeps the old key, too.
 //! A certificate that cannot be unsealed stays as it is ([`Membership::certificate_is_stranded`]).
 //!
-//! *Authority*: introduced (all members trust it beside the old one) -> all do: it signs from now on
-//! ([`Change::SwitchAuthority`](super::Change)), all certificates are made anew, the old one is still trusted -> all members show
-//! certificates of the new one, and the overlap has passed that the administrator chose: the old one is dropped.
+//! *Authority*: introduced (all members trust it beside the old one) -> all do, no host is on its way in, and the time has passed
+//! that the administrator has left clients to learn of it: it signs from now on ([`Change::SwitchAuthority`](super::Change)), and
+//! all certificates are made anew -> all members show certificates of the new one: the old one is dropped at once, so that
+//! whoever knows its key is shut out.
 
 use std::{fmt, str::FromStr};
 
@@ -89,8 +90,8 @@ pub struct Rekey {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Coming {
     pub authority: SealedAuthority,
-    /// How long the one before it is still trusted at least when this one signs, in seconds: Defenders, load balancers and
-    /// browsers need the new certificate meanwhile.
+    /// How long it is trusted at least before it signs, in seconds: Defenders, load balancers and browsers need its
+    /// certificate by then.
     pub overlap: u64,
 }
 
@@ -99,7 +100,7 @@ pub struct Coming {
 pub struct Retired {
     /// Its certificate, PEM.
     pub certificate: String,
-    /// At least until then, in seconds since 1970.
+    /// When the new one began to sign, in seconds since 1970; until all members show its certificates, both are trusted.
     pub until: u64,
 }
 
@@ -185,12 +186,6 @@ impl Membership {
 
     pub(super) fn introduce_authority(&mut self, coming: &Coming) -> Result<(), Impossible> {
         self.signing()?;
-        // A host that is on its way in was told which authority to trust, and by which it will know the cluster.
-        if !self.requests.is_empty() || self.learners().next().is_some() {
-            return Err(refuse(
-                "hosts are on their way into the cluster: admit or reject them, and wait until they have a vote",
-            ));
-        }
         if self.rekey.is_some() {
             return Err(refuse("the cluster key is being replaced: wait until that is done"));
         }
@@ -204,12 +199,22 @@ impl Membership {
         Ok(())
     }
 
+    /// True if a host is on its way in at this time: it was told which authority to trust, and by which it will know the cluster.
+    pub fn has_newcomers(&self, at: u64) -> bool {
+        self.requests.iter().any(|open| open.until > at) || self.learners().next().is_some()
+    }
+
     /// Join tokens carry the digest of the authority: those of the old one end.
     pub(super) fn switch_authority(&mut self, at: u64) -> Result<(), Impossible> {
+        if self.has_newcomers(at) {
+            return Err(refuse(
+                "hosts are on their way into the cluster: the new authority signs when they have a vote",
+            ));
+        }
+        self.requests.clear();
         let coming = self.coming.take().ok_or_else(|| refuse("no certificate authority was introduced"))?;
-        let until = at.saturating_add(coming.overlap);
         let before = self.authority.replace(coming.authority);
-        self.retired = before.map(|before| Retired { certificate: before.certificate, until });
+        self.retired = before.map(|before| Retired { certificate: before.certificate, until: at });
         self.invitations.clear();
         Ok(())
     }
@@ -334,7 +339,10 @@ mod tests {
         let invited = change(&both, Change::Invite { invitation }).unwrap();
         let switched = change(&invited, Change::SwitchAuthority { at: 5 }).unwrap();
         assert_eq!((switched.trust_bundle().as_str(), switched.invitations.len()), ("new\nold\n", 0));
-        assert_eq!(switched.retired.as_ref().unwrap().until, 65);
+        assert_eq!(switched.retired.as_ref().unwrap().until, 5);
+        let mut joining = both.clone();
+        joining.members[2].voter = false;
+        assert!(change(&joining, Change::SwitchAuthority { at: 5 }).unwrap_err().contains("on their way"));
         assert!(change(&switched, introduce.clone()).unwrap_err().contains("already"));
         let done = change(&switched, Change::DropAuthority).unwrap();
         assert_eq!(done.trust_bundle(), "new\n");

@@ -312,7 +312,7 @@ pub(super) async fn rotate_key(State(console): State<Arc<Console>>, user: User) 
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Overlap {
-    /// For how long the old authority is still trusted when the new one signs.
+    /// For how long the new authority is trusted before it signs.
     overlap_sec: u32,
 }
 

@@ -166,8 +166,14 @@ async fn with_kit<T: Send + 'static>(
 pub(super) async fn ca(
     State(console): State<Arc<Console>>,
 ) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {
-    let authority = console.status.borrow().membership.authority.as_ref().map(|sealed| sealed.certificate.clone());
-    let pem = authority.ok_or_else(|| ApiError::NotFound(KitError::NoAuthority.to_string()))?;
+    let status = console.status.borrow().clone();
+    let membership = &status.membership;
+    // With the one that is to sign before long, for clients to have it in time.
+    let pem = membership.authority.as_ref().map(|sealed| match &membership.coming {
+        Some(coming) => format!("{}{}", sealed.certificate, coming.authority.certificate),
+        None => sealed.certificate.clone(),
+    });
+    let pem = pem.ok_or_else(|| ApiError::NotFound(KitError::NoAuthority.to_string()))?;
     Ok(([(header::CONTENT_TYPE, "application/x-pem-file")], pem))
 }
 

@@ -80,8 +80,7 @@ fn sentences(before: &Certificates, after: &Certificates) -> Vec<String> {
         told.push(format!("the Consoles' certificates are made for other names: beside those of each host {names}"));
     }
     if before.signs.is_some() && before.signs != after.signs {
-        let until = after.retired.map(|until| format!(", and the old one is trusted until {} at least", date(until)));
-        told.push(format!("a new certificate authority signs from now on{}", until.unwrap_or_default()));
+        told.push("a new certificate authority signs from now on".to_owned());
     } else if after.coming && !before.coming {
         told.push("the certificate authority is to be replaced: the members begin to trust another one".to_owned());
     } else if before.coming && !after.coming {
@@ -225,8 +224,7 @@ mod tests {
         let switched = Certificates { signs: Some(2), retired: Some(DAY), ..none.clone() };
         let done = Certificates { signs: Some(2), ..none.clone() };
         assert!(between(&none, &coming)[0].contains("is to be replaced"));
-        let signs =
-            "a new certificate authority signs from now on, and the old one is trusted until 1970-01-02 at least";
+        let signs = "a new certificate authority signs from now on";
         assert_eq!(between(&coming, &switched), [signs]);
         assert_eq!(
             between(&switched, &done),

@@ -27,18 +27,21 @@ impl Rotation {
         fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
     }
 
-    fn reload(&self) -> Result<()> {
+    /// Uses what is in the files from now on. Until that has succeeded it is tried again at each look, and nothing is reported.
+    fn reload(&mut self) -> Result<()> {
         let tls = NodeTls::load(&self.parts.certificates).context("load the new certificates")?;
         self.parts.tls.send_replace(std::sync::Arc::new(tls));
+        self.stale = false;
         Ok(())
     }
 
     /// Trusts whom the membership names, and nobody else.
-    pub(super) fn follow_trust(&self, membership: &Membership) -> Result<()> {
+    pub(super) fn follow_trust(&mut self, membership: &Membership) -> Result<()> {
         let (bundle, known) = (membership.trust_bundle(), self.read(CA_CERTIFICATE)?);
         if known.split_whitespace().eq(bundle.split_whitespace()) {
-            return Ok(());
+            return if self.stale { self.reload() } else { Ok(()) };
         }
+        self.stale = true;
         pki::store_pem(&self.parts.certificates, CA_CERTIFICATE, &bundle, false)?;
         self.reload()?;
         info!(authorities = membership.trusted().count(), "this node trusts other authorities from now on");
@@ -47,13 +50,13 @@ impl Rotation {
 
     /// Has this node's certificate made anew if another authority signed it. Returns which one signed what it shows now, the
     /// Console's own certificate included; nothing while the two differ.
-    pub(super) fn follow_certificates(&self, membership: &Membership, node: NodeId) -> Result<KeyId> {
+    pub(super) fn follow_certificates(&mut self, membership: &Membership, node: NodeId) -> Result<KeyId> {
         let Some(sealed) = &membership.authority else { return Ok(KeyId::default()) };
         let signs = pki::authority_id(&sealed.certificate)?;
         let Some(retired) = &membership.retired else { return Ok(signs) };
-        let dir = &self.parts.certificates;
         if !pki::is_signed_by(&self.read(NODE_CERTIFICATE)?, &sealed.certificate)? {
-            renewal::renew(dir, membership, node)?;
+            self.stale = true;
+            renewal::renew(&self.parts.certificates, membership, node)?;
             self.reload()?;
             info!("the certificate of this node is made anew by the authority that signs from now on");
         }
@@ -65,16 +68,20 @@ impl Rotation {
     /// Lets the new authority sign when all members trust it, and drops the old one when nothing of it is shown any more.
     pub(super) async fn lead_authority(&mut self, membership: &Membership, status: &Status) -> Result<()> {
         let now = crate::admin::now();
-        if membership.coming.is_some() {
+        if let Some(coming) = &membership.coming {
             let newest = newest(membership)?;
-            if all(membership, status, |holds| holds.trusts == newest) {
+            // Clients learn of it while the old one still signs: no member shows them anything that they do not know.
+            let from = pki::authority_made_at(&coming.authority.certificate)?.saturating_add(coming.overlap);
+            let free = now >= from && !membership.has_newcomers(now);
+            if free && all(membership, status, |holds| holds.trusts == newest) {
                 let done =
                     "all members trust the new authority: it signs from now on, and join scripts of the old one end";
                 self.change(Change::SwitchAuthority { at: now }, done).await?;
             }
-        } else if let Some(retired) = &membership.retired {
+        } else if membership.retired.is_some() {
             let signs = newest(membership)?;
-            if now >= retired.until && all(membership, status, |holds| holds.shows == signs) {
+            // At once: whoever was removed may know its key, and could pass for a member.
+            if all(membership, status, |holds| holds.shows == signs) {
                 self.change(Change::DropAuthority, "the old authority is not trusted any more").await?;
             }
         }

@@ -54,7 +54,8 @@ pub struct Parts {
 pub async fn keep(parts: Parts) {
     let mut membership = parts.handle.membership();
     let mut status = parts.handle.status();
-    let mut rotation = Rotation { parts, keys: None, reported: None, problem: None, shown: None, waiting: None };
+    let mut rotation =
+        Rotation { parts, keys: None, stale: false, reported: None, problem: None, shown: None, waiting: None };
     while membership.has_changed().is_ok() {
         let now = membership.borrow_and_update().clone();
         let result = rotation.look(&now).await;
@@ -79,6 +80,8 @@ struct Rotation {
     parts: Parts,
     /// What is in the folder; none before the first look at it.
     keys: Option<ClusterKeys>,
+    /// The files of certificates may be newer than what is in use.
+    stale: bool,
     reported: Option<Holdings>,
     /// What was logged last, and what is shown.
     problem: Option<String>,
