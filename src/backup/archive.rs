@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     BackupError,
-    cipher::{Opener, Sealer, Secret},
+    cipher::{MAGIC, Opener, Sealer, Secret},
 };
 use crate::{
     cluster::command::valid_page_size,
@@ -31,6 +31,8 @@ const MAX_MANIFEST: u64 = 64 << 10;
 /// Names in the archive.
 const MANIFEST: &str = "manifest.json";
 const DATABASE: &str = "console.db";
+/// What each gzip file begins with.
+const GZIP: &[u8] = &[0x1f, 0x8b];
 /// Padding at the end of a tar file that is read over, in bytes.
 const MAX_PADDING: u64 = 1 << 20;
 
@@ -187,6 +189,17 @@ impl Read for Source {
     }
 }
 
+/// Whether the file is an encrypted archive; none if it is no archive at all, by its first bytes.
+///
+/// # Errors
+/// Those of the file.
+pub(super) fn is_sealed(path: &Path) -> Result<Option<bool>, BackupError> {
+    let mut head = Vec::new();
+    let file = File::open(path).map_err(BackupError::io("open", path))?;
+    file.take(MAGIC.len() as u64).read_to_end(&mut head).map_err(BackupError::io("read", path))?;
+    Ok(if head == MAGIC { Some(true) } else { head.starts_with(GZIP).then_some(false) })
+}
+
 /// Reads an archive to its end and checks everything that can be checked without SQLite. `accept` sees the manifest before the
 /// database is read and may refuse it; `each` gets the database in order.
 ///
@@ -324,6 +337,7 @@ pub(super) mod tests {
             assert!(std::fs::metadata(&path).unwrap().len() < image.len() as u64 / 2, "it is compressed");
         }
         let sealed = folder.path().join("archive");
+        assert_eq!((is_sealed(&sealed).unwrap(), is_sealed(&key).unwrap()), (Some(true), None));
         let error = read(&sealed, true, None, |_| Ok(()), |_| Ok(())).unwrap_err();
         assert!(error.to_string().contains("BACKUP_KEY_FILE"), "{error}");
     }

@@ -80,7 +80,10 @@ impl Backups {
         let result = self.steps(job, id).await;
         match &result {
             Ok(_) => {
-                metrics::gauge!(BACKUP_LAST_SUCCESS).set(id.time as f64);
+                // Without automatic ones nobody waits for the next.
+                if self.config.enabled {
+                    metrics::gauge!(BACKUP_LAST_SUCCESS).set(id.time as f64);
+                }
                 self.node.warn(ABOUT, None);
                 self.tell(Severity::Info, Scope::Local, format!("the backup {} is good", job.id()));
             }
@@ -95,6 +98,7 @@ impl Backups {
         }
         let outcome = self.jobs.end(job, &result);
         if outcome.ok {
+            self.offsite.wake();
             info!(id = job.id(), ms = outcome.ms, "the backup is done: {}", outcome.text);
         }
         outcome.ok

@@ -54,7 +54,7 @@ fn also(list: &[Backup], now: u64, keep: Keep) -> Vec<Kind> {
 }
 
 /// The automatic backups that are not kept any longer. `list` is newest first.
-fn surplus(list: &[Backup], keep: Keep) -> Vec<String> {
+pub(super) fn surplus(list: &[Backup], keep: Keep) -> Vec<String> {
     let of = |kind: Kind| list.iter().filter(move |backup| backup.kind == kind).skip(kept(kind, keep) as usize);
     Kind::AUTOMATIC.into_iter().flat_map(of).map(|backup| backup.id.clone()).collect()
 }
@@ -62,12 +62,12 @@ fn surplus(list: &[Backup], keep: Keep) -> Vec<String> {
 impl Backups {
     /// Makes backups when they are due, for as long as the node lives.
     pub async fn keep(self: Arc<Self>) {
+        if !self.config.enabled {
+            return;
+        }
         let newest = self.list().await.ok().and_then(|list| list.first().map(|backup| backup.time));
         if let Some(newest) = newest {
             metrics::gauge!(BACKUP_LAST_SUCCESS).set(newest as f64);
-        }
-        if !self.config.enabled {
-            return;
         }
         // Not all members at once, and none in the middle of a start.
         let mut earliest = Instant::now() + self.config.delay * (1 + self.rank());
@@ -116,6 +116,8 @@ impl Backups {
             warn!(%error, "the older automatic backups could not be tidied up");
             self.node.warn(super::ABOUT, Some(format!("old backups of this host could not be tidied up: {error}")));
         }
+        // Once more: its weekly and monthly twins are there now.
+        self.offsite.wake();
         tidied.is_ok()
     }
 
