@@ -33,6 +33,8 @@ const IDLE: Duration = Duration::from_secs(6 * 3600);
 /// Pause after the first failure; it doubles with each, up to the longest.
 const AGAIN: Duration = Duration::from_secs(30);
 const LONGEST: Duration = Duration::from_secs(3600);
+/// Most copies in one answer.
+const SHOWN: usize = 1_000;
 /// Where a fetched copy is written first.
 const PART: &str = "fetched";
 
@@ -119,7 +121,7 @@ impl Backups {
         Store::open(self.config.url.as_deref().ok_or_else(no_url)?, self.config.credentials.as_deref())
     }
 
-    /// All copies at `BACKUP_URL`, of all members and clusters, newest first.
+    /// The copies at `BACKUP_URL`, of all members and clusters, newest first, and of these at most 1,000.
     ///
     /// # Errors
     /// [`BackupError::Remote`]; [`BackupError::Refused`] without `BACKUP_URL`.
@@ -129,7 +131,9 @@ impl Backups {
         let all = self.clone();
         let list = async move {
             let _turn = turn;
-            all.store()?.list(None).await
+            let mut list = all.store()?.list(None).await?;
+            list.truncate(SHOWN);
+            Ok(list)
         };
         apart(move || list).await
     }
@@ -189,6 +193,8 @@ impl Backups {
                     let text = format!("the backup {} is copied to {to}", backup.id);
                     info!(id = backup.id, bytes = backup.bytes, "the backup was copied");
                     self.tell(Severity::Info, Scope::Local, text);
+                    // One of another length was there.
+                    there.retain(|copy| copy.backup.id != backup.id);
                     there.push(RemoteBackup {
                         place: to.to_string(),
                         cluster: to.cluster,

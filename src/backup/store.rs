@@ -31,7 +31,7 @@ use super::{
 /// Most names that are looked at.
 const MAX_NAMES: usize = 100_000;
 /// Most backups that are listed.
-const MAX_LIST: usize = 5_000;
+const MAX_LIST: usize = 20_000;
 /// Bytes that are sent in one request; more if there would be too many requests of a large backup.
 const PART: u64 = 8 << 20;
 /// Most parts of one object: S3 knows 10,000.

@@ -162,8 +162,25 @@ fn backups_are_copied_to_an_s3_and_come_back() {
     assert!(fs::read(&fetched).unwrap() == fs::read(&files[other]).unwrap());
     let outcome = restore(&cluster, &fetched);
     assert!(outcome.ok, "{}", outcome.text);
+    let pen = Pen::new(&cluster.file());
+    assert!(pen.tags() == before);
+
+    // The same in one command, on the host.
+    assert!(pen.write(primary, "once-more"));
+    assert!(twistcli(&cluster, &["backup", "list", "--remote"]).contains(&copy.place));
+    let done = twistcli(&cluster, &["restore", "--remote", &copy.place, "--stop-console", "--yes"]);
+    assert!(done.contains("already") && done.contains("all members have the database"), "{done}");
     assert!(Pen::new(&cluster.file()).tags() == before);
     println!("  {}", cluster.finish(&["could not be copied", "the copy could not be fetched"]));
+}
+
+/// What `twistcli` says on the PRIMARY's host, where it succeeds.
+fn twistcli(cluster: &Cluster, args: &[&str]) -> String {
+    let data = cluster.node(cluster.primary()).data;
+    let output = Command::new(env!("CARGO_BIN_EXE_twistcli")).args(args).arg("--data").arg(data).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{args:?}: {said}{}", String::from_utf8_lossy(&output.stderr));
+    said
 }
 
 /// Three automatic ones and a manual one of each member are there, and are the same.
