@@ -227,7 +227,8 @@ pub(super) fn read(
     };
     let mut tar = tar::Archive::new(GzDecoder::new(source));
     let manifest = {
-        let mut entries = tar.entries().map_err(unreadable)?;
+        // Raw: otherwise long names and other headers of any size would be read into memory before an entry is seen.
+        let mut entries = tar.entries().map_err(unreadable)?.raw(true);
         let mut next = |name: &str| {
             let entry = entries.next().ok_or_else(|| damaged(format!("{name} is missing")))?.map_err(unreadable)?;
             let plain = entry.header().entry_type().is_file() && &*entry.path_bytes() == name.as_bytes();
@@ -360,6 +361,21 @@ pub(super) mod tests {
             std::fs::write(&path, &good[..at]).unwrap();
             assert!(load(&path, None).is_err(), "{at} bytes");
         }
+    }
+
+    /// A few kilobytes of gzip could ask for any amount of memory.
+    #[test]
+    fn a_long_name_is_no_manifest() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("archive");
+        let mut tar = tar::Builder::new(GzEncoder::new(File::create(&path).unwrap(), Compression::fast()));
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_size(8 << 20);
+        tar.append_data(&mut header, "././@LongLink", io::repeat(b'x').take(8 << 20)).unwrap();
+        tar.into_inner().unwrap().finish().unwrap();
+        let error = load(&path, None).unwrap_err();
+        assert!(error.to_string().contains("manifest.json is not where it should be"), "{error}");
     }
 
     #[test]

@@ -197,7 +197,9 @@ impl Backups {
     ) -> Result<(Manifest, Workshop, PathBuf), BackupError> {
         let (all, path, unpacking) = (self.clone(), path.to_owned(), Arc::clone(job));
         let (manifest, workshop) = blocking(move || {
-            let (workshop, secret) = (all.folder.workshop()?, all.secret()?);
+            let workshop = all.folder.workshop()?;
+            // A key that is lost must not keep what was never encrypted.
+            let secret = if sealed { all.secret()? } else { None };
             let to = workshop.join(COPY);
             let mut file = create(&to)?;
             let accept = |manifest: &Manifest| {

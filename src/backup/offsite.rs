@@ -109,9 +109,9 @@ fn missing<'a>(here: &'a [Backup], there: &[RemoteBackup]) -> Vec<&'a Backup> {
 
 /// The copies that are not kept any longer: by the same rule as in the folder, so that a host that begins anew with an empty
 /// folder keeps what it has there; and never one that is in the folder.
-fn outdated(here: &[Backup], there: &[RemoteBackup], keep: super::Keep) -> Vec<String> {
+fn outdated(here: &[Backup], there: &[RemoteBackup], keep: super::Keep, now: u64) -> Vec<String> {
     let list: Vec<Backup> = there.iter().map(|copy| copy.backup.clone()).collect();
-    let mut gone = surplus(&list, keep);
+    let mut gone = surplus(&list, keep, now);
     gone.retain(|id| !here.iter().any(|backup| backup.id == *id));
     gone
 }
@@ -210,7 +210,7 @@ impl Backups {
         }
         self.offsite.note(|state| (state.missing, state.running) = (left, None));
         there.sort_by_key(|copy| std::cmp::Reverse(copy.backup.time));
-        for id in outdated(&self.folder.list()?, &there, self.config.keep) {
+        for id in outdated(&self.folder.list()?, &there, self.config.keep, now()) {
             store.delete(&place(BackupId::read(&id)?)).await?;
             info!(id, "a copy of an automatic backup is not kept any longer");
         }
@@ -332,9 +332,9 @@ mod tests {
             [("daily", 9), ("mine", 8), ("daily", 7), ("daily", 5), ("weekly", 5), ("daily", 3)]
                 .map(|(name, time)| copy(&backup(name, time, 1)))
                 .into();
-        let gone = outdated(&[], &there, keep);
+        let gone = outdated(&[], &there, keep, 10);
         assert_eq!(gone, ["daily-0.1.0-5.tar.gz", "daily-0.1.0-3.tar.gz"], "manual ones stay, and so do the newest");
-        assert_eq!(outdated(&[backup("daily", 3, 1)], &there, keep), ["daily-0.1.0-5.tar.gz"]);
+        assert_eq!(outdated(&[backup("daily", 3, 1)], &there, keep, 10), ["daily-0.1.0-5.tar.gz"]);
         assert!(there.iter().any(|copy| copy.backup.kind == Kind::Manual));
     }
 

@@ -3,7 +3,7 @@
 //! they have the old state or the new one, whoever dies on the way. Must never touch the database with less than a whole,
 //! verified backup of this very version.
 
-use std::{path::Path, sync::Arc};
+use std::{os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use sqlx::{
     ConnectOptions, Connection,
@@ -169,7 +169,10 @@ impl Backups {
         }
         let data = &self.config.data;
         let free = super::folder::free(data)?;
-        let needed = 2 * manifest.bytes() + SPARE;
+        // The raft log and the `-wal` file; and the unpacked copy, if the folder of the backups is on the same file system.
+        let device = |path: &Path| std::fs::metadata(path).map(|found| found.dev()).ok();
+        let copies = if device(data) == device(&self.config.folder) { 3 } else { 2 };
+        let needed = copies * manifest.bytes() + SPARE;
         if free < needed {
             return Err(BackupError::Refused(format!(
                 "{needed} bytes are needed in the data folder {} for the restore, and {free} are free: free some space there, on all \
