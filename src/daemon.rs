@@ -283,6 +283,7 @@ impl Parts {
         let kit = Arc::new(Kit::new(&self.config));
         let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
         task::spawn(backups.clone().keep());
+        task::spawn(backups.clone().carry());
         let (notifier, notifying) = self.notifier();
         task::spawn(notifying);
         supervisor.offer(Services {

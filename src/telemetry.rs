@@ -205,6 +205,10 @@ pub const DAMAGE_FOUND: &str = "twistlock_database_damage_timestamp_seconds";
 pub const BACKUP_LAST_SUCCESS: &str = "twistlock_backup_last_success_timestamp_seconds";
 /// Counter: backups of this host that failed.
 pub const BACKUP_FAILURES: &str = "twistlock_backup_failures_total";
+/// Gauge, seconds since 1970: when all backups of this host were at `BACKUP_URL` last.
+pub const BACKUP_COPIED: &str = "twistlock_backup_copies_complete_timestamp_seconds";
+/// Counter: attempts to copy backups of this host to `BACKUP_URL` that failed.
+pub const BACKUP_COPY_FAILURES: &str = "twistlock_backup_copy_failures_total";
 
 /// Histogram, seconds: from the last sign of the primary before to open ports, on the node that took over.
 pub const TAKEOVER: &str = "twistlock_takeover_seconds";
@@ -355,6 +359,8 @@ pub const METRICS: &[Metric] = &[
         "When the newest backup of this host was made, or else this process began, in seconds since 1970.",
     ),
     metric(BACKUP_FAILURES, Kind::Counter, "Backups of this host that failed."),
+    metric(BACKUP_COPIED, Kind::Gauge, "When all backups of this host were at BACKUP_URL last, in seconds since 1970."),
+    metric(BACKUP_COPY_FAILURES, Kind::Counter, "Attempts to copy backups of this host to BACKUP_URL that failed."),
     metric(TAKEOVER, Kind::Latency, "Seconds from the last sign of the former PRIMARY to open ports on this node."),
     metric(FAILOVERS, Kind::Counter, "Takeovers by this node, by the reason why the former PRIMARY was lost.")
         .by("reason", &["handed_over", "process_dead", "not_heard", "gave_up", "regained"]),

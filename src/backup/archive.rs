@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     BackupError,
-    cipher::{Opener, Sealer, Secret},
+    cipher::{MAGIC, Opener, Sealer, Secret},
 };
 use crate::{
     cluster::command::valid_page_size,
@@ -31,6 +31,8 @@ const MAX_MANIFEST: u64 = 64 << 10;
 /// Names in the archive.
 const MANIFEST: &str = "manifest.json";
 const DATABASE: &str = "console.db";
+/// What each gzip file begins with.
+const GZIP: &[u8] = &[0x1f, 0x8b];
 /// Padding at the end of a tar file that is read over, in bytes.
 const MAX_PADDING: u64 = 1 << 20;
 
@@ -187,6 +189,17 @@ impl Read for Source {
     }
 }
 
+/// Whether the file is an encrypted archive; none if it is no archive at all, by its first bytes.
+///
+/// # Errors
+/// Those of the file.
+pub(super) fn is_sealed(path: &Path) -> Result<Option<bool>, BackupError> {
+    let mut head = Vec::new();
+    let file = File::open(path).map_err(BackupError::io("open", path))?;
+    file.take(MAGIC.len() as u64).read_to_end(&mut head).map_err(BackupError::io("read", path))?;
+    Ok(if head == MAGIC { Some(true) } else { head.starts_with(GZIP).then_some(false) })
+}
+
 /// Reads an archive to its end and checks everything that can be checked without SQLite. `accept` sees the manifest before the
 /// database is read and may refuse it; `each` gets the database in order.
 ///
@@ -214,7 +227,8 @@ pub(super) fn read(
     };
     let mut tar = tar::Archive::new(GzDecoder::new(source));
     let manifest = {
-        let mut entries = tar.entries().map_err(unreadable)?;
+        // Raw: otherwise long names and other headers of any size would be read into memory before an entry is seen.
+        let mut entries = tar.entries().map_err(unreadable)?.raw(true);
         let mut next = |name: &str| {
             let entry = entries.next().ok_or_else(|| damaged(format!("{name} is missing")))?.map_err(unreadable)?;
             let plain = entry.header().entry_type().is_file() && &*entry.path_bytes() == name.as_bytes();
@@ -324,6 +338,7 @@ pub(super) mod tests {
             assert!(std::fs::metadata(&path).unwrap().len() < image.len() as u64 / 2, "it is compressed");
         }
         let sealed = folder.path().join("archive");
+        assert_eq!((is_sealed(&sealed).unwrap(), is_sealed(&key).unwrap()), (Some(true), None));
         let error = read(&sealed, true, None, |_| Ok(()), |_| Ok(())).unwrap_err();
         assert!(error.to_string().contains("BACKUP_KEY_FILE"), "{error}");
     }
@@ -346,6 +361,21 @@ pub(super) mod tests {
             std::fs::write(&path, &good[..at]).unwrap();
             assert!(load(&path, None).is_err(), "{at} bytes");
         }
+    }
+
+    /// A few kilobytes of gzip could ask for any amount of memory.
+    #[test]
+    fn a_long_name_is_no_manifest() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("archive");
+        let mut tar = tar::Builder::new(GzEncoder::new(File::create(&path).unwrap(), Compression::fast()));
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_size(8 << 20);
+        tar.append_data(&mut header, "././@LongLink", io::repeat(b'x').take(8 << 20)).unwrap();
+        tar.into_inner().unwrap().finish().unwrap();
+        let error = load(&path, None).unwrap_err();
+        assert!(error.to_string().contains("manifest.json is not where it should be"), "{error}");
     }
 
     #[test]

@@ -17,7 +17,8 @@ use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
 use super::BackupError;
 
-const MAGIC: &[u8; 8] = b"TLSEAL01";
+/// What each encrypted file begins with.
+pub(super) const MAGIC: &[u8; 8] = b"TLSEAL01";
 const SALT: usize = 16;
 const PIECE: usize = 64 << 10;
 const TAG: usize = 16;

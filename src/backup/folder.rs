@@ -163,7 +163,8 @@ impl Folder {
     }
 }
 
-fn describe(id: &BackupId, bytes: u64) -> Backup {
+/// What is told of a backup of this name and length.
+pub(super) fn describe(id: &BackupId, bytes: u64) -> Backup {
     Backup {
         id: id.to_string(),
         name: id.name.clone(),

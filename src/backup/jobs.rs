@@ -31,6 +31,7 @@ impl Table {
             Work::Create => "made",
             Work::Verify => "verified",
             Work::Restore => "restored",
+            Work::Fetch => "fetched",
         };
         Err(BackupError::Refused(format!("{} is being {doing}: wait until that is over", other.id)))
     }

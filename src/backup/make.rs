@@ -80,7 +80,10 @@ impl Backups {
         let result = self.steps(job, id).await;
         match &result {
             Ok(_) => {
-                metrics::gauge!(BACKUP_LAST_SUCCESS).set(id.time as f64);
+                // Without automatic ones nobody waits for the next.
+                if self.config.enabled {
+                    metrics::gauge!(BACKUP_LAST_SUCCESS).set(id.time as f64);
+                }
                 self.node.warn(ABOUT, None);
                 self.tell(Severity::Info, Scope::Local, format!("the backup {} is good", job.id()));
             }
@@ -95,6 +98,7 @@ impl Backups {
         }
         let outcome = self.jobs.end(job, &result);
         if outcome.ok {
+            self.offsite.wake();
             info!(id = job.id(), ms = outcome.ms, "the backup is done: {}", outcome.text);
         }
         outcome.ok
@@ -193,7 +197,9 @@ impl Backups {
     ) -> Result<(Manifest, Workshop, PathBuf), BackupError> {
         let (all, path, unpacking) = (self.clone(), path.to_owned(), Arc::clone(job));
         let (manifest, workshop) = blocking(move || {
-            let (workshop, secret) = (all.folder.workshop()?, all.secret()?);
+            let workshop = all.folder.workshop()?;
+            // A key that is lost must not keep what was never encrypted.
+            let secret = if sealed { all.secret()? } else { None };
             let to = workshop.join(COPY);
             let mut file = create(&to)?;
             let accept = |manifest: &Manifest| {

@@ -8,6 +8,7 @@
 //! - `copy.rs`: this host's database into a file
 //! - `archive.rs`, `cipher.rs`: that file into an archive, and back
 //! - `make.rs`: a new backup, step by step; the verification of an old one
+//! - `offsite.rs`, `store.rs`, `wire.rs`: copies of all that elsewhere (`BACKUP_URL`), and back
 //! - `restore.rs`: a backup into the cluster
 //! - `schedule.rs`: what is due when, and what is not kept any longer
 //! - `jobs.rs`: what is under way and how it ended
@@ -19,9 +20,12 @@ mod folder;
 mod jobs;
 mod make;
 mod name;
+mod offsite;
 mod restore;
 mod schedule;
 mod state;
+mod store;
+mod wire;
 
 use std::{
     io,
@@ -33,12 +37,14 @@ use std::{
 use thiserror::Error;
 
 pub use name::{BackupId, Kind};
-pub use state::{Backup, BackupState, Keep, Outcome, Running, Started, Work};
+pub use state::{Backup, BackupState, CopyRunning, CopyState, Keep, Outcome, Running, Started, Work};
+pub use store::RemoteBackup;
 
 use crate::{admin::Admin, events::Recorder, node::Handle};
 use cipher::Secret;
 use folder::Folder;
 use jobs::Jobs;
+use offsite::Offsite;
 
 /// Under what a failed backup is shown in the status.
 const ABOUT: &str = "backup";
@@ -54,6 +60,9 @@ pub struct BackupConfig {
     pub keep: Keep,
     /// `BACKUP_KEY_FILE`.
     pub key_file: Option<PathBuf>,
+    /// `BACKUP_URL` and `BACKUP_CREDENTIALS_FILE`.
+    pub url: Option<String>,
+    pub credentials: Option<PathBuf>,
     /// `BACKUP_DELAY_SECONDS`.
     pub delay: Duration,
     /// The data folder of the node.
@@ -85,6 +94,9 @@ pub enum BackupError {
     NoSpace { path: PathBuf, needed: u64, free: u64 },
     #[error("cannot {verb} {}: {source}", path.display())]
     Io { verb: &'static str, path: PathBuf, source: io::Error },
+    /// The place of the copies could not be used; the text says why.
+    #[error("the place of BACKUP_URL: {0}")]
+    Remote(String),
     /// It may have been done or not.
     #[error("{0}")]
     Unknown(String),
@@ -106,6 +118,7 @@ pub struct Backups {
     jobs: Jobs,
     /// When the next automatic one is due.
     next: Mutex<Option<u64>>,
+    offsite: Offsite,
 }
 
 impl std::fmt::Debug for Backups {
@@ -118,7 +131,8 @@ impl Backups {
     /// Prepares the backups of the node behind `node`. Nothing is touched yet.
     pub fn new(config: BackupConfig, node: Handle, admin: Arc<Admin>, events: Recorder) -> Arc<Self> {
         let folder = Folder::new(config.folder.clone(), node.status().borrow().node);
-        Arc::new(Self { config, folder, node, admin, events, jobs: Jobs::default(), next: Mutex::default() })
+        let offsite = Offsite::new(config.url.clone());
+        Arc::new(Self { config, folder, node, admin, events, jobs: Jobs::default(), next: Mutex::default(), offsite })
     }
 
     /// All backups in the folder, newest first.
@@ -147,6 +161,7 @@ impl Backups {
             newest: list.iter().map(|backup| backup.time).max(),
             running,
             last,
+            copies: self.offsite.picture(),
         }
     }
 

@@ -17,6 +17,9 @@ const PLAIN: &str = ".tar.gz";
 /// The same for an encrypted one.
 const SEALED: &str = ".tar.gz.sealed";
 
+/// How the names of backups begin that were fetched from the place of the copies.
+pub(super) const FETCHED: &str = "fetched-";
+
 /// What a backup was made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

@@ -3,7 +3,7 @@
 //! they have the old state or the new one, whoever dies on the way. Must never touch the database with less than a whole,
 //! verified backup of this very version.
 
-use std::{path::Path, sync::Arc};
+use std::{os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use sqlx::{
     ConnectOptions, Connection,
@@ -11,13 +11,21 @@ use sqlx::{
 };
 use tracing::{info, warn};
 
-use super::{BackupError, BackupId, Backups, Started, Work, archive::Manifest, blocking, jobs::Job, now};
+use super::{
+    BackupError, BackupId, Backups, Started, Work,
+    archive::{self, Manifest},
+    blocking,
+    jobs::Job,
+    now,
+};
 use crate::{
     admin::AdminError,
     events::{Scope, Severity},
     storage::database::{PrimaryDatabase, ReplaceError},
 };
 
+/// Longest name of a file that is repeated, in characters.
+const LONGEST_LABEL: usize = 160;
 /// Free space that must remain on the disk of the data folder, in bytes.
 const SPARE: u64 = 64 << 20;
 
@@ -30,6 +38,28 @@ impl From<AdminError> for BackupError {
     }
 }
 
+/// The file that is restored: its name may be anybody's, what it is stands in it.
+struct Source {
+    /// How it is called in messages and in the audit.
+    label: String,
+    id: Option<BackupId>,
+    sealed: bool,
+}
+
+impl Source {
+    /// Looks at the beginning of a file.
+    fn of(file: &Path) -> Result<Self, BackupError> {
+        let name = file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let label: String = name.chars().filter(|c| !c.is_control()).take(LONGEST_LABEL).collect();
+        let sealed = archive::is_sealed(file)?.ok_or_else(|| {
+            BackupError::Refused(format!(
+                "{label} is no backup: one is a .tar.gz or .tar.gz.sealed that `twistcli backup create` or a member has made"
+            ))
+        })?;
+        Ok(Self { id: BackupId::parse(&name), label, sealed })
+    }
+}
+
 impl Backups {
     /// Begins to put the content of a backup, a file of this host, in the place of the cluster's database. `stop_console`: whoever
     /// asks knows that the Console is closed for it.
@@ -39,23 +69,25 @@ impl Backups {
     /// [`BackupError::NotFound`].
     pub fn restore(self: &Arc<Self>, file: &Path, stop_console: bool, by: &str) -> Result<Started, BackupError> {
         self.admin.check_primary()?;
-        let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let id = BackupId::read(name)?;
         if !file.is_file() {
             return Err(BackupError::NotFound(format!("there is no file {}", file.display())));
         }
-        self.check_version(&id.version)?;
+        let source = Source::of(file)?;
+        // By its name already, if that says it: before anything is unpacked.
+        if let Some(id) = &source.id {
+            self.check_version(&id.version)?;
+        }
         if !stop_console {
             return Err(BackupError::Refused(
                 "the Console serves: a restore closes it for a while and replaces everything in it; ask again with --stop-console"
                     .to_owned(),
             ));
         }
-        let job = self.jobs.begin(Work::Restore, id.to_string())?;
+        let job = self.jobs.begin(Work::Restore, source.label.clone())?;
         let (all, started, file, by) = (self.clone(), Started::from(&*job), file.to_owned(), by.to_owned());
         info!(by, id = job.id(), "a restore begins");
         tokio::spawn(async move {
-            let result = all.bring_back(&file, &id, &job, &by).await;
+            let result = all.bring_back(&file, &source, &job, &by).await;
             match &result {
                 Ok(text) => {
                     info!(by, id = job.id(), "the backup was restored: {text}");
@@ -86,7 +118,7 @@ impl Backups {
     async fn bring_back(
         self: &Arc<Self>,
         file: &Path,
-        id: &BackupId,
+        source: &Source,
         job: &Arc<Job>,
         by: &str,
     ) -> Result<String, BackupError> {
@@ -96,9 +128,9 @@ impl Backups {
             all.check_version(&manifest.version)?;
             all.check_target(manifest)
         };
-        let (manifest, _workshop, copy) = self.unpack(file, id.sealed, job, accept).await?;
+        let (manifest, _workshop, copy) = self.unpack(file, source.sealed, job, accept).await?;
         job.step("prepares the database", 0);
-        prepare(&copy, id, by).await?;
+        prepare(&copy, &source.label, by).await?;
         job.step("closes the Console", 0);
         let (all, replacing) = (self.clone(), Arc::clone(job));
         let work = async move {
@@ -127,9 +159,20 @@ impl Backups {
                 manifest.page_size, manifest.page_size
             )));
         }
+        // A member takes the transaction into its raft log and its database. What it has free is not known here, but whether it is
+        // out of space is.
+        if let Some(member) = status.members.iter().find(|member| member.full) {
+            return Err(BackupError::Refused(format!(
+                "the disk of {} is full: free some space there first, or the restore does not come to it",
+                member.name
+            )));
+        }
         let data = &self.config.data;
         let free = super::folder::free(data)?;
-        let needed = 2 * manifest.bytes() + SPARE;
+        // The raft log and the `-wal` file; and the unpacked copy, if the folder of the backups is on the same file system.
+        let device = |path: &Path| std::fs::metadata(path).map(|found| found.dev()).ok();
+        let copies = if device(data) == device(&self.config.folder) { 3 } else { 2 };
+        let needed = copies * manifest.bytes() + SPARE;
         if free < needed {
             return Err(BackupError::Refused(format!(
                 "{needed} bytes are needed in the data folder {} for the restore, and {free} are free: free some space there, on all \
@@ -164,7 +207,7 @@ fn replace(database: &PrimaryDatabase, copy: &Path, job: &Job) -> Result<(), Bac
 
 /// Makes the unpacked database what the cluster gets: nobody is logged in, and the audit tells where it came from. Both are part
 /// of the one transaction.
-async fn prepare(copy: &Path, id: &BackupId, by: &str) -> Result<(), BackupError> {
+async fn prepare(copy: &Path, id: &str, by: &str) -> Result<(), BackupError> {
     let failed =
         |error: sqlx::Error| BackupError::Refused(format!("the unpacked database cannot be prepared: {error}"));
     // A journal beside the file would have to be moved with it.
@@ -179,7 +222,7 @@ async fn prepare(copy: &Path, id: &BackupId, by: &str) -> Result<(), BackupError
     result.map_err(failed)
 }
 
-async fn note(connection: &mut sqlx::SqliteConnection, id: &BackupId, by: &str) -> Result<(), sqlx::Error> {
+async fn note(connection: &mut sqlx::SqliteConnection, id: &str, by: &str) -> Result<(), sqlx::Error> {
     let mut writing = connection.begin().await?;
     sqlx::query("DELETE FROM tokens").execute(&mut *writing).await?;
     // As `console::audits` writes it; a version restores its own backups only, so that the columns are known.

@@ -53,9 +53,11 @@ fn also(list: &[Backup], now: u64, keep: Keep) -> Vec<Kind> {
     rarer.filter(|kind| kept(*kind, keep) > 0 && due(*kind, list, now) <= now).collect()
 }
 
-/// The automatic backups that are not kept any longer. `list` is newest first.
-fn surplus(list: &[Backup], keep: Keep) -> Vec<String> {
-    let of = |kind: Kind| list.iter().filter(move |backup| backup.kind == kind).skip(kept(kind, keep) as usize);
+/// The automatic backups that are not kept any longer. `list` is newest first. As in [`due`], files from the future do not count:
+/// they would push out every new one. They stay until their time has come.
+pub(super) fn surplus(list: &[Backup], keep: Keep, now: u64) -> Vec<String> {
+    let counts = move |backup: &&Backup, kind| backup.kind == kind && backup.time <= now + HOUR;
+    let of = |kind: Kind| list.iter().filter(move |backup| counts(backup, kind)).skip(kept(kind, keep) as usize);
     Kind::AUTOMATIC.into_iter().flat_map(of).map(|backup| backup.id.clone()).collect()
 }
 
@@ -115,6 +117,8 @@ impl Backups {
             warn!(%error, "the older automatic backups could not be tidied up");
             self.node.warn(super::ABOUT, Some(format!("old backups of this host could not be tidied up: {error}")));
         }
+        // Once more: its weekly and monthly twins are there now.
+        self.offsite.wake();
         tidied.is_ok()
     }
 
@@ -124,7 +128,7 @@ impl Backups {
         for kind in also(&list, made.time, self.config.keep) {
             self.folder.link(made, &BackupId { name: kind.word().to_owned(), ..made.clone() })?;
         }
-        for id in surplus(&self.folder.list()?, self.config.keep) {
+        for id in surplus(&self.folder.list()?, self.config.keep, made.time) {
             self.folder.delete(&BackupId::read(&id)?)?;
             info!(id, "an automatic backup is not kept any longer");
         }
@@ -153,7 +157,7 @@ mod tests {
             list.insert(0, backup(Kind::Daily, time));
             let also = also(&list, time, KEEP);
             list.splice(0..0, also.into_iter().map(|kind| backup(kind, time)));
-            let gone = surplus(&list, KEEP);
+            let gone = surplus(&list, KEEP, time);
             list.retain(|backup| !gone.contains(&backup.id));
         }
         list
@@ -183,8 +187,18 @@ mod tests {
     }
 
     #[test]
+    fn what_was_made_with_a_wrong_clock_does_not_push_out_the_others() {
+        let time = 1_790_000_000;
+        let days = [time + 900 * DAY, time + 800 * DAY, time, time - DAY];
+        let list: Vec<Backup> = days.into_iter().map(|time| backup(Kind::Daily, time)).collect();
+        let keep = Keep { daily: 1, weekly: 1, monthly: 1 };
+        assert_eq!(surplus(&list, keep, time), [list[3].id.clone()], "the new one stays");
+        assert_eq!(surplus(&list, keep, time + 1000 * DAY).len(), 3, "and once their time has come they count");
+    }
+
+    #[test]
     fn manual_ones_are_never_deleted() {
         let list: Vec<Backup> = (0..50).map(|at| backup(Kind::Manual, 1000 - at)).collect();
-        assert!(surplus(&list, Keep { daily: 1, weekly: 0, monthly: 0 }).is_empty());
+        assert!(surplus(&list, Keep { daily: 1, weekly: 0, monthly: 0 }, 2000).is_empty());
     }
 }

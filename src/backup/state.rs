@@ -29,6 +29,8 @@ pub enum Work {
     Create,
     Verify,
     Restore,
+    /// A copy is brought from the place of `BACKUP_URL` into the folder.
+    Fetch,
 }
 
 /// Something was begun: its end is told by [`BackupState::last`] under the same number.
@@ -93,4 +95,32 @@ pub struct BackupState {
     pub newest: Option<u64>,
     pub running: Option<Running>,
     pub last: Option<Outcome>,
+    /// The copies elsewhere; none without `BACKUP_URL`.
+    #[serde(default)]
+    pub copies: Option<CopyState>,
+}
+
+/// The copies at `BACKUP_URL`, as this host makes them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct CopyState {
+    /// `BACKUP_URL`.
+    pub url: String,
+    /// What is being copied now.
+    pub running: Option<CopyRunning>,
+    /// How many backups of this host are not there yet, by the last look.
+    pub missing: u32,
+    /// When all that is in the folder was there last, in seconds since 1970.
+    pub complete: Option<u64>,
+    /// Why the last attempt failed, until one does not.
+    pub problem: Option<String>,
+}
+
+/// How far one copy is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct CopyRunning {
+    /// The backup.
+    pub id: String,
+    /// Bytes, sent and in all.
+    pub done: u64,
+    pub total: u64,
 }

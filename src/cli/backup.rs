@@ -25,7 +25,7 @@ use super::{
     target::Target,
 };
 use crate::{
-    backup::{Backup, BackupState, Outcome, Started},
+    backup::{Backup, BackupState, CopyState, Outcome, RemoteBackup, Started},
     control::Operation,
     https,
 };
@@ -48,6 +48,24 @@ Exit code: 0 it is good, 1 it is damaged, 64 wrong command line, 69 nobody answe
 
 Examples:
   twistcli backup verify before-the-upgrade-0.1.0-1793383200.tar.gz";
+
+const LIST_HELP: &str = "\
+With --remote: the copies at BACKUP_URL, those of all members and of former clusters.
+
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
+
+Examples:
+  twistcli backup list
+  twistcli backup list --remote";
+
+const FETCH_HELP: &str = "\
+Brings a copy from BACKUP_URL into the folder of this host's backups, where it is called fetched-NODE-NAME. It is kept
+until somebody deletes it. `twistcli restore --remote` does this by itself.
+
+Exit code: 0 done, 1 it could not be fetched, 64 wrong command line, 69 nobody answers, 75 refused.
+
+Examples:
+  sudo twistcli backup fetch 4711/node2/daily-0.1.0-1793383200.tar.gz";
 
 const DOWNLOAD_HELP: &str = "\
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 74 the file cannot be written, 75 refused,
@@ -78,13 +96,25 @@ pub(super) enum Backups {
         no_wait: bool,
     },
     /// List the backups, the newest first, and how they are set up
-    #[command(after_help = DONE_OR_REFUSED)]
+    #[command(after_help = LIST_HELP)]
     List {
         #[command(flatten)]
         target: Target,
+        /// The copies at BACKUP_URL
+        #[arg(long)]
+        remote: bool,
         /// Print backups and set-up as JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Fetch a copy from BACKUP_URL into this host's folder
+    #[command(after_help = FETCH_HELP)]
+    Fetch {
+        #[command(flatten)]
+        target: Target,
+        /// CLUSTER/NODE/FILE, as `backup list --remote` has it
+        #[arg(value_name = "COPY")]
+        place: String,
     },
     /// Fetch a backup from the PRIMARY
     #[command(after_help = DOWNLOAD_HELP)]
@@ -147,7 +177,9 @@ pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
             }
             follow(&door, &started)
         }
-        Backups::List { target, json } => list(&target.door()?, *json, paint),
+        Backups::List { target, remote: true, json } => list_copies(&target.door()?, *json, paint),
+        Backups::List { target, remote: false, json } => list(&target.door()?, *json, paint),
+        Backups::Fetch { target, place } => fetch_copy(&target.door()?, place).map(|_| ()),
         Backups::Download { target, id, to } => download(&target.door()?, id, to),
         Backups::Verify { target, id } => {
             let door = target.door()?;
@@ -182,6 +214,31 @@ fn list(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
     Ok(columns::print(&describe(&found, &state, paint))?)
 }
 
+fn list_copies(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
+    let found: Vec<RemoteBackup> = door.operate(Operation::BackupCopies {})?;
+    if json {
+        return print_json(&serde_json::json!(found));
+    }
+    Ok(columns::print(&copies_table(&found, paint))?)
+}
+
+/// The copies, the newest first.
+pub(super) fn copies_table(found: &[RemoteBackup], paint: Paint) -> String {
+    let row = |copy: &RemoteBackup| -> Vec<Cell> {
+        let locked = if copy.backup.encrypted { "encrypted" } else { "" };
+        vec![copy.place.as_str().into(), date(copy.backup.time).into(), size(copy.backup.bytes).into(), locked.into()]
+    };
+    let rows: Vec<Vec<Cell>> = found.iter().map(row).collect();
+    columns::table(&[("COPY", false), ("MADE", false), ("SIZE", true), ("", false)], &rows, paint)
+}
+
+/// Has a copy fetched into the folder of this host. Returns its name there.
+pub(super) fn fetch_copy(door: &Door, place: &str) -> Result<String, Stop> {
+    let started: Started = door.operate(Operation::FetchBackup { place: place.to_owned() })?;
+    follow(door, &started)?;
+    Ok(started.id)
+}
+
 fn describe(found: &[Backup], state: &BackupState, paint: Paint) -> String {
     let row = |backup: &Backup| -> Vec<Cell> {
         let kind = format!("{:?}", backup.kind).to_lowercase();
@@ -196,6 +253,9 @@ fn describe(found: &[Backup], state: &BackupState, paint: Paint) -> String {
     let next = state.next.map_or_else(String::new, |next| format!(", the next one at {}", date(next)));
     let automatic = if state.enabled { format!("on{next}") } else { "off".to_owned() };
     text.push_str(&format!("automatic backups: {automatic}\n"));
+    if let Some(copies) = &state.copies {
+        text.push_str(&format!("{}\n", columns::harmless(&copies_line(copies))));
+    }
     if let Some(running) = &state.running {
         let line = format!("under way: {} ({} of {})", running.step, size(running.done), size(running.total));
         text.push_str(&format!("{}\n", columns::harmless(&line)));
@@ -205,6 +265,19 @@ fn describe(found: &[Backup], state: &BackupState, paint: Paint) -> String {
         text.push_str(&format!("last: {} {}\n", paint.mark(last.ok), columns::harmless(&line)));
     }
     text
+}
+
+fn copies_line(copies: &CopyState) -> String {
+    let how = match copies {
+        CopyState { running: Some(running), missing, .. } => {
+            let more = if *missing > 1 { format!(", {} more to come", missing - 1) } else { String::new() };
+            format!("{} is being copied, {} of {}{more}", running.id, size(running.done), size(running.total))
+        }
+        CopyState { problem: Some(problem), .. } => format!("not complete: {problem}"),
+        CopyState { complete: Some(time), .. } => format!("complete at {}", date(*time)),
+        _ => "not looked at yet".to_owned(),
+    };
+    format!("copies at {}: {how}", copies.url)
 }
 
 /// Waits for the end of something, with a progress bar where a person looks.

@@ -129,6 +129,8 @@ fn backup_command(operation: &Operation) -> String {
         Operation::VerifyBackup { id } => format!("twistcli backup verify {id}"),
         Operation::RenameBackup { id, called } => format!("twistcli backup rename {id} {called}"),
         Operation::DeleteBackup { id } => format!("twistcli backup delete {id}"),
+        Operation::BackupCopies {} => "twistcli backup list --remote".to_owned(),
+        Operation::FetchBackup { place } => format!("twistcli backup fetch {place}"),
         Operation::Restore { file, .. } => format!("twistcli restore {}", file.display()),
         _ => "twistcli --help".to_owned(),
     }

@@ -169,10 +169,11 @@ impl Call {
         match operation {
             Operation::Backups {} => call(Method::GET, "backups?limit=1000", None),
             Operation::BackupState {} => call(Method::GET, "settings/backup", None),
-            Operation::Backup { called } => call(Method::POST, "backups", Some(json!(called))),
-            Operation::VerifyBackup { id } => call(Method::POST, &format!("{}/verify", one(id)), None),
+            Operation::Backup { called } => call(Method::POST, "backups?wait=false", Some(json!(called))),
+            Operation::VerifyBackup { id } => call(Method::POST, &format!("{}/verify?wait=false", one(id)), None),
             Operation::RenameBackup { id, called } => call(Method::PATCH, &one(id), Some(json!(called))),
             Operation::DeleteBackup { id } => call(Method::DELETE, &one(id), None),
+            Operation::BackupCopies {} => call(Method::GET, "settings/backup/copies?limit=1000", None),
             // The file is one of the host's, and whoever may do this is there, too.
             _ => None,
         }

@@ -10,16 +10,16 @@ use std::{
 use clap::Args;
 
 use super::{
-    backup::follow,
+    backup::{fetch_copy, follow},
     columns,
     daemon::command,
     door::Door,
     stop::{EX_NOINPUT, EX_USAGE, Stop, ask, confirm},
-    table::date,
+    table::{date, size},
     target::Target,
 };
 use crate::{
-    backup::{BackupId, BackupState, Started},
+    backup::{BackupId, BackupState, RemoteBackup, Started},
     control::Operation,
 };
 
@@ -29,7 +29,8 @@ Runs on the PRIMARY's host. The Console is closed, the whole database is replace
 members, and the Console is opened again. All that was written since the backup was made is lost, and everybody has
 to log in again. The backup must have been made by the very same version. It is checked before anything is changed.
 
-Without a file, the backups of the folder are listed and one is asked for.
+Without a file, the backups of the folder are listed and one is asked for. With --remote it is one of the copies at
+BACKUP_URL, which is fetched into the folder first.
 
 Exit code: 0 done, 1 it did not go well, 64 wrong command line, 66 there is no such backup, 69 nobody answers,
 75 refused or not confirmed.
@@ -37,6 +38,7 @@ Exit code: 0 done, 1 it did not go well, 64 wrong command line, 66 there is no s
 Examples:
   sudo twistcli restore
   sudo twistcli restore --data-recovery-folder /mnt/safe
+  sudo twistcli restore --remote
   sudo twistcli restore /mnt/safe/daily-0.1.0-1793383200.tar.gz --stop-console --yes";
 
 #[derive(Debug, Args)]
@@ -49,6 +51,9 @@ pub(super) struct RestoreArgs {
     /// A folder of backups
     #[arg(long, value_name = "DIR", conflicts_with = "path")]
     data_recovery_folder: Option<PathBuf>,
+    /// Fetch a copy from BACKUP_URL [default: list them and ask]
+    #[arg(long, value_name = "COPY", num_args = 0..=1, conflicts_with_all = ["path", "data_recovery_folder"])]
+    remote: Option<Option<String>>,
     /// Close the Console for it; asked for otherwise
     #[arg(long)]
     stop_console: bool,
@@ -70,14 +75,9 @@ struct Found {
 /// When nobody answers, it is refused, or nobody confirms.
 pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
     let door = target_here(&args.target)?;
-    let named = args.path.as_ref().or(args.data_recovery_folder.as_ref());
-    let path = match named {
-        Some(path) if path.is_file() => path.clone(),
-        Some(folder) => choose(folder)?,
-        None => {
-            let state: BackupState = door.operate(Operation::BackupState {})?;
-            choose(Path::new(&state.folder))?
-        }
+    let path = match &args.remote {
+        Some(copy) => fetched(&door, copy.as_deref())?,
+        None => named(&door, args)?,
     };
     let unreadable = |error: io::Error| Stop::tell(EX_NOINPUT, &format!("{}: {error}", path.display()));
     let file = fs::canonicalize(&path).map_err(unreadable)?;
@@ -97,6 +97,38 @@ pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
     follow(&door, &started)
 }
 
+/// The file that was named, or chosen in a folder.
+fn named(door: &Door, args: &RestoreArgs) -> Result<PathBuf, Stop> {
+    match args.path.as_ref().or(args.data_recovery_folder.as_ref()) {
+        Some(path) if path.is_file() => Ok(path.clone()),
+        Some(folder) => choose(folder),
+        None => {
+            let state: BackupState = door.operate(Operation::BackupState {})?;
+            choose(Path::new(&state.folder))
+        }
+    }
+}
+
+/// A copy, brought into the folder first.
+fn fetched(door: &Door, copy: Option<&str>) -> Result<PathBuf, Stop> {
+    // Another host's folder would be of no use.
+    door.primary("twistcli restore --remote")?;
+    let state: BackupState = door.operate(Operation::BackupState {})?;
+    let place = match copy {
+        Some(place) => place.to_owned(),
+        None => {
+            let found: Vec<RemoteBackup> = door.operate(Operation::BackupCopies {})?;
+            let line = |copy: &RemoteBackup| {
+                format!("{}  {}  {}", columns::harmless(&copy.place), date(copy.backup.time), size(copy.backup.bytes))
+            };
+            let lines: Vec<String> = found.iter().map(line).collect();
+            let what = state.copies.map_or_else(|| "BACKUP_URL".to_owned(), |copies| copies.url);
+            found[pick(&lines, &columns::harmless(&what))?].place.clone()
+        }
+    };
+    Ok(Path::new(&state.folder).join(fetch_copy(door, &place)?))
+}
+
 /// Only on a host of the cluster: the file is there, and so is whoever may do this.
 fn target_here(target: &Target) -> Result<Door, Stop> {
     match target.door()? {
@@ -111,20 +143,29 @@ fn target_here(target: &Target) -> Result<Door, Stop> {
 /// Lists the backups of a folder and asks for one.
 fn choose(folder: &Path) -> Result<PathBuf, Stop> {
     let found = backups(folder).map_err(|error| Stop::tell(EX_NOINPUT, &format!("{}: {error}", folder.display())))?;
-    if found.is_empty() {
-        return Err(Stop::tell(EX_NOINPUT, &format!("{}: there are no backups in it", folder.display())));
-    }
     let width = found.iter().map(|one| one.id.name.chars().count()).max().unwrap_or(0);
-    for (number, one) in found.iter().enumerate() {
+    let line = |one: &Found| {
         let name = columns::harmless(&one.id.name);
-        eprintln!("{number}: {name:width$}  {}  {}", columns::harmless(&one.id.version), date(one.id.time));
+        format!("{name:width$}  {}  {}", columns::harmless(&one.id.version), date(one.id.time))
+    };
+    let lines: Vec<String> = found.iter().map(line).collect();
+    Ok(found[pick(&lines, &folder.display().to_string())?].path.clone())
+}
+
+/// Lists what there is and asks for the number of one.
+fn pick(lines: &[String], place: &str) -> Result<usize, Stop> {
+    if lines.is_empty() {
+        return Err(Stop::tell(EX_NOINPUT, &format!("{place}: there are no backups in it")));
+    }
+    for (number, line) in lines.iter().enumerate() {
+        eprintln!("{number}: {line}");
     }
     if !io::stdin().is_terminal() {
         return Err(Stop::tell(EX_USAGE, "standard input is no terminal: name the file of the backup"));
     }
     let answer = ask("Which one (a number)?")?;
-    let chosen = answer.parse::<usize>().ok().and_then(|number| found.get(number));
-    chosen.map(|one| one.path.clone()).ok_or_else(|| Stop::refuse(&format!("{answer:?} is none of the numbers")))
+    let chosen = answer.parse::<usize>().ok().filter(|number| *number < lines.len());
+    chosen.ok_or_else(|| Stop::refuse(&format!("{answer:?} is none of the numbers")))
 }
 
 /// The backups of a folder, the newest first.

@@ -190,6 +190,30 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::OptionalPath(&mut config.backup_key_file),
     },
     Key {
+        name: "BACKUP_URL",
+        section: GENERAL,
+        group: "Backups",
+        default: "",
+        doc: &[
+            "Where each backup of this host is copied to: s3://BUCKET/FOLDER, of Amazon or any other S3, or file:///FOLDER, as a",
+            "mounted share. A copy lies there as CLUSTER/NODE/FILE. Use the same on all nodes, and BACKUP_KEY_FILE with it:",
+            "whoever reads the bucket reads everything otherwise. Empty: nowhere.",
+        ],
+        slot: |config| Slot::Location(&mut config.backup_url),
+    },
+    Key {
+        name: "BACKUP_CREDENTIALS_FILE",
+        section: GENERAL,
+        group: "Backups",
+        default: "",
+        doc: &[
+            "File for s3:// with lines such as AWS_ACCESS_KEY_ID=..., AWS_SECRET_ACCESS_KEY=..., AWS_REGION=..., and for an S3",
+            "that is not Amazon's AWS_ENDPOINT=https://HOST:PORT. Read at each use. Empty: the environment of the daemon has",
+            "them, or the host is a machine of Amazon with a role.",
+        ],
+        slot: |config| Slot::OptionalPath(&mut config.backup_credentials_file),
+    },
+    Key {
         name: "BACKUP_DELAY_SECONDS",
         section: GENERAL,
         group: "Backups",

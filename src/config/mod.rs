@@ -83,6 +83,10 @@ config! {
     backup_keep_monthly: u32,
     /// `BACKUP_KEY_FILE`, absolute; none: backups are not encrypted.
     backup_key_file: Option<PathBuf>,
+    /// `BACKUP_URL`; none: backups are not copied elsewhere.
+    backup_url: Option<String>,
+    /// `BACKUP_CREDENTIALS_FILE`, absolute; none: the environment.
+    backup_credentials_file: Option<PathBuf>,
     /// `BACKUP_DELAY_SECONDS`: from the start of the daemon to the first automatic backup.
     backup_delay: Duration,
     /// `DATA_FOLDER`, absolute.

@@ -33,6 +33,8 @@ pub(super) enum Slot<'a> {
     Secret(&'a mut Option<Secret>),
     /// A program with its arguments, apart by blanks, or nothing.
     Command(&'a mut Vec<String>),
+    /// Where copies go: a bucket or a folder, as a URL, or empty.
+    Location(&'a mut Option<String>),
     /// A count of something.
     Count { value: &'a mut u32, min: u32, max: u32 },
     /// A page size of SQLite.
@@ -122,6 +124,7 @@ impl Slot<'_> {
             Self::Address(value) => *value = optional(text, address)?,
             Self::Secret(value) => *value = optional(text, secret)?,
             Self::Command(value) => *value = optional(text, command)?.unwrap_or_default(),
+            Self::Location(value) => *value = optional(text, location)?,
             Self::Count { value, min, max } => *value = digits(text, min.into(), max.into())? as u32,
             Self::PageSize(value) => {
                 *value = digits(text, 512, 65536).filter(|size| size.is_power_of_two())? as u32;
@@ -142,7 +145,7 @@ impl Slot<'_> {
             Self::Choice(value) => value.word().to_owned(),
             Self::Folder(value) => value.display().to_string(),
             Self::OptionalPath(value) => value.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
-            Self::CommonName(value) => shown(value.as_ref()),
+            Self::CommonName(value) | Self::Location(value) => shown(value.as_ref()),
             Self::Address(value) => shown(value.as_ref()),
             Self::Command(value) => value.join(" "),
             Self::Secret(value) => value.as_ref().map(|secret| secret.reveal().to_owned()).unwrap_or_default(),
@@ -154,7 +157,8 @@ impl Slot<'_> {
 
     /// True if a message must not repeat the value.
     pub(super) fn is_secret(&self) -> bool {
-        matches!(self, Self::Secret(_))
+        // A location never has one, but what is refused as one may have.
+        matches!(self, Self::Secret(_) | Self::Location(_))
     }
 
     /// What may stand there, as the end of a sentence.
@@ -172,6 +176,9 @@ impl Slot<'_> {
             }
             Self::Command(_) => {
                 format!("an absolute path and arguments, apart by blanks, up to {MAX_PATH} bytes, or empty")
+            }
+            Self::Location(_) => {
+                format!("s3://BUCKET/FOLDER or file:///FOLDER, up to {MAX_PATH} bytes, without a user or key, or empty")
             }
             Self::Count { min, max, .. } => format!("a whole number from {min} to {max}"),
             Self::PageSize(_) => "a power of two from 512 to 65536".to_owned(),
@@ -209,6 +216,19 @@ fn command(text: &str) -> Option<Vec<String>> {
     let fits = text.len() <= MAX_PATH && !text.chars().any(char::is_control);
     words.first().filter(|program| fits && path(program).is_some())?;
     Some(words)
+}
+
+/// A bucket and the folders in it, or an absolute path. No user, no query: nothing that could be a secret.
+fn location(text: &str) -> Option<String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let segment = |part: &str| !part.is_empty() && part != "." && part != ".." && part.chars().all(fits);
+    let fine = text.len() <= MAX_PATH
+        && match (text.strip_prefix("s3://"), text.strip_prefix("file://")) {
+            (Some(rest), _) => rest.trim_end_matches('/').split('/').all(segment),
+            (_, Some(folder)) => path(folder).is_some(),
+            _ => false,
+        };
+    fine.then(|| text.to_owned())
 }
 
 /// The characters of a bearer token (RFC 6750).

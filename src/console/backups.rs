@@ -10,6 +10,8 @@ use axum::{
     http::{HeaderMap, HeaderValue, Method, header},
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
@@ -20,10 +22,18 @@ use super::{
     programs,
     routes::{Access, Entry, Role, route},
 };
-use crate::backup::{Backup, BackupError, BackupState, Started};
+use crate::backup::{Backup, BackupError, BackupState, RemoteBackup, Started};
 
 /// How long a client waits for the end of what it has begun; then it looks at `settings/backup`.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Whether an answer waits for the end.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+struct Patience {
+    /// False: the answer comes at once, and `settings/backup` tells the end.
+    #[serde(default)]
+    wait: Option<bool>,
+}
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
@@ -35,15 +45,24 @@ pub(super) fn routes() -> Vec<Entry> {
             .query::<Page>()
             .paged()
             .answer::<Vec<Backup>>(),
-        route(Method::POST, "/backups", ADMINISTRATORS, make, create).body::<String>().answer::<Started>(),
+        route(Method::POST, "/backups", ADMINISTRATORS, make, create)
+            .body::<String>()
+            .query::<Patience>()
+            .answer::<Started>(),
         route(Method::GET, "/backups/{id}", ADMINISTRATORS, "Download a backup", download).file("application/gzip"),
         route(Method::PATCH, "/backups/{id}", ADMINISTRATORS, "Give a manual backup another name", rename)
             .body::<String>()
             .answer::<Backup>(),
         route(Method::DELETE, "/backups/{id}", ADMINISTRATORS, "Delete a backup", remove),
-        route(Method::POST, "/backups/{id}/verify", ADMINISTRATORS, check, verify).answer::<Started>(),
+        route(Method::POST, "/backups/{id}/verify", ADMINISTRATORS, check, verify)
+            .query::<Patience>()
+            .answer::<Started>(),
         route(Method::GET, "/settings/backup", ADMINISTRATORS, "How backups are set up, and what is under way", state)
             .answer::<BackupState>(),
+        route(Method::GET, "/settings/backup/copies", ADMINISTRATORS, "The copies at BACKUP_URL, newest first", copies)
+            .query::<Page>()
+            .paged()
+            .answer::<Vec<RemoteBackup>>(),
     ]
 }
 
@@ -56,6 +75,7 @@ impl From<BackupError> for ApiError {
             BackupError::Name(why) => Self::bad(why),
             BackupError::NotFound(why) => Self::NotFound(why),
             BackupError::Unknown(why) => Self::Unknown(why),
+            BackupError::Remote(_) => Self::Unavailable(error.to_string()),
             BackupError::Io { .. } => {
                 tracing::error!("{error}");
                 Self::Unavailable(error.to_string())
@@ -76,23 +96,32 @@ async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -
 async fn create(
     State(console): State<Arc<Console>>,
     user: User,
+    Search(patience): Search<Patience>,
     Body(name): Body<String>,
 ) -> Result<Json<Started>, ApiError> {
     let backups = &console.services()?.backups;
     backups.check_new(&name)?;
     audits::note(&console.store, &user, "create", &format!("backup '{name}'"), Value::Null).await?;
     let started = backups.create(&name, &user.name)?;
-    ended(&console, started).await
+    ended(&console, started, patience).await
 }
 
 /// `POST backups/{id}/verify`.
-async fn verify(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<Json<Started>, ApiError> {
+async fn verify(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Search(patience): Search<Patience>,
+    Name(id): Name,
+) -> Result<Json<Started>, ApiError> {
     let started = console.services()?.backups.verify(&id, &user.name)?;
-    ended(&console, started).await
+    ended(&console, started, patience).await
 }
 
-/// Waits for a moment: most databases are small.
-async fn ended(console: &Console, started: Started) -> Result<Json<Started>, ApiError> {
+/// Waits for a moment, if that is wanted: most databases are small.
+async fn ended(console: &Console, started: Started, patience: Patience) -> Result<Json<Started>, ApiError> {
+    if patience.wait == Some(false) {
+        return Ok(Json(started));
+    }
     match console.services()?.backups.wait(started.number, PATIENCE).await {
         Some(outcome) if !outcome.ok => Err(ApiError::Conflict(outcome.text)),
         _ => Ok(Json(started)),
@@ -147,4 +176,15 @@ async fn remove(State(console): State<Arc<Console>>, user: User, Name(id): Name)
 /// `GET settings/backup`.
 async fn state(State(console): State<Arc<Console>>) -> Result<Json<BackupState>, ApiError> {
     Ok(Json(console.services()?.backups.state().await))
+}
+
+/// `GET settings/backup/copies`.
+async fn copies(
+    State(console): State<Arc<Console>>,
+    Search(page): Search<Page>,
+) -> Result<Paged<RemoteBackup>, ApiError> {
+    let (limit, offset) = page.bounds()?;
+    let all = console.services()?.backups.copies().await?;
+    let total = all.len() as i64;
+    Ok(Paged { rows: all.into_iter().skip(offset as usize).take(limit as usize).collect(), total })
 }

@@ -136,6 +136,14 @@ pub enum Operation {
         /// Its file name.
         id: String,
     },
+    /// The copies at `BACKUP_URL`, of all members and clusters, newest first. Answer: a list of
+    /// [`RemoteBackup`](crate::backup::RemoteBackup).
+    BackupCopies {},
+    /// Fetches a copy into this host's folder. Answer: [`Started`](crate::backup::Started), at once, with the name that it gets.
+    FetchBackup {
+        /// `CLUSTER/NODE/FILE`, as the list has it.
+        place: String,
+    },
     /// Puts the content of a backup in the place of the whole cluster's database. The Console is closed meanwhile. Only on the
     /// PRIMARY. Answer: [`Started`](crate::backup::Started), at once.
     Restore {

@@ -314,7 +314,7 @@ fn warnings(before: &Seen, after: &Seen) -> Vec<Event> {
         "rollback" => (Kind::Rollback, Severity::Warning),
         "diverged" | "scrub" => (Kind::Damage, Severity::Critical),
         "snapshot" => (Kind::Snapshot, Severity::Warning),
-        "backup" => (Kind::Backup, Severity::Warning),
+        "backup" | "backup copies" => (Kind::Backup, Severity::Warning),
         "certificates" | "given certificate" => (Kind::Certificate, Severity::Warning),
         _ => (Kind::Warning, Severity::Warning),
     };

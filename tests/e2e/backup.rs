@@ -26,11 +26,11 @@ use super::{
 /// Between two looks at something under way.
 const LOOK: Duration = Duration::from_millis(20);
 
-fn ask<T: serde::de::DeserializeOwned>(cluster: &Cluster, node: usize, operation: Operation) -> Result<T, String> {
+pub fn ask<T: serde::de::DeserializeOwned>(cluster: &Cluster, node: usize, operation: Operation) -> Result<T, String> {
     control::operate(&cluster.node(node).control, operation, LIMIT).map_err(|error| error.to_string())
 }
 
-fn wait_ended(cluster: &Cluster, node: usize, started: &Started) -> Outcome {
+pub fn wait_ended(cluster: &Cluster, node: usize, started: &Started) -> Outcome {
     let deadline = Instant::now() + LIMIT;
     loop {
         let state: BackupState = ask(cluster, node, Operation::BackupState {}).unwrap();
@@ -43,7 +43,7 @@ fn wait_ended(cluster: &Cluster, node: usize, started: &Started) -> Outcome {
 }
 
 /// Makes a backup on a node, and returns its file.
-fn make(cluster: &Cluster, node: usize, name: &str) -> PathBuf {
+pub fn make(cluster: &Cluster, node: usize, name: &str) -> PathBuf {
     let started: Started = ask(cluster, node, Operation::Backup { called: name.to_owned() }).unwrap();
     let outcome = wait_ended(cluster, node, &started);
     assert!(outcome.ok, "{}", outcome.text);
@@ -51,15 +51,15 @@ fn make(cluster: &Cluster, node: usize, name: &str) -> PathBuf {
     folder(cluster, node).join(outcome.id)
 }
 
-fn folder(cluster: &Cluster, node: usize) -> PathBuf {
+pub fn folder(cluster: &Cluster, node: usize) -> PathBuf {
     cluster.config_path(node).with_file_name("backup")
 }
 
-fn begin_restore(cluster: &Cluster, node: usize, file: &Path, stop_console: bool) -> Result<Started, String> {
+pub fn begin_restore(cluster: &Cluster, node: usize, file: &Path, stop_console: bool) -> Result<Started, String> {
     ask(cluster, node, Operation::Restore { file: file.to_owned(), stop_console })
 }
 
-fn restore(cluster: &Cluster, file: &Path) -> Outcome {
+pub fn restore(cluster: &Cluster, file: &Path) -> Outcome {
     let node = cluster.primary();
     let started = begin_restore(cluster, node, file, true).unwrap();
     wait_ended(cluster, node, &started)
@@ -154,7 +154,7 @@ fn what_cannot_be_restored_is_refused_and_changes_nothing() {
     let other = good.with_file_name(name.replace("-0.1.0-", "-9.9.9-"));
     fs::copy(&good, &other).unwrap();
     refused(primary, &other, true, "was made by version 9.9.9, and this is 0.1.0");
-    refused(primary, Path::new("/etc/passwd"), true, "there is no backup");
+    refused(primary, Path::new("/etc/passwd"), true, "passwd is no backup");
     refused(primary, &good.with_file_name("none-0.1.0-5.tar.gz"), true, "there is no file");
     let bytes = fs::read(&good).unwrap();
     for (what, at) in [("first", 40), ("middle", bytes.len() / 2), ("last", bytes.len() - 3)] {
@@ -170,8 +170,15 @@ fn what_cannot_be_restored_is_refused_and_changes_nothing() {
         assert!(!outcome.ok && outcome.text.contains("damaged"), "{what}: {}", outcome.text);
     }
     fs::write(good.with_file_name("text-0.1.0-7.tar.gz"), "not an archive").unwrap();
-    assert!(!restore(&cluster, &good.with_file_name("text-0.1.0-7.tar.gz")).ok);
+    refused(primary, &good.with_file_name("text-0.1.0-7.tar.gz"), true, "is no backup");
     assert!(pen.has("kept") && pen.has("after"), "and everybody is still logged in");
+    // Under whatever name: what it is stands in it.
+    let renamed = good.with_file_name("of last week.bak");
+    fs::copy(&good, &renamed).unwrap();
+    let outcome = restore(&cluster, &renamed);
+    assert!(outcome.ok, "{}", outcome.text);
+    let pen = Pen::new(&cluster.file());
+    assert!(pen.has("kept") && !pen.has("after"));
     println!("  {}", cluster.finish(&["the restore failed", "could not be verified"]));
 }
 
@@ -238,6 +245,32 @@ fn the_primary_dies_while_it_restores() {
     }
     assert!(amid > 0, "every restore was over before anybody could die");
     println!("kill -9 during a restore: {amid} times amid; {old} times the old state, {new} times the new one");
+    println!("  {}", cluster.finish(&[]));
+}
+
+/// It was done, somebody was told so, and at that moment the PRIMARY dies: the next one has it.
+#[test]
+fn a_restore_that_is_done_outlives_the_primary() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let primary = cluster.primary();
+    let pen = Pen::new(&cluster.file());
+    assert!(pen.write(primary, "kept"));
+    let file = make(&cluster, primary, "whole");
+    let before = pen.tags();
+    assert!(pen.write(primary, "after"));
+    let started = begin_restore(&cluster, primary, &file, true).unwrap();
+    let outcome = wait_ended(&cluster, primary, &started);
+    cluster.signal(primary, Signal::SIGKILL);
+    assert!(outcome.ok, "{}", outcome.text);
+    cluster.wait_for("a new primary", |statuses| {
+        let serves = |status: &twistlock_ha::node::Status| status.role == Role::Primary;
+        statuses.iter().enumerate().any(|(node, status)| node != primary && status.as_ref().is_some_and(serves))
+    });
+    let pen = Pen::new(&cluster.file());
+    assert!(pen.tags() == before, "a restore that was reported as done is lost");
+    assert!(pen.write(cluster.primary(), "goes-on"));
+    cluster.wait_healthy();
     println!("  {}", cluster.finish(&[]));
 }
 

@@ -9,6 +9,7 @@ mod backup;
 mod balancers;
 mod certificates;
 mod cluster;
+mod copies;
 mod databases;
 mod disk;
 mod drill;

@@ -219,6 +219,17 @@ fn a_backup_is_made_fetched_and_brought_back() {
     ] {
         desk.there(args).expect(code, text);
     }
+    // A damaged one is told by the same exit code from both sides.
+    let kept = desk.cluster.config_path(desk.cluster.primary()).with_file_name("backup");
+    let mut bytes = std::fs::read(kept.join(&renamed)).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x20;
+    let bad = kept.join("bad-0.1.0-7.tar.gz");
+    std::fs::write(&bad, bytes).unwrap();
+    desk.there(&["backup", "verify", "bad-0.1.0-7.tar.gz"]).expect(1, "damaged");
+    desk.here(&["backup", "verify", "bad-0.1.0-7.tar.gz"]).expect(1, "damaged");
+    std::fs::remove_file(bad).unwrap();
+    desk.here(&["backup", "list", "--remote"]).expect(75, "BACKUP_URL is not set");
     // The backups are those of a host: the PRIMARY's are the same from both sides.
     let list = |said: Said| said.expect(0, "").json()["backups"].clone();
     assert_eq!(list(desk.here(&["backup", "list", "--json"])), list(desk.there(&["backup", "list", "--json"])));
@@ -242,7 +253,7 @@ fn a_backup_is_made_fetched_and_brought_back() {
     let tags = desk.there(&["tags", "list"]).expect(0, "before");
     assert!(!tags.out.contains("after"), "{}", tags.out);
     desk.there(&["backup", "delete", &renamed, "--yes"]).expect(0, "is deleted");
-    println!("backups: {}", desk.cluster.finish(&[]));
+    println!("backups: {}", desk.cluster.finish(&["could not be verified"]));
 }
 
 /// A status that is asked for again and again.

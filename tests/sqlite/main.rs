@@ -1,6 +1,7 @@
 //! The capture and replay of SQLite transactions against SQLite itself.
 
 mod cases;
+mod replaced;
 mod resting;
 #[allow(unsafe_code, reason = "blob I/O and the error codes of SQLite are reached through its C interface")]
 mod support;

@@ -70,13 +70,21 @@ function row(backup, reload, { verify, restoring }) {
   };
 }
 
+// How far the copies at BACKUP_URL are.
+function copied({ url, running, problem, complete }) {
+  if (running) return `${url}: ${running.id}, ${bytes(running.done)} of ${bytes(running.total)}`;
+  if (problem) return `${url}: not complete: ${problem}`;
+  return complete ? [`${url}: complete at `, time(complete)] : url;
+}
+
 // What is under way, what was done last, and what comes next.
-function facts({ running, last, next, folder, free, enabled, encrypted }) {
+function facts({ running, last, next, folder, free, enabled, encrypted, copies }) {
   const lines = [
     ['Folder', folder],
     ['Free space', free === null || free === undefined ? '–' : bytes(free)],
     ['Automatic backups', enabled ? ['on; the next one ', next ? time(next) : 'soon'] : 'off (DATA_RECOVERY_ENABLED)'],
     ['New backups', encrypted ? 'encrypted (BACKUP_KEY_FILE)' : 'not encrypted'],
+    copies && ['Copies', copied(copies)],
     last && ['Last', [time(last.time), ' ', last.ok ? '' : 'failed: ', last.text]],
   ].filter(Boolean);
   const label = running && `${running.id}: ${running.step}`;
