@@ -16,7 +16,7 @@ use crate::{
     storage::{fsync_dir, make_private_dir},
 };
 
-/// Entries of the folder that are looked at: somebody else's files may lie there, too.
+/// Backups that are kept in mind.
 const MAX_ENTRIES: usize = 10_000;
 /// Free space that is left to everything else on the same file system, in bytes.
 const SPARE: u64 = 64 << 20;
@@ -72,7 +72,6 @@ impl Folder {
             Err(error) => return Err(BackupError::io("read the folder", &self.path)(error)),
         };
         let mut all: Vec<Backup> = entries
-            .take(MAX_ENTRIES)
             .flatten()
             .filter_map(|entry| {
                 let id = BackupId::parse(entry.file_name().to_str()?)?;
@@ -80,6 +79,7 @@ impl Folder {
                 let found = entry.metadata().ok().filter(fs::Metadata::is_file)?;
                 Some(describe(&id, found.len()))
             })
+            .take(MAX_ENTRIES)
             .collect();
         all.sort_by(|one, other| (other.time, &one.id).cmp(&(one.time, &other.id)));
         Ok(all)

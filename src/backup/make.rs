@@ -28,6 +28,8 @@ use crate::{
 /// Names in the workshop.
 const COPY: &str = "copy.db";
 const ARCHIVE: &str = "archive";
+/// What of an unpacked database may wait to be written to the disk, in bytes.
+const WRITTEN_AT_ONCE: usize = 8 << 20;
 /// Pieces in which the copy is packed, in bytes.
 const PIECE: u64 = 1 << 20;
 
@@ -207,9 +209,17 @@ impl Backups {
                 unpacking.step("reads the backup", manifest.bytes());
                 all.folder.check_space(manifest.bytes())
             };
+            let (mut pace, mut unwritten) = (Pace::new(), 0);
             let manifest = archive::read(&path, sealed, secret.as_ref(), accept, |chunk| {
                 io::Write::write_all(&mut file, chunk).map_err(BackupError::io("write", &to))?;
                 unpacking.advance(chunk.len() as u64);
+                unwritten += chunk.len();
+                // Little by little: a lot of it at once would keep the raft log's syncs waiting.
+                if unwritten >= WRITTEN_AT_ONCE {
+                    unwritten = 0;
+                    file.sync_data().map_err(BackupError::io("write", &to))?;
+                    pace.rest();
+                }
                 Ok(())
             })?;
             Ok((manifest, workshop))

@@ -129,9 +129,11 @@ async fn ended(console: &Console, started: Started, patience: Patience) -> Resul
 }
 
 /// `GET backups/{id}`.
-async fn download(State(console): State<Arc<Console>>, Name(id): Name) -> Result<Response, ApiError> {
+async fn download(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<Response, ApiError> {
     let slot = programs::slot(&console)?;
     let path = console.services()?.backups.path(&id)?;
+    // It has everything, the hashes of the passwords, too.
+    audits::note(&console.store, &user, "download", &format!("backup '{id}'"), Value::Null).await?;
     let gone = |error: std::io::Error| ApiError::Unavailable(format!("the backup cannot be read: {error}"));
     let opened = tokio::task::spawn_blocking(move || {
         let file = File::open(path)?;
