@@ -312,7 +312,8 @@ impl Parts {
             NotifySeverity::Critical => events::Severity::Critical,
         };
         let words = self.config.notify_command.clone();
-        let command = (!words.is_empty()).then_some(notify::Command { words, severity });
+        let command =
+            (!words.is_empty()).then_some(notify::Command { words, severity, launcher: Some("/proc/self/exe") });
         let notifier = Notifier::new(&self.identity.name, self.handle.membership(), command);
         (notifier.clone(), notifier.run(self.events.clone()))
     }

@@ -8,7 +8,7 @@ mod joining;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use twistlock_ha::{config, dev, guard, recover};
+use twistlock_ha::{config, dev, events::notify, guard, recover};
 
 /// Active/passive high availability for a management Console with a replicated SQLite database.
 #[derive(Parser)]
@@ -44,6 +44,9 @@ const EX_USAGE: u8 = 64;
 fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|first| first == guard::SUBCOMMAND) {
         return guard::main();
+    }
+    if std::env::args_os().nth(1).is_some_and(|first| first == notify::LAUNCH) {
+        return notify::launch();
     }
     die_of_panics();
     let arguments = match Arguments::try_parse() {

@@ -1,8 +1,17 @@
 //! Tells people: each event that matters goes to the webhooks of the cluster and to the command of this host. One queue and
 //! one task for each target, so that a slow one holds no other up. Must never run a shell, and never try for ever.
 
-use std::{process::Stdio, sync::Arc, time::Duration};
+use std::{
+    os::unix::process::CommandExt,
+    process::{ExitCode, Stdio},
+    sync::Arc,
+    time::Duration,
+};
 
+use nix::{
+    sys::signal::{SigSet, Signal, killpg},
+    unistd::Pid,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -35,12 +44,32 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(10);
 /// How the command is called in answers and in the log.
 const COMMAND: &str = "NOTIFY_COMMAND";
 
+/// First argument of the daemon's program that makes it [`launch`] the rest.
+pub const LAUNCH: &str = "launch-command";
+/// Exit code of a shell, too, for a program that cannot be run.
+const CANNOT_RUN: u8 = 127;
+
 /// `NOTIFY_COMMAND` of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command {
     /// The program and its arguments, never empty.
     pub words: Vec<String>,
     pub severity: Severity,
+    /// The daemon's program, by which it is launched: the command would inherit the signals that the daemon has blocked, and be
+    /// deaf to SIGTERM.
+    pub launcher: Option<&'static str>,
+}
+
+/// Turns this process into the command in the other arguments, with no signal blocked. Returns only when that fails.
+pub fn launch() -> ExitCode {
+    let mut words = std::env::args_os().skip(2);
+    let Some(program) = words.next() else { return ExitCode::from(CANNOT_RUN) };
+    let error = match SigSet::empty().thread_set_mask() {
+        Ok(()) => std::process::Command::new(&program).args(words).exec(),
+        Err(errno) => errno.into(),
+    };
+    eprintln!("{} cannot be run: {error}", program.display());
+    ExitCode::from(CANNOT_RUN)
 }
 
 /// How a test went.
@@ -84,7 +113,7 @@ impl Target {
                 let posted = task::spawn_blocking(move || webhook::post(&webhook, kind, &id, body.as_bytes())).await;
                 posted.unwrap_or_else(|error| Err(Failure::passing(error.to_string())))
             }
-            Self::Command(command) => run(command, body.as_bytes()).await,
+            Self::Command(command) => run(command, body.as_bytes(), COMMAND_LIMIT).await,
         }
     }
 }
@@ -100,11 +129,18 @@ fn body(event: &Event, cluster: &str) -> String {
     body.to_string()
 }
 
-/// Runs the command once, with an environment that has nothing of ours.
-async fn run(command: &Command, body: &[u8]) -> Result<(), Failure> {
+/// Runs the command once, with an environment that has nothing of ours, and ends it with all that it has started at the limit.
+async fn run(command: &Command, body: &[u8], limit: Duration) -> Result<(), Failure> {
     let permanent = |why: String| Failure { why, passes: false };
     let (program, arguments) = command.words.split_first().ok_or_else(|| permanent("it is empty".to_owned()))?;
-    let child = process::Command::new(program)
+    let mut launched = match command.launcher {
+        Some(launcher) => process::Command::new(launcher),
+        None => process::Command::new(program),
+    };
+    if command.launcher.is_some() {
+        launched.args([LAUNCH, program]);
+    }
+    let child = launched
         .args(arguments)
         .env_clear()
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
@@ -117,6 +153,7 @@ async fn run(command: &Command, body: &[u8]) -> Result<(), Failure> {
         .kill_on_drop(true)
         .spawn();
     let mut child = child.map_err(|error| permanent(format!("{program} cannot be run: {error}")))?;
+    let group = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);
     let (stdin, stderr) = (child.stdin.take(), child.stderr.take());
     let work = async {
         if let Some(mut stdin) = stdin {
@@ -131,7 +168,7 @@ async fn run(command: &Command, body: &[u8]) -> Result<(), Failure> {
         };
         (status, said)
     };
-    match timeout(COMMAND_LIMIT, work).await {
+    match timeout(limit, work).await {
         Ok((Ok(status), _)) if status.success() => Ok(()),
         Ok((Ok(status), said)) => {
             let said = String::from_utf8_lossy(&said);
@@ -139,7 +176,12 @@ async fn run(command: &Command, body: &[u8]) -> Result<(), Failure> {
             Err(Failure::passing(format!("{program} ended with {status}: {line}")))
         }
         Ok((Err(error), _)) => Err(Failure::passing(error.to_string())),
-        Err(_) => Err(Failure::passing(format!("{program} was killed: it took longer than {COMMAND_LIMIT:?}"))),
+        Err(_) => {
+            // With all that it has started: the group is its own, and has its number until it is waited for.
+            let _ = group.map(|group| killpg(group, Signal::SIGKILL));
+            let _ = child.wait().await;
+            Err(Failure::passing(format!("{program} was killed: it took longer than {limit:?}")))
+        }
     }
 }
 
@@ -277,7 +319,8 @@ mod tests {
     use super::*;
 
     fn command(words: &[&str]) -> Command {
-        Command { words: words.iter().map(|word| (*word).to_owned()).collect(), severity: Severity::Info }
+        let words = words.iter().map(|word| (*word).to_owned()).collect();
+        Command { words, severity: Severity::Info, launcher: None }
     }
 
     #[tokio::test]
@@ -301,9 +344,31 @@ mod tests {
 
     #[tokio::test]
     async fn a_command_that_fails_says_why() {
-        let missing = run(&command(&["/no/such/program"]), b"{}").await.unwrap_err();
+        let missing = run(&command(&["/no/such/program"]), b"{}", COMMAND_LIMIT).await.unwrap_err();
         assert!(!missing.passes && missing.why.contains("/no/such/program cannot be run"), "{missing:?}");
-        let failing = run(&command(&["/bin/ls", "/no/such/file"]), b"{}").await.unwrap_err();
+        let failing = run(&command(&["/bin/ls", "/no/such/file"]), b"{}", COMMAND_LIMIT).await.unwrap_err();
         assert!(failing.passes && failing.why.contains("/bin/ls ended with"), "{failing:?}");
+    }
+    #[tokio::test]
+    async fn what_takes_too_long_is_killed_with_all_that_it_has_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, script) = (folder.path().join("pid"), folder.path().join("script.sh"));
+        std::fs::write(&script, format!("sleep 300 & echo $! > {0}; wait", file.display())).unwrap();
+        let slow = command(&["/bin/sh", script.to_str().unwrap()]);
+        let killed = run(&slow, b"{}", Duration::from_millis(500)).await.unwrap_err();
+        assert!(killed.passes && killed.why.contains("was killed"), "{killed:?}");
+        let sleeper = std::fs::read_to_string(&file).unwrap();
+        assert!(poll_is_gone(sleeper.trim()).await, "{sleeper} lives");
+    }
+
+    /// One that has ended may not have been waited for yet by whoever took it over.
+    async fn poll_is_gone(pid: &str) -> bool {
+        for _ in 0..200 {
+            match std::fs::read_to_string(format!("/proc/{pid}/status")) {
+                Ok(status) if !status.contains("State:\tZ") => sleep(Duration::from_millis(10)).await,
+                _ => return true,
+            }
+        }
+        false
     }
 }

@@ -110,7 +110,10 @@ fn a_takeover_notifies_once_in_spite_of_failures_and_the_bundle_has_no_secrets()
     let hook = Hook::start();
     let folder = tempfile::tempdir().unwrap();
     let (script, said) = (folder.path().join("notify.sh"), folder.path().join("said"));
-    std::fs::write(&script, format!("cat >> {0}; echo >> {0}\n", said.display())).unwrap();
+    let mask = folder.path().join("mask");
+    let text =
+        format!("cat >> {0}; echo >> {0}; grep SigBlk /proc/self/status > {1}\n", said.display(), mask.display());
+    std::fs::write(&script, text).unwrap();
     let cluster = Cluster::start();
     cluster.configure("NOTIFY_COMMAND", &format!("\"/bin/sh {}\"", script.display()));
     cluster.configure("METRICS_TOKEN", "0123456789-metrics-token");
@@ -129,6 +132,8 @@ fn a_takeover_notifies_once_in_spite_of_failures_and_the_bundle_has_no_secrets()
     assert_eq!(status, 200, "{text}");
     assert_eq!(text.matches("\"ok\":true").count(), 2, "{text}");
     hook.of_kind("test")[0].assert_signed();
+    let blocked = std::fs::read_to_string(&mask).unwrap();
+    assert_eq!(blocked.split_whitespace().last(), Some("0000000000000000"), "the command is not deaf to signals");
     cluster.signal(primary, Signal::SIGKILL);
     cluster.wait_for("a notification that was taken", |_| {
         hook.of_kind("takeover").iter().any(|received| received.answered == 204)
