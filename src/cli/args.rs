@@ -81,6 +81,15 @@ pub(super) enum Ha {
     /// Replace the certificate authority, and with it all certificates, while the cluster runs
     #[command(after_help = ROTATE_CA_HELP)]
     RotateCa(RotateCaArgs),
+    /// Send a test event to all webhooks, and to the command of the host that sends it
+    #[command(after_help = TEST_NOTIFICATIONS_HELP)]
+    TestNotifications {
+        #[command(flatten)]
+        target: Target,
+        /// Print the result of each as JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Tell the cluster that a member is reached at another address from now on
     #[command(after_help = SET_ADDRESS_HELP)]
     SetAddress(SetAddressArgs),
@@ -282,6 +291,15 @@ pub(super) struct RotateCaArgs {
     pub yes: bool,
 }
 
+const TEST_NOTIFICATIONS_HELP: &str = "\
+This host's daemon sends it, PRIMARY or not; with --address the PRIMARY. The webhooks are set on the page (Manage >
+System > Settings) or with POST settings/notifications, the command with NOTIFY_COMMAND on each host.
+
+Exit code: 0 all got it, 1 one did not, or there is nobody to be notified, 64 wrong command line, 69 nobody
+answers, 75 refused, 77 the login is refused.
+
+Example:
+  twistcli ha test-notifications";
 const SET_ADDRESS_HELP: &str = "\
 What is not named stays. The member may be up or down; the others dial the new address at once.
 

@@ -279,13 +279,13 @@ mod tests {
     #[test]
     fn secrets_do_not_pass() {
         let text = "METRICS_TOKEN=0123456789abcdef\n#  METRICS_TOKEN=\"fedcba9876543210\"\nLEASE_MS=400\n\
-                    BACKUP_URL=s3://me:very-secret@host/b\nNOTIFY_COMMAND=\"/bin/notify --key zzz\"\nMETRICS_TOKEN=\n";
+                    PROXY_URL=https://me:very-secret@host/b\nNOTIFY_COMMAND=\"/bin/notify --key zzz\"\nMETRICS_TOKEN=\n";
         let clean = redacted_settings(text);
         for secret in ["0123456789abcdef", "fedcba9876543210", "very-secret", "zzz"] {
             assert!(!clean.contains(secret), "{clean}");
         }
         assert!(clean.contains("LEASE_MS=400\n") && clean.ends_with("METRICS_TOKEN=\n"), "{clean}");
-        assert!(clean.contains("BACKUP_URL=s3://(redacted)@host/b"), "{clean}");
+        assert!(clean.contains("PROXY_URL=https://(redacted)@host/b"), "{clean}");
         let log =
             redacted("run: curl -H 'Authorization: Bearer abc.def' and TWJ1.xyz, or Basic dTpw\nrole is PRIMARY\n");
         assert!(!["abc.def", "xyz", "dTpw"].iter().any(|secret| log.contains(secret)), "{log}");

@@ -148,6 +148,7 @@ impl Call {
                     });
                 call(Method::GET, &format!("events?{}", pairs.collect::<Vec<_>>().join("&")), None, whole)
             }
+            Operation::TestNotifications {} => settings(Method::POST, "notifications/test", None, whole),
             Operation::Certificates {} => settings(Method::GET, "certs", None, |answer| answer),
             Operation::SetConsoleNames { names } => {
                 let body = json!({ "consoleSAN": names });

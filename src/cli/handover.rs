@@ -70,7 +70,7 @@ fn ask(remote: &Remote, to: Option<&str>, dry_run: bool) -> Result<SwitchoverRep
     let sent = remote.send(&Method::POST, "high-availability/switchover", Some(&body));
     let mut response = match sent {
         Ok(response) => response,
-        Err(_) if !dry_run => return Ok(begun),
+        Err(Stop::Unknown(_)) if !dry_run => return Ok(begun),
         Err(stop) => return Err(stop),
     };
     let status = response.status();
@@ -97,8 +97,11 @@ fn watch(remote: &Remote, before: &Status) -> Result<(String, Duration), Stop> {
             let odd = silent > gap || pulse.places.first() != first.as_ref();
             gap = gap.max(silent);
             if odd || looked.elapsed() > LOOK {
-                // It costs time in which a Console answers.
-                if let Ok(status) = remote.status() {
+                let asked = Instant::now();
+                let status = remote.status();
+                // It tries again while nobody answers: better a gap that is a little too long than one that was not seen.
+                gap = gap.max(asked.elapsed());
+                if let Ok(status) = status {
                     if status.node != before.node && status.primary == Some(status.node) {
                         return Ok((status.name, gap));
                     }

@@ -203,6 +203,7 @@ fn ha(command: &Ha, paint: Paint) -> Result<u8, Stop> {
             let done = "The members exchange the cluster key now. See: twistcli ha status";
             at(target, |door| operate::simple(door, Operation::RotateKey {}, done))
         }
+        Ha::TestNotifications { target, json } => records::test_notifications(&target.door()?, *json, paint),
         Ha::RotateCa(args) => at(&args.target, |door| operate::rotate_ca(door, args)),
         Ha::SetAddress(args) => at(&args.target, |door| operate::set_address(door, args)),
         Ha::Drill(args) => drill::run(&args.target.door()?, args),

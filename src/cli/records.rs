@@ -14,13 +14,13 @@ use super::{
     door::Door,
     lists,
     remote::segment,
-    stop::Stop,
+    stop::{EX_FOUND, Stop},
     table::moment,
     target::Target,
 };
 use crate::{
     control::Operation,
-    events::{Event, Severity, Wanted},
+    events::{Event, Severity, Wanted, notify::Delivery},
 };
 
 /// The help of `twistcli audits`.
@@ -103,6 +103,28 @@ pub(super) fn events(door: &Door, args: &EventsArgs, paint: Paint) -> Result<(),
     let rows: Vec<Vec<Cell>> = found.iter().map(row).collect();
     let heads = [("TIME (UTC)", false), ("NODE", false), ("KIND", false), ("WHAT HAPPENED", false)];
     Ok(columns::print(&columns::table(&heads, &rows, paint))?)
+}
+
+/// `twistcli ha test-notifications`. Returns the exit code.
+///
+/// # Errors
+/// When nobody answers, or may do this.
+pub(super) fn test_notifications(door: &Door, json: bool, paint: Paint) -> Result<u8, Stop> {
+    let sent: Vec<Delivery> = door.operate(Operation::TestNotifications {})?;
+    let fine = !sent.is_empty() && sent.iter().all(|delivery| delivery.ok);
+    if json {
+        print_json(&sent)?;
+    } else if sent.is_empty() {
+        columns::print("Nobody is notified: there is no webhook, and NOTIFY_COMMAND of that host is not set.\n")?;
+    } else {
+        let row = |delivery: &Delivery| {
+            let result = if delivery.ok { Cell::coloured("32", "got it") } else { Cell::coloured("1;31", "failed") };
+            vec![delivery.target.as_str().into(), result, delivery.detail.as_str().into()]
+        };
+        let rows: Vec<Vec<Cell>> = sent.iter().map(row).collect();
+        columns::print(&columns::table(&[("TARGET", false), ("RESULT", false), ("WHY", false)], &rows, paint))?;
+    }
+    Ok(if fine { 0 } else { EX_FOUND })
 }
 
 /// Seconds since 1970 at a time so long ago.

@@ -249,7 +249,7 @@ impl Remote {
                              before you repeat it. See: twistcli ha status",
                             silence.place, silence.why
                         );
-                        return Err(Stop::tell(EX_UNAVAILABLE, &text));
+                        return Err(Stop::Unknown(text));
                     }
                     Err(silence) => silent.push(silence),
                 }

@@ -22,6 +22,8 @@ pub(super) const EX_NOPERM: u8 = 77;
 pub(super) enum Stop {
     /// This has to be said, with this exit code.
     Why { code: u8, text: String },
+    /// A request was lost on its way, or its answer: it may have been done.
+    Unknown(String),
     /// Everything has been said; this is the exit code.
     Told(u8),
     /// The output cannot be written.
@@ -47,13 +49,18 @@ impl Stop {
 
     /// True if the same may be possible in a moment: somebody does not answer now.
     pub(super) fn passes(&self) -> bool {
-        matches!(self, Self::Why { code: EX_UNAVAILABLE | EX_TEMPFAIL, .. } | Self::Told(EX_UNAVAILABLE | EX_TEMPFAIL))
+        match self {
+            Self::Why { code, .. } | Self::Told(code) => matches!(*code, EX_UNAVAILABLE | EX_TEMPFAIL),
+            Self::Unknown(_) => true,
+            Self::Output(_) => false,
+        }
     }
 
     /// The sentence, for another one to be made of it.
     pub(super) fn text(self) -> String {
         match self {
             Self::Why { text, .. } => text.strip_prefix("twistcli: ").unwrap_or(&text).to_owned(),
+            Self::Unknown(text) => text,
             Self::Told(code) => format!("exit code {code}"),
             Self::Output(error) => error.to_string(),
         }
@@ -68,6 +75,10 @@ impl Stop {
             Self::Why { code, text } => {
                 eprintln!("{text}");
                 Ok(code)
+            }
+            Self::Unknown(text) => {
+                eprintln!("twistcli: {text}");
+                Ok(EX_UNAVAILABLE)
             }
             Self::Told(code) => Ok(code),
             Self::Output(error) => Err(error),

@@ -108,6 +108,7 @@ fn local_and_remote_commands_do_the_same() {
         (&["ha", "remove", "host9", "--yes"], 75, "not done: "),
         (&["ha", "switchover", "--dry-run"], 0, "can take the role. Nothing was changed."),
         (&["ha", "revoke"], 0, "All invitations are closed"),
+        (&["ha", "test-notifications"], 1, "Nobody is notified"),
         (&["version"], 0, env!("CARGO_PKG_VERSION")),
     ] {
         desk.here(args).expect(code, text);
@@ -126,6 +127,10 @@ fn local_and_remote_commands_do_the_same() {
         assert!(there["line"].as_str().unwrap().starts_with("curl "), "{there}");
     }
     desk.there(&["ha", "join-script", "--script"]).expect(0, "#!/usr/bin/env bash");
+    desk.there(&["ha", "rotate-key"]).expect(0, "The members exchange the cluster key now");
+    desk.cluster.wait_for("the next cluster key", |statuses| {
+        statuses.iter().flatten().all(|status| status.membership.rekey.is_none())
+    });
     println!("remote commands: {}", desk.cluster.finish(&[]));
 }
 
