@@ -53,7 +53,8 @@ impl Server {
                 "--vfs-cache-mode",
                 "off",
                 "--dir-cache-time",
-                "0s",
+                // With none at all it forgets directories all the time, and answers after minutes.
+                "200ms",
                 "--addr",
             ])
             .arg(format!("127.0.0.1:{}", self.port))
