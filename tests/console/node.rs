@@ -4,7 +4,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, TcpStream},
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -138,7 +138,8 @@ pub struct Node {
     agent: Agent,
     status: watch::Sender<Arc<Status>>,
     lease: Lease,
-    extending: Arc<AtomicBool>,
+    /// Whether a thread extends the lease; held while either changes the lease, so that neither undoes the other's.
+    extending: Arc<Mutex<bool>>,
     database: Mutex<Database>,
     _dir: TempDir,
 }
@@ -201,7 +202,7 @@ impl Node {
         runtime.spawn(supervisor.run());
         let agent = agent(&certificate);
         std::fs::write(dir.path().join("console.pem"), &certificate).unwrap();
-        let extending = Arc::new(AtomicBool::new(false));
+        let extending = Arc::new(Mutex::new(false));
         keep_extending(lease.clone(), Arc::clone(&extending));
         let (address, status, _dir) = (address.into(), publish, dir);
         Self { address, majority, handle, guard, runtime, agent, status, lease, extending, database, _dir }
@@ -240,8 +241,7 @@ impl Node {
 
     /// Becomes SECONDARY, as far as the supervisor is concerned.
     pub fn demote(&self) {
-        self.extending.store(false, Ordering::SeqCst);
-        self.lease.set(0).unwrap();
+        self.set_lease(0, false);
         self.status.send_replace(Arc::new(status(Role::Secondary, 0)));
     }
 
@@ -251,20 +251,24 @@ impl Node {
     }
 
     pub fn extend_lease(&self) {
-        self.lease.set(boottime() + LEASE.as_nanos() as u64).unwrap();
-        self.extending.store(true, Ordering::SeqCst);
+        self.set_lease(boottime() + LEASE.as_nanos() as u64, true);
     }
 
     /// A lease that outlives the test, for what is not about leases: a busy machine may not run who extends it for longer
     /// than it lasts.
     pub fn hold_lease(&self) {
-        self.extending.store(false, Ordering::SeqCst);
-        self.lease.set(boottime() + LONG_LEASE.as_nanos() as u64).unwrap();
+        self.set_lease(boottime() + LONG_LEASE.as_nanos() as u64, false);
+    }
+
+    fn set_lease(&self, deadline: u64, extend: bool) {
+        let mut extending = self.extending.lock().unwrap();
+        *extending = extend;
+        self.lease.set(deadline).unwrap();
     }
 
     /// Extends no more; returns the deadline.
     pub fn let_lease_lapse(&self) -> u64 {
-        self.extending.store(false, Ordering::SeqCst);
+        *self.extending.lock().unwrap() = false;
         self.lease.deadline()
     }
 
@@ -395,16 +399,18 @@ impl Drop for Node {
     }
 }
 
-fn keep_extending(lease: Lease, extending: Arc<AtomicBool>) {
+fn keep_extending(lease: Lease, extending: Arc<Mutex<bool>>) {
     // Ends with the node.
     thread::spawn(move || {
         while Arc::strong_count(&extending) > 1 {
             // A lease that has lapsed needs the majority again: nobody extends it by himself. The time is taken before
             // the look at the lease, as a real one counts from the time of the question.
             let now = boottime();
-            if extending.load(Ordering::SeqCst) && now < lease.deadline() {
+            let extends = extending.lock().unwrap();
+            if *extends && now < lease.deadline() {
                 lease.set(now + LEASE.as_nanos() as u64).unwrap();
             }
+            drop(extends);
             thread::park_timeout(Duration::from_millis(25));
         }
     });

@@ -124,7 +124,9 @@ export function keepSession(seconds) {
   }, Math.min(seconds * 500, 2 ** 30));
 }
 
+// Throws when the session goes on: nobody must think that it has ended.
 export async function logOut() {
+  const response = await send('POST', '/logout');
+  if (!response.ok && response.status !== 401) throw new Problem(response.status, await text(response));
   clearTimeout(renewal);
-  await send('POST', '/logout');
 }
