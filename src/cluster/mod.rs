@@ -140,6 +140,10 @@ pub struct Cluster<S: Storage> {
     quiet_until: u64,
     /// End of the time in which this node should not be elected, because it could not serve.
     unfit_until: u64,
+    /// The same for as long as it lasts.
+    indisposed: bool,
+    /// An order of the leader to campaign, which came while this node was not fit.
+    order: Option<Message>,
     /// Since when no leader is known.
     leaderless_since: Option<u64>,
     /// Ticks for which it has held back its own candidacy.
@@ -211,6 +215,8 @@ impl<S: Storage> Cluster<S> {
             lease: Lease::default(),
             quiet_until: now + timing.quiet,
             unfit_until: 0,
+            indisposed: false,
+            order: None,
             leaderless_since: None,
             withheld: 0,
             promote_sent: false,
@@ -282,7 +288,7 @@ impl<S: Storage> Cluster<S> {
         if (self.is_paused(now) || self.is_outdated()) && self.election.is_impatient() {
             return; // it votes, but does not take over by itself
         }
-        if now < self.unfit_until && self.election.is_impatient() && self.withheld < 2 * self.timing.election_ticks {
+        if self.is_unfit(now) && self.election.is_impatient() && self.withheld < 2 * self.timing.election_ticks {
             // Its turn comes after those who can serve; it votes for them meanwhile.
             self.withheld += 1;
             return;
@@ -306,10 +312,18 @@ impl<S: Storage> Cluster<S> {
     pub fn deadline(&self) -> Option<u64> {
         let quiet = (self.phase == Phase::Startup).then_some(self.quiet_until);
         let campaign = self.campaign.map(|campaign| campaign.at);
-        [quiet, campaign, self.lease.deadline(), self.handover.map(|handover| handover.until)]
-            .into_iter()
-            .flatten()
-            .min()
+        // What has no end that is known is looked at by the ticks.
+        let ordered = self.order.as_ref().filter(|_| !self.indisposed).map(|_| self.unfit_until);
+        [
+            quiet,
+            campaign,
+            ordered.filter(|until| *until < u64::MAX),
+            self.lease.deadline(),
+            self.handover.map(|handover| handover.until),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// Lets time-outs take effect.
@@ -327,9 +341,14 @@ impl<S: Storage> Cluster<S> {
         if silent && (election::asks_for_vote(&message) || election::orders_campaign(&message)) {
             return;
         }
-        let stays = now < self.unfit_until || self.is_paused(now) || self.is_outdated();
-        if stays && election::orders_campaign(&message) {
-            return;
+        if election::orders_campaign(&message) {
+            if self.is_paused(now) || self.is_outdated() {
+                return;
+            }
+            if self.is_unfit(now) {
+                self.order = Some(message);
+                return;
+            }
         }
         self.election.step(message);
         self.observe(now);
@@ -380,6 +399,16 @@ impl<S: Storage> Cluster<S> {
     pub fn set_unfit(&mut self, now: u64, until: u64) {
         self.unfit_until = self.unfit_until.max(until);
         self.observe(now);
+    }
+
+    /// The same for as long as it is so, told again and again: it replays much of its log, or its disk is full.
+    pub fn set_indisposed(&mut self, now: u64, indisposed: bool) {
+        self.indisposed = indisposed;
+        self.observe(now);
+    }
+
+    fn is_unfit(&self, now: u64) -> bool {
+        self.indisposed || now < self.unfit_until
     }
 
     /// Gives up the role for a reason that lies outside of the election.
@@ -554,8 +583,20 @@ impl<S: Storage> Cluster<S> {
         let since = *self.leaderless_since.get_or_insert(now);
         // A voter with a longer log of an older epoch refuses whoever is not preferred, although it must not be elected
         // itself: after a while any primary is better than none. It lets the others catch up, and gives up.
-        self.election.prefer(now >= self.unfit_until || now - since >= DESPERATE);
+        self.election.prefer(!self.is_unfit(now) || now - since >= DESPERATE);
+        self.follow_order(now);
         self.run_campaign(now);
+    }
+
+    /// Whoever ordered this node to campaign has closed its ports and waits, so it begins as soon as it can. An order that
+    /// has been overtaken is harmless: raft drops it with its epoch, and its leader never serves again in the same one.
+    fn follow_order(&mut self, now: u64) {
+        if self.order.is_some() && !self.is_unfit(now) {
+            let order = self.order.take().filter(|_| self.phase == Phase::Secondary);
+            if let Some(order) = order.filter(|_| !self.is_paused(now) && !self.is_outdated()) {
+                self.election.step(order);
+            }
+        }
     }
 
     /// A leader without ports: new in this epoch, or on its way out of the role.
@@ -589,7 +630,7 @@ impl<S: Storage> Cluster<S> {
 
     /// Plans to be elected behind `before` other members; behind all of them if this node could not serve well.
     fn schedule_campaign(&mut self, now: u64, before: usize) {
-        let before = if now < self.unfit_until { before + self.membership.members.len() } else { before };
+        let before = if self.is_unfit(now) { before + self.membership.members.len() } else { before };
         self.campaign = Some(Campaign { at: now + before as u64 * self.timing.stagger, retry: FIRST_RETRY });
     }
 

@@ -110,7 +110,6 @@ impl Driver {
                 self.watch_database();
                 self.applier.nudge();
                 self.applier.release(self.publisher.everybody_has());
-                self.prefer_others_while_behind();
                 if self.rollback.note_ends() {
                     self.publisher.warn(rollback::ABOUT, None);
                 }
@@ -119,6 +118,7 @@ impl Driver {
                 self.follow_pause();
                 self.follow_level();
             }
+            self.prefer_others_while_indisposed();
             self.carry_out_all();
             if self.rollback.is_over(self.applier.applied()) {
                 self.publisher.rolling_back(false);
@@ -143,12 +143,11 @@ impl Driver {
         true
     }
 
-    /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done.
-    fn prefer_others_while_behind(&mut self) {
-        let now = boottime();
-        if self.cluster.phase() == Phase::Secondary && self.applier.lag() > MUCH_BEHIND {
-            self.cluster.set_unfit(now, now + 4 * self.config.timing.tick);
-        }
+    /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done; one with a
+    /// full disk could not write.
+    fn prefer_others_while_indisposed(&mut self) {
+        let indisposed = self.applier.lag() > MUCH_BEHIND || self.space.is_full();
+        self.cluster.set_indisposed(boottime(), indisposed && self.cluster.phase() == Phase::Secondary);
     }
 
     /// The database fences itself when this host's files fail after a majority has a transaction: it must be replayed.

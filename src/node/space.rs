@@ -64,6 +64,10 @@ impl Space {
         fits
     }
 
+    pub fn is_full(&self) -> bool {
+        self.full.is_some()
+    }
+
     /// Everything that raft has got was appended.
     pub fn appended(&mut self) {
         self.taken.clear();
@@ -85,10 +89,6 @@ impl Driver {
         if now.duration_since(self.space.looked) >= LOOK {
             self.space.looked = now;
             self.look_at_space(now);
-        }
-        if self.space.full.is_some() && self.cluster.phase() == Phase::Secondary {
-            let now = boottime();
-            self.cluster.set_unfit(now, now + 4 * self.config.timing.tick);
         }
     }
 

@@ -261,17 +261,25 @@ impl World {
     }
 
     /// Hands the role over, and returns how long nobody's ports are open, in nanoseconds.
-    pub fn hand_over_primary(&mut self) -> u64 {
+    pub fn hand_over_primary(&mut self, to: Option<usize>) -> u64 {
         let at = self.primary().expect("somebody serves");
         let now = self.nodes[at].clock(self.time);
+        let to = to.map(|to| self.nodes[to].id);
         self.nodes[at].open = false;
-        self.nodes[at].cluster.as_mut().expect("it serves").hand_over(now, None);
+        self.nodes[at].cluster.as_mut().expect("it serves").hand_over(now, to);
         self.drive(at);
         let begin = self.time;
         while self.primary().is_none() && self.time < begin + 10_000 * MILLI {
             self.step();
         }
         self.time - begin
+    }
+
+    /// A node has much to replay, for so many nanoseconds from now on.
+    pub fn fall_behind(&mut self, at: usize, lasts: u64) {
+        let now = self.nodes[at].clock(self.time);
+        self.nodes[at].cluster.as_mut().expect("it runs").set_unfit(now, now + lasts);
+        self.drive(at);
     }
 
     /// A node that could not serve is repaired, which takes a restart: it had given up on serving for good.
