@@ -32,6 +32,8 @@ const CHUNK: usize = 256 << 10;
 pub struct Kit {
     /// `twistlock.cfg` of a newcomer.
     config: String,
+    /// Keys that this node has a value for, which is in no script.
+    withheld: Vec<&'static str>,
     https_port: Option<u16>,
     /// Checksums by name, each with what tells whether the file is still the same.
     checksums: Mutex<HashMap<&'static str, (FileState, String)>>,
@@ -73,11 +75,19 @@ impl Kit {
             high_availability_name: None,
             high_availability_enabled: true,
             high_availability_state: FirstState::Secondary,
+            // Secrets, and the arguments of a command may be such: whoever may ask to join may not read them yet.
+            metrics_token: None,
+            notify_command: Vec::new(),
             ..config.clone()
         };
+        let withheld = [
+            config.metrics_token.is_some().then_some("METRICS_TOKEN"),
+            (!config.notify_command.is_empty()).then_some("NOTIFY_COMMAND"),
+        ];
         let own = std::env::current_exe().unwrap_or_default();
         Self {
             config: config::render(&newcomer),
+            withheld: withheld.into_iter().flatten().collect(),
             https_port: config.management_port_https,
             checksums: Mutex::default(),
             cli: own.with_file_name("twistcli"),
@@ -147,6 +157,7 @@ impl Kit {
             ("@CONSOLE_NAME@", quote(CONSOLE_NAME)),
             ("@JOIN_JSON@", quote(&json)),
             ("@CONFIG@", quote(&self.config)),
+            ("@WITHHELD@", quote(&self.withheld.join(" "))),
             ("@UNIT@", quote(UNIT)),
         ]))
     }
@@ -287,6 +298,36 @@ mod tests {
         let loaded = config::load(&config).unwrap();
         assert!(loaded.config.high_availability_enabled && loaded.config.console_cn.is_none(), "{:?}", loaded.notes);
         assert_eq!(loaded.config.high_availability_state, FirstState::Secondary);
+    }
+
+    #[test]
+    fn no_script_tells_the_secrets_of_the_configuration() {
+        let text = "METRICS_TOKEN=metrics-secret-42\nNOTIFY_COMMAND='/usr/bin/page --key paging-secret-42'\n";
+        let config = config::parse(text, "twistlock.cfg", &|_| None).unwrap().config;
+        assert!(config.metrics_token.is_some() && !config.notify_command.is_empty());
+        let (membership, token) = invited();
+        let script = Kit::new(&config).script(&membership, 1, &token).unwrap();
+        assert!(!script.contains("secret-42"));
+        assert!(script.contains("readonly WITHHELD='METRICS_TOKEN NOTIFY_COMMAND'\n"));
+        // A newcomer has a token of its own until it gets the common one, and what a host had before stays there.
+        let dir = tempfile::tempdir().unwrap();
+        let (path, scratch) = (dir.path().join("console.sh"), dir.path().join("scratch"));
+        fs::write(&path, script.strip_suffix("main \"$@\"\n").unwrap()).unwrap();
+        fs::create_dir(&scratch).unwrap();
+        let made = |installed: &str| {
+            let file = dir.path().join("installed.cfg");
+            fs::write(&file, installed).unwrap();
+            let (path, scratch, file) = (path.display(), scratch.display(), file.display());
+            let run = format!(
+                ". {path}; scratch={scratch} config={file} prefix= bind= address= name=; make_config; cat {scratch}/twistlock.cfg"
+            );
+            config::parse(shell(&run), "twistlock.cfg", &|_| None).unwrap().config
+        };
+        let (first, second) = (made(""), made(""));
+        let token = |config: &Config| config.metrics_token.as_ref().unwrap().reveal().to_owned();
+        assert!(token(&first).len() >= 32 && token(&first) != token(&second) && first.notify_command.is_empty());
+        let kept = made(text);
+        assert_eq!((token(&kept).as_str(), kept.notify_command), ("metrics-secret-42", config.notify_command));
     }
 
     #[test]
