@@ -143,6 +143,22 @@ impl ClusterKeys {
         Ok(Self { current: read(CLUSTER_KEY)?, next: read(NEXT_CLUSTER_KEY)? })
     }
 
+    /// The same; a file that holds no key is kept under another name, for the others have what was in it. Returns what
+    /// was wrong, too.
+    ///
+    /// # Errors
+    /// [`PkiError::File`].
+    pub fn load_sound(dir: &Path) -> Result<(Self, Vec<PkiError>), PkiError> {
+        let mut damaged = Vec::new();
+        for name in [CLUSTER_KEY, NEXT_CLUSTER_KEY] {
+            if let Err(error @ PkiError::Malformed { .. }) = ClusterKey::read(dir, name) {
+                rename_file(&dir.join(name), &dir.join(format!("{name}.damaged")))?;
+                damaged.push(error);
+            }
+        }
+        Ok((Self::load(dir)?, damaged))
+    }
+
     /// The key with this name.
     pub fn find(&self, id: KeyId) -> Option<&ClusterKey> {
         self.current.iter().chain(&self.next).find(|key| key.id() == id)

@@ -14,7 +14,13 @@ impl Rotation {
     fn keys(&mut self) -> Result<&mut ClusterKeys> {
         let keys = match self.keys.take() {
             Some(keys) => keys,
-            None => ClusterKeys::load(&self.parts.certificates)?,
+            None => {
+                let (keys, damaged) = ClusterKeys::load_sound(&self.parts.certificates)?;
+                for error in damaged {
+                    warn!(%error, "the file is set aside, and its key is fetched from the other members");
+                }
+                keys
+            }
         };
         Ok(self.keys.insert(keys))
     }

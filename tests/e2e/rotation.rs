@@ -4,7 +4,6 @@ use std::{
     collections::HashSet,
     fs,
     path::PathBuf,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -27,8 +26,10 @@ use super::{
 
 /// What a node says that looks for a key which the primary took along that made it.
 const NOT_YET: &[&str] = &["what all members share is not up to date on this node"];
-/// How long a step that must not be taken is awaited.
+/// How long a step that must not be taken is awaited, and one that may be over already.
 const MEANWHILE: Duration = Duration::from_secs(2);
+/// How often a step may be over before the primary dies.
+const ROUNDS: usize = 10;
 
 fn certificates(cluster: &Cluster, node: usize) -> PathBuf {
     cluster.node(node).data.join("certificates")
@@ -88,45 +89,81 @@ fn all_unseal(cluster: &Cluster) {
     }
 }
 
-/// Waits for a step, which may be over before it is seen, and kills the primary there.
-fn kill_at(cluster: &Cluster, step: impl Fn(&Membership) -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(3);
-    poll_until(deadline, || primary_of(&cluster.statuses()).is_some_and(|status| step(&status.membership)));
-    let primary = cluster.primary();
-    all_unseal(cluster);
-    cluster.signal(primary, Signal::SIGKILL);
-    all_unseal(cluster);
+/// A step of a rotation: its name, and how it is told from the others.
+struct Step {
+    name: &'static str,
+    /// A member that does not answer keeps the cluster at this step.
+    held: bool,
+    /// Nothing comes after it: it looks like the time before the rotation, but for what the primary holds.
+    last: bool,
+    is: fn(&Membership) -> bool,
 }
 
-fn poll_until(deadline: Instant, condition: impl Fn() -> bool) {
-    while !condition() && Instant::now() < deadline {
-        thread::yield_now();
+/// Kills the primary at a step of a rotation, again in another rotation if the step was over before it died.
+fn killed_at(cluster: &Cluster, operation: &Operation, step: &Step, before: &mut KeyId, of: fn(&Holdings) -> KeyId) {
+    for round in 1..=ROUNDS {
+        let frozen = step.held.then(|| (cluster.primary() + 1) % 3);
+        frozen.into_iter().for_each(|node| cluster.freeze(node));
+        begin(cluster, operation);
+        let hit = kill_at(cluster, step, frozen, |holds| of(holds) != *before);
+        all_unseal(cluster);
+        cluster.wait_healthy();
+        *before = wait_replaced(cluster, *before, of);
+        all_unseal(cluster);
+        if hit {
+            println!("  killed at the step {:?}, in round {round}", step.name);
+            return;
+        }
     }
+    panic!("the step {:?} was over each time before the primary died", step.name);
+}
+
+/// Returns whether the primary was at that step just before it died, and the others still are if they are held there.
+fn kill_at(cluster: &Cluster, step: &Step, frozen: Option<usize>, is_new: impl Fn(&Holdings) -> bool) -> bool {
+    let (deadline, primary) = (Instant::now() + MEANWHILE, cluster.primary());
+    let at_step = |status: &Status| (step.is)(&status.membership);
+    let holds_new =
+        |status: &Status| status.members.iter().any(|member| member.id == status.node && is_new(&member.holds));
+    let control = cluster.node(primary).control;
+    let mut seen = false;
+    while !seen && Instant::now() < deadline {
+        seen =
+            control::status(&control, LIMIT).is_ok_and(|status| at_step(&status) && (!step.last || holds_new(&status)));
+    }
+    cluster.signal(primary, Signal::SIGKILL);
+    frozen.into_iter().for_each(|node| cluster.signal(node, Signal::SIGCONT));
+    let others = cluster.statuses();
+    let still = others.iter().flatten().any(|status| status.node as usize - 1 != primary && at_step(status));
+    seen && (still || !step.held)
 }
 
 #[test]
 fn the_cluster_key_is_replaced_whoever_dies_meanwhile() {
     let _alone = alone();
     let cluster = Cluster::start();
-    let key = |holds: &Holdings| holds.key;
-    let mut before = wait_replaced(&cluster, KeyId::default(), key);
-    let wanted = |membership: &Membership| membership.rekey.is_some();
-    let announced = |membership: &Membership| membership.rekey.is_some_and(|rekey| rekey.next.is_some());
-    let over = |membership: &Membership| membership.rekey.is_none();
-    let steps: [(&str, &dyn Fn(&Membership) -> bool); 3] =
-        [("wanted", &wanted), ("announced", &announced), ("sealed", &over)];
-    for (name, step) in steps {
-        let start = Instant::now();
-        begin(&cluster, &Operation::RotateKey {});
-        kill_at(&cluster, step);
-        cluster.wait_healthy();
-        let now = wait_replaced(&cluster, before, key);
-        all_unseal(&cluster);
-        println!("  killed when the new key was {name}: in use everywhere after {:?}", start.elapsed());
-        before = now;
+    let mut before = wait_replaced(&cluster, KeyId::default(), |holds| holds.key);
+    let steps = [
+        Step {
+            name: "wanted",
+            held: false,
+            last: false,
+            is: |now| now.rekey.is_some_and(|rekey| rekey.next.is_none()),
+        },
+        Step {
+            name: "announced",
+            held: true,
+            last: false,
+            is: |now| now.rekey.is_some_and(|rekey| rekey.next.is_some()),
+        },
+        Step { name: "sealed", held: false, last: true, is: |now| now.rekey.is_none() },
+    ];
+    for step in &steps {
+        killed_at(&cluster, &Operation::RotateKey {}, step, &mut before, |holds| holds.key);
     }
     a_member_is_away(&cluster, before);
-    println!("cluster key: {}", cluster.finish(&[LEASE_LOST, NOT_YET].concat()));
+    a_key_file_is_damaged(&cluster);
+    let set_aside = ["the file is set aside, and its key is fetched from the other members"];
+    println!("cluster key: {}", cluster.finish(&[LEASE_LOST, NOT_YET, &set_aside].concat()));
 }
 
 /// Nothing is sealed with a key that a member does not have; it gets it when it is back.
@@ -137,12 +174,27 @@ fn a_member_is_away(cluster: &Cluster, before: KeyId) {
     cluster.wait_for("a new key is announced", |statuses| {
         primary_of(statuses).is_some_and(|status| status.membership.rekey.is_some_and(|rekey| rekey.next.is_some()))
     });
-    poll_until(Instant::now() + MEANWHILE, || false);
-    let status = primary_of(&cluster.statuses()).cloned().expect("a primary");
-    assert!(status.membership.rekey.is_some(), "sealed without a member");
+    let begin = Instant::now();
+    while begin.elapsed() < MEANWHILE {
+        let statuses = cluster.statuses();
+        let status = primary_of(&statuses).expect("a primary");
+        assert!(status.membership.rekey.is_some(), "sealed without a member");
+    }
     cluster.signal(away, Signal::SIGCONT);
     wait_replaced(cluster, before, |holds| holds.key);
     all_unseal(cluster);
+}
+
+/// A disk that has lost it: the node gets the key from the others when it starts, and keeps what was there.
+fn a_key_file_is_damaged(cluster: &Cluster) {
+    let node = (cluster.primary() + 1) % 3;
+    let file = certificates(cluster, node).join("cluster.key");
+    fs::write(&file, b"half a key").unwrap();
+    assert!(!unseals(cluster, node));
+    cluster.signal(node, Signal::SIGKILL);
+    cluster.wait_for("it has the key again", |_| unseals(cluster, node));
+    assert_eq!(fs::read(file.with_extension("key.damaged")).unwrap(), b"half a key");
+    cluster.wait_healthy();
 }
 
 /// The host that is gone does not get the key that the others use from then on.
@@ -175,20 +227,15 @@ fn trusted(cluster: &Cluster, node: usize) -> String {
 fn the_authority_is_replaced_whoever_dies_meanwhile() {
     let _alone = alone();
     let cluster = Cluster::start();
-    let shows = |holds: &Holdings| holds.shows;
-    let mut before = wait_replaced(&cluster, KeyId::default(), shows);
-    let coming = |membership: &Membership| membership.coming.is_some();
-    let retired = |membership: &Membership| membership.retired.is_some();
-    let over = |membership: &Membership| membership.coming.is_none() && membership.retired.is_none();
-    let steps: [(&str, &dyn Fn(&Membership) -> bool); 3] =
-        [("introduced", &coming), ("signing", &retired), ("alone", &over)];
-    for (name, step) in steps {
-        let (start, old) = (Instant::now(), trusted(&cluster, 0));
-        begin(&cluster, &Operation::RotateCa { overlap_s: 1 });
-        kill_at(&cluster, step);
-        cluster.wait_healthy();
-        before = wait_replaced(&cluster, before, shows);
-        println!("  killed when the new authority was {name}: the old one is gone after {:?}", start.elapsed());
+    let mut before = wait_replaced(&cluster, KeyId::default(), |holds| holds.shows);
+    let steps = [
+        Step { name: "introduced", held: true, last: false, is: |now| now.coming.is_some() },
+        Step { name: "signing", held: false, last: false, is: |now| now.retired.is_some() },
+        Step { name: "alone", held: false, last: true, is: |now| now.coming.is_none() && now.retired.is_none() },
+    ];
+    for step in &steps {
+        let old = trusted(&cluster, 0);
+        killed_at(&cluster, &Operation::RotateCa { overlap_s: 1 }, step, &mut before, |holds| holds.shows);
         let bundles: HashSet<String> = (0..3).map(|node| trusted(&cluster, node)).collect();
         assert_eq!(bundles.len(), 1);
         assert!(bundles.iter().all(|bundle| bundle.matches("BEGIN CERTIFICATE").count() == 1 && *bundle != old));
