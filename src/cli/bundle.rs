@@ -8,6 +8,8 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::mpsc,
+    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -25,6 +27,8 @@ use crate::{
 const EX_CANTCREAT: u8 = 73;
 /// Longest time for one answer of the daemon.
 const ASK: Duration = Duration::from_secs(3);
+/// Longest time for what another program has to say.
+const SPEAK: Duration = Duration::from_secs(10);
 /// Bytes of the log that are taken along, from its end.
 const LOG: u64 = 2 << 20;
 /// Lines asked of the journal.
@@ -137,8 +141,9 @@ fn parts(args: &BundleArgs, data: &Path, socket: &Path) -> Vec<(&'static str, St
 }
 
 fn about(args: &BundleArgs, data: &Path) -> String {
-    let program =
-        |name: &str, arguments: &[&str]| said(name, arguments).unwrap_or_else(|error| format!("{name}: {error}\n"));
+    let program = |name: &str, arguments: &[&str]| {
+        said(name, arguments, SPEAK).unwrap_or_else(|error| format!("{name}: {error}\n"))
+    };
     format!(
         "time          {}\ntwistcli      {}\ntwistlockd    {}kernel        {}service       {}configuration {}\ndata folder   {}\n\n{}",
         Timestamp::now(),
@@ -155,25 +160,41 @@ fn about(args: &BundleArgs, data: &Path) -> String {
 fn log(args: &BundleArgs) -> String {
     let text = match &args.log {
         Some(file) => read_end(file, LOG),
-        None => said("journalctl", &["-u", "twistlockd", "-n", JOURNAL_LINES, "--no-pager", "-o", "short-iso"]),
+        None => said("journalctl", &["-u", "twistlockd", "-n", JOURNAL_LINES, "--no-pager", "-o", "short-iso"], SPEAK),
     };
     text.unwrap_or_else(|error| format!("not available: {error}\n"))
 }
 
-/// What a program says, the first bytes of it.
-fn said(program: &str, arguments: &[&str]) -> io::Result<String> {
+/// What a program says, the last bytes of it. One that hangs, as `df` does on a file system that is gone, is left to itself.
+fn said(program: &str, arguments: &[&str], limit: Duration) -> io::Result<String> {
     let mut child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
-    let mut bytes = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout.take(LOG).read_to_end(&mut bytes)?;
-    }
+    let stdout = child.stdout.take().ok_or_else(|| io::Error::other("it has no output"))?;
+    let (sender, text) = mpsc::channel();
+    thread::spawn(move || sender.send(last_bytes(stdout, LOG as usize)));
+    let Ok(text) = text.recv_timeout(limit) else {
+        let _ = child.kill(); // it may have ended just now
+        return Err(io::Error::new(io::ErrorKind::TimedOut, format!("no end of it after {limit:?}")));
+    };
     child.wait()?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    text
+}
+
+/// The last bytes of a stream, from the beginning of a line if there were more.
+fn last_bytes(mut from: impl Read, most: usize) -> io::Result<String> {
+    let (mut bytes, mut cut) = (Vec::new(), false);
+    while from.by_ref().take(most as u64).read_to_end(&mut bytes)? > 0 {
+        if bytes.len() > most {
+            bytes.drain(..bytes.len() - most);
+            cut = true;
+        }
+    }
+    let begin = if cut { bytes.iter().position(|byte| *byte == b'\n').map_or(0, |end| end + 1) } else { 0 };
+    Ok(String::from_utf8_lossy(&bytes[begin..]).into_owned())
 }
 
 /// The last bytes of a file.
@@ -275,6 +296,18 @@ fn files(data: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_program_says_last_is_taken_and_one_that_hangs_holds_nothing_up() {
+        let long = said("seq", &["1000000"], SPEAK).unwrap();
+        assert!(long.len() as u64 <= LOG && long.ends_with("\n999999\n1000000\n"), "{} bytes", long.len());
+        let first: u32 = long.lines().next().unwrap().parse().unwrap();
+        assert_eq!(long.lines().count() as u32, 1_000_001 - first);
+        assert_eq!(said("printf", &["a\nb"], SPEAK).unwrap(), "a\nb");
+        let hung = said("sleep", &["600"], Duration::from_millis(50)).unwrap_err();
+        assert_eq!(hung.kind(), io::ErrorKind::TimedOut);
+        assert!(said("no such program", &[], SPEAK).is_err());
+    }
 
     #[test]
     fn secrets_do_not_pass() {
