@@ -66,7 +66,7 @@ fn all_names() -> Vec<&'static str> {
 }
 
 /// A handshake that asks for `name` and trusts this authority alone.
-fn trusts(cluster: &Cluster, node: usize, name: &str, authority: &str) -> bool {
+pub fn trusts(cluster: &Cluster, node: usize, name: &str, authority: &str) -> bool {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(authority.as_bytes()).unwrap()).unwrap();
     let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -87,7 +87,7 @@ fn trusts(cluster: &Cluster, node: usize, name: &str, authority: &str) -> bool {
     true
 }
 
-fn own_ca(cluster: &Cluster) -> String {
+pub fn own_ca(cluster: &Cluster) -> String {
     fs::read_to_string(cluster.file().ca).unwrap()
 }
 

@@ -21,7 +21,9 @@ use twistlock_ha::{
 
 use super::{
     alone,
+    certificates::{own_ca, trusts},
     cluster::{Cluster, LEASE_LOST, LIMIT},
+    writers,
 };
 
 /// What a node says that looks for a key which the primary took along that made it.
@@ -247,4 +249,34 @@ fn the_authority_is_replaced_whoever_dies_meanwhile() {
         assert_eq!(identity.1, node as u64 + 1);
     }
     println!("authority: {}", cluster.finish(&[LEASE_LOST, NOT_YET].concat()));
+}
+
+/// During the overlap the Consoles go on showing what clients know, and give them what comes next; then one changes into the
+/// other, on the next primary, too.
+#[test]
+fn clients_have_the_overlap_to_get_the_next_authority() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let before = wait_replaced(&cluster, KeyId::default(), |holds| holds.shows);
+    let (old, primary) = (own_ca(&cluster), cluster.primary());
+    let known = |node: usize, ca: &str| trusts(&cluster, node, &format!("127.0.0.{}", node + 1), ca);
+    begin(&cluster, &Operation::RotateCa { overlap_s: 5 });
+    let client = writers::client(&cluster.file().ca, LIMIT);
+    let url = format!("{}/api/v1/certs/ca.pem", cluster.node(primary).console_url);
+    let both = client.get(&url).call().unwrap().into_body().read_to_string().unwrap();
+    let next = &both[both.rfind("-----BEGIN").unwrap()..];
+    assert_eq!(both.matches("BEGIN CERTIFICATE").count(), 2, "{both}");
+    assert!(known(primary, &old) && !known(primary, next));
+    let coming = control::status(&cluster.node(primary).control, LIMIT).unwrap().membership.coming;
+    assert!(coming.is_some(), "the overlap was over before it was looked at");
+    wait_replaced(&cluster, before, |holds| holds.shows);
+    assert!(known(primary, next) && !known(primary, &old));
+    cluster.signal(primary, Signal::SIGKILL);
+    cluster.wait_for("another node serves", |statuses| {
+        primary_of(statuses).is_some_and(|now| now.node as usize - 1 != primary)
+    });
+    let then = cluster.primary();
+    cluster.wait_for("it shows the new one", |_| known(then, next));
+    assert!(!known(then, &old));
+    println!("overlap: {}", cluster.finish(&[LEASE_LOST, NOT_YET].concat()));
 }
