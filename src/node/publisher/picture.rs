@@ -1,0 +1,183 @@
+//! The picture that is published: put together from what the [`Publisher`] was told, with the word for the node's role and
+//! sentences on what is wrong. Must never take part in a decision of the consensus loop.
+
+use std::{sync::Arc, time::SystemTime};
+
+use super::{DOWN_AFTER, Publisher, level_of};
+use crate::{
+    cluster::{Cluster, Member, NodeId, Phase, Role, membership::CLUSTER_SIZE},
+    node::{
+        history::Recent,
+        lease::boottime,
+        measure,
+        status::{MemberStatus, Status},
+    },
+    storage::raft_log::RaftLog,
+};
+
+impl Publisher {
+    /// Publishes a new picture if anything changed that somebody may wait for.
+    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, log: &RaftLog, applied: u64) {
+        let primary = self.primary(cluster);
+        let shown = (cluster.epoch(), primary);
+        if shown == self.shown && !std::mem::take(&mut self.stale) {
+            return;
+        }
+        self.shown = shown;
+        if let Some(primary) = primary {
+            self.history.primary_is(primary);
+        }
+        let mut status = self.picture(cluster, log, applied);
+        status.primary = primary;
+        status.warnings = self.sentences(&status);
+        measure::status(&status);
+        self.sender.send_replace(Arc::new(status));
+    }
+
+    fn primary(&self, cluster: &Cluster<RaftLog>) -> Option<NodeId> {
+        let leader = cluster.leader()?;
+        if leader == self.config.node {
+            return (self.phase == Phase::Primary).then_some(leader);
+        }
+        let report = self.peers.get(&leader)?.report.as_ref()?;
+        (report.state == Role::Primary && report.epoch == cluster.epoch()).then_some(leader)
+    }
+
+    fn picture(&self, cluster: &Cluster<RaftLog>, log: &RaftLog, applied: u64) -> Status {
+        let committed = cluster.committed();
+        let lease_ms = cluster.lease().deadline().map(|deadline| deadline.saturating_sub(boottime()) / 1_000_000);
+        let role = self.role();
+        let own = MemberStatus {
+            id: self.config.node,
+            name: String::new(),
+            address: String::new(),
+            state: role,
+            epoch: cluster.epoch(),
+            applied,
+            lag: committed.saturating_sub(applied),
+            lag_bytes: log.bytes_between(applied, committed),
+            lease_ms,
+            last_contact_ms: Some(0),
+            version: self.config.version.clone(),
+            voter: true,
+            sync: self.sync,
+            full: self.full,
+            level: self.config.level,
+            holds: self.holds,
+        };
+        let members = &self.membership.members;
+        Status {
+            cluster: self.membership.cluster,
+            node: self.config.node,
+            name: self.name(self.config.node),
+            version: self.config.version.clone(),
+            role,
+            reason: self.removed.clone().unwrap_or_else(|| self.reason.to_owned()),
+            epoch: cluster.epoch(),
+            primary: None,
+            applied,
+            committed,
+            lease_ms,
+            members: members.iter().map(|member| self.member(member, &own, log, committed)).collect(),
+            membership: self.membership.clone(),
+            warnings: Vec::new(),
+            certificates: self.certificates.clone(),
+            database: self.database.clone().filter(|_| self.phase == Phase::Primary),
+            recent: Recent { role_changes: self.history.changes().clone(), warnings: self.warnings.clone() },
+        }
+    }
+
+    fn member(&self, member: &Member, own: &MemberStatus, log: &RaftLog, committed: u64) -> MemberStatus {
+        let (name, address) = (member.name.clone(), format!("{}:{}", member.address, member.port));
+        let Some(peer) = self.peers.get(&member.id) else {
+            return MemberStatus { name, address, voter: member.voter, ..own.clone() };
+        };
+        let silence = peer.heard.map(|heard| heard.elapsed());
+        let state = match (silence, &peer.report) {
+            (None, _) => Role::Unknown,
+            (Some(silence), _) if peer.dead || silence > DOWN_AFTER => Role::Down,
+            (Some(_), Some(report)) => report.state,
+            (Some(_), None) => Role::Unknown,
+        };
+        let report = peer.report.as_ref();
+        MemberStatus {
+            id: member.id,
+            name,
+            address,
+            state,
+            epoch: report.map_or(0, |report| report.epoch),
+            applied: report.map_or(0, |report| report.applied),
+            lag: report.map_or(0, |report| committed.saturating_sub(report.applied)),
+            lag_bytes: report.and_then(|report| log.bytes_between(report.applied, committed)),
+            lease_ms: report.and_then(|report| report.lease_ms).filter(|_| state == Role::Primary),
+            last_contact_ms: silence.map(|silence| silence.as_millis() as u64),
+            version: report.map(|report| report.version.clone()).unwrap_or_default(),
+            voter: member.voter,
+            sync: peer.sync,
+            full: report.is_some_and(|report| report.full),
+            level: report.map_or(0, level_of),
+            holds: report.and_then(|report| report.more).map(|more| more.holds).unwrap_or_default(),
+        }
+    }
+
+    /// The word for this node itself.
+    fn role(&self) -> Role {
+        let role = self.phase.role();
+        let votes = self.membership.get(self.config.node).is_none_or(|member| member.voter);
+        match role {
+            _ if self.removed.is_some() => Role::Removed,
+            _ if self.diverged || self.sync.is_some() && votes => Role::Recovering,
+            Role::Startup | Role::Secondary if self.rolling_back => Role::Rollback,
+            Role::Startup | Role::Secondary if !votes => Role::Startup2,
+            role => role,
+        }
+    }
+
+    /// What is wrong, and what to do.
+    fn sentences(&self, status: &Status) -> Vec<String> {
+        let mut sentences: Vec<_> = self.warnings.values().cloned().collect();
+        let down = status.members.iter().filter(|member| matches!(member.state, Role::Down | Role::Unknown));
+        for member in down {
+            sentences.push(format!(
+                "{} ({}) is not heard of: start twistlockd there, or check the host and its network; no further failure is tolerated until it is back",
+                member.name, member.address
+            ));
+        }
+        if let Some(pause) = &status.membership.pause
+            && unix_now() < pause.until
+        {
+            sentences.push(format!(
+                "automatic takeover is paused for {} more minutes: if {} fails, nobody takes over; end it with `twistcli ha resume`",
+                (pause.until - unix_now()).div_ceil(60),
+                self.name(pause.primary)
+            ));
+        }
+        let voters = status.membership.voters().count();
+        if voters < status.membership.members.len() {
+            sentences.push(format!(
+                "{voters} of {} members vote: no failure is tolerated until the others have caught up",
+                status.membership.members.len()
+            ));
+        }
+        if status.membership.members.len() < CLUSTER_SIZE && status.role != Role::Removed {
+            sentences.push(format!(
+                "the cluster has {} of {CLUSTER_SIZE} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)",
+                status.membership.members.len()
+            ));
+        }
+        if status.primary.is_none() && !matches!(status.role, Role::Startup | Role::Removed) {
+            sentences
+                .push("no primary is known here: a majority of the members must be up and reach each other".to_owned());
+        }
+        sentences
+    }
+
+    fn name(&self, id: NodeId) -> String {
+        self.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
+    }
+}
+
+/// Seconds since 1970.
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
