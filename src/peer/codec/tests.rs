@@ -1,9 +1,21 @@
 //! The codec against itself (round trips) and against hostile bytes. Must never need a network.
 
 use proptest::{collection::vec, prelude::*};
+use raft::eraftpb::{ConfState, Entry, MessageType, Snapshot};
 
-use super::*;
-use crate::peer::assembler::Assembler;
+use super::{
+    CodecError::TooLarge,
+    raft_message::{MESSAGES, entry_type},
+    report::ROLES,
+    *,
+};
+use crate::{
+    cluster::{
+        ClusterId, Role,
+        trust::{Holdings, KeyId},
+    },
+    peer::assembler::Assembler,
+};
 
 fn members() -> impl Strategy<Value = ConfState> {
     let list = || vec(any::<u64>(), 0..5);

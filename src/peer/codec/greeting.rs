@@ -1,0 +1,215 @@
+//! The first frame on a link and its answer: who calls whom, in which language, what for, and why not. Must never change the
+//! layout of [`HelloReply`] nor the first field of [`Hello`].
+
+use thiserror::Error;
+
+use super::{
+    CodecError::{self, Malformed},
+    MAX_ADDRESS, MAX_REASON, MAX_VERSION, PROTOCOL_VERSION,
+    bytes::{Reader, Writer},
+    kind,
+};
+use crate::cluster::{ClusterId, NodeId, level::FIRST_LEVEL};
+
+/// The first frame on a link: who calls whom, and in which language.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    pub protocol: u16,
+    pub cluster: ClusterId,
+    pub from: NodeId,
+    pub to: NodeId,
+    /// Format of replicated commands that the caller writes ([`crate::cluster::command::FORMAT_VERSION`]).
+    pub data_format: u8,
+    /// How long the caller keeps its ports open and keeps its promises: see [`LeaseTerms`].
+    pub terms: LeaseTerms,
+    /// What the connection is for.
+    pub purpose: Purpose,
+    /// Random number of the caller's process: two processes with the identity of one node give themselves away.
+    pub incarnation: u64,
+    /// Program version, for people.
+    pub version: String,
+    /// Where the caller is reached; none if it does not know itself as a member.
+    pub reached: Option<Reached>,
+    /// The feature level of the caller's program; none for one that does not say, or a receiver that could not read it.
+    pub level: Option<u32>,
+}
+
+impl Hello {
+    /// The feature level of the caller's program.
+    pub fn feature_level(&self) -> u32 {
+        self.level.unwrap_or(FIRST_LEVEL)
+    }
+}
+
+/// Where a node is reached by its own membership, which may be newer than that of whom it calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reached {
+    pub address: String,
+    pub port: u16,
+    /// Raft index of the entry that made that membership.
+    pub index: u64,
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A link: frames from the caller, nothing back.
+    Link,
+    /// The caller fetches a snapshot of the database; what follows the hello is not of this protocol.
+    Snapshot,
+    /// The caller fetches a cluster key that it can name; what follows the hello is not of this protocol. Feature level 2.
+    Key,
+}
+
+/// The two spans that must fit together on all members, or two nodes could have open ports at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseTerms {
+    /// Milliseconds for which a primary keeps its ports open without an answer.
+    pub lease_ms: u32,
+    /// Milliseconds for which a voter surely elects nobody else after it has answered.
+    pub promise_ms: u32,
+}
+
+impl LeaseTerms {
+    /// Milliseconds that must lie between the end of a lease and the end of a promise.
+    pub const MARGIN_MS: u32 = 50;
+
+    /// True if a lease on either side ends before the promise of the other.
+    pub fn fit(&self, other: &Self) -> bool {
+        let ends_first = |lease: u32, promise: u32| lease.saturating_add(Self::MARGIN_MS) <= promise;
+        ends_first(self.lease_ms, other.promise_ms) && ends_first(other.lease_ms, self.promise_ms)
+    }
+}
+
+/// The answer to [`Hello`]: accepted, or the reason why not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HelloReply {
+    /// With the feature level of the answering program, if the caller has said its own.
+    Accepted(Option<u32>),
+    Refused(Refusal),
+}
+
+/// Why a node was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{reason}")]
+pub struct Refusal {
+    pub code: RefusalCode,
+    /// A sentence for people.
+    pub reason: String,
+}
+
+impl Refusal {
+    /// A refusal that programs need not tell from others.
+    pub fn other(reason: impl Into<String>) -> Self {
+        Self { code: RefusalCode::Other, reason: reason.into() }
+    }
+}
+
+/// What a program can make of a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusalCode {
+    /// Nothing but the reason: it may pass by itself, as for a newcomer that is not known everywhere yet, or not.
+    Other,
+    /// The caller was a member once and is none any more. Final: no id is given twice.
+    Removed,
+    /// Not now.
+    Busy,
+    /// The cluster runs a feature level that the caller's program does not have.
+    Outdated,
+}
+
+pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
+    let mut writer = Writer::new(kind::HELLO, 128);
+    writer.0.extend_from_slice(&hello.protocol.to_le_bytes());
+    writer.0.extend_from_slice(&hello.cluster.0.to_le_bytes());
+    writer.u64(hello.from);
+    writer.u64(hello.to);
+    writer.0.push(hello.data_format);
+    writer.0.extend_from_slice(&hello.terms.lease_ms.to_le_bytes());
+    writer.0.extend_from_slice(&hello.terms.promise_ms.to_le_bytes());
+    writer.0.push(match hello.purpose {
+        Purpose::Link => 0,
+        Purpose::Snapshot => 1,
+        Purpose::Key => 2,
+    });
+    writer.u64(hello.incarnation);
+    writer.bytes(hello.version.as_bytes(), MAX_VERSION, "program version")?;
+    writer.0.push(u8::from(hello.reached.is_some()));
+    if let Some(Reached { address, port, index }) = &hello.reached {
+        writer.bytes(address.as_bytes(), MAX_ADDRESS, "address")?;
+        writer.0.extend_from_slice(&port.to_le_bytes());
+        writer.u64(*index);
+    }
+    hello.level.into_iter().for_each(|level| writer.u32(level));
+    writer.finish()
+}
+
+pub(super) fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError> {
+    let protocol = u16::from_le_bytes(reader.array()?);
+    if protocol != PROTOCOL_VERSION {
+        return Err(CodecError::Version(protocol));
+    }
+    Ok(Hello {
+        protocol,
+        cluster: ClusterId(u128::from_le_bytes(reader.array()?)),
+        from: reader.u64()?,
+        to: reader.u64()?,
+        data_format: reader.u8()?,
+        terms: LeaseTerms {
+            lease_ms: u32::from_le_bytes(reader.array()?),
+            promise_ms: u32::from_le_bytes(reader.array()?),
+        },
+        purpose: match reader.u8()? {
+            0 => Purpose::Link,
+            1 => Purpose::Snapshot,
+            2 => Purpose::Key,
+            _ => return Err(Malformed("unknown purpose")),
+        },
+        incarnation: reader.u64()?,
+        version: reader.text(MAX_VERSION)?,
+        reached: if reader.bool()? { Some(decode_reached(reader)?) } else { None },
+        level: reader.optional(Reader::u32)?,
+    })
+}
+
+fn decode_reached(reader: &mut Reader<'_>) -> Result<Reached, CodecError> {
+    let address = reader.text(MAX_ADDRESS)?;
+    Ok(Reached { address, port: u16::from_le_bytes(reader.array()?), index: reader.u64()? })
+}
+
+pub(super) fn encode_reply(reply: &HelloReply) -> Result<Vec<u8>, CodecError> {
+    let mut writer = Writer::new(kind::HELLO_REPLY, MAX_REASON);
+    let (code, reason) = match reply {
+        HelloReply::Accepted(_) => (1, ""),
+        HelloReply::Refused(refusal) => (refusal_code(refusal.code), refusal.reason.as_str()),
+    };
+    writer.0.push(code);
+    writer.bytes(reason.as_bytes(), MAX_REASON, "reason")?;
+    if let HelloReply::Accepted(Some(level)) = reply {
+        writer.u32(*level);
+    }
+    writer.finish()
+}
+
+pub(super) fn decode_reply(reader: &mut Reader<'_>) -> Result<HelloReply, CodecError> {
+    let (code, reason) = match (reader.u8()?, reader.text(MAX_REASON)?) {
+        (1, reason) if reason.is_empty() => return Ok(HelloReply::Accepted(reader.optional(Reader::u32)?)),
+        (1, _) => return Err(Malformed("accepted with a reason")),
+        (2, reason) => (RefusalCode::Removed, reason),
+        (3, reason) => (RefusalCode::Busy, reason),
+        (4, reason) => (RefusalCode::Outdated, reason),
+        // Codes of a later version, too: their reason says what this program does not understand.
+        (_, reason) => (RefusalCode::Other, reason),
+    };
+    Ok(HelloReply::Refused(Refusal { code, reason }))
+}
+
+/// The numbers on the wire, besides 1 for an acceptance; never renumber.
+fn refusal_code(code: RefusalCode) -> u8 {
+    match code {
+        RefusalCode::Other => 0,
+        RefusalCode::Removed => 2,
+        RefusalCode::Busy => 3,
+        RefusalCode::Outdated => 4,
+    }
+}
