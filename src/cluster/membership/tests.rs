@@ -1,0 +1,220 @@
+//! Every change from a membership of one host on, and what comes back from its bytes. Must never need a node.
+
+use super::*;
+use crate::cluster::{
+    admission::{MAX_CSR, MAX_OPEN},
+    console_certificate::{MAX_CHAIN, MAX_SEALED},
+};
+
+fn request(id: NodeId) -> Request {
+    Request {
+        id: format!("request{id}"),
+        name: format!("host{id}"),
+        address: format!("127.0.0.{id}"),
+        port: 8086,
+        version: "1.2.3".to_owned(),
+        level: level::FEATURE_LEVEL,
+        fingerprint: format!("AB:{id}"),
+        csr: String::new(),
+        console_csr: String::new(),
+        console_names: Vec::new(),
+        clock_ms: 0,
+        at: 10,
+        until: 20,
+    }
+}
+
+fn newcomer(id: NodeId) -> Newcomer {
+    let request = format!("request{id}");
+    Newcomer { id, request, certificate: String::new(), console_certificate: String::new() }
+}
+
+fn ask(membership: &Membership, id: NodeId) -> Membership {
+    change(membership, Change::Request { request: request(id) }).unwrap()
+}
+
+fn one() -> Membership {
+    Membership::founded(ClusterId(7), vec![Member::founder(1, "host1", "127.0.0.1", 8086)])
+}
+
+fn change(membership: &Membership, change: Change) -> Result<Membership, String> {
+    membership.changed(&change, 1).map_err(|error| error.to_string())
+}
+
+#[test]
+fn two_hosts_are_admitted_and_get_a_vote_together() {
+    let asked = ask(&ask(&one(), 2), 3);
+    let admitted = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
+    assert_eq!(admitted.learners().collect::<Vec<_>>(), [2, 3]);
+    assert_eq!(admitted.next_id, 4);
+    let all = change(&admitted, Change::Promote).unwrap();
+    assert_eq!(all.voters().collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(all.members.iter().map(|member| member.rank).collect::<Vec<_>>(), [0, 1, 2]);
+    assert!(change(&all, Change::Request { request: request(4) }).unwrap_err().contains("complete"));
+    assert!(change(&ask(&one(), 2), Change::Admit { hosts: vec![newcomer(2)] }).unwrap_err().contains("1 requests"));
+    assert!(change(&all, Change::Promote).unwrap_err().contains("already"));
+    assert_eq!(Membership::decode(&all.encode()).unwrap(), all);
+}
+
+/// Days may pass until the new authority signs.
+#[test]
+fn a_host_may_join_while_an_authority_is_introduced_and_is_waited_for() {
+    let authority = |name: &str| {
+        let (certificate, sealed_key) = (name.to_owned(), "sealed".to_owned());
+        SealedAuthority { certificate, sealed_key, key: None }
+    };
+    let alone = Membership { authority: Some(authority("old")), ..one() };
+    let coming = Coming { authority: authority("new"), overlap: 60 };
+    let both = change(&ask(&alone, 2), Change::IntroduceAuthority { coming }).unwrap();
+    assert_eq!(both.public().coming.unwrap().authority.sealed_key, "");
+    let switch = |membership: &Membership, at| change(membership, Change::SwitchAuthority { at });
+    let asked = ask(&both, 3);
+    assert!(switch(&asked, 19).unwrap_err().contains("on their way"));
+    assert!(switch(&asked, 20).unwrap().requests.is_empty(), "they have expired");
+    let admitted = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
+    assert!(switch(&admitted, 90).unwrap_err().contains("on their way"));
+    let all = change(&admitted, Change::Promote).unwrap();
+    assert_eq!(switch(&all, 90).unwrap().authority, Some(authority("new")));
+}
+
+#[test]
+fn a_removed_member_leaves_its_rank_and_keeps_its_id() {
+    let asked = ask(&ask(&one(), 2), 3);
+    let admitted = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
+    let all = change(&admitted, Change::Promote).unwrap();
+    let remove = |node| Change::Remove { node, at: 99, force: false };
+    assert!(change(&all, remove(1)).unwrap_err().contains("switch over"));
+    assert!(change(&all, remove(9)).unwrap_err().contains("not a member"));
+    let two = change(&all, remove(2)).unwrap();
+    assert_eq!(two.removed(2).unwrap().name, "host2");
+    let asked = ask(&two, 2);
+    assert!(change(&asked, Change::Admit { hosts: vec![newcomer(2)] }).unwrap_err().contains("meanwhile"));
+    let again = Newcomer { id: 4, ..newcomer(2) };
+    let three = change(&asked, Change::Admit { hosts: vec![again] }).unwrap();
+    assert_eq!((three.rank(4), three.rank(3)), (Some(1), Some(2)));
+}
+
+#[test]
+fn what_cannot_be_told_apart_or_dialled_is_refused() {
+    let join = |edit: fn(&mut Request)| {
+        let mut request = request(2);
+        edit(&mut request);
+        change(&one(), Change::Request { request })
+    };
+    assert!(join(|host| host.name = "host1".to_owned()).unwrap_err().contains("told apart"));
+    assert!(join(|host| host.address = "127.0.0.1".to_owned()).unwrap_err().contains("told apart"));
+    assert!(join(|host| host.name = "<script>".to_owned()).unwrap_err().contains("not a host name"));
+    assert!(join(|host| host.address = "a b".to_owned()).unwrap_err().contains("neither"));
+    assert!(join(|host| host.port = 0).unwrap_err().contains("port 0"));
+    assert!(join(|host| host.csr = " ".repeat(MAX_CSR + 1)).unwrap_err().contains("too long"));
+    assert!(join(|host| host.console_names = vec!["a".repeat(99); 9]).unwrap_err().contains("too long"));
+    let fitting = console_names_that_fit(["b".to_owned(), "c".repeat(254)].into_iter().chain(vec!["a".repeat(99); 9]));
+    assert_eq!(fitting.len(), 8, "the first ones are kept");
+    let many = console_names_that_fit(vec!["a".repeat(9); 99]);
+    assert_eq!(many.len(), MAX_CONSOLE_NAMES);
+    for names in [fitting, many] {
+        let host = Request { console_names: names, ..request(2) };
+        change(&one(), Change::Request { request: host }).unwrap();
+    }
+    assert!(join(|_| {}).is_ok());
+}
+
+#[test]
+fn requests_and_invitations_are_bounded_and_expire() {
+    let asked = ask(&one(), 2);
+    let other = Request { fingerprint: "CD".to_owned(), ..request(2) };
+    assert!(change(&asked, Change::Request { request: other.clone() }).unwrap_err().contains("reject one"));
+    let later = Request { at: 20, until: 30, ..other };
+    assert_eq!(change(&asked, Change::Request { request: later.clone() }).unwrap().requests, [later]);
+    assert_eq!(ask(&asked, 2).requests.len(), 1);
+    assert!(change(&asked, Change::Reject { request: "request2".into() }).unwrap().requests.is_empty());
+    assert!(change(&asked, Change::Reject { request: "other".into() }).is_err());
+    let invite = |membership: &Membership, at| {
+        let invitation = Invitation { hash: format!("{at:x}"), at, until: at + 100, by: "admin".to_owned() };
+        change(membership, Change::Invite { invitation })
+    };
+    let mut invited = one();
+    for at in 0..MAX_OPEN as u64 {
+        invited = invite(&invited, at).unwrap();
+    }
+    assert_eq!(invite(&invited, 101).unwrap().invitations.len(), MAX_OPEN - 1, "two have expired");
+    let ends = |membership: &Membership| membership.invitations.iter().map(|open| open.until).collect::<Vec<_>>();
+    invited.invitations[0].until = 900;
+    let more = invite(&invited, 99).unwrap();
+    assert_eq!(ends(&more), [900, 102, 103, 104, 105, 106, 107, 199], "the one that ends first gives way");
+    assert_eq!(ends(&invite(&more, 99).unwrap())[..2], [900, 103]);
+    assert!(change(&invited, Change::Uninvite).unwrap().invitations.is_empty());
+}
+
+#[test]
+fn a_pause_names_who_may_serve() {
+    let paused = change(&one(), Change::Pause { until: 5 }).unwrap();
+    assert_eq!(paused.pause, Some(Pause { until: 5, primary: 1 }));
+    assert_eq!(change(&paused, Change::Resume).unwrap(), one());
+    assert!(change(&one(), Change::Resume).unwrap_err().contains("not paused"));
+}
+
+#[test]
+fn names_of_the_console_are_dns_names_or_addresses() {
+    let set = |names: &[&str]| {
+        let names = names.iter().map(|name| (*name).to_owned()).collect();
+        change(&one(), Change::ConsoleNames { names })
+    };
+    let good = ["lb.example.com", "LB.example.com", "*.example.com", "192.0.2.7", "2001:db8::7", "console", "a_b"];
+    let set_to = set(&good).unwrap();
+    assert_eq!(set_to.console_names[0], "lb.example.com");
+    assert_eq!(set_to.console_names.len(), good.len() - 1, "each once");
+    assert_eq!(Membership::decode(&set_to.encode()).unwrap(), set_to);
+    assert!(set(&[]).unwrap().console_names.is_empty());
+    for wrong in
+        ["", "a b", "https://a", "a:8083", "*.com", "*", "a.*.b", "-a", "a..b", "1.2.3", "1.2.3.4.5", "a\n", "ä"]
+    {
+        assert!(set(&[wrong]).unwrap_err().contains("cannot be in a certificate"), "{wrong}");
+    }
+    assert!(set(&["a".repeat(64).as_str()]).is_err());
+    let many: Vec<String> = (0..33).map(|n| format!("h{n}")).collect();
+    assert!(change(&one(), Change::ConsoleNames { names: many }).unwrap_err().contains("at most 32 names"));
+    let long = (0..30).map(|n| format!("{n}x.{}.example", "a".repeat(60))).collect();
+    assert!(change(&one(), Change::ConsoleNames { names: long }).unwrap_err().contains("2048"));
+}
+
+#[test]
+fn a_custom_certificate_is_bounded_and_not_for_everybody() {
+    let with = |chain: usize, key: usize| {
+        let (chain, sealed_key) = ("c".repeat(chain), "k".repeat(key));
+        let certificate = Some(CustomCertificate { chain, sealed_key, key: KeyId(1), by: "admin".to_owned(), at: 7 });
+        change(&one(), Change::CustomCertificate { certificate })
+    };
+    assert!(with(MAX_CHAIN + 1, 1).unwrap_err().contains("too long"));
+    assert!(with(1, MAX_SEALED + 1).unwrap_err().contains("too long"));
+    let largest = with(MAX_CHAIN, MAX_SEALED).unwrap();
+    assert_eq!(Membership::decode(&largest.encode()).unwrap(), largest);
+    assert_eq!(largest.public(), one());
+    assert_eq!(change(&largest, Change::CustomCertificate { certificate: None }).unwrap(), one());
+}
+
+#[test]
+fn a_level_rises_and_never_falls_and_an_older_program_reads_past_it() {
+    let raise =
+        |membership: &Membership, level| change(membership, Change::Raise { level, version: format!("{level}.0") });
+    let old = Membership { level: 1, level_version: String::new(), ..one() };
+    assert!(!String::from_utf8(old.encode()).unwrap().contains("level"), "as before there were levels");
+    assert_eq!(Membership::decode(&old.encode()).unwrap(), old);
+    let raised = raise(&old, 7).unwrap();
+    assert_eq!((raised.level, raised.level_version.as_str()), (7, "7.0"));
+    assert_eq!(Membership::decode(&raised.encode()).unwrap(), raised);
+    for level in [6, 7] {
+        assert!(raise(&raised, level).unwrap_err().contains("level 7 already"));
+    }
+    let paused = change(&raised, Change::Pause { until: 5 }).unwrap();
+    assert_eq!(paused.level, 7);
+}
+
+#[test]
+fn damaged_and_newer_bytes_are_refused() {
+    let bytes = one().encode();
+    assert!(Membership::decode(&bytes[1..]).is_err());
+    let newer = String::from_utf8(bytes).unwrap().replace("\"format\":1", "\"format\":2");
+    assert!(Membership::decode(newer.as_bytes()).unwrap_err().contains("newer"));
+    assert!(Membership::decode(&vec![b' '; MAX_ENCODED + 1]).is_err());
+}
