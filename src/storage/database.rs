@@ -4,6 +4,8 @@
 //! and from then on transactions come from SQLite through the [`Gate`]. Must never serve or follow in doubt: whatever
 //! fails half-way is begun again from the last checkpoint.
 
+mod checkpoints;
+
 use std::{
     fs::{self, File},
     io::{self, ErrorKind},
@@ -15,16 +17,17 @@ use std::{
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use thiserror::Error;
 
+pub use checkpoints::Checkpoint;
+
 pub use super::replica::ApplyError;
 use super::{
     EntrySource, Replicator,
-    backup::{CopyError, Copying, Finished, Progress},
     checkpoint::{Record, sync_folder},
     checksum::PageTable,
-    gate::{self, Gate, GateConfig, Mark},
+    gate::{self, Gate, GateConfig},
     replica::{Replica, is_full},
     scrub::page_checksums,
-    snapshot::{Hold, Resting},
+    snapshot::Hold,
     vfs::{self, Checkpointer, SqliteError, VFS_NAME},
 };
 use crate::cluster::command::{CONSOLE_DATABASE, Commit, PagesBuilder};
@@ -34,12 +37,6 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// A WAL that has grown beyond this is cut back to it when it starts again, in bytes. A checkpoint that leaves a longer
 /// one makes the writers wait for a moment, so that it does start again.
 const WAL_LIMIT: u64 = 64 << 20;
-/// A checkpoint is repeated while the WAL is longer than this, in bytes.
-const REPEAT_ABOVE: u64 = WAL_LIMIT / 4;
-/// How often a checkpoint copies beside the writers.
-const PASSES: u32 = 5;
-/// How often a checkpoint is begun again so that the file rests.
-const REST_TRIES: u32 = 5;
 
 /// Why the database cannot do something.
 #[derive(Debug, Error)]
@@ -96,17 +93,6 @@ pub enum Scrubbable {
     Follows { file: Arc<File>, page_size: u32, pages: u32 },
     /// While it [rests](Database::rest).
     Serves,
-}
-
-/// What [`Database::checkpoint`] has reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Checkpoint {
-    /// The durable checkpoint C: the raft log is not needed up to here.
-    pub index: u64,
-    /// False if readers or writers were in the way at last: the file holds more than the database at C.
-    pub complete: bool,
-    /// Frames in the WAL; 0 on a secondary.
-    pub frames: u32,
 }
 
 /// The database, open for writing on the primary. Everybody opens it with [`PrimaryDatabase::connect_options`].
@@ -495,155 +481,6 @@ impl Database {
         self.failed = None;
         Ok(())
     }
-
-    /// Moves the durable checkpoint as far as it can go. Only if the WAL has become very long, writers wait for a
-    /// moment. Until the next call, if it is complete, the file's pages up to the size of the database at C are the
-    /// database at C; on a primary the file can be longer. Breaks the hold of whoever reads
-    /// the [resting](Database::rest) file.
-    ///
-    /// # Errors
-    /// File errors. After a failed sync the database is not used any more.
-    pub fn checkpoint(&mut self) -> Result<Checkpoint, DatabaseError> {
-        self.break_hold();
-        if let Some(failed) = &self.failed {
-            return Err(DatabaseError::Failed(failed.clone()));
-        }
-        let (record, complete, frames) = match &self.state {
-            State::Following(replica) => (Some(replica.record()), true, 0),
-            State::Serving(serving) => {
-                let checkpointer = serving.checkpointer.as_ref();
-                let checkpointer = checkpointer.ok_or(DatabaseError::Refused("the database is being closed"))?;
-                checkpoint_wal(&serving.primary.gate, checkpointer)?
-            }
-            State::Closed { .. } => (None, false, 0),
-        };
-        if let Some(record) = record.filter(|record| record.index > self.record.index) {
-            if let Err(source) = self.file.sync_all() {
-                self.failed = Some(format!("a sync of {} failed: {source}", self.path.display()));
-                self.sync_failed = true;
-                return Err(io_error("sync", &self.path, source));
-            }
-            record.write(&self.record_path, self.id).map_err(|e| io_error("write", &self.record_path, e))?;
-            self.record = record;
-        }
-        Ok(Checkpoint { index: self.record.index, complete, frames })
-    }
-
-    /// Lets somebody read the database as of a checkpoint, while writers go on: the file rests until everybody who got it
-    /// has dropped it, or until the next [`Database::checkpoint`] or [`Database::demote`]. Only on a primary.
-    ///
-    /// # Errors
-    /// Those of a checkpoint; [`DatabaseError::Refused`] on a secondary, and while readers keep checkpoints from an end.
-    pub fn rest(&mut self) -> Result<Resting, DatabaseError> {
-        if !matches!(self.state, State::Serving(_)) {
-            return Err(DatabaseError::Refused("only the primary's database file rests between checkpoints"));
-        }
-        if !self.is_held() {
-            let mut tries = 0..REST_TRIES;
-            while !self.checkpoint()?.complete {
-                tries.next().ok_or(DatabaseError::Refused("readers keep the database file from resting: try again"))?;
-            }
-        }
-        // A second reader gets the checkpoint of the first: another one would take it away.
-        let hold = self.hold.get_or_insert_default().clone();
-        Ok(Resting::new(Arc::clone(&self.file), self.record, hold))
-    }
-
-    /// Begins a copy of a database that follows and goes on following. An earlier copy ends.
-    ///
-    /// # Errors
-    /// [`CopyError::Ended`] on a primary, and while the file is ahead of what has been applied.
-    pub fn begin_copy(&mut self) -> Result<Copying, CopyError> {
-        let replica = self.whole()?;
-        let table = &replica.table;
-        let (copying, tracking) = Copying::begin(Arc::clone(&replica.file), table.page_size(), table.pages());
-        replica.copy = Some(tracking);
-        Ok(copying)
-    }
-
-    /// Ends a copy at what is applied now.
-    ///
-    /// # Errors
-    /// [`CopyError`].
-    pub fn finish_copy(&mut self, copy: &Progress) -> Result<Finished, CopyError> {
-        let replica = self.whole()?;
-        let Some(tracking) = &replica.copy else {
-            return Err(CopyError::Ended("the database was begun again since the copy began".to_owned()));
-        };
-        let finished = tracking.finish(copy, &replica.file, replica.record())?;
-        replica.copy = None;
-        Ok(finished)
-    }
-
-    /// The database that follows, if its file is what its last transaction claimed.
-    fn whole(&mut self) -> Result<&mut Replica, CopyError> {
-        let ended = |why: &str| Err(CopyError::Ended(why.to_owned()));
-        if self.failed.is_some() {
-            return ended("this node's database is not used any more: see its status");
-        }
-        let State::Following(replica) = &mut self.state else {
-            return ended("the role of this node changes");
-        };
-        if replica.table.pages() == 0 {
-            return ended("this node has no database yet");
-        }
-        match replica.claim == replica.table.checksum() {
-            true => Ok(replica),
-            false if replica.applied < replica.touched => {
-                ended("this node still replays its raft log: try again in a moment")
-            }
-            false => ended("this node's database is damaged: it must be restored from the primary first"),
-        }
-    }
-
-    /// True while somebody reads the resting file.
-    pub fn is_held(&mut self) -> bool {
-        self.hold.take_if(|hold| !hold.is_wanted());
-        self.hold.is_some()
-    }
-
-    fn break_hold(&mut self) {
-        if let Some(hold) = self.hold.take() {
-            hold.break_off();
-        }
-    }
-}
-
-/// Copies the WAL into the database file. Returns what that has reached, whether the last pass got to the end, and the
-/// frames in the WAL.
-///
-/// SQLite starts the WAL again only when a writer begins while nothing is left to copy. Under load there always is:
-/// what was written during the pass. The next pass has less to do. If that is not enough, one pass keeps the writers
-/// out.
-fn checkpoint_wal(gate: &Gate, checkpointer: &Checkpointer) -> Result<(Option<Record>, bool, u32), DatabaseError> {
-    let (mut last, mut frames) = checkpoint_pass(gate, checkpointer, false)?;
-    let mut reached = last;
-    for pass in 1..=PASSES {
-        let restart = pass == PASSES;
-        let limit = if restart { WAL_LIMIT } else { REPEAT_ABOVE };
-        if last.is_none() || gate.wal_bytes() <= limit {
-            break;
-        }
-        (last, frames) = checkpoint_pass(gate, checkpointer, restart)?;
-        reached = [reached, last].into_iter().flatten().max_by_key(|mark| mark.index);
-    }
-    let page_size = gate.page_size();
-    let record = |mark: Mark| Record { index: mark.index, page_size, pages: mark.pages, checksum: mark.checksum };
-    Ok((reached.map(record), last.is_some(), frames))
-}
-
-/// One pass: what it has reached, if that was the end of the WAL, and the frames in the WAL.
-fn checkpoint_pass(
-    gate: &Gate,
-    checkpointer: &Checkpointer,
-    restart: bool,
-) -> Result<(Option<Mark>, u32), DatabaseError> {
-    gate.begin_checkpoint(restart);
-    let result = checkpointer.run(restart);
-    // "All frames copied" refers to what the checkpoint saw when it began.
-    let reached = result.as_ref().ok().copied().flatten().filter(|(frames, done)| frames == done);
-    let mark = gate.end_checkpoint(reached.map(|(frames, _)| frames));
-    Ok((mark, result?.map_or(0, |(frames, _)| frames)))
 }
 
 /// The first entry of a cluster's raft log, as encoded parts: a database without tables. The node proposes it when its
