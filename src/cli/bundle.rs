@@ -174,7 +174,7 @@ fn said(program: &str, arguments: &[&str], limit: Duration) -> io::Result<String
         .stderr(Stdio::null())
         .spawn()?;
     let stdout = child.stdout.take().ok_or_else(|| io::Error::other("it has no output"))?;
-    let (sender, text) = mpsc::channel();
+    let (sender, text) = mpsc::sync_channel(1);
     thread::spawn(move || sender.send(last_bytes(stdout, LOG as usize)));
     let Ok(text) = text.recv_timeout(limit) else {
         let _ = child.kill(); // it may have ended just now

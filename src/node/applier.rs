@@ -3,6 +3,7 @@
 //! for the database, and must never wait for the thread but at the end.
 
 mod copies;
+mod saver;
 mod worker;
 
 use std::{
@@ -40,6 +41,8 @@ struct Goal {
     copies: u64,
     /// How often a scrub has read something.
     scrubbed: u64,
+    /// How often a checkpoint was saved or the raft log compacted.
+    saved: u64,
     /// The disk is full.
     full: bool,
     /// No checkpoint: what is in force since the last one is not in its file yet.

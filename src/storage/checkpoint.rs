@@ -9,7 +9,8 @@
 use std::{
     fs::{self, File},
     io::{self, ErrorKind, Write},
-    path::Path,
+    path::{Path, PathBuf},
+    sync::Arc,
 };
 
 const MAGIC: &[u8; 8] = b"TLCKPT01";
@@ -86,6 +87,34 @@ impl Record {
         file.sync_all()?;
         fs::rename(&fresh, path)?;
         sync_folder(path)
+    }
+}
+
+/// What makes a checkpoint durable: waits for the disk, on any thread, while the database is used on. What is written to the file
+/// meanwhile is ahead of the record, as it is at any other time. One at a time for each database.
+#[derive(Debug)]
+#[must_use = "the database waits for the outcome"]
+pub struct Saving {
+    pub(super) file: Arc<File>,
+    pub(super) path: PathBuf,
+    pub(super) database: u32,
+    pub(super) record: Record,
+}
+
+/// How that went: for [`super::database::Database::saved`].
+#[derive(Debug)]
+pub struct Saved {
+    pub(super) record: Record,
+    pub(super) synced: io::Result<()>,
+    pub(super) written: io::Result<()>,
+}
+
+impl Saving {
+    /// Syncs the file, then writes the record.
+    pub fn save(self) -> Saved {
+        let synced = self.file.sync_all();
+        let written = if synced.is_ok() { self.record.write(&self.path, self.database) } else { Ok(()) };
+        Saved { record: self.record, synced, written }
     }
 }
 

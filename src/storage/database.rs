@@ -177,6 +177,8 @@ pub struct Database {
     sync_failed: bool,
     /// Whoever reads the file while it rests at the last checkpoint.
     hold: Option<Hold>,
+    /// A checkpoint is being saved.
+    saving: bool,
 }
 
 impl Database {
@@ -204,7 +206,18 @@ impl Database {
         let replica = Replica::at(Arc::clone(&file), id, &record, log_last_index.max(record.index), &|| true)
             .map_err(|source| io_error("read", &path, source))?;
         let state = State::Following(replica);
-        Ok(Self { id, path, record_path, file, record, state, failed: None, sync_failed: false, hold: None })
+        Ok(Self {
+            id,
+            path,
+            record_path,
+            file,
+            record,
+            state,
+            failed: None,
+            sync_failed: false,
+            hold: None,
+            saving: false,
+        })
     }
 
     /// Raft index up to which the database has everything.

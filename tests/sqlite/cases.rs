@@ -468,6 +468,48 @@ fn roles_change_hands() {
     }
 }
 
+/// A checkpoint is saved while the database goes on, changes its role, or goes back to the one before: what counts is what was
+/// whole when it began.
+#[test]
+fn a_checkpoint_is_saved_while_the_role_changes() {
+    let (mut first, mut second, primary) = pair(4096);
+    let sql = Sql::open(&primary);
+    sql.run("CREATE TABLE t(id INTEGER PRIMARY KEY, data)").unwrap();
+    second.follow();
+    let write = || sql.run("INSERT INTO t(data) VALUES (randomblob(20000))").unwrap();
+    // It follows, and is ahead of the checkpoint when that is saved.
+    let (reached, saving) = second.database.begin_checkpoint().unwrap();
+    assert!(reached.index < second.database.applied());
+    assert!(matches!(second.database.begin_checkpoint(), Err(DatabaseError::Refused(_))));
+    let index = second.database.applied();
+    write();
+    second.follow();
+    second.database.saved(saving.unwrap().save()).unwrap();
+    assert_eq!(second.database.checkpointed(), index);
+    second.crash();
+    assert_eq!(second.database.applied(), index);
+    second.follow();
+    assert_equal(&mut first, &mut second);
+    // It serves, and has gone back to the checkpoint before when this one is saved.
+    first.database.checkpoint().unwrap();
+    write();
+    let before = first.database.checkpointed();
+    let saving = first.database.begin_checkpoint().unwrap().1.expect("something was written");
+    drop(sql);
+    first.demote();
+    first.database.saved(saving.save()).unwrap();
+    assert_eq!((first.database.checkpointed(), first.database.applied()), (before, before));
+    first.follow();
+    second.follow();
+    assert_equal(&mut first, &mut second);
+    // The record on the disk is the newer one: another start begins there.
+    first.crash();
+    assert!(first.database.applied() > before);
+    first.follow();
+    assert_equal(&mut first, &mut second);
+    assert_sound(&first.database);
+}
+
 #[test]
 fn an_open_connection_makes_the_demotion_miss_its_deadline() {
     let (mut first, _second, primary) = pair(4096);

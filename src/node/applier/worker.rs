@@ -10,7 +10,12 @@ use std::{
 use raft::eraftpb::EntryType;
 use tracing::{debug, info, warn};
 
-use super::{CheckpointPolicy, Goal, Shared, copies::CopyRequest, lock};
+use super::{
+    CheckpointPolicy, Goal, Shared,
+    copies::CopyRequest,
+    lock,
+    saver::{Outcome, Saver, Task},
+};
 use crate::{
     node::{
         inbox::{DatabaseEvent, Input, Proposer, Sender},
@@ -74,6 +79,11 @@ pub(super) struct Worker {
     scrub: Scrub,
     /// How many answers of the scrub were seen.
     scrubbed: u64,
+    saver: Saver,
+    /// How many tasks of the saver were over when it was looked at last.
+    saved: u64,
+    /// The raft log was to be compacted while the saver was busy.
+    compaction_due: bool,
     /// The disk is full: nothing is applied before then.
     full_until: Option<Instant>,
     told_full: bool,
@@ -88,7 +98,11 @@ impl Worker {
         deadline: Duration,
         checkpoints: CheckpointPolicy,
     ) -> io::Result<Self> {
-        let reader = Arc::clone(&shared);
+        let (reader, saver) = (Arc::clone(&shared), Arc::clone(&shared));
+        let saver = Saver::start(move || {
+            lock(&saver).saved += 1;
+            saver.changed.notify_one();
+        })?;
         let scrub = Scrub::start(checkpoints.scrub, move || {
             lock(&reader).scrubbed += 1;
             reader.changed.notify_one();
@@ -96,6 +110,9 @@ impl Worker {
         Ok(Self {
             scrub,
             scrubbed: 0,
+            saver,
+            saved: 0,
+            compaction_due: false,
             checkpointed: (Instant::now(), 0),
             database,
             log,
@@ -147,6 +164,12 @@ impl Worker {
                 self.snapshots = goal.snapshots;
                 self.rest(goal.pinned);
             }
+            if goal.saved != self.saved {
+                self.saved = goal.saved;
+                while let Some(outcome) = self.saver.poll() {
+                    self.note(outcome);
+                }
+            }
             if goal.full != self.full {
                 self.full = goal.full;
                 self.compact();
@@ -166,9 +189,9 @@ impl Worker {
     /// Lets a scrub go on, when there is nothing more important to do.
     fn scrub(&mut self, goal: &Goal) {
         self.scrubbed = goal.scrubbed;
-        // A scrub of the PRIMARY's file begins with a checkpoint, which must not be while checkpoints are pinned.
-        let pinned = goal.pinned && self.epoch.is_some();
-        if self.broken || self.ended || pinned || self.behind(goal) || self.epoch != goal.epoch {
+        // A scrub of the PRIMARY's file begins with a checkpoint, which must not be while checkpoints are pinned, nor beside another.
+        let kept = (goal.pinned || self.saver.is_busy()) && self.epoch.is_some();
+        if self.broken || self.ended || kept || self.behind(goal) || self.epoch != goal.epoch {
             return;
         }
         match self.scrub.turn(&mut self.database) {
@@ -249,7 +272,7 @@ impl Worker {
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
                 _ if goal.snapshots != self.snapshots || goal.copies != self.copies => false,
-                _ if goal.scrubbed != self.scrubbed || goal.full != self.full => false,
+                _ if goal.scrubbed != self.scrubbed || goal.full != self.full || goal.saved != self.saved => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
                 Some(epoch) if pause.is_some() => epoch == self.refused,
                 None if pause.is_some() => true,
@@ -376,9 +399,10 @@ impl Worker {
         // A reader can keep the WAL long: then it is not tried again at once.
         let long = self.database.wal_bytes() >= self.checkpoints.bytes && at.elapsed() >= LONG_WAL_PAUSE;
         let due = long || appended - before >= self.checkpoints.bytes || at.elapsed() >= self.checkpoints.interval;
-        if due && !self.broken && self.database.applied() > self.database.checkpointed() && !self.is_held() {
+        let able = !self.broken && !self.saver.is_busy();
+        if due && able && self.database.applied() > self.database.checkpointed() && !self.is_held() {
             self.checkpointed = (Instant::now(), appended);
-            self.checkpoint();
+            self.begin_checkpoint();
         }
     }
 
@@ -406,6 +430,7 @@ impl Worker {
                 self.report(DatabaseEvent::Resting { resting, reply });
                 continue;
             }
+            self.settle();
             let result = self.database.rest();
             if result.is_ok() {
                 let appended = self.shared.appended.load(Ordering::Relaxed);
@@ -436,26 +461,63 @@ impl Worker {
         }
     }
 
-    fn checkpoint(&mut self) {
-        let result = self.database.checkpoint();
-        if result.is_ok() {
-            self.told_full &= self.full_until.is_some();
-            self.compact();
+    /// The waits for the disk are left to the saver: a takeover would have to wait for them, too.
+    fn begin_checkpoint(&mut self) {
+        match self.database.begin_checkpoint() {
+            Ok((_, Some(saving))) => self.saver.begin(Task::Save(saving)),
+            Ok((_, None)) => self.compact(),
+            Err(error) => self.checkpoint_failed(&error),
         }
-        if let Err(error) = result {
-            if error.is_full() {
-                self.compact(); // it may give space back
-                return self.note_full("the checkpoint of the database");
+    }
+
+    /// Takes what came of a task of the saver.
+    fn note(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Saved(saved) => match self.database.saved(saved) {
+                Ok(()) => {
+                    self.told_full &= self.full_until.is_some();
+                    self.compact();
+                }
+                Err(error) => self.checkpoint_failed(&error),
+            },
+            Outcome::Compacted { to, result } => {
+                match result {
+                    Ok(()) => debug!(index = to, bytes = self.log.size_bytes(), "raft log compacted"),
+                    // Nothing was done; the next checkpoint tries again.
+                    Err(LogError::Full { .. } | LogError::Refused(_)) => {}
+                    Err(error) => return self.fatal(format!("compact the raft log: {error}")),
+                }
+                if std::mem::take(&mut self.compaction_due) {
+                    self.compact();
+                }
             }
-            // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
-            // is not used any further.
-            self.fatal(format!("checkpoint the database: {error}"));
         }
+    }
+
+    /// Waits for the saver.
+    fn settle(&mut self) {
+        while let Some(outcome) = self.saver.wait() {
+            self.note(outcome);
+        }
+    }
+
+    fn checkpoint_failed(&mut self, error: &DatabaseError) {
+        if error.is_full() {
+            self.compact(); // it may give space back
+            return self.note_full("the checkpoint of the database");
+        }
+        // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
+        // is not used any further.
+        self.fatal(format!("checkpoint the database: {error}"));
     }
 
     /// Lets go of what neither this node's database nor another member needs. While a member is away, the raft log grows
     /// up to its limit, or until the disk is full; then that member has to be given the whole database.
     fn compact(&mut self) {
+        self.compaction_due = self.saver.is_busy();
+        if self.compaction_due {
+            return;
+        }
         let released = lock(&self.shared).released;
         let snapshot =
             self.snapshot_at.filter(|(_, until)| Instant::now() < *until).map_or(u64::MAX, |(index, _)| index);
@@ -479,12 +541,7 @@ impl Worker {
             metrics::counter!(RAFT_LOG_OVERRUNS).increment(1);
         }
         self.overrun = too_long;
-        let before = self.log.size_bytes();
-        match self.log.compact(to) {
-            Ok(()) => debug!(index = to, bytes = before, "raft log compacted"),
-            Err(LogError::Full { .. } | LogError::Refused(_)) => {} // nothing was done; the next checkpoint tries again
-            Err(error) => self.fatal(format!("compact the raft log: {error}")),
-        }
+        self.saver.begin(Task::Compact { log: self.log.clone(), to });
     }
 
     fn close(&mut self) {
@@ -494,8 +551,10 @@ impl Worker {
         }
         let pinned = lock(&self.shared).pinned;
         let closed = self.epoch.is_some() || self.database.is_closed();
+        self.settle();
         if !closed && !self.broken && !self.database.is_empty() && !pinned {
-            self.checkpoint();
+            self.begin_checkpoint();
+            self.settle();
         } else if self.broken {
             warn!("the database is left as it is: it needs to be restored");
         }

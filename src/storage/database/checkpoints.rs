@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Database, DatabaseError, State, WAL_LIMIT, io_error};
 use crate::storage::{
     backup::{CopyError, Copying, Finished, Progress},
-    checkpoint::Record,
+    checkpoint::{Record, Saved, Saving},
     gate::{Gate, Mark},
     replica::Replica,
     snapshot::Resting,
@@ -40,6 +40,20 @@ impl Database {
     /// # Errors
     /// File errors. After a failed sync the database is not used any more.
     pub fn checkpoint(&mut self) -> Result<Checkpoint, DatabaseError> {
+        let (reached, saving) = self.begin_checkpoint()?;
+        saving.map_or(Ok(()), |saving| self.saved(saving.save()))?;
+        Ok(Checkpoint { index: self.record.index, ..reached })
+    }
+
+    /// The same without its waits for the disk: those are in what is returned, if there is something to save. Until that comes
+    /// back by [`Database::saved`], the old checkpoint counts, and no other one begins.
+    ///
+    /// # Errors
+    /// File errors; [`DatabaseError::Refused`] while the last one is being saved.
+    pub fn begin_checkpoint(&mut self) -> Result<(Checkpoint, Option<Saving>), DatabaseError> {
+        if self.saving {
+            return Err(DatabaseError::Refused("the last checkpoint is still being saved"));
+        }
         self.break_hold();
         if let Some(failed) = &self.failed {
             return Err(DatabaseError::Failed(failed.clone()));
@@ -53,16 +67,34 @@ impl Database {
             }
             State::Closed { .. } => (None, false, 0),
         };
-        if let Some(record) = record.filter(|record| record.index > self.record.index) {
-            if let Err(source) = self.file.sync_all() {
-                self.failed = Some(format!("a sync of {} failed: {source}", self.path.display()));
-                self.sync_failed = true;
-                return Err(io_error("sync", &self.path, source));
-            }
-            record.write(&self.record_path, self.id).map_err(|e| io_error("write", &self.record_path, e))?;
-            self.record = record;
+        let saving = record.filter(|record| record.index > self.record.index).map(|record| Saving {
+            file: Arc::clone(&self.file),
+            path: self.record_path.clone(),
+            database: self.id,
+            record,
+        });
+        self.saving = saving.is_some();
+        Ok((Checkpoint { index: self.record.index, complete, frames }, saving))
+    }
+
+    /// Takes what came of [`Database::begin_checkpoint`].
+    ///
+    /// # Errors
+    /// File errors. After a failed sync the database is not used any more.
+    pub fn saved(&mut self, saved: Saved) -> Result<(), DatabaseError> {
+        self.saving = false;
+        if let Err(source) = saved.synced {
+            self.failed = Some(format!("a sync of {} failed: {source}", self.path.display()));
+            self.sync_failed = true;
+            return Err(io_error("sync", &self.path, source));
         }
-        Ok(Checkpoint { index: self.record.index, complete, frames })
+        saved.written.map_err(|source| io_error("write", &self.record_path, source))?;
+        // A database that went back to the checkpoint before this one meanwhile needs the raft log from there on.
+        let went_back = matches!(&self.state, State::Following(replica) if replica.applied < saved.record.index);
+        if !went_back {
+            self.record = saved.record;
+        }
+        Ok(())
     }
 
     /// Lets somebody read the database as of a checkpoint, while writers go on: the file rests until everybody who got it
