@@ -71,6 +71,11 @@ pub fn valid_page_size(size: u32) -> bool {
     size.is_power_of_two() && (512..=65536).contains(&size)
 }
 
+/// True for a part behind the first one of its transaction, by its header alone.
+pub fn continues(bytes: &[u8]) -> bool {
+    word(bytes, 16).is_some_and(|part| part > 0)
+}
+
 /// The page images, `length` bytes of them; the caller has checked that this is no more than a command can have.
 fn decode_images(bytes: &[u8], length: usize, compressed: bool) -> Result<Cow<'_, [u8]>, CommandError> {
     if !compressed {

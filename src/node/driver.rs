@@ -24,7 +24,7 @@ use super::{
     Exit, NodeConfig, Pulse,
     applier::Applier,
     configure::Changes,
-    inbox::{DatabaseEvent, Input, Proposal, Waiting},
+    inbox::{DatabaseEvent, Input, Piece, Proposal, Waiting},
     lease::boottime,
     publisher::Publisher,
     rollback::{self, Rollback},
@@ -108,6 +108,7 @@ impl Driver {
                     self.measure();
                 }
                 self.watch_database();
+                self.watch_stall();
                 self.applier.nudge();
                 self.applier.release(self.publisher.everybody_has());
                 if self.rollback.note_ends() {
@@ -156,6 +157,13 @@ impl Driver {
             error!("the database has fenced itself after a failure of its files on this host");
             self.cluster.set_unfit(boottime(), boottime() + UNFIT);
             self.cluster.give_up(boottime(), Cause::DatabaseFailed);
+        }
+    }
+
+    /// What nobody takes must not be waited for without end: whoever waits may keep the Console closed.
+    fn watch_stall(&mut self) {
+        if self.waiting.give_up_stalled(Instant::now()) {
+            warn!("a transaction of several parts is given up: no majority of the members takes any more of it");
         }
     }
 
@@ -221,6 +229,7 @@ impl Driver {
         let now = boottime();
         match input {
             Input::Propose(proposal) => self.propose(proposal),
+            Input::Settle { reply } => self.waiting.settle(reply, Instant::now()),
             Input::Synced { number, result, micros } => {
                 self.syncer.note(number);
                 self.synced(number, result, micros);
@@ -243,14 +252,24 @@ impl Driver {
     }
 
     fn propose(&mut self, proposal: Proposal) {
-        let Proposal { epoch, part, last, reply } = proposal;
+        let Proposal { epoch, part, last, long, reply } = proposal;
         if !self.has_room(part.len()) {
             let why = "the disk of the primary is full".to_owned();
             let _ = reply.send(Err(ReplicateError::Full(why))); // nobody waits any more: nothing to tell
             return;
         }
+        // Not begun rather than stuck: without its last part the transaction comes to nothing, and its parts are in nobody's way.
+        if let Some(why) = self.lacks_space().filter(|_| long) {
+            let _ = reply.send(Err(ReplicateError::Refused(why))); // nobody waits any more: nothing to tell
+            return;
+        }
+        let piece = match (last, long) {
+            (false, _) => Piece::Part,
+            (true, true) => Piece::Last,
+            (true, false) => Piece::Whole,
+        };
         match self.cluster.propose(boottime(), epoch, part) {
-            Ok(index) => self.waiting.add(index, last, reply),
+            Ok(index) => self.waiting.add(index, piece, reply, Instant::now()),
             Err(error) => {
                 let _ = reply.send(Err(ReplicateError::Refused(error.to_string())));
             }
@@ -380,7 +399,7 @@ impl Driver {
                 }
             }
         }
-        self.waiting.release(output.committed);
+        self.waiting.release(output.committed, Instant::now());
         self.applier.apply(output.apply);
         if let Some(epoch) = output.promote {
             self.applier.promote(epoch);

@@ -8,13 +8,14 @@ use std::{
         Arc,
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
+    time::{Duration, Instant},
 };
 
 use tokio::sync::oneshot;
 
 use super::{CertificateStatus, ChangeError, snapshots, status::SyncProgress};
 use crate::{
-    cluster::{Change, Membership, NodeId, trust::Holdings},
+    cluster::{Change, Membership, NodeId, command, trust::Holdings},
     peer::LinkSender,
     storage::{ReplicateError, Replicator, database::PrimaryDatabase, raft_log::RaftLog, snapshot::Resting},
 };
@@ -23,20 +24,52 @@ use crate::{
 const INBOX: usize = 1024;
 /// Parts of one long transaction that may be on their way at once: 8 MiB.
 const PARTS_IN_FLIGHT: u64 = 8;
+/// How long no majority may take anything more while a transaction of several parts waits. Whoever made it holds everybody else up
+/// meanwhile: a restore keeps the Console closed.
+pub(super) const STALLED: Duration = Duration::from_secs(30);
+
+/// Who waits for an answer to a proposal.
+type Answer = SyncSender<Result<u64, ReplicateError>>;
 
 /// What the loop can be told.
 pub(super) enum Input {
     Propose(Proposal),
-    Synced { number: u64, result: Result<(), String>, micros: u64 },
+    /// Everything that was proposed so far is to be committed first.
+    Settle {
+        reply: Answer,
+    },
+    Synced {
+        number: u64,
+        result: Result<(), String>,
+        micros: u64,
+    },
     Database(DatabaseEvent),
-    HandOver { to: Option<NodeId>, done: oneshot::Sender<()> },
-    Change { change: Change, reply: oneshot::Sender<Result<Arc<Membership>, ChangeError>> },
-    Sync { node: NodeId, progress: Option<SyncProgress> },
-    Restart { why: String },
+    HandOver {
+        to: Option<NodeId>,
+        done: oneshot::Sender<()>,
+    },
+    Change {
+        change: Change,
+        reply: oneshot::Sender<Result<Arc<Membership>, ChangeError>>,
+    },
+    Sync {
+        node: NodeId,
+        progress: Option<SyncProgress>,
+    },
+    Restart {
+        why: String,
+    },
     IgnorePause,
-    Holds { holds: Holdings },
-    Snapshot { reply: snapshots::Reply },
-    Warning { about: &'static str, text: Option<String> },
+    Holds {
+        holds: Holdings,
+    },
+    Snapshot {
+        reply: snapshots::Reply,
+    },
+    Warning {
+        about: &'static str,
+        text: Option<String>,
+    },
     Certificates(Vec<CertificateStatus>),
     Stop,
 }
@@ -46,7 +79,9 @@ pub(super) struct Proposal {
     pub epoch: u64,
     pub part: Vec<u8>,
     pub last: bool,
-    pub reply: SyncSender<Result<u64, ReplicateError>>,
+    /// Its transaction has more parts than this one.
+    pub long: bool,
+    pub reply: Answer,
 }
 
 /// What the database thread reports.
@@ -122,18 +157,29 @@ pub(super) struct Proposer {
     pub log: RaftLog,
 }
 
-impl Replicator for Proposer {
-    fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError> {
-        // What room it needs is made on this thread, which may wait for a slow disk: the consensus loop asks again, and decides.
-        self.log.has_room([part.len()]);
+impl Proposer {
+    /// Asks the loop, and waits for its answer. The wait is bounded by the lease, since the loop answers everybody when it lapses,
+    /// and for a transaction of several parts by [`STALLED`], too.
+    fn ask(&self, request: impl FnOnce(Answer) -> Input) -> Result<u64, ReplicateError> {
         let (reply, answer) = sync_channel(1);
-        let proposal = Proposal { epoch: self.epoch, part, last, reply };
-        if !self.sender.try_send(Input::Propose(proposal)) {
+        if !self.sender.try_send(request(reply)) {
             return Err(ReplicateError::Refused("the consensus loop takes no more proposals".to_owned()));
         }
-        // The wait is bounded by the lease: when it lapses, the loop answers every waiting proposal.
         let gone = || ReplicateError::Unknown("the consensus loop ended while the transaction was waiting".to_owned());
         answer.recv().map_err(|_| gone())?
+    }
+}
+
+impl Replicator for Proposer {
+    fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError> {
+        let long = !last || command::continues(&part);
+        if last && long {
+            // While the last part is not proposed, a transaction that comes to a stand can be given up for certain.
+            self.ask(|reply| Input::Settle { reply })?;
+        }
+        // What room it needs is made on this thread, which may wait for a slow disk: the consensus loop asks again, and decides.
+        self.log.has_room([part.len()]);
+        self.ask(|reply| Input::Propose(Proposal { epoch: self.epoch, part, last, long, reply }))
     }
 
     fn make_durable(&self) -> io::Result<()> {
@@ -141,34 +187,169 @@ impl Replicator for Proposer {
     }
 }
 
+/// What somebody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// A transaction of one part.
+    Whole,
+    /// A part that does not end its transaction: without the last one it comes to nothing.
+    Part,
+    /// The end of a transaction of several parts.
+    Last,
+}
+
+struct Waiter {
+    /// It is answered when this index is committed.
+    release: u64,
+    index: u64,
+    piece: Piece,
+    reply: Answer,
+}
+
 /// Proposals that are in the raft log and wait for a majority, oldest first.
-#[derive(Default)]
 pub(super) struct Waiting {
-    queue: VecDeque<(u64, u64, SyncSender<Result<u64, ReplicateError>>)>,
+    queue: VecDeque<Waiter>,
+    /// The last index that was proposed, and the last one that is known to be committed.
+    proposed: u64,
+    committed: u64,
+    /// When something was committed last, or began to wait.
+    moved: Instant,
 }
 
 impl Waiting {
+    pub fn new(now: Instant) -> Self {
+        Self { queue: VecDeque::new(), proposed: 0, committed: 0, moved: now }
+    }
+
     /// Takes in a proposal that got `index`. A part that is not the last one is only held back while too many are ahead.
-    pub fn add(&mut self, index: u64, last: bool, reply: SyncSender<Result<u64, ReplicateError>>) {
-        let release = if last { index } else { index.saturating_sub(PARTS_IN_FLIGHT) };
-        self.queue.push_back((release, index, reply));
+    pub fn add(&mut self, index: u64, piece: Piece, reply: Answer, now: Instant) {
+        let release = if piece == Piece::Part { index.saturating_sub(PARTS_IN_FLIGHT) } else { index };
+        self.proposed = index;
+        self.wait(Waiter { release, index, piece, reply }, now);
+    }
+
+    /// Answers when everything that was proposed so far is committed. Only for parts: the end of their transaction is to come.
+    pub fn settle(&mut self, reply: Answer, now: Instant) {
+        let index = self.proposed;
+        if index <= self.committed {
+            let _ = reply.send(Ok(index)); // nobody waits any more: nothing to tell
+        } else {
+            self.wait(Waiter { release: index, index, piece: Piece::Part, reply }, now);
+        }
+    }
+
+    fn wait(&mut self, waiter: Waiter, now: Instant) {
+        if self.queue.is_empty() {
+            self.moved = now;
+        }
+        self.queue.push_back(waiter);
     }
 
     /// Answers everything that `committed` covers.
-    pub fn release(&mut self, committed: u64) {
-        while self.queue.front().is_some_and(|(release, _, _)| *release <= committed) {
-            if let Some((_, index, reply)) = self.queue.pop_front() {
-                let _ = reply.send(Ok(index)); // nobody waits any more: nothing to tell
-            }
+    pub fn release(&mut self, committed: u64, now: Instant) {
+        if committed > self.committed {
+            (self.committed, self.moved) = (committed, now);
         }
+        while let Some(first) = self.queue.pop_front_if(|first| first.release <= committed) {
+            let _ = first.reply.send(Ok(first.index)); // nobody waits any more: nothing to tell
+        }
+    }
+
+    /// Gives up the transactions of several parts if no majority has taken anything for [`STALLED`]. Those that lack their last part
+    /// never take effect, of the others nobody knows. True if there was one.
+    pub fn give_up_stalled(&mut self, now: Instant) -> bool {
+        let long = |waiter: &Waiter| waiter.piece != Piece::Whole;
+        if now.duration_since(self.moved) < STALLED || !self.queue.iter().any(long) {
+            return false;
+        }
+        let why = format!("no majority of the members has taken any of it for {} s", STALLED.as_secs());
+        let (stalled, others): (VecDeque<_>, _) = std::mem::take(&mut self.queue).into_iter().partition(long);
+        self.queue = others;
+        for waiter in stalled {
+            let why = why.clone();
+            let error = match waiter.piece {
+                Piece::Last => ReplicateError::Unknown(why),
+                _ => ReplicateError::Refused(why),
+            };
+            let _ = waiter.reply.send(Err(error)); // nobody waits any more: nothing to tell
+        }
+        true
     }
 
     /// The role is gone: the outcome of everything that waits is unknown here. Returns how many there were.
     pub fn fail(&mut self, why: &str) -> usize {
         let count = self.queue.len();
-        for (_, _, reply) in self.queue.drain(..) {
-            let _ = reply.send(Err(ReplicateError::Unknown(why.to_owned())));
+        for waiter in self.queue.drain(..) {
+            let _ = waiter.reply.send(Err(ReplicateError::Unknown(why.to_owned())));
         }
         count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Reply = Receiver<Result<u64, ReplicateError>>;
+
+    fn add(waiting: &mut Waiting, index: u64, piece: Piece, now: Instant) -> Reply {
+        let (reply, answer) = sync_channel(1);
+        waiting.add(index, piece, reply, now);
+        answer
+    }
+
+    fn settle(waiting: &mut Waiting, now: Instant) -> Reply {
+        let (reply, answer) = sync_channel(1);
+        waiting.settle(reply, now);
+        answer
+    }
+
+    #[test]
+    fn parts_wait_only_while_too_many_are_ahead_and_the_end_waits_for_all() {
+        let now = Instant::now();
+        let mut waiting = Waiting::new(now);
+        waiting.release(10, now);
+        let first = add(&mut waiting, 11, Piece::Part, now);
+        waiting.release(10, now);
+        assert_eq!(first.try_recv().unwrap().unwrap(), 11);
+        let far = add(&mut waiting, 19, Piece::Part, now);
+        waiting.release(10, now);
+        assert!(far.try_recv().is_err());
+        waiting.release(11, now);
+        assert!(far.try_recv().unwrap().is_ok());
+        let settled = settle(&mut waiting, now);
+        waiting.release(18, now);
+        assert!(settled.try_recv().is_err(), "a part is not committed");
+        waiting.release(19, now);
+        assert!(settled.try_recv().unwrap().is_ok());
+        assert!(settle(&mut waiting, now).try_recv().unwrap().is_ok(), "nothing to wait for");
+        let last = add(&mut waiting, 20, Piece::Last, now);
+        waiting.release(19, now);
+        assert!(last.try_recv().is_err());
+        waiting.release(20, now);
+        assert_eq!(last.try_recv().unwrap().unwrap(), 20);
+    }
+
+    #[test]
+    fn a_long_transaction_that_comes_to_a_stand_is_given_up_and_a_short_one_waits() {
+        let now = Instant::now();
+        let mut waiting = Waiting::new(now);
+        let whole = add(&mut waiting, 30, Piece::Whole, now);
+        assert!(!waiting.give_up_stalled(now + 2 * STALLED), "one that holds nobody up but writers");
+        let part = add(&mut waiting, 31, Piece::Part, now);
+        // Slow, but it goes on.
+        waiting.release(20, now + STALLED);
+        assert!(!waiting.give_up_stalled(now + STALLED + STALLED / 2));
+        assert!(waiting.give_up_stalled(now + 2 * STALLED));
+        assert!(matches!(part.try_recv().unwrap(), Err(ReplicateError::Refused(_))), "it never takes effect");
+        assert!(whole.try_recv().is_err() && !waiting.give_up_stalled(now + 3 * STALLED));
+        waiting.release(31, now + 3 * STALLED);
+        assert!(whole.try_recv().unwrap().is_ok());
+        // It begins to wait after a long time in which nothing was to do.
+        let later = now + 10 * STALLED;
+        let last = add(&mut waiting, 32, Piece::Last, later);
+        assert!(!waiting.give_up_stalled(later + STALLED / 2));
+        assert!(waiting.give_up_stalled(later + STALLED));
+        assert!(matches!(last.try_recv().unwrap(), Err(ReplicateError::Unknown(_))), "its end may be in a raft log");
     }
 }

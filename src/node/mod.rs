@@ -268,7 +268,7 @@ pub fn spawn(
         applier,
         publisher,
         config,
-        waiting: Waiting::default(),
+        waiting: Waiting::new(Instant::now()),
         changes: Changes::default(),
         upgrade: Upgrade::default(),
         members,

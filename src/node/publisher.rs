@@ -228,10 +228,11 @@ impl Publisher {
         report.is_some_and(|report| report.full)
     }
 
-    /// The disk of this node is full, or is not any more.
+    /// The disk of this node is full, or is not any more; the others are told at once.
     pub fn full(&mut self, full: bool) {
         self.full = full;
         self.stale = true;
+        self.announced.1 = u64::MAX;
     }
 
     /// The index up to which all other members have the raft log: nobody will ask for it again.

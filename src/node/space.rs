@@ -11,7 +11,7 @@ use raft::eraftpb::{Message, MessageType};
 use tracing::{info, warn};
 
 use crate::{
-    cluster::{Phase, command::MAX_COMMAND},
+    cluster::{NodeId, Phase, command::MAX_COMMAND},
     storage::raft_log::RaftLog,
     telemetry,
 };
@@ -86,7 +86,9 @@ impl Driver {
     /// Once per tick.
     pub(super) fn watch_space(&mut self) {
         let now = Instant::now();
-        if now.duration_since(self.space.looked) >= LOOK {
+        // At once when the raft log finds none: whoever sends entries has to know.
+        let new = self.log.is_full() && self.space.full.is_none();
+        if new || now.duration_since(self.space.looked) >= LOOK {
             self.space.looked = now;
             self.look_at_space(now);
         }
@@ -144,6 +146,19 @@ impl Driver {
         let now = boottime();
         self.cluster.set_unfit(now, now + PAUSE.as_nanos() as u64 / 6);
         self.cluster.hand_over(now, Some(to));
+    }
+
+    /// Why no majority of the voters could take a long transaction, if that is so: by their last reports.
+    pub(super) fn lacks_space(&self) -> Option<String> {
+        let membership = self.members.borrow();
+        let full: Vec<NodeId> = membership.voters().filter(|voter| self.publisher.has_full_disk(*voter)).collect();
+        let voters = membership.voters().count();
+        if full.len() <= voters - (voters / 2 + 1) {
+            return None;
+        }
+        let name = |id: &NodeId| membership.get(*id).map_or_else(|| id.to_string(), |member| member.name.clone());
+        let names: Vec<String> = full.iter().map(name).collect();
+        Some(format!("no majority of the members can take it: the disk is full on {}", names.join(" and ")))
     }
 
     /// True if the raft log can take a command of this length, and the entry of the next epoch behind it.

@@ -183,7 +183,7 @@ fn what_cannot_be_restored_is_refused_and_changes_nothing() {
 }
 
 /// Waits until the restore is at the step that everything before it only prepares. False if it was over before that was seen.
-fn wait_replacing(cluster: &Cluster, node: usize, started: &Started) -> bool {
+pub fn wait_replacing(cluster: &Cluster, node: usize, started: &Started) -> bool {
     let deadline = Instant::now() + LIMIT;
     loop {
         let state: BackupState = ask(cluster, node, Operation::BackupState {}).unwrap();

@@ -28,7 +28,7 @@ use super::{
 /// Some segments of the raft log, the database, and what is free again without the ballast.
 const SIZE: &str = "size=160m";
 /// What may be said about a full disk.
-const FULL: &[&str] =
+pub const FULL: &[&str] =
     &["the disk is full", "the disk of the primary is full", "cannot prepare ahead", "database or disk is full"];
 
 pub fn run(program: &str, arguments: &[&str]) {
@@ -63,7 +63,7 @@ fn start(small: usize) -> Cluster {
 }
 
 /// Takes all space in the file system of a node.
-fn fill(cluster: &Cluster, node: usize) -> PathBuf {
+pub fn fill(cluster: &Cluster, node: usize) -> PathBuf {
     let path = cluster.node(node).data.join("ballast");
     let mut file = File::create(&path).unwrap();
     for length in [1 << 20, 4096] {
@@ -73,7 +73,7 @@ fn fill(cluster: &Cluster, node: usize) -> PathBuf {
 }
 
 /// Moves the role until the node has it, or has it not.
-fn wait_role(cluster: &Cluster, node: usize, primary: bool) {
+pub fn wait_role(cluster: &Cluster, node: usize, primary: bool) {
     for _ in 0..20 {
         let now = cluster.primary();
         if (now == node) == primary {

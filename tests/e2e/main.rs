@@ -20,6 +20,7 @@ mod network;
 mod observe;
 mod recover;
 mod remote;
+mod restores;
 mod rollback;
 mod rotation;
 mod sampler;
