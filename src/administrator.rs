@@ -57,8 +57,8 @@ pub(crate) fn backups(config: &Config, handle: &Handle, admin: Arc<Admin>, event
 struct ConsolePorts(SupervisorHandle);
 
 impl Ports for ConsolePorts {
-    fn drain(&self) -> BoxFuture<'_, ()> {
-        Box::pin(self.0.drain())
+    fn drain(&self, why: &'static str) -> BoxFuture<'_, ()> {
+        Box::pin(self.0.drain(why))
     }
 
     fn resume(&self) {

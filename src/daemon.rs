@@ -426,7 +426,7 @@ async fn stop_in_order(
     node: &mut task::JoinHandle<std::thread::Result<Exit>>,
 ) -> Exit {
     let orderly = async {
-        ports.drain().await;
+        ports.drain("this node stops").await;
         handle.hand_over(None).await;
         handle.stop();
         node.await

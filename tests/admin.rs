@@ -43,7 +43,7 @@ struct Counted {
 }
 
 impl Ports for Counted {
-    fn drain(&self) -> BoxFuture<'_, ()> {
+    fn drain(&self, _why: &'static str) -> BoxFuture<'_, ()> {
         self.drained.fetch_add(1, Ordering::SeqCst);
         Box::pin(std::future::ready(()))
     }

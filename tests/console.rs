@@ -123,7 +123,7 @@ fn a_stream_ends_in_order_when_the_ports_close() {
     stream.read_line(&mut line).unwrap();
     assert_eq!(line, "event: status\n");
     let begin = Instant::now();
-    node.runtime.block_on(node.handle.drain());
+    node.runtime.block_on(node.handle.drain("a test"));
     println!("drained in {:?} with a stream open", begin.elapsed());
     let mut rest = String::new();
     stream.read_to_string(&mut rest).unwrap();
@@ -187,7 +187,7 @@ fn a_drain_lets_running_requests_end_and_can_be_taken_back() {
     let posting = node.post_in_background(&token, "last");
     node.majority.wait_for_a_commit();
     let handle = node.handle.clone();
-    let draining = node.runtime.spawn(async move { handle.drain().await });
+    let draining = node.runtime.spawn(async move { handle.drain("a test").await });
     wait_until("the ports refuse", || node.refused());
     node.majority.set(Majority::Agrees);
     let answer = posting.join().unwrap();
@@ -209,7 +209,7 @@ fn a_drain_is_bounded() {
     let posting = node.post_in_background(&token, "stuck");
     node.majority.wait_for_a_commit();
     let handle = node.handle.clone();
-    let draining = node.runtime.spawn(async move { handle.drain().await });
+    let draining = node.runtime.spawn(async move { handle.drain("a test").await });
     let answer = posting.join().unwrap();
     assert!(matches!(answer, Answer::None(_)), "{answer:?}");
     node.majority.set(Majority::Agrees);

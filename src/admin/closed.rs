@@ -30,7 +30,7 @@ impl Admin {
     pub async fn with_console_closed<T>(
         &self,
         by: &str,
-        what: &str,
+        what: &'static str,
         work: impl Future<Output = T>,
     ) -> Result<T, AdminError> {
         let Ok(_one) = self.changing.try_lock() else {
@@ -39,7 +39,7 @@ impl Admin {
         self.check_primary()?;
         info!(by, what, "the Console is closed");
         let _resume = Resume(self);
-        self.ports.drain().await;
+        self.ports.drain(what).await;
         let done = work.await;
         info!(by, what, "the Console may open again");
         Ok(done)

@@ -62,8 +62,8 @@ pub struct AdminConfig {
 
 /// The Console's ports on this node, as the daemon controls them.
 pub trait Ports: Send + Sync {
-    /// Closes them in order; returns when the database is free.
-    fn drain(&self) -> BoxFuture<'_, ()>;
+    /// Closes them in order; returns when the database is free. `why` is for the log.
+    fn drain(&self, why: &'static str) -> BoxFuture<'_, ()>;
     /// Takes [`Ports::drain`] back.
     fn resume(&self);
 }

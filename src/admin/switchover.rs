@@ -85,7 +85,7 @@ async fn carry_out(
     https_port: Option<u16>,
 ) -> Result<(String, Option<Duration>), AdminError> {
     let (begin, node) = (Instant::now(), handle.status().borrow().node);
-    ports.drain().await;
+    ports.drain("a planned switchover").await;
     handle.hand_over(Some(target)).await;
     let mut status = handle.status();
     let other = |status: &Arc<Status>| status.primary.is_some_and(|primary| primary != node);

@@ -140,7 +140,7 @@ impl Backups {
             drop(status);
             blocking(move || replace(&database, &copy, &replacing)).await
         };
-        self.admin.with_console_closed(by, "restore", work).await??;
+        self.admin.with_console_closed(by, "a restore", work).await??;
         let bytes = manifest.bytes();
         Ok(format!(
             "all members have the database of {} at raft index {} ({bytes} bytes)",

@@ -67,23 +67,23 @@ pub struct SupervisorState {
 /// Handle of a [`Supervisor`].
 #[derive(Clone, Debug)]
 pub struct SupervisorHandle {
-    held: watch::Sender<bool>,
+    held: watch::Sender<Option<&'static str>>,
     state: watch::Receiver<SupervisorState>,
 }
 
 impl SupervisorHandle {
-    /// Closes the ports in order, for a planned switchover: no new connection, running requests get 250 ms, then the
+    /// Closes the ports in order, as for a planned switchover (`why`): no new connection, running requests get 250 ms, then the
     /// workload stops. Returns when the database is free. Nothing is opened again before [`Self::resume`].
-    pub async fn drain(&self) {
-        self.held.send_replace(true);
+    pub async fn drain(&self, why: &'static str) {
+        self.held.send_replace(Some(why));
         let mut state = self.state.clone();
         // An error means that the supervisor has ended, and with it everything it held.
         let _ = state.wait_for(|state| !state.running && !state.open).await;
     }
 
-    /// Takes [`Self::drain`] back, when the switchover did not come about.
+    /// Takes [`Self::drain`] back, when what it was for is over, or did not come about.
     pub fn resume(&self) {
-        self.held.send_replace(false);
+        self.held.send_replace(None);
     }
 
     /// What the supervisor has reached, to read and to wait for.
@@ -108,7 +108,7 @@ struct Inputs {
     status: watch::Receiver<Arc<Status>>,
     lease: Lease,
     guard: watch::Receiver<GuardState>,
-    held: watch::Receiver<bool>,
+    held: watch::Receiver<Option<&'static str>>,
 }
 
 /// What runs while the ports are open.
@@ -124,7 +124,8 @@ struct Running {
 /// Why an opening that runs must end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reason {
-    Switchover,
+    /// For something that an administrator wants.
+    Held(&'static str),
     Role,
     Lease,
     ClosedByGuard,
@@ -135,7 +136,7 @@ enum Reason {
 impl Reason {
     fn sentence(self) -> &'static str {
         match self {
-            Self::Switchover => "a planned switchover",
+            Self::Held(why) => why,
             Self::Role => "this node is not PRIMARY any more",
             Self::Lease => "the lease has lapsed",
             Self::ClosedByGuard => "the port guard has closed them",
@@ -161,8 +162,8 @@ impl Inputs {
             return Some(Reason::ClosedByGuard);
         }
         // After the reasons that leave no time for an orderly end.
-        if *self.held.borrow() {
-            return Some(Reason::Switchover);
+        if let Some(why) = *self.held.borrow() {
+            return Some(Reason::Held(why));
         }
         without_guard.filter(|since| since.elapsed() >= WITHOUT_GUARD).map(|_| Reason::NoGuard)
     }
@@ -210,7 +211,7 @@ impl Supervisor {
         guard: PortGuard,
     ) -> (Self, SupervisorHandle) {
         let (state, seen) = watch::channel(SupervisorState::default());
-        let (hold, held) = watch::channel(false);
+        let (hold, held) = watch::channel(None);
         let inputs = Inputs { status, lease, guard: guard.state(), held };
         (Self { config, inputs, guard, state, services: None }, SupervisorHandle { held: hold, state: seen })
     }
@@ -230,7 +231,7 @@ impl Supervisor {
                 self.inputs.changed(LONGEST_WAIT).await;
                 continue;
             };
-            let held = *self.inputs.held.borrow();
+            let held = self.inputs.held.borrow().is_some();
             if held || !self.inputs.lease.is_valid() {
                 self.inputs.changed(if held { LONGEST_WAIT } else { LEASE_POLL }).await;
                 continue;
@@ -266,8 +267,14 @@ impl Supervisor {
 
     /// Starts the workload, then opens the ports. Gives up as soon as the role is lost.
     async fn open(&mut self, epoch: u64, lapses: u64) -> anyhow::Result<Running> {
-        let workload = Workload::start(epoch, self.inputs.status.clone(), self.services.clone())?;
         self.publish(|state| state.running = true);
+        // Looked at after that was said: whoever drains either waits for the end of this workload, or keeps it from beginning.
+        let held = self.inputs.held.borrow().map(|why| anyhow::anyhow!("{why}"));
+        let started = match held {
+            Some(why) => Err(why),
+            None => Workload::start(epoch, self.inputs.status.clone(), self.services.clone()),
+        };
+        let workload = started.inspect_err(|_| self.publish(|state| state.running = false))?;
         let mut watched = self.inputs.clone();
         let result = tokio::select! {
             biased;
@@ -303,7 +310,7 @@ impl Supervisor {
         let Running { sockets, server, workload, .. } = running;
         drop(sockets);
         self.publish(|state| state.open = false);
-        if reason == Reason::Switchover {
+        if matches!(reason, Reason::Held(_)) {
             workload.wind_down();
             server.opening().advance(Phase::Draining);
             // What does not end in time is reset.
