@@ -76,6 +76,12 @@ pub fn continues(bytes: &[u8]) -> bool {
     word(bytes, 16).is_some_and(|part| part > 0)
 }
 
+/// How many parts the transaction has that this part ends, by its header alone; none for a part that does not end it.
+pub fn parts_at_end(bytes: &[u8]) -> Option<u32> {
+    let ends = bytes.get(2).is_some_and(|flags| flags & FLAG_COMMIT != 0);
+    word(bytes, 16).filter(|_| ends).map(|part| part.saturating_add(1))
+}
+
 /// The page images, `length` bytes of them; the caller has checked that this is no more than a command can have.
 fn decode_images(bytes: &[u8], length: usize, compressed: bool) -> Result<Cow<'_, [u8]>, CommandError> {
     if !compressed {
@@ -244,6 +250,19 @@ mod tests {
             assert_eq!(pages.commit, commit);
             assert_eq!(pages.iter().collect::<Vec<_>>(), vec![(1, &[1u8; 512][..]), (3, &[3u8; 512][..])]);
         }
+    }
+
+    #[test]
+    fn a_header_says_where_in_its_transaction_a_part_stands() {
+        let commit = Some(Commit { database_pages: 1, checksum: 0 });
+        let of = |part, commit| PagesBuilder::new(CONSOLE_DATABASE, 7, part, 512).finish(commit);
+        for (part, commit, behind, parts) in
+            [(0, None, false, None), (0, commit, false, Some(1)), (4, None, true, None), (4, commit, true, Some(5))]
+        {
+            let bytes = of(part, commit);
+            assert_eq!((continues(&bytes), parts_at_end(&bytes)), (behind, parts));
+        }
+        assert!(!continues(&[]) && parts_at_end(&[1, 1, 1]).is_none(), "what is no command is refused elsewhere");
     }
 
     #[test]

@@ -24,6 +24,9 @@ use crate::storage::{database::Database, raft_log::RaftLog};
 
 use super::{inbox::Sender, lease::boottime, snapshots::Reply};
 
+/// A part of a long transaction is a MiB, as many times larger than most entries.
+const PART_WEIGHT: u64 = 16;
+
 /// What the loop wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Goal {
@@ -61,6 +64,8 @@ struct Shared {
     applied: AtomicU64,
     /// Bytes ever appended to the raft log by this process.
     appended: AtomicU64,
+    /// Parts of the transaction that is being written just now, all of them at once.
+    finishing: AtomicU64,
     /// Since when the database has something that its checkpoint lacks, on the clock of [`boottime`]; 0: it has nothing.
     unsaved: AtomicU64,
     /// Bytes of the database.
@@ -142,6 +147,12 @@ impl Applier {
     /// Entries that may be applied and are not yet.
     pub fn lag(&self) -> u64 {
         lock(&self.shared).applied.saturating_sub(self.applied())
+    }
+
+    /// Entries that have to be written yet before another node could begin here: those of [`Self::lag`], and the parts of a long
+    /// transaction, which count as applied until its last part has them written at once.
+    pub fn burden(&self) -> u64 {
+        self.lag() + PART_WEIGHT * self.shared.finishing.load(Ordering::Relaxed)
     }
 
     /// Once per tick: lets the thread catch up.

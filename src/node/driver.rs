@@ -147,7 +147,7 @@ impl Driver {
     /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done; one with a
     /// full disk could not write.
     fn prefer_others_while_indisposed(&mut self) {
-        let indisposed = self.applier.lag() > MUCH_BEHIND || self.space.is_full();
+        let indisposed = self.applier.burden() > MUCH_BEHIND || self.space.is_full();
         self.cluster.set_indisposed(boottime(), indisposed && self.cluster.phase() == Phase::Secondary);
     }
 

@@ -70,6 +70,8 @@ pub(super) struct Replica {
     pub applied: u64,
     /// Checksum that the last applied transaction claimed for the database.
     pub claim: u64,
+    /// Its size in pages then. The table is resized before a transaction has taken effect, which it may fail to.
+    claimed_pages: u32,
     /// Up to this index the file may be ahead of what is being applied, so its checksum says nothing.
     pub touched: u64,
     unfinished: Option<Unfinished>,
@@ -93,14 +95,14 @@ impl Replica {
             0 => PageTable::empty(0),
             pages => PageTable::read(&file, record.page_size, pages, go_on)?,
         };
-        let (applied, claim) = (record.index, record.checksum);
-        Ok(Self { file, database, table, applied, claim, touched, unfinished: None, copy: None })
+        let (applied, claim, claimed_pages) = (record.index, record.checksum, record.pages);
+        Ok(Self { file, database, table, applied, claim, claimed_pages, touched, unfinished: None, copy: None })
     }
 
     /// Where a checkpoint may stand now: what is applied, but not in the middle of a transaction.
     pub fn record(&self) -> Record {
         let index = self.unfinished.map_or(self.applied, |open| open.first - 1);
-        Record { index, page_size: self.table.page_size(), pages: self.table.pages(), checksum: self.claim }
+        Record { index, page_size: self.table.page_size(), pages: self.claimed_pages, checksum: self.claim }
     }
 
     fn check_order(&self, index: u64) -> Result<(), ApplyError> {
@@ -164,7 +166,7 @@ impl Replica {
             self.write_earlier(open, index - 1, source).map_err(failed)?;
         }
         self.write_pages(last).map_err(failed)?;
-        self.claim = commit.checksum;
+        (self.claim, self.claimed_pages) = (commit.checksum, commit.database_pages);
         if index > self.touched && self.table.checksum() != commit.checksum {
             let (expected, computed) = (commit.checksum, self.table.checksum());
             return Err(ApplyError::Diverged { index, expected, computed });
@@ -208,5 +210,48 @@ impl Replica {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::command::PagesBuilder;
+
+    /// One part is all there is of a transaction here.
+    struct Nothing;
+
+    impl EntrySource for Nothing {
+        fn for_each(&self, _: u64, _: u64, _: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Writes all pages of a database of so many.
+    fn transaction(pages: u32) -> Vec<u8> {
+        let mut builder = PagesBuilder::new(1, 1, 0, 512);
+        let images = (1..=pages).map(|number| (number, [number as u8; 512]));
+        images.clone().for_each(|(number, image)| builder.push(number, &image));
+        let checksum = images.fold(0, |sum, (number, image)| sum ^ page_checksum(number, &image));
+        builder.finish(Some(Commit { database_pages: pages, checksum }))
+    }
+
+    #[test]
+    fn a_checkpoint_after_a_failure_is_of_the_last_whole_transaction() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db");
+        let file = Arc::new(File::create_new(&path).unwrap());
+        let empty = Record { index: 1, page_size: 0, pages: 0, checksum: 0 };
+        let mut replica = Replica::at(Arc::clone(&file), 1, &empty, 0, &|| true).unwrap();
+        replica.apply(2, 1, &transaction(3), &Nothing).unwrap();
+        let before = replica.record();
+        assert_eq!((before.index, before.pages), (2, 3));
+        // Refuses to grow, as a full disk does.
+        replica.file = Arc::new(File::open(&path).unwrap());
+        replica.apply(3, 1, &transaction(9), &Nothing).unwrap_err();
+        assert_eq!(replica.record(), before);
+        replica.file = file;
+        replica.apply(3, 1, &transaction(9), &Nothing).unwrap();
+        assert_eq!((replica.record().index, replica.record().pages), (3, 9));
     }
 }

@@ -17,6 +17,7 @@ use super::{
     saver::{Outcome, Saver, Task},
 };
 use crate::{
+    cluster::command,
     node::{
         inbox::{DatabaseEvent, Input, Proposer, Sender},
         lease::boottime,
@@ -301,11 +302,15 @@ impl Worker {
     fn apply(&mut self, goal: u64) {
         let first = (self.database.applied() + 1).max(ORIGIN + 1);
         let last = goal.min(first + SLICE);
-        let Self { database, log, .. } = self;
+        let Self { database, log, shared, .. } = self;
         let mut failed = None;
         let result = log.entries_between(first, last, &mut |entry| {
             let applied = if entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty() {
-                database.apply(entry.index, entry.term, &entry.data, log)
+                let parts = command::parts_at_end(&entry.data).filter(|parts| *parts > 1).unwrap_or(0);
+                shared.finishing.store(u64::from(parts), Ordering::Relaxed);
+                let applied = database.apply(entry.index, entry.term, &entry.data, log);
+                shared.finishing.store(0, Ordering::Relaxed);
+                applied
             } else {
                 database.apply_empty(entry.index, entry.term)
             };
