@@ -116,7 +116,7 @@ impl Administrator {
             Operation::Backups {} => backups.list().await.map(answer),
             Operation::BackupState {} => Ok(answer(backups.state().await)),
             Operation::Backup { called } => backups.create(&called, BY).map(answer),
-            Operation::VerifyBackup { id } => backups.verify(&id, BY).map(answer),
+            Operation::VerifyBackup { id } => backups.verify(&id, BY).await.map(answer),
             Operation::RenameBackup { id, called } => backups.rename(&id, &called, BY).await.map(answer),
             Operation::DeleteBackup { id } => backups.delete(&id, BY).await.map(answer),
             Operation::BackupCopies {} => backups.copies().await.map(answer),

@@ -6,11 +6,12 @@ use std::{
     io::{self, ErrorKind},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use nix::sys::statvfs::statvfs;
 
-use super::{Backup, BackupError, BackupId};
+use super::{Backup, BackupError, BackupId, Kind};
 use crate::{
     cluster::NodeId,
     storage::{fsync_dir, make_private_dir},
@@ -18,6 +19,10 @@ use crate::{
 
 /// Backups that are kept in mind.
 const MAX_ENTRIES: usize = 10_000;
+/// What the name of a workshop begins with; the number of the member follows.
+const WORKSHOP: &str = ".work-";
+/// A workshop in which nothing was made for so long was left behind.
+const ABANDONED: Duration = Duration::from_secs(3600);
 /// Free space that is left to everything else on the same file system, in bytes.
 const SPARE: u64 = 64 << 20;
 
@@ -113,6 +118,10 @@ impl Folder {
     /// Gives a finished archive its name, durably.
     pub fn publish(&self, made: &Path, id: &BackupId) -> Result<(), BackupError> {
         let path = self.place(id);
+        if path.exists() && Kind::AUTOMATIC.contains(&id.kind()) {
+            // Another member that shares the folder was faster by less than a second: that one is as good.
+            return fs::remove_file(made).map_err(BackupError::io("delete", made));
+        }
         if path.exists() {
             return Err(BackupError::Refused(format!("a backup {id} exists already")));
         }
@@ -149,11 +158,26 @@ impl Folder {
         fs::remove_file(&path).and_then(|()| fsync_dir(&self.path)).map_err(BackupError::io("delete", &path))
     }
 
+    /// True while another member that shares the folder makes a backup in it.
+    pub fn is_used_by_another(&self) -> bool {
+        let own = format!("{WORKSHOP}{}", self.node);
+        let fresh = |entry: &fs::DirEntry| {
+            let made = entry.metadata().and_then(|found| found.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+            // The clocks of two hosts differ a little, either way.
+            made.elapsed().unwrap_or_else(|error| error.duration()) < ABANDONED
+        };
+        let another = |entry: &fs::DirEntry| {
+            let name = entry.file_name();
+            name.to_str().is_some_and(|name| name.starts_with(WORKSHOP) && name != own) && fresh(entry)
+        };
+        fs::read_dir(&self.path).is_ok_and(|entries| entries.flatten().any(|entry| another(&entry)))
+    }
+
     /// Makes an empty place to work in; what an earlier process has left there is deleted.
     pub fn workshop(&self) -> Result<Workshop, BackupError> {
         make_private_dir(&self.path).map_err(BackupError::io("create the folder", &self.path))?;
         // Members may share a folder.
-        let path = self.path.join(format!(".work-{}", self.node));
+        let path = self.path.join(format!("{WORKSHOP}{}", self.node));
         match fs::remove_dir_all(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(BackupError::io("delete", &path)(error)),
             _ => {}
@@ -216,6 +240,33 @@ mod tests {
         assert!(!workshop.join("left-over").exists());
         drop(workshop);
         assert!(!folder.path.join(".work-2").exists() && folder.path.join("notes.txt").exists());
+    }
+
+    #[test]
+    fn members_that_share_a_folder_are_in_nobodys_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (Folder::new(dir.path().to_owned(), 1), Folder::new(dir.path().to_owned(), 2));
+        let first = one.workshop().unwrap();
+        assert!(two.is_used_by_another() && !one.is_used_by_another());
+        let second = two.workshop().unwrap();
+        let (daily, mine) = (id("daily-0.1.0-5.tar.gz"), id("mine-0.1.0-5.tar.gz"));
+        for (folder, workshop, text) in [(&one, &first, "of one"), (&two, &second, "of two")] {
+            fs::write(workshop.join("x"), text).unwrap();
+            folder.publish(&workshop.join("x"), &daily).unwrap();
+        }
+        assert_eq!(fs::read_to_string(one.place(&daily)).unwrap(), "of one");
+        assert!(!second.join("x").exists());
+        fs::write(second.join("x"), "of two").unwrap();
+        two.publish(&second.join("x"), &mine).unwrap();
+        assert!(two.publish(&second.join("x"), &mine).is_err(), "somebody wants it under this name");
+        drop(first);
+        assert!(!two.is_used_by_another());
+        // Of a host that is gone for good.
+        fs::create_dir(dir.path().join(".work-3")).unwrap();
+        assert!(two.is_used_by_another());
+        let long_ago = SystemTime::now() - 2 * ABANDONED;
+        File::open(dir.path().join(".work-3")).unwrap().set_modified(long_ago).unwrap();
+        assert!(!two.is_used_by_another());
     }
 
     #[test]

@@ -51,9 +51,9 @@ impl Backups {
     ///
     /// # Errors
     /// [`BackupError::NotFound`]; [`BackupError::Refused`] while something else is under way.
-    pub fn verify(self: &Arc<Self>, id: &str, by: &str) -> Result<Started, BackupError> {
+    pub async fn verify(self: &Arc<Self>, id: &str, by: &str) -> Result<Started, BackupError> {
+        let path = self.path(id).await?;
         let id = BackupId::read(id)?;
-        let path = self.folder.find(&id)?;
         let job = self.jobs.begin(Work::Verify, id.to_string())?;
         info!(by, id = job.id(), "a backup is verified");
         let (all, started) = (self.clone(), Started::from(&*job));

@@ -9,6 +9,7 @@
 //! - `archive.rs`, `cipher.rs`: that file into an archive, and back
 //! - `make.rs`: a new backup, step by step; the verification of an old one
 //! - `offsite.rs`, `store.rs`, `wire.rs`: copies of all that elsewhere (`BACKUP_URL`), and back
+//! - `look.rs`: the folder on a disk that may not answer
 //! - `restore.rs`: a backup into the cluster
 //! - `schedule.rs`: what is due when, and what is not kept any longer
 //! - `jobs.rs`: what is under way and how it ended
@@ -18,6 +19,7 @@ mod cipher;
 mod copy;
 mod folder;
 mod jobs;
+mod look;
 mod make;
 mod name;
 mod offsite;
@@ -28,6 +30,7 @@ mod store;
 mod wire;
 
 use std::{
+    fs::File,
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -44,6 +47,7 @@ use crate::{admin::Admin, events::Recorder, node::Handle};
 use cipher::Secret;
 use folder::Folder;
 use jobs::Jobs;
+use look::Looks;
 use offsite::Offsite;
 
 /// Under what a failed backup is shown in the status.
@@ -92,6 +96,8 @@ pub enum BackupError {
         path.display()
     )]
     NoSpace { path: PathBuf, needed: u64, free: u64 },
+    #[error("{} does not answer: check its file system", .0.display())]
+    Hangs(PathBuf),
     #[error("cannot {verb} {}: {source}", path.display())]
     Io { verb: &'static str, path: PathBuf, source: io::Error },
     /// The place of the copies could not be used; the text says why.
@@ -106,6 +112,14 @@ impl BackupError {
     fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { verb, path: path.to_owned(), source }
     }
+
+    /// Of something that changes the folder.
+    fn of_change(self) -> Self {
+        match self {
+            Self::Hangs(path) => Self::Unknown(format!("{} does not answer: it may be done later", path.display())),
+            other => other,
+        }
+    }
 }
 
 /// The backups of this host.
@@ -116,6 +130,7 @@ pub struct Backups {
     admin: Arc<Admin>,
     events: Recorder,
     jobs: Jobs,
+    looks: Looks,
     /// When the next automatic one is due.
     next: Mutex<Option<u64>>,
     offsite: Offsite,
@@ -132,23 +147,31 @@ impl Backups {
     pub fn new(config: BackupConfig, node: Handle, admin: Arc<Admin>, events: Recorder) -> Arc<Self> {
         let folder = Folder::new(config.folder.clone(), node.status().borrow().node);
         let offsite = Offsite::new(config.url.clone());
-        Arc::new(Self { config, folder, node, admin, events, jobs: Jobs::default(), next: Mutex::default(), offsite })
+        let (jobs, looks, next) = (Jobs::default(), Looks::default(), Mutex::default());
+        Arc::new(Self { config, folder, node, admin, events, jobs, looks, next, offsite })
     }
 
     /// All backups in the folder, newest first.
     ///
     /// # Errors
-    /// [`BackupError::Io`].
-    pub async fn list(self: &Arc<Self>) -> Result<Vec<Backup>, BackupError> {
-        let all = self.clone();
-        blocking(move || all.folder.list()).await
+    /// [`BackupError::Io`], [`BackupError::Hangs`].
+    pub async fn list(&self) -> Result<Vec<Backup>, BackupError> {
+        self.look(Folder::list).await
+    }
+
+    /// Does something short with the folder.
+    async fn look<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Folder) -> Result<T, BackupError> + Send + 'static,
+    ) -> Result<T, BackupError> {
+        let folder = self.folder.clone();
+        self.looks.run(&self.config.folder, move || work(&folder)).await
     }
 
     /// How backups are set up, and what is under way.
-    pub async fn state(self: &Arc<Self>) -> BackupState {
-        let all = self.clone();
+    pub async fn state(&self) -> BackupState {
         // A folder that cannot be read shows where it is used.
-        let found = blocking(move || Ok((all.folder.free().ok(), all.folder.list().unwrap_or_default()))).await;
+        let found = self.look(|folder| Ok((folder.free().ok(), folder.list().unwrap_or_default()))).await;
         let (free, list) = found.unwrap_or_default();
         let (running, last) = self.jobs.picture();
         BackupState {
@@ -179,27 +202,43 @@ impl Backups {
         self.jobs.wait(number, limit).await
     }
 
-    /// Where a backup lies, for a download: the name has been checked, and the file is there.
+    /// Where a backup lies: the name has been checked, and the file is there.
     ///
     /// # Errors
-    /// [`BackupError::NotFound`].
-    pub fn path(&self, id: &str) -> Result<PathBuf, BackupError> {
-        self.folder.find(&BackupId::read(id)?)
+    /// [`BackupError::NotFound`], [`BackupError::Hangs`].
+    pub async fn path(&self, id: &str) -> Result<PathBuf, BackupError> {
+        let id = BackupId::read(id)?;
+        self.look(move |folder| folder.find(&id)).await
+    }
+
+    /// A backup for a download, and its length.
+    ///
+    /// # Errors
+    /// [`BackupError::NotFound`], [`BackupError::Hangs`], [`BackupError::Io`].
+    pub async fn open(&self, id: &str) -> Result<(File, u64), BackupError> {
+        let id = BackupId::read(id)?;
+        let opened = self.look(move |folder| {
+            let path = folder.find(&id)?;
+            let file = File::open(&path).map_err(BackupError::io("open", &path))?;
+            let length = file.metadata().map_err(BackupError::io("look at", &path))?.len();
+            Ok((file, length))
+        });
+        opened.await
     }
 
     /// Gives a manual backup another name.
     ///
     /// # Errors
     /// [`BackupError::Refused`], [`BackupError::NotFound`], [`BackupError::Io`].
-    pub async fn rename(self: &Arc<Self>, id: &str, new: &str, by: &str) -> Result<Backup, BackupError> {
+    pub async fn rename(&self, id: &str, new: &str, by: &str) -> Result<Backup, BackupError> {
         let old = BackupId::read(id)?;
         name::check_name(new)?;
         if old.kind() != Kind::Manual {
             return Err(BackupError::Refused("an automatic backup keeps its name".to_owned()));
         }
         self.jobs.check_free(id)?;
-        let (all, to) = (self.clone(), BackupId { name: new.to_owned(), ..old.clone() });
-        let done = blocking(move || all.folder.rename(&old, &to)).await?;
+        let to = BackupId { name: new.to_owned(), ..old.clone() };
+        let done = self.look(move |folder| folder.rename(&old, &to)).await.map_err(BackupError::of_change)?;
         tracing::info!(by, from = id, to = done.id, "a backup has another name");
         Ok(done)
     }
@@ -208,11 +247,10 @@ impl Backups {
     ///
     /// # Errors
     /// As [`Self::rename`].
-    pub async fn delete(self: &Arc<Self>, id: &str, by: &str) -> Result<(), BackupError> {
+    pub async fn delete(&self, id: &str, by: &str) -> Result<(), BackupError> {
         let old = BackupId::read(id)?;
         self.jobs.check_free(id)?;
-        let all = self.clone();
-        blocking(move || all.folder.delete(&old)).await?;
+        self.look(move |folder| folder.delete(&old)).await.map_err(BackupError::of_change)?;
         tracing::info!(by, id, "a backup was deleted");
         Ok(())
     }

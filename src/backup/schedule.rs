@@ -9,7 +9,7 @@ use std::{
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::{Backup, BackupError, BackupId, Backups, Keep, Kind, blocking, now};
+use super::{Backup, BackupError, BackupId, Backups, Keep, Kind, blocking, folder::Folder, now};
 use crate::{cluster::Role, telemetry::BACKUP_LAST_SUCCESS};
 
 const HOUR: u64 = 3600;
@@ -18,6 +18,8 @@ const DAY: u64 = 24 * HOUR;
 const LOOK: Duration = Duration::from_secs(60);
 /// Pause while one is due, and the node or another job is in the way.
 const READY: Duration = Duration::from_secs(1);
+/// So many seconds later for each place among the members: those who share a folder see what the one before has made.
+const APART: u64 = 5;
 /// Pause after a failure.
 const AGAIN: Duration = Duration::from_secs(HOUR);
 
@@ -88,12 +90,15 @@ impl Backups {
     async fn wait_until_due(self: &Arc<Self>, earliest: Instant) {
         loop {
             // A folder that cannot be read is one where a backup fails, with its reason.
-            let list = self.list().await.unwrap_or_default();
+            let look = |folder: &Folder| Ok((folder.list()?, folder.is_used_by_another()));
+            let (list, elsewhere) = self.look(look).await.unwrap_or_default();
             let (time, early) = (now(), earliest.saturating_duration_since(Instant::now()));
-            let next = due(Kind::Daily, &list, time).max(time + early.as_secs());
+            let turn = due(Kind::Daily, &list, time) + APART * u64::from(self.rank());
+            let next = turn.max(time + early.as_secs());
             *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);
             let role = self.node.status().borrow().role;
-            let ready = matches!(role, Role::Primary | Role::Secondary) && self.jobs.picture().0.is_none();
+            let ready =
+                matches!(role, Role::Primary | Role::Secondary) && self.jobs.picture().0.is_none() && !elsewhere;
             let left = Duration::from_secs(next.saturating_sub(time)).max(early);
             if left.is_zero() && ready {
                 return;
@@ -139,13 +144,13 @@ impl Backups {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backup::folder::describe;
 
     const KEEP: Keep = Keep { daily: 7, weekly: 4, monthly: 3 };
 
     fn backup(kind: Kind, time: u64) -> Backup {
         let (name, version) = (kind.word().to_owned(), "0.1.0".to_owned());
-        let id = BackupId { name: name.clone(), version: version.clone(), time, sealed: false }.to_string();
-        Backup { id, name, version, time, bytes: 1, kind, encrypted: false }
+        describe(&BackupId { name, version, time, sealed: false }, 1)
     }
 
     /// What there is after so many days of daily backups, each `late` seconds later in the day than the one before.

@@ -1,7 +1,7 @@
 //! `backups` and `settings/backup`: the backups of the PRIMARY's host. Every check of a name and every step belongs to
 //! [`crate::backup`]. A restore is not offered here: it replaces the Console's own database.
 
-use std::{fs::File, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -75,7 +75,7 @@ impl From<BackupError> for ApiError {
             BackupError::Name(why) => Self::bad(why),
             BackupError::NotFound(why) => Self::NotFound(why),
             BackupError::Unknown(why) => Self::Unknown(why),
-            BackupError::Remote(_) => Self::Unavailable(error.to_string()),
+            BackupError::Remote(_) | BackupError::Hangs(_) => Self::Unavailable(error.to_string()),
             BackupError::Io { .. } => {
                 tracing::error!("{error}");
                 Self::Unavailable(error.to_string())
@@ -113,7 +113,7 @@ async fn verify(
     Search(patience): Search<Patience>,
     Name(id): Name,
 ) -> Result<Json<Started>, ApiError> {
-    let started = console.services()?.backups.verify(&id, &user.name)?;
+    let started = console.services()?.backups.verify(&id, &user.name).await?;
     ended(&console, started, patience).await
 }
 
@@ -131,16 +131,9 @@ async fn ended(console: &Console, started: Started, patience: Patience) -> Resul
 /// `GET backups/{id}`.
 async fn download(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<Response, ApiError> {
     let slot = programs::slot(&console)?;
-    let path = console.services()?.backups.path(&id)?;
+    let (file, length) = console.services()?.backups.open(&id).await?;
     // It has everything, the hashes of the passwords, too.
     audits::note(&console.store, &user, "download", &format!("backup '{id}'"), Value::Null).await?;
-    let gone = |error: std::io::Error| ApiError::Unavailable(format!("the backup cannot be read: {error}"));
-    let opened = tokio::task::spawn_blocking(move || {
-        let file = File::open(path)?;
-        let length = file.metadata()?.len();
-        Ok((file, length))
-    });
-    let (file, length) = opened.await.map_err(|_| ApiError::Internal)?.map_err(gone)?;
     // Such a name has no character that means something in a header.
     let name = HeaderValue::from_str(&format!("attachment; filename=\"{id}\"")).map_err(|_| ApiError::Internal)?;
     let headers = HeaderMap::from_iter([
@@ -160,7 +153,7 @@ async fn rename(
     Body(name): Body<String>,
 ) -> Result<Json<Backup>, ApiError> {
     let backups = &console.services()?.backups;
-    backups.path(&id)?;
+    backups.path(&id).await?;
     backups.check_new(&name)?;
     let difference = json!({ "name": { "new": name } });
     audits::note(&console.store, &user, "rename", &format!("backup '{id}'"), difference).await?;
@@ -170,7 +163,7 @@ async fn rename(
 /// `DELETE backups/{id}`.
 async fn remove(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<(), ApiError> {
     let backups = &console.services()?.backups;
-    backups.path(&id)?;
+    backups.path(&id).await?;
     audits::note(&console.store, &user, "delete", &format!("backup '{id}'"), Value::Null).await?;
     Ok(backups.delete(&id, &user.name).await?)
 }

@@ -279,6 +279,28 @@ fn pace_round(round: u64) {
 }
 
 #[test]
+fn members_that_share_a_folder_make_one_daily_backup() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    let shared = cluster.config_path(0).with_file_name("shared");
+    cluster.configure("DATA_RECOVERY_ENABLED", "true");
+    cluster.configure("DATA_RECOVERY_VOLUME", shared.to_str().unwrap());
+    cluster.configure("BACKUP_DELAY_SECONDS", "3");
+    cluster.restart_all();
+    let state = |node| ask::<BackupState>(&cluster, node, Operation::BackupState {}).ok();
+    let tomorrow =
+        |state: BackupState| state.newest.zip(state.next).is_some_and(|(newest, next)| next >= newest + 86_400);
+    cluster.wait_for("nothing due", |_| (0..3).all(|node| state(node).is_some_and(tomorrow)));
+    let list: Vec<Backup> = ask(&cluster, 0, Operation::Backups {}).unwrap();
+    for kind in Kind::AUTOMATIC {
+        assert_eq!(list.iter().filter(|backup| backup.kind == kind).count(), 1, "{list:?}");
+    }
+    let warned = cluster.statuses().into_iter().flatten().any(|status| status.warnings.join(" ").contains("backup"));
+    assert!(!warned, "{:?}", cluster.statuses());
+    println!("  {}", cluster.finish(&[]));
+}
+
+#[test]
 fn every_member_makes_encrypted_backups_by_itself() {
     let _alone = alone();
     let cluster = Cluster::start();
