@@ -7,7 +7,7 @@ use serde_json::Value;
 use tokio::{sync::watch, task};
 use twistlock_ha::{
     admin::{Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
-    backup::{BackupConfig, BackupError, Backups, Keep},
+    backup::{Agreed, BackupConfig, BackupError, Backups, Keep},
     cluster::{Membership, PROGRAM_VERSION},
     config::Config,
     control::{Answer, ControlHandler, JoinScript, Operation},
@@ -121,7 +121,9 @@ impl Administrator {
             Operation::DeleteBackup { id } => backups.delete(&id, BY).await.map(answer),
             Operation::BackupCopies {} => backups.copies().await.map(answer),
             Operation::FetchBackup { place } => backups.fetch(&place, BY).map(answer),
-            Operation::Restore { file, stop_console } => backups.restore(&file, stop_console, BY).map(answer),
+            Operation::Restore { file, stop_console, unencrypted } => {
+                backups.restore(&file, Agreed { stop_console, unencrypted }, BY).await.map(answer)
+            }
             other => Err(BackupError::Refused(format!("not known here: {other:?}"))),
         }
     }

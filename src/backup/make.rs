@@ -58,7 +58,8 @@ impl Backups {
         info!(by, id = job.id(), "a backup is verified");
         let (all, started) = (self.clone(), Started::from(&*job));
         tokio::spawn(async move {
-            let result = all.unpack(&path, id.sealed, &job, |_| Ok(())).await.map(|(manifest, ..)| {
+            let result = all.unpack(&path, id.sealed, &job, move |manifest| check_time(&id, manifest)).await;
+            let result = result.map(|(manifest, ..)| {
                 format!("the backup is good: the database of {} at raft index {}", manifest.node, manifest.index)
             });
             match &result {
@@ -230,6 +231,17 @@ impl Backups {
         check_integrity(&copy).await?;
         Ok((manifest, workshop, copy))
     }
+}
+
+/// A backup of another time under this name would be brought back in the belief that it is this one.
+pub(super) fn check_time(id: &BackupId, manifest: &Manifest) -> Result<(), BackupError> {
+    if id.time == manifest.created {
+        return Ok(());
+    }
+    Err(BackupError::Damaged(format!(
+        "its name says that it was made at {}, and its manifest says {} (seconds since 1970): it is another one under this name",
+        id.time, manifest.created
+    )))
 }
 
 /// Reads at a pace that leaves something to others, and tells how far it is.

@@ -40,6 +40,7 @@ use std::{
 use thiserror::Error;
 
 pub use name::{BackupId, Kind};
+pub use restore::Agreed;
 pub use state::{Backup, BackupState, CopyRunning, CopyState, Keep, Outcome, Running, Started, Work};
 pub use store::RemoteBackup;
 

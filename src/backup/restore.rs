@@ -16,6 +16,7 @@ use super::{
     archive::{self, Manifest},
     blocking,
     jobs::Job,
+    make::check_time,
     now,
 };
 use crate::{
@@ -38,6 +39,15 @@ impl From<AdminError> for BackupError {
     }
 }
 
+/// What whoever asks for a restore knows, and accepts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Agreed {
+    /// The Console is closed for it.
+    pub stop_console: bool,
+    /// Anybody who can write where the file lies may have made it: it is not encrypted, although this host has a key.
+    pub unencrypted: bool,
+}
+
 /// The file that is restored: its name may be anybody's, what it is stands in it.
 struct Source {
     /// How it is called in messages and in the audit.
@@ -49,6 +59,9 @@ struct Source {
 impl Source {
     /// Looks at the beginning of a file.
     fn of(file: &Path) -> Result<Self, BackupError> {
+        if !file.is_file() {
+            return Err(BackupError::NotFound(format!("there is no file {}", file.display())));
+        }
         let name = file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let label: String = name.chars().filter(|c| !c.is_control()).take(LONGEST_LABEL).collect();
         let sealed = archive::is_sealed(file)?.ok_or_else(|| {
@@ -61,23 +74,27 @@ impl Source {
 }
 
 impl Backups {
-    /// Begins to put the content of a backup, a file of this host, in the place of the cluster's database. `stop_console`: whoever
-    /// asks knows that the Console is closed for it.
+    /// Begins to put the content of a backup, a file of this host, in the place of the cluster's database.
     ///
     /// # Errors
-    /// [`BackupError::Refused`] on a node that is not PRIMARY, without `stop_console`, and while something else is under way;
-    /// [`BackupError::NotFound`].
-    pub fn restore(self: &Arc<Self>, file: &Path, stop_console: bool, by: &str) -> Result<Started, BackupError> {
+    /// [`BackupError::Refused`] on a node that is not PRIMARY, for what is not [`Agreed`] to, and while something else is under
+    /// way; [`BackupError::NotFound`], [`BackupError::Hangs`].
+    pub async fn restore(self: &Arc<Self>, file: &Path, agreed: Agreed, by: &str) -> Result<Started, BackupError> {
         self.admin.check_primary()?;
-        if !file.is_file() {
-            return Err(BackupError::NotFound(format!("there is no file {}", file.display())));
-        }
-        let source = Source::of(file)?;
+        let path = file.to_owned();
+        let source = self.looks.run(file, move || Source::of(&path)).await?;
         // By its name already, if that says it: before anything is unpacked.
         if let Some(id) = &source.id {
             self.check_version(&id.version)?;
         }
-        if !stop_console {
+        if !source.sealed && self.config.key_file.is_some() && !agreed.unencrypted {
+            return Err(BackupError::Refused(format!(
+                "{} is not encrypted, although BACKUP_KEY_FILE is set: whoever can write to its folder may have made it; ask again \
+                 with --unencrypted if you know where it is from",
+                source.label
+            )));
+        }
+        if !agreed.stop_console {
             return Err(BackupError::Refused(
                 "the Console serves: a restore closes it for a while and replaces everything in it; ask again with --stop-console"
                     .to_owned(),
@@ -122,10 +139,11 @@ impl Backups {
         job: &Arc<Job>,
         by: &str,
     ) -> Result<String, BackupError> {
-        let all = self.clone();
+        let (all, id) = (self.clone(), source.id.clone());
         // The file may have been renamed: the manifest counts.
         let accept = move |manifest: &Manifest| {
             all.check_version(&manifest.version)?;
+            id.map_or(Ok(()), |id| check_time(&id, manifest))?;
             all.check_target(manifest)
         };
         let (manifest, _workshop, copy) = self.unpack(file, source.sealed, job, accept).await?;

@@ -57,6 +57,9 @@ pub(super) struct RestoreArgs {
     /// Close the Console for it; asked for otherwise
     #[arg(long)]
     stop_console: bool,
+    /// Take a backup that is not encrypted although BACKUP_KEY_FILE is set: whoever can write there may have made it
+    #[arg(long)]
+    unencrypted: bool,
     /// Do not ask; needed where standard input is no terminal
     #[arg(long, short)]
     yes: bool,
@@ -81,7 +84,7 @@ pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
     };
     let unreadable = |error: io::Error| Stop::tell(EX_NOINPUT, &format!("{}: {error}", path.display()));
     let file = fs::canonicalize(&path).map_err(unreadable)?;
-    let operation = Operation::Restore { file: file.clone(), stop_console: true };
+    let operation = Operation::Restore { file: file.clone(), stop_console: true, unencrypted: args.unencrypted };
     let status = door.primary(&command(&operation))?;
     eprintln!(
         "{} replaces the whole database of {}.\nAll that was written since it was made is lost. The Console is closed meanwhile, \

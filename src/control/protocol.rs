@@ -151,6 +151,9 @@ pub enum Operation {
         file: std::path::PathBuf,
         /// The administrator knows that the Console is closed for it; refused otherwise.
         stop_console: bool,
+        /// The backup may be one that is not encrypted although there is a key; refused otherwise.
+        #[serde(default)]
+        unencrypted: bool,
     },
 }
 

@@ -56,7 +56,7 @@ pub fn folder(cluster: &Cluster, node: usize) -> PathBuf {
 }
 
 pub fn begin_restore(cluster: &Cluster, node: usize, file: &Path, stop_console: bool) -> Result<Started, String> {
-    ask(cluster, node, Operation::Restore { file: file.to_owned(), stop_console })
+    ask(cluster, node, Operation::Restore { file: file.to_owned(), stop_console, unencrypted: false })
 }
 
 pub fn restore(cluster: &Cluster, file: &Path) -> Outcome {
@@ -169,6 +169,14 @@ fn what_cannot_be_restored_is_refused_and_changes_nothing() {
         let outcome = wait_ended(&cluster, primary, &started);
         assert!(!outcome.ok && outcome.text.contains("damaged"), "{what}: {}", outcome.text);
     }
+    // Another one under a name that says another time.
+    let other = good.with_file_name("good-0.1.0-7.tar.gz");
+    fs::copy(&good, &other).unwrap();
+    let outcome = restore(&cluster, &other);
+    assert!(!outcome.ok && outcome.text.contains("another one under this name"), "{}", outcome.text);
+    let id = other.file_name().unwrap().to_str().unwrap().to_owned();
+    let started: Started = ask(&cluster, primary, Operation::VerifyBackup { id }).unwrap();
+    assert!(wait_ended(&cluster, primary, &started).text.contains("another one under this name"));
     fs::write(good.with_file_name("text-0.1.0-7.tar.gz"), "not an archive").unwrap();
     refused(primary, &good.with_file_name("text-0.1.0-7.tar.gz"), true, "is no backup");
     assert!(pen.has("kept") && pen.has("after"), "and everybody is still logged in");
@@ -305,6 +313,7 @@ fn every_member_makes_encrypted_backups_by_itself() {
     let _alone = alone();
     let cluster = Cluster::start();
     assert!(Pen::new(&cluster.file()).write(cluster.primary(), "kept"));
+    let plain = make(&cluster, cluster.primary(), "plain");
     let key = cluster.config_path(0).with_file_name("backup.key");
     fs::write(&key, "a pass phrase of the administrator").unwrap();
     cluster.configure("DATA_RECOVERY_ENABLED", "true");
@@ -321,6 +330,13 @@ fn every_member_makes_encrypted_backups_by_itself() {
     let primary = cluster.primary();
     let file = folder(&cluster, primary).join(&listed(primary)[0].id);
     let outcome = restore(&cluster, &file);
+    assert!(outcome.ok && Pen::new(&cluster.file()).has("kept"), "{}", outcome.text);
+    // Whoever can write to the folder could have made one that is not encrypted.
+    let error = begin_restore(&cluster, primary, &plain, true).unwrap_err();
+    assert!(error.contains("--unencrypted"), "{error}");
+    let operation = Operation::Restore { file: plain, stop_console: true, unencrypted: true };
+    let started: Started = ask(&cluster, primary, operation).unwrap();
+    let outcome = wait_ended(&cluster, primary, &started);
     assert!(outcome.ok && Pen::new(&cluster.file()).has("kept"), "{}", outcome.text);
     // Not due again: a restart makes none.
     cluster.restart_all();

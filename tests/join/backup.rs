@@ -46,7 +46,7 @@ fn after_the_loss_of_all_data_folders_a_backup_brings_everything_back() {
 
     let founder = Founder::start();
     founder.post("/tags", json!({"name": "of the new cluster", "color": "#112233"}), 200);
-    let started = founder.host.operate(Operation::Restore { file, stop_console: true }).unwrap();
+    let started = founder.host.operate(Operation::Restore { file, stop_console: true, unencrypted: false }).unwrap();
     let done = outcome(&founder.host, &started);
     assert!(done.ok, "{}", done.text);
     assert_eq!(founder.host.tags(), before);
