@@ -3,7 +3,14 @@
 //! they have the old state or the new one, whoever dies on the way. Must never touch the database with less than a whole,
 //! verified backup of this very version.
 
-use std::{os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
 
 use sqlx::{
     ConnectOptions, Connection,
@@ -144,11 +151,15 @@ impl Backups {
         let accept = move |manifest: &Manifest| {
             all.check_version(&manifest.version)?;
             id.map_or(Ok(()), |id| check_time(&id, manifest))?;
-            all.check_target(manifest)
+            all.check_page_size(manifest.page_size)?;
+            all.check_room(manifest.bytes(), true)
         };
         let (manifest, _workshop, copy) = self.unpack(file, source.sealed, job, accept).await?;
         job.step("prepares the database", 0);
         prepare(&copy, &source.label, by).await?;
+        // Once more, while nothing is closed yet: unpacking takes its time, and others write, too.
+        let (all, bytes) = (self.clone(), manifest.bytes());
+        blocking(move || all.check_room(bytes, false)).await?;
         job.step("closes the Console", 0);
         let (all, replacing) = (self.clone(), Arc::clone(job));
         let work = async move {
@@ -166,17 +177,20 @@ impl Backups {
         ))
     }
 
-    /// The page size is that of the cluster, and there is room for the transaction: in the raft log, and in the `-wal` file.
-    fn check_target(&self, manifest: &Manifest) -> Result<(), BackupError> {
-        let status = self.node.status().borrow().clone();
-        let page_size = status.database.as_ref().map(|database| database.page_size());
-        if let Some(own) = page_size.filter(|own| *own != manifest.page_size) {
-            return Err(BackupError::Refused(format!(
-                "the backup has pages of {} bytes, and this cluster's database has {own}: found a new cluster with \
-                 DATABASE_PAGE_SIZE={}, and restore it there",
-                manifest.page_size, manifest.page_size
-            )));
+    fn check_page_size(&self, page_size: u32) -> Result<(), BackupError> {
+        let database = self.node.status().borrow().database.clone();
+        match database.map(|database| database.page_size()).filter(|own| *own != page_size) {
+            None => Ok(()),
+            Some(own) => Err(BackupError::Refused(format!(
+                "the backup has pages of {page_size} bytes, and this cluster's database has {own}: found a new cluster with \
+                 DATABASE_PAGE_SIZE={page_size}, and restore it there"
+            ))),
         }
+    }
+
+    /// There is room for the transaction: in the raft log, and in the `-wal` file; and for the copy, if that is yet `to_unpack`.
+    fn check_room(&self, bytes: u64, to_unpack: bool) -> Result<(), BackupError> {
+        let status = self.node.status().borrow().clone();
         // A member takes the transaction into its raft log and its database. What it has free is not known here, but whether it is
         // out of space is.
         if let Some(member) = status.members.iter().find(|member| member.full) {
@@ -186,15 +200,13 @@ impl Backups {
             )));
         }
         let data = &self.config.data;
-        let free = super::folder::free(data)?;
-        // The raft log and the `-wal` file; and the unpacked copy, if the folder of the backups is on the same file system.
         let device = |path: &Path| std::fs::metadata(path).map(|found| found.dev()).ok();
-        let copies = if device(data) == device(&self.config.folder) { 3 } else { 2 };
-        let needed = copies * manifest.bytes() + SPARE;
+        let needed = needed(bytes, to_unpack && device(data) == device(&self.config.folder));
+        let free = super::folder::free(data)?;
         if free < needed {
             return Err(BackupError::Refused(format!(
-                "{needed} bytes are needed in the data folder {} for the restore, and {free} are free: free some space there, on all \
-                 members",
+                "{needed} bytes are needed in the data folder {} for the restore, and {free} are free: free some space there; \
+                 nothing was changed",
                 data.display()
             )));
         }
@@ -202,9 +214,25 @@ impl Backups {
     }
 }
 
-fn replace(database: &PrimaryDatabase, copy: &Path, job: &Job) -> Result<(), BackupError> {
+/// Bytes that a restore takes in the data folder: in the raft log, and in the `-wal` file or, on a SECONDARY, in the database; and
+/// for the unpacked copy, if that is to come and lies on the same file system.
+fn needed(bytes: u64, copy: bool) -> u64 {
+    (2 + u64::from(copy)).saturating_mul(bytes).saturating_add(SPARE)
+}
+
+fn replace(database: &PrimaryDatabase, copy: &Path, job: &Arc<Job>) -> Result<(), BackupError> {
     let size = u64::from(database.page_size());
     let (mut before, mut total_before) = (0, 0);
+    let (telling, sent_before) = (Arc::clone(job), AtomicU32::new(0));
+    // A step of its own: from here on nothing waits for this host's disk alone.
+    let sent = move |sent: u32, total: u32| {
+        let before = sent_before.swap(sent, Ordering::Relaxed);
+        if before == 0 {
+            telling.step("sends it to the members", u64::from(total) * size);
+        }
+        telling.advance(u64::from(sent.saturating_sub(before)) * size);
+    };
+    database.gate().tell_sent(Some(Box::new(sent)));
     let done = database.replace(copy, |done, total| {
         if total != total_before {
             total_before = total;
@@ -214,6 +242,7 @@ fn replace(database: &PrimaryDatabase, copy: &Path, job: &Job) -> Result<(), Bac
         before = done;
         true
     });
+    database.gate().tell_sent(None);
     done.map_err(|error| match error {
         ReplaceError::Refused(why) => BackupError::Refused(format!("{why}; nothing was changed")),
         ReplaceError::Unknown(why) => BackupError::Unknown(format!(
@@ -248,4 +277,15 @@ async fn note(connection: &mut sqlx::SqliteConnection, id: &str, by: &str) -> Re
     let (time, what) = (now() as i64, format!("backup '{id}'"));
     sqlx::query(insert).bind(time).bind(by).bind(what).execute(&mut *writing).await?;
     writing.commit().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_beside_the_data_takes_its_place_until_it_is_unpacked() {
+        assert_eq!((needed(100, true), needed(100, false)), (300 + SPARE, 200 + SPARE));
+        assert_eq!(needed(u64::MAX, true), u64::MAX, "a manifest may claim anything");
+    }
 }

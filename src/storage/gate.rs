@@ -72,6 +72,9 @@ pub(super) struct Mark {
     pub checksum: u64,
 }
 
+/// Is told how many pages of a long transaction were taken in by the cluster, and how many it has.
+pub type Sent = Box<dyn Fn(u32, u32) + Send>;
+
 struct Writer {
     tracker: Tracker,
     table: PageTable,
@@ -114,6 +117,7 @@ pub struct Gate {
     restarting: AtomicBool,
     last_index: AtomicU64,
     refusal: Mutex<Option<String>>,
+    sent: Mutex<Option<Sent>>,
     open: Mutex<usize>,
     closed: Condvar,
     writer: Mutex<Writer>,
@@ -151,6 +155,7 @@ impl Gate {
             restarting: AtomicBool::new(false),
             last_index: AtomicU64::new(config.index),
             refusal: Mutex::new(None),
+            sent: Mutex::new(None),
             open: Mutex::new(0),
             closed: Condvar::new(),
             writer: Mutex::new(Writer { tracker: Tracker::new(page_size), table: config.table, transaction }),
@@ -184,6 +189,11 @@ impl Gate {
     /// failed after the cluster had committed. The node must give its role up then.
     pub fn is_fenced(&self) -> bool {
         self.fenced.load(Ordering::SeqCst)
+    }
+
+    /// Who is told of each part of a transaction of several parts from now on.
+    pub fn tell_sent(&self, sent: Option<Sent>) {
+        *lock(&self.sent) = sent;
     }
 
     /// Why a write was refused last, in a sentence. SQLite's own error only says `disk I/O error`.
@@ -341,6 +351,9 @@ impl Gate {
                 let next = PagesBuilder::new(self.database, transaction, part, self.page_size);
                 let full = std::mem::replace(&mut builder, next);
                 self.propose(full.finish(None), false)?;
+                if let Some(sent) = &*lock(&self.sent) {
+                    sent(checksums.len() as u32, pages.len() as u32);
+                }
             }
             let image = if *frame == held.frame {
                 data

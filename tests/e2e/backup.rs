@@ -190,72 +190,6 @@ fn what_cannot_be_restored_is_refused_and_changes_nothing() {
     println!("  {}", cluster.finish(&["the restore failed", "could not be verified"]));
 }
 
-/// Waits until the restore is at the step that everything before it only prepares. False if it was over before that was seen.
-pub fn wait_replacing(cluster: &Cluster, node: usize, started: &Started) -> bool {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let state: BackupState = ask(cluster, node, Operation::BackupState {}).unwrap();
-        if state.last.is_some_and(|last| last.number == started.number) {
-            return false;
-        }
-        if state.running.is_some_and(|running| running.step.contains("replaces") && running.done > 0) {
-            return true;
-        }
-        assert!(Instant::now() < deadline, "it does not get that far");
-        thread::yield_now();
-    }
-}
-
-#[test]
-fn the_primary_dies_while_it_restores() {
-    let _alone = alone();
-    let cluster = Cluster::start();
-    // The last one to be stopped has no time to apply what is behind its checkpoint.
-    cluster.configure("CHECKPOINT_SECONDS", "1");
-    cluster.restart_all();
-    // Some megabytes, so that there is time to die in.
-    let writers = Writers::start_long(&cluster.file(), WRITERS, 1024);
-    let large =
-        |node: usize| fs::metadata(cluster.node(node).data.join("database/console.db")).unwrap().len() > 12 << 20;
-    cluster.wait_for("a database of some size", |_| large(cluster.primary()));
-    writers.verify();
-    let files: Vec<PathBuf> = (0..3).map(|node| make(&cluster, node, "whole")).collect();
-    let mut pen = Pen::new(&cluster.file());
-    let whole = pen.tags();
-    let (mut old, mut new, mut amid) = (0, 0, 0);
-    for round in 0..3 {
-        let primary = cluster.primary();
-        let more = format!("more-{round}");
-        assert!(pen.write(primary, &more));
-        let started = begin_restore(&cluster, primary, &files[primary], true).unwrap();
-        amid += usize::from(wait_replacing(&cluster, primary, &started));
-        // At another moment each time.
-        pace_round(round);
-        cluster.signal(primary, Signal::SIGKILL);
-        cluster.wait_for("a new primary", |statuses| {
-            let serves = |status: &twistlock_ha::node::Status| status.role == Role::Primary;
-            statuses.iter().enumerate().any(|(node, status)| node != primary && status.as_ref().is_some_and(serves))
-        });
-        cluster.wait_healthy();
-        pen = Pen::new(&cluster.file());
-        let tags = pen.tags();
-        let restored = tags == whole;
-        let untouched = tags.len() == whole.len() + 1 && tags.contains(&more);
-        assert!(restored || untouched, "round {round}: {} tags, neither {} nor one more", tags.len(), whole.len());
-        if restored {
-            new += 1
-        } else {
-            old += 1
-        }
-        if untouched {
-            pen.call(cluster.primary(), "DELETE", &format!("/tags/{more}"), None);
-        }
-    }
-    assert!(amid > 0, "every restore was over before anybody could die");
-    println!("kill -9 during a restore: {amid} times amid; {old} times the old state, {new} times the new one");
-    println!("  {}", cluster.finish(&[]));
-}
-
 /// It was done, somebody was told so, and at that moment the PRIMARY dies: the next one has it.
 #[test]
 fn a_restore_that_is_done_outlives_the_primary() {
@@ -280,10 +214,6 @@ fn a_restore_that_is_done_outlives_the_primary() {
     assert!(pen.write(cluster.primary(), "goes-on"));
     cluster.wait_healthy();
     println!("  {}", cluster.finish(&[]));
-}
-
-fn pace_round(round: u64) {
-    thread::sleep(Duration::from_millis(round * 30));
 }
 
 #[test]
