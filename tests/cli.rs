@@ -134,6 +134,7 @@ fn picture(states: [Role; 3]) -> Status {
         voter: true,
         sync: None,
         full: false,
+        free: Some(40 << 30),
         level: twistlock_ha::cluster::FEATURE_LEVEL,
         holds: Default::default(),
         id,

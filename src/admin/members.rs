@@ -157,6 +157,7 @@ mod tests {
             voter: true,
             sync: None,
             full: false,
+            free: None,
             level: 0,
             holds: Default::default(),
         }

@@ -200,6 +200,7 @@ mod tests {
             voter: true,
             sync: None,
             full: false,
+            free: None,
             level: if *version == "1.2.4" { 1 } else { FEATURE_LEVEL },
             holds: Holdings::default(),
         });

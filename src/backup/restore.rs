@@ -28,7 +28,9 @@ use super::{
 };
 use crate::{
     admin::AdminError,
+    cluster::Role,
     events::{Scope, Severity},
+    node::MemberStatus,
     storage::database::{PrimaryDatabase, ReplaceError},
 };
 
@@ -188,20 +190,16 @@ impl Backups {
         }
     }
 
-    /// There is room for the transaction: in the raft log, and in the `-wal` file; and for the copy, if that is yet `to_unpack`.
+    /// There is room for the transaction on all members that vote; here also for the copy, if that is yet `to_unpack`.
     fn check_room(&self, bytes: u64, to_unpack: bool) -> Result<(), BackupError> {
-        let status = self.node.status().borrow().clone();
-        // A member takes the transaction into its raft log and its database. What it has free is not known here, but whether it is
-        // out of space is.
-        if let Some(member) = status.members.iter().find(|member| member.full) {
-            return Err(BackupError::Refused(format!(
-                "the disk of {} is full: free some space there first, or the restore does not come to it",
-                member.name
-            )));
-        }
         let data = &self.config.data;
+        let status = self.node.status().borrow().clone();
+        // Never opened here: closing it would take SQLite's locks away.
+        let now = std::fs::metadata(data.join("database/console.db")).map(|found| found.len()).unwrap_or_default();
+        let mut others = status.members.iter().filter(|member| member.voter && member.id != status.node);
+        others.try_for_each(|member| check_member(member, needed_elsewhere(bytes, now)))?;
         let device = |path: &Path| std::fs::metadata(path).map(|found| found.dev()).ok();
-        let needed = needed(bytes, to_unpack && device(data) == device(&self.config.folder));
+        let needed = needed_here(bytes, now, to_unpack && device(data) == device(&self.config.folder));
         let free = super::folder::free(data)?;
         if free < needed {
             return Err(BackupError::Refused(format!(
@@ -214,10 +212,39 @@ impl Backups {
     }
 }
 
-/// Bytes that a restore takes in the data folder: in the raft log, and in the `-wal` file or, on a SECONDARY, in the database; and
-/// for the unpacked copy, if that is to come and lies on the same file system.
-fn needed(bytes: u64, copy: bool) -> u64 {
-    (2 + u64::from(copy)).saturating_mul(bytes).saturating_add(SPARE)
+/// A member takes the transaction into its raft log and its database: without the space it would hold everybody up while the
+/// Console is closed.
+fn check_member(member: &MemberStatus, needed: u64) -> Result<(), BackupError> {
+    let name = &member.name;
+    if matches!(member.state, Role::Down | Role::Unknown) {
+        return Err(BackupError::Refused(format!(
+            "{name} is not heard of, so that nobody knows whether it has the space for the restore: start it, or remove it from the \
+             cluster; nothing was changed"
+        )));
+    }
+    if member.full {
+        return Err(BackupError::Refused(format!(
+            "the disk of {name} is full: free some space there first, or the restore does not come to it; nothing was changed"
+        )));
+    }
+    // A program that does not tell is one of before: the restore is given up if it does not take it.
+    match member.free.filter(|free| *free < needed) {
+        None => Ok(()),
+        Some(free) => Err(BackupError::Refused(format!(
+            "{needed} bytes are needed in the data folder of {name} for the restore, and {free} are free: free some space there; \
+             nothing was changed"
+        ))),
+    }
+}
+
+/// Bytes that a restore takes on another member, whose database has `now`: in the raft log, and in the database.
+fn needed_elsewhere(bytes: u64, now: u64) -> u64 {
+    bytes.saturating_add(bytes.saturating_sub(now)).saturating_add(SPARE)
+}
+
+/// The same here: the `-wal` file comes to it, and the unpacked copy, if that is to come and lies on the same file system.
+fn needed_here(bytes: u64, now: u64, copy: bool) -> u64 {
+    (1 + u64::from(copy)).saturating_mul(bytes).saturating_add(needed_elsewhere(bytes, now))
 }
 
 fn replace(database: &PrimaryDatabase, copy: &Path, job: &Arc<Job>) -> Result<(), BackupError> {
@@ -284,8 +311,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_beside_the_data_takes_its_place_until_it_is_unpacked() {
-        assert_eq!((needed(100, true), needed(100, false)), (300 + SPARE, 200 + SPARE));
-        assert_eq!(needed(u64::MAX, true), u64::MAX, "a manifest may claim anything");
+    fn what_is_needed_is_the_raft_log_the_growth_the_wal_and_the_copy() {
+        assert_eq!((needed_elsewhere(100, 100), needed_elsewhere(100, 30)), (100 + SPARE, 170 + SPARE));
+        assert_eq!((needed_here(100, 30, true), needed_here(100, 900, false)), (370 + SPARE, 200 + SPARE));
+        assert_eq!(needed_here(u64::MAX, 0, true), u64::MAX, "a manifest may claim anything");
+    }
+
+    #[test]
+    fn a_member_without_space_or_without_a_word_is_in_the_way() {
+        let member: MemberStatus = serde_json::from_value(serde_json::json!({
+            "id": 2, "name": "node2", "address": "127.0.0.2:8086", "state": "SECONDARY", "epoch": 1, "applied": 2, "lag": 0,
+            "lease_ms": null, "last_contact_ms": 5, "version": "0.1.0", "voter": true, "sync": null, "free": 1000
+        }))
+        .unwrap();
+        let refused = |member: &MemberStatus, needed| check_member(member, needed).map_err(|error| error.to_string());
+        assert_eq!(refused(&member, 1000), Ok(()));
+        assert!(refused(&member, 1001).unwrap_err().contains("the data folder of node2"));
+        assert_eq!(refused(&MemberStatus { free: None, ..member.clone() }, 1001), Ok(()), "an older program");
+        assert!(refused(&MemberStatus { full: true, ..member.clone() }, 0).unwrap_err().contains("is full"));
+        for state in [Role::Down, Role::Unknown] {
+            assert!(refused(&MemberStatus { state, ..member.clone() }, 0).unwrap_err().contains("not heard of"));
+        }
     }
 }

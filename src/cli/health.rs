@@ -139,6 +139,7 @@ pub(crate) mod tests {
             voter: true,
             sync: None,
             full: false,
+            free: None,
             level: FEATURE_LEVEL,
             holds: Holdings::default(),
         };

@@ -115,6 +115,7 @@ mod tests {
             voter: true,
             sync: None,
             full: false,
+            free: None,
             lag_bytes: None,
             level: 1,
             holds: Default::default(),

@@ -54,6 +54,8 @@ pub(super) struct Publisher {
     rolling_back: bool,
     /// The disk of this node is full.
     full: bool,
+    /// Bytes that are free there.
+    free: Option<u64>,
     /// What this node has on its disk.
     holds: Holdings,
     /// Why this node is no member any more.
@@ -109,6 +111,7 @@ impl Publisher {
             diverged: false,
             rolling_back: false,
             full: false,
+            free: None,
             holds: Holdings::default(),
             database: None,
             sender,
@@ -133,7 +136,9 @@ impl Publisher {
             if report.state != Role::Primary {
                 self.history.not_primary(from, boottime());
             }
-            let role = |report: &NodeReport| (report.state, report.epoch, report.full, report.more);
+            // What is free changes all the time: the next picture has it.
+            let more = |report: &NodeReport| report.more.map(|more| More { free: None, ..more });
+            let role = |report: &NodeReport| (report.state, report.epoch, report.full, more(report));
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
             peer.has = peer.has.max(report.applied);
             peer.report = Some(report);
@@ -233,6 +238,11 @@ impl Publisher {
         self.full = full;
         self.stale = true;
         self.announced.1 = u64::MAX;
+    }
+
+    /// So many bytes are free for the data of this node; the others learn of it with the next report.
+    pub fn free(&mut self, free: Option<u64>) {
+        self.free = free;
     }
 
     /// The index up to which all other members have the raft log: nobody will ask for it again.
@@ -337,7 +347,7 @@ impl Publisher {
                 lease_ms: status.lease_ms,
                 full: self.full,
                 version: status.version.clone(),
-                more: Some(More { level: self.config.level, holds: self.holds }),
+                more: Some(More { level: self.config.level, holds: self.holds, free: self.free }),
             };
             links.send_report(*peer, &report);
         }
@@ -400,7 +410,8 @@ mod tests {
     #[test]
     fn the_common_level_is_that_of_the_oldest_program_and_needs_everybody() {
         let mut publisher = publisher();
-        let says = |level| NodeReport { more: Some(More { level, holds: Holdings::default() }), ..report(5) };
+        let says =
+            |level| NodeReport { more: Some(More { level, holds: Holdings::default(), free: None }), ..report(5) };
         publisher.report(2, says(9));
         assert_eq!(publisher.common_level(), None, "one was never heard of");
         publisher.report(3, report(5));

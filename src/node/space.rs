@@ -100,6 +100,7 @@ impl Driver {
         if let Some(free) = free {
             metrics::gauge!(telemetry::DISK_FREE).set(free as f64);
         }
+        self.publisher.free(free);
         let free = free.unwrap_or(u64::MAX);
         // Not in vain: that would fill the disk with a segment, and take it away again, each time.
         if self.log.is_full() && self.log.can_prepare(free.saturating_sub(LOW)) {

@@ -126,6 +126,9 @@ pub struct MemberStatus {
     /// Its disk is full, by its last report.
     #[serde(default)]
     pub full: bool,
+    /// Bytes that are free for its data, by its last report; none if it does not tell.
+    #[serde(default)]
+    pub free: Option<u64>,
     /// The feature level of its program; 0 if it was never heard of.
     #[serde(default)]
     pub level: u32,

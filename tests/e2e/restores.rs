@@ -26,7 +26,7 @@ use twistlock_ha::{
 use super::{
     alone,
     backup::{ask, begin_restore, make, restore, wait_ended},
-    cluster::{Cluster, LIMIT, RESTART_AFTER},
+    cluster::{Cluster, FROZEN, LIMIT, RESTART_AFTER},
     disk::{FULL, fill, in_private_mounts, run, wait_role},
     writers::Pen,
 };
@@ -206,6 +206,41 @@ fn a_secondary_dies_while_the_parts_of_a_restore_are_on_their_way() {
     assert!(closed, "the log does not say why the Console was closed");
     cluster.wait_healthy();
     println!("  {}", cluster.finish(&[]));
+}
+
+/// Whether the others have the space is known before anything is unpacked.
+#[test]
+fn a_restore_that_a_member_has_no_space_for_is_refused() {
+    let _alone = alone();
+    in_private_mounts(|| {
+        let cluster = with_small_disks(&[1], "480m");
+        let pen = Pen::new(&cluster.file());
+        assert!(pen.write(0, "kept"));
+        let large = enlarged(&make(&cluster, 0, "whole"), LARGE);
+        let ballast = leave(&cluster, 1, LARGE);
+        let free = |status: &Status, name: &str| {
+            status.members.iter().find(|member| member.name == name).and_then(|member| member.free)
+        };
+        cluster.wait_for("its free space in the status of the others", |statuses| {
+            let told = |status: &Option<Status>| free(status.as_ref()?, "node2").filter(|free| *free <= LARGE);
+            statuses.iter().all(|status| told(status).is_some())
+        });
+        assert!(free(&cluster.statuses()[0].clone().unwrap(), "node3").is_some_and(|free| free > LARGE));
+        let outcome = restore(&cluster, &large);
+        assert!(!outcome.ok && outcome.text.contains("are needed in the data folder of node2"), "{}", outcome.text);
+        fs::remove_file(ballast).unwrap();
+        cluster.signal(1, Signal::SIGSTOP);
+        cluster.wait_for("a member that is DOWN", |statuses| {
+            let down = |status: &Status| status.members.iter().any(|member| member.state == Role::Down);
+            statuses[0].as_ref().is_some_and(down)
+        });
+        let outcome = restore(&cluster, &large);
+        assert!(!outcome.ok && outcome.text.contains("node2 is not heard of"), "{}", outcome.text);
+        assert!(!cluster.log(0).contains("the Console may open again"), "it was closed");
+        cluster.signal(1, Signal::SIGCONT);
+        assert!(pen.write(0, "goes-on"));
+        println!("  {}", cluster.finish(&[FULL, FROZEN, &["the restore failed"]].concat()));
+    });
 }
 
 /// Somebody else takes the space while the backup is unpacked: the Console is not even closed.

@@ -48,7 +48,11 @@ fn three_nodes_exchange_messages_and_reports() {
         lease_ms: Some(399),
         full: true,
         version: "1.2.3".to_owned(),
-        more: Some(More { level: 7, holds: Holdings { key: KeyId(1), trusts: KeyId(2), shows: KeyId(3) } }),
+        more: Some(More {
+            level: 7,
+            holds: Holdings { key: KeyId(1), trusts: KeyId(2), shows: KeyId(3) },
+            free: Some(4),
+        }),
     };
     for node in &nodes {
         for to in (1..=3).filter(|to| *to != node.me) {

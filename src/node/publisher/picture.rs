@@ -62,6 +62,7 @@ impl Publisher {
             voter: true,
             sync: self.sync,
             full: self.full,
+            free: self.free,
             level: self.config.level,
             holds: self.holds,
         };
@@ -115,6 +116,7 @@ impl Publisher {
             voter: member.voter,
             sync: peer.sync,
             full: report.is_some_and(|report| report.full),
+            free: report.and_then(|report| report.more).and_then(|more| more.free),
             level: report.map_or(0, level_of),
             holds: report.and_then(|report| report.more).map(|more| more.holds).unwrap_or_default(),
         }

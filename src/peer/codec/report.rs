@@ -33,6 +33,8 @@ pub struct NodeReport {
 pub struct More {
     /// The feature level of the program.
     pub level: u32,
+    /// Bytes that are free for its data; none from a program that does not tell, and from one that cannot.
+    pub free: Option<u64>,
     /// What the node has on its disk.
     pub holds: Holdings,
 }
@@ -51,10 +53,15 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
     writer.u64(report.lease_ms.unwrap_or_default());
     writer.0.push(u8::from(report.full));
     writer.bytes(report.version.as_bytes(), MAX_VERSION, "program version")?;
-    if let Some(More { level, holds }) = &report.more {
+    if let Some(More { level, holds, free }) = &report.more {
         writer.u32(*level);
         for KeyId(id) in [holds.key, holds.trusts, holds.shows] {
             writer.0.extend_from_slice(&id.to_le_bytes());
+        }
+        // Behind what the first programs of this level read: they leave the rest alone. What comes behind it one day has to come
+        // with it.
+        if let Some(free) = free {
+            writer.u64(*free);
         }
     }
     writer.finish()
@@ -74,7 +81,8 @@ pub(super) fn decode_report(reader: &mut Reader<'_>) -> Result<NodeReport, Codec
 fn decode_more(reader: &mut Reader<'_>) -> Result<More, CodecError> {
     let level = reader.u32()?;
     let mut id = || Ok(KeyId(u128::from_le_bytes(reader.array()?)));
-    Ok(More { level, holds: Holdings { key: id()?, trusts: id()?, shows: id()? } })
+    let holds = Holdings { key: id()?, trusts: id()?, shows: id()? };
+    Ok(More { level, holds, free: reader.optional(Reader::u64)? })
 }
 
 pub(super) const ROLES: [Role; 10] = [

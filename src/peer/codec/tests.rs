@@ -104,9 +104,10 @@ fn refusal() -> impl Strategy<Value = Refusal> {
 
 fn report() -> impl Strategy<Value = NodeReport> {
     let lease = proptest::option::of(any::<u64>());
-    let more = proptest::option::of((any::<u32>(), any::<[u128; 3]>())).prop_map(|more| {
+    let free = proptest::option::of(any::<u64>());
+    let more = proptest::option::of((any::<u32>(), any::<[u128; 3]>(), free)).prop_map(|more| {
         let holds = |[key, trusts, shows]: [KeyId; 3]| Holdings { key, trusts, shows };
-        more.map(|(level, ids)| More { level, holds: holds(ids.map(KeyId)) })
+        more.map(|(level, ids, free)| More { level, holds: holds(ids.map(KeyId)), free })
     });
     (0..ROLES.len(), any::<[u64; 3]>(), lease, any::<bool>(), ("[0-9.]{0,64}", more)).prop_map(
         |(role, [epoch, applied, committed], lease_ms, full, (version, more))| {
@@ -184,7 +185,7 @@ proptest! {
         let complete = match &frame {
             Frame::Hello(hello) => hello.level.is_some(),
             Frame::HelloReply(reply) => !matches!(reply, HelloReply::Accepted(None)),
-            Frame::Report(report) => report.more.is_some(),
+            Frame::Report(report) => report.more.is_some_and(|more| more.free.is_some()),
             Frame::Raft(_) => true,
         };
         bytes.extend_from_slice(&more);
@@ -278,6 +279,27 @@ fn a_program_without_levels_is_spoken_to_as_before() {
     let report =
         NodeReport { state, epoch: 1, applied: 2, committed: 3, lease_ms: None, full: false, version, more: None };
     assert_eq!(encode_report(&report).unwrap().len(), LENGTH + 1 + 1 + 24 + 9 + 1 + 4 + 1);
+}
+
+/// The first programs of feature level 2 told no free space. They read what they know, and are understood without it.
+#[test]
+fn a_program_that_tells_no_free_space_is_understood_and_understands() {
+    let (state, version) = (Role::Secondary, "1".to_owned());
+    let of = |free| NodeReport {
+        state,
+        epoch: 1,
+        applied: 2,
+        committed: 3,
+        lease_ms: None,
+        full: false,
+        version: version.clone(),
+        more: Some(More { level: 2, holds: Holdings::default(), free }),
+    };
+    let (old, new) = (encode_report(&of(None)).unwrap(), encode_report(&of(Some(5 << 30))).unwrap());
+    assert_eq!(old.len(), LENGTH + 1 + 1 + 24 + 9 + 1 + 4 + 1 + 4 + 48, "what they send");
+    assert_eq!(Frame::decode(&old[LENGTH..]), Ok(Frame::Report(of(None))));
+    assert_eq!(new[LENGTH..][..old.len() - LENGTH], old[LENGTH..], "what they read of ours comes first");
+    assert_eq!(Frame::decode(&new[LENGTH..]), Ok(Frame::Report(of(Some(5 << 30)))));
 }
 
 #[test]
