@@ -2,7 +2,7 @@
 //! Must never keep a token or a password in clear.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -29,11 +29,13 @@ use super::{
 
 /// How long a verified name and password need not be verified again: else each request would cost a password hash.
 const CACHE_LIFE: Duration = Duration::from_secs(60);
-/// Verified names and passwords remembered.
+/// Verified names and passwords remembered, and networks of users.
 const CACHE_SIZE: usize = 1024;
 const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
-/// Wrong passwords for one account: short enough that a stranger locks nobody out for long.
+/// Wrong passwords for one account from one address.
 const ACCOUNT: Limits = Limits { free: 5, longest: Duration::from_secs(30) };
+/// The same from all addresses together: wide and short, since whoever knows a name could keep its owner out by it.
+const NAME: Limits = Limits { free: 50, longest: Duration::from_secs(1) };
 /// Wrong passwords from one address: wide, because all clients behind a load balancer come from the same one.
 const ADDRESS: Limits = Limits { free: 50, longest: Duration::from_secs(2) };
 /// How every join token begins; no token of `authenticate` does, since those have no dot.
@@ -55,8 +57,11 @@ pub(super) struct User {
 #[derive(Debug)]
 pub(super) struct Logins {
     pub(super) hasher: Hasher,
-    accounts: Throttle<String>,
+    accounts: Throttle<(String, IpAddr)>,
+    names: Throttle<String>,
     addresses: Throttle<IpAddr>,
+    /// Where users have logged in from before: nobody else keeps them out there.
+    known: Mutex<HashSet<(String, IpAddr)>>,
     /// Random for each process, so that the table below is of no use to anybody else.
     key: hmac::Key,
     verified: Mutex<HashMap<[u8; 32], Instant>>,
@@ -65,8 +70,9 @@ pub(super) struct Logins {
 impl Logins {
     pub(super) fn new() -> Result<Self, ring::error::Unspecified> {
         let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())?;
-        let (accounts, addresses) = (Throttle::new(ACCOUNT), Throttle::new(ADDRESS));
-        Ok(Self { hasher: Hasher::new(), accounts, addresses, key, verified: Mutex::default() })
+        let (accounts, names, addresses) = (Throttle::new(ACCOUNT), Throttle::new(NAME), Throttle::new(ADDRESS));
+        let hasher = Hasher::new();
+        Ok(Self { hasher, accounts, names, addresses, known: Mutex::default(), key, verified: Mutex::default() })
     }
 
     /// With the stored hash, so that a changed password is not remembered as a good one.
@@ -96,6 +102,37 @@ impl Logins {
         }
     }
 
+    fn is_known(&self, account: &(String, IpAddr)) -> bool {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).contains(account)
+    }
+
+    /// How long the next attempt for this account from this network must wait.
+    fn wait(&self, account: &(String, IpAddr), now: Instant) -> Duration {
+        let (name, from) = account;
+        let all = if self.is_known(account) { Duration::ZERO } else { self.names.wait(name, now) };
+        all.max(self.accounts.wait(account, now)).max(self.addresses.wait(from, now))
+    }
+
+    /// Counts an attempt, up to the table that refuses it.
+    fn attempt(&self, account: &(String, IpAddr), now: Instant) -> Result<(), Duration> {
+        let (name, from) = account;
+        self.addresses.attempt(from, now)?;
+        self.accounts.attempt(account, now)?;
+        if self.is_known(account) { Ok(()) } else { self.names.attempt(name, now) }
+    }
+
+    fn succeeded(&self, account: &(String, IpAddr)) {
+        let (name, from) = account;
+        self.accounts.succeeded(account);
+        self.names.succeeded(name);
+        self.addresses.succeeded(from);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= CACHE_SIZE {
+            known.clear();
+        }
+        known.insert(account.clone());
+    }
+
     /// Checks a name and a password against the hash of that user, if there is one. True if it was computed and not
     /// remembered. `Unauthorized` has always been computed.
     async fn verify(&self, login: Login, stored: Option<String>, from: IpAddr) -> Result<bool, ApiError> {
@@ -104,10 +141,10 @@ impl Logins {
             return Ok(false);
         }
         let from = network(from);
+        let account = (login.username, from);
         let slow_down = |wait: Duration| ApiError::TooMany(wait.as_secs() + 1);
         // Asked here too, so that nobody queues up in vain.
-        let now = Instant::now();
-        let wait = self.accounts.wait(&login.username, now).max(self.addresses.wait(&from, now));
+        let wait = self.wait(&account, Instant::now());
         if !wait.is_zero() {
             return Err(slow_down(wait));
         }
@@ -116,14 +153,11 @@ impl Logins {
         if self.is_verified(&tag) {
             return Ok(false);
         }
-        let now = Instant::now();
-        self.addresses.attempt(&from, now).map_err(slow_down)?;
-        self.accounts.attempt(&login.username, now).map_err(slow_down)?;
+        self.attempt(&account, Instant::now()).map_err(slow_down)?;
         if !turn.verify(login.password, stored).await? {
             return Err(WRONG);
         }
-        self.accounts.succeeded(&login.username);
-        self.addresses.succeeded(&from);
+        self.succeeded(&account);
         self.remember(tag);
         Ok(true)
     }
@@ -318,6 +352,26 @@ mod tests {
         assert_eq!(logins.verified.lock().unwrap().len(), CACHE_SIZE);
         assert!(logins.is_verified(&logins.tag(&login("a", "0"), None)));
         assert!(!logins.is_verified(&logins.tag(&login("b", "0"), None)));
+    }
+
+    /// Somebody else's guesses, as many as are borne from there: who knows the password waits for a second at most, and not at all
+    /// where he has logged in before.
+    #[test]
+    fn a_stranger_who_guesses_keeps_nobody_out() {
+        let logins = Logins::new().unwrap();
+        let at = |last: u8| ("admin".to_owned(), IpAddr::from([192, 0, last, 1]));
+        logins.succeeded(&at(250));
+        let (begin, mut guesses) = (Instant::now(), 0);
+        let mut now = begin;
+        while now < begin + Duration::from_secs(120) {
+            guesses += (0..20).filter(|stranger| logins.attempt(&at(*stranger), now).is_ok()).count();
+            assert!(logins.wait(&at(200), now) <= NAME.longest);
+            assert!(logins.wait(&at(250), now).is_zero());
+            now += Duration::from_millis(100);
+        }
+        assert!(guesses < 300, "{guesses} guesses in two minutes from 20 networks");
+        assert!(logins.wait(&at(0), now) > NAME.longest);
+        logins.attempt(&at(200), now + NAME.longest).unwrap();
     }
 
     #[test]
