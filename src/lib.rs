@@ -67,6 +67,7 @@
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
 //! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
+//! | [`clients`] | who a connection comes from, and each one's share of the places | what is served |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //!
 //! `tests/tidy.rs` holds the permitted dependencies between them.
@@ -110,6 +111,7 @@
 pub mod admin;
 pub mod backup;
 pub mod cli;
+pub mod clients;
 pub mod cluster;
 pub mod config;
 pub mod console;

@@ -263,6 +263,8 @@ pub const CHECKPOINT_AGE: &str = "twistlock_checkpoint_age_seconds";
 pub const DISK_FREE: &str = "twistlock_disk_free_bytes";
 /// Gauge: connections to the Console.
 pub const CONSOLE_CONNECTIONS: &str = "twistlock_console_connections";
+/// Counter: connections that were turned away because their network had its share, by server.
+pub const CONNECTIONS_REFUSED: &str = "twistlock_connections_refused_total";
 /// Gauge: share of the database file that the scrub under way has read, or 1.
 pub const SCRUB_PROGRESS: &str = "twistlock_scrub_progress_ratio";
 /// Gauge: when a scrub has found nothing wrong last, in seconds since 1970.
@@ -393,6 +395,12 @@ pub const METRICS: &[Metric] = &[
     metric(CHECKPOINT_AGE, Kind::Gauge, "Seconds for which the last checkpoint has lacked something; 0 if it has all."),
     metric(DISK_FREE, Kind::Gauge, "Bytes that are free in the file system of the data folder."),
     metric(CONSOLE_CONNECTIONS, Kind::Gauge, "Connections to the Console of this node."),
+    metric(
+        CONNECTIONS_REFUSED,
+        Kind::Counter,
+        "Connections that were turned away because their network had its share already, by server.",
+    )
+    .by("server", &["console", "health"]),
     metric(
         SCRUB_PROGRESS,
         Kind::Gauge,

@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::clients::network;
+
 /// Failures that an address may have at once.
 const BURST: f64 = 10.0;
 /// Time in which one more is allowed: ten a minute.
@@ -23,12 +25,12 @@ pub(super) struct Attempts {
 impl Attempts {
     /// False while this address has failed too often to be listened to.
     pub fn may_try(&self, from: IpAddr, now: Instant) -> bool {
-        self.failures.get(&group(from)).is_none_or(|count| left(*count, now) + 1.0 <= BURST)
+        self.failures.get(&network(from)).is_none_or(|count| left(*count, now) + 1.0 <= BURST)
     }
 
     /// Counts a failure.
     pub fn failed(&mut self, from: IpAddr, now: Instant) {
-        let from = group(from);
+        let from = network(from);
         if !self.failures.contains_key(&from) && self.failures.len() >= ADDRESSES {
             self.failures.retain(|_, count| left(*count, now) > 0.0);
         }
@@ -48,17 +50,6 @@ impl Attempts {
 fn left((count, since): (f64, Instant), now: Instant) -> f64 {
     let forgiven = now.saturating_duration_since(since).as_secs_f64() / PER_FAILURE.as_secs_f64();
     (count - forgiven).max(0.0)
-}
-
-/// One host usually has a whole /64 of IPv6 addresses.
-fn group(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V4(address) => IpAddr::V4(address),
-        IpAddr::V6(address) => {
-            let bits = u128::from(address) >> 64 << 64;
-            IpAddr::V6(bits.into())
-        }
-    }
 }
 
 #[cfg(test)]

@@ -31,13 +31,18 @@ use tokio::{
 };
 use tower::ServiceExt;
 
-use crate::node::{Handle, Lease, Pulse, Status};
+use crate::{
+    clients::Clients,
+    node::{Handle, Lease, Pulse, Status},
+};
 use claim::{Claim, ClaimedStream};
 
 pub use metrics::MetricsPage;
 
 /// Connections at once; further ones wait in the kernel's queue.
 const CONNECTIONS: usize = 128;
+/// Connections at once from one network, so that nobody keeps the load balancers out.
+const FROM_ONE: usize = 32;
 /// Longest time for the head of a request.
 const HEAD: Duration = Duration::from_secs(2);
 /// Longest life of a connection.
@@ -117,7 +122,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 async fn accept(listener: &TcpListener, sources: Sources) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let (places, clients) = (Arc::new(Semaphore::new(CONNECTIONS)), Clients::new("health", FROM_ONE));
     let router = answers::router(sources.clone());
     let mut ended = sources.status.clone();
     let mut complained: Option<Instant> = None;
@@ -129,13 +134,14 @@ async fn accept(listener: &TcpListener, sources: Sources) {
             () = node_ends(&mut ended) => return,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
+                let Some(counted) = clients.enter(from.ip()) else { continue };
                 let claim = Claim::new(sources.clone());
                 let router = router.clone();
                 tokio::spawn(async move {
                     // A client that is too slow is dropped; what it missed is not worth a line.
                     let _ = timeout(CONNECTION, connection(stream, claim, router)).await;
-                    drop(place);
+                    drop((place, counted));
                 });
             }
             Err(error) => {

@@ -1,14 +1,7 @@
 //! Accepts connections and serves them until the opening ends: TLS, HTTP/1.1, limits. Must never write to a socket but
 //! through [`LeasedStream`].
 
-use std::{
-    collections::{HashMap, hash_map::Entry},
-    io,
-    net::{IpAddr, SocketAddr},
-    pin::pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -33,11 +26,14 @@ use super::{
     leased::{LeasedStream, Opening, Phase},
     ports::Service,
 };
-use crate::telemetry::CONSOLE_CONNECTIONS;
+use crate::{
+    clients::{Clients, Counted},
+    telemetry::CONSOLE_CONNECTIONS,
+};
 
 /// Connections at once over all ports; further ones wait in the kernel's queue.
 const CONNECTIONS: u32 = 1024;
-/// Connections at once from one address, so that none can have all of them. Half of them, because all clients behind a
+/// Connections at once from one network, so that none can have all of them. Half of them, because all clients behind a
 /// load balancer come from the same one.
 const FROM_ONE: usize = 512;
 /// Lines in the head of a request.
@@ -69,41 +65,6 @@ struct Shared {
     clients: Arc<Clients>,
 }
 
-/// How many connections each address has.
-#[derive(Debug, Default)]
-struct Clients(Mutex<HashMap<IpAddr, usize>>);
-
-/// A connection that is counted until it ends.
-struct Counted {
-    clients: Arc<Clients>,
-    address: IpAddr,
-}
-
-impl Clients {
-    /// None if the address has its share already. There are never more addresses than connections.
-    fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Counted> {
-        let mut clients = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = clients.entry(address).or_default();
-        if *count >= FROM_ONE {
-            return None;
-        }
-        *count += 1;
-        Some(Counted { clients: Arc::clone(self), address })
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        let mut clients = self.clients.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Entry::Occupied(mut entry) = clients.entry(self.address) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
-        }
-    }
-}
-
 impl Server {
     /// Starts to accept on all listeners.
     pub(super) fn start(
@@ -113,7 +74,7 @@ impl Server {
         router: Router,
     ) -> Self {
         let places = Arc::new(Semaphore::new(CONNECTIONS as usize));
-        let clients = Arc::new(Clients::default());
+        let clients = Clients::new("console", FROM_ONE);
         for (service, listener) in listeners {
             let clients = Arc::clone(&clients);
             let (opening, places, tls) = (Arc::clone(&opening), Arc::clone(&places), tls.clone());
@@ -148,8 +109,8 @@ async fn accept(service: Service, listener: &TcpListener, shared: &Shared) {
         let Ok(place) = Arc::clone(&shared.places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, from)) => {
-                // Closed at once: the place is for another address.
-                let Some(counted) = shared.clients.enter(from.ip().to_canonical()) else { continue };
+                // Closed at once: the place is for somebody else.
+                let Some(counted) = shared.clients.enter(from.ip()) else { continue };
                 tokio::spawn(connection(service, stream, from, shared.clone(), (place, counted)));
             }
             // The listening socket was shut down by the guard or by ourselves: the opening ends in a moment.
@@ -239,22 +200,4 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         () = shared.opening.reached(Phase::Draining) => connection.as_mut().graceful_shutdown(),
     }
     Ok(connection.await?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_address_gets_its_share_and_is_forgotten_when_it_leaves() {
-        let clients = Arc::new(Clients::default());
-        let (one, other) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 2]));
-        let mut counted: Vec<_> = (0..FROM_ONE).map(|_| clients.enter(one).unwrap()).collect();
-        assert!(clients.enter(one).is_none());
-        assert!(clients.enter(other).is_some());
-        counted.pop();
-        counted.push(clients.enter(one).unwrap());
-        drop(counted);
-        assert!(clients.0.lock().unwrap().is_empty());
-    }
 }
