@@ -11,11 +11,21 @@ use super::{
     args::DONE_OR_REFUSED,
     columns::{self, Cell, Paint, print_json},
     lists,
-    remote::{Remote, segment},
-    stop::{Stop, confirm},
+    remote::{Login, Remote, segment},
+    stop::{EX_USAGE, Stop, confirm},
     table::date,
     target::{Target, new_password},
 };
+
+const PASSWD_HELP: &str = "\
+The password in use is that of the login: --password, $TWISTLOCK_PASSWORD, or it is asked for. The new one is asked for twice;
+where standard input is no terminal, it is the first line of that.
+
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
+
+Examples:
+  twistcli users passwd
+  twistcli users passwd --user ann --address https://console:8083";
 
 const ADD_HELP: &str = "\
 The password is asked for twice; where standard input is no terminal, it is the first line of that.
@@ -67,6 +77,12 @@ pub(super) enum Users {
         target: Target,
         #[command(flatten)]
         named: Named,
+    },
+    /// Give yourself another password; ends all of your sessions
+    #[command(after_help = PASSWD_HELP)]
+    Passwd {
+        #[command(flatten)]
+        target: Target,
     },
     /// Delete a user; ends the user's sessions
     #[command(after_help = DONE_OR_REFUSED)]
@@ -147,6 +163,15 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
             let body = json!({ "username": who, "password": new_password(who)? });
             remote.call(Method::PUT, "users", Some(&body))?;
             say(&format!("{who} has a new password. All sessions of {who} have ended."))
+        }
+        Users::Passwd { target } => {
+            let remote = lists::consoles(target)?;
+            let Login::Password { user, password } = &remote.login else {
+                return Err(Stop::tell(EX_USAGE, "a token does not say the password in use: give --user"));
+            };
+            let body = json!({ "oldPassword": password, "newPassword": new_password(user)? });
+            remote.call(Method::PUT, "users/password", Some(&body))?;
+            say(&format!("{user} has a new password. All sessions of {user} have ended."))
         }
         Users::Delete { target, named: Named { who }, yes } => {
             let remote = lists::consoles(target)?;

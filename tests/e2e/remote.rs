@@ -8,7 +8,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use twistlock_ha::cluster::Role;
+use twistlock_ha::{cluster::Role, node::Status};
 
 use super::{alone, cluster::Cluster, terminal::Terminal};
 
@@ -127,9 +127,13 @@ fn local_and_remote_commands_do_the_same() {
         assert!(there["line"].as_str().unwrap().starts_with("curl "), "{there}");
     }
     desk.there(&["ha", "join-script", "--script"]).expect(0, "#!/usr/bin/env bash");
+    let key = |status: &Status| status.members.iter().map(|member| member.holds.key).collect::<Vec<_>>();
+    let before = key(&desk.cluster.statuses()[desk.cluster.primary()].clone().unwrap());
     desk.there(&["ha", "rotate-key"]).expect(0, "The members exchange the cluster key now");
     desk.cluster.wait_for("the next cluster key", |statuses| {
-        statuses.iter().flatten().all(|status| status.membership.rekey.is_none())
+        let over =
+            |status: &Status| status.membership.rekey.is_none() && key(status).iter().all(|key| !before.contains(key));
+        statuses.iter().flatten().filter(|status| status.role == Role::Primary).all(over)
     });
     println!("remote commands: {}", desk.cluster.finish(&[]));
 }
@@ -174,6 +178,14 @@ fn lists_are_read_and_changed_from_anywhere() {
     let port = desk.cluster.node(0).console_url.rsplit_once(':').unwrap().1.to_owned();
     let add = Desk::run(desk.command(&["users", "add", "a/b ü", "--role", "operator"]), "Twelve-chars-1!\n");
     add.expect(0, "a/b ü is a user with the role operator");
+    let own = |old: &str, new: &str| {
+        let args = ["users", "passwd", "--user", "a/b ü", "--password", old];
+        Desk::run(desk.command(&args), &format!("{new}\n"))
+    };
+    own("Twelve-chars-1!", "short").expect(75, "not done: ");
+    own("Twelve-chars-1!", "Twelve-chars-2!").expect(0, "a/b ü has a new password. All sessions of a/b ü have ended.");
+    own("Twelve-chars-1!", "Twelve-chars-3!").expect(77, "");
+    desk.there(&["users", "passwd", "--token", "x"]).expect(64, "a token does not say the password in use");
     for (args, code, text) in [
         (&["users", "list"][..], 0, "a/b ü  operator"),
         (&["users", "set-role", "a/b ü", "auditor"], 0, "has the role auditor"),
