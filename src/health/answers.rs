@@ -163,11 +163,17 @@ async fn live(sources: State<Sources>, Query(query): Query<HashMap<String, Strin
 }
 
 /// `GET /readyz`: 200 if this node does its work and could take over; `?verbose` lists all checks, not only those that fail.
-async fn ready(State(sources): State<Sources>, Query(query): Query<HashMap<String, String>>) -> Response {
+async fn ready(
+    State(sources): State<Sources>,
+    Extension(claim): Extension<Arc<Claim>>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Response {
     let verbose = query.contains_key("verbose");
     if query.len() > usize::from(verbose) {
         return refuse("unknown parameter, allowed: verbose".to_owned());
     }
+    // The checks tell the role.
+    claim.make();
     // A small file is read.
     let Ok(mut checks) = tokio::task::spawn_blocking(move || checks::all(&sources)).await else {
         return code(false).into_response();
