@@ -9,9 +9,10 @@ use axum::{
     http::{HeaderMap, Method},
     response::Response,
 };
+use ring::digest;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     Console, audits,
@@ -23,6 +24,7 @@ use super::{
 use crate::{
     cluster::membership::Webhook,
     events::{Severity, check_url, notify::Delivery},
+    join::hex,
 };
 
 /// The routes of this file.
@@ -113,12 +115,29 @@ async fn set(State(console): State<Arc<Console>>, user: User, Body(wish): Body<W
         check_url(&webhook).map(|()| webhook).map_err(ApiError::bad)
     });
     let webhooks = webhooks.collect::<Result<Vec<_>, _>>()?;
-    let names = |webhooks: &mut dyn Iterator<Item = String>| webhooks.collect::<Vec<_>>();
-    let old = names(&mut admin.webhooks().into_iter().map(|(webhook, _)| webhook.name));
-    let new = names(&mut webhooks.iter().map(|webhook| webhook.name.clone()));
+    let before = admin.webhooks();
+    let old: Vec<Value> = before.iter().map(|(webhook, signed)| noted(webhook, *signed)).collect();
+    // One that is given without a secret keeps the one that it has.
+    let keeps =
+        |new: &Webhook| before.iter().any(|(old, signed)| *signed && (&old.name, &old.url) == (&new.name, &new.url));
+    let signed = |new: &Webhook| new.secret.as_ref().map_or_else(|| keeps(new), |secret| !secret.is_empty());
+    let new: Vec<Value> = webhooks.iter().map(|webhook| noted(webhook, signed(webhook))).collect();
     let difference = json!({ "webhooks": { "old": old, "new": new } });
     audits::note(&console.store, &user, "set", "notifications", difference).await?;
-    Ok(admin.set_webhooks(webhooks, &user.name).await?)
+    let result = admin.set_webhooks(webhooks, &user.name).await;
+    if let Err(error) = &result {
+        let why = json!({ "error": error.to_string() });
+        audits::note(&console.store, &user, "not set", "notifications", why).await?;
+    }
+    Ok(result?)
+}
+
+/// What an audit says of a webhook: no secret, and of its address the host, and a mark by which another one is seen.
+fn noted(webhook: &Webhook, signed: bool) -> Value {
+    let Webhook { name, url, ca, severity, .. } = webhook;
+    let host = url.split(['/', '?', '#']).take(3).collect::<Vec<_>>().join("/");
+    let mark = hex(&digest::digest(&digest::SHA256, url.as_bytes()).as_ref()[..4]);
+    json!({ "name": name, "host": host, "urlDigest": mark, "severity": severity, "ca": ca.is_some(), "signed": signed })
 }
 
 async fn send_test(State(console): State<Arc<Console>>) -> Result<Json<Vec<Delivery>>, ApiError> {

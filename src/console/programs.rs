@@ -35,6 +35,7 @@ use super::{
     audits,
     auth::{self, Source, User},
     cluster::check_join_token,
+    cookie,
     errors::ApiError,
     extract::{Name, Search},
     routes::{Access, Entry, Role, route},
@@ -93,11 +94,12 @@ impl From<KitError> for ApiError {
 /// `GET scripts/console.sh`: the join script. For a join token, or with a new invitation for who logs in.
 pub(super) async fn script(
     State(console): State<Arc<Console>>,
+    headers: HeaderMap,
     installer: Installer,
 ) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {
     let token = match installer {
         Installer::Host { token } => token,
-        Installer::User(user) => invite(&console, &user, VALID).await?.token,
+        Installer::User(user) => invite(&console, &user, &headers, VALID).await?.token,
     };
     let script = with_kit(&console, move |kit, membership, me| kit.script(membership, me, &token)).await?;
     Ok(([(header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8")], script))
@@ -128,11 +130,12 @@ pub(super) struct Line {
 /// `GET high-availability/join-script`: a new invitation, as the line to run on the other hosts.
 pub(super) async fn line(
     State(console): State<Arc<Console>>,
+    headers: HeaderMap,
     user: User,
     Search(wish): Search<Wish>,
 ) -> Result<Json<Line>, ApiError> {
     let valid = wish.valid_sec.map_or(VALID, |seconds| Duration::from_secs(seconds.into()));
-    let Invited { token, until, .. } = invite(&console, &user, valid).await?;
+    let Invited { token, until, .. } = invite(&console, &user, &headers, valid).await?;
     let make = move |kit: &Kit, membership: &Membership, me| {
         let script = wish.script.then(|| kit.script(membership, me, &token)).transpose()?;
         Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?, script))
@@ -141,8 +144,11 @@ pub(super) async fn line(
     Ok(Json(Line { line, script_url, script, until }))
 }
 
-/// A new invitation is a change, whatever the method of its request.
-async fn invite(console: &Console, user: &User, valid: Duration) -> Result<Invited, ApiError> {
+/// A new invitation is a change, whatever the method of its request: no other site may have a browser make one.
+async fn invite(console: &Console, user: &User, headers: &HeaderMap, valid: Duration) -> Result<Invited, ApiError> {
+    if user.session.as_ref().is_some_and(|session| session.page) {
+        cookie::check_page(headers)?;
+    }
     let admin = &console.services()?.admin;
     let wish = audits::difference(&Value::Null, &json!({ "validSec": valid.as_secs() }));
     audits::note(&console.store, user, "invite", "high availability", wish).await?;

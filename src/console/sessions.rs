@@ -56,7 +56,7 @@ pub(super) struct Session {
     began: i64,
     expires: i64,
     /// The token came as the page's cookie, and the next one must go the same way.
-    page: bool,
+    pub(super) page: bool,
 }
 
 /// The answer of a login.
@@ -112,7 +112,7 @@ async fn authenticate(
     if let Some(token) = cookie::token(&headers).filter(|_| page) {
         end(&mut writing, digest_of(token)).await?;
     }
-    let issued = issue(&mut writing, &user.name, unix_time()).await?;
+    let issued = issue(&mut writing, &user.name, unix_time(), None).await?;
     audits::record(&mut writing, &user, "login", "session", Value::Null).await?;
     writing.commit().await?;
     issued.answer(user, page)
@@ -137,7 +137,7 @@ async fn renew(State(console): State<Arc<Console>>, headers: HeaderMap, user: Us
     if writing.execute(update.bind(now + GRACE).bind(session.digest.clone()).bind(now)).await? == 0 {
         return Err(INVALID);
     }
-    let issued = issue(&mut writing, &user.name, session.began).await?;
+    let issued = issue(&mut writing, &user.name, session.began, Some(session.digest)).await?;
     writing.commit().await?;
     issued.answer(user, session.page)
 }
@@ -176,8 +176,9 @@ async fn end(writing: &mut Writing, digest: Vec<u8>) -> Result<(), StoreError> {
     writing.execute(sqlx::query("DELETE FROM tokens WHERE digest = ?").bind(digest)).await.map(|_| ())
 }
 
-/// Makes a token for a session that began then. The user's oldest sessions end if there are too many.
-async fn issue(writing: &mut Writing, user: &str, began: i64) -> Result<Issued, ApiError> {
+/// Makes a token for a session that began then. The user's oldest sessions end if there are too many; the one that it `renews`
+/// does not count, and has its [`GRACE`].
+async fn issue(writing: &mut Writing, user: &str, began: i64, renews: Option<Vec<u8>>) -> Result<Issued, ApiError> {
     let logon = Logon::of(writing).await?;
     let now = unix_time();
     let expires = (now + logon.timeout()).min(began + logon.maximum());
@@ -188,9 +189,9 @@ async fn issue(writing: &mut Writing, user: &str, began: i64) -> Result<Issued, 
     SystemRandom::new().fill(&mut secret).map_err(|_| ApiError::Internal)?;
     let token = BASE64_URL_SAFE_NO_PAD.encode(secret);
     writing.execute(sqlx::query("DELETE FROM tokens WHERE expires <= ?").bind(now)).await?;
-    let surplus = "DELETE FROM tokens WHERE user = ? AND digest NOT IN \
-                   (SELECT digest FROM tokens WHERE user = ? ORDER BY expires DESC, digest LIMIT ?)";
-    let surplus = sqlx::query(surplus).bind(user.to_owned()).bind(user.to_owned());
+    let surplus = "DELETE FROM tokens WHERE user = ?1 AND digest IS NOT ?2 AND digest NOT IN \
+                   (SELECT digest FROM tokens WHERE user = ?1 AND digest IS NOT ?2 ORDER BY expires DESC, digest LIMIT ?3)";
+    let surplus = sqlx::query(surplus).bind(user.to_owned()).bind(renews);
     writing.execute(surplus.bind(logon.sessions() - 1)).await?;
     let insert = sqlx::query("INSERT INTO tokens (digest, user, expires, began) VALUES (?, ?, ?, ?)");
     let insert = insert.bind(digest_of(&token)).bind(user.to_owned()).bind(expires).bind(began);
@@ -252,6 +253,23 @@ mod tests {
         assert!(left(&old).await <= GRACE && left(&new).await > GRACE);
         assert_eq!(trial.call(Method::POST, "/api/v1/logout", &new, Value::Null).await.0, StatusCode::OK);
         assert_eq!(asks(&trial, &new).await.0, StatusCode::UNAUTHORIZED);
+    }
+
+    /// An answer that got lost, or a request that was on its way with the old one, logs nobody out.
+    #[tokio::test]
+    async fn a_renewed_token_has_its_moment_at_the_limit_of_sessions_too() {
+        let trial = Trial::start().await;
+        let old = trial.login().await;
+        let logon = json!({ "sessionsPerUser": 1 });
+        assert_eq!(trial.call(Method::POST, "/api/v1/settings/logon", &old, logon).await.0, StatusCode::OK);
+        let (status, granted) = renews(&trial, &old).await;
+        let new = format!("Bearer {}", granted["token"].as_str().unwrap());
+        assert_eq!(status, StatusCode::OK);
+        for token in [&old, &new] {
+            assert_eq!(asks(&trial, token).await.0, StatusCode::OK);
+        }
+        trial.login().await;
+        assert_eq!(asks(&trial, &new).await.0, StatusCode::UNAUTHORIZED, "the limit holds");
     }
 
     #[tokio::test]

@@ -118,7 +118,13 @@ fn the_page_has_a_cookie_that_other_sites_and_scripts_cannot_use() {
     let mut cross = with(&ours, &planted);
     cross[3].1 = "cross-site".to_owned();
     assert_eq!(post(&cross, "cross"), 403);
-    assert_eq!(node.send("GET", "/api/v1/authenticate/renew", &[("cookie", &planted)], "").status, 403);
+    // GETs that change something. This node gives no invitations, and says so to its own page alone.
+    let get = |path: &str, headers: &[(&str, &str)]| node.send("GET", &format!("/api/v1/{path}"), headers, "").status;
+    assert_eq!(get("authenticate/renew", &[("cookie", &planted)]), 403);
+    for path in ["high-availability/join-script", "scripts/console.sh"] {
+        assert_eq!(get(path, &[("cookie", &planted)]), 403, "{path}");
+        assert_eq!(get(path, &refs(&with(&ours, &planted))), 404, "{path}");
+    }
 
     // A login ends the session that was planted in the browser, and never takes its token over.
     let again = node.send("POST", "/api/v1/authenticate", &refs(&with(&ours, &planted)), &login);

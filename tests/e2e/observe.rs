@@ -128,6 +128,9 @@ fn a_takeover_notifies_once_in_spite_of_failures_and_the_bundle_has_no_secrets()
     let shown = api.get(primary, "settings/notifications").1.to_string();
     assert!(shown.contains("\"signed\":true") && !shown.contains(SECRET), "{shown}");
     assert!(!api.get(primary, "high-availability").1.to_string().contains("path-of-the-hook"));
+    let audits = api.get(primary, "audits/mgmt?limit=5").1.to_string();
+    assert!(audits.contains(&format!("http://{}", hook.address)) && audits.contains("urlDigest"), "{audits}");
+    assert!(!audits.contains("path-of-the-hook") && !audits.contains(SECRET), "{audits}");
     let (status, text) = api.post(primary, "settings/notifications/test", &json!(null));
     assert_eq!(status, 200, "{text}");
     assert_eq!(text.matches("\"ok\":true").count(), 2, "{text}");
