@@ -1,5 +1,5 @@
 //! `backups` and `settings/backup`: the backups of the PRIMARY's host. Every check of a name and every step belongs to
-//! [`crate::backup`]. A restore is not offered here: it replaces the Console's own database.
+//! [`crate::backup`]. A restore replaces the Console's own database: whoever asked learns of its end after the next login.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,7 +22,7 @@ use super::{
     programs,
     routes::{Access, Entry, Role, route},
 };
-use crate::backup::{Backup, BackupError, BackupState, RemoteBackup, Started};
+use crate::backup::{Agreed, Backup, BackupError, BackupState, RemoteBackup, Started};
 
 /// How long a client waits for the end of what it has begun; then it looks at `settings/backup`.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -35,10 +35,23 @@ struct Patience {
     wait: Option<bool>,
 }
 
+/// The body of [`restore`].
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Confirmed {
+    /// The id of the backup once more.
+    confirm: String,
+    /// It may be one that is not encrypted although the PRIMARY has a key: whoever can write to its folder may have made it.
+    #[serde(default)]
+    unencrypted: bool,
+}
+
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
     const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
     let make = "Back up the database; answers when that is done, or after 20 s while it goes on";
+    let bring_back =
+        "Put a backup in the place of the whole database: closes the Console for a while, and ends all sessions";
     let check = "Open a backup and check all of it; answers as the creation does";
     vec![
         route(Method::GET, "/backups", ADMINISTRATORS, "The backups of this member, newest first", list)
@@ -56,6 +69,9 @@ pub(super) fn routes() -> Vec<Entry> {
         route(Method::DELETE, "/backups/{id}", ADMINISTRATORS, "Delete a backup", remove),
         route(Method::POST, "/backups/{id}/verify", ADMINISTRATORS, check, verify)
             .query::<Patience>()
+            .answer::<Started>(),
+        route(Method::POST, "/backups/{id}/restore", ADMINISTRATORS, bring_back, restore)
+            .body::<Confirmed>()
             .answer::<Started>(),
         route(Method::GET, "/settings/backup", ADMINISTRATORS, "How backups are set up, and what is under way", state)
             .answer::<BackupState>(),
@@ -115,6 +131,24 @@ async fn verify(
 ) -> Result<Json<Started>, ApiError> {
     let started = console.services()?.backups.verify(&id, &user.name).await?;
     ended(&console, started, patience).await
+}
+
+/// `POST backups/{id}/restore`: answers at once, since the Console closes as soon as the backup is found sound.
+async fn restore(
+    State(console): State<Arc<Console>>,
+    user: User,
+    Name(id): Name,
+    Body(wish): Body<Confirmed>,
+) -> Result<Json<Started>, ApiError> {
+    if wish.confirm != id {
+        return Err(ApiError::bad("confirm: the id of the backup is needed: everything written since is lost"));
+    }
+    let backups = &console.services()?.backups;
+    let path = backups.path(&id).await?;
+    // For a restore that fails. One that succeeds brings a row of its own.
+    audits::note(&console.store, &user, "restore", &format!("backup '{id}'"), Value::Null).await?;
+    let agreed = Agreed { stop_console: true, unencrypted: wish.unencrypted };
+    Ok(Json(backups.restore(&path, agreed, &user.name).await?))
 }
 
 /// Waits for a moment, if that is wanted: most databases are small.

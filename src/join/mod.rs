@@ -147,6 +147,7 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     std::array::from_fn(|index| digest.as_ref()[index])
 }
 
+/// Two hexadecimal digits for each byte.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

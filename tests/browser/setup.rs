@@ -65,7 +65,22 @@ pub fn backups(browser: &Browser, founder: &Founder) {
     let path = command.rsplit(' ').next().unwrap();
     assert!(path.ends_with(&format!("/{id}")) && fs::metadata(path).unwrap().is_file(), "{command}");
     browser.screenshots("backups-restore");
-    browser.press("Close");
+    browser.fill("typed", "another");
+    browser.press("Restore");
+    browser.wait_for("a slip is shown", "return text('dialog .problem').includes('Type kept')");
+    // What is written now is gone after it, and the session, too.
+    let basic = format!("Basic {}", BASE64_STANDARD.encode(format!("admin:{PASSWORD}")));
+    founder.post_as(&basic, "/tags", json!({ "name": "after the backup" }), 200);
+    browser.fill("typed", "kept");
+    browser.press("Restore");
+    browser.wait_for("the page asks who it is", "return heading() === 'Log in'");
+    browser.fill("username", "admin");
+    browser.fill("password", PASSWORD);
+    browser.press("Log in");
+    browser.wait_for("it is where it was", "return heading() === 'Backup & Restore'");
+    browser.wait_for("the outcome is shown", "return text('.facts').includes('all members have the database')");
+    assert_eq!(get(founder, "/tags"), json!([]));
+    browser.screenshots("backups-restored");
 
     let bytes = browser.download("//a[@aria-label='Download kept']", &id);
     assert_eq!(bytes, fs::read(path).unwrap(), "what was downloaded is what lies on the disk");

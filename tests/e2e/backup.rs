@@ -128,6 +128,13 @@ fn the_api_makes_lists_gives_renames_and_deletes() {
             assert_eq!(call(method, &format!("/backups/{id}"), body).0, 404, "{method} {id}");
         }
         assert_eq!(call("POST", &format!("/backups/{id}/verify"), None).0, 404, "{id}");
+        let decoded = id.replace("%2F", "/");
+        assert_eq!(call("POST", &format!("/backups/{id}/restore"), Some(json!({ "confirm": decoded }))).0, 404, "{id}");
+    }
+    // Without the id once more nothing is begun. A browser test restores.
+    for body in [json!({ "confirm": "yes" }), json!({}), json!({ "confirm": renamed.id, "force": true })] {
+        let status = call("POST", &format!("/backups/{}/restore", renamed.id), Some(body)).0;
+        assert!(matches!(status, 400 | 422), "{status}");
     }
     assert_eq!(call("GET", &path, None).0, 404, "the old name");
     assert_eq!(call("DELETE", &format!("/backups/{}", renamed.id), None).0, 200);

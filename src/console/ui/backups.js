@@ -1,10 +1,10 @@
-// Manage > System > Backup & Restore: the backups of this member, and manual ones. Restoring needs a shell on the host, since it
-// replaces the database under everybody: the page says the command. Must never let a folder's name become a part of it.
+// Manage > System > Backup & Restore: the backups of this member, and manual ones. Must never restore without a name that was
+// typed, nor let a folder's name become a part of the command that it shows.
 
 import { Problem, get, list, part, patch, post, remove } from './api.js';
 import { h, show } from './dom.js';
 import { live } from './live.js';
-import { button, card, confirm, copyButton, dialog, field, form, page, table, toast, when } from './parts.js';
+import { button, card, check, confirm, copyButton, field, form, page, table, toast, when } from './parts.js';
 import { bytes, time } from './words.js';
 
 const ROWS = 1000;
@@ -31,22 +31,28 @@ function drop(backup, reload) {
 // As one word of a shell.
 const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
-// How this one is restored, and what that does.
-function restore(backup, { folder }) {
+// Asks, and begins. The Console closes soon after the answer, and whoever watches has to log in again.
+function restore(backup, { folder, encrypted }, reload) {
   const command = `sudo twistcli restore ${quoted(`${folder}/${backup.id}`)}`;
-  const { name, version } = live.status ?? {};
+  const { version } = live.status ?? {};
   const other = version && version !== backup.version;
-  return dialog(`Restore ${backup.name}`, (close) => [
+  const open = encrypted && !backup.encrypted;
+  const content = [
     other && h('p', { class: 'problem' }, `Version ${backup.version} made it, and only the same version restores it: this Console is ${version}.`),
-    h('p', {}, 'On the host of the PRIMARY', name && [', ', h('strong', {}, name)], ', run:'),
-    h('div', { class: 'join-line' }, h('code', { id: 'restore-command' }, command), copyButton(command)),
     h('ul', {},
       h('li', {}, 'The backup is checked first: nothing changes if it is damaged', backup.encrypted && ' or the key of BACKUP_KEY_FILE is not its own', '.'),
       h('li', {}, 'The Console is closed, and the database of all members is replaced.'),
       h('li', {}, h('strong', {}, `All that was written since ${time(backup.time)} is lost.`)),
       h('li', {}, 'Everybody has to log in again, with the passwords of then.')),
-    h('div', { class: 'buttons' }, button('Close', () => close())),
-  ]);
+    open && check('It is not encrypted, and I know who made it', 'unencrypted', false),
+    h('p', {}, 'The same on the host of the PRIMARY:'),
+    h('div', { class: 'join-line' }, h('code', { id: 'restore-command' }, command), copyButton(command)),
+  ];
+  return confirm(`Restore ${backup.name}?`, content, 'Restore', async ({ unencrypted }) => {
+    await post(`/backups/${part(backup.id)}/restore`, { confirm: backup.id, unencrypted: Boolean(unencrypted) });
+    toast(`${backup.name} is checked, and then restored: the Console closes meanwhile`);
+    await reload();
+  }, { kind: 'danger', typed: backup.name });
 }
 
 function row(backup, reload, { verify, restoring }) {
@@ -128,9 +134,9 @@ export function open(root) {
   const creating = () => form('Back up now', make, field('Name', 'name', { maxlength: 64, autocomplete: 'off', required: true }));
   function draw() {
     const empty = state.problem ?? (state.backups ? 'There is no backup yet.' : 'Loading …');
-    const rows = (state.backups ?? []).map((backup) => row(backup, load, { verify, restoring: (one) => restore(one, state.settings ?? {}) }));
-    const restoring = h('p', {}, 'A restore replaces the whole database, on all members, and needs a shell on the host of the PRIMARY: ',
-      'press Restore at a backup for its command. A backup of the same version is needed', state.settings?.encrypted && ', and its key', '.');
+    const rows = (state.backups ?? []).map((backup) => row(backup, load, { verify, restoring: (one) => restore(one, state.settings ?? {}, load) }));
+    const restoring = h('p', {}, 'A restore replaces the whole database, on all members, and closes the Console while it does. A backup of the ',
+      'same version is needed', state.settings?.encrypted && ', and its key', '. If nobody can log in any more, twistcli does it on the host of the PRIMARY.');
     show(
       root,
       page(
