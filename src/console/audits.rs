@@ -11,7 +11,7 @@ use axum::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use sqlx::FromRow;
+use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
     Console,
@@ -67,7 +67,7 @@ enum Format {
 }
 
 /// One row.
-#[derive(Debug, Serialize, JsonSchema, FromRow)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct Audit {
     id: i64,
     /// Seconds since 1970.
@@ -80,8 +80,22 @@ pub(super) struct Audit {
     /// False for a login that failed.
     ok: bool,
     /// What changed: `{"field": {"old": ..., "new": ...}}`, or null.
-    #[sqlx(try_from = "String")]
     difference: Difference,
+}
+
+impl FromRow<'_, SqliteRow> for Audit {
+    fn from_row(row: &SqliteRow) -> sqlx::Result<Self> {
+        Ok(Self {
+            id: row.try_get("id")?,
+            time: row.try_get("time")?,
+            user: row.try_get("user")?,
+            source: row.try_get("source")?,
+            action: row.try_get("action")?,
+            what: row.try_get("what")?,
+            ok: row.try_get("ok")?,
+            difference: Difference::from(row.try_get::<String, _>("difference")?),
+        })
+    }
 }
 
 /// JSON as it was recorded.

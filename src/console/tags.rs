@@ -10,7 +10,7 @@ use axum::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sqlx::FromRow;
+use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
     Console, audits,
@@ -25,13 +25,19 @@ const LONGEST_NAME: usize = 128;
 const LONGEST_DESCRIPTION: usize = 1024;
 
 /// A tag as it is sent and stored.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, FromRow)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub(super) struct Tag {
     name: String,
     #[serde(default)]
     color: String,
     #[serde(default)]
     description: String,
+}
+
+impl FromRow<'_, SqliteRow> for Tag {
+    fn from_row(row: &SqliteRow) -> sqlx::Result<Self> {
+        Ok(Self { name: row.try_get("name")?, color: row.try_get("color")?, description: row.try_get("description")? })
+    }
 }
 
 /// The routes of this file.

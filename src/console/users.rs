@@ -10,7 +10,7 @@ use axum::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::FromRow;
+use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
     Console, audits,
@@ -91,7 +91,7 @@ async fn signup(
 }
 
 /// A user as others see him.
-#[derive(Debug, Serialize, JsonSchema, FromRow)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct Account {
     username: String,
     /// As stored: a newer version may know more of them.
@@ -99,6 +99,12 @@ pub(super) struct Account {
     role: String,
     /// Seconds since 1970.
     created: i64,
+}
+
+impl FromRow<'_, SqliteRow> for Account {
+    fn from_row(row: &SqliteRow) -> sqlx::Result<Self> {
+        Ok(Self { username: row.try_get("username")?, role: row.try_get("role")?, created: row.try_get("created")? })
+    }
 }
 
 /// `GET users`.
