@@ -1,6 +1,8 @@
 //! Log lines to standard error, and the numbers for Prometheus: owns the one table of metric names.
 //! Must never open a port, and must never depend on another module of ours.
 
+mod repeats;
+
 use std::{
     collections::VecDeque,
     fmt::{self as text, Write},
@@ -48,7 +50,7 @@ pub fn init(format: Format, level: Level) -> Result<()> {
     let colour = !received && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(colour);
     let (filter, handle) = reload::Layer::new(EnvFilter::try_new(filter(level)).context("build the log filter")?);
-    let log = registry().with(filter).with(Recent);
+    let log = registry().with(filter).with(repeats::Repeats).with(Recent);
     match (format, received) {
         (Format::Human, true) => log.with(lines.compact().without_time()).try_init(),
         (Format::Human, false) => log.with(lines.compact()).try_init(),
@@ -263,8 +265,18 @@ pub const CHECKPOINT_AGE: &str = "twistlock_checkpoint_age_seconds";
 pub const DISK_FREE: &str = "twistlock_disk_free_bytes";
 /// Gauge: connections to the Console.
 pub const CONSOLE_CONNECTIONS: &str = "twistlock_console_connections";
-/// Counter: connections that were turned away because their network had its share, by server.
+/// The servers whose connections are counted.
+const SERVERS: &[&str] = &["console", "console_http", "defender", "health", "peers"];
+/// Counter: connections that were turned away, by server.
 pub const CONNECTIONS_REFUSED: &str = "twistlock_connections_refused_total";
+/// Counter: connections that were ended to make room for others, by server.
+pub const CONNECTIONS_ENDED: &str = "twistlock_connections_ended_total";
+/// Counter: logins that were refused, by why: the password was wrong, too many were wrong before, or too many came at once.
+pub const LOGINS_REFUSED: &str = "twistlock_logins_refused_total";
+/// Counter: files that could be opened only because a descriptor was held for them.
+pub const DESCRIPTORS_SHORT: &str = "twistlock_descriptors_short_total";
+/// Counter: lines that were not written to the log because they said again what was there.
+pub const LOG_LINES_REPEATED: &str = "twistlock_log_lines_repeated_total";
 /// Gauge: share of the database file that the scrub under way has read, or 1.
 pub const SCRUB_PROGRESS: &str = "twistlock_scrub_progress_ratio";
 /// Gauge: when a scrub has found nothing wrong last, in seconds since 1970.
@@ -398,9 +410,31 @@ pub const METRICS: &[Metric] = &[
     metric(
         CONNECTIONS_REFUSED,
         Kind::Counter,
-        "Connections that were turned away because their network had its share already, by server.",
+        "Connections that were turned away because there were too many, in all or from their network, by server.",
     )
-    .by("server", &["console", "health"]),
+    .by("server", SERVERS),
+    metric(
+        CONNECTIONS_ENDED,
+        Kind::Counter,
+        "Connections without a request that were ended to make room for new ones, by server.",
+    )
+    .by("server", SERVERS),
+    metric(
+        LOGINS_REFUSED,
+        Kind::Counter,
+        "Logins that were refused: wrong ones, those that had to wait after wrong ones, and those that were too many at once.",
+    )
+    .by("why", &["wrong", "wait", "busy"]),
+    metric(
+        DESCRIPTORS_SHORT,
+        Kind::Counter,
+        "How often a file of this node needed a descriptor that was held back, because none was left.",
+    ),
+    metric(
+        LOG_LINES_REPEATED,
+        Kind::Counter,
+        "Lines that were counted instead of written to the log, because they said again what was there.",
+    ),
     metric(
         SCRUB_PROGRESS,
         Kind::Gauge,
@@ -471,6 +505,7 @@ pub fn metrics_handle() -> Result<PrometheusHandle> {
         loop {
             thread::sleep(UPKEEP);
             upkeep.run_upkeep();
+            repeats::tell();
         }
     };
     thread::Builder::new().name("metrics".to_owned()).spawn(run).context("start the metrics thread")?;
