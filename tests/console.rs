@@ -5,6 +5,8 @@
 mod clients;
 #[path = "console/fuzz.rs"]
 mod fuzz;
+#[path = "console/guessing.rs"]
+mod guessing;
 #[path = "console/node.rs"]
 mod node;
 #[path = "console/security.rs"]

@@ -18,6 +18,7 @@ use super::{
     errors::ApiError,
     programs,
 };
+use crate::clients::places::Visit;
 
 /// What a user may do. The names are those of the API and of the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -127,7 +128,13 @@ pub(super) async fn enforce(
 ) -> Response {
     let (mut parts, body) = request.into_parts();
     match access.admit(&console, &mut parts).await {
-        Ok(()) => next.run(Request::from_parts(parts, body)).await,
+        Ok(()) => {
+            // Whoever has logged in keeps the connection when places are short.
+            if let Some(visit) = parts.extensions.get::<Visit>().filter(|_| access != Access::Open) {
+                visit.vouch();
+            }
+            next.run(Request::from_parts(parts, body)).await
+        }
         Err(error) => error.into_response(),
     }
 }

@@ -1,7 +1,7 @@
 //! `audits/mgmt`: who did what, when and from where. Owns the table of it and its bounds. Must never hold a secret: what is
 //! recorded is what a reader of the table may see.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use axum::{
     extract::State,
@@ -18,6 +18,7 @@ use super::{
     auth::{User, unix_time},
     errors::ApiError,
     extract::{Page, Paged, Search, TOTAL},
+    logins::Logins,
     routes::{Access, Entry, Role, route},
     store::{Store, StoreError, Writing},
 };
@@ -26,6 +27,8 @@ use super::{
 const ROWS: i64 = 100_000;
 /// Rows of failed logins kept among them: who guesses passwords must not push out what others did.
 const FAILURES: i64 = 10_000;
+/// Rows that are looked at for the last logins.
+const RECALLED: i64 = 2000;
 /// Longest name, action and description in characters: what is longer is cut.
 const TEXT: usize = 256;
 /// Longest difference in bytes; a longer one is replaced by a remark.
@@ -195,6 +198,28 @@ pub(super) async fn note_login(store: &Store, name: &str, from: IpAddr, ok: bool
     };
     if let Err(error) = written.await {
         tracing::info!(%from, ok, "a login could not be audited: {error}");
+    }
+}
+
+/// Tells what the last logins were, before this primary is asked for the first time. The clocks of two hosts differ: what seems
+/// to be of tomorrow counts as of now.
+pub(super) async fn recall_logins(store: &Store, logins: &Logins) {
+    let rows = async {
+        let mut reading = store.read().await?;
+        let query = "SELECT user, source, ok, time FROM audits \
+                     WHERE id > (SELECT max(id) FROM audits) - ? AND action = 'login' ORDER BY id";
+        let rows = sqlx::query_as(query).bind(RECALLED).fetch_all(&mut *reading).await;
+        rows.map_err(StoreError::from)
+    };
+    let rows: Vec<(String, String, bool, i64)> = match rows.await {
+        Ok(rows) => rows,
+        Err(error) => return tracing::warn!("the last logins cannot be looked up: guessing begins anew: {error}"),
+    };
+    for (user, source, ok, time) in rows {
+        let age = u64::try_from(unix_time() - time).unwrap_or(0);
+        if let Ok(from) = source.parse() {
+            logins.recall(&user, from, ok, Duration::from_secs(age));
+        }
     }
 }
 

@@ -32,6 +32,9 @@ pub enum ApiError {
     /// 429 for a login: seconds to wait.
     #[error("too many failed logins; try again in {0} s")]
     TooMany(u64),
+    /// 503 with the advice to try again in a second; nothing was changed.
+    #[error("{0}")]
+    Busy(String),
     /// 503; nothing was changed.
     #[error("{0}")]
     Unavailable(String),
@@ -57,7 +60,7 @@ impl ApiError {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::TooMany(_) => StatusCode::TOO_MANY_REQUESTS,
-            Self::Unavailable(_) | Self::Unknown(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Busy(_) | Self::Unavailable(_) | Self::Unknown(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -111,6 +114,7 @@ impl IntoResponse for ApiError {
                 (header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"Twistlock HA\", Bearer"))
             }
             Self::TooMany(seconds) => (header::RETRY_AFTER, HeaderValue::from(*seconds)),
+            Self::Busy(_) => (header::RETRY_AFTER, HeaderValue::from(1)),
             _ => return response,
         };
         response.headers_mut().insert(name, value);

@@ -12,6 +12,7 @@ mod cookie;
 mod errors;
 mod events;
 mod extract;
+mod logins;
 mod logs;
 mod notifications;
 mod openapi;
@@ -24,7 +25,6 @@ mod store;
 mod stream;
 mod system;
 mod tags;
-mod throttle;
 #[cfg(test)]
 mod trial;
 mod ui;
@@ -101,7 +101,7 @@ impl fmt::Debug for Services {
 #[derive(Debug)]
 pub struct Console {
     store: Store,
-    logins: auth::Logins,
+    logins: logins::Logins,
     status: watch::Receiver<Arc<Status>>,
     /// None where there is no cluster to administer.
     services: Option<Services>,
@@ -123,7 +123,7 @@ impl Console {
         status: watch::Receiver<Arc<Status>>,
         services: Option<Services>,
     ) -> Result<Arc<Self>, ring::error::Unspecified> {
-        let (store, logins) = (Store::new(database), auth::Logins::new()?);
+        let (store, logins) = (Store::new(database), logins::Logins::new()?);
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
         let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
         let places = Semaphore::new(AT_ONCE);
@@ -136,6 +136,7 @@ impl Console {
     /// When the database cannot be used or its schema is newer than this program.
     pub async fn ready(&self) -> Result<(), sqlx::migrate::MigrateError> {
         self.store.migrate().await?;
+        audits::recall_logins(&self.store, &self.logins).await;
         if let Some(services) = &self.services {
             tokio::spawn(events::keep(self.store.clone(), services.events.clone()));
         }
@@ -178,9 +179,7 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
     let browser = cookie::is_browser(request.headers());
     let (request, arriving) = Arriving::of(request, arriving::LIMITS);
     let mut response = if place.is_err() && request.uri().path() != PING {
-        let mut busy = ApiError::Unavailable(format!("{AT_ONCE} requests are under way: try again")).into_response();
-        busy.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(1));
-        busy
+        ApiError::Busy(format!("{AT_ONCE} requests are under way: try again")).into_response()
     } else {
         match tokio::time::timeout(REQUEST, next.run(request)).await {
             Ok(response) => response,

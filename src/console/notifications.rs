@@ -24,6 +24,7 @@ use super::{
 use crate::{
     cluster::membership::Webhook,
     events::{Severity, check_url, notify::Delivery},
+    health::Permission,
     join::hex,
 };
 
@@ -152,9 +153,15 @@ async fn metrics(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let page = &console.services()?.metrics;
-    if !(page.needs_token() && page.permits(&headers)) {
-        auth::identify(&console, &Method::GET, &headers, source).await?;
-        return Ok(page.shown());
+    // A login first: a token of a session is no guess at the other one.
+    let login = auth::identify(&console, &Method::GET, &headers, source).await;
+    let Err(denied) = login else { return Ok(page.shown()) };
+    if !page.needs_token() {
+        return Err(denied);
     }
-    Ok(page.answer(&headers))
+    match page.permission(&headers, source.0) {
+        Permission::Granted => Ok(page.shown()),
+        Permission::Denied => Err(denied),
+        Permission::Wait(wait) => Err(ApiError::TooMany(wait.as_secs() + 1)),
+    }
 }

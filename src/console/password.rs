@@ -1,19 +1,28 @@
 //! Passwords: what a new one must be like, and their hashes: argon2id with random salts, a bounded number at once, never on a thread that serves requests.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, thread, time::Duration};
 
 use argon2::{
     Argon2,
     password_hash::{PasswordHasher, PasswordVerifier, phc::PasswordHash},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::timeout,
+};
 
 use super::{auth::LONGEST, errors::ApiError};
 
 /// Hashes at once: each takes 19 MiB and a core for some ten milliseconds.
 const AT_ONCE: usize = 2;
 /// Requests that may wait for their turn; more are refused.
-const WAITING: usize = 128;
+const WAITING: usize = 96;
+/// Further ones of users who have logged in from where they come: strangers must not take all the places.
+const WAITING_KNOWN: usize = 32;
+/// Longest wait for a turn.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What a hash yields to everything else on this host by: logins must never cost the role.
+const NICE: i32 = 10;
 
 /// Shortest new password in characters. Length is what makes guessing hard, so nothing else is asked for unless an
 /// administrator wants it.
@@ -76,6 +85,7 @@ fn is_easy(name: &str, password: &str) -> bool {
 pub(super) struct Hasher {
     turn: Arc<Semaphore>,
     waiting: Semaphore,
+    waiting_known: Semaphore,
 }
 
 /// The right to compute one hash.
@@ -84,14 +94,18 @@ pub(super) struct Turn(OwnedSemaphorePermit);
 
 impl Hasher {
     pub(super) fn new() -> Self {
-        Self { turn: Arc::new(Semaphore::new(AT_ONCE)), waiting: Semaphore::new(WAITING) }
+        let turn = Arc::new(Semaphore::new(AT_ONCE));
+        Self { turn, waiting: Semaphore::new(WAITING), waiting_known: Semaphore::new(WAITING_KNOWN) }
     }
 
-    /// Waits until a hash may be computed.
-    pub(super) async fn turn(&self) -> Result<Turn, ApiError> {
-        let busy = || ApiError::Unavailable("too many logins at once".into());
-        let _place = self.waiting.try_acquire().map_err(|_| busy())?;
-        Ok(Turn(Arc::clone(&self.turn).acquire_owned().await.map_err(|_| busy())?))
+    /// Waits until a hash may be computed, for a bounded time, and in a bounded crowd.
+    pub(super) async fn turn(&self, known: bool) -> Result<Turn, ApiError> {
+        let busy = || ApiError::Busy("too many logins at once: try again".into());
+        let place = self.waiting.try_acquire();
+        let _place =
+            if known { place.or_else(|_| self.waiting_known.try_acquire()) } else { place }.map_err(|_| busy())?;
+        let turn = timeout(PATIENCE, Arc::clone(&self.turn).acquire_owned()).await;
+        Ok(Turn(turn.map_err(|_| busy())?.map_err(|_| busy())?))
     }
 }
 
@@ -121,12 +135,20 @@ impl Turn {
         self,
         work: impl FnOnce() -> argon2::password_hash::Result<T> + Send + 'static,
     ) -> Result<T, ApiError> {
-        // The permit moves along: a client that goes away does not let a third hash start.
-        let done = tokio::task::spawn_blocking(move || {
+        let (tell, told) = oneshot::channel();
+        // A thread of its own: the priority is of the thread, and the others of the runtime have files to wait for.
+        let compute = move || {
+            // It may be refused: then the hash takes its turn like everything else.
+            let _ = rustix::process::setpriority_process(None, NICE);
+            // The permit moves along: a client that goes away does not let a third hash start.
             let _turn = self.0;
-            work()
-        });
-        match done.await {
+            let _ = tell.send(work());
+        };
+        if let Err(error) = thread::Builder::new().name("password".to_owned()).spawn(compute) {
+            tracing::error!("no thread can be started for a password hash: {error}");
+            return Err(ApiError::Busy("the system has no thread for a login: try again".into()));
+        }
+        match told.await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => {
                 tracing::error!("cannot compute a password hash: {error}");

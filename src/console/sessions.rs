@@ -28,6 +28,7 @@ use super::{
     settings::Logon,
     store::{StoreError, Writing},
 };
+use crate::clients::places::Visit;
 
 /// Seconds that a renewed token is still good: the answer with the new one may be lost in a takeover, and the requests that
 /// are under way carry the old one.
@@ -93,7 +94,7 @@ impl Issued {
 async fn authenticate(
     State(console): State<Arc<Console>>,
     Source(from): Source,
-    scheme: Option<Extension<Scheme>>,
+    (scheme, visit): (Option<Extension<Scheme>>, Option<Extension<Visit>>),
     headers: HeaderMap,
     Body(login): Body<Login>,
 ) -> Result<Response, ApiError> {
@@ -108,6 +109,9 @@ async fn authenticate(
     let mut writing = console.store.begin().await?;
     // The password may have changed since: a session with the old one would outlive the change.
     verified.recheck(&mut writing, &user.name).await?;
+    if let Some(Extension(visit)) = visit {
+        visit.vouch();
+    }
     // Whoever planted a session in this browser loses it.
     if let Some(token) = cookie::token(&headers).filter(|_| page) {
         end(&mut writing, digest_of(token)).await?;

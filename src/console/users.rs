@@ -77,7 +77,7 @@ async fn signup(
     if state.initialized {
         return Err(done());
     }
-    let hash = console.logins.hasher.turn().await?.hash(login.password).await?;
+    let hash = console.logins.hasher.turn(true).await?.hash(login.password).await?;
     let mut writing = console.store.begin().await?;
     if writing.number("SELECT count(*) FROM users").await? > 0 {
         return Err(done());
@@ -132,7 +132,7 @@ pub(super) struct New {
 async fn create(State(console): State<Arc<Console>>, by: User, Body(new): Body<New>) -> Result<StatusCode, ApiError> {
     check_name(&new.username)?;
     password::check(&new.username, &new.password, Logon::read(&console).await?.strong_password())?;
-    let hash = console.logins.hasher.turn().await?.hash(new.password).await?;
+    let hash = console.logins.hasher.turn(true).await?.hash(new.password).await?;
     let mut writing = console.store.begin().await?;
     if writing.number("SELECT count(*) FROM users").await? >= MOST {
         return Err(ApiError::Conflict(format!("there are {MOST} users already: delete some first")));
@@ -166,7 +166,7 @@ async fn change(
     let mut hash = None;
     if let Some(password) = password {
         password::check(&username, &password, Logon::read(&console).await?.strong_password())?;
-        hash = Some(console.logins.hasher.turn().await?.hash(password).await?);
+        hash = Some(console.logins.hasher.turn(true).await?.hash(password).await?);
     }
     let mut writing = console.store.begin().await?;
     let old = role_in(&mut writing, &username).await?;
@@ -228,7 +228,7 @@ async fn change_password(
         ApiError::Unauthorized(_) => ApiError::Forbidden("the old password is wrong".to_owned()),
         other => other,
     })?;
-    let hash = console.logins.hasher.turn().await?.hash(new_password).await?;
+    let hash = console.logins.hasher.turn(true).await?.hash(new_password).await?;
     let mut writing = console.store.begin().await?;
     verified.recheck(&mut writing, &user.name).await?;
     let update = sqlx::query("UPDATE users SET password = ? WHERE name = ?").bind(hash).bind(user.name.clone());

@@ -1,10 +1,10 @@
 //! The routes of the health port. Each answer is a code, which a balancer reads, and a JSON body, which a person reads.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Extension, Json, Router,
-    extract::{Query, State},
+    extract::{ConnectInfo, Query, State},
     http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
     middleware,
     response::{IntoResponse, Response},
@@ -184,8 +184,12 @@ async fn ready(
 }
 
 /// `GET /metrics`.
-async fn metrics(State(sources): State<Sources>, headers: HeaderMap) -> Response {
-    sources.metrics.answer(&headers)
+async fn metrics(
+    State(sources): State<Sources>,
+    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+) -> Response {
+    sources.metrics.answer(&headers, from.ip())
 }
 
 async fn nothing(uri: Uri) -> Response {

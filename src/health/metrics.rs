@@ -1,5 +1,12 @@
 //! The page that Prometheus reads, and the token that it may need. The same page is offered on the health port and by the Console.
-//! Must never compare a token in a time that depends on it.
+//! Must never compare a token in a time that depends on it, and never at all for somebody who has to wait: an administrator has
+//! chosen it, so that it can be guessed at.
+
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, anyhow};
 use axum::{
@@ -8,13 +15,33 @@ use axum::{
 };
 use ring::{hmac, rand::SystemRandom};
 
-use crate::telemetry;
+use crate::{
+    clients::{
+        network,
+        throttle::{Limits, Throttle},
+    },
+    telemetry,
+};
+
+/// Wrong tokens from one network: whoever collects comes again within a minute.
+const GUESSES: Limits = Limits { free: 10, longest: Duration::from_secs(10) };
 
 /// `/metrics`, see [`MetricsPage::answer`].
 #[derive(Clone, Debug)]
 pub struct MetricsPage {
     /// A key of this process, and the token's tag under it.
     expected: Option<(hmac::Key, hmac::Tag)>,
+    guesses: Arc<Throttle<IpAddr>>,
+}
+
+/// What a request may see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Permission {
+    Granted,
+    /// No token, or a wrong one.
+    Denied,
+    /// Too many wrong ones came from there: whether this one is right is not looked at.
+    Wait(Duration),
 }
 
 impl MetricsPage {
@@ -29,7 +56,8 @@ impl MetricsPage {
             let tag = hmac::sign(&key, token.as_bytes());
             Ok::<_, anyhow::Error>((key, tag))
         };
-        Ok(Self { expected: token.map(tag).transpose().context("prepare METRICS_TOKEN")? })
+        let expected = token.map(tag).transpose().context("prepare METRICS_TOKEN")?;
+        Ok(Self { expected, guesses: Arc::new(Throttle::new(GUESSES)) })
     }
 
     /// True if a token is needed.
@@ -37,22 +65,40 @@ impl MetricsPage {
         self.expected.is_some()
     }
 
-    /// True if no token is needed, or the request has it as `Authorization: Bearer TOKEN`.
-    pub fn permits(&self, headers: &HeaderMap) -> bool {
-        let Some((key, tag)) = &self.expected else { return true };
+    /// Whether no token is needed, or the request has it as `Authorization: Bearer TOKEN`.
+    pub fn permission(&self, headers: &HeaderMap, from: IpAddr) -> Permission {
+        let Some((key, tag)) = &self.expected else { return Permission::Granted };
         let given = headers.get(header::AUTHORIZATION).map_or(&b""[..], HeaderValue::as_bytes);
         let (scheme, token) = given.split_at(given.len().min(7));
-        scheme.eq_ignore_ascii_case(b"bearer ") && hmac::verify(key, token, tag.as_ref()).is_ok()
+        if !scheme.eq_ignore_ascii_case(b"bearer ") {
+            return Permission::Denied;
+        }
+        let from = network(from);
+        if let Err(wait) = self.guesses.attempt(&from, Instant::now()) {
+            return Permission::Wait(wait);
+        }
+        if hmac::verify(key, token, tag.as_ref()).is_err() {
+            return Permission::Denied;
+        }
+        self.guesses.succeeded(&from);
+        Permission::Granted
     }
 
-    /// The metrics of this process as text, or 401.
-    pub fn answer(&self, headers: &HeaderMap) -> Response {
-        if !self.permits(headers) {
-            let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
-            let body = "the metrics need METRICS_TOKEN of twistlock.cfg: Authorization: Bearer TOKEN\n";
-            return (StatusCode::UNAUTHORIZED, challenge, body).into_response();
+    /// The metrics of this process as text, 401, or 429.
+    pub fn answer(&self, headers: &HeaderMap, from: IpAddr) -> Response {
+        match self.permission(headers, from) {
+            Permission::Granted => self.shown(),
+            Permission::Denied => {
+                let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
+                let body = "the metrics need METRICS_TOKEN of twistlock.cfg: Authorization: Bearer TOKEN\n";
+                (StatusCode::UNAUTHORIZED, challenge, body).into_response()
+            }
+            Permission::Wait(wait) => {
+                let seconds = wait.as_secs() + 1;
+                let body = format!("too many wrong tokens came from this network: try again in {seconds} s\n");
+                (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, seconds.to_string())], body).into_response()
+            }
         }
-        self.shown()
     }
 
     /// The metrics, for whoever may read them by another right.
@@ -78,15 +124,29 @@ mod tests {
     #[test]
     fn only_the_whole_token_opens_the_page() {
         let page = MetricsPage::new(Some("0123456789abcdef")).unwrap();
+        let status = |page: &MetricsPage, value: &'static str, host: u8| {
+            page.answer(&with(value), IpAddr::from([192, 0, 2, host])).status()
+        };
         for right in ["Bearer 0123456789abcdef", "bearer 0123456789abcdef"] {
-            assert_eq!(page.answer(&with(right)).status(), StatusCode::OK, "{right}");
+            assert_eq!(status(&page, right, 1), StatusCode::OK, "{right}");
         }
         let wrong =
             ["Bearer 0123456789abcde", "Bearer 0123456789abcdef0", "Basic 0123456789abcdef", "Bearer ", "B", ""];
         for wrong in wrong {
-            assert_eq!(page.answer(&with(wrong)).status(), StatusCode::UNAUTHORIZED, "{wrong}");
+            assert_eq!(status(&page, wrong, 1), StatusCode::UNAUTHORIZED, "{wrong}");
         }
-        assert_eq!(page.answer(&HeaderMap::new()).status(), StatusCode::UNAUTHORIZED);
-        assert_eq!(MetricsPage::new(None).unwrap().answer(&HeaderMap::new()).status(), StatusCode::OK);
+        let nothing = HeaderMap::new();
+        assert_eq!(page.answer(&nothing, IpAddr::from([192, 0, 2, 1])).status(), StatusCode::UNAUTHORIZED);
+        let open = MetricsPage::new(None).unwrap();
+        assert_eq!(open.answer(&nothing, IpAddr::from([192, 0, 2, 1])).status(), StatusCode::OK);
+        // Whoever guesses is made to wait before the guess is looked at, and nobody else is.
+        for _ in 0..GUESSES.free {
+            status(&page, "Bearer 1", 3);
+        }
+        status(&page, "Bearer 1", 3);
+        for guess in ["Bearer 1", "Bearer 0123456789abcdef"] {
+            assert_eq!(status(&page, guess, 3), StatusCode::TOO_MANY_REQUESTS, "{guess}");
+        }
+        assert_eq!(status(&page, "Bearer 0123456789abcdef", 4), StatusCode::OK);
     }
 }

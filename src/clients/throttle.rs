@@ -1,5 +1,5 @@
-//! Slows down guessing of passwords: per account and per address, the wait doubles with each failure. Knows nothing of sessions: who
-//! holds a token is not disturbed by somebody who guesses.
+//! Slows down guessing of secrets: by whatever is counted, the wait doubles with each failure. Must never be asked after something
+//! that knows the answer already: whoever is told to wait must not learn from it whether the guess was right.
 
 use std::{
     collections::HashMap,
@@ -9,18 +9,18 @@ use std::{
 };
 
 /// After this time without a failure all is forgotten.
-const FORGET: Duration = Duration::from_secs(600);
+pub const FORGET: Duration = Duration::from_secs(600);
 /// Accounts (or addresses) remembered; when full, one with the fewest failures is forgotten, the oldest of them first. So nobody who
 /// makes up names makes the table forget an account that is being guessed at.
 const ACCOUNTS: usize = 1024;
 
 /// How much is borne.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub struct Limits {
     /// Failures without any wait.
-    pub(super) free: u32,
+    pub free: u32,
     /// The longest wait.
-    pub(super) longest: Duration,
+    pub longest: Duration,
 }
 
 #[derive(Debug)]
@@ -44,18 +44,19 @@ impl Failures {
 
 /// The table of failures.
 #[derive(Debug)]
-pub(super) struct Throttle<K> {
+pub struct Throttle<K> {
     limits: Limits,
     accounts: Mutex<HashMap<K, Failures>>,
 }
 
 impl<K: Clone + Eq + Hash> Throttle<K> {
-    pub(super) fn new(limits: Limits) -> Self {
+    /// Nobody has failed yet.
+    pub fn new(limits: Limits) -> Self {
         Self { limits, accounts: Mutex::default() }
     }
 
     /// How long this account must wait before the next attempt; zero if not at all.
-    pub(super) fn wait(&self, account: &K, now: Instant) -> Duration {
+    pub fn wait(&self, account: &K, now: Instant) -> Duration {
         let accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
         accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(self.limits, now))
     }
@@ -65,12 +66,31 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
     ///
     /// # Errors
     /// How long this account must wait; then nothing is counted.
-    pub(super) fn attempt(&self, account: &K, now: Instant) -> Result<(), Duration> {
+    pub fn attempt(&self, account: &K, now: Instant) -> Result<(), Duration> {
         let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
         let wait = accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(self.limits, now));
         if !wait.is_zero() {
             return Err(wait);
         }
+        Self::count(&mut accounts, account, now);
+        Ok(())
+    }
+
+    /// Takes an attempt back that came to nothing: it was neither right nor wrong.
+    pub fn forgive(&self, account: &K) {
+        let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(failures) = accounts.get_mut(account) {
+            failures.count = failures.count.saturating_sub(1);
+        }
+    }
+
+    /// Notes a failure of that time, whether or not it would have had to wait: another process has let it pass.
+    pub fn recall(&self, account: &K, at: Instant) {
+        let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::count(&mut accounts, account, at);
+    }
+
+    fn count(accounts: &mut HashMap<K, Failures>, account: &K, now: Instant) {
         if accounts.len() >= ACCOUNTS && !accounts.contains_key(account) {
             accounts.retain(|_, failures| now.duration_since(failures.last) < FORGET);
             if accounts.len() >= ACCOUNTS {
@@ -84,11 +104,10 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
             failures.count = 0;
         }
         *failures = Failures { count: failures.count.saturating_add(1), last: now };
-        Ok(())
     }
 
     /// Notes a success.
-    pub(super) fn succeeded(&self, account: &K) {
+    pub fn succeeded(&self, account: &K) {
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner).remove(account);
     }
 }
