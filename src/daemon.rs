@@ -25,6 +25,7 @@ use twistlock_ha::{
     cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
     config::{self, Config, LogFormat, NotifySeverity, Secret, Severity},
     control::ControlSocket,
+    descriptors,
     events::{
         self, Event, Kind, Notifier, Recorder,
         Severity::{Critical, Info},
@@ -91,6 +92,10 @@ pub(crate) fn run(path: &Path) -> ExitCode {
             _ => info!("{note}"),
         }
     }
+    if let Err(why) = descriptors::raise() {
+        error!("cannot start: {why}");
+        return ExitCode::from(EX_UNAVAILABLE);
+    }
     match live(path, &loaded.config) {
         Ok(Exit::Stopped) => ExitCode::SUCCESS,
         Ok(Exit::Fatal(why)) => {
@@ -123,6 +128,7 @@ fn live(path: &Path, config: &Config) -> Result<Exit> {
 /// open is closed by that.
 fn begin_again() -> ExitCode {
     let mut arguments = std::env::args_os();
+    descriptors::restore();
     let mut command = Command::new("/proc/self/exe");
     command.arg0(arguments.next().unwrap_or_else(|| "twistlockd".into())).args(arguments);
     let error = command.exec();

@@ -67,7 +67,8 @@
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
 //! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
-//! | [`clients`] | who a connection comes from, and each one's share of the places | what is served |
+//! | [`clients`] | who a connection comes from, the places for connections, patience with those who guess | what is served |
+//! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //!
 //! `tests/tidy.rs` holds the permitted dependencies between them.
@@ -116,6 +117,7 @@ pub mod cluster;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod descriptors;
 pub mod dev;
 pub mod events;
 pub mod found;

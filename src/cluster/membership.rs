@@ -7,7 +7,7 @@
 mod change;
 mod encoding;
 
-use std::{fmt, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
@@ -269,6 +269,11 @@ pub fn console_names_that_fit(names: impl IntoIterator<Item = String>) -> Vec<St
 }
 
 impl Membership {
+    /// Where the members are, as far as that is an address and no name.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.members.iter().filter_map(|member| member.address.parse().ok())
+    }
+
     /// The membership of a new cluster.
     pub fn founded(cluster: ClusterId, members: Vec<Member>) -> Self {
         let next_id = members.iter().map(|member| member.id).max().unwrap_or(0) + 1;

@@ -26,7 +26,7 @@ use super::{
     ControlHandler, MAX_CLIENTS, MAX_OPERATIONS, MAX_REPLY, MAX_REQUEST, OPERATION_TIMEOUT, Operation, Reply, Request,
     STEP_TIMEOUT, check_path, encode,
 };
-use crate::node::Status;
+use crate::{descriptors, node::Status};
 
 /// The bound socket of a daemon. Its file is removed when this is dropped.
 #[derive(Debug)]
@@ -71,7 +71,7 @@ impl ControlSocket {
         shutdown: impl Future<Output = ()> + Send,
     ) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
-        let slots = Arc::new(Semaphore::new(MAX_CLIENTS));
+        let slots = Arc::new(Semaphore::new(descriptors::budget().control.min(MAX_CLIENTS)));
         let operations = Arc::new(Semaphore::new(MAX_OPERATIONS));
         let mut shutdown = std::pin::pin!(shutdown);
         loop {

@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     cluster::{Membership, membership::Webhook},
+    descriptors,
     telemetry::NOTIFICATIONS,
 };
 
@@ -60,10 +61,13 @@ pub struct Command {
     pub launcher: Option<&'static str>,
 }
 
-/// Turns this process into the command in the other arguments, with no signal blocked. Returns only when that fails.
+/// Turns this process into the command in the other arguments, with no signal blocked and the limit of open files in the first one. Returns only when that fails.
 pub fn launch() -> ExitCode {
     let mut words = std::env::args_os().skip(2);
-    let Some(program) = words.next() else { return ExitCode::from(CANNOT_RUN) };
+    let files = words.next().and_then(|text| text.to_str()?.parse().ok());
+    let (Some(files), Some(program)) = (files, words.next()) else { return ExitCode::from(CANNOT_RUN) };
+    // The daemon has raised the limit for itself.
+    descriptors::lower(files);
     let error = match SigSet::empty().thread_set_mask() {
         Ok(()) => std::process::Command::new(&program).args(words).exec(),
         Err(errno) => errno.into(),
@@ -138,7 +142,7 @@ async fn run(command: &Command, body: &[u8], limit: Duration) -> Result<(), Fail
         None => process::Command::new(program),
     };
     if command.launcher.is_some() {
-        launched.args([LAUNCH, program]);
+        launched.args([LAUNCH, &descriptors::original().to_string(), program]);
     }
     let child = launched
         .args(arguments)

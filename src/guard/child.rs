@@ -14,6 +14,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         prctl,
+        resource::{Resource, getrlimit, setrlimit},
         signal::{SigSet, Signal},
         time::TimeSpec,
         timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
@@ -27,6 +28,9 @@ use super::{
     wire::{self, Kind},
 };
 use crate::node::lease::{boottime, read_shared};
+
+/// Files that this process may have open: some sockets, the lease and the timer.
+const FILES: u64 = 64;
 
 /// Runs the guard until its daemon is gone. Standard input is the socket to the daemon, the second argument the
 /// daemon's process id.
@@ -49,6 +53,9 @@ fn run() -> io::Result<()> {
         return Err(io::Error::other("not started by a daemon (this command is internal to twistlockd)"));
     }
     prctl::set_name(c"twistlock-guard")?;
+    // The daemon has raised the limit for itself.
+    let (files, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, files.min(FILES), most)?;
     // A terminal's Ctrl-C and a service manager's stop reach the whole group; the daemon decides when ports close.
     let mut decided_by_daemon = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {

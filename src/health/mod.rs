@@ -9,15 +9,9 @@ mod checks;
 mod claim;
 mod metrics;
 
-use std::{
-    fmt, io,
-    net::SocketAddr,
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use axum::Router;
+use axum::{Router, extract::ConnectInfo};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -26,23 +20,20 @@ use hyper_util::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::watch,
     time::{sleep, timeout},
 };
 use tower::ServiceExt;
 
 use crate::{
-    clients::Clients,
+    clients::places::{Acquaintances, Place, Places},
+    descriptors,
     node::{Handle, Lease, Pulse, Status},
 };
 use claim::{Claim, ClaimedStream};
 
-pub use metrics::MetricsPage;
+pub use metrics::{MetricsPage, Permission};
 
-/// Connections at once; further ones wait in the kernel's queue.
-const CONNECTIONS: usize = 128;
-/// Connections at once from one network, so that nobody keeps the load balancers out.
-const FROM_ONE: usize = 32;
 /// Longest time for the head of a request.
 const HEAD: Duration = Duration::from_secs(2);
 /// Longest life of a connection.
@@ -51,8 +42,10 @@ const CONNECTION: Duration = Duration::from_secs(10);
 const BUFFER: usize = 8 << 10;
 /// Connections that the kernel keeps waiting.
 const BACKLOG: i32 = 128;
-/// Wait before the next attempt to open the port, or to accept after an error that does not pass at once.
+/// Wait before the next attempt to open the port.
 const RETRY: Duration = Duration::from_secs(1);
+/// Pause after an error of accept that does not pass at once, as too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the answers are made of.
 #[derive(Clone)]
@@ -122,34 +115,33 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 async fn accept(listener: &TcpListener, sources: Sources) {
-    let (places, clients) = (Arc::new(Semaphore::new(CONNECTIONS)), Clients::new("health", FROM_ONE));
+    let (room, members) = (descriptors::room(descriptors::budget().health), Acquaintances::new());
+    let places = Places::new("health", room, Arc::clone(&members));
     let router = answers::router(sources.clone());
     let mut ended = sources.status.clone();
-    let mut complained: Option<Instant> = None;
     loop {
-        // Before accepting: the kernel's queue is the place to wait.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = node_ends(&mut ended) => return,
         };
         match accepted {
             Ok((stream, from)) => {
-                let Some(counted) = clients.enter(from.ip()) else { continue };
+                members.set_members(sources.status.borrow().membership.addresses());
+                let Some(place) = places.enter(from.ip()).await else { continue };
                 let claim = Claim::new(sources.clone());
                 let router = router.clone();
                 tokio::spawn(async move {
                     // A client that is too slow is dropped; what it missed is not worth a line.
-                    let _ = timeout(CONNECTION, connection(stream, claim, router)).await;
-                    drop((place, counted));
+                    let _ = timeout(CONNECTION, connection(stream, from, &place, claim, router)).await;
+                    drop(place);
                 });
             }
             Err(error) => {
-                if complained.is_none_or(|at| at.elapsed() > CONNECTION) {
-                    complained = Some(Instant::now());
-                    tracing::warn!("cannot accept a connection to the health port: {error}");
+                tracing::warn!("cannot accept a connection to the health port: {error}");
+                if descriptors::are_short(&error) {
+                    places.make_room();
                 }
-                sleep(RETRY).await;
+                sleep(ACCEPT_PAUSE).await;
             }
         }
     }
@@ -159,12 +151,15 @@ async fn node_ends(status: &mut watch::Receiver<Arc<Status>>) {
     while status.changed().await.is_ok() {}
 }
 
-async fn connection(stream: TcpStream, claim: Arc<Claim>, router: Router) {
+async fn connection(stream: TcpStream, from: SocketAddr, place: &Place, claim: Arc<Claim>, router: Router) {
     // Small answers leave at once. It fails only if the client is gone.
     let _ = stream.set_nodelay(true);
     let stream = ClaimedStream::new(stream, Arc::clone(&claim));
+    let visit = place.visit();
     let service = router.map_request(move |mut request: axum::extract::Request<_>| {
         request.extensions_mut().insert(Arc::clone(&claim));
+        request.extensions_mut().insert(ConnectInfo(from));
+        visit.busy();
         request
     });
     let served = http1::Builder::new()
@@ -173,9 +168,11 @@ async fn connection(stream: TcpStream, claim: Arc<Claim>, router: Router) {
         .max_buf_size(BUFFER)
         // An answer that claims the role is checked as its connection's; see `claim`.
         .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
-        .await;
-    if let Err(error) = served {
-        tracing::debug!("a connection to the health port ended: {error}");
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    tokio::select! {
+        () = place.ended() => {}
+        served = served => if let Err(error) = served {
+            tracing::debug!("a connection to the health port ended: {error}");
+        }
     }
 }

@@ -1,16 +1,16 @@
 //! Accepts links from other members: TLS, hello, hand-over. Must never let strangers hold more than a few handshakes,
 //! or spin when the process is out of file descriptors.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::HashSet, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     io::AsyncWriteExt,
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, lookup_host},
     sync::mpsc,
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use tracing::{debug, info, warn};
 
 use super::{
@@ -21,10 +21,16 @@ use super::{
     links::{Handover, LinkSender},
     twins::Twins,
 };
-use crate::cluster::{NodeId, command::FORMAT_VERSION, level::outdated, membership::check_host};
+use crate::{
+    clients::places::{Acquaintances, Places, Room, Visit},
+    cluster::{NodeId, command::FORMAT_VERSION, level::outdated, membership::check_host},
+    descriptors,
+};
 
-/// Handshakes under way at one time; the next ones wait in the kernel.
-const HANDSHAKES: usize = 16;
+/// Handshakes under way at one time from one network of strangers.
+const FROM_STRANGERS: usize = 16;
+/// How often the names of members are looked up.
+const LOOK_UP: Duration = Duration::from_secs(30);
 /// Pause after accept failed, e.g. for want of file descriptors: it would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -35,29 +41,65 @@ pub(super) async fn run(
     complaints: Arc<Complaints>,
 ) {
     let twins = Arc::new(Twins::default());
+    let members = Acquaintances::new();
     let mut handshakes = JoinSet::new();
-    let mut failing = false;
+    handshakes.spawn(know_members(identity.clone(), members.clone()));
+    let places = descriptors::budget().peers;
+    let room = Room { places, from_one: FROM_STRANGERS, from_known: places / 2, reserved: places / 4 };
+    let places = Places::new("peers", room, members);
     loop {
         while handshakes.try_join_next().is_some() {}
-        if handshakes.len() >= HANDSHAKES {
-            handshakes.join_next().await;
-        }
         match listener.accept().await {
             Ok((stream, from)) => {
-                failing = false;
+                let Some(place) = places.enter(from.ip()).await else { continue };
                 let (identity, sender) = (identity.clone(), sender.clone());
                 let (complaints, twins) = (complaints.clone(), twins.clone());
-                handshakes.spawn(Call { identity, sender, complaints, twins, from }.answer(stream));
+                let call = Call { identity, sender, complaints, twins, from, visit: place.visit() };
+                handshakes.spawn(async move {
+                    tokio::select! {
+                        () = call.answer(stream) => {}
+                        () = place.ended() => {}
+                    }
+                });
             }
             // A connection that died while it waited says nothing about the listener.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                if !failing {
-                    warn!(%error, "cannot accept connections of other nodes");
+                warn!(%error, "cannot accept connections of other nodes");
+                if descriptors::are_short(&error) {
+                    places.make_room();
                 }
-                failing = true;
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                sleep(ACCEPT_PAUSE).await;
             }
+        }
+    }
+}
+
+/// Keeps the members' addresses, those of their names too: places are kept for them.
+async fn know_members(identity: Arc<PeerIdentity>, members: Arc<Acquaintances>) {
+    let (mut editions, mut told) = identity.roster.changes();
+    loop {
+        let mut known = HashSet::new();
+        for member in identity.roster.others(identity.me) {
+            match member.address.parse() {
+                Ok(address) => drop(known.insert(address)),
+                // Whoever cannot be looked up has the places of everybody.
+                Err(_) => known.extend(
+                    timeout(HANDSHAKE, lookup_host((member.address.as_str(), member.port)))
+                        .await
+                        .ok()
+                        .and_then(Result::ok)
+                        .into_iter()
+                        .flatten()
+                        .map(|address| address.ip()),
+                ),
+            }
+        }
+        members.set_members(known.into_iter());
+        tokio::select! {
+            Ok(()) = editions.changed() => {}
+            Ok(()) = told.changed() => {}
+            () = sleep(LOOK_UP) => {}
         }
     }
 }
@@ -76,6 +118,7 @@ struct Call {
     complaints: Arc<Complaints>,
     twins: Arc<Twins>,
     from: SocketAddr,
+    visit: Visit,
 }
 
 impl Call {
@@ -115,8 +158,10 @@ impl Call {
             Some(reason) => Failure::Because(stranger, reason),
             None => Failure::Gone(error),
         };
-        let acceptor = TlsAcceptor::from(self.identity.tls.borrow().server.clone());
-        let mut stream = acceptor.accept(stream).await.map_err(failed)?;
+        let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await.map_err(failed)?;
+        self.visit.greeted();
+        let server = self.identity.tls.borrow().server.clone();
+        let mut stream = start.into_stream(server).await.map_err(failed)?;
         let cluster = self.identity.roster.cluster();
         let caller = certified(cluster, stream.get_ref().1.peer_certificates());
         let hello = read_frame(&mut stream).await.map_err(failed)?;

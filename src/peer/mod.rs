@@ -62,7 +62,7 @@ use crate::{
 };
 
 /// Connections that wait in the kernel to be accepted.
-const BACKLOG: i32 = 128;
+const BACKLOG: i32 = 1024;
 
 /// Who this node is, for the handshakes.
 pub struct PeerIdentity {

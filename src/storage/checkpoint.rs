@@ -13,6 +13,8 @@ use std::{
     sync::Arc,
 };
 
+use crate::descriptors;
+
 const MAGIC: &[u8; 8] = b"TLCKPT01";
 const SIZE: usize = 48;
 const CRC_AT: usize = 40;
@@ -82,7 +84,7 @@ impl Record {
     /// Write and sync errors; the old record is in place then, or the new one.
     pub fn write(&self, path: &Path, database: u32) -> io::Result<()> {
         let fresh = path.with_extension("checkpoint-new");
-        let mut file = File::create(&fresh)?;
+        let mut file = descriptors::open(|| File::create(&fresh))?;
         file.write_all(&self.encode(database))?;
         file.sync_all()?;
         fs::rename(&fresh, path)?;
@@ -121,7 +123,7 @@ impl Saving {
 /// Makes creations, renames and removals next to `path` durable.
 pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
     let folder = path.parent().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "a path without a folder"))?;
-    File::open(folder)?.sync_all()
+    descriptors::open(|| File::open(folder))?.sync_all()
 }
 
 #[cfg(test)]

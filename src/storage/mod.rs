@@ -34,7 +34,10 @@ use nix::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::cluster::{ClusterId, Membership, NodeId};
+use crate::{
+    cluster::{ClusterId, Membership, NodeId},
+    descriptors,
+};
 pub use replica::is_full;
 
 /// Version of `identity.json` that this program writes.
@@ -234,7 +237,9 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     temporary.push(".new");
     let temporary = parent.join(temporary);
     let write = || {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = descriptors::open(|| options.open(&temporary))?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
@@ -251,7 +256,7 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Those of the file system.
 pub fn fsync_dir(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
+    descriptors::open(|| File::open(path))?.sync_all()
 }
 
 /// Why a captured transaction did not get a majority.

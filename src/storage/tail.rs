@@ -19,7 +19,10 @@ use std::{
 use raft::eraftpb::{Entry, EntryType};
 
 use super::{durable_write, fsync_dir, make_private_dir, raft_log::Held, tail_text::Summary};
-use crate::cluster::{ClusterId, NodeId};
+use crate::{
+    cluster::{ClusterId, NodeId},
+    descriptors,
+};
 
 /// Folder of the tails in the data folder.
 pub const FOLDER: &str = "rollback";
@@ -121,7 +124,7 @@ pub fn write(folder: &Path, cluster: ClusterId, node: NodeId, held: &Held) -> io
     let time = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%.3fZ");
     let name = format!("{time}-epoch{}-index{}-{}.tail", header.epoch, header.first, header.last);
     let path = folder.join(name);
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+    let file = descriptors::open(|| OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path))?;
     let mut draft = Draft { path, file, header, kept: 0, summary: Summary::default() };
     match draft.write_entries(held) {
         Ok(()) => Ok(draft),

@@ -18,7 +18,7 @@ use tokio::{sync::watch, time};
 use self::{
     leased::{Opening, Phase},
     ports::Sockets,
-    serve::Server,
+    serve::{Seating, Server},
 };
 use crate::{
     guard::{GuardState, PortGuard},
@@ -100,6 +100,7 @@ pub struct Supervisor {
     guard: PortGuard,
     state: watch::Sender<SupervisorState>,
     services: Option<Services>,
+    seating: Seating,
 }
 
 /// Everything that decides whether the ports should be open.
@@ -213,7 +214,10 @@ impl Supervisor {
         let (state, seen) = watch::channel(SupervisorState::default());
         let (hold, held) = watch::channel(None);
         let inputs = Inputs { status, lease, guard: guard.state(), held };
-        (Self { config, inputs, guard, state, services: None }, SupervisorHandle { held: hold, state: seen })
+        (
+            Self { config, inputs, guard, state, services: None, seating: Seating::new() },
+            SupervisorHandle { held: hold, state: seen },
+        )
     }
 
     /// What the Console does for the cluster; without it, there is none to administer. It needs this supervisor's handle, so
@@ -300,7 +304,8 @@ impl Supervisor {
         sockets.open(&self.guard).await?;
         let opening = Opening::new(epoch, self.inputs.lease.clone(), self.inputs.status.clone());
         let tls = self.config.tls.clone();
-        let server = Server::start(sockets.listeners()?, opening, tls, workload.router());
+        self.seating.acquaintances.set_members(self.inputs.status.borrow().membership.addresses());
+        let server = Server::start(sockets.listeners()?, opening, tls, workload.router(), &self.seating);
         Ok((sockets, server))
     }
 

@@ -1,7 +1,7 @@
 //! Accepts connections and serves them until the opening ends: TLS, HTTP/1.1, limits. Must never write to a socket but
 //! through [`LeasedStream`].
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -19,7 +19,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 use tower::ServiceExt;
 
 use super::{
@@ -27,15 +27,13 @@ use super::{
     ports::Service,
 };
 use crate::{
-    clients::{Clients, Counted},
+    clients::places::{Acquaintances, Place, Places, Visit},
+    descriptors::{self, Budget},
     telemetry::CONSOLE_CONNECTIONS,
 };
 
-/// Connections at once over all ports; further ones wait in the kernel's queue.
-const CONNECTIONS: u32 = 1024;
-/// Connections at once from one network, so that none can have all of them. Half of them, because all clients behind a
-/// load balancer come from the same one.
-const FROM_ONE: usize = 512;
+/// More than there are tasks: to wait for the end of all of them.
+const TASKS: u32 = 1 << 20;
 /// Lines in the head of a request.
 const HEADERS: usize = 64;
 /// Longest time for a TLS handshake.
@@ -52,7 +50,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Server {
     opening: Arc<Opening>,
-    places: Arc<Semaphore>,
+    tasks: Arc<Semaphore>,
 }
 
 /// What every connection needs.
@@ -61,8 +59,30 @@ struct Shared {
     opening: Arc<Opening>,
     tls: watch::Receiver<Arc<ServerConfig>>,
     router: Router,
-    places: Arc<Semaphore>,
-    clients: Arc<Clients>,
+    /// One for each task.
+    tasks: Arc<Semaphore>,
+    places: Arc<Places>,
+}
+
+/// The places of each port. They are kept apart, so that whoever takes those of one port shuts nobody out of another, and outlive
+/// an opening with what is known of the clients.
+#[derive(Clone, Debug)]
+pub(super) struct Seating {
+    ports: Arc<HashMap<Service, Arc<Places>>>,
+    pub(super) acquaintances: Arc<Acquaintances>,
+}
+
+impl Seating {
+    pub(super) fn new() -> Self {
+        let (Budget { https, http, defender, .. }, acquaintances) = (descriptors::budget(), Acquaintances::new());
+        let places = |name, places| Places::new(name, descriptors::room(places), Arc::clone(&acquaintances));
+        let ports = HashMap::from([
+            (Service::Https, places("console", https)),
+            (Service::Http, places("console_http", http)),
+            (Service::Defender, places("defender", defender)),
+        ]);
+        Self { ports: Arc::new(ports), acquaintances }
+    }
 }
 
 impl Server {
@@ -72,14 +92,15 @@ impl Server {
         opening: Arc<Opening>,
         tls: watch::Receiver<Arc<ServerConfig>>,
         router: Router,
+        seating: &Seating,
     ) -> Self {
-        let places = Arc::new(Semaphore::new(CONNECTIONS as usize));
-        let clients = Clients::new("console", FROM_ONE);
+        let tasks = Arc::new(Semaphore::new(TASKS as usize));
         for (service, listener) in listeners {
-            let clients = Arc::clone(&clients);
-            let (opening, places, tls) = (Arc::clone(&opening), Arc::clone(&places), tls.clone());
-            let shared = Shared { opening, tls, router: router.clone(), places, clients };
+            let Some(places) = seating.ports.get(&service).cloned() else { continue };
+            let (opening, tls) = (Arc::clone(&opening), tls.clone());
+            let shared = Shared { opening, tls, router: router.clone(), tasks: Arc::clone(&tasks), places };
             tokio::spawn(async move {
+                let Ok(_task) = Arc::clone(&shared.tasks).acquire_owned().await else { return };
                 let opening = Arc::clone(&shared.opening);
                 tokio::select! {
                     () = opening.reached(Phase::Draining) => {}
@@ -87,14 +108,14 @@ impl Server {
                 }
             });
         }
-        Self { opening, places }
+        Self { opening, tasks }
     }
 
     /// Returns when no connection is left and nothing accepts one. The phase must have been advanced before, else it
     /// waits for the clients.
     pub(super) async fn finished(&self) {
-        // Those who accept hold a place, too. An error would mean that the semaphore is closed, which nobody does.
-        let _ = self.places.acquire_many(CONNECTIONS).await;
+        // An error would mean that the semaphore is closed, which nobody does.
+        let _ = self.tasks.acquire_many(TASKS).await;
     }
 
     /// The opening that is served.
@@ -105,13 +126,11 @@ impl Server {
 
 async fn accept(service: Service, listener: &TcpListener, shared: &Shared) {
     loop {
-        // Before accepting: the kernel's queue is the place to wait.
-        let Ok(place) = Arc::clone(&shared.places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, from)) => {
-                // Closed at once: the place is for somebody else.
-                let Some(counted) = shared.clients.enter(from.ip()) else { continue };
-                tokio::spawn(connection(service, stream, from, shared.clone(), (place, counted)));
+                let Some(place) = shared.places.enter(from.ip()).await else { continue };
+                let Ok(task) = Arc::clone(&shared.tasks).acquire_owned().await else { return };
+                tokio::spawn(connection(service, stream, from, shared.clone(), (place, task)));
             }
             // The listening socket was shut down by the guard or by ourselves: the opening ends in a moment.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
@@ -120,6 +139,9 @@ async fn accept(service: Service, listener: &TcpListener, shared: &Shared) {
             Err(error) if is_of_the_client(&error) => {}
             Err(error) => {
                 tracing::error!("cannot accept a connection to the Console: {error}");
+                if descriptors::are_short(&error) {
+                    shared.places.make_room();
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -136,7 +158,7 @@ async fn connection(
     stream: TcpStream,
     from: SocketAddr,
     shared: Shared,
-    place: (OwnedSemaphorePermit, Counted),
+    (place, _task): (Place, OwnedSemaphorePermit),
 ) {
     let opening = Arc::clone(&shared.opening);
     metrics::gauge!(CONSOLE_CONNECTIONS).increment(1.0);
@@ -147,7 +169,8 @@ async fn connection(
         biased;
         // Drops everything, the request that runs too; the stream resets the connection.
         () = opening.reached(Phase::Closed) => {}
-        result = serve(service, stream, from, shared) => {
+        () = place.ended() => {}
+        result = serve(service, stream, (from, place.visit()), shared) => {
             if let Err(error) = result {
                 tracing::debug!("a connection to the Console ended: {error:#}");
             }
@@ -157,17 +180,26 @@ async fn connection(
     drop(place);
 }
 
-async fn serve(service: Service, stream: LeasedStream, from: SocketAddr, shared: Shared) -> anyhow::Result<()> {
+/// The address that a connection comes from, and its place.
+type Client = (SocketAddr, Visit);
+
+async fn serve(service: Service, stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Result<()> {
     if service == Service::Http {
         return http(stream, from, Scheme::HTTP, shared).await;
     }
-    // The settings of this instant: certificates are exchanged while connections go on.
-    let tls = TlsAcceptor::from(Arc::clone(&shared.tls.borrow()));
+    let visit = from.1.clone();
+    let greeting = async {
+        let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
+        visit.greeted();
+        // The settings of this instant: certificates are exchanged while connections go on.
+        let tls = Arc::clone(&shared.tls.borrow());
+        start.into_stream(tls).await
+    };
     let stream = tokio::select! {
         biased;
         // It has not asked for anything yet: a switchover need not wait for it.
         () = shared.opening.reached(Phase::Draining) => return Ok(()),
-        stream = tokio::time::timeout(HANDSHAKE, tls.accept(stream)) => stream??,
+        stream = tokio::time::timeout(HANDSHAKE, greeting) => stream??,
     };
     if service == Service::Defender {
         tracing::debug!("closed a connection to the Defender port: Defenders are not supported yet");
@@ -178,15 +210,22 @@ async fn serve(service: Service, stream: LeasedStream, from: SocketAddr, shared:
 
 async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
-    from: SocketAddr,
+    (from, visit): Client,
     scheme: Scheme,
     shared: Shared,
 ) -> anyhow::Result<()> {
+    let answered = visit.clone();
     let service = shared.router.map_request(move |mut request: Request<_>| {
+        visit.busy();
         request.extensions_mut().insert(ConnectInfo(from));
+        request.extensions_mut().insert(visit.clone());
         // How it came, not what its head says: cookies are for TLS only.
         request.extensions_mut().insert(scheme.clone());
         request
+    });
+    let service = service.map_response(move |response| {
+        answered.idle();
+        response
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -65,8 +65,21 @@ impl Cluster {
     pub fn start_with(restart_after: &str, prepare: impl FnOnce(&Path)) -> Self {
         let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
         prepare(folder.path());
+        Self::start_in(folder, Command::new(env!("CARGO_BIN_EXE_twistlockd")), restart_after)
+    }
+
+    /// The same with nodes that may have no more than so many files open.
+    pub fn start_limited(files: u32) -> Self {
+        let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
+        let mut limited = Command::new("sh");
+        let (program, files) = (env!("CARGO_BIN_EXE_twistlockd"), files.to_string());
+        limited.args(["-c", "ulimit -n \"$1\" && shift && exec \"$@\"", "sh", &files, program]);
+        Self::start_in(folder, limited, RESTART_AFTER)
+    }
+
+    fn start_in(folder: TempDir, mut program: Command, restart_after: &str) -> Self {
         let port_offset = NEXT_OFFSET.fetch_add(10, Ordering::Relaxed);
-        let dev = Command::new(env!("CARGO_BIN_EXE_twistlockd"))
+        let dev = program
             .args(["dev", "--restart-after", restart_after, "--port-offset", &port_offset.to_string(), "--dir"])
             .arg(folder.path())
             .stdin(Stdio::null())

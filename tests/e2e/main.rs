@@ -14,6 +14,7 @@ mod databases;
 mod disk;
 mod drill;
 mod events;
+mod floods;
 mod health;
 mod held;
 mod network;

@@ -70,6 +70,18 @@ pub fn isolate(node: usize, wall: Wall, port_offset: u16) {
     run("nft", &["-f", "-"], &rules);
 }
 
+/// Loses so many of a hundred packets between the members, at their arrival, those of handshakes too.
+pub fn lose(percent: u8, port_offset: u16) {
+    let port = HA_PORT + port_offset;
+    let mut rules = String::from("table ip wall { chain input { type filter hook input priority 0;\n");
+    for end in ["dport", "sport"] {
+        // Writing to a String cannot fail.
+        let _ = writeln!(rules, "tcp {end} {port} numgen random mod 100 < {percent} drop");
+    }
+    rules.push_str("}\n}\n");
+    run("nft", &["-f", "-"], &rules);
+}
+
 /// Takes the wall down.
 pub fn heal() {
     run("nft", &["delete", "table", "ip", "wall"], "");

@@ -251,6 +251,11 @@ impl Writers {
         }
     }
 
+    /// How many writes were acknowledged since then.
+    pub fn successes_since(&self, from: Instant) -> usize {
+        self.shared.successes.lock().unwrap().iter().filter(|success| success.finished > from).count()
+    }
+
     /// The longest time without the end of an acknowledged write since `from`.
     pub fn longest_silence(&self, from: Instant) -> Duration {
         let successes = self.shared.successes.lock().unwrap();

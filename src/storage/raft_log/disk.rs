@@ -8,7 +8,10 @@ use std::{
     path::Path,
 };
 
-use crate::storage::{fsync_dir, make_private_dir};
+use crate::{
+    descriptors,
+    storage::{fsync_dir, make_private_dir},
+};
 
 /// Where the files of a raft log are.
 pub trait Disk: Send + Sync + 'static {
@@ -56,12 +59,14 @@ impl Disk for RealDisk {
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        let file = descriptors::open(|| options.open(path))?;
         Ok(Box::new(file))
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(OpenOptions::new().read(true).write(true).open(path)?))
+        Ok(Box::new(descriptors::open(|| OpenOptions::new().read(true).write(true).open(path))?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -77,7 +82,9 @@ impl Disk for RealDisk {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        descriptors::open(|| fs::read_dir(dir))?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect()
     }
 }
 
