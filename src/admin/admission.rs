@@ -89,7 +89,7 @@ impl Admin {
         if let Some(state) = locked(&self.rejections).find(same) {
             return Ok(state);
         }
-        let old = membership.requests.iter().find(|old| old.fingerprint == fingerprint && old.until > at);
+        let old = membership.requests.iter().find(|old| old.fingerprint == fingerprint && old.in_force(at));
         let wanted = Request {
             id: old.map_or_else(|| format!("{:032x}", rand::random::<u128>()), |old| old.id.clone()),
             name: request.name,
@@ -118,7 +118,7 @@ impl Admin {
     /// Where a request stands; none if nobody made it or it has expired. Works on every member.
     pub fn request_state(&self, id: &str) -> Option<RequestState> {
         let membership = self.membership();
-        let open = membership.requests.iter().find(|open| same_secret(&open.id, id) && open.until > now());
+        let open = membership.requests.iter().find(|open| same_secret(&open.id, id) && open.in_force(now()));
         let member = |member: &&_| admission_is(member, |request| same_secret(request, id));
         open.map(pending)
             .or_else(|| membership.members.iter().find(member).and_then(|member| admitted(&membership, member.id)))
@@ -245,7 +245,7 @@ fn objections(membership: &Membership, now: u64) -> Vec<String> {
         ));
     }
     for request in &membership.requests {
-        let Request { name, clock_ms, until, .. } = request;
+        let Request { name, clock_ms, .. } = request;
         if request.level < membership.level {
             let theirs = (request.version.as_str(), request.level);
             let needed = (membership.level_version.as_str(), membership.level);
@@ -256,7 +256,7 @@ fn objections(membership: &Membership, now: u64) -> Vec<String> {
             let ms = clock_ms.unsigned_abs();
             found.push(format!("the clock of {name} is {ms} ms {way}: set up time synchronization there"));
         }
-        if *until <= now {
+        if !request.in_force(now) {
             found.push(format!("the request of {name} has expired: run the join script there again, or reject it"));
         }
     }

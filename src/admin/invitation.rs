@@ -40,7 +40,7 @@ impl Admin {
         let before = self.membership();
         let membership = self.change(Change::Invite { invitation }).await?;
         info!(by, until, "hosts are invited to join");
-        for gone in before.invitations.iter().filter(|open| open.until > at && !membership.invitations.contains(open)) {
+        for gone in before.invitations.iter().filter(|open| open.in_force(at) && !membership.invitations.contains(open)) {
             let (made_by, until) = (&gone.by, gone.until);
             info!(made_by, until, "too many invitations are open: this one, which would end first, is closed");
         }
@@ -112,12 +112,12 @@ fn check(membership: &Membership, text: &str, now: u64) -> Result<(), AdminError
     let mut found = None;
     for open in &membership.invitations {
         if token.has_hash(&open.hash) {
-            found = Some(open.until);
+            found = Some(open.in_force(now));
         }
     }
     match found {
-        Some(until) if now < until => Ok(()),
-        Some(_) => denied("the join token has expired: get a new join script from the PRIMARY"),
+        Some(true) => Ok(()),
+        Some(false) => denied("the join token has expired: get a new join script from the PRIMARY"),
         None => denied("the join token is not good (any more): get a new join script from the PRIMARY"),
     }
 }

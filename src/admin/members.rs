@@ -7,12 +7,12 @@ use tracing::{info, warn};
 
 use super::{Admin, AdminError, now};
 use crate::{
-    cluster::{Change, Membership, NodeId, Role},
+    cluster::{Change, Membership, NodeId, Role, membership::Pause},
     node::MemberStatus,
 };
 
 /// How long automatic takeovers may be paused.
-const PAUSE: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(86_400);
+const PAUSE: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(Pause::LONGEST);
 
 impl Admin {
     /// Drops a member, by its name, its id or the beginning of its name. Returns what remains to be done about what it knows.

@@ -124,7 +124,7 @@ fn checks(status: &Status, wanted: Option<NodeId>) -> (Vec<Check>, Option<NodeId
     let target = wanted.or_else(|| furthest(status));
     let member = target.and_then(|target| status.members.iter().find(|member| member.id == target));
     let mut list = vec![check("role", status.role == Role::Primary, format!("{} is {}", status.name, status.role))];
-    list.push(match status.membership.pause.as_ref().filter(|pause| pause.until > now()) {
+    list.push(match status.membership.pause.as_ref().filter(|pause| pause.in_force(now())) {
         None => check("no pause", true, "automatic takeover is not paused".to_owned()),
         Some(_) => check("no pause", false, "automatic takeover is paused: end the pause first".to_owned()),
     });

@@ -20,7 +20,7 @@ pub(super) fn now() -> u64 {
 
 /// The pause that is in force.
 pub(super) fn paused(status: &Status, now: u64) -> Option<&Pause> {
-    status.membership.pause.as_ref().filter(|pause| pause.until > now)
+    status.membership.pause.as_ref().filter(|pause| pause.in_force(now))
 }
 
 /// Sentences with a command in each, most urgent first.

@@ -17,7 +17,7 @@ pub(super) const MAX_CSR: usize = 1024;
 impl Membership {
     /// When no more may be open, the one gives way that ends first: whoever wants a script gets one.
     pub(super) fn invite(&mut self, invitation: &Invitation) {
-        self.invitations.retain(|open| open.until > invitation.at);
+        self.invitations.retain(|open| open.in_force(invitation.at));
         while self.invitations.len() >= MAX_OPEN {
             let first = (0..self.invitations.len()).min_by_key(|place| self.invitations[*place].until).unwrap_or(0);
             self.invitations.remove(first);
@@ -27,7 +27,7 @@ impl Membership {
 
     pub(super) fn request(&mut self, request: &Request) -> Result<(), Impossible> {
         check_host(&request.name, &request.address, request.port)?;
-        self.requests.retain(|open| open.until > request.at);
+        self.requests.retain(|open| open.in_force(request.at));
         // The same host asks again, for example because its first answer was lost: the newest request counts.
         self.requests.retain(|open| open.fingerprint != request.fingerprint);
         let place = (&request.address, request.port);

@@ -16,6 +16,7 @@ use super::{
     console_certificate::CustomCertificate,
     level,
     trust::{Coming, KeyId, Rekey, Retired},
+    validity::in_force,
 };
 
 /// Identity of a node inside its cluster: Raft's node id, 1 or more, never used again after a removal.
@@ -152,6 +153,20 @@ pub struct Invitation {
     pub by: String,
 }
 
+impl Request {
+    /// True while an administrator may admit the host; `now` in seconds since 1970.
+    pub fn in_force(&self, now: u64) -> bool {
+        in_force(self.at, self.until, now)
+    }
+}
+
+impl Invitation {
+    /// True while hosts may ask for admission with it; `now` in seconds since 1970.
+    pub fn in_force(&self, now: u64) -> bool {
+        in_force(self.at, self.until, now)
+    }
+}
+
 /// Where events are sent: an HTTP request for each.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Webhook {
@@ -216,6 +231,17 @@ pub struct Pause {
     pub until: u64,
     /// The only node that may become primary meanwhile: the one that was, when the pause began.
     pub primary: NodeId,
+}
+
+impl Pause {
+    /// The longest pause, in seconds.
+    pub const LONGEST: u64 = 86_400;
+
+    /// True while nobody else may take over; `now` in seconds since 1970. No pause ends later than [`Self::LONGEST`] from
+    /// now: if one seems to, the clock that set its end was ahead, and it must not keep takeovers off until then.
+    pub fn in_force(&self, now: u64) -> bool {
+        in_force(self.until.saturating_sub(Self::LONGEST), self.until, now)
+    }
 }
 
 /// The members in the order of their ids, and what else all nodes must agree on about them.

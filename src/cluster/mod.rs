@@ -12,6 +12,7 @@ pub mod level;
 pub mod membership;
 pub mod role;
 pub mod trust;
+pub mod validity;
 
 use std::collections::{BTreeMap, VecDeque};
 

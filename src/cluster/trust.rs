@@ -201,7 +201,7 @@ impl Membership {
 
     /// True if a host is on its way in at this time: it was told which authority to trust, and by which it will know the cluster.
     pub fn has_newcomers(&self, at: u64) -> bool {
-        self.requests.iter().any(|open| open.until > at) || self.learners().next().is_some()
+        self.requests.iter().any(|open| open.in_force(at)) || self.learners().next().is_some()
     }
 
     /// Join tokens carry the digest of the authority: those of the old one end.

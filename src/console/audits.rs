@@ -15,7 +15,8 @@ use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
     Console,
-    auth::{User, unix_time},
+    auth::User,
+    clock::unix_time,
     errors::ApiError,
     extract::{Page, Paged, Search, TOTAL},
     logins::Logins,

@@ -6,7 +6,6 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::SystemTime,
 };
 
 use axum::{
@@ -48,11 +47,6 @@ pub(super) struct User {
 pub(super) struct Login {
     pub(super) username: String,
     pub(super) password: String,
-}
-
-/// Seconds since 1970. The wall clock, not a monotonic one: another node may check the token's expiry.
-pub(super) fn unix_time() -> i64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64)
 }
 
 /// A name and a password that were right.

@@ -7,6 +7,7 @@ mod audits;
 mod auth;
 mod backups;
 mod certs;
+mod clock;
 mod cluster;
 mod cookie;
 mod errors;
@@ -101,6 +102,8 @@ impl fmt::Debug for Services {
 #[derive(Debug)]
 pub struct Console {
     store: Store,
+    /// What sessions count by.
+    clock: clock::Clock,
     logins: logins::Logins,
     status: watch::Receiver<Arc<Status>>,
     /// None where there is no cluster to administer.
@@ -127,16 +130,19 @@ impl Console {
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
         let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
         let places = Semaphore::new(AT_ONCE);
-        Ok(Arc::new(Self { store, logins, status, services, downloads, places, streams, closing }))
+        let clock = clock::Clock::new();
+        Ok(Arc::new(Self { store, clock, logins, status, services, downloads, places, streams, closing }))
     }
 
     /// Opens the database and brings the schema up to date.
     ///
     /// # Errors
     /// When the database cannot be used or its schema is newer than this program.
-    pub async fn ready(&self) -> Result<(), sqlx::migrate::MigrateError> {
+    pub async fn ready(self: &Arc<Self>) -> Result<(), sqlx::migrate::MigrateError> {
         self.store.migrate().await?;
         audits::recall_logins(&self.store, &self.logins).await;
+        let console = Arc::clone(self);
+        tokio::spawn(async move { console.clock.follow(console.store.clone()).await });
         if let Some(services) = &self.services {
             tokio::spawn(events::keep(self.store.clone(), services.events.clone()));
         }

@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use super::{
     Console, audits,
-    auth::{self, Login, Source, User, unix_time},
+    auth::{self, Login, Source, User},
     cookie,
     errors::ApiError,
     extract::Body,
@@ -28,7 +28,10 @@ use super::{
     settings::Logon,
     store::{StoreError, Writing},
 };
-use crate::clients::places::Visit;
+use crate::{
+    clients::places::Visit,
+    cluster::validity::{self, in_force},
+};
 
 /// Seconds that a renewed token is still good: the answer with the new one may be lost in a takeover, and the requests that
 /// are under way carry the old one.
@@ -116,15 +119,16 @@ async fn authenticate(
     if let Some(token) = cookie::token(&headers).filter(|_| page) {
         end(&mut writing, digest_of(token)).await?;
     }
-    let issued = issue(&mut writing, &user.name, unix_time(), None).await?;
+    let issued = issue(&console, &mut writing, &user.name, None).await?;
     audits::record(&mut writing, &user, "login", "session", Value::Null).await?;
     writing.commit().await?;
     issued.answer(user, page)
 }
 
 /// `GET authenticate`.
-async fn current(user: User) -> Json<Granted> {
-    let expires_in_sec = user.session.map(|session| session.expires - unix_time());
+async fn current(State(console): State<Arc<Console>>, user: User) -> Json<Granted> {
+    let now = console.clock.now().await;
+    let expires_in_sec = user.session.map(|session| session.expires - now);
     Json(Granted { token: None, username: user.name, role: user.role, expires_in_sec })
 }
 
@@ -135,13 +139,14 @@ async fn renew(State(console): State<Arc<Console>>, headers: HeaderMap, user: Us
         // It is a GET that changes something.
         cookie::check_page(&headers)?;
     }
-    let now = unix_time();
     let mut writing = console.store.begin().await?;
+    // Nobody sets the clock while this has the writer's connection.
+    let now = console.clock.now().await;
     let update = sqlx::query("UPDATE tokens SET expires = min(expires, ?) WHERE digest = ? AND expires > ?");
     if writing.execute(update.bind(now + GRACE).bind(session.digest.clone()).bind(now)).await? == 0 {
         return Err(INVALID);
     }
-    let issued = issue(&mut writing, &user.name, session.began, Some(session.digest)).await?;
+    let issued = issue(&console, &mut writing, &user.name, Some(&session)).await?;
     writing.commit().await?;
     issued.answer(user, session.page)
 }
@@ -161,12 +166,15 @@ async fn logout(State(console): State<Arc<Console>>, user: User) -> Result<Respo
 pub(super) async fn find(console: &Console, token: &str, from: IpAddr, page: bool) -> Result<User, ApiError> {
     let digest = digest_of(token);
     let mut reading = console.store.read().await?;
+    // Held until the session was read: they are moved together.
+    let time = console.clock.hold().await;
     let query = "SELECT users.name, users.role, tokens.began, tokens.expires FROM tokens JOIN users \
-                 ON users.name = tokens.user WHERE tokens.digest = ? AND tokens.expires > ?";
-    let query = sqlx::query_as(query).bind(digest.clone()).bind(unix_time());
+                 ON users.name = tokens.user WHERE tokens.digest = ?";
+    let query = sqlx::query_as(query).bind(digest.clone());
     let found: Option<(String, String, i64, i64)> =
         query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
-    let (name, role, began, expires) = found.ok_or(INVALID)?;
+    let in_force = |(.., began, expires): &(_, _, i64, i64)| is_in_force(*began, *expires, time.now());
+    let (name, role, began, expires) = found.filter(in_force).ok_or(INVALID)?;
     let session = Session { digest, began, expires, page };
     Ok(User { role: auth::role_of(&name, &role)?, name, from, session: Some(session) })
 }
@@ -180,11 +188,24 @@ async fn end(writing: &mut Writing, digest: Vec<u8>) -> Result<(), StoreError> {
     writing.execute(sqlx::query("DELETE FROM tokens WHERE digest = ?").bind(digest)).await.map(|_| ())
 }
 
-/// Makes a token for a session that began then. The user's oldest sessions end if there are too many; the one that it `renews`
-/// does not count, and has its [`GRACE`].
-async fn issue(writing: &mut Writing, user: &str, began: i64, renews: Option<Vec<u8>>) -> Result<Issued, ApiError> {
+/// No time of a session is before 1970.
+fn is_in_force(began: i64, expires: i64, now: i64) -> bool {
+    let [began, expires, now] = [began, expires, now].map(|time| u64::try_from(time).unwrap_or(0));
+    in_force(began, expires, now)
+}
+
+/// Makes a token for a new session, or for the one that it `renews`. The user's oldest sessions end if there are too many; the one
+/// that is renewed does not count, and has its [`GRACE`].
+async fn issue(
+    console: &Console,
+    writing: &mut Writing,
+    user: &str,
+    renews: Option<&Session>,
+) -> Result<Issued, ApiError> {
     let logon = Logon::of(writing).await?;
-    let now = unix_time();
+    let now = console.clock.now().await;
+    let began = renews.map_or(now, |session| session.began);
+    let renews = renews.map(|session| session.digest.clone());
     let expires = (now + logon.timeout()).min(began + logon.maximum());
     if expires <= now {
         return Err(ApiError::Unauthorized("the session has lasted as long as it may: log in again"));
@@ -192,7 +213,8 @@ async fn issue(writing: &mut Writing, user: &str, began: i64, renews: Option<Vec
     let mut secret = [0; 32];
     SystemRandom::new().fill(&mut secret).map_err(|_| ApiError::Internal)?;
     let token = BASE64_URL_SAFE_NO_PAD.encode(secret);
-    writing.execute(sqlx::query("DELETE FROM tokens WHERE expires <= ?").bind(now)).await?;
+    let over = sqlx::query("DELETE FROM tokens WHERE expires <= ?1 OR began > ?1 + ?2").bind(now);
+    writing.execute(over.bind(validity::SKEW as i64)).await?;
     let surplus = "DELETE FROM tokens WHERE user = ?1 AND digest IS NOT ?2 AND digest NOT IN \
                    (SELECT digest FROM tokens WHERE user = ?1 AND digest IS NOT ?2 ORDER BY expires DESC, digest LIMIT ?3)";
     let surplus = sqlx::query(surplus).bind(user.to_owned()).bind(renews);
@@ -212,7 +234,10 @@ mod tests {
     use axum::http::StatusCode;
     use serde_json::json;
 
-    use super::{super::trial::Trial, *};
+    use super::{
+        super::{clock::unix_time, trial::Trial},
+        *,
+    };
 
     async fn asks(trial: &Trial, token: &str) -> (StatusCode, Value) {
         trial.call(Method::GET, "/api/v1/authenticate", token, Value::Null).await

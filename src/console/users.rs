@@ -14,7 +14,8 @@ use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
     Console, audits,
-    auth::{self, Login, Source, User, unix_time},
+    auth::{self, Login, Source, User},
+    clock::unix_time,
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
     password,

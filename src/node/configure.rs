@@ -10,7 +10,7 @@ use tracing::{error, info, warn};
 
 use super::{Exit, driver::Driver, lease::boottime};
 use crate::{
-    cluster::{self, Change, Configured, Membership, NodeId, membership::MAX_ENCODED},
+    cluster::{self, Change, Configured, Membership, NodeId, membership::{MAX_ENCODED, Pause}},
     peer::Edition,
     storage::{configuration::Configuration, is_full},
 };
@@ -175,7 +175,7 @@ impl Driver {
     /// Once per tick, too: the wall clock, which says when a pause ends, may be set right only after the start.
     pub(super) fn follow_pause(&mut self) {
         let pause = &self.config.configuration.membership.pause;
-        let until = pause.as_ref().filter(|_| !self.paused_ignored).map_or(0, |pause| boottime_of(pause.until));
+        let until = pause.as_ref().filter(|_| !self.paused_ignored).map_or(0, boottime_of);
         self.cluster.set_paused(boottime(), until);
     }
 
@@ -259,10 +259,12 @@ fn log_differences(before: &Membership, after: &Membership) {
     }
 }
 
-/// A wall-clock time (seconds since 1970) on the clock that never jumps; 0 if it is over.
-fn boottime_of(until: u64) -> u64 {
+/// The end of a pause on the clock that never jumps; 0 if it is not in force.
+fn boottime_of(pause: &Pause) -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let left = std::time::Duration::from_secs(until).saturating_sub(now);
-    let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
-    if left == 0 { 0 } else { boottime().saturating_add(left) }
+    if !pause.in_force(now.as_secs()) {
+        return 0;
+    }
+    let left = std::time::Duration::from_secs(pause.until).saturating_sub(now);
+    boottime().saturating_add(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX))
 }

@@ -146,7 +146,7 @@ impl Publisher {
             ));
         }
         if let Some(pause) = &status.membership.pause
-            && unix_now() < pause.until
+            && pause.in_force(unix_now())
         {
             sentences.push(format!(
                 "automatic takeover is paused for {} more minutes: if {} fails, nobody takes over; end it with `twistcli ha resume`",
