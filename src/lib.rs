@@ -66,6 +66,7 @@
 //! | [`control`], [`cli`] | administration over a Unix socket, and `twistcli` by it or by the API | the inside of a node |
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
+//! | [`http`] | what HTTP asks of a server before a handler sees a request | what is served |
 //! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
 //! | [`clients`] | who a connection comes from, the places for connections, patience with those who guess | what is served |
 //! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
@@ -123,6 +124,7 @@ pub mod events;
 pub mod found;
 pub mod guard;
 pub mod health;
+pub mod http;
 pub mod https;
 pub mod join;
 pub mod node;

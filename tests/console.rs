@@ -3,6 +3,8 @@
 
 #[path = "console/clients.rs"]
 mod clients;
+#[path = "console/conformance.rs"]
+mod conformance;
 #[path = "console/fuzz.rs"]
 mod fuzz;
 #[path = "console/guessing.rs"]

@@ -40,7 +40,8 @@ impl Admin {
         let before = self.membership();
         let membership = self.change(Change::Invite { invitation }).await?;
         info!(by, until, "hosts are invited to join");
-        for gone in before.invitations.iter().filter(|open| open.in_force(at) && !membership.invitations.contains(open)) {
+        for gone in before.invitations.iter().filter(|open| open.in_force(at) && !membership.invitations.contains(open))
+        {
             let (made_by, until) = (&gone.by, gone.until);
             info!(made_by, until, "too many invitations are open: this one, which would end first, is closed");
         }

@@ -80,7 +80,10 @@ impl Clock {
         *ahead += jump;
         let way = if jump > 0 { "ahead" } else { "back" };
         let seconds = jump.unsigned_abs();
-        tracing::warn!(sessions = moved, "the clock of this host was set {way} by {seconds} s: sessions keep their time");
+        tracing::warn!(
+            sessions = moved,
+            "the clock of this host was set {way} by {seconds} s: sessions keep their time"
+        );
         Ok(())
     }
 }

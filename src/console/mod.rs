@@ -52,6 +52,7 @@ use crate::{
     backup::Backups,
     events::{Notifier, Recorder},
     health::MetricsPage,
+    http,
     join::Kit,
     node::Status,
 };
@@ -60,6 +61,8 @@ use crate::{
 const BODY: usize = 1 << 20;
 /// Requests under way at once; more are refused, so that a client learns it at once and may try again.
 const AT_ONCE: usize = 256;
+/// What `OPTIONS *` is told.
+const METHODS: &str = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT";
 /// Health checks are answered however busy the Console is: a load balancer must not take a busy primary for a dead one.
 const PING: &str = "/api/v1/_ping";
 /// Longest time from a request's head to its response.
@@ -174,8 +177,13 @@ async fn no_route(uri: Uri) -> ApiError {
     ApiError::NotFound(format!("there is nothing at {}", uri.path()))
 }
 
-async fn no_method(method: Method, uri: Uri) -> ApiError {
-    ApiError::Request(StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not possible at {}", uri.path()))
+/// Which methods are possible, the router says in `Allow`.
+async fn no_method(method: Method, uri: Uri) -> Response {
+    if method == Method::OPTIONS {
+        return StatusCode::NO_CONTENT.into_response();
+    }
+    let text = format!("{method} is not possible at {}", uri.path());
+    ApiError::Request(StatusCode::METHOD_NOT_ALLOWED, text).into_response()
 }
 
 /// What is the same for all requests: their number, the time limits and a few headers.
@@ -184,7 +192,14 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
     let secure = request.extensions().get() == Some(&Scheme::HTTPS);
     let browser = cookie::is_browser(request.headers());
     let (request, arriving) = Arriving::of(request, arriving::LIMITS);
-    let mut response = if place.is_err() && request.uri().path() != PING {
+    let refused = http::refusal(&request, BODY as u64).map(|(status, text)| ApiError::Request(status, text));
+    // Nobody can tell where its body ends, or wants to wait for that.
+    let arriving = arriving.filter(|_| refused.is_none());
+    let mut response = if let Some(refused) = refused {
+        ([(header::CONNECTION, "close")], refused).into_response()
+    } else if http::asks_about_server(&request) {
+        (StatusCode::NO_CONTENT, [(header::ALLOW, METHODS)]).into_response()
+    } else if place.is_err() && request.uri().path() != PING {
         ApiError::Busy(format!("{AT_ONCE} requests are under way: try again")).into_response()
     } else {
         match tokio::time::timeout(REQUEST, next.run(request)).await {

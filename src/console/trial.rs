@@ -7,7 +7,7 @@ use axum::{
     Router,
     body::{Body, to_bytes},
     extract::{ConnectInfo, Request},
-    http::{HeaderMap, Method, StatusCode, header, uri::Scheme},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header, uri::Scheme},
 };
 use serde_json::{Value, json};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
@@ -70,6 +70,7 @@ impl Trial {
     pub(super) async fn send(&self, mut request: Request) -> (StatusCode, HeaderMap, String) {
         request.extensions_mut().insert(ConnectInfo(SocketAddr::from(([192, 0, 2, 1], 1))));
         request.extensions_mut().insert(Scheme::HTTPS);
+        request.headers_mut().entry(header::HOST).or_insert(HeaderValue::from_static("console.test"));
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let bytes = to_bytes(body, 1 << 20).await.unwrap();

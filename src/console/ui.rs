@@ -4,10 +4,11 @@
 use std::sync::LazyLock;
 
 use axum::{
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderName, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use headers::{ETag, HeaderMapExt, IfMatch, IfNoneMatch};
 use ring::digest;
 
 use super::{
@@ -47,9 +48,18 @@ impl File {
         Self { name, kind, bytes, tag: format!("\"{}\"", BASE64_URL_SAFE_NO_PAD.encode(&digest.as_ref()[..12])) }
     }
 
+    /// What is answered in place of the file: RFC 9110 section 13.2.2, for a file that has a tag and no date.
+    fn precondition(&self, asked: &HeaderMap) -> Option<StatusCode> {
+        let tag: ETag = self.tag.parse().ok()?;
+        // A field that does not read as one is none.
+        if asked.typed_get::<IfMatch>().is_some_and(|wanted| !wanted.precondition_passes(&tag)) {
+            return Some(StatusCode::PRECONDITION_FAILED);
+        }
+        let has = asked.typed_get::<IfNoneMatch>().is_some_and(|known| !known.precondition_passes(&tag));
+        has.then_some(StatusCode::NOT_MODIFIED)
+    }
+
     fn response(&self, asked: &HeaderMap) -> Response {
-        let same = |value: &HeaderValue| value.to_str().is_ok_and(|tags| tags.split(", ").any(|tag| tag == self.tag));
-        let unchanged = asked.get_all(header::IF_NONE_MATCH).iter().any(same);
         let headers: [(HeaderName, &str); 6] = [
             (header::CONTENT_TYPE, self.kind),
             (header::ETAG, &self.tag),
@@ -59,9 +69,9 @@ impl File {
             (header::REFERRER_POLICY, "no-referrer"),
             (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
         ];
-        match unchanged {
-            true => (StatusCode::NOT_MODIFIED, headers).into_response(),
-            false => (headers, self.bytes).into_response(),
+        match self.precondition(asked) {
+            Some(status) => (status, headers).into_response(),
+            None => (headers, self.bytes).into_response(),
         }
     }
 }
@@ -168,10 +178,25 @@ mod tests {
     fn a_browser_that_has_a_file_is_told_so() {
         let first = find("app.js", &HeaderMap::new()).unwrap();
         assert_eq!(first.status(), StatusCode::OK);
-        let mut asked = HeaderMap::new();
-        asked.insert(header::IF_NONE_MATCH, first.headers()[header::ETAG].clone());
-        assert_eq!(find("app.js", &asked).unwrap().status(), StatusCode::NOT_MODIFIED);
-        assert_eq!(find("style.css", &asked).unwrap().status(), StatusCode::OK);
+        let tag = first.headers()[header::ETAG].to_str().unwrap().to_owned();
+        let status = |name, field: HeaderName, values: &[&str]| {
+            let mut asked = HeaderMap::new();
+            for value in values {
+                asked.append(&field, value.parse().unwrap());
+            }
+            find(name, &asked).unwrap().status().as_u16()
+        };
+        let (weak, list) = (format!("W/{tag}"), format!("\"other\",{tag} , W/\"x, y\""));
+        for values in [&[tag.as_str()][..], &[&weak], &["*"], &[&list], &["\"other\"", &tag]] {
+            assert_eq!(status("app.js", header::IF_NONE_MATCH, values), 304, "{values:?}");
+        }
+        for values in [&["\"other\""][..], &["no tag"], &[&tag[1..tag.len() - 1]]] {
+            assert_eq!(status("app.js", header::IF_NONE_MATCH, values), 200, "{values:?}");
+        }
+        assert_eq!(status("style.css", header::IF_NONE_MATCH, &[&tag]), 200);
+        for (value, code) in [(tag.as_str(), 200), ("*", 200), (&weak, 412), ("\"other\"", 412)] {
+            assert_eq!(status("app.js", header::IF_MATCH, &[value]), code, "{value}");
+        }
         assert!(find("../ui.rs", &HeaderMap::new()).is_none());
     }
 }

@@ -10,7 +10,10 @@ use tracing::{error, info, warn};
 
 use super::{Exit, driver::Driver, lease::boottime};
 use crate::{
-    cluster::{self, Change, Configured, Membership, NodeId, membership::{MAX_ENCODED, Pause}},
+    cluster::{
+        self, Change, Configured, Membership, NodeId,
+        membership::{MAX_ENCODED, Pause},
+    },
     peer::Edition,
     storage::{configuration::Configuration, is_full},
 };

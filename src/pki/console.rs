@@ -317,7 +317,7 @@ impl ResolvesServerCert for ByName {
     }
 }
 
-/// TLS for the Console's ports: TLS 1.2 and 1.3, HTTP/1.1, no client certificate. Clients that ask for [`CONSOLE_NAME`] get
+/// TLS for the Console's ports: TLS 1.2 and 1.3, HTTP/1.1 and 1.0, no client certificate. Clients that ask for [`CONSOLE_NAME`] get
 /// the cluster's `own` certificate, all others what is `served`.
 ///
 /// # Errors
@@ -328,7 +328,7 @@ pub fn console_tls(served: &Pair, own: &Pair) -> Result<Arc<ServerConfig>, PkiEr
         .with_protocol_versions(&[&TLS13, &TLS12])?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(certificates));
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
     Ok(Arc::new(config))
 }
 

@@ -22,6 +22,12 @@ use crate::node::{Lease, Status};
 /// Time without a byte that leaves after which a client is taken for gone: it must not keep its place, or a download's.
 const STALL: Duration = Duration::from_secs(10);
 
+/// Longest time for which, and most bytes that, are read in vain from a client that still sends when its connection is closed:
+/// else the kernel would reset the connection, and the client could lose the answer (RFC 9112 section 9.6).
+const LINGER: (Duration, usize) = (Duration::from_secs(2), 64 << 20);
+/// Bytes that are read in vain at once.
+const WASTE: usize = 8 << 10;
+
 /// How far the closing of the ports has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Phase {
@@ -86,11 +92,52 @@ pub(super) struct LeasedStream {
     /// Runs while a write waits for the client.
     waits: Option<Pin<Box<Sleep>>>,
     limit: Duration,
+    lingers: Option<Lingers>,
+}
+
+/// Nothing is sent any more; what the client still sends is thrown away.
+struct Lingers {
+    /// The time is over, or the ports are about to close: a switchover must not wait for it.
+    end: Pin<Box<dyn Future<Output = ()> + Send>>,
+    left: usize,
+}
+
+impl fmt::Debug for Lingers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lingers").field("left", &self.left).finish_non_exhaustive()
+    }
+}
+
+impl Lingers {
+    fn new(opening: Arc<Opening>) -> Self {
+        let end = async move {
+            tokio::select! {
+                () = opening.reached(Phase::Draining) => {}
+                () = sleep(LINGER.0) => {}
+            }
+        };
+        Self { end: Box::pin(end), left: LINGER.1 }
+    }
+
+    /// Ready when the client is gone, or a limit is reached.
+    fn poll(&mut self, cx: &mut Context<'_>, stream: &mut TcpStream) -> Poll<()> {
+        let mut waste = [0; WASTE];
+        while self.end.as_mut().poll(cx).is_pending() {
+            let mut buffer = ReadBuf::new(&mut waste);
+            let read = ready!(Pin::new(&mut *stream).poll_read(cx, &mut buffer));
+            let length = buffer.filled().len();
+            if read.is_err() || length == 0 || length > self.left {
+                break;
+            }
+            self.left -= length;
+        }
+        Poll::Ready(())
+    }
 }
 
 impl LeasedStream {
     pub(super) fn new(stream: TcpStream, opening: Arc<Opening>) -> Self {
-        Self { stream, opening, waits: None, limit: STALL }
+        Self { stream, opening, waits: None, limit: STALL, lingers: None }
     }
 
     /// Passes the outcome of a write on, unless it has waited for too long.
@@ -154,7 +201,13 @@ impl AsyncWrite for LeasedStream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.permitted()?;
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        let this = &mut *self;
+        if this.lingers.is_none() {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+        }
+        let lingers = this.lingers.get_or_insert_with(|| Lingers::new(Arc::clone(&this.opening)));
+        ready!(lingers.poll(cx, &mut this.stream));
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -264,5 +317,44 @@ mod tests {
         extend(&lease);
         drop(server);
         assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+    }
+
+    /// The answer comes before the client has sent all: it must get it, and not a reset.
+    #[tokio::test]
+    async fn a_client_that_still_sends_gets_the_answer_before_the_connection_ends() {
+        let lease = Lease::new().unwrap();
+        extend(&lease);
+        let opening = opening(&lease);
+        let (mut server, client) = connection(&opening).await;
+        let (mut reading, mut writing) = client.into_split();
+        let sending = tokio::spawn(async move {
+            let piece = vec![0; 64 << 10];
+            for _ in 0..480 {
+                writing.write_all(&piece).await?;
+            }
+            writing.shutdown().await
+        });
+        server.read_exact(&mut [0; 4]).await.unwrap();
+        server.write_all(b"too long").await.unwrap();
+        server.shutdown().await.unwrap();
+        drop(server);
+        sending.await.unwrap().expect("30 MiB are taken");
+        let mut answer = Vec::new();
+        reading.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"too long");
+    }
+
+    #[tokio::test]
+    async fn lingering_ends_with_the_opening() {
+        let lease = Lease::new().unwrap();
+        extend(&lease);
+        let opening = opening(&lease);
+        let (mut server, _client) = connection(&opening).await;
+        let mut ending = std::pin::pin!(server.shutdown());
+        assert!(tokio::time::timeout(Duration::from_millis(20), ending.as_mut()).await.is_err(), "the client is there");
+        let begin = tokio::time::Instant::now();
+        opening.advance(Phase::Draining);
+        ending.await.unwrap();
+        assert!(begin.elapsed() < LINGER.0);
     }
 }
