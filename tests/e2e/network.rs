@@ -13,7 +13,7 @@ use nix::{
 };
 
 /// `HIGH_AVAILABILITY_PORT` before the offset.
-const HA_PORT: u16 = 8086;
+pub const HA_PORT: u16 = 8086;
 
 /// Where clients come from, and where a balancer listens: no wall hits it.
 pub const CLIENTS: &str = "127.0.0.101";
@@ -54,7 +54,7 @@ pub fn in_private_network(test: impl FnOnce() + Send + 'static) {
 /// Puts a wall around one node. Packets are dropped at their arrival, so that nobody is told.
 pub fn isolate(node: usize, wall: Wall, port_offset: u16) {
     let (address, port) = (format!("127.0.0.{}", node + 1), HA_PORT + port_offset);
-    let mut rules = String::from("table ip wall { chain input { type filter hook input priority 0;\n");
+    let mut rules = String::new();
     for side in ["saddr", "daddr"] {
         // Writing to a String cannot fail.
         let _ = match wall {
@@ -66,25 +66,30 @@ pub fn isolate(node: usize, wall: Wall, port_offset: u16) {
             }
         };
     }
-    rules.push_str("}\n}\n");
-    run("nft", &["-f", "-"], &rules);
+    raise("wall", &rules);
 }
 
 /// Loses so many of a hundred packets between the members, at their arrival, those of handshakes too.
 pub fn lose(percent: u8, port_offset: u16) {
     let port = HA_PORT + port_offset;
-    let mut rules = String::from("table ip wall { chain input { type filter hook input priority 0;\n");
-    for end in ["dport", "sport"] {
-        // Writing to a String cannot fail.
-        let _ = writeln!(rules, "tcp {end} {port} numgen random mod 100 < {percent} drop");
-    }
-    rules.push_str("}\n}\n");
-    run("nft", &["-f", "-"], &rules);
+    let rule = |end| format!("tcp {end} {port} numgen random mod 100 < {percent} drop\n");
+    raise("wall", &["dport", "sport"].map(rule).concat());
 }
 
-/// Takes the wall down.
+/// Takes that wall down.
 pub fn heal() {
-    run("nft", &["delete", "table", "ip", "wall"], "");
+    remove("wall");
+}
+
+/// Puts up a wall of this name out of lines for nftables, which see each packet at its arrival.
+pub fn raise(name: &str, rules: &str) {
+    let table = format!("table ip {name} {{ chain input {{ type filter hook input priority 0;\n{rules}}}\n}}\n");
+    run("nft", &["-f", "-"], &table);
+}
+
+/// Takes the wall of this name down.
+pub fn remove(name: &str) {
+    run("nft", &["delete", "table", "ip", name], "");
 }
 
 fn run(program: &str, args: &[&str], input: &str) {
