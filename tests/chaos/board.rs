@@ -199,6 +199,16 @@ impl Board {
         (inner.history.len(), verdict, explanation)
     }
 
+    /// All that was noted, a line for each operation.
+    pub fn history(&self) -> String {
+        self.inner().history.iter().map(|operation| format!("{operation:?}\n")).collect()
+    }
+
+    /// What tells its file from those of others.
+    pub fn label(&self) -> &str {
+        self.prefix.trim_matches(['!', '-'])
+    }
+
     fn explain(&self, history: &[Operation], best: &[usize]) -> String {
         let mut text = format!(
             "board {}: not linearizable; {} of {} operations can be put into an order",

@@ -191,7 +191,11 @@ pub fn begin(step: &Step, site: &Site, others: &[Begun]) -> Option<Result<Begun,
     let free = |node: &usize| !step.kind.takes_member() || !taken.contains(node);
     let node = (0..3).map(|more| (first + more) % 3).find(free)?;
     let role = if node == primary { "PRIMARY" } else { "SECONDARY" };
-    let text = format!("{} of node{} ({role})", step.kind.name(), node + 1);
+    let text = match step.kind {
+        Kind::KillAll | Kind::Loss | Kind::Switchover | Kind::Pause => step.kind.name().to_owned(),
+        Kind::KillTwo => format!("{} of node{} ({role}) and node{}", step.kind.name(), node + 1, (node + 1) % 3 + 1),
+        _ => format!("{} of node{} ({role})", step.kind.name(), node + 1),
+    };
     let begun = harm(step, site, node);
     let member = step.kind.takes_member().then_some(node);
     let until = Instant::now() + step.lasts;

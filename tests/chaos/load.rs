@@ -3,7 +3,8 @@
 
 use std::{
     collections::HashMap,
-    io,
+    env, fs, io,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -34,6 +35,11 @@ const REQUEST_LIMIT: Duration = Duration::from_millis(1500);
 const BOARD_LIFE: Duration = Duration::from_secs(12);
 /// After this time without the end of a client's request something hangs that must not.
 const CLIENT_LIMIT: Duration = Duration::from_secs(20);
+
+/// Where that is kept which explains what went wrong.
+pub fn kept() -> PathBuf {
+    env::temp_dir().join("chaos-kept")
+}
 
 /// What a request told its client.
 enum Outcome {
@@ -329,6 +335,10 @@ impl Shared {
         let (operations, verdict, explanation) = board.check();
         self.counts.boards.fetch_add(1, Ordering::Relaxed);
         self.counts.searched.fetch_add(operations as u64, Ordering::Relaxed);
+        if verdict != Verdict::Linearizable {
+            let _ = fs::create_dir_all(kept())
+                .and_then(|()| fs::write(kept().join(format!("board-{}", board.label())), board.history()));
+        }
         if verdict == Verdict::Undecided {
             self.counts.undecided.fetch_add(1, Ordering::Relaxed);
             println!("  {}", explanation.unwrap_or_default());

@@ -269,7 +269,7 @@ impl Chaos {
 
     /// Keeps the logs of a run in which something went wrong.
     fn keep_logs(&mut self) {
-        let folder = env::temp_dir().join(format!("chaos-{}", self.settings.seed));
+        let folder = load::kept();
         let kept = fs::create_dir_all(&folder).and_then(|()| {
             (0..3).try_for_each(|node| fs::write(folder.join(format!("node{}.log", node + 1)), self.site.log(node)))
         });

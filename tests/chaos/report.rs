@@ -123,7 +123,7 @@ mod tests {
         assert_eq!(line("VIOLATION"), "VIOLATION: something");
         let json = report.json(5, 60);
         assert_eq!(
-            (&json["seed"], &json["faults"][1]["count"], &json["violations"][0]),
+            (&json["seed"], &json["faults"][0]["count"], &json["violations"][0]),
             (&json!(5), &json!(4), &json!("something"))
         );
     }

@@ -44,6 +44,8 @@ struct Daemon {
     wanted: bool,
     /// When it ended.
     ended: Option<Instant>,
+    /// It was asked to end, or killed, and has not been started again.
+    ending: bool,
 }
 
 struct Member {
@@ -89,7 +91,7 @@ impl Site {
         let member = |(index, node): (usize, &NodeFile)| {
             let config = cluster.config_path(index);
             name_member(&config, &node.name);
-            let daemon = Mutex::new(Daemon { child: None, wanted: true, ended: None });
+            let daemon = Mutex::new(Daemon { child: None, wanted: true, ended: None, ending: false });
             Member { node: node.clone(), config, daemon }
         };
         let members: Arc<Vec<_>> = Arc::new(file.nodes.iter().enumerate().map(member).collect());
@@ -152,7 +154,7 @@ impl Site {
         let deadline = Instant::now() + limit;
         loop {
             let statuses = self.statuses();
-            if whole(&statuses) {
+            if whole(&statuses) && !self.members.iter().any(|member| member.daemon().ending) {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -163,7 +165,8 @@ impl Site {
     }
 
     pub fn signal(&self, index: usize, signal: Signal) {
-        let daemon = self.members[index].daemon();
+        let mut daemon = self.members[index].daemon();
+        daemon.ending |= matches!(signal, Signal::SIGKILL | Signal::SIGTERM);
         if let Some(child) = &daemon.child {
             // It may have ended by itself just now, and is not waited for yet.
             let _ = kill(Pid::from_raw(child.id() as i32), signal);
@@ -322,6 +325,7 @@ fn look_after(member: &Member, index: usize, preload: &Preload, ends: &Mutex<Vec
         preload.apply(&mut command, index);
         let spawned = command.stdin(Stdio::null()).stdout(open()).stderr(open()).spawn();
         daemon.child = Some(spawned.expect("the program can be started"));
+        daemon.ending = false;
     }
 }
 
