@@ -87,7 +87,11 @@ trap 'exit 143' TERM
 export TMPDIR=$folder CHAOS_SECONDS=$seconds CHAOS_SEED=$seed CHAOS_FAULTS=$faults CHAOS_JSON=
 [ "$json" = false ] || CHAOS_JSON=$folder/result
 # In the background, so that a signal is not held back until it ends.
-setsid cargo test --locked --quiet --test chaos -- --exact chaos --nocapture > >(if "$json"; then cat >&2; else cat; fi) &
+show() {
+    # What `twistlockd dev` says about the cluster that it founds is no news here.
+    grep --line-buffered -v '^  dev:'
+}
+setsid cargo test --locked --quiet --test chaos -- --exact chaos --nocapture > >(if "$json"; then show >&2; else show; fi) &
 child=$!
 code=0
 wait "$child" || code=$?

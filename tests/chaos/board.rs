@@ -16,6 +16,8 @@ pub const REGISTERS: usize = 3;
 pub const SWAPS: usize = 2;
 /// Elements that may be made on one board.
 pub const ELEMENTS: usize = 48;
+/// The kind of a request that reads.
+pub const READ: u32 = 99;
 /// Operations after which a board is full.
 const FULL: usize = 300;
 

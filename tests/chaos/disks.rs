@@ -2,11 +2,12 @@
 
 use std::{
     fs::{self, File},
-    io::Write,
     os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
+
+use nix::fcntl::FallocateFlags;
 
 /// Bytes of each disk; its image takes what is in use.
 const SIZE: u64 = 1 << 30;
@@ -33,12 +34,16 @@ pub fn unmount(node: &Path) {
     let _ = Command::new("umount").arg("--lazy").arg(node.join("data")).status();
 }
 
-/// Takes all space of the disk on this folder; returns what takes it.
+/// Takes all space of the disk on this folder; returns what takes it. Writes nothing: that would load the other disks too.
 pub fn fill(data: &Path) -> PathBuf {
     let path = data.join("ballast");
-    let mut file = File::create(&path).unwrap();
-    for length in [1 << 20, 4096, 1] {
-        while file.write_all(&vec![1; length]).is_ok() {}
+    let file = File::create(&path).unwrap();
+    let (mut at, mut length) = (0, SIZE as i64);
+    while length >= 4096 {
+        match nix::fcntl::fallocate(&file, FallocateFlags::empty(), at, length) {
+            Ok(()) => at += length,
+            Err(_) => length /= 2,
+        }
     }
     path
 }

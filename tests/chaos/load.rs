@@ -19,7 +19,7 @@ use twistlock_ha::dev::ClusterFile;
 use ureq::Agent;
 
 use crate::{
-    board::{Answer, Board, Request},
+    board::{self, Answer, Board, Request},
     linear::Verdict,
     writers::{self, Pen},
 };
@@ -245,17 +245,20 @@ impl Shared {
     fn use_boards(&self, index: usize, seed: u64) {
         let mut rng = SmallRng::seed_from_u64(seed.wrapping_add(index as u64));
         let client = writers::client(&self.cluster.ca, REQUEST_LIMIT);
-        let (mut node, mut next) = (index % 3, Instant::now());
+        let (mut node, mut next, mut lost) = (index % 3, Instant::now(), false);
         while !self.stopped() {
             next = pace_to(next) + PACE;
             let board = self.board.read().expect("nobody panics with it").clone();
-            let request = board.request(rng.random_range(0..100), rng.random_range(0..1 << 16));
+            // While nobody answers it only reads: hundreds of changes that may have happened make the search endless.
+            let kind = if lost { board::READ } else { rng.random_range(0..100) };
+            let request = board.request(kind, rng.random_range(0..1 << 16));
             let Request { method, path, body, .. } = &request;
             let (answer, begin, end) = self.attempt(&client, node, (method, path, body.as_ref()));
             if let Some(answer) = &answer {
                 board.note(&request, answer, begin, end);
             }
-            if matches!(answer, None | Some(Answer::Unknown)) {
+            lost = matches!(answer, None | Some(Answer::Unknown));
+            if lost {
                 node = (node + 1) % 3;
             }
         }

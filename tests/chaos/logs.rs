@@ -38,10 +38,11 @@ const EXPECTED: &[(&str, &[Kind])] = &[
     ("the port guard process", FROZEN),
     ("cannot start: ", FILES),
     ("raft log", FILES),
+    ("this node is REMOVED", &[Rejoin]),
     ("the database does not accept a statement of the Console", DISKS),
 ];
 
-/// The lines of a log that must not be there, after these faults. `cursor`: what was looked at before.
+/// The lines of a log that must not be there after these faults: panics and errors.
 pub fn odd_lines(log: &str, done: &BTreeSet<Kind>) -> (Vec<String>, Vec<String>) {
     let (mut panics, mut errors) = (Vec::new(), Vec::new());
     for line in log.lines() {

@@ -80,6 +80,8 @@ impl Site {
                 disks::mount(&folder.join(name));
             }
         });
+        // Many checkpoints: each fault should meet some, and the raft log should be compacted again and again.
+        cluster.configure("CHECKPOINT_SECONDS", "5");
         let file = cluster.file();
         for index in 0..3 {
             cluster.signal(index, Signal::SIGTERM);
@@ -205,6 +207,26 @@ impl Site {
 
     /// Stops all in an orderly way, compares their databases, and starts them again unless it is the end. Nobody may write.
     pub fn compare(&self, go_on: bool) -> Result<String, String> {
+        let mut compared = self.stop_and_compare();
+        // The last PRIMARY goes back to its checkpoint, and may be stopped before it has everything again.
+        for _ in 0..2 {
+            if compared.as_ref().is_err_and(|error| error.contains("stopped at different indexes")) {
+                self.start_again()?;
+                compared = self.stop_and_compare();
+            }
+        }
+        if go_on {
+            self.start_again()?;
+        }
+        compared
+    }
+
+    fn start_again(&self) -> Result<(), String> {
+        (0..3).try_for_each(|index| self.release(index))?;
+        self.wait_whole(PROCESS_LIMIT)
+    }
+
+    fn stop_and_compare(&self) -> Result<String, String> {
         self.wait_level(PROCESS_LIMIT)?;
         let last = self.primary().ok_or("there is no PRIMARY")?;
         let order: Vec<usize> = (0..3).filter(|index| *index != last).chain([last]).collect();
@@ -217,15 +239,10 @@ impl Site {
         }
         let nodes = self.file().nodes;
         let compared = thread::spawn(move || databases::compare(&nodes)).join();
-        let compared = compared.map_err(|panic| match panic.downcast::<String>() {
+        compared.map_err(|panic| match panic.downcast::<String>() {
             Ok(text) => format!("the databases: {text}"),
             Err(_) => "the databases differ: see above".to_owned(),
-        });
-        if go_on {
-            (0..3).try_for_each(|index| self.release(index))?;
-            self.wait_whole(PROCESS_LIMIT)?;
-        }
-        compared
+        })
     }
 
     /// Waits until all have applied the same, and nothing has come for longer than a status may be old.
