@@ -102,13 +102,11 @@ fn settle(operations: &[Operation]) -> Vec<(usize, Operation)> {
         let failed = |action: &Action| matches!(action, Action::Swap { key: own, taken, .. } if *own == key && *taken != Some(true));
         operations.iter().any(|operation| operation.end != NEVER && failed(&operation.action))
     };
-    let undone = |key: usize, value: Value| {
-        let undoes = |action: &Action| match *action {
-            Action::Write { key: own, .. } => own == key,
-            Action::Swap { key: own, from, taken, .. } => (own, from) == (key, value) && taken != Some(false),
-            Action::Read { .. } => false,
-        };
-        operations.iter().any(|operation| undoes(&operation.action))
+    let replaces = |action: &Action, key: usize, value: Value| matches!(*action, Action::Swap { key: own, from, taken, .. } if (own, from) == (key, value) && taken != Some(false));
+    // Another operation may rest upon it.
+    let used = |key: usize, value: Value| operations.iter().any(|operation| replaces(&operation.action, key, value));
+    let overwritten = |key: usize| {
+        operations.iter().any(|operation| matches!(operation.action, Action::Write { key: own, .. } if own == key))
     };
     let mut settled = Vec::new();
     for (index, operation) in operations.iter().enumerate() {
@@ -136,9 +134,9 @@ fn settle(operations: &[Operation]) -> Vec<(usize, Operation)> {
                     let last = shows.iter().map(|other| other.begin).max().unwrap_or(0);
                     operation.begin = operation.begin.max(not_before(operations, key, value, last)).min(operation.end);
                 }
-                None if once && !failures(key) => continue,
+                None if once && !failures(key) && !used(key, value) => continue,
                 // Nobody saw it, and nobody could undo it: it comes after all reads, if at all.
-                None if once && !undone(key, value) => {
+                None if once && !used(key, value) && !overwritten(key) => {
                     operation.begin = operation.begin.max(not_before(operations, key, value, NEVER));
                 }
                 _ => {}
