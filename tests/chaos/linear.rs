@@ -5,7 +5,7 @@
 //! operation whose answer fits the state, go back when an operation ends that was not taken, and never look twice at the same
 //! set of taken operations with the same state.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 /// Search steps after which a history counts as undecided.
 const STEPS: u64 = 500_000;
@@ -209,46 +209,103 @@ impl Events {
     }
 }
 
+/// Where the search is: what was taken, and what it left.
+struct Search {
+    operations: Vec<(usize, Operation)>,
+    events: Events,
+    /// The state before each operation that was taken, and where that one starts.
+    stack: Vec<(usize, State)>,
+    state: State,
+    /// What was taken: of the operations with an answer, and of those without.
+    answered: Vec<u64>,
+    lost: Vec<u64>,
+    /// How many with an answer are not taken yet: the others need not happen.
+    left: usize,
+    /// Where it was before: with what state after which operations with an answer, and each time after which without.
+    seen: HashMap<(Vec<u64>, State), Vec<Vec<u64>>>,
+    best: Vec<usize>,
+}
+
+impl Search {
+    fn new(first: &State, operations: &[Operation]) -> Self {
+        let operations = settle(operations);
+        let none = vec![0; operations.len().div_ceil(64)];
+        let (events, state, lost) = (Events::new(&operations), first.clone(), none.clone());
+        let (stack, seen, best) = (Vec::new(), HashMap::new(), Vec::new());
+        let left = operations.iter().filter(|(_, operation)| operation.end != NEVER).count();
+        Self { operations, events, stack, state, answered: none, lost, left, seen, best }
+    }
+
+    fn is_lost(&self, event: usize) -> bool {
+        self.operations[self.events.0[event].operation].1.end == NEVER
+    }
+
+    fn mark(&mut self, event: usize, taken: bool) {
+        let number = self.events.0[event].operation;
+        let set = if self.is_lost(event) { &mut self.lost } else { &mut self.answered };
+        let bit = 1 << (number % 64);
+        if taken { set[number / 64] |= bit } else { set[number / 64] &= !bit }
+    }
+
+    /// Takes the operation that starts here, if its answer fits and nothing is known to be in vain after it.
+    fn take(&mut self, start: usize) -> bool {
+        let Some(next) = self.operations[self.events.0[start].operation].1.action.step(&self.state) else {
+            return false;
+        };
+        self.mark(start, true);
+        let before = self.seen.entry((self.answered.clone(), next.clone())).or_default();
+        // To have more of those left that need not happen is never worse.
+        let less = |set: &Vec<u64>| set.iter().zip(&self.lost).all(|(one, now)| one & !now == 0);
+        if before.iter().any(less) {
+            self.mark(start, false);
+            return false;
+        }
+        before.push(self.lost.clone());
+        self.stack.push((start, std::mem::replace(&mut self.state, next)));
+        self.events.take(start);
+        self.left -= usize::from(!self.is_lost(start));
+        true
+    }
+
+    /// Takes the last operation back: returns where it starts, none if there is none.
+    fn back(&mut self) -> Option<usize> {
+        if self.stack.len() >= self.best.len() {
+            let number = |start: &usize| self.operations[self.events.0[*start].operation].0;
+            self.best = self.stack.iter().map(|(start, _)| number(start)).collect();
+        }
+        let (start, before) = self.stack.pop()?;
+        self.mark(start, false);
+        self.state = before;
+        self.events.give_back(start);
+        self.left += usize::from(!self.is_lost(start));
+        Some(start)
+    }
+}
+
 /// Looks for an order of these operations that begins with this state.
 pub fn check(first: &State, operations: &[Operation]) -> Verdict {
-    let operations = settle(operations);
-    let (mut events, mut state) = (Events::new(&operations), first.clone());
-    let mut taken = vec![0u64; operations.len().div_ceil(64)];
-    let (mut seen, mut stack): (HashSet<(Vec<u64>, State)>, Vec<(usize, State)>) = Default::default();
-    let (mut best, mut steps) = (Vec::new(), 0);
-    let mut at = events.0[0].next;
-    // What is left without an end in sight need not happen.
-    while at < events.0.len() && (events.0[at].end.is_some() || operations[events.0[at].operation].1.end != NEVER) {
+    let mut search = Search::new(first, operations);
+    let (mut steps, mut at) = (0, search.events.0[0].next);
+    // First those with an answer are tried: the others may wait.
+    let mut try_lost = false;
+    while search.left > 0 {
         steps += 1;
         if steps > STEPS {
             return Verdict::Undecided;
         }
-        let operation = events.0[at].operation;
-        if events.0[at].end.is_some() {
-            let next = operations[operation].1.action.step(&state);
-            taken[operation / 64] |= 1 << (operation % 64);
-            if let Some(next) = next
-                && seen.insert((taken.clone(), next.clone()))
-            {
-                stack.push((at, std::mem::replace(&mut state, next)));
-                events.take(at);
-                at = events.0[0].next;
-            } else {
-                taken[operation / 64] &= !(1 << (operation % 64));
-                at = events.0[at].next;
-            }
-            continue;
+        let is_start = at < search.events.0.len() && search.events.0[at].end.is_some();
+        if is_start {
+            let taken = search.is_lost(at) == try_lost && search.take(at);
+            at = search.events.0[if taken { 0 } else { at }].next;
+            try_lost &= !taken;
+        } else if !try_lost {
+            // One has ended here that was not taken, or all are taken.
+            (try_lost, at) = (true, search.events.0[0].next);
+        } else {
+            // Nothing fits: some operation before was the wrong one.
+            let Some(start) = search.back() else { return Verdict::Violated(search.best) };
+            (try_lost, at) = (search.is_lost(start), search.events.0[start].next);
         }
-        // It has ended here and was not taken: some operation before it was the wrong one.
-        if stack.len() >= best.len() {
-            best = stack.iter().map(|(start, _)| operations[events.0[*start].operation].0).collect();
-        }
-        let Some((start, before)) = stack.pop() else { return Verdict::Violated(best) };
-        let operation = events.0[start].operation;
-        taken[operation / 64] &= !(1 << (operation % 64));
-        state = before;
-        events.give_back(start);
-        at = events.0[start].next;
     }
     Verdict::Linearizable
 }

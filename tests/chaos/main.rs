@@ -51,7 +51,7 @@ const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
 /// From one comparison of the databases to the next.
 const COMPARE_EVERY: Duration = Duration::from_secs(600);
 /// What is done unless a list says otherwise.
-const DEFAULT_FAULTS: &str = "all";
+const DEFAULT_FAULTS: &str = "all,-amnesia,-old,-flip";
 
 /// What was asked for.
 struct Settings {
