@@ -11,6 +11,8 @@ Checks formatting, lints, shell scripts and dependencies, and runs all tests.
   --quick       everything but the tests
   --no-install  do not install missing Debian packages (done only as root)
   --help        this text
+
+CHAOS_SECONDS=N sets how long random faults are tried: 180 unless given. scripts/chaos.sh --minutes 60 is for the night.
 TEXT
 }
 
@@ -41,6 +43,7 @@ step() {
 needed=(
     shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl haproxy:haproxy nginx:nginx
     /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream
+    mkfs.ext4:e2fsprogs cc:gcc
     chromium:chromium chromedriver:chromium-driver certutil:libnss3-tools python3:python3-venv
 )
 
@@ -150,6 +153,8 @@ if [ "$quick" = false ]; then
     folder=target/rclone
     tool $folder/rclone rclone
     step "cargo test"
+    # tests/chaos reads it.
+    export CHAOS_SECONDS=${CHAOS_SECONDS:-180}
     cargo test --locked
     step "installation on three hosts"
     install_on_hosts
