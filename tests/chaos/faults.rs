@@ -212,29 +212,7 @@ fn harm(step: &Step, site: &Site, node: usize) -> Result<(String, End), String> 
     let choice = step.choice;
     let plain = |end: End| Ok((String::new(), end));
     match step.kind {
-        KillOne => {
-            site.signal(node, Signal::SIGKILL);
-            plain(nothing())
-        }
-        KillTwo => {
-            [node, (node + 1) % 3].iter().for_each(|node| site.signal(*node, Signal::SIGKILL));
-            plain(nothing())
-        }
-        KillAll => {
-            (0..3).for_each(|node| site.signal(node, Signal::SIGKILL));
-            plain(nothing())
-        }
-        Restart => {
-            site.signal(node, Signal::SIGTERM);
-            plain(nothing())
-        }
-        Stop => {
-            site.signal(node, Signal::SIGSTOP);
-            plain(Box::new(move |site| {
-                site.signal(node, Signal::SIGCONT);
-                Ok(())
-            }))
-        }
+        KillOne | KillTwo | KillAll | Restart | Stop => plain(send(step.kind, site, node)),
         PartitionLinks | PartitionHost | PartitionPair | OneWayIn | OneWayOut | Loss => wall(step, site, node),
         DiskFull => {
             let ballast = disks::fill(&site.node(node).data);
@@ -291,6 +269,25 @@ fn harm(step: &Step, site: &Site, node: usize) -> Result<(String, End), String> 
             plain(Box::new(move |site| join_again(site, node)))
         }
     }
+}
+
+/// Sends a signal to some. Returns what takes it back.
+fn send(kind: Kind, site: &Site, node: usize) -> End {
+    let (count, signal) = match kind {
+        Kind::Restart => (1, Signal::SIGTERM),
+        Kind::Stop => (1, Signal::SIGSTOP),
+        Kind::KillTwo => (2, Signal::SIGKILL),
+        Kind::KillAll => (3, Signal::SIGKILL),
+        _ => (1, Signal::SIGKILL),
+    };
+    (0..count).for_each(|more| site.signal((node + more) % 3, signal));
+    if kind != Kind::Stop {
+        return nothing();
+    }
+    Box::new(move |site| {
+        site.signal(node, Signal::SIGCONT);
+        Ok(())
+    })
 }
 
 /// A wall in the network, or one with holes.

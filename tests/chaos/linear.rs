@@ -94,57 +94,63 @@ fn not_before(operations: &[Operation], key: usize, value: Value, last: u64) -> 
     reads.map(|operation| operation.begin).max().unwrap_or(0)
 }
 
-/// Simplifies what has no answer, without changing whether there is an order. What it wrote may have been seen: then it
-/// happened before the first answer that shows it. If not, and nobody was told that a swap failed, it may as well never have
-/// happened. Relies on values that are written once only.
-fn settle(operations: &[Operation]) -> Vec<(usize, Operation)> {
-    let failures = |key: usize| {
-        let failed = |action: &Action| matches!(action, Action::Swap { key: own, taken, .. } if *own == key && *taken != Some(true));
-        operations.iter().any(|operation| operation.end != NEVER && failed(&operation.action))
-    };
-    let replaces = |action: &Action, key: usize, value: Value| matches!(*action, Action::Swap { key: own, from, taken, .. } if (own, from) == (key, value) && taken != Some(false));
-    // Another operation may rest upon it.
-    let used = |key: usize, value: Value| operations.iter().any(|operation| replaces(&operation.action, key, value));
-    let overwritten = |key: usize| {
-        operations.iter().any(|operation| matches!(operation.action, Action::Write { key: own, .. } if own == key))
-    };
-    let mut settled = Vec::new();
-    for (index, operation) in operations.iter().enumerate() {
-        let mut operation = operation.clone();
-        if operation.end == NEVER {
-            let (key, value) = match operation.action {
-                Action::Write { key, value } => (key, value),
-                Action::Swap { key, from, to, .. } => {
-                    // What it replaced does not come back.
-                    if operations.iter().filter(|other| other.action.writes(key, from)).count()
-                        <= usize::from(from != 0)
-                    {
-                        let shows = operations.iter().filter(|other| other.action.shows(key, from));
-                        operation.begin = shows.map(|other| other.begin).max().unwrap_or(0).max(operation.begin);
-                    }
-                    (key, to)
-                }
-                Action::Read { .. } => continue,
-            };
-            let once = value != 0 && operations.iter().filter(|other| other.action.writes(key, value)).count() == 1;
-            let shows: Vec<_> = operations.iter().filter(|other| other.action.shows(key, value)).collect();
-            match shows.iter().map(|other| other.end).min() {
-                Some(end) if once => {
-                    operation.end = end.max(operation.begin);
-                    let last = shows.iter().map(|other| other.begin).max().unwrap_or(0);
-                    operation.begin = operation.begin.max(not_before(operations, key, value, last)).min(operation.end);
-                }
-                None if once && !failures(key) && !used(key, value) => continue,
-                // Nobody saw it, and nobody could undo it: it comes after all reads, if at all.
-                None if once && !used(key, value) && !overwritten(key) => {
-                    operation.begin = operation.begin.max(not_before(operations, key, value, NEVER));
-                }
-                _ => {}
-            }
-        }
-        settled.push((index, operation));
+/// True if the answer of this operation may be what it is because this key had this value.
+fn rests_upon(action: &Action, key: usize, value: Value) -> bool {
+    match *action {
+        Action::Write { .. } => false,
+        Action::Swap { key: own, taken: Some(false), .. } => own == key,
+        Action::Swap { key: own, from, .. } => (own, from) == (key, value),
+        Action::Read { ref seen } => seen[key] == value,
     }
-    settled
+}
+
+/// Narrows the span of what has no answer, without changing whether there is an order. None if it may as well never have
+/// happened: nothing that may come after it rests upon it.
+fn narrow(operations: &[Operation], index: usize) -> Option<Operation> {
+    let mut lost = operations[index].clone();
+    let (key, value) = match lost.action {
+        Action::Write { key, value } | Action::Swap { key, to: value, .. } => (key, value),
+        Action::Read { .. } => return None,
+    };
+    let writers = |value| operations.iter().filter(|other| other.action.writes(key, value)).count();
+    let last_shown = |value| {
+        let shows = operations.iter().filter(|other| other.action.shows(key, value));
+        shows.map(|other| other.begin).max().unwrap_or(0)
+    };
+    if let Action::Swap { from, .. } = lost.action
+        && writers(from) <= usize::from(from != 0)
+    {
+        // What it replaced does not come back: whoever saw that came before.
+        lost.begin = lost.begin.max(last_shown(from));
+    }
+    let others = || operations.iter().enumerate().filter(|(other, _)| *other != index).map(|(_, operation)| operation);
+    let once = value != 0 && writers(value) == 1;
+    let seen = others().filter(|other| other.action.shows(key, value)).map(|other| other.end).min();
+    if let Some(end) = seen.filter(|_| once) {
+        // Before the first answer that shows it, and after the reads before the last one that do not.
+        lost.end = end.max(lost.begin);
+        lost.begin = lost.begin.max(not_before(operations, key, value, last_shown(value))).min(lost.end);
+        return Some(lost);
+    }
+    let replaced = |action: &Action| match *action {
+        Action::Write { key: own, .. } => own == key,
+        Action::Swap { key: own, from, taken, .. } => (own, from) == (key, value) && taken != Some(false),
+        Action::Read { .. } => false,
+    };
+    if once && !others().any(|other| replaced(&other.action)) {
+        // Nobody saw it, and nobody could undo it: it comes after all reads.
+        lost.begin = lost.begin.max(not_before(operations, key, value, NEVER));
+    }
+    others().any(|other| other.end >= lost.begin && rests_upon(&other.action, key, value)).then_some(lost)
+}
+
+/// The operations with their numbers; those without an answer narrowed, or left out.
+fn settle(operations: &[Operation]) -> Vec<(usize, Operation)> {
+    let settled = operations.iter().enumerate().filter_map(|(index, operation)| {
+        let narrowed = if operation.end == NEVER { narrow(operations, index) } else { Some(operation.clone()) };
+        Some((index, narrowed?))
+    });
+    settled.collect()
 }
 
 /// A start or an end in the list of those that are not taken yet.

@@ -228,7 +228,8 @@ impl Site {
 
     fn stop_and_compare(&self) -> Result<String, String> {
         self.wait_level(PROCESS_LIMIT)?;
-        let last = self.primary().ok_or("there is no PRIMARY")?;
+        self.wait_whole(PROCESS_LIMIT)?;
+        let last = self.primary().unwrap_or(0);
         let order: Vec<usize> = (0..3).filter(|index| *index != last).chain([last]).collect();
         for index in &order {
             self.members[*index].daemon().wanted = false;
