@@ -84,7 +84,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-export TMPDIR=$folder CHAOS_SECONDS=$seconds CHAOS_SEED=$seed CHAOS_FAULTS=$faults CHAOS_JSON=
+export RUST_BACKTRACE=0 TMPDIR=$folder CHAOS_SECONDS=$seconds CHAOS_SEED=$seed CHAOS_FAULTS=$faults CHAOS_JSON=
 [ "$json" = false ] || CHAOS_JSON=$folder/result
 # In the background, so that a signal is not held back until it ends.
 show() {

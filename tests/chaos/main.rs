@@ -30,7 +30,7 @@ mod site;
 mod writers;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     env, fs,
     sync::{Arc, atomic::Ordering},
     thread,
@@ -50,6 +50,8 @@ use site::Site;
 const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
 /// From one comparison of the databases to the next.
 const COMPARE_EVERY: Duration = Duration::from_secs(600);
+/// From one look at a port to the next: each millisecond would be a flood for a machine that has clients and faults too.
+const SAMPLE_EVERY: Duration = Duration::from_millis(4);
 /// What is done unless a list says otherwise.
 const DEFAULT_FAULTS: &str = "all,-amnesia,-old,-flip";
 
@@ -110,7 +112,7 @@ struct Chaos {
 impl Chaos {
     fn run(settings: Settings) -> Report {
         let site = Site::start();
-        let sampler = Sampler::start(site.port_offset());
+        let sampler = Sampler::start_every(SAMPLE_EVERY, site.port_offset());
         let shared = Shared::new(&site.file());
         let begin = Instant::now();
         let mut chaos = Self { settings, site, shared, report: Report::default(), done: BTreeSet::new(), begin };
@@ -180,8 +182,10 @@ impl Chaos {
         let (clock, outage_s) = (self.begin.elapsed().as_secs(), outage.as_secs_f64());
         println!("{:02}:{:02} {number}: {}; outage {outage_s:.2} s, {said}", clock / 60, clock % 60, texts.join(" + "));
         self.report.add(&kinds, outage, recovery);
-        for (node, how) in self.site.take_ends() {
-            println!("    the daemon of node{} ended by itself: {how}", node + 1);
+        let mut ends: BTreeMap<(usize, String), usize> = BTreeMap::new();
+        self.site.take_ends().into_iter().for_each(|end| *ends.entry(end).or_default() += 1);
+        for ((node, how), times) in ends {
+            println!("    the daemon of node{} ended by itself {times} times: {how}", node + 1);
         }
         if let Err(picture) = healed {
             self.shared.accuse(format!(
@@ -238,7 +242,7 @@ impl Chaos {
                 self.shared.accuse(format!(
                     "{} {what} in the logs:\n  {}",
                     lines.len(),
-                    lines[..lines.len().min(20)].join("\n  ")
+                    lines[..lines.len().min(5)].join("\n  ")
                 ));
             }
         }

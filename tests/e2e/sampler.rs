@@ -165,6 +165,11 @@ pub struct Sampler {
 impl Sampler {
     /// Starts to sample a cluster with this port offset.
     pub fn start(port_offset: u16) -> Self {
+        Self::start_every(PERIOD, port_offset)
+    }
+
+    /// The same with a longer time between two attempts at a port, for a machine that has more to do.
+    pub fn start_every(period: Duration, port_offset: u16) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let all = (0..3).flat_map(|node| PORTS.map(|port| Port::new(node, port + port_offset)));
         let ports: Vec<_> = all.map(|port| Arc::new(Mutex::new(port))).collect();
@@ -173,7 +178,7 @@ impl Sampler {
             let name = "sampler".to_owned();
             thread::Builder::new()
                 .name(name)
-                .spawn(move || sample_until(&stop, &port))
+                .spawn(move || sample_until(&stop, period, &port))
                 .expect("a thread can be started")
         };
         let threads = ports.iter().map(spawn).collect();
@@ -267,7 +272,7 @@ fn prefer_this_thread() -> bool {
     command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
 }
 
-fn sample_until(stop: &AtomicBool, port: &Mutex<Port>) -> bool {
+fn sample_until(stop: &AtomicBool, period: Duration, port: &Mutex<Port>) -> bool {
     let preferred = prefer_this_thread();
     let address = lock(port).address;
     let mut next = Instant::now();
@@ -277,7 +282,7 @@ fn sample_until(stop: &AtomicBool, port: &Mutex<Port>) -> bool {
         let end = Instant::now();
         lock(port).note((start, end), answer);
         // What was missed is not made up for.
-        next = (next + PERIOD).max(end);
+        next = (next + period).max(end);
         thread::sleep(next - end);
     }
     preferred
