@@ -246,7 +246,7 @@ impl Canary {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::health::tests::healthy;
+    use crate::node::verdict::tests::healthy;
 
     #[test]
     fn the_primary_is_tried_first_and_addresses_become_urls() {

@@ -90,7 +90,7 @@ pub(super) fn wait(door: &Door, limit: Duration) -> Result<(), Stop> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::health::tests::healthy;
+    use crate::node::verdict::tests::healthy;
 
     #[test]
     fn all_are_up_when_nobody_is_pending() {

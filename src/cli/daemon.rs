@@ -166,7 +166,7 @@ pub(super) fn explain(error: &ControlError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::health::tests::healthy;
+    use crate::node::verdict::tests::healthy;
 
     #[test]
     fn another_host_is_named_with_what_to_run_there() {

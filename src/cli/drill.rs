@@ -26,9 +26,7 @@ use super::{
     columns::{self, print_json},
     daemon::ANSWER_LIMIT,
     door::{Door, Local},
-    handover,
-    health::LAG_LIMIT,
-    next,
+    handover, next,
     remote::Remote,
     stop::{EX_FOUND, EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
 };
@@ -36,7 +34,10 @@ use crate::{
     admin::SwitchoverReport,
     cluster::{Role, membership::CLUSTER_SIZE},
     control::{self, OPERATION_TIMEOUT, Operation},
-    node::Status,
+    node::{
+        Status,
+        verdict::{LAG_LIMIT, paused},
+    },
 };
 
 /// Writes before the takeover, so that it comes in the middle of work.
@@ -122,7 +123,7 @@ fn ready(status: &Status, now: u64) -> Result<(), String> {
     if status.primary != Some(status.node) {
         return Err(format!("{} is {}, and no PRIMARY is known{see}", status.name, status.role));
     }
-    if next::paused(status, now).is_some() {
+    if paused(status, now).is_some() {
         return Err("automatic takeover is paused\n  End the pause first: twistcli ha resume".to_owned());
     }
     let members = status.members.len();
@@ -369,7 +370,7 @@ mod tests {
     use rustls::{ServerConfig, ServerConnection};
 
     use super::*;
-    use crate::{cli::canary::Console, cli::health::tests::healthy, cluster::membership::Pause, https::Trust};
+    use crate::{cli::canary::Console, cluster::membership::Pause, https::Trust, node::verdict::tests::healthy};
 
     #[test]
     fn only_a_healthy_cluster_is_put_to_the_test() {

@@ -13,7 +13,6 @@ mod daemon;
 mod door;
 mod drill;
 mod handover;
-pub mod health;
 mod lists;
 mod next;
 mod operate;

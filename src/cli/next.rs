@@ -3,11 +3,8 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::{
-    cluster::{
-        Role,
-        membership::{CLUSTER_SIZE, Pause},
-    },
-    node::Status,
+    cluster::{Role, membership::CLUSTER_SIZE},
+    node::{Status, verdict::paused},
 };
 
 /// A member that is down for this long may not come back by itself.
@@ -16,11 +13,6 @@ const LONG_GONE_MS: u64 = 10 * 60 * 1000;
 /// Seconds since 1970, as pauses and requests count.
 pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// The pause that is in force.
-pub(super) fn paused(status: &Status, now: u64) -> Option<&Pause> {
-    status.membership.pause.as_ref().filter(|pause| pause.in_force(now))
 }
 
 /// Sentences with a command in each, most urgent first.
@@ -72,8 +64,9 @@ pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::{
-        cli::{health::tests::healthy, table::tests::request},
-        cluster::NodeId,
+        cli::table::tests::request,
+        cluster::{NodeId, membership::Pause},
+        node::verdict::tests::healthy,
     };
 
     fn without(ids: &[NodeId]) -> Status {

@@ -69,8 +69,8 @@ fn renewal(status: &Status) -> Option<String> {
 mod tests {
     use super::*;
     use crate::{
-        cli::health::tests::healthy,
         cluster::trust::{KeyId, Rekey},
+        node::verdict::tests::healthy,
     };
 
     #[test]

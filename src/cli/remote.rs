@@ -357,7 +357,7 @@ fn changes_nothing(method: &Method, path: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::health::tests::healthy;
+    use crate::node::verdict::tests::healthy;
 
     #[test]
     fn addresses_are_https_urls_and_nothing_else() {

@@ -6,11 +6,11 @@ use super::{
     args::StatusArgs,
     columns::{self, Paint},
     door::Door,
-    health::judge,
     next::now,
     stop::Stop,
     table,
 };
+use crate::node::verdict::judge;
 
 /// Erases the screen from the upper left corner on.
 const HOME_AND_CLEAR: &str = "\x1b[H\x1b[J";

@@ -6,7 +6,6 @@ use jiff::Timestamp;
 
 use super::{
     columns::{self, Cell, Head, Paint},
-    health::{Health, judge},
     next, progress,
 };
 use crate::{
@@ -14,8 +13,13 @@ use crate::{
         Role,
         membership::{Pause, Removed, Request},
     },
-    node::{MemberStatus, Status, SyncProgress},
+    node::{
+        MemberStatus, Status, SyncProgress,
+        verdict::{Health, judge, paused},
+    },
 };
+
+pub(super) use crate::node::verdict::duration;
 
 /// For how long a removed member is shown.
 const SHOW_REMOVED_S: u64 = 24 * 3600;
@@ -42,7 +46,7 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
         Health::NoPrimary => "1;31",
     };
     let mut out = format!("{}\n", paint.text(code, &verdict.headline));
-    if let Some(pause) = next::paused(status, now) {
+    if let Some(pause) = paused(status, now) {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{}", paint.text("1;37;41", &pause_line(pause, status, now)));
     }
@@ -166,17 +170,6 @@ fn state_colour(state: Role) -> &'static str {
     }
 }
 
-/// Milliseconds in the unit that reads best.
-pub(super) fn duration(ms: u64) -> String {
-    match ms {
-        0..1_000 => format!("{ms} ms"),
-        1_000..120_000 => format!("{} s", ms / 1_000),
-        120_000..7_200_000 => format!("{} min", ms / 60_000),
-        7_200_000..172_800_000 => format!("{} h", ms / 3_600_000),
-        _ => format!("{} days", ms / 86_400_000),
-    }
-}
-
 /// Bytes in the unit that reads best.
 pub(super) fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -213,7 +206,7 @@ pub(super) fn clock(ahead_ms: i64) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::cli::health::tests::healthy;
+    use crate::node::verdict::tests::healthy;
 
     /// A host that asks.
     pub(in crate::cli) fn request(name: &str) -> Request {
@@ -258,12 +251,6 @@ node3   127.0.0.3:8086  DOWN           3      120    7       -         never  0.
     fn colours_only_when_asked_for() {
         assert!(!render(&healthy(), false, 0).contains('\x1b'));
         assert!(render(&healthy(), true, 0).contains("\x1b[1;32mPRIMARY\x1b[0m"));
-    }
-
-    #[test]
-    fn durations_read_well() {
-        let texts = [0, 999, 1_000, 119_999, 120_000, 7_200_000, 172_800_000].map(duration);
-        assert_eq!(texts, ["0 ms", "999 ms", "1 s", "119 s", "2 min", "2 h", "2 days"]);
     }
 
     #[test]

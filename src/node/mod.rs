@@ -18,6 +18,7 @@ pub mod status;
 mod syncer;
 mod throttle;
 mod upgrade;
+pub mod verdict;
 
 use std::{
     io,

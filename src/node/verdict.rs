@@ -1,10 +1,7 @@
 //! The verdict over a cluster status: healthy, degraded or without a primary, and what to do about it. Pure.
 
-use super::next;
-use crate::{
-    cluster::Role,
-    node::{MemberStatus, Status},
-};
+use super::{MemberStatus, Status};
+use crate::cluster::{Role, membership::Pause};
 
 /// A member that is this many Raft entries behind is worth a warning. A busy cluster commits about 1,000 a second,
 /// so it is the work of some seconds, more than a healthy secondary ever has left.
@@ -49,7 +46,7 @@ pub fn judge(status: &Status, now: u64) -> Verdict {
             advice.insert(0, no_primary(status, up));
             (Health::NoPrimary, format!("NO PRIMARY: nobody serves the Console ({count})"))
         }
-        Some(primary) if advice.is_empty() && next::paused(status, now).is_none() => {
+        Some(primary) if advice.is_empty() && paused(status, now).is_none() => {
             (Health::Healthy, format!("HEALTHY: {} is PRIMARY ({count})", primary.name))
         }
         Some(primary) => (Health::Degraded, format!("DEGRADED: {} is PRIMARY ({count})", primary.name)),
@@ -57,11 +54,28 @@ pub fn judge(status: &Status, now: u64) -> Verdict {
     Verdict { health, headline, advice }
 }
 
+/// The pause that is in force.
+pub fn paused(status: &Status, now: u64) -> Option<&Pause> {
+    status.membership.pause.as_ref().filter(|pause| pause.in_force(now))
+}
+
+/// Milliseconds in the unit that reads best.
+pub fn duration(ms: u64) -> String {
+    match ms {
+        0..1_000 => format!("{ms} ms"),
+        1_000..120_000 => format!("{} s", ms / 1_000),
+        120_000..7_200_000 => format!("{} min", ms / 60_000),
+        7_200_000..172_800_000 => format!("{} h", ms / 3_600_000),
+        _ => format!("{} days", ms / 86_400_000),
+    }
+}
+
 /// The headline of a host that is no member, or not yet in its place.
 fn outside(status: &Status) -> Option<String> {
     let Status { name, reason, .. } = status;
     match status.role {
         Role::RequestJoin => Some(format!("REQUEST_JOIN: {reason}")),
+        Role::Startup if status.members.is_empty() => Some(format!("STARTUP: {name} starts: {reason}")),
         Role::Startup2 if status.members.is_empty() => Some(format!("STARTUP2: {name} joins: {reason}")),
         Role::Removed => Some(format!("REMOVED: this host ({name}) is no member: {reason}")),
         _ => None,
@@ -112,7 +126,7 @@ fn advise(member: &MemberStatus, status: &Status) -> Option<String> {
 
 fn last_heard(member: &MemberStatus) -> String {
     match member.last_contact_ms {
-        Some(ms) => format!(", last heard of {} ago", super::table::duration(ms)),
+        Some(ms) => format!(", last heard of {} ago", duration(ms)),
         None => ", never heard of".into(),
     }
 }
@@ -163,6 +177,12 @@ pub(crate) mod tests {
             database: None,
             recent: Default::default(),
         }
+    }
+
+    #[test]
+    fn durations_read_well() {
+        let texts = [0, 999, 1_000, 119_999, 120_000, 7_200_000, 172_800_000].map(duration);
+        assert_eq!(texts, ["0 ms", "999 ms", "1 s", "119 s", "2 min", "2 h", "2 days"]);
     }
 
     #[test]
