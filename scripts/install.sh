@@ -814,6 +814,9 @@ run_install() {
     start_node
     wait_until_ready
     say "Done.${https:+ Console: https://$(hostname):$https on the PRIMARY}"
+    local health
+    health=$(value HEALTH_PORT 8085)
+    [ -z "$health" ] || say "Status page of this host, also without a PRIMARY: http://$(hostname):$health/status"
 }
 
 main() {

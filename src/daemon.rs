@@ -23,7 +23,7 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::{console_tls::ConsoleTls, renewal},
     cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
-    config::{self, Config, LogFormat, NotifySeverity, Secret, Severity},
+    config::{self, Config, LogFormat, NotifySeverity, Severity},
     control::ControlSocket,
     descriptors,
     events::{
@@ -33,7 +33,7 @@ use twistlock_ha::{
     },
     found,
     guard::PortGuard,
-    health::{self, MetricsPage},
+    health::{self, HealthPort, MetricsPage},
     join::Kit,
     node::{self, Exit, Handle, Lease, Status, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
@@ -117,10 +117,13 @@ pub(crate) fn run(path: &Path) -> ExitCode {
 /// From the first look at the data folder to the end of the node.
 fn live(path: &Path, config: &Config) -> Result<Exit> {
     let signals = Signals::take(path.to_owned(), config.clone())?;
-    if let Outcome::Stopped = joining::join_first(config, &signals)? {
+    let data = open_data(config)?;
+    let health = start::health_port(config)?;
+    if let Outcome::Stopped = joining::join_first(config, &data, &signals, health.as_ref())? {
         return Ok(Exit::Stopped);
     }
-    let exit = Parts::build(config)?.run(&signals)?;
+    drop(data);
+    let exit = Parts::build(config, health)?.run(&signals)?;
     Ok(if signals.leave() { as_stopped(exit) } else { exit })
 }
 
@@ -152,12 +155,13 @@ struct Parts {
     events: Recorder,
     handle: Handle,
     thread: JoinHandle<Exit>,
+    health: Option<HealthPort>,
     /// That another copy of the database was put in place: told when there is somebody to be notified.
     replaced: Option<Event>,
 }
 
 impl Parts {
-    fn build(config: &Config) -> Result<Self> {
+    fn build(config: &Config, health: Option<HealthPort>) -> Result<Self> {
         let data = open_data(config)?;
         let identity = match data.identity() {
             Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
@@ -174,7 +178,11 @@ impl Parts {
         let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
         let known = Configuration::read(data.path())
             .with_context(|| format!("read membership.json in {}", data.path().display()))?;
-        refuse_if_outdated(known.as_ref().map_or(&identity.membership, |known| &known.membership))?;
+        let members = known.as_ref().map_or(&identity.membership, |known| &known.membership);
+        refuse_if_outdated(members)?;
+        if let Some(health) = &health {
+            start::show_start(health, &identity.name, members);
+        }
         let log = open_log(config, &data, &identity)?;
         let snapshot = snapshot.filter(|snapshot| {
             let ours = snapshot.manifest().membership.cluster == identity.cluster;
@@ -224,6 +232,7 @@ impl Parts {
             events,
             handle,
             thread,
+            health,
             replaced,
         })
     }
@@ -254,7 +263,7 @@ impl Parts {
         task::spawn(control.serve(administrator, async move {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
-        self.open_health_port(&ports)?;
+        self.show_node(&ports);
         task::spawn(console_tls.keep(self.handle.clone()));
         let peers = self.share_with_others();
         self.tell_of_it(&ports);
@@ -300,6 +309,7 @@ impl Parts {
             notifier: notifier.clone(),
             metrics: self.metrics()?,
             high_availability: self.config.high_availability_enabled,
+            status_port: self.config.status_port(),
         });
         let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
         Ok(Administrator { admin, backups, kit, data, notifier, membership })
@@ -307,7 +317,7 @@ impl Parts {
 
     /// What Prometheus reads.
     fn metrics(&self) -> Result<MetricsPage> {
-        MetricsPage::new(self.config.metrics_token.as_ref().map(Secret::reveal))
+        start::metrics_page(&self.config)
     }
 
     /// Who is to be told of events, and what tells them.
@@ -367,20 +377,26 @@ impl Parts {
         }
     }
 
-    /// Opens the health port, if there is to be one.
-    fn open_health_port(&self, ports: &SupervisorHandle) -> Result<()> {
-        let Some(address) = self.config.health_address() else { return Ok(()) };
+    /// Has the health port answer about this node from now on.
+    fn show_node(&self, ports: &SupervisorHandle) {
+        let Some(health) = &self.health else { return };
         let state = ports.state();
-        let sources = health::Sources {
-            status: self.handle.status(),
+        let life = health::Life {
             lease: self.lease.clone(),
             pulse: self.handle.pulse(),
             open: Arc::new(move || state.borrow().open),
-            certificates: self.config.data_folder.join("certificates"),
-            metrics: self.metrics()?,
         };
-        task::spawn(health::serve(address, sources, self.handle.clone()));
-        Ok(())
+        health.show(health::Subject { status: self.handle.status(), life: Some(life) });
+        let (mut problem, handle) = (health.problem(), self.handle.clone());
+        task::spawn(async move {
+            loop {
+                let now = problem.borrow_and_update().clone();
+                handle.warn("health", now);
+                if problem.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
     }
 
     fn supervisor(&self, tls: watch::Receiver<Arc<rustls::ServerConfig>>) -> (Supervisor, SupervisorHandle) {

@@ -1,5 +1,5 @@
 //! The daemon of a host that is no member yet: serves its control socket and asks to join until it is a member. Runs before
-//! the node's parts are built, and leaves a data folder from which they can be. Must never open a port.
+//! the node's parts are built, and leaves a data folder from which they can be. Must never open a port of the Console's.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -14,6 +14,7 @@ use twistlock_ha::{
     config::Config,
     control::{ControlHandler, ControlSocket},
     found,
+    health::{HealthPort, Subject},
     join::{self, Host, Newcomer, Stage},
     node::{Status, SyncProgress},
     peer::{Edition, PeerIdentity, Roster},
@@ -22,7 +23,7 @@ use twistlock_ha::{
     storage::{DataDir, DataDirError},
 };
 
-use crate::daemon::{Signals, begin_long_start, lease_terms, open_data};
+use crate::daemon::{Signals, begin_long_start, lease_terms};
 
 /// How often systemd hears that all is well, at least: a small part of any time-out that makes sense.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -39,8 +40,12 @@ pub(crate) enum Outcome {
 ///
 /// # Errors
 /// Those of [`join::run`], and when the control socket cannot be made.
-pub(crate) fn join_first(config: &Config, signals: &Signals) -> Result<Outcome> {
-    let data = open_data(config)?;
+pub(crate) fn join_first(
+    config: &Config,
+    data: &DataDir,
+    signals: &Signals,
+    health: Option<&HealthPort>,
+) -> Result<Outcome> {
     match data.identity() {
         Ok(_) => join::clear(data.path())?,
         Err(DataDirError::NoIdentity { .. }) if join::wanted(data.path()) => {
@@ -49,7 +54,7 @@ pub(crate) fn join_first(config: &Config, signals: &Signals) -> Result<Outcome> 
                 .enable_all()
                 .build()
                 .context("start the runtime")?;
-            let outcome = runtime.block_on(joining(config, &data, signals));
+            let outcome = runtime.block_on(joining(config, data, signals, health));
             // A question to the cluster may still be under way.
             runtime.shutdown_background();
             return outcome;
@@ -60,13 +65,18 @@ pub(crate) fn join_first(config: &Config, signals: &Signals) -> Result<Outcome> 
     Ok(Outcome::Ready)
 }
 
-async fn joining(config: &Config, data: &DataDir, signals: &Signals) -> Result<Outcome> {
+async fn joining(config: &Config, data: &DataDir, signals: &Signals, health: Option<&HealthPort>) -> Result<Outcome> {
     let host = host(config);
     let (progress, seen) = watch::channel(None);
     let (stage, shown) = watch::channel(Stage::Asking { name: host.name.clone(), problem: None });
     let socket = config.control_socket_path();
     let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
     let applicant = Arc::new(Applicant { stage: shown.clone(), progress: seen, version: host.version.clone() });
+    let (picture, shown_outside) = watch::channel(applicant.status());
+    if let Some(health) = health {
+        health.show(Subject { status: shown_outside, life: None });
+    }
+    let picturing = task::spawn(keep_picture(Arc::clone(&applicant), picture));
     let serving = task::spawn(control.serve(applicant, std::future::pending()));
     let informing = task::spawn(service_manager(shown));
     let fetch = async |newcomer: Newcomer<'_>| fetch(config, data.path(), newcomer, &progress).await;
@@ -79,6 +89,7 @@ async fn joining(config: &Config, data: &DataDir, signals: &Signals) -> Result<O
     let _ = serving.await;
     informing.abort();
     let _ = informing.await;
+    picturing.abort();
     begin_long_start();
     outcome
 }
@@ -135,6 +146,21 @@ async fn fetch(
         }
     }
     bail!("{}", problems.join("; "))
+}
+
+/// Keeps what the health port shows of this host.
+async fn keep_picture(applicant: Arc<Applicant>, picture: watch::Sender<Arc<Status>>) {
+    let (mut stage, mut progress) = (applicant.stage.clone(), applicant.progress.clone());
+    loop {
+        picture.send_replace(applicant.status());
+        let changed = tokio::select! {
+            changed = stage.changed() => changed,
+            changed = progress.changed() => changed,
+        };
+        if changed.is_err() {
+            return;
+        }
+    }
 }
 
 /// Tells systemd that the daemon is up although its node is not: nobody knows how long an administrator takes.
@@ -205,24 +231,7 @@ impl ControlHandler for Applicant {
             }
             _ => Vec::new(),
         };
-        Arc::new(Status {
-            cluster: membership.cluster,
-            node,
-            name,
-            version: self.version.clone(),
-            role,
-            reason,
-            epoch: 0,
-            primary: None,
-            applied: 0,
-            committed: 0,
-            lease_ms: None,
-            members: Vec::new(),
-            membership,
-            warnings,
-            certificates: Vec::new(),
-            database: None,
-            recent: Default::default(),
-        })
+        let status = Status::without_node(name, &self.version, membership, role, reason);
+        Arc::new(Status { node, warnings, ..status })
     }
 }

@@ -25,7 +25,8 @@
 //!
 //! A viewer's way: the browser gets the page ([`console`], `src/console/ui`), logs in, and follows the status as a stream of
 //! events. When the stream breaks off, the page knocks at the same host name until a PRIMARY opens; the session is in the
-//! replicated database, so that nobody logs in again.
+//! replicated database, so that nobody logs in again. While there is none, the page is grey and dated, and leads to the status
+//! pages of the members ([`health`]), which answer from the first moment of a process to its last.
 //!
 //! A newcomer's way: the join script installs the program and leaves a token; the daemon makes its keys and asks
 //! ([`join`]). The request is part of the replicated membership ([`cluster::membership`]): any primary knows it. APPLY
@@ -62,7 +63,7 @@
 //! | [`events`] | tells: what happened, to the history and to whoever is to be notified | what it is told for |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
-//! | [`health`] | the health port: what load balancers and monitors may know of a node | anything that it could decide |
+//! | [`health`] | the health port: the status page of each host, and what load balancers and monitors may know of a node | anything that it could decide |
 //! | [`control`], [`cli`] | administration over a Unix socket, and `twistcli` by it or by the API | the inside of a node |
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |

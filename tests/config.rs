@@ -401,9 +401,27 @@ fn the_health_port_is_its_own() {
     let told = problems("HEALTH_PORT=8086\n");
     assert!(told[0].contains("HEALTH_PORT") && told[0].contains("HIGH_AVAILABILITY_PORT has this one"), "{told:?}");
     let at = |text| read(text).expect("valid").config.health_address().map(|address| address.to_string());
-    assert_eq!(at(""), None);
+    assert_eq!(at("").as_deref(), Some("[::]:8085"), "it is on by itself");
+    assert_eq!(at("HEALTH_PORT=\n"), None);
     assert_eq!(at("HEALTH_PORT=8087\n").as_deref(), Some("[::]:8087"));
     assert_eq!(at("HEALTH_PORT=8087\nBIND_ADDRESS=192.0.2.1\n").as_deref(), Some("192.0.2.1:8087"));
     let own = at("HEALTH_PORT=8087\nBIND_ADDRESS=192.0.2.1\nHEALTH_ADDRESS=127.0.0.1\n");
     assert_eq!(own.as_deref(), Some("127.0.0.1:8087"));
+}
+
+/// A file of an earlier version stays valid and means what it meant.
+#[test]
+fn the_default_health_port_gives_way_and_an_old_one_stays_open_to_everybody() {
+    let loaded = read("COMMUNICATION_PORT=8085\n").expect("valid: another service has the port by name");
+    assert_eq!(loaded.config.health_port, None);
+    assert!(loaded.notes[0].text.contains("COMMUNICATION_PORT: it has port 8085"), "{:?}", loaded.notes);
+    assert!(problems("COMMUNICATION_PORT=8085\nHEALTH_PORT=8085\n")[0].contains("HEALTH_PORT"));
+
+    let stranger = "192.0.2.77".parse().unwrap();
+    let answers = |text: &str| read(text).expect("valid").config.health_allow.has(stranger);
+    assert!(!answers("") && answers("HEALTH_PORT=8087\n"), "as before HEALTH_ALLOW came");
+    assert!(!answers("HEALTH_PORT=8087\nHEALTH_ALLOW=members\n"));
+    assert!(answers("HEALTH_ALLOW=members,192.0.2.0/24\n"));
+    let told = problems("HEALTH_ALLOW=members,192.0.2.1/24\n");
+    assert!(told[0].starts_with("twistlock.cfg:1: HEALTH_ALLOW: ") && told[0].contains("networks"), "{told:?}");
 }

@@ -40,6 +40,7 @@ fn two_hosts_join_with_the_line_and_have_everything() {
     second.rename("renamed");
     second.start();
     wait_until("the same request is shown again", || second.role() == Some(Role::RequestJoin));
+    second.wait_status_page("REQUEST_JOIN");
     assert_eq!(second.fingerprint(), asked);
     let requests = first.status()["membership"]["requests"].clone();
     assert_eq!((requests.as_array().map(Vec::len), &requests[0]["name"]), (Some(1), &json!("renamed")), "{requests}");

@@ -24,7 +24,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
         "console",
         &["clients", "admin", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"],
     ),
-    ("health", &["clients", "descriptors", "node", "pki", "cluster", "telemetry"]),
+    ("health", &["clients", "config", "descriptors", "node", "pki", "cluster", "telemetry"]),
     ("backup", &["admin", "events", "node", "storage", "cluster", "telemetry"]),
     ("rotation", &["admin", "node", "peer", "pki", "cluster", "telemetry"]),
     ("admin", &["clients", "node", "join", "pki", "cluster", "telemetry"]),

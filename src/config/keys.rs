@@ -14,6 +14,11 @@ pub(super) const HOST_NAME_LINE: &str =
 /// The key that [`HOST_NAME_LINE`] sets.
 pub(super) const CONSOLE_CN: &str = "CONSOLE_CN";
 
+/// The key of the port whose default gives way to other services.
+pub(super) const HEALTH_PORT: &str = "HEALTH_PORT";
+/// The key that decides who is answered there.
+pub(super) const HEALTH_ALLOW: &str = "HEALTH_ALLOW";
+
 /// Keys of the original that mean nothing here. They are read over, with one line of information for all of them.
 pub(super) const IGNORED: &[&str] = &["DEFENDER_CN", "DEFENDER_LISTENER_TYPE", "READ_ONLY_FS", "SELINUX"];
 /// The beginnings of further such keys.
@@ -98,13 +103,14 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::Address(&mut config.bind_address),
     },
     Key {
-        name: "HEALTH_PORT",
+        name: HEALTH_PORT,
         section: NETWORK,
         group: "Health port",
-        default: "",
+        default: "8085",
         doc: &[
-            "Plain-HTTP port that answers on every member, PRIMARY or not: / is 200 on the PRIMARY and 503 elsewhere;",
-            "/secondary, /livez, /readyz?verbose and /metrics tell more. For load balancers and monitors. Empty: off.",
+            "Plain-HTTP port that answers on every member, PRIMARY or not: /status is a page that says how the cluster is, for",
+            "people; / is 200 on the PRIMARY and 503 elsewhere; /secondary, /livez, /readyz?verbose and /metrics tell more, for",
+            "load balancers and monitors. Empty: off.",
         ],
         slot: |config| Slot::Port(&mut config.health_port),
     },
@@ -117,13 +123,25 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::Address(&mut config.health_address),
     },
     Key {
+        name: HEALTH_ALLOW,
+        section: NETWORK,
+        group: "Health port",
+        default: "members",
+        doc: &[
+            "Who is answered on the health port, besides this host itself. The word members stands for the addresses of the",
+            "members. Name the load balancers and monitors here: HEALTH_ALLOW=members,192.0.2.7,10.1.0.0/16. Everybody else",
+            "gets 403. A reader of /metrics who has the METRICS_TOKEN may come from anywhere.",
+        ],
+        slot: |config| Slot::Audience(&mut config.health_allow),
+    },
+    Key {
         name: "METRICS_TOKEN",
         section: NETWORK,
         group: "Health port",
         default: "",
         doc: &[
             "Token that a reader of /metrics sends: Authorization: Bearer TOKEN. Empty: the health port shows the metrics",
-            "to everybody who reaches it.",
+            "to everybody who is answered there.",
         ],
         slot: |config| Slot::Secret(&mut config.metrics_token),
     },

@@ -3,6 +3,7 @@
 //! The original of this file is sourced by a shell. This one is data: nothing in it is ever run. Every problem of a file is
 //! collected and reported at once. Must never depend on another module of ours, and must never change anything on disk.
 
+mod audience;
 mod keys;
 mod line;
 mod reader;
@@ -20,6 +21,7 @@ use std::{
 
 use thiserror::Error;
 
+pub use audience::Audience;
 pub use keys::{KEYS, Key};
 pub use reader::parse;
 pub use render::render;
@@ -67,6 +69,8 @@ config! {
     health_port: Option<u16>,
     /// `HEALTH_ADDRESS`; none: `BIND_ADDRESS`. See [`Config::health_address`].
     health_address: Option<IpAddr>,
+    /// `HEALTH_ALLOW`.
+    health_allow: Audience,
     /// `METRICS_TOKEN`; none: whoever reaches the page may read the metrics.
     metrics_token: Option<Secret>,
     /// `BIND_ADDRESS`: where Console and consensus listen and from where consensus dials; none: all interfaces.
@@ -246,6 +250,12 @@ impl Config {
     pub fn health_address(&self) -> Option<SocketAddr> {
         let all = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
         Some(SocketAddr::new(self.health_address.or(self.bind_address).unwrap_or(all), self.health_port?))
+    }
+
+    /// The port at which every member has a page about itself; none if it is off, or if only its own host reaches it. The hosts
+    /// of a cluster are taken to have the same one.
+    pub fn status_port(&self) -> Option<u16> {
+        self.health_port.filter(|_| self.health_address.is_none_or(|address| !address.is_loopback()))
     }
 
     /// The Unix socket for local administration: `CONTROL_SOCKET`, or `control.sock` in the data folder.

@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    Config, ConfigErrors, KEYS, Key, Loaded, MAX_FILE, MAX_LINE, MAX_REPORTED, Note, Problem, Severity,
-    keys::{CONSOLE_CN, HOST_NAME_LINE, IGNORED, IGNORED_FAMILIES},
+    Audience, Config, ConfigErrors, KEYS, Key, Loaded, MAX_FILE, MAX_LINE, MAX_REPORTED, Note, Problem, Severity,
+    keys::{CONSOLE_CN, HEALTH_ALLOW, HEALTH_PORT, HOST_NAME_LINE, IGNORED, IGNORED_FAMILIES},
     line::{self, Line},
 };
 
@@ -34,6 +34,7 @@ pub fn parse(text: impl AsRef<[u8]>, file: &str, env: &dyn Fn(&str) -> Option<St
         reader.line(index + 1, line);
     }
     reader.ignored();
+    reader.health();
     reader.ports();
     reader.timing();
     reader.other_rules();
@@ -166,6 +167,32 @@ impl<'a> Reader<'a> {
         self.note(Severity::Info, *line, &text);
     }
 
+    /// Files of earlier versions know neither a health port that is on by itself nor a choice of who is answered there.
+    fn health(&mut self) {
+        let Some(port) = self.config.health_port else { return };
+        let others = [
+            ("MANAGEMENT_PORT_HTTP", self.config.management_port_http),
+            ("MANAGEMENT_PORT_HTTPS", self.config.management_port_https),
+            ("COMMUNICATION_PORT", self.config.communication_port),
+            ("HIGH_AVAILABILITY_PORT", self.config.high_availability_port),
+        ];
+        match self.set.get(HEALTH_PORT).copied() {
+            None => {
+                let Some((other, _)) = others.iter().find(|(_, other)| *other == Some(port)) else { return };
+                self.config.health_port = None;
+                let line = self.set.get(other).copied().unwrap_or_default();
+                let text = format!("{other}: it has port {port}, so there is no status page: give it a HEALTH_PORT");
+                self.note(Severity::Info, line, &text);
+            }
+            Some(line) if !self.set.contains_key(HEALTH_ALLOW) => {
+                self.config.health_allow = Audience::everybody();
+                let text = "HEALTH_PORT: everybody is answered there, as in earlier versions: say who in HEALTH_ALLOW";
+                self.note(Severity::Info, line, text);
+            }
+            Some(_) => {}
+        }
+    }
+
     /// Two services may not share a port.
     fn ports(&mut self) {
         let ports = [
@@ -173,7 +200,7 @@ impl<'a> Reader<'a> {
             ("MANAGEMENT_PORT_HTTPS", self.config.management_port_https),
             ("COMMUNICATION_PORT", self.config.communication_port),
             ("HIGH_AVAILABILITY_PORT", self.config.high_availability_port),
-            ("HEALTH_PORT", self.config.health_port),
+            (HEALTH_PORT, self.config.health_port),
         ];
         for (index, (second, port)) in ports.iter().enumerate() {
             for (first, other) in &ports[..index] {

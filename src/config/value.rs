@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{FirstState, LogFormat, LogLevel, NotifySeverity, Secret};
+use super::{Audience, FirstState, LogFormat, LogLevel, NotifySeverity, Secret};
 
 /// Longest path, in bytes. Escaped for [`super::render`] it still fits into a line.
 const MAX_PATH: usize = 512;
@@ -29,6 +29,8 @@ pub(super) enum Slot<'a> {
     CommonName(&'a mut Option<String>),
     /// An IP address of this host or empty.
     Address(&'a mut Option<IpAddr>),
+    /// Who is answered.
+    Audience(&'a mut Audience),
     /// What only those who share it may know, or empty.
     Secret(&'a mut Option<Secret>),
     /// A program with its arguments, apart by blanks, or nothing.
@@ -122,6 +124,7 @@ impl Slot<'_> {
             Self::OptionalPath(value) => *value = optional(text, path)?,
             Self::CommonName(value) => *value = optional(text, common_name)?,
             Self::Address(value) => *value = optional(text, address)?,
+            Self::Audience(value) => *value = Audience::read(text)?,
             Self::Secret(value) => *value = optional(text, secret)?,
             Self::Command(value) => *value = optional(text, command)?.unwrap_or_default(),
             Self::Location(value) => *value = optional(text, location)?,
@@ -147,6 +150,7 @@ impl Slot<'_> {
             Self::OptionalPath(value) => value.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
             Self::CommonName(value) | Self::Location(value) => shown(value.as_ref()),
             Self::Address(value) => shown(value.as_ref()),
+            Self::Audience(value) => value.to_string(),
             Self::Command(value) => value.join(" "),
             Self::Secret(value) => value.as_ref().map(|secret| secret.reveal().to_owned()).unwrap_or_default(),
             Self::Count { value, .. } | Self::PageSize(value) => value.to_string(),
@@ -170,6 +174,12 @@ impl Slot<'_> {
             Self::OptionalPath(_) => format!("an absolute path without \"..\", up to {MAX_PATH} bytes, or empty"),
             Self::CommonName(_) => format!("a host name or IP address of up to {MAX_NAME} characters"),
             Self::Address(_) => "an IP address of this host, or empty for all interfaces".to_owned(),
+            Self::Audience(_) => {
+                let most = Audience::MOST;
+                format!(
+                    "all, or up to {most} of members, IP addresses and networks, apart by commas, or empty for this host"
+                )
+            }
             Self::Secret(_) => {
                 let (least, most) = (SECRET.start(), SECRET.end());
                 format!("{least} to {most} letters, digits and -._~+/=, or empty")

@@ -93,6 +93,8 @@ pub struct Services {
     pub metrics: MetricsPage,
     /// `HIGH_AVAILABILITY_ENABLED`.
     pub high_availability: bool,
+    /// The port of the members' status pages, if they have them.
+    pub status_port: Option<u16>,
 }
 
 impl fmt::Debug for Services {

@@ -134,13 +134,17 @@ pub(super) struct System {
     ha_enabled: bool,
     /// Name of the node that answers.
     node: String,
+    /// The port of the members' status pages, if they have them.
+    status_port: Option<u16>,
 }
 
 /// `GET settings/system`.
 async fn system(State(console): State<Arc<Console>>) -> Json<System> {
-    let ha_enabled = console.services.as_ref().is_some_and(|services| services.high_availability);
+    let services = console.services.as_ref();
+    let ha_enabled = services.is_some_and(|services| services.high_availability);
+    let status_port = services.and_then(|services| services.status_port);
     let node = console.status.borrow().name.clone();
-    Json(System { version: env!("CARGO_PKG_VERSION"), ha_enabled, node })
+    Json(System { version: env!("CARGO_PKG_VERSION"), ha_enabled, node, status_port })
 }
 
 #[cfg(test)]

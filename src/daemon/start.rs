@@ -10,10 +10,11 @@ use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::{FEATURE_LEVEL, Membership, PROGRAM_VERSION, Timing, level},
-    config::{Config, FirstState},
+    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, level},
+    config::{Config, FirstState, Secret},
     found,
-    node::{CheckpointPolicy, Lease, NodeConfig},
+    health::{self, HealthPort, MetricsPage, Subject},
+    node::{CheckpointPolicy, Lease, NodeConfig, Status},
     peer::LeaseTerms,
     recover,
     storage::{
@@ -34,6 +35,36 @@ pub(crate) fn open_data(config: &Config) -> Result<DataDir> {
         info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
     }
     Ok(data)
+}
+
+/// Opens the health port, if there is to be one: it tells from now on where this host stands.
+pub(super) fn health_port(config: &Config) -> Result<Option<HealthPort>> {
+    let Some(address) = config.health_address() else { return Ok(None) };
+    let settings = health::Settings {
+        address,
+        optional: config.health_port == Config::default().health_port,
+        allow: config.health_allow.clone(),
+        certificates: config.data_folder.join("certificates"),
+        metrics: metrics_page(config)?,
+        console_port: config.management_port_https,
+    };
+    let nobody = Membership::founded(ClusterId(0), Vec::new());
+    HealthPort::open(settings, starting(&config.member_name(), &nobody)).map(Some)
+}
+
+/// Has the health port say that this member starts: it has to read its raft log, and perhaps a whole database.
+pub(super) fn show_start(health: &HealthPort, name: &str, membership: &Membership) {
+    health.show(starting(name, membership));
+}
+
+fn starting(name: &str, membership: &Membership) -> Subject {
+    let reason = "reads its raft log and its database".to_owned();
+    Subject::still(Status::without_node(name.to_owned(), PROGRAM_VERSION, membership.public(), Role::Startup, reason))
+}
+
+/// What Prometheus reads.
+pub(super) fn metrics_page(config: &Config) -> Result<MetricsPage> {
+    MetricsPage::new(config.metrics_token.as_ref().map(Secret::reveal))
 }
 
 /// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.

@@ -23,6 +23,8 @@ const HA_PORT: u16 = 8086;
 const HTTPS_PORT: u16 = 8083;
 /// `COMMUNICATION_PORT` before the offset.
 const DEFENDER_PORT: u16 = 8084;
+/// `HEALTH_PORT` before the offset.
+const HEALTH_PORT: u16 = 8085;
 /// Members of a dev cluster; their addresses are 127.0.0.1 to 127.0.0.3.
 pub(super) const NODES: NodeId = 3;
 /// The administrator that is signed up.
@@ -141,6 +143,14 @@ impl Layout {
         self.cluster.nodes.iter().flat_map(move |node| ports.map(|port| (node.address.as_str(), port)))
     }
 
+    /// The status page of each node; a folder of an earlier version may have none. They are not among the [`Self::endpoints`]: a
+    /// port that is taken costs the page, and nothing else.
+    pub(super) fn status_pages(&self) -> Vec<String> {
+        let config = |index| config::load(&self.config_path(index)).ok();
+        let configs = (0..self.cluster.nodes.len()).filter_map(config);
+        configs.filter_map(|loaded| Some(format!("http://{}/status", loaded.config.health_address()?))).collect()
+    }
+
     /// Notes the pids and replaces `cluster.json`.
     ///
     /// # Errors
@@ -203,6 +213,7 @@ impl Layout {
             management_port_https: Some(HTTPS_PORT + self.port_offset),
             communication_port: Some(DEFENDER_PORT + self.port_offset),
             high_availability_port: Some(HA_PORT + self.port_offset),
+            health_port: Some(HEALTH_PORT + self.port_offset),
             bind_address: Some(node.address.parse().context("parse the address")?),
             console_cn: Some(node.address.clone()),
             data_folder: node.data.clone(),
@@ -266,6 +277,7 @@ mod tests {
         assert_eq!((identity.node, identity.membership.members.len()), (2, 3));
         crate::pki::NodeTls::load(&first.cluster.nodes[0].data.join("certificates")).unwrap();
         assert_eq!(first.endpoints().count(), 9);
+        assert_eq!(first.status_pages()[2], "http://127.0.0.3:8185/status");
         let cluster = first.cluster.clone();
         assert!(Layout::open(&dir, None).err().unwrap().to_string().contains("already runs"));
         drop(first);

@@ -51,7 +51,7 @@ pub struct Options {
     /// Keep the temporary folder
     #[arg(long)]
     keep: bool,
-    /// Added to all ports (8083, 8084 and 8086) [default: 0, or what the folder was made with]
+    /// Added to all ports (8083 to 8086) [default: 0, or what the folder was made with]
     #[arg(long, value_name = "N")]
     port_offset: Option<u16>,
     /// Start a node that ended again after this many seconds; 0: never

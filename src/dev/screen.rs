@@ -144,11 +144,15 @@ pub(super) fn introduction(layout: &Layout, rows: &[Row], restart: &str, twistcl
     let pid = pid.map_or_else(|| "PID".into(), |pid| pid.to_string());
     let (ca, user, password) = (cluster.ca.display(), &cluster.user, &cluster.password);
     let dir = layout.dir().display();
+    let status = match layout.status_pages().as_slice() {
+        [] => String::new(),
+        pages => format!("status    {} (on every node, also without a PRIMARY)\n", pages.join(" ")),
+    };
     let data = cluster.nodes.first().map(|node| node.data.display().to_string()).unwrap_or_default();
     format!(
         "\
 Console   {url}
-login     {user} / {password}
+{status}login     {user} / {password}
 CA        {ca}
 files     {dir} (cluster.json, nodeN/log)
 

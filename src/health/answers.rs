@@ -1,4 +1,5 @@
-//! The routes of the health port. Each answer is a code, which a balancer reads, and a JSON body, which a person reads.
+//! The routes of the health port. Each check's answer is a code, which a balancer reads, and a JSON body, which a person reads;
+//! the status page is for people in a browser, and the same as JSON for programs.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -13,7 +14,7 @@ use axum::{
 use serde::Serialize;
 use serde_json::json;
 
-use super::{Sources, checks, claim::Claim};
+use super::{Sources, checks, claim::Claim, page, report::Report};
 use crate::{cluster::Role, node::Status};
 
 /// The loop turns once per tick; one that has not for so long does no work. `?within=` asks for another limit.
@@ -23,15 +24,25 @@ const WITHIN: std::ops::RangeInclusive<u64> = 50..=60_000;
 
 pub(super) fn router(sources: Sources) -> Router {
     Router::new()
-        .route("/", get(primary))
+        .route("/", get(root))
         .route("/primary", get(primary))
         .route("/secondary", get(secondary))
+        .route("/status", get(status))
         .route("/livez", get(live))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .fallback(nothing)
         .layer(middleware::map_response(mark))
         .with_state(sources)
+}
+
+/// The same for those who are not let in: they are told what to do about it. The metrics have a token of their own.
+pub(super) fn for_strangers(sources: Sources) -> Router {
+    let mut router = Router::new();
+    if sources.settings.metrics.needs_token() {
+        router = router.route("/metrics", get(metrics));
+    }
+    router.fallback(not_allowed).layer(middleware::map_response(mark)).with_state(sources)
 }
 
 /// What a balancer may think of this node.
@@ -53,7 +64,84 @@ struct Codes {
     other: StatusCode,
 }
 
-/// `GET /` and `GET /primary`: 200 where the Console is, 503 elsewhere.
+/// `GET /`: as `/primary`, and in a browser with the status page below the code; with `?format` it is the status page.
+async fn root(
+    sources: State<Sources>,
+    claim: Extension<Arc<Claim>>,
+    query: Query<HashMap<String, String>>,
+    headers: HeaderMap,
+) -> Response {
+    if query.contains_key("format") {
+        return status(sources, claim, query, headers).await;
+    }
+    if !wants_page(&headers, false) {
+        return primary(sources, claim, query).await;
+    }
+    let serves = claim.make();
+    let checked = primary(sources.clone(), claim, query).await;
+    page::shown(checked.status(), &Report::of(&sources, serves))
+}
+
+/// `GET /status`: the status page; as JSON where `?format=json` or the header `Accept` asks for it.
+async fn status(
+    State(sources): State<Sources>,
+    Extension(claim): Extension<Arc<Claim>>,
+    Query(query): Query<HashMap<String, String>>,
+    headers: HeaderMap,
+) -> Response {
+    let format = query.get("format").map(String::as_str);
+    let as_page = match format {
+        None => wants_page(&headers, true),
+        Some("html") => true,
+        Some("json") => false,
+        Some(other) => return refuse(format!("format: found \"{other:.40}\", allowed: html, json")),
+    };
+    if query.len() > usize::from(format.is_some()) {
+        return refuse("unknown parameter, allowed: format".to_owned());
+    }
+    let report = Report::of(&sources, claim.make());
+    let mut response = match as_page {
+        true => page::shown(StatusCode::OK, &report),
+        false => Json(report).into_response(),
+    };
+    response.headers_mut().insert(header::VARY, HeaderValue::from_static("accept"));
+    response
+}
+
+/// Whether HTML is asked for, rather than JSON. `usual`: for those who take either.
+fn wants_page(headers: &HeaderMap, usual: bool) -> bool {
+    let mut wish = (None, None);
+    let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    for range in values.flat_map(|value| value.split(',')) {
+        let mut parts = range.split(';').map(str::trim);
+        let kind = parts.next().unwrap_or_default().to_ascii_lowercase();
+        let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse::<f32>().ok()).unwrap_or(1.0);
+        let place = match kind.as_str() {
+            "text/html" | "application/xhtml+xml" => &mut wish.0,
+            "application/json" => &mut wish.1,
+            _ => continue,
+        };
+        *place = Some(place.unwrap_or(0.0_f32).max(weight));
+    }
+    match wish {
+        (None, None) => usual,
+        (page, json) => page.unwrap_or(0.0) >= json.unwrap_or(0.0) && page != Some(0.0) && page.is_some(),
+    }
+}
+
+/// For those who are not let in.
+async fn not_allowed(headers: HeaderMap) -> Response {
+    const WHAT: &str = "This host does not answer your address";
+    const WHY: &str = "HEALTH_ALLOW in its twistlock.cfg says who is answered here: this host itself and the members, if it says \
+                       nothing else. Add your address or network to it on every member and restart twistlockd there, one member \
+                       after the other. Or ask on a member: sudo twistcli ha status";
+    if wants_page(&headers, false) {
+        return page::refused(StatusCode::FORBIDDEN, WHAT, WHY);
+    }
+    (StatusCode::FORBIDDEN, Json(json!({ "err": format!("{WHAT}. {WHY}") }))).into_response()
+}
+
+/// `GET /primary`: 200 where the Console is, 503 elsewhere.
 async fn primary(
     sources: State<Sources>,
     claim: Extension<Arc<Claim>>,
@@ -80,10 +168,10 @@ fn tell(sources: &Sources, claim: &Claim, query: &HashMap<String, String>, usual
         Ok(codes) => codes,
         Err(problem) => return refuse(problem),
     };
-    let status = sources.status.borrow().clone();
+    let status = sources.status();
     let standing = match status.role {
         _ if claim.make() => Standing::Primary,
-        Role::Secondary if sources.pulse.age() < LIVE => Standing::Secondary,
+        Role::Secondary if sources.turned().is_some_and(|age| age < LIVE) => Standing::Secondary,
         _ => Standing::Other,
     };
     let code = match standing {
@@ -94,7 +182,7 @@ fn tell(sources: &Sources, claim: &Claim, query: &HashMap<String, String>, usual
     (code, Json(Body::of(&status, standing == Standing::Primary))).into_response()
 }
 
-/// The body. No secrets, and of the members only who is primary.
+/// The body of a check. No secrets, and of the members only who is primary.
 #[derive(Debug, Serialize)]
 struct Body {
     name: String,
@@ -157,9 +245,11 @@ async fn live(sources: State<Sources>, Query(query): Query<HashMap<String, Strin
         };
         limit = Duration::from_millis(number);
     }
-    let age = sources.pulse.age();
-    let body = json!({ "live": age <= limit, "turned_ms_ago": age.as_millis() as u64 });
-    (code(age <= limit), Json(body)).into_response()
+    // While no node runs there is nothing that could turn.
+    let age = sources.turned();
+    let live = age.is_some_and(|age| age <= limit);
+    let body = json!({ "live": live, "turned_ms_ago": age.map(|age| age.as_millis() as u64) });
+    (code(live), Json(body)).into_response()
 }
 
 /// `GET /readyz`: 200 if this node does its work and could take over; `?verbose` lists all checks, not only those that fail.
@@ -189,12 +279,14 @@ async fn metrics(
     ConnectInfo(from): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
 ) -> Response {
-    sources.metrics.answer(&headers, from.ip())
+    sources.settings.metrics.answer(&headers, from.ip())
 }
 
 async fn nothing(uri: Uri) -> Response {
-    let text =
-        format!("there is nothing at {:.200}: try /primary, /secondary, /livez, /readyz or /metrics", uri.path());
+    let text = format!(
+        "there is nothing at {:.200}: try /status, /primary, /secondary, /livez, /readyz or /metrics",
+        uri.path()
+    );
     (StatusCode::NOT_FOUND, Json(json!({ "err": text }))).into_response()
 }
 
@@ -212,4 +304,25 @@ async fn mark(mut response: Response) -> Response {
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_browser_gets_the_page_and_a_program_what_it_asks_for() {
+        let wants = |accept: &str, usual| {
+            let headers = HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_str(accept).unwrap())]);
+            wants_page(&headers, usual)
+        };
+        for usual in [true, false] {
+            assert!(wants("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", usual));
+            assert!(wants("application/json;q=0.5, text/html", usual));
+            assert!(!wants("application/json", usual) && !wants("text/html;q=0.1, application/json", usual));
+            assert!(!wants("text/html;q=0", usual));
+            assert_eq!(wants("*/*", usual), usual);
+            assert_eq!(wants_page(&HeaderMap::new(), usual), usual);
+        }
+    }
 }

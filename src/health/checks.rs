@@ -31,12 +31,13 @@ fn check(name: &'static str, ok: bool, detail: String) -> Check {
 
 /// All checks, in the order in which a reader looks for the cause.
 pub(super) fn all(sources: &Sources) -> Vec<Check> {
-    let status = sources.status.borrow().clone();
-    let turned = sources.pulse.age().as_millis() as u64;
+    let status = sources.status();
+    let turned = sources.turned().map(|age| age.as_millis() as u64);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    let mut checks = vec![check("loop", turned <= TURNED_MS, format!("turned {turned} ms ago"))];
+    let detail = turned.map_or("the node does not run yet".to_owned(), |ms| format!("turned {ms} ms ago"));
+    let mut checks = vec![check("loop", turned.is_some_and(|ms| ms <= TURNED_MS), detail)];
     checks.extend(of_status(&status, sources.serves().is_some()));
-    checks.extend(of_certificates(&sources.certificates, &status, now));
+    checks.extend(of_certificates(&sources.settings.certificates, &status, now));
     checks
 }
 

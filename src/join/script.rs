@@ -69,6 +69,8 @@ impl Kit {
     pub fn new(config: &Config) -> Self {
         let newcomer = Config {
             bind_address: None,
+            // One of this host, unless it keeps the port to itself.
+            health_address: config.health_address.filter(|address| address.is_loopback()),
             console_cn: None,
             control_socket: None,
             high_availability_address: None,

@@ -56,6 +56,29 @@ fn without_secrets<S: serde::Serializer>(membership: &Membership, serializer: S)
 }
 
 impl Status {
+    /// The picture of a host whose node does not run: it starts, or asks to join.
+    pub fn without_node(name: String, version: &str, membership: Membership, role: Role, reason: String) -> Self {
+        Self {
+            cluster: membership.cluster,
+            node: 0,
+            name,
+            version: version.to_owned(),
+            role,
+            reason,
+            epoch: 0,
+            primary: None,
+            applied: 0,
+            committed: 0,
+            lease_ms: None,
+            members: Vec::new(),
+            membership,
+            warnings: Vec::new(),
+            certificates: Vec::new(),
+            database: None,
+            recent: Recent::default(),
+        }
+    }
+
     /// The epoch in which this node may serve: only in the role PRIMARY with an open database. The lease is another
     /// matter.
     pub fn serving(&self) -> Option<u64> {

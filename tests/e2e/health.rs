@@ -101,6 +101,10 @@ fn every_node_says_what_it_is() {
         ("/livez?within=60000", 200, 200),
         ("/readyz", 200, 200),
         ("/readyz?verbose", 200, 200),
+        ("/status", 200, 200),
+        ("/status?format=json", 200, 200),
+        ("/?format=json", 200, 200),
+        ("/status?format=xml", 400, 400),
         ("/primary?secondary=204", 400, 400),
         ("/primary?other=200", 400, 400),
         ("/primary?standby=200", 400, 400),
@@ -118,6 +122,7 @@ fn every_node_says_what_it_is() {
     let told: Value = serde_json::from_str(&ask(&cluster, other, "GET /").2).unwrap();
     assert_eq!((&told["state"], &told["serves"]), (&"SECONDARY".into(), &false.into()), "{told}");
     assert_eq!(told["primary"], cluster.node(primary).name.as_str(), "{told}");
+    every_node_has_a_page(&cluster, primary, other);
     let told: Value = serde_json::from_str(&ask(&cluster, primary, "GET /readyz?verbose").2).unwrap();
     let names: Vec<&str> = told["checks"].as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["loop", "role", "console", "database", "disk", "peers", "certificates", "clock"], "{told}");
@@ -125,6 +130,27 @@ fn every_node_says_what_it_is() {
     assert_eq!(code, 200, "{body}");
     assert!(body.contains("twistlock_primary 0") && !body.contains(TOKEN), "{body}");
     println!("health port: {}", cluster.finish(&[]));
+}
+
+fn every_node_has_a_page(cluster: &Cluster, primary: usize, other: usize) {
+    let browser = "accept: text/html,application/xhtml+xml,*/*;q=0.8\r\n";
+    for (node, at_the_root) in [(primary, 200), (other, 503)] {
+        let (code, head, page) = ask_with(cluster, node, "GET /status", browser);
+        assert!(code == 200 && head.contains("content-type: text/html") && head.contains("no-store"), "{head}");
+        let name = &cluster.node(primary).name;
+        assert!(page.contains(&format!("HEALTHY: {name} is PRIMARY (3 of 3 members up)")), "{page}");
+        assert!(page.contains(&format!("href=\"{}/\"", cluster.node(primary).console_url)), "{page}");
+        // The code is for balancers, whatever the body is.
+        let (code, head, _) = ask_with(cluster, node, "GET /", browser);
+        assert!(code == at_the_root && head.contains("text/html"), "{head}");
+        let (_, head, body) = ask_with(cluster, node, "GET /status", "accept: application/json\r\n");
+        assert!(head.contains("application/json") && head.contains("vary: accept"), "{head}");
+        let told: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((&told["verdict"], &told["serves"]), (&"HEALTHY".into(), &(node == primary).into()), "{told}");
+        assert_eq!((&told["primary"], told["members"].as_array().unwrap().len()), (&name.as_str().into(), 3), "{told}");
+        let next = told["members"][other]["status"].as_str().unwrap();
+        assert_eq!(next, format!("http://127.0.0.{}:{}/status", other + 1, port(cluster)));
+    }
 }
 
 /// A port that another program has is tried again, and the status says so meanwhile.
@@ -163,6 +189,15 @@ fn a_member_that_is_alone_is_alive_but_not_ready() {
     };
     assert!(told.contains("no primary is known") && !told.contains("disk"), "{told}");
     assert_eq!((code(&cluster, left, "/livez"), code(&cluster, left, "/primary")), (200, 503));
+    // Its page says that it does not know, and since when.
+    let told: Value = serde_json::from_str(&ask(&cluster, left, "GET /status?format=json").2).unwrap();
+    assert_eq!(
+        (&told["verdict"], &told["primary"], &told["console"]),
+        (&"NO_PRIMARY".into(), &Value::Null, &Value::Null)
+    );
+    let words = others.iter().map(|other| told["members"][*other]["words"].as_str().unwrap());
+    assert!(words.clone().all(|words| words.starts_with("unknown, last seen ")), "{told}");
+    assert!(!told.to_string().contains("no further failure is tolerated"), "none is tolerated any more: {told}");
     others.iter().for_each(|node| cluster.signal(*node, Signal::SIGCONT));
     cluster.wait_healthy();
     println!("a member that is alone says: {told}\n  {}", cluster.finish(&[LEASE_LOST, FROZEN].concat()));

@@ -261,6 +261,15 @@ impl Host {
         Command::new("bash").args(["-c", &command]).env("TWISTLOCK_PREFIX", &self.prefix).output().unwrap()
     }
 
+    /// Waits until the status page of this host says so.
+    pub fn wait_status_page(&self, what: &str) {
+        let url = format!("http://{}:8085/status", self.address);
+        wait_until(&format!("the status page of {} says {what}", self.name), || {
+            let answer = self.agent.get(&url).header("accept", "text/html").call();
+            answer.is_ok_and(|mut answer| answer.body_mut().read_to_string().is_ok_and(|page| page.contains(what)))
+        });
+    }
+
     /// Ends the daemon as a power failure would.
     pub fn kill(&mut self) {
         stop(&self.data(), Signal::SIGKILL);

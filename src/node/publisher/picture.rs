@@ -138,10 +138,16 @@ impl Publisher {
     /// What is wrong, and what to do.
     fn sentences(&self, status: &Status) -> Vec<String> {
         let mut sentences: Vec<_> = self.warnings.values().cloned().collect();
-        let down = status.members.iter().filter(|member| matches!(member.state, Role::Down | Role::Unknown));
-        for member in down {
+        let down = |member: &&MemberStatus| matches!(member.state, Role::Down | Role::Unknown);
+        let voters = status.members.iter().filter(|member| member.voter).count();
+        let up = voters - status.members.iter().filter(down).filter(|member| member.voter).count();
+        let cost = match up > voters / 2 {
+            true => "no further failure is tolerated until it is back",
+            false => "there is no majority, and nobody can write, until enough members are back",
+        };
+        for member in status.members.iter().filter(down) {
             sentences.push(format!(
-                "{} ({}) is not heard of: start twistlockd there, or check the host and its network; no further failure is tolerated until it is back",
+                "{} ({}) is not heard of: start twistlockd there, or check the host and its network; {cost}",
                 member.name, member.address
             ));
         }
