@@ -35,6 +35,8 @@ fn from_the_first_sign_up_to_a_takeover() {
         let took_over = takeover(&browser, &mut founder);
         come_back(&browser, &mut founder, &took_over);
         browser.assert_clean();
+        without_a_primary(&browser, &mut founder, &mut second, &third);
+        status_page(&browser, &mut founder, &mut second, &third);
     });
 }
 
@@ -75,9 +77,11 @@ fn join(browser: &Browser, hosts: &mut [&mut Host]) {
     browser.wait_for("it says that it is copied", "return document.body.innerText.includes('Copied to the clipboard')");
     let line = browser.clipboard();
     assert_eq!(browser.run("return text('#join-line')"), line.as_str());
+    let line = a_closed_line_vanishes(browser);
 
     for (number, host) in hosts.iter_mut().enumerate() {
         host.run_line(&line, "");
+        host.wait_status_page("REQUEST_JOIN");
         let shown = format!("return state('{}') === 'REQUEST_JOIN'", host.name);
         browser.wait_for("the host asks to join", &shown);
         let fingerprint = host.fingerprint();
@@ -97,6 +101,24 @@ fn join(browser: &Browser, hosts: &mut [&mut Host]) {
     browser.wait_for("both are SECONDARY and the cluster is healthy", both);
     println!("  from APPLY to two SECONDARY hosts on the page: {:?}", begin.elapsed());
     browser.screenshots("whole");
+}
+
+/// The page offers no line that is good for nothing, and makes another one only when it is asked to. Returns that one.
+fn a_closed_line_vanishes(browser: &Browser) -> String {
+    let revoke = "fetch('/api/v1/high-availability/join-script',
+        { method: 'DELETE', headers: { 'X-Twistlock-Page': '1' } }).then((answer) => { window.revoked = answer.status });";
+    browser.run(revoke);
+    browser.wait_for("it is revoked", "return window.revoked === 200");
+    let gone = "return text('#join-line') === '' && text('main').includes('is good no more')";
+    browser.wait_for("the line is gone", gone);
+    browser.press("Show the join line");
+    browser.wait_for("another line is shown", "return text('#join-line').includes('| sudo bash')");
+    // It stays when the status has it.
+    browser.wait_for(
+        "the status is newer than the line",
+        "window.first ??= performance.now(); return performance.now() - window.first > 3500",
+    );
+    browser.text("#join-line")
 }
 
 /// Kills the primary; returns the name of the next one.
@@ -124,6 +146,10 @@ fn takeover(browser: &Browser, founder: &mut Founder) -> String {
     );
     let warned = "return document.querySelector('.banner').matches('.bad') && text('.banner').includes('host1')";
     browser.wait_for("the banner is honest", warned);
+    let told = "return text('[aria-labelledby=card-history]').includes('took over from host1')";
+    browser.wait_for("the history has the takeover", told);
+    println!("  from kill -9 to the takeover in the history on the page: {:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(15), "the history is live: it took {:?}", begin.elapsed());
     browser.screenshots("one-down");
     name
 }
@@ -150,6 +176,85 @@ fn come_back(browser: &Browser, founder: &mut Founder, primary: &str) {
         "return state('host1') === 'PRIMARY' && text('#connection').includes('host1 took over')",
     );
     println!("  from the press of the button to the page on the next PRIMARY: {:?}", begin.elapsed());
+}
+
+/// What no page may say while nobody knows.
+const CLAIMS: &str = "['Loading', 'Nothing', 'There is no', 'just now', 'serves the Console', 'is PRIMARY', 'would', 'until APPLY'].filter((claim) => text('main').includes(claim)).join()";
+
+/// Two of three hosts die: each page is grey and dated, says what to do, and its actions are off; then all is fresh at once.
+fn without_a_primary(browser: &Browser, founder: &mut Founder, second: &mut Host, third: &Host) {
+    let pages = browser.pages();
+    assert!(pages.len() >= 8, "{pages:?}");
+    // An open question is off, too.
+    browser.press("Switch over …");
+    browser.wait_for("the checks are shown", "return document.querySelectorAll('dialog .checks .ok').length > 4");
+    founder.host.kill();
+    second.kill();
+    let begin = Instant::now();
+    browser.wait_for("the page is grey", "return document.body.matches('.stale')");
+    let took = begin.elapsed();
+    println!("  from the loss of the majority to the grey page: {took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    let submit = "return disabled('dialog [type=submit]') && document.querySelector('dialog [type=submit]').title.includes('no PRIMARY')";
+    browser.wait_for("the question is off", submit);
+    browser.press("Cancel");
+    let said = browser.text("#connection");
+    for part in ["No PRIMARY answers", "as of ", " s ago", "sudo twistcli ha status", "host3"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let link = browser.run("return [...document.querySelectorAll('#connection a')].map((link) => link.href).join(' ')");
+    assert!(link.as_str().unwrap().contains(&format!("http://{}:8085/status", third.address)), "{link}");
+    let told = browser.text("main");
+    assert!(told.contains("Unknown: no PRIMARY answers") && told.contains("was PRIMARY at "), "{told}");
+    assert_eq!(
+        browser.run("return [state('host1'), state('host2'), state('host3')].join()"),
+        "UNKNOWN,UNKNOWN,UNKNOWN"
+    );
+    browser.screenshots("no-primary");
+    browser.run("window.before = row('host3')");
+    browser.wait_for("ages go on", "return / s ago/.test(row('host3')) && row('host3') !== window.before");
+    for (hash, title) in pages.iter().chain(&[(CLUSTER.to_owned(), "High Availability".to_owned())]) {
+        browser.go(hash, title);
+        browser.wait_for("it claims nothing", &format!("return {CLAIMS} === ''"));
+        let off = "return [...document.querySelectorAll('main button')].every((one) => one.disabled)";
+        browser.wait_for("its actions are off", off);
+        let why =
+            "return [...document.querySelectorAll('main [data-off]')].every((one) => one.title.includes('no PRIMARY'))";
+        assert_eq!(browser.run(why), true, "{title}");
+        println!(
+            "  {title} without a PRIMARY: {:?}",
+            browser.run("return text('main .empty')").as_str().unwrap_or_default()
+        );
+    }
+    browser.go("#/manage/authentication/users", "Users");
+    browser.wait_for("it says that it does not know", "return text('main .empty').includes('Unknown')");
+    browser.screenshots("no-primary-users");
+    second.start();
+    browser.wait_for(
+        "the page is fresh again",
+        "return !document.body.matches('.stale') && text('main td').includes('admin') && button('Add').disabled === false",
+    );
+    assert_eq!(browser.run("return document.querySelectorAll('[data-off], [aria-disabled]').length"), 0);
+    browser.go(CLUSTER, "High Availability");
+    browser.wait_for("somebody is PRIMARY", "return [state('host2'), state('host3')].includes('PRIMARY')");
+    browser.assert_clean();
+}
+
+/// What a new visitor finds: the status page of the member that is left, which leads to the Console when there is one again.
+fn status_page(browser: &Browser, founder: &mut Founder, second: &mut Host, third: &Host) {
+    second.kill();
+    third.wait_status_page("NO PRIMARY");
+    browser.visit(&format!("http://{}:8085/", third.address));
+    let unknown = "return heading().includes('NO PRIMARY') && text('main').includes('unknown, last seen')";
+    browser.wait_for("the page says that it does not know", unknown);
+    browser.screenshots("status-page-no-primary");
+    founder.host.start();
+    second.start();
+    browser.wait_for("the page follows by itself", "return heading().includes('is PRIMARY (3 of 3 members up)')");
+    browser.screenshots("status-page");
+    let console =
+        browser.run("return [...document.querySelectorAll('a')].find((link) => link.href.startsWith('https:')).href");
+    assert!(console.as_str().unwrap().ends_with(":8083/"), "{console}");
 }
 
 fn log_in(browser: &Browser) {

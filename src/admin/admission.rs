@@ -328,7 +328,7 @@ fn admitted(membership: &Membership, node: NodeId) -> Option<RequestState> {
         certificate: admission.certificate.clone(),
         console_certificate: admission.console_certificate.clone(),
         ca,
-        membership: Membership { requests: Vec::new(), coming: None, ..membership.public() },
+        membership: Membership { requests: Vec::new(), invitations: Vec::new(), coming: None, ..membership.public() },
     })
 }
 

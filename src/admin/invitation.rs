@@ -37,6 +37,7 @@ impl Admin {
         let until = at + valid.as_secs();
         let by: String = by.chars().take(MAX_BY).collect();
         let invitation = Invitation { hash: token.secret_hash(), at, until, by: by.clone() };
+        let id = invitation.id();
         let before = self.membership();
         let membership = self.change(Change::Invite { invitation }).await?;
         info!(by, until, "hosts are invited to join");
@@ -47,7 +48,7 @@ impl Admin {
         }
         let primary = self.status().node;
         let addresses = addresses(&membership, primary, self.config.https_port);
-        Ok(Invited { token: token.to_string(), ca_pem, until, addresses })
+        Ok(Invited { id, token: token.to_string(), ca_pem, until, addresses })
     }
 
     /// Closes all invitations: no token is good any more.

@@ -71,6 +71,8 @@ pub trait Ports: Send + Sync {
 /// A new invitation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invited {
+    /// By which the status knows it: see [`crate::cluster::membership::Invitation::id`].
+    pub id: String,
     /// The join token: whoever has it may ask to join. Kept nowhere.
     pub token: String,
     /// The authority's certificate, PEM.

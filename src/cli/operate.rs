@@ -36,15 +36,16 @@ pub(super) fn join_script(door: &Door, args: &JoinScriptArgs) -> Result<(), Stop
     match &answer.script {
         Some(script) if args.script => {
             write!(out, "{script}")?;
-            eprintln!("Run this script as root on each host that is to join, before {until}.");
+            eprintln!("Run this script as root on each host that is to join.");
         }
         _ => {
-            eprintln!("Run this line on each host that is to join, before {until}:\n");
+            eprintln!("Run this line on each host that is to join:\n");
             writeln!(out, "{}", answer.line)?;
             out.flush()?;
             eprintln!();
         }
     }
+    eprintln!("It is good until {until}, and no longer than until the hosts are admitted (twistcli ha apply).");
     eprintln!("It carries a secret: whoever has it may ask to join. To take it back: twistcli ha revoke");
     eprintln!("Next, when all hosts show REQUEST_JOIN in `twistcli ha status`: twistcli ha apply");
     Ok(())
@@ -235,7 +236,7 @@ pub(super) fn watched() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{admin::Check, cli::health::tests::healthy, cluster::Role};
+    use crate::{admin::Check, cluster::Role, node::verdict::tests::healthy};
 
     #[test]
     fn a_removal_is_explained_before_it_is_asked_for() {

@@ -153,6 +153,9 @@ pub struct Invitation {
     pub by: String,
 }
 
+/// Hexadecimal digits of an invitation's hash by which it is known to those who may not use it.
+const INVITATION_ID: usize = 16;
+
 impl Request {
     /// True while an administrator may admit the host; `now` in seconds since 1970.
     pub fn in_force(&self, now: u64) -> bool {
@@ -164,6 +167,16 @@ impl Invitation {
     /// True while hosts may ask for admission with it; `now` in seconds since 1970.
     pub fn in_force(&self, now: u64) -> bool {
         in_force(self.at, self.until, now)
+    }
+
+    /// What tells it from others: too little of its hash to prove anything.
+    pub fn id(&self) -> String {
+        self.hash.chars().take(INVITATION_ID).collect()
+    }
+
+    /// That there is one, and until when.
+    fn public(&self) -> Self {
+        Self { hash: self.id(), by: String::new(), ..*self }
     }
 }
 
@@ -348,10 +361,10 @@ impl Membership {
         self.removed.iter().find(|removed| removed.id == id)
     }
 
-    /// What everybody who may look at the cluster may see: no key, no invitation, no webhook, no request that could be picked
-    /// up. Of an authority that is introduced its certificate.
+    /// What everybody who may look at the cluster may see: no key, no webhook, no request that could be picked up. Of an
+    /// invitation its [`Invitation::id`], of an authority that is introduced its certificate.
     pub fn public(&self) -> Self {
-        let (invitations, webhooks) = (Vec::new(), Vec::new());
+        let (invitations, webhooks) = (self.invitations.iter().map(Invitation::public).collect(), Vec::new());
         let (authority, custom_certificate) = (None, None);
         let mut public = Self { invitations, authority, custom_certificate, webhooks, ..self.clone() };
         if let Some(coming) = &mut public.coming {

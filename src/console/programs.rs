@@ -124,6 +124,8 @@ pub(super) struct Line {
     script_url: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     script: Option<String>,
+    /// By this it is found among the `invitations` of the status, for as long as it is good.
+    id: String,
     until: u64,
 }
 
@@ -135,13 +137,13 @@ pub(super) async fn line(
     Search(wish): Search<Wish>,
 ) -> Result<Json<Line>, ApiError> {
     let valid = wish.valid_sec.map_or(VALID, |seconds| Duration::from_secs(seconds.into()));
-    let Invited { token, until, .. } = invite(&console, &user, &headers, valid).await?;
+    let Invited { id, token, until, .. } = invite(&console, &user, &headers, valid).await?;
     let make = move |kit: &Kit, membership: &Membership, me| {
         let script = wish.script.then(|| kit.script(membership, me, &token)).transpose()?;
         Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?, script))
     };
     let (line, script_url, script) = with_kit(&console, make).await?;
-    Ok(Json(Line { line, script_url, script, until }))
+    Ok(Json(Line { line, script_url, script, id, until }))
 }
 
 /// A new invitation is a change, whatever the method of its request: no other site may have a browser make one.

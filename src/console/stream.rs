@@ -1,7 +1,8 @@
 //! `GET high-availability/stream`: the status as server-sent events, for the page. Bounded in number, pace and time; must
 //! never keep a status, which holds the database, and never keep the ports from closing.
 //!
-//! Events: `status` with the JSON of `GET high-availability`, and `end` before the stream ends in order, with the reason
+//! Events: `status` with the JSON of `GET high-availability`, `history` when something was added to `GET
+//! high-availability/events`, and `end` before the stream ends in order, with the reason
 //! as data: `renew` (ask again, your session is looked at then) or `closing` (the ports close, as in a switchover).
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
@@ -51,7 +52,8 @@ pub(super) fn routes() -> Vec<Entry> {
 async fn stream(State(console): State<Arc<Console>>) -> Result<Response, ApiError> {
     let busy = || ApiError::Unavailable(format!("{STREAMS} streams are open: ask for the status now and then instead"));
     let slot = Arc::clone(&console.streams).try_acquire_owned().map_err(|_| busy())?;
-    let feed = Feed::new(console.status.clone(), console.closing.subscribe(), TIMES, slot);
+    let history = console.services.as_ref().map(|services| services.events.written());
+    let feed = Feed::new(console.status.clone(), history, console.closing.subscribe(), TIMES, slot);
     let pieces = unfold(feed, async |mut feed| feed.next().await.map(|piece| (Ok::<_, Infallible>(piece), feed)));
     Ok(([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(pieces)).into_response())
 }
@@ -59,6 +61,8 @@ async fn stream(State(console): State<Arc<Console>>) -> Result<Response, ApiErro
 /// One stream.
 struct Feed {
     status: watch::Receiver<Arc<Status>>,
+    /// Changes with the history, if one is kept.
+    history: Option<watch::Receiver<()>>,
     /// Turns true, or loses its sender, when the ports close.
     closing: watch::Receiver<bool>,
     times: Times,
@@ -73,6 +77,7 @@ struct Feed {
 enum Happened {
     Nothing,
     Status,
+    History,
     Renew,
     Closing,
 }
@@ -80,6 +85,7 @@ enum Happened {
 impl Feed {
     fn new(
         mut status: watch::Receiver<Arc<Status>>,
+        history: Option<watch::Receiver<()>>,
         closing: watch::Receiver<bool>,
         times: Times,
         slot: OwnedSemaphorePermit,
@@ -87,7 +93,7 @@ impl Feed {
         // What is there now is the first event.
         status.mark_changed();
         let now = Instant::now();
-        Self { status, closing, times, until: now + times.life, next: now, ended: false, _slot: slot }
+        Self { status, history, closing, times, until: now + times.life, next: now, ended: false, _slot: slot }
     }
 
     /// What is sent next, when it is time to; none at the end.
@@ -99,11 +105,19 @@ impl Feed {
             sleep_until(self.next).await;
             timeout(self.times.beat, self.status.changed()).await
         };
+        let written = async {
+            match &mut self.history {
+                Some(history) => history.changed().await.is_ok(),
+                None => std::future::pending().await,
+            }
+        };
         let happened = tokio::select! {
             biased;
             // An error means that the Console is gone.
             _ = async { self.closing.wait_for(|closing| *closing).await.is_ok() } => Happened::Closing,
             () = sleep_until(self.until) => Happened::Renew,
+            // Not often: what is written is written together.
+            true = written => Happened::History,
             changed = ready => match changed {
                 Err(_) => Happened::Nothing,
                 Ok(Ok(())) => Happened::Status,
@@ -113,6 +127,7 @@ impl Feed {
         match happened {
             Happened::Nothing => Some(Bytes::from_static(b":\n\n")),
             Happened::Status => self.picture(),
+            Happened::History => Some(Bytes::from_static(b"event: history\ndata:\n\n")),
             Happened::Renew => Some(self.end("renew")),
             Happened::Closing => Some(self.end("closing")),
         }
@@ -166,6 +181,7 @@ mod tests {
 
     struct Fixture {
         status: watch::Sender<Arc<Status>>,
+        history: watch::Sender<()>,
         closing: watch::Sender<bool>,
         feed: Feed,
     }
@@ -174,7 +190,9 @@ mod tests {
         let (status, watched) = watch::channel(status("first"));
         let (closing, closes) = watch::channel(false);
         let slot = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
-        Fixture { feed: Feed::new(watched, closes, Times { pace: PACE, beat: BEAT, life }, slot), status, closing }
+        let (history, written) = watch::channel(());
+        let times = Times { pace: PACE, beat: BEAT, life };
+        Fixture { feed: Feed::new(watched, Some(written), closes, times, slot), status, history, closing }
     }
 
     async fn text(feed: &mut Feed) -> String {
@@ -183,7 +201,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_newest_status_comes_at_most_four_times_a_second() {
-        let Fixture { mut feed, status: sender, closing: _closing } = fixture(LONG);
+        let Fixture { mut feed, status: sender, history, closing: _closing } = fixture(LONG);
         let begin = Instant::now();
         let first = text(&mut feed).await;
         assert!(first.starts_with("event: status\ndata: {") && first.contains("\"first\""), "{first}");
@@ -193,13 +211,15 @@ mod tests {
         }
         assert!(text(&mut feed).await.contains("\"number 49\""));
         assert!(begin.elapsed() >= PACE);
+        history.send_replace(());
+        assert_eq!(text(&mut feed).await, "event: history\ndata:\n\n");
         assert_eq!(text(&mut feed).await, ":\n\n");
         assert!(begin.elapsed() >= PACE + BEAT);
     }
 
     #[tokio::test]
     async fn it_ends_after_its_life_and_at_once_when_the_ports_close() {
-        let Fixture { mut feed, status: sender, closing: _closing } = fixture(PACE * 5);
+        let Fixture { mut feed, status: sender, history: _history, closing: _closing } = fixture(PACE * 5);
         let begin = Instant::now();
         let mut last = String::new();
         while let Some(piece) = feed.next().await {
@@ -209,7 +229,7 @@ mod tests {
         assert_eq!(last, "event: end\ndata: renew\n\n");
         assert!(begin.elapsed() >= PACE * 5, "{:?}", begin.elapsed());
 
-        let Fixture { mut feed, status: _status, closing } = fixture(LONG);
+        let Fixture { mut feed, status: _status, history: _history, closing } = fixture(LONG);
         text(&mut feed).await;
         closing.send_replace(true);
         assert_eq!(text(&mut feed).await, "event: end\ndata: closing\n\n");

@@ -76,7 +76,7 @@ impl File {
     }
 }
 
-static FILES: LazyLock<[File; 20]> = LazyLock::new(|| {
+static FILES: LazyLock<[File; 21]> = LazyLock::new(|| {
     files! {
         "index.html": HTML,
         "style.css": STYLE,
@@ -85,6 +85,7 @@ static FILES: LazyLock<[File; 20]> = LazyLock::new(|| {
         "api.js": SCRIPT,
         "dom.js": SCRIPT,
         "live.js": SCRIPT,
+        "lock.js": SCRIPT,
         "parts.js": SCRIPT,
         "words.js": SCRIPT,
         "login.js": SCRIPT,

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::{Notify, broadcast, watch};
 use tracing::warn;
 
 use super::{Event, Scope, file::EventFile};
@@ -40,6 +40,8 @@ struct Inner {
     pending: Mutex<VecDeque<Event>>,
     added: Notify,
     notify: broadcast::Sender<Event>,
+    /// Changes when something was written into the history.
+    written: watch::Sender<()>,
 }
 
 /// Where events are recorded. Clones are handles of the same.
@@ -70,6 +72,7 @@ impl Recorder {
             pending: Mutex::default(),
             added: Notify::new(),
             notify,
+            written: watch::Sender::new(()),
         })))
     }
 
@@ -124,6 +127,12 @@ impl Recorder {
     /// These are in the history.
     pub fn stored(&self, events: &[Event]) {
         self.pending().retain(|event| !events.iter().any(|stored| stored.id == event.id));
+        self.0.written.send_replace(());
+    }
+
+    /// Changes whenever this node has written something into the history.
+    pub fn written(&self) -> watch::Receiver<()> {
+        self.0.written.subscribe()
     }
 
     /// The events that somebody has to be notified of, from now on.

@@ -106,6 +106,11 @@ impl Browser {
         self.call("POST", "/url", &json!({"url": format!("https://{NAME}:8083/{hash}")}));
     }
 
+    /// Loads a page of another server.
+    pub fn visit(&self, url: &str) {
+        self.call("POST", "/url", &json!({"url": url}));
+    }
+
     /// Opens a page by its link.
     pub fn go(&self, hash: &str, title: &str) {
         self.run(&format!("window.location.hash = {}", json!(hash)));

@@ -144,6 +144,10 @@ fn requests_and_invitations_are_bounded_and_expire() {
     assert_eq!(ends(&more), [900, 102, 103, 104, 105, 106, 107, 199], "the one that ends first gives way");
     assert_eq!(ends(&invite(&more, 99).unwrap())[..2], [900, 103]);
     assert!(change(&invited, Change::Uninvite).unwrap().invitations.is_empty());
+    let secret = Invitation { hash: "0123456789abcdef".repeat(4), at: 1, until: 900, by: "admin".to_owned() };
+    let shown = &change(&one(), Change::Invite { invitation: secret.clone() }).unwrap().public().invitations[0];
+    assert_eq!((&shown.hash, shown.until, shown.by.as_str()), (&secret.id(), 900, ""));
+    assert!(shown.hash.len() * 4 <= 64, "what is shown proves nothing: {shown:?}");
 }
 
 #[test]

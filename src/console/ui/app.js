@@ -2,9 +2,10 @@
 
 import { get, keepSession, logOut, onTrouble, whoIs } from './api.js';
 import { h, show } from './dom.js';
-import { dismiss, live, recovered, start, stop, subscribe, suspect } from './live.js';
-import { announce, button, toast } from './parts.js';
-import { ROLES, span } from './words.js';
+import { age, dismiss, live, recovered, start, stop, subscribe, suspect } from './live.js';
+import { follow } from './lock.js';
+import { announce, button, statusPages, toast } from './parts.js';
+import { ROLES, ago, clock, span } from './words.js';
 import { open as backups } from './backups.js';
 import { open as certificates } from './certificates.js';
 import { open as cluster } from './cluster.js';
@@ -34,9 +35,13 @@ const PAGES = [
 const element = (id) => document.getElementById(id);
 let user = null;
 let clustered = true;
-let close = null;
+// The page that is open: { draw, load, close }, each of which may be missing.
+let current = null;
+let wasStale = false;
 // The version that this page came from: after an upgrade it fits the Console no more.
 let version = null;
+// The port of the members' status pages.
+let statusPort = null;
 
 const allowed = (page) => (!page.roles || page.roles.includes(user.role)) && (!page.clustered || clustered);
 
@@ -67,8 +72,8 @@ function drawNav() {
 
 // Replaces what is shown; an open page is told to let go.
 function clear() {
-  close?.();
-  close = null;
+  current?.close?.();
+  current = null;
   document.querySelectorAll('dialog').forEach((dialog) => dialog.close());
   show(element('main'));
 }
@@ -86,16 +91,33 @@ function route() {
   document.title = `${page.title} · Twistlock HA`;
   const root = h('div', { class: 'page' });
   element('main').append(root);
-  close = page.open(root, { user, may: user.role === 'admin' });
+  current = page.open(root, { user, may: user.role === 'admin', statusPort });
   root.querySelector('h1')?.focus();
+}
+
+// What is below the top while nobody answers: how old the page is, and what to do.
+function lost() {
+  const { status, asOf } = live;
+  // Only what does not count is spoken: the seconds would be read aloud again and again.
+  const shown = status
+    ? [' What this page shows is as of ', clock(asOf), h('span', { 'aria-hidden': 'true' }, `, ${ago(age())}`), ', or older. Its buttons are off.']
+    : ' Nothing is known yet.';
+  const pages = statusPages(status, statusPort);
+  return [
+    h('p', {}, h('strong', {}, 'No PRIMARY answers, or it cannot be reached from here.'), shown),
+    h('p', {}, 'Run ', h('code', {}, 'sudo twistcli ha status'), ' on a member. It says what is wrong and what to do.',
+      pages && [' Or open its status page: ', pages]),
+  ];
 }
 
 // The line below the top: the PRIMARY is looked for, or was found.
 function drawConnection() {
   const place = element('connection');
-  place.className = `connection ${live.phase}`;
+  place.className = `connection ${live.stale && user ? 'lost' : live.phase}`;
   const upgraded = version && live.status && live.status.version !== version;
-  if (live.phase === 'searching') {
+  if (live.stale && user) {
+    show(place, lost());
+  } else if (live.phase === 'searching') {
     const seconds = Math.floor((performance.now() - live.lostAt) / 1000);
     const why = live.farewell ? 'The PRIMARY role is being switched over' : 'The PRIMARY does not answer';
     // Only the first part is spoken: the seconds would be read aloud again and again.
@@ -113,10 +135,21 @@ function drawConnection() {
   }
 }
 
+// Everything is drawn anew when the page becomes stale, and asked for anew when it is fresh again.
+function followAge() {
+  const stale = Boolean(live.stale && user);
+  if (stale === wasStale) return;
+  wasStale = stale;
+  follow();
+  current?.draw?.();
+  if (!stale) current?.load?.();
+}
+
 async function enter() {
   user = await whoIs();
   const system = await get('/settings/system');
   version ??= system.version;
+  statusPort = system.statusPort ?? null;
   clustered = system.haEnabled !== false;
   keepSession(user.expiresInSec);
   start(expired);
@@ -154,13 +187,14 @@ async function leave() {
 }
 
 function trouble(error) {
-  const again = button('Try again', () => window.location.reload());
+  const again = button('Try again', () => window.location.reload(), { 'data-local': true });
   show(element('main'), h('h1', {}, 'The Console does not answer'), h('p', {}, error.message), again);
 }
 
 async function begin() {
   onTrouble({ expired: () => expired(), lost: suspect, recovered });
   subscribe(drawConnection);
+  subscribe(followAge);
   window.addEventListener('hashchange', route);
   element('skip').addEventListener('click', () => element('main').focus());
   drawTop();

@@ -5,7 +5,7 @@ import { Problem, get, list, part, patch, post, remove } from './api.js';
 import { h, show } from './dom.js';
 import { live } from './live.js';
 import { button, card, check, confirm, copyButton, field, form, page, table, toast, when } from './parts.js';
-import { bytes, time } from './words.js';
+import { bytes, nothing, time } from './words.js';
 
 const ROWS = 1000;
 // Between two looks at what is under way.
@@ -133,7 +133,7 @@ export function open(root) {
   };
   const creating = () => form('Back up now', make, field('Name', 'name', { maxlength: 64, autocomplete: 'off', required: true }));
   function draw() {
-    const empty = state.problem ?? (state.backups ? 'There is no backup yet.' : 'Loading …');
+    const empty = state.problem ?? nothing(live.stale, state.backups, 'There is no backup yet.');
     const rows = (state.backups ?? []).map((backup) => row(backup, load, { verify, restoring: (one) => restore(one, state.settings ?? {}, load) }));
     const restoring = h('p', {}, 'A restore replaces the whole database, on all members, and closes the Console while it does. A backup of the ',
       'same version is needed', state.settings?.encrypted && ', and its key', '. If nobody can log in any more, twistcli does it on the host of the PRIMARY.');
@@ -165,5 +165,5 @@ export function open(root) {
   }
   draw();
   load();
-  return () => clearTimeout(timer);
+  return { draw, load, close: () => clearTimeout(timer) };
 }

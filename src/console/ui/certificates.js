@@ -2,8 +2,9 @@
 
 import { get, post, remove } from './api.js';
 import { h, show } from './dom.js';
+import { live } from './live.js';
 import { button, card, confirm, field, form, page, table, toast, when } from './parts.js';
-import { span, time } from './words.js';
+import { nothing, span, time } from './words.js';
 
 // Days before its end from which a certificate is shown as a problem.
 const SOON = 14;
@@ -88,7 +89,7 @@ export function open(root) {
       h('p', {}, `Given to all Consoles by ${state.custom.by}, ${time(state.custom.at)}.`),
       button('Go back to the certificate of the cluster …', back),
     ];
-    const empty = state.problem ?? 'Loading …';
+    const empty = live.stale ? nothing(true) : state.problem ?? nothing(false, false);
     show(
       root,
       page(
@@ -115,4 +116,5 @@ export function open(root) {
   }
   draw();
   load();
+  return { draw, load };
 }

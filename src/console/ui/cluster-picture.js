@@ -19,9 +19,9 @@ function host(name) {
   return shortened(/[a-z]/i.test(name) ? name.split('.')[0] : name, SHORT);
 }
 
-// What stands in the three places: members by rank, then those who ask, then nobody.
-function places(status) {
-  const members = status.members.map(({ name, state, id, lag, voter }) => ({ name, state, id, lag, voter }));
+// What stands in the three places: members by rank, then those who ask, then nobody. What is stale is no state.
+function places(status, stale) {
+  const members = status.members.map(({ name, state, id, lag, voter }) => ({ name, state: stale ? 'UNKNOWN' : state, id, lag, voter }));
   const asking = (status.membership.requests ?? []).map(({ name }) => ({ name, state: 'REQUEST_JOIN' }));
   const taken = [...members, ...asking].slice(0, CLUSTER_SIZE);
   return [...taken, ...Array(CLUSTER_SIZE - taken.length).fill({ name: 'free place', state: null })];
@@ -72,11 +72,11 @@ function spoken(all, primary) {
   const parts = all.filter((place) => place.state).map((place) => `${place.name} is ${place.state}`);
   const free = all.filter((place) => !place.state).length;
   if (free > 0) parts.push(`${count(free, 'place is', 'places are')} free`);
-  return `Clients reach ${primary < 0 ? 'nobody' : all[primary].name}. ${listed(parts)}.`;
+  return `Clients reach ${primary < 0 ? 'nobody, as far as is known' : all[primary].name}. ${listed(parts)}.`;
 }
 
-export function picture(status, searching) {
-  const all = places(status);
+export function picture(status, { searching, stale }) {
+  const all = places(status, stale);
   const primary = searching ? -1 : all.findIndex((place) => place.state === 'PRIMARY');
   const links = all.map((place, at) =>
     primary >= 0 && at !== primary && place.id !== undefined ? copyLink(primary, at, place) : null,

@@ -1,19 +1,23 @@
 // Manage > System > High Availability: the cluster, live. Owns what is shown of a status, and the conditions under which a
-// button can be pressed; what the buttons do is in cluster-actions.js.
+// button can be pressed; what the buttons do is in cluster-actions.js. Must never show what was so as if it still were.
 
 import * as actions from './cluster-actions.js';
 import { chart, picture } from './cluster-picture.js';
 import { list } from './api.js';
 import { h, show } from './dom.js';
-import { live, subscribe } from './live.js';
-import { announce, badge, button, card, copyButton, page, table, toast, when } from './parts.js';
-import { bytes, CLUSTER_SIZE, count, lastContact, span, stateWords, time, tolerance } from './words.js';
+import { age, live, subscribe } from './live.js';
+import { announce, badge, button, card, copyButton, page, statusPages, table, toast, when } from './parts.js';
+import { ago, bytes, clock, CLUSTER_SIZE, count, lastContact, nothing, span, stateWords, time, tolerance } from './words.js';
 
 // The roles that may have the join line.
 const INSTALLERS = ['admin', 'operator', 'defenderManager'];
 const EVENTS = 20;
 // The API gives no more at once.
 const MOST = 400;
+// A change of a state is written into the history a moment later; the stream says when, but there may be none.
+const WRITTEN = 2_500;
+// A join line that was just made may be missing from a status that was on its way.
+const ON_ITS_WAY = 3_000;
 
 // A failure of what was asked by a button without a dialog.
 async function attempt(work) {
@@ -32,8 +36,16 @@ function headline(status, facts) {
   return 'No failure is tolerated at the moment: the loss of one more host stops the Console.';
 }
 
+// Instead of the banner: what is below was so once.
+function past() {
+  return h('div', { class: 'banner bad', 'data-key': 'banner', role: 'status' },
+    h('strong', {}, 'Unknown: no PRIMARY answers.'),
+    ` Below is what was so at ${clock(live.asOf)}`, h('span', { 'aria-hidden': 'true' }, `, ${ago(age())}`), '.');
+}
+
 // Honest about what could happen next, and about what to do.
 function banner(status, now) {
+  if (live.stale) return past();
   const facts = tolerance(status, now);
   const good = facts.complete && facts.survives > 0;
   const kind = good ? (status.warnings.length > 0 ? 'notice' : 'good') : status.members.length === 1 ? 'notice' : 'bad';
@@ -49,8 +61,8 @@ function banner(status, now) {
 function lagCell(member, status) {
   if (member.id === status.primary) return h('span', { class: 'quiet' }, '–');
   const size = member.lag_bytes === null || member.lag_bytes === undefined ? 'size unknown' : bytes(member.lag_bytes);
-  const known = member.state !== 'DOWN' && member.state !== 'UNKNOWN';
-  const text = known && member.lag === 0 ? 'in step' : `${count(member.lag, 'transaction')}, ${size}`;
+  const known = !live.stale && member.state !== 'DOWN' && member.state !== 'UNKNOWN';
+  const text = (known || live.stale) && member.lag === 0 ? 'in step' : `${count(member.lag, 'transaction')}, ${size}`;
   return h(
     'div',
     { class: 'lag' },
@@ -75,21 +87,34 @@ function nameCell(member, status) {
   return h('span', { class: 'node-name' }, h('strong', {}, member.name), here);
 }
 
+function stateCell(member) {
+  if (live.stale) return h('div', {}, badge('UNKNOWN'), h('div', { class: 'quiet' }, `was ${member.state} at ${clock(live.asOf)}`));
+  if (member.state === 'DOWN') return h('div', {}, badge('DOWN'), h('span', {}, ' unavailable'));
+  return h('div', {}, badge(member.state), h('div', { class: 'quiet' }, words(member)));
+}
+
+// When it was heard of, by the PRIMARY that told so: the time since then counts, too.
+function seen(member, status) {
+  const here = member.id === status.node;
+  if (!live.stale) return here ? h('span', { class: 'quiet' }, '–') : lastContact(member.last_contact_ms);
+  const then = here ? 0 : member.last_contact_ms;
+  return then === null || then === undefined ? 'never' : ago(then + age());
+}
+
 function memberRow(member, status, may) {
   const other = member.id !== status.primary;
   const label = `Remove ${member.name}`;
   const cross = button('✕', () => actions.removeMember(member), { kind: 'cross', 'aria-label': label, title: label });
-  const state = member.state === 'DOWN' ? [badge('DOWN'), h('span', {}, ' unavailable')] : [badge(member.state)];
   return {
     key: `member-${member.id}`,
-    kind: `row-${member.state.toLowerCase()}`,
+    kind: live.stale ? null : `row-${member.state.toLowerCase()}`,
     cells: [
       nameCell(member, status),
-      h('div', {}, state, member.state !== 'DOWN' && h('div', { class: 'quiet' }, words(member))),
+      stateCell(member),
       h('span', { class: 'mono' }, member.address),
       member.version || '–',
       lagCell(member, status),
-      member.id === status.node ? h('span', { class: 'quiet' }, '–') : lastContact(member.last_contact_ms),
+      seen(member, status),
       may && other ? cross : '',
     ],
   };
@@ -125,14 +150,16 @@ const COLUMNS = [
   ['Node', 'name-column'], ['State', 'state-column'], ['Address', 'address-column'], ['Version'], ['Behind', 'lag-column'], ['Last contact'], ['', 'action-column'],
 ];
 
-function nodes(status, may) {
+function nodes(status, { may, statusPort }) {
   const requests = status.membership.requests ?? [];
   const rows = [
     ...status.members.map((member) => memberRow(member, status, may)),
     ...requests.map((request) => requestRow(request, may)),
   ];
   const facts = `Epoch ${status.epoch}. A majority has every transaction up to entry ${status.committed.toLocaleString('en')} of the raft log.`;
-  return card('Nodes', {}, table('Nodes', COLUMNS, rows, ''), h('p', { class: 'quiet foot' }, facts));
+  const pages = statusPages(status, statusPort);
+  return card('Nodes', {}, table('Nodes', COLUMNS, rows, ''), h('p', { class: 'quiet foot' }, facts),
+    pages && h('p', { class: 'quiet foot' }, 'Status pages, which answer without a PRIMARY, too: ', pages));
 }
 
 // Why APPLY cannot be pressed; nothing if it can.
@@ -147,23 +174,41 @@ function applyObstacle(status) {
   return null;
 }
 
+// The line that is shown, as long as it is good: until it is used, revoked or has expired.
+function openLine(status, state, now) {
+  const { line } = state;
+  if (!line) return null;
+  const open = line.until > now && status.membership.invitations.some(({ hash }) => hash === line.id);
+  line.seen ||= open;
+  if (open || (line.until > now && !line.seen && performance.now() - line.at < ON_ITS_WAY)) return line;
+  Object.assign(state, { line: null, closed: true });
+  return null;
+}
+
+function joinLine(line) {
+  return h(
+    'div',
+    { class: 'join-line', 'data-key': line.line },
+    h('code', { id: 'join-line', tabindex: 0 }, line.line),
+    copyButton(line.line, 'Copy'),
+    h('p', { class: 'quiet' }, `Run it as a user who may use sudo. It is good until ${time(line.until)}, or until APPLY.`),
+  );
+}
+
 function joining(status, state, { may, user }, redraw) {
+  if (live.stale) return card('Add hosts', {}, h('p', {}, 'Unknown: no PRIMARY answers. Hosts can join when there is one again.'));
   const requests = status.membership.requests ?? [];
   const obstacle = applyObstacle(status) ?? (may ? null : 'Only an Administrator can admit them.');
   const make = () => attempt(async () => {
-    state.line = await actions.joinLine();
+    Object.assign(state, { line: { ...(await actions.joinLine()), at: performance.now() }, closed: false });
     redraw();
   });
-  const line = state.line && h(
-    'div',
-    { class: 'join-line', 'data-key': state.line.line },
-    h('code', { id: 'join-line', tabindex: 0 }, state.line.line),
-    copyButton(state.line.line, 'Copy'),
-    h('p', { class: 'quiet' }, `Run it as a user who may use sudo. It is good until ${time(state.line.until)}, or until APPLY.`),
-  );
+  const open = openLine(status, state, Date.now() / 1000);
+  const gone = 'The join line that stood here is good no more: it was used, revoked, or has expired.';
+  const line = open ? joinLine(open) : state.closed && h('p', { class: 'quiet' }, gone);
   const step = (text, ...more) => h('li', {}, text, more);
   const complete = requests.length === 0 && status.members.length === CLUSTER_SIZE;
-  const made = button(state.line ? 'Make a new join line' : 'Show the join line', make, { kind: state.line ? 'plain' : 'primary' });
+  const made = button(open ? 'Make a new join line' : 'Show the join line', make, { kind: open ? 'plain' : 'primary' });
   if (complete) return card('Add hosts', {}, h('p', {}, obstacle, ' To replace a host, remove it first (✕), then join another.'));
   const press = button('APPLY', () => actions.apply(requests), {
     kind: 'primary', disabled: obstacle !== null, id: 'apply', 'aria-describedby': 'apply-why',
@@ -199,13 +244,14 @@ function controls(status, now, may) {
 }
 
 function overview(status, now, may) {
-  const searching = live.phase === 'searching';
-  const text = searching ? `${status.name} was PRIMARY` : `${status.name} is PRIMARY`;
+  const { stale } = live;
+  const searching = stale || live.phase === 'searching';
+  const text = searching ? `${status.name} was PRIMARY${stale ? ` at ${clock(live.asOf)}` : ''}` : `${status.name} is PRIMARY`;
   return card(
     'Overview',
     {},
     h('div', { class: 'overview' },
-      picture(status, searching),
+      picture(status, { searching, stale }),
       h('div', {},
         h('p', { class: 'large' }, text),
         h('p', { class: 'quiet' }, `Last change of its role: ${status.reason}`),
@@ -226,9 +272,9 @@ function eventRow(event) {
 }
 
 function history(state) {
-  const rows = state.events.map(eventRow);
-  const more = state.events.length >= state.wanted && state.wanted < MOST && button('Show older ones', state.more);
-  const empty = state.eventsProblem ?? 'Nothing has happened yet.';
+  const rows = (state.events ?? []).map(eventRow);
+  const more = rows.length >= state.wanted && state.wanted < MOST && button('Show older ones', state.more);
+  const empty = state.eventsProblem ?? nothing(live.stale, state.events, 'Nothing has happened yet.');
   return card('History', {}, table('History', [['When', 'time-column'], ['Node', 'name-column'], ['What and why', 'wide-column']], rows, empty), more);
 }
 
@@ -242,7 +288,7 @@ async function loadEvents(state, redraw, wanted = EVENTS) {
   redraw();
 }
 
-// What must have changed for the history to be worth another look.
+// What must have changed for the history to be worth another look, now and when it is written down.
 function mark(status) {
   const members = status.members.map((member) => `${member.id} ${member.state}`).join();
   const { pause, requests } = status.membership;
@@ -258,33 +304,40 @@ function speak(status, before) {
   return states;
 }
 
-export function open(root, { may, user }) {
-  const state = { line: null, events: [], wanted: EVENTS, eventsProblem: null, more: null };
-  let seen = '';
+export function open(root, context) {
+  const { may } = context;
+  const state = { line: null, closed: false, events: null, wanted: EVENTS, eventsProblem: null, more: null };
+  const marks = { status: '', history: live.history };
   let spoken = null;
   let timer = 0;
   const draw = () => {
     const { status } = live;
     const now = Date.now() / 1000;
     const parts = status
-      ? [banner(status, now), overview(status, now, may), nodes(status, may), joining(status, state, { may, user }, draw), history(state)]
-      : [h('p', { class: 'quiet' }, 'Asking the PRIMARY …')];
+      ? [banner(status, now), overview(status, now, may), nodes(status, context), joining(status, state, context, draw), history(state)]
+      : [h('p', { class: 'quiet' }, live.stale ? 'Unknown: no PRIMARY answers.' : 'Asking the PRIMARY …')];
     show(root, page('High Availability', null, parts));
   };
   state.more = () => loadEvents(state, draw, Math.min(MOST, state.wanted + 4 * EVENTS));
+  const load = () => loadEvents(state, draw, state.wanted);
   const changed = () => {
     draw();
-    if (live.status) spoken = speak(live.status, spoken);
-    if (!live.status || live.phase !== 'live' || seen === mark(live.status)) return;
-    seen = mark(live.status);
-    // What has just happened is written down a moment later.
-    clearTimeout(timer);
-    timer = setTimeout(() => loadEvents(state, draw, state.wanted), 700);
+    if (!live.status || live.phase !== 'live' || live.stale) return;
+    spoken = speak(live.status, spoken);
+    const now = mark(live.status);
+    if (marks.status === now && marks.history === live.history) return;
+    if (marks.status !== now) {
+      clearTimeout(timer);
+      timer = setTimeout(load, WRITTEN);
+    }
+    Object.assign(marks, { status: now, history: live.history });
+    load();
   };
   const unsubscribe = subscribe(changed);
   changed();
-  return () => {
+  const close = () => {
     unsubscribe();
     clearTimeout(timer);
   };
+  return { load, close };
 }

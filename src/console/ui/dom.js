@@ -14,6 +14,15 @@ function listen(node, type, listener) {
   node[LISTENERS][type] = listener;
 }
 
+// The only link to another host: to the status page of a member, by its address and port, and only if they are such.
+function statusPage(node, { address, port }) {
+  const host = address.includes(':') ? `[${address}]` : address;
+  if (!/^[\w.:[\]-]+$/.test(host) || !Number.isInteger(port)) return;
+  node.setAttribute('href', `http://${host}:${port}/status`);
+  node.setAttribute('target', '_blank');
+  node.setAttribute('rel', 'noopener noreferrer');
+}
+
 function set(node, name, value) {
   if (value === null || value === undefined || value === false) return;
   if (name.startsWith('on')) {
@@ -22,8 +31,10 @@ function set(node, name, value) {
   } else if (name === 'swatch') {
     // The only style that comes from data, and only if it is a colour.
     if (/^#[0-9a-f]{6}$/i.test(value)) node.style.backgroundColor = value;
+  } else if (name === 'statusPage') {
+    statusPage(node, value);
   } else if (name === 'href' && !/^(#|\/(?![/\\]))/.test(value)) {
-    throw new TypeError('links lead to this page or to this host');
+    throw new TypeError('links lead to this page, to this host, or to the status page of a member');
   } else if (name === 'style' || name === 'src') {
     throw new TypeError(`${name} is not for data`);
   } else {

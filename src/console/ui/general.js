@@ -13,10 +13,11 @@ export function open(root) {
   let system = {};
   function draw() {
     const { status } = live;
+    const unknown = live.stale ? 'unknown: no PRIMARY answers' : '–';
     const known = [
-      ['Version', system.version ?? status?.version ?? '–'],
-      ['This node', status?.name ?? '–'],
-      ['Cluster', status?.cluster ?? '–'],
+      ['Version', system.version ?? status?.version ?? unknown],
+      ['This node', status?.name ?? unknown],
+      ['Cluster', status?.cluster ?? unknown],
       ['High availability', system.haEnabled === false ? 'off' : 'on'],
     ];
     show(root, page('General', null, card('This Console', {}, facts(known))));
@@ -31,4 +32,5 @@ export function open(root) {
   }
   draw();
   load();
+  return { draw, load };
 }

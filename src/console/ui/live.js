@@ -1,17 +1,19 @@
-// The cluster as it is: follows the stream of the PRIMARY's status. Owns the search for the new PRIMARY when it does not
-// answer any more: through the same host name, with the same session.
+// The cluster as it is: follows the stream of the PRIMARY's status. Owns the age of what is known, and the search for the new
+// PRIMARY when it does not answer any more: through the same host name, with the same session.
 
 import { HEADERS, send } from './api.js';
 
 // The daemon sends a status at least every half second, so this much silence means that it is gone: a host that has lost
-// its power sends no farewell.
-const SILENCE = 3_000;
+// its power sends no farewell. From then on nothing is shown as if it were so now.
+const SILENCE = 2_000;
+// How often ages are counted on while there is silence.
+const CLOCK = 250;
 // One knock at the door, and the pause to the next.
 const KNOCK = 1_000;
 const PAUSE = 200;
 const ANSWER = 3_000;
 // Without a stream, because there are too many.
-const POLL = 2_000;
+const POLL = 1_000;
 const SAMPLES = 120;
 const BRIEF = 2_000;
 // What somebody who has asked for something waits for at most.
@@ -20,8 +22,13 @@ const LONGEST = 30_000;
 export const live = {
   // opening, live, searching, resting (nobody looks) or off.
   phase: 'off',
-  // The newest status, kept while the PRIMARY does not answer.
+  // The newest status, kept while the PRIMARY does not answer; and when it came, by the clock on the wall.
   status: null,
+  asOf: 0,
+  // No PRIMARY has said anything for a while: what is known was so at `asOf`, and may be otherwise by now.
+  stale: false,
+  // Rises when something was added to the history of the cluster.
+  history: 0,
   // While searching: since when, by performance.now().
   lostAt: 0,
   // Whether the former PRIMARY said goodbye, as at a switchover.
@@ -35,7 +42,9 @@ export const live = {
 const subscribers = new Set();
 let onExpired = () => {};
 let controller = null;
+// By performance.now(), which no change of the time of day moves. Of the newest status, or of the beginning without one.
 let heardAt = 0;
+let clock = 0;
 
 // Calls `listener` at every change until the function that is returned is called.
 export function subscribe(listener) {
@@ -52,10 +61,26 @@ function enter(phase) {
   publish();
 }
 
+// Since when somebody looks at the page.
+let awakeAt = 0;
+
+// Milliseconds since the PRIMARY was heard of.
+export const age = () => performance.now() - heardAt;
+
+// Ages go on while nothing comes: this is what turns the page grey, and back.
+function count() {
+  const stale = live.phase !== 'off' && age() >= SILENCE;
+  const changed = stale !== live.stale;
+  live.stale = stale;
+  if (stale || changed) publish();
+}
+
 const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 function take(status) {
   live.status = status;
+  live.asOf = Date.now();
+  live.stale = false;
   heardAt = performance.now();
   const known = new Set();
   for (const member of status.members) {
@@ -85,6 +110,10 @@ async function follow(response, own) {
       const lines = event.split('\n');
       const data = lines.filter((line) => line.startsWith('data: ')).map((line) => line.slice(6)).join('\n');
       if (lines[0] === 'event: end') return data;
+      if (lines[0] === 'event: history') {
+        live.history += 1;
+        publish();
+      }
       if (lines[0] !== 'event: status') continue;
       take(JSON.parse(data));
       enter('live');
@@ -95,7 +124,7 @@ async function follow(response, own) {
 // Knocks until somebody answers, then asks who it is. Returns false if the session has ended.
 async function search() {
   const before = live.status;
-  live.lostAt = heardAt || performance.now();
+  live.lostAt = Math.max(heardAt, awakeAt);
   enter('searching');
   while (live.phase === 'searching') {
     try {
@@ -174,7 +203,7 @@ async function run() {
     if (document.hidden) {
       enter('resting');
       await new Promise((resolve) => document.addEventListener('visibilitychange', resolve, { once: true }));
-      heardAt = 0;
+      awakeAt = performance.now();
       continue;
     }
     if (!(await listen())) {
@@ -189,16 +218,19 @@ async function run() {
 export function start(expired) {
   onExpired = expired;
   if (live.phase !== 'off') return;
+  heardAt = performance.now();
+  clock = setInterval(count, CLOCK);
   enter('opening');
   run();
 }
 
 export function stop() {
+  clearInterval(clock);
   live.phase = 'off';
+  live.stale = false;
   live.status = null;
   live.takeover = null;
   live.lags.clear();
-  heardAt = 0;
   controller?.abort();
   publish();
 }

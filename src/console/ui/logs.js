@@ -2,8 +2,9 @@
 
 import { get, list } from './api.js';
 import { h, show } from './dom.js';
+import { live } from './live.js';
 import { button, card, page, table, when } from './parts.js';
-import { time } from './words.js';
+import { nothing, time } from './words.js';
 
 const ROWS = 50;
 const LINES = 500;
@@ -38,7 +39,7 @@ function row(audit, at) {
 export function history(root) {
   const state = { rows: null, total: 0, offset: 0, problem: null };
   function draw() {
-    const empty = state.problem ?? (state.rows ? 'Nothing yet.' : 'Loading …');
+    const empty = state.problem ?? nothing(live.stale, state.rows, 'Nothing yet.');
     const rows = state.rows ?? [];
     const last = state.offset + rows.length;
     const turn = (by) => () => load(Math.max(0, state.offset + by));
@@ -65,10 +66,11 @@ export function history(root) {
   }
   draw();
   load(0);
+  return { draw, load: () => load(state.offset) };
 }
 
 export function consoleLog(root) {
-  let text = 'Loading …';
+  let text = null;
   function draw() {
     show(
       root,
@@ -76,7 +78,7 @@ export function consoleLog(root) {
         'Console log',
         `The last ${LINES} lines of the daemon on this host.`,
         h('div', { class: 'buttons' }, button('Look again', load)),
-        h('pre', { class: 'log', tabindex: 0, 'aria-label': 'Console log' }, text),
+        h('pre', { class: 'log', tabindex: 0, 'aria-label': 'Console log' }, text ?? nothing(live.stale, false)),
       ),
     );
   }
@@ -93,4 +95,5 @@ export function consoleLog(root) {
   }
   draw();
   load();
+  return { draw, load };
 }

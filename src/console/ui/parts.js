@@ -54,7 +54,7 @@ export function form(label, send, fields, { kind = 'primary', cancel } = {}) {
     submit.disabled = false;
   };
   const submit = h('button', { type: 'submit', class: `button ${kind}` }, label);
-  const buttons = h('div', { class: 'buttons' }, submit, cancel && button('Cancel', cancel));
+  const buttons = h('div', { class: 'buttons' }, submit, cancel && button('Cancel', cancel, { 'data-local': true }));
   return h('form', { class: 'form', onsubmit, novalidate: true }, fields, h('p', { class: 'problem', role: 'alert' }), buttons);
 }
 
@@ -88,6 +88,13 @@ export function badge(state) {
 export function when(value) {
   if (!value) return h('span', { class: 'quiet' }, 'never');
   return h('time', {}, time(value));
+}
+
+// Links to the status pages of the members, which answer also where no PRIMARY does; nothing if they have none.
+export function statusPages(status, port) {
+  if (!status || !port) return null;
+  const link = ({ name, address }) => h('a', { statusPage: { address, port } }, name);
+  return status.membership.members.map((member, at) => [at > 0 && ' · ', link(member)]);
 }
 
 export function card(title, attributes, ...children) {

@@ -3,8 +3,9 @@
 
 import { get, post } from './api.js';
 import { h, show } from './dom.js';
+import { live } from './live.js';
 import { announce, button, card, check, field, form, page, toast } from './parts.js';
-import { count } from './words.js';
+import { count, nothing } from './words.js';
 
 const MOST = 3;
 const SEVERITIES = [
@@ -135,6 +136,7 @@ export function open(root) {
     const saved = (logon) => { state.logon = logon; draw(); };
     show(root, page('Settings', null,
       state.problem && h('p', { class: 'problem', role: 'alert' }, state.problem),
+      !state.hooks && !state.problem && h('p', { class: 'empty' }, nothing(live.stale, false)),
       h('div', { class: 'columns' },
         state.hooks && card('Notifications', {}, notifications()),
         state.logon && card('Logins', {}, logins(state.logon, saved)))));
@@ -152,4 +154,6 @@ export function open(root) {
   }
   draw();
   load();
+  // What somebody is about to change is not read anew.
+  return { draw, load: () => state.logon ?? load() };
 }

@@ -2,7 +2,9 @@
 
 import { list, part, post, put, remove } from './api.js';
 import { h, show } from './dom.js';
+import { live } from './live.js';
 import { button, card, confirm, field, form, page, table } from './parts.js';
+import { nothing } from './words.js';
 
 const ROWS = 1000;
 const COLUMNS = [['Tag'], ['Description', 'wide-column'], ['', 'action-column']];
@@ -53,7 +55,7 @@ export function open(root, { user }) {
   };
   const adding = () => form('Add', add, fields());
   function draw() {
-    const empty = state.problem ?? (state.tags ? 'There is no tag yet.' : 'Loading …');
+    const empty = state.problem ?? nothing(live.stale, state.tags, 'There is no tag yet.');
     const rows = (state.tags ?? []).map((tag) => row(tag, load, may));
     show(root, page('Tags', null, may && card('Add a tag', {}, adding()), card('All tags', {}, table('Tags', COLUMNS, rows, empty))));
   }
@@ -68,4 +70,5 @@ export function open(root, { user }) {
   }
   draw();
   load();
+  return { draw, load };
 }

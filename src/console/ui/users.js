@@ -2,8 +2,9 @@
 
 import { get, part, post, put, remove } from './api.js';
 import { h, show } from './dom.js';
+import { live } from './live.js';
 import { button, card, confirm, field, form, page, table, toast, when } from './parts.js';
-import { ROLES } from './words.js';
+import { ROLES, nothing } from './words.js';
 
 const COLUMNS = [['User'], ['Role'], ['Since'], ['', 'action-column']];
 
@@ -80,7 +81,7 @@ export function open(root, { user: me }) {
   ]);
   function draw() {
     const rows = (state.users ?? []).map((user) => row(user, me.username, load));
-    const empty = state.problem ?? (state.users ? 'There is no user.' : 'Loading …');
+    const empty = state.problem ?? nothing(live.stale, state.users, 'There is no user.');
     show(
       root,
       page(
@@ -102,4 +103,5 @@ export function open(root, { user: me }) {
   }
   draw();
   load();
+  return { draw, load };
 }

@@ -73,6 +73,22 @@ export function time(value) {
   return `${day} ${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
 }
 
+// The time of day alone: 21:14:43. From milliseconds since 1970.
+export function clock(ms) {
+  return time(ms / 1000).slice(-8);
+}
+
+// How long ago something was, counted in whole seconds.
+export function ago(ms) {
+  return `${ms < 100_000 ? `${Math.floor(ms / 1000)} s` : span(ms)} ago`;
+}
+
+// What an empty list says: that it is empty only where that is known.
+export function nothing(stale, loaded, empty) {
+  if (stale) return 'Unknown: no PRIMARY answers.';
+  return loaded ? empty : 'Loading …';
+}
+
 export function listed(names) {
   if (names.length < 2) return names.join('');
   return `${names.slice(0, -1).join(', ')} and ${names.at(-1)}`;
