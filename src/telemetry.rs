@@ -453,7 +453,7 @@ pub fn reference() -> String {
     let mut page = String::from(
         "# Metrics\n\nMade from the table in `src/telemetry.rs` by `UPDATE_EXPECT=1 cargo test --test telemetry`. They are \
          at `/metrics` of the Console\n(with `METRICS_TOKEN` or a login) and of the health port of every member \
-         (`HEALTH_PORT`).\n\n| name | type | label | meaning |\n|---|---|---|---|\n",
+         (`HEALTH_PORT`,\nwhere `HEALTH_ALLOW` or the token lets a reader in).\n\n| name | type | label | meaning |\n|---|---|---|---|\n",
     );
     for Metric { name, kind, help, label } in METRICS {
         let kind = match kind {

@@ -74,7 +74,8 @@ impl Report {
 
     fn make(status: &Status, turned: Duration, serves: bool, now: u64) -> Self {
         let fresh = turned < FRESH;
-        let primary = status.primary.and_then(|id| status.membership.get(id)).filter(|_| fresh);
+        let primary = status.primary.and_then(|id| status.membership.get(id));
+        let primary = primary.filter(|_| fresh && status.role != Role::Removed);
         let (verdict, headline, advice) = words(status, turned, serves, now);
         Self {
             name: status.name.clone(),
@@ -229,6 +230,6 @@ pub(super) mod tests {
         let lapsed = report(|_| {}, NOW, false);
         assert!(lapsed.headline.starts_with("NOT SERVING: node1"), "{}", lapsed.headline);
         let removed = report(|status| status.role = Role::Removed, NOW, false);
-        assert!(removed.members.is_empty() && removed.headline.starts_with("REMOVED"), "{removed:?}");
+        assert!(removed.members.is_empty() && removed.console.is_none() && removed.headline.starts_with("REMOVED"), "{removed:?}");
     }
 }
