@@ -230,6 +230,9 @@ pub(super) mod tests {
         let lapsed = report(|_| {}, NOW, false);
         assert!(lapsed.headline.starts_with("NOT SERVING: node1"), "{}", lapsed.headline);
         let removed = report(|status| status.role = Role::Removed, NOW, false);
-        assert!(removed.members.is_empty() && removed.console.is_none() && removed.headline.starts_with("REMOVED"), "{removed:?}");
+        assert!(
+            removed.members.is_empty() && removed.console.is_none() && removed.headline.starts_with("REMOVED"),
+            "{removed:?}"
+        );
     }
 }

@@ -8,8 +8,10 @@ import { HEADERS, send } from './api.js';
 const SILENCE = 2_000;
 // How often ages are counted on while there is silence.
 const CLOCK = 250;
-// One knock at the door, and the pause to the next.
+// One knock at the door, and the pause to the next. A knock that was given up in vain makes the next one longer: where everything
+// is slow, short ones would never be answered.
 const KNOCK = 1_000;
+const LONGEST_KNOCK = 6_000;
 const PAUSE = 200;
 const ANSWER = 3_000;
 // Without a stream, because there are too many.
@@ -126,9 +128,10 @@ async function search() {
   const before = live.status;
   live.lostAt = Math.max(heardAt, awakeAt);
   enter('searching');
+  let patience = KNOCK;
   while (live.phase === 'searching') {
     try {
-      const ping = await fetch('/api/v1/_ping', { cache: 'no-store', signal: AbortSignal.timeout(KNOCK) });
+      const ping = await fetch('/api/v1/_ping', { cache: 'no-store', signal: AbortSignal.timeout(patience) });
       if (ping.ok) {
         const response = await send('GET', '/high-availability', { limit: ANSWER });
         if (response.status === 401) return false;
@@ -138,8 +141,9 @@ async function search() {
           return true;
         }
       }
-    } catch {
+    } catch (error) {
       // Nobody: knock again.
+      if (error.name === 'TimeoutError') patience = Math.min(patience * 1.5, LONGEST_KNOCK);
     }
     publish();
     await wait(PAUSE);
