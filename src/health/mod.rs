@@ -353,7 +353,8 @@ mod tests {
         let sources = Sources { settings: Arc::new(settings), subject };
         let from = SocketAddr::from(([192, 0, 2, 1], 4711));
         let ask = async |path: &str, name: header::HeaderName, value: &str| {
-            let request = Request::get(path).header(name, value).extension(ConnectInfo(from)).body(Body::empty()).unwrap();
+            let request =
+                Request::get(path).header(name, value).extension(ConnectInfo(from)).body(Body::empty()).unwrap();
             let response = answers::for_strangers(sources.clone()).oneshot(request).await.unwrap();
             let (status, body) = (response.status(), response.into_body());
             let text = axum::body::to_bytes(body, 1 << 20).await.unwrap();
