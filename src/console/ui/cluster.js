@@ -178,7 +178,7 @@ function applyObstacle(status) {
 function openLine(status, state, now) {
   const { line } = state;
   if (!line) return null;
-  const open = line.until > now && status.membership.invitations.some(({ hash }) => hash === line.id);
+  const open = line.until > now && (status.membership.invitations ?? []).some(({ hash }) => hash === line.id);
   line.seen ||= open;
   if (open || (line.until > now && !line.seen && performance.now() - line.at < ON_ITS_WAY)) return line;
   Object.assign(state, { line: null, closed: true });

@@ -55,7 +55,14 @@ export function subscribe(listener) {
 }
 
 function publish() {
-  for (const subscriber of subscribers) subscriber(live);
+  for (const subscriber of subscribers) {
+    try {
+      subscriber(live);
+    } catch (error) {
+      // A mistake in one part of the page must not keep it from following the cluster.
+      reportError(error);
+    }
+  }
 }
 
 function enter(phase) {
