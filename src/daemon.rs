@@ -22,7 +22,7 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::{console_tls::ConsoleTls, renewal},
-    cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
+    cluster::{ClusterId, FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
     config::{self, Config, LogFormat, NotifySeverity, Severity},
     control::ControlSocket,
     descriptors,
@@ -184,13 +184,7 @@ impl Parts {
             start::show_start(health, &identity.name, members);
         }
         let log = open_log(config, &data, &identity)?;
-        let snapshot = snapshot.filter(|snapshot| {
-            let ours = snapshot.manifest().membership.cluster == identity.cluster;
-            if !ours {
-                warn!("a snapshot of another cluster waits in snapshot.ready of the data folder: it is not installed");
-            }
-            ours
-        });
+        let snapshot = snapshot.filter(|snapshot| is_of(snapshot, identity.cluster));
         let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
         let version = PROGRAM_VERSION;
         events.record(Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name)));
@@ -420,6 +414,15 @@ impl Parts {
         let membership = self.handle.membership().borrow().clone();
         ConsoleTls::open(&self.config.data_folder, self.identity.node, &membership, local_names)
     }
+}
+
+/// Whether a snapshot is one of this cluster; says so if it is not.
+fn is_of(snapshot: &Ready, cluster: ClusterId) -> bool {
+    let ours = snapshot.manifest().membership.cluster == cluster;
+    if !ours {
+        warn!("a snapshot of another cluster waits in snapshot.ready of the data folder: it is not installed");
+    }
+    ours
 }
 
 /// How this process of the node ends.
