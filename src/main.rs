@@ -5,10 +5,10 @@ mod administrator;
 mod daemon;
 mod joining;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
-use twistlock_ha::{config, dev, events::notify, guard, recover};
+use twistlock_ha::{config, dev, events::notify, guard, recover, telemetry};
 
 /// Active/passive high availability for a management Console with a replicated SQLite database.
 #[derive(Parser)]
@@ -40,6 +40,9 @@ enum Command {
 
 /// The command line is wrong (sysexits).
 const EX_USAGE: u8 = 64;
+
+/// How long a panic may take to be reported.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|first| first == guard::SUBCOMMAND) {
@@ -76,6 +79,12 @@ fn main() -> ExitCode {
 fn die_of_panics() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
+        // Nobody may read what is reported; the process ends in any case.
+        let _ = std::thread::Builder::new().spawn(|| {
+            std::thread::sleep(LAST_WORDS);
+            std::process::abort();
+        });
+        telemetry::flush();
         report(panic);
         std::process::abort();
     }));

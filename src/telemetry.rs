@@ -1,5 +1,7 @@
 //! Log lines to standard error, and the numbers for Prometheus: owns the one table of metric names.
-//! Must never open a port, and must never depend on another module of ours.
+//! Must never open a port, must never depend on another module of ours, and never makes whoever logs wait for a reader.
+
+mod lines;
 
 mod repeats;
 
@@ -7,10 +9,12 @@ use std::{
     collections::VecDeque,
     fmt::{self as text, Write},
     io::IsTerminal,
-    sync::{Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     thread,
     time::{Duration, SystemTime},
 };
+
+pub use lines::flush;
 
 use anyhow::{Context, Result};
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -38,7 +42,8 @@ pub enum Format {
     Json,
 }
 
-/// Sends the process's log lines to standard error, from now on.
+/// Sends the process's log lines to standard error, from now on: through a bounded queue, and nobody waits for its other end.
+/// [`flush`] belongs before each end of the process.
 ///
 /// Under systemd (`JOURNAL_STREAM` is set) lines carry no time and no colour: the receiver adds its own time. Libraries
 /// speak only when they are one step more severe than `level`.
@@ -48,7 +53,7 @@ pub enum Format {
 pub fn init(format: Format, level: Level) -> Result<()> {
     let received = std::env::var_os("JOURNAL_STREAM").is_some();
     let colour = !received && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(colour);
+    let lines = fmt::layer().with_writer(lines::start().context("start the log")?).with_ansi(colour);
     let (filter, handle) = reload::Layer::new(EnvFilter::try_new(filter(level)).context("build the log filter")?);
     let log = registry().with(filter).with(repeats::Repeats).with(Recent);
     match (format, received) {
@@ -67,7 +72,8 @@ pub fn init(format: Format, level: Level) -> Result<()> {
 pub const RECENT_LINES: usize = 2000;
 /// Longest text of a line that is kept, in bytes; the rest is cut.
 const RECENT_TEXT: usize = 2048;
-static RECENT: Mutex<VecDeque<Line>> = Mutex::new(VecDeque::new());
+/// Held for moments only: the consensus loop logs, too.
+static RECENT: Mutex<VecDeque<Arc<Line>>> = Mutex::new(VecDeque::new());
 
 /// One line of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
@@ -83,7 +89,9 @@ pub struct Line {
 /// The last lines of this process's log, the oldest first.
 pub fn recent(lines: usize) -> Vec<Line> {
     let recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
-    recent.iter().skip(recent.len().saturating_sub(lines)).cloned().collect()
+    let last: Vec<_> = recent.iter().skip(recent.len().saturating_sub(lines)).cloned().collect();
+    drop(recent);
+    last.iter().map(|line| Line::clone(line)).collect()
 }
 
 /// Keeps the last lines in memory, for whoever cannot read the host's log.
@@ -100,7 +108,7 @@ impl<S: Subscriber> Layer<S> for Recent {
         if recent.len() >= RECENT_LINES {
             recent.pop_front();
         }
-        recent.push_back(line);
+        recent.push_back(Arc::new(line));
     }
 }
 
@@ -189,6 +197,12 @@ pub const ROLLBACK_ENTRIES: &str = "twistlock_rollback_entries_total";
 pub const ROLLBACK_TRANSACTIONS: &str = "twistlock_rollback_transactions_total";
 /// Gauge: 1 while the disk of this node is full.
 pub const DISK_FULL: &str = "twistlock_disk_full";
+/// Gauge: how the disk of this node does: 0 good, 1 slow, 2 it fails or does not answer.
+pub const DISK_TROUBLE: &str = "twistlock_disk_trouble";
+/// Gauge, seconds: for how long the oldest file operation has not come back.
+pub const DISK_WAIT: &str = "twistlock_disk_wait_seconds";
+/// Counter: file operations that failed, though not for want of space.
+pub const DISK_FAILURES: &str = "twistlock_disk_failures_total";
 /// Counter: processes of other members that were proven dead by a refused connection.
 pub const PEER_DEATHS: &str = "twistlock_peer_deaths_total";
 /// Counter, label `class`: messages that did not fit into the queue to a member.
@@ -283,6 +297,9 @@ pub const SCRUB_PROGRESS: &str = "twistlock_scrub_progress_ratio";
 pub const SCRUB_SUCCESS: &str = "twistlock_scrub_last_success_timestamp_seconds";
 /// Counter: scrubs that found the database file damaged.
 pub const SCRUB_FAILURES: &str = "twistlock_scrub_failures_total";
+
+/// Counter: lines of the log that whoever reads standard error was too slow for.
+pub const LOG_LINES_LOST: &str = "twistlock_log_lines_lost_total";
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -406,6 +423,9 @@ pub const METRICS: &[Metric] = &[
     metric(WAL_BYTES, Kind::Gauge, "Bytes of the -wal file of the PRIMARY; 0 elsewhere."),
     metric(CHECKPOINT_AGE, Kind::Gauge, "Seconds for which the last checkpoint has lacked something; 0 if it has all."),
     metric(DISK_FREE, Kind::Gauge, "Bytes that are free in the file system of the data folder."),
+    metric(DISK_TROUBLE, Kind::Gauge, "How the disk of this node does: 0 good, 1 slow, 2 it fails or does not answer."),
+    metric(DISK_WAIT, Kind::Gauge, "Seconds for which the oldest file operation of this node has not come back."),
+    metric(DISK_FAILURES, Kind::Counter, "File operations of this node that failed, though not for want of space."),
     metric(CONSOLE_CONNECTIONS, Kind::Gauge, "Connections to the Console of this node."),
     metric(
         CONNECTIONS_REFUSED,
@@ -446,6 +466,11 @@ pub const METRICS: &[Metric] = &[
         "When a scrub has found nothing wrong last, or else this process began, in seconds since 1970.",
     ),
     metric(SCRUB_FAILURES, Kind::Counter, "Scrubs that found the database file damaged."),
+    metric(
+        LOG_LINES_LOST,
+        Kind::Counter,
+        "Lines of the log that were dropped because whoever reads standard error was too slow.",
+    ),
 ];
 
 /// The table above as a page for people.

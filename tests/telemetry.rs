@@ -2,8 +2,9 @@
 
 use std::{
     env, fs,
+    io::{self, BufRead, BufReader, Read},
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use tracing::Level;
@@ -26,6 +27,55 @@ fn child() {
     telemetry::set_level(Level::WARN);
     tracing::info!(target: "twistlock_ha::node", "too quiet from now on");
     assert!(telemetry::init(format, Level::INFO).is_err(), "the second set-up");
+    telemetry::flush();
+}
+
+/// Far more than a pipe and the queue take.
+const FLOOD: usize = 20_000;
+
+/// Logs far more than anybody reads, says so, and ends when it may: when it is the child.
+#[test]
+fn flooding_child() {
+    if env::var(SAMPLE).as_deref() != Ok("flood") {
+        return;
+    }
+    telemetry::init(Format::Human, Level::INFO).expect("the first set-up");
+    for number in 0..FLOOD {
+        tracing::info!(target: "twistlock_ha::node", number, "one of many");
+    }
+    println!("\nall are logged");
+    io::stdin().read_to_end(&mut Vec::new()).expect("the end of the input");
+    tracing::info!(target: "twistlock_ha::node", "the last line");
+    telemetry::flush();
+}
+
+/// The consensus loop logs, too: a pipe that nobody reads must not stop it.
+#[test]
+fn whoever_logs_does_not_wait_for_a_reader_and_nothing_is_lost_in_silence() {
+    let mut child = Command::new(env::current_exe().expect("this program"))
+        .args(["--exact", "flooding_child", "--nocapture"])
+        .env(SAMPLE, "flood")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("run the child");
+    let mut out = BufReader::new(child.stdout.take().expect("its output"));
+    assert!(out.by_ref().lines().map_while(Result::ok).any(|line| line == "all are logged"), "it stands still");
+    let (mut read, mut told, mut last) = (0, 0, String::new());
+    for line in BufReader::new(child.stderr.take().expect("its log")).lines().map_while(Result::ok) {
+        read += usize::from(line.contains("one of many"));
+        if line.contains("lines of the log were dropped") {
+            let lines = line.rsplit("lines=").next().and_then(|number| number.parse::<usize>().ok());
+            told += lines.expect("how many");
+            child.stdin.take();
+        }
+        last = line;
+    }
+    out.read_to_end(&mut Vec::new()).expect("the rest of its output");
+    assert!(child.wait().expect("its end").success());
+    assert!(told > 0 && read + told == FLOOD, "{read} were read and {told} are said to be dropped");
+    assert!(last.ends_with("the last line"), "{last}");
 }
 
 fn sample(format: &str, under_systemd: bool) -> String {
