@@ -66,6 +66,8 @@ const EX_TEMPFAIL: u8 = 75;
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// How long a start from a fetched database may take, as in the systemd unit.
 const LONG_START: Duration = Duration::from_secs(30 * 60);
+/// A status that is not renewed for so long comes from a loop that stands still.
+const STANDSTILL: Duration = Duration::from_secs(2);
 /// How long the end of the port guard process may take.
 const GUARD_LIMIT: Duration = Duration::from_secs(2);
 
@@ -94,9 +96,17 @@ pub(crate) fn run(path: &Path) -> ExitCode {
     }
     if let Err(why) = descriptors::raise() {
         error!("cannot start: {why}");
+        telemetry::flush();
         return ExitCode::from(EX_UNAVAILABLE);
     }
-    match live(path, &loaded.config) {
+    let code = end(live(path, &loaded.config));
+    telemetry::flush();
+    code
+}
+
+/// Says how the process ends, or begins it again.
+fn end(exit: Result<Exit>) -> ExitCode {
+    match exit {
         Ok(Exit::Stopped) => ExitCode::SUCCESS,
         Ok(Exit::Fatal(why)) => {
             error!(reason = why, "the node ends itself: a restart begins from what is durable");
@@ -134,6 +144,7 @@ fn begin_again() -> ExitCode {
     descriptors::restore();
     let mut command = Command::new("/proc/self/exe");
     command.arg0(arguments.next().unwrap_or_else(|| "twistlockd".into())).args(arguments);
+    telemetry::flush();
     let error = command.exec();
     error!(%error, "the program cannot be started again from within");
     ExitCode::from(EX_TEMPFAIL)
@@ -526,7 +537,14 @@ async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
     if let Some(usual) = watchdog.and_then(|limit| u32::try_from(limit.as_micros()).ok()) {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::WatchdogUsec(usual)]);
     }
-    while status.changed().await.is_ok() {
+    loop {
+        match tokio::time::timeout(STANDSTILL, status.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return,
+            // A loop that waits for the disk is not mended by a new process, which would wait for the same disk.
+            Err(_) if node::trouble().is_none() => continue,
+            Err(_) => {}
+        }
         let now = status.borrow_and_update().clone();
         let line = format!("{} in epoch {}: {}", now.role, now.epoch, now.reason);
         if line != shown {

@@ -23,6 +23,12 @@
 //! entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
 //! [`supervisor`] sees the role and opens the ports.
 //!
+//! A failing disk's way: each operation on a file of the data folder registers in a small table while it runs
+//! ([`storage::watch`]). The consensus loop looks at it with each tick. It never waits for a disk itself: what has to be synced
+//! goes to a thread of its own. A PRIMARY with an operation that failed or does not come back closes its ports and lets another
+//! member begin, if the reports of the others name one whose disk works; its own database may be closed when the disk answers
+//! again. A SECONDARY with such a disk stands back, and acknowledges nothing that it has not on disk.
+//!
 //! A viewer's way: the browser gets the page ([`console`], `src/console/ui`), logs in, and follows the status as a stream of
 //! events. When the stream breaks off, the page knocks at the same host name until a PRIMARY opens; the session is in the
 //! replicated database, so that nobody logs in again. While there is none, the page is grey and dated, and leads to the status
@@ -95,7 +101,9 @@
 //!    carries the checksum that proves it.
 //! 5. **Derived state.** The raft log is the truth; `-wal` and `-shm` are a cache, deleted at every start and demotion.
 //! 6. **Persist before send.** [`cluster::Output`] has its fields in the order in which they are carried out. The one
-//!    exception is an answer to a heartbeat, which promises no entry.
+//!    exception is an answer to a heartbeat, which promises no entry. What came into force of the membership is on disk before
+//!    anything of a later number counts as durable, and before a checkpoint passes its entry: a start from before comes by
+//!    that entry again, and raft campaigns only when it has.
 //! 7. **Secrets stay.** A private key never leaves its host; without a certificate of the cluster's CA nothing joins, reads
 //!    or votes.
 //!

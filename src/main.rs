@@ -5,10 +5,10 @@ mod administrator;
 mod daemon;
 mod joining;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use twistlock_ha::{config, dev, events::notify, guard, recover, telemetry};
+use twistlock_ha::{config, dev, events::notify, guard, recover};
 
 /// Active/passive high availability for a management Console with a replicated SQLite database.
 #[derive(Parser)]
@@ -42,7 +42,7 @@ enum Command {
 const EX_USAGE: u8 = 64;
 
 /// How long a panic may take to be reported.
-const LAST_WORDS: Duration = Duration::from_secs(3);
+const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(3);
 
 fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|first| first == guard::SUBCOMMAND) {
@@ -84,7 +84,7 @@ fn die_of_panics() {
             std::thread::sleep(LAST_WORDS);
             std::process::abort();
         });
-        telemetry::flush();
+        twistlock_ha::telemetry::flush();
         report(panic);
         std::process::abort();
     }));

@@ -2,7 +2,6 @@
 //! Must never open a port, must never depend on another module of ours, and never makes whoever logs wait for a reader.
 
 mod lines;
-
 mod repeats;
 
 use std::{

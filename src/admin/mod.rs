@@ -31,7 +31,7 @@ use thiserror::Error;
 
 use crate::{
     cluster::{Change, Membership, NodeId},
-    node::{ChangeError, Handle, Status},
+    node::{ChangeError, Handle, Status, trouble},
 };
 
 pub use certificates::{Certificates, Custom, MAX_UPLOAD};
@@ -43,6 +43,8 @@ use attempts::Attempts;
 /// How often a change is tried again while another one is under way, and how far apart: one second in all.
 const PATIENCE: u32 = 40;
 const PACE: Duration = Duration::from_millis(25);
+/// A consensus loop that has not turned for so long stands still.
+const STANDSTILL: Duration = Duration::from_secs(1);
 
 /// A future behind a pointer, as traits that are used behind a pointer return it.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -150,9 +152,18 @@ impl Admin {
         }
     }
 
-    /// The latest picture of this node and what it knows of the others.
+    /// The latest picture of this node and what it knows of the others. It says so if it is old.
     pub fn status(&self) -> Arc<Status> {
-        self.handle.status().borrow().clone()
+        let status = self.handle.status().borrow().clone();
+        let silent = self.handle.pulse().age();
+        if silent < STANDSTILL {
+            return status;
+        }
+        let why = trouble().unwrap_or_else(|| "the process gets no time, or waits for something".to_owned());
+        let mut old = Status::clone(&status);
+        old.warnings
+            .push(format!("this node stands still, and what it shows is {:.1} s old: {why}", silent.as_secs_f64()));
+        Arc::new(old)
     }
 
     /// The newest membership that this node knows: newer than that of a status, has every change whose outcome is known.

@@ -82,8 +82,8 @@ pub struct Output {
     pub send: Vec<Message>,
     /// 4. What to append to the raft log.
     pub persist: Option<Persist>,
-    /// 5. Changes of the configuration that are in force now, oldest first: to be made durable before raft is told
-    ///    anything else.
+    /// 5. Changes of the configuration that are in force now, oldest first: to be made durable before [`Cluster::persisted`] is
+    ///    called with the number of `persist`, which is there then.
     pub configured: Vec<Configured>,
     /// 6. Everything up to here is in the logs of a majority: waiting commits may be released.
     pub committed: u64,
@@ -425,10 +425,15 @@ impl<S: Storage> Cluster<S> {
     /// Planned handover: the caller has drained the ports. Leadership goes over once the database is closed.
     /// It goes to `to`, or else to the member that has most. Does nothing while takeover is paused: nobody would take it.
     pub fn hand_over(&mut self, now: u64, to: Option<NodeId>) {
+        self.hand_over_because(now, to, Cause::Handover);
+    }
+
+    /// The same for another reason: what cannot go on here is still good enough to let another member begin at once.
+    pub fn hand_over_because(&mut self, now: u64, to: Option<NodeId>, cause: Cause) {
         self.observe(now);
         if matches!(self.phase, Phase::Promoting | Phase::Primary) && !self.is_takeover_paused(now) {
             self.handover = Some(Handover { until: now + self.timing.handover, other: u64::MAX, to });
-            self.enter(Cause::Handover);
+            self.enter(cause);
         }
     }
 

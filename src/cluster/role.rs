@@ -86,6 +86,8 @@ pub enum Cause {
     OutcomeUnknown,
     /// The database could not be opened, or failed while in use.
     DatabaseFailed,
+    /// The disk of this host fails, or does not answer.
+    DiskFailed,
     DatabaseClosed,
     /// The cluster relies on what this program does not have.
     Outdated,
@@ -119,6 +121,8 @@ pub const TRANSITIONS: &[Transition] = &[
         "gives up before its ports were open: another node is being elected"),
     edge(Phase::Promoting, Cause::DatabaseFailed, Phase::Demoting,
         "gives up before its ports were open: the database cannot be opened here"),
+    edge(Phase::Promoting, Cause::DiskFailed, Phase::Demoting,
+        "gives up before its ports were open: the disk of this host fails or does not answer"),
     edge(Phase::Promoting, Cause::Handover, Phase::Demoting,
         "gives up before its ports were open: it was asked to stop"),
     edge(Phase::Promoting, Cause::OutcomeUnknown, Phase::Demoting,
@@ -135,6 +139,8 @@ pub const TRANSITIONS: &[Transition] = &[
         "closes its ports: the outcome of a transaction is unknown here, the cluster's raft log decides it"),
     edge(Phase::Primary, Cause::DatabaseFailed, Phase::Demoting,
         "closes its ports: the database failed on this host"),
+    edge(Phase::Primary, Cause::DiskFailed, Phase::Demoting,
+        "closes its ports: the disk of this host fails or does not answer"),
     edge(Phase::Demoting, Cause::DatabaseClosed, Phase::Secondary,
         "is secondary: ports, workload and database are closed and its raft log is the truth again"),
 ];

@@ -10,6 +10,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::store::StoreError;
+use crate::node::trouble;
 
 /// Why a request failed. Every 4xx is definite: nothing was changed.
 #[derive(Debug, Error)]
@@ -82,11 +83,11 @@ impl From<StoreError> for ApiError {
             // Usual while the primary role moves, so no warning.
             StoreError::Unavailable(error) => {
                 tracing::info!("a request found the database not available: {error}");
-                Self::Unavailable("the database is not available at the moment".into())
+                Self::Unavailable(trouble().unwrap_or_else(|| "the database is not available at the moment".into()))
             }
             StoreError::Unknown(error) => {
                 tracing::info!("the outcome of a write is unknown: {error}");
-                Self::Unknown("the cluster did not confirm the write in time".into())
+                Self::Unknown(trouble().unwrap_or_else(|| "the cluster did not confirm the write in time".into()))
             }
             StoreError::Setting(..) => {
                 tracing::error!("{error}");

@@ -193,6 +193,9 @@ struct Body {
     primary: Option<String>,
     lag: u64,
     warnings: usize,
+    /// What is the matter with the disk of this host, if something is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk: Option<String>,
 }
 
 impl Body {
@@ -206,6 +209,7 @@ impl Body {
             primary: status.primary.and_then(member).map(|member| member.name.clone()),
             lag: status.committed.saturating_sub(status.applied),
             warnings: status.warnings.len(),
+            disk: crate::node::trouble(),
         }
     }
 }
@@ -264,10 +268,14 @@ async fn ready(
     }
     // The checks tell the role.
     claim.make();
-    // A small file is read.
-    let Ok(mut checks) = tokio::task::spawn_blocking(move || checks::all(&sources)).await else {
-        return code(false).into_response();
+    // A small file is read, which a disk in trouble may keep from coming to an end.
+    let checking = tokio::task::spawn_blocking(move || checks::all(&sources));
+    let (checks, trouble) = match tokio::time::timeout(LIVE, checking).await {
+        Ok(Ok(checks)) => (checks, crate::node::trouble()),
+        Ok(Err(_)) => return code(false).into_response(),
+        Err(_) => (Vec::new(), crate::node::trouble().or_else(|| Some("the checks wait for the disk".to_owned()))),
     };
+    let mut checks = checks::with_disk(checks, trouble);
     let ready = checks.iter().all(|check| check.ok);
     checks.retain(|check| verbose || !check.ok);
     (code(ready), Json(json!({ "ready": ready, "checks": checks }))).into_response()

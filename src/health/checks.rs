@@ -66,6 +66,15 @@ fn of_status(status: &Status, serves: bool) -> Vec<Check> {
     checks
 }
 
+/// The same checks with what is the matter with the disk, which the status need not know yet.
+pub(super) fn with_disk(mut checks: Vec<Check>, trouble: Option<String>) -> Vec<Check> {
+    if let Some(trouble) = trouble {
+        checks.retain(|check| check.name != "disk");
+        checks.push(check("disk", false, trouble));
+    }
+    checks
+}
+
 /// `certificates` and `clock`: a clock that is before the beginning of this node's certificate is wrong. Of the Console what
 /// it serves is judged, wherever that is from.
 fn of_certificates(folder: &Path, status: &Status, now: u64) -> [Check; 2] {
@@ -165,6 +174,14 @@ mod tests {
         assert_eq!(harm(|status| status.role = Role::Primary), ["console"]);
         let primary = Status { role: Role::Primary, ..status() };
         assert_eq!(failed(&primary, true), [""; 0]);
+    }
+
+    #[test]
+    fn a_disk_in_trouble_is_told_of_whatever_the_status_says() {
+        let checks = with_disk(of_status(&status(), true), Some("it fails".to_owned()));
+        let failed: Vec<_> = checks.iter().filter(|check| !check.ok).map(|check| &*check.detail).collect();
+        assert_eq!(failed, ["it fails"]);
+        assert_eq!(with_disk(of_status(&status(), true), None).len(), checks.len());
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Changes of the membership on the consensus loop: proposes them, makes those that are in force durable, and lets links
-//! and status follow. Must never let raft go on before a change is on disk.
+//! Changes of the membership on the consensus loop: proposes them, hands those that are in force to the sync thread, and lets
+//! links and status follow. Must never answer for a change that is not on disk, nor wait for the disk itself.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -8,14 +8,14 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
-use super::{Exit, driver::Driver, lease::boottime};
+use super::{driver::Driver, lease::boottime, syncer::Keep};
 use crate::{
     cluster::{
         self, Change, Configured, Membership, NodeId,
         membership::{MAX_ENCODED, Pause},
     },
     peer::Edition,
-    storage::{configuration::Configuration, is_full},
+    storage::configuration::Configuration,
 };
 
 /// Changes that may wait for a majority; raft takes one at a time.
@@ -88,70 +88,50 @@ impl Driver {
         self.carry_out_all();
     }
 
-    /// Makes changes durable that are in force, and lets everything follow them. The membership is written first: see
-    /// [`crate::storage::configuration`].
-    pub(super) fn configured(&mut self, configured: Vec<Configured>) {
+    /// Lets everything follow changes that are in force, and returns what is to be kept of them. Until that is down the database
+    /// makes no checkpoint: a start from before comes by these entries again, as one that has not heard of them yet. Whoever
+    /// asked for a change waits for the disk, and so does what this node promises from here on.
+    pub(super) fn configured(&mut self, configured: Vec<Configured>) -> Keep {
+        let mut keep = Keep::default();
+        if configured.is_empty() {
+            return keep;
+        }
+        self.applier.pin(true);
         for Configured { index, conf, membership } in configured {
-            let changed = membership.is_some();
-            let written = membership.map_or(Ok(()), |membership| {
-                let configuration = Configuration { index, membership };
-                let written = configuration.write(&self.config.data);
-                self.config.configuration = configuration;
-                self.note_written(&written);
-                written
-            });
-            if let Err(error) = written
-                && !self.waits_for_space(&error)
-            {
-                self.exit = Some(Exit::Fatal(format!("keep the membership: {error}")));
-                return;
+            if let Some(membership) = membership {
+                self.config.configuration = Configuration { index, membership };
+                keep.membership = Some(self.config.configuration.clone());
+                self.follow_membership();
             }
             if let Some(conf) = conf {
                 info!(index, voters = ?conf.voters, joint = ?conf.voters_outgoing, learners = ?conf.learners, "the voters change");
-                if let Err(error) = self.log.set_applied_conf(conf, index) {
-                    self.exit = Some(Exit::Fatal(format!("keep the configuration: {error}")));
-                    return;
-                }
-            }
-            if changed {
-                self.follow_membership();
-                let membership = self.members.borrow().clone();
-                self.changes.release(index, &membership);
+                keep.conf = Some((conf, index));
             }
         }
+        keep
     }
 
-    /// True if only space is missing for the membership: it is in the raft log and in force, and its file follows when there is
-    /// space. Until then the database makes no checkpoint, so that a start from here would come by the entry again.
-    fn waits_for_space(&mut self, error: &std::io::Error) -> bool {
-        if !is_full(error) {
-            return false;
-        }
-        if !std::mem::replace(&mut self.unwritten, true) {
+    /// What was to be kept is down, but for a membership that there was no space for: `unwritten`.
+    pub(super) fn kept(&mut self, unwritten: bool, all: bool) {
+        let index = self.config.configuration.index;
+        if unwritten && !self.unwritten {
             warn!("the disk is full: the membership in force is kept in memory until there is space for its file");
+        } else if self.unwritten && !unwritten {
+            info!(index, "the membership in force is in its file again");
         }
-        self.applier.pin(true);
-        true
-    }
-
-    /// The membership in force is in its file, whatever was before.
-    fn note_written(&mut self, written: &std::io::Result<()>) {
-        if written.is_ok() && std::mem::take(&mut self.unwritten) {
-            self.applier.pin(false);
-            info!(index = self.config.configuration.index, "the membership in force is in its file again");
+        self.unwritten = unwritten;
+        if all {
+            self.applier.pin(unwritten);
+            // It is in the raft logs of a majority: it is safe without its file, too.
+            let membership = self.members.borrow().clone();
+            self.changes.release(index, &membership);
         }
     }
 
     /// Writes the membership that could not be written for want of space.
     pub(super) fn write_membership_again(&mut self) {
-        if !self.unwritten {
-            return;
-        }
-        let written = self.config.configuration.write(&self.config.data);
-        self.note_written(&written);
-        match written {
-            Err(error) if !is_full(&error) => self.exit = Some(Exit::Fatal(format!("keep the membership: {error}"))),
-            _ => {}
+        if self.unwritten && self.syncer.is_idle() {
+            self.syncer.keep_again(self.config.configuration.clone());
         }
     }
 

@@ -24,27 +24,23 @@ use super::{
     Exit, NodeConfig, Pulse,
     applier::Applier,
     configure::Changes,
+    disk::Disk,
     inbox::{DatabaseEvent, Input, Piece, Proposal, Waiting},
     lease::boottime,
     publisher::Publisher,
     rollback::{self, Rollback},
     space::Space,
-    syncer::Syncer,
+    syncer::{Done, Keep, Syncer},
     throttle::Throttle,
     upgrade::Upgrade,
 };
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
 const INPUTS_PER_TURN: usize = 64;
-/// Longest append, in bytes, that a secondary syncs on the loop itself: two thread hops less on the commit path.
-const INLINE_SYNC_BYTES: usize = 128 << 10;
-/// A sync slower than this (microseconds) moves to the sync thread for a while.
-const SLOW_SYNC: u64 = 10_000;
 /// Committed entries that are not in the database yet, beyond which another node should rather become primary.
 const MUCH_BEHIND: u64 = 1000;
 /// How long a node whose database could not be opened leaves the role to others, in nanoseconds.
 const UNFIT: u64 = 10_000_000_000;
-const INLINE_SYNC_PENALTY: Duration = Duration::from_secs(2);
 
 pub(super) struct Driver {
     pub cluster: Cluster<RaftLog>,
@@ -58,6 +54,7 @@ pub(super) struct Driver {
     pub waiting: Waiting,
     pub rollback: Rollback,
     pub space: Space,
+    pub disk: Disk,
     pub changes: Changes,
     pub upgrade: Upgrade,
     pub throttle: Throttle,
@@ -78,7 +75,6 @@ pub(super) struct Driver {
     pub handed_over: Option<oneshot::Sender<()>>,
     /// The demotion that the database thread has to answer.
     pub demotion: Option<u64>,
-    pub inline_sync_after: Instant,
     /// Tells others that the loop turns.
     pub pulse: Pulse,
     pub exit: Option<Exit>,
@@ -107,6 +103,7 @@ impl Driver {
                 if self.publisher.tick(&mut self.links) {
                     self.measure();
                 }
+                self.watch_disk();
                 self.watch_database();
                 self.watch_stall();
                 self.applier.nudge();
@@ -145,9 +142,9 @@ impl Driver {
     }
 
     /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done; one with a
-    /// full disk could not write.
+    /// full disk, or one that does not work, could not write.
     fn prefer_others_while_indisposed(&mut self) {
-        let indisposed = self.applier.burden() > MUCH_BEHIND || self.space.is_full();
+        let indisposed = self.applier.burden() > MUCH_BEHIND || self.space.is_full() || self.disk.is_bad();
         self.cluster.set_indisposed(boottime(), indisposed && self.cluster.phase() == Phase::Secondary);
     }
 
@@ -178,7 +175,10 @@ impl Driver {
         if let Err(error) = self.config.lease.set(0) {
             error!(%error, "the port guard could not be told that the lease is over");
         }
-        self.waiting.fail("the node stops");
+        match &exit {
+            Exit::Fatal(why) => self.waiting.fail(&format!("this node ends itself: {why}")),
+            Exit::Stopped | Exit::Restart(_) => self.waiting.fail("the node stops"),
+        };
         self.changes.fail();
         self.publisher.fence();
         if matches!(exit, Exit::Stopped | Exit::Restart(_)) {
@@ -199,7 +199,7 @@ impl Driver {
                 self.throttle.heard(&message);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
-                } else if self.space.admits(&self.log, &message) {
+                } else if self.takes_in() && self.space.admits(&self.log, &message) {
                     self.cluster.step(now, message);
                 }
             }
@@ -230,10 +230,7 @@ impl Driver {
         match input {
             Input::Propose(proposal) => self.propose(proposal),
             Input::Settle { reply } => self.waiting.settle(reply, Instant::now()),
-            Input::Synced { number, result, micros } => {
-                self.syncer.note(number);
-                self.synced(number, result, micros);
-            }
+            Input::Synced(done) => self.synced(done),
             Input::Database(event) => self.database_event(event),
             Input::HandOver { to, done } => {
                 self.cluster.hand_over(now, to);
@@ -278,15 +275,19 @@ impl Driver {
         self.carry_out_all();
     }
 
-    fn synced(&mut self, number: u64, result: Result<(), String>, micros: u64) {
+    fn synced(&mut self, done: Done) {
+        let Done { number, request, result, micros, unwritten } = done;
+        let all = self.syncer.note(request);
         metrics::histogram!("twistlock_raft_log_sync_seconds").record(micros as f64 / 1e6);
-        if micros > SLOW_SYNC {
-            self.inline_sync_after = Instant::now() + INLINE_SYNC_PENALTY;
-        }
         match result {
-            Ok(()) => self.cluster.persisted(number),
+            Ok(()) => {
+                if let Some(unwritten) = unwritten {
+                    self.kept(unwritten, all);
+                }
+                self.cluster.persisted(number);
+            }
             // Whatever the kernel dropped is gone: only a restart, which reads the log again, may use it.
-            Err(error) => self.exit = Some(Exit::Fatal(format!("make the raft log durable: {error}"))),
+            Err(why) => self.exit = Some(Exit::Fatal(why)),
         }
     }
 
@@ -376,12 +377,7 @@ impl Driver {
             }
         }
         if let Some(persist) = output.persist {
-            if !output.configured.is_empty() {
-                self.configured(output.configured);
-                if self.exit.is_some() {
-                    return; // raft must not go on with a configuration that is not on disk
-                }
-            }
+            let keep = self.configured(output.configured);
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
             self.applier.appended(bytes);
             if self.rollback.watch(&self.log, &persist.entries) {
@@ -391,7 +387,7 @@ impl Driver {
                 Ok(pending) => {
                     self.space.appended();
                     self.cluster.written();
-                    self.persist(persist.number, persist.must_sync.then_some(pending), bytes);
+                    self.persist(persist.number, persist.must_sync.then_some(pending), keep);
                 }
                 Err(error) => {
                     self.exit = Some(Exit::Fatal(format!("append to the raft log: {error}")));
@@ -406,25 +402,14 @@ impl Driver {
         }
     }
 
-    fn persist(&mut self, number: u64, pending: Option<Pending>, bytes: usize) {
-        let idle = self.syncer.is_idle();
-        match pending {
-            None if idle => self.cluster.persisted(number),
-            // A secondary answers sooner without the hops to another thread and back; the primary has other things to do.
-            Some(pending) if idle && self.may_sync_inline(bytes) => {
-                let start = Instant::now();
-                let result = pending.sync().map_err(|error| error.to_string());
-                self.synced(number, result, start.elapsed().as_micros() as u64);
-            }
-            pending => self.syncer.ask(number, pending),
+    /// Never on the loop itself, on a secondary neither, though its answer would come two thread hops sooner: members that share
+    /// a storage stall together, and the primary would lose its majority and with it the lease.
+    fn persist(&mut self, number: u64, pending: Option<Pending>, keep: Keep) {
+        if pending.is_none() && keep.is_empty() && self.syncer.is_idle() {
+            self.cluster.persisted(number);
+        } else {
+            self.syncer.ask(number, pending, keep);
         }
-    }
-
-    fn may_sync_inline(&self, bytes: usize) -> bool {
-        let follows = matches!(self.cluster.phase(), Phase::Secondary | Phase::Startup);
-        // With a member missing, the primary needs this one's answers: then not even a first slow sync may hold them up.
-        let spare = self.publisher.hears_all();
-        follows && spare && bytes <= INLINE_SYNC_BYTES && Instant::now() >= self.inline_sync_after
     }
 
     fn transition(&mut self, transition: &Transition) {

@@ -13,7 +13,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{CertificateStatus, ChangeError, snapshots, status::SyncProgress};
+use super::{CertificateStatus, ChangeError, snapshots, status::SyncProgress, syncer::Done};
 use crate::{
     cluster::{Change, Membership, NodeId, command, trust::Holdings},
     peer::LinkSender,
@@ -38,11 +38,8 @@ pub(super) enum Input {
     Settle {
         reply: Answer,
     },
-    Synced {
-        number: u64,
-        result: Result<(), String>,
-        micros: u64,
-    },
+    /// What the sync thread was asked for.
+    Synced(Done),
     Database(DatabaseEvent),
     HandOver {
         to: Option<NodeId>,

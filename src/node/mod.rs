@@ -3,6 +3,7 @@
 
 mod applier;
 mod configure;
+mod disk;
 mod driver;
 pub mod history;
 mod inbox;
@@ -33,6 +34,7 @@ use tokio::sync::{oneshot, watch};
 
 pub use applier::CheckpointPolicy;
 pub use configure::ChangeError;
+pub use disk::trouble;
 pub use lease::Lease;
 pub use pulse::Pulse;
 pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
@@ -50,6 +52,7 @@ use crate::{
 };
 use applier::{Applier, Copies};
 use configure::Changes;
+use disk::Disk;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
 use publisher::Publisher;
@@ -257,9 +260,10 @@ pub fn spawn(
     let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
     let mut driver = Driver {
-        syncer: Syncer::start(sender.clone())?,
+        syncer: Syncer::start(sender.clone(), config.data.clone(), log.clone())?,
         rollback: Rollback::new(&config, file, sender.clone()),
-        space: Space::new(config.data.clone()),
+        space: Space::start(config.data.clone())?,
+        disk: Disk::new(),
         throttle: Throttle::default(),
         unwritten: false,
         cluster,
@@ -280,7 +284,6 @@ pub fn spawn(
         lacks: 0,
         handed_over: None,
         demotion: None,
-        inline_sync_after: Instant::now(),
         pulse: Pulse::new(),
         exit: None,
     };

@@ -19,12 +19,14 @@ use super::{
 };
 use crate::{
     cluster::{Membership, NodeId, Phase, Role, level::FIRST_LEVEL, role::Transition, trust::Holdings},
-    peer::{Links, More, NodeReport},
+    peer::{Condition, Links, More, NodeReport},
     storage::database::PrimaryDatabase,
 };
 
 /// A member that was not heard of for this long is shown as DOWN.
 const DOWN_AFTER: Duration = Duration::from_secs(1);
+/// For how long a member is not chosen that told of a disk in trouble and has begun again: its new process knows nothing of that.
+const DISK_MEMORY: Duration = Duration::from_secs(20);
 /// Ticks between two reports to the other members, and between two pictures when nothing changes.
 const REPORT_TICKS: u32 = 20;
 
@@ -37,6 +39,8 @@ struct Peer {
     has: u64,
     /// Its process is known to be dead, until something is heard of it again.
     dead: bool,
+    /// When it has last told that its disk is in trouble, and whether it has begun again since then.
+    bad_disk: Option<(Instant, bool)>,
     sync: Option<SyncProgress>,
 }
 
@@ -54,8 +58,9 @@ pub(super) struct Publisher {
     rolling_back: bool,
     /// The disk of this node is full.
     full: bool,
-    /// Bytes that are free there.
+    /// Bytes that are free there, and how that disk does.
     free: Option<u64>,
+    disk: Condition,
     /// What this node has on its disk.
     holds: Holdings,
     /// Why this node is no member any more.
@@ -112,6 +117,7 @@ impl Publisher {
             rolling_back: false,
             full: false,
             free: None,
+            disk: Condition::Good,
             holds: Holdings::default(),
             database: None,
             sender,
@@ -141,6 +147,13 @@ impl Publisher {
             let role = |report: &NodeReport| (report.state, report.epoch, report.full, more(report));
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
             peer.has = peer.has.max(report.applied);
+            peer.bad_disk = match (disk_of(&report), peer.bad_disk) {
+                (Condition::Bad, _) => Some((Instant::now(), false)),
+                (_, Some((at, again))) => {
+                    Some((at, again || report.state == Role::Startup)).filter(|(_, again)| *again)
+                }
+                (_, None) => None,
+            };
             peer.report = Some(report);
         }
     }
@@ -192,17 +205,14 @@ impl Publisher {
         self.shown.1
     }
 
-    /// True if every other member was heard of lately.
-    pub fn hears_all(&self) -> bool {
-        self.peers.values().all(|peer| !peer.dead && peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER))
-    }
-
-    /// The voter with the most that is SECONDARY, has space on its disk and was heard of lately; of equals the first in rank.
+    /// The voter with the most that is SECONDARY, has a disk that works and space on it, and was heard of lately; of equals the first
+    /// in rank.
     pub fn secondary_with_space(&self) -> Option<NodeId> {
         let able = |peer: &&Peer| {
             let heard = peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER);
             let report = peer.report.as_ref();
-            !peer.dead && heard && report.is_some_and(|report| report.state == Role::Secondary && !report.full)
+            let works = peer.bad_disk.is_none_or(|(at, _)| at.elapsed() >= DISK_MEMORY);
+            works && !peer.dead && heard && report.is_some_and(|report| report.state == Role::Secondary && !report.full)
         };
         let voters = self.membership.members.iter().filter(|member| member.voter).map(|member| member.id);
         let lacks = |peer: &Peer| std::cmp::Reverse(peer.report.as_ref().map_or(0, |report| report.applied));
@@ -240,6 +250,13 @@ impl Publisher {
         self.announced.1 = u64::MAX;
     }
 
+    /// How the disk of this node does; the others are told at once.
+    pub fn disk(&mut self, condition: Condition) {
+        self.disk = condition;
+        self.stale = true;
+        self.announced.1 = u64::MAX;
+    }
+
     /// So many bytes are free for the data of this node; the others learn of it with the next report.
     pub fn free(&mut self, free: Option<u64>) {
         self.free = free;
@@ -250,9 +267,14 @@ impl Publisher {
         self.peers.values().map(|peer| peer.has).min().unwrap_or(u64::MAX)
     }
 
+    /// True while a warning of this kind is shown.
+    pub fn warns(&self, about: &'static str) -> bool {
+        self.warnings.contains_key(about)
+    }
+
     /// Sets or takes back a warning of one kind.
     pub fn warn(&mut self, about: &'static str, text: Option<String>) {
-        self.stale = true;
+        self.stale |= self.warnings.get(about) != text.as_ref();
         match text {
             Some(text) => self.warnings.insert(about, text),
             None => self.warnings.remove(about),
@@ -347,7 +369,13 @@ impl Publisher {
                 lease_ms: status.lease_ms,
                 full: self.full,
                 version: status.version.clone(),
-                more: Some(More { level: self.config.level, holds: self.holds, free: self.free }),
+                more: Some(More {
+                    level: self.config.level,
+                    holds: self.holds,
+                    // What comes behind it comes with it.
+                    free: self.free.or((self.disk != Condition::Good).then_some(0)),
+                    disk: Some(self.disk),
+                }),
             };
             links.send_report(*peer, &report);
         }
@@ -357,6 +385,11 @@ impl Publisher {
 /// The feature level of the program that reports: one that says none is of the first.
 fn level_of(report: &NodeReport) -> u32 {
     report.more.map_or(FIRST_LEVEL, |more| more.level)
+}
+
+/// How the disk of a member does, by its report.
+fn disk_of(report: &NodeReport) -> Condition {
+    report.more.and_then(|more| more.disk).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -410,8 +443,10 @@ mod tests {
     #[test]
     fn the_common_level_is_that_of_the_oldest_program_and_needs_everybody() {
         let mut publisher = publisher();
-        let says =
-            |level| NodeReport { more: Some(More { level, holds: Holdings::default(), free: None }), ..report(5) };
+        let says = |level| NodeReport {
+            more: Some(More { level, holds: Holdings::default(), free: None, disk: None }),
+            ..report(5)
+        };
         publisher.report(2, says(9));
         assert_eq!(publisher.common_level(), None, "one was never heard of");
         publisher.report(3, report(5));
@@ -432,6 +467,17 @@ mod tests {
         assert_eq!(publisher.secondary_with_space(), Some(3));
         publisher.report(3, NodeReport { full: true, ..report(900) });
         assert_eq!(publisher.secondary_with_space(), Some(2));
+        let more = |disk| Some(More { level: 2, holds: Holdings::default(), free: Some(9), disk: Some(disk) });
+        let mut tell = |state, disk| {
+            publisher.report(2, NodeReport { state, more: more(disk), ..report(950) });
+            publisher.secondary_with_space()
+        };
+        assert_eq!(tell(Role::Secondary, Condition::Bad), None);
+        assert_eq!(tell(Role::Secondary, Condition::Slow), Some(2), "it says itself that it is over");
+        assert_eq!(tell(Role::Secondary, Condition::Bad), None);
+        assert_eq!(tell(Role::Startup, Condition::Good), None);
+        assert_eq!(tell(Role::Secondary, Condition::Good), None, "a new process does not know");
+        publisher.peers.get_mut(&2).unwrap().bad_disk = None;
         let mut membership = publisher.membership.clone();
         membership.members[1].voter = false;
         publisher.set_membership(&membership);

@@ -27,8 +27,6 @@ use super::{
     inbox::{Input, Sender},
 };
 
-/// Longest tail, in bytes, that is copied on the loop itself.
-const INLINE: u64 = 1 << 20;
 /// How long the status names the file.
 const NOTE: Duration = Duration::from_secs(3600);
 /// The kind of the warning in the status.
@@ -72,25 +70,16 @@ impl Rollback {
         true
     }
 
-    /// The tail was never acknowledged, so safety does not depend on its file. Still it should not get lost: a short one is
-    /// in the page cache before the entries are replaced, so that only a power failure in the next moments can take it.
-    /// The disk is waited for on another thread, and a long tail is copied there, too.
+    /// The tail was never acknowledged, so safety does not depend on its file. Still it should not get lost: what is held stays
+    /// readable in the raft log until it is copied, on a thread of its own, so that only a crash in the next moments can take it.
     fn keep(&mut self, held: Held, epoch: u64) {
         let dropped = held.last() - held.first() + 1;
         metrics::counter!(telemetry::ROLLBACK_ENTRIES).increment(dropped);
         self.noted = Some(Instant::now() + NOTE);
         let (folder, (cluster, node), sender) = (self.data.join(tail::FOLDER), self.owner, self.sender.clone());
         let database = Arc::clone(&self.database);
-        let write = move |held: Held| tail::write(&folder, cluster, node, &held);
-        let started = if held.bytes() <= INLINE {
-            let draft = write(held);
-            thread::Builder::new().name("rollback".to_owned()).spawn(move || finish(draft, &database, epoch, &sender))
-        } else {
-            thread::Builder::new()
-                .name("rollback".to_owned())
-                .spawn(move || finish(write(held), &database, epoch, &sender))
-        };
-        if let Err(error) = started {
+        let keep = move || finish(tail::write(&folder, cluster, node, &held), &database, epoch, &sender);
+        if let Err(error) = thread::Builder::new().name("rollback".to_owned()).spawn(keep) {
             warn!(%error, entries = dropped, "the dropped tail of the raft log cannot be kept: no thread for it");
         }
     }

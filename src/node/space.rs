@@ -2,7 +2,14 @@
 //! again. Must never let raft accept what cannot be written: that would end the process.
 
 use std::{
-    path::PathBuf,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -12,7 +19,10 @@ use tracing::{info, warn};
 
 use crate::{
     cluster::{NodeId, Phase, command::MAX_COMMAND},
-    storage::raft_log::RaftLog,
+    storage::{
+        raft_log::RaftLog,
+        watch::{self, Act, Place},
+    },
     telemetry,
 };
 
@@ -21,18 +31,33 @@ use super::{driver::Driver, lease::boottime};
 /// Less free space than this, in bytes, is a full disk; twice as much is space again.
 const LOW: u64 = 8 << 20;
 /// How often the disk is looked at.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(250);
 /// How long a disk must be full before the role goes to another member.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_millis(200);
+/// A disk that refused something is full for at least this long, whatever it says of its free space.
+const REFUSED: Duration = Duration::from_secs(2);
 /// Not more often than this, or the role would go round when all disks are full.
 const PAUSE: Duration = Duration::from_secs(60);
 /// The kind of the warning in the status.
 const ABOUT: &str = "disk";
 
+/// What the thread that looks at the file system has found.
+#[derive(Default)]
+struct Found {
+    /// Bytes that this process may still use; `u64::MAX`: nobody knows.
+    free: AtomicU64,
+    looks: AtomicU64,
+}
+
 /// What is known about the space of this host.
 pub(super) struct Space {
-    data: PathBuf,
-    looked: Instant,
+    found: Arc<Found>,
+    /// The thread ends with this.
+    _look: SyncSender<()>,
+    /// How many of its looks were taken in.
+    seen: u64,
+    /// How many operations were refused for want of space, and when the last of them was seen.
+    refused: (u64, Option<Instant>),
     full: Option<Instant>,
     given_up: Option<Instant>,
     /// Lengths of the entries that raft has got since the last append.
@@ -42,8 +67,17 @@ pub(super) struct Space {
 }
 
 impl Space {
-    pub fn new(data: PathBuf) -> Self {
-        Self { data, looked: Instant::now(), full: None, given_up: None, taken: Vec::new(), dropped: false }
+    /// Starts the thread that looks: a file system that does not answer must not stop the loop.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn start(data: PathBuf) -> io::Result<Self> {
+        let found = Arc::new(Found { free: AtomicU64::new(u64::MAX), looks: AtomicU64::new(0) });
+        let (look, ended) = sync_channel(1);
+        let theirs = Arc::clone(&found);
+        thread::Builder::new().name("disk-space".to_owned()).spawn(move || keep_looking(&data, &theirs, &ended))?;
+        let (full, given_up, refused) = (None, None, (watch::look().refused, None));
+        Ok(Self { found, _look: look, seen: 0, refused, full, given_up, taken: Vec::new(), dropped: false })
     }
 
     /// False for a message whose entries the raft log has no room for: it counts as lost on the network. Raft sends them again.
@@ -73,12 +107,39 @@ impl Space {
         self.taken.clear();
     }
 
-    /// Bytes that this process may still use.
     fn free(&self) -> Option<u64> {
-        // A question to the kernel's memory: local file systems answer it without touching the disk.
-        let system = statvfs(&self.data).ok()?;
-        let blocks = if geteuid().is_root() { system.blocks_free() } else { system.blocks_available() };
-        Some(blocks * system.fragment_size())
+        Some(self.found.free.load(Ordering::Relaxed)).filter(|free| *free < u64::MAX)
+    }
+
+    /// True if the thread has looked, or an operation was refused, since the last time.
+    fn has_news(&mut self, now: Instant) -> bool {
+        let (looks, refused) = (self.found.looks.load(Ordering::Relaxed), watch::look().refused);
+        let news = looks != self.seen || refused != self.refused.0;
+        if refused != self.refused.0 {
+            self.refused = (refused, Some(now));
+        }
+        self.seen = looks;
+        news
+    }
+
+    fn was_refused(&self, now: Instant) -> bool {
+        self.refused.1.is_some_and(|at| now.duration_since(at) < REFUSED)
+    }
+}
+
+/// Looks as long as somebody wants to know.
+fn keep_looking(data: &Path, found: &Found, ended: &Receiver<()>) {
+    loop {
+        let system = watch::run(Place::Folder, Act::Look, || Ok(statvfs(data)?));
+        let free = system.map_or(u64::MAX, |system| {
+            let blocks = if geteuid().is_root() { system.blocks_free() } else { system.blocks_available() };
+            blocks * system.fragment_size()
+        });
+        found.free.store(free, Ordering::Relaxed);
+        found.looks.fetch_add(1, Ordering::Relaxed);
+        if ended.recv_timeout(LOOK) == Err(RecvTimeoutError::Disconnected) {
+            return;
+        }
     }
 }
 
@@ -86,10 +147,10 @@ impl Driver {
     /// Once per tick.
     pub(super) fn watch_space(&mut self) {
         let now = Instant::now();
-        // At once when the raft log finds none: whoever sends entries has to know.
-        let new = self.log.is_full() && self.space.full.is_none();
-        if new || now.duration_since(self.space.looked) >= LOOK {
-            self.space.looked = now;
+        let news = self.space.has_news(now);
+        // At once when the raft log finds none, or a write was refused: whoever sends entries has to know.
+        let short = self.log.is_full() || self.space.was_refused(now);
+        if news || short && self.space.full.is_none() {
             self.look_at_space(now);
         }
     }
@@ -109,7 +170,7 @@ impl Driver {
         self.write_membership_again();
         let was = self.space.full.is_some();
         let low = if was { 2 * LOW } else { LOW };
-        let full = self.log.is_full() || self.unwritten || free < low;
+        let full = self.log.is_full() || self.unwritten || free < low || self.space.was_refused(now);
         metrics::gauge!(telemetry::DISK_FULL).set(f64::from(u8::from(full)));
         if full != was {
             self.space.full = full.then_some(now);

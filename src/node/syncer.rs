@@ -1,23 +1,66 @@
-//! The thread that waits for the disk, so that the consensus loop need not. One slot: a later request covers the earlier
-//! ones, so the loop never waits for room, however long a sync takes. Must never retry a failed sync.
+//! The thread that waits for the disk, so that the consensus loop need not: entries, votes, and the configuration that came into
+//! force. One slot: a later request covers the earlier ones, so the loop never waits for room, however long a sync takes. Must
+//! never retry a failed sync, and never note who votes before the membership of the same entry is in its file.
 
 use std::{
     io,
+    path::PathBuf,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::Instant,
 };
 
-use crate::storage::raft_log::Pending;
+use raft::eraftpb::ConfState;
+
+use crate::storage::{
+    configuration::Configuration,
+    is_full,
+    raft_log::{LogError, Pending, RaftLog},
+};
 
 use super::inbox::{Input, Sender};
+
+/// What came into force and is to be kept: the newest of each.
+#[derive(Default)]
+pub(super) struct Keep {
+    pub membership: Option<Configuration>,
+    /// Who votes, with the raft index of the entry that says so.
+    pub conf: Option<(ConfState, u64)>,
+}
+
+impl Keep {
+    pub fn is_empty(&self) -> bool {
+        self.membership.is_none() && self.conf.is_none()
+    }
+
+    fn cover(&mut self, newer: Self) {
+        self.membership = newer.membership.or_else(|| self.membership.take());
+        self.conf = newer.conf.or_else(|| self.conf.take());
+    }
+}
+
+/// What a request came to.
+pub(super) struct Done {
+    /// Everything up to here is durable.
+    pub number: u64,
+    /// The request that this answers, and with it all before.
+    pub request: u64,
+    /// Why the process must end, if something failed.
+    pub result: Result<(), String>,
+    /// How long it took.
+    pub micros: u64,
+    /// There was no space for the membership: it is as it was before. None if there was nothing to keep.
+    pub unwritten: Option<bool>,
+}
 
 /// What is to become durable next.
 #[derive(Default)]
 struct Request {
+    id: u64,
     number: u64,
     /// The newest write that has to be on disk for it; none if nothing has to.
     pending: Option<Pending>,
+    keep: Keep,
 }
 
 #[derive(Default)]
@@ -33,21 +76,24 @@ fn lock(slot: &Slot) -> MutexGuard<'_, Option<Request>> {
 
 pub(super) struct Syncer {
     slot: Arc<Slot>,
-    /// Highest number handed over, and highest number reported back.
+    /// The last request that was handed over, the last one with something to keep, and the last one that was reported back.
     asked: u64,
+    keeps: u64,
     done: u64,
+    /// The number of the last request.
+    number: u64,
 }
 
 impl Syncer {
-    /// Starts the thread; it ends with the process or after a failed sync.
+    /// Starts the thread; it ends with the process or after a failed sync. What is to be kept goes to the folder `data`, and to `log`.
     ///
     /// # Errors
     /// When the thread cannot be started.
-    pub fn start(sender: Sender) -> io::Result<Self> {
+    pub fn start(sender: Sender, data: PathBuf, log: RaftLog) -> io::Result<Self> {
         let slot = Arc::new(Slot::default());
-        let shared = Arc::clone(&slot);
-        thread::Builder::new().name("raft-log-sync".to_owned()).spawn(move || run(&shared, &sender))?;
-        Ok(Self { slot, asked: 0, done: 0 })
+        let worker = Worker { slot: Arc::clone(&slot), sender, data, log };
+        thread::Builder::new().name("raft-log-sync".to_owned()).spawn(move || worker.run())?;
+        Ok(Self { slot, asked: 0, keeps: 0, done: 0, number: 0 })
     }
 
     /// True when nothing waits for the disk.
@@ -55,34 +101,80 @@ impl Syncer {
         self.asked == self.done
     }
 
-    /// Asks for everything up to `number` to become durable; `pending` is none if it need not.
-    pub fn ask(&mut self, number: u64, pending: Option<Pending>) {
-        self.asked = number;
+    /// Asks for everything up to `number` to become durable; `pending` is none if no write has to be on disk for it. What is to
+    /// be kept is down before anything of this or a later number is said to be durable.
+    pub fn ask(&mut self, number: u64, pending: Option<Pending>, keep: Keep) {
+        self.asked += 1;
+        self.number = number;
+        if !keep.is_empty() {
+            self.keeps = self.asked;
+        }
         let mut slot = lock(&self.slot);
         let request = slot.get_or_insert_default();
-        request.number = number;
+        (request.id, request.number) = (self.asked, number);
         request.pending = pending.or_else(|| request.pending.take());
+        request.keep.cover(keep);
         drop(slot);
         self.slot.filled.notify_one();
     }
 
-    /// Notes what the thread reported.
-    pub fn note(&mut self, number: u64) {
-        self.done = self.done.max(number);
+    /// Asks once more for a membership that there was no space for.
+    pub fn keep_again(&mut self, membership: Configuration) {
+        self.ask(self.number, None, Keep { membership: Some(membership), conf: None });
+    }
+
+    /// Notes that a request was reported back. True if nothing that is to be kept is left.
+    pub fn note(&mut self, request: u64) -> bool {
+        self.done = self.done.max(request);
+        self.keeps <= self.done
     }
 }
 
-fn run(slot: &Slot, sender: &Sender) {
-    loop {
-        let empty = |request: &mut Option<Request>| request.is_none();
-        let taken = slot.filled.wait_while(lock(slot), empty).unwrap_or_else(PoisonError::into_inner).take();
-        let Some(Request { number, pending }) = taken else { continue };
-        let start = Instant::now();
-        let result = pending.map_or(Ok(()), |pending| pending.sync().map_err(|error| error.to_string()));
-        let micros = start.elapsed().as_micros() as u64;
-        let failed = result.is_err();
-        if !sender.send(Input::Synced { number, result, micros }) || failed {
-            return;
+struct Worker {
+    slot: Arc<Slot>,
+    sender: Sender,
+    data: PathBuf,
+    log: RaftLog,
+}
+
+impl Worker {
+    fn run(self) {
+        loop {
+            let empty = |request: &mut Option<Request>| request.is_none();
+            let slot = &self.slot;
+            let taken = slot.filled.wait_while(lock(slot), empty).unwrap_or_else(PoisonError::into_inner).take();
+            let Some(Request { id, number, pending, keep }) = taken else { continue };
+            let start = Instant::now();
+            let kept = if keep.is_empty() { Ok(None) } else { self.keep(keep).map(Some) };
+            let synced = kept.and_then(|unwritten| {
+                let sync =
+                    |pending: Pending| pending.sync().map_err(|error| format!("make the raft log durable: {error}"));
+                pending.map_or(Ok(()), sync).map(|()| unwritten)
+            });
+            let micros = start.elapsed().as_micros() as u64;
+            let (result, unwritten) = match synced {
+                Ok(unwritten) => (Ok(()), unwritten),
+                Err(why) => (Err(why), None),
+            };
+            let failed = result.is_err();
+            let done = Done { number, request: id, result, micros, unwritten };
+            if !self.sender.send(Input::Synced(done)) || failed {
+                return;
+            }
         }
+    }
+
+    /// The membership first: see [`crate::storage::configuration`]. True if there was no space for it.
+    fn keep(&self, keep: Keep) -> Result<bool, String> {
+        let written = keep.membership.map_or(Ok(()), |membership| membership.write(&self.data));
+        let unwritten = match &written {
+            Err(error) if is_full(error) => true,
+            written => written.as_ref().map(|()| false).map_err(|error| format!("keep the membership: {error}"))?,
+        };
+        if let Some((conf, index)) = keep.conf {
+            let failed = |error: LogError| format!("keep the configuration: {error}");
+            self.log.set_applied_conf(conf, index).map_err(failed)?;
+        }
+        Ok(unwritten)
     }
 }

@@ -51,7 +51,7 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 pub use self::{
-    codec::{LeaseTerms, More, NodeReport, Purpose, Reached, Refusal, RefusalCode},
+    codec::{Condition, LeaseTerms, More, NodeReport, Purpose, Reached, Refusal, RefusalCode},
     connect::{OpenError, open_stream},
     links::{LinkSender, Links, LinksConfig, PeerEvent},
     roster::{Edition, Roster},

@@ -13,6 +13,7 @@ use std::{
     sync::Arc,
 };
 
+use super::watch::{Act, Place, run};
 use crate::descriptors;
 
 const MAGIC: &[u8; 8] = b"TLCKPT01";
@@ -84,11 +85,13 @@ impl Record {
     /// Write and sync errors; the old record is in place then, or the new one.
     pub fn write(&self, path: &Path, database: u32) -> io::Result<()> {
         let fresh = path.with_extension("checkpoint-new");
-        let mut file = descriptors::open(|| File::create(&fresh))?;
-        file.write_all(&self.encode(database))?;
-        file.sync_all()?;
-        fs::rename(&fresh, path)?;
-        sync_folder(path)
+        run(Place::Checkpoint, Act::Write, || {
+            let mut file = descriptors::open(|| File::create(&fresh))?;
+            file.write_all(&self.encode(database))?;
+            file.sync_all()?;
+            fs::rename(&fresh, path)?;
+            sync_folder(path)
+        })
     }
 }
 
@@ -114,7 +117,7 @@ pub struct Saved {
 impl Saving {
     /// Syncs the file, then writes the record.
     pub fn save(self) -> Saved {
-        let synced = self.file.sync_all();
+        let synced = run(Place::Database, Act::Sync, || self.file.sync_all());
         let written = if synced.is_ok() { self.record.write(&self.path, self.database) } else { Ok(()) };
         Saved { record: self.record, synced, written }
     }

@@ -12,6 +12,8 @@ use std::{
 
 use crc_fast::{CrcAlgorithm, Digest};
 
+use super::watch::{Act, Place, run};
+
 /// Bytes read at once when a whole file is checksummed; a multiple of every page size.
 const CHUNK: usize = 1 << 20;
 
@@ -162,7 +164,7 @@ impl PageTable {
 /// Reads like `read_exact_at`, but fills with zeros what lies beyond the end of the file.
 pub(super) fn read_or_zero(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
-        match file.read_at(bytes, offset) {
+        match run(Place::Database, Act::Read, || file.read_at(bytes, offset)) {
             Ok(0) => {
                 bytes.fill(0);
                 return Ok(());

@@ -19,6 +19,7 @@ mod tail_text;
 #[allow(unsafe_code, reason = "SQLite speaks C: this folder is the only place where we do, too")]
 pub mod vfs;
 pub mod wal;
+pub mod watch;
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -39,6 +40,7 @@ use crate::{
     descriptors,
 };
 pub use replica::is_full;
+use watch::{Act, Place};
 
 /// Version of `identity.json` that this program writes.
 pub const IDENTITY_FORMAT: u32 = 1;
@@ -242,13 +244,13 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
         let mut file = descriptors::open(|| options.open(&temporary))?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        fs::rename(&temporary, path)
+        fs::rename(&temporary, path)?;
+        fsync_dir(parent)
     };
-    if let Err(error) = write() {
+    let place = if name == configuration::FILE { Place::Membership } else { Place::Small };
+    watch::run(place, Act::Write, write).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
-        return Err(error);
-    }
-    fsync_dir(parent)
+    })
 }
 
 /// Makes the names in a directory durable: creations, renames and removals.

@@ -13,6 +13,7 @@ use super::{
     backup::Tracking,
     checkpoint::Record,
     checksum::{PageTable, page_checksum},
+    watch::{Act, Place, run},
 };
 use crate::cluster::command::{CommandError, Commit, Pages};
 
@@ -161,7 +162,7 @@ impl Replica {
             self.table = PageTable::empty(last.page_size);
         }
         self.table.resize(commit.database_pages);
-        self.file.set_len(u64::from(commit.database_pages) * u64::from(last.page_size)).map_err(failed)?;
+        self.set_pages(commit.database_pages, last.page_size).map_err(failed)?;
         if let Some(open) = self.unfinished {
             self.write_earlier(open, index - 1, source).map_err(failed)?;
         }
@@ -177,7 +178,11 @@ impl Replica {
     /// Gives the file the size of the database: until the first transaction after a start, a later state that a crash
     /// has thrown away may have left it longer or shorter.
     pub fn trim(&self) -> io::Result<()> {
-        self.file.set_len(u64::from(self.table.pages()) * u64::from(self.table.page_size()))
+        self.set_pages(self.table.pages(), self.table.page_size())
+    }
+
+    fn set_pages(&self, pages: u32, page_size: u32) -> io::Result<()> {
+        run(Place::Database, Act::Resize, || self.file.set_len(u64::from(pages) * u64::from(page_size)))
     }
 
     /// Reads the earlier parts of the transaction again and writes them.
@@ -203,7 +208,8 @@ impl Replica {
             if number > self.table.pages() {
                 return Err(io::Error::other("a page beyond the end of the database"));
             }
-            self.file.write_all_at(image, u64::from(number - 1) * u64::from(part.page_size))?;
+            let offset = u64::from(number - 1) * u64::from(part.page_size);
+            run(Place::Database, Act::Write, || self.file.write_all_at(image, offset))?;
             self.table.set(number, page_checksum(number, image));
             if let Some(copy) = &self.copy {
                 copy.note(number);

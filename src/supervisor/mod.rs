@@ -22,7 +22,8 @@ use self::{
 };
 use crate::{
     guard::{GuardState, PortGuard},
-    node::{Lease, Status, lease::boottime},
+    node::{Lease, Status, lease::boottime, trouble},
+    telemetry,
     workload::{Services, Workload},
 };
 
@@ -337,12 +338,21 @@ impl Supervisor {
         time::Instant::now() + self.config.demotion_deadline
     }
 
-    /// Ends the process when the deadline passes: another node may need us to be gone.
+    /// Ends the process when the deadline passes: another node may need us to be gone. Not while the disk does not answer: the
+    /// ports are closed, the others go on without us, and a new process would wait for the same disk.
     async fn within(&self, deadline: time::Instant, work: impl Future<Output = ()>) {
-        if time::timeout_at(deadline, work).await.is_err() {
+        let (mut work, mut deadline) = (std::pin::pin!(work), deadline);
+        while time::timeout_at(deadline, &mut work).await.is_err() {
             let limit = self.config.demotion_deadline;
-            tracing::error!("the workload did not stop within {limit:?}: ending the process so that it starts anew");
-            std::process::exit(EXIT_DEADLINE);
+            let Some(trouble) = trouble() else {
+                tracing::error!(
+                    "the workload did not stop within {limit:?}: ending the process so that it starts anew"
+                );
+                telemetry::flush();
+                std::process::exit(EXIT_DEADLINE);
+            };
+            tracing::warn!("the workload has not stopped yet: {trouble}");
+            deadline = self.deadline();
         }
     }
 }

@@ -63,9 +63,16 @@ impl Cluster {
     /// The same, with nodes that start again after so many seconds when they were killed ("0": never), in a folder that was
     /// prepared.
     pub fn start_with(restart_after: &str, prepare: impl FnOnce(&Path)) -> Self {
+        Self::start_under(&[], restart_after, prepare)
+    }
+
+    /// The same with more in the environment of all daemons.
+    pub fn start_under(environment: &[(&str, &Path)], restart_after: &str, prepare: impl FnOnce(&Path)) -> Self {
         let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
         prepare(folder.path());
-        Self::start_in(folder, Command::new(env!("CARGO_BIN_EXE_twistlockd")), restart_after)
+        let mut program = Command::new(env!("CARGO_BIN_EXE_twistlockd"));
+        program.envs(environment.iter().copied());
+        Self::start_in(folder, program, restart_after)
     }
 
     /// The same with nodes that may have no more than so many files open.

@@ -28,6 +28,7 @@ mod sampler;
 mod snapshot;
 #[path = "../cli/terminal.rs"]
 mod terminal;
+mod trouble;
 mod upgrade;
 mod writers;
 

@@ -108,6 +108,15 @@ impl Pen {
         post(&client, &self.cluster.nodes[node].console_url, &self.authorization, tag, "") == Outcome::Acknowledged
     }
 
+    /// Writes a tag to a node: the status and the text of its answer, if there is one.
+    pub fn attempt(&self, node: usize, tag: &str) -> Option<(u16, String)> {
+        let client = client(&self.cluster.ca, Duration::from_secs(5));
+        let request = client.post(format!("{}/api/v1/tags", self.cluster.nodes[node].console_url));
+        let body = json!({"name": tag, "color": "#336699", "description": ""});
+        let mut answer = request.header("authorization", &self.authorization).send_json(body).ok()?;
+        Some((answer.status().as_u16(), answer.body_mut().read_to_string().ok()?))
+    }
+
     /// Sends any request to a node: the status and the text of its answer.
     pub fn call(&self, node: usize, method: &str, path: &str, body: Option<Value>) -> (u16, String) {
         let (status, bytes) = self.send(node, method, path, body);

@@ -20,7 +20,7 @@ use twistlock_ha::{
         trust::{Holdings, KeyId},
     },
     peer::{
-        self, LeaseTerms, Links, LinksConfig, More, NodeReport, PeerEvent, Reached, Refusal, RefusalCode,
+        self, Condition, LeaseTerms, Links, LinksConfig, More, NodeReport, PeerEvent, Reached, Refusal, RefusalCode,
         codec::{Frame, Hello, HelloReply},
     },
     pki::Authority,
@@ -52,6 +52,7 @@ fn three_nodes_exchange_messages_and_reports() {
             level: 7,
             holds: Holdings { key: KeyId(1), trusts: KeyId(2), shows: KeyId(3) },
             free: Some(4),
+            disk: Some(Condition::Bad),
         }),
     };
     for node in &nodes {

@@ -1,6 +1,8 @@
 //! A node of the simulation: what of it survives a crash, what does not, and what can happen to it. Must never decide anything.
 
-use raft::eraftpb::Message;
+use std::collections::VecDeque;
+
+use raft::eraftpb::{ConfState, Message};
 use rand::{RngExt, rngs::SmallRng};
 use twistlock_ha::cluster::{Cluster, ClusterId, Member, Membership, membership::Request};
 
@@ -90,8 +92,19 @@ pub struct Node {
     pub released: u64,
     /// When the slowest sync so far will have ended: syncs end in order.
     pub disk_busy: u64,
-    /// The membership in force here, and its index; survives a crash.
+    /// The membership in force here, and its index.
     pub membership: (Membership, u64),
+    /// What came into force and is not on disk yet, oldest first; no checkpoint is made meanwhile.
+    pub keeping: VecDeque<Keep>,
+    /// The membership that survives a crash.
+    pub kept: (Membership, u64),
+}
+
+/// What came into force by one entry: on disk once everything up to the number is.
+pub struct Keep {
+    pub number: u64,
+    pub membership: Option<(Membership, u64)>,
+    pub conf: Option<(ConfState, u64)>,
 }
 
 impl Node {
@@ -117,7 +130,34 @@ impl Node {
             released: 0,
             disk_busy: 0,
             membership: (membership(), 1),
+            keeping: VecDeque::new(),
+            kept: (membership(), 1),
         }
+    }
+
+    /// Everything up to this number is on disk.
+    pub fn keep(&mut self, number: u64) {
+        while let Some(keep) = self.keeping.pop_front_if(|keep| keep.number <= number) {
+            self.kept = keep.membership.unwrap_or_else(|| self.kept.clone());
+            if let Some((conf, index)) = keep.conf {
+                self.log.set_conf(conf, index);
+            }
+        }
+    }
+
+    /// A crash: what was on its way is lost, but for so many of the oldest, and for the membership of the next one, which is written
+    /// before the configuration.
+    pub fn lose(&mut self, survive: usize) {
+        if let Some(number) = self.keeping.iter().take(survive).last().map(|keep| keep.number) {
+            self.keep(number);
+        }
+        if let Some(membership) =
+            self.keeping.front_mut().filter(|_| survive > 0).and_then(|keep| keep.membership.take())
+        {
+            self.kept = membership;
+        }
+        self.keeping.clear();
+        self.membership = self.kept.clone();
     }
 
     pub fn clock(&self, time: u64) -> u64 {

@@ -9,7 +9,7 @@ use raft::eraftpb::{EntryType, Message};
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use twistlock_ha::cluster::{Cause, Change, Cluster, Configured, Newcomer, Output, Phase, Start, Timing, Transition};
 
-use super::node::{Event, MILLI, NEW, Node, OLD, Summary, Waiting, request};
+use super::node::{Event, Keep, MILLI, NEW, Node, OLD, Summary, Waiting, request};
 
 pub struct World {
     timing: Timing,
@@ -126,6 +126,8 @@ impl World {
         node.disk_busy = 0;
         let (survive, part) = (self.rng.random_range(0..4), self.rng.random_range(0..8));
         self.nodes[at].log.crash(survive, part);
+        let survive = self.rng.random_range(0..3);
+        self.nodes[at].lose(survive);
         let dead = self.nodes[at].id;
         for other in (0..self.nodes.len()).filter(|other| *other != at) {
             if self.rng.random_bool(0.8) && !self.cut.contains(&(self.nodes[other].id, dead)) {
@@ -336,10 +338,16 @@ impl World {
         self.drive(at);
     }
 
-    /// What came into force on a node is durable before raft goes on.
-    fn configured(&mut self, at: usize, configured: Configured) {
+    /// What came into force on a node is followed at once, and on its disk before it promises anything behind `number`.
+    fn configured(&mut self, at: usize, number: u64, configured: Configured) {
         let Configured { index, conf, membership } = configured;
-        if let Some(membership) = membership {
+        if let Some(conf) = &conf {
+            assert!(!conf.voters.is_empty() && conf.voters.len() <= 3, "impossible voters {conf:?}");
+        }
+        let membership = membership.map(|membership| (membership, index));
+        let keep = Keep { number, membership: membership.clone(), conf: conf.map(|conf| (conf, index)) };
+        self.nodes[at].keeping.push_back(keep);
+        if let Some((membership, index)) = membership {
             let before = &self.nodes[at].membership.0;
             let new = membership.members.iter().any(|member| member.id as usize > self.nodes.len());
             let first = membership.next_id > before.next_id || membership.removed.len() > before.removed.len();
@@ -362,22 +370,23 @@ impl World {
                 self.schedule(delay, self.nodes.len() - 1, Event::Restart);
             }
         }
-        if let Some(conf) = conf {
-            assert!(!conf.voters.is_empty() && conf.voters.len() <= 3, "impossible voters {conf:?}");
-            self.nodes[at].log.set_conf(conf, index);
-        }
     }
 
     fn hand_over(&mut self, at: usize) {
         let now = self.nodes[at].clock(self.time);
-        let give_up = self.rng.random_bool(0.3);
+        let (give_up, hangs) = (self.rng.random_bool(0.3), self.rng.random_bool(0.3));
         let node = &mut self.nodes[at];
         if let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) {
             if cluster.phase() == Phase::Primary {
                 node.open = false;
                 self.summary.handovers += 1;
             }
-            if give_up { cluster.give_up(now, Cause::DatabaseFailed) } else { cluster.hand_over(now, None) }
+            match give_up {
+                true if hangs => cluster.give_up(now, Cause::DiskFailed),
+                true => cluster.give_up(now, Cause::DatabaseFailed),
+                false if hangs => cluster.hand_over_because(now, None, Cause::DiskFailed),
+                false => cluster.hand_over(now, None),
+            }
         }
         self.drive(at);
     }
@@ -444,6 +453,7 @@ impl World {
             Event::Synced { life: of, number } if of == life => {
                 node.log.sync(number);
                 cluster.persisted(number);
+                node.keep(number);
             }
             Event::Promoted { life: of, epoch } if of == life => cluster.promoted(now, epoch),
             Event::Demoted { life: of } if of == life => {
@@ -487,14 +497,17 @@ impl World {
             self.transition(at, *transition);
         }
         output.send.into_iter().for_each(|message| self.send(message));
-        output.configured.into_iter().for_each(|configured| self.configured(at, configured));
+        let keeps = !output.configured.is_empty();
+        assert!(!keeps || output.persist.is_some(), "nothing says when it is durable");
+        let number = output.persist.as_ref().map_or(0, |persist| persist.number);
+        output.configured.into_iter().for_each(|configured| self.configured(at, number, configured));
         if let Some(persist) = output.persist {
             let node = &mut self.nodes[at];
             node.log.append(persist.number, persist.entries, persist.hard_state);
             let slow = self.rng.random_bool(self.stall);
             let sync = if slow { self.rng.random_range(0..2_000 * MILLI) } else { self.rng.random_range(0..2 * MILLI) };
             let node = &mut self.nodes[at];
-            node.disk_busy = node.disk_busy.max(self.time + if persist.must_sync { sync } else { 0 });
+            node.disk_busy = node.disk_busy.max(self.time + if persist.must_sync || keeps { sync } else { 0 });
             let (delay, life) = (node.disk_busy - self.time, node.life);
             self.schedule(delay, at, Event::Synced { life, number: persist.number });
         }
@@ -541,7 +554,9 @@ impl World {
                 node.open = false;
                 node.waiting.clear();
                 node.released = 0;
-                let delay = self.rng.random_range(MILLI..50 * MILLI);
+                // A disk that does not answer keeps the database from being closed.
+                let longest = if transition.cause == Cause::DiskFailed { 5_000 } else { 50 };
+                let delay = self.rng.random_range(MILLI..longest * MILLI);
                 self.schedule(delay, at, Event::Demoted { life });
             }
             _ => {}
@@ -577,7 +592,7 @@ impl World {
             node.database.extend(value);
             node.applied = index;
         }
-        if self.rng.random_bool(0.02) {
+        if self.rng.random_bool(0.02) && self.nodes[at].keeping.is_empty() {
             let node = &mut self.nodes[at];
             node.checkpoint = (node.database.clone(), node.applied);
         }

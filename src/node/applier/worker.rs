@@ -19,6 +19,7 @@ use super::{
 use crate::{
     cluster::command,
     node::{
+        disk::trouble,
         inbox::{DatabaseEvent, Input, Proposer, Sender},
         lease::boottime,
         scrub::{Finding, Scrub},
@@ -88,6 +89,11 @@ pub(super) struct Worker {
     /// The disk is full: nothing is applied before then.
     full_until: Option<Instant>,
     told_full: bool,
+}
+
+/// A membership is on its way to its file: that takes moments, unless the disk is full.
+fn waits_for_pin(goal: &Goal) -> bool {
+    goal.pinned && !goal.full
 }
 
 impl Worker {
@@ -161,7 +167,7 @@ impl Worker {
             }
             self.report_demotion(&goal);
             self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
-            if goal.snapshots != self.snapshots {
+            if goal.snapshots != self.snapshots && !waits_for_pin(&goal) {
                 self.snapshots = goal.snapshots;
                 self.rest(goal.pinned);
             }
@@ -272,7 +278,8 @@ impl Worker {
             let pause = if self.behind(&goal) { self.pause() } else { None };
             let idle = match goal.epoch {
                 _ if goal.stop || goal.demotion != self.reported_demotion => false,
-                _ if goal.snapshots != self.snapshots || goal.copies != self.copies => false,
+                _ if goal.snapshots != self.snapshots && !waits_for_pin(&goal) => false,
+                _ if goal.copies != self.copies => false,
                 _ if goal.scrubbed != self.scrubbed || goal.full != self.full || goal.saved != self.saved => false,
                 _ if self.epoch != goal.epoch && self.epoch.is_some() => false,
                 Some(epoch) if pause.is_some() => epoch == self.refused,
@@ -379,8 +386,12 @@ impl Worker {
     fn demote(&mut self, goal: &Goal) {
         let start = Instant::now();
         let ms = |start: Instant| start.elapsed().as_millis() as u64;
-        if let Err(error) = self.database.close(start + self.deadline) {
-            return self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis()));
+        while let Err(error) = self.database.close(Instant::now() + self.deadline) {
+            // Another process could not close it sooner, and this one can say what it waits for. The others go on meanwhile.
+            let Some(trouble) = trouble() else {
+                return self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis()));
+            };
+            warn!("the database cannot be closed yet: {trouble}");
         }
         let closed_ms = ms(start);
         self.epoch = None;

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use super::{DOWN_AFTER, Publisher, level_of};
+use super::{DOWN_AFTER, Publisher, disk_of, level_of};
 use crate::{
     cluster::{Cluster, Member, NodeId, Phase, Role, membership::CLUSTER_SIZE},
     node::{
@@ -12,6 +12,7 @@ use crate::{
         measure,
         status::{MemberStatus, Status},
     },
+    peer::Condition,
     storage::raft_log::RaftLog,
 };
 
@@ -150,6 +151,15 @@ impl Publisher {
                 "{} ({}) is not heard of: start twistlockd there, or check the host and its network; {cost}",
                 member.name, member.address
             ));
+        }
+        for member in status.members.iter().filter(|member| !matches!(member.state, Role::Down | Role::Unknown)) {
+            let condition = self.peers.get(&member.id).and_then(|peer| peer.report.as_ref()).map(disk_of);
+            if condition == Some(Condition::Bad) {
+                sentences.push(format!(
+                    "the disk of {} fails or does not answer: `twistcli ha status` on that host says more",
+                    member.name
+                ));
+            }
         }
         if let Some(pause) = &status.membership.pause
             && pause.in_force(unix_now())

@@ -37,7 +37,21 @@ pub struct More {
     pub free: Option<u64>,
     /// What the node has on its disk.
     pub holds: Holdings,
+    /// How its disk does; none without `free`, and from a program that does not tell.
+    pub disk: Option<Condition>,
 }
+
+/// How the disk of a node does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Condition {
+    #[default]
+    Good,
+    Slow,
+    /// It fails, or does not answer: the node should not become primary.
+    Bad,
+}
+
+const CONDITIONS: [Condition; 3] = [Condition::Good, Condition::Slow, Condition::Bad];
 
 /// Encodes a report with its length field.
 ///
@@ -53,7 +67,7 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
     writer.u64(report.lease_ms.unwrap_or_default());
     writer.0.push(u8::from(report.full));
     writer.bytes(report.version.as_bytes(), MAX_VERSION, "program version")?;
-    if let Some(More { level, holds, free }) = &report.more {
+    if let Some(More { level, holds, free, disk }) = &report.more {
         writer.u32(*level);
         for KeyId(id) in [holds.key, holds.trusts, holds.shows] {
             writer.0.extend_from_slice(&id.to_le_bytes());
@@ -62,6 +76,7 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
         // with it.
         if let Some(free) = free {
             writer.u64(*free);
+            writer.0.extend(disk.map(|disk| disk as u8));
         }
     }
     writer.finish()
@@ -82,7 +97,10 @@ fn decode_more(reader: &mut Reader<'_>) -> Result<More, CodecError> {
     let level = reader.u32()?;
     let mut id = || Ok(KeyId(u128::from_le_bytes(reader.array()?)));
     let holds = Holdings { key: id()?, trusts: id()?, shows: id()? };
-    Ok(More { level, holds, free: reader.optional(Reader::u64)? })
+    let free = reader.optional(Reader::u64)?;
+    let known = |code: u8| CONDITIONS.get(usize::from(code)).copied().ok_or(Malformed("unknown condition of a disk"));
+    let disk = reader.optional(Reader::u8)?.map(known).transpose()?;
+    Ok(More { level, holds, free, disk })
 }
 
 pub(super) const ROLES: [Role; 10] = [

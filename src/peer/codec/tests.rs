@@ -104,10 +104,14 @@ fn refusal() -> impl Strategy<Value = Refusal> {
 
 fn report() -> impl Strategy<Value = NodeReport> {
     let lease = proptest::option::of(any::<u64>());
-    let free = proptest::option::of(any::<u64>());
+    let condition = prop_oneof![Just(Condition::Good), Just(Condition::Slow), Just(Condition::Bad)];
+    let free = proptest::option::of((any::<u64>(), proptest::option::of(condition)));
     let more = proptest::option::of((any::<u32>(), any::<[u128; 3]>(), free)).prop_map(|more| {
         let holds = |[key, trusts, shows]: [KeyId; 3]| Holdings { key, trusts, shows };
-        more.map(|(level, ids, free)| More { level, holds: holds(ids.map(KeyId)), free })
+        more.map(|(level, ids, free)| {
+            let (free, disk) = free.map_or((None, None), |(free, disk)| (Some(free), disk));
+            More { level, holds: holds(ids.map(KeyId)), free, disk }
+        })
     });
     (0..ROLES.len(), any::<[u64; 3]>(), lease, any::<bool>(), ("[0-9.]{0,64}", more)).prop_map(
         |(role, [epoch, applied, committed], lease_ms, full, (version, more))| {
@@ -185,7 +189,7 @@ proptest! {
         let complete = match &frame {
             Frame::Hello(hello) => hello.level.is_some(),
             Frame::HelloReply(reply) => !matches!(reply, HelloReply::Accepted(None)),
-            Frame::Report(report) => report.more.is_some_and(|more| more.free.is_some()),
+            Frame::Report(report) => report.more.is_some_and(|more| more.disk.is_some()),
             Frame::Raft(_) => true,
         };
         bytes.extend_from_slice(&more);
@@ -285,7 +289,7 @@ fn a_program_without_levels_is_spoken_to_as_before() {
 #[test]
 fn a_program_that_tells_no_free_space_is_understood_and_understands() {
     let (state, version) = (Role::Secondary, "1".to_owned());
-    let of = |free| NodeReport {
+    let of = |free, disk| NodeReport {
         state,
         epoch: 1,
         applied: 2,
@@ -293,13 +297,19 @@ fn a_program_that_tells_no_free_space_is_understood_and_understands() {
         lease_ms: None,
         full: false,
         version: version.clone(),
-        more: Some(More { level: 2, holds: Holdings::default(), free }),
+        more: Some(More { level: 2, holds: Holdings::default(), free, disk }),
     };
-    let (old, new) = (encode_report(&of(None)).unwrap(), encode_report(&of(Some(5 << 30))).unwrap());
-    assert_eq!(old.len(), LENGTH + 1 + 1 + 24 + 9 + 1 + 4 + 1 + 4 + 48, "what they send");
-    assert_eq!(Frame::decode(&old[LENGTH..]), Ok(Frame::Report(of(None))));
-    assert_eq!(new[LENGTH..][..old.len() - LENGTH], old[LENGTH..], "what they read of ours comes first");
-    assert_eq!(Frame::decode(&new[LENGTH..]), Ok(Frame::Report(of(Some(5 << 30)))));
+    let sent = [of(None, None), of(Some(5 << 30), None), of(Some(5 << 30), Some(Condition::Slow))];
+    let bytes = sent.each_ref().map(|report| encode_report(report).unwrap());
+    assert_eq!(bytes[0].len(), LENGTH + 1 + 1 + 24 + 9 + 1 + 4 + 1 + 4 + 48, "what they send");
+    // Those after them told it, but not how the disk does.
+    assert_eq!([bytes[1].len(), bytes[2].len()], [bytes[0].len() + 8, bytes[0].len() + 9]);
+    for (report, bytes) in sent.into_iter().zip(&bytes) {
+        assert_eq!(Frame::decode(&bytes[LENGTH..]), Ok(Frame::Report(report)));
+    }
+    for (old, new) in bytes.iter().zip(&bytes[1..]) {
+        assert_eq!(new[LENGTH..][..old.len() - LENGTH], old[LENGTH..], "what they read of ours comes first");
+    }
 }
 
 #[test]

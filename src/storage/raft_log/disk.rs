@@ -10,7 +10,10 @@ use std::{
 
 use crate::{
     descriptors,
-    storage::{fsync_dir, make_private_dir},
+    storage::{
+        fsync_dir, make_private_dir,
+        watch::{Act, Place, run},
+    },
 };
 
 /// Where the files of a raft log are.
@@ -49,7 +52,7 @@ pub trait DiskFile: Send + Sync {
     fn size(&self) -> io::Result<u64>;
 }
 
-/// The real file system. Files have mode 0600 and are not inherited by child processes.
+/// The real file system, under the [watch](crate::storage::watch). Files have mode 0600 and are not inherited by child processes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RealDisk;
 
@@ -61,24 +64,25 @@ impl Disk for RealDisk {
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(true).mode(0o600);
-        let file = descriptors::open(|| options.open(path))?;
-        Ok(Box::new(file))
+        Ok(Box::new(run(Place::RaftLog, Act::Open, || descriptors::open(|| options.open(path)))?))
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(descriptors::open(|| OpenOptions::new().read(true).write(true).open(path))?))
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        Ok(Box::new(run(Place::RaftLog, Act::Open, || descriptors::open(|| options.open(path)))?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)
+        run(Place::RaftLog, Act::Rename, || fs::rename(from, to))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        fs::remove_file(path)
+        run(Place::RaftLog, Act::Remove, || fs::remove_file(path))
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        fsync_dir(dir)
+        run(Place::RaftLog, Act::Sync, || fsync_dir(dir))
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
@@ -90,15 +94,15 @@ impl Disk for RealDisk {
 
 impl DiskFile for File {
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        self.read_exact_at(bytes, offset)
+        run(Place::RaftLog, Act::Read, || self.read_exact_at(bytes, offset))
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.write_all_at(bytes, offset)
+        run(Place::RaftLog, Act::Write, || self.write_all_at(bytes, offset))
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        File::sync_data(self)
+        run(Place::RaftLog, Act::Sync, || File::sync_data(self))
     }
 
     fn size(&self) -> io::Result<u64> {

@@ -13,7 +13,10 @@ use std::{
 use libsqlite3_sys as sqlite;
 use sqlite::{sqlite3_file, sqlite3_int64, sqlite3_io_methods, sqlite3_vfs};
 
-use crate::storage::gate::{Code, Gate, Stop, WalFile};
+use crate::storage::{
+    gate::{Code, FULL, Gate, Stop, WalFile},
+    watch::{self, Act, Place},
+};
 
 /// File control of our own: this connection makes the checkpoints. SQL cannot send it.
 pub(super) const FCNTL_CHECKPOINTER: c_int = 0x5457_4c01;
@@ -28,6 +31,15 @@ const SHM_FRAMES: usize = 16;
 pub(super) enum Kind {
     Database,
     Wal,
+}
+
+impl Kind {
+    fn place(self) -> Place {
+        match self {
+            Self::Database => Place::Database,
+            Self::Wal => Place::Wal,
+        }
+    }
 }
 
 /// An open file, in front of the real one.
@@ -90,8 +102,15 @@ pub(super) unsafe fn open(
         }
         // The database exists already: it is the first entry of the raft log.
         let flags = if kind == Kind::Database { flags & !sqlite::SQLITE_OPEN_CREATE } else { flags };
+        let running = watch::begin(kind.place(), Act::Open);
         let code = open(real, name, below, flags, out_flags);
+        drop(running);
         if code != sqlite::SQLITE_OK {
+            // There is no file yet to ask; this is the last error of the calls that it is made of.
+            let errno = (*real).xGetLastError.map_or(0, |last| last(real, 0, ptr::null_mut()));
+            if errno != 0 {
+                watch::failed(kind.place(), Act::Open, errno);
+            }
             if let Some(close) = (*below).pMethods.as_ref().and_then(|methods| methods.xClose) {
                 close(below);
             }
@@ -128,15 +147,34 @@ macro_rules! real {
     }};
 }
 
+/// Runs an operation of the real file under the watch, and tells it of a failure with the kernel's own number.
+unsafe fn watched(file: *mut sqlite3_file, place: Place, act: Act, operation: impl FnOnce() -> c_int) -> c_int {
+    let running = watch::begin(place, act);
+    let code = operation();
+    drop(running);
+    if code == FULL {
+        watch::refused();
+    } else if code & 0xff == sqlite::SQLITE_IOERR && code != sqlite::SQLITE_IOERR_SHORT_READ {
+        let mut errno: c_int = 0;
+        let out = (&raw mut errno).cast::<c_void>();
+        // SAFETY: an open file, and an integer to write.
+        unsafe { real!(file, xFileControl, sqlite::SQLITE_NOTFOUND, sqlite::SQLITE_FCNTL_LAST_ERRNO, out) };
+        watch::failed(place, act, errno);
+    }
+    code
+}
+
 /// The real file below a shim, for the gate.
-struct Real(*mut sqlite3_file);
+struct Real(*mut sqlite3_file, Place);
 
 impl WalFile for Real {
     fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Code> {
         // SAFETY: the pointer is that of the call in progress; the buffer is as long as said.
         let code = unsafe {
             let (data, length) = (bytes.as_mut_ptr().cast(), bytes.len() as c_int);
-            real!(self.0, xRead, sqlite::SQLITE_IOERR_READ, data, length, offset as sqlite3_int64)
+            watched(self.0, self.1, Act::Read, || {
+                real!(self.0, xRead, sqlite::SQLITE_IOERR_READ, data, length, offset as sqlite3_int64)
+            })
         };
         if code == sqlite::SQLITE_OK { Ok(()) } else { Err(code) }
     }
@@ -145,7 +183,9 @@ impl WalFile for Real {
         // SAFETY: as above.
         let code = unsafe {
             let (data, length) = (bytes.as_ptr().cast(), bytes.len() as c_int);
-            real!(self.0, xWrite, sqlite::SQLITE_IOERR_WRITE, data, length, offset as sqlite3_int64)
+            watched(self.0, self.1, Act::Write, || {
+                real!(self.0, xWrite, sqlite::SQLITE_IOERR_WRITE, data, length, offset as sqlite3_int64)
+            })
         };
         if code == sqlite::SQLITE_OK { Ok(()) } else { Err(code) }
     }
@@ -167,7 +207,10 @@ unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
 
 unsafe extern "C" fn read(file: *mut sqlite3_file, data: *mut c_void, length: c_int, offset: sqlite3_int64) -> c_int {
     // SAFETY: passed on unchanged.
-    unsafe { real!(file, xRead, sqlite::SQLITE_IOERR_READ, data, length, offset) }
+    unsafe {
+        let place = shim(file).kind.place();
+        watched(file, place, Act::Read, || real!(file, xRead, sqlite::SQLITE_IOERR_READ, data, length, offset))
+    }
 }
 
 unsafe extern "C" fn write(
@@ -181,13 +224,15 @@ unsafe extern "C" fn write(
         let shim = shim(file);
         if shim.kind == Kind::Database {
             if shim.checkpointer && shim.copying {
-                return real!(file, xWrite, sqlite::SQLITE_IOERR_WRITE, data, length, offset);
+                return watched(file, Place::Database, Act::Write, || {
+                    real!(file, xWrite, sqlite::SQLITE_IOERR_WRITE, data, length, offset)
+                });
             }
             shim.gate.refuse("a write to the database file outside a checkpoint".into());
             return sqlite::SQLITE_IOERR_WRITE;
         }
         let bytes = slice::from_raw_parts(data.cast::<u8>(), length as usize);
-        match shim.gate.wal_write(&mut Real(file), offset as u64, bytes) {
+        match shim.gate.wal_write(&mut Real(file, Place::Wal), offset as u64, bytes) {
             Ok(()) => sqlite::SQLITE_OK,
             Err(Stop::File(code)) => code,
             Err(Stop::Gate) => sqlite::SQLITE_IOERR_WRITE,
@@ -206,7 +251,8 @@ unsafe extern "C" fn truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c
                 return sqlite::SQLITE_IOERR_TRUNCATE;
             }
         }
-        real!(file, xTruncate, sqlite::SQLITE_IOERR_TRUNCATE, size)
+        let place = shim.kind.place();
+        watched(file, place, Act::Resize, || real!(file, xTruncate, sqlite::SQLITE_IOERR_TRUNCATE, size))
     }
 }
 
@@ -305,7 +351,9 @@ unsafe extern "C" fn shm_map(
 ) -> c_int {
     // SAFETY: passed on; SQLite keeps the mapping until `xShmUnmap`.
     unsafe {
-        let code = real!(file, xShmMap, sqlite::SQLITE_IOERR_SHMMAP, region, size, extend, out);
+        let code = watched(file, Place::WalIndex, Act::Open, || {
+            real!(file, xShmMap, sqlite::SQLITE_IOERR_SHMMAP, region, size, extend, out)
+        });
         if code == sqlite::SQLITE_OK && region == 0 && !out.is_null() {
             shim(file).shm = *out;
         }

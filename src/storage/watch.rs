@@ -1,0 +1,307 @@
+//! The one watch over the files of the data folder: every operation on them registers here while it runs, and says how it ended.
+//! Whoever asks learns what does not come back, what was slow and what failed, without touching a file. There is one for the
+//! process, as it has one data folder. Must never wait, and never judge: a role is not its business.
+
+use std::{
+    cell::Cell,
+    fmt, io,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    time::{ClockId, clock_gettime},
+};
+
+/// Operations that are watched at once: more than the threads that have one.
+const SLOTS: usize = 128;
+/// An operation that took longer is noted as slow.
+pub const SLOW: Duration = Duration::from_millis(300);
+
+/// The files of the data folder, as people find them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Place {
+    RaftLog,
+    Wal,
+    WalIndex,
+    Database,
+    Checkpoint,
+    Membership,
+    /// One of the files that are replaced as a whole.
+    Small,
+    /// The file system itself.
+    Folder,
+}
+
+/// What is done with a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Act {
+    Open,
+    Read,
+    Write,
+    Sync,
+    Resize,
+    Rename,
+    Remove,
+    Look,
+}
+
+const PLACES: [Place; 8] = [
+    Place::RaftLog,
+    Place::Wal,
+    Place::WalIndex,
+    Place::Database,
+    Place::Checkpoint,
+    Place::Membership,
+    Place::Small,
+    Place::Folder,
+];
+const ACTS: [Act; 8] = [Act::Open, Act::Read, Act::Write, Act::Sync, Act::Resize, Act::Rename, Act::Remove, Act::Look];
+
+/// One kind of operation; shown as a verb and a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Operation {
+    pub place: Place,
+    pub act: Act,
+}
+
+impl Operation {
+    fn code(self) -> u32 {
+        (self.place as u32) << 8 | self.act as u32
+    }
+
+    fn of(code: u32) -> Self {
+        let at = |index: u32, length: usize| (index as usize).min(length - 1);
+        Self { place: PLACES[at(code >> 8, PLACES.len())], act: ACTS[at(code & 0xff, ACTS.len())] }
+    }
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = match self.act {
+            Act::Open => "open",
+            Act::Read => "read",
+            Act::Write => "write",
+            Act::Sync => "sync",
+            Act::Resize => "resize",
+            Act::Rename => "rename",
+            Act::Remove => "remove",
+            Act::Look => "look at",
+        };
+        let file = match self.place {
+            Place::RaftLog => "a file in raft-log",
+            Place::Wal => "database/console.db-wal",
+            Place::WalIndex => "database/console.db-shm",
+            Place::Database => "database/console.db",
+            Place::Checkpoint => "database/console.checkpoint",
+            Place::Membership => "membership.json",
+            Place::Small => "a small file",
+            Place::Folder => "the data folder",
+        };
+        write!(f, "{verb} {file}")
+    }
+}
+
+/// An operation that took long, or takes long still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slow {
+    pub operation: Operation,
+    pub took: Duration,
+    /// Since its end; zero while it runs.
+    pub ago: Duration,
+}
+
+/// An operation that failed, though not for want of space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub operation: Operation,
+    /// As the kernel numbers it; 0 if nobody said.
+    pub errno: i32,
+    pub ago: Duration,
+}
+
+/// What the watch knows at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// The oldest operation that runs.
+    pub running: Option<Slow>,
+    /// The last operation that was [`SLOW`].
+    pub slow: Option<Slow>,
+    /// The last one that failed.
+    pub failed: Option<Failure>,
+    /// How many have failed, and how many were refused for want of space.
+    pub failures: u64,
+    pub refused: u64,
+}
+
+struct Slot {
+    /// When its operation began; 0: free.
+    since: AtomicU64,
+    operation: AtomicU32,
+}
+
+struct Watch {
+    slots: [Slot; SLOTS],
+    /// Operation, duration and end of the last slow one.
+    slow: Mutex<Option<(Operation, u64, u64)>>,
+    /// Operation, error and moment of the last failure.
+    failed: Mutex<Option<(Operation, i32, u64)>>,
+    failures: AtomicU64,
+    refused: AtomicU64,
+}
+
+static WATCH: Watch = Watch {
+    slots: [const { Slot { since: AtomicU64::new(0), operation: AtomicU32::new(0) } }; SLOTS],
+    slow: Mutex::new(None),
+    failed: Mutex::new(None),
+    failures: AtomicU64::new(0),
+    refused: AtomicU64::new(0),
+};
+
+/// Nanoseconds of a clock that stands still while the host sleeps: nobody waits for a disk then.
+fn now() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every kernel has this clock");
+    (time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64).max(1)
+}
+
+/// Where this thread looks for a free slot first, so that threads are not in each other's way.
+fn home() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local!(static HOME: Cell<usize> = Cell::new(NEXT.fetch_add(1, Ordering::Relaxed) % SLOTS));
+    HOME.with(Cell::get)
+}
+
+/// An operation while it runs: ends when this is dropped.
+pub(super) struct Running {
+    slot: Option<usize>,
+    operation: Operation,
+    since: u64,
+}
+
+/// An operation begins.
+pub(super) fn begin(place: Place, act: Act) -> Running {
+    let (operation, since) = (Operation { place, act }, now());
+    let home = home();
+    let free = |at: &usize| {
+        let slot = &WATCH.slots[*at];
+        slot.since.compare_exchange(0, since, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    };
+    // Without a slot only its length is noted, at its end: so many others hang that this one tells nothing new.
+    let slot = (0..SLOTS).map(|step| (home + step) % SLOTS).find(free);
+    if let Some(slot) = slot {
+        WATCH.slots[slot].operation.store(operation.code(), Ordering::Release);
+    }
+    Running { slot, operation, since }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            WATCH.slots[slot].since.store(0, Ordering::Release);
+        }
+        let end = now();
+        let took = end.saturating_sub(self.since);
+        if took >= SLOW.as_nanos() as u64 {
+            *lock(&WATCH.slow) = Some((self.operation, took, end));
+        }
+    }
+}
+
+/// Runs an operation under the watch.
+///
+/// # Errors
+/// Those of the operation.
+pub fn run<T>(place: Place, act: Act, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let running = begin(place, act);
+    let result = work();
+    drop(running);
+    if let Err(error) = &result {
+        note(Operation { place, act }, error.raw_os_error().unwrap_or(0), error.kind());
+    }
+    result
+}
+
+/// An operation has failed with this error of the kernel.
+pub(super) fn failed(place: Place, act: Act, errno: i32) {
+    note(Operation { place, act }, errno, io::Error::from_raw_os_error(errno).kind());
+}
+
+/// An operation was refused for want of space.
+pub(super) fn refused() {
+    WATCH.refused.fetch_add(1, Ordering::Relaxed);
+}
+
+fn note(operation: Operation, errno: i32, kind: io::ErrorKind) {
+    use io::ErrorKind::{Interrupted, InvalidData, NotFound, QuotaExceeded, StorageFull, UnexpectedEof, WouldBlock};
+    match kind {
+        StorageFull | QuotaExceeded => return refused(),
+        // What is not there, or is not what was expected, is no trouble of the disk.
+        NotFound | UnexpectedEof | InvalidData | Interrupted | WouldBlock => return,
+        _ => {}
+    }
+    // Nor is a want of descriptors, or a mode that forbids something.
+    if matches!(Errno::from_raw(errno), Errno::EMFILE | Errno::ENFILE | Errno::EACCES | Errno::EPERM | Errno::EEXIST) {
+        return;
+    }
+    *lock(&WATCH.failed) = Some((operation, errno, now()));
+    WATCH.failures.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Held for moments only.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is known now.
+pub fn look() -> Look {
+    let now = now();
+    let since = |at: u64| Duration::from_nanos(now.saturating_sub(at));
+    let running = WATCH.slots.iter().filter_map(|slot| {
+        let began = slot.since.load(Ordering::Acquire);
+        (began > 0).then(|| (began, Operation::of(slot.operation.load(Ordering::Acquire))))
+    });
+    let running = running.min_by_key(|(began, _)| *began);
+    let slow = *lock(&WATCH.slow);
+    let failed = *lock(&WATCH.failed);
+    Look {
+        running: running.map(|(began, operation)| Slow { operation, took: since(began), ago: Duration::ZERO }),
+        slow: slow.map(|(operation, took, end)| Slow { operation, took: Duration::from_nanos(took), ago: since(end) }),
+        failed: failed.map(|(operation, errno, at)| Failure { operation, errno, ago: since(at) }),
+        failures: WATCH.failures.load(Ordering::Relaxed),
+        refused: WATCH.refused.load(Ordering::Relaxed),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_and_what_failed_is_seen_and_what_is_usual_is_not() {
+        for (place, act) in PLACES.into_iter().zip(ACTS) {
+            let operation = Operation { place, act };
+            assert_eq!(Operation::of(operation.code()), operation);
+        }
+        let hangs = begin(Place::Wal, Act::Write);
+        let oldest = look().running.expect("it runs");
+        assert!(oldest.took < Duration::from_secs(60));
+        drop(hangs);
+        let error = |errno: Errno| io::Error::from_raw_os_error(errno as i32);
+        for usual in [Errno::ENOENT, Errno::EMFILE, Errno::EINTR, Errno::ENOSPC] {
+            let before = look();
+            run(Place::Folder, Act::Look, || Err::<(), _>(error(usual))).unwrap_err();
+            assert!(look().failed.is_none_or(|failed| failed.errno != usual as i32));
+            assert!(look().refused > before.refused || usual != Errno::ENOSPC);
+        }
+        run(Place::Folder, Act::Look, || Err::<(), _>(error(Errno::EUCLEAN))).unwrap_err();
+        let failed = look().failed.expect("a failure");
+        assert_eq!((failed.errno, failed.operation.to_string()), (117, "look at the data folder".to_owned()));
+        *lock(&WATCH.failed) = None; // other tests of this process must not find it
+    }
+}

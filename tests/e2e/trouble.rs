@@ -1,0 +1,268 @@
+//! The disk of a node fails or hangs: the role is with another member soon, the node says that it is its disk, and it comes back by
+//! itself. With the real things: a file system that is shut down or frozen, and a preloaded library that fails or delays
+//! operations on chosen files. Needs root and a C compiler.
+//!
+//! `DISK_ROWS=all` does what takes longer, too.
+
+use std::{
+    cell::Cell,
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use twistlock_ha::{
+    cluster::Role,
+    control::{self, Operation, Request},
+    node::Status,
+};
+
+use super::{
+    WRITERS, alone,
+    cluster::{Cluster, LIMIT, RESTART_AFTER},
+    disk::{in_private_mounts, run, wait_role},
+    sampler::Sampler,
+    writers::{Pen, Writers},
+};
+
+/// What is preloaded into all nodes, and the page that it reads its rules from.
+struct Shim {
+    rules: File,
+}
+
+impl Shim {
+    fn set(&self, rules: &str) {
+        let mut page = format!("0{rules}").into_bytes();
+        page.resize(4096, b'\n');
+        self.rules.write_all_at(b"0", 0).unwrap();
+        self.rules.write_all_at(&page, 0).unwrap();
+        self.rules.write_all_at(if rules.is_empty() { b"0" } else { b"1" }, 0).unwrap();
+    }
+}
+
+/// Whatever happens, nothing hangs for ever.
+impl Drop for Shim {
+    fn drop(&mut self) {
+        self.set("");
+    }
+}
+
+/// A file system that is thawed in any case.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(path: &Path) -> Self {
+        run("fsfreeze", &["-f", path.to_str().unwrap()]);
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("-u").arg(&self.0).status();
+    }
+}
+
+fn compile(folder: &Path, source: &str, arguments: &[&str]) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/faults").join(source);
+    let out = folder.join(source.replace(".c", ".bin"));
+    run("cc", &[&["-O1", "-o", out.to_str().unwrap(), path.to_str().unwrap()], arguments].concat());
+    out
+}
+
+/// A cluster under the shim whose first node has its data in an ext4 file system of its own.
+struct Stage {
+    cluster: Cluster,
+    shim: Shim,
+    _tools: tempfile::TempDir,
+    image: PathBuf,
+    shutdown: PathBuf,
+    table: Cell<Vec<String>>,
+}
+
+impl Stage {
+    fn start() -> Self {
+        let tools = tempfile::tempdir().unwrap();
+        let shim = compile(tools.path(), "shim.c", &["-shared", "-fPIC", "-ldl"]);
+        let shutdown = compile(tools.path(), "shutdown.c", &[]);
+        let page = tools.path().join("rules");
+        fs::write(&page, [b'0'; 4096]).unwrap();
+        let rules = File::options().write(true).open(&page).unwrap();
+        let image = tools.path().join("image");
+        File::create(&image).unwrap().set_len(256 << 20).unwrap();
+        run("mkfs.ext4", &["-q", image.to_str().unwrap()]);
+        let environment = [("LD_PRELOAD", shim.as_path()), ("TW_DISK_FAULTS", page.as_path())];
+        let cluster = Cluster::start_under(&environment, RESTART_AFTER, |folder| {
+            let data = folder.join("node1/data");
+            fs::create_dir_all(&data).unwrap();
+            mount(&image, &data);
+        });
+        Self { cluster, shim: Shim { rules }, _tools: tools, image, shutdown, table: Cell::default() }
+    }
+
+    fn data(&self, node: usize) -> PathBuf {
+        self.cluster.node(node).data
+    }
+
+    /// A rule for the data of one node.
+    fn rule(&self, node: usize, operations: &str, file: &str, action: &str) -> String {
+        format!("{operations} /{}/data/{file} {action}\n", self.cluster.node(node).name)
+    }
+
+    fn note(&self, row: String) {
+        println!("  {row}");
+        let mut table = self.table.take();
+        table.push(row);
+        self.table.set(table);
+    }
+
+    /// Harms the disk of the PRIMARY: another member takes over, and the node is back once it is mended.
+    fn row<T>(&self, name: &str, writers: &Writers, harm: impl FnOnce(usize) -> T, mend: impl FnOnce(usize, T)) {
+        self.cluster.wait_healthy();
+        let node = self.cluster.primary();
+        let logged = self.cluster.log(node).len();
+        let fault = Instant::now();
+        let harmed = harm(node);
+        let gap = writers.wait_success(fault, |by| by != node);
+        let gap = gap.unwrap_or_else(|| {
+            self.shim.set("");
+            self.cluster.show_logs();
+            panic!("{name}: no other member takes over");
+        });
+        // It names its disk, in its status if it lives, and in its log.
+        self.cluster.wait_for("a word of its disk", |statuses| {
+            let says =
+                |status: &Status| status.warnings.iter().any(|warning| warning.contains("the disk of this host"));
+            let log = self.cluster.log(node);
+            let logs = ["the disk of this host", "os error 5"].iter().any(|text| log[logged..].contains(text));
+            logs && statuses[node].as_ref().is_none_or(|status| says(status) || status.role != Role::Recovering)
+        });
+        let mended = Instant::now();
+        mend(node, harmed);
+        self.cluster.wait_healthy();
+        self.note(format!(
+            "{name}: writes stopped for {} ms; back {} ms after its end",
+            gap.as_millis(),
+            mended.elapsed().as_millis()
+        ));
+    }
+
+    fn shim_row(&self, name: &str, writers: &Writers, rules: impl Fn(usize) -> String) {
+        self.row(name, writers, |node| self.shim.set(&rules(node)), |_, ()| self.shim.set(""));
+    }
+}
+
+fn mount(image: &Path, at: &Path) {
+    run("mount", &["-o", "loop", image.to_str().unwrap(), at.to_str().unwrap()]);
+}
+
+fn all_rows() -> bool {
+    std::env::var("DISK_ROWS").is_ok_and(|rows| rows == "all")
+}
+
+/// Any line may tell of a disk that is broken on purpose; only a panic may not.
+const ANY: &[&str] = &["WARN", "ERROR", "port guard:"];
+
+#[test]
+fn a_primary_whose_disk_fails_or_hangs_gives_the_role_up_and_comes_back() {
+    let _alone = alone();
+    if Command::new("cc").arg("--version").output().is_err() {
+        return println!("NO C COMPILER: disks that fail or hang are not tested");
+    }
+    in_private_mounts(|| {
+        let stage = Stage::start();
+        let sampler = Sampler::start(stage.cluster.port_offset);
+        let writers = Writers::start(&stage.cluster.file(), WRITERS);
+        wait_role(&stage.cluster, 0, true);
+        let shut_down = |node: usize| {
+            run(stage.shutdown.to_str().unwrap(), &[stage.data(node).to_str().unwrap()]);
+        };
+        let remount = |node: usize, ()| {
+            run("umount", &["-l", stage.data(node).to_str().unwrap()]);
+            mount(&stage.image, &stage.data(node));
+        };
+        stage.row("ext4 shut down", &writers, shut_down, remount);
+        let hang = |node| stage.rule(node, "ws", "", "hang");
+        stage.shim_row("writes and syncs hang", &writers, hang);
+        stage.shim_row("writes fail", &writers, |node| stage.rule(node, "w", "", "eio"));
+        stage.shim_row("all hangs, reads too", &writers, |node| stage.rule(node, "rws", "", "hang"));
+        wait_role(&stage.cluster, 0, true);
+        stage.row("file system frozen", &writers, |node| Frozen::new(&stage.data(node)), |_, frozen| drop(frozen));
+        if all_rows() {
+            stage.shim_row("reads hang", &writers, |node| stage.rule(node, "r", "database/", "hang"));
+        }
+        stage.shim_row("reads of the database fail", &writers, |node| {
+            stage.rule(node, "r", "database/console.db$", "eio")
+        });
+        let written = writers.verify();
+        println!("  {written}\n  {}\n  {}", sampler.verify(), stage.cluster.finish(ANY));
+    });
+}
+
+/// A secondary is done without; what all members have moves no role, and each says so; and no change waits on the loop.
+#[test]
+fn a_disk_that_is_no_worse_elsewhere_moves_no_role() {
+    let _alone = alone();
+    if Command::new("cc").arg("--version").output().is_err() {
+        return println!("NO C COMPILER: disks that fail or hang are not tested");
+    }
+    in_private_mounts(|| {
+        let stage = Stage::start();
+        let cluster = &stage.cluster;
+        let primary = cluster.primary();
+        let epoch = || cluster.statuses()[primary].as_ref().map(|status| (status.role, status.epoch));
+        let (before, pen) = (epoch(), Pen::new(&cluster.file()));
+        let says = |statuses: &[Option<Status>], node: usize, text: &str| {
+            let status = statuses[node].as_ref();
+            status.is_some_and(|status| status.warnings.iter().any(|warning| warning.contains(text)))
+        };
+        let secondary = (primary + 1) % 3;
+        stage.shim.set(&stage.rule(secondary, "s", "raft-log/", "hang"));
+        assert!(pen.write(primary, "without-one"), "the others are a majority");
+        cluster.wait_for("a word of the secondary's disk", |statuses| {
+            says(statuses, secondary, "the disk of this host does not answer: to sync a file in raft-log")
+                && says(statuses, primary, &format!("the disk of {} fails", cluster.node(secondary).name))
+        });
+        // Every sync of every member takes a second.
+        stage.shim.set("s /data/ delay:1000\n");
+        let control = cluster.node(primary).control;
+        let administer = |operation| control::request(&control, &Request::Administer { operation }, LIMIT).unwrap();
+        administer(Operation::Pause { seconds: 600 });
+        assert!(pen.write(primary, "slowly"));
+        cluster.wait_for("a word of all disks", |statuses| {
+            (0..3).all(|node| says(statuses, node, "the disk of this host"))
+        });
+        stage.shim.set("");
+        assert_eq!(epoch(), before, "the role has moved, or the lease has lapsed");
+        administer(Operation::Resume {});
+        let troubled = |statuses: &[Option<Status>]| (0..3).any(|node| says(statuses, node, "answer"));
+        cluster.wait_for("no word of it", |statuses| !troubled(statuses));
+        // The same trouble on all: it goes round once, and then stays.
+        stage.shim.set("w /data/database/console.db-wal$ eio\n");
+        let begin = Instant::now();
+        let (stuck, mut text) = (Cell::new(None), String::new());
+        while stuck.get().is_none() && begin.elapsed() < LIMIT {
+            // No answer: it has just given the role up.
+            let serves = |status: &Option<Status>| status.as_ref().is_some_and(|status| status.role == Role::Primary);
+            let primary = cluster.statuses().iter().position(serves);
+            if let Some((code, told)) = primary.and_then(|node| pen.attempt(node, "never")) {
+                assert_eq!(code, 503, "{told}");
+                text = told;
+            }
+            cluster.wait_for("a PRIMARY, or a word of why not", |statuses| {
+                stuck.set((0..3).find(|node| says(statuses, *node, "no other member with a working disk answers")));
+                stuck.get().is_some() || statuses.iter().flatten().any(|status| status.role == Role::Primary)
+            });
+        }
+        let stuck = stuck.get().expect("a word of why the role stays");
+        println!(
+            "  all the same: after {} ms the role stays with node {stuck}; a request says {text}",
+            begin.elapsed().as_millis()
+        );
+        assert!(text.contains("the disk of this host fails: cannot write database/console.db-wal"), "{text}");
+        stage.shim.set("");
+        println!("  {}", stage.cluster.finish(ANY));
+    });
+}
