@@ -3,10 +3,7 @@
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
-use rustls::{
-    CertificateError, RootCertStore,
-    pki_types::{CertificateDer, pem, pem::PemObject},
-};
+use rustls::{CertificateError, RootCertStore, pki_types::CertificateDer};
 use thiserror::Error;
 use ureq::{
     Agent, Body,
@@ -18,6 +15,8 @@ use ureq::{
         transport::{DefaultConnector, NextTimeout},
     },
 };
+
+use crate::pki::pem::{self, PemError};
 
 /// Longest sentence of a server that is repeated, in characters.
 const LONGEST_REASON: usize = 500;
@@ -34,15 +33,12 @@ pub enum TrustError {
     /// The file cannot be read.
     #[error("{0}")]
     Unreadable(#[from] io::Error),
-    /// Its text is damaged.
-    #[error("this is not PEM: {0}")]
-    Pem(pem::Error),
+    /// Its text is damaged, or there is no certificate in it.
+    #[error("{0}")]
+    Pem(#[from] PemError),
     /// One of its certificates is none.
     #[error("one of its certificates cannot be used: {0}")]
     Certificate(rustls::Error),
-    /// There is none in it.
-    #[error("there is no certificate in it")]
-    Empty,
 }
 
 impl Trust {
@@ -51,11 +47,11 @@ impl Trust {
     /// # Errors
     /// [`TrustError`].
     pub fn pem(text: &[u8]) -> Result<Self, TrustError> {
-        let found: Vec<_> = CertificateDer::pem_slice_iter(text).collect::<Result<_, _>>().map_err(TrustError::Pem)?;
+        let found = pem::certificates(text)?;
         // What a client silently left out would be found out at the first server.
         let mut store = RootCertStore::empty();
         found.iter().try_for_each(|der| store.add(der.clone())).map_err(TrustError::Certificate)?;
-        if found.is_empty() { Err(TrustError::Empty) } else { Ok(Self(found)) }
+        Ok(Self(found))
     }
 
     /// The same with a file.
@@ -225,7 +221,7 @@ mod tests {
         let rcgen::CertifiedKey { cert, .. } = rcgen::generate_simple_self_signed(["a.example".to_owned()]).unwrap();
         let two = format!("comment\n{}\n{}", cert.pem(), cert.pem());
         assert_eq!(Trust::pem(two.as_bytes()).unwrap().0.len(), 2);
-        assert!(matches!(Trust::pem(b"hello").unwrap_err(), TrustError::Empty));
+        assert!(matches!(Trust::pem(b"hello").unwrap_err(), TrustError::Pem(PemError::NoCertificate)));
         let damaged = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
         assert!(matches!(Trust::pem(damaged.as_bytes()).unwrap_err(), TrustError::Certificate(_)));
         let half = "-----BEGIN CERTIFICATE-----\nAAAA\n";

@@ -92,6 +92,12 @@ impl Admin {
         pair.check(now()).map_err(refused)?;
         let _one = self.changing.lock().await;
         let membership = self.membership();
+        if let Some(issuer) = pair.missing_issuer(membership.trusted()).map_err(refused)? {
+            return Err(AdminError::Refused(format!(
+                "the certificate is refused: its chain ends before its issuer, {issuer}, which this host does not trust by itself, \
+                 so that clients may not be able to verify it. Append the certificate of that authority to the file"
+            )));
+        }
         let info = pair.info().clone();
         let missing = missing(&membership, &info, None);
         if !missing.is_empty() {

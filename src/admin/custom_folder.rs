@@ -8,6 +8,8 @@ use std::{
     sync::Arc,
 };
 
+use tracing::warn;
+
 use crate::pki::{CONSOLE_CERTIFICATE, CONSOLE_KEY, CUSTOM_FOLDER, Pair, PkiError};
 
 /// What tells whether a file is still the same: device, inode, length, time of change.
@@ -111,7 +113,18 @@ fn read(folder: &Path, states: [FileState; 2]) -> Result<Option<Pair>, PkiError>
     let (certificate, key) = (folder.join(CONSOLE_CERTIFICATE), folder.join(CONSOLE_KEY));
     let (there, missing) = match states {
         [None, None] => return Ok(None),
-        [Some(_), Some(_)] => return Pair::load(&certificate, &key).map(Some),
+        [Some(_), Some(_)] => {
+            let pair = Pair::load(&certificate, &key)?;
+            // Whoever puts it there may know that all clients have that authority.
+            if let Some(issuer) = pair.missing_issuer(std::iter::empty())? {
+                warn!(
+                    "the chain in {} ends before its issuer, {issuer}, which this host does not trust by itself: append its \
+                     certificate, or clients may not be able to verify it",
+                    certificate.display()
+                );
+            }
+            return Ok(Some(pair));
+        }
         [Some(_), None] => (certificate, CONSOLE_KEY),
         [None, Some(_)] => (key, CONSOLE_CERTIFICATE),
     };

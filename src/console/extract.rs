@@ -60,9 +60,20 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
         match Json::from_request(request, state).await {
             Ok(Json(value)) => Ok(Self(value)),
-            Err(refusal) => Err(ApiError::Request(refusal.status(), refusal.body_text())),
+            Err(refusal) => Err(ApiError::Request(refusal.status(), without_values(&refusal.body_text()))),
         }
     }
+}
+
+/// What is wrong with a body, without the text that is: it may be a password or a key in the wrong place.
+fn without_values(refusal: &str) -> String {
+    let (mut text, mut rest) = (String::new(), refusal);
+    while let Some((before, value)) = rest.split_once("string \"") {
+        let end = value.find("\", expected").or_else(|| value.rfind('"'));
+        text = text + before + "a string";
+        rest = end.map_or("", |end| &value[end + 1..]);
+    }
+    text + rest
 }
 
 /// The same where a body may be missing or `null`.
@@ -107,5 +118,20 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Search<T> {
             Ok(Query(value)) => Ok(Self(value)),
             Err(refusal) => Err(ApiError::Request(refusal.status(), refusal.body_text())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_does_not_say_what_a_text_was() {
+        let why = |body: &str| serde_json::from_str::<Vec<u32>>(body).unwrap_err().to_string();
+        for body in ["\"hidden\"", "[1, \"hid\\\"den\\\", expected\"]", "[\"string \\\"hidden\"]"] {
+            let said = without_values(&why(body));
+            assert!(said.contains("invalid type: a string, expected") && !said.contains("hid"), "{body}: {said}");
+        }
+        assert_eq!(without_values(&why("[1, 2")), why("[1, 2"));
     }
 }

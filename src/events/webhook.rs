@@ -13,7 +13,7 @@ use ureq::{
     tls::{Certificate, RootCerts, TlsConfig},
 };
 
-use crate::cluster::membership::Webhook;
+use crate::{cluster::membership::Webhook, pki::pem};
 
 /// Longest time for one attempt.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -50,7 +50,7 @@ pub fn check_url(webhook: &Webhook) -> Result<(), String> {
         ));
     }
     if let Some(ca) = &webhook.ca {
-        Certificate::from_pem(ca.as_bytes()).map_err(|_| format!("the authority of webhook {name:?} is not PEM"))?;
+        pem::certificates(ca).map_err(|error| format!("the authority of webhook {name:?}: {error}"))?;
     }
     Ok(())
 }
@@ -94,13 +94,11 @@ pub(super) fn signature(secret: &str, time: u64, body: &[u8]) -> String {
 
 fn agent(webhook: &Webhook) -> Result<Agent, String> {
     let roots = match &webhook.ca {
-        Some(ca) => vec![Certificate::from_pem(ca.as_bytes()).map_err(|_| "its authority is not PEM".to_owned())?],
+        Some(ca) => pem::certificates(ca).map_err(|error| format!("its authority: {error}"))?,
         // Read each time: there are few events, and the host's authorities may change.
-        None => {
-            let found = rustls_native_certs::load_native_certs().certs;
-            found.iter().map(|certificate| Certificate::from_der(certificate).to_owned()).collect()
-        }
+        None => rustls_native_certs::load_native_certs().certs,
     };
+    let roots = roots.iter().map(|certificate| Certificate::from_der(certificate).to_owned()).collect();
     let tls = TlsConfig::builder()
         .root_certs(RootCerts::Specific(Arc::new(roots)))
         .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))

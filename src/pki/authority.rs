@@ -14,7 +14,7 @@ use rcgen::{
 
 use super::{
     CA_CERTIFICATE, CA_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, ClusterKey, ClusterKeys, NODE_CERTIFICATE,
-    NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, certificate_validity, fingerprint, malformed,
+    NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, certificate_validity, fingerprint, malformed, pem,
     read_file, sealed::Purpose, write_file,
 };
 use crate::cluster::{ClusterId, NodeId, membership::SealedAuthority};
@@ -99,7 +99,7 @@ impl Authority {
     pub fn load(cluster: ClusterId, dir: &Path) -> Result<Self, PkiError> {
         let cert_pem = read_file(&dir.join(CA_CERTIFICATE))?;
         let path = dir.join(CA_KEY);
-        let key = KeyPair::from_pem(&read_file(&path)?).map_err(|error| malformed(path, "a private key", error))?;
+        let key = pem::key_pair(read_file(&path)?).map_err(|error| malformed(path, "a private key", error))?;
         Ok(Self { cluster, cert_pem, key })
     }
 

@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr, path::Path, sync::Arc};
 
 use rustls::{
     ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer},
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
     version::{TLS12, TLS13},
@@ -19,7 +19,12 @@ use x509_parser::{
     public_key::PublicKey,
 };
 
-use super::{CONSOLE_NAME, ClusterKey, PkiError, fingerprint, provider, read_file, sealed::Purpose};
+use super::{
+    CONSOLE_NAME, ClusterKey, PkiError, fingerprint,
+    pem::{self, PemError},
+    provider, read_file,
+    sealed::Purpose,
+};
 use crate::cluster::{ClusterId, console_certificate::CustomCertificate};
 
 /// Certificates in one chain, at most.
@@ -99,8 +104,8 @@ fn names(parsed: &X509Certificate<'_>) -> Result<Vec<String>, PkiError> {
     Ok(found.map(|found| found.value.general_names.iter().filter_map(name).collect()).unwrap_or_default())
 }
 
-/// True if this certificate (DER) was signed by the authority with that one (DER).
-fn is_signed_by(certificate: &[u8], authority: &[u8]) -> bool {
+/// True if this certificate (DER) was signed by the authority with that one (DER), as its signature proves.
+pub fn is_issued_by(certificate: &[u8], authority: &[u8]) -> bool {
     let (Ok((_, certificate)), Ok((_, authority))) =
         (X509Certificate::from_der(certificate), X509Certificate::from_der(authority))
     else {
@@ -130,14 +135,8 @@ impl Pair {
     /// # Errors
     /// [`PkiError::Custom`] with a sentence: something is missing, or the key is not that of the first certificate.
     pub fn parse(certificates: &str, key: &str) -> Result<Self, PkiError> {
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificates.as_bytes()).collect();
-        let chain = chain.map_err(|error| custom(format!("its PEM cannot be read: {error}")))?;
-        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|_| {
-            custom(
-                "there is no private key in PEM form (one that is encrypted with a password must be decrypted first)",
-            )
-        })?;
-        Self::new(chain, key)
+        let unreadable = |error: PemError| custom(format!("its PEM cannot be read: {error}"));
+        Self::new(pem::certificates(certificates).map_err(unreadable)?, pem::private_key(key).map_err(unreadable)?)
     }
 
     fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, PkiError> {
@@ -180,7 +179,7 @@ impl Pair {
 
     /// True if the first certificate was signed by the authority with that certificate (DER).
     pub fn is_signed_by(&self, authority: &[u8]) -> bool {
-        is_signed_by(&self.chain[0], authority)
+        is_issued_by(&self.chain[0], authority)
     }
 
     /// True if all of it is the same.
@@ -210,7 +209,7 @@ impl Pair {
                 return Err(custom(format!("{subject} is signed with SHA-1 or MD5, which no client accepts any more")));
             }
             if let Some(next) = self.chain.get(place + 1)
-                && !is_signed_by(der, next)
+                && !is_issued_by(der, next)
             {
                 return Err(custom(format!(
                     "the chain is not in order: {subject} was issued by {}, but {} comes next",
@@ -227,13 +226,30 @@ impl Pair {
         Ok(())
     }
 
+    /// Who issued the last certificate of the chain, if clients can hardly find that out: it is not there, and neither this host
+    /// trusts it nor is it one of `known` (PEM). A certificate that signed itself needs nobody.
+    ///
+    /// # Errors
+    /// [`PkiError::Identity`].
+    pub fn missing_issuer<'a>(&self, known: impl Iterator<Item = &'a str>) -> Result<Option<String>, PkiError> {
+        let Some(last) = self.chain.last() else { return Ok(None) };
+        let (_, parsed) = X509Certificate::from_der(last).map_err(|_| UNREADABLE)?;
+        if parsed.issuer().as_raw() == parsed.subject().as_raw() {
+            return Ok(None);
+        }
+        let known = known.filter_map(|pem| pem::certificates(pem).ok()).flatten();
+        let issued =
+            known.chain(rustls_native_certs::load_native_certs().certs).any(|issuer| is_issued_by(last, &issuer));
+        Ok((!issued).then(|| CertificateInfo::read(last).map(|info| info.issuer)).transpose()?)
+    }
+
     /// The same with the key encrypted, for all members to keep.
     ///
     /// # Errors
     /// [`PkiError::Sealed`].
     pub fn seal(&self, key: &ClusterKey, cluster: ClusterId, by: &str, at: u64) -> Result<CustomCertificate, PkiError> {
         let sealed_key = key.seal(Purpose::Console, cluster, self.key.secret_der())?;
-        Ok(CustomCertificate { chain: pem(&self.chain), sealed_key, key: key.id(), by: by.to_owned(), at })
+        Ok(CustomCertificate { chain: as_pem(&self.chain), sealed_key, key: key.id(), by: by.to_owned(), at })
     }
 
     /// The inverse of [`Pair::seal`].
@@ -243,8 +259,7 @@ impl Pair {
     pub fn unseal(cluster: ClusterId, sealed: &CustomCertificate, key: &ClusterKey) -> Result<Self, PkiError> {
         let der = key.unseal(Purpose::Console, cluster, &sealed.sealed_key)?;
         let key = PrivateKeyDer::try_from(der).map_err(|_| PkiError::Sealed("it is not a private key"))?;
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(sealed.chain.as_bytes()).collect();
-        Self::new(chain.map_err(|error| custom(error.to_string()))?, key)
+        Self::new(pem::certificates(&sealed.chain).map_err(|error| custom(error.to_string()))?, key)
     }
 }
 
@@ -288,7 +303,7 @@ fn date(seconds: u64) -> String {
     day.map_or_else(|| seconds.to_string(), |day| day.strftime("%Y-%m-%d").to_string())
 }
 
-fn pem(chain: &[CertificateDer<'_>]) -> String {
+fn as_pem(chain: &[CertificateDer<'_>]) -> String {
     use base64::{Engine, prelude::BASE64_STANDARD};
     let mut text = String::new();
     for der in chain {

@@ -55,6 +55,23 @@ fn refused(text: &str) -> String {
 }
 
 #[test]
+fn a_chain_that_ends_before_its_issuer_names_it() {
+    let root = ca("root", None);
+    let middle = ca("middle", Some(&root));
+    let leaf = leaf(&middle, |_| {});
+    let missing = |chain: &[&Made], known: &[&Made]| {
+        let pem: String = chain.iter().map(|made| made.pem.as_str()).collect();
+        let pair = Pair::parse(&pem, &leaf.key.serialize_pem()).unwrap();
+        pair.missing_issuer(known.iter().map(|made| made.pem.as_str())).unwrap()
+    };
+    assert_eq!(missing(&[&leaf], &[]).as_deref(), Some("CN=middle"));
+    assert_eq!(missing(&[&leaf], &[&root]).as_deref(), Some("CN=middle"));
+    assert_eq!(missing(&[&leaf, &middle], &[]).as_deref(), Some("CN=root"));
+    assert_eq!(missing(&[&leaf, &middle, &root], &[]), None);
+    assert_eq!(missing(&[&leaf, &middle], &[&ca("root", None), &root]), None, "another one of the same name");
+}
+
+#[test]
 fn a_chain_in_order_is_taken_and_keeps_its_content() {
     let root = ca("root", None);
     let middle = ca("middle", Some(&root));

@@ -8,6 +8,7 @@
 
 mod authority;
 mod console;
+pub mod pem;
 mod request;
 mod sealed;
 
@@ -23,7 +24,7 @@ use rustls::{
     ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite,
     client::Resumption,
     crypto::{CryptoProvider, ring},
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName},
     server::{NoServerSessionStorage, WebPkiClientVerifier},
     version::TLS13,
 };
@@ -33,7 +34,7 @@ use x509_parser::{extensions::GeneralName, prelude::FromDer};
 use crate::cluster::{ClusterId, NodeId, trust::KeyId};
 
 pub use authority::{Authority, Issued, authority_made_at, is_reserved};
-pub use console::{CertificateInfo, Pair, console_tls, reseal};
+pub use console::{CertificateInfo, Pair, console_tls, is_issued_by, reseal};
 pub use request::{
     SigningRequest, certificate_key, certificate_validity, console_request, is_signed_by, new_key, node_request,
     request_with,
@@ -195,19 +196,11 @@ fn provider() -> Arc<CryptoProvider> {
 
 /// All certificates of a PEM file: at least one.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, PkiError> {
-    let pem = read_file(path)?;
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
-    match found {
-        Ok(list) if list.is_empty() => Err(malformed(path.into(), "a certificate in PEM form", "none found")),
-        Ok(list) => Ok(list),
-        Err(error) => Err(malformed(path.into(), "a certificate in PEM form", error)),
-    }
+    pem::certificates(read_file(path)?).map_err(|error| malformed(path.into(), "a certificate in PEM form", error))
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, PkiError> {
-    let pem = read_file(path)?;
-    PrivateKeyDer::from_pem_slice(pem.as_bytes())
-        .map_err(|error| malformed(path.into(), "a private key in PEM form", error))
+    pem::private_key(read_file(path)?).map_err(|error| malformed(path.into(), "a private key in PEM form", error))
 }
 
 fn malformed(path: PathBuf, expected: &'static str, detail: impl ToString) -> PkiError {
@@ -231,8 +224,8 @@ pub fn store_pem(dir: &Path, name: &str, pem: &str, secret: bool) -> Result<(), 
 /// # Errors
 /// [`PkiError::Identity`].
 pub fn certificate_der(pem: &str) -> Result<CertificateDer<'static>, PkiError> {
-    CertificateDer::from_pem_slice(pem.as_bytes())
-        .map_err(|_| PkiError::Identity("this is not a certificate in PEM form"))
+    let found = pem::certificates(pem).map_err(|_| PkiError::Identity("this is not a certificate in PEM form"))?;
+    found.into_iter().next().ok_or(PkiError::Identity("this is not a certificate in PEM form"))
 }
 
 /// Replaces a file so that a crash leaves the old or the new one, and the key is never readable by others in between.
@@ -283,7 +276,7 @@ mod tests {
     const CLUSTER: ClusterId = ClusterId(0xabcd);
 
     fn der(pem: &str) -> CertificateDer<'static> {
-        CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()
+        certificate_der(pem).unwrap()
     }
 
     #[test]

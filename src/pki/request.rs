@@ -10,7 +10,7 @@ use x509_parser::{
 use super::{
     PkiError,
     authority::{alternative_name, params},
-    certificate_der, fingerprint,
+    certificate_der, fingerprint, pem,
 };
 
 /// Longest signing request that is looked at, in bytes of PEM.
@@ -49,7 +49,7 @@ pub fn console_request(names: &[&str]) -> Result<(String, String), PkiError> {
 /// # Errors
 /// [`PkiError::Generate`], also when the key is not one.
 pub fn request_with(key: &str, name: &str, addresses: &[&str]) -> Result<String, PkiError> {
-    let key = KeyPair::from_pem(key)?;
+    let key = pem::key_pair(key).map_err(|error| PkiError::Generate(error.to_string()))?;
     let mut params = params(name, NONE);
     for address in addresses {
         params.subject_alt_names.push(alternative_name(address)?);

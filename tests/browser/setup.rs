@@ -110,7 +110,7 @@ impl Authority {
     fn issue(&self, names: &[String]) -> String {
         let params = CertificateParams::new(names).unwrap();
         let key = KeyPair::generate().unwrap();
-        params.signed_by(&key, &self.issuer).unwrap().pem() + &key.serialize_pem()
+        params.signed_by(&key, &self.issuer).unwrap().pem() + &self.pem + &key.serialize_pem()
     }
 }
 

@@ -171,7 +171,7 @@ fn a_given_certificate_survives_a_takeover() {
     operate::<Vec<String>>(&cluster, Operation::SetConsoleNames { names }).unwrap();
     let give = |names: &[&str]| {
         let (certificate, key) = foreign.issue(names);
-        let pem = SecretText([certificate, key].concat());
+        let pem = SecretText([certificate, foreign.pem.clone(), key].concat());
         operate::<Custom>(&cluster, Operation::SetCertificate { pem })
     };
     let why = give(&["127.0.0.1", "other.example.com"]).unwrap_err();
@@ -237,7 +237,7 @@ fn a_given_certificate_does_not_keep_a_removed_hosts_key_in_use() {
     let foreign = Foreign::new();
     let give = || {
         let (certificate, key) = foreign.issue(&all_names());
-        let pem = SecretText([certificate, key].concat());
+        let pem = SecretText([certificate, foreign.pem.clone(), key].concat());
         operate::<Custom>(&cluster, Operation::SetCertificate { pem }).unwrap()
     };
     assert_eq!(give().exposed_to, [""; 0]);
