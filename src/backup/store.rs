@@ -27,6 +27,7 @@ use super::{
     folder::{create, describe},
     name, wire,
 };
+use crate::config;
 
 /// Most names that are looked at.
 const MAX_NAMES: usize = 100_000;
@@ -341,7 +342,7 @@ fn remote(error: object_store::Error) -> BackupError {
 }
 
 /// Reads `KEY=VALUE` lines: the names of AWS's environment variables in capital or small letters, as its own file of credentials has
-/// them.
+/// them, with blanks around the `=` or without. The values are read like those of `twistlock.cfg`.
 fn read_credentials(path: &Path) -> Result<Vec<(AmazonS3ConfigKey, String)>, BackupError> {
     let refused =
         |why: String| BackupError::Refused(format!("BACKUP_CREDENTIALS_FILE {} cannot be used: {why}", path.display()));
@@ -352,6 +353,7 @@ fn read_credentials(path: &Path) -> Result<Vec<(AmazonS3ConfigKey, String)>, Bac
         return Err(refused("it is too long".to_owned()));
     }
     let (mut found, mut profiles) = (Vec::new(), 0);
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     for (number, line) in (1..).zip(text.lines().map(str::trim)) {
         if line.is_empty() || line.starts_with(['#', ';']) {
             continue;
@@ -368,7 +370,11 @@ fn read_credentials(path: &Path) -> Result<Vec<(AmazonS3ConfigKey, String)>, Bac
         let (key, value) = line.split_once('=').ok_or_else(wrong)?;
         let key = key.trim().to_ascii_lowercase();
         let known = key.parse().ok().filter(|_| key.starts_with("aws_")).ok_or_else(wrong)?;
-        found.push((known, value.trim().trim_matches('"').to_owned()));
+        // As in AWS's own file, a value may be empty, and a # behind a blank begins a comment.
+        let value = if value.trim_start().starts_with('#') { "" } else { value };
+        let allowed =
+            |allowed| refused(format!("line {number} has a value that cannot be read: {allowed} is allowed there"));
+        found.push((known, config::literal(value).map_err(allowed)?));
     }
     Ok(found)
 }
@@ -469,13 +475,23 @@ mod tests {
         for (text, good) in [
             ("[default]\naws_access_key_id = A\naws_secret_access_key = hidden\n", true),
             ("# keys\nAWS_ACCESS_KEY_ID=A\nAWS_SECRET_ACCESS_KEY=\"hidden\"\nAWS_ENDPOINT=http://a:1\n", true),
+            ("\u{feff}AWS_ACCESS_KEY_ID='A' # key\r\nAWS_SECRET_ACCESS_KEY=\"hidden\"  # and this\r\n", true),
+            ("aws_access_key_id = A # key\naws_secret_access_key = 'hid'den\n", true),
+            ("AWS_ACCESS_KEY_ID=A\nAWS_SECRET_ACCESS_KEY='hidden\n", false),
+            ("AWS_ACCESS_KEY_ID=A\nAWS_SECRET_ACCESS_KEY=hidden more\n", false),
+            ("AWS_ACCESS_KEY_ID=A\nAWS_SECRET_ACCESS_KEY=$(hidden)\n", false),
             ("[default]\n[other]\n", false),
             ("hidden\n", false),
             ("SECRET=hidden\n", false),
         ] {
             fs::write(&path, text).unwrap();
             match read_credentials(&path) {
-                Ok(found) => assert!(good && found.len() >= 2 && found[1].1 == "hidden", "{text}"),
+                Ok(found) => {
+                    assert!(
+                        good && found.len() >= 2 && (found[0].1.as_str(), found[1].1.as_str()) == ("A", "hidden"),
+                        "{text}"
+                    );
+                }
                 Err(error) => assert!(!good && !error.to_string().contains("hidden"), "{error}"),
             }
         }

@@ -1,6 +1,6 @@
 //! The one table of keys: parser, defaults, messages and `twistlock.cfg.example` all come from it. Holds no logic.
 
-use std::ops::RangeInclusive;
+use std::{ops::RangeInclusive, time::Duration};
 
 use super::{
     Config,
@@ -23,6 +23,9 @@ pub(super) const HEALTH_ALLOW: &str = "HEALTH_ALLOW";
 pub(super) const IGNORED: &[&str] = &["DEFENDER_CN", "DEFENDER_LISTENER_TYPE", "READ_ONLY_FS", "SELINUX"];
 /// The beginnings of further such keys.
 pub(super) const IGNORED_FAMILIES: &[&str] = &["DOCKER_", "SCAP_", "SELINUX_", "KUBERNETES_", "OPENSHIFT_"];
+
+/// The longest lease that `LEASE_MS` may ask for.
+pub const LONGEST_LEASE: Duration = Duration::from_secs(60);
 
 /// One key of `twistlock.cfg`.
 pub struct Key {
@@ -51,7 +54,7 @@ impl Key {
     }
 }
 
-fn ms(value: &mut std::time::Duration, bounds: RangeInclusive<u64>) -> Slot<'_> {
+fn ms(value: &mut Duration, bounds: RangeInclusive<u64>) -> Slot<'_> {
     Slot::Span { value, unit: Unit::Milliseconds, min: *bounds.start(), max: *bounds.end() }
 }
 
@@ -374,7 +377,7 @@ pub static KEYS: &[Key] = &[
             "At most (ELECTION_TICKS - 1) * TICK_MS - 50, so that it has closed them before another node opens its own,",
             "and at least 4 * TICK_MS. Use the same timing on all nodes.",
         ],
-        slot: |config| ms(&mut config.lease, 100..=60_000),
+        slot: |config| ms(&mut config.lease, 100..=LONGEST_LEASE.as_millis() as u64),
     },
     Key {
         name: "TICK_MS",

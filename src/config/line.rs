@@ -94,6 +94,15 @@ pub(super) fn value(text: &str, lookup: Lookup<'_>) -> Result<String, Refused> {
     Ok(out)
 }
 
+/// The value of a line of another file that is written like ours: with quotes, escapes and a comment behind it, and without
+/// variables. Blanks around it mean nothing.
+///
+/// # Errors
+/// What may stand there. Not what does: it may be a secret.
+pub fn literal(text: &str) -> Result<String, &'static str> {
+    value(text.trim(), &|_| None).map_err(|refused| refused.allowed)
+}
+
 /// Takes the inside of double quotes, and returns what follows them.
 fn double_quoted<'t>(text: &'t str, out: &mut String, lookup: Lookup<'_>) -> Result<&'t str, Refused> {
     let mut rest = text;

@@ -22,7 +22,8 @@ use std::{
 use thiserror::Error;
 
 pub use audience::Audience;
-pub use keys::{KEYS, Key};
+pub use keys::{KEYS, Key, LONGEST_LEASE};
+pub use line::literal;
 pub use reader::parse;
 pub use render::render;
 

@@ -116,8 +116,11 @@ impl<'a> Reader<'a> {
                 match line::value(value, &lookup) {
                     Ok(value) => self.assign(number, name, value),
                     Err(refused) => {
-                        self.failed.extend(known(name).map(|key| key.name));
-                        self.problem(Some(number), Some(name), &refused.found, refused.allowed);
+                        let key = known(name);
+                        self.failed.extend(key.map(|key| key.name));
+                        let secret = key.is_some_and(|key| key.slot(&mut self.config).is_secret());
+                        let found = if secret { NOT_SHOWN } else { &refused.found };
+                        self.problem(Some(number), Some(name), found, refused.allowed);
                     }
                 }
             }
@@ -150,7 +153,7 @@ impl<'a> Reader<'a> {
         } else {
             self.failed.insert(key.name);
             let secret = key.slot(&mut self.config).is_secret();
-            let shown = if secret { "a value that is not shown" } else { value };
+            let shown = if secret { NOT_SHOWN } else { value };
             self.problem(Some(line), Some(key.name), shown, &key.allowed());
         }
     }
@@ -277,6 +280,9 @@ impl<'a> Reader<'a> {
         Ok(Loaded { config: self.config, notes: self.notes })
     }
 }
+
+/// In the place of a secret.
+const NOT_SHOWN: &str = "a value that is not shown";
 
 fn known(name: &str) -> Option<&'static Key> {
     KEYS.iter().find(|key| key.name == name)
