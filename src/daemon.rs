@@ -11,7 +11,7 @@ use std::{
     process::{Command, ExitCode},
     sync::Arc,
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -22,7 +22,7 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::{console_tls::ConsoleTls, renewal},
-    cluster::{ClusterId, FEATURE_LEVEL, NodeId, PROGRAM_VERSION, command::CONSOLE_DATABASE},
+    cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION},
     config::{self, Config, LogFormat, NotifySeverity, Severity},
     control::ControlSocket,
     descriptors,
@@ -33,16 +33,14 @@ use twistlock_ha::{
     },
     found,
     guard::PortGuard,
+    heal::{self, Notes},
     health::{self, HealthPort, MetricsPage},
     join::Kit,
     node::{self, Exit, Handle, Lease, Status, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
     rotation, snapshot,
-    storage::{
-        DataDir, DataDirError, Identity, configuration::Configuration, database::Database, make_private_dir,
-        snapshot::Ready,
-    },
+    storage::{DataDir, Identity},
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
     telemetry,
     workload::Services,
@@ -53,9 +51,7 @@ use crate::{
     joining::{self, Outcome},
 };
 pub(crate) use signals::Signals;
-use start::{
-    PROMISE, first_start, lower_promise, node_config, open_log, promise, promised_earlier, refuse_if_outdated,
-};
+use start::{Found, first_start, node_config, open_memory, promise};
 pub(crate) use start::{lease_terms, open_data};
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
@@ -127,13 +123,14 @@ fn end(exit: Result<Exit>) -> ExitCode {
 /// From the first look at the data folder to the end of the node.
 fn live(path: &Path, config: &Config) -> Result<Exit> {
     let signals = Signals::take(path.to_owned(), config.clone())?;
-    let data = open_data(config)?;
+    let mut notes = Notes::default();
+    let data = open_data(config, &mut notes)?;
     let health = start::health_port(config)?;
     if let Outcome::Stopped = joining::join_first(config, &data, &signals, health.as_ref())? {
         return Ok(Exit::Stopped);
     }
     drop(data);
-    let exit = Parts::build(config, health)?.run(&signals)?;
+    let exit = Parts::build(config, health, notes)?.run(&signals)?;
     Ok(if signals.leave() { as_stopped(exit) } else { exit })
 }
 
@@ -153,8 +150,10 @@ fn begin_again() -> ExitCode {
 /// Everything that runs, in the order in which it was built.
 struct Parts {
     config: Config,
-    /// See [`promised_earlier`].
+    /// See [`heal::promised_earlier`].
     quiet: Duration,
+    /// What was mended at this start.
+    notes: Notes,
     /// Held for its lock.
     _data: DataDir,
     identity: Identity,
@@ -172,54 +171,30 @@ struct Parts {
 }
 
 impl Parts {
-    fn build(config: &Config, health: Option<HealthPort>) -> Result<Self> {
-        let data = open_data(config)?;
-        let identity = match data.identity() {
-            Err(DataDirError::NoIdentity { .. }) => first_start(config, &data)?,
-            identity => identity?,
+    fn build(config: &Config, health: Option<HealthPort>, mut notes: Notes) -> Result<Self> {
+        let data = open_data(config, &mut notes)?;
+        let identity = match heal::identity(&data, &mut notes)? {
+            None => first_start(config, &data)?,
+            Some(identity) => identity,
         };
-        let certificates = data.path().join("certificates");
-        let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;
         let address = SocketAddr::new(bind_address(config), config.high_availability_port.unwrap_or(8086));
         let listener = peer::listen(address).with_context(|| format!("listen for the other members on {address}"))?;
         let lease = Lease::new().context("make the lease")?;
         let guard = PortGuard::spawn(PathBuf::from("/proc/self/exe"), &lease, Some(listener.as_fd()))
             .context("start the port guard")?;
         telemetry::metrics_handle().context("start the metrics")?;
-        let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
-        let known = Configuration::read(data.path())
-            .with_context(|| format!("read membership.json in {}", data.path().display()))?;
-        let members = known.as_ref().map_or(&identity.membership, |known| &known.membership);
-        refuse_if_outdated(members)?;
-        if let Some(health) = &health {
-            start::show_start(health, &identity.name, members);
-        }
-        let log = open_log(config, &data, &identity)?;
-        let snapshot = snapshot.filter(|snapshot| is_of(snapshot, identity.cluster));
         let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
         let version = PROGRAM_VERSION;
         events.record(Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name)));
-        let damage = damage::last(data.path());
-        let replaced = snapshot.as_ref().map(|ready| damage::replaced(&identity.name, ready, damage.as_ref()));
-        if let Some(snapshot) = snapshot {
-            refuse_if_outdated(&snapshot.manifest().membership)?;
-            snapshot.install(&log, identity.node).context("install the snapshot")?;
-        }
-        let database_dir = data.path().join("database");
-        make_private_dir(&database_dir).with_context(|| format!("create {}", database_dir.display()))?;
-        let start = Instant::now();
-        let database = Database::open(&database_dir, CONSOLE_DATABASE, log.last_index())?;
-        info!(index = database.applied(), ms = start.elapsed().as_millis() as u64, "database opened at its checkpoint");
+        let Found { configuration, log, database, replaced, quiet } =
+            open_memory(config, &data, &identity, health.as_ref(), &mut notes)?;
+        let names = |address: &str| found::console_names(config, address);
+        heal::certificates(data.path(), &identity, &configuration.membership, names, &mut notes)?;
+        let node_tls =
+            NodeTls::load(&data.path().join("certificates")).context("load the certificates of this node")?;
         let others: Vec<NodeId> =
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
-        let mut quiet = promised_earlier(promise(config), &data.path().join(PROMISE))?;
-        if log.recovered().created {
-            quiet = Duration::ZERO; // no earlier process of this node has promised anything
-        }
-        let configuration = Configuration::read(data.path())
-            .with_context(|| format!("read membership.json in {}", data.path().display()))?
-            .unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
         let node_config = node_config(config, &identity, configuration, quiet, lease.clone());
         let (handle, thread) =
             node::spawn(node_config, log, database, (links, sender.clone())).context("start the node")?;
@@ -227,6 +202,7 @@ impl Parts {
         Ok(Self {
             config,
             quiet,
+            notes,
             _data: data,
             identity,
             listener,
@@ -378,8 +354,9 @@ impl Parts {
         follow(&self.events, &self.handle, ports);
         let own = promise(&self.config);
         if self.quiet > own {
-            task::spawn(lower_promise(own, self.quiet, self.config.data_folder.join(PROMISE)));
+            task::spawn(heal::lower_promise(own, self.quiet, self.config.data_folder.clone()));
         }
+        task::spawn(damage::tell_mended(self.notes.clone(), self.events.clone(), self.handle.clone()));
     }
 
     /// Has the health port answer about this node from now on.
@@ -425,15 +402,6 @@ impl Parts {
         let membership = self.handle.membership().borrow().clone();
         ConsoleTls::open(&self.config.data_folder, self.identity.node, &membership, local_names)
     }
-}
-
-/// Whether a snapshot is one of this cluster; says so if it is not.
-fn is_of(snapshot: &Ready, cluster: ClusterId) -> bool {
-    let ours = snapshot.manifest().membership.cluster == cluster;
-    if !ours {
-        warn!("a snapshot of another cluster waits in snapshot.ready of the data folder: it is not installed");
-    }
-    ours
 }
 
 /// How this process of the node ends.

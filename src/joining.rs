@@ -8,7 +8,7 @@ use tokio::{
     sync::{mpsc, watch},
     task,
 };
-use tracing::info;
+use tracing::{info, warn};
 use twistlock_ha::{
     cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role},
     config::Config,
@@ -47,7 +47,11 @@ pub(crate) fn join_first(
     health: Option<&HealthPort>,
 ) -> Result<Outcome> {
     match data.identity() {
-        Ok(_) => join::clear(data.path())?,
+        Ok(_) => {
+            if let Err(error) = join::clear(data.path()) {
+                warn!("what the join script has left is of no use any more, and stays: {error:#}");
+            }
+        }
         Err(DataDirError::NoIdentity { .. }) if join::wanted(data.path()) => {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)

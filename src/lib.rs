@@ -59,6 +59,7 @@
 //! | [`peer`] | talks: links between the nodes | what the messages decide |
 //! | [`node`] | drives: the one loop that joins the four above to the clock; publishes [`node::Status`] | ports and workloads |
 //! | [`admin`] | every operation of an administrator: its checks, and the change it asks for | HTTP, sockets and terminals |
+//! | [`heal`] | mends what a start finds damaged in the data folder (`docs/formats.md` has each file) | the raft log, other hosts |
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
 //! | [`rotation`] | replaces what all members share: the cluster key, the certificate authority | how a change is agreed on |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
@@ -79,7 +80,8 @@
 //! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //!
-//! `tests/tidy.rs` holds the permitted dependencies between them.
+//! `tests/tidy.rs` holds the permitted dependencies between them. `docs/formats.md` has each file of a data folder, and what
+//! happens when it is lost or damaged.
 //!
 //! # Words
 //!
@@ -132,6 +134,7 @@ pub mod dev;
 pub mod events;
 pub mod found;
 pub mod guard;
+pub mod heal;
 pub mod health;
 pub mod http;
 pub mod https;

@@ -1,17 +1,22 @@
-//! Damage of this node's database that an earlier process has found: that process begins again at once, with another copy, before
-//! anybody has scraped its counters, and maybe before anybody was notified. Must never keep a node from starting.
+//! Tells of damage: of this node's database, which an earlier process has found (that process begins again at once, with another
+//! copy, before anybody has scraped its counters, and maybe before anybody was notified), and of files that this start has mended.
+//! Must never keep a node from starting.
 
 use std::{path::Path, time::Duration};
 
 use tracing::warn;
 use twistlock_ha::{
-    events::{self, Event, Kind, Scope, Severity, Wanted},
+    events::{self, Event, Kind, Recorder, Scope, Severity, Wanted},
+    heal::Notes,
+    node::Handle,
     storage::snapshot::Ready,
-    telemetry::DAMAGE_FOUND,
+    telemetry::{DAMAGE_FOUND, note_now},
 };
 
 /// A copy that is replaced so soon after damage is replaced because of it.
 const SOON: Duration = Duration::from_secs(3600);
+/// How long the status says what was mended.
+const SHOWN: Duration = Duration::from_secs(600);
 
 /// When damage was last found here. The metrics go on from there.
 pub(super) fn last(data: &Path) -> Option<Event> {
@@ -45,4 +50,23 @@ pub(super) fn replaced(name: &str, snapshot: &Ready, damage: Option<&Event>) -> 
         }
     };
     event.field("index", index)
+}
+
+/// Tells history and status what was mended at this start.
+pub(super) async fn tell_mended(notes: Notes, events: Recorder, handle: Handle) {
+    if notes.sentences().is_empty() {
+        return;
+    }
+    note_now(DAMAGE_FOUND);
+    for sentence in notes.sentences() {
+        events.record(Event::new(Kind::Damage, Severity::Warning, sentence.clone()).scope(Scope::Node));
+    }
+    let text = format!(
+        "{}; check the disk of this host (this warning ends by itself {} min after the start)",
+        notes.sentences().join("; "),
+        SHOWN.as_secs() / 60
+    );
+    handle.warn(events::MENDED, Some(text));
+    tokio::time::sleep(SHOWN).await;
+    handle.warn(events::MENDED, None);
 }

@@ -1,18 +1,17 @@
 //! What a start finds in the data folder and makes of it: whose it is, the raft log, earlier promises, the node's settings.
 //! Must never change what it cannot explain.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, level},
+    cluster::{FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, level},
     config::{Config, FirstState, Secret},
+    events::Event,
     found,
+    heal::{self, Notes},
     health::{self, HealthPort, MetricsPage, Subject},
     node::{CheckpointPolicy, Lease, NodeConfig, Status},
     peer::LeaseTerms,
@@ -20,17 +19,20 @@ use twistlock_ha::{
     storage::{
         DataDir, Identity,
         configuration::Configuration,
+        database::Database,
         durable_write,
         raft_log::{Options, RaftLog, RealDisk},
+        snapshot::Ready,
     },
 };
 
-/// File in the data folder that says for how many milliseconds a voter's promise holds.
-pub(super) const PROMISE: &str = "promise-ms";
+use super::damage;
 
-/// The data folder, with an interrupted recovery completed before anything looks at whose it is.
-pub(crate) fn open_data(config: &Config) -> Result<DataDir> {
-    let data = DataDir::open(&config.data_folder)?;
+/// The data folder, with what others could use of it closed, what is no file moved away, and an interrupted recovery completed
+/// before anything looks at whose it is.
+pub(crate) fn open_data(config: &Config, notes: &mut Notes) -> Result<DataDir> {
+    let data = heal::open(&config.data_folder)?;
+    heal::prepare(data.path(), notes)?;
     if let Some(done) = recover::finish_interrupted(data.path())? {
         info!(aside = %done.aside.display(), "an interrupted recovery is complete: this is a new cluster of one member");
     }
@@ -53,7 +55,7 @@ pub(super) fn health_port(config: &Config) -> Result<Option<HealthPort>> {
 }
 
 /// Has the health port say that this member starts: it has to read its raft log, and perhaps a whole database.
-pub(super) fn show_start(health: &HealthPort, name: &str, membership: &Membership) {
+fn show_start(health: &HealthPort, name: &str, membership: &Membership) {
     health.show(starting(name, membership));
 }
 
@@ -123,31 +125,47 @@ pub(super) fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> 
     Ok(log)
 }
 
-/// How long this process must neither vote nor campaign: the longest promise that an earlier one of this node may have
-/// given, which can be longer than ours if the timing was changed. Its own is noted for the next one.
-pub(super) fn promised_earlier(own: Duration, path: &Path) -> Result<Duration> {
-    let earlier = match std::fs::read_to_string(path) {
-        Ok(text) => text.trim().parse().with_context(|| format!("{}: \"{text}\" is no number", path.display()))?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
-        Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
-    };
-    let earlier = Duration::from_millis(earlier);
-    if earlier < own {
-        note_promise(own, path)?;
-    }
-    Ok(earlier.max(own))
+/// What the start found in the data folder, and made of it.
+pub(super) struct Found {
+    pub configuration: Configuration,
+    pub log: RaftLog,
+    pub database: Database,
+    /// That another copy of the database was put in place.
+    pub replaced: Option<Event>,
+    /// See [`heal::promised_earlier`].
+    pub quiet: Duration,
 }
 
-pub(super) fn note_promise(promise: Duration, path: &Path) -> Result<()> {
-    durable_write(path, promise.as_millis().to_string().as_bytes()).with_context(|| format!("write {}", path.display()))
-}
-
-/// Lowers the note when the longer promise of an earlier process has run out, and not before: this one may crash, too.
-pub(super) async fn lower_promise(own: Duration, earlier: Duration, path: PathBuf) {
-    tokio::time::sleep(earlier).await;
-    if let Err(error) = note_promise(own, &path) {
-        warn!("the next start will wait longer than it has to: {error:#}");
+/// Opens what this node remembers: the raft log first, which the rest has to fit.
+pub(super) fn open_memory(config: &Config, data: &DataDir, identity: &Identity, notes: &mut Notes) -> Result<Found> {
+    let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
+    let known = heal::known_membership(data.path(), identity, notes)?;
+    let members = known.as_ref().map_or(&identity.membership, |known| &known.membership);
+    refuse_if_outdated(members)?;
+    if let Some(health) = health {
+        show_start(health, &identity.name, members);
     }
+    let log = open_log(config, data, identity)?;
+    let snapshot = snapshot.filter(|snapshot| {
+        let ours = snapshot.manifest().membership.cluster == identity.cluster;
+        if !ours {
+            warn!("a snapshot of another cluster waits in snapshot.ready of the data folder: it is not installed");
+        }
+        ours
+    });
+    let damage = damage::last(data.path());
+    let replaced = snapshot.as_ref().map(|ready| damage::replaced(&identity.name, ready, damage.as_ref()));
+    if let Some(snapshot) = snapshot {
+        refuse_if_outdated(&snapshot.manifest().membership)?;
+        snapshot.install(&log, identity.node).context("install the snapshot")?;
+    }
+    let start = Instant::now();
+    let mut database = heal::database(data.path(), &log, notes)?;
+    info!(index = database.applied(), ms = start.elapsed().as_millis() as u64, "database opened at its checkpoint");
+    let configuration = heal::membership(data.path(), identity, &log, &mut database, notes)?;
+    refuse_if_outdated(&configuration.membership)?;
+    let quiet = heal::promised_earlier(promise(config), data.path(), log.recovered().created, notes)?;
+    Ok(Found { configuration, log, database, replaced, quiet })
 }
 
 /// Refuses to touch the data of a cluster that relies on what this program does not have.

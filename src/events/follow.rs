@@ -320,8 +320,8 @@ fn warnings(before: &Seen, after: &Seen) -> Vec<Event> {
     };
     // The PRIMARY sees the disks of the others by itself, and all see what the Consoles were given.
     let scope = |about: &str| if ["disk", "given certificate"].contains(&about) { Scope::Cluster } else { Scope::Node };
-    // Told with their dates by [`Ends`].
-    let ends = |about: &&str| *about == "certificate expiry";
+    // Told with their dates by [`Ends`], and one by one by whoever starts the node.
+    let ends = |about: &&str| ["certificate expiry", super::MENDED].contains(about);
     let new = |(about, _): &(&&str, &String)| !before.warnings.contains_key(*about) && !ends(about);
     for (about, text) in after.warnings.iter().filter(new) {
         let (kind, severity) = kind(about);

@@ -22,6 +22,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// The kind of the warning in the status about files that were mended at the start: their events come with their sentences.
+pub const MENDED: &str = "mended";
+
 pub use file::{FILE, read};
 pub use follow::follow;
 pub use notify::Notifier;

@@ -14,8 +14,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use rustls::pki_types::{CertificateDer, pem::PemObject};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tracing::warn;
 
 use super::{JoinRequest, RequestState, Token};
 use crate::{
@@ -56,8 +56,7 @@ impl JoinFile {
 
     fn check(&self) -> Result<()> {
         let token: Token = self.token.parse().map_err(anyhow::Error::msg)?;
-        let ca =
-            CertificateDer::from_pem_slice(self.ca.as_bytes()).context("the CA is not a certificate in PEM form")?;
+        let ca = pki::certificate_der(&self.ca).context("the CA is not a certificate in PEM form")?;
         ensure!(token.trusts(&ca), "the CA is not the one that the join token vouches for: run the join script again");
         ensure!((1..=MAX_ADDRESSES).contains(&self.addresses.len()), "1 to {MAX_ADDRESSES} addresses are allowed");
         for address in &self.addresses {
@@ -76,8 +75,13 @@ pub(super) struct Asked {
 }
 
 impl Asked {
+    /// None if the file is damaged, too: the cluster tells the name of a request again to whoever makes it again.
     pub fn read(data: &Path) -> Result<Option<Self>> {
-        read_json(&data.join(REQUEST_FILE))
+        let path = data.join(REQUEST_FILE);
+        read_json(&path).or_else(|error| {
+            warn!("{error:#}: this host asks again");
+            remove(&path).map(|()| None)
+        })
     }
 
     pub fn save(&self, data: &Path) -> Result<()> {
@@ -123,7 +127,8 @@ fn request(dir: &Path, key_name: &str, name: &str) -> Result<String> {
         }
         Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
     };
-    pki::request_with(&key, name, &[]).with_context(|| format!("use the key in {}", path.display()))
+    pki::request_with(&key, name, &[])
+        .with_context(|| format!("{} cannot be used: move it away, and run the join script again", path.display()))
 }
 
 /// What a host was admitted with.
@@ -142,7 +147,7 @@ impl Admitted {
         let RequestState::Admitted { node, certificate, console_certificate, ca, membership } = state else {
             bail!("this host has not been admitted");
         };
-        let der = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).context("read a CA certificate");
+        let der = |pem: &str| pki::certificate_der(pem).context("read a CA certificate");
         ensure!(der(&ca)? == der(&file.ca)?, "the cluster answered with another CA than the join token vouches for");
         let files = [
             // With those that are trusted beside it while it is being replaced.

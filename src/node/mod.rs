@@ -240,10 +240,10 @@ impl Handle {
 pub fn spawn(
     config: NodeConfig,
     log: RaftLog,
-    database: Database,
+    mut database: Database,
     (links, waker): (Links, LinkSender),
 ) -> io::Result<(Handle, JoinHandle<Exit>)> {
-    let applied = database.applied().max(1);
+    let applied = first_applied(&log, &mut database);
     trust_checkpoint(&log, applied)?;
     let Configuration { index, membership } = &config.configuration;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
@@ -291,6 +291,19 @@ pub fn spawn(
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
     Ok((Handle { sender, status, membership, editions: edition, restore, copies, pulse }, thread))
+}
+
+/// The index behind which raft hands out what is committed. A database that the raft log cannot bring up to date is of no use, and
+/// is not applied to.
+fn first_applied(log: &RaftLog, database: &mut Database) -> u64 {
+    let (applied, before) = (database.applied().max(1), log.first_index() - 1);
+    if applied < before && database.distrusted().is_none() {
+        database.distrust(format!(
+            "the database in {} has everything up to raft index {applied}, and the raft log begins behind {before}",
+            database.path().display()
+        ));
+    }
+    applied.max(before)
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.

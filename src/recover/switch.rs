@@ -80,7 +80,18 @@ pub(super) fn under_way(data: &Path) -> Result<Option<Plan>, RecoverError> {
     };
     match serde_json::from_slice::<Plan>(&text) {
         Ok(plan) if plan.format == FORMAT && !plan.aside.contains('/') => Ok(Some(plan)),
-        _ => Err(RecoverError::Unusable(format!("{} was written by another version of this program", path.display()))),
+        Ok(plan) if plan.format > FORMAT => {
+            Err(RecoverError::Unusable(format!("{} was written by a newer version of this program", path.display())))
+        }
+        // All that it decides is a name: that of the folder for the old files.
+        _ => {
+            let (path, staging) = (path.display(), data.join(STAGING));
+            Err(RecoverError::Unusable(format!(
+                "{path} is damaged. If {} is there, the recovery is not complete: run `echo '{{\"format\":1,\"aside\":\
+                 \"before-recover-again\"}}' > {path}` and start again. If it is not there, run `rm {path}`",
+                staging.display()
+            )))
+        }
     }
 }
 

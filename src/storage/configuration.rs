@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::durable_write;
+use super::{checked, durable_write};
 use crate::cluster::{Membership, membership::MAX_ENCODED};
 
 /// Name of the file in the data folder.
@@ -29,11 +29,11 @@ impl Configuration {
     /// Reads the file; none if there is none, as in a cluster whose membership never changed.
     ///
     /// # Errors
-    /// Read errors, and `InvalidData` with a reason for a damaged or newer file.
+    /// Read errors; with a reason `InvalidData` for a damaged file, `Unsupported` for that of a newer program.
     pub fn read(data: &Path) -> io::Result<Option<Self>> {
         let mut bytes = Vec::new();
         match File::open(data.join(FILE)).and_then(|file| file.take(4 * MAX_ENCODED as u64).read_to_end(&mut bytes)) {
-            Ok(_) => decode(&bytes).map(Some).map_err(|why| io::Error::new(ErrorKind::InvalidData, why)),
+            Ok(_) => decode(&bytes).map(Some),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -46,19 +46,25 @@ impl Configuration {
     pub fn write(&self, data: &Path) -> io::Result<()> {
         let membership: Value = serde_json::from_slice(&self.membership.encode())?;
         let file = serde_json::json!({ "format": FORMAT, "index": self.index, "membership": membership });
-        durable_write(&data.join(FILE), &serde_json::to_vec_pretty(&file)?)
+        durable_write(&data.join(FILE), &checked::encode(file)?)
     }
 }
 
-fn decode(bytes: &[u8]) -> Result<Configuration, String> {
-    let file: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-    match file["format"].as_u64() {
-        Some(FORMAT) => {}
-        Some(newer) => return Err(format!("format {newer} is not known to this program (it knows {FORMAT})")),
-        None => return Err("it has no format".to_owned()),
+fn decode(bytes: &[u8]) -> io::Result<Configuration> {
+    let damaged = |why: String| io::Error::new(ErrorKind::InvalidData, why);
+    let file = checked::decode(bytes).map_err(damaged)?;
+    for (format, known) in [(&file["format"], FORMAT), (&file["membership"]["format"], Membership::FORMAT.into())] {
+        match format.as_u64() {
+            Some(format) if format > known => {
+                let why = format!("format {format} is not known to this program (it knows {known}): upgrade it");
+                return Err(io::Error::new(ErrorKind::Unsupported, why));
+            }
+            Some(_) => {}
+            None => return Err(damaged("it has no format".to_owned())),
+        }
     }
-    let index = file["index"].as_u64().ok_or("it has no index")?;
-    let membership = Membership::decode(file["membership"].to_string().as_bytes())?;
+    let index = file["index"].as_u64().ok_or_else(|| damaged("it has no index".to_owned()))?;
+    let membership = Membership::decode(file["membership"].to_string().as_bytes()).map_err(damaged)?;
     Ok(Configuration { index, membership })
 }
 
@@ -77,10 +83,16 @@ mod tests {
         assert_eq!(Configuration::read(folder.path()).unwrap(), Some(configuration));
         let path = folder.path().join(FILE);
         let text = std::fs::read_to_string(&path).unwrap();
-        let newer = text.replacen("\"format\": 1", "\"format\": 2", 1);
-        for damaged in [&text[1..], &text.replace("\"index\"", "\"other\""), &newer] {
+        for damaged in [&text[1..], &text.replace("\"index\"", "\"other\""), &text.replace("127", "128"), ""] {
             std::fs::write(&path, damaged).unwrap();
             assert_eq!(Configuration::read(folder.path()).unwrap_err().kind(), ErrorKind::InvalidData);
+        }
+        let bare: Vec<&str> = text.lines().filter(|line| !line.contains("crc32c")).collect();
+        for (place, _) in bare.concat().match_indices("\"format\": 1") {
+            let mut newer = bare.concat();
+            newer.replace_range(place..place + 11, "\"format\": 2");
+            std::fs::write(&path, newer).unwrap();
+            assert_eq!(Configuration::read(folder.path()).unwrap_err().kind(), ErrorKind::Unsupported);
         }
     }
 }

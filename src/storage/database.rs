@@ -8,7 +8,8 @@ mod checkpoints;
 
 use std::{
     fs::{self, File},
-    io::{self, ErrorKind},
+    io,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -24,7 +25,9 @@ use super::{
     EntrySource, Replicator,
     checkpoint::{Record, sync_folder},
     checksum::PageTable,
+    clear_away,
     gate::{self, Gate, GateConfig},
+    is_rot,
     replica::{Replica, is_full},
     scrub::page_checksums,
     snapshot::Hold,
@@ -44,8 +47,11 @@ pub enum DatabaseError {
     #[error("cannot {what} {path}: {source}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
     /// The record says that the file has pages, but the file is gone.
-    #[error("{0} is missing, although its checkpoint record exists; restore this node from the primary")]
+    #[error("{0} is missing, although its checkpoint record exists")]
     Missing(PathBuf),
+    /// The checkpoint record, or a page of the file, cannot be read and never will be.
+    #[error("{path} is damaged: {why}")]
+    Damaged { path: PathBuf, why: String },
     #[error(transparent)]
     Sqlite(#[from] SqliteError),
     /// Connections were not closed before the deadline. The process must exit: the open files cannot be taken back.
@@ -173,6 +179,8 @@ pub struct Database {
     state: State,
     /// Once set, nothing is applied or promoted any more.
     failed: Option<String>,
+    /// Why nothing of it can be used, since the start: it is to be fetched from another member.
+    distrusted: Option<String>,
     /// A sync of the file failed: not even another start from the checkpoint helps, its pages may be lost.
     sync_failed: bool,
     /// Whoever reads the file while it rests at the last checkpoint.
@@ -189,24 +197,36 @@ impl Database {
     /// # Errors
     /// File errors, a damaged checkpoint record, a missing file.
     pub fn open(dir: &Path, id: u32, log_last_index: u64) -> Result<Self, DatabaseError> {
-        // SQLite resolves links in the path that it opens; ours must be equal to its.
-        let dir = fs::canonicalize(dir).map_err(|source| io_error("open the folder", dir, source))?;
-        let name = if id == CONSOLE_DATABASE { "console".to_owned() } else { format!("database{id}") };
-        let path = dir.join(format!("{name}.db"));
-        let record_path = dir.join(format!("{name}.checkpoint"));
-        let record = Record::read(&record_path, id).map_err(|e| io_error("read", &record_path, e))?;
+        let (path, record_path) = places(dir, id)?;
+        let record = Record::read(&record_path, id).map_err(|error| unreadable(&record_path, error))?;
         if record.pages > 0 && !path.exists() {
             return Err(DatabaseError::Missing(path));
         }
-        remove_cache(&path)?;
-        let mut options = File::options();
-        let file = options.read(true).write(true).create(true).truncate(false).open(&path);
-        let file = Arc::new(file.map_err(|source| io_error("open", &path, source))?);
-        sync_folder(&path).map_err(|source| io_error("sync the folder of", &path, source))?;
+        let file = open_file(&path)?;
         let replica = Replica::at(Arc::clone(&file), id, &record, log_last_index.max(record.index), &|| true)
+            .map_err(|error| unreadable(&path, error))?;
+        Ok(Self::new(id, path, record_path, file, record, replica))
+    }
+
+    /// The database in the same place, of which nothing can be used: it applies and promotes nothing, and leaves the files as
+    /// they are, until another one has been put in their place at the next start. `why` is for people.
+    ///
+    /// # Errors
+    /// File errors.
+    pub fn lost(dir: &Path, id: u32, why: String) -> Result<Self, DatabaseError> {
+        let (path, record_path) = places(dir, id)?;
+        let file = open_file(&path)?;
+        let record = Record::default();
+        let replica = Replica::at(Arc::clone(&file), id, &record, 0, &|| true)
             .map_err(|source| io_error("read", &path, source))?;
+        let mut database = Self::new(id, path, record_path, file, record, replica);
+        database.distrust(why);
+        Ok(database)
+    }
+
+    fn new(id: u32, path: PathBuf, record_path: PathBuf, file: Arc<File>, record: Record, replica: Replica) -> Self {
         let state = State::Following(replica);
-        Ok(Self {
+        Self {
             id,
             path,
             record_path,
@@ -214,10 +234,22 @@ impl Database {
             record,
             state,
             failed: None,
+            distrusted: None,
             sync_failed: false,
             hold: None,
             saving: false,
-        })
+        }
+    }
+
+    /// Nothing of it counts from now on. Only before it is used.
+    pub fn distrust(&mut self, why: String) {
+        self.failed = Some(why.clone());
+        self.distrusted = Some(why);
+    }
+
+    /// Why nothing of it counts.
+    pub fn distrusted(&self) -> Option<&str> {
+        self.distrusted.as_deref()
     }
 
     /// Raft index up to which the database has everything.
@@ -516,6 +548,31 @@ pub fn initial_transaction(id: u32, page_size: u32) -> Result<Vec<Vec<u8>>, Data
     Ok(vec![builder.finish(Some(commit))])
 }
 
+/// The database file and its checkpoint record.
+fn places(dir: &Path, id: u32) -> Result<(PathBuf, PathBuf), DatabaseError> {
+    // SQLite resolves links in the path that it opens; ours must be equal to its.
+    let dir = fs::canonicalize(dir).map_err(|source| io_error("open the folder", dir, source))?;
+    let name = if id == CONSOLE_DATABASE { "console".to_owned() } else { format!("database{id}") };
+    Ok((dir.join(format!("{name}.db")), dir.join(format!("{name}.checkpoint"))))
+}
+
+/// Opens the file, or makes it, without what a primary has left beside it.
+fn open_file(path: &Path) -> Result<Arc<File>, DatabaseError> {
+    remove_cache(path)?;
+    let mut options = File::options();
+    let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+    let file = file.map_err(|source| io_error("open", path, source))?;
+    sync_folder(path).map_err(|source| io_error("sync the folder of", path, source))?;
+    Ok(Arc::new(file))
+}
+
+fn unreadable(path: &Path, error: io::Error) -> DatabaseError {
+    if is_rot(&error) {
+        return DatabaseError::Damaged { path: path.to_owned(), why: error.to_string() };
+    }
+    io_error("read", path, error)
+}
+
 fn io_error(what: &'static str, path: &Path, source: io::Error) -> DatabaseError {
     DatabaseError::Io { what, path: path.to_owned(), source }
 }
@@ -525,12 +582,7 @@ fn remove_cache(path: &Path) -> Result<(), DatabaseError> {
     for suffix in ["-wal", "-shm", "-journal"] {
         let mut name = path.as_os_str().to_owned();
         name.push(suffix);
-        match fs::remove_file(&name) {
-            Err(source) if source.kind() != ErrorKind::NotFound => {
-                return Err(io_error("remove", Path::new(&name), source));
-            }
-            _ => {}
-        }
+        clear_away(Path::new(&name)).map_err(|source| io_error("remove", Path::new(&name), source))?;
     }
     Ok(())
 }

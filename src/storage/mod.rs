@@ -4,6 +4,7 @@
 //! decide anything about roles, and never hand a directory to two processes or to a member it does not belong to.
 
 pub mod backup;
+mod checked;
 pub mod checkpoint;
 pub mod checksum;
 pub mod configuration;
@@ -150,7 +151,7 @@ impl DataDir {
             }
         }
         let path = self.identity_path();
-        let write = || durable_write(&path, &serde_json::to_vec_pretty(identity)?);
+        let write = || durable_write(&path, &checked::encode(serde_json::to_value(identity)?)?);
         write().map_err(|source| DataDirError::Io { verb: "write", path: path.clone(), source })
     }
 
@@ -166,16 +167,33 @@ impl DataDir {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(DataDirError::NoIdentity { path: self.path.clone() });
             }
+            Err(error) if is_rot(&error) => return Err(DataDirError::Damaged { path, reason: error.to_string() }),
             Err(source) => return Err(DataDirError::Io { verb: "read", path, source }),
         }
-        let damaged =
-            |error: serde_json::Error| DataDirError::Damaged { path: path.clone(), reason: error.to_string() };
+        let damaged = |reason: String| DataDirError::Damaged { path: path.clone(), reason };
         // The format is looked at first: a newer file may differ in everything else.
-        let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
+        let value = checked::decode(&text).map_err(damaged)?;
         match value.get("format").and_then(serde_json::Value::as_u64) {
             Some(found) if found > u64::from(IDENTITY_FORMAT) => Err(DataDirError::Newer { path, found }),
-            _ => serde_json::from_value(value).map_err(damaged),
+            _ => serde_json::from_value(value).map_err(|error| damaged(error.to_string())),
         }
+    }
+
+    /// Writes the identity anew, with a checksum, if an older program wrote it without one.
+    ///
+    /// # Errors
+    /// Those of [`DataDir::identity`].
+    pub fn check_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
+        let path = self.identity_path();
+        let io = |verb| {
+            let path = path.clone();
+            move |source| DataDirError::Io { verb, path, source }
+        };
+        if checked::has_checksum(&fs::read(&path).map_err(io("read"))?) {
+            return Ok(());
+        }
+        let write = || durable_write(&path, &checked::encode(serde_json::to_value(identity)?)?);
+        write().map_err(io("write"))
     }
 
     /// Reads the identity and refuses it unless it is that of this node of this cluster.
@@ -239,8 +257,10 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     temporary.push(".new");
     let temporary = parent.join(temporary);
     let write = || {
+        // What an earlier attempt left may be a link, or readable by others.
+        clear_away(&temporary)?;
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options.write(true).create_new(true).mode(0o600);
         let mut file = descriptors::open(|| options.open(&temporary))?;
         file.write_all(bytes)?;
         file.sync_all()?;
@@ -253,12 +273,39 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
+/// Removes whatever has this name: a file, a link, or a folder with all that is in it.
+///
+/// # Errors
+/// Those of the file system; that there is nothing is no error.
+pub fn clear_away(path: &Path) -> io::Result<()> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
 /// Makes the names in a directory durable: creations, renames and removals.
 ///
 /// # Errors
 /// Those of the file system.
 pub fn fsync_dir(path: &Path) -> io::Result<()> {
     descriptors::open(|| File::open(path))?.sync_all()
+}
+
+/// True for an error that says that what is on the disk cannot be read, now or later: the place is bad, or the content is not
+/// what it should be. Not for what the system lacks at the moment.
+pub fn is_rot(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, UnexpectedEof};
+    matches!(error.kind(), InvalidData | IsADirectory | NotADirectory | UnexpectedEof)
+        || matches!(
+            error.raw_os_error().map(Errno::from_raw),
+            Some(Errno::EIO | Errno::EBADMSG | Errno::EUCLEAN | Errno::ELOOP)
+        )
 }
 
 /// Why a captured transaction did not get a majority.

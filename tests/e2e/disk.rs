@@ -26,7 +26,7 @@ use super::{
 };
 
 /// Some segments of the raft log, the database, and what is free again without the ballast.
-const SIZE: &str = "size=160m";
+const SIZE: &str = "size=160m,mode=700";
 /// What may be said about a full disk.
 pub const FULL: &[&str] =
     &["the disk is full", "the disk of the primary is full", "cannot prepare ahead", "database or disk is full"];

@@ -10,6 +10,7 @@ mod balancers;
 mod certificates;
 mod cluster;
 mod copies;
+mod damage;
 mod databases;
 mod disk;
 mod drill;

@@ -151,6 +151,9 @@ fn kept_out(cluster: &Cluster, writers: &Writers, next: &Path) {
     let known = fs::read_to_string(&file).unwrap();
     let stale = known.replace(&format!("\"level\": {NEXT_LEVEL}"), &format!("\"level\": {FEATURE_LEVEL}"));
     assert_ne!(known, stale);
+    // As a program wrote it that knew no checksum.
+    let stale: Vec<&str> = stale.lines().filter(|line| !line.contains("crc32c")).collect();
+    let stale = stale.join("\n");
     fs::write(&file, stale).unwrap();
     cluster.wait_for("it shows why nobody links with it", |statuses| {
         let warnings = statuses[back].as_ref().map(|status| status.warnings.clone()).unwrap_or_default();

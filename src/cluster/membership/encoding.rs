@@ -5,9 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{MAX_ENCODED, Membership};
 
-/// Version of the encoding that this program writes.
-const FORMAT: u32 = 1;
-
 #[derive(Serialize, Deserialize)]
 struct Encoded {
     format: u32,
@@ -16,9 +13,12 @@ struct Encoded {
 }
 
 impl Membership {
+    /// Version of the encoding that this program writes.
+    pub const FORMAT: u32 = 1;
+
     /// The bytes of this membership.
     pub fn encode(&self) -> Vec<u8> {
-        let encoded = Encoded { format: FORMAT, membership: self.clone() };
+        let encoded = Encoded { format: Self::FORMAT, membership: self.clone() };
         serde_json::to_vec(&encoded).expect("a membership has no maps with keys that JSON lacks")
     }
 
@@ -32,8 +32,11 @@ impl Membership {
         }
         let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
         match value.get("format").and_then(serde_json::Value::as_u64) {
-            Some(found) if found > u64::from(FORMAT) => {
-                return Err(format!("membership format {found} is newer than this program's {FORMAT}: upgrade it"));
+            Some(found) if found > u64::from(Self::FORMAT) => {
+                return Err(format!(
+                    "membership format {found} is newer than this program's {}: upgrade it",
+                    Self::FORMAT
+                ));
             }
             _ => {}
         }

@@ -114,6 +114,7 @@ impl Worker {
             lock(&reader).scrubbed += 1;
             reader.changed.notify_one();
         })?;
+        let broken = database.distrusted().is_some();
         Ok(Self {
             scrub,
             scrubbed: 0,
@@ -136,7 +137,7 @@ impl Worker {
             snapshot_at: None,
             overrun: false,
             full: false,
-            broken: false,
+            broken,
             ended: false,
             full_until: None,
             told_full: false,
@@ -144,6 +145,9 @@ impl Worker {
     }
 
     pub fn run(mut self) {
+        if let Some(why) = self.database.distrusted().map(str::to_owned) {
+            self.mistrust(why);
+        }
         loop {
             let goal = self.wait();
             if goal.stop {

@@ -19,7 +19,10 @@ use super::{
 };
 use crate::{
     cluster::NodeId,
-    storage::{configuration::Configuration, durable_write, fsync_dir, make_private_dir, raft_log::RaftLog, tail},
+    storage::{
+        clear_away, configuration::Configuration, durable_write, fsync_dir, is_rot, make_private_dir,
+        raft_log::RaftLog, tail,
+    },
 };
 
 /// A snapshot that is installed, or of no use.
@@ -61,27 +64,31 @@ impl Ready {
     /// Looks for a complete snapshot, and deletes the remains of others. The data folder must be locked.
     ///
     /// # Errors
-    /// [`SnapshotError::Io`]; [`SnapshotError::Contradiction`] for one that this program cannot read.
+    /// [`SnapshotError::Io`].
     pub fn find(data: &Path) -> Result<Option<Self>, SnapshotError> {
         for remains in [INCOMING, DONE] {
             delete(&data.join(remains))?;
         }
         let path = data.join(READY).join(MANIFEST);
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
+        let manifest = match fs::read(&path) {
+            Ok(bytes) => Manifest::decode(&bytes),
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) if is_rot(&error) => Err(error.to_string()),
             Err(error) => return Err(SnapshotError::io("read", &path)(error)),
         };
-        let unreadable = |why: String| {
-            SnapshotError::Contradiction(format!(
-                "{} is damaged ({why}): move the folder {} away and start this node again, which then fetches the database \
-                 anew; if it does not start even so, remove it from the cluster and join it again",
-                path.display(),
-                data.join(READY).display()
-            ))
-        };
-        let manifest = Manifest::decode(&bytes).map_err(unreadable)?;
-        Ok(Some(Self { data: data.to_owned(), manifest }))
+        let sound = manifest.and_then(|manifest| match fs::metadata(data.join(READY).join(DATABASE)) {
+            Ok(found) if found.len() != manifest.bytes() => Err("its database has another length".to_owned()),
+            _ => Ok(manifest), // none: it is in its place already
+        });
+        match sound {
+            Ok(manifest) => Ok(Some(Self { data: data.to_owned(), manifest })),
+            // Whoever needs it fetches it again: also a node that died while it installed this one.
+            Err(why) => {
+                warn!("{} is damaged ({why}): the snapshot is thrown away", path.display());
+                dismiss(data)?;
+                Ok(None)
+            }
+        }
     }
 
     /// What it is.
@@ -212,8 +219,14 @@ impl Ready {
         place().map_err(SnapshotError::io("put into its place", &from))?;
         let size = fs::metadata(&to).map_err(SnapshotError::io("look at", &to))?.len();
         if size != self.manifest.bytes() {
-            let text = format!("{} has {size} bytes instead of {}", to.display(), self.manifest.bytes());
-            return Err(SnapshotError::Contradiction(text));
+            let expected = self.manifest.bytes();
+            warn!(
+                size,
+                expected,
+                "the fetched database is gone, and is fetched again: {} is the old one",
+                to.display()
+            );
+            return Ok(Step::Useless);
         }
         Ok(Step::Done)
     }
@@ -253,10 +266,7 @@ fn dismiss(data: &Path) -> Result<(), SnapshotError> {
 }
 
 fn delete(folder: &Path) -> Result<(), SnapshotError> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(SnapshotError::io("delete", folder)(error)),
-        _ => Ok(()),
-    }
+    clear_away(folder).map_err(SnapshotError::io("delete", folder))
 }
 
 #[cfg(test)]
@@ -428,13 +438,31 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_manifest_is_named_with_what_to_do() {
+    fn a_damaged_snapshot_is_thrown_away_and_the_old_database_stays() {
+        let damages: [fn(&Path); 4] = [
+            |ready| fs::write(ready.join(MANIFEST), "{").unwrap(),
+            |ready| File::options().write(true).open(ready.join(DATABASE)).unwrap().set_len(512).unwrap(),
+            |ready| {
+                fs::remove_file(ready.join(MANIFEST)).unwrap();
+                fs::create_dir(ready.join(MANIFEST)).unwrap();
+            },
+            |ready| {
+                fs::remove_dir_all(ready).unwrap();
+                fs::write(ready, "a file").unwrap();
+            },
+        ];
+        for damage in damages {
+            let data = node(30, 2, 25, 10);
+            damage(&data.path().join(READY));
+            assert!(Ready::find(data.path()).unwrap().is_none());
+            assert!(!data.path().join(READY).exists() && !data.path().join(DONE).exists());
+        }
+        // Its database was lost after its manifest was read.
         let data = node(30, 2, 25, 10);
-        fs::write(data.path().join(READY).join(MANIFEST), "{").unwrap();
-        let text = Ready::find(data.path()).unwrap_err().to_string();
-        assert!(text.contains("is damaged") && text.contains("snapshot.ready away and start"), "{text}");
-        fs::rename(data.path().join(READY), data.path().join("aside")).unwrap();
-        assert!(Ready::find(data.path()).unwrap().is_none());
+        let ready = Ready::find(data.path()).unwrap().unwrap();
+        fs::remove_file(data.path().join(READY).join(DATABASE)).unwrap();
+        assert!(!ready.install(&open_log(data.path()), 3).unwrap());
+        assert_eq!(fs::read_to_string(data.path().join(FOLDER).join(DATABASE)).unwrap(), "an older database");
     }
 
     #[test]
@@ -472,12 +500,5 @@ mod tests {
         let state = start(data.path());
         assert_eq!(state.membership.unwrap().membership, newer);
         assert!(state.leftovers.is_empty());
-    }
-
-    #[test]
-    fn a_damaged_manifest_stops_the_start() {
-        let data = node(30, 2, 25, 10);
-        fs::write(data.path().join(READY).join(MANIFEST), "{").unwrap();
-        assert!(matches!(Ready::find(data.path()), Err(SnapshotError::Contradiction(_))));
     }
 }

@@ -1,0 +1,45 @@
+//! The database file and its checkpoint record: both can be made again by the raft log from its beginning, or are fetched from
+//! another member. Must never let a database be founded where one was.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::{Notes, aside::set_aside};
+use crate::{
+    cluster::command::CONSOLE_DATABASE,
+    storage::{
+        database::{Database, DatabaseError},
+        make_private_dir,
+        raft_log::RaftLog,
+    },
+};
+
+/// The record of the checkpoint, below the data folder.
+const RECORD: &str = "database/console.checkpoint";
+/// Every raft log begins behind this index.
+const ORIGIN: u64 = 1;
+
+/// Opens the database. One that cannot be read begins again with the first entry of the raft log, if that is still there;
+/// otherwise nothing of it counts until it was fetched.
+///
+/// # Errors
+/// File errors.
+pub fn database(data: &Path, log: &RaftLog, notes: &mut Notes) -> Result<Database> {
+    let dir = data.join("database");
+    make_private_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let open = || Database::open(&dir, CONSOLE_DATABASE, log.last_index());
+    let why = match open() {
+        Err(error @ (DatabaseError::Damaged { .. } | DatabaseError::Missing(_))) => error.to_string(),
+        opened => return opened.context("open the database"),
+    };
+    set_aside(data, RECORD).with_context(|| format!("{why}; its checkpoint record cannot be moved away"))?;
+    if log.first_index() <= ORIGIN + 1
+        && let Ok(database) = open()
+    {
+        notes.add(format!("{why}: the database is made anew from the raft log"));
+        return Ok(database);
+    }
+    notes.add(format!("{why}: the database is fetched from another member"));
+    Database::lost(&dir, CONSOLE_DATABASE, why).context("open the database")
+}

@@ -1,0 +1,107 @@
+//! `membership.json`: the raft log's entries carry the whole membership, so that the newest one that is in force is taken from
+//! there whenever the file is damaged, gone, or an older copy. What the raft log has let go of comes from the other members, with
+//! the whole database.
+
+use std::{io, path::Path};
+
+use anyhow::{Context, Result, anyhow};
+
+use super::{Notes, aside::set_aside};
+use crate::{
+    cluster::Membership,
+    storage::{
+        Identity,
+        configuration::{Configuration, FILE},
+        database::Database,
+        is_rot,
+        raft_log::RaftLog,
+    },
+};
+
+/// The membership in force at the index from which raft goes on: that of the file, or a newer one that the raft log has. If
+/// neither has it, the database is not to be used: both come from another member then.
+///
+/// # Errors
+/// When the file is of a newer program, or what was found cannot be read or written.
+pub fn membership(
+    data: &Path,
+    identity: &Identity,
+    log: &RaftLog,
+    database: &mut Database,
+    notes: &mut Notes,
+) -> Result<Configuration> {
+    let path = data.join(FILE);
+    let read = known_membership(data, identity, notes)?;
+    let gone = read.is_none();
+    let known = read.unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
+    // What is behind this comes into force as it is applied again.
+    let applied = database.applied().max(log.first_index().saturating_sub(1)).min(log.last_index());
+    let state = format!("{} was {}", path.display(), if gone { "damaged or gone" } else { "an older copy" });
+    if let Some(newer) = newest(log, known.index, applied)? {
+        newer.write(data).with_context(|| format!("write {}", path.display()))?;
+        notes.add(format!("{state}: it was made anew from the raft log, as of index {}", newer.index));
+        return Ok(newer);
+    }
+    let (conf, changed) = log.applied_conf();
+    // A cluster whose membership never changed has no such file.
+    if !gone || changed <= 1 || changed > applied {
+        return Ok(known);
+    }
+    if conf.voters == [identity.node] && conf.voters_outgoing.is_empty() {
+        let first =
+            "what this node knew of its cluster at first is in force again: look at members, names and webhooks";
+        notes.add(format!("{state}, the raft log does not have it any more, and this is the only member: {first}"));
+        return Ok(known);
+    }
+    let why = format!("{state}, and the raft log does not have the membership any more");
+    notes.add(format!("{why}: it is fetched from another member, with the whole database"));
+    if database.distrusted().is_none() {
+        database.distrust(why);
+    }
+    Ok(known)
+}
+
+/// What the file says; none if there is none, or was none that can be used: such a file is set aside.
+///
+/// # Errors
+/// When the file is of a newer program, cannot be read now, or cannot be moved away.
+pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> Result<Option<Configuration>> {
+    let path = data.join(FILE);
+    let why = match read(data, identity) {
+        Ok(read) => return Ok(read),
+        Err(error) if is_rot(&error) => error,
+        Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+    };
+    set_aside(data, FILE).with_context(|| format!("{} is damaged: move it away", path.display()))?;
+    notes.add(format!("{} is damaged ({why}) and was set aside", path.display()));
+    Ok(None)
+}
+
+fn read(data: &Path, identity: &Identity) -> io::Result<Option<Configuration>> {
+    let read = Configuration::read(data)?;
+    match read.as_ref().map(|known| known.membership.cluster).filter(|cluster| *cluster != identity.cluster) {
+        None => Ok(read),
+        Some(other) => {
+            let why = format!("it is of cluster {other}, and this is a member of {}", identity.cluster);
+            Err(io::Error::new(io::ErrorKind::InvalidData, why))
+        }
+    }
+}
+
+/// The membership of the last entry in the raft log that carries one, behind `after` and up to `last`.
+fn newest(log: &RaftLog, after: u64, last: u64) -> Result<Option<Configuration>> {
+    let first = log.first_index().max(after + 1);
+    let mut newest = None;
+    let found = log.entries_between(first, last, &mut |entry| {
+        if !entry.context.is_empty() {
+            newest = Some((entry.index, entry.context.to_vec()));
+        }
+        Ok(())
+    });
+    found.context("look for the membership in the raft log")?;
+    let decode = |(index, bytes): (u64, Vec<u8>)| {
+        let membership = Membership::decode(&bytes).map_err(|why| anyhow!("entry {index} of the raft log: {why}"))?;
+        Ok(Configuration { index, membership })
+    };
+    newest.map(decode).transpose()
+}

@@ -1,0 +1,98 @@
+//! `promise-ms`: for how many milliseconds the promises of this node's voters hold, so that a process whose timing was changed
+//! does not vote while an earlier one's promise is still in force. Must never assume a shorter one than may have been given.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use tracing::warn;
+
+use super::Notes;
+use crate::{
+    config::LONGEST_LEASE,
+    storage::{durable_write, is_rot},
+};
+
+/// Name of the file in the data folder.
+pub const PROMISE: &str = "promise-ms";
+/// No promise has to hold for longer: no configuration has a longer lease, and who is bound by one keeps it from its receipt on.
+const LONGEST: Duration = Duration::from_millis(LONGEST_LEASE.as_millis() as u64 + 1000);
+
+/// How long this process must neither vote nor campaign: the longest promise that an earlier one of this node may have
+/// given, which can be longer than its `own` if the timing was changed. Its own is noted for the next one. `first`: no earlier
+/// process of this node has promised anything.
+///
+/// # Errors
+/// When the file cannot be read for want of something that a later start may have, or not be written.
+pub fn promised_earlier(own: Duration, data: &Path, first: bool, notes: &mut Notes) -> Result<Duration> {
+    let path = data.join(PROMISE);
+    let noted = match fs::read_to_string(&path) {
+        _ if first => Some(Duration::ZERO),
+        Ok(text) => text.trim().parse().ok().map(Duration::from_millis),
+        Err(error) if error.kind() == ErrorKind::NotFound || is_rot(&error) => None,
+        Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+    };
+    let earlier = noted.unwrap_or(LONGEST).min(LONGEST);
+    if noted.is_none() {
+        let seconds = earlier.max(own).as_secs();
+        notes.add(format!(
+            "{} is damaged or gone: this node does not vote and is no candidate for {seconds} s, the longest promise that it may \
+             have given before",
+            path.display()
+        ));
+    } else if earlier < own {
+        note_promise(own, &path)?;
+    }
+    Ok(if first { Duration::ZERO } else { earlier.max(own) })
+}
+
+fn note_promise(promise: Duration, path: &Path) -> Result<()> {
+    durable_write(path, promise.as_millis().to_string().as_bytes()).with_context(|| format!("write {}", path.display()))
+}
+
+/// Lowers the note when the longer promise of an earlier process has run out, and not before: this one may crash, too.
+pub async fn lower_promise(own: Duration, earlier: Duration, data: PathBuf) {
+    tokio::time::sleep(earlier).await;
+    if let Err(error) = note_promise(own, &data.join(PROMISE)) {
+        warn!("the next start will wait longer than it has to: {error:#}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_read_is_the_longest_promise() {
+        let data = tempfile::tempdir().unwrap();
+        let (own, path) = (Duration::from_millis(475), data.path().join(PROMISE));
+        let promised = |first| {
+            let mut notes = Notes::default();
+            let promised = promised_earlier(own, data.path(), first, &mut notes).unwrap();
+            assert_eq!(notes.sentences().len(), usize::from(promised == LONGEST));
+            promised
+        };
+        assert_eq!((promised(true), fs::read_to_string(&path).unwrap().as_str()), (Duration::ZERO, "475"));
+        let samples =
+            [("475", own), ("475\n", own), ("300", own), ("900", Duration::from_millis(900)), ("61000", LONGEST)];
+        for (text, expected) in samples {
+            fs::write(&path, text).unwrap();
+            let mut notes = Notes::default();
+            assert_eq!(promised_earlier(own, data.path(), false, &mut notes).unwrap(), expected, "{text}");
+            assert_eq!(notes, Notes::default(), "{text}");
+        }
+        for damaged in [&b""[..], b"4\xf75", b"-1", b"4.5", b"x", b"99999999999999999999999"] {
+            fs::write(&path, damaged).unwrap();
+            assert_eq!(promised(false), LONGEST);
+            assert_eq!(fs::read(&path).unwrap(), damaged, "until it has run out");
+        }
+        fs::remove_file(&path).unwrap();
+        assert_eq!(promised(false), LONGEST);
+        fs::create_dir(&path).unwrap();
+        assert_eq!(promised(false), LONGEST);
+    }
+}
