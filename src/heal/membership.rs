@@ -34,17 +34,17 @@ pub fn membership(
     let read = known_membership(data, identity, notes)?;
     let gone = read.is_none();
     let known = read.unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
-    // What is behind this comes into force as it is applied again.
-    let applied = database.applied().max(log.first_index().saturating_sub(1)).min(log.last_index());
+    // What is behind this comes into force as a majority is known to have it.
+    let in_force = database.applied().max(log.hard_state().commit).min(log.last_index());
     let state = format!("{} was {}", path.display(), if gone { "damaged or gone" } else { "an older copy" });
-    if let Some(newer) = newest(log, known.index, applied)? {
+    if let Some(newer) = newest(log, known.index, in_force)? {
         newer.write(data).with_context(|| format!("write {}", path.display()))?;
         notes.add(format!("{state}: it was made anew from the raft log, as of index {}", newer.index));
         return Ok(newer);
     }
     let (conf, changed) = log.applied_conf();
     // A cluster whose membership never changed has no such file.
-    if !gone || changed <= 1 || changed > applied {
+    if !gone || changed <= 1 || changed > in_force {
         return Ok(known);
     }
     if conf.voters == [identity.node] && conf.voters_outgoing.is_empty() {
