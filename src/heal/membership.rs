@@ -5,6 +5,7 @@
 use std::{io, path::Path};
 
 use anyhow::{Context, Result, anyhow};
+use tracing::{info, warn};
 
 use super::{Notes, aside::set_aside};
 use crate::{
@@ -13,7 +14,7 @@ use crate::{
         Identity,
         configuration::{Configuration, FILE},
         database::Database,
-        is_rot,
+        is_full, is_rot,
         raft_log::RaftLog,
     },
 };
@@ -38,13 +39,28 @@ pub fn membership(
     let in_force = database.applied().max(log.hard_state().commit).min(log.last_index());
     let state = format!("{} was {}", path.display(), if gone { "damaged or gone" } else { "an older copy" });
     if let Some(newer) = newest(log, known.index, in_force)? {
-        newer.write(data).with_context(|| format!("write {}", path.display()))?;
-        notes.add(format!("{state}: it was made anew from the raft log, as of index {}", newer.index));
+        // A crash before it was written is no damage, nor is a disk that was full.
+        let usual = !gone && newer.index > database.applied();
+        match newer.write(data) {
+            Err(error) if usual && is_full(&error) => return Ok(known), // it comes into force when it is applied again
+            written => written.with_context(|| format!("write {}", path.display()))?,
+        }
+        if usual {
+            info!(index = newer.index, "the membership is taken from the raft log");
+        } else {
+            notes.add(format!("{state}: it was made anew from the raft log, as of index {}", newer.index));
+        }
         return Ok(newer);
     }
     let (conf, changed) = log.applied_conf();
-    // A cluster whose membership never changed has no such file.
-    if !gone || changed <= 1 || changed > in_force {
+    if !gone {
+        return Ok(known);
+    }
+    // Never changed: then the identity alone has it, which would be lost with that.
+    if changed <= 1 {
+        if let Err(error) = known.write(data) {
+            warn!(%error, "the membership is in the identity alone: {} cannot be written", path.display());
+        }
         return Ok(known);
     }
     if conf.voters == [identity.node] && conf.voters_outgoing.is_empty() {

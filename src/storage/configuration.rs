@@ -26,7 +26,7 @@ pub struct Configuration {
 }
 
 impl Configuration {
-    /// Reads the file; none if there is none, as in a cluster whose membership never changed.
+    /// Reads the file; none if there is none, as before the first start of a node.
     ///
     /// # Errors
     /// Read errors; with a reason `InvalidData` for a damaged file, `Unsupported` for that of a newer program.

@@ -206,8 +206,8 @@ fn what_cannot_be_mended_is_one_line() {
     fs::rename(&data, &elsewhere).unwrap();
     symlink(&elsewhere, &data).unwrap();
     let mode = |name: &str, bits| fs::set_permissions(data.join(name), fs::Permissions::from_mode(bits)).unwrap();
-    [("", 0o777), ("certificates", 0o777), ("certificates/node-key.pem", 0o666), ("identity.json", 0)]
-        .map(|(name, bits)| mode(name, bits));
+    let open = [("", 0o777), ("certificates", 0o777), ("certificates/node-key.pem", 0o666), ("identity.json", 0)];
+    open.into_iter().for_each(|(name, bits)| mode(name, bits));
     assert!(run(&config, &socket).is_none(), "it runs");
     let bits = |name: &str| fs::metadata(data.join(name)).unwrap().permissions().mode() & 0o777;
     assert_eq!(
