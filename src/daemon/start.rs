@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::{FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, level},
+    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, level},
     config::{Config, FirstState, Secret},
     events::Event,
     found,
@@ -137,7 +137,13 @@ pub(super) struct Found {
 }
 
 /// Opens what this node remembers: the raft log first, which the rest has to fit.
-pub(super) fn open_memory(config: &Config, data: &DataDir, identity: &Identity, notes: &mut Notes) -> Result<Found> {
+pub(super) fn open_memory(
+    config: &Config,
+    data: &DataDir,
+    identity: &Identity,
+    health: Option<&HealthPort>,
+    notes: &mut Notes,
+) -> Result<Found> {
     let snapshot = Ready::find(data.path()).context("look for a snapshot to be installed")?;
     let known = heal::known_membership(data.path(), identity, notes)?;
     let members = known.as_ref().map_or(&identity.membership, |known| &known.membership);
