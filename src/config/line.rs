@@ -25,6 +25,10 @@ fn refused<T>(found: impl Into<String>, allowed: &'static str) -> Result<T, Refu
 const NO_COMMANDS: &str = "a value, ${VAR-default} or ${VAR:-default}; commands are never run (write the value itself)";
 const EXPANSION: &str = "${VAR-default} or ${VAR:-default}, and \\$ or single quotes for the character $";
 const ONE_WORD: &str = "one value; a value with blanks or shell characters stands in quotes";
+const NO_HOME: &str = "a path in full, or the character ~ in quotes (a shell would put a home directory in its place)";
+const EQUALS: &str = "KEY=VALUE without blanks around the \"=\"";
+/// What a shell takes for a blank: no other space of Unicode.
+const BLANKS: [char; 2] = [' ', '\t'];
 
 /// True for what may stand left of the `=`.
 fn is_name(text: &str) -> bool {
@@ -33,24 +37,30 @@ fn is_name(text: &str) -> bool {
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
+/// A line without the blanks around it.
+pub(super) fn trim(line: &str) -> &str {
+    line.trim_matches(BLANKS)
+}
+
 /// Splits a line at its `=`.
 pub(super) fn split(line: &str) -> Result<Line<'_>, Refused> {
-    let line = line.trim();
+    let line = line.trim_start_matches(BLANKS);
     if line.is_empty() || line.starts_with('#') {
         return Ok(Line::Nothing);
     }
     let Some((key, rest)) = line.split_once('=') else {
         return refused(line, "KEY=VALUE or a comment that starts with #");
     };
-    if is_name(key) && !rest.starts_with([' ', '\t']) {
-        Ok(Line::Assignment(key, rest))
-    } else if is_name(key.trim_end()) {
-        // `KEY= # comment` is an empty value, as it is for a shell.
-        let empty = is_name(key) && rest.trim_start().starts_with('#');
-        if empty { Ok(Line::Assignment(key, "")) } else { refused(line, "KEY=VALUE without blanks around the \"=\"") }
-    } else {
-        refused(key, "a key of letters, digits and _, then \"=\" and its value")
+    if is_name(key) && !rest.starts_with(BLANKS) {
+        return Ok(Line::Assignment(key, rest));
     }
+    if !is_name(key.trim_end_matches(BLANKS)) {
+        return refused(key, "a key of letters, digits and _, then \"=\" and its value");
+    }
+    // `KEY= # comment` is an empty value, as it is for a shell.
+    let rest = trim(rest);
+    let empty = is_name(key) && (rest.is_empty() || rest.starts_with('#'));
+    if empty { Ok(Line::Assignment(key, "")) } else { refused(line, EQUALS) }
 }
 
 /// Looks up a variable for `${VAR-default}`.
@@ -60,8 +70,14 @@ pub(super) type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 pub(super) fn value(text: &str, lookup: Lookup<'_>) -> Result<String, Refused> {
     let mut out = String::new();
     let mut rest = text;
+    // Here a shell puts a home directory in the place of a `~`.
+    let mut home = true;
     while let Some(c) = rest.chars().next() {
         let tail = &rest[c.len_utf8()..];
+        if home && c == '~' {
+            return refused(text, NO_HOME);
+        }
+        home = c == ':';
         rest = match c {
             '\'' => {
                 let Some((inside, after)) = tail.split_once('\'') else {
@@ -81,7 +97,7 @@ pub(super) fn value(text: &str, lookup: Lookup<'_>) -> Result<String, Refused> {
             }
             '`' => return refused(rest, NO_COMMANDS),
             ' ' | '\t' => {
-                let comment = tail.trim_start();
+                let comment = tail.trim_start_matches(BLANKS);
                 return if comment.is_empty() || comment.starts_with('#') { Ok(out) } else { refused(text, ONE_WORD) };
             }
             ';' | '&' | '|' | '<' | '>' | '(' | ')' => return refused(text, ONE_WORD),
@@ -147,7 +163,7 @@ fn expansion<'t>(text: &'t str, out: &mut String, lookup: Lookup<'_>) -> Result<
         Some(name) => (name, false),
         None => (name, true),
     };
-    if !is_name(name) || default.contains(['$', '`', '"', '\'', '\\', '{']) {
+    if !is_name(name) || default.contains(['$', '`', '"', '\'', '\\', '{', '~']) {
         return refused(text, EXPANSION);
     }
     match lookup(name) {
@@ -195,6 +211,13 @@ mod tests {
             ("${SET:-default}/x", "set/x"),
             ("\"${NONE-a-b}\"", "a-b"),
             ("${NONE-}", ""),
+            ("${NONE:-/srv}/tw", "/srv/tw"),
+            ("\"/srv\"/tw", "/srv/tw"),
+            ("/srv/a\\ b", "/srv/a b"),
+            ("a\\ ", "a "),
+            ("a \t", "a"),
+            ("\"/srv/tw\" # x", "/srv/tw"),
+            ("a~b'~'", "a~b~"),
         ];
         for (text, expected) in samples {
             assert_eq!(read(text).as_deref(), Ok(expected), "{text}");
@@ -224,6 +247,9 @@ mod tests {
             "${",
             "${-x}",
             "$((1+1))",
+            "~/tw",
+            "a:~/tw",
+            "${NONE-~/tw}",
         ];
         for text in samples {
             assert!(read(text).is_err(), "{text}");
@@ -240,10 +266,14 @@ mod tests {
     #[test]
     fn blanks_around_the_equals_sign_are_refused() {
         for text in ["A =1", "A= 1", "A = 1"] {
-            assert_eq!(split(text).unwrap_err().allowed, "KEY=VALUE without blanks around the \"=\"", "{text}");
+            assert_eq!(split(text).unwrap_err().allowed, EQUALS, "{text}");
         }
-        assert_eq!(split("A= # nothing"), Ok(Line::Assignment("A", "")));
-        assert_eq!(split("  A=1 "), Ok(Line::Assignment("A", "1")));
+        for text in ["A= # nothing", "A=", "A= \t", "\tA= "] {
+            assert_eq!(split(text), Ok(Line::Assignment("A", "")), "{text:?}");
+        }
+        assert_eq!(split("  A=1 "), Ok(Line::Assignment("A", "1 ")));
+        // No blank for a shell.
+        assert!(split("\u{a0}A=1").is_err());
         assert!(split("1A=1").is_err());
         assert!(split("A").is_err());
     }

@@ -4,6 +4,7 @@
 //! collected and reported at once. Must never depend on another module of ours, and must never change anything on disk.
 
 mod audience;
+mod edit;
 mod keys;
 mod line;
 mod reader;
@@ -22,9 +23,10 @@ use std::{
 use thiserror::Error;
 
 pub use audience::Audience;
+pub use edit::Draft;
 pub use keys::{KEYS, Key, LONGEST_LEASE};
 pub use line::literal;
-pub use reader::parse;
+pub use reader::{Environment, parse};
 pub use render::render;
 
 /// Largest file that is read, in bytes.
@@ -379,13 +381,27 @@ fn list(problems: &[Problem], more: usize) -> String {
 /// # Errors
 /// All problems of the file at once, see [`ConfigErrors`].
 pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
-    let file = path.display().to_string();
+    load_in(path, &|name| std::env::var(name).ok())
+}
+
+/// Reads and checks a file as a process with this environment does.
+///
+/// # Errors
+/// All problems of the file at once, see [`ConfigErrors`].
+pub fn load_in(path: &Path, env: Environment<'_>) -> Result<Loaded, ConfigErrors> {
+    parse(read(path)?, &path.display().to_string(), env)
+}
+
+/// The bytes of a file, for [`parse`] and [`Draft`].
+///
+/// # Errors
+/// [`ConfigErrors::Unreadable`].
+pub fn read(path: &Path) -> Result<Vec<u8>, ConfigErrors> {
     let mut bytes = Vec::new();
     // One byte more than allowed is enough to know that the file is too large; a device never ends.
-    let read = File::open(path).and_then(|file| file.take(MAX_FILE as u64 + 1).read_to_end(&mut bytes));
-    match read {
-        Ok(_) => parse(bytes, &file, &|name| std::env::var(name).ok()),
-        Err(source) => Err(ConfigErrors::Unreadable { file, source }),
+    match File::open(path).and_then(|file| file.take(MAX_FILE as u64 + 1).read_to_end(&mut bytes)) {
+        Ok(_) => Ok(bytes),
+        Err(source) => Err(ConfigErrors::Unreadable { file: path.display().to_string(), source }),
     }
 }
 

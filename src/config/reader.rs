@@ -1,7 +1,7 @@
 //! From the bytes of a file to a configuration: collects every problem and note on the way. Pure: the environment is passed in.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
 
@@ -18,19 +18,52 @@ const MAX_SHOWN: usize = 80;
 /// The lease ends this long before a new primary could serve at the earliest.
 const LEASE_MARGIN: Duration = Duration::from_millis(50);
 
-/// Reads the text of a file. `env` is asked for the variables of `${VAR-default}`.
+/// What asks the environment for the variables of `${VAR-default}`.
+pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// Reads the text of a file.
 ///
 /// # Errors
 /// [`ConfigErrors::Invalid`] with all problems of the text.
-pub fn parse(text: impl AsRef<[u8]>, file: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
-    let text = text.as_ref();
+pub fn parse(text: impl AsRef<[u8]>, file: &str, env: Environment<'_>) -> Result<Loaded, ConfigErrors> {
+    read(text.as_ref(), file, env).finish()
+}
+
+/// What a file sets each key to, known or not. The same reading as [`parse`], and refused for the same reasons.
+///
+/// # Errors
+/// Those of [`parse`].
+pub(super) fn assigned(
+    text: &[u8],
+    file: &str,
+    env: Environment<'_>,
+) -> Result<BTreeMap<String, Assigned>, ConfigErrors> {
+    let mut reader = read(text, file, env);
+    let assigned = std::mem::take(&mut reader.assigned);
+    reader.finish().map(|_| assigned)
+}
+
+/// What the last line of a key sets it to.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Assigned {
+    pub(super) value: String,
+    /// What stands right of the `=`.
+    pub(super) raw: String,
+}
+
+/// The lines of a file, without what editors of other systems put at their ends and before the first.
+pub(super) fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+    text.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line))
+}
+
+fn read<'a>(text: &[u8], file: &'a str, env: Environment<'a>) -> Reader<'a> {
     let mut reader = Reader::new(file, env);
     if text.len() > MAX_FILE {
         reader.problem(None, None, "a larger file", &format!("a file of up to {MAX_FILE} bytes"));
-        return reader.finish();
+        return reader;
     }
-    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
-    for (index, line) in text.split(|byte| *byte == b'\n').enumerate() {
+    for (index, line) in lines(text).enumerate() {
         reader.line(index + 1, line);
     }
     reader.ignored();
@@ -38,19 +71,19 @@ pub fn parse(text: impl AsRef<[u8]>, file: &str, env: &dyn Fn(&str) -> Option<St
     reader.ports();
     reader.timing();
     reader.other_rules();
-    reader.finish()
+    reader
 }
 
 struct Reader<'a> {
     file: &'a str,
-    env: &'a dyn Fn(&str) -> Option<String>,
+    env: Environment<'a>,
     config: Config,
     /// The line that set a known key last.
     set: BTreeMap<&'static str, usize>,
     /// Known keys whose last value was refused: rules about several keys leave them alone.
     failed: BTreeSet<&'static str>,
     /// What the lines so far have set; a later `${VAR-default}` sees it, as in a shell.
-    variables: HashMap<String, String>,
+    assigned: BTreeMap<String, Assigned>,
     /// Lines and keys that mean nothing here.
     ignored: Vec<(usize, String)>,
     notes: Vec<Note>,
@@ -60,14 +93,14 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(file: &'a str, env: &'a dyn Fn(&str) -> Option<String>) -> Self {
+    fn new(file: &'a str, env: Environment<'a>) -> Self {
         Self {
             file,
             env,
             config: Config::default(),
             set: BTreeMap::new(),
             failed: BTreeSet::new(),
-            variables: HashMap::new(),
+            assigned: BTreeMap::new(),
             ignored: Vec::new(),
             notes: Vec::new(),
             more_notes: 0,
@@ -106,15 +139,20 @@ impl<'a> Reader<'a> {
         let Ok(text) = std::str::from_utf8(bytes) else {
             return self.problem(Some(number), None, &String::from_utf8_lossy(bytes), "text in UTF-8");
         };
-        if text.trim() == HOST_NAME_LINE {
-            return self.assign(number, CONSOLE_CN, String::new());
+        if let Some(strange) = text.chars().find(|c| c.is_control() && *c != '\t') {
+            return self.problem(Some(number), None, &strange.to_string(), "text without control characters");
+        }
+        if line::trim(text) == HOST_NAME_LINE {
+            let raw = HOST_NAME_LINE.split_once('=').map_or("", |(_, raw)| raw);
+            return self.assign(number, CONSOLE_CN, raw, String::new());
         }
         match line::split(text) {
             Ok(Line::Nothing) => {}
             Ok(Line::Assignment(name, value)) => {
-                let lookup = |name: &str| self.variables.get(name).cloned().or_else(|| (self.env)(name));
+                let earlier = |name: &str| self.assigned.get(name).map(|assigned| assigned.value.clone());
+                let lookup = |name: &str| earlier(name).or_else(|| (self.env)(name));
                 match line::value(value, &lookup) {
-                    Ok(value) => self.assign(number, name, value),
+                    Ok(read) => self.assign(number, name, value, read),
                     Err(refused) => {
                         let key = known(name);
                         self.failed.extend(key.map(|key| key.name));
@@ -128,7 +166,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn assign(&mut self, line: usize, name: &str, value: String) {
+    fn assign(&mut self, line: usize, name: &str, raw: &str, value: String) {
         if let Some(key) = known(name) {
             self.assign_known(line, key, &value);
         } else if IGNORED.contains(&name) || IGNORED_FAMILIES.iter().any(|family| name.starts_with(family)) {
@@ -140,7 +178,7 @@ impl<'a> Reader<'a> {
             };
             self.note(Severity::Warning, line, &format!("{}: unknown key, not used{hint}", shown(name)));
         }
-        self.variables.insert(name.to_owned(), value);
+        self.assigned.insert(name.to_owned(), Assigned { value, raw: raw.to_owned() });
     }
 
     fn assign_known(&mut self, line: usize, key: &'static Key, value: &str) {
