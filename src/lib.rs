@@ -34,7 +34,7 @@
 //! replicated database, so that nobody logs in again. While there is none, the page is grey and dated, and leads to the status
 //! pages of the members ([`health`]), which answer from the first moment of a process to its last.
 //!
-//! A newcomer's way: the join script installs the program and leaves a token; the daemon makes its keys and asks
+//! A newcomer's way: the join script fetches the program, which installs itself ([`host`]) and leaves a token; the daemon makes its keys and asks
 //! ([`join`]). The request is part of the replicated membership ([`cluster::membership`]): any primary knows it. APPLY
 //! ([`admin`]) signs the certificates and admits all hosts that ask in one entry. Each fetches the whole database
 //! ([`snapshot`]) and begins as a member without a vote; when all have caught up, whoever is primary gives them their votes in
@@ -73,6 +73,7 @@
 //! | [`health`] | the health port: the status page of each host, and what load balancers and monitors may know of a node | anything that it could decide |
 //! | [`control`], [`cli`] | administration over a Unix socket, and `twistcli` by it or by the API | the inside of a node |
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
+//! | [`host`] | installs, upgrades, uninstalls the node of a host, and has it join | the inside of a node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
 //! | [`http`] | what HTTP asks of a server before a handler sees a request | what is served |
 //! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
@@ -136,6 +137,7 @@ pub mod found;
 pub mod guard;
 pub mod heal;
 pub mod health;
+pub mod host;
 pub mod http;
 pub mod https;
 pub mod join;

@@ -8,7 +8,7 @@ mod joining;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use twistlock_ha::{config, dev, events::notify, guard, recover};
+use twistlock_ha::{config, dev, events::notify, guard, host, recover};
 
 /// Active/passive high availability for a management Console with a replicated SQLite database.
 #[derive(Parser)]
@@ -32,6 +32,9 @@ enum Command {
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
+    /// Install, upgrade or uninstall the node of this host, or have it join a cluster
+    #[command(subcommand)]
+    Host(host::Command),
     /// Make a new cluster from this stopped node when the other two are lost for good
     Recover(recover::Options),
     /// Start a whole cluster of three nodes on loopback addresses, to try it out and to watch it fail over
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
             }
             ExitCode::from(code)
         }
+        Command::Host(command) => host::main(command),
         Command::Recover(options) => recover::main(&options),
         Command::Dev(options) => dev::main(options),
     }

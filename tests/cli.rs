@@ -43,7 +43,7 @@ impl ControlHandler for Frozen {
         let answer = match operation {
             Operation::Invite { script, .. } => {
                 let script = script.then(|| "#!/bin/bash\n".to_owned());
-                let invited = JoinScript { line: "curl -fsS ... | sudo bash".into(), script, until: 1_793_383_200 };
+                let invited = JoinScript { line: "curl -sS ... | sudo bash".into(), script, until: 1_793_383_200 };
                 serde_json::to_value(invited).unwrap()
             }
             Operation::Apply { fingerprints } => {
@@ -276,7 +276,7 @@ fn operations_say_what_was_done() {
     let json = told(primary(), &["join-script", "--json"]);
     assert!(json.1.contains("\"until\": 1793383200"), "{json:?}");
     for (args, code, out) in [
-        (&["join-script"][..], 0, "curl -fsS ... | sudo bash\n"),
+        (&["join-script"][..], 0, "curl -sS ... | sudo bash\n"),
         (&["join-script", "--script"], 0, "#!/bin/bash\n"),
         (&["revoke"], 0, "All invitations are closed: no join script that was given out is good any more.\n"),
         (&["remove", "host3", "--yes"], 0, "host3 is removed.\n"),

@@ -11,6 +11,7 @@ use std::{
 /// `telemetry` owns nothing but names and may be used by all that are not pure.
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
+    ("host", &["config", "control", "join", "node", "storage", "cluster"]),
     ("recover", &["found", "config", "pki", "storage", "cluster"]),
     ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "cluster"]),
     ("control", &["admin", "backup", "descriptors", "events", "node", "telemetry"]),

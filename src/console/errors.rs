@@ -53,7 +53,7 @@ impl ApiError {
         Self::Request(StatusCode::BAD_REQUEST, text.into())
     }
 
-    fn status(&self) -> StatusCode {
+    pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::Request(status, _) => *status,
             Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,

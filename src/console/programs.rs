@@ -13,7 +13,7 @@ use std::{
 use axum::{
     Json,
     extract::State,
-    http::{HeaderMap, HeaderName, HeaderValue, Method, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
 };
 use hyper::body::{Bytes, Frame, SizeHint};
@@ -38,14 +38,17 @@ use super::{
     cookie,
     errors::ApiError,
     extract::{Name, Search},
-    routes::{Access, Entry, Role, route},
+    routes::{Access, BASE, Entry, Role, route},
 };
 use crate::{
     admin::Invited,
     cluster::Membership,
-    join::{Kit, KitError, Program},
+    join::{self, Kit, KitError, Program},
 };
 
+/// Where the join script is.
+const SCRIPT: &str = "/scripts/console.sh";
+const SHELL: (HeaderName, &str) = (header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8");
 /// How long an invitation is good that the script or the line make.
 const VALID: Duration = Duration::from_secs(3600);
 /// Bytes of a program that are read at a time, and how many such pieces wait for a slow client.
@@ -61,8 +64,7 @@ pub(super) fn routes() -> Vec<Entry> {
     let get = Method::GET;
     let programs = "A program that a new host needs: twistlockd or twistcli";
     vec![
-        route(get.clone(), "/scripts/console.sh", Access::JoinToken, "The join script", script)
-            .file("text/x-shellscript"),
+        route(get.clone(), SCRIPT, Access::JoinToken, "The join script", script).file("text/x-shellscript"),
         route(get.clone(), "/programs/{name}", Access::JoinToken, programs, program).file("application/octet-stream"),
         route(get.clone(), "/certs/ca.pem", Access::Open, "The CA certificate of the cluster", ca)
             .file("application/x-pem-file"),
@@ -96,13 +98,29 @@ pub(super) async fn script(
     State(console): State<Arc<Console>>,
     headers: HeaderMap,
     installer: Installer,
-) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {
-    let token = match installer {
-        Installer::Host { token } => token,
-        Installer::User(user) => invite(&console, &user, &headers, VALID).await?.token,
+) -> Result<Response, ApiError> {
+    let (token, host) = match installer {
+        Installer::Host { token } => (token, true),
+        Installer::User(user) => (invite(&console, &user, &headers, VALID).await?.token, false),
     };
-    let script = with_kit(&console, move |kit, membership, me| kit.script(membership, me, &token)).await?;
-    Ok(([(header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8")], script))
+    match with_kit(&console, move |kit, membership, me| kit.script(membership, me, &token)).await {
+        Ok(script) => Ok(([SHELL], script).into_response()),
+        Err(error) if host => Ok(refusal(&error)),
+        Err(error) => Err(error),
+    }
+}
+
+/// A refusal for a shell: who runs a join line must read why it does not work any more.
+fn refusal(error: &ApiError) -> Response {
+    let status = error.status();
+    let later = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+    (status, [SHELL], join::refusal(&error.to_string(), later)).into_response()
+}
+
+/// The answer to a request that is not admitted.
+pub(super) fn refused(parts: &Parts, error: ApiError) -> Response {
+    let line = parts.uri.path().strip_prefix(BASE) == Some(SCRIPT) && auth::join_token(&parts.headers).is_some();
+    if line { refusal(&error) } else { error.into_response() }
 }
 
 /// What [`line`] is asked for.

@@ -8,10 +8,7 @@
 //!
 //! A crash between any two of them is continued where it happened. Must never write an identity before all else is durable.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::{fs, io, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -54,7 +51,7 @@ impl JoinFile {
         Ok(file)
     }
 
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let token: Token = self.token.parse().map_err(anyhow::Error::msg)?;
         let ca = pki::certificate_der(&self.ca).context("the CA is not a certificate in PEM form")?;
         ensure!(token.trusts(&ca), "the CA is not the one that the join token vouches for: run the join script again");
@@ -224,7 +221,7 @@ impl Host {
     }
 }
 
-fn read_json<T: DeserializeOwned>(path: &PathBuf) -> Result<Option<T>> {
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     use io::Read;
     let mut text = Vec::new();
     match fs::File::open(path).and_then(|file| file.take(LIMIT).read_to_end(&mut text)) {

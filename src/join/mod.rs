@@ -4,6 +4,7 @@
 mod asking;
 mod client;
 mod files;
+mod offer;
 mod script;
 
 use std::{fmt, str::FromStr};
@@ -15,7 +16,8 @@ use crate::cluster::{Membership, NodeId};
 
 pub use asking::{Newcomer, Stage, run, wanted};
 pub use files::{Host, JOIN_FILE, JoinFile, clear};
-pub use script::{Kit, KitError, Program};
+pub use offer::Offer;
+pub use script::{Kit, KitError, Program, refusal};
 
 /// The beginning of every token: its kind and version.
 const TOKEN_PREFIX: &str = "TWJ1";

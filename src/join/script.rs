@@ -13,7 +13,7 @@ use std::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use ring::digest;
 
-use super::{JoinFile, Token, hex};
+use super::{JoinFile, Offer, Token, hex};
 use crate::{
     cluster::{Membership, NodeId},
     config::{self, Config, FirstState},
@@ -21,7 +21,6 @@ use crate::{
 };
 
 const TEMPLATE: &str = include_str!("console.sh.in");
-const UNIT: &str = include_str!("../../packaging/twistlockd.service");
 /// The daemon's own program, even when its file has been replaced since.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Bytes that are read at a time to compute a checksum.
@@ -139,28 +138,34 @@ impl Kit {
         let invitation = membership.invitations.iter().find(|open| parsed.has_hash(&open.hash));
         let until = invitation.ok_or(KitError::Token)?.until;
         let addresses = self.addresses(membership, primary)?;
-        let sum = |name| self.program(name).map(|program| program.map(|program| program.sha256).unwrap_or_default());
-        let file = JoinFile { token: token.to_owned(), addresses: addresses.clone(), ca: ca.clone() };
-        let json = serde_json::to_string(&file).map_err(io::Error::from)?;
-        let list = |items: Vec<String>| items.iter().map(|item| quote(item)).collect::<Vec<_>>().join(" ");
-        let members = membership.members.iter().map(|member| member.id.to_string()).collect();
+        let list = addresses.iter().map(|address| quote(address)).collect::<Vec<_>>().join(" ");
+        let offer = Offer {
+            join: JoinFile { token: token.to_owned(), addresses, ca: ca.clone() },
+            cluster: membership.cluster,
+            members: membership.members.iter().map(|member| member.id).collect(),
+            next_id: membership.next_id,
+            until,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            config: self.config.clone(),
+            withheld: self.withheld.iter().map(|key| (*key).to_owned()).collect(),
+        };
+        let offer = serde_json::to_string(&offer).map_err(io::Error::from)?;
+        let (daemon, cli) = (self.program("twistlockd")?, self.program("twistcli")?);
+        let length = |program: &Option<Program>| program.as_ref().map_or(0, |program| program.length);
+        let kib = (length(&daemon) + length(&cli)).div_ceil(1024);
+        let sum = |program: Option<Program>| program.map(|program| program.sha256).unwrap_or_default();
         Ok(fill(&[
             ("@TOKEN@", quote(token)),
-            ("@ADDRESSES@", list(addresses)),
-            ("@CLUSTER@", quote(&membership.cluster.to_string())),
-            ("@MEMBERS@", list(members)),
-            ("@NEXT_ID@", membership.next_id.to_string()),
+            ("@ADDRESSES@", list),
             ("@UNTIL@", until.to_string()),
             ("@VERSION@", quote(env!("CARGO_PKG_VERSION"))),
             ("@ARCHITECTURE@", quote(std::env::consts::ARCH)),
-            ("@DAEMON_SHA256@", quote(&sum("twistlockd")?)),
-            ("@CLI_SHA256@", quote(&sum("twistcli")?)),
+            ("@DAEMON_SHA256@", quote(&sum(daemon))),
+            ("@CLI_SHA256@", quote(&sum(cli))),
+            ("@KIB@", kib.to_string()),
             ("@CA@", quote(ca)),
             ("@CONSOLE_NAME@", quote(CONSOLE_NAME)),
-            ("@JOIN_JSON@", quote(&json)),
-            ("@CONFIG@", quote(&self.config)),
-            ("@WITHHELD@", quote(&self.withheld.join(" "))),
-            ("@UNIT@", quote(UNIT)),
+            ("@OFFER@", quote(&offer)),
         ]))
     }
 
@@ -175,7 +180,8 @@ impl Kit {
     }
 
     /// The line to run on another host. It trusts this cluster's authority alone, and therefore asks the primary for
-    /// [`CONSOLE_NAME`]; the token is in no command line that other users of that host could read.
+    /// [`CONSOLE_NAME`]; the token is in no command line that other users of that host could read. Without `-f`: a refusal is
+    /// a script, too, see [`refusal`].
     ///
     /// # Errors
     /// [`KitError`].
@@ -184,7 +190,7 @@ impl Kit {
         let addresses = self.addresses(membership, primary)?;
         let (ca, place) = (BASE64_STANDARD.encode(ca), addresses.first().ok_or(KitError::NoHttps)?);
         Ok(format!(
-            "curl -fsS --noproxy '*' --connect-to ::{place} --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') \
+            "curl -sS --noproxy '*' --connect-to ::{place} --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') \
              https://{CONSOLE_NAME}/api/v1/scripts/console.sh | sudo bash"
         ))
     }
@@ -222,6 +228,17 @@ fn fill(values: &[(&str, String)]) -> String {
         script.push('\n');
     }
     script
+}
+
+/// What is answered instead of the script: a script that says why there is none. `later` if it is worth another attempt.
+pub fn refusal(why: &str, later: bool) -> String {
+    let (hint, code) = if later {
+        ("Run the same line again in a while.", 75)
+    } else {
+        ("Get a new line: twistcli ha join-script, on the PRIMARY. Nothing was changed on this host.", 77)
+    };
+    let (why, hint) = (quote(&format!("join: {why}")), quote(&format!("  {hint}")));
+    format!("#!/bin/sh\nprintf '%s\\n' {why} {hint} >&2\nexit {code}\n")
 }
 
 /// One word of a shell, whatever is in it.
@@ -291,15 +308,15 @@ mod tests {
         fs::write(&path, body).unwrap();
         let look = |what: &str| shell(&format!(". {}; {what}", path.display()));
         assert_eq!(look("printf '%s ' \"${ADDRESSES[@]}\""), "[2001:db8::2]:8083 192.0.2.1:8083 ");
-        assert_eq!(look("printf '%s ' \"${MEMBERS[@]}\" $NEXT_ID"), "1 2 3 ");
-        fs::write(dir.path().join(super::super::JOIN_FILE), look("printf %s \"$JOIN_JSON\"")).unwrap();
-        let file = JoinFile::read(dir.path()).unwrap();
-        assert_eq!((file.token, file.addresses.len()), (token, 2));
-        let config = dir.path().join("twistlock.cfg");
-        fs::write(&config, look("printf %s \"$CONFIG\"")).unwrap();
-        let loaded = config::load(&config).unwrap();
+        let path = dir.path().join("offer.json");
+        fs::write(&path, look("printf %s \"$OFFER\"")).unwrap();
+        let offer = Offer::read(&path).unwrap();
+        assert_eq!((offer.join.token, offer.join.addresses.len()), (token, 2));
+        assert_eq!((offer.members, offer.next_id, offer.cluster), (vec![1, 2], 3, ClusterId(7)));
+        let loaded = config::parse(&offer.config, "twistlock.cfg", &|_| None).unwrap();
         assert!(loaded.config.high_availability_enabled && loaded.config.console_cn.is_none(), "{:?}", loaded.notes);
         assert_eq!(loaded.config.high_availability_state, FirstState::Secondary);
+        assert!(TEMPLATE.lines().count() < 120, "what is done to a host belongs into the program");
     }
 
     #[test]
@@ -310,26 +327,17 @@ mod tests {
         let (membership, token) = invited();
         let script = Kit::new(&config).script(&membership, 1, &token).unwrap();
         assert!(!script.contains("secret-42"));
-        assert!(script.contains("readonly WITHHELD='METRICS_TOKEN NOTIFY_COMMAND'\n"));
-        // A newcomer has a token of its own until it gets the common one, and what a host had before stays there.
-        let dir = tempfile::tempdir().unwrap();
-        let (path, scratch) = (dir.path().join("console.sh"), dir.path().join("scratch"));
-        fs::write(&path, script.strip_suffix("main \"$@\"\n").unwrap()).unwrap();
-        fs::create_dir(&scratch).unwrap();
-        let made = |installed: &str| {
-            let file = dir.path().join("installed.cfg");
-            fs::write(&file, installed).unwrap();
-            let (path, scratch, file) = (path.display(), scratch.display(), file.display());
-            let run = format!(
-                ". {path}; scratch={scratch} config={file} prefix= bind= address= name=; make_config; cat {scratch}/twistlock.cfg"
-            );
-            config::parse(shell(&run), "twistlock.cfg", &|_| None).unwrap().config
-        };
-        let (first, second) = (made(""), made(""));
-        let token = |config: &Config| config.metrics_token.as_ref().unwrap().reveal().to_owned();
-        assert!(token(&first).len() >= 32 && token(&first) != token(&second) && first.notify_command.is_empty());
-        let kept = made(text);
-        assert_eq!((token(&kept).as_str(), kept.notify_command), ("metrics-secret-42", config.notify_command));
+        assert!(script.contains(r#""withheld":["METRICS_TOKEN","NOTIFY_COMMAND"]"#));
+    }
+
+    #[test]
+    fn a_refusal_says_why_and_ends_as_one() {
+        let run = |script: &str| Command::new("bash").args(["-c", script]).output().unwrap();
+        let output = run(&refusal("it's $(over) `now`", false));
+        assert_eq!(output.status.code(), Some(77));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.starts_with("join: it's $(over) `now`\n") && said.contains("ha join-script"), "{said}");
+        assert_eq!(run(&refusal("busy", true)).status.code(), Some(75));
     }
 
     #[test]
@@ -342,6 +350,7 @@ mod tests {
         let told = shell(&format!("{tell}{line}"));
         let ca = &membership.authority.unwrap().certificate;
         assert!(told.contains(ca.as_str()) && told.contains(&format!("Authorization: Bearer {token}")), "{told}");
+        assert!(!told.lines().any(|word| word.starts_with("-f")), "a refusal has to reach the shell: {told}");
         assert!(told.contains("--connect-to\n::192.0.2.1:8083\n"), "{told}");
         assert!(told.ends_with("https://console.twistlock.internal/api/v1/scripts/console.sh\n"), "{told}");
     }

@@ -47,6 +47,8 @@ use watch::{Act, Place};
 pub const IDENTITY_FORMAT: u32 = 1;
 /// Largest `identity.json` that is read, in bytes: far above any three members.
 const IDENTITY_LIMIT: u64 = 1 << 20;
+/// Name of the file that says whose a data directory is.
+const IDENTITY: &str = "identity.json";
 
 /// Why a data directory cannot be used.
 #[derive(Debug, Error)]
@@ -88,6 +90,32 @@ pub struct Identity {
     pub name: String,
     /// The members at the time the directory was set up.
     pub membership: Membership,
+}
+
+impl Identity {
+    /// Reads the identity of a data folder, which another process may have.
+    ///
+    /// # Errors
+    /// [`DataDirError::NoIdentity`], [`DataDirError::Newer`], [`DataDirError::Damaged`] or [`DataDirError::Io`].
+    pub fn read(data: &Path) -> Result<Self, DataDirError> {
+        let path = data.join(IDENTITY);
+        let mut text = Vec::new();
+        match File::open(&path).and_then(|file| file.take(IDENTITY_LIMIT).read_to_end(&mut text)) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(DataDirError::NoIdentity { path: data.to_owned() });
+            }
+            Err(error) if is_rot(&error) => return Err(DataDirError::Damaged { path, reason: error.to_string() }),
+            Err(source) => return Err(DataDirError::Io { verb: "read", path, source }),
+        }
+        let damaged = |reason: String| DataDirError::Damaged { path: path.clone(), reason };
+        // The format is looked at first: a newer file may differ in everything else.
+        let value = checked::decode(&text).map_err(damaged)?;
+        match value.get("format").and_then(serde_json::Value::as_u64) {
+            Some(found) if found > u64::from(IDENTITY_FORMAT) => Err(DataDirError::Newer { path, found }),
+            _ => serde_json::from_value(value).map_err(|error| damaged(error.to_string())),
+        }
+    }
 }
 
 /// A data directory, locked for this process until it is dropped.
@@ -158,25 +186,9 @@ impl DataDir {
     /// Reads the identity.
     ///
     /// # Errors
-    /// [`DataDirError::NoIdentity`], [`DataDirError::Newer`], [`DataDirError::Damaged`] or [`DataDirError::Io`].
+    /// Those of [`Identity::read`].
     pub fn identity(&self) -> Result<Identity, DataDirError> {
-        let path = self.identity_path();
-        let mut text = Vec::new();
-        match File::open(&path).and_then(|file| file.take(IDENTITY_LIMIT).read_to_end(&mut text)) {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(DataDirError::NoIdentity { path: self.path.clone() });
-            }
-            Err(error) if is_rot(&error) => return Err(DataDirError::Damaged { path, reason: error.to_string() }),
-            Err(source) => return Err(DataDirError::Io { verb: "read", path, source }),
-        }
-        let damaged = |reason: String| DataDirError::Damaged { path: path.clone(), reason };
-        // The format is looked at first: a newer file may differ in everything else.
-        let value = checked::decode(&text).map_err(damaged)?;
-        match value.get("format").and_then(serde_json::Value::as_u64) {
-            Some(found) if found > u64::from(IDENTITY_FORMAT) => Err(DataDirError::Newer { path, found }),
-            _ => serde_json::from_value(value).map_err(|error| damaged(error.to_string())),
-        }
+        Identity::read(&self.path)
     }
 
     /// Writes the identity anew, with a checksum, if an older program wrote it without one.
@@ -216,7 +228,7 @@ impl DataDir {
     }
 
     fn identity_path(&self) -> PathBuf {
-        self.path.join("identity.json")
+        self.path.join(IDENTITY)
     }
 }
 

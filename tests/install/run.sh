@@ -223,17 +223,19 @@ install_on() {
 
 refusals() {
     step "install.sh refuses what cannot be, with an exit code for each"
-    expect 64 on h1 "$root/scripts/install.sh" -s
+    expect 64 on h1 "$root/scripts/install.sh" -s --program "$bin"
     says "the component is missing"
-    expect 64 on h1 "$root/scripts/install.sh" -sq console
-    says "found -q"
+    expect 64 on h1 "$root/scripts/install.sh" -sq --program "$bin" console
+    says "'-q'"
+    expect 66 on h1 "$root/scripts/install.sh" -s console
+    says "twistlockd is not in"
     expect 66 on h1 "$root/scripts/install.sh" -s --program /nowhere console
     expect 66 on h1 "$root/scripts/install.sh" -s --program "$bin" --config /nowhere/twistlock.cfg console
     expect 78 install_on h1 -s --set MANAGEMENT_PORT_HTTPS=70000 console
     says "MANAGEMENT_PORT_HTTPS"
     expect 77 install_on h1 console
     says "the terms were not accepted"
-    expect 77 on h1 setpriv --reuid 65534 --clear-groups "$root/scripts/install.sh" -s console
+    expect 77 on h1 setpriv --reuid 65534 --clear-groups "$root/scripts/install.sh" -s --program "$bin" console
     says "this needs root"
     on h1 test ! -e /usr/local/bin/twistlockd || fail "a refused installation left files"
 }
@@ -268,6 +270,19 @@ first_node() {
     expect 0 on h1 "$root/scripts/install.sh" -sj --program "$bin" --config "$root/twistlock.cfg.example" console
     on h1 grep -qx CHECKPOINT_SECONDS=30 /etc/twistlock/twistlock.cfg || fail "-j lost a setting"
     expect 1 on h1 twistcli ha status
+}
+
+# What is installed is what is told: the settings decide, in whatever way they are written.
+written_by_hand() {
+    step "a mark at the beginning, blanks, quotes and comments in twistlock.cfg mean the same to all"
+    expect 0 install_on h1 -sj --set DATA_FOLDER=/srv/by-hand console
+    # shellcheck disable=SC2016 # the inner shell's
+    on h1 bash -c 'printf "\xef\xbb\xbf  DATA_FOLDER=\"/srv\"/by-hand   # big disk\r\nHIGH_AVAILABILITY_ENABLED=true # on\n" >"$0"' \
+        /etc/twistlock/twistlock.cfg
+    expect 0 on h1 "$root/scripts/install.sh" -sj --program "$bin" --config "$root/twistlock.cfg.example" console
+    on h1 test ! -e "/srv/by-hand   # big disk" || fail "a folder with the name of a comment"
+    on h1 test -e /srv/by-hand/lock || fail "the data folder is another one"
+    expect 0 install_on h1 -sj --set DATA_FOLDER=/var/lib/twistlock console
 }
 
 # Another folder, a privileged port, and back: what systemd may let the node do follows the settings.
@@ -364,7 +379,17 @@ cluster() {
     expect 77 install_on h1 -s console
     says "recover --force-new-cluster"
     expect 77 install_on h1 -sf console
+    expect 77 install_on h1 -s --set DATA_FOLDER=/srv/new console
+    says "/var/lib/twistlock (named by the default) belongs to a cluster of 3 members"
     expect 0 healthy
+
+    step "a dead join line says why"
+    local line
+    expect 0 on h1 twistcli ha join-script
+    line=$(grep -m 1 '^ *curl ' <<<"$output")
+    expect 0 on h1 twistcli ha revoke
+    expect 77 on h2 bash -c "${line/sudo bash/bash}"
+    says "the join token is not good (any more)"
 }
 
 replace() {
@@ -469,6 +494,7 @@ main() {
     refusals
     port_in_use
     first_node
+    written_by_hand
     other_settings
     cluster
     replace

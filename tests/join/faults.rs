@@ -275,7 +275,11 @@ fn a_token_that_has_expired() {
     let refused = founder.post_as(&token, "/high-availability/requests", second.request(), 403);
     assert!(refused["err"].as_str().unwrap().contains("has expired"), "{refused}");
     let said = second.fails_to_run_line(&line);
-    assert!(said.contains("403") && !second.data().exists(), "{said}");
+    assert!(said.contains("has expired") && said.contains("ha join-script") && !second.data().exists(), "{said}");
+    let line = founder.line();
+    founder.host.operate::<Value>(Operation::Uninvite {}).unwrap();
+    let said = second.fails_to_run_line(&line);
+    assert!(said.contains("any more") && !second.data().exists(), "{said}");
     assert_eq!(founder.status()["membership"]["requests"], Value::Null);
     let line = founder.line();
     assert_eq!(founder.get_as(&host::token_of(&line), "/scripts/console.sh").0, 200, "a new one is good at once");

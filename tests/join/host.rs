@@ -247,11 +247,12 @@ impl Host {
         said
     }
 
-    /// The same; it must fail.
+    /// The same with a line that is dead; it must say so and end as one that is refused.
     pub fn fails_to_run_line(&mut self, line: &str) -> String {
         let output = self.run(line, "");
-        assert!(!output.status.success());
-        String::from_utf8_lossy(&output.stderr).into_owned()
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(77), "{said}");
+        said
     }
 
     fn run(&mut self, line: &str, options: &str) -> Output {
