@@ -1,6 +1,7 @@
 //! One node's process: builds the parts, joins them, and takes them apart in order. The only place where parts are wired.
 
 mod damage;
+mod memory;
 mod signals;
 mod start;
 
@@ -22,7 +23,7 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::{console_tls::ConsoleTls, renewal},
-    cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION},
+    cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, reach::Standing},
     config::{self, Config, LogFormat, NotifySeverity, Severity},
     control::ControlSocket,
     descriptors,
@@ -168,6 +169,9 @@ struct Parts {
     health: Option<HealthPort>,
     /// That another copy of the database was put in place: told when there is somebody to be notified.
     replaced: Option<Event>,
+    /// What this node says of its own memory, and what it remembers of the others.
+    standing: Standing,
+    remembered: peer::Memory,
 }
 
 impl Parts {
@@ -186,7 +190,7 @@ impl Parts {
         let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
         let version = PROGRAM_VERSION;
         events.record(Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name)));
-        let Found { configuration, log, database, replaced, quiet } =
+        let Found { configuration, log, database, replaced, quiet, mind, standing } =
             open_memory(config, &data, &identity, health.as_ref(), &mut notes)?;
         let names = |address: &str| found::console_names(config, address);
         heal::certificates(data.path(), &identity, &configuration.membership, names, &mut notes)?;
@@ -194,8 +198,10 @@ impl Parts {
             NodeTls::load(&data.path().join("certificates")).context("load the certificates of this node")?;
         let others: Vec<NodeId> =
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
-        let (links, sender) = Links::new(LinksConfig::new(identity.node, others)).context("make the peer links")?;
-        let node_config = node_config(config, &identity, configuration, quiet, lease.clone());
+        let remembered = mind.others.clone();
+        let links = LinksConfig { memory: remembered.clone(), ..LinksConfig::new(identity.node, others) };
+        let (links, sender) = Links::new(links).context("make the peer links")?;
+        let node_config = node_config(config, &identity, configuration, quiet, lease.clone(), mind);
         let (handle, thread) =
             node::spawn(node_config, log, database, (links, sender.clone())).context("start the node")?;
         let config = config.clone();
@@ -215,6 +221,8 @@ impl Parts {
             thread,
             health,
             replaced,
+            standing,
+            remembered,
         })
     }
 
@@ -332,6 +340,8 @@ impl Parts {
             tls,
             snapshots,
             keys,
+            standing: self.standing,
+            memory: self.remembered.clone(),
         };
         let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
         task::spawn(snapshot::serve(self.handle.clone(), self.events.clone(), calls, data.clone()));

@@ -10,14 +10,14 @@ use tokio::{
 };
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role},
+    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, reach::Standing},
     config::Config,
     control::{ControlHandler, ControlSocket},
     found,
     health::{HealthPort, Subject},
     join::{self, Host, Newcomer, Stage},
     node::{Status, SyncProgress},
-    peer::{Edition, PeerIdentity, Roster},
+    peer::{Edition, Memory, PeerIdentity, Roster},
     pki::NodeTls,
     snapshot,
     storage::{DataDir, DataDirError},
@@ -131,6 +131,8 @@ async fn fetch(
         tls,
         snapshots,
         keys,
+        standing: Standing::Unsaid,
+        memory: Memory::default(),
     };
     let host = newcomer.console.rsplit_once(':').map_or(newcomer.console, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');

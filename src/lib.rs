@@ -44,6 +44,11 @@
 //! shown the next feature level for a while, the primary raises it ([`cluster::level`]); from then on an older program does
 //! not start, is not linked with and does not become primary. What needs an understanding of all members waits for its level.
 //!
+//! The way back of a member that forgot: it lost some of its raft log, or got an older copy of it. It sees that itself, or the
+//! others do, who remember how far each member's memory had reached ([`cluster::reach`]). It takes part in nothing then. The
+//! primary takes its vote, it fetches the database, begins a new raft log behind that, and gets its vote again when it has caught
+//! up. `docs/memory.md` says which losses are found out by whom, which by nobody, and why that is safe.
+//!
 //! A backup's way: each member copies its own database, the PRIMARY from the file that rests between two checkpoints, the
 //! others from the file that goes on changing ([`storage::backup`]); the copy must have the checksum that all agreed on at its
 //! index. A restore ([`backup`]) puts the whole content of one in the database's place as a single transaction. Copies go

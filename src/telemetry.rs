@@ -214,6 +214,10 @@ pub const SNAPSHOT_LATENCY: &str = "twistlock_snapshot_seconds";
 pub const SNAPSHOT_FAILURES: &str = "twistlock_snapshot_failures_total";
 /// Counter: how often the raft log has become too long to be kept for a member that is away.
 pub const RAFT_LOG_OVERRUNS: &str = "twistlock_raft_log_overruns_total";
+/// Gauge: 1 while this node takes part in nothing because it lost some of its durable memory.
+pub const MEMORY_LOST: &str = "twistlock_memory_lost";
+/// Gauge, seconds since 1970: when this process began again after that.
+pub const MEMORY_RESTORED: &str = "twistlock_memory_restored_timestamp_seconds";
 /// Gauge, seconds since 1970: when damage of this node's database was found last, by this process or an earlier one.
 pub const DAMAGE_FOUND: &str = "twistlock_database_damage_timestamp_seconds";
 /// Gauge, seconds since 1970: when the newest backup of this host was made.
@@ -382,6 +386,8 @@ pub const METRICS: &[Metric] = &[
         .by("direction", &["sent", "fetched"]),
     metric(SNAPSHOT_FAILURES, Kind::Counter, "Whole databases that could not be sent or fetched, by direction.")
         .by("direction", &["sent", "fetched"]),
+    metric(MEMORY_LOST, Kind::Gauge, "1 while this node lost some of its durable memory and does not count, else 0."),
+    metric(MEMORY_RESTORED, Kind::Gauge, "When this node has begun again after that last, in seconds since 1970."),
     metric(DAMAGE_FOUND, Kind::Gauge, "When the database of this node was last found damaged, in seconds since 1970."),
     metric(
         BACKUP_LAST_SUCCESS,

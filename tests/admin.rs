@@ -99,6 +99,9 @@ impl Founder {
             version: VERSION.to_owned(),
             level: twistlock_ha::cluster::FEATURE_LEVEL,
             lease: Lease::new().unwrap(),
+            forgotten: None,
+            reach: Default::default(),
+            memory: Default::default(),
         };
         let (handle, thread) = node::spawn(node_config, log, database, (links, sender)).unwrap();
         let ports = Arc::new(Counted::default());

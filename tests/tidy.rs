@@ -51,6 +51,7 @@ const PROGRAMS: &[(&str, Option<&[&str]>)] = &[
     ("src/main.rs", None),
     ("src/daemon.rs", None),
     ("src/daemon/damage.rs", None),
+    ("src/daemon/memory.rs", None),
     ("src/daemon/signals.rs", None),
     ("src/daemon/start.rs", None),
     ("src/administrator.rs", None),

@@ -99,9 +99,10 @@ impl<S: Storage> Cluster<S> {
         Ok(index)
     }
 
-    /// True if a message of that member came lately, or if it is this node.
-    fn hears(&self, id: NodeId, now: u64) -> bool {
-        id == self.node || self.heard.get(&id).is_some_and(|at| now - at.min(&now) < HEARD_LATELY)
+    /// True if a message of that member came lately and it has not said that it forgot, or if it is this node.
+    pub(super) fn hears(&self, id: NodeId, now: u64) -> bool {
+        let lately = |at: &u64| now - at.min(&now) < HEARD_LATELY;
+        id == self.node || !self.forgetful.contains(&id) && self.heard.get(&id).is_some_and(lately)
     }
 
     /// Refuses a removal after which nothing could be committed, not even its taking back.

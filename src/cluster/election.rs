@@ -2,7 +2,7 @@
 //! Must never decide about ports: leadership alone opens nothing.
 
 use raft::{
-    Config, INVALID_ID, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole, Storage,
+    Config, INVALID_ID, INVALID_INDEX, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole, Storage,
     eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState, Message, MessageType},
 };
 
@@ -228,6 +228,27 @@ impl<S: Storage> Election<S> {
     /// The member that has got the order to campaign, or gets it as soon as it has all entries.
     pub fn transferee(&self) -> Option<NodeId> {
         self.raw.raft.lead_transferee
+    }
+
+    /// What this member acknowledged is gone: nothing is counted for it until it acknowledges something again.
+    pub fn forget_progress(&mut self, id: NodeId) {
+        let next = self.last_index() + 1;
+        let leads = self.is_leader();
+        if let Some(progress) = self.raw.raft.mut_prs().get_mut(id).filter(|_| leads) {
+            (progress.matched, progress.pending_snapshot, progress.pending_request_snapshot) = (0, 0, INVALID_INDEX);
+            progress.become_probe();
+            progress.next_idx = next;
+        }
+    }
+
+    /// True while a change of the voters is under way.
+    pub fn is_changing(&self) -> bool {
+        self.raw.raft.has_pending_conf() || !self.conf().voters_outgoing.is_empty()
+    }
+
+    /// The highest index that is known to be on this node's disk.
+    pub fn persisted_index(&self) -> u64 {
+        self.raw.raft.raft_log.persisted
     }
 
     /// Tells raft that messages to this member may be lost, so that it probes before it streams.

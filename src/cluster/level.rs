@@ -48,6 +48,7 @@ impl Change {
             | Change::Admit { .. }
             | Change::Authority { .. }
             | Change::Promote
+            | Change::Demote { .. }
             | Change::Remove { .. }
             | Change::Readdress { .. }
             | Change::Pause { .. }

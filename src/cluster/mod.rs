@@ -10,11 +10,13 @@ pub mod console_certificate;
 pub mod election;
 pub mod level;
 pub mod membership;
+mod memory;
+pub mod reach;
 pub mod role;
 pub mod trust;
 pub mod validity;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use raft::{
     Ready, Storage,
@@ -105,6 +107,8 @@ pub struct Start<'a> {
     pub applied: u64,
     /// The feature level that this node's program has.
     pub level: u32,
+    /// This node lost some of its durable memory: it takes part in nothing.
+    pub forgotten: bool,
 }
 
 /// Why a proposal was not taken. It is certain that it never will be.
@@ -167,6 +171,14 @@ pub struct Cluster<S: Storage> {
     voted: u64,
     durable: u64,
     ready: Option<Ready>,
+    /// This node lost some of its durable memory; see `memory`.
+    forgotten: bool,
+    /// What shows that it did, found out by this process.
+    forgot: Option<String>,
+    /// The highest index that was acknowledged, with its term.
+    acked: (u64, u64),
+    /// Other members that lost some of theirs.
+    forgetful: BTreeSet<NodeId>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -214,7 +226,7 @@ impl<S: Storage> Cluster<S> {
             served: 0,
             phase: Phase::Startup,
             lease: Lease::default(),
-            quiet_until: now + timing.quiet,
+            quiet_until: if start.forgotten { u64::MAX } else { now + timing.quiet },
             unfit_until: 0,
             indisposed: false,
             order: None,
@@ -233,6 +245,10 @@ impl<S: Storage> Cluster<S> {
             voted: 0,
             durable: 0,
             ready: None,
+            forgotten: start.forgotten,
+            forgot: None,
+            acked: (0, 0),
+            forgetful: BTreeSet::new(),
             election,
         })
     }
@@ -280,7 +296,7 @@ impl<S: Storage> Cluster<S> {
     /// A tick of the clock: missed ones are dropped by the caller, never repeated.
     pub fn tick(&mut self, now: u64) {
         self.observe(now);
-        if self.phase == Phase::Startup && !self.election.is_leader() {
+        if self.has_forgotten() || self.phase == Phase::Startup && !self.election.is_leader() {
             return;
         }
         if self.phase == Phase::Demoting && !self.election.is_leader() {
@@ -298,6 +314,7 @@ impl<S: Storage> Cluster<S> {
         self.election.tick();
         if self.election.is_leader() {
             self.round(now);
+            self.demote_forgetful(now);
             self.promote_learners(now);
         }
         self.observe(now);
@@ -311,7 +328,7 @@ impl<S: Storage> Cluster<S> {
 
     /// When [`Cluster::wake`] should be called at the latest, besides ticks.
     pub fn deadline(&self) -> Option<u64> {
-        let quiet = (self.phase == Phase::Startup).then_some(self.quiet_until);
+        let quiet = (self.phase == Phase::Startup && !self.forgotten).then_some(self.quiet_until);
         let campaign = self.campaign.map(|campaign| campaign.at);
         // What has no end that is known is looked at by the ticks.
         let ordered = self.order.as_ref().filter(|_| !self.indisposed).map(|_| self.unfit_until);
@@ -335,6 +352,10 @@ impl<S: Storage> Cluster<S> {
     /// A message of another member.
     pub fn step(&mut self, now: u64, message: Message) {
         self.observe(now);
+        if self.has_forgotten() || !self.is_sound(&message) {
+            return;
+        }
+        self.forgetful.remove(&message.from);
         if self.membership.get(message.from).is_some() {
             self.heard.insert(message.from, now);
         }
@@ -463,6 +484,7 @@ impl<S: Storage> Cluster<S> {
             return Ok(None);
         }
         let promote = self.may_promote(now);
+        self.note_acknowledged();
         Ok(Some(Output {
             lease: self.lease.deadline().unwrap_or(0),
             transitions: std::mem::take(&mut self.transitions),
@@ -642,7 +664,8 @@ impl<S: Storage> Cluster<S> {
 
     fn run_campaign(&mut self, now: u64) {
         let Some(campaign) = self.campaign else { return };
-        if self.phase != Phase::Secondary
+        if self.has_forgotten()
+            || self.phase != Phase::Secondary
             || self.election.leader().is_some()
             || self.is_paused(now)
             || self.is_outdated()

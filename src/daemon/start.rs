@@ -7,7 +7,10 @@ use anyhow::{Context, Result, bail};
 use raft::eraftpb::ConfState;
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, level},
+    cluster::{
+        ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, command::CONSOLE_DATABASE, level,
+        reach::Standing,
+    },
     config::{Config, FirstState, Secret},
     events::Event,
     found,
@@ -20,13 +23,16 @@ use twistlock_ha::{
         DataDir, Identity,
         configuration::Configuration,
         database::Database,
-        durable_write,
-        raft_log::{Options, RaftLog, RealDisk},
+        memory::LOG,
+        raft_log::{LogError, Options, RaftLog, RealDisk},
         snapshot::Ready,
     },
 };
 
-use super::damage;
+use super::{
+    damage,
+    memory::{self as mind, Mind, Opened},
+};
 
 /// The data folder, with what others could use of it closed, what is no file moved away, and an interrupted recovery completed
 /// before anything looks at whose it is.
@@ -93,36 +99,12 @@ pub(super) fn promise(config: &Config) -> Duration {
     config.tick * (config.election_ticks - 1)
 }
 
-pub(super) fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog> {
+pub(super) fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog, LogError> {
     let voters = identity.membership.voters().collect();
     let initial = ConfState { voters, ..ConfState::default() };
     let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, ..Options::default() };
     let owner = (identity.cluster, identity.node);
-    let log = RaftLog::open(&data.path().join("raft-log"), owner, initial, options, RealDisk)?;
-    let recovered = log.recovered();
-    // A node that forgot its log would forget whom it voted for, and could vote twice in one epoch.
-    let marker = data.path().join("raft-log.created");
-    if !recovered.created {
-        info!(
-            entries = recovered.entries,
-            segments = recovered.segments,
-            torn_bytes = recovered.torn_bytes,
-            unproven_bytes = recovered.unproven_bytes,
-            "raft log opened"
-        );
-    } else if marker.exists() {
-        bail!(
-            "the raft log in {} is gone, but this node has had one ({} says so): bring it back, or remove this member \
-             from the cluster and join it anew",
-            data.path().join("raft-log").display(),
-            marker.display()
-        );
-    }
-    if !marker.exists() {
-        durable_write(&marker, b"").with_context(|| format!("write {}", marker.display()))?;
-        info!("raft log created");
-    }
-    Ok(log)
+    RaftLog::open(&data.path().join(LOG), owner, initial, options, RealDisk)
 }
 
 /// What the start found in the data folder, and made of it.
@@ -134,6 +116,9 @@ pub(super) struct Found {
     pub replaced: Option<Event>,
     /// See [`heal::promised_earlier`].
     pub quiet: Duration,
+    pub mind: Mind,
+    /// What this node says of its own memory.
+    pub standing: Standing,
 }
 
 /// Opens what this node remembers: the raft log first, which the rest has to fit.
@@ -151,27 +136,38 @@ pub(super) fn open_memory(
     if let Some(health) = health {
         show_start(health, &identity.name, members);
     }
-    let log = open_log(config, data, identity)?;
-    let snapshot = snapshot.filter(|snapshot| {
+    let mut snapshot = snapshot.filter(|snapshot| {
         let ours = snapshot.manifest().membership.cluster == identity.cluster;
         if !ours {
             warn!("a snapshot of another cluster waits in snapshot.ready of the data folder: it is not installed");
         }
         ours
     });
+    let mut opened = mind::open(config, data, identity, &mut snapshot)?;
     let damage = damage::last(data.path());
     let replaced = snapshot.as_ref().map(|ready| damage::replaced(&identity.name, ready, damage.as_ref()));
     if let Some(snapshot) = snapshot {
         refuse_if_outdated(&snapshot.manifest().membership)?;
-        snapshot.install(&log, identity.node).context("install the snapshot")?;
+        opened.install(data, identity, &snapshot)?;
     }
+    let standing = opened.standing();
+    let Opened { mind, log, scratch, first, event, .. } = opened;
     let start = Instant::now();
-    let mut database = heal::database(data.path(), &log, notes)?;
+    let mut database = match &scratch {
+        Some(folder) => Database::open(folder, CONSOLE_DATABASE, log.last_index()).context("open an empty database")?,
+        None => heal::database(data.path(), &log, notes)?,
+    };
     info!(index = database.applied(), ms = start.elapsed().as_millis() as u64, "database opened at its checkpoint");
-    let configuration = heal::membership(data.path(), identity, &log, &mut database, notes)?;
+    let configuration = match (&scratch, known) {
+        (None, _) => heal::membership(data.path(), identity, &log, &mut database, notes)?,
+        (Some(_), Some(known)) => known,
+        (Some(_), None) => Configuration { index: 1, membership: identity.membership.clone() },
+    };
+    mind.follow(&configuration);
     refuse_if_outdated(&configuration.membership)?;
-    let quiet = heal::promised_earlier(promise(config), data.path(), log.recovered().created, notes)?;
-    Ok(Found { configuration, log, database, replaced, quiet })
+    let quiet = heal::promised_earlier(promise(config), data.path(), first, notes)?;
+    let replaced = event.or(replaced);
+    Ok(Found { configuration, log, database, replaced, quiet, mind, standing })
 }
 
 /// Refuses to touch the data of a cluster that relies on what this program does not have.
@@ -189,6 +185,7 @@ pub(super) fn node_config(
     configuration: Configuration,
     quiet: Duration,
     lease: Lease,
+    mind: Mind,
 ) -> NodeConfig {
     NodeConfig {
         configuration,
@@ -214,5 +211,8 @@ pub(super) fn node_config(
         level: FEATURE_LEVEL,
         fast_takeover: config.fast_takeover,
         lease,
+        forgotten: mind.forgotten,
+        reach: mind.reach,
+        memory: mind.others,
     }
 }

@@ -143,6 +143,7 @@ impl Driver {
         self.publisher.set_membership(&membership);
         let others: Vec<_> = membership.members.iter().map(|member| member.id).collect();
         self.links.set_peers(&others);
+        self.config.memory.follow(&membership, self.config.node);
         if membership.get(self.config.node).is_none() {
             let why = "it was removed from the cluster by the administrator; run the join script to come back";
             self.told_removed(why.to_owned());
@@ -193,7 +194,11 @@ impl Driver {
 
     /// What was missing has come by other ways, for example from another primary with a longer raft log.
     pub(super) fn restore_if_needed(&mut self) {
-        if self.publisher.is_diverged() {
+        if self.cluster.has_forgotten() {
+            if let Some(primary) = self.publisher.reported_primary() {
+                self.want_restore(primary);
+            }
+        } else if self.publisher.is_diverged() {
             // A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
             if let Some(primary) = self.publisher.known_primary() {
                 self.want_restore(primary);
@@ -217,6 +222,9 @@ fn log_differences(before: &Membership, after: &Membership) {
         match before.get(id) {
             None => info!(id, name, address, port, "admitted: it gets a vote when it has caught up"),
             Some(old) if !old.voter && member.voter => info!(id, name, "has caught up and votes from now on"),
+            Some(old) if old.voter && !member.voter => {
+                warn!(id, name, "lost some of its durable memory: it gets its vote back when it has caught up");
+            }
             Some(old) if (&old.name, &old.address, old.port) != (name, address, port) => {
                 info!(id, name, address, port, "is reached at another address from now on");
             }

@@ -27,6 +27,7 @@ use super::{
     disk::Disk,
     inbox::{DatabaseEvent, Input, Piece, Proposal, Waiting},
     lease::boottime,
+    memory::Keeper,
     publisher::Publisher,
     rollback::{self, Rollback},
     space::Space,
@@ -75,6 +76,8 @@ pub(super) struct Driver {
     pub handed_over: Option<oneshot::Sender<()>>,
     /// The demotion that the database thread has to answer.
     pub demotion: Option<u64>,
+    /// What this node and the others must remember.
+    pub keeper: Keeper,
     /// Tells others that the loop turns.
     pub pulse: Pulse,
     pub exit: Option<Exit>,
@@ -115,6 +118,7 @@ impl Driver {
                 self.restore_if_needed();
                 self.follow_pause();
                 self.follow_level();
+                self.follow_memory();
             }
             self.prefer_others_while_indisposed();
             self.carry_out_all();
@@ -185,6 +189,7 @@ impl Driver {
             self.applier.stop();
         }
         self.links.shutdown();
+        self.keep_memory_at_last(&exit);
         exit
     }
 
@@ -193,6 +198,10 @@ impl Driver {
         match event {
             PeerEvent::Raft(message) => {
                 self.publisher.heard(message.from);
+                self.config.memory.heard(&message);
+                if self.cluster.has_forgotten() {
+                    return;
+                }
                 if message.get_msg_type() == MessageType::MsgTimeoutNow {
                     self.publisher.handed_over(message.from);
                 }
@@ -203,10 +212,11 @@ impl Driver {
                     self.cluster.step(now, message);
                 }
             }
-            PeerEvent::Report(peer, report) => self.publisher.report(peer, report),
+            PeerEvent::Report(peer, report) => self.reported(peer, report),
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
             PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
             PeerEvent::Removed { by, reason } => self.told_removed(format!("node {by} says: {reason}")),
+            PeerEvent::Forgot { reason, .. } => self.told_forgot(&reason),
             PeerEvent::Outdated { by, reason } => self.told_outdated(format!("node {by} says: {reason}")),
             PeerEvent::Twins { peer, gone } => self.publisher.warn(
                 "twins",
@@ -241,7 +251,7 @@ impl Driver {
             Input::Holds { holds } => self.publisher.holds(holds),
             Input::Sync { node, progress } => self.publisher.sync(node, progress),
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
-            Input::Snapshot { reply } => self.snapshot(reply),
+            Input::Snapshot { forgotten, reply } => self.snapshot(forgotten, reply),
             Input::Warning { about, text } => self.publisher.warn(about, text),
             Input::Certificates(certificates) => self.publisher.certificates(certificates),
             Input::Stop => self.exit = Some(Exit::Stopped),

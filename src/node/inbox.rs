@@ -60,8 +60,10 @@ pub(super) enum Input {
     Holds {
         holds: Holdings,
     },
+    /// For a member that forgot, if one is named.
     Snapshot {
-        reply: snapshots::Reply,
+        forgotten: Option<NodeId>,
+        reply: snapshots::Answer,
     },
     Warning {
         about: &'static str,

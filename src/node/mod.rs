@@ -9,6 +9,7 @@ pub mod history;
 mod inbox;
 pub mod lease;
 mod measure;
+mod memory;
 mod publisher;
 mod pulse;
 mod rollback;
@@ -40,8 +41,8 @@ pub use pulse::Pulse;
 pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
 
 use crate::{
-    cluster::{self, Change, Cluster, Membership, NodeId, Timing, trust::Holdings},
-    peer::{Edition, LinkSender, Links},
+    cluster::{self, Change, Cluster, Membership, NodeId, Timing, reach::Reach, trust::Holdings},
+    peer::{Edition, LinkSender, Links, Memory},
     storage::{
         backup::{CopyError, Copying, Finished},
         configuration::Configuration,
@@ -55,6 +56,7 @@ use configure::Changes;
 use disk::Disk;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
+use memory::Keeper;
 use publisher::Publisher;
 use rollback::Rollback;
 use space::Space;
@@ -86,6 +88,12 @@ pub struct NodeConfig {
     pub level: u32,
     /// The shared lease that this node extends.
     pub lease: Lease,
+    /// Why this node takes part in nothing: it lost some of its durable memory. None if it did not.
+    pub forgotten: Option<String>,
+    /// How far its own memory had reached, at least.
+    pub reach: Reach,
+    /// What it remembers of the others.
+    pub memory: Memory,
 }
 
 /// Why the loop ended.
@@ -172,14 +180,14 @@ impl Handle {
     }
 
     /// Lets the whole database be read while writers go on, until the [`Resting`] file is dropped or its hold is broken; only on
-    /// the primary. The manifest comes without the cluster key.
+    /// the primary. It may be for a member that forgot, which is named then. The manifest comes without the cluster key.
     ///
     /// # Errors
     /// A sentence for the node that wants it.
-    pub async fn snapshot(&self) -> Result<(Manifest, Resting), String> {
+    pub async fn snapshot(&self, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), String> {
         let (reply, wait) = oneshot::channel();
         let ended = "the node stops";
-        if !self.sender.send(Input::Snapshot { reply }) {
+        if !self.sender.send(Input::Snapshot { forgotten, reply }) {
             return Err(ended.to_owned());
         }
         wait.await.map_err(|_| ended.to_owned())?
@@ -247,7 +255,8 @@ pub fn spawn(
     trust_checkpoint(&log, applied)?;
     let Configuration { index, membership } = &config.configuration;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
-    let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level };
+    let forgotten = config.forgotten.is_some();
+    let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level, forgotten };
     let cluster = Cluster::new(&start, config.node, config.timing, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let membership = Arc::new(membership.clone());
@@ -259,6 +268,7 @@ pub fn spawn(
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
     let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
+    let keeper = Keeper::start(&config)?;
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone(), config.data.clone(), log.clone())?,
         rollback: Rollback::new(&config, file, sender.clone()),
@@ -276,6 +286,7 @@ pub fn spawn(
         waiting: Waiting::new(Instant::now()),
         changes: Changes::default(),
         upgrade: Upgrade::default(),
+        keeper,
         members,
         editions,
         restorer,

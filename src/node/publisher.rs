@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     cluster::{Membership, NodeId, Phase, Role, level::FIRST_LEVEL, role::Transition, trust::Holdings},
-    peer::{Condition, Links, More, NodeReport},
+    peer::{Condition, Links, More, NodeReport, Remembers},
     storage::database::PrimaryDatabase,
 };
 
@@ -65,6 +65,8 @@ pub(super) struct Publisher {
     holds: Holdings,
     /// Why this node is no member any more.
     removed: Option<String>,
+    /// What the others are told of its memory.
+    remembers: Remembers,
     history: History,
     /// The copy of the database that is on its way to this node.
     sync: Option<SyncProgress>,
@@ -109,6 +111,7 @@ impl Publisher {
             certificates: Vec::new(),
             membership: membership.clone(),
             removed: None,
+            remembers: Remembers { forgotten: config.forgotten.is_some(), ..Remembers::default() },
             history: History::default(),
             sync: None,
             phase: Phase::Startup,
@@ -143,7 +146,7 @@ impl Publisher {
                 self.history.not_primary(from, boottime());
             }
             // What is free changes all the time: the next picture has it.
-            let more = |report: &NodeReport| report.more.map(|more| More { free: None, ..more });
+            let more = |report: &NodeReport| report.more.map(|more| More { free: None, memory: None, ..more });
             let role = |report: &NodeReport| (report.state, report.epoch, report.full, more(report));
             self.stale |= peer.report.as_ref().map(role) != Some(role(&report));
             peer.has = peer.has.max(report.applied);
@@ -203,6 +206,24 @@ impl Publisher {
     /// Who is primary, as it was published last.
     pub fn known_primary(&self) -> Option<NodeId> {
         self.shown.1
+    }
+
+    /// What the others are to remember of this node; they are told of a vote at once.
+    pub fn remembers(&mut self, remembers: Remembers) {
+        let vote = |remembers: &Remembers| (remembers.forgotten, remembers.reach.term, remembers.reach.vote);
+        if vote(&std::mem::replace(&mut self.remembers, remembers)) != vote(&remembers) {
+            self.announced.1 = u64::MAX;
+        }
+    }
+
+    /// Who says to be primary, for a node that takes no part in elections.
+    pub fn reported_primary(&self) -> Option<NodeId> {
+        let serves = |peer: &Peer| {
+            let report = peer.report.as_ref().filter(|report| report.state == Role::Primary);
+            report.filter(|_| peer.heard.is_some_and(|heard| heard.elapsed() < DOWN_AFTER)).map(|report| report.epoch)
+        };
+        let serving = self.peers.iter().filter_map(|(id, peer)| Some((serves(peer)?, *id)));
+        serving.max().map(|(_, id)| id)
     }
 
     /// The voter with the most that is SECONDARY, has a disk that works and space on it, and was heard of lately; of equals the first
@@ -373,8 +394,9 @@ impl Publisher {
                     level: self.config.level,
                     holds: self.holds,
                     // What comes behind it comes with it.
-                    free: self.free.or((self.disk != Condition::Good).then_some(0)),
+                    free: self.free.or((self.disk != Condition::Good || self.remembers.forgotten).then_some(0)),
                     disk: Some(self.disk),
+                    memory: Some(self.remembers),
                 }),
             };
             links.send_report(*peer, &report);
@@ -422,6 +444,9 @@ mod tests {
             version: "1.2.3".to_owned(),
             level: 2,
             lease: crate::node::Lease::new().unwrap(),
+            forgotten: None,
+            reach: Default::default(),
+            memory: Default::default(),
         };
         Publisher::new(&config).0
     }
@@ -444,7 +469,7 @@ mod tests {
     fn the_common_level_is_that_of_the_oldest_program_and_needs_everybody() {
         let mut publisher = publisher();
         let says = |level| NodeReport {
-            more: Some(More { level, holds: Holdings::default(), free: None, disk: None }),
+            more: Some(More { level, holds: Holdings::default(), free: None, disk: None, memory: None }),
             ..report(5)
         };
         publisher.report(2, says(9));

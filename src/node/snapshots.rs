@@ -4,21 +4,42 @@
 use raft::Storage;
 use tokio::sync::oneshot;
 
-use super::driver::Driver;
+use super::{driver::Driver, lease::boottime};
 use crate::{
-    cluster::Phase,
+    cluster::{NodeId, Phase},
     storage::snapshot::{Manifest, Resting},
 };
 
+/// What whoever asks for a snapshot waits for.
+pub(super) type Answer = oneshot::Sender<Result<(Manifest, Resting), String>>;
+
 /// Who asked for a snapshot.
-pub(super) type Reply = oneshot::Sender<Result<(Manifest, Resting), String>>;
+pub(super) struct Reply {
+    /// The member that begins again with it because it forgot.
+    forgotten: Option<NodeId>,
+    answer: Answer,
+}
+
+impl Reply {
+    /// Sends whoever asked away.
+    pub fn refuse(self, why: String) {
+        let _ = self.answer.send(Err(why)); // whoever asked may be gone
+    }
+}
 
 impl Driver {
-    pub(super) fn snapshot(&mut self, reply: Reply) {
+    pub(super) fn snapshot(&mut self, forgotten: Option<NodeId>, answer: Answer) {
+        let reply = Reply { forgotten, answer };
+        if let Some(peer) = forgotten {
+            self.cluster.peer_forgot(boottime(), peer);
+        }
+        if let Err(why) = forgotten.map_or(Ok(()), |peer| self.cluster.may_begin_again(peer)) {
+            return reply.refuse(why);
+        }
         if self.cluster.phase() == Phase::Primary {
             self.applier.rest(reply);
         } else {
-            refuse(reply, "this node is not primary".to_owned());
+            reply.refuse("this node is not primary".to_owned());
         }
     }
 
@@ -27,25 +48,27 @@ impl Driver {
     pub(super) fn resting(&mut self, resting: Result<Resting, String>, reply: Reply) {
         let resting = match resting {
             Ok(resting) => resting,
-            Err(why) => return refuse(reply, why),
+            Err(why) => return reply.refuse(why),
         };
         let record = resting.record();
         self.carry_out_all();
+        // Again: the file may have come to rest long after it was asked for.
+        if let Err(why) = reply.forgotten.map_or(Ok(()), |peer| self.cluster.may_begin_again(peer)) {
+            return reply.refuse(why);
+        }
         if record.index > self.cluster.applied() {
-            return refuse(reply, "its disk is behind those of the others: ask again".to_owned());
+            return reply.refuse("its disk is behind those of the others: ask again".to_owned());
         }
         let term = match self.log.term(record.index) {
             Ok(term) => term,
-            Err(error) => return refuse(reply, format!("its raft log has no entry {}: {error}", record.index)),
+            Err(error) => return reply.refuse(format!("its raft log has no entry {}: {error}", record.index)),
         };
         let (conf, conf_index) = self.log.applied_conf();
         let (membership, membership_index) = self.cluster.membership();
         let membership = membership.clone();
-        let manifest = Manifest { record, term, conf, conf_index, membership, membership_index, cluster_key: None };
-        let _ = reply.send(Ok((manifest, resting))); // whoever asked may be gone: the file is free again then
+        let epoch = self.cluster.epoch();
+        let manifest =
+            Manifest { record, term, conf, conf_index, membership, membership_index, epoch, cluster_key: None };
+        let _ = reply.answer.send(Ok((manifest, resting))); // whoever asked may be gone: the file is free again then
     }
-}
-
-fn refuse(reply: Reply, why: String) {
-    let _ = reply.send(Err(why));
 }

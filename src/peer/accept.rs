@@ -19,11 +19,12 @@ use super::{
     hello::{Complaints, HANDSHAKE, Subject, certified, explain, read_frame, shortened, tune, write_frame},
     link::Established,
     links::{Handover, LinkSender},
+    memory::Caller,
     twins::Twins,
 };
 use crate::{
     clients::places::{Acquaintances, Places, Room, Visit},
-    cluster::{NodeId, command::FORMAT_VERSION, level::outdated, membership::check_host},
+    cluster::{NodeId, command::FORMAT_VERSION, level::outdated, membership::check_host, reach::Standing},
     descriptors,
 };
 
@@ -191,19 +192,19 @@ impl Call {
     /// Gives an accepted connection to the one who wants it.
     fn welcome(&self, peer: NodeId, welcome: Welcome, stream: TlsStream<TcpStream>) -> io::Result<()> {
         match welcome {
-            Welcome::Link => {
+            Welcome::Link(caller) => {
                 let (socket, tls) = stream.into_inner();
                 let link = Established { socket: socket.into_std()?, tls: tls.into() };
-                if !self.sender.hand_over(Handover::Inbound(peer, link)) {
+                if !self.sender.hand_over(Handover::Inbound(peer, link, caller)) {
                     debug!(peer, "the consensus loop takes no new link");
                 }
             }
-            Welcome::Snapshot(place) => {
+            Welcome::Snapshot(place, forgotten) => {
                 tune(stream.get_ref().0, Purpose::Snapshot)?;
-                place.send(StreamCall { from: peer, stream });
+                place.send(StreamCall { from: peer, forgotten, stream });
             }
             Welcome::Key(place) => {
-                place.send(StreamCall { from: peer, stream });
+                place.send(StreamCall { from: peer, forgotten: false, stream });
             }
         }
         Ok(())
@@ -227,7 +228,8 @@ impl Call {
         self.check_level(&hello)?;
         match hello.purpose {
             Purpose::Link => {
-                let welcome = self.check_link(hello.from, hello.incarnation)?;
+                let caller = Caller { life: hello.incarnation, standing: hello.standing };
+                let welcome = self.check_link(hello.from, caller)?;
                 if let Some(reached) = hello.reached {
                     self.identity.roster.hear(hello.from, reached);
                 }
@@ -238,7 +240,12 @@ impl Call {
                     code: RefusalCode::Busy,
                     reason: format!("node {} can give no more snapshots at the moment: try again", self.identity.me),
                 };
-                self.identity.snapshots.clone().try_reserve_owned().map(Welcome::Snapshot).map_err(busy)
+                self.identity
+                    .snapshots
+                    .clone()
+                    .try_reserve_owned()
+                    .map_err(busy)
+                    .map(|place| Welcome::Snapshot(place, hello.standing == Standing::Forgotten))
             }
             Purpose::Key => {
                 let busy = |_| Refusal {
@@ -314,10 +321,10 @@ impl Call {
         Err(Refusal { code: RefusalCode::Outdated, reason })
     }
 
-    fn check_link(&self, from: NodeId, incarnation: u64) -> Result<Welcome, Refusal> {
+    fn check_link(&self, from: NodeId, caller: Caller) -> Result<Welcome, Refusal> {
         // The loop follows the membership, too, but it may not have got there yet.
         let signal = self.sender.signal(from).ok_or_else(|| not_yet(from))?;
-        if self.twins.calls(from, incarnation, signal.inbound) {
+        if self.twins.calls(from, caller.life, signal.inbound) {
             let reason = format!(
                 "two processes use the identity of node {from}, and the other one is linked: was its data folder \
                  copied? Stop one of the two"
@@ -327,15 +334,22 @@ impl Call {
             }
             return Err(Refusal::other(reason));
         }
-        Ok(Welcome::Link)
+        match self.identity.memory.objection(from, &caller) {
+            None => Ok(Welcome::Link(caller)),
+            Some(why) => {
+                let reason =
+                    format!("node {from} lost some of its durable memory, as node {} knows: {why}", self.identity.me);
+                Err(Refusal { code: RefusalCode::Forgot, reason })
+            }
+        }
     }
 }
 
 /// What an accepted call gets.
 enum Welcome {
-    Link,
-    /// With a place in the queue of those who give snapshots.
-    Snapshot(mpsc::OwnedPermit<StreamCall>),
+    Link(Caller),
+    /// With a place in the queue of those who give snapshots, and whether the caller forgot.
+    Snapshot(mpsc::OwnedPermit<StreamCall>, bool),
     /// The same for keys.
     Key(mpsc::OwnedPermit<StreamCall>),
 }

@@ -167,6 +167,7 @@ async fn handshake(
         version: identity.version.clone(),
         reached: identity.roster.own(identity.me),
         level: identity.level_for(stream.get_ref().1.alpn_protocol()),
+        standing: identity.standing,
     };
     // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert
     // waiting that says why, so the answer is read in any case.
@@ -179,7 +180,9 @@ async fn handshake(
         Ok(Frame::HelloReply(HelloReply::Refused(Refusal { code, reason }))) => {
             let reason = match code {
                 RefusalCode::Other => format!("it refuses this node: {}", shortened(reason)),
-                RefusalCode::Removed | RefusalCode::Busy | RefusalCode::Outdated => shortened(reason),
+                RefusalCode::Removed | RefusalCode::Busy | RefusalCode::Outdated | RefusalCode::Forgot => {
+                    shortened(reason)
+                }
             };
             Err(Failure::Other(OpenError::Refused(Refusal { code, reason })))
         }

@@ -112,6 +112,10 @@ impl Dialler {
                 self.tell(reason, |by, reason| Handover::Outdated { by, reason });
                 REMOVED_PAUSE
             }
+            Failure::Other(OpenError::Refused(Refusal { code: RefusalCode::Forgot, reason })) => {
+                self.tell(reason, |by, reason| Handover::Forgot { by, reason });
+                pause.min(REFUSED_PAUSE)
+            }
             Failure::Other(OpenError::Refused(_)) => pause.min(REFUSED_PAUSE),
             _ => pause,
         }

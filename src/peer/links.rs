@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use super::{
     codec::{self, CodecError, Frame, NodeReport},
     link::{Class, Established, Loss, Queues, Receiving, SCRATCH, Sending},
+    memory::{Caller, Memory},
 };
 use crate::cluster::NodeId;
 
@@ -37,12 +38,14 @@ pub struct LinksConfig {
     /// Limit of the bulk queue of each link, in bytes. Should hold what raft may have in flight to one follower; what
     /// does not fit is dropped and raft sends it again.
     pub bulk_bytes: usize,
+    /// What is remembered of the peers, and decides whose links are used.
+    pub memory: Memory,
 }
 
 impl LinksConfig {
     /// The usual limits.
     pub fn new(me: NodeId, peers: Vec<NodeId>) -> Self {
-        Self { me, peers, bulk_bytes: 32 << 20 }
+        Self { me, peers, bulk_bytes: 32 << 20, memory: Memory::default() }
     }
 }
 
@@ -68,6 +71,8 @@ pub enum PeerEvent {
     Removed { by: NodeId, reason: String },
     /// A member says that this node's program is too old for the cluster; once per reason that it gives.
     Outdated { by: NodeId, reason: String },
+    /// A member says that this node lost some of its durable memory; once per reason that it gives.
+    Forgot { by: NodeId, reason: String },
     /// Two processes use the identity of this peer; `gone`: they have not been seen both for a while.
     Twins { peer: NodeId, gone: bool },
 }
@@ -87,10 +92,11 @@ pub(super) struct Signal {
 
 pub(super) enum Handover {
     Outbound(NodeId, Established),
-    Inbound(NodeId, Established),
+    Inbound(NodeId, Established, Caller),
     Dead(NodeId),
     Removed { by: NodeId, reason: String },
     Outdated { by: NodeId, reason: String },
+    Forgot { by: NodeId, reason: String },
     Twins(NodeId),
 }
 
@@ -308,8 +314,8 @@ impl Links {
 
     fn take_over(&mut self, item: Handover, events: &mut Vec<PeerEvent>) {
         let id = match &item {
-            Handover::Outbound(id, _) | Handover::Inbound(id, _) | Handover::Dead(id) | Handover::Twins(id) => *id,
-            Handover::Removed { by, .. } | Handover::Outdated { by, .. } => *by,
+            Handover::Outbound(id, _) | Handover::Inbound(id, ..) | Handover::Dead(id) | Handover::Twins(id) => *id,
+            Handover::Removed { by, .. } | Handover::Outdated { by, .. } | Handover::Forgot { by, .. } => *by,
         };
         let registry = self.poll.registry();
         // Not of a peer that was dropped meanwhile: its links end here.
@@ -318,6 +324,7 @@ impl Links {
         match item {
             Handover::Removed { by, reason } => events.push(PeerEvent::Removed { by, reason }),
             Handover::Outdated { by, reason } => events.push(PeerEvent::Outdated { by, reason }),
+            Handover::Forgot { by, reason } => events.push(PeerEvent::Forgot { by, reason }),
             Handover::Twins(peer) => match self.twins.iter_mut().find(|(known, _)| *known == peer) {
                 Some((_, seen)) => *seen = Instant::now(),
                 None => {
@@ -342,7 +349,9 @@ impl Links {
                 }
                 events.push(PeerEvent::Up(id));
             }
-            Handover::Inbound(id, link) => {
+            // What came from it since it was accepted may show that it has less than it had: it is refused when it calls again.
+            Handover::Inbound(id, _, caller) if !self.config.memory.admit(id, &caller) => {}
+            Handover::Inbound(id, link, _) => {
                 let mut link = Receiving::new(link);
                 if let Err(error) = registry.register(&mut link.socket, Token(token.0 + 1), Interest::READABLE) {
                     warn!(peer = id, %error, "cannot use a new link");

@@ -32,6 +32,7 @@ mod dial;
 mod hello;
 mod link;
 mod links;
+mod memory;
 mod roster;
 mod twins;
 
@@ -51,13 +52,14 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 pub use self::{
-    codec::{Condition, LeaseTerms, More, NodeReport, Purpose, Reached, Refusal, RefusalCode},
+    codec::{Condition, LeaseTerms, More, NodeReport, Purpose, Reached, Refusal, RefusalCode, Remembers},
     connect::{OpenError, open_stream},
     links::{LinkSender, Links, LinksConfig, PeerEvent},
+    memory::Memory,
     roster::{Edition, Roster},
 };
 use crate::{
-    cluster::{Member, NodeId},
+    cluster::{Member, NodeId, reach::Standing},
     pki::{EXTENSIBLE, NodeTls},
 };
 
@@ -83,6 +85,10 @@ pub struct PeerIdentity {
     pub keys: mpsc::Sender<StreamCall>,
     /// What this node's program can do: see [`crate::cluster::level`].
     pub level: u32,
+    /// What this node had of what it must remember when its process started.
+    pub standing: Standing,
+    /// What this node remembers of the others.
+    pub memory: Memory,
 }
 
 impl PeerIdentity {
@@ -96,6 +102,8 @@ impl PeerIdentity {
 pub struct StreamCall {
     /// The member, proven by its certificate.
     pub from: NodeId,
+    /// It lost some of its durable memory and begins again.
+    pub forgotten: bool,
     pub stream: TlsStream<TcpStream>,
 }
 

@@ -3,7 +3,7 @@
 
 use std::{
     fmt::Write,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -19,7 +19,9 @@ use crate::{
         DataDir, Identity,
         checkpoint::Record,
         configuration::Configuration,
-        raft_log::{Options, RaftLog, RealDisk},
+        make_private_dir,
+        memory::{LOG, SCRATCH},
+        raft_log::{LogError, Options, RaftLog, RealDisk},
         snapshot::Ready,
     },
 };
@@ -38,6 +40,8 @@ pub(super) struct Survivor {
     pub checkpoint: Record,
     /// Bytes of the database file.
     pub database_bytes: u64,
+    /// Why the raft log cannot be used; then the one above is empty.
+    lost: Option<String>,
     /// When the raft log was last written.
     written: Option<SystemTime>,
     /// Bytes that the recovery needs, and bytes that are free.
@@ -70,29 +74,32 @@ impl Survivor {
             return Err(unusable("a snapshot waits to be installed: start and stop twistlockd once, then come back"));
         }
         let folder = path.join("raft-log");
-        if !folder.is_dir() {
-            return Err(unusable("there is no raft log, so nothing can be recovered from this node"));
-        }
         let written = newest(&folder);
         let voters = membership.voters().collect();
         let conf = ConfState { voters, ..ConfState::default() };
         let owner = (identity.cluster, identity.node);
-        let log = RaftLog::open(&folder, owner, conf, log_options(config), RealDisk)
-            .map_err(|error| unusable(&error.to_string()))?;
         let database = path.join("database");
         let checkpoint = Record::read(&database.join(CHECKPOINT), CONSOLE_DATABASE)
             .map_err(RecoverError::io("read the checkpoint record"))?;
         let database_bytes = fs::metadata(database.join(DATABASE)).map_or(0, |file| file.len());
-        if checkpoint.index > log.last_index() || log.first_index() > checkpoint.index.max(1) + 1 {
-            return Err(unusable("database and raft log do not belong together"));
-        }
+        let open = |folder: &Path| RaftLog::open(folder, owner, conf.clone(), log_options(config), RealDisk);
+        let found =
+            if folder.is_dir() { open(&folder).map_err(|error| error.to_string()) } else { Err("it is gone".into()) };
+        let fits =
+            |log: &RaftLog| checkpoint.index <= log.last_index() && log.first_index() <= checkpoint.index.max(1) + 1;
+        let found = found.and_then(|log| if fits(&log) { Ok(log) } else { Err("it ends before the database".into()) });
+        let (log, lost) = match found {
+            Ok(log) => (log, None),
+            Err(why) if checkpoint.index > 1 => (without_log(&path, &checkpoint, conf.clone(), open)?, Some(why)),
+            Err(why) => return Err(unusable(&format!("its raft log cannot be used ({why}), and it has no database"))),
+        };
         // About: compressed images take more space than their entries. A full disk ends the recovery without harm.
         let segments = 3 * config.raft_log_segment_bytes;
         let needed = database_bytes + log.size_bytes() + segments + (1 << 20);
         let free = statvfs(&path).map(|fs| fs.blocks_available() * fs.fragment_size());
         let free =
             free.map_err(|errno| RecoverError::Io { what: "look at the file system".into(), source: errno.into() })?;
-        Ok(Self { data: path, identity, membership, log, checkpoint, database_bytes, written, needed, free })
+        Ok(Self { data: path, identity, membership, log, checkpoint, database_bytes, lost, written, needed, free })
     }
 
     /// What the administrator types: the beginning of the cluster's id.
@@ -147,6 +154,12 @@ impl Survivor {
             hard.term,
             list(|member| format!("{} ({}:{})", member.name, member.address, member.port)),
         );
+        if let Some(why) = &self.lost {
+            let _ = writeln!(
+                text,
+                "  Everything behind the last checkpoint of the database: the raft log of this node cannot be used ({why})."
+            );
+        }
         if last > hard.commit {
             let _ = writeln!(
                 text,
@@ -178,6 +191,27 @@ impl Survivor {
 /// The staging folder of a recovery in this data folder.
 pub(super) fn staging(data: &Path) -> PathBuf {
     data.join(STAGING)
+}
+
+/// An empty raft log that begins behind the database's last checkpoint, for a node whose own cannot be used.
+fn without_log(
+    data: &Path,
+    checkpoint: &Record,
+    conf: ConfState,
+    open: impl Fn(&Path) -> Result<RaftLog, LogError>,
+) -> Result<RaftLog, RecoverError> {
+    let failed = |source| RecoverError::Io { what: "make room for an empty raft log".into(), source };
+    let folder = data.join(SCRATCH);
+    match fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    make_private_dir(&folder).map_err(failed)?;
+    let begin = || {
+        let log = open(&folder.join(LOG))?;
+        log.reset(checkpoint.index, 1, conf).map(|()| log)
+    };
+    begin().map_err(|error| failed(io::Error::other(error)))
 }
 
 fn newest(folder: &Path) -> Option<SystemTime> {

@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{CHUNKS, REPORT, STALL, frame};
 use crate::{
-    cluster::{ClusterId, Member},
+    cluster::{ClusterId, Member, NodeId, reach::Standing},
     node::SyncProgress,
     peer::{OpenError, PeerIdentity, Purpose, open_stream},
     storage::snapshot::{Incoming, Manifest, SnapshotError},
@@ -58,7 +58,8 @@ pub async fn fetch(
     let attempt = async {
         let mut stream = open_stream(identity, member, Purpose::Snapshot).await?;
         let cluster = identity.roster.cluster();
-        receive(&mut stream, cluster, data, progress).await
+        let forgotten = (identity.standing == Standing::Forgotten).then_some(identity.me);
+        receive(&mut stream, (cluster, forgotten), data, progress).await
     };
     let result = attempt.await;
     match &result {
@@ -77,10 +78,10 @@ enum Part {
     End,
 }
 
-/// Receives one snapshot.
+/// Receives one snapshot of this cluster, maybe for a node that forgot.
 pub(super) async fn receive(
     stream: &mut (impl AsyncRead + Unpin),
-    cluster: ClusterId,
+    (cluster, forgotten): (ClusterId, Option<NodeId>),
     data: &Path,
     mut progress: impl FnMut(SyncProgress),
 ) -> Result<Manifest, FetchError> {
@@ -96,6 +97,11 @@ pub(super) async fn receive(
     if manifest.membership.cluster != cluster {
         let theirs = manifest.membership.cluster;
         return Err(FetchError::Odd(format!("the snapshot is of cluster {theirs}, and this is cluster {cluster}")));
+    }
+    if forgotten.is_some_and(|me| manifest.votes(me)) {
+        return Err(FetchError::Odd(
+            "its snapshot says that this node votes, which it must not do before it has one".to_owned(),
+        ));
     }
     let total = manifest.bytes();
     let (parts, to_disk) = mpsc::channel(CHUNKS);

@@ -4,13 +4,14 @@
 use std::{
     io::{self, ErrorKind},
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::{
     io::{AsyncWrite, AsyncWriteExt},
     sync::mpsc::{self, Receiver, Sender},
     task::{self, JoinSet},
+    time::sleep,
 };
 use tracing::{error, info, warn};
 
@@ -26,6 +27,8 @@ use crate::{
 
 /// Snapshots on their way at one time: two hosts may join together.
 const AT_ONCE: usize = 2;
+/// How long a member that forgot waits here for its vote to be taken away.
+const DEMOTION: Duration = Duration::from_secs(5);
 
 /// Answers calls for snapshots until nobody can call any more. `data` is the data folder.
 pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<StreamCall>, data: PathBuf) {
@@ -41,8 +44,8 @@ pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<StreamC
 }
 
 async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBuf) {
-    let StreamCall { from: peer, mut stream } = call;
-    let (manifest, resting) = match offer(&handle, &data).await {
+    let StreamCall { from: peer, forgotten, mut stream } = call;
+    let (manifest, resting) = match offer(&handle, &data, forgotten.then_some(peer)).await {
         Ok(offer) => offer,
         Err(why) => {
             info!(peer, reason = why, "a node that wants the whole database was sent away");
@@ -62,8 +65,15 @@ async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBu
     conclude(&events, &handle.name(peer), peer, result);
 }
 
-async fn offer(handle: &Handle, data: &Path) -> Result<(Manifest, Resting), String> {
-    let (mut manifest, resting) = handle.snapshot().await?;
+/// For a member that forgot, its vote has to be taken away first: that is under way when it asks.
+async fn offer(handle: &Handle, data: &Path, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), String> {
+    let since = Instant::now();
+    let (mut manifest, resting) = loop {
+        match handle.snapshot(forgotten).await {
+            Err(_) if forgotten.is_some() && since.elapsed() < DEMOTION => sleep(DEMOTION / 100).await,
+            answer => break answer?,
+        }
+    };
     // Two small reads of a file that is in the page cache: not worth a thread.
     manifest.cluster_key =
         ClusterKey::read(data).map_err(|error| format!("its cluster key cannot be read: {error}"))?;

@@ -33,7 +33,7 @@ async fn pass(
         result
     };
     let receiving = async {
-        let result = receive(&mut to, ClusterId(7), data, |_| ()).await;
+        let result = receive(&mut to, (ClusterId(7), None), data, |_| ()).await;
         drop(to);
         result
     };
@@ -52,7 +52,7 @@ async fn a_database_arrives_whole() {
     let (mut from, mut to) = duplex(1 << 16);
     let (sent, seen) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
     let sending = send(&mut from, &manifest, resting, |bytes| sent.lock().unwrap().push(bytes));
-    let receiving = receive(&mut to, ClusterId(7), data.path(), |progress| seen.lock().unwrap().push(progress));
+    let receiving = receive(&mut to, (ClusterId(7), None), data.path(), |progress| seen.lock().unwrap().push(progress));
     let (sending, receiving) = tokio::join!(sending, receiving);
     assert_eq!(sending.unwrap().bytes, image.len() as u64);
     assert_eq!(receiving.unwrap(), manifest);
@@ -77,7 +77,7 @@ async fn a_broken_hold_ends_the_stream_on_both_sides() {
         result
     };
     // Progress is reported before the first chunk: most of the file has not been read then.
-    let receiving = receive(&mut to, ClusterId(7), data.path(), |_| hold.break_off());
+    let receiving = receive(&mut to, (ClusterId(7), None), data.path(), |_| hold.break_off());
     let (sending, receiving) = tokio::join!(sending, receiving);
     assert!(sending.unwrap_err().to_string().contains("ask again"));
     assert!(matches!(receiving, Err(FetchError::Refused(why)) if why.contains("ask again")));
@@ -115,7 +115,7 @@ async fn replay(bytes: &[u8], cluster: ClusterId, data: &Path) -> Result<Manifes
         result
     };
     let receiving = async {
-        let result = receive(&mut to, cluster, data, |_| ()).await;
+        let result = receive(&mut to, (cluster, None), data, |_| ()).await;
         drop(to);
         result
     };

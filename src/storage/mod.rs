@@ -10,6 +10,7 @@ pub mod checksum;
 pub mod configuration;
 pub mod database;
 pub mod gate;
+pub mod memory;
 pub mod raft_log;
 pub mod replica;
 pub mod scrub;
@@ -179,7 +180,11 @@ impl DataDir {
             }
         }
         let path = self.identity_path();
-        let write = || durable_write(&path, &checked::encode(serde_json::to_value(identity)?)?);
+        let write = || {
+            // With an identity, a raft log that is not there was lost.
+            memory::permit_new_log(&self.path)?;
+            durable_write(&path, &checked::encode(serde_json::to_value(identity)?)?)
+        };
         write().map_err(|source| DataDirError::Io { verb: "write", path: path.clone(), source })
     }
 

@@ -5,6 +5,7 @@
 //! answered by another node than the one at fault, by any of 16 clients that try all three addresses.
 //! `ROUNDS=n` sets how often each fault is repeated. The tests run one after another.
 
+mod amnesia;
 mod backup;
 mod balancers;
 mod certificates;

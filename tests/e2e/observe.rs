@@ -19,7 +19,7 @@ use twistlock_ha::{
     control::{self, Reply, Request},
     dev::NodeFile,
     events::{self, Event, Kind, Wanted},
-    telemetry::{self, BACKUP_COPIED, BACKUP_LAST_SUCCESS, DAMAGE_FOUND},
+    telemetry::{self, BACKUP_COPIED, BACKUP_LAST_SUCCESS, DAMAGE_FOUND, MEMORY_RESTORED},
 };
 
 use super::{
@@ -231,7 +231,7 @@ fn a_flipped_bit_is_found_and_repaired_and_all_metrics_are_there() {
     let missing = |text: &str| {
         let has = |name: &str| text.lines().any(|line| !line.starts_with('#') && line.starts_with(name));
         // Nobody has made a backup or copied one yet, and nothing is damaged.
-        let absent = [BACKUP_LAST_SUCCESS, BACKUP_COPIED, DAMAGE_FOUND];
+        let absent = [BACKUP_LAST_SUCCESS, BACKUP_COPIED, DAMAGE_FOUND, MEMORY_RESTORED];
         let names = telemetry::METRICS.iter().map(|metric| metric.name).filter(|name| !absent.contains(name));
         names.filter(|name| !has(name)).collect::<Vec<_>>()
     };

@@ -53,6 +53,7 @@ fn three_nodes_exchange_messages_and_reports() {
             holds: Holdings { key: KeyId(1), trusts: KeyId(2), shows: KeyId(3) },
             free: Some(4),
             disk: Some(Condition::Bad),
+            memory: None,
         }),
     };
     for node in &nodes {

@@ -17,10 +17,10 @@ use tokio::{
 };
 use tracing::Dispatch;
 use twistlock_ha::{
-    cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, NodeId, command::FORMAT_VERSION},
+    cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, NodeId, command::FORMAT_VERSION, reach::Standing},
     peer::{
-        self, Edition, LeaseTerms, LinkSender, Links, LinksConfig, NodeReport, PeerEvent, PeerIdentity, Purpose,
-        Roster, StreamCall,
+        self, Edition, LeaseTerms, LinkSender, Links, LinksConfig, Memory, NodeReport, PeerEvent, PeerIdentity,
+        Purpose, Roster, StreamCall,
         codec::{Frame, Hello, HelloReply, PROTOCOL_VERSION},
     },
     pki::{Authority, NodeTls},
@@ -133,6 +133,8 @@ impl Around {
             snapshots: snapshot_sender,
             keys: tokio::sync::mpsc::channel(1).0,
             level: FEATURE_LEVEL,
+            standing: Standing::Unsaid,
+            memory: Memory::default(),
         };
         Self { identity, editions, snapshots, tls }
     }
@@ -336,5 +338,6 @@ pub fn hello() -> Hello {
         version: "1.2.3".to_owned(),
         reached: None,
         level: Some(FEATURE_LEVEL),
+        standing: Standing::Unsaid,
     }
 }

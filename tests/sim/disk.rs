@@ -67,6 +67,15 @@ impl SimLog {
         self.0.borrow_mut().conf = (conf, index);
     }
 
+    pub fn conf(&self) -> (ConfState, u64) {
+        self.0.borrow().conf.clone()
+    }
+
+    /// Another disk is in the place of this one. Nothing that runs uses it.
+    pub fn replace(&self, image: Image, conf: (ConfState, u64)) {
+        *self.0.borrow_mut() = State { now: image.clone(), durable: image, unsynced: VecDeque::new(), conf };
+    }
+
     pub fn conf_index(&self) -> u64 {
         self.0.borrow().conf.1
     }

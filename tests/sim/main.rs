@@ -3,6 +3,7 @@
 //! are run. Owns no real time, no real files, no threads inside one seed.
 
 mod disk;
+mod memory;
 mod node;
 mod world;
 
@@ -64,6 +65,7 @@ fn invariants_hold_on_every_seed() {
     assert!(total.acknowledged > seeds * 20 && total.takeovers > seeds * 2 && total.crashes > seeds, "{total:?}");
     assert!(total.removed > seeds / 4 && total.joined > seeds / 20, "{total:?}");
     assert!(total.raised > seeds / 40 && total.programs > seeds / 4, "{total:?}");
+    assert!(total.forgot > seeds / 4 && total.again > seeds / 5, "{total:?}");
 }
 
 #[test]
@@ -137,6 +139,20 @@ fn a_lease_that_is_too_long_is_caught() {
     let timing = Timing { lease: 900_000_000, ..Timing::default() };
     let caught = (0..300).any(|seed| std::panic::catch_unwind(|| run(seed, timing)).is_err());
     assert!(caught, "300 seeds with a lease of 900 ms found nothing");
+}
+
+/// The same for nodes that nobody compares with what they had before.
+#[test]
+fn a_member_that_forgot_and_counts_is_caught() {
+    let caught = (0..300).any(|seed| {
+        let storm = || {
+            let mut world = World::new(seed, Timing::default());
+            world.trusting = true;
+            world.storm_until(STORM);
+        };
+        std::panic::catch_unwind(storm).is_err()
+    });
+    assert!(caught, "300 seeds with members that forget found nothing");
 }
 
 /// The same for a program that does not know that the cluster runs a newer feature level than its own.

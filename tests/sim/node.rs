@@ -1,12 +1,19 @@
 //! A node of the simulation: what of it survives a crash, what does not, and what can happen to it. Must never decide anything.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use raft::eraftpb::{ConfState, Message};
 use rand::{RngExt, rngs::SmallRng};
-use twistlock_ha::cluster::{Cluster, ClusterId, Member, Membership, membership::Request};
+use twistlock_ha::cluster::{
+    Cluster, ClusterId, Member, Membership,
+    membership::Request,
+    reach::{Known, Reach, Standing},
+};
 
-use super::disk::SimLog;
+use super::{
+    disk::SimLog,
+    memory::{Caller, Copy},
+};
 
 pub const MILLI: u64 = 1_000_000;
 /// The feature levels of the programs that there are. Both know the rule.
@@ -26,6 +33,9 @@ pub struct Summary {
     /// How often another program was installed on a node, and how often the feature level was raised.
     pub programs: u64,
     pub raised: u64,
+    /// How often a node lost some of its durable memory, and how often one began again.
+    pub forgot: u64,
+    pub again: u64,
 }
 
 impl Summary {
@@ -39,20 +49,55 @@ impl Summary {
         self.joined += other.joined;
         self.programs += other.programs;
         self.raised += other.raised;
+        self.forgot += other.forgot;
+        self.again += other.again;
     }
 }
 
 #[derive(Debug)]
 pub enum Event {
-    Tick { life: u64 },
-    Wake { life: u64 },
-    Deliver(Box<Message>),
-    PeerDead { life: u64, peer: u64 },
-    Synced { life: u64, number: u64 },
-    Promoted { life: u64, epoch: u64 },
-    Demoted { life: u64 },
-    PortsOpen { life: u64, epoch: u64 },
-    CannotOpen { life: u64 },
+    Tick {
+        life: u64,
+    },
+    Wake {
+        life: u64,
+    },
+    Deliver(Box<Message>, Caller),
+    Report {
+        from: u64,
+        reach: Reach,
+        caller: Caller,
+    },
+    /// Another node says that this one forgot.
+    Told {
+        life: u64,
+    },
+    /// A node that forgot asks for the database.
+    Fetch {
+        life: u64,
+    },
+    PeerDead {
+        life: u64,
+        peer: u64,
+    },
+    Synced {
+        life: u64,
+        number: u64,
+    },
+    Promoted {
+        life: u64,
+        epoch: u64,
+    },
+    Demoted {
+        life: u64,
+    },
+    PortsOpen {
+        life: u64,
+        epoch: u64,
+    },
+    CannotOpen {
+        life: u64,
+    },
     Restart,
     Resume,
 }
@@ -98,6 +143,19 @@ pub struct Node {
     pub keeping: VecDeque<Keep>,
     /// The membership that survives a crash.
     pub kept: (Membership, u64),
+    /// What this process says of its memory, and the newest process that it was linked with, by node.
+    pub standing: Standing,
+    pub linked: BTreeMap<u64, u64>,
+    /// What it remembers of itself and of the others, and as much of that as survives a crash.
+    pub mind: (Reach, BTreeMap<u64, Known>),
+    pub noted: (Reach, BTreeMap<u64, Known>),
+    /// Raft index of the membership that was in force when that was kept.
+    pub edition: u64,
+    /// It knows that it forgot; survives a crash.
+    pub forgotten: bool,
+    pub ever_forgot: bool,
+    /// An older copy of its disk.
+    pub copy: Option<Copy>,
 }
 
 /// What came into force by one entry: on disk once everything up to the number is.
@@ -132,6 +190,14 @@ impl Node {
             membership: (membership(), 1),
             keeping: VecDeque::new(),
             kept: (membership(), 1),
+            standing: Standing::Unsaid,
+            linked: BTreeMap::new(),
+            mind: Default::default(),
+            noted: Default::default(),
+            edition: 1,
+            forgotten: false,
+            ever_forgot: false,
+            copy: None,
         }
     }
 

@@ -5,23 +5,26 @@ use std::{
     collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
 };
 
-use raft::eraftpb::{EntryType, Message};
+use raft::eraftpb::{EntryType, Message, MessageType};
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use twistlock_ha::cluster::{Cause, Change, Cluster, Configured, Newcomer, Output, Phase, Start, Timing, Transition};
 
-use super::node::{Event, Keep, MILLI, NEW, Node, OLD, Summary, Waiting, request};
+use super::{
+    disk::SimLog,
+    node::{Event, Keep, MILLI, NEW, Node, OLD, Summary, Waiting, request},
+};
 
 pub struct World {
     timing: Timing,
-    rng: SmallRng,
-    time: u64,
-    nodes: Vec<Node>,
+    pub(super) rng: SmallRng,
+    pub(super) time: u64,
+    pub(super) nodes: Vec<Node>,
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
     events: BTreeMap<u64, Event>,
     next_event: u64,
     /// Directed links that drop everything.
-    cut: BTreeSet<(u64, u64)>,
-    loss: f64,
+    pub(super) cut: BTreeSet<(u64, u64)>,
+    pub(super) loss: f64,
     stall: f64,
     /// What the cluster decided, by index, as first seen applied anywhere.
     decided: BTreeMap<u64, (u64, Option<u64>)>,
@@ -33,7 +36,13 @@ pub struct World {
     in_force: u32,
     /// The programs do not know their own level: the checks must find out.
     pub blind: bool,
-    summary: Summary,
+    /// Nobody compares what a node has with what it had: the checks must find out.
+    pub trusting: bool,
+    /// Whom each voter chose, by epoch.
+    votes: BTreeMap<(u64, u64), u64>,
+    /// Nobody is removed before.
+    pub(super) no_removal_until: u64,
+    pub(super) summary: Summary,
     /// What led here, for the message of a failed check.
     trace: VecDeque<String>,
 }
@@ -60,6 +69,9 @@ impl World {
             next_value: 1,
             in_force: OLD,
             blind: false,
+            trusting: false,
+            votes: BTreeMap::new(),
+            no_removal_until: 0,
             summary: Summary::default(),
             trace: VecDeque::new(),
         };
@@ -73,31 +85,39 @@ impl World {
         self.summary.clone()
     }
 
-    fn note(&mut self, what: String) {
+    pub(super) fn note(&mut self, what: String) {
         if self.trace.len() == 40 {
             self.trace.pop_front();
         }
         self.trace.push_back(format!("{} ms: {what}\n", self.time / MILLI));
     }
 
-    fn schedule(&mut self, delay: u64, at: usize, event: Event) {
+    pub(super) fn schedule(&mut self, delay: u64, at: usize, event: Event) {
         self.next_event += 1;
         self.queue.push(Reverse((self.time + delay, self.next_event, at)));
         self.events.insert(self.next_event, event);
     }
 
-    fn start(&mut self, at: usize) {
+    pub(super) fn start(&mut self, at: usize) {
         let time = self.time;
         let node = &mut self.nodes[at];
         node.life += 1;
         (node.database, node.applied) = node.checkpoint.clone();
-        node.log.raise_commit(node.applied);
+        let trusting = self.trusting;
+        node.remember(trusting);
+        if node.forgotten {
+            (node.database, node.applied) = (Vec::new(), 1);
+        } else {
+            node.log.raise_commit(node.applied);
+        }
+        let forgotten = node.forgotten;
+        let log = if forgotten { SimLog::new() } else { node.log.clone() };
         let now = node.clock(time);
         let (membership, membership_index) = (&node.membership.0, node.membership.1);
-        let (conf_index, applied) = (node.log.conf_index(), node.applied);
+        let (conf_index, applied) = (log.conf_index(), node.applied);
         let level = if self.blind { u32::MAX } else { node.level };
-        let start = Start { membership, membership_index, conf_index, applied, level };
-        let cluster = Cluster::new(&start, node.id, self.timing, node.log.clone(), now);
+        let start = Start { membership, membership_index, conf_index, applied, level, forgotten };
+        let cluster = Cluster::new(&start, node.id, self.timing, log, now);
         node.cluster = Some(cluster.expect("the log can be read"));
         let cluster = node.cluster.as_mut().expect("it was just made");
         if node.unfit {
@@ -107,15 +127,26 @@ impl World {
         let life = node.life;
         let phase = self.rng.random_range(0..25 * MILLI);
         self.schedule(phase, at, Event::Tick { life });
+        if forgotten {
+            self.schedule(300 * MILLI, at, Event::Fetch { life });
+        }
         self.drive(at);
     }
 
     fn crash(&mut self, at: usize) {
+        if self.stop(at) {
+            self.summary.crashes += 1;
+            let down = self.rng.random_range(MILLI..2_000 * MILLI);
+            self.schedule(down, at, Event::Restart);
+        }
+    }
+
+    /// A process ends at once; false if there is none.
+    pub(super) fn stop(&mut self, at: usize) -> bool {
         let node = &mut self.nodes[at];
         if node.cluster.take().is_none() {
-            return;
+            return false;
         }
-        self.summary.crashes += 1;
         node.life += 1;
         node.open = false;
         node.lease = 0;
@@ -136,8 +167,7 @@ impl World {
                 self.schedule(delay, other, Event::PeerDead { life, peer: dead });
             }
         }
-        let down = self.rng.random_range(MILLI..2_000 * MILLI);
-        self.schedule(down, at, Event::Restart);
+        true
     }
 
     /// Runs under faults.
@@ -193,12 +223,13 @@ impl World {
         let before = self.acknowledged.len();
         self.run_until(self.time + 200 * MILLI);
         assert!(self.acknowledged.len() > before, "no write succeeds after the calm");
+        self.assert_whole();
     }
 
     fn fault(&mut self) {
         let at = self.rng.random_range(0..self.nodes.len());
         let (id, last) = (self.nodes[at].id, self.nodes.len() as u64);
-        let kind = self.rng.random_range(0..20);
+        let kind = self.rng.random_range(0..23);
         self.note(format!("fault {kind} at node {id}"));
         match kind {
             0..3 => self.crash(at),
@@ -232,7 +263,8 @@ impl World {
                 self.install(at, level);
             }
             14..17 => (0..self.nodes.len()).for_each(|at| self.raise(at)),
-            _ => (0..self.nodes.len()).for_each(|at| self.reconfigure(at)),
+            17..20 => (0..self.nodes.len()).for_each(|at| self.reconfigure(at)),
+            _ => self.forget(at),
         }
         self.check();
     }
@@ -321,7 +353,11 @@ impl World {
         let node = &mut self.nodes[at];
         let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) else { return };
         let membership = cluster.membership().0.clone();
-        let change = if membership.requests.is_empty() && membership.members.len() == 3 {
+        let all = membership.requests.is_empty() && membership.members.len() == 3;
+        if all && self.time < self.no_removal_until {
+            return;
+        }
+        let change = if all {
             Change::Remove { node: membership.members[pick].id, at: 0, force: false }
         } else if membership.requests.is_empty() {
             Change::Request { request: request(membership.next_id) }
@@ -362,6 +398,7 @@ impl World {
                 cluster.set_paused(now, membership.pause.as_ref().map_or(0, |pause| pause.until));
             }
             self.nodes[at].membership = (membership, index);
+            self.nodes[at].follow();
             if new {
                 let newcomer = Node::new(self.nodes.len() as u64 + 1, &mut self.rng);
                 self.nodes.push(newcomer);
@@ -446,9 +483,22 @@ impl World {
             Event::Tick { life: of } if of == life => {
                 cluster.tick(now);
                 self.schedule(25 * MILLI, at, Event::Tick { life });
+                self.remember(at);
             }
             Event::Wake { life: of } if of == life => cluster.wake(now),
-            Event::Deliver(message) => cluster.step(now, *message),
+            Event::Deliver(message, caller) => {
+                if !self.admits(at, message.from, &caller) {
+                    return;
+                }
+                self.deliver(at, *message);
+            }
+            Event::Report { from, reach, caller } => {
+                if self.admits(at, from, &caller) {
+                    self.reported(at, from, &reach, &caller);
+                }
+            }
+            Event::Told { life: of } if of == life => return self.told(at),
+            Event::Fetch { life: of } if of == life => return self.fetch(at),
             Event::PeerDead { life: of, peer } if of == life => cluster.peer_dead(now, peer),
             Event::Synced { life: of, number } if of == life => {
                 node.log.sync(number);
@@ -473,7 +523,7 @@ impl World {
     }
 
     /// Carries out what a node wants, in the order of `Output`.
-    fn drive(&mut self, at: usize) {
+    pub(super) fn drive(&mut self, at: usize) {
         loop {
             let now = self.nodes[at].clock(self.time);
             let Some(cluster) = self.nodes[at].cluster.as_mut() else { return };
@@ -567,6 +617,7 @@ impl World {
         if self.cut.contains(&(message.from, message.to)) || self.rng.random_bool(self.loss) {
             return;
         }
+        self.count_vote(&message);
         let to = message.to as usize - 1;
         if to >= self.nodes.len() {
             return; // a newcomer that has not started yet
@@ -575,7 +626,8 @@ impl World {
         for _ in 0..copies {
             let late = self.rng.random_bool(0.02);
             let delay = self.rng.random_range(50_000..if late { 400 * MILLI } else { 3 * MILLI });
-            self.schedule(delay, to, Event::Deliver(Box::new(message.clone())));
+            let caller = self.nodes[message.from as usize - 1].caller();
+            self.schedule(delay, to, Event::Deliver(Box::new(message.clone()), caller));
         }
     }
 
@@ -598,6 +650,17 @@ impl World {
         }
     }
 
+    /// Nobody votes twice in an epoch.
+    fn count_vote(&mut self, message: &Message) {
+        let candidate = match message.get_msg_type() {
+            MessageType::MsgRequestVote => message.from,
+            MessageType::MsgRequestVoteResponse if !message.reject => message.to,
+            _ => return,
+        };
+        let first = *self.votes.entry((message.term, message.from)).or_insert(candidate);
+        assert_eq!(first, candidate, "node {} votes twice in epoch {}: {:?}", message.from, message.term, self.trace);
+    }
+
     /// Acknowledges writes whose entry a majority has.
     fn release(&mut self, at: usize, committed: u64, epoch: u64) {
         let time = self.time;
@@ -608,7 +671,11 @@ impl World {
             assert_eq!(write.epoch, epoch, "a write was confirmed in another epoch than its own");
             let holders = self.nodes.iter().filter(|node| {
                 let value = write.value.to_le_bytes();
-                node.log.durable(|image| image.entry(write.index).is_some_and(|entry| entry.data.as_ref() == value))
+                // What a node had before it forgot was acknowledged in good faith.
+                node.ever_forgot
+                    || node
+                        .log
+                        .durable(|image| image.entry(write.index).is_some_and(|entry| entry.data.as_ref() == value))
             });
             // Two are a majority of two and of three; the cluster may have shrunk since the write was committed.
             let enough = self.nodes[at].membership.0.voters().count().min(2);

@@ -36,6 +36,8 @@ pub enum Change {
     Authority { authority: SealedAuthority },
     /// Gives all members a vote, in one joint change.
     Promote,
+    /// Takes the vote of a member that lost some of its durable memory; with [`Change::Promote`] it gets it back.
+    Demote { node: NodeId },
     /// Drops a member; `at` in seconds since 1970. `force` although the rest has no majority that answers.
     Remove { node: NodeId, at: u64, force: bool },
     /// A member is reached at another address from now on.
@@ -98,6 +100,10 @@ impl Membership {
                     return Err(Impossible("all members have a vote already".to_owned()));
                 }
                 next.members.iter_mut().for_each(|member| member.voter = true);
+            }
+            Change::Demote { node } => {
+                let member = next.members.iter_mut().find(|member| member.id == *node && member.voter);
+                member.ok_or_else(|| no_member(*node))?.voter = false;
             }
             Change::Remove { node, at, .. } => next.remove(*node, *at, primary)?,
             Change::Readdress { node, name, address, port } => {

@@ -74,7 +74,7 @@ impl Publisher {
             name: self.name(self.config.node),
             version: self.config.version.clone(),
             role,
-            reason: self.removed.clone().unwrap_or_else(|| self.reason.to_owned()),
+            reason: self.reason(),
             epoch: cluster.epoch(),
             primary: None,
             applied,
@@ -129,6 +129,7 @@ impl Publisher {
         let votes = self.membership.get(self.config.node).is_none_or(|member| member.voter);
         match role {
             _ if self.removed.is_some() => Role::Removed,
+            _ if self.config.forgotten.is_some() => Role::Recovering,
             _ if self.diverged || self.sync.is_some() && votes => Role::Recovering,
             Role::Startup | Role::Secondary if self.rolling_back => Role::Rollback,
             Role::Startup | Role::Secondary if !votes => Role::Startup2,
@@ -136,9 +137,21 @@ impl Publisher {
         }
     }
 
+    fn reason(&self) -> String {
+        let forgot = || Some(format!("lost some of its durable memory: {}", self.config.forgotten.as_ref()?));
+        self.removed.clone().or_else(forgot).unwrap_or_else(|| self.reason.to_owned())
+    }
+
     /// What is wrong, and what to do.
     fn sentences(&self, status: &Status) -> Vec<String> {
         let mut sentences: Vec<_> = self.warnings.values().cloned().collect();
+        if let Some(why) = self.config.forgotten.as_ref().filter(|_| self.removed.is_none()) {
+            sentences.push(format!(
+                "this member lost some of its durable memory ({why}): it neither votes nor counts until it is whole. While the \
+                 other members have a primary, it is given the database and then its vote by itself. If all members lost \
+                 theirs, stop them and type `twistlockd recover --force-new-cluster` on the one that has most"
+            ));
+        }
         let down = |member: &&MemberStatus| matches!(member.state, Role::Down | Role::Unknown);
         let voters = status.members.iter().filter(|member| member.voter).count();
         let up = voters - status.members.iter().filter(down).filter(|member| member.voter).count();

@@ -9,7 +9,11 @@ use super::{
     bytes::{Reader, Writer},
     kind,
 };
-use crate::cluster::{ClusterId, NodeId, level::FIRST_LEVEL};
+use crate::cluster::{
+    ClusterId, NodeId,
+    level::FIRST_LEVEL,
+    reach::{Claim, Standing},
+};
 
 /// The first frame on a link: who calls whom, and in which language.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +36,8 @@ pub struct Hello {
     pub reached: Option<Reached>,
     /// The feature level of the caller's program; none for one that does not say, or a receiver that could not read it.
     pub level: Option<u32>,
+    /// What the caller has of what it must remember. Only with a level.
+    pub standing: Standing,
 }
 
 impl Hello {
@@ -116,6 +122,8 @@ pub enum RefusalCode {
     Busy,
     /// The cluster runs a feature level that the caller's program does not have.
     Outdated,
+    /// The caller has less than it had on its disk before: it lost some of its durable memory.
+    Forgot,
 }
 
 pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
@@ -140,7 +148,10 @@ pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
         writer.0.extend_from_slice(&port.to_le_bytes());
         writer.u64(*index);
     }
-    hello.level.into_iter().for_each(|level| writer.u32(level));
+    if let Some(level) = hello.level {
+        writer.u32(level);
+        encode_standing(&mut writer, &hello.standing);
+    }
     writer.finish()
 }
 
@@ -169,7 +180,27 @@ pub(super) fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError>
         version: reader.text(MAX_VERSION)?,
         reached: if reader.bool()? { Some(decode_reached(reader)?) } else { None },
         level: reader.optional(Reader::u32)?,
+        standing: reader.optional(decode_standing)?.unwrap_or_default(),
     })
+}
+
+fn encode_standing(writer: &mut Writer, standing: &Standing) {
+    match standing {
+        Standing::Unsaid => {}
+        Standing::Forgotten => writer.0.push(1),
+        Standing::Whole(Claim { term, vote, last }) => {
+            writer.0.push(2);
+            [term, vote, last].into_iter().for_each(|number| writer.u64(*number));
+        }
+    }
+}
+
+fn decode_standing(reader: &mut Reader<'_>) -> Result<Standing, CodecError> {
+    match reader.u8()? {
+        1 => Ok(Standing::Forgotten),
+        2 => Ok(Standing::Whole(Claim { term: reader.u64()?, vote: reader.u64()?, last: reader.u64()? })),
+        _ => Err(Malformed("unknown standing")),
+    }
 }
 
 fn decode_reached(reader: &mut Reader<'_>) -> Result<Reached, CodecError> {
@@ -198,6 +229,7 @@ pub(super) fn decode_reply(reader: &mut Reader<'_>) -> Result<HelloReply, CodecE
         (2, reason) => (RefusalCode::Removed, reason),
         (3, reason) => (RefusalCode::Busy, reason),
         (4, reason) => (RefusalCode::Outdated, reason),
+        (5, reason) => (RefusalCode::Forgot, reason),
         // Codes of a later version, too: their reason says what this program does not understand.
         (_, reason) => (RefusalCode::Other, reason),
     };
@@ -211,5 +243,6 @@ fn refusal_code(code: RefusalCode) -> u8 {
         RefusalCode::Removed => 2,
         RefusalCode::Busy => 3,
         RefusalCode::Outdated => 4,
+        RefusalCode::Forgot => 5,
     }
 }

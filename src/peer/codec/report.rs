@@ -8,6 +8,7 @@ use super::{
 };
 use crate::cluster::{
     Role,
+    reach::Reach,
     trust::{Holdings, KeyId},
 };
 
@@ -39,6 +40,16 @@ pub struct More {
     pub holds: Holdings,
     /// How its disk does; none without `free`, and from a program that does not tell.
     pub disk: Option<Condition>,
+    /// What it must remember; none from a program that does not tell, and without `disk`.
+    pub memory: Option<Remembers>,
+}
+
+/// What a node says of its durable memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Remembers {
+    /// It lost some of it, and takes part in nothing.
+    pub forgotten: bool,
+    pub reach: Reach,
 }
 
 /// How the disk of a node does.
@@ -67,7 +78,7 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
     writer.u64(report.lease_ms.unwrap_or_default());
     writer.0.push(u8::from(report.full));
     writer.bytes(report.version.as_bytes(), MAX_VERSION, "program version")?;
-    if let Some(More { level, holds, free, disk }) = &report.more {
+    if let Some(More { level, holds, free, disk, memory }) = &report.more {
         writer.u32(*level);
         for KeyId(id) in [holds.key, holds.trusts, holds.shows] {
             writer.0.extend_from_slice(&id.to_le_bytes());
@@ -77,6 +88,12 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
         if let Some(free) = free {
             writer.u64(*free);
             writer.0.extend(disk.map(|disk| disk as u8));
+            if let Some(Remembers { forgotten, reach }) = memory.as_ref().filter(|_| disk.is_some()) {
+                writer.0.push(u8::from(*forgotten));
+                [reach.term, reach.vote, reach.acked, reach.committed]
+                    .into_iter()
+                    .for_each(|number| writer.u64(number));
+            }
         }
     }
     writer.finish()
@@ -100,7 +117,13 @@ fn decode_more(reader: &mut Reader<'_>) -> Result<More, CodecError> {
     let free = reader.optional(Reader::u64)?;
     let known = |code: u8| CONDITIONS.get(usize::from(code)).copied().ok_or(Malformed("unknown condition of a disk"));
     let disk = reader.optional(Reader::u8)?.map(known).transpose()?;
-    Ok(More { level, holds, free, disk })
+    Ok(More { level, holds, free, disk, memory: reader.optional(decode_memory)? })
+}
+
+fn decode_memory(reader: &mut Reader<'_>) -> Result<Remembers, CodecError> {
+    let forgotten = reader.bool()?;
+    let (term, vote, acked, committed) = (reader.u64()?, reader.u64()?, reader.u64()?, reader.u64()?);
+    Ok(Remembers { forgotten, reach: Reach { term, vote, acked, committed } })
 }
 
 pub(super) const ROLES: [Role; 10] = [

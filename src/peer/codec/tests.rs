@@ -12,6 +12,7 @@ use super::{
 use crate::{
     cluster::{
         ClusterId, Role,
+        reach::{Claim, Reach, Standing},
         trust::{Holdings, KeyId},
     },
     peer::assembler::Assembler,
@@ -72,10 +73,13 @@ fn hello() -> impl Strategy<Value = Hello> {
     let reached = proptest::option::of(("[0-9a-z.:-]{0,253}", any::<u16>(), any::<u64>()));
     let reached = reached.prop_map(|reached| reached.map(|(address, port, index)| Reached { address, port, index }));
     let texts = ("[0-9a-z.-]{0,64}", reached, proptest::option::of(any::<u32>()));
-    (any::<u128>(), any::<[u64; 3]>(), any::<u8>(), any::<[u32; 2]>(), purpose, texts).prop_map(
+    let claim = any::<[u64; 3]>().prop_map(|[term, vote, last]| Standing::Whole(Claim { term, vote, last }));
+    let standing = prop_oneof![Just(Standing::Unsaid), Just(Standing::Forgotten), claim];
+    let numbers = (any::<[u64; 3]>(), standing);
+    (any::<u128>(), numbers, any::<u8>(), any::<[u32; 2]>(), purpose, texts).prop_map(
         |(
             cluster,
-            [from, to, incarnation],
+            ([from, to, incarnation], standing),
             data_format,
             [lease_ms, promise_ms],
             purpose,
@@ -92,25 +96,32 @@ fn hello() -> impl Strategy<Value = Hello> {
             version,
             reached,
             level,
+            standing: if level.is_some() { standing } else { Standing::Unsaid },
         },
     )
 }
 
 fn refusal() -> impl Strategy<Value = Refusal> {
-    use RefusalCode::{Busy, Other, Outdated, Removed};
-    let code = prop_oneof![Just(Other), Just(Removed), Just(Busy), Just(Outdated)];
+    use RefusalCode::{Busy, Forgot, Other, Outdated, Removed};
+    let code = prop_oneof![Just(Other), Just(Removed), Just(Busy), Just(Outdated), Just(Forgot)];
     (code, "[a-z ]{0,512}").prop_map(|(code, reason)| Refusal { code, reason })
 }
 
 fn report() -> impl Strategy<Value = NodeReport> {
     let lease = proptest::option::of(any::<u64>());
+    let numbers = (any::<bool>(), any::<[u64; 4]>());
+    let remembers = proptest::option::of(numbers.prop_map(|(forgotten, [term, vote, acked, committed])| Remembers {
+        forgotten,
+        reach: Reach { term, vote, acked, committed },
+    }));
     let condition = prop_oneof![Just(Condition::Good), Just(Condition::Slow), Just(Condition::Bad)];
-    let free = proptest::option::of((any::<u64>(), proptest::option::of(condition)));
+    let free = proptest::option::of((any::<u64>(), proptest::option::of((condition, remembers))));
     let more = proptest::option::of((any::<u32>(), any::<[u128; 3]>(), free)).prop_map(|more| {
         let holds = |[key, trusts, shows]: [KeyId; 3]| Holdings { key, trusts, shows };
         more.map(|(level, ids, free)| {
             let (free, disk) = free.map_or((None, None), |(free, disk)| (Some(free), disk));
-            More { level, holds: holds(ids.map(KeyId)), free, disk }
+            let (disk, memory) = disk.map_or((None, None), |(disk, memory)| (Some(disk), memory));
+            More { level, holds: holds(ids.map(KeyId)), free, disk, memory }
         })
     });
     (0..ROLES.len(), any::<[u64; 3]>(), lease, any::<bool>(), ("[0-9.]{0,64}", more)).prop_map(
@@ -187,9 +198,9 @@ proptest! {
         let mut bytes = frame.encode().unwrap().split_off(LENGTH);
         // Behind everything that this program knows: before that there is no room for more.
         let complete = match &frame {
-            Frame::Hello(hello) => hello.level.is_some(),
+            Frame::Hello(hello) => hello.standing != Standing::Unsaid,
             Frame::HelloReply(reply) => !matches!(reply, HelloReply::Accepted(None)),
-            Frame::Report(report) => report.more.is_some_and(|more| more.disk.is_some()),
+            Frame::Report(report) => report.more.is_some_and(|more| more.memory.is_some()),
             Frame::Raft(_) => true,
         };
         bytes.extend_from_slice(&more);
@@ -249,6 +260,7 @@ fn plain_hello() -> Hello {
         version: "9.9".to_owned(),
         reached: None,
         level: None,
+        standing: Standing::Unsaid,
     }
 }
 
@@ -297,7 +309,7 @@ fn a_program_that_tells_no_free_space_is_understood_and_understands() {
         lease_ms: None,
         full: false,
         version: version.clone(),
-        more: Some(More { level: 2, holds: Holdings::default(), free, disk }),
+        more: Some(More { level: 2, holds: Holdings::default(), free, disk, memory: None }),
     };
     let sent = [of(None, None), of(Some(5 << 30), None), of(Some(5 << 30), Some(Condition::Slow))];
     let bytes = sent.each_ref().map(|report| encode_report(report).unwrap());

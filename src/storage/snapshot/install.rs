@@ -265,6 +265,14 @@ fn dismiss(data: &Path) -> Result<(), SnapshotError> {
     delete(&done)
 }
 
+/// Deletes whatever there is of snapshots, for a node that must fetch another one.
+///
+/// # Errors
+/// Those of the file system.
+pub fn discard(data: &Path) -> io::Result<()> {
+    clear(data).map_err(io::Error::other)
+}
+
 fn delete(folder: &Path) -> Result<(), SnapshotError> {
     clear_away(folder).map_err(SnapshotError::io("delete", folder))
 }

@@ -28,13 +28,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
-pub use self::{incoming::Incoming, install::Ready};
+pub use self::{
+    incoming::Incoming,
+    install::{Ready, discard},
+};
 use super::{
     checkpoint::Record,
     checksum::{page_checksum, read_or_zero},
     scrub::drop_cache,
 };
-use crate::cluster::{Membership, command::valid_page_size, membership::MAX_ENCODED};
+use crate::cluster::{Membership, NodeId, command::valid_page_size, membership::MAX_ENCODED};
 
 /// Bytes of the database that travel together; a multiple of every page size.
 pub const CHUNK: usize = 1 << 20;
@@ -114,6 +117,8 @@ pub struct Manifest {
     /// The membership, and the raft index of the entry that made it. It may be above that of the database.
     pub membership: Membership,
     pub membership_index: u64,
+    /// The epoch of the primary that gave it; 0 from a program that does not tell.
+    pub epoch: u64,
     /// See [`CLUSTER_KEY`]; none in a cluster whose founders have none.
     pub cluster_key: Option<ClusterKey>,
 }
@@ -135,6 +140,8 @@ struct Encoded {
     conf_index: u64,
     membership: Value,
     membership_index: u64,
+    #[serde(default)]
+    epoch: u64,
     cluster_key: Option<String>,
 }
 
@@ -142,6 +149,14 @@ impl Manifest {
     /// Bytes of the database.
     pub fn bytes(&self) -> u64 {
         u64::from(self.record.pages) * u64::from(self.record.page_size)
+    }
+
+    /// True if this node has a vote by it.
+    pub fn votes(&self, node: NodeId) -> bool {
+        let conf = &self.conf;
+        conf.voters.contains(&node)
+            || conf.voters_outgoing.contains(&node)
+            || self.membership.voters().any(|voter| voter == node)
     }
 
     /// The manifest as JSON.
@@ -162,6 +177,7 @@ impl Manifest {
             conf_index: self.conf_index,
             membership,
             membership_index: self.membership_index,
+            epoch: self.epoch,
             cluster_key: self.cluster_key.as_ref().map(|key| STANDARD.encode(&key.0)),
         };
         serde_json::to_vec(&encoded).unwrap_or_default()
@@ -204,6 +220,7 @@ impl Manifest {
             conf_index: found.conf_index,
             membership: Membership::decode(found.membership.to_string().as_bytes())?,
             membership_index: found.membership_index,
+            epoch: found.epoch,
             cluster_key: key.map(ClusterKey),
         })
     }
@@ -310,6 +327,7 @@ pub(crate) mod tests {
             conf_index: record.index,
             membership: Membership::founded(ClusterId(7), (1..=3).map(member).collect()),
             membership_index: record.index,
+            epoch: term + 1,
             cluster_key: Some(ClusterKey(b"secret of the members".to_vec())),
         }
     }

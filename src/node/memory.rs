@@ -1,0 +1,136 @@
+//! Durable memory on the consensus loop: keeps what this node must remember of itself and of the others, and follows what
+//! others find out. Must never wait for the disk: the files are written on a thread of their own.
+
+use std::{
+    io,
+    path::Path,
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use tracing::{error, warn};
+
+use super::{Exit, NodeConfig, driver::Driver, lease::boottime};
+use crate::{
+    cluster::NodeId,
+    peer::{NodeReport, Remembers},
+    storage::{
+        is_full,
+        memory::{Memory, note_forgotten},
+    },
+};
+
+/// How often what is remembered is written, while it changes. A vote is written at once.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Writes what is remembered.
+pub(super) struct Keeper {
+    /// None once the node ends.
+    queue: Option<SyncSender<Memory>>,
+    thread: Option<JoinHandle<()>>,
+    /// What is to be written next.
+    next: Memory,
+    /// What was written last, and when.
+    last: (Memory, Instant),
+}
+
+impl Keeper {
+    /// Starts the thread, which ends with this.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(config: &NodeConfig) -> io::Result<Self> {
+        let (queue, memories) = sync_channel(1);
+        let data = config.data.clone();
+        let thread = thread::Builder::new().name("memory".to_owned()).spawn(move || write(&data, &memories))?;
+        let mut next = Memory::new(config.configuration.membership.cluster);
+        (next.own, next.others) = (config.reach, config.memory.known());
+        next.edition = config.configuration.index;
+        Ok(Self { queue: Some(queue), thread: Some(thread), last: (next.clone(), Instant::now()), next })
+    }
+}
+
+fn write(data: &Path, memories: &Receiver<Memory>) {
+    let mut told = false;
+    for memory in memories {
+        match memory.write(data) {
+            Ok(()) => told = false,
+            // Told by whoever watches the space.
+            Err(error) if is_full(&error) => {}
+            // A second proof is missing for now: the first one, the raft log, is looked after by others.
+            Err(error) if !told => {
+                warn!(%error, "what this node remembers of the members cannot be kept; trying again");
+                told = true;
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+impl Driver {
+    pub(super) fn reported(&mut self, peer: NodeId, report: NodeReport) {
+        let remembers = report.more.and_then(|more| more.memory);
+        if remembers.is_some_and(|remembers| self.config.memory.reported(peer, &remembers)) {
+            self.cluster.peer_forgot(boottime(), peer);
+        }
+        self.publisher.report(peer, report);
+    }
+
+    /// Once per tick.
+    pub(super) fn follow_memory(&mut self) {
+        if let Some(why) = self.cluster.forgot().map(str::to_owned) {
+            self.told_forgot(&why);
+        }
+        if self.config.forgotten.is_some() {
+            return self.publisher.remembers(Remembers { forgotten: true, ..Remembers::default() });
+        }
+        let Some(reach) = self.cluster.reach() else { return };
+        let keeper = &mut self.keeper;
+        keeper.next.own.raise(&reach);
+        self.publisher.remembers(Remembers { forgotten: false, reach: keeper.next.own });
+        let vote = |memory: &Memory| (memory.own.term, memory.own.vote);
+        if vote(&keeper.next) == vote(&keeper.last.0) && keeper.last.1.elapsed() < EVERY {
+            return;
+        }
+        self.config.memory.settle(self.cluster.epoch(), self.cluster.committed());
+        keeper.next.others = self.config.memory.known();
+        keeper.next.edition = self.config.configuration.index;
+        // While the thread is busy, the next tick tries again.
+        let taken = |memory: &Memory| keeper.queue.as_ref().is_some_and(|queue| queue.try_send(memory.clone()).is_ok());
+        if keeper.next != keeper.last.0 && taken(&keeper.next) {
+            keeper.last = (keeper.next.clone(), Instant::now());
+        }
+    }
+
+    /// An orderly end leaves nothing to guess.
+    pub(super) fn keep_memory_at_last(&mut self, exit: &Exit) {
+        if self.config.forgotten.is_some() || !matches!(exit, Exit::Stopped | Exit::Restart(_)) {
+            return;
+        }
+        if let Some(reach) = self.cluster.reach() {
+            self.keeper.next.own.raise(&reach);
+        }
+        self.keeper.next.others = self.config.memory.known();
+        self.keeper.next.edition = self.config.configuration.index;
+        let Keeper { queue, thread, next, .. } = &mut self.keeper;
+        // One writer, to its end: two would write the same file.
+        let sent = queue.take().is_some_and(|queue| queue.send(next.clone()).is_ok());
+        if sent && let Some(thread) = thread.take() {
+            let _ = thread.join(); // a panic ends the process
+        }
+    }
+
+    /// This node has less than it had on its disk. It begins again as one that forgot.
+    pub(super) fn told_forgot(&mut self, why: &str) {
+        if self.config.forgotten.is_some() || self.removed.is_some() || self.exit.is_some() {
+            return;
+        }
+        error!(reason = why, "this node lost some of its durable memory: it takes part in nothing until it is whole");
+        let cluster = self.config.configuration.membership.cluster;
+        self.exit = Some(match note_forgotten(&self.config.data, cluster, why) {
+            Ok(()) => Exit::Restart("it lost some of its durable memory".to_owned()),
+            Err(error) => Exit::Fatal(format!("note that this node forgot: {error}")),
+        });
+    }
+}
