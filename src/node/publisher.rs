@@ -492,7 +492,8 @@ mod tests {
         assert_eq!(publisher.secondary_with_space(), Some(3));
         publisher.report(3, NodeReport { full: true, ..report(900) });
         assert_eq!(publisher.secondary_with_space(), Some(2));
-        let more = |disk| Some(More { level: 2, holds: Holdings::default(), free: Some(9), disk: Some(disk) });
+        let more =
+            |disk| Some(More { level: 2, holds: Holdings::default(), free: Some(9), disk: Some(disk), memory: None });
         let mut tell = |state, disk| {
             publisher.report(2, NodeReport { state, more: more(disk), ..report(950) });
             publisher.secondary_with_space()
