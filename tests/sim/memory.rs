@@ -2,7 +2,7 @@
 //! begins again. Links are not simulated, but what they guarantee is: nothing of an earlier process of a node arrives after
 //! something of a later one, and nothing of a process that the receiver has not compared with what it remembers.
 
-use raft::eraftpb::{ConfState, Message};
+use raft::eraftpb::{ConfState, Message, MessageType};
 use rand::RngExt;
 use std::collections::BTreeMap;
 use twistlock_ha::cluster::{
@@ -110,6 +110,17 @@ impl World {
         known.admit(caller.life);
         self.nodes[at].linked.insert(from, caller.life);
         true
+    }
+
+    /// Nobody votes twice in an epoch.
+    pub fn count_vote(&mut self, message: &Message) {
+        let candidate = match message.get_msg_type() {
+            MessageType::MsgRequestVote => message.from,
+            MessageType::MsgRequestVoteResponse if !message.reject => message.to,
+            _ => return,
+        };
+        let first = *self.votes.entry((message.term, message.from)).or_insert(candidate);
+        assert_eq!(first, candidate, "node {} votes twice in epoch {}: {:?}", message.from, message.term, self.trace);
     }
 
     pub fn deliver(&mut self, at: usize, message: Message) {

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
 };
 
-use raft::eraftpb::{EntryType, Message, MessageType};
+use raft::eraftpb::{EntryType, Message};
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use twistlock_ha::cluster::{Cause, Change, Cluster, Configured, Newcomer, Output, Phase, Start, Timing, Transition};
 
@@ -39,12 +39,12 @@ pub struct World {
     /// Nobody compares what a node has with what it had: the checks must find out.
     pub trusting: bool,
     /// Whom each voter chose, by epoch.
-    votes: BTreeMap<(u64, u64), u64>,
+    pub(super) votes: BTreeMap<(u64, u64), u64>,
     /// Nobody is removed before.
     pub(super) no_removal_until: u64,
     pub(super) summary: Summary,
     /// What led here, for the message of a failed check.
-    trace: VecDeque<String>,
+    pub(super) trace: VecDeque<String>,
 }
 
 impl World {
@@ -648,17 +648,6 @@ impl World {
             let node = &mut self.nodes[at];
             node.checkpoint = (node.database.clone(), node.applied);
         }
-    }
-
-    /// Nobody votes twice in an epoch.
-    fn count_vote(&mut self, message: &Message) {
-        let candidate = match message.get_msg_type() {
-            MessageType::MsgRequestVote => message.from,
-            MessageType::MsgRequestVoteResponse if !message.reject => message.to,
-            _ => return,
-        };
-        let first = *self.votes.entry((message.term, message.from)).or_insert(candidate);
-        assert_eq!(first, candidate, "node {} votes twice in epoch {}: {:?}", message.from, message.term, self.trace);
     }
 
     /// Acknowledges writes whose entry a majority has.
