@@ -38,6 +38,9 @@ const EXPECTED: &[(&str, &[Kind])] = &[
     ("the port guard process", FROZEN),
     ("cannot start: ", FILES),
     ("raft log", FILES),
+    ("this node lost some of its durable memory", FILES),
+    ("the disk of this host", DISKS),
+    ("this host's disk", DISKS),
     ("this node is REMOVED", &[Rejoin]),
     ("the database does not accept a statement of the Console", DISKS),
 ];
