@@ -40,7 +40,8 @@ const EXPECTED: &[(&str, &[Kind])] = &[
     ("raft log", FILES),
     ("this node lost some of its durable memory", FILES),
     ("the disk of this host", DISKS),
-    ("this host's disk", DISKS),
+    // The time that a frozen process was away looks like that of its disk.
+    ("the disk of this host", FROZEN),
     ("this node is REMOVED", &[Rejoin]),
     ("the database does not accept a statement of the Console", DISKS),
 ];
