@@ -1,11 +1,21 @@
 //! Passwords: what a new one must be like, and their hashes: argon2id with random salts, a bounded number at once, never on a thread that serves requests.
 
-use std::{collections::HashSet, sync::Arc, thread, time::Duration};
+use std::{
+    collections::HashSet,
+    io,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread,
+    time::Duration,
+};
 
 use argon2::{
-    Argon2,
-    password_hash::{PasswordHasher, PasswordVerifier, phc::PasswordHash},
+    Algorithm, Argon2, Block, Params, Version,
+    password_hash::{
+        self,
+        phc::{Output, ParamsString, PasswordHash, Salt},
+    },
 };
+use ring::rand::{SecureRandom, SystemRandom};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     time::timeout,
@@ -15,6 +25,8 @@ use super::{auth::LONGEST, errors::ApiError};
 
 /// Hashes at once: each takes 19 MiB and a core for some ten milliseconds.
 const AT_ONCE: usize = 2;
+/// Largest memory of a hash, in KiB: a restored database may ask for anything.
+const LARGEST: usize = 64 << 10;
 /// Requests that may wait for their turn; more are refused.
 const WAITING: usize = 96;
 /// Further ones of users who have logged in from where they come: strangers must not take all the places.
@@ -80,6 +92,87 @@ fn is_easy(name: &str, password: &str) -> bool {
     left.chars().count() < LEFT.0 || different.len() < LEFT.1
 }
 
+/// What a hash is computed in. Each thread keeps its own: the allocator would give 19 MiB back late or never.
+type Memory = Vec<Block>;
+type Job = Box<dyn FnOnce(&mut Memory) + Send>;
+
+/// Computes a hash into `out`.
+fn derive(
+    memory: &mut Memory,
+    argon2: &Argon2<'_>,
+    password: &str,
+    salt: &[u8],
+    out: &mut [u8],
+) -> password_hash::Result<()> {
+    let blocks = argon2.params().block_count();
+    if blocks > LARGEST {
+        return Err(password_hash::Error::OutOfMemory);
+    }
+    if memory.len() < blocks {
+        memory.resize(blocks, Block::new());
+    }
+    Ok(argon2.hash_password_into_with_memory(password.as_bytes(), salt, out, &mut memory[..blocks])?)
+}
+
+/// The PHC string of a new password.
+fn make(memory: &mut Memory, password: &str) -> password_hash::Result<String> {
+    let (mut salt, mut out) = ([0; 16], [0; Params::DEFAULT_OUTPUT_LEN]);
+    SystemRandom::new().fill(&mut salt).map_err(|_| password_hash::Error::Crypto)?;
+    let argon2 = Argon2::default();
+    derive(memory, &argon2, password, &salt, &mut out)?;
+    let hash = PasswordHash {
+        algorithm: Algorithm::default().ident(),
+        version: Some(Version::default().into()),
+        params: ParamsString::try_from(argon2.params())?,
+        salt: Some(Salt::new(&salt)?),
+        hash: Some(Output::new(&out)?),
+    };
+    Ok(hash.to_string())
+}
+
+/// Whether a password belongs to a PHC string.
+fn belongs(memory: &mut Memory, password: &str, stored: &str) -> password_hash::Result<bool> {
+    let stored = PasswordHash::new(stored)?;
+    let (Some(salt), Some(hash)) = (&stored.salt, &stored.hash) else {
+        return Err(password_hash::Error::EncodingInvalid);
+    };
+    let version = stored.version.map(Version::try_from).transpose()?.unwrap_or_default();
+    let argon2 = Argon2::new(Algorithm::try_from(stored.algorithm.as_str())?, version, Params::try_from(&stored)?);
+    let mut out = vec![0; hash.len()];
+    derive(memory, &argon2, password, salt, &mut out)?;
+    // In a time that does not depend on them.
+    Ok(Output::new(&out)? == *hash)
+}
+
+/// Gives a hash to one of the threads for it, which live as long as the process: they have its memory and their own priority.
+fn hand_over(job: Job) -> io::Result<()> {
+    static THREADS: Mutex<Option<mpsc::Sender<Job>>> = Mutex::new(None);
+    let mut threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
+    let sender = match &*threads {
+        Some(sender) => sender,
+        None => {
+            let (sender, jobs) = mpsc::channel::<Job>();
+            let jobs = Arc::new(Mutex::new(jobs));
+            for _ in 0..AT_ONCE {
+                let jobs = Arc::clone(&jobs);
+                let next = move || jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                let work = move || {
+                    // It may be refused: then the hash takes its turn like everything else.
+                    let _ = rustix::process::setpriority_process(None, NICE);
+                    let mut memory = Memory::new();
+                    while let Ok(job) = next() {
+                        job(&mut memory);
+                    }
+                };
+                thread::Builder::new().name("password".to_owned()).spawn(work)?;
+            }
+            threads.insert(sender)
+        }
+    };
+    // There are never more jobs than permits, and the threads do not end while there is a sender.
+    sender.send(job).map_err(|_| io::ErrorKind::BrokenPipe.into())
+}
+
 /// Computes and checks password hashes.
 #[derive(Debug)]
 pub(super) struct Hasher {
@@ -112,39 +205,30 @@ impl Hasher {
 impl Turn {
     /// The PHC string to store.
     pub(super) async fn hash(self, password: String) -> Result<String, ApiError> {
-        self.compute(move || Argon2::default().hash_password(password.as_bytes()).map(|hash| hash.to_string())).await
+        self.compute(move |memory| make(memory, &password)).await
     }
 
     /// True if the password belongs to the stored PHC string. Without one (no such user) it takes as long and is false,
     /// so that the time does not tell which users exist.
     pub(super) async fn verify(self, password: String, stored: Option<String>) -> Result<bool, ApiError> {
-        self.compute(move || match stored {
-            Some(stored) => {
-                let stored = PasswordHash::new(&stored)?;
-                match Argon2::default().verify_password(password.as_bytes(), &stored) {
-                    Err(argon2::password_hash::Error::PasswordInvalid) => Ok(false),
-                    other => other.map(|()| true),
-                }
-            }
-            None => Argon2::default().hash_password(password.as_bytes()).map(|_| false),
+        self.compute(move |memory| match stored {
+            Some(stored) => belongs(memory, &password, &stored),
+            None => make(memory, &password).map(|_| false),
         })
         .await
     }
 
     async fn compute<T: Send + 'static>(
         self,
-        work: impl FnOnce() -> argon2::password_hash::Result<T> + Send + 'static,
+        work: impl FnOnce(&mut Memory) -> password_hash::Result<T> + Send + 'static,
     ) -> Result<T, ApiError> {
         let (tell, told) = oneshot::channel();
-        // A thread of its own: the priority is of the thread, and the others of the runtime have files to wait for.
-        let compute = move || {
-            // It may be refused: then the hash takes its turn like everything else.
-            let _ = rustix::process::setpriority_process(None, NICE);
+        let job = move |memory: &mut Memory| {
             // The permit moves along: a client that goes away does not let a third hash start.
             let _turn = self.0;
-            let _ = tell.send(work());
+            let _ = tell.send(work(memory));
         };
-        if let Err(error) = thread::Builder::new().name("password".to_owned()).spawn(compute) {
+        if let Err(error) = hand_over(Box::new(job)) {
             tracing::error!("no thread can be started for a password hash: {error}");
             return Err(ApiError::Busy("the system has no thread for a login: try again".into()));
         }
@@ -186,6 +270,24 @@ mod tests {
             check("Jörg Müller", bad, false).unwrap_err();
         }
         check("jo", "jolly joker jo", false).unwrap();
+    }
+
+    #[test]
+    fn hashes_are_those_that_others_make_and_understand() {
+        use argon2::{PasswordHasher, PasswordVerifier};
+        let mut memory = Memory::new();
+        let ours = make(&mut memory, "correct horse").unwrap();
+        assert_ne!(ours, make(&mut memory, "correct horse").unwrap(), "the salt is random");
+        let parsed = PasswordHash::new(&ours).unwrap();
+        Argon2::default().verify_password(b"correct horse", &parsed).unwrap();
+        let theirs: PasswordHash = Argon2::default().hash_password(b"correct horse").unwrap();
+        let theirs = theirs.to_string();
+        for stored in [&ours, &theirs] {
+            assert!(belongs(&mut memory, "correct horse", stored).unwrap());
+            assert!(!belongs(&mut memory, "correct horsf", stored).unwrap());
+        }
+        let large = ours.replace("m=19456", "m=4000000");
+        assert!(large != ours && belongs(&mut memory, "correct horse", &large).is_err());
     }
 
     #[test]

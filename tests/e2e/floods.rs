@@ -150,7 +150,7 @@ fn open_files(cluster: &Cluster, node: usize) -> usize {
 fn packets_that_get_lost_cost_no_write() {
     let _alone = alone();
     in_private_network(|| {
-        let seconds = std::env::var("SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
+        let seconds = std::env::var("SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
         let cluster = Cluster::start();
         let writers = Writers::start(&cluster.file(), WRITERS);
         let epoch = |cluster: &Cluster| cluster.statuses().iter().flatten().map(|status| status.epoch).max().unwrap();
@@ -158,11 +158,14 @@ fn packets_that_get_lost_cost_no_write() {
             let (before, begin) = (epoch(&cluster), Instant::now());
             lose(percent, cluster.port_offset);
             pace_until(begin + Duration::from_secs(seconds));
-            heal();
-            let (silence, changes) = (writers.longest_silence(begin), epoch(&cluster) - before);
             let written = writers.successes_since(begin);
+            heal();
+            let healed = Instant::now();
+            let after = writers.wait_success(healed, |_| true).expect("writes go on");
+            let (silence, changes) = (writers.longest_silence(begin), epoch(&cluster) - before);
             println!(
-                "  {percent} % lost for {seconds} s: {written} writes, longest silence {silence:?}, {changes} elections"
+                "  {percent} % lost for {seconds} s: {written} writes, longest silence {silence:?}, {changes} elections, the next \
+                 write {after:?} after the end"
             );
             cluster.wait_healthy();
         }
