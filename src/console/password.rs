@@ -27,6 +27,8 @@ use super::{auth::LONGEST, errors::ApiError};
 const AT_ONCE: usize = 2;
 /// Largest memory of a hash, in KiB: a restored database may ask for anything.
 const LARGEST: usize = 64 << 10;
+/// Hashes that may be handed to the threads: those of one Console, and of the one before it that ends.
+const HANDED_OVER: usize = 2 * AT_ONCE;
 /// Requests that may wait for their turn; more are refused.
 const WAITING: usize = 96;
 /// Further ones of users who have logged in from where they come: strangers must not take all the places.
@@ -146,12 +148,12 @@ fn belongs(memory: &mut Memory, password: &str, stored: &str) -> password_hash::
 
 /// Gives a hash to one of the threads for it, which live as long as the process: they have its memory and their own priority.
 fn hand_over(job: Job) -> io::Result<()> {
-    static THREADS: Mutex<Option<mpsc::Sender<Job>>> = Mutex::new(None);
+    static THREADS: Mutex<Option<mpsc::SyncSender<Job>>> = Mutex::new(None);
     let mut threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
     let sender = match &*threads {
         Some(sender) => sender,
         None => {
-            let (sender, jobs) = mpsc::channel::<Job>();
+            let (sender, jobs) = mpsc::sync_channel::<Job>(HANDED_OVER);
             let jobs = Arc::new(Mutex::new(jobs));
             for _ in 0..AT_ONCE {
                 let jobs = Arc::clone(&jobs);
@@ -169,8 +171,8 @@ fn hand_over(job: Job) -> io::Result<()> {
             threads.insert(sender)
         }
     };
-    // There are never more jobs than permits, and the threads do not end while there is a sender.
-    sender.send(job).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    // The threads do not end while there is a sender.
+    sender.try_send(job).map_err(|_| io::ErrorKind::WouldBlock.into())
 }
 
 /// Computes and checks password hashes.
