@@ -10,7 +10,7 @@ use tracing::info;
 use crate::{
     cluster::{
         ClusterId, Member, Membership, NodeId,
-        membership::{check_host, console_names_that_fit},
+        membership::{check_host, console_names_that_fit, place},
     },
     config::Config,
     pki::Authority,
@@ -61,7 +61,7 @@ pub fn found(config: &Config, data: &DataDir) -> Result<Identity> {
     membership.authority = Some(sealed);
     let identity = Identity { format: IDENTITY_FORMAT, cluster, node: FOUNDER, name, membership };
     data.create_identity(&identity)?;
-    info!(node = identity.name, %cluster, "a new cluster is founded: {address}:{port} is its only member");
+    info!(node = identity.name, %cluster, "a new cluster is founded: {} is its only member", place(&address, port));
     Ok(identity)
 }
 

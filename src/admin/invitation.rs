@@ -10,7 +10,10 @@ use tracing::info;
 
 use super::{Admin, AdminError, Invited, locked, now};
 use crate::{
-    cluster::{Change, Membership, membership::Invitation},
+    cluster::{
+        Change, Membership,
+        membership::{Invitation, place},
+    },
     join::Token,
     pki,
 };
@@ -128,12 +131,7 @@ fn check(membership: &Membership, text: &str, now: u64) -> Result<(), AdminError
 fn addresses(membership: &Membership, primary: u64, port: Option<u16>) -> Vec<String> {
     let mut members: Vec<_> = membership.members.iter().collect();
     members.sort_by_key(|member| (member.id != primary, member.rank));
-    let places = port.into_iter().flat_map(|port| {
-        members.iter().map(move |member| match member.address.contains(':') {
-            true => format!("[{}]:{port}", member.address),
-            false => format!("{}:{port}", member.address),
-        })
-    });
+    let places = port.into_iter().flat_map(|port| members.iter().map(move |member| place(&member.address, port)));
     places.collect()
 }
 

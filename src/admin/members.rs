@@ -7,7 +7,10 @@ use tracing::{info, warn};
 
 use super::{Admin, AdminError, now};
 use crate::{
-    cluster::{Change, Membership, NodeId, Role, membership::Pause},
+    cluster::{
+        Change, Membership, NodeId, Role,
+        membership::{Pause, place},
+    },
     node::MemberStatus,
 };
 
@@ -99,11 +102,11 @@ impl Admin {
         let address = address.unwrap_or_else(|| old.address.clone());
         let port = port.unwrap_or(old.port);
         if (&name, &address, port) == (&old.name, &old.address, old.port) {
-            return Err(AdminError::Refused(format!("{name} is reached at {address}:{port} already")));
+            return Err(AdminError::Refused(format!("{name} is reached at {} already", old.place())));
         }
-        let now_at = format!("{name} ({address}:{port})");
+        let now_at = format!("{name} ({})", place(&address, port));
         self.change(Change::Readdress { node, name, address, port }).await?;
-        info!(by, node, was = format!("{} ({}:{})", old.name, old.address, old.port), now_at, "a member has moved");
+        info!(by, node, was = format!("{} ({})", old.name, old.place()), now_at, "a member has moved");
         Ok(())
     }
 }

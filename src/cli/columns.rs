@@ -5,13 +5,14 @@ use std::io::{self, IsTerminal, Write};
 
 use clap::ValueEnum;
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 use super::stop::Stop;
 
 /// When the output has colours.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(super) enum When {
-    /// On a terminal, unless NO_COLOR is set
+    /// On a terminal, unless NO_COLOR is set or TERM is dumb
     #[default]
     Auto,
     Always,
@@ -28,7 +29,7 @@ impl Paint {
         // See https://no-color.org.
         let wanted = || std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         Self(match when {
-            When::Auto => io::stdout().is_terminal() && wanted(),
+            When::Auto => io::stdout().is_terminal() && wanted() && !is_dumb(),
             When::Always => true,
             When::Never => false,
         })
@@ -42,6 +43,11 @@ impl Paint {
     pub(super) fn mark(self, ok: bool) -> String {
         if ok { self.text("32", "✓") } else { self.text("1;31", "✗") }
     }
+}
+
+/// A terminal that says that it understands no control sequences.
+pub(super) fn is_dumb() -> bool {
+    std::env::var_os("TERM").is_some_and(|term| term == "dumb")
 }
 
 /// One cell: a text, and its colour.
@@ -74,7 +80,8 @@ pub(super) type Head = (&'static str, bool);
 
 /// A table with a head line; each line ends with a newline.
 pub(super) fn table(heads: &[Head], rows: &[Vec<Cell>], paint: Paint) -> String {
-    let width = |text: &str| text.chars().count();
+    // Some characters take two columns, and combining marks none.
+    let width = |text: &str| text.width();
     let widths: Vec<usize> = heads
         .iter()
         .enumerate()
@@ -138,6 +145,8 @@ mod tests {
         assert_eq!(table(&heads, &rows, Paint(false)), "NAME     SIZE\nä           7\nabcdef  12345\n");
         assert!(table(&heads, &rows, Paint(true)).contains("abcdef  \x1b[31m12345\x1b[0m\n"));
         assert_eq!(table(&heads, &[], Paint(false)), "NAME  SIZE\n");
+        let wide = [vec!["日本".into(), "1".into()], vec!["e\u{301}te\u{301}".into(), "2".into()]];
+        assert_eq!(table(&heads, &wide, Paint(false)), "NAME  SIZE\n日本     1\ne\u{301}te\u{301}      2\n");
     }
 
     #[test]

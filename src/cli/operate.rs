@@ -93,10 +93,9 @@ fn cluster_of(status: &Status) -> String {
 /// A host that asks, as the administrator compares it.
 fn describe(request: &Request) -> String {
     format!(
-        "  {} ({}:{}), version {}, clock {}\n    fingerprint {}\n",
+        "  {} ({}), version {}, clock {}\n    fingerprint {}\n",
         request.name,
-        request.address,
-        request.port,
+        request.place(),
         request.version,
         clock(request.clock_ms),
         request.fingerprint

@@ -25,7 +25,7 @@ pub(super) fn run(door: &Door, args: &StatusArgs, paint: Paint) -> Result<u8, St
         columns::print(&text)?;
         return Ok(code);
     };
-    let redraw = io::stdout().is_terminal() && !args.json;
+    let redraw = io::stdout().is_terminal() && !columns::is_dumb() && !args.json;
     loop {
         match look(door, args.json, true, paint) {
             Ok((text, _)) if redraw => columns::print(&format!("{HOME_AND_CLEAR}{text}"))?,

@@ -130,7 +130,7 @@ fn copy(member: &MemberStatus) -> Option<String> {
 }
 
 fn request_row(request: &Request) -> [String; 9] {
-    let address = format!("{}:{}", request.address, request.port);
+    let address = request.place();
     let [epoch, applied, lag, lease, contact] = [(); 5].map(|()| "-".to_owned());
     let (name, version) = (request.name.clone(), request.version.clone());
     [name, address, Role::RequestJoin.to_string(), epoch, applied, lag, lease, contact, version]

@@ -34,8 +34,9 @@ impl Membership {
         let twin = self.requests.iter().find(|open| open.name == request.name || (&open.address, open.port) == place);
         if let Some(twin) = twin {
             return Err(Impossible(format!(
-                "another host asks to join as {} ({}:{}) already: reject one of the two",
-                twin.name, twin.address, twin.port
+                "another host asks to join as {} ({}) already: reject one of the two",
+                twin.name,
+                twin.place()
             )));
         }
         if self.members.len() + self.requests.len() >= CLUSTER_SIZE {

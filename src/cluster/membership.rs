@@ -107,6 +107,11 @@ pub struct Admission {
 }
 
 impl Member {
+    /// Where the other members reach it.
+    pub fn place(&self) -> String {
+        place(&self.address, self.port)
+    }
+
     /// A founding member: a voter whose rank is that of its id.
     pub fn founder(id: NodeId, name: &str, address: &str, port: u16) -> Self {
         let rank = u8::try_from(id.saturating_sub(1)).unwrap_or(u8::MAX);
@@ -156,7 +161,17 @@ pub struct Invitation {
 /// Hexadecimal digits of an invitation's hash by which it is known to those who may not use it.
 const INVITATION_ID: usize = 16;
 
+/// `host:port`, as people read it and URLs have it: an IPv6 address stands in brackets (RFC 3986 section 3.2.2).
+pub fn place(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
 impl Request {
+    /// Where the host is reached.
+    pub fn place(&self) -> String {
+        place(&self.address, self.port)
+    }
+
     /// True while an administrator may admit the host; `now` in seconds since 1970.
     pub fn in_force(&self, now: u64) -> bool {
         in_force(self.at, self.until, now)
@@ -385,8 +400,11 @@ impl Membership {
                 let same_place = (&member.address, member.port) == (&other.address, other.port);
                 if member.name == other.name || same_place || member.rank == other.rank || member.id == other.id {
                     return Err(Impossible(format!(
-                        "{} ({}:{}) and {} ({}:{}) cannot be told apart: names and addresses must differ",
-                        other.name, other.address, other.port, member.name, member.address, member.port
+                        "{} ({}) and {} ({}) cannot be told apart: names and addresses must differ",
+                        other.name,
+                        other.place(),
+                        member.name,
+                        member.place()
                     )));
                 }
             }

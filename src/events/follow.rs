@@ -270,11 +270,11 @@ fn membership(before: &Seen, after: &Seen) -> Vec<Event> {
     for member in &new.members {
         let Member { id, name, address, port, .. } = member;
         match old.get(*id) {
-            None => tell(name, format!("{name} ({address}:{port}) was admitted to the cluster")),
+            None => tell(name, format!("{name} ({}) was admitted to the cluster", member.place())),
             Some(was) if !was.voter && member.voter => tell(name, format!("{name} has caught up and votes")),
             Some(was) if (&was.name, &was.address, was.port) != (name, address, *port) => {
-                let former = format!("{} ({}:{})", was.name, was.address, was.port);
-                tell(name, format!("{former} is {name} ({address}:{port}) from now on"));
+                let former = format!("{} ({})", was.name, was.place());
+                tell(name, format!("{former} is {name} ({}) from now on", member.place()));
             }
             Some(_) => {}
         }

@@ -15,7 +15,7 @@ use ring::digest;
 
 use super::{JoinFile, Offer, Token, hex};
 use crate::{
-    cluster::{Membership, NodeId},
+    cluster::{Membership, NodeId, membership::place},
     config::{self, Config, FirstState},
     pki::CONSOLE_NAME,
 };
@@ -200,8 +200,7 @@ impl Kit {
         let port = self.https_port.ok_or(KitError::NoHttps)?;
         let mut members: Vec<_> = membership.members.iter().collect();
         members.sort_by_key(|member| member.id != primary);
-        let place = |host: &str| if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-        Ok(members.iter().map(|member| place(&member.address)).collect())
+        Ok(members.iter().map(|member| place(&member.address, port)).collect())
     }
 }
 

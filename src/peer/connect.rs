@@ -70,10 +70,8 @@ pub async fn open_stream(
         Ok((_, stream)) => Ok(stream),
         Err(Failure::Other(error)) => Err(error),
         Err(Failure::NobodyListens) => {
-            let Member { name, address, port, .. } = member;
-            Err(OpenError::Unreachable(format!(
-                "nobody listens on {address}:{port} of {name}: does twistlockd run there?"
-            )))
+            let (name, place) = (&member.name, member.place());
+            Err(OpenError::Unreachable(format!("nobody listens on {place} of {name}: does twistlockd run there?")))
         }
     }
 }

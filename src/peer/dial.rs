@@ -149,7 +149,7 @@ impl Dialler {
     }
 
     fn complain(&self, failure: Failure) {
-        let (peer, address) = (self.member.id, format!("{}:{}", self.member.address, self.member.port));
+        let (peer, address) = (self.member.id, self.member.place());
         let subject = Subject::Dialled(peer);
         match failure {
             Failure::Other(OpenError::Refused(Refusal { reason, .. })) if self.complaints.is_new(subject, &reason) => {

@@ -152,7 +152,7 @@ impl Survivor {
             self.checkpoint.index,
             self.database_bytes,
             hard.term,
-            list(|member| format!("{} ({}:{})", member.name, member.address, member.port)),
+            list(|member| format!("{} ({})", member.name, member.place())),
         );
         if let Some(why) = &self.lost {
             let _ = writeln!(

@@ -90,7 +90,7 @@ impl Publisher {
     }
 
     fn member(&self, member: &Member, own: &MemberStatus, log: &RaftLog, committed: u64) -> MemberStatus {
-        let (name, address) = (member.name.clone(), format!("{}:{}", member.address, member.port));
+        let (name, address) = (member.name.clone(), member.place());
         let Some(peer) = self.peers.get(&member.id) else {
             return MemberStatus { name, address, voter: member.voter, ..own.clone() };
         };
