@@ -23,6 +23,11 @@ use crate::{
     telemetry,
 };
 
+/// A member that is DOWN for so long is told, by a node that has known a primary all the time: one that was cut off or stopped
+/// itself must not say it of the others.
+const DOWN_FOR: Duration = Duration::from_secs(1);
+/// Between two looks of a node that was not stopped, at most; a picture comes twice a second.
+const LATE: Duration = Duration::from_secs(2);
 /// A cluster without a primary for so long is worth telling: any takeover is over by then.
 const WITHOUT_PRIMARY: Duration = Duration::from_secs(5);
 
@@ -96,8 +101,18 @@ pub async fn follow(
     }
 }
 
+/// Another member that is DOWN.
+struct Down {
+    /// Since when this node, which was well itself, has seen it so.
+    since: Instant,
+    was: Role,
+    told: bool,
+}
+
 struct Follower {
     recorder: Recorder,
+    down: BTreeMap<NodeId, Down>,
+    looked: Option<Instant>,
     seen: Seen,
     /// Number of the last change of the role that was recorded.
     number: u64,
@@ -113,7 +128,8 @@ struct Follower {
 impl Follower {
     fn new(recorder: Recorder, status: &Status) -> Self {
         let seen = Seen::of(status);
-        Self { recorder, last_primary: None, seen, number: 0, opening: None, without: None, ends: Ends::default() }
+        let (down, looked, ends) = Default::default();
+        Self { recorder, down, looked, last_primary: None, seen, number: 0, opening: None, without: None, ends }
     }
 
     fn look(&mut self, status: &Status, opened: Option<u64>, now: Instant) {
@@ -132,7 +148,8 @@ impl Follower {
             self.took_over(&change, takeover, opened);
         }
         self.follow_primary(now);
-        let mut events = members(&before, &self.seen);
+        let mut events = self.follow_down(&before, now);
+        events.extend(members(&before, &self.seen));
         events.iter().for_each(|event| info!("{}", event.sentence));
         events.extend(membership(&before, &self.seen));
         events.extend(warnings(&before, &self.seen));
@@ -154,6 +171,44 @@ impl Follower {
                 metrics::histogram!(telemetry::TAKEOVER).record(ms / 1e3);
             }
         }
+    }
+
+    /// Which other members have gone DOWN, and which are back; each once.
+    fn follow_down(&mut self, before: &Seen, now: Instant) -> Vec<Event> {
+        let (seen, mut events) = (&self.seen, Vec::new());
+        let late = self.looked.replace(now).is_some_and(|last| now.duration_since(last) > LATE);
+        if matches!(seen.role, Role::Removed | Role::RequestJoin) {
+            self.down.clear();
+            return events;
+        }
+        let unwell = late || seen.primary.is_none();
+        self.down.retain(|id, _| seen.others.contains_key(id));
+        for (id, (state, _)) in &seen.others {
+            let name = seen.name(*id);
+            let event = |severity, sentence, from: Role| {
+                let event = Event::new(Kind::Member, severity, sentence).scope(Scope::Cluster);
+                event.field("member", name.clone()).field("from", from.to_string()).field("to", state.to_string())
+            };
+            if *state == Role::Down {
+                let was = before.others.get(id).map_or(Role::Unknown, |(was, _)| *was);
+                let down = self.down.entry(*id).or_insert(Down { since: now, was, told: false });
+                if unwell {
+                    down.since = now;
+                }
+                if !down.told && now.duration_since(down.since) >= DOWN_FOR {
+                    down.told = true;
+                    let was = down.was;
+                    let sentence = match was {
+                        Role::Down | Role::Unknown => format!("{name} is DOWN: it is not heard of"),
+                        was => format!("{name} went DOWN: it was {was}, and is not heard of any more"),
+                    };
+                    events.push(event(Severity::Warning, sentence, was));
+                }
+            } else if *state != Role::Unknown && self.down.remove(id).is_some_and(|down| down.told) {
+                events.push(event(Severity::Info, format!("{name} is back: DOWN -> {state}"), Role::Down));
+            }
+        }
+        events
     }
 
     fn follow_primary(&mut self, now: Instant) {
@@ -231,19 +286,15 @@ fn took_over(seen: &Seen, epoch: u64, takeover: Takeover, ms: Option<f64>) -> Ev
     ms.into_iter().fold(event, |event, ms| event.field("durationMs", (ms * 10.0).round() / 10.0))
 }
 
-/// What became of the other members, as seen from here.
+/// What became of the other members, as seen from here, beside what [`Follower::follow_down`] tells.
 fn members(before: &Seen, after: &Seen) -> Vec<Event> {
     let mut events = Vec::new();
     for (id, (state, full)) in &after.others {
         let Some((was, was_full)) = before.others.get(id) else { continue };
         let name = after.name(*id);
-        if was != state && *was != Role::Unknown {
-            let (severity, sentence) = match (was, state) {
-                (_, Role::Down) => (Severity::Warning, format!("{name} is not heard of: {was} -> DOWN")),
-                (Role::Down, _) => (Severity::Info, format!("{name} is back: DOWN -> {state}")),
-                _ => (Severity::Info, format!("{name}: {was} -> {state}")),
-            };
-            let event = Event::new(Kind::Member, severity, sentence).scope(Scope::Cluster);
+        if was != state && ![was, state].into_iter().any(|role| matches!(role, Role::Down | Role::Unknown)) {
+            let event = Event::new(Kind::Member, Severity::Info, format!("{name}: {was} -> {state}"));
+            let event = event.scope(Scope::Cluster);
             events.push(
                 event.field("member", name.clone()).field("from", was.to_string()).field("to", state.to_string()),
             );
@@ -370,12 +421,47 @@ mod tests {
         assert_eq!(members(&unknown, &up), []);
         let events = members(&up, &down);
         let disk = (Severity::Warning, "the disk of node2 is full: free some space there");
-        assert_eq!(told(&events), [disk, (Severity::Warning, "node3 is not heard of: PRIMARY -> DOWN")]);
+        assert_eq!(told(&events), [disk], "that it is DOWN is told later");
         assert!(events.iter().all(|event| event.scope == Scope::Cluster));
-        let back = members(&down, &up);
-        assert_eq!(told(&back)[1], (Severity::Info, "node3 is back: DOWN -> PRIMARY"));
+        let recovering = seen(&[(Role::Recovering, false), (Role::Primary, false)]);
+        assert_eq!(told(&members(&up, &recovering)), [(Severity::Info, "node2: SECONDARY -> RECOVERING")]);
         assert!(down.is_first_of_those_up());
         assert!(!Seen { node: 2, others: BTreeMap::from([(1, (Role::Startup, false))]), ..up }.is_first_of_those_up());
+    }
+
+    #[tokio::test]
+    async fn a_member_goes_down_and_comes_back_once_each_and_only_by_who_is_well_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let recorder = Recorder::start("node1", folder.path()).unwrap();
+        let mut follower = Follower::new(recorder, &status(Role::Primary, Some(1)));
+        let (mut before, mut now) = (seen(&[]), Instant::now());
+        let mut look = |node2: Role, primary: Option<NodeId>, ms: u64| {
+            now += Duration::from_millis(ms);
+            let (role, others) = (Role::Primary, BTreeMap::from([(2, (node2, false))]));
+            follower.seen = Seen { role, others, primary, ..before.clone() };
+            let events = follower.follow_down(&before, now);
+            before = follower.seen.clone();
+            events.into_iter().map(|event| event.sentence).collect::<Vec<_>>()
+        };
+        let none = Vec::<String>::new();
+        assert_eq!(look(Role::Secondary, Some(1), 500), none);
+        assert_eq!(look(Role::Down, Some(1), 500), none);
+        assert_eq!(look(Role::Down, Some(1), 500), none);
+        let went = ["node2 went DOWN: it was SECONDARY, and is not heard of any more"];
+        assert_eq!(look(Role::Down, Some(1), 500), went);
+        assert_eq!(look(Role::Down, Some(1), 500), none, "told twice");
+        assert_eq!(look(Role::Startup, Some(1), 500), ["node2 is back: DOWN -> STARTUP"]);
+        assert_eq!(look(Role::Secondary, Some(1), 500), none);
+        // Cut off: it hears of nobody, and of no primary.
+        assert_eq!(look(Role::Down, Some(1), 500), none);
+        for _ in 0..20 {
+            assert_eq!(look(Role::Down, None, 500), none);
+        }
+        assert_eq!(look(Role::Secondary, Some(2), 500), none, "nobody was told that it was DOWN");
+        // Stopped: what it remembers is old.
+        assert_eq!(look(Role::Down, Some(1), 500), none);
+        assert_eq!(look(Role::Down, Some(1), 9_000), none);
+        assert_eq!(look(Role::Secondary, Some(1), 500), none);
     }
 
     #[test]
