@@ -30,7 +30,7 @@ pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
             return steps;
         }
         Role::Removed => {
-            steps.push("to come back: `twistcli ha join-script` on the PRIMARY, and run its line here".to_owned());
+            // The status itself says it, as it does elsewhere.
             return steps;
         }
         _ => {}

@@ -50,7 +50,8 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{}", paint.text("1;37;41", &pause_line(pause, status, now)));
     }
-    let rows = rows(status, now);
+    // A host that is no member knows nothing about the others.
+    let rows = if status.role == Role::Removed { Vec::new() } else { rows(status, now) };
     if !rows.is_empty() {
         out.push_str(&table(&rows, paint));
     }

@@ -145,8 +145,12 @@ impl Driver {
         self.links.set_peers(&others);
         self.config.memory.follow(&membership, self.config.node);
         if membership.get(self.config.node).is_none() {
-            let why = "it was removed from the cluster by the administrator; run the join script to come back";
-            self.told_removed(why.to_owned());
+            let at = membership.removed(self.config.node).and_then(|removed| i64::try_from(removed.at).ok());
+            let at = at.and_then(|at| jiff::Timestamp::from_second(at).ok()).map(|at| format!(" at {at}"));
+            let at = at.unwrap_or_default();
+            self.told_removed(format!(
+                "it was removed from the cluster{at} by the administrator; run the join script to come back"
+            ));
         }
         self.leave_if_outdated();
         let membership = Arc::new(membership);

@@ -96,6 +96,8 @@ impl Publisher {
         };
         let silence = peer.heard.map(|heard| heard.elapsed());
         let state = match (silence, &peer.report) {
+            // The others have closed their doors to it: that says nothing about them.
+            _ if self.removed.is_some() => Role::Unknown,
             (None, _) => Role::Unknown,
             (Some(silence), _) if peer.dead || silence > DOWN_AFTER => Role::Down,
             (Some(_), Some(report)) => report.state,
@@ -144,6 +146,13 @@ impl Publisher {
 
     /// What is wrong, and what to do.
     fn sentences(&self, status: &Status) -> Vec<String> {
+        if status.role == Role::Removed {
+            return vec![
+                "this host is no member any more, and knows nothing about the others: to come back, run the line of `twistcli ha \
+                 join-script` (on the PRIMARY) here; else stop twistlockd here and delete its data folder"
+                    .to_owned(),
+            ];
+        }
         let mut sentences: Vec<_> = self.warnings.values().cloned().collect();
         if let Some(why) = self.config.forgotten.as_ref().filter(|_| self.removed.is_none()) {
             sentences.push(format!(
@@ -190,13 +199,13 @@ impl Publisher {
                 status.membership.members.len()
             ));
         }
-        if status.membership.members.len() < CLUSTER_SIZE && status.role != Role::Removed {
+        if status.membership.members.len() < CLUSTER_SIZE {
             sentences.push(format!(
                 "the cluster has {} of {CLUSTER_SIZE} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)",
                 status.membership.members.len()
             ));
         }
-        if status.primary.is_none() && !matches!(status.role, Role::Startup | Role::Removed) {
+        if status.primary.is_none() && status.role != Role::Startup {
             sentences
                 .push("no primary is known here: a majority of the members must be up and reach each other".to_owned());
         }
