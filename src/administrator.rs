@@ -6,30 +6,28 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use serde_json::Value;
 use tokio::{sync::watch, task};
 use twistlock_ha::{
-    admin::{Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
-    backup::{Agreed, BackupConfig, BackupError, Backups, Keep},
+    admin::{Actor, Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
+    backup::{Agreed, BackupConfig, BackupError, Backups, Keep, RestoreFrom},
     cluster::{Membership, PROGRAM_VERSION},
     config::Config,
-    control::{Answer, ControlHandler, JoinScript, Operation},
+    console::{Inside, LocalAnswer},
+    control::{Answer, ApiReply, ControlHandler, JoinScript, Operation, Peer, Place},
     events::{self, Notifier, Recorder, Wanted},
     join::{Kit, KitError},
-    node::{Handle, Status},
+    node::{Handle, Lease, Status},
     supervisor::SupervisorHandle,
     telemetry,
 };
 
-/// Who asks, in the log: only the owner of the socket can.
-const BY: &str = "the administrator of this host";
-
 /// The operations of this node.
-pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle) -> Admin {
+pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle, inside: Inside) -> Admin {
     let config = AdminConfig {
         certificates: config.data_folder.join("certificates"),
         version: PROGRAM_VERSION.to_owned(),
         https_port: config.management_port_https,
         data: PathBuf::from(&config.data_folder),
     };
-    Admin::new(config, handle.clone(), Arc::new(ConsolePorts(ports)))
+    Admin::new(config, handle.clone(), Arc::new(ConsolePorts(ports)), Arc::new(inside))
 }
 
 /// The backups of this node.
@@ -69,6 +67,8 @@ impl Ports for ConsolePorts {
 /// The handler of the control socket of a member.
 pub(crate) struct Administrator {
     pub(crate) admin: Arc<Admin>,
+    pub(crate) inside: Inside,
+    pub(crate) lease: Lease,
     pub(crate) backups: Arc<Backups>,
     pub(crate) kit: Arc<Kit>,
     /// The data folder.
@@ -79,53 +79,59 @@ pub(crate) struct Administrator {
 }
 
 impl Administrator {
-    async fn carry_out(&self, operation: Operation) -> Result<Value, AdminError> {
+    async fn carry_out(&self, by: &Actor, operation: Operation) -> Result<Value, AdminError> {
         let admin = &self.admin;
         match operation {
             Operation::Invite { valid_s, script } => {
-                let invited = admin.invite(Duration::from_secs(valid_s), BY).await?;
+                let invited = admin.invite(Duration::from_secs(valid_s), by).await?;
                 self.join_script(invited, script).await.map(answer)
             }
-            Operation::Uninvite {} => admin.uninvite(BY).await.map(answer),
-            Operation::Apply { fingerprints } => admin.apply(fingerprints, BY).await.map(answer),
-            Operation::Reject { host } => admin.reject(&host, BY).await.map(answer),
-            Operation::Remove { node, force } => admin.remove(&node, force, BY).await.map(answer),
-            Operation::Switchover { to, dry_run } => admin.switchover(to.as_deref(), dry_run, BY).await.map(answer),
-            Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), BY).await.map(answer),
-            Operation::Resume {} => admin.resume(BY).await.map(answer),
-            Operation::RotateKey {} => admin.rotate_cluster_key(BY).await.map(answer),
+            Operation::Uninvite {} => admin.uninvite(by).await.map(answer),
+            Operation::Apply { fingerprints } => admin.apply(fingerprints, by).await.map(answer),
+            Operation::Reject { host } => admin.reject(&host, by).await.map(answer),
+            Operation::Remove { node, force } => admin.remove(&node, force, by).await.map(answer),
+            Operation::Switchover { to, dry_run: true } => admin.check_switchover(to.as_deref()).map(answer),
+            Operation::Switchover { to, dry_run: false } => admin.switchover(to.as_deref(), by).await.map(answer),
+            Operation::Pause { seconds } => admin.pause(Duration::from_secs(seconds), by).await.map(answer),
+            Operation::Resume {} => admin.resume(by).await.map(answer),
+            Operation::RotateKey {} => admin.rotate_cluster_key(by).await.map(answer),
             Operation::RotateCa { overlap_s } => {
-                admin.rotate_authority(Duration::from_secs(overlap_s), BY).await.map(answer)
+                admin.rotate_authority(Duration::from_secs(overlap_s), by).await.map(answer)
             }
-            Operation::TestNotifications {} => Ok(answer(self.notifier.test().await)),
+            Operation::TestNotifications {} => Ok(answer(admin.test_notifications(by, self.notifier.test()).await)),
             Operation::Events { wanted } => self.events(wanted).await,
             Operation::Readdress { node, new_name, address, port } => {
-                admin.readdress(&node, new_name, address, port, BY).await.map(answer)
+                admin.readdress(&node, new_name, address, port, by).await.map(answer)
             }
             Operation::Certificates {} => Ok(answer(admin.certificates())),
-            Operation::SetConsoleNames { names } => admin.set_console_names(names, BY).await.map(answer),
-            Operation::SetCertificate { pem } => admin.set_certificate(&pem.0, BY).await.map(answer),
-            Operation::RemoveCertificate {} => admin.remove_certificate(BY).await.map(answer),
-            of_backups => self.back_up(of_backups).await.map_err(|error| AdminError::Refused(error.to_string())),
+            Operation::SetConsoleNames { names } => admin.set_console_names(names, by).await.map(answer),
+            Operation::SetCertificate { pem } => admin.set_certificate(&pem.0, by).await.map(answer),
+            Operation::RemoveCertificate {} => admin.remove_certificate(by).await.map(answer),
+            of_backups => self.back_up(by, of_backups).await.map_err(|error| AdminError::Refused(error.to_string())),
         }
     }
 
-    async fn back_up(&self, operation: Operation) -> Result<Value, BackupError> {
+    async fn back_up(&self, by: &Actor, operation: Operation) -> Result<Value, BackupError> {
         let backups = &self.backups;
         match operation {
             Operation::Backups {} => backups.list().await.map(answer),
             Operation::BackupState {} => Ok(answer(backups.state().await)),
-            Operation::Backup { called } => backups.create(&called, BY).map(answer),
-            Operation::VerifyBackup { id } => backups.verify(&id, BY).await.map(answer),
-            Operation::RenameBackup { id, called } => backups.rename(&id, &called, BY).await.map(answer),
-            Operation::DeleteBackup { id } => backups.delete(&id, BY).await.map(answer),
+            Operation::Backup { called } => backups.create(&called, by).await.map(answer),
+            Operation::VerifyBackup { id } => backups.verify(&id, by).await.map(answer),
+            Operation::RenameBackup { id, called } => backups.rename(&id, &called, by).await.map(answer),
+            Operation::DeleteBackup { id } => backups.delete(&id, by).await.map(answer),
             Operation::BackupCopies {} => backups.copies().await.map(answer),
-            Operation::FetchBackup { place } => backups.fetch(&place, BY).map(answer),
+            Operation::FetchBackup { place } => backups.fetch(&place, by).await.map(answer),
             Operation::Restore { file, stop_console, unencrypted } => {
-                backups.restore(&file, Agreed { stop_console, unencrypted }, BY).await.map(answer)
+                let from = RestoreFrom::File(&file);
+                backups.restore(from, Agreed { stop_console, unencrypted }, by).await.map(answer)
             }
             other => Err(BackupError::Refused(format!("not known here: {other:?}"))),
         }
+    }
+
+    fn actor(&self, by: &Peer) -> Actor {
+        Actor::local(&by.name, by.uid, &self.admin.status().name)
     }
 
     async fn events(&self, wanted: Wanted) -> Result<Value, AdminError> {
@@ -163,8 +169,25 @@ impl ControlHandler for Administrator {
         self.admin.status()
     }
 
-    fn administer(&self, operation: Operation) -> Answer<'_> {
-        Box::pin(async move { self.carry_out(operation).await.map_err(|error| error.to_string()) })
+    fn administer(&self, by: Peer, operation: Operation) -> Answer<'_> {
+        Box::pin(async move { self.carry_out(&self.actor(&by), operation).await.map_err(|error| error.to_string()) })
+    }
+
+    fn api(&self, by: Peer, method: String, path: String, body: Option<Value>) -> Answer<'_> {
+        Box::pin(async move {
+            let LocalAnswer { status, body, total } = self.inside.call(self.actor(&by), &method, &path, body).await?;
+            // As for an answer through a port: a node that does not know whether it is PRIMARY tells nobody anything.
+            if !self.lease.is_valid() {
+                return Err(
+                    "this node lost the primary role meanwhile: look at the status before you try again".to_owned()
+                );
+            }
+            Ok(answer(ApiReply { status, body, total }))
+        })
+    }
+
+    fn place(&self) -> Place {
+        Place { https_port: self.admin.https_port() }
     }
 
     fn metrics(&self) -> String {

@@ -25,6 +25,7 @@ use twistlock_ha::{
     admin::{console_tls::ConsoleTls, renewal},
     cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, reach::Standing},
     config::{self, Config, LogFormat, NotifySeverity, Severity},
+    console::Inside,
     control::ControlSocket,
     descriptors,
     events::{
@@ -253,8 +254,8 @@ impl Parts {
             let _ = control_stop.wait_for(|stop| *stop).await;
         }));
         self.show_node(&ports);
-        task::spawn(console_tls.keep(self.handle.clone()));
         let peers = self.share_with_others();
+        task::spawn(console_tls.keep(self.handle.clone(), peers.tls.clone()));
         self.tell_of_it(&ports);
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
         let supervising = task::spawn(supervisor.run());
@@ -283,7 +284,8 @@ impl Parts {
 
     /// Gives the Console what it does for the cluster, and returns what the control socket does.
     fn offer(&self, supervisor: &mut Supervisor, ports: &SupervisorHandle) -> Result<Administrator> {
-        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone()));
+        let inside = Inside::new(self.handle.status(), self.events.clone());
+        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone(), inside.clone()));
         let kit = Arc::new(Kit::new(&self.config));
         let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
         task::spawn(backups.clone().keep());
@@ -292,6 +294,7 @@ impl Parts {
         task::spawn(notifying);
         supervisor.offer(Services {
             admin: admin.clone(),
+            inside: inside.clone(),
             backups: backups.clone(),
             kit: kit.clone(),
             events: self.events.clone(),
@@ -301,7 +304,8 @@ impl Parts {
             status_port: self.config.status_port(),
         });
         let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
-        Ok(Administrator { admin, backups, kit, data, notifier, membership })
+        let lease = self.lease.clone();
+        Ok(Administrator { admin, inside, lease, backups, kit, data, notifier, membership })
     }
 
     /// What Prometheus reads.

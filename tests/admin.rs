@@ -4,7 +4,7 @@ use std::{
     net::IpAddr,
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     thread::JoinHandle,
@@ -15,7 +15,7 @@ use raft::eraftpb::ConfState;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use twistlock_ha::{
-    admin::{Admin, AdminConfig, AdminError, BoxFuture, Ports},
+    admin::{Act, Actor, Admin, AdminConfig, AdminError, Audit, BoxFuture, Outcome, Ports, Ticket},
     cluster::{Role, Timing, command::CONSOLE_DATABASE},
     config::Config,
     found,
@@ -53,8 +53,45 @@ impl Ports for Counted {
     }
 }
 
+/// Remembers instead of writing into a database.
+#[derive(Default)]
+struct Rows(Mutex<Vec<(Actor, Act, Option<Outcome>)>>);
+
+impl Rows {
+    /// What was begun and how it ended, the newest last, and forgets it.
+    fn take(&self) -> Vec<String> {
+        let rows = std::mem::take(&mut *self.0.lock().unwrap());
+        let told = rows.into_iter().map(|(actor, act, outcome)| {
+            let outcome = outcome.map_or("begun".to_owned(), |outcome| outcome.to_string());
+            format!("{}: {} {}: {outcome}", actor.name, act.action, act.what)
+        });
+        told.collect()
+    }
+}
+
+impl Audit for Rows {
+    fn begin<'a>(&'a self, actor: &'a Actor, act: Act) -> BoxFuture<'a, Ticket> {
+        let mut rows = self.0.lock().unwrap();
+        rows.push((actor.clone(), act, None));
+        let ticket = Ticket((rows.len() - 1).to_string());
+        Box::pin(std::future::ready(ticket))
+    }
+
+    fn end(&self, ticket: Ticket, outcome: Outcome) -> BoxFuture<'_, ()> {
+        let number: usize = ticket.0.parse().unwrap();
+        let before = self.0.lock().unwrap()[number].2.replace(outcome);
+        assert_eq!(before, None, "ended twice");
+        Box::pin(std::future::ready(()))
+    }
+}
+
+fn by(name: &str) -> Actor {
+    Actor::user(name, HERE)
+}
+
 struct Founder {
     admin: Arc<Admin>,
+    rows: Arc<Rows>,
     handle: Handle,
     ports: Arc<Counted>,
     thread: Option<JoinHandle<Exit>>,
@@ -111,14 +148,15 @@ impl Founder {
             https_port: Some(8083),
             data: data.path().to_owned(),
         };
-        let admin = Arc::new(Admin::new(admin_config, handle.clone(), ports.clone()));
+        let rows = Arc::new(Rows::default());
+        let admin = Arc::new(Admin::new(admin_config, handle.clone(), ports.clone(), rows.clone()));
         let runtime = Runtime::new().unwrap();
         let mut status = handle.status();
         runtime.block_on(async {
             let primary = status.wait_for(|status| status.serving().is_some());
             assert_eq!(tokio::time::timeout(LIMIT, primary).await.unwrap().unwrap().role, Role::Primary);
         });
-        Self { admin, handle, ports, thread: Some(thread), runtime, _data: data, _folder: folder }
+        Self { admin, rows, handle, ports, thread: Some(thread), runtime, _data: data, _folder: folder }
     }
 
     fn wait<T>(&self, future: impl Future<Output = T>) -> T {
@@ -126,7 +164,7 @@ impl Founder {
     }
 
     fn invite(&self) -> String {
-        let invited = self.wait(self.admin.invite(Duration::from_secs(3600), "admin")).unwrap();
+        let invited = self.wait(self.admin.invite(Duration::from_secs(3600), &by("admin"))).unwrap();
         assert_eq!(invited.addresses, ["127.0.0.1:8083"]);
         assert!(invited.ca_pem.starts_with("-----BEGIN CERTIFICATE-----"));
         invited.token
@@ -224,10 +262,10 @@ fn two_hosts_ask_and_are_admitted_together() {
     let JoinRequest { csr, console_csr, .. } = second.request;
     second.request = JoinRequest { csr, console_csr, ..host(2).request };
     assert_eq!(pending(founder.ask(&token, &second).unwrap()), id);
-    assert!(founder.refused(admin.apply(None, "admin")).contains("on 1 more"));
+    assert!(founder.refused(admin.apply(None, &by("admin"))).contains("on 1 more"));
     third.request.time_ms = clock() + 5_000;
     let other = pending(founder.ask(&token, &third).unwrap());
-    let why = founder.refused(admin.apply(None, "admin"));
+    let why = founder.refused(admin.apply(None, &by("admin")));
     assert!(why.contains("clock of host3") && why.contains("ahead"), "{why}");
     third.request.time_ms = clock();
     assert_eq!(pending(founder.ask(&token, &third).unwrap()), other);
@@ -238,10 +276,10 @@ fn two_hosts_ask_and_are_admitted_together() {
     let asking = || founder.handle.membership().borrow().requests.iter().map(|one| one.fingerprint.clone()).collect();
     let mut compared: Vec<String> = asking();
     for other in [vec![], compared[..1].to_vec(), vec![compared[0].clone(); 2]] {
-        assert!(founder.refused(admin.apply(Some(other), "admin")).contains("compare the fingerprints again"));
+        assert!(founder.refused(admin.apply(Some(other), &by("admin"))).contains("compare the fingerprints again"));
     }
     compared.reverse();
-    assert_eq!(founder.wait(admin.apply(Some(compared), "admin")).unwrap(), [2, 3]);
+    assert_eq!(founder.wait(admin.apply(Some(compared), &by("admin"))).unwrap(), [2, 3]);
     let state = admin.request_state(&id).unwrap();
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(can_start(&state, &second, folder.path()), 2);
@@ -249,7 +287,7 @@ fn two_hosts_ask_and_are_admitted_together() {
     assert!(matches!(admin.check_token(&token, HERE), Err(AdminError::Denied(_))), "APPLY closes the invitations");
     assert_eq!(founder.ask(&token, &second).unwrap(), state, "its key proves who lost the answer");
     assert!(matches!(founder.ask(&token, &host(4)), Err(AdminError::Denied(_))));
-    assert!(founder.refused(admin.apply(None, "admin")).contains("complete"));
+    assert!(founder.refused(admin.apply(None, &by("admin"))).contains("complete"));
 }
 
 #[test]
@@ -259,14 +297,14 @@ fn a_host_that_was_turned_down_needs_a_new_script() {
     let token = founder.invite();
     let second = host(2);
     let id = pending(founder.ask(&token, &second).unwrap());
-    assert!(founder.refused(admin.reject("host9", "admin")).contains("host2"));
-    founder.wait(admin.reject("host2", "carla")).unwrap();
+    assert!(founder.refused(admin.reject("host9", &by("admin"))).contains("host2"));
+    founder.wait(admin.reject("host2", &by("carla"))).unwrap();
     let rejected = admin.request_state(&id).unwrap();
     assert!(matches!(&rejected, RequestState::Rejected { reason } if reason.contains("carla")));
     assert_eq!(founder.ask(&token, &second).unwrap(), rejected);
     let newer = founder.invite();
     assert_ne!(pending(founder.ask(&newer, &second).unwrap()), id);
-    founder.wait(admin.uninvite("admin")).unwrap();
+    founder.wait(admin.uninvite(&by("admin"))).unwrap();
     assert!(matches!(admin.check_token(&newer, HERE), Err(AdminError::Denied(_))));
 }
 
@@ -275,7 +313,7 @@ fn a_host_that_was_turned_down_needs_a_new_script() {
 fn the_ninth_invitation_closes_the_one_that_ends_first() {
     let founder = Founder::start();
     let admin = &founder.admin;
-    let long = founder.wait(admin.invite(Duration::from_secs(7 * 86_400), "admin")).unwrap().token;
+    let long = founder.wait(admin.invite(Duration::from_secs(7 * 86_400), &by("admin"))).unwrap().token;
     let tokens: Vec<String> = (0..8).map(|_| founder.invite()).collect();
     let denied = admin.check_token(&tokens[0], HERE);
     assert!(matches!(&denied, Err(AdminError::Denied(why)) if why.contains("get a new join script")), "{denied:?}");
@@ -309,29 +347,30 @@ fn members_move_pause_and_leave() {
     for number in [2, 3] {
         pending(founder.ask(&token, &host(number)).unwrap());
     }
-    founder.wait(admin.apply(None, "admin")).unwrap();
+    founder.wait(admin.apply(None, &by("admin"))).unwrap();
     let before = founder.handle.editions().borrow().index;
-    let moved = admin.readdress("host3", None, Some("127.0.0.33".to_owned()), None, "admin");
+    let ann = by("admin");
+    let moved = admin.readdress("host3", None, Some("127.0.0.33".to_owned()), None, &ann);
     founder.wait(moved).unwrap();
     assert_eq!(founder.handle.membership().borrow().get(3).unwrap().address, "127.0.0.33");
     // What the links tell the others: which membership it is, too.
     let edition = founder.handle.editions().borrow().clone();
     assert!(edition.index > before && edition.membership == *founder.handle.membership().borrow());
-    let same = admin.readdress("3", None, None, Some(8086), "admin");
+    let same = admin.readdress("3", None, None, Some(8086), &ann);
     assert!(founder.refused(same).contains("already"));
-    let taken = admin.readdress("host3", Some("host2".to_owned()), None, None, "admin");
+    let taken = admin.readdress("host3", Some("host2".to_owned()), None, None, &ann);
     assert!(founder.refused(taken).contains("told apart"));
 
-    assert!(founder.refused(admin.pause(Duration::from_secs(59), "admin")).contains("one minute"));
-    let until = founder.wait(admin.pause(Duration::from_secs(60), "admin")).unwrap();
+    assert!(founder.refused(admin.pause(Duration::from_secs(59), &by("admin"))).contains("one minute"));
+    let until = founder.wait(admin.pause(Duration::from_secs(60), &by("admin"))).unwrap();
     let pause = founder.handle.membership().borrow().pause.clone().unwrap();
     assert_eq!((pause.until, pause.primary), (until, 1));
-    founder.wait(admin.resume("admin")).unwrap();
-    assert!(founder.refused(admin.resume("admin")).contains("not paused"));
+    founder.wait(admin.resume(&by("admin"))).unwrap();
+    assert!(founder.refused(admin.resume(&by("admin"))).contains("not paused"));
 
-    assert!(founder.refused(admin.remove("first", true, "admin")).contains("switch over"));
-    assert!(founder.refused(admin.remove("host", false, "admin")).contains("more than one"));
-    founder.wait(admin.remove("host3", false, "admin")).unwrap();
+    assert!(founder.refused(admin.remove("first", true, &by("admin"))).contains("switch over"));
+    assert!(founder.refused(admin.remove("host", false, &by("admin"))).contains("more than one"));
+    founder.wait(admin.remove("host3", false, &by("admin"))).unwrap();
     let membership = founder.handle.membership().borrow().clone();
     assert!(membership.get(3).is_none() && membership.removed(3).is_some_and(|gone| gone.name == "host3"));
 }
@@ -339,12 +378,12 @@ fn members_move_pause_and_leave() {
 #[test]
 fn a_switchover_without_a_target_leaves_the_ports_alone() {
     let founder = Founder::start();
-    let report = founder.wait(founder.admin.switchover(None, true, "admin")).unwrap();
+    let report = founder.admin.check_switchover(None).unwrap();
     let failed: Vec<_> = report.checks.iter().filter(|check| !check.ok).map(|check| check.name.as_str()).collect();
     assert_eq!((failed, report.to, report.gap_ms), (vec!["target"], None, None));
-    let why = founder.refused(founder.admin.switchover(None, false, "admin"));
+    let why = founder.refused(founder.admin.switchover(None, &by("admin")));
     assert!(why.contains("no other member"), "{why}");
-    assert!(founder.refused(founder.admin.switchover(Some("first"), false, "admin")).contains("already"));
+    assert!(founder.refused(founder.admin.switchover(Some("first"), &by("admin"))).contains("already"));
     assert_eq!(founder.ports.drained.load(Ordering::SeqCst), 0);
     assert_eq!(founder.ports.resumed.load(Ordering::SeqCst), 0);
 }
@@ -353,6 +392,84 @@ fn a_switchover_without_a_target_leaves_the_ports_alone() {
 fn a_node_that_stops_does_not_say_that_nothing_happened() {
     let founder = Founder::start();
     founder.handle.stop();
-    let answer = founder.wait(founder.admin.pause(Duration::from_secs(60), "admin"));
+    let answer = founder.wait(founder.admin.pause(Duration::from_secs(60), &by("admin")));
     assert!(matches!(answer, Err(AdminError::Unknown(_) | AdminError::NotPrimary { .. })), "{answer:?}");
+}
+
+/// Every operation that changes something, refused and done: one row each, with who it was and how it ended.
+#[test]
+fn each_operation_is_in_the_audit_with_its_outcome() {
+    let founder = Founder::start();
+    let (admin, ann) = (&founder.admin, by("ann"));
+    let one = |what: &str| match founder.rows.take().as_slice() {
+        [row] => row.clone(),
+        rows => panic!("{what}: {rows:?}"),
+    };
+    let refused = |row: String, begins: &str, why: &str| {
+        assert!(row.starts_with(&format!("ann: {begins}: refused: ")) && row.contains(why), "{row}");
+    };
+    let (minute, day) = (Duration::from_secs(60), Duration::from_secs(86_400));
+    founder.refused(admin.invite(8 * day, &ann));
+    refused(one("invite"), "invite high availability", "seven days");
+    let token = founder.invite();
+    assert_eq!(one("invite"), "admin: invite high availability: done");
+    founder.ask(&token, &host(2)).unwrap();
+    assert_eq!(one("ask"), "host host2: ask to join host 'host2': done");
+    assert!(founder.ask("nonsense", &host(2)).is_err());
+    assert!(one("ask").starts_with("host host2: ask to join host 'host2': refused: "));
+    founder.refused(admin.apply(None, &ann));
+    refused(one("apply"), "apply high availability", "on 1 more");
+    founder.refused(admin.reject("host9", &ann));
+    refused(one("reject"), "reject request to join 'host9'", "host2");
+    founder.wait(admin.reject("host2", &ann)).unwrap();
+    assert_eq!(one("reject"), "ann: reject request to join 'host2': done");
+    founder.wait(admin.uninvite(&ann)).unwrap();
+    assert_eq!(one("uninvite"), "ann: uninvite high availability: done");
+    founder.refused(admin.remove("first", true, &ann));
+    refused(one("remove"), "remove member 'first'", "switch over");
+    founder.refused(admin.readdress("first", None, None, None, &ann));
+    refused(one("readdress"), "readdress member 'first'", "already");
+    founder.refused(admin.resume(&ann));
+    refused(one("resume"), "resume high availability", "not paused");
+    founder.wait(admin.pause(minute, &ann)).unwrap();
+    assert_eq!(one("pause"), "ann: pause high availability: done");
+    founder.refused(admin.switchover(None, &ann));
+    refused(one("switchover"), "switchover high availability", "no other member");
+    assert!(founder.wait(admin.begin_switchover(None, &ann)).unwrap().objections().is_some());
+    refused(one("switchover"), "switchover high availability", "no other member");
+    assert!(admin.check_switchover(None).unwrap().objections().is_some());
+    assert_eq!(founder.rows.take(), Vec::<String>::new(), "a look is no row");
+    founder.wait(admin.rotate_cluster_key(&ann)).unwrap();
+    assert_eq!(one("rotate"), "ann: rotate cluster key: done");
+    founder.refused(admin.rotate_authority(91 * day, &ann));
+    refused(one("rotate"), "rotate certificate authority", "90 days");
+    founder.wait(admin.set_console_names(vec!["lb.example".to_owned()], &ann)).unwrap();
+    assert_eq!(one("names"), "ann: set settings/certs: done");
+    founder.refused(admin.set_certificate("no PEM", &ann));
+    refused(one("certificate"), "set settings/custom-certs", "");
+    founder.refused(admin.remove_certificate(&ann));
+    refused(one("certificate"), "delete settings/custom-certs", "none to remove");
+    founder.wait(admin.set_webhooks(Vec::new(), &ann)).unwrap();
+    assert_eq!(one("webhooks"), "ann: set notifications: done");
+    founder.wait(admin.test_notifications(&ann, std::future::ready(())));
+    assert_eq!(one("test"), "ann: test notifications: done");
+}
+
+#[test]
+fn an_operation_that_nobody_waits_for_any_more_has_an_end_in_the_audit() {
+    let founder = Founder::start();
+    let ann = by("ann");
+    founder.wait(async {
+        let never =
+            founder.admin.audited(&ann, Act::new("sleep", "bed"), std::future::pending::<Result<(), AdminError>>());
+        assert!(tokio::time::timeout(Duration::from_millis(10), never).await.is_err());
+        loop {
+            if founder.rows.0.lock().unwrap().iter().all(|(.., outcome)| outcome.is_some()) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    });
+    let rows = founder.rows.take();
+    assert!(rows.len() == 1 && rows[0].starts_with("ann: sleep bed: unknown: whoever asked went away"), "{rows:?}");
 }

@@ -16,7 +16,7 @@ use terminal::Terminal;
 use twistlock_ha::{
     admin::{Certificates, Check, Custom, SwitchoverReport},
     cluster::{ClusterId, Member, Membership, Role, membership::Request},
-    control::{Answer, ControlHandler, ControlSocket, JoinScript, Operation},
+    control::{Answer, ControlHandler, ControlSocket, JoinScript, Operation, Peer},
     node::{CertificateSource, CertificateStatus, MemberStatus, Status},
     pki::CertificateInfo,
 };
@@ -39,7 +39,7 @@ impl ControlHandler for Frozen {
     }
 
     /// Does nothing, and answers as the daemon would.
-    fn administer(&self, operation: Operation) -> Answer<'_> {
+    fn administer(&self, _: Peer, operation: Operation) -> Answer<'_> {
         let answer = match operation {
             Operation::Invite { script, .. } => {
                 let script = script.then(|| "#!/bin/bash\n".to_owned());

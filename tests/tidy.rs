@@ -12,7 +12,7 @@ use std::{
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
     ("host", &["config", "control", "join", "node", "storage", "cluster"]),
-    ("recover", &["found", "config", "pki", "storage", "cluster"]),
+    ("recover", &["found", "config", "events", "pki", "storage", "cluster"]),
     ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "cluster"]),
     ("control", &["admin", "backup", "descriptors", "events", "node", "telemetry"]),
     (

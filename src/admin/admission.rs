@@ -9,7 +9,7 @@ use std::{
 
 use tracing::{info, warn};
 
-use super::{Admin, AdminError, invitation::authority, locked, members::name, now};
+use super::{AdminError, Operations, audit::Record, invitation::authority, locked, members::name, now};
 use crate::{
     cluster::{
         Change, Membership, Newcomer, NodeId,
@@ -63,12 +63,28 @@ impl Rejections {
     }
 }
 
-impl Admin {
-    /// A host asks to join; asking again with the same key gives the same answer.
-    ///
-    /// # Errors
-    /// [`AdminError`].
-    pub async fn request(&self, token: &str, from: IpAddr, request: JoinRequest) -> Result<RequestState, AdminError> {
+impl Operations {
+    /// A host asks to join; asking again with the same key gives the same answer. `begin` is called before anything is changed;
+    /// what it gives comes back.
+    pub(super) async fn request(
+        &self,
+        token: &str,
+        from: IpAddr,
+        request: JoinRequest,
+        begin: impl AsyncFnOnce() -> Record,
+    ) -> (Option<Record>, Result<RequestState, AdminError>) {
+        let mut record = None;
+        let result = self.ask(token, from, request, async || record = Some(begin().await)).await;
+        (record, result)
+    }
+
+    async fn ask(
+        &self,
+        token: &str,
+        from: IpAddr,
+        request: JoinRequest,
+        begin: impl AsyncFnOnce(),
+    ) -> Result<RequestState, AdminError> {
         // Before anything that may wait: the time that another change takes is no difference of the clocks.
         let (at, clock_ms) = (now(), clock_ms(request.time_ms));
         if let Err(error) = self.check_token(token, from) {
@@ -110,13 +126,14 @@ impl Admin {
         }
         let state = pending(&wanted);
         let Request { name, address, port, version, fingerprint, .. } = wanted.clone();
+        begin().await;
         self.change(Change::Request { request: wanted }).await?;
         info!(%from, name, address, port, version, fingerprint, clock_ms, "a host asks to join");
         Ok(state)
     }
 
     /// Where a request stands; none if nobody made it or it has expired. Works on every member.
-    pub fn request_state(&self, id: &str) -> Option<RequestState> {
+    pub(super) fn request_state(&self, id: &str) -> Option<RequestState> {
         let membership = self.membership();
         let open = membership.requests.iter().find(|open| same_secret(&open.id, id) && open.in_force(now()));
         let member = |member: &&_| admission_is(member, |request| same_secret(request, id));
@@ -130,7 +147,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` names everything that is in the way.
-    pub async fn apply(&self, compared: Option<Vec<String>>, by: &str) -> Result<Vec<NodeId>, AdminError> {
+    pub(super) async fn apply(&self, compared: Option<Vec<String>>, by: &str) -> Result<Vec<NodeId>, AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         let membership = self.membership();
@@ -160,7 +177,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn reject(&self, request: &str, by: &str) -> Result<(), AdminError> {
+    pub(super) async fn reject(&self, request: &str, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         let membership = self.membership();

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use super::{Admin, AdminError, now};
+use super::{AdminError, Operations, now};
 use crate::{
     cluster::{Change, Membership, NodeId, console_certificate::CustomCertificate},
     node::CertificateStatus,
@@ -46,9 +46,9 @@ pub struct Custom {
     pub info: CertificateInfo,
 }
 
-impl Admin {
+impl Operations {
     /// The certificates of this node, and what is known of those of all Consoles. Works on every member.
-    pub fn certificates(&self) -> Certificates {
+    pub(super) fn certificates(&self) -> Certificates {
         let membership = self.membership();
         let custom = membership.custom_certificate.as_ref().and_then(|custom| {
             let info = pki::certificate_der(&custom.chain).and_then(|der| CertificateInfo::read(&der)).ok()?;
@@ -64,7 +64,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn set_console_names(&self, names: Vec<String>, by: &str) -> Result<Vec<String>, AdminError> {
+    pub(super) async fn set_console_names(&self, names: Vec<String>, by: &str) -> Result<Vec<String>, AdminError> {
         self.primary()?;
         if let Some(name) = names.iter().find(|name| pki::is_reserved(name)) {
             return Err(AdminError::Refused(format!("{name:?} is a name that the cluster uses itself")));
@@ -80,7 +80,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` when it cannot be used, with all names that it lacks.
-    pub async fn set_certificate(&self, pem: &str, by: &str) -> Result<Custom, AdminError> {
+    pub(super) async fn set_certificate(&self, pem: &str, by: &str) -> Result<Custom, AdminError> {
         self.primary()?;
         if pem.len() > MAX_UPLOAD {
             return Err(AdminError::Refused(format!(
@@ -130,7 +130,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn remove_certificate(&self, by: &str) -> Result<(), AdminError> {
+    pub(super) async fn remove_certificate(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         if self.membership().custom_certificate.is_none() {

@@ -2,10 +2,10 @@
 
 use tracing::info;
 
-use super::{Admin, AdminError};
+use super::{AdminError, Operations};
 
 /// Opens the Console again however the work ends.
-struct Resume<'a>(&'a Admin);
+struct Resume<'a>(&'a Operations);
 
 impl Drop for Resume<'_> {
     fn drop(&mut self) {
@@ -13,12 +13,12 @@ impl Drop for Resume<'_> {
     }
 }
 
-impl Admin {
+impl Operations {
     /// Refuses on a node that is not PRIMARY, and names the one that is.
     ///
     /// # Errors
     /// [`AdminError::NotPrimary`].
-    pub fn check_primary(&self) -> Result<(), AdminError> {
+    pub(super) fn check_primary(&self) -> Result<(), AdminError> {
         self.primary().map(|_| ())
     }
 
@@ -27,7 +27,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`]; nothing was done then.
-    pub async fn with_console_closed<T>(
+    pub(super) async fn with_console_closed<T>(
         &self,
         by: &str,
         what: &'static str,

@@ -30,7 +30,7 @@ use crate::{
     cluster::{Membership, NodeId, console_certificate::CustomCertificate},
     node::{CertificateSource, CertificateStatus, Handle},
     pki::{
-        self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKeys, Pair,
+        self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKeys, NodeTls, Pair,
         console_tls, request_with,
     },
 };
@@ -114,8 +114,9 @@ impl ConsoleTls {
         self.served.subscribe()
     }
 
-    /// Keeps all of it in step until the node ends.
-    pub async fn keep(mut self, handle: Handle) {
+    /// Keeps all of it in step until the node ends. Looks at once when the certificate of the node is `renewed`: what was said
+    /// about the old one is over then.
+    pub async fn keep(mut self, handle: Handle, mut renewed: watch::Receiver<Arc<NodeTls>>) {
         let mut membership = handle.membership();
         let mut looks = time::interval(LOOK);
         looks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -126,6 +127,7 @@ impl ConsoleTls {
                     Ok(()) => true,
                     Err(_) => return,
                 },
+                Ok(()) = renewed.changed() => true,
                 _ = looks.tick() => false,
             };
             let known = membership.borrow_and_update().clone();

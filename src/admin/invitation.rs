@@ -8,7 +8,7 @@ use std::{
 
 use tracing::info;
 
-use super::{Admin, AdminError, Invited, locked, now};
+use super::{AdminError, Invited, Operations, locked, now};
 use crate::{
     cluster::{
         Change, Membership,
@@ -23,12 +23,12 @@ const VALID: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Durat
 /// Longest name of the one who invites that is kept, in characters.
 const MAX_BY: usize = 64;
 
-impl Admin {
+impl Operations {
     /// Makes a join token that is good for `valid`. When too many are open, the one that ends first is closed.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn invite(&self, valid: Duration, by: &str) -> Result<Invited, AdminError> {
+    pub(super) async fn invite(&self, valid: Duration, by: &str) -> Result<Invited, AdminError> {
         self.primary()?;
         if !VALID.contains(&valid) {
             return Err(AdminError::Refused("an invitation is good for one second to seven days".to_owned()));
@@ -58,7 +58,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn uninvite(&self, by: &str) -> Result<(), AdminError> {
+    pub(super) async fn uninvite(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         let open = self.membership().invitations.len();
@@ -74,7 +74,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError::Denied`], [`AdminError::TooMany`] or [`AdminError::NotPrimary`].
-    pub fn check_token(&self, token: &str, from: IpAddr) -> Result<(), AdminError> {
+    pub(super) fn check_token(&self, token: &str, from: IpAddr) -> Result<(), AdminError> {
         self.primary()?;
         let checked = check(&self.membership(), token, now());
         if let Err(AdminError::Denied(why)) = &checked {

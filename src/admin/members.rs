@@ -5,7 +5,7 @@ use std::{ops::RangeInclusive, time::Duration};
 
 use tracing::{info, warn};
 
-use super::{Admin, AdminError, now};
+use super::{AdminError, Operations, now};
 use crate::{
     cluster::{
         Change, Membership, NodeId, Role,
@@ -17,12 +17,12 @@ use crate::{
 /// How long automatic takeovers may be paused.
 const PAUSE: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(Pause::LONGEST);
 
-impl Admin {
+impl Operations {
     /// Drops a member, by its name, its id or the beginning of its name. Returns what remains to be done about what it knows.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` when the rest has no majority that answers, unless `force`.
-    pub async fn remove(&self, member: &str, force: bool, by: &str) -> Result<Option<String>, AdminError> {
+    pub(super) async fn remove(&self, member: &str, force: bool, by: &str) -> Result<Option<String>, AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         let (membership, status) = (self.membership(), self.status());
@@ -50,7 +50,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn pause(&self, span: Duration, by: &str) -> Result<u64, AdminError> {
+    pub(super) async fn pause(&self, span: Duration, by: &str) -> Result<u64, AdminError> {
         self.primary()?;
         if !PAUSE.contains(&span) {
             return Err(AdminError::Refused("a pause lasts one minute to 24 hours".to_owned()));
@@ -67,7 +67,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn resume(&self, by: &str) -> Result<(), AdminError> {
+    pub(super) async fn resume(&self, by: &str) -> Result<(), AdminError> {
         let status = self.status();
         if status.primary.is_none() && status.membership.pause.is_some() {
             info!(by, "no primary is known: the pause is ended on this node alone");
@@ -85,7 +85,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn readdress(
+    pub(super) async fn readdress(
         &self,
         member: &str,
         new_name: Option<String>,
@@ -183,10 +183,10 @@ mod tests {
     fn members_are_found_by_name_id_and_the_beginning_of_a_name() {
         let mut three = membership(3);
         three.members[2].name = "backup.example".to_owned();
-        assert_eq!(Admin::member(&three, "node2"), Ok(2));
-        assert_eq!(Admin::member(&three, "3"), Ok(3));
-        assert_eq!(Admin::member(&three, "back"), Ok(3));
-        let why = |wanted| Admin::member(&three, wanted).unwrap_err().to_string();
+        assert_eq!(Operations::member(&three, "node2"), Ok(2));
+        assert_eq!(Operations::member(&three, "3"), Ok(3));
+        assert_eq!(Operations::member(&three, "back"), Ok(3));
+        let why = |wanted| Operations::member(&three, wanted).unwrap_err().to_string();
         assert!(why("node").contains("more than one"));
         assert!(why("other").contains("node1, node2, backup.example"));
         assert!(why("").contains("there is no member"));

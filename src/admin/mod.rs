@@ -1,16 +1,18 @@
-//! Every operation of an administrator, in one place: the Console's API and the control socket both come here. Owns the
-//! checks before a change and the line in the log after it; who may ask is up to the callers. Must never change anything
-//! when it refuses, and never log a secret.
+//! Every operation of an administrator, in one place: the Console's API and the control socket both come here, by the one
+//! door [`Admin`], which has each operation audited. Owns the checks before a change and the line in the log after it; who may
+//! ask is up to the callers. Must never change anything when it refuses, and never log a secret.
 //!
 //! All but [`Admin::status`], [`Admin::request_state`] and [`Admin::certificates`] work on the PRIMARY only and name it
 //! elsewhere.
 
 mod admission;
 mod attempts;
+pub mod audit;
 mod certificates;
 mod closed;
 pub mod console_tls;
 mod custom_folder;
+mod door;
 mod expiry;
 mod invitation;
 mod members;
@@ -34,7 +36,9 @@ use crate::{
     node::{ChangeError, Handle, Status, trouble},
 };
 
+pub use audit::{Act, Actor, Audit, Outcome, Record, Ticket};
 pub use certificates::{Certificates, Custom, MAX_UPLOAD};
+pub use door::Admin;
 pub use switchover::{Check, SwitchoverReport};
 
 use admission::Rejections;
@@ -128,8 +132,8 @@ impl From<ChangeError> for AdminError {
     }
 }
 
-/// The operations of an administrator.
-pub struct Admin {
+/// What is behind the door: the operations themselves.
+struct Operations {
     config: AdminConfig,
     handle: Handle,
     ports: Arc<dyn Ports>,
@@ -139,9 +143,8 @@ pub struct Admin {
     rejections: Mutex<Rejections>,
 }
 
-impl Admin {
-    /// Prepares the operations of the node behind `handle`.
-    pub fn new(config: AdminConfig, handle: Handle, ports: Arc<dyn Ports>) -> Self {
+impl Operations {
+    fn new(config: AdminConfig, handle: Handle, ports: Arc<dyn Ports>) -> Self {
         Self {
             config,
             handle,
@@ -153,7 +156,7 @@ impl Admin {
     }
 
     /// The latest picture of this node and what it knows of the others. It says so if it is old.
-    pub fn status(&self) -> Arc<Status> {
+    fn status(&self) -> Arc<Status> {
         let status = self.handle.status().borrow().clone();
         let silent = self.handle.pulse().age();
         if silent < STANDSTILL {
@@ -167,7 +170,7 @@ impl Admin {
     }
 
     /// The newest membership that this node knows: newer than that of a status, has every change whose outcome is known.
-    pub fn membership(&self) -> Arc<Membership> {
+    fn membership(&self) -> Arc<Membership> {
         self.handle.membership().borrow().clone()
     }
 

@@ -2,12 +2,12 @@
 
 use tracing::info;
 
-use super::{Admin, AdminError};
+use super::{AdminError, Operations};
 use crate::cluster::{Change, membership::Webhook};
 
-impl Admin {
+impl Operations {
     /// The webhooks, without their secrets; true where there is one.
-    pub fn webhooks(&self) -> Vec<(Webhook, bool)> {
+    pub(super) fn webhooks(&self) -> Vec<(Webhook, bool)> {
         let without = |webhook: &Webhook| (Webhook { secret: None, ..webhook.clone() }, webhook.secret.is_some());
         self.membership().webhooks.iter().map(without).collect()
     }
@@ -17,7 +17,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn set_webhooks(&self, mut webhooks: Vec<Webhook>, by: &str) -> Result<(), AdminError> {
+    pub(super) async fn set_webhooks(&self, mut webhooks: Vec<Webhook>, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         let known = self.membership().webhooks.clone();

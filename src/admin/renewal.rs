@@ -44,6 +44,15 @@ pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>
     }
 }
 
+/// The first look, before anything of the certificate is loaded or told: one that is due is renewed, and nobody reads that it
+/// should have been. What goes wrong is said by [`keep`], which tries again.
+pub fn at_start(dir: &Path, membership: &Membership, node: NodeId) {
+    let due = read(dir, NODE_CERTIFICATE).and_then(|pem| Ok(certificate_validity(&pem)?));
+    if due.is_ok_and(|(from, until)| is_due(from, until, now())) && renew(dir, membership, node).is_ok() {
+        info!("the certificate of this node is renewed");
+    }
+}
+
 async fn wait_for_the_end<T>(status: &mut watch::Receiver<T>) {
     while status.changed().await.is_ok() {}
 }
@@ -145,6 +154,7 @@ mod tests {
     fn one_that_is_fresh_is_left_alone() {
         let (dir, membership) = folder();
         let before = read(dir.path(), NODE_CERTIFICATE).unwrap();
+        at_start(dir.path(), &membership, 1);
         let tls = watch::Sender::new(Arc::new(NodeTls::load(dir.path()).unwrap()));
         look(dir.path(), &membership, 1, &tls).unwrap();
         assert_eq!(read(dir.path(), NODE_CERTIFICATE).unwrap(), before);

@@ -5,7 +5,7 @@ use std::{ops::RangeInclusive, time::Duration};
 
 use tracing::info;
 
-use super::{Admin, AdminError};
+use super::{AdminError, Operations};
 use crate::{
     cluster::{
         Change,
@@ -17,12 +17,12 @@ use crate::{
 /// How long an authority may be trusted that does not sign yet.
 const OVERLAP: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(90 * 86_400);
 
-impl Admin {
+impl Operations {
     /// Has the members replace the cluster key. Returns when that has begun.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn rotate_cluster_key(&self, by: &str) -> Result<(), AdminError> {
+    pub(super) async fn rotate_cluster_key(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
         self.change(Change::Rekey).await?;
@@ -35,7 +35,7 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn rotate_authority(&self, overlap: Duration, by: &str) -> Result<(), AdminError> {
+    pub(super) async fn rotate_authority(&self, overlap: Duration, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         if !OVERLAP.contains(&overlap) {
             return Err(AdminError::Refused(

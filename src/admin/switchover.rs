@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{net::TcpStream, time};
 use tracing::{info, warn};
 
-use super::{Admin, AdminError, Ports, members::name, now};
+use super::{AdminError, Operations, Ports, members::name, now};
 use crate::{
     cluster::{NodeId, Role, level::outdated},
     node::{Handle, MemberStatus, Status},
@@ -45,23 +45,35 @@ pub struct SwitchoverReport {
     pub gap_ms: Option<f64>,
 }
 
-impl Admin {
-    /// Hands the primary role over, to the member named or the one that is furthest. With `dry_run` only the checks.
-    ///
-    /// # Errors
-    /// [`AdminError`]; `Refused` also when a check failed or the role has stayed here.
-    pub async fn switchover(&self, to: Option<&str>, dry_run: bool, by: &str) -> Result<SwitchoverReport, AdminError> {
+impl SwitchoverReport {
+    /// What is in the way, in sentences.
+    pub fn objections(&self) -> Option<String> {
+        let failed: Vec<_> = self.checks.iter().filter(|check| !check.ok).map(|check| check.detail.as_str()).collect();
+        (!failed.is_empty()).then(|| failed.join("; "))
+    }
+}
+
+impl Operations {
+    /// All preconditions, and who would be primary.
+    pub(super) fn check_switchover(&self, to: Option<&str>) -> Result<SwitchoverReport, AdminError> {
+        self.look(to).map(|(report, _)| report)
+    }
+
+    fn look(&self, to: Option<&str>) -> Result<(SwitchoverReport, Option<NodeId>), AdminError> {
         let status = self.primary()?;
         let wanted = to.map(|to| Self::member(&status.membership, to)).transpose()?;
         let (checks, target) = checks(&status, wanted);
         let to = target.map(|target| name(&status.membership, target));
-        if dry_run {
-            return Ok(SwitchoverReport { checks, to, gap_ms: None });
-        }
-        let failed: Vec<_> = checks.iter().filter(|check| !check.ok).map(|check| check.detail.as_str()).collect();
-        let Some(target) = target.filter(|_| failed.is_empty()) else {
-            return Err(AdminError::Refused(failed.join("; ")));
+        Ok((SwitchoverReport { checks, to, gap_ms: None }, target))
+    }
+
+    pub(super) async fn switchover(&self, to: Option<&str>, by: &str) -> Result<SwitchoverReport, AdminError> {
+        let (report, target) = self.look(to)?;
+        let failed = report.objections();
+        let Some(target) = target.filter(|_| failed.is_none()) else {
+            return Err(AdminError::Refused(failed.unwrap_or_default()));
         };
+        let SwitchoverReport { checks, to, .. } = report;
         let Ok(_one) = self.changing.try_lock() else {
             return Err(AdminError::Refused("another change is under way: try again".to_owned()));
         };

@@ -98,11 +98,6 @@ impl Jobs {
         Ok(job)
     }
 
-    /// Refuses while something is under way.
-    pub fn check_idle(&self) -> Result<(), BackupError> {
-        self.table().check_idle()
-    }
-
     /// The end of what was begun under this number, if it comes in time.
     pub async fn wait(&self, number: u64, limit: Duration) -> Option<Outcome> {
         let running = self.table().running.clone().filter(|job| job.number == number);

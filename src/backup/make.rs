@@ -18,9 +18,10 @@ use super::{
     copy::{Copied, Pace, copy},
     folder::{Workshop, create},
     jobs::Job,
-    name, now,
+    name, now, of_backup,
 };
 use crate::{
+    admin::{Actor, Outcome, Record},
     events::{self, Event, Scope, Severity},
     telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS},
 };
@@ -38,12 +39,19 @@ impl Backups {
     ///
     /// # Errors
     /// [`BackupError::Refused`] for a name that cannot be, and while something else is under way.
-    pub fn create(self: &Arc<Self>, name: &str, by: &str) -> Result<Started, BackupError> {
-        name::check_name(name)?;
-        let (job, id) = self.begin_backup(name)?;
-        info!(by, id = job.id(), "a backup begins");
+    pub async fn create(self: &Arc<Self>, name: &str, by: &Actor) -> Result<Started, BackupError> {
+        let record = self.admin.begin(by, of_backup("create", name)).await;
+        let begun = name::check_name(name).and_then(|()| self.begin_backup(name));
+        let (job, id) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                record.end(Outcome::from(&error)).await;
+                return Err(error);
+            }
+        };
+        info!(%by, id = job.id(), "a backup begins");
         let (all, started) = (self.clone(), Started::from(&*job));
-        tokio::spawn(async move { all.make(&job, &id).await });
+        tokio::spawn(async move { all.make(&job, &id, Some(record)).await });
         Ok(started)
     }
 
@@ -51,11 +59,16 @@ impl Backups {
     ///
     /// # Errors
     /// [`BackupError::NotFound`]; [`BackupError::Refused`] while something else is under way.
-    pub async fn verify(self: &Arc<Self>, id: &str, by: &str) -> Result<Started, BackupError> {
-        let path = self.path(id).await?;
-        let id = BackupId::read(id)?;
-        let job = self.jobs.begin(Work::Verify, id.to_string())?;
-        info!(by, id = job.id(), "a backup is verified");
+    pub async fn verify(self: &Arc<Self>, id: &str, by: &Actor) -> Result<Started, BackupError> {
+        let record = self.admin.begin(by, of_backup("verify", id)).await;
+        let (path, id, job) = match self.begin_verification(id).await {
+            Ok(begun) => begun,
+            Err(error) => {
+                record.end(Outcome::from(&error)).await;
+                return Err(error);
+            }
+        };
+        info!(%by, id = job.id(), "a backup is verified");
         let (all, started) = (self.clone(), Started::from(&*job));
         tokio::spawn(async move {
             let result = all.unpack(&path, id.sealed, &job, move |manifest| check_time(&id, manifest)).await;
@@ -66,9 +79,17 @@ impl Backups {
                 Ok(_) => info!(id = job.id(), "the backup is good"),
                 Err(error) => warn!(id = job.id(), %error, "the backup could not be verified"),
             }
+            record.end(Outcome::of(&result)).await;
             all.jobs.end(&job, &result);
         });
         Ok(started)
+    }
+
+    async fn begin_verification(&self, id: &str) -> Result<(PathBuf, BackupId, Arc<Job>), BackupError> {
+        let path = self.path(id).await?;
+        let id = BackupId::read(id)?;
+        let job = self.jobs.begin(Work::Verify, id.to_string())?;
+        Ok((path, id, job))
     }
 
     /// Takes the turn for a new backup of this name.
@@ -78,9 +99,12 @@ impl Backups {
         Ok((self.jobs.begin(Work::Create, id.to_string())?, id))
     }
 
-    /// Makes the backup whose turn it is. True if there is one now.
-    pub(super) async fn make(self: &Arc<Self>, job: &Arc<Job>, id: &BackupId) -> bool {
+    /// Makes the backup whose turn it is. True if there is one now. `record` is that of who wants it, if anybody does.
+    pub(super) async fn make(self: &Arc<Self>, job: &Arc<Job>, id: &BackupId, record: Option<Record>) -> bool {
         let result = self.steps(job, id).await;
+        if let Some(record) = record {
+            record.end(Outcome::of(&result)).await;
+        }
         match &result {
             Ok(_) => {
                 // Without automatic ones nobody waits for the next.

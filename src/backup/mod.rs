@@ -40,11 +40,15 @@ use std::{
 use thiserror::Error;
 
 pub use name::{BackupId, Kind};
-pub use restore::Agreed;
+pub use restore::{Agreed, RestoreFrom};
 pub use state::{Backup, BackupState, CopyRunning, CopyState, Keep, Outcome, Running, Started, Work};
 pub use store::RemoteBackup;
 
-use crate::{admin::Admin, events::Recorder, node::Handle};
+use crate::{
+    admin::{Act, Actor, Admin, audit},
+    events::Recorder,
+    node::Handle,
+};
 use cipher::Secret;
 use folder::Folder;
 use jobs::Jobs;
@@ -123,6 +127,23 @@ impl BackupError {
     }
 }
 
+impl From<&BackupError> for audit::Outcome {
+    fn from(error: &BackupError) -> Self {
+        match error {
+            BackupError::Unknown(why) => Self::Unknown(why.clone()),
+            BackupError::Refused(why) | BackupError::Name(why) | BackupError::NotFound(why) => {
+                Self::Refused(why.clone())
+            }
+            other => Self::Failed(other.to_string()),
+        }
+    }
+}
+
+/// A backup as an audit names it.
+fn of_backup(action: &'static str, id: &str) -> Act {
+    Act::new(action, format!("backup '{id}'"))
+}
+
 /// The backups of this host.
 pub struct Backups {
     config: BackupConfig,
@@ -189,15 +210,6 @@ impl Backups {
         }
     }
 
-    /// Refuses what [`Self::create`] would refuse.
-    ///
-    /// # Errors
-    /// [`BackupError::Name`], and [`BackupError::Refused`] while something else is under way.
-    pub fn check_new(&self, name: &str) -> Result<(), BackupError> {
-        name::check_name(name)?;
-        self.jobs.check_idle()
-    }
-
     /// Waits for the end of what was begun under this number; none if it is not over by then, or was forgotten.
     pub async fn wait(&self, number: u64, limit: Duration) -> Option<Outcome> {
         self.jobs.wait(number, limit).await
@@ -216,7 +228,12 @@ impl Backups {
     ///
     /// # Errors
     /// [`BackupError::NotFound`], [`BackupError::Hangs`], [`BackupError::Io`].
-    pub async fn open(&self, id: &str) -> Result<(File, u64), BackupError> {
+    pub async fn download(&self, id: &str, by: &Actor) -> Result<(File, u64), BackupError> {
+        // It has everything, the hashes of the passwords, too.
+        self.admin.audited(by, of_backup("download", id), self.open(id)).await
+    }
+
+    async fn open(&self, id: &str) -> Result<(File, u64), BackupError> {
         let id = BackupId::read(id)?;
         let opened = self.look(move |folder| {
             let path = folder.find(&id)?;
@@ -231,7 +248,12 @@ impl Backups {
     ///
     /// # Errors
     /// [`BackupError::Refused`], [`BackupError::NotFound`], [`BackupError::Io`].
-    pub async fn rename(&self, id: &str, new: &str, by: &str) -> Result<Backup, BackupError> {
+    pub async fn rename(&self, id: &str, new: &str, by: &Actor) -> Result<Backup, BackupError> {
+        let act = of_backup("rename", id).wish(&serde_json::json!({ "name": new }));
+        self.admin.audited(by, act, self.give_name(id, new, by)).await
+    }
+
+    async fn give_name(&self, id: &str, new: &str, by: &Actor) -> Result<Backup, BackupError> {
         let old = BackupId::read(id)?;
         name::check_name(new)?;
         if old.kind() != Kind::Manual {
@@ -240,7 +262,7 @@ impl Backups {
         self.jobs.check_free(id)?;
         let to = BackupId { name: new.to_owned(), ..old.clone() };
         let done = self.look(move |folder| folder.rename(&old, &to)).await.map_err(BackupError::of_change)?;
-        tracing::info!(by, from = id, to = done.id, "a backup has another name");
+        tracing::info!(%by, from = id, to = done.id, "a backup has another name");
         Ok(done)
     }
 
@@ -248,11 +270,15 @@ impl Backups {
     ///
     /// # Errors
     /// As [`Self::rename`].
-    pub async fn delete(&self, id: &str, by: &str) -> Result<(), BackupError> {
+    pub async fn delete(&self, id: &str, by: &Actor) -> Result<(), BackupError> {
+        self.admin.audited(by, of_backup("delete", id), self.drop(id, by)).await
+    }
+
+    async fn drop(&self, id: &str, by: &Actor) -> Result<(), BackupError> {
         let old = BackupId::read(id)?;
         self.jobs.check_free(id)?;
         self.look(move |folder| folder.delete(&old)).await.map_err(BackupError::of_change)?;
-        tracing::info!(by, id, "a backup was deleted");
+        tracing::info!(%by, id, "a backup was deleted");
         Ok(())
     }
 

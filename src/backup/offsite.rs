@@ -22,6 +22,7 @@ use super::{
     store::{Place, RemoteBackup, Store, fetched, segment},
 };
 use crate::{
+    admin::{Act, Actor, audit},
     events::{Scope, Severity},
     telemetry::{BACKUP_COPIED, BACKUP_COPY_FAILURES},
 };
@@ -253,13 +254,16 @@ impl Backups {
     /// # Errors
     /// [`BackupError::NotFound`] for what is no such name; [`BackupError::Refused`] while something else is under way, and
     /// without `BACKUP_URL`.
-    pub fn fetch(self: &Arc<Self>, place: &str, by: &str) -> Result<Started, BackupError> {
-        self.config.url.as_ref().ok_or_else(no_url)?;
-        let none = || BackupError::NotFound("a copy is named CLUSTER/NODE/FILE, as the list has it".to_owned());
-        let place = Place::parse(place).ok_or_else(none)?;
-        let id = fetched(&place);
-        let job = self.jobs.begin(Work::Fetch, id.to_string())?;
-        info!(by, id = job.id(), %place, "a copy of a backup is fetched");
+    pub async fn fetch(self: &Arc<Self>, place: &str, by: &Actor) -> Result<Started, BackupError> {
+        let record = self.admin.begin(by, Act::new("fetch", format!("copy '{place}'"))).await;
+        let (place, id, job) = match self.begin_fetch(place) {
+            Ok(begun) => begun,
+            Err(error) => {
+                record.end(audit::Outcome::from(&error)).await;
+                return Err(error);
+            }
+        };
+        info!(%by, id = job.id(), %place, "a copy of a backup is fetched");
         let (all, started, fetching) = (self.clone(), Started::from(&*job), Arc::clone(&job));
         tokio::spawn(async move {
             let backups = all.clone();
@@ -268,9 +272,19 @@ impl Backups {
                 Ok(text) => info!(id = job.id(), "the copy was fetched: {text}"),
                 Err(error) => warn!(id = job.id(), %error, "the copy could not be fetched"),
             }
+            record.end(audit::Outcome::of(&result)).await;
             all.jobs.end(&job, &result);
         });
         Ok(started)
+    }
+
+    fn begin_fetch(&self, place: &str) -> Result<(Place, BackupId, Arc<Job>), BackupError> {
+        self.config.url.as_ref().ok_or_else(no_url)?;
+        let none = || BackupError::NotFound("a copy is named CLUSTER/NODE/FILE, as the list has it".to_owned());
+        let place = Place::parse(place).ok_or_else(none)?;
+        let id = fetched(&place);
+        let job = self.jobs.begin(Work::Fetch, id.to_string())?;
+        Ok((place, id, job))
     }
 
     async fn bring_here(&self, place: &Place, id: &BackupId, job: &Job) -> Result<String, BackupError> {

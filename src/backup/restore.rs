@@ -5,13 +5,14 @@
 
 use std::{
     os::unix::fs::MetadataExt,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
 };
 
+use serde_json::json;
 use sqlx::{
     ConnectOptions, Connection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
@@ -24,10 +25,13 @@ use super::{
     blocking,
     jobs::Job,
     make::check_time,
-    now,
+    now, of_backup,
 };
 use crate::{
-    admin::AdminError,
+    admin::{
+        Actor, AdminError, Record, Ticket,
+        audit::{self, RECORD},
+    },
     cluster::Role,
     events::{Scope, Severity},
     node::MemberStatus,
@@ -57,6 +61,26 @@ pub struct Agreed {
     pub unencrypted: bool,
 }
 
+/// Which backup is restored.
+#[derive(Clone, Copy, Debug)]
+pub enum RestoreFrom<'a> {
+    /// A file of this host.
+    File(&'a Path),
+    /// One of the folder, by its id.
+    Folder(&'a str),
+}
+
+impl RestoreFrom<'_> {
+    /// As [`Source`] calls it, before anybody has looked.
+    fn label(self) -> String {
+        let name = match self {
+            Self::File(file) => file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default(),
+            Self::Folder(id) => id.into(),
+        };
+        name.chars().filter(|c| !c.is_control()).take(LONGEST_LABEL).collect()
+    }
+}
+
 /// The file that is restored: its name may be anybody's, what it is stands in it.
 struct Source {
     /// How it is called in messages and in the audit.
@@ -72,7 +96,7 @@ impl Source {
             return Err(BackupError::NotFound(format!("there is no file {}", file.display())));
         }
         let name = file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
-        let label: String = name.chars().filter(|c| !c.is_control()).take(LONGEST_LABEL).collect();
+        let label = RestoreFrom::File(file).label();
         let sealed = archive::is_sealed(file)?.ok_or_else(|| {
             BackupError::Refused(format!(
                 "{label} is no backup: one is a .tar.gz or .tar.gz.sealed that `twistcli backup create` or a member has made"
@@ -88,10 +112,53 @@ impl Backups {
     /// # Errors
     /// [`BackupError::Refused`] on a node that is not PRIMARY, for what is not [`Agreed`] to, and while something else is under
     /// way; [`BackupError::NotFound`], [`BackupError::Hangs`].
-    pub async fn restore(self: &Arc<Self>, file: &Path, agreed: Agreed, by: &str) -> Result<Started, BackupError> {
+    pub async fn restore(
+        self: &Arc<Self>,
+        from: RestoreFrom<'_>,
+        agreed: Agreed,
+        by: &Actor,
+    ) -> Result<Started, BackupError> {
+        let record = self.admin.begin(by, of_backup("restore", &from.label())).await;
+        let (file, source, job) = match self.begin_restore(from, agreed).await {
+            Ok(begun) => begun,
+            Err(error) => {
+                record.end(audit::Outcome::from(&error)).await;
+                return Err(error);
+            }
+        };
+        let (all, started, by) = (self.clone(), Started::from(&*job), by.clone());
+        info!(%by, id = job.id(), "a restore begins");
+        tokio::spawn(async move {
+            let result = all.bring_back(&file, &source, &job, (&by, &record)).await;
+            match &result {
+                Ok(text) => {
+                    info!(%by, id = job.id(), "the backup was restored: {text}");
+                    let sentence = format!("the backup {} was restored: {text}", job.id());
+                    all.tell(Severity::Warning, Scope::Cluster, sentence);
+                }
+                Err(error) => {
+                    warn!(%by, id = job.id(), %error, "the restore failed");
+                    all.tell(Severity::Warning, Scope::Node, format!("the restore of {} failed: {error}", job.id()));
+                }
+            }
+            record.end(audit::Outcome::of(&result)).await;
+            all.jobs.end(&job, &result);
+        });
+        Ok(started)
+    }
+
+    async fn begin_restore(
+        self: &Arc<Self>,
+        from: RestoreFrom<'_>,
+        agreed: Agreed,
+    ) -> Result<(PathBuf, Source, Arc<Job>), BackupError> {
         self.admin.check_primary()?;
-        let path = file.to_owned();
-        let source = self.looks.run(file, move || Source::of(&path)).await?;
+        let file = match from {
+            RestoreFrom::File(file) => file.to_owned(),
+            RestoreFrom::Folder(id) => self.path(id).await?,
+        };
+        let path = file.clone();
+        let source = self.looks.run(&file, move || Source::of(&path)).await?;
         // By its name already, if that says it: before anything is unpacked.
         if let Some(id) = &source.id {
             self.check_version(&id.version)?;
@@ -110,24 +177,7 @@ impl Backups {
             ));
         }
         let job = self.jobs.begin(Work::Restore, source.label.clone())?;
-        let (all, started, file, by) = (self.clone(), Started::from(&*job), file.to_owned(), by.to_owned());
-        info!(by, id = job.id(), "a restore begins");
-        tokio::spawn(async move {
-            let result = all.bring_back(&file, &source, &job, &by).await;
-            match &result {
-                Ok(text) => {
-                    info!(by, id = job.id(), "the backup was restored: {text}");
-                    let sentence = format!("the backup {} was restored: {text}", job.id());
-                    all.tell(Severity::Warning, Scope::Cluster, sentence);
-                }
-                Err(error) => {
-                    warn!(by, id = job.id(), %error, "the restore failed");
-                    all.tell(Severity::Warning, Scope::Node, format!("the restore of {} failed: {error}", job.id()));
-                }
-            }
-            all.jobs.end(&job, &result);
-        });
-        Ok(started)
+        Ok((file, source, job))
     }
 
     fn check_version(&self, version: &str) -> Result<(), BackupError> {
@@ -146,7 +196,7 @@ impl Backups {
         file: &Path,
         source: &Source,
         job: &Arc<Job>,
-        by: &str,
+        (by, record): (&Actor, &Record),
     ) -> Result<String, BackupError> {
         let (all, id) = (self.clone(), source.id.clone());
         // The file may have been renamed: the manifest counts.
@@ -158,7 +208,7 @@ impl Backups {
         };
         let (manifest, _workshop, copy) = self.unpack(file, source.sealed, job, accept).await?;
         job.step("prepares the database", 0);
-        prepare(&copy, &source.label, by).await?;
+        prepare(&copy, &source.label, by, record.ticket()).await?;
         // Once more, while nothing is closed yet: unpacking takes its time, and others write, too.
         let (all, bytes) = (self.clone(), manifest.bytes());
         blocking(move || all.check_room(bytes, false)).await?;
@@ -171,7 +221,7 @@ impl Backups {
             drop(status);
             blocking(move || replace(&database, &copy, &replacing)).await
         };
-        self.admin.with_console_closed(by, "a restore", work).await??;
+        self.admin.with_console_closed(&by.name, "a restore", work).await??;
         let bytes = manifest.bytes();
         Ok(format!(
             "all members have the database of {} at raft index {} ({bytes} bytes)",
@@ -281,7 +331,7 @@ fn replace(database: &PrimaryDatabase, copy: &Path, job: &Arc<Job>) -> Result<()
 
 /// Makes the unpacked database what the cluster gets: nobody is logged in, and the audit tells where it came from. Both are part
 /// of the one transaction.
-async fn prepare(copy: &Path, id: &str, by: &str) -> Result<(), BackupError> {
+async fn prepare(copy: &Path, id: &str, by: &Actor, ticket: Option<&Ticket>) -> Result<(), BackupError> {
     let failed =
         |error: sqlx::Error| BackupError::Refused(format!("the unpacked database cannot be prepared: {error}"));
     // A journal beside the file would have to be moved with it.
@@ -291,18 +341,27 @@ async fn prepare(copy: &Path, id: &str, by: &str) -> Result<(), BackupError> {
         .journal_mode(SqliteJournalMode::Delete)
         .disable_statement_logging();
     let mut connection = options.connect().await.map_err(failed)?;
-    let result = note(&mut connection, id, by).await;
+    let result = note(&mut connection, id, by, ticket).await;
     connection.close().await.map_err(failed)?;
     result.map_err(failed)
 }
 
-async fn note(connection: &mut sqlx::SqliteConnection, id: &str, by: &str) -> Result<(), sqlx::Error> {
+async fn note(
+    connection: &mut sqlx::SqliteConnection,
+    id: &str,
+    by: &Actor,
+    ticket: Option<&Ticket>,
+) -> Result<(), sqlx::Error> {
     let mut writing = connection.begin().await?;
     sqlx::query("DELETE FROM tokens").execute(&mut *writing).await?;
-    // As `console::audits` writes it; a version restores its own backups only, so that the columns are known.
-    let insert = "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, 'local', 'restore', ?, 1, 'null')";
-    let (time, what) = (now() as i64, format!("backup '{id}'"));
-    sqlx::query(insert).bind(time).bind(by).bind(what).execute(&mut *writing).await?;
+    // As `console::audits` writes it; a version restores its own backups only, so that the columns are known. The row that was
+    // written when it began goes with the database that is replaced: this one takes its place, under the same ticket.
+    let insert =
+        "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, 'restore', ?, 1, ?)";
+    let (time, act) = (now() as i64, of_backup("restore", id));
+    let ticket = ticket.map(|Ticket(ticket)| json!({ RECORD: { "ticket": ticket, "outcome": "done" } }));
+    let insert = sqlx::query(insert).bind(time).bind(by.name.clone()).bind(by.source.clone()).bind(act.what);
+    insert.bind(ticket.unwrap_or_default().to_string()).execute(&mut *writing).await?;
     writing.commit().await
 }
 

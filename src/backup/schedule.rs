@@ -113,7 +113,7 @@ impl Backups {
             return true; // something else has just begun: it is still due
         };
         info!(id = job.id(), "an automatic backup begins");
-        if !self.make(&job, &id).await {
+        if !self.make(&job, &id, None).await {
             return false;
         }
         let all = self.clone();

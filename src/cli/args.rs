@@ -329,18 +329,20 @@ pub(super) struct SetAddressArgs {
 }
 
 const DRILL_HELP: &str = "\
-Runs on the PRIMARY or with --address, and only when all three members are healthy and nothing is paused. It
-writes tags named drill-... through the API, one after the other. Meanwhile another member takes over: by a
-switchover or, with --kill, because the daemon of this host is killed as by a crash (its service manager starts it
-again). It goes on until the new PRIMARY has acknowledged 50 writes, checks that every acknowledged tag is there,
-and removes all. The result is printed and, on the PRIMARY, appended to drills.jsonl in the data folder.
+Runs on the PRIMARY, where no login is needed for who may use the daemon's socket, or with --address, and only
+when all three members are healthy and nothing is paused. It writes tags named drill-... through the API, one
+after the other. Meanwhile another member takes over: by a switchover or, with --kill, because the daemon of
+this host is killed as by a crash (its service manager starts it again). It goes on until the new PRIMARY has
+acknowledged 50 writes, checks that every acknowledged tag is there, and removes all. The result is printed
+and, on the PRIMARY, appended to drills.jsonl in the data folder. The audit has one row of it.
 
 Exit code: 0 nothing was lost, 1 an acknowledged write is missing, 64 wrong command line, 69 daemon or
 Console cannot be reached, 75 refused, or no other member took over, 77 the login is refused.
 
 Examples:
-  TWISTLOCK_PASSWORD=... twistcli ha drill
-  twistcli ha drill --kill --token \"$TOKEN\" --json";
+  sudo twistcli ha drill
+  sudo twistcli ha drill --kill --json
+  twistcli ha drill --address https://console.example.com:8083 --user ann";
 
 #[derive(Debug, Args)]
 pub(super) struct DrillArgs {
@@ -349,7 +351,7 @@ pub(super) struct DrillArgs {
     /// Kill the PRIMARY's process instead of a switchover
     #[arg(long)]
     pub kill: bool,
-    /// The Consoles' HTTPS port [default: that of --config or --address, else 8083]
+    /// The Consoles' HTTPS port [default: that of --address, else the one that the daemon knows]
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub https_port: Option<u16>,
     /// Print the result as JSON

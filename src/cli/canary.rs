@@ -1,14 +1,18 @@
-//! The canary of a drill: writes tags through the Consoles' API, one after the other, and remembers what each answer was.
-//! Must never count a write as acknowledged that no Console has acknowledged.
+//! The canary of a drill: writes through the Consoles' API with the token of the drill, one after the other, and remembers what
+//! each answer was. Must never count a write as acknowledged that no Console has acknowledged.
 
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},
 };
 
-use ureq::{Agent, http::StatusCode};
+use serde_json::{Value, json};
+use ureq::{
+    Agent, Body,
+    http::{Response, StatusCode},
+};
 
-use super::remote::{Login, Place, segment};
+use super::remote::Place;
 use crate::{
     https::{self, Failure, Limits, Trust},
     node::Status,
@@ -19,10 +23,10 @@ use crate::{
 const LIMITS: Limits = Limits { connect: Duration::from_millis(300), request: Duration::from_secs(2) };
 /// Pause after an attempt that failed, so that refused connections are not tried in a busy loop.
 const PAUSE: Duration = Duration::from_millis(1);
-/// Tags in one page of the list: the most that the API gives.
-const PAGE: usize = 1000;
-/// Pages that are read at most.
-const MAX_PAGES: usize = 1000;
+/// What a drill asks for: see `console::drills`.
+const WRITES: &str = "high-availability/drill/writes";
+const TAKEOVER: &str = "high-availability/drill/takeover";
+const END: &str = "high-availability/drill/end";
 
 /// The Console of one member.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,7 +48,7 @@ pub(super) fn consoles(status: &Status, port: Option<u16>) -> Vec<Console> {
 /// A write that was acknowledged.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Acknowledged {
-    /// Number of the tag.
+    /// Number of the write.
     pub tag: u64,
     /// Which Console.
     pub console: usize,
@@ -57,15 +61,11 @@ pub(super) struct Canary {
     agent: Agent,
     consoles: Vec<Console>,
     authorization: String,
-    /// The session was begun here, and is ended here.
-    own_session: bool,
     prefix: String,
     /// The Console that is tried first.
     current: usize,
-    /// Number of the next tag.
+    /// Number of the next write.
     next: u64,
-    /// True if an attempt to write the next tag had no answer.
-    doubt: bool,
     /// All that was acknowledged.
     pub acknowledged: Vec<Acknowledged>,
     /// Attempts that certainly wrote nothing.
@@ -81,22 +81,20 @@ pub(super) struct Canary {
 pub(super) enum Failed {
     /// Nobody answers as a Console does.
     Unreachable(String),
-    /// The login is not good, or not good enough.
+    /// The drill is over, or the Console does not know it.
     Refused(String),
 }
 
 impl Canary {
-    /// A canary whose tags begin with `prefix`.
-    pub(super) fn new(consoles: Vec<Console>, trust: &Trust, prefix: &str) -> Self {
+    /// A canary of the drill that has this token, and whose tags begin with `prefix`.
+    pub(super) fn new(consoles: Vec<Console>, trust: &Trust, token: &str, prefix: &str) -> Self {
         Self {
             agent: https::client(trust, LIMITS),
             consoles,
-            authorization: String::new(),
-            own_session: false,
+            authorization: format!("Bearer {token}"),
             prefix: prefix.to_owned(),
             current: 0,
             next: 0,
-            doubt: false,
             acknowledged: Vec::new(),
             refused: 0,
             unknown: 0,
@@ -108,80 +106,60 @@ impl Canary {
         format!("{}/api/v1/{rest}", self.consoles[self.current].url)
     }
 
-    fn tag(&self, number: u64) -> String {
-        format!("{}-{number}", self.prefix)
-    }
-
     /// The name of the Console with this number.
     pub(super) fn name(&self, console: usize) -> &str {
         &self.consoles[console].name
     }
 
-    /// Uses the session of a token, or begins one: each new PRIMARY would have to compute a password hash otherwise.
-    ///
-    /// # Errors
-    /// When the Console cannot be reached or refuses.
-    pub(super) fn log_in(&mut self, login: &Login) -> Result<(), Failed> {
-        let (user, password) = match login {
-            Login::Token(token) => {
-                self.authorization = format!("Bearer {token}");
-                return Ok(());
-            }
-            Login::Password { user, password } => (user, password),
-        };
-        let url = self.url("authenticate");
-        let body = serde_json::json!({"username": user, "password": password});
-        let mut response = self
-            .agent
-            .post(&url)
-            .send_json(body)
-            .map_err(|error| Failed::Unreachable(format!("log in at {url}: {error}")))?;
-        let answer: serde_json::Value = response.body_mut().read_json().unwrap_or_default();
-        match answer["token"].as_str() {
-            Some(token) => {
-                self.authorization = format!("Bearer {token}");
-                self.own_session = true;
-            }
-            None => {
-                let why = answer["err"].as_str().unwrap_or("no reason given");
-                return Err(Failed::Refused(format!("log in at {url} as {user}: {}: {why}", response.status())));
-            }
-        }
-        Ok(())
-    }
-
     /// Tries once to write the next tag, and goes to the next Console if that fails.
     ///
     /// # Errors
-    /// When the Console says that the login is not good.
+    /// When the Console says that the drill is over.
     pub(super) fn attempt(&mut self) -> Result<(), Failed> {
-        let body =
-            serde_json::json!({"name": self.tag(self.next), "color": "", "description": "rehearsal of a takeover"});
-        let request = self.agent.post(self.url("tags")).header("authorization", &self.authorization);
-        let answer = request.send_json(body).map(|response| response.status());
+        let url = self.url(WRITES);
+        let answer = self.post(&url, &json!(self.next)).map(|response| response.status());
         match answer {
-            // An earlier attempt got through unseen.
-            Ok(status) if status.is_success() || status == StatusCode::CONFLICT && self.doubt => {
+            // Or an earlier attempt got through unseen: the same write twice is one.
+            Ok(status) if status.is_success() => {
                 self.acknowledged.push(Acknowledged { tag: self.next, console: self.current, at: Instant::now() });
                 self.next += 1;
-                self.doubt = false;
                 return Ok(());
             }
-            Ok(status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::CONFLICT)) => {
-                return Err(Failed::Refused(format!("{} refuses to write a tag: {status}", self.url("tags"))));
+            Ok(status) if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => {
+                return Err(Failed::Refused(format!("{url} refuses a write of the drill: {status}")));
             }
             Err(ref error) if https::failure(error) == Failure::Refused => self.refused += 1,
             // What a Console answers may still hide a write whose outcome it does not know itself.
-            Ok(_) | Err(_) => {
-                self.unknown += 1;
-                self.doubt = true;
-            }
+            Ok(_) | Err(_) => self.unknown += 1,
         }
         let why = answer.map_or_else(|error| error.to_string(), |status| status.to_string());
-        self.last_failure = Some(format!("{}: {why}", self.url("tags")));
+        self.last_failure = Some(format!("{url}: {why}"));
+        self.go_on();
+        Ok(())
+    }
+
+    fn post(&self, url: &str, body: &Value) -> Result<Response<Body>, ureq::Error> {
+        self.agent.post(url).header("authorization", &self.authorization).send_json(body)
+    }
+
+    /// To the next Console.
+    fn go_on(&mut self) {
         self.current = (self.current + 1) % self.consoles.len();
         std::thread::sleep(PAUSE);
-        Ok(())
+    }
+
+    /// What asks the Console that is PRIMARY now for the switchover of the drill.
+    pub(super) fn switchover(&self) -> impl FnOnce() -> Result<(), String> + Send + 'static {
+        let (agent, url, authorization) = (self.agent.clone(), self.url(TAKEOVER), self.authorization.clone());
+        move || {
+            let mut answer = match agent.post(url).header("authorization", authorization).send_empty() {
+                Ok(answer) => answer,
+                // The ports may be closed before the answer: the writes show whether another member takes over.
+                Err(error) if https::failure(&error) == Failure::Unknown => return Ok(()),
+                Err(error) => return Err(error.to_string()),
+            };
+            if answer.status().is_success() { Ok(()) } else { Err(https::refusal(&mut answer)) }
+        }
     }
 
     /// The acknowledged tags that the present PRIMARY does not have.
@@ -194,52 +172,43 @@ impl Canary {
             match self.list() {
                 Ok(there) => break there,
                 Err(failed) if Instant::now() > deadline => return Err(failed),
-                Err(_) => {
-                    self.current = (self.current + 1) % self.consoles.len();
-                    std::thread::sleep(PAUSE);
-                }
+                Err(_) => self.go_on(),
             }
         };
-        Ok(self.acknowledged.iter().map(|write| self.tag(write.tag)).filter(|tag| !there.contains(tag)).collect())
+        let missing = self.acknowledged.iter().filter(|write| !there.contains(&write.tag));
+        Ok(missing.map(|write| format!("{}{}", self.prefix, write.tag)).collect())
     }
 
-    /// All tags of this canary.
-    fn list(&self) -> Result<BTreeSet<String>, Failed> {
-        let mut there = BTreeSet::new();
-        for page in 0..MAX_PAGES {
-            let url = self.url(&format!("tags?limit={PAGE}&offset={}", page * PAGE));
-            let failed = |why: String| Failed::Unreachable(format!("read the tags at {url}: {why}"));
-            let request = self.agent.get(&url).header("authorization", &self.authorization);
-            let mut response = request.call().map_err(|error| failed(error.to_string()))?;
-            if !response.status().is_success() {
-                return Err(failed(response.status().to_string()));
-            }
-            let tags: Vec<serde_json::Value> =
-                response.body_mut().read_json().map_err(|error| failed(error.to_string()))?;
-            let names = tags.iter().filter_map(|tag| tag["name"].as_str());
-            there.extend(names.filter(|name| name.starts_with(&self.prefix)).map(str::to_owned));
-            if tags.len() < PAGE {
-                return Ok(there);
-            }
+    /// All writes of this canary.
+    fn list(&self) -> Result<BTreeSet<u64>, Failed> {
+        let url = self.url(WRITES);
+        let failed = |why: String| Failed::Unreachable(format!("read the writes at {url}: {why}"));
+        let request = self.agent.get(&url).header("authorization", &self.authorization);
+        let mut response = request.call().map_err(|error| failed(error.to_string()))?;
+        if !response.status().is_success() {
+            return Err(failed(response.status().to_string()));
         }
-        Err(Failed::Refused(format!("there are more than {} tags: too many to look through", PAGE * MAX_PAGES)))
+        response.body_mut().read_json().map_err(|error| failed(error.to_string()))
     }
 
-    /// Removes all tags of this canary, and ends its session. Returns how many tags may have been left.
-    pub(super) fn clean_up(&self) -> u64 {
-        let gone = |number: &u64| {
-            let url = self.url(&format!("tags/{}", segment(&self.tag(*number))));
-            let request = self.agent.delete(&url).header("authorization", &self.authorization);
-            request.call().is_ok_and(|answer| answer.status().is_success() || answer.status() == StatusCode::NOT_FOUND)
-        };
-        // The last one may have been written by an attempt without an answer.
-        let end = self.next + u64::from(self.doubt);
-        let left = (0..end).filter(|number| !gone(number)).count() as u64;
-        if self.own_session {
-            // Otherwise it ends by itself, later.
-            let _ = self.agent.post(self.url("logout")).header("authorization", &self.authorization).send_empty();
+    /// Ends the drill: what it wrote goes, and the audit has its result.
+    ///
+    /// # Errors
+    /// What the last Console said, when none took it in time.
+    pub(super) fn end(&mut self, ok: bool, text: &str, limit: Duration) -> Result<(), String> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let url = self.url(END);
+            let why = match self.post(&url, &json!({ "ok": ok, "text": text })) {
+                Ok(answer) if answer.status().is_success() => return Ok(()),
+                Ok(mut answer) => https::refusal(&mut answer),
+                Err(error) => error.to_string(),
+            };
+            if Instant::now() > deadline {
+                return Err(format!("{url}: {why}"));
+            }
+            self.go_on();
         }
-        left
     }
 }
 

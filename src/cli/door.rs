@@ -8,11 +8,15 @@ use serde_json::{Value, json};
 use ureq::http::Method;
 
 use super::{
+    daemon::ANSWER_LIMIT,
     remote::{Place, Remote, segment},
     stop::{EX_UNAVAILABLE, EX_USAGE, Stop},
     target::LoginArgs,
 };
-use crate::{control::Operation, node::Status};
+use crate::{
+    control::{self, Operation},
+    node::Status,
+};
 
 /// The daemon of this host.
 pub(super) struct Local {
@@ -33,9 +37,21 @@ impl Local {
         let status = self.status()?;
         let mut members: Vec<_> = status.membership.members.iter().collect();
         members.sort_by_key(|member| Some(member.id) != status.primary);
-        let places = members.iter().map(|member| Place::of(&member.address, Some(self.https_port)));
-        let trust = login.trust(Some(self.data.join("certificates").join("ca.pem")))?;
+        let port = self.port();
+        let places = members.iter().map(|member| Place::of(&member.address, Some(port)));
+        let trust = login.trust(Some(self.authority()))?;
         Ok(Remote::new(places.collect(), trust, login.resolve()?))
+    }
+
+    /// The certificate of the cluster's authority on this host.
+    pub(super) fn authority(&self) -> PathBuf {
+        self.data.join("certificates").join("ca.pem")
+    }
+
+    /// The port of the Consoles: the daemon knows it, whatever is installed here beside it.
+    fn port(&self) -> u16 {
+        let place = control::place(&self.socket, ANSWER_LIMIT).ok();
+        place.and_then(|place| place.https_port).unwrap_or(self.https_port)
     }
 }
 

@@ -18,22 +18,24 @@ use nix::{
     },
     unistd::Pid,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use ureq::http::Method;
 
 use super::{
+    api::Api,
     args::DrillArgs,
     canary::{Acknowledged, Canary, Failed, consoles},
     columns::{self, print_json},
     daemon::ANSWER_LIMIT,
     door::{Door, Local},
-    handover, next,
-    remote::Remote,
+    next,
+    remote::Place,
     stop::{EX_FOUND, EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
 };
 use crate::{
-    admin::SwitchoverReport,
     cluster::{Role, membership::CLUSTER_SIZE},
-    control::{self, OPERATION_TIMEOUT, Operation},
+    control,
     node::{
         Status,
         verdict::{LAG_LIMIT, paused},
@@ -48,7 +50,7 @@ const AFTER: usize = 50;
 const LIMIT: Duration = Duration::from_secs(60);
 /// Most writes of one drill: reading and removing them must stay quick.
 const MAX_WRITES: usize = 50_000;
-/// How long the new PRIMARY may take to give the list of tags.
+/// How long the new PRIMARY may take to give the list of the writes, and to take the result.
 const CHECK_LIMIT: Duration = Duration::from_secs(10);
 /// Name of the record in the data folder, and how many drills it keeps.
 const RECORD: &str = "drills.jsonl";
@@ -67,8 +69,6 @@ struct Outcome {
     to: Option<String>,
     /// From the last write that the old PRIMARY acknowledged to the first one of the new.
     outage_ms: Option<f64>,
-    /// The gap that the daemon has measured; only of a switchover.
-    handover_ms: Option<f64>,
     acknowledged: usize,
     acknowledged_by_new: usize,
     refused: u64,
@@ -92,14 +92,17 @@ pub(super) fn run(door: &Door, args: &DrillArgs) -> Result<u8, Stop> {
         if args.kill { "its process is killed" } else { "switchover" }
     );
     let rehearsed = rehearse(&mut canary, takeover, LIMIT);
-    let checked = rehearsed.map(|handover_ms| (handover_ms, canary.missing(CHECK_LIMIT)));
-    let left = canary.clean_up();
-    if left > 0 {
-        eprintln!("twistcli: {left} tags named drill-... could not be removed: remove them in the Console");
+    let checked = rehearsed.map(|()| canary.missing(CHECK_LIMIT));
+    let judged = checked.map_err(Broken::into_stop).and_then(|missing| missing.map_err(stop));
+    let outcome = judged.map(|missing| outcome(&canary, &status, args.kill, missing));
+    let (ok, text) = match &outcome {
+        Ok(outcome) => (outcome.missing.is_empty() && outcome.to.is_some(), describe(outcome)),
+        Err(_) => (false, "it broke off".to_owned()),
+    };
+    if let Err(why) = canary.end(ok, text.lines().next().unwrap_or_default(), CHECK_LIMIT) {
+        eprintln!("twistcli: the end of the drill could not be told, and its tags named drill-... are left: {why}");
     }
-    let (handover_ms, missing) = checked.map_err(Broken::into_stop)?;
-    let missing = missing.map_err(stop)?;
-    let outcome = outcome(&canary, &status, args.kill, handover_ms, missing);
+    let outcome = outcome?;
     if let Door::Local(local) = door
         && let Err(error) = record(&local.data, &outcome)
     {
@@ -142,35 +145,44 @@ fn ready(status: &Status, now: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// A canary that is logged in, and how the role is to be taken.
+/// What the API says when a drill begins.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Begun {
+    token: String,
+    prefix: String,
+    https_port: Option<u16>,
+}
+
+/// Begins a drill. Returns a canary with its token, and how the role is to be taken.
 fn prepare(door: &Door, args: &DrillArgs, status: &Status) -> Result<(Canary, Takeover), Stop> {
-    let prefix = format!("drill-{}", Timestamp::now().as_millisecond());
-    let begin = |port, remote: &Remote| {
-        // Each member by its own address: behind a load balancer nobody sees who answers.
-        let mut canary = Canary::new(consoles(status, port), &remote.trust, &prefix);
-        canary.log_in(&remote.login).map_err(stop).map(|()| canary)
-    };
-    match door {
-        Door::Remote(_) if args.kill => {
-            let why = "--kill ends the daemon of this host: run it on the PRIMARY, without --address";
-            Err(Stop::tell(EX_USAGE, why))
-        }
-        Door::Remote(remote) => {
-            let port = args.https_port.or_else(|| remote.places().first().and_then(|place| place.port()));
-            let way = Remote::new(remote.places(), remote.trust.clone(), remote.login.clone());
-            Ok((begin(port, remote)?, Takeover::ByApi(way)))
-        }
-        Door::Local(local) => {
-            let port = args.https_port.unwrap_or(local.https_port);
-            let canary = begin(Some(port), &local.consoles(args.target.login())?)?;
-            let Local { socket, data, .. } = local;
-            let takeover = match args.kill {
-                true => Takeover::Kill { socket: socket.clone(), lock: data.join("lock") },
-                false => Takeover::Here { socket: socket.clone() },
-            };
-            Ok((canary, takeover))
-        }
+    if args.kill && matches!(door, Door::Remote(_)) {
+        let why = "--kill ends the daemon of this host: run it on the PRIMARY, without --address";
+        return Err(Stop::tell(EX_USAGE, why));
     }
+    let api = args.target.api()?;
+    let (named, trust) = match &api {
+        Api::There(remote) if matches!(door, Door::Remote(_)) => {
+            (remote.places().first().and_then(Place::port), remote.trust.clone())
+        }
+        Api::There(remote) => (None, remote.trust.clone()),
+        Api::Here(_, trust) => (None, trust.clone()),
+    };
+    let plan = json!({ "takeover": if args.kill { "kill" } else { "switchover" } });
+    let begun = api.call(Method::POST, "high-availability/drill", Some(&plan))?;
+    let begun = Begun::deserialize(begun).map_err(|error| {
+        Stop::tell(EX_UNAVAILABLE, &format!("the answer to the beginning of a drill is not understood: {error}"))
+    })?;
+    let port = args.https_port.or(named).or(begun.https_port);
+    // Each member by its own address: behind a load balancer nobody sees who answers.
+    let canary = Canary::new(consoles(status, port), &trust, &begun.token, &begun.prefix);
+    let takeover = match door {
+        Door::Local(Local { socket, data, .. }) if args.kill => {
+            Takeover::Kill { socket: socket.clone(), lock: data.join("lock") }
+        }
+        _ => Takeover::Switchover(Box::new(canary.switchover())),
+    };
+    Ok((canary, takeover))
 }
 
 fn stop(failed: Failed) -> Stop {
@@ -182,10 +194,8 @@ fn stop(failed: Failed) -> Stop {
 
 /// How the role is taken from the PRIMARY.
 enum Takeover {
-    /// A switchover by the daemon of this host.
-    Here { socket: PathBuf },
-    /// A switchover by the API.
-    ByApi(Remote),
+    /// A switchover, which the Console begins.
+    Switchover(Box<dyn FnOnce() -> Result<(), String> + Send>),
     /// The daemon of this host is killed. The lock of its data folder has its pid in it.
     Kill { socket: PathBuf, lock: PathBuf },
 }
@@ -214,20 +224,10 @@ impl Broken {
 }
 
 impl Takeover {
-    /// Takes it. Returns the gap that the daemon has measured.
-    fn take(&self) -> Result<Option<f64>, String> {
-        let report: SwitchoverReport = match self {
-            Self::Kill { socket, lock } => return kill_daemon(socket, lock).map(|()| None),
-            Self::Here { socket } => {
-                let operation = Operation::Switchover { to: None, dry_run: false };
-                control::operate(socket, operation, OPERATION_TIMEOUT + ANSWER_LIMIT)
-                    .map_err(|error| format!("the switchover: {error}"))?
-            }
-            Self::ByApi(remote) => handover::begin(remote, None).map_err(|stop| stop.text())?,
-        };
-        match report.checks.iter().find(|check| !check.ok) {
-            Some(check) => Err(format!("the switchover: {}: {}", check.name, check.detail)),
-            None => Ok(report.gap_ms),
+    fn take(self) -> Result<(), String> {
+        match self {
+            Self::Kill { socket, lock } => kill_daemon(&socket, &lock),
+            Self::Switchover(begin) => begin().map_err(|why| format!("the switchover: {why}")),
         }
     }
 }
@@ -247,12 +247,11 @@ fn kill_daemon(socket: &Path, lock: &Path) -> Result<(), String> {
     kill(Pid::from_raw(owner), Signal::SIGKILL).map_err(|error| format!("kill process {owner}: {error}"))
 }
 
-/// Writes before, during and after the takeover, until `limit`. Returns the gap that the daemon has measured.
-fn rehearse(canary: &mut Canary, takeover: Takeover, limit: Duration) -> Result<Option<f64>, Broken> {
+/// Writes before, during and after the takeover, until `limit`.
+fn rehearse(canary: &mut Canary, takeover: Takeover, limit: Duration) -> Result<(), Broken> {
     let deadline = Instant::now() + limit;
     let mut takeover = Some(takeover);
-    let mut under_way: Option<JoinHandle<Result<Option<f64>, String>>> = None;
-    let mut gap = None;
+    let mut under_way: Option<JoinHandle<Result<(), String>>> = None;
     while after(&canary.acknowledged).len() < AFTER
         && Instant::now() < deadline
         && canary.acknowledged.len() < MAX_WRITES
@@ -266,7 +265,7 @@ fn rehearse(canary: &mut Canary, takeover: Takeover, limit: Duration) -> Result<
         if under_way.as_ref().is_some_and(JoinHandle::is_finished)
             && let Some(ended) = under_way.take()
         {
-            gap = joined(ended)?;
+            joined(ended)?;
         }
     }
     if takeover.is_some() {
@@ -274,11 +273,11 @@ fn rehearse(canary: &mut Canary, takeover: Takeover, limit: Duration) -> Result<
     }
     match under_way {
         Some(ended) => joined(ended),
-        None => Ok(gap),
+        None => Ok(()),
     }
 }
 
-fn joined(ended: JoinHandle<Result<Option<f64>, String>>) -> Result<Option<f64>, Broken> {
+fn joined(ended: JoinHandle<Result<(), String>>) -> Result<(), Broken> {
     ended.join().unwrap_or_else(|_| Err("the takeover panicked".to_owned())).map_err(Broken::Refused)
 }
 
@@ -289,21 +288,19 @@ fn after(acknowledged: &[Acknowledged]) -> &[Acknowledged] {
     &acknowledged[at..]
 }
 
-fn outcome(canary: &Canary, status: &Status, kill: bool, handover: Option<f64>, missing: Vec<String>) -> Outcome {
+fn outcome(canary: &Canary, status: &Status, kill: bool, missing: Vec<String>) -> Outcome {
     let all = &canary.acknowledged;
     let after = after(all);
     let before = &all[..all.len() - after.len()];
     let outage = before.last().zip(after.first()).map(|(last, first)| first.at.duration_since(last.at));
-    // Tenths of a millisecond: more would be noise.
-    let rounded = |ms: f64| (ms * 10.0).round() / 10.0;
     Outcome {
         at: Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
         version: status.version.clone(),
         takeover: if kill { "kill" } else { "switchover" },
         from: status.name.clone(),
         to: after.first().map(|write| canary.name(write.console).to_owned()),
-        outage_ms: outage.map(|outage| rounded(outage.as_secs_f64() * 1000.0)),
-        handover_ms: handover.map(rounded),
+        // Tenths of a millisecond: more would be noise.
+        outage_ms: outage.map(|outage| (outage.as_secs_f64() * 10_000.0).round() / 10.0),
         acknowledged: all.len(),
         acknowledged_by_new: after.len(),
         refused: canary.refused,
@@ -318,9 +315,6 @@ fn describe(outcome: &Outcome) -> String {
         (Some(to), Some(ms)) => format!("{to} took over from {from} ({}). Outage: {ms:.1} ms.\n", outcome.takeover),
         _ => format!("No other member took over from {from} within {} s.\n", LIMIT.as_secs()),
     };
-    if let Some(ms) = outcome.handover_ms {
-        text.push_str(&format!("  As the daemon measured it: {ms:.1} ms.\n"));
-    }
     text.push_str(&format!(
         "  {acknowledged} writes acknowledged, {acknowledged_by_new} of them by the new PRIMARY; {refused} connections refused; \
          {unknown} outcomes unknown to the client.\n"
@@ -397,7 +391,6 @@ mod tests {
             from: "node1".into(),
             to: Some("node2".into()),
             outage_ms: Some(31.4),
-            handover_ms: None,
             acknowledged: 90,
             acknowledged_by_new: 50,
             refused: 7,
@@ -440,11 +433,11 @@ mod tests {
         let ca = folder.path().join("ca.pem");
         let url = busy_console(&ca);
         let trust = Trust::file(&ca).unwrap();
-        let mut canary = Canary::new(vec![Console { name: "node1".into(), url }], &trust, "drill-1");
+        let mut canary = Canary::new(vec![Console { name: "node1".into(), url }], &trust, "token", "drill-1-");
         let takeover = Takeover::Kill { socket: "/nowhere".into(), lock: "/nowhere".into() };
         let ended = rehearse(&mut canary, takeover, Duration::from_millis(300));
         let Err(Broken::Never(Some(last))) = ended else { panic!("the takeover was begun") };
-        assert!(last.ends_with("/api/v1/tags: 503 Service Unavailable"), "{last}");
+        assert!(last.ends_with("/drill/writes: 503 Service Unavailable"), "{last}");
         assert!(canary.acknowledged.is_empty() && canary.unknown > 0);
     }
 

@@ -59,7 +59,7 @@ pub(super) fn switchover(
 ///
 /// # Errors
 /// When nobody answers, or it is refused.
-pub(super) fn begin(remote: &Remote, to: Option<&str>) -> Result<SwitchoverReport, Stop> {
+fn begin(remote: &Remote, to: Option<&str>) -> Result<SwitchoverReport, Stop> {
     ask(remote, to, false)
 }
 

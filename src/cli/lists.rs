@@ -5,32 +5,21 @@ use std::io;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{door::Door, remote::Remote, stop::Stop, target::Target};
+use super::{api::Api, stop::Stop};
 
 /// Rows in one page: the most that the API gives.
 const PAGE: usize = 1000;
 /// Pages that are read at most.
 const MAX_PAGES: usize = 100;
 
-/// The Consoles of the cluster that is meant: this host's if no other is named.
-///
-/// # Errors
-/// When they cannot be found, or there is no login.
-pub(super) fn consoles(target: &Target) -> Result<Remote, Stop> {
-    match target.door()? {
-        Door::Remote(remote) => Ok(remote),
-        Door::Local(local) => local.consoles(target.login()),
-    }
-}
-
 /// A whole list.
 ///
 /// # Errors
 /// When nobody answers as they should.
-pub(super) fn all(remote: &Remote, path: &str) -> Result<Vec<Value>, Stop> {
+pub(super) fn all(api: &Api, path: &str) -> Result<Vec<Value>, Stop> {
     let mut found: Vec<Value> = Vec::new();
     for page in 0..MAX_PAGES {
-        let rows: Vec<Value> = remote.get(&format!("{path}?limit={PAGE}&offset={}", page * PAGE))?;
+        let rows: Vec<Value> = api.get(&format!("{path}?limit={PAGE}&offset={}", page * PAGE))?;
         let last = rows.len() < PAGE;
         found.extend(rows);
         if last {

@@ -2,6 +2,7 @@
 //! control socket of this host's daemon, or the API of the Consoles. Must never touch the data folder (but for the record
 //! that `ha drill` writes there), and must never print a password.
 
+mod api;
 mod args;
 mod backup;
 mod bundle;

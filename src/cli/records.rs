@@ -25,7 +25,8 @@ use crate::{
 
 /// The help of `twistcli audits`.
 pub(super) const AUDITS_HELP: &str = "\
-Every change and every login, good or bad. Needs the role Administrator or Auditor.
+Every change, also one that was refused, and every login. On the PRIMARY's host no login is needed for who may
+use the daemon's socket; elsewhere the role Administrator or Auditor.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -55,7 +56,8 @@ pub(super) struct AuditsArgs {
 /// The help of `twistcli logs`.
 pub(super) const LOGS_HELP: &str = "\
 The PRIMARY keeps its last lines in memory. On a host with systemd, `journalctl -u twistlockd` has all of this host's.
-Needs the role Administrator or Auditor.
+On the PRIMARY's host no login is needed for who may use the daemon's socket; elsewhere the role Administrator
+or Auditor.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -157,7 +159,7 @@ pub(super) fn audits(args: &AuditsArgs, paint: Paint) -> Result<(), Stop> {
     if let Some(since) = args.since {
         path.push_str(&format!("&since={}", before(since)));
     }
-    let found: Vec<Value> = lists::consoles(&args.target)?.get(&path)?;
+    let found: Vec<Value> = args.target.api()?.get(&path)?;
     if args.json {
         return print_json(&found);
     }
@@ -209,7 +211,7 @@ struct Line {
 /// # Errors
 /// When nobody answers, or it is refused.
 pub(super) fn logs(args: &LogsArgs, paint: Paint) -> Result<(), Stop> {
-    let found: Vec<Value> = lists::consoles(&args.target)?.get(&format!("logs/console?lines={}", args.lines))?;
+    let found: Vec<Value> = args.target.api()?.get(&format!("logs/console?lines={}", args.lines))?;
     if args.json {
         return print_json(&found);
     }

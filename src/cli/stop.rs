@@ -56,16 +56,6 @@ impl Stop {
         }
     }
 
-    /// The sentence, for another one to be made of it.
-    pub(super) fn text(self) -> String {
-        match self {
-            Self::Why { text, .. } => text.strip_prefix("twistcli: ").unwrap_or(&text).to_owned(),
-            Self::Unknown(text) => text,
-            Self::Told(code) => format!("exit code {code}"),
-            Self::Output(error) => error.to_string(),
-        }
-    }
-
     /// The exit code, after everything has been said.
     ///
     /// # Errors

@@ -76,16 +76,16 @@ struct Tag {
 pub(super) fn run(command: &Tags, paint: Paint) -> Result<(), Stop> {
     match command {
         Tags::List { target, json } => {
-            let found = lists::all(&lists::consoles(target)?, "tags")?;
+            let found = lists::all(&target.api()?, "tags")?;
             if *json { print_json(&found) } else { Ok(columns::print(&table(&found, paint)?)?) }
         }
         Tags::Add { target, name, tag_color, description } => {
             let body = json!({ "name": name, "color": tag_color, "description": description });
-            lists::consoles(target)?.call(Method::POST, "tags", Some(&body))?;
+            target.api()?.call(Method::POST, "tags", Some(&body))?;
             Ok(writeln!(io::stdout(), "The tag {} is there.", columns::harmless(name))?)
         }
         Tags::Delete { target, name } => {
-            lists::consoles(target)?.call(Method::DELETE, &format!("tags/{}", segment(name)), None)?;
+            target.api()?.call(Method::DELETE, &format!("tags/{}", segment(name)), None)?;
             Ok(writeln!(io::stdout(), "The tag {} is deleted.", columns::harmless(name))?)
         }
     }

@@ -149,6 +149,15 @@ impl LoginArgs {
         Ok(Trust::system().and(Trust::file(&own).unwrap_or_default()))
     }
 
+    /// Somebody is named to log in as, on the command line or in the environment.
+    pub(super) fn is_named(&self) -> bool {
+        let named = self.user.is_some() || self.password.is_some() || self.token.is_some();
+        named
+            || ["TWISTLOCK_USER", "TWISTLOCK_PASSWORD", "TWISTLOCK_TOKEN"]
+                .into_iter()
+                .any(|name| variable(name).is_some())
+    }
+
     /// Token, or user and password. Asks for the password on the terminal if it is nowhere else.
     ///
     /// # Errors

@@ -8,10 +8,12 @@ use serde_json::{Value, json};
 use ureq::http::Method;
 
 use super::{
+    api::Api,
     args::DONE_OR_REFUSED,
     columns::{self, Cell, Paint, print_json},
+    door::Door,
     lists,
-    remote::{Login, Remote, segment},
+    remote::{Login, segment},
     stop::{EX_USAGE, Stop, confirm},
     table::date,
     target::{Target, new_password},
@@ -146,26 +148,29 @@ struct Account {
 /// When nobody answers, or it is refused.
 pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
     match command {
-        Users::List { target, json } => list(&lists::consoles(target)?, *json, paint),
+        Users::List { target, json } => list(&target.api()?, *json, paint),
         Users::Add { target, named: Named { who }, role } => {
-            let remote = lists::consoles(target)?;
+            let remote = target.api()?;
             let body = json!({ "username": who, "password": new_password(who)?, "role": role.name() });
             remote.call(Method::POST, "users", Some(&body))?;
             say(&format!("{who} is a user with the role {}.", role.name()))
         }
         Users::SetRole { target, named: Named { who }, role } => {
             let body = json!({ "username": who, "role": role.name() });
-            lists::consoles(target)?.call(Method::PUT, "users", Some(&body))?;
+            target.api()?.call(Method::PUT, "users", Some(&body))?;
             say(&format!("{who} has the role {}. All sessions of {who} have ended.", role.name()))
         }
         Users::SetPassword { target, named: Named { who } } => {
-            let remote = lists::consoles(target)?;
+            let remote = target.api()?;
             let body = json!({ "username": who, "password": new_password(who)? });
             remote.call(Method::PUT, "users", Some(&body))?;
             say(&format!("{who} has a new password. All sessions of {who} have ended."))
         }
         Users::Passwd { target } => {
-            let remote = lists::consoles(target)?;
+            let remote = match target.door()? {
+                Door::Remote(remote) => remote,
+                Door::Local(local) => local.consoles(target.login())?,
+            };
             let Login::Password { user, password } = &remote.login else {
                 return Err(Stop::tell(EX_USAGE, "a token does not say the password in use: give --user"));
             };
@@ -174,7 +179,7 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
             say(&format!("{user} has a new password. All sessions of {user} have ended."))
         }
         Users::Delete { target, named: Named { who }, yes } => {
-            let remote = lists::consoles(target)?;
+            let remote = target.api()?;
             confirm(&format!("Delete the user {who}?"), *yes)?;
             remote.call(Method::DELETE, &format!("users/{}", segment(who)), None)?;
             say(&format!("{who} is deleted."))
@@ -187,7 +192,7 @@ fn say(text: &str) -> Result<(), Stop> {
     Ok(())
 }
 
-fn list(remote: &Remote, json: bool, paint: Paint) -> Result<(), Stop> {
+fn list(remote: &Api, json: bool, paint: Paint) -> Result<(), Stop> {
     let found: Vec<Value> = lists::all(remote, "users")?;
     if json {
         return print_json(&found);

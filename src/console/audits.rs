@@ -23,6 +23,8 @@ use super::{
     routes::{Access, Entry, Role, route},
     store::{Store, StoreError, Writing},
 };
+pub(super) use crate::admin::audit::difference;
+use crate::admin::{Act, Actor, Outcome, Ticket, audit::RECORD};
 
 /// Rows kept; the oldest go first.
 const ROWS: i64 = 100_000;
@@ -34,6 +36,14 @@ const RECALLED: i64 = 2000;
 const TEXT: usize = 256;
 /// Longest difference in bytes; a longer one is replaced by a remark.
 const DIFFERENCE: usize = 8 << 10;
+/// Longest outcome in characters, its reason included: what is longer is cut.
+const REASON: usize = 500;
+/// So many of the newest rows are searched for that of an operation.
+const NEAR: i64 = 5_000;
+/// The action of a drill.
+pub(super) const DRILL: &str = "drill";
+/// The outcome of an operation that is under way.
+const BEGUN: &str = "begun";
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
@@ -81,14 +91,17 @@ pub(super) struct Audit {
     source: String,
     action: String,
     what: String,
-    /// False for a login that failed.
+    /// False for what was refused or failed, and for what is not known to have been done (yet).
     ok: bool,
-    /// What changed: `{"field": {"old": ..., "new": ...}}`, or null.
+    /// What changed, or was to be changed: `{"field": {"old": ..., "new": ...}}`, or null.
     difference: Difference,
+    /// How it ended, if the row was written before that: `begun`, `done`, or `refused`, `failed` or `unknown` and why.
+    outcome: Option<String>,
 }
 
 impl FromRow<'_, SqliteRow> for Audit {
     fn from_row(row: &SqliteRow) -> sqlx::Result<Self> {
+        let (difference, outcome) = apart(row.try_get::<String, _>("difference")?);
         Ok(Self {
             id: row.try_get("id")?,
             time: row.try_get("time")?,
@@ -97,7 +110,8 @@ impl FromRow<'_, SqliteRow> for Audit {
             action: row.try_get("action")?,
             what: row.try_get("what")?,
             ok: row.try_get("ok")?,
-            difference: Difference::from(row.try_get::<String, _>("difference")?),
+            difference: Difference(difference),
+            outcome,
         })
     }
 }
@@ -106,10 +120,14 @@ impl FromRow<'_, SqliteRow> for Audit {
 #[derive(Debug, Serialize, JsonSchema)]
 struct Difference(Value);
 
-impl From<String> for Difference {
-    fn from(text: String) -> Self {
-        Self(serde_json::from_str(&text).unwrap_or(Value::String(text)))
-    }
+/// What was changed, and how that ended.
+fn apart(text: String) -> (Value, Option<String>) {
+    let mut value: Value = serde_json::from_str(&text).unwrap_or(Value::String(text));
+    let record = value.as_object_mut().and_then(|fields| fields.remove(RECORD));
+    let Some(record) = record else { return (value, None) };
+    let empty = value.as_object().is_some_and(Map::is_empty);
+    let outcome = record["outcome"].as_str().map(str::to_owned);
+    (if empty { Value::Null } else { value }, outcome)
 }
 
 /// `GET audits/mgmt`.
@@ -137,13 +155,14 @@ async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted
 }
 
 fn csv(rows: &[Audit]) -> String {
-    let mut text = "id,time,user,source,action,what,ok,difference\r\n".to_owned();
+    let mut text = "id,time,user,source,action,what,ok,difference,outcome\r\n".to_owned();
     for row in rows {
         let difference = row.difference.0.to_string();
         let cells = [&row.user, &row.source, &row.action, &row.what].map(|text| cell(text));
         let [user, source, action, what] = cells;
         let (id, time, ok, difference) = (row.id, row.time, row.ok, cell(&difference));
-        text.push_str(&format!("{id},{time},{user},{source},{action},{what},{ok},{difference}\r\n"));
+        let outcome = row.outcome.as_deref().map(cell).unwrap_or_default();
+        text.push_str(&format!("{id},{time},{user},{source},{action},{what},{ok},{difference},{outcome}\r\n"));
     }
     text
 }
@@ -167,23 +186,25 @@ pub(super) async fn record(
     what: &str,
     difference: Value,
 ) -> Result<(), StoreError> {
-    insert(writing, &Row { user: &user.name, source: &user.from.to_string(), action, what, ok: true, difference }).await
+    let Actor { name, source } = user.actor();
+    insert(writing, &Row { user: &name, source: &source, action, what, ok: true, difference }).await
 }
 
-/// Records what is about to be done where it is no write of the database (apply, switchover): a transaction of its own,
-/// before the action is begun, because afterwards the database may not be here any more.
+/// Records a request to change something of the Console's own tables that was refused.
 ///
 /// # Errors
-/// As those of [`Writing::commit`]; then the action must not be begun.
-pub(super) async fn note(
+/// As those of [`Writing::commit`].
+pub(super) async fn note_refusal(
     store: &Store,
-    user: &User,
+    actor: &Actor,
     action: &str,
     what: &str,
-    difference: Value,
+    why: &str,
 ) -> Result<(), StoreError> {
     let mut writing = store.begin().await?;
-    record(&mut writing, user, action, what, difference).await?;
+    let difference = json!({ RECORD: { "outcome": Outcome::Refused(shortened(why)).to_string() } });
+    let row = Row { user: &actor.name, source: &actor.source, action, what, ok: false, difference };
+    insert(&mut writing, &row).await?;
     writing.commit().await
 }
 
@@ -233,16 +254,27 @@ struct Row<'a> {
     difference: Value,
 }
 
+/// What is short enough to be kept of a difference.
+fn bounded(difference: &Value) -> Value {
+    let length = difference.to_string().len();
+    if length > DIFFERENCE { json!({ "tooLong": length }) } else { difference.clone() }
+}
+
 async fn insert(writing: &mut Writing, row: &Row<'_>) -> Result<(), StoreError> {
-    let mut difference = row.difference.to_string();
-    if difference.len() > DIFFERENCE {
-        difference = json!({ "tooLong": difference.len() }).to_string();
-    }
+    insert_at(writing, row, unix_time()).await
+}
+
+async fn insert_at(writing: &mut Writing, row: &Row<'_>, time: i64) -> Result<(), StoreError> {
+    // Whoever adds to it what is short has cut it before.
+    let difference = match row.difference.get(RECORD) {
+        Some(_) => row.difference.to_string(),
+        None => bounded(&row.difference).to_string(),
+    };
     let insert = sqlx::query(
         "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, ?, ?, ?, ?)",
     );
     let cut = |text: &str| text.chars().take(TEXT).collect::<String>();
-    let insert = insert.bind(unix_time()).bind(cut(row.user)).bind(row.source.to_owned());
+    let insert = insert.bind(time).bind(cut(row.user)).bind(cut(row.source));
     let insert = insert.bind(cut(row.action)).bind(cut(row.what)).bind(row.ok).bind(difference);
     writing.execute(insert).await?;
     let delete = sqlx::query("DELETE FROM audits WHERE id <= (SELECT max(id) FROM audits) - ?");
@@ -255,25 +287,189 @@ async fn insert(writing: &mut Writing, row: &Row<'_>) -> Result<(), StoreError> 
     Ok(())
 }
 
-/// The fields in which two states of a thing differ: `{"field": {"old": ..., "new": ...}}`. Null stands for "did not
-/// exist" and "does not exist any more".
-pub(super) fn difference(old: &impl Serialize, new: &impl Serialize) -> Value {
-    let fields = |value: Value| match value {
-        Value::Object(fields) => fields,
-        Value::Null => Map::new(),
-        other => Map::from_iter([("value".to_owned(), other)]),
+/// An operation of [`crate::admin`] as a row has it.
+pub(super) struct Operation<'a> {
+    pub(super) ticket: &'a Ticket,
+    /// Seconds since 1970.
+    pub(super) time: i64,
+    pub(super) actor: &'a Actor,
+    pub(super) act: &'a Act,
+    /// Name of the member that carries it out, and the epoch.
+    pub(super) at: (&'a str, u64),
+    /// None as long as it is under way.
+    pub(super) outcome: Option<&'a Outcome>,
+}
+
+/// Writes the row of an operation, or what has become of it into the row that it has.
+///
+/// # Errors
+/// As those of [`Writing::commit`].
+pub(super) async fn write_operation(store: &Store, operation: &Operation<'_>) -> Result<(), StoreError> {
+    let Operation { ticket: Ticket(ticket), time, actor, act, at: (member, epoch), outcome } = operation;
+    let mut writing = store.begin().await?;
+    let told = outcome.map_or_else(|| BEGUN.to_owned(), |outcome| shortened(&outcome.to_string()));
+    let mut difference = bounded(&act.difference);
+    if !difference.is_object() {
+        difference = json!({});
+    }
+    difference[RECORD] = json!({ "ticket": ticket, "member": member, "epoch": epoch, "outcome": told });
+    let ok = outcome.is_some_and(Outcome::is_done);
+    let find = "SELECT id FROM audits WHERE id > (SELECT max(id) FROM audits) - ?1 AND instr(difference, ?2) > 0";
+    let find = sqlx::query_scalar(find).bind(NEAR).bind(format!("\"ticket\":\"{ticket}\""));
+    let found: Option<i64> = match outcome {
+        None => None,
+        Some(_) => find.fetch_optional(writing.connection()).await.map_err(StoreError::from)?,
     };
-    // What cannot be written as JSON was not sent as JSON either.
-    let old = fields(serde_json::to_value(old).unwrap_or_default());
-    let new = fields(serde_json::to_value(new).unwrap_or_default());
-    let mut changed = Map::new();
-    for name in old.keys().chain(new.keys()) {
-        let (before, after) = (old.get(name), new.get(name));
-        if before != after {
-            changed.insert(name.clone(), json!({ "old": before, "new": after }));
+    match found {
+        Some(id) => {
+            let update = sqlx::query("UPDATE audits SET ok = ?, difference = ? WHERE id = ?");
+            writing.execute(update.bind(ok).bind(difference.to_string()).bind(id)).await?;
+        }
+        None => {
+            let Actor { name: user, source } = actor;
+            let row = Row { user, source, action: act.action, what: &act.what, ok, difference };
+            insert_at(&mut writing, &row, *time).await?;
         }
     }
-    Value::Object(changed)
+    writing.commit().await
+}
+
+/// A row of an operation whose outcome nobody has written yet.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Begun {
+    id: i64,
+    pub(super) ticket: String,
+    pub(super) time: i64,
+    pub(super) action: String,
+    pub(super) what: String,
+    pub(super) member: String,
+    pub(super) epoch: u64,
+    difference: Value,
+}
+
+#[cfg(test)]
+impl Begun {
+    pub(super) fn sample(action: &str, what: &str, member: &str, epoch: u64) -> Self {
+        let (id, time, ticket) = (1, 0, "0".to_owned());
+        let (action, what, member) = (action.to_owned(), what.to_owned(), member.to_owned());
+        Self { id, ticket, time, action, what, member, epoch, difference: Value::Null }
+    }
+}
+
+/// All such rows.
+///
+/// # Errors
+/// [`StoreError::Unavailable`].
+pub(super) async fn begun(store: &Store) -> Result<Vec<Begun>, StoreError> {
+    let mut reading = store.read().await?;
+    let find = "SELECT id, time, action, what, difference FROM audits \
+                WHERE id > (SELECT max(id) FROM audits) - ?1 AND ok = 0 AND instr(difference, ?2) > 0";
+    let mark = format!("\"outcome\":\"{BEGUN}\"");
+    let rows = sqlx::query(find).bind(NEAR).bind(mark).fetch_all(&mut *reading).await.map_err(StoreError::from)?;
+    let read = |row: &SqliteRow| -> Option<Begun> {
+        let difference: Value = serde_json::from_str(&row.try_get::<String, _>("difference").ok()?).ok()?;
+        let record = &difference[RECORD];
+        let text = |name: &str| record[name].as_str().unwrap_or_default().to_owned();
+        (record["outcome"] == BEGUN).then(|| Begun {
+            id: row.try_get("id").unwrap_or_default(),
+            time: row.try_get("time").unwrap_or_default(),
+            action: row.try_get("action").unwrap_or_default(),
+            what: row.try_get("what").unwrap_or_default(),
+            ticket: text("ticket"),
+            member: text("member"),
+            epoch: record["epoch"].as_u64().unwrap_or_default(),
+            difference: difference.clone(),
+        })
+    };
+    Ok(rows.iter().filter_map(read).collect())
+}
+
+/// Writes what has become of it into such a row.
+///
+/// # Errors
+/// As those of [`Writing::commit`].
+pub(super) async fn settle(store: &Store, mut row: Begun, outcome: &Outcome) -> Result<(), StoreError> {
+    row.difference[RECORD]["outcome"] = Value::String(shortened(&outcome.to_string()));
+    let update = "UPDATE audits SET ok = ?, difference = ? WHERE id = ?";
+    let update = sqlx::query(update).bind(outcome.is_done()).bind(row.difference.to_string()).bind(row.id);
+    store.write(update).await.map(|_| ())
+}
+
+/// A drill that is under way, as its row has it.
+#[derive(Clone, Debug)]
+pub(super) struct Drilled {
+    id: i64,
+    pub(super) time: i64,
+    pub(super) user: String,
+    /// Digest of the secret of its token.
+    pub(super) secret: String,
+    difference: Value,
+}
+
+/// Writes the row of a drill. Returns its id.
+///
+/// # Errors
+/// As those of [`Writing::commit`].
+pub(super) async fn begin_drill(
+    store: &Store,
+    Ticket(ticket): &Ticket,
+    (actor, act): (&Actor, &Act),
+    (member, epoch): (&str, u64),
+    secret: &str,
+) -> Result<i64, StoreError> {
+    let mut writing = store.begin().await?;
+    let mut difference = bounded(&act.difference);
+    difference[RECORD] =
+        json!({ "ticket": ticket, "member": member, "epoch": epoch, "secret": secret, "outcome": BEGUN });
+    let Actor { name: user, source } = actor;
+    insert(&mut writing, &Row { user, source, action: act.action, what: &act.what, ok: false, difference }).await?;
+    let id = writing.number("SELECT max(id) FROM audits").await?;
+    writing.commit().await?;
+    Ok(id)
+}
+
+/// The drill of that row and ticket, if it is under way.
+///
+/// # Errors
+/// [`StoreError::Unavailable`].
+pub(super) async fn drill(store: &Store, id: i64, ticket: &str) -> Result<Option<Drilled>, StoreError> {
+    let mut reading = store.read().await?;
+    let query = "SELECT time, user, difference FROM audits WHERE id = ? AND action = ?";
+    let row = sqlx::query(query).bind(id).bind(DRILL).fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
+    let read = |row: SqliteRow| -> Option<Drilled> {
+        let difference: Value = serde_json::from_str(&row.try_get::<String, _>("difference").ok()?).ok()?;
+        let record = &difference[RECORD];
+        let secret = record["secret"].as_str()?.to_owned();
+        if record["ticket"] != ticket || record["outcome"] != BEGUN {
+            return None;
+        }
+        Some(Drilled { id, time: row.try_get("time").ok()?, user: row.try_get("user").ok()?, secret, difference })
+    };
+    Ok(row.and_then(read))
+}
+
+/// Writes into its row what came out of a drill.
+///
+/// # Errors
+/// As those of [`Writing::execute`].
+pub(super) async fn end_drill(
+    writing: &mut Writing,
+    mut drill: Drilled,
+    outcome: &Outcome,
+    text: &str,
+) -> Result<(), StoreError> {
+    drill.difference[RECORD]["outcome"] = Value::String(shortened(&outcome.to_string()));
+    drill.difference["result"] = json!({ "old": null, "new": text });
+    if let Some(record) = drill.difference[RECORD].as_object_mut() {
+        record.remove("secret");
+    }
+    let update = sqlx::query("UPDATE audits SET ok = ?, difference = ? WHERE id = ?");
+    writing.execute(update.bind(outcome.is_done()).bind(drill.difference.to_string()).bind(drill.id)).await?;
+    Ok(())
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(REASON).collect()
 }
 
 #[cfg(test)]
@@ -289,11 +485,12 @@ mod tests {
     }
 
     #[test]
-    fn only_what_differs_is_recorded() {
-        let old = json!({"a": 1, "b": 2});
-        assert_eq!(difference(&old, &json!({"a": 1, "b": 3})), json!({"b": {"old": 2, "new": 3}}));
-        assert_eq!(difference(&old, &old), json!({}));
-        assert_eq!(difference(&Value::Null, &json!({"a": 1})), json!({"a": {"old": null, "new": 1}}));
-        assert_eq!(difference(&"x", &"y"), json!({"value": {"old": "x", "new": "y"}}));
+    fn a_row_tells_its_outcome_apart_from_what_was_changed() {
+        let text = json!({"a": {"old": 1, "new": 2}, RECORD: {"ticket": "t", "outcome": "done"}}).to_string();
+        assert_eq!(apart(text), (json!({"a": {"old": 1, "new": 2}}), Some("done".to_owned())));
+        assert_eq!(apart(json!({RECORD: {"outcome": "begun"}}).to_string()), (Value::Null, Some("begun".to_owned())));
+        assert_eq!(apart("null".to_owned()), (Value::Null, None));
+        assert_eq!(apart("{}".to_owned()), (json!({}), None));
+        assert_eq!(bounded(&json!({"a": "x".repeat(DIFFERENCE)})), json!({"tooLong": DIFFERENCE + 8}));
     }
 }

@@ -24,7 +24,7 @@ use super::{
     sessions::{self, Session},
     store::{StoreError, Writing},
 };
-use crate::telemetry::LOGINS_REFUSED;
+use crate::{admin::Actor, telemetry::LOGINS_REFUSED};
 
 const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
 /// How every join token begins; no token of `authenticate` does, since those have no dot.
@@ -37,9 +37,27 @@ pub(super) const LONGEST: usize = 1024;
 pub(super) struct User {
     pub(super) name: String,
     pub(super) role: Role,
-    pub(super) from: IpAddr,
-    /// None for a login by Basic.
+    pub(super) from: From,
+    /// None for a login by Basic, and for whoever comes from within the host.
     pub(super) session: Option<Session>,
+}
+
+/// Where a user is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum From {
+    Network(IpAddr),
+    /// On the host itself, by the control socket: see [`Actor::local`].
+    Within(Actor),
+}
+
+impl User {
+    /// As the audit names whoever it is.
+    pub(super) fn actor(&self) -> Actor {
+        match &self.from {
+            From::Network(address) => Actor::user(&self.name, *address),
+            From::Within(actor) => actor.clone(),
+        }
+    }
 }
 
 /// A name and a password: the body of `signup` and `authenticate`, or what Basic carries.
@@ -126,7 +144,7 @@ pub(super) async fn identify(
             if computed {
                 audits::note_login(&console.store, &name, from, true).await;
             }
-            Ok(User { name, role, from, session: None })
+            Ok(User { name, role, from: From::Network(from), session: None })
         }
         None => Err(ApiError::Unauthorized("log in with a bearer token or with Basic")),
     }
@@ -151,6 +169,14 @@ impl FromRequestParts<Arc<Console>> for Source {
         // Whoever serves the connection puts it there.
         let info = parts.extensions.get::<ConnectInfo<SocketAddr>>().ok_or(ApiError::Internal)?;
         Ok(Self(info.0.ip()))
+    }
+}
+
+/// The bearer token of a request, whatever it is of.
+pub(super) fn bearer(headers: &HeaderMap) -> Option<String> {
+    match credentials(headers)? {
+        Credentials::Bearer(token) => Some(token),
+        Credentials::Basic(_) => None,
     }
 }
 

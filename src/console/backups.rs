@@ -12,17 +12,16 @@ use axum::{
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde_json::{Value, json};
 
 use super::{
-    Console, audits,
+    Console,
     auth::User,
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
     programs,
     routes::{Access, Entry, Role, route},
 };
-use crate::backup::{Agreed, Backup, BackupError, BackupState, RemoteBackup, Started};
+use crate::backup::{Agreed, Backup, BackupError, BackupState, RemoteBackup, RestoreFrom, Started};
 
 /// How long a client waits for the end of what it has begun; then it looks at `settings/backup`.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -59,18 +58,24 @@ pub(super) fn routes() -> Vec<Entry> {
             .paged()
             .answer::<Vec<Backup>>(),
         route(Method::POST, "/backups", ADMINISTRATORS, make, create)
+            .operates("create", "backup")
             .body::<String>()
             .query::<Patience>()
             .answer::<Started>(),
-        route(Method::GET, "/backups/{id}", ADMINISTRATORS, "Download a backup", download).file("application/gzip"),
+        route(Method::GET, "/backups/{id}", ADMINISTRATORS, "Download a backup", download)
+            .operates("download", "backup")
+            .file("application/gzip"),
         route(Method::PATCH, "/backups/{id}", ADMINISTRATORS, "Give a manual backup another name", rename)
+            .operates("rename", "backup")
             .body::<String>()
             .answer::<Backup>(),
-        route(Method::DELETE, "/backups/{id}", ADMINISTRATORS, "Delete a backup", remove),
+        route(Method::DELETE, "/backups/{id}", ADMINISTRATORS, "Delete a backup", remove).operates("delete", "backup"),
         route(Method::POST, "/backups/{id}/verify", ADMINISTRATORS, check, verify)
+            .operates("verify", "backup")
             .query::<Patience>()
             .answer::<Started>(),
         route(Method::POST, "/backups/{id}/restore", ADMINISTRATORS, bring_back, restore)
+            .operates("restore", "backup")
             .body::<Confirmed>()
             .answer::<Started>(),
         route(Method::GET, "/settings/backup", ADMINISTRATORS, "How backups are set up, and what is under way", state)
@@ -116,9 +121,7 @@ async fn create(
     Body(name): Body<String>,
 ) -> Result<Json<Started>, ApiError> {
     let backups = &console.services()?.backups;
-    backups.check_new(&name)?;
-    audits::note(&console.store, &user, "create", &format!("backup '{name}'"), Value::Null).await?;
-    let started = backups.create(&name, &user.name)?;
+    let started = backups.create(&name, &user.actor()).await?;
     ended(&console, started, patience).await
 }
 
@@ -129,7 +132,7 @@ async fn verify(
     Search(patience): Search<Patience>,
     Name(id): Name,
 ) -> Result<Json<Started>, ApiError> {
-    let started = console.services()?.backups.verify(&id, &user.name).await?;
+    let started = console.services()?.backups.verify(&id, &user.actor()).await?;
     ended(&console, started, patience).await
 }
 
@@ -143,12 +146,9 @@ async fn restore(
     if wish.confirm != id {
         return Err(ApiError::bad("confirm: the id of the backup is needed: everything written since is lost"));
     }
-    let backups = &console.services()?.backups;
-    let path = backups.path(&id).await?;
-    // For a restore that fails. One that succeeds brings a row of its own.
-    audits::note(&console.store, &user, "restore", &format!("backup '{id}'"), Value::Null).await?;
     let agreed = Agreed { stop_console: true, unencrypted: wish.unencrypted };
-    Ok(Json(backups.restore(&path, agreed, &user.name).await?))
+    let backups = &console.services()?.backups;
+    Ok(Json(backups.restore(RestoreFrom::Folder(&id), agreed, &user.actor()).await?))
 }
 
 /// Waits for a moment, if that is wanted: most databases are small.
@@ -165,9 +165,7 @@ async fn ended(console: &Console, started: Started, patience: Patience) -> Resul
 /// `GET backups/{id}`.
 async fn download(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<Response, ApiError> {
     let slot = programs::slot(&console)?;
-    let (file, length) = console.services()?.backups.open(&id).await?;
-    // It has everything, the hashes of the passwords, too.
-    audits::note(&console.store, &user, "download", &format!("backup '{id}'"), Value::Null).await?;
+    let (file, length) = console.services()?.backups.download(&id, &user.actor()).await?;
     // Such a name has no character that means something in a header.
     let name = HeaderValue::from_str(&format!("attachment; filename=\"{id}\"")).map_err(|_| ApiError::Internal)?;
     let headers = HeaderMap::from_iter([
@@ -187,19 +185,13 @@ async fn rename(
     Body(name): Body<String>,
 ) -> Result<Json<Backup>, ApiError> {
     let backups = &console.services()?.backups;
-    backups.path(&id).await?;
-    backups.check_new(&name)?;
-    let difference = json!({ "name": { "new": name } });
-    audits::note(&console.store, &user, "rename", &format!("backup '{id}'"), difference).await?;
-    Ok(Json(backups.rename(&id, &name, &user.name).await?))
+    Ok(Json(backups.rename(&id, &name, &user.actor()).await?))
 }
 
 /// `DELETE backups/{id}`.
 async fn remove(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<(), ApiError> {
     let backups = &console.services()?.backups;
-    backups.path(&id).await?;
-    audits::note(&console.store, &user, "delete", &format!("backup '{id}'"), Value::Null).await?;
-    Ok(backups.delete(&id, &user.name).await?)
+    Ok(backups.delete(&id, &user.actor()).await?)
 }
 
 /// `GET settings/backup`.

@@ -6,19 +6,15 @@ use std::sync::Arc;
 use axum::{Json, extract::State, http::Method};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
 use super::{
-    Console, audits,
+    Console,
     auth::User,
     errors::ApiError,
     extract::Body,
     routes::{Access, Entry, Role, route},
 };
 use crate::admin::{Certificates, Custom};
-
-const NAMES: &str = "settings/certs";
-const CUSTOM: &str = "settings/custom-certs";
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
@@ -34,14 +30,17 @@ pub(super) fn routes() -> Vec<Entry> {
             "Set the names of the Consoles' certificates",
             set_names,
         )
+        .operates("set", "settings/certs")
         .body::<Names>()
         .answer::<Names>(),
         route(get, "/settings/custom-certs", ADMINISTRATORS, "The certificate that the Consoles were given", custom)
             .answer::<Option<Custom>>(),
         route(post, "/settings/custom-certs", ADMINISTRATORS, "Give the Consoles a certificate", set_custom)
+            .operates("set", "settings/custom-certs")
             .body::<Upload>()
             .answer::<Custom>(),
         route(Method::DELETE, "/settings/custom-certs", ADMINISTRATORS, "Back to the cluster's certificates", remove)
+            .operates("delete", "settings/custom-certs")
             .answer::<Names>(),
     ]
 }
@@ -75,10 +74,7 @@ async fn set_names(
     Body(Names { names }): Body<Names>,
 ) -> Result<Json<Names>, ApiError> {
     let admin = &console.services()?.admin;
-    let of = |names: &[String]| json!({ "consoleSAN": names });
-    let difference = audits::difference(&of(&admin.certificates().console_names), &of(&names));
-    audits::note(&console.store, &user, "set", NAMES, difference).await?;
-    let names = admin.set_console_names(names, &user.name).await?;
+    let names = admin.set_console_names(names, &user.actor()).await?;
     Ok(Json(Names { names }))
 }
 
@@ -94,15 +90,12 @@ async fn set_custom(
     Body(upload): Body<Upload>,
 ) -> Result<Json<Custom>, ApiError> {
     let admin = &console.services()?.admin;
-    // Nothing of a text that holds a key.
-    audits::note(&console.store, &user, "set", CUSTOM, Value::Null).await?;
-    Ok(Json(admin.set_certificate(&upload.certificate, &user.name).await?))
+    Ok(Json(admin.set_certificate(&upload.certificate, &user.actor()).await?))
 }
 
 /// `DELETE settings/custom-certs`. Answers with the names that the cluster's own certificates have in common.
 async fn remove(State(console): State<Arc<Console>>, user: User) -> Result<Json<Names>, ApiError> {
     let admin = &console.services()?.admin;
-    audits::note(&console.store, &user, "delete", CUSTOM, Value::Null).await?;
-    admin.remove_certificate(&user.name).await?;
+    admin.remove_certificate(&user.actor()).await?;
     Ok(Json(Names { names: admin.certificates().console_names }))
 }

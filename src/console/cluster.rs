@@ -11,10 +11,10 @@ use axum::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::{
-    Console, Services, audits,
+    Console, Services,
     auth::{self, Source, User},
     errors::ApiError,
     extract::{Body, Name, OptionalBody, Search},
@@ -54,12 +54,14 @@ pub(super) fn routes() -> Vec<Entry> {
         route(get.clone(), "/high-availability", Access::Any, "The state of the cluster", status)
             .answer::<Map<String, Value>>(),
         route(post.clone(), "/high-availability/requests", Access::Open, "Ask to join, with a join token", request)
+            .operates("ask to join", "host")
             .body::<JoinRequest>()
             .answer::<RequestState>()
             .status(StatusCode::ACCEPTED),
         route(get, "/high-availability/requests/{id}", Access::Open, "Where a request to join stands", request_state)
             .answer::<RequestState>(),
         route(delete.clone(), "/high-availability/requests/{id}", ADMINISTRATORS, "Turn a host down", reject)
+            .operates("reject", "request to join")
             .answer::<Done>(),
         route(
             delete.clone(),
@@ -68,24 +70,31 @@ pub(super) fn routes() -> Vec<Entry> {
             "Close all invitations: no join script is good any more",
             uninvite,
         )
+        .operates("uninvite", "high availability")
         .answer::<Done>(),
         route(post.clone(), "/high-availability/apply", ADMINISTRATORS, "Admit the hosts that ask to join", apply)
+            .operates("apply", "high availability")
             .optional_body::<Approval>()
             .answer::<Admitted>(),
         route(delete, "/high-availability/members/{member}", ADMINISTRATORS, "Remove a member", remove)
+            .operates("remove", "member")
             .query::<Removal>()
             .answer::<Gone>(),
         route(put, "/high-availability/members/{member}/address", ADMINISTRATORS, "Move a member", readdress)
+            .operates("readdress", "member")
             .body::<Place>()
             .answer::<Done>(),
         route(post.clone(), "/high-availability/switchover", ADMINISTRATORS, "Hand the primary role over", switchover)
+            .operates("switchover", "high availability")
             .body::<Switchover>()
             .answer::<SwitchoverReport>()
             .status(StatusCode::ACCEPTED),
         route(post.clone(), "/high-availability/pause", ADMINISTRATORS, "No takeover for some minutes", pause)
+            .operates("pause", "high availability")
             .body::<Pause>()
             .answer::<Paused>(),
         route(post.clone(), "/high-availability/rotate-key", ADMINISTRATORS, "Replace the cluster key", rotate_key)
+            .operates("rotate", "cluster key")
             .answer::<Done>(),
         route(
             post.clone(),
@@ -94,9 +103,12 @@ pub(super) fn routes() -> Vec<Entry> {
             "Replace the certificate authority",
             rotate_ca,
         )
+        .operates("rotate", "certificate authority")
         .body::<Overlap>()
         .answer::<Done>(),
-        route(post, "/high-availability/resume", ADMINISTRATORS, "End a pause", resume).answer::<Done>(),
+        route(post, "/high-availability/resume", ADMINISTRATORS, "End a pause", resume)
+            .operates("resume", "high availability")
+            .answer::<Done>(),
     ]
 }
 
@@ -138,8 +150,7 @@ pub(super) async fn request_state(
 /// `DELETE high-availability/join-script`: closes all invitations.
 pub(super) async fn uninvite(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
     let services = console.services()?;
-    audits::note(&console.store, &user, "uninvite", "high availability", Value::Null).await?;
-    services.admin.uninvite(&user.name).await?;
+    services.admin.uninvite(&user.actor()).await?;
     Ok(Json(Done {}))
 }
 
@@ -165,9 +176,7 @@ pub(super) async fn apply(
 ) -> Result<Json<Admitted>, ApiError> {
     let services = console.services()?;
     let compared = approval.and_then(|approval| approval.fingerprints);
-    let wish = audits::difference(&Value::Null, &json!({ "fingerprints": compared }));
-    audits::note(&console.store, &user, "apply", "high availability", wish).await?;
-    let admitted = services.admin.apply(compared, &user.name).await?;
+    let admitted = services.admin.apply(compared, &user.actor()).await?;
     Ok(Json(Admitted { admitted }))
 }
 
@@ -178,8 +187,7 @@ pub(super) async fn reject(
     Name(request): Name,
 ) -> Result<Json<Done>, ApiError> {
     let services = console.services()?;
-    audits::note(&console.store, &user, "reject", &format!("request to join '{request}'"), Value::Null).await?;
-    services.admin.reject(&request, &user.name).await?;
+    services.admin.reject(&request, &user.actor()).await?;
     Ok(Json(Done {}))
 }
 
@@ -206,9 +214,7 @@ pub(super) async fn remove(
     Search(removal): Search<Removal>,
 ) -> Result<Json<Gone>, ApiError> {
     let services = console.services()?;
-    let wish = audits::difference(&Value::Null, &json!({ "force": removal.force }));
-    audits::note(&console.store, &user, "remove", &format!("member '{member}'"), wish).await?;
-    let warning = services.admin.remove(&member, removal.force, &user.name).await?;
+    let warning = services.admin.remove(&member, removal.force, &user.actor()).await?;
     Ok(Json(Gone { warning }))
 }
 
@@ -237,24 +243,16 @@ pub(super) async fn switchover(
     user: User,
     Body(wish): Body<Switchover>,
 ) -> Result<Response, ApiError> {
-    let admin = Arc::clone(&console.services()?.admin);
-    let report = admin.switchover(wish.to.as_deref(), true, &user.name).await?;
+    let admin = &console.services()?.admin;
     if wish.dry_run {
-        return Ok(Json(report).into_response());
+        return Ok(Json(admin.check_switchover(wish.to.as_deref())?).into_response());
     }
+    // Does not wait for the end: this request would be one of those that the switchover waits for.
+    let report = admin.begin_switchover(wish.to.as_deref(), &user.actor()).await?;
     if let Some(failed) = report.checks.iter().find(|check| !check.ok) {
         let err = format!("{}: {}", failed.name, failed.detail);
         return Ok((StatusCode::CONFLICT, Json(Failed { err, report })).into_response());
     }
-    let to = report.to.clone();
-    let wish = audits::difference(&Value::Null, &json!({ "to": to }));
-    audits::note(&console.store, &user, "switchover", "high availability", wish).await?;
-    // Not in this request: it would be one of those that the switchover waits for.
-    tokio::spawn(async move {
-        if let Err(error) = admin.switchover(to.as_deref(), false, &user.name).await {
-            tracing::warn!(by = user.name, "the switchover did not come about: {error}");
-        }
-    });
     Ok((StatusCode::ACCEPTED, Json(report)).into_response())
 }
 
@@ -286,25 +284,21 @@ pub(super) async fn pause(
     };
     let span = Duration::from_secs(seconds);
     let services = console.services()?;
-    let change = audits::difference(&Value::Null, &json!({ "seconds": seconds }));
-    audits::note(&console.store, &user, "pause", "high availability", change).await?;
-    let until = services.admin.pause(span, &user.name).await?;
+    let until = services.admin.pause(span, &user.actor()).await?;
     Ok(Json(Paused { until }))
 }
 
 /// `POST high-availability/resume`: ends a pause.
 pub(super) async fn resume(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
     let services = console.services()?;
-    audits::note(&console.store, &user, "resume", "high availability", Value::Null).await?;
-    services.admin.resume(&user.name).await?;
+    services.admin.resume(&user.actor()).await?;
     Ok(Json(Done {}))
 }
 
 /// `POST high-availability/rotate-key`: answers when the exchange has begun.
 pub(super) async fn rotate_key(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
     let services = console.services()?;
-    audits::note(&console.store, &user, "rotate", "cluster key", Value::Null).await?;
-    services.admin.rotate_cluster_key(&user.name).await?;
+    services.admin.rotate_cluster_key(&user.actor()).await?;
     Ok(Json(Done {}))
 }
 
@@ -323,9 +317,7 @@ pub(super) async fn rotate_ca(
     Body(Overlap { overlap_sec }): Body<Overlap>,
 ) -> Result<Json<Done>, ApiError> {
     let services = console.services()?;
-    let wish = audits::difference(&Value::Null, &json!({ "overlapSec": overlap_sec }));
-    audits::note(&console.store, &user, "rotate", "certificate authority", wish).await?;
-    services.admin.rotate_authority(Duration::from_secs(overlap_sec.into()), &user.name).await?;
+    services.admin.rotate_authority(Duration::from_secs(overlap_sec.into()), &user.actor()).await?;
     Ok(Json(Done {}))
 }
 
@@ -347,9 +339,7 @@ pub(super) async fn readdress(
 ) -> Result<Json<Done>, ApiError> {
     let Place { name, address, port } = place;
     let services = console.services()?;
-    let wish = audits::difference(&Value::Null, &json!({ "name": name, "address": address, "port": port }));
-    audits::note(&console.store, &user, "readdress", &format!("member '{member}'"), wish).await?;
-    services.admin.readdress(&member, name, address, port, &user.name).await?;
+    services.admin.readdress(&member, name, address, port, &user.actor()).await?;
     Ok(Json(Done {}))
 }
 

@@ -101,6 +101,10 @@ impl From<StoreError> for ApiError {
     }
 }
 
+/// Why a request was refused, for the audit: goes beside the answer.
+#[derive(Clone, Debug)]
+pub(super) struct Reason(pub(super) String);
+
 /// The body of every error.
 #[derive(Serialize)]
 struct Body {
@@ -110,6 +114,7 @@ struct Body {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(Body { err: self.to_string() })).into_response();
+        response.extensions_mut().insert(Reason(self.to_string()));
         let (name, value) = match &self {
             Self::Unauthorized(_) => {
                 (header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"Twistlock HA\", Bearer"))

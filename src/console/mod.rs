@@ -10,9 +10,11 @@ mod certs;
 mod clock;
 mod cluster;
 mod cookie;
+mod drills;
 mod errors;
 mod events;
 mod extract;
+mod inside;
 mod logins;
 mod logs;
 mod notifications;
@@ -45,6 +47,7 @@ use tokio::sync::{Semaphore, watch};
 
 use arriving::Arriving;
 pub use errors::ApiError;
+pub use inside::{Inside, LocalAnswer};
 pub use store::{COMMIT, Store, StoreError};
 
 use crate::{
@@ -82,6 +85,8 @@ const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
 #[derive(Clone)]
 pub struct Services {
     pub admin: Arc<Admin>,
+    /// What the rest of the process has of this Console.
+    pub inside: Inside,
     pub backups: Arc<Backups>,
     /// What new hosts download.
     pub kit: Arc<Kit>,
@@ -117,6 +122,7 @@ pub struct Console {
     /// A place for each request under way.
     places: Semaphore,
     streams: Arc<Semaphore>,
+    refusals: access::Refusals,
     /// True when the ports are about to close: nothing may go on for long then.
     closing: watch::Sender<bool>,
 }
@@ -135,8 +141,8 @@ impl Console {
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
         let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
         let places = Semaphore::new(AT_ONCE);
-        let clock = clock::Clock::new();
-        Ok(Arc::new(Self { store, clock, logins, status, services, downloads, places, streams, closing }))
+        let (clock, refusals) = (clock::Clock::new(), access::Refusals::default());
+        Ok(Arc::new(Self { store, clock, logins, status, services, downloads, places, streams, refusals, closing }))
     }
 
     /// Opens the database and brings the schema up to date.
@@ -149,6 +155,7 @@ impl Console {
         let console = Arc::clone(self);
         tokio::spawn(async move { console.clock.follow(console.store.clone()).await });
         if let Some(services) = &self.services {
+            services.inside.opened(self);
             tokio::spawn(events::keep(self.store.clone(), services.events.clone()));
         }
         Ok(())
@@ -171,6 +178,9 @@ impl Console {
 
     /// Closes the database; waits for the statements that run.
     pub async fn stop(&self) {
+        if let Some(services) = &self.services {
+            services.inside.closed();
+        }
         self.store.close().await;
     }
 }

@@ -9,13 +9,11 @@ use axum::{
     http::{HeaderMap, Method},
     response::Response,
 };
-use ring::digest;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
 use super::{
-    Console, audits,
+    Console,
     auth::{self, Source, User},
     errors::ApiError,
     extract::Body,
@@ -25,7 +23,6 @@ use crate::{
     cluster::membership::Webhook,
     events::{Severity, check_url, notify::Delivery},
     health::Permission,
-    join::hex,
 };
 
 /// The routes of this file.
@@ -35,8 +32,12 @@ pub(super) fn routes() -> Vec<Entry> {
     let test = "/settings/notifications/test";
     vec![
         route(Method::GET, path, ADMINISTRATORS, "Where events are sent", settings).answer::<Settings>(),
-        route(Method::POST, path, ADMINISTRATORS, "Set where events are sent", set).body::<Wish>(),
-        route(Method::POST, test, ADMINISTRATORS, "Send a test event everywhere", send_test).answer::<Vec<Delivery>>(),
+        route(Method::POST, path, ADMINISTRATORS, "Set where events are sent", set)
+            .operates("set", "notifications")
+            .body::<Wish>(),
+        route(Method::POST, test, ADMINISTRATORS, "Send a test event everywhere", send_test)
+            .operates("test", "notifications")
+            .answer::<Vec<Delivery>>(),
         route(Method::GET, "/metrics", Access::Open, "For Prometheus: needs METRICS_TOKEN or a login", metrics)
             .at_root()
             .tag("metrics")
@@ -116,33 +117,12 @@ async fn set(State(console): State<Arc<Console>>, user: User, Body(wish): Body<W
         check_url(&webhook).map(|()| webhook).map_err(ApiError::bad)
     });
     let webhooks = webhooks.collect::<Result<Vec<_>, _>>()?;
-    let before = admin.webhooks();
-    let old: Vec<Value> = before.iter().map(|(webhook, signed)| noted(webhook, *signed)).collect();
-    // One that is given without a secret keeps the one that it has.
-    let keeps =
-        |new: &Webhook| before.iter().any(|(old, signed)| *signed && (&old.name, &old.url) == (&new.name, &new.url));
-    let signed = |new: &Webhook| new.secret.as_ref().map_or_else(|| keeps(new), |secret| !secret.is_empty());
-    let new: Vec<Value> = webhooks.iter().map(|webhook| noted(webhook, signed(webhook))).collect();
-    let difference = json!({ "webhooks": { "old": old, "new": new } });
-    audits::note(&console.store, &user, "set", "notifications", difference).await?;
-    let result = admin.set_webhooks(webhooks, &user.name).await;
-    if let Err(error) = &result {
-        let why = json!({ "error": error.to_string() });
-        audits::note(&console.store, &user, "not set", "notifications", why).await?;
-    }
-    Ok(result?)
+    Ok(admin.set_webhooks(webhooks, &user.actor()).await?)
 }
 
-/// What an audit says of a webhook: no secret, and of its address the host, and a mark by which another one is seen.
-fn noted(webhook: &Webhook, signed: bool) -> Value {
-    let Webhook { name, url, ca, severity, .. } = webhook;
-    let host = url.split(['/', '?', '#']).take(3).collect::<Vec<_>>().join("/");
-    let mark = hex(&digest::digest(&digest::SHA256, url.as_bytes()).as_ref()[..4]);
-    json!({ "name": name, "host": host, "urlDigest": mark, "severity": severity, "ca": ca.is_some(), "signed": signed })
-}
-
-async fn send_test(State(console): State<Arc<Console>>) -> Result<Json<Vec<Delivery>>, ApiError> {
-    Ok(Json(console.services()?.notifier.test().await))
+async fn send_test(State(console): State<Arc<Console>>, user: User) -> Result<Json<Vec<Delivery>>, ApiError> {
+    let services = console.services()?;
+    Ok(Json(services.admin.test_notifications(&user.actor(), services.notifier.test()).await))
 }
 
 /// `GET /metrics`: the health port without a token shows them to whoever reaches it, which an administrator has decided; the

@@ -19,7 +19,6 @@ use axum::{
 use hyper::body::{Bytes, Frame, SizeHint};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use tokio::{
     runtime::Handle,
     sync::{
@@ -32,7 +31,6 @@ use tokio::{
 use super::{
     Console,
     access::Installer,
-    audits,
     auth::{self, Source, User},
     cluster::check_join_token,
     cookie,
@@ -64,7 +62,9 @@ pub(super) fn routes() -> Vec<Entry> {
     let get = Method::GET;
     let programs = "A program that a new host needs: twistlockd or twistcli";
     vec![
-        route(get.clone(), SCRIPT, Access::JoinToken, "The join script", script).file("text/x-shellscript"),
+        route(get.clone(), SCRIPT, Access::JoinToken, "The join script", script)
+            .operates("invite", "high availability")
+            .file("text/x-shellscript"),
         route(get.clone(), "/programs/{name}", Access::JoinToken, programs, program).file("application/octet-stream"),
         route(get.clone(), "/certs/ca.pem", Access::Open, "The CA certificate of the cluster", ca)
             .file("application/x-pem-file"),
@@ -75,6 +75,7 @@ pub(super) fn routes() -> Vec<Entry> {
             "A new invitation: the line to run on the other hosts",
             line,
         )
+        .operates("invite", "high availability")
         .query::<Wish>()
         .answer::<Line>(),
     ]
@@ -170,9 +171,7 @@ async fn invite(console: &Console, user: &User, headers: &HeaderMap, valid: Dura
         cookie::check_page(headers)?;
     }
     let admin = &console.services()?.admin;
-    let wish = audits::difference(&Value::Null, &json!({ "validSec": valid.as_secs() }));
-    audits::note(&console.store, user, "invite", "high availability", wish).await?;
-    Ok(admin.invite(valid, &user.name).await?)
+    Ok(admin.invite(valid, &user.actor()).await?)
 }
 
 /// Runs something that may have to compute a checksum.

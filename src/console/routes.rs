@@ -12,10 +12,10 @@ use axum::{
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
-pub(super) use super::access::{Access, Role};
+pub(super) use super::access::{Access, Role, Trace};
 use super::{
-    Console, audits, backups, certs, cluster, events, logs, notifications, openapi, programs, sessions, settings,
-    stream, system, tags, ui, users,
+    Console, audits, backups, certs, cluster, drills, events, logs, notifications, openapi, programs, sessions,
+    settings, stream, system, tags, ui, users,
 };
 
 /// Where the API begins.
@@ -33,6 +33,7 @@ pub(super) fn table() -> Vec<Entry> {
         logs::routes(),
         backups::routes(),
         cluster::routes(),
+        drills::routes(),
         events::routes(),
         notifications::routes(),
         programs::routes(),
@@ -68,6 +69,7 @@ pub(super) struct Entry {
     /// Below [`BASE`], or the whole path: see [`Self::at_root`].
     pub(super) path: &'static str,
     pub(super) access: Access,
+    pub(super) trace: Trace,
     pub(super) summary: &'static str,
     pub(super) tag: &'static str,
     pub(super) root: bool,
@@ -104,6 +106,7 @@ where
         method,
         path,
         access,
+        trace: Trace::Reads,
         summary,
         tag,
         root: false,
@@ -118,6 +121,21 @@ where
 }
 
 impl Entry {
+    /// The handler changes something of the Console's own tables, and writes the row of the audit with it.
+    pub(super) fn changes(self, action: &'static str, noun: &'static str) -> Self {
+        Self { trace: Trace::Own(action, noun), ..self }
+    }
+
+    /// The handler asks for an operation that writes its own rows of the audit.
+    pub(super) fn operates(self, action: &'static str, noun: &'static str) -> Self {
+        Self { trace: Trace::Operation(action, noun), ..self }
+    }
+
+    /// The handler says what of it is written down: see [`Trace::Handler`].
+    pub(super) fn traced(self) -> Self {
+        Self { trace: Trace::Handler, ..self }
+    }
+
     /// The JSON body that the handler takes.
     pub(super) fn body<T: JsonSchema>(self) -> Self {
         Self { body: Some((schema_of::<T>, true)), ..self }
@@ -178,7 +196,7 @@ impl Entry {
 pub(super) fn router(console: &Arc<Console>) -> Router<Arc<Console>> {
     table().into_iter().fold(Router::new(), |router, entry| {
         let path = entry.full_path();
-        let state = (Arc::clone(console), entry.access);
+        let state = (Arc::clone(console), entry.access, entry.trace);
         // On the method alone: that another one is not possible here is no secret.
         router.route(&path, entry.handler.route_layer(middleware::from_fn_with_state(state, super::access::enforce)))
     })
@@ -198,6 +216,25 @@ mod tests {
             assert!(entry.path.starts_with('/') && (entry.path.len() == 1 || !entry.path.ends_with('/')));
             assert!(!entry.summary.is_empty() && !entry.summary.ends_with('.'), "{}", entry.path);
         }
+    }
+
+    /// A new route that changes something must say here how that gets into the audit.
+    #[test]
+    fn what_changes_something_says_how_it_gets_into_the_audit() {
+        let changing = |entry: &Entry| entry.method != Method::GET && entry.method != Method::HEAD;
+        let silent = table().into_iter().filter(|entry| changing(entry) && entry.trace == Trace::Reads);
+        assert_eq!(silent.map(|entry| entry.full_path()).collect::<Vec<_>>(), Vec::<String>::new());
+        let asked = table().into_iter().filter(|entry| !changing(entry) && entry.trace != Trace::Reads);
+        let asked: Vec<_> = asked.map(|entry| entry.path).collect();
+        // GETs that bring a secret along, or begin a session.
+        let expected = [
+            "/authenticate/renew",
+            "/backups/{id}",
+            "/high-availability/drill/writes",
+            "/scripts/console.sh",
+            "/high-availability/join-script",
+        ];
+        assert_eq!(asked, expected);
     }
 
     #[test]

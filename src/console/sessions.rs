@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use super::{
     Console, audits,
-    auth::{self, Login, Source, User},
+    auth::{self, From, Login, Source, User},
     cookie,
     errors::ApiError,
     extract::Body,
@@ -43,13 +43,15 @@ pub(super) fn routes() -> Vec<Entry> {
     let (get, post) = (Method::GET, Method::POST);
     vec![
         route(post.clone(), "/authenticate", Access::Open, "Log in: a token for a name and a password", authenticate)
+            .traced()
             .body::<Login>()
             .answer::<Granted>(),
         route(get.clone(), "/authenticate", Access::Any, "Who is logged in, and for how long", current)
             .answer::<Granted>(),
         route(get, "/authenticate/renew", Access::Any, "A new token for one that is still good", renew)
+            .traced()
             .answer::<Granted>(),
-        route(post, "/logout", Access::Any, "End the session of this token", logout).tag("authenticate"),
+        route(post, "/logout", Access::Any, "End the session of this token", logout).traced().tag("authenticate"),
     ]
 }
 
@@ -108,7 +110,7 @@ async fn authenticate(
     }
     let name = login.username.clone();
     let verified = auth::verify(&console, login, from).await?;
-    let user = User { name, role: verified.role, from, session: None };
+    let user = User { name, role: verified.role, from: From::Network(from), session: None };
     let mut writing = console.store.begin().await?;
     // The password may have changed since: a session with the old one would outlive the change.
     verified.recheck(&mut writing, &user.name).await?;
@@ -176,7 +178,7 @@ pub(super) async fn find(console: &Console, token: &str, from: IpAddr, page: boo
     let in_force = |(.., began, expires): &(_, _, i64, i64)| is_in_force(*began, *expires, time.now());
     let (name, role, began, expires) = found.filter(in_force).ok_or(INVALID)?;
     let session = Session { digest, began, expires, page };
-    Ok(User { role: auth::role_of(&name, &role)?, name, from, session: Some(session) })
+    Ok(User { role: auth::role_of(&name, &role)?, name, from: From::Network(from), session: Some(session) })
 }
 
 /// Ends all sessions of a user.

@@ -25,7 +25,9 @@ const LOGON: &str = "logon";
 pub(super) fn routes() -> Vec<Entry> {
     let set = |method| {
         let access = Access::Roles(Role::ADMINISTRATORS);
-        route(method, "/settings/logon", access, "Set how one logs in", set_logon).body::<Logon>()
+        route(method, "/settings/logon", access, "Set how one logs in", set_logon)
+            .changes("set", "settings/logon")
+            .body::<Logon>()
     };
     vec![
         route(Method::GET, "/settings/logon", Access::Roles(Role::READERS), "How one logs in", logon).answer::<Logon>(),

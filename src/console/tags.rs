@@ -48,9 +48,15 @@ pub(super) fn routes() -> Vec<Entry> {
             .query::<Page>()
             .paged()
             .answer::<Vec<Tag>>(),
-        route(Method::POST, "/tags", OPERATORS, "Create a tag", create).body::<Tag>().answer::<Tag>(),
-        route(Method::PUT, "/tags/{name}", OPERATORS, "Replace a tag", replace).body::<Tag>().answer::<Tag>(),
-        route(Method::DELETE, "/tags/{name}", OPERATORS, "Delete a tag", remove),
+        route(Method::POST, "/tags", OPERATORS, "Create a tag", create)
+            .changes("create", "tag")
+            .body::<Tag>()
+            .answer::<Tag>(),
+        route(Method::PUT, "/tags/{name}", OPERATORS, "Replace a tag", replace)
+            .changes("replace", "tag")
+            .body::<Tag>()
+            .answer::<Tag>(),
+        route(Method::DELETE, "/tags/{name}", OPERATORS, "Delete a tag", remove).changes("delete", "tag"),
     ]
 }
 

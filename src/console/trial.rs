@@ -78,7 +78,7 @@ impl Trial {
     }
 }
 
-fn status() -> Status {
+pub(super) fn status() -> Status {
     Status {
         cluster: ClusterId(1),
         node: 1,

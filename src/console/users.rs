@@ -14,7 +14,7 @@ use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
     Console, audits,
-    auth::{self, Login, Source, User},
+    auth::{self, From, Login, Source, User},
     clock::unix_time,
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
@@ -36,16 +36,20 @@ pub(super) fn routes() -> Vec<Entry> {
     let initial = "Whether the first administrator exists";
     vec![
         route(Method::GET, "/settings/initialized", Access::Open, initial, initialized).answer::<Initialized>(),
-        route(Method::POST, "/signup", Access::Open, "Create the first administrator, once", signup).body::<Login>(),
+        route(Method::POST, "/signup", Access::Open, "Create the first administrator, once", signup)
+            .traced()
+            .body::<Login>(),
         route(Method::GET, "/users", ADMINISTRATORS, "All users, by name", list)
             .query::<Page>()
             .paged()
             .answer::<Vec<Account>>(),
-        route(Method::POST, "/users", ADMINISTRATORS, "Create a user", create).body::<New>(),
+        route(Method::POST, "/users", ADMINISTRATORS, "Create a user", create).changes("create", "user").body::<New>(),
         route(Method::PUT, "/users", ADMINISTRATORS, "Change a user's role or password, or both", change)
+            .changes("change", "user")
             .body::<Change>(),
-        route(Method::DELETE, "/users/{name}", ADMINISTRATORS, "Delete a user", remove),
+        route(Method::DELETE, "/users/{name}", ADMINISTRATORS, "Delete a user", remove).changes("delete", "user"),
         route(Method::PUT, "/users/password", Access::Any, "Change one's own password", change_password)
+            .changes("change", "user")
             .body::<Passwords>(),
     ]
 }
@@ -83,6 +87,7 @@ async fn signup(
     if writing.number("SELECT count(*) FROM users").await? > 0 {
         return Err(done());
     }
+    let from = From::Network(from);
     let user = User { name: login.username, role: Role::Administrator, from, session: None };
     insert(&mut writing, &user.name, hash, user.role).await?;
     audits::record(&mut writing, &user, "signup", &format!("user '{}'", user.name), Value::Null).await?;
@@ -222,9 +227,12 @@ async fn change_password(
     Body(passwords): Body<Passwords>,
 ) -> Result<StatusCode, ApiError> {
     let Passwords { old_password, new_password } = passwords;
+    let From::Network(from) = user.from else {
+        return Err(ApiError::bad("whoever comes from within the host has no password here: name a user"));
+    };
     password::check(&user.name, &new_password, Logon::read(&console).await?.strong_password())?;
     let login = Login { username: user.name.clone(), password: old_password };
-    let verified = auth::verify(&console, login, user.from).await.map_err(|error| match error {
+    let verified = auth::verify(&console, login, from).await.map_err(|error| match error {
         // 401 would say that the session is over.
         ApiError::Unauthorized(_) => ApiError::Forbidden("the old password is wrong".to_owned()),
         other => other,

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use socket2::{Domain, SockAddr, Socket, Type};
 use thiserror::Error;
 
-use super::{MAX_REPLY, Operation, Reply, Request, check_path, encode};
+use super::{ApiReply, MAX_REPLY, Operation, Place, Reply, Request, check_path, encode};
 use crate::node::Status;
 
 /// Why there is no usable answer.
@@ -79,6 +79,28 @@ pub fn status(path: &Path, limit: Duration) -> Result<Status, ControlError> {
 /// Those of [`request`], and [`ControlError::Refused`]. After [`ControlError::NoAnswer`] it may have been done.
 pub fn operate<T: DeserializeOwned>(path: &Path, operation: Operation, limit: Duration) -> Result<T, ControlError> {
     expect(path, &Request::Administer { operation }, limit)
+}
+
+/// Has the daemon behind `path` carry out a request of the Console's API.
+///
+/// # Errors
+/// Those of [`request`], and [`ControlError::Refused`] where there is no Console. What the API refuses is a reply.
+pub fn api(
+    path: &Path,
+    method: &str,
+    target: &str,
+    body: Option<serde_json::Value>,
+    limit: Duration,
+) -> Result<ApiReply, ControlError> {
+    expect(path, &Request::Api { method: method.to_owned(), path: target.to_owned(), body }, limit)
+}
+
+/// Asks the daemon behind `path` where the Consoles are.
+///
+/// # Errors
+/// Those of [`request`], and [`ControlError::Refused`].
+pub fn place(path: &Path, limit: Duration) -> Result<Place, ControlError> {
+    expect(path, &Request::Place {}, limit)
 }
 
 fn expect<T: DeserializeOwned>(path: &Path, question: &Request, limit: Duration) -> Result<T, ControlError> {

@@ -1,6 +1,7 @@
 //! The local administration socket: a Unix stream socket that speaks one JSON object per line, in both directions.
 //! Owns the protocol, its limits, the server side in the daemon and the blocking client. Must never decide anything: what a
-//! request means is up to the [`ControlHandler`], and who may ask is up to the file permissions (owner only).
+//! request means is up to the [`ControlHandler`], and who may ask is up to the file permissions (owner only). Whom the kernel
+//! names at the other end is who acts, for the audit.
 
 mod client;
 mod protocol;
@@ -12,8 +13,8 @@ use std::{future::Future, io, os::unix::ffi::OsStrExt, path::Path, pin::Pin, syn
 
 use serde::Serialize;
 
-pub use client::{ControlError, connect, operate, request, status};
-pub use protocol::{JoinScript, Operation, Reply, Request, SecretText};
+pub use client::{ControlError, api, connect, operate, place, request, status};
+pub use protocol::{ApiReply, JoinScript, Operation, Place, Reply, Request, SecretText};
 pub use server::{ControlSocket, serve};
 
 use crate::node::Status;
@@ -22,8 +23,8 @@ use crate::node::Status;
 pub const SOCKET_NAME: &str = "control.sock";
 /// Longest request line in bytes, newline included.
 pub const MAX_REQUEST: usize = 64 * 1024;
-/// Longest reply line in bytes, newline included: the text of all metrics fits many times.
-pub const MAX_REPLY: usize = 1024 * 1024;
+/// Longest reply line in bytes, newline included: as much as the API gives in one list.
+pub const MAX_REPLY: usize = 8 * 1024 * 1024;
 /// Clients served at the same time; further ones wait in the kernel's queue.
 pub const MAX_CLIENTS: usize = 16;
 /// Operations carried out at the same time, those included whose clients have gone; further ones are refused.
@@ -38,6 +39,28 @@ const MAX_PATH: usize = 107;
 /// An answer that takes its time.
 pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<serde_json::Value, String>> + Send + 'a>>;
 
+/// Who is at the other end of the socket, as the kernel says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Number of the user.
+    pub uid: u32,
+    /// Its name on this host, or its number.
+    pub name: String,
+}
+
+impl Peer {
+    fn of(stream: &tokio::net::UnixStream) -> io::Result<Self> {
+        let uid = stream.peer_cred()?.uid();
+        // Looked up only for who is not root, which is named so everywhere.
+        let name = if uid == 0 { Some("root".to_owned()) } else { name_of(uid) };
+        Ok(Self { uid, name: name.unwrap_or_else(|| format!("uid {uid}")) })
+    }
+}
+
+fn name_of(uid: u32) -> Option<String> {
+    nix::unistd::User::from_uid(uid.into()).ok().flatten().map(|user| user.name)
+}
+
 /// What the daemon does for its local administrator. Status and metrics are short: they run on the runtime's threads.
 pub trait ControlHandler: Send + Sync {
     /// The newest picture of this node.
@@ -47,9 +70,20 @@ pub trait ControlHandler: Send + Sync {
     /// administrator. The future is never dropped half-way, unless the whole runtime ends.
     ///
     /// Unless a handler says otherwise, its host has not joined a cluster and can administer nothing.
-    fn administer(&self, operation: Operation) -> Answer<'_> {
-        let _ = operation;
+    fn administer(&self, by: Peer, operation: Operation) -> Answer<'_> {
+        let _ = (by, operation);
         Box::pin(async { Err(NOT_JOINED.to_owned()) })
+    }
+
+    /// Carries a request of the Console's API out for who is logged in on this host. The value is an [`ApiReply`].
+    fn api(&self, by: Peer, method: String, path: String, body: Option<serde_json::Value>) -> Answer<'_> {
+        let _ = (by, method, path, body);
+        Box::pin(async { Err(NOT_JOINED.to_owned()) })
+    }
+
+    /// Where the Consoles of the cluster are.
+    fn place(&self) -> Place {
+        Place { https_port: None }
     }
 
     /// All metrics in Prometheus text format.

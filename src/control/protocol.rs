@@ -15,6 +15,19 @@ pub enum Request {
     Status {},
     /// The metrics in Prometheus text format, as one JSON string.
     Metrics {},
+    /// A request of the Console's API, which this host's daemon carries out if it is PRIMARY, as an Administrator who is logged
+    /// in on the host. Answer: an [`ApiReply`].
+    Api {
+        /// As HTTP has it.
+        method: String,
+        /// Below `/api/v1/`.
+        path: String,
+        /// JSON, for methods that have one.
+        #[serde(default)]
+        body: Option<serde_json::Value>,
+    },
+    /// Where the Consoles of the cluster are. Answer: a [`Place`].
+    Place {},
     /// Something that changes the cluster.
     Administer {
         /// What.
@@ -155,6 +168,24 @@ pub enum Operation {
         #[serde(default)]
         unencrypted: bool,
     },
+}
+
+/// What the Console's API answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiReply {
+    /// The status of HTTP.
+    pub status: u16,
+    /// JSON, or the text of an answer that is none.
+    pub body: serde_json::Value,
+    /// How long the list is of which the body is a part.
+    pub total: Option<u64>,
+}
+
+/// How the Consoles of the cluster are reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// `MANAGEMENT_PORT_HTTPS`, the same on all members.
+    pub https_port: Option<u16>,
 }
 
 /// A text that is never logged or shown.

@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use super::{
-    ControlHandler, MAX_CLIENTS, MAX_OPERATIONS, MAX_REPLY, MAX_REQUEST, OPERATION_TIMEOUT, Operation, Reply, Request,
+    ControlHandler, MAX_CLIENTS, MAX_OPERATIONS, MAX_REPLY, MAX_REQUEST, OPERATION_TIMEOUT, Peer, Reply, Request,
     STEP_TIMEOUT, check_path, encode,
 };
 use crate::{descriptors, node::Status};
@@ -121,6 +121,9 @@ pub async fn serve(
     ControlSocket::bind(path)?.serve(handler, shutdown).await
 }
 
+/// What became of an operation: its answer, or a sentence.
+type Outcome = Result<serde_json::Value, String>;
+
 /// Where requests are answered.
 struct Desk {
     handler: Arc<dyn ControlHandler>,
@@ -129,6 +132,7 @@ struct Desk {
 
 impl Desk {
     async fn converse(&self, mut stream: UnixStream) -> io::Result<()> {
+        let peer = Peer::of(&stream)?;
         let (reader, mut writer) = stream.split();
         let mut reader = BufReader::new(reader);
         loop {
@@ -140,7 +144,7 @@ impl Desk {
             }
             let complete = line.ends_with(b"\n");
             let reply = if complete {
-                self.answer(&line).await
+                self.answer(&peer, &line).await
             } else {
                 Reply::Err(format!("a request is one line of at most {MAX_REQUEST} bytes"))
             };
@@ -155,7 +159,7 @@ impl Desk {
         }
     }
 
-    async fn answer(&self, line: &[u8]) -> Reply {
+    async fn answer(&self, peer: &Peer, line: &[u8]) -> Reply {
         let request = match serde_json::from_slice::<Request>(line) {
             Ok(request) => request,
             Err(error) => return Reply::Err(format!("request not understood: {error}")),
@@ -171,18 +175,28 @@ impl Desk {
                 }
             }
             Request::Metrics {} => Reply::Ok(self.handler.metrics().into()),
-            Request::Administer { operation } => self.administer(operation).await,
+            Request::Place {} => match serde_json::to_value(self.handler.place()) {
+                Ok(value) => Reply::Ok(value),
+                Err(error) => Reply::Err(format!("cannot encode the answer: {error}")),
+            },
+            Request::Api { method, path, body } => {
+                let (handler, peer) = (Arc::clone(&self.handler), peer.clone());
+                self.carry_out(async move { handler.api(peer, method, path, body).await }).await
+            }
+            Request::Administer { operation } => {
+                let (handler, peer) = (Arc::clone(&self.handler), peer.clone());
+                self.carry_out(async move { handler.administer(peer, operation).await }).await
+            }
         }
     }
 
     /// In a task of its own, so that a client that goes away, or no longer waits, cannot stop an operation half-way.
-    async fn administer(&self, operation: Operation) -> Reply {
+    async fn carry_out(&self, work: impl Future<Output = Outcome> + Send + 'static) -> Reply {
         let Ok(slot) = Arc::clone(&self.operations).try_acquire_owned() else {
             return Reply::Err(format!("{MAX_OPERATIONS} operations are under way already: try again"));
         };
-        let handler = Arc::clone(&self.handler);
         let task = tokio::spawn(async move {
-            let outcome = handler.administer(operation).await;
+            let outcome = work.await;
             drop(slot);
             outcome
         });

@@ -41,7 +41,7 @@ impl ControlHandler for Fake {
     }
 
     /// Tells what it was asked to do, in the words of the debugger.
-    fn administer(&self, operation: Operation) -> Answer<'_> {
+    fn administer(&self, _: Peer, operation: Operation) -> Answer<'_> {
         Box::pin(async move {
             match operation {
                 Operation::Reject { host } if host == "nobody" => Err("no such host asks".to_owned()),

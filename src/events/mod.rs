@@ -104,6 +104,8 @@ words! {
         Backup = "backup",
         /// Certificates, the authority that signs them, and the key that protects it.
         Certificate = "certificate",
+        /// What somebody did on this host while its audit could not be written.
+        Audit = "audit",
         /// A test of the notifications.
         Test = "test",
     }

@@ -20,6 +20,7 @@ use thiserror::Error;
 
 use crate::{
     config,
+    events::{Event, Kind, Recorder, Severity},
     storage::{DataDir, DataDirError},
 };
 
@@ -112,6 +113,7 @@ fn run(options: &Options, config: &config::Config) -> Result<(), RecoverError> {
                 .to_owned(),
         ));
     }
+    let by = geteuid();
     become_owner(&config.data_folder)?;
     // Fails while the daemon runs.
     let data = DataDir::open(&config.data_folder)?;
@@ -125,6 +127,7 @@ fn run(options: &Options, config: &config::Config) -> Result<(), RecoverError> {
     if let Some(done) = finish_interrupted(data.path())? {
         println!("An earlier recovery was interrupted while it put the new files in place. It is complete now.");
         report(&done);
+        note(data.path(), config, by);
         return Ok(());
     }
     let survivor = Survivor::examine(&data, config)?;
@@ -136,6 +139,7 @@ fn run(options: &Options, config: &config::Config) -> Result<(), RecoverError> {
     confirm(options.confirm.as_deref(), &survivor.cluster_name())?;
     let (plan, notes) = build::build(&survivor, config)?;
     report(&switch::execute(data.path(), &plan)?);
+    note(data.path(), config, by);
     notes.iter().for_each(|note| println!("\n{note}"));
     Ok(())
 }
@@ -171,6 +175,21 @@ fn report(done: &Interrupted) {
     println!("  set aside   {}", done.aside.display());
     println!("  next        systemctl start twistlockd; then add hosts with the join script, and press APPLY");
     println!("  never       start the other members of the old cluster again with their old data folders");
+}
+
+/// There is no audit to write into: the events of this node have who did it.
+fn note(data: &Path, config: &config::Config, by: Uid) {
+    let host = || nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
+    let node = config.high_availability_name.clone().unwrap_or_else(host);
+    match Recorder::start(&node, data) {
+        Ok(events) => {
+            let sentence =
+                format!("a new cluster of one was made out of the data of {node} (twistlockd recover, by uid {by})");
+            events.record(Event::new(Kind::Audit, Severity::Critical, sentence).field("uid", by.as_raw()));
+            events.flush();
+        }
+        Err(error) => eprintln!("twistlockd recover: this is not in the events of the node: {error}"),
+    }
 }
 
 /// The administrator has to name the cluster that is given up.

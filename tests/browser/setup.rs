@@ -87,7 +87,7 @@ pub fn backups(browser: &Browser, founder: &Founder) {
     browser.press("Delete");
     browser.wait_for("it is asked", "return text('dialog h2') === 'Delete kept?'");
     browser.press("Delete");
-    browser.wait_for("it is gone", "return text('main').includes('There is no backup yet')");
+    browser.wait_for("it is gone", "return text('main').includes('There is no backup on')");
     assert!(fs::metadata(path).is_err());
 }
 

@@ -105,6 +105,7 @@ fn each_change_and_each_login_is_audited() {
     };
     let expected = [
         "anna login  true",
+        "admin create tag false",
         "admin create user 'anna' true",
         "admin replace tag 'a' true",
         "admin create tag 'a' true",
@@ -112,14 +113,18 @@ fn each_change_and_each_login_is_audited() {
         "admin login session true",
         "admin signup user 'admin' true",
     ];
-    assert_eq!(rows.iter().map(|row| told(row)).collect::<Vec<_>>(), expected, "a refused change is none");
-    assert_eq!(rows[2]["difference"], json!({"color": {"old": "#000000", "new": "#ffffff"}}));
+    assert_eq!(rows.iter().map(|row| told(row)).collect::<Vec<_>>(), expected);
+    assert_eq!(
+        (&rows[1]["outcome"], &rows[1]["difference"]),
+        (&json!("refused: tag 'a' exists already"), &Value::Null)
+    );
+    assert_eq!(rows[3]["difference"], json!({"color": {"old": "#000000", "new": "#ffffff"}}));
     assert_eq!(rows[0]["source"], "127.0.0.1");
 
     let auth = [("authorization", &*auditor)];
     let reply = node.send("GET", &format!("{audits}?user=admin&limit=2"), &auth, "");
     let page: Value = serde_json::from_str(&reply.text).unwrap();
-    assert_eq!((reply.header("x-total-count"), page.as_array().unwrap().len()), ("5", 2));
+    assert_eq!((reply.header("x-total-count"), page.as_array().unwrap().len()), ("6", 2));
     let later = rows[0]["time"].as_i64().unwrap() + 1000;
     assert_eq!(node.ok("GET", &format!("{audits}?since={later}"), Some(&auditor), Value::Null), json!([]));
     let reply = node.send("GET", &format!("{audits}?format=csv"), &auth, "");

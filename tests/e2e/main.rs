@@ -6,6 +6,7 @@
 //! `ROUNDS=n` sets how often each fault is repeated. The tests run one after another.
 
 mod amnesia;
+mod audit;
 mod backup;
 mod balancers;
 mod certificates;

@@ -133,7 +133,9 @@ export function open(root) {
   };
   const creating = () => form('Back up now', make, field('Name', 'name', { maxlength: 64, autocomplete: 'off', required: true }));
   function draw() {
-    const empty = state.problem ?? nothing(live.stale, state.backups, 'There is no backup yet.');
+    const here = live.status?.name ?? 'this member';
+    const empty = state.problem ?? nothing(live.stale, state.backups,
+      `There is no backup on ${here}. Those of the other members are on their hosts: sudo twistcli backup list`);
     const rows = (state.backups ?? []).map((backup) => row(backup, load, { verify, restoring: (one) => restore(one, state.settings ?? {}, load) }));
     const restoring = h('p', {}, 'A restore replaces the whole database, on all members, and closes the Console while it does. A backup of the ',
       'same version is needed', state.settings?.encrypted && ', and its key', '. If nobody can log in any more, twistcli does it on the host of the PRIMARY.');
@@ -141,7 +143,11 @@ export function open(root) {
       root,
       page(
         'Backup & Restore',
-        'Each member backs its own copy up every day, and keeps daily, weekly and monthly ones. Shown are those of the PRIMARY.',
+        [
+          state.settings?.enabled && 'This member backs its own copy up every day, and keeps daily, weekly and monthly ones. ',
+          state.settings && !state.settings.enabled && 'Automatic backups are off on this member. ',
+          `Shown are the backups of ${here}, which is PRIMARY: each member keeps its own.`,
+        ],
         h('div', { class: 'columns' },
           card('Manual backup', {}, creating()),
           state.settings && card('State', {}, facts(state.settings))),

@@ -1,0 +1,319 @@
+//! The Console for the rest of this process, while it is open: its table of audits for the operations of an administrator, and
+//! its routes for who is logged in on the host itself. Must never keep a Console or its database alive, and never lose what
+//! was done: what cannot be written into the table now is kept here, and written when a Console opens; this node's
+//! `events.jsonl` has it at once.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use axum::{
+    body::{Body, to_bytes},
+    extract::ConnectInfo,
+    http::{HeaderValue, Method, Request, header},
+};
+use serde_json::Value;
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tower::ServiceExt;
+use tracing::{info, warn};
+
+use super::{
+    Console,
+    audits::{self, Begun, Operation},
+    clock::unix_time,
+    drills,
+    extract::TOTAL,
+    store::{Store, StoreError},
+};
+use crate::{
+    admin::{Act, Actor, Audit, BoxFuture, Outcome, Ticket},
+    cluster::Role,
+    events::{Event, Kind, Recorder, Severity},
+    node::Status,
+};
+
+/// How long the Console may take to open, for an operation that was asked for meanwhile.
+const OPENS: Duration = Duration::from_secs(1);
+/// How long one row may take: an operation must not wait for a database that does not answer.
+const ROW: Duration = Duration::from_secs(2);
+/// Rows that are kept until there is a database; the oldest go first.
+const OWED: usize = 256;
+/// From the opening of a Console until it looks at what others have left: nothing of a takeover waits for that.
+const SETTLE: Duration = Duration::from_secs(1);
+/// Pause after a failed write.
+const PAUSE: Duration = Duration::from_secs(2);
+/// Largest answer to somebody on the host, in bytes.
+const ANSWER: usize = 8 << 20;
+
+/// See the module. Clones are handles of the same.
+#[derive(Clone)]
+pub struct Inside(Arc<Shared>);
+
+struct Shared {
+    status: watch::Receiver<Arc<Status>>,
+    events: Recorder,
+    console: watch::Sender<Weak<Console>>,
+    under_way: Mutex<HashMap<Ticket, Row>>,
+    owed: Mutex<VecDeque<(Ticket, Row, Outcome)>>,
+}
+
+/// An operation as it was begun.
+#[derive(Clone, Debug)]
+struct Row {
+    time: i64,
+    actor: Actor,
+    act: Act,
+    epoch: u64,
+}
+
+/// What a request of somebody on the host gets.
+#[derive(Debug)]
+pub struct LocalAnswer {
+    pub status: u16,
+    /// JSON, or the text of an answer that is none.
+    pub body: Value,
+    /// How long the list is of which the body is a part.
+    pub total: Option<u64>,
+}
+
+impl fmt::Debug for Inside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inside").finish_non_exhaustive()
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Inside {
+    /// For the node whose pictures these are.
+    pub fn new(status: watch::Receiver<Arc<Status>>, events: Recorder) -> Self {
+        let (under_way, owed) = Default::default();
+        Self(Arc::new(Shared { status, events, console: watch::Sender::default(), under_way, owed }))
+    }
+
+    /// A Console is open: until it closes, this is the one.
+    pub(super) fn opened(&self, console: &Arc<Console>) {
+        self.0.console.send_replace(Arc::downgrade(console));
+        let (inside, store) = (self.clone(), console.store.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = store.closing() => {}
+                () = inside.catch_up(&store) => {}
+            }
+        });
+    }
+
+    /// No Console is open.
+    pub(super) fn closed(&self) {
+        self.0.console.send_replace(Weak::new());
+    }
+
+    /// The Console that is open; for a PRIMARY it is waited for.
+    async fn console(&self) -> Option<Arc<Console>> {
+        let mut console = self.0.console.subscribe();
+        if self.0.status.borrow().role == Role::Primary {
+            let _ = timeout(OPENS, console.wait_for(|console| console.strong_count() > 0)).await;
+        }
+        console.borrow().upgrade()
+    }
+
+    /// Carries out a request of somebody who is logged in on this host and may do everything.
+    ///
+    /// # Errors
+    /// A sentence when there is no Console here.
+    pub async fn call(&self, by: Actor, method: &str, path: &str, body: Option<Value>) -> Result<LocalAnswer, String> {
+        let console = self.console().await.ok_or_else(|| self.elsewhere())?;
+        let method = Method::from_bytes(method.as_bytes()).map_err(|_| "such a method does not exist".to_owned())?;
+        let request = Request::builder().method(method).uri(format!("{}/{path}", super::routes::BASE));
+        let request = request.header(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
+        let mut request = request.body(body).map_err(|error| format!("the request cannot be sent: {error}"))?;
+        request.extensions_mut().insert(Within(by));
+        request.extensions_mut().insert(ConnectInfo(SocketAddr::from(([127, 0, 0, 1], 0))));
+        let response = match console.router().oneshot(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        };
+        let (status, headers) = (response.status(), response.headers().clone());
+        let bytes = to_bytes(response.into_body(), ANSWER).await;
+        let bytes = bytes.map_err(|_| format!("the answer is longer than {ANSWER} bytes: ask for fewer rows"))?;
+        let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
+        let body =
+            if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap_or_else(|_| text()) };
+        let total = headers.get(TOTAL).and_then(|total| total.to_str().ok()?.parse().ok());
+        Ok(LocalAnswer { status: status.as_u16(), body, total })
+    }
+
+    fn elsewhere(&self) -> String {
+        let status = self.0.status.borrow();
+        match status.primary.filter(|primary| *primary != status.node).and_then(|id| status.membership.get(id)) {
+            Some(primary) => format!("only the PRIMARY does this: run it on {}", primary.name),
+            None => "the Console is not open here: see twistcli ha status".to_owned(),
+        }
+    }
+
+    /// Writes what was owed, and what has become of operations whose members did not come to write it.
+    async fn catch_up(&self, store: &Store) {
+        sleep(SETTLE).await;
+        while let Err(error) = self.settle(store).await {
+            tracing::debug!("the audit could not be brought up to date: {error}; trying again");
+            sleep(PAUSE).await;
+        }
+    }
+
+    async fn settle(&self, store: &Store) -> Result<(), StoreError> {
+        loop {
+            let Some((ticket, row, outcome)) = locked(&self.0.owed).front().cloned() else { break };
+            self.write_row(store, &ticket, &row, Some(&outcome)).await?;
+            locked(&self.0.owed).retain(|(owed, ..)| *owed != ticket);
+        }
+        for row in audits::begun(store).await? {
+            // It goes on under the next PRIMARY, and tells its outcome itself.
+            let fresh = row.action == audits::DRILL && unix_time() - row.time < drills::LONGEST;
+            if fresh || locked(&self.0.under_way).contains_key(&Ticket(row.ticket.clone())) {
+                continue;
+            }
+            let outcome = verdict(&row, &self.0.status.borrow());
+            info!(action = row.action, what = row.what, %outcome, "the outcome of an operation is written into the audit");
+            audits::settle(store, row, &outcome).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_row(
+        &self,
+        store: &Store,
+        ticket: &Ticket,
+        row: &Row,
+        outcome: Option<&Outcome>,
+    ) -> Result<(), StoreError> {
+        let Row { time, actor, act, epoch } = row;
+        let at = (self.0.events.node(), *epoch);
+        audits::write_operation(store, &Operation { ticket, time: *time, actor, act, at, outcome }).await
+    }
+
+    /// True if it is in the table now.
+    async fn write(&self, ticket: &Ticket, row: &Row, outcome: Option<&Outcome>) -> bool {
+        let Some(store) = self.console().await.map(|console| console.store.clone()) else { return false };
+        match timeout(ROW, self.write_row(&store, ticket, row, outcome)).await {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => {
+                warn!(by = %row.actor, action = row.act.action, "no row of the audit was written: {error}")
+            }
+            Err(_) => warn!(by = %row.actor, action = row.act.action, "no row of the audit was written in time"),
+        }
+        false
+    }
+
+    /// Tells this node's own file, and keeps the row for the next database.
+    fn keep(&self, ticket: Ticket, row: Row, outcome: Outcome) {
+        let (Actor { name, source }, Act { action, what, .. }) = (&row.actor, &row.act);
+        let severity = if outcome.is_done() { Severity::Info } else { Severity::Warning };
+        let event = Event::new(Kind::Audit, severity, format!("{name}: {action} {what}: {outcome}"));
+        self.0
+            .events
+            .record(event.field("user", name.as_str()).field("source", source.as_str()).field("action", *action));
+        // Nothing was changed here, and whoever asked goes to the PRIMARY next.
+        let elsewhere = matches!(outcome, Outcome::Refused(_)) && self.0.status.borrow().role != Role::Primary;
+        if elsewhere {
+            return;
+        }
+        let mut owed = locked(&self.0.owed);
+        if owed.len() >= OWED {
+            owed.pop_front();
+        }
+        owed.push_back((ticket, row, outcome));
+    }
+}
+
+impl Audit for Inside {
+    fn begin<'a>(&'a self, actor: &'a Actor, act: Act) -> BoxFuture<'a, Ticket> {
+        Box::pin(async move {
+            let ticket = Ticket(format!("{:016x}", rand::random::<u64>()));
+            let (time, actor, epoch) = (unix_time(), actor.clone(), self.0.status.borrow().epoch);
+            let row = Row { time, actor, act, epoch };
+            self.write(&ticket, &row, None).await;
+            locked(&self.0.under_way).insert(ticket.clone(), row);
+            ticket
+        })
+    }
+
+    fn end(&self, ticket: Ticket, outcome: Outcome) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let Some(row) = locked(&self.0.under_way).get(&ticket).cloned() else { return };
+            if !self.write(&ticket, &row, Some(&outcome)).await {
+                self.keep(ticket.clone(), row, outcome);
+            }
+            locked(&self.0.under_way).remove(&ticket);
+        })
+    }
+}
+
+/// Who is logged in on this host: an extension of a request that did not come through a port.
+#[derive(Clone, Debug)]
+pub(super) struct Within(pub(super) Actor);
+
+/// What has become of an operation whose member did not come to write it, as far as this PRIMARY can see.
+fn verdict(row: &Begun, status: &Status) -> Outcome {
+    let unknown = |why: String| Outcome::Unknown(format!("{why}: see twistcli ha events"));
+    let elsewhere = row.member != *status.name;
+    let later = status.epoch > row.epoch;
+    let member = row.what.strip_prefix("member '").and_then(|rest| rest.strip_suffix('\''));
+    match (row.action.as_str(), member) {
+        ("switchover", _) if elsewhere && later => Outcome::Done,
+        ("switchover", _) => Outcome::Failed(format!("{} is PRIMARY, again or still", status.name)),
+        ("remove", Some(member)) => {
+            let is = |id: u64, name: &str| name == member || id.to_string() == member;
+            let there = status.membership.members.iter().any(|known| is(known.id, &known.name));
+            let gone = status.membership.removed.iter().any(|removed| is(removed.id, &removed.name));
+            match (there, gone) {
+                (true, _) => Outcome::Failed(format!("{member} is still a member")),
+                (false, true) => Outcome::Done,
+                (false, false) => unknown(format!("there is no member {member}")),
+            }
+        }
+        _ => unknown(format!("{} lost the primary role, or the database was replaced, before the end", row.member)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::trial::status, *};
+    use crate::cluster::{ClusterId, Member, Membership, membership::Removed};
+
+    fn begun(action: &str, what: &str) -> Begun {
+        Begun::sample(action, what, "node2", 7)
+    }
+
+    /// What a new PRIMARY says of what another one began and did not come to finish.
+    #[test]
+    fn an_operation_that_outlived_its_primary_is_judged_by_what_has_become_of_it() {
+        let founder = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
+        let mut status = status();
+        status.name = "node1".to_owned();
+        status.epoch = 8;
+        status.membership = Membership::founded(ClusterId(1), (1..=2).map(founder).collect());
+        status.membership.removed.push(Removed { id: 3, name: "node3".to_owned(), at: 1 });
+        let told = |row: &Begun, status: &Status| verdict(row, status).to_string();
+        assert_eq!(told(&begun("switchover", "high availability"), &status), "done");
+        assert_eq!(told(&begun("remove", "member 'node3'"), &status), "done");
+        assert_eq!(told(&begun("remove", "member '3'"), &status), "done");
+        assert_eq!(told(&begun("remove", "member 'node2'"), &status), "failed: node2 is still a member");
+        assert!(told(&begun("remove", "member 'node9'"), &status).starts_with("unknown: there is no member node9"));
+        assert!(
+            told(&begun("apply", "high availability"), &status).starts_with("unknown: node2 lost the primary role")
+        );
+        status.name = "node2".to_owned();
+        let stayed = "failed: node2 is PRIMARY, again or still";
+        assert_eq!(told(&begun("switchover", "high availability"), &status), stayed);
+    }
+}

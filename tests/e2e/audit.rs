@@ -1,0 +1,203 @@
+//! The audit of a real cluster: what is done through each door, and what is refused there, with who it was and how it ended,
+//! also when another member serves by then.
+
+use std::{
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use twistlock_ha::{
+    control::{self, ControlError, Operation, SecretText},
+    events::Wanted,
+};
+
+use super::{alone, cluster::Cluster};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// `twistcli` of who is logged in on that host, and nowhere else. Exit code and all that it says.
+fn here(cluster: &Cluster, index: usize, args: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+    command.args(args).arg("--data").arg(cluster.node(index).data).stdin(std::process::Stdio::null());
+    for name in ["TWISTLOCK_ADDRESS", "TWISTLOCK_USER", "TWISTLOCK_PASSWORD", "TWISTLOCK_TOKEN"] {
+        command.env_remove(name);
+    }
+    let output = command.output().unwrap();
+    let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+    (output.status.code(), text)
+}
+
+/// All rows of the audit, the newest first.
+fn rows(cluster: &Cluster) -> Vec<Value> {
+    let (code, text) = here(cluster, cluster.primary(), &["audits", "--limit", "1000", "--json"]);
+    assert_eq!(code, Some(0), "{text}");
+    serde_json::from_str(&text).unwrap()
+}
+
+/// The newest rows, those only that `before` had not, when they are as wanted.
+fn wait_rows(cluster: &Cluster, before: usize, wanted: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+    let begin = Instant::now();
+    loop {
+        let all = rows(cluster);
+        let new = &all[..all.len() - before];
+        if wanted(new) {
+            return new.to_vec();
+        }
+        assert!(begin.elapsed() < LIMIT, "{new:#?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// What an operation leaves: nothing, or the action of its row and what its outcome begins with.
+fn row_of(operation: &Operation) -> Option<(&'static str, &'static str)> {
+    let refused = |action| Some((action, "refused: "));
+    match operation {
+        Operation::Events { .. } | Operation::Certificates {} | Operation::Backups {} => None,
+        Operation::BackupState {} | Operation::BackupCopies {} => None,
+        Operation::Invite { .. } => refused("invite"),
+        Operation::Uninvite {} => Some(("uninvite", "done")),
+        Operation::Apply { .. } => refused("apply"),
+        Operation::Reject { .. } => refused("reject"),
+        Operation::Remove { .. } => refused("remove"),
+        Operation::Switchover { dry_run: true, .. } => None,
+        Operation::Switchover { dry_run: false, .. } => refused("switchover"),
+        Operation::Pause { .. } => refused("pause"),
+        Operation::Resume {} => refused("resume"),
+        Operation::RotateKey {} => Some(("rotate", "done")),
+        Operation::RotateCa { .. } => refused("rotate"),
+        Operation::TestNotifications {} => Some(("test", "done")),
+        Operation::Readdress { .. } => refused("readdress"),
+        Operation::SetConsoleNames { .. } => refused("set"),
+        Operation::SetCertificate { .. } => refused("set"),
+        Operation::RemoveCertificate {} => refused("delete"),
+        Operation::Backup { .. } => refused("create"),
+        Operation::VerifyBackup { .. } => refused("verify"),
+        Operation::RenameBackup { .. } => refused("rename"),
+        Operation::DeleteBackup { .. } => refused("delete"),
+        Operation::FetchBackup { .. } => refused("fetch"),
+        Operation::Restore { .. } => refused("restore"),
+    }
+}
+
+/// One of each kind, as it is refused if it can be.
+fn operations() -> Vec<Operation> {
+    let nobody = || "nobody".to_owned();
+    vec![
+        Operation::Invite { valid_s: 0, script: false },
+        Operation::Uninvite {},
+        Operation::Apply { fingerprints: None },
+        Operation::Reject { host: nobody() },
+        Operation::Remove { node: nobody(), force: true },
+        Operation::Switchover { to: None, dry_run: true },
+        Operation::Switchover { to: Some(nobody()), dry_run: false },
+        Operation::Pause { seconds: 1 },
+        Operation::Resume {},
+        Operation::RotateCa { overlap_s: 0 },
+        Operation::TestNotifications {},
+        Operation::Events { wanted: Wanted::default() },
+        Operation::Readdress { node: nobody(), new_name: None, address: None, port: None },
+        Operation::Certificates {},
+        Operation::SetConsoleNames { names: vec!["no name".to_owned()] },
+        Operation::SetCertificate { pem: SecretText("no PEM".to_owned()) },
+        Operation::RemoveCertificate {},
+        Operation::Backups {},
+        Operation::BackupState {},
+        Operation::Backup { called: "no/name".to_owned() },
+        Operation::VerifyBackup { id: nobody() },
+        Operation::RenameBackup { id: nobody(), called: nobody() },
+        Operation::DeleteBackup { id: nobody() },
+        Operation::BackupCopies {},
+        Operation::FetchBackup { place: nobody() },
+        Operation::Restore { file: "/nowhere".into(), stop_console: true, unencrypted: false },
+        Operation::RotateKey {},
+    ]
+}
+
+/// Every operation by the control socket: exactly the rows that it must leave.
+fn each_operation_by_the_socket(cluster: &Cluster) {
+    let socket = cluster.node(cluster.primary()).data.join(control::SOCKET_NAME);
+    for operation in operations() {
+        let (before, expected) = (rows(cluster).len(), row_of(&operation));
+        let answer = control::operate::<Value>(&socket, operation.clone(), LIMIT);
+        let all = rows(cluster);
+        let new = &all[..all.len() - before];
+        match (new, expected) {
+            ([], None) => {}
+            ([row], Some((action, outcome))) => {
+                let told = row["outcome"].as_str().unwrap();
+                assert!(row["action"] == action && told.starts_with(outcome), "{operation:?}: {row}");
+                assert_eq!(row["ok"], outcome == "done", "{operation:?}: {row}");
+                assert!(row["source"].as_str().unwrap().starts_with("local on node"), "{row}");
+                if let Err(ControlError::Refused(why)) = &answer {
+                    assert_eq!(told, format!("refused: {why}"), "{operation:?}");
+                }
+            }
+            other => panic!("{operation:?}: {answer:?}, {other:?}"),
+        }
+        if let Some((_, outcome)) = expected {
+            assert_eq!(answer.is_ok(), outcome == "done", "{operation:?}: {answer:?}");
+        }
+    }
+}
+
+#[test]
+fn the_audit_has_who_did_what_through_each_door_and_how_it_ended() {
+    let _alone = alone();
+    let cluster = Cluster::start();
+    cluster.wait_healthy();
+    each_operation_by_the_socket(&cluster);
+    cluster.wait_healthy();
+
+    // The API, with a login of its own.
+    let before = rows(&cluster).len();
+    let file = cluster.file();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+    command.args(["ha", "remove", "node9", "--yes", "--address", &cluster.node(cluster.primary()).console_url]);
+    command.env("TWISTLOCK_CACERT", &file.ca).env("TWISTLOCK_USER", &file.user);
+    let output = command.env("TWISTLOCK_PASSWORD", &file.password).output().unwrap();
+    assert_eq!(output.status.code(), Some(75), "{output:?}");
+    let new = wait_rows(&cluster, before, |new| new.iter().any(|row| row["action"] == "remove"));
+    let removal: Vec<_> = new.iter().filter(|row| row["action"] == "remove").collect();
+    assert_eq!(removal.len(), 1);
+    assert_eq!((&removal[0]["user"], &removal[0]["ok"]), (&file.user.as_str().into(), &false.into()), "{new:?}");
+
+    // What only the API has, without a password: who may use the socket may do it.
+    let before = rows(&cluster).len();
+    for (args, code) in [
+        (&["tags", "add", "of-root"][..], 0),
+        (&["tags", "add", "of-root"], 75),
+        (&["tags", "list"], 0),
+        (&["users", "list"], 0),
+        (&["logs"], 0),
+    ] {
+        let (found, text) = here(&cluster, cluster.primary(), args);
+        assert_eq!(found, Some(code), "{args:?}: {text}");
+    }
+    let new = wait_rows(&cluster, before, |new| new.len() >= 2);
+    let told: Vec<_> = new.iter().map(|row| (row["action"].as_str().unwrap(), row["ok"].as_bool().unwrap())).collect();
+    assert_eq!(told, [("create", false), ("create", true)], "{new:?}");
+    let elsewhere = here(&cluster, (cluster.primary() + 1) % 3, &["tags", "list"]);
+    assert_ne!(elsewhere.0, Some(0), "a SECONDARY has no Console: {elsewhere:?}");
+
+    // Its outcome is written by the member that serves by then.
+    let (before, from) = (rows(&cluster).len(), cluster.primary());
+    let (code, text) = here(&cluster, from, &["ha", "switchover"]);
+    assert_eq!(code, Some(0), "{text}");
+    let new = wait_rows(&cluster, before, |new| matches!(new, [row] if row["outcome"] == "done"));
+    assert_eq!((&new[0]["action"], &new[0]["ok"]), (&"switchover".into(), &true.into()));
+    assert_ne!(cluster.primary(), from);
+
+    // A drill, by whoever may kill the daemon anyway.
+    cluster.wait_healthy();
+    let before = rows(&cluster).len();
+    let (code, text) = here(&cluster, cluster.primary(), &["ha", "drill"]);
+    assert_eq!(code, Some(0), "{text}");
+    let new = rows(&cluster);
+    let new = &new[..new.len() - before];
+    assert!(matches!(new, [row] if row["action"] == "drill" && row["ok"] == true), "{new:#?}");
+    assert!(new[0]["difference"]["result"]["new"].as_str().unwrap().contains(" took over from "), "{new:#?}");
+    assert!(!here(&cluster, cluster.primary(), &["tags", "list"]).1.contains("drill-"));
+    println!("audit: {}", cluster.finish(&[]));
+}
