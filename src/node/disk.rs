@@ -1,7 +1,12 @@
 //! A disk that fails or does not answer: the role goes to a member whose disk works, this one stands back, and everybody is told
 //! what is wrong. Looks at the [watch](watch) only. Must never touch a file, nor give the role up when nobody could take it.
 
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    thread,
+    time::{Duration, Instant},
+};
 
 use tracing::{error, info, warn};
 
@@ -12,7 +17,7 @@ use crate::{
     telemetry,
 };
 
-use super::{driver::Driver, lease::boottime};
+use super::{driver::Driver, lease::boottime, pulse::Pulse};
 
 /// An operation that has not come back after this long counts as one that never does.
 const OVERDUE: Duration = Duration::from_millis(750);
@@ -85,6 +90,25 @@ fn seconds(took: Duration) -> String {
     format!("{:.1}", took.as_secs_f64())
 }
 
+/// Says in the log what a loop that stands still cannot say itself: a thread of its own, as those of the runtime may wait for the
+/// same disk. Ends when the other end of `ended` is dropped.
+///
+/// # Errors
+/// When the thread cannot be started.
+fn tell_of_standstill(pulse: Pulse, ended: Receiver<()>) -> io::Result<()> {
+    let watch = move || {
+        let mut told = false;
+        while ended.recv_timeout(RETELL) == Err(RecvTimeoutError::Timeout) {
+            let stands = pulse.age() >= RETELL;
+            if let Some(trouble) = trouble().filter(|_| stands && !told) {
+                error!("this node stands still: {trouble}");
+            }
+            told = stands && (told || trouble().is_some());
+        }
+    };
+    thread::Builder::new().name("disk-watch".to_owned()).spawn(watch).map(drop)
+}
+
 /// What was made of it last.
 pub(super) struct Disk {
     condition: Condition,
@@ -95,13 +119,20 @@ pub(super) struct Disk {
     failures: u64,
     /// It was said that nobody else could take the role.
     stuck: bool,
+    /// Ends the thread of [`tell_of_standstill`] with this.
+    _standstill: SyncSender<()>,
 }
 
 impl Disk {
     /// What has gone wrong before, as at the start, is nothing to act upon.
-    pub fn new() -> Self {
-        let (since, failures) = (Instant::now(), watch::look().failures);
-        Self { condition: Condition::Good, since, told: None, given_up: None, failures, stuck: false }
+    ///
+    /// # Errors
+    /// When the thread that tells of a standstill cannot be started.
+    pub fn start(pulse: Pulse) -> io::Result<Self> {
+        let (_standstill, ended) = sync_channel(1);
+        tell_of_standstill(pulse, ended)?;
+        let (since, failures, condition) = (Instant::now(), watch::look().failures, Condition::Good);
+        Ok(Self { condition, since, told: None, given_up: None, failures, stuck: false, _standstill })
     }
 
     /// This host could not serve.

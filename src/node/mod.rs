@@ -269,11 +269,12 @@ pub fn spawn(
     let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
     let keeper = Keeper::start(&config)?;
+    let pulse = Pulse::new();
     let mut driver = Driver {
         syncer: Syncer::start(sender.clone(), config.data.clone(), log.clone())?,
         rollback: Rollback::new(&config, file, sender.clone()),
         space: Space::start(config.data.clone())?,
-        disk: Disk::new(),
+        disk: Disk::start(pulse.clone())?,
         throttle: Throttle::default(),
         unwritten: false,
         cluster,
@@ -295,10 +296,9 @@ pub fn spawn(
         lacks: 0,
         handed_over: None,
         demotion: None,
-        pulse: Pulse::new(),
+        pulse: pulse.clone(),
         exit: None,
     };
-    let pulse = driver.pulse.clone();
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
     Ok((Handle { sender, status, membership, editions: edition, restore, copies, pulse }, thread))
