@@ -136,14 +136,14 @@ fn send(signal: Signal) -> impl Fn(&Cluster, usize, &mut ()) {
 #[test]
 fn kill_9_of_the_primary() {
     let _alone = alone();
-    let fault = Fault { name: "kill -9", rounds: rounds(20), expected: &[], by_lease: false };
+    let fault = Fault { name: "kill -9", rounds: rounds(5), expected: &[], by_lease: false };
     repeat(&fault, |_, _, _| (), send(Signal::SIGKILL), |_, _, ()| {});
 }
 
 #[test]
 fn sigterm_of_the_primary() {
     let _alone = alone();
-    let fault = Fault { name: "SIGTERM", rounds: rounds(5), expected: &[], by_lease: false };
+    let fault = Fault { name: "SIGTERM", rounds: rounds(3), expected: &[], by_lease: false };
     let process = |cluster: &Cluster, primary: usize, _: &str| cluster.node(primary).pid;
     // Until it has ended it answers as a SECONDARY: the next round must not take it for one.
     let again = |cluster: &Cluster, node: usize, before: Option<u32>| {
@@ -156,7 +156,7 @@ fn sigterm_of_the_primary() {
 #[test]
 fn switchover_under_load() {
     let _alone = alone();
-    let fault = Fault { name: "switchover", rounds: rounds(20), expected: &[], by_lease: false };
+    let fault = Fault { name: "switchover", rounds: rounds(5), expected: &[], by_lease: false };
     let ask = |cluster: &Cluster, primary: usize, (): &mut ()| {
         let operation = Operation::Switchover { to: None, dry_run: false };
         let report: SwitchoverReport =
@@ -228,7 +228,7 @@ fn a_loose_cable() {
 fn sigstop_of_the_primary() {
     let _alone = alone();
     let expected = [LEASE_LOST, FROZEN].concat();
-    let fault = Fault { name: "SIGSTOP", rounds: rounds(5), expected: &expected, by_lease: true };
+    let fault = Fault { name: "SIGSTOP", rounds: rounds(3), expected: &expected, by_lease: true };
     let prepare = |cluster: &Cluster, primary: usize, authorization: &str| {
         let mut held = [(); 4].map(|()| Held::open(&cluster.file(), primary, authorization));
         let body = r##"{"name":"asked-of-the-frozen","color":"#336699","description":""}"##;
@@ -301,13 +301,13 @@ fn kill_9_of_all_three() {
 /// The primary cannot reach the other nodes, but clients reach it: it must close its ports by itself.
 #[test]
 fn partition_of_the_primary() {
-    partition("partition", rounds(5), Wall::Links);
+    partition("partition", rounds(3), Wall::Links);
 }
 
 /// Nobody reaches the primary but the sampler, which looks whether its ports close.
 #[test]
 fn partition_of_the_primary_from_everybody() {
-    partition("partition of the host", rounds(5), Wall::Host);
+    partition("partition of the host", rounds(3), Wall::Host);
 }
 
 fn partition(name: &'static str, rounds: usize, wall: Wall) {
