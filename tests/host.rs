@@ -254,6 +254,9 @@ fn no_cluster_is_founded_beside_the_data_of_a_member() {
         let said = host.succeeds(host.install(&["-j", "--dry-run"]));
         assert!(said.contains(&format!("make {folder} and")), "{said}");
     }
+    // So does one whose own port has become the default of another: it has no such other.
+    host.installed(format!("DATA_FOLDER={folder}\nMANAGEMENT_PORT_HTTPS=8085\n"));
+    host.succeeds(host.install(&["-j", "--dry-run"]));
     host.installed(format!("DATA_FOLDER=~/tw\nDATA_FOLDER={folder} x\n"));
     host.refuses(78, "it cannot be told where this host's data are", host.install(&["--dry-run"]));
 

@@ -25,8 +25,9 @@ const OWN: [&str; 8] = [
     "METRICS_TOKEN",
     "NOTIFY_COMMAND",
 ];
-/// The key whose absence can mean something else than its default.
+/// The keys whose absence can mean something else than their default.
 const HEALTH_ALLOW: &str = "HEALTH_ALLOW";
+const HEALTH_PORT: &str = "HEALTH_PORT";
 /// Keys whose folders go below the prefix of a test.
 const FOLDERS: [(&str, &str); 2] =
     [("DATA_FOLDER", "/var/lib/twistlock"), ("DATA_RECOVERY_VOLUME", "/var/lib/twistlock-backup")];
@@ -137,9 +138,15 @@ fn keep_installed(
     let (text, name) = (config::read(&installed)?, installed.display().to_string());
     draft.keep(&text, &name, &lookup, &wanted)?;
     let old = Draft::new(&text, &name, &lookup)?;
-    if wanted(HEALTH_ALLOW) && old.get(HEALTH_ALLOW).is_none() {
+    let lacks = |key: &str| wanted(key) && old.get(key).is_none();
+    let meant = config::parse(&text, &name, &lookup)?.config;
+    if lacks(HEALTH_ALLOW) {
         // Files of earlier versions say by its absence that everybody is answered.
-        draft.set(HEALTH_ALLOW, &config::parse(&text, &name, &lookup)?.config.health_allow.to_string());
+        draft.set(HEALTH_ALLOW, &meant.health_allow.to_string());
+    }
+    if lacks(HEALTH_PORT) && meant.health_address().is_none() {
+        // Another service of this host has the port that would be the default.
+        draft.set(HEALTH_PORT, "");
     }
     Ok(())
 }
