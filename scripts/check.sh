@@ -216,13 +216,13 @@ tests_but() {
 }
 
 whole_clusters() {
-    private cargo test --locked --test e2e
+    private cargo test --locked --no-fail-fast --test e2e
 }
 
 everything_else() {
     local tests
     mapfile -t tests < <(tests_but e2e chaos)
-    private cargo test --locked --lib --bins "${tests[@]}"
+    private cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
     step "installation on three hosts"
     install_on_hosts
     step "installation on three hosts with systemd"
