@@ -96,7 +96,7 @@ const HARMS: [Harm; 9] = [
         "raft log and all that tells of it removed",
         |data, _| {
             fs::remove_dir_all(data.join("raft-log")).unwrap();
-            let others = ["raft-log.created", "memory.json", "membership.json", "promise-ms"];
+            let others = ["raft-log.created", "memory.json", "membership.json"];
             others.iter().for_each(|name| drop(fs::remove_file(data.join(name))));
         },
         true,

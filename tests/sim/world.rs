@@ -102,9 +102,8 @@ impl World {
         let time = self.time;
         let node = &mut self.nodes[at];
         node.life += 1;
+        node.remember(self.trusting);
         (node.database, node.applied) = node.checkpoint.clone();
-        let trusting = self.trusting;
-        node.remember(trusting);
         if node.forgotten {
             (node.database, node.applied) = (Vec::new(), 1);
         } else {
@@ -229,7 +228,7 @@ impl World {
     fn fault(&mut self) {
         let at = self.rng.random_range(0..self.nodes.len());
         let (id, last) = (self.nodes[at].id, self.nodes.len() as u64);
-        let kind = self.rng.random_range(0..23);
+        let kind = self.rng.random_range(0..24);
         self.note(format!("fault {kind} at node {id}"));
         match kind {
             0..3 => self.crash(at),
@@ -262,8 +261,8 @@ impl World {
                 let level = [OLD, NEW, NEW][self.rng.random_range(0..3)];
                 self.install(at, level);
             }
-            14..17 => (0..self.nodes.len()).for_each(|at| self.raise(at)),
-            17..20 => (0..self.nodes.len()).for_each(|at| self.reconfigure(at)),
+            14..18 => (0..self.nodes.len()).for_each(|at| self.raise(at)),
+            18..22 => (0..self.nodes.len()).for_each(|at| self.reconfigure(at)),
             _ => self.forget(at),
         }
         self.check();
