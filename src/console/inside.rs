@@ -135,6 +135,8 @@ impl Inside {
         let method = Method::from_bytes(method.as_bytes()).map_err(|_| "such a method does not exist".to_owned())?;
         let request = Request::builder().method(method).uri(format!("{}/{path}", super::routes::BASE));
         let request = request.header(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        // Every request of HTTP/1.1 has one, though nobody asks here for a host.
+        let request = request.header(header::HOST, HeaderValue::from_static("localhost"));
         let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
         let mut request = request.body(body).map_err(|error| format!("the request cannot be sent: {error}"))?;
         request.extensions_mut().insert(Within(by));
