@@ -93,7 +93,8 @@ fn with_small_disks(nodes: &[usize], size: &str) -> Cluster {
         for node in nodes {
             let data = folder.join(format!("node{}", node + 1)).join("data");
             fs::create_dir_all(&data).unwrap();
-            let option = format!("size={size}");
+            // As every data folder: nobody else may look into it.
+            let option = format!("size={size},mode=700");
             run("mount", &["-t", "tmpfs", "-o", &option, "tmpfs", data.to_str().unwrap()]);
         }
     });
