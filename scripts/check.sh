@@ -160,39 +160,6 @@ os.chmod(f"{folder}/rclone", 0o755)
 PYTHON
 }
 
-# Most tests wait far more than they compute, so they run in lanes beside each other, each in a network of its own. A lane's
-# output is shown when it ends.
-lanes=()
-
-# lane NAME COMMAND...
-lane() {
-    local name=$1
-    shift
-    echo "$name: begins"
-    if ! unshare --net true 2>/dev/null; then
-        # They would take each other's ports.
-        "$@"
-        return
-    fi
-    ("$@") >"$logs/$name.log" 2>&1 &
-    lanes+=("$name:$!")
-}
-
-# Waits for all lanes, so that one failure does not hide another.
-lanes_end() {
-    local entry failed=()
-    for entry in "${lanes[@]}"; do
-        wait "${entry#*:}" || failed+=("${entry%%:*}")
-        step "lane ${entry%%:*} (at $SECONDS s)"
-        cat "$logs/${entry%%:*}.log"
-    done
-    lanes=()
-    if [ ${#failed[@]} -gt 0 ]; then
-        echo "failed: ${failed[*]}" >&2
-        exit 1
-    fi
-}
-
 # private COMMAND...: in a network of its own with loopback up, where this machine can make one.
 private() {
     if unshare --net true 2>/dev/null; then
@@ -215,23 +182,6 @@ tests_but() {
     done
 }
 
-whole_clusters() {
-    private cargo test --locked --no-fail-fast --test e2e
-}
-
-everything_else() {
-    local tests
-    mapfile -t tests < <(tests_but e2e chaos)
-    private cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
-    step "installation on three hosts"
-    install_on_hosts
-    step "installation on three hosts with systemd"
-    install_on_hosts --systemd
-    step "random faults"
-    # tests/chaos reads it.
-    CHAOS_SECONDS=${CHAOS_SECONDS:-180} private cargo test --locked --test chaos
-}
-
 if [ "$quick" = false ]; then
     step "schemathesis"
     folder=target/schemathesis
@@ -239,12 +189,19 @@ if [ "$quick" = false ]; then
     step "rclone"
     folder=target/rclone
     tool $folder/rclone rclone
-    step "cargo test"
-    logs=$(mktemp -d)
-    trap 'rm -rf "$logs"' EXIT
-    lane "whole clusters" whole_clusters
-    lane "everything else" everything_else
-    lanes_end
+    step "cargo test: everything but whole clusters"
+    mapfile -t tests < <(tests_but e2e chaos)
+    private cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
+    # These measure how long clients wait: nothing else runs beside them.
+    step "cargo test: whole clusters"
+    private cargo test --locked --test e2e
+    step "installation on three hosts"
+    install_on_hosts
+    step "installation on three hosts with systemd"
+    install_on_hosts --systemd
+    step "random faults"
+    # tests/chaos reads it.
+    CHAOS_SECONDS=${CHAOS_SECONDS:-180} private cargo test --locked --test chaos
 fi
 
 step "all checks passed"
