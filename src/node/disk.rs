@@ -160,6 +160,11 @@ impl Driver {
         if self.disk.told.is_some_and(|at| now.duration_since(at) >= RETELL) || self.disk.told.is_none() {
             let waits = look.running.map_or(Duration::ZERO, |running| running.took);
             metrics::gauge!(telemetry::DISK_WAIT).set(waits.as_secs_f64());
+            metrics::gauge!(telemetry::DISK_TROUBLE).set(match condition {
+                Condition::Good => 0.0,
+                Condition::Slow => 1.0,
+                Condition::Bad => 2.0,
+            });
             self.disk.told = Some(now);
             if sentence.is_some() || self.publisher.warns(ABOUT) {
                 let advice = match condition {
@@ -181,11 +186,6 @@ impl Driver {
             Condition::Slow => info!("{sentence}"),
             Condition::Good => info!("the disk of this host works as it should again"),
         }
-        metrics::gauge!(telemetry::DISK_TROUBLE).set(match condition {
-            Condition::Good => 0.0,
-            Condition::Slow => 1.0,
-            Condition::Bad => 2.0,
-        });
         (self.disk.condition, self.disk.since) = (condition, Instant::now());
         self.disk.told = None;
         self.disk.stuck = false;
