@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::{
     NodeConfig,
-    history::{History, Recent},
+    history::History,
     lease::boottime,
     status::{CertificateStatus, Status, SyncProgress},
 };
@@ -84,25 +84,10 @@ impl Publisher {
     pub fn new(config: &NodeConfig) -> (Self, watch::Receiver<Arc<Status>>) {
         let membership = config.configuration.membership.clone();
         let others = membership.members.iter().filter(|member| member.id != config.node);
-        let first = Status {
-            cluster: membership.cluster,
-            node: config.node,
-            name: membership.get(config.node).map_or_else(|| config.name.clone(), |member| member.name.clone()),
-            version: config.version.clone(),
-            role: Role::Startup,
-            reason: "starts".to_owned(),
-            epoch: 0,
-            primary: None,
-            applied: 0,
-            committed: 0,
-            lease_ms: None,
-            members: Vec::new(),
-            membership: membership.clone(),
-            warnings: Vec::new(),
-            certificates: Vec::new(),
-            database: None,
-            recent: Recent::default(),
-        };
+        let name = membership.get(config.node).map_or_else(|| config.name.clone(), |member| member.name.clone());
+        let (version, reason) = (&config.version, "starts".to_owned());
+        let still = Status::without_node(name, version, membership.clone(), Role::Startup, reason);
+        let first = Status { node: config.node, ..still };
         let (sender, receiver) = watch::channel(Arc::new(first));
         let publisher = Self {
             config: config.clone(),
