@@ -29,11 +29,19 @@ pub struct Election<S: Storage> {
 
 impl<S: Storage> Election<S> {
     /// Wraps a log. `rank` orders the election time-outs: the lower one campaigns first (DESIGN section 5).
-    /// `applied` is the index up to which the database needs no entry.
+    /// `applied` is the index up to which the database needs no entry, `configured` that of the configuration that the log
+    /// returns. What came into force is committed, though the log's note of that may be older: it is the last to reach the disk.
+    /// Others who do not know yet that somebody has a vote learn it from this node's requests for votes.
     ///
     /// # Errors
     /// When the log cannot be read or contradicts itself.
-    pub fn new(node: NodeId, rank: usize, ticks: usize, applied: u64, log: S) -> raft::Result<Self> {
+    pub fn new(
+        node: NodeId,
+        rank: usize,
+        ticks: usize,
+        (applied, configured): (u64, u64),
+        log: S,
+    ) -> raft::Result<Self> {
         let min_election_tick = ticks + 2 + 3 * rank;
         let config = Config {
             id: node,
@@ -56,7 +64,10 @@ impl<S: Storage> Election<S> {
         };
         // Raft's own messages are not ours: what matters is logged, once, by who drives the node.
         let logger = slog::Logger::root(slog::Discard, slog::o!());
-        Ok(Self { raw: RawNode::new(&config, log, &logger)? })
+        let mut raw = RawNode::new(&config, log, &logger)?;
+        let log = &mut raw.raft.raft_log;
+        log.commit_to(configured.min(log.last_index()));
+        Ok(Self { raw })
     }
 
     pub fn is_leader(&self) -> bool {

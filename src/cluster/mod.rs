@@ -211,7 +211,7 @@ impl<S: Storage> Cluster<S> {
         // A node that was removed has no rank, and needs none: it is never elected.
         let rank = start.membership.rank(node).unwrap_or(membership::CLUSTER_SIZE);
         let applied = start.applied;
-        let election = Election::new(node, rank, timing.election_ticks, applied, log)?;
+        let election = Election::new(node, rank, timing.election_ticks, (applied, start.conf_index), log)?;
         Ok(Self {
             node,
             level: start.level,

@@ -27,6 +27,15 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
+/// A vote was given back, one of the members that knew of it forgot, and the other had the configuration on disk but not that it
+/// was committed; the third had the longer log, and did not know of the vote.
+#[test]
+fn a_vote_that_is_on_the_disk_of_one_is_known_to_all_that_are_left() {
+    for seed in [4319, 7782] {
+        run(seed, Timing::default());
+    }
+}
+
 #[test]
 fn invariants_hold_on_every_seed() {
     if let Some(seed) = number("SEED") {
