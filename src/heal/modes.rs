@@ -97,7 +97,9 @@ fn opened(file: &File) -> PathBuf {
 /// What nobody else may do with a file or folder of this name, as mode bits.
 fn forbidden(name: &Path, folder: bool) -> u32 {
     let file = name.file_name().and_then(|file| file.to_str()).unwrap_or_default();
-    let public = [CA_CERTIFICATE, NODE_CERTIFICATE, CONSOLE_CERTIFICATE].contains(&file);
+    // So is what is about to replace one, or was set aside: the same name with something behind it.
+    let is = |public: &str| file.strip_prefix(public).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    let public = [CA_CERTIFICATE, NODE_CERTIFICATE, CONSOLE_CERTIFICATE].into_iter().any(is);
     let inside = name.parent().and_then(Path::to_str).unwrap_or_default();
     match (folder, inside) {
         // An administrator puts something there.
@@ -208,6 +210,8 @@ mod tests {
             ("identity.json", 0o644, 0o600),
             ("certificates/node-key.pem", 0o666, 0o600),
             ("certificates/node.pem", 0o666, 0o644),
+            ("certificates/console-cert.pem.new", 0o644, 0o644),
+            ("certificates/console-key.pem.new", 0o644, 0o600),
             ("certificates/cluster.key", 0o000, 0o600),
             ("custom-certificates/console-key.pem", 0o640, 0o600),
             ("custom-certificates/console-cert.pem", 0o444, 0o444),
