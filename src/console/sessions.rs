@@ -236,10 +236,7 @@ mod tests {
     use axum::http::StatusCode;
     use serde_json::json;
 
-    use super::{
-        super::{clock::unix_time, trial::Trial},
-        *,
-    };
+    use super::{super::trial::Trial, *};
 
     async fn asks(trial: &Trial, token: &str) -> (StatusCode, Value) {
         trial.call(Method::GET, "/api/v1/authenticate", token, Value::Null).await
@@ -253,18 +250,18 @@ mod tests {
     async fn a_session_ends_when_it_is_idle_and_when_it_is_old() {
         let trial = Trial::start().await;
         let token = trial.login().await;
-        let store = &trial.console.store;
+        let (store, now) = (&trial.console.store, trial.console.clock.now().await);
         assert_eq!(asks(&trial, &token).await.0, StatusCode::OK);
-        store.write(sqlx::query("UPDATE tokens SET expires = ?").bind(unix_time())).await.unwrap();
+        store.write(sqlx::query("UPDATE tokens SET expires = ?").bind(now)).await.unwrap();
         assert_eq!(asks(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
         assert_eq!(renews(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
 
         let token = trial.login().await;
         let age = Logon::default().maximum();
-        store.write(sqlx::query("UPDATE tokens SET began = ?").bind(unix_time() - age + 20)).await.unwrap();
+        store.write(sqlx::query("UPDATE tokens SET began = ?").bind(now - age + 20)).await.unwrap();
         let (status, granted) = renews(&trial, &token).await;
         assert!(status == 200 && (1..=20).contains(&granted["expiresInSec"].as_i64().unwrap()), "{granted}");
-        store.write(sqlx::query("UPDATE tokens SET began = ?").bind(unix_time() - age)).await.unwrap();
+        store.write(sqlx::query("UPDATE tokens SET began = ?").bind(now - age)).await.unwrap();
         assert_eq!(renews(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
         assert_eq!(
             asks(&trial, &token).await.0,
