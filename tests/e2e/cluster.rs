@@ -3,6 +3,7 @@
 use std::{
     cell::Cell,
     fs::DirEntry,
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU16, Ordering},
@@ -175,7 +176,7 @@ impl Cluster {
         }
     }
 
-    /// Waits until one node is PRIMARY, the others are SECONDARY under it, and all have applied the same.
+    /// Waits until one node is PRIMARY and serves, and the others are SECONDARY under it.
     pub fn wait_healthy(&self) {
         self.wait_for("one PRIMARY and two SECONDARY", |statuses| {
             let known: Vec<&Status> = statuses.iter().flatten().collect();
@@ -185,6 +186,7 @@ impl Cluster {
                 && (count(Role::Primary), count(Role::Secondary)) == (1, 2)
                 && one(|status| status.epoch)
                 && one(|status| status.primary.unwrap_or(0))
+                && self.serving(statuses).is_some()
         });
     }
 
@@ -203,10 +205,21 @@ impl Cluster {
         });
     }
 
-    /// The position of the node that is PRIMARY.
+    /// Waits until a node is PRIMARY and serves, and returns its position.
     pub fn primary(&self) -> usize {
-        self.wait_for("a PRIMARY", |statuses| position(statuses, Role::Primary).is_some());
-        position(&self.statuses(), Role::Primary).expect("it was there a moment ago")
+        let found = Cell::new(None);
+        self.wait_for("a PRIMARY", |statuses| {
+            found.set(self.serving(statuses));
+            found.get().is_some()
+        });
+        found.get().expect("it was waited for")
+    }
+
+    /// The node that says that it is PRIMARY, if its Console takes connections: its ports open a moment after the role came.
+    fn serving(&self, statuses: &[Option<Status>]) -> Option<usize> {
+        let primary = position(statuses, Role::Primary)?;
+        let address = self.node(primary).console_url.trim_start_matches("https://").parse().expect("an address");
+        TcpStream::connect_timeout(&address, Duration::from_millis(500)).ok().map(|_| primary)
     }
 
     /// Sends a signal to a node's daemon. Its pid must be known, that is, it must run.
