@@ -47,8 +47,7 @@ pub fn trouble() -> Option<String> {
 /// What to make of it.
 fn judge(look: &Look) -> (Condition, Option<String>) {
     let told = |condition, sentence| (condition, Some(sentence));
-    if let Some(Slow { operation, took, .. }) = look.running.filter(|running| running.took >= limit(running.operation))
-    {
+    if let Some(Slow { operation, took, .. }) = overdue(look) {
         return told(
             Condition::Bad,
             format!("the disk of this host does not answer: to {operation} has taken {} s so far", seconds(took)),
@@ -61,22 +60,28 @@ fn judge(look: &Look) -> (Condition, Option<String>) {
         };
         return told(Condition::Bad, format!("the disk of this host fails: cannot {operation}: {error}"));
     }
-    if let Some(Slow { operation, took, .. }) =
-        look.slow.filter(|slow| slow.took >= limit(slow.operation) && slow.ago < AFTER_HANG)
-    {
+    let was_overdue = |slow: &&Slow| slow.took >= limit(slow.operation) && slow.ago < AFTER_HANG;
+    if let Some(Slow { operation, took, .. }) = look.slow.iter().flatten().find(was_overdue).copied() {
         return told(
             Condition::Bad,
             format!("the disk of this host hardly answers: to {operation} took {} s", seconds(took)),
         );
     }
-    let running = look.running.filter(|running| running.took >= watch::SLOW);
-    match running.or(look.slow.filter(|slow| slow.ago < AFTER_SLOW)) {
-        Some(Slow { operation, took, .. }) => told(
-            Condition::Slow,
-            format!("the disk of this host is slow: to {operation} took {} s; every write waits for it", seconds(took)),
-        ),
+    let running = look.running.iter().flatten().find(|running| running.took >= watch::SLOW);
+    let slow = || look.slow.iter().flatten().find(|slow| slow.ago < AFTER_SLOW);
+    match running.or_else(slow).copied() {
+        Some(Slow { operation, took, .. }) => {
+            let waits = if limit(operation) == OVERDUE { "; every write waits for it" } else { "" };
+            let sentence = format!("the disk of this host is slow: to {operation} took {} s{waits}", seconds(took));
+            told(Condition::Slow, sentence)
+        }
         None => (Condition::Good, None),
     }
+}
+
+/// The operation that should have come back.
+fn overdue(look: &Look) -> Option<Slow> {
+    look.running.iter().flatten().find(|running| running.took >= limit(running.operation)).copied()
 }
 
 fn limit(operation: Operation) -> Duration {
@@ -90,23 +95,29 @@ fn seconds(took: Duration) -> String {
     format!("{:.1}", took.as_secs_f64())
 }
 
-/// Says in the log what a loop that stands still cannot say itself: a thread of its own, as those of the runtime may wait for the
-/// same disk. Ends when the other end of `ended` is dropped.
+/// A thread of its own that never waits for the disk, as those of the runtime may: tells the watch that this process runs, and says
+/// in the log what a loop that stands still cannot say itself. Ends when the other end of `ended` is dropped.
 ///
 /// # Errors
 /// When the thread cannot be started.
-fn tell_of_standstill(pulse: Pulse, ended: Receiver<()>) -> io::Result<()> {
-    let watch = move || {
+fn witness(pulse: Pulse, ended: Receiver<()>) -> io::Result<()> {
+    let witness = move || {
         let mut told = false;
-        while ended.recv_timeout(RETELL) == Err(RecvTimeoutError::Timeout) {
+        while ended.recv_timeout(watch::STEP) == Err(RecvTimeoutError::Timeout) {
+            watch::tick();
             let stands = pulse.age() >= RETELL;
-            if let Some(trouble) = trouble().filter(|_| stands && !told) {
+            if stands
+                && !told
+                && let Some(trouble) = trouble()
+            {
                 error!("this node stands still: {trouble}");
+                told = true;
             }
-            told = stands && (told || trouble().is_some());
+            told &= stands;
         }
+        watch::rest();
     };
-    thread::Builder::new().name("disk-watch".to_owned()).spawn(watch).map(drop)
+    thread::Builder::new().name("disk-watch".to_owned()).spawn(witness).map(drop)
 }
 
 /// What was made of it last.
@@ -119,20 +130,20 @@ pub(super) struct Disk {
     failures: u64,
     /// It was said that nobody else could take the role.
     stuck: bool,
-    /// Ends the thread of [`tell_of_standstill`] with this.
-    _standstill: SyncSender<()>,
+    /// Ends the thread of [`witness`] with this.
+    _witness: SyncSender<()>,
 }
 
 impl Disk {
     /// What has gone wrong before, as at the start, is nothing to act upon.
     ///
     /// # Errors
-    /// When the thread that tells of a standstill cannot be started.
+    /// When the witness cannot be started.
     pub fn start(pulse: Pulse) -> io::Result<Self> {
-        let (_standstill, ended) = sync_channel(1);
-        tell_of_standstill(pulse, ended)?;
+        let (_witness, ended) = sync_channel(1);
+        witness(pulse, ended)?;
         let (since, failures, condition) = (Instant::now(), watch::look().failures, Condition::Good);
-        Ok(Self { condition, since, told: None, given_up: None, failures, stuck: false, _standstill })
+        Ok(Self { condition, since, told: None, given_up: None, failures, stuck: false, _witness })
     }
 
     /// This host could not serve.
@@ -154,11 +165,11 @@ impl Driver {
             self.disk_becomes(condition, sentence.as_deref());
         }
         if condition == Condition::Bad {
-            self.leave_bad_disk(look.running.is_some_and(|running| running.took >= limit(running.operation)));
+            self.leave_bad_disk(overdue(&look).is_some());
         }
         let now = Instant::now();
         if self.disk.told.is_some_and(|at| now.duration_since(at) >= RETELL) || self.disk.told.is_none() {
-            let waits = look.running.map_or(Duration::ZERO, |running| running.took);
+            let waits = look.running.iter().flatten().map(|running| running.took).max().unwrap_or_default();
             metrics::gauge!(telemetry::DISK_WAIT).set(waits.as_secs_f64());
             metrics::gauge!(telemetry::DISK_TROUBLE).set(match condition {
                 Condition::Good => 0.0,
@@ -242,18 +253,23 @@ mod tests {
     #[test]
     fn a_disk_is_judged_by_what_hangs_what_failed_and_what_was_slow() {
         let judged = |look: Look| judge(&look).0;
+        let running = |write, sync| Look { running: [write, sync], ..Look::default() };
+        let was = |write, sync| Look { slow: [write, sync], ..Look::default() };
         assert_eq!(judged(Look::default()), Condition::Good);
-        assert_eq!(judged(Look { running: slow(WAL, 250, 0), ..Look::default() }), Condition::Good);
-        assert_eq!(judged(Look { running: slow(WAL, 400, 0), ..Look::default() }), Condition::Slow);
-        assert_eq!(judged(Look { running: slow(WAL, 900, 0), ..Look::default() }), Condition::Bad);
-        let checkpoint = Operation { place: Place::Database, act: Act::Sync };
-        assert_eq!(judged(Look { running: slow(checkpoint, 5_000, 0), ..Look::default() }), Condition::Slow);
-        assert_eq!(judged(Look { running: slow(checkpoint, 10_000, 0), ..Look::default() }), Condition::Bad);
-        assert_eq!(judged(Look { slow: slow(WAL, 1_500, 1), ..Look::default() }), Condition::Bad);
-        let again = Look { running: slow(WAL, 400, 0), slow: slow(WAL, 1_500, 1), ..Look::default() };
+        assert_eq!(judged(running(slow(WAL, 250, 0), None)), Condition::Good);
+        assert_eq!(judged(running(slow(WAL, 400, 0), None)), Condition::Slow);
+        assert_eq!(judged(running(slow(WAL, 900, 0), None)), Condition::Bad);
+        let checkpoint = |ms, ago| slow(Operation { place: Place::Database, act: Act::Sync }, ms, ago);
+        assert_eq!(judged(running(None, checkpoint(5_000, 0))), Condition::Slow);
+        assert_eq!(judged(running(None, checkpoint(10_000, 0))), Condition::Bad);
+        assert_eq!(judged(running(slow(WAL, 900, 0), checkpoint(5_000, 0))), Condition::Bad, "it hides no write");
+        assert_eq!(judged(running(slow(WAL, 20, 0), checkpoint(10_000, 0))), Condition::Bad);
+        assert_eq!(judged(was(slow(WAL, 1_500, 1), None)), Condition::Bad);
+        assert_eq!(judged(was(slow(WAL, 1_500, 1), checkpoint(600, 0))), Condition::Bad);
+        let again = Look { running: [slow(WAL, 400, 0), None], slow: [slow(WAL, 1_500, 1), None], ..Look::default() };
         assert_eq!(judged(again), Condition::Bad, "the next one is not better for being younger");
-        assert_eq!(judged(Look { slow: slow(WAL, 1_500, 3), ..Look::default() }), Condition::Slow);
-        assert_eq!(judged(Look { slow: slow(WAL, 1_500, 6), ..Look::default() }), Condition::Good);
+        assert_eq!(judged(was(slow(WAL, 1_500, 3), None)), Condition::Slow);
+        assert_eq!(judged(was(slow(WAL, 1_500, 6), None)), Condition::Good);
         let failed = |ago| Some(Failure { operation: WAL, errno: 5, ago: Duration::from_secs(ago) });
         assert_eq!(judged(Look { failed: failed(20), ..Look::default() }), Condition::Good);
         let (condition, sentence) = judge(&Look { failed: failed(19), ..Look::default() });

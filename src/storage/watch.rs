@@ -2,6 +2,8 @@
 //! Whoever asks learns what does not come back, what was slow and what failed, without touching a file. There is one for the
 //! process, as it has one data folder. Must never wait, and never judge: a role is not its business.
 
+mod clock;
+
 use std::{
     cell::Cell,
     fmt, io,
@@ -16,6 +18,10 @@ use nix::{
     errno::Errno,
     time::{ClockId, clock_gettime},
 };
+
+use self::clock::Clock;
+
+pub use self::clock::STEP;
 
 /// Operations that are watched at once: more than the threads that have one.
 const SLOTS: usize = 128;
@@ -72,6 +78,12 @@ pub struct Operation {
 }
 
 impl Operation {
+    /// Of two kinds, which must not hide each other: what a transaction waits for, and a sync of the database file, which may have
+    /// much to write and which nobody waits for.
+    fn kind(self) -> usize {
+        usize::from(matches!(self, Self { place: Place::Database, act: Act::Sync }))
+    }
+
     fn code(self) -> u32 {
         (self.place as u32) << 8 | self.act as u32
     }
@@ -129,10 +141,10 @@ pub struct Failure {
 /// What the watch knows at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Look {
-    /// The oldest operation that runs.
-    pub running: Option<Slow>,
-    /// The last operation that was [`SLOW`].
-    pub slow: Option<Slow>,
+    /// The oldest operation that runs: of those that transactions wait for, and of syncs of the database file.
+    pub running: [Option<Slow>; 2],
+    /// The last operation that was [`SLOW`], in the same order.
+    pub slow: [Option<Slow>; 2],
     /// The last one that failed.
     pub failed: Option<Failure>,
     /// How many have failed, and how many were refused for want of space.
@@ -147,9 +159,10 @@ struct Slot {
 }
 
 struct Watch {
+    clock: Clock,
     slots: [Slot; SLOTS],
-    /// Operation, duration and end of the last slow one.
-    slow: Mutex<Option<(Operation, u64, u64)>>,
+    /// Operation, duration and end of the last slow one of each kind.
+    slow: Mutex<[Option<(Operation, u64, u64)>; 2]>,
     /// Operation, error and moment of the last failure.
     failed: Mutex<Option<(Operation, i32, u64)>>,
     failures: AtomicU64,
@@ -157,17 +170,33 @@ struct Watch {
 }
 
 static WATCH: Watch = Watch {
+    clock: Clock::new(),
     slots: [const { Slot { since: AtomicU64::new(0), operation: AtomicU32::new(0) } }; SLOTS],
-    slow: Mutex::new(None),
+    slow: Mutex::new([None; 2]),
     failed: Mutex::new(None),
     failures: AtomicU64::new(0),
     refused: AtomicU64::new(0),
 };
 
-/// Nanoseconds of a clock that stands still while the host sleeps: nobody waits for a disk then.
-fn now() -> u64 {
+/// Nanoseconds of the kernel's clock that stands still while the host sleeps.
+fn monotonic() -> u64 {
     let time = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every kernel has this clock");
     (time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64).max(1)
+}
+
+/// Nanoseconds for which this process has run.
+fn now() -> u64 {
+    WATCH.clock.at(monotonic())
+}
+
+/// This process runs. To be called every [`STEP`] by a thread that never waits for the disk, until it says [`rest`].
+pub fn tick() {
+    WATCH.clock.tick(monotonic());
+}
+
+/// Nobody [ticks](tick) from now on.
+pub fn rest() {
+    WATCH.clock.rest();
 }
 
 /// Where this thread looks for a free slot first, so that threads are not in each other's way.
@@ -208,7 +237,7 @@ impl Drop for Running {
         let end = now();
         let took = end.saturating_sub(self.since);
         if took >= SLOW.as_nanos() as u64 {
-            *lock(&WATCH.slow) = Some((self.operation, took, end));
+            lock(&WATCH.slow)[self.operation.kind()] = Some((self.operation, took, end));
         }
     }
 }
@@ -266,12 +295,22 @@ pub fn look() -> Look {
         let began = slot.since.load(Ordering::Acquire);
         (began > 0).then(|| (began, Operation::of(slot.operation.load(Ordering::Acquire))))
     });
-    let running = running.min_by_key(|(began, _)| *began);
+    let mut oldest: [Option<(u64, Operation)>; 2] = [None; 2];
+    for (began, operation) in running {
+        let oldest = &mut oldest[operation.kind()];
+        if oldest.is_none_or(|(before, _)| began < before) {
+            *oldest = Some((began, operation));
+        }
+    }
     let slow = *lock(&WATCH.slow);
     let failed = *lock(&WATCH.failed);
     Look {
-        running: running.map(|(began, operation)| Slow { operation, took: since(began), ago: Duration::ZERO }),
-        slow: slow.map(|(operation, took, end)| Slow { operation, took: Duration::from_nanos(took), ago: since(end) }),
+        running: oldest
+            .map(|oldest| oldest.map(|(began, operation)| Slow { operation, took: since(began), ago: Duration::ZERO })),
+        slow: slow.map(|slow| {
+            let told = |(operation, took, end)| Slow { operation, took: Duration::from_nanos(took), ago: since(end) };
+            slow.map(told)
+        }),
         failed: failed.map(|(operation, errno, at)| Failure { operation, errno, ago: since(at) }),
         failures: WATCH.failures.load(Ordering::Relaxed),
         refused: WATCH.refused.load(Ordering::Relaxed),
@@ -289,9 +328,12 @@ mod tests {
             assert_eq!(Operation::of(operation.code()), operation);
         }
         let hangs = begin(Place::Wal, Act::Write);
-        let oldest = look().running.expect("it runs");
+        let oldest = look().running[0].expect("it runs");
         assert!(oldest.took < Duration::from_secs(60));
-        drop(hangs);
+        let flush = begin(Place::Database, Act::Sync);
+        let [write, sync] = look().running.map(|running| running.expect("both are seen").operation);
+        assert!(write != sync && sync == flush.operation);
+        drop((hangs, flush));
         let error = |errno: Errno| io::Error::from_raw_os_error(errno as i32);
         for usual in [Errno::ENOENT, Errno::EMFILE, Errno::EINTR, Errno::ENOSPC] {
             let before = look();
