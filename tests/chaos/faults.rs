@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::{errno::Errno, sys::signal::Signal};
+use nix::sys::signal::Signal;
 use rand::{RngExt, rngs::SmallRng};
 use serde_json::json;
 use twistlock_ha::{
@@ -22,7 +22,6 @@ use twistlock_ha::{
 use crate::{
     disks::{self, Frozen},
     network,
-    preload::{ALL_FILES, DATABASE, Disk, LOG, OPEN, READ, SYNC, WRITE},
     site::{Site, picture},
 };
 
@@ -219,13 +218,13 @@ fn harm(step: &Step, site: &Site, node: usize) -> Result<(String, End), String> 
             plain(Box::new(move |_| fs::remove_file(ballast).map_err(|error| error.to_string())))
         }
         DiskError | DiskHang | DiskSlow => {
-            let disk = bad_disk(step);
-            site.preload.set_disk(node, disk);
+            let (rule, told) = bad_disk(step, &site.node(node).data);
+            site.preload.set(node, &rule);
             let end = move |site: &Site| {
-                site.preload.set_disk(node, Disk::default());
+                site.preload.set(node, "");
                 Ok(())
             };
-            Ok((format!(" {disk:?}"), Box::new(end)))
+            Ok((told, Box::new(end)))
         }
         DiskFreeze => {
             let frozen = Frozen::freeze(&site.node(node).data);
@@ -329,16 +328,18 @@ fn wall(step: &Step, site: &Site, node: usize) -> Result<(String, End), String> 
     Ok((text, Box::new(end)))
 }
 
-fn bad_disk(step: &Step) -> Disk {
+/// The rule, and the same for people.
+fn bad_disk(step: &Step, data: &Path) -> (String, String) {
     let choice = step.choice;
-    let operations = [WRITE | SYNC, SYNC, READ, READ | WRITE | SYNC | OPEN][(choice % 4) as usize];
-    let files = [ALL_FILES, LOG, DATABASE][(choice / 4 % 3) as usize];
-    match step.kind {
-        Kind::DiskError => Disk { operations, error: Errno::EIO as u32, hang: 0, files },
-        // For ever, that is until it is taken back.
-        Kind::DiskHang => Disk { operations, error: 0, hang: u32::MAX, files },
-        _ => Disk { operations: SYNC, error: 0, hang: [20, 100, 300, 1500][(choice / 16 % 4) as usize], files },
-    }
+    let operations = ["ws", "s", "r", "rwso"][(choice % 4) as usize];
+    let files = ["", "raft-log/", "database/"][(choice / 4 % 3) as usize];
+    let (operations, action) = match step.kind {
+        Kind::DiskError => (operations, "eio".to_owned()),
+        Kind::DiskHang => (operations, "hang".to_owned()),
+        _ => ("s", format!("delay:{}", [20, 100, 300, 1500][(choice / 16 % 4) as usize])),
+    };
+    let rule = format!("{operations} {}/{files} {action}\n", data.display());
+    (rule, format!(" {operations} data/{files} {action}"))
 }
 
 /// The segments of a raft log, the oldest first.

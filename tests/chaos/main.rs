@@ -19,6 +19,8 @@ mod logs;
 #[path = "../e2e/network.rs"]
 #[allow(dead_code, reason = "shared with the tests of tests/e2e, which use more of it")]
 mod network;
+#[path = "../e2e/preload.rs"]
+#[allow(dead_code, reason = "shared with the tests of tests/e2e, which use more of it")]
 mod preload;
 mod report;
 #[path = "../e2e/sampler.rs"]

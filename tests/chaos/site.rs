@@ -1,4 +1,4 @@
-//! The three daemons of a cluster as children of this process, each with the preloaded shim and a keeper that starts it again
+//! The three daemons of a cluster as children of this process, each with the preloaded library and a keeper that starts it again
 //! as a service manager would. Must never let a daemon outlive this process, nor start one whose files are being harmed.
 
 use std::{
@@ -73,7 +73,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// Founds a cluster on small disks of its own, and goes on with daemons under the shim.
+    /// Founds a cluster on small disks of its own, and goes on with daemons under the preloaded library.
     pub fn start() -> Self {
         let cluster = Cluster::start_with("0", |folder| {
             for name in ["node1", "node2", "node3"] {

@@ -22,6 +22,7 @@ mod health;
 mod held;
 mod network;
 mod observe;
+mod preload;
 mod recover;
 mod remote;
 mod restores;

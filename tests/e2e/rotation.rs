@@ -22,7 +22,8 @@ use twistlock_ha::{
 use super::{
     alone,
     certificates::{own_ca, trusts},
-    cluster::{Cluster, LEASE_LOST, LIMIT},
+    cluster::{Cluster, LEASE_LOST, LIMIT, RESTART_AFTER},
+    preload::Preload,
     writers,
 };
 
@@ -142,7 +143,9 @@ fn kill_at(cluster: &Cluster, step: &Step, frozen: Option<usize>, is_new: impl F
 #[test]
 fn the_cluster_key_is_replaced_whoever_dies_meanwhile() {
     let _alone = alone();
-    let cluster = Cluster::start();
+    let tools = tempfile::tempdir().unwrap();
+    let preload = Preload::build(tools.path());
+    let cluster = Cluster::start_under(&preload.environment(), RESTART_AFTER, |_| {});
     let mut before = wait_replaced(&cluster, KeyId::default(), |holds| holds.key);
     let steps = [
         Step {
@@ -160,6 +163,8 @@ fn the_cluster_key_is_replaced_whoever_dies_meanwhile() {
         Step { name: "sealed", held: false, last: true, is: |now| now.rekey.is_none() },
     ];
     for step in &steps {
+        // A key is not announced before it is on the disk.
+        preload.set(0, if step.name == "wanted" { "s /certificates delay:300\n" } else { "" });
         killed_at(&cluster, &Operation::RotateKey {}, step, &mut before, |holds| holds.key);
     }
     a_member_is_away(&cluster, before);

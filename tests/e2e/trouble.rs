@@ -1,13 +1,12 @@
 //! The disk of a node fails or hangs: the role is with another member soon, the node says that it is its disk, and it comes back by
 //! itself. With the real things: a file system that is shut down or frozen, and a preloaded library that fails or delays
-//! operations on chosen files. Needs root and a C compiler.
+//! operations on chosen files. Needs root.
 //!
 //! `DISK_ROWS=all` does what takes longer, too.
 
 use std::{
     cell::Cell,
     fs::{self, File},
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
@@ -23,31 +22,10 @@ use super::{
     WRITERS, alone,
     cluster::{Cluster, LIMIT, RESTART_AFTER},
     disk::{in_private_mounts, run, wait_role},
+    preload::{Preload, compile},
     sampler::Sampler,
     writers::{Pen, Writers},
 };
-
-/// What is preloaded into all nodes, and the page that it reads its rules from.
-struct Shim {
-    rules: File,
-}
-
-impl Shim {
-    fn set(&self, rules: &str) {
-        let mut page = format!("0{rules}").into_bytes();
-        page.resize(4096, b'\n');
-        self.rules.write_all_at(b"0", 0).unwrap();
-        self.rules.write_all_at(&page, 0).unwrap();
-        self.rules.write_all_at(if rules.is_empty() { b"0" } else { b"1" }, 0).unwrap();
-    }
-}
-
-/// Whatever happens, nothing hangs for ever.
-impl Drop for Shim {
-    fn drop(&mut self) {
-        self.set("");
-    }
-}
 
 /// A file system that is thawed in any case.
 struct Frozen(PathBuf);
@@ -65,17 +43,10 @@ impl Drop for Frozen {
     }
 }
 
-fn compile(folder: &Path, source: &str, arguments: &[&str]) -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/faults").join(source);
-    let out = folder.join(source.replace(".c", ".bin"));
-    run("cc", &[&["-O1", "-o", out.to_str().unwrap(), path.to_str().unwrap()], arguments].concat());
-    out
-}
-
-/// A cluster under the shim whose first node has its data in an ext4 file system of its own.
+/// A cluster with the preloaded library, whose first node has its data in an ext4 file system of its own.
 struct Stage {
     cluster: Cluster,
-    shim: Shim,
+    preload: Preload,
     _tools: tempfile::TempDir,
     image: PathBuf,
     shutdown: PathBuf,
@@ -85,21 +56,17 @@ struct Stage {
 impl Stage {
     fn start() -> Self {
         let tools = tempfile::tempdir().unwrap();
-        let shim = compile(tools.path(), "shim.c", &["-shared", "-fPIC", "-ldl"]);
+        let preload = Preload::build(tools.path());
         let shutdown = compile(tools.path(), "shutdown.c", &[]);
-        let page = tools.path().join("rules");
-        fs::write(&page, [b'0'; 4096]).unwrap();
-        let rules = File::options().write(true).open(&page).unwrap();
         let image = tools.path().join("image");
         File::create(&image).unwrap().set_len(256 << 20).unwrap();
         run("mkfs.ext4", &["-q", image.to_str().unwrap()]);
-        let environment = [("LD_PRELOAD", shim.as_path()), ("TW_DISK_FAULTS", page.as_path())];
-        let cluster = Cluster::start_under(&environment, RESTART_AFTER, |folder| {
+        let cluster = Cluster::start_under(&preload.environment(), RESTART_AFTER, |folder| {
             let data = folder.join("node1/data");
             fs::create_dir_all(&data).unwrap();
             mount(&image, &data);
         });
-        Self { cluster, shim: Shim { rules }, _tools: tools, image, shutdown, table: Cell::default() }
+        Self { cluster, preload, _tools: tools, image, shutdown, table: Cell::default() }
     }
 
     fn data(&self, node: usize) -> PathBuf {
@@ -127,7 +94,7 @@ impl Stage {
         let harmed = harm(node);
         let gap = writers.wait_success(fault, |by| by != node);
         let gap = gap.unwrap_or_else(|| {
-            self.shim.set("");
+            self.preload.set(0, "");
             self.cluster.show_logs();
             panic!("{name}: no other member takes over");
         });
@@ -149,8 +116,8 @@ impl Stage {
         ));
     }
 
-    fn shim_row(&self, name: &str, writers: &Writers, rules: impl Fn(usize) -> String) {
-        self.row(name, writers, |node| self.shim.set(&rules(node)), |_, ()| self.shim.set(""));
+    fn rule_row(&self, name: &str, writers: &Writers, rules: impl Fn(usize) -> String) {
+        self.row(name, writers, |node| self.preload.set(0, &rules(node)), |_, ()| self.preload.set(0, ""));
     }
 }
 
@@ -168,9 +135,6 @@ const ANY: &[&str] = &["WARN", "ERROR", "port guard:"];
 #[test]
 fn a_primary_whose_disk_fails_or_hangs_gives_the_role_up_and_comes_back() {
     let _alone = alone();
-    if Command::new("cc").arg("--version").output().is_err() {
-        return println!("NO C COMPILER: disks that fail or hang are not tested");
-    }
     in_private_mounts(|| {
         let stage = Stage::start();
         let sampler = Sampler::start(stage.cluster.port_offset);
@@ -185,15 +149,15 @@ fn a_primary_whose_disk_fails_or_hangs_gives_the_role_up_and_comes_back() {
         };
         stage.row("ext4 shut down", &writers, shut_down, remount);
         let hang = |node| stage.rule(node, "ws", "", "hang");
-        stage.shim_row("writes and syncs hang", &writers, hang);
-        stage.shim_row("writes fail", &writers, |node| stage.rule(node, "w", "", "eio"));
-        stage.shim_row("all hangs, reads too", &writers, |node| stage.rule(node, "rws", "", "hang"));
+        stage.rule_row("writes and syncs hang", &writers, hang);
+        stage.rule_row("writes fail", &writers, |node| stage.rule(node, "w", "", "eio"));
+        stage.rule_row("all hangs, reads too", &writers, |node| stage.rule(node, "rws", "", "hang"));
         wait_role(&stage.cluster, 0, true);
         stage.row("file system frozen", &writers, |node| Frozen::new(&stage.data(node)), |_, frozen| drop(frozen));
         if all_rows() {
-            stage.shim_row("reads hang", &writers, |node| stage.rule(node, "r", "database/", "hang"));
+            stage.rule_row("reads hang", &writers, |node| stage.rule(node, "r", "database/", "hang"));
         }
-        stage.shim_row("reads of the database fail", &writers, |node| {
+        stage.rule_row("reads of the database fail", &writers, |node| {
             stage.rule(node, "r", "database/console.db$", "eio")
         });
         let written = writers.verify();
@@ -205,9 +169,6 @@ fn a_primary_whose_disk_fails_or_hangs_gives_the_role_up_and_comes_back() {
 #[test]
 fn a_disk_that_is_no_worse_elsewhere_moves_no_role() {
     let _alone = alone();
-    if Command::new("cc").arg("--version").output().is_err() {
-        return println!("NO C COMPILER: disks that fail or hang are not tested");
-    }
     in_private_mounts(|| {
         let stage = Stage::start();
         let cluster = &stage.cluster;
@@ -219,14 +180,14 @@ fn a_disk_that_is_no_worse_elsewhere_moves_no_role() {
             status.is_some_and(|status| status.warnings.iter().any(|warning| warning.contains(text)))
         };
         let secondary = (primary + 1) % 3;
-        stage.shim.set(&stage.rule(secondary, "s", "raft-log/", "hang"));
+        stage.preload.set(0, &stage.rule(secondary, "s", "raft-log/", "hang"));
         assert!(pen.write(primary, "without-one"), "the others are a majority");
         cluster.wait_for("a word of the secondary's disk", |statuses| {
             says(statuses, secondary, "the disk of this host does not answer: to sync a file in raft-log")
                 && says(statuses, primary, &format!("the disk of {} fails", cluster.node(secondary).name))
         });
         // Every sync of every member takes a second.
-        stage.shim.set("s /data/ delay:1000\n");
+        stage.preload.set(0, "s /data/ delay:1000\n");
         let control = cluster.node(primary).control;
         let administer = |operation| control::request(&control, &Request::Administer { operation }, LIMIT).unwrap();
         administer(Operation::Pause { seconds: 600 });
@@ -234,13 +195,13 @@ fn a_disk_that_is_no_worse_elsewhere_moves_no_role() {
         cluster.wait_for("a word of all disks", |statuses| {
             (0..3).all(|node| says(statuses, node, "the disk of this host"))
         });
-        stage.shim.set("");
+        stage.preload.set(0, "");
         assert_eq!(epoch(), before, "the role has moved, or the lease has lapsed");
         administer(Operation::Resume {});
         let troubled = |statuses: &[Option<Status>]| (0..3).any(|node| says(statuses, node, "answer"));
         cluster.wait_for("no word of it", |statuses| !troubled(statuses));
         // The same trouble on all: it goes round once, and then stays.
-        stage.shim.set("w /data/database/console.db-wal$ eio\n");
+        stage.preload.set(0, "w /data/database/console.db-wal$ eio\n");
         let begin = Instant::now();
         let (stuck, mut text) = (Cell::new(None), String::new());
         while stuck.get().is_none() && begin.elapsed() < LIMIT {
@@ -262,7 +223,7 @@ fn a_disk_that_is_no_worse_elsewhere_moves_no_role() {
             begin.elapsed().as_millis()
         );
         assert!(text.contains("the disk of this host fails: cannot write database/console.db-wal"), "{text}");
-        stage.shim.set("");
+        stage.preload.set(0, "");
         println!("  {}", stage.cluster.finish(ANY));
     });
 }

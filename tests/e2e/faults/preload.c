@@ -1,5 +1,7 @@
-/* Preloaded into a daemon: makes chosen operations on files of its data folder fail or hang, and steps its wall clock, as the
- * test's process asks by a shared page (preload.rs). Must never touch a socket, nor a file outside of the data folder. */
+/* Preloaded into a daemon: makes chosen operations on chosen files fail or hang, and steps its wall clock, as the test's process
+ * asks by a shared page (preload.rs): a clock for each slot, and rules of which each is a line "OPERATIONS PART-OF-PATH ACTION".
+ * Operations: r read, w write, s sync, o open. A part that ends in '$' is the end of the path. Actions: eio, hang (until the rule is
+ * gone), delay:MILLISECONDS. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,59 +18,64 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The page, as preload.rs writes it. */
-struct wish {
-    volatile int64_t clock;       /* nanoseconds that the wall clock is ahead */
-    volatile uint32_t operations; /* which fail or hang */
-    volatile uint32_t error;      /* with which errno; 0: none */
-    volatile uint32_t hang;       /* milliseconds that each one takes longer, at most as long as it is wished */
-    volatile uint32_t files;      /* of which files */
-};
-enum { READ = 1, WRITE = 2, SYNC = 4, OPEN = 8 };
-enum { LOG = 1, DATABASE = 2, OTHERS = 4 };
+enum { PAGE = 4096, SLOTS = 16, RULES = SLOTS * sizeof(int64_t), STEP_MS = 5 };
 
-static struct wish none, *wish = &none;
-static char folder[4096];
-static size_t length;
+/* Nanoseconds that the wall clock is ahead. */
+static const volatile int64_t good, *ahead = &good;
+/* '1' while the rules behind it are in force. */
+static const volatile char *rules = "0";
 
 __attribute__((constructor)) static void begin(void) {
-    const char *page = getenv("CHAOS_PAGE"), *data = getenv("CHAOS_DATA"), *slot = getenv("CHAOS_SLOT");
-    if (!page || !data || !slot || strlen(data) >= sizeof folder - 1)
-        return;
-    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, "open");
-    int fd = real(page, O_RDONLY | O_CLOEXEC);
+    const char *page = getenv("TEST_FAULTS_PAGE"), *slot = getenv("TEST_FAULTS_SLOT");
+    int (*real)(const char *, int, ...) = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open");
+    int fd = page ? real(page, O_RDONLY | O_CLOEXEC) : -1;
     if (fd < 0)
         return;
-    char *map = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
+    char *map = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, 0);
     close(fd);
     if (map == MAP_FAILED)
         return;
-    length = (size_t)snprintf(folder, sizeof folder, "%s/", data);
-    wish = (struct wish *)(map + 64 * (atoi(slot) & 15));
+    ahead = (const int64_t *)map + (slot ? atoi(slot) % SLOTS : 0);
+    rules = map + RULES;
 }
 
-static int kind_of(const char *path) {
-    if (strncmp(path, folder, length))
-        return 0;
-    path += length;
-    if (!strncmp(path, "raft-log/", 9))
-        return LOG;
-    return strncmp(path, "database/", 9) ? OTHERS : DATABASE;
+static int is_part(const char *path, char *part) {
+    size_t length = strlen(part), all = strlen(path);
+    if (part[length - 1] != '$')
+        return strstr(path, part) != NULL;
+    part[--length] = 0;
+    return all >= length && !strcmp(path + all - length, part);
 }
 
-/* Waits as wished. Returns the errno to fail with, or 0. */
-static int meet(int operation, const char *path) {
-    if (!(wish->operations & operation) || !(wish->files & kind_of(path)))
+/* The action of the first rule for it. */
+static int finds(char operation, const char *path, char *action) {
+    if (rules[0] != '1')
         return 0;
-    for (uint32_t waited = 0; waited < wish->hang && wish->operations & operation; waited += 5) {
-        struct timespec step = {0, 5000000};
+    char text[PAGE - RULES + 1], operations[16], part[512], *rest;
+    memcpy(text, (const char *)rules, PAGE - RULES);
+    text[PAGE - RULES] = 0;
+    for (char *line = strtok_r(text + 1, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest))
+        if (sscanf(line, "%15s %511s %63s", operations, part, action) == 3 && strchr(operations, operation) && is_part(path, part))
+            return 1;
+    return 0;
+}
+
+/* Waits as the rules say. Returns the errno to fail with, or 0. */
+static int meet(char operation, const char *path) {
+    char action[64];
+    for (long waited = 0; finds(operation, path, action); waited += STEP_MS) {
+        if (!strcmp(action, "eio"))
+            return EIO;
+        if (!strncmp(action, "delay:", 6) && waited >= atol(action + 6))
+            return 0;
+        struct timespec step = {0, STEP_MS * 1000000};
         nanosleep(&step, NULL);
     }
-    return wish->operations & operation ? (int)wish->error : 0;
+    return 0;
 }
 
-static int fails(int operation, int fd) {
-    if (!(wish->operations & operation))
+static int fails(char operation, int fd) {
+    if (rules[0] != '1')
         return 0;
     int saved = errno, error = 0;
     char link[64], path[4096];
@@ -94,30 +101,30 @@ static int fails(int operation, int fd) {
         return fails(operation, fd) ? -1 : real arguments;                                                                  \
     }
 
-ON_FD(READ, ssize_t, read, (int, void *, size_t), (int fd, void *b, size_t n), (fd, b, n))
-ON_FD(READ, ssize_t, pread, (int, void *, size_t, off_t), (int fd, void *b, size_t n, off_t o), (fd, b, n, o))
-ON_FD(READ, ssize_t, pread64, (int, void *, size_t, off64_t), (int fd, void *b, size_t n, off64_t o), (fd, b, n, o))
-ON_FD(WRITE, ssize_t, write, (int, const void *, size_t), (int fd, const void *b, size_t n), (fd, b, n))
-ON_FD(WRITE, ssize_t, pwrite, (int, const void *, size_t, off_t), (int fd, const void *b, size_t n, off_t o), (fd, b, n, o))
-ON_FD(WRITE, ssize_t, pwrite64, (int, const void *, size_t, off64_t), (int fd, const void *b, size_t n, off64_t o),
+ON_FD('r', ssize_t, read, (int, void *, size_t), (int fd, void *b, size_t n), (fd, b, n))
+ON_FD('r', ssize_t, pread, (int, void *, size_t, off_t), (int fd, void *b, size_t n, off_t o), (fd, b, n, o))
+ON_FD('r', ssize_t, pread64, (int, void *, size_t, off64_t), (int fd, void *b, size_t n, off64_t o), (fd, b, n, o))
+ON_FD('w', ssize_t, write, (int, const void *, size_t), (int fd, const void *b, size_t n), (fd, b, n))
+ON_FD('w', ssize_t, pwrite, (int, const void *, size_t, off_t), (int fd, const void *b, size_t n, off_t o), (fd, b, n, o))
+ON_FD('w', ssize_t, pwrite64, (int, const void *, size_t, off64_t), (int fd, const void *b, size_t n, off64_t o),
       (fd, b, n, o))
-ON_FD(WRITE, ssize_t, writev, (int, const struct iovec *, int), (int fd, const struct iovec *v, int n), (fd, v, n))
-ON_FD(WRITE, ssize_t, pwritev, (int, const struct iovec *, int, off_t), (int fd, const struct iovec *v, int n, off_t o),
+ON_FD('w', ssize_t, writev, (int, const struct iovec *, int), (int fd, const struct iovec *v, int n), (fd, v, n))
+ON_FD('w', ssize_t, pwritev, (int, const struct iovec *, int, off_t), (int fd, const struct iovec *v, int n, off_t o),
       (fd, v, n, o))
-ON_FD(WRITE, ssize_t, pwritev64, (int, const struct iovec *, int, off64_t),
+ON_FD('w', ssize_t, pwritev64, (int, const struct iovec *, int, off64_t),
       (int fd, const struct iovec *v, int n, off64_t o), (fd, v, n, o))
-ON_FD(WRITE, int, ftruncate, (int, off_t), (int fd, off_t n), (fd, n))
-ON_FD(WRITE, int, ftruncate64, (int, off64_t), (int fd, off64_t n), (fd, n))
-ON_FD(WRITE, int, fallocate, (int, int, off_t, off_t), (int fd, int m, off_t o, off_t n), (fd, m, o, n))
-ON_FD(WRITE, int, fallocate64, (int, int, off64_t, off64_t), (int fd, int m, off64_t o, off64_t n), (fd, m, o, n))
-ON_FD(SYNC, int, fsync, (int), (int fd), (fd))
-ON_FD(SYNC, int, fdatasync, (int), (int fd), (fd))
-ON_FD(SYNC, int, sync_file_range, (int, off64_t, off64_t, unsigned), (int fd, off64_t o, off64_t n, unsigned f), (fd, o, n, f))
+ON_FD('w', int, ftruncate, (int, off_t), (int fd, off_t n), (fd, n))
+ON_FD('w', int, ftruncate64, (int, off64_t), (int fd, off64_t n), (fd, n))
+ON_FD('w', int, fallocate, (int, int, off_t, off_t), (int fd, int m, off_t o, off_t n), (fd, m, o, n))
+ON_FD('w', int, fallocate64, (int, int, off64_t, off64_t), (int fd, int m, off64_t o, off64_t n), (fd, m, o, n))
+ON_FD('s', int, fsync, (int), (int fd), (fd))
+ON_FD('s', int, fdatasync, (int), (int fd), (fd))
+ON_FD('s', int, sync_file_range, (int, off64_t, off64_t, unsigned), (int fd, off64_t o, off64_t n, unsigned f), (fd, o, n, f))
 
 /* This one returns the error itself. */
 int posix_fallocate64(int fd, off64_t o, off64_t n) {
     REAL(int, posix_fallocate64, int, off64_t, off64_t);
-    int error = fails(WRITE, fd);
+    int error = fails('w', fd);
     return error ? error : real(fd, o, n);
 }
 
@@ -130,7 +137,7 @@ int posix_fallocate64(int fd, off64_t o, off64_t n) {
         va_start(more, flags);                                                                                              \
         mode_t mode = flags & (O_CREAT | __O_TMPFILE) ? va_arg(more, mode_t) : 0;                                           \
         va_end(more);                                                                                                       \
-        int error = meet(OPEN, path);                                                                                       \
+        int error = meet('o', path);                                                                                       \
         if (error) {                                                                                                        \
             errno = error;                                                                                                  \
             return -1;                                                                                                      \
@@ -144,9 +151,10 @@ ON_PATH(open64)
 int clock_gettime(clockid_t clock, struct timespec *now) {
     REAL(int, clock_gettime, clockid_t, struct timespec *);
     int result = real(clock, now);
-    if (!result && wish->clock && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) {
-        int64_t nanoseconds = now->tv_nsec + wish->clock % 1000000000;
-        now->tv_sec += wish->clock / 1000000000 + (nanoseconds < 0 ? -1 : nanoseconds >= 1000000000);
+    int64_t by = *ahead;
+    if (!result && by && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) {
+        int64_t nanoseconds = now->tv_nsec + by % 1000000000;
+        now->tv_sec += by / 1000000000 + (nanoseconds < 0 ? -1 : nanoseconds >= 1000000000);
         now->tv_nsec = (nanoseconds + 1000000000) % 1000000000;
     }
     return result;
