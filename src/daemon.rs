@@ -249,10 +249,7 @@ impl Parts {
         let console_tls = self.console_tls().context("load what the Console serves")?;
         let (mut supervisor, ports) = self.supervisor(console_tls.served());
         let administrator = Arc::new(self.offer(&mut supervisor, &ports)?);
-        let mut control_stop = stopped.clone();
-        task::spawn(control.serve(administrator, async move {
-            let _ = control_stop.wait_for(|stop| *stop).await;
-        }));
+        control.spawn(administrator, stopped.clone()).context("start the thread of the control socket")?;
         self.show_node(&ports);
         let peers = self.share_with_others();
         task::spawn(console_tls.keep(self.handle.clone(), peers.tls.clone()));

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 pub use client::{ControlError, api, connect, operate, place, request, status};
 pub use protocol::{ApiReply, JoinScript, Operation, Place, Reply, Request, SecretText};
-pub use server::{ControlSocket, serve};
+pub use server::ControlSocket;
 
 use crate::node::Status;
 

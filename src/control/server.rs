@@ -11,6 +11,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::Duration,
 };
 
@@ -18,7 +19,8 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
+    runtime::{Builder, Handle},
+    sync::{Semaphore, watch},
     time::timeout,
 };
 
@@ -61,6 +63,22 @@ impl ControlSocket {
         Ok(Self { path: path.to_owned(), listener: socket.into() })
     }
 
+    /// Serves on a thread of its own until `stopped` says so: whoever asks for the status has it while everything else here
+    /// waits for the disk. Must be called inside a tokio runtime, which carries out the operations.
+    ///
+    /// # Errors
+    /// When the system has no thread for it.
+    pub fn spawn(self, handler: Arc<dyn ControlHandler>, mut stopped: watch::Receiver<bool>) -> io::Result<()> {
+        let (workers, own) = (Handle::current(), Builder::new_current_thread().enable_all().build()?);
+        let stopped = async move { drop(stopped.wait_for(|stopped| *stopped).await) };
+        let serve = move || {
+            if let Err(error) = own.block_on(self.serve_with(handler, workers, stopped)) {
+                tracing::error!(%error, "the control socket cannot be served");
+            }
+        };
+        thread::Builder::new().name("control".to_owned()).spawn(serve).map(drop)
+    }
+
     /// Answers clients until `shutdown` completes. Must be called inside a tokio runtime.
     ///
     /// # Errors
@@ -68,6 +86,16 @@ impl ControlSocket {
     pub async fn serve(
         self,
         handler: Arc<dyn ControlHandler>,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> io::Result<()> {
+        self.serve_with(handler, Handle::current(), shutdown).await
+    }
+
+    /// The same with operations that are carried out by `workers`.
+    async fn serve_with(
+        self,
+        handler: Arc<dyn ControlHandler>,
+        workers: Handle,
         shutdown: impl Future<Output = ()> + Send,
     ) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
@@ -85,7 +113,8 @@ impl ControlSocket {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    let desk = Desk { handler: Arc::clone(&handler), operations: Arc::clone(&operations) };
+                    let (handler, operations) = (Arc::clone(&handler), Arc::clone(&operations));
+                    let desk = Desk { handler, operations, workers: workers.clone() };
                     tokio::spawn(async move {
                         if let Err(error) = desk.converse(stream).await {
                             tracing::debug!(%error, "control client gone");
@@ -109,18 +138,6 @@ impl Drop for ControlSocket {
     }
 }
 
-/// [`ControlSocket::bind`] and [`ControlSocket::serve`] in one call.
-///
-/// # Errors
-/// Those of the two.
-pub async fn serve(
-    path: &Path,
-    handler: Arc<dyn ControlHandler>,
-    shutdown: impl Future<Output = ()> + Send,
-) -> io::Result<()> {
-    ControlSocket::bind(path)?.serve(handler, shutdown).await
-}
-
 /// What became of an operation: its answer, or a sentence.
 type Outcome = Result<serde_json::Value, String>;
 
@@ -128,6 +145,7 @@ type Outcome = Result<serde_json::Value, String>;
 struct Desk {
     handler: Arc<dyn ControlHandler>,
     operations: Arc<Semaphore>,
+    workers: Handle,
 }
 
 impl Desk {
@@ -195,7 +213,7 @@ impl Desk {
         let Ok(slot) = Arc::clone(&self.operations).try_acquire_owned() else {
             return Reply::Err(format!("{MAX_OPERATIONS} operations are under way already: try again"));
         };
-        let task = tokio::spawn(async move {
+        let task = self.workers.spawn(async move {
             let outcome = work.await;
             drop(slot);
             outcome

@@ -178,15 +178,23 @@ impl Driver {
             });
             self.disk.told = Some(now);
             if sentence.is_some() || self.publisher.warns(ABOUT) {
-                let advice = match condition {
-                    Condition::Bad if self.disk.stuck => {
-                        "; no other member with a working disk answers, so the role stays here: repair this disk, or bring another member up"
-                    }
-                    Condition::Bad => "; look at this host's disk, and at its kernel log (dmesg)",
-                    _ => "",
-                };
+                let advice = self.disk_advice();
                 self.publisher.warn(ABOUT, sentence.map(|sentence| sentence + advice));
             }
+        }
+    }
+
+    /// What to do about it.
+    fn disk_advice(&self) -> &'static str {
+        match self.disk.condition {
+            Condition::Bad if !self.disk.stuck => "; look at this host's disk, and at its kernel log (dmesg)",
+            Condition::Bad if self.cluster.is_takeover_paused(boottime()) => {
+                "; takeover is paused, so the role stays here: repair this disk, or type twistcli ha resume"
+            }
+            Condition::Bad => {
+                "; no other member with a working disk answers, so the role stays here: repair this disk, or bring another member up"
+            }
+            _ => "",
         }
     }
 
@@ -212,13 +220,13 @@ impl Driver {
         if !serves || early || self.disk.given_up.is_some_and(|at| at.elapsed() < PAUSE) {
             return;
         }
-        let to = self.publisher.secondary_with_space().filter(|_| !self.cluster.is_takeover_paused(now));
+        let paused = self.cluster.is_takeover_paused(now);
+        let to = self.publisher.secondary_with_space().filter(|_| !paused);
         let Some(to) = to else {
             if !std::mem::replace(&mut self.disk.stuck, true) {
                 self.disk.told = None;
-                warn!(
-                    "the disk of this PRIMARY is in trouble, and no other member could take over: the role stays here"
-                );
+                let why = if paused { "takeover is paused" } else { "no other member could take over" };
+                warn!("the disk of this PRIMARY is in trouble, and {why}: the role stays here");
             }
             return;
         };

@@ -40,8 +40,6 @@ const EXPECTED: &[(&str, &[Kind])] = &[
     ("raft log", FILES),
     ("this node lost some of its durable memory", FILES),
     ("the disk of this host", DISKS),
-    // The time that a frozen process was away looks like that of its disk.
-    ("the disk of this host", FROZEN),
     ("this node is REMOVED", &[Rejoin]),
     ("the database does not accept a statement of the Console", DISKS),
 ];

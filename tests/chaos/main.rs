@@ -55,7 +55,7 @@ const COMPARE_EVERY: Duration = Duration::from_secs(600);
 /// From one look at a port to the next: each millisecond would be a flood for a machine that has clients and faults too.
 const SAMPLE_EVERY: Duration = Duration::from_millis(4);
 /// What is done unless a list says otherwise.
-const DEFAULT_FAULTS: &str = "all,-amnesia,-old,-flip";
+const DEFAULT_FAULTS: &str = "all";
 
 /// What was asked for.
 struct Settings {

@@ -177,6 +177,10 @@ fn packets_that_get_lost_cost_no_write() {
 #[test]
 fn floods_cost_neither_the_role_nor_a_member_nor_a_client() {
     let _alone = alone();
+    in_private_network(floods);
+}
+
+fn floods() {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
     let cluster = Cluster::start_limited(600);
@@ -216,6 +220,7 @@ fn floods_cost_neither_the_role_nor_a_member_nor_a_client() {
     }
     cluster.wait_healthy();
     assert_eq!(epoch(&cluster), before, "no flood costs the role");
+    cut_off_during_a_flood(&cluster, &writers);
     // With far too few, the daemon says so instead of beginning what it cannot do.
     let mut few = Command::new("sh");
     few.args(["-c", "ulimit -n 80 && exec \"$0\" run --config \"$1\"", env!("CARGO_BIN_EXE_twistlockd")]);
@@ -226,4 +231,17 @@ fn floods_cost_neither_the_role_nor_a_member_nor_a_client() {
     let lines: usize = (0..3).map(|node| cluster.log(node).lines().count()).sum();
     assert!(lines < 1500, "{lines} lines in the logs");
     println!("floods: {written}, {lines} lines in the logs\n  {}", cluster.finish(&[FLOODED, LEASE_LOST].concat()));
+}
+
+/// The members find each other again among strangers who knock at the same ports.
+fn cut_off_during_a_flood(cluster: &Cluster, writers: &Writers) {
+    let flood = Flood::start((0..3).map(|node| port(cluster, node, 8086)).collect(), 2, hello());
+    flood.wait_made(1000);
+    lose(100, cluster.port_offset);
+    pace_until(Instant::now() + Duration::from_secs(3));
+    heal();
+    let after = writers.wait_success(Instant::now(), |_| true).expect("writes go on");
+    println!("  a cut of 3 s during a flood of the HA ports: writes go on {after:?} after it");
+    flood.end();
+    cluster.wait_healthy();
 }
