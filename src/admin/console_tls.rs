@@ -136,10 +136,8 @@ impl ConsoleTls {
                 let all = self.look(&known, announced);
                 (self, all)
             });
-            let Ok((tls, all)) = looked.await else {
-                error!("the certificates of the Console are looked after no more: restart this node");
-                return;
-            };
+            // Cancelled: the node ends. A panic would have ended the process.
+            let Ok((tls, all)) = looked.await else { return };
             self = tls;
             if let Some(all) = all.filter(|all| shown.as_ref() != Some(all)) {
                 handle.show_certificates(all.certificates.clone());
