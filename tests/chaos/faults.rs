@@ -260,7 +260,12 @@ fn harm(step: &Step, site: &Site, node: usize) -> Result<(String, End), String> 
         }
         Pause => {
             let refused = operate(site, Operation::Pause { seconds: 600 }).err();
-            let end = |site: &Site| wait_done("resume", || operate(site, Operation::Resume {}).map(drop));
+            // It may have been done though its outcome was unknown.
+            let resume = |site: &Site| match operate(site, Operation::Resume {}) {
+                Err(why) if !why.contains("is not paused") => Err(why),
+                _ => Ok(()),
+            };
+            let end = move |site: &Site| wait_done("resume", || resume(site));
             Ok((refused.map(|why| format!(": {why}")).unwrap_or_default(), Box::new(end)))
         }
         Rejoin => {

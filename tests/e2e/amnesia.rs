@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use twistlock_ha::{cluster::Role, node::Status};
 
 use super::{
-    alone,
+    alone, beside,
     cluster::{Cluster, FROZEN, LEASE_LOST},
     sampler::Sampler,
     writers::{Pen, Writers},
@@ -144,7 +144,7 @@ const HARMS: [Harm; 10] = [
 
 #[test]
 fn a_member_that_forgot_is_whole_again_by_itself() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start_with("2", |_| {});
     let sampler = Sampler::start(cluster.port_offset);
     let (pen, copies) = (Pen::new(&cluster.file()), tempfile::tempdir().unwrap());

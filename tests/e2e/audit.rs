@@ -13,7 +13,7 @@ use twistlock_ha::{
     events::Wanted,
 };
 
-use super::{alone, cluster::Cluster};
+use super::{beside, cluster::Cluster};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -144,7 +144,7 @@ fn each_operation_by_the_socket(cluster: &Cluster) {
 
 #[test]
 fn the_audit_has_who_did_what_through_each_door_and_how_it_ended() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     cluster.wait_healthy();
     each_operation_by_the_socket(&cluster);

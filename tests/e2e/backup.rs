@@ -17,7 +17,7 @@ use twistlock_ha::{
 };
 
 use super::{
-    WRITERS, alone,
+    WRITERS, alone, beside,
     cluster::{Cluster, LIMIT},
     disk::{in_private_mounts, run},
     writers::{Pen, Writers},
@@ -101,7 +101,7 @@ fn a_backup_under_load_and_the_exact_state_of_another_come_back() {
 /// What the web page and other clients do.
 #[test]
 fn the_api_makes_lists_gives_renames_and_deletes() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let (primary, pen) = (cluster.primary(), Pen::new(&cluster.file()));
     let call = |method: &str, path: &str, body: Option<Value>| pen.call(primary, method, path, body);
@@ -145,7 +145,7 @@ fn the_api_makes_lists_gives_renames_and_deletes() {
 
 #[test]
 fn what_cannot_be_restored_is_refused_and_changes_nothing() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let (primary, pen) = (cluster.primary(), Pen::new(&cluster.file()));
     assert!(pen.write(primary, "kept"));
@@ -200,7 +200,7 @@ fn what_cannot_be_restored_is_refused_and_changes_nothing() {
 /// It was done, somebody was told so, and at that moment the PRIMARY dies: the next one has it.
 #[test]
 fn a_restore_that_is_done_outlives_the_primary() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let primary = cluster.primary();
     let pen = Pen::new(&cluster.file());
@@ -225,7 +225,7 @@ fn a_restore_that_is_done_outlives_the_primary() {
 
 #[test]
 fn members_that_share_a_folder_make_one_daily_backup() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let shared = cluster.config_path(0).with_file_name("shared");
     cluster.configure("DATA_RECOVERY_ENABLED", "true");
@@ -247,7 +247,7 @@ fn members_that_share_a_folder_make_one_daily_backup() {
 
 #[test]
 fn every_member_makes_encrypted_backups_by_itself() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     assert!(Pen::new(&cluster.file()).write(cluster.primary(), "kept"));
     let plain = make(&cluster, cluster.primary(), "plain");
@@ -289,7 +289,7 @@ fn every_member_makes_encrypted_backups_by_itself() {
 
 #[test]
 fn a_disk_that_is_too_small_is_left_alone() {
-    let _alone = alone();
+    let _beside = beside();
     in_private_mounts(|| {
         let node = 1;
         let cluster = Cluster::start_with(super::cluster::RESTART_AFTER, |dir| {

@@ -27,7 +27,7 @@ use twistlock_ha::{
 };
 
 use super::{
-    alone,
+    beside,
     cluster::{self, Cluster},
     held::Held,
     writers::Pen,
@@ -124,7 +124,7 @@ fn pids(cluster: &Cluster) -> Vec<Option<u32>> {
 
 #[test]
 fn new_names_are_served_by_all_without_a_restart() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let (ca, before, first) = (own_ca(&cluster), pids(&cluster), cluster.primary());
     let pen = Pen::new(&cluster.file());
@@ -164,7 +164,7 @@ fn new_names_are_served_by_all_without_a_restart() {
 
 #[test]
 fn a_given_certificate_survives_a_takeover() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let (ca, foreign) = (own_ca(&cluster), Foreign::new());
     let names = all_names().into_iter().map(str::to_owned).collect();
@@ -232,7 +232,7 @@ fn warned(cluster: &Cluster, part: &str) -> bool {
 /// same, and the administrator is told of both until he gives another one.
 #[test]
 fn a_given_certificate_does_not_keep_a_removed_hosts_key_in_use() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start_with("4", |_| {});
     let foreign = Foreign::new();
     let give = || {
@@ -283,7 +283,7 @@ fn put(folder: &Path, name: &str, text: &str) {
 
 #[test]
 fn the_custom_folder_is_followed_and_a_broken_one_changes_nothing() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start_with("0", |_| {});
     let (ca, foreign, node) = (own_ca(&cluster), Foreign::new(), cluster.primary());
     let folder = cluster.node(node).data.join(CUSTOM_FOLDER);

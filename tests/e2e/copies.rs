@@ -16,8 +16,8 @@ use twistlock_ha::{
 };
 
 use super::{
-    alone,
     backup::{ask, folder, make, restore, wait_ended},
+    beside,
     cluster::{Cluster, LIMIT},
     writers::Pen,
 };
@@ -135,7 +135,7 @@ fn backups_are_copied_to_an_s3_and_come_back() {
         println!("skipped: {PROGRAM} is missing; scripts/check.sh installs it with pip where it can");
         return;
     }
-    let _alone = alone();
+    let _beside = beside();
     let store = tempfile::tempdir().unwrap();
     fs::create_dir(store.path().join("bucket")).unwrap();
     let mut server = Server::start(store.path());

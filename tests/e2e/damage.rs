@@ -21,7 +21,7 @@ use twistlock_ha::{
     pki::Authority,
 };
 
-use super::{alone, cluster::Cluster, cluster::LIMIT, events::Api, writers::Pen};
+use super::{beside, cluster::Cluster, cluster::LIMIT, events::Api, writers::Pen};
 
 /// What a member says that has mended something.
 const MENDED: &[&str] = &[
@@ -90,7 +90,7 @@ fn a_damaged_member_heals_by_itself() {
     if std::env::var("DAMAGE").is_err() {
         return println!("left out: set DAMAGE=sample or DAMAGE=all");
     }
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let pen = Pen::new(&cluster.file());
     assert!(pen.write(cluster.primary(), "before"));
@@ -177,7 +177,7 @@ fn poll_pause() {
 /// What cannot be mended, and what is too open: each a start of the real daemon.
 #[test]
 fn what_cannot_be_mended_is_one_line() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start_with("0", |_| {});
     let node = (cluster.primary() + 1) % 3;
     let (config, data, socket) = (cluster.config_path(node), cluster.node(node).data, cluster.node(node).control);
@@ -285,7 +285,7 @@ fn give_to_all_doors(cluster: &Cluster, texts: &[String], path: &Path) -> String
 
 #[test]
 fn no_key_comes_out_again() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let (texts, secret) = broken_keys();
     let (file, pen, folder) = (cluster.file(), Pen::new(&cluster.file()), tempfile::tempdir().unwrap());

@@ -4,7 +4,7 @@ use std::process::{Command, Output};
 
 use twistlock_ha::{cluster::Role, node::MemberStatus};
 
-use super::{alone, cluster::Cluster};
+use super::{beside, cluster::Cluster};
 
 /// Runs a drill on the primary and returns its exit code and what it found.
 fn drill(cluster: &Cluster, options: &[&str]) -> (Option<i32>, serde_json::Value) {
@@ -35,7 +35,7 @@ fn wait_seen_up(cluster: &Cluster) {
 
 #[test]
 fn a_drill_measures_the_takeover_and_finds_every_write() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     for (options, takeover) in [(&["--kill"][..], "kill"), (&[], "switchover")] {
         wait_seen_up(&cluster);

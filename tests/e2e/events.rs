@@ -13,7 +13,7 @@ use twistlock_ha::{
 };
 
 use super::{
-    alone,
+    beside,
     cluster::{Cluster, LIMIT},
     writers::client,
 };
@@ -85,7 +85,7 @@ fn assert_took_over(event: &Event, from: &str, to: &str, reason: &str) {
 
 #[test]
 fn a_takeover_is_in_the_history_with_reason_and_duration_and_survives_the_next_one() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let api = Api::new(&cluster);
     let name = |node: usize| cluster.node(node).name;

@@ -20,7 +20,7 @@ use twistlock_ha::{
 };
 
 use super::{
-    WRITERS, alone,
+    WRITERS, alone, beside,
     cluster::{self, Cluster, FROZEN, LEASE_LOST, LIMIT},
     writers::Writers,
 };
@@ -81,7 +81,7 @@ fn code(cluster: &Cluster, node: usize, path: &str) -> u16 {
 
 #[test]
 fn every_node_says_what_it_is() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = start();
     let primary = cluster.primary();
     let other = (primary + 1) % 3;
@@ -156,7 +156,7 @@ fn every_node_has_a_page(cluster: &Cluster, primary: usize, other: usize) {
 /// A port that another program has is tried again, and the status says so meanwhile.
 #[test]
 fn a_health_port_that_is_taken_is_opened_when_it_is_free() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let taken = std::net::TcpListener::bind(format!("127.0.0.2:{}", port(&cluster))).unwrap();
     cluster.configure("HEALTH_PORT", &port(&cluster).to_string());
@@ -173,7 +173,7 @@ fn a_health_port_that_is_taken_is_opened_when_it_is_free() {
 /// A member without the others is not ready, and a monitor sees why.
 #[test]
 fn a_member_that_is_alone_is_alive_but_not_ready() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = start();
     let left = (cluster.primary() + 1) % 3;
     let others: Vec<usize> = (0..3).filter(|node| *node != left).collect();

@@ -9,6 +9,7 @@ mod amnesia;
 mod audit;
 mod backup;
 mod balancers;
+mod build;
 mod certificates;
 mod cluster;
 mod copies;
@@ -37,7 +38,7 @@ mod upgrade;
 mod writers;
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     thread,
     time::{Duration, Instant},
 };
@@ -69,10 +70,17 @@ struct Fault<'a> {
     by_lease: bool,
 }
 
+/// Held by tests while they run: those that measure, or load the machine, run alone, and others beside one another.
+static RUNNING: RwLock<()> = RwLock::new(());
+
 /// Two clusters at once would measure each other.
-fn alone() -> MutexGuard<'static, ()> {
-    static ONE: Mutex<()> = Mutex::new(());
-    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+fn alone() -> RwLockWriteGuard<'static, ()> {
+    RUNNING.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// For a cluster that waits most of the time, and says nothing about how long.
+fn beside() -> RwLockReadGuard<'static, ()> {
+    RUNNING.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn rounds(default: usize) -> usize {

@@ -23,7 +23,7 @@ use twistlock_ha::{
 };
 
 use super::{
-    alone,
+    beside,
     cluster::{Cluster, LEASE_LOST, LIMIT},
     events::Api,
     writers::{Pen, client},
@@ -106,7 +106,7 @@ fn answer(mut stream: TcpStream, list: &Mutex<Vec<Received>>) {
 
 #[test]
 fn a_takeover_notifies_once_in_spite_of_failures_and_the_bundle_has_no_secrets() {
-    let _alone = alone();
+    let _beside = beside();
     let hook = Hook::start();
     let folder = tempfile::tempdir().unwrap();
     let (script, said) = (folder.path().join("notify.sh"), folder.path().join("said"));
@@ -221,7 +221,7 @@ fn wait_repaired(cluster: &Cluster, node: usize) {
 
 #[test]
 fn a_flipped_bit_is_found_and_repaired_and_all_metrics_are_there() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     cluster.configure("SCRUB_SECONDS", "1");
     cluster.configure("CHECKPOINT_SECONDS", "1");

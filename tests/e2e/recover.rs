@@ -19,7 +19,7 @@ use twistlock_ha::{
 };
 
 use super::{
-    alone,
+    beside,
     certificates::Foreign,
     cluster::{Cluster, LIMIT},
     terminal::Terminal,
@@ -167,7 +167,7 @@ fn expect_new_cluster(data: &Path, before: &Identity) -> Identity {
 
 #[test]
 fn a_survivor_becomes_a_new_cluster_of_one() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start_with("0", |_| {});
     let old = cluster.primary();
     let file = give_names_and_certificate(&cluster, old);

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use twistlock_ha::{cluster::Role, node::Status};
 
-use super::{alone, cluster::Cluster, terminal::Terminal};
+use super::{beside, cluster::Cluster, terminal::Terminal};
 
 const TWISTCLI: &str = env!("CARGO_BIN_EXE_twistcli");
 
@@ -97,7 +97,7 @@ fn lasting(mut status: Value) -> Value {
 
 #[test]
 fn local_and_remote_commands_do_the_same() {
-    let _alone = alone();
+    let _beside = beside();
     let desk = Desk::new();
     let status = ["ha", "status", "--json"];
     assert_eq!(lasting(desk.here(&status).json()), lasting(desk.there(&status).json()));
@@ -140,7 +140,7 @@ fn local_and_remote_commands_do_the_same() {
 
 #[test]
 fn nothing_is_sent_to_a_stranger_and_a_bad_login_is_refused() {
-    let _alone = alone();
+    let _beside = beside();
     let desk = Desk::new();
     let mut command = desk.command(&["ha", "status", "--password", "wrong-password"]);
     command.env_remove("TWISTLOCK_PASSWORD");
@@ -173,7 +173,7 @@ fn nothing_is_sent_to_a_stranger_and_a_bad_login_is_refused() {
 
 #[test]
 fn lists_are_read_and_changed_from_anywhere() {
-    let _alone = alone();
+    let _beside = beside();
     let desk = Desk::new();
     let port = desk.cluster.node(0).console_url.rsplit_once(':').unwrap().1.to_owned();
     let add = Desk::run(desk.command(&["users", "add", "a/b ü", "--role", "operator"]), "Twelve-chars-1!\n");
@@ -217,7 +217,7 @@ fn lists_are_read_and_changed_from_anywhere() {
 
 #[test]
 fn a_backup_is_made_fetched_and_brought_back() {
-    let _alone = alone();
+    let _beside = beside();
     let desk = Desk::new();
     desk.there(&["tags", "add", "before"]).expect(0, "before is there");
     let made = desk.there(&["backup", "create", "mine"]).expect(0, "mine-");
@@ -285,7 +285,7 @@ impl Drop for Watch {
 
 #[test]
 fn an_administrator_elsewhere_sees_through_takeovers() {
-    let _alone = alone();
+    let _beside = beside();
     let desk = Desk::new();
     let old = desk.cluster.primary();
     let report = desk.there(&["ha", "switchover", "--json"]).expect(0, "gap_ms").json();

@@ -24,8 +24,8 @@ use twistlock_ha::{
 };
 
 use super::{
-    alone,
     backup::{ask, begin_restore, make, restore, wait_ended},
+    beside,
     cluster::{Cluster, FROZEN, LIMIT, RESTART_AFTER},
     disk::{FULL, fill, in_private_mounts, run, wait_role},
     writers::Pen,
@@ -141,7 +141,7 @@ fn committed(cluster: &Cluster) -> u64 {
 /// database has afterwards.
 #[test]
 fn the_primary_dies_while_the_parts_of_a_restore_are_on_their_way() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     // The last one to be stopped has no time to apply what is behind its checkpoint.
     cluster.configure("CHECKPOINT_SECONDS", "1");
@@ -187,7 +187,7 @@ fn the_primary_dies_while_the_parts_of_a_restore_are_on_their_way() {
 /// The restore goes on with the other member, and the one that died gets it when it is back.
 #[test]
 fn a_secondary_dies_while_the_parts_of_a_restore_are_on_their_way() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let (primary, secondary) = (cluster.primary(), (cluster.primary() + 1) % 3);
     let pen = Pen::new(&cluster.file());
@@ -212,7 +212,7 @@ fn a_secondary_dies_while_the_parts_of_a_restore_are_on_their_way() {
 /// Whether the others have the space is known before anything is unpacked.
 #[test]
 fn a_restore_that_a_member_has_no_space_for_is_refused() {
-    let _alone = alone();
+    let _beside = beside();
     in_private_mounts(|| {
         let cluster = with_small_disks(&[1], "480m");
         let pen = Pen::new(&cluster.file());
@@ -247,7 +247,7 @@ fn a_restore_that_a_member_has_no_space_for_is_refused() {
 /// Somebody else takes the space while the backup is unpacked: the Console is not even closed.
 #[test]
 fn the_free_space_is_looked_at_again_before_the_console_is_closed() {
-    let _alone = alone();
+    let _beside = beside();
     in_private_mounts(|| {
         let cluster = with_small_disks(&[0], "480m");
         let pen = Pen::new(&cluster.file());
@@ -268,7 +268,7 @@ fn the_free_space_is_looked_at_again_before_the_console_is_closed() {
 /// The disks of both secondaries fill up while the parts are on their way.
 #[test]
 fn a_restore_that_nobody_has_space_for_is_given_up() {
-    let _alone = alone();
+    let _beside = beside();
     in_private_mounts(|| {
         let cluster = with_small_disks(&[1, 2], "480m");
         let pen = Pen::new(&cluster.file());

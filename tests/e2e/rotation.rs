@@ -20,7 +20,7 @@ use twistlock_ha::{
 };
 
 use super::{
-    alone,
+    beside,
     certificates::{own_ca, trusts},
     cluster::{Cluster, LEASE_LOST, LIMIT, RESTART_AFTER},
     preload::Preload,
@@ -142,7 +142,7 @@ fn kill_at(cluster: &Cluster, step: &Step, frozen: Option<usize>, is_new: impl F
 
 #[test]
 fn the_cluster_key_is_replaced_whoever_dies_meanwhile() {
-    let _alone = alone();
+    let _beside = beside();
     let tools = tempfile::tempdir().unwrap();
     let preload = Preload::build(tools.path());
     let cluster = Cluster::start_under(&preload.environment(), RESTART_AFTER, |_| {});
@@ -207,7 +207,7 @@ fn a_key_file_is_damaged(cluster: &Cluster) {
 /// The host that is gone does not get the key that the others use from then on.
 #[test]
 fn a_removed_host_does_not_have_the_next_cluster_key() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let before = wait_replaced(&cluster, KeyId::default(), |holds| holds.key);
     let gone = (cluster.primary() + 1) % 3;
@@ -232,7 +232,7 @@ fn trusted(cluster: &Cluster, node: usize) -> String {
 
 #[test]
 fn the_authority_is_replaced_whoever_dies_meanwhile() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let mut before = wait_replaced(&cluster, KeyId::default(), |holds| holds.shows);
     let steps = [
@@ -260,7 +260,7 @@ fn the_authority_is_replaced_whoever_dies_meanwhile() {
 /// other, on the next primary, too.
 #[test]
 fn clients_have_the_overlap_to_get_the_next_authority() {
-    let _alone = alone();
+    let _beside = beside();
     let cluster = Cluster::start();
     let before = wait_replaced(&cluster, KeyId::default(), |holds| holds.shows);
     let (old, primary) = (own_ca(&cluster), cluster.primary());

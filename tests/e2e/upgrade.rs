@@ -1,12 +1,6 @@
 //! A rolling upgrade with two real builds: this one, and one that is a version and a feature level ahead.
 
-use std::{
-    env, fs, io,
-    os::unix::fs::symlink,
-    path::{Path, PathBuf},
-    process::Command,
-    time::Instant,
-};
+use std::{fs, io, os::unix::fs::symlink, path::Path, time::Instant};
 
 use nix::sys::signal::Signal;
 use twistlock_ha::{
@@ -18,38 +12,13 @@ use twistlock_ha::{
 
 use super::{
     WRITERS, alone,
+    build::next_program,
     cluster::{Cluster, LIMIT},
     sampler::Sampler,
     writers::Writers,
 };
 
 const NEXT_LEVEL: u32 = FEATURE_LEVEL + 1;
-
-/// Builds the daemon that is ahead. What both builds have in common is taken from where cargo keeps it already.
-fn next_program() -> PathBuf {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let next = target.join("next-version");
-    // With a test among the targets cargo chooses the features of the dependencies as it does for this test, and need not
-    // build them again.
-    let targets = ["--bin", "twistlockd", "--test", "tidy"];
-    // What cargo tells a test about its package makes build scripts of dependencies run again, and half of them be built anew.
-    let of_this_package = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
-    let mut cargo = Command::new(env!("CARGO"));
-    env::vars().filter(|(name, _)| of_this_package(name)).for_each(|(name, _)| {
-        cargo.env_remove(name);
-    });
-    let status = cargo
-        .args(["build", "--offline", "--locked", "--quiet", "--features", "next-version"])
-        .args(targets)
-        .arg("--target-dir")
-        .arg(&next)
-        .env("CARGO_BUILD_BUILD_DIR", target)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status()
-        .unwrap();
-    assert!(status.success(), "the next version cannot be built");
-    next.join("debug/twistlockd")
-}
 
 /// Puts another program on a host, or takes it away again, and restarts the daemon as a package's upgrade does.
 fn install(cluster: &Cluster, node: usize, program: Option<&Path>) {
