@@ -7,8 +7,9 @@ use serde_json::Value;
 use tokio::{sync::watch, task};
 use twistlock_ha::{
     admin::{Actor, Admin, AdminConfig, AdminError, BoxFuture, Invited, Ports},
+    ask::{Answers, Asker, Topic},
     backup::{Agreed, BackupConfig, BackupError, Backups, Keep, RestoreFrom},
-    cluster::{Membership, PROGRAM_VERSION},
+    cluster::{Membership, NodeId, PROGRAM_VERSION},
     config::Config,
     console::{Inside, LocalAnswer},
     control::{Answer, ApiReply, ControlHandler, JoinScript, Operation, Peer, Place},
@@ -31,7 +32,13 @@ pub(crate) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle, i
 }
 
 /// The backups of this node.
-pub(crate) fn backups(config: &Config, handle: &Handle, admin: Arc<Admin>, events: Recorder) -> Arc<Backups> {
+pub(crate) fn backups(
+    config: &Config,
+    handle: &Handle,
+    admin: Arc<Admin>,
+    events: Recorder,
+    asker: Asker,
+) -> Arc<Backups> {
     let keep = Keep {
         daily: config.backup_keep_daily,
         weekly: config.backup_keep_weekly,
@@ -48,7 +55,7 @@ pub(crate) fn backups(config: &Config, handle: &Handle, admin: Arc<Admin>, event
         data: config.data_folder.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    Backups::new(config, handle.clone(), admin, events)
+    Backups::new(config, handle.clone(), admin, events, asker)
 }
 
 /// The Console's ports, as the supervisor holds them.
@@ -114,7 +121,7 @@ impl Administrator {
     async fn back_up(&self, by: &Actor, operation: Operation) -> Result<Value, BackupError> {
         let backups = &self.backups;
         match operation {
-            Operation::Backups {} => backups.list().await.map(answer),
+            Operation::Backups {} => backups.all().await.map(answer),
             Operation::BackupState {} => Ok(answer(backups.state().await)),
             Operation::Backup { called } => backups.create(&called, by).await.map(answer),
             Operation::VerifyBackup { id } => backups.verify(&id, by).await.map(answer),
@@ -162,6 +169,22 @@ impl Administrator {
 /// None of the answers has maps with keys that JSON lacks.
 fn answer(value: impl serde::Serialize) -> Value {
     serde_json::to_value(value).unwrap_or_default()
+}
+
+/// What other members ask.
+impl Answers for Administrator {
+    fn answer(&self, from: NodeId, topic: Topic, question: Value) -> BoxFuture<'_, Result<Value, String>> {
+        Box::pin(async move {
+            match topic {
+                Topic::Backups => self.backups.for_member().await.map_err(|error| error.to_string()),
+                Topic::Audit => {
+                    let membership = self.membership.borrow().clone();
+                    let member = membership.get(from).ok_or("only members of the cluster have rows in its audit")?;
+                    self.inside.take_over(&member.name, question).await
+                }
+            }
+        })
+    }
 }
 
 impl ControlHandler for Administrator {

@@ -23,6 +23,7 @@ use tokio::{
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     admin::{console_tls::ConsoleTls, renewal},
+    ask::{self, Asker},
     cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, reach::Standing},
     config::{self, Config, LogFormat, NotifySeverity, Severity},
     console::Inside,
@@ -66,6 +67,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 const LONG_START: Duration = Duration::from_secs(30 * 60);
 /// A status that is not renewed for so long comes from a loop that stands still.
 const STANDSTILL: Duration = Duration::from_secs(2);
+/// Questions of other members that may wait.
+const QUESTIONS: usize = 8;
 /// How long the end of the port guard process may take.
 const GUARD_LIMIT: Duration = Duration::from_secs(2);
 
@@ -190,7 +193,8 @@ impl Parts {
         telemetry::metrics_handle().context("start the metrics")?;
         let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
         let version = PROGRAM_VERSION;
-        events.record(Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name)));
+        let starts = Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name));
+        events.record(starts.field("version", version));
         let Found { configuration, log, database, replaced, quiet, mind, standing } =
             open_memory(config, &data, &identity, health.as_ref(), &mut notes)?;
         let names = |address: &str| found::console_names(config, address);
@@ -248,10 +252,11 @@ impl Parts {
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let console_tls = self.console_tls().context("load what the Console serves")?;
         let (mut supervisor, ports) = self.supervisor(console_tls.served());
-        let administrator = Arc::new(self.offer(&mut supervisor, &ports)?);
+        let (peers, questions) = self.share_with_others();
+        let administrator = Arc::new(self.offer(&mut supervisor, &ports, Asker::new(peers.clone()))?);
+        task::spawn(ask::serve(administrator.clone(), questions));
         control.spawn(administrator, stopped.clone()).context("start the thread of the control socket")?;
         self.show_node(&ports);
-        let peers = self.share_with_others();
         task::spawn(console_tls.keep(self.handle.clone(), peers.tls.clone()));
         self.tell_of_it(&ports);
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
@@ -280,11 +285,12 @@ impl Parts {
     }
 
     /// Gives the Console what it does for the cluster, and returns what the control socket does.
-    fn offer(&self, supervisor: &mut Supervisor, ports: &SupervisorHandle) -> Result<Administrator> {
+    fn offer(&self, supervisor: &mut Supervisor, ports: &SupervisorHandle, asker: Asker) -> Result<Administrator> {
         let inside = Inside::new(self.handle.status(), self.events.clone());
+        task::spawn(inside.clone().hand_on(asker.clone()));
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone(), inside.clone()));
         let kit = Arc::new(Kit::new(&self.config));
-        let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone());
+        let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone(), asker);
         task::spawn(backups.clone().keep());
         task::spawn(backups.clone().carry());
         let (notifier, notifying) = self.notifier();
@@ -324,10 +330,11 @@ impl Parts {
         (notifier.clone(), notifier.run(self.events.clone()))
     }
 
-    /// Whom the others take this node for, and the tasks that exchange with them what goes beside the links.
-    fn share_with_others(&self) -> Arc<PeerIdentity> {
+    /// Whom the others take this node for, what they ask, and the tasks that exchange with them what else goes beside the links.
+    fn share_with_others(&self) -> (Arc<PeerIdentity>, mpsc::Receiver<peer::StreamCall>) {
         let (snapshots, calls) = mpsc::channel(1);
         let (keys, key_calls) = mpsc::channel(1);
+        let (questions, asked) = mpsc::channel(QUESTIONS);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls.clone()));
         let folder = self.config.data_folder.join("certificates");
         task::spawn(renewal::keep(folder.clone(), self.handle.clone(), certificates.clone()));
@@ -341,6 +348,7 @@ impl Parts {
             tls,
             snapshots,
             keys,
+            questions,
             standing: self.standing,
             memory: self.remembered.clone(),
         };
@@ -354,7 +362,7 @@ impl Parts {
             peers: peers.clone(),
             tls: certificates,
         }));
-        peers
+        (peers, asked)
     }
 
     /// Follows the node for those who look at it from outside.
@@ -423,7 +431,7 @@ fn ends(name: &str, exit: &Result<Exit>) -> Event {
         Ok(Exit::Fatal(why)) => (Critical, format!("ends itself: {why}")),
         Err(error) => (Critical, format!("cannot go on: {error:#}")),
     };
-    Event::new(Kind::Role, severity, format!("{name} {why}"))
+    Event::new(Kind::Role, severity, format!("{name} {why}")).field("ended", true)
 }
 
 /// Lets history, status and service manager follow the node.

@@ -120,7 +120,7 @@ async fn fetch(
     let (_editions, editions) = watch::channel(edition);
     let (_settings, tls) = watch::channel(Arc::new(tls));
     // Nobody calls a host that does not listen.
-    let ((snapshots, _), (keys, _)) = (mpsc::channel(1), mpsc::channel(1));
+    let ((snapshots, _), (keys, _), (questions, _)) = (mpsc::channel(1), mpsc::channel(1), mpsc::channel(1));
     let identity = PeerIdentity {
         me: newcomer.node,
         version: PROGRAM_VERSION.to_owned(),
@@ -131,6 +131,7 @@ async fn fetch(
         tls,
         snapshots,
         keys,
+        questions,
         standing: Standing::Unsaid,
         memory: Memory::default(),
     };

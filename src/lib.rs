@@ -68,6 +68,7 @@
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
 //! | [`rotation`] | replaces what all members share: the cluster key, the certificate authority | how a change is agreed on |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
+//! | [`ask`] | a question of one member to another, and its answer | what is asked |
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`backup`] | backups: made, kept, verified, brought back | HTTP, sockets and terminals |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
@@ -128,6 +129,7 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod admin;
+pub mod ask;
 pub mod backup;
 pub mod cli;
 pub mod clients;

@@ -9,11 +9,12 @@ use std::{
 
 /// Every module of the library and what it may use, outermost first (DESIGN section 3). An entry may name a module inside a module.
 /// `telemetry` owns nothing but names and may be used by all that are not pure.
+#[rustfmt::skip] // one line each
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
     ("host", &["config", "control", "join", "node", "storage", "cluster"]),
     ("recover", &["found", "config", "events", "pki", "storage", "cluster"]),
-    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "cluster"]),
+    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster"]),
     ("control", &["admin", "backup", "descriptors", "events", "node", "telemetry"]),
     (
         "supervisor",
@@ -23,10 +24,11 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
     (
         "console",
-        &["clients", "admin", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"],
+        &["clients", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"],
     ),
     ("health", &["clients", "config", "descriptors", "node", "pki", "cluster", "telemetry"]),
-    ("backup", &["config", "admin", "events", "node", "storage", "cluster", "telemetry"]),
+    ("backup", &["config", "admin", "ask", "events", "node", "storage", "cluster", "telemetry"]),
+    ("ask", &["admin", "peer", "cluster"]),
     ("rotation", &["admin", "node", "peer", "pki", "cluster", "telemetry"]),
     ("admin", &["clients", "node", "join", "pki", "cluster", "telemetry"]),
     ("snapshot", &["events", "node", "peer", "storage", "cluster", "telemetry"]),

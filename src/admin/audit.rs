@@ -1,9 +1,9 @@
 //! Who acts, and what is written down of it: the words of the audit, and the trait by which [`Admin`](super::Admin) has them
 //! written. Must never know where that is, and never let an operation end without a word.
 
-use std::{fmt, net::IpAddr, sync::Arc};
+use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tokio::runtime::Handle;
 
@@ -15,7 +15,7 @@ pub const RECORD: &str = "record";
 const LOCAL: &str = "local";
 
 /// Whoever has something done.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Actor {
     /// Name of a user of the Console, or of the host's system for who comes through the control socket.
     pub name: String,
@@ -50,10 +50,10 @@ impl fmt::Display for Actor {
 }
 
 /// What is to be done.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Act {
     /// A word, as "remove".
-    pub action: &'static str,
+    pub action: Cow<'static, str>,
     /// The thing, as "member 'node3'".
     pub what: String,
     /// The details: `{"field": {"old": ..., "new": ...}}`, or null. Never a secret.
@@ -63,7 +63,7 @@ pub struct Act {
 impl Act {
     /// Something without details.
     pub fn new(action: &'static str, what: impl Into<String>) -> Self {
-        Self { action, what: what.into(), difference: Value::Null }
+        Self { action: action.into(), what: what.into(), difference: Value::Null }
     }
 
     /// With the details of what is wished.
@@ -80,7 +80,7 @@ impl Act {
 }
 
 /// How it ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     Done,
     /// Why not. Nothing was changed.
@@ -130,8 +130,28 @@ impl fmt::Display for Outcome {
 }
 
 /// Stands for an operation that was begun, in whatever the [`Audit`] writes to.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Ticket(pub String);
+
+impl Ticket {
+    const DIGITS: usize = 16;
+
+    /// Unlike any other.
+    pub fn new() -> Self {
+        Self(format!("{:0width$x}", rand::random::<u64>(), width = Self::DIGITS))
+    }
+
+    /// Whether it can have been made by [`Self::new`]: one that comes from elsewhere need not.
+    pub fn is_sound(&self) -> bool {
+        self.0.len() == Self::DIGITS && self.0.bytes().all(|byte| byte.is_ascii_hexdigit())
+    }
+}
+
+impl Default for Ticket {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 /// Writes down what is done. Neither step fails: what cannot be written where it belongs is kept, and written there later.
 pub trait Audit: Send + Sync {

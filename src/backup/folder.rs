@@ -4,12 +4,13 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, ErrorKind},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
 use nix::sys::statvfs::statvfs;
+use serde::{Deserialize, Serialize};
 
 use super::{Backup, BackupError, BackupId, Kind};
 use crate::{
@@ -31,6 +32,15 @@ const SPARE: u64 = 64 << 20;
 pub(super) struct Folder {
     path: PathBuf,
     node: NodeId,
+}
+
+/// What a file is known by on every member that shares its folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(super) struct Mark {
+    pub inode: u64,
+    /// When, in nanoseconds since 1970.
+    pub changed: i64,
+    pub bytes: u64,
 }
 
 /// Where a backup is made or unpacked; empty at first, and deleted when it is dropped.
@@ -71,22 +81,28 @@ impl Folder {
 
     /// All backups, newest first.
     pub fn list(&self) -> Result<Vec<Backup>, BackupError> {
+        Ok(self.marked()?.into_iter().map(|(backup, _)| backup).collect())
+    }
+
+    /// The same with what tells each file from all others.
+    pub fn marked(&self) -> Result<Vec<(Backup, Mark)>, BackupError> {
         let entries = match fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(BackupError::io("read the folder", &self.path)(error)),
         };
-        let mut all: Vec<Backup> = entries
+        let mut all: Vec<(Backup, Mark)> = entries
             .flatten()
             .filter_map(|entry| {
                 let id = BackupId::parse(entry.file_name().to_str()?)?;
                 // Not of what a link points to.
                 let found = entry.metadata().ok().filter(fs::Metadata::is_file)?;
-                Some(describe(&id, found.len()))
+                let changed = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
+                Some((describe(&id, found.len()), Mark { inode: found.ino(), changed, bytes: found.len() }))
             })
             .take(MAX_ENTRIES)
             .collect();
-        all.sort_by(|one, other| (other.time, &one.id).cmp(&(one.time, &other.id)));
+        all.sort_by(|(one, _), (other, _)| (other.time, &one.id).cmp(&(one.time, &other.id)));
         Ok(all)
     }
 
@@ -191,6 +207,7 @@ impl Folder {
 pub(super) fn describe(id: &BackupId, bytes: u64) -> Backup {
     Backup {
         id: id.to_string(),
+        node: String::new(),
         name: id.name.clone(),
         version: id.version.clone(),
         time: id.time,

@@ -18,6 +18,7 @@ use super::{
     copy::{Copied, Pace, copy},
     folder::{Workshop, create},
     jobs::Job,
+    members::Way,
     name, now, of_backup,
 };
 use crate::{
@@ -86,7 +87,7 @@ impl Backups {
     }
 
     async fn begin_verification(&self, id: &str) -> Result<(PathBuf, BackupId, Arc<Job>), BackupError> {
-        let path = self.path(id).await?;
+        let path = self.or_where(id, Way::There(&format!("verify {id}")), self.path(id).await).await?;
         let id = BackupId::read(id)?;
         let job = self.jobs.begin(Work::Verify, id.to_string())?;
         Ok((path, id, job))

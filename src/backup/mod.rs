@@ -9,6 +9,7 @@
 //! - `archive.rs`, `cipher.rs`: that file into an archive, and back
 //! - `make.rs`: a new backup, step by step; the verification of an old one
 //! - `offsite.rs`, `store.rs`, `wire.rs`: copies of all that elsewhere (`BACKUP_URL`), and back
+//! - `members.rs`: what the other members have
 //! - `look.rs`: the folder on a disk that may not answer
 //! - `restore.rs`: a backup into the cluster
 //! - `schedule.rs`: what is due when, and what is not kept any longer
@@ -21,6 +22,7 @@ mod folder;
 mod jobs;
 mod look;
 mod make;
+mod members;
 mod name;
 mod offsite;
 mod restore;
@@ -41,11 +43,12 @@ use thiserror::Error;
 
 pub use name::{BackupId, Kind};
 pub use restore::{Agreed, RestoreFrom};
-pub use state::{Backup, BackupState, CopyRunning, CopyState, Keep, Outcome, Running, Started, Work};
+pub use state::{Backup, BackupState, CopyRunning, CopyState, Keep, MemberBackups, Outcome, Running, Started, Work};
 pub use store::RemoteBackup;
 
 use crate::{
     admin::{Act, Actor, Admin, audit},
+    ask::Asker,
     events::Recorder,
     node::Handle,
 };
@@ -53,6 +56,7 @@ use cipher::Secret;
 use folder::Folder;
 use jobs::Jobs;
 use look::Looks;
+use members::{Round, Way};
 use offsite::Offsite;
 
 /// Under what a failed backup is shown in the status.
@@ -156,6 +160,8 @@ pub struct Backups {
     /// When the next automatic one is due.
     next: Mutex<Option<u64>>,
     offsite: Offsite,
+    asker: Asker,
+    round: Round,
 }
 
 impl std::fmt::Debug for Backups {
@@ -166,14 +172,14 @@ impl std::fmt::Debug for Backups {
 
 impl Backups {
     /// Prepares the backups of the node behind `node`. Nothing is touched yet.
-    pub fn new(config: BackupConfig, node: Handle, admin: Arc<Admin>, events: Recorder) -> Arc<Self> {
+    pub fn new(config: BackupConfig, node: Handle, admin: Arc<Admin>, events: Recorder, asker: Asker) -> Arc<Self> {
         let folder = Folder::new(config.folder.clone(), node.status().borrow().node);
         let offsite = Offsite::new(config.url.clone());
-        let (jobs, looks, next) = (Jobs::default(), Looks::default(), Mutex::default());
-        Arc::new(Self { config, folder, node, admin, events, jobs, looks, next, offsite })
+        let (jobs, looks, next, round) = Default::default();
+        Arc::new(Self { config, folder, node, admin, events, jobs, looks, next, offsite, asker, round })
     }
 
-    /// All backups in the folder, newest first.
+    /// All backups in the folder of this host, newest first.
     ///
     /// # Errors
     /// [`BackupError::Io`], [`BackupError::Hangs`].
@@ -207,6 +213,7 @@ impl Backups {
             running,
             last,
             copies: self.offsite.picture(),
+            members: self.round.picture(),
         }
     }
 
@@ -234,14 +241,14 @@ impl Backups {
     }
 
     async fn open(&self, id: &str) -> Result<(File, u64), BackupError> {
-        let id = BackupId::read(id)?;
+        let wanted = BackupId::read(id)?;
         let opened = self.look(move |folder| {
-            let path = folder.find(&id)?;
+            let path = folder.find(&wanted)?;
             let file = File::open(&path).map_err(BackupError::io("open", &path))?;
             let length = file.metadata().map_err(BackupError::io("look at", &path))?.len();
             Ok((file, length))
         });
-        opened.await
+        self.or_where(id, Way::Here, opened.await).await
     }
 
     /// Gives a manual backup another name.
@@ -261,7 +268,8 @@ impl Backups {
         }
         self.jobs.check_free(id)?;
         let to = BackupId { name: new.to_owned(), ..old.clone() };
-        let done = self.look(move |folder| folder.rename(&old, &to)).await.map_err(BackupError::of_change)?;
+        let done = self.look(move |folder| folder.rename(&old, &to)).await.map_err(BackupError::of_change);
+        let done = self.or_where(id, Way::There(&format!("rename {id} {new}")), done).await?;
         tracing::info!(%by, from = id, to = done.id, "a backup has another name");
         Ok(done)
     }
@@ -277,7 +285,8 @@ impl Backups {
     async fn drop(&self, id: &str, by: &Actor) -> Result<(), BackupError> {
         let old = BackupId::read(id)?;
         self.jobs.check_free(id)?;
-        self.look(move |folder| folder.delete(&old)).await.map_err(BackupError::of_change)?;
+        let done = self.look(move |folder| folder.delete(&old)).await.map_err(BackupError::of_change);
+        self.or_where(id, Way::There(&format!("delete {id}")), done).await?;
         tracing::info!(%by, id, "a backup was deleted");
         Ok(())
     }

@@ -25,6 +25,7 @@ use super::{
     blocking,
     jobs::Job,
     make::check_time,
+    members::Way,
     now, of_backup,
 };
 use crate::{
@@ -155,7 +156,7 @@ impl Backups {
         self.admin.check_primary()?;
         let file = match from {
             RestoreFrom::File(file) => file.to_owned(),
-            RestoreFrom::Folder(id) => self.path(id).await?,
+            RestoreFrom::Folder(id) => self.or_where(id, Way::Here, self.path(id).await).await?,
         };
         let path = file.clone();
         let source = self.looks.run(&file, move || Source::of(&path)).await?;

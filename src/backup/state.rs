@@ -5,11 +5,14 @@ use serde::{Deserialize, Serialize};
 
 use super::name::Kind;
 
-/// A backup in this host's folder.
+/// A backup in the folder of a member.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Backup {
     /// Its file name.
     pub id: String,
+    /// Name of the member in whose folder it lies.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node: String,
     pub name: String,
     /// Of the program that made it: only the same version restores it.
     pub version: String,
@@ -98,6 +101,28 @@ pub struct BackupState {
     /// The copies elsewhere; none without `BACKUP_URL`.
     #[serde(default)]
     pub copies: Option<CopyState>,
+    /// How the members answered when the backups were listed last, this one first; empty before that.
+    #[serde(default)]
+    pub members: Vec<MemberBackups>,
+}
+
+/// What a member answered when it was asked for its backups.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct MemberBackups {
+    /// Its name.
+    pub node: String,
+    /// Its `DATA_RECOVERY_VOLUME`; none if it does not answer, as all that follows.
+    pub folder: Option<String>,
+    /// Its `DATA_RECOVERY_ENABLED`.
+    pub enabled: Option<bool>,
+    /// How many it has.
+    pub backups: Option<u32>,
+    /// When the newest was made, in seconds since 1970.
+    pub newest: Option<u64>,
+    /// Why it is unknown what it has, as a sentence.
+    pub problem: Option<String>,
+    /// When it was asked, in seconds since 1970.
+    pub time: u64,
 }
 
 /// The copies at `BACKUP_URL`, as this host makes them.

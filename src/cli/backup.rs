@@ -25,7 +25,7 @@ use super::{
     target::Target,
 };
 use crate::{
-    backup::{Backup, BackupState, CopyState, Outcome, RemoteBackup, Started},
+    backup::{Backup, BackupState, CopyState, MemberBackups, Outcome, RemoteBackup, Started},
     control::Operation,
     https,
 };
@@ -50,7 +50,9 @@ Examples:
   twistcli backup verify before-the-upgrade-0.1.0-1793383200.tar.gz";
 
 const LIST_HELP: &str = "\
-With --remote: the copies at BACKUP_URL, those of all members and of former clusters.
+The backups of all members, each with the member in whose folder it lies. Of a member that does not answer
+within a few seconds it is unknown what it has. With --remote: the copies at BACKUP_URL, those of all members
+and of former clusters.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -95,7 +97,7 @@ pub(super) enum Backups {
         #[arg(long)]
         no_wait: bool,
     },
-    /// List the backups, the newest first, and how they are set up
+    /// List the backups of all members, the newest first, and how they are set up
     #[command(after_help = LIST_HELP)]
     List {
         #[command(flatten)]
@@ -243,11 +245,20 @@ fn describe(found: &[Backup], state: &BackupState, paint: Paint) -> String {
     let row = |backup: &Backup| -> Vec<Cell> {
         let kind = format!("{:?}", backup.kind).to_lowercase();
         let locked = if backup.encrypted { "encrypted" } else { "" };
-        vec![backup.id.as_str().into(), kind.into(), date(backup.time).into(), size(backup.bytes).into(), locked.into()]
+        let made = (date(backup.time).into(), size(backup.bytes).into());
+        vec![backup.node.as_str().into(), backup.id.as_str().into(), kind.into(), made.0, made.1, locked.into()]
     };
     let rows: Vec<Vec<Cell>> = found.iter().map(row).collect();
-    let heads = [("BACKUP", false), ("KIND", false), ("MADE", false), ("SIZE", true), ("", false)];
+    let heads = [("MEMBER", false), ("BACKUP", false), ("KIND", false), ("MADE", false), ("SIZE", true), ("", false)];
     let mut text = columns::table(&heads, &rows, paint);
+    // This one's own follow.
+    for member in state.members.iter().skip(1) {
+        let line = columns::harmless(&member_line(member));
+        text.push_str(&format!("\n{}", if member.problem.is_some() { paint.text("33", &line) } else { line }));
+    }
+    if state.members.len() > 1 {
+        text.push('\n');
+    }
     let free = state.free.map_or_else(String::new, |free| format!(", {} free", size(free)));
     text.push_str(&format!("\nfolder {}{free}\n", columns::harmless(&state.folder)));
     let next = state.next.map_or_else(String::new, |next| format!(", the next one at {}", date(next)));
@@ -265,6 +276,19 @@ fn describe(found: &[Backup], state: &BackupState, paint: Paint) -> String {
         text.push_str(&format!("last: {} {}\n", paint.mark(last.ok), columns::harmless(&line)));
     }
     text
+}
+
+/// What another member has, or that nobody knows.
+fn member_line(member: &MemberBackups) -> String {
+    let node = &member.node;
+    if let Some(problem) = &member.problem {
+        return format!("{node}: unknown, {problem}");
+    }
+    let newest = member.newest.map_or_else(String::new, |newest| format!(", the newest of {}", date(newest)));
+    let automatic = if member.enabled == Some(true) { "on" } else { "off" };
+    let (count, folder) = (member.backups.unwrap_or(0), member.folder.as_deref().unwrap_or_default());
+    let count = if count == 1 { "1 backup".to_owned() } else { format!("{count} backups") };
+    format!("{node}: {count} in {folder}{newest}; automatic backups: {automatic}")
 }
 
 fn copies_line(copies: &CopyState) -> String {
@@ -396,5 +420,48 @@ fn fetch(remote: &Remote, id: &str, file: &mut fs::File) -> Result<u64, Stop> {
             &format!("{}: the download broke off after {}", remote.first(), size(total)),
         )),
         _ => Ok(total),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_each_member_has_is_told_and_what_is_unknown_too() {
+        let member = |node: &str, backups: Option<u32>, problem: Option<&str>| MemberBackups {
+            node: node.to_owned(),
+            folder: backups.map(|_| "/backup".to_owned()),
+            enabled: backups.map(|_| false),
+            backups,
+            newest: backups.filter(|count| *count > 0).map(|_| 1_793_383_200),
+            problem: problem.map(str::to_owned),
+            time: 1_793_383_207,
+        };
+        let made = serde_json::json!({
+            "id": "mine-0.1.0-1793383200.tar.gz", "node": "node2", "name": "mine", "version": "0.1.0",
+            "time": 1_793_383_200, "bytes": 5000, "kind": "manual", "encrypted": false,
+        });
+        let members = [
+            member("node1", Some(0), None),
+            member("node2", Some(1), None),
+            member("node3", None, Some("node3 does not answer: nobody listens")),
+        ];
+        let state = serde_json::json!({
+            "enabled": false, "folder": "/b", "free": null, "encrypted": false, "keep": { "daily": 1, "weekly": 1, "monthly": 1 },
+            "next": null, "newest": null, "running": null, "last": null, "members": members,
+        });
+        let (found, state) = (serde_json::from_value(made).unwrap(), serde_json::from_value(state).unwrap());
+        let expected = "\
+MEMBER  BACKUP                        KIND    MADE                     SIZE
+node2   mine-0.1.0-1793383200.tar.gz  manual  2026-10-30 18:00 UTC  4.9 KiB
+
+node2: 1 backup in /backup, the newest of 2026-10-30 18:00 UTC; automatic backups: off
+node3: unknown, node3 does not answer: nobody listens
+
+folder /b
+automatic backups: off
+";
+        assert_eq!(describe(&[found], &state, Paint(false)), expected);
     }
 }

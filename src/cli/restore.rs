@@ -19,7 +19,7 @@ use super::{
     target::Target,
 };
 use crate::{
-    backup::{BackupId, BackupState, RemoteBackup, Started},
+    backup::{Backup, BackupId, BackupState, MemberBackups, RemoteBackup, Started},
     control::Operation,
 };
 
@@ -106,10 +106,30 @@ fn named(door: &Door, args: &RestoreArgs) -> Result<PathBuf, Stop> {
         Some(path) if path.is_file() => Ok(path.clone()),
         Some(folder) => choose(folder),
         None => {
+            let all: Vec<Backup> = door.operate(Operation::Backups {})?;
             let state: BackupState = door.operate(Operation::BackupState {})?;
+            eprint!("{}", elsewhere(&all, &state));
             choose(Path::new(&state.folder))
         }
     }
+}
+
+/// What the other members have: no part of the list to choose from, since their files are not on this host.
+fn elsewhere(all: &[Backup], state: &BackupState) -> String {
+    let line = |member: &MemberBackups| {
+        let node = &member.node;
+        if let Some(problem) = &member.problem {
+            return Some(format!("What {node} has is unknown: {problem}"));
+        }
+        let newest = &all.iter().find(|backup| backup.node == *node)?.id;
+        let (folder, here) = (member.folder.as_deref().unwrap_or_default(), &state.folder);
+        Some(format!(
+            "{node} has backups in {folder}, the newest {newest}: to restore one, copy it into {here} here, or make {node} PRIMARY \
+             (twistcli ha switchover --to {node}) and run this there"
+        ))
+    };
+    let lines = state.members.iter().skip(1).filter_map(line);
+    lines.map(|line| format!("{}\n", columns::harmless(&line))).collect()
 }
 
 /// A copy, brought into the folder first.

@@ -11,7 +11,7 @@
 //! | 2 | the cluster key and the certificate authority are replaced ([`super::trust`]); webhooks; names and certificate of the Consoles |
 //!
 //! A new level is needed for everything that an older program would misread or drop: another field of the membership, another
-//! kind of entry, another purpose of a connection. What is only shown to people needs none.
+//! kind of entry, another purpose of a connection that something hangs on. What is only shown to people needs none.
 
 use super::{Change, Cluster, membership::Impossible};
 

@@ -327,7 +327,7 @@ pub(super) async fn write_operation(store: &Store, operation: &Operation<'_>) ->
         }
         None => {
             let Actor { name: user, source } = actor;
-            let row = Row { user, source, action: act.action, what: &act.what, ok, difference };
+            let row = Row { user, source, action: &act.action, what: &act.what, ok, difference };
             insert_at(&mut writing, &row, *time).await?;
         }
     }
@@ -422,7 +422,7 @@ pub(super) async fn begin_drill(
     difference[RECORD] =
         json!({ "ticket": ticket, "member": member, "epoch": epoch, "secret": secret, "outcome": BEGUN });
     let Actor { name: user, source } = actor;
-    insert(&mut writing, &Row { user, source, action: act.action, what: &act.what, ok: false, difference }).await?;
+    insert(&mut writing, &Row { user, source, action: &act.action, what: &act.what, ok: false, difference }).await?;
     let id = writing.number("SELECT max(id) FROM audits").await?;
     writing.commit().await?;
     Ok(id)

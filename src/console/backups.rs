@@ -1,4 +1,4 @@
-//! `backups` and `settings/backup`: the backups of the PRIMARY's host. Every check of a name and every step belongs to
+//! `backups` and `settings/backup`: the list has those of all members, all else is for those of the PRIMARY's host. Every check of a name and every step belongs to
 //! [`crate::backup`]. A restore replaces the Console's own database: whoever asked learns of its end after the next login.
 
 use std::{sync::Arc, time::Duration};
@@ -53,10 +53,16 @@ pub(super) fn routes() -> Vec<Entry> {
         "Put a backup in the place of the whole database: closes the Console for a while, and ends all sessions";
     let check = "Open a backup and check all of it; answers as the creation does";
     vec![
-        route(Method::GET, "/backups", ADMINISTRATORS, "The backups of this member, newest first", list)
-            .query::<Page>()
-            .paged()
-            .answer::<Vec<Backup>>(),
+        route(
+            Method::GET,
+            "/backups",
+            ADMINISTRATORS,
+            "The backups of all members that answer, newest first; `settings/backup` says who did not",
+            list,
+        )
+        .query::<Page>()
+        .paged()
+        .answer::<Vec<Backup>>(),
         route(Method::POST, "/backups", ADMINISTRATORS, make, create)
             .operates("create", "backup")
             .body::<String>()
@@ -108,7 +114,7 @@ impl From<BackupError> for ApiError {
 /// `GET backups`.
 async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -> Result<Paged<Backup>, ApiError> {
     let (limit, offset) = page.bounds()?;
-    let all = console.services()?.backups.list().await?;
+    let all = console.services()?.backups.all().await?;
     let total = all.len() as i64;
     Ok(Paged { rows: all.into_iter().skip(offset as usize).take(limit as usize).collect(), total })
 }

@@ -46,10 +46,11 @@ const DESCRIPTION: &str = "rehearsal of a takeover";
 pub(super) fn routes() -> Vec<Entry> {
     const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
     let (get, post) = (Method::GET, Method::POST);
-    let entries = vec![
-        route(post.clone(), "/high-availability/drill", ADMINISTRATORS, "Begin a drill", begin)
-            .body::<Plan>()
-            .answer::<Begun>(),
+    let begin = route(post.clone(), "/high-availability/drill", ADMINISTRATORS, "Begin a drill", begin)
+        .operates(DRILL, "high availability")
+        .body::<Plan>()
+        .answer::<Begun>();
+    let parts = vec![
         route(post.clone(), "/high-availability/drill/writes", Access::Drill, "One write of a drill", write)
             .body::<u32>(),
         route(get, "/high-availability/drill/writes", Access::Drill, "Which writes of a drill are there", writes)
@@ -61,7 +62,7 @@ pub(super) fn routes() -> Vec<Entry> {
             .body::<Upshot>()
             .answer::<Removed>(),
     ];
-    entries.into_iter().map(Entry::traced).collect()
+    std::iter::once(begin).chain(parts.into_iter().map(Entry::traced)).collect()
 }
 
 /// How the role is to be taken.

@@ -1,7 +1,7 @@
 //! The Console for the rest of this process, while it is open: its table of audits for the operations of an administrator, and
 //! its routes for who is logged in on the host itself. Must never keep a Console or its database alive, and never lose what
-//! was done: what cannot be written into the table now is kept here, and written when a Console opens; this node's
-//! `events.jsonl` has it at once.
+//! was done: what cannot be written into the table now is kept here until this node or another one is PRIMARY and takes it;
+//! this node's `events.jsonl` has it at once.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,9 +16,10 @@ use axum::{
     extract::ConnectInfo,
     http::{HeaderValue, Method, Request, header},
 };
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{
-    sync::watch,
+    sync::{Notify, watch},
     time::{sleep, timeout},
 };
 use tower::ServiceExt;
@@ -34,7 +35,8 @@ use super::{
 };
 use crate::{
     admin::{Act, Actor, Audit, BoxFuture, Outcome, Ticket},
-    cluster::Role,
+    ask::{Asker, Topic},
+    cluster::{NodeId, Role},
     events::{Event, Kind, Recorder, Severity},
     node::Status,
 };
@@ -43,12 +45,15 @@ use crate::{
 const OPENS: Duration = Duration::from_secs(1);
 /// How long one row may take: an operation must not wait for a database that does not answer.
 const ROW: Duration = Duration::from_secs(2);
-/// Rows that are kept until there is a database; the oldest go first.
+/// Rows that are kept until a PRIMARY takes them; the oldest go first.
 const OWED: usize = 256;
+/// Rows that are handed to a PRIMARY at a time.
+const HANDFUL: usize = 16;
 /// From the opening of a Console until it looks at what others have left: nothing of a takeover waits for that.
 const SETTLE: Duration = Duration::from_secs(1);
-/// Pause after a failed write.
+/// Pause after a failed write, and the longest between two tries to hand rows on.
 const PAUSE: Duration = Duration::from_secs(2);
+const LONG_PAUSE: Duration = Duration::from_secs(30);
 /// Largest answer to somebody on the host, in bytes.
 const ANSWER: usize = 8 << 20;
 
@@ -61,11 +66,21 @@ struct Shared {
     events: Recorder,
     console: watch::Sender<Weak<Console>>,
     under_way: Mutex<HashMap<Ticket, Row>>,
-    owed: Mutex<VecDeque<(Ticket, Row, Outcome)>>,
+    owed: Mutex<VecDeque<Owed>>,
+    /// There is something owed.
+    owing: Notify,
+}
+
+/// A row that is in no table yet, and in this form on its way to the PRIMARY.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Owed {
+    ticket: Ticket,
+    row: Row,
+    outcome: Outcome,
 }
 
 /// An operation as it was begun.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Row {
     time: i64,
     actor: Actor,
@@ -96,8 +111,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Inside {
     /// For the node whose pictures these are.
     pub fn new(status: watch::Receiver<Arc<Status>>, events: Recorder) -> Self {
-        let (under_way, owed) = Default::default();
-        Self(Arc::new(Shared { status, events, console: watch::Sender::default(), under_way, owed }))
+        let (under_way, owed, owing) = Default::default();
+        Self(Arc::new(Shared { status, events, console: watch::Sender::default(), under_way, owed, owing }))
     }
 
     /// A Console is open: until it closes, this is the one.
@@ -172,12 +187,21 @@ impl Inside {
         }
     }
 
-    async fn settle(&self, store: &Store) -> Result<(), StoreError> {
+    /// Writes what is owed.
+    async fn pay(&self, store: &Store) -> Result<(), StoreError> {
         loop {
-            let Some((ticket, row, outcome)) = locked(&self.0.owed).front().cloned() else { break };
-            self.write_row(store, &ticket, &row, Some(&outcome)).await?;
-            locked(&self.0.owed).retain(|(owed, ..)| *owed != ticket);
+            let Some(Owed { ticket, row, outcome }) = locked(&self.0.owed).front().cloned() else { return Ok(()) };
+            self.write_row(store, self.0.events.node(), &ticket, &row, Some(&outcome)).await?;
+            self.forget(&ticket);
         }
+    }
+
+    fn forget(&self, ticket: &Ticket) {
+        locked(&self.0.owed).retain(|owed| owed.ticket != *ticket);
+    }
+
+    async fn settle(&self, store: &Store) -> Result<(), StoreError> {
+        self.pay(store).await?;
         for row in audits::begun(store).await? {
             // It goes on under the next PRIMARY, and tells its outcome itself.
             let fresh = row.action == audits::DRILL && unix_time() - row.time < drills::LONGEST;
@@ -194,53 +218,115 @@ impl Inside {
     async fn write_row(
         &self,
         store: &Store,
+        member: &str,
         ticket: &Ticket,
         row: &Row,
         outcome: Option<&Outcome>,
     ) -> Result<(), StoreError> {
         let Row { time, actor, act, epoch } = row;
-        let at = (self.0.events.node(), *epoch);
+        let at = (member, *epoch);
         audits::write_operation(store, &Operation { ticket, time: *time, actor, act, at, outcome }).await
+    }
+
+    /// Hands what is owed to whoever is PRIMARY, for as long as the node lives.
+    pub async fn hand_on(self, asker: Asker) {
+        let mut pause = PAUSE;
+        loop {
+            if locked(&self.0.owed).is_empty() {
+                self.0.owing.notified().await;
+                pause = PAUSE;
+            }
+            let (me, primary) = (self.0.status.borrow().node, self.0.status.borrow().primary);
+            match self.hand_to(primary, me, &asker).await {
+                Ok(()) => pause = PAUSE,
+                Err(why) => {
+                    tracing::debug!("rows of the audit wait here: {why}");
+                    // Another PRIMARY may take them at once.
+                    let mut status = self.0.status.clone();
+                    let another = status.wait_for(|now| now.primary.is_some() && now.primary != primary);
+                    let _ = timeout(pause, another).await;
+                    pause = (2 * pause).min(LONG_PAUSE);
+                }
+            }
+        }
+    }
+
+    async fn hand_to(&self, primary: Option<NodeId>, me: NodeId, asker: &Asker) -> Result<(), String> {
+        let primary = primary.ok_or("no PRIMARY is known")?;
+        if primary == me {
+            let console = self.console().await.ok_or("the Console is not open yet")?;
+            return self.pay(&console.store).await.map_err(|error| error.to_string());
+        }
+        let rows: Vec<Owed> = locked(&self.0.owed).iter().take(HANDFUL).cloned().collect();
+        let taken: usize = asker.ask(primary, Topic::Audit, &rows).await.map_err(|error| error.to_string())?;
+        rows.iter().take(taken).for_each(|row| self.forget(&row.ticket));
+        info!(rows = taken, primary, "what was done on this host is in the audit now, written by the PRIMARY");
+        if taken == 0 { Err("the PRIMARY took nothing".to_owned()) } else { Ok(()) }
+    }
+
+    /// Writes the rows of another member, which has proven that it is `member`. Returns how many of them it need not keep.
+    ///
+    /// # Errors
+    /// A sentence when there is no Console here, or not even the first row could be written.
+    pub async fn take_over(&self, member: &str, rows: Value) -> Result<Value, String> {
+        let rows: Vec<Value> = serde_json::from_value(rows).map_err(|error| format!("no rows of an audit: {error}"))?;
+        let console = self.console().await.ok_or_else(|| self.elsewhere())?;
+        let mut taken = 0_usize;
+        for row in rows.into_iter().take(HANDFUL) {
+            let sound = serde_json::from_value::<Owed>(row).ok().filter(|owed| owed.ticket.is_sound());
+            let Some(Owed { ticket, row, outcome }) = sound else {
+                // It would come again and again.
+                warn!(member, "the audit lacks a row of another member, which this program does not understand");
+                taken += 1;
+                continue;
+            };
+            match self.write_row(&console.store, member, &ticket, &row, Some(&outcome)).await {
+                Ok(()) => taken += 1,
+                Err(error) if taken == 0 => return Err(error.to_string()),
+                Err(_) => break,
+            }
+        }
+        Ok(taken.into())
     }
 
     /// True if it is in the table now.
     async fn write(&self, ticket: &Ticket, row: &Row, outcome: Option<&Outcome>) -> bool {
         let Some(store) = self.console().await.map(|console| console.store.clone()) else { return false };
-        match timeout(ROW, self.write_row(&store, ticket, row, outcome)).await {
+        match timeout(ROW, self.write_row(&store, self.0.events.node(), ticket, row, outcome)).await {
             Ok(Ok(())) => return true,
             Ok(Err(error)) => {
-                warn!(by = %row.actor, action = row.act.action, "no row of the audit was written: {error}")
+                warn!(by = %row.actor, action = %row.act.action, "no row of the audit was written: {error}")
             }
-            Err(_) => warn!(by = %row.actor, action = row.act.action, "no row of the audit was written in time"),
+            Err(_) => warn!(by = %row.actor, action = %row.act.action, "no row of the audit was written in time"),
         }
         false
     }
 
-    /// Tells this node's own file, and keeps the row for the next database.
+    /// Tells this node's own file, and keeps the row for whoever is PRIMARY.
     fn keep(&self, ticket: Ticket, row: Row, outcome: Outcome) {
         let (Actor { name, source }, Act { action, what, .. }) = (&row.actor, &row.act);
         let severity = if outcome.is_done() { Severity::Info } else { Severity::Warning };
         let event = Event::new(Kind::Audit, severity, format!("{name}: {action} {what}: {outcome}"));
-        self.0
-            .events
-            .record(event.field("user", name.as_str()).field("source", source.as_str()).field("action", *action));
-        // Nothing was changed here, and whoever asked goes to the PRIMARY next.
-        let elsewhere = matches!(outcome, Outcome::Refused(_)) && self.0.status.borrow().role != Role::Primary;
-        if elsewhere {
-            return;
-        }
+        self.0.events.record(
+            event.field("user", name.as_str()).field("source", source.as_str()).field("action", action.as_ref()),
+        );
         let mut owed = locked(&self.0.owed);
-        if owed.len() >= OWED {
-            owed.pop_front();
+        if owed.len() >= OWED
+            && let Some(Owed { row, outcome, .. }) = owed.pop_front()
+        {
+            let (by, Act { action, what, .. }) = (&row.actor, &row.act);
+            warn!(%by, %action, what, %outcome, "the audit lacks this: no PRIMARY took it before {OWED} others came; see twistcli ha events here");
         }
-        owed.push_back((ticket, row, outcome));
+        owed.push_back(Owed { ticket, row, outcome });
+        drop(owed);
+        self.0.owing.notify_one();
     }
 }
 
 impl Audit for Inside {
     fn begin<'a>(&'a self, actor: &'a Actor, act: Act) -> BoxFuture<'a, Ticket> {
         Box::pin(async move {
-            let ticket = Ticket(format!("{:016x}", rand::random::<u64>()));
+            let ticket = Ticket::new();
             let (time, actor, epoch) = (unix_time(), actor.clone(), self.0.status.borrow().epoch);
             let row = Row { time, actor, act, epoch };
             self.write(&ticket, &row, None).await;

@@ -6,7 +6,7 @@ use axum::http::{Method, header};
 use schemars::{SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
 
-use super::routes::{self, Access, Content, Entry, Role, route};
+use super::routes::{self, Access, Content, Entry, Role, Trace, route};
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
@@ -88,6 +88,11 @@ fn operation(entry: &Entry, generator: &mut SchemaGenerator) -> Value {
     if let Some((schema, required)) = entry.body {
         let content = json!({ "application/json": { "schema": schema(generator) } });
         operation["requestBody"] = json!({ "required": required, "content": content });
+    }
+    match entry.trace {
+        Trace::Reads => {}
+        Trace::Own(action, _) | Trace::Operation(action, _) => operation["x-audit"] = json!(action),
+        Trace::Handler => operation["x-audit"] = json!("handler"),
     }
     let roles: Vec<_> = entry.access.roles().iter().copied().map(Role::name).collect();
     if entry.access == Access::Open {

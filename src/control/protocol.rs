@@ -122,10 +122,10 @@ pub enum Operation {
     },
     /// All Consoles serve certificates of the cluster's own authority again. Answer: null.
     RemoveCertificate {},
-    /// The backups in this host's folder, newest first; on every node, as the next five. Answer: a list of
-    /// [`Backup`](crate::backup::Backup).
+    /// The backups of all members that answer, newest first, on every node. Answer: a list of
+    /// [`Backup`](crate::backup::Backup); [`Operation::BackupState`] says who did not answer.
     Backups {},
-    /// What is set up and under way. Answer: a [`BackupState`](crate::backup::BackupState).
+    /// What is set up and under way on this host, on every node, as the next four. Answer: a [`BackupState`](crate::backup::BackupState).
     BackupState {},
     /// Makes a backup of this host's copy of the database. Answer: [`Started`](crate::backup::Started), at once.
     Backup {

@@ -203,7 +203,7 @@ impl Call {
                 tune(stream.get_ref().0, Purpose::Snapshot)?;
                 place.send(StreamCall { from: peer, forgotten, stream });
             }
-            Welcome::Key(place) => {
+            Welcome::Short(place) => {
                 place.send(StreamCall { from: peer, forgotten: false, stream });
             }
         }
@@ -252,7 +252,14 @@ impl Call {
                     code: RefusalCode::Busy,
                     reason: format!("node {} gives its key to others at the moment: try again", self.identity.me),
                 };
-                self.identity.keys.clone().try_reserve_owned().map(Welcome::Key).map_err(busy)
+                self.identity.keys.clone().try_reserve_owned().map(Welcome::Short).map_err(busy)
+            }
+            Purpose::Question => {
+                let busy = |_| Refusal {
+                    code: RefusalCode::Busy,
+                    reason: format!("node {} answers others at the moment: try again", self.identity.me),
+                };
+                self.identity.questions.clone().try_reserve_owned().map(Welcome::Short).map_err(busy)
             }
         }
     }
@@ -350,8 +357,8 @@ enum Welcome {
     Link(Caller),
     /// With a place in the queue of those who give snapshots, and whether the caller forgot.
     Snapshot(mpsc::OwnedPermit<StreamCall>, bool),
-    /// The same for keys.
-    Key(mpsc::OwnedPermit<StreamCall>),
+    /// The same for keys and questions.
+    Short(mpsc::OwnedPermit<StreamCall>),
 }
 
 fn not_yet(from: NodeId) -> Refusal {

@@ -42,7 +42,7 @@ pub(super) fn tune(socket: &impl AsFd, purpose: Purpose) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(match purpose {
-        Purpose::Link | Purpose::Key => USER_TIMEOUT,
+        Purpose::Link | Purpose::Key | Purpose::Question => USER_TIMEOUT,
         Purpose::Snapshot => STREAM_TIMEOUT,
     }))?;
     socket.set_tcp_notsent_lowat(NOT_SENT)?;

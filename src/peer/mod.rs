@@ -83,6 +83,8 @@ pub struct PeerIdentity {
     pub snapshots: mpsc::Sender<StreamCall>,
     /// The same for those that want a cluster key.
     pub keys: mpsc::Sender<StreamCall>,
+    /// The same for those that ask something.
+    pub questions: mpsc::Sender<StreamCall>,
     /// What this node's program can do: see [`crate::cluster::level`].
     pub level: u32,
     /// What this node had of what it must remember when its process started.

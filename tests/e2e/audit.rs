@@ -7,13 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use twistlock_ha::{
     control::{self, ControlError, Operation, SecretText},
     events::Wanted,
 };
 
-use super::{beside, cluster::Cluster};
+use super::{beside, cluster::Cluster, routes};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -142,12 +143,44 @@ fn each_operation_by_the_socket(cluster: &Cluster) {
     }
 }
 
+/// What is done and refused on a SECONDARY stands in the audit as well, by the hand of whoever is PRIMARY.
+fn done_on_a_secondary(cluster: &Cluster) {
+    let (before, primary) = (rows(cluster).len(), cluster.primary());
+    let there = cluster.node((primary + 1) % 3);
+    let on_it = |operation| control::operate::<Value>(&there.data.join(control::SOCKET_NAME), operation, LIMIT);
+    let refused = on_it(Operation::Pause { seconds: 60 }).unwrap_err().to_string();
+    on_it(Operation::Backup { called: "of-a-secondary".to_owned() }).unwrap();
+    on_it(Operation::VerifyBackup { id: "none-0.1.0-1.tar.gz".to_owned() }).unwrap_err();
+    let mut new = wait_rows(cluster, before, |new| new.len() >= 3 && new.iter().all(|row| row["outcome"] != "begun"));
+    new.sort_by_key(|row| row["action"].as_str().unwrap().to_owned());
+    let told: Vec<_> = new.iter().map(|row| (row["action"].as_str().unwrap(), row["ok"].as_bool().unwrap())).collect();
+    assert_eq!(told, [("create", true), ("pause", false), ("verify", false)], "{new:#?}");
+    for row in &new {
+        let source = row["source"].as_str().unwrap();
+        assert!(source.starts_with(&format!("local on {}, uid ", there.name)), "{row}");
+    }
+    let why = new[1]["outcome"].as_str().unwrap();
+    assert_eq!(why, format!("refused: only the PRIMARY does this: run it on {}", cluster.node(primary).name));
+    assert!(refused.contains(why.trim_start_matches("refused: ")), "{refused}");
+
+    // While there is no PRIMARY it is kept.
+    let before = rows(cluster).len();
+    cluster.signal(primary, Signal::SIGKILL);
+    on_it(Operation::Reject { host: "nobody".to_owned() }).unwrap_err();
+    cluster.wait_healthy();
+    let new = wait_rows(cluster, before, |new| new.iter().any(|row| row["action"] == "reject"));
+    let row = new.iter().find(|row| row["action"] == "reject").unwrap();
+    assert!(row["outcome"].as_str().unwrap().starts_with("refused: "), "{row}");
+}
+
 #[test]
 fn the_audit_has_who_did_what_through_each_door_and_how_it_ended() {
     let _beside = beside();
     let cluster = Cluster::start();
     cluster.wait_healthy();
     each_operation_by_the_socket(&cluster);
+    cluster.wait_healthy();
+    routes::each_leaves_its_rows(&cluster);
     cluster.wait_healthy();
 
     // The API, with a login of its own.
@@ -181,6 +214,8 @@ fn the_audit_has_who_did_what_through_each_door_and_how_it_ended() {
     let elsewhere = here(&cluster, (cluster.primary() + 1) % 3, &["tags", "list"]);
     assert_ne!(elsewhere.0, Some(0), "a SECONDARY has no Console: {elsewhere:?}");
 
+    done_on_a_secondary(&cluster);
+
     // Its outcome is written by the member that serves by then.
     let (before, from) = (rows(&cluster).len(), cluster.primary());
     let (code, text) = here(&cluster, from, &["ha", "switchover"]);
@@ -199,5 +234,5 @@ fn the_audit_has_who_did_what_through_each_door_and_how_it_ended() {
     assert!(matches!(new, [row] if row["action"] == "drill" && row["ok"] == true), "{new:#?}");
     assert!(new[0]["difference"]["result"]["new"].as_str().unwrap().contains(" took over from "), "{new:#?}");
     assert!(!here(&cluster, cluster.primary(), &["tags", "list"]).1.contains("drill-"));
-    println!("audit: {}", cluster.finish(&[]));
+    println!("audit: {}", cluster.finish(&["automatic takeover is paused"]));
 }

@@ -18,7 +18,7 @@ use twistlock_ha::{
 
 use super::{
     WRITERS, alone, beside,
-    cluster::{Cluster, LIMIT},
+    cluster::{Cluster, FROZEN, LIMIT},
     disk::{in_private_mounts, run},
     writers::{Pen, Writers},
 };
@@ -140,7 +140,58 @@ fn the_api_makes_lists_gives_renames_and_deletes() {
     assert_eq!(call("DELETE", &format!("/backups/{}", renamed.id), None).0, 200);
     let state: BackupState = serde_json::from_str(&call("GET", "/settings/backup", None).1).unwrap();
     assert!(!state.enabled && state.newest.is_none() && state.last.is_some_and(|last| last.ok), "nothing is left");
-    println!("  {}", cluster.finish(&[]));
+    those_of_other_members_are_listed(&cluster, &call);
+    println!("  {}", cluster.finish(FROZEN));
+}
+
+/// With the member that has them, and what cannot be done from here says where it can; who does not answer is named.
+fn those_of_other_members_are_listed(cluster: &Cluster, call: &dyn Fn(&str, &str, Option<Value>) -> (u16, String)) {
+    let primary = cluster.primary();
+    let (one, other) = ((primary + 1) % 3, (primary + 2) % 3);
+    let (name, file) = (cluster.node(one).name, make(cluster, one, "elsewhere"));
+    let id = file.file_name().unwrap().to_str().unwrap();
+    let list = || serde_json::from_str::<Vec<Backup>>(&call("GET", "/backups", None).1).unwrap();
+    let places = |list: &[Backup]| list.iter().map(|one| (one.node.clone(), one.id.clone())).collect::<Vec<_>>();
+    assert_eq!(places(&list()), [(name.clone(), id.to_owned())]);
+    for node in 0..3 {
+        let told: Vec<Backup> = ask(cluster, node, Operation::Backups {}).unwrap();
+        assert_eq!(places(&told), [(name.clone(), id.to_owned())], "as {} sees it", cluster.node(node).name);
+    }
+    let (path, there) = (format!("/backups/{id}"), folder(cluster, one).display().to_string());
+    let again = Some(json!({ "confirm": id }));
+    for (method, path, body, what) in [
+        ("GET", path.clone(), None, format!("make {name} PRIMARY: twistcli ha switchover --to {name}")),
+        ("POST", format!("{path}/restore"), again, format!("make {name} PRIMARY")),
+        ("POST", format!("{path}/verify"), None, format!("Run there: sudo twistcli backup verify {id}")),
+        ("PATCH", path.clone(), Some(json!("mine")), format!("Run there: sudo twistcli backup rename {id} mine")),
+        ("DELETE", path, None, format!("Run there: sudo twistcli backup delete {id}")),
+    ] {
+        let (status, text) = call(method, &path, body);
+        let lies = format!("It lies on {name}, in {there}");
+        assert!(status == 404 && text.contains(&lies) && text.contains(&what), "{method} {path}: {status} {text}");
+    }
+    cluster.signal(other, Signal::SIGSTOP);
+    let begin = Instant::now();
+    assert_eq!(places(&list()), [(name, id.to_owned())]);
+    let (took, silent) = (begin.elapsed(), cluster.node(other).name);
+    let state: BackupState = serde_json::from_str(&call("GET", "/settings/backup", None).1).unwrap();
+    // The history has that it went, while it is away, and that it came back.
+    let told = |what: &str| {
+        call("GET", "/high-availability/events?kind=member&limit=50", None).1.contains(&format!("{silent} {what}"))
+    };
+    cluster.wait_for("the history says that it went DOWN", |_| told("went DOWN: it was SECONDARY"));
+    cluster.signal(other, Signal::SIGCONT);
+    cluster.wait_for("the history says that it is back", |_| told("is back"));
+    assert!(took < LIMIT / 2, "{took:?}");
+    let counts: Vec<_> = state.members.iter().map(|member| (member.node.clone(), member.backups)).collect();
+    assert!(
+        counts.contains(&(silent.clone(), None)) && counts.iter().any(|(_, count)| *count == Some(1)),
+        "{counts:?}"
+    );
+    let problem = state.members.into_iter().find_map(|member| member.problem).unwrap();
+    assert!(problem.starts_with(&format!("{silent} does not answer: ")), "{problem}");
+    println!("  {silent} was stopped: the list took {} ms; {problem}", took.as_millis());
+    cluster.wait_healthy();
 }
 
 #[test]
@@ -259,7 +310,8 @@ fn every_member_makes_encrypted_backups_by_itself() {
     cluster.restart_all();
     let listed = |node| {
         let all: Vec<Backup> = ask(&cluster, node, Operation::Backups {}).unwrap_or_default();
-        all.into_iter().filter(|backup| backup.kind != Kind::Manual).collect::<Vec<_>>()
+        let own = |backup: &Backup| backup.node == cluster.node(node).name && backup.kind != Kind::Manual;
+        all.into_iter().filter(own).collect::<Vec<_>>()
     };
     cluster.wait_for("the first backups", |_| (0..3).all(|node| listed(node).len() == 3));
     for node in 0..3 {

@@ -29,6 +29,7 @@ mod remote;
 mod restores;
 mod rollback;
 mod rotation;
+mod routes;
 mod sampler;
 mod snapshot;
 #[path = "../cli/terminal.rs"]

@@ -132,6 +132,7 @@ impl Around {
             tls: tls.subscribe(),
             snapshots: snapshot_sender,
             keys: tokio::sync::mpsc::channel(1).0,
+            questions: tokio::sync::mpsc::channel(1).0,
             level: FEATURE_LEVEL,
             standing: Standing::Unsaid,
             memory: Memory::default(),

@@ -1,4 +1,4 @@
-// Manage > System > Backup & Restore: the backups of this member, and manual ones. Must never restore without a name that was
+// Manage > System > Backup & Restore: the backups of all members, and manual ones of this one. Must never restore without a name that was
 // typed, nor let a folder's name become a part of the command that it shows.
 
 import { Problem, get, list, part, patch, post, remove } from './api.js';
@@ -10,7 +10,7 @@ import { bytes, nothing, time } from './words.js';
 const ROWS = 1000;
 // Between two looks at what is under way.
 const PACE = 1_000;
-const COLUMNS = [['Name', 'user-column'], ['Kind'], ['Made', 'time-column'], ['Version'], ['Size'], ['', 'action-column']];
+const COLUMNS = [['Name', 'user-column'], ['Member'], ['Kind'], ['Made', 'time-column'], ['Version'], ['Size'], ['', 'action-column']];
 
 function rename(backup, reload) {
   const content = field('New name', 'name', { value: backup.name, maxlength: 64, autocomplete: 'off' });
@@ -55,23 +55,30 @@ function restore(backup, { folder, encrypted }, reload) {
   }, { kind: 'danger', typed: backup.name });
 }
 
-function row(backup, reload, { verify, restoring }) {
+// What can be done here with a backup; with one of another member it is done there.
+function actions(backup, here, reload, { verify, restoring }) {
+  if (backup.node && backup.node !== here) return h('span', {}, `on ${backup.node}: sudo twistcli backup`);
   const named = (text) => `${text} ${backup.name}`;
   const small = (text, work) => button(text, work, { kind: 'small', 'aria-label': named(text) });
+  return h('div', { class: 'actions' },
+    h('a', { class: 'button small', href: `/api/v1/backups/${part(backup.id)}`, download: true, 'aria-label': named('Download') }, 'Download'),
+    small('Check', () => verify(backup)),
+    small('Restore …', () => restoring(backup)),
+    backup.kind === 'manual' && small('Rename', () => rename(backup, reload)),
+    small('Delete', () => drop(backup, reload)));
+}
+
+function row(backup, here, reload, work) {
   return {
-    key: backup.id,
+    key: `${backup.node ?? ''}/${backup.id}`,
     cells: [
       h('strong', {}, backup.name),
+      backup.node ?? here,
       backup.encrypted ? `${backup.kind}, encrypted` : backup.kind,
       when(backup.time),
       backup.version,
       bytes(backup.bytes),
-      h('div', { class: 'actions' },
-        h('a', { class: 'button small', href: `/api/v1/backups/${part(backup.id)}`, download: true, 'aria-label': named('Download') }, 'Download'),
-        small('Check', () => verify(backup)),
-        small('Restore …', () => restoring(backup)),
-        backup.kind === 'manual' && small('Rename', () => rename(backup, reload)),
-        small('Delete', () => drop(backup, reload))),
+      actions(backup, here, reload, work),
     ],
   };
 }
@@ -83,8 +90,15 @@ function copied({ url, running, problem, complete }) {
   return complete ? [`${url}: complete at `, time(complete)] : url;
 }
 
+// What another member has, by its answer to the last list.
+function had({ node, problem, backups, newest, folder, enabled }) {
+  if (problem) return [node, h('span', { class: 'problem' }, `unknown: ${problem}`)];
+  const count = `${backups} in ${folder}`;
+  return [node, [count, newest && [', the newest of ', time(newest)], !enabled && '; automatic backups are off']];
+}
+
 // What is under way, what was done last, and what comes next.
-function facts({ running, last, next, folder, free, enabled, encrypted, copies }) {
+function facts({ running, last, next, folder, free, enabled, encrypted, copies, members = [] }) {
   const lines = [
     ['Folder', folder],
     ['Free space', free === null || free === undefined ? '–' : bytes(free)],
@@ -92,6 +106,7 @@ function facts({ running, last, next, folder, free, enabled, encrypted, copies }
     ['New backups', encrypted ? 'encrypted (BACKUP_KEY_FILE)' : 'not encrypted'],
     copies && ['Copies', copied(copies)],
     last && ['Last', [time(last.time), ' ', last.ok ? '' : 'failed: ', last.text]],
+    ...members.slice(1).map(had),
   ].filter(Boolean);
   const label = running && `${running.id}: ${running.step}`;
   return [
@@ -134,9 +149,10 @@ export function open(root) {
   const creating = () => form('Back up now', make, field('Name', 'name', { maxlength: 64, autocomplete: 'off', required: true }));
   function draw() {
     const here = live.status?.name ?? 'this member';
+    const silent = (state.settings?.members ?? []).filter(({ problem }) => problem).map(({ node }) => node).join(', ');
     const empty = state.problem ?? nothing(live.stale, state.backups,
-      `There is no backup on ${here}. Those of the other members are on their hosts: sudo twistcli backup list`);
-    const rows = (state.backups ?? []).map((backup) => row(backup, load, { verify, restoring: (one) => restore(one, state.settings ?? {}, load) }));
+      silent ? `There is no backup on the members that answer. What ${silent} has is unknown.` : 'There is no backup on any member.');
+    const rows = (state.backups ?? []).map((backup) => row(backup, here, load, { verify, restoring: (one) => restore(one, state.settings ?? {}, load) }));
     const restoring = h('p', {}, 'A restore replaces the whole database, on all members, and closes the Console while it does. A backup of the ',
       'same version is needed', state.settings?.encrypted && ', and its key', '. If nobody can log in any more, twistcli does it on the host of the PRIMARY.');
     show(
@@ -146,7 +162,7 @@ export function open(root) {
         [
           state.settings?.enabled && 'This member backs its own copy up every day, and keeps daily, weekly and monthly ones. ',
           state.settings && !state.settings.enabled && 'Automatic backups are off on this member. ',
-          `Shown are the backups of ${here}, which is PRIMARY: each member keeps its own.`,
+          `Each member keeps its own backups. Those of ${here}, which is PRIMARY, can be used from here.`,
         ],
         h('div', { class: 'columns' },
           card('Manual backup', {}, creating()),

@@ -65,6 +65,9 @@ pub enum Purpose {
     Snapshot,
     /// The caller fetches a cluster key that it can name; what follows the hello is not of this protocol. Feature level 2.
     Key,
+    /// The caller asks one thing; what follows the hello is not of this protocol. Nothing hangs on the answer, so that this needs
+    /// no feature level: an older program refuses it, and counts as one that does not answer.
+    Question,
 }
 
 /// The two spans that must fit together on all members, or two nodes could have open ports at once.
@@ -139,6 +142,7 @@ pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
         Purpose::Link => 0,
         Purpose::Snapshot => 1,
         Purpose::Key => 2,
+        Purpose::Question => 3,
     });
     writer.u64(hello.incarnation);
     writer.bytes(hello.version.as_bytes(), MAX_VERSION, "program version")?;
@@ -174,6 +178,7 @@ pub(super) fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError>
             0 => Purpose::Link,
             1 => Purpose::Snapshot,
             2 => Purpose::Key,
+            3 => Purpose::Question,
             _ => return Err(Malformed("unknown purpose")),
         },
         incarnation: reader.u64()?,

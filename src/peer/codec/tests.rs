@@ -69,7 +69,8 @@ fn message() -> impl Strategy<Value = Message> {
 }
 
 fn hello() -> impl Strategy<Value = Hello> {
-    let purpose = prop_oneof![Just(Purpose::Link), Just(Purpose::Snapshot), Just(Purpose::Key)];
+    let purpose =
+        prop_oneof![Just(Purpose::Link), Just(Purpose::Snapshot), Just(Purpose::Key), Just(Purpose::Question)];
     let reached = proptest::option::of(("[0-9a-z.:-]{0,253}", any::<u16>(), any::<u64>()));
     let reached = reached.prop_map(|reached| reached.map(|(address, port, index)| Reached { address, port, index }));
     let texts = ("[0-9a-z.-]{0,64}", reached, proptest::option::of(any::<u32>()));
