@@ -17,8 +17,10 @@ use twistlock_ha::{
     admin::{Certificates, Check, Custom, SwitchoverReport},
     cluster::{ClusterId, Member, Membership, Role, membership::Request},
     control::{Answer, ControlHandler, ControlSocket, JoinScript, Operation, Peer},
+    events::{Event, Kind, Severity},
     node::{CertificateSource, CertificateStatus, MemberStatus, Status},
     pki::CertificateInfo,
+    storage::configuration::Configuration,
 };
 
 #[test]
@@ -415,4 +417,69 @@ fn a_password_is_asked_for_and_not_shown() {
     assert_eq!(code, 69, "{seen}");
     assert!(seen.contains("https://127.0.0.1:9: connection refused"), "{seen}");
     assert!(!seen.contains("s3cret-word"), "{seen}");
+}
+
+/// What a daemon left that ran until 30 s ago; it said that it ends, or did not.
+fn left(ended: bool) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let membership = picture([Role::Secondary; 3]).membership;
+    Configuration { index: 9, membership }.write(folder.path()).unwrap();
+    let event = |ago: i64, kind, sentence: &str, (name, value): (&str, &str)| {
+        let mut event = Event::new(kind, Severity::Info, sentence).field(name, value);
+        event.time -= jiff::SignedDuration::from_secs(ago);
+        event.node = "host2".into();
+        serde_json::to_string(&event).unwrap() + "\n"
+    };
+    let mut lines = vec![
+        event(300, Kind::Role, "host2 starts (version 0.1.0)", ("version", "0.1.0")),
+        event(290, Kind::Role, "host2 follows", ("to", "Secondary")),
+        event(280, Kind::Primary, "host1 is PRIMARY (epoch 8)", ("primary", "host1")),
+    ];
+    if ended {
+        lines.push(event(30, Kind::Role, "host2 stops as it was asked to", ("ended", "yes")));
+    }
+    std::fs::write(folder.path().join(twistlock_ha::events::FILE), lines.concat()).unwrap();
+    folder
+}
+
+#[test]
+fn without_a_daemon_its_files_tell_what_was_and_say_that_it_is_old() {
+    let run = |folder: &Path, args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+        let output = command.args(args).arg("--data").arg(folder).env_remove("TWISTLOCK_ADDRESS").output().unwrap();
+        let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        (output.status.code().unwrap(), out, err)
+    };
+    let ended = left(true);
+    let (code, out, err) = run(ended.path(), &["ha", "status"]);
+    assert!(code == 69 && err.contains("Is twistlockd running on this host?"), "{code} {err}");
+    assert!(out.starts_with("OLD: twistlockd of host2 does not answer."), "{out}");
+    let lines =
+        ["30 s ago: host2 stops as it was asked to", "SECONDARY, since ", "host1, since ", "host3 (192.0.2.3:8086)"];
+    assert!(lines.iter().all(|line| out.contains(line)), "{out}");
+    let (code, out, _) = run(ended.path(), &["ha", "status", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &json["stale"], &json["role"]), (69, &true.into(), &serde_json::Value::Null), "{out}");
+    let age = json["ageMs"].as_u64().unwrap();
+    assert!((30_000..90_000).contains(&age) && json["why"].as_str().unwrap().starts_with("cannot connect"), "{out}");
+    let (_, out, _) = run(left(false).path(), &["ha", "status"]);
+    assert!(out.contains("; it did not say that it ends"), "{out}");
+
+    let (code, out, err) = run(ended.path(), &["ha", "events", "--limit", "2"]);
+    assert_eq!((code, out.lines().count()), (0, 3), "{out}{err}");
+    assert!(out.contains("host2 stops as it was asked to") && err.contains("does not answer: these are from"), "{err}");
+    let (code, out, err) = run(ended.path(), &["version"]);
+    assert!(code == 69 && err.contains("cannot connect"), "{code} {err}");
+    let expected = "WHO       STATE    VERSION\ntwistcli  -        0.1.0\nhost1     UNKNOWN  -\nhost2     UNKNOWN  0.1.0\nhost3     UNKNOWN  -\n";
+    assert_eq!(out, expected);
+    let (code, out, err) = run(ended.path(), &["logs"]);
+    assert_eq!((code, out.as_str()), (69, ""));
+    assert!(err.contains("journalctl -u twistlockd -e; what happened: twistcli ha events"), "{err}");
+    // A daemon that is there, and a folder with nothing: as ever.
+    let nothing = tempfile::tempdir().unwrap();
+    for args in [&["ha", "status"][..], &["ha", "events"]] {
+        let (code, out, err) = run(nothing.path(), args);
+        assert!(code == 69 && out.is_empty() && err.contains("cannot connect"), "{args:?}: {out}{err}");
+    }
+    assert_eq!(run(nothing.path(), &["version"]).1, "WHO       STATE  VERSION\ntwistcli  -      0.1.0\n");
 }

@@ -8,6 +8,9 @@ use super::target::Target;
 use crate::events::Kind;
 
 const STATUS_HELP: &str = "\
+While the daemon of this host does not answer, its files say what was: marked as OLD, with its age, and with
+exit code 69.
+
 Exit code: 0 healthy, 1 degraded (it serves, but something needs attention), 2 no primary,
 64 wrong command line, 69 nobody answers, 77 the login is refused.
 
@@ -111,8 +114,8 @@ pub(super) struct StatusArgs {
 }
 
 const EVENTS_HELP: &str = "\
-Without --address: what this host has seen, in its events.jsonl; works on every node, PRIMARY or not. With
---address: the history of the cluster, which every PRIMARY goes on with.
+Without --address: what this host has seen, in its events.jsonl; works on every node, also without its
+daemon. With --address: the history of the cluster, which every PRIMARY goes on with.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 77 the login is refused.
 

@@ -9,6 +9,7 @@ use ureq::http::Method;
 
 use super::{
     daemon::ANSWER_LIMIT,
+    past::Past,
     remote::{Place, Remote, segment},
     stop::{EX_UNAVAILABLE, EX_USAGE, Stop},
     target::LoginArgs,
@@ -62,6 +63,14 @@ pub(super) enum Door {
 }
 
 impl Door {
+    /// What the files of this host tell of the time before, if it is this host's daemon that did not answer.
+    pub(super) fn past(&self, stop: &Stop) -> Option<Past> {
+        match self {
+            Self::Local(local) if stop.is_unanswered() => Past::read(&local.data),
+            _ => None,
+        }
+    }
+
     /// How the cluster is, as this host's daemon or the PRIMARY sees it.
     ///
     /// # Errors

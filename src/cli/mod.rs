@@ -1,6 +1,7 @@
 //! `twistcli`: the administration tool. Owns its command line and its exit codes. What it knows comes through one [door]: the
-//! control socket of this host's daemon, or the API of the Consoles. Must never touch the data folder (but for the record
-//! that `ha drill` writes there), and must never print a password.
+//! control socket of this host's daemon, or the API of the Consoles; while that daemon does not answer, its [files](past) tell
+//! what was. Must never change the data folder (but for the record that `ha drill` writes there), and must never print a
+//! password.
 
 mod api;
 mod args;
@@ -17,6 +18,7 @@ mod handover;
 mod lists;
 mod next;
 mod operate;
+mod past;
 mod progress;
 mod prompt;
 mod records;
@@ -155,7 +157,7 @@ pub fn main() -> ExitCode {
         Command::Restore(args) => restore::run(args).map(|()| 0),
         Command::Audits(args) => records::audits(args, paint).map(|()| 0),
         Command::Logs(args) => records::logs(args, paint).map(|()| 0),
-        Command::Version(args) => version::run(args, paint).map(|()| 0),
+        Command::Version(args) => version::run(args, paint),
         Command::Debug(bundle::Debug::Bundle(args)) => bundle::run(args).map_err(Stop::from),
         Command::Completions { shell } => write(&completions(*shell)),
         Command::Man => manual().map_err(Stop::from).and_then(|text| write(&text)),

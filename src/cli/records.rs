@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     control::Operation,
-    events::{Event, Severity, Wanted, notify::Delivery},
+    events::{self, Event, Severity, Wanted, notify::Delivery},
 };
 
 /// The help of `twistcli audits`.
@@ -55,7 +55,8 @@ pub(super) struct AuditsArgs {
 
 /// The help of `twistcli logs`.
 pub(super) const LOGS_HELP: &str = "\
-The PRIMARY keeps its last lines in memory. On a host with systemd, `journalctl -u twistlockd` has all of this host's.
+The PRIMARY keeps its last lines in memory, so that this needs its daemon. On a host with systemd,
+`journalctl -u twistlockd` has all of this host's.
 On the PRIMARY's host no login is needed for who may use the daemon's socket; elsewhere the role Administrator
 or Auditor.
 
@@ -84,7 +85,8 @@ pub(super) struct LogsArgs {
 pub(super) fn events(door: &Door, args: &EventsArgs, paint: Paint) -> Result<(), Stop> {
     let since = args.since.and_then(|since| Timestamp::from_second(before(since)).ok());
     let wanted = Wanted { limit: Some(args.limit), offset: None, kind: args.kind, since };
-    let found: Vec<Event> = door.operate(Operation::Events { wanted })?;
+    let asked = door.operate(Operation::Events { wanted: wanted.clone() });
+    let found: Vec<Event> = asked.or_else(|stop| from_files(door, &wanted, stop))?;
     if args.json {
         return print_json(&found);
     }
@@ -105,6 +107,19 @@ pub(super) fn events(door: &Door, args: &EventsArgs, paint: Paint) -> Result<(),
     let rows: Vec<Vec<Cell>> = found.iter().map(row).collect();
     let heads = [("TIME (UTC)", false), ("NODE", false), ("KIND", false), ("WHAT HAPPENED", false)];
     Ok(columns::print(&columns::table(&heads, &rows, paint))?)
+}
+
+/// The events of this host, while its daemon does not answer.
+fn from_files(door: &Door, wanted: &Wanted, stop: Stop) -> Result<Vec<Event>, Stop> {
+    let Door::Local(local) = door else { return Err(stop) };
+    let path = local.data.join(events::FILE);
+    if !stop.is_unanswered() || !path.is_file() {
+        return Err(stop);
+    }
+    let found = events::read(&local.data, wanted).map_err(|_| stop)?;
+    let text = format!("twistlockd of this host does not answer: these are from {}", path.display());
+    eprintln!("{}", columns::harmless(&text));
+    Ok(found)
 }
 
 /// `twistcli ha test-notifications`. Returns the exit code.
@@ -211,7 +226,10 @@ struct Line {
 /// # Errors
 /// When nobody answers, or it is refused.
 pub(super) fn logs(args: &LogsArgs, paint: Paint) -> Result<(), Stop> {
-    let found: Vec<Value> = args.target.api()?.get(&format!("logs/console?lines={}", args.lines))?;
+    let hint =
+        "The lines were in its memory. What it wrote: journalctl -u twistlockd -e; what happened: twistcli ha events";
+    let api = args.target.api().map_err(|stop| stop.or_else_try(hint))?;
+    let found: Vec<Value> = api.get(&format!("logs/console?lines={}", args.lines))?;
     if args.json {
         return print_json(&found);
     }

@@ -7,6 +7,7 @@ use super::{
     columns::{self, Paint},
     door::Door,
     next::now,
+    past::now_ms,
     stop::Stop,
     table,
 };
@@ -21,7 +22,7 @@ const HOME_AND_CLEAR: &str = "\x1b[H\x1b[J";
 /// When there is none, or the output cannot be written.
 pub(super) fn run(door: &Door, args: &StatusArgs, paint: Paint) -> Result<u8, Stop> {
     let Some(interval) = args.watch else {
-        let (text, code) = look(door, args.json, false, paint)?;
+        let (text, code) = look(door, args.json, false, paint).or_else(|stop| old(door, args.json, paint, stop))?;
         columns::print(&text)?;
         return Ok(code);
     };
@@ -37,6 +38,19 @@ pub(super) fn run(door: &Door, args: &StatusArgs, paint: Paint) -> Result<u8, St
         }
         std::thread::sleep(interval);
     }
+}
+
+/// What is known of the time before the daemon of this host did not answer any more, with the exit code of that.
+fn old(door: &Door, json: bool, paint: Paint, stop: Stop) -> Result<(String, u8), Stop> {
+    let Some(past) = door.past(&stop) else { return Err(stop) };
+    let text = match json {
+        true => {
+            let json = past.json(now_ms(), stop.why().trim_start_matches("twistcli: "));
+            format!("{}\n", serde_json::to_string_pretty(&json).map_err(io::Error::from)?)
+        }
+        false => past.render(now_ms(), paint),
+    };
+    Ok((text, stop.code()?))
 }
 
 /// One look: what to print and the exit code for it.

@@ -56,6 +56,27 @@ impl Stop {
         }
     }
 
+    /// True if nobody answered.
+    pub(super) fn is_unanswered(&self) -> bool {
+        matches!(self, Self::Why { code: EX_UNAVAILABLE, .. })
+    }
+
+    /// What is said, without what to do.
+    pub(super) fn why(&self) -> &str {
+        match self {
+            Self::Why { text, .. } | Self::Unknown(text) => text.lines().next().unwrap_or_default(),
+            Self::Told(_) | Self::Output(_) => "",
+        }
+    }
+
+    /// Says one more thing if nobody answered.
+    pub(super) fn or_else_try(self, hint: &str) -> Self {
+        match self {
+            Self::Why { code, text } if code == EX_UNAVAILABLE => Self::Why { code, text: format!("{text}\n  {hint}") },
+            other => other,
+        }
+    }
+
     /// The exit code, after everything has been said.
     ///
     /// # Errors
