@@ -48,8 +48,8 @@ use report::Report;
 use sampler::Sampler;
 use site::Site;
 
-/// How long the cluster may take to be whole again after a fault.
-const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
+/// How long the cluster may take to be whole again after a fault: a member whose `promise-ms` was damaged is silent for 61 s.
+const RECOVERY_LIMIT: Duration = Duration::from_secs(90);
 /// From one comparison of the databases to the next.
 const COMPARE_EVERY: Duration = Duration::from_secs(600);
 /// From one look at a port to the next: each millisecond would be a flood for a machine that has clients and faults too.

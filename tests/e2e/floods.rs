@@ -24,7 +24,7 @@ use twistlock_ha::{cluster::Role, node::Status};
 use super::{
     WRITERS, alone,
     cluster::{Cluster, LEASE_LOST},
-    network::{heal, in_private_network, lose},
+    network::{cut, heal, in_private_network, lose},
     pace_until,
     writers::{Pen, Writers},
 };
@@ -237,7 +237,7 @@ fn floods() {
 fn cut_off_during_a_flood(cluster: &Cluster, writers: &Writers) {
     let flood = Flood::start((0..3).map(|node| port(cluster, node, 8086)).collect(), 2, hello());
     flood.wait_made(1000);
-    lose(100, cluster.port_offset);
+    cut(cluster.port_offset);
     pace_until(Instant::now() + Duration::from_secs(3));
     heal();
     let after = writers.wait_success(Instant::now(), |_| true).expect("writes go on");

@@ -76,6 +76,12 @@ pub fn lose(percent: u8, port_offset: u16) {
     raise("wall", &["dport", "sport"].map(rule).concat());
 }
 
+/// Cuts all members off from one another.
+pub fn cut(port_offset: u16) {
+    let port = HA_PORT + port_offset;
+    raise("wall", &["dport", "sport"].map(|end| format!("tcp {end} {port} drop\n")).concat());
+}
+
 /// Takes that wall down.
 pub fn heal() {
     remove("wall");
