@@ -237,6 +237,8 @@ pub const FAILOVERS: &str = "twistlock_failovers_total";
 pub const EVENTS: &str = "twistlock_events_total";
 /// Counter: events that could not be written to the file.
 pub const EVENTS_LOST: &str = "twistlock_events_lost_total";
+/// Counter: rows of the audit that no PRIMARY took before too many others waited.
+pub const AUDIT_ROWS_LOST: &str = "twistlock_audit_rows_lost_total";
 /// Counter, label `result`: notifications that were sent, failed for good, or dropped from a full queue.
 pub const NOTIFICATIONS: &str = "twistlock_notifications_total";
 /// Gauge, label `version`: always 1.
@@ -407,6 +409,7 @@ pub const METRICS: &[Metric] = &[
         Kind::Counter,
         "Events that could not be written to events.jsonl, or in time into the history.",
     ),
+    metric(AUDIT_ROWS_LOST, Kind::Counter, "Rows that the audit lacks: no PRIMARY took them from this host in time."),
     metric(
         NOTIFICATIONS,
         Kind::Counter,

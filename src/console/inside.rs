@@ -39,6 +39,7 @@ use crate::{
     cluster::{NodeId, Role},
     events::{Event, Kind, Recorder, Severity},
     node::Status,
+    telemetry::AUDIT_ROWS_LOST,
 };
 
 /// How long the Console may take to open, for an operation that was asked for meanwhile.
@@ -276,6 +277,7 @@ impl Inside {
             let sound = serde_json::from_value::<Owed>(row).ok().filter(|owed| owed.ticket.is_sound());
             let Some(Owed { ticket, row, outcome }) = sound else {
                 // It would come again and again.
+                metrics::counter!(AUDIT_ROWS_LOST).increment(1);
                 warn!(member, "the audit lacks a row of another member, which this program does not understand");
                 taken += 1;
                 continue;
@@ -314,6 +316,7 @@ impl Inside {
         if owed.len() >= OWED
             && let Some(Owed { row, outcome, .. }) = owed.pop_front()
         {
+            metrics::counter!(AUDIT_ROWS_LOST).increment(1);
             let (by, Act { action, what, .. }) = (&row.actor, &row.act);
             warn!(%by, %action, what, %outcome, "the audit lacks this: no PRIMARY took it before {OWED} others came; see twistcli ha events here");
         }
