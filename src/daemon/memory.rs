@@ -133,17 +133,15 @@ pub(super) fn open(
 
 type Whole = Result<(RaftLog, bool), String>;
 
-/// Opens the raft log, and compares it with what else is in the data folder. If it is not whole, that is noted, and the reason
-/// returned.
+/// Opens the raft log, and compares it with what else is in the data folder. If it is not whole, that is noted before anything
+/// is created, and the reason returned.
 fn open_whole(config: &Config, data: &DataDir, identity: &Identity, kept: &Memory) -> Result<Whole> {
     let path = data.path();
-    let new = memory::may_begin_log(path);
-    let found = match open_log(config, data, identity) {
-        Ok(log) if log.recovered().created && !new => {
-            Err(format!("the raft log in {} is gone", path.join(memory::LOG).display()))
-        }
+    let found = match open_log(config, data, identity, memory::may_begin_log(path)) {
         Ok(log) => shortfall(data, &log, kept).map_or(Ok(log), Err),
-        Err(error @ (LogError::Damaged { .. } | LogError::Foreign { .. })) => Err(error.to_string()),
+        Err(error @ (LogError::Gone { .. } | LogError::Damaged { .. } | LogError::Foreign { .. })) => {
+            Err(error.to_string())
+        }
         Err(error) => return Err(error.into()),
     };
     match found {
@@ -186,13 +184,13 @@ fn tell(log: &RaftLog) {
     }
 }
 
-/// Sets the raft log aside and begins a new one. The snapshot says where. May be done again.
+/// Makes room for a new raft log and begins it. The snapshot says where. May be done again.
 fn begin_log_again(config: &Config, data: &DataDir, identity: &Identity) -> Result<(RaftLog, bool)> {
-    let aside = memory::set_log_aside(data.path()).context("set the raft log aside")?;
+    let aside = memory::make_room_for_log(data.path(), identity.cluster).context("set the raft log aside")?;
     if let Some(aside) = aside {
         warn!(aside = %aside.display(), "the raft log that was not whole is kept there; delete it when nobody needs it");
     }
-    let log = open_log(config, data, identity)?;
+    let log = open_log(config, data, identity, true)?;
     memory::note_log(data.path()).context("note that there is a raft log")?;
     Ok((log, true))
 }
@@ -231,4 +229,129 @@ fn scratch_log(data: &DataDir, identity: &Identity) -> Result<RaftLog> {
     let initial = ConfState { voters, ..ConfState::default() };
     let options = Options { segment_bytes: MIN_SEGMENT, helper: false, ..Options::default() };
     Ok(RaftLog::open(&scratch.join(memory::LOG), owner, initial, options, RealDisk)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::symlink, path::Path};
+
+    use raft::eraftpb::Entry;
+    use twistlock_ha::{found, heal};
+
+    use super::*;
+
+    const LAST: u64 = 5;
+
+    fn config(data: &Path) -> Config {
+        Config {
+            data_folder: data.to_owned(),
+            bind_address: Some("127.0.0.1".parse().unwrap()),
+            high_availability_name: Some("first".to_owned()),
+            raft_log_segment_bytes: MIN_SEGMENT as u64,
+            ..Config::default()
+        }
+    }
+
+    /// A member with entries in its raft log, and nothing else that tells of them.
+    fn member(folder: &Path) -> (Config, DataDir, Identity) {
+        let (config, data) = (config(folder), DataDir::open(folder).unwrap());
+        let identity = found::found(&config, &data).unwrap();
+        let (log, _) = start(&config, &data, &identity).unwrap().unwrap();
+        assert!(log.recovered().created);
+        let entries: Vec<_> = (2..=LAST).map(|index| Entry { index, term: 1, ..Entry::default() }).collect();
+        log.append(&entries, None).unwrap().sync().unwrap();
+        (config, data, identity)
+    }
+
+    fn start(config: &Config, data: &DataDir, identity: &Identity) -> Result<Whole> {
+        open_whole(config, data, identity, &Memory::new(identity.cluster))
+    }
+
+    fn blank_first_record(log: &Path) {
+        let segment = fs::read_dir(log).unwrap().map(|entry| entry.unwrap().path());
+        let mut segments: Vec<_> = segment.filter(|path| path.to_string_lossy().contains("segment-")).collect();
+        segments.sort();
+        let mut bytes = fs::read(&segments[0]).unwrap();
+        bytes[4096..].fill(0);
+        fs::write(&segments[0], bytes).unwrap();
+        segments[1..].iter().for_each(|path| fs::remove_file(path).unwrap());
+    }
+
+    #[test]
+    fn a_start_that_dies_while_it_notes_a_loss_hides_nothing() {
+        type Harm = fn(&Path);
+        let harms: [(&str, Harm); 5] = [
+            ("removed", |log| fs::remove_dir_all(log).unwrap()),
+            ("emptied", |log| {
+                fs::remove_dir_all(log).unwrap();
+                fs::create_dir(log).unwrap();
+            }),
+            ("a link that leads nowhere", |log| {
+                fs::remove_dir_all(log).unwrap();
+                symlink("/nowhere/raft-log", log).unwrap();
+            }),
+            ("a file", |log| {
+                fs::remove_dir_all(log).unwrap();
+                fs::write(log, "").unwrap();
+            }),
+            ("without its first record", blank_first_record),
+        ];
+        for (what, harm) in harms {
+            let folder = tempfile::tempdir().unwrap();
+            let (config, data, identity) = member(folder.path());
+            harm(&folder.path().join(memory::LOG));
+            // The note cannot be written: a folder is in its place.
+            let note = folder.path().join(memory::FORGOTTEN);
+            fs::create_dir_all(note.join("inside")).unwrap();
+            assert!(start(&config, &data, &identity).is_err(), "{what}: the loss is not noted");
+            fs::remove_dir_all(&note).unwrap();
+            let reason = start(&config, &data, &identity).unwrap().err();
+            assert!(
+                reason.is_some_and(|reason| reason.contains("is gone")),
+                "{what}: the next start counts itself whole"
+            );
+            for round in 0..2 {
+                let (log, again) = begin_log_again(&config, &data, &identity).unwrap();
+                assert!(log.recovered().created && again, "{what}, attempt {round} to begin again");
+            }
+        }
+    }
+
+    #[test]
+    fn attempts_to_begin_again_keep_the_raft_log_that_was_in_use() {
+        let folder = tempfile::tempdir().unwrap();
+        let (config, data, identity) = member(folder.path());
+        memory::note_forgotten(folder.path(), identity.cluster, "a test says so").unwrap();
+        for _ in 0..5 {
+            // The snapshot is not installed: the process dies, or the disk is full.
+            let (log, _) = begin_log_again(&config, &data, &identity).unwrap();
+            assert!(log.recovered().created);
+        }
+        let aside = fs::read_dir(folder.path().join(memory::ASIDE)).unwrap();
+        let kept: Vec<_> = aside.map(|entry| entry.unwrap().path()).collect();
+        let options = Options { segment_bytes: MIN_SEGMENT, helper: false, ..Options::default() };
+        let last = |path: &PathBuf| {
+            let owner = (identity.cluster, identity.node);
+            RaftLog::open(path, owner, ConfState::default(), options, RealDisk).unwrap().last_index()
+        };
+        assert_eq!(kept.iter().map(last).collect::<Vec<_>>(), [LAST]);
+    }
+
+    #[test]
+    fn an_identity_that_is_made_anew_permits_no_new_raft_log() {
+        for left_over in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let (config, data, identity) = member(folder.path());
+            Configuration { index: 1, membership: identity.membership.clone() }.write(folder.path()).unwrap();
+            if left_over {
+                memory::permit_new_log(folder.path()).unwrap();
+            }
+            fs::remove_file(folder.path().join("identity.json")).unwrap();
+            fs::remove_dir_all(folder.path().join(memory::LOG)).unwrap();
+            let rebuilt = heal::identity(&data, &mut heal::Notes::default()).unwrap().unwrap();
+            assert_eq!(rebuilt, identity);
+            let opened = open(&config, &data, &identity, &mut None).unwrap();
+            assert!(opened.mind.forgotten.is_some() && !opened.first, "it counts as a new member");
+        }
+    }
 }

@@ -99,10 +99,16 @@ pub(super) fn promise(config: &Config) -> Duration {
     config.tick * (config.election_ticks - 1)
 }
 
-pub(super) fn open_log(config: &Config, data: &DataDir, identity: &Identity) -> Result<RaftLog, LogError> {
+/// Opens the raft log. One that is not there is created only if that is said.
+pub(super) fn open_log(
+    config: &Config,
+    data: &DataDir,
+    identity: &Identity,
+    create: bool,
+) -> Result<RaftLog, LogError> {
     let voters = identity.membership.voters().collect();
     let initial = ConfState { voters, ..ConfState::default() };
-    let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, ..Options::default() };
+    let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, create, ..Options::default() };
     let owner = (identity.cluster, identity.node);
     RaftLog::open(&data.path().join(LOG), owner, initial, options, RealDisk)
 }

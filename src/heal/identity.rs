@@ -65,7 +65,7 @@ fn rebuild(data: &DataDir, what: &str, notes: &mut Notes) -> Result<Option<Ident
     let name = membership.get(node).map(|member| member.name.clone()).unwrap_or_default();
     let identity = Identity { format: IDENTITY_FORMAT, cluster, node, name, membership };
     set_aside(data.path(), FILE).with_context(|| format!("{what}; move it away"))?;
-    data.create_identity(&identity)?;
+    data.restore_identity(&identity)?;
     let name = &identity.name;
     info!(node = name, %cluster, "the identity of this data folder is made anew");
     notes.add(format!(

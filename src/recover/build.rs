@@ -247,6 +247,18 @@ mod tests {
     }
 
     #[test]
+    fn to_look_at_a_member_without_a_raft_log_creates_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, config, data, _) = survivor(folder.path());
+        let log = folder.path().join("raft-log");
+        fs::remove_dir_all(&log).unwrap();
+        fs::create_dir(&log).unwrap();
+        let error = Survivor::examine(&data, &config).err().unwrap().to_string();
+        assert!(error.contains("is gone"), "{error}");
+        assert_eq!(fs::read_dir(&log).unwrap().count(), 0);
+    }
+
+    #[test]
     fn a_given_certificate_is_sealed_for_the_new_cluster_or_it_is_said() {
         let (folder, new) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (mut survivor, ..) = survivor(folder.path());

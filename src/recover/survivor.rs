@@ -82,15 +82,19 @@ impl Survivor {
         let checkpoint = Record::read(&database.join(CHECKPOINT), CONSOLE_DATABASE)
             .map_err(RecoverError::io("read the checkpoint record"))?;
         let database_bytes = fs::metadata(database.join(DATABASE)).map_or(0, |file| file.len());
-        let open = |folder: &Path| RaftLog::open(folder, owner, conf.clone(), log_options(config), RealDisk);
-        let found =
-            if folder.is_dir() { open(&folder).map_err(|error| error.to_string()) } else { Err("it is gone".into()) };
+        let open = |folder: &Path, create| {
+            RaftLog::open(folder, owner, conf.clone(), Options { create, ..log_options(config) }, RealDisk)
+        };
+        // An empty one must not take its place: the member would not know any more that it lost it.
+        let found = open(&folder, false).map_err(|error| error.to_string());
         let fits =
             |log: &RaftLog| checkpoint.index <= log.last_index() && log.first_index() <= checkpoint.index.max(1) + 1;
         let found = found.and_then(|log| if fits(&log) { Ok(log) } else { Err("it ends before the database".into()) });
         let (log, lost) = match found {
             Ok(log) => (log, None),
-            Err(why) if checkpoint.index > 1 => (without_log(&path, &checkpoint, conf.clone(), open)?, Some(why)),
+            Err(why) if checkpoint.index > 1 => {
+                (without_log(&path, &checkpoint, conf.clone(), |folder| open(folder, true))?, Some(why))
+            }
             Err(why) => return Err(unusable(&format!("its raft log cannot be used ({why}), and it has no database"))),
         };
         // About: compressed images take more space than their entries. A full disk ends the recovery without harm.

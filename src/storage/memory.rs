@@ -1,17 +1,19 @@
 //! What a member keeps beside its raft log, so that a loss of either is seen: how far its own memory had reached, what it
 //! remembers of the others, that a raft log may be begun, and that this node forgot. Owns those files and the place of what
-//! is set aside. Must never delete a raft log that was in use.
+//! is set aside. Must never delete a raft log that was in use, but those that were set aside before the newest few.
 
 use std::{
     collections::BTreeMap,
-    fs,
+    ffi::OsString,
+    fs::{self, File, OpenOptions},
     io::{self, ErrorKind},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{durable_write, fsync_dir, make_private_dir};
+use super::{clear_away, durable_write, fsync_dir, make_private_dir};
 use crate::cluster::{
     ClusterId, NodeId,
     reach::{Known, Reach},
@@ -31,6 +33,8 @@ pub const LOG: &str = "raft-log";
 pub const SCRATCH: &str = "forgotten";
 /// What was set aside.
 pub const ASIDE: &str = "set-aside";
+/// The one that is being moved there.
+const MOVING: &str = "moving";
 /// Raft logs that are kept there.
 const KEPT: usize = 3;
 /// Version of the files that this program writes.
@@ -86,6 +90,28 @@ impl Memory {
 struct Forgotten {
     cluster: ClusterId,
     reason: String,
+    /// The raft log that was not whole is set aside. One that is in its place was begun since, and nothing was promised with it.
+    #[serde(default)]
+    log_aside: bool,
+}
+
+impl Forgotten {
+    fn read(data: &Path, cluster: ClusterId) -> io::Result<Option<Self>> {
+        match fs::read(data.join(FORGOTTEN)) {
+            Ok(bytes) => {
+                let reason = || "an earlier process said so".to_owned();
+                let unread = |_| Self { cluster, reason: reason(), log_aside: false };
+                let found: Self = serde_json::from_slice(&bytes).unwrap_or_else(unread);
+                Ok((found.cluster == cluster).then_some(found))
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn write(&self, data: &Path) -> io::Result<()> {
+        durable_write(&data.join(FORGOTTEN), &serde_json::to_vec(self)?)
+    }
 }
 
 /// Why this node forgot; none if it did not, or as a member of another cluster.
@@ -93,15 +119,7 @@ struct Forgotten {
 /// # Errors
 /// Those of the file system. A file that says nothing readable is still one.
 pub fn forgotten(data: &Path, cluster: ClusterId) -> io::Result<Option<String>> {
-    match fs::read(data.join(FORGOTTEN)) {
-        Ok(bytes) => {
-            let unread = |_| Forgotten { cluster, reason: "an earlier process said so".to_owned() };
-            let found = serde_json::from_slice(&bytes).unwrap_or_else(unread);
-            Ok((found.cluster == cluster).then_some(found.reason))
-        }
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+    Ok(Forgotten::read(data, cluster)?.map(|forgotten| forgotten.reason))
 }
 
 /// From now on this node is one that forgot, until it has begun again.
@@ -111,8 +129,7 @@ pub fn forgotten(data: &Path, cluster: ClusterId) -> io::Result<Option<String>> 
 pub fn note_forgotten(data: &Path, cluster: ClusterId, reason: &str) -> io::Result<()> {
     // A snapshot that was fetched before may rest on what was forgotten.
     super::snapshot::discard(data)?;
-    let forgotten = Forgotten { cluster, reason: reason.to_owned() };
-    durable_write(&data.join(FORGOTTEN), &serde_json::to_vec(&forgotten)?)
+    Forgotten { cluster, reason: reason.to_owned(), log_aside: false }.write(data)
 }
 
 /// This node has begun again: nothing that it remembered of itself counts any more.
@@ -147,6 +164,14 @@ pub fn note_log(data: &Path) -> io::Result<()> {
     if !data.join(LOG_CREATED).exists() {
         durable_write(&data.join(LOG_CREATED), b"")?;
     }
+    forbid_new_log(data)
+}
+
+/// A raft log that is not there was lost, from now on.
+///
+/// # Errors
+/// Those of the file system.
+pub fn forbid_new_log(data: &Path) -> io::Result<()> {
     if may_begin_log(data) {
         delete(fs::remove_file(data.join(NO_LOG)))?;
         fsync_dir(data)?;
@@ -154,28 +179,110 @@ pub fn note_log(data: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Moves the raft log away, for whoever wants to look at it. The oldest that were moved are deleted. None if there is no log.
+/// Makes room for the raft log with which a node that forgot begins again. The one that was not whole is set aside, for whoever
+/// wants to look at it, and the oldest of those are deleted. May be done again: what was begun since holds nothing that anybody
+/// could miss, and is deleted. Returns where the log is now; none if there was nothing to set aside.
 ///
 /// # Errors
-/// Those of the file system.
-pub fn set_log_aside(data: &Path) -> io::Result<Option<PathBuf>> {
-    let (from, folder) = (data.join(LOG), data.join(ASIDE));
-    if !from.exists() {
+/// Those of the file system. Nothing is lost then.
+pub fn make_room_for_log(data: &Path, cluster: ClusterId) -> io::Result<Option<PathBuf>> {
+    let Some(forgotten) = Forgotten::read(data, cluster)? else {
+        return Err(io::Error::other("this node did not forget: its raft log stays"));
+    };
+    if forgotten.log_aside {
+        empty(&data.join(LOG))?;
         return Ok(None);
     }
+    let aside = set_log_aside(data)?;
+    Forgotten { log_aside: true, ..forgotten }.write(data)?;
+    Ok(aside)
+}
+
+fn set_log_aside(data: &Path) -> io::Result<Option<PathBuf>> {
+    let (from, folder) = (data.join(LOG), data.join(ASIDE));
     make_private_dir(&folder)?;
+    let moving = folder.join(MOVING);
+    match fs::symlink_metadata(&from) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        // Where the link leads is the place for the next raft log, too. A link that leads nowhere is moved itself.
+        Ok(found) if found.is_symlink() && from.is_dir() => move_files(&from, &moving)?,
+        _ => match fs::rename(&from, &moving) {
+            // A mount point, another file system, or an earlier attempt has moved a part.
+            Err(error) if is_immovable(&error) && from.is_dir() => move_files(&from, &moving)?,
+            moved => moved?,
+        },
+    }
+    fsync_dir(data)?;
+    // An empty folder is not worth a place.
+    match fs::remove_dir(&moving) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {}
+        _ => return Ok(None),
+    }
     let now = jiff::Timestamp::now();
     let to = folder.join(format!("{LOG}-{}-{:09}", now.strftime("%Y%m%dT%H%M%S"), now.subsec_nanosecond()));
-    fs::rename(&from, &to)?;
+    fs::rename(&moving, &to)?;
     fsync_dir(&folder)?;
-    fsync_dir(data)?;
     let mut kept: Vec<_> = fs::read_dir(&folder)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
     kept.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(LOG)));
     kept.sort();
     for old in &kept[..kept.len().saturating_sub(KEPT)] {
-        fs::remove_dir_all(old)?;
+        clear_away(old)?;
     }
     Ok(Some(to))
+}
+
+fn is_immovable(error: &io::Error) -> bool {
+    use ErrorKind::{CrossesDevices, DirectoryNotEmpty, ResourceBusy};
+    matches!(error.kind(), CrossesDevices | DirectoryNotEmpty | ResourceBusy)
+}
+
+/// Moves the files of a folder into another one, and leaves the folder. A file is in one of the two at any moment, so that this
+/// may be done again after a crash.
+fn move_files(from: &Path, to: &Path) -> io::Result<()> {
+    make_private_dir(to)?;
+    for (path, name) in files(from)? {
+        let to = to.join(name);
+        match fs::rename(&path, &to) {
+            Err(error) if error.kind() == ErrorKind::CrossesDevices => copy_and_remove(&path, &to)?,
+            moved => moved?,
+        }
+    }
+    fsync_dir(to)?;
+    fsync_dir(from)
+}
+
+fn copy_and_remove(from: &Path, to: &Path) -> io::Result<()> {
+    let mut source = File::open(from)?;
+    // What an earlier attempt copied may be half of it.
+    clear_away(to)?;
+    let mut copy = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    // A full disk gets its space back.
+    io::copy(&mut source, &mut copy).and_then(|_| copy.sync_all()).inspect_err(|_| drop(clear_away(to)))?;
+    to.parent().map_or(Ok(()), fsync_dir)?;
+    fs::remove_file(from)
+}
+
+/// Removes the files of a folder, or what is in its place.
+fn empty(folder: &Path) -> io::Result<()> {
+    if !folder.is_dir() {
+        return clear_away(folder);
+    }
+    for (path, _) in files(folder)? {
+        fs::remove_file(path)?;
+    }
+    fsync_dir(folder)
+}
+
+/// What is in a folder, but for folders: a file system of its own may have some that are not ours.
+fn files(folder: &Path) -> io::Result<Vec<(PathBuf, OsString)>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() {
+            files.push((entry.path(), entry.file_name()));
+        }
+    }
+    Ok(files)
 }
 
 fn delete(result: io::Result<()>) -> io::Result<()> {
@@ -187,6 +294,13 @@ fn delete(result: io::Result<()>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::{os::unix::fs::symlink, process::Command};
+
+    use nix::{
+        sched::{CloneFlags, unshare},
+        unistd::geteuid,
+    };
+
     use super::*;
 
     #[test]
@@ -226,13 +340,98 @@ mod tests {
         assert!(may_begin_log(data.path()));
         note_log(data.path()).unwrap();
         assert!(!may_begin_log(data.path()) && data.path().join(LOG_CREATED).exists());
-        assert_eq!(set_log_aside(data.path()).unwrap(), None);
+        assert!(make_room_for_log(data.path(), ClusterId(7)).is_err(), "it did not forget");
         for round in 0..KEPT + 2 {
-            fs::create_dir(data.path().join(LOG)).unwrap();
+            note_forgotten(data.path(), ClusterId(7), "a test says so").unwrap();
+            fs::create_dir_all(data.path().join(LOG)).unwrap();
             fs::write(data.path().join(LOG).join("a"), round.to_string()).unwrap();
-            let to = set_log_aside(data.path()).unwrap().unwrap();
+            let to = make_room_for_log(data.path(), ClusterId(7)).unwrap().unwrap();
             assert_eq!(fs::read_to_string(to.join("a")).unwrap(), round.to_string());
+            // What is begun and not finished takes no place, and is not in the way.
+            fs::create_dir_all(data.path().join(LOG)).unwrap();
+            fs::write(data.path().join(LOG).join("a"), "begun").unwrap();
+            assert_eq!(make_room_for_log(data.path(), ClusterId(7)).unwrap(), None);
+            assert_eq!(fs::read_dir(data.path().join(LOG)).unwrap().count(), 0);
         }
-        assert_eq!(fs::read_dir(data.path().join(ASIDE)).unwrap().count(), KEPT);
+        let kept = fs::read_dir(data.path().join(ASIDE)).unwrap().map(|entry| entry.unwrap().path().join("a"));
+        let mut kept: Vec<_> = kept.map(|path| fs::read_to_string(path).unwrap()).collect();
+        kept.sort();
+        assert_eq!(kept, ["2", "3", "4"]);
+    }
+
+    /// A data folder whose raft log is a link to a folder with these files; the second path.
+    fn linked(names: &[&str]) -> (tempfile::TempDir, tempfile::TempDir) {
+        let (data, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        symlink(elsewhere.path(), data.path().join(LOG)).unwrap();
+        names.iter().for_each(|name| fs::write(elsewhere.path().join(name), *name).unwrap());
+        note_forgotten(data.path(), ClusterId(7), "a test says so").unwrap();
+        (data, elsewhere)
+    }
+
+    #[test]
+    fn what_a_link_leads_to_is_set_aside_and_the_link_stays() {
+        // In the same file system, and in another one.
+        for other in [None, tempfile::tempdir_in("/dev/shm").ok()] {
+            let (data, elsewhere) = linked(&["segment-1", "segment-2"]);
+            fs::create_dir(elsewhere.path().join("lost+found")).unwrap();
+            if let Some(other) = &other {
+                symlink(other.path(), data.path().join(ASIDE)).unwrap();
+            }
+            // An attempt that died has moved one file, and copied the half of another one.
+            let moving = data.path().join(ASIDE).join(MOVING);
+            fs::create_dir_all(&moving).unwrap();
+            fs::write(moving.join("segment-0"), "segment-0").unwrap();
+            fs::write(moving.join("segment-1"), "seg").unwrap();
+            let to = make_room_for_log(data.path(), ClusterId(7)).unwrap().unwrap();
+            assert_eq!(fs::read_dir(&to).unwrap().count(), 3);
+            for name in ["segment-0", "segment-1", "segment-2"] {
+                assert_eq!(fs::read_to_string(to.join(name)).unwrap(), name);
+            }
+            assert!(fs::symlink_metadata(data.path().join(LOG)).unwrap().is_symlink());
+            let left: Vec<_> =
+                fs::read_dir(elsewhere.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            assert_eq!(left, ["lost+found"]);
+            fs::write(elsewhere.path().join("segment-1"), "begun").unwrap();
+            assert_eq!(make_room_for_log(data.path(), ClusterId(7)).unwrap(), None);
+            assert!(!elsewhere.path().join("segment-1").exists(), "it was begun and not finished");
+        }
+    }
+
+    /// Needs root, for a small file system that only this test sees.
+    #[test]
+    fn a_mount_point_stays_and_its_files_are_set_aside() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let test = || {
+            unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+            let run = |arguments: &[&str]| assert!(Command::new("mount").args(arguments).status().unwrap().success());
+            run(&["--make-rprivate", "/"]);
+            let data = tempfile::tempdir().unwrap();
+            let log = data.path().join(LOG);
+            fs::create_dir(&log).unwrap();
+            run(&["-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", log.to_str().unwrap()]);
+            fs::write(log.join("segment-1"), "in use").unwrap();
+            note_forgotten(data.path(), ClusterId(7), "a test says so").unwrap();
+            let to = make_room_for_log(data.path(), ClusterId(7)).unwrap().unwrap();
+            assert_eq!(fs::read_to_string(to.join("segment-1")).unwrap(), "in use");
+            assert_eq!(fs::read_dir(&log).unwrap().count(), 0);
+            fs::write(log.join("segment-1"), "begun").unwrap();
+            assert_eq!(make_room_for_log(data.path(), ClusterId(7)).unwrap(), None);
+            assert_eq!(fs::read_dir(&log).unwrap().count(), 0);
+            assert_eq!(fs::rename(&log, data.path().join("b")).unwrap_err().kind(), ErrorKind::ResourceBusy);
+            assert!(Command::new("umount").arg(&log).status().unwrap().success());
+        };
+        std::thread::spawn(test).join().unwrap();
+    }
+
+    #[test]
+    fn a_raft_log_that_leads_nowhere_is_not_in_the_way() {
+        let (data, elsewhere) = linked(&[]);
+        drop(elsewhere);
+        let to = make_room_for_log(data.path(), ClusterId(7)).unwrap().unwrap();
+        assert!(fs::symlink_metadata(&to).unwrap().is_symlink(), "it says where the raft log was");
+        assert!(fs::symlink_metadata(data.path().join(LOG)).is_err());
+        assert_eq!(make_room_for_log(data.path(), ClusterId(7)).unwrap(), None);
     }
 }

@@ -172,6 +172,19 @@ impl DataDir {
     /// # Errors
     /// [`DataDirError::Exists`] when there is one already, else [`DataDirError::Io`].
     pub fn create_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
+        // With an identity, a raft log that is not there was lost.
+        self.write_identity(identity, memory::permit_new_log)
+    }
+
+    /// Writes the identity of a directory that has lost it. It may have lost its raft log, too: a new one is not permitted.
+    ///
+    /// # Errors
+    /// Those of [`DataDir::create_identity`].
+    pub fn restore_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
+        self.write_identity(identity, memory::forbid_new_log)
+    }
+
+    fn write_identity(&self, identity: &Identity, before: fn(&Path) -> io::Result<()>) -> Result<(), DataDirError> {
         match self.identity() {
             Err(DataDirError::NoIdentity { .. }) => {}
             Err(error) => return Err(error),
@@ -181,8 +194,7 @@ impl DataDir {
         }
         let path = self.identity_path();
         let write = || {
-            // With an identity, a raft log that is not there was lost.
-            memory::permit_new_log(&self.path)?;
+            before(&self.path)?;
             durable_write(&path, &checked::encode(serde_json::to_value(identity)?)?)
         };
         write().map_err(|source| DataDirError::Io { verb: "write", path: path.clone(), source })

@@ -69,7 +69,7 @@ pub fn conf(voters: &[u64]) -> ConfState {
 
 pub fn open(model: &Model) -> Result<RaftLog, LogError> {
     // A cache of a few entries, so that both ways of reading are taken.
-    let options = Options { segment_bytes: MIN_SEGMENT, cache_bytes: 4000, helper: false };
+    let options = Options { segment_bytes: MIN_SEGMENT, cache_bytes: 4000, helper: false, create: true };
     RaftLog::open(Path::new("raft"), OWNER, conf(&[1, 2, 3]), options, model.clone())
 }
 

@@ -34,6 +34,7 @@ use std::{
     thread::JoinHandle,
 };
 
+use nix::errno::Errno;
 use raft::{
     GetEntriesContext, RaftState, Storage, StorageError,
     eraftpb::{ConfState, Entry, EntryType, HardState, Snapshot},
@@ -81,6 +82,9 @@ pub enum LogError {
         path.display()
     )]
     Damaged { path: PathBuf, offset: u64, reason: String },
+    /// There is no log, and none may be created: it was lost. Nothing was written.
+    #[error("the raft log in {} is gone", path.display())]
+    Gone { path: PathBuf },
     #[error("{} has format {found}, and this program knows formats up to {known}; upgrade this node", path.display())]
     Newer { path: PathBuf, found: u32, known: u32 },
     #[error(
@@ -112,11 +116,13 @@ pub struct Options {
     pub cache_bytes: usize,
     /// Prepare segments on a thread of the log's own; otherwise in [`Pending::sync`], which tests want.
     pub helper: bool,
+    /// Create the log if there is none; otherwise that is [`LogError::Gone`].
+    pub create: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { segment_bytes: 16 << 20, cache_bytes: 16 << 20, helper: true }
+        Self { segment_bytes: 16 << 20, cache_bytes: 16 << 20, helper: true, create: true }
     }
 }
 
@@ -162,11 +168,12 @@ pub struct Pending {
 }
 
 impl RaftLog {
-    /// Opens the log in `dir`, or creates it there. A new log begins as if compacted at index 1 of term 1 with
+    /// Opens the log in `dir`, or creates it there if the options permit that. A new log begins as if compacted at index 1 of term 1 with
     /// the configuration `initial`, so that all first members of a cluster begin alike; an existing one ignores `initial`.
     ///
     /// # Errors
-    /// [`LogError::Damaged`], [`LogError::Newer`], [`LogError::Foreign`], [`LogError::Full`] or [`LogError::Io`].
+    /// [`LogError::Gone`], [`LogError::Damaged`], [`LogError::Newer`], [`LogError::Foreign`], [`LogError::Full`] or
+    /// [`LogError::Io`].
     pub fn open(
         dir: &Path,
         owner: Owner,
@@ -179,9 +186,20 @@ impl RaftLog {
             return Err(LogError::Refused(format!("segment size {size} is not in {MIN_SEGMENT}..={MAX_SEGMENT}")));
         }
         let disk: Arc<dyn Disk> = Arc::new(disk);
-        disk.make_dir(dir).map_err(LogError::io("create directory", dir))?;
-        let names = Names::parse(&disk.list(dir).map_err(LogError::io("list", dir))?);
+        let gone = || LogError::Gone { path: dir.to_owned() };
+        if options.create {
+            disk.make_dir(dir).map_err(LogError::io("create directory", dir))?;
+        }
+        let list = match disk.list(dir) {
+            Err(error) if !options.create && is_no_folder(&error) => return Err(gone()),
+            list => list.map_err(LogError::io("list", dir))?,
+        };
+        let names = Names::parse(&list);
         let mut found = recovery::read(&*disk, dir, &names.segments, owner)?;
+        // Before anything is written: an empty log that is there would be taken for one that never had more.
+        if found.segments.is_empty() && !options.create {
+            return Err(gone());
+        }
         let next_sequence = found.segments.back().map_or(1, |last| last.sequence + 1);
         let mut supply = Supply::new(disk, dir, owner, &options, &names, next_sequence)?;
         recovery::settle(dir, &mut found, &mut supply)?;
@@ -442,6 +460,12 @@ impl Pending {
     pub fn sync(self) -> Result<(), LogError> {
         self.log.core.shared.sync(self.position)
     }
+}
+
+/// True for an error that says that there is no folder of this name.
+fn is_no_folder(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+        || error.raw_os_error() == Some(Errno::ELOOP as i32)
 }
 
 /// The first batch of a new log.

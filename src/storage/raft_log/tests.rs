@@ -208,7 +208,7 @@ fn another_owner_and_a_newer_format_are_refused() {
 #[test]
 fn appending_reading_and_syncing_run_side_by_side() {
     let root = tempfile::tempdir().unwrap();
-    let options = Options { segment_bytes: 256 << 10, cache_bytes: 8 << 10, helper: true };
+    let options = Options { segment_bytes: 256 << 10, cache_bytes: 8 << 10, ..Options::default() };
     let log = RaftLog::open(root.path(), OWNER, conf(&[1]), options, RealDisk).unwrap();
     let (work, queue) = sync_channel::<Pending>(4);
     std::thread::scope(|scope| {
