@@ -4,6 +4,7 @@
 
 mod disk;
 mod memory;
+mod network;
 mod node;
 mod world;
 
@@ -16,6 +17,11 @@ const CALM: u64 = 6_000_000_000;
 
 fn run(seed: u64, timing: Timing) -> node::Summary {
     let mut world = World::new(seed, timing);
+    world.datagrams = true;
+    finish(world)
+}
+
+fn finish(mut world: World) -> node::Summary {
     world.storm_until(STORM);
     world.heal();
     world.run_until(STORM + CALM);
@@ -32,7 +38,7 @@ fn number(name: &str) -> Option<u64> {
 #[test]
 fn a_vote_that_is_on_the_disk_of_one_is_known_to_all_that_are_left() {
     for seed in [4319, 7782] {
-        run(seed, Timing::default());
+        finish(World::new(seed, Timing::default()));
     }
 }
 
@@ -74,6 +80,7 @@ fn invariants_hold_on_every_seed() {
     assert!(total.acknowledged > seeds * 20 && total.takeovers > seeds * 2 && total.crashes > seeds, "{total:?}");
     assert!(total.removed > seeds / 4 && total.joined > seeds / 20, "{total:?}");
     assert!(total.raised > seeds / 40 && total.programs > seeds / 4, "{total:?}");
+    assert!(total.late > seeds * 20 && total.datagrams > total.late, "{total:?}");
     assert!(total.forgot > seeds / 5 && total.again > seeds / 6, "{total:?}");
 }
 

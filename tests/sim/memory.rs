@@ -70,6 +70,7 @@ impl Node {
         }
         self.mind.1.values_mut().for_each(|known| known.forgotten = false);
         self.linked.clear();
+        self.newest.clear();
         self.follow();
         let claim = self.claim();
         let short = self.checkpoint.1 > claim.last || self.mind.0.missing(&claim).is_some();

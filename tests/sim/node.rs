@@ -36,6 +36,9 @@ pub struct Summary {
     /// How often a node lost some of its durable memory, and how often one began again.
     pub forgot: u64,
     pub again: u64,
+    /// Messages that came by datagram, and those among them that were later than a lease.
+    pub datagrams: u64,
+    pub late: u64,
 }
 
 impl Summary {
@@ -51,6 +54,8 @@ impl Summary {
         self.raised += other.raised;
         self.forgot += other.forgot;
         self.again += other.again;
+        self.datagrams += other.datagrams;
+        self.late += other.late;
     }
 }
 
@@ -63,6 +68,13 @@ pub enum Event {
         life: u64,
     },
     Deliver(Box<Message>, Caller),
+    /// The life is that of the receiver.
+    Datagram {
+        life: u64,
+        number: u64,
+        message: Box<Message>,
+        caller: Caller,
+    },
     Report {
         from: u64,
         reach: Reach,
@@ -146,6 +158,8 @@ pub struct Node {
     /// What this process says of its memory, and the newest process that it was linked with, by node.
     pub standing: Standing,
     pub linked: BTreeMap<u64, u64>,
+    /// The newest datagram that came to this process, by node.
+    pub newest: BTreeMap<u64, u64>,
     /// What it remembers of itself and of the others, and as much of that as survives a crash.
     pub mind: (Reach, BTreeMap<u64, Known>),
     pub noted: (Reach, BTreeMap<u64, Known>),
@@ -192,6 +206,7 @@ impl Node {
             kept: (membership(), 1),
             standing: Standing::Unsaid,
             linked: BTreeMap::new(),
+            newest: BTreeMap::new(),
             mind: Default::default(),
             noted: Default::default(),
             edition: 1,

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
 };
 
-use raft::eraftpb::{EntryType, Message};
+use raft::eraftpb::EntryType;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use twistlock_ha::cluster::{Cause, Change, Cluster, Configured, Newcomer, Output, Phase, Start, Timing, Transition};
 
@@ -15,7 +15,7 @@ use super::{
 };
 
 pub struct World {
-    timing: Timing,
+    pub(super) timing: Timing,
     pub(super) rng: SmallRng,
     pub(super) time: u64,
     pub(super) nodes: Vec<Node>,
@@ -38,6 +38,10 @@ pub struct World {
     pub blind: bool,
     /// Nobody compares what a node has with what it had: the checks must find out.
     pub trusting: bool,
+    /// Messages go by datagrams, too: see [`World::send_datagram`].
+    pub datagrams: bool,
+    /// Apart, so that a seed without datagrams runs as it always did.
+    pub(super) datagram_rng: SmallRng,
     /// Whom each voter chose, by epoch.
     pub(super) votes: BTreeMap<(u64, u64), u64>,
     /// Nobody is removed before.
@@ -70,6 +74,8 @@ impl World {
             in_force: OLD,
             blind: false,
             trusting: false,
+            datagrams: false,
+            datagram_rng: SmallRng::seed_from_u64(seed.wrapping_add(0xDA7A)),
             votes: BTreeMap::new(),
             no_removal_until: 0,
             summary: Summary::default(),
@@ -216,8 +222,11 @@ impl World {
     pub fn assert_alive(&mut self) {
         let open: Vec<_> = self.nodes.iter().filter(|node| node.ports_open(self.time)).map(|node| node.id).collect();
         assert_eq!(open.len(), 1, "nodes with open ports after the calm: {open:?} {:?}", self.trace);
-        let values = self.nodes.iter().find(|node| node.ports_open(self.time)).map(|node| &node.database);
-        let values: BTreeSet<_> = values.into_iter().flatten().copied().collect();
+        let primary = self.nodes.iter().find(|node| node.ports_open(self.time)).expect("there is one");
+        let mut values: BTreeSet<_> = primary.database.iter().copied().collect();
+        // What was released a moment ago may not be in the database yet.
+        let value = |index| primary.log.read(|image| image.entry(index)?.data.as_ref().try_into().ok());
+        values.extend((primary.applied + 1..=primary.released).filter_map(value).map(u64::from_le_bytes));
         assert!(self.acknowledged.is_subset(&values), "an acknowledged write is gone");
         let before = self.acknowledged.len();
         self.run_until(self.time + 200 * MILLI);
@@ -349,11 +358,13 @@ impl World {
     fn reconfigure(&mut self, at: usize) {
         let now = self.nodes[at].clock(self.time);
         let (pick, next) = (self.rng.random_range(0..3), self.nodes.len() as u64 + 1);
+        // Of two voters that are left, none may be one that forgot: nobody could bring it back.
+        let forgetful = self.datagrams && self.nodes.iter().any(|node| node.forgotten);
         let node = &mut self.nodes[at];
         let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) else { return };
         let membership = cluster.membership().0.clone();
         let all = membership.requests.is_empty() && membership.members.len() == 3;
-        if all && self.time < self.no_removal_until {
+        if all && (forgetful || self.time < self.no_removal_until) {
             return;
         }
         let change = if all {
@@ -476,6 +487,7 @@ impl World {
             return self.nodes[at].deferred.push(event);
         }
         let (now, life) = (self.nodes[at].clock(self.time), self.nodes[at].life);
+        let Some(event) = self.taken(at, event) else { return };
         let node = &mut self.nodes[at];
         let Some(cluster) = node.cluster.as_mut() else { return };
         match event {
@@ -609,24 +621,6 @@ impl World {
                 self.schedule(delay, at, Event::Demoted { life });
             }
             _ => {}
-        }
-    }
-
-    fn send(&mut self, message: Message) {
-        if self.cut.contains(&(message.from, message.to)) || self.rng.random_bool(self.loss) {
-            return;
-        }
-        self.count_vote(&message);
-        let to = message.to as usize - 1;
-        if to >= self.nodes.len() {
-            return; // a newcomer that has not started yet
-        }
-        let copies = if self.rng.random_bool(0.02) { 2 } else { 1 };
-        for _ in 0..copies {
-            let late = self.rng.random_bool(0.02);
-            let delay = self.rng.random_range(50_000..if late { 400 * MILLI } else { 3 * MILLI });
-            let caller = self.nodes[message.from as usize - 1].caller();
-            self.schedule(delay, to, Event::Deliver(Box::new(message.clone()), caller));
         }
     }
 
