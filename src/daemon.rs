@@ -205,7 +205,11 @@ impl Parts {
             identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let remembered = mind.others.clone();
         let links = LinksConfig { memory: remembered.clone(), ..LinksConfig::new(identity.node, others) };
-        let (links, sender) = Links::new(links).context("make the peer links")?;
+        let (mut links, sender) = Links::new(links).context("make the peer links")?;
+        let datagrams = peer::listen_for_datagrams(address).and_then(|socket| links.use_datagrams(socket));
+        if let Err(error) = datagrams {
+            warn!(%address, %error, "no datagrams (UDP) are taken from the other members: all goes by TCP alone");
+        }
         let node_config = node_config(config, &identity, configuration, quiet, lease.clone(), mind);
         let (handle, thread) =
             node::spawn(node_config, log, database, (links, sender.clone())).context("start the node")?;

@@ -23,6 +23,11 @@
 //! entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
 //! [`supervisor`] sees the role and opens the ports.
 //!
+//! A heartbeat's way: it goes as a datagram, sealed with a key of the link that it goes beside, and now and then by that link as
+//! well; by the link each time while the other end does not say that datagrams come. One lost segment of TCP holds back all that
+//! is behind it for longer than half a lease; a lost datagram holds back nothing. While packets get lost, small entries and their
+//! answers go as datagrams, too. `peer::udp` says why a datagram that is late or doubled does no harm.
+//!
 //! A failing disk's way: each operation on a file of the data folder registers in a small table while it runs
 //! ([`storage::watch`]). The consensus loop looks at it with each tick. It never waits for a disk itself: what has to be synced
 //! goes to a thread of its own. A PRIMARY with an operation that failed or does not come back closes its ports and lets another

@@ -206,6 +206,10 @@ pub const DISK_FAILURES: &str = "twistlock_disk_failures_total";
 pub const PEER_DEATHS: &str = "twistlock_peer_deaths_total";
 /// Counter, label `class`: messages that did not fit into the queue to a member.
 pub const PEER_DROPPED: &str = "twistlock_peer_dropped_total";
+/// Counter, label `why`: datagrams on the HA port's number that were of no use.
+pub const PEER_DATAGRAMS_DROPPED: &str = "twistlock_peer_datagrams_dropped_total";
+/// Gauge, label `member`: 1 while none of this node's datagrams is answered by a member that takes them.
+pub const PEER_DATAGRAMS_UNHEARD: &str = "twistlock_peer_datagrams_unheard";
 /// Counter, label `direction`: bytes of databases that were sent to other nodes or fetched from them.
 pub const SNAPSHOT_BYTES: &str = "twistlock_snapshot_bytes_total";
 /// Histogram, seconds, label `direction`: one whole database, sent or fetched.
@@ -382,6 +386,14 @@ pub const METRICS: &[Metric] = &[
     metric(PEER_DEATHS, Kind::Counter, "Processes of other members that were proven dead by a refused connection."),
     metric(PEER_DROPPED, Kind::Counter, "Messages that did not fit into the queue to a member, by class.")
         .by("class", &["bulk", "control"]),
+    metric(PEER_DATAGRAMS_DROPPED, Kind::Counter, "Datagrams to the high availability port that were of no use, by why.")
+        .by("why", &["unknown", "forged", "repeated", "malformed"]),
+    metric(
+        PEER_DATAGRAMS_UNHEARD,
+        Kind::Gauge,
+        "1 while a member answers no datagram (UDP) of this node, else 0: it matters only when packets get lost.",
+    )
+    .by("member", &[]),
     metric(SNAPSHOT_BYTES, Kind::Counter, "Bytes of whole databases that were sent or fetched, by direction.")
         .by("direction", &["sent", "fetched"]),
     metric(SNAPSHOT_LATENCY, Kind::Latency, "Seconds that one whole database took, by direction.")

@@ -337,7 +337,7 @@ pub static KEYS: &[Key] = &[
         section: AVAILABILITY,
         group: "Cluster of three nodes",
         default: "8086",
-        doc: &["Port of the links between the nodes."],
+        doc: &["Port of the links between the nodes: TCP, and UDP of the same number where no firewall drops it."],
         slot: |config| Slot::Port(&mut config.high_availability_port),
     },
     Key {

@@ -9,7 +9,10 @@ use std::{
 use tracing::error;
 
 use super::{Status, driver::Driver, lease::boottime};
-use crate::{cluster::Role, telemetry};
+use crate::{
+    cluster::{NodeId, Role},
+    telemetry,
+};
 
 impl Driver {
     /// Twice a second.
@@ -22,6 +25,11 @@ impl Driver {
         metrics::gauge!(telemetry::DATABASE_BYTES).set(bytes as f64);
         metrics::gauge!(telemetry::CHECKPOINT_AGE).set(age.as_secs_f64());
         metrics::gauge!(telemetry::WAL_BYTES).set(self.publisher.wal_bytes() as f64);
+        let unheard: BTreeSet<NodeId> = self.links.unheard_by().collect();
+        for member in self.members.borrow().members.iter().filter(|member| member.id != self.config.node) {
+            let unheard = truth(unheard.contains(&member.id));
+            metrics::gauge!(telemetry::PEER_DATAGRAMS_UNHEARD, "member" => member.name.clone()).set(unheard);
+        }
     }
 
     /// A page that SQLite changes goes to all members as it is: a primary with a damaged file must not go on, as long as
@@ -85,9 +93,13 @@ fn forget_the_gone(status: &Status) {
     }
     let now: BTreeSet<String> = status.members.iter().map(|member| member.name.clone()).collect();
     for gone in shown.difference(&now) {
-        for name in
-            [telemetry::MEMBER_LAG, telemetry::MEMBER_LAG_BYTES, telemetry::MEMBER_UP, telemetry::MEMBER_CONTACT]
-        {
+        for name in [
+            telemetry::MEMBER_LAG,
+            telemetry::MEMBER_LAG_BYTES,
+            telemetry::MEMBER_UP,
+            telemetry::MEMBER_CONTACT,
+            telemetry::PEER_DATAGRAMS_UNHEARD,
+        ] {
             metrics::gauge!(name, "member" => gone.clone()).set(f64::NAN);
         }
     }

@@ -172,7 +172,8 @@ impl Call {
         };
         match (verdict, caller) {
             (Ok(welcome), Ok(peer)) => {
-                let accepted = HelloReply::Accepted(self.identity.level_for(stream.get_ref().1.alpn_protocol()));
+                let level = self.identity.level_for(stream.get_ref().1.alpn_protocol());
+                let accepted = HelloReply::Accepted { level, datagrams: self.sender.takes_datagrams() };
                 write_frame(&mut stream, &Frame::HelloReply(accepted)).await.map_err(failed)?;
                 self.welcome(peer, welcome, stream).map_err(Failure::Gone)?;
                 Ok(peer)
@@ -194,7 +195,7 @@ impl Call {
         match welcome {
             Welcome::Link(caller) => {
                 let (socket, tls) = stream.into_inner();
-                let link = Established { socket: socket.into_std()?, tls: tls.into() };
+                let link = Established { socket: socket.into_std()?, tls: tls.into(), datagrams: None };
                 if !self.sender.hand_over(Handover::Inbound(peer, link, caller)) {
                     debug!(peer, "the consensus loop takes no new link");
                 }

@@ -67,7 +67,7 @@ pub async fn open_stream(
     purpose: Purpose,
 ) -> Result<TlsStream<TcpStream>, OpenError> {
     match open(identity, member, purpose, |_| ()).await {
-        Ok((_, stream)) => Ok(stream),
+        Ok(opened) => Ok(opened.stream),
         Err(Failure::Other(error)) => Err(error),
         Err(Failure::NobodyListens) => {
             let (name, place) = (&member.name, member.place());
@@ -76,16 +76,24 @@ pub async fn open_stream(
     }
 }
 
+/// An authenticated connection that the other side has accepted.
+pub(super) struct Opened {
+    pub address: SocketAddr,
+    pub stream: TlsStream<TcpStream>,
+    /// It takes datagrams at that address.
+    pub datagrams: bool,
+}
+
 /// As [`open_stream`], and tells `nobody_listens` each address where that was so.
 pub(super) async fn open(
     identity: &PeerIdentity,
     member: &Member,
     purpose: Purpose,
     nobody_listens: impl Fn(SocketAddr),
-) -> Result<(SocketAddr, TlsStream<TcpStream>), Failure> {
+) -> Result<Opened, Failure> {
     let (address, stream) = connect_any(identity, member, nobody_listens).await?;
     match timeout(HANDSHAKE, handshake(identity, member, purpose, stream)).await {
-        Ok(result) => result.map(|stream| (address, stream)),
+        Ok(result) => result.map(|(stream, datagrams)| Opened { address, stream, datagrams }),
         Err(_) => Err(Failure::unreachable("the handshake took too long")),
     }
 }
@@ -139,7 +147,7 @@ async fn handshake(
     member: &Member,
     purpose: Purpose,
     stream: TcpStream,
-) -> Result<TlsStream<TcpStream>, Failure> {
+) -> Result<(TlsStream<TcpStream>, bool), Failure> {
     let failed = |error: io::Error| match explain(&error) {
         Some(reason) => Failure::refused(reason),
         None => Failure::unreachable(format!("the handshake failed: {error}")),
@@ -171,9 +179,9 @@ async fn handshake(
     // waiting that says why, so the answer is read in any case.
     let written = write_frame(&mut stream, &Frame::Hello(hello)).await;
     match read_frame(&mut stream).await.and_then(|reply| written.map(|()| reply)).map_err(failed)? {
-        Ok(Frame::HelloReply(HelloReply::Accepted(level))) => {
+        Ok(Frame::HelloReply(HelloReply::Accepted { level, datagrams })) => {
             check_level(identity, member, level.unwrap_or(FIRST_LEVEL)).map_err(Failure::refused)?;
-            Ok(stream)
+            Ok((stream, datagrams))
         }
         Ok(Frame::HelloReply(HelloReply::Refused(Refusal { code, reason }))) => {
             let reason = match code {

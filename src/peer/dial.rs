@@ -18,7 +18,7 @@ use tracing::{debug, info, warn};
 use super::{
     PeerIdentity,
     codec::{Purpose, Refusal, RefusalCode},
-    connect::{Failure, OpenError, connect, open},
+    connect::{Failure, OpenError, Opened, connect, open},
     hello::{Complaints, Subject},
     link::Established,
     links::{Handover, LinkSender, Signal},
@@ -213,10 +213,12 @@ impl Dialler {
                 self.sender.condemn(self.member.id);
             }
         };
-        let (address, stream) = open(&self.identity, &self.member, Purpose::Link, nobody_listens).await?;
+        let Opened { address, stream, datagrams } =
+            open(&self.identity, &self.member, Purpose::Link, nobody_listens).await?;
         let (socket, tls) = stream.into_inner();
+        let datagrams = datagrams.then_some(address);
         match socket.into_std() {
-            Ok(socket) => Ok((address, Established { socket, tls: tls.into() })),
+            Ok(socket) => Ok((address, Established { socket, tls: tls.into(), datagrams })),
             Err(error) => Err(Failure::unreachable(error.to_string())),
         }
     }

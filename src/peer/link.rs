@@ -4,7 +4,7 @@
 use std::{
     collections::VecDeque,
     io::{self, BufRead, ErrorKind, Read, Write},
-    net::Shutdown,
+    net::{Shutdown, SocketAddr},
 };
 
 use mio::net::TcpStream;
@@ -29,6 +29,8 @@ pub(super) const SCRATCH: usize = 64 << 10;
 pub(super) struct Established {
     pub socket: std::net::TcpStream,
     pub tls: Connection,
+    /// Where the other node takes datagrams, if it does.
+    pub datagrams: Option<SocketAddr>,
 }
 
 /// Why a link ended. `clean`: the other node said so by TLS close_notify.

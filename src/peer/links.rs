@@ -4,7 +4,12 @@
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, mpsc},
+    net::UdpSocket,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
@@ -15,13 +20,16 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use super::{
-    codec::{self, CodecError, Frame, NodeReport},
+    codec::{self, CodecError, Frame, LENGTH, NodeReport},
     link::{Class, Established, Loss, Queues, Receiving, SCRATCH, Sending},
     memory::{Caller, Memory},
+    udp::{Sent, Udp},
 };
 use crate::cluster::NodeId;
 
 const WAKE: Token = Token(0);
+/// No peer comes to have it: see [`Links::wait`].
+const DATAGRAMS: Token = Token(usize::MAX - 1);
 /// Hand-overs that may wait for the loop; a stuck loop must not collect connections.
 const INBOX: usize = 64;
 /// How long a planned stop waits for sockets to take what is queued.
@@ -107,6 +115,8 @@ struct Shared {
     waker: Waker,
     inbox: mpsc::SyncSender<Handover>,
     signals: watch::Sender<Signals>,
+    /// This node takes datagrams.
+    datagrams: AtomicBool,
 }
 
 /// The way to the loop's thread, for any thread.
@@ -125,6 +135,11 @@ impl LinkSender {
         let sent = self.0.inbox.try_send(item).is_ok();
         self.wake();
         sent
+    }
+
+    /// Whether this node takes datagrams beside its links.
+    pub(super) fn takes_datagrams(&self) -> bool {
+        self.0.datagrams.load(Ordering::Relaxed)
     }
 
     /// Changes the signal of a peer. False if the loop does not know the peer.
@@ -179,6 +194,7 @@ pub struct Links {
     inbox: mpsc::Receiver<Handover>,
     shared: Arc<Shared>,
     peers: Vec<Peer>,
+    udp: Udp,
     /// The slot of the next new peer.
     next_slot: usize,
     /// Peers that two processes claim to be, with when that was last seen.
@@ -195,14 +211,33 @@ impl Links {
         let poll = Poll::new()?;
         let waker = Waker::new(poll.registry(), WAKE)?;
         let (inbox_sender, inbox) = mpsc::sync_channel(INBOX);
-        let shared = Arc::new(Shared { waker, inbox: inbox_sender, signals: watch::Sender::new(Signals::new()) });
+        let (signals, datagrams) = (watch::Sender::new(Signals::new()), AtomicBool::new(false));
+        let shared = Arc::new(Shared { waker, inbox: inbox_sender, signals, datagrams });
         let (ready, scratch) = (Events::with_capacity(64), vec![0; SCRATCH].into_boxed_slice());
         let sender = LinkSender(shared.clone());
         let first = config.peers.clone();
-        let (peers, twins) = (Vec::new(), Vec::new());
-        let mut links = Self { config, poll, ready, inbox, shared, peers, next_slot: 0, twins, scratch };
+        let (peers, twins, udp) = (Vec::new(), Vec::new(), Udp::new());
+        let mut links = Self { config, poll, ready, inbox, shared, peers, udp, next_slot: 0, twins, scratch };
         links.set_peers(&first);
         Ok((links, sender))
+    }
+
+    /// Takes and sends datagrams beside the links that come up from now on.
+    ///
+    /// # Errors
+    /// When the socket cannot be used; all goes by the links then.
+    pub fn use_datagrams(&mut self, socket: UdpSocket) -> io::Result<()> {
+        socket.set_nonblocking(true)?;
+        let mut socket = mio::net::UdpSocket::from_std(socket);
+        self.poll.registry().register(&mut socket, DATAGRAMS, Interest::READABLE)?;
+        self.udp.open(socket);
+        self.shared.datagrams.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Members that take datagrams and have not said for a while that any of this node's came.
+    pub fn unheard_by(&self) -> impl Iterator<Item = NodeId> {
+        self.udp.unheard()
     }
 
     /// Follows a change of the members: `peers` are all others from now on. The links of those that are not among them
@@ -211,6 +246,7 @@ impl Links {
         for mut gone in self.peers.extract_if(.., |peer| !peers.contains(&peer.id)) {
             info!(peer = gone.id, "this node is no member any more: its links are closed");
             gone.close(self.poll.registry());
+            self.udp.forget(gone.id);
         }
         for id in peers.iter().filter(|id| **id != self.config.me) {
             if !self.peers.iter().any(|peer| peer.id == *id) {
@@ -238,13 +274,20 @@ impl Links {
     /// # Errors
     /// When epoll fails, which only a bug or a lack of kernel memory explains.
     pub fn poll(&mut self, timeout: Duration, events: &mut Vec<PeerEvent>) -> io::Result<()> {
-        let timeout = if self.peers.iter().any(Peer::has_work) { Duration::ZERO } else { timeout };
+        let busy = self.udp.has_work() || self.peers.iter().any(Peer::has_work);
+        let timeout = if busy { Duration::ZERO } else { timeout };
         self.wait(timeout)?;
         while let Ok(item) = self.inbox.try_recv() {
             self.take_over(item, events);
         }
+        let me = self.config.me;
+        self.udp.receive(|message| {
+            if message.to == me {
+                events.push(PeerEvent::Raft(message));
+            }
+        });
         for peer in &mut self.peers {
-            peer.step(self.config.me, &mut self.scratch, &self.shared, self.poll.registry(), events);
+            peer.step(me, &mut self.scratch, &self.shared, self.poll.registry(), events, &mut self.udp);
         }
         for (peer, _) in self.twins.extract_if(.., |(_, seen)| seen.elapsed() > TWINS_FOR) {
             events.push(PeerEvent::Twins { peer, gone: true });
@@ -258,6 +301,7 @@ impl Links {
             _ => {}
         }
         for event in &self.ready {
+            self.udp.readable |= event.token() == DATAGRAMS;
             // Tokens are 1 + 2 * slot for the link to a peer and one more for the link from it.
             if let Some(number) = event.token().0.checked_sub(1)
                 && let Some(peer) = self.peers.iter_mut().find(|peer| peer.slot == number / 2)
@@ -269,15 +313,26 @@ impl Links {
     }
 
     /// Sends a raft message to `message.to`: at once if the socket takes it, else as soon as it does. Entries and
-    /// snapshots queue behind each other, everything else goes before them. Returns false if the message was dropped
-    /// because there is no link or its queue is full; raft must be told when it was a snapshot.
+    /// snapshots queue behind each other, everything else goes before them. A datagram goes beside it, or in its place. Returns
+    /// false if the message was dropped because there is no link or its queue is full; raft must be told when it was a snapshot.
     pub fn send(&mut self, message: &Message) -> bool {
         let class = match message.msg_type {
             // Empty ones too: an append that overtakes another would be rejected and cost a round trip.
             MessageType::MsgAppend | MessageType::MsgSnapshot => Class::Bulk,
             _ => Class::Control,
         };
-        self.send_frame(message.to, class, || codec::encode_raft(message))
+        if !self.udp.knows(message.to) {
+            return self.send_frame(message.to, class, || codec::encode_raft(message));
+        }
+        let encoded = codec::encode_raft(message);
+        let sent = encoded.as_ref().map_or(Sent::No, |frame| self.udp.send(message, &frame[LENGTH..]));
+        let stuck = |link: &mut Sending| class == Class::Bulk && link.is_busy();
+        match sent {
+            Sent::Enough => true,
+            // What is lost is sent again by raft, sooner than by TCP: it would only be in the way of what comes later.
+            Sent::Too if self.link_to(message.to).is_none_or(stuck) => true,
+            _ => self.send_frame(message.to, class, || encoded),
+        }
     }
 
     /// Sends this node's report to a peer. Returns false if it was dropped.
@@ -335,8 +390,12 @@ impl Links {
             },
             // A link that came up since the verdict belongs to a new process.
             Handover::Dead(_) if peer.sending.is_some() || peer.receiving.is_some() => {}
-            Handover::Dead(id) => events.push(PeerEvent::Dead(id)),
+            Handover::Dead(id) => {
+                self.udp.forget(id);
+                events.push(PeerEvent::Dead(id));
+            }
             Handover::Outbound(id, link) => {
+                self.udp.there(id, link.datagrams, &link.tls);
                 let mut link = Sending::new(link, Queues::new(self.config.bulk_bytes));
                 if let Err(error) = registry.register(&mut link.socket, token, Interest::READABLE | Interest::WRITABLE)
                 {
@@ -352,6 +411,7 @@ impl Links {
             // What came from it since it was accepted may show that it has less than it had: it is refused when it calls again.
             Handover::Inbound(id, _, caller) if !self.config.memory.admit(id, &caller) => {}
             Handover::Inbound(id, link, _) => {
+                self.udp.back(id, &link.tls);
                 let mut link = Receiving::new(link);
                 if let Err(error) = registry.register(&mut link.socket, Token(token.0 + 1), Interest::READABLE) {
                     warn!(peer = id, %error, "cannot use a new link");
@@ -442,6 +502,7 @@ impl Peer {
         shared: &Shared,
         registry: &Registry,
         events: &mut Vec<PeerEvent>,
+        udp: &mut Udp,
     ) {
         let mut inbound = self.receive(me, scratch, false, events);
         let outbound = self.watch(scratch, inbound.as_ref().is_some_and(|loss| !loss.clean));
@@ -462,6 +523,10 @@ impl Peer {
                 let _ = registry.deregister(&mut link.socket);
             }
             events.push(PeerEvent::Down { peer, clean: farewell, reason: loss.reason.clone() });
+        }
+        match farewell {
+            true => udp.forget(peer),
+            false => udp.lost(peer, outbound.is_some(), inbound.is_some()),
         }
         if let Some(loss) = outbound.as_ref().or(inbound.as_ref()) {
             info!(peer, planned = farewell, reason = loss.reason, "a link is down");

@@ -8,6 +8,10 @@
 //! may be slow. Established links are handed to [`Links`], which the consensus loop's own thread owns and polls:
 //! heartbeats and commits take no hop through a runtime and do not suffer from what else runs there.
 //!
+//! Beside the links go datagrams (UDP on the HA port's number, `udp` and `datagram`): heartbeats and their answers, votes, and while
+//! packets get lost small entries and their answers, too. They are a second way and never the only one: a member whose program or
+//! whose firewall does not let them in is reached by the links alone. The answer to a hello says who takes them.
+//!
 //! Both halves follow the membership. [`run`] watches it and dials whom it names; the loop calls [`Links::set_peers`]. Either
 //! may be first: who is not in both is refused, or waits. A caller says where it is reached by its own membership: a node
 //! that has missed the change of an address dials what it was told until it has caught up ([`Roster`]).
@@ -28,6 +32,7 @@ mod accept;
 mod assembler;
 pub mod codec;
 mod connect;
+mod datagram;
 mod dial;
 mod hello;
 mod link;
@@ -35,11 +40,12 @@ mod links;
 mod memory;
 mod roster;
 mod twins;
+mod udp;
 
 use std::{
     collections::BTreeMap,
     io,
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
     sync::Arc,
 };
 
@@ -119,6 +125,14 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
+}
+
+/// Opens the same port for datagrams, for [`Links::use_datagrams`].
+///
+/// # Errors
+/// What the kernel says, e.g. address in use. Nothing depends on it: all goes by the links then.
+pub fn listen_for_datagrams(address: SocketAddr) -> io::Result<UdpSocket> {
+    UdpSocket::bind(address)
 }
 
 /// Accepts and dials until `shutdown` turns true (or its sender is gone), and hands established links to `sender`.

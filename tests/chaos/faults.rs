@@ -300,7 +300,8 @@ fn wall(step: &Step, site: &Site, node: usize) -> Result<(String, End), String> 
     let address = |node: usize| format!("127.0.0.{}", node % 3 + 1);
     let (own, other) = (address(node), address(node + 1 + (step.choice % 2) as usize));
     let links = |from: &str, verdict: &str| {
-        ["dport", "sport"].map(|side| format!("{from} tcp {side} {port} {verdict}\n")).concat()
+        // Datagrams have the number at both ends.
+        ["tcp dport", "tcp sport", "udp dport"].map(|side| format!("{from} {side} {port} {verdict}\n")).concat()
     };
     let observer = crate::sampler::OBSERVER;
     let percent = [2, 10, 30][(step.choice / 2 % 3) as usize];

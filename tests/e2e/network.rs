@@ -15,6 +15,9 @@ use nix::{
 /// `HIGH_AVAILABILITY_PORT` before the offset.
 pub const HA_PORT: u16 = 8086;
 
+/// What members say to each other: links and datagrams.
+const BOTH: &str = "meta l4proto { tcp, udp } th";
+
 /// Where clients come from, and where a balancer listens: no wall hits it.
 pub const CLIENTS: &str = "127.0.0.101";
 
@@ -59,7 +62,8 @@ pub fn isolate(node: usize, wall: Wall, port_offset: u16) {
         // Writing to a String cannot fail.
         let _ = match wall {
             Wall::Links => {
-                writeln!(rules, "ip {side} {address} tcp dport {port} drop\nip {side} {address} tcp sport {port} drop")
+                let links = format!("ip {side} {address} {BOTH}");
+                writeln!(rules, "{links} dport {port} drop\n{links} sport {port} drop")
             }
             Wall::Host => {
                 writeln!(rules, "ip saddr {OBSERVER} accept\nip daddr {OBSERVER} accept\nip {side} {address} drop")
@@ -72,14 +76,15 @@ pub fn isolate(node: usize, wall: Wall, port_offset: u16) {
 /// Loses so many of a hundred packets between the members, at their arrival, those of handshakes too.
 pub fn lose(percent: u8, port_offset: u16) {
     let port = HA_PORT + port_offset;
-    let rule = |end| format!("tcp {end} {port} numgen random mod 100 < {percent} drop\n");
-    raise("wall", &["dport", "sport"].map(rule).concat());
+    // Datagrams have this number at both ends: one rule for them, so that they are not lost twice as often.
+    let rule = |packets| format!("{packets} {port} numgen random mod 100 < {percent} drop\n");
+    raise("wall", &["tcp dport", "tcp sport", "udp dport"].map(rule).concat());
 }
 
 /// Cuts all members off from one another.
 pub fn cut(port_offset: u16) {
     let port = HA_PORT + port_offset;
-    raise("wall", &["dport", "sport"].map(|end| format!("tcp {end} {port} drop\n")).concat());
+    raise("wall", &["dport", "sport"].map(|end| format!("{BOTH} {end} {port} drop\n")).concat());
 }
 
 /// Takes that wall down.

@@ -1,6 +1,7 @@
 //! Peer links over real sockets on loopback addresses: messages, priorities, refusals, deaths and farewells. Every test
 //! has addresses of its own; nothing here decides anything, the events are what is checked.
 
+mod datagrams;
 mod membership;
 mod node;
 
@@ -308,14 +309,17 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
                 HelloReply::Refused(Refusal { code, reason: said }) => {
                     assert!(said.contains(reason) && code == expected, "{said}");
                 }
-                HelloReply::Accepted(_) => panic!("accepted: {hello:?}"),
+                HelloReply::Accepted { .. } => panic!("accepted: {hello:?}"),
             }
         }
         node.log.wait_for(&["WARN", reason], 1);
         assert_eq!(node.log.count(&["WARN", reason]), 1, "{reason}");
     }
     assert!(matches!(call(second, to, &[3, 0, 0, 0, 3, 1, 1]), HelloReply::Refused(_)));
-    assert_eq!(call(second, to, &Frame::Hello(good).encode().unwrap()), HelloReply::Accepted(Some(FEATURE_LEVEL)));
+    assert_eq!(
+        call(second, to, &Frame::Hello(good).encode().unwrap()),
+        HelloReply::Accepted { level: Some(FEATURE_LEVEL), datagrams: false }
+    );
     node.wait("good caller", |event| matches!(event, PeerEvent::InboundUp(2)));
     node.end(Do::Stop);
 }

@@ -278,7 +278,7 @@ fn two_processes_with_one_identity_are_noticed_and_the_second_is_refused() {
     let twin = Frame::Hello(hello());
     let call = || call(dirs[1].path(), address(&membership, 1), &twin.encode().unwrap());
     nodes[0].seen.clear();
-    assert_eq!(call(), HelloReply::Accepted(Some(FEATURE_LEVEL)), "it may be a restart");
+    assert_eq!(call(), HelloReply::Accepted { level: Some(FEATURE_LEVEL), datagrams: false }, "it may be a restart");
     nodes[1].wait("theft", |event| matches!(event, PeerEvent::Down { peer: 1, .. }));
     nodes[1].wait("return", |event| matches!(event, PeerEvent::Up(1)));
     // The twin hangs up each time, so its call is no theft unless the true one is back.
@@ -288,7 +288,7 @@ fn two_processes_with_one_identity_are_noticed_and_the_second_is_refused() {
     for _ in 0..3 {
         match call() {
             HelloReply::Refused(Refusal { reason, .. }) => assert!(reason.contains("two processes use"), "{reason}"),
-            HelloReply::Accepted(_) => panic!("the true one was robbed"),
+            HelloReply::Accepted { .. } => panic!("the true one was robbed"),
         }
     }
     nodes[0].wait("alarm", |event| matches!(event, PeerEvent::Twins { peer: 2, gone: false }));

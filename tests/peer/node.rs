@@ -2,7 +2,7 @@
 
 use std::{
     io::Write,
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::Path,
     sync::{Arc, Mutex, mpsc},
     thread::JoinHandle,
@@ -163,6 +163,17 @@ impl Node {
     }
 
     pub fn start_with(me: NodeId, edition: Edition, listener: TcpListener, certificates: &Path) -> Self {
+        Self::start_beside(me, edition, listener, certificates, None)
+    }
+
+    /// One that takes datagrams beside the links.
+    pub fn start_beside(
+        me: NodeId,
+        edition: Edition,
+        listener: TcpListener,
+        certificates: &Path,
+        datagrams: Option<UdpSocket>,
+    ) -> Self {
         let log = Log::default();
         let writer = log.clone();
         let subscriber = tracing_subscriber::fmt()
@@ -174,6 +185,7 @@ impl Node {
         let peers = edition.membership.members.iter().map(|member| member.id).filter(|id| *id != me).collect();
         let config = LinksConfig { bulk_bytes: 80 << 20, ..LinksConfig::new(me, peers) };
         let (mut links, wake) = Links::new(config).unwrap();
+        datagrams.into_iter().for_each(|socket| links.use_datagrams(socket).unwrap());
         let (orders, inbox) = mpsc::channel();
         let (outbox, events) = mpsc::channel();
         let links_dispatch = dispatch.clone();

@@ -93,8 +93,12 @@ impl LeaseTerms {
 /// The answer to [`Hello`]: accepted, or the reason why not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HelloReply {
-    /// With the feature level of the answering program, if the caller has said its own.
-    Accepted(Option<u32>),
+    /// With the feature level of the answering program, if the caller has said its own, and whether it takes datagrams on the
+    /// number of its HA port. Only with a level.
+    Accepted {
+        level: Option<u32>,
+        datagrams: bool,
+    },
     Refused(Refusal),
 }
 
@@ -216,20 +220,24 @@ fn decode_reached(reader: &mut Reader<'_>) -> Result<Reached, CodecError> {
 pub(super) fn encode_reply(reply: &HelloReply) -> Result<Vec<u8>, CodecError> {
     let mut writer = Writer::new(kind::HELLO_REPLY, MAX_REASON);
     let (code, reason) = match reply {
-        HelloReply::Accepted(_) => (1, ""),
+        HelloReply::Accepted { .. } => (1, ""),
         HelloReply::Refused(refusal) => (refusal_code(refusal.code), refusal.reason.as_str()),
     };
     writer.0.push(code);
     writer.bytes(reason.as_bytes(), MAX_REASON, "reason")?;
-    if let HelloReply::Accepted(Some(level)) = reply {
+    if let HelloReply::Accepted { level: Some(level), datagrams } = reply {
         writer.u32(*level);
+        writer.0.push(u8::from(*datagrams));
     }
     writer.finish()
 }
 
 pub(super) fn decode_reply(reader: &mut Reader<'_>) -> Result<HelloReply, CodecError> {
     let (code, reason) = match (reader.u8()?, reader.text(MAX_REASON)?) {
-        (1, reason) if reason.is_empty() => return Ok(HelloReply::Accepted(reader.optional(Reader::u32)?)),
+        (1, reason) if reason.is_empty() => {
+            let level = reader.optional(Reader::u32)?;
+            return Ok(HelloReply::Accepted { level, datagrams: reader.optional(Reader::bool)?.unwrap_or(false) });
+        }
         (1, _) => return Err(Malformed("accepted with a reason")),
         (2, reason) => (RefusalCode::Removed, reason),
         (3, reason) => (RefusalCode::Busy, reason),

@@ -102,6 +102,14 @@ fn hello() -> impl Strategy<Value = Hello> {
     )
 }
 
+fn accepted() -> impl Strategy<Value = HelloReply> {
+    let of = |(level, datagrams): (Option<u32>, bool)| HelloReply::Accepted {
+        level,
+        datagrams: datagrams && level.is_some(),
+    };
+    (proptest::option::of(any::<u32>()), any::<bool>()).prop_map(of)
+}
+
 fn refusal() -> impl Strategy<Value = Refusal> {
     use RefusalCode::{Busy, Forgot, Other, Outdated, Removed};
     let code = prop_oneof![Just(Other), Just(Removed), Just(Busy), Just(Outdated), Just(Forgot)];
@@ -138,7 +146,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         4 => message().prop_map(|message| Frame::Raft(Box::new(message))),
         1 => hello().prop_map(Frame::Hello),
         1 => report().prop_map(Frame::Report),
-        1 => proptest::option::of(any::<u32>()).prop_map(|level| Frame::HelloReply(HelloReply::Accepted(level))),
+        1 => accepted().prop_map(Frame::HelloReply),
         1 => refusal().prop_map(|refusal| Frame::HelloReply(HelloReply::Refused(refusal))),
     ]
 }
@@ -200,7 +208,7 @@ proptest! {
         // Behind everything that this program knows: before that there is no room for more.
         let complete = match &frame {
             Frame::Hello(hello) => hello.standing != Standing::Unsaid,
-            Frame::HelloReply(reply) => !matches!(reply, HelloReply::Accepted(None)),
+            Frame::HelloReply(reply) => !matches!(reply, HelloReply::Accepted { level: None, .. }),
             Frame::Report(report) => report.more.is_some_and(|more| more.memory.is_some()),
             Frame::Raft(_) => true,
         };
@@ -290,8 +298,12 @@ fn a_program_without_levels_is_spoken_to_as_before() {
     assert_eq!(bytes.len(), LENGTH + 1 + 2 + 16 + 8 + 8 + 1 + 8 + 1 + 8 + 4 + 3 + 1);
     let Ok(Frame::Hello(hello)) = Frame::decode(&bytes[LENGTH..]) else { panic!("a hello") };
     assert_eq!(hello.feature_level(), 1);
-    let accepted = Frame::HelloReply(HelloReply::Accepted(None)).encode().unwrap();
+    let accepted = Frame::HelloReply(HelloReply::Accepted { level: None, datagrams: false }).encode().unwrap();
     assert_eq!(accepted, [6, 0, 0, 0, kind::HELLO_REPLY, 1, 0, 0, 0, 0]);
+    // One that has a level and knows no datagrams says so by saying nothing.
+    let accepted = Frame::HelloReply(HelloReply::Accepted { level: Some(2), datagrams: true }).encode().unwrap();
+    let older = Frame::decode(&accepted[LENGTH..accepted.len() - 1]);
+    assert_eq!(older, Ok(Frame::HelloReply(HelloReply::Accepted { level: Some(2), datagrams: false })));
     let (state, version) = (Role::Secondary, "1".to_owned());
     let report =
         NodeReport { state, epoch: 1, applied: 2, committed: 3, lease_ms: None, full: false, version, more: None };
