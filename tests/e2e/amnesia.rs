@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, DirBuilder, File},
-    os::unix::fs::{DirBuilderExt, FileExt},
+    os::unix::fs::{DirBuilderExt, FileExt, symlink},
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -15,6 +15,7 @@ use twistlock_ha::{cluster::Role, node::Status};
 use super::{
     alone, beside,
     cluster::{Cluster, FROZEN, LEASE_LOST},
+    disk::{in_private_mounts, run},
     sampler::Sampler,
     writers::{Pen, Writers},
 };
@@ -27,6 +28,7 @@ const EXPECTED: &[&str] = &[
     "lost some of its durable memory, as node",
     "the whole database could not be",
     "a node that wants the whole database was sent away",
+    "it was made anew from this host's certificate and the membership",
 ];
 /// The sentence with which a member ends its loss.
 const AGAIN: &str = "this node begins again behind the snapshot";
@@ -98,7 +100,7 @@ fn wait_restored(cluster: &Cluster, node: usize, before: usize) {
 /// where that depends on what was there.
 type Harm = (&'static str, fn(&Path, &Path), Option<bool>);
 
-const HARMS: [Harm; 10] = [
+const HARMS: [Harm; 13] = [
     ("raft log removed", |data, _| fs::remove_dir_all(data.join("raft-log")).unwrap(), Some(true)),
     (
         "raft log emptied",
@@ -140,11 +142,45 @@ const HARMS: [Harm; 10] = [
         Some(true),
     ),
     ("marker removed", |data, _| fs::remove_file(data.join("raft-log.created")).unwrap(), Some(false)),
+    (
+        "raft log behind a link, oldest segment removed",
+        |data, _| {
+            let elsewhere = data.with_file_name("raft-log-elsewhere");
+            fs::rename(data.join("raft-log"), &elsewhere).unwrap();
+            symlink(&elsewhere, data.join("raft-log")).unwrap();
+            fs::remove_file(&segments(data)[0]).unwrap();
+        },
+        Some(true),
+    ),
+    (
+        "raft log on a file system of its own, oldest segment removed",
+        |data, _| {
+            let (log, before) = (data.join("raft-log"), data.with_file_name("raft-log-before"));
+            fs::rename(&log, &before).unwrap();
+            DirBuilder::new().mode(0o700).create(&log).unwrap();
+            run("mount", &["-t", "tmpfs", "-o", "size=400m,mode=700", "tmpfs", log.to_str().unwrap()]);
+            copy(&before.join("."), &log);
+            fs::remove_file(&segments(data)[0]).unwrap();
+        },
+        Some(true),
+    ),
+    (
+        "identity and raft log removed",
+        |data, _| {
+            fs::remove_file(data.join("identity.json")).unwrap();
+            fs::remove_dir_all(data.join("raft-log")).unwrap();
+        },
+        Some(true),
+    ),
 ];
 
 #[test]
 fn a_member_that_forgot_is_whole_again_by_itself() {
     let _beside = beside();
+    in_private_mounts(lose_in_every_way);
+}
+
+fn lose_in_every_way() {
     let cluster = Cluster::start_with("2", |_| {});
     let sampler = Sampler::start(cluster.port_offset);
     let (pen, copies) = (Pen::new(&cluster.file()), tempfile::tempdir().unwrap());
