@@ -160,6 +160,7 @@ const HARMS: [Harm; 13] = [
             DirBuilder::new().mode(0o700).create(&log).unwrap();
             run("mount", &["-t", "tmpfs", "-o", "size=400m,mode=700", "tmpfs", log.to_str().unwrap()]);
             copy(&before.join("."), &log);
+            fs::remove_dir_all(&before).unwrap(); // what is mounted keeps the folder of the test from being deleted
             fs::remove_file(&segments(data)[0]).unwrap();
         },
         Some(true),
