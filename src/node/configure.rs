@@ -8,7 +8,11 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
-use super::{driver::Driver, lease::boottime, syncer::Keep};
+use super::{
+    driver::Driver,
+    lease::boottime,
+    syncer::{Keep, Kept},
+};
 use crate::{
     cluster::{
         self, Change, Configured, Membership, NodeId,
@@ -111,17 +115,24 @@ impl Driver {
         keep
     }
 
-    /// What was to be kept is down, but for a membership that there was no space for: `unwritten`.
-    pub(super) fn kept(&mut self, unwritten: bool, all: bool) {
+    /// What was to be kept is down, but for a membership that there was no space for. `all`: nothing else is on its way.
+    pub(super) fn kept(&mut self, kept: Kept, all: bool) {
         let index = self.config.configuration.index;
-        if unwritten && !self.unwritten {
-            warn!("the disk is full: the membership in force is kept in memory until there is space for its file");
-        } else if self.unwritten && !unwritten {
-            info!(index, "the membership in force is in its file again");
+        match kept {
+            Kept::Votes => {}
+            Kept::Unwritten if self.unwritten => {}
+            Kept::Unwritten => {
+                warn!("the disk is full: the membership in force is kept in memory until there is space for its file");
+                self.unwritten = true;
+            }
+            Kept::Membership => {
+                if std::mem::take(&mut self.unwritten) {
+                    info!(index, "the membership in force is in its file again");
+                }
+            }
         }
-        self.unwritten = unwritten;
         if all {
-            self.applier.pin(unwritten);
+            self.applier.pin(self.unwritten);
             // It is in the raft logs of a majority: it is safe without its file, too.
             let membership = self.members.borrow().clone();
             self.changes.release(index, &membership);

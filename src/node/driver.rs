@@ -286,13 +286,13 @@ impl Driver {
     }
 
     fn synced(&mut self, done: Done) {
-        let Done { number, request, result, micros, unwritten } = done;
+        let Done { number, request, result, micros, kept } = done;
         let all = self.syncer.note(request);
         metrics::histogram!("twistlock_raft_log_sync_seconds").record(micros as f64 / 1e6);
         match result {
             Ok(()) => {
-                if let Some(unwritten) = unwritten {
-                    self.kept(unwritten, all);
+                if let Some(kept) = kept {
+                    self.kept(kept, all);
                 }
                 self.cluster.persisted(number);
             }

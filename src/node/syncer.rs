@@ -49,8 +49,18 @@ pub(super) struct Done {
     pub result: Result<(), String>,
     /// How long it took.
     pub micros: u64,
-    /// There was no space for the membership: it is as it was before. None if there was nothing to keep.
-    pub unwritten: Option<bool>,
+    /// None if there was nothing to keep.
+    pub kept: Option<Kept>,
+}
+
+/// What was kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// Who votes; nothing is said of the membership.
+    Votes,
+    Membership,
+    /// There was no space for the membership: its file is as it was before.
+    Unwritten,
 }
 
 /// What is to become durable next.
@@ -126,6 +136,11 @@ impl Syncer {
     /// Notes that a request was reported back. True if nothing that is to be kept is left.
     pub fn note(&mut self, request: u64) -> bool {
         self.done = self.done.max(request);
+        self.has_kept_all()
+    }
+
+    /// True if nothing that is to be kept is on its way to the disk.
+    pub fn has_kept_all(&self) -> bool {
         self.keeps <= self.done
     }
 }
@@ -146,35 +161,36 @@ impl Worker {
             let Some(Request { id, number, pending, keep }) = taken else { continue };
             let start = Instant::now();
             let kept = if keep.is_empty() { Ok(None) } else { self.keep(keep).map(Some) };
-            let synced = kept.and_then(|unwritten| {
+            let synced = kept.and_then(|kept| {
                 let sync =
                     |pending: Pending| pending.sync().map_err(|error| format!("make the raft log durable: {error}"));
-                pending.map_or(Ok(()), sync).map(|()| unwritten)
+                pending.map_or(Ok(()), sync).map(|()| kept)
             });
             let micros = start.elapsed().as_micros() as u64;
-            let (result, unwritten) = match synced {
-                Ok(unwritten) => (Ok(()), unwritten),
+            let (result, kept) = match synced {
+                Ok(kept) => (Ok(()), kept),
                 Err(why) => (Err(why), None),
             };
             let failed = result.is_err();
-            let done = Done { number, request: id, result, micros, unwritten };
+            let done = Done { number, request: id, result, micros, kept };
             if !self.sender.send(Input::Synced(done)) || failed {
                 return;
             }
         }
     }
 
-    /// The membership first: see [`crate::storage::configuration`]. True if there was no space for it.
-    fn keep(&self, keep: Keep) -> Result<bool, String> {
-        let written = keep.membership.map_or(Ok(()), |membership| membership.write(&self.data));
-        let unwritten = match &written {
-            Err(error) if is_full(error) => true,
-            written => written.as_ref().map(|()| false).map_err(|error| format!("keep the membership: {error}"))?,
+    /// The membership first: see [`crate::storage::configuration`]. Returns what became of it.
+    fn keep(&self, keep: Keep) -> Result<Kept, String> {
+        let kept = match keep.membership.map(|membership| membership.write(&self.data)) {
+            None => Kept::Votes,
+            Some(Ok(())) => Kept::Membership,
+            Some(Err(error)) if is_full(&error) => Kept::Unwritten,
+            Some(Err(error)) => return Err(format!("keep the membership: {error}")),
         };
         if let Some((conf, index)) = keep.conf {
             let failed = |error: LogError| format!("keep the configuration: {error}");
             self.log.set_applied_conf(conf, index).map_err(failed)?;
         }
-        Ok(unwritten)
+        Ok(kept)
     }
 }
