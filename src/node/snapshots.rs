@@ -59,6 +59,10 @@ impl Driver {
         if record.index > self.cluster.applied() {
             return reply.refuse("its disk is behind those of the others: ask again".to_owned());
         }
+        // The raft log says who votes as of what is on its disk, which must not be older than the file is.
+        if !self.syncer.has_kept_all() {
+            return reply.refuse("a change of the members is on its way to its disk: ask again".to_owned());
+        }
         let term = match self.log.term(record.index) {
             Ok(term) => term,
             Err(error) => return reply.refuse(format!("its raft log has no entry {}: {error}", record.index)),

@@ -187,7 +187,12 @@ pub struct Database {
     hold: Option<Hold>,
     /// A checkpoint is being saved.
     saving: bool,
+    /// Whether a checkpoint at this raft index may count, asked when the file has what belongs to it.
+    may_save: MaySave,
 }
+
+/// See [`Database::save_if`].
+type MaySave = Box<dyn Fn(u64) -> bool + Send>;
 
 impl Database {
     /// Opens the database `id` in `dir`, which exists, and goes back to its last checkpoint: feed it the entries
@@ -238,6 +243,7 @@ impl Database {
             sync_failed: false,
             hold: None,
             saving: false,
+            may_save: Box::new(|_| true),
         }
     }
 

@@ -91,6 +91,23 @@ pub(super) struct Worker {
     told_full: bool,
 }
 
+/// How long a checkpoint waits for the loop, which hands out what the file has already.
+const LOOP_IS_BEHIND: Duration = Duration::from_millis(500);
+/// How often it looks.
+const MOMENT: Duration = Duration::from_millis(2);
+
+/// Whether a checkpoint at `index` may count. A write is in the file as soon as a majority has it, which can be before the loop
+/// comes by it, and by a change of the members before it: the checkpoint must not leave that out.
+fn may_save(shared: &Shared, index: u64) -> bool {
+    let end = Instant::now() + LOOP_IS_BEHIND;
+    let mut goal = lock(shared);
+    while goal.applied < index && !goal.stop && Instant::now() < end {
+        // The loop wakes nobody for a single commit.
+        goal = shared.changed.wait_timeout(goal, MOMENT).unwrap_or_else(PoisonError::into_inner).0;
+    }
+    goal.applied >= index && !goal.pinned
+}
+
 /// A membership is on its way to its file: that takes moments, unless the disk is full.
 fn waits_for_pin(goal: &Goal) -> bool {
     goal.pinned && !goal.full
@@ -98,13 +115,15 @@ fn waits_for_pin(goal: &Goal) -> bool {
 
 impl Worker {
     pub fn new(
-        database: Database,
+        mut database: Database,
         log: RaftLog,
         sender: Sender,
         shared: Arc<Shared>,
         deadline: Duration,
         checkpoints: CheckpointPolicy,
     ) -> io::Result<Self> {
+        let goal = Arc::clone(&shared);
+        database.save_if(move |index| may_save(&goal, index));
         let (reader, saver) = (Arc::clone(&shared), Arc::clone(&shared));
         let saver = Saver::start(move || {
             lock(&saver).saved += 1;

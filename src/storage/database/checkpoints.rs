@@ -32,6 +32,12 @@ pub struct Checkpoint {
 }
 
 impl Database {
+    /// Has a checkpoint count only if `may_save` says so of its raft index: what comes before that in the raft log must be kept
+    /// elsewhere first. Asked on the thread that makes the checkpoint.
+    pub fn save_if(&mut self, may_save: impl Fn(u64) -> bool + Send + 'static) {
+        self.may_save = Box::new(may_save);
+    }
+
     /// Moves the durable checkpoint as far as it can go. Only if the WAL has become very long, writers wait for a
     /// moment. Until the next call, if it is complete, the file's pages up to the size of the database at C are the
     /// database at C; on a primary the file can be longer. Breaks the hold of whoever reads
@@ -67,7 +73,10 @@ impl Database {
             }
             State::Closed { .. } => (None, false, 0),
         };
-        let saving = record.filter(|record| record.index > self.record.index).map(|record| Saving {
+        let newer = record.filter(|record| record.index > self.record.index);
+        let allowed = newer.filter(|record| (self.may_save)(record.index));
+        let complete = complete && newer == allowed;
+        let saving = allowed.map(|record| Saving {
             file: Arc::clone(&self.file),
             path: self.record_path.clone(),
             database: self.id,
