@@ -2,8 +2,9 @@
 //! Must never decide about ports: leadership alone opens nothing.
 
 use raft::{
-    Config, INVALID_ID, INVALID_INDEX, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole, Storage,
-    eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState, Message, MessageType},
+    Config, GetEntriesContext, INVALID_ID, INVALID_INDEX, RawNode, ReadOnlyOption, Ready, SnapshotStatus, StateRole,
+    Storage,
+    eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState, EntryType, Message, MessageType},
 };
 
 use super::{Membership, NodeId};
@@ -66,7 +67,13 @@ impl<S: Storage> Election<S> {
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let mut raw = RawNode::new(&config, log, &logger)?;
         let log = &mut raw.raft.raft_log;
-        log.commit_to(configured.min(log.last_index()));
+        // A snapshot may have brought a configuration that is newer than it is, to a log with an end that nobody else has.
+        if (log.first_index()..=log.last_index()).contains(&configured) {
+            let own = log.slice(configured, configured + 1, None, GetEntriesContext::empty(false))?;
+            if own.iter().any(|entry| entry.get_entry_type() != EntryType::EntryNormal) {
+                log.commit_to(configured);
+            }
+        }
         Ok(Self { raw })
     }
 
