@@ -225,7 +225,7 @@ impl Call {
             Err(error) => return Err(Refusal::other(error.to_string())),
         };
         self.check_terms(certified, &hello).map_err(Refusal::other)?;
-        self.check_member(hello.from)?;
+        self.check_member(hello.from).inspect_err(|_| self.look_into_the_unknown(&hello))?;
         self.check_level(&hello)?;
         match hello.purpose {
             Purpose::Link => {
@@ -316,6 +316,27 @@ impl Call {
             return Err(not_yet(from));
         }
         Ok(())
+    }
+
+    /// The only voter has every admission in its own raft log before anybody else hears of it. If a certified member that it does
+    /// not know has a longer log, this node has an older copy of its own, of a time before it had others: nobody else would find
+    /// out, as it calls nobody, and it would elect itself.
+    fn look_into_the_unknown(&self, hello: &Hello) {
+        let (ours, me) = (self.identity.roster.membership(), self.identity.me);
+        let unknown = ours.get(hello.from).is_none() && hello.from >= ours.next_id;
+        let (Standing::Whole(own), Standing::Whole(theirs)) = (self.identity.standing, hello.standing) else { return };
+        if !unknown || !ours.voters().eq([me]) || (theirs.term <= own.term && theirs.last <= own.last) {
+            return;
+        }
+        let (by, known) = (hello.from, hello.reached.as_ref());
+        let from = known.map_or_else(|| self.from.ip().to_string(), |reached| reached.address.clone());
+        let reason = format!(
+            "node {by} at {from} is a member of this cluster with a longer raft log, and is not known here: the data folder is an \
+             older copy, of a time when this was the only member; move it away and run the join script of the cluster on this host"
+        );
+        if !self.sender.hand_over(Handover::Forgot { by, reason }) {
+            debug!(peer = by, "the consensus loop is not told that this node forgot");
+        }
     }
 
     /// A program that does not have what the cluster relies on would misread what it is sent.

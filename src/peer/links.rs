@@ -368,6 +368,11 @@ impl Links {
     }
 
     fn take_over(&mut self, item: Handover, events: &mut Vec<PeerEvent>) {
+        let item = match item {
+            // Also of one that is not known here: an older copy of a data folder does not know the newer members.
+            Handover::Forgot { by, reason } => return events.push(PeerEvent::Forgot { by, reason }),
+            item => item,
+        };
         let id = match &item {
             Handover::Outbound(id, _) | Handover::Inbound(id, ..) | Handover::Dead(id) | Handover::Twins(id) => *id,
             Handover::Removed { by, .. } | Handover::Outdated { by, .. } | Handover::Forgot { by, .. } => *by,
@@ -379,7 +384,7 @@ impl Links {
         match item {
             Handover::Removed { by, reason } => events.push(PeerEvent::Removed { by, reason }),
             Handover::Outdated { by, reason } => events.push(PeerEvent::Outdated { by, reason }),
-            Handover::Forgot { by, reason } => events.push(PeerEvent::Forgot { by, reason }),
+            Handover::Forgot { .. } => {}
             Handover::Twins(peer) => match self.twins.iter_mut().find(|(known, _)| *known == peer) {
                 Some((_, seen)) => *seen = Instant::now(),
                 None => {

@@ -13,10 +13,11 @@ use twistlock_ha::{
     cluster::{
         FEATURE_LEVEL, Member, Membership, NodeId,
         membership::{Change, Newcomer, Request},
+        reach::{Claim, Standing},
     },
     peer::{
         self, Edition, OpenError, PeerEvent, Purpose, Refusal, RefusalCode,
-        codec::{Frame, HelloReply},
+        codec::{Frame, Hello, HelloReply},
     },
     pki::{Authority, NodeTls},
 };
@@ -95,6 +96,34 @@ fn a_member_that_is_added_later_is_linked_both_ways() {
         }
     }
     nodes.iter_mut().chain([&mut third]).for_each(|node| node.end(Do::Stop));
+}
+
+/// Its data folder is of a time when it was alone: it would elect itself while the others serve.
+#[test]
+fn the_only_voter_learns_from_members_that_it_does_not_know_that_it_forgot() {
+    let authority = authority(CLUSTER);
+    let (mut membership, mut listeners) = members(19, 1);
+    membership.next_id = 2;
+    let dirs = [1, 2].map(|id| certificates(&authority, id));
+    let standing = |term, last| Standing::Whole(Claim { term, vote: 1, last });
+    let listener = listeners.pop().unwrap();
+    let mut node = Node::start_as(1, standing(2, 50), first(&membership), listener, dirs[0].path(), None);
+    let forgot =
+        |event: &PeerEvent| matches!(event, PeerEvent::Forgot { by: 2, reason } if reason.contains("older copy"));
+    let to = address(&membership, 1);
+    // One that waits to be admitted proves nothing.
+    for standing in [Standing::Unsaid, Standing::Forgotten, standing(2, 50), standing(0, 0)] {
+        let told = Frame::Hello(Hello { standing, ..hello() }).encode().unwrap();
+        assert!(matches!(call(dirs[1].path(), to, &told), HelloReply::Refused(_)));
+    }
+    node.order(Do::Mark);
+    node.log.wait_for(&["mark"], 1);
+    assert!(!node.events.try_iter().any(|(_, event)| forgot(&event)));
+    let told = Frame::Hello(Hello { standing: standing(9, 40), ..hello() }).encode().unwrap();
+    let reply = call(dirs[1].path(), to, &told);
+    assert!(matches!(&reply, HelloReply::Refused(Refusal { code: RefusalCode::Other, .. })), "{reply:?}");
+    node.wait("a word of what it forgot", forgot);
+    node.end(Do::Stop);
 }
 
 #[test]

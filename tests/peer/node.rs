@@ -163,12 +163,24 @@ impl Node {
     }
 
     pub fn start_with(me: NodeId, edition: Edition, listener: TcpListener, certificates: &Path) -> Self {
-        Self::start_beside(me, edition, listener, certificates, None)
+        Self::start_as(me, Standing::Unsaid, edition, listener, certificates, None)
     }
 
     /// One that takes datagrams beside the links.
     pub fn start_beside(
         me: NodeId,
+        edition: Edition,
+        listener: TcpListener,
+        certificates: &Path,
+        datagrams: Option<UdpSocket>,
+    ) -> Self {
+        Self::start_as(me, Standing::Unsaid, edition, listener, certificates, datagrams)
+    }
+
+    /// One that says this about its memory.
+    pub fn start_as(
+        me: NodeId,
+        standing: Standing,
         edition: Edition,
         listener: TcpListener,
         certificates: &Path,
@@ -193,7 +205,8 @@ impl Node {
             tracing::dispatcher::with_default(&links_dispatch, || drive(&mut links, &inbox, &outbox));
         });
         let bind = Some(listener.local_addr().unwrap().ip());
-        let Around { identity, editions, snapshots, tls } = Around::new(me, edition, bind, certificates);
+        let Around { mut identity, editions, snapshots, tls } = Around::new(me, edition, bind, certificates);
+        identity.standing = standing;
         let (stop, stopped) = watch::channel(false);
         let sender = wake.clone();
         let handshakes = std::thread::spawn(move || {
