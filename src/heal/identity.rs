@@ -55,7 +55,8 @@ fn speaks_of_another(data: &Path, found: &Identity) -> bool {
 /// Whom the certificate names whose key is here, if the membership knows that member.
 fn proven(data: &Path) -> Option<((ClusterId, NodeId), Membership)> {
     let (cluster, node) = NodeTls::load(&data.join("certificates")).ok()?.identity;
-    let Configuration { membership, .. } = Configuration::read(data).ok()??;
+    let known = Configuration::read(data).ok().flatten().or_else(|| Configuration::read_copy(data).ok().flatten());
+    let Configuration { membership, .. } = known?;
     let knows = membership.cluster == cluster && membership.get(node).is_some();
     knows.then_some(((cluster, node), membership))
 }

@@ -1,6 +1,6 @@
 //! `membership.json`: the raft log's entries carry the whole membership, so that the newest one that is in force is taken from
-//! there whenever the file is damaged, gone, or an older copy. What the raft log has let go of comes from the other members, with
-//! the whole database.
+//! there whenever the file is damaged, gone, or an older copy. What the raft log has let go of is in a copy of the file, or comes
+//! from the other members, with the whole database.
 
 use std::{io, path::Path};
 
@@ -77,24 +77,47 @@ pub fn membership(
     Ok(known)
 }
 
-/// What the file says; none if there is none, or was none that can be used: such a file is set aside.
+/// What the file says, or else its copy; none if neither can be used. A file that is damaged is set aside.
 ///
 /// # Errors
-/// When the file is of a newer program, cannot be read now, or cannot be moved away.
+/// When the file is of a newer program, cannot be read now, or cannot be moved away or made anew.
 pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> Result<Option<Configuration>> {
     let path = data.join(FILE);
-    let why = match read(data, identity) {
-        Ok(read) => return Ok(read),
-        Err(error) if is_rot(&error) => error,
+    let damage = match Configuration::read(data).and_then(|read| of_this_cluster(read, identity)) {
+        Ok(Some(known)) => {
+            keep_copy(data, &known);
+            return Ok(Some(known));
+        }
+        Ok(None) => None,
+        Err(error) if is_rot(&error) => Some(error),
         Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
     };
-    set_aside(data, FILE).with_context(|| format!("{} is damaged: move it away", path.display()))?;
-    notes.add(format!("{} is damaged ({why}) and was set aside", path.display()));
+    if damage.is_some() {
+        set_aside(data, FILE).with_context(|| format!("{} is damaged: move it away", path.display()))?;
+    }
+    let state =
+        damage.as_ref().map_or_else(|| "is gone".to_owned(), |why| format!("is damaged ({why}) and was set aside"));
+    let copy = Configuration::read_copy(data).and_then(|read| of_this_cluster(read, identity));
+    if let Ok(Some(copy)) = copy {
+        copy.write(data).with_context(|| format!("write {}", path.display()))?;
+        notes.add(format!("{} {state}: it was made anew from its copy, as of index {}", path.display(), copy.index));
+        return Ok(Some(copy));
+    }
+    if damage.is_some() {
+        notes.add(format!("{} {state}", path.display()));
+    }
     Ok(None)
 }
 
-fn read(data: &Path, identity: &Identity) -> io::Result<Option<Configuration>> {
-    let read = Configuration::read(data)?;
+/// An older program made none.
+fn keep_copy(data: &Path, known: &Configuration) {
+    let copied = Configuration::read_copy(data).is_ok_and(|copy| copy.as_ref() == Some(known));
+    if !copied && let Err(error) = known.write(data) {
+        warn!(%error, "{} cannot be copied", data.join(FILE).display());
+    }
+}
+
+fn of_this_cluster(read: Option<Configuration>, identity: &Identity) -> io::Result<Option<Configuration>> {
     match read.as_ref().map(|known| known.membership.cluster).filter(|cluster| *cluster != identity.cluster) {
         None => Ok(read),
         Some(other) => {

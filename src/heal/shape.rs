@@ -30,9 +30,10 @@ pub(super) const CERTIFICATES: [&str; 8] = [
     NEXT_CLUSTER_KEY,
 ];
 /// The other files, and how long they may be.
-const FILES: [(&str, u64); 9] = [
+const FILES: [(&str, u64); 10] = [
     ("identity.json", SMALL),
     (configuration::FILE, SMALL),
+    (configuration::COPY, SMALL),
     (super::PROMISE, SMALL),
     ("join.json", SMALL),
     ("join-request.json", SMALL),

@@ -19,7 +19,7 @@ use crate::{
     },
     storage::{
         DataDir, Identity,
-        configuration::{Configuration, FILE},
+        configuration::{COPY, Configuration, FILE},
         database::{Database, initial_transaction},
         raft_log::{Options, RaftLog, RealDisk},
     },
@@ -253,9 +253,7 @@ fn two_that_are_lost_at_once_are_mended_or_named() {
             let proof = |name: &str| name.ends_with(CLUSTER_KEY) || name == "identity.json";
             let pair = |one: &str, two: &str| node(one) && proof(two);
             let ca = |one: &str, two: &str| one.ends_with(CA_CERTIFICATE) && two == "identity.json";
-            let both = |one: &str, two: &str| one == "identity.json" && two == FILE;
-            let named =
-                [(one, two), (two, one)].iter().any(|(one, two)| pair(one, two) || ca(one, two) || both(one, two));
+            let named = [(one, two), (two, one)].iter().any(|(one, two)| pair(one, two) || ca(one, two));
             assert_eq!(result.is_err(), named, "{one} and {two}: {result:?}");
         }
     }
@@ -274,19 +272,23 @@ fn an_older_membership_gives_way_to_that_of_the_raft_log() {
 #[test]
 fn what_the_raft_log_has_let_go_of_is_fetched() {
     let original = Original::new();
-    let start_without = |name: &str| {
+    let start_without = |names: &[&str]| {
         let copied = folder();
         copy(original.folder.path(), copied.path());
         open_log(copied.path(), &original.identity).compact(CHANGED + 1).unwrap();
-        fs::write(copied.path().join(name), "damaged").unwrap();
+        names.iter().for_each(|name| fs::write(copied.path().join(name), "damaged").unwrap());
         start(copied.path()).unwrap().unwrap()
     };
-    for name in [FILE, "database/console.checkpoint"] {
-        let started = start_without(name);
-        assert!(started.distrusted.unwrap().contains(name.rsplit('/').next().unwrap()), "{name}");
-        assert!(started.notes.sentences().iter().any(|note| note.contains("fetched from another member")), "{name}");
+    for names in [&[FILE, COPY][..], &["database/console.checkpoint"]] {
+        let started = start_without(names);
+        assert!(started.distrusted.unwrap().contains(names[0].rsplit('/').next().unwrap()), "{names:?}");
+        assert!(started.notes.sentences().iter().any(|note| note.contains("fetched from another member")), "{names:?}");
     }
-    assert_eq!(start_without("certificates/node-key.pem").distrusted, None);
+    let started = start_without(&[FILE]);
+    assert_eq!((started.distrusted, started.configuration.membership.members.len()), (None, 3));
+    assert!(started.notes.sentences()[0].contains("made anew from its copy"));
+    assert_eq!(start_without(&[COPY]).notes, Notes::default(), "it is made again at the next start");
+    assert_eq!(start_without(&["certificates/node-key.pem"]).distrusted, None);
 }
 
 #[test]

@@ -12,7 +12,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::RecoverError;
-use crate::storage::{durable_write, fsync_dir, make_private_dir};
+use crate::storage::{
+    configuration::{COPY, FILE},
+    durable_write, fsync_dir, make_private_dir,
+};
 
 /// Where the new files are made.
 pub(super) const STAGING: &str = "recover-new";
@@ -20,8 +23,7 @@ pub(super) const STAGING: &str = "recover-new";
 const PLAN: &str = "recover.json";
 const FORMAT: u32 = 1;
 /// What is replaced, the identity last: until it is there, nothing else can be taken for the new node's.
-const NAMES: [&str; 6] =
-    ["raft-log", "raft-log.created", "database", "membership.json", "certificates", "identity.json"];
+const NAMES: [&str; 7] = ["raft-log", "raft-log.created", "database", FILE, COPY, "certificates", "identity.json"];
 
 /// A switch that was decided.
 #[derive(Debug, Serialize, Deserialize)]
@@ -191,16 +193,16 @@ mod tests {
             crashed += usize::from(result.is_err());
             let finished = finish_interrupted(data).unwrap();
             assert_eq!(finished.is_some(), result.is_err());
-            assert_eq!(content(data), ["new"; 6]);
+            assert_eq!(content(data), ["new"; 7]);
             let kept = content(&data.join(&plan.aside));
-            assert_eq!(kept, ["old", "old", "old", "none", "old", "old"], "crash at {crash_at}");
+            assert_eq!(kept, ["old", "old", "old", "none", "old", "old", "old"], "crash at {crash_at}");
             assert!(!data.join(STAGING).exists() && data.join("lock").exists());
             assert!(finish_interrupted(data).unwrap().is_none());
             if result.is_ok() {
                 break;
             }
         }
-        assert_eq!(crashed, 14);
+        assert_eq!(crashed, 16);
     }
 
     #[test]
@@ -209,14 +211,14 @@ mod tests {
         put(root.path(), "old", "");
         put(&root.path().join(STAGING), "new", "");
         assert!(finish_interrupted(root.path()).unwrap().is_none());
-        assert_eq!(content(root.path()), ["old"; 6]);
+        assert_eq!(content(root.path()), ["old"; 7]);
         assert!(!root.path().join(STAGING).exists(), "it takes the space of the next attempt");
         put(&root.path().join(STAGING), "new", "");
         fs::write(root.path().join(PLAN), "{\"format\":2,\"aside\":\"x\"}").unwrap();
         assert!(matches!(finish_interrupted(root.path()), Err(RecoverError::Unusable(_))));
         fs::write(root.path().join(PLAN), "{\"format\":1,\"aside\":\"../x\"}").unwrap();
         assert!(matches!(finish_interrupted(root.path()), Err(RecoverError::Unusable(_))));
-        assert_eq!(content(root.path()), ["old"; 6]);
-        assert_eq!(content(&root.path().join(STAGING)), ["new"; 6], "the other version may need it");
+        assert_eq!(content(root.path()), ["old"; 7]);
+        assert_eq!(content(&root.path().join(STAGING)), ["new"; 7], "the other version may need it");
     }
 }

@@ -15,6 +15,8 @@ use crate::cluster::{Membership, membership::MAX_ENCODED};
 
 /// Name of the file in the data folder.
 pub const FILE: &str = "membership.json";
+/// The same once more: a member that does not know the others any more could ask nobody.
+pub const COPY: &str = "membership.json.copy";
 /// Version of the file that this program writes.
 const FORMAT: u64 = 1;
 
@@ -31,22 +33,36 @@ impl Configuration {
     /// # Errors
     /// Read errors; with a reason `InvalidData` for a damaged file, `Unsupported` for that of a newer program.
     pub fn read(data: &Path) -> io::Result<Option<Self>> {
+        Self::read_from(&data.join(FILE))
+    }
+
+    /// The same of the copy, which may be older by one change.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub fn read_copy(data: &Path) -> io::Result<Option<Self>> {
+        Self::read_from(&data.join(COPY))
+    }
+
+    fn read_from(path: &Path) -> io::Result<Option<Self>> {
         let mut bytes = Vec::new();
-        match File::open(data.join(FILE)).and_then(|file| file.take(4 * MAX_ENCODED as u64).read_to_end(&mut bytes)) {
+        match File::open(path).and_then(|file| file.take(4 * MAX_ENCODED as u64).read_to_end(&mut bytes)) {
             Ok(_) => decode(&bytes).map(Some),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Makes this the membership in force, durably.
+    /// Makes this the membership in force, durably, and then its copy.
     ///
     /// # Errors
     /// Those of the file system; the old one is in place then, or the new one is.
     pub fn write(&self, data: &Path) -> io::Result<()> {
         let membership: Value = serde_json::from_slice(&self.membership.encode())?;
         let file = serde_json::json!({ "format": FORMAT, "index": self.index, "membership": membership });
-        durable_write(&data.join(FILE), &checked::encode(file)?)
+        let bytes = checked::encode(file)?;
+        durable_write(&data.join(FILE), &bytes)?;
+        durable_write(&data.join(COPY), &bytes)
     }
 }
 
@@ -80,7 +96,8 @@ mod tests {
         let members = vec![Member::founder(1, "a", "127.0.0.1", 8086)];
         let configuration = Configuration { index: 9, membership: Membership::founded(ClusterId(7), members) };
         configuration.write(folder.path()).unwrap();
-        assert_eq!(Configuration::read(folder.path()).unwrap(), Some(configuration));
+        assert_eq!(Configuration::read(folder.path()).unwrap(), Some(configuration.clone()));
+        assert_eq!(Configuration::read_copy(folder.path()).unwrap(), Some(configuration));
         let path = folder.path().join(FILE);
         let text = std::fs::read_to_string(&path).unwrap();
         for damaged in [&text[1..], &text.replace("\"index\"", "\"other\""), &text.replace("127", "128"), ""] {
