@@ -260,12 +260,7 @@ fn harm(step: &Step, site: &Site, node: usize) -> Result<(String, End), String> 
         }
         Pause => {
             let refused = operate(site, Operation::Pause { seconds: 600 }).err();
-            // It may have been done though its outcome was unknown.
-            let resume = |site: &Site| match operate(site, Operation::Resume {}) {
-                Err(why) if !why.contains("is not paused") => Err(why),
-                _ => Ok(()),
-            };
-            let end = move |site: &Site| wait_done("resume", || resume(site));
+            let end = |site: &Site| wait_done("resume", || resume(site));
             Ok((refused.map(|why| format!(": {why}")).unwrap_or_default(), Box::new(end)))
         }
         Rejoin => {
@@ -433,6 +428,21 @@ fn empty(folder: &Path) -> io::Result<()> {
 fn operate(site: &Site, operation: Operation) -> Result<serde_json::Value, String> {
     let primary = site.primary().ok_or("there is no PRIMARY")?;
     control::operate(&site.node(primary).control, operation, OPERATION_LIMIT).map_err(|error| error.to_string())
+}
+
+/// Ends a pause. Without a PRIMARY that is done on each node alone, so that there is one.
+fn resume(site: &Site) -> Result<(), String> {
+    if site.primary().is_none() {
+        for node in 0..3 {
+            let operation = Operation::Resume {};
+            let _ = control::operate::<serde_json::Value>(&site.node(node).control, operation, OPERATION_LIMIT);
+        }
+    }
+    match operate(site, Operation::Resume {}) {
+        // It may have been done though its outcome was unknown.
+        Err(why) if !why.contains("is not paused") => Err(why),
+        _ => Ok(()),
+    }
 }
 
 /// Tries until it is done.
