@@ -172,8 +172,19 @@ pub struct Record {
 impl Record {
     /// Writes down that it begins.
     pub async fn begin(audit: &Arc<dyn Audit>, actor: &Actor, act: Act) -> Self {
-        let ticket = audit.begin(actor, act).await;
-        Self { audit: Arc::clone(audit), ticket: Some(ticket) }
+        let (own, begins, actor) = (Arc::clone(audit), Arc::clone(audit), actor.clone());
+        // A task of its own: if whoever waits for this goes away, the record is made all the same, and its end says so.
+        let begun = tokio::spawn(async move {
+            let ticket = begins.begin(&actor, act).await;
+            Self { audit: begins, ticket: Some(ticket) }
+        });
+        match begun.await {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::error!("the beginning of an operation is not in the audit: {error}");
+                Self { audit: own, ticket: None }
+            }
+        }
     }
 
     /// The operation's ticket.
@@ -247,5 +258,33 @@ mod tests {
         assert!(!refused.is_done() && Outcome::Done.is_done());
         assert_eq!(Actor::local("root", 0, "node1").to_string(), "root (local on node1, uid 0)");
         assert_eq!(Actor::user("ann", [192, 0, 2, 1].into()).to_string(), "ann");
+    }
+
+    /// Writes nothing before it is told to, and notes what ends.
+    struct Slow(tokio::sync::Semaphore, tokio::sync::watch::Sender<Vec<Outcome>>);
+
+    impl Audit for Slow {
+        fn begin<'a>(&'a self, _: &'a Actor, _: Act) -> BoxFuture<'a, Ticket> {
+            Box::pin(async { self.0.acquire().await.map(|_| Ticket::new()).unwrap() })
+        }
+
+        fn end(&self, _: Ticket, outcome: Outcome) -> BoxFuture<'_, ()> {
+            self.1.send_modify(|ended| ended.push(outcome));
+            Box::pin(async {})
+        }
+    }
+
+    /// Else its row would say "begun" for ever, and a later PRIMARY would guess what became of it.
+    #[tokio::test]
+    async fn who_goes_away_before_the_row_is_written_leaves_an_end_too() {
+        let (ended, mut seen) = tokio::sync::watch::channel(Vec::new());
+        let slow = Arc::new(Slow(tokio::sync::Semaphore::new(0), ended));
+        let audit: Arc<dyn Audit> = slow.clone();
+        let actor = Actor::local("root", 0, "node1");
+        let begin = Record::begin(&audit, &actor, Act::new("switchover", "high availability"));
+        tokio::time::timeout(std::time::Duration::from_millis(1), begin).await.err().expect("it waits");
+        slow.0.add_permits(1);
+        let ended = seen.wait_for(|ended| !ended.is_empty()).await.unwrap();
+        assert!(matches!(&ended[..], [Outcome::Unknown(why)] if why.contains("went away")), "{ended:?}");
     }
 }

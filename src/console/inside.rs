@@ -332,8 +332,9 @@ impl Audit for Inside {
             let ticket = Ticket::new();
             let (time, actor, epoch) = (unix_time(), actor.clone(), self.0.status.borrow().epoch);
             let row = Row { time, actor, act, epoch };
+            // First: whoever finds the row in the table must not take it for one that nobody goes on with.
+            locked(&self.0.under_way).insert(ticket.clone(), row.clone());
             self.write(&ticket, &row, None).await;
-            locked(&self.0.under_way).insert(ticket.clone(), row);
             ticket
         })
     }
