@@ -152,8 +152,15 @@ pub fn plan(rng: &mut SmallRng, wanted: &[Kind]) -> Vec<Step> {
         let kind = wanted[rng.random_range(0..wanted.len())];
         let (primary, choice) = (rng.random_bool(0.5), rng.random());
         let (at, lasts) = (rng.random_range(0..2500), rng.random_range(kind.span()));
-        let crowded =
-            kind.alone() || steps.iter().any(|step| step.kind.alone() || (step.kind.memory() && kind.memory()));
+        // A pause cannot be ended while the disk of the PRIMARY is full, and is ended before the disk is.
+        let dull = |one: Kind, other: Kind| one == Kind::Pause && other == Kind::DiskFull;
+        let crowded = kind.alone()
+            || steps.iter().any(|step| {
+                step.kind.alone()
+                    || (step.kind.memory() && kind.memory())
+                    || dull(step.kind, kind)
+                    || dull(kind, step.kind)
+            });
         if number > 0 && crowded {
             continue;
         }

@@ -64,10 +64,12 @@ fn stop(data: &Path, signal: Signal) {
     let Some(pid) = pid_of(data) else { return };
     // It may end by itself just now.
     let _ = kill(pid, signal);
-    // Its program is gone before its files are, and with them the lock of the data folder.
+    // The first of its threads is gone before its files are, and with them the lock of the data folder: the last one takes them.
     let lives = || {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        status.lines().any(|line| line.starts_with("State:") && !line.contains("Z (") && !line.contains("X ("))
+        let first =
+            status.lines().any(|line| line.starts_with("State:") && !line.contains("Z (") && !line.contains("X ("));
+        first || fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
     };
     wait_until("the daemon has ended", || !lives());
 }
