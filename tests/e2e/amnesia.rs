@@ -114,7 +114,7 @@ const HARMS: [Harm; 13] = [
         "raft log and all that tells of it removed",
         |data, _| {
             fs::remove_dir_all(data.join("raft-log")).unwrap();
-            let others = ["raft-log.created", "memory.json", "membership.json"];
+            let others = ["raft-log.created", "memory.json", "membership.json", "membership.json.copy"];
             others.iter().for_each(|name| drop(fs::remove_file(data.join(name))));
         },
         Some(true),

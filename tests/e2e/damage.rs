@@ -192,7 +192,10 @@ fn what_cannot_be_mended_is_one_line() {
     let lines: &[(&[(&str, &str)], &str)] = &[
         (&[("certificates/node-key.pem", "cut"), ("certificates/cluster.key", "cut")], "node-key.pem"),
         (&[("identity.json", "emptied"), ("certificates/node-key.pem", "removed")], "identity.json"),
-        (&[("identity.json", "removed"), ("membership.json", "removed")], "identity.json"),
+        (
+            &[("identity.json", "removed"), ("membership.json", "removed"), ("membership.json.copy", "removed")],
+            "identity.json",
+        ),
         (&[("lock", "a folder")], "lock"),
     ];
     for (files, named) in lines {
