@@ -75,13 +75,14 @@ impl Segment {
         if bytes[..8] != *MAGIC {
             return Err(damaged("it does not begin like a segment of a raft log"));
         }
-        let version = u32_at(&bytes, 8);
-        if version > VERSION {
-            return Err(LogError::Newer { path, found: version, known: VERSION });
-        }
+        // First, as a turned bit must not pass for a newer program: whatever the format, the checksum is there.
         let seed = u32_at(&bytes, 12);
         if header_crc(&bytes) != seed {
             return Err(damaged("the checksum of its header is wrong"));
+        }
+        let version = u32_at(&bytes, 8);
+        if version > VERSION {
+            return Err(LogError::Newer { path, found: version, known: VERSION });
         }
         let found = (ClusterId(u64_at(&bytes, 16) as u128 | (u64_at(&bytes, 24) as u128) << 64), u64_at(&bytes, 32));
         if found != owner {

@@ -200,8 +200,13 @@ fn another_owner_and_a_newer_format_are_refused() {
     let error = again((ClusterId(10), 3)).to_string();
     assert!(error.contains(&ClusterId(9).to_string()) && error.contains(&ClusterId(10).to_string()), "{error}");
     let path = segment_path(root.path(), 1);
-    let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+    let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     DiskFile::write_at(&file, &2u32.to_le_bytes(), 8).unwrap();
+    assert!(matches!(again(OWNER), LogError::Damaged { .. }), "a turned bit is no newer program");
+    let mut header = [0; 64];
+    DiskFile::read_at(&file, &mut header, 0).unwrap();
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&header[..12]), &header[16..]);
+    DiskFile::write_at(&file, &crc.to_le_bytes(), 12).unwrap();
     assert!(matches!(again(OWNER), LogError::Newer { found: 2, known: 1, .. }));
 }
 
