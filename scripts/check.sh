@@ -13,7 +13,8 @@ Checks formatting, lints, shell scripts and dependencies, and runs all tests.
   --no-install  do not install missing Debian packages (done only as root)
   --help        this text
 
-CHAOS_SECONDS=N sets how long random faults are tried: 60 unless given. scripts/chaos.sh --minutes 60 is for the night.
+CHAOS_SECONDS=N sets how long random faults are tried, 60 unless given, and CHAOS_SEED=N which: the same ones each time unless
+given. scripts/chaos.sh --minutes 60 is for the night, with others each time.
 TEXT
 }
 
@@ -201,7 +202,7 @@ if [ "$quick" = false ]; then
     install_on_hosts --systemd
     step "random faults"
     # tests/chaos reads it.
-    CHAOS_SECONDS=${CHAOS_SECONDS:-60} private cargo test --locked --test chaos
+    CHAOS_SECONDS=${CHAOS_SECONDS:-60} CHAOS_SEED=${CHAOS_SEED:-2911} private cargo test --locked --test chaos
 fi
 
 step "all checks passed"
