@@ -92,7 +92,7 @@
 //! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //!
-//! `tests/tidy.rs` holds the permitted dependencies between them. `docs/formats.md` has each file of a data folder, and what
+//! `tests/tidy` holds the permitted dependencies between them. `docs/formats.md` has each file of a data folder, and what
 //! happens when it is lost or damaged.
 //!
 //! # Words

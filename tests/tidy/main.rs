@@ -1,11 +1,16 @@
 //! The rules of the house as tests: who may depend on whom, how long things may be, what may not be written.
 //! Reads the sources as text and never compiles them. Each rule is shown a bad sample, so that it is known to fail.
 
+mod circles;
+mod text;
+
 use std::{
     fs,
     ops::Range,
     path::{Path, PathBuf},
 };
+
+use text::{Source, behind_block, blank, body, skip_blanks, test_regions, text, word_at, words};
 
 /// Every module of the library and what it may use, outermost first (DESIGN section 3). An entry may name a module inside a module.
 /// `telemetry` owns nothing but names and may be used by all that are not pure.
@@ -70,172 +75,6 @@ const UNSAFE_HOME: [&str; 2] = ["src/storage/vfs.rs", "src/storage/vfs/"];
 const EMPTY_NAMES: &[&str] = &["util", "utils", "common", "types", "helpers", "misc"];
 /// Functions in tests/ that wait for a condition or set a pace, and therefore may sleep, by the start of their names.
 const MAY_SLEEP: &[&str] = &["wait_", "poll_", "sample_", "pace_"];
-
-/// A source file, and the same text with comments, strings and characters blanked out (positions stay the same).
-struct Source {
-    path: String,
-    raw: String,
-    code: String,
-}
-
-impl Source {
-    fn new(path: &str, raw: &str) -> Self {
-        Self { path: path.to_owned(), raw: raw.to_owned(), code: blank_text(raw) }
-    }
-
-    /// The same with everything under `#[cfg(test)]` blanked out.
-    fn without_tests(&self) -> Self {
-        let mut code = self.code.clone().into_bytes();
-        let mut raw = self.raw.clone().into_bytes();
-        for region in test_regions(&self.code) {
-            blank(&mut code, region.clone());
-            blank(&mut raw, region);
-        }
-        Self { path: self.path.clone(), raw: text(raw), code: text(code) }
-    }
-
-    fn at(&self, position: usize, what: &str) -> String {
-        let line = self.raw.as_bytes()[..position].iter().filter(|byte| **byte == b'\n').count() + 1;
-        format!("{}:{line}: {what}", self.path)
-    }
-}
-
-fn text(bytes: Vec<u8>) -> String {
-    String::from_utf8(bytes).expect("only whole characters are blanked out")
-}
-
-fn blank(bytes: &mut [u8], range: Range<usize>) {
-    for byte in bytes[range].iter_mut().filter(|byte| **byte != b'\n') {
-        *byte = b' ';
-    }
-}
-
-fn is_word(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || byte == b'_' || byte >= 0x80
-}
-
-/// Where the comment, string or character that begins at `i` ends; `None` if none begins there.
-fn end_of_text(bytes: &[u8], i: usize) -> Option<usize> {
-    let rest = &bytes[i..];
-    let find = |from: usize, what: &[u8]| rest[from..].windows(what.len()).position(|w| w == what).map(|at| from + at);
-    let all = rest.len();
-    let length = match rest[0] {
-        b'/' if rest.starts_with(b"//") => find(0, b"\n").unwrap_or(all),
-        b'/' if rest.starts_with(b"/*") => {
-            let (mut depth, mut at) = (1, 2);
-            while depth > 0 && at < all {
-                (depth, at) = match &rest[at..] {
-                    [b'/', b'*', ..] => (depth + 1, at + 2),
-                    [b'*', b'/', ..] => (depth - 1, at + 2),
-                    _ => (depth, at + 1),
-                };
-            }
-            at
-        }
-        b'r' if i == 0 || !is_word(bytes[i - 1]) || (matches!(bytes[i - 1], b'b' | b'c')) => {
-            let hashes = rest[1..].iter().take_while(|byte| **byte == b'#').count();
-            if rest.get(1 + hashes) != Some(&b'"') {
-                return None;
-            }
-            let close = [b"\"".as_slice(), &b"#".repeat(hashes)].concat();
-            find(2 + hashes, &close).map_or(all, |at| at + close.len())
-        }
-        quote @ (b'"' | b'\'') => {
-            // A lifetime is a quote, a word and no closing quote.
-            let character = rest.get(1) == Some(&b'\\') || {
-                let first = String::from_utf8_lossy(&rest[1..all.min(5)]).chars().next().map_or(1, char::len_utf8);
-                rest.get(1 + first) == Some(&b'\'')
-            };
-            if quote == b'\'' && !character {
-                return None;
-            }
-            let mut at = 1;
-            while at < all && rest[at] != quote {
-                at += if rest[at] == b'\\' { 2 } else { 1 };
-            }
-            (at + 1).min(all)
-        }
-        _ => return None,
-    };
-    Some(i + length)
-}
-
-fn blank_text(raw: &str) -> String {
-    let mut bytes = raw.as_bytes().to_vec();
-    let mut i = 0;
-    while i < bytes.len() {
-        match end_of_text(&bytes, i) {
-            Some(end) => {
-                blank(&mut bytes, i..end);
-                i = end;
-            }
-            None => i += 1,
-        }
-    }
-    text(bytes)
-}
-
-/// Positions of a whole word.
-fn words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
-    let bytes = code.as_bytes();
-    code.match_indices(word).map(|(at, _)| at).filter(move |at| {
-        let before = at.checked_sub(1).is_none_or(|i| !is_word(bytes[i]));
-        before && bytes.get(at + word.len()).is_none_or(|byte| !is_word(*byte))
-    })
-}
-
-fn skip_blanks(code: &str, at: usize) -> usize {
-    at + code[at..].len() - code[at..].trim_start().len()
-}
-
-fn word_at(code: &str, at: usize) -> &str {
-    let end = code.as_bytes()[at..].iter().position(|byte| !is_word(*byte)).map_or(code.len(), |n| at + n);
-    &code[at..end]
-}
-
-/// The position behind the bracket that closes the one at `open`.
-fn behind_block(code: &str, open: usize) -> usize {
-    let mut depth = 0;
-    for (i, byte) in code.bytes().enumerate().skip(open) {
-        match byte {
-            b'{' | b'[' | b'(' => depth += 1,
-            b'}' | b']' | b')' => depth -= 1,
-            _ => {}
-        }
-        if depth == 0 {
-            return i + 1;
-        }
-    }
-    code.len()
-}
-
-/// The position of the `{` that opens the body of the item at `at`; `None` if it has none.
-fn body(code: &str, at: usize) -> Option<usize> {
-    let mut i = at;
-    while i < code.len() {
-        i = match code.as_bytes()[i] {
-            b'{' => return Some(i),
-            b';' => return None,
-            b'(' | b'[' => behind_block(code, i),
-            _ => i + 1,
-        };
-    }
-    None
-}
-
-fn test_regions(code: &str) -> Vec<Range<usize>> {
-    let starts = ["#[cfg(test)]", "#[cfg(all(test,"].into_iter().flat_map(|mark| code.match_indices(mark));
-    starts
-        .map(|(start, _)| {
-            let behind_attribute = behind_block(code, start + 1);
-            let end = match body(code, behind_attribute) {
-                Some(open) => behind_block(code, open),
-                None => code[behind_attribute..].find(';').map_or(code.len(), |n| behind_attribute + n + 1),
-            };
-            start..end
-        })
-        .collect()
-}
 
 /// Adds the paths of the use tree (or plain path) at `at` to `out`, each below `prefix`.
 fn paths_of(code: &str, at: usize, prefix: &[String], out: &mut Vec<Vec<String>>) {
@@ -336,13 +175,13 @@ fn dependencies(source: &Source) -> Vec<String> {
         match PROGRAMS.iter().find(|(path, _)| *path == source.path) {
             Some((_, None)) => return vec![],
             Some((path, Some(allowed))) => ((*path).to_owned(), *allowed),
-            None => return vec![format!("{}: this program is not in the table of tests/tidy.rs", source.path)],
+            None => return vec![format!("{}: this program is not in the table of tests/tidy", source.path)],
         }
     } else {
         let name = module_of(&source.path).swap_remove(0);
         match DEPENDENCIES.iter().find(|(module, _)| *module == name) {
             Some((_, allowed)) => (name, *allowed),
-            None => return vec![format!("{}: module {name} is not in the table of tests/tidy.rs", source.path)],
+            None => return vec![format!("{}: module {name} is not in the table of tests/tidy", source.path)],
         }
     };
     let foreign = own_paths(source).into_iter().filter(|(_, path)| {
@@ -676,22 +515,4 @@ fn public_items_are_explained() {
         "/// A.\n#[derive(\n    Debug\n)]\n// why\npub struct A { pub b: u8 }\n",
     );
     accepts(public_items_have_docs, "src/a.rs", "//! a\npub mod b;\npub use b::C;\npub(crate) fn d() {}\nfn e() {}\n");
-}
-
-#[test]
-fn blanking_keeps_code_and_positions() {
-    let samples = [
-        ("a // b\nc", "a     \nc"),
-        ("a /* /* b */ c */ d", "a                 d"),
-        ("\"a\\\"b\" c", "       c"),
-        ("r#\"a\"b\"# c", "         c"),
-        ("br\"\\\" c", "b     c"),
-        ("'a' 'b '\\'' '\"' c", "    'b          c"),
-        ("&'static str", "&'static str"),
-        ("r#type", "r#type"),
-        ("'ä' b", "     b"),
-    ];
-    for (raw, code) in samples {
-        assert_eq!(blank_text(raw), code, "{raw}");
-    }
 }
