@@ -10,7 +10,8 @@ use tracing::info;
 use crate::{
     cluster::{
         ClusterId, Member, Membership, NodeId,
-        membership::{check_host, console_names_that_fit, place},
+        roster::{check_host, place},
+        shared::console_names_that_fit,
     },
     config::Config,
     pki::Authority,

@@ -15,7 +15,7 @@ use std::{
 use terminal::Terminal;
 use twistlock_ha::{
     admin::{Certificates, Check, Custom, SwitchoverReport},
-    cluster::{ClusterId, Member, Membership, Role, membership::Request},
+    cluster::{ClusterId, Member, Membership, Role, shared::Request},
     control::{Answer, ControlHandler, ControlSocket, JoinScript, Operation, Peer},
     events::{Event, Kind, Severity},
     node::{CertificateSource, CertificateStatus, MemberStatus, Status},

@@ -14,7 +14,9 @@ use crate::{
     cluster::{
         Change, Membership, Newcomer, NodeId,
         level::{FIRST_LEVEL, outdated},
-        membership::{CLUSTER_SIZE, MAX_CONSOLE_NAMES, Request, check_host},
+        limits::MAX_CONSOLE_NAMES,
+        roster::{CLUSTER_SIZE, check_host},
+        shared::Request,
     },
     join::{JoinRequest, RequestState, Token},
     pki::{self, Authority, SigningRequest},

@@ -8,7 +8,7 @@ use tracing::info;
 
 use super::{AdminError, Operations, now};
 use crate::{
-    cluster::{Change, Membership, NodeId, console_certificate::CustomCertificate},
+    cluster::{Change, Membership, NodeId, shared::console_certificate::CustomCertificate},
     node::CertificateStatus,
     pki::{self, CertificateInfo, ClusterKeys, Pair, PkiError},
 };
@@ -211,7 +211,7 @@ pub(super) fn missing(membership: &Membership, info: &CertificateInfo, only: Opt
 mod tests {
     use super::*;
     use crate::{
-        cluster::{ClusterId, Member, membership::Removed, trust::KeyId},
+        cluster::{ClusterId, Member, roster::Removed, trust::KeyId},
         pki::Authority,
     };
 

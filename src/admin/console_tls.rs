@@ -27,7 +27,7 @@ use super::{
     renewal::is_due,
 };
 use crate::{
-    cluster::{Membership, NodeId, console_certificate::CustomCertificate},
+    cluster::{Membership, NodeId, shared::console_certificate::CustomCertificate},
     node::{CertificateSource, CertificateStatus, Handle},
     pki::{
         self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKeys, NodeTls, Pair,

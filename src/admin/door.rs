@@ -12,7 +12,7 @@ use super::{
     audit::{Act, Actor, Audit, Outcome, Record},
 };
 use crate::{
-    cluster::{Membership, NodeId, membership::Webhook},
+    cluster::{Membership, NodeId, shared::webhook::Webhook},
     join::{JoinRequest, RequestState, hex},
     node::{Handle, Status},
 };

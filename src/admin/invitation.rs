@@ -10,10 +10,7 @@ use tracing::info;
 
 use super::{AdminError, Invited, Operations, locked, now};
 use crate::{
-    cluster::{
-        Change, Membership,
-        membership::{Invitation, place},
-    },
+    cluster::{Change, Membership, roster::place, shared::Invitation},
     join::Token,
     pki,
 };

@@ -9,7 +9,7 @@ use super::{AdminError, Operations, now};
 use crate::{
     cluster::{
         Change, Membership, NodeId, Role,
-        membership::{Pause, place},
+        roster::{Pause, place},
     },
     node::MemberStatus,
 };

@@ -77,7 +77,7 @@ pub trait Ports: Send + Sync {
 /// A new invitation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invited {
-    /// By which the status knows it: see [`crate::cluster::membership::Invitation::id`].
+    /// By which the status knows it: see [`crate::cluster::shared::Invitation::id`].
     pub id: String,
     /// The join token: whoever has it may ask to join. Kept nowhere.
     pub token: String,

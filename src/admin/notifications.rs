@@ -3,7 +3,7 @@
 use tracing::info;
 
 use super::{AdminError, Operations};
-use crate::cluster::{Change, membership::Webhook};
+use crate::cluster::{Change, shared::webhook::Webhook};
 
 impl Operations {
     /// The webhooks, without their secrets; true where there is one.

@@ -1,4 +1,4 @@
-//! The beginning of what [`crate::cluster::trust`] describes: a new cluster key, a new certificate authority. What follows goes
+//! The beginning of what [`crate::cluster::shared::authority`] describes: a new cluster key, a new certificate authority. What follows goes
 //! on by itself under whoever is primary. Must never let the private key of an authority out of here but in its sealed form.
 
 use std::{ops::RangeInclusive, time::Duration};
@@ -7,10 +7,7 @@ use tracing::info;
 
 use super::{AdminError, Operations};
 use crate::{
-    cluster::{
-        Change,
-        trust::{Coming, KeyId},
-    },
+    cluster::{Change, shared::authority::Coming, trust::KeyId},
     pki::{Authority, ClusterKeys, PkiError},
 };
 

@@ -190,7 +190,7 @@ fn furthest(status: &Status) -> Option<NodeId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, membership::Pause, trust::Holdings};
+    use crate::cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, roster::Pause, trust::Holdings};
 
     /// Node 1 is primary; the others as given.
     fn status(others: &[(Role, u64, &str)]) -> Status {

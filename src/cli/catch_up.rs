@@ -16,7 +16,7 @@ use super::{
     table::size,
 };
 use crate::{
-    cluster::{Role, membership::CLUSTER_SIZE},
+    cluster::{Role, roster::CLUSTER_SIZE},
     node::{Status, SyncProgress},
 };
 

@@ -34,7 +34,7 @@ use super::{
     stop::{EX_FOUND, EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
 };
 use crate::{
-    cluster::{Role, membership::CLUSTER_SIZE},
+    cluster::{Role, roster::CLUSTER_SIZE},
     control,
     node::{
         Status,
@@ -364,7 +364,7 @@ mod tests {
     use rustls::{ServerConfig, ServerConnection};
 
     use super::*;
-    use crate::{cli::canary::Console, cluster::membership::Pause, https::Trust, node::verdict::tests::healthy};
+    use crate::{cli::canary::Console, cluster::roster::Pause, https::Trust, node::verdict::tests::healthy};
 
     #[test]
     fn only_a_healthy_cluster_is_put_to_the_test() {

@@ -3,7 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::{
-    cluster::{Role, membership::CLUSTER_SIZE},
+    cluster::{Role, roster::CLUSTER_SIZE},
     node::{Status, verdict::paused},
 };
 
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
     use crate::{
         cli::table::tests::request,
-        cluster::{NodeId, membership::Pause},
+        cluster::{NodeId, roster::Pause},
         node::verdict::tests::healthy,
     };
 

@@ -15,10 +15,7 @@ use super::{
 };
 use crate::{
     admin::SwitchoverReport,
-    cluster::{
-        NodeId,
-        membership::{CLUSTER_SIZE, Request},
-    },
+    cluster::{NodeId, roster::CLUSTER_SIZE, shared::Request},
     control::{JoinScript, Operation},
     node::{MemberStatus, Status},
 };

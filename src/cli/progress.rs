@@ -69,7 +69,7 @@ fn renewal(status: &Status) -> Option<String> {
 mod tests {
     use super::*;
     use crate::{
-        cluster::trust::{KeyId, Rekey},
+        cluster::{shared::authority::Rekey, trust::KeyId},
         node::verdict::tests::healthy,
     };
 

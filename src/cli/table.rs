@@ -11,7 +11,8 @@ use super::{
 use crate::{
     cluster::{
         Role,
-        membership::{Pause, Removed, Request},
+        roster::{Pause, Removed},
+        shared::Request,
     },
     node::{
         MemberStatus, Status, SyncProgress,

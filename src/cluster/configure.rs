@@ -6,7 +6,7 @@ use raft::{
     eraftpb::{ConfState, Entry, EntryType, Message, MessageType},
 };
 
-use super::{Change, Cluster, Membership, NodeId, Phase, membership};
+use super::{Change, Cluster, Membership, NodeId, Phase, limits::Impossible, roster::Pause};
 
 /// A member that was not heard of for this long, in nanoseconds, does not count for a majority after a removal.
 const HEARD_LATELY: u64 = 1_000_000_000;
@@ -30,7 +30,7 @@ pub enum ChangeError {
     #[error("another change of the membership is under way: try again")]
     Busy,
     #[error(transparent)]
-    Impossible(#[from] membership::Impossible),
+    Impossible(#[from] Impossible),
 }
 
 impl<S: Storage> Cluster<S> {
@@ -39,7 +39,7 @@ impl<S: Storage> Cluster<S> {
         (&self.membership, self.membership_index)
     }
 
-    /// Until then (0: from now on) only [`membership::Pause::primary`] may become primary, if the membership names one.
+    /// Until then (0: from now on) only [`Pause::primary`] may become primary, if the membership names one.
     pub fn set_paused(&mut self, now: u64, until: u64) {
         self.paused_until = until;
         self.observe(now);
@@ -50,8 +50,31 @@ impl<S: Storage> Cluster<S> {
         now < self.paused_until && self.membership.pause.is_some()
     }
 
+    /// True if the cluster relies on what this program does not have: it must not become primary.
+    pub fn is_outdated(&self) -> bool {
+        self.membership.level > self.level
+    }
+
+    /// Refuses what not all members would understand.
+    fn check_level(&self, change: &Change) -> Result<(), Impossible> {
+        let needed = match change {
+            Change::Raise { level, .. } if *level > self.level => {
+                return Err(Impossible(format!("this program has feature level {}, not {level}", self.level)));
+            }
+            change => change.needs(),
+        };
+        if needed > self.membership.level {
+            return Err(Impossible(format!(
+                "this needs feature level {needed}, and the cluster runs level {}: it rises by itself once all members run a \
+                 program that has it (twistcli ha status shows the versions)",
+                self.membership.level
+            )));
+        }
+        Ok(())
+    }
+
     pub(super) fn is_paused(&self, now: u64) -> bool {
-        let other = |pause: &membership::Pause| pause.primary != self.node;
+        let other = |pause: &Pause| pause.primary != self.node;
         self.is_takeover_paused(now) && self.membership.pause.as_ref().is_some_and(other)
     }
 
@@ -112,7 +135,7 @@ impl<S: Storage> Cluster<S> {
             return Ok(());
         }
         let name = self.membership.get(gone).map_or("this member", |member| &member.name);
-        Err(ChangeError::Impossible(membership::Impossible(format!(
+        Err(ChangeError::Impossible(Impossible(format!(
             "without {name}, only {up} of {all} members with a vote answer: that is no majority, and the service would stop \
              until another one is back; remove the member that does not answer instead, or use force"
         ))))

@@ -8,12 +8,10 @@
 //! | level | what hangs on it |
 //! |---|---|
 //! | 1 | everything before levels were introduced |
-//! | 2 | the cluster key and the certificate authority are replaced ([`super::trust`]); webhooks; names and certificate of the Consoles |
+//! | 2 | the cluster key and the certificate authority are replaced ([`super::shared::authority`]); webhooks; names and certificate of the Consoles |
 //!
 //! A new level is needed for everything that an older program would misread or drop: another field of the membership, another
 //! kind of entry, another purpose of a connection that something hangs on. What is only shown to people needs none.
-
-use super::{Change, Cluster, membership::Impossible};
 
 /// What this program can do.
 ///
@@ -37,65 +35,10 @@ pub(super) fn is_first(level: &u32) -> bool {
     *level == FIRST_LEVEL
 }
 
-impl Change {
-    /// The level that must be in force for this change. Whoever adds a change has to decide about it here.
-    fn needs(&self) -> u32 {
-        match self {
-            Change::Invite { .. }
-            | Change::Uninvite
-            | Change::Request { .. }
-            | Change::Reject { .. }
-            | Change::Admit { .. }
-            | Change::Authority { .. }
-            | Change::Promote
-            | Change::Demote { .. }
-            | Change::Remove { .. }
-            | Change::Readdress { .. }
-            | Change::Pause { .. }
-            | Change::Resume
-            | Change::Raise { .. } => FIRST_LEVEL,
-            Change::Rekey
-            | Change::AnnounceKey { .. }
-            | Change::Reseal { .. }
-            | Change::IntroduceAuthority { .. }
-            | Change::SwitchAuthority { .. }
-            | Change::DropAuthority
-            | Change::ConsoleNames { .. }
-            | Change::CustomCertificate { .. }
-            | Change::Notify { .. } => 2,
-        }
-    }
-}
-
 /// Why a node with an older program may not take part, and what to do: the same words in log, status and refusals.
 pub fn outdated(who: &str, (version, has): (&str, u32), (needed, level): (&str, u32)) -> String {
     format!(
         "{who} runs version {version}, which has feature level {has}, but the cluster runs level {level}: install version \
          {needed} or newer on that host and start it again; its data stay as they are"
     )
-}
-
-impl<S: raft::Storage> Cluster<S> {
-    /// True if the cluster relies on what this program does not have: it must not become primary.
-    pub fn is_outdated(&self) -> bool {
-        self.membership.level > self.level
-    }
-
-    /// Refuses what not all members would understand.
-    pub(super) fn check_level(&self, change: &Change) -> Result<(), Impossible> {
-        let needed = match change {
-            Change::Raise { level, .. } if *level > self.level => {
-                return Err(Impossible(format!("this program has feature level {}, not {level}", self.level)));
-            }
-            change => change.needs(),
-        };
-        if needed > self.membership.level {
-            return Err(Impossible(format!(
-                "this needs feature level {needed}, and the cluster runs level {}: it rises by itself once all members run a \
-                 program that has it (twistcli ha status shows the versions)",
-                self.membership.level
-            )));
-        }
-        Ok(())
-    }
 }

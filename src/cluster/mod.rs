@@ -3,16 +3,17 @@
 //!
 //! Times are nanoseconds of one clock that never stops or jumps (CLOCK_BOOTTIME in a daemon).
 
-mod admission;
 pub mod command;
 mod configure;
-pub mod console_certificate;
 pub mod election;
 pub mod level;
+pub mod limits;
 pub mod membership;
 mod memory;
 pub mod reach;
 pub mod role;
+pub mod roster;
+pub mod shared;
 pub mod trust;
 pub mod validity;
 
@@ -25,8 +26,9 @@ use raft::{
 
 pub use configure::{ChangeError, Configured};
 pub use level::{FEATURE_LEVEL, PROGRAM_VERSION};
-pub use membership::{Change, ClusterId, Member, Membership, Newcomer, NodeId};
+pub use membership::{Change, ClusterId, Membership, Newcomer};
 pub use role::{Cause, Lease, Phase, Role, Transition};
+pub use roster::{Member, NodeId};
 
 use election::Election;
 
@@ -209,7 +211,7 @@ impl<S: Storage> Cluster<S> {
     /// When the raft log cannot be read or contradicts itself.
     pub fn new(start: &Start<'_>, node: NodeId, timing: Timing, log: S, now: u64) -> raft::Result<Self> {
         // A node that was removed has no rank, and needs none: it is never elected.
-        let rank = start.membership.rank(node).unwrap_or(membership::CLUSTER_SIZE);
+        let rank = start.membership.rank(node).unwrap_or(roster::CLUSTER_SIZE);
         let applied = start.applied;
         let election = Election::new(node, rank, timing.election_ticks, (applied, start.conf_index), log)?;
         Ok(Self {

@@ -380,7 +380,7 @@ fn verdict(row: &Begun, status: &Status) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::{super::trial::status, *};
-    use crate::cluster::{ClusterId, Member, Membership, membership::Removed};
+    use crate::cluster::{ClusterId, Member, Membership, roster::Removed};
 
     fn begun(action: &str, what: &str) -> Begun {
         Begun::sample(action, what, "node2", 7)

@@ -20,7 +20,7 @@ use super::{
     routes::{Access, Entry, Role, route},
 };
 use crate::{
-    cluster::membership::Webhook,
+    cluster::shared::webhook::Webhook,
     events::{Severity, check_url, notify::Delivery},
     health::Permission,
 };

@@ -390,7 +390,7 @@ fn warnings(before: &Seen, after: &Seen) -> Vec<Event> {
 mod tests {
     use super::*;
     use crate::{
-        cluster::{Cause, ClusterId, membership::Pause, role::transition},
+        cluster::{Cause, ClusterId, role::transition, roster::Pause},
         events::{Wanted, read},
     };
 

@@ -29,7 +29,7 @@ use super::{
     webhook::{self, Failure},
 };
 use crate::{
-    cluster::{Membership, membership::Webhook},
+    cluster::{Membership, shared::webhook::Webhook},
     descriptors,
     telemetry::NOTIFICATIONS,
 };

@@ -13,7 +13,7 @@ use ureq::{
     tls::{Certificate, RootCerts, TlsConfig},
 };
 
-use crate::{cluster::membership::Webhook, pki::pem};
+use crate::{cluster::shared::webhook::Webhook, pki::pem};
 
 /// Longest time for one attempt.
 const LIMIT: Duration = Duration::from_secs(10);

@@ -16,7 +16,7 @@ use tracing::warn;
 
 use super::{JoinRequest, RequestState, Token};
 use crate::{
-    cluster::{FEATURE_LEVEL, Membership, NodeId, membership::console_names_that_fit},
+    cluster::{FEATURE_LEVEL, Membership, NodeId, shared::console_names_that_fit},
     pki,
     storage::{DataDir, IDENTITY_FORMAT, Identity, durable_write, fsync_dir, make_private_dir},
 };

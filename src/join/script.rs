@@ -15,7 +15,7 @@ use ring::digest;
 
 use super::{JoinFile, Offer, Token, hex};
 use crate::{
-    cluster::{Membership, NodeId, membership::place},
+    cluster::{Membership, NodeId, roster::place},
     config::{self, Config, FirstState},
     pki::CONSOLE_NAME,
 };
@@ -253,7 +253,7 @@ mod tests {
     use crate::{
         cluster::{
             ClusterId, Member,
-            membership::{Invitation, SealedAuthority},
+            shared::{Invitation, authority::SealedAuthority},
         },
         pki::{Authority, certificate_der},
     };

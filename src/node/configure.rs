@@ -14,10 +14,7 @@ use super::{
     syncer::{Keep, Kept},
 };
 use crate::{
-    cluster::{
-        self, Change, Configured, Membership, NodeId,
-        membership::{MAX_ENCODED, Pause},
-    },
+    cluster::{self, Change, Configured, Membership, NodeId, limits::MAX_ENCODED, roster::Pause},
     peer::Edition,
     storage::configuration::Configuration,
 };

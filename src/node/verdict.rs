@@ -1,7 +1,7 @@
 //! The verdict over a cluster status: healthy, degraded or without a primary, and what to do about it. Pure.
 
 use super::{MemberStatus, Status};
-use crate::cluster::{Role, membership::Pause};
+use crate::cluster::{Role, roster::Pause};
 
 /// A member that is this many Raft entries behind is worth a warning. A busy cluster commits about 1,000 a second,
 /// so it is the work of some seconds, more than a healthy secondary ever has left.
@@ -231,7 +231,7 @@ pub(crate) mod tests {
     #[test]
     fn a_pause_degrades_until_it_ends() {
         let mut status = healthy();
-        status.membership.pause = Some(crate::cluster::membership::Pause { until: 10, primary: 1 });
+        status.membership.pause = Some(crate::cluster::roster::Pause { until: 10, primary: 1 });
         assert_eq!(judge(&status, 9).health, Health::Degraded);
         assert_eq!(judge(&status, 10).health, Health::Healthy);
     }

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     clients::places::{Acquaintances, Places, Room, Visit},
-    cluster::{NodeId, command::FORMAT_VERSION, level::outdated, membership::check_host, reach::Standing},
+    cluster::{NodeId, command::FORMAT_VERSION, level::outdated, reach::Standing, roster::check_host},
     descriptors,
 };
 

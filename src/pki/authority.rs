@@ -17,7 +17,7 @@ use super::{
     NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, certificate_validity, fingerprint, malformed, pem,
     read_file, sealed::Purpose, write_file,
 };
-use crate::cluster::{ClusterId, NodeId, membership::SealedAuthority};
+use crate::cluster::{ClusterId, NodeId, shared::authority::SealedAuthority};
 
 const DAY: Duration = Duration::from_secs(86_400);
 const CA_DAYS: u32 = 3650;

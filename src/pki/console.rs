@@ -25,7 +25,7 @@ use super::{
     provider, read_file,
     sealed::Purpose,
 };
-use crate::cluster::{ClusterId, console_certificate::CustomCertificate};
+use crate::cluster::{ClusterId, shared::console_certificate::CustomCertificate};
 
 /// Certificates in one chain, at most.
 const MAX_CERTIFICATES: usize = 8;

@@ -10,7 +10,7 @@ use ring::{
 };
 
 use super::{CLUSTER_KEY, NEXT_CLUSTER_KEY, PkiError, malformed, remove_file, rename_file, write_file};
-use crate::cluster::{ClusterId, membership::SealedAuthority, trust::KeyId};
+use crate::cluster::{ClusterId, shared::authority::SealedAuthority, trust::KeyId};
 
 /// Length of the key in bytes.
 const LENGTH: usize = 32;
@@ -223,7 +223,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        cluster::membership::SealedAuthority,
+        cluster::shared::authority::SealedAuthority,
         pki::{Authority, certificate_der, peer_identity},
     };
 

@@ -18,8 +18,8 @@ use super::{
 };
 use crate::{
     cluster::{
-        ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE, console_certificate::CustomCertificate,
-        membership::SealedAuthority,
+        ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE, shared::authority::SealedAuthority,
+        shared::console_certificate::CustomCertificate,
     },
     config::Config,
     found,

@@ -5,7 +5,7 @@ use tracing::{info, warn};
 
 use super::{Rotation, all, exchange};
 use crate::{
-    cluster::{Change, Membership, console_certificate::CustomCertificate, trust::KeyId},
+    cluster::{Change, Membership, shared::console_certificate::CustomCertificate, trust::KeyId},
     node::Status,
     pki::{self, Authority, ClusterKey, ClusterKeys, PkiError},
 };

@@ -1,5 +1,5 @@
 //! RENEWS what all members share: keeps this node's cluster key, trust and certificates as the membership says, and, on the
-//! primary, takes the next step when all members are ready for it ([`crate::cluster::trust`] has the steps). Must never take
+//! primary, takes the next step when all members are ready for it ([`crate::cluster::shared::authority`] has the steps). Must never take
 //! a key or an authority away that a member may still need, and never log a key.
 //!
 //! Everything follows from the membership and from what is on the disk, again and again: a node that was away, was killed or

@@ -11,7 +11,7 @@ use std::{
 use serde_json::Value;
 
 use super::{checked, durable_write};
-use crate::cluster::{Membership, membership::MAX_ENCODED};
+use crate::cluster::{Membership, limits::MAX_ENCODED};
 
 /// Name of the file in the data folder.
 pub const FILE: &str = "membership.json";

@@ -12,8 +12,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use twistlock_ha::{
     cluster::{
         FEATURE_LEVEL, Member, Membership, NodeId,
-        membership::{Change, Newcomer, Request},
+        membership::{Change, Newcomer},
         reach::{Claim, Standing},
+        shared::Request,
     },
     peer::{
         self, Edition, OpenError, PeerEvent, Purpose, Refusal, RefusalCode,

@@ -6,8 +6,8 @@ use raft::eraftpb::{ConfState, Message};
 use rand::{RngExt, rngs::SmallRng};
 use twistlock_ha::cluster::{
     Cluster, ClusterId, Member, Membership,
-    membership::Request,
     reach::{Known, Reach, Standing},
+    shared::Request,
 };
 
 use super::{

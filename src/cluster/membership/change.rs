@@ -2,22 +2,23 @@
 //! read or go on with; the rules of admission, trust and levels are in their own files.
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use super::{
-    Invitation, MAX_ENCODED, MAX_NAME, MAX_PEM, Membership, Newcomer, NodeId, Pause, Removed, Request, SealedAuthority,
-    Webhook,
-};
+use super::{Membership, admission::Newcomer};
 use crate::cluster::{
-    console_certificate::{CustomCertificate, sound_names},
-    trust::{Coming, KeyId},
+    level::FIRST_LEVEL,
+    limits::{Impossible, MAX_ENCODED, MAX_NAME},
+    roster::{NodeId, Pause, Removed},
+    shared::{
+        Invitation, Request,
+        authority::{Coming, SealedAuthority},
+        console_certificate::{CustomCertificate, sound_names},
+        webhook::{Webhook, check_webhooks},
+    },
+    trust::KeyId,
 };
 
 /// Removed members that are remembered, newest last, so that they can be told why they are refused.
 const REMEMBERED: usize = 32;
-/// Webhooks of a cluster.
-const MAX_WEBHOOKS: usize = 3;
-
 /// A change that an administrator (or, for [`Change::Promote`], the primary itself) wants.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "change")]
@@ -69,10 +70,35 @@ pub enum Change {
     CustomCertificate { certificate: Option<CustomCertificate> },
 }
 
-/// Why a change is not possible. Nothing was changed.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{0}")]
-pub struct Impossible(pub String);
+impl Change {
+    /// The level that must be in force for this change. Whoever adds a change has to decide about it here.
+    pub(in crate::cluster) fn needs(&self) -> u32 {
+        match self {
+            Change::Invite { .. }
+            | Change::Uninvite
+            | Change::Request { .. }
+            | Change::Reject { .. }
+            | Change::Admit { .. }
+            | Change::Authority { .. }
+            | Change::Promote
+            | Change::Demote { .. }
+            | Change::Remove { .. }
+            | Change::Readdress { .. }
+            | Change::Pause { .. }
+            | Change::Resume
+            | Change::Raise { .. } => FIRST_LEVEL,
+            Change::Rekey
+            | Change::AnnounceKey { .. }
+            | Change::Reseal { .. }
+            | Change::IntroduceAuthority { .. }
+            | Change::SwitchAuthority { .. }
+            | Change::DropAuthority
+            | Change::ConsoleNames { .. }
+            | Change::CustomCertificate { .. }
+            | Change::Notify { .. } => 2,
+        }
+    }
+}
 
 impl Membership {
     /// The membership after a change that `primary` makes.
@@ -169,33 +195,6 @@ impl Membership {
         self.distrust();
         Ok(())
     }
-}
-
-/// Bounds, so that a membership with all else at its limits still fits.
-fn check_webhooks(webhooks: &[Webhook]) -> Result<(), Impossible> {
-    if webhooks.len() > MAX_WEBHOOKS {
-        return Err(Impossible(format!("at most {MAX_WEBHOOKS} webhooks are possible")));
-    }
-    for (place, webhook) in webhooks.iter().enumerate() {
-        let Webhook { name, url, secret, ca, .. } = webhook;
-        if name.is_empty() || name.len() > 64 || name.contains(char::is_control) {
-            return Err(Impossible(format!("{name:?} is no name of a webhook: 1 to 64 bytes, no control characters")));
-        }
-        if webhooks[..place].iter().any(|other| other.name == *name) {
-            return Err(Impossible(format!("two webhooks are called {name:?}")));
-        }
-        let lengths = [(url.len(), 512), (length(secret), 128), (length(ca), MAX_PEM)];
-        if lengths.iter().any(|(length, most)| length > most) {
-            return Err(Impossible(format!(
-                "webhook {name:?}: the address may have 512 bytes, the secret 128, the authority {MAX_PEM}"
-            )));
-        }
-    }
-    Ok(())
-}
-
-fn length(text: &Option<String>) -> usize {
-    text.as_ref().map_or(0, String::len)
 }
 
 fn no_member(node: NodeId) -> Impossible {

@@ -3,7 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_ENCODED, Membership};
+use super::Membership;
+use crate::cluster::limits::MAX_ENCODED;
 
 #[derive(Serialize, Deserialize)]
 struct Encoded {

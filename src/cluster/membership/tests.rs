@@ -1,9 +1,14 @@
 //! Every change from a membership of one host on, and what comes back from its bytes. Must never need a node.
 
+use super::admission::{MAX_CSR, MAX_OPEN};
 use super::*;
 use crate::cluster::{
-    admission::{MAX_CSR, MAX_OPEN},
-    console_certificate::{MAX_CHAIN, MAX_SEALED},
+    limits::{MAX_CONSOLE_NAMES, MAX_ENCODED},
+    shared::{
+        console_certificate::{MAX_CHAIN, MAX_SEALED},
+        console_names_that_fit,
+    },
+    trust::KeyId,
 };
 
 fn request(id: NodeId) -> Request {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use super::{DOWN_AFTER, Publisher, disk_of, level_of};
 use crate::{
-    cluster::{Cluster, Member, NodeId, Phase, Role, membership::CLUSTER_SIZE},
+    cluster::{Cluster, Member, NodeId, Phase, Role, roster::CLUSTER_SIZE},
     node::{
         history::Recent,
         lease::boottime,

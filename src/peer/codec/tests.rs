@@ -275,7 +275,7 @@ fn plain_hello() -> Hello {
 
 #[test]
 fn every_address_of_a_member_fits_into_a_hello_and_no_longer_one() {
-    use crate::cluster::membership::check_host;
+    use crate::cluster::roster::check_host;
     let reached = |length| Reached { address: "x".repeat(length), port: 1, index: 1 };
     let encode = |length| encode_hello(&Hello { reached: Some(reached(length)), ..plain_hello() });
     assert!(check_host("n", &reached(MAX_ADDRESS).address, 1).is_ok());
@@ -355,7 +355,7 @@ fn a_refusal_of_a_later_version_keeps_its_reason() {
 
 #[test]
 fn the_largest_membership_fits_into_the_context_of_an_entry() {
-    use crate::cluster::membership::MAX_ENCODED;
+    use crate::cluster::limits::MAX_ENCODED;
     let mut message = Message { msg_type: MessageType::MsgAppend, ..Message::default() };
     message.entries = vec![Entry { context: vec![b'x'; MAX_ENCODED].into(), ..Entry::default() }].into();
     let bytes = encode_raft(&message).unwrap();

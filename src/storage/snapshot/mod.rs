@@ -37,7 +37,7 @@ use super::{
     checksum::{page_checksum, read_or_zero},
     scrub::drop_cache,
 };
-use crate::cluster::{Membership, NodeId, command::valid_page_size, membership::MAX_ENCODED};
+use crate::cluster::{Membership, NodeId, command::valid_page_size, limits::MAX_ENCODED};
 
 /// Bytes of the database that travel together; a multiple of every page size.
 pub const CHUNK: usize = 1 << 20;

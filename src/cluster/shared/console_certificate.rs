@@ -5,9 +5,9 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{
+use crate::cluster::{
     Membership,
-    membership::{Impossible, MAX_CONSOLE_NAMES, MAX_NAME},
+    limits::{Impossible, MAX_CONSOLE_NAMES, MAX_NAME},
     trust::KeyId,
 };
 
@@ -16,7 +16,7 @@ const MAX_ADDED: usize = 2048;
 /// Longest certificate chain of an administrator, in bytes of PEM: three certificates with RSA keys of 4096 bits.
 pub const MAX_CHAIN: usize = 10 << 10;
 /// Longest private key of an administrator, sealed: an RSA key of 4096 bits needs 3300 bytes.
-pub(super) const MAX_SEALED: usize = 4096;
+pub(in crate::cluster) const MAX_SEALED: usize = 4096;
 
 /// A certificate that an administrator has given the Console, for all members to serve.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,7 +42,7 @@ impl Membership {
     }
 
     /// Refuses a certificate that is too long, or that members could not unseal before long.
-    pub(super) fn sound_certificate(
+    pub(in crate::cluster) fn sound_certificate(
         &self,
         certificate: Option<CustomCertificate>,
     ) -> Result<Option<CustomCertificate>, Impossible> {
@@ -60,7 +60,7 @@ impl Membership {
 }
 
 /// The names as they are kept: in lower case, each once.
-pub(super) fn sound_names(names: &[String]) -> Result<Vec<String>, Impossible> {
+pub(in crate::cluster) fn sound_names(names: &[String]) -> Result<Vec<String>, Impossible> {
     let mut sound: Vec<String> = Vec::new();
     for name in names {
         let name = name.to_ascii_lowercase();

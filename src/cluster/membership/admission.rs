@@ -1,19 +1,32 @@
 //! How hosts come into the cluster: invitations, requests, admission. Owns the limits of all three; must never let in more
 //! hosts than a complete cluster has.
 
-use super::{
-    Membership, NodeId,
-    membership::{
-        Admission, CLUSTER_SIZE, Impossible, Invitation, MAX_NAME, MAX_NAMES, MAX_PEM, Member, Newcomer, PER_NAME,
-        Request, check_host,
-    },
+use serde::{Deserialize, Serialize};
+
+use super::Membership;
+use crate::cluster::{
+    limits::{Impossible, MAX_NAME, MAX_NAMES, MAX_PEM, PER_NAME},
+    roster::{Admission, CLUSTER_SIZE, Member, NodeId, check_host},
+    shared::{Invitation, Request},
 };
 
 /// Requests to join and invitations that may be open at one time.
-pub(super) const MAX_OPEN: usize = 8;
+pub(in crate::cluster) const MAX_OPEN: usize = 8;
 /// Longest signing request, in bytes of PEM: for a P-256 key it needs about 500.
-pub(super) const MAX_CSR: usize = 1024;
+pub(in crate::cluster) const MAX_CSR: usize = 1024;
 
+/// A host that is to be admitted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Newcomer {
+    /// [`Membership::next_id`] or above: its certificate was signed for this id.
+    pub id: NodeId,
+    /// [`Request::id`].
+    pub request: String,
+    /// The node's certificate, PEM.
+    pub certificate: String,
+    /// The certificate of its Console, PEM.
+    pub console_certificate: String,
+}
 impl Membership {
     /// When no more may be open, the one gives way that ends first: whoever wants a script gets one.
     pub(super) fn invite(&mut self, invitation: &Invitation) {

@@ -1,0 +1,97 @@
+//! What all members share beside the roster: the requests of hosts that want to join and what permits them to ask, certificates
+//! ([`authority`], [`console_certificate`]), and where events are sent ([`webhook`]). Must never know who is a member.
+
+pub mod authority;
+pub mod console_certificate;
+pub mod webhook;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    level,
+    limits::{MAX_CONSOLE_NAMES, MAX_NAME, MAX_NAMES, PER_NAME},
+    roster::place,
+    validity::in_force,
+};
+
+/// A host that asks to join (REQUEST_JOIN).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Random and secret between the host and the cluster: whoever knows it may pick up the answer.
+    pub id: String,
+    pub name: String,
+    pub address: String,
+    pub port: u16,
+    /// Version of its program.
+    pub version: String,
+    /// What its program can do.
+    #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
+    pub level: u32,
+    /// Fingerprint of its public key, which both sides show.
+    pub fingerprint: String,
+    /// Its signing request for the node's certificate, PEM.
+    pub csr: String,
+    /// Its signing request for the Console's certificate, PEM, and the names that it is to have.
+    pub console_csr: String,
+    pub console_names: Vec<String>,
+    /// Milliseconds by which its clock is ahead of the primary's.
+    pub clock_ms: i64,
+    /// When it came and when it expires, in seconds since 1970.
+    pub at: u64,
+    pub until: u64,
+}
+
+/// The permission to ask for admission: what a join script carries is the secret to this.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invitation {
+    /// SHA-256 of the secret, in hexadecimal digits.
+    pub hash: String,
+    /// When it was made and when it expires, in seconds since 1970.
+    pub at: u64,
+    pub until: u64,
+    /// Who made it.
+    pub by: String,
+}
+
+/// Hexadecimal digits of an invitation's hash by which it is known to those who may not use it.
+const INVITATION_ID: usize = 16;
+
+impl Request {
+    /// Where the host is reached.
+    pub fn place(&self) -> String {
+        place(&self.address, self.port)
+    }
+
+    /// True while an administrator may admit the host; `now` in seconds since 1970.
+    pub fn in_force(&self, now: u64) -> bool {
+        in_force(self.at, self.until, now)
+    }
+}
+
+impl Invitation {
+    /// True while hosts may ask for admission with it; `now` in seconds since 1970.
+    pub fn in_force(&self, now: u64) -> bool {
+        in_force(self.at, self.until, now)
+    }
+
+    /// What tells it from others: too little of its hash to prove anything.
+    pub fn id(&self) -> String {
+        self.hash.chars().take(INVITATION_ID).collect()
+    }
+
+    /// That there is one, and until when.
+    pub(in crate::cluster) fn public(&self) -> Self {
+        Self { hash: self.id(), by: String::new(), ..*self }
+    }
+}
+
+/// Of the names that a host would like in its Console certificate, the first ones that a request may have.
+pub fn console_names_that_fit(names: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut room = MAX_NAMES;
+    let fits = |name: &String| {
+        let left = room.checked_sub(name.len() + PER_NAME).filter(|_| !name.is_empty() && name.len() <= MAX_NAME);
+        room = left.unwrap_or(room);
+        left.is_some()
+    };
+    names.into_iter().filter(fits).take(MAX_CONSOLE_NAMES).collect()
+}
