@@ -202,7 +202,7 @@ impl Parts {
         let node_tls =
             NodeTls::load(&data.path().join("certificates")).context("load the certificates of this node")?;
         let others: Vec<NodeId> =
-            identity.membership.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
+            identity.membership.roster.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let remembered = mind.others.clone();
         let links = LinksConfig { memory: remembered.clone(), ..LinksConfig::new(identity.node, others) };
         let (mut links, sender) = Links::new(links).context("make the peer links")?;

@@ -59,7 +59,7 @@ pub fn found(config: &Config, data: &DataDir) -> Result<Identity> {
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     authority.issue_console(&names).context("make the Console's certificate")?.save_console(&certificates)?;
     let mut membership = Membership::founded(cluster, vec![Member::founder(FOUNDER, &name, &address, port)]);
-    membership.authority = Some(sealed);
+    membership.shared.authority = Some(sealed);
     let identity = Identity { format: IDENTITY_FORMAT, cluster, node: FOUNDER, name, membership };
     data.create_identity(&identity)?;
     info!(node = identity.name, %cluster, "a new cluster is founded: {} is its only member", place(&address, port));
@@ -130,13 +130,13 @@ mod tests {
         let data = DataDir::open(folder.path().join("data")).unwrap();
         let identity = found(&config(data.path()), &data).unwrap();
         assert_eq!(data.identity().unwrap(), identity);
-        let member = &identity.membership.members[0];
+        let member = &identity.membership.roster.members[0];
         assert_eq!((member.name.as_str(), member.address.as_str(), member.port), ("first", "127.0.0.1", 8086));
         assert!(member.voter);
         let certificates = data.path().join("certificates");
         assert_eq!(NodeTls::load(&certificates).unwrap().identity, (identity.cluster, FOUNDER));
         Pair::load(&certificates.join(CONSOLE_CERTIFICATE), &certificates.join(CONSOLE_KEY)).unwrap();
-        let sealed = identity.membership.authority.as_ref().unwrap();
+        let sealed = identity.membership.shared.authority.as_ref().unwrap();
         let key = ClusterKey::load(&certificates).unwrap();
         Authority::unseal(identity.cluster, sealed, &key).unwrap();
         assert!(!certificates.join(CA_KEY).exists());
@@ -167,7 +167,7 @@ mod tests {
             let again = found(&config(data.path()), &data).unwrap();
             assert_ne!(again.cluster, first.cluster);
             assert_eq!(NodeTls::load(&certificates).unwrap().identity, (again.cluster, FOUNDER));
-            let sealed = again.membership.authority.as_ref().unwrap();
+            let sealed = again.membership.shared.authority.as_ref().unwrap();
             Authority::unseal(again.cluster, sealed, &ClusterKey::load(&certificates).unwrap()).unwrap();
         }
     }

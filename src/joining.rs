@@ -137,7 +137,8 @@ async fn fetch(
     };
     let host = newcomer.console.rsplit_once(':').map_or(newcomer.console, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
-    let mut members: Vec<_> = newcomer.membership.members.iter().filter(|m| m.voter && m.id != newcomer.node).collect();
+    let mut members: Vec<_> =
+        newcomer.membership.roster.members.iter().filter(|m| m.voter && m.id != newcomer.node).collect();
     members.sort_by_key(|member| member.address != host);
     let mut problems = Vec::new();
     for member in members {

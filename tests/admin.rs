@@ -239,8 +239,12 @@ fn can_start(state: &RequestState, host: &Host, folder: &Path) -> u64 {
     pki::store_pem(folder, CONSOLE_CERTIFICATE, console_certificate, false).unwrap();
     assert_eq!(NodeTls::load(folder).unwrap().identity, (membership.cluster, *node));
     pki::Pair::load(&folder.join(CONSOLE_CERTIFICATE), &folder.join(CONSOLE_KEY)).unwrap();
-    assert!(membership.authority.is_none() && membership.invitations.is_empty() && membership.requests.is_empty());
-    assert!(membership.members.iter().all(|member| member.admission.is_none()));
+    assert!(
+        membership.shared.authority.is_none()
+            && membership.shared.invitations.is_empty()
+            && membership.shared.requests.is_empty()
+    );
+    assert!(membership.roster.members.iter().all(|member| member.admission.is_none()));
     *node
 }
 
@@ -256,7 +260,7 @@ fn two_hosts_ask_and_are_admitted_together() {
     (second.request.name, second.request.address) = ("other2".to_owned(), "127.0.0.22".to_owned());
     second.request.version = "1.2.4".to_owned();
     assert_eq!(pending(founder.ask(&token, &second).unwrap()), id);
-    let requests = founder.handle.membership().borrow().requests.clone();
+    let requests = founder.handle.membership().borrow().shared.requests.clone();
     let [one] = &requests[..] else { panic!("{requests:?}") };
     assert_eq!((&*one.name, &*one.address, &*one.version), ("other2", "127.0.0.22", "1.2.4"), "the newest counts");
     let JoinRequest { csr, console_csr, .. } = second.request;
@@ -273,7 +277,8 @@ fn two_hosts_ask_and_are_admitted_together() {
     assert!(public.contains("host2") && !public.contains(&id) && !public.contains("BEGIN"), "{public}");
     assert!(admin.request_state("0123").is_none());
 
-    let asking = || founder.handle.membership().borrow().requests.iter().map(|one| one.fingerprint.clone()).collect();
+    let asking =
+        || founder.handle.membership().borrow().shared.requests.iter().map(|one| one.fingerprint.clone()).collect();
     let mut compared: Vec<String> = asking();
     for other in [vec![], compared[..1].to_vec(), vec![compared[0].clone(); 2]] {
         assert!(founder.refused(admin.apply(Some(other), &by("admin"))).contains("compare the fingerprints again"));
@@ -363,7 +368,7 @@ fn members_move_pause_and_leave() {
 
     assert!(founder.refused(admin.pause(Duration::from_secs(59), &by("admin"))).contains("one minute"));
     let until = founder.wait(admin.pause(Duration::from_secs(60), &by("admin"))).unwrap();
-    let pause = founder.handle.membership().borrow().pause.clone().unwrap();
+    let pause = founder.handle.membership().borrow().roster.pause.clone().unwrap();
     assert_eq!((pause.until, pause.primary), (until, 1));
     founder.wait(admin.resume(&by("admin"))).unwrap();
     assert!(founder.refused(admin.resume(&by("admin"))).contains("not paused"));

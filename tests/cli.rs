@@ -313,8 +313,8 @@ fn operations_say_what_was_done() {
 fn asked() -> Status {
     let mut status = primary();
     status.members.pop();
-    let gone = status.membership.members.pop().unwrap();
-    status.membership.requests.push(Request {
+    let gone = status.membership.roster.members.pop().unwrap();
+    status.membership.shared.requests.push(Request {
         id: "only the host may know this".into(),
         name: gone.name,
         address: gone.address,

@@ -107,7 +107,7 @@ impl Operations {
         if let Some(state) = locked(&self.rejections).find(same) {
             return Ok(state);
         }
-        let old = membership.requests.iter().find(|old| old.fingerprint == fingerprint && old.in_force(at));
+        let old = membership.shared.requests.iter().find(|old| old.fingerprint == fingerprint && old.in_force(at));
         let wanted = Request {
             id: old.map_or_else(|| format!("{:032x}", rand::random::<u128>()), |old| old.id.clone()),
             name: request.name,
@@ -137,10 +137,12 @@ impl Operations {
     /// Where a request stands; none if nobody made it or it has expired. Works on every member.
     pub(super) fn request_state(&self, id: &str) -> Option<RequestState> {
         let membership = self.membership();
-        let open = membership.requests.iter().find(|open| same_secret(&open.id, id) && open.in_force(now()));
+        let open = membership.shared.requests.iter().find(|open| same_secret(&open.id, id) && open.in_force(now()));
         let member = |member: &&_| admission_is(member, |request| same_secret(request, id));
         open.map(pending)
-            .or_else(|| membership.members.iter().find(member).and_then(|member| admitted(&membership, member.id)))
+            .or_else(|| {
+                membership.roster.members.iter().find(member).and_then(|member| admitted(&membership, member.id))
+            })
             .or_else(|| locked(&self.rejections).find(|rejected| same_secret(&rejected.id, id)))
     }
 
@@ -164,7 +166,7 @@ impl Operations {
         }
         let hosts = self.sign(&membership)?;
         let admitted: Vec<(NodeId, Request)> =
-            hosts.iter().map(|host| host.id).zip(membership.requests.iter().cloned()).collect();
+            hosts.iter().map(|host| host.id).zip(membership.shared.requests.iter().cloned()).collect();
         self.change(Change::Admit { hosts }).await?;
         for (node, Request { name, address, port, fingerprint, .. }) in &admitted {
             info!(
@@ -183,8 +185,8 @@ impl Operations {
         self.primary()?;
         let _one = self.changing.lock().await;
         let membership = self.membership();
-        let found = find(&membership.requests, request).map_err(AdminError::Refused)?;
-        let tokens = membership.invitations.iter().map(|invitation| invitation.hash.clone()).collect();
+        let found = find(&membership.shared.requests, request).map_err(AdminError::Refused)?;
+        let tokens = membership.shared.invitations.iter().map(|invitation| invitation.hash.clone()).collect();
         // Before the request is gone: its host asks at any time, and must not take the rejection for an expired request.
         locked(&self.rejections).add(found, tokens, by);
         if let Err(error) = self.change(Change::Reject { request: found.id.clone() }).await {
@@ -198,7 +200,7 @@ impl Operations {
     /// Signs for all hosts that ask.
     fn sign(&self, membership: &Membership) -> Result<Vec<Newcomer>, AdminError> {
         authority(membership)?;
-        let Some(sealed) = &membership.authority else { return Ok(Vec::new()) };
+        let Some(sealed) = &membership.shared.authority else { return Ok(Vec::new()) };
         let failed = |error: pki::PkiError| AdminError::Refused(error.to_string());
         let authority = Authority::open(membership.cluster, sealed, &self.config.certificates).map_err(failed)?;
         let sign = |(id, request): (NodeId, &Request)| {
@@ -212,7 +214,7 @@ impl Operations {
                 console_certificate: authority.sign_console_request(&request.console_csr, &names).map_err(of_host)?,
             })
         };
-        (membership.next_id..).zip(&membership.requests).map(sign).collect()
+        (membership.roster.next_id..).zip(&membership.shared.requests).map(sign).collect()
     }
 }
 
@@ -244,7 +246,7 @@ fn sound(request: &JoinRequest) -> Result<String, String> {
 
 /// A host must not be admitted whose fingerprint nobody has compared.
 fn are_those_who_ask(membership: &Membership, mut compared: Vec<String>) -> bool {
-    let mut asking: Vec<&str> = membership.requests.iter().map(|request| request.fingerprint.as_str()).collect();
+    let mut asking: Vec<&str> = membership.shared.requests.iter().map(|request| request.fingerprint.as_str()).collect();
     asking.sort_unstable();
     compared.sort_unstable();
     asking == compared
@@ -253,7 +255,7 @@ fn are_those_who_ask(membership: &Membership, mut compared: Vec<String>) -> bool
 /// Everything that is in the way of APPLY, in sentences.
 fn objections(membership: &Membership, now: u64) -> Vec<String> {
     let mut found = Vec::new();
-    let (members, requests) = (membership.members.len(), membership.requests.len());
+    let (members, requests) = (membership.roster.members.len(), membership.shared.requests.len());
     if requests == 0 && members >= CLUSTER_SIZE {
         return vec![format!("the cluster is complete: it has {CLUSTER_SIZE} members")];
     }
@@ -263,11 +265,11 @@ fn objections(membership: &Membership, now: u64) -> Vec<String> {
             "{members} of {CLUSTER_SIZE} members and {requests} that ask to join: run the join script on {missing} more"
         ));
     }
-    for request in &membership.requests {
+    for request in &membership.shared.requests {
         let Request { name, clock_ms, .. } = request;
-        if request.level < membership.level {
+        if request.level < membership.shared.level {
             let theirs = (request.version.as_str(), request.level);
-            let needed = (membership.level_version.as_str(), membership.level);
+            let needed = (membership.shared.level_version.as_str(), membership.shared.level);
             found.push(format!("{}; or run the join script there again", outdated(name, theirs, needed)));
         }
         if clock_ms.unsigned_abs() > MAX_CLOCK_MS.unsigned_abs() {
@@ -331,7 +333,7 @@ fn admission_is(member: &crate::cluster::Member, which: impl Fn(&str) -> bool) -
 
 /// The answer for the member that was admitted with this key.
 fn admitted_with(membership: &Membership, fingerprint: &str) -> Option<RequestState> {
-    let member = membership.members.iter().find(|member| {
+    let member = membership.roster.members.iter().find(|member| {
         let key = member.admission.as_ref().map(|admission| pki::certificate_key(&admission.certificate));
         matches!(key, Some(Ok(key)) if key == fingerprint)
     })?;
@@ -341,13 +343,15 @@ fn admitted_with(membership: &Membership, fingerprint: &str) -> Option<RequestSt
 fn admitted(membership: &Membership, node: NodeId) -> Option<RequestState> {
     let admission = membership.get(node)?.admission.as_ref()?;
     authority(membership).inspect_err(|error| warn!(%error, "a newcomer cannot be answered")).ok()?;
-    let ca = membership.trust_bundle();
+    let ca = membership.shared.trust_bundle();
+    let mut known = membership.public();
+    (known.shared.requests, known.shared.invitations, known.shared.coming) = (Vec::new(), Vec::new(), None);
     Some(RequestState::Admitted {
         node,
         certificate: admission.certificate.clone(),
         console_certificate: admission.console_certificate.clone(),
         ca,
-        membership: Membership { requests: Vec::new(), invitations: Vec::new(), coming: None, ..membership.public() },
+        membership: known,
     })
 }
 

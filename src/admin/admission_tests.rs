@@ -45,8 +45,9 @@ fn request(name: &str) -> Request {
 
 fn membership(members: NodeId, requests: &[Request]) -> Membership {
     let member = |id| Member::founder(id, &format!("node{id}"), &format!("192.0.2.{id}"), 8086);
-    let founded = Membership::founded(ClusterId(7), (1..=members).map(member).collect());
-    Membership { requests: requests.to_vec(), ..founded }
+    let mut founded = Membership::founded(ClusterId(7), (1..=members).map(member).collect());
+    founded.shared.requests = requests.to_vec();
+    founded
 }
 
 fn why(membership: &Membership, now: u64) -> Vec<String> {
@@ -66,7 +67,7 @@ fn apply_names_everything_that_is_in_the_way_at_once() {
     let older = Request { version: "1.0.0".to_owned(), level: FEATURE_LEVEL - 1, clock_ms: -1_001, ..request("b") };
     let late = Request { clock_ms: 1_000, until: 19, ..request("c") };
     let mut all = membership(1, &[older, late]);
-    all.members[0].voter = false;
+    all.roster.members[0].voter = false;
     let found = why(&all, 19).join("\n");
     for part in [
         "b runs version 1.0.0, which has feature level 1, but the cluster runs level 2: install version",

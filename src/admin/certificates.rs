@@ -50,13 +50,13 @@ impl Operations {
     /// The certificates of this node, and what is known of those of all Consoles. Works on every member.
     pub(super) fn certificates(&self) -> Certificates {
         let membership = self.membership();
-        let custom = membership.custom_certificate.as_ref().and_then(|custom| {
+        let custom = membership.shared.custom_certificate.as_ref().and_then(|custom| {
             let info = pki::certificate_der(&custom.chain).and_then(|der| CertificateInfo::read(&der)).ok()?;
             let (missing, exposed_to) = (missing(&membership, &info, None), exposed_to(&membership));
             Some(Custom { by: custom.by.clone(), at: custom.at, missing, exposed_to, info })
         });
         let certificates = self.status().certificates.clone();
-        Certificates { console_names: membership.console_names.clone(), certificates, custom }
+        Certificates { console_names: membership.shared.console_names.clone(), certificates, custom }
     }
 
     /// Every Console's certificate is good for these names, too, from now on: each member makes its own anew, and serves it
@@ -70,10 +70,10 @@ impl Operations {
             return Err(AdminError::Refused(format!("{name:?} is a name that the cluster uses itself")));
         }
         let _one = self.changing.lock().await;
-        let was = self.membership().console_names.clone();
+        let was = self.membership().shared.console_names.clone();
         let membership = self.change(Change::ConsoleNames { names }).await?;
-        info!(by, ?was, names = ?membership.console_names, "the names of the Console's certificates are changed");
-        Ok(membership.console_names.clone())
+        info!(by, ?was, names = ?membership.shared.console_names, "the names of the Console's certificates are changed");
+        Ok(membership.shared.console_names.clone())
     }
 
     /// All Consoles serve this certificate from now on: the chain and the private key as one PEM text.
@@ -92,7 +92,7 @@ impl Operations {
         pair.check(now()).map_err(refused)?;
         let _one = self.changing.lock().await;
         let membership = self.membership();
-        if let Some(issuer) = pair.missing_issuer(membership.trusted()).map_err(refused)? {
+        if let Some(issuer) = pair.missing_issuer(membership.shared.trusted()).map_err(refused)? {
             return Err(AdminError::Refused(format!(
                 "the certificate is refused: its chain ends before its issuer, {issuer}, which this host does not trust by itself, \
                  so that clients may not be able to verify it. Append the certificate of that authority to the file"
@@ -108,7 +108,7 @@ impl Operations {
                 if info.names.is_empty() { "no name at all".to_owned() } else { info.names.join(", ") }
             )));
         }
-        let Some(authority) = &membership.authority else {
+        let Some(authority) = &membership.shared.authority else {
             let why = "this cluster was set up without its certificate authority, whose key protects an upload: put the \
                        certificate into custom-certificates/ in the data folder of each host instead";
             return Err(AdminError::Refused(why.to_owned()));
@@ -133,7 +133,7 @@ impl Operations {
     pub(super) async fn remove_certificate(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
-        if self.membership().custom_certificate.is_none() {
+        if self.membership().shared.custom_certificate.is_none() {
             return Err(AdminError::Refused(
                 "no certificate was given to the Consoles: there is none to remove".into(),
             ));
@@ -148,16 +148,19 @@ impl Operations {
 /// it has the key of the one in its place, when that was given.
 fn given_at(membership: &Membership, new: &CustomCertificate) -> u64 {
     let key = |certificate: &CustomCertificate| pki::certificate_key(&certificate.chain).ok();
-    let same =
-        membership.custom_certificate.as_ref().filter(|known| key(known).is_some_and(|known| key(new) == Some(known)));
-    let after = membership.removed.iter().map(|removed| removed.at.saturating_add(1)).max().unwrap_or(0);
+    let same = membership
+        .shared
+        .custom_certificate
+        .as_ref()
+        .filter(|known| key(known).is_some_and(|known| key(new) == Some(known)));
+    let after = membership.roster.removed.iter().map(|removed| removed.at.saturating_add(1)).max().unwrap_or(0);
     same.map_or(new.at.max(after), |known| known.at)
 }
 
 /// The members that were removed since the Consoles were given their certificate: each had its private key.
 fn exposed_to(membership: &Membership) -> Vec<String> {
-    let Some(certificate) = &membership.custom_certificate else { return Vec::new() };
-    let gone = membership.removed.iter().filter(|removed| removed.at >= certificate.at);
+    let Some(certificate) = &membership.shared.custom_certificate else { return Vec::new() };
+    let gone = membership.roster.removed.iter().filter(|removed| removed.at >= certificate.at);
     let names: BTreeSet<&str> = gone.map(|removed| removed.name.as_str()).collect();
     names.into_iter().map(str::to_owned).collect()
 }
@@ -178,7 +181,7 @@ pub(super) fn exposure(membership: &Membership) -> Option<String> {
 /// What an administrator should do about the certificate that the Consoles were given: who else knows its key, and that no
 /// Console can unseal it any more.
 pub(super) fn warning(membership: &Membership) -> Option<String> {
-    let stranded = membership.certificate_is_stranded().then(|| {
+    let stranded = membership.shared.certificate_is_stranded().then(|| {
         "the certificate that was given to all Consoles is sealed with a cluster key that no member has any more: a Console that \
          starts again serves the cluster's own; upload it again (twistcli certs upload)"
             .to_owned()
@@ -192,13 +195,13 @@ pub(super) fn warning(membership: &Membership) -> Option<String> {
 pub(super) fn missing(membership: &Membership, info: &CertificateInfo, only: Option<NodeId>) -> Vec<String> {
     let begins_with =
         |name: &str| info.names.iter().any(|full| full.split_once('.').is_some_and(|(host, _)| host == name));
-    let members = membership.members.iter().filter(|member| only.is_none_or(|node| node == member.id));
+    let members = membership.roster.members.iter().filter(|member| only.is_none_or(|node| node == member.id));
     let lacking = members.filter(|member| {
         let name = member.name.to_ascii_lowercase();
         !info.covers(&member.address) && !info.covers(&name) && !begins_with(&name)
     });
     let mut missing: Vec<String> = lacking.map(|member| format!("{} ({})", member.name, member.address)).collect();
-    for name in membership.console_names.iter().filter(|name| !info.covers(name)) {
+    for name in membership.shared.console_names.iter().filter(|name| !info.covers(name)) {
         let member = format!("({name})");
         if !missing.iter().any(|known| known == name || known.ends_with(&member)) {
             missing.push(name.clone());
@@ -225,7 +228,7 @@ mod tests {
         let places = [("host1", "192.0.2.1"), ("host2", "192.0.2.2"), ("host3", "three.example.com")];
         let members = (1..).zip(places).map(|(id, (name, address))| Member::founder(id, name, address, 8086));
         let mut membership = Membership::founded(ClusterId(7), members.collect());
-        membership.console_names = vec!["console.example.com".to_owned(), "2001:db8::7".to_owned()];
+        membership.shared.console_names = vec!["console.example.com".to_owned(), "2001:db8::7".to_owned()];
         membership
     }
 
@@ -259,13 +262,13 @@ mod tests {
         };
         let mut membership = membership();
         let remove = |membership: &mut Membership, id, at| {
-            let gone = membership.members.pop().unwrap();
-            membership.removed.push(Removed { id, name: gone.name, at });
+            let gone = membership.roster.members.pop().unwrap();
+            membership.roster.removed.push(Removed { id, name: gone.name, at });
         };
         remove(&mut membership, 3, 50);
         let first = given(20);
         assert_eq!(given_at(&membership, &first), 51, "the clock of that primary is behind");
-        membership.custom_certificate = Some(CustomCertificate { at: 51, ..first.clone() });
+        membership.shared.custom_certificate = Some(CustomCertificate { at: 51, ..first.clone() });
         assert_eq!((exposed_to(&membership), warning(&membership)), (Vec::new(), None), "removed before");
         remove(&mut membership, 2, 51);
         assert_eq!(exposed_to(&membership), ["host2"]);
@@ -273,7 +276,7 @@ mod tests {
         assert_eq!(given_at(&membership, &CustomCertificate { at: 99, ..first }), 51, "the same key is no better");
         let second = given(99);
         assert_eq!(given_at(&membership, &second), 99);
-        membership.custom_certificate = Some(second);
+        membership.shared.custom_certificate = Some(second);
         assert_eq!(warning(&membership), None);
     }
 }

@@ -186,13 +186,15 @@ impl ConsoleTls {
     /// Signs the Console's key again when the certificate of the cluster's own authority ends or is for other names than
     /// it should be. One of another authority in its place stays.
     fn renew_own(&mut self, membership: &Membership, now: u64) -> Result<()> {
-        let (Some(sealed), Some(member)) = (&membership.authority, membership.get(self.node)) else { return Ok(()) };
+        let (Some(sealed), Some(member)) = (&membership.shared.authority, membership.get(self.node)) else {
+            return Ok(());
+        };
         let ca = pki::certificate_der(&sealed.certificate)?;
         let info = self.own.info();
         if info.issuer != CertificateInfo::read(&ca)?.subject {
             return Ok(());
         }
-        let names = own_names((self.local_names)(&member.address), &membership.console_names);
+        let names = own_names((self.local_names)(&member.address), &membership.shared.console_names);
         let is: BTreeSet<&str> = info.names.iter().map(String::as_str).collect();
         let should: BTreeSet<&str> = names.iter().map(String::as_str).chain([CONSOLE_NAME]).collect();
         if is == should && !is_due(info.not_before, info.not_after, now) && self.own.is_signed_by(&ca) {
@@ -213,7 +215,7 @@ impl ConsoleTls {
 
     /// Follows the membership. One that cannot be unsealed is tried at every look: the cluster key may be on its way.
     fn unseal(&mut self, membership: &Membership) -> Result<()> {
-        let wanted = &membership.custom_certificate;
+        let wanted = &membership.shared.custom_certificate;
         if self.upload.sealed == *wanted && self.upload.pair.is_some() == wanted.is_some() {
             return Ok(());
         }
@@ -321,7 +323,7 @@ mod tests {
         let (authority, sealed) = Authority::establish(ClusterId(7), &certificates).unwrap();
         authority.issue_console(&["host1", "192.0.2.1"]).unwrap().save_console(&certificates).unwrap();
         let mut membership = Membership::founded(ClusterId(7), vec![Member::founder(1, "host1", "192.0.2.1", 8086)]);
-        membership.authority = Some(sealed);
+        membership.shared.authority = Some(sealed);
         (dir, membership)
     }
 
@@ -339,8 +341,8 @@ mod tests {
         assert_eq!(first.names, ["host1", "192.0.2.1", CONSOLE_NAME]);
         let quiet = |shown: Shown| shown.warnings.iter().all(|(_, text)| text.is_none());
         assert!(quiet(tls.look(&membership, true).unwrap()) && tls.own.info() == &first, "as it should be");
-        membership.members[0].address = "192.0.2.9".to_owned();
-        membership.console_names = vec!["lb.example".to_owned(), "host1".to_owned()];
+        membership.roster.members[0].address = "192.0.2.9".to_owned();
+        membership.shared.console_names = vec!["lb.example".to_owned(), "host1".to_owned()];
         tls.look(&membership, true);
         assert_eq!(tls.own.info().names, ["host1", "192.0.2.9", "lb.example", CONSOLE_NAME]);
         assert!(served.has_changed().unwrap());
@@ -349,7 +351,7 @@ mod tests {
         // Another authority of the same cluster.
         let key = ClusterKey::load(&tls.certificates).unwrap();
         let authority = Authority::create(ClusterId(7)).unwrap();
-        membership.authority = Some(authority.seal(&key).unwrap());
+        membership.shared.authority = Some(authority.seal(&key).unwrap());
         tls.look(&membership, true);
         assert!(tls.own.is_signed_by(&pki::certificate_der(authority.certificate_pem()).unwrap()));
         assert!(served.has_changed().unwrap());
@@ -361,8 +363,8 @@ mod tests {
         let mut tls = open(dir.path(), &membership);
         let before = tls.own.info().clone();
         ClusterKey::generate().save(&tls.certificates).unwrap();
-        membership.console_names = vec!["lb.example".to_owned()];
-        membership.custom_certificate = Some(CustomCertificate {
+        membership.shared.console_names = vec!["lb.example".to_owned()];
+        membership.shared.custom_certificate = Some(CustomCertificate {
             chain: String::new(),
             sealed_key: "AAAA".into(),
             key: KeyId(1),
@@ -389,7 +391,7 @@ mod tests {
         let (upload, folder) = (other.issue_console(&["192.0.2.1"]).unwrap(), other.issue_console(&["host1"]).unwrap());
         let key = ClusterKey::load(&tls.certificates).unwrap();
         let pair = Pair::parse(&upload.cert_pem, &upload.key_pem).unwrap();
-        membership.custom_certificate = Some(pair.seal(&key, ClusterId(7), "admin", 1).unwrap());
+        membership.shared.custom_certificate = Some(pair.seal(&key, ClusterId(7), "admin", 1).unwrap());
         let source = |tls: &mut ConsoleTls| tls.look(&membership, true).unwrap().certificates[0].source;
         assert_eq!(source(&mut tls), CertificateSource::Upload);
         let path = dir.path().join(pki::CUSTOM_FOLDER);
@@ -399,7 +401,7 @@ mod tests {
         assert_eq!(source(&mut tls), CertificateSource::Folder);
         std::fs::remove_dir_all(&path).unwrap();
         assert_eq!((source(&mut tls), source(&mut tls)), (CertificateSource::Folder, CertificateSource::Upload));
-        membership.custom_certificate = None;
+        membership.shared.custom_certificate = None;
         assert_eq!(tls.look(&membership, true).unwrap().certificates[0].source, CertificateSource::Cluster);
     }
 
@@ -410,18 +412,18 @@ mod tests {
         let upload = Authority::create(ClusterId(8)).unwrap().issue_console(&["192.0.2.1"]).unwrap();
         let pair = Pair::parse(&upload.cert_pem, &upload.key_pem).unwrap();
         let (old, next) = (ClusterKey::load(&tls.certificates).unwrap(), ClusterKey::generate());
-        membership.custom_certificate = Some(pair.seal(&old, ClusterId(7), "admin", 1).unwrap());
+        membership.shared.custom_certificate = Some(pair.seal(&old, ClusterId(7), "admin", 1).unwrap());
         let shown = |tls: &mut ConsoleTls, membership: &Membership| {
             let Shown { certificates, warnings: [(_, warning), ..] } = tls.look(membership, true).unwrap();
             (certificates[0].source, certificates[0].info == *pair.info(), warning)
         };
         let good = (CertificateSource::Upload, true, None);
         assert_eq!(shown(&mut tls, &membership), good);
-        let given = membership.custom_certificate.clone().unwrap();
+        let given = membership.shared.custom_certificate.clone().unwrap();
         let authority =
-            Authority::open(ClusterId(7), membership.authority.as_ref().unwrap(), &tls.certificates).unwrap();
-        membership.custom_certificate = Some(pki::reseal(ClusterId(7), &given, &old, &next).unwrap());
-        membership.authority = Some(authority.seal(&next).unwrap());
+            Authority::open(ClusterId(7), membership.shared.authority.as_ref().unwrap(), &tls.certificates).unwrap();
+        membership.shared.custom_certificate = Some(pki::reseal(ClusterId(7), &given, &old, &next).unwrap());
+        membership.shared.authority = Some(authority.seal(&next).unwrap());
         let (source, same, warning) = shown(&mut tls, &membership);
         assert!(warning.unwrap().contains("(yet)"), "a node that was away has to fetch the key");
         assert_eq!((source, same), (CertificateSource::Upload, true), "it goes on with what it has");
@@ -433,7 +435,7 @@ mod tests {
         // A node that starts has nothing but its files.
         assert_eq!(shown(&mut open(dir.path(), &membership), &membership), good);
         // Left behind by a replacement of the key: it is served until the next start, and everybody is told.
-        membership.custom_certificate = Some(given);
+        membership.shared.custom_certificate = Some(given);
         let told =
             |tls: &mut ConsoleTls| tls.look(&membership, true).unwrap().warnings[1].1.clone().unwrap_or_default();
         assert!(told(&mut tls).contains("upload it again"));

@@ -303,7 +303,7 @@ impl Admin {
     /// [`AdminError`].
     pub async fn set_console_names(&self, names: Vec<String>, by: &Actor) -> Result<Vec<String>, AdminError> {
         let of = |names: &[String]| json!({ "consoleSAN": names });
-        let act = Act::new("set", "settings/certs").change(&of(&self.membership().console_names), &of(&names));
+        let act = Act::new("set", "settings/certs").change(&of(&self.membership().shared.console_names), &of(&names));
         self.audited(by, act, self.operations.set_console_names(names, &by.name)).await
     }
 

@@ -41,7 +41,11 @@ impl Operations {
         let before = self.membership();
         let membership = self.change(Change::Invite { invitation }).await?;
         info!(by, until, "hosts are invited to join");
-        for gone in before.invitations.iter().filter(|open| open.in_force(at) && !membership.invitations.contains(open))
+        for gone in before
+            .shared
+            .invitations
+            .iter()
+            .filter(|open| open.in_force(at) && !membership.shared.invitations.contains(open))
         {
             let (made_by, until) = (&gone.by, gone.until);
             info!(made_by, until, "too many invitations are open: this one, which would end first, is closed");
@@ -58,7 +62,7 @@ impl Operations {
     pub(super) async fn uninvite(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
-        let open = self.membership().invitations.len();
+        let open = self.membership().shared.invitations.len();
         if open > 0 {
             self.change(Change::Uninvite).await?;
         }
@@ -92,7 +96,7 @@ pub(super) fn authority(membership: &Membership) -> Result<String, AdminError> {
         let why = "this cluster was set up without its certificate authority: no host can be admitted to it";
         AdminError::Refused(why.to_owned())
     };
-    membership.authority.as_ref().map(|authority| authority.certificate.clone()).ok_or_else(none)
+    membership.shared.authority.as_ref().map(|authority| authority.certificate.clone()).ok_or_else(none)
 }
 
 fn der(pem: &str) -> Result<Vec<u8>, AdminError> {
@@ -112,7 +116,7 @@ fn check(membership: &Membership, text: &str, now: u64) -> Result<(), AdminError
     }
     // All are compared, so that the time says nothing about where the right one stands.
     let mut found = None;
-    for open in &membership.invitations {
+    for open in &membership.shared.invitations {
         if token.has_hash(&open.hash) {
             found = Some(open.in_force(now));
         }
@@ -126,7 +130,7 @@ fn check(membership: &Membership, text: &str, now: u64) -> Result<(), AdminError
 
 /// `host:port` of all Consoles, the primary's first.
 fn addresses(membership: &Membership, primary: u64, port: Option<u16>) -> Vec<String> {
-    let mut members: Vec<_> = membership.members.iter().collect();
+    let mut members: Vec<_> = membership.roster.members.iter().collect();
     members.sort_by_key(|member| (member.id != primary, member.rank));
     let places = port.into_iter().flat_map(|port| members.iter().map(move |member| place(&member.address, port)));
     places.collect()
@@ -145,13 +149,13 @@ mod tests {
         let member = |id| Member::founder(id, &format!("node{id}"), &format!("192.0.2.{id}"), 8086);
         let mut membership = Membership::founded(cluster, vec![member(1), member(2)]);
         let authority = Authority::create(cluster).unwrap();
-        membership.authority = Some(authority.seal(&ClusterKey::generate()).unwrap());
+        membership.shared.authority = Some(authority.seal(&ClusterKey::generate()).unwrap());
         membership
     }
 
     fn invited(membership: &mut Membership, at: u64, until: u64) -> String {
         let token = Token::new(&der(&authority(membership).unwrap()).unwrap());
-        membership.invitations.push(Invitation { hash: token.secret_hash(), at, until, by: "admin".to_owned() });
+        membership.shared.invitations.push(Invitation { hash: token.secret_hash(), at, until, by: "admin".to_owned() });
         token.to_string()
     }
 
@@ -177,16 +181,16 @@ mod tests {
         let mut elsewhere = membership();
         let foreign = invited(&mut elsewhere, 10, 20);
         assert!(denied(&here, &foreign, 10).contains("another cluster"));
-        here.invitations.clear();
+        here.shared.invitations.clear();
         assert!(denied(&here, &second, 20).contains("any more"));
-        here.authority = None;
+        here.shared.authority = None;
         assert!(matches!(check(&here, &second, 20), Err(AdminError::Refused(_))));
     }
 
     #[test]
     fn the_primary_is_asked_first() {
         let mut membership = membership();
-        membership.members[0].address = "2001:db8::1".to_owned();
+        membership.roster.members[0].address = "2001:db8::1".to_owned();
         assert_eq!(addresses(&membership, 2, Some(8083)), ["192.0.2.2:8083", "[2001:db8::1]:8083"]);
         assert_eq!(addresses(&membership, 2, None), Vec::<String>::new());
     }

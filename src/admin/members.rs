@@ -40,7 +40,7 @@ impl Operations {
             warn!(by, member = name, "a member is removed by force: {why}");
         }
         // After whatever it was given, also if the clock of an earlier primary was ahead.
-        let given = membership.custom_certificate.as_ref().map_or(0, |certificate| certificate.at);
+        let given = membership.shared.custom_certificate.as_ref().map_or(0, |certificate| certificate.at);
         let membership = self.change(Change::Remove { node, at: now().max(given), force }).await?;
         info!(by, member = name, node, force, "a member is removed");
         Ok(super::certificates::exposure(&membership))
@@ -69,7 +69,7 @@ impl Operations {
     /// [`AdminError`].
     pub(super) async fn resume(&self, by: &str) -> Result<(), AdminError> {
         let status = self.status();
-        if status.primary.is_none() && status.membership.pause.is_some() {
+        if status.primary.is_none() && status.membership.roster.pause.is_some() {
             info!(by, "no primary is known: the pause is ended on this node alone");
             self.handle.ignore_pause();
             return Ok(());
@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn members_are_found_by_name_id_and_the_beginning_of_a_name() {
         let mut three = membership(3);
-        three.members[2].name = "backup.example".to_owned();
+        three.roster.members[2].name = "backup.example".to_owned();
         assert_eq!(Operations::member(&three, "node2"), Ok(2));
         assert_eq!(Operations::member(&three, "3"), Ok(3));
         assert_eq!(Operations::member(&three, "back"), Ok(3));

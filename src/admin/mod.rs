@@ -204,14 +204,14 @@ impl Operations {
 
     /// The ids of the members that are meant by a name, an id or the beginning of a name that fits one member only.
     fn member(membership: &Membership, wanted: &str) -> Result<NodeId, AdminError> {
-        let names: Vec<String> = membership.members.iter().map(|member| member.name.clone()).collect();
-        let exact = membership.members.iter().find(|member| member.name == wanted);
-        let by_id = || membership.members.iter().find(|member| member.id.to_string() == wanted);
+        let names: Vec<String> = membership.roster.members.iter().map(|member| member.name.clone()).collect();
+        let exact = membership.roster.members.iter().find(|member| member.name == wanted);
+        let by_id = || membership.roster.members.iter().find(|member| member.id.to_string() == wanted);
         if let Some(member) = exact.or_else(by_id) {
             return Ok(member.id);
         }
         let mut begin =
-            membership.members.iter().filter(|member| !wanted.is_empty() && member.name.starts_with(wanted));
+            membership.roster.members.iter().filter(|member| !wanted.is_empty() && member.name.starts_with(wanted));
         match (begin.next(), begin.next()) {
             (Some(member), None) => Ok(member.id),
             (Some(_), Some(_)) => Err(AdminError::Refused(format!(

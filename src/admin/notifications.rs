@@ -9,7 +9,7 @@ impl Operations {
     /// The webhooks, without their secrets; true where there is one.
     pub(super) fn webhooks(&self) -> Vec<(Webhook, bool)> {
         let without = |webhook: &Webhook| (Webhook { secret: None, ..webhook.clone() }, webhook.secret.is_some());
-        self.membership().webhooks.iter().map(without).collect()
+        self.membership().shared.webhooks.iter().map(without).collect()
     }
 
     /// Sends events there from now on, and nowhere else. A webhook without a secret keeps the one that its name and address
@@ -20,7 +20,7 @@ impl Operations {
     pub(super) async fn set_webhooks(&self, mut webhooks: Vec<Webhook>, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
-        let known = self.membership().webhooks.clone();
+        let known = self.membership().shared.webhooks.clone();
         for webhook in &mut webhooks {
             let same = known.iter().find(|known| (&known.name, &known.url) == (&webhook.name, &webhook.url));
             webhook.secret = webhook.secret.take().or_else(|| same.and_then(|same| same.secret.clone()));

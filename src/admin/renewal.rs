@@ -84,7 +84,8 @@ pub(super) fn is_due(from: u64, until: u64, now: u64) -> bool {
 /// # Errors
 /// When a file cannot be read or written, or the authority cannot be unsealed: the certificate is as it was.
 pub fn renew(dir: &Path, membership: &Membership, node: NodeId) -> Result<()> {
-    let sealed = membership.authority.as_ref().context("this cluster was set up without its certificate authority")?;
+    let sealed =
+        membership.shared.authority.as_ref().context("this cluster was set up without its certificate authority")?;
     let member = membership.get(node).context("this node is not a member")?;
     let authority = Authority::open(membership.cluster, sealed, dir)?;
     let csr = request_with(&read(dir, NODE_KEY)?, &member.name, &[])?;
@@ -112,7 +113,7 @@ mod tests {
         let (authority, sealed) = Authority::establish(cluster, dir.path()).unwrap();
         authority.issue_node(1, "old", &["192.0.2.1"]).unwrap().save_node(dir.path()).unwrap();
         let mut membership = Membership::founded(cluster, vec![Member::founder(1, "new", "192.0.2.2", 8086)]);
-        membership.authority = Some(sealed);
+        membership.shared.authority = Some(sealed);
         (dir, membership)
     }
 

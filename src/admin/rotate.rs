@@ -42,7 +42,7 @@ impl Operations {
         let _one = self.changing.lock().await;
         let membership = self.membership();
         super::invitation::authority(&membership)?;
-        let Some(sealed) = &membership.authority else { return Ok(()) };
+        let Some(sealed) = &membership.shared.authority else { return Ok(()) };
         let make = || -> Result<Coming, PkiError> {
             let keys = ClusterKeys::load(&self.config.certificates)?;
             let authority = Authority::create(membership.cluster)?.seal(keys.for_authority(sealed)?)?;

@@ -136,7 +136,7 @@ fn checks(status: &Status, wanted: Option<NodeId>) -> (Vec<Check>, Option<NodeId
     let target = wanted.or_else(|| furthest(status));
     let member = target.and_then(|target| status.members.iter().find(|member| member.id == target));
     let mut list = vec![check("role", status.role == Role::Primary, format!("{} is {}", status.name, status.role))];
-    list.push(match status.membership.pause.as_ref().filter(|pause| pause.in_force(now())) {
+    list.push(match status.membership.roster.pause.as_ref().filter(|pause| pause.in_force(now())) {
         None => check("no pause", true, "automatic takeover is not paused".to_owned()),
         Some(_) => check("no pause", false, "automatic takeover is paused: end the pause first".to_owned()),
     });
@@ -167,14 +167,15 @@ fn checks(status: &Status, wanted: Option<NodeId>) -> (Vec<Check>, Option<NodeId
     });
     let (own, other) = (&status.version, &member.version);
     let membership = &status.membership;
-    list.push(match member.level >= membership.level {
+    list.push(match member.level >= membership.shared.level {
         true if own == other => check("version", true, format!("{name} runs version {own}, too")),
         true => {
-            let both = format!("version {other:?}, this node {own}: both have feature level {}", membership.level);
+            let both =
+                format!("version {other:?}, this node {own}: both have feature level {}", membership.shared.level);
             check("version", true, format!("{name} runs {both}, which the cluster runs"))
         }
         false => {
-            let needed = (membership.level_version.as_str(), membership.level);
+            let needed = (membership.shared.level_version.as_str(), membership.shared.level);
             check("version", false, outdated(name, (other, member.level), needed))
         }
     });
@@ -261,7 +262,7 @@ mod tests {
         assert_eq!(failed(&status, Some(2)), Vec::<String>::new());
         let (list, _) = checks(&status, Some(2));
         assert!(list.iter().any(|check| check.detail.contains("both have feature level")), "{list:?}");
-        status.membership.level = FEATURE_LEVEL + 1;
+        status.membership.shared.level = FEATURE_LEVEL + 1;
         assert_eq!(failed(&status, Some(2)), ["version"]);
     }
 
@@ -273,10 +274,10 @@ mod tests {
         assert!(checks(&good(), None).0.iter().any(|check| check.name == "database" && !check.ok));
         let paused = Some(Pause { until: now() + 60, primary: 1 });
         let mut other = Status { lease_ms: None, role: Role::Secondary, ..good() };
-        other.membership.pause = paused;
+        other.membership.roster.pause = paused;
         assert_eq!(failed(&other, None), ["role", "no pause", "lease"]);
         let mut over = good();
-        over.membership.pause = Some(Pause { until: now() - 1, primary: 1 });
+        over.membership.roster.pause = Some(Pause { until: now() - 1, primary: 1 });
         assert_eq!(failed(&over, Some(2)), Vec::<String>::new());
         let mut full = status(&[(Role::Secondary, 0, "1.2.3"), (Role::Secondary, 3, "1.2.3")]);
         full.members[1].full = true;

@@ -78,7 +78,8 @@ impl Backups {
         let own = self.shelf().await?;
         let mut asked = JoinSet::new();
         // Whoever is no member (any more) would be refused everywhere.
-        for member in membership.members.iter().filter(|member| member.id != me && membership.get(me).is_some()) {
+        for member in membership.roster.members.iter().filter(|member| member.id != me && membership.get(me).is_some())
+        {
             let (asker, id, name) = (self.asker.clone(), member.id, member.name.clone());
             asked.spawn(async move { (id, name, asker.ask::<Shelf>(id, Topic::Backups, &Value::Null).await) });
         }

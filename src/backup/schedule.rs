@@ -83,7 +83,7 @@ impl Backups {
     /// The place of this node among the members.
     fn rank(&self) -> u32 {
         let status = self.node.status().borrow().clone();
-        let place = status.membership.members.iter().position(|member| member.id == status.node);
+        let place = status.membership.roster.members.iter().position(|member| member.id == status.node);
         place.unwrap_or_default() as u32
     }
 

@@ -40,7 +40,7 @@ pub(super) struct Console {
 /// The Consoles of all members, that of the PRIMARY first.
 pub(super) fn consoles(status: &Status, port: Option<u16>) -> Vec<Console> {
     let console = |address: &str, name: &str| Console { name: name.to_owned(), url: Place::of(address, port).url() };
-    let mut members: Vec<_> = status.membership.members.iter().collect();
+    let mut members: Vec<_> = status.membership.roster.members.iter().collect();
     members.sort_by_key(|member| Some(member.id) != status.primary);
     members.into_iter().map(|member| console(&member.address, &member.name)).collect()
 }
@@ -221,7 +221,7 @@ mod tests {
     fn the_primary_is_tried_first_and_addresses_become_urls() {
         let mut status = healthy();
         status.primary = Some(2);
-        status.membership.members[2].address = "2001:db8::3".into();
+        status.membership.roster.members[2].address = "2001:db8::3".into();
         let urls: Vec<String> = consoles(&status, Some(8083)).into_iter().map(|console| console.url).collect();
         assert_eq!(urls, ["https://127.0.0.2:8083", "https://127.0.0.1:8083", "https://[2001:db8::3]:8083"]);
     }

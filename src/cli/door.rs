@@ -36,7 +36,7 @@ impl Local {
     /// When the daemon does not answer, or there is no login.
     pub(super) fn consoles(&self, login: &LoginArgs) -> Result<Remote, Stop> {
         let status = self.status()?;
-        let mut members: Vec<_> = status.membership.members.iter().collect();
+        let mut members: Vec<_> = status.membership.roster.members.iter().collect();
         members.sort_by_key(|member| Some(member.id) != status.primary);
         let port = self.port();
         let places = members.iter().map(|member| Place::of(&member.address, Some(port)));

@@ -379,7 +379,7 @@ mod tests {
         assert!(refused(|status| status.members[1].voter = false).starts_with("node2 is SECONDARY"));
         assert!(refused(|status| drop(status.members.pop())).contains("2 of 3 members"));
         assert!(refused(|status| status.primary = None).contains("no PRIMARY is known"));
-        let pause = |status: &mut Status| status.membership.pause = Some(Pause { until: 1, primary: 1 });
+        let pause = |status: &mut Status| status.membership.roster.pause = Some(Pause { until: 1, primary: 1 });
         assert!(refused(pause).contains("twistcli ha resume"));
     }
 

@@ -35,7 +35,7 @@ pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
         }
         _ => {}
     }
-    let (members, requests) = (status.membership.members.len(), status.membership.requests.len());
+    let (members, requests) = (status.membership.roster.members.len(), status.membership.shared.requests.len());
     let missing = CLUSTER_SIZE.saturating_sub(members + requests);
     if requests > 0 && members + requests == CLUSTER_SIZE {
         let (who, them) = if requests == 1 { ("1 host asks", "fingerprint") } else { ("2 hosts ask", "fingerprints") };
@@ -72,7 +72,7 @@ mod tests {
     fn without(ids: &[NodeId]) -> Status {
         let mut status = healthy();
         status.members.retain(|member| !ids.contains(&member.id));
-        status.membership.members.retain(|member| !ids.contains(&member.id));
+        status.membership.roster.members.retain(|member| !ids.contains(&member.id));
         status
     }
 
@@ -80,13 +80,13 @@ mod tests {
     fn from_one_host_to_a_cluster() {
         let mut status = without(&[2, 3]);
         assert_eq!(steps(&status, 0), ["`twistcli ha join-script`, and run its line on each of two more hosts"]);
-        status.membership.requests.push(request("node2"));
+        status.membership.shared.requests.push(request("node2"));
         assert_eq!(steps(&status, 0), ["`twistcli ha join-script`, and run its line on one more host"]);
-        status.membership.requests.push(request("node3"));
+        status.membership.shared.requests.push(request("node3"));
         assert_eq!(steps(&status, 0), ["2 hosts ask to join; compare the fingerprints, then `twistcli ha apply`"]);
         let mut status = healthy();
         assert!(steps(&status, 0).is_empty());
-        status.membership.members[2].voter = false;
+        status.membership.roster.members[2].voter = false;
         assert!(steps(&status, 0)[0].contains("twistcli ha status --watch"));
     }
 
@@ -104,7 +104,7 @@ mod tests {
     #[test]
     fn pauses_end_and_the_dead_are_replaced() {
         let mut status = healthy();
-        status.membership.pause = Some(Pause { until: 100, primary: 1 });
+        status.membership.roster.pause = Some(Pause { until: 100, primary: 1 });
         assert_eq!(steps(&status, 99), ["when the maintenance is done, `twistcli ha resume`"]);
         assert!(steps(&status, 100).is_empty());
         status.members[2].state = Role::Down;

@@ -52,7 +52,7 @@ pub(super) fn join_script(door: &Door, args: &JoinScriptArgs) -> Result<(), Stop
 pub(super) fn apply(door: &Door, args: &ApplyArgs) -> Result<(), Stop> {
     let operation = Operation::Apply { fingerprints: None };
     let status = door.primary(&command(&operation))?;
-    let requests = &status.membership.requests;
+    let requests = &status.membership.shared.requests;
     if requests.is_empty() {
         let mut text = "no host asks to join".to_owned();
         next::steps(&status, next::now()).iter().for_each(|step| text.push_str(&format!("\n  {step}")));
@@ -83,7 +83,7 @@ fn list(ids: &[NodeId]) -> String {
 }
 
 fn cluster_of(status: &Status) -> String {
-    let names: Vec<&str> = status.membership.members.iter().map(|member| member.name.as_str()).collect();
+    let names: Vec<&str> = status.membership.roster.members.iter().map(|member| member.name.as_str()).collect();
     format!("the cluster of {}", names.join(", "))
 }
 

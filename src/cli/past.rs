@@ -119,7 +119,7 @@ impl Past {
         let primary =
             self.primary.as_ref().map_or_else(unknown, |(time, name)| format!("{name}, since {}", when(*time)));
         let members = self.membership.as_ref().map_or_else(unknown, |membership| {
-            let all = membership.members.iter().map(|member| format!("{} ({})", member.name, member.place()));
+            let all = membership.roster.members.iter().map(|member| format!("{} ({})", member.name, member.place()));
             all.collect::<Vec<_>>().join(", ")
         });
         let head = format!("OLD: twistlockd of {host} does not answer. This is what its files say of the time before:");
@@ -131,7 +131,7 @@ impl Past {
 
     /// The same for programs: nothing in it has the name of a field of a status.
     pub(super) fn json(&self, now: u64, why: &str) -> Value {
-        let members = self.membership.iter().flat_map(|membership| &membership.members);
+        let members = self.membership.iter().flat_map(|membership| &membership.roster.members);
         json!({
             "stale": true,
             "ageMs": self.age(now),

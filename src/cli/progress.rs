@@ -16,7 +16,7 @@ fn upgrade(status: &Status) -> Option<String> {
     let newest = known.iter().max_by_key(|member| (member.level, version(&member.version)))?;
     let all = status.members.len();
     let count = known.iter().filter(|member| member.version == newest.version).count();
-    let level = status.membership.level;
+    let level = status.membership.shared.level;
     let common = known.iter().map(|member| member.level).min()?;
     if count == known.len() && common <= level {
         return None;
@@ -43,14 +43,14 @@ fn renewal(status: &Status) -> Option<String> {
         format!("{ready} of {} members", status.members.len())
     };
     let membership = &status.membership;
-    if let Some(rekey) = membership.rekey {
+    if let Some(rekey) = membership.shared.rekey {
         let have = match rekey.next {
             Some(id) => format!("{} have the new one", count(&|member| member.holds.key == id)),
             None => "the PRIMARY makes a new one".to_owned(),
         };
         return Some(format!("the cluster key is being replaced: {have}"));
     }
-    if let Some(coming) = &membership.coming {
+    if let Some(coming) = &membership.shared.coming {
         let id = pki::authority_id(&coming.authority.certificate).ok()?;
         let trust = count(&|member| member.holds.trusts == id);
         let from = pki::authority_made_at(&coming.authority.certificate).ok()?.saturating_add(coming.overlap);
@@ -59,7 +59,7 @@ fn renewal(status: &Status) -> Option<String> {
             "the certificate authority is being replaced: {trust} trust the new one, which signs from {from} on"
         ));
     }
-    membership.retired.as_ref()?;
+    membership.shared.retired.as_ref()?;
     let text = "the certificate authority is being replaced: the new one signs, and the old one is trusted until all members show \
                 certificates of the new one";
     Some(text.to_owned())
@@ -76,7 +76,7 @@ mod tests {
     #[test]
     fn an_upgrade_is_shown_from_the_first_member_to_the_last() {
         let mut status = healthy();
-        let level = status.membership.level;
+        let level = status.membership.shared.level;
         assert_eq!(lines(&status), Vec::<String>::new());
         (status.members[1].version, status.members[1].level) = ("0.10.0".into(), level + 1);
         status.members[2].version = "0.9.0".into();
@@ -87,7 +87,7 @@ mod tests {
         );
         status.members.iter_mut().for_each(|member| (member.version, member.level) = ("0.10.0".into(), level + 1));
         assert!(lines(&status)[0].contains("3 of 3 members on version 0.10.0"), "the level is still to rise");
-        status.membership.level = level + 1;
+        status.membership.shared.level = level + 1;
         assert_eq!(lines(&status), Vec::<String>::new());
         status.members[0].version = "0.10.1".into();
         assert!(lines(&status)[0].ends_with("feature level 3, unchanged by it"));
@@ -96,9 +96,9 @@ mod tests {
     #[test]
     fn a_new_key_is_counted_member_by_member() {
         let mut status = healthy();
-        status.membership.rekey = Some(Rekey { next: None });
+        status.membership.shared.rekey = Some(Rekey { next: None });
         assert!(lines(&status)[0].contains("makes a new one"));
-        status.membership.rekey = Some(Rekey { next: Some(KeyId(7)) });
+        status.membership.shared.rekey = Some(Rekey { next: Some(KeyId(7)) });
         status.members[1].holds.key = KeyId(7);
         assert!(lines(&status)[0].contains("1 of 3 members have the new one"));
     }

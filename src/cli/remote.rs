@@ -163,7 +163,7 @@ impl Remote {
         let mut places = self.places.borrow_mut();
         // Behind a load balancer with the usual port of HTTPS, the Consoles have their own.
         let port = places.first().and_then(|place| place.port).or(Some(HTTPS_PORT));
-        for member in &membership.members {
+        for member in &membership.roster.members {
             let place = Place::of(&member.address, port);
             if !places.contains(&place) {
                 places.push(place);
@@ -394,7 +394,7 @@ mod tests {
         let login = Login::token("t").unwrap();
         let remote = Remote::new(vec![named.clone()], Trust::default(), login);
         let mut status = healthy();
-        status.membership.members[2].address = "2001:db8::3".into();
+        status.membership.roster.members[2].address = "2001:db8::3".into();
         remote.learn(&status.membership);
         remote.learn(&status.membership);
         let urls: Vec<String> = remote.places().iter().map(Place::url).collect();

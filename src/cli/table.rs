@@ -60,7 +60,7 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
     for line in progress::lines(status) {
         let _ = writeln!(out, "{} {line}", paint.text("1;36", "~"));
     }
-    for request in &status.membership.requests {
+    for request in &status.membership.shared.requests {
         let _ = writeln!(
             out,
             "{} asks to join until {}; clock {}; fingerprint\n    {}",
@@ -83,7 +83,7 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
 fn rows(status: &Status, now: u64) -> Vec<(Role, [String; 9])> {
     let mut rows: Vec<(Role, [String; 9])> =
         status.members.iter().map(|member| (member.state, row(member, status))).collect();
-    rows.extend(status.membership.requests.iter().map(|request| (Role::RequestJoin, request_row(request))));
+    rows.extend(status.membership.shared.requests.iter().map(|request| (Role::RequestJoin, request_row(request))));
     rows.extend(removed_lately(status, now).map(|removed| (Role::Removed, removed_row(removed))));
     rows
 }
@@ -109,9 +109,9 @@ fn pause_line(pause: &Pause, status: &Status, now: u64) -> String {
 
 /// Removed members are shown for a while, unless another member has their name.
 fn removed_lately(status: &Status, now: u64) -> impl Iterator<Item = &Removed> {
-    let again = |removed: &Removed| status.membership.members.iter().any(|member| member.name == removed.name);
+    let again = |removed: &Removed| status.membership.roster.members.iter().any(|member| member.name == removed.name);
     let lately = move |removed: &&Removed| now.saturating_sub(removed.at) < SHOW_REMOVED_S;
-    status.membership.removed.iter().filter(lately).filter(move |removed| !again(removed))
+    status.membership.roster.removed.iter().filter(lately).filter(move |removed| !again(removed))
 }
 
 /// How far the copy of the database for a member is.
@@ -259,14 +259,14 @@ node3   127.0.0.3:8086  DOWN           3      120    7       -         never  0.
     fn a_cluster_in_the_making_shows_all_that_is_under_way() {
         let mut status = healthy();
         status.members.pop();
-        status.membership.members.pop();
+        status.membership.roster.members.pop();
         status.members[1].state = Role::Startup2;
         status.members[1].voter = false;
         status.members[1].sync = Some(SyncProgress { bytes: 1 << 30, total: 3 << 30 });
-        status.membership.members[1].voter = false;
-        status.membership.requests.push(request("host7"));
-        status.membership.removed.push(Removed { id: 3, name: "node3".into(), at: 1_000 });
-        status.membership.pause = Some(Pause { until: 3_600, primary: 1 });
+        status.membership.roster.members[1].voter = false;
+        status.membership.shared.requests.push(request("host7"));
+        status.membership.roster.removed.push(Removed { id: 3, name: "node3".into(), at: 1_000 });
+        status.membership.roster.pause = Some(Pause { until: 3_600, primary: 1 });
         let expected = "\
 DEGRADED: node1 is PRIMARY (1 of 2 members up)
 PAUSED until 1970-01-01 01:00 UTC (for 30 min): if node1 fails, nobody takes over. End it: twistcli ha resume

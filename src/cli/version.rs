@@ -55,7 +55,7 @@ fn without_daemon(past: Option<Past>, json: bool, paint: Paint, stop: Stop) -> R
     let version =
         |name: &str| past.as_ref().filter(|past| past.host() == name).and_then(|past| past.version.as_deref());
     let member = |member: &'_ Member| (member.name.clone(), version(&member.name).unwrap_or_default().to_owned());
-    let members: Vec<_> = known.iter().flat_map(|membership| &membership.members).map(member).collect();
+    let members: Vec<_> = known.iter().flat_map(|membership| &membership.roster.members).map(member).collect();
     let unknown = || Role::Unknown.to_string();
     show(members.iter().map(|(name, version)| (&**name, unknown(), &**version)).collect(), json, paint, true)?;
     Ok(stop.code()?)

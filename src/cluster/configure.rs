@@ -47,12 +47,12 @@ impl<S: Storage> Cluster<S> {
 
     /// True while nobody takes over: then the role is not handed over either.
     pub fn is_takeover_paused(&self, now: u64) -> bool {
-        now < self.paused_until && self.membership.pause.is_some()
+        now < self.paused_until && self.membership.roster.pause.is_some()
     }
 
     /// True if the cluster relies on what this program does not have: it must not become primary.
     pub fn is_outdated(&self) -> bool {
-        self.membership.level > self.level
+        self.membership.shared.level > self.level
     }
 
     /// Refuses what not all members would understand.
@@ -63,11 +63,11 @@ impl<S: Storage> Cluster<S> {
             }
             change => change.needs(),
         };
-        if needed > self.membership.level {
+        if needed > self.membership.shared.level {
             return Err(Impossible(format!(
                 "this needs feature level {needed}, and the cluster runs level {}: it rises by itself once all members run a \
                  program that has it (twistcli ha status shows the versions)",
-                self.membership.level
+                self.membership.shared.level
             )));
         }
         Ok(())
@@ -75,7 +75,7 @@ impl<S: Storage> Cluster<S> {
 
     pub(super) fn is_paused(&self, now: u64) -> bool {
         let other = |pause: &Pause| pause.primary != self.node;
-        self.is_takeover_paused(now) && self.membership.pause.as_ref().is_some_and(other)
+        self.is_takeover_paused(now) && self.membership.roster.pause.as_ref().is_some_and(other)
     }
 
     /// True for a leader's message that says: this node lacks entries that the raft log does not have any more.

@@ -660,7 +660,7 @@ impl<S: Storage> Cluster<S> {
 
     /// Plans to be elected behind `before` other members; behind all of them if this node could not serve well.
     fn schedule_campaign(&mut self, now: u64, before: usize) {
-        let before = if self.is_unfit(now) { before + self.membership.members.len() } else { before };
+        let before = if self.is_unfit(now) { before + self.membership.roster.members.len() } else { before };
         self.campaign = Some(Campaign { at: now + before as u64 * self.timing.stagger, retry: FIRST_RETRY });
     }
 

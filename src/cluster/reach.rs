@@ -171,7 +171,7 @@ impl Known {
 /// nobody relies on what it promised before, and then its raft log begins behind that.
 pub fn follow(known: &mut BTreeMap<NodeId, Known>, membership: &Membership, me: NodeId) {
     known.retain(|id, _| membership.get(*id).is_some() && *id != me);
-    for member in membership.members.iter().filter(|member| member.id != me) {
+    for member in membership.roster.members.iter().filter(|member| member.id != me) {
         let known = known.entry(member.id).or_default();
         if known.voter && !member.voter {
             *known = Known::default();
@@ -245,10 +245,10 @@ mod tests {
         assert_eq!(of(&mut known).objection(101, &Standing::Forgotten), None);
         known.get_mut(&3).unwrap().reported(&Reach::default(), true);
         assert!(of(&mut known).objection(102, &whole(9, 99)).unwrap().contains("vote"));
-        membership.members[2].voter = false;
+        membership.roster.members[2].voter = false;
         follow(&mut known, &membership, 1);
         assert_eq!(of(&mut known).objection(102, &whole(1, 1)), None);
-        membership.members.remove(2);
+        membership.roster.members.remove(2);
         follow(&mut known, &membership, 1);
         assert!(!known.contains_key(&3));
     }

@@ -90,6 +90,126 @@ impl Pause {
     }
 }
 
+/// Removed members that are remembered, newest last, so that they can be told why they are refused.
+const REMEMBERED: usize = 32;
+
+/// The members in the order of their ids, those of the past, and the pause.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roster {
+    pub members: Vec<Member>,
+    /// The id that the next newcomer gets; all below are or were in use.
+    pub next_id: NodeId,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<Removed>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause: Option<Pause>,
+}
+
+impl Roster {
+    /// That of a new cluster.
+    pub fn founded(members: Vec<Member>) -> Self {
+        let next_id = members.iter().map(|member| member.id).max().unwrap_or(0) + 1;
+        Self { members, next_id, removed: Vec::new(), pause: None }
+    }
+
+    /// The member with this id.
+    pub fn get(&self, id: NodeId) -> Option<&Member> {
+        self.members.iter().find(|member| member.id == id)
+    }
+
+    /// The same without what newcomers pick up.
+    pub(super) fn public(&self) -> Self {
+        let members = self.members.iter().map(|member| Member { admission: None, ..member.clone() }).collect();
+        Self { members, ..self.clone() }
+    }
+
+    /// A member without a vote that takes the first free rank.
+    pub(super) fn push(
+        &mut self,
+        id: NodeId,
+        (name, address, port): (String, String, u16),
+        admission: Option<Admission>,
+    ) -> Result<(), Impossible> {
+        let taken = |rank: &u8| self.members.iter().any(|member| member.rank == *rank);
+        let Some(rank) = (0..CLUSTER_SIZE as u8).find(|rank| !taken(rank)) else {
+            return Err(Impossible(format!("a cluster has {CLUSTER_SIZE} members: remove one first")));
+        };
+        self.members.push(Member { id, name, address, port, rank, voter: false, admission });
+        self.members.sort_by_key(|member| member.id);
+        Ok(())
+    }
+
+    /// All members have a vote.
+    pub(super) fn promote(&mut self) -> Result<(), Impossible> {
+        if self.members.iter().all(|member| member.voter) {
+            return Err(Impossible("all members have a vote already".to_owned()));
+        }
+        self.members.iter_mut().for_each(|member| member.voter = true);
+        Ok(())
+    }
+
+    pub(super) fn demote(&mut self, node: NodeId) -> Result<(), Impossible> {
+        let member = self.members.iter_mut().find(|member| member.id == node && member.voter);
+        member.ok_or_else(|| no_member(node))?.voter = false;
+        Ok(())
+    }
+
+    pub(super) fn readdress(&mut self, node: NodeId, name: &str, address: &str, port: u16) -> Result<(), Impossible> {
+        let member = self.members.iter_mut().find(|member| member.id == node);
+        let member = member.ok_or_else(|| no_member(node))?;
+        (member.name, member.address, member.port) = (name.to_owned(), address.to_owned(), port);
+        Ok(())
+    }
+
+    pub(super) fn resume(&mut self) -> Result<(), Impossible> {
+        let none = || Impossible("automatic takeover is not paused".to_owned());
+        self.pause.take().map(|_| ()).ok_or_else(none)
+    }
+
+    pub(super) fn remove(&mut self, node: NodeId, at: u64, primary: NodeId) -> Result<(), Impossible> {
+        let place = self.members.iter().position(|member| member.id == node).ok_or_else(|| no_member(node))?;
+        if node == primary {
+            let name = &self.members[place].name;
+            return Err(Impossible(format!("{name} is PRIMARY: switch over to another member first, then remove it")));
+        }
+        let gone = self.members.remove(place);
+        // Nobody could become primary any more.
+        self.pause.take_if(|pause| pause.primary == gone.id);
+        if self.removed.len() >= REMEMBERED {
+            self.removed.remove(0);
+        }
+        self.removed.push(Removed { id: gone.id, name: gone.name, at });
+        Ok(())
+    }
+
+    /// What must hold whoever made it.
+    pub(super) fn check(&self) -> Result<(), Impossible> {
+        for (place, member) in self.members.iter().enumerate() {
+            check_host(&member.name, &member.address, member.port)?;
+            for other in &self.members[..place] {
+                let same_place = (&member.address, member.port) == (&other.address, other.port);
+                if member.name == other.name || same_place || member.rank == other.rank || member.id == other.id {
+                    return Err(Impossible(format!(
+                        "{} ({}) and {} ({}) cannot be told apart: names and addresses must differ",
+                        other.name,
+                        other.place(),
+                        member.name,
+                        member.place()
+                    )));
+                }
+            }
+        }
+        match self.members.iter().any(|member| member.voter) {
+            true => Ok(()),
+            false => Err(Impossible("no member with a vote would remain".to_owned())),
+        }
+    }
+}
+
+fn no_member(node: NodeId) -> Impossible {
+    Impossible(format!("node {node} is not a member of this cluster"))
+}
+
 /// Refuses names and addresses that could not be shown, dialled or told apart.
 ///
 /// # Errors

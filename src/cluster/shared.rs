@@ -7,12 +7,95 @@ pub mod webhook;
 
 use serde::{Deserialize, Serialize};
 
+use self::{
+    authority::{Coming, Rekey, Retired, SealedAuthority},
+    console_certificate::CustomCertificate,
+    webhook::Webhook,
+};
 use super::{
     level,
     limits::{MAX_CONSOLE_NAMES, MAX_NAME, MAX_NAMES, PER_NAME},
     roster::place,
     validity::in_force,
 };
+
+/// Invitations that may be open at one time.
+pub(super) const MAX_OPEN: usize = 8;
+
+/// What all members share, whoever they are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shared {
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requests: Vec<Request>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub invitations: Vec<Invitation>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority: Option<SealedAuthority>,
+    /// What every Console's certificate is good for beside the names of its own host: those of a load balancer, say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub console_names: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub custom_certificate: Option<CustomCertificate>,
+    /// The feature level in force: what the programs of all members have. Never lowered.
+    #[serde(default = "level::first", skip_serializing_if = "level::is_first")]
+    pub level: u32,
+    /// Version of the program that raised it: older ones may not take part.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub level_version: String,
+    /// See [`authority`], these three.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rekey: Option<Rekey>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coming: Option<Coming>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retired: Option<Retired>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub webhooks: Vec<Webhook>,
+}
+
+impl Shared {
+    /// What the members of a new cluster share: the feature level of the program that founds it.
+    pub fn founded() -> Self {
+        Self {
+            requests: Vec::new(),
+            invitations: Vec::new(),
+            authority: None,
+            console_names: Vec::new(),
+            custom_certificate: None,
+            level: level::FEATURE_LEVEL,
+            level_version: level::PROGRAM_VERSION.to_owned(),
+            rekey: None,
+            coming: None,
+            retired: None,
+            webhooks: Vec::new(),
+        }
+    }
+
+    /// When no more may be open, the one gives way that ends first: whoever wants a script gets one.
+    pub(super) fn invite(&mut self, invitation: &Invitation) {
+        self.invitations.retain(|open| open.in_force(invitation.at));
+        while self.invitations.len() >= MAX_OPEN {
+            let first = (0..self.invitations.len()).min_by_key(|place| self.invitations[*place].until).unwrap_or(0);
+            self.invitations.remove(first);
+        }
+        self.invitations.push(invitation.clone());
+    }
+
+    /// The same without keys, webhooks, and requests that could be picked up. Of an invitation there is its [`Invitation::id`], of
+    /// an authority that is introduced its certificate.
+    pub(super) fn public(&self) -> Self {
+        let (invitations, webhooks) = (self.invitations.iter().map(Invitation::public).collect(), Vec::new());
+        let (authority, custom_certificate) = (None, None);
+        let mut public = Self { invitations, authority, custom_certificate, webhooks, ..self.clone() };
+        if let Some(coming) = &mut public.coming {
+            coming.authority.sealed_key.clear();
+        }
+        for request in &mut public.requests {
+            (request.id, request.csr, request.console_csr) = Default::default();
+        }
+        public
+    }
+}
 
 /// A host that asks to join (REQUEST_JOIN).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,7 +163,7 @@ impl Invitation {
     }
 
     /// That there is one, and until when.
-    pub(in crate::cluster) fn public(&self) -> Self {
+    fn public(&self) -> Self {
         Self { hash: self.id(), by: String::new(), ..*self }
     }
 }

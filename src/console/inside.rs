@@ -365,8 +365,8 @@ fn verdict(row: &Begun, status: &Status) -> Outcome {
         ("switchover", _) => Outcome::Failed(format!("{} is PRIMARY, again or still", status.name)),
         ("remove", Some(member)) => {
             let is = |id: u64, name: &str| name == member || id.to_string() == member;
-            let there = status.membership.members.iter().any(|known| is(known.id, &known.name));
-            let gone = status.membership.removed.iter().any(|removed| is(removed.id, &removed.name));
+            let there = status.membership.roster.members.iter().any(|known| is(known.id, &known.name));
+            let gone = status.membership.roster.removed.iter().any(|removed| is(removed.id, &removed.name));
             match (there, gone) {
                 (true, _) => Outcome::Failed(format!("{member} is still a member")),
                 (false, true) => Outcome::Done,
@@ -394,7 +394,7 @@ mod tests {
         status.name = "node1".to_owned();
         status.epoch = 8;
         status.membership = Membership::founded(ClusterId(1), (1..=2).map(founder).collect());
-        status.membership.removed.push(Removed { id: 3, name: "node3".to_owned(), at: 1 });
+        status.membership.roster.removed.push(Removed { id: 3, name: "node3".to_owned(), at: 1 });
         let told = |row: &Begun, status: &Status| verdict(row, status).to_string();
         assert_eq!(told(&begun("switchover", "high availability"), &status), "done");
         assert_eq!(told(&begun("remove", "member 'node3'"), &status), "done");

@@ -194,7 +194,7 @@ pub(super) async fn ca(
     let status = console.status.borrow().clone();
     let membership = &status.membership;
     // With the one that is to sign before long, for clients to have it in time.
-    let pem = membership.authority.as_ref().map(|sealed| match &membership.coming {
+    let pem = membership.shared.authority.as_ref().map(|sealed| match &membership.shared.coming {
         Some(coming) => format!("{}{}", sealed.certificate, coming.authority.certificate),
         None => sealed.certificate.clone(),
     });

@@ -178,8 +178,8 @@ pub(super) fn open_memory(
 
 /// Refuses to touch the data of a cluster that relies on what this program does not have.
 pub(super) fn refuse_if_outdated(membership: &Membership) -> Result<()> {
-    if membership.level > FEATURE_LEVEL {
-        let needed = (membership.level_version.as_str(), membership.level);
+    if membership.shared.level > FEATURE_LEVEL {
+        let needed = (membership.shared.level_version.as_str(), membership.shared.level);
         bail!("{}", level::outdated("this host", (PROGRAM_VERSION, FEATURE_LEVEL), needed));
     }
     Ok(())

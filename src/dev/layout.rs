@@ -181,9 +181,9 @@ impl Layout {
             (1..).zip(&self.cluster.nodes).map(|(id, node)| Member::founder(id, &node.name, &node.address, port));
         let key = ClusterKey::generate();
         let mut membership = Membership::founded(id, members.collect());
-        membership.authority = Some(authority.seal(&key).context("seal the certificate authority")?);
+        membership.shared.authority = Some(authority.seal(&key).context("seal the certificate authority")?);
         // Every Console may be asked for by every address: a client that tries all three verifies each.
-        membership.console_names = self.cluster.nodes.iter().map(|node| node.address.clone()).collect();
+        membership.shared.console_names = self.cluster.nodes.iter().map(|node| node.address.clone()).collect();
         for (index, node) in self.cluster.nodes.iter().enumerate() {
             self.create_node(index, node, &membership, &authority).with_context(|| format!("set {} up", node.name))?;
             key.save(&node.data.join("certificates"))?;
@@ -207,7 +207,7 @@ impl Layout {
         private_dir(&certificates)?;
         authority.save_certificate(&certificates)?;
         authority.issue_node(id, &node.name, &[&node.address])?.save_node(&certificates)?;
-        let names: Vec<&str> = membership.console_names.iter().map(String::as_str).collect();
+        let names: Vec<&str> = membership.shared.console_names.iter().map(String::as_str).collect();
         authority.issue_console(&names)?.save_console(&certificates)?;
         let config = Config {
             management_port_https: Some(HTTPS_PORT + self.port_offset),
@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(loaded.config.management_port_https, Some(8183));
         assert_eq!(loaded.config.control_socket_path(), first.cluster.nodes[2].control);
         let identity = DataDir::open(&first.cluster.nodes[1].data).unwrap().identity().unwrap();
-        assert_eq!((identity.node, identity.membership.members.len()), (2, 3));
+        assert_eq!((identity.node, identity.membership.roster.members.len()), (2, 3));
         crate::pki::NodeTls::load(&first.cluster.nodes[0].data.join("certificates")).unwrap();
         assert_eq!(first.endpoints().count(), 9);
         assert_eq!(first.status_pages()[2], "http://127.0.0.3:8185/status");

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use super::{Event, Kind, Scope, Severity};
 use crate::{
-    cluster::Membership,
+    cluster::shared::Shared,
     node::{CertificateSource, CertificateStatus, Status},
 };
 
@@ -40,8 +40,8 @@ impl Certificates {
             text.hash(&mut hasher);
             hasher.finish()
         };
-        let Membership { custom_certificate, console_names, authority, coming, retired, rekey, .. } =
-            &status.membership;
+        let Shared { custom_certificate, console_names, authority, coming, retired, rekey, .. } =
+            &status.membership.shared;
         Self {
             own: status.certificates.clone(),
             given: custom_certificate.as_ref().map(|given| (given.by.clone(), digest(&given.chain))),

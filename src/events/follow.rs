@@ -72,7 +72,7 @@ impl Seen {
             let other = self.others.get(&member.id);
             other.is_none_or(|(state, _)| !matches!(state, Role::Down | Role::Unknown | Role::Removed))
         };
-        let first = self.membership.members.iter().filter(up).min_by_key(|member| member.rank);
+        let first = self.membership.roster.members.iter().filter(up).min_by_key(|member| member.rank);
         first.is_some_and(|first| first.id == self.node)
     }
 }
@@ -318,7 +318,7 @@ fn membership(before: &Seen, after: &Seen) -> Vec<Event> {
         let event = Event::new(Kind::Membership, Severity::Info, sentence).scope(Scope::Cluster);
         events.push(event.field("member", name));
     };
-    for member in &new.members {
+    for member in &new.roster.members {
         let Member { id, name, address, port, .. } = member;
         match old.get(*id) {
             None => tell(name, format!("{name} ({}) was admitted to the cluster", member.place())),
@@ -330,29 +330,30 @@ fn membership(before: &Seen, after: &Seen) -> Vec<Event> {
             Some(_) => {}
         }
     }
-    for Member { name, .. } in old.members.iter().filter(|member| new.get(member.id).is_none()) {
+    for Member { name, .. } in old.roster.members.iter().filter(|member| new.get(member.id).is_none()) {
         tell(name, format!("{name} was removed from the cluster"));
     }
-    let asks = |membership: &Membership, print: &str| membership.requests.iter().any(|open| open.fingerprint == print);
-    for request in new.requests.iter().filter(|request| !asks(old, &request.fingerprint)) {
+    let asks =
+        |membership: &Membership, print: &str| membership.shared.requests.iter().any(|open| open.fingerprint == print);
+    for request in new.shared.requests.iter().filter(|request| !asks(old, &request.fingerprint)) {
         let (name, address) = (&request.name, &request.address);
         tell(name, format!("{name} ({address}:{}) asks to join: {}", request.port, request.fingerprint));
     }
     let place = |membership: &Membership, address: &str, port| {
-        membership.members.iter().any(|member| member.address == address && member.port == port)
+        membership.roster.members.iter().any(|member| member.address == address && member.port == port)
     };
-    for gone in old.requests.iter().filter(|request| !asks(new, &request.fingerprint)) {
+    for gone in old.shared.requests.iter().filter(|request| !asks(new, &request.fingerprint)) {
         if !place(new, &gone.address, gone.port) {
             tell(&gone.name, format!("the request of {} to join was turned down, or has expired", gone.name));
         }
     }
-    if old.pause != new.pause {
-        let sentence = match &new.pause {
+    if old.roster.pause != new.roster.pause {
+        let sentence = match &new.roster.pause {
             Some(_) => "automatic takeover is paused",
             None => "automatic takeover is no longer paused",
         };
         let event = Event::new(Kind::Pause, Severity::Info, sentence).scope(Scope::Cluster);
-        events.push(new.pause.iter().fold(event, |event, pause| event.field("until", pause.until)));
+        events.push(new.roster.pause.iter().fold(event, |event, pause| event.field("until", pause.until)));
     }
     events
 }
@@ -468,9 +469,9 @@ mod tests {
     fn membership_and_pause_are_told() {
         let before = seen(&[]);
         let mut after = before.clone();
-        after.membership.members.remove(2);
-        after.membership.members[1].address = "10.0.0.2".to_owned();
-        after.membership.pause = Some(Pause { until: 7, primary: 1 });
+        after.membership.roster.members.remove(2);
+        after.membership.roster.members[1].address = "10.0.0.2".to_owned();
+        after.membership.roster.pause = Some(Pause { until: 7, primary: 1 });
         let events = membership(&before, &after);
         let sentences = [
             "node2 (127.0.0.2:8086) is node2 (10.0.0.2:8086) from now on",

@@ -218,7 +218,7 @@ impl Notifier {
     }
 
     fn targets(&self) -> Vec<Target> {
-        let webhooks = self.membership.borrow().webhooks.clone();
+        let webhooks = self.membership.borrow().shared.webhooks.clone();
         let command = self.command.clone().map(Target::Command);
         webhooks.into_iter().map(Target::Webhook).chain(command).collect()
     }

@@ -55,13 +55,13 @@ impl Host<'_> {
     /// The authorities that are trusted. A file of an earlier time is followed up while the node runs.
     fn trust(&mut self) -> Result<()> {
         let path = self.dir.join(CA_CERTIFICATE);
-        let ours: Vec<_> = self.membership.trusted().filter_map(|pem| certificate_der(pem).ok()).collect();
+        let ours: Vec<_> = self.membership.shared.trusted().filter_map(|pem| certificate_der(pem).ok()).collect();
         let found = fs::read(&path).ok().and_then(|text| pem::certificates(text).ok()).unwrap_or_default();
         if ours.is_empty() || ours.iter().any(|one| found.contains(one)) {
             return Ok(());
         }
         self.aside(CA_CERTIFICATE)?;
-        pki::store_pem(&self.dir, CA_CERTIFICATE, &self.membership.trust_bundle(), false)?;
+        pki::store_pem(&self.dir, CA_CERTIFICATE, &self.membership.shared.trust_bundle(), false)?;
         self.notes.add(format!("{} was damaged or gone: it was made anew from the membership", path.display()));
         Ok(())
     }
@@ -101,7 +101,7 @@ impl Host<'_> {
                 tls.identity.0
             ));
         }
-        let trusted: Vec<_> = self.membership.trusted().filter_map(|pem| certificate_der(pem).ok()).collect();
+        let trusted: Vec<_> = self.membership.shared.trusted().filter_map(|pem| certificate_der(pem).ok()).collect();
         let own = fs::read_to_string(&path).ok().and_then(|pem| certificate_der(&pem).ok());
         let signed = own.is_some_and(|own| trusted.iter().any(|authority| is_issued_by(&own, authority)));
         if signed || trusted.is_empty() {
@@ -139,7 +139,7 @@ impl Host<'_> {
 
     fn authority(&self) -> Result<Authority, PkiError> {
         let none = PkiError::Identity("this cluster was set up without its certificate authority");
-        Authority::open(self.membership.cluster, self.membership.authority.as_ref().ok_or(none)?, &self.dir)
+        Authority::open(self.membership.cluster, self.membership.shared.authority.as_ref().ok_or(none)?, &self.dir)
     }
 
     fn aside(&self, name: &str) -> Result<()> {

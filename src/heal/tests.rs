@@ -59,8 +59,11 @@ fn member(data: &Path) -> Identity {
     };
     let identity = found::found(&config, &dir).unwrap();
     let mut membership = identity.membership.clone();
-    membership.members.extend((2..=3).map(|id| Member::founder(id, &format!("n{id}"), &format!("127.0.0.{id}"), 8086)));
-    membership.next_id = 4;
+    membership
+        .roster
+        .members
+        .extend((2..=3).map(|id| Member::founder(id, &format!("n{id}"), &format!("127.0.0.{id}"), 8086)));
+    membership.roster.next_id = 4;
     let log = open_log(data, &identity);
     let first = initial_transaction(CONSOLE_DATABASE, 4096).unwrap().remove(0);
     let entries: Vec<Entry> = (2..=LAST)
@@ -173,7 +176,7 @@ impl Original {
         let Identity { cluster, node, name, .. } = &started.identity;
         assert_eq!((*cluster, *node, name.as_str()), (self.identity.cluster, 1, "first"), "{what}");
         assert_eq!(
-            (started.configuration.index, started.configuration.membership.members.len()),
+            (started.configuration.index, started.configuration.membership.roster.members.len()),
             (CHANGED, 3),
             "{what}"
         );
@@ -285,7 +288,7 @@ fn what_the_raft_log_has_let_go_of_is_fetched() {
         assert!(started.notes.sentences().iter().any(|note| note.contains("fetched from another member")), "{names:?}");
     }
     let started = start_without(&[FILE]);
-    assert_eq!((started.distrusted, started.configuration.membership.members.len()), (None, 3));
+    assert_eq!((started.distrusted, started.configuration.membership.roster.members.len()), (None, 3));
     assert!(started.notes.sentences()[0].contains("made anew from its copy"));
     assert_eq!(start_without(&[COPY]).notes, Notes::default(), "it is made again at the next start");
     assert_eq!(start_without(&["certificates/node-key.pem"]).distrusted, None);
@@ -299,8 +302,8 @@ fn a_new_key_is_signed_by_the_authority_of_the_membership() {
     let dir = copied.path().join("certificates");
     let key = fs::read(dir.join(NODE_KEY)).unwrap();
     // Of another node of the same cluster, which both would have to answer for.
-    let Membership { authority, cluster, .. } = original.identity.membership.clone();
-    Authority::open(cluster, &authority.unwrap(), &dir)
+    let Membership { shared, cluster, .. } = original.identity.membership.clone();
+    Authority::open(cluster, &shared.authority.unwrap(), &dir)
         .unwrap()
         .issue_node(2 as NodeId, "n2", &[])
         .unwrap()

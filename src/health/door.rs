@@ -47,7 +47,7 @@ impl Door {
         let mut next = Instant::now();
         loop {
             let members: BTreeSet<String> =
-                sources.status().membership.members.iter().map(|member| member.address.clone()).collect();
+                sources.status().membership.roster.members.iter().map(|member| member.address.clone()).collect();
             let again = Instant::now() >= next;
             if again || !members.iter().eq(known.keys()) {
                 known.retain(|name, _| members.contains(name));

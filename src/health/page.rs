@@ -182,7 +182,7 @@ mod tests {
                 let texts = [&mut status.name, &mut status.reason, &mut status.version];
                 texts.into_iter().for_each(|text| *text = HOSTILE.to_owned());
                 status.warnings.push(HOSTILE.to_owned());
-                for (shown, member) in status.members.iter_mut().zip(&mut status.membership.members) {
+                for (shown, member) in status.members.iter_mut().zip(&mut status.membership.roster.members) {
                     (shown.name, shown.address, shown.version) = (HOSTILE.into(), HOSTILE.into(), HOSTILE.into());
                     (member.name, member.address) = (HOSTILE.into(), HOSTILE.into());
                 }

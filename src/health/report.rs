@@ -99,7 +99,7 @@ impl Report {
 
     /// Where the PRIMARY's Console and the other pages are.
     fn links(mut self, status: &Status, port: u16, console_port: Option<u16>) -> Self {
-        let find = |name: &str| status.membership.members.iter().find(|member| member.name == name);
+        let find = |name: &str| status.membership.roster.members.iter().find(|member| member.name == name);
         let primary = self.primary.as_deref().and_then(find);
         self.console =
             primary.zip(console_port).map(|(member, port)| format!("https://{}/", place(&member.address, port)));
@@ -154,7 +154,7 @@ fn members(status: &Status, turned: Duration) -> Vec<Seen> {
         let address = place(&member.address, member.port);
         Seen { name: member.name.clone(), address, state, words, last_seen_ms, here, status: String::new() }
     };
-    status.membership.members.iter().map(seen).collect()
+    status.membership.roster.members.iter().map(seen).collect()
 }
 
 fn state(member: &MemberStatus, here: bool, turned: Duration) -> (Role, String, Option<u64>) {

@@ -58,8 +58,8 @@ pub(super) enum Data {
 impl Data {
     pub(super) fn of(folder: &Path) -> Self {
         match (Configuration::read(folder), Identity::read(folder)) {
-            (Ok(Some(now)), Ok(_)) => Self::Member(now.membership.members.len()),
-            (Ok(None), Ok(first)) => Self::Member(first.membership.members.len()),
+            (Ok(Some(now)), Ok(_)) => Self::Member(now.membership.roster.members.len()),
+            (Ok(None), Ok(first)) => Self::Member(first.membership.roster.members.len()),
             _ if PARTS.iter().any(|part| fs::symlink_metadata(folder.join(part)).is_ok()) => Self::Unclear,
             _ => Self::Nothing,
         }

@@ -133,17 +133,17 @@ impl Kit {
     /// # Errors
     /// [`KitError`].
     pub fn script(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
-        let ca = &membership.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
+        let ca = &membership.shared.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
         let parsed: Token = token.parse().map_err(|_| KitError::Token)?;
-        let invitation = membership.invitations.iter().find(|open| parsed.has_hash(&open.hash));
+        let invitation = membership.shared.invitations.iter().find(|open| parsed.has_hash(&open.hash));
         let until = invitation.ok_or(KitError::Token)?.until;
         let addresses = self.addresses(membership, primary)?;
         let list = addresses.iter().map(|address| quote(address)).collect::<Vec<_>>().join(" ");
         let offer = Offer {
             join: JoinFile { token: token.to_owned(), addresses, ca: ca.clone() },
             cluster: membership.cluster,
-            members: membership.members.iter().map(|member| member.id).collect(),
-            next_id: membership.next_id,
+            members: membership.roster.members.iter().map(|member| member.id).collect(),
+            next_id: membership.roster.next_id,
             until,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             config: self.config.clone(),
@@ -186,7 +186,7 @@ impl Kit {
     /// # Errors
     /// [`KitError`].
     pub fn line(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
-        let ca = &membership.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
+        let ca = &membership.shared.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
         let addresses = self.addresses(membership, primary)?;
         let (ca, place) = (BASE64_STANDARD.encode(ca), addresses.first().ok_or(KitError::NoHttps)?);
         Ok(format!(
@@ -198,7 +198,7 @@ impl Kit {
     /// `host:port` of the members' Console ports, the primary's first.
     fn addresses(&self, membership: &Membership, primary: NodeId) -> Result<Vec<String>, KitError> {
         let port = self.https_port.ok_or(KitError::NoHttps)?;
-        let mut members: Vec<_> = membership.members.iter().collect();
+        let mut members: Vec<_> = membership.roster.members.iter().collect();
         members.sort_by_key(|member| member.id != primary);
         Ok(members.iter().map(|member| place(&member.address, port)).collect())
     }
@@ -264,8 +264,8 @@ mod tests {
         let token = Token::new(&certificate_der(&ca).unwrap());
         let members = vec![Member::founder(1, "a", "192.0.2.1", 8086), Member::founder(2, "b", "2001:db8::2", 8086)];
         let mut membership = Membership::founded(ClusterId(7), members);
-        membership.authority = Some(SealedAuthority { certificate: ca, sealed_key: String::new(), key: None });
-        membership.invitations =
+        membership.shared.authority = Some(SealedAuthority { certificate: ca, sealed_key: String::new(), key: None });
+        membership.shared.invitations =
             vec![Invitation { hash: token.secret_hash(), at: 1, until: u64::MAX >> 1, by: "a".into() }];
         (membership, token.to_string())
     }
@@ -347,7 +347,7 @@ mod tests {
         let tell = "curl() { for a in \"$@\"; do case $a in @*) cat \"${a#@}\";; /*) cat \"$a\";; *) echo \"$a\";; esac; done; }; \
                     sudo() { cat; }; ";
         let told = shell(&format!("{tell}{line}"));
-        let ca = &membership.authority.unwrap().certificate;
+        let ca = &membership.shared.authority.unwrap().certificate;
         assert!(told.contains(ca.as_str()) && told.contains(&format!("Authorization: Bearer {token}")), "{told}");
         assert!(!told.lines().any(|word| word.starts_with("-f")), "a refusal has to reach the shell: {told}");
         assert!(told.contains("--connect-to\n::192.0.2.1:8083\n"), "{told}");

@@ -149,7 +149,7 @@ impl Driver {
         log_differences(&self.members.borrow(), &membership);
         self.paused_ignored = false;
         self.publisher.set_membership(&membership);
-        let others: Vec<_> = membership.members.iter().map(|member| member.id).collect();
+        let others: Vec<_> = membership.roster.members.iter().map(|member| member.id).collect();
         self.links.set_peers(&others);
         self.config.memory.follow(&membership, self.config.node);
         if membership.get(self.config.node).is_none() {
@@ -170,7 +170,7 @@ impl Driver {
 
     /// Once per tick, too: the wall clock, which says when a pause ends, may be set right only after the start.
     pub(super) fn follow_pause(&mut self) {
-        let pause = &self.config.configuration.membership.pause;
+        let pause = &self.config.configuration.membership.roster.pause;
         let until = pause.as_ref().filter(|_| !self.paused_ignored).map_or(0, boottime_of);
         self.cluster.set_paused(boottime(), until);
     }
@@ -229,7 +229,7 @@ impl Driver {
 
 /// One line for each thing that changed, as every node sees it.
 fn log_differences(before: &Membership, after: &Membership) {
-    for member in &after.members {
+    for member in &after.roster.members {
         let (id, name, address, port) = (member.id, &member.name, &member.address, member.port);
         match before.get(id) {
             None => info!(id, name, address, port, "admitted: it gets a vote when it has caught up"),
@@ -243,19 +243,19 @@ fn log_differences(before: &Membership, after: &Membership) {
             Some(_) => {}
         }
     }
-    for gone in before.members.iter().filter(|member| after.get(member.id).is_none()) {
+    for gone in before.roster.members.iter().filter(|member| after.get(member.id).is_none()) {
         info!(id = gone.id, name = gone.name, "removed from the cluster");
     }
-    for request in after.requests.iter().filter(|request| !before.requests.contains(request)) {
+    for request in after.shared.requests.iter().filter(|request| !before.shared.requests.contains(request)) {
         let (name, address, port) = (&request.name, &request.address, request.port);
         info!(name, address, port, fingerprint = request.fingerprint, "asks to join");
     }
-    if before.level != after.level {
-        let (level, version) = (after.level, &after.level_version);
+    if before.shared.level != after.shared.level {
+        let (level, version) = (after.shared.level, &after.shared.level_version);
         info!(level, version, "this feature level is in force: programs that do not have it are refused from now on");
     }
-    if before.pause != after.pause {
-        match &after.pause {
+    if before.roster.pause != after.roster.pause {
+        match &after.roster.pause {
             Some(pause) => warn!(until = pause.until, "automatic takeover is paused"),
             None => info!("automatic takeover is no longer paused"),
         }

@@ -26,7 +26,7 @@ impl Driver {
         metrics::gauge!(telemetry::CHECKPOINT_AGE).set(age.as_secs_f64());
         metrics::gauge!(telemetry::WAL_BYTES).set(self.publisher.wal_bytes() as f64);
         let unheard: BTreeSet<NodeId> = self.links.unheard_by().collect();
-        for member in self.members.borrow().members.iter().filter(|member| member.id != self.config.node) {
+        for member in self.members.borrow().roster.members.iter().filter(|member| member.id != self.config.node) {
             let unheard = truth(unheard.contains(&member.id));
             metrics::gauge!(telemetry::PEER_DATAGRAMS_UNHEARD, "member" => member.name.clone()).set(unheard);
         }

@@ -83,7 +83,7 @@ pub(super) struct Publisher {
 impl Publisher {
     pub fn new(config: &NodeConfig) -> (Self, watch::Receiver<Arc<Status>>) {
         let membership = config.configuration.membership.clone();
-        let others = membership.members.iter().filter(|member| member.id != config.node);
+        let others = membership.roster.members.iter().filter(|member| member.id != config.node);
         let name = membership.get(config.node).map_or_else(|| config.name.clone(), |member| member.name.clone());
         let (version, reason) = (&config.version, "starts".to_owned());
         let still = Status::without_node(name, version, membership.clone(), Role::Startup, reason);
@@ -161,7 +161,7 @@ impl Publisher {
         let node = self.config.node;
         let is_other = |id: &NodeId| *id != node && membership.get(*id).is_some();
         self.peers.retain(|id, _| is_other(id));
-        for id in membership.members.iter().map(|member| member.id).filter(is_other) {
+        for id in membership.roster.members.iter().map(|member| member.id).filter(is_other) {
             self.peers.entry(id).or_default();
         }
         self.membership = membership.clone();
@@ -220,7 +220,7 @@ impl Publisher {
             let works = peer.bad_disk.is_none_or(|(at, _)| at.elapsed() >= DISK_MEMORY);
             works && !peer.dead && heard && report.is_some_and(|report| report.state == Role::Secondary && !report.full)
         };
-        let voters = self.membership.members.iter().filter(|member| member.voter).map(|member| member.id);
+        let voters = self.membership.roster.members.iter().filter(|member| member.voter).map(|member| member.id);
         let lacks = |peer: &Peer| std::cmp::Reverse(peer.report.as_ref().map_or(0, |report| report.applied));
         let found = voters.filter_map(|id| self.peers.get(&id).filter(able).map(|peer| (lacks(peer), id)));
         found.min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
@@ -490,10 +490,10 @@ mod tests {
         assert_eq!(tell(Role::Secondary, Condition::Good), None, "a new process does not know");
         publisher.peers.get_mut(&2).unwrap().bad_disk = None;
         let mut membership = publisher.membership.clone();
-        membership.members[1].voter = false;
+        membership.roster.members[1].voter = false;
         publisher.set_membership(&membership);
         assert_eq!(publisher.secondary_with_space(), None);
-        membership.members[1].voter = true;
+        membership.roster.members[1].voter = true;
         publisher.set_membership(&membership);
         publisher.report(2, NodeReport { state: Role::Startup, ..report(70) });
         assert_eq!(publisher.secondary_with_space(), None);

@@ -41,7 +41,7 @@ impl Upgrade {
 impl Driver {
     /// Once per tick.
     pub(super) fn follow_level(&mut self) {
-        let in_force = self.config.configuration.membership.level;
+        let in_force = self.config.configuration.membership.shared.level;
         let common = if self.cluster.phase() == Phase::Primary { self.publisher.common_level() } else { None };
         let Some(level) = self.upgrade.due(common, in_force, Instant::now()) else { return };
         let raise = Change::Raise { level, version: self.config.version.clone() };
@@ -55,9 +55,13 @@ impl Driver {
     /// This node's program lacks what the cluster relies on from now on: the next start says so, too, and ends there.
     pub(super) fn leave_if_outdated(&mut self) {
         let membership = &self.config.configuration.membership;
-        if membership.level > self.config.level {
+        if membership.shared.level > self.config.level {
             let own = (self.config.version.as_str(), self.config.level);
-            self.exit = Some(Exit::Fatal(outdated("this node", own, (&membership.level_version, membership.level))));
+            self.exit = Some(Exit::Fatal(outdated(
+                "this node",
+                own,
+                (&membership.shared.level_version, membership.shared.level),
+            )));
         }
     }
 

@@ -56,7 +56,7 @@ pub fn judge(status: &Status, now: u64) -> Verdict {
 
 /// The pause that is in force.
 pub fn paused(status: &Status, now: u64) -> Option<&Pause> {
-    status.membership.pause.as_ref().filter(|pause| pause.in_force(now))
+    status.membership.roster.pause.as_ref().filter(|pause| pause.in_force(now))
 }
 
 /// Milliseconds in the unit that reads best.
@@ -231,7 +231,7 @@ pub(crate) mod tests {
     #[test]
     fn a_pause_degrades_until_it_ends() {
         let mut status = healthy();
-        status.membership.pause = Some(crate::cluster::roster::Pause { until: 10, primary: 1 });
+        status.membership.roster.pause = Some(crate::cluster::roster::Pause { until: 10, primary: 1 });
         assert_eq!(judge(&status, 9).health, Health::Degraded);
         assert_eq!(judge(&status, 10).health, Health::Healthy);
     }

@@ -323,7 +323,7 @@ impl Call {
     /// out, as it calls nobody, and it would elect itself.
     fn look_into_the_unknown(&self, hello: &Hello) {
         let (ours, me) = (self.identity.roster.membership(), self.identity.me);
-        let unknown = ours.get(hello.from).is_none() && hello.from >= ours.next_id;
+        let unknown = ours.get(hello.from).is_none() && hello.from >= ours.roster.next_id;
         let (Standing::Whole(own), Standing::Whole(theirs)) = (self.identity.standing, hello.standing) else { return };
         if !unknown || !ours.voters().eq([me]) || (theirs.term <= own.term && theirs.last <= own.last) {
             return;
@@ -342,11 +342,11 @@ impl Call {
     /// A program that does not have what the cluster relies on would misread what it is sent.
     fn check_level(&self, hello: &Hello) -> Result<(), Refusal> {
         let (ours, has) = (self.identity.roster.membership(), hello.feature_level());
-        if has >= ours.level {
+        if has >= ours.shared.level {
             return Ok(());
         }
         let who = ours.get(hello.from).map_or_else(|| format!("node {}", hello.from), |member| member.name.clone());
-        let reason = outdated(&who, (&hello.version, has), (&ours.level_version, ours.level));
+        let reason = outdated(&who, (&hello.version, has), (&ours.shared.level_version, ours.shared.level));
         Err(Refusal { code: RefusalCode::Outdated, reason })
     }
 

@@ -200,11 +200,11 @@ async fn handshake(
 /// A member whose program does not have what the cluster relies on is not sent anything, either.
 fn check_level(identity: &PeerIdentity, member: &Member, has: u32) -> Result<(), String> {
     let ours = identity.roster.membership();
-    if has >= ours.level {
+    if has >= ours.shared.level {
         return Ok(());
     }
     Err(format!(
         "the program of {} has feature level {has}, but the cluster runs level {}: install version {} or newer there",
-        member.name, ours.level, ours.level_version
+        member.name, ours.shared.level, ours.shared.level_version
     ))
 }

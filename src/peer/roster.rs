@@ -54,7 +54,7 @@ impl Roster {
             false // nobody dials differently for it
         });
         let told = self.told.borrow();
-        let others = membership.members.iter().filter(|member| member.id != me);
+        let others = membership.roster.members.iter().filter(|member| member.id != me);
         others.map(|member| placed(member, index, told.get(&member.id))).collect()
     }
 

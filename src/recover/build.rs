@@ -156,7 +156,7 @@ fn build_identity(
     let port = old.map_or(config.high_availability_port.unwrap_or(8086), |member| member.port);
     let certificates = staging.join("certificates");
     make_private_dir(&certificates).map_err(RecoverError::io("create the folder of the certificates"))?;
-    let list = &survivor.membership.console_names;
+    let list = &survivor.membership.shared.console_names;
     let make_certificates = || -> Result<SealedAuthority, PkiError> {
         let (authority, sealed) = Authority::establish(cluster, &certificates)?;
         authority.issue_node(NODE, &name, &[&address])?.save_node(&certificates)?;
@@ -169,11 +169,11 @@ fn build_identity(
     let sealed = make_certificates()
         .map_err(|error| RecoverError::Io { what: "make the certificates".into(), source: io::Error::other(error) })?;
     let mut membership = Membership::founded(cluster, vec![Member::founder(NODE, &name, &address, port)]);
-    membership.authority = Some(sealed);
-    membership.console_names.clone_from(list);
-    membership.webhooks.clone_from(&survivor.membership.webhooks);
+    membership.shared.authority = Some(sealed);
+    membership.shared.console_names.clone_from(list);
+    membership.shared.webhooks.clone_from(&survivor.membership.shared.webhooks);
     let (given, notes) = given_certificate(survivor, cluster, &certificates);
-    membership.custom_certificate = given;
+    membership.shared.custom_certificate = given;
     let written = RecoverError::io("write the identity");
     let identity = Identity { format: IDENTITY_FORMAT, cluster, node: NODE, name, membership: membership.clone() };
     let write = || {
@@ -191,7 +191,7 @@ fn given_certificate(
     cluster: ClusterId,
     certificates: &Path,
 ) -> (Option<CustomCertificate>, Vec<String>) {
-    let Some(given) = &survivor.membership.custom_certificate else { return (None, Vec::new()) };
+    let Some(given) = &survivor.membership.shared.custom_certificate else { return (None, Vec::new()) };
     let carry = || -> Result<CustomCertificate, PkiError> {
         let keys = ClusterKeys::load(&survivor.data.join("certificates"))?;
         let old = keys.find(given.key).ok_or(PkiError::Sealed("this node does not have the cluster key"))?;
@@ -268,7 +268,7 @@ mod tests {
         let pair = Pair::parse(&issued.cert_pem, &issued.key_pem).unwrap();
         let old = ClusterKey::generate();
         ClusterKey::generate().save(new.path()).unwrap();
-        survivor.membership.custom_certificate = Some(pair.seal(&old, ClusterId(7), "ann", 5).unwrap());
+        survivor.membership.shared.custom_certificate = Some(pair.seal(&old, ClusterId(7), "ann", 5).unwrap());
         let (given, notes) = given_certificate(&survivor, cluster, new.path());
         assert!(given.is_none() && notes[0].contains("does not have the cluster key"), "{notes:?}");
         assert!(notes[0].contains("twistcli certs upload"), "{notes:?}");

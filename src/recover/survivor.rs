@@ -66,8 +66,8 @@ impl Survivor {
         let membership = Configuration::read(&path)
             .map_err(RecoverError::io("read membership.json"))?
             .map_or_else(|| identity.membership.clone(), |configuration| configuration.membership);
-        if membership.level > FEATURE_LEVEL {
-            let needed = (membership.level_version.as_str(), membership.level);
+        if membership.shared.level > FEATURE_LEVEL {
+            let needed = (membership.shared.level_version.as_str(), membership.shared.level);
             return Err(RecoverError::Unusable(outdated("this host", (PROGRAM_VERSION, FEATURE_LEVEL), needed)));
         }
         if Ready::find(&path).map_err(|error| unusable(&error.to_string()))?.is_some() {
@@ -129,7 +129,8 @@ impl Survivor {
     pub fn explain(&self) -> String {
         let hard = self.log.hard_state();
         let last = self.log.last_index();
-        let others: Vec<_> = self.membership.members.iter().filter(|member| member.id != self.identity.node).collect();
+        let others: Vec<_> =
+            self.membership.roster.members.iter().filter(|member| member.id != self.identity.node).collect();
         let list = |what: fn(&&Member) -> String| others.iter().map(what).collect::<Vec<_>>().join(" and ");
         let names = if others.is_empty() { "nobody".to_owned() } else { list(|member| member.name.clone()) };
         let written = self.written.map_or_else(

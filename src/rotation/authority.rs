@@ -16,8 +16,8 @@ use crate::{
 
 /// The newest authority that members are to trust.
 pub(super) fn newest(membership: &Membership) -> Result<KeyId> {
-    let coming = membership.coming.as_ref().map(|coming| &coming.authority);
-    let newest = coming.or(membership.authority.as_ref()).context("there is no authority")?;
+    let coming = membership.shared.coming.as_ref().map(|coming| &coming.authority);
+    let newest = coming.or(membership.shared.authority.as_ref()).context("there is no authority")?;
     Ok(pki::authority_id(&newest.certificate)?)
 }
 
@@ -37,23 +37,23 @@ impl Rotation {
 
     /// Trusts whom the membership names, and nobody else.
     pub(super) fn follow_trust(&mut self, membership: &Membership) -> Result<()> {
-        let (bundle, known) = (membership.trust_bundle(), self.read(CA_CERTIFICATE)?);
+        let (bundle, known) = (membership.shared.trust_bundle(), self.read(CA_CERTIFICATE)?);
         if known.split_whitespace().eq(bundle.split_whitespace()) {
             return if self.stale { self.reload() } else { Ok(()) };
         }
         self.stale = true;
         pki::store_pem(&self.parts.certificates, CA_CERTIFICATE, &bundle, false)?;
         self.reload()?;
-        info!(authorities = membership.trusted().count(), "this node trusts other authorities from now on");
+        info!(authorities = membership.shared.trusted().count(), "this node trusts other authorities from now on");
         Ok(())
     }
 
     /// Has this node's certificate made anew if another authority signed it. Returns which one signed what it shows now, the
     /// Console's own certificate included; nothing while the two differ.
     pub(super) fn follow_certificates(&mut self, membership: &Membership, node: NodeId) -> Result<KeyId> {
-        let Some(sealed) = &membership.authority else { return Ok(KeyId::default()) };
+        let Some(sealed) = &membership.shared.authority else { return Ok(KeyId::default()) };
         let signs = pki::authority_id(&sealed.certificate)?;
-        let Some(retired) = &membership.retired else { return Ok(signs) };
+        let Some(retired) = &membership.shared.retired else { return Ok(signs) };
         if !pki::is_signed_by(&self.read(NODE_CERTIFICATE)?, &sealed.certificate)? {
             self.stale = true;
             renewal::renew(&self.parts.certificates, membership, node)?;
@@ -68,7 +68,7 @@ impl Rotation {
     /// Lets the new authority sign when all members trust it, and drops the old one when nothing of it is shown any more.
     pub(super) async fn lead_authority(&mut self, membership: &Membership, status: &Status) -> Result<()> {
         let now = crate::admin::now();
-        if let Some(coming) = &membership.coming {
+        if let Some(coming) = &membership.shared.coming {
             let newest = newest(membership)?;
             // Clients learn of it while the old one still signs: no member shows them anything that they do not know.
             let from = pki::authority_made_at(&coming.authority.certificate)?.saturating_add(coming.overlap);
@@ -78,7 +78,7 @@ impl Rotation {
                     "all members trust the new authority: it signs from now on, and join scripts of the old one end";
                 self.change(Change::SwitchAuthority { at: now }, done).await?;
             }
-        } else if membership.retired.is_some() {
+        } else if membership.shared.retired.is_some() {
             let signs = newest(membership)?;
             // At once: whoever was removed may know its key, and could pass for a member.
             if all(membership, status, |holds| holds.shows == signs) {

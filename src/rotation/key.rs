@@ -28,14 +28,14 @@ impl Rotation {
     /// The key that the others wait for, if it is here; else the one in use.
     pub(super) fn held_key(&self, membership: &Membership) -> KeyId {
         let Some(keys) = &self.keys else { return KeyId::default() };
-        let announced = membership.rekey.and_then(|rekey| rekey.next).filter(|id| keys.find(*id).is_some());
+        let announced = membership.shared.rekey.and_then(|rekey| rekey.next).filter(|id| keys.find(*id).is_some());
         announced.or(keys.current.as_ref().map(ClusterKey::id)).unwrap_or_default()
     }
 
     /// Has the key that seals the authority in its place, and the announced one beside it.
     pub(super) async fn follow_key(&mut self, membership: &Membership) -> Result<()> {
         let dir = self.parts.certificates.clone();
-        let sealed_with = membership.authority.as_ref().and_then(|authority| authority.key);
+        let sealed_with = membership.shared.authority.as_ref().and_then(|authority| authority.key);
         let has = |key: &Option<ClusterKey>, id| key.as_ref().is_some_and(|key| key.id() == id);
         if let Some(id) = sealed_with
             && !has(&self.keys()?.current, id)
@@ -48,7 +48,7 @@ impl Rotation {
             self.keys()?.use_next(&dir)?;
             info!(key = %id, "the new cluster key is in use");
         }
-        match membership.rekey {
+        match membership.shared.rekey {
             Some(rekey) => {
                 if let Some(id) = rekey.next
                     && !has(&self.keys()?.next, id)
@@ -68,7 +68,7 @@ impl Rotation {
     /// Asks all other members, the primary first.
     async fn fetch(&self, membership: &Membership, id: KeyId) -> Result<ClusterKey> {
         let status = self.parts.handle.status().borrow().clone();
-        let mut others: Vec<_> = membership.members.iter().filter(|member| member.id != status.node).collect();
+        let mut others: Vec<_> = membership.roster.members.iter().filter(|member| member.id != status.node).collect();
         others.sort_by_key(|member| status.primary != Some(member.id));
         let mut problems = Vec::new();
         for member in others {
@@ -84,7 +84,9 @@ impl Rotation {
 
     /// Announces a key if none is, or if the one that made it took it along; seals when all members have it.
     pub(super) async fn lead_key(&mut self, membership: &Membership, status: &Status) -> Result<()> {
-        let (Some(rekey), Some(authority)) = (membership.rekey, &membership.authority) else { return Ok(()) };
+        let (Some(rekey), Some(authority)) = (membership.shared.rekey, &membership.shared.authority) else {
+            return Ok(());
+        };
         let announced = match rekey.next {
             Some(id) => self.keys()?.next.clone().filter(|key| key.id() == id),
             None => None,
@@ -105,7 +107,7 @@ impl Rotation {
         let opened = Authority::open(membership.cluster, authority, &self.parts.certificates);
         let sealed =
             opened.and_then(|authority| authority.seal(&next)).context("seal the certificate authority anew")?;
-        let (certificate, problem) = match &membership.custom_certificate {
+        let (certificate, problem) = match &membership.shared.custom_certificate {
             Some(given) => match self.sealed_anew(membership, given, &next)? {
                 Ok(certificate) => (Some(certificate), None),
                 Err(error) => (Some(given.clone()), Some(error)),

@@ -73,7 +73,7 @@ pub async fn keep(parts: Parts) {
 }
 
 fn is_busy(membership: &Membership) -> bool {
-    membership.rekey.is_some() || membership.coming.is_some() || membership.retired.is_some()
+    membership.shared.rekey.is_some() || membership.shared.coming.is_some() || membership.shared.retired.is_some()
 }
 
 struct Rotation {
@@ -94,7 +94,7 @@ impl Rotation {
     async fn look(&mut self, membership: &Membership) -> Result<()> {
         let status = self.parts.handle.status().borrow().clone();
         let member = membership.get(status.node).is_some();
-        if membership.authority.is_none() || membership.level < 2 || !member {
+        if membership.shared.authority.is_none() || membership.shared.level < 2 || !member {
             return Ok(());
         }
         // Each looks at its own: a key that cannot be fetched must not keep a node from following the authority.
@@ -110,7 +110,7 @@ impl Rotation {
 
     /// The primary's part: at most one step at a time.
     async fn lead(&mut self, membership: &Membership, status: &Status) -> Result<()> {
-        if membership.rekey.is_some() {
+        if membership.shared.rekey.is_some() {
             self.lead_key(membership, status).await
         } else {
             self.lead_authority(membership, status).await
@@ -165,11 +165,11 @@ fn step(membership: &Membership, status: &Status) -> Option<String> {
         return None;
     }
     let (what, wanted): (_, fn(&MemberStatus, KeyId) -> bool) =
-        if let Some(next) = membership.rekey.map(|rekey| rekey.next) {
+        if let Some(next) = membership.shared.rekey.map(|rekey| rekey.next) {
             (("the cluster key", next?), |member, key| member.holds.key == key)
-        } else if membership.coming.is_some() {
+        } else if membership.shared.coming.is_some() {
             (("the certificate authority", authority::newest(membership).ok()?), |member, id| member.holds.trusts == id)
-        } else if membership.retired.is_some() {
+        } else if membership.shared.retired.is_some() {
             (("the certificate authority", authority::newest(membership).ok()?), |member, id| member.holds.shows == id)
         } else {
             return None;
@@ -185,6 +185,7 @@ fn step(membership: &Membership, status: &Status) -> Option<String> {
 /// True if all members meet the condition by their last report.
 fn all(membership: &Membership, status: &Status, condition: impl Fn(&Holdings) -> bool) -> bool {
     membership
+        .roster
         .members
         .iter()
         .all(|member| status.members.iter().any(|known| known.id == member.id && condition(&known.holds)))

@@ -476,7 +476,7 @@ fn remove(site: &Site, node: usize) -> Result<(), String> {
         Err("it has not gone over yet".into())
     })?;
     wait_done("remove", || {
-        let member = |status: &Status| status.membership.members.iter().any(|member| member.name == name);
+        let member = |status: &Status| status.membership.roster.members.iter().any(|member| member.name == name);
         let removed = operate(site, Operation::Remove { node: name.clone(), force: false });
         let primary = site.primary().and_then(|primary| site.statuses()[primary].clone());
         match primary {
@@ -507,7 +507,7 @@ fn join_again(site: &Site, node: usize) -> Result<(), String> {
     fs::write(site.node(node).data.join("join.json"), join.to_string()).map_err(|error| error.to_string())?;
     site.release(node)?;
     wait_done("apply", || operate(site, Operation::Apply { fingerprints: None }).map(drop))?;
-    let vote = |status: &Status| status.membership.members.iter().filter(|member| member.voter).count() == 3;
+    let vote = |status: &Status| status.membership.roster.members.iter().filter(|member| member.voter).count() == 3;
     wait_done("a vote", || {
         let statuses = site.statuses();
         if statuses.iter().flatten().any(vote) { Ok(()) } else { Err(picture(&statuses)) }

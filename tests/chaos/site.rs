@@ -293,7 +293,8 @@ pub fn whole(statuses: &[Option<Status>]) -> bool {
     let known: Vec<&Status> = statuses.iter().flatten().collect();
     let count = |role| known.iter().filter(|status| status.role == role).count();
     let voters = |status: &&Status| {
-        status.membership.members.len() == 3 && status.membership.members.iter().all(|member| member.voter)
+        status.membership.roster.members.len() == 3
+            && status.membership.roster.members.iter().all(|member| member.voter)
     };
     known.len() == 3
         && (count(Role::Primary), count(Role::Secondary)) == (1, 2)

@@ -217,7 +217,7 @@ fn damage_given_certificate(cluster: &Cluster) {
     for node in 0..3 {
         let data = cluster.node(node).data;
         let mut known = Configuration::read(&data).unwrap().expect("a membership");
-        let given = known.membership.custom_certificate.as_mut().expect("a certificate");
+        let given = known.membership.shared.custom_certificate.as_mut().expect("a certificate");
         given.sealed_key = given.sealed_key.chars().rev().collect();
         known.write(&data).unwrap();
     }

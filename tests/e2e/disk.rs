@@ -135,7 +135,7 @@ fn a_change_of_the_membership_waits_for_space() {
             control::request(&primary, &Request::Administer { operation }, LIMIT).unwrap();
         };
         administer(Operation::Pause { seconds: 600 });
-        let paused = |status: &Status| status.membership.pause.is_some();
+        let paused = |status: &Status| status.membership.roster.pause.is_some();
         cluster
             .wait_for("a pause on all nodes", |statuses| statuses.iter().flatten().filter(|s| paused(s)).count() == 3);
         let kept = || fs::read_to_string(cluster.node(node).data.join("membership.json")).unwrap_or_default();

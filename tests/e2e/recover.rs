@@ -151,7 +151,7 @@ fn wait_all_dead(cluster: &Cluster) {
 /// The new identity, authority and certificates belong together, and the old files were set aside.
 fn expect_new_cluster(data: &Path, before: &Identity) -> Identity {
     let after = identity(data);
-    assert!(after.cluster != before.cluster && after.membership.members.len() == 1);
+    assert!(after.cluster != before.cluster && after.membership.roster.members.len() == 1);
     let aside = fs::read_dir(data).unwrap().map(|file| file.unwrap().path());
     let aside = aside.filter(|path| path.to_string_lossy().contains("before-recover-")).collect::<Vec<_>>();
     assert_eq!(aside.len(), 1);
@@ -159,7 +159,7 @@ fn expect_new_cluster(data: &Path, before: &Identity) -> Identity {
         assert!(aside[0].join(file).exists(), "{file} was not set aside");
     }
     assert_eq!(NodeTls::load(&data.join("certificates")).unwrap().identity, (after.cluster, after.node));
-    let sealed = after.membership.authority.as_ref().expect("a new authority");
+    let sealed = after.membership.shared.authority.as_ref().expect("a new authority");
     let key = ClusterKey::load(&data.join("certificates")).unwrap();
     Authority::unseal(after.cluster, sealed, &key).unwrap();
     after

@@ -131,8 +131,9 @@ fn local_and_remote_commands_do_the_same() {
     let before = key(&desk.cluster.statuses()[desk.cluster.primary()].clone().unwrap());
     desk.there(&["ha", "rotate-key"]).expect(0, "The members exchange the cluster key now");
     desk.cluster.wait_for("the next cluster key", |statuses| {
-        let over =
-            |status: &Status| status.membership.rekey.is_none() && key(status).iter().all(|key| !before.contains(key));
+        let over = |status: &Status| {
+            status.membership.shared.rekey.is_none() && key(status).iter().all(|key| !before.contains(key))
+        };
         statuses.iter().flatten().filter(|status| status.role == Role::Primary).all(over)
     });
     println!("remote commands: {}", desk.cluster.finish(&[]));

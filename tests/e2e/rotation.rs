@@ -60,7 +60,7 @@ fn common<T: Copy + PartialEq>(statuses: &[Option<Status>], of: impl Fn(&Holding
 /// Waits until all hold something else than before, and nothing is under way.
 fn wait_replaced(cluster: &Cluster, before: KeyId, of: impl Fn(&Holdings) -> KeyId + Copy) -> KeyId {
     let settled = |membership: &Membership| {
-        membership.rekey.is_none() && membership.coming.is_none() && membership.retired.is_none()
+        membership.shared.rekey.is_none() && membership.shared.coming.is_none() && membership.shared.retired.is_none()
     };
     cluster.wait_for("all hold the new one", |statuses| {
         let quiet = statuses.iter().flatten().all(|status| settled(&status.membership));
@@ -81,7 +81,7 @@ fn unseals(cluster: &Cluster, node: usize) -> bool {
         serde_json::from_value::<Membership>(identity["membership"].clone()).unwrap()
     };
     let membership = known.unwrap_or_else(first);
-    let sealed = membership.authority.unwrap();
+    let sealed = membership.shared.authority.unwrap();
     Authority::open(membership.cluster, &sealed, &certificates(cluster, node)).is_ok()
 }
 
@@ -152,15 +152,15 @@ fn the_cluster_key_is_replaced_whoever_dies_meanwhile() {
             name: "wanted",
             held: false,
             last: false,
-            is: |now| now.rekey.is_some_and(|rekey| rekey.next.is_none()),
+            is: |now| now.shared.rekey.is_some_and(|rekey| rekey.next.is_none()),
         },
         Step {
             name: "announced",
             held: true,
             last: false,
-            is: |now| now.rekey.is_some_and(|rekey| rekey.next.is_some()),
+            is: |now| now.shared.rekey.is_some_and(|rekey| rekey.next.is_some()),
         },
-        Step { name: "sealed", held: false, last: true, is: |now| now.rekey.is_none() },
+        Step { name: "sealed", held: false, last: true, is: |now| now.shared.rekey.is_none() },
     ];
     for step in &steps {
         // A key is not announced before it is on the disk.
@@ -179,13 +179,14 @@ fn a_member_is_away(cluster: &Cluster, before: KeyId) {
     cluster.freeze(away);
     begin(cluster, &Operation::RotateKey {});
     cluster.wait_for("a new key is announced", |statuses| {
-        primary_of(statuses).is_some_and(|status| status.membership.rekey.is_some_and(|rekey| rekey.next.is_some()))
+        primary_of(statuses)
+            .is_some_and(|status| status.membership.shared.rekey.is_some_and(|rekey| rekey.next.is_some()))
     });
     let begin = Instant::now();
     while begin.elapsed() < MEANWHILE {
         let statuses = cluster.statuses();
         let status = primary_of(&statuses).expect("a primary");
-        assert!(status.membership.rekey.is_some(), "sealed without a member");
+        assert!(status.membership.shared.rekey.is_some(), "sealed without a member");
     }
     cluster.signal(away, Signal::SIGCONT);
     wait_replaced(cluster, before, |holds| holds.key);
@@ -213,7 +214,7 @@ fn a_removed_host_does_not_have_the_next_cluster_key() {
     let gone = (cluster.primary() + 1) % 3;
     begin(&cluster, &Operation::Remove { node: cluster.node(gone).name, force: false });
     cluster.wait_for("the rest has another key", |statuses| {
-        let quiet = primary_of(statuses).is_some_and(|status| status.membership.rekey.is_none());
+        let quiet = primary_of(statuses).is_some_and(|status| status.membership.shared.rekey.is_none());
         quiet && common(statuses, |holds| holds.key).is_some_and(|now| now != before)
     });
     let now = common(&cluster.statuses(), |holds| holds.key).unwrap();
@@ -236,9 +237,14 @@ fn the_authority_is_replaced_whoever_dies_meanwhile() {
     let cluster = Cluster::start();
     let mut before = wait_replaced(&cluster, KeyId::default(), |holds| holds.shows);
     let steps = [
-        Step { name: "introduced", held: true, last: false, is: |now| now.coming.is_some() },
-        Step { name: "signing", held: false, last: false, is: |now| now.retired.is_some() },
-        Step { name: "alone", held: false, last: true, is: |now| now.coming.is_none() && now.retired.is_none() },
+        Step { name: "introduced", held: true, last: false, is: |now| now.shared.coming.is_some() },
+        Step { name: "signing", held: false, last: false, is: |now| now.shared.retired.is_some() },
+        Step {
+            name: "alone",
+            held: false,
+            last: true,
+            is: |now| now.shared.coming.is_none() && now.shared.retired.is_none(),
+        },
     ];
     for step in &steps {
         let old = trusted(&cluster, 0);
@@ -272,7 +278,7 @@ fn clients_have_the_overlap_to_get_the_next_authority() {
     let next = &both[both.rfind("-----BEGIN").unwrap()..];
     assert_eq!(both.matches("BEGIN CERTIFICATE").count(), 2, "{both}");
     assert!(known(primary, &old) && !known(primary, next));
-    let coming = control::status(&cluster.node(primary).control, LIMIT).unwrap().membership.coming;
+    let coming = control::status(&cluster.node(primary).control, LIMIT).unwrap().membership.shared.coming;
     assert!(coming.is_some(), "the overlap was over before it was looked at");
     wait_replaced(&cluster, before, |holds| holds.shows);
     assert!(known(primary, next) && !known(primary, &old));

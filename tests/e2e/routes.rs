@@ -224,7 +224,7 @@ pub fn each_leaves_its_rows(cluster: &Cluster) {
     let mut desk = Desk { node, admin: Pen::new(&file), file: &file, tried: BTreeSet::new() };
     let all = routes(&desk.admin, node);
     desk.changes_of_the_console();
-    let rekeyed = |status: &Status| status.membership.rekey.is_none();
+    let rekeyed = |status: &Status| status.membership.shared.rekey.is_none();
     cluster.wait_for("the end of an earlier rotation", |all| all.iter().flatten().all(rekeyed));
     desk.operations();
     desk.backups();

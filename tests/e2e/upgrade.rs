@@ -41,7 +41,7 @@ fn install(cluster: &Cluster, node: usize, program: Option<&Path>) {
 }
 
 fn levels(statuses: &[Option<Status>]) -> Vec<u32> {
-    statuses.iter().flatten().map(|status| status.membership.level).collect()
+    statuses.iter().flatten().map(|status| status.membership.shared.level).collect()
 }
 
 fn hand_over(cluster: &Cluster, to: usize) {

@@ -181,7 +181,7 @@ fn a_primary_that_dies_while_a_member_is_removed() {
         let sent = site.host(primary).send(gone.clone());
         if in_force {
             catch("the removal is in force", || {
-                site.host(primary).status().is_some_and(|status| status.membership.members.len() == 2)
+                site.host(primary).status().is_some_and(|status| status.membership.roster.members.len() == 2)
             });
         }
         site.host(primary).kill();

@@ -92,8 +92,8 @@ impl Site {
     /// How many votes there are, and how many hosts ask, as the PRIMARY sees it.
     pub fn votes_and_requests(&self) -> Option<(usize, usize)> {
         let primary = self.hosts().filter_map(Host::status).find(|status| status.role == Role::Primary)?;
-        let votes = primary.membership.members.iter().filter(|member| member.voter).count();
-        Some((votes, primary.membership.requests.len()))
+        let votes = primary.membership.roster.members.iter().filter(|member| member.voter).count();
+        Some((votes, primary.membership.shared.requests.len()))
     }
 
     /// Waits for one PRIMARY and two SECONDARY hosts with three votes that have the same, and makes sure that they do.

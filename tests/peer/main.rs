@@ -331,7 +331,7 @@ fn a_member_address_that_leads_to_another_node_is_noticed() {
     let dirs: Vec<_> = (1..=3).map(|id| certificates(&authority, id)).collect();
     let mut second = Node::start(2, &membership, listeners.remove(1), dirs[1].path());
     // Node 1 believes that node 3 is where node 2 is.
-    membership.members[2] = Member { id: 3, ..membership.members[1].clone() };
+    membership.roster.members[2] = Member { id: 3, ..membership.roster.members[1].clone() };
     let mut first = Node::start(1, &membership, listeners.remove(0), dirs[0].path());
     first.log.wait_for(&["still no link", "certificate there is of node 2, expected is node 3"], 2);
     assert_eq!(first.log.count(&["WARN", "certificate there is of node 2"]), 1);

@@ -56,8 +56,8 @@ fn two_of_three(net: u8) -> (Membership, Vec<Node>, TcpListener, Vec<TempDir>) {
     let (mut membership, mut listeners) = members(net, 3);
     let dirs: Vec<_> = (1..=3).map(|id| certificates(&authority, id)).collect();
     let third = listeners.pop().unwrap();
-    membership.members.pop();
-    membership.next_id = 3;
+    membership.roster.members.pop();
+    membership.roster.next_id = 3;
     let nodes = (1..).zip(listeners).zip(&dirs);
     let mut nodes: Vec<_> =
         nodes.map(|((id, listener), dir)| Node::start(id, &membership, listener, dir.path())).collect();
@@ -104,7 +104,7 @@ fn a_member_that_is_added_later_is_linked_both_ways() {
 fn the_only_voter_learns_from_members_that_it_does_not_know_that_it_forgot() {
     let authority = authority(CLUSTER);
     let (mut membership, mut listeners) = members(19, 1);
-    membership.next_id = 2;
+    membership.roster.next_id = 2;
     let dirs = [1, 2].map(|id| certificates(&authority, id));
     let standing = |term, last| Standing::Whole(Claim { term, vote: 1, last });
     let listener = listeners.pop().unwrap();

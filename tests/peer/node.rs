@@ -194,7 +194,7 @@ impl Node {
             .with_writer(move || writer.clone())
             .finish();
         let dispatch = Dispatch::new(subscriber);
-        let peers = edition.membership.members.iter().map(|member| member.id).filter(|id| *id != me).collect();
+        let peers = edition.membership.roster.members.iter().map(|member| member.id).filter(|id| *id != me).collect();
         let config = LinksConfig { bulk_bytes: 80 << 20, ..LinksConfig::new(me, peers) };
         let (mut links, wake) = Links::new(config).unwrap();
         datagrams.into_iter().for_each(|socket| links.use_datagrams(socket).unwrap());
@@ -238,7 +238,7 @@ impl Node {
 
     /// The loop alone follows.
     pub fn know(&self, membership: &Membership) {
-        self.order(Do::Peers(membership.members.iter().map(|member| member.id).collect()));
+        self.order(Do::Peers(membership.roster.members.iter().map(|member| member.id).collect()));
     }
 
     /// Waits for an event; all events on the way are kept in `seen`.

@@ -170,7 +170,7 @@ impl World {
             (node.noted, node.edition) = (node.mind.clone(), node.membership.1);
         }
         let (id, reach, caller) = (node.id, node.mind.0, node.caller());
-        let others: Vec<u64> = node.membership.0.members.iter().map(|member| member.id).collect();
+        let others: Vec<u64> = node.membership.0.roster.members.iter().map(|member| member.id).collect();
         let all = self.nodes.len();
         for to in others.into_iter().filter(|to| *to != id && *to as usize <= all) {
             let lost = self.cut.contains(&(id, to)) || self.rng.random_bool(self.loss);
@@ -299,9 +299,12 @@ impl World {
             node.log.read(|image| image.entries.iter().any(|entry| entry.index > index && !entry.context.is_empty()))
         });
         let id = self.nodes[at].id;
-        let others = membership.members.iter().filter(|member| member.id != id && member.voter).count();
+        let others = membership.roster.members.iter().filter(|member| member.id != id && member.voter).count();
         let whole = |member: u64| self.nodes.get(member as usize - 1).is_some_and(|node| !node.forgotten);
-        !changing && membership.get(id).is_some() && others == 2 && membership.members.iter().all(|m| whole(m.id))
+        !changing
+            && membership.get(id).is_some()
+            && others == 2
+            && membership.roster.members.iter().all(|m| whole(m.id))
     }
 
     /// After the calm every member is whole.
@@ -310,6 +313,7 @@ impl World {
         let forgot = newest
             .membership
             .0
+            .roster
             .members
             .iter()
             .find(|member| self.nodes.get(member.id as usize - 1).is_some_and(|node| node.forgotten));

@@ -253,7 +253,9 @@ impl Node {
 
 pub fn membership() -> Membership {
     let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
-    Membership { level: OLD, ..Membership::founded(ClusterId(7), (1..=3).map(member).collect()) }
+    let mut membership = Membership::founded(ClusterId(7), (1..=3).map(member).collect());
+    membership.shared.level = OLD;
+    membership
 }
 
 pub fn request(id: u64) -> Request {

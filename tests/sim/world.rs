@@ -128,7 +128,7 @@ impl World {
         if node.unfit {
             cluster.set_unfit(now, u64::MAX);
         }
-        cluster.set_paused(now, node.membership.0.pause.as_ref().map_or(0, |pause| pause.until));
+        cluster.set_paused(now, node.membership.0.roster.pause.as_ref().map_or(0, |pause| pause.until));
         let life = node.life;
         let phase = self.rng.random_range(0..25 * MILLI);
         self.schedule(phase, at, Event::Tick { life });
@@ -290,7 +290,7 @@ impl World {
         let until = u64::MAX;
         cluster.change(now, &Change::Pause { until }).expect("nothing else is under way");
         self.drive(at);
-        while self.nodes.iter().any(|node| node.membership.0.pause.is_none()) {
+        while self.nodes.iter().any(|node| node.membership.0.roster.pause.is_none()) {
             self.step();
         }
     }
@@ -363,15 +363,15 @@ impl World {
         let node = &mut self.nodes[at];
         let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) else { return };
         let membership = cluster.membership().0.clone();
-        let all = membership.requests.is_empty() && membership.members.len() == 3;
+        let all = membership.shared.requests.is_empty() && membership.roster.members.len() == 3;
         if all && (forgetful || self.time < self.no_removal_until) {
             return;
         }
         let change = if all {
-            Change::Remove { node: membership.members[pick].id, at: 0, force: false }
-        } else if membership.requests.is_empty() {
-            Change::Request { request: request(membership.next_id) }
-        } else if membership.next_id == next {
+            Change::Remove { node: membership.roster.members[pick].id, at: 0, force: false }
+        } else if membership.shared.requests.is_empty() {
+            Change::Request { request: request(membership.roster.next_id) }
+        } else if membership.roster.next_id == next {
             let (certificate, console_certificate) = Default::default();
             let newcomer = Newcomer { id: next, request: request(next).id, certificate, console_certificate };
             Change::Admit { hosts: vec![newcomer] }
@@ -395,17 +395,18 @@ impl World {
         self.nodes[at].keeping.push_back(keep);
         if let Some((membership, index)) = membership {
             let before = &self.nodes[at].membership.0;
-            let new = membership.members.iter().any(|member| member.id as usize > self.nodes.len());
-            let first = membership.next_id > before.next_id || membership.removed.len() > before.removed.len();
+            let new = membership.roster.members.iter().any(|member| member.id as usize > self.nodes.len());
+            let first = membership.roster.next_id > before.roster.next_id
+                || membership.roster.removed.len() > before.roster.removed.len();
             if first && self.nodes.iter().all(|node| node.membership.1 < index) {
-                self.summary.joined += u64::from(membership.next_id > before.next_id);
-                self.summary.removed += u64::from(membership.removed.len() > before.removed.len());
+                self.summary.joined += u64::from(membership.roster.next_id > before.roster.next_id);
+                self.summary.removed += u64::from(membership.roster.removed.len() > before.roster.removed.len());
             }
-            assert!(membership.level >= self.nodes[at].membership.0.level, "a feature level was lowered");
-            self.in_force = self.in_force.max(membership.level);
+            assert!(membership.shared.level >= self.nodes[at].membership.0.shared.level, "a feature level was lowered");
+            self.in_force = self.in_force.max(membership.shared.level);
             let now = self.nodes[at].clock(self.time);
             if let Some(cluster) = &mut self.nodes[at].cluster {
-                cluster.set_paused(now, membership.pause.as_ref().map_or(0, |pause| pause.until));
+                cluster.set_paused(now, membership.roster.pause.as_ref().map_or(0, |pause| pause.until));
             }
             self.nodes[at].membership = (membership, index);
             self.nodes[at].follow();

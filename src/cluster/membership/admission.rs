@@ -6,12 +6,10 @@ use serde::{Deserialize, Serialize};
 use super::Membership;
 use crate::cluster::{
     limits::{Impossible, MAX_NAME, MAX_NAMES, MAX_PEM, PER_NAME},
-    roster::{Admission, CLUSTER_SIZE, Member, NodeId, check_host},
-    shared::{Invitation, Request},
+    roster::{Admission, CLUSTER_SIZE, NodeId, check_host},
+    shared::Request,
 };
 
-/// Requests to join and invitations that may be open at one time.
-pub(in crate::cluster) const MAX_OPEN: usize = 8;
 /// Longest signing request, in bytes of PEM: for a P-256 key it needs about 500.
 pub(in crate::cluster) const MAX_CSR: usize = 1024;
 
@@ -28,23 +26,14 @@ pub struct Newcomer {
     pub console_certificate: String,
 }
 impl Membership {
-    /// When no more may be open, the one gives way that ends first: whoever wants a script gets one.
-    pub(super) fn invite(&mut self, invitation: &Invitation) {
-        self.invitations.retain(|open| open.in_force(invitation.at));
-        while self.invitations.len() >= MAX_OPEN {
-            let first = (0..self.invitations.len()).min_by_key(|place| self.invitations[*place].until).unwrap_or(0);
-            self.invitations.remove(first);
-        }
-        self.invitations.push(invitation.clone());
-    }
-
     pub(super) fn request(&mut self, request: &Request) -> Result<(), Impossible> {
         check_host(&request.name, &request.address, request.port)?;
-        self.requests.retain(|open| open.in_force(request.at));
+        self.shared.requests.retain(|open| open.in_force(request.at));
         // The same host asks again, for example because its first answer was lost: the newest request counts.
-        self.requests.retain(|open| open.fingerprint != request.fingerprint);
+        self.shared.requests.retain(|open| open.fingerprint != request.fingerprint);
         let place = (&request.address, request.port);
-        let twin = self.requests.iter().find(|open| open.name == request.name || (&open.address, open.port) == place);
+        let twin =
+            self.shared.requests.iter().find(|open| open.name == request.name || (&open.address, open.port) == place);
         if let Some(twin) = twin {
             return Err(Impossible(format!(
                 "another host asks to join as {} ({}) already: reject one of the two",
@@ -52,11 +41,11 @@ impl Membership {
                 twin.place()
             )));
         }
-        if self.members.len() + self.requests.len() >= CLUSTER_SIZE {
+        if self.roster.members.len() + self.shared.requests.len() >= CLUSTER_SIZE {
             return Err(Impossible(format!(
                 "{} members and {} requests to join make a complete cluster: remove or reject one first",
-                self.members.len(),
-                self.requests.len()
+                self.roster.members.len(),
+                self.shared.requests.len()
             )));
         }
         let names: usize = request.console_names.iter().map(|name| name.len() + PER_NAME).sum();
@@ -66,32 +55,15 @@ impl Membership {
             return Err(Impossible("the request is too long".to_owned()));
         }
         let Request { name, address, port, .. } = request.clone();
-        let mut joined = self.clone();
-        joined.push(self.next_id, name, address, port, None)?;
+        let mut joined = self.roster.clone();
+        joined.push(self.roster.next_id, (name, address, port), None)?;
         joined.check()?;
-        self.requests.push(request.clone());
-        Ok(())
-    }
-
-    fn push(
-        &mut self,
-        id: NodeId,
-        name: String,
-        address: String,
-        port: u16,
-        admission: Option<Admission>,
-    ) -> Result<(), Impossible> {
-        let taken = |rank: &u8| self.members.iter().any(|member| member.rank == *rank);
-        let Some(rank) = (0..CLUSTER_SIZE as u8).find(|rank| !taken(rank)) else {
-            return Err(Impossible(format!("a cluster has {CLUSTER_SIZE} members: remove one first")));
-        };
-        self.members.push(Member { id, name, address, port, rank, voter: false, admission });
-        self.members.sort_by_key(|member| member.id);
+        self.shared.requests.push(request.clone());
         Ok(())
     }
 
     pub(super) fn admit(&mut self, hosts: &[Newcomer]) -> Result<(), Impossible> {
-        let (members, requests) = (self.members.len(), self.requests.len());
+        let (members, requests) = (self.roster.members.len(), self.shared.requests.len());
         if members + requests != CLUSTER_SIZE || hosts.len() != requests || hosts.is_empty() {
             return Err(Impossible(format!(
                 "{members} members and {requests} requests to join do not make {CLUSTER_SIZE}: run the join script on \
@@ -99,21 +71,21 @@ impl Membership {
             )));
         }
         for host in hosts {
-            if host.id < self.next_id {
+            if host.id < self.roster.next_id {
                 return Err(Impossible(format!("node id {} was given to another host meanwhile: try again", host.id)));
             }
-            let place = self.requests.iter().position(|request| request.id == host.request);
+            let place = self.shared.requests.iter().position(|request| request.id == host.request);
             let place = place.ok_or_else(|| Impossible("a request to join is gone: look again".to_owned()))?;
-            let Request { name, address, port, id, .. } = self.requests.remove(place);
+            let Request { name, address, port, id, .. } = self.shared.requests.remove(place);
             if host.certificate.len().max(host.console_certificate.len()) > MAX_PEM {
                 return Err(Impossible(format!("a certificate of {name} is longer than {MAX_PEM} bytes")));
             }
             let (certificate, console_certificate) = (host.certificate.clone(), host.console_certificate.clone());
             let admission = Admission { request: id, certificate, console_certificate };
-            self.push(host.id, name, address, port, Some(admission))?;
-            self.next_id = host.id + 1;
+            self.roster.push(host.id, (name, address, port), Some(admission))?;
+            self.roster.next_id = host.id + 1;
         }
-        self.invitations.clear();
+        self.shared.invitations.clear();
         Ok(())
     }
 }

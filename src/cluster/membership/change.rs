@@ -7,7 +7,7 @@ use super::{Membership, admission::Newcomer};
 use crate::cluster::{
     level::FIRST_LEVEL,
     limits::{Impossible, MAX_ENCODED, MAX_NAME},
-    roster::{NodeId, Pause, Removed},
+    roster::{NodeId, Pause},
     shared::{
         Invitation, Request,
         authority::{Coming, SealedAuthority},
@@ -17,8 +17,6 @@ use crate::cluster::{
     trust::KeyId,
 };
 
-/// Removed members that are remembered, newest last, so that they can be told why they are refused.
-const REMEMBERED: usize = 32;
 /// A change that an administrator (or, for [`Change::Promote`], the primary itself) wants.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "change")]
@@ -108,51 +106,46 @@ impl Membership {
     pub fn changed(&self, change: &Change, primary: NodeId) -> Result<Self, Impossible> {
         let mut next = self.clone();
         match change {
-            Change::Invite { invitation } => next.invite(invitation),
-            Change::Uninvite => next.invitations.clear(),
+            Change::Invite { invitation } => next.shared.invite(invitation),
+            Change::Uninvite => next.shared.invitations.clear(),
             Change::Request { request } => next.request(request)?,
             Change::Reject { request } => {
-                let place = next.requests.iter().position(|open| open.id == *request);
-                next.requests.remove(place.ok_or_else(|| Impossible("there is no such request".to_owned()))?);
+                let place = next.shared.requests.iter().position(|open| open.id == *request);
+                next.shared.requests.remove(place.ok_or_else(|| Impossible("there is no such request".to_owned()))?);
             }
             Change::Admit { hosts } => next.admit(hosts)?,
-            Change::Authority { authority } => next.authority = Some(authority.clone()),
+            Change::Authority { authority } => next.shared.authority = Some(authority.clone()),
             Change::Notify { webhooks } => {
                 check_webhooks(webhooks)?;
-                next.webhooks.clone_from(webhooks);
+                next.shared.webhooks.clone_from(webhooks);
             }
-            Change::Promote => {
-                if self.learners().next().is_none() {
-                    return Err(Impossible("all members have a vote already".to_owned()));
-                }
-                next.members.iter_mut().for_each(|member| member.voter = true);
+            Change::Promote => next.roster.promote()?,
+            Change::Demote { node } => next.roster.demote(*node)?,
+            Change::Remove { node, at, .. } => {
+                next.roster.remove(*node, *at, primary)?;
+                next.shared.distrust();
             }
-            Change::Demote { node } => {
-                let member = next.members.iter_mut().find(|member| member.id == *node && member.voter);
-                member.ok_or_else(|| no_member(*node))?.voter = false;
-            }
-            Change::Remove { node, at, .. } => next.remove(*node, *at, primary)?,
-            Change::Readdress { node, name, address, port } => {
-                let member = next.members.iter_mut().find(|member| member.id == *node);
-                let member = member.ok_or_else(|| no_member(*node))?;
-                (member.name, member.address, member.port) = (name.clone(), address.clone(), *port);
-            }
-            Change::Pause { until } => next.pause = Some(Pause { until: *until, primary }),
-            Change::Resume => {
-                if next.pause.take().is_none() {
-                    return Err(Impossible("automatic takeover is not paused".to_owned()));
-                }
-            }
+            Change::Readdress { node, name, address, port } => next.roster.readdress(*node, name, address, *port)?,
+            Change::Pause { until } => next.roster.pause = Some(Pause { until: *until, primary }),
+            Change::Resume => next.roster.resume()?,
             Change::Raise { level, version } => next.raise(*level, version)?,
-            Change::Rekey => next.rekey()?,
-            Change::AnnounceKey { id } => next.announce_key(*id)?,
-            Change::Reseal { authority, certificate } => next.reseal(authority, certificate.as_ref())?,
-            Change::IntroduceAuthority { coming } => next.introduce_authority(coming)?,
-            Change::SwitchAuthority { at } => next.switch_authority(*at)?,
-            Change::DropAuthority => next.drop_authority()?,
-            Change::ConsoleNames { names } => next.console_names = sound_names(names)?,
+            Change::Rekey => next.shared.rekey()?,
+            Change::AnnounceKey { id } => next.shared.announce_key(*id)?,
+            Change::Reseal { authority, certificate } => next.shared.reseal(authority, certificate.as_ref())?,
+            Change::IntroduceAuthority { coming } => next.shared.introduce_authority(coming)?,
+            Change::SwitchAuthority { at } => {
+                if self.has_newcomers(*at) {
+                    return Err(Impossible(
+                        "hosts are on their way into the cluster: the new authority signs when they have a vote"
+                            .to_owned(),
+                    ));
+                }
+                next.shared.switch_authority(*at)?;
+            }
+            Change::DropAuthority => next.shared.drop_authority()?,
+            Change::ConsoleNames { names } => next.shared.console_names = sound_names(names)?,
             Change::CustomCertificate { certificate } => {
-                next.custom_certificate = next.sound_certificate(certificate.clone())?;
+                next.shared.custom_certificate = next.shared.sound_certificate(certificate.clone())?;
             }
         }
         next.check()?;
@@ -164,39 +157,18 @@ impl Membership {
     }
 
     fn raise(&mut self, level: u32, version: &str) -> Result<(), Impossible> {
-        if level <= self.level {
-            return Err(Impossible(format!("the cluster runs feature level {} already", self.level)));
+        if level <= self.shared.level {
+            return Err(Impossible(format!("the cluster runs feature level {} already", self.shared.level)));
         }
         if version.len() > MAX_NAME {
             return Err(Impossible("the version is too long".to_owned()));
         }
-        let before = std::mem::replace(&mut self.level, level);
-        self.level_version = version.to_owned();
+        let before = std::mem::replace(&mut self.shared.level, level);
+        self.shared.level_version = version.to_owned();
         // Removals so far could not have the cluster key replaced.
-        if before < 2 && !self.removed.is_empty() {
-            self.distrust();
+        if before < 2 && !self.roster.removed.is_empty() {
+            self.shared.distrust();
         }
         Ok(())
     }
-
-    fn remove(&mut self, node: NodeId, at: u64, primary: NodeId) -> Result<(), Impossible> {
-        let place = self.members.iter().position(|member| member.id == node).ok_or_else(|| no_member(node))?;
-        if node == primary {
-            let name = &self.members[place].name;
-            return Err(Impossible(format!("{name} is PRIMARY: switch over to another member first, then remove it")));
-        }
-        let gone = self.members.remove(place);
-        // Nobody could become primary any more.
-        self.pause.take_if(|pause| pause.primary == gone.id);
-        if self.removed.len() >= REMEMBERED {
-            self.removed.remove(0);
-        }
-        self.removed.push(Removed { id: gone.id, name: gone.name, at });
-        self.distrust();
-        Ok(())
-    }
-}
-
-fn no_member(node: NodeId) -> Impossible {
-    Impossible(format!("node {node} is not a member of this cluster"))
 }

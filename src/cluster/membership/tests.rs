@@ -1,11 +1,15 @@
 //! Every change from a membership of one host on, and what comes back from its bytes. Must never need a node.
 
-use super::admission::{MAX_CSR, MAX_OPEN};
+use super::admission::MAX_CSR;
 use super::*;
 use crate::cluster::{
+    level::FEATURE_LEVEL,
     limits::{MAX_CONSOLE_NAMES, MAX_ENCODED},
+    roster::Pause,
     shared::{
-        console_certificate::{MAX_CHAIN, MAX_SEALED},
+        Invitation, MAX_OPEN, Request,
+        authority::{Coming, SealedAuthority},
+        console_certificate::{CustomCertificate, MAX_CHAIN, MAX_SEALED},
         console_names_that_fit,
     },
     trust::KeyId,
@@ -18,7 +22,7 @@ fn request(id: NodeId) -> Request {
         address: format!("127.0.0.{id}"),
         port: 8086,
         version: "1.2.3".to_owned(),
-        level: level::FEATURE_LEVEL,
+        level: FEATURE_LEVEL,
         fingerprint: format!("AB:{id}"),
         csr: String::new(),
         console_csr: String::new(),
@@ -51,10 +55,10 @@ fn two_hosts_are_admitted_and_get_a_vote_together() {
     let asked = ask(&ask(&one(), 2), 3);
     let admitted = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
     assert_eq!(admitted.learners().collect::<Vec<_>>(), [2, 3]);
-    assert_eq!(admitted.next_id, 4);
+    assert_eq!(admitted.roster.next_id, 4);
     let all = change(&admitted, Change::Promote).unwrap();
     assert_eq!(all.voters().collect::<Vec<_>>(), [1, 2, 3]);
-    assert_eq!(all.members.iter().map(|member| member.rank).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(all.roster.members.iter().map(|member| member.rank).collect::<Vec<_>>(), [0, 1, 2]);
     assert!(change(&all, Change::Request { request: request(4) }).unwrap_err().contains("complete"));
     assert!(change(&ask(&one(), 2), Change::Admit { hosts: vec![newcomer(2)] }).unwrap_err().contains("1 requests"));
     assert!(change(&all, Change::Promote).unwrap_err().contains("already"));
@@ -68,18 +72,19 @@ fn a_host_may_join_while_an_authority_is_introduced_and_is_waited_for() {
         let (certificate, sealed_key) = (name.to_owned(), "sealed".to_owned());
         SealedAuthority { certificate, sealed_key, key: None }
     };
-    let alone = Membership { authority: Some(authority("old")), ..one() };
+    let mut alone = one();
+    alone.shared.authority = Some(authority("old"));
     let coming = Coming { authority: authority("new"), overlap: 60 };
     let both = change(&ask(&alone, 2), Change::IntroduceAuthority { coming }).unwrap();
-    assert_eq!(both.public().coming.unwrap().authority.sealed_key, "");
+    assert_eq!(both.public().shared.coming.unwrap().authority.sealed_key, "");
     let switch = |membership: &Membership, at| change(membership, Change::SwitchAuthority { at });
     let asked = ask(&both, 3);
     assert!(switch(&asked, 19).unwrap_err().contains("on their way"));
-    assert!(switch(&asked, 20).unwrap().requests.is_empty(), "they have expired");
+    assert!(switch(&asked, 20).unwrap().shared.requests.is_empty(), "they have expired");
     let admitted = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
     assert!(switch(&admitted, 90).unwrap_err().contains("on their way"));
     let all = change(&admitted, Change::Promote).unwrap();
-    assert_eq!(switch(&all, 90).unwrap().authority, Some(authority("new")));
+    assert_eq!(switch(&all, 90).unwrap().shared.authority, Some(authority("new")));
 }
 
 #[test]
@@ -130,9 +135,9 @@ fn requests_and_invitations_are_bounded_and_expire() {
     let other = Request { fingerprint: "CD".to_owned(), ..request(2) };
     assert!(change(&asked, Change::Request { request: other.clone() }).unwrap_err().contains("reject one"));
     let later = Request { at: 20, until: 30, ..other };
-    assert_eq!(change(&asked, Change::Request { request: later.clone() }).unwrap().requests, [later]);
-    assert_eq!(ask(&asked, 2).requests.len(), 1);
-    assert!(change(&asked, Change::Reject { request: "request2".into() }).unwrap().requests.is_empty());
+    assert_eq!(change(&asked, Change::Request { request: later.clone() }).unwrap().shared.requests, [later]);
+    assert_eq!(ask(&asked, 2).shared.requests.len(), 1);
+    assert!(change(&asked, Change::Reject { request: "request2".into() }).unwrap().shared.requests.is_empty());
     assert!(change(&asked, Change::Reject { request: "other".into() }).is_err());
     let invite = |membership: &Membership, at| {
         let invitation = Invitation { hash: format!("{at:x}"), at, until: at + 100, by: "admin".to_owned() };
@@ -142,15 +147,16 @@ fn requests_and_invitations_are_bounded_and_expire() {
     for at in 0..MAX_OPEN as u64 {
         invited = invite(&invited, at).unwrap();
     }
-    assert_eq!(invite(&invited, 101).unwrap().invitations.len(), MAX_OPEN - 1, "two have expired");
-    let ends = |membership: &Membership| membership.invitations.iter().map(|open| open.until).collect::<Vec<_>>();
-    invited.invitations[0].until = 900;
+    assert_eq!(invite(&invited, 101).unwrap().shared.invitations.len(), MAX_OPEN - 1, "two have expired");
+    let ends =
+        |membership: &Membership| membership.shared.invitations.iter().map(|open| open.until).collect::<Vec<_>>();
+    invited.shared.invitations[0].until = 900;
     let more = invite(&invited, 99).unwrap();
     assert_eq!(ends(&more), [900, 102, 103, 104, 105, 106, 107, 199], "the one that ends first gives way");
     assert_eq!(ends(&invite(&more, 99).unwrap())[..2], [900, 103]);
-    assert!(change(&invited, Change::Uninvite).unwrap().invitations.is_empty());
+    assert!(change(&invited, Change::Uninvite).unwrap().shared.invitations.is_empty());
     let secret = Invitation { hash: "0123456789abcdef".repeat(4), at: 1, until: 900, by: "admin".to_owned() };
-    let shown = &change(&one(), Change::Invite { invitation: secret.clone() }).unwrap().public().invitations[0];
+    let shown = &change(&one(), Change::Invite { invitation: secret.clone() }).unwrap().public().shared.invitations[0];
     assert_eq!((&shown.hash, shown.until, shown.by.as_str()), (&secret.id(), 900, ""));
     assert!(shown.hash.len() * 4 <= 64, "what is shown proves nothing: {shown:?}");
 }
@@ -158,7 +164,7 @@ fn requests_and_invitations_are_bounded_and_expire() {
 #[test]
 fn a_pause_names_who_may_serve() {
     let paused = change(&one(), Change::Pause { until: 5 }).unwrap();
-    assert_eq!(paused.pause, Some(Pause { until: 5, primary: 1 }));
+    assert_eq!(paused.roster.pause, Some(Pause { until: 5, primary: 1 }));
     assert_eq!(change(&paused, Change::Resume).unwrap(), one());
     assert!(change(&one(), Change::Resume).unwrap_err().contains("not paused"));
 }
@@ -171,10 +177,10 @@ fn names_of_the_console_are_dns_names_or_addresses() {
     };
     let good = ["lb.example.com", "LB.example.com", "*.example.com", "192.0.2.7", "2001:db8::7", "console", "a_b"];
     let set_to = set(&good).unwrap();
-    assert_eq!(set_to.console_names[0], "lb.example.com");
-    assert_eq!(set_to.console_names.len(), good.len() - 1, "each once");
+    assert_eq!(set_to.shared.console_names[0], "lb.example.com");
+    assert_eq!(set_to.shared.console_names.len(), good.len() - 1, "each once");
     assert_eq!(Membership::decode(&set_to.encode()).unwrap(), set_to);
-    assert!(set(&[]).unwrap().console_names.is_empty());
+    assert!(set(&[]).unwrap().shared.console_names.is_empty());
     for wrong in
         ["", "a b", "https://a", "a:8083", "*.com", "*", "a.*.b", "-a", "a..b", "1.2.3", "1.2.3.4.5", "a\n", "ä"]
     {
@@ -206,17 +212,18 @@ fn a_custom_certificate_is_bounded_and_not_for_everybody() {
 fn a_level_rises_and_never_falls_and_an_older_program_reads_past_it() {
     let raise =
         |membership: &Membership, level| change(membership, Change::Raise { level, version: format!("{level}.0") });
-    let old = Membership { level: 1, level_version: String::new(), ..one() };
+    let mut old = one();
+    (old.shared.level, old.shared.level_version) = (1, String::new());
     assert!(!String::from_utf8(old.encode()).unwrap().contains("level"), "as before there were levels");
     assert_eq!(Membership::decode(&old.encode()).unwrap(), old);
     let raised = raise(&old, 7).unwrap();
-    assert_eq!((raised.level, raised.level_version.as_str()), (7, "7.0"));
+    assert_eq!((raised.shared.level, raised.shared.level_version.as_str()), (7, "7.0"));
     assert_eq!(Membership::decode(&raised.encode()).unwrap(), raised);
     for level in [6, 7] {
         assert!(raise(&raised, level).unwrap_err().contains("level 7 already"));
     }
     let paused = change(&raised, Change::Pause { until: 5 }).unwrap();
-    assert_eq!(paused.level, 7);
+    assert_eq!(paused.shared.level, 7);
 }
 
 #[test]
@@ -226,4 +233,36 @@ fn damaged_and_newer_bytes_are_refused() {
     let newer = String::from_utf8(bytes).unwrap().replace("\"format\":1", "\"format\":2");
     assert!(Membership::decode(newer.as_bytes()).unwrap_err().contains("newer"));
     assert!(Membership::decode(&vec![b' '; MAX_ENCODED + 1]).is_err());
+}
+
+/// What the programs wrote before roster and shared were types of their own, all of it at once.
+const WRITTEN: &str = r#"{"format":1,"cluster":"00000000000000000000000000000007","members":[
+{"id":1,"name":"host1","address":"127.0.0.1","port":8086,"rank":0,"voter":true},
+{"id":2,"name":"host2","address":"::2","port":8087,"rank":1,"voter":false,
+"admission":{"request":"r2","certificate":"node","console_certificate":"console"}}],
+"next_id":4,"removed":[{"id":3,"name":"host3","at":9}],"pause":{"until":5,"primary":1},
+"requests":[{"id":"r4","name":"host4","address":"127.0.0.4","port":8086,"version":"1.2.3","level":2,"fingerprint":"AB:4",
+"csr":"csr4","console_csr":"csr5","console_names":["a.example"],"clock_ms":-3,"at":10,"until":20}],
+"invitations":[{"hash":"00ff","at":1,"until":9,"by":"admin"}],
+"authority":{"certificate":"ca1","sealed_key":"sealed1","key":"00000000000000000000000000000001"},
+"console_names":["lb.example"],
+"custom_certificate":{"chain":"chain","sealed_key":"sealed2","key":"00000000000000000000000000000001","by":"admin","at":7},
+"level":2,"level_version":"1.0.0","rekey":{"next":"00000000000000000000000000000005"},
+"coming":{"authority":{"certificate":"ca2","sealed_key":"sealed3"},"overlap":60},"retired":{"certificate":"ca0","until":4},
+"webhooks":[{"name":"ops","url":"https://a.example","secret":"s","ca":"ca3","severity":"critical"}]}"#;
+
+#[test]
+fn a_rolling_upgrade_reads_and_writes_what_the_older_programs_do() {
+    let written = WRITTEN.replace('\n', "");
+    let membership = Membership::decode(written.as_bytes()).unwrap();
+    assert_eq!(String::from_utf8(membership.encode()).unwrap(), written, "the same bytes, so that they read it, too");
+    let Membership { roster, shared, .. } = &membership;
+    assert_eq!(roster.members[1].admission.as_ref().unwrap().console_certificate, "console");
+    assert_eq!((roster.next_id, roster.removed[0].at, roster.pause.as_ref().unwrap().primary), (4, 9, 1));
+    assert_eq!((shared.requests[0].clock_ms, shared.invitations[0].until, shared.level), (-3, 9, 2));
+    assert_eq!(shared.coming.as_ref().unwrap().authority.key, None);
+    assert_eq!(shared.rekey.unwrap().next, Some(KeyId(5)));
+    let least = r#"{"format":1,"cluster":"00000000000000000000000000000007","members":[{"id":1,"name":"a","address":"b","port":1,"rank":0,"voter":true}],"next_id":2}"#;
+    let first = Membership::decode(least.as_bytes()).unwrap();
+    assert_eq!((String::from_utf8(first.encode()).unwrap().as_str(), first.shared.level), (least, 1));
 }

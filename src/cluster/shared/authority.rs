@@ -8,7 +8,7 @@
 //! *Cluster key*: wanted ([`Rekey`] without an id, after each removal) -> announced (the primary has made one and keeps it; the
 //! others fetch it) -> all members have it on disk: one change seals anew what was sealed with the old one
 //! ([`Change::Reseal`](crate::cluster::Change)): the authority, and the certificate that the Consoles were given. Until then everybody keeps the old key, too.
-//! A certificate that cannot be unsealed stays as it is ([`Membership::certificate_is_stranded`]).
+//! A certificate that cannot be unsealed stays as it is ([`Shared::certificate_is_stranded`]).
 //!
 //! *Authority*: introduced (all members trust it beside the old one) -> all do, no host is on its way in, and the time has passed
 //! that the administrator has left clients to learn of it: it signs from now on ([`Change::SwitchAuthority`](crate::cluster::Change)), and
@@ -17,11 +17,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::console_certificate::CustomCertificate;
-use crate::cluster::{Membership, limits::Impossible, trust::KeyId};
+use super::{Shared, console_certificate::CustomCertificate};
+use crate::cluster::{limits::Impossible, trust::KeyId};
 
 /// Longest certificate of an authority and longest sealed key, in bytes.
 const MAX_AUTHORITY: usize = 2048;
+
 /// The cluster's certificate authority, as all members keep it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedAuthority {
@@ -60,7 +61,7 @@ pub struct Retired {
     pub until: u64,
 }
 
-impl Membership {
+impl Shared {
     /// The certificates of all authorities that members trust, the one that signs first; PEM.
     pub fn trusted(&self) -> impl Iterator<Item = &str> {
         let coming = self.coming.iter().map(|coming| &coming.authority);
@@ -68,7 +69,7 @@ impl Membership {
         signs.chain(self.retired.iter().map(|retired| retired.certificate.as_str()))
     }
 
-    /// The file of all that: [`Membership::trusted`] one after the other.
+    /// The file of all that: [`Shared::trusted`] one after the other.
     pub fn trust_bundle(&self) -> String {
         self.trusted().map(|certificate| format!("{}\n", certificate.trim_end())).collect()
     }
@@ -155,18 +156,8 @@ impl Membership {
         Ok(())
     }
 
-    /// True if a host is on its way in at this time: it was told which authority to trust, and by which it will know the cluster.
-    pub fn has_newcomers(&self, at: u64) -> bool {
-        self.requests.iter().any(|open| open.in_force(at)) || self.learners().next().is_some()
-    }
-
-    /// Join tokens carry the digest of the authority: those of the old one end.
+    /// No host may be on its way in. Join tokens carry the digest of the authority: those of the old one end.
     pub(in crate::cluster) fn switch_authority(&mut self, at: u64) -> Result<(), Impossible> {
-        if self.has_newcomers(at) {
-            return Err(refuse(
-                "hosts are on their way into the cluster: the new authority signs when they have a vote",
-            ));
-        }
         self.requests.clear();
         let coming = self.coming.take().ok_or_else(|| refuse("no certificate authority was introduced"))?;
         let before = self.authority.replace(coming.authority);
@@ -194,7 +185,7 @@ fn fits(authority: &SealedAuthority) -> Result<(), Impossible> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{Change, ClusterId, Member, shared::Invitation};
+    use crate::cluster::{Change, ClusterId, Member, Membership, shared::Invitation};
 
     fn authority(name: &str, key: Option<KeyId>) -> SealedAuthority {
         SealedAuthority { certificate: format!("{name}\n"), sealed_key: "sealed".to_owned(), key }
@@ -203,7 +194,7 @@ mod tests {
     fn three() -> Membership {
         let member = |id| Member::founder(id, &format!("host{id}"), &format!("127.0.0.{id}"), 8086);
         let mut membership = Membership::founded(ClusterId(7), (1..=3).map(member).collect());
-        membership.authority = Some(authority("old", None));
+        membership.shared.authority = Some(authority("old", None));
         membership
     }
 
@@ -218,7 +209,7 @@ mod tests {
     #[test]
     fn after_a_removal_another_key_is_wanted_and_only_the_announced_one_seals() {
         let removed = change(&three(), Change::Remove { node: 3, at: 9, force: false }).unwrap();
-        assert_eq!(removed.rekey, Some(Rekey { next: None }));
+        assert_eq!(removed.shared.rekey, Some(Rekey { next: None }));
         let reseal = |membership: &Membership, key| change(membership, sealed_anew("old", key, None));
         assert!(reseal(&removed, None).unwrap_err().contains("announced"));
         let announced = change(&removed, Change::AnnounceKey { id: KeyId(5) }).unwrap();
@@ -226,12 +217,12 @@ mod tests {
         // The primary that had it is gone: the next one makes another.
         let again = change(&announced, Change::AnnounceKey { id: KeyId(6) }).unwrap();
         let done = reseal(&again, Some(KeyId(6))).unwrap();
-        assert_eq!((done.rekey, done.authority.unwrap().key), (None, Some(KeyId(6))));
+        assert_eq!((done.shared.rekey, done.shared.authority.unwrap().key), (None, Some(KeyId(6))));
         let other = sealed_anew("other", Some(KeyId(6)), None);
         assert!(change(&again, other).unwrap_err().contains("not the authority"));
         // The host that goes now may have the announced one.
         let less = change(&announced, Change::Remove { node: 2, at: 9, force: false }).unwrap();
-        assert_eq!(less.rekey, Some(Rekey { next: None }));
+        assert_eq!(less.shared.rekey, Some(Rekey { next: None }));
         assert!(change(&three(), Change::AnnounceKey { id: KeyId(5) }).unwrap_err().contains("wanted"));
         assert!(change(&removed, Change::Rekey).unwrap_err().contains("already"));
     }
@@ -254,15 +245,15 @@ mod tests {
         assert!(seal(Some(given("a", 2))).unwrap_err().contains("not sealed with the key"));
         // Nobody could unseal it: the key is replaced all the same, and it stays until another one is given.
         let stranded = seal(Some(given("a", 1))).unwrap();
-        assert_eq!((stranded.custom_certificate.as_ref(), stranded.rekey), (Some(&given("a", 1)), None));
-        assert!(stranded.certificate_is_stranded() && !announced.certificate_is_stranded());
+        assert_eq!((stranded.shared.custom_certificate.as_ref(), stranded.shared.rekey), (Some(&given("a", 1)), None));
+        assert!(stranded.shared.certificate_is_stranded() && !announced.shared.certificate_is_stranded());
         let other = give(&stranded, given("b", 5)).unwrap();
-        assert!(!other.certificate_is_stranded(), "given anew");
+        assert!(!other.shared.certificate_is_stranded(), "given anew");
         let done = seal(Some(given("a", 5))).unwrap();
-        assert_eq!((done.custom_certificate.as_ref(), done.rekey), (Some(&given("a", 5)), None));
+        assert_eq!((done.shared.custom_certificate.as_ref(), done.shared.rekey), (Some(&given("a", 5)), None));
         // An upload that was sealed a moment too early.
         assert!(give(&done, given("c", 1)).unwrap_err().contains("try again"));
-        assert_eq!(give(&done, given("c", 5)).unwrap().custom_certificate, Some(given("c", 5)));
+        assert_eq!(give(&done, given("c", 5)).unwrap().shared.custom_certificate, Some(given("c", 5)));
         let without = change(&done, Change::CustomCertificate { certificate: None }).unwrap();
         let again = change(&change(&without, Change::Rekey).unwrap(), Change::AnnounceKey { id: KeyId(6) }).unwrap();
         let late = change(&again, sealed_anew("old", Some(KeyId(6)), Some(given("a", 6))));
@@ -271,15 +262,16 @@ mod tests {
 
     #[test]
     fn a_cluster_of_older_programs_keeps_its_key() {
-        let old = Membership { level: 1, level_version: String::new(), ..three() };
+        let mut old = three();
+        (old.shared.level, old.shared.level_version) = (1, String::new());
         let removed = change(&old, Change::Remove { node: 3, at: 9, force: false }).unwrap();
-        assert_eq!(removed.rekey, None);
+        assert_eq!(removed.shared.rekey, None);
         let text = String::from_utf8(removed.encode()).unwrap();
         assert!(!text.contains("level") && !text.contains("rekey"), "an older program knows nothing of it: {text}");
         let raised = change(&removed, Change::Raise { level: 2, version: "2".to_owned() }).unwrap();
-        assert_eq!(raised.rekey, Some(Rekey { next: None }), "made up for");
+        assert_eq!(raised.shared.rekey, Some(Rekey { next: None }), "made up for");
         let raised = change(&old, Change::Raise { level: 2, version: "2".to_owned() }).unwrap();
-        assert_eq!(raised.rekey, None, "nobody was removed");
+        assert_eq!(raised.shared.rekey, None, "nobody was removed");
     }
 
     #[test]
@@ -287,25 +279,25 @@ mod tests {
         let coming = Coming { authority: authority("new", Some(KeyId(1))), overlap: 60 };
         let introduce = Change::IntroduceAuthority { coming };
         let both = change(&three(), introduce.clone()).unwrap();
-        assert_eq!(both.trust_bundle(), "old\nnew\n");
+        assert_eq!(both.shared.trust_bundle(), "old\nnew\n");
         assert!(change(&both, introduce.clone()).unwrap_err().contains("already"));
         assert!(change(&both, Change::Rekey).unwrap_err().contains("authority is being replaced"));
         assert!(change(&three(), Change::SwitchAuthority { at: 5 }).unwrap_err().contains("introduced"));
         let invitation = Invitation { hash: "a".to_owned(), at: 1, until: 9, by: "b".to_owned() };
         let invited = change(&both, Change::Invite { invitation }).unwrap();
         let switched = change(&invited, Change::SwitchAuthority { at: 5 }).unwrap();
-        assert_eq!((switched.trust_bundle().as_str(), switched.invitations.len()), ("new\nold\n", 0));
-        assert_eq!(switched.retired.as_ref().unwrap().until, 5);
+        assert_eq!((switched.shared.trust_bundle().as_str(), switched.shared.invitations.len()), ("new\nold\n", 0));
+        assert_eq!(switched.shared.retired.as_ref().unwrap().until, 5);
         let mut joining = both.clone();
-        joining.members[2].voter = false;
+        joining.roster.members[2].voter = false;
         assert!(change(&joining, Change::SwitchAuthority { at: 5 }).unwrap_err().contains("on their way"));
         assert!(change(&switched, introduce.clone()).unwrap_err().contains("already"));
         let done = change(&switched, Change::DropAuthority).unwrap();
-        assert_eq!(done.trust_bundle(), "new\n");
+        assert_eq!(done.shared.trust_bundle(), "new\n");
         assert!(change(&done, Change::DropAuthority).unwrap_err().contains("no old"));
         // Sealed with a key that the host has that goes.
         let gone = change(&both, Change::Remove { node: 3, at: 9, force: false }).unwrap();
-        assert_eq!((gone.trust_bundle().as_str(), gone.rekey), ("old\n", Some(Rekey { next: None })));
+        assert_eq!((gone.shared.trust_bundle().as_str(), gone.shared.rekey), ("old\n", Some(Rekey { next: None })));
         assert!(change(&gone, introduce).unwrap_err().contains("key is being replaced"));
     }
 }

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::Shared;
 use crate::cluster::{
-    Membership,
     limits::{Impossible, MAX_CONSOLE_NAMES, MAX_NAME},
     trust::KeyId,
 };
@@ -32,7 +32,7 @@ pub struct CustomCertificate {
     pub at: u64,
 }
 
-impl Membership {
+impl Shared {
     /// True if the certificate that the Consoles were given is sealed with another key than the authority: no member keeps that
     /// one, so that only those who have unsealed it before can serve it.
     pub fn certificate_is_stranded(&self) -> bool {

@@ -67,7 +67,7 @@ impl Publisher {
             level: self.config.level,
             holds: self.holds,
         };
-        let members = &self.membership.members;
+        let members = &self.membership.roster.members;
         Status {
             cluster: self.membership.cluster,
             node: self.config.node,
@@ -183,7 +183,7 @@ impl Publisher {
                 ));
             }
         }
-        if let Some(pause) = &status.membership.pause
+        if let Some(pause) = &status.membership.roster.pause
             && pause.in_force(unix_now())
         {
             sentences.push(format!(
@@ -193,16 +193,16 @@ impl Publisher {
             ));
         }
         let voters = status.membership.voters().count();
-        if voters < status.membership.members.len() {
+        if voters < status.membership.roster.members.len() {
             sentences.push(format!(
                 "{voters} of {} members vote: no failure is tolerated until the others have caught up",
-                status.membership.members.len()
+                status.membership.roster.members.len()
             ));
         }
-        if status.membership.members.len() < CLUSTER_SIZE {
+        if status.membership.roster.members.len() < CLUSTER_SIZE {
             sentences.push(format!(
                 "the cluster has {} of {CLUSTER_SIZE} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)",
-                status.membership.members.len()
+                status.membership.roster.members.len()
             ));
         }
         if status.primary.is_none() && status.role != Role::Startup {

@@ -503,7 +503,7 @@ mod tests {
             fs::write(data.path().join(remains).join(DATABASE), "half").unwrap();
         }
         let mut newer = Ready::find(data.path()).unwrap().unwrap().manifest().membership.clone();
-        newer.next_id += 5;
+        newer.roster.next_id += 5;
         Configuration { index: INDEX + 9, membership: newer.clone() }.write(data.path()).unwrap();
         let state = start(data.path());
         assert_eq!(state.membership.unwrap().membership, newer);
