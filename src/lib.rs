@@ -14,7 +14,7 @@
 //! a majority has them on disk, SQLite's write is let through, COMMIT returns, and the response leaves if the lease is
 //! still valid. On the others the database thread copies the page images into the database file. They run no SQLite.
 //!
-//! A request's way: each resource of the Console lists its routes in one table (`console::routes`): method, path, who may,
+//! A request's way: each resource of the Console lists its routes in one table (`console::table`): method, path, who may,
 //! what goes in and comes out. The router, the check of roles before every handler and the OpenAPI document are made from it.
 //! A change and its audit row are one transaction, so that neither is there without the other.
 //!

@@ -3,69 +3,25 @@
 //! A token is random, of 256 bits: nobody guesses one, so that who holds one is never slowed down. A password is what is guessed
 //! at: see [`super::logins`].
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-};
+use std::net::IpAddr;
 
-use axum::{
-    extract::{ConnectInfo, FromRequestParts},
-    http::{HeaderMap, Method, header, request::Parts},
-};
+use axum::http::{HeaderMap, Method, header};
 use base64::{Engine, prelude::BASE64_STANDARD};
-use schemars::JsonSchema;
-use serde::Deserialize;
 
 use super::{
-    Console, audits, cookie,
+    Console, audit_log, cookie,
     errors::ApiError,
     logins::Verdict,
-    routes::Role,
-    sessions::{self, Session},
+    password::LONGEST,
     store::{StoreError, Writing},
+    tokens,
+    user::{From, Login, Role, Source, User, role_of},
 };
-use crate::{admin::Actor, telemetry::LOGINS_REFUSED};
+use crate::telemetry::LOGINS_REFUSED;
 
 const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
 /// How every join token begins; no token of `authenticate` does, since those have no dot.
 const JOIN_TOKEN: &str = "TWJ1.";
-/// Longest name and password that are looked at, in bytes.
-pub(super) const LONGEST: usize = 1024;
-
-/// The sender of a request, verified: what a handler behind a route that asks for one may take as an argument.
-#[derive(Clone, Debug)]
-pub(super) struct User {
-    pub(super) name: String,
-    pub(super) role: Role,
-    pub(super) from: From,
-    /// None for a login by Basic, and for whoever comes from within the host.
-    pub(super) session: Option<Session>,
-}
-
-/// Where a user is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum From {
-    Network(IpAddr),
-    /// On the host itself, by the control socket: see [`Actor::local`].
-    Within(Actor),
-}
-
-impl User {
-    /// As the audit names whoever it is.
-    pub(super) fn actor(&self) -> Actor {
-        match &self.from {
-            From::Network(address) => Actor::user(&self.name, *address),
-            From::Within(actor) => actor.clone(),
-        }
-    }
-}
-
-/// A name and a password: the body of `signup` and `authenticate`, or what Basic carries.
-#[derive(Deserialize, JsonSchema)]
-pub(super) struct Login {
-    pub(super) username: String,
-    pub(super) password: String,
-}
 
 /// A name and a password that were right.
 pub(super) struct Verified {
@@ -113,7 +69,7 @@ async fn verify_noting(console: &Console, login: Login, from: IpAddr) -> Result<
     let Verdict { right, computed } = verdict?;
     if !right {
         if computed {
-            audits::note_login(&console.store, &name, from, false).await;
+            audit_log::note_login(&console.store, &name, from, false).await;
         }
         return Err(WRONG);
     }
@@ -134,41 +90,19 @@ pub(super) async fn identify(
         if !method.is_safe() {
             cookie::check_page(headers)?;
         }
-        return sessions::find(console, token, from, true).await;
+        return tokens::find(console, token, from, true).await;
     }
     match credentials(headers) {
-        Some(Credentials::Bearer(token)) => sessions::find(console, &token, from, false).await,
+        Some(Credentials::Bearer(token)) => tokens::find(console, &token, from, false).await,
         Some(Credentials::Basic(login)) => {
             let name = login.username.clone();
             let (Verified { role, .. }, computed) = verify_noting(console, login, from).await?;
             if computed {
-                audits::note_login(&console.store, &name, from, true).await;
+                audit_log::note_login(&console.store, &name, from, true).await;
             }
             Ok(User { name, role, from: From::Network(from), session: None })
         }
         None => Err(ApiError::Unauthorized("log in with a bearer token or with Basic")),
-    }
-}
-
-/// A role that this program does not know: of a newer one, so it permits nothing here.
-pub(super) fn role_of(name: &str, role: &str) -> Result<Role, ApiError> {
-    Role::of(role).ok_or_else(|| {
-        tracing::error!("user '{name}' has the role '{role}', which this version does not know");
-        ApiError::Forbidden("this version does not know your role".to_owned())
-    })
-}
-
-/// The address that a request comes from: what guesses of secrets are counted against.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Source(pub(super) IpAddr);
-
-impl FromRequestParts<Arc<Console>> for Source {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, _: &Arc<Console>) -> Result<Self, ApiError> {
-        // Whoever serves the connection puts it there.
-        let info = parts.extensions.get::<ConnectInfo<SocketAddr>>().ok_or(ApiError::Internal)?;
-        Ok(Self(info.0.ip()))
     }
 }
 

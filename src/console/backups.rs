@@ -15,11 +15,11 @@ use serde::Deserialize;
 
 use super::{
     Console,
-    auth::User,
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
     programs,
-    routes::{Access, Entry, Role, route},
+    route::{Access, Entry, route},
+    user::{Role, User},
 };
 use crate::backup::{Agreed, Backup, BackupError, BackupState, RemoteBackup, RestoreFrom, Started};
 

@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Console,
-    auth::User,
     errors::ApiError,
     extract::Body,
-    routes::{Access, Entry, Role, route},
+    route::{Access, Entry, route},
+    user::{Role, User},
 };
 use crate::admin::{Certificates, Custom};
 

@@ -14,11 +14,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Console, Services,
-    auth::{self, Source, User},
+    Console, Services, auth,
     errors::ApiError,
     extract::{Body, Name, OptionalBody, Search},
-    routes::{Access, Entry, Role, route},
+    route::{Access, Entry, route},
+    user::{Role, Source, User},
 };
 use crate::{
     admin::{AdminError, SwitchoverReport},

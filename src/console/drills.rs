@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    extract::State,
-    http::{HeaderMap, Method, StatusCode},
+    extract::{FromRequestParts, State},
+    http::{HeaderMap, Method, StatusCode, request::Parts},
 };
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use ring::{
@@ -19,13 +19,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Console,
-    audits::{self, DRILL, Drilled},
-    auth::{self, User},
+    audit_log::{self, DRILL, Drilled},
+    auth,
     clock::unix_time,
     errors::ApiError,
     extract::Body,
-    routes::{Access, Entry, Role, route},
+    route::{Access, Entry, route},
     store::StoreError,
+    user::{Role, User, admitted},
 };
 use crate::{
     admin::{Act, Outcome, SwitchoverReport, Ticket},
@@ -117,6 +118,14 @@ pub(super) struct Drill {
     row: Drilled,
 }
 
+impl FromRequestParts<Arc<Console>> for Drill {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Arc<Console>) -> Result<Self, ApiError> {
+        admitted(parts)
+    }
+}
+
 impl Drill {
     fn tag(&self, number: impl std::fmt::Display) -> String {
         format!("{}{number}", prefix(&self.ticket))
@@ -141,7 +150,7 @@ pub(super) async fn identify(console: &Console, headers: &HeaderMap) -> Result<D
     let mut parts = text.strip_prefix(TOKEN).ok_or(NONE)?.splitn(3, '.');
     let (Some(id), Some(ticket), Some(secret)) = (parts.next(), parts.next(), parts.next()) else { return Err(NONE) };
     let id: i64 = id.parse().map_err(|_| NONE)?;
-    let row = audits::drill(&console.store, id, ticket).await?.ok_or(NONE)?;
+    let row = audit_log::drill(&console.store, id, ticket).await?.ok_or(NONE)?;
     // Of digests: how far they are alike says nothing about the secret.
     let same = row.secret == digest_of(secret);
     match same && unix_time() - row.time < LONGEST {
@@ -166,7 +175,7 @@ async fn begin(
     let status = console.status.borrow().clone();
     let at = (status.name.as_str(), status.epoch);
     let (actor, wanted) = (user.actor(), Ticket(ticket.clone()));
-    let id = audits::begin_drill(&console.store, &wanted, (&actor, &act), at, &digest_of(&secret)).await?;
+    let id = audit_log::begin_drill(&console.store, &wanted, (&actor, &act), at, &digest_of(&secret)).await?;
     tracing::info!(by = %actor, "a drill begins");
     let token = format!("{TOKEN}{id}.{ticket}.{secret}");
     Ok(Json(Begun { token, prefix: prefix(&ticket), https_port: admin.https_port() }))
@@ -215,7 +224,7 @@ async fn end(
     let delete = sqlx::query("DELETE FROM tags WHERE name GLOB ?").bind(drill.tag('*'));
     let removed = writing.execute(delete).await?;
     let outcome = if ok { Outcome::Done } else { Outcome::Failed(text.clone()) };
-    audits::end_drill(&mut writing, drill.row, &outcome, &text).await?;
+    audit_log::end_drill(&mut writing, drill.row, &outcome, &text).await?;
     writing.commit().await?;
     Ok(Json(Removed { removed }))
 }

@@ -9,7 +9,7 @@ use super::{
     Console,
     errors::ApiError,
     extract::{Paged, Search},
-    routes::{Access, Entry, route},
+    route::{Access, Entry, route},
     store::{Store, StoreError},
 };
 use crate::events::{Event, Recorder, Wanted};

@@ -27,7 +27,7 @@ use tracing::{info, warn};
 
 use super::{
     Console,
-    audits::{self, Begun, Operation},
+    audit_log::{self, Begun, Operation},
     clock::unix_time,
     drills,
     extract::TOTAL,
@@ -149,7 +149,7 @@ impl Inside {
     pub async fn call(&self, by: Actor, method: &str, path: &str, body: Option<Value>) -> Result<LocalAnswer, String> {
         let console = self.console().await.ok_or_else(|| self.elsewhere())?;
         let method = Method::from_bytes(method.as_bytes()).map_err(|_| "such a method does not exist".to_owned())?;
-        let request = Request::builder().method(method).uri(format!("{}/{path}", super::routes::BASE));
+        let request = Request::builder().method(method).uri(format!("{}/{path}", super::route::BASE));
         let request = request.header(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         // Every request of HTTP/1.1 has one, though nobody asks here for a host.
         let request = request.header(header::HOST, HeaderValue::from_static("localhost"));
@@ -203,15 +203,15 @@ impl Inside {
 
     async fn settle(&self, store: &Store) -> Result<(), StoreError> {
         self.pay(store).await?;
-        for row in audits::begun(store).await? {
+        for row in audit_log::begun(store).await? {
             // It goes on under the next PRIMARY, and tells its outcome itself.
-            let fresh = row.action == audits::DRILL && unix_time() - row.time < drills::LONGEST;
+            let fresh = row.action == audit_log::DRILL && unix_time() - row.time < drills::LONGEST;
             if fresh || locked(&self.0.under_way).contains_key(&Ticket(row.ticket.clone())) {
                 continue;
             }
             let outcome = verdict(&row, &self.0.status.borrow());
             info!(action = row.action, what = row.what, %outcome, "the outcome of an operation is written into the audit");
-            audits::settle(store, row, &outcome).await?;
+            audit_log::settle(store, row, &outcome).await?;
         }
         Ok(())
     }
@@ -226,7 +226,7 @@ impl Inside {
     ) -> Result<(), StoreError> {
         let Row { time, actor, act, epoch } = row;
         let at = (member, *epoch);
-        audits::write_operation(store, &Operation { ticket, time: *time, actor, act, at, outcome }).await
+        audit_log::write_operation(store, &Operation { ticket, time: *time, actor, act, at, outcome }).await
     }
 
     /// Hands what is owed to whoever is PRIMARY, for as long as the node lives.

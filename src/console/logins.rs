@@ -12,7 +12,7 @@ use std::{
 use ring::{hmac, rand::SystemRandom};
 use tokio::sync::watch;
 
-use super::{auth::Login, errors::ApiError, password::Hasher};
+use super::{errors::ApiError, password::Hasher, user::Login};
 use crate::clients::{
     network,
     throttle::{FORGET, Limits, Throttle},

@@ -7,7 +7,8 @@ use serde::Deserialize;
 use super::{
     errors::ApiError,
     extract::Search,
-    routes::{Access, Entry, Role, route},
+    route::{Access, Entry, route},
+    user::Role,
 };
 use crate::telemetry::{self, Line, RECENT_LINES};
 

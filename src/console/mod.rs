@@ -1,8 +1,8 @@
 //! SERVES. The built-in Console: its routes, its resources and its database. One instance per opening of the ports.
 //! Must never know about roles, leases or sockets: who runs it decides when it runs.
 
-mod access;
 mod arriving;
+mod audit_log;
 mod audits;
 mod auth;
 mod backups;
@@ -11,6 +11,7 @@ mod clock;
 mod cluster;
 mod cookie;
 mod drills;
+mod enforce;
 mod errors;
 mod events;
 mod extract;
@@ -21,16 +22,19 @@ mod notifications;
 mod openapi;
 mod password;
 mod programs;
-mod routes;
+mod route;
 mod sessions;
 mod settings;
 mod store;
 mod stream;
 mod system;
+mod table;
 mod tags;
+mod tokens;
 #[cfg(test)]
 mod trial;
 mod ui;
+mod user;
 mod users;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -122,7 +126,7 @@ pub struct Console {
     /// A place for each request under way.
     places: Semaphore,
     streams: Arc<Semaphore>,
-    refusals: access::Refusals,
+    refusals: enforce::Refusals,
     /// True when the ports are about to close: nothing may go on for long then.
     closing: watch::Sender<bool>,
 }
@@ -141,7 +145,7 @@ impl Console {
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
         let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
         let places = Semaphore::new(AT_ONCE);
-        let (clock, refusals) = (clock::Clock::new(), access::Refusals::default());
+        let (clock, refusals) = (clock::Clock::new(), enforce::Refusals::default());
         Ok(Arc::new(Self { store, clock, logins, status, services, downloads, places, streams, refusals, closing }))
     }
 
@@ -151,7 +155,7 @@ impl Console {
     /// When the database cannot be used or its schema is newer than this program.
     pub async fn ready(self: &Arc<Self>) -> Result<(), sqlx::migrate::MigrateError> {
         self.store.migrate().await?;
-        audits::recall_logins(&self.store, &self.logins).await;
+        audit_log::recall_logins(&self.store, &self.logins).await;
         let console = Arc::clone(self);
         tokio::spawn(async move { console.clock.follow(console.store.clone()).await });
         if let Some(services) = &self.services {
@@ -163,7 +167,7 @@ impl Console {
 
     /// All routes.
     pub fn router(self: &Arc<Self>) -> Router {
-        routes::router(self)
+        table::router(self)
             .fallback(no_route)
             .method_not_allowed_fallback(no_method)
             .layer(DefaultBodyLimit::max(BODY))

@@ -13,11 +13,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Console,
-    auth::{self, Source, User},
+    Console, auth,
     errors::ApiError,
     extract::Body,
-    routes::{Access, Entry, Role, route},
+    route::{Access, Entry, route},
+    user::{Role, Source, User},
 };
 use crate::{
     cluster::shared::webhook::Webhook,

@@ -21,7 +21,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{auth::LONGEST, errors::ApiError};
+use super::errors::ApiError;
 
 /// Hashes at once: each takes 19 MiB and a core for some ten milliseconds.
 const AT_ONCE: usize = 2;
@@ -38,6 +38,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What a hash yields to everything else on this host by: logins must never cost the role.
 const NICE: i32 = 10;
 
+/// Longest name and password that are looked at, in bytes.
+pub(super) const LONGEST: usize = 1024;
 /// Shortest new password in characters. Length is what makes guessing hard, so nothing else is asked for unless an
 /// administrator wants it.
 const SHORTEST: usize = 12;

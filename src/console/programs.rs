@@ -12,7 +12,7 @@ use std::{
 
 use axum::{
     Json,
-    extract::State,
+    extract::{FromRequestParts, State},
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
 };
@@ -29,14 +29,13 @@ use tokio::{
 };
 
 use super::{
-    Console,
-    access::Installer,
-    auth::{self, Source, User},
+    Console, auth,
     cluster::check_join_token,
     cookie,
     errors::ApiError,
     extract::{Name, Search},
-    routes::{Access, BASE, Entry, Role, route},
+    route::{Access, BASE, Entry, route},
+    user::{Role, Source, User, admitted},
 };
 use crate::{
     admin::Invited,
@@ -284,6 +283,24 @@ impl hyper::body::Body for Download {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.left)
+    }
+}
+
+/// Who may have the join script and the programs.
+#[derive(Clone)]
+pub(super) enum Installer {
+    User(User),
+    /// A host that is no member yet, by its join token.
+    Host {
+        token: String,
+    },
+}
+
+impl FromRequestParts<Arc<Console>> for Installer {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Arc<Console>) -> Result<Self, ApiError> {
+        admitted(parts)
     }
 }
 

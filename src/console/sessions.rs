@@ -1,7 +1,6 @@
-//! Sessions: opaque random tokens in the replicated database, so that nobody is logged out when the primary role moves.
-//! `authenticate`, its renewal, and `logout`. Must never store a token: only its digest.
+//! `authenticate`, its renewal, and `logout`: a session begins, goes on and ends.
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -9,34 +8,19 @@ use axum::{
     http::{HeaderMap, Method, uri::Scheme},
     response::{AppendHeaders, IntoResponse, Response},
 };
-use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
-use ring::{
-    digest,
-    rand::{SecureRandom, SystemRandom},
-};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::{
-    Console, audits,
-    auth::{self, From, Login, Source, User},
-    cookie,
+    Console, audit_log, auth, cookie,
     errors::ApiError,
     extract::Body,
-    routes::{Access, Entry, Role, route},
-    settings::Logon,
-    store::{StoreError, Writing},
+    route::{Access, Entry, route},
+    tokens::{self, GRACE, INVALID, Issued},
+    user::{From, Login, Role, Source, User},
 };
-use crate::{
-    clients::places::Visit,
-    cluster::validity::{self, in_force},
-};
-
-/// Seconds that a renewed token is still good: the answer with the new one may be lost in a takeover, and the requests that
-/// are under way carry the old one.
-const GRACE: i64 = 30;
-const INVALID: ApiError = ApiError::Unauthorized("the token is not valid or has expired");
+use crate::clients::places::Visit;
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
@@ -55,16 +39,6 @@ pub(super) fn routes() -> Vec<Entry> {
     ]
 }
 
-/// The session that a request belongs to.
-#[derive(Clone, Debug)]
-pub(super) struct Session {
-    digest: Vec<u8>,
-    began: i64,
-    expires: i64,
-    /// The token came as the page's cookie, and the next one must go the same way.
-    pub(super) page: bool,
-}
-
 /// The answer of a login.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -79,20 +53,11 @@ pub(super) struct Granted {
     expires_in_sec: Option<i64>,
 }
 
-/// A new token.
-struct Issued {
-    token: String,
-    seconds: i64,
-}
-
-impl Issued {
-    fn answer(self, user: User, page: bool) -> Result<Response, ApiError> {
-        let Self { token, seconds } = self;
-        let cookie = page.then(|| cookie::set(&token, seconds)).transpose()?;
-        let token = (!page).then_some(token);
-        let granted = Granted { token, username: user.name, role: user.role, expires_in_sec: Some(seconds) };
-        Ok((AppendHeaders(cookie), Json(granted)).into_response())
-    }
+fn answer(Issued { token, seconds }: Issued, user: User, page: bool) -> Result<Response, ApiError> {
+    let cookie = page.then(|| cookie::set(&token, seconds)).transpose()?;
+    let token = (!page).then_some(token);
+    let granted = Granted { token, username: user.name, role: user.role, expires_in_sec: Some(seconds) };
+    Ok((AppendHeaders(cookie), Json(granted)).into_response())
 }
 
 /// `POST authenticate`.
@@ -119,12 +84,12 @@ async fn authenticate(
     }
     // Whoever planted a session in this browser loses it.
     if let Some(token) = cookie::token(&headers).filter(|_| page) {
-        end(&mut writing, digest_of(token)).await?;
+        tokens::end(&mut writing, tokens::digest_of(token)).await?;
     }
-    let issued = issue(&console, &mut writing, &user.name, None).await?;
-    audits::record(&mut writing, &user, "login", "session", Value::Null).await?;
+    let issued = tokens::issue(&console, &mut writing, &user.name, None).await?;
+    audit_log::record(&mut writing, &user, "login", "session", Value::Null).await?;
     writing.commit().await?;
-    issued.answer(user, page)
+    answer(issued, user, page)
 }
 
 /// `GET authenticate`.
@@ -148,87 +113,20 @@ async fn renew(State(console): State<Arc<Console>>, headers: HeaderMap, user: Us
     if writing.execute(update.bind(now + GRACE).bind(session.digest.clone()).bind(now)).await? == 0 {
         return Err(INVALID);
     }
-    let issued = issue(&console, &mut writing, &user.name, Some(&session)).await?;
+    let issued = tokens::issue(&console, &mut writing, &user.name, Some(&session)).await?;
     writing.commit().await?;
-    issued.answer(user, session.page)
+    answer(issued, user, session.page)
 }
 
 /// `POST logout`.
 async fn logout(State(console): State<Arc<Console>>, user: User) -> Result<Response, ApiError> {
     let Some(session) = user.session.clone() else { return Ok(().into_response()) };
     let mut writing = console.store.begin().await?;
-    end(&mut writing, session.digest).await?;
-    audits::record(&mut writing, &user, "logout", "session", Value::Null).await?;
+    tokens::end(&mut writing, session.digest).await?;
+    audit_log::record(&mut writing, &user, "logout", "session", Value::Null).await?;
     writing.commit().await?;
     let cookie = session.page.then(cookie::clear).transpose()?;
     Ok(AppendHeaders(cookie).into_response())
-}
-
-/// Whose session a token is of.
-pub(super) async fn find(console: &Console, token: &str, from: IpAddr, page: bool) -> Result<User, ApiError> {
-    let digest = digest_of(token);
-    let mut reading = console.store.read().await?;
-    // Held until the session was read: they are moved together.
-    let time = console.clock.hold().await;
-    let query = "SELECT users.name, users.role, tokens.began, tokens.expires FROM tokens JOIN users \
-                 ON users.name = tokens.user WHERE tokens.digest = ?";
-    let query = sqlx::query_as(query).bind(digest.clone());
-    let found: Option<(String, String, i64, i64)> =
-        query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
-    let in_force = |(.., began, expires): &(_, _, i64, i64)| is_in_force(*began, *expires, time.now());
-    let (name, role, began, expires) = found.filter(in_force).ok_or(INVALID)?;
-    let session = Session { digest, began, expires, page };
-    Ok(User { role: auth::role_of(&name, &role)?, name, from: From::Network(from), session: Some(session) })
-}
-
-/// Ends all sessions of a user.
-pub(super) async fn end_all(writing: &mut Writing, user: &str) -> Result<(), StoreError> {
-    writing.execute(sqlx::query("DELETE FROM tokens WHERE user = ?").bind(user.to_owned())).await.map(|_| ())
-}
-
-async fn end(writing: &mut Writing, digest: Vec<u8>) -> Result<(), StoreError> {
-    writing.execute(sqlx::query("DELETE FROM tokens WHERE digest = ?").bind(digest)).await.map(|_| ())
-}
-
-/// No time of a session is before 1970.
-fn is_in_force(began: i64, expires: i64, now: i64) -> bool {
-    let [began, expires, now] = [began, expires, now].map(|time| u64::try_from(time).unwrap_or(0));
-    in_force(began, expires, now)
-}
-
-/// Makes a token for a new session, or for the one that it `renews`. The user's oldest sessions end if there are too many; the one
-/// that is renewed does not count, and has its [`GRACE`].
-async fn issue(
-    console: &Console,
-    writing: &mut Writing,
-    user: &str,
-    renews: Option<&Session>,
-) -> Result<Issued, ApiError> {
-    let logon = Logon::of(writing).await?;
-    let now = console.clock.now().await;
-    let began = renews.map_or(now, |session| session.began);
-    let renews = renews.map(|session| session.digest.clone());
-    let expires = (now + logon.timeout()).min(began + logon.maximum());
-    if expires <= now {
-        return Err(ApiError::Unauthorized("the session has lasted as long as it may: log in again"));
-    }
-    let mut secret = [0; 32];
-    SystemRandom::new().fill(&mut secret).map_err(|_| ApiError::Internal)?;
-    let token = BASE64_URL_SAFE_NO_PAD.encode(secret);
-    let over = sqlx::query("DELETE FROM tokens WHERE expires <= ?1 OR began > ?1 + ?2").bind(now);
-    writing.execute(over.bind(validity::SKEW as i64)).await?;
-    let surplus = "DELETE FROM tokens WHERE user = ?1 AND digest IS NOT ?2 AND digest NOT IN \
-                   (SELECT digest FROM tokens WHERE user = ?1 AND digest IS NOT ?2 ORDER BY expires DESC, digest LIMIT ?3)";
-    let surplus = sqlx::query(surplus).bind(user.to_owned()).bind(renews);
-    writing.execute(surplus.bind(logon.sessions() - 1)).await?;
-    let insert = sqlx::query("INSERT INTO tokens (digest, user, expires, began) VALUES (?, ?, ?, ?)");
-    let insert = insert.bind(digest_of(&token)).bind(user.to_owned()).bind(expires).bind(began);
-    writing.execute(insert).await?;
-    Ok(Issued { token, seconds: expires - now })
-}
-
-fn digest_of(token: &str) -> Vec<u8> {
-    digest::digest(&digest::SHA256, token.as_bytes()).as_ref().to_vec()
 }
 
 #[cfg(test)]
@@ -236,7 +134,10 @@ mod tests {
     use axum::http::StatusCode;
     use serde_json::json;
 
-    use super::{super::trial::Trial, *};
+    use super::{
+        super::{settings::Logon, trial::Trial},
+        *,
+    };
 
     async fn asks(trial: &Trial, token: &str) -> (StatusCode, Value) {
         trial.call(Method::GET, "/api/v1/authenticate", token, Value::Null).await

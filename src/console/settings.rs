@@ -11,12 +11,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Console, audits,
-    auth::User,
+    Console, audit_log,
     errors::ApiError,
     extract::Body,
-    routes::{Access, Entry, Role, route},
+    route::{Access, Entry, route},
     store::{StoreError, Writing},
+    user::{Role, User},
 };
 
 const LOGON: &str = "logon";
@@ -120,9 +120,9 @@ async fn set_logon(
 ) -> Result<StatusCode, ApiError> {
     logon.check()?;
     let mut writing = console.store.begin().await?;
-    let difference = audits::difference(&Logon::of(&mut writing).await?, &logon);
+    let difference = audit_log::difference(&Logon::of(&mut writing).await?, &logon);
     writing.set_setting(LOGON, &logon).await?;
-    audits::record(&mut writing, &user, "set", "settings/logon", difference).await?;
+    audit_log::record(&mut writing, &user, "set", "settings/logon", difference).await?;
     writing.commit().await?;
     Ok(StatusCode::OK)
 }

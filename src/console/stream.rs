@@ -22,7 +22,7 @@ use tokio::{
 use super::{
     Console,
     errors::ApiError,
-    routes::{Access, Entry, route},
+    route::{Access, Entry, route},
 };
 use crate::node::Status;
 

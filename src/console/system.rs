@@ -2,7 +2,7 @@
 
 use axum::{Json, http::Method};
 
-use super::routes::{Access, Entry, route};
+use super::route::{Access, Entry, route};
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {

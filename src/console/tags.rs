@@ -13,12 +13,12 @@ use serde_json::Value;
 use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
-    Console, audits,
-    auth::User,
+    Console, audit_log,
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
-    routes::{Access, Entry, Role, route},
+    route::{Access, Entry, route},
     store::{StoreError, Writing},
+    user::{Role, User},
 };
 
 const LONGEST_NAME: usize = 128;
@@ -104,8 +104,8 @@ pub(super) async fn create(
     let insert = insert.bind(tag.name.clone()).bind(tag.color.clone()).bind(tag.description.clone());
     let mut writing = console.store.begin().await?;
     writing.execute(insert).await.map_err(|error| exists(&tag.name, error))?;
-    let difference = audits::difference(&Value::Null, &tag);
-    audits::record(&mut writing, &user, "create", &format!("tag '{}'", tag.name), difference).await?;
+    let difference = audit_log::difference(&Value::Null, &tag);
+    audit_log::record(&mut writing, &user, "create", &format!("tag '{}'", tag.name), difference).await?;
     writing.commit().await?;
     Ok(Json(tag))
 }
@@ -123,8 +123,8 @@ pub(super) async fn replace(
     let update = sqlx::query("UPDATE tags SET name = ?, color = ?, description = ? WHERE name = ?");
     let update = update.bind(tag.name.clone()).bind(tag.color.clone()).bind(tag.description.clone()).bind(name.clone());
     writing.execute(update).await.map_err(|error| exists(&tag.name, error))?;
-    let difference = audits::difference(&old, &tag);
-    audits::record(&mut writing, &user, "replace", &format!("tag '{name}'"), difference).await?;
+    let difference = audit_log::difference(&old, &tag);
+    audit_log::record(&mut writing, &user, "replace", &format!("tag '{name}'"), difference).await?;
     writing.commit().await?;
     Ok(Json(tag))
 }
@@ -138,8 +138,8 @@ pub(super) async fn remove(
     let mut writing = console.store.begin().await?;
     let old = stored(&mut writing, &name).await?;
     writing.execute(sqlx::query("DELETE FROM tags WHERE name = ?").bind(name.clone())).await?;
-    let difference = audits::difference(&old, &Value::Null);
-    audits::record(&mut writing, &user, "delete", &format!("tag '{name}'"), difference).await?;
+    let difference = audit_log::difference(&old, &Value::Null);
+    audit_log::record(&mut writing, &user, "delete", &format!("tag '{name}'"), difference).await?;
     writing.commit().await?;
     Ok(StatusCode::OK)
 }

@@ -14,7 +14,7 @@ use ring::digest;
 use super::{
     errors::ApiError,
     extract::Name,
-    routes::{Access, Entry, route},
+    route::{Access, Entry, route},
 };
 
 /// Nothing but the files below, run and shown from nowhere else, in no frame. Not even a mistake in them turns text into

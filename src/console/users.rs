@@ -13,16 +13,16 @@ use serde_json::{Value, json};
 use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
-    Console, audits,
-    auth::{self, From, Login, Source, User},
+    Console, audit_log, auth,
     clock::unix_time,
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
     password,
-    routes::{Access, Entry, Role, route},
-    sessions,
+    route::{Access, Entry, route},
     settings::Logon,
     store::{StoreError, Writing},
+    tokens,
+    user::{From, Login, Role, Source, User},
 };
 
 /// Longest name in characters.
@@ -90,7 +90,7 @@ async fn signup(
     let from = From::Network(from);
     let user = User { name: login.username, role: Role::Administrator, from, session: None };
     insert(&mut writing, &user.name, hash, user.role).await?;
-    audits::record(&mut writing, &user, "signup", &format!("user '{}'", user.name), Value::Null).await?;
+    audit_log::record(&mut writing, &user, "signup", &format!("user '{}'", user.name), Value::Null).await?;
     writing.commit().await?;
     tracing::info!("signed up the first administrator '{}'", user.name);
     Ok(StatusCode::OK)
@@ -147,8 +147,8 @@ async fn create(State(console): State<Arc<Console>>, by: User, Body(new): Body<N
         StoreError::Duplicate => ApiError::Conflict(format!("user '{}' exists already", new.username)),
         other => other.into(),
     })?;
-    let difference = audits::difference(&Value::Null, &json!({ "role": new.role }));
-    audits::record(&mut writing, &by, "create", &format!("user '{}'", new.username), difference).await?;
+    let difference = audit_log::difference(&Value::Null, &json!({ "role": new.role }));
+    audit_log::record(&mut writing, &by, "create", &format!("user '{}'", new.username), difference).await?;
     writing.commit().await?;
     Ok(StatusCode::OK)
 }
@@ -180,7 +180,7 @@ async fn change(
     if new != Role::Administrator.name() {
         keep_an_administrator(&mut writing, &username).await?;
     }
-    let mut difference = audits::difference(&json!({ "role": old }), &json!({ "role": new }));
+    let mut difference = audit_log::difference(&json!({ "role": old }), &json!({ "role": new }));
     if hash.is_some() {
         // That it changed, and nothing else about it.
         difference["password"] = json!("changed");
@@ -188,9 +188,9 @@ async fn change(
     let update = sqlx::query("UPDATE users SET role = ?, password = coalesce(?, password) WHERE name = ?");
     writing.execute(update.bind(new).bind(hash).bind(username.clone())).await?;
     if difference != json!({}) {
-        sessions::end_all(&mut writing, &username).await?;
+        tokens::end_all(&mut writing, &username).await?;
     }
-    audits::record(&mut writing, &by, "change", &format!("user '{username}'"), difference).await?;
+    audit_log::record(&mut writing, &by, "change", &format!("user '{username}'"), difference).await?;
     writing.commit().await?;
     Ok(StatusCode::OK)
 }
@@ -205,8 +205,8 @@ async fn remove(State(console): State<Arc<Console>>, by: User, Name(name): Name)
     keep_an_administrator(&mut writing, &name).await?;
     // Their tokens go with them.
     writing.execute(sqlx::query("DELETE FROM users WHERE name = ?").bind(name.clone())).await?;
-    let difference = audits::difference(&json!({ "role": role }), &Value::Null);
-    audits::record(&mut writing, &by, "delete", &format!("user '{name}'"), difference).await?;
+    let difference = audit_log::difference(&json!({ "role": role }), &Value::Null);
+    audit_log::record(&mut writing, &by, "delete", &format!("user '{name}'"), difference).await?;
     writing.commit().await?;
     Ok(StatusCode::OK)
 }
@@ -242,9 +242,9 @@ async fn change_password(
     verified.recheck(&mut writing, &user.name).await?;
     let update = sqlx::query("UPDATE users SET password = ? WHERE name = ?").bind(hash).bind(user.name.clone());
     writing.execute(update).await?;
-    sessions::end_all(&mut writing, &user.name).await?;
+    tokens::end_all(&mut writing, &user.name).await?;
     let difference = json!({ "password": "changed" });
-    audits::record(&mut writing, &user, "change", &format!("user '{}'", user.name), difference).await?;
+    audit_log::record(&mut writing, &user, "change", &format!("user '{}'", user.name), difference).await?;
     writing.commit().await?;
     Ok(StatusCode::OK)
 }

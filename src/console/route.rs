@@ -1,50 +1,58 @@
-//! The table of all routes: method, path, who may, what goes in and comes out. The router, the check of roles and the
-//! OpenAPI document are made from it, so that none of them can forget a route. Handlers belong to their resource's file.
+//! What a route is: method, path, who may, what goes in and comes out, and how it gets into the audit.
 
 use std::sync::Arc;
 
 use axum::{
-    Router,
     handler::Handler,
     http::{Method, StatusCode},
-    middleware,
     routing::{MethodFilter, MethodRouter, on},
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
-pub(super) use super::access::{Access, Role, Trace};
-use super::{
-    Console, audits, backups, certs, cluster, drills, events, logs, notifications, openapi, programs, sessions,
-    settings, stream, system, tags, ui, users,
-};
+use super::{Console, user::Role};
 
 /// Where the API begins.
 pub(super) const BASE: &str = "/api/v1";
 
-/// The routes of all resources.
-pub(super) fn table() -> Vec<Entry> {
-    [
-        system::routes(),
-        sessions::routes(),
-        users::routes(),
-        settings::routes(),
-        certs::routes(),
-        audits::routes(),
-        logs::routes(),
-        backups::routes(),
-        cluster::routes(),
-        drills::routes(),
-        events::routes(),
-        notifications::routes(),
-        programs::routes(),
-        tags::routes(),
-        stream::routes(),
-        ui::routes(),
-        openapi::routes(),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+/// Who may use a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Everybody; the handler gets no `user::User`.
+    Open,
+    /// A host with a join token, or a user who may make one: the handler takes a `programs::Installer`.
+    JoinToken,
+    /// A drill that is under way, by its token: the handler takes a `drills::Drill`.
+    Drill,
+    /// Any user who is logged in.
+    Any,
+    /// Users with one of these roles.
+    Roles(&'static [Role]),
+}
+
+impl Access {
+    /// The roles that may; none if no user is asked for.
+    pub(super) fn roles(self) -> &'static [Role] {
+        match self {
+            Self::Open | Self::Drill => &[],
+            Self::Any => &Role::ALL,
+            Self::JoinToken => Role::INSTALLERS,
+            Self::Roles(roles) => roles,
+        }
+    }
+}
+
+/// How the requests of a route get into the audit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trace {
+    /// They change nothing.
+    Reads,
+    /// The handler writes a row in the transaction of its change; of what was refused the check writes one: what was to be
+    /// done, and to what.
+    Own(&'static str, &'static str),
+    /// The operation behind it writes what becomes of it; of those who may not begin it the check writes a row.
+    Operation(&'static str, &'static str),
+    /// Logins and sessions, and what is part of something that has its row: the handler says what of it is written down.
+    Handler,
 }
 
 /// Makes a schema of some type.
@@ -82,7 +90,7 @@ pub(super) struct Entry {
     pub(super) also: Option<&'static str>,
     /// A list: `limit`, `offset` and `X-Total-Count`.
     pub(super) paged: bool,
-    handler: MethodRouter<Arc<Console>>,
+    pub(super) handler: MethodRouter<Arc<Console>>,
 }
 
 /// A route below [`BASE`]. `{name}` in the path is what `extract::Name` gives to the handler.
@@ -189,72 +197,5 @@ impl Entry {
     /// As a client writes it.
     pub(super) fn full_path(&self) -> String {
         if self.root { self.path.to_owned() } else { format!("{BASE}{}", self.path) }
-    }
-}
-
-/// All routes, each behind the check of its entry.
-pub(super) fn router(console: &Arc<Console>) -> Router<Arc<Console>> {
-    table().into_iter().fold(Router::new(), |router, entry| {
-        let path = entry.full_path();
-        let state = (Arc::clone(console), entry.access, entry.trace);
-        // On the method alone: that another one is not possible here is no secret.
-        router.route(&path, entry.handler.route_layer(middleware::from_fn_with_state(state, super::access::enforce)))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use super::*;
-
-    #[test]
-    fn the_table_has_no_route_twice_and_says_what_each_is_for() {
-        let mut seen = HashSet::new();
-        for entry in table() {
-            assert!(seen.insert((entry.method.clone(), entry.full_path())), "{} {}", entry.method, entry.path);
-            assert!(entry.path.starts_with('/') && (entry.path.len() == 1 || !entry.path.ends_with('/')));
-            assert!(!entry.summary.is_empty() && !entry.summary.ends_with('.'), "{}", entry.path);
-        }
-    }
-
-    /// A new route that changes something must say here how that gets into the audit.
-    #[test]
-    fn what_changes_something_says_how_it_gets_into_the_audit() {
-        let changing = |entry: &Entry| entry.method != Method::GET && entry.method != Method::HEAD;
-        let silent = table().into_iter().filter(|entry| changing(entry) && entry.trace == Trace::Reads);
-        assert_eq!(silent.map(|entry| entry.full_path()).collect::<Vec<_>>(), Vec::<String>::new());
-        let asked = table().into_iter().filter(|entry| !changing(entry) && entry.trace != Trace::Reads);
-        let asked: Vec<_> = asked.map(|entry| entry.path).collect();
-        // GETs that bring a secret along, or begin a session.
-        let expected = [
-            "/authenticate/renew",
-            "/backups/{id}",
-            "/high-availability/drill/writes",
-            "/scripts/console.sh",
-            "/high-availability/join-script",
-        ];
-        assert_eq!(asked, expected);
-    }
-
-    #[test]
-    fn what_is_open_to_everybody_is_listed_here() {
-        let open: Vec<_> = table().into_iter().filter(|entry| entry.access == Access::Open).collect();
-        let mut open: Vec<_> = open.iter().map(|entry| format!("{} {}", entry.method, entry.full_path())).collect();
-        open.sort();
-        // A new line here is a decision: nobody is asked who he is.
-        let expected = [
-            "GET /",
-            "GET /api/v1/_ping",
-            "GET /api/v1/certs/ca.pem",
-            "GET /api/v1/high-availability/requests/{id}",
-            "GET /api/v1/settings/initialized",
-            "GET /metrics",
-            "GET /ui/{name}",
-            "POST /api/v1/authenticate",
-            "POST /api/v1/high-availability/requests",
-            "POST /api/v1/signup",
-        ];
-        assert_eq!(open, expected);
     }
 }
