@@ -6,8 +6,8 @@ use serde_json::Value;
 use ureq::http::Method;
 
 use super::{
-    daemon::ANSWER_LIMIT,
-    door::{Door, Local},
+    daemon::{ANSWER_LIMIT, Local},
+    door::Door,
     remote::Remote,
     stop::{EX_UNAVAILABLE, Stop},
     target::Target,

@@ -16,12 +16,11 @@ use ureq::http::Method;
 
 use super::{
     args::DONE_OR_REFUSED,
-    columns::{self, Cell, Paint, print_json},
+    columns::{self, Cell, Paint, print_json, watched},
     door::Door,
-    operate::watched,
+    quantity::{date, duration, size},
     remote::{Remote, segment},
     stop::{EX_FOUND, EX_IOERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop, confirm},
-    table::{date, duration, size},
     target::Target,
 };
 use crate::{

@@ -12,7 +12,7 @@ use ureq::{
     http::{Response, StatusCode},
 };
 
-use super::remote::Place;
+use super::place::Place;
 use crate::{
     https::{self, Failure, Limits, Trust},
     node::Status,

@@ -10,10 +10,10 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
+    columns::watched,
     door::Door,
-    operate::watched,
+    quantity::size,
     stop::{EX_TEMPFAIL, Stop},
-    table::size,
 };
 use crate::{
     cluster::{Role, roster::CLUSTER_SIZE},

@@ -13,8 +13,8 @@ use super::{
     args::DONE_OR_REFUSED,
     columns::{self, Cell, Paint, print_json},
     daemon::command,
+    quantity::date,
     stop::{EX_NOINPUT, EX_USAGE, Stop, confirm},
-    table::date,
     target::Target,
     untrusted::{self, Claimed},
 };

@@ -45,6 +45,11 @@ impl Paint {
     }
 }
 
+/// True where a person looks at the progress.
+pub(super) fn watched() -> bool {
+    io::stderr().is_terminal()
+}
+
 /// A terminal that says that it understands no control sequences.
 pub(super) fn is_dumb() -> bool {
     std::env::var_os("TERM").is_some_and(|term| term == "dumb")

@@ -1,12 +1,14 @@
 //! The conversation with the daemon of this host: what is said when it cannot be reached, refuses, or is not PRIMARY. Must
 //! never ask twice for what changes something.
 
-use std::{io, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
 use serde_json::Value;
 
 use super::{
-    door::Local,
+    login::LoginArgs,
+    place::Place,
+    remote::Remote,
     stop::{EX_UNAVAILABLE, Stop},
 };
 use crate::{
@@ -20,7 +22,42 @@ pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long the outcome of an operation may take: the daemon gives up first.
 const OUTCOME_LIMIT: Duration = OPERATION_TIMEOUT.saturating_add(ANSWER_LIMIT);
 
+/// The daemon of this host.
+pub(super) struct Local {
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// Its data folder. Of a bare socket: the folder that the socket is in.
+    pub data: PathBuf,
+    /// `MANAGEMENT_PORT_HTTPS`, as far as it is known.
+    pub https_port: u16,
+}
+
 impl Local {
+    /// The Consoles of this host's cluster, for what only the API has.
+    ///
+    /// # Errors
+    /// When the daemon does not answer, or there is no login.
+    pub(super) fn consoles(&self, login: &LoginArgs) -> Result<Remote, Stop> {
+        let status = self.status()?;
+        let mut members: Vec<_> = status.membership.roster.members.iter().collect();
+        members.sort_by_key(|member| Some(member.id) != status.primary);
+        let port = self.port();
+        let places = members.iter().map(|member| Place::of(&member.address, Some(port)));
+        let trust = login.trust(Some(self.authority()))?;
+        Ok(Remote::new(places.collect(), trust, login.resolve()?))
+    }
+
+    /// The certificate of the cluster's authority on this host.
+    pub(super) fn authority(&self) -> PathBuf {
+        self.data.join("certificates").join("ca.pem")
+    }
+
+    /// The port of the Consoles: the daemon knows it, whatever is installed here beside it.
+    fn port(&self) -> u16 {
+        let place = control::place(&self.socket, ANSWER_LIMIT).ok();
+        place.and_then(|place| place.https_port).unwrap_or(self.https_port)
+    }
+
     /// The daemon's picture of the cluster.
     ///
     /// # Errors

@@ -1,60 +1,17 @@
 //! The two ways to a cluster behind one door: the control socket of this host's daemon, or the API of the Consoles. Commands
 //! are written once, for the door. Must never decide what is permitted: both ways ask the same operations of the daemon.
 
-use std::path::PathBuf;
-
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use ureq::http::Method;
 
 use super::{
-    daemon::ANSWER_LIMIT,
+    daemon::Local,
     past::Past,
-    remote::{Place, Remote, segment},
+    remote::{Remote, segment},
     stop::{EX_UNAVAILABLE, EX_USAGE, Stop},
-    target::LoginArgs,
 };
-use crate::{
-    control::{self, Operation},
-    node::Status,
-};
-
-/// The daemon of this host.
-pub(super) struct Local {
-    /// Where it listens.
-    pub socket: PathBuf,
-    /// Its data folder. Of a bare socket: the folder that the socket is in.
-    pub data: PathBuf,
-    /// `MANAGEMENT_PORT_HTTPS`, as far as it is known.
-    pub https_port: u16,
-}
-
-impl Local {
-    /// The Consoles of this host's cluster, for what only the API has.
-    ///
-    /// # Errors
-    /// When the daemon does not answer, or there is no login.
-    pub(super) fn consoles(&self, login: &LoginArgs) -> Result<Remote, Stop> {
-        let status = self.status()?;
-        let mut members: Vec<_> = status.membership.roster.members.iter().collect();
-        members.sort_by_key(|member| Some(member.id) != status.primary);
-        let port = self.port();
-        let places = members.iter().map(|member| Place::of(&member.address, Some(port)));
-        let trust = login.trust(Some(self.authority()))?;
-        Ok(Remote::new(places.collect(), trust, login.resolve()?))
-    }
-
-    /// The certificate of the cluster's authority on this host.
-    pub(super) fn authority(&self) -> PathBuf {
-        self.data.join("certificates").join("ca.pem")
-    }
-
-    /// The port of the Consoles: the daemon knows it, whatever is installed here beside it.
-    fn port(&self) -> u16 {
-        let place = control::place(&self.socket, ANSWER_LIMIT).ok();
-        place.and_then(|place| place.https_port).unwrap_or(self.https_port)
-    }
-}
+use crate::{control::Operation, node::Status};
 
 /// The way to a cluster.
 pub(super) enum Door {

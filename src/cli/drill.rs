@@ -27,10 +27,10 @@ use super::{
     args::DrillArgs,
     canary::{Acknowledged, Canary, Failed, consoles},
     columns::{self, print_json},
-    daemon::ANSWER_LIMIT,
-    door::{Door, Local},
+    daemon::{ANSWER_LIMIT, Local},
+    door::Door,
     next,
-    remote::Place,
+    place::Place,
     stop::{EX_FOUND, EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
 };
 use crate::{

@@ -13,7 +13,8 @@ use ureq::{
 };
 
 use super::{
-    remote::{Place, Remote},
+    place::Place,
+    remote::Remote,
     stop::{EX_UNAVAILABLE, Stop},
 };
 use crate::{

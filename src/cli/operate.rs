@@ -1,7 +1,7 @@
 //! The commands that change the cluster: what they show before, ask for, and say after. Each one is one operation of the
 //! daemon. Must never decide whether something may be done.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 
 use super::{
     args::{ApplyArgs, JoinScriptArgs, RemoveArgs, RotateCaArgs, SetAddressArgs, SwitchoverArgs},
@@ -10,8 +10,8 @@ use super::{
     daemon::command,
     door::Door,
     handover, next,
+    quantity::{clock, date, duration},
     stop::{EX_TEMPFAIL, Stop, confirm},
-    table::{clock, date, duration},
 };
 use crate::{
     admin::SwitchoverReport,
@@ -222,11 +222,6 @@ pub(super) fn simple(door: &Door, operation: Operation, done: &str) -> Result<()
     let () = door.operate(operation)?;
     writeln!(io::stdout(), "{done}")?;
     Ok(())
-}
-
-/// True where a person looks at the progress.
-pub(super) fn watched() -> bool {
-    io::stderr().is_terminal()
 }
 
 #[cfg(test)]

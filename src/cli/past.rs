@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     columns::{self, Paint},
-    table::{duration, moment},
+    quantity::{duration, moment},
 };
 use crate::{
     cluster::{Membership, Role},

@@ -1,5 +1,6 @@
 //! What goes on in the cluster step by step, as lines below the table: an upgrade, a new cluster key, a new authority. Pure.
 
+use super::quantity::date;
 use crate::{
     node::{MemberStatus, Status},
     pki,
@@ -54,7 +55,7 @@ fn renewal(status: &Status) -> Option<String> {
         let id = pki::authority_id(&coming.authority.certificate).ok()?;
         let trust = count(&|member| member.holds.trusts == id);
         let from = pki::authority_made_at(&coming.authority.certificate).ok()?.saturating_add(coming.overlap);
-        let from = super::table::date(from);
+        let from = date(from);
         return Some(format!(
             "the certificate authority is being replaced: {trust} trust the new one, which signs from {from} on"
         ));

@@ -13,9 +13,9 @@ use super::{
     columns::{self, Cell, Paint, print_json},
     door::Door,
     lists,
+    quantity::moment,
     remote::segment,
     stop::{EX_FOUND, Stop},
-    table::moment,
     target::Target,
 };
 use crate::{

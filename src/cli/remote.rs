@@ -3,7 +3,7 @@
 
 use std::{
     cell::RefCell,
-    fmt, thread,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -13,10 +13,11 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use ureq::{
     Agent, Body, SendBody,
-    http::{Method, Request, Response, StatusCode, Uri},
+    http::{Method, Request, Response, StatusCode},
 };
 
 use super::{
+    place::{HTTPS_PORT, Place},
     stop::{EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, Stop},
     untrusted,
 };
@@ -34,62 +35,10 @@ const DOWNLOAD: Duration = Duration::from_secs(3600);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Between two rounds.
 const PAUSE: Duration = Duration::from_millis(100);
-/// `MANAGEMENT_PORT_HTTPS` when nothing else is said.
-pub(super) const HTTPS_PORT: u16 = 8083;
 /// Longest answer that is read.
 const LONGEST: u64 = 8 << 20;
 /// What stays as it is in a segment of a path.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
-
-/// `https://HOST:PORT` of a Console, or of what stands in front of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
-    host: String,
-    port: Option<u16>,
-}
-
-impl Place {
-    /// # Errors
-    /// When it is not such a URL.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
-        let wrong = || format!("found {text:?}, allowed: https://HOST:PORT, as https://console.example.com:8083");
-        let uri: Uri = text.trim().parse().map_err(|_| wrong())?;
-        let authority = uri.authority().ok_or_else(wrong)?;
-        let plain = matches!(uri.path(), "" | "/") && uri.query().is_none() && !authority.as_str().contains('@');
-        // A colon without a number, or with one that is no port, would pass for no port.
-        let odd = authority.as_str() != authority.host() && authority.port_u16().is_none();
-        let odd = odd || authority.host().is_empty();
-        if uri.scheme_str() != Some("https") || !plain || odd {
-            return Err(wrong());
-        }
-        Ok(Self { host: authority.host().to_owned(), port: authority.port_u16() })
-    }
-
-    /// Of a member.
-    pub(super) fn of(address: &str, port: Option<u16>) -> Self {
-        let host = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
-        Self { host, port }
-    }
-
-    /// As it was named.
-    pub(super) fn port(&self) -> Option<u16> {
-        self.port
-    }
-
-    /// Without `/api`.
-    pub(super) fn url(&self) -> String {
-        self.to_string()
-    }
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.port {
-            Some(port) => write!(f, "https://{}:{port}", self.host),
-            None => write!(f, "https://{}", self.host),
-        }
-    }
-}
 
 /// Who asks.
 #[derive(Clone)]
@@ -162,7 +111,7 @@ impl Remote {
     pub(super) fn learn(&self, membership: &Membership) {
         let mut places = self.places.borrow_mut();
         // Behind a load balancer with the usual port of HTTPS, the Consoles have their own.
-        let port = places.first().and_then(|place| place.port).or(Some(HTTPS_PORT));
+        let port = places.first().and_then(|place| place.port()).or(Some(HTTPS_PORT));
         for member in &membership.roster.members {
             let place = Place::of(&member.address, port);
             if !places.contains(&place) {
@@ -310,7 +259,7 @@ impl Remote {
         for Silence { place, failure, why } in silent {
             let why = if *failure == Failure::Refused { "connection refused" } else { why.as_str() };
             text.push_str(&format!("\n  {place}: {why}"));
-            if place.port.is_none() {
+            if place.port().is_none() {
                 text.push_str(" (port 443, as none was named; a Console has 8083 unless it was changed)");
             }
         }
@@ -358,35 +307,6 @@ fn changes_nothing(method: &Method, path: &str) -> bool {
 mod tests {
     use super::*;
     use crate::node::verdict::tests::healthy;
-
-    #[test]
-    fn addresses_are_https_urls_and_nothing_else() {
-        let url = |text: &str| Place::parse(text).map(|place| place.url()).ok();
-        for (text, expected) in [
-            ("https://a.example:8083", "https://a.example:8083"),
-            ("https://a.example:8083/", "https://a.example:8083"),
-            (" https://192.0.2.1", "https://192.0.2.1"),
-            ("https://[2001:db8::1]:8083/", "https://[2001:db8::1]:8083"),
-        ] {
-            assert_eq!(url(text).as_deref(), Some(expected), "{text}");
-        }
-        for bad in [
-            "",
-            "host",
-            "host:8083",
-            "http://host:8083",
-            "https://",
-            "https://host:8083/x",
-            "https://host?x",
-            "https://u:p@host",
-            "https://host:99999",
-            "https://host:",
-            "https://a b",
-            "https://host\r\nx",
-        ] {
-            assert_eq!(url(bad), None, "{bad:?}");
-        }
-    }
 
     #[test]
     fn members_are_learnt_once_and_with_the_port_that_was_named() {

@@ -14,8 +14,8 @@ use super::{
     columns,
     daemon::command,
     door::Door,
+    quantity::{date, size},
     stop::{EX_NOINPUT, EX_USAGE, Stop, ask, confirm},
-    table::{date, size},
     target::Target,
 };
 use crate::{

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::{
-    remote::Place,
+    place::Place,
     stop::{EX_UNAVAILABLE, Stop},
 };
 use crate::{

@@ -13,10 +13,11 @@ use super::{
     columns::{self, Cell, Paint, print_json},
     door::Door,
     lists,
+    login::new_password,
+    quantity::date,
     remote::{Login, segment},
     stop::{EX_USAGE, Stop, confirm},
-    table::date,
-    target::{Target, new_password},
+    target::Target,
 };
 
 const PASSWD_HELP: &str = "\
