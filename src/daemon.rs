@@ -4,6 +4,7 @@ mod damage;
 mod memory;
 mod signals;
 mod start;
+mod systemd;
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -39,7 +40,7 @@ use twistlock_ha::{
     heal::{self, Notes},
     health::{self, HealthPort, MetricsPage},
     join::Kit,
-    node::{self, Exit, Handle, Lease, Status, lease::boottime},
+    node::{self, Exit, Handle, Lease, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
     rotation, snapshot,
@@ -56,6 +57,8 @@ use crate::{
 pub(crate) use signals::Signals;
 use start::{Found, first_start, node_config, open_memory, promise};
 pub(crate) use start::{lease_terms, open_data};
+pub(crate) use systemd::begin_long_start;
+use systemd::service_manager;
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
@@ -63,10 +66,6 @@ const EX_IOERR: u8 = 74;
 const EX_TEMPFAIL: u8 = 75;
 /// How long a planned stop may take before the process ends anyway.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-/// How long a start from a fetched database may take, as in the systemd unit.
-const LONG_START: Duration = Duration::from_secs(30 * 60);
-/// A status that is not renewed for so long comes from a loop that stands still.
-const STANDSTILL: Duration = Duration::from_secs(2);
 /// Questions of other members that may wait.
 const QUESTIONS: usize = 8;
 /// How long the end of the port guard process may take.
@@ -507,43 +506,6 @@ async fn report_problems(ports: SupervisorHandle, handle: Handle, opened: watch:
         if problem != shown {
             handle.warn("ports", problem.clone());
             shown = problem;
-        }
-    }
-}
-
-/// Tells systemd, which has heard already that this daemon is up, that a whole database may be put in place before the node's
-/// loop turns: as long as at a start. [`service_manager`] ends that.
-pub(crate) fn begin_long_start() {
-    if sd_notify::watchdog_enabled().is_some() {
-        let limit = sd_notify::NotifyState::WatchdogUsec(LONG_START.as_micros() as u32);
-        let _ = sd_notify::notify(&[limit, sd_notify::NotifyState::Watchdog]);
-    }
-}
-
-/// Tells systemd that the node is up, what it is, and, as long as its loop turns, that it is alive.
-async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
-    let watchdog = sd_notify::watchdog_enabled();
-    let mut shown = String::new();
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    if let Some(usual) = watchdog.and_then(|limit| u32::try_from(limit.as_micros()).ok()) {
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::WatchdogUsec(usual)]);
-    }
-    loop {
-        match tokio::time::timeout(STANDSTILL, status.changed()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return,
-            // A loop that waits for the disk is not mended by a new process, which would wait for the same disk.
-            Err(_) if node::trouble().is_none() => continue,
-            Err(_) => {}
-        }
-        let now = status.borrow_and_update().clone();
-        let line = format!("{} in epoch {}: {}", now.role, now.epoch, now.reason);
-        if line != shown {
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&line)]);
-            shown = line;
-        }
-        if watchdog.is_some() {
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
     }
 }

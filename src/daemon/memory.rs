@@ -26,8 +26,6 @@ use twistlock_ha::{
     telemetry,
 };
 
-use super::start::open_log;
-
 /// What a node knows of its own memory and of the others'.
 pub(super) struct Mind {
     /// Why it takes part in nothing; none if it is whole.
@@ -229,6 +227,15 @@ fn scratch_log(data: &DataDir, identity: &Identity) -> Result<RaftLog> {
     let initial = ConfState { voters, ..ConfState::default() };
     let options = Options { segment_bytes: MIN_SEGMENT, helper: false, ..Options::default() };
     Ok(RaftLog::open(&scratch.join(memory::LOG), owner, initial, options, RealDisk)?)
+}
+
+/// Opens the raft log. One that is not there is created only if that is said.
+fn open_log(config: &Config, data: &DataDir, identity: &Identity, create: bool) -> Result<RaftLog, LogError> {
+    let voters = identity.membership.voters().collect();
+    let initial = ConfState { voters, ..ConfState::default() };
+    let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, create, ..Options::default() };
+    let owner = (identity.cluster, identity.node);
+    RaftLog::open(&data.path().join(memory::LOG), owner, initial, options, RealDisk)
 }
 
 #[cfg(test)]

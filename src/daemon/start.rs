@@ -4,7 +4,6 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use raft::eraftpb::ConfState;
 use tracing::{info, warn};
 use twistlock_ha::{
     cluster::{
@@ -20,12 +19,7 @@ use twistlock_ha::{
     peer::LeaseTerms,
     recover,
     storage::{
-        DataDir, Identity,
-        configuration::Configuration,
-        database::Database,
-        memory::LOG,
-        raft_log::{LogError, Options, RaftLog, RealDisk},
-        snapshot::Ready,
+        DataDir, Identity, configuration::Configuration, database::Database, raft_log::RaftLog, snapshot::Ready,
     },
 };
 
@@ -97,20 +91,6 @@ pub(crate) fn lease_terms(config: &Config) -> LeaseTerms {
 /// A voter keeps its promise for one tick less than it counts: the first may come at once.
 pub(super) fn promise(config: &Config) -> Duration {
     config.tick * (config.election_ticks - 1)
-}
-
-/// Opens the raft log. One that is not there is created only if that is said.
-pub(super) fn open_log(
-    config: &Config,
-    data: &DataDir,
-    identity: &Identity,
-    create: bool,
-) -> Result<RaftLog, LogError> {
-    let voters = identity.membership.voters().collect();
-    let initial = ConfState { voters, ..ConfState::default() };
-    let options = Options { segment_bytes: config.raft_log_segment_bytes as usize, create, ..Options::default() };
-    let owner = (identity.cluster, identity.node);
-    RaftLog::open(&data.path().join(LOG), owner, initial, options, RealDisk)
 }
 
 /// What the start found in the data folder, and made of it.

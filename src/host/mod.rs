@@ -5,6 +5,7 @@ mod aside;
 mod files;
 mod install;
 mod join;
+mod options;
 mod package;
 mod place;
 mod plan;
@@ -21,6 +22,7 @@ use std::process::ExitCode;
 use clap::Subcommand;
 use nix::sys::stat::{Mode, umask};
 
+use options::Options;
 use voice::Voice;
 
 /// The end of every help.
@@ -36,11 +38,11 @@ Exit code: 0 done, 64 wrong command line, 66 a file is missing, 69 the node did 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Install the node of this host; done again, it repairs or changes it
-    Install(install::Options),
+    Install(Options),
     /// Install another version, with the settings that are there: install -j
-    Upgrade(install::Options),
+    Upgrade(Options),
     /// Remove the program from this host; data, backups and twistlock.cfg stay: install -u
-    Uninstall(install::Options),
+    Uninstall(Options),
     /// Have this host ask to join a cluster; the join script starts it
     Join(join::Options),
     /// What the Debian package does
@@ -64,11 +66,11 @@ pub fn main(command: Command) -> ExitCode {
         }
         Command::Upgrade(options) => {
             voice = Voice::new("upgrade", options.accept, options.debug);
-            done = install::run(&install::Options { keep: true, ..options }, &mut voice);
+            done = install::run(&Options { keep: true, ..options }, &mut voice);
         }
         Command::Uninstall(options) => {
             voice = Voice::new("uninstall", options.accept, options.debug);
-            done = install::run(&install::Options { uninstall: true, ..options }, &mut voice);
+            done = install::run(&Options { uninstall: true, ..options }, &mut voice);
         }
         Command::Join(options) => {
             voice = Voice::new("join", true, options.debug);

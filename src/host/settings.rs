@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    install::Options,
+    options::Options,
     place::Place,
     traces::Variables,
     voice::{EX_NOINPUT, EX_USAGE, Failure, Voice},

@@ -11,7 +11,7 @@ use proptest::{
     test_runner::{Config as Rules, TestRng, TestRunner},
 };
 
-use super::{install::Options, place::Place, settings::Settings, voice::Voice};
+use super::{options::Options, place::Place, settings::Settings, voice::Voice};
 use crate::{
     cluster::ClusterId,
     config::{self, Config, Draft, Loaded},

@@ -2,31 +2,27 @@
 //! a usage or an extension from a signing request.
 
 use std::{
-    net::IpAddr,
     path::Path,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
 };
 
 use super::{
     CA_CERTIFICATE, CA_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, ClusterKey, ClusterKeys, NODE_CERTIFICATE,
-    NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, certificate_validity, fingerprint, malformed, pem,
-    read_file, sealed::Purpose, write_file,
+    NODE_KEY, PEER_NAME, PkiError, SigningRequest, certificate_key, certificate_validity, fingerprint, malformed,
+    params::{BACKDATE, alternative_name, params},
+    pem, read_file,
+    sealed::Purpose,
+    write_file,
 };
 use crate::cluster::{ClusterId, NodeId, shared::authority::SealedAuthority};
 
-const DAY: Duration = Duration::from_secs(86_400);
 const CA_DAYS: u32 = 3650;
 const LEAF_DAYS: u32 = 365;
-/// Certificates are valid a little before they are made: clocks of hosts differ.
-const BACKDATE: Duration = Duration::from_secs(3600);
-/// Longest common name that X.509 allows, in characters.
-const MAX_COMMON_NAME: usize = 64;
-
 /// A certificate and its private key, both PEM.
 #[derive(Clone)]
 pub struct Issued {
@@ -257,24 +253,4 @@ fn console_params(names: &[&str]) -> Result<CertificateParams, PkiError> {
     params.subject_alt_names.push(alternative_name(CONSOLE_NAME)?);
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
     Ok(params)
-}
-
-pub(super) fn params(common_name: &str, days: u32) -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    let common_name: String = common_name.chars().take(MAX_COMMON_NAME).collect();
-    params.distinguished_name.push(DnType::CommonName, common_name);
-    // A clock before 1970 gives a certificate that is not valid yet, which is what such a clock deserves.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let epoch = rcgen::date_time_ymd(1970, 1, 1);
-    params.not_before = epoch + now.saturating_sub(BACKDATE);
-    params.not_after = epoch + now + DAY * days;
-    params
-}
-
-pub(super) fn alternative_name(name: &str) -> Result<SanType, PkiError> {
-    Ok(match name.parse::<IpAddr>() {
-        Ok(address) => SanType::IpAddress(address),
-        Err(_) => SanType::DnsName(name.try_into()?),
-    })
 }

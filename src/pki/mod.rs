@@ -8,6 +8,7 @@
 
 mod authority;
 mod console;
+mod params;
 pub mod pem;
 mod request;
 mod sealed;

@@ -8,9 +8,9 @@ use x509_parser::{
 };
 
 use super::{
-    PkiError,
-    authority::{alternative_name, params},
-    certificate_der, fingerprint, pem,
+    PkiError, certificate_der, fingerprint,
+    params::{alternative_name, params},
+    pem,
 };
 
 /// Longest signing request that is looked at, in bytes of PEM.

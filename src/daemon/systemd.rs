@@ -1,0 +1,48 @@
+//! What systemd hears of the daemon: that it is up, that it is alive, and when it needs longer.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+use twistlock_ha::node::{self, Status};
+
+/// How long a start from a fetched database may take, as in the systemd unit.
+const LONG_START: Duration = Duration::from_secs(30 * 60);
+/// A status that is not renewed for so long comes from a loop that stands still.
+const STANDSTILL: Duration = Duration::from_secs(2);
+
+/// Tells systemd, which has heard already that this daemon is up, that a whole database may be put in place before the node's
+/// loop turns: as long as at a start. [`service_manager`] ends that.
+pub(crate) fn begin_long_start() {
+    if sd_notify::watchdog_enabled().is_some() {
+        let limit = sd_notify::NotifyState::WatchdogUsec(LONG_START.as_micros() as u32);
+        let _ = sd_notify::notify(&[limit, sd_notify::NotifyState::Watchdog]);
+    }
+}
+
+/// Tells systemd that the node is up, what it is, and, as long as its loop turns, that it is alive.
+pub(super) async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
+    let watchdog = sd_notify::watchdog_enabled();
+    let mut shown = String::new();
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    if let Some(usual) = watchdog.and_then(|limit| u32::try_from(limit.as_micros()).ok()) {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::WatchdogUsec(usual)]);
+    }
+    loop {
+        match tokio::time::timeout(STANDSTILL, status.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return,
+            // A loop that waits for the disk is not mended by a new process, which would wait for the same disk.
+            Err(_) if node::trouble().is_none() => continue,
+            Err(_) => {}
+        }
+        let now = status.borrow_and_update().clone();
+        let line = format!("{} in epoch {}: {}", now.role, now.epoch, now.reason);
+        if line != shown {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&line)]);
+            shown = line;
+        }
+        if watchdog.is_some() {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+        }
+    }
+}
