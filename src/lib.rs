@@ -90,7 +90,7 @@
 //! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
 //! | [`clients`] | who a connection comes from, the places for connections, patience with those who guess | what is served |
 //! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
-//! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
+//! | [`config`], [`telemetry`], [`clock`] | the configuration file; log and metrics; the time of day | all of the above |
 //!
 //! `tests/tidy` holds the permitted dependencies between them. `docs/formats.md` has each file of a data folder, and what
 //! happens when it is lost or damaged.
@@ -138,6 +138,7 @@ pub mod ask;
 pub mod backup;
 pub mod cli;
 pub mod clients;
+pub mod clock;
 pub mod cluster;
 pub mod config;
 pub mod console;

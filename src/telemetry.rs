@@ -1,5 +1,5 @@
 //! Log lines to standard error, and the numbers for Prometheus: owns the one table of metric names.
-//! Must never open a port, must never depend on another module of ours, and never makes whoever logs wait for a reader.
+//! Must never open a port, must never depend on another module of ours but the clock, and never makes whoever logs wait for a reader.
 
 mod lines;
 mod repeats;
@@ -10,7 +10,7 @@ use std::{
     io::IsTerminal,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     thread,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 pub use lines::flush;
@@ -28,6 +28,8 @@ use tracing_subscriber::{
     reload::{self, Handle},
     util::SubscriberInitExt,
 };
+
+use crate::clock::{since_1970, unix_time_ms};
 
 /// What lets the filter of the running log be exchanged; empty before [`init`].
 static FILTER: OnceLock<Handle<EnvFilter, Registry>> = OnceLock::new();
@@ -100,9 +102,7 @@ impl<S: Subscriber> Layer<S> for Recent {
     fn on_event(&self, event: &Event<'_>, _: LayerContext<'_, S>) {
         let mut text = Text::default();
         event.record(&mut text);
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let line = Line { time_ms, level: event.metadata().level().to_string(), text: text.finish() };
+        let line = Line { time_ms: unix_time_ms(), level: event.metadata().level().to_string(), text: text.finish() };
         let mut recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
         if recent.len() >= RECENT_LINES {
             recent.pop_front();
@@ -559,8 +559,7 @@ pub fn metrics_handle() -> Result<PrometheusHandle> {
 
 /// Sets a gauge that is a time to the present, in seconds since 1970.
 pub fn note_now(gauge: &'static str) {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    gauge!(gauge).set(now.as_secs_f64());
+    gauge!(gauge).set(since_1970().as_secs_f64());
 }
 
 #[cfg(test)]

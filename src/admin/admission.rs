@@ -1,16 +1,13 @@
 //! From a request to join to a member. Owns the checks of both sides of APPLY; must never sign a name that nobody has
 //! checked, or admit some of the hosts only.
 
-use std::{
-    collections::VecDeque,
-    net::IpAddr,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{collections::VecDeque, net::IpAddr};
 
 use tracing::{info, warn};
 
-use super::{AdminError, Operations, audit::Record, invitation::authority, locked, members::name, now};
+use super::{AdminError, Operations, audit::Record, invitation::authority, locked, members::name};
 use crate::{
+    clock::{unix_time, unix_time_ms},
     cluster::{
         Change, Membership, Newcomer, NodeId,
         level::{FIRST_LEVEL, outdated},
@@ -88,7 +85,7 @@ impl Operations {
         begin: impl AsyncFnOnce(),
     ) -> Result<RequestState, AdminError> {
         // Before anything that may wait: the time that another change takes is no difference of the clocks.
-        let (at, clock_ms) = (now(), clock_ms(request.time_ms));
+        let (at, clock_ms) = (unix_time(), clock_ms(request.time_ms));
         if let Err(error) = self.check_token(token, from) {
             // APPLY closes the invitations. A host that has lost its answer to a crash proves itself by its key.
             let known = matches!(error, AdminError::Denied(_)).then(|| sound(&request).ok()).flatten();
@@ -137,7 +134,8 @@ impl Operations {
     /// Where a request stands; none if nobody made it or it has expired. Works on every member.
     pub(super) fn request_state(&self, id: &str) -> Option<RequestState> {
         let membership = self.membership();
-        let open = membership.shared.requests.iter().find(|open| same_secret(&open.id, id) && open.in_force(now()));
+        let open =
+            membership.shared.requests.iter().find(|open| same_secret(&open.id, id) && open.in_force(unix_time()));
         let member = |member: &&_| admission_is(member, |request| same_secret(request, id));
         open.map(pending)
             .or_else(|| {
@@ -160,7 +158,7 @@ impl Operations {
                 "the hosts that ask to join are not those that you have looked at: compare the fingerprints again";
             return Err(AdminError::Refused(why.to_owned()));
         }
-        let objections = objections(&membership, now());
+        let objections = objections(&membership, unix_time());
         if !objections.is_empty() {
             return Err(AdminError::Refused(objections.join("; ")));
         }
@@ -318,7 +316,7 @@ fn says_the_same(old: &Request, new: &Request) -> bool {
 
 /// Milliseconds by which a clock is ahead of ours.
 fn clock_ms(time_ms: u64) -> i64 {
-    let ours = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as i64;
+    let ours = unix_time_ms() as i64;
     i64::try_from(time_ms).unwrap_or(i64::MAX).saturating_sub(ours)
 }
 

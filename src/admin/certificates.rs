@@ -6,8 +6,9 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use super::{AdminError, Operations, now};
+use super::{AdminError, Operations};
 use crate::{
+    clock::unix_time,
     cluster::{Change, Membership, NodeId, shared::console_certificate::CustomCertificate},
     node::CertificateStatus,
     pki::{self, CertificateInfo, ClusterKeys, Pair, PkiError},
@@ -89,7 +90,7 @@ impl Operations {
         }
         let refused = |error: PkiError| AdminError::Refused(error.to_string());
         let pair = Pair::parse(pem, pem).map_err(refused)?;
-        pair.check(now()).map_err(refused)?;
+        pair.check(unix_time()).map_err(refused)?;
         let _one = self.changing.lock().await;
         let membership = self.membership();
         if let Some(issuer) = pair.missing_issuer(membership.shared.trusted()).map_err(refused)? {
@@ -117,7 +118,7 @@ impl Operations {
         // The key in force, also while another one is announced: that one seals all anew.
         let key = keys.for_authority(authority).map_err(refused)?;
         let by: String = by.chars().take(MAX_BY).collect();
-        let mut certificate = pair.seal(key, membership.cluster, &by, now()).map_err(refused)?;
+        let mut certificate = pair.seal(key, membership.cluster, &by, unix_time()).map_err(refused)?;
         let at = given_at(&membership, &certificate);
         certificate.at = at;
         let membership = self.change(Change::CustomCertificate { certificate: Some(certificate) }).await?;

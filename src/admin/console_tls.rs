@@ -23,10 +23,10 @@ use super::{
     certificates::{missing, warning},
     custom_folder::CustomFolder,
     expiry::{Told, node_and_ca},
-    now,
     renewal::is_due,
 };
 use crate::{
+    clock::unix_time,
     cluster::{Membership, NodeId, shared::console_certificate::CustomCertificate},
     node::{CertificateSource, CertificateStatus, Handle},
     pki::{
@@ -149,7 +149,7 @@ impl ConsoleTls {
 
     /// One look. Returns what is to be shown, if it may have changed.
     fn look(&mut self, membership: &Membership, announced: bool) -> Option<Shown> {
-        let now = now();
+        let now = unix_time();
         let slow = announced || self.slow.is_none_or(|last| last.elapsed() >= SLOW_LOOK);
         let changed = self.folder.look(now);
         self.note(About::Folder, self.folder.problem().map(str::to_owned));

@@ -136,15 +136,12 @@ fn read(folder: &Path, states: [FileState; 2]) -> Result<Option<Pair>, PkiError>
 mod tests {
     use super::*;
     use crate::{
+        clock::unix_time,
         cluster::ClusterId,
         pki::{Authority, Issued, store_pem},
     };
 
     const NOW: u64 = 1 << 40; // nothing is checked against it but what must have expired
-
-    fn now() -> u64 {
-        super::super::now()
-    }
 
     fn put(dir: &Path, issued: &Issued) {
         fs::create_dir_all(dir.join(CUSTOM_FOLDER)).unwrap();
@@ -163,27 +160,27 @@ mod tests {
     fn files_are_followed_once_they_rest() {
         let dir = tempfile::tempdir().unwrap();
         let mut folder = CustomFolder::open(dir.path()).unwrap();
-        assert!(folder.pair().is_none() && !folder.look(now()));
+        assert!(folder.pair().is_none() && !folder.look(unix_time()));
         put(dir.path(), &issued("a.example"));
-        assert!(!folder.look(now()), "it may still be written to");
-        assert!(folder.look(now()) && name(&folder).unwrap() == "a.example");
-        assert!(!folder.look(now()));
+        assert!(!folder.look(unix_time()), "it may still be written to");
+        assert!(folder.look(unix_time()) && name(&folder).unwrap() == "a.example");
+        assert!(!folder.look(unix_time()));
         // The certificate first and its key after a while: as soon as both are there.
         let next = issued("b.example");
         let path = dir.path().join(CUSTOM_FOLDER);
         store_pem(&path, CONSOLE_CERTIFICATE, &next.cert_pem, false).unwrap();
-        assert!(!folder.look(now()));
-        assert!(folder.look(now()) && folder.problem().unwrap().contains("does not belong"));
-        assert!(!folder.look(now()), "said once");
+        assert!(!folder.look(unix_time()));
+        assert!(folder.look(unix_time()) && folder.problem().unwrap().contains("does not belong"));
+        assert!(!folder.look(unix_time()), "said once");
         assert_eq!(name(&folder).unwrap(), "a.example");
         store_pem(&path, CONSOLE_KEY, &next.key_pem, true).unwrap();
-        assert!(!folder.look(now()) && folder.look(now()));
+        assert!(!folder.look(unix_time()) && folder.look(unix_time()));
         assert_eq!((name(&folder).unwrap().as_str(), folder.problem()), ("b.example", None));
         fs::remove_file(path.join(CONSOLE_KEY)).unwrap();
-        assert!(!folder.look(now()) && folder.look(now()));
+        assert!(!folder.look(unix_time()) && folder.look(unix_time()));
         assert!(folder.problem().unwrap().contains("console-key.pem is missing") && folder.pair().is_some());
         fs::remove_dir_all(&path).unwrap();
-        assert!(!folder.look(now()) && folder.look(now()));
+        assert!(!folder.look(unix_time()) && folder.look(unix_time()));
         assert!(folder.pair().is_none() && folder.problem().is_none(), "taken away on purpose");
     }
 

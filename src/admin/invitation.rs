@@ -8,8 +8,9 @@ use std::{
 
 use tracing::info;
 
-use super::{AdminError, Invited, Operations, locked, now};
+use super::{AdminError, Invited, Operations, locked};
 use crate::{
+    clock::unix_time,
     cluster::{Change, Membership, roster::place, shared::Invitation},
     join::Token,
     pki,
@@ -33,7 +34,7 @@ impl Operations {
         let _one = self.changing.lock().await;
         let ca_pem = authority(&self.membership())?;
         let token = Token::new(&der(&ca_pem)?);
-        let at = now();
+        let at = unix_time();
         let until = at + valid.as_secs();
         let by: String = by.chars().take(MAX_BY).collect();
         let invitation = Invitation { hash: token.secret_hash(), at, until, by: by.clone() };
@@ -77,7 +78,7 @@ impl Operations {
     /// [`AdminError::Denied`], [`AdminError::TooMany`] or [`AdminError::NotPrimary`].
     pub(super) fn check_token(&self, token: &str, from: IpAddr) -> Result<(), AdminError> {
         self.primary()?;
-        let checked = check(&self.membership(), token, now());
+        let checked = check(&self.membership(), token, unix_time());
         if let Err(AdminError::Denied(why)) = &checked {
             let mut attempts = locked(&self.attempts);
             if !attempts.may_try(from, Instant::now()) {

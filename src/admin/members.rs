@@ -5,8 +5,9 @@ use std::{ops::RangeInclusive, time::Duration};
 
 use tracing::{info, warn};
 
-use super::{AdminError, Operations, now};
+use super::{AdminError, Operations};
 use crate::{
+    clock::unix_time,
     cluster::{
         Change, Membership, NodeId, Role,
         roster::{Pause, place},
@@ -41,7 +42,7 @@ impl Operations {
         }
         // After whatever it was given, also if the clock of an earlier primary was ahead.
         let given = membership.shared.custom_certificate.as_ref().map_or(0, |certificate| certificate.at);
-        let membership = self.change(Change::Remove { node, at: now().max(given), force }).await?;
+        let membership = self.change(Change::Remove { node, at: unix_time().max(given), force }).await?;
         info!(by, member = name, node, force, "a member is removed");
         Ok(super::certificates::exposure(&membership))
     }
@@ -56,7 +57,7 @@ impl Operations {
             return Err(AdminError::Refused("a pause lasts one minute to 24 hours".to_owned()));
         }
         let _one = self.changing.lock().await;
-        let until = now() + span.as_secs();
+        let until = unix_time() + span.as_secs();
         self.change(Change::Pause { until }).await?;
         warn!(by, until, "automatic takeover is paused: if this node fails, no other takes over until the pause ends");
         Ok(until)

@@ -13,8 +13,8 @@ use anyhow::{Context, Result};
 use tokio::{sync::watch, time};
 use tracing::{info, warn};
 
-use super::now;
 use crate::{
+    clock::unix_time,
     cluster::{Membership, NodeId},
     node::Handle,
     pki::{self, Authority, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, request_with},
@@ -35,7 +35,7 @@ pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>
         if let (Some(problem), true) = (&problem, problem != told) {
             warn!("the certificate of this node is not renewed, which is tried again: {problem}");
         }
-        let pause = if problem.is_none() && is_good(&dir, now()) { EVERY } else { SOON };
+        let pause = if problem.is_none() && is_good(&dir, unix_time()) { EVERY } else { SOON };
         told = problem;
         tokio::select! {
             () = time::sleep(pause) => {}
@@ -48,7 +48,7 @@ pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>
 /// should have been. What goes wrong is said by [`keep`], which tries again.
 pub fn at_start(dir: &Path, membership: &Membership, node: NodeId) {
     let due = read(dir, NODE_CERTIFICATE).and_then(|pem| Ok(certificate_validity(&pem)?));
-    if due.is_ok_and(|(from, until)| is_due(from, until, now())) && renew(dir, membership, node).is_ok() {
+    if due.is_ok_and(|(from, until)| is_due(from, until, unix_time())) && renew(dir, membership, node).is_ok() {
         info!("the certificate of this node is renewed");
     }
 }
@@ -59,7 +59,7 @@ async fn wait_for_the_end<T>(status: &mut watch::Receiver<T>) {
 
 fn look(dir: &Path, membership: &Membership, node: NodeId, tls: &watch::Sender<Arc<NodeTls>>) -> Result<()> {
     let (from, until) = certificate_validity(&read(dir, NODE_CERTIFICATE)?)?;
-    if !is_due(from, until, now()) {
+    if !is_due(from, until, unix_time()) {
         return Ok(());
     }
     renew(dir, membership, node)?;
@@ -146,9 +146,9 @@ mod tests {
     #[test]
     fn one_that_a_wrong_clock_calls_bad_is_looked_at_again_soon() {
         let (dir, _) = folder();
-        assert!(is_good(dir.path(), now()));
-        assert!(!is_good(dir.path(), 0) && !is_good(dir.path(), now() + 800 * 86_400));
-        assert!(!is_good(tempfile::tempdir().unwrap().path(), now()));
+        assert!(is_good(dir.path(), unix_time()));
+        assert!(!is_good(dir.path(), 0) && !is_good(dir.path(), unix_time() + 800 * 86_400));
+        assert!(!is_good(tempfile::tempdir().unwrap().path(), unix_time()));
     }
 
     #[test]

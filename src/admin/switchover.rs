@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use tokio::{net::TcpStream, time};
 use tracing::{info, warn};
 
-use super::{AdminError, Operations, Ports, members::name, now};
+use super::{AdminError, Operations, Ports, members::name};
 use crate::{
+    clock::unix_time,
     cluster::{NodeId, Role, level::outdated},
     node::{Handle, MemberStatus, Status},
 };
@@ -136,7 +137,7 @@ fn checks(status: &Status, wanted: Option<NodeId>) -> (Vec<Check>, Option<NodeId
     let target = wanted.or_else(|| furthest(status));
     let member = target.and_then(|target| status.members.iter().find(|member| member.id == target));
     let mut list = vec![check("role", status.role == Role::Primary, format!("{} is {}", status.name, status.role))];
-    list.push(match status.membership.roster.pause.as_ref().filter(|pause| pause.in_force(now())) {
+    list.push(match status.membership.roster.pause.as_ref().filter(|pause| pause.in_force(unix_time())) {
         None => check("no pause", true, "automatic takeover is not paused".to_owned()),
         Some(_) => check("no pause", false, "automatic takeover is paused: end the pause first".to_owned()),
     });
@@ -272,12 +273,12 @@ mod tests {
         assert_eq!(failed(&good(), Some(3)), ["target", "caught up", "version"]);
         assert_eq!(failed(&good(), Some(1)), ["target"]);
         assert!(checks(&good(), None).0.iter().any(|check| check.name == "database" && !check.ok));
-        let paused = Some(Pause { until: now() + 60, primary: 1 });
+        let paused = Some(Pause { until: unix_time() + 60, primary: 1 });
         let mut other = Status { lease_ms: None, role: Role::Secondary, ..good() };
         other.membership.roster.pause = paused;
         assert_eq!(failed(&other, None), ["role", "no pause", "lease"]);
         let mut over = good();
-        over.membership.roster.pause = Some(Pause { until: now() - 1, primary: 1 });
+        over.membership.roster.pause = Some(Pause { until: unix_time() - 1, primary: 1 });
         assert_eq!(failed(&over, Some(2)), Vec::<String>::new());
         let mut full = status(&[(Role::Secondary, 0, "1.2.3"), (Role::Secondary, 3, "1.2.3")]);
         full.members[1].full = true;

@@ -11,7 +11,8 @@ use std::{
 
 use tokio::{sync::watch, time::timeout};
 
-use super::{BackupError, Outcome, Running, Started, Work, now};
+use super::{BackupError, Outcome, Running, Started, Work};
+use crate::clock::unix_time;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -116,8 +117,15 @@ impl Jobs {
             Err(error) => (false, error.to_string()),
         };
         let Job { number, work, ref id, begun, .. } = *job;
-        let outcome =
-            Outcome { number, work, id: id.clone(), ok, text, time: now(), ms: begun.elapsed().as_millis() as u64 };
+        let outcome = Outcome {
+            number,
+            work,
+            id: id.clone(),
+            ok,
+            text,
+            time: unix_time(),
+            ms: begun.elapsed().as_millis() as u64,
+        };
         let mut table = self.table();
         table.running = None;
         table.last = Some(outcome.clone());

@@ -19,10 +19,11 @@ use super::{
     folder::{Workshop, create},
     jobs::Job,
     members::Way,
-    name, now, of_backup,
+    name, of_backup,
 };
 use crate::{
     admin::{Actor, Outcome, Record},
+    clock::unix_time,
     events::{self, Event, Scope, Severity},
     telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS},
 };
@@ -96,7 +97,7 @@ impl Backups {
     /// Takes the turn for a new backup of this name.
     pub(super) fn begin_backup(&self, name: &str) -> Result<(Arc<Job>, BackupId), BackupError> {
         let (name, version, sealed) = (name.to_owned(), self.config.version.clone(), self.config.key_file.is_some());
-        let id = BackupId { name, version, time: now(), sealed };
+        let id = BackupId { name, version, time: unix_time(), sealed };
         Ok((self.jobs.begin(Work::Create, id.to_string())?, id))
     }
 

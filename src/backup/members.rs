@@ -10,8 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use super::{Backup, BackupError, BackupId, Backups, MemberBackups, folder::Mark, now};
-use crate::ask::{AskError, Topic};
+use super::{Backup, BackupError, BackupId, Backups, MemberBackups, folder::Mark};
+use crate::{
+    ask::{AskError, Topic},
+    clock::unix_time,
+};
 
 /// Backups in an answer to another member, the newest: what is older is counted.
 const TOLD: usize = 2000;
@@ -87,7 +90,7 @@ impl Backups {
         let mut answers = asked.join_all().await;
         answers.sort_by_key(|(id, ..)| *id);
         answers.insert(0, (me, name, Ok(own)));
-        let (all, members) = gathered(answers.into_iter().map(|(_, name, answer)| (name, answer)), now());
+        let (all, members) = gathered(answers.into_iter().map(|(_, name, answer)| (name, answer)), unix_time());
         self.round.keep(members);
         Ok(all)
     }

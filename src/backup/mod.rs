@@ -36,7 +36,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use thiserror::Error;
@@ -304,9 +304,4 @@ async fn blocking<T: Send + 'static>(
         Ok(result) => result,
         Err(error) => Err(BackupError::Unknown(format!("it ended without an outcome: {error}"))),
     }
-}
-
-/// Seconds since 1970.
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -17,12 +17,12 @@ use super::{
     copy::Pace,
     jobs::Job,
     name::FETCHED,
-    now,
     schedule::surplus,
     store::{Place, RemoteBackup, Store, fetched, segment},
 };
 use crate::{
     admin::{Act, Actor, audit},
+    clock::unix_time,
     events::{Scope, Severity},
     telemetry::{BACKUP_COPIED, BACKUP_COPY_FAILURES},
 };
@@ -154,8 +154,8 @@ impl Backups {
             wait = match result {
                 Ok(()) => {
                     failures = 0;
-                    metrics::gauge!(BACKUP_COPIED).set(now() as f64);
-                    self.offsite.note(|state| (state.complete, state.problem) = (Some(now()), None));
+                    metrics::gauge!(BACKUP_COPIED).set(unix_time() as f64);
+                    self.offsite.note(|state| (state.complete, state.problem) = (Some(unix_time()), None));
                     self.node.warn(ABOUT, None);
                     IDLE
                 }
@@ -211,7 +211,7 @@ impl Backups {
         }
         self.offsite.note(|state| (state.missing, state.running) = (left, None));
         there.sort_by_key(|copy| std::cmp::Reverse(copy.backup.time));
-        for id in outdated(&self.folder.list()?, &there, self.config.keep, now()) {
+        for id in outdated(&self.folder.list()?, &there, self.config.keep, unix_time()) {
             store.delete(&place(BackupId::read(&id)?)).await?;
             info!(id, "a copy of an automatic backup is not kept any longer");
         }

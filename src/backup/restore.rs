@@ -26,13 +26,14 @@ use super::{
     jobs::Job,
     make::check_time,
     members::Way,
-    now, of_backup,
+    of_backup,
 };
 use crate::{
     admin::{
         Actor, AdminError, Record, Ticket,
         audit::{self, RECORD},
     },
+    clock::unix_time,
     cluster::Role,
     events::{Scope, Severity},
     node::MemberStatus,
@@ -359,7 +360,7 @@ async fn note(
     // written when it began goes with the database that is replaced: this one takes its place, under the same ticket.
     let insert =
         "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, 'restore', ?, 1, ?)";
-    let (time, act) = (now() as i64, of_backup("restore", id));
+    let (time, act) = (unix_time() as i64, of_backup("restore", id));
     let ticket = ticket.map(|Ticket(ticket)| json!({ RECORD: { "ticket": ticket, "outcome": "done" } }));
     let insert = sqlx::query(insert).bind(time).bind(by.name.clone()).bind(by.source.clone()).bind(act.what);
     insert.bind(ticket.unwrap_or_default().to_string()).execute(&mut *writing).await?;

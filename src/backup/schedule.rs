@@ -9,8 +9,8 @@ use std::{
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::{Backup, BackupError, BackupId, Backups, Keep, Kind, blocking, folder::Folder, now};
-use crate::{cluster::Role, telemetry::BACKUP_LAST_SUCCESS};
+use super::{Backup, BackupError, BackupId, Backups, Keep, Kind, blocking, folder::Folder};
+use crate::{clock::unix_time, cluster::Role, telemetry::BACKUP_LAST_SUCCESS};
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
@@ -71,7 +71,7 @@ impl Backups {
         }
         // Overdue is counted from the start while there is none, as with a folder that cannot be read.
         let newest = self.list().await.ok().and_then(|list| list.first().map(|backup| backup.time));
-        metrics::gauge!(BACKUP_LAST_SUCCESS).set(newest.unwrap_or_else(now) as f64);
+        metrics::gauge!(BACKUP_LAST_SUCCESS).set(newest.unwrap_or_else(unix_time) as f64);
         // Not all members at once, and none in the middle of a start.
         let mut earliest = Instant::now() + self.config.delay * (1 + self.rank());
         loop {
@@ -92,7 +92,7 @@ impl Backups {
             // A folder that cannot be read is one where a backup fails, with its reason.
             let look = |folder: &Folder| Ok((folder.list()?, folder.is_used_by_another()));
             let (list, elsewhere) = self.look(look).await.unwrap_or_default();
-            let (time, early) = (now(), earliest.saturating_duration_since(Instant::now()));
+            let (time, early) = (unix_time(), earliest.saturating_duration_since(Instant::now()));
             let turn = due(Kind::Daily, &list, time) + APART * u64::from(self.rank());
             let next = turn.max(time + early.as_secs());
             *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);

@@ -10,7 +10,7 @@ use std::{
     process::{Command, Stdio},
     sync::mpsc,
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use clap::{Args, Subcommand};
@@ -18,6 +18,7 @@ use flate2::{Compression, write::GzEncoder};
 use jiff::Timestamp;
 
 use crate::{
+    clock::unix_time,
     config,
     control::{self, Reply, Request},
     events::{self, MAX_PAGE, Wanted},
@@ -107,7 +108,7 @@ fn write(output: &Path, folder: &str, parts: &[(&str, String)]) -> io::Result<()
         let mut header = tar::Header::new_gnu();
         header.set_size(text.len() as u64);
         header.set_mode(0o600);
-        header.set_mtime(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs());
+        header.set_mtime(unix_time());
         archive.append_data(&mut header, format!("{folder}/{name}"), text.as_bytes())?;
     }
     archive.into_inner()?.finish()?.sync_all()

@@ -29,11 +29,11 @@ use super::{
     columns::{self, print_json},
     daemon::{ANSWER_LIMIT, Local},
     door::Door,
-    next,
     place::Place,
     stop::{EX_FOUND, EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
 };
 use crate::{
+    clock::unix_time,
     cluster::{Role, roster::CLUSTER_SIZE},
     control,
     node::{
@@ -84,7 +84,7 @@ struct Outcome {
 pub(super) fn run(door: &Door, args: &DrillArgs) -> Result<u8, Stop> {
     let command = if args.kill { "twistcli ha drill --kill" } else { "twistcli ha drill" };
     let status = door.primary(command)?;
-    ready(&status, next::now()).map_err(|why| Stop::refuse(&why))?;
+    ready(&status, unix_time()).map_err(|why| Stop::refuse(&why))?;
     let (mut canary, takeover) = prepare(door, args, &status)?;
     eprintln!(
         "{} writes until another member has taken over ({}) ...",

@@ -1,7 +1,5 @@
 //! What the administrator should type next, from a status. Pure.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use crate::{
     cluster::{Role, roster::CLUSTER_SIZE},
     node::{Status, verdict::paused},
@@ -9,11 +7,6 @@ use crate::{
 
 /// A member that is down for this long may not come back by itself.
 const LONG_GONE_MS: u64 = 10 * 60 * 1000;
-
-/// Seconds since 1970, as pauses and requests count.
-pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
 
 /// Sentences with a command in each, most urgent first.
 pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {

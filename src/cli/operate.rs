@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     admin::SwitchoverReport,
+    clock::unix_time,
     cluster::{NodeId, roster::CLUSTER_SIZE, shared::Request},
     control::{JoinScript, Operation},
     node::{MemberStatus, Status},
@@ -55,7 +56,7 @@ pub(super) fn apply(door: &Door, args: &ApplyArgs) -> Result<(), Stop> {
     let requests = &status.membership.shared.requests;
     if requests.is_empty() {
         let mut text = "no host asks to join".to_owned();
-        next::steps(&status, next::now()).iter().for_each(|step| text.push_str(&format!("\n  {step}")));
+        next::steps(&status, unix_time()).iter().for_each(|step| text.push_str(&format!("\n  {step}")));
         return Err(Stop::refuse(&text));
     }
     eprintln!("{} to join {}:\n", ask(requests.len()), cluster_of(&status));

@@ -154,11 +154,6 @@ fn last_write(data: &Path) -> Option<u64> {
     written.max().map(|time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64)
 }
 
-/// Milliseconds since 1970.
-pub(super) fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
-}
-
 #[cfg(test)]
 mod tests {
     use jiff::Timestamp;

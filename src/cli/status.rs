@@ -6,12 +6,13 @@ use super::{
     args::StatusArgs,
     columns::{self, Paint},
     door::Door,
-    next::now,
-    past::now_ms,
     stop::Stop,
     table,
 };
-use crate::node::verdict::judge;
+use crate::{
+    clock::{unix_time, unix_time_ms},
+    node::verdict::judge,
+};
 
 /// Erases the screen from the upper left corner on.
 const HOME_AND_CLEAR: &str = "\x1b[H\x1b[J";
@@ -45,10 +46,10 @@ fn old(door: &Door, json: bool, paint: Paint, stop: Stop) -> Result<(String, u8)
     let Some(past) = door.past(&stop) else { return Err(stop) };
     let text = match json {
         true => {
-            let json = past.json(now_ms(), stop.why().trim_start_matches("twistcli: "));
+            let json = past.json(unix_time_ms(), stop.why().trim_start_matches("twistcli: "));
             format!("{}\n", serde_json::to_string_pretty(&json).map_err(io::Error::from)?)
         }
-        false => past.render(now_ms(), paint),
+        false => past.render(unix_time_ms(), paint),
     };
     Ok((text, stop.code()?))
 }
@@ -56,9 +57,9 @@ fn old(door: &Door, json: bool, paint: Paint, stop: Stop) -> Result<(String, u8)
 /// One look: what to print and the exit code for it.
 fn look(door: &Door, json: bool, one_line: bool, paint: Paint) -> Result<(String, u8), Stop> {
     let status = door.status()?;
-    let code = judge(&status, now()).health as u8;
+    let code = judge(&status, unix_time()).health as u8;
     if !json {
-        return Ok((table::render(&status, paint.0, now()), code));
+        return Ok((table::render(&status, paint.0, unix_time()), code));
     }
     let text = if one_line { serde_json::to_string(&status) } else { serde_json::to_string_pretty(&status) };
     Ok((format!("{}\n", text.map_err(io::Error::from)?), code))

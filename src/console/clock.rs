@@ -1,21 +1,21 @@
 //! The clock that sessions count by. It goes on evenly when the host's clock is set: then the sessions are moved with it, so
 //! that none ends early or lasts longer. Must never be used for what people read: audit rows have the time of day.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::{RwLock, RwLockReadGuard};
 
 use super::store::{Store, StoreError};
-use crate::node::lease::boottime;
+use crate::{clock, node::lease::boottime};
 
 /// How often the host's clock is compared.
 const EVERY: Duration = Duration::from_secs(1);
 /// A difference of so many seconds is followed as it is: time synchronization does that all the time.
 const SMALL: u64 = 2;
 
-/// The time of day in seconds since 1970, as the host's clock says.
+/// The time of day in seconds since 1970, as the host's clock says and SQLite counts.
 pub(super) fn unix_time() -> i64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64)
+    clock::unix_time() as i64
 }
 
 /// Seconds since 1970 that do not jump while the Console is open.

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
@@ -15,6 +15,7 @@ use super::{
     certificates::{self, Certificates, Ends},
 };
 use crate::{
+    clock::unix_time,
     cluster::{Member, Membership, NodeId, Phase, Role},
     node::{
         Status,
@@ -155,7 +156,7 @@ impl Follower {
         events.extend(warnings(&before, &self.seen));
         let Seen { name, certificates: seen, .. } = &self.seen;
         events.extend(certificates::changes(name, &before.certificates, seen));
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = unix_time();
         events.extend(self.ends.look(name, seen, now));
         events.into_iter().for_each(|event| self.recorder.record(event));
     }

@@ -11,16 +11,14 @@ pub mod notify;
 mod recorder;
 mod webhook;
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{collections::BTreeMap, fmt};
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::clock::unix_time_ms;
 
 /// The kind of the warning in the status about files that were mended at the start: their events come with their sentences.
 pub const MENDED: &str = "mended";
@@ -157,7 +155,7 @@ pub struct Event {
 impl Event {
     /// Something that has happened just now. The [`Recorder`] adds the node.
     pub fn new(kind: Kind, severity: Severity, sentence: impl Into<String>) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as i64;
+        let now = unix_time_ms() as i64;
         Self {
             id: format!("{now:012x}{:08x}", rand::random::<u32>()),
             time: Timestamp::from_millisecond(now).unwrap_or_default(),

@@ -1,10 +1,7 @@
 //! One event as an HTTP POST with a JSON body. Blocking: runs on a thread that may wait. Must never follow a redirect, read an
 //! answer without a bound, or let a secret into an error.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use ring::hmac;
 use ureq::{
@@ -13,7 +10,7 @@ use ureq::{
     tls::{Certificate, RootCerts, TlsConfig},
 };
 
-use crate::{cluster::shared::webhook::Webhook, pki::pem};
+use crate::{clock::unix_time, cluster::shared::webhook::Webhook, pki::pem};
 
 /// Longest time for one attempt.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -58,7 +55,7 @@ pub fn check_url(webhook: &Webhook) -> Result<(), String> {
 /// Sends `body` once.
 pub(super) fn post(webhook: &Webhook, kind: &str, id: &str, body: &[u8]) -> Result<(), Failure> {
     let agent = agent(webhook).map_err(Failure::passing)?;
-    let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let time = unix_time();
     let mut request = agent
         .post(&webhook.url)
         .header("content-type", "application/json")

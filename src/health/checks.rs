@@ -1,12 +1,13 @@
 //! The checks behind `/readyz`. Pure but for the node's certificate, which is read from its file. Must never name a member or show
 //! anything that helps to become one.
 
-use std::{fs, path::Path, time::SystemTime};
+use std::{fs, path::Path};
 
 use serde::Serialize;
 
 use super::Sources;
 use crate::{
+    clock::unix_time,
     cluster::Role,
     node::{CertificateStatus, Status},
     pki::{self, NODE_CERTIFICATE},
@@ -33,7 +34,7 @@ fn check(name: &'static str, ok: bool, detail: String) -> Check {
 pub(super) fn all(sources: &Sources) -> Vec<Check> {
     let status = sources.status();
     let turned = sources.turned().map(|age| age.as_millis() as u64);
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = unix_time();
     let detail = turned.map_or("the node does not run yet".to_owned(), |ms| format!("turned {ms} ms ago"));
     let mut checks = vec![check("loop", turned.is_some_and(|ms| ms <= TURNED_MS), detail)];
     checks.extend(of_status(&status, sources.serves().is_some()));
@@ -193,7 +194,7 @@ mod tests {
     #[test]
     fn certificates_and_the_clock_are_judged_by_what_is_in_use() {
         let folder = tempfile::tempdir().unwrap();
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+        let now = unix_time();
         let mut status = status();
         let judge = |status: &Status, now| of_certificates(folder.path(), status, now).map(|check| check.ok);
         assert_eq!(judge(&status, now), [false, true], "no certificates");

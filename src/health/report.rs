@@ -1,13 +1,14 @@
 //! What the status page tells: one picture of the cluster as this host sees it, with the age of everything in it. Must never say
 //! more than this host knows, nor anything that helps to become a member.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serialize;
 
 use super::Sources;
 use crate::{
+    clock::unix_time,
     cluster::{Member, Role},
     node::{
         MemberStatus, Status,
@@ -67,7 +68,7 @@ impl Report {
     pub(super) fn of(sources: &Sources, serves: bool) -> Self {
         let status = sources.status();
         let turned = sources.turned().unwrap_or_default();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = unix_time();
         let settings = &sources.settings;
         Self::make(&status, turned, serves, now).links(&status, settings.address.port(), settings.console_port)
     }

@@ -4,7 +4,6 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use clap::Args;
@@ -21,6 +20,7 @@ use super::{
     voice::{EX_NOINPUT, EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Failure, Voice},
 };
 use crate::{
+    clock::unix_time,
     cluster::{NodeId, Role},
     config::Config,
     join::{JOIN_FILE, Offer},
@@ -88,7 +88,7 @@ pub(super) fn run(options: &Options, voice: &Voice) -> Result<(), Failure> {
     let place = Place::find(voice)?;
     install::root(&place)?;
     let offer = Offer::read(&options.offer).map_err(|error| Failure::new(EX_NOINPUT, format!("{error:#}")))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now = unix_time();
     if now >= offer.until {
         let why = "this script has expired (or the clock of this host is wrong)";
         return Err(Failure::new(EX_NOPERM, why).hint("Get a new one: twistcli ha join-script, on the PRIMARY."));

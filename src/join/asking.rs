@@ -5,7 +5,7 @@
 use std::{
     net::IpAddr,
     path::Path,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -18,6 +18,7 @@ use super::{
     files::{Admitted, Asked, Host, JoinFile, Requests},
 };
 use crate::{
+    clock::unix_time_ms,
     cluster::{Membership, NodeId},
     storage::{DataDir, DataDirError, Identity},
 };
@@ -175,7 +176,7 @@ impl Joining<'_> {
         let question = move || {
             client.ask(|own: Option<IpAddr>| {
                 let address = host.address.clone().or_else(|| own.map(|own| own.to_canonical().to_string()));
-                host.request(&requests, &address.unwrap_or_else(|| host.name.clone()), now_ms())
+                host.request(&requests, &address.unwrap_or_else(|| host.name.clone()), unix_time_ms())
             })
         };
         task::spawn_blocking(question).await.context("ask the cluster")
@@ -235,9 +236,4 @@ impl Joining<'_> {
             changed
         });
     }
-}
-
-/// Milliseconds since 1970: the primary compares the clocks.
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }

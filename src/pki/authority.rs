@@ -1,10 +1,7 @@
 //! The cluster's certificate authority: makes and signs certificates. Decides every name in them; must never take a name,
 //! a usage or an extension from a signing request.
 
-use std::{
-    path::Path,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::path::Path;
 
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
@@ -19,7 +16,10 @@ use super::{
     sealed::Purpose,
     write_file,
 };
-use crate::cluster::{ClusterId, NodeId, shared::authority::SealedAuthority};
+use crate::{
+    clock::unix_time,
+    cluster::{ClusterId, NodeId, shared::authority::SealedAuthority},
+};
 
 const CA_DAYS: u32 = 3650;
 const LEAF_DAYS: u32 = 365;
@@ -207,7 +207,7 @@ impl Authority {
     }
 
     fn certify(&self, mut params: CertificateParams, key: &impl PublicKeyData) -> Result<String, PkiError> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = unix_time();
         check_clock(&self.cert_pem, now)?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.use_authority_key_identifier_extension = true;

@@ -1,13 +1,11 @@
 //! What every certificate and signing request of ours begins with: its common name, its time, and how a name is written into it.
 
-use std::{
-    net::IpAddr,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{net::IpAddr, time::Duration};
 
 use rcgen::{CertificateParams, DnType, SanType};
 
 use super::PkiError;
+use crate::clock::since_1970;
 
 const DAY: Duration = Duration::from_secs(86_400);
 /// Certificates are valid a little before they are made: clocks of hosts differ.
@@ -22,7 +20,7 @@ pub(super) fn params(common_name: &str, days: u32) -> CertificateParams {
     let common_name: String = common_name.chars().take(MAX_COMMON_NAME).collect();
     params.distinguished_name.push(DnType::CommonName, common_name);
     // A clock before 1970 gives a certificate that is not valid yet, which is what such a clock deserves.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = since_1970();
     let epoch = rcgen::date_time_ymd(1970, 1, 1);
     params.not_before = epoch + now.saturating_sub(BACKDATE);
     params.not_after = epoch + now + DAY * days;

@@ -9,6 +9,7 @@ use tracing::info;
 use super::{Rotation, all};
 use crate::{
     admin::renewal,
+    clock::unix_time,
     cluster::{Change, Membership, NodeId, trust::KeyId},
     node::Status,
     pki::{self, CA_CERTIFICATE, CONSOLE_CERTIFICATE, NODE_CERTIFICATE, NodeTls},
@@ -67,7 +68,7 @@ impl Rotation {
 
     /// Lets the new authority sign when all members trust it, and drops the old one when nothing of it is shown any more.
     pub(super) async fn lead_authority(&mut self, membership: &Membership, status: &Status) -> Result<()> {
-        let now = crate::admin::now();
+        let now = unix_time();
         if let Some(coming) = &membership.shared.coming {
             let newest = newest(membership)?;
             // Clients learn of it while the old one still signs: no member shows them anything that they do not know.

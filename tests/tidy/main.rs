@@ -13,13 +13,13 @@ use std::{
 use text::{Source, behind_block, blank, body, skip_blanks, test_regions, text, word_at, words};
 
 /// Every module of the library and what it may use, outermost first (DESIGN section 3). An entry may name a module inside a module.
-/// `telemetry` owns nothing but names and may be used by all that are not pure.
+/// `telemetry` owns nothing but names, `clock` nothing at all: they may be used by all that are not pure.
 #[rustfmt::skip] // one line each
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
-    ("host", &["config", "control", "join", "node", "storage", "cluster"]),
+    ("host", &["config", "control", "join", "node", "storage", "cluster", "clock"]),
     ("recover", &["found", "config", "events", "pki", "storage", "cluster"]),
-    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster"]),
+    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster", "clock"]),
     ("control", &["admin", "backup", "descriptors", "events", "node", "telemetry"]),
     (
         "supervisor",
@@ -29,28 +29,29 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
     (
         "console",
-        &["clients", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"],
+        &["clients", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry", "clock"],
     ),
-    ("health", &["clients", "config", "descriptors", "node", "pki", "cluster", "telemetry"]),
-    ("backup", &["config", "admin", "ask", "events", "node", "storage", "cluster", "telemetry"]),
+    ("health", &["clients", "config", "descriptors", "node", "pki", "cluster", "telemetry", "clock"]),
+    ("backup", &["config", "admin", "ask", "events", "node", "storage", "cluster", "telemetry", "clock"]),
     ("ask", &["admin", "peer", "cluster"]),
-    ("rotation", &["admin", "node", "peer", "pki", "cluster", "telemetry"]),
-    ("admin", &["clients", "node", "join", "pki", "cluster", "telemetry"]),
+    ("rotation", &["admin", "node", "peer", "pki", "cluster", "telemetry", "clock"]),
+    ("admin", &["clients", "node", "join", "pki", "cluster", "telemetry", "clock"]),
     ("snapshot", &["events", "node", "peer", "storage", "cluster", "telemetry"]),
-    ("events", &["descriptors", "node", "pki", "cluster", "telemetry"]),
-    ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
+    ("events", &["descriptors", "node", "pki", "cluster", "telemetry", "clock"]),
+    ("node", &["peer", "pki", "storage", "cluster", "telemetry", "clock"]),
     ("heal", &["found", "storage", "pki", "config", "cluster", "telemetry"]),
     ("found", &["storage", "pki", "cluster", "config", "telemetry"]),
-    ("join", &["https", "storage", "pki", "config", "cluster", "telemetry"]),
+    ("join", &["https", "storage", "pki", "config", "cluster", "telemetry", "clock"]),
     ("peer", &["clients", "descriptors", "pki", "cluster", "telemetry"]),
     ("storage", &["descriptors", "cluster", "telemetry"]),
     ("https", &["pki"]),
-    ("pki", &["cluster"]),
+    ("pki", &["cluster", "clock"]),
     ("descriptors", &["clients", "telemetry"]),
     ("clients", &["telemetry"]),
     ("config", &[]),
     ("http", &[]),
-    ("telemetry", &[]),
+    ("telemetry", &["clock"]),
+    ("clock", &[]),
     ("cluster", &[]),
 ];
 /// What the programs (and the files that belong to them alone) may use of the library; `None`: anything.
