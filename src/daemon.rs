@@ -23,8 +23,8 @@ use tokio::{
 };
 use tracing::{Level, error, info, warn};
 use twistlock_ha::{
-    admin::{console_tls::ConsoleTls, renewal},
     ask::{self, Asker},
+    certificates::{console_tls::ConsoleTls, renewal, rotation},
     cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, reach::Standing},
     config::{self, Config, LogFormat, NotifySeverity, Severity},
     console::Inside,
@@ -43,7 +43,7 @@ use twistlock_ha::{
     node::{self, Exit, Handle, Lease, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
-    rotation, snapshot,
+    snapshot,
     storage::{DataDir, Identity},
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
     telemetry,

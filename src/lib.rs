@@ -71,7 +71,7 @@
 //! | [`admin`] | every operation of an administrator: its checks, and the change it asks for | HTTP, sockets and terminals |
 //! | [`heal`] | mends what a start finds damaged in the data folder (`docs/formats.md` has each file) | the raft log, other hosts |
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
-//! | [`rotation`] | replaces what all members share: the cluster key, the certificate authority | how a change is agreed on |
+//! | [`certificates`] | renews and follows certificates; replaces what all members share: the cluster key, the certificate authority | how a change is agreed on |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
 //! | [`ask`] | a question of one member to another, and its answer | what is asked |
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
@@ -136,6 +136,7 @@
 pub mod admin;
 pub mod ask;
 pub mod backup;
+pub mod certificates;
 pub mod cli;
 pub mod clients;
 pub mod clock;
@@ -158,7 +159,6 @@ pub mod node;
 pub mod peer;
 pub mod pki;
 pub mod recover;
-pub mod rotation;
 pub mod snapshot;
 pub mod storage;
 pub mod supervisor;

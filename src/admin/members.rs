@@ -7,6 +7,7 @@ use tracing::{info, warn};
 
 use super::{AdminError, Operations};
 use crate::{
+    certificates::given,
     clock::unix_time,
     cluster::{
         Change, Membership, NodeId, Role,
@@ -44,7 +45,7 @@ impl Operations {
         let given = membership.shared.custom_certificate.as_ref().map_or(0, |certificate| certificate.at);
         let membership = self.change(Change::Remove { node, at: unix_time().max(given), force }).await?;
         info!(by, member = name, node, force, "a member is removed");
-        Ok(super::certificates::exposure(&membership))
+        Ok(given::exposure(&membership))
     }
 
     /// No automatic takeover for so long. Returns when the pause ends, in seconds since 1970.

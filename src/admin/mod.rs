@@ -10,14 +10,10 @@ mod attempts;
 pub mod audit;
 mod certificates;
 mod closed;
-pub mod console_tls;
-mod custom_folder;
 mod door;
-mod expiry;
 mod invitation;
 mod members;
 mod notifications;
-pub mod renewal;
 mod rotate;
 mod switchover;
 

@@ -8,7 +8,7 @@ use tracing::info;
 
 use super::{Rotation, all};
 use crate::{
-    admin::renewal,
+    certificates::renewal,
     clock::unix_time,
     cluster::{Change, Membership, NodeId, trust::KeyId},
     node::Status,
@@ -61,7 +61,7 @@ impl Rotation {
             self.reload()?;
             info!("the certificate of this node is made anew by the authority that signs from now on");
         }
-        // That of the Console is made anew by whoever looks after what the Console serves ([`crate::admin::console_tls`]).
+        // That of the Console is made anew by whoever looks after what the Console serves ([`crate::certificates::console_tls`]).
         let waits = pki::is_signed_by(&self.read(CONSOLE_CERTIFICATE)?, &retired.certificate)?;
         Ok(if waits { KeyId::default() } else { signs })
     }

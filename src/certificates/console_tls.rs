@@ -20,9 +20,9 @@ use tokio::{sync::watch, task, time};
 use tracing::{error, info};
 
 use super::{
-    certificates::{missing, warning},
     custom_folder::CustomFolder,
     expiry::{Told, node_and_ca},
+    given::{missing, warning},
     renewal::is_due,
 };
 use crate::{
