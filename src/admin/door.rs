@@ -4,6 +4,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use data_encoding::HEXLOWER;
 use serde_json::{Value, json};
 use tracing::warn;
 
@@ -13,7 +14,7 @@ use super::{
 };
 use crate::{
     cluster::{Membership, NodeId, shared::webhook::Webhook},
-    join::{JoinRequest, RequestState, hex},
+    join::{JoinRequest, RequestState},
     node::{Handle, Status},
 };
 
@@ -362,6 +363,6 @@ impl Admin {
 fn noted(webhook: &Webhook, signed: bool) -> Value {
     let Webhook { name, url, ca, severity, .. } = webhook;
     let host = url.split(['/', '?', '#']).take(3).collect::<Vec<_>>().join("/");
-    let mark = hex(&ring::digest::digest(&ring::digest::SHA256, url.as_bytes()).as_ref()[..4]);
+    let mark = HEXLOWER.encode(&ring::digest::digest(&ring::digest::SHA256, url.as_bytes()).as_ref()[..4]);
     json!({ "name": name, "host": host, "urlDigest": mark, "severity": severity, "ca": ca.is_some(), "signed": signed })
 }

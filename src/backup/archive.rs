@@ -8,6 +8,7 @@ use std::{
     path::Path,
 };
 
+use data_encoding::HEXLOWER;
 use flate2::{Compression, read::GzDecoder, write::GzEncoder};
 use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
@@ -110,7 +111,7 @@ impl Digest {
 
     /// Hexadecimal.
     pub fn finish(self) -> String {
-        self.0.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+        HEXLOWER.encode(self.0.finish().as_ref())
     }
 }
 

@@ -10,6 +10,7 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, request::Parts},
 };
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use data_encoding::HEXLOWER;
 use ring::{
     digest,
     rand::{SecureRandom, SystemRandom},
@@ -28,10 +29,7 @@ use super::{
     store::StoreError,
     user::{Role, User, admitted},
 };
-use crate::{
-    admin::{Act, Outcome, SwitchoverReport, Ticket},
-    join::hex,
-};
+use crate::admin::{Act, Outcome, SwitchoverReport, Ticket};
 
 /// How the token of a drill begins.
 const TOKEN: &str = "TWD1.";
@@ -137,7 +135,7 @@ fn prefix(ticket: &str) -> String {
 }
 
 fn digest_of(secret: &str) -> String {
-    hex(digest::digest(&digest::SHA256, secret.as_bytes()).as_ref())
+    HEXLOWER.encode(digest::digest(&digest::SHA256, secret.as_bytes()).as_ref())
 }
 
 /// The drill whose token a request carries.

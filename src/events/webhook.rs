@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use data_encoding::HEXLOWER;
 use ring::hmac;
 use ureq::{
     Agent,
@@ -85,8 +86,7 @@ pub(super) fn signature(secret: &str, time: u64, body: &[u8]) -> String {
     context.update(time.to_string().as_bytes());
     context.update(b".");
     context.update(body);
-    let digits: String = context.sign().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256={digits}")
+    format!("sha256={}", HEXLOWER.encode(context.sign().as_ref()))
 }
 
 fn agent(webhook: &Webhook) -> Result<Agent, String> {

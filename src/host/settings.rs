@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use data_encoding::HEXLOWER;
+
 use super::{
     options::Options,
     place::Place,
@@ -112,7 +114,7 @@ impl Settings {
         let unset: Vec<String> = offer.withheld.iter().filter(lacks).cloned().collect();
         if unset.iter().any(|key| key == "METRICS_TOKEN") {
             // Without one, whoever reaches the page could read the metrics.
-            draft.set("METRICS_TOKEN", &crate::join::hex(&rand::random::<[u8; 24]>()));
+            draft.set("METRICS_TOKEN", &HEXLOWER.encode(&rand::random::<[u8; 24]>()));
         }
         for (key, value) in options {
             if let Some(value) = value {

@@ -9,8 +9,10 @@ mod script;
 
 use std::{fmt, str::FromStr};
 
+use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 use ring::digest;
 use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
 
 use crate::cluster::{Membership, NodeId};
 
@@ -102,27 +104,24 @@ impl Token {
 
     /// SHA-256 of the secret in hexadecimal digits: what the cluster keeps of a token.
     pub fn secret_hash(&self) -> String {
-        hex(&sha256(&self.secret))
+        HEXLOWER.encode(&sha256(&self.secret))
     }
 
     /// True if the secret has this hash. Takes the same time wherever they differ.
     pub fn has_hash(&self, hash: &str) -> bool {
-        let own = self.secret_hash();
-        let pairs = own.bytes().zip(hash.bytes());
-        let difference = pairs.fold(0, |sum, (a, b)| std::hint::black_box(sum | (a ^ b)));
-        own.len() == hash.len() && difference == 0
+        self.secret_hash().as_bytes().ct_eq(hash.as_bytes()).into()
     }
 }
 
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{TOKEN_PREFIX}.{}.{}", hex(&self.authority), hex(&self.secret))
+        write!(f, "{TOKEN_PREFIX}.{}.{}", HEXLOWER.encode(&self.authority), HEXLOWER.encode(&self.secret))
     }
 }
 
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{TOKEN_PREFIX}.{}.(secret)", hex(&self.authority))
+        write!(f, "{TOKEN_PREFIX}.{}.(secret)", HEXLOWER.encode(&self.authority))
     }
 }
 
@@ -149,16 +148,8 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     std::array::from_fn(|index| digest.as_ref()[index])
 }
 
-/// Two hexadecimal digits for each byte.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn unhex(text: &str) -> Option<[u8; 32]> {
-    let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
-    let bytes: Option<Vec<u8>> =
-        text.as_bytes().chunks(2).map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect();
-    bytes?.try_into().ok()
+    HEXLOWER_PERMISSIVE.decode(text.as_bytes()).ok()?.try_into().ok()
 }
 
 #[cfg(test)]

@@ -11,9 +11,10 @@ use std::{
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
+use data_encoding::HEXLOWER;
 use ring::digest;
 
-use super::{JoinFile, Offer, Token, hex};
+use super::{JoinFile, Offer, Token};
 use crate::{
     cluster::{Membership, NodeId, roster::place},
     config::{self, Config, FirstState},
@@ -209,7 +210,7 @@ fn checksum(mut file: File) -> io::Result<String> {
     let mut chunk = vec![0; CHUNK];
     loop {
         match file.read(&mut chunk)? {
-            0 => return Ok(hex(context.finish().as_ref())),
+            0 => return Ok(HEXLOWER.encode(context.finish().as_ref())),
             count => context.update(&chunk[..count]),
         }
     }
@@ -360,7 +361,7 @@ mod tests {
         let program = kit.program("twistlockd").unwrap().unwrap();
         let own = fs::read("/proc/self/exe").unwrap();
         assert_eq!(program.length, own.len() as u64);
-        assert_eq!(program.sha256, hex(digest::digest(&digest::SHA256, &own).as_ref()));
+        assert_eq!(program.sha256, HEXLOWER.encode(digest::digest(&digest::SHA256, &own).as_ref()));
         let mut first = [0; 4];
         (&program.file).read_exact(&mut first).unwrap();
         assert_eq!(first, own[..4]);
