@@ -53,7 +53,7 @@ pub(crate) fn backups(
         credentials: config.backup_credentials_file.clone(),
         delay: config.backup_delay,
         data: config.data_folder.clone(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: PROGRAM_VERSION.to_owned(),
     };
     Backups::new(config, handle.clone(), admin, events, asker)
 }

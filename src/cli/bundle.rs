@@ -19,6 +19,7 @@ use jiff::Timestamp;
 
 use crate::{
     clock::unix_time,
+    cluster::PROGRAM_VERSION,
     config,
     control::{self, Reply, Request},
     events::{self, MAX_PAGE, Wanted},
@@ -148,7 +149,7 @@ fn about(args: &BundleArgs, data: &Path) -> String {
     format!(
         "time          {}\ntwistcli      {}\ntwistlockd    {}kernel        {}service       {}configuration {}\ndata folder   {}\n\n{}",
         Timestamp::now(),
-        env!("CARGO_PKG_VERSION"),
+        PROGRAM_VERSION,
         program("twistlockd", &["--version"]),
         program("uname", &["-a"]),
         program("systemctl", &["is-active", "twistlockd"]),

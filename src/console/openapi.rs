@@ -10,6 +10,7 @@ use super::{
     route::{Access, Content, Entry, Trace, route},
     user::Role,
 };
+use crate::cluster::PROGRAM_VERSION;
 
 /// The routes of this file, which describes all that are in the table.
 pub(super) fn routes(table: fn() -> Vec<Entry>) -> Vec<Entry> {
@@ -45,7 +46,7 @@ pub(super) fn describe(table: &[Entry]) -> Value {
         "openapi": "3.1.0",
         "info": {
             "title": "Twistlock HA",
-            "version": env!("CARGO_PKG_VERSION"),
+            "version": PROGRAM_VERSION,
             "description": "The API of the Console. Errors are `{\"err\": \"...\"}`. Only the PRIMARY answers.",
         },
         "paths": paths,

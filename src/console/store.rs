@@ -13,6 +13,8 @@ use sqlx::{
 };
 use thiserror::Error;
 
+use crate::telemetry::COMMIT_LATENCY;
+
 /// Readers at once; more requests than this wait for their turn.
 const READERS: u32 = 4;
 /// How long a request waits for its turn at the database, in all.
@@ -24,10 +26,6 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (2, "api", include_str!("migrations/0002_api.sql")),
     (3, "events", include_str!("migrations/0003_events.sql")),
 ];
-
-/// Histogram, seconds: a write of the Console from the statement that commits until a majority has it, without the wait
-/// for its turn.
-pub const COMMIT: &str = "twistlock_console_commit_seconds";
 
 /// What a failed access means.
 #[derive(Debug, Error)]
@@ -275,5 +273,5 @@ impl From<sqlx::Error> for StoreError {
 }
 
 fn note_commit(begin: Instant) {
-    metrics::histogram!(COMMIT).record(begin.elapsed().as_secs_f64());
+    metrics::histogram!(COMMIT_LATENCY).record(begin.elapsed().as_secs_f64());
 }

@@ -11,7 +11,11 @@ use ureq::{
     tls::{Certificate, RootCerts, TlsConfig},
 };
 
-use crate::{clock::unix_time, cluster::shared::webhook::Webhook, pki::pem};
+use crate::{
+    clock::unix_time,
+    cluster::{PROGRAM_VERSION, shared::webhook::Webhook},
+    pki::pem,
+};
 
 /// Longest time for one attempt.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -60,7 +64,7 @@ pub(super) fn post(webhook: &Webhook, kind: &str, id: &str, body: &[u8]) -> Resu
     let mut request = agent
         .post(&webhook.url)
         .header("content-type", "application/json")
-        .header("user-agent", concat!("twistlockd/", env!("CARGO_PKG_VERSION")))
+        .header("user-agent", format!("twistlockd/{PROGRAM_VERSION}"))
         .header("x-twistlock-event", kind)
         .header("x-twistlock-id", id)
         .header("x-twistlock-timestamp", time.to_string());

@@ -16,7 +16,7 @@ use ring::digest;
 
 use super::{JoinFile, Offer, Token};
 use crate::{
-    cluster::{Membership, NodeId, roster::place},
+    cluster::{Membership, NodeId, PROGRAM_VERSION, roster::place},
     config::{self, Config, FirstState},
     pki::CONSOLE_NAME,
 };
@@ -146,7 +146,7 @@ impl Kit {
             members: membership.roster.members.iter().map(|member| member.id).collect(),
             next_id: membership.roster.next_id,
             until,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: PROGRAM_VERSION.to_owned(),
             config: self.config.clone(),
             withheld: self.withheld.iter().map(|key| (*key).to_owned()).collect(),
         };
@@ -159,7 +159,7 @@ impl Kit {
             ("@TOKEN@", quote(token)),
             ("@ADDRESSES@", list),
             ("@UNTIL@", until.to_string()),
-            ("@VERSION@", quote(env!("CARGO_PKG_VERSION"))),
+            ("@VERSION@", quote(PROGRAM_VERSION)),
             ("@ARCHITECTURE@", quote(std::env::consts::ARCH)),
             ("@DAEMON_SHA256@", quote(&sum(daemon))),
             ("@CLI_SHA256@", quote(&sum(cli))),

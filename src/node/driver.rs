@@ -288,7 +288,7 @@ impl Driver {
     fn synced(&mut self, done: Done) {
         let Done { number, request, result, micros, kept } = done;
         let all = self.syncer.note(request);
-        metrics::histogram!("twistlock_raft_log_sync_seconds").record(micros as f64 / 1e6);
+        metrics::histogram!(telemetry::SYNC_LATENCY).record(micros as f64 / 1e6);
         match result {
             Ok(()) => {
                 if let Some(kept) = kept {
@@ -435,6 +435,6 @@ impl Driver {
         }
         self.publisher.transition(epoch, transition);
         info!(epoch, from = ?transition.from, to = ?transition.to, "{}", transition.sentence);
-        metrics::counter!("twistlock_role_changes_total", "cause" => format!("{:?}", transition.cause)).increment(1);
+        metrics::counter!(telemetry::ROLE_CHANGES, "cause" => format!("{:?}", transition.cause)).increment(1);
     }
 }

@@ -25,7 +25,10 @@ use super::{
     memory::{Caller, Memory},
     udp::{Sent, Udp},
 };
-use crate::cluster::NodeId;
+use crate::{
+    cluster::NodeId,
+    telemetry::{PEER_DEATHS, PEER_DROPPED},
+};
 
 const WAKE: Token = Token(0);
 /// No peer comes to have it: see [`Links::wait`].
@@ -168,7 +171,7 @@ impl LinkSender {
         });
         if dead {
             info!(peer, "the process of this node is dead: its links dropped and its port refuses connections");
-            counter!("twistlock_peer_deaths_total").increment(1);
+            counter!(PEER_DEATHS).increment(1);
             dead = self.hand_over(Handover::Dead(peer));
             // A stuck loop was not told: the next refusal tries again.
             self.change_signal(peer, |signal| signal.alive |= !dead);
@@ -357,7 +360,7 @@ impl Links {
         };
         if !sent {
             let class = if class == Class::Bulk { "bulk" } else { "control" };
-            counter!("twistlock_peer_dropped_total", "class" => class).increment(1);
+            counter!(PEER_DROPPED, "class" => class).increment(1);
         }
         sent
     }

@@ -73,6 +73,13 @@ const MAX_FILE_LINES: usize = 700;
 const MAX_FUNCTION_LINES: usize = 70;
 /// The only place for unsafe code.
 const UNSAFE_HOME: [&str; 2] = ["src/storage/vfs.rs", "src/storage/vfs/"];
+/// What is written in one place only: how it is told, where it may stand, and what to use elsewhere.
+const FACTS: &[(&str, &[&str], &str)] = &[
+    ("CARGO_PKG_VERSION", &["src/cluster/level.rs"], "the version of the program is cluster::PROGRAM_VERSION"),
+    ("!(\"twistlock_", &["src/telemetry/"], "the names of metrics are constants of telemetry"),
+    ("SystemTime::now()", &["src/clock.rs", "src/node/"], "the time of day comes from clock"),
+    (":02x}", &[], "data_encoding writes hexadecimal digits"),
+];
 /// Names that say nothing about what a file owns.
 const EMPTY_NAMES: &[&str] = &["util", "utils", "common", "types", "helpers", "misc"];
 /// Functions in tests/ that wait for a condition or set a pace, and therefore may sleep, by the start of their names.
@@ -291,6 +298,16 @@ fn bounded_queues(source: &Source) -> Vec<String> {
     unbounded.map(|at| source.at(at, "a queue without a bound")).collect()
 }
 
+/// Rule: one fact stands in one place. Tests may write it out.
+fn one_home(source: &Source) -> Vec<String> {
+    let source = &source.without_tests();
+    if !source.path.starts_with("src/") || is_test_file(&source.path) {
+        return vec![];
+    }
+    let elsewhere = FACTS.iter().filter(|(_, homes, _)| !homes.iter().any(|home| source.path.starts_with(home)));
+    elsewhere.flat_map(|(mark, _, what)| source.raw.match_indices(mark).map(|(at, _)| source.at(at, what))).collect()
+}
+
 /// Rule: names say what is owned.
 fn speaking_name(source: &Source) -> Vec<String> {
     let parts = source.path.trim_end_matches(".rs").split('/');
@@ -494,6 +511,17 @@ fn queues_have_bounds() {
         "fn a() { mpsc::channel(8); mpsc::sync_channel::<u8>(0); oneshot::channel::<()>(); }",
     );
     accepts(bounded_queues, "tests/a.rs", "fn a() { std::sync::mpsc::channel(); }");
+}
+
+#[test]
+fn facts_stand_in_one_place() {
+    holds_everywhere(one_home);
+    objects(one_home, "src/console/system.rs", "const A: &str = env!(\"CARGO_PKG_VERSION\");");
+    objects(one_home, "src/peer/links.rs", "fn a() { metrics::counter!(\"twistlock_deaths_total\"); }");
+    objects(one_home, "src/admin/mod.rs", "fn a() { std::time::SystemTime::now(); }");
+    objects(one_home, "src/join/mod.rs", "fn a(b: u8) -> String { format!(\"{b:02x}\") }");
+    accepts(one_home, "src/clock.rs", "fn a() { std::time::SystemTime::now(); }");
+    accepts(one_home, "src/a.rs", "#[cfg(test)]\nmod tests { fn a() { std::time::SystemTime::now(); } }");
 }
 
 #[test]
