@@ -5,12 +5,12 @@
 use std::{
     fs::File,
     io,
-    sync::{Mutex, OnceLock, PoisonError},
+    sync::{Mutex, OnceLock},
 };
 
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 
-use crate::{clients::places::Room, telemetry::DESCRIPTORS_SHORT};
+use crate::{clients::places::Room, mutex::locked, telemetry::DESCRIPTORS_SHORT};
 
 /// With less, the daemon does not start.
 pub const LEAST: u64 = 256;
@@ -59,7 +59,7 @@ pub fn raise() -> Result<(), String> {
     }
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
         .map_err(|error| format!("raise the limit of open files: {error}"))?;
-    fill(&mut HELD.lock().unwrap_or_else(PoisonError::into_inner));
+    fill(&mut locked(&HELD));
     Ok(())
 }
 
@@ -78,7 +78,7 @@ fn fill(held: &mut Vec<File>) {
 pub fn open<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let mut opened = open();
     if !opened.as_ref().is_err_and(are_short) {
-        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = locked(&HELD);
         // What was given away is taken back as soon as that is possible; a program that has not raised its limit holds nothing.
         if opened.is_ok() && ORIGINAL.get().is_some() {
             fill(&mut held);
@@ -87,7 +87,7 @@ pub fn open<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
     metrics::counter!(DESCRIPTORS_SHORT).increment(1);
     tracing::error!("no file can be opened any more: one that is needed gets a place that is held for it");
-    let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut held = locked(&HELD);
     while opened.as_ref().is_err_and(are_short) && held.pop().is_some() {
         opened = open();
     }

@@ -90,7 +90,8 @@
 //! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
 //! | [`clients`] | who a connection comes from, the places for connections, patience with those who guess | what is served |
 //! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
-//! | [`config`], [`telemetry`], [`clock`] | the configuration file; log and metrics; the time of day | all of the above |
+//! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
+//! | [`clock`], [`mutex`] | the time of day; how a mutex is taken | everything |
 //!
 //! `tests/tidy` holds the permitted dependencies between them. `docs/formats.md` has each file of a data folder, and what
 //! happens when it is lost or damaged.
@@ -155,6 +156,7 @@ pub mod host;
 pub mod http;
 pub mod https;
 pub mod join;
+pub mod mutex;
 pub mod node;
 pub mod peer;
 pub mod pki;

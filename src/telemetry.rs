@@ -1,5 +1,5 @@
 //! Log lines to standard error, and the numbers for Prometheus; [`table`] has the metrics.
-//! Must never open a port, must never depend on another module of ours but the clock, and never makes whoever logs wait for a reader.
+//! Must never open a port, must never depend on a module of ours that knows anything, and never makes whoever logs wait for a reader.
 
 mod lines;
 mod repeats;
@@ -9,7 +9,7 @@ use std::{
     collections::VecDeque,
     fmt::{self as text, Write},
     io::IsTerminal,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock},
     thread,
     time::Duration,
 };
@@ -31,7 +31,10 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use crate::clock::{since_1970, unix_time_ms};
+use crate::{
+    clock::{since_1970, unix_time_ms},
+    mutex::locked,
+};
 
 /// What lets the filter of the running log be exchanged; empty before [`init`].
 static FILTER: OnceLock<Handle<EnvFilter, Registry>> = OnceLock::new();
@@ -91,7 +94,7 @@ pub struct Line {
 
 /// The last lines of this process's log, the oldest first.
 pub fn recent(lines: usize) -> Vec<Line> {
-    let recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
+    let recent = locked(&RECENT);
     let last: Vec<_> = recent.iter().skip(recent.len().saturating_sub(lines)).cloned().collect();
     drop(recent);
     last.iter().map(|line| Line::clone(line)).collect()
@@ -105,7 +108,7 @@ impl<S: Subscriber> Layer<S> for Recent {
         let mut text = Text::default();
         event.record(&mut text);
         let line = Line { time_ms: unix_time_ms(), level: event.metadata().level().to_string(), text: text.finish() };
-        let mut recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recent = locked(&RECENT);
         if recent.len() >= RECENT_LINES {
             recent.pop_front();
         }

@@ -6,7 +6,7 @@ use std::{collections::VecDeque, net::IpAddr};
 use subtle::ConstantTimeEq;
 use tracing::{info, warn};
 
-use super::{AdminError, Operations, audit::Record, invitation::authority, locked, members::name};
+use super::{AdminError, Operations, audit::Record, invitation::authority, members::name};
 use crate::{
     clock::{unix_time, unix_time_ms},
     cluster::{
@@ -17,6 +17,7 @@ use crate::{
         shared::Request,
     },
     join::{JoinRequest, RequestState, Token},
+    mutex::locked,
     pki::{self, Authority, SigningRequest},
 };
 

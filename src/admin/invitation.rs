@@ -8,11 +8,12 @@ use std::{
 
 use tracing::info;
 
-use super::{AdminError, Invited, Operations, locked};
+use super::{AdminError, Invited, Operations};
 use crate::{
     clock::unix_time,
     cluster::{Change, Membership, roster::place, shared::Invitation},
     join::Token,
+    mutex::locked,
     pki,
 };
 

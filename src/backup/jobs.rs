@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -12,7 +12,7 @@ use std::{
 use tokio::{sync::watch, time::timeout};
 
 use super::{BackupError, Outcome, Running, Started, Work};
-use crate::clock::unix_time;
+use crate::{clock::unix_time, mutex::locked};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -56,7 +56,7 @@ impl Job {
     pub fn step(&self, what: &'static str, total: u64) {
         self.done.store(0, Ordering::Relaxed);
         self.total.store(total, Ordering::Relaxed);
-        *self.step.lock().unwrap_or_else(PoisonError::into_inner) = what;
+        *locked(&self.step) = what;
     }
 
     /// So many bytes more are done.
@@ -74,7 +74,7 @@ impl Job {
             number: self.number,
             work: self.work,
             id: self.id.clone(),
-            step: (*self.step.lock().unwrap_or_else(PoisonError::into_inner)).to_owned(),
+            step: (*locked(&self.step)).to_owned(),
             done: self.done.load(Ordering::Relaxed),
             total: self.total.load(Ordering::Relaxed),
         }
@@ -83,7 +83,7 @@ impl Job {
 
 impl Jobs {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.0)
     }
 
     /// Begins something, unless something is under way. It must be [ended](Self::end).

@@ -1,10 +1,7 @@
 //! The backups of all members: each keeps its own in its folder, and whoever lists them asks the others. Must never wait for one
 //! that does not answer for longer than a question may take, nor pass over it in silence.
 
-use std::{
-    collections::HashSet,
-    sync::{Mutex, PoisonError},
-};
+use std::{collections::HashSet, sync::Mutex};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -14,6 +11,7 @@ use super::{Backup, BackupError, BackupId, Backups, MemberBackups, folder::Mark}
 use crate::{
     ask::{AskError, Topic},
     clock::unix_time,
+    mutex::locked,
 };
 
 /// Backups in an answer to another member, the newest: what is older is counted.
@@ -38,11 +36,11 @@ pub(super) struct Round(Mutex<Vec<MemberBackups>>);
 
 impl Round {
     pub fn picture(&self) -> Vec<MemberBackups> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        locked(&self.0).clone()
     }
 
     fn keep(&self, members: Vec<MemberBackups>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = members;
+        *locked(&self.0) = members;
     }
 }
 

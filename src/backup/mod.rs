@@ -35,7 +35,7 @@ use std::{
     fs::File,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -50,6 +50,7 @@ use crate::{
     admin::{Act, Actor, Admin, audit},
     ask::Asker,
     events::Recorder,
+    mutex::locked,
     node::Handle,
 };
 use cipher::Secret;
@@ -208,7 +209,7 @@ impl Backups {
             free,
             encrypted: self.config.key_file.is_some(),
             keep: self.config.keep,
-            next: *self.next.lock().unwrap_or_else(PoisonError::into_inner),
+            next: *locked(&self.next),
             newest: list.iter().map(|backup| backup.time).max(),
             running,
             last,

@@ -5,7 +5,7 @@
 
 use std::{
     future::Future,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -24,6 +24,7 @@ use crate::{
     admin::{Act, Actor, audit},
     clock::unix_time,
     events::{Scope, Severity},
+    mutex::locked,
     telemetry::{BACKUP_COPIED, BACKUP_COPY_FAILURES},
 };
 
@@ -60,12 +61,12 @@ impl Offsite {
     }
 
     pub fn picture(&self) -> Option<CopyState> {
-        self.state.as_ref().map(|state| state.lock().unwrap_or_else(PoisonError::into_inner).clone())
+        self.state.as_ref().map(|state| locked(state).clone())
     }
 
     fn note(&self, change: impl FnOnce(&mut CopyState)) {
         if let Some(state) = &self.state {
-            let mut state: MutexGuard<'_, CopyState> = state.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state: MutexGuard<'_, CopyState> = locked(state);
             change(&mut state);
         }
     }

@@ -2,7 +2,7 @@
 //! kept any longer. The decisions are pure; the loop only waits and carries them out.
 
 use std::{
-    sync::{Arc, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::{Backup, BackupError, BackupId, Backups, Keep, Kind, blocking, folder::Folder};
-use crate::{clock::unix_time, cluster::Role, telemetry::BACKUP_LAST_SUCCESS};
+use crate::{clock::unix_time, cluster::Role, mutex::locked, telemetry::BACKUP_LAST_SUCCESS};
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
@@ -95,7 +95,7 @@ impl Backups {
             let (time, early) = (unix_time(), earliest.saturating_duration_since(Instant::now()));
             let turn = due(Kind::Daily, &list, time) + APART * u64::from(self.rank());
             let next = turn.max(time + early.as_secs());
-            *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);
+            *locked(&self.next) = Some(next);
             let role = self.node.status().borrow().role;
             let ready =
                 matches!(role, Role::Primary | Role::Secondary) && self.jobs.picture().0.is_none() && !elsewhere;

@@ -5,14 +5,17 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet, hash_map::Entry},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
 use tokio::sync::Notify;
 
 use super::network;
-use crate::telemetry::{CONNECTIONS_ENDED, CONNECTIONS_REFUSED};
+use crate::{
+    mutex::locked,
+    telemetry::{CONNECTIONS_ENDED, CONNECTIONS_REFUSED},
+};
 
 /// Between two warnings about connections that were turned away, or ended to make room.
 const TOLD: Duration = Duration::from_secs(60);
@@ -48,12 +51,12 @@ impl Acquaintances {
 
     /// These are the members' addresses from now on.
     pub fn set_members(&self, addresses: impl Iterator<Item = IpAddr>) {
-        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut members = locked(&self.members);
         *members = addresses.map(network).collect();
     }
 
     fn note(&self, network: IpAddr) {
-        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut users = locked(&self.users);
         if users.len() >= KNOWN_MOST {
             users.retain(|_, since| since.elapsed() < KNOWN);
         }
@@ -64,8 +67,7 @@ impl Acquaintances {
 
     fn knows(&self, network: IpAddr) -> bool {
         let user = |since: &Instant| since.elapsed() < KNOWN;
-        self.members.lock().unwrap_or_else(PoisonError::into_inner).contains(&network)
-            || self.users.lock().unwrap_or_else(PoisonError::into_inner).get(&network).is_some_and(user)
+        locked(&self.members).contains(&network) || locked(&self.users).get(&network).is_some_and(user)
     }
 }
 
@@ -218,7 +220,7 @@ impl Places {
     }
 
     fn lock(&self) -> MutexGuard<'_, Now> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.now)
     }
 
     /// A place for a connection, another one may have to end for it; none if nobody can be asked to.

@@ -4,9 +4,11 @@
 use std::{
     collections::HashMap,
     hash::Hash,
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::{Duration, Instant},
 };
+
+use crate::mutex::locked;
 
 /// After this time without a failure all is forgotten.
 pub const FORGET: Duration = Duration::from_secs(600);
@@ -57,7 +59,7 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
 
     /// How long this account must wait before the next attempt; zero if not at all.
     pub fn wait(&self, account: &K, now: Instant) -> Duration {
-        let accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        let accounts = locked(&self.accounts);
         accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(self.limits, now))
     }
 
@@ -67,7 +69,7 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
     /// # Errors
     /// How long this account must wait; then nothing is counted.
     pub fn attempt(&self, account: &K, now: Instant) -> Result<(), Duration> {
-        let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut accounts = locked(&self.accounts);
         let wait = accounts.get(account).map_or(Duration::ZERO, |failures| failures.left(self.limits, now));
         if !wait.is_zero() {
             return Err(wait);
@@ -78,7 +80,7 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
 
     /// Takes an attempt back that came to nothing: it was neither right nor wrong.
     pub fn forgive(&self, account: &K) {
-        let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut accounts = locked(&self.accounts);
         if let Some(failures) = accounts.get_mut(account) {
             failures.count = failures.count.saturating_sub(1);
         }
@@ -86,7 +88,7 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
 
     /// Notes a failure of that time, whether or not it would have had to wait: another process has let it pass.
     pub fn recall(&self, account: &K, at: Instant) {
-        let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut accounts = locked(&self.accounts);
         Self::count(&mut accounts, account, at);
     }
 
@@ -108,7 +110,7 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
 
     /// Notes a success.
     pub fn succeeded(&self, account: &K) {
-        self.accounts.lock().unwrap_or_else(PoisonError::into_inner).remove(account);
+        locked(&self.accounts).remove(account);
     }
 }
 

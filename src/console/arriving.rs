@@ -5,7 +5,7 @@
 use std::{
     future::poll_fn,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -21,6 +21,7 @@ use hyper::body::{Body as Frames, Bytes, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 
 use super::errors::ApiError;
+use crate::mutex::locked;
 
 /// Limits of a body, beside its size.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +58,7 @@ impl Shared {
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
+    locked(shared)
 }
 
 /// What the handler gets in place of the body.

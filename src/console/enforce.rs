@@ -2,7 +2,7 @@
 //! to a handler: what a route needs is said in its entry of the table, and nowhere else.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,7 @@ use super::{
     route::{Access, Trace},
     user::{From, Role, Source, User},
 };
-use crate::clients::places::Visit;
+use crate::{clients::places::Visit, mutex::locked};
 
 /// So many refusals at once are written down, and then one in each such span: whoever may do nothing must not have the
 /// cluster write without end.
@@ -35,7 +35,7 @@ pub(super) struct Refusals(Mutex<Option<(u32, Instant)>>);
 impl Refusals {
     /// Whether one more may be written down.
     fn take(&self, now: Instant) -> bool {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = locked(&self.0);
         let (used, since) = state.unwrap_or((0, now));
         let spans = now.saturating_duration_since(since).as_millis() / REFUSAL.as_millis();
         let used = used.saturating_sub(u32::try_from(spans).unwrap_or(u32::MAX));

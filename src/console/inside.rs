@@ -7,7 +7,7 @@ use std::{
     collections::{HashMap, VecDeque},
     fmt,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
@@ -38,6 +38,7 @@ use crate::{
     ask::{Asker, Topic},
     cluster::{NodeId, Role},
     events::{Event, Kind, Recorder, Severity},
+    mutex::locked,
     node::Status,
     telemetry::AUDIT_ROWS_LOST,
 };
@@ -103,10 +104,6 @@ impl fmt::Debug for Inside {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Inside").finish_non_exhaustive()
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Inside {

@@ -5,7 +5,7 @@
 use std::{
     collections::{HashMap, HashSet},
     net::IpAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
@@ -13,9 +13,12 @@ use ring::{hmac, rand::SystemRandom};
 use tokio::sync::watch;
 
 use super::{errors::ApiError, password::Hasher, user::Login};
-use crate::clients::{
-    network,
-    throttle::{FORGET, Limits, Throttle},
+use crate::{
+    clients::{
+        network,
+        throttle::{FORGET, Limits, Throttle},
+    },
+    mutex::locked,
 };
 
 /// How long a verified name and password need not be verified again.
@@ -107,7 +110,7 @@ impl Logins {
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.memory)
     }
 
     /// With the stored hash, so that a changed password is not remembered as a good one.

@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     io,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::Duration,
 };
@@ -22,6 +22,7 @@ use tokio::{
 };
 
 use super::errors::ApiError;
+use crate::mutex::locked;
 
 /// Hashes at once: each takes 19 MiB and a core for some ten milliseconds.
 const AT_ONCE: usize = 2;
@@ -151,7 +152,7 @@ fn belongs(memory: &mut Memory, password: &str, stored: &str) -> password_hash::
 /// Gives a hash to one of the threads for it, which live as long as the process: they have its memory and their own priority.
 fn hand_over(job: Job) -> io::Result<()> {
     static THREADS: Mutex<Option<mpsc::SyncSender<Job>>> = Mutex::new(None);
-    let mut threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut threads = locked(&THREADS);
     let sender = match &*threads {
         Some(sender) => sender,
         None => {
@@ -159,7 +160,7 @@ fn hand_over(job: Job) -> io::Result<()> {
             let jobs = Arc::new(Mutex::new(jobs));
             for _ in 0..AT_ONCE {
                 let jobs = Arc::clone(&jobs);
-                let next = move || jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                let next = move || locked(&jobs).recv();
                 let work = move || {
                     // It may be refused: then the hash takes its turn like everything else.
                     let _ = rustix::process::setpriority_process(None, NICE);

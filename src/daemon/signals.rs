@@ -3,7 +3,7 @@
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     thread,
 };
 
@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tracing::{Level, error, info};
 use twistlock_ha::{
     config::{self, Config},
+    mutex::locked,
     telemetry,
 };
 
@@ -44,7 +45,7 @@ impl Signals {
             loop {
                 let signal = taken.wait();
                 // Held until the signal is told: see `leave`.
-                let left = leaving.lock().unwrap_or_else(PoisonError::into_inner);
+                let left = locked(&leaving);
                 match signal {
                     // It stays pending, as it is blocked, beyond the beginning of another program.
                     Ok(signal) if *left => {
@@ -71,7 +72,7 @@ impl Signals {
     /// Leaves signals that come from now on to the program that begins in this process next. True if this one was asked to
     /// stop before.
     pub(crate) fn leave(&self) -> bool {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = locked(&self.left);
         *left = true;
         *self.stop.borrow()
     }

@@ -4,14 +4,14 @@
 use std::{
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
     time::Duration,
 };
 
-use crate::{control, node::Status};
+use crate::{control, mutex::locked, node::Status};
 
 /// Pause between two questions while somebody looks.
 const PERIOD: Duration = Duration::from_millis(100);
@@ -41,7 +41,7 @@ impl Watch {
             thread::Builder::new().name("watch".into()).spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     let status = control::status(&socket, ANSWER_LIMIT).ok();
-                    *mine.lock().unwrap_or_else(PoisonError::into_inner) = status;
+                    *locked(&mine) = status;
                     thread::sleep(if calm.load(Ordering::Relaxed) { CALM_PERIOD } else { PERIOD });
                 }
             })?;
@@ -57,7 +57,7 @@ impl Watch {
 
     /// What each node last said; none for one that does not answer.
     pub(super) fn latest(&self) -> Vec<Option<Status>> {
-        let read = |answer: &Arc<Mutex<Option<Status>>>| answer.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let read = |answer: &Arc<Mutex<Option<Status>>>| locked(answer).clone();
         self.answers.iter().map(read).collect()
     }
 }

@@ -6,7 +6,7 @@ use std::{
     fmt,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
@@ -18,7 +18,7 @@ use tokio::sync::{Notify, broadcast, watch};
 use tracing::warn;
 
 use super::{Event, Scope, file::EventFile};
-use crate::telemetry;
+use crate::{mutex::locked, telemetry};
 
 /// Events on their way to the file.
 const QUEUE: usize = 256;
@@ -146,7 +146,7 @@ impl Recorder {
     }
 
     fn pending(&self) -> MutexGuard<'_, VecDeque<Event>> {
-        self.0.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.0.pending)
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
     io::{self, Read},
     os::unix::fs::MetadataExt,
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -18,6 +18,7 @@ use super::{JoinFile, Offer, Token};
 use crate::{
     cluster::{Membership, NodeId, PROGRAM_VERSION, roster::place},
     config::{self, Config, FirstState},
+    mutex::locked,
     pki::CONSOLE_NAME,
 };
 
@@ -114,7 +115,7 @@ impl Kit {
         let found = file.metadata()?;
         let state = (found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec());
         // Held while it is computed: whoever comes meanwhile needs the same.
-        let mut checksums = self.checksums.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut checksums = locked(&self.checksums);
         let known = checksums.get(name).filter(|(known, _)| *known == state).map(|(_, sha256)| sha256.clone());
         let sha256 = match known {
             Some(sha256) => sha256,

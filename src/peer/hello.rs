@@ -6,7 +6,7 @@ use std::{
     io,
     net::IpAddr,
     os::fd::AsFd,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::{LazyLock, Mutex},
     time::Duration,
 };
 
@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use super::codec::{CodecError, Frame, MAX_REASON, Purpose, frame_length};
 use crate::{
     cluster::{ClusterId, NodeId},
+    mutex::locked,
     pki,
 };
 
@@ -127,7 +128,7 @@ pub(super) struct Complaints(Mutex<VecDeque<(Subject, String)>>);
 impl Complaints {
     /// True if this is new and should be logged.
     pub fn is_new(&self, subject: Subject, cause: &str) -> bool {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = locked(&self.0);
         if known.iter().any(|(about, said)| *about == subject && said == cause) {
             return false;
         }
@@ -140,7 +141,7 @@ impl Complaints {
 
     /// All is well with this one: the next complaint is news.
     pub fn settle(&self, subject: Subject) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(about, _)| *about != subject);
+        locked(&self.0).retain(|(about, _)| *about != subject);
     }
 }
 

@@ -3,15 +3,18 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use raft::eraftpb::Message;
 
 use super::codec::Remembers;
-use crate::cluster::{
-    Membership, NodeId,
-    reach::{self, Known, Standing},
+use crate::{
+    cluster::{
+        Membership, NodeId,
+        reach::{self, Known, Standing},
+    },
+    mutex::locked,
 };
 
 /// A process of another member, as it says itself.
@@ -87,6 +90,6 @@ impl Memory {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, Known>> {
         // Held for some comparisons only; a panic ends the process.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.0)
     }
 }

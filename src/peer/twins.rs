@@ -3,11 +3,11 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
-use crate::cluster::NodeId;
+use crate::{cluster::NodeId, mutex::locked};
 
 /// Earlier processes of a node that are remembered.
 const EARLIER: usize = 8;
@@ -38,7 +38,7 @@ impl Twins {
     }
 
     fn calls_at(&self, now: Instant, node: NodeId, incarnation: u64, linked: bool) -> bool {
-        let mut nodes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut nodes = locked(&self.0);
         let known = nodes.entry(node).or_default();
         if known.current == Some(incarnation) {
             return false;

@@ -18,7 +18,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use rustls::{
@@ -32,7 +32,10 @@ use rustls::{
 use thiserror::Error;
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
-use crate::cluster::{ClusterId, NodeId, trust::KeyId};
+use crate::{
+    cluster::{ClusterId, NodeId, trust::KeyId},
+    mutex::locked,
+};
 
 pub use authority::{Authority, Issued, authority_made_at, is_reserved};
 pub use console::{CertificateInfo, Pair, console_tls, is_issued_by, reseal};
@@ -233,7 +236,7 @@ pub fn certificate_der(pem: &str) -> Result<CertificateDer<'static>, PkiError> {
 fn write_file(path: &Path, content: impl AsRef<[u8]>, mode: u32) -> Result<(), PkiError> {
     // Two tasks may renew the same file, and both would write to the same temporary one.
     static WRITING: Mutex<()> = Mutex::new(());
-    let _one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _one = locked(&WRITING);
     let write = || {
         let temporary = path.with_extension("pem.new");
         match fs::remove_file(&temporary) {

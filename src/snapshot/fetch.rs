@@ -4,7 +4,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -18,6 +18,7 @@ use tokio::{
 use super::{CHUNKS, REPORT, STALL, frame};
 use crate::{
     cluster::{ClusterId, Member, NodeId, reach::Standing},
+    mutex::locked,
     node::SyncProgress,
     peer::{OpenError, PeerIdentity, Purpose, open_stream},
     storage::snapshot::{Incoming, Manifest, SnapshotError},
@@ -170,7 +171,7 @@ fn store(
 ) -> Result<Manifest, SnapshotError> {
     // An attempt whose connection broke may still be at its last write.
     static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _one = locked(&ONE);
     let result = take(&data, manifest, &mut parts, give_back);
     if result.is_err() {
         Incoming::abandon(&data);

@@ -5,7 +5,7 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     hash::{DefaultHasher, Hash, Hasher},
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -13,6 +13,7 @@ use tracing::{Event, Level, Subscriber, callsite::Identifier};
 use tracing_subscriber::{Layer, layer::Context};
 
 use super::{LOG_LINES_REPEATED, Text};
+use crate::mutex::locked;
 
 /// How long a line is not repeated.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -101,7 +102,7 @@ impl<S: Subscriber> Layer<S> for Repeats {
         let text = text.finish();
         let mut hasher = DefaultHasher::new();
         text.hash(&mut hasher);
-        let mut table = TABLE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = locked(&TABLE);
         let table = table.get_or_insert_default();
         let now = Instant::now();
         let permitted = table.permits(Key(place.clone(), Some(hasher.finish())), SAME, (level, &text), now)
@@ -115,7 +116,7 @@ impl<S: Subscriber> Layer<S> for Repeats {
 
 /// Tells of the lines that were kept back, once their time is over. Is called every few seconds.
 pub(super) fn tell() {
-    let ended = TABLE.lock().unwrap_or_else(PoisonError::into_inner).as_mut().map(|table| table.ended(Instant::now()));
+    let ended = locked(&TABLE).as_mut().map(|table| table.ended(Instant::now()));
     for (same, Window { kept_back, level, text, began, .. }) in ended.into_iter().flatten() {
         let (seconds, like) = (began.elapsed().as_secs(), if same { "" } else { " of this kind" });
         let line = format!("{text} ... {kept_back} more{like} in the last {seconds} s");

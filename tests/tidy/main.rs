@@ -13,13 +13,13 @@ use std::{
 use text::{Source, behind_block, blank, body, skip_blanks, test_regions, text, word_at, words};
 
 /// Every module of the library and what it may use, outermost first (DESIGN section 3). An entry may name a module inside a module.
-/// `telemetry` owns nothing but names, `clock` nothing at all: they may be used by all that are not pure.
+/// `telemetry` owns nothing but names and may be used by all that are not pure.
 #[rustfmt::skip] // one line each
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
-    ("host", &["config", "control", "join", "node", "storage", "cluster", "clock"]),
+    ("host", &["config", "control", "join", "node", "storage", "cluster"]),
     ("recover", &["found", "config", "events", "pki", "storage", "cluster"]),
-    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster", "clock"]),
+    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster"]),
     ("control", &["admin", "backup", "descriptors", "events", "node", "telemetry"]),
     (
         "supervisor",
@@ -29,31 +29,36 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "node", "storage", "telemetry"]),
     (
         "console",
-        &["clients", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry", "clock"],
+        &["clients", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"] ,
     ),
-    ("health", &["clients", "config", "descriptors", "node", "pki", "cluster", "telemetry", "clock"]),
-    ("backup", &["config", "admin", "ask", "events", "node", "storage", "cluster", "telemetry", "clock"]),
+    ("health", &["clients", "config", "descriptors", "node", "pki", "cluster", "telemetry"]),
+    ("backup", &["config", "admin", "ask", "events", "node", "storage", "cluster", "telemetry"]),
     ("ask", &["admin", "peer", "cluster"]),
-    ("admin", &["clients", "certificates", "node", "join", "pki", "cluster", "telemetry", "clock"]),
-    ("certificates", &["node", "peer", "pki", "cluster", "telemetry", "clock"]),
+    ("admin", &["clients", "certificates", "node", "join", "pki", "cluster", "telemetry"]),
+    ("certificates", &["node", "peer", "pki", "cluster", "telemetry"]),
     ("snapshot", &["events", "node", "peer", "storage", "cluster", "telemetry"]),
-    ("events", &["descriptors", "node", "pki", "cluster", "telemetry", "clock"]),
-    ("node", &["peer", "pki", "storage", "cluster", "telemetry", "clock"]),
+    ("events", &["descriptors", "node", "pki", "cluster", "telemetry"]),
+    ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
     ("heal", &["found", "storage", "pki", "config", "cluster", "telemetry"]),
     ("found", &["storage", "pki", "cluster", "config", "telemetry"]),
-    ("join", &["https", "storage", "pki", "config", "cluster", "telemetry", "clock"]),
+    ("join", &["https", "storage", "pki", "config", "cluster", "telemetry"]),
     ("peer", &["clients", "descriptors", "pki", "cluster", "telemetry"]),
     ("storage", &["descriptors", "cluster", "telemetry"]),
     ("https", &["pki"]),
-    ("pki", &["cluster", "clock"]),
+    ("pki", &["cluster"]),
     ("descriptors", &["clients", "telemetry"]),
     ("clients", &["telemetry"]),
     ("config", &[]),
     ("http", &[]),
-    ("telemetry", &["clock"]),
+    ("telemetry", &[]),
     ("clock", &[]),
+    ("mutex", &[]),
     ("cluster", &[]),
 ];
+/// What knows nothing, and may be used by all that are not pure.
+const GROUND: &[&str] = &["clock", "mutex"];
+/// Modules without clocks, threads and files.
+const PURE: &[&str] = &["cluster"];
 /// What the programs (and the files that belong to them alone) may use of the library; `None`: anything.
 const PROGRAMS: &[(&str, Option<&[&str]>)] = &[
     ("src/main.rs", None),
@@ -78,6 +83,11 @@ const FACTS: &[(&str, &[&str], &str)] = &[
     ("CARGO_PKG_VERSION", &["src/cluster/level.rs"], "the version of the program is cluster::PROGRAM_VERSION"),
     ("!(\"twistlock_", &["src/telemetry/"], "the names of metrics are constants of telemetry"),
     ("SystemTime::now()", &["src/clock.rs", "src/node/"], "the time of day comes from clock"),
+    (
+        ".lock().unwrap_or_else(PoisonError",
+        &["src/mutex.rs", "src/node/", "src/storage/"],
+        "mutex::locked takes a mutex",
+    ),
     (":02x}", &[], "data_encoding writes hexadecimal digits"),
 ];
 /// Names that say nothing about what a file owns.
@@ -195,7 +205,8 @@ fn dependencies(source: &Source) -> Vec<String> {
     };
     let foreign = own_paths(source).into_iter().filter(|(_, path)| {
         let inside = path.first().is_some_and(|first| *first == name);
-        !inside && !permitted(allowed, path)
+        let ground = !PURE.contains(&name.as_str()) && permitted(GROUND, path);
+        !inside && !ground && !permitted(allowed, path)
     });
     foreign.map(|(at, path)| source.at(at, &format!("{name} may not use crate::{}", path.join("::")))).collect()
 }
@@ -416,6 +427,8 @@ fn modules_use_only_what_they_may() {
     accepts(rule, "src/main.rs", "use twistlock_ha::{config, node, supervisor};");
     accepts(rule, "src/guard.rs", "use crate::node::{Lease, lease::boottime};");
     accepts(rule, "src/node/loop.rs", "use super::{Lease, status::Status}; use crate::{peer, storage::{self, A}};");
+    objects(rule, "src/cluster/role.rs", "use crate::clock::unix_time;");
+    accepts(rule, "src/guard.rs", "use crate::clock::unix_time;");
     accepts(
         rule,
         "src/cluster/role.rs",
