@@ -2,6 +2,7 @@
 //! Reads the sources as text and never compiles them. Each rule is shown a bad sample, so that it is known to fail.
 
 mod circles;
+mod documents;
 mod text;
 
 use std::{
