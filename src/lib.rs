@@ -93,8 +93,13 @@
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //! | [`clock`], [`mutex`] | the time of day; how a mutex is taken | everything |
 //!
-//! `tests/tidy` holds the permitted dependencies between them. `docs/formats.md` has each file of a data folder, and what
-//! happens when it is lost or damaged.
+//! `tests/tidy` holds the permitted dependencies between them.
+//!
+//! # What to read next
+//!
+//! `docs/design.md`: how it works and why, what happens under each fault, and a COMMIT, an APPLY and a takeover as places in the
+//! source. `docs/threads.md`: what each thread owns and may wait for. `docs/formats.md`: each file of a data folder, every byte on a
+//! disk or a wire, versions and feature levels. `docs/adr/`: decisions, with their figures. `CONTRIBUTING.md`: how to change it.
 //!
 //! # Words
 //!
@@ -119,8 +124,8 @@
 //!    exception is an answer to a heartbeat, which promises no entry. What came into force of the membership is on disk before
 //!    anything of a later number counts as durable, and before a checkpoint passes its entry: a start from before comes by
 //!    that entry again, and raft campaigns only when it has.
-//! 7. **Secrets stay.** A private key never leaves its host; without a certificate of the cluster's CA nothing joins, reads
-//!    or votes.
+//! 7. **Secrets stay.** A node's private key never leaves its host, and what all members share leaves them only sealed or over
+//!    mutual TLS; without a certificate of the cluster's CA nothing joins, reads or votes.
 //!
 //! Where they are checked: 1 to 4 and 6 after every step of `tests/sim`; 2 and 5 at every write in `tests/crash`; 3 and
 //! 4 against SQLite itself in `tests/sqlite`; 1 to 3 with real processes and real signals in `tests/e2e`.

@@ -42,7 +42,7 @@ pub enum CommandError {
 pub struct Commit {
     /// Size of the database after the transaction, in pages.
     pub database_pages: u32,
-    /// XOR of the checksums of all pages after the transaction (DESIGN section 8).
+    /// XOR of the checksums of all pages after the transaction (`docs/design.md`, "Integrity").
     pub checksum: u64,
 }
 

@@ -266,7 +266,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The lease must end before another node can serve (DESIGN section 5), and outlive a few lost heartbeats.
+    /// The lease must end before another node can serve (`docs/design.md`, "Lease and promise"), and outlive a few lost heartbeats.
     fn timing(&mut self) {
         const INVOLVED: [&str; 3] = ["LEASE_MS", "TICK_MS", "ELECTION_TICKS"];
         if INVOLVED.iter().any(|key| self.failed.contains(key)) {

@@ -339,7 +339,7 @@ impl Driver {
         }
     }
 
-    /// The initial database is the first transaction of the raft log (DESIGN section 6).
+    /// The initial database is the first transaction of the raft log (`docs/design.md`, "The commit path").
     fn found_database(&mut self, epoch: u64) {
         let parts = match database::initial_transaction(CONSOLE_DATABASE, self.config.page_size) {
             Ok(parts) => parts,

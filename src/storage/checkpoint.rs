@@ -1,4 +1,5 @@
-//! The durable record "the database file holds everything up to raft index C" (DESIGN section 7).
+//! The durable record "the database file holds everything up to raft index C" (`docs/design.md`, "Checkpoints,
+//! replay and rollback").
 //!
 //! One small file, replaced by a durable rename: it is always the old record or the new one. Must be written only after
 //! the database file was synced.

@@ -1,4 +1,4 @@
-//! The checksum of a whole database, kept incrementally (DESIGN section 8).
+//! The checksum of a whole database, kept incrementally (`docs/design.md`, "Integrity").
 //!
 //! Every page has a CRC-64/NVME over its number (u32, little-endian) and its content; the database's checksum is the
 //! XOR of those of all pages `1..=n`. A page that was never written counts as a page of zeros. Owns the table of

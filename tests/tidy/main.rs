@@ -13,7 +13,7 @@ use std::{
 
 use text::{Source, behind_block, blank, body, skip_blanks, test_regions, text, word_at, words};
 
-/// Every module of the library and what it may use, outermost first (DESIGN section 3). An entry may name a module inside a module.
+/// Every module of the library and what it may use, outermost first (`docs/design.md`, "Layout"). An entry may name a module inside a module.
 /// `telemetry` owns nothing but names and may be used by all that are not pure.
 #[rustfmt::skip] // one line each
 const DEPENDENCIES: &[(&str, &[&str])] = &[

@@ -558,7 +558,7 @@ impl Storage for RaftLog {
         Ok(self.last_index())
     }
 
-    /// Metadata only: the database itself travels on another connection (DESIGN section 7).
+    /// Metadata only: the database itself travels on another connection (`docs/design.md`, "Snapshot and rejoin").
     fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
         let state = self.core.shared.read_state();
         let (index, term) = state.log.compacted;
