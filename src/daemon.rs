@@ -414,7 +414,8 @@ impl Parts {
             tls,
             demotion_deadline: self.config.demotion_deadline,
         };
-        Supervisor::new(supervisor, self.handle.status(), self.lease.clone(), self.guard.clone())
+        let node = (self.handle.status(), self.handle.serving());
+        Supervisor::new(supervisor, node, self.lease.clone(), self.guard.clone())
     }
 
     /// What the Console serves. Its own certificate follows the address of this host.

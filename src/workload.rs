@@ -6,7 +6,11 @@ use anyhow::{Context, anyhow};
 use axum::Router;
 use tokio::sync::watch;
 
-use crate::{console::Console, node::Status, storage::database::PrimaryDatabase};
+use crate::{
+    console::Console,
+    node::{Serving, Status},
+    storage::database::PrimaryDatabase,
+};
 
 pub use crate::console::Services;
 
@@ -24,9 +28,13 @@ impl Workload {
     ///
     /// # Errors
     /// When the epoch is over or the system has no random bytes.
-    pub fn start(epoch: u64, status: watch::Receiver<Arc<Status>>, services: Option<Services>) -> anyhow::Result<Self> {
-        let now = Arc::clone(&status.borrow());
-        let database = now.database.clone().filter(|_| now.serving() == Some(epoch));
+    pub fn start(
+        epoch: u64,
+        status: watch::Receiver<Arc<Status>>,
+        serving: &Serving,
+        services: Option<Services>,
+    ) -> anyhow::Result<Self> {
+        let database = serving.borrow().clone().filter(|database| database.epoch == epoch);
         let database = database.ok_or_else(|| anyhow!("this node is not PRIMARY in epoch {epoch} any more"))?;
         let console = Console::new(database.connect_options(), status, services)
             .map_err(|_| anyhow!("the system gives no random bytes"))?;

@@ -168,7 +168,7 @@ fn picture(states: [Role; 3]) -> Status {
         membership: Membership::founded(ClusterId(1), (1..=3).map(founder).collect()),
         warnings: Vec::new(),
         certificates: Vec::new(),
-        database: None,
+        serving: false,
         recent: Default::default(),
     }
 }

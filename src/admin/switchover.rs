@@ -234,7 +234,7 @@ mod tests {
             membership: Membership::founded(ClusterId(7), (1..=others.len() as u64 + 1).map(founder).collect()),
             warnings: Vec::new(),
             certificates: Vec::new(),
-            database: None,
+            serving: false,
             recent: Default::default(),
         }
     }

@@ -217,10 +217,8 @@ impl Backups {
         job.step("closes the Console", 0);
         let (all, replacing) = (self.clone(), Arc::clone(job));
         let work = async move {
-            let status = all.node.status().borrow().clone();
             let gone = || BackupError::Refused("this node is not PRIMARY any more: nothing was changed".to_owned());
-            let database = status.database.clone().ok_or_else(gone)?;
-            drop(status);
+            let database = all.node.serving().borrow().clone().ok_or_else(gone)?;
             blocking(move || replace(&database, &copy, &replacing)).await
         };
         self.admin.with_console_closed(&by.name, "a restore", work).await??;
@@ -232,8 +230,8 @@ impl Backups {
     }
 
     fn check_page_size(&self, page_size: u32) -> Result<(), BackupError> {
-        let database = self.node.status().borrow().database.clone();
-        match database.map(|database| database.page_size()).filter(|own| *own != page_size) {
+        let here = self.node.serving().borrow().as_ref().map(|database| database.page_size());
+        match here.filter(|own| *own != page_size) {
             None => Ok(()),
             Some(own) => Err(BackupError::Refused(format!(
                 "the backup has pages of {page_size} bytes, and this cluster's database has {own}: found a new cluster with \

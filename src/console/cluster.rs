@@ -118,9 +118,8 @@ pub(super) struct Done {}
 
 /// `GET high-availability`: this node's picture of the cluster.
 pub(super) async fn status(State(console): State<Arc<Console>>, _: User) -> Result<Json<Value>, ApiError> {
-    // Turned into JSON here and not by the response: a status holds the database and must not be kept.
-    let status = serde_json::to_value(&**console.status.borrow());
-    status.map(Json).map_err(|error| {
+    let status = console.status.borrow().clone();
+    serde_json::to_value(&*status).map(Json).map_err(|error| {
         tracing::error!("cannot write the status as JSON: {error}");
         ApiError::Internal
     })

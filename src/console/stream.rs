@@ -1,5 +1,5 @@
 //! `GET high-availability/stream`: the status as server-sent events, for the page. Bounded in number, pace and time; must
-//! never keep a status, which holds the database, and never keep the ports from closing.
+//! never keep the ports from closing.
 //!
 //! Events: `status` with the JSON of `GET high-availability`, `history` when something was added to `GET
 //! high-availability/events`, and `end` before the stream ends in order, with the reason
@@ -140,8 +140,9 @@ impl Feed {
 
     fn picture(&mut self) -> Option<Bytes> {
         self.next = Instant::now() + self.times.pace;
-        // Turned into text while it is borrowed: a clone would keep the database open.
-        let text = serde_json::to_string(&**self.status.borrow_and_update());
+        // Not under the guard, which keeps the consensus loop from publishing.
+        let status = Arc::clone(&self.status.borrow_and_update());
+        let text = serde_json::to_string(&*status);
         text.inspect_err(|error| tracing::error!("cannot write the status as JSON: {error}"))
             .ok()
             .map(|text| format!("event: status\ndata: {text}\n\n").into())
@@ -170,7 +171,7 @@ mod tests {
             membership: Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
             certificates: Vec::new(),
-            database: None,
+            serving: false,
             recent: Default::default(),
         })
     }

@@ -96,6 +96,6 @@ pub(super) fn status() -> Status {
         warnings: Vec::new(),
         certificates: Vec::new(),
         recent: Default::default(),
-        database: None,
+        serving: false,
     }
 }

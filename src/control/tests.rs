@@ -35,7 +35,7 @@ impl ControlHandler for Fake {
             membership: crate::cluster::Membership::founded(ClusterId(7), Vec::new()),
             warnings: Vec::new(),
             certificates: Vec::new(),
-            database: None,
+            serving: false,
             recent: Default::default(),
         })
     }

@@ -1,5 +1,4 @@
-//! Makes events of what a node publishes: compares each picture with the one before. Must never keep a picture: it holds the
-//! database of a PRIMARY.
+//! Makes events of what a node publishes: compares each picture with the one before. Must never hold up whoever publishes.
 
 use std::{
     collections::BTreeMap,
@@ -92,10 +91,9 @@ pub async fn follow(
             changed = opened.changed() => changed.is_err(),
         };
         let open = *opened.borrow_and_update();
-        // Not under the guard, which keeps the consensus loop from publishing; and let go of at once.
+        // Not under the guard, which keeps the consensus loop from publishing.
         let now = Arc::clone(&status.borrow_and_update());
         follower.look(&now, open, Instant::now());
-        drop(now);
         if ended {
             return;
         }

@@ -147,7 +147,7 @@ mod tests {
             membership: crate::cluster::Membership::founded(ClusterId(1), Vec::new()),
             warnings: Vec::new(),
             certificates: Vec::new(),
-            database: None,
+            serving: false,
             recent: Default::default(),
         }
     }

@@ -30,6 +30,7 @@ use super::{
     memory::Keeper,
     publisher::Publisher,
     rollback::{self, Rollback},
+    serving::OpenDatabase,
     space::Space,
     syncer::{Done, Keep, Syncer},
     throttle::Throttle,
@@ -51,6 +52,7 @@ pub(super) struct Driver {
     pub applier: Applier,
     pub syncer: Syncer,
     pub publisher: Publisher,
+    pub serving: OpenDatabase,
     pub config: NodeConfig,
     pub waiting: Waiting,
     pub rollback: Rollback,
@@ -125,7 +127,7 @@ impl Driver {
             if self.rollback.is_over(self.applier.applied()) {
                 self.publisher.rolling_back(false);
             }
-            self.publisher.publish(&self.cluster, &self.log, self.applier.applied());
+            self.publisher.publish(&self.cluster, &self.log, &self.serving, self.applier.applied());
             self.publisher.announce(&mut self.links);
             if let Some(exit) = self.exit.take() {
                 return self.end(exit);
@@ -154,7 +156,7 @@ impl Driver {
 
     /// The database fences itself when this host's files fail after a majority has a transaction: it must be replayed.
     fn watch_database(&mut self) {
-        if self.publisher.is_fenced() {
+        if self.serving.is_fenced() {
             error!("the database has fenced itself after a failure of its files on this host");
             self.cluster.set_unfit(boottime(), boottime() + UNFIT);
             self.cluster.give_up(boottime(), Cause::DatabaseFailed);
@@ -184,7 +186,7 @@ impl Driver {
             Exit::Stopped | Exit::Restart(_) => self.waiting.fail("the node stops"),
         };
         self.changes.fail();
-        self.publisher.fence();
+        self.serving.fence();
         if matches!(exit, Exit::Stopped | Exit::Restart(_)) {
             self.applier.stop();
         }
@@ -306,11 +308,11 @@ impl Driver {
         match event {
             DatabaseEvent::Empty { epoch } => self.found_database(epoch),
             DatabaseEvent::Promoted { epoch, database } => {
-                self.publisher.offer(database);
+                self.serving.offer(database);
                 self.publisher.warn("database", None);
                 self.cluster.promoted(now, epoch);
                 if self.cluster.phase() != Phase::Primary || self.cluster.epoch() != epoch {
-                    self.publisher.fence();
+                    self.serving.fence();
                 }
             }
             DatabaseEvent::Demoted { demotion } => {
@@ -425,7 +427,7 @@ impl Driver {
     fn transition(&mut self, transition: &Transition) {
         let epoch = self.cluster.epoch();
         if transition.to == Phase::Demoting {
-            self.publisher.fence();
+            self.serving.fence();
             self.demotion = Some(self.applier.demote());
             let unknown = self.waiting.fail("the role was lost while a majority was awaited");
             self.changes.fail();

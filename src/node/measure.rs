@@ -24,7 +24,7 @@ impl Driver {
         let (bytes, age) = self.applier.figures();
         metrics::gauge!(telemetry::DATABASE_BYTES).set(bytes as f64);
         metrics::gauge!(telemetry::CHECKPOINT_AGE).set(age.as_secs_f64());
-        metrics::gauge!(telemetry::WAL_BYTES).set(self.publisher.wal_bytes() as f64);
+        metrics::gauge!(telemetry::WAL_BYTES).set(self.serving.wal_bytes() as f64);
         let unheard: BTreeSet<NodeId> = self.links.unheard_by().collect();
         for member in self.members.borrow().roster.members.iter().filter(|member| member.id != self.config.node) {
             let unheard = truth(unheard.contains(&member.id));

@@ -14,6 +14,7 @@ mod publisher;
 mod pulse;
 mod rollback;
 mod scrub;
+mod serving;
 mod snapshots;
 mod space;
 pub mod status;
@@ -38,6 +39,7 @@ pub use configure::ChangeError;
 pub use disk::trouble;
 pub use lease::Lease;
 pub use pulse::Pulse;
+pub use serving::Serving;
 pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
 
 use crate::{
@@ -59,6 +61,7 @@ use inbox::{Input, Sender, Waiting};
 use memory::Keeper;
 use publisher::Publisher;
 use rollback::Rollback;
+use serving::OpenDatabase;
 use space::Space;
 use syncer::Syncer;
 use throttle::Throttle;
@@ -112,6 +115,7 @@ pub enum Exit {
 pub struct Handle {
     sender: Sender,
     status: watch::Receiver<Arc<Status>>,
+    serving: Serving,
     membership: watch::Receiver<Arc<Membership>>,
     editions: watch::Receiver<Edition>,
     restore: watch::Receiver<Option<NodeId>>,
@@ -123,6 +127,11 @@ impl Handle {
     /// The latest picture; changes can be awaited.
     pub fn status(&self) -> watch::Receiver<Arc<Status>> {
         self.status.clone()
+    }
+
+    /// The database, while this node is PRIMARY and has it open for writing.
+    pub fn serving(&self) -> Serving {
+        self.serving.clone()
     }
 
     /// What a member is called.
@@ -268,6 +277,7 @@ pub fn spawn(
     let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
     let copies = applier.copies();
     let (publisher, status) = Publisher::new(&config);
+    let (open_database, serving) = OpenDatabase::new();
     let keeper = Keeper::start(&config)?;
     let pulse = Pulse::new();
     let mut driver = Driver {
@@ -283,6 +293,7 @@ pub fn spawn(
         inbox,
         applier,
         publisher,
+        serving: open_database,
         config,
         waiting: Waiting::new(Instant::now()),
         changes: Changes::default(),
@@ -301,7 +312,7 @@ pub fn spawn(
     };
     driver.follow_membership();
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status, membership, editions: edition, restore, copies, pulse }, thread))
+    Ok((Handle { sender, status, serving, membership, editions: edition, restore, copies, pulse }, thread))
 }
 
 /// The index behind which raft hands out what is committed. A database that the raft log cannot bring up to date is of no use, and

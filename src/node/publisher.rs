@@ -20,7 +20,6 @@ use super::{
 use crate::{
     cluster::{Membership, NodeId, Phase, Role, level::FIRST_LEVEL, role::Transition, trust::Holdings},
     peer::{Condition, Links, More, NodeReport, Remembers},
-    storage::database::PrimaryDatabase,
 };
 
 /// A member that was not heard of for this long is shown as DOWN.
@@ -70,7 +69,6 @@ pub(super) struct Publisher {
     history: History,
     /// The copy of the database that is on its way to this node.
     sync: Option<SyncProgress>,
-    database: Option<Arc<PrimaryDatabase>>,
     sender: watch::Sender<Arc<Status>>,
     ticks: u32,
     stale: bool,
@@ -107,7 +105,6 @@ impl Publisher {
             free: None,
             disk: Condition::Good,
             holds: Holdings::default(),
-            database: None,
             sender,
             ticks: 0,
             stale: true,
@@ -300,29 +297,6 @@ impl Publisher {
 
     pub fn rolling_back(&mut self, rolling_back: bool) {
         self.rolling_back = rolling_back;
-        self.stale = true;
-    }
-
-    /// The database is open for writing: shown with the role PRIMARY only.
-    pub fn offer(&mut self, database: Arc<PrimaryDatabase>) {
-        self.database = Some(database);
-    }
-
-    /// Bytes of the `-wal` file of the database that is open for writing.
-    pub fn wal_bytes(&self) -> u64 {
-        self.database.as_ref().map_or(0, |database| database.gate().wal_bytes())
-    }
-
-    /// True if the database that was offered takes no more transactions.
-    pub fn is_fenced(&self) -> bool {
-        self.database.as_ref().is_some_and(|database| database.gate().is_fenced())
-    }
-
-    /// From now on no transaction of this node can be committed. Takes effect at once, on any thread.
-    pub fn fence(&mut self) {
-        if let Some(database) = self.database.take() {
-            database.gate().fence();
-        }
         self.stale = true;
     }
 

@@ -1,19 +1,16 @@
 //! What a node shows of itself and the cluster: the picture that everybody reads. Data only, with its form in JSON; must
 //! never decide anything, nor show what lets a host in.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 
 use super::history::Recent;
 use crate::{
     cluster::{ClusterId, Membership, NodeId, Role, trust::Holdings},
     pki::CertificateInfo,
-    storage::database::PrimaryDatabase,
 };
 
 /// One consistent picture of this node, published through a watch channel at every change and at least every half second.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     pub cluster: ClusterId,
     pub node: NodeId,
@@ -41,10 +38,9 @@ pub struct Status {
     /// The certificates that this node uses; empty until somebody has looked.
     #[serde(default)]
     pub certificates: Vec<CertificateStatus>,
-    /// The database, opened for writing. Present only in the role PRIMARY. Whoever holds a clone of it or a connection to it
-    /// must let go as soon as the role changes: the daemon exits when that takes longer than the demotion deadline.
-    #[serde(skip)]
-    pub database: Option<Arc<PrimaryDatabase>>,
+    /// The database is open for writing, and can be had ([`super::Serving`]); only in the role PRIMARY.
+    #[serde(default)]
+    pub serving: bool,
     /// What this node went through lately.
     #[serde(skip)]
     pub recent: Recent,
@@ -74,7 +70,7 @@ impl Status {
             membership,
             warnings: Vec::new(),
             certificates: Vec::new(),
-            database: None,
+            serving: false,
             recent: Recent::default(),
         }
     }
@@ -82,7 +78,7 @@ impl Status {
     /// The epoch in which this node may serve: only in the role PRIMARY with an open database. The lease is another
     /// matter.
     pub fn serving(&self) -> Option<u64> {
-        (self.role == Role::Primary && self.database.is_some()).then_some(self.epoch)
+        (self.role == Role::Primary && self.serving).then_some(self.epoch)
     }
 }
 
@@ -165,4 +161,23 @@ pub struct MemberStatus {
 pub struct SyncProgress {
     pub bytes: u64,
     pub total: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_of_an_older_program_is_read_and_says_nothing_of_serving() {
+        let nobody = Membership::founded(ClusterId(1), Vec::new());
+        let status = Status::without_node("one".to_owned(), "1", nobody, Role::Primary, String::new());
+        let mut json = serde_json::to_value(Status { serving: true, epoch: 7, ..status }).unwrap();
+        let read = |json: &serde_json::Value| serde_json::from_value::<Status>(json.clone()).unwrap().serving();
+        assert_eq!(read(&json), Some(7));
+        json.as_object_mut().unwrap().remove("serving");
+        assert_eq!(read(&json), None);
+        json["serving"] = true.into();
+        json["role"] = serde_json::to_value(Role::Secondary).unwrap();
+        assert_eq!(read(&json), None, "whatever it says, only a PRIMARY serves");
+    }
 }

@@ -174,7 +174,7 @@ pub(crate) mod tests {
             membership: Membership::founded(ClusterId(0xabc), (1..=3).map(founder).collect()),
             warnings: Vec::new(),
             certificates: Vec::new(),
-            database: None,
+            serving: false,
             recent: Default::default(),
         }
     }

@@ -22,7 +22,7 @@ use self::{
 };
 use crate::{
     guard::{GuardState, PortGuard},
-    node::{Lease, Status, lease::boottime, trouble},
+    node::{Lease, Serving, Status, lease::boottime, trouble},
     telemetry,
     workload::{Services, Workload},
 };
@@ -98,6 +98,7 @@ impl SupervisorHandle {
 pub struct Supervisor {
     config: SupervisorConfig,
     inputs: Inputs,
+    serving: Serving,
     guard: PortGuard,
     state: watch::Sender<SupervisorState>,
     services: Option<Services>,
@@ -205,10 +206,11 @@ impl Inputs {
 }
 
 impl Supervisor {
-    /// Prepares a supervisor and its handle. The guard must have been given the same lease.
+    /// Prepares a supervisor and its handle, for a node with this status and this database. The guard must have been given the
+    /// same lease.
     pub fn new(
         config: SupervisorConfig,
-        status: watch::Receiver<Arc<Status>>,
+        (status, serving): (watch::Receiver<Arc<Status>>, Serving),
         lease: Lease,
         guard: PortGuard,
     ) -> (Self, SupervisorHandle) {
@@ -216,7 +218,7 @@ impl Supervisor {
         let (hold, held) = watch::channel(None);
         let inputs = Inputs { status, lease, guard: guard.state(), held };
         (
-            Self { config, inputs, guard, state, services: None, seating: Seating::new() },
+            Self { config, inputs, serving, guard, state, services: None, seating: Seating::new() },
             SupervisorHandle { held: hold, state: seen },
         )
     }
@@ -277,7 +279,7 @@ impl Supervisor {
         let held = self.inputs.held.borrow().map(|why| anyhow::anyhow!("{why}"));
         let started = match held {
             Some(why) => Err(why),
-            None => Workload::start(epoch, self.inputs.status.clone(), self.services.clone()),
+            None => Workload::start(epoch, self.inputs.status.clone(), &self.serving, self.services.clone()),
         };
         let workload = started.inspect_err(|_| self.publish(|state| state.running = false))?;
         let mut watched = self.inputs.clone();

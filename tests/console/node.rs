@@ -21,7 +21,7 @@ use twistlock_ha::{
     pki::{Pair, console_tls},
     storage::{
         EntrySource, ReplicateError, Replicator,
-        database::{Database, initial_transaction},
+        database::{Database, PrimaryDatabase, initial_transaction},
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle},
 };
@@ -137,6 +137,7 @@ pub struct Node {
     pub runtime: Runtime,
     agent: Agent,
     status: watch::Sender<Arc<Status>>,
+    serving: watch::Sender<Option<Arc<PrimaryDatabase>>>,
     lease: Lease,
     /// Whether a thread extends the lease; held while either changes the lease, so that neither undoes the other's.
     extending: Arc<Mutex<bool>>,
@@ -168,7 +169,7 @@ fn status(role: Role, epoch: u64) -> Status {
         membership: Membership::founded(ClusterId(1), Vec::new()),
         warnings: Vec::new(),
         certificates: Vec::new(),
-        database: None,
+        serving: false,
         recent: Default::default(),
     }
 }
@@ -191,13 +192,14 @@ impl Node {
         let lease = Lease::new().unwrap();
         let guard = PortGuard::spawn(env!("CARGO_BIN_EXE_twistlockd").into(), &lease, None).unwrap();
         let (publish, status) = watch::channel(Arc::new(status(Role::Secondary, 0)));
+        let (serving, database_lent) = watch::channel(None);
         let config = SupervisorConfig {
             address: address.into(),
             ports: ConsolePorts { https: Some(HTTPS), http: Some(HTTP), defender: Some(DEFENDER) },
             tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
             demotion_deadline: DEADLINE,
         };
-        let (supervisor, handle) = Supervisor::new(config, status, lease.clone(), guard.clone());
+        let (supervisor, handle) = Supervisor::new(config, (status, database_lent), lease.clone(), guard.clone());
         let runtime = Runtime::new().unwrap();
         runtime.spawn(supervisor.run());
         let agent = agent(&certificate);
@@ -205,7 +207,7 @@ impl Node {
         let extending = Arc::new(Mutex::new(false));
         keep_extending(lease.clone(), Arc::clone(&extending));
         let (address, status, _dir) = (address.into(), publish, dir);
-        Self { address, majority, handle, guard, runtime, agent, status, lease, extending, database, _dir }
+        Self { address, majority, handle, guard, runtime, agent, status, serving, lease, extending, database, _dir }
     }
 
     /// The file of the certificate that the ports serve.
@@ -222,7 +224,8 @@ impl Node {
         }
         let replicator: Arc<dyn Replicator> = Arc::clone(&self.majority) as _;
         let primary = database.promote(epoch, replicator).unwrap();
-        let status = Status { database: Some(primary), ..status(Role::Primary, epoch) };
+        self.serving.send_replace(Some(primary));
+        let status = Status { serving: true, ..status(Role::Primary, epoch) };
         self.status.send_replace(Arc::new(status));
         self.extend_lease();
     }
@@ -243,6 +246,7 @@ impl Node {
     pub fn demote(&self) {
         self.set_lease(0, false);
         self.status.send_replace(Arc::new(status(Role::Secondary, 0)));
+        self.serving.send_replace(None);
     }
 
     /// Demotes the database: proves that nobody holds it. The replay comes with the next promotion.

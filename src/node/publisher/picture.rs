@@ -10,6 +10,7 @@ use crate::{
         history::Recent,
         lease::boottime,
         measure,
+        serving::OpenDatabase,
         status::{MemberStatus, Status},
     },
     peer::Condition,
@@ -18,7 +19,7 @@ use crate::{
 
 impl Publisher {
     /// Publishes a new picture if anything changed that somebody may wait for.
-    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, log: &RaftLog, applied: u64) {
+    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, log: &RaftLog, database: &OpenDatabase, applied: u64) {
         let primary = self.primary(cluster);
         let shown = (cluster.epoch(), primary);
         if shown == self.shown && !std::mem::take(&mut self.stale) {
@@ -30,9 +31,15 @@ impl Publisher {
         }
         let mut status = self.picture(cluster, log, applied);
         status.primary = primary;
+        status.serving = self.phase == Phase::Primary && database.lend();
         status.warnings = self.sentences(&status);
         measure::status(&status);
+        // Whoever reads that this node serves finds the database.
+        let serving = status.serving;
         self.sender.send_replace(Arc::new(status));
+        if !serving {
+            database.withdraw();
+        }
     }
 
     fn primary(&self, cluster: &Cluster<RaftLog>) -> Option<NodeId> {
@@ -84,7 +91,7 @@ impl Publisher {
             membership: self.membership.clone(),
             warnings: Vec::new(),
             certificates: self.certificates.clone(),
-            database: self.database.clone().filter(|_| self.phase == Phase::Primary),
+            serving: false,
             recent: Recent { role_changes: self.history.changes().clone(), warnings: self.warnings.clone() },
         }
     }

@@ -1,0 +1,118 @@
+//! The database that this node has open for writing: lends it to the rest of the process for as long as it is PRIMARY, and
+//! fences it. Lives on the consensus loop. Must never lend a database that is not open, nor wait for one to be given back.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::storage::database::PrimaryDatabase;
+
+/// Where the rest of the process finds the database of a PRIMARY, open for writing.
+///
+/// Whoever holds a clone of it, or a connection to it, must let go as soon as the role changes: the daemon exits when that
+/// takes longer than the demotion deadline.
+pub type Serving = watch::Receiver<Option<Arc<PrimaryDatabase>>>;
+
+/// The loop's side: the database from its opening to its fence.
+pub(super) struct OpenDatabase {
+    database: Option<Arc<PrimaryDatabase>>,
+    lent: watch::Sender<Option<Arc<PrimaryDatabase>>>,
+}
+
+impl OpenDatabase {
+    /// None is open yet.
+    pub fn new() -> (Self, Serving) {
+        let (lent, serving) = watch::channel(None);
+        (Self { database: None, lent }, serving)
+    }
+
+    /// It is open for writing; the role is about to be PRIMARY.
+    pub fn offer(&mut self, database: Arc<PrimaryDatabase>) {
+        self.database = Some(database);
+    }
+
+    /// Lends the database if it is open: true then. To be called before anybody hears that this node is PRIMARY.
+    pub fn lend(&self) -> bool {
+        let Some(database) = &self.database else { return false };
+        if !self.lent.borrow().as_ref().is_some_and(|lent| Arc::ptr_eq(lent, database)) {
+            self.lent.send_replace(Some(Arc::clone(database)));
+        }
+        true
+    }
+
+    /// Lends it no more. To be called after it was published that this node does not serve: nobody misses it then.
+    pub fn withdraw(&self) {
+        if self.lent.borrow().is_some() {
+            self.lent.send_replace(None);
+        }
+    }
+
+    /// Bytes of its `-wal` file.
+    pub fn wal_bytes(&self) -> u64 {
+        self.database.as_ref().map_or(0, |database| database.gate().wal_bytes())
+    }
+
+    /// True if it takes no more transactions.
+    pub fn is_fenced(&self) -> bool {
+        self.database.as_ref().is_some_and(|database| database.gate().is_fenced())
+    }
+
+    /// From now on no transaction of this node can be committed. Takes effect at once, on any thread.
+    pub fn fence(&mut self) {
+        if let Some(database) = self.database.take() {
+            database.gate().fence();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cluster::command::CONSOLE_DATABASE,
+        storage::{
+            EntrySource, ReplicateError, Replicator,
+            database::{Database, initial_transaction},
+        },
+    };
+
+    struct Nobody(Vec<Vec<u8>>);
+
+    impl Replicator for Nobody {
+        fn replicate(&self, _: Vec<u8>, _: bool) -> Result<u64, ReplicateError> {
+            Err(ReplicateError::Refused("there is nobody".to_owned()))
+        }
+    }
+
+    impl EntrySource for Nobody {
+        fn for_each(
+            &self,
+            first: u64,
+            last: u64,
+            each: &mut dyn FnMut(u64, &[u8]) -> std::io::Result<()>,
+        ) -> std::io::Result<()> {
+            (first..=last).try_for_each(|index| each(index, &self.0[index as usize - 1]))
+        }
+    }
+
+    #[test]
+    fn a_database_is_lent_while_it_is_open_and_fenced_before_it_is_withdrawn() {
+        let folder = tempfile::tempdir().unwrap();
+        let entries = Nobody(initial_transaction(CONSOLE_DATABASE, 4096).unwrap());
+        let mut database = Database::open(folder.path(), CONSOLE_DATABASE, 0).unwrap();
+        for (index, entry) in (1..).zip(&entries.0) {
+            database.apply(index, 1, entry, &entries).unwrap();
+        }
+        let (mut open, serving) = OpenDatabase::new();
+        assert!(!open.lend() && serving.borrow().is_none());
+        open.offer(database.promote(7, Arc::new(entries)).unwrap());
+        assert!(serving.borrow().is_none(), "the role is not PRIMARY yet");
+        assert!(open.lend() && open.lend() && !open.is_fenced());
+        let lent = serving.borrow().clone().unwrap();
+        assert_eq!(lent.epoch, 7);
+        open.fence();
+        assert!(lent.gate().is_fenced() && serving.borrow().is_some() && !open.lend());
+        open.withdraw();
+        assert!(serving.borrow().is_none());
+    }
+}
