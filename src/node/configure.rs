@@ -131,7 +131,7 @@ impl Driver {
         if all {
             self.applier.pin(self.unwritten);
             // It is in the raft logs of a majority: it is safe without its file, too.
-            let membership = self.members.borrow().clone();
+            let membership = self.in_force.borrow().clone();
             self.changes.release(index, &membership);
         }
     }
@@ -146,8 +146,9 @@ impl Driver {
     /// Lets links, status and whoever watches follow the membership in force.
     pub(super) fn follow_membership(&mut self) {
         let membership = self.config.configuration.membership.clone();
-        log_differences(&self.members.borrow(), &membership);
+        log_differences(&self.in_force.borrow(), &membership);
         self.paused_ignored = false;
+        self.members.follow(&membership);
         self.publisher.set_membership(&membership);
         let others: Vec<_> = membership.roster.members.iter().map(|member| member.id).collect();
         self.links.set_peers(&others);
@@ -164,7 +165,7 @@ impl Driver {
         let membership = Arc::new(membership);
         let index = self.config.configuration.index;
         self.editions.send_replace(Edition { index, membership: membership.clone() });
-        self.members.send_replace(membership);
+        self.in_force.send_replace(membership);
         self.follow_pause();
     }
 
@@ -207,12 +208,13 @@ impl Driver {
     /// What was missing has come by other ways, for example from another primary with a longer raft log.
     pub(super) fn restore_if_needed(&mut self) {
         if self.cluster.has_forgotten() {
-            if let Some(primary) = self.publisher.reported_primary() {
+            if let Some(primary) = self.members.reported_primary() {
                 self.want_restore(primary);
             }
-        } else if self.publisher.is_diverged() {
+        } else if self.diverged {
             // A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
-            if let Some(primary) = self.publisher.known_primary() {
+            let primary = self.cluster.leader().and_then(|leader| self.members.primary(leader, self.cluster.epoch()));
+            if let Some(primary) = primary {
                 self.want_restore(primary);
             }
         } else if self.cluster.committed() >= self.lacks {

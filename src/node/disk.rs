@@ -221,7 +221,7 @@ impl Driver {
             return;
         }
         let paused = self.cluster.is_takeover_paused(now);
-        let to = self.publisher.secondary_with_space().filter(|_| !paused);
+        let to = self.members.secondary_with_space().filter(|_| !paused);
         let Some(to) = to else {
             if !std::mem::replace(&mut self.disk.stuck, true) {
                 self.disk.told = None;

@@ -27,8 +27,9 @@ use super::{
     disk::Disk,
     inbox::{DatabaseEvent, Input, Piece, Proposal, Waiting},
     lease::boottime,
+    members::Members,
     memory::Keeper,
-    publisher::Publisher,
+    publisher::{Publisher, Seen},
     rollback::{self, Rollback},
     serving::OpenDatabase,
     space::Space,
@@ -51,6 +52,7 @@ pub(super) struct Driver {
     pub inbox: Receiver<Input>,
     pub applier: Applier,
     pub syncer: Syncer,
+    pub members: Members,
     pub publisher: Publisher,
     pub serving: OpenDatabase,
     pub config: NodeConfig,
@@ -64,7 +66,7 @@ pub(super) struct Driver {
     /// The disk is full, and the membership in force is not in its file yet.
     pub unwritten: bool,
     /// The membership in force, for whoever follows it.
-    pub members: watch::Sender<Arc<Membership>>,
+    pub in_force: watch::Sender<Arc<Membership>>,
     /// The same with its raft index.
     pub editions: watch::Sender<Edition>,
     /// Who can give this node the whole database, while it needs that.
@@ -73,6 +75,8 @@ pub(super) struct Driver {
     pub removed: Option<String>,
     /// The administrator wants a takeover in spite of a pause.
     pub paused_ignored: bool,
+    /// This node's copy of the database is not to be trusted.
+    pub diverged: bool,
     /// This node lacks entries up to here that the leader's raft log does not have any more.
     pub lacks: u64,
     pub handed_over: Option<oneshot::Sender<()>>,
@@ -112,7 +116,7 @@ impl Driver {
                 self.watch_database();
                 self.watch_stall();
                 self.applier.nudge();
-                self.applier.release(self.publisher.everybody_has());
+                self.applier.release(self.members.everybody_has());
                 if self.rollback.note_ends() {
                     self.publisher.warn(rollback::ABOUT, None);
                 }
@@ -127,8 +131,7 @@ impl Driver {
             if self.rollback.is_over(self.applier.applied()) {
                 self.publisher.rolling_back(false);
             }
-            self.publisher.publish(&self.cluster, &self.log, &self.serving, self.applier.applied());
-            self.publisher.announce(&mut self.links);
+            self.publish();
             if let Some(exit) = self.exit.take() {
                 return self.end(exit);
             }
@@ -170,6 +173,19 @@ impl Driver {
         }
     }
 
+    fn publish(&mut self) {
+        let Self { cluster, log, applier, .. } = self;
+        let seen = Seen { cluster, log, applied: applier.applied() };
+        self.publisher.publish(&seen, &mut self.members, &self.serving);
+        self.publisher.announce(&mut self.links);
+    }
+
+    /// This node's copy of the database is not to be trusted: the primary's takes its place.
+    pub(super) fn mark_diverged(&mut self, why: String) {
+        self.diverged = true;
+        self.publisher.diverged(why);
+    }
+
     fn time_to_wait(&self, next_tick: Instant) -> Duration {
         let until_tick = next_tick.saturating_duration_since(Instant::now());
         let deadline = self.cluster.deadline().map(|at| Duration::from_nanos(at.saturating_sub(boottime())));
@@ -199,7 +215,7 @@ impl Driver {
         let now = boottime();
         match event {
             PeerEvent::Raft(message) => {
-                self.publisher.heard(message.from);
+                self.members.heard(message.from);
                 self.config.memory.heard(&message);
                 if self.cluster.has_forgotten() {
                     return;
@@ -229,7 +245,10 @@ impl Driver {
                 }),
             ),
             PeerEvent::Dead(peer) => {
-                self.publisher.dead(peer);
+                if let Some(heard) = self.members.last_heard(peer) {
+                    self.publisher.dead(peer, heard);
+                }
+                self.members.dead(peer);
                 if self.config.fast_takeover {
                     self.cluster.peer_dead(now, peer);
                 }
@@ -331,7 +350,7 @@ impl Driver {
                 error!(reason = why, "this copy of the database is not applied to any further");
                 metrics::counter!(telemetry::CHECKSUM_FAILURES).increment(1);
                 telemetry::note_now(telemetry::DAMAGE_FOUND);
-                self.publisher.diverged(why);
+                self.mark_diverged(why);
                 self.cluster.set_unfit(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
@@ -384,7 +403,7 @@ impl Driver {
         }
         output.transitions.iter().for_each(|transition| self.transition(transition));
         for message in output.send {
-            if self.throttle.admits(&message, self.publisher.has_full_disk(message.to), Instant::now()) {
+            if self.throttle.admits(&message, self.members.has_full_disk(message.to), Instant::now()) {
                 self.links.send(&message);
             }
         }
@@ -435,7 +454,7 @@ impl Driver {
                 warn!(transactions = unknown, "the outcome of waiting transactions is decided by the next primary");
             }
         }
-        self.publisher.transition(epoch, transition);
+        self.publisher.transition(epoch, transition, &self.members);
         info!(epoch, from = ?transition.from, to = ?transition.to, "{}", transition.sentence);
         metrics::counter!(telemetry::ROLE_CHANGES, "cause" => format!("{:?}", transition.cause)).increment(1);
     }

@@ -26,7 +26,7 @@ impl Driver {
         metrics::gauge!(telemetry::CHECKPOINT_AGE).set(age.as_secs_f64());
         metrics::gauge!(telemetry::WAL_BYTES).set(self.serving.wal_bytes() as f64);
         let unheard: BTreeSet<NodeId> = self.links.unheard_by().collect();
-        for member in self.members.borrow().roster.members.iter().filter(|member| member.id != self.config.node) {
+        for member in self.in_force.borrow().roster.members.iter().filter(|member| member.id != self.config.node) {
             let unheard = truth(unheard.contains(&member.id));
             metrics::gauge!(telemetry::PEER_DATAGRAMS_UNHEARD, "member" => member.name.clone()).set(unheard);
         }
@@ -35,7 +35,7 @@ impl Driver {
     /// A page that SQLite changes goes to all members as it is: a primary with a damaged file must not go on, as long as
     /// another one can.
     pub(super) fn database_rots(&mut self, why: String) {
-        let Some(to) = self.publisher.secondary_with_space() else {
+        let Some(to) = self.members.secondary_with_space() else {
             error!(reason = why, "the database file of this PRIMARY is damaged, and no other member can take over");
             let text =
                 format!("{why}; this is the only member that can serve: bring another one up, it takes over then");
@@ -50,7 +50,7 @@ impl Driver {
         }
         error!(reason = why, to, "the database file of this PRIMARY is damaged: the role goes to another member");
         self.publisher.warn("scrub", None);
-        self.publisher.diverged(why);
+        self.mark_diverged(why);
         let now = boottime();
         self.cluster.set_unfit(now, u64::MAX);
         self.cluster.hand_over(now, Some(to));

@@ -13,7 +13,7 @@ use tracing::{error, warn};
 
 use super::{Exit, NodeConfig, driver::Driver, lease::boottime};
 use crate::{
-    cluster::NodeId,
+    cluster::{NodeId, Role},
     peer::{NodeReport, Remembers},
     storage::{
         is_full,
@@ -74,7 +74,10 @@ impl Driver {
         if remembers.is_some_and(|remembers| self.config.memory.reported(peer, &remembers)) {
             self.cluster.peer_forgot(boottime(), peer);
         }
-        self.publisher.report(peer, report);
+        if report.state != Role::Primary {
+            self.publisher.not_primary(peer);
+        }
+        self.members.report(peer, report);
     }
 
     /// Once per tick.

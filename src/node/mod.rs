@@ -9,6 +9,7 @@ pub mod history;
 mod inbox;
 pub mod lease;
 mod measure;
+mod members;
 mod memory;
 mod publisher;
 mod pulse;
@@ -58,6 +59,7 @@ use configure::Changes;
 use disk::Disk;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
+use members::Members;
 use memory::Keeper;
 use publisher::Publisher;
 use rollback::Rollback;
@@ -270,7 +272,8 @@ pub fn spawn(
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let membership = Arc::new(membership.clone());
     let (editions, edition) = watch::channel(Edition { index: membership_index, membership: membership.clone() });
-    let (members, membership) = watch::channel(membership);
+    let members = Members::new(config.node, &membership);
+    let (in_force, membership) = watch::channel(membership);
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
     let file = database.file();
@@ -300,10 +303,12 @@ pub fn spawn(
         upgrade: Upgrade::default(),
         keeper,
         members,
+        in_force,
         editions,
         restorer,
         removed: None,
         paused_ignored: false,
+        diverged: false,
         lacks: 0,
         handed_over: None,
         demotion: None,

@@ -202,7 +202,7 @@ impl Driver {
             return;
         }
         // Reports come now and then: a member whose disk has just become full may be named, and gives the role up again.
-        let Some(to) = self.publisher.secondary_with_space() else { return };
+        let Some(to) = self.members.secondary_with_space() else { return };
         self.space.given_up = Some(now);
         warn!(to, "the disk of the primary is full: the role goes to a member with space");
         let now = boottime();
@@ -212,8 +212,8 @@ impl Driver {
 
     /// Why no majority of the voters could take a long transaction, if that is so: by their last reports.
     pub(super) fn lacks_space(&self) -> Option<String> {
-        let membership = self.members.borrow();
-        let full: Vec<NodeId> = membership.voters().filter(|voter| self.publisher.has_full_disk(*voter)).collect();
+        let membership = self.in_force.borrow();
+        let full: Vec<NodeId> = membership.voters().filter(|voter| self.members.has_full_disk(*voter)).collect();
         let voters = membership.voters().count();
         if full.len() <= voters - (voters / 2 + 1) {
             return None;

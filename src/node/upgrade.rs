@@ -42,7 +42,8 @@ impl Driver {
     /// Once per tick.
     pub(super) fn follow_level(&mut self) {
         let in_force = self.config.configuration.membership.shared.level;
-        let common = if self.cluster.phase() == Phase::Primary { self.publisher.common_level() } else { None };
+        let serves = self.cluster.phase() == Phase::Primary;
+        let common = if serves { self.members.common_level(self.config.level) } else { None };
         let Some(level) = self.upgrade.due(common, in_force, Instant::now()) else { return };
         let raise = Change::Raise { level, version: self.config.version.clone() };
         // Refused only while something else is under way, or without a lease: the next tick tries again.

@@ -3,13 +3,14 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use super::{DOWN_AFTER, Publisher, disk_of, level_of};
+use super::{Publisher, Seen};
 use crate::{
     cluster::{Cluster, Member, NodeId, Phase, Role, roster::CLUSTER_SIZE},
     node::{
         history::Recent,
         lease::boottime,
         measure,
+        members::{Members, disk_of, level_of},
         serving::OpenDatabase,
         status::{MemberStatus, Status},
     },
@@ -19,20 +20,21 @@ use crate::{
 
 impl Publisher {
     /// Publishes a new picture if anything changed that somebody may wait for.
-    pub fn publish(&mut self, cluster: &Cluster<RaftLog>, log: &RaftLog, database: &OpenDatabase, applied: u64) {
-        let primary = self.primary(cluster);
-        let shown = (cluster.epoch(), primary);
-        if shown == self.shown && !std::mem::take(&mut self.stale) {
+    pub fn publish(&mut self, seen: &Seen, members: &mut Members, database: &OpenDatabase) {
+        let primary = self.primary(seen.cluster, members);
+        let shown = (seen.cluster.epoch(), primary);
+        let stale = std::mem::take(&mut self.stale) | members.take_news();
+        if shown == self.shown && !stale {
             return;
         }
         self.shown = shown;
         if let Some(primary) = primary {
             self.history.primary_is(primary);
         }
-        let mut status = self.picture(cluster, log, applied);
+        let mut status = self.picture(seen, members);
         status.primary = primary;
         status.serving = self.phase == Phase::Primary && database.lend();
-        status.warnings = self.sentences(&status);
+        status.warnings = self.sentences(&status, members);
         measure::status(&status);
         // Whoever reads that this node serves finds the database.
         let serving = status.serving;
@@ -42,16 +44,15 @@ impl Publisher {
         }
     }
 
-    fn primary(&self, cluster: &Cluster<RaftLog>) -> Option<NodeId> {
-        let leader = cluster.leader()?;
-        if leader == self.config.node {
-            return (self.phase == Phase::Primary).then_some(leader);
+    fn primary(&self, cluster: &Cluster<RaftLog>, members: &Members) -> Option<NodeId> {
+        match cluster.leader()? {
+            leader if leader == self.config.node => (self.phase == Phase::Primary).then_some(leader),
+            leader => members.primary(leader, cluster.epoch()),
         }
-        let report = self.peers.get(&leader)?.report.as_ref()?;
-        (report.state == Role::Primary && report.epoch == cluster.epoch()).then_some(leader)
     }
 
-    fn picture(&self, cluster: &Cluster<RaftLog>, log: &RaftLog, applied: u64) -> Status {
+    fn picture(&self, seen: &Seen, others: &Members) -> Status {
+        let Seen { cluster, log, applied } = *seen;
         let committed = cluster.committed();
         let lease_ms = cluster.lease().deadline().map(|deadline| deadline.saturating_sub(boottime()) / 1_000_000);
         let role = self.role();
@@ -68,11 +69,11 @@ impl Publisher {
             last_contact_ms: Some(0),
             version: self.config.version.clone(),
             voter: true,
-            sync: self.sync,
-            full: self.full,
-            free: self.free,
+            sync: self.sync.get(&self.config.node).copied(),
+            full: self.own.full,
+            free: self.own.free,
             level: self.config.level,
-            holds: self.holds,
+            holds: self.own.holds,
         };
         let members = &self.membership.roster.members;
         Status {
@@ -87,7 +88,7 @@ impl Publisher {
             applied,
             committed,
             lease_ms,
-            members: members.iter().map(|member| self.member(member, &own, log, committed)).collect(),
+            members: members.iter().map(|member| self.member(member, &own, seen, others)).collect(),
             membership: self.membership.clone(),
             warnings: Vec::new(),
             certificates: self.certificates.clone(),
@@ -96,21 +97,21 @@ impl Publisher {
         }
     }
 
-    fn member(&self, member: &Member, own: &MemberStatus, log: &RaftLog, committed: u64) -> MemberStatus {
+    fn member(&self, member: &Member, own: &MemberStatus, seen: &Seen, others: &Members) -> MemberStatus {
+        let (log, committed) = (seen.log, seen.cluster.committed());
         let (name, address) = (member.name.clone(), member.place());
-        let Some(peer) = self.peers.get(&member.id) else {
+        let Some(peer) = others.get(member.id) else {
             return MemberStatus { name, address, voter: member.voter, ..own.clone() };
         };
-        let silence = peer.heard.map(|heard| heard.elapsed());
-        let state = match (silence, &peer.report) {
+        let (silence, report) = (peer.silence(), peer.report());
+        let state = match (silence, report) {
             // The others have closed their doors to it: that says nothing about them.
             _ if self.removed.is_some() => Role::Unknown,
             (None, _) => Role::Unknown,
-            (Some(silence), _) if peer.dead || silence > DOWN_AFTER => Role::Down,
+            (Some(_), _) if peer.is_down() => Role::Down,
             (Some(_), Some(report)) => report.state,
             (Some(_), None) => Role::Unknown,
         };
-        let report = peer.report.as_ref();
         MemberStatus {
             id: member.id,
             name,
@@ -124,7 +125,7 @@ impl Publisher {
             last_contact_ms: silence.map(|silence| silence.as_millis() as u64),
             version: report.map(|report| report.version.clone()).unwrap_or_default(),
             voter: member.voter,
-            sync: peer.sync,
+            sync: self.sync.get(&member.id).copied(),
             full: report.is_some_and(|report| report.full),
             free: report.and_then(|report| report.more).and_then(|more| more.free),
             level: report.map_or(0, level_of),
@@ -139,7 +140,7 @@ impl Publisher {
         match role {
             _ if self.removed.is_some() => Role::Removed,
             _ if self.config.forgotten.is_some() => Role::Recovering,
-            _ if self.diverged || self.sync.is_some() && votes => Role::Recovering,
+            _ if self.diverged || self.sync.contains_key(&self.config.node) && votes => Role::Recovering,
             Role::Startup | Role::Secondary if self.rolling_back => Role::Rollback,
             Role::Startup | Role::Secondary if !votes => Role::Startup2,
             role => role,
@@ -152,7 +153,7 @@ impl Publisher {
     }
 
     /// What is wrong, and what to do.
-    fn sentences(&self, status: &Status) -> Vec<String> {
+    fn sentences(&self, status: &Status, others: &Members) -> Vec<String> {
         if status.role == Role::Removed {
             return vec![
                 "this host is no member any more, and knows nothing about the others: to come back, run the line of `twistcli ha \
@@ -182,7 +183,7 @@ impl Publisher {
             ));
         }
         for member in status.members.iter().filter(|member| !matches!(member.state, Role::Down | Role::Unknown)) {
-            let condition = self.peers.get(&member.id).and_then(|peer| peer.report.as_ref()).map(disk_of);
+            let condition = others.get(member.id).and_then(|peer| peer.report()).map(disk_of);
             if condition == Some(Condition::Bad) {
                 sentences.push(format!(
                     "the disk of {} fails or does not answer: `twistcli ha status` on that host says more",

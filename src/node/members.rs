@@ -1,0 +1,300 @@
+//! What this node knows of the other members: when they were heard of, and what they report. Answers what the loop decides
+//! by. Must never decide itself, nor know how any of it is shown.
+
+use std::{
+    cmp::Reverse,
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use super::lease::boottime;
+use crate::{
+    cluster::{Membership, NodeId, Role, level::FIRST_LEVEL},
+    peer::{Condition, More, NodeReport},
+};
+
+/// A member that was not heard of for this long is shown as DOWN, and nothing is left to it.
+const DOWN_AFTER: Duration = Duration::from_secs(1);
+/// For how long a member is not chosen that told of a disk in trouble and has begun again: its new process knows nothing of that.
+const DISK_MEMORY: Duration = Duration::from_secs(20);
+
+/// What is known about another member.
+#[derive(Default)]
+pub(super) struct Peer {
+    heard: Option<Instant>,
+    report: Option<NodeReport>,
+    /// The highest index that it has reported as applied: its raft log has had everything up to there on disk.
+    has: u64,
+    /// Its process is known to be dead, until something is heard of it again.
+    dead: bool,
+    /// When it has last told that its disk is in trouble, and whether it has begun again since then.
+    bad_disk: Option<(Instant, bool)>,
+}
+
+impl Peer {
+    /// How long ago it was heard of; none if never.
+    pub fn silence(&self) -> Option<Duration> {
+        self.heard.map(|heard| heard.elapsed())
+    }
+
+    /// What it has reported last.
+    pub fn report(&self) -> Option<&NodeReport> {
+        self.report.as_ref()
+    }
+
+    /// True if its process is dead or nothing was heard of it for a while.
+    pub fn is_down(&self) -> bool {
+        self.dead || !self.is_heard()
+    }
+
+    fn is_heard(&self) -> bool {
+        self.silence().is_some_and(|silence| silence < DOWN_AFTER)
+    }
+
+    fn has_working_disk(&self) -> bool {
+        self.bad_disk.is_none_or(|(at, _)| at.elapsed() >= DISK_MEMORY)
+    }
+
+    /// Its last report, if it is up and says to have this role.
+    fn reports(&self, role: Role) -> Option<&NodeReport> {
+        self.report.as_ref().filter(|report| report.state == role && self.is_heard())
+    }
+}
+
+/// The other members of the membership in force.
+pub(super) struct Members {
+    node: NodeId,
+    peers: BTreeMap<NodeId, Peer>,
+    /// Those of them that vote, in rank order.
+    voters: Vec<NodeId>,
+    /// Something changed that the picture shows.
+    news: bool,
+}
+
+impl Members {
+    pub fn new(node: NodeId, membership: &Membership) -> Self {
+        let mut members = Self { node, peers: BTreeMap::new(), voters: Vec::new(), news: true };
+        members.follow(membership);
+        members
+    }
+
+    /// The members from now on.
+    pub fn follow(&mut self, membership: &Membership) {
+        let others: Vec<_> = membership.roster.members.iter().filter(|member| member.id != self.node).collect();
+        self.peers.retain(|id, _| others.iter().any(|other| other.id == *id));
+        for other in &others {
+            self.peers.entry(other.id).or_default();
+        }
+        self.voters = others.iter().filter(|other| other.voter).map(|other| other.id).collect();
+    }
+
+    pub fn get(&self, id: NodeId) -> Option<&Peer> {
+        self.peers.get(&id)
+    }
+
+    /// True if the picture has to be shown anew.
+    pub fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
+    }
+
+    pub fn heard(&mut self, from: NodeId) {
+        if let Some(peer) = self.peers.get_mut(&from) {
+            peer.heard = Some(Instant::now());
+            self.news |= std::mem::take(&mut peer.dead);
+        }
+    }
+
+    pub fn report(&mut self, from: NodeId, report: NodeReport) {
+        self.heard(from);
+        let Some(peer) = self.peers.get_mut(&from) else { return };
+        // What is free changes all the time: the next picture has it.
+        let more = |report: &NodeReport| report.more.map(|more| More { free: None, memory: None, ..more });
+        let shown = |report: &NodeReport| (report.state, report.epoch, report.full, more(report));
+        self.news |= peer.report.as_ref().map(shown) != Some(shown(&report));
+        peer.has = peer.has.max(report.applied);
+        peer.bad_disk = match (disk_of(&report), peer.bad_disk) {
+            (Condition::Bad, _) => Some((Instant::now(), false)),
+            (_, Some((at, again))) => Some((at, again || report.state == Role::Startup)).filter(|(_, again)| *again),
+            (_, None) => None,
+        };
+        peer.report = Some(report);
+    }
+
+    /// Its process is dead.
+    pub fn dead(&mut self, peer: NodeId) {
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.dead = true;
+            self.news = true;
+        }
+    }
+
+    /// When a member was heard of last, on the clock of [`boottime`].
+    pub fn last_heard(&self, member: NodeId) -> Option<u64> {
+        let silence = self.peers.get(&member)?.silence()?;
+        Some(boottime().saturating_sub(silence.as_nanos() as u64))
+    }
+
+    /// Who is primary, if it is another member: the leader, once it says so of its epoch.
+    pub fn primary(&self, leader: NodeId, epoch: u64) -> Option<NodeId> {
+        let report = self.peers.get(&leader)?.report.as_ref()?;
+        (report.state == Role::Primary && report.epoch == epoch).then_some(leader)
+    }
+
+    /// Who says to be primary, for a node that takes no part in elections.
+    pub fn reported_primary(&self) -> Option<NodeId> {
+        let serving = |(id, peer): (&NodeId, &Peer)| Some((peer.reports(Role::Primary)?.epoch, *id));
+        self.peers.iter().filter_map(serving).max().map(|(_, id)| id)
+    }
+
+    /// The voter with the most that is SECONDARY, has a disk that works and space on it, and was heard of lately; of equals the first
+    /// in rank.
+    pub fn secondary_with_space(&self) -> Option<NodeId> {
+        let able = |id: &NodeId| {
+            let peer = self.peers.get(id).filter(|peer| !peer.dead && peer.has_working_disk())?;
+            let report = peer.reports(Role::Secondary).filter(|report| !report.full)?;
+            Some((Reverse(report.applied), *id))
+        };
+        self.voters.iter().filter_map(able).min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
+    }
+
+    /// The feature level that the programs of all members have, this node's `own` included; none while one of them is not heard of.
+    pub fn common_level(&self, own: u32) -> Option<u32> {
+        let level = |peer: &Peer| peer.report.as_ref().filter(|_| !peer.is_down()).map(level_of);
+        self.peers.values().map(level).try_fold(own, |least, level| Some(least.min(level?)))
+    }
+
+    /// By its last report.
+    pub fn has_full_disk(&self, member: NodeId) -> bool {
+        let report = self.peers.get(&member).and_then(|peer| peer.report.as_ref());
+        report.is_some_and(|report| report.full)
+    }
+
+    /// The index up to which all other members have the raft log: nobody will ask for it again.
+    pub fn everybody_has(&self) -> u64 {
+        self.peers.values().map(|peer| peer.has).min().unwrap_or(u64::MAX)
+    }
+}
+
+/// The feature level of the program that reports: one that says none is of the first.
+pub(super) fn level_of(report: &NodeReport) -> u32 {
+    report.more.map_or(FIRST_LEVEL, |more| more.level)
+}
+
+/// How the disk of a member does, by its report.
+pub(super) fn disk_of(report: &NodeReport) -> Condition {
+    report.more.and_then(|more| more.disk).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{ClusterId, Member, trust::Holdings};
+
+    fn membership() -> Membership {
+        let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
+        Membership::founded(ClusterId(7), (1..=3).map(member).collect())
+    }
+
+    fn members() -> Members {
+        Members::new(1, &membership())
+    }
+
+    fn report(applied: u64) -> NodeReport {
+        let version = "1.2.3".to_owned();
+        NodeReport {
+            state: Role::Secondary,
+            epoch: 2,
+            applied,
+            committed: applied,
+            lease_ms: None,
+            full: false,
+            version,
+            more: None,
+        }
+    }
+
+    #[test]
+    fn the_common_level_is_that_of_the_oldest_program_and_needs_everybody() {
+        let mut members = members();
+        let says = |level| NodeReport {
+            more: Some(More { level, holds: Holdings::default(), free: None, disk: None, memory: None }),
+            ..report(5)
+        };
+        members.report(2, says(9));
+        assert_eq!(members.common_level(2), None, "one was never heard of");
+        members.report(3, report(5));
+        assert_eq!(members.common_level(2), Some(1), "one says no level");
+        members.report(3, says(3));
+        assert_eq!(members.common_level(2), Some(2), "our own");
+        members.dead(3);
+        assert_eq!(members.common_level(2), None);
+    }
+
+    /// A primary whose disk is full must not give the role to a member that could not write either.
+    #[test]
+    fn only_a_secondary_voter_with_space_is_named() {
+        let mut members = members();
+        assert_eq!(members.secondary_with_space(), None);
+        members.report(2, report(70));
+        members.report(3, report(900));
+        assert_eq!(members.secondary_with_space(), Some(3));
+        members.report(3, NodeReport { full: true, ..report(900) });
+        assert_eq!(members.secondary_with_space(), Some(2));
+        let more =
+            |disk| Some(More { level: 2, holds: Holdings::default(), free: Some(9), disk: Some(disk), memory: None });
+        let mut tell = |state, disk| {
+            members.report(2, NodeReport { state, more: more(disk), ..report(950) });
+            members.secondary_with_space()
+        };
+        assert_eq!(tell(Role::Secondary, Condition::Bad), None);
+        assert_eq!(tell(Role::Secondary, Condition::Slow), Some(2), "it says itself that it is over");
+        assert_eq!(tell(Role::Secondary, Condition::Bad), None);
+        assert_eq!(tell(Role::Startup, Condition::Good), None);
+        assert_eq!(tell(Role::Secondary, Condition::Good), None, "a new process does not know");
+        members.peers.get_mut(&2).unwrap().bad_disk = None;
+        let mut membership = membership();
+        membership.roster.members[1].voter = false;
+        members.follow(&membership);
+        assert_eq!(members.secondary_with_space(), None);
+        membership.roster.members[1].voter = true;
+        members.follow(&membership);
+        members.report(2, NodeReport { state: Role::Startup, ..report(70) });
+        assert_eq!(members.secondary_with_space(), None);
+        members.report(2, report(70));
+        members.dead(2);
+        assert_eq!(members.secondary_with_space(), None);
+    }
+
+    /// The raft log is compacted by this: an entry that a member lacks must stay.
+    #[test]
+    fn the_raft_log_is_kept_for_a_member_that_was_never_heard_of() {
+        let mut members = members();
+        members.report(2, report(5000));
+        assert_eq!(members.everybody_has(), 0);
+        members.report(3, report(70));
+        assert_eq!(members.everybody_has(), 70);
+    }
+
+    /// A member that was demoted applies again from its checkpoint, but its raft log has what it had.
+    #[test]
+    fn what_a_member_has_does_not_go_back_and_survives_its_death() {
+        let mut members = members();
+        members.report(2, report(900));
+        members.report(3, report(800));
+        members.report(3, report(10));
+        members.dead(3);
+        assert_eq!(members.everybody_has(), 800);
+    }
+
+    #[test]
+    fn a_member_is_primary_when_it_says_so_of_the_epoch_in_which_it_leads() {
+        let mut members = members();
+        assert_eq!((members.primary(2, 5), members.reported_primary()), (None, None));
+        let serves = |epoch| NodeReport { state: Role::Primary, epoch, ..report(70) };
+        members.report(2, serves(4));
+        assert_eq!((members.primary(2, 5), members.reported_primary()), (None, Some(2)));
+        members.report(3, serves(5));
+        assert_eq!((members.primary(3, 5), members.reported_primary()), (Some(3), Some(3)));
+        assert_eq!(members.primary(2, 5), None);
+    }
+}
