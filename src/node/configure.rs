@@ -97,7 +97,7 @@ impl Driver {
         if configured.is_empty() {
             return keep;
         }
-        self.applier.pin(true);
+        self.database_thread.pin(true);
         for Configured { index, conf, membership } in configured {
             if let Some(membership) = membership {
                 self.config.configuration = Configuration { index, membership };
@@ -129,7 +129,7 @@ impl Driver {
             }
         }
         if all {
-            self.applier.pin(self.unwritten);
+            self.database_thread.pin(self.unwritten);
             // It is in the raft logs of a majority: it is safe without its file, too.
             let membership = self.in_force.borrow().clone();
             self.changes.release(index, &membership);

@@ -22,8 +22,8 @@ use crate::{
 
 use super::{
     Exit, NodeConfig, Pulse,
-    applier::Applier,
     configure::Changes,
+    database_thread,
     disk::Disk,
     inbox::{DatabaseEvent, Input, Piece, Proposal, Waiting},
     lease::boottime,
@@ -50,7 +50,7 @@ pub(super) struct Driver {
     pub log: RaftLog,
     pub links: Links,
     pub inbox: Receiver<Input>,
-    pub applier: Applier,
+    pub database_thread: database_thread::Handle,
     pub syncer: Syncer,
     pub members: Members,
     pub publisher: Publisher,
@@ -115,8 +115,8 @@ impl Driver {
                 self.watch_disk();
                 self.watch_database();
                 self.watch_stall();
-                self.applier.nudge();
-                self.applier.release(self.members.everybody_has());
+                self.database_thread.nudge();
+                self.database_thread.release(self.members.everybody_has());
                 if self.rollback.note_ends() {
                     self.publisher.warn(rollback::ABOUT, None);
                 }
@@ -128,7 +128,7 @@ impl Driver {
             }
             self.prefer_others_while_indisposed();
             self.carry_out_all();
-            if self.rollback.is_over(self.applier.applied()) {
+            if self.rollback.is_over(self.database_thread.applied()) {
                 self.publisher.rolling_back(false);
             }
             self.publish();
@@ -153,7 +153,8 @@ impl Driver {
     /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done; one with a
     /// full disk, or one that does not work, could not write.
     fn prefer_others_while_indisposed(&mut self) {
-        let indisposed = self.applier.burden() > MUCH_BEHIND || self.space.is_full() || self.disk.is_bad();
+        let indisposed =
+            self.database_thread.pending_work() > MUCH_BEHIND || self.space.is_full() || self.disk.is_bad();
         self.cluster.set_indisposed(boottime(), indisposed && self.cluster.phase() == Phase::Secondary);
     }
 
@@ -174,8 +175,8 @@ impl Driver {
     }
 
     fn publish(&mut self) {
-        let Self { cluster, log, applier, .. } = self;
-        let seen = Seen { cluster, log, applied: applier.applied() };
+        let Self { cluster, log, database_thread, .. } = self;
+        let seen = Seen { cluster, log, applied: database_thread.applied() };
         self.publisher.publish(&seen, &mut self.members, &self.serving);
         self.publisher.announce(&mut self.links);
     }
@@ -204,7 +205,7 @@ impl Driver {
         self.changes.fail();
         self.serving.fence();
         if matches!(exit, Exit::Stopped | Exit::Restart(_)) {
-            self.applier.stop();
+            self.database_thread.stop();
         }
         self.links.shutdown();
         self.keep_memory_at_last(&exit);
@@ -410,7 +411,7 @@ impl Driver {
         if let Some(persist) = output.persist {
             let keep = self.configured(output.configured);
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
-            self.applier.appended(bytes);
+            self.database_thread.appended(bytes);
             if self.rollback.watch(&self.log, &persist.entries) {
                 self.publisher.rolling_back(true);
             }
@@ -427,9 +428,9 @@ impl Driver {
             }
         }
         self.waiting.release(output.committed, Instant::now());
-        self.applier.apply(output.apply);
+        self.database_thread.apply(output.apply);
         if let Some(epoch) = output.promote {
-            self.applier.promote(epoch);
+            self.database_thread.promote(epoch);
         }
     }
 
@@ -447,7 +448,7 @@ impl Driver {
         let epoch = self.cluster.epoch();
         if transition.to == Phase::Demoting {
             self.serving.fence();
-            self.demotion = Some(self.applier.demote());
+            self.demotion = Some(self.database_thread.demote());
             let unknown = self.waiting.fail("the role was lost while a majority was awaited");
             self.changes.fail();
             if unknown > 0 {

@@ -21,7 +21,7 @@ impl Driver {
         metrics::gauge!(telemetry::RAFT_LOG_BYTES).set(log.size_bytes() as f64);
         metrics::gauge!(telemetry::RAFT_LOG_ENTRIES)
             .set((log.last_index() + 1).saturating_sub(log.first_index()) as f64);
-        let (bytes, age) = self.applier.figures();
+        let (bytes, age) = self.database_thread.figures();
         metrics::gauge!(telemetry::DATABASE_BYTES).set(bytes as f64);
         metrics::gauge!(telemetry::CHECKPOINT_AGE).set(age.as_secs_f64());
         metrics::gauge!(telemetry::WAL_BYTES).set(self.serving.wal_bytes() as f64);

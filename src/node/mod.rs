@@ -1,8 +1,8 @@
 //! DRIVES. Joins the consensus core to the world: links, raft log, database, clock. Publishes what it sees through
 //! `watch<Status>` and knows nothing of ports and workloads.
 
-mod applier;
 mod configure;
+mod database_thread;
 mod disk;
 mod driver;
 pub mod history;
@@ -14,7 +14,6 @@ mod memory;
 mod publisher;
 mod pulse;
 mod rollback;
-mod scrub;
 mod serving;
 mod snapshots;
 mod space;
@@ -35,8 +34,8 @@ use std::{
 use raft::{Storage, eraftpb::HardState};
 use tokio::sync::{oneshot, watch};
 
-pub use applier::CheckpointPolicy;
 pub use configure::ChangeError;
+pub use database_thread::CheckpointPolicy;
 pub use disk::trouble;
 pub use lease::Lease;
 pub use pulse::Pulse;
@@ -54,8 +53,8 @@ use crate::{
         snapshot::{Manifest, Resting},
     },
 };
-use applier::{Applier, Copies};
 use configure::Changes;
+use database_thread::Copies;
 use disk::Disk;
 use driver::Driver;
 use inbox::{Input, Sender, Waiting};
@@ -277,8 +276,9 @@ pub fn spawn(
     let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
     let file = database.file();
-    let applier = Applier::start(database, log.clone(), sender.clone(), config.demotion_deadline, config.checkpoints)?;
-    let copies = applier.copies();
+    let (deadline, checkpoints) = (config.demotion_deadline, config.checkpoints);
+    let database_thread = database_thread::Handle::start(database, log.clone(), sender.clone(), deadline, checkpoints)?;
+    let copies = database_thread.copies();
     let (publisher, status) = Publisher::new(&config);
     let (open_database, serving) = OpenDatabase::new();
     let keeper = Keeper::start(&config)?;
@@ -294,7 +294,7 @@ pub fn spawn(
         log,
         links,
         inbox,
-        applier,
+        database_thread,
         publisher,
         serving: open_database,
         config,

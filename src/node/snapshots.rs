@@ -37,7 +37,7 @@ impl Driver {
             return reply.refuse(why);
         }
         if self.cluster.phase() == Phase::Primary {
-            self.applier.rest(reply);
+            self.database_thread.rest(reply);
         } else {
             reply.refuse("this node is not primary".to_owned());
         }

@@ -187,7 +187,7 @@ impl Driver {
             self.space.dropped &= full;
             self.publisher.warn(ABOUT, text);
             self.publisher.full(full);
-            self.applier.full(full);
+            self.database_thread.full(full);
         }
         self.leave_role_to_others(now);
     }

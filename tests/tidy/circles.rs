@@ -10,7 +10,7 @@ use crate::{
 
 /// The files that still are in a circle. This list only shrinks.
 const KNOWN: &[&str] = &[
-    "src/node/applier.rs",
+    "src/node/database_thread.rs",
     "src/node/configure.rs",
     "src/node/disk.rs",
     "src/node/driver.rs",

@@ -174,9 +174,8 @@ impl Database {
     }
 
     /// True while somebody reads the resting file.
-    pub fn is_held(&mut self) -> bool {
-        self.hold.take_if(|hold| !hold.is_wanted());
-        self.hold.is_some()
+    pub fn is_held(&self) -> bool {
+        self.hold.as_ref().is_some_and(|hold| hold.is_wanted())
     }
 
     pub(super) fn break_hold(&mut self) {

@@ -1,24 +1,30 @@
 //! The loop's side of the database thread, which brings the database in line with what the consensus loop wants of it.
-//! Level-triggered: the loop sets a goal, the thread (`worker`) compares it with where it is. The loop never touches the disk
-//! for the database, and must never wait for the thread but at the end.
+//! Level-triggered: the loop sets a goal, the thread compares it with where it is, and takes the next step (`next`). What others
+//! ask of the thread, and what its helpers answer, waits in one mailbox. The loop never touches the disk for the database, and
+//! must never wait for the thread but at the end.
 
+mod checkpoints;
 mod copies;
+mod next;
 mod saver;
-mod worker;
+mod scrub;
+mod thread;
 
 use std::{
+    collections::VecDeque,
     io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::Duration,
 };
 
 pub(super) use copies::Copies;
 use copies::CopyRequest;
-use worker::Worker;
+use next::Mail;
+use thread::Thread;
 
 use crate::storage::{database::Database, raft_log::RaftLog};
 
@@ -26,26 +32,20 @@ use super::{inbox::Sender, lease::boottime, snapshots::Reply};
 
 /// A part of a long transaction is a MiB, as many times larger than most entries.
 const PART_WEIGHT: u64 = 16;
+/// Requests of one kind that may wait: as many members as ask for the database at once, and one backup, are far less.
+const MAILBOX: usize = 16;
 
-/// What the loop wants.
+/// What the loop wants. Levels only: whoever looks late misses nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Goal {
     /// Apply the raft log up to here.
     applied: u64,
     /// Be open for writing in this epoch.
     epoch: Option<u64>,
-    /// How many times this node was demoted.
+    /// Everything of the demotions up to this one is to be closed.
     demotion: u64,
     /// No other member needs the raft log up to here.
     released: u64,
-    /// How often a snapshot was asked for.
-    snapshots: u64,
-    /// How often something was asked about a copy.
-    copies: u64,
-    /// How often a scrub has read something.
-    scrubbed: u64,
-    /// How often a checkpoint was saved or the raft log compacted.
-    saved: u64,
     /// The disk is full.
     full: bool,
     /// No checkpoint: what is in force since the last one is not in its file yet.
@@ -53,14 +53,39 @@ struct Goal {
     stop: bool,
 }
 
+/// What waits for the thread. The helpers do one thing at a time, so that each has one answer at most.
+#[derive(Default)]
+struct Mailbox {
+    /// Who waits for a snapshot.
+    snapshots: VecDeque<Reply>,
+    /// Who waits for a copy, or for its end.
+    copies: VecDeque<CopyRequest>,
+    saved: Option<saver::Outcome>,
+    read: Option<scrub::Answer>,
+}
+
+impl Mailbox {
+    fn mail(&self) -> Mail {
+        Mail {
+            snapshot: !self.snapshots.is_empty(),
+            copy: !self.copies.is_empty(),
+            saved: self.saved.is_some(),
+            read: self.read.is_some(),
+        }
+    }
+}
+
+/// What the thread looks at before each step.
+#[derive(Default)]
+struct State {
+    goal: Goal,
+    mailbox: Mailbox,
+}
+
 #[derive(Default)]
 struct Shared {
-    goal: Mutex<Goal>,
+    state: Mutex<State>,
     changed: Condvar,
-    /// Who waits for a snapshot.
-    snapshots: Mutex<Vec<Reply>>,
-    /// Who waits for a copy, or for its end. One backup at a time asks, so this stays short.
-    copies: Mutex<Vec<CopyRequest>>,
     applied: AtomicU64,
     /// Bytes ever appended to the raft log by this process.
     appended: AtomicU64,
@@ -72,8 +97,21 @@ struct Shared {
     bytes: AtomicU64,
 }
 
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic aborts the process, so a poisoned lock cannot be seen; its content would be sound in any case.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts an answer into the mailbox.
+    fn answer(&self, put: impl FnOnce(&mut Mailbox)) {
+        put(&mut self.lock().mailbox);
+        self.changed.notify_one();
+    }
+}
+
 /// The loop's side of the database thread.
-pub(super) struct Applier {
+pub(super) struct Handle {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -90,7 +128,7 @@ pub struct CheckpointPolicy {
     pub scrub: Duration,
 }
 
-impl Applier {
+impl Handle {
     pub fn start(
         database: Database,
         log: RaftLog,
@@ -100,8 +138,8 @@ impl Applier {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         shared.applied.store(database.applied(), Ordering::Relaxed);
-        let worker = Worker::new(database, log, sender, Arc::clone(&shared), deadline, checkpoints)?;
-        let thread = thread::Builder::new().name("database".to_owned()).spawn(move || worker.run())?;
+        let thread = Thread::new(database, log, sender, Arc::clone(&shared), deadline, checkpoints)?;
+        let thread = std::thread::Builder::new().name("database".to_owned()).spawn(move || thread.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -115,16 +153,16 @@ impl Applier {
         self.shared.applied.load(Ordering::Relaxed)
     }
 
-    /// Everything up to here may be applied. The thread is woken by the next [`Applier::nudge`], promotion or demotion: a
+    /// Everything up to here may be applied. The thread is woken by the next [`Handle::nudge`], promotion or demotion: a
     /// wake-up for each commit would take the processor from the commit behind it.
     pub fn apply(&self, index: u64) {
-        let mut goal = lock(&self.shared);
+        let goal = &mut self.shared.lock().goal;
         goal.applied = goal.applied.max(index);
     }
 
     /// No other member needs the raft log up to here; it is compacted after the next checkpoint.
     pub fn release(&self, index: u64) {
-        lock(&self.shared).released = index;
+        self.shared.lock().goal.released = index;
     }
 
     /// How large the database is, in bytes, and for how long its checkpoint has lacked something.
@@ -146,12 +184,12 @@ impl Applier {
 
     /// Entries that may be applied and are not yet.
     pub fn lag(&self) -> u64 {
-        lock(&self.shared).applied.saturating_sub(self.applied())
+        self.shared.lock().goal.applied.saturating_sub(self.applied())
     }
 
     /// Entries that have to be written yet before another node could begin here: those of [`Self::lag`], and the parts of a long
     /// transaction, which count as applied until its last part has them written at once.
-    pub fn burden(&self) -> u64 {
+    pub fn pending_work(&self) -> u64 {
         self.lag() + PART_WEIGHT * self.shared.finishing.load(Ordering::Relaxed)
     }
 
@@ -182,8 +220,12 @@ impl Applier {
 
     /// Lets the database file rest for a snapshot; answered by [`DatabaseEvent::Resting`].
     pub fn rest(&self, reply: Reply) {
-        self.shared.snapshots.lock().unwrap_or_else(PoisonError::into_inner).push(reply);
-        self.change(|goal| goal.snapshots += 1);
+        let waiting = &mut self.shared.lock().mailbox.snapshots;
+        if waiting.len() >= MAILBOX {
+            return reply.refuse("too many members ask for the database: ask again".to_owned());
+        }
+        waiting.push_back(reply);
+        self.shared.changed.notify_one();
     }
 
     /// Ends the thread after a last checkpoint.
@@ -195,17 +237,12 @@ impl Applier {
     }
 
     fn change(&self, change: impl FnOnce(&mut Goal)) -> Goal {
-        let mut goal = lock(&self.shared);
+        let goal = &mut self.shared.lock().goal;
         let before = *goal;
-        change(&mut goal);
+        change(goal);
         if *goal != before {
             self.shared.changed.notify_one();
         }
         *goal
     }
-}
-
-fn lock(shared: &Shared) -> MutexGuard<'_, Goal> {
-    // A panic aborts the process, so a poisoned lock cannot be seen; its content would be sound in any case.
-    shared.goal.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,13 +1,10 @@
 //! Asks the database thread for a copy of a SECONDARY's database. Must never let the one who asks wait for ever.
 
-use std::{
-    sync::{Arc, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::oneshot;
 
-use super::{Shared, lock};
+use super::{MAILBOX, Shared};
 use crate::storage::backup::{CopyError, Copying, Finished, Progress};
 
 /// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
@@ -34,19 +31,31 @@ impl Copies {
         self.ask(CopyRequest::Finish(copy, reply), wait).await
     }
 
+    /// False if too many wait already.
+    fn post(&self, request: CopyRequest) -> bool {
+        let waiting = &mut self.0.lock().mailbox.copies;
+        let room = waiting.len() < MAILBOX;
+        if room {
+            waiting.push_back(request);
+            self.0.changed.notify_one();
+        }
+        room
+    }
+
     async fn ask<T>(
         &self,
         request: CopyRequest,
         wait: oneshot::Receiver<Result<T, CopyError>>,
     ) -> Result<T, CopyError> {
-        self.0.copies.lock().unwrap_or_else(PoisonError::into_inner).push(request);
-        lock(&self.0).copies += 1;
-        self.0.changed.notify_one();
+        let busy = || CopyError::Ended("the database is busy: try again".to_owned());
+        if !self.post(request) {
+            return Err(busy());
+        }
         // A thread that has ended leaves the request where it is.
         match tokio::time::timeout(COPY_PATIENCE, wait).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(CopyError::Ended("the node stops".to_owned())),
-            Err(_) => Err(CopyError::Ended("the database is busy: try again".to_owned())),
+            Err(_) => Err(busy()),
         }
     }
 }

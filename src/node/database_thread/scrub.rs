@@ -7,7 +7,7 @@ use std::{
     io::{self, ErrorKind},
     sync::{
         Arc,
-        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
+        mpsc::{SyncSender, sync_channel},
     },
     thread,
     time::{Duration, Instant},
@@ -30,6 +30,8 @@ const CHUNK: u32 = 1 << 20;
 const PACE: Duration = Duration::from_millis(30);
 /// The longest wait before what could not be scrubbed is tried again.
 const AGAIN: Duration = Duration::from_secs(60);
+/// How often it is tried to begin a scrub that is due.
+const LOOK: Duration = Duration::from_millis(100);
 /// After a start there is more important work.
 const FIRST: Duration = Duration::from_secs(600);
 
@@ -40,7 +42,7 @@ enum Job {
     Resting(Resting),
 }
 
-enum Answer {
+pub(super) enum Answer {
     Pages { done: u32, sums: io::Result<Vec<u64>> },
     Resting(io::Result<()>),
 }
@@ -71,33 +73,40 @@ pub(super) struct Scrub {
     pass: Option<Pass>,
     /// The reader works.
     busy: bool,
+    /// When it was tried last to let something be read.
+    tried: Instant,
     jobs: SyncSender<Job>,
-    answers: Receiver<Answer>,
 }
 
 impl Scrub {
-    /// Starts the reader; `wake` wakes the database thread when there is an answer.
-    pub fn start(interval: Duration, wake: impl Fn() + Send + 'static) -> io::Result<Self> {
+    /// Starts the reader, which reports what it has read.
+    pub fn start(interval: Duration, report: impl Fn(Answer) + Send + 'static) -> io::Result<Self> {
         let (jobs, taken) = sync_channel(1);
-        let (answer, answers) = sync_channel(1);
         thread::Builder::new().name("scrub".to_owned()).spawn(move || {
-            while let Ok(job) = taken.recv() {
-                let done = read(job);
-                if answer.send(done).is_err() {
-                    return; // the node ends
-                }
-                wake();
+            for job in taken {
+                report(read(job));
             }
         })?;
         if !interval.is_zero() {
             note_now(SCRUB_SUCCESS); // overdue is counted from here at first
         }
-        let next = Instant::now() + interval.min(FIRST);
-        Ok(Self { interval, next, pass: None, busy: false, jobs, answers })
+        let now = Instant::now();
+        Ok(Self { interval, next: now + interval.min(FIRST), pass: None, busy: false, tried: now, jobs })
+    }
+
+    /// True if more can be read now. What could not be begun is not tried again without a pause.
+    pub fn is_due(&self) -> bool {
+        let due = self.pass.is_some() && !self.busy || self.due_in().is_zero();
+        due && self.tried.elapsed() >= LOOK
+    }
+
+    /// When to look again whether it is.
+    pub fn look_in(&self) -> Duration {
+        self.due_in().max(LOOK)
     }
 
     /// How long nothing has to be begun.
-    pub fn due_in(&self) -> Duration {
+    fn due_in(&self) -> Duration {
         if self.interval.is_zero() || self.busy {
             return Duration::MAX;
         }
@@ -110,14 +119,15 @@ impl Scrub {
         self.next = Instant::now() + self.interval.min(AGAIN);
     }
 
-    /// Looks at what was read, and lets more be read.
-    pub fn turn(&mut self, database: &mut Database) -> Finding {
-        let mut finding = match self.answers.try_recv() {
-            Ok(answer) => {
+    /// Looks at what was read, if anything was, and lets more be read.
+    pub fn turn(&mut self, read: Option<Answer>, database: &mut Database) -> Finding {
+        self.tried = Instant::now();
+        let mut finding = match read {
+            Some(answer) => {
                 self.busy = false;
                 self.judge(answer, database)
             }
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => Finding::Nothing,
+            None => Finding::Nothing,
         };
         if !self.busy && finding == Finding::Nothing {
             finding = self.go_on(database);

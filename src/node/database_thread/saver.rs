@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    sync::mpsc::{self, Receiver, SyncSender},
+    sync::mpsc::{self, SyncSender},
     thread,
 };
 
@@ -27,35 +27,29 @@ pub(super) enum Outcome {
 /// The database thread's side of it.
 pub(super) struct Saver {
     tasks: SyncSender<Task>,
-    outcomes: Receiver<Outcome>,
     busy: bool,
 }
 
 impl Saver {
-    /// Starts the thread, which ends with this. `done` is called after each task.
+    /// Starts the thread, which ends with this. It reports what came of each task.
     ///
     /// # Errors
     /// When the thread cannot be started.
-    pub fn start(done: impl Fn() + Send + 'static) -> io::Result<Self> {
+    pub fn start(report: impl Fn(Outcome) + Send + 'static) -> io::Result<Self> {
         let (tasks, todo) = mpsc::sync_channel::<Task>(1);
-        let (sender, outcomes) = mpsc::sync_channel(1);
         let carry_out = move || {
             for task in todo {
-                let outcome = match task {
+                report(match task {
                     Task::Save(saving) => Outcome::Saved(saving.save()),
                     Task::Compact { log, to } => Outcome::Compacted { to, result: log.compact(to) },
-                };
-                if sender.send(outcome).is_err() {
-                    return;
-                }
-                done();
+                });
             }
         };
         thread::Builder::new().name("checkpoint".to_owned()).spawn(carry_out)?;
-        Ok(Self { tasks, outcomes, busy: false })
+        Ok(Self { tasks, busy: false })
     }
 
-    /// True until the outcome of the last task was taken.
+    /// True until what came of the last task was taken.
     pub fn is_busy(&self) -> bool {
         self.busy
     }
@@ -66,15 +60,8 @@ impl Saver {
         self.busy = self.tasks.send(task).is_ok();
     }
 
-    /// Takes the outcome of the task, if it is there.
-    pub fn poll(&mut self) -> Option<Outcome> {
-        let outcome = self.outcomes.try_recv().ok();
-        self.busy &= outcome.is_none();
-        outcome
-    }
-
-    /// Waits for the outcome of the task; none if there is no task.
-    pub fn wait(&mut self) -> Option<Outcome> {
-        std::mem::take(&mut self.busy).then(|| self.outcomes.recv().ok()).flatten()
+    /// What came of the task was taken.
+    pub fn taken(&mut self) {
+        self.busy = false;
     }
 }

@@ -1,0 +1,208 @@
+//! When the database thread makes a checkpoint, and what of the raft log goes behind one. Must never drop entries that the last
+//! checkpoint lacks.
+
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use tracing::{debug, warn};
+
+use super::{
+    CheckpointPolicy, Shared,
+    saver::{Outcome, Saver, Task},
+};
+use crate::{
+    storage::{
+        database::{Database, DatabaseError},
+        raft_log::{LogError, RaftLog},
+    },
+    telemetry::RAFT_LOG_OVERRUNS,
+};
+
+/// Pause between two checkpoints that only the length of the WAL calls for.
+const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
+/// Entries that stay in the raft log although everybody has them.
+const KEPT_ENTRIES: u64 = 1000;
+/// While the database file rests for a snapshot, the WAL may grow to this many bytes, to four times the length that calls for a
+/// checkpoint otherwise, or to the size of the database; then the snapshot has to be begun again.
+const HELD_WAL: u64 = 1 << 30;
+/// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
+const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
+
+/// Why a checkpoint did not come about.
+pub(super) enum Failure {
+    /// The disk is full: a later one may.
+    Full,
+    /// The disk is not used any further, and the process must end.
+    Fatal(String),
+}
+
+pub(super) struct Checkpoints {
+    policy: CheckpointPolicy,
+    log: RaftLog,
+    shared: Arc<Shared>,
+    saver: Saver,
+    /// When the last checkpoint was tried, and how much had been appended then.
+    last: (Instant, u64),
+    /// The checkpoint that a snapshot was last seen to be read at, and until when the raft log behind it is kept.
+    snapshot_at: Option<(u64, Instant)>,
+    /// The disk is full.
+    full: bool,
+    /// The raft log is too long, and that was reported.
+    overrun: bool,
+    /// The raft log was to be compacted while the saver was busy.
+    compaction_due: bool,
+}
+
+impl Checkpoints {
+    pub fn start(policy: CheckpointPolicy, log: RaftLog, shared: Arc<Shared>) -> io::Result<Self> {
+        let answers = Arc::clone(&shared);
+        let saver = Saver::start(move |outcome| answers.answer(|mailbox| mailbox.saved = Some(outcome)))?;
+        let last = (Instant::now(), 0);
+        let (snapshot_at, full, overrun, compaction_due) = (None, false, false, false);
+        Ok(Self { policy, log, shared, saver, last, snapshot_at, full, overrun, compaction_due })
+    }
+
+    pub fn is_saving(&self) -> bool {
+        self.saver.is_busy()
+    }
+
+    /// The disk is full, as far as was noted.
+    pub fn is_full(&self) -> bool {
+        self.full
+    }
+
+    pub fn note_full(&mut self, full: bool, database: &Database) {
+        self.full = full;
+        self.compact(database);
+    }
+
+    /// True if one has to be begun. Not while a snapshot is being read, which may go on.
+    pub fn is_due(&self, database: &Database) -> bool {
+        let (at, before) = self.last;
+        // A reader can keep the WAL long: then it is not tried again at once.
+        let long = database.wal_bytes() >= self.policy.bytes && at.elapsed() >= LONG_WAL_PAUSE;
+        let due = long || self.appended() - before >= self.policy.bytes || at.elapsed() >= self.policy.interval;
+        let held = database.is_held() && !self.is_held_too_long(database);
+        due && !self.saver.is_busy() && database.applied() > database.checkpointed() && !held
+    }
+
+    /// A large database takes longer to send. A full disk needs what a checkpoint gives back.
+    fn is_held_too_long(&self, database: &Database) -> bool {
+        let limit = HELD_WAL.max(4 * self.policy.bytes).max(database.file_bytes());
+        self.full || database.wal_bytes() >= limit
+    }
+
+    /// Whenever the thread looks for work: remembers a snapshot that is being read.
+    pub fn watch_hold(&mut self, database: &Database) {
+        if database.is_held() {
+            self.keep_for_snapshot(database);
+        }
+    }
+
+    fn keep_for_snapshot(&mut self, database: &Database) {
+        self.snapshot_at = Some((database.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
+    }
+
+    /// The database rests at a checkpoint of this moment, for a snapshot.
+    pub fn rests(&mut self, database: &Database) {
+        self.last = (Instant::now(), self.appended());
+        self.keep_for_snapshot(database);
+    }
+
+    /// Begins one that is due.
+    pub fn begin_due(&mut self, database: &mut Database) -> Result<(), Failure> {
+        if database.is_held() {
+            let bytes = database.wal_bytes();
+            warn!(bytes, "the -wal file has grown too long while the database was read: whoever read it begins again");
+        }
+        self.last = (Instant::now(), self.appended());
+        self.begin(database)
+    }
+
+    /// The waits for the disk are left to the saver: a takeover would have to wait for them, too.
+    pub fn begin(&mut self, database: &mut Database) -> Result<(), Failure> {
+        match database.begin_checkpoint() {
+            Ok((_, Some(saving))) => self.saver.begin(Task::Save(saving)),
+            Ok((_, None)) => self.compact(database),
+            Err(error) => return Err(self.failed(&error, database)),
+        }
+        Ok(())
+    }
+
+    /// Takes what came of a task of the saver. True if a checkpoint is saved.
+    pub fn take(&mut self, outcome: Outcome, database: &mut Database) -> Result<bool, Failure> {
+        self.saver.taken();
+        match outcome {
+            Outcome::Saved(saved) => match database.saved(saved) {
+                Ok(()) => {
+                    self.compact(database);
+                    Ok(true)
+                }
+                Err(error) => Err(self.failed(&error, database)),
+            },
+            Outcome::Compacted { to, result } => {
+                match result {
+                    Ok(()) => debug!(index = to, bytes = self.log.size_bytes(), "raft log compacted"),
+                    // Nothing was done; the next checkpoint tries again.
+                    Err(LogError::Full { .. } | LogError::Refused(_)) => {}
+                    Err(error) => return Err(Failure::Fatal(format!("compact the raft log: {error}"))),
+                }
+                if std::mem::take(&mut self.compaction_due) {
+                    self.compact(database);
+                }
+                Ok(false)
+            }
+        }
+    }
+
+    fn failed(&mut self, error: &DatabaseError, database: &Database) -> Failure {
+        if error.is_full() {
+            self.compact(database); // it may give space back
+            return Failure::Full;
+        }
+        // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
+        // is not used any further.
+        Failure::Fatal(format!("checkpoint the database: {error}"))
+    }
+
+    /// Lets go of what neither this node's database nor another member needs. While a member is away, the raft log grows
+    /// up to its limit, or until the disk is full; then that member has to be given the whole database.
+    fn compact(&mut self, database: &Database) {
+        self.compaction_due = self.saver.is_busy();
+        if self.compaction_due {
+            return;
+        }
+        let released = self.shared.lock().goal.released;
+        let snapshot =
+            self.snapshot_at.filter(|(_, until)| Instant::now() < *until).map_or(u64::MAX, |(index, _)| index);
+        let possible = database.checkpointed().min(snapshot).saturating_sub(KEPT_ENTRIES);
+        let kind = released.saturating_sub(KEPT_ENTRIES);
+        // A full disk lets go for a member that is really away, not for one that has just not answered yet.
+        let full = self.full && kind + KEPT_ENTRIES < possible;
+        let too_long = full || self.log.size_bytes() > self.policy.raft_log_limit && kind < possible;
+        let to = if too_long { possible } else { kind.min(possible) };
+        if to < self.log.first_index() + KEPT_ENTRIES {
+            return; // not worth a write
+        }
+        if too_long && !self.overrun {
+            let limit = self.policy.raft_log_limit;
+            warn!(
+                index = to,
+                limit,
+                full,
+                "the raft log is too long to be kept for a member that is away: it will get the whole database"
+            );
+            metrics::counter!(RAFT_LOG_OVERRUNS).increment(1);
+        }
+        self.overrun = too_long;
+        self.saver.begin(Task::Compact { log: self.log.clone(), to });
+    }
+
+    /// Bytes ever appended to the raft log by this process.
+    fn appended(&self) -> u64 {
+        self.shared.appended.load(Ordering::Relaxed)
+    }
+}

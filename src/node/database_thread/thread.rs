@@ -1,0 +1,428 @@
+//! The database thread itself: waits until there is a step ([`Standing::next`]), and carries it out. Must never apply what it
+//! does not trust.
+
+use std::{
+    io,
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use raft::eraftpb::EntryType;
+use tracing::{info, warn};
+
+use super::{
+    CheckpointPolicy, Goal, Shared,
+    checkpoints::{Checkpoints, Failure},
+    copies::CopyRequest,
+    next::{Mail, ORIGIN, Standing, Step},
+    scrub::{Finding, Scrub},
+};
+use crate::{
+    cluster::command,
+    node::{
+        disk::trouble,
+        inbox::{DatabaseEvent, Input, Proposer, Sender},
+        lease::boottime,
+    },
+    storage::{
+        database::{ApplyError, Database, DatabaseError},
+        raft_log::RaftLog,
+    },
+    telemetry::{DAMAGE_FOUND, SCRUB_FAILURES, note_now},
+};
+
+/// Pause before a database on a full disk is applied to again.
+const FULL_PAUSE: Duration = Duration::from_millis(500);
+/// Entries applied between two looks at the goal.
+const SLICE: u64 = 256;
+/// How long a checkpoint waits for the loop, which hands out what the file has already.
+const LOOP_IS_BEHIND: Duration = Duration::from_millis(500);
+/// How often it looks.
+const MOMENT: Duration = Duration::from_millis(2);
+
+pub(super) struct Thread {
+    database: Database,
+    log: RaftLog,
+    sender: Sender,
+    shared: Arc<Shared>,
+    deadline: Duration,
+    /// The longest wait without a look at what is due.
+    interval: Duration,
+    /// The epoch in which the database is open for writing.
+    epoch: Option<u64>,
+    told_empty: Option<u64>,
+    /// The epoch in which opening failed: not tried again in it.
+    refused: u64,
+    /// The last demotion that was told of.
+    demotion: u64,
+    /// Its content is not to be trusted: nothing is applied any more.
+    broken: bool,
+    /// The process was asked to end; nothing more happens here.
+    ended: bool,
+    checkpoints: Checkpoints,
+    scrub: Scrub,
+    /// The disk is full: nothing is applied before then.
+    full_until: Option<Instant>,
+    told_full: bool,
+}
+
+/// Whether a checkpoint at `index` may count. A write is in the file as soon as a majority has it, which can be before the loop
+/// comes by it, and by a change of the members before it: the checkpoint must not leave that out.
+fn may_save(shared: &Shared, index: u64) -> bool {
+    let end = Instant::now() + LOOP_IS_BEHIND;
+    let mut state = shared.lock();
+    while state.goal.applied < index && !state.goal.stop && Instant::now() < end {
+        // The loop wakes nobody for a single commit.
+        state = shared.changed.wait_timeout(state, MOMENT).unwrap_or_else(PoisonError::into_inner).0;
+    }
+    state.goal.applied >= index && !state.goal.pinned
+}
+
+impl Thread {
+    pub fn new(
+        mut database: Database,
+        log: RaftLog,
+        sender: Sender,
+        shared: Arc<Shared>,
+        deadline: Duration,
+        policy: CheckpointPolicy,
+    ) -> io::Result<Self> {
+        let goal = Arc::clone(&shared);
+        database.save_if(move |index| may_save(&goal, index));
+        let answers = Arc::clone(&shared);
+        let scrub = Scrub::start(policy.scrub, move |read| answers.answer(|mailbox| mailbox.read = Some(read)))?;
+        let checkpoints = Checkpoints::start(policy, log.clone(), Arc::clone(&shared))?;
+        let broken = database.distrusted().is_some();
+        Ok(Self {
+            database,
+            log,
+            sender,
+            shared,
+            deadline,
+            interval: policy.interval,
+            epoch: None,
+            told_empty: None,
+            refused: 0,
+            demotion: 0,
+            broken,
+            ended: false,
+            checkpoints,
+            scrub,
+            full_until: None,
+            told_full: false,
+        })
+    }
+
+    pub fn run(mut self) {
+        if let Some(why) = self.database.distrusted().map(str::to_owned) {
+            self.mark_diverged(why);
+        }
+        while !self.ended {
+            let (step, goal) = self.wait();
+            self.carry_out(step, &goal);
+        }
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&mut self) -> (Step, Goal) {
+        loop {
+            self.show();
+            self.checkpoints.watch_hold(&self.database);
+            let mut standing = self.standing();
+            let state = self.shared.lock();
+            standing.mail = state.mailbox.mail();
+            if let Some(step) = standing.next(&state.goal) {
+                return (step, state.goal);
+            }
+            // Nobody wakes this thread for what becomes due by itself.
+            let scrub = if self.broken { Duration::MAX } else { self.scrub.look_in() };
+            let pause = standing.pause.unwrap_or(self.interval).min(scrub);
+            drop(self.shared.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// But for the mail, which changes at any time.
+    fn standing(&self) -> Standing {
+        let pause = self.full_until.map(|until| until.saturating_duration_since(Instant::now()));
+        Standing {
+            applied: self.database.applied(),
+            epoch: self.epoch,
+            broken: self.broken,
+            told_empty: self.told_empty.filter(|_| self.database.is_empty()),
+            refused: self.refused,
+            demotion: self.demotion,
+            full: self.checkpoints.is_full(),
+            pause: pause.filter(|left| !left.is_zero()),
+            checkpoint: !self.broken && self.checkpoints.is_due(&self.database),
+            saving: self.checkpoints.is_saving(),
+            scrub: self.scrub.is_due(),
+            mail: Mail::default(),
+        }
+    }
+
+    fn carry_out(&mut self, step: Step, goal: &Goal) {
+        match step {
+            Step::Close => self.close(goal),
+            Step::Demote => self.demote(goal),
+            Step::TellDemotion(demotion) => self.tell_demotion(demotion),
+            Step::NoteCommitted => self.database.note_committed(goal.applied),
+            Step::Promote(epoch) => self.promote(epoch),
+            Step::Refuse(epoch) => {
+                // Another node may have the space.
+                self.refused = epoch;
+                self.report(DatabaseEvent::Failed { epoch, why: "the disk is full".to_owned() });
+            }
+            Step::TakeSaved => self.take_saved(),
+            Step::Rest => self.rest(goal.pinned),
+            Step::Copy => self.copy(),
+            Step::NoteFull => self.checkpoints.note_full(goal.full, &self.database),
+            Step::Checkpoint => {
+                let begun = self.checkpoints.begin_due(&mut self.database);
+                self.bear(begun);
+            }
+            Step::Apply => self.apply(goal.applied),
+            Step::Scrub => self.scrub(),
+        }
+    }
+
+    /// For the loop, and whoever measures.
+    fn show(&self) {
+        let Shared { applied, bytes, unsaved, .. } = &*self.shared;
+        applied.store(self.database.applied(), Ordering::Relaxed);
+        bytes.store(self.database.file_bytes(), Ordering::Relaxed);
+        if self.database.applied() <= self.database.checkpointed() {
+            unsaved.store(0, Ordering::Relaxed);
+        } else if unsaved.load(Ordering::Relaxed) == 0 {
+            unsaved.store(boottime(), Ordering::Relaxed);
+        }
+    }
+
+    fn report(&self, event: DatabaseEvent) {
+        self.sender.send(Input::Database(event));
+    }
+
+    fn fatal(&mut self, why: String) {
+        self.ended = true;
+        self.report(DatabaseEvent::Fatal { why });
+    }
+
+    fn mark_diverged(&mut self, why: String) {
+        self.broken = true;
+        self.report(DatabaseEvent::Diverged { why });
+    }
+
+    fn note_full(&mut self, what: &str) {
+        if !std::mem::replace(&mut self.told_full, true) {
+            warn!("the disk is full: {what} waits until there is space");
+        }
+    }
+
+    /// A checkpoint that did not come about.
+    fn bear(&mut self, result: Result<(), Failure>) {
+        match result {
+            Ok(()) => {}
+            Err(Failure::Full) => self.note_full("the checkpoint of the database"),
+            Err(Failure::Fatal(why)) => self.fatal(why),
+        }
+    }
+
+    /// Applies a slice of the raft log, so that a change of the goal is seen soon.
+    fn apply(&mut self, goal: u64) {
+        let first = (self.database.applied() + 1).max(ORIGIN + 1);
+        let last = goal.min(first + SLICE);
+        let Self { database, log, shared, .. } = self;
+        let mut failed = None;
+        let result = log.entries_between(first, last, &mut |entry| {
+            let applied = if entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty() {
+                let parts = command::parts_at_end(&entry.data).filter(|parts| *parts > 1).unwrap_or(0);
+                shared.finishing.store(u64::from(parts), Ordering::Relaxed);
+                let applied = database.apply(entry.index, entry.term, &entry.data, log);
+                shared.finishing.store(0, Ordering::Relaxed);
+                applied
+            } else {
+                database.apply_empty(entry.index, entry.term)
+            };
+            applied.map_err(|error| {
+                failed = Some(error);
+                io::Error::other("see the error that was kept")
+            })
+        });
+        match (failed, result) {
+            (None, Ok(())) => {
+                if self.full_until.take().is_some() && std::mem::take(&mut self.told_full) {
+                    info!("the database is applied to again: there is space on the disk");
+                }
+            }
+            (Some(error), _) if error.is_full() => {
+                self.full_until = Some(Instant::now() + FULL_PAUSE);
+                self.note_full("applying to the database");
+            }
+            // Another start from the checkpoint would end the same way: the copy is wrong, or this program too old for it.
+            (
+                Some(
+                    error @ (ApplyError::Diverged { .. } | ApplyError::Command { .. } | ApplyError::OutOfOrder { .. }),
+                ),
+                _,
+            ) => {
+                self.mark_diverged(error.to_string());
+            }
+            (Some(error), _) => self.fatal(format!("apply the raft log to the database: {error}")),
+            (None, Err(error)) => self.fatal(format!("read the raft log from {first} to {last}: {error}")),
+        }
+    }
+
+    fn promote(&mut self, epoch: u64) {
+        if self.broken {
+            self.refused = epoch;
+            let why = "this copy of the database is not to be trusted".to_owned();
+            return self.report(DatabaseEvent::Failed { epoch, why });
+        }
+        if self.database.is_empty() {
+            self.told_empty = Some(epoch);
+            return self.report(DatabaseEvent::Empty { epoch });
+        }
+        let proposer = Proposer { epoch, sender: self.sender.clone(), log: self.log.clone() };
+        match self.database.promote(epoch, Arc::new(proposer)) {
+            Ok(database) => {
+                self.epoch = Some(epoch);
+                self.report(DatabaseEvent::Promoted { epoch, database });
+            }
+            Err(error @ DatabaseError::Diverged { .. }) => self.mark_diverged(error.to_string()),
+            Err(error) => {
+                self.refused = epoch;
+                self.report(DatabaseEvent::Failed { epoch, why: format!("open the database for writing: {error}") });
+            }
+        }
+    }
+
+    /// Closed is enough: what is behind is applied before the next promotion.
+    fn tell_demotion(&mut self, demotion: u64) {
+        self.demotion = demotion;
+        self.report(DatabaseEvent::Demoted { demotion });
+    }
+
+    /// The next primary waits for the closing, not for the reading of a large file behind it.
+    fn demote(&mut self, goal: &Goal) {
+        let start = Instant::now();
+        let ms = |start: Instant| start.elapsed().as_millis() as u64;
+        while let Err(error) = self.database.close(Instant::now() + self.deadline) {
+            // Another process could not close it sooner, and this one can say what it waits for. The others go on meanwhile.
+            let Some(trouble) = trouble() else {
+                return self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis()));
+            };
+            warn!("the database cannot be closed yet: {trouble}");
+        }
+        let closed_ms = ms(start);
+        self.epoch = None;
+        // Behind again: others should rather be primary until the file is read and the raft log re-applied.
+        self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
+        if goal.demotion != self.demotion {
+            self.tell_demotion(goal.demotion);
+        }
+        let stops = || self.shared.lock().goal.stop;
+        match self.database.reopen(&|| !stops()) {
+            Ok(()) => {
+                let (index, ms) = (self.database.applied(), ms(start));
+                info!(index, closed_ms, ms, "database closed, raft log is re-applied from its checkpoint");
+            }
+            Err(_) if stops() => info!(closed_ms, "database closed; the next start reads it again"),
+            Err(error) => self.fatal(format!("go back to the checkpoint of the database: {error}")),
+        }
+    }
+
+    /// Answers everybody who wants to read the database file.
+    fn rest(&mut self, pinned: bool) {
+        let replies = std::mem::take(&mut self.shared.lock().mailbox.snapshots);
+        for reply in replies {
+            if pinned {
+                let resting = Err("the disk of the primary is full".to_owned());
+                self.report(DatabaseEvent::Resting { resting, reply });
+                continue;
+            }
+            self.settle();
+            let result = self.database.rest();
+            if result.is_ok() {
+                self.checkpoints.rests(&self.database);
+            }
+            match result {
+                // On a full disk nobody gets a snapshot; that is no reason to end the primary.
+                Err(error @ (DatabaseError::Io { .. } | DatabaseError::Failed(_))) if !error.is_full() => {
+                    return self.fatal(format!("checkpoint the database: {error}"));
+                }
+                result => {
+                    let resting = result.map_err(|error| error.to_string());
+                    self.report(DatabaseEvent::Resting { resting, reply });
+                }
+            }
+        }
+    }
+
+    /// Answers everybody who makes a copy. Whoever does not wait any more asks again.
+    fn copy(&mut self) {
+        let requests = std::mem::take(&mut self.shared.lock().mailbox.copies);
+        for request in requests {
+            match request {
+                CopyRequest::Begin(reply) => drop(reply.send(self.database.begin_copy())),
+                CopyRequest::Finish(copy, reply) => drop(reply.send(self.database.finish_copy(&copy))),
+            }
+        }
+    }
+
+    /// Lets a scrub go on, when there is nothing more important to do.
+    fn scrub(&mut self) {
+        let read = self.shared.lock().mailbox.read.take();
+        match self.scrub.turn(read, &mut self.database) {
+            Finding::Nothing => {}
+            Finding::Clean => {
+                self.sender.send(Input::Warning { about: "scrub", text: None });
+            }
+            Finding::Rot(why) => {
+                metrics::counter!(SCRUB_FAILURES).increment(1);
+                note_now(DAMAGE_FOUND);
+                if self.epoch.is_some() {
+                    // Whether another node can take over, the loop knows.
+                    self.report(DatabaseEvent::Rotten { why });
+                } else {
+                    self.mark_diverged(why);
+                }
+            }
+        }
+    }
+
+    fn take_saved(&mut self) {
+        let saved = self.shared.lock().mailbox.saved.take();
+        let Some(outcome) = saved else { return };
+        let taken = self.checkpoints.take(outcome, &mut self.database);
+        if matches!(taken, Ok(true)) {
+            self.told_full &= self.full_until.is_some();
+        }
+        self.bear(taken.map(drop));
+    }
+
+    /// Waits for the saver.
+    fn settle(&mut self) {
+        while self.checkpoints.is_saving() {
+            let shared = Arc::clone(&self.shared);
+            let unsaved = |state: &mut super::State| state.mailbox.saved.is_none();
+            drop(shared.changed.wait_while(shared.lock(), unsaved).unwrap_or_else(PoisonError::into_inner));
+            self.take_saved();
+        }
+    }
+
+    fn close(&mut self, goal: &Goal) {
+        if self.epoch.is_some() {
+            self.demote(goal);
+        }
+        let pinned = self.shared.lock().goal.pinned;
+        let closed = self.epoch.is_some() || self.database.is_closed();
+        self.settle();
+        if !closed && !self.broken && !self.database.is_empty() && !pinned {
+            let begun = self.checkpoints.begin(&mut self.database);
+            self.bear(begun);
+            self.settle();
+        } else if self.broken {
+            warn!("the database is left as it is: it needs to be restored");
+        }
+        self.ended = true;
+    }
+}
