@@ -108,7 +108,7 @@ fn bytes(record: &Record) -> u64 {
 }
 
 async fn of_primary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result<Record, Stop> {
-    let (_, resting) = node.snapshot(None).await.map_err(Stop::Again)?;
+    let (_, resting) = node.snapshot(None).await.map_err(|error| Stop::Again(error.to_string()))?;
     let record = resting.record();
     job.step("copies the database", bytes(&record));
     let (file, job) = (Arc::clone(file), Arc::clone(job));

@@ -22,6 +22,14 @@ pub struct Configured {
     pub membership: Option<Membership>,
 }
 
+/// A committed entry that this program cannot take in.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this program does not understand entry {index} of the raft log: {why}")]
+pub struct NotUnderstood {
+    pub index: u64,
+    pub why: String,
+}
+
 /// Why a change of the membership was not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {
@@ -143,13 +151,13 @@ impl<S: Storage> Cluster<S> {
 
     /// Puts the changes of membership and configuration into force that are among these committed entries. After a
     /// restart some come by again: what is in force already stays as it is.
-    pub(super) fn configure(&mut self, committed: &[Entry]) -> Result<(), String> {
+    pub(super) fn configure(&mut self, committed: &[Entry]) -> Result<(), NotUnderstood> {
         for entry in committed {
             let changes_conf = entry.get_entry_type() != EntryType::EntryNormal;
             if !changes_conf && entry.context.is_empty() {
                 continue;
             }
-            let unreadable = |why: String| format!("entry {}: {why}", entry.index);
+            let unreadable = |why: String| NotUnderstood { index: entry.index, why };
             let membership = match entry.context.is_empty() {
                 true => None,
                 false => Some(Membership::decode(&entry.context).map_err(unreadable)?),

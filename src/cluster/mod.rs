@@ -24,7 +24,7 @@ use raft::{
     eraftpb::{Entry, HardState, Message, MessageType},
 };
 
-pub use configure::{ChangeError, Configured};
+pub use configure::{ChangeError, Configured, NotUnderstood};
 pub use level::{FEATURE_LEVEL, PROGRAM_VERSION};
 pub use membership::{Change, ClusterId, Membership, Newcomer};
 pub use role::{Cause, Lease, Phase, Role, Transition};
@@ -472,8 +472,8 @@ impl<S: Storage> Cluster<S> {
     /// Takes what there is to do; none if there is nothing. [`Cluster::written`] must follow before the next call.
     ///
     /// # Errors
-    /// A committed entry that this program does not understand: the node must not go on.
-    pub fn poll(&mut self, now: u64) -> Result<Option<Output>, String> {
+    /// [`NotUnderstood`]: the node must not go on.
+    pub fn poll(&mut self, now: u64) -> Result<Option<Output>, NotUnderstood> {
         self.observe(now);
         assert!(self.ready.is_none(), "written() follows poll()");
         let mut persist = None;

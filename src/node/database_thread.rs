@@ -28,7 +28,10 @@ use thread::Thread;
 
 use crate::storage::{database::Database, raft_log::RaftLog};
 
-use super::{inbox::Sender, lease::boottime, snapshots::Reply};
+use super::{
+    inbox::{Sender, SnapshotError, SnapshotRequest},
+    lease::boottime,
+};
 
 /// A part of a long transaction is a MiB, as many times larger than most entries.
 const PART_WEIGHT: u64 = 16;
@@ -57,7 +60,7 @@ struct Goal {
 #[derive(Default)]
 struct Mailbox {
     /// Who waits for a snapshot.
-    snapshots: VecDeque<Reply>,
+    snapshots: VecDeque<SnapshotRequest>,
     /// Who waits for a copy, or for its end.
     copies: VecDeque<CopyRequest>,
     saved: Option<saver::Outcome>,
@@ -219,12 +222,12 @@ impl Handle {
     }
 
     /// Lets the database file rest for a snapshot; answered by [`DatabaseEvent::Resting`].
-    pub fn rest(&self, reply: Reply) {
+    pub fn rest(&self, request: SnapshotRequest) {
         let waiting = &mut self.shared.lock().mailbox.snapshots;
         if waiting.len() >= MAILBOX {
-            return reply.refuse("too many members ask for the database: ask again".to_owned());
+            return request.refuse(SnapshotError::Busy("too many members ask for the database"));
         }
-        waiting.push_back(reply);
+        waiting.push_back(request);
         self.shared.changed.notify_one();
     }
 

@@ -1,5 +1,5 @@
-//! A disk that fails or does not answer: the role goes to a member whose disk works, this one stands back, and everybody is told
-//! what is wrong. Looks at the [watch](watch) only. Must never touch a file, nor give the role up when nobody could take it.
+//! What is the matter with the disk of this host. Looks at the [watch](watch) only. Must never touch a file, nor know what follows
+//! from it.
 
 use std::{
     io,
@@ -8,34 +8,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tracing::{error, info, warn};
+use tracing::error;
 
 use crate::{
-    cluster::{Cause, Phase},
     peer::Condition,
     storage::watch::{self, Act, Failure, Look, Operation, Place, Slow},
-    telemetry,
 };
 
-use super::{driver::Driver, lease::boottime, pulse::Pulse};
+use super::pulse::Pulse;
 
 /// An operation that has not come back after this long counts as one that never does.
 const OVERDUE: Duration = Duration::from_millis(750);
 /// The same for a sync of the database file: it may have much to write, and nobody waits for it.
 const OVERDUE_CHECKPOINT: Duration = Duration::from_secs(10);
 /// For how long a disk is not trusted after an operation that was overdue, and after one that failed.
-const AFTER_HANG: Duration = Duration::from_secs(3);
-const AFTER_FAILURE: Duration = Duration::from_secs(20);
+pub(super) const AFTER_HANG: Duration = Duration::from_secs(3);
+pub(super) const AFTER_FAILURE: Duration = Duration::from_secs(20);
 /// For how long a slow operation is told of.
 const AFTER_SLOW: Duration = Duration::from_secs(6);
-/// What hangs here may hang on all hosts, as on a storage that they share: the others get this long to say so.
-const GRACE: Duration = Duration::from_millis(100);
-/// Not more often than this: a role that went round would help nobody.
-const PAUSE: Duration = Duration::from_secs(10);
 /// How often the sentence in the status gets new figures.
-const RETELL: Duration = Duration::from_secs(1);
-/// The kind of the warning in the status.
-const ABOUT: &str = "disk-trouble";
+pub(super) const RETELL: Duration = Duration::from_secs(1);
 
 /// What is the matter with the disk of this host, in a sentence with the file and the error or the time; none if it works. Of this
 /// very moment, also when the consensus loop itself waits for the disk.
@@ -45,7 +37,7 @@ pub fn trouble() -> Option<String> {
 }
 
 /// What to make of it.
-fn judge(look: &Look) -> (Condition, Option<String>) {
+pub(super) fn judge(look: &Look) -> (Condition, Option<String>) {
     let told = |condition, sentence| (condition, Some(sentence));
     if let Some(Slow { operation, took, .. }) = overdue(look) {
         return told(
@@ -80,7 +72,7 @@ fn judge(look: &Look) -> (Condition, Option<String>) {
 }
 
 /// The operation that should have come back.
-fn overdue(look: &Look) -> Option<Slow> {
+pub(super) fn overdue(look: &Look) -> Option<Slow> {
     look.running.iter().flatten().find(|running| running.took >= limit(running.operation)).copied()
 }
 
@@ -122,14 +114,14 @@ fn witness(pulse: Pulse, ended: Receiver<()>) -> io::Result<()> {
 
 /// What was made of it last.
 pub(super) struct Disk {
-    condition: Condition,
+    pub condition: Condition,
     /// Since when it is that.
-    since: Instant,
-    told: Option<Instant>,
-    given_up: Option<Instant>,
-    failures: u64,
+    pub since: Instant,
+    pub told: Option<Instant>,
+    pub given_up: Option<Instant>,
+    pub failures: u64,
     /// It was said that nobody else could take the role.
-    stuck: bool,
+    pub stuck: bool,
     /// Ends the thread of [`witness`] with this.
     _witness: SyncSender<()>,
 }
@@ -149,102 +141,6 @@ impl Disk {
     /// This host could not serve.
     pub fn is_bad(&self) -> bool {
         self.condition == Condition::Bad
-    }
-}
-
-impl Driver {
-    /// Once per tick.
-    pub(super) fn watch_disk(&mut self) {
-        let look = watch::look();
-        let (condition, sentence) = judge(&look);
-        if look.failures > self.disk.failures {
-            metrics::counter!(telemetry::DISK_FAILURES).increment(look.failures - self.disk.failures);
-            self.disk.failures = look.failures;
-        }
-        if condition != self.disk.condition {
-            self.disk_becomes(condition, sentence.as_deref());
-        }
-        if condition == Condition::Bad {
-            self.leave_bad_disk(overdue(&look).is_some());
-        }
-        let now = Instant::now();
-        if self.disk.told.is_some_and(|at| now.duration_since(at) >= RETELL) || self.disk.told.is_none() {
-            let waits = look.running.iter().flatten().map(|running| running.took).max().unwrap_or_default();
-            metrics::gauge!(telemetry::DISK_WAIT).set(waits.as_secs_f64());
-            metrics::gauge!(telemetry::DISK_TROUBLE).set(match condition {
-                Condition::Good => 0.0,
-                Condition::Slow => 1.0,
-                Condition::Bad => 2.0,
-            });
-            self.disk.told = Some(now);
-            if sentence.is_some() || self.publisher.warns(ABOUT) {
-                let advice = self.disk_advice();
-                self.publisher.warn(ABOUT, sentence.map(|sentence| sentence + advice));
-            }
-        }
-    }
-
-    /// What to do about it.
-    fn disk_advice(&self) -> &'static str {
-        match self.disk.condition {
-            Condition::Bad if !self.disk.stuck => "; look at this host's disk, and at its kernel log (dmesg)",
-            Condition::Bad if self.cluster.is_takeover_paused(boottime()) => {
-                "; takeover is paused, so the role stays here: repair this disk, or type twistcli ha resume"
-            }
-            Condition::Bad => {
-                "; no other member with a working disk answers, so the role stays here: repair this disk, or bring another member up"
-            }
-            _ => "",
-        }
-    }
-
-    fn disk_becomes(&mut self, condition: Condition, sentence: Option<&str>) {
-        let sentence = sentence.unwrap_or_default();
-        match condition {
-            Condition::Bad => error!("{sentence}"),
-            Condition::Slow => info!("{sentence}"),
-            Condition::Good => info!("the disk of this host works as it should again"),
-        }
-        (self.disk.condition, self.disk.since) = (condition, Instant::now());
-        self.disk.told = None;
-        self.disk.stuck = false;
-        self.publisher.disk(condition);
-    }
-
-    /// A primary whose disk cannot be relied on lets another member be primary. If the disk still answers, that one begins as soon
-    /// as the database is closed; else nobody waits for it: the others elect one of them when their promise has run out.
-    fn leave_bad_disk(&mut self, hangs: bool) {
-        let now = boottime();
-        let serves = matches!(self.cluster.phase(), Phase::Primary | Phase::Promoting);
-        let early = hangs && self.disk.since.elapsed() < GRACE;
-        if !serves || early || self.disk.given_up.is_some_and(|at| at.elapsed() < PAUSE) {
-            return;
-        }
-        let paused = self.cluster.is_takeover_paused(now);
-        let to = self.members.secondary_with_space().filter(|_| !paused);
-        let Some(to) = to else {
-            if !std::mem::replace(&mut self.disk.stuck, true) {
-                self.disk.told = None;
-                let why = if paused { "takeover is paused" } else { "no other member could take over" };
-                warn!("the disk of this PRIMARY is in trouble, and {why}: the role stays here");
-            }
-            return;
-        };
-        self.disk.given_up = Some(Instant::now());
-        warn!(to, hangs, "the disk of this PRIMARY is in trouble: the role goes to a member whose disk works");
-        let unfit = if hangs { AFTER_HANG } else { AFTER_FAILURE };
-        self.cluster.set_unfit(now, now + unfit.as_nanos() as u64);
-        if hangs {
-            self.cluster.give_up(now, Cause::DiskFailed);
-        } else {
-            self.cluster.hand_over_because(now, Some(to), Cause::DiskFailed);
-        }
-    }
-
-    /// What this node could not write must not reach raft: the loop would wait for the disk. A former primary is not needed for a
-    /// majority, and gets everything again; the answers of a SECONDARY keep the lease of the primary.
-    pub(super) fn takes_in(&self) -> bool {
-        self.cluster.phase() != Phase::Demoting || !self.disk.is_bad()
     }
 }
 

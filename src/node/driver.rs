@@ -1,7 +1,16 @@
 //! The one loop: inputs -> cluster -> persist -> send -> apply -> status, on an OS thread of its own. Owns the links and
 //! the order of effects. Must never wait for anything but its own poll: disk and database have their own threads.
 
+mod bad_disk;
+mod configure;
+mod measure;
+mod memory;
+mod snapshots;
+mod space;
+mod upgrade;
+
 use std::{
+    io,
     sync::{Arc, mpsc::Receiver},
     time::{Duration, Instant},
 };
@@ -14,29 +23,33 @@ use crate::{
     cluster::{Cause, Cluster, Membership, NodeId, Output, Phase, command::CONSOLE_DATABASE, role::Transition},
     peer::{Edition, Links, PeerEvent},
     storage::{
-        ReplicateError, database,
+        ReplicateError,
+        configuration::Configuration,
+        database::{self, Database},
         raft_log::{Pending, RaftLog},
     },
     telemetry,
 };
 
 use super::{
-    Exit, NodeConfig, Pulse,
-    configure::Changes,
-    database_thread,
+    Exit, NodeConfig,
+    database_thread::{self, Copies},
     disk::Disk,
-    inbox::{DatabaseEvent, Input, Piece, Proposal, Waiting},
+    inbox::{DatabaseEvent, Input, Piece, Proposal, Sender, Waiting},
     lease::boottime,
     members::Members,
-    memory::Keeper,
     publisher::{Publisher, Seen},
+    pulse::Pulse,
     rollback::{self, Rollback},
-    serving::OpenDatabase,
-    space::Space,
+    serving::{OpenDatabase, Serving},
+    status::Status,
     syncer::{Done, Keep, Syncer},
     throttle::Throttle,
-    upgrade::Upgrade,
 };
+use configure::Changes;
+use memory::Keeper;
+use space::Space;
+use upgrade::Upgrade;
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
 const INPUTS_PER_TURN: usize = 64;
@@ -45,51 +58,150 @@ const MUCH_BEHIND: u64 = 1000;
 /// How long a node whose database could not be opened leaves the role to others, in nanoseconds.
 const UNFIT: u64 = 10_000_000_000;
 
-pub(super) struct Driver {
+/// What the loop is given to run on.
+pub(super) struct Parts {
+    pub config: NodeConfig,
     pub cluster: Cluster<RaftLog>,
     pub log: RaftLog,
     pub links: Links,
+    pub sender: Sender,
     pub inbox: Receiver<Input>,
-    pub database_thread: database_thread::Handle,
-    pub syncer: Syncer,
-    pub members: Members,
-    pub publisher: Publisher,
-    pub serving: OpenDatabase,
-    pub config: NodeConfig,
-    pub waiting: Waiting,
-    pub rollback: Rollback,
-    pub space: Space,
-    pub disk: Disk,
-    pub changes: Changes,
-    pub upgrade: Upgrade,
-    pub throttle: Throttle,
-    /// The disk is full, and the membership in force is not in its file yet.
-    pub unwritten: bool,
-    /// The membership in force, for whoever follows it.
-    pub in_force: watch::Sender<Arc<Membership>>,
-    /// The same with its raft index.
-    pub editions: watch::Sender<Edition>,
-    /// Who can give this node the whole database, while it needs that.
-    pub restorer: watch::Sender<Option<NodeId>>,
-    /// Why this node is no member any more.
-    pub removed: Option<String>,
-    /// The administrator wants a takeover in spite of a pause.
-    pub paused_ignored: bool,
-    /// This node's copy of the database is not to be trusted.
-    pub diverged: bool,
-    /// This node lacks entries up to here that the leader's raft log does not have any more.
-    pub lacks: u64,
-    pub handed_over: Option<oneshot::Sender<()>>,
-    /// The demotion that the database thread has to answer.
-    pub demotion: Option<u64>,
-    /// What this node and the others must remember.
-    pub keeper: Keeper,
-    /// Tells others that the loop turns.
+    pub database: Database,
     pub pulse: Pulse,
-    pub exit: Option<Exit>,
+}
+
+/// What the rest of the process sees of it.
+#[derive(Clone)]
+pub(super) struct Views {
+    pub status: watch::Receiver<Arc<Status>>,
+    pub serving: Serving,
+    pub membership: watch::Receiver<Arc<Membership>>,
+    pub editions: watch::Receiver<Edition>,
+    /// Who can give this node the whole database, while it needs that.
+    pub refetch_from: watch::Receiver<Option<NodeId>>,
+    pub copies: Copies,
+}
+
+pub(super) struct Driver {
+    config: NodeConfig,
+    cluster: Cluster<RaftLog>,
+    log: RaftLog,
+    syncer: Syncer,
+    links: Links,
+    throttle: Throttle,
+    inbox: Receiver<Input>,
+    members: Members,
+    publisher: Publisher,
+    lane: Lane,
+    in_force: InForce,
+    refetch: Refetch,
+    host: Host,
+    handed_over: Option<oneshot::Sender<()>>,
+    exit: Option<Exit>,
+}
+
+/// The database, and what waits for it.
+struct Lane {
+    thread: database_thread::Handle,
+    open: OpenDatabase,
+    waiting: Waiting,
+    /// The demotion that the database thread has to answer.
+    demotion: Option<u64>,
+}
+
+/// The membership in force, and what follows from it.
+struct InForce {
+    membership: watch::Sender<Arc<Membership>>,
+    /// The same with its raft index.
+    editions: watch::Sender<Edition>,
+    changes: Changes,
+    /// The disk is full, and it is not in its file yet.
+    unwritten: bool,
+    upgrade: Upgrade,
+    /// The administrator wants a takeover in spite of a pause.
+    paused_ignored: bool,
+    /// Why this node is no member any more.
+    removed: Option<String>,
+}
+
+/// Whether this node needs the whole database from another one.
+struct Refetch {
+    /// Who can give it, while it is needed.
+    from: watch::Sender<Option<NodeId>>,
+    /// This node lacks entries up to here that the leader's raft log does not have any more.
+    lacks: u64,
+    /// Its copy of the database is not to be trusted.
+    diverged: bool,
+}
+
+/// This host: its disk, and what is kept there besides the raft log and the database.
+struct Host {
+    space: Space,
+    disk: Disk,
+    rollback: Rollback,
+    /// What this node and the others must remember.
+    keeper: Keeper,
+    /// Tells others that the loop turns.
+    pulse: Pulse,
 }
 
 impl Driver {
+    /// Starts the threads around the loop.
+    ///
+    /// # Errors
+    /// When one of them cannot be started.
+    pub fn new(parts: Parts) -> io::Result<(Self, Views)> {
+        let Parts { config, cluster, log, links, sender, inbox, database, pulse } = parts;
+        let Configuration { index, membership } = &config.configuration;
+        let members = Members::new(config.node, membership);
+        let membership = Arc::new(membership.clone());
+        let (editions, edition) = watch::channel(Edition { index: *index, membership: membership.clone() });
+        let (in_force, membership) = watch::channel(membership);
+        let (from, refetch_from) = watch::channel(None);
+        let (open, serving) = OpenDatabase::new();
+        let (publisher, status) = Publisher::new(&config);
+        let host = Host {
+            space: Space::start(config.data.clone())?,
+            disk: Disk::start(pulse.clone())?,
+            rollback: Rollback::new(&config, database.file(), sender.clone()),
+            keeper: Keeper::start(&config)?,
+            pulse,
+        };
+        let synced = sender.clone();
+        let report = move |done| synced.send(Input::Synced(done));
+        let syncer = Syncer::start(report, config.data.clone(), log.clone())?;
+        let (deadline, checkpoints) = (config.demotion_deadline, config.checkpoints);
+        let thread = database_thread::Handle::start(database, log.clone(), sender, deadline, checkpoints)?;
+        let copies = thread.copies();
+        let mut driver = Self {
+            config,
+            cluster,
+            log,
+            syncer,
+            links,
+            throttle: Throttle::default(),
+            inbox,
+            members,
+            publisher,
+            lane: Lane { thread, open, waiting: Waiting::new(Instant::now()), demotion: None },
+            in_force: InForce {
+                membership: in_force,
+                editions,
+                changes: Changes::default(),
+                unwritten: false,
+                upgrade: Upgrade::default(),
+                paused_ignored: false,
+                removed: None,
+            },
+            refetch: Refetch { from, lacks: 0, diverged: false },
+            host,
+            handed_over: None,
+            exit: None,
+        };
+        driver.follow_membership();
+        Ok((driver, Views { status, serving, membership, editions: edition, refetch_from, copies }))
+    }
+
     /// Runs until told to stop or until going on would not be safe.
     pub fn run(mut self) -> Exit {
         let tick = Duration::from_nanos(self.config.timing.tick);
@@ -103,7 +215,7 @@ impl Driver {
             }
             events.drain(..).for_each(|event| self.peer_event(event));
             more = self.take_inputs();
-            self.pulse.beat();
+            self.host.pulse.beat();
             let now = Instant::now();
             if now >= next_tick {
                 self.cluster.tick(boottime());
@@ -115,9 +227,9 @@ impl Driver {
                 self.watch_disk();
                 self.watch_database();
                 self.watch_stall();
-                self.database_thread.nudge();
-                self.database_thread.release(self.members.everybody_has());
-                if self.rollback.note_ends() {
+                self.lane.thread.nudge();
+                self.lane.thread.release(self.members.everybody_has());
+                if self.host.rollback.note_ends() {
                     self.publisher.warn(rollback::ABOUT, None);
                 }
                 self.watch_space();
@@ -128,7 +240,7 @@ impl Driver {
             }
             self.prefer_others_while_indisposed();
             self.carry_out_all();
-            if self.rollback.is_over(self.database_thread.applied()) {
+            if self.host.rollback.is_over(self.lane.thread.applied()) {
                 self.publisher.rolling_back(false);
             }
             self.publish();
@@ -154,13 +266,13 @@ impl Driver {
     /// full disk, or one that does not work, could not write.
     fn prefer_others_while_indisposed(&mut self) {
         let indisposed =
-            self.database_thread.pending_work() > MUCH_BEHIND || self.space.is_full() || self.disk.is_bad();
+            self.lane.thread.pending_work() > MUCH_BEHIND || self.host.space.is_full() || self.host.disk.is_bad();
         self.cluster.set_indisposed(boottime(), indisposed && self.cluster.phase() == Phase::Secondary);
     }
 
     /// The database fences itself when this host's files fail after a majority has a transaction: it must be replayed.
     fn watch_database(&mut self) {
-        if self.serving.is_fenced() {
+        if self.lane.open.is_fenced() {
             error!("the database has fenced itself after a failure of its files on this host");
             self.cluster.set_unfit(boottime(), boottime() + UNFIT);
             self.cluster.give_up(boottime(), Cause::DatabaseFailed);
@@ -169,21 +281,21 @@ impl Driver {
 
     /// What nobody takes must not be waited for without end: whoever waits may keep the Console closed.
     fn watch_stall(&mut self) {
-        if self.waiting.give_up_stalled(Instant::now()) {
+        if self.lane.waiting.give_up_stalled(Instant::now()) {
             warn!("a transaction of several parts is given up: no majority of the members takes any more of it");
         }
     }
 
     fn publish(&mut self) {
-        let Self { cluster, log, database_thread, .. } = self;
-        let seen = Seen { cluster, log, applied: database_thread.applied() };
-        self.publisher.publish(&seen, &mut self.members, &self.serving);
+        let Self { cluster, log, lane, .. } = self;
+        let seen = Seen { cluster, log, applied: lane.thread.applied() };
+        self.publisher.publish(&seen, &mut self.members, &lane.open);
         self.publisher.announce(&mut self.links);
     }
 
     /// This node's copy of the database is not to be trusted: the primary's takes its place.
     pub(super) fn mark_diverged(&mut self, why: String) {
-        self.diverged = true;
+        self.refetch.diverged = true;
         self.publisher.diverged(why);
     }
 
@@ -199,13 +311,13 @@ impl Driver {
             error!(%error, "the port guard could not be told that the lease is over");
         }
         match &exit {
-            Exit::Fatal(why) => self.waiting.fail(&format!("this node ends itself: {why}")),
-            Exit::Stopped | Exit::Restart(_) => self.waiting.fail("the node stops"),
+            Exit::Fatal(why) => self.lane.waiting.fail(&format!("this node ends itself: {why}")),
+            Exit::Stopped | Exit::Restart(_) => self.lane.waiting.fail("the node stops"),
         };
-        self.changes.fail();
-        self.serving.fence();
+        self.in_force.changes.fail();
+        self.lane.open.fence();
         if matches!(exit, Exit::Stopped | Exit::Restart(_)) {
-            self.database_thread.stop();
+            self.lane.thread.stop();
         }
         self.links.shutdown();
         self.keep_memory_at_last(&exit);
@@ -227,7 +339,7 @@ impl Driver {
                 self.throttle.heard(&message);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
-                } else if self.takes_in() && self.space.admits(&self.log, &message) {
+                } else if self.takes_in() && self.host.space.admits(&self.log, &message) {
                     self.cluster.step(now, message);
                 }
             }
@@ -261,7 +373,7 @@ impl Driver {
         let now = boottime();
         match input {
             Input::Propose(proposal) => self.propose(proposal),
-            Input::Settle { reply } => self.waiting.settle(reply, Instant::now()),
+            Input::Settle { reply } => self.lane.waiting.settle(reply, Instant::now()),
             Input::Synced(done) => self.synced(done),
             Input::Database(event) => self.database_event(event),
             Input::HandOver { to, done } => {
@@ -273,7 +385,7 @@ impl Driver {
             Input::Holds { holds } => self.publisher.holds(holds),
             Input::Sync { node, progress } => self.publisher.sync(node, progress),
             Input::Restart { why } => self.exit = Some(Exit::Restart(why)),
-            Input::Snapshot { forgotten, reply } => self.snapshot(forgotten, reply),
+            Input::Snapshot(request) => self.snapshot(request),
             Input::Warning { about, text } => self.publisher.warn(about, text),
             Input::Certificates(certificates) => self.publisher.certificates(certificates),
             Input::Stop => self.exit = Some(Exit::Stopped),
@@ -298,7 +410,7 @@ impl Driver {
             (true, false) => Piece::Whole,
         };
         match self.cluster.propose(boottime(), epoch, part) {
-            Ok(index) => self.waiting.add(index, piece, reply, Instant::now()),
+            Ok(index) => self.lane.waiting.add(index, piece, reply, Instant::now()),
             Err(error) => {
                 let _ = reply.send(Err(ReplicateError::Refused(error.to_string())));
             }
@@ -319,7 +431,7 @@ impl Driver {
                 self.cluster.persisted(number);
             }
             // Whatever the kernel dropped is gone: only a restart, which reads the log again, may use it.
-            Err(why) => self.exit = Some(Exit::Fatal(why)),
+            Err(error) => self.exit = Some(Exit::Fatal(error.to_string())),
         }
     }
 
@@ -328,16 +440,16 @@ impl Driver {
         match event {
             DatabaseEvent::Empty { epoch } => self.found_database(epoch),
             DatabaseEvent::Promoted { epoch, database } => {
-                self.serving.offer(database);
+                self.lane.open.offer(database);
                 self.publisher.warn("database", None);
                 self.cluster.promoted(now, epoch);
                 if self.cluster.phase() != Phase::Primary || self.cluster.epoch() != epoch {
-                    self.serving.fence();
+                    self.lane.open.fence();
                 }
             }
             DatabaseEvent::Demoted { demotion } => {
-                if self.demotion == Some(demotion) {
-                    self.demotion = None;
+                if self.lane.demotion == Some(demotion) {
+                    self.lane.demotion = None;
                     self.cluster.demoted(now);
                 }
             }
@@ -356,7 +468,7 @@ impl Driver {
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
             DatabaseEvent::Rotten { why } => self.database_rots(why),
-            DatabaseEvent::Resting { resting, reply } => self.resting(resting, reply),
+            DatabaseEvent::Resting { resting, request } => self.resting(resting, request),
             DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
         }
     }
@@ -384,7 +496,7 @@ impl Driver {
             match self.cluster.poll(boottime()) {
                 Ok(Some(output)) => self.carry_out(output),
                 Ok(None) => break,
-                Err(why) => self.exit = Some(Exit::Fatal(format!("read the raft log: {why}"))),
+                Err(error) => self.exit = Some(Exit::Fatal(error.to_string())),
             }
         }
         if !self.cluster.is_handing_over()
@@ -411,13 +523,13 @@ impl Driver {
         if let Some(persist) = output.persist {
             let keep = self.configured(output.configured);
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
-            self.database_thread.appended(bytes);
-            if self.rollback.watch(&self.log, &persist.entries) {
+            self.lane.thread.appended(bytes);
+            if self.host.rollback.watch(&self.log, &persist.entries) {
                 self.publisher.rolling_back(true);
             }
             match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
                 Ok(pending) => {
-                    self.space.appended();
+                    self.host.space.appended();
                     self.cluster.written();
                     self.persist(persist.number, persist.must_sync.then_some(pending), keep);
                 }
@@ -427,10 +539,10 @@ impl Driver {
                 }
             }
         }
-        self.waiting.release(output.committed, Instant::now());
-        self.database_thread.apply(output.apply);
+        self.lane.waiting.release(output.committed, Instant::now());
+        self.lane.thread.apply(output.apply);
         if let Some(epoch) = output.promote {
-            self.database_thread.promote(epoch);
+            self.lane.thread.promote(epoch);
         }
     }
 
@@ -447,10 +559,10 @@ impl Driver {
     fn transition(&mut self, transition: &Transition) {
         let epoch = self.cluster.epoch();
         if transition.to == Phase::Demoting {
-            self.serving.fence();
-            self.demotion = Some(self.database_thread.demote());
-            let unknown = self.waiting.fail("the role was lost while a majority was awaited");
-            self.changes.fail();
+            self.lane.open.fence();
+            self.lane.demotion = Some(self.lane.thread.demote());
+            let unknown = self.lane.waiting.fail("the role was lost while a majority was awaited");
+            self.in_force.changes.fail();
             if unknown > 0 {
                 warn!(transactions = unknown, "the outcome of waiting transactions is decided by the next primary");
             }

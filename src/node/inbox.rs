@@ -11,13 +11,22 @@ use std::{
     time::{Duration, Instant},
 };
 
+use thiserror::Error;
 use tokio::sync::oneshot;
 
-use super::{CertificateStatus, ChangeError, snapshots, status::SyncProgress, syncer::Done};
+use super::{
+    status::{CertificateStatus, SyncProgress},
+    syncer::Done,
+};
 use crate::{
-    cluster::{Change, Membership, NodeId, command, trust::Holdings},
+    cluster::{self, Change, Membership, NodeId, command, trust::Holdings},
     peer::LinkSender,
-    storage::{ReplicateError, Replicator, database::PrimaryDatabase, raft_log::RaftLog, snapshot::Resting},
+    storage::{
+        ReplicateError, Replicator,
+        database::{DatabaseError, PrimaryDatabase},
+        raft_log::RaftLog,
+        snapshot::{Manifest, Resting},
+    },
 };
 
 /// Requests that may wait for the loop; far more than the threads that make them.
@@ -47,7 +56,7 @@ pub(super) enum Input {
     },
     Change {
         change: Change,
-        reply: oneshot::Sender<Result<Arc<Membership>, ChangeError>>,
+        reply: ChangeReply,
     },
     Sync {
         node: NodeId,
@@ -60,11 +69,7 @@ pub(super) enum Input {
     Holds {
         holds: Holdings,
     },
-    /// For a member that forgot, if one is named.
-    Snapshot {
-        forgotten: Option<NodeId>,
-        reply: snapshots::Answer,
-    },
+    Snapshot(SnapshotRequest),
     Warning {
         about: &'static str,
         text: Option<String>,
@@ -72,6 +77,80 @@ pub(super) enum Input {
     Certificates(Vec<CertificateStatus>),
     Stop,
 }
+
+/// Who asks for a snapshot.
+pub(super) struct SnapshotRequest {
+    /// The member that begins again with it because it forgot.
+    pub forgotten: Option<NodeId>,
+    pub reply: oneshot::Sender<Result<(Manifest, Resting), SnapshotError>>,
+}
+
+impl SnapshotRequest {
+    pub fn answer(self, offer: Result<(Manifest, Resting), SnapshotError>) {
+        let _ = self.reply.send(offer); // whoever asked may be gone: the file is free again then
+    }
+
+    /// Sends whoever asked away.
+    pub fn refuse(self, why: SnapshotError) {
+        self.answer(Err(why));
+    }
+}
+
+/// Why there is no snapshot.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// Another node may have one.
+    #[error("this node is not primary")]
+    NotPrimary,
+    /// The one who asked may not have it now; the sentence says why.
+    #[error("{0}")]
+    Refused(String),
+    /// It may be there in a moment.
+    #[error("{0}: ask again")]
+    Busy(&'static str),
+    /// There is no room for the checkpoint that it begins with.
+    #[error("the disk of the primary is full")]
+    DiskFull,
+    /// The raft log begins behind it, or is damaged.
+    #[error("its raft log has no entry {index}: {error}")]
+    NoEntry { index: u64, error: raft::Error },
+    /// The file does not rest.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+    /// The loop has ended.
+    #[error("the node stops")]
+    Stops,
+}
+
+/// Why a change of the membership was not made.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ChangeError {
+    /// Only the primary changes the membership.
+    #[error("this node is not primary")]
+    NotPrimary,
+    /// It cannot be made; the sentence says why. Nothing was changed.
+    #[error("{0}")]
+    Impossible(String),
+    /// Nothing was changed; the same may be possible in a moment.
+    #[error("another change of the membership is under way: try again")]
+    Busy,
+    /// It was proposed, and the role was lost before its outcome was known: look at the membership.
+    #[error("the outcome is unknown: {0}")]
+    Unknown(String),
+}
+
+impl From<cluster::ChangeError> for ChangeError {
+    fn from(error: cluster::ChangeError) -> Self {
+        match error {
+            cluster::ChangeError::NotPrimary => Self::NotPrimary,
+            cluster::ChangeError::Busy => Self::Busy,
+            other => Self::Impossible(other.to_string()),
+        }
+    }
+}
+
+/// Who waits for a change, and gets the membership after it.
+pub(super) type ChangeReply = oneshot::Sender<Result<Arc<Membership>, ChangeError>>;
 
 /// One part of a transaction on its way into the raft log.
 pub(super) struct Proposal {
@@ -112,8 +191,8 @@ pub(super) enum DatabaseEvent {
     },
     /// The database file rests for a snapshot, or cannot.
     Resting {
-        resting: Result<Resting, String>,
-        reply: snapshots::Reply,
+        resting: Result<Resting, SnapshotError>,
+        request: SnapshotRequest,
     },
     /// The process must end: a restart is the safe way on.
     Fatal {

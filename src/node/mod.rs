@@ -1,26 +1,20 @@
 //! DRIVES. Joins the consensus core to the world: links, raft log, database, clock. Publishes what it sees through
 //! `watch<Status>` and knows nothing of ports and workloads.
 
-mod configure;
 mod database_thread;
 mod disk;
 mod driver;
 pub mod history;
 mod inbox;
 pub mod lease;
-mod measure;
 mod members;
-mod memory;
 mod publisher;
 mod pulse;
 mod rollback;
 mod serving;
-mod snapshots;
-mod space;
 pub mod status;
 mod syncer;
 mod throttle;
-mod upgrade;
 pub mod verdict;
 
 use std::{
@@ -28,15 +22,15 @@ use std::{
     path::PathBuf,
     sync::Arc,
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use raft::{Storage, eraftpb::HardState};
 use tokio::sync::{oneshot, watch};
 
-pub use configure::ChangeError;
 pub use database_thread::CheckpointPolicy;
 pub use disk::trouble;
+pub use inbox::{ChangeError, SnapshotError};
 pub use lease::Lease;
 pub use pulse::Pulse;
 pub use serving::Serving;
@@ -53,20 +47,8 @@ use crate::{
         snapshot::{Manifest, Resting},
     },
 };
-use configure::Changes;
-use database_thread::Copies;
-use disk::Disk;
-use driver::Driver;
-use inbox::{Input, Sender, Waiting};
-use members::Members;
-use memory::Keeper;
-use publisher::Publisher;
-use rollback::Rollback;
-use serving::OpenDatabase;
-use space::Space;
-use syncer::Syncer;
-use throttle::Throttle;
-use upgrade::Upgrade;
+use driver::{Driver, Parts, Views};
+use inbox::{Input, Sender, SnapshotRequest};
 
 /// What a node is made of.
 #[derive(Clone, Debug)]
@@ -115,45 +97,40 @@ pub enum Exit {
 #[derive(Clone)]
 pub struct Handle {
     sender: Sender,
-    status: watch::Receiver<Arc<Status>>,
-    serving: Serving,
-    membership: watch::Receiver<Arc<Membership>>,
-    editions: watch::Receiver<Edition>,
-    restore: watch::Receiver<Option<NodeId>>,
-    copies: Copies,
+    views: Views,
     pulse: Pulse,
 }
 
 impl Handle {
     /// The latest picture; changes can be awaited.
     pub fn status(&self) -> watch::Receiver<Arc<Status>> {
-        self.status.clone()
+        self.views.status.clone()
     }
 
     /// The database, while this node is PRIMARY and has it open for writing.
     pub fn serving(&self) -> Serving {
-        self.serving.clone()
+        self.views.serving.clone()
     }
 
     /// What a member is called.
     pub fn name(&self, id: NodeId) -> String {
-        self.membership.borrow().get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
+        self.views.membership.borrow().get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
     }
 
     /// The membership in force; changes can be awaited.
     pub fn membership(&self) -> watch::Receiver<Arc<Membership>> {
-        self.membership.clone()
+        self.views.membership.clone()
     }
 
     /// The same with its raft index, for the links.
     pub fn editions(&self) -> watch::Receiver<Edition> {
-        self.editions.clone()
+        self.views.editions.clone()
     }
 
     /// The member that can give this node the whole database, while it needs that: its raft log is too far behind those of
     /// the others, or its copy is not to be trusted.
     pub fn restore_wanted(&self) -> watch::Receiver<Option<NodeId>> {
-        self.restore.clone()
+        self.views.refetch_from.clone()
     }
 
     /// When the consensus loop turned last.
@@ -193,14 +170,13 @@ impl Handle {
     /// the primary. It may be for a member that forgot, which is named then. The manifest comes without the cluster key.
     ///
     /// # Errors
-    /// A sentence for the node that wants it.
-    pub async fn snapshot(&self, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), String> {
+    /// [`SnapshotError`], which says to the node that wants it why.
+    pub async fn snapshot(&self, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), SnapshotError> {
         let (reply, wait) = oneshot::channel();
-        let ended = "the node stops";
-        if !self.sender.send(Input::Snapshot { forgotten, reply }) {
-            return Err(ended.to_owned());
+        if !self.sender.send(Input::Snapshot(SnapshotRequest { forgotten, reply })) {
+            return Err(SnapshotError::Stops);
         }
-        wait.await.map_err(|_| ended.to_owned())?
+        wait.await.map_err(|_| SnapshotError::Stops)?
     }
 
     /// Begins a copy of this node's own database while it follows; on a SECONDARY. A change of the role ends it.
@@ -208,7 +184,7 @@ impl Handle {
     /// # Errors
     /// [`CopyError`].
     pub async fn copy(&self) -> Result<Copying, CopyError> {
-        self.copies.begin().await
+        self.views.copies.begin().await
     }
 
     /// Ends a copy at the transaction that was applied last.
@@ -216,7 +192,7 @@ impl Handle {
     /// # Errors
     /// [`CopyError`].
     pub async fn finish_copy(&self, copy: &Copying) -> Result<Finished, CopyError> {
-        self.copies.finish(copy.progress()).await
+        self.views.copies.finish(copy.progress()).await
     }
 
     /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node that
@@ -269,55 +245,12 @@ pub fn spawn(
     let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level, forgotten };
     let cluster = Cluster::new(&start, config.node, config.timing, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
-    let membership = Arc::new(membership.clone());
-    let (editions, edition) = watch::channel(Edition { index: membership_index, membership: membership.clone() });
-    let members = Members::new(config.node, &membership);
-    let (in_force, membership) = watch::channel(membership);
-    let (restorer, restore) = watch::channel(None);
     let (sender, inbox) = inbox::inbox(waker);
-    let file = database.file();
-    let (deadline, checkpoints) = (config.demotion_deadline, config.checkpoints);
-    let database_thread = database_thread::Handle::start(database, log.clone(), sender.clone(), deadline, checkpoints)?;
-    let copies = database_thread.copies();
-    let (publisher, status) = Publisher::new(&config);
-    let (open_database, serving) = OpenDatabase::new();
-    let keeper = Keeper::start(&config)?;
     let pulse = Pulse::new();
-    let mut driver = Driver {
-        syncer: Syncer::start(sender.clone(), config.data.clone(), log.clone())?,
-        rollback: Rollback::new(&config, file, sender.clone()),
-        space: Space::start(config.data.clone())?,
-        disk: Disk::start(pulse.clone())?,
-        throttle: Throttle::default(),
-        unwritten: false,
-        cluster,
-        log,
-        links,
-        inbox,
-        database_thread,
-        publisher,
-        serving: open_database,
-        config,
-        waiting: Waiting::new(Instant::now()),
-        changes: Changes::default(),
-        upgrade: Upgrade::default(),
-        keeper,
-        members,
-        in_force,
-        editions,
-        restorer,
-        removed: None,
-        paused_ignored: false,
-        diverged: false,
-        lacks: 0,
-        handed_over: None,
-        demotion: None,
-        pulse: pulse.clone(),
-        exit: None,
-    };
-    driver.follow_membership();
+    let parts = Parts { config, cluster, log, links, sender: sender.clone(), inbox, database, pulse: pulse.clone() };
+    let (driver, views) = Driver::new(parts)?;
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
-    Ok((Handle { sender, status, serving, membership, editions: edition, restore, copies, pulse }, thread))
+    Ok((Handle { sender, views, pulse }, thread))
 }
 
 /// The index behind which raft hands out what is committed. A database that the raft log cannot bring up to date is of no use, and

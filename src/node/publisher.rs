@@ -1,7 +1,10 @@
 //! What the consensus loop tells of its node: the other members hear of it in reports, and everybody sees it as the
 //! [`Status`] (`picture`). Must never wait for anybody, nor answer what the loop decides by.
 
+mod gauges;
 mod picture;
+
+pub(super) use gauges::truth;
 
 use std::{collections::BTreeMap, sync::Arc};
 

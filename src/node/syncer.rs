@@ -11,14 +11,13 @@ use std::{
 };
 
 use raft::eraftpb::ConfState;
+use thiserror::Error;
 
 use crate::storage::{
     configuration::Configuration,
     is_full,
     raft_log::{LogError, Pending, RaftLog},
 };
-
-use super::inbox::{Input, Sender};
 
 /// What came into force and is to be kept: the newest of each.
 #[derive(Default)]
@@ -45,12 +44,22 @@ pub(super) struct Done {
     pub number: u64,
     /// The request that this answers, and with it all before.
     pub request: u64,
-    /// Why the process must end, if something failed.
-    pub result: Result<(), String>,
+    pub result: Result<(), SyncError>,
     /// How long it took.
     pub micros: u64,
     /// None if there was nothing to keep.
     pub kept: Option<Kept>,
+}
+
+/// What could not be made durable: the process must end.
+#[derive(Debug, Error)]
+pub(super) enum SyncError {
+    #[error("make the raft log durable: {0}")]
+    Log(LogError),
+    #[error("keep the membership: {0}")]
+    Membership(io::Error),
+    #[error("keep the configuration: {0}")]
+    Votes(LogError),
 }
 
 /// What was kept.
@@ -95,13 +104,14 @@ pub(super) struct Syncer {
 }
 
 impl Syncer {
-    /// Starts the thread; it ends with the process or after a failed sync. What is to be kept goes to the folder `data`, and to `log`.
+    /// Starts the thread; it ends after a failed sync, or when nobody takes what it reports any more. What is to be kept goes to the
+    /// folder `data`, and to `log`.
     ///
     /// # Errors
     /// When the thread cannot be started.
-    pub fn start(sender: Sender, data: PathBuf, log: RaftLog) -> io::Result<Self> {
+    pub fn start(report: impl Fn(Done) -> bool + Send + 'static, data: PathBuf, log: RaftLog) -> io::Result<Self> {
         let slot = Arc::new(Slot::default());
-        let worker = Worker { slot: Arc::clone(&slot), sender, data, log };
+        let worker = Worker { slot: Arc::clone(&slot), report, data, log };
         thread::Builder::new().name("raft-log-sync".to_owned()).spawn(move || worker.run())?;
         Ok(Self { slot, asked: 0, keeps: 0, done: 0, number: 0 })
     }
@@ -145,14 +155,14 @@ impl Syncer {
     }
 }
 
-struct Worker {
+struct Worker<R> {
     slot: Arc<Slot>,
-    sender: Sender,
+    report: R,
     data: PathBuf,
     log: RaftLog,
 }
 
-impl Worker {
+impl<R: Fn(Done) -> bool> Worker<R> {
     fn run(self) {
         loop {
             let empty = |request: &mut Option<Request>| request.is_none();
@@ -162,34 +172,32 @@ impl Worker {
             let start = Instant::now();
             let kept = if keep.is_empty() { Ok(None) } else { self.keep(keep).map(Some) };
             let synced = kept.and_then(|kept| {
-                let sync =
-                    |pending: Pending| pending.sync().map_err(|error| format!("make the raft log durable: {error}"));
+                let sync = |pending: Pending| pending.sync().map_err(SyncError::Log);
                 pending.map_or(Ok(()), sync).map(|()| kept)
             });
             let micros = start.elapsed().as_micros() as u64;
             let (result, kept) = match synced {
                 Ok(kept) => (Ok(()), kept),
-                Err(why) => (Err(why), None),
+                Err(error) => (Err(error), None),
             };
             let failed = result.is_err();
             let done = Done { number, request: id, result, micros, kept };
-            if !self.sender.send(Input::Synced(done)) || failed {
+            if !(self.report)(done) || failed {
                 return;
             }
         }
     }
 
     /// The membership first: see [`crate::storage::configuration`]. Returns what became of it.
-    fn keep(&self, keep: Keep) -> Result<Kept, String> {
+    fn keep(&self, keep: Keep) -> Result<Kept, SyncError> {
         let kept = match keep.membership.map(|membership| membership.write(&self.data)) {
             None => Kept::Votes,
             Some(Ok(())) => Kept::Membership,
             Some(Err(error)) if is_full(&error) => Kept::Unwritten,
-            Some(Err(error)) => return Err(format!("keep the membership: {error}")),
+            Some(Err(error)) => return Err(SyncError::Membership(error)),
         };
         if let Some((conf, index)) = keep.conf {
-            let failed = |error: LogError| format!("keep the configuration: {error}");
-            self.log.set_applied_conf(conf, index).map_err(failed)?;
+            self.log.set_applied_conf(conf, index).map_err(SyncError::Votes)?;
         }
         Ok(kept)
     }

@@ -71,7 +71,7 @@ async fn offer(handle: &Handle, data: &Path, forgotten: Option<NodeId>) -> Resul
     let (mut manifest, resting) = loop {
         match handle.snapshot(forgotten).await {
             Err(_) if forgotten.is_some() && since.elapsed() < DEMOTION => sleep(DEMOTION / 100).await,
-            answer => break answer?,
+            answer => break answer.map_err(|error| error.to_string())?,
         }
     };
     // Two small reads of a file that is in the page cache: not worth a thread.

@@ -21,7 +21,7 @@ use crate::{
     cluster::command,
     node::{
         disk::trouble,
-        inbox::{DatabaseEvent, Input, Proposer, Sender},
+        inbox::{DatabaseEvent, Input, Proposer, Sender, SnapshotError},
         lease::boottime,
     },
     storage::{
@@ -332,11 +332,11 @@ impl Thread {
 
     /// Answers everybody who wants to read the database file.
     fn rest(&mut self, pinned: bool) {
-        let replies = std::mem::take(&mut self.shared.lock().mailbox.snapshots);
-        for reply in replies {
+        let requests = std::mem::take(&mut self.shared.lock().mailbox.snapshots);
+        for request in requests {
             if pinned {
-                let resting = Err("the disk of the primary is full".to_owned());
-                self.report(DatabaseEvent::Resting { resting, reply });
+                let resting = Err(SnapshotError::DiskFull);
+                self.report(DatabaseEvent::Resting { resting, request });
                 continue;
             }
             self.settle();
@@ -350,8 +350,8 @@ impl Thread {
                     return self.fatal(format!("checkpoint the database: {error}"));
                 }
                 result => {
-                    let resting = result.map_err(|error| error.to_string());
-                    self.report(DatabaseEvent::Resting { resting, reply });
+                    let resting = result.map_err(SnapshotError::from);
+                    self.report(DatabaseEvent::Resting { resting, request });
                 }
             }
         }

@@ -3,13 +3,12 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use super::{Publisher, Seen};
+use super::{Publisher, Seen, gauges};
 use crate::{
     cluster::{Cluster, Member, NodeId, Phase, Role, roster::CLUSTER_SIZE},
     node::{
         history::Recent,
         lease::boottime,
-        measure,
         members::{Members, disk_of, level_of},
         serving::OpenDatabase,
         status::{MemberStatus, Status},
@@ -35,7 +34,7 @@ impl Publisher {
         status.primary = primary;
         status.serving = self.phase == Phase::Primary && database.lend();
         status.warnings = self.sentences(&status, members);
-        measure::status(&status);
+        gauges::show(&status);
         // Whoever reads that this node serves finds the database.
         let serving = status.serving;
         self.sender.send_replace(Arc::new(status));

@@ -60,7 +60,7 @@ use crate::{
 pub const MAX_SEGMENT: usize = 64 << 20;
 /// Smallest segment, in bytes; only tests want it that small. It bounds the size of an entry.
 pub const MIN_SEGMENT: usize = 16 << 10;
-/// Entries that the applier reads at once, in bytes; one larger entry is read all the same.
+/// Entries that the database thread reads at once, in bytes; one larger entry is read all the same.
 const READ: u64 = 1 << 20;
 
 /// Cluster and node that a log belongs to.

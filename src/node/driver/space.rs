@@ -19,6 +19,7 @@ use tracing::{info, warn};
 
 use crate::{
     cluster::{NodeId, Phase, command::MAX_COMMAND},
+    node::lease::boottime,
     storage::{
         raft_log::RaftLog,
         watch::{self, Act, Place},
@@ -26,7 +27,7 @@ use crate::{
     telemetry,
 };
 
-use super::{driver::Driver, lease::boottime};
+use super::Driver;
 
 /// Less free space than this, in bytes, is a full disk; twice as much is space again.
 const LOW: u64 = 8 << 20;
@@ -147,17 +148,17 @@ impl Driver {
     /// Once per tick.
     pub(super) fn watch_space(&mut self) {
         let now = Instant::now();
-        let news = self.space.has_news(now);
+        let news = self.host.space.has_news(now);
         // At once when the raft log finds none, or a write was refused: whoever sends entries has to know.
-        let short = self.log.is_full() || self.space.was_refused(now);
-        if news || short && self.space.full.is_none() {
+        let short = self.log.is_full() || self.host.space.was_refused(now);
+        if news || short && self.host.space.full.is_none() {
             self.look_at_space(now);
         }
     }
 
     fn look_at_space(&mut self, now: Instant) {
         // A disk that does not answer is another trouble, which shows elsewhere.
-        let free = self.space.free();
+        let free = self.host.space.free();
         if let Some(free) = free {
             metrics::gauge!(telemetry::DISK_FREE).set(free as f64);
         }
@@ -168,12 +169,12 @@ impl Driver {
             self.log.retry();
         }
         self.write_membership_again();
-        let was = self.space.full.is_some();
+        let was = self.host.space.full.is_some();
         let low = if was { 2 * LOW } else { LOW };
-        let full = self.log.is_full() || self.unwritten || free < low || self.space.was_refused(now);
+        let full = self.log.is_full() || self.in_force.unwritten || free < low || self.host.space.was_refused(now);
         metrics::gauge!(telemetry::DISK_FULL).set(f64::from(u8::from(full)));
         if full != was {
-            self.space.full = full.then_some(now);
+            self.host.space.full = full.then_some(now);
             let text = full.then(|| {
                 let data = self.config.data.display();
                 format!(
@@ -184,18 +185,18 @@ impl Driver {
                 Some(text) => warn!("{text}"),
                 None => info!("there is space on the disk again"),
             }
-            self.space.dropped &= full;
+            self.host.space.dropped &= full;
             self.publisher.warn(ABOUT, text);
             self.publisher.full(full);
-            self.database_thread.full(full);
+            self.lane.thread.full(full);
         }
         self.leave_role_to_others(now);
     }
 
     /// A primary that cannot write lets a member with space be primary.
     fn leave_role_to_others(&mut self, now: Instant) {
-        let lasts = self.space.full.is_some_and(|since| now.duration_since(since) >= PATIENCE);
-        let tried = self.space.given_up.is_some_and(|at| now.duration_since(at) < PAUSE);
+        let lasts = self.host.space.full.is_some_and(|since| now.duration_since(since) >= PATIENCE);
+        let tried = self.host.space.given_up.is_some_and(|at| now.duration_since(at) < PAUSE);
         let paused = self.cluster.is_takeover_paused(boottime());
         let serves = self.cluster.phase() == Phase::Primary;
         if !serves || !lasts || tried || paused {
@@ -203,7 +204,7 @@ impl Driver {
         }
         // Reports come now and then: a member whose disk has just become full may be named, and gives the role up again.
         let Some(to) = self.members.secondary_with_space() else { return };
-        self.space.given_up = Some(now);
+        self.host.space.given_up = Some(now);
         warn!(to, "the disk of the primary is full: the role goes to a member with space");
         let now = boottime();
         self.cluster.set_unfit(now, now + PAUSE.as_nanos() as u64 / 6);
@@ -212,7 +213,7 @@ impl Driver {
 
     /// Why no majority of the voters could take a long transaction, if that is so: by their last reports.
     pub(super) fn lacks_space(&self) -> Option<String> {
-        let membership = self.in_force.borrow();
+        let membership = self.in_force.membership.borrow();
         let full: Vec<NodeId> = membership.voters().filter(|voter| self.members.has_full_disk(*voter)).collect();
         let voters = membership.voters().count();
         if full.len() <= voters - (voters / 2 + 1) {

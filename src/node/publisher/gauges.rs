@@ -1,64 +1,14 @@
-//! The gauges: what this node publishes as numbers, twice a second. And what a node does whose database file was measured and
-//! found wanting. Must never cost the loop more than a moment.
+//! The gauges of a picture. Must never cost the loop more than a moment.
 
 use std::{
     collections::BTreeSet,
     sync::{Mutex, PoisonError},
 };
 
-use tracing::error;
-
-use super::{Status, driver::Driver, lease::boottime};
-use crate::{
-    cluster::{NodeId, Role},
-    telemetry,
-};
-
-impl Driver {
-    /// Twice a second.
-    pub(super) fn measure(&self) {
-        let log = &self.log;
-        metrics::gauge!(telemetry::RAFT_LOG_BYTES).set(log.size_bytes() as f64);
-        metrics::gauge!(telemetry::RAFT_LOG_ENTRIES)
-            .set((log.last_index() + 1).saturating_sub(log.first_index()) as f64);
-        let (bytes, age) = self.database_thread.figures();
-        metrics::gauge!(telemetry::DATABASE_BYTES).set(bytes as f64);
-        metrics::gauge!(telemetry::CHECKPOINT_AGE).set(age.as_secs_f64());
-        metrics::gauge!(telemetry::WAL_BYTES).set(self.serving.wal_bytes() as f64);
-        let unheard: BTreeSet<NodeId> = self.links.unheard_by().collect();
-        for member in self.in_force.borrow().roster.members.iter().filter(|member| member.id != self.config.node) {
-            let unheard = truth(unheard.contains(&member.id));
-            metrics::gauge!(telemetry::PEER_DATAGRAMS_UNHEARD, "member" => member.name.clone()).set(unheard);
-        }
-    }
-
-    /// A page that SQLite changes goes to all members as it is: a primary with a damaged file must not go on, as long as
-    /// another one can.
-    pub(super) fn database_rots(&mut self, why: String) {
-        let Some(to) = self.members.secondary_with_space() else {
-            error!(reason = why, "the database file of this PRIMARY is damaged, and no other member can take over");
-            let text =
-                format!("{why}; this is the only member that can serve: bring another one up, it takes over then");
-            return self.publisher.warn("scrub", Some(text));
-        };
-        if self.cluster.is_takeover_paused(boottime()) {
-            error!(reason = why, "the database file of this PRIMARY is damaged, and takeover is paused");
-            let text = format!(
-                "{why}; takeover is paused: end the pause with `twistcli ha resume`, another member takes over then"
-            );
-            return self.publisher.warn("scrub", Some(text));
-        }
-        error!(reason = why, to, "the database file of this PRIMARY is damaged: the role goes to another member");
-        self.publisher.warn("scrub", None);
-        self.mark_diverged(why);
-        let now = boottime();
-        self.cluster.set_unfit(now, u64::MAX);
-        self.cluster.hand_over(now, Some(to));
-    }
-}
+use crate::{cluster::Role, node::Status, telemetry};
 
 /// The gauges of a picture.
-pub(super) fn status(status: &Status) {
+pub(super) fn show(status: &Status) {
     metrics::gauge!(telemetry::EPOCH).set(status.epoch as f64);
     metrics::gauge!(telemetry::APPLIED_INDEX).set(status.applied as f64);
     metrics::gauge!(telemetry::COMMITTED_INDEX).set(status.committed as f64);
@@ -106,7 +56,7 @@ fn forget_the_gone(status: &Status) {
     *shown = now;
 }
 
-fn truth(truth: bool) -> f64 {
+pub(in crate::node) fn truth(truth: bool) -> f64 {
     f64::from(u8::from(truth))
 }
 

@@ -4,17 +4,16 @@
 use std::{sync::Arc, time::SystemTime};
 
 use raft::eraftpb::Message;
-use thiserror::Error;
-use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
-use super::{
-    driver::Driver,
-    lease::boottime,
-    syncer::{Keep, Kept},
-};
+use super::Driver;
 use crate::{
-    cluster::{self, Change, Configured, Membership, NodeId, limits::MAX_ENCODED, roster::Pause},
+    cluster::{Change, Configured, Membership, NodeId, limits::MAX_ENCODED, roster::Pause},
+    node::{
+        inbox::{ChangeError, ChangeReply},
+        lease::boottime,
+        syncer::{Keep, Kept},
+    },
     peer::Edition,
     storage::configuration::Configuration,
 };
@@ -22,38 +21,9 @@ use crate::{
 /// Changes that may wait for a majority; raft takes one at a time.
 const WAITING: usize = 16;
 
-/// Why a change of the membership was not made.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum ChangeError {
-    /// Only the primary changes the membership.
-    #[error("this node is not primary")]
-    NotPrimary,
-    /// It cannot be made; the sentence says why. Nothing was changed.
-    #[error("{0}")]
-    Impossible(String),
-    /// Nothing was changed; the same may be possible in a moment.
-    #[error("another change of the membership is under way: try again")]
-    Busy,
-    /// It was proposed, and the role was lost before its outcome was known: look at the membership.
-    #[error("the outcome is unknown: {0}")]
-    Unknown(String),
-}
-
-impl From<cluster::ChangeError> for ChangeError {
-    fn from(error: cluster::ChangeError) -> Self {
-        match error {
-            cluster::ChangeError::NotPrimary => Self::NotPrimary,
-            cluster::ChangeError::Busy => Self::Busy,
-            other => Self::Impossible(other.to_string()),
-        }
-    }
-}
-
-type Reply = oneshot::Sender<Result<Arc<Membership>, ChangeError>>;
-
 /// Those who wait for a change to come into force, with its raft index.
 #[derive(Default)]
-pub(super) struct Changes(Vec<(u64, Reply)>);
+pub(super) struct Changes(Vec<(u64, ChangeReply)>);
 
 impl Changes {
     /// The role is gone: the next primary's raft log decides.
@@ -72,16 +42,16 @@ impl Changes {
 }
 
 impl Driver {
-    pub(super) fn change(&mut self, change: &Change, reply: Reply) {
-        let result = if self.unwritten || !self.has_room(MAX_ENCODED) {
+    pub(super) fn change(&mut self, change: &Change, reply: ChangeReply) {
+        let result = if self.in_force.unwritten || !self.has_room(MAX_ENCODED) {
             Err(ChangeError::Impossible("the disk of the primary is full: free some space first".to_owned()))
-        } else if self.changes.0.len() < WAITING {
+        } else if self.in_force.changes.0.len() < WAITING {
             self.cluster.change(boottime(), change).map_err(ChangeError::from)
         } else {
             Err(ChangeError::Impossible("too many changes of the membership wait already: try again".to_owned()))
         };
         match result {
-            Ok(index) => self.changes.0.push((index, reply)),
+            Ok(index) => self.in_force.changes.0.push((index, reply)),
             Err(error) => {
                 let _ = reply.send(Err(error));
             }
@@ -97,7 +67,7 @@ impl Driver {
         if configured.is_empty() {
             return keep;
         }
-        self.database_thread.pin(true);
+        self.lane.thread.pin(true);
         for Configured { index, conf, membership } in configured {
             if let Some(membership) = membership {
                 self.config.configuration = Configuration { index, membership };
@@ -117,28 +87,28 @@ impl Driver {
         let index = self.config.configuration.index;
         match kept {
             Kept::Votes => {}
-            Kept::Unwritten if self.unwritten => {}
+            Kept::Unwritten if self.in_force.unwritten => {}
             Kept::Unwritten => {
                 warn!("the disk is full: the membership in force is kept in memory until there is space for its file");
-                self.unwritten = true;
+                self.in_force.unwritten = true;
             }
             Kept::Membership => {
-                if std::mem::take(&mut self.unwritten) {
+                if std::mem::take(&mut self.in_force.unwritten) {
                     info!(index, "the membership in force is in its file again");
                 }
             }
         }
         if all {
-            self.database_thread.pin(self.unwritten);
+            self.lane.thread.pin(self.in_force.unwritten);
             // It is in the raft logs of a majority: it is safe without its file, too.
-            let membership = self.in_force.borrow().clone();
-            self.changes.release(index, &membership);
+            let membership = self.in_force.membership.borrow().clone();
+            self.in_force.changes.release(index, &membership);
         }
     }
 
     /// Writes the membership that could not be written for want of space.
     pub(super) fn write_membership_again(&mut self) {
-        if self.unwritten && self.syncer.is_idle() {
+        if self.in_force.unwritten && self.syncer.is_idle() {
             self.syncer.keep_again(self.config.configuration.clone());
         }
     }
@@ -146,8 +116,8 @@ impl Driver {
     /// Lets links, status and whoever watches follow the membership in force.
     pub(super) fn follow_membership(&mut self) {
         let membership = self.config.configuration.membership.clone();
-        log_differences(&self.in_force.borrow(), &membership);
-        self.paused_ignored = false;
+        log_differences(&self.in_force.membership.borrow(), &membership);
+        self.in_force.paused_ignored = false;
         self.members.follow(&membership);
         self.publisher.set_membership(&membership);
         let others: Vec<_> = membership.roster.members.iter().map(|member| member.id).collect();
@@ -164,39 +134,39 @@ impl Driver {
         self.leave_if_outdated();
         let membership = Arc::new(membership);
         let index = self.config.configuration.index;
-        self.editions.send_replace(Edition { index, membership: membership.clone() });
-        self.in_force.send_replace(membership);
+        self.in_force.editions.send_replace(Edition { index, membership: membership.clone() });
+        self.in_force.membership.send_replace(membership);
         self.follow_pause();
     }
 
     /// Once per tick, too: the wall clock, which says when a pause ends, may be set right only after the start.
     pub(super) fn follow_pause(&mut self) {
         let pause = &self.config.configuration.membership.roster.pause;
-        let until = pause.as_ref().filter(|_| !self.paused_ignored).map_or(0, boottime_of);
+        let until = pause.as_ref().filter(|_| !self.in_force.paused_ignored).map_or(0, boottime_of);
         self.cluster.set_paused(boottime(), until);
     }
 
     /// The administrator wants a primary although takeover is paused, and the only node that may be one is gone.
     pub(super) fn ignore_pause(&mut self) {
         warn!("the pause is ignored on this node from now on, as the administrator wants it");
-        self.paused_ignored = true;
+        self.in_force.paused_ignored = true;
         self.follow_pause();
     }
 
     /// This node is no member any more: it says so, and keeps out of everything.
     pub(super) fn told_removed(&mut self, why: String) {
-        if self.removed.is_none() {
+        if self.in_force.removed.is_none() {
             error!(reason = why, "this node is REMOVED");
             self.publisher.removed(why.clone());
             self.cluster.set_unfit(boottime(), u64::MAX);
-            self.removed = Some(why);
+            self.in_force.removed = Some(why);
         }
     }
 
     /// The leader's raft log begins behind the end of ours: the whole database is needed.
     pub(super) fn wants_snapshot(&mut self, message: &Message) {
         let (from, index) = (message.from, message.get_snapshot().get_metadata().index);
-        self.lacks = index;
+        self.refetch.lacks = index;
         if self.want_restore(from) {
             warn!(
                 from,
@@ -211,21 +181,21 @@ impl Driver {
             if let Some(primary) = self.members.reported_primary() {
                 self.want_restore(primary);
             }
-        } else if self.diverged {
+        } else if self.refetch.diverged {
             // A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
             let primary = self.cluster.leader().and_then(|leader| self.members.primary(leader, self.cluster.epoch()));
             if let Some(primary) = primary {
                 self.want_restore(primary);
             }
-        } else if self.cluster.committed() >= self.lacks {
-            self.restorer.send_if_modified(|wanted| wanted.take().is_some());
+        } else if self.cluster.committed() >= self.refetch.lacks {
+            self.refetch.from.send_if_modified(|wanted| wanted.take().is_some());
         }
     }
 
     /// Asks for the database of `from`. True if that is news.
     pub(super) fn want_restore(&mut self, from: NodeId) -> bool {
         let wanted = Some(from).filter(|from| *from != self.config.node);
-        wanted.is_some() && self.restorer.send_if_modified(|now| std::mem::replace(now, wanted) != wanted)
+        wanted.is_some() && self.refetch.from.send_if_modified(|now| std::mem::replace(now, wanted) != wanted)
     }
 }
 

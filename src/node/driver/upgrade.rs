@@ -5,8 +5,11 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, info};
 
-use super::{Exit, driver::Driver, lease::boottime};
-use crate::cluster::{Change, Phase, level::outdated};
+use super::Driver;
+use crate::{
+    cluster::{Change, Phase, level::outdated},
+    node::{Exit, lease::boottime},
+};
 
 /// How long all members must have shown the next level before it is in force: an upgrade that does not hold is taken back
 /// within its first moments.
@@ -44,12 +47,12 @@ impl Driver {
         let in_force = self.config.configuration.membership.shared.level;
         let serves = self.cluster.phase() == Phase::Primary;
         let common = if serves { self.members.common_level(self.config.level) } else { None };
-        let Some(level) = self.upgrade.due(common, in_force, Instant::now()) else { return };
+        let Some(level) = self.in_force.upgrade.due(common, in_force, Instant::now()) else { return };
         let raise = Change::Raise { level, version: self.config.version.clone() };
         // Refused only while something else is under way, or without a lease: the next tick tries again.
         if self.cluster.change(boottime(), &raise).is_ok() {
             info!(level, before = in_force, "the programs of all members have the next feature level: it is raised");
-            self.upgrade.ready = None;
+            self.in_force.upgrade.ready = None;
         }
     }
 

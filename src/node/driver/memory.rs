@@ -11,9 +11,10 @@ use std::{
 
 use tracing::{error, warn};
 
-use super::{Exit, NodeConfig, driver::Driver, lease::boottime};
+use super::Driver;
 use crate::{
     cluster::{NodeId, Role},
+    node::{Exit, NodeConfig, lease::boottime},
     peer::{NodeReport, Remembers},
     storage::{
         is_full,
@@ -89,7 +90,7 @@ impl Driver {
             return self.publisher.remembers(Remembers { forgotten: true, ..Remembers::default() });
         }
         let Some(reach) = self.cluster.reach() else { return };
-        let keeper = &mut self.keeper;
+        let keeper = &mut self.host.keeper;
         keeper.next.own.raise(&reach);
         self.publisher.remembers(Remembers { forgotten: false, reach: keeper.next.own });
         let vote = |memory: &Memory| (memory.own.term, memory.own.vote);
@@ -112,11 +113,11 @@ impl Driver {
             return;
         }
         if let Some(reach) = self.cluster.reach() {
-            self.keeper.next.own.raise(&reach);
+            self.host.keeper.next.own.raise(&reach);
         }
-        self.keeper.next.others = self.config.memory.known();
-        self.keeper.next.edition = self.config.configuration.index;
-        let Keeper { queue, thread, next, .. } = &mut self.keeper;
+        self.host.keeper.next.others = self.config.memory.known();
+        self.host.keeper.next.edition = self.config.configuration.index;
+        let Keeper { queue, thread, next, .. } = &mut self.host.keeper;
         // One writer, to its end: two would write the same file.
         let sent = queue.take().is_some_and(|queue| queue.send(next.clone()).is_ok());
         if sent && let Some(thread) = thread.take() {
@@ -126,7 +127,7 @@ impl Driver {
 
     /// This node has less than it had on its disk. It begins again as one that forgot.
     pub(super) fn told_forgot(&mut self, why: &str) {
-        if self.config.forgotten.is_some() || self.removed.is_some() || self.exit.is_some() {
+        if self.config.forgotten.is_some() || self.in_force.removed.is_some() || self.exit.is_some() {
             return;
         }
         error!(reason = why, "this node lost some of its durable memory: it takes part in nothing until it is whole");

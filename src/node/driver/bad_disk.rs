@@ -1,0 +1,121 @@
+//! A disk that fails or does not answer: the role goes to a member whose disk works, this one stands back, and everybody is told
+//! what is wrong. Must never give the role up when nobody could take it.
+
+use std::time::{Duration, Instant};
+
+use tracing::{error, info, warn};
+
+use super::Driver;
+use crate::{
+    cluster::{Cause, Phase},
+    node::{
+        disk::{AFTER_FAILURE, AFTER_HANG, RETELL, judge, overdue},
+        lease::boottime,
+    },
+    peer::Condition,
+    storage::watch,
+    telemetry,
+};
+
+/// What hangs here may hang on all hosts, as on a storage that they share: the others get this long to say so.
+const GRACE: Duration = Duration::from_millis(100);
+/// Not more often than this: a role that went round would help nobody.
+const PAUSE: Duration = Duration::from_secs(10);
+/// The kind of the warning in the status.
+const ABOUT: &str = "disk-trouble";
+
+impl Driver {
+    /// Once per tick.
+    pub(super) fn watch_disk(&mut self) {
+        let look = watch::look();
+        let (condition, sentence) = judge(&look);
+        if look.failures > self.host.disk.failures {
+            metrics::counter!(telemetry::DISK_FAILURES).increment(look.failures - self.host.disk.failures);
+            self.host.disk.failures = look.failures;
+        }
+        if condition != self.host.disk.condition {
+            self.disk_becomes(condition, sentence.as_deref());
+        }
+        if condition == Condition::Bad {
+            self.leave_bad_disk(overdue(&look).is_some());
+        }
+        let now = Instant::now();
+        if self.host.disk.told.is_some_and(|at| now.duration_since(at) >= RETELL) || self.host.disk.told.is_none() {
+            let waits = look.running.iter().flatten().map(|running| running.took).max().unwrap_or_default();
+            metrics::gauge!(telemetry::DISK_WAIT).set(waits.as_secs_f64());
+            metrics::gauge!(telemetry::DISK_TROUBLE).set(match condition {
+                Condition::Good => 0.0,
+                Condition::Slow => 1.0,
+                Condition::Bad => 2.0,
+            });
+            self.host.disk.told = Some(now);
+            if sentence.is_some() || self.publisher.warns(ABOUT) {
+                let advice = self.disk_advice();
+                self.publisher.warn(ABOUT, sentence.map(|sentence| sentence + advice));
+            }
+        }
+    }
+
+    /// What to do about it.
+    fn disk_advice(&self) -> &'static str {
+        match self.host.disk.condition {
+            Condition::Bad if !self.host.disk.stuck => "; look at this host's disk, and at its kernel log (dmesg)",
+            Condition::Bad if self.cluster.is_takeover_paused(boottime()) => {
+                "; takeover is paused, so the role stays here: repair this disk, or type twistcli ha resume"
+            }
+            Condition::Bad => {
+                "; no other member with a working disk answers, so the role stays here: repair this disk, or bring another member up"
+            }
+            _ => "",
+        }
+    }
+
+    fn disk_becomes(&mut self, condition: Condition, sentence: Option<&str>) {
+        let sentence = sentence.unwrap_or_default();
+        match condition {
+            Condition::Bad => error!("{sentence}"),
+            Condition::Slow => info!("{sentence}"),
+            Condition::Good => info!("the disk of this host works as it should again"),
+        }
+        (self.host.disk.condition, self.host.disk.since) = (condition, Instant::now());
+        self.host.disk.told = None;
+        self.host.disk.stuck = false;
+        self.publisher.disk(condition);
+    }
+
+    /// A primary whose disk cannot be relied on lets another member be primary. If the disk still answers, that one begins as soon
+    /// as the database is closed; else nobody waits for it: the others elect one of them when their promise has run out.
+    fn leave_bad_disk(&mut self, hangs: bool) {
+        let now = boottime();
+        let serves = matches!(self.cluster.phase(), Phase::Primary | Phase::Promoting);
+        let early = hangs && self.host.disk.since.elapsed() < GRACE;
+        if !serves || early || self.host.disk.given_up.is_some_and(|at| at.elapsed() < PAUSE) {
+            return;
+        }
+        let paused = self.cluster.is_takeover_paused(now);
+        let to = self.members.secondary_with_space().filter(|_| !paused);
+        let Some(to) = to else {
+            if !std::mem::replace(&mut self.host.disk.stuck, true) {
+                self.host.disk.told = None;
+                let why = if paused { "takeover is paused" } else { "no other member could take over" };
+                warn!("the disk of this PRIMARY is in trouble, and {why}: the role stays here");
+            }
+            return;
+        };
+        self.host.disk.given_up = Some(Instant::now());
+        warn!(to, hangs, "the disk of this PRIMARY is in trouble: the role goes to a member whose disk works");
+        let unfit = if hangs { AFTER_HANG } else { AFTER_FAILURE };
+        self.cluster.set_unfit(now, now + unfit.as_nanos() as u64);
+        if hangs {
+            self.cluster.give_up(now, Cause::DiskFailed);
+        } else {
+            self.cluster.hand_over_because(now, Some(to), Cause::DiskFailed);
+        }
+    }
+
+    /// What this node could not write must not reach raft: the loop would wait for the disk. A former primary is not needed for a
+    /// majority, and gets everything again; the answers of a SECONDARY keep the lease of the primary.
+    pub(super) fn takes_in(&self) -> bool {
+        self.cluster.phase() != Phase::Demoting || !self.host.disk.is_bad()
+    }
+}

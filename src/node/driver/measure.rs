@@ -1,0 +1,58 @@
+//! The gauges of what the loop owns, twice a second. And what a node does whose database file was measured and found wanting. Must
+//! never cost the loop more than a moment.
+
+use std::collections::BTreeSet;
+
+use tracing::error;
+
+use super::Driver;
+use crate::{
+    cluster::NodeId,
+    node::{lease::boottime, publisher::truth},
+    telemetry,
+};
+
+impl Driver {
+    /// Twice a second.
+    pub(super) fn measure(&self) {
+        let log = &self.log;
+        metrics::gauge!(telemetry::RAFT_LOG_BYTES).set(log.size_bytes() as f64);
+        metrics::gauge!(telemetry::RAFT_LOG_ENTRIES)
+            .set((log.last_index() + 1).saturating_sub(log.first_index()) as f64);
+        let (bytes, age) = self.lane.thread.figures();
+        metrics::gauge!(telemetry::DATABASE_BYTES).set(bytes as f64);
+        metrics::gauge!(telemetry::CHECKPOINT_AGE).set(age.as_secs_f64());
+        metrics::gauge!(telemetry::WAL_BYTES).set(self.lane.open.wal_bytes() as f64);
+        let unheard: BTreeSet<NodeId> = self.links.unheard_by().collect();
+        for member in
+            self.in_force.membership.borrow().roster.members.iter().filter(|member| member.id != self.config.node)
+        {
+            let unheard = truth(unheard.contains(&member.id));
+            metrics::gauge!(telemetry::PEER_DATAGRAMS_UNHEARD, "member" => member.name.clone()).set(unheard);
+        }
+    }
+
+    /// A page that SQLite changes goes to all members as it is: a primary with a damaged file must not go on, as long as
+    /// another one can.
+    pub(super) fn database_rots(&mut self, why: String) {
+        let Some(to) = self.members.secondary_with_space() else {
+            error!(reason = why, "the database file of this PRIMARY is damaged, and no other member can take over");
+            let text =
+                format!("{why}; this is the only member that can serve: bring another one up, it takes over then");
+            return self.publisher.warn("scrub", Some(text));
+        };
+        if self.cluster.is_takeover_paused(boottime()) {
+            error!(reason = why, "the database file of this PRIMARY is damaged, and takeover is paused");
+            let text = format!(
+                "{why}; takeover is paused: end the pause with `twistcli ha resume`, another member takes over then"
+            );
+            return self.publisher.warn("scrub", Some(text));
+        }
+        error!(reason = why, to, "the database file of this PRIMARY is damaged: the role goes to another member");
+        self.publisher.warn("scrub", None);
+        self.mark_diverged(why);
+        let now = boottime();
+        self.cluster.set_unfit(now, u64::MAX);
+        self.cluster.hand_over(now, Some(to));
+    }
+}
