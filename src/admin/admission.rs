@@ -13,7 +13,7 @@ use crate::{
         Change, Membership, Newcomer, NodeId,
         level::{FIRST_LEVEL, outdated},
         limits::MAX_CONSOLE_NAMES,
-        roster::{CLUSTER_SIZE, check_host},
+        roster::check_host,
         shared::Request,
     },
     join::{JoinRequest, RequestState, Token},
@@ -256,14 +256,17 @@ fn are_those_who_ask(membership: &Membership, mut compared: Vec<String>) -> bool
 fn objections(membership: &Membership, now: u64) -> Vec<String> {
     let mut found = Vec::new();
     let (members, requests) = (membership.roster.members.len(), membership.shared.requests.len());
-    if requests == 0 && members >= CLUSTER_SIZE {
-        return vec![format!("the cluster is complete: it has {CLUSTER_SIZE} members")];
+    let size = membership.roster.size;
+    if requests == 0 && members >= size.most {
+        return vec![format!("the cluster is complete: it has {} members", size.most)];
     }
-    if members + requests != CLUSTER_SIZE {
-        let missing = CLUSTER_SIZE.saturating_sub(members + requests);
+    if !size.permits(members + requests) {
+        let missing = size.missing(members + requests);
         found.push(format!(
-            "{members} of {CLUSTER_SIZE} members and {requests} that ask to join: run the join script on {missing} more"
+            "{members} of {size} members and {requests} that ask to join: run the join script on {missing} more"
         ));
+    } else if requests == 0 {
+        found.push("no host asks to join".to_owned());
     }
     for request in &membership.shared.requests {
         let Request { name, clock_ms, .. } = request;

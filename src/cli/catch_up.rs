@@ -16,7 +16,7 @@ use super::{
     stop::{EX_TEMPFAIL, Stop},
 };
 use crate::{
-    cluster::{Role, roster::CLUSTER_SIZE},
+    cluster::Role,
     node::{Status, SyncProgress},
 };
 
@@ -37,7 +37,7 @@ impl Progress {
         let up = |role| matches!(role, Role::Primary | Role::Secondary);
         let pending = status.members.iter().filter(|member| !member.voter || !up(member.state));
         let mut pending: Vec<String> = pending.map(|member| format!("{} {}", member.name, member.state)).collect();
-        let missing = CLUSTER_SIZE.saturating_sub(status.members.len());
+        let missing = status.membership.roster.size.missing(status.members.len());
         if missing > 0 {
             pending.push(format!("{missing} to come"));
         }

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     clock::unix_time,
-    cluster::{Role, roster::CLUSTER_SIZE},
+    cluster::Role,
     control,
     node::{
         Status,
@@ -129,9 +129,9 @@ fn ready(status: &Status, now: u64) -> Result<(), String> {
     if paused(status, now).is_some() {
         return Err("automatic takeover is paused\n  End the pause first: twistcli ha resume".to_owned());
     }
-    let members = status.members.len();
-    if members != CLUSTER_SIZE {
-        return Err(format!("the cluster has {members} of {CLUSTER_SIZE} members{see}"));
+    let (members, size) = (status.members.len(), status.membership.roster.size);
+    if !size.permits(members) {
+        return Err(format!("the cluster has {members} of {size} members{see}"));
     }
     for member in &status.members {
         let wanted = if member.id == status.node { Role::Primary } else { Role::Secondary };

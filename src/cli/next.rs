@@ -1,7 +1,7 @@
 //! What the administrator should type next, from a status. Pure.
 
 use crate::{
-    cluster::{Role, roster::CLUSTER_SIZE},
+    cluster::Role,
     node::{Status, verdict::paused},
 };
 
@@ -29,12 +29,20 @@ pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
         _ => {}
     }
     let (members, requests) = (status.membership.roster.members.len(), status.membership.shared.requests.len());
-    let missing = CLUSTER_SIZE.saturating_sub(members + requests);
-    if requests > 0 && members + requests == CLUSTER_SIZE {
-        let (who, them) = if requests == 1 { ("1 host asks", "fingerprint") } else { ("2 hosts ask", "fingerprints") };
+    let size = status.membership.roster.size;
+    let missing = size.missing(members + requests);
+    if requests > 0 && size.permits(members + requests) {
+        let (who, them) = match requests {
+            1 => ("1 host asks".to_owned(), "fingerprint"),
+            more => (format!("{more} hosts ask"), "fingerprints"),
+        };
         steps.push(format!("{who} to join; {on}compare the {them}, then `twistcli ha apply`"));
     } else if missing > 0 {
-        let what = if missing == 1 { "one more host" } else { "each of two more hosts" };
+        let what = match missing {
+            1 => "one more host",
+            2 => "each of two more hosts",
+            _ => "each of the hosts that are missing",
+        };
         steps.push(format!("{on}`twistcli ha join-script`, and run its line on {what}"));
     }
     if status.membership.learners().next().is_some() {

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     admin::SwitchoverReport,
     clock::unix_time,
-    cluster::{NodeId, roster::CLUSTER_SIZE, shared::Request},
+    cluster::{NodeId, shared::Request},
     control::{JoinScript, Operation},
     node::{MemberStatus, Status},
 };
@@ -125,10 +125,10 @@ fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
          Its data stay on its disk; to come back it runs the join script again.\n",
         member.name, member.address, member.state
     );
-    let left = status.members.len() - 1;
-    if left < CLUSTER_SIZE {
+    let (left, size) = (status.members.len() - 1, status.membership.roster.size);
+    if size.missing(left) > 0 {
         text.push_str(&format!(
-            "{left} of {CLUSTER_SIZE} members remain: {}\n",
+            "{left} of {size} members remain: {}\n",
             if left == 2 { "both must be up for the Console to be served." } else { "no failure is tolerated then." }
         ));
     }

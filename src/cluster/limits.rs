@@ -1,9 +1,16 @@
 //! How long the texts may be that all members keep, and the refusal of what cannot be. Owns what the parts of the membership have in
 //! common; must never know one of them.
 
+use serde::Serialize;
 use thiserror::Error;
-/// Largest encoded membership, in bytes.
-pub const MAX_ENCODED: usize = 32 << 10;
+
+/// Largest encoded membership, in bytes: that of a pool of seven with everything at its limit. A raft entry and a message between
+/// members hold it.
+pub const MAX_ENCODED: usize = 128 << 10;
+/// The same while programs of feature level 2 take part, which read no more.
+pub const MAX_ENCODED_BEFORE: usize = 32 << 10;
+/// The feature level from which on a membership may be longer than [`MAX_ENCODED_BEFORE`].
+pub const LONG_MEMBERSHIPS: u32 = 3;
 /// Longest name and address of a member, in bytes: that of a DNS name.
 pub const MAX_NAME: usize = 253;
 /// Longest certificate, in bytes of PEM.
@@ -19,3 +26,19 @@ pub const MAX_CONSOLE_NAMES: usize = 32;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{0}")]
 pub struct Impossible(pub String);
+
+/// Bytes that PEM of a length may have in JSON: each end of a line is one byte more there, or two.
+pub const fn in_json(pem: usize) -> usize {
+    pem + pem / 16
+}
+
+/// Refuses a part of the membership that needs more than `most` bytes in it.
+///
+/// # Errors
+/// [`Impossible`], naming the part.
+pub fn fits<T: Serialize>(what: &str, part: &T, most: usize) -> Result<(), Impossible> {
+    match serde_json::to_vec(part).map_or(usize::MAX, |bytes| bytes.len()) {
+        length if length <= most => Ok(()),
+        length => Err(Impossible(format!("{what} is too long: {length} bytes of at most {most}"))),
+    }
+}

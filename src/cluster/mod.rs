@@ -211,7 +211,7 @@ impl<S: Storage> Cluster<S> {
     /// When the raft log cannot be read or contradicts itself.
     pub fn new(start: &Start<'_>, node: NodeId, timing: Timing, log: S, now: u64) -> raft::Result<Self> {
         // A node that was removed has no rank, and needs none: it is never elected.
-        let rank = start.membership.rank(node).unwrap_or(roster::CLUSTER_SIZE);
+        let rank = start.membership.rank(node).unwrap_or(roster::MOST);
         let applied = start.applied;
         let election = Election::new(node, rank, timing.election_ticks, (applied, start.conf_index), log)?;
         Ok(Self {

@@ -1,18 +1,68 @@
 //! Who belongs to the cluster, who votes, and whether somebody else may take over. Owns the rules for one member; must never talk to
 //! anybody.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::{
-    limits::{Impossible, MAX_NAME},
+    limits::{Impossible, MAX_NAME, MAX_PEM, fits, in_json},
     validity::in_force,
 };
 
 /// Identity of a node inside its cluster: Raft's node id, 1 or more, never used again after a removal.
 pub type NodeId = u64;
 
-/// A complete cluster has this many members; more are never admitted.
-pub const CLUSTER_SIZE: usize = 3;
+/// The most members that any cluster may have: what bounds the size of a [`Roster`].
+pub const MOST: usize = 7;
+
+/// How many members a cluster has once it is complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SizePolicy {
+    /// With fewer, hosts are missing.
+    pub least: usize,
+    /// More are never admitted; at most [`MOST`].
+    pub most: usize,
+}
+
+impl SizePolicy {
+    /// HA mode: exactly three.
+    pub const fn ha() -> Self {
+        Self { least: 3, most: 3 }
+    }
+
+    /// A pool.
+    pub const fn pool() -> Self {
+        Self { least: 3, most: MOST }
+    }
+
+    fn is_ha(&self) -> bool {
+        *self == Self::ha()
+    }
+
+    /// True if a complete cluster may have so many members.
+    pub fn permits(self, members: usize) -> bool {
+        (self.least..=self.most).contains(&members)
+    }
+
+    /// True if one member less would tolerate fewer failures: an even number is permitted, and gains nothing.
+    pub fn is_advised(self, members: usize) -> bool {
+        self.permits(members) && members % 2 == 1
+    }
+
+    /// Hosts that are missing with so many members.
+    pub fn missing(self, members: usize) -> usize {
+        self.least.saturating_sub(members)
+    }
+}
+
+impl fmt::Display for SizePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { least, most } = self;
+        if least == most { write!(f, "{most}") } else { write!(f, "{least} to {most}") }
+    }
+}
+
 /// One member of the cluster as the others reach it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
@@ -27,7 +77,7 @@ pub struct Member {
     /// False until it has caught up after it was admitted: it replicates, but has no vote (STARTUP2).
     pub voter: bool,
     /// The request by which it joined and the certificate that was signed for it, for the newcomer to pick up from any
-    /// primary; none for a founder.
+    /// primary; none for a founder, and for whoever has a vote.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admission: Option<Admission>,
 }
@@ -90,10 +140,16 @@ impl Pause {
     }
 }
 
+/// Bytes of one member, at most: two names, and the two certificates and the request of an admission.
+const MAX_MEMBER: usize = 3 * MAX_NAME + 2 * in_json(MAX_PEM) + 256;
+/// Bytes of one removed member.
+const MAX_REMOVED: usize = MAX_NAME + 80;
+/// Bytes of a roster of [`MOST`] members with all at its limit.
+pub(super) const MAX_ROSTER: usize = MOST * MAX_MEMBER + REMEMBERED * MAX_REMOVED + 512;
 /// Removed members that are remembered, newest last, so that they can be told why they are refused.
 const REMEMBERED: usize = 32;
 
-/// The members in the order of their ids, those of the past, and the pause.
+/// The members in the order of their ids, those of the past, the pause, and how many members there may be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Roster {
     pub members: Vec<Member>,
@@ -103,13 +159,16 @@ pub struct Roster {
     pub removed: Vec<Removed>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause: Option<Pause>,
+    /// Chosen when the cluster is founded.
+    #[serde(default = "SizePolicy::ha", skip_serializing_if = "SizePolicy::is_ha")]
+    pub size: SizePolicy,
 }
 
 impl Roster {
     /// That of a new cluster.
     pub fn founded(members: Vec<Member>) -> Self {
         let next_id = members.iter().map(|member| member.id).max().unwrap_or(0) + 1;
-        Self { members, next_id, removed: Vec::new(), pause: None }
+        Self { members, next_id, removed: Vec::new(), pause: None, size: SizePolicy::ha() }
     }
 
     /// The member with this id.
@@ -131,21 +190,30 @@ impl Roster {
         admission: Option<Admission>,
     ) -> Result<(), Impossible> {
         let taken = |rank: &u8| self.members.iter().any(|member| member.rank == *rank);
-        let Some(rank) = (0..CLUSTER_SIZE as u8).find(|rank| !taken(rank)) else {
-            return Err(Impossible(format!("a cluster has {CLUSTER_SIZE} members: remove one first")));
+        let Some(rank) = (0..self.size.most as u8).find(|rank| !taken(rank)) else {
+            return Err(Impossible(format!("a cluster has {} members: remove one first", self.size)));
         };
-        self.members.push(Member { id, name, address, port, rank, voter: false, admission });
+        let member = Member { id, name, address, port, rank, voter: false, admission };
+        fits("a member", &member, MAX_MEMBER)?;
+        self.members.push(member);
         self.members.sort_by_key(|member| member.id);
         Ok(())
     }
 
-    /// All members have a vote.
+    /// All members have a vote. That ends their admissions.
     pub(super) fn promote(&mut self) -> Result<(), Impossible> {
         if self.members.iter().all(|member| member.voter) {
             return Err(Impossible("all members have a vote already".to_owned()));
         }
         self.members.iter_mut().for_each(|member| member.voter = true);
         Ok(())
+    }
+
+    /// An admission is over when its host votes. Until then the host may need it at any time: it may not have fetched its
+    /// certificates, or may have been restarted before they were on its disk. To catch up it had to show them to the others, and
+    /// it keeps them on its disk before it does. Those that older programs have left go with the next change of any kind.
+    pub(super) fn end_admissions(&mut self) {
+        self.members.iter_mut().filter(|member| member.voter).for_each(|member| member.admission = None);
     }
 
     pub(super) fn demote(&mut self, node: NodeId) -> Result<(), Impossible> {
@@ -184,6 +252,10 @@ impl Roster {
 
     /// What must hold whoever made it.
     pub(super) fn check(&self) -> Result<(), Impossible> {
+        let SizePolicy { least, most } = self.size;
+        if least == 0 || least > most || most > MOST {
+            return Err(Impossible(format!("a cluster of {} members is not possible: {MOST} are the most", self.size)));
+        }
         for (place, member) in self.members.iter().enumerate() {
             check_host(&member.name, &member.address, member.port)?;
             for other in &self.members[..place] {

@@ -8,19 +8,34 @@ pub mod webhook;
 use serde::{Deserialize, Serialize};
 
 use self::{
-    authority::{Coming, Rekey, Retired, SealedAuthority},
-    console_certificate::CustomCertificate,
-    webhook::Webhook,
+    authority::{Coming, MAX_AUTHORITIES, Rekey, Retired, SealedAuthority},
+    console_certificate::{CustomCertificate, MAX_ADDED_ENCODED, MAX_CUSTOM},
+    webhook::{MAX_WEBHOOK, MAX_WEBHOOKS, Webhook},
 };
 use super::{
     level,
-    limits::{MAX_CONSOLE_NAMES, MAX_NAME, MAX_NAMES, PER_NAME},
-    roster::place,
+    limits::{Impossible, MAX_CONSOLE_NAMES, MAX_NAME, MAX_NAMES, PER_NAME, fits, in_json},
+    roster::{MOST, place},
     validity::in_force,
 };
 
 /// Invitations that may be open at one time.
 pub(super) const MAX_OPEN: usize = 8;
+/// Bytes of one invitation.
+const MAX_INVITATION: usize = 2 * MAX_NAME + 256;
+/// Longest signing request, in bytes of PEM: for a P-256 key it needs about 500.
+pub(super) const MAX_CSR: usize = 1024;
+/// Bytes of one request: five names, two signing requests, and names for a certificate.
+const MAX_REQUEST: usize = 5 * MAX_NAME + 2 * in_json(MAX_CSR) + MAX_NAMES + 320;
+/// Bytes of what the members of a cluster share, with all at its limit: a member waits for at most [`MOST`] - 1 hosts.
+pub(super) const MAX_SHARED: usize = (MOST - 1) * MAX_REQUEST
+    + MAX_OPEN * MAX_INVITATION
+    + MAX_AUTHORITIES
+    + MAX_CUSTOM
+    + MAX_ADDED_ENCODED
+    + MAX_WEBHOOKS * MAX_WEBHOOK
+    + MAX_NAME
+    + 512;
 
 /// What all members share, whoever they are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,13 +87,15 @@ impl Shared {
     }
 
     /// When no more may be open, the one gives way that ends first: whoever wants a script gets one.
-    pub(super) fn invite(&mut self, invitation: &Invitation) {
+    pub(super) fn invite(&mut self, invitation: &Invitation) -> Result<(), Impossible> {
+        fits("an invitation", invitation, MAX_INVITATION)?;
         self.invitations.retain(|open| open.in_force(invitation.at));
         while self.invitations.len() >= MAX_OPEN {
             let first = (0..self.invitations.len()).min_by_key(|place| self.invitations[*place].until).unwrap_or(0);
             self.invitations.remove(first);
         }
         self.invitations.push(invitation.clone());
+        Ok(())
     }
 
     /// The same without keys, webhooks, and requests that could be picked up. Of an invitation there is its [`Invitation::id`], of
@@ -140,6 +157,17 @@ pub struct Invitation {
 const INVITATION_ID: usize = 16;
 
 impl Request {
+    /// Refuses one that is longer than its limits.
+    pub(super) fn check(&self) -> Result<(), Impossible> {
+        let names: usize = self.console_names.iter().map(|name| name.len() + PER_NAME).sum();
+        let csr = self.csr.len().max(self.console_csr.len());
+        let label = self.version.len().max(self.id.len()).max(self.fingerprint.len());
+        if csr > MAX_CSR || names > MAX_NAMES || label > MAX_NAME {
+            return Err(Impossible("the request is too long".to_owned()));
+        }
+        fits("the request", self, MAX_REQUEST)
+    }
+
     /// Where the host is reached.
     pub fn place(&self) -> String {
         place(&self.address, self.port)

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::history::Recent;
 use crate::{
-    cluster::{ClusterId, Membership, NodeId, Role, trust::Holdings},
+    cluster::{ClusterId, Membership, NodeId, Role, roster::SizePolicy, trust::Holdings},
     pki::CertificateInfo,
 };
 
@@ -48,7 +48,16 @@ pub struct Status {
 
 /// Whoever may look at a status may not see what lets a host in.
 fn without_secrets<S: serde::Serializer>(membership: &Membership, serializer: S) -> Result<S::Ok, S::Error> {
-    membership.public().serialize(serializer)
+    #[derive(Serialize)]
+    struct Shown {
+        #[serde(flatten)]
+        membership: Membership,
+        /// Always there for the page: in the membership itself, what is usual is not written.
+        size: SizePolicy,
+    }
+    let (mut membership, size) = (membership.public(), membership.roster.size);
+    membership.roster.size = SizePolicy::ha();
+    Shown { membership, size }.serialize(serializer)
 }
 
 impl Status {

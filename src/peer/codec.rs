@@ -29,6 +29,7 @@ pub use self::{
     raft_message::encode_raft,
     report::{Condition, More, NodeReport, Remembers, encode_report},
 };
+use crate::cluster::limits::MAX_ENCODED;
 
 /// Version of the protocol that this program speaks.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -43,7 +44,7 @@ pub const MAX_ADDRESS: usize = 253;
 /// Longest reason of a refusal, in bytes: a sentence and the name of a host.
 pub const MAX_REASON: usize = 512;
 /// Longest context of a message or an entry, in bytes: a change of the membership carries all of it in its entry.
-pub const MAX_CONTEXT: usize = 64 << 10;
+pub const MAX_CONTEXT: usize = MAX_ENCODED;
 /// Longest data of a snapshot message, in bytes: it carries metadata, never the database.
 pub const MAX_SNAPSHOT_DATA: usize = 64 << 10;
 /// Largest number of members in one list of a snapshot's configuration.

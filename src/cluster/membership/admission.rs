@@ -1,17 +1,14 @@
-//! How hosts come into the cluster: invitations, requests, admission. Owns the limits of all three; must never let in more
-//! hosts than a complete cluster has.
+//! How hosts come into the cluster: invitations, requests, admission. Must never let in more hosts than
+//! a complete cluster has.
 
 use serde::{Deserialize, Serialize};
 
 use super::Membership;
 use crate::cluster::{
-    limits::{Impossible, MAX_NAME, MAX_NAMES, MAX_PEM, PER_NAME},
-    roster::{Admission, CLUSTER_SIZE, NodeId, check_host},
+    limits::{Impossible, MAX_PEM},
+    roster::{Admission, NodeId, check_host},
     shared::Request,
 };
-
-/// Longest signing request, in bytes of PEM: for a P-256 key it needs about 500.
-pub(in crate::cluster) const MAX_CSR: usize = 1024;
 
 /// A host that is to be admitted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +22,7 @@ pub struct Newcomer {
     /// The certificate of its Console, PEM.
     pub console_certificate: String,
 }
+
 impl Membership {
     pub(super) fn request(&mut self, request: &Request) -> Result<(), Impossible> {
         check_host(&request.name, &request.address, request.port)?;
@@ -41,19 +39,14 @@ impl Membership {
                 twin.place()
             )));
         }
-        if self.roster.members.len() + self.shared.requests.len() >= CLUSTER_SIZE {
+        if self.roster.members.len() + self.shared.requests.len() >= self.roster.size.most {
             return Err(Impossible(format!(
                 "{} members and {} requests to join make a complete cluster: remove or reject one first",
                 self.roster.members.len(),
                 self.shared.requests.len()
             )));
         }
-        let names: usize = request.console_names.iter().map(|name| name.len() + PER_NAME).sum();
-        let csr = request.csr.len().max(request.console_csr.len());
-        let label = request.version.len().max(request.id.len()).max(request.fingerprint.len());
-        if csr > MAX_CSR || names > MAX_NAMES || label > MAX_NAME {
-            return Err(Impossible("the request is too long".to_owned()));
-        }
+        request.check()?;
         let Request { name, address, port, .. } = request.clone();
         let mut joined = self.roster.clone();
         joined.push(self.roster.next_id, (name, address, port), None)?;
@@ -64,10 +57,11 @@ impl Membership {
 
     pub(super) fn admit(&mut self, hosts: &[Newcomer]) -> Result<(), Impossible> {
         let (members, requests) = (self.roster.members.len(), self.shared.requests.len());
-        if members + requests != CLUSTER_SIZE || hosts.len() != requests || hosts.is_empty() {
+        if !self.roster.size.permits(members + requests) || hosts.len() != requests || hosts.is_empty() {
             return Err(Impossible(format!(
-                "{members} members and {requests} requests to join do not make {CLUSTER_SIZE}: run the join script on \
-                 the missing hosts first"
+                "{members} members and {requests} requests to join do not make {}: run the join script on the \
+                 missing hosts first",
+                self.roster.size
             )));
         }
         for host in hosts {

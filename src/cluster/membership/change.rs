@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 use super::{Membership, admission::Newcomer};
 use crate::cluster::{
     level::FIRST_LEVEL,
-    limits::{Impossible, MAX_ENCODED, MAX_NAME},
-    roster::{NodeId, Pause},
+    limits::{Impossible, LONG_MEMBERSHIPS, MAX_ENCODED, MAX_ENCODED_BEFORE, MAX_NAME, fits},
+    roster::{MAX_ROSTER, NodeId, Pause},
     shared::{
-        Invitation, Request,
+        Invitation, MAX_SHARED, Request,
         authority::{Coming, SealedAuthority},
         console_certificate::{CustomCertificate, sound_names},
         webhook::{Webhook, check_webhooks},
@@ -98,6 +98,9 @@ impl Change {
     }
 }
 
+/// The parts fit into the whole: `{"format":1,"cluster":"..."` is beside them.
+const _: () = assert!(MAX_ROSTER + MAX_SHARED + 128 <= MAX_ENCODED);
+
 impl Membership {
     /// The membership after a change that `primary` makes.
     ///
@@ -106,7 +109,7 @@ impl Membership {
     pub fn changed(&self, change: &Change, primary: NodeId) -> Result<Self, Impossible> {
         let mut next = self.clone();
         match change {
-            Change::Invite { invitation } => next.shared.invite(invitation),
+            Change::Invite { invitation } => next.shared.invite(invitation)?,
             Change::Uninvite => next.shared.invitations.clear(),
             Change::Request { request } => next.request(request)?,
             Change::Reject { request } => {
@@ -114,7 +117,7 @@ impl Membership {
                 next.shared.requests.remove(place.ok_or_else(|| Impossible("there is no such request".to_owned()))?);
             }
             Change::Admit { hosts } => next.admit(hosts)?,
-            Change::Authority { authority } => next.shared.authority = Some(authority.clone()),
+            Change::Authority { authority } => next.shared.keep_authority(authority)?,
             Change::Notify { webhooks } => {
                 check_webhooks(webhooks)?;
                 next.shared.webhooks.clone_from(webhooks);
@@ -148,11 +151,20 @@ impl Membership {
                 next.shared.custom_certificate = next.shared.sound_certificate(certificate.clone())?;
             }
         }
+        next.roster.end_admissions();
         next.check()?;
-        // Checked here, too: an entry that no member can read would stop them all.
-        match next.encode().len() {
-            0..=MAX_ENCODED => Ok(next),
-            length => Err(Impossible(format!("a membership of {length} bytes is longer than {MAX_ENCODED}"))),
+        next.check_length()?;
+        Ok(next)
+    }
+
+    /// Checked here, too, though each part has its limits: an entry that no member can read would stop them all.
+    fn check_length(&self) -> Result<(), Impossible> {
+        fits("the roster", &self.roster, MAX_ROSTER)?;
+        fits("what the members share", &self.shared, MAX_SHARED)?;
+        let most = if self.shared.level < LONG_MEMBERSHIPS { MAX_ENCODED_BEFORE } else { MAX_ENCODED };
+        match self.encode().len() {
+            length if length <= most => Ok(()),
+            length => Err(Impossible(format!("a membership of {length} bytes is longer than {most}"))),
         }
     }
 
@@ -160,9 +172,7 @@ impl Membership {
         if level <= self.shared.level {
             return Err(Impossible(format!("the cluster runs feature level {} already", self.shared.level)));
         }
-        if version.len() > MAX_NAME {
-            return Err(Impossible("the version is too long".to_owned()));
-        }
+        fits("the version", &version, MAX_NAME)?;
         let before = std::mem::replace(&mut self.shared.level, level);
         self.shared.level_version = version.to_owned();
         // Removals so far could not have the cluster key replaced.

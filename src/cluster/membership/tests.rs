@@ -1,16 +1,16 @@
 //! Every change from a membership of one host on, and what comes back from its bytes. Must never need a node.
 
-use super::admission::MAX_CSR;
 use super::*;
 use crate::cluster::{
     level::FEATURE_LEVEL,
-    limits::{MAX_CONSOLE_NAMES, MAX_ENCODED},
-    roster::Pause,
+    limits::{MAX_CONSOLE_NAMES, MAX_ENCODED, MAX_ENCODED_BEFORE, MAX_NAME, MAX_NAMES, MAX_PEM, PER_NAME},
+    roster::{MAX_ROSTER, MOST, Pause, SizePolicy},
     shared::{
-        Invitation, MAX_OPEN, Request,
+        Invitation, MAX_CSR, MAX_OPEN, MAX_SHARED, Request,
         authority::{Coming, SealedAuthority},
         console_certificate::{CustomCertificate, MAX_CHAIN, MAX_SEALED},
         console_names_that_fit,
+        webhook::Webhook,
     },
     trust::KeyId,
 };
@@ -265,4 +265,175 @@ fn a_rolling_upgrade_reads_and_writes_what_the_older_programs_do() {
     let least = r#"{"format":1,"cluster":"00000000000000000000000000000007","members":[{"id":1,"name":"a","address":"b","port":1,"rank":0,"voter":true}],"next_id":2}"#;
     let first = Membership::decode(least.as_bytes()).unwrap();
     assert_eq!((String::from_utf8(first.encode()).unwrap().as_str(), first.shared.level), (least, 1));
+}
+
+/// A text of this length that differs from others by its beginning; a certificate has the line ends of PEM, as Windows writes them.
+fn long(begin: impl fmt::Display, length: usize) -> String {
+    format!("{begin:x<length$}")
+}
+
+fn long_pem(length: usize) -> String {
+    format!("{}\r\n", "A".repeat(64)).chars().cycle().take(length).collect()
+}
+
+/// One host, and all that is shared at its limit.
+fn with_all_at_its_limit(size: SizePolicy) -> Membership {
+    let mut membership = one();
+    membership.roster.size = size;
+    membership.shared.level = 3;
+    let authority =
+        |key| SealedAuthority { certificate: long_pem(2048), sealed_key: long("", 2048), key: Some(KeyId(key)) };
+    let webhook = |n: u32| Webhook {
+        name: long(n, 64),
+        url: long(n, 512),
+        secret: Some(long(n, 128)),
+        ca: Some(long_pem(MAX_PEM)),
+        severity: "critical".to_owned(),
+    };
+    let custom = CustomCertificate {
+        chain: long_pem(MAX_CHAIN),
+        sealed_key: long("", MAX_SEALED),
+        key: KeyId(u128::MAX),
+        by: long("", MAX_NAME),
+        at: u64::MAX,
+    };
+    // 31 names of 63 bytes, and one of what is left of 2048.
+    let names = (0..MAX_CONSOLE_NAMES).map(|n| if n < 31 { long(format!("n{n}-"), 63) } else { long("n-", 63) + ".a" });
+    let changes = [
+        Change::Authority { authority: authority(u128::MAX) },
+        Change::ConsoleNames { names: names.collect() },
+        Change::CustomCertificate { certificate: Some(custom) },
+        Change::Notify { webhooks: (0..3).map(webhook).collect() },
+        Change::IntroduceAuthority { coming: Coming { authority: authority(0), overlap: u64::MAX } },
+    ];
+    let membership = changes.into_iter().fold(membership, |membership, next| change(&membership, next).unwrap());
+    (0..MAX_OPEN as u64).fold(membership, |membership, n| {
+        let (at, until) = (1_700_000_000, u64::MAX - n);
+        let invitation = Invitation { hash: long(n, 64), at, until, by: long("", MAX_NAME) };
+        change(&membership, Change::Invite { invitation }).unwrap()
+    })
+}
+
+/// A request with all at its limit, from a host that came before or after others.
+fn largest_request(n: u64) -> Request {
+    let names = vec![long("a", MAX_NAMES / 4 - PER_NAME); 4];
+    Request {
+        id: long(n, MAX_NAME),
+        name: long(format!("host{n}-"), MAX_NAME),
+        address: long(format!("10.0.0.{n}."), MAX_NAME),
+        version: long("1.2.3-", MAX_NAME),
+        fingerprint: long(n, MAX_NAME),
+        csr: long_pem(MAX_CSR),
+        console_csr: long_pem(MAX_CSR),
+        console_names: names,
+        clock_ms: i64::MIN,
+        at: 1_700_000_000,
+        until: u64::MAX,
+        port: u16::MAX,
+        ..request(n)
+    }
+}
+
+/// What the primary makes of all requests.
+fn apply(membership: &Membership) -> Membership {
+    let newcomer = |(id, request): (NodeId, &Request)| Newcomer {
+        id,
+        request: request.id.clone(),
+        certificate: long_pem(MAX_PEM),
+        console_certificate: long_pem(MAX_PEM),
+    };
+    let hosts = (membership.roster.next_id..).zip(&membership.shared.requests).map(newcomer).collect();
+    change(membership, Change::Admit { hosts }).unwrap()
+}
+
+#[test]
+fn seven_members_with_everything_at_its_limit_fit() {
+    let size = |membership: &Membership| {
+        let length = |part: serde_json::Value| part.to_string().len();
+        let roster = length(serde_json::to_value(&membership.roster).unwrap());
+        let shared = length(serde_json::to_value(&membership.shared).unwrap());
+        let all = membership.encode();
+        assert!(roster <= MAX_ROSTER && shared <= MAX_SHARED && all.len() <= MAX_ENCODED, "{roster} {shared}");
+        assert_eq!(Membership::decode(&all).unwrap(), *membership);
+        (roster, shared, all.len())
+    };
+    let mut membership = with_all_at_its_limit(SizePolicy::pool());
+    let ask = |membership: &Membership, n| change(membership, Change::Request { request: largest_request(n) }).unwrap();
+    membership = (2..=7).fold(membership, |membership, n| ask(&membership, n));
+    assert!(change(&membership, Change::Request { request: largest_request(8) }).unwrap_err().contains("complete"));
+    let asked = size(&membership);
+    // As many removals as are remembered, each of a host that was admitted with all at its limit.
+    membership = change(&apply(&membership), Change::Promote).unwrap();
+    membership.roster.removed =
+        (0..32).map(|n| Removed { id: u64::MAX - n, name: long(n, MAX_NAME), at: u64::MAX }).collect();
+    for node in 2..=7 {
+        membership = change(&membership, Change::Remove { node, at: u64::MAX, force: true }).unwrap();
+    }
+    assert_eq!((membership.roster.removed.len(), membership.roster.members.len()), (32, 1));
+    membership = change(&membership, Change::Pause { until: u64::MAX }).unwrap();
+    membership = (8..=13).fold(membership, |membership, n| ask(&membership, n));
+    size(&membership);
+    let admitted = apply(&membership);
+    assert_eq!(admitted.roster.members.len(), MOST);
+    let admitted = size(&admitted);
+    println!(
+        "roster, shared and all of a pool of {MOST}: {asked:?} while they ask, {admitted:?} when they are admitted"
+    );
+    // Not far from it: a limit that nothing comes near says nothing.
+    assert!(admitted.0 * 4 > MAX_ROSTER * 3 && asked.1 * 4 > MAX_SHARED * 3, "{asked:?} {admitted:?}");
+}
+
+#[test]
+fn what_is_longer_than_its_part_may_be_is_refused() {
+    let refused = |edit: fn(&mut Request)| {
+        let mut request = largest_request(2);
+        edit(&mut request);
+        change(&one(), Change::Request { request }).unwrap_err()
+    };
+    assert!(refused(|request| request.csr = "\u{1}".repeat(MAX_CSR)).contains("too long"));
+    assert!(refused(|request| request.id = "\u{1}".repeat(MAX_NAME)).contains("too long"));
+    let invitation = Invitation { hash: "a".to_owned(), at: 1, until: 9, by: long("", 2000) };
+    assert!(change(&one(), Change::Invite { invitation }).unwrap_err().contains("too long"));
+    let authority = SealedAuthority { certificate: long("", 2049), sealed_key: String::new(), key: None };
+    assert!(change(&one(), Change::Authority { authority }).unwrap_err().contains("too long"));
+    // Programs of level 2 stop at an entry that is longer than they read.
+    let mut old = with_all_at_its_limit(SizePolicy::ha());
+    old.shared.level = 2;
+    assert!(old.encode().len() > MAX_ENCODED_BEFORE);
+    assert!(change(&old, Change::Pause { until: 5 }).unwrap_err().contains("longer than 32768"));
+}
+
+#[test]
+fn an_admission_is_over_when_its_host_votes() {
+    let asked = ask(&ask(&one(), 2), 3);
+    let mut all = change(&asked, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
+    let open = |membership: &Membership| membership.roster.members.iter().filter(|one| one.admission.is_some()).count();
+    all = change(&all, Change::Pause { until: 5 }).unwrap();
+    assert_eq!(open(&all), 2, "they may not have fetched their certificates yet");
+    let kept = all.roster.members[2].admission.clone();
+    all = change(&all, Change::Promote).unwrap();
+    assert_eq!(open(&all), 0);
+    all.roster.members[2].admission = kept;
+    assert_eq!(open(&change(&all, Change::Resume).unwrap()), 0, "one that an older program has left");
+}
+
+#[test]
+fn a_pool_has_three_to_seven_members_and_ha_mode_three() {
+    let (ha, pool) = (SizePolicy::ha(), SizePolicy::pool());
+    assert_eq!((ha.to_string().as_str(), pool.to_string().as_str()), ("3", "3 to 7"));
+    let permitted = |size: SizePolicy| (0..9).filter(|members| size.permits(*members)).collect::<Vec<_>>();
+    assert_eq!((permitted(ha), permitted(pool)), (vec![3], vec![3, 4, 5, 6, 7]));
+    assert_eq!((0..9).filter(|members| pool.is_advised(*members)).collect::<Vec<_>>(), [3, 5, 7]);
+    assert_eq!((pool.missing(1), pool.missing(4)), (2, 0));
+    let mut few = one();
+    few.roster.size = pool;
+    assert_eq!(Membership::decode(&few.encode()).unwrap(), few);
+    few = (2..=3).fold(few, |few, id| ask(&few, id));
+    assert_eq!(few.shared.requests.len(), 2);
+    few = change(&few, Change::Admit { hosts: vec![newcomer(2), newcomer(3)] }).unwrap();
+    few = change(&few, Change::Promote).unwrap();
+    let four = change(&ask(&few, 4), Change::Admit { hosts: vec![newcomer(4)] }).unwrap();
+    assert_eq!((four.roster.members.len(), four.rank(4)), (4, Some(3)));
+    few.roster.size = SizePolicy { least: 3, most: MOST + 1 };
+    assert!(change(&few, Change::Pause { until: 5 }).unwrap_err().contains("not possible"));
 }

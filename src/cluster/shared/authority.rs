@@ -18,10 +18,15 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Shared, console_certificate::CustomCertificate};
-use crate::cluster::{limits::Impossible, trust::KeyId};
+use crate::cluster::{
+    limits::{self, Impossible, in_json},
+    trust::KeyId,
+};
 
 /// Longest certificate of an authority and longest sealed key, in bytes.
 const MAX_AUTHORITY: usize = 2048;
+/// Bytes of the one that signs and of the one that comes; none comes while another goes, of which there is only the certificate.
+pub(super) const MAX_AUTHORITIES: usize = 4 * in_json(MAX_AUTHORITY) + 512;
 
 /// The cluster's certificate authority, as all members keep it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +77,12 @@ impl Shared {
     /// The file of all that: [`Shared::trusted`] one after the other.
     pub fn trust_bundle(&self) -> String {
         self.trusted().map(|certificate| format!("{}\n", certificate.trim_end())).collect()
+    }
+
+    pub(in crate::cluster) fn keep_authority(&mut self, authority: &SealedAuthority) -> Result<(), Impossible> {
+        fits(authority)?;
+        self.authority = Some(authority.clone());
+        Ok(())
     }
 
     fn signing(&self) -> Result<&SealedAuthority, Impossible> {
@@ -175,9 +186,10 @@ fn refuse(why: &str) -> Impossible {
     Impossible(why.to_owned())
 }
 
+/// Refuses an authority that is too long to be kept.
 fn fits(authority: &SealedAuthority) -> Result<(), Impossible> {
     match authority.certificate.len().max(authority.sealed_key.len()) {
-        0..=MAX_AUTHORITY => Ok(()),
+        0..=MAX_AUTHORITY => limits::fits("the certificate authority", authority, 2 * in_json(MAX_AUTHORITY) + 100),
         length => Err(Impossible(format!("the certificate authority is too long: {length} bytes"))),
     }
 }

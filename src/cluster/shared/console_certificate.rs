@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Shared;
 use crate::cluster::{
-    limits::{Impossible, MAX_CONSOLE_NAMES, MAX_NAME},
+    limits::{Impossible, MAX_CONSOLE_NAMES, MAX_NAME, PER_NAME, fits, in_json},
     trust::KeyId,
 };
 
@@ -17,6 +17,11 @@ const MAX_ADDED: usize = 2048;
 pub const MAX_CHAIN: usize = 10 << 10;
 /// Longest private key of an administrator, sealed: an RSA key of 4096 bits needs 3300 bytes.
 pub(in crate::cluster) const MAX_SEALED: usize = 4096;
+
+/// Bytes of all that in the membership.
+pub(super) const MAX_CUSTOM: usize = in_json(MAX_CHAIN) + in_json(MAX_SEALED) + MAX_NAME + 160;
+/// The same for the names.
+pub(super) const MAX_ADDED_ENCODED: usize = MAX_ADDED + MAX_CONSOLE_NAMES * PER_NAME + 32;
 
 /// A certificate that an administrator has given the Console, for all members to serve.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +57,7 @@ impl Shared {
                 "the certificate is too long: at most {MAX_CHAIN} bytes of PEM for the chain and a key of 4096 bits are allowed"
             )));
         }
+        fits("the certificate", &certificate, MAX_CUSTOM)?;
         if self.authority.as_ref().and_then(|authority| authority.key).is_some_and(|current| current != *key) {
             return Err(Impossible("the cluster key was replaced meanwhile: try again".to_owned()));
         }

@@ -4,10 +4,12 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::limits::{Impossible, MAX_PEM};
+use crate::cluster::limits::{Impossible, MAX_PEM, fits};
 
 /// Webhooks of a cluster.
-const MAX_WEBHOOKS: usize = 3;
+pub(in crate::cluster) const MAX_WEBHOOKS: usize = 3;
+/// Bytes of one of them in the membership.
+pub(super) const MAX_WEBHOOK: usize = 3584;
 
 /// Where events are sent: an HTTP request for each.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +52,7 @@ pub(in crate::cluster) fn check_webhooks(webhooks: &[Webhook]) -> Result<(), Imp
                 "webhook {name:?}: the address may have 512 bytes, the secret 128, the authority {MAX_PEM}"
             )));
         }
+        fits(&format!("webhook {name:?}"), webhook, MAX_WEBHOOK)?;
     }
     Ok(())
 }

@@ -1,11 +1,10 @@
 // The picture of the cluster, and the small chart of a member's lag. Pure: from a status to SVG.
 
 import { s } from './dom.js';
-import { CLUSTER_SIZE, count, listed, stateKind } from './words.js';
+import { count, listed, sizeOf, stateKind } from './words.js';
 
-const WIDTH = 360;
 const NODE = { width: 104, height: 60, top: 84 };
-const LEFT = [8, 128, 248];
+const PLACE = NODE.width + 16;
 const SHORT = 12;
 
 // Text that fits: SVG does not clip it.
@@ -19,15 +18,17 @@ function host(name) {
   return shortened(/[a-z]/i.test(name) ? name.split('.')[0] : name, SHORT);
 }
 
-// What stands in the three places: members by rank, then those who ask, then nobody. What is stale is no state.
+// What stands in the places: members by rank, then those who ask, then nobody. What is stale is no state.
 function places(status, stale) {
   const members = status.members.map(({ name, state, id, lag, voter }) => ({ name, state: stale ? 'UNKNOWN' : state, id, lag, voter }));
   const asking = (status.membership.requests ?? []).map(({ name }) => ({ name, state: 'REQUEST_JOIN' }));
-  const taken = [...members, ...asking].slice(0, CLUSTER_SIZE);
-  return [...taken, ...Array(CLUSTER_SIZE - taken.length).fill({ name: 'free place', state: null })];
+  const { least, most } = sizeOf(status);
+  const taken = [...members, ...asking].slice(0, most);
+  return [...taken, ...Array(Math.max(0, least - taken.length)).fill({ name: 'free place', state: null })];
 }
 
-const middle = (at) => LEFT[at] + NODE.width / 2;
+const left = (at) => 8 + at * PLACE;
+const middle = (at) => left(at) + NODE.width / 2;
 
 function box(place, at) {
   const kind = place.state ? `${stateKind(place.state)} ${place.state.toLowerCase()}` : 'free';
@@ -36,18 +37,18 @@ function box(place, at) {
     'g',
     { class: `node ${kind}` },
     s('title', {}, place.state ? `${place.name}: ${place.state}` : 'No host yet'),
-    s('rect', { x: LEFT[at], y, width: NODE.width, height: NODE.height, rx: 9 }),
+    s('rect', { x: left(at), y, width: NODE.width, height: NODE.height, rx: 9 }),
     s('text', { x: middle(at), y: y + 26, class: 'name' }, place.state ? host(place.name) : place.name),
     place.state && s('text', { x: middle(at), y: y + 45, class: 'state' }, place.state),
   );
 }
 
-function clientsLink(primary) {
+function clientsLink(primary, width) {
   const x = middle(primary);
   return s(
     'g',
     { class: 'clients-link' },
-    s('path', { d: `M${WIDTH / 2} 40 C ${WIDTH / 2} 62, ${x} 54, ${x} ${NODE.top - 7}` }),
+    s('path', { d: `M${width / 2} 40 C ${width / 2} 62, ${x} 54, ${x} ${NODE.top - 7}` }),
     s('path', { d: `M${x - 4} ${NODE.top - 10} L${x} ${NODE.top - 2} L${x + 4} ${NODE.top - 10} Z`, class: 'head' }),
   );
 }
@@ -56,7 +57,7 @@ function clientsLink(primary) {
 function copyLink(primary, to, place) {
   const [from, end] = [middle(primary), middle(to)];
   const base = NODE.top + NODE.height;
-  const depth = base + (Math.abs(primary - to) === 2 ? 52 : 32);
+  const depth = base + (Math.abs(primary - to) > 1 ? 52 : 32);
   const broken = stateKind(place.state) === 'bad';
   const label = broken ? 'no contact' : place.lag === 0 ? 'in step' : `${place.lag.toLocaleString('en')} behind`;
   return s(
@@ -77,16 +78,17 @@ function spoken(all, primary) {
 
 export function picture(status, { searching, stale }) {
   const all = places(status, stale);
+  const width = all.length * PLACE;
   const primary = searching ? -1 : all.findIndex((place) => place.state === 'PRIMARY');
   const links = all.map((place, at) =>
     primary >= 0 && at !== primary && place.id !== undefined ? copyLink(primary, at, place) : null,
   );
   return s(
     'svg',
-    { class: 'picture', viewBox: `0 0 ${WIDTH} 208`, role: 'img', 'aria-label': spoken(all, primary) },
-    s('rect', { x: WIDTH / 2 - 52, y: 10, width: 104, height: 28, rx: 14, class: 'clients' }),
-    s('text', { x: WIDTH / 2, y: 28.5, class: 'name' }, 'clients'),
-    primary >= 0 && clientsLink(primary),
+    { class: 'picture', viewBox: `0 0 ${width} 208`, role: 'img', 'aria-label': spoken(all, primary) },
+    s('rect', { x: width / 2 - 52, y: 10, width: 104, height: 28, rx: 14, class: 'clients' }),
+    s('text', { x: width / 2, y: 28.5, class: 'name' }, 'clients'),
+    primary >= 0 && clientsLink(primary, width),
     links,
     all.map(box),
   );

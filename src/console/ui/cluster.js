@@ -7,7 +7,7 @@ import { list } from './api.js';
 import { h, show } from './dom.js';
 import { age, live, subscribe } from './live.js';
 import { announce, badge, button, card, copyButton, page, statusPages, table, toast, when } from './parts.js';
-import { ago, bytes, clock, CLUSTER_SIZE, count, lastContact, nothing, span, stateWords, time, tolerance } from './words.js';
+import { ago, bytes, clock, count, lastContact, nothing, sizeOf, span, stateWords, time, tolerance } from './words.js';
 
 // The roles that may have the join line.
 const INSTALLERS = ['admin', 'operator', 'defenderManager'];
@@ -162,15 +162,21 @@ function nodes(status, { may, statusPort }) {
     pages && h('p', { class: 'quiet foot' }, 'Status pages, which answer without a PRIMARY, too: ', pages));
 }
 
+const NUMERALS = ['no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven'];
+
 // Why APPLY cannot be pressed; nothing if it can.
 function applyObstacle(status) {
   const members = status.members.length;
   const requests = (status.membership.requests ?? []).length;
-  const sum = `${count(members, 'member')} + ${count(requests, 'request')} = ${members + requests}, and ${CLUSTER_SIZE} are needed`;
-  if (requests === 0 && members === CLUSTER_SIZE) return 'The cluster is complete: it has 3 members. Nobody else can join.';
-  const missing = CLUSTER_SIZE - members - requests;
-  if (missing > 0) return `APPLY needs exactly three hosts: ${sum}. Run the join line on ${missing} more.`;
-  if (missing < 0) return `APPLY needs exactly three hosts: ${sum}. Reject ${-missing}.`;
+  const { least, most } = sizeOf(status);
+  const needed = least === most ? `${most}` : `${least} to ${most}`;
+  const wanted = least === most ? `exactly ${NUMERALS[most]} hosts` : `${needed} hosts`;
+  const sum = `${count(members, 'member')} + ${count(requests, 'request')} = ${members + requests}, and ${needed} are needed`;
+  if (requests === 0 && members === most) return `The cluster is complete: it has ${most} members. Nobody else can join.`;
+  const [missing, over] = [least - members - requests, members + requests - most];
+  if (missing > 0) return `APPLY needs ${wanted}: ${sum}. Run the join line on ${missing} more.`;
+  if (over > 0) return `APPLY needs ${wanted}: ${sum}. Reject ${over}.`;
+  if (requests === 0) return 'No host asks to join.';
   return null;
 }
 
@@ -207,7 +213,7 @@ function joining(status, state, { may, user }, redraw) {
   const gone = 'The join line that stood here is good no more: it was used, revoked, or has expired.';
   const line = open ? joinLine(open) : state.closed && h('p', { class: 'quiet' }, gone);
   const step = (text, ...more) => h('li', {}, text, more);
-  const complete = requests.length === 0 && status.members.length === CLUSTER_SIZE;
+  const complete = requests.length === 0 && status.members.length === sizeOf(status).most;
   const made = button(open ? 'Make a new join line' : 'Show the join line', make, { kind: open ? 'plain' : 'primary' });
   if (complete) return card('Add hosts', {}, h('p', {}, obstacle, ' To replace a host, remove it first (✕), then join another.'));
   const press = button('APPLY', () => actions.apply(requests), {

@@ -94,7 +94,8 @@ export function listed(names) {
   return `${names.slice(0, -1).join(', ')} and ${names.at(-1)}`;
 }
 
-export const CLUSTER_SIZE = 3;
+// How many members a complete cluster has. Older programs do not say it: theirs have three.
+export const sizeOf = (status) => status.membership.size ?? { least: 3, most: 3 };
 
 // How many further failures the cluster survives, and what to say about it. `now` in seconds since 1970.
 export function tolerance(status, now) {
@@ -107,7 +108,7 @@ export function tolerance(status, now) {
   return {
     spare,
     paused,
-    complete: status.members.length === CLUSTER_SIZE,
+    complete: status.members.length >= sizeOf(status).least,
     up: up.length,
     survives: paused ? 0 : spare,
   };

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use super::{Publisher, Seen, gauges};
 use crate::{
-    cluster::{Cluster, Member, NodeId, Phase, Role, roster::CLUSTER_SIZE},
+    cluster::{Cluster, Member, NodeId, Phase, Role},
     node::{
         history::Recent,
         lease::boottime,
@@ -206,10 +206,10 @@ impl Publisher {
                 status.membership.roster.members.len()
             ));
         }
-        if status.membership.roster.members.len() < CLUSTER_SIZE {
+        let (members, size) = (status.membership.roster.members.len(), status.membership.roster.size);
+        if size.missing(members) > 0 {
             sentences.push(format!(
-                "the cluster has {} of {CLUSTER_SIZE} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)",
-                status.membership.roster.members.len()
+                "the cluster has {members} of {size} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)"
             ));
         }
         if status.primary.is_none() && status.role != Role::Startup {
