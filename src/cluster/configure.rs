@@ -179,11 +179,4 @@ impl<S: Storage> Cluster<S> {
         }
         Ok(())
     }
-
-    /// How many voters campaign before this one, one of them left aside.
-    pub(super) fn ranked_before(&self, except: Option<NodeId>) -> usize {
-        let own = self.membership.rank(self.node).unwrap_or(0);
-        let earlier = |id: &NodeId| self.membership.rank(*id).is_some_and(|rank| rank < own) && Some(*id) != except;
-        self.membership.voters().filter(earlier).count()
-    }
 }

@@ -7,7 +7,7 @@ use raft::{
     eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState, EntryType, Message, MessageType},
 };
 
-use super::{Membership, NodeId};
+use super::{Membership, NodeId, roster::MOST};
 
 /// Ticks of silence after which a voter may campaign or vote for somebody else.
 pub const ELECTION_TICKS: usize = 20;
@@ -29,28 +29,22 @@ pub struct Election<S: Storage> {
 }
 
 impl<S: Storage> Election<S> {
-    /// Wraps a log. `rank` orders the election time-outs: the lower one campaigns first (DESIGN section 5).
+    /// Wraps a log. `ticks`: the promise of a voter to its leader.
     /// `applied` is the index up to which the database needs no entry, `configured` that of the configuration that the log
     /// returns. What came into force is committed, though the log's note of that may be older: it is the last to reach the disk.
     /// Others who do not know yet that somebody has a vote learn it from this node's requests for votes.
     ///
     /// # Errors
     /// When the log cannot be read or contradicts itself.
-    pub fn new(
-        node: NodeId,
-        rank: usize,
-        ticks: usize,
-        (applied, configured): (u64, u64),
-        log: S,
-    ) -> raft::Result<Self> {
-        let min_election_tick = ticks + 2 + 3 * rank;
+    pub fn new(node: NodeId, ticks: usize, (applied, configured): (u64, u64), log: S) -> raft::Result<Self> {
         let config = Config {
             id: node,
             election_tick: ticks,
             // Heartbeats come from the lease rounds (`confirm`), one a tick; raft's own are only a fallback.
             heartbeat_tick: ticks - 1,
-            min_election_tick,
-            max_election_tick: min_election_tick + 1,
+            // What raft draws between these is replaced before each tick: see `patience`.
+            min_election_tick: patience(ticks, 0),
+            max_election_tick: patience(ticks, MOST),
             applied,
             check_quorum: true,
             pre_vote: true,
@@ -127,16 +121,23 @@ impl<S: Storage> Election<S> {
         self.is_leader() && self.raw.raft.commit_to_current_term()
     }
 
-    pub fn tick(&mut self) {
+    /// A tick of a node that is in this `place` of those who may campaign: see [`super::candidacy`].
+    pub fn tick(&mut self, place: usize) {
+        let patience = self.patience(place);
+        self.raw.raft.set_randomized_election_timeout(patience);
         if !self.must_wait_for_disk() {
             self.raw.tick();
         }
     }
 
     /// True if the next tick ends this voter's patience and makes it a candidate.
-    pub fn is_impatient(&self) -> bool {
+    pub fn is_impatient(&self, place: usize) -> bool {
         let raft = &self.raw.raft;
-        !self.is_leader() && raft.promotable() && raft.election_elapsed + 1 >= raft.randomized_election_timeout()
+        !self.is_leader() && raft.promotable() && raft.election_elapsed + 1 >= self.patience(place)
+    }
+
+    fn patience(&self, place: usize) -> usize {
+        patience(self.raw.raft.election_timeout(), place.min(MOST - 1))
     }
 
     /// One heartbeat round. Once an entry of this term is committed, it carries `context`, which comes back from
@@ -295,6 +296,12 @@ impl<S: Storage> Election<S> {
     pub fn persisted(&mut self, number: u64) {
         self.raw.on_persist_ready(number);
     }
+}
+
+/// Ticks of silence after which a voter campaigns: its promise is over by then in each place, and whoever stands before it has had
+/// the time to be elected. Not random: that splits votes (`docs/design.md` has the figures).
+fn patience(ticks: usize, place: usize) -> usize {
+    ticks + 2 + 3 * place
 }
 
 /// The change that leads from a configuration to the voters and learners of a membership. More than one step at a time

@@ -3,6 +3,7 @@
 //!
 //! Times are nanoseconds of one clock that never stops or jumps (CLOCK_BOOTTIME in a daemon).
 
+mod candidacy;
 pub mod command;
 mod configure;
 pub mod election;
@@ -30,6 +31,7 @@ pub use membership::{Change, ClusterId, Membership, Newcomer};
 pub use role::{Cause, Lease, Phase, Role, Transition};
 pub use roster::{Member, NodeId};
 
+use candidacy::Campaign;
 use election::Election;
 
 /// The spans that the core works with, in nanoseconds unless they say ticks.
@@ -41,7 +43,7 @@ pub struct Timing {
     pub election_ticks: usize,
     /// How long ports stay open after the sending of a round that a majority answered.
     pub lease: u64,
-    /// Head start of each rank over the next when the leader is known to be gone.
+    /// Head start of each place over the next when the leader is known to be gone.
     pub stagger: u64,
     /// How long a process that has just started neither votes nor campaigns: the longest promise that an earlier one of
     /// this node may have given.
@@ -181,6 +183,8 @@ pub struct Cluster<S: Storage> {
     acked: (u64, u64),
     /// Other members that lost some of theirs.
     forgetful: BTreeSet<NodeId>,
+    /// Those whose process is known to be dead.
+    dead: BTreeSet<NodeId>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -191,16 +195,6 @@ struct Handover {
     to: Option<NodeId>,
 }
 
-/// A planned attempt to be elected while no leader is known.
-#[derive(Clone, Copy, Debug)]
-struct Campaign {
-    at: u64,
-    retry: u64,
-}
-
-/// First pause between two attempts to be elected, in nanoseconds; doubled each time.
-const FIRST_RETRY: u64 = 10_000_000;
-const LAST_RETRY: u64 = 640_000_000;
 /// Time without a leader after which a node that could not serve well stands like any other, in nanoseconds.
 const DESPERATE: u64 = 1_500_000_000;
 
@@ -210,10 +204,8 @@ impl<S: Storage> Cluster<S> {
     /// # Errors
     /// When the raft log cannot be read or contradicts itself.
     pub fn new(start: &Start<'_>, node: NodeId, timing: Timing, log: S, now: u64) -> raft::Result<Self> {
-        // A node that was removed has no rank, and needs none: it is never elected.
-        let rank = start.membership.rank(node).unwrap_or(roster::MOST);
         let applied = start.applied;
-        let election = Election::new(node, rank, timing.election_ticks, (applied, start.conf_index), log)?;
+        let election = Election::new(node, timing.election_ticks, (applied, start.conf_index), log)?;
         Ok(Self {
             node,
             level: start.level,
@@ -251,6 +243,7 @@ impl<S: Storage> Cluster<S> {
             forgot: None,
             acked: (0, 0),
             forgetful: BTreeSet::new(),
+            dead: BTreeSet::new(),
             election,
         })
     }
@@ -304,16 +297,17 @@ impl<S: Storage> Cluster<S> {
         if self.phase == Phase::Demoting && !self.election.is_leader() {
             return; // its own election time-out must not make it a candidate
         }
-        if (self.is_paused(now) || self.is_outdated()) && self.election.is_impatient() {
+        let place = self.place();
+        if (self.is_paused(now) || self.is_outdated()) && self.election.is_impatient(place) {
             return; // it votes, but does not take over by itself
         }
-        if self.is_unfit(now) && self.election.is_impatient() && self.withheld < 2 * self.timing.election_ticks {
+        if self.is_unfit(now) && self.election.is_impatient(place) && self.withheld < 2 * self.timing.election_ticks {
             // Its turn comes after those who can serve; it votes for them meanwhile.
             self.withheld += 1;
             return;
         }
         self.withheld = 0;
-        self.election.tick();
+        self.election.tick(place);
         if self.election.is_leader() {
             self.round(now);
             self.demote_forgetful(now);
@@ -358,6 +352,7 @@ impl<S: Storage> Cluster<S> {
             return;
         }
         self.forgetful.remove(&message.from);
+        self.dead.remove(&message.from);
         if self.membership.get(message.from).is_some() {
             self.heard.insert(message.from, now);
         }
@@ -375,18 +370,6 @@ impl<S: Storage> Cluster<S> {
             }
         }
         self.election.step(message);
-        self.observe(now);
-    }
-
-    /// The process of another member is known to be dead (DESIGN section 5, fast path).
-    pub fn peer_dead(&mut self, now: u64, peer: NodeId) {
-        self.observe(now);
-        self.election.report_unreachable(peer);
-        if self.election.leader() == Some(peer) && self.phase == Phase::Secondary {
-            self.election.forget_leader();
-            let before = self.ranked_before(Some(peer));
-            self.schedule_campaign(now, before);
-        }
         self.observe(now);
     }
 
@@ -577,8 +560,7 @@ impl<S: Storage> Cluster<S> {
     fn observe(&mut self, now: u64) {
         if self.phase == Phase::Startup && now >= self.quiet_until {
             self.enter(Cause::QuietPeriodOver);
-            let before = self.ranked_before(None);
-            self.schedule_campaign(now, before);
+            self.schedule_campaign(now);
         }
         if matches!(self.phase, Phase::Promoting | Phase::Primary) {
             if !self.election.is_leader() || self.epoch() != self.served {
@@ -655,30 +637,6 @@ impl<S: Storage> Cluster<S> {
         } else {
             // An order to campaign from an aborted handover may still be under way: only a new epoch makes it harmless.
             self.election.forget_leader();
-        }
-    }
-
-    /// Plans to be elected behind `before` other members; behind all of them if this node could not serve well.
-    fn schedule_campaign(&mut self, now: u64, before: usize) {
-        let before = if self.is_unfit(now) { before + self.membership.roster.members.len() } else { before };
-        self.campaign = Some(Campaign { at: now + before as u64 * self.timing.stagger, retry: FIRST_RETRY });
-    }
-
-    fn run_campaign(&mut self, now: u64) {
-        let Some(campaign) = self.campaign else { return };
-        if self.has_forgotten()
-            || self.phase != Phase::Secondary
-            || self.election.leader().is_some()
-            || self.is_paused(now)
-            || self.is_outdated()
-        {
-            self.campaign = None;
-        } else if now >= campaign.at {
-            let retry = (campaign.retry * 2).min(LAST_RETRY);
-            self.campaign = Some(Campaign { at: now + campaign.retry, retry });
-            if !self.election.is_candidate() {
-                self.election.campaign();
-            }
         }
     }
 

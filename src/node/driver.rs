@@ -345,7 +345,8 @@ impl Driver {
             }
             PeerEvent::Report(peer, report) => self.reported(peer, report),
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
-            PeerEvent::Up(_) | PeerEvent::InboundUp(_) | PeerEvent::InboundDown { .. } => {}
+            PeerEvent::Up(peer) | PeerEvent::InboundUp(peer) => self.cluster.peer_alive(peer),
+            PeerEvent::InboundDown { .. } => {}
             PeerEvent::Removed { by, reason } => self.told_removed(format!("node {by} says: {reason}")),
             PeerEvent::Forgot { reason, .. } => self.told_forgot(&reason),
             PeerEvent::Outdated { by, reason } => self.told_outdated(format!("node {by} says: {reason}")),

@@ -55,11 +55,12 @@ struct State {
 pub struct SimLog(Rc<RefCell<State>>);
 
 impl SimLog {
-    pub fn new() -> Self {
+    /// That of a cluster of so many founders, in which nothing was written yet.
+    pub fn new(founders: u64) -> Self {
         let mut image = Image::default();
         image.hard_state.term = 1;
         image.hard_state.commit = 1;
-        let conf = (ConfState { voters: vec![1, 2, 3], ..ConfState::default() }, 1);
+        let conf = (ConfState { voters: (1..=founders).collect(), ..ConfState::default() }, 1);
         Self(Rc::new(RefCell::new(State { now: image.clone(), durable: image, unsynced: VecDeque::new(), conf })))
     }
 

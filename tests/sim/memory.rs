@@ -139,6 +139,9 @@ impl World {
         let node = &mut self.nodes[at];
         let now = node.clock(self.time);
         let forgotten = caller.standing == Standing::Forgotten;
+        if let Some(cluster) = &mut node.cluster {
+            cluster.peer_alive(from);
+        }
         if let Some(known) = node.mind.1.get_mut(&from) {
             known.reported(reach, forgotten);
         }
@@ -247,12 +250,13 @@ impl World {
         let had = Copy::of(&self.nodes[at]);
         let kind = self.rng.random_range(0..5);
         let dropped = self.rng.random_range(1..6);
+        let size = self.size;
         let node = &mut self.nodes[at];
         let mut has = had.clone();
         match (kind, node.copy.clone()) {
             (0, _) => {
-                has.image = SimLog::new().durable(Image::clone);
-                has.conf = SimLog::new().conf();
+                has.image = SimLog::new(size).durable(Image::clone);
+                has.conf = SimLog::new(size).conf();
                 // There is no log, and nobody permitted a new one.
                 node.forgotten = !self.trusting;
             }
@@ -303,7 +307,7 @@ impl World {
         let whole = |member: u64| self.nodes.get(member as usize - 1).is_some_and(|node| !node.forgotten);
         !changing
             && membership.get(id).is_some()
-            && others == 2
+            && others as u64 + 1 == self.size
             && membership.roster.members.iter().all(|m| whole(m.id))
     }
 

@@ -26,7 +26,7 @@ impl World {
         }
         let copies = if self.rng.random_bool(0.02) { 2 } else { 1 };
         for _ in 0..copies {
-            let late = self.rng.random_bool(0.02);
+            let late = self.rng.random_bool(self.late);
             let delay = self.rng.random_range(50_000..if late { 400 * MILLI } else { 3 * MILLI });
             let caller = self.nodes[message.from as usize - 1].caller();
             self.schedule(delay, to, Event::Deliver(Box::new(message.clone()), caller));

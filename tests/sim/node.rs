@@ -7,6 +7,7 @@ use rand::{RngExt, rngs::SmallRng};
 use twistlock_ha::cluster::{
     Cluster, ClusterId, Member, Membership,
     reach::{Known, Reach, Standing},
+    roster::SizePolicy,
     shared::Request,
 };
 
@@ -151,6 +152,8 @@ pub struct Node {
     pub disk_busy: u64,
     /// The membership in force here, and its index.
     pub membership: (Membership, u64),
+    /// The smallest majority of the voters of that one and the one before.
+    pub quorum: usize,
     /// What came into force and is not on disk yet, oldest first; no checkpoint is made meanwhile.
     pub keeping: VecDeque<Keep>,
     /// The membership that survives a crash.
@@ -181,10 +184,10 @@ pub struct Keep {
 
 impl Node {
     /// A host that never ran. One that joins later begins with the log of the founders, as they did.
-    pub fn new(id: u64, rng: &mut SmallRng) -> Self {
+    pub fn new(id: u64, founders: u64, rng: &mut SmallRng) -> Self {
         Self {
             id,
-            log: SimLog::new(),
+            log: SimLog::new(founders),
             cluster: None,
             life: 0,
             paused: false,
@@ -201,9 +204,10 @@ impl Node {
             waiting: Vec::new(),
             released: 0,
             disk_busy: 0,
-            membership: (membership(), 1),
+            membership: (membership(founders), 1),
+            quorum: majority(founders as usize),
             keeping: VecDeque::new(),
-            kept: (membership(), 1),
+            kept: (membership(founders), 1),
             standing: Standing::Unsaid,
             linked: BTreeMap::new(),
             newest: BTreeMap::new(),
@@ -251,11 +255,18 @@ impl Node {
     }
 }
 
-pub fn membership() -> Membership {
+/// That of the founders: exactly so many members are a complete cluster.
+pub fn membership(founders: u64) -> Membership {
     let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
-    let mut membership = Membership::founded(ClusterId(7), (1..=3).map(member).collect());
+    let mut membership = Membership::founded(ClusterId(7), (1..=founders).map(member).collect());
+    membership.roster.size = SizePolicy { least: founders as usize, most: founders as usize };
     membership.shared.level = OLD;
     membership
+}
+
+/// More than half of so many.
+pub fn majority(voters: usize) -> usize {
+    voters / 2 + 1
 }
 
 pub fn request(id: u64) -> Request {

@@ -7,14 +7,18 @@ use std::{
 
 use raft::eraftpb::EntryType;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
-use twistlock_ha::cluster::{Cause, Change, Cluster, Configured, Newcomer, Output, Phase, Start, Timing, Transition};
+use twistlock_ha::cluster::{
+    Cause, Change, Cluster, Configured, Membership, Newcomer, Output, Phase, Start, Timing, Transition,
+};
 
 use super::{
     disk::SimLog,
-    node::{Event, Keep, MILLI, NEW, Node, OLD, Summary, Waiting, request},
+    node::{Event, Keep, MILLI, NEW, Node, OLD, Summary, Waiting, majority, request},
 };
 
 pub struct World {
+    /// Members of a complete cluster.
+    pub(super) size: u64,
     pub(super) timing: Timing,
     pub(super) rng: SmallRng,
     pub(super) time: u64,
@@ -26,6 +30,10 @@ pub struct World {
     pub(super) cut: BTreeSet<(u64, u64)>,
     pub(super) loss: f64,
     stall: f64,
+    /// How often a message by a link is late.
+    pub late: f64,
+    /// How often a survivor learns at once that a process has died.
+    pub tells: f64,
     /// What the cluster decided, by index, as first seen applied anywhere.
     decided: BTreeMap<u64, (u64, Option<u64>)>,
     acknowledged: BTreeSet<u64>,
@@ -52,10 +60,11 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64, timing: Timing) -> Self {
+    pub fn new(seed: u64, size: u64, timing: Timing) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let nodes = (1..=3).map(|id| Node::new(id, &mut rng)).collect();
+        let nodes = (1..=size).map(|id| Node::new(id, size, &mut rng)).collect();
         let mut world = Self {
+            size,
             timing,
             rng,
             time: 0,
@@ -66,6 +75,8 @@ impl World {
             cut: BTreeSet::new(),
             loss: 0.01,
             stall: 0.01,
+            late: 0.02,
+            tells: 0.8,
             decided: BTreeMap::new(),
             acknowledged: BTreeSet::new(),
             highest_ack: 0,
@@ -81,7 +92,7 @@ impl World {
             summary: Summary::default(),
             trace: VecDeque::new(),
         };
-        for at in 0..3 {
+        for at in 0..size as usize {
             world.start(at);
         }
         world
@@ -116,7 +127,7 @@ impl World {
             node.log.raise_commit(node.applied);
         }
         let forgotten = node.forgotten;
-        let log = if forgotten { SimLog::new() } else { node.log.clone() };
+        let log = if forgotten { SimLog::new(self.size) } else { node.log.clone() };
         let now = node.clock(time);
         let (membership, membership_index) = (&node.membership.0, node.membership.1);
         let (conf_index, applied) = (log.conf_index(), node.applied);
@@ -138,7 +149,7 @@ impl World {
         self.drive(at);
     }
 
-    fn crash(&mut self, at: usize) {
+    pub(super) fn crash(&mut self, at: usize) {
         if self.stop(at) {
             self.summary.crashes += 1;
             let down = self.rng.random_range(MILLI..2_000 * MILLI);
@@ -166,7 +177,7 @@ impl World {
         self.nodes[at].lose(survive);
         let dead = self.nodes[at].id;
         for other in (0..self.nodes.len()).filter(|other| *other != at) {
-            if self.rng.random_bool(0.8) && !self.cut.contains(&(self.nodes[other].id, dead)) {
+            if self.rng.random_bool(self.tells) && !self.cut.contains(&(self.nodes[other].id, dead)) {
                 let life = self.nodes[other].life;
                 let delay = self.rng.random_range(MILLI..50 * MILLI);
                 self.schedule(delay, other, Event::PeerDead { life, peer: dead });
@@ -175,18 +186,18 @@ impl World {
         true
     }
 
-    /// Runs under faults.
+    /// Runs under faults. More members have them faster, and write less: what happens to a cluster costs about the same.
     pub fn storm_until(&mut self, end: u64) {
         let mut next_fault = self.rng.random_range(0..2_000 * MILLI);
         let mut next_write = 0;
         while self.time < end {
             if self.time >= next_fault {
                 self.fault();
-                next_fault = self.time + self.rng.random_range(20 * MILLI..1_200 * MILLI);
+                next_fault = self.time + self.rng.random_range(20 * MILLI..1_200 * MILLI) * 3 / self.size;
             }
             if self.time >= next_write {
                 self.write();
-                next_write = self.time + self.rng.random_range(0..40 * MILLI);
+                next_write = self.time + self.rng.random_range(0..40 * MILLI) * self.size / 3;
             }
             self.step();
         }
@@ -197,7 +208,7 @@ impl World {
         while self.time < end {
             if self.time >= next_write {
                 self.write();
-                next_write = self.time + 20 * MILLI;
+                next_write = self.time + 20 * MILLI * self.size / 3;
             }
             self.step();
         }
@@ -212,7 +223,7 @@ impl World {
             // Whoever is outdated needs the newer program to serve again.
             (0..self.nodes.len()).for_each(|at| self.install(at, NEW));
         }
-        if self.nodes.iter().any(|node| node.membership.0.voters().count() < 3) {
+        if self.nodes.iter().any(|node| node.membership.0.voters().count() < self.size as usize) {
             // Soon there may be a sole voter: one that cannot serve has nobody to leave the role to.
             (0..self.nodes.len()).for_each(|at| self.repair(at));
         }
@@ -282,48 +293,6 @@ impl World {
         self.nodes.iter().position(|node| node.ports_open(self.time))
     }
 
-    /// Pauses automatic takeover for ever, and waits until every node knows.
-    pub fn pause(&mut self) {
-        let at = self.primary().expect("somebody serves");
-        let now = self.nodes[at].clock(self.time);
-        let cluster = self.nodes[at].cluster.as_mut().expect("it serves");
-        let until = u64::MAX;
-        cluster.change(now, &Change::Pause { until }).expect("nothing else is under way");
-        self.drive(at);
-        while self.nodes.iter().any(|node| node.membership.0.roster.pause.is_none()) {
-            self.step();
-        }
-    }
-
-    /// Crashes the node with open ports; it starts again within two seconds. Returns its position.
-    pub fn crash_primary(&mut self) -> usize {
-        let at = self.primary().expect("somebody serves");
-        self.crash(at);
-        at
-    }
-
-    /// Hands the role over, and returns how long nobody's ports are open, in nanoseconds.
-    pub fn hand_over_primary(&mut self, to: Option<usize>) -> u64 {
-        let at = self.primary().expect("somebody serves");
-        let now = self.nodes[at].clock(self.time);
-        let to = to.map(|to| self.nodes[to].id);
-        self.nodes[at].open = false;
-        self.nodes[at].cluster.as_mut().expect("it serves").hand_over(now, to);
-        self.drive(at);
-        let begin = self.time;
-        while self.primary().is_none() && self.time < begin + 10_000 * MILLI {
-            self.step();
-        }
-        self.time - begin
-    }
-
-    /// A node has much to replay, for so many nanoseconds from now on.
-    pub fn fall_behind(&mut self, at: usize, lasts: u64) {
-        let now = self.nodes[at].clock(self.time);
-        self.nodes[at].cluster.as_mut().expect("it runs").set_unfit(now, now + lasts);
-        self.drive(at);
-    }
-
     /// A node that could not serve is repaired, which takes a restart: it had given up on serving for good.
     fn repair(&mut self, at: usize) {
         if std::mem::take(&mut self.nodes[at].unfit) {
@@ -357,13 +326,13 @@ impl World {
     /// believes to be the primary is asked.
     fn reconfigure(&mut self, at: usize) {
         let now = self.nodes[at].clock(self.time);
-        let (pick, next) = (self.rng.random_range(0..3), self.nodes.len() as u64 + 1);
+        let (pick, next) = (self.rng.random_range(0..self.size as usize), self.nodes.len() as u64 + 1);
         // Of two voters that are left, none may be one that forgot: nobody could bring it back.
         let forgetful = self.datagrams && self.nodes.iter().any(|node| node.forgotten);
         let node = &mut self.nodes[at];
         let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) else { return };
         let membership = cluster.membership().0.clone();
-        let all = membership.shared.requests.is_empty() && membership.roster.members.len() == 3;
+        let all = membership.shared.requests.is_empty() && membership.roster.members.len() as u64 == self.size;
         if all && (forgetful || self.time < self.no_removal_until) {
             return;
         }
@@ -388,7 +357,7 @@ impl World {
     fn configured(&mut self, at: usize, number: u64, configured: Configured) {
         let Configured { index, conf, membership } = configured;
         if let Some(conf) = &conf {
-            assert!(!conf.voters.is_empty() && conf.voters.len() <= 3, "impossible voters {conf:?}");
+            assert!(!conf.voters.is_empty() && conf.voters.len() as u64 <= self.size, "impossible voters {conf:?}");
         }
         let membership = membership.map(|membership| (membership, index));
         let keep = Keep { number, membership: membership.clone(), conf: conf.map(|conf| (conf, index)) };
@@ -408,10 +377,12 @@ impl World {
             if let Some(cluster) = &mut self.nodes[at].cluster {
                 cluster.set_paused(now, membership.roster.pause.as_ref().map_or(0, |pause| pause.until));
             }
+            let votes = |membership: &Membership| majority(membership.voters().count());
+            self.nodes[at].quorum = votes(&self.nodes[at].membership.0).min(votes(&membership));
             self.nodes[at].membership = (membership, index);
             self.nodes[at].follow();
             if new {
-                let newcomer = Node::new(self.nodes.len() as u64 + 1, &mut self.rng);
+                let newcomer = Node::new(self.nodes.len() as u64 + 1, self.size, &mut self.rng);
                 self.nodes.push(newcomer);
                 // It fetches its certificate and the database first.
                 let delay = self.rng.random_range(0..4_000 * MILLI);
@@ -464,7 +435,7 @@ impl World {
         }
     }
 
-    fn step(&mut self) {
+    pub(super) fn step(&mut self) {
         let Some(Reverse((time, id, at))) = self.queue.pop() else { panic!("nothing will ever happen again") };
         self.time = time;
         let event = self.events.remove(&id).expect("queued once");
@@ -660,9 +631,8 @@ impl World {
                         .log
                         .durable(|image| image.entry(write.index).is_some_and(|entry| entry.data.as_ref() == value))
             });
-            // Two are a majority of two and of three; the cluster may have shrunk since the write was committed.
-            let enough = self.nodes[at].membership.0.voters().count().min(2);
-            assert!(holders.count() >= enough, "committed without a majority of disks");
+            // The voters may have changed since the write was committed.
+            assert!(holders.count() >= self.nodes[at].quorum, "committed without a majority of disks");
             self.nodes[at].released = write.index;
             if self.nodes[at].ports_open(time) {
                 self.note(format!("node {} acknowledges {} in epoch {epoch}", self.nodes[at].id, write.index));
