@@ -22,7 +22,7 @@ const FIRST_RETRY: u64 = 10_000_000;
 const LAST_RETRY: u64 = 640_000_000;
 
 impl<S: Storage> Cluster<S> {
-    /// The process of another member is known to be dead (DESIGN section 5, fast path).
+    /// The process of another member is known to be dead (`docs/design.md`, "The fast takeover").
     pub fn peer_dead(&mut self, now: u64, peer: NodeId) {
         self.observe(now);
         self.election.report_unreachable(peer);

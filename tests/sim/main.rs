@@ -1,5 +1,5 @@
 //! Deterministic simulation of the consensus core: real `Cluster`s over a fake network, disk and clock.
-//! The invariants of DESIGN section 4 are checked after every step. `SEED=n` replays one seed, `SEEDS=n` sets how many
+//! The invariants of `src/lib.rs` are checked after every step. `SEED=n` replays one seed, `SEEDS=n` sets how many
 //! are run. Owns no real time, no real files, no threads inside one seed.
 
 mod acts;
