@@ -2,7 +2,7 @@
 //! there whenever the file is damaged, gone, or an older copy. What the raft log has let go of is in a copy of the file, or comes
 //! from the other members, with the whole database.
 
-use std::{io, path::Path};
+use std::{collections::BTreeSet, io, path::Path};
 
 use anyhow::{Context, Result, anyhow};
 use tracing::{info, warn};
@@ -53,7 +53,11 @@ pub fn membership(
         return Ok(newer);
     }
     let (conf, changed) = log.applied_conf();
-    if !gone {
+    // The raft log remembers who votes for longer than the entry that said so.
+    let same_voters =
+        BTreeSet::from_iter(known.membership.voters()) == BTreeSet::from_iter(conf.voters.iter().copied());
+    let older = known.index < changed && changed < log.first_index() && !same_voters;
+    if !gone && !older {
         return Ok(known);
     }
     // Never changed: then the identity alone has it, which would be lost with that.

@@ -287,6 +287,17 @@ fn what_the_raft_log_has_let_go_of_is_fetched() {
         assert!(started.distrusted.unwrap().contains(names[0].rsplit('/').next().unwrap()), "{names:?}");
         assert!(started.notes.sentences().iter().any(|note| note.contains("fetched from another member")), "{names:?}");
     }
+    // An older one has other voters than the raft log, whether it is the file or the copy that is left of it.
+    for names in [&[][..], &[FILE]] {
+        let copied = folder();
+        copy(original.folder.path(), copied.path());
+        open_log(copied.path(), &original.identity).compact(CHANGED + 1).unwrap();
+        let membership = original.identity.membership.clone();
+        Configuration { index: 3, membership }.write(copied.path()).unwrap();
+        names.iter().for_each(|name| fs::write(copied.path().join(name), "damaged").unwrap());
+        let started = start(copied.path()).unwrap().unwrap();
+        assert!(started.distrusted.unwrap().contains("older copy"), "{names:?}");
+    }
     let started = start_without(&[FILE]);
     assert_eq!((started.distrusted, started.configuration.membership.roster.members.len()), (None, 3));
     assert!(started.notes.sentences()[0].contains("made anew from its copy"));

@@ -72,6 +72,17 @@ pub(super) enum Kept {
     Unwritten,
 }
 
+impl Kept {
+    /// Whether the membership in force is missing from its file now, if it was so `before`.
+    pub fn is_unwritten(self, before: bool) -> bool {
+        match self {
+            Self::Votes => before,
+            Self::Membership => false,
+            Self::Unwritten => true,
+        }
+    }
+}
+
 /// What is to become durable next.
 #[derive(Default)]
 struct Request {
@@ -200,5 +211,71 @@ impl<R: Fn(Done) -> bool> Worker<R> {
             self.log.set_applied_conf(conf, index).map_err(SyncError::Votes)?;
         }
         Ok(kept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::{
+        cluster::{ClusterId, Member, Membership},
+        storage::raft_log::{Options, RealDisk},
+    };
+
+    fn configuration(index: u64) -> Configuration {
+        let member = Member::founder(1, "n1", "127.0.0.1", 8086);
+        Configuration { index, membership: Membership::founded(ClusterId(7), vec![member]) }
+    }
+
+    #[test]
+    fn what_is_to_be_kept_is_down_when_it_is_reported_and_what_became_of_it_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let conf = |voters: &[u64]| ConfState { voters: voters.to_vec(), ..ConfState::default() };
+        let owner = (ClusterId(7), 1);
+        let options = Options { segment_bytes: 64 << 10, helper: false, ..Options::default() };
+        let log = RaftLog::open(&folder.path().join("raft-log"), owner, conf(&[1]), options, RealDisk).unwrap();
+        let (sender, receiver) = channel();
+        let mut syncer =
+            Syncer::start(move |done| sender.send(done).is_ok(), folder.path().to_owned(), log.clone()).unwrap();
+        let mut ask = |keep: Keep| {
+            let number = syncer.asked + 10;
+            syncer.ask(number, None, keep);
+            let kept_before = syncer.has_kept_all();
+            let done = receiver.recv().unwrap();
+            assert!(done.number == number && done.result.is_ok());
+            (kept_before, syncer.note(done.request), done.kept)
+        };
+        assert_eq!(ask(Keep::default()), (true, true, None), "a sync alone");
+        let votes = Keep { membership: None, conf: Some((conf(&[1, 2]), 3)) };
+        assert_eq!(ask(votes), (false, true, Some(Kept::Votes)));
+        assert_eq!(log.applied_conf(), (conf(&[1, 2]), 3));
+        let both = Keep { membership: Some(configuration(4)), conf: Some((conf(&[1]), 4)) };
+        assert_eq!(ask(both), (false, true, Some(Kept::Membership)));
+        assert_eq!(Configuration::read(folder.path()).unwrap(), Some(configuration(4)));
+        assert_eq!(log.applied_conf(), (conf(&[1]), 4));
+    }
+
+    #[test]
+    fn a_keep_counts_as_on_its_way_until_its_own_request_is_reported() {
+        let mut syncer = Syncer { slot: Arc::default(), asked: 0, keeps: 0, done: 0, number: 0 };
+        syncer.ask(1, None, Keep::default());
+        syncer.keep_again(configuration(2));
+        syncer.ask(2, None, Keep::default());
+        assert!(!syncer.note(1), "the one before it");
+        assert!(!syncer.has_kept_all());
+        assert!(syncer.note(3), "one report answers for all before it");
+        // What is older does not take the place of what is newer, nor does nothing.
+        let request = lock(&syncer.slot).take().unwrap();
+        assert_eq!((request.id, request.number, request.keep.membership), (3, 2, Some(configuration(2))));
+    }
+
+    #[test]
+    fn only_a_membership_that_was_written_ends_the_want_of_space_for_it() {
+        let after = |kept: Kept| [false, true].map(|before| kept.is_unwritten(before));
+        assert_eq!(after(Kept::Votes), [false, true]);
+        assert_eq!(after(Kept::Unwritten), [true, true]);
+        assert_eq!(after(Kept::Membership), [false, false]);
     }
 }

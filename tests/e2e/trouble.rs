@@ -100,10 +100,11 @@ impl Stage {
         });
         // It names its disk, in its status if it lives, and in its log.
         self.cluster.wait_for("a word of its disk", |statuses| {
-            let says =
-                |status: &Status| status.warnings.iter().any(|warning| warning.contains("the disk of this host"));
-            let log = self.cluster.log(node);
-            let logs = ["the disk of this host", "os error 5"].iter().any(|text| log[logged..].contains(text));
+            let tells = |text: &str| DISK.iter().any(|words| text.contains(words));
+            let says = |status: &Status| status.warnings.iter().any(|warning| tells(warning));
+            let log = &self.cluster.log(node)[logged..];
+            // A process that cannot begin says it with the words of the kernel.
+            let logs = tells(log) || ["os error 5", "No space left on device"].iter().any(|text| log.contains(text));
             logs && statuses[node].as_ref().is_none_or(|status| says(status) || status.role != Role::Recovering)
         });
         let mended = Instant::now();
@@ -129,6 +130,9 @@ fn all_rows() -> bool {
     std::env::var("DISK_ROWS").is_ok_and(|rows| rows == "all")
 }
 
+/// What a node calls its disk.
+const DISK: [&str; 2] = ["the disk of this host", "the disk is full"];
+
 /// Any line may tell of a disk that is broken on purpose; only a panic may not.
 const ANY: &[&str] = &["WARN", "ERROR", "port guard:"];
 
@@ -151,6 +155,7 @@ fn a_primary_whose_disk_fails_or_hangs_gives_the_role_up_and_comes_back() {
         let hang = |node| stage.rule(node, "ws", "", "hang");
         stage.rule_row("writes and syncs hang", &writers, hang);
         stage.rule_row("writes fail", &writers, |node| stage.rule(node, "w", "", "eio"));
+        stage.rule_row("no space is left", &writers, |node| stage.rule(node, "w", "", "enospc"));
         stage.rule_row("all hangs, reads too", &writers, |node| stage.rule(node, "rws", "", "hang"));
         wait_role(&stage.cluster, 0, true);
         stage.row("file system frozen", &writers, |node| Frozen::new(&stage.data(node)), |_, frozen| drop(frozen));

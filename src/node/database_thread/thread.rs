@@ -426,3 +426,33 @@ impl Thread {
         self.ended = true;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_counts_when_the_loop_has_come_by_it_and_nothing_waits_for_its_file() {
+        let shared = Shared::default();
+        let goal = |applied: u64, pinned: bool, stop: bool| {
+            shared.lock().goal = Goal { applied, pinned, stop, ..Goal::default() };
+            may_save(&shared, 5)
+        };
+        assert!(goal(5, false, false));
+        assert!(goal(9, false, false));
+        assert!(!goal(5, true, false), "a membership is on its way to its file");
+        assert!(!goal(4, false, false), "the loop does not come by it");
+        assert!(!goal(4, false, true), "the process ends");
+        // The loop comes by it meanwhile, and by a change of the members with it, or by none.
+        for pinned in [true, false] {
+            shared.lock().goal = Goal { applied: 4, ..Goal::default() };
+            thread::scope(|scope| {
+                let saving = scope.spawn(|| may_save(&shared, 5));
+                shared.lock().goal = Goal { applied: 6, pinned, ..Goal::default() };
+                assert_eq!(saving.join().unwrap(), !pinned);
+            });
+        }
+    }
+}

@@ -85,18 +85,14 @@ impl Driver {
     /// What was to be kept is down, but for a membership that there was no space for. `all`: nothing else is on its way.
     pub(super) fn kept(&mut self, kept: Kept, all: bool) {
         let index = self.config.configuration.index;
-        match kept {
-            Kept::Votes => {}
-            Kept::Unwritten if self.in_force.unwritten => {}
-            Kept::Unwritten => {
+        let before = self.in_force.unwritten;
+        self.in_force.unwritten = kept.is_unwritten(before);
+        match (before, self.in_force.unwritten) {
+            (false, true) => {
                 warn!("the disk is full: the membership in force is kept in memory until there is space for its file");
-                self.in_force.unwritten = true;
             }
-            Kept::Membership => {
-                if std::mem::take(&mut self.in_force.unwritten) {
-                    info!(index, "the membership in force is in its file again");
-                }
-            }
+            (true, false) => info!(index, "the membership in force is in its file again"),
+            _ => {}
         }
         if all {
             self.lane.thread.pin(self.in_force.unwritten);

@@ -25,6 +25,10 @@ use crate::{
 /// How often what is remembered is written, while it changes. A vote is written at once.
 const EVERY: Duration = Duration::from_secs(1);
 
+/// How long the end of the process waits for what is remembered: a disk that hangs must not keep it.
+const AT_LAST: Duration = Duration::from_secs(2);
+const MOMENT: Duration = Duration::from_millis(1);
+
 /// Writes what is remembered.
 pub(super) struct Keeper {
     /// None once the node ends.
@@ -50,6 +54,17 @@ impl Keeper {
         next.edition = config.configuration.index;
         Ok(Self { queue: Some(queue), thread: Some(thread), last: (next.clone(), Instant::now()), next })
     }
+}
+
+/// False if `end` comes before `done` says yes.
+fn poll_until(end: Instant, mut done: impl FnMut() -> bool) -> bool {
+    while !done() {
+        if Instant::now() > end {
+            return false;
+        }
+        thread::sleep(MOMENT);
+    }
+    true
 }
 
 fn write(data: &Path, memories: &Receiver<Memory>) {
@@ -118,10 +133,12 @@ impl Driver {
         self.host.keeper.next.others = self.config.memory.known();
         self.host.keeper.next.edition = self.config.configuration.index;
         let Keeper { queue, thread, next, .. } = &mut self.host.keeper;
+        let (Some(queue), Some(thread)) = (queue.take(), thread.take()) else { return };
         // One writer, to its end: two would write the same file.
-        let sent = queue.take().is_some_and(|queue| queue.send(next.clone()).is_ok());
-        if sent && let Some(thread) = thread.take() {
-            let _ = thread.join(); // a panic ends the process
+        let end = Instant::now() + AT_LAST;
+        if poll_until(end, || queue.try_send(next.clone()).is_ok()) {
+            drop(queue);
+            poll_until(end, || thread.is_finished());
         }
     }
 

@@ -1,6 +1,6 @@
 /* Preloaded into a daemon: makes chosen operations on chosen files fail or hang, and steps its wall clock, as the test's process
  * asks by a shared page (preload.rs): a clock for each slot, and rules of which each is a line "OPERATIONS PART-OF-PATH ACTION".
- * Operations: r read, w write, s sync, o open. A part that ends in '$' is the end of the path. Actions: eio, hang (until the rule is
+ * Operations: r read, w write, s sync, o open. A part that ends in '$' is the end of the path. Actions: eio, enospc, hang (until the rule is
  * gone), delay:MILLISECONDS. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -66,6 +66,8 @@ static int meet(char operation, const char *path) {
     for (long waited = 0; finds(operation, path, action); waited += STEP_MS) {
         if (!strcmp(action, "eio"))
             return EIO;
+        if (!strcmp(action, "enospc"))
+            return ENOSPC;
         if (!strncmp(action, "delay:", 6) && waited >= atol(action + 6))
             return 0;
         struct timespec step = {0, STEP_MS * 1000000};
