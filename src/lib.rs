@@ -9,7 +9,7 @@
 //!
 //! A write's way: a client's request reaches [`console`], which runs SQL through sqlx. SQLite writes the transaction's
 //! pages to its `-wal` file through our VFS ([`storage::vfs`]). At the frame that would commit, the
-//! [gate](storage::gate) collects the pages, encodes them ([`cluster::command`]) and proposes them to the consensus loop
+//! [gate](storage::gate) collects the pages, encodes them ([`storage::transaction`]) and proposes them to the consensus loop
 //! ([`node`]). The loop appends them to the raft log ([`storage::raft_log`]) and sends them to the others ([`peer`]); when
 //! a majority has them on disk, SQLite's write is let through, COMMIT returns, and the response leaves if the lease is
 //! still valid. On the others the database thread copies the page images into the database file. They run no SQLite.

@@ -7,7 +7,7 @@ use axum::Router;
 use tokio::sync::watch;
 
 use crate::{
-    console::Console,
+    console::{Console, connect_options},
     node::{Serving, Status},
     storage::database::PrimaryDatabase,
 };
@@ -36,7 +36,7 @@ impl Workload {
     ) -> anyhow::Result<Self> {
         let database = serving.borrow().clone().filter(|database| database.epoch == epoch);
         let database = database.ok_or_else(|| anyhow!("this node is not PRIMARY in epoch {epoch} any more"))?;
-        let console = Console::new(database.connect_options(), status, services)
+        let console = Console::new(connect_options(&database), status, services)
             .map_err(|_| anyhow!("the system gives no random bytes"))?;
         Ok(Self { console, _database: database })
     }

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use twistlock_ha::{
     admin::{Act, Actor, Admin, AdminConfig, AdminError, Audit, BoxFuture, Outcome, Ports, Ticket},
-    cluster::{Role, Timing, command::CONSOLE_DATABASE},
+    cluster::{Role, Timing},
     config::Config,
     found,
     join::{JoinRequest, RequestState},
@@ -28,6 +28,7 @@ use twistlock_ha::{
         configuration::Configuration,
         database::Database,
         raft_log::{Options, RaftLog, RealDisk},
+        transaction::CONSOLE_DATABASE,
     },
 };
 

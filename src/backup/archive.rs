@@ -17,12 +17,10 @@ use super::{
     BackupError,
     cipher::{MAGIC, Opener, Sealer, Secret},
 };
-use crate::{
-    cluster::command::valid_page_size,
-    storage::{
-        checkpoint::Record,
-        snapshot::{CHUNK, chunk_checksum},
-    },
+use crate::storage::{
+    checkpoint::Record,
+    snapshot::{CHUNK, chunk_checksum},
+    transaction::valid_page_size,
 };
 
 /// Version of the manifest that this program writes.

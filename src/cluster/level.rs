@@ -24,6 +24,8 @@ pub const PROGRAM_VERSION: &str = if cfg!(feature = "next-version") {
 } else {
     env!("CARGO_PKG_VERSION")
 };
+/// Version of the encoding of transactions that this program writes (`storage::transaction`).
+pub const FORMAT_VERSION: u8 = 1;
 /// The level of a program that does not say one.
 pub const FIRST_LEVEL: u32 = 1;
 

@@ -4,7 +4,6 @@
 //! Times are nanoseconds of one clock that never stops or jumps (CLOCK_BOOTTIME in a daemon).
 
 mod candidacy;
-pub mod command;
 mod configure;
 pub mod election;
 pub mod level;

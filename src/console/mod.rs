@@ -52,7 +52,7 @@ use tokio::sync::{Semaphore, watch};
 use arriving::Arriving;
 pub use errors::ApiError;
 pub use inside::{Inside, LocalAnswer};
-pub use store::{Store, StoreError};
+pub use store::{Store, StoreError, connect_options};
 
 use crate::{
     admin::Admin,

@@ -13,7 +13,10 @@ use sqlx::{
 };
 use thiserror::Error;
 
-use crate::telemetry::COMMIT_LATENCY;
+use crate::{
+    storage::database::{PrimaryDatabase, VFS_NAME},
+    telemetry::COMMIT_LATENCY,
+};
 
 /// Readers at once; more requests than this wait for their turn.
 const READERS: u32 = 4;
@@ -26,6 +29,12 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (2, "api", include_str!("migrations/0002_api.sql")),
     (3, "events", include_str!("migrations/0003_events.sql")),
 ];
+
+/// How to open a connection to the database of a PRIMARY.
+pub fn connect_options(database: &PrimaryDatabase) -> SqliteConnectOptions {
+    let options = SqliteConnectOptions::new().filename(&database.path).vfs(VFS_NAME).create_if_missing(false);
+    PrimaryDatabase::pragmas().into_iter().fold(options, |options, (name, value)| options.pragma(name, value))
+}
 
 /// What a failed access means.
 #[derive(Debug, Error)]

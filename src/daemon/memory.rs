@@ -7,10 +7,7 @@ use anyhow::{Context, Result};
 use raft::eraftpb::{ConfState, HardState};
 use tracing::{error, info, warn};
 use twistlock_ha::{
-    cluster::{
-        command::CONSOLE_DATABASE,
-        reach::{Claim, Reach, Standing},
-    },
+    cluster::reach::{Claim, Reach, Standing},
     config::Config,
     events::{Event, Kind, Scope, Severity},
     peer,
@@ -22,6 +19,7 @@ use twistlock_ha::{
         memory::{self, Memory},
         raft_log::{LogError, MIN_SEGMENT, Options, RaftLog, RealDisk},
         snapshot::Ready,
+        transaction::CONSOLE_DATABASE,
     },
     telemetry,
 };

@@ -6,10 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::{
-        ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, command::CONSOLE_DATABASE, level,
-        reach::Standing,
-    },
+    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, level, reach::Standing},
     config::{Config, FirstState, Secret},
     events::Event,
     found,
@@ -20,6 +17,7 @@ use twistlock_ha::{
     recover,
     storage::{
         DataDir, Identity, configuration::Configuration, database::Database, raft_log::RaftLog, snapshot::Ready,
+        transaction::CONSOLE_DATABASE,
     },
 };
 

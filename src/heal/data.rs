@@ -6,13 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::{Notes, aside::set_aside};
-use crate::{
-    cluster::command::CONSOLE_DATABASE,
-    storage::{
-        database::{Database, DatabaseError},
-        make_private_dir,
-        raft_log::RaftLog,
-    },
+use crate::storage::{
+    database::{Database, DatabaseError},
+    make_private_dir,
+    raft_log::RaftLog,
+    transaction::CONSOLE_DATABASE,
 };
 
 /// The record of the checkpoint, below the data folder.

@@ -10,7 +10,7 @@ use raft::eraftpb::{ConfState, Entry, HardState};
 
 use super::*;
 use crate::{
-    cluster::{Member, Membership, NodeId, command::CONSOLE_DATABASE},
+    cluster::{Member, Membership, NodeId},
     config::Config,
     found,
     pki::{
@@ -22,6 +22,7 @@ use crate::{
         configuration::{COPY, Configuration, FILE},
         database::{Database, initial_transaction},
         raft_log::{Options, RaftLog, RealDisk},
+        transaction::CONSOLE_DATABASE,
     },
 };
 

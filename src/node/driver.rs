@@ -20,13 +20,14 @@ use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::{
-    cluster::{Cause, Cluster, Membership, NodeId, Output, Phase, command::CONSOLE_DATABASE, role::Transition},
+    cluster::{Cause, Cluster, Membership, NodeId, Output, Phase, role::Transition},
     peer::{Edition, Links, PeerEvent},
     storage::{
         ReplicateError,
         configuration::Configuration,
         database::{self, Database},
         raft_log::{Pending, RaftLog},
+        transaction::CONSOLE_DATABASE,
     },
     telemetry,
 };

@@ -19,13 +19,14 @@ use super::{
     syncer::Done,
 };
 use crate::{
-    cluster::{self, Change, Membership, NodeId, command, trust::Holdings},
+    cluster::{self, Change, Membership, NodeId, trust::Holdings},
     peer::LinkSender,
     storage::{
         ReplicateError, Replicator,
         database::{DatabaseError, PrimaryDatabase},
         raft_log::RaftLog,
         snapshot::{Manifest, Resting},
+        transaction,
     },
 };
 
@@ -250,7 +251,7 @@ impl Proposer {
 
 impl Replicator for Proposer {
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError> {
-        let long = !last || command::continues(&part);
+        let long = !last || transaction::continues(&part);
         if last && long {
             // While the last part is not proposed, a transaction that comes to a stand can be given up for certain.
             self.ask(|reply| Input::Settle { reply })?;

@@ -68,12 +68,10 @@ impl OpenDatabase {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        cluster::command::CONSOLE_DATABASE,
-        storage::{
-            EntrySource, ReplicateError, Replicator,
-            database::{Database, initial_transaction},
-        },
+    use crate::storage::{
+        EntrySource, ReplicateError, Replicator,
+        database::{Database, initial_transaction},
+        transaction::CONSOLE_DATABASE,
     };
 
     struct Nobody(Vec<Vec<u8>>);

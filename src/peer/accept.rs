@@ -24,7 +24,12 @@ use super::{
 };
 use crate::{
     clients::places::{Acquaintances, Places, Room, Visit},
-    cluster::{NodeId, command::FORMAT_VERSION, level::outdated, reach::Standing, roster::check_host},
+    cluster::{
+        NodeId,
+        level::{FORMAT_VERSION, outdated},
+        reach::Standing,
+        roster::check_host,
+    },
     descriptors,
 };
 

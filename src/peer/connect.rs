@@ -20,7 +20,10 @@ use super::{
     hello::{HANDSHAKE, INCARNATION, certified, explain, read_frame, shortened, tune, write_frame},
 };
 use crate::{
-    cluster::{Member, command::FORMAT_VERSION, level::FIRST_LEVEL},
+    cluster::{
+        Member,
+        level::{FIRST_LEVEL, FORMAT_VERSION},
+    },
     pki::NodeTls,
 };
 

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     cluster::{
-        ClusterId, Member, Membership, NodeId, command::CONSOLE_DATABASE, shared::authority::SealedAuthority,
+        ClusterId, Member, Membership, NodeId, shared::authority::SealedAuthority,
         shared::console_certificate::CustomCertificate,
     },
     config::Config,
@@ -30,6 +30,7 @@ use crate::{
         database::{ApplyError, Database},
         durable_write, fsync_dir, make_private_dir,
         raft_log::{RaftLog, RealDisk},
+        transaction::CONSOLE_DATABASE,
     },
 };
 

@@ -13,7 +13,7 @@ use raft::eraftpb::ConfState;
 
 use super::{RecoverError, switch::STAGING};
 use crate::{
-    cluster::{FEATURE_LEVEL, Member, Membership, PROGRAM_VERSION, command::CONSOLE_DATABASE, level::outdated},
+    cluster::{FEATURE_LEVEL, Member, Membership, PROGRAM_VERSION, level::outdated},
     config::Config,
     storage::{
         DataDir, Identity,
@@ -23,6 +23,7 @@ use crate::{
         memory::{LOG, SCRATCH},
         raft_log::{LogError, Options, RaftLog, RealDisk},
         snapshot::Ready,
+        transaction::CONSOLE_DATABASE,
     },
 };
 

@@ -62,7 +62,7 @@ impl Record {
             return Err("it belongs to another database");
         }
         let record = Self { index: long(24), page_size: word(12), pages: word(16), checksum: long(32) };
-        if record.pages > 0 && !crate::cluster::command::valid_page_size(record.page_size) {
+        if record.pages > 0 && !crate::storage::transaction::valid_page_size(record.page_size) {
             return Err("it names an impossible page size");
         }
         Ok(record)

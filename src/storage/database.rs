@@ -15,25 +15,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use thiserror::Error;
 
 pub use checkpoints::Checkpoint;
 
-pub use super::replica::ApplyError;
+use super::transaction::{CONSOLE_DATABASE, Commit, PagesBuilder};
 use super::{
     EntrySource, Replicator,
+    capture::FULL,
     checkpoint::{Record, sync_folder},
     checksum::PageTable,
     clear_away,
-    gate::{self, Gate, GateConfig},
+    gate::{Gate, GateConfig},
     is_rot,
     replica::{Replica, is_full},
     scrub::page_checksums,
     snapshot::Hold,
-    vfs::{self, Checkpointer, SqliteError, VFS_NAME},
+    vfs::{self, Checkpointer, SqliteError},
 };
-use crate::cluster::command::{CONSOLE_DATABASE, Commit, PagesBuilder};
+pub use super::{replica::ApplyError, vfs::VFS_NAME};
 
 /// How long a connection waits for another writer before it gets SQLITE_BUSY.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -73,7 +73,7 @@ impl DatabaseError {
     pub fn is_full(&self) -> bool {
         match self {
             Self::Io { what, source, .. } => *what == "write" && is_full(source),
-            Self::Sqlite(error) => error.code & 0xff == gate::FULL,
+            Self::Sqlite(error) => error.code & 0xff == FULL,
             _ => false,
         }
     }
@@ -101,7 +101,7 @@ pub enum Scrubbable {
     Serves,
 }
 
-/// The database, open for writing on the primary. Everybody opens it with [`PrimaryDatabase::connect_options`].
+/// The database, open for writing on the primary. Everybody opens it by [`VFS_NAME`] and with [`PrimaryDatabase::pragmas`].
 #[derive(Debug)]
 pub struct PrimaryDatabase {
     /// The database file.
@@ -112,18 +112,16 @@ pub struct PrimaryDatabase {
 }
 
 impl PrimaryDatabase {
-    /// How to open a connection. Foreign keys are enforced; a busy database is waited for.
-    pub fn connect_options(&self) -> SqliteConnectOptions {
-        SqliteConnectOptions::new()
-            .filename(&self.path)
-            .vfs(VFS_NAME)
-            .create_if_missing(false)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Normal)
-            .busy_timeout(BUSY_TIMEOUT)
-            .foreign_keys(true)
-            .pragma("wal_autocheckpoint", "0")
-            .pragma("journal_size_limit", WAL_LIMIT.to_string())
+    /// What each connection has to set, in this order. Foreign keys are enforced; a busy database is waited for.
+    pub fn pragmas() -> [(&'static str, String); 6] {
+        [
+            ("busy_timeout", BUSY_TIMEOUT.as_millis().to_string()),
+            ("journal_mode", "WAL".to_owned()),
+            ("synchronous", "NORMAL".to_owned()),
+            ("foreign_keys", "ON".to_owned()),
+            ("wal_autocheckpoint", "0".to_owned()),
+            ("journal_size_limit", WAL_LIMIT.to_string()),
+        ]
     }
 
     /// Replaces the whole content of the database by that of a file which nobody has open, as one transaction that a majority

@@ -1,6 +1,6 @@
-//! The gate that every transaction of a primary passes: collects its pages, hands them to the [`Replicator`] and lets
-//! SQLite's commit through only when a majority has it. One gate per promotion; safe code only, called by
-//! [`super::vfs`].
+//! The gate that every transaction of a primary passes: takes its pages from [`super::capture`], hands them to the
+//! [`Replicator`] and lets SQLite's commit through only when a majority has it. One gate per promotion; safe code only,
+//! called by [`super::vfs`].
 //!
 //! Also knows who has the database open, and which raft index a checkpoint has reached. Must never let a write pass
 //! once it is fenced, except the rest of a transaction that the cluster has committed.
@@ -24,25 +24,13 @@ use std::{
     time::Instant,
 };
 
+use super::transaction::{Commit, PagesBuilder};
 use super::{
     ReplicateError, Replicator,
+    capture::{Capture, Captured, Code, FULL, WalFile, wal_bytes},
     checksum::{PageTable, Preview, page_checksum},
-    wal::{FRAME_HEADER, Held, Step, Tracker, WAL_HEADER},
+    wal::Step,
 };
-use crate::cluster::command::{Commit, PagesBuilder};
-
-/// SQLite's result codes, as the real file gave them.
-pub(super) type Code = i32;
-/// SQLITE_FULL: the disk has no space.
-pub(super) const FULL: Code = 13;
-
-/// The `-wal` file below the shim.
-pub(super) trait WalFile {
-    /// Fills `bytes` from `offset` on; a short read is an error.
-    fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Code>;
-    /// Writes all of `bytes`.
-    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Code>;
-}
 
 /// Why a write to the `-wal` did not take place.
 #[derive(Debug)]
@@ -76,7 +64,7 @@ pub(super) struct Mark {
 pub type Sent = Box<dyn Fn(u32, u32) + Send>;
 
 struct Writer {
-    tracker: Tracker,
+    capture: Capture,
     table: PageTable,
     transaction: u64,
 }
@@ -158,7 +146,7 @@ impl Gate {
             sent: Mutex::new(None),
             open: Mutex::new(0),
             closed: Condvar::new(),
-            writer: Mutex::new(Writer { tracker: Tracker::new(page_size), table: config.table, transaction }),
+            writer: Mutex::new(Writer { capture: Capture::new(page_size), table: config.table, transaction }),
             marks: Mutex::new(Marks { committed: mark, visible: mark, recording: None }),
             _file: config.file,
         }
@@ -213,8 +201,7 @@ impl Gate {
 
     /// Bytes of the `-wal` file up to the last transaction that passed. The file can be longer.
     pub fn wal_bytes(&self) -> u64 {
-        let frames = lock(&self.marks).committed.frame;
-        WAL_HEADER as u64 + u64::from(frames) * (FRAME_HEADER as u64 + u64::from(self.page_size))
+        wal_bytes(self.page_size, lock(&self.marks).committed.frame)
     }
 
     /// True while a checkpoint wants SQLite's write lock for itself: writers must come again later.
@@ -284,15 +271,15 @@ impl Gate {
     /// One write of SQLite to the `-wal` file.
     pub(super) fn wal_write(&self, file: &mut dyn WalFile, offset: u64, bytes: &[u8]) -> Result<(), Stop> {
         let mut writer = lock(&self.writer);
-        let step = writer.tracker.write(offset, bytes).map_err(|violation| self.refuse(violation.to_string()))?;
-        if self.is_fenced() && !writer.tracker.is_settled() {
+        let step = writer.capture.note(offset, bytes).map_err(|violation| self.refuse(violation.to_string()))?;
+        if self.is_fenced() && !writer.capture.is_settled() {
             return Err(self.refuse("this node is no longer the primary of its epoch".into()));
         }
         match step {
             Step::Hold => Ok(()),
             Step::Commit => self.commit(&mut writer, file, bytes),
             // Settled: these are frames of a committed transaction whose checksums SQLite writes again.
-            Step::Pass if writer.tracker.is_settled() => file.write_at(offset, bytes).map_err(|code| self.broken(code)),
+            Step::Pass if writer.capture.is_settled() => file.write_at(offset, bytes).map_err(|code| self.broken(code)),
             Step::Pass => Ok(file.write_at(offset, bytes)?),
             Step::Restart => {
                 file.write_at(offset, bytes)?;
@@ -308,21 +295,17 @@ impl Gate {
     }
 
     fn commit(&self, writer: &mut Writer, file: &mut dyn WalFile, data: &[u8]) -> Result<(), Stop> {
-        let held = writer.tracker.held().expect("a commit step follows a held header");
-        // The data first: a full disk shows before anything is proposed. Without its header it means nothing.
-        file.write_at(writer.tracker.data_offset(held.frame), data)?;
-        let (index, preview) = self.replicate(writer, file, held, data)?;
+        let captured = writer.capture.complete(file, data)?;
+        let (index, preview) = self.replicate(writer, file, &captured, data)?;
         self.last_index.store(index, Ordering::SeqCst);
         {
-            let mark = Mark { frame: held.frame, index, pages: preview.pages, checksum: preview.checksum };
+            let mark = Mark { frame: captured.frame(), index, pages: preview.pages, checksum: preview.checksum };
             let mut marks = lock(&self.marks);
             marks.committed = mark;
             marks.record_unless(mark, |_| false);
         }
         writer.table.accept(preview);
-        let at = writer.tracker.header_offset(held.frame);
-        writer.tracker.commit();
-        file.write_at(at, &held.header).map_err(|code| self.broken(code))
+        writer.capture.commit(&captured, file).map_err(|code| self.broken(code))
     }
 
     /// The majority has the transaction, but SQLite's files here do not. Never the file's own code: a full disk must not
@@ -336,35 +319,28 @@ impl Gate {
         &self,
         writer: &mut Writer,
         file: &mut dyn WalFile,
-        held: Held,
+        captured: &Captured,
         data: &[u8],
     ) -> Result<(u64, Preview), Stop> {
         let transaction = writer.transaction;
         writer.transaction += 1;
-        let pages = writer.tracker.pages();
-        let mut checksums = Vec::with_capacity(pages.len());
-        let mut image = vec![0; self.page_size as usize];
+        let mut checksums = Vec::with_capacity(captured.count());
         let (mut part, mut builder) = (0, PagesBuilder::new(self.database, transaction, 0, self.page_size));
-        for (number, frame) in &pages {
+        writer.capture.pages(captured, file, data, |number, image| {
             if builder.is_full() {
                 part += 1;
                 let next = PagesBuilder::new(self.database, transaction, part, self.page_size);
                 let full = std::mem::replace(&mut builder, next);
                 self.propose(full.finish(None), false)?;
                 if let Some(sent) = &*lock(&self.sent) {
-                    sent(checksums.len() as u32, pages.len() as u32);
+                    sent(checksums.len() as u32, captured.count() as u32);
                 }
             }
-            let image = if *frame == held.frame {
-                data
-            } else {
-                file.read_at(writer.tracker.data_offset(*frame), &mut image)?;
-                &image
-            };
-            checksums.push((*number, page_checksum(*number, image)));
-            builder.push(*number, image);
-        }
-        let preview = writer.table.preview(held.database_pages, checksums);
+            checksums.push((number, page_checksum(number, image)));
+            builder.push(number, image);
+            Ok::<_, Stop>(())
+        })?;
+        let preview = writer.table.preview(captured.database_pages(), checksums);
         if let Some(hole) = preview.holes.iter().find(|number| **number != self.lock_page) {
             return Err(self.refuse(format!("the database would grow over page {hole} without writing it")));
         }
@@ -390,7 +366,7 @@ impl Gate {
     /// SQLite is about to give up its WAL write lock. `frames` is the number of valid frames in its wal-index.
     pub(super) fn write_lock_released(&self, frames: Option<u32>) {
         let mut writer = lock(&self.writer);
-        if writer.tracker.is_settled() {
+        if writer.capture.is_settled() {
             let mut marks = lock(&self.marks);
             if frames == Some(marks.committed.frame) {
                 marks.visible = marks.committed;
@@ -401,7 +377,7 @@ impl Gate {
                 self.fence_because("SQLite could not take over a transaction that the cluster has committed".into());
             }
         }
-        writer.tracker.end();
+        writer.capture.end();
     }
 
     /// A checkpoint begins: note what it can reach. With `restart`, nobody else begins to write until its end.

@@ -4,6 +4,7 @@
 //! decide anything about roles, and never hand a directory to two processes or to a member it does not belong to.
 
 pub mod backup;
+mod capture;
 mod checked;
 pub mod checkpoint;
 pub mod checksum;
@@ -18,6 +19,7 @@ pub mod snapshot;
 pub mod tail;
 mod tail_rows;
 mod tail_text;
+pub mod transaction;
 #[allow(unsafe_code, reason = "SQLite speaks C: this folder is the only place where we do, too")]
 pub mod vfs;
 pub mod wal;
@@ -353,7 +355,7 @@ pub enum ReplicateError {
 
 /// Where captured transactions go: the consensus loop in a daemon, a test double of it in tests of the capture.
 pub trait Replicator: Send + Sync {
-    /// Proposes one encoded part ([`crate::cluster::command`]). For `last == false` it returns as soon as the part is accepted
+    /// Proposes one encoded part ([`crate::storage::transaction`]). For `last == false` it returns as soon as the part is accepted
     /// (it blocks only to bound the parts in flight) and the returned index is meaningless. For `last == true` it
     /// blocks until a majority has the whole transaction in its raft logs and returns the raft index of the last part.
     ///

@@ -8,6 +8,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use thiserror::Error;
 
+use super::transaction::{Commit, Pages, TransactionError};
 use super::{
     EntrySource,
     backup::Tracking,
@@ -15,7 +16,6 @@ use super::{
     checksum::{PageTable, page_checksum},
     watch::{Act, Place, run},
 };
-use crate::cluster::command::{CommandError, Commit, Pages};
 
 /// Why an entry was not applied. After any of these but a full disk the database applies nothing more until it is opened
 /// again.
@@ -25,7 +25,7 @@ pub enum ApplyError {
     #[error("database differs from the primary's at index {index}: checksum {computed:016x}, expected {expected:016x}")]
     Diverged { index: u64, expected: u64, computed: u64 },
     #[error("entry {index}: {source}")]
-    Command { index: u64, source: CommandError },
+    Command { index: u64, source: TransactionError },
     /// Entries are not what a primary of this version writes, or they come in the wrong order.
     #[error("entry {index}: {what}")]
     OutOfOrder { index: u64, what: &'static str },
@@ -222,7 +222,7 @@ impl Replica {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::command::PagesBuilder;
+    use crate::storage::transaction::PagesBuilder;
 
     /// One part is all there is of a transaction here.
     struct Nothing;

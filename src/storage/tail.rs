@@ -241,9 +241,9 @@ mod tests {
     use raft::eraftpb::ConfState;
 
     use super::*;
-    use crate::{
-        cluster::command::{Commit, PagesBuilder},
-        storage::raft_log::{Options, RaftLog, RealDisk},
+    use crate::storage::{
+        raft_log::{Options, RaftLog, RealDisk},
+        transaction::{Commit, PagesBuilder},
     };
 
     fn log(dir: &Path) -> RaftLog {

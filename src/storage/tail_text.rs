@@ -11,11 +11,11 @@ use std::{
 
 use raft::eraftpb::Entry;
 
+use super::transaction::Pages;
 use super::{
     tail::Header,
     tail_rows::{rows, tables},
 };
-use crate::cluster::command::Pages;
 
 /// Lines about single entries and transactions; more are only counted.
 const MAX_LINES: usize = 1000;

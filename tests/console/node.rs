@@ -15,13 +15,14 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{runtime::Runtime, sync::watch};
 use twistlock_ha::{
-    cluster::{ClusterId, Membership, Role, command::CONSOLE_DATABASE},
+    cluster::{ClusterId, Membership, Role},
     guard::PortGuard,
     node::{Lease, Status, lease::boottime},
     pki::{Pair, console_tls},
     storage::{
         EntrySource, ReplicateError, Replicator,
         database::{Database, PrimaryDatabase, initial_transaction},
+        transaction::CONSOLE_DATABASE,
     },
     supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle},
 };

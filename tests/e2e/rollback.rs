@@ -6,7 +6,10 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use twistlock_ha::{cluster::Role, cluster::command::Pages, storage::tail};
+use twistlock_ha::{
+    cluster::Role,
+    storage::{tail, transaction::Pages},
+};
 
 use super::{
     alone,

@@ -17,7 +17,7 @@ use tokio::{
 };
 use tracing::Dispatch;
 use twistlock_ha::{
-    cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, NodeId, command::FORMAT_VERSION, reach::Standing},
+    cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, NodeId, level::FORMAT_VERSION, reach::Standing},
     peer::{
         self, Edition, LeaseTerms, LinkSender, Links, LinksConfig, Memory, NodeReport, PeerEvent, PeerIdentity,
         Purpose, Roster, StreamCall,

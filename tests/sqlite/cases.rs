@@ -6,7 +6,10 @@ use std::{
 };
 
 use libsqlite3_sys as sqlite;
-use twistlock_ha::storage::database::{ApplyError, DatabaseError};
+use twistlock_ha::{
+    console::connect_options,
+    storage::database::{ApplyError, DatabaseError},
+};
 
 use super::support::{Answer, Node, Sql, assert_same_beginning, assert_same_files, assert_sound, new_log, pair};
 
@@ -542,7 +545,7 @@ fn a_large_transaction_needs_little_memory() {
     sql.run(&format!("BEGIN; {}; COMMIT", fill("t(data)", 6400, 10_000))).unwrap();
     let grown = resident().saturating_sub(before);
     assert!(first.log.last_index() > 60, "many parts");
-    assert!(first.log.largest_part() <= twistlock_ha::cluster::command::MAX_COMMAND);
+    assert!(first.log.largest_part() <= twistlock_ha::storage::transaction::MAX_PART);
     assert!(grown < 12 << 20, "memory grew by {grown} bytes for a transaction of 64 MB");
     assert_eq!(sql.number("SELECT count(*) FROM t"), 6401);
 }
@@ -627,7 +630,7 @@ fn an_impossible_entry_is_an_error() {
 async fn sqlx_commits_through_the_gate() {
     use sqlx::{Connection, Row, SqliteConnection};
     let (mut first, mut second, primary) = pair(4096);
-    let mut connection = SqliteConnection::connect_with(&primary.connect_options()).await.unwrap();
+    let mut connection = SqliteConnection::connect_with(&connect_options(&primary)).await.unwrap();
     sqlx::query("CREATE TABLE t(id INTEGER PRIMARY KEY, data)").execute(&mut connection).await.unwrap();
     sqlx::query("INSERT INTO t(data) VALUES (?)").bind("a").execute(&mut connection).await.unwrap();
     first.log.answer(Answer::Refuse);

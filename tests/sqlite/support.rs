@@ -15,7 +15,7 @@ use std::{
 use libsqlite3_sys as sqlite;
 use tempfile::TempDir;
 use twistlock_ha::{
-    cluster::command::{CONSOLE_DATABASE, Pages},
+    storage::transaction::{CONSOLE_DATABASE, Pages},
     storage::{
         EntrySource, ReplicateError, Replicator,
         database::{Database, PrimaryDatabase, initial_transaction},

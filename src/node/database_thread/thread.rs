@@ -18,7 +18,6 @@ use super::{
     scrub::{Finding, Scrub},
 };
 use crate::{
-    cluster::command,
     node::{
         disk::trouble,
         inbox::{DatabaseEvent, Input, Proposer, Sender, SnapshotError},
@@ -27,6 +26,7 @@ use crate::{
     storage::{
         database::{ApplyError, Database, DatabaseError},
         raft_log::RaftLog,
+        transaction,
     },
     telemetry::{DAMAGE_FOUND, SCRUB_FAILURES, note_now},
 };
@@ -234,7 +234,7 @@ impl Thread {
         let mut failed = None;
         let result = log.entries_between(first, last, &mut |entry| {
             let applied = if entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty() {
-                let parts = command::parts_at_end(&entry.data).filter(|parts| *parts > 1).unwrap_or(0);
+                let parts = transaction::parts_at_end(&entry.data).filter(|parts| *parts > 1).unwrap_or(0);
                 shared.finishing.store(u64::from(parts), Ordering::Relaxed);
                 let applied = database.apply(entry.index, entry.term, &entry.data, log);
                 shared.finishing.store(0, Ordering::Relaxed);

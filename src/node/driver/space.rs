@@ -18,10 +18,11 @@ use raft::eraftpb::{Message, MessageType};
 use tracing::{info, warn};
 
 use crate::{
-    cluster::{NodeId, Phase, command::MAX_COMMAND},
+    cluster::{NodeId, Phase},
     node::lease::boottime,
     storage::{
         raft_log::RaftLog,
+        transaction::MAX_PART,
         watch::{self, Act, Place},
     },
     telemetry,
@@ -226,7 +227,7 @@ impl Driver {
 
     /// True if the raft log can take a command of this length, and the entry of the next epoch behind it.
     pub(super) fn has_room(&self, length: usize) -> bool {
-        debug_assert!(length <= MAX_COMMAND);
+        debug_assert!(length <= MAX_PART);
         self.log.has_room([length])
     }
 }

@@ -22,7 +22,7 @@ pub struct Hello {
     pub cluster: ClusterId,
     pub from: NodeId,
     pub to: NodeId,
-    /// Format of replicated commands that the caller writes ([`crate::cluster::command::FORMAT_VERSION`]).
+    /// Format of replicated commands that the caller writes ([`crate::cluster::level::FORMAT_VERSION`]).
     pub data_format: u8,
     /// How long the caller keeps its ports open and keeps its promises: see [`LeaseTerms`].
     pub terms: LeaseTerms,

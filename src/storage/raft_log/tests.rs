@@ -109,7 +109,7 @@ fn on_a_full_disk_there_is_room_until_there_is_none() {
 fn entries_and_state_come_back_and_large_entries_fit() {
     let root = tempfile::tempdir().unwrap();
     let log = open(root.path(), 2 << 20);
-    let largest = crate::cluster::command::MAX_COMMAND;
+    let largest = crate::storage::transaction::MAX_PART;
     let entries: Vec<_> = (2..12).map(|index| entry(index, 1, largest)).collect();
     log.append(&entries, Some(&hard(3, 2, 5))).unwrap().sync().unwrap();
     log.set_applied_conf(conf(&[1, 2]), 5).unwrap();

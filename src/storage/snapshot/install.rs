@@ -21,7 +21,7 @@ use crate::{
     cluster::NodeId,
     storage::{
         clear_away, configuration::Configuration, durable_write, fsync_dir, is_rot, make_private_dir,
-        raft_log::RaftLog, tail,
+        raft_log::RaftLog, tail, transaction::CONSOLE_DATABASE,
     },
 };
 
@@ -233,7 +233,7 @@ impl Ready {
 
     fn write_record(&self, _: &RaftLog) -> Result<Step, SnapshotError> {
         let path = self.data.join(FOLDER).join(RECORD);
-        let written = self.manifest.record.write(&path, crate::cluster::command::CONSOLE_DATABASE);
+        let written = self.manifest.record.write(&path, CONSOLE_DATABASE);
         written.map_err(SnapshotError::io("write", &path))?;
         Ok(Step::Done)
     }
@@ -283,7 +283,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        cluster::{ClusterId, command::CONSOLE_DATABASE},
+        cluster::ClusterId,
         storage::{
             checkpoint::Record,
             raft_log::{Options, RealDisk},
@@ -291,6 +291,7 @@ mod tests {
                 CHUNK, Incoming,
                 tests::{manifest, resting},
             },
+            transaction::CONSOLE_DATABASE,
         },
     };
 

@@ -36,8 +36,9 @@ use super::{
     checkpoint::Record,
     checksum::{page_checksum, read_or_zero},
     scrub::drop_cache,
+    transaction::valid_page_size,
 };
-use crate::cluster::{Membership, NodeId, command::valid_page_size, limits::MAX_ENCODED};
+use crate::cluster::{Membership, NodeId, limits::MAX_ENCODED};
 
 /// Bytes of the database that travel together; a multiple of every page size.
 pub const CHUNK: usize = 1 << 20;

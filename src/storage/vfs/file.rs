@@ -14,7 +14,8 @@ use libsqlite3_sys as sqlite;
 use sqlite::{sqlite3_file, sqlite3_int64, sqlite3_io_methods, sqlite3_vfs};
 
 use crate::storage::{
-    gate::{Code, FULL, Gate, Stop, WalFile},
+    capture::{Code, FULL, WalFile},
+    gate::{Gate, Stop},
     watch::{self, Act, Place},
 };
 

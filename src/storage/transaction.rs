@@ -15,10 +15,10 @@ use std::borrow::Cow;
 
 use thiserror::Error;
 
-/// Version of the encoding that this program writes.
-pub const FORMAT_VERSION: u8 = 1;
-/// Largest command, in bytes, encoded without compression: 16 pages of 64 KiB and their headers fit.
-pub const MAX_COMMAND: usize = (1 << 20) + 4096;
+use crate::cluster::level::FORMAT_VERSION;
+
+/// Largest part, in bytes, encoded without compression: 16 pages of 64 KiB and their headers fit.
+pub const MAX_PART: usize = (1 << 20) + 4096;
 /// The Console's database; several databases will come.
 pub const CONSOLE_DATABASE: u32 = 1;
 
@@ -30,7 +30,7 @@ const COMMIT: usize = 12;
 
 /// Why bytes are not a command. Nothing was applied.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum CommandError {
+pub enum TransactionError {
     #[error("command format version {0} is not known to this program (it knows {FORMAT_VERSION}); upgrade this node")]
     Version(u8),
     #[error("malformed command: {0}")]
@@ -83,19 +83,19 @@ pub fn parts_at_end(bytes: &[u8]) -> Option<u32> {
 }
 
 /// The page images, `length` bytes of them; the caller has checked that this is no more than a command can have.
-fn decode_images(bytes: &[u8], length: usize, compressed: bool) -> Result<Cow<'_, [u8]>, CommandError> {
+fn decode_images(bytes: &[u8], length: usize, compressed: bool) -> Result<Cow<'_, [u8]>, TransactionError> {
     if !compressed {
         let fits = bytes.len() == length;
         return if fits {
             Ok(Cow::Borrowed(bytes))
         } else {
-            Err(CommandError::Malformed("page count does not match the length"))
+            Err(TransactionError::Malformed("page count does not match the length"))
         };
     }
     let mut images = vec![0; length];
     match lz4_flex::block::decompress_into(bytes, &mut images) {
         Ok(got) if got == length => Ok(Cow::Owned(images)),
-        _ => Err(CommandError::Malformed("compressed page images")),
+        _ => Err(TransactionError::Malformed("compressed page images")),
     }
 }
 
@@ -103,15 +103,15 @@ impl<'a> Pages<'a> {
     /// Decodes and checks one command.
     ///
     /// # Errors
-    /// [`CommandError::Version`] for another format version, [`CommandError::Malformed`] for anything that a member of
+    /// [`TransactionError::Version`] for another format version, [`TransactionError::Malformed`] for anything that a member of
     /// this version would not have written.
-    pub fn decode(bytes: &'a [u8]) -> Result<Self, CommandError> {
-        use CommandError::Malformed;
+    pub fn decode(bytes: &'a [u8]) -> Result<Self, TransactionError> {
+        use TransactionError::Malformed;
         let version = *bytes.first().ok_or(Malformed("empty"))?;
         if version != FORMAT_VERSION {
-            return Err(CommandError::Version(version));
+            return Err(TransactionError::Version(version));
         }
-        if bytes.len() < HEADER || bytes.len() > MAX_COMMAND {
+        if bytes.len() < HEADER || bytes.len() > MAX_PART {
             return Err(Malformed("length out of range"));
         }
         let (kind, flags, reserved) = (bytes[1], bytes[2], bytes[3]);
@@ -139,7 +139,7 @@ impl<'a> Pages<'a> {
         };
         let (numbers_len, images_len) = (u64::from(count) * 4, u64::from(count) * u64::from(page_size));
         let body = bytes.get(at..).ok_or(short)?;
-        if numbers_len + images_len > MAX_COMMAND as u64 || numbers_len > body.len() as u64 {
+        if numbers_len + images_len > MAX_PART as u64 || numbers_len > body.len() as u64 {
             return Err(Malformed("page count out of range"));
         }
         let (numbers, images) = body.split_at(numbers_len as usize);
@@ -195,7 +195,7 @@ impl PagesBuilder {
     /// True when no further page fits into this part.
     pub fn is_full(&self) -> bool {
         let next = self.images.len() + self.page_size as usize;
-        HEADER + COMMIT + self.numbers.len() + 4 + next > MAX_COMMAND
+        HEADER + COMMIT + self.numbers.len() + 4 + next > MAX_PART
     }
 
     /// Adds a page image. Panics if it has the wrong size or the part is full: both are bugs of the caller.
@@ -280,18 +280,18 @@ mod tests {
     fn a_page_count_beyond_a_command_allocates_nothing() {
         let mut bytes = sample(None);
         bytes[24..28].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert_eq!(Pages::decode(&bytes), Err(CommandError::Malformed("page count out of range")));
+        assert_eq!(Pages::decode(&bytes), Err(TransactionError::Malformed("page count out of range")));
     }
 
     #[test]
     fn a_page_beyond_the_end_is_refused() {
         let bytes = sample(Some(Commit { database_pages: 2, checksum: 0 }));
-        assert_eq!(Pages::decode(&bytes), Err(CommandError::Malformed("page beyond the end of the database")));
+        assert_eq!(Pages::decode(&bytes), Err(TransactionError::Malformed("page beyond the end of the database")));
     }
 
     #[test]
     fn a_newer_version_names_itself() {
-        assert_eq!(Pages::decode(&[9, 9]), Err(CommandError::Version(9)));
+        assert_eq!(Pages::decode(&[9, 9]), Err(TransactionError::Version(9)));
     }
 
     proptest! {
