@@ -17,8 +17,6 @@ pub mod replica;
 pub mod scrub;
 pub mod snapshot;
 pub mod tail;
-mod tail_rows;
-mod tail_text;
 pub mod transaction;
 #[allow(unsafe_code, reason = "SQLite speaks C: this folder is the only place where we do, too")]
 pub mod vfs;

@@ -19,7 +19,7 @@ use raft::{
 
 use super::{
     LogError, Recovered,
-    record::{self, Kind, Position, Record, Start, space},
+    record::{self, Kind, Position, Record, Slot, Start, space},
     recovery::Contents,
     segment::{FIRST, Segment, Supply, segment_path},
 };
@@ -30,15 +30,6 @@ pub const RESERVE: usize = 512;
 pub const AHEAD: usize = 2;
 /// Records are collected up to this size before they are written.
 const WRITE: usize = 1 << 20;
-
-/// Where an entry is. One per entry is in memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Slot {
-    pub at: Position,
-    pub term: u64,
-    /// With padding, in bytes.
-    pub length: u32,
-}
 
 /// The entries appended last, without a gap, up to a number of bytes.
 pub struct Cache {

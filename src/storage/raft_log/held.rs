@@ -6,7 +6,11 @@ use std::{io, sync::Arc};
 
 use raft::eraftpb::Entry;
 
-use super::{RaftLog, engine::Slot, record::space, segment::Segment};
+use super::{
+    RaftLog,
+    record::{Slot, space},
+    segment::Segment,
+};
 
 /// A run of consecutive entries at the end of the log, as it was when they were taken hold of. The log is only ever
 /// written at its end, so replacing them leaves their bytes where they are, and a file that somebody holds is not

@@ -18,6 +18,15 @@ pub const ALIGN: usize = 8;
 const MAGIC: u16 = 0x7452;
 const FLAG_LAST: u8 = 1;
 
+/// Where an entry is. One per entry is in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot {
+    pub at: Position,
+    pub term: u64,
+    /// With padding, in bytes.
+    pub length: u32,
+}
+
 /// A place in the log: the sequence number of a segment and an offset in it. Ordered as the log is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position(pub u64);

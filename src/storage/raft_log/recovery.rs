@@ -20,8 +20,7 @@ use raft::eraftpb::{ConfState, HardState};
 use super::{
     LogError, Owner, Recovered,
     disk::Disk,
-    engine::Slot,
-    record::{self, Kind, Position, Record, Start, hard_state},
+    record::{self, Kind, Position, Record, Slot, Start, hard_state},
     segment::{FIRST, Segment, Supply, segment_path},
 };
 

@@ -13,16 +13,9 @@ use nix::{
     sys::statvfs::statvfs,
 };
 
-use super::{CHUNK, Manifest, SnapshotError, chunk_checksum, install};
+use super::{CHUNK, DATABASE, INCOMING, MANIFEST, Manifest, READY, SnapshotError, chunk_checksum, install};
 use crate::storage::{durable_write, fsync_dir};
 
-/// Where a snapshot is while it arrives; deleted at the next start, and before the next attempt.
-pub(super) const INCOMING: &str = "snapshot.incoming";
-/// A complete snapshot.
-pub(super) const READY: &str = "snapshot.ready";
-/// Names inside of these folders.
-pub(super) const DATABASE: &str = "console.db";
-pub(super) const MANIFEST: &str = "manifest.json";
 /// The disk is set to work whenever so many bytes were written, so that the last sync is short.
 const WRITE_BACK: u64 = 8 << 20;
 /// Free space that is left to everything else on the same file system.

@@ -13,10 +13,7 @@ use std::{
 use raft::{Storage, eraftpb::HardState};
 use tracing::{info, warn};
 
-use super::{
-    CLUSTER_KEY, ClusterKey, Manifest, SnapshotError,
-    incoming::{DATABASE, INCOMING, MANIFEST, READY},
-};
+use super::{CLUSTER_KEY, ClusterKey, DATABASE, INCOMING, MANIFEST, Manifest, READY, SnapshotError};
 use crate::{
     cluster::NodeId,
     storage::{

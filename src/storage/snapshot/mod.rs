@@ -40,6 +40,13 @@ use super::{
 };
 use crate::cluster::{Membership, NodeId, limits::MAX_ENCODED};
 
+/// Where a snapshot is while it arrives; deleted at the next start, and before the next attempt.
+const INCOMING: &str = "snapshot.incoming";
+/// A complete snapshot.
+const READY: &str = "snapshot.ready";
+/// Names inside of these folders.
+const DATABASE: &str = "console.db";
+const MANIFEST: &str = "manifest.json";
 /// Bytes of the database that travel together; a multiple of every page size.
 pub const CHUNK: usize = 1 << 20;
 /// Largest encoded manifest, in bytes.

@@ -9,6 +9,9 @@
 //! Then for each entry that was kept: `index u64`, `term u64`, `type u32` (0 command, 2 membership), `data length u32`,
 //! `context length u32`, `CRC-32C u32` of these 28 bytes, data and context, data, context. Beside it a `.txt` for people.
 
+mod rows;
+mod text;
+
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, BufWriter, ErrorKind, Read, Write},
@@ -18,11 +21,12 @@ use std::{
 
 use raft::eraftpb::{Entry, EntryType};
 
-use super::{durable_write, fsync_dir, make_private_dir, raft_log::Held, tail_text::Summary};
+use super::{durable_write, fsync_dir, make_private_dir, raft_log::Held};
 use crate::{
     cluster::{ClusterId, NodeId},
     descriptors,
 };
+use text::Summary;
 
 /// Folder of the tails in the data folder.
 pub const FOLDER: &str = "rollback";

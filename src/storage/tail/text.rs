@@ -11,11 +11,11 @@ use std::{
 
 use raft::eraftpb::Entry;
 
-use super::transaction::Pages;
 use super::{
-    tail::Header,
-    tail_rows::{rows, tables},
+    Header,
+    rows::{rows, tables},
 };
+use crate::storage::transaction::Pages;
 
 /// Lines about single entries and transactions; more are only counted.
 const MAX_LINES: usize = 1000;
@@ -95,7 +95,7 @@ impl Summary {
              This node had them, but no majority did, and the next primary's entries took their place. No client was \
              told that these transactions are committed; a client that waited for one got an error (\"outcome unknown\"). \
              The database of the cluster does not contain them.\n\n\
-             The complete page images are in {name} (its format: the head of src/storage/tail.rs). Below, \
+             The complete page images are in {name} (its format: the head of src/storage/tail/mod.rs). Below, \
              \"+\" is a row that a transaction's pages have, and \"-\" one that the same pages had not any more, compared with the \
              transaction before it or with this node's database file when this text was written. Where the cluster has \
              changed these pages since, its rows show up as \"-\", too.\n\n"
