@@ -45,9 +45,9 @@ use twistlock_ha::{
     pki::NodeTls,
     snapshot,
     storage::{DataDir, Identity},
-    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
+    supervisor::{Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
     telemetry,
-    workload::Services,
+    workload::{ConsolePorts, Services, Setup},
 };
 
 use crate::{
@@ -406,12 +406,15 @@ impl Parts {
     fn supervisor(&self, tls: watch::Receiver<Arc<rustls::ServerConfig>>) -> (Supervisor, SupervisorHandle) {
         let supervisor = SupervisorConfig {
             address: bind_address(&self.config),
-            ports: ConsolePorts {
-                https: self.config.management_port_https,
-                http: self.config.management_port_http,
-                defender: self.config.communication_port,
+            workload: Setup {
+                ports: ConsolePorts {
+                    https: self.config.management_port_https,
+                    http: self.config.management_port_http,
+                    defender: self.config.communication_port,
+                },
+                tls,
+                services: None,
             },
-            tls,
             demotion_deadline: self.config.demotion_deadline,
         };
         let node = (self.handle.status(), self.handle.serving());

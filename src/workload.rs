@@ -1,24 +1,75 @@
-//! What a PRIMARY runs: today the built-in Console. Knows how it starts, becomes ready and stops; never when.
+//! What a PRIMARY runs, and the ports at which it is reached: today the built-in Console. Knows how it starts, becomes ready and
+//! stops, what each port serves and who may connect; never when.
 
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use axum::Router;
+use rustls::ServerConfig;
 use tokio::sync::watch;
 
 use crate::{
     console::{Console, connect_options},
+    descriptors,
     node::{Serving, Status},
     storage::database::PrimaryDatabase,
 };
 
 pub use crate::console::Services;
 
+/// What people call it, in messages.
+pub const NAME: &str = "the Console";
+
+/// The ports of the configuration; none means that the listener is off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConsolePorts {
+    /// `MANAGEMENT_PORT_HTTPS`.
+    pub https: Option<u16>,
+    /// `MANAGEMENT_PORT_HTTP`.
+    pub http: Option<u16>,
+    /// `COMMUNICATION_PORT`: reserved for Defenders.
+    pub defender: Option<u16>,
+}
+
+/// What the workload of each term is started with.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub ports: ConsolePorts,
+    /// Looked at for each connection.
+    pub tls: watch::Receiver<Arc<ServerConfig>>,
+    /// What the Console does for the cluster; without it, there is none to administer.
+    pub services: Option<Services>,
+}
+
+/// One port of a workload.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// What it is called in messages and metrics; each endpoint has a name of its own.
+    pub name: &'static str,
+    pub port: u16,
+    /// The settings also say whether a client has to show a certificate. None: connections are not encrypted.
+    pub tls: Option<watch::Receiver<Arc<ServerConfig>>>,
+    pub serves: Serves,
+    /// Connections at once, at most.
+    pub connections: usize,
+}
+
+/// What is spoken on a port.
+#[derive(Clone, Debug)]
+pub enum Serves {
+    /// HTTP/1.1. A request may turn its connection into something else (RFC 9110 section 7.8), as a WebSocket.
+    Http(Router),
+    /// Nothing yet: connections are closed behind the TLS handshake.
+    Nothing,
+}
+
 /// The workload of one term as PRIMARY. Holds the database: it must be stopped and dropped before the node can become
 /// SECONDARY.
 #[derive(Debug)]
 pub struct Workload {
     console: Arc<Console>,
+    ports: ConsolePorts,
+    tls: watch::Receiver<Arc<ServerConfig>>,
     // After the console: its connections close first.
     _database: Arc<PrimaryDatabase>,
 }
@@ -32,13 +83,13 @@ impl Workload {
         epoch: u64,
         status: watch::Receiver<Arc<Status>>,
         serving: &Serving,
-        services: Option<Services>,
+        setup: &Setup,
     ) -> anyhow::Result<Self> {
         let database = serving.borrow().clone().filter(|database| database.epoch == epoch);
         let database = database.ok_or_else(|| anyhow!("this node is not PRIMARY in epoch {epoch} any more"))?;
-        let console = Console::new(connect_options(&database), status, services)
+        let console = Console::new(connect_options(&database), status, setup.services.clone())
             .map_err(|_| anyhow!("the system gives no random bytes"))?;
-        Ok(Self { console, _database: database })
+        Ok(Self { console, ports: setup.ports, tls: setup.tls.clone(), _database: database })
     }
 
     /// Waits until requests can be served. May be given up at any time.
@@ -49,9 +100,20 @@ impl Workload {
         self.console.ready().await.context("open the Console's database and its schema")
     }
 
-    /// What serves the requests.
-    pub fn router(&self) -> Router {
-        self.console.router()
+    /// The ports that it wants to be open while it is ready.
+    pub fn endpoints(&self) -> Vec<Endpoint> {
+        let (ConsolePorts { https, http, defender }, budget) = (self.ports, descriptors::budget());
+        let tls = || Some(self.tls.clone());
+        let console = || Serves::Http(self.console.router());
+        let all = [
+            (https, "console", tls(), console(), budget.https),
+            (http, "console_http", None, console(), budget.http),
+            (defender, "defender", tls(), Serves::Nothing, budget.defender),
+        ];
+        let wanted = all.into_iter().filter_map(|(port, name, tls, serves, connections)| {
+            Some(Endpoint { name, port: port?, tls, serves, connections })
+        });
+        wanted.collect()
     }
 
     /// Ends what would go on for as long as a client likes: the ports are about to close in order.

@@ -57,7 +57,7 @@ impl Opening {
         Self::with(Box::new(move || status.borrow().serving() == Some(epoch)), lease)
     }
 
-    fn with(serves: Box<dyn Fn() -> bool + Send + Sync>, lease: Lease) -> Arc<Self> {
+    pub(super) fn with(serves: Box<dyn Fn() -> bool + Send + Sync>, lease: Lease) -> Arc<Self> {
         Arc::new(Self { lease, serves, phase: watch::Sender::new(Phase::Open) })
     }
 
@@ -85,7 +85,6 @@ impl Opening {
 
 /// A connection that only writes while its opening permits it, and is reset, not closed in order, when it ends without
 /// that permission. Ends with an error when the client does not read.
-#[derive(Debug)]
 pub(super) struct LeasedStream {
     stream: TcpStream,
     opening: Arc<Opening>,
@@ -93,6 +92,26 @@ pub(super) struct LeasedStream {
     waits: Option<Pin<Box<Sleep>>>,
     limit: Duration,
     lingers: Option<Lingers>,
+    /// Whether it was ended from outside.
+    over: watch::Receiver<bool>,
+    /// Wakes a read that waits when it is; made with the first one that does.
+    ended: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+}
+
+/// A [`LeasedStream`] as whoever accepted the connection sees it: somebody else may have gone on with it after an upgrade.
+#[derive(Debug)]
+pub(super) struct Held(watch::Sender<bool>);
+
+impl Held {
+    /// Returns when nobody has the stream any more.
+    pub(super) async fn dropped(&self) {
+        self.0.closed().await;
+    }
+
+    /// Whoever still has the stream neither reads nor writes anything from now on.
+    pub(super) fn end(&self) {
+        self.0.send_replace(true);
+    }
 }
 
 /// Nothing is sent any more; what the client still sends is thrown away.
@@ -136,8 +155,9 @@ impl Lingers {
 }
 
 impl LeasedStream {
-    pub(super) fn new(stream: TcpStream, opening: Arc<Opening>) -> Self {
-        Self { stream, opening, waits: None, limit: STALL, lingers: None }
+    pub(super) fn new(stream: TcpStream, opening: Arc<Opening>) -> (Self, Held) {
+        let (held, over) = watch::channel(false);
+        (Self { stream, opening, waits: None, limit: STALL, lingers: None, over, ended: None }, Held(held))
     }
 
     /// Passes the outcome of a write on, unless it has waited for too long.
@@ -152,11 +172,24 @@ impl LeasedStream {
     }
 
     fn permitted(&self) -> io::Result<()> {
+        if *self.over.borrow() {
+            return Err(over());
+        }
         if self.opening.permits() {
             return Ok(());
         }
         Err(io::Error::new(io::ErrorKind::ConnectionAborted, "this node is not PRIMARY with a valid lease any more"))
     }
+}
+
+impl fmt::Debug for LeasedStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LeasedStream").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
+
+fn over() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "this connection was ended from here")
 }
 
 impl Drop for LeasedStream {
@@ -170,7 +203,23 @@ impl Drop for LeasedStream {
 
 impl AsyncRead for LeasedStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        if *self.over.borrow() {
+            return Poll::Ready(Err(over()));
+        }
+        if let Poll::Ready(read) = Pin::new(&mut self.stream).poll_read(cx, buf) {
+            return Poll::Ready(read);
+        }
+        let this = &mut *self;
+        let ended = this.ended.get_or_insert_with(|| {
+            let mut over = this.over.clone();
+            Box::pin(async move {
+                if over.wait_for(|over| *over).await.is_err() {
+                    std::future::pending().await // nobody is left who could end it
+                }
+            })
+        });
+        ready!(ended.as_mut().poll(cx));
+        Poll::Ready(Err(over()))
     }
 }
 
@@ -227,7 +276,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
-        (LeasedStream::new(server, Arc::clone(opening)), client)
+        (LeasedStream::new(server, Arc::clone(opening)).0, client)
     }
 
     fn opening(lease: &Lease) -> Arc<Opening> {
@@ -317,6 +366,28 @@ mod tests {
         extend(&lease);
         drop(server);
         assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn whoever_has_the_stream_is_stopped_from_outside_and_its_end_is_seen_there() {
+        let lease = Lease::new().unwrap();
+        extend(&lease);
+        let opening = opening(&lease);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut stream, held) = LeasedStream::new(listener.accept().await.unwrap().0, Arc::clone(&opening));
+        client.write_all(b"ping").await.unwrap();
+        stream.read_exact(&mut [0; 4]).await.unwrap();
+        let mut dropped = std::pin::pin!(held.dropped());
+        assert!(tokio::time::timeout(Duration::from_millis(20), dropped.as_mut()).await.is_err());
+        let other = tokio::spawn(async move {
+            let error = stream.read(&mut [0; 4]).await.unwrap_err();
+            (error.kind(), stream.write_all(b"late").await.unwrap_err().kind())
+        });
+        held.end();
+        assert_eq!(other.await.unwrap(), (io::ErrorKind::ConnectionAborted, io::ErrorKind::ConnectionAborted));
+        dropped.await;
+        assert_eq!(client.read(&mut [0; 4]).await.unwrap(), 0);
     }
 
     /// The answer comes before the client has sent all: it must get it, and not a reset.

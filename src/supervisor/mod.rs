@@ -1,4 +1,4 @@
-//! Follows the node's role: opens the Console ports and runs the workload while this node is PRIMARY with a valid lease
+//! Follows the node's role: opens the ports of the workload and runs it while this node is PRIMARY with a valid lease
 //! and a living port guard, and closes and stops them otherwise. A level-triggered loop that compares what should be with
 //! what is. Must never have a say in the role, and never keep the database longer than the demotion deadline: it rather
 //! ends the process.
@@ -24,10 +24,8 @@ use crate::{
     guard::{GuardState, PortGuard},
     node::{Lease, Serving, Status, lease::boottime, trouble},
     telemetry,
-    workload::{Services, Workload},
+    workload::{self, Services, Setup, Workload},
 };
-
-pub use ports::ConsolePorts;
 
 /// Exit code when the demotion deadline was missed: EX_TEMPFAIL of sysexits, so that the service manager starts us again.
 pub const EXIT_DEADLINE: i32 = 75;
@@ -47,9 +45,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(5);
 pub struct SupervisorConfig {
     /// Where the ports are bound; the unspecified IPv6 address means all interfaces of both families.
     pub address: IpAddr,
-    pub ports: ConsolePorts,
-    /// Looked at for each connection.
-    pub tls: watch::Receiver<Arc<rustls::ServerConfig>>,
+    /// What the workload of each term is started with.
+    pub workload: Setup,
     /// `DEMOTION_DEADLINE_MS`: from the loss of the role to the moment the database is free.
     pub demotion_deadline: Duration,
 }
@@ -57,7 +54,7 @@ pub struct SupervisorConfig {
 /// What the supervisor has reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SupervisorState {
-    /// The Console ports are open.
+    /// The ports are open.
     pub open: bool,
     /// The workload exists: the database is in use. True a little earlier and longer than `open`.
     pub running: bool,
@@ -101,7 +98,6 @@ pub struct Supervisor {
     serving: Serving,
     guard: PortGuard,
     state: watch::Sender<SupervisorState>,
-    services: Option<Services>,
     seating: Seating,
 }
 
@@ -218,15 +214,14 @@ impl Supervisor {
         let (hold, held) = watch::channel(None);
         let inputs = Inputs { status, lease, guard: guard.state(), held };
         (
-            Self { config, inputs, serving, guard, state, services: None, seating: Seating::new() },
+            Self { config, inputs, serving, guard, state, seating: Seating::default() },
             SupervisorHandle { held: hold, state: seen },
         )
     }
 
-    /// What the Console does for the cluster; without it, there is none to administer. It needs this supervisor's handle, so
-    /// it comes after [`Self::new`].
+    /// What the workload does for the cluster. It needs this supervisor's handle, so it comes after [`Self::new`].
     pub fn offer(&mut self, services: Services) {
-        self.services = Some(services);
+        self.config.workload.services = Some(services);
     }
 
     /// Runs until the node's status channel closes; everything is closed and stopped then.
@@ -247,7 +242,7 @@ impl Supervisor {
             match self.open(epoch, lapses).await {
                 Ok(running) => {
                     self.publish(|state| *state = SupervisorState { open: true, running: true, problem: None });
-                    tracing::info!("the Console is open (epoch {epoch})");
+                    tracing::info!("{} is open (epoch {epoch})", workload::NAME);
                     let reason = self.inputs.lost(epoch, running.lapses).await;
                     self.close(running, reason).await;
                 }
@@ -255,7 +250,7 @@ impl Supervisor {
                     // Not worth a line when the role was lost meanwhile: that was not a failure.
                     if self.inputs.objection(epoch, lapses, None).is_none() {
                         let problem = format!("{error:#}");
-                        tracing::error!("the Console is not open: {problem}; trying again");
+                        tracing::error!("{} is not open: {problem}; trying again", workload::NAME);
                         self.publish(|state| state.problem = Some(problem));
                         self.inputs.changed(RETRY).await;
                     }
@@ -279,7 +274,7 @@ impl Supervisor {
         let held = self.inputs.held.borrow().map(|why| anyhow::anyhow!("{why}"));
         let started = match held {
             Some(why) => Err(why),
-            None => Workload::start(epoch, self.inputs.status.clone(), &self.serving, self.services.clone()),
+            None => Workload::start(epoch, self.inputs.status.clone(), &self.serving, &self.config.workload),
         };
         let workload = started.inspect_err(|_| self.publish(|state| state.running = false))?;
         let mut watched = self.inputs.clone();
@@ -303,12 +298,11 @@ impl Supervisor {
 
     async fn open_ports(&self, epoch: u64, workload: &Workload) -> anyhow::Result<(Sockets, Server)> {
         workload.ready().await?;
-        let sockets = Sockets::bind(self.config.address, self.config.ports)?;
+        let sockets = Sockets::bind(self.config.address, workload.endpoints())?;
         sockets.open(&self.guard).await?;
         let opening = Opening::new(epoch, self.inputs.lease.clone(), self.inputs.status.clone());
-        let tls = self.config.tls.clone();
         self.seating.acquaintances.set_members(self.inputs.status.borrow().membership.addresses());
-        let server = Server::start(sockets.listeners()?, opening, tls, workload.router(), &self.seating);
+        let server = Server::start(sockets.listeners()?, opening, &self.seating);
         Ok((sockets, server))
     }
 
@@ -333,7 +327,7 @@ impl Supervisor {
         // It only drops duplicates of sockets that are shut down; a dead guard holds none.
         let _ = self.guard.release().await;
         self.publish(|state| state.running = false);
-        tracing::info!("the Console is closed after {:?}: {}", begin.elapsed(), reason.sentence());
+        tracing::info!("{} is closed after {:?}: {}", workload::NAME, begin.elapsed(), reason.sentence());
     }
 
     fn deadline(&self) -> time::Instant {

@@ -1,4 +1,4 @@
-//! The Console's sockets: bind, open through the port guard, close for every holder. Must never call `listen` itself:
+//! The sockets of a workload: bind, open through the port guard, close for every holder. Must never call `listen` itself:
 //! the guard does, so that no port is open without somebody who closes it.
 
 use std::{
@@ -10,50 +10,28 @@ use std::{
 use anyhow::Context;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::guard::PortGuard;
-
-/// The ports of the configuration; none means that the listener is off.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ConsolePorts {
-    /// `MANAGEMENT_PORT_HTTPS`.
-    pub https: Option<u16>,
-    /// `MANAGEMENT_PORT_HTTP`.
-    pub http: Option<u16>,
-    /// `COMMUNICATION_PORT`: reserved for Defenders.
-    pub defender: Option<u16>,
-}
-
-/// What is spoken on a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Service {
-    Https,
-    Http,
-    Defender,
-}
-
-impl ConsolePorts {
-    fn services(self) -> impl Iterator<Item = (Service, u16)> {
-        let all = [(Service::Https, self.https), (Service::Http, self.http), (Service::Defender, self.defender)];
-        all.into_iter().filter_map(|(service, port)| Some((service, port?)))
-    }
-}
+use crate::{
+    guard::PortGuard,
+    workload::{self, Endpoint},
+};
 
 /// Bound sockets. They are shut down for every holder when this is dropped.
 #[derive(Debug)]
 pub(super) struct Sockets {
-    sockets: Vec<(Service, Socket)>,
+    sockets: Vec<(Endpoint, Socket)>,
 }
 
 impl Sockets {
     /// Binds all ports; a client is still refused.
-    pub(super) fn bind(address: IpAddr, ports: ConsolePorts) -> anyhow::Result<Self> {
+    pub(super) fn bind(address: IpAddr, endpoints: Vec<Endpoint>) -> anyhow::Result<Self> {
         let mut sockets = Vec::new();
-        for (service, port) in ports.services() {
-            let at = SocketAddr::new(address, port);
+        for endpoint in endpoints {
+            let at = SocketAddr::new(address, endpoint.port);
             let socket = bind_one(at).with_context(|| {
-                format!("cannot bind the Console port {at} ({service:?}); does another program use it?")
+                let name = endpoint.name;
+                format!("cannot bind {at}, a port of {} ({name}); does another program use it?", workload::NAME)
             })?;
-            sockets.push((service, socket));
+            sockets.push((endpoint, socket));
         }
         Ok(Self { sockets })
     }
@@ -61,14 +39,14 @@ impl Sockets {
     /// Opens the ports through the guard.
     pub(super) async fn open(&self, guard: &PortGuard) -> anyhow::Result<()> {
         let sockets: Vec<_> = self.sockets.iter().map(|(_, socket)| socket.as_fd()).collect();
-        guard.open(&sockets).await.context("cannot open the Console ports")
+        guard.open(&sockets).await.with_context(|| format!("cannot open the ports of {}", workload::NAME))
     }
 
     /// Listeners for the async runtime; only when the ports are open.
-    pub(super) fn listeners(&self) -> io::Result<Vec<(Service, tokio::net::TcpListener)>> {
-        let one = |(service, socket): &(Service, Socket)| {
+    pub(super) fn listeners(&self) -> io::Result<Vec<(Endpoint, tokio::net::TcpListener)>> {
+        let one = |(endpoint, socket): &(Endpoint, Socket)| {
             let listener = TcpListener::from(socket.try_clone()?);
-            Ok((*service, tokio::net::TcpListener::from_std(listener)?))
+            Ok((endpoint.clone(), tokio::net::TcpListener::from_std(listener)?))
         };
         self.sockets.iter().map(one).collect()
     }

@@ -1,7 +1,14 @@
 //! Accepts connections and serves them until the opening ends: TLS, HTTP/1.1, limits. Must never write to a socket but
 //! through [`LeasedStream`].
 
-use std::{collections::HashMap, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    pin::pin,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -13,23 +20,21 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_rustls::LazyConfigAcceptor;
 use tower::ServiceExt;
 
-use super::{
-    leased::{LeasedStream, Opening, Phase},
-    ports::Service,
-};
+use super::leased::{LeasedStream, Opening, Phase};
 use crate::{
     clients::places::{Acquaintances, Place, Places, Visit},
-    descriptors::{self, Budget},
+    descriptors,
+    mutex::locked,
     telemetry::CONSOLE_CONNECTIONS,
+    workload::{self, Endpoint, Serves},
 };
 
 /// More than there are tasks: to wait for the end of all of them.
@@ -57,54 +62,43 @@ pub(super) struct Server {
 #[derive(Clone)]
 struct Shared {
     opening: Arc<Opening>,
-    tls: watch::Receiver<Arc<ServerConfig>>,
-    router: Router,
+    endpoint: Arc<Endpoint>,
     /// One for each task.
     tasks: Arc<Semaphore>,
     places: Arc<Places>,
 }
 
-/// The places of each port. They are kept apart, so that whoever takes those of one port shuts nobody out of another, and outlive
-/// an opening with what is known of the clients.
-#[derive(Clone, Debug)]
+/// The places of each port, by the name of its endpoint. They are kept apart, so that whoever takes those of one port shuts nobody
+/// out of another, and outlive an opening with what is known of the clients.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Seating {
-    ports: Arc<HashMap<Service, Arc<Places>>>,
+    ports: Arc<Mutex<HashMap<&'static str, Arc<Places>>>>,
     pub(super) acquaintances: Arc<Acquaintances>,
 }
 
 impl Seating {
-    pub(super) fn new() -> Self {
-        let (Budget { https, http, defender, .. }, acquaintances) = (descriptors::budget(), Acquaintances::new());
-        let places = |name, places| Places::new(name, descriptors::room(places), Arc::clone(&acquaintances));
-        let ports = HashMap::from([
-            (Service::Https, places("console", https)),
-            (Service::Http, places("console_http", http)),
-            (Service::Defender, places("defender", defender)),
-        ]);
-        Self { ports: Arc::new(ports), acquaintances }
+    fn places(&self, endpoint: &Endpoint) -> Arc<Places> {
+        let mut ports = locked(&self.ports);
+        let places = ports.entry(endpoint.name).or_insert_with(|| {
+            Places::new(endpoint.name, descriptors::room(endpoint.connections), Arc::clone(&self.acquaintances))
+        });
+        Arc::clone(places)
     }
 }
 
 impl Server {
     /// Starts to accept on all listeners.
-    pub(super) fn start(
-        listeners: Vec<(Service, TcpListener)>,
-        opening: Arc<Opening>,
-        tls: watch::Receiver<Arc<ServerConfig>>,
-        router: Router,
-        seating: &Seating,
-    ) -> Self {
+    pub(super) fn start(listeners: Vec<(Endpoint, TcpListener)>, opening: Arc<Opening>, seating: &Seating) -> Self {
         let tasks = Arc::new(Semaphore::new(TASKS as usize));
-        for (service, listener) in listeners {
-            let Some(places) = seating.ports.get(&service).cloned() else { continue };
-            let (opening, tls) = (Arc::clone(&opening), tls.clone());
-            let shared = Shared { opening, tls, router: router.clone(), tasks: Arc::clone(&tasks), places };
+        for (endpoint, listener) in listeners {
+            let (opening, places) = (Arc::clone(&opening), seating.places(&endpoint));
+            let shared = Shared { opening, endpoint: Arc::new(endpoint), tasks: Arc::clone(&tasks), places };
             tokio::spawn(async move {
                 let Ok(_task) = Arc::clone(&shared.tasks).acquire_owned().await else { return };
                 let opening = Arc::clone(&shared.opening);
                 tokio::select! {
                     () = opening.reached(Phase::Draining) => {}
-                    () = accept(service, &listener, &shared) => {}
+                    () = accept(&listener, &shared) => {}
                 }
             });
         }
@@ -124,13 +118,13 @@ impl Server {
     }
 }
 
-async fn accept(service: Service, listener: &TcpListener, shared: &Shared) {
+async fn accept(listener: &TcpListener, shared: &Shared) {
     loop {
         match listener.accept().await {
             Ok((stream, from)) => {
                 let Some(place) = shared.places.enter(from.ip()).await else { continue };
                 let Ok(task) = Arc::clone(&shared.tasks).acquire_owned().await else { return };
-                tokio::spawn(connection(service, stream, from, shared.clone(), (place, task)));
+                tokio::spawn(connection(stream, from, shared.clone(), (place, task)));
             }
             // The listening socket was shut down by the guard or by ourselves: the opening ends in a moment.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
@@ -138,7 +132,7 @@ async fn accept(service: Service, listener: &TcpListener, shared: &Shared) {
             }
             Err(error) if is_of_the_client(&error) => {}
             Err(error) => {
-                tracing::error!("cannot accept a connection to the Console: {error}");
+                tracing::error!("cannot accept a connection to {}: {error}", workload::NAME);
                 if descriptors::are_short(&error) {
                     shared.places.make_room();
                 }
@@ -154,7 +148,6 @@ fn is_of_the_client(error: &io::Error) -> bool {
 }
 
 async fn connection(
-    service: Service,
     stream: TcpStream,
     from: SocketAddr,
     shared: Shared,
@@ -164,18 +157,22 @@ async fn connection(
     metrics::gauge!(CONSOLE_CONNECTIONS).increment(1.0);
     // Small answers leave at once. It fails only if the client is gone.
     let _ = stream.set_nodelay(true);
-    let stream = LeasedStream::new(stream, Arc::clone(&opening));
+    let (stream, held) = LeasedStream::new(stream, Arc::clone(&opening));
+    let served = async {
+        if let Err(error) = serve(stream, (from, place.visit()), shared).await {
+            tracing::debug!("a connection to {} ended: {error:#}", workload::NAME);
+        }
+        // After an upgrade somebody else goes on with the stream: the place is his as long as he has it.
+        held.dropped().await;
+    };
     tokio::select! {
         biased;
         // Drops everything, the request that runs too; the stream resets the connection.
         () = opening.reached(Phase::Closed) => {}
         () = place.ended() => {}
-        result = serve(service, stream, (from, place.visit()), shared) => {
-            if let Err(error) = result {
-                tracing::debug!("a connection to the Console ended: {error:#}");
-            }
-        }
+        () = served => {}
     }
+    held.end();
     metrics::gauge!(CONSOLE_CONNECTIONS).decrement(1.0);
     drop(place);
 }
@@ -183,16 +180,14 @@ async fn connection(
 /// The address that a connection comes from, and its place.
 type Client = (SocketAddr, Visit);
 
-async fn serve(service: Service, stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Result<()> {
-    if service == Service::Http {
-        return http(stream, from, Scheme::HTTP, shared).await;
-    }
+async fn serve(stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Result<()> {
+    let Some(tls) = &shared.endpoint.tls else { return speak(stream, from, Scheme::HTTP, shared).await };
     let visit = from.1.clone();
     let greeting = async {
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
         visit.greeted();
         // The settings of this instant: certificates are exchanged while connections go on.
-        let tls = Arc::clone(&shared.tls.borrow());
+        let tls = Arc::clone(&tls.borrow());
         start.into_stream(tls).await
     };
     let stream = tokio::select! {
@@ -201,21 +196,33 @@ async fn serve(service: Service, stream: LeasedStream, from: Client, shared: Sha
         () = shared.opening.reached(Phase::Draining) => return Ok(()),
         stream = tokio::time::timeout(HANDSHAKE, greeting) => stream??,
     };
-    if service == Service::Defender {
-        tracing::debug!("closed a connection to the Defender port: Defenders are not supported yet");
-        return Ok(());
+    speak(stream, from, Scheme::HTTPS, shared).await
+}
+
+async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    from: Client,
+    scheme: Scheme,
+    shared: Shared,
+) -> anyhow::Result<()> {
+    match &shared.endpoint.serves {
+        Serves::Http(router) => http(stream, from, scheme, router.clone(), &shared.opening).await,
+        Serves::Nothing => {
+            tracing::debug!("closed a connection to the port {}: it serves nothing yet", shared.endpoint.name);
+            Ok(())
+        }
     }
-    http(stream, from, Scheme::HTTPS, shared).await
 }
 
 async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     (from, visit): Client,
     scheme: Scheme,
-    shared: Shared,
+    router: Router,
+    opening: &Opening,
 ) -> anyhow::Result<()> {
     let answered = visit.clone();
-    let service = shared.router.map_request(move |mut request: Request<_>| {
+    let service = router.map_request(move |mut request: Request<_>| {
         visit.busy();
         request.extensions_mut().insert(ConnectInfo(from));
         request.extensions_mut().insert(visit.clone());
@@ -223,20 +230,74 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         request.extensions_mut().insert(scheme.clone());
         request
     });
-    let service = service.map_response(move |response| {
+    let service = TowerToHyperService::new(service.map_response(move |response| {
         answered.idle();
         response
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
-        .max_buf_size(BUFFER)
-        .max_headers(HEADERS)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
-    let mut connection = pin!(connection);
+    }));
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(BUFFER).max_headers(HEADERS);
+    let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service).with_upgrades());
     tokio::select! {
         result = connection.as_mut() => return Ok(result?),
-        () = shared.opening.reached(Phase::Draining) => connection.as_mut().graceful_shutdown(),
+        () = opening.reached(Phase::Draining) => connection.as_mut().graceful_shutdown(),
     }
     Ok(connection.await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{
+        http::{
+            StatusCode,
+            header::{CONNECTION, UPGRADE},
+        },
+        routing::get,
+    };
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::node::{Lease, lease::boottime};
+
+    /// Turns the connection into one that gives back what comes.
+    async fn echo(mut request: Request) -> (StatusCode, [(axum::http::HeaderName, &'static str); 2]) {
+        tokio::spawn(async move {
+            let upgraded = TokioIo::new(hyper::upgrade::on(&mut request).await.unwrap());
+            let (mut reading, mut writing) = tokio::io::split(upgraded);
+            let _ = tokio::io::copy(&mut reading, &mut writing).await;
+        });
+        (StatusCode::SWITCHING_PROTOCOLS, [(CONNECTION, "upgrade"), (UPGRADE, "echo")])
+    }
+
+    async fn exchange(client: &mut TcpStream) -> io::Result<[u8; 4]> {
+        client.write_all(b"ping").await?;
+        let mut answer = [0; 4];
+        client.read_exact(&mut answer).await.map(|_| answer)
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_was_upgraded_has_its_place_until_the_opening_ends_and_not_longer() {
+        let lease = Lease::new().unwrap();
+        lease.set(boottime() + Duration::from_secs(60).as_nanos() as u64).unwrap();
+        let opening = Opening::with(Box::new(|| true), lease);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let serves = Serves::Http(Router::new().route("/", get(echo)));
+        let endpoint = Endpoint { name: "console", port: at.port(), tls: None, serves, connections: 8 };
+        let server = Server::start(vec![(endpoint, listener)], Arc::clone(&opening), &Seating::default());
+        let mut client = TcpStream::connect(at).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n").await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(client.read_u8().await.unwrap());
+        }
+        assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
+        assert_eq!(&exchange(&mut client).await.unwrap(), b"ping");
+        opening.advance(Phase::Draining);
+        assert_eq!(&exchange(&mut client).await.unwrap(), b"ping", "what runs may go on for a while");
+        let mut finished = pin!(server.finished());
+        assert!(tokio::time::timeout(Duration::from_millis(20), finished.as_mut()).await.is_err());
+        opening.advance(Phase::Closed);
+        finished.await;
+        assert!(exchange(&mut client).await.is_err(), "no byte leaves any more");
+    }
 }

@@ -24,7 +24,8 @@ use twistlock_ha::{
         database::{Database, PrimaryDatabase, initial_transaction},
         transaction::CONSOLE_DATABASE,
     },
-    supervisor::{ConsolePorts, Supervisor, SupervisorConfig, SupervisorHandle},
+    supervisor::{Supervisor, SupervisorConfig, SupervisorHandle},
+    workload::{ConsolePorts, Setup},
 };
 use ureq::{
     Agent,
@@ -196,8 +197,11 @@ impl Node {
         let (serving, database_lent) = watch::channel(None);
         let config = SupervisorConfig {
             address: address.into(),
-            ports: ConsolePorts { https: Some(HTTPS), http: Some(HTTP), defender: Some(DEFENDER) },
-            tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
+            workload: Setup {
+                ports: ConsolePorts { https: Some(HTTPS), http: Some(HTTP), defender: Some(DEFENDER) },
+                tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
+                services: None,
+            },
             demotion_deadline: DEADLINE,
         };
         let (supervisor, handle) = Supervisor::new(config, (status, database_lent), lease.clone(), guard.clone());

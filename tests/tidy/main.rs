@@ -27,7 +27,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
         &["clients", "descriptors", "workload", "guard", "admin", "node", "storage", "cluster", "telemetry"],
     ),
     ("guard", &["node::lease", "node::Lease", "telemetry"]),
-    ("workload", &["console", "admin", "node", "storage", "telemetry"]),
+    ("workload", &["console", "admin", "descriptors", "node", "storage", "telemetry"]),
     (
         "console",
         &["clients", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"] ,
