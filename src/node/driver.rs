@@ -10,8 +10,11 @@ mod space;
 mod upgrade;
 
 use std::{
-    io,
-    sync::{Arc, mpsc::Receiver},
+    io, mem,
+    sync::{
+        Arc,
+        mpsc::{Receiver, sync_channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -317,6 +320,8 @@ impl Driver {
         };
         self.in_force.changes.fail();
         self.lane.open.fence();
+        // Nothing is taken in any more: whoever still sends, as the database thread does, must not wait for room.
+        drop(mem::replace(&mut self.inbox, sync_channel(0).1));
         if matches!(exit, Exit::Stopped | Exit::Restart(_)) {
             self.lane.thread.stop();
         }

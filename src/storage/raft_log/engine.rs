@@ -92,7 +92,8 @@ pub struct Written {
     pub segments: Vec<Arc<Segment>>,
 }
 
-/// What the log's threads share. Locks are taken in the order writer, supply, state; syncing is taken alone or with state.
+/// What the log's threads share. Locks are taken in the order writer, supply, state; syncing is taken alone or with state, retiring
+/// before supply and state.
 pub struct Shared {
     pub dir: PathBuf,
     pub helper: bool,
@@ -107,6 +108,8 @@ pub struct Shared {
     pub made: Condvar,
     pub supply_bytes: AtomicU64,
     pub syncing: Mutex<()>,
+    /// Held while a segment leaves the log.
+    pub retiring: Mutex<()>,
     /// End of what has been written, and of what has been synced: [`Position`]s.
     pub written: AtomicU64,
     pub durable: AtomicU64,
@@ -341,9 +344,17 @@ impl Shared {
 
     /// Gives segments back in which no entry is left.
     pub fn retire(&self) -> Result<(), LogError> {
-        // The oldest first, each one durably: the numbers of those that remain must have no gap.
-        let one = |supply: &mut Supply| self.take_unused().map(|segment| supply.retire(segment)).transpose();
-        while self.supplied(one)?.is_some() {}
+        // The oldest first, each one durably.
+        let _one = lock(&self.retiring);
+        while let Some(segment) = self.take_unused() {
+            // Appending waits for the supply, and must not wait for the disk here.
+            let retiring = self.supplied(|supply| Ok(supply.begin_retiring(segment)))?;
+            let spare = retiring.run().map_err(|error| self.fail(error))?;
+            self.supplied(|supply| {
+                supply.retired(spare);
+                Ok(())
+            })?;
+        }
         Ok(())
     }
 

@@ -220,6 +220,7 @@ impl RaftLog {
             supply: Mutex::new(supply),
             made: Condvar::new(),
             syncing: Mutex::new(()),
+            retiring: Mutex::new(()),
             written: AtomicU64::new(found.end.0),
             durable: AtomicU64::new(found.end.0),
             wanted: AtomicBool::new(false),

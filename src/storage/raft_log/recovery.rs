@@ -277,7 +277,8 @@ fn check_tail(dir: &Path, all: &[Arc<Segment>], end: Position) -> Result<u64, Lo
 pub fn settle(dir: &Path, found: &mut Found, supply: &mut Supply) -> Result<(), LogError> {
     // The last segment first: the numbers of those that remain must have no gap.
     while let Some(segment) = found.surplus.pop() {
-        supply.retire(segment)?;
+        let spare = supply.begin_retiring(segment).run()?;
+        supply.retired(spare);
     }
     let Some(active) = found.segments.back() else { return Ok(()) };
     let path = segment_path(dir, active.sequence);

@@ -138,7 +138,7 @@ impl Names {
 }
 
 /// A file of full size whose content means nothing any more. Somebody may still be reading the segment it was.
-struct Spare {
+pub struct Spare {
     path: PathBuf,
     segment: Arc<Segment>,
 }
@@ -215,6 +215,28 @@ impl Job {
         file.sync_data().map_err(LogError::io("sync", &path))?;
         files.rename(&path, &segment_path(&files.dir, sequence))?;
         Ok(Segment { sequence, size: files.size, seed, file })
+    }
+}
+
+/// A segment that leaves the log, apart from the supply as a [`Job`] is.
+pub struct Retiring {
+    files: Arc<Files>,
+    segment: Arc<Segment>,
+    /// Where it is kept for a segment to come; none if there are enough.
+    spare: Option<PathBuf>,
+}
+
+impl Retiring {
+    /// Takes it out, durably, before the next one may begin to leave: the numbers of those that remain must have no gap.
+    ///
+    /// # Errors
+    /// Any error is fatal for the log.
+    pub fn run(self) -> Result<Option<Spare>, LogError> {
+        let Self { files, segment, spare } = self;
+        let from = segment_path(&files.dir, segment.sequence);
+        let Some(path) = spare else { return files.remove(&from).map(|()| None) };
+        files.rename(&from, &path)?;
+        Ok(Some(Spare { path, segment }))
     }
 }
 
@@ -309,19 +331,17 @@ impl Supply {
         self.ready.pop_front()
     }
 
-    /// Takes a segment out of the log for good, before anything else happens to the directory.
-    ///
-    /// # Errors
-    /// Any error is fatal for the log.
-    pub fn retire(&mut self, segment: Arc<Segment>) -> Result<(), LogError> {
-        let from = segment_path(&self.files.dir, segment.sequence);
-        if self.spares.len() >= SPARES || segment.size != self.files.size {
-            return self.files.remove(&from);
-        }
-        let path = self.files.spare_path(self.next_spare);
-        self.next_spare += 1;
-        self.files.rename(&from, &path)?;
-        self.spares.push(Spare { path, segment });
-        Ok(())
+    /// Begins to take a segment out of the log for good. One at a time: see [`Retiring::run`].
+    pub fn begin_retiring(&mut self, segment: Arc<Segment>) -> Retiring {
+        let spare = (self.spares.len() < SPARES && segment.size == self.files.size).then(|| {
+            self.next_spare += 1;
+            self.files.spare_path(self.next_spare - 1)
+        });
+        Retiring { files: self.files.clone(), segment, spare }
+    }
+
+    /// Takes what a [`Retiring`] has left.
+    pub fn retired(&mut self, spare: Option<Spare>) {
+        self.spares.extend(spare);
     }
 }
