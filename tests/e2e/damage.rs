@@ -108,6 +108,15 @@ fn a_damaged_member_heals_by_itself() {
         ],
     ];
     sample.iter().for_each(|files| heal(&cluster, files));
+    let node = (cluster.primary() + 1) % 3;
+    let told = |status: &Option<Status>| {
+        status.iter().any(|status| status.warnings.iter().any(|text| text.contains("check the disk")))
+    };
+    assert!(told(&cluster.statuses()[node]), "the status says what was mended");
+    let wanted = Wanted { limit: Some(400), ..Wanted::default() };
+    let events: Vec<Event> =
+        control::operate(&cluster.node(node).control, Operation::Events { wanted }, LIMIT).unwrap();
+    assert!(events.iter().any(|event| event.sentence.contains("set aside")), "{events:#?}");
     if std::env::var("DAMAGE").is_ok_and(|all| all == "all") {
         let names = [
             "identity.json",
@@ -133,15 +142,6 @@ fn a_damaged_member_heals_by_itself() {
                 .for_each(|way| heal(&cluster, &[(name, way)]));
         }
     }
-    let node = (cluster.primary() + 1) % 3;
-    let told = |status: &Option<Status>| {
-        status.iter().any(|status| status.warnings.iter().any(|text| text.contains("check the disk")))
-    };
-    assert!(told(&cluster.statuses()[node]), "the status says what was mended");
-    let wanted = Wanted { limit: Some(400), ..Wanted::default() };
-    let events: Vec<Event> =
-        control::operate(&cluster.node(node).control, Operation::Events { wanted }, LIMIT).unwrap();
-    assert!(events.iter().any(|event| event.sentence.contains("set aside")), "{events:#?}");
     assert!(pen.write(cluster.primary(), "after"));
     println!("damage: {}", cluster.finish(MENDED));
 }
