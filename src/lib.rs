@@ -63,8 +63,8 @@
 //!
 //! | module | what it does | what it must not know |
 //! |---|---|---|
-//! | [`cluster`] | decides: election, lease, roles, command encoding; pure | files, sockets, clocks, threads |
-//! | [`storage`] | remembers: raft log, SQLite capture and replay, checkpoints | who is primary |
+//! | [`cluster`] | decides: election, lease, roles, who is a member; pure | files, sockets, clocks, threads |
+//! | [`storage`] | remembers: raft log, format of a transaction, SQLite capture and replay, checkpoints | who is primary |
 //! | [`pki`] | certificates and TLS settings | what is sent through them |
 //! | [`peer`] | talks: links between the nodes | what the messages decide |
 //! | [`node`] | drives: the one loop that joins the four above to the clock; publishes [`node::Status`] | ports and workloads |
@@ -77,7 +77,7 @@
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`backup`] | backups: made, kept, verified, brought back | HTTP, sockets and terminals |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
-//! | [`workload`] | what a primary runs: start, ready, stop | why it is started |
+//! | [`workload`] | what a primary runs, and at which ports: start, ready, stop | why it is started |
 //! | [`events`] | tells: what happened, to the history and to whoever is to be notified | what it is told for |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
