@@ -243,11 +243,13 @@ fn appending_reading_and_syncing_run_side_by_side() {
     assert_eq!(log.last_index(), 1999);
 }
 
-/// A disk on which no new file can be made while somebody holds the gate.
+/// A disk on which no new file can be made, or none can be kept for later, while somebody holds the gate for that.
 #[derive(Clone, Default)]
 struct Gated {
     gate: Arc<RwLock<()>>,
     created: Arc<AtomicU64>,
+    exit: Arc<RwLock<()>>,
+    leaving: Arc<AtomicU64>,
 }
 
 impl Disk for Gated {
@@ -266,6 +268,10 @@ impl Disk for Gated {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        if to.file_name().is_some_and(|name| name.to_string_lossy().starts_with("spare")) {
+            self.leaving.fetch_add(1, Ordering::SeqCst);
+            drop(self.exit.read().unwrap());
+        }
         RealDisk.rename(from, to)
     }
 
@@ -329,6 +335,33 @@ fn appending_does_not_wait_for_a_file_that_is_being_filled() {
 }
 
 /// One step of a raft node of one member: persist, then apply.
+#[test]
+fn appending_does_not_wait_for_a_segment_that_leaves() {
+    let root = tempfile::tempdir().unwrap();
+    let (size, disk) = (64 << 10, Gated::default());
+    let options = Options { segment_bytes: size, ..Options::default() };
+    let log = RaftLog::open(root.path(), OWNER, conf(&[1]), options, disk.clone()).unwrap();
+    // A segment takes three of them.
+    let append = |index| log.append(&[entry(index, 1, 20_000)], Some(&hard(1, 0, index))).unwrap().sync().unwrap();
+    (2..=10).for_each(append);
+    wait_until(|| super::engine::lock(&log.core.shared.supply).ready() == 2);
+    let closed = disk.exit.write().unwrap();
+    let (done, wait) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| log.compact(10).unwrap());
+        wait_until(|| disk.leaving.load(Ordering::SeqCst) == 1);
+        scope.spawn(|| {
+            assert!(log.has_room_now([20_000]));
+            (11..=14).for_each(append);
+            done.send(()).unwrap();
+        });
+        let result = wait.recv_timeout(Duration::from_secs(20));
+        drop(closed);
+        result.expect("appending waited for the compaction");
+    });
+    assert_eq!((log.first_index(), log.last_index()), (11, 14));
+}
+
 fn drive(node: &mut RawNode<RaftLog>, log: &RaftLog) -> Vec<Entry> {
     let mut applied = Vec::new();
     while node.has_ready() {
