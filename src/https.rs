@@ -31,10 +31,10 @@ pub struct Trust(Vec<CertificateDer<'static>>);
 #[derive(Debug, Error)]
 pub enum TrustError {
     /// The file cannot be read.
-    #[error("{0}")]
+    #[error(transparent)]
     Unreadable(#[from] io::Error),
     /// Its text is damaged, or there is no certificate in it.
-    #[error("{0}")]
+    #[error(transparent)]
     Pem(#[from] PemError),
     /// One of its certificates is none.
     #[error("one of its certificates cannot be used: {0}")]

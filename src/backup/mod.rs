@@ -108,8 +108,8 @@ pub enum BackupError {
     NoSpace { path: PathBuf, needed: u64, free: u64 },
     #[error("{} does not answer: check its file system", .0.display())]
     Hangs(PathBuf),
-    #[error("cannot {verb} {}: {source}", path.display())]
-    Io { verb: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {verb} {}: {error}", path.display())]
+    Io { verb: &'static str, path: PathBuf, error: io::Error },
     /// The place of the copies could not be used; the text says why.
     #[error("the place of BACKUP_URL: {0}")]
     Remote(String),
@@ -120,7 +120,7 @@ pub enum BackupError {
 
 impl BackupError {
     fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { verb, path: path.to_owned(), source }
+        move |error| Self::Io { verb, path: path.to_owned(), error }
     }
 
     /// Of something that changes the folder.

@@ -103,7 +103,7 @@ fn states(folder: &Path) -> Result<[FileState; 2], PkiError> {
         match fs::metadata(&path) {
             Ok(found) => Ok(Some((found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec()))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(PkiError::File { action: "look at", path, source }),
+            Err(error) => Err(PkiError::File { action: "look at", path, error }),
         }
     };
     Ok([state(CONSOLE_CERTIFICATE)?, state(CONSOLE_KEY)?])

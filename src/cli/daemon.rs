@@ -176,7 +176,7 @@ fn backup_command(operation: &Operation) -> String {
 /// What went wrong on the way to the daemon, and what to do about it.
 pub(super) fn explain(error: &ControlError) -> String {
     let hint = match error {
-        ControlError::Unreachable { source, .. } => match source.kind() {
+        ControlError::Unreachable { error, .. } => match error.kind() {
             io::ErrorKind::NotFound => {
                 "There is no such socket. Is twistlockd running on this host? Try: systemctl status twistlockd\n  \
                  If its data folder is another one, name it: --data DIR, --control PATH or TWISTLOCK_DATA=DIR.\n  \

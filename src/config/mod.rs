@@ -341,12 +341,12 @@ impl fmt::Display for Problem {
 #[derive(Debug, Error)]
 pub enum ConfigErrors {
     /// The file could not be read at all.
-    #[error("{file}: cannot be read: {source}")]
+    #[error("{file}: cannot be read: {error}")]
     Unreadable {
         /// Name of the file.
         file: String,
         /// What the system said.
-        source: io::Error,
+        error: io::Error,
     },
     /// The file says something that is not allowed; one line for each problem.
     #[error("{}", list(problems, *more))]
@@ -401,7 +401,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, ConfigErrors> {
     // One byte more than allowed is enough to know that the file is too large; a device never ends.
     match File::open(path).and_then(|file| file.take(MAX_FILE as u64 + 1).read_to_end(&mut bytes)) {
         Ok(_) => Ok(bytes),
-        Err(source) => Err(ConfigErrors::Unreadable { file: path.display().to_string(), source }),
+        Err(error) => Err(ConfigErrors::Unreadable { file: path.display().to_string(), error }),
     }
 }
 

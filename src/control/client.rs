@@ -22,20 +22,20 @@ pub enum ControlError {
     #[error("{0}")]
     Path(String),
     /// Nobody answers on the socket.
-    #[error("cannot connect to {path}: {source}", path = path.display())]
+    #[error("cannot connect to {path}: {error}", path = path.display())]
     Unreachable {
         /// The socket.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        error: io::Error,
     },
     /// Somebody took the request, but no complete answer came in time.
-    #[error("no answer on {path}: {source}", path = path.display())]
+    #[error("no answer on {path}: {error}", path = path.display())]
     NoAnswer {
         /// The socket.
         path: PathBuf,
         /// What went wrong while waiting.
-        source: io::Error,
+        error: io::Error,
     },
     /// The answer is not what this program understands.
     #[error("answer on {path} not understood: {why}", path = path.display())]
@@ -58,9 +58,9 @@ pub fn request(path: &Path, request: &Request, limit: Duration) -> Result<Reply,
     check_path(path).map_err(|error| ControlError::Path(error.to_string()))?;
     let deadline = Instant::now() + limit;
     let mut stream =
-        connect(path, limit).map_err(|source| ControlError::Unreachable { path: path.to_owned(), source })?;
+        connect(path, limit).map_err(|error| ControlError::Unreachable { path: path.to_owned(), error })?;
     let line = exchange(&mut stream, request, deadline)
-        .map_err(|source| ControlError::NoAnswer { path: path.to_owned(), source })?;
+        .map_err(|error| ControlError::NoAnswer { path: path.to_owned(), error })?;
     serde_json::from_slice(&line)
         .map_err(|error| ControlError::Malformed { path: path.to_owned(), why: error.to_string() })
 }

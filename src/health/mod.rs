@@ -261,7 +261,7 @@ async fn connection(stream: TcpStream, from: SocketAddr, place: &Place, claim: A
     tokio::select! {
         () = place.ended() => {}
         served = served => if let Err(error) = served {
-            tracing::debug!("a connection to the health port ended: {error}");
+            tracing::debug!("a connection to the health port ended: {:#}", anyhow::Error::from(error));
         }
     }
 }

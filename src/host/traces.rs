@@ -137,7 +137,7 @@ fn earlier_configs(place: &Place) -> Vec<PathBuf> {
 fn data_folder(file: &Path, variables: &Variables) -> Result<Option<PathBuf>, Failure> {
     match config::load_in(file, &|name| variables.get(name).cloned()) {
         Ok(loaded) => Ok(Some(loaded.config.data_folder)),
-        Err(config::ConfigErrors::Unreadable { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(config::ConfigErrors::Unreadable { error, .. }) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(errors) => {
             let why = format!("{} cannot be used, so it cannot be told where this host's data are", file.display());
             let mend = format!("Mend it (twistlockd check-config {}), or move it away.", file.display());

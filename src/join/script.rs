@@ -62,7 +62,13 @@ pub enum KitError {
     #[error("the join token is not one of this cluster, or it has expired")]
     Token,
     #[error("cannot read this node's program: {0}")]
-    Program(#[from] io::Error),
+    Program(io::Error),
+}
+
+impl From<io::Error> for KitError {
+    fn from(error: io::Error) -> Self {
+        Self::Program(error)
+    }
 }
 
 impl Kit {

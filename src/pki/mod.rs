@@ -74,8 +74,8 @@ pub const EXTENSIBLE: &[u8] = b"twistlock/2";
 /// What can be wrong with keys and certificates.
 #[derive(Debug, Error)]
 pub enum PkiError {
-    #[error("cannot {action} {}: {source}", path.display())]
-    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {action} {}: {error}", path.display())]
+    File { action: &'static str, path: PathBuf, error: io::Error },
     #[error("{} does not hold {expected}: {detail}", path.display())]
     Malformed { path: PathBuf, expected: &'static str, detail: String },
     #[error("cannot make a certificate: {0}")]
@@ -83,7 +83,7 @@ pub enum PkiError {
     #[error("the name '{0}' cannot be in a Console certificate")]
     Name(String),
     #[error("certificate and key cannot be used: {0}")]
-    Tls(#[from] rustls::Error),
+    Tls(rustls::Error),
     #[error("{0}")]
     Identity(&'static str),
     #[error("the signing request is refused: {0}")]
@@ -92,6 +92,12 @@ pub enum PkiError {
     Sealed(&'static str),
     #[error("the certificate is refused: {0}")]
     Custom(String),
+}
+
+impl From<rustls::Error> for PkiError {
+    fn from(error: rustls::Error) -> Self {
+        Self::Tls(error)
+    }
 }
 
 impl From<rcgen::Error> for PkiError {
@@ -212,7 +218,7 @@ fn malformed(path: PathBuf, expected: &'static str, detail: impl ToString) -> Pk
 }
 
 fn read_file(path: &Path) -> Result<String, PkiError> {
-    fs::read_to_string(path).map_err(|source| PkiError::File { action: "read", path: path.into(), source })
+    fs::read_to_string(path).map_err(|error| PkiError::File { action: "read", path: path.into(), error })
 }
 
 /// Keeps a certificate that was signed elsewhere, or the key to it (`secret`: mode 0600), under one of the names above.
@@ -249,7 +255,7 @@ fn write_file(path: &Path, content: impl AsRef<[u8]>, mode: u32) -> Result<(), P
         fs::rename(&temporary, path)?;
         File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
     };
-    write().map_err(|source| PkiError::File { action: "write", path: path.into(), source })
+    write().map_err(|error| PkiError::File { action: "write", path: path.into(), error })
 }
 
 /// Removes a file if it is there, durably.
@@ -259,7 +265,7 @@ fn remove_file(path: &Path) -> Result<(), PkiError> {
         Err(error) => Err(error),
         Ok(()) => File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all(),
     };
-    remove().map_err(|source| PkiError::File { action: "remove", path: path.into(), source })
+    remove().map_err(|error| PkiError::File { action: "remove", path: path.into(), error })
 }
 
 /// Puts a file in the place of another one, durably.
@@ -268,7 +274,7 @@ fn rename_file(from: &Path, to: &Path) -> Result<(), PkiError> {
         fs::rename(from, to)?;
         File::open(to.parent().unwrap_or(Path::new(".")))?.sync_all()
     };
-    rename().map_err(|source| PkiError::File { action: "rename", path: from.into(), source })
+    rename().map_err(|error| PkiError::File { action: "rename", path: from.into(), error })
 }
 
 #[cfg(test)]

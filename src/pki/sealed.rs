@@ -76,7 +76,7 @@ impl ClusterKey {
 
     fn read(dir: &Path, name: &str) -> Result<Self, PkiError> {
         let path = dir.join(name);
-        let bytes = fs::read(&path).map_err(|source| PkiError::File { action: "read", path: path.clone(), source })?;
+        let bytes = fs::read(&path).map_err(|error| PkiError::File { action: "read", path: path.clone(), error })?;
         let key = <[u8; LENGTH]>::try_from(bytes.as_slice());
         key.map(Self)
             .map_err(|_| malformed(path, "a cluster key", format!("{} bytes instead of {LENGTH}", bytes.len())))
@@ -137,7 +137,7 @@ impl ClusterKeys {
     pub fn load(dir: &Path) -> Result<Self, PkiError> {
         let read = |name| match ClusterKey::read(dir, name) {
             Ok(key) => Ok(Some(key)),
-            Err(PkiError::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(PkiError::File { error, .. }) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         };
         Ok(Self { current: read(CLUSTER_KEY)?, next: read(NEXT_CLUSTER_KEY)? })

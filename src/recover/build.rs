@@ -67,7 +67,7 @@ fn fill(survivor: &Survivor, config: &Config, staging: &Path) -> Result<(Plan, V
         log.reset(index, term, conf.clone())
     };
     make_log()
-        .map_err(|error| RecoverError::Io { what: "make the raft log".into(), source: io::Error::other(error) })?;
+        .map_err(|error| RecoverError::Io { what: "make the raft log".into(), error: io::Error::other(error) })?;
     let notes = build_identity(survivor, config, staging, cluster, index)?;
     sync_all(staging).map_err(RecoverError::io(format!("sync {}", staging.display())))?;
     Ok((Plan::new(), notes))
@@ -168,7 +168,7 @@ fn build_identity(
         Ok(sealed)
     };
     let sealed = make_certificates()
-        .map_err(|error| RecoverError::Io { what: "make the certificates".into(), source: io::Error::other(error) })?;
+        .map_err(|error| RecoverError::Io { what: "make the certificates".into(), error: io::Error::other(error) })?;
     let mut membership = Membership::founded(cluster, vec![Member::founder(NODE, &name, &address, port)]);
     membership.shared.authority = Some(sealed);
     membership.shared.console_names.clone_from(list);

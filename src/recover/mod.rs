@@ -64,8 +64,8 @@ pub enum RecoverError {
     Unusable(String),
     #[error("not enough space: {needed} bytes are needed in {}, and {free} are free", path.display())]
     Space { path: PathBuf, needed: u64, free: u64 },
-    #[error("cannot {what}: {source}")]
-    Io { what: String, source: io::Error },
+    #[error("cannot {what}: {error}")]
+    Io { what: String, error: io::Error },
 }
 
 impl RecoverError {
@@ -82,7 +82,7 @@ impl RecoverError {
 
     fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
-        move |source| Self::Io { what, source }
+        move |error| Self::Io { what, error }
     }
 }
 
@@ -166,7 +166,7 @@ fn become_owner(data: &Path) -> Result<(), RecoverError> {
         .and_then(|()| setresuid(user, user, user))
         .map_err(|errno| RecoverError::Io {
             what: format!("become user {user} and group {group}, whose {} is", data.display()),
-            source: errno.into(),
+            error: errno.into(),
         })
 }
 

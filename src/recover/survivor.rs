@@ -103,7 +103,7 @@ impl Survivor {
         let needed = database_bytes + log.size_bytes() + segments + (1 << 20);
         let free = statvfs(&path).map(|fs| fs.blocks_available() * fs.fragment_size());
         let free =
-            free.map_err(|errno| RecoverError::Io { what: "look at the file system".into(), source: errno.into() })?;
+            free.map_err(|errno| RecoverError::Io { what: "look at the file system".into(), error: errno.into() })?;
         Ok(Self { data: path, identity, membership, log, checkpoint, database_bytes, lost, written, needed, free })
     }
 
@@ -206,7 +206,7 @@ fn without_log(
     conf: ConfState,
     open: impl Fn(&Path) -> Result<RaftLog, LogError>,
 ) -> Result<RaftLog, RecoverError> {
-    let failed = |source| RecoverError::Io { what: "make room for an empty raft log".into(), source };
+    let failed = |error| RecoverError::Io { what: "make room for an empty raft log".into(), error };
     let folder = data.join(SCRATCH);
     match fs::remove_dir_all(&folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),

@@ -37,11 +37,17 @@ pub enum FetchError {
     #[error("it sends no snapshot: {0}")]
     Refused(String),
     #[error("the snapshot's connection failed: {0}")]
-    Connection(#[from] io::Error),
+    Connection(io::Error),
     #[error("{0}")]
     Odd(String),
     #[error(transparent)]
     Store(#[from] SnapshotError),
+}
+
+impl From<io::Error> for FetchError {
+    fn from(error: io::Error) -> Self {
+        Self::Connection(error)
+    }
 }
 
 /// Fetches the whole database from `member`, which should be the primary. When this returns it is complete and durable in the

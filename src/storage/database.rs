@@ -44,8 +44,8 @@ const WAL_LIMIT: u64 = 64 << 20;
 /// Why the database cannot do something.
 #[derive(Debug, Error)]
 pub enum DatabaseError {
-    #[error("cannot {what} {path}: {source}")]
-    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {what} {path}: {error}")]
+    Io { what: &'static str, path: PathBuf, error: io::Error },
     /// The record says that the file has pages, but the file is gone.
     #[error("{0} is missing, although its checkpoint record exists")]
     Missing(PathBuf),
@@ -72,7 +72,7 @@ impl DatabaseError {
     /// another matter, whatever its reason.
     pub fn is_full(&self) -> bool {
         match self {
-            Self::Io { what, source, .. } => *what == "write" && is_full(source),
+            Self::Io { what, error, .. } => *what == "write" && is_full(error),
             Self::Sqlite(error) => error.code & 0xff == FULL,
             _ => false,
         }
@@ -577,8 +577,8 @@ fn unreadable(path: &Path, error: io::Error) -> DatabaseError {
     io_error("read", path, error)
 }
 
-fn io_error(what: &'static str, path: &Path, source: io::Error) -> DatabaseError {
-    DatabaseError::Io { what, path: path.to_owned(), source }
+fn io_error(what: &'static str, path: &Path, error: io::Error) -> DatabaseError {
+    DatabaseError::Io { what, path: path.to_owned(), error }
 }
 
 /// Deletes `-wal` and `-shm`, which are a cache of the primary that wrote them, and a journal, which is never ours.

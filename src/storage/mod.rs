@@ -54,8 +54,8 @@ const IDENTITY: &str = "identity.json";
 /// Why a data directory cannot be used.
 #[derive(Debug, Error)]
 pub enum DataDirError {
-    #[error("cannot {verb} {}: {source}", path.display())]
-    Io { verb: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {verb} {}: {error}", path.display())]
+    Io { verb: &'static str, path: PathBuf, error: io::Error },
     #[error("data directory {} is in use by the process with pid {pid}; stop it first", path.display())]
     Locked { path: PathBuf, pid: String },
     #[error("data directory {} has no identity yet (identity.json is missing): it was never set up", path.display())]
@@ -107,7 +107,7 @@ impl Identity {
                 return Err(DataDirError::NoIdentity { path: data.to_owned() });
             }
             Err(error) if is_rot(&error) => return Err(DataDirError::Damaged { path, reason: error.to_string() }),
-            Err(source) => return Err(DataDirError::Io { verb: "read", path, source }),
+            Err(error) => return Err(DataDirError::Io { verb: "read", path, error }),
         }
         let damaged = |reason: String| DataDirError::Damaged { path: path.clone(), reason };
         // The format is looked at first: a newer file may differ in everything else.
@@ -136,7 +136,7 @@ impl DataDir {
         let path = path.into();
         let failed = |verb, path: &Path| {
             let path = path.to_owned();
-            move |source| DataDirError::Io { verb, path, source }
+            move |error| DataDirError::Io { verb, path, error }
         };
         make_private_dir(&path).map_err(failed("create directory", &path))?;
         let lock_path = path.join("lock");
@@ -197,7 +197,7 @@ impl DataDir {
             before(&self.path)?;
             durable_write(&path, &checked::encode(serde_json::to_value(identity)?)?)
         };
-        write().map_err(|source| DataDirError::Io { verb: "write", path: path.clone(), source })
+        write().map_err(|error| DataDirError::Io { verb: "write", path: path.clone(), error })
     }
 
     /// Reads the identity.
@@ -216,7 +216,7 @@ impl DataDir {
         let path = self.identity_path();
         let io = |verb| {
             let path = path.clone();
-            move |source| DataDirError::Io { verb, path, source }
+            move |error| DataDirError::Io { verb, path, error }
         };
         if checked::has_checksum(&fs::read(&path).map_err(io("read"))?) {
             return Ok(());

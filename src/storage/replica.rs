@@ -24,13 +24,13 @@ pub enum ApplyError {
     /// This node's database is not what the primary's was: it must be restored from the primary.
     #[error("database differs from the primary's at index {index}: checksum {computed:016x}, expected {expected:016x}")]
     Diverged { index: u64, expected: u64, computed: u64 },
-    #[error("entry {index}: {source}")]
-    Command { index: u64, source: TransactionError },
+    #[error("entry {index}: {error}")]
+    Command { index: u64, error: TransactionError },
     /// Entries are not what a primary of this version writes, or they come in the wrong order.
     #[error("entry {index}: {what}")]
     OutOfOrder { index: u64, what: &'static str },
-    #[error("cannot apply entry {index}: {source}")]
-    Io { index: u64, source: io::Error },
+    #[error("cannot apply entry {index}: {error}")]
+    Io { index: u64, error: io::Error },
     /// An earlier failure.
     #[error("nothing is applied any more: {0}")]
     Failed(String),
@@ -42,7 +42,7 @@ pub enum ApplyError {
 impl ApplyError {
     /// True if the disk had no space: the same entry can be applied again when there is some.
     pub fn is_full(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if is_full(source))
+        matches!(self, Self::Io { error, .. } if is_full(error))
     }
 }
 
@@ -121,7 +121,7 @@ impl Replica {
     /// One command.
     pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
         self.check_order(index)?;
-        let pages = Pages::decode(payload).map_err(|source| ApplyError::Command { index, source })?;
+        let pages = Pages::decode(payload).map_err(|error| ApplyError::Command { index, error })?;
         let wrong = |what| ApplyError::OutOfOrder { index, what };
         if pages.database != self.database {
             return Err(wrong("it is for another database"));
@@ -157,7 +157,7 @@ impl Replica {
         commit: Commit,
         source: &dyn EntrySource,
     ) -> Result<(), ApplyError> {
-        let failed = |source| ApplyError::Io { index, source };
+        let failed = |error| ApplyError::Io { index, error };
         if self.table.pages() == 0 {
             self.table = PageTable::empty(last.page_size);
         }

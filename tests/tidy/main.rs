@@ -320,6 +320,38 @@ fn one_home(source: &Source) -> Vec<String> {
     elsewhere.flat_map(|(mark, _, what)| source.raw.match_indices(mark).map(|(at, _)| source.at(at, what))).collect()
 }
 
+/// Rule: an error that says its cause does not offer it as its source as well, or whoever prints the chain says it twice.
+/// A text is whole by itself; `#[error(transparent)]` passes the whole error on.
+fn causes_said_once(source: &Source) -> Vec<String> {
+    let source = &source.without_tests();
+    let mut bad = vec![];
+    for (at, attribute) in source.code.match_indices("#[error(") {
+        let behind = behind_block(&source.code, at + 1);
+        let format = &source.raw[at + attribute.len()..behind];
+        let says =
+            |field: &str| [format!("{{{field}}}"), format!("{{{field}:")].iter().any(|mark| format.contains(mark));
+        // The fields of the variant or of the structure.
+        let Some(open) = source.code[behind..].find(['(', '{', ',', ';', '}']).map(|length| behind + length) else {
+            continue;
+        };
+        let fields = match source.code.as_bytes()[open] {
+            b'(' | b'{' => &source.code[open + 1..behind_block(&source.code, open) - 1],
+            _ => continue,
+        };
+        let twice = fields.split(',').enumerate().any(|(number, field)| {
+            let marked = field.contains("#[from]") || field.contains("#[source]");
+            let name =
+                field.rsplit_once("::").map_or(field, |(before, _)| before).split(':').next().unwrap_or_default();
+            let name = name.rsplit([' ', ']', '\n']).find(|word| !word.is_empty()).unwrap_or_default();
+            (marked && says(&number.to_string())) || ((marked || name == "source") && says(name))
+        });
+        if twice {
+            bad.push(source.at(at, "the text says the cause, and the source of the error is that cause as well"));
+        }
+    }
+    bad
+}
+
 /// Rule: names say what is owned.
 fn speaking_name(source: &Source) -> Vec<String> {
     let parts = source.path.trim_end_matches(".rs").split('/');
@@ -536,6 +568,21 @@ fn facts_stand_in_one_place() {
     objects(one_home, "src/join/mod.rs", "fn a(b: u8) -> String { format!(\"{b:02x}\") }");
     accepts(one_home, "src/clock.rs", "fn a() { std::time::SystemTime::now(); }");
     accepts(one_home, "src/a.rs", "#[cfg(test)]\nmod tests { fn a() { std::time::SystemTime::now(); } }");
+}
+
+#[test]
+fn errors_say_their_cause_once() {
+    holds_everywhere(causes_said_once);
+    let rule: Rule = causes_said_once;
+    let message =
+        objects(rule, "src/a.rs", "enum A {\n    #[error(\"cannot {b}: {source}\")]\n    C { b: u8, source: D },\n}");
+    assert_eq!(message, "src/a.rs:2: the text says the cause, and the source of the error is that cause as well");
+    objects(rule, "src/a.rs", "enum A { #[error(\"cannot: {0}\")] C(#[from] std::io::Error) }");
+    objects(rule, "src/a.rs", "enum A { #[error(\"cannot: {1:?}\")] C(u8, #[source] std::io::Error) }");
+    objects(rule, "src/a.rs", "enum A { #[error(\"cannot: {why}\")] C { #[source] why: std::io::Error } }");
+    objects(rule, "src/a.rs", "#[error(\"cannot: {source}\")]\npub struct A { pub source: std::io::Error }");
+    accepts(rule, "src/a.rs", "enum A { #[error(\"cannot\")] C { source: D }, #[error(transparent)] E(#[from] F) }");
+    accepts(rule, "src/a.rs", "enum A { #[error(\"{0}: {error}\")] C { b: u8, error: D }, #[error(\"{0}\")] E(F), G }");
 }
 
 #[test]

@@ -75,8 +75,8 @@ pub enum LogError {
     /// No space for the next segment. Nothing was written; the same can be tried again later.
     #[error("no space for the next segment of the raft log in {} ({needed} bytes); free some space", path.display())]
     Full { path: PathBuf, needed: u64 },
-    #[error("cannot {verb} {}: {source}", path.display())]
-    Io { verb: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {verb} {}: {error}", path.display())]
+    Io { verb: &'static str, path: PathBuf, error: io::Error },
     #[error(
         "{} is damaged at offset {offset}: {reason}; this node's log must not be used any more: replace the member",
         path.display()
@@ -99,7 +99,7 @@ pub enum LogError {
 
 impl LogError {
     fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { verb, path: path.to_owned(), source }
+        move |error| Self::Io { verb, path: path.to_owned(), error }
     }
 
     fn damaged(path: &Path, offset: u64, reason: &str) -> Self {

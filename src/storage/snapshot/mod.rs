@@ -61,8 +61,8 @@ const FORMAT: u64 = 1;
 /// Why a snapshot cannot be stored or installed.
 #[derive(Debug, Error)]
 pub enum SnapshotError {
-    #[error("cannot {verb} {}: {source}", path.display())]
-    Io { verb: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {verb} {}: {error}", path.display())]
+    Io { verb: &'static str, path: PathBuf, error: io::Error },
     #[error(
         "a snapshot of {needed} bytes does not fit beside the database: {} has {free} bytes free; free some space",
         path.display()
@@ -80,7 +80,7 @@ pub enum SnapshotError {
 
 impl SnapshotError {
     fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { verb, path: path.to_owned(), source }
+        move |error| Self::Io { verb, path: path.to_owned(), error }
     }
 }
 
