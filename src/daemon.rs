@@ -68,6 +68,8 @@ const EX_TEMPFAIL: u8 = 75;
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// Questions of other members that may wait.
 const QUESTIONS: usize = 8;
+/// Members that may wait for the cluster key: when it is replaced, all of them want it at once.
+const KEY_CALLS: usize = 8;
 /// How long the end of the port guard process may take.
 const GUARD_LIMIT: Duration = Duration::from_secs(2);
 
@@ -336,7 +338,7 @@ impl Parts {
     /// Whom the others take this node for, what they ask, and the tasks that exchange with them what else goes beside the links.
     fn share_with_others(&self) -> (Arc<PeerIdentity>, mpsc::Receiver<peer::StreamCall>) {
         let (snapshots, calls) = mpsc::channel(1);
-        let (keys, key_calls) = mpsc::channel(1);
+        let (keys, key_calls) = mpsc::channel(KEY_CALLS);
         let (questions, asked) = mpsc::channel(QUESTIONS);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls.clone()));
         let folder = self.config.data_folder.join("certificates");
