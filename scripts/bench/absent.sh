@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 export ABSENT_MIB=${ABSENT_MIB:-2048} ABSENT_LIMIT_MIB=${ABSENT_LIMIT_MIB:-1024}
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
-if ! cargo test --release --quiet --test e2e snapshot::the_raft_log_and_the_wal -- --nocapture >"$output" 2>&1; then
+if ! cargo test --release --quiet --test e2e snapshot::timed_the_raft_log_and_the_wal -- --nocapture >"$output" 2>&1; then
     tail -n 50 "$output" >&2
     exit 1
 fi

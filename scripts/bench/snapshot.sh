@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 export SNAPSHOT_MIB=${SNAPSHOT_MIB:-1024}
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
-if ! cargo test --release --quiet --test e2e snapshot::a_member_beyond -- --nocapture >"$output" 2>&1; then
+if ! cargo test --release --quiet --test e2e snapshot::timed_a_member_beyond -- --nocapture >"$output" 2>&1; then
     tail -n 50 "$output" >&2
     exit 1
 fi

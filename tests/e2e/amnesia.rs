@@ -220,7 +220,7 @@ fn lose_in_every_way() {
 
 /// B is frozen, P and S acknowledge, S loses its raft log, P dies, B goes on: S must not elect B.
 #[test]
-fn a_member_that_lost_its_raft_log_elects_nobody() {
+fn timed_a_member_that_lost_its_raft_log_elects_nobody() {
     let _alone = alone();
     let cluster = Cluster::start_with("2", |_| {});
     let sampler = Sampler::start(cluster.port_offset);

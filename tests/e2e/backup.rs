@@ -66,7 +66,7 @@ pub fn restore(cluster: &Cluster, file: &Path) -> Outcome {
 }
 
 #[test]
-fn a_backup_under_load_and_the_exact_state_of_another_come_back() {
+fn timed_a_backup_under_load_and_the_exact_state_of_another_come_back() {
     let _alone = alone();
     let cluster = Cluster::start();
     let (primary, secondary) = (cluster.primary(), (cluster.primary() + 1) % 3);

@@ -230,18 +230,18 @@ fn balanced(program: &'static str, file: &'static str, arguments: &'static [&str
 }
 
 #[test]
-fn haproxy_finds_the_next_primary() {
+fn timed_haproxy_finds_the_next_primary() {
     balanced("haproxy", "haproxy.cfg", &["-db", "-f"]);
 }
 
 #[test]
-fn nginx_finds_the_next_primary() {
+fn timed_nginx_finds_the_next_primary() {
     balanced("nginx", "nginx.conf", &["-g", "daemon off;", "-c"]);
 }
 
 /// One name with three addresses, as round-robin DNS has it: a client that tries them all needs no balancer.
 #[test]
-fn a_client_that_tries_all_addresses_of_a_name_finds_the_next_primary() {
+fn timed_a_client_that_tries_all_addresses_of_a_name_finds_the_next_primary() {
     let _alone = alone();
     in_private_names(&["127.0.0.1", "127.0.0.2", "127.0.0.3"], || {
         let cluster = Cluster::start();

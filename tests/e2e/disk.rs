@@ -96,7 +96,7 @@ fn warns(cluster: &Cluster, node: usize) -> bool {
 }
 
 #[test]
-fn a_secondary_with_a_full_disk_is_done_without() {
+fn timed_a_secondary_with_a_full_disk_is_done_without() {
     let _alone = alone();
     in_private_mounts(|| {
         let node = 2;
@@ -121,7 +121,7 @@ fn a_secondary_with_a_full_disk_is_done_without() {
 
 /// What the raft log has room for and `membership.json` has not is kept in memory, and written when there is space.
 #[test]
-fn a_change_of_the_membership_waits_for_space() {
+fn timed_a_change_of_the_membership_waits_for_space() {
     let _alone = alone();
     in_private_mounts(|| {
         let node = 2;
@@ -155,7 +155,7 @@ fn a_change_of_the_membership_waits_for_space() {
 }
 
 #[test]
-fn a_primary_with_a_full_disk_hands_the_role_over() {
+fn timed_a_primary_with_a_full_disk_hands_the_role_over() {
     let _alone = alone();
     in_private_mounts(|| {
         let node = 0;

@@ -148,7 +148,7 @@ fn open_files(cluster: &Cluster, node: usize) -> usize {
 /// A network that loses packets: nothing is lost or undone, and writes go on, about as fast as they would without a loss if one in
 /// ten is lost. `SECONDS=n` sets how long each part lasts, `PERCENT=1,30` what is lost in each.
 #[test]
-fn packets_that_get_lost_cost_no_write() {
+fn timed_packets_that_get_lost_cost_no_write() {
     let _alone = alone();
     in_private_network(|| {
         let asked = |name| std::env::var(name).ok();
@@ -184,7 +184,7 @@ fn packets_that_get_lost_cost_no_write() {
 }
 
 #[test]
-fn floods_cost_neither_the_role_nor_a_member_nor_a_client() {
+fn timed_floods_cost_neither_the_role_nor_a_member_nor_a_client() {
     let _alone = alone();
     in_private_network(floods);
 }

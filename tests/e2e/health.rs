@@ -279,7 +279,7 @@ fn verify(checkers: Vec<Checker>) -> String {
 
 /// Requests that a frozen primary has got, before and while it is frozen, are never answered with 200 when it wakes.
 #[test]
-fn a_primary_that_was_frozen_is_never_called_primary() {
+fn timed_a_primary_that_was_frozen_is_never_called_primary() {
     let _alone = alone();
     let cluster = start();
     let checkers: Vec<_> = (0..3).map(|node| Checker::start(&cluster, node)).collect();

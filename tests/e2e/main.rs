@@ -3,7 +3,10 @@
 //!
 //! *Gap*: the time from just before the fault to the end of the first acknowledged write that was started after it and
 //! answered by another node than the one at fault, by any of 16 clients that try all three addresses.
-//! `ROUNDS=n` sets how often each fault is repeated. The tests run one after another.
+//! `ROUNDS=n` sets how often each fault is repeated.
+//!
+//! Tests that measure, or load the machine, have names that begin with `timed_`. Each runs alone; the others run beside one
+//! another, and may run beside other work.
 
 mod amnesia;
 mod audit;
@@ -71,17 +74,26 @@ struct Fault<'a> {
     by_lease: bool,
 }
 
-/// Held by tests while they run: those that measure, or load the machine, run alone, and others beside one another.
+/// Held by tests while they run.
 static RUNNING: RwLock<()> = RwLock::new(());
 
 /// Two clusters at once would measure each other.
 fn alone() -> RwLockWriteGuard<'static, ()> {
+    assert_ne!(is_timed(), Some(false), "the name of a test that runs alone begins with timed_");
     RUNNING.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// For a cluster that waits most of the time, and says nothing about how long.
 fn beside() -> RwLockReadGuard<'static, ()> {
+    assert_ne!(is_timed(), Some(true), "a test whose name begins with timed_ runs alone");
     RUNNING.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether the test of this thread has a name that says so. Unknown where the harness gives it no thread of its own.
+fn is_timed() -> Option<bool> {
+    let thread = thread::current();
+    let name = thread.name().filter(|name| *name != "main")?;
+    Some(name.rsplit("::").next().is_some_and(|name| name.starts_with("timed_")))
 }
 
 fn rounds(default: usize) -> usize {
@@ -144,14 +156,14 @@ fn send(signal: Signal) -> impl Fn(&Cluster, usize, &mut ()) {
 }
 
 #[test]
-fn kill_9_of_the_primary() {
+fn timed_kill_9_of_the_primary() {
     let _alone = alone();
     let fault = Fault { name: "kill -9", rounds: rounds(5), expected: &[], by_lease: false };
     repeat(&fault, |_, _, _| (), send(Signal::SIGKILL), |_, _, ()| {});
 }
 
 #[test]
-fn sigterm_of_the_primary() {
+fn timed_sigterm_of_the_primary() {
     let _alone = alone();
     let fault = Fault { name: "SIGTERM", rounds: rounds(3), expected: &[], by_lease: false };
     let process = |cluster: &Cluster, primary: usize, _: &str| cluster.node(primary).pid;
@@ -164,7 +176,7 @@ fn sigterm_of_the_primary() {
 
 /// Planned: the ports are drained, the last transaction is replicated, then the role goes over.
 #[test]
-fn switchover_under_load() {
+fn timed_switchover_under_load() {
     let _alone = alone();
     let fault = Fault { name: "switchover", rounds: rounds(5), expected: &[], by_lease: false };
     let ask = |cluster: &Cluster, primary: usize, (): &mut ()| {
@@ -178,7 +190,7 @@ fn switchover_under_load() {
 
 /// The new primary is killed while the old one is still coming back: what both acknowledged must be there.
 #[test]
-fn kill_9_of_the_next_primary_too() {
+fn timed_kill_9_of_the_next_primary_too() {
     let _alone = alone();
     let cluster = Cluster::start();
     let sampler = Sampler::start(cluster.port_offset);
@@ -209,7 +221,7 @@ fn kill_9_of_the_next_primary_too() {
 
 /// The cable is out, in, and out again: some absences are shorter than a lease, some longer than an election.
 #[test]
-fn a_loose_cable() {
+fn timed_a_loose_cable() {
     let _alone = alone();
     network::in_private_network(|| {
         let cluster = Cluster::start();
@@ -235,7 +247,7 @@ fn a_loose_cable() {
 /// Connections that were in use before the process was frozen get a request each while it is: nothing may come back on
 /// them when it wakes, neither of what it knew before nor of a write.
 #[test]
-fn sigstop_of_the_primary() {
+fn timed_sigstop_of_the_primary() {
     let _alone = alone();
     let expected = [LEASE_LOST, FROZEN].concat();
     let fault = Fault { name: "SIGSTOP", rounds: rounds(3), expected: &expected, by_lease: true };
@@ -266,7 +278,7 @@ fn sigstop_of_the_primary() {
 
 /// The held connection must be known to object when something comes back.
 #[test]
-fn a_held_connection_sees_an_answer() {
+fn timed_a_held_connection_sees_an_answer() {
     let _alone = alone();
     let cluster = Cluster::start();
     let writers = Writers::start(&cluster.file(), 1);
@@ -284,7 +296,7 @@ fn pace_until(deadline: Instant) {
 }
 
 #[test]
-fn kill_9_of_all_three() {
+fn timed_kill_9_of_all_three() {
     let _alone = alone();
     let cluster = Cluster::start();
     let sampler = Sampler::start(cluster.port_offset);
@@ -310,13 +322,13 @@ fn kill_9_of_all_three() {
 
 /// The primary cannot reach the other nodes, but clients reach it: it must close its ports by itself.
 #[test]
-fn partition_of_the_primary() {
+fn timed_partition_of_the_primary() {
     partition("partition", rounds(3), Wall::Links);
 }
 
 /// Nobody reaches the primary but the sampler, which looks whether its ports close.
 #[test]
-fn partition_of_the_primary_from_everybody() {
+fn timed_partition_of_the_primary_from_everybody() {
     partition("partition of the host", rounds(3), Wall::Host);
 }
 
@@ -350,7 +362,7 @@ fn partition(name: &'static str, rounds: usize, wall: Wall) {
 /// A member that is away for thousands of transactions and several checkpoints comes back from the raft log alone: the
 /// others have compacted theirs before, and must not have let go of what it lacks.
 #[test]
-fn the_raft_log_is_compacted_but_kept_for_a_member_that_is_away() {
+fn timed_the_raft_log_is_compacted_but_kept_for_a_member_that_is_away() {
     let _alone = alone();
     let cluster = Cluster::start();
     cluster.configure("CHECKPOINT_SECONDS", "1");

@@ -70,7 +70,7 @@ fn holds(path: &Path, text: &str) -> bool {
 }
 
 #[test]
-fn a_tail_that_nobody_else_has_is_dropped_and_kept() {
+fn timed_a_tail_that_nobody_else_has_is_dropped_and_kept() {
     let _alone = alone();
     let cluster = Cluster::start();
     let pen = Pen::new(&cluster.file());

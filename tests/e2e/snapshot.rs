@@ -121,7 +121,7 @@ fn finish(cluster: Cluster, writers: Writers, away: usize, expected: &[&[&str]])
 }
 
 #[test]
-fn a_member_beyond_the_raft_log_gets_the_whole_database() {
+fn timed_a_member_beyond_the_raft_log_gets_the_whole_database() {
     let _alone = alone();
     let (cluster, writers, away) = behind();
     let pid = cluster.node(away).pid;
@@ -180,7 +180,7 @@ fn sample_sizes(cluster: &Cluster, nodes: &[usize], over: impl Fn(Sizes) -> bool
 
 /// Many times what is kept of the raft log is written while a member is away; `scripts/bench/absent.sh` writes 2 GiB.
 #[test]
-fn the_raft_log_and_the_wal_stay_within_bounds_while_a_member_is_away() {
+fn timed_the_raft_log_and_the_wal_stay_within_bounds_while_a_member_is_away() {
     const CHECKPOINT: u64 = 16;
     // What `storage::database` lets the file grow to before writers wait; it is cut back to half of that.
     const WAL: u64 = 128;
@@ -242,7 +242,7 @@ fn wait_frozen_while_fetching(cluster: &Cluster, node: usize) -> bool {
 }
 
 #[test]
-fn the_receiver_dies_while_it_fetches() {
+fn timed_the_receiver_dies_while_it_fetches() {
     let _alone = alone();
     let (cluster, writers, away) = behind();
     cluster.signal(away, Signal::SIGCONT);
@@ -252,7 +252,7 @@ fn the_receiver_dies_while_it_fetches() {
 }
 
 #[test]
-fn the_sender_dies_while_it_sends() {
+fn timed_the_sender_dies_while_it_sends() {
     let _alone = alone();
     let (cluster, writers, away) = behind();
     let primary = cluster.primary();

@@ -137,7 +137,7 @@ const DISK: [&str; 2] = ["the disk of this host", "the disk is full"];
 const ANY: &[&str] = &["WARN", "ERROR", "port guard:"];
 
 #[test]
-fn a_primary_whose_disk_fails_or_hangs_gives_the_role_up_and_comes_back() {
+fn timed_a_primary_whose_disk_fails_or_hangs_gives_the_role_up_and_comes_back() {
     let _alone = alone();
     in_private_mounts(|| {
         let stage = Stage::start();
@@ -172,7 +172,7 @@ fn a_primary_whose_disk_fails_or_hangs_gives_the_role_up_and_comes_back() {
 
 /// A secondary is done without; what all members have moves no role, and each says so; and no change waits on the loop.
 #[test]
-fn a_disk_that_is_no_worse_elsewhere_moves_no_role() {
+fn timed_a_disk_that_is_no_worse_elsewhere_moves_no_role() {
     let _alone = alone();
     in_private_mounts(|| {
         let stage = Stage::start();

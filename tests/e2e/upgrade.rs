@@ -67,7 +67,7 @@ fn hand_over(cluster: &Cluster, to: usize) {
 
 /// Every order of old and new serves until the last one is new; nothing is lost; after that the old program is kept out.
 #[test]
-fn a_rolling_upgrade_under_load() {
+fn timed_a_rolling_upgrade_under_load() {
     let _alone = alone();
     let next = next_program();
     let cluster = Cluster::start();
