@@ -13,7 +13,7 @@ Checks formatting, lints, shell scripts and dependencies, and runs all tests.
   --no-install  do not install missing Debian packages (done only as root)
   --help        this text
 
-CHAOS_SECONDS=N sets how long random faults are tried, 60 unless given, and CHAOS_SEED=N which: the same ones each time unless
+CHAOS_SECONDS=N sets how long random faults are tried, 180 unless given, and CHAOS_SEED=N which: the same ones each time unless
 given. scripts/chaos.sh --minutes 60 is for the night, with others each time.
 TEXT
 }
@@ -227,16 +227,20 @@ tests_but() {
 if [ "$quick" = false ]; then
     step "cargo test: everything but whole clusters"
     mapfile -t tests < <(tests_but e2e chaos)
-    private cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
-    # These measure how long clients wait: nothing else runs beside them.
-    step "cargo test: whole clusters"
-    private cargo test --locked --test e2e
-    # They have networks of their own, and time to spare.
+    # Both have networks of their own, and time to spare.
     beside installation install_both_ways
-    step "random faults"
-    # tests/chaos reads it.
-    CHAOS_SECONDS=${CHAOS_SECONDS:-60} CHAOS_SEED=${CHAOS_SEED:-2911} private cargo test --locked --test chaos
+    # tests/chaos reads them.
+    export CHAOS_SECONDS=${CHAOS_SECONDS:-180} CHAOS_SEED=${CHAOS_SEED:-2911}
+    beside "random faults" private cargo test --locked --test chaos
+    private cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
     await installation
+    await "random faults"
+    # They wait for most of their time.
+    step "cargo test: whole clusters, beside one another"
+    private cargo test --locked --test e2e -- --skip timed_ --test-threads 4
+    # These measure how long clients wait: nothing else runs beside them.
+    step "cargo test: whole clusters, one at a time"
+    private cargo test --locked --test e2e timed_
 fi
 
 step "all checks passed"
