@@ -14,7 +14,7 @@ use std::{
     collections::VecDeque,
     io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
     thread::JoinHandle,
@@ -26,7 +26,10 @@ use copies::CopyRequest;
 use next::Mail;
 use thread::Thread;
 
-use crate::storage::{database::Database, raft_log::RaftLog};
+use crate::{
+    mutex::locked,
+    storage::{database::Database, raft_log::RaftLog},
+};
 
 use super::{
     inbox::{Sender, SnapshotError, SnapshotRequest},
@@ -102,8 +105,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic aborts the process, so a poisoned lock cannot be seen; its content would be sound in any case.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.state)
     }
 
     /// Puts an answer into the mailbox.

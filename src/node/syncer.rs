@@ -5,7 +5,7 @@
 use std::{
     io,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::Instant,
 };
@@ -13,10 +13,13 @@ use std::{
 use raft::eraftpb::ConfState;
 use thiserror::Error;
 
-use crate::storage::{
-    configuration::Configuration,
-    is_full,
-    raft_log::{LogError, Pending, RaftLog},
+use crate::{
+    mutex::locked,
+    storage::{
+        configuration::Configuration,
+        is_full,
+        raft_log::{LogError, Pending, RaftLog},
+    },
 };
 
 /// What came into force and is to be kept: the newest of each.
@@ -99,11 +102,6 @@ struct Slot {
     filled: Condvar,
 }
 
-fn lock(slot: &Slot) -> MutexGuard<'_, Option<Request>> {
-    // A panic ends the process, so a poisoned lock cannot be seen.
-    slot.request.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 pub(super) struct Syncer {
     slot: Arc<Slot>,
     /// The last request that was handed over, the last one with something to keep, and the last one that was reported back.
@@ -140,7 +138,7 @@ impl Syncer {
         if !keep.is_empty() {
             self.keeps = self.asked;
         }
-        let mut slot = lock(&self.slot);
+        let mut slot = locked(&self.slot.request);
         let request = slot.get_or_insert_default();
         (request.id, request.number) = (self.asked, number);
         request.pending = pending.or_else(|| request.pending.take());
@@ -178,7 +176,8 @@ impl<R: Fn(Done) -> bool> Worker<R> {
         loop {
             let empty = |request: &mut Option<Request>| request.is_none();
             let slot = &self.slot;
-            let taken = slot.filled.wait_while(lock(slot), empty).unwrap_or_else(PoisonError::into_inner).take();
+            let taken =
+                slot.filled.wait_while(locked(&slot.request), empty).unwrap_or_else(PoisonError::into_inner).take();
             let Some(Request { id, number, pending, keep }) = taken else { continue };
             let start = Instant::now();
             let kept = if keep.is_empty() { Ok(None) } else { self.keep(keep).map(Some) };
@@ -267,7 +266,7 @@ mod tests {
         assert!(!syncer.has_kept_all());
         assert!(syncer.note(3), "one report answers for all before it");
         // What is older does not take the place of what is newer, nor does nothing.
-        let request = lock(&syncer.slot).take().unwrap();
+        let request = locked(&syncer.slot.request).take().unwrap();
         assert_eq!((request.id, request.number, request.keep.membership), (3, 2, Some(configuration(2))));
     }
 

@@ -9,12 +9,14 @@ use std::{
     fs::File,
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use thiserror::Error;
+
+use crate::mutex::locked;
 
 use super::{
     checkpoint::Record,
@@ -45,7 +47,7 @@ struct Written {
 
 impl Written {
     fn bits(&self) -> MutexGuard<'_, Vec<u64>> {
-        self.bits.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.bits)
     }
 
     fn note(&self, number: u32) {

@@ -18,11 +18,13 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Instant,
 };
+
+use crate::mutex::locked as lock;
 
 use super::transaction::{Commit, PagesBuilder};
 use super::{
@@ -118,11 +120,6 @@ impl fmt::Debug for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gate").field("path", &self.path).field("epoch", &self.epoch).finish_non_exhaustive()
     }
-}
-
-/// A panic of another thread inside one of these locks has ended the daemon (`panic = "abort"`); tests go on.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Gate {

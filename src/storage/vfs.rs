@@ -17,7 +17,7 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     ptr,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, Weak},
 };
 
 use libsqlite3_sys as sqlite;
@@ -25,6 +25,7 @@ use sqlite::{sqlite3_file, sqlite3_int64, sqlite3_vfs};
 use thiserror::Error;
 
 use super::gate::Gate;
+use crate::mutex::locked;
 
 mod connection;
 mod file;
@@ -51,7 +52,7 @@ pub struct SqliteError {
 /// The databases that may be opened, by absolute path.
 fn registry() -> MutexGuard<'static, HashMap<PathBuf, Weak<Gate>>> {
     static REGISTRY: OnceLock<Mutex<HashMap<PathBuf, Weak<Gate>>>> = OnceLock::new();
-    REGISTRY.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
+    locked(REGISTRY.get_or_init(Mutex::default))
 }
 
 /// Lets connections open the gate's database through the VFS, until [`forget`] or until the gate is gone.

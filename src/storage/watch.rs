@@ -8,7 +8,7 @@ use std::{
     cell::Cell,
     fmt, io,
     sync::{
-        Mutex, PoisonError,
+        Mutex,
         atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -20,6 +20,7 @@ use nix::{
 };
 
 use self::clock::Clock;
+use crate::mutex::locked;
 
 pub use self::clock::STEP;
 
@@ -237,7 +238,7 @@ impl Drop for Running {
         let end = now();
         let took = end.saturating_sub(self.since);
         if took >= SLOW.as_nanos() as u64 {
-            lock(&WATCH.slow)[self.operation.kind()] = Some((self.operation, took, end));
+            locked(&WATCH.slow)[self.operation.kind()] = Some((self.operation, took, end));
         }
     }
 }
@@ -278,13 +279,8 @@ fn note(operation: Operation, errno: i32, kind: io::ErrorKind) {
     if matches!(Errno::from_raw(errno), Errno::EMFILE | Errno::ENFILE | Errno::EACCES | Errno::EPERM | Errno::EEXIST) {
         return;
     }
-    *lock(&WATCH.failed) = Some((operation, errno, now()));
+    *locked(&WATCH.failed) = Some((operation, errno, now()));
     WATCH.failures.fetch_add(1, Ordering::Relaxed);
-}
-
-/// Held for moments only.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What is known now.
@@ -302,8 +298,8 @@ pub fn look() -> Look {
             *oldest = Some((began, operation));
         }
     }
-    let slow = *lock(&WATCH.slow);
-    let failed = *lock(&WATCH.failed);
+    let slow = *locked(&WATCH.slow);
+    let failed = *locked(&WATCH.failed);
     Look {
         running: oldest
             .map(|oldest| oldest.map(|(began, operation)| Slow { operation, took: since(began), ago: Duration::ZERO })),
@@ -344,6 +340,6 @@ mod tests {
         run(Place::Folder, Act::Look, || Err::<(), _>(error(Errno::EUCLEAN))).unwrap_err();
         let failed = look().failed.expect("a failure");
         assert_eq!((failed.errno, failed.operation.to_string()), (117, "look at the data folder".to_owned()));
-        *lock(&WATCH.failed) = None; // other tests of this process must not find it
+        *locked(&WATCH.failed) = None; // other tests of this process must not find it
     }
 }

@@ -1,13 +1,14 @@
 //! Changes of the membership on the consensus loop: proposes them, hands those that are in force to the sync thread, and lets
 //! links and status follow. Must never answer for a change that is not on disk, nor wait for the disk itself.
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use raft::eraftpb::Message;
 use tracing::{error, info, warn};
 
 use super::Driver;
 use crate::{
+    clock::since_1970,
     cluster::{Change, Configured, Membership, NodeId, limits::MAX_ENCODED, roster::Pause},
     node::{
         inbox::{ChangeError, ChangeReply},
@@ -232,7 +233,7 @@ fn log_differences(before: &Membership, after: &Membership) {
 
 /// The end of a pause on the clock that never jumps; 0 if it is not in force.
 fn boottime_of(pause: &Pause) -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = since_1970();
     if !pause.in_force(now.as_secs()) {
         return 0;
     }

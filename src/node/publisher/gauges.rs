@@ -1,11 +1,8 @@
 //! The gauges of a picture. Must never cost the loop more than a moment.
 
-use std::{
-    collections::BTreeSet,
-    sync::{Mutex, PoisonError},
-};
+use std::{collections::BTreeSet, sync::Mutex};
 
-use crate::{cluster::Role, node::Status, telemetry};
+use crate::{cluster::Role, mutex::locked, node::Status, telemetry};
 
 /// The gauges of a picture.
 pub(super) fn show(status: &Status) {
@@ -37,7 +34,7 @@ pub(super) fn show(status: &Status) {
 /// A gauge stays once it was set: those of a member that is gone become no number, of which no alert is made.
 fn forget_the_gone(status: &Status) {
     static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-    let mut shown = SHOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut shown = locked(&SHOWN);
     if status.members.iter().map(|member| &member.name).eq(shown.iter()) {
         return;
     }

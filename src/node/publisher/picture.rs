@@ -1,10 +1,11 @@
 //! The picture that is published: put together from what the [`Publisher`] was told, with the word for the node's role and
 //! sentences on what is wrong. Must never take part in a decision of the consensus loop.
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use super::{Publisher, Seen, gauges};
 use crate::{
+    clock::unix_time,
     cluster::{Cluster, Member, NodeId, Phase, Role},
     node::{
         history::Recent,
@@ -191,11 +192,11 @@ impl Publisher {
             }
         }
         if let Some(pause) = &status.membership.roster.pause
-            && pause.in_force(unix_now())
+            && pause.in_force(unix_time())
         {
             sentences.push(format!(
                 "automatic takeover is paused for {} more minutes: if {} fails, nobody takes over; end it with `twistcli ha resume`",
-                (pause.until - unix_now()).div_ceil(60),
+                (pause.until - unix_time()).div_ceil(60),
                 self.name(pause.primary)
             ));
         }
@@ -222,9 +223,4 @@ impl Publisher {
     fn name(&self, id: NodeId) -> String {
         self.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
     }
-}
-
-/// Seconds since 1970.
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -7,7 +7,7 @@ use std::{
     collections::VecDeque,
     path::PathBuf,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -16,6 +16,8 @@ use raft::{
     StorageError,
     eraftpb::{Entry, HardState},
 };
+
+use crate::mutex::locked;
 
 use super::{
     LogError, Recovered,
@@ -120,11 +122,6 @@ pub struct Shared {
     pub poison: OnceLock<String>,
 }
 
-/// A panic elsewhere does not make a lock's content wrong here: whatever is half done has poisoned the log.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A record without a context, not placed yet.
 pub fn plain(kind: Kind, index: u64, term: u64, data: &[u8]) -> Record<'_> {
     Record { kind, last: false, index, term, durable: Position(0), data, context: &[] }
@@ -153,7 +150,7 @@ impl Shared {
 
     /// Works on the supply of segments.
     pub fn supplied<T>(&self, work: impl FnOnce(&mut Supply) -> Result<T, LogError>) -> Result<T, LogError> {
-        let mut supply = lock(&self.supply);
+        let mut supply = locked(&self.supply);
         let result = work(&mut supply).map_err(|error| self.fail(error));
         self.supply_bytes.store(supply.size_bytes(), Ordering::Relaxed);
         result
@@ -166,7 +163,7 @@ impl Shared {
     pub fn prepare(&self, count: usize) -> Result<(), LogError> {
         loop {
             self.check_poison()?;
-            let mut supply = lock(&self.supply);
+            let mut supply = locked(&self.supply);
             if supply.ready() >= count {
                 return Ok(());
             }
@@ -314,7 +311,7 @@ impl Shared {
     }
 
     pub fn sync(&self, position: Position) -> Result<(), LogError> {
-        let guard = lock(&self.syncing);
+        let guard = locked(&self.syncing);
         self.check_poison()?;
         let durable = Position(self.durable.load(Ordering::Acquire));
         if durable >= position {
@@ -345,7 +342,7 @@ impl Shared {
     /// Gives segments back in which no entry is left.
     pub fn retire(&self) -> Result<(), LogError> {
         // The oldest first, each one durably.
-        let _one = lock(&self.retiring);
+        let _one = locked(&self.retiring);
         while let Some(segment) = self.take_unused() {
             // Appending waits for the supply, and must not wait for the disk here.
             let retiring = self.supplied(|supply| Ok(supply.begin_retiring(segment)))?;

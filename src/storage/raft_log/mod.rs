@@ -46,13 +46,14 @@ pub use self::{
     held::Held,
 };
 use self::{
-    engine::{AHEAD, Cache, RESERVE, Shared, State, Writer, lock, plain},
+    engine::{AHEAD, Cache, RESERVE, Shared, State, Writer, plain},
     record::{Kind, Position, Record, Start},
     recovery::Contents,
     segment::{FIRST, Names, Supply, segment_path},
 };
 use crate::{
     cluster::{ClusterId, NodeId},
+    mutex::locked,
     storage::EntrySource,
 };
 
@@ -238,7 +239,7 @@ impl RaftLog {
     /// [`LogError::Full`] and [`LogError::Refused`] leave everything as it was. After any other error the log is poisoned.
     pub fn append(&self, entries: &[Entry], hard: Option<&HardState>) -> Result<Pending, LogError> {
         let shared = &self.core.shared;
-        let mut writer = lock(&shared.writer);
+        let mut writer = locked(&shared.writer);
         let before = shared.read_state().log.hard.clone();
         shared.check_append(entries, hard, &before)?;
         let vote = hard.map_or(0, |hard| hard.vote).to_le_bytes();
@@ -280,7 +281,7 @@ impl RaftLog {
     pub fn compact(&self, to: u64) -> Result<(), LogError> {
         let shared = &self.core.shared;
         {
-            let mut writer = lock(&shared.writer);
+            let mut writer = locked(&shared.writer);
             let (hard, term) = {
                 let state = shared.read_state();
                 let (first, commit) = (state.log.compacted.0 + 1, state.log.hard.commit);
@@ -312,7 +313,7 @@ impl RaftLog {
     pub fn set_applied_conf(&self, conf: ConfState, index: u64) -> Result<(), LogError> {
         let shared = &self.core.shared;
         {
-            let mut writer = lock(&shared.writer);
+            let mut writer = locked(&shared.writer);
             let hard = self.hard_state();
             let mut data = Vec::new();
             record::encode_conf(&conf, &mut data);
@@ -329,7 +330,7 @@ impl RaftLog {
     pub fn reset(&self, index: u64, term: u64, conf: ConfState) -> Result<(), LogError> {
         let shared = &self.core.shared;
         {
-            let mut writer = lock(&shared.writer);
+            let mut writer = locked(&shared.writer);
             let mut hard = self.hard_state();
             if index < hard.commit {
                 let commit = hard.commit;

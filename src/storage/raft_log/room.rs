@@ -4,9 +4,11 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::mutex::locked;
+
 use super::{
     RaftLog,
-    engine::{AHEAD, RESERVE, lock},
+    engine::{AHEAD, RESERVE},
     record::space,
     segment::FIRST,
 };
@@ -22,7 +24,7 @@ impl RaftLog {
     pub fn has_room(&self, payloads: impl IntoIterator<Item = usize>) -> bool {
         let shared = &self.core.shared;
         let count = self.segments_for(payloads);
-        if count <= lock(&shared.supply).ready() {
+        if count <= locked(&shared.supply).ready() {
             return true;
         }
         // An error of another kind shows at the append, which knows what to do with it.
@@ -34,7 +36,7 @@ impl RaftLog {
         if self.core.helper.is_none() {
             return self.has_room(payloads);
         }
-        let fits = self.segments_for(payloads) <= lock(&self.core.shared.supply).ready();
+        let fits = self.segments_for(payloads) <= locked(&self.core.shared.supply).ready();
         if !fits && !self.is_full() {
             self.retry();
         }
@@ -46,7 +48,7 @@ impl RaftLog {
         let shared = &self.core.shared;
         let reserve = RESERVE + VOTES.min(shared.segment_size / 16);
         let (mut offset, mut size) = {
-            let writer = lock(&shared.writer);
+            let writer = locked(&shared.writer);
             (writer.offset, writer.segment.size)
         };
         let mut count = 0;
@@ -67,7 +69,7 @@ impl RaftLog {
 
     /// True if a segment can be made with so many free bytes: of a spare file, or of a new one.
     pub fn can_prepare(&self, free: u64) -> bool {
-        let supply = lock(&self.core.shared.supply);
+        let supply = locked(&self.core.shared.supply);
         supply.has_spare() || free >= supply.segment_size() as u64
     }
 

@@ -344,7 +344,7 @@ fn appending_does_not_wait_for_a_segment_that_leaves() {
     // A segment takes three of them.
     let append = |index| log.append(&[entry(index, 1, 20_000)], Some(&hard(1, 0, index))).unwrap().sync().unwrap();
     (2..=10).for_each(append);
-    wait_until(|| super::engine::lock(&log.core.shared.supply).ready() == 2);
+    wait_until(|| crate::mutex::locked(&log.core.shared.supply).ready() == 2);
     let closed = disk.exit.write().unwrap();
     let (done, wait) = channel();
     std::thread::scope(|scope| {

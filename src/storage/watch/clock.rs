@@ -3,11 +3,13 @@
 
 use std::{
     sync::{
-        Mutex, PoisonError,
+        Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
+
+use crate::mutex::locked;
 
 /// How often [`Clock::tick`] is to be called.
 pub const STEP: Duration = Duration::from_millis(100);
@@ -40,7 +42,7 @@ impl Clock {
 
     /// The process runs at this moment. Called by a thread that never waits for the disk.
     pub(super) fn tick(&self, moment: u64) {
-        let _one_at_a_time = self.ticking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = locked(&self.ticking);
         let shown = self.at(moment);
         self.still.store(moment.saturating_sub(shown), Ordering::Release);
         self.mark.store(shown, Ordering::Release);
