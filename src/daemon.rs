@@ -40,7 +40,7 @@ use twistlock_ha::{
     heal::{self, Notes},
     health::{self, HealthPort, MetricsPage},
     join::Kit,
-    node::{self, Exit, Handle, Lease, lease::boottime},
+    node::{self, Exit, Handle, Lease, Warning, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
     snapshot,
@@ -397,7 +397,7 @@ impl Parts {
         task::spawn(async move {
             loop {
                 let now = problem.borrow_and_update().clone();
-                handle.warn("health", now);
+                handle.warn(Warning::Health, now);
                 if problem.changed().await.is_err() {
                     return;
                 }
@@ -510,7 +510,7 @@ async fn report_problems(ports: SupervisorHandle, handle: Handle, opened: watch:
         }
         was_open = open;
         if problem != shown {
-            handle.warn("ports", problem.clone());
+            handle.warn(Warning::Ports, problem.clone());
             shown = problem;
         }
     }

@@ -11,7 +11,7 @@ use sqlx::{ConnectOptions, Connection, sqlite::SqliteConnectOptions};
 use tracing::{info, warn};
 
 use super::{
-    ABOUT, BackupError, BackupId, Backups, Kind, Started, Work,
+    BackupError, BackupId, Backups, Kind, Started, Work,
     archive::{self, Manifest},
     blocking,
     cipher::Secret,
@@ -25,6 +25,7 @@ use crate::{
     admin::{Actor, Outcome, Record},
     clock::unix_time,
     events::{self, Event, Scope, Severity},
+    node::Warning,
     telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS},
 };
 
@@ -113,7 +114,7 @@ impl Backups {
                 if self.config.enabled {
                     metrics::gauge!(BACKUP_LAST_SUCCESS).set(id.time as f64);
                 }
-                self.node.warn(ABOUT, None);
+                self.node.warn(Warning::Backup, None);
                 self.tell(Severity::Info, Scope::Local, format!("the backup {} is good", job.id()));
             }
             Err(error) => {
@@ -122,7 +123,7 @@ impl Backups {
                 let kind = if id.kind() == Kind::Manual { "the last backup" } else { "the automatic backup" };
                 let sentence = format!("{kind} of this host failed: {error}");
                 self.tell(Severity::Warning, Scope::Node, sentence.clone());
-                self.node.warn(ABOUT, Some(sentence));
+                self.node.warn(Warning::Backup, Some(sentence));
             }
         }
         let outcome = self.jobs.end(job, &result);

@@ -60,9 +60,6 @@ use look::Looks;
 use members::{Round, Way};
 use offsite::Offsite;
 
-/// Under what a failed backup is shown in the status.
-const ABOUT: &str = "backup";
-
 /// How the backups of this host are set up.
 #[derive(Clone, Debug)]
 pub struct BackupConfig {

@@ -25,11 +25,10 @@ use crate::{
     clock::unix_time,
     events::{Scope, Severity},
     mutex::locked,
+    node::Warning,
     telemetry::{BACKUP_COPIED, BACKUP_COPY_FAILURES},
 };
 
-/// Under what a failure is shown in the status.
-const ABOUT: &str = "backup copies";
 /// A look at the place although nothing is new.
 const IDLE: Duration = Duration::from_secs(6 * 3600);
 /// Pause after the first failure; it doubles with each, up to the longest.
@@ -157,7 +156,7 @@ impl Backups {
                     failures = 0;
                     metrics::gauge!(BACKUP_COPIED).set(unix_time() as f64);
                     self.offsite.note(|state| (state.complete, state.problem) = (Some(unix_time()), None));
-                    self.node.warn(ABOUT, None);
+                    self.node.warn(Warning::BackupCopies, None);
                     IDLE
                 }
                 Err(error) => {
@@ -167,7 +166,7 @@ impl Backups {
                     metrics::counter!(BACKUP_COPY_FAILURES).increment(1);
                     self.offsite.note(|state| state.problem = Some(error.to_string()));
                     let sentence = format!("backups of this host were made, but not copied: {error}");
-                    self.node.warn(ABOUT, Some(sentence));
+                    self.node.warn(Warning::BackupCopies, Some(sentence));
                     wait
                 }
             };

@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::{Backup, BackupError, BackupId, Backups, Keep, Kind, blocking, folder::Folder};
-use crate::{clock::unix_time, cluster::Role, mutex::locked, telemetry::BACKUP_LAST_SUCCESS};
+use crate::{clock::unix_time, cluster::Role, mutex::locked, node::Warning, telemetry::BACKUP_LAST_SUCCESS};
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
@@ -120,7 +120,7 @@ impl Backups {
         let tidied = blocking(move || all.rotate(&id)).await;
         if let Err(error) = &tidied {
             warn!(%error, "the older automatic backups could not be tidied up");
-            self.node.warn(super::ABOUT, Some(format!("old backups of this host could not be tidied up: {error}")));
+            self.node.warn(Warning::Backup, Some(format!("old backups of this host could not be tidied up: {error}")));
         }
         // Once more: its weekly and monthly twins are there now.
         self.offsite.wake();

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     clock::unix_time,
     cluster::{Membership, NodeId, shared::console_certificate::CustomCertificate},
-    node::{CertificateSource, CertificateStatus, Handle},
+    node::{CertificateSource, CertificateStatus, Handle, Warning},
     pki::{
         self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKeys, NodeTls, Pair,
         console_tls, request_with,
@@ -64,8 +64,7 @@ pub struct ConsoleTls {
 #[derive(Debug, PartialEq)]
 struct Shown {
     certificates: Vec<CertificateStatus>,
-    /// By what they are about: what this host's Console serves, what all were given, what ends.
-    warnings: [(&'static str, Option<String>); 3],
+    warnings: [(Warning, Option<String>); 3],
 }
 
 /// The certificate that was given to all Consoles, as it was unsealed last.
@@ -141,7 +140,7 @@ impl ConsoleTls {
             self = tls;
             if let Some(all) = all.filter(|all| shown.as_ref() != Some(all)) {
                 handle.show_certificates(all.certificates.clone());
-                all.warnings.iter().for_each(|(about, text)| handle.warn(about, text.clone()));
+                all.warnings.iter().for_each(|(about, text)| handle.warn(*about, text.clone()));
                 shown = Some(all);
             }
         }
@@ -178,8 +177,11 @@ impl ConsoleTls {
         let text = |sentences: Vec<String>| (!sentences.is_empty()).then(|| sentences.join("; "));
         let ends = text(self.told.tell(&certificates, now));
         let problems = text(self.problems.iter().flatten().cloned().chain(lacking(&certificates)).collect());
-        let warnings =
-            [("certificates", problems), ("given certificate", warning(membership)), ("certificate expiry", ends)];
+        let warnings = [
+            (Warning::Certificates, problems),
+            (Warning::GivenCertificate, warning(membership)),
+            (Warning::CertificateExpiry, ends),
+        ];
         Some(Shown { certificates, warnings })
     }
 

@@ -8,7 +8,7 @@ use tracing::warn;
 use twistlock_ha::{
     events::{self, Event, Kind, Recorder, Scope, Severity, Wanted},
     heal::Notes,
-    node::Handle,
+    node::{Handle, Warning},
     storage::snapshot::Ready,
     telemetry::{DAMAGE_FOUND, note_now},
 };
@@ -66,7 +66,7 @@ pub(super) async fn tell_mended(notes: Notes, events: Recorder, handle: Handle) 
         notes.sentences().join("; "),
         SHOWN.as_secs() / 60
     );
-    handle.warn(events::MENDED, Some(text));
+    handle.warn(Warning::Mended, Some(text));
     tokio::time::sleep(SHOWN).await;
-    handle.warn(events::MENDED, None);
+    handle.warn(Warning::Mended, None);
 }

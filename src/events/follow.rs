@@ -17,7 +17,7 @@ use crate::{
     clock::unix_time,
     cluster::{Member, Membership, NodeId, Phase, Role},
     node::{
-        Status,
+        Status, Warning,
         history::{Loss, RoleChange, Takeover},
     },
     telemetry,
@@ -42,7 +42,7 @@ struct Seen {
     /// State and full disk of the other members.
     others: BTreeMap<NodeId, (Role, bool)>,
     membership: Membership,
-    warnings: BTreeMap<&'static str, String>,
+    warnings: BTreeMap<Warning, String>,
     certificates: Certificates,
 }
 
@@ -360,30 +360,46 @@ fn membership(before: &Seen, after: &Seen) -> Vec<Event> {
 /// What the status warns of, when it begins and when it ends.
 fn warnings(before: &Seen, after: &Seen) -> Vec<Event> {
     let mut events = Vec::new();
-    let kind = |about: &str| match about {
-        "disk" => (Kind::Disk, Severity::Warning),
-        "rollback" => (Kind::Rollback, Severity::Warning),
-        "diverged" | "scrub" => (Kind::Damage, Severity::Critical),
-        "snapshot" => (Kind::Snapshot, Severity::Warning),
-        "backup" | "backup copies" => (Kind::Backup, Severity::Warning),
-        "certificates" | "given certificate" => (Kind::Certificate, Severity::Warning),
-        _ => (Kind::Warning, Severity::Warning),
-    };
-    // The PRIMARY sees the disks of the others by itself, and all see what the Consoles were given.
-    let scope = |about: &str| if ["disk", "given certificate"].contains(&about) { Scope::Cluster } else { Scope::Node };
-    // Told with their dates by [`Ends`], and one by one by whoever starts the node.
-    let ends = |about: &&str| ["certificate expiry", super::MENDED].contains(about);
-    let new = |(about, _): &(&&str, &String)| !before.warnings.contains_key(*about) && !ends(about);
+    let new = |(about, _): &(&Warning, &String)| !before.warnings.contains_key(*about) && !told_elsewhere(**about);
     for (about, text) in after.warnings.iter().filter(new) {
-        let (kind, severity) = kind(about);
+        let (kind, severity, scope) = weight(*about);
         let sentence = format!("{}: {text}", after.name);
-        events.push(Event::new(kind, severity, sentence).scope(scope(about)).field("about", *about));
+        events.push(Event::new(kind, severity, sentence).scope(scope).field("about", about.word()));
     }
-    for about in before.warnings.keys().filter(|about| !after.warnings.contains_key(*about) && !ends(about)) {
-        let sentence = format!("{}: the warning about {about} is over", after.name);
-        events.push(Event::new(kind(about).0, Severity::Info, sentence).scope(scope(about)).field("about", *about));
+    for about in before.warnings.keys().filter(|about| !after.warnings.contains_key(*about) && !told_elsewhere(**about))
+    {
+        let ((kind, _, scope), word) = (weight(*about), about.word());
+        let sentence = format!("{}: the warning about {word} is over", after.name);
+        events.push(Event::new(kind, Severity::Info, sentence).scope(scope).field("about", word));
     }
     events
+}
+
+/// Told with their dates by [`Ends`], and one by one by whoever starts the node.
+fn told_elsewhere(about: Warning) -> bool {
+    matches!(about, Warning::CertificateExpiry | Warning::Mended)
+}
+
+/// As what a warning is told, and to whom.
+fn weight(about: Warning) -> (Kind, Severity, Scope) {
+    match about {
+        // The PRIMARY sees the disks of the others by itself, and all see what the Consoles were given.
+        Warning::Disk => (Kind::Disk, Severity::Warning, Scope::Cluster),
+        Warning::GivenCertificate => (Kind::Certificate, Severity::Warning, Scope::Cluster),
+        Warning::Certificates | Warning::CertificateExpiry => (Kind::Certificate, Severity::Warning, Scope::Node),
+        Warning::Rollback => (Kind::Rollback, Severity::Warning, Scope::Node),
+        Warning::Diverged | Warning::Scrub => (Kind::Damage, Severity::Critical, Scope::Node),
+        Warning::Snapshot => (Kind::Snapshot, Severity::Warning, Scope::Node),
+        Warning::Backup | Warning::BackupCopies => (Kind::Backup, Severity::Warning, Scope::Node),
+        Warning::Database
+        | Warning::DiskTrouble
+        | Warning::Health
+        | Warning::Level
+        | Warning::Mended
+        | Warning::Ports
+        | Warning::Rotation
+        | Warning::Twins => (Kind::Warning, Severity::Warning, Scope::Node),
+    }
 }
 
 #[cfg(test)]
@@ -485,7 +501,8 @@ mod tests {
     #[test]
     fn warnings_begin_and_end_once() {
         let before = seen(&[]);
-        let warned = Seen { warnings: BTreeMap::from([("diverged", "it differs".to_owned())]), ..before.clone() };
+        let warned =
+            Seen { warnings: BTreeMap::from([(Warning::Diverged, "it differs".to_owned())]), ..before.clone() };
         assert_eq!(told(&warnings(&before, &warned)), [(Severity::Critical, "node1: it differs")]);
         assert_eq!(warnings(&warned, &warned), []);
         let over = (Severity::Info, "node1: the warning about diverged is over");

@@ -20,9 +20,6 @@ use serde_json::Value;
 
 use crate::clock::unix_time_ms;
 
-/// The kind of the warning in the status about files that were mended at the start: their events come with their sentences.
-pub const MENDED: &str = "mended";
-
 pub use file::{FILE, read};
 pub use follow::follow;
 pub use notify::Notifier;

@@ -44,11 +44,12 @@ use super::{
     members::Members,
     publisher::{Publisher, Seen},
     pulse::Pulse,
-    rollback::{self, Rollback},
+    rollback::Rollback,
     serving::{OpenDatabase, Serving},
     status::Status,
     syncer::{Done, Keep, Syncer},
     throttle::Throttle,
+    warning::Warning,
 };
 use configure::Changes;
 use memory::Keeper;
@@ -234,7 +235,7 @@ impl Driver {
                 self.lane.thread.nudge();
                 self.lane.thread.release(self.members.everybody_has());
                 if self.host.rollback.note_ends() {
-                    self.publisher.warn(rollback::ABOUT, None);
+                    self.publisher.warn(Warning::Rollback, None);
                 }
                 self.watch_space();
                 self.restore_if_needed();
@@ -357,7 +358,7 @@ impl Driver {
             PeerEvent::Forgot { reason, .. } => self.told_forgot(&reason),
             PeerEvent::Outdated { by, reason } => self.told_outdated(format!("node {by} says: {reason}")),
             PeerEvent::Twins { peer, gone } => self.publisher.warn(
-                "twins",
+                Warning::Twins,
                 (!gone).then(|| {
                     format!(
                         "two processes use the identity of node {peer}: was its data folder copied? Stop one of them"
@@ -448,7 +449,7 @@ impl Driver {
             DatabaseEvent::Empty { epoch } => self.found_database(epoch),
             DatabaseEvent::Promoted { epoch, database } => {
                 self.lane.open.offer(database);
-                self.publisher.warn("database", None);
+                self.publisher.warn(Warning::Database, None);
                 self.cluster.promoted(now, epoch);
                 if self.cluster.phase() != Phase::Primary || self.cluster.epoch() != epoch {
                     self.lane.open.fence();
@@ -462,7 +463,7 @@ impl Driver {
             }
             DatabaseEvent::Failed { epoch, why } => {
                 error!(reason = why, epoch, "the database cannot be used for writing");
-                self.publisher.warn("database", Some(why));
+                self.publisher.warn(Warning::Database, Some(why));
                 self.cluster.set_unfit(now, now + UNFIT);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }

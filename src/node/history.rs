@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::warning::Warning;
 use crate::cluster::{Cause, NodeId, Phase, role::Transition};
 
 /// Changes that are remembered: a reader that looks twice a second misses none.
@@ -75,8 +76,8 @@ pub struct RoleChange {
 pub struct Recent {
     /// Oldest first.
     pub role_changes: VecDeque<RoleChange>,
-    /// The warnings in force that say what they are about.
-    pub warnings: BTreeMap<&'static str, String>,
+    /// The warnings in force, but for those that follow from the rest of the status.
+    pub warnings: BTreeMap<Warning, String>,
 }
 
 /// Follows the primaries, and remembers the changes of this node.

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use super::{
     status::{CertificateStatus, SyncProgress},
     syncer::Done,
+    warning::Warning,
 };
 use crate::{
     cluster::{self, Change, Membership, NodeId, trust::Holdings},
@@ -72,7 +73,7 @@ pub(super) enum Input {
     },
     Snapshot(SnapshotRequest),
     Warning {
-        about: &'static str,
+        about: Warning,
         text: Option<String>,
     },
     Certificates(Vec<CertificateStatus>),

@@ -16,6 +16,7 @@ pub mod status;
 mod syncer;
 mod throttle;
 pub mod verdict;
+mod warning;
 
 use std::{
     io,
@@ -35,6 +36,7 @@ pub use lease::Lease;
 pub use pulse::Pulse;
 pub use serving::Serving;
 pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
+pub use warning::Warning;
 
 use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing, reach::Reach, trust::Holdings},
@@ -212,7 +214,7 @@ impl Handle {
     }
 
     /// Shows a warning in the status, or takes it back.
-    pub fn warn(&self, about: &'static str, text: Option<String>) {
+    pub fn warn(&self, about: Warning, text: Option<String>) {
         self.sender.send(Input::Warning { about, text });
     }
 

@@ -16,6 +16,7 @@ use super::{
     lease::boottime,
     members::Members,
     status::{CertificateStatus, Status, SyncProgress},
+    warning::Warning,
 };
 use crate::{
     cluster::{Cluster, Membership, NodeId, Phase, Role, role::Transition, trust::Holdings},
@@ -50,7 +51,7 @@ pub(super) struct Seen<'a> {
 /// Keeps the picture together. Lives on the consensus loop.
 pub(super) struct Publisher {
     config: NodeConfig,
-    warnings: BTreeMap<&'static str, String>,
+    warnings: BTreeMap<Warning, String>,
     certificates: Vec<CertificateStatus>,
     membership: Membership,
     phase: Phase,
@@ -174,16 +175,16 @@ impl Publisher {
     }
 
     /// True while a warning of this kind is shown.
-    pub fn warns(&self, about: &'static str) -> bool {
-        self.warnings.contains_key(about)
+    pub fn warns(&self, about: Warning) -> bool {
+        self.warnings.contains_key(&about)
     }
 
     /// Sets or takes back a warning of one kind.
-    pub fn warn(&mut self, about: &'static str, text: Option<String>) {
-        self.stale |= self.warnings.get(about) != text.as_ref();
+    pub fn warn(&mut self, about: Warning, text: Option<String>) {
+        self.stale |= self.warnings.get(&about) != text.as_ref();
         match text {
             Some(text) => self.warnings.insert(about, text),
-            None => self.warnings.remove(about),
+            None => self.warnings.remove(&about),
         };
     }
 
@@ -196,7 +197,7 @@ impl Publisher {
     /// This node's copy of the database is not to be trusted.
     pub fn diverged(&mut self, why: String) {
         self.diverged = true;
-        self.warn("diverged", Some(format!("{why}; this node needs its database restored from the primary")));
+        self.warn(Warning::Diverged, Some(format!("{why}; this node needs its database restored from the primary")));
     }
 
     pub fn rolling_back(&mut self, rolling_back: bool) {

@@ -25,12 +25,11 @@ use crate::{
 use super::{
     NodeConfig,
     inbox::{Input, Sender},
+    warning::Warning,
 };
 
 /// How long the status names the file.
 const NOTE: Duration = Duration::from_secs(3600);
-/// The kind of the warning in the status.
-pub(super) const ABOUT: &str = "rollback";
 
 /// Keeps tails and knows whether one is being rolled back.
 pub(super) struct Rollback {
@@ -122,5 +121,5 @@ fn finish(draft: io::Result<Draft>, database: &File, epoch: u64, sender: &Sender
         path.display(),
         NOTE.as_secs() / 60
     );
-    sender.send(Input::Warning { about: ABOUT, text: Some(text) });
+    sender.send(Input::Warning { about: Warning::Rollback, text: Some(text) });
 }

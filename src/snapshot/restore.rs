@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::fetch::{FetchError, fetch};
 use crate::{
     cluster::{Member, NodeId},
-    node::Handle,
+    node::{Handle, Warning},
     peer::PeerIdentity,
 };
 
@@ -38,7 +38,7 @@ pub async fn restore(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
         let result = fetch(&identity, &member, &data, |progress| handle.report_sync(me, Some(progress))).await;
         match result {
             Ok(manifest) => {
-                handle.warn("snapshot", None);
+                handle.warn(Warning::Snapshot, None);
                 let index = manifest.record.index;
                 let ms = start.elapsed().as_millis() as u64;
                 info!(index, bytes = manifest.bytes(), ms, "the whole database has been fetched");
@@ -51,7 +51,7 @@ pub async fn restore(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
         if timeout(pause, wanted.changed()).await.is_ok() {
             pause = PAUSE.0;
             if wanted.borrow().is_none() {
-                handle.warn("snapshot", None); // what was missing came by other ways
+                handle.warn(Warning::Snapshot, None); // what was missing came by other ways
             }
         } else {
             pause = (pause * 2).min(PAUSE.1);
@@ -71,5 +71,5 @@ fn give_up(handle: &Handle, member: &Member, me: NodeId, error: &FetchError) {
     handle.report_sync(me, None);
     warn!(from = member.name, %error, "the whole database could not be fetched; trying again");
     let text = format!("this node needs the whole database, and could not fetch it from {}: {error}", member.name);
-    handle.warn("snapshot", Some(text));
+    handle.warn(Warning::Snapshot, Some(text));
 }

@@ -23,7 +23,7 @@ use crate::{
         Change, Membership,
         trust::{Holdings, KeyId},
     },
-    node::{ChangeError, Handle, MemberStatus, Status},
+    node::{ChangeError, Handle, MemberStatus, Status, Warning},
     peer::PeerIdentity,
     pki::{ClusterKeys, NodeTls},
 };
@@ -35,8 +35,6 @@ const PACE: Duration = Duration::from_millis(250);
 const IDLE: Duration = Duration::from_secs(5);
 /// A step that takes longer is shown to the administrator: a member that it needs may be away.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// What the warning is about.
-const ABOUT: &str = "rotation";
 
 /// What this needs of the node.
 pub struct Parts {
@@ -153,7 +151,7 @@ impl Rotation {
         let shown = self.problem.clone().or(slow);
         // Only news: what is shown is a change of the status, which leads to the next look.
         if shown != self.shown {
-            self.parts.handle.warn(ABOUT, shown.clone());
+            self.parts.handle.warn(Warning::Rotation, shown.clone());
             self.shown = shown;
         }
     }

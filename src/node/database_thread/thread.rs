@@ -22,6 +22,7 @@ use crate::{
         disk::trouble,
         inbox::{DatabaseEvent, Input, Proposer, Sender, SnapshotError},
         lease::boottime,
+        warning::Warning,
     },
     storage::{
         database::{ApplyError, Database, DatabaseError},
@@ -374,7 +375,7 @@ impl Thread {
         match self.scrub.turn(read, &mut self.database) {
             Finding::Nothing => {}
             Finding::Clean => {
-                self.sender.send(Input::Warning { about: "scrub", text: None });
+                self.sender.send(Input::Warning { about: Warning::Scrub, text: None });
             }
             Finding::Rot(why) => {
                 metrics::counter!(SCRUB_FAILURES).increment(1);

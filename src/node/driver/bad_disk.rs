@@ -11,6 +11,7 @@ use crate::{
     node::{
         disk::{AFTER_FAILURE, AFTER_HANG, RETELL, judge, overdue},
         lease::boottime,
+        warning::Warning,
     },
     peer::Condition,
     storage::watch,
@@ -21,8 +22,6 @@ use crate::{
 const GRACE: Duration = Duration::from_millis(100);
 /// Not more often than this: a role that went round would help nobody.
 const PAUSE: Duration = Duration::from_secs(10);
-/// The kind of the warning in the status.
-const ABOUT: &str = "disk-trouble";
 
 impl Driver {
     /// Once per tick.
@@ -49,9 +48,9 @@ impl Driver {
                 Condition::Bad => 2.0,
             });
             self.host.disk.told = Some(now);
-            if sentence.is_some() || self.publisher.warns(ABOUT) {
+            if sentence.is_some() || self.publisher.warns(Warning::DiskTrouble) {
                 let advice = self.disk_advice();
-                self.publisher.warn(ABOUT, sentence.map(|sentence| sentence + advice));
+                self.publisher.warn(Warning::DiskTrouble, sentence.map(|sentence| sentence + advice));
             }
         }
     }

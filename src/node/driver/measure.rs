@@ -8,7 +8,7 @@ use tracing::error;
 use super::Driver;
 use crate::{
     cluster::NodeId,
-    node::{lease::boottime, publisher::truth},
+    node::{lease::boottime, publisher::truth, warning::Warning},
     telemetry,
 };
 
@@ -39,17 +39,17 @@ impl Driver {
             error!(reason = why, "the database file of this PRIMARY is damaged, and no other member can take over");
             let text =
                 format!("{why}; this is the only member that can serve: bring another one up, it takes over then");
-            return self.publisher.warn("scrub", Some(text));
+            return self.publisher.warn(Warning::Scrub, Some(text));
         };
         if self.cluster.is_takeover_paused(boottime()) {
             error!(reason = why, "the database file of this PRIMARY is damaged, and takeover is paused");
             let text = format!(
                 "{why}; takeover is paused: end the pause with `twistcli ha resume`, another member takes over then"
             );
-            return self.publisher.warn("scrub", Some(text));
+            return self.publisher.warn(Warning::Scrub, Some(text));
         }
         error!(reason = why, to, "the database file of this PRIMARY is damaged: the role goes to another member");
-        self.publisher.warn("scrub", None);
+        self.publisher.warn(Warning::Scrub, None);
         self.mark_diverged(why);
         let now = boottime();
         self.cluster.set_unfit(now, u64::MAX);

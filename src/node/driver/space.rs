@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use crate::{
     cluster::{NodeId, Phase},
-    node::lease::boottime,
+    node::{lease::boottime, warning::Warning},
     storage::{
         raft_log::RaftLog,
         transaction::MAX_PART,
@@ -40,8 +40,6 @@ const PATIENCE: Duration = Duration::from_millis(200);
 const REFUSED: Duration = Duration::from_secs(2);
 /// Not more often than this, or the role would go round when all disks are full.
 const PAUSE: Duration = Duration::from_secs(60);
-/// The kind of the warning in the status.
-const ABOUT: &str = "disk";
 
 /// What the thread that looks at the file system has found.
 #[derive(Default)]
@@ -187,7 +185,7 @@ impl Driver {
                 None => info!("there is space on the disk again"),
             }
             self.host.space.dropped &= full;
-            self.publisher.warn(ABOUT, text);
+            self.publisher.warn(Warning::Disk, text);
             self.publisher.full(full);
             self.lane.thread.full(full);
         }

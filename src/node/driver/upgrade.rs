@@ -8,14 +8,12 @@ use tracing::{error, info};
 use super::Driver;
 use crate::{
     cluster::{Change, Phase, level::outdated},
-    node::{Exit, lease::boottime},
+    node::{Exit, lease::boottime, warning::Warning},
 };
 
 /// How long all members must have shown the next level before it is in force: an upgrade that does not hold is taken back
 /// within its first moments.
 const SETTLED: Duration = Duration::from_secs(5);
-/// What the warning is about.
-const ABOUT: &str = "level";
 
 /// Since when all members have had a level above the one in force.
 #[derive(Default)]
@@ -72,7 +70,7 @@ impl Driver {
     /// A member refuses this node because of its program.
     pub(super) fn told_outdated(&mut self, why: String) {
         error!(reason = why, "the program of this node is too old for the cluster");
-        self.publisher.warn(ABOUT, Some(why));
+        self.publisher.warn(Warning::Level, Some(why));
     }
 }
 
