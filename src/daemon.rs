@@ -5,6 +5,7 @@ mod memory;
 mod signals;
 mod start;
 mod systemd;
+mod tasks;
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -59,6 +60,7 @@ use start::{Found, first_start, node_config, open_memory, promise};
 pub(crate) use start::{lease_terms, open_data};
 pub(crate) use systemd::begin_long_start;
 use systemd::service_manager;
+use tasks::{Need, Tasks};
 
 /// Exit codes of sysexits: something of the host does not work; an input or output failed.
 const EX_UNAVAILABLE: u8 = 69;
@@ -257,15 +259,17 @@ impl Parts {
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let console_tls = self.console_tls().context("load what the Console serves")?;
         let (mut supervisor, ports) = self.supervisor(console_tls.served());
-        let (peers, questions) = self.share_with_others();
-        let administrator = Arc::new(self.offer(&mut supervisor, &ports, Asker::new(peers.clone()))?);
-        task::spawn(ask::serve(administrator.clone(), questions));
+        let mut tasks = Tasks::default();
+        let (peers, questions) = self.share_with_others(&mut tasks);
+        let administrator = Arc::new(self.offer(&mut supervisor, &ports, Asker::new(peers.clone()), &mut tasks)?);
+        tasks.spawn("answers for members", Need::Steady, ask::serve(administrator.clone(), questions));
         control.spawn(administrator, stopped.clone()).context("start the thread of the control socket")?;
-        self.show_node(&ports);
-        task::spawn(console_tls.keep(self.handle.clone(), peers.tls.clone()));
-        self.tell_of_it(&ports);
+        self.show_node(&ports, &mut tasks);
+        let served = console_tls.keep(self.handle.clone(), peers.tls.clone());
+        tasks.spawn("certificates of the Console", Need::Steady, served);
+        self.tell_of_it(&ports, &mut tasks);
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
-        let supervising = task::spawn(supervisor.run());
+        tasks.spawn("supervisor", Need::Vital, supervisor.run());
         info!(node = self.identity.name, cluster = %self.identity.cluster, "node runs");
         let mut node = task::spawn_blocking(move || self.thread.join());
         tokio::select! {
@@ -273,33 +277,40 @@ impl Parts {
                 let exit = flatten(ended);
                 if matches!(exit, Exit::Restart(_)) {
                     stop.send_replace(true);
-                    supervising.abort();
-                    let _ = supervising.await; // that it was aborted
+                    tasks.end().await;
                     end_of_guard(self.guard).await;
                 }
                 return Ok(exit);
             }
             ended = peers => ended.context("peer links panicked")?.context("run the peer links")?,
+            why = tasks.lost(self.handle.status()) => return Ok(Exit::Fatal(why)),
             () = signals.asked_to_stop() => {}
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         let exit = stop_in_order(&ports, &self.handle, &mut node).await;
         stop.send_replace(true);
-        supervising.abort();
+        tasks.end().await;
         Ok(exit)
     }
 
     /// Gives the Console what it does for the cluster, and returns what the control socket does.
-    fn offer(&self, supervisor: &mut Supervisor, ports: &SupervisorHandle, asker: Asker) -> Result<Administrator> {
+    fn offer(
+        &self,
+        supervisor: &mut Supervisor,
+        ports: &SupervisorHandle,
+        asker: Asker,
+        tasks: &mut Tasks,
+    ) -> Result<Administrator> {
         let inside = Inside::new(self.handle.status(), self.events.clone());
-        task::spawn(inside.clone().hand_on(asker.clone()));
+        tasks.spawn("audit rows for the PRIMARY", Need::Steady, inside.clone().hand_on(asker.clone()));
         let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone(), inside.clone()));
         let kit = Arc::new(Kit::new(&self.config));
         let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone(), asker);
-        task::spawn(backups.clone().keep());
-        task::spawn(backups.clone().carry());
+        // These two end at once if there is nothing for them to do.
+        tasks.spawn("automatic backups", Need::Finite, backups.clone().keep());
+        tasks.spawn("copies of backups", Need::Finite, backups.clone().carry());
         let (notifier, notifying) = self.notifier();
-        task::spawn(notifying);
+        tasks.spawn("notifications", Need::Steady, notifying);
         supervisor.offer(Services {
             admin: admin.clone(),
             inside: inside.clone(),
@@ -336,13 +347,14 @@ impl Parts {
     }
 
     /// Whom the others take this node for, what they ask, and the tasks that exchange with them what else goes beside the links.
-    fn share_with_others(&self) -> (Arc<PeerIdentity>, mpsc::Receiver<peer::StreamCall>) {
+    fn share_with_others(&self, tasks: &mut Tasks) -> (Arc<PeerIdentity>, mpsc::Receiver<peer::StreamCall>) {
         let (snapshots, calls) = mpsc::channel(1);
         let (keys, key_calls) = mpsc::channel(KEY_CALLS);
         let (questions, asked) = mpsc::channel(QUESTIONS);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls.clone()));
         let folder = self.config.data_folder.join("certificates");
-        task::spawn(renewal::keep(folder.clone(), self.handle.clone(), certificates.clone()));
+        let renewing = renewal::keep(folder.clone(), self.handle.clone(), certificates.clone());
+        tasks.spawn("certificate of this node", Need::Steady, renewing);
         let peers = PeerIdentity {
             me: self.identity.node,
             version: PROGRAM_VERSION.to_owned(),
@@ -358,33 +370,42 @@ impl Parts {
             memory: self.remembered.clone(),
         };
         let (peers, data) = (Arc::new(peers), self.config.data_folder.clone());
-        task::spawn(snapshot::serve(self.handle.clone(), self.events.clone(), calls, data.clone()));
-        task::spawn(snapshot::restore(self.handle.clone(), peers.clone(), data));
-        task::spawn(rotation::serve(folder.clone(), key_calls));
-        task::spawn(rotation::keep(rotation::Parts {
+        let sending = snapshot::serve(self.handle.clone(), self.events.clone(), calls, data.clone());
+        tasks.spawn("snapshots for members", Need::Steady, sending);
+        // It ends when it has one: the node begins again with that.
+        tasks.spawn(
+            "snapshot for this node",
+            Need::Finite,
+            snapshot::restore(self.handle.clone(), peers.clone(), data),
+        );
+        tasks.spawn("cluster keys for members", Need::Steady, rotation::serve(folder.clone(), key_calls));
+        let parts = rotation::Parts {
             certificates: folder,
             handle: self.handle.clone(),
             peers: peers.clone(),
             tls: certificates,
-        }));
+        };
+        tasks.spawn("cluster key and authority", Need::Steady, rotation::keep(parts));
         (peers, asked)
     }
 
     /// Follows the node for those who look at it from outside.
-    fn tell_of_it(&self, ports: &SupervisorHandle) {
+    fn tell_of_it(&self, ports: &SupervisorHandle, tasks: &mut Tasks) {
         if let Some(event) = &self.replaced {
             self.events.record(event.clone());
         }
-        follow(&self.events, &self.handle, ports);
+        follow(&self.events, &self.handle, ports, tasks);
         let own = promise(&self.config);
         if self.quiet > own {
-            task::spawn(heal::lower_promise(own, self.quiet, self.config.data_folder.clone()));
+            let lowering = heal::lower_promise(own, self.quiet, self.config.data_folder.clone());
+            tasks.spawn("promise of earlier settings", Need::Finite, lowering);
         }
-        task::spawn(damage::tell_mended(self.notes.clone(), self.events.clone(), self.handle.clone()));
+        let telling = damage::tell_mended(self.notes.clone(), self.events.clone(), self.handle.clone());
+        tasks.spawn("mended files", Need::Finite, telling);
     }
 
     /// Has the health port answer about this node from now on.
-    fn show_node(&self, ports: &SupervisorHandle) {
+    fn show_node(&self, ports: &SupervisorHandle, tasks: &mut Tasks) {
         let Some(health) = &self.health else { return };
         let state = ports.state();
         let life = health::Life {
@@ -394,7 +415,7 @@ impl Parts {
         };
         health.show(health::Subject { status: self.handle.status(), life: Some(life) });
         let (mut problem, handle) = (health.problem(), self.handle.clone());
-        task::spawn(async move {
+        tasks.spawn("problem of the health port", Need::Steady, async move {
             loop {
                 let now = problem.borrow_and_update().clone();
                 handle.warn(Warning::Health, now);
@@ -444,11 +465,12 @@ fn ends(name: &str, exit: &Result<Exit>) -> Event {
 }
 
 /// Lets history, status and service manager follow the node.
-fn follow(recorder: &Recorder, handle: &Handle, ports: &SupervisorHandle) {
+fn follow(recorder: &Recorder, handle: &Handle, ports: &SupervisorHandle, tasks: &mut Tasks) {
     let (opened, open) = watch::channel(None);
-    task::spawn(events::follow(recorder.clone(), handle.status(), open));
-    task::spawn(report_problems(ports.clone(), handle.clone(), opened));
-    task::spawn(service_manager(handle.status()));
+    tasks.spawn("history", Need::Steady, events::follow(recorder.clone(), handle.status(), open));
+    tasks.spawn("problems of the ports", Need::Steady, report_problems(ports.clone(), handle.clone(), opened));
+    // Without it the service manager would end this process.
+    tasks.spawn("service manager", Need::Vital, service_manager(handle.status()));
 }
 
 /// Hands the role over and ends the loop, whose end `node` tells.

@@ -69,6 +69,7 @@ const PROGRAMS: &[(&str, Option<&[&str]>)] = &[
     ("src/daemon/signals.rs", None),
     ("src/daemon/start.rs", None),
     ("src/daemon/systemd.rs", None),
+    ("src/daemon/tasks.rs", None),
     ("src/administrator.rs", None),
     ("src/joining.rs", None),
     ("src/bin/twistcli.rs", Some(&["cli"])),
