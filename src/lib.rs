@@ -91,7 +91,7 @@
 //! | [`clients`] | who a connection comes from, the places for connections, patience with those who guess | what is served |
 //! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
-//! | [`clock`], [`mutex`] | the time of day; how a mutex is taken | everything |
+//! | [`clock`], [`mutex`], [`little_endian`] | the time of day; how a mutex is taken; numbers in bytes | everything |
 //!
 //! `tests/tidy` holds the permitted dependencies between them.
 //!
@@ -161,6 +161,7 @@ pub mod host;
 pub mod http;
 pub mod https;
 pub mod join;
+pub mod little_endian;
 pub mod mutex;
 pub mod node;
 pub mod peer;

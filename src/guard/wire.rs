@@ -15,6 +15,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
+use crate::little_endian::u32_at;
+
 /// Most descriptors in one message.
 pub(super) const MAX_DESCRIPTORS: usize = 8;
 const LENGTH: usize = 8;
@@ -99,7 +101,7 @@ pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<Message>> {
         return Err(malformed("a message between daemon and port guard has the wrong size"));
     }
     let kind = Kind::from_byte(bytes[0]).ok_or_else(|| malformed("unknown message between daemon and port guard"))?;
-    let sequence = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+    let sequence = u32_at(&bytes, 4);
     Ok(Some(Message { kind, sequence, descriptors }))
 }
 

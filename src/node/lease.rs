@@ -15,6 +15,8 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 
+use crate::little_endian::u64_at;
+
 /// Nanoseconds on CLOCK_BOOTTIME: goes on while the host is suspended, never jumps, same for all processes of a host.
 pub fn boottime() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("CLOCK_BOOTTIME exists since Linux 2.6.39");
@@ -85,7 +87,7 @@ pub fn read_shared(memory: &File) -> std::io::Result<u64> {
     let mut bytes = [0; 16];
     for _ in 0..16 {
         memory.read_exact_at(&mut bytes, 0)?;
-        let deadline = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
+        let deadline = u64_at(&bytes, 0);
         if bytes == encode(deadline) {
             return Ok(deadline);
         }

@@ -14,6 +14,8 @@ use std::collections::VecDeque;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, MAX_TAG_LEN, NONCE_LEN, Nonce, UnboundKey};
 use rustls::Connection;
 
+use crate::little_endian::{find_u64, u32_at, u64_at};
+
 /// Largest datagram, in bytes: it passes every network that carries IPv6, and is not cut up on its way.
 pub(super) const LARGEST: usize = 1200;
 const LABEL: &[u8] = b"EXPORTER-twistlock-ha-datagrams-1";
@@ -74,7 +76,7 @@ pub(super) enum Flaw {
 
 /// The session that a datagram names.
 pub(super) fn session_of(datagram: &[u8]) -> Option<u64> {
-    datagram.first_chunk().map(|bytes| u64::from_le_bytes(*bytes))
+    find_u64(datagram, 0)
 }
 
 fn nonce(number: u64) -> Nonce {
@@ -180,7 +182,7 @@ impl Opener {
         if session_of(head) != Some(self.session()) {
             return Err(Flaw::Unknown);
         }
-        let number = u64::from_le_bytes(head[8..].try_into().expect("8 bytes"));
+        let number = u64_at(head, 8);
         if !self.window.admits(number) {
             return Err(Flaw::Repeated);
         }
@@ -188,10 +190,8 @@ impl Opener {
         let overtaken = number < self.window.newest;
         self.window.take(number);
         let (notes, bytes) = plain.split_first_chunk::<NOTES>().ok_or(Flaw::Malformed)?;
-        let u64_at = |at: usize| u64::from_le_bytes(notes[at..at + 8].try_into().expect("8 bytes"));
-        let heard = Heard { session: u64_at(0), number: u64_at(8), gaps: notes[16] };
-        let frame = u32::from_le_bytes(notes[17..21].try_into().expect("4 bytes"));
-        let frame = self.assembler.take(frame, (notes[21], notes[22]), bytes)?;
+        let heard = Heard { session: u64_at(notes, 0), number: u64_at(notes, 8), gaps: notes[16] };
+        let frame = self.assembler.take(u32_at(notes, 17), (notes[21], notes[22]), bytes)?;
         Ok(Opened { heard, overtaken, frame })
     }
 }

@@ -14,7 +14,10 @@ use tokio::{
 };
 
 use super::STALL;
-use crate::storage::snapshot::{CHUNK as CHUNK_BYTES, MAX_MANIFEST};
+use crate::{
+    little_endian::u32_at,
+    storage::snapshot::{CHUNK as CHUNK_BYTES, MAX_MANIFEST},
+};
 
 /// A manifest as JSON.
 pub(super) const MANIFEST: u8 = 1;
@@ -34,7 +37,7 @@ const PIECE: usize = 64 << 10;
 pub(super) async fn read_head(stream: &mut (impl AsyncRead + Unpin), patience: Duration) -> io::Result<(u8, usize)> {
     let mut head = [0; 5];
     timeout(patience, stream.read_exact(&mut head)).await.map_err(|_| stalled(patience))??;
-    let length = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
+    let length = u32_at(&head, 1) as usize;
     let limit = match head[0] {
         MANIFEST => MAX_MANIFEST,
         CHUNK => CHUNK_BYTES + 8,

@@ -15,7 +15,10 @@ use std::{
 };
 
 use super::watch::{Act, Place, run};
-use crate::descriptors;
+use crate::{
+    descriptors,
+    little_endian::{u32_at, u64_at},
+};
 
 const MAGIC: &[u8; 8] = b"TLCKPT01";
 const SIZE: usize = 48;
@@ -50,8 +53,7 @@ impl Record {
 
     fn decode(bytes: &[u8], database: u32) -> Result<Self, &'static str> {
         let bytes: &[u8; SIZE] = bytes.try_into().map_err(|_| "it has the wrong length")?;
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+        let (word, long) = (|at| u32_at(bytes, at), |at| u64_at(bytes, at));
         if &bytes[..8] != MAGIC {
             return Err("it is not a checkpoint record of a version that this program knows");
         }

@@ -15,7 +15,10 @@ use std::borrow::Cow;
 
 use thiserror::Error;
 
-use crate::cluster::level::FORMAT_VERSION;
+use crate::{
+    cluster::level::FORMAT_VERSION,
+    little_endian::{find_u32, find_u64, u32_at},
+};
 
 /// Largest part, in bytes, encoded without compression: 16 pages of 64 KiB and their headers fit.
 pub const MAX_PART: usize = (1 << 20) + 4096;
@@ -58,14 +61,6 @@ pub struct Pages<'a> {
     images: Cow<'a, [u8]>,
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
-}
-
-fn long(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
-}
-
 /// True for the page sizes that SQLite knows: powers of two from 512 to 65536.
 pub fn valid_page_size(size: u32) -> bool {
     size.is_power_of_two() && (512..=65536).contains(&size)
@@ -73,13 +68,13 @@ pub fn valid_page_size(size: u32) -> bool {
 
 /// True for a part behind the first one of its transaction, by its header alone.
 pub fn continues(bytes: &[u8]) -> bool {
-    word(bytes, 16).is_some_and(|part| part > 0)
+    find_u32(bytes, 16).is_some_and(|part| part > 0)
 }
 
 /// How many parts the transaction has that this part ends, by its header alone; none for a part that does not end it.
 pub fn parts_at_end(bytes: &[u8]) -> Option<u32> {
     let ends = bytes.get(2).is_some_and(|flags| flags & FLAG_COMMIT != 0);
-    word(bytes, 16).filter(|_| ends).map(|part| part.saturating_add(1))
+    find_u32(bytes, 16).filter(|_| ends).map(|part| part.saturating_add(1))
 }
 
 /// The page images, `length` bytes of them; the caller has checked that this is no more than a command can have.
@@ -120,7 +115,7 @@ impl<'a> Pages<'a> {
         }
         let short = Malformed("short header");
         let (Some(database), Some(transaction), Some(part), Some(page_size), Some(count)) =
-            (word(bytes, 4), long(bytes, 8), word(bytes, 16), word(bytes, 20), word(bytes, 24))
+            (find_u32(bytes, 4), find_u64(bytes, 8), find_u32(bytes, 16), find_u32(bytes, 20), find_u32(bytes, 24))
         else {
             return Err(short);
         };
@@ -129,7 +124,7 @@ impl<'a> Pages<'a> {
         }
         let mut at = HEADER;
         let commit = if flags & FLAG_COMMIT != 0 {
-            let (Some(database_pages), Some(checksum)) = (word(bytes, at), long(bytes, at + 4)) else {
+            let (Some(database_pages), Some(checksum)) = (find_u32(bytes, at), find_u64(bytes, at + 4)) else {
                 return Err(short);
             };
             at += COMMIT;
@@ -160,7 +155,7 @@ impl<'a> Pages<'a> {
 
     /// The pages as (number from 1, image).
     pub fn iter(&self) -> impl Iterator<Item = (u32, &[u8])> {
-        let numbers = self.numbers.chunks_exact(4).map(|n| u32::from_le_bytes([n[0], n[1], n[2], n[3]]));
+        let numbers = self.numbers.chunks_exact(4).map(|n| u32_at(n, 0));
         numbers.zip(self.images.chunks_exact(self.page_size as usize))
     }
 

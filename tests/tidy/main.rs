@@ -54,10 +54,11 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     ("clock", &[]),
     ("mutex", &[]),
+    ("little_endian", &[]),
     ("cluster", &[]),
 ];
 /// What knows nothing, and may be used by all that are not pure.
-const GROUND: &[&str] = &["clock", "mutex"];
+const GROUND: &[&str] = &["clock", "mutex", "little_endian"];
 /// Modules without clocks, threads and files.
 const PURE: &[&str] = &["cluster"];
 /// What the programs (and the files that belong to them alone) may use of the library; `None`: anything.
@@ -87,6 +88,8 @@ const FACTS: &[(&str, &[&str], &str)] = &[
     ("SystemTime::now()", &["src/clock.rs"], "the time of day comes from clock"),
     (".lock().unwrap_or_else(PoisonError", &["src/mutex.rs"], "mutex::locked takes a mutex"),
     (":02x}", &[], "data_encoding writes hexadecimal digits"),
+    ("from_le_bytes([", &["src/little_endian.rs"], "little_endian reads numbers"),
+    ("].try_into().expect(", &["src/little_endian.rs"], "little_endian reads numbers"),
 ];
 /// Names that say nothing about what a file owns.
 const EMPTY_NAMES: &[&str] = &["util", "utils", "common", "types", "helpers", "misc"];

@@ -71,12 +71,20 @@ impl<'a> Reader<'a> {
         Ok(self.array::<1>()?[0])
     }
 
+    pub(super) fn u16(&mut self) -> Result<u16, CodecError> {
+        Ok(u16::from_le_bytes(self.array()?))
+    }
+
     pub(super) fn u32(&mut self) -> Result<u32, CodecError> {
         Ok(u32::from_le_bytes(self.array()?))
     }
 
     pub(super) fn u64(&mut self) -> Result<u64, CodecError> {
         Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    pub(super) fn u128(&mut self) -> Result<u128, CodecError> {
+        Ok(u128::from_le_bytes(self.array()?))
     }
 
     pub(super) fn bool(&mut self) -> Result<bool, CodecError> {

@@ -164,20 +164,17 @@ pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
 }
 
 pub(super) fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError> {
-    let protocol = u16::from_le_bytes(reader.array()?);
+    let protocol = reader.u16()?;
     if protocol != PROTOCOL_VERSION {
         return Err(CodecError::Version(protocol));
     }
     Ok(Hello {
         protocol,
-        cluster: ClusterId(u128::from_le_bytes(reader.array()?)),
+        cluster: ClusterId(reader.u128()?),
         from: reader.u64()?,
         to: reader.u64()?,
         data_format: reader.u8()?,
-        terms: LeaseTerms {
-            lease_ms: u32::from_le_bytes(reader.array()?),
-            promise_ms: u32::from_le_bytes(reader.array()?),
-        },
+        terms: LeaseTerms { lease_ms: reader.u32()?, promise_ms: reader.u32()? },
         purpose: match reader.u8()? {
             0 => Purpose::Link,
             1 => Purpose::Snapshot,
@@ -214,7 +211,7 @@ fn decode_standing(reader: &mut Reader<'_>) -> Result<Standing, CodecError> {
 
 fn decode_reached(reader: &mut Reader<'_>) -> Result<Reached, CodecError> {
     let address = reader.text(MAX_ADDRESS)?;
-    Ok(Reached { address, port: u16::from_le_bytes(reader.array()?), index: reader.u64()? })
+    Ok(Reached { address, port: reader.u16()?, index: reader.u64()? })
 }
 
 pub(super) fn encode_reply(reply: &HelloReply) -> Result<Vec<u8>, CodecError> {

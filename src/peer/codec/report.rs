@@ -112,7 +112,7 @@ pub(super) fn decode_report(reader: &mut Reader<'_>) -> Result<NodeReport, Codec
 
 fn decode_more(reader: &mut Reader<'_>) -> Result<More, CodecError> {
     let level = reader.u32()?;
-    let mut id = || Ok(KeyId(u128::from_le_bytes(reader.array()?)));
+    let mut id = || Ok(KeyId(reader.u128()?));
     let holds = Holdings { key: id()?, trusts: id()?, shows: id()? };
     let free = reader.optional(Reader::u64)?;
     let known = |code: u8| CONDITIONS.get(usize::from(code)).copied().ok_or(Malformed("unknown condition of a disk"));

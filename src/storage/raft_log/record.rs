@@ -11,6 +11,8 @@
 
 use raft::eraftpb::{ConfState, Entry, EntryType, HardState};
 
+use crate::little_endian::{find_u32, u32_at, u64_at};
+
 /// Bytes before the payload.
 pub const HEADER: usize = 40;
 /// Every record starts at a multiple of this.
@@ -140,16 +142,6 @@ fn checksum(seed: u32, offset: usize, record: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c_append(seed, &place), &record[8..])
 }
 
-/// A number at a place that the caller has made sure of.
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
-}
-
-/// A number at a place that the caller has made sure of.
-pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
-}
-
 /// The record at the beginning of `bytes`, which stand at `offset` of the segment with this seed, and the space it
 /// takes. None unless it is intact.
 pub fn decode(bytes: &[u8], seed: u32, offset: usize) -> Option<(Record<'_>, usize)> {
@@ -201,8 +193,8 @@ pub fn encode_conf(conf: &ConfState, out: &mut Vec<u8>) {
 /// The inverse of [`encode_conf`]; none for anything it would not have written.
 pub fn decode_conf(mut bytes: &[u8]) -> Option<ConfState> {
     let mut list = || {
-        let (count, rest) = bytes.split_first_chunk::<4>()?;
-        let (ids, rest) = rest.split_at_checked(8 * u32::from_le_bytes(*count) as usize)?;
+        let count = find_u32(bytes, 0)? as usize;
+        let (ids, rest) = bytes[4..].split_at_checked(8 * count)?;
         bytes = rest;
         Some(ids.chunks_exact(8).map(|id| u64_at(id, 0)).collect())
     };

@@ -19,9 +19,12 @@ use std::{
 use super::{
     LogError, Options, Owner,
     disk::{Disk, DiskFile},
-    record::{ALIGN, u32_at, u64_at},
+    record::ALIGN,
 };
-use crate::cluster::ClusterId;
+use crate::{
+    cluster::ClusterId,
+    little_endian::{u32_at, u64_at},
+};
 
 /// Offset of the first record: the header's page is never written again.
 pub const FIRST: usize = 4096;

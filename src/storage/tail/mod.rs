@@ -25,6 +25,7 @@ use super::{durable_write, fsync_dir, make_private_dir, raft_log::Held};
 use crate::{
     cluster::{ClusterId, NodeId},
     descriptors,
+    little_endian::{u32_at, u64_at},
 };
 use text::Summary;
 
@@ -67,20 +68,16 @@ impl Header {
     }
 
     fn decode(bytes: &[u8; HEADER]) -> Result<Self, &'static str> {
-        let long = |at: usize| u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32;
+        let long = |at| u64_at(bytes, at);
         if &bytes[..8] != MAGIC {
             return Err("it is not a dropped tail of a version that this program knows");
         }
-        if word(bytes, HEADER_CRC) != crc32c::crc32c(&bytes[..HEADER_CRC]) {
+        if u32_at(bytes, HEADER_CRC) != crc32c::crc32c(&bytes[..HEADER_CRC]) {
             return Err("the checksum of its header is wrong");
         }
         let cluster = ClusterId(u128::from(long(8)) | u128::from(long(16)) << 64);
         Ok(Self { cluster, node: long(24), first: long(32), last: long(40), epoch: long(48) })
     }
-}
-
-fn word(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
@@ -221,18 +218,17 @@ pub fn read(path: &Path) -> io::Result<(Header, Vec<Entry>)> {
 
 fn decode_entry(bytes: &[u8]) -> Option<(Entry, usize)> {
     let head = bytes.get(..ENTRY)?;
-    let long = |at: usize| u64::from(word(head, at)) | u64::from(word(head, at + 4)) << 32;
-    let (data, context) = (word(head, 20) as usize, word(head, 24) as usize);
+    let (data, context) = (u32_at(head, 20) as usize, u32_at(head, 24) as usize);
     let body = bytes.get(ENTRY..ENTRY.checked_add(data)?.checked_add(context)?)?;
-    if crc32c::crc32c_append(crc32c::crc32c(&head[..ENTRY_CRC]), body) != word(head, ENTRY_CRC) {
+    if crc32c::crc32c_append(crc32c::crc32c(&head[..ENTRY_CRC]), body) != u32_at(head, ENTRY_CRC) {
         return None;
     }
-    let entry_type = match word(head, 16) {
+    let entry_type = match u32_at(head, 16) {
         0 => EntryType::EntryNormal,
         1 => EntryType::EntryConfChange,
         _ => EntryType::EntryConfChangeV2,
     };
-    let (index, term) = (long(0), long(8));
+    let (index, term) = (u64_at(head, 0), u64_at(head, 8));
     let (data_bytes, context_bytes) = body.split_at(data);
     let (data, context) = (data_bytes.to_vec().into(), context_bytes.to_vec().into());
     Some((Entry { entry_type, index, term, data, context, ..Entry::default() }, ENTRY + body.len()))
