@@ -6,13 +6,18 @@
 
 mod admission;
 mod change;
+mod differences;
 mod encoding;
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-pub use self::{admission::Newcomer, change::Change};
+pub use self::{
+    admission::Newcomer,
+    change::Change,
+    differences::{Difference, differences},
+};
 use super::{
     limits::Impossible,
     roster::{Member, NodeId, Removed, Roster},

@@ -15,7 +15,10 @@ use super::{
 };
 use crate::{
     clock::unix_time,
-    cluster::{Member, Membership, NodeId, Phase, Role},
+    cluster::{
+        Member, Membership, NodeId, Phase, Role,
+        membership::{Difference, differences},
+    },
     node::{
         Status, Warning,
         history::{Loss, RoleChange, Takeover},
@@ -311,50 +314,21 @@ fn members(before: &Seen, after: &Seen) -> Vec<Event> {
 
 /// Who belongs to the cluster, and whether it is paused.
 fn membership(before: &Seen, after: &Seen) -> Vec<Event> {
-    let (old, new) = (&before.membership, &after.membership);
-    let mut events = Vec::new();
-    let mut tell = |name: &str, sentence: String| {
-        let event = Event::new(Kind::Membership, Severity::Info, sentence).scope(Scope::Cluster);
-        events.push(event.field("member", name));
-    };
-    for member in &new.roster.members {
-        let Member { id, name, address, port, .. } = member;
-        match old.get(*id) {
-            None => tell(name, format!("{name} ({}) was admitted to the cluster", member.place())),
-            Some(was) if !was.voter && member.voter => tell(name, format!("{name} has caught up and votes")),
-            Some(was) if (&was.name, &was.address, was.port) != (name, address, *port) => {
-                let former = format!("{} ({})", was.name, was.place());
-                tell(name, format!("{former} is {name} ({}) from now on", member.place()));
-            }
-            Some(_) => {}
-        }
-    }
-    for Member { name, .. } in old.roster.members.iter().filter(|member| new.get(member.id).is_none()) {
-        tell(name, format!("{name} was removed from the cluster"));
-    }
-    let asks =
-        |membership: &Membership, print: &str| membership.shared.requests.iter().any(|open| open.fingerprint == print);
-    for request in new.shared.requests.iter().filter(|request| !asks(old, &request.fingerprint)) {
-        let (name, address) = (&request.name, &request.address);
-        tell(name, format!("{name} ({address}:{}) asks to join: {}", request.port, request.fingerprint));
-    }
-    let place = |membership: &Membership, address: &str, port| {
-        membership.roster.members.iter().any(|member| member.address == address && member.port == port)
-    };
-    for gone in old.shared.requests.iter().filter(|request| !asks(new, &request.fingerprint)) {
-        if !place(new, &gone.address, gone.port) {
-            tell(&gone.name, format!("the request of {} to join was turned down, or has expired", gone.name));
-        }
-    }
-    if old.roster.pause != new.roster.pause {
-        let sentence = match &new.roster.pause {
-            Some(_) => "automatic takeover is paused",
-            None => "automatic takeover is no longer paused",
+    let told = |difference: &Difference| {
+        let kind = match difference {
+            // The warnings of the member itself are told.
+            Difference::VoteTaken(_) | Difference::Level(..) => return None,
+            Difference::Pause(_) => Kind::Pause,
+            _ => Kind::Membership,
         };
-        let event = Event::new(Kind::Pause, Severity::Info, sentence).scope(Scope::Cluster);
-        events.push(new.roster.pause.iter().fold(event, |event, pause| event.field("until", pause.until)));
-    }
-    events
+        let event = Event::new(kind, Severity::Info, difference.to_string()).scope(Scope::Cluster);
+        let event = difference.name().into_iter().fold(event, |event, name| event.field("member", name));
+        Some(match difference {
+            Difference::Pause(Some(pause)) => event.field("until", pause.until),
+            _ => event,
+        })
+    };
+    differences(&before.membership, &after.membership).iter().filter_map(told).collect()
 }
 
 /// What the status warns of, when it begins and when it ends.

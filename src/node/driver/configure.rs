@@ -9,7 +9,12 @@ use tracing::{error, info, warn};
 use super::Driver;
 use crate::{
     clock::since_1970,
-    cluster::{Change, Configured, Membership, NodeId, limits::MAX_ENCODED, roster::Pause},
+    cluster::{
+        Change, Configured, Membership, NodeId,
+        limits::MAX_ENCODED,
+        membership::{Difference, differences},
+        roster::Pause,
+    },
     node::{
         inbox::{ChangeError, ChangeReply},
         lease::boottime,
@@ -198,35 +203,11 @@ impl Driver {
 
 /// One line for each thing that changed, as every node sees it.
 fn log_differences(before: &Membership, after: &Membership) {
-    for member in &after.roster.members {
-        let (id, name, address, port) = (member.id, &member.name, &member.address, member.port);
-        match before.get(id) {
-            None => info!(id, name, address, port, "admitted: it gets a vote when it has caught up"),
-            Some(old) if !old.voter && member.voter => info!(id, name, "has caught up and votes from now on"),
-            Some(old) if old.voter && !member.voter => {
-                warn!(id, name, "lost some of its durable memory: it gets its vote back when it has caught up");
-            }
-            Some(old) if (&old.name, &old.address, old.port) != (name, address, port) => {
-                info!(id, name, address, port, "is reached at another address from now on");
-            }
-            Some(_) => {}
-        }
-    }
-    for gone in before.roster.members.iter().filter(|member| after.get(member.id).is_none()) {
-        info!(id = gone.id, name = gone.name, "removed from the cluster");
-    }
-    for request in after.shared.requests.iter().filter(|request| !before.shared.requests.contains(request)) {
-        let (name, address, port) = (&request.name, &request.address, request.port);
-        info!(name, address, port, fingerprint = request.fingerprint, "asks to join");
-    }
-    if before.shared.level != after.shared.level {
-        let (level, version) = (after.shared.level, &after.shared.level_version);
-        info!(level, version, "this feature level is in force: programs that do not have it are refused from now on");
-    }
-    if before.roster.pause != after.roster.pause {
-        match &after.roster.pause {
-            Some(pause) => warn!(until = pause.until, "automatic takeover is paused"),
-            None => info!("automatic takeover is no longer paused"),
+    for difference in differences(before, after) {
+        match difference {
+            Difference::VoteTaken(_) => warn!("{difference}"),
+            Difference::Pause(Some(Pause { until, .. })) => warn!(until, "{difference}"),
+            _ => info!("{difference}"),
         }
     }
 }
