@@ -172,7 +172,7 @@ function expired() {
   if (!user) return;
   stop();
   announce('Your session has ended');
-  askWho('Your session has ended. After the login you are where you were.');
+  askWho('Your session has ended. After you log in, you are back where you were.');
 }
 
 async function leave() {

@@ -21,7 +21,7 @@ function rename(backup, reload) {
 }
 
 function drop(backup, reload) {
-  const content = h('p', {}, 'The file is deleted. What was backed up in it can come back from other backups only.');
+  const content = h('p', {}, 'The file is deleted. Its content can then only come back from other backups.');
   return confirm(`Delete ${backup.name}?`, content, 'Delete', async () => {
     await remove(`/backups/${part(backup.id)}`);
     await reload();
@@ -43,7 +43,7 @@ function restore(backup, { folder, encrypted }, reload) {
       h('li', {}, 'The backup is checked first: nothing changes if it is damaged', backup.encrypted && ' or the key of BACKUP_KEY_FILE is not its own', '.'),
       h('li', {}, 'The Console is closed, and the database of all members is replaced.'),
       h('li', {}, h('strong', {}, `All that was written since ${time(backup.time)} is lost.`)),
-      h('li', {}, 'Everybody has to log in again, with the passwords of then.')),
+      h('li', {}, 'Everybody has to log in again, with the passwords of that time.')),
     open && check('It is not encrypted, and I know who made it', 'unencrypted', false),
     h('p', {}, 'The same on the host of the PRIMARY:'),
     h('div', { class: 'join-line' }, h('code', { id: 'restore-command' }, command), copyButton(command)),
@@ -160,7 +160,7 @@ export function open(root) {
       page(
         'Backup & Restore',
         [
-          state.settings?.enabled && 'This member backs its own copy up every day, and keeps daily, weekly and monthly ones. ',
+          state.settings?.enabled && 'This member backs up its own copy every day, and keeps daily, weekly and monthly backups. ',
           state.settings && !state.settings.enabled && 'Automatic backups are off on this member. ',
           `Each member keeps its own backups. Those of ${here}, which is PRIMARY, can be used from here.`,
         ],

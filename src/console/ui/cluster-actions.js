@@ -56,7 +56,7 @@ function checkList(report) {
     h('li', { class: ok ? 'ok' : 'bad' }, h('strong', {}, `${ok ? '✓' : '✗'} ${name}`), ` ${detail}`),
   );
   const failed = report.checks.some((check) => !check.ok);
-  const end = failed ? 'It cannot begin like this.' : `${report.to} becomes PRIMARY. Nobody can write for some milliseconds.`;
+  const end = failed ? 'It cannot begin now.' : `${report.to} becomes PRIMARY. Nobody can write for some milliseconds.`;
   return [h('ul', { class: 'checks' }, lines), h('p', {}, end)];
 }
 
@@ -68,7 +68,7 @@ export function switchover(members) {
     const look = async (to) => {
       const submit = checks.closest('form')?.querySelector('[type=submit]');
       if (submit) submit.disabled = true;
-      show(checks, h('p', { class: 'quiet' }, 'Looking whether it can be done …'));
+      show(checks, h('p', { class: 'quiet' }, 'Checking whether it can be done …'));
       try {
         const report = await post('/high-availability/switchover', { ...wish(to), dryRun: true });
         show(checks, checkList(report));

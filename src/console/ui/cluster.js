@@ -159,7 +159,7 @@ function nodes(status, { may, statusPort }) {
   const facts = `Epoch ${status.epoch}. A majority has every transaction up to entry ${status.committed.toLocaleString('en')} of the raft log.`;
   const pages = statusPages(status, statusPort);
   return card('Nodes', {}, table('Nodes', COLUMNS, rows, ''), h('p', { class: 'quiet foot' }, facts),
-    pages && h('p', { class: 'quiet foot' }, 'Status pages, which answer without a PRIMARY, too: ', pages));
+    pages && h('p', { class: 'quiet foot' }, 'Status pages, which also answer without a PRIMARY: ', pages));
 }
 
 const NUMERALS = ['no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven'];
@@ -210,7 +210,7 @@ function joining(status, state, { may, user }, redraw) {
     redraw();
   });
   const open = openLine(status, state, Date.now() / 1000);
-  const gone = 'The join line that stood here is good no more: it was used, revoked, or has expired.';
+  const gone = 'The join line that was shown here is no longer valid: it was used or revoked, or has expired.';
   const line = open ? joinLine(open) : state.closed && h('p', { class: 'quiet' }, gone);
   const step = (text, ...more) => h('li', {}, text, more);
   const complete = requests.length === 0 && status.members.length === sizeOf(status).most;
@@ -225,7 +225,7 @@ function joining(status, state, { may, user }, redraw) {
     h(
       'ol',
       { class: 'steps' },
-      step('Run one line on each host that shall join.', line, INSTALLERS.includes(user.role) && h('div', { class: 'buttons' }, made)),
+      step('Run one line on each host that is to join.', line, INSTALLERS.includes(user.role) && h('div', { class: 'buttons' }, made)),
       step('Each of them appears above as REQUEST_JOIN. Compare its fingerprint.'),
       step('Admit them.', h('div', { class: 'buttons' }, press),
         h('p', { id: 'apply-why', class: 'quiet' }, obstacle ?? `Ready: ${count(requests.length, 'host asks', 'hosts ask')} to join.`)),

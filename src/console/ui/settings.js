@@ -26,14 +26,14 @@ function logins(logon, saved) {
       strongPassword: strong === 'on',
     };
     await post('/settings/logon', wanted);
-    toast('Saved: for sessions and passwords to come');
+    toast('Saved: for future sessions and passwords');
     saved(wanted);
   };
   const number = (label, name, value, max, hint) => field(label, name, { type: 'number', min: 1, max, value, hint });
   return form('Save logins', save, [
     number('Minutes until an idle session ends', 'idle', logon.sessionTimeoutSec / 60, 1440),
     number('Minutes until any session ends', 'longest', logon.sessionMaximumSec / 60, 43_200, 'However much it is used.'),
-    number('Sessions of one user at once', 'sessions', logon.sessionsPerUser, 1000, 'The oldest ends for a new one.'),
+    number('Sessions of one user at once', 'sessions', logon.sessionsPerUser, 1000, 'A new one ends the oldest.'),
     check('New passwords need upper and lower case, a digit and a special character, and must be unlike the name', 'strong',
       logon.strongPassword),
   ]);
@@ -128,7 +128,7 @@ export function open(root) {
       ]),
       h('div', { class: 'below' },
         button('Send a test', test, { disabled: state.test.running || (saved === 0 && !command) }),
-        h('span', { class: 'hint' }, 'To all that is saved, whatever it hears of; at once and without a second attempt.'),
+        h('span', { class: 'hint' }, 'To every saved webhook, whatever it is told otherwise; at once, without a second attempt.'),
         results(state.test)),
     ];
   }

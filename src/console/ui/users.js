@@ -27,7 +27,7 @@ function change(user, reload) {
 }
 
 function drop(user, reload) {
-  const content = h('p', {}, 'This user can log in no more, and the sessions end at once.');
+  const content = h('p', {}, 'This user can no longer log in, and all sessions end at once.');
   return confirm(`Delete ${nameOf(user)}?`, content, 'Delete', async () => {
     await remove(`/users/${part(nameOf(user))}`);
     await reload();
