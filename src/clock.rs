@@ -7,12 +7,12 @@ pub fn since_1970() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The same in whole seconds.
+/// Whole seconds since 1970.
 pub fn unix_time() -> u64 {
     since_1970().as_secs()
 }
 
-/// The same in milliseconds.
+/// Milliseconds since 1970.
 pub fn unix_time_ms() -> u64 {
     since_1970().as_millis() as u64
 }

@@ -86,7 +86,7 @@ pub fn open<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         return opened;
     }
     metrics::counter!(DESCRIPTORS_SHORT).increment(1);
-    tracing::error!("no file can be opened any more: one that is needed gets a place that is held for it");
+    tracing::error!("no more files can be opened: a reserved place is used for one that is needed");
     let mut held = locked(&HELD);
     while opened.as_ref().is_err_and(are_short) && held.pop().is_some() {
         opened = open();

@@ -54,7 +54,7 @@ impl Trust {
         Ok(Self(found))
     }
 
-    /// The same with a file.
+    /// The authorities whose certificates are in this PEM file.
     ///
     /// # Errors
     /// [`TrustError`].
@@ -96,7 +96,7 @@ pub fn client(trust: &Trust, limits: Limits) -> Agent {
     config(trust.tls(), limits).into()
 }
 
-/// The same, but it always dials `place` (`host:port`), whatever the name in the URL is: that one the server has to prove.
+/// A client that always dials `place` (`host:port`). The server has to prove the name in the URL.
 ///
 /// # Errors
 /// When that is no place.

@@ -49,7 +49,7 @@ pub(crate) fn join_first(
     match data.identity() {
         Ok(_) => {
             if let Err(error) = join::clear(data.path()) {
-                warn!("what the join script has left is of no use any more, and stays: {error:#}");
+                warn!("the files of the join script are no longer needed, but cannot be removed: {error:#}");
             }
         }
         Err(DataDirError::NoIdentity { .. }) if join::wanted(data.path()) => {

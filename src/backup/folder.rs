@@ -27,7 +27,7 @@ const ABANDONED: Duration = Duration::from_secs(3600);
 /// Free space that is left to everything else on the same file system, in bytes.
 const SPARE: u64 = 64 << 20;
 
-/// See the module.
+/// The folder of the backups of this host.
 #[derive(Clone, Debug)]
 pub(super) struct Folder {
     path: PathBuf,
@@ -84,7 +84,7 @@ impl Folder {
         Ok(self.marked()?.into_iter().map(|(backup, _)| backup).collect())
     }
 
-    /// The same with what tells each file from all others.
+    /// All backups, newest first, each with what tells its file from all others.
     pub fn marked(&self) -> Result<Vec<(Backup, Mark)>, BackupError> {
         let entries = match fs::read_dir(&self.path) {
             Ok(entries) => entries,

@@ -14,7 +14,7 @@ use tokio::{sync::watch, time::timeout};
 use super::{BackupError, Outcome, Running, Started, Work};
 use crate::{clock::unix_time, mutex::locked};
 
-/// See the module.
+/// What is under way, and what came of the last ones.
 #[derive(Debug, Default)]
 pub(super) struct Jobs(Mutex<Table>);
 

@@ -12,7 +12,7 @@ const AT_ONCE: usize = 4;
 /// How long anybody waits for a turn, and then for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// See the module.
+/// The threads that look at the folder of the backups, which may hang.
 #[derive(Debug)]
 pub(super) struct Looks {
     turns: Arc<Semaphore>,

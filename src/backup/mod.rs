@@ -268,7 +268,7 @@ impl Backups {
         let to = BackupId { name: new.to_owned(), ..old.clone() };
         let done = self.look(move |folder| folder.rename(&old, &to)).await.map_err(BackupError::of_change);
         let done = self.or_where(id, Way::There(&format!("rename {id} {new}")), done).await?;
-        tracing::info!(%by, from = id, to = done.id, "a backup has another name");
+        tracing::info!(%by, from = id, to = done.id, "a backup was renamed");
         Ok(done)
     }
 

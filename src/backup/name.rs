@@ -14,7 +14,7 @@ const LONGEST_NAME: usize = 64;
 const LONGEST_ID: usize = 160;
 /// What every backup's file name ends with.
 const PLAIN: &str = ".tar.gz";
-/// The same for an encrypted one.
+/// What the file name of an encrypted backup ends with.
 const SEALED: &str = ".tar.gz.sealed";
 
 /// How the names of backups begin that were fetched from the place of the copies.

@@ -292,7 +292,7 @@ fn needed_elsewhere(bytes: u64, now: u64) -> u64 {
     bytes.saturating_add(bytes.saturating_sub(now)).saturating_add(SPARE)
 }
 
-/// The same here: the `-wal` file comes to it, and the unpacked copy, if that is to come and lies on the same file system.
+/// Bytes that it takes on this host: the `-wal` file is added, and the unpacked copy if that lies on the same file system.
 fn needed_here(bytes: u64, now: u64, copy: bool) -> u64 {
     (1 + u64::from(copy)).saturating_mul(bytes).saturating_add(needed_elsewhere(bytes, now))
 }

@@ -102,7 +102,7 @@ pub(super) fn fetched(place: &Place) -> BackupId {
     BackupId { name, ..place.id.clone() }
 }
 
-/// See the module. Shows nothing of its credentials.
+/// The place where copies of backups are kept. Shows nothing of its credentials.
 pub(super) struct Store {
     inner: Arc<dyn ObjectStore>,
     below: Key,

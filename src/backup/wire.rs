@@ -59,7 +59,7 @@ impl HttpConnector for Connector {
     }
 }
 
-/// See the module.
+/// An HTTP client for an object store.
 struct Client {
     tls: TlsConnector,
     plain: bool,

@@ -276,7 +276,7 @@ impl ConsoleTls {
         if *noted != problem {
             match &problem {
                 Some(problem) => error!("{problem}"),
-                None => info!("what was wrong with a certificate of the Console is over"),
+                None => info!("the problem with a certificate of the Console is over"),
             }
             *noted = problem;
         }

@@ -33,7 +33,7 @@ pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>
         let (membership, node) = (handle.membership().borrow().clone(), status.borrow().node);
         let problem = look(&dir, &membership, node, &tls).err().map(|error| format!("{error:#}"));
         if let (Some(problem), true) = (&problem, problem != told) {
-            warn!("the certificate of this node is not renewed, which is tried again: {problem}");
+            warn!("the certificate of this node cannot be renewed; trying again: {problem}");
         }
         let pause = if problem.is_none() && is_good(&dir, unix_time()) { EVERY } else { SOON };
         told = problem;

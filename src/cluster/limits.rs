@@ -7,7 +7,7 @@ use thiserror::Error;
 /// Largest encoded membership, in bytes: that of a pool of seven with everything at its limit. A raft entry and a message between
 /// members hold it.
 pub const MAX_ENCODED: usize = 128 << 10;
-/// The same while programs of feature level 2 take part, which read no more.
+/// Largest encoded membership while programs of feature level 2 take part: they read no more.
 pub const MAX_ENCODED_BEFORE: usize = 32 << 10;
 /// The feature level from which on a membership may be longer than [`MAX_ENCODED_BEFORE`].
 pub const LONG_MEMBERSHIPS: u32 = 3;

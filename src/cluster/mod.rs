@@ -148,7 +148,7 @@ pub struct Cluster<S: Storage> {
     quiet_until: u64,
     /// End of the time in which this node should not be elected, because it could not serve.
     unfit_until: u64,
-    /// The same for as long as it lasts.
+    /// It should not be elected for now; told anew when that changes.
     indisposed: bool,
     /// An order of the leader to campaign, which came while this node was not fit.
     order: Option<Message>,
@@ -407,7 +407,7 @@ impl<S: Storage> Cluster<S> {
         self.observe(now);
     }
 
-    /// The same for as long as it is so, told again and again: it replays much of its log, or its disk is full.
+    /// Says whether this node could serve now: it cannot while it replays much of its log, or its disk is full.
     pub fn set_indisposed(&mut self, now: u64, indisposed: bool) {
         self.indisposed = indisposed;
         self.observe(now);
@@ -433,7 +433,7 @@ impl<S: Storage> Cluster<S> {
         self.hand_over_because(now, to, Cause::Handover);
     }
 
-    /// The same for another reason: what cannot go on here is still good enough to let another member begin at once.
+    /// Hands the role over for another reason: what cannot go on here is still good enough to let another member begin at once.
     pub fn hand_over_because(&mut self, now: u64, to: Option<NodeId>, cause: Cause) {
         self.observe(now);
         if matches!(self.phase, Phase::Promoting | Phase::Primary) && !self.is_takeover_paused(now) {

@@ -176,7 +176,7 @@ impl Roster {
         self.members.iter().find(|member| member.id == id)
     }
 
-    /// The same without what newcomers pick up.
+    /// The roster as everybody may see it: without what newcomers pick up.
     pub(super) fn public(&self) -> Self {
         let members = self.members.iter().map(|member| Member { admission: None, ..member.clone() }).collect();
         Self { members, ..self.clone() }

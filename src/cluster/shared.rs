@@ -98,8 +98,8 @@ impl Shared {
         Ok(())
     }
 
-    /// The same without keys, webhooks, and requests that could be picked up. Of an invitation there is its [`Invitation::id`], of
-    /// an authority that is introduced its certificate.
+    /// What everybody may see: no keys, no webhooks, no requests that could be picked up. Of an invitation there is its
+    /// [`Invitation::id`], of an authority that is introduced its certificate.
     pub(super) fn public(&self) -> Self {
         let (invitations, webhooks) = (self.invitations.iter().map(Invitation::public).collect(), Vec::new());
         let (authority, custom_certificate) = (None, None);

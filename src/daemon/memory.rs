@@ -94,7 +94,7 @@ pub(super) fn open(
         warn!("{why}");
         Memory::new(identity.cluster)
     });
-    let forgot = memory::forgotten(data.path(), identity.cluster).context("look whether this node forgot")?;
+    let forgot = memory::forgotten(data.path(), identity.cluster).context("check whether this node forgot")?;
     let whole = match (forgot, &snapshot) {
         (Some(reason), None) => Err(reason),
         (Some(reason), Some(ready)) if ready.manifest().votes(identity.node) => Err(reason),

@@ -58,7 +58,7 @@ impl Signals {
                         sender.send_replace(true);
                     }
                     Err(error) => {
-                        error!(%error, "signals cannot be waited for: the node stops");
+                        error!(%error, "cannot wait for signals: the node stops");
                         sender.send_replace(true);
                         return;
                     }

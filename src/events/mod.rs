@@ -142,7 +142,7 @@ pub struct Event {
     pub severity: Severity,
     /// What happened, for people.
     pub sentence: String,
-    /// The same for programs.
+    /// What happened, for programs.
     #[serde(default)]
     pub fields: BTreeMap<String, Value>,
     #[serde(skip)]

@@ -299,7 +299,7 @@ async fn work(target: Target, cluster: String, mut events: mpsc::Receiver<Event>
             match target.deliver(&event, &cluster).await {
                 Ok(()) => {
                     metrics::counter!(NOTIFICATIONS, "result" => "sent").increment(1);
-                    info!(target = target.name(), event = event.id, attempt, "somebody was notified");
+                    info!(target = target.name(), event = event.id, attempt, "a notification was sent");
                     break;
                 }
                 Err(failure) if attempt < ATTEMPTS && failure.passes => {

@@ -76,7 +76,11 @@ pub(super) fn tighten(data: &Path) -> Result<()> {
         let more = walk.changed.len().saturating_sub(MAX_NAMED);
         let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
         let named = &walk.changed[..walk.changed.len().min(MAX_NAMED)];
-        warn!("others could use what is in {}, which was put right: {}{rest}", data.display(), named.join(", "));
+        warn!(
+            "other users could access what is in {}, which was corrected: {}{rest}",
+            data.display(),
+            named.join(", ")
+        );
     }
     match walk.refused {
         Some(why) => bail!("{why}"),

@@ -58,7 +58,7 @@ fn note_promise(promise: Duration, path: &Path) -> Result<()> {
 pub async fn lower_promise(own: Duration, earlier: Duration, data: PathBuf) {
     tokio::time::sleep(earlier).await;
     if let Err(error) = note_promise(own, &data.join(PROMISE)) {
-        warn!("the next start will wait longer than it has to: {error:#}");
+        warn!("the next start will wait longer than necessary: {error:#}");
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) fn router(sources: Sources) -> Router {
         .with_state(sources)
 }
 
-/// The same for those who are not let in: they are told what to do about it. The metrics have a token of their own.
+/// What those are answered who are not let in: what to do about it. The metrics have a token of their own.
 pub(super) fn for_strangers(sources: Sources) -> Router {
     let mut router = Router::new();
     if sources.settings.metrics.needs_token() {

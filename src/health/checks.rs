@@ -67,7 +67,7 @@ fn of_status(status: &Status, serves: bool) -> Vec<Check> {
     checks
 }
 
-/// The same checks with what is the matter with the disk, which the status need not know yet.
+/// Puts what is wrong with the disk into the checks: the status may not know it yet.
 pub(super) fn with_disk(mut checks: Vec<Check>, trouble: Option<String>) -> Vec<Check> {
     if let Some(trouble) = trouble {
         checks.retain(|check| check.name != "disk");

@@ -55,7 +55,7 @@ pub(super) struct Seen {
     pub address: String,
     /// UNKNOWN where the last word of it says nothing about now.
     pub state: Role,
-    /// The same for people, with its age.
+    /// Its state for people, with its age.
     pub words: String,
     pub last_seen_ms: Option<u64>,
     pub here: bool,

@@ -220,7 +220,7 @@ impl Joining<'_> {
         // Said when it begins and when it changes, not at every attempt.
         let stage = Stage::Asking { name: self.host.name.clone(), problem: Some(problem.clone()) };
         if *self.stage.borrow() != stage {
-            warn!(problem, "the cluster has not heard this host yet; trying again");
+            warn!(problem, "this host has not reached the cluster yet; trying again");
         }
         self.show(stage);
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);

@@ -19,7 +19,7 @@ use super::pulse::Pulse;
 
 /// An operation that has not come back after this long counts as one that never does.
 const OVERDUE: Duration = Duration::from_millis(750);
-/// The same for a sync of the database file: it may have much to write, and nobody waits for it.
+/// How long a sync of the database file may take: it may have much to write, and nobody waits for it.
 const OVERDUE_CHECKPOINT: Duration = Duration::from_secs(10);
 /// For how long a disk is not trusted after an operation that was overdue, and after one that failed.
 pub(super) const AFTER_HANG: Duration = Duration::from_secs(3);

@@ -117,7 +117,7 @@ struct Lane {
 /// The membership in force, and what follows from it.
 struct InForce {
     membership: watch::Sender<Arc<Membership>>,
-    /// The same with its raft index.
+    /// The membership in force with its raft index.
     editions: watch::Sender<Edition>,
     changes: Changes,
     /// The disk is full, and it is not in its file yet.

@@ -124,7 +124,7 @@ impl Handle {
         self.views.membership.clone()
     }
 
-    /// The same with its raft index, for the links.
+    /// The membership in force with its raft index, for the links.
     pub fn editions(&self) -> watch::Receiver<Edition> {
         self.views.editions.clone()
     }

@@ -140,7 +140,7 @@ pub struct MemberStatus {
     pub applied: u64,
     /// Raft entries that it is behind the highest committed index known here.
     pub lag: u64,
-    /// The same in bytes of the raft log; none if that is not known here.
+    /// Bytes of the raft log that it is behind; none if that is not known here.
     #[serde(default)]
     pub lag_bytes: Option<u64>,
     pub lease_ms: Option<u64>,

@@ -384,7 +384,7 @@ enum Welcome {
     Link(Caller),
     /// With a place in the queue of those who give snapshots, and whether the caller forgot.
     Snapshot(mpsc::OwnedPermit<StreamCall>, bool),
-    /// The same for keys and questions.
+    /// With a place in the queue of those who give keys, or answer questions.
     Short(mpsc::OwnedPermit<StreamCall>),
 }
 

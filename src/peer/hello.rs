@@ -30,7 +30,7 @@ const NOT_SENT: u32 = 128 << 10;
 /// Data that nobody acknowledges for this long ends a link. Short, because TCP's own retries get slower and slower:
 /// dialling anew finds a healed network sooner.
 const USER_TIMEOUT: Duration = Duration::from_secs(2);
-/// The same where whole databases go: a disk that stalls must not end the transfer.
+/// That span where whole databases go: a disk that stalls must not end the transfer.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(30);
 /// Complaints remembered, so that they are not repeated.
 const COMPLAINTS: usize = 128;

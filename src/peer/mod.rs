@@ -87,9 +87,9 @@ pub struct PeerIdentity {
     pub tls: watch::Receiver<Arc<NodeTls>>,
     /// Takes the calls of members that want a snapshot. While it is full, they are told to try again.
     pub snapshots: mpsc::Sender<StreamCall>,
-    /// The same for those that want a cluster key.
+    /// Takes the calls of members that want a cluster key.
     pub keys: mpsc::Sender<StreamCall>,
-    /// The same for those that ask something.
+    /// Takes the calls of members that ask something.
     pub questions: mpsc::Sender<StreamCall>,
     /// What this node's program can do: see [`crate::cluster::level`].
     pub level: u32,

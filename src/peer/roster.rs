@@ -87,7 +87,7 @@ impl Roster {
             if (address, *port) != (&before.address, before.port) {
                 info!(
                     peer = from,
-                    name, address, port, "is reached at another address, as it says: this node was away"
+                    name, address, port, "says that it is at another address: this node has missed that change"
                 );
             }
         }

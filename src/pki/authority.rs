@@ -161,8 +161,8 @@ impl Authority {
         Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
     }
 
-    /// The same for a key that stays where it is: signs the request of a host. Of the request only the key counts; the
-    /// names in it mean nothing, because the cluster decides who somebody is.
+    /// Signs the request of a host, whose key stays where it is. Of the request only the key counts; the names in it mean
+    /// nothing, because the cluster decides who somebody is.
     ///
     /// # Errors
     /// [`PkiError::Request`] when the request is not sound, [`PkiError::Generate`].
@@ -192,7 +192,7 @@ impl Authority {
         Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
     }
 
-    /// The same for a key that stays where it is.
+    /// Signs the request of a Console, whose key stays where it is.
     ///
     /// # Errors
     /// Those of [`Authority::issue_console`], and [`PkiError::Request`] when the request is not sound.

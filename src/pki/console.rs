@@ -243,7 +243,7 @@ impl Pair {
         (!issued).then(|| CertificateInfo::read(last).map(|info| info.issuer)).transpose()
     }
 
-    /// The same with the key encrypted, for all members to keep.
+    /// Certificate and key, the key encrypted, for all members to keep.
     ///
     /// # Errors
     /// [`PkiError::Sealed`].

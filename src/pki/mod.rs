@@ -206,11 +206,11 @@ fn provider() -> Arc<CryptoProvider> {
 
 /// All certificates of a PEM file: at least one.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, PkiError> {
-    pem::certificates(read_file(path)?).map_err(|error| malformed(path.into(), "a certificate in PEM form", error))
+    pem::certificates(read_file(path)?).map_err(|error| malformed(path.into(), "a certificate", error))
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, PkiError> {
-    pem::private_key(read_file(path)?).map_err(|error| malformed(path.into(), "a private key in PEM form", error))
+    pem::private_key(read_file(path)?).map_err(|error| malformed(path.into(), "a private key", error))
 }
 
 fn malformed(path: PathBuf, expected: &'static str, detail: impl ToString) -> PkiError {

@@ -66,7 +66,7 @@ pub fn private_key(text: impl AsRef<[u8]>) -> Result<PrivateKeyDer<'static>, Pem
     })
 }
 
-/// The same, ready to sign with.
+/// The private key in a PEM text, ready to sign with.
 ///
 /// # Errors
 /// [`PemError`].

@@ -36,7 +36,7 @@ pub fn node_request(name: &str, addresses: &[&str]) -> Result<(String, String), 
     Ok((request_with(&key, name, addresses)?, key))
 }
 
-/// The same for a Console, with the names that its certificate is to have.
+/// A new key for a Console, and a request for a certificate with these names.
 ///
 /// # Errors
 /// [`PkiError::Generate`].

@@ -143,8 +143,8 @@ impl ClusterKeys {
         Ok(Self { current: read(CLUSTER_KEY)?, next: read(NEXT_CLUSTER_KEY)? })
     }
 
-    /// The same; a file that holds no key is kept under another name, for the others have what was in it. Returns what
-    /// was wrong, too.
+    /// Reads the keys, and keeps a file that holds none under another name: the other members have what was in it. Also
+    /// returns what was wrong.
     ///
     /// # Errors
     /// [`PkiError::File`].

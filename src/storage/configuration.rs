@@ -15,7 +15,7 @@ use crate::cluster::{Membership, limits::MAX_ENCODED};
 
 /// Name of the file in the data folder.
 pub const FILE: &str = "membership.json";
-/// The same once more: a member that does not know the others any more could ask nobody.
+/// Name of its copy: a member that does not know the others any more could ask nobody.
 pub const COPY: &str = "membership.json.copy";
 /// Version of the file that this program writes.
 const FORMAT: u64 = 1;
@@ -36,7 +36,7 @@ impl Configuration {
         Self::read_from(&data.join(FILE))
     }
 
-    /// The same of the copy, which may be older by one change.
+    /// Reads the copy, which may be older by one change.
     ///
     /// # Errors
     /// Those of [`Self::read`].

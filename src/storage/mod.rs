@@ -343,7 +343,7 @@ pub enum ReplicateError {
     /// It is certain that the transaction will never be committed: the last part was never proposed.
     #[error("not replicated: {0}")]
     Refused(String),
-    /// The same, because this host has no space for it.
+    /// It will never be committed either: this host has no space for it.
     #[error("not replicated: {0}")]
     Full(String),
     /// The last part was proposed; the new primary's raft log decides. The caller must fence itself.

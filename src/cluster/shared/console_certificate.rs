@@ -18,9 +18,9 @@ pub const MAX_CHAIN: usize = 10 << 10;
 /// Longest private key of an administrator, sealed: an RSA key of 4096 bits needs 3300 bytes.
 pub(in crate::cluster) const MAX_SEALED: usize = 4096;
 
-/// Bytes of all that in the membership.
+/// Bytes of a certificate that was given, in the membership.
 pub(super) const MAX_CUSTOM: usize = in_json(MAX_CHAIN) + in_json(MAX_SEALED) + MAX_NAME + 160;
-/// The same for the names.
+/// Bytes of the names of the Consoles' certificates, in the membership.
 pub(super) const MAX_ADDED_ENCODED: usize = MAX_ADDED + MAX_CONSOLE_NAMES * PER_NAME + 32;
 
 /// A certificate that an administrator has given the Console, for all members to serve.

@@ -156,8 +156,8 @@ impl Publisher {
     fn sentences(&self, status: &Status, others: &Members) -> Vec<String> {
         if status.role == Role::Removed {
             return vec![
-                "this host is no member any more, and knows nothing about the others: to come back, run the line of `twistcli ha \
-                 join-script` (on the PRIMARY) here; else stop twistlockd here and delete its data folder"
+                "this host is no longer a member, and knows nothing about the others: to come back, run the line of `twistcli ha \
+                 join-script` (on the PRIMARY) here; otherwise stop twistlockd here and delete its data folder"
                     .to_owned(),
             ];
         }

@@ -31,7 +31,7 @@ impl RaftLog {
         !self.is_full() && (shared.prepare(count).is_ok() || !self.is_full())
     }
 
-    /// The same without any wait: false, too, while the helper still makes the segments that are needed.
+    /// As [`Self::has_room`], but never waits: also false while the helper still makes the segments that are needed.
     pub fn has_room_now(&self, payloads: impl IntoIterator<Item = usize>) -> bool {
         if self.core.helper.is_none() {
             return self.has_room(payloads);

@@ -21,7 +21,7 @@ const WRITE_BACK: u64 = 8 << 20;
 /// Free space that is left to everything else on the same file system.
 const SPARE: u64 = 64 << 20;
 
-/// See the module. Dropped before its end, it leaves a folder that nobody uses.
+/// A snapshot on its way in. Dropped before its end, it leaves a folder that nobody uses.
 #[derive(Debug)]
 pub struct Incoming {
     data: PathBuf,

@@ -129,7 +129,7 @@ impl Ready {
                 entries = kept.dropped,
                 transactions = kept.transactions,
                 file = %kept.path.with_extension("txt").display(),
-                "the end of the raft log, of which it was not known here whether a majority has it, is kept in a file"
+                "the end of the raft log is kept in a file: this node did not know whether a majority has it"
             ),
             Err(error) => warn!(%error, "the end of the raft log that the snapshot replaces cannot be kept"),
         }
