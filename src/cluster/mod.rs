@@ -149,7 +149,7 @@ pub struct Cluster<S: Storage> {
     /// End of the time in which this node should not be elected, because it could not serve.
     unfit_until: u64,
     /// It should not be elected for now; told anew when that changes.
-    indisposed: bool,
+    unfit_now: bool,
     /// An order of the leader to campaign, which came while this node was not fit.
     order: Option<Message>,
     /// Since when no leader is known.
@@ -195,7 +195,7 @@ struct Handover {
 }
 
 /// Time without a leader after which a node that could not serve well stands like any other, in nanoseconds.
-const DESPERATE: u64 = 1_500_000_000;
+const LAST_RESORT_AFTER: u64 = 1_500_000_000;
 
 impl<S: Storage> Cluster<S> {
     /// A node that starts at `now` with its raft log.
@@ -221,7 +221,7 @@ impl<S: Storage> Cluster<S> {
             lease: Lease::default(),
             quiet_until: if start.forgotten { u64::MAX } else { now + timing.quiet },
             unfit_until: 0,
-            indisposed: false,
+            unfit_now: false,
             order: None,
             leaderless_since: None,
             withheld: 0,
@@ -326,7 +326,7 @@ impl<S: Storage> Cluster<S> {
         let quiet = (self.phase == Phase::Startup && !self.forgotten).then_some(self.quiet_until);
         let campaign = self.campaign.map(|campaign| campaign.at);
         // What has no end that is known is looked at by the ticks.
-        let ordered = self.order.as_ref().filter(|_| !self.indisposed).map(|_| self.unfit_until);
+        let ordered = self.order.as_ref().filter(|_| !self.unfit_now).map(|_| self.unfit_until);
         [
             quiet,
             campaign,
@@ -402,19 +402,19 @@ impl<S: Storage> Cluster<S> {
 
     /// This node could not serve before `until` (`u64::MAX`: never again): it goes on voting and replicating, but others
     /// are preferred. It is elected only if its log is longer than theirs, so that they get what it has.
-    pub fn set_unfit(&mut self, now: u64, until: u64) {
+    pub fn set_unfit_until(&mut self, now: u64, until: u64) {
         self.unfit_until = self.unfit_until.max(until);
         self.observe(now);
     }
 
     /// Says whether this node could serve now: it cannot while it replays much of its log, or its disk is full.
-    pub fn set_indisposed(&mut self, now: u64, indisposed: bool) {
-        self.indisposed = indisposed;
+    pub fn set_unfit_now(&mut self, now: u64, unfit_now: bool) {
+        self.unfit_now = unfit_now;
         self.observe(now);
     }
 
     fn is_unfit(&self, now: u64) -> bool {
-        self.indisposed || now < self.unfit_until
+        self.unfit_now || now < self.unfit_until
     }
 
     /// Gives up the role for a reason that lies outside of the election.
@@ -594,7 +594,7 @@ impl<S: Storage> Cluster<S> {
         let since = *self.leaderless_since.get_or_insert(now);
         // A voter with a longer log of an older epoch refuses whoever is not preferred, although it must not be elected
         // itself: after a while any primary is better than none. It lets the others catch up, and gives up.
-        self.election.prefer(!self.is_unfit(now) || now - since >= DESPERATE);
+        self.election.prefer(!self.is_unfit(now) || now - since >= LAST_RESORT_AFTER);
         self.follow_order(now);
         self.run_campaign(now);
     }

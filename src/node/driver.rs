@@ -243,7 +243,7 @@ impl Driver {
                 self.follow_level();
                 self.follow_memory();
             }
-            self.prefer_others_while_indisposed();
+            self.prefer_others_while_unfit();
             self.carry_out_all();
             if self.host.rollback.is_over(self.lane.thread.applied()) {
                 self.publisher.rolling_back(false);
@@ -269,17 +269,17 @@ impl Driver {
 
     /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done; one with a
     /// full disk, or one that does not work, could not write.
-    fn prefer_others_while_indisposed(&mut self) {
-        let indisposed =
+    fn prefer_others_while_unfit(&mut self) {
+        let unfit_now =
             self.lane.thread.pending_work() > MUCH_BEHIND || self.host.space.is_full() || self.host.disk.is_bad();
-        self.cluster.set_indisposed(boottime(), indisposed && self.cluster.phase() == Phase::Secondary);
+        self.cluster.set_unfit_now(boottime(), unfit_now && self.cluster.phase() == Phase::Secondary);
     }
 
     /// The database fences itself when this host's files fail after a majority has a transaction: it must be replayed.
     fn watch_database(&mut self) {
         if self.lane.open.is_fenced() {
             error!("the database has fenced itself after a failure of its files on this host");
-            self.cluster.set_unfit(boottime(), boottime() + UNFIT);
+            self.cluster.set_unfit_until(boottime(), boottime() + UNFIT);
             self.cluster.give_up(boottime(), Cause::DatabaseFailed);
         }
     }
@@ -464,7 +464,7 @@ impl Driver {
             DatabaseEvent::Failed { epoch, why } => {
                 error!(reason = why, epoch, "the database cannot be used for writing");
                 self.publisher.warn(Warning::Database, Some(why));
-                self.cluster.set_unfit(now, now + UNFIT);
+                self.cluster.set_unfit_until(now, now + UNFIT);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
             DatabaseEvent::Diverged { why } => {
@@ -472,7 +472,7 @@ impl Driver {
                 metrics::counter!(telemetry::CHECKSUM_FAILURES).increment(1);
                 telemetry::note_now(telemetry::DAMAGE_FOUND);
                 self.mark_diverged(why);
-                self.cluster.set_unfit(now, u64::MAX);
+                self.cluster.set_unfit_until(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
             DatabaseEvent::Rotten { why } => self.database_rots(why),

@@ -62,7 +62,7 @@ impl World {
     /// A node has much to replay, for so many nanoseconds from now on.
     pub fn fall_behind(&mut self, at: usize, lasts: u64) {
         let now = self.nodes[at].clock(self.time);
-        self.nodes[at].cluster.as_mut().expect("it runs").set_unfit(now, now + lasts);
+        self.nodes[at].cluster.as_mut().expect("it runs").set_unfit_until(now, now + lasts);
         self.drive(at);
     }
 }

@@ -137,7 +137,7 @@ impl World {
         node.cluster = Some(cluster.expect("the log can be read"));
         let cluster = node.cluster.as_mut().expect("it was just made");
         if node.unfit {
-            cluster.set_unfit(now, u64::MAX);
+            cluster.set_unfit_until(now, u64::MAX);
         }
         cluster.set_paused(now, node.membership.0.roster.pause.as_ref().map_or(0, |pause| pause.until));
         let life = node.life;
@@ -494,7 +494,7 @@ impl World {
                 cluster.demoted(now);
             }
             Event::CannotOpen { life: of } if of == life => {
-                cluster.set_unfit(now, u64::MAX);
+                cluster.set_unfit_until(now, u64::MAX);
                 cluster.give_up(now, Cause::DatabaseFailed);
             }
             Event::PortsOpen { life: of, epoch } if of == life => {

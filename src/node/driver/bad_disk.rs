@@ -104,7 +104,7 @@ impl Driver {
         self.host.disk.given_up = Some(Instant::now());
         warn!(to, hangs, "the disk of this PRIMARY is in trouble: the role goes to a member whose disk works");
         let unfit = if hangs { AFTER_HANG } else { AFTER_FAILURE };
-        self.cluster.set_unfit(now, now + unfit.as_nanos() as u64);
+        self.cluster.set_unfit_until(now, now + unfit.as_nanos() as u64);
         if hangs {
             self.cluster.give_up(now, Cause::DiskFailed);
         } else {

@@ -160,7 +160,7 @@ impl Driver {
         if self.in_force.removed.is_none() {
             error!(reason = why, "this node is REMOVED");
             self.publisher.removed(why.clone());
-            self.cluster.set_unfit(boottime(), u64::MAX);
+            self.cluster.set_unfit_until(boottime(), u64::MAX);
             self.in_force.removed = Some(why);
         }
     }

@@ -52,7 +52,7 @@ impl Driver {
         self.publisher.warn(Warning::Scrub, None);
         self.mark_diverged(why);
         let now = boottime();
-        self.cluster.set_unfit(now, u64::MAX);
+        self.cluster.set_unfit_until(now, u64::MAX);
         self.cluster.hand_over(now, Some(to));
     }
 }

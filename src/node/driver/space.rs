@@ -206,7 +206,7 @@ impl Driver {
         self.host.space.given_up = Some(now);
         warn!(to, "the disk of the primary is full: the role goes to a member with space");
         let now = boottime();
-        self.cluster.set_unfit(now, now + PAUSE.as_nanos() as u64 / 6);
+        self.cluster.set_unfit_until(now, now + PAUSE.as_nanos() as u64 / 6);
         self.cluster.hand_over(now, Some(to));
     }
 
