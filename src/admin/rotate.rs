@@ -7,7 +7,7 @@ use tracing::info;
 
 use super::{AdminError, Operations};
 use crate::{
-    cluster::{Change, shared::authority::Coming, trust::KeyId},
+    cluster::{Change, shared::authority::IncomingAuthority, trust::KeyId},
     pki::{Authority, ClusterKeys, PkiError},
 };
 
@@ -43,10 +43,10 @@ impl Operations {
         let membership = self.membership();
         super::invitation::authority(&membership)?;
         let Some(sealed) = &membership.shared.authority else { return Ok(()) };
-        let make = || -> Result<Coming, PkiError> {
+        let make = || -> Result<IncomingAuthority, PkiError> {
             let keys = ClusterKeys::load(&self.config.certificates)?;
             let authority = Authority::create(membership.cluster)?.seal(keys.for_authority(sealed)?)?;
-            Ok(Coming { authority, overlap: overlap.as_secs() })
+            Ok(IncomingAuthority { authority, overlap: overlap.as_secs() })
         };
         let coming = make().map_err(|error| AdminError::Refused(error.to_string()))?;
         let key = coming.authority.key.map(|KeyId(id)| format!("{id:032x}"));

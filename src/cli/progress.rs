@@ -70,7 +70,7 @@ fn renewal(status: &Status) -> Option<String> {
 mod tests {
     use super::*;
     use crate::{
-        cluster::{shared::authority::Rekey, trust::KeyId},
+        cluster::{shared::authority::KeyExchange, trust::KeyId},
         node::verdict::tests::healthy,
     };
 
@@ -97,9 +97,9 @@ mod tests {
     #[test]
     fn a_new_key_is_counted_member_by_member() {
         let mut status = healthy();
-        status.membership.shared.rekey = Some(Rekey { next: None });
+        status.membership.shared.rekey = Some(KeyExchange { next: None });
         assert!(lines(&status)[0].contains("makes a new one"));
-        status.membership.shared.rekey = Some(Rekey { next: Some(KeyId(7)) });
+        status.membership.shared.rekey = Some(KeyExchange { next: Some(KeyId(7)) });
         status.members[1].holds.key = KeyId(7);
         assert!(lines(&status)[0].contains("1 of 3 members have the new one"));
     }

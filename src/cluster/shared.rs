@@ -8,7 +8,7 @@ pub mod webhook;
 use serde::{Deserialize, Serialize};
 
 use self::{
-    authority::{Coming, MAX_AUTHORITIES, Rekey, Retired, SealedAuthority},
+    authority::{IncomingAuthority, KeyExchange, MAX_AUTHORITIES, RetiredAuthority, SealedAuthority},
     console_certificate::{CustomCertificate, MAX_ADDED_ENCODED, MAX_CUSTOM},
     webhook::{MAX_WEBHOOK, MAX_WEBHOOKS, Webhook},
 };
@@ -59,11 +59,11 @@ pub struct Shared {
     pub level_version: String,
     /// See [`authority`], these three.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rekey: Option<Rekey>,
+    pub rekey: Option<KeyExchange>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub coming: Option<Coming>,
+    pub coming: Option<IncomingAuthority>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retired: Option<Retired>,
+    pub retired: Option<RetiredAuthority>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub webhooks: Vec<Webhook>,
 }

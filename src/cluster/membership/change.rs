@@ -10,7 +10,7 @@ use crate::cluster::{
     roster::{MAX_ROSTER, NodeId, Pause},
     shared::{
         Invitation, MAX_SHARED, Request,
-        authority::{Coming, SealedAuthority},
+        authority::{IncomingAuthority, SealedAuthority},
         console_certificate::{CustomCertificate, sound_names},
         webhook::{Webhook, check_webhooks},
     },
@@ -57,7 +57,7 @@ pub enum Change {
     /// to the Consoles, if there is one.
     Reseal { authority: SealedAuthority, certificate: Option<CustomCertificate> },
     /// All members are to trust this authority, too.
-    IntroduceAuthority { coming: Coming },
+    IntroduceAuthority { coming: IncomingAuthority },
     /// All members trust it: it signs from now on; `at` in seconds since 1970.
     SwitchAuthority { at: u64 },
     /// All members show certificates of the authority that signs: the old one is not trusted any more.

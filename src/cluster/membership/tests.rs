@@ -7,7 +7,7 @@ use crate::cluster::{
     roster::{MAX_ROSTER, MOST, Pause, SizePolicy},
     shared::{
         Invitation, MAX_CSR, MAX_OPEN, MAX_SHARED, Request,
-        authority::{Coming, SealedAuthority},
+        authority::{IncomingAuthority, SealedAuthority},
         console_certificate::{CustomCertificate, MAX_CHAIN, MAX_SEALED},
         console_names_that_fit,
         webhook::Webhook,
@@ -74,7 +74,7 @@ fn a_host_may_join_while_an_authority_is_introduced_and_is_waited_for() {
     };
     let mut alone = one();
     alone.shared.authority = Some(authority("old"));
-    let coming = Coming { authority: authority("new"), overlap: 60 };
+    let coming = IncomingAuthority { authority: authority("new"), overlap: 60 };
     let both = change(&ask(&alone, 2), Change::IntroduceAuthority { coming }).unwrap();
     assert_eq!(both.public().shared.coming.unwrap().authority.sealed_key, "");
     let switch = |membership: &Membership, at| change(membership, Change::SwitchAuthority { at });
@@ -304,7 +304,7 @@ fn with_all_at_its_limit(size: SizePolicy) -> Membership {
         Change::ConsoleNames { names: names.collect() },
         Change::CustomCertificate { certificate: Some(custom) },
         Change::Notify { webhooks: (0..3).map(webhook).collect() },
-        Change::IntroduceAuthority { coming: Coming { authority: authority(0), overlap: u64::MAX } },
+        Change::IntroduceAuthority { coming: IncomingAuthority { authority: authority(0), overlap: u64::MAX } },
     ];
     let membership = changes.into_iter().fold(membership, |membership, next| change(&membership, next).unwrap());
     (0..MAX_OPEN as u64).fold(membership, |membership, n| {

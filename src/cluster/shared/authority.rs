@@ -5,7 +5,7 @@
 //! Both go on under whoever is primary, from what the membership says: a primary that dies in the middle leaves a state from
 //! which the next one goes on.
 //!
-//! *Cluster key*: wanted ([`Rekey`] without an id, after each removal) -> announced (the primary has made one and keeps it; the
+//! *Cluster key*: wanted ([`KeyExchange`] without an id, after each removal) -> announced (the primary has made one and keeps it; the
 //! others fetch it) -> all members have it on disk: one change seals anew what was sealed with the old one
 //! ([`Change::Reseal`](crate::cluster::Change)): the authority, and the certificate that the Consoles were given. Until then everybody keeps the old key, too.
 //! A certificate that cannot be unsealed stays as it is ([`Shared::certificate_is_stranded`]).
@@ -42,7 +42,7 @@ pub struct SealedAuthority {
 
 /// The cluster key is to be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rekey {
+pub struct KeyExchange {
     /// The key that takes its place; none until a primary has made one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<KeyId>,
@@ -50,7 +50,7 @@ pub struct Rekey {
 
 /// An authority that does not sign yet and is trusted already.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Coming {
+pub struct IncomingAuthority {
     pub authority: SealedAuthority,
     /// How long it is trusted at least before it signs, in seconds: Defenders, load balancers and browsers need its
     /// certificate by then.
@@ -59,7 +59,7 @@ pub struct Coming {
 
 /// An authority that does not sign any more and is still trusted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Retired {
+pub struct RetiredAuthority {
     /// Its certificate, PEM.
     pub certificate: String,
     /// When the new one began to sign, in seconds since 1970; until all members show its certificates, both are trusted.
@@ -98,7 +98,7 @@ impl Shared {
         match self.rekey {
             Some(_) => Err(refuse("the cluster key is being replaced already")),
             None => {
-                self.rekey = Some(Rekey { next: None });
+                self.rekey = Some(KeyExchange { next: None });
                 Ok(())
             }
         }
@@ -109,7 +109,7 @@ impl Shared {
         if self.authority.is_some() && self.level >= 2 {
             // Its key is sealed with a key that the host has: a rotation that began with it in has to begin again.
             self.coming = None;
-            self.rekey = Some(Rekey { next: None });
+            self.rekey = Some(KeyExchange { next: None });
         }
     }
 
@@ -152,7 +152,7 @@ impl Shared {
         Ok(())
     }
 
-    pub(in crate::cluster) fn introduce_authority(&mut self, coming: &Coming) -> Result<(), Impossible> {
+    pub(in crate::cluster) fn introduce_authority(&mut self, coming: &IncomingAuthority) -> Result<(), Impossible> {
         self.signing()?;
         if self.rekey.is_some() {
             return Err(refuse("the cluster key is being replaced: wait until that is done"));
@@ -172,7 +172,7 @@ impl Shared {
         self.requests.clear();
         let coming = self.coming.take().ok_or_else(|| refuse("no certificate authority was introduced"))?;
         let before = self.authority.replace(coming.authority);
-        self.retired = before.map(|before| Retired { certificate: before.certificate, until: at });
+        self.retired = before.map(|before| RetiredAuthority { certificate: before.certificate, until: at });
         self.invitations.clear();
         Ok(())
     }
@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn after_a_removal_another_key_is_wanted_and_only_the_announced_one_seals() {
         let removed = change(&three(), Change::Remove { node: 3, at: 9, force: false }).unwrap();
-        assert_eq!(removed.shared.rekey, Some(Rekey { next: None }));
+        assert_eq!(removed.shared.rekey, Some(KeyExchange { next: None }));
         let reseal = |membership: &Membership, key| change(membership, sealed_anew("old", key, None));
         assert!(reseal(&removed, None).unwrap_err().contains("announced"));
         let announced = change(&removed, Change::AnnounceKey { id: KeyId(5) }).unwrap();
@@ -234,7 +234,7 @@ mod tests {
         assert!(change(&again, other).unwrap_err().contains("not the authority"));
         // The host that goes now may have the announced one.
         let less = change(&announced, Change::Remove { node: 2, at: 9, force: false }).unwrap();
-        assert_eq!(less.shared.rekey, Some(Rekey { next: None }));
+        assert_eq!(less.shared.rekey, Some(KeyExchange { next: None }));
         assert!(change(&three(), Change::AnnounceKey { id: KeyId(5) }).unwrap_err().contains("wanted"));
         assert!(change(&removed, Change::Rekey).unwrap_err().contains("already"));
     }
@@ -281,14 +281,14 @@ mod tests {
         let text = String::from_utf8(removed.encode()).unwrap();
         assert!(!text.contains("level") && !text.contains("rekey"), "an older program knows nothing of it: {text}");
         let raised = change(&removed, Change::Raise { level: 2, version: "2".to_owned() }).unwrap();
-        assert_eq!(raised.shared.rekey, Some(Rekey { next: None }), "made up for");
+        assert_eq!(raised.shared.rekey, Some(KeyExchange { next: None }), "made up for");
         let raised = change(&old, Change::Raise { level: 2, version: "2".to_owned() }).unwrap();
         assert_eq!(raised.shared.rekey, None, "nobody was removed");
     }
 
     #[test]
     fn an_authority_is_trusted_before_it_signs_and_after() {
-        let coming = Coming { authority: authority("new", Some(KeyId(1))), overlap: 60 };
+        let coming = IncomingAuthority { authority: authority("new", Some(KeyId(1))), overlap: 60 };
         let introduce = Change::IntroduceAuthority { coming };
         let both = change(&three(), introduce.clone()).unwrap();
         assert_eq!(both.shared.trust_bundle(), "old\nnew\n");
@@ -309,7 +309,10 @@ mod tests {
         assert!(change(&done, Change::DropAuthority).unwrap_err().contains("no old"));
         // Sealed with a key that the host has that goes.
         let gone = change(&both, Change::Remove { node: 3, at: 9, force: false }).unwrap();
-        assert_eq!((gone.shared.trust_bundle().as_str(), gone.shared.rekey), ("old\n", Some(Rekey { next: None })));
+        assert_eq!(
+            (gone.shared.trust_bundle().as_str(), gone.shared.rekey),
+            ("old\n", Some(KeyExchange { next: None }))
+        );
         assert!(change(&gone, introduce).unwrap_err().contains("key is being replaced"));
     }
 }
