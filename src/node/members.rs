@@ -10,7 +10,7 @@ use std::{
 use super::lease::boottime;
 use crate::{
     cluster::{Membership, NodeId, Role, level::FIRST_LEVEL},
-    peer::{Condition, More, NodeReport},
+    peer::{Condition, NodeReport, ReportExtension},
 };
 
 /// A member that was not heard of for this long is shown as DOWN, and nothing is left to it.
@@ -108,7 +108,7 @@ impl Members {
         self.heard(from);
         let Some(peer) = self.peers.get_mut(&from) else { return };
         // What is free changes all the time: the next picture has it.
-        let more = |report: &NodeReport| report.more.map(|more| More { free: None, memory: None, ..more });
+        let more = |report: &NodeReport| report.more.map(|more| ReportExtension { free: None, memory: None, ..more });
         let shown = |report: &NodeReport| (report.state, report.epoch, report.full, more(report));
         self.news |= peer.report.as_ref().map(shown) != Some(shown(&report));
         peer.has = peer.has.max(report.applied);
@@ -217,7 +217,7 @@ mod tests {
     fn the_common_level_is_that_of_the_oldest_program_and_needs_everybody() {
         let mut members = members();
         let says = |level| NodeReport {
-            more: Some(More { level, holds: Holdings::default(), free: None, disk: None, memory: None }),
+            more: Some(ReportExtension { level, holds: Holdings::default(), free: None, disk: None, memory: None }),
             ..report(5)
         };
         members.report(2, says(9));
@@ -240,8 +240,15 @@ mod tests {
         assert_eq!(members.secondary_with_space(), Some(3));
         members.report(3, NodeReport { full: true, ..report(900) });
         assert_eq!(members.secondary_with_space(), Some(2));
-        let more =
-            |disk| Some(More { level: 2, holds: Holdings::default(), free: Some(9), disk: Some(disk), memory: None });
+        let more = |disk| {
+            Some(ReportExtension {
+                level: 2,
+                holds: Holdings::default(),
+                free: Some(9),
+                disk: Some(disk),
+                memory: None,
+            })
+        };
         let mut tell = |state, disk| {
             members.report(2, NodeReport { state, more: more(disk), ..report(950) });
             members.secondary_with_space()

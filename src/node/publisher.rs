@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     cluster::{Cluster, Membership, NodeId, Phase, Role, role::Transition, trust::Holdings},
-    peer::{Condition, Links, More, NodeReport, Remembers},
+    peer::{Condition, Links, NodeReport, Remembers, ReportExtension},
     storage::raft_log::RaftLog,
 };
 
@@ -250,7 +250,7 @@ impl Publisher {
                 lease_ms: status.lease_ms,
                 full: own.full,
                 version: status.version.clone(),
-                more: Some(More {
+                more: Some(ReportExtension {
                     level: self.config.level,
                     holds: own.holds,
                     // What comes behind it comes with it.

@@ -27,7 +27,7 @@ use self::{
 pub use self::{
     greeting::{Hello, HelloReply, LeaseTerms, Purpose, Reached, Refusal, RefusalCode},
     raft_message::encode_raft,
-    report::{Condition, More, NodeReport, Remembers, encode_report},
+    report::{Condition, NodeReport, Remembers, ReportExtension, encode_report},
 };
 use crate::cluster::limits::MAX_ENCODED;
 

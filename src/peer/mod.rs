@@ -58,7 +58,7 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 pub use self::{
-    codec::{Condition, LeaseTerms, More, NodeReport, Purpose, Reached, Refusal, RefusalCode, Remembers},
+    codec::{Condition, LeaseTerms, NodeReport, Purpose, Reached, Refusal, RefusalCode, Remembers, ReportExtension},
     connect::{OpenError, open_stream},
     links::{LinkSender, Links, LinksConfig, PeerEvent},
     memory::Memory,

@@ -21,7 +21,8 @@ use twistlock_ha::{
         trust::{Holdings, KeyId},
     },
     peer::{
-        self, Condition, LeaseTerms, Links, LinksConfig, More, NodeReport, PeerEvent, Reached, Refusal, RefusalCode,
+        self, Condition, LeaseTerms, Links, LinksConfig, NodeReport, PeerEvent, Reached, Refusal, RefusalCode,
+        ReportExtension,
         codec::{Frame, Hello, HelloReply},
     },
     pki::Authority,
@@ -49,7 +50,7 @@ fn three_nodes_exchange_messages_and_reports() {
         lease_ms: Some(399),
         full: true,
         version: "1.2.3".to_owned(),
-        more: Some(More {
+        more: Some(ReportExtension {
             level: 7,
             holds: Holdings { key: KeyId(1), trusts: KeyId(2), shows: KeyId(3) },
             free: Some(4),

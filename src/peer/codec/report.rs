@@ -26,12 +26,12 @@ pub struct NodeReport {
     pub full: bool,
     pub version: String,
     /// None from a program of feature level 1, and for one.
-    pub more: Option<More>,
+    pub more: Option<ReportExtension>,
 }
 
 /// What reports say since feature level 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct More {
+pub struct ReportExtension {
     /// The feature level of the program.
     pub level: u32,
     /// Bytes that are free for its data; none from a program that does not tell, and from one that cannot.
@@ -78,7 +78,7 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
     writer.u64(report.lease_ms.unwrap_or_default());
     writer.0.push(u8::from(report.full));
     writer.bytes(report.version.as_bytes(), MAX_VERSION, "program version")?;
-    if let Some(More { level, holds, free, disk, memory }) = &report.more {
+    if let Some(ReportExtension { level, holds, free, disk, memory }) = &report.more {
         writer.u32(*level);
         for KeyId(id) in [holds.key, holds.trusts, holds.shows] {
             writer.0.extend_from_slice(&id.to_le_bytes());
@@ -110,14 +110,14 @@ pub(super) fn decode_report(reader: &mut Reader<'_>) -> Result<NodeReport, Codec
     Ok(NodeReport { state, epoch, applied, committed, lease_ms: has_lease.then_some(lease), full, version, more })
 }
 
-fn decode_more(reader: &mut Reader<'_>) -> Result<More, CodecError> {
+fn decode_more(reader: &mut Reader<'_>) -> Result<ReportExtension, CodecError> {
     let level = reader.u32()?;
     let mut id = || Ok(KeyId(reader.u128()?));
     let holds = Holdings { key: id()?, trusts: id()?, shows: id()? };
     let free = reader.optional(Reader::u64)?;
     let known = |code: u8| CONDITIONS.get(usize::from(code)).copied().ok_or(Malformed("unknown condition of a disk"));
     let disk = reader.optional(Reader::u8)?.map(known).transpose()?;
-    Ok(More { level, holds, free, disk, memory: reader.optional(decode_memory)? })
+    Ok(ReportExtension { level, holds, free, disk, memory: reader.optional(decode_memory)? })
 }
 
 fn decode_memory(reader: &mut Reader<'_>) -> Result<Remembers, CodecError> {

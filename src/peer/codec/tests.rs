@@ -130,7 +130,7 @@ fn report() -> impl Strategy<Value = NodeReport> {
         more.map(|(level, ids, free)| {
             let (free, disk) = free.map_or((None, None), |(free, disk)| (Some(free), disk));
             let (disk, memory) = disk.map_or((None, None), |(disk, memory)| (Some(disk), memory));
-            More { level, holds: holds(ids.map(KeyId)), free, disk, memory }
+            ReportExtension { level, holds: holds(ids.map(KeyId)), free, disk, memory }
         })
     });
     (0..ROLES.len(), any::<[u64; 3]>(), lease, any::<bool>(), ("[0-9.]{0,64}", more)).prop_map(
@@ -322,7 +322,7 @@ fn a_program_that_tells_no_free_space_is_understood_and_understands() {
         lease_ms: None,
         full: false,
         version: version.clone(),
-        more: Some(More { level: 2, holds: Holdings::default(), free, disk, memory: None }),
+        more: Some(ReportExtension { level: 2, holds: Holdings::default(), free, disk, memory: None }),
     };
     let sent = [of(None, None), of(Some(5 << 30), None), of(Some(5 << 30), Some(Condition::Slow))];
     let bytes = sent.each_ref().map(|report| encode_report(report).unwrap());
