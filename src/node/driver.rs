@@ -475,7 +475,7 @@ impl Driver {
                 self.cluster.set_unfit_until(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
-            DatabaseEvent::Rotten { why } => self.database_rots(why),
+            DatabaseEvent::Corrupt { why } => self.database_damaged(why),
             DatabaseEvent::Resting { resting, request } => self.resting(resting, request),
             DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
         }

@@ -188,7 +188,7 @@ pub(super) enum DatabaseEvent {
         why: String,
     },
     /// The file of a database that is open for writing is damaged.
-    Rotten {
+    Corrupt {
         why: String,
     },
     /// The database file rests for a snapshot, or cannot.

@@ -193,7 +193,7 @@ impl Dialler {
             match timeout(left, connect(&self.identity, address)).await {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     // The attempt beside this one may have come to the same verdict before.
-                    if self.sender.condemn(self.member.id) || !self.signal.borrow().alive {
+                    if self.sender.report_dead(self.member.id) || !self.signal.borrow().alive {
                         return true;
                     }
                 }
@@ -210,7 +210,7 @@ impl Dialler {
         let nobody_listens = |address| {
             // Only where the last link went: another address of the name may never have been the member's.
             if self.last == Some(address) {
-                self.sender.condemn(self.member.id);
+                self.sender.report_dead(self.member.id);
             }
         };
         let Opened { address, stream, datagrams } =

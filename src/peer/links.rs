@@ -163,7 +163,7 @@ impl LinkSender {
     }
 
     /// The peer's HA port refused a connection: reports its death if the rest of the evidence is there too.
-    pub(super) fn condemn(&self, peer: NodeId) -> bool {
+    pub(super) fn report_dead(&self, peer: NodeId) -> bool {
         let mut dead = false;
         self.change_signal(peer, |signal| {
             dead = signal.alive && !signal.up && !signal.inbound;

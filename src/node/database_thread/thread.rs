@@ -382,7 +382,7 @@ impl Thread {
                 note_now(DAMAGE_FOUND);
                 if self.epoch.is_some() {
                     // Whether another node can take over, the loop knows.
-                    self.report(DatabaseEvent::Rotten { why });
+                    self.report(DatabaseEvent::Corrupt { why });
                 } else {
                     self.mark_diverged(why);
                 }
