@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use crate::{
     cluster::{ClusterId, NodeId},
     storage::{
-        raft_log::{Held, RaftLog},
+        raft_log::{RaftLog, RetainedTail},
         tail::{self, Draft},
     },
     telemetry,
@@ -71,7 +71,7 @@ impl Rollback {
 
     /// The tail was never acknowledged, so safety does not depend on its file. Still it should not get lost: what is held stays
     /// readable in the raft log until it is copied, on a thread of its own, so that only a crash in the next moments can take it.
-    fn keep(&mut self, held: Held, epoch: u64) {
+    fn keep(&mut self, held: RetainedTail, epoch: u64) {
         let dropped = held.last() - held.first() + 1;
         metrics::counter!(telemetry::ROLLBACK_ENTRIES).increment(dropped);
         self.noted = Some(Instant::now() + NOTE);

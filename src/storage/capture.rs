@@ -2,7 +2,7 @@
 //! back that would commit it, and gives out its pages. Knows files and offsets. Must never know who is primary, nor what
 //! becomes of the pages.
 
-use super::wal::{FRAME_HEADER, Held, Step, Tracker, Violation, WAL_HEADER};
+use super::wal::{FRAME_HEADER, PendingCommit, Step, Tracker, Violation, WAL_HEADER};
 
 /// SQLite's result codes, as the real file gave them.
 pub(super) type Code = i32;
@@ -30,7 +30,7 @@ pub(super) struct Capture {
 
 /// A transaction that waits for its commit: its data is in the `-wal`, and means nothing before the header of its last frame.
 pub(super) struct Captured {
-    held: Held,
+    held: PendingCommit,
     /// The pages in ascending order, with the frames that hold them.
     pages: Vec<(u32, u32)>,
 }

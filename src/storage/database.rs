@@ -30,7 +30,7 @@ use super::{
     is_rot,
     replica::{Replica, is_full},
     scrub::page_checksums,
-    snapshot::Hold,
+    snapshot::CheckpointHold,
     vfs::{self, Checkpointer, SqliteError},
 };
 pub use super::{replica::ApplyError, vfs::VFS_NAME};
@@ -182,7 +182,7 @@ pub struct Database {
     /// A sync of the file failed: not even another start from the checkpoint helps, its pages may be lost.
     sync_failed: bool,
     /// Whoever reads the file while it rests at the last checkpoint.
-    hold: Option<Hold>,
+    hold: Option<CheckpointHold>,
     /// A checkpoint is being saved.
     saving: bool,
     /// Whether a checkpoint at this raft index may count, asked when the file has what belongs to it.

@@ -52,7 +52,7 @@ pub enum Step {
 
 /// The header of a committing frame that is kept back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct PendingCommit {
     /// The committing frame.
     pub frame: u32,
     /// Size of the database after the transaction, in pages.
@@ -69,7 +69,7 @@ pub struct Tracker {
     committed: u32,
     /// Page numbers of the frames after `committed`.
     frames: Vec<u32>,
-    held: Option<Held>,
+    held: Option<PendingCommit>,
     /// After the commit, while the write lock is still held: the first frame of the transaction.
     settled: Option<u32>,
 }
@@ -157,7 +157,7 @@ impl Tracker {
         }
         let mut header = [0; FRAME_HEADER];
         header.copy_from_slice(bytes);
-        self.held = Some(Held { frame, database_pages, header });
+        self.held = Some(PendingCommit { frame, database_pages, header });
         Ok(Step::Hold)
     }
 
@@ -174,7 +174,7 @@ impl Tracker {
     }
 
     /// The committing frame's header, between [`Step::Hold`] and the end of the transaction.
-    pub fn held(&self) -> Option<Held> {
+    pub fn held(&self) -> Option<PendingCommit> {
         self.held
     }
 

@@ -14,9 +14,9 @@
 
 pub mod disk;
 mod engine;
-mod held;
 pub mod record;
 mod recovery;
+mod retained;
 mod room;
 pub mod segment;
 #[cfg(test)]
@@ -43,7 +43,7 @@ use thiserror::Error;
 
 pub use self::{
     disk::{Disk, DiskFile, RealDisk},
-    held::Held,
+    retained::RetainedTail,
 };
 use self::{
     engine::{AHEAD, Cache, RESERVE, Shared, State, Writer, plain},

@@ -234,11 +234,11 @@ impl Manifest {
     }
 }
 
-/// Keeps checkpoints away from a database file that is being read, until it is dropped or [broken](Hold::break_off).
+/// Keeps checkpoints away from a database file that is being read, until it is dropped or [broken](CheckpointHold::break_off).
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Hold(Arc<AtomicBool>);
+pub(crate) struct CheckpointHold(Arc<AtomicBool>);
 
-impl Hold {
+impl CheckpointHold {
     /// From now on the file may change: whatever was read before this is good, and nothing after it.
     pub fn break_off(&self) {
         self.0.store(true, Ordering::SeqCst);
@@ -260,11 +260,11 @@ pub struct Resting {
     // Never a duplicate: closing any descriptor of the file would drop SQLite's locks on it (POSIX).
     file: Arc<File>,
     record: Record,
-    hold: Hold,
+    hold: CheckpointHold,
 }
 
 impl Resting {
-    pub(super) fn new(file: Arc<File>, record: Record, hold: Hold) -> Self {
+    pub(super) fn new(file: Arc<File>, record: Record, hold: CheckpointHold) -> Self {
         Self { file, record, hold }
     }
 
@@ -316,12 +316,12 @@ pub(crate) mod tests {
     use crate::cluster::{ClusterId, Member};
 
     /// A database of `pages` pages of 512 bytes, the same for the same seed, at a raft index.
-    pub fn resting(seed: u8, pages: u32, index: u64) -> (Resting, Hold, Vec<u8>) {
+    pub fn resting(seed: u8, pages: u32, index: u64) -> (Resting, CheckpointHold, Vec<u8>) {
         let file = tempfile::tempfile().unwrap();
         let image: Vec<u8> = (0..pages as usize * 512).map(|at| (at / 7) as u8 ^ seed).collect();
         file.write_all_at(&image, 0).unwrap();
         let checksum = chunk_checksum(0, 512, &image);
-        let (record, hold) = (Record { index, page_size: 512, pages, checksum }, Hold::default());
+        let (record, hold) = (Record { index, page_size: 512, pages, checksum }, CheckpointHold::default());
         (Resting::new(Arc::new(file), record, hold.clone()), hold, image)
     }
 

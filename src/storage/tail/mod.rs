@@ -21,7 +21,7 @@ use std::{
 
 use raft::eraftpb::{Entry, EntryType};
 
-use super::{durable_write, fsync_dir, make_private_dir, raft_log::Held};
+use super::{durable_write, fsync_dir, make_private_dir, raft_log::RetainedTail};
 use crate::{
     cluster::{ClusterId, NodeId},
     descriptors,
@@ -119,7 +119,7 @@ pub struct Kept {
 ///
 /// # Errors
 /// Those of the file system and of reading the entries; no file is left then.
-pub fn write(folder: &Path, cluster: ClusterId, node: NodeId, held: &Held) -> io::Result<Draft> {
+pub fn write(folder: &Path, cluster: ClusterId, node: NodeId, held: &RetainedTail) -> io::Result<Draft> {
     make_private_dir(folder)?;
     let header = Header { cluster, node, first: held.first(), last: held.last(), epoch: held.last_term() };
     let time = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%.3fZ");
@@ -137,7 +137,7 @@ pub fn write(folder: &Path, cluster: ClusterId, node: NodeId, held: &Held) -> io
 }
 
 impl Draft {
-    fn write_entries(&mut self, held: &Held) -> io::Result<()> {
+    fn write_entries(&mut self, held: &RetainedTail) -> io::Result<()> {
         let mut out = BufWriter::new(&self.file);
         out.write_all(&self.header.encode())?;
         let (mut size, mut bytes, mut full) = (HEADER as u64, Vec::new(), false);

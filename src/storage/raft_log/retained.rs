@@ -15,13 +15,13 @@ use super::{
 /// A run of consecutive entries at the end of the log, as it was when they were taken hold of. The log is only ever
 /// written at its end, so replacing them leaves their bytes where they are, and a file that somebody holds is not
 /// filled again: no byte has to be copied in time.
-pub struct Held {
+pub struct RetainedTail {
     log: RaftLog,
     first: u64,
     entries: Vec<(Slot, Arc<Segment>)>,
 }
 
-impl Held {
+impl RetainedTail {
     /// Index of the first entry.
     pub fn first(&self) -> u64 {
         self.first
@@ -61,7 +61,7 @@ impl Held {
 
 impl RaftLog {
     /// Takes hold of all entries from `first` on; none if there are none.
-    pub fn hold(&self, first: u64) -> Option<Held> {
+    pub fn hold(&self, first: u64) -> Option<RetainedTail> {
         let state = self.core.shared.read_state();
         let skip = usize::try_from(first.checked_sub(state.log.first)?).ok()?;
         let oldest = state.segments.front()?.sequence;
@@ -73,6 +73,6 @@ impl RaftLog {
             .map(|slot| (*slot, state.segments[(slot.at.sequence() - oldest) as usize].clone()))
             .collect();
         let log = self.clone();
-        (!entries.is_empty()).then_some(Held { log, first, entries })
+        (!entries.is_empty()).then_some(RetainedTail { log, first, entries })
     }
 }
