@@ -376,7 +376,7 @@ impl Parts {
         tasks.spawn(
             "snapshot for this node",
             Need::Finite,
-            snapshot::restore(self.handle.clone(), peers.clone(), data),
+            snapshot::refetch(self.handle.clone(), peers.clone(), data),
         );
         tasks.spawn("cluster keys for members", Need::Steady, rotation::serve(folder.clone(), key_calls));
         let parts = rotation::Parts {

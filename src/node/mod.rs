@@ -131,7 +131,7 @@ impl Handle {
 
     /// The member that can give this node the whole database, while it needs that: its raft log is too far behind those of
     /// the others, or its copy is not to be trusted.
-    pub fn restore_wanted(&self) -> watch::Receiver<Option<NodeId>> {
+    pub fn refetch_from(&self) -> watch::Receiver<Option<NodeId>> {
         self.views.refetch_from.clone()
     }
 

@@ -5,7 +5,7 @@
 
 mod fetch;
 mod frame;
-mod restore;
+mod refetch;
 mod serve;
 #[cfg(test)]
 mod tests;
@@ -13,7 +13,7 @@ mod tests;
 use std::time::Duration;
 
 pub use fetch::{FetchError, fetch};
-pub use restore::restore;
+pub use refetch::refetch;
 pub use serve::serve;
 
 pub use crate::storage::snapshot::Manifest;

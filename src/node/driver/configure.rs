@@ -169,7 +169,7 @@ impl Driver {
     pub(super) fn wants_snapshot(&mut self, message: &Message) {
         let (from, index) = (message.from, message.get_snapshot().get_metadata().index);
         self.refetch.lacks = index;
-        if self.want_restore(from) {
+        if self.want_refetch(from) {
             warn!(
                 from,
                 index, "this node lacks entries that the raft log does not have any more: it fetches the database"
@@ -181,13 +181,13 @@ impl Driver {
     pub(super) fn restore_if_needed(&mut self) {
         if self.cluster.has_forgotten() {
             if let Some(primary) = self.members.reported_primary() {
-                self.want_restore(primary);
+                self.want_refetch(primary);
             }
         } else if self.refetch.diverged {
             // A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
             let primary = self.cluster.leader().and_then(|leader| self.members.primary(leader, self.cluster.epoch()));
             if let Some(primary) = primary {
-                self.want_restore(primary);
+                self.want_refetch(primary);
             }
         } else if self.cluster.committed() >= self.refetch.lacks {
             self.refetch.from.send_if_modified(|wanted| wanted.take().is_some());
@@ -195,7 +195,7 @@ impl Driver {
     }
 
     /// Asks for the database of `from`. True if that is news.
-    pub(super) fn want_restore(&mut self, from: NodeId) -> bool {
+    pub(super) fn want_refetch(&mut self, from: NodeId) -> bool {
         let wanted = Some(from).filter(|from| *from != self.config.node);
         wanted.is_some() && self.refetch.from.send_if_modified(|now| std::mem::replace(now, wanted) != wanted)
     }

@@ -22,9 +22,9 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 
 /// Waits until this node needs the whole database, fetches it, and asks for a restart, which installs it. `data` is the
 /// data folder.
-pub async fn restore(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf) {
+pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf) {
     let me = identity.me;
-    let mut wanted = handle.restore_wanted();
+    let mut wanted = handle.refetch_from();
     let mut pause = PAUSE.0;
     loop {
         // An error means that the node has ended.
