@@ -372,7 +372,7 @@ fn weight(about: Warning) -> (Kind, Severity, Scope) {
         | Warning::Mended
         | Warning::Ports
         | Warning::Rotation
-        | Warning::Twins => (Kind::Warning, Severity::Warning, Scope::Node),
+        | Warning::DuplicateIdentity => (Kind::Warning, Severity::Warning, Scope::Node),
     }
 }
 

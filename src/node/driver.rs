@@ -357,8 +357,8 @@ impl Driver {
             PeerEvent::Removed { by, reason } => self.told_removed(format!("node {by} says: {reason}")),
             PeerEvent::Forgot { reason, .. } => self.told_forgot(&reason),
             PeerEvent::Outdated { by, reason } => self.told_outdated(format!("node {by} says: {reason}")),
-            PeerEvent::Twins { peer, gone } => self.publisher.warn(
-                Warning::Twins,
+            PeerEvent::DuplicateIdentity { peer, gone } => self.publisher.warn(
+                Warning::DuplicateIdentity,
                 (!gone).then(|| {
                     format!(
                         "two processes use the identity of node {peer}: was its data folder copied? Stop one of them"

@@ -39,7 +39,7 @@ pub enum Warning {
     /// The whole database cannot be fetched.
     Snapshot,
     /// Two processes use one identity.
-    Twins,
+    DuplicateIdentity,
 }
 
 impl Warning {
@@ -63,7 +63,7 @@ impl Warning {
             Self::Rotation => "rotation",
             Self::Scrub => "scrub",
             Self::Snapshot => "snapshot",
-            Self::Twins => "twins",
+            Self::DuplicateIdentity => "twins",
         }
     }
 }

@@ -16,11 +16,11 @@ use tracing::{debug, info, warn};
 use super::{
     PeerIdentity, StreamCall,
     codec::{CodecError, Frame, Hello, HelloReply, PROTOCOL_VERSION, Purpose, Reached, Refusal, RefusalCode},
+    duplicates::Duplicates,
     hello::{Complaints, HANDSHAKE, Subject, certified, explain, read_frame, shortened, tune, write_frame},
     link::Established,
     links::{Handover, LinkSender},
     memory::Caller,
-    twins::Twins,
 };
 use crate::{
     clients::places::{Acquaintances, Places, Room, Visit},
@@ -46,7 +46,7 @@ pub(super) async fn run(
     sender: LinkSender,
     complaints: Arc<Complaints>,
 ) {
-    let twins = Arc::new(Twins::default());
+    let duplicates = Arc::new(Duplicates::default());
     let members = Acquaintances::new();
     let mut handshakes = JoinSet::new();
     handshakes.spawn(know_members(identity.clone(), members.clone()));
@@ -59,8 +59,8 @@ pub(super) async fn run(
             Ok((stream, from)) => {
                 let Some(place) = places.enter(from.ip()).await else { continue };
                 let (identity, sender) = (identity.clone(), sender.clone());
-                let (complaints, twins) = (complaints.clone(), twins.clone());
-                let call = Call { identity, sender, complaints, twins, from, visit: place.visit() };
+                let (complaints, duplicates) = (complaints.clone(), duplicates.clone());
+                let call = Call { identity, sender, complaints, duplicates, from, visit: place.visit() };
                 handshakes.spawn(async move {
                     tokio::select! {
                         () = call.answer(stream) => {}
@@ -122,7 +122,7 @@ struct Call {
     identity: Arc<PeerIdentity>,
     sender: LinkSender,
     complaints: Arc<Complaints>,
-    twins: Arc<Twins>,
+    duplicates: Arc<Duplicates>,
     from: SocketAddr,
     visit: Visit,
 }
@@ -358,13 +358,13 @@ impl Call {
     fn check_link(&self, from: NodeId, caller: Caller) -> Result<Welcome, Refusal> {
         // The loop follows the membership, too, but it may not have got there yet.
         let signal = self.sender.signal(from).ok_or_else(|| not_yet(from))?;
-        if self.twins.calls(from, caller.life, signal.inbound) {
+        if self.duplicates.calls(from, caller.life, signal.inbound) {
             let reason = format!(
                 "two processes use the identity of node {from}, and the other one is linked: was its data folder \
                  copied? Stop one of the two"
             );
-            if !self.sender.hand_over(Handover::Twins(from)) {
-                debug!(peer = from, "the consensus loop is not told of the twins");
+            if !self.sender.hand_over(Handover::DuplicateIdentity(from)) {
+                debug!(peer = from, "the consensus loop is not told of the duplicate identity");
             }
             return Err(Refusal::other(reason));
         }

@@ -38,7 +38,7 @@ const INBOX: usize = 64;
 /// How long a planned stop waits for sockets to take what is queued.
 const FAREWELL: Duration = Duration::from_millis(100);
 /// How long two processes with one identity are held against a peer after they were seen.
-const TWINS_FOR: Duration = Duration::from_secs(5);
+const DUPLICATES_FOR: Duration = Duration::from_secs(5);
 
 /// Settings of [`Links`].
 #[derive(Clone, Debug)]
@@ -85,7 +85,7 @@ pub enum PeerEvent {
     /// A member says that this node lost some of its durable memory; once per reason that it gives.
     Forgot { by: NodeId, reason: String },
     /// Two processes use the identity of this peer; `gone`: they have not been seen both for a while.
-    Twins { peer: NodeId, gone: bool },
+    DuplicateIdentity { peer: NodeId, gone: bool },
 }
 
 /// What the two halves know about a peer's links: written by the loop's thread and the dialler, watched by the dialler.
@@ -108,7 +108,7 @@ pub(super) enum Handover {
     Removed { by: NodeId, reason: String },
     Outdated { by: NodeId, reason: String },
     Forgot { by: NodeId, reason: String },
-    Twins(NodeId),
+    DuplicateIdentity(NodeId),
 }
 
 /// The peers that the loop knows. A peer's sender ends with its place here, and so do those who wait for its signal.
@@ -201,7 +201,7 @@ pub struct Links {
     /// The slot of the next new peer.
     next_slot: usize,
     /// Peers that two processes claim to be, with when that was last seen.
-    twins: Vec<(NodeId, Instant)>,
+    duplicates: Vec<(NodeId, Instant)>,
     scratch: Box<[u8]>,
 }
 
@@ -219,8 +219,8 @@ impl Links {
         let (ready, scratch) = (Events::with_capacity(64), vec![0; SCRATCH].into_boxed_slice());
         let sender = LinkSender(shared.clone());
         let first = config.peers.clone();
-        let (peers, twins, udp) = (Vec::new(), Vec::new(), Udp::new());
-        let mut links = Self { config, poll, ready, inbox, shared, peers, udp, next_slot: 0, twins, scratch };
+        let (peers, duplicates, udp) = (Vec::new(), Vec::new(), Udp::new());
+        let mut links = Self { config, poll, ready, inbox, shared, peers, udp, next_slot: 0, duplicates, scratch };
         links.set_peers(&first);
         Ok((links, sender))
     }
@@ -292,8 +292,8 @@ impl Links {
         for peer in &mut self.peers {
             peer.step(me, &mut self.scratch, &self.shared, self.poll.registry(), events, &mut self.udp);
         }
-        for (peer, _) in self.twins.extract_if(.., |(_, seen)| seen.elapsed() > TWINS_FOR) {
-            events.push(PeerEvent::Twins { peer, gone: true });
+        for (peer, _) in self.duplicates.extract_if(.., |(_, seen)| seen.elapsed() > DUPLICATES_FOR) {
+            events.push(PeerEvent::DuplicateIdentity { peer, gone: true });
         }
         Ok(())
     }
@@ -377,7 +377,10 @@ impl Links {
             item => item,
         };
         let id = match &item {
-            Handover::Outbound(id, _) | Handover::Inbound(id, ..) | Handover::Dead(id) | Handover::Twins(id) => *id,
+            Handover::Outbound(id, _)
+            | Handover::Inbound(id, ..)
+            | Handover::Dead(id)
+            | Handover::DuplicateIdentity(id) => *id,
             Handover::Removed { by, .. } | Handover::Outdated { by, .. } | Handover::Forgot { by, .. } => *by,
         };
         let registry = self.poll.registry();
@@ -388,12 +391,12 @@ impl Links {
             Handover::Removed { by, reason } => events.push(PeerEvent::Removed { by, reason }),
             Handover::Outdated { by, reason } => events.push(PeerEvent::Outdated { by, reason }),
             Handover::Forgot { .. } => {}
-            Handover::Twins(peer) => match self.twins.iter_mut().find(|(known, _)| *known == peer) {
+            Handover::DuplicateIdentity(peer) => match self.duplicates.iter_mut().find(|(known, _)| *known == peer) {
                 Some((_, seen)) => *seen = Instant::now(),
                 None => {
                     error!(peer, "two processes use the identity of this node: stop one of the two");
-                    self.twins.push((peer, Instant::now()));
-                    events.push(PeerEvent::Twins { peer, gone: false });
+                    self.duplicates.push((peer, Instant::now()));
+                    events.push(PeerEvent::DuplicateIdentity { peer, gone: false });
                 }
             },
             // A link that came up since the verdict belongs to a new process.

@@ -34,12 +34,12 @@ pub mod codec;
 mod connect;
 mod datagram;
 mod dial;
+mod duplicates;
 mod hello;
 mod link;
 mod links;
 mod memory;
 mod roster;
-mod twins;
 mod udp;
 
 use std::{

@@ -245,7 +245,7 @@ fn a_data_folder_that_lives_twice() {
     let (primary, writer) = (site.primary(), Writer::start(&site, &[&copy]));
     let epoch = site.host(primary).status().unwrap().epoch;
     copy.start();
-    wait_until("the twins are seen", || {
+    wait_until("the duplicate identity is seen", || {
         let warnings = |index| site.host(index).status().map(|status| status.warnings).unwrap_or_default();
         [0, 1].into_iter().flat_map(warnings).any(|warning| warning.contains("two processes use the identity of node"))
     });

@@ -321,11 +321,11 @@ fn two_processes_with_one_identity_are_noticed_and_the_second_is_refused() {
             HelloReply::Accepted { .. } => panic!("the true one was robbed"),
         }
     }
-    nodes[0].wait("alarm", |event| matches!(event, PeerEvent::Twins { peer: 2, gone: false }));
+    nodes[0].wait("alarm", |event| matches!(event, PeerEvent::DuplicateIdentity { peer: 2, gone: false }));
     nodes[0].log.wait_for(&["ERROR", "two processes use the identity of this node"], 1);
     nodes[1].order(Do::Send(vec![message(MessageType::MsgHeartbeat, 2, 1, 5)]));
     nodes[0].wait("heartbeat", |event| matches!(event, PeerEvent::Raft(message) if message.index == 5));
-    nodes[0].wait("end of the alarm", |event| matches!(event, PeerEvent::Twins { peer: 2, gone: true }));
+    nodes[0].wait("end of the alarm", |event| matches!(event, PeerEvent::DuplicateIdentity { peer: 2, gone: true }));
     assert!(start.elapsed() > Duration::from_secs(4));
     assert_eq!(nodes[0].log.count(&["ERROR"]), 1);
     nodes.iter_mut().for_each(|node| node.end(Do::Stop));

@@ -18,7 +18,7 @@ const WINDOW: Duration = Duration::from_secs(60);
 
 /// The processes that called as each node. Bounded by the number of members that ever called.
 #[derive(Default)]
-pub(super) struct Twins(Mutex<BTreeMap<NodeId, Processes>>);
+pub(super) struct Duplicates(Mutex<BTreeMap<NodeId, Processes>>);
 
 #[derive(Default)]
 struct Processes {
@@ -30,7 +30,7 @@ struct Processes {
     returns: VecDeque<Instant>,
 }
 
-impl Twins {
+impl Duplicates {
     /// A process calls as `node`. True if another one with the same identity lives, too, and the call must not be
     /// answered because that one is `linked`.
     pub fn calls(&self, node: NodeId, incarnation: u64, linked: bool) -> bool {
@@ -70,32 +70,33 @@ mod tests {
 
     #[test]
     fn restarts_are_no_twins() {
-        let twins = Twins::default();
+        let duplicates = Duplicates::default();
         for incarnation in 0..100 {
-            assert!(!twins.calls(1, incarnation, true) && !twins.calls(1, incarnation, true));
+            assert!(!duplicates.calls(1, incarnation, true) && !duplicates.calls(1, incarnation, true));
         }
-        assert_eq!(twins.0.lock().unwrap()[&1].earlier.len(), EARLIER);
+        assert_eq!(duplicates.0.lock().unwrap()[&1].earlier.len(), EARLIER);
     }
 
     #[test]
     fn who_comes_back_twice_is_refused_while_the_other_is_linked() {
-        let (twins, now) = (Twins::default(), Instant::now());
-        let calls =
-            |seconds, incarnation, linked| twins.calls_at(now + Duration::from_secs(seconds), 1, incarnation, linked);
+        let (duplicates, now) = (Duplicates::default(), Instant::now());
+        let calls = |seconds, incarnation, linked| {
+            duplicates.calls_at(now + Duration::from_secs(seconds), 1, incarnation, linked)
+        };
         assert!(!calls(0, 10, true) && !calls(1, 20, true), "a restart");
         assert!(!calls(2, 10, true), "the first return may be a late call");
         assert!(calls(3, 20, true) && calls(4, 20, true));
         assert!(!calls(5, 10, true), "the one that is linked may call again");
         assert!(!calls(6, 30, true), "and may be restarted");
         assert!(!calls(7, 20, false), "when it is gone, the other one is answered");
-        assert!(!twins.calls(2, 20, true), "another node is another matter");
+        assert!(!duplicates.calls(2, 20, true), "another node is another matter");
     }
 
     #[test]
     fn returns_that_are_far_apart_are_forgiven() {
-        let (twins, now) = (Twins::default(), Instant::now());
+        let (duplicates, now) = (Duplicates::default(), Instant::now());
         for (round, incarnation) in (0..20).zip([10, 20].into_iter().cycle()) {
-            assert!(!twins.calls_at(now + WINDOW * round, 1, incarnation, true), "{round}");
+            assert!(!duplicates.calls_at(now + WINDOW * round, 1, incarnation, true), "{round}");
         }
     }
 }
