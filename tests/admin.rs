@@ -25,8 +25,8 @@ use twistlock_ha::{
     pki::{self, CONSOLE_CERTIFICATE, CONSOLE_KEY, NODE_CERTIFICATE, NODE_KEY, NodeTls},
     storage::{
         DataDir,
-        configuration::Configuration,
         database::Database,
+        membership::StoredMembership,
         raft_log::{Options, RaftLog, RealDisk},
         transaction::CONSOLE_DATABASE,
     },
@@ -120,7 +120,7 @@ impl Founder {
         let database = Database::open(&database, CONSOLE_DATABASE, log.last_index()).unwrap();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, Vec::new())).unwrap();
         let node_config = NodeConfig {
-            configuration: Configuration { index: 1, membership: identity.membership.clone() },
+            configuration: StoredMembership { index: 1, membership: identity.membership.clone() },
             data: data.path().to_owned(),
             node: identity.node,
             name: identity.name.clone(),

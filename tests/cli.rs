@@ -20,7 +20,7 @@ use twistlock_ha::{
     events::{Event, Kind, Severity},
     node::{CertificateSource, CertificateStatus, MemberStatus, Status},
     pki::CertificateInfo,
-    storage::configuration::Configuration,
+    storage::membership::StoredMembership,
 };
 
 #[test]
@@ -423,7 +423,7 @@ fn a_password_is_asked_for_and_not_shown() {
 fn left(ended: bool) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let membership = picture([Role::Secondary; 3]).membership;
-    Configuration { index: 9, membership }.write(folder.path()).unwrap();
+    StoredMembership { index: 9, membership }.write(folder.path()).unwrap();
     let event = |ago: i64, kind, sentence: &str, (name, value): (&str, &str)| {
         let mut event = Event::new(kind, Severity::Info, sentence).field(name, value);
         event.time -= jiff::SignedDuration::from_secs(ago);

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     cluster::{Membership, Role},
     events::{self, Event, Kind, MAX_PAGE, Wanted},
-    storage::configuration::Configuration,
+    storage::membership::StoredMembership,
 };
 
 /// Folders of the data folder whose files a running node writes.
@@ -46,7 +46,7 @@ pub(super) struct Past {
 impl Past {
     /// Reads the files; none if there are none that can be read.
     pub(super) fn read(data: &Path) -> Option<Self> {
-        let membership = Configuration::read(data).ok().flatten().map(|found| found.membership);
+        let membership = StoredMembership::read(data).ok().flatten().map(|found| found.membership);
         let wanted = Wanted { limit: Some(MAX_PAGE), ..Wanted::default() };
         let events = events::read(data, &wanted).unwrap_or_default();
         if membership.is_none() && events.is_empty() {

@@ -14,8 +14,8 @@ use twistlock_ha::{
     storage::{
         DataDir, Identity,
         checkpoint::Record,
-        configuration::Configuration,
         make_private_dir,
+        membership::StoredMembership,
         memory::{self, Memory},
         raft_log::{LogError, MIN_SEGMENT, Options, RaftLog, RealDisk},
         snapshot::Ready,
@@ -36,7 +36,7 @@ pub(super) struct Mind {
 
 impl Mind {
     /// Follows the membership with which the node starts. What changed since the others were remembered is not known.
-    pub fn follow(&self, configuration: &Configuration) {
+    pub fn follow(&self, configuration: &StoredMembership) {
         if configuration.index > self.edition {
             self.others.clear();
         }
@@ -347,7 +347,7 @@ mod tests {
         for left_over in [false, true] {
             let folder = tempfile::tempdir().unwrap();
             let (config, data, identity) = member(folder.path());
-            Configuration { index: 1, membership: identity.membership.clone() }.write(folder.path()).unwrap();
+            StoredMembership { index: 1, membership: identity.membership.clone() }.write(folder.path()).unwrap();
             if left_over {
                 memory::permit_new_log(folder.path()).unwrap();
             }

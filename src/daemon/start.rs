@@ -16,7 +16,7 @@ use twistlock_ha::{
     peer::LeaseTerms,
     recover,
     storage::{
-        DataDir, Identity, configuration::Configuration, database::Database, raft_log::RaftLog, snapshot::Ready,
+        DataDir, Identity, database::Database, membership::StoredMembership, raft_log::RaftLog, snapshot::Ready,
         transaction::CONSOLE_DATABASE,
     },
 };
@@ -93,7 +93,7 @@ pub(super) fn promise(config: &Config) -> Duration {
 
 /// What the start found in the data folder, and made of it.
 pub(super) struct Found {
-    pub configuration: Configuration,
+    pub configuration: StoredMembership,
     pub log: RaftLog,
     pub database: Database,
     /// That another copy of the database was put in place.
@@ -145,7 +145,7 @@ pub(super) fn open_memory(
     let configuration = match (&scratch, known) {
         (None, _) => heal::membership(data.path(), identity, &log, &mut database, notes)?,
         (Some(_), Some(known)) => known,
-        (Some(_), None) => Configuration { index: 1, membership: identity.membership.clone() },
+        (Some(_), None) => StoredMembership { index: 1, membership: identity.membership.clone() },
     };
     mind.follow(&configuration);
     refuse_if_outdated(&configuration.membership)?;
@@ -166,7 +166,7 @@ pub(super) fn refuse_if_outdated(membership: &Membership) -> Result<()> {
 pub(super) fn node_config(
     config: &Config,
     identity: &Identity,
-    configuration: Configuration,
+    configuration: StoredMembership,
     quiet: Duration,
     lease: Lease,
     mind: Mind,

@@ -12,13 +12,13 @@ use crate::{
     pki::NodeTls,
     storage::{
         DataDir, DataDirError, IDENTITY_FORMAT, Identity,
-        configuration::{self, Configuration},
+        membership::{self, StoredMembership},
     },
 };
 
 const FILE: &str = "identity.json";
 /// What is there without an identity only if that was lost.
-const REMAINS: [&str; 3] = [configuration::FILE, "raft-log", "database"];
+const REMAINS: [&str; 3] = [membership::FILE, "raft-log", "database"];
 
 /// The identity of this data folder, made anew if it is damaged or gone; none if the folder is that of no member yet.
 ///
@@ -55,8 +55,9 @@ fn speaks_of_another(data: &Path, found: &Identity) -> bool {
 /// Whom the certificate names whose key is here, if the membership knows that member.
 fn proven(data: &Path) -> Option<((ClusterId, NodeId), Membership)> {
     let (cluster, node) = NodeTls::load(&data.join("certificates")).ok()?.identity;
-    let known = Configuration::read(data).ok().flatten().or_else(|| Configuration::read_copy(data).ok().flatten());
-    let Configuration { membership, .. } = known?;
+    let known =
+        StoredMembership::read(data).ok().flatten().or_else(|| StoredMembership::read_copy(data).ok().flatten());
+    let StoredMembership { membership, .. } = known?;
     let knows = membership.cluster == cluster && membership.get(node).is_some();
     knows.then_some(((cluster, node), membership))
 }

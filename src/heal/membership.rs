@@ -12,9 +12,9 @@ use crate::{
     cluster::Membership,
     storage::{
         Identity,
-        configuration::{Configuration, FILE},
         database::Database,
         is_full, is_rot,
+        membership::{FILE, StoredMembership},
         raft_log::RaftLog,
     },
 };
@@ -30,11 +30,11 @@ pub fn membership(
     log: &RaftLog,
     database: &mut Database,
     notes: &mut Notes,
-) -> Result<Configuration> {
+) -> Result<StoredMembership> {
     let path = data.join(FILE);
     let read = known_membership(data, identity, notes)?;
     let gone = read.is_none();
-    let known = read.unwrap_or_else(|| Configuration { index: 1, membership: identity.membership.clone() });
+    let known = read.unwrap_or_else(|| StoredMembership { index: 1, membership: identity.membership.clone() });
     // What is behind this comes into force as a majority is known to have it.
     let in_force = database.applied().max(log.hard_state().commit).min(log.last_index());
     let state = format!("{} was {}", path.display(), if gone { "damaged or gone" } else { "an older copy" });
@@ -85,9 +85,9 @@ pub fn membership(
 ///
 /// # Errors
 /// When the file is of a newer program, cannot be read now, or cannot be moved away or made anew.
-pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> Result<Option<Configuration>> {
+pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> Result<Option<StoredMembership>> {
     let path = data.join(FILE);
-    let damage = match Configuration::read(data).and_then(|read| of_this_cluster(read, identity)) {
+    let damage = match StoredMembership::read(data).and_then(|read| of_this_cluster(read, identity)) {
         Ok(Some(known)) => {
             keep_copy(data, &known);
             return Ok(Some(known));
@@ -101,7 +101,7 @@ pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> 
     }
     let state =
         damage.as_ref().map_or_else(|| "is gone".to_owned(), |why| format!("is damaged ({why}) and was set aside"));
-    let copy = Configuration::read_copy(data).and_then(|read| of_this_cluster(read, identity));
+    let copy = StoredMembership::read_copy(data).and_then(|read| of_this_cluster(read, identity));
     if let Ok(Some(copy)) = copy {
         copy.write(data).with_context(|| format!("write {}", path.display()))?;
         notes.add(format!("{} {state}: it was made anew from its copy, as of index {}", path.display(), copy.index));
@@ -114,14 +114,14 @@ pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> 
 }
 
 /// An older program made none.
-fn keep_copy(data: &Path, known: &Configuration) {
-    let copied = Configuration::read_copy(data).is_ok_and(|copy| copy.as_ref() == Some(known));
+fn keep_copy(data: &Path, known: &StoredMembership) {
+    let copied = StoredMembership::read_copy(data).is_ok_and(|copy| copy.as_ref() == Some(known));
     if !copied && let Err(error) = known.write(data) {
         warn!(%error, "{} cannot be copied", data.join(FILE).display());
     }
 }
 
-fn of_this_cluster(read: Option<Configuration>, identity: &Identity) -> io::Result<Option<Configuration>> {
+fn of_this_cluster(read: Option<StoredMembership>, identity: &Identity) -> io::Result<Option<StoredMembership>> {
     match read.as_ref().map(|known| known.membership.cluster).filter(|cluster| *cluster != identity.cluster) {
         None => Ok(read),
         Some(other) => {
@@ -132,7 +132,7 @@ fn of_this_cluster(read: Option<Configuration>, identity: &Identity) -> io::Resu
 }
 
 /// The membership of the last entry in the raft log that carries one, behind `after` and up to `last`.
-fn newest(log: &RaftLog, after: u64, last: u64) -> Result<Option<Configuration>> {
+fn newest(log: &RaftLog, after: u64, last: u64) -> Result<Option<StoredMembership>> {
     let first = log.first_index().max(after + 1);
     let mut newest = None;
     let found = log.entries_between(first, last, &mut |entry| {
@@ -144,7 +144,7 @@ fn newest(log: &RaftLog, after: u64, last: u64) -> Result<Option<Configuration>>
     found.context("look for the membership in the raft log")?;
     let decode = |(index, bytes): (u64, Vec<u8>)| {
         let membership = Membership::decode(&bytes).map_err(|why| anyhow!("entry {index} of the raft log: {why}"))?;
-        Ok(Configuration { index, membership })
+        Ok(StoredMembership { index, membership })
     };
     newest.map(decode).transpose()
 }

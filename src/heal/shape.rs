@@ -11,7 +11,7 @@ use crate::{
         CA_CERTIFICATE, CA_KEY, CLUSTER_KEY, CONSOLE_CERTIFICATE, CONSOLE_KEY, NEXT_CLUSTER_KEY, NODE_CERTIFICATE,
         NODE_KEY,
     },
-    storage::configuration,
+    storage::membership,
 };
 
 const SMALL: u64 = 1 << 20;
@@ -32,8 +32,8 @@ pub(super) const CERTIFICATES: [&str; 8] = [
 /// The other files, and how long they may be.
 const FILES: [(&str, u64); 10] = [
     ("identity.json", SMALL),
-    (configuration::FILE, SMALL),
-    (configuration::COPY, SMALL),
+    (membership::FILE, SMALL),
+    (membership::COPY, SMALL),
     (super::PROMISE, SMALL),
     ("join.json", SMALL),
     ("join-request.json", SMALL),

@@ -19,8 +19,8 @@ use crate::{
     },
     storage::{
         DataDir, Identity,
-        configuration::{COPY, Configuration, FILE},
         database::{Database, initial_transaction},
+        membership::{COPY, FILE, StoredMembership},
         raft_log::{Options, RaftLog, RealDisk},
         transaction::CONSOLE_DATABASE,
     },
@@ -79,7 +79,7 @@ fn member(data: &Path) -> Identity {
     let hard = HardState { term: 1, commit: LAST, ..HardState::default() };
     log.append(&entries, Some(&hard)).unwrap().sync().unwrap();
     log.set_applied_conf(ConfState { voters: vec![1, 2, 3], ..ConfState::default() }, CHANGED).unwrap();
-    Configuration { index: CHANGED, membership }.write(data).unwrap();
+    StoredMembership { index: CHANGED, membership }.write(data).unwrap();
     fs::create_dir(data.join("database")).unwrap();
     let mut database = Database::open(&data.join("database"), CONSOLE_DATABASE, LAST).unwrap();
     for entry in &entries {
@@ -98,7 +98,7 @@ fn member(data: &Path) -> Identity {
 /// What a start found.
 struct Started {
     identity: Identity,
-    configuration: Configuration,
+    configuration: StoredMembership,
     distrusted: Option<String>,
     notes: Notes,
 }
@@ -268,7 +268,7 @@ fn an_older_membership_gives_way_to_that_of_the_raft_log() {
     let original = Original::new();
     let notes = original.damaged("an older copy", |data| {
         let membership = original.identity.membership.clone();
-        Configuration { index: 3, membership }.write(data).unwrap();
+        StoredMembership { index: 3, membership }.write(data).unwrap();
     });
     assert!(notes.unwrap().sentences()[0].contains("older copy"));
 }
@@ -294,7 +294,7 @@ fn what_the_raft_log_has_let_go_of_is_fetched() {
         copy(original.folder.path(), copied.path());
         open_log(copied.path(), &original.identity).compact(CHANGED + 1).unwrap();
         let membership = original.identity.membership.clone();
-        Configuration { index: 3, membership }.write(copied.path()).unwrap();
+        StoredMembership { index: 3, membership }.write(copied.path()).unwrap();
         names.iter().for_each(|name| fs::write(copied.path().join(name), "damaged").unwrap());
         let started = start(copied.path()).unwrap().unwrap();
         assert!(started.distrusted.unwrap().contains("older copy"), "{names:?}");

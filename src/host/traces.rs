@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     config::{self, EX_CONFIG},
-    storage::{Identity, configuration::Configuration},
+    storage::{Identity, membership::StoredMembership},
 };
 
 /// Largest unit or environment file that is read, in bytes.
@@ -57,7 +57,7 @@ pub(super) enum Data {
 
 impl Data {
     pub(super) fn of(folder: &Path) -> Self {
-        match (Configuration::read(folder), Identity::read(folder)) {
+        match (StoredMembership::read(folder), Identity::read(folder)) {
             (Ok(Some(now)), Ok(_)) => Self::Member(now.membership.roster.members.len()),
             (Ok(None), Ok(first)) => Self::Member(first.membership.roster.members.len()),
             _ if PARTS.iter().any(|part| fs::symlink_metadata(folder.join(part)).is_ok()) => Self::Unclear,

@@ -27,8 +27,8 @@ use crate::{
     peer::{Edition, Links, PeerEvent},
     storage::{
         ReplicateError,
-        configuration::Configuration,
         database::{self, Database},
+        membership::StoredMembership,
         raft_log::{Pending, RaftLog},
         transaction::CONSOLE_DATABASE,
     },
@@ -157,7 +157,7 @@ impl Driver {
     /// When one of them cannot be started.
     pub fn new(parts: Parts) -> io::Result<(Self, Views)> {
         let Parts { config, cluster, log, links, sender, inbox, database, pulse } = parts;
-        let Configuration { index, membership } = &config.configuration;
+        let StoredMembership { index, membership } = &config.configuration;
         let members = Members::new(config.node, membership);
         let membership = Arc::new(membership.clone());
         let (editions, edition) = watch::channel(Edition { index: *index, membership: membership.clone() });

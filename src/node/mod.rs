@@ -43,8 +43,8 @@ use crate::{
     peer::{Edition, LinkSender, Links, Memory},
     storage::{
         backup::{CopyError, Copying, Finished},
-        configuration::Configuration,
         database::Database,
+        membership::StoredMembership,
         raft_log::RaftLog,
         snapshot::{Manifest, Resting},
     },
@@ -56,7 +56,7 @@ use inbox::{Input, Sender, SnapshotRequest};
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
     /// The membership to start with.
-    pub configuration: Configuration,
+    pub configuration: StoredMembership,
     /// The data folder, where changes of the membership and dropped tails of the raft log are kept.
     pub data: PathBuf,
     pub node: NodeId,
@@ -241,7 +241,7 @@ pub fn spawn(
 ) -> io::Result<(Handle, JoinHandle<Exit>)> {
     let applied = first_applied(&log, &mut database);
     trust_checkpoint(&log, applied)?;
-    let Configuration { index, membership } = &config.configuration;
+    let StoredMembership { index, membership } = &config.configuration;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
     let forgotten = config.forgotten.is_some();
     let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level, forgotten };

@@ -16,8 +16,8 @@ use thiserror::Error;
 use crate::{
     mutex::locked,
     storage::{
-        configuration::Configuration,
         is_full,
+        membership::StoredMembership,
         raft_log::{LogError, Pending, RaftLog},
     },
 };
@@ -25,7 +25,7 @@ use crate::{
 /// What came into force and is to be kept: the newest of each.
 #[derive(Default)]
 pub(super) struct Keep {
-    pub membership: Option<Configuration>,
+    pub membership: Option<StoredMembership>,
     /// Who votes, with the raft index of the entry that says so.
     pub conf: Option<(ConfState, u64)>,
 }
@@ -148,7 +148,7 @@ impl Syncer {
     }
 
     /// Asks once more for a membership that there was no space for.
-    pub fn keep_again(&mut self, membership: Configuration) {
+    pub fn keep_again(&mut self, membership: StoredMembership) {
         self.ask(self.number, None, Keep { membership: Some(membership), conf: None });
     }
 
@@ -223,9 +223,9 @@ mod tests {
         storage::raft_log::{Options, RealDisk},
     };
 
-    fn configuration(index: u64) -> Configuration {
+    fn configuration(index: u64) -> StoredMembership {
         let member = Member::founder(1, "n1", "127.0.0.1", 8086);
-        Configuration { index, membership: Membership::founded(ClusterId(7), vec![member]) }
+        StoredMembership { index, membership: Membership::founded(ClusterId(7), vec![member]) }
     }
 
     #[test]
@@ -252,7 +252,7 @@ mod tests {
         assert_eq!(log.applied_conf(), (conf(&[1, 2]), 3));
         let both = Keep { membership: Some(configuration(4)), conf: Some((conf(&[1]), 4)) };
         assert_eq!(ask(both), (false, true, Some(Kept::Membership)));
-        assert_eq!(Configuration::read(folder.path()).unwrap(), Some(configuration(4)));
+        assert_eq!(StoredMembership::read(folder.path()).unwrap(), Some(configuration(4)));
         assert_eq!(log.applied_conf(), (conf(&[1]), 4));
     }
 

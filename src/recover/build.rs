@@ -26,9 +26,9 @@ use crate::{
     pki::{self, Authority, ClusterKey, ClusterKeys, Pair, PkiError},
     storage::{
         IDENTITY_FORMAT, Identity,
-        configuration::Configuration,
         database::{ApplyError, Database},
         durable_write, fsync_dir, make_private_dir,
+        membership::StoredMembership,
         raft_log::{RaftLog, RealDisk},
         transaction::CONSOLE_DATABASE,
     },
@@ -178,7 +178,7 @@ fn build_identity(
     let written = RecoverError::io("write the identity");
     let identity = Identity { format: IDENTITY_FORMAT, cluster, node: NODE, name, membership: membership.clone() };
     let write = || {
-        Configuration { index, membership }.write(staging)?;
+        StoredMembership { index, membership }.write(staging)?;
         durable_write(&staging.join("raft-log.created"), b"")?;
         durable_write(&staging.join("identity.json"), &serde_json::to_vec_pretty(&identity)?)
     };

@@ -18,8 +18,8 @@ use crate::{
     storage::{
         DataDir, Identity,
         checkpoint::Record,
-        configuration::Configuration,
         make_private_dir,
+        membership::StoredMembership,
         memory::{LOG, SCRATCH},
         raft_log::{LogError, Options, RaftLog, RealDisk},
         snapshot::Ready,
@@ -64,7 +64,7 @@ impl Survivor {
         let path = data.path().to_owned();
         let identity = data.identity()?;
         let unusable = |what: &str| RecoverError::Unusable(format!("{}: {what}", path.display()));
-        let membership = Configuration::read(&path)
+        let membership = StoredMembership::read(&path)
             .map_err(RecoverError::io("read membership.json"))?
             .map_or_else(|| identity.membership.clone(), |configuration| configuration.membership);
         if membership.shared.level > FEATURE_LEVEL {

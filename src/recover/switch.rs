@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::RecoverError;
 use crate::storage::{
-    configuration::{COPY, FILE},
     durable_write, fsync_dir, make_private_dir,
+    membership::{COPY, FILE},
 };
 
 /// Where the new files are made.

@@ -8,9 +8,9 @@ mod capture;
 mod checked;
 pub mod checkpoint;
 pub mod checksum;
-pub mod configuration;
 pub mod database;
 pub mod gate;
+pub mod membership;
 pub mod memory;
 pub mod raft_log;
 pub mod replica;
@@ -296,7 +296,7 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
         fs::rename(&temporary, path)?;
         fsync_dir(parent)
     };
-    let place = if name == configuration::FILE { Place::Membership } else { Place::Small };
+    let place = if name == membership::FILE { Place::Membership } else { Place::Small };
     watch::run(place, Act::Write, write).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })

@@ -23,7 +23,7 @@ use twistlock_ha::{
     events::{Event, Kind, Wanted},
     node::{CertificateSource, CertificateStatus, Status},
     pki::{CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CUSTOM_FOLDER, ClusterKeys},
-    storage::configuration::Configuration,
+    storage::membership::StoredMembership,
 };
 
 use super::{
@@ -216,7 +216,7 @@ fn wait_for_events(cluster: &Cluster, node: usize, parts: &[&str]) {
 fn damage_given_certificate(cluster: &Cluster) {
     for node in 0..3 {
         let data = cluster.node(node).data;
-        let mut known = Configuration::read(&data).unwrap().expect("a membership");
+        let mut known = StoredMembership::read(&data).unwrap().expect("a membership");
         let given = known.membership.shared.custom_certificate.as_mut().expect("a certificate");
         given.sealed_key = given.sealed_key.chars().rev().collect();
         known.write(&data).unwrap();

@@ -16,7 +16,7 @@ use twistlock_ha::{
     control::{self, Operation},
     node::Status,
     pki::{Authority, ClusterKeys, NodeTls},
-    storage::configuration::Configuration,
+    storage::membership::StoredMembership,
 };
 
 use super::{
@@ -73,7 +73,7 @@ fn wait_replaced(cluster: &Cluster, before: KeyId, of: impl Fn(&Holdings) -> Key
 /// what was read in the order of their writing counts.
 fn unseals(cluster: &Cluster, node: usize) -> bool {
     let data = cluster.node(node).data;
-    let known = Configuration::read(&data).unwrap().map(|known| known.membership);
+    let known = StoredMembership::read(&data).unwrap().map(|known| known.membership);
     // Never changed, it is what the node began with.
     let first = || {
         let text = fs::read_to_string(data.join("identity.json")).unwrap();

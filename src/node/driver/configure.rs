@@ -21,7 +21,7 @@ use crate::{
         syncer::{Keep, Kept},
     },
     peer::Edition,
-    storage::configuration::Configuration,
+    storage::membership::StoredMembership,
 };
 
 /// Changes that may wait for a majority; raft takes one at a time.
@@ -76,7 +76,7 @@ impl Driver {
         self.lane.thread.pin(true);
         for Configured { index, conf, membership } in configured {
             if let Some(membership) = membership {
-                self.config.configuration = Configuration { index, membership };
+                self.config.configuration = StoredMembership { index, membership };
                 keep.membership = Some(self.config.configuration.clone());
                 self.follow_membership();
             }

@@ -17,7 +17,7 @@ use super::{CLUSTER_KEY, ClusterKey, DATABASE, INCOMING, MANIFEST, Manifest, REA
 use crate::{
     cluster::NodeId,
     storage::{
-        clear_away, configuration::Configuration, durable_write, fsync_dir, is_rot, make_private_dir,
+        clear_away, durable_write, fsync_dir, is_rot, make_private_dir, membership::StoredMembership,
         raft_log::RaftLog, tail, transaction::CONSOLE_DATABASE,
     },
 };
@@ -173,10 +173,11 @@ impl Ready {
 
     fn keep_configuration(&self, log: &RaftLog) -> Result<Step, SnapshotError> {
         let Manifest { membership, membership_index, conf, conf_index, .. } = &self.manifest;
-        let read = Configuration::read(&self.data).map_err(SnapshotError::io("read the membership in", &self.data))?;
+        let read =
+            StoredMembership::read(&self.data).map_err(SnapshotError::io("read the membership in", &self.data))?;
         // First the membership, then the configuration, as after a change of it.
         if read.is_none_or(|known| known.index < *membership_index) {
-            let configuration = Configuration { index: *membership_index, membership: membership.clone() };
+            let configuration = StoredMembership { index: *membership_index, membership: membership.clone() };
             configuration.write(&self.data).map_err(SnapshotError::io("write the membership in", &self.data))?;
         }
         if log.applied_conf().1 < *conf_index {
@@ -344,7 +345,7 @@ mod tests {
         log: (u64, u64, HardState),
         entries: Vec<u64>,
         conf: (ConfState, u64),
-        membership: Option<Configuration>,
+        membership: Option<StoredMembership>,
         key: Option<ClusterKey>,
         leftovers: Vec<String>,
     }
@@ -364,7 +365,7 @@ mod tests {
             log: (first, last, log.hard_state()),
             entries,
             conf: log.applied_conf(),
-            membership: Configuration::read(data).unwrap(),
+            membership: StoredMembership::read(data).unwrap(),
             key: ClusterKey::read(data).unwrap(),
             leftovers: names.filter(|name| name.starts_with("snapshot.")).collect(),
         }
@@ -502,7 +503,7 @@ mod tests {
         }
         let mut newer = Ready::find(data.path()).unwrap().unwrap().manifest().membership.clone();
         newer.roster.next_id += 5;
-        Configuration { index: INDEX + 9, membership: newer.clone() }.write(data.path()).unwrap();
+        StoredMembership { index: INDEX + 9, membership: newer.clone() }.write(data.path()).unwrap();
         let state = start(data.path());
         assert_eq!(state.membership.unwrap().membership, newer);
         assert!(state.leftovers.is_empty());

@@ -22,12 +22,12 @@ const FORMAT: u64 = 1;
 
 /// A membership and the raft index of the entry that made it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Configuration {
+pub struct StoredMembership {
     pub index: u64,
     pub membership: Membership,
 }
 
-impl Configuration {
+impl StoredMembership {
     /// Reads the file; none if there is none, as before the first start of a node.
     ///
     /// # Errors
@@ -66,7 +66,7 @@ impl Configuration {
     }
 }
 
-fn decode(bytes: &[u8]) -> io::Result<Configuration> {
+fn decode(bytes: &[u8]) -> io::Result<StoredMembership> {
     let damaged = |why: String| io::Error::new(ErrorKind::InvalidData, why);
     let file = checked::decode(bytes).map_err(damaged)?;
     for (format, known) in [(&file["format"], FORMAT), (&file["membership"]["format"], Membership::FORMAT.into())] {
@@ -81,7 +81,7 @@ fn decode(bytes: &[u8]) -> io::Result<Configuration> {
     }
     let index = file["index"].as_u64().ok_or_else(|| damaged("it has no index".to_owned()))?;
     let membership = Membership::decode(file["membership"].to_string().as_bytes()).map_err(damaged)?;
-    Ok(Configuration { index, membership })
+    Ok(StoredMembership { index, membership })
 }
 
 #[cfg(test)]
@@ -92,24 +92,24 @@ mod tests {
     #[test]
     fn it_survives_and_damage_is_seen() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(Configuration::read(folder.path()).unwrap(), None);
+        assert_eq!(StoredMembership::read(folder.path()).unwrap(), None);
         let members = vec![Member::founder(1, "a", "127.0.0.1", 8086)];
-        let configuration = Configuration { index: 9, membership: Membership::founded(ClusterId(7), members) };
+        let configuration = StoredMembership { index: 9, membership: Membership::founded(ClusterId(7), members) };
         configuration.write(folder.path()).unwrap();
-        assert_eq!(Configuration::read(folder.path()).unwrap(), Some(configuration.clone()));
-        assert_eq!(Configuration::read_copy(folder.path()).unwrap(), Some(configuration));
+        assert_eq!(StoredMembership::read(folder.path()).unwrap(), Some(configuration.clone()));
+        assert_eq!(StoredMembership::read_copy(folder.path()).unwrap(), Some(configuration));
         let path = folder.path().join(FILE);
         let text = std::fs::read_to_string(&path).unwrap();
         for damaged in [&text[1..], &text.replace("\"index\"", "\"other\""), &text.replace("127", "128"), ""] {
             std::fs::write(&path, damaged).unwrap();
-            assert_eq!(Configuration::read(folder.path()).unwrap_err().kind(), ErrorKind::InvalidData);
+            assert_eq!(StoredMembership::read(folder.path()).unwrap_err().kind(), ErrorKind::InvalidData);
         }
         let bare: Vec<&str> = text.lines().filter(|line| !line.contains("crc32c")).collect();
         for (place, _) in bare.concat().match_indices("\"format\": 1") {
             let mut newer = bare.concat();
             newer.replace_range(place..place + 11, "\"format\": 2");
             std::fs::write(&path, newer).unwrap();
-            assert_eq!(Configuration::read(folder.path()).unwrap_err().kind(), ErrorKind::Unsupported);
+            assert_eq!(StoredMembership::read(folder.path()).unwrap_err().kind(), ErrorKind::Unsupported);
         }
     }
 }
