@@ -25,7 +25,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
 use twistlock_ha::{
-    control::{self, Reply, Request},
+    control::{self, Call},
     dev::{ClusterFile, read_cluster},
 };
 use ureq::{
@@ -186,10 +186,7 @@ fn post(agent: &Agent, url: &str, token: &str, name: &str) -> Result<Duration> {
 
 /// Sum in seconds and count of the daemon's commits so far.
 fn reading(socket: &Path) -> Result<(f64, u64)> {
-    let Reply::Ok(value) = control::request(socket, &Request::Metrics {}, Duration::from_secs(5))? else {
-        bail!("the daemon refuses to tell its metrics");
-    };
-    let text = value.as_str().context("metrics are text")?;
+    let text = control::send(socket, &Call::get("/metrics"), Duration::from_secs(5))?.text;
     let find = |suffix: &str| {
         let head = format!("{METRIC}_{suffix} ");
         let line = text.lines().find_map(|line| line.strip_prefix(&head));

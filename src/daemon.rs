@@ -1,5 +1,6 @@
 //! One node's process: builds the parts, joins them, and takes them apart in order. The only place where parts are wired.
 
+mod administration;
 mod damage;
 mod memory;
 mod signals;
@@ -28,7 +29,7 @@ use twistlock_ha::{
     certificates::{console_tls::ConsoleTls, renewal, rotation},
     cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, reach::Standing},
     config::{self, Config, LogFormat, NotifySeverity, Severity},
-    console::Inside,
+    console::{self, Inside},
     control::ControlSocket,
     descriptors,
     events::{
@@ -51,10 +52,8 @@ use twistlock_ha::{
     workload::{ConsolePorts, Services, Setup},
 };
 
-use crate::{
-    administrator::{self, Administrator},
-    joining::{self, Outcome},
-};
+use crate::joining::{self, Outcome};
+use administration::Colleague;
 pub(crate) use signals::Signals;
 use start::{Found, first_start, node_config, open_memory, promise};
 pub(crate) use start::{lease_terms, open_data};
@@ -261,9 +260,10 @@ impl Parts {
         let (mut supervisor, ports) = self.supervisor(console_tls.served());
         let mut tasks = Tasks::default();
         let (peers, questions) = self.share_with_others(&mut tasks);
-        let administrator = Arc::new(self.offer(&mut supervisor, &ports, Asker::new(peers.clone()), &mut tasks)?);
-        tasks.spawn("answers for members", Need::Steady, ask::serve(administrator.clone(), questions));
-        control.spawn(administrator, stopped.clone()).context("start the thread of the control socket")?;
+        let services = self.services(&ports, Asker::new(peers.clone()), &mut tasks)?;
+        tasks.spawn("answers for members", Need::Steady, ask::serve(self.colleague(&services), questions));
+        control.spawn(console::local(&services), stopped.clone()).context("start the thread of the control socket")?;
+        supervisor.offer(services);
         self.show_node(&ports, &mut tasks);
         let served = console_tls.keep(self.handle.clone(), peers.tls.clone());
         tasks.spawn("certificates of the Console", Need::Steady, served);
@@ -293,38 +293,36 @@ impl Parts {
         Ok(exit)
     }
 
-    /// Gives the Console what it does for the cluster, and returns what the control socket does.
-    fn offer(
-        &self,
-        supervisor: &mut Supervisor,
-        ports: &SupervisorHandle,
-        asker: Asker,
-        tasks: &mut Tasks,
-    ) -> Result<Administrator> {
+    /// What the control socket of this node does, and its Console for the cluster.
+    fn services(&self, ports: &SupervisorHandle, asker: Asker, tasks: &mut Tasks) -> Result<Services> {
         let inside = Inside::new(self.handle.status(), self.events.clone());
         tasks.spawn("audit rows for the PRIMARY", Need::Steady, inside.clone().hand_on(asker.clone()));
-        let admin = Arc::new(administrator::admin(&self.config, &self.handle, ports.clone(), inside.clone()));
-        let kit = Arc::new(Kit::new(&self.config));
-        let backups = administrator::backups(&self.config, &self.handle, admin.clone(), self.events.clone(), asker);
+        let admin = Arc::new(administration::admin(&self.config, &self.handle, ports.clone(), inside.clone()));
+        let backups = administration::backups(&self.config, &self.handle, admin.clone(), self.events.clone(), asker);
         // These two end at once if there is nothing for them to do.
         tasks.spawn("automatic backups", Need::Finite, backups.clone().keep());
         tasks.spawn("copies of backups", Need::Finite, backups.clone().carry());
         let (notifier, notifying) = self.notifier();
         tasks.spawn("notifications", Need::Steady, notifying);
-        supervisor.offer(Services {
-            admin: admin.clone(),
-            inside: inside.clone(),
-            backups: backups.clone(),
-            kit: kit.clone(),
+        Ok(Services {
+            admin,
+            inside,
+            backups,
+            kit: Arc::new(Kit::new(&self.config)),
             events: self.events.clone(),
-            notifier: notifier.clone(),
+            notifier,
             metrics: self.metrics()?,
             high_availability: self.config.high_availability_enabled,
             status_port: self.config.status_port(),
-        });
-        let (data, membership) = (self.config.data_folder.clone(), self.handle.membership());
-        let lease = self.lease.clone();
-        Ok(Administrator { admin, inside, lease, backups, kit, data, notifier, membership })
+            lease: self.lease.clone(),
+            data: self.config.data_folder.clone(),
+        })
+    }
+
+    /// Who answers other members.
+    fn colleague(&self, services: &Services) -> Arc<Colleague> {
+        let (inside, backups) = (services.inside.clone(), services.backups.clone());
+        Arc::new(Colleague { inside, backups, membership: self.handle.membership() })
     }
 
     /// What Prometheus reads.

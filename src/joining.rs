@@ -12,7 +12,8 @@ use tracing::{info, warn};
 use twistlock_ha::{
     cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, reach::Standing},
     config::Config,
-    control::{ControlHandler, ControlSocket},
+    console,
+    control::ControlSocket,
     found,
     health::{HealthPort, Subject},
     join::{self, Host, Newcomer, Stage},
@@ -81,7 +82,8 @@ async fn joining(config: &Config, data: &DataDir, signals: &Signals, health: Opt
         health.show(Subject { status: shown_outside, life: None });
     }
     let picturing = task::spawn(keep_picture(Arc::clone(&applicant), picture));
-    let serving = task::spawn(control.serve(applicant, std::future::pending()));
+    let routes = console::applicant(move || applicant.status());
+    let serving = task::spawn(control.serve(routes, std::future::pending()));
     let informing = task::spawn(service_manager(shown));
     let fetch = async |newcomer: Newcomer<'_>| fetch(config, data.path(), newcomer, &progress).await;
     let outcome = tokio::select! {
@@ -213,7 +215,7 @@ struct Applicant {
     version: String,
 }
 
-impl ControlHandler for Applicant {
+impl Applicant {
     fn status(&self) -> Arc<Status> {
         let stage = self.stage.borrow().clone();
         let (role, mut reason) = describe(&stage);

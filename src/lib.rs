@@ -82,7 +82,7 @@
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
 //! | [`health`] | the health port: the status page of each host, and what load balancers and monitors may know of a node | anything that it could decide |
-//! | [`control`], [`cli`] | administration over a Unix socket, and `twistcli` by it or by the API | the inside of a node |
+//! | [`control`], [`cli`] | the Unix socket that serves the API on each host, and `twistcli` by it or by the Consoles | the inside of a node |
 //! | [`recover`] | makes a new cluster of one out of a survivor's data, on the administrator's word | a running node |
 //! | [`host`] | installs, upgrades, uninstalls the node of a host, and has it join | the inside of a node |
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |

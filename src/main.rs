@@ -1,7 +1,6 @@
 //! Entry of the daemon: reads the command line and starts what it asks for. Must never do anything before the port guard
 //! is dispatched: that process has to stay as small as the program allows.
 
-mod administrator;
 mod daemon;
 mod joining;
 

@@ -8,15 +8,22 @@ mod terminal;
 use std::{
     path::Path,
     process::{Command, Output},
-    sync::Arc,
     thread,
 };
 
+use axum::{
+    Json, Router,
+    extract::Path as Name,
+    http::{StatusCode, Uri},
+    response::Response,
+    routing::{delete, get, post, put},
+};
+use serde_json::{Value, json};
 use terminal::Terminal;
 use twistlock_ha::{
     admin::{Certificates, Check, Custom, SwitchoverReport},
     cluster::{ClusterId, Member, Membership, Role, shared::Request},
-    control::{Answer, ControlHandler, ControlSocket, JoinScript, Operation, Peer},
+    control::{self, ControlSocket, Routes},
     events::{Event, Kind, Severity},
     node::{CertificateSource, CertificateStatus, MemberStatus, Status},
     pki::CertificateInfo,
@@ -33,51 +40,53 @@ fn sessions() {
         .case("tests/cli/*.trycmd");
 }
 
-struct Frozen(Status);
+/// A daemon that does nothing, and answers as the real one would.
+fn frozen(status: Status) -> Routes {
+    let api = |path: &str| format!("/api/v1/{path}");
+    let ha = |path: &str| format!("/api/v1/high-availability/{path}");
+    let nothing = async || Json(json!({}));
+    let custom = async |Json(body): Json<Value>| {
+        assert_eq!(body["certificate"], "chain\n\nkey\n", "both files");
+        Json(certificates().custom)
+    };
+    let operations = Router::new()
+        .route(&ha("join-script"), get(join_script).delete(nothing))
+        .route(&ha("apply"), post(apply))
+        .route(&ha("switchover"), post(switchover))
+        .route(&ha("pause"), post(async |Json(body): Json<Value>| Json(json!({ "until": body["seconds"] }))))
+        .route(&ha("resume"), post(nothing))
+        .route(&ha("requests/{host}"), delete(reject))
+        .route(&ha("members/{member}"), delete(nothing))
+        .route(&ha("members/{member}/address"), put(nothing))
+        .route(&api("settings/certs"), get(async || Json(certificates())).post(async |body: Json<Value>| body))
+        .route(&api("settings/custom-certs"), post(custom).delete(nothing));
+    let at_once = Router::new().route(&api("high-availability"), get(async || Json(status)));
+    Routes { at_once, operations }
+}
 
-impl ControlHandler for Frozen {
-    fn status(&self) -> Arc<Status> {
-        Arc::new(self.0.clone())
-    }
+async fn join_script(uri: Uri) -> Json<Value> {
+    let script = uri.query().is_some_and(|query| query.contains("script=true")).then_some("#!/bin/bash\n");
+    Json(
+        json!({ "line": "curl -sS ... | sudo bash", "script": script, "until": 1_793_383_200, "id": "1", "script_url": "" }),
+    )
+}
 
-    /// Does nothing, and answers as the daemon would.
-    fn administer(&self, _: Peer, operation: Operation) -> Answer<'_> {
-        let answer = match operation {
-            Operation::Invite { script, .. } => {
-                let script = script.then(|| "#!/bin/bash\n".to_owned());
-                let invited = JoinScript { line: "curl -sS ... | sudo bash".into(), script, until: 1_793_383_200 };
-                serde_json::to_value(invited).unwrap()
-            }
-            Operation::Apply { fingerprints } => {
-                assert_eq!(fingerprints, Some(vec!["AB:CD".to_owned()]), "those that were shown");
-                vec![3].into()
-            }
-            Operation::Switchover { to, dry_run } => {
-                let checks = vec![
-                    Check { name: "host1 is up".into(), ok: true, detail: String::new() },
-                    Check { name: "caught up".into(), ok: to.is_none(), detail: "7 entries behind".into() },
-                ];
-                let gap_ms = (!dry_run).then_some(41.26);
-                serde_json::to_value(SwitchoverReport { checks, to: Some("host1".into()), gap_ms }).unwrap()
-            }
-            Operation::Pause { seconds } => seconds.into(),
-            Operation::Reject { host } => return Box::pin(async move { Err(format!("no host {host} asks to join")) }),
-            Operation::Events { .. } | Operation::TestNotifications {} => serde_json::Value::Array(Vec::new()),
-            Operation::Uninvite {}
-            | Operation::Remove { .. }
-            | Operation::Resume {}
-            | Operation::Readdress { .. }
-            | Operation::RemoveCertificate {} => serde_json::Value::Null,
-            Operation::Certificates {} => serde_json::to_value(certificates()).unwrap(),
-            Operation::SetCertificate { pem } => {
-                assert_eq!(pem.0, "chain\n\nkey\n", "both files");
-                serde_json::to_value(certificates().custom).unwrap()
-            }
-            Operation::SetConsoleNames { names } => names.into(),
-            of_backups => return Box::pin(async move { Err(format!("no backups here: {of_backups:?}")) }),
-        };
-        Box::pin(async { Ok(answer) })
-    }
+async fn apply(Json(body): Json<Value>) -> Json<Value> {
+    assert_eq!(body, json!({ "fingerprints": ["AB:CD"] }), "those that were shown");
+    Json(json!({ "admitted": [3] }))
+}
+
+async fn switchover(Json(body): Json<Value>) -> Json<SwitchoverReport> {
+    let checks = vec![
+        Check { name: "host1 is up".into(), ok: true, detail: String::new() },
+        Check { name: "caught up".into(), ok: body["to"].is_null(), detail: "7 entries behind".into() },
+    ];
+    let gap_ms = (body["dryRun"] != true).then_some(41.26);
+    Json(SwitchoverReport { checks, to: Some("host1".into()), gap_ms })
+}
+
+async fn reject(Name(host): Name<String>) -> Response {
+    control::refusal(StatusCode::CONFLICT, &format!("no host {host} asks to join"))
 }
 
 /// What a cluster with a certificate of its administrator says of it.
@@ -181,7 +190,7 @@ fn beside<T>(status: Status, act: impl FnOnce(&Path) -> T) -> T {
     let server = thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let shutdown = async move { stopped.await.unwrap_or(()) };
-        runtime.block_on(socket.serve(Arc::new(Frozen(status)), shutdown)).unwrap();
+        runtime.block_on(socket.serve(frozen(status), shutdown)).unwrap();
     });
     let done = act(folder.path());
     stop.send(()).unwrap();

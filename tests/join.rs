@@ -14,11 +14,7 @@ use std::time::{Duration, Instant};
 
 use host::{Founder, Host, wait_until};
 use serde_json::{Value, json};
-use twistlock_ha::{
-    admin::Custom,
-    cluster::Role,
-    control::{Operation, SecretText},
-};
+use twistlock_ha::{admin::Custom, cluster::Role, control::Call};
 
 /// Two hosts run the line, both show REQUEST_JOIN, APPLY, both are SECONDARY; what was written before and after is on both.
 #[test]
@@ -189,8 +185,9 @@ fn hosts_join_although_the_consoles_serve_a_certificate_of_another_authority() {
     let (_, audits) = first.get_as(&host::basic(), "/audits/mgmt?limit=5");
     assert!(audits.contains("\"invite\""), "{audits}");
     let made = rcgen::generate_simple_self_signed(vec![first.host.address.to_string()]).unwrap();
-    let pem = SecretText([made.cert.pem(), made.signing_key.serialize_pem()].concat());
-    let _: Custom = first.host.operate(Operation::SetCertificate { pem }).unwrap();
+    let pem = [made.cert.pem(), made.signing_key.serialize_pem()].concat();
+    let _: Custom =
+        first.host.operate(Call::post("settings/custom-certs").with(json!({ "certificate": pem }))).unwrap();
     let url = first.host.url("/_ping");
     let others = first.agent_for(Duration::from_secs(5));
     wait_until("the certificate is served", || others.get(&url).call().is_err());
@@ -200,7 +197,7 @@ fn hosts_join_although_the_consoles_serve_a_certificate_of_another_authority() {
         let said = host.run_line(&line, options);
         assert!(said.contains("Downloading twistlockd") && said.contains("REQUEST_JOIN"), "{said}");
     }
-    let _: Value = first.host.operate(Operation::Apply { fingerprints: None }).unwrap();
+    let _: Value = first.host.operate(Call::post("high-availability/apply")).unwrap();
     for host in [&second, &third] {
         wait_until("SECONDARY after APPLY", || host.role() == Some(Role::Secondary));
         // It serves the same one, which is not good for it: said, and not hidden.

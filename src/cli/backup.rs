@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     backup::{Backup, BackupState, CopyState, MemberBackups, Outcome, RemoteBackup, Started},
-    control::Operation,
+    control::Call,
     https,
 };
 
@@ -172,7 +172,7 @@ pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
     match command {
         Backups::Create { target, name, no_wait } => {
             let door = target.door()?;
-            let started: Started = door.operate(Operation::Backup { called: name.clone() })?;
+            let started: Started = door.call(&Call::post("backups?wait=false").with(name))?;
             if *no_wait {
                 return say(&format!("{} is being made. See: twistcli backup list", started.id));
             }
@@ -184,21 +184,41 @@ pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
         Backups::Download { target, id, to } => download(&target.door()?, id, to),
         Backups::Verify { target, id } => {
             let door = target.door()?;
-            let started: Started = door.operate(Operation::VerifyBackup { id: id.clone() })?;
+            let call = Call::post(format!("{}/verify?wait=false", one(id)));
+            let started: Started = door.call(&call)?;
             follow(&door, &started)
         }
         Backups::Rename { target, id, name } => {
-            let renamed: Backup =
-                target.door()?.operate(Operation::RenameBackup { id: id.clone(), called: name.clone() })?;
+            let renamed: Backup = target.door()?.call(&Call::patch(one(id)).with(name))?;
             say(&format!("It is {} now.", renamed.id))
         }
         Backups::Delete { target, id, yes } => {
             let door = target.door()?;
             confirm(&format!("Delete the backup {id} for good?"), *yes)?;
-            let () = door.operate(Operation::DeleteBackup { id: id.clone() })?;
+            door.have_done(&Call::delete(one(id)))?;
             say(&format!("{id} is deleted."))
         }
     }
+}
+
+/// The backups of all members that answer, the newest first.
+pub(super) fn all_backups() -> Call {
+    Call::get("backups?limit=1000")
+}
+
+/// What is set up and under way on the host that is asked.
+pub(super) fn backup_state() -> Call {
+    Call::get("settings/backup")
+}
+
+/// The copies at `BACKUP_URL`, of all members and clusters, the newest first.
+pub(super) fn backup_copies() -> Call {
+    Call::get("settings/backup/copies?limit=1000")
+}
+
+/// The path of a backup.
+fn one(id: &str) -> String {
+    format!("backups/{}", segment(id))
 }
 
 fn say(text: &str) -> Result<(), Stop> {
@@ -207,8 +227,8 @@ fn say(text: &str) -> Result<(), Stop> {
 }
 
 fn list(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
-    let found: Vec<Backup> = door.operate(Operation::Backups {})?;
-    let state: BackupState = door.operate(Operation::BackupState {})?;
+    let found: Vec<Backup> = door.call(&all_backups())?;
+    let state: BackupState = door.call(&backup_state())?;
     if json {
         return print_json(&serde_json::json!({ "backups": found, "state": state }));
     }
@@ -216,7 +236,7 @@ fn list(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
 }
 
 fn list_copies(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
-    let found: Vec<RemoteBackup> = door.operate(Operation::BackupCopies {})?;
+    let found: Vec<RemoteBackup> = door.call(&backup_copies())?;
     if json {
         return print_json(&serde_json::json!(found));
     }
@@ -235,7 +255,8 @@ pub(super) fn copies_table(found: &[RemoteBackup], paint: Paint) -> String {
 
 /// Has a copy fetched into the folder of this host. Returns its name there.
 pub(super) fn fetch_copy(door: &Door, place: &str) -> Result<String, Stop> {
-    let started: Started = door.operate(Operation::FetchBackup { place: place.to_owned() })?;
+    door.host()?;
+    let started: Started = door.call(&Call::post("settings/backup/copies/fetch").with(place))?;
     follow(door, &started)?;
     Ok(started.id)
 }
@@ -314,7 +335,7 @@ pub(super) fn follow(door: &Door, started: &Started) -> Result<(), Stop> {
         bar.set_style(style.progress_chars("##-"));
     }
     loop {
-        let state: BackupState = door.operate(Operation::BackupState {}).inspect_err(|_| bar.abandon())?;
+        let state: BackupState = door.call(&backup_state()).inspect_err(|_| bar.abandon())?;
         let ended = state.last.filter(|last| last.number >= started.number);
         if let Some(last) = ended {
             bar.finish_and_clear();
@@ -386,7 +407,7 @@ fn download(door: &Door, id: &str, to: &Path) -> Result<(), Stop> {
 
 /// Copies a backup into a file. Returns its length.
 fn fetch(remote: &Remote, id: &str, file: &mut fs::File) -> Result<u64, Stop> {
-    let mut response = remote.download(&format!("backups/{}", segment(id)))?;
+    let mut response = remote.download(&one(id))?;
     if !response.status().is_success() {
         let status = response.status();
         return Err(remote.refused(&Method::GET, status, &https::refusal(&mut response)));

@@ -21,7 +21,7 @@ use crate::{
     clock::unix_time,
     cluster::PROGRAM_VERSION,
     config,
-    control::{self, Reply, Request},
+    control::{self, Call},
     events::{self, MAX_PAGE, Wanted},
 };
 
@@ -117,11 +117,14 @@ fn write(output: &Path, folder: &str, parts: &[(&str, String)]) -> io::Result<()
 
 /// Name and content of each file. What cannot be had says why instead.
 fn parts(args: &BundleArgs, data: &Path, socket: &Path) -> Vec<(&'static str, String)> {
-    let ask = |request: Request| match control::request(socket, &request, ASK) {
-        Ok(Reply::Ok(serde_json::Value::String(text))) => text,
-        Ok(Reply::Ok(value)) => serde_json::to_string_pretty(&value).unwrap_or_default(),
-        Ok(Reply::Err(why)) => format!("refused: {why}\n"),
+    let ask = |path: &str| match control::send(socket, &Call::get(path), ASK) {
+        Ok(answer) if answer.status.is_success() => answer.text,
+        Ok(answer) => format!("refused: {}\n", answer.reason()),
         Err(error) => format!("not available: {error}\n"),
+    };
+    let indented = |text: String| match serde_json::from_str::<serde_json::Value>(&text) {
+        Ok(value) => serde_json::to_string_pretty(&value).unwrap_or_default(),
+        Err(_) => text,
     };
     let events = match events::read(data, &Wanted { limit: Some(MAX_PAGE), ..Wanted::default() }) {
         Ok(events) => serde_json::to_string_pretty(&events).unwrap_or_default(),
@@ -133,8 +136,8 @@ fn parts(args: &BundleArgs, data: &Path, socket: &Path) -> Vec<(&'static str, St
     };
     vec![
         ("about.txt", about(args, data)),
-        ("status.json", ask(Request::Status {})),
-        ("metrics.txt", ask(Request::Metrics {})),
+        ("status.json", indented(ask("high-availability"))),
+        ("metrics.txt", ask("/metrics")),
         ("events.json", redacted(&events)),
         ("twistlock.cfg", configuration),
         ("files.txt", files(data)),

@@ -12,7 +12,6 @@ use clap::{Args, Subcommand};
 use super::{
     args::DONE_OR_REFUSED,
     columns::{self, Cell, Paint, print_json},
-    daemon::command,
     quantity::date,
     stop::{EX_NOINPUT, EX_USAGE, Stop, confirm},
     target::Target,
@@ -20,7 +19,8 @@ use super::{
 };
 use crate::{
     admin::{Certificates, Custom, MAX_UPLOAD},
-    control::{Operation, SecretText},
+    console::certs::{Names, Upload},
+    control::Call,
     node::CertificateStatus,
 };
 
@@ -133,7 +133,7 @@ pub(super) fn run(command: &Certs, paint: Paint) -> Result<(), Stop> {
 }
 
 fn list(target: &Target, json: bool, paint: Paint) -> Result<(), Stop> {
-    let found: Certificates = target.door()?.operate(Operation::Certificates {})?;
+    let found: Certificates = target.door()?.call(&Call::get("settings/certs"))?;
     if json {
         return print_json(&found);
     }
@@ -170,10 +170,10 @@ fn row(certificate: &CertificateStatus) -> Vec<Cell> {
 }
 
 fn set_names(args: &NamesArgs) -> Result<(), Stop> {
-    let operation = Operation::SetConsoleNames { names: args.names.clone() };
     let door = args.target.door()?;
-    door.primary(&command(&operation))?;
-    let names: Vec<String> = door.operate(operation)?;
+    door.primary(&format!("twistcli certs set-names {}", args.names.join(" ")))?;
+    let wanted = Names { names: args.names.clone() };
+    let Names { names } = door.call(&Call::post("settings/certs").with(wanted))?;
     let sentence = match names.as_slice() {
         [] => "Every Console's certificate is good for the names of its host only.".to_owned(),
         names => format!("Every Console's certificate is good for {}, too.", columns::harmless(&names.join(", "))),
@@ -189,10 +189,9 @@ fn upload(args: &UploadArgs) -> Result<(), Stop> {
         pem.push('\n');
         pem.push_str(&read(key)?);
     }
-    let operation = Operation::SetCertificate { pem: SecretText(pem) };
     let door = args.target.door()?;
-    door.primary(&command(&operation))?;
-    let given: Custom = door.operate(operation)?;
+    door.primary("twistcli certs upload FILE")?;
+    let given: Custom = door.call(&Call::post("settings/custom-certs").with(Upload { certificate: pem }))?;
     let (subject, until) = (columns::harmless(&given.info.subject), date(given.info.not_after));
     writeln!(io::stdout(), "All Consoles serve the certificate {subject}, good until {until}.")?;
     eprintln!("SHA-256 fingerprint:\n  {}", given.info.fingerprint);
@@ -224,11 +223,10 @@ fn read(path: &Path) -> Result<String, Stop> {
 }
 
 fn remove(target: &Target, yes: bool) -> Result<(), Stop> {
-    let operation = Operation::RemoveCertificate {};
     let door = target.door()?;
-    door.primary(&command(&operation))?;
+    door.primary("twistcli certs remove")?;
     confirm("Have all Consoles serve certificates of the cluster's authority again?", yes)?;
-    let () = door.operate(operation)?;
+    door.have_done(&Call::delete("settings/custom-certs"))?;
     Ok(writeln!(io::stdout(), "All Consoles serve certificates of the cluster's authority again.")?)
 }
 

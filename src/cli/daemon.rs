@@ -3,17 +3,18 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use serde_json::Value;
+use ureq::http::StatusCode;
 
 use super::{
     login::LoginArgs,
     place::Place,
-    remote::Remote,
+    remote::{Remote, changes_nothing},
     stop::{EX_UNAVAILABLE, Stop},
 };
 use crate::{
     cluster::Role,
-    control::{self, ControlError, OPERATION_TIMEOUT, Operation},
+    console::{UNKNOWN, cluster::Consoles},
+    control::{self, Answer, Call, ControlError, OPERATION_TIMEOUT},
     node::Status,
 };
 
@@ -54,8 +55,8 @@ impl Local {
 
     /// The port of the Consoles: the daemon knows it, whatever is installed here beside it.
     fn port(&self) -> u16 {
-        let place = control::place(&self.socket, ANSWER_LIMIT).ok();
-        place.and_then(|place| place.https_port).unwrap_or(self.https_port)
+        let there = control::ask(&self.socket, &Call::get("high-availability/console"), ANSWER_LIMIT).ok();
+        there.and_then(|there: Consoles| there.https_port).unwrap_or(self.https_port)
     }
 
     /// The daemon's picture of the cluster.
@@ -78,26 +79,29 @@ impl Local {
         }
     }
 
-    /// Has the daemon carry an operation out.
+    /// Has the daemon answer a request. Returns the body of a success.
     ///
     /// # Errors
     /// When it does not answer or refuses.
-    pub(super) fn operate(&self, operation: &Operation) -> Result<Value, Stop> {
-        control::operate(&self.socket, operation.clone(), OUTCOME_LIMIT).map_err(|error| match error {
-            ControlError::Refused(why) => match control::status(&self.socket, ANSWER_LIMIT) {
-                // The role may have gone between our look and the request.
-                Ok(status) if status.primary.is_some() && status.primary != Some(status.node) => {
-                    let there = elsewhere(&status, &command(operation)).unwrap_or_default();
-                    Stop::refuse(&format!("{why}\n  {there}"))
-                }
-                _ => Stop::refuse(&why),
-            },
-            ControlError::NoAnswer { .. } => {
+    pub(super) fn call(&self, call: &Call) -> Result<String, Stop> {
+        match control::send(&self.socket, call, OUTCOME_LIMIT) {
+            Ok(answer) if answer.status.is_success() => Ok(answer.text),
+            Ok(answer) => Err(refused(&answer)),
+            Err(error @ ControlError::NoAnswer { .. }) if !changes_nothing(call) => {
                 let text = format!("{}\n  Whether it was done is unknown. See: twistcli ha status", explain(&error));
-                Stop::tell(EX_UNAVAILABLE, &text)
+                Err(Stop::tell(EX_UNAVAILABLE, &text))
             }
-            other => unanswered(&other),
-        })
+            Err(error) => Err(unanswered(&error)),
+        }
+    }
+}
+
+/// Whether a request was refused, or nobody knows what became of it, the text of the answer says.
+fn refused(answer: &Answer) -> Stop {
+    let why = answer.reason();
+    match answer.status == StatusCode::INTERNAL_SERVER_ERROR || why.starts_with(UNKNOWN) {
+        true => Stop::tell(EX_UNAVAILABLE, &why),
+        false => Stop::refuse(&why),
     }
 }
 
@@ -116,61 +120,6 @@ fn elsewhere(status: &Status, command: &str) -> Option<String> {
         None => (format!("node {id}"), String::new()),
     };
     Some(format!("{} is {}; {name}{address} is PRIMARY. Run there: {command}", status.name, status.role))
-}
-
-/// The command line that asks for an operation.
-pub(super) fn command(operation: &Operation) -> String {
-    let option = |name: &str, value: &Option<String>| match value {
-        Some(value) => format!(" --{name} {value}"),
-        None => String::new(),
-    };
-    let flag = |name: &str, on: bool| if on { format!(" --{name}") } else { String::new() };
-    let text = match operation {
-        Operation::Invite { valid_s, script } => {
-            let valid = if *valid_s == 3600 { String::new() } else { format!(" --valid {valid_s}s") };
-            format!("join-script{valid}{}", flag("script", *script))
-        }
-        Operation::Uninvite {} => "revoke".to_owned(),
-        Operation::Apply { .. } => "apply".to_owned(),
-        Operation::Reject { host } => format!("reject {host}"),
-        Operation::Remove { node, force } => format!("remove {node}{}", flag("force", *force)),
-        Operation::Switchover { to, dry_run } => {
-            format!("switchover{}{}", option("to", to), flag("dry-run", *dry_run))
-        }
-        Operation::Pause { seconds } => format!("pause --for {seconds}s"),
-        Operation::Resume {} => "resume".to_owned(),
-        Operation::RotateKey {} => "rotate-key".to_owned(),
-        Operation::RotateCa { overlap_s } => format!("rotate-ca --overlap {overlap_s}s"),
-        Operation::TestNotifications {} => "test-notifications".to_owned(),
-        Operation::Events { .. } => "events".to_owned(),
-        Operation::Readdress { node, new_name, address, port } => format!(
-            "set-address {node}{}{}{}",
-            option("to", address),
-            option("port", &port.map(|port| port.to_string())),
-            option("name", new_name)
-        ),
-        Operation::Certificates {} => return "twistcli certs list".to_owned(),
-        Operation::SetConsoleNames { names } => return format!("twistcli certs set-names {}", names.join(" ")),
-        Operation::SetCertificate { .. } => return "twistcli certs upload FILE".to_owned(),
-        Operation::RemoveCertificate {} => return "twistcli certs remove".to_owned(),
-        of_backups => return backup_command(of_backups),
-    };
-    format!("twistcli ha {text}")
-}
-
-fn backup_command(operation: &Operation) -> String {
-    match operation {
-        Operation::Backups {} => "twistcli backup list".to_owned(),
-        Operation::BackupState {} => "twistcli backup status".to_owned(),
-        Operation::Backup { called } => format!("twistcli backup create {called}"),
-        Operation::VerifyBackup { id } => format!("twistcli backup verify {id}"),
-        Operation::RenameBackup { id, called } => format!("twistcli backup rename {id} {called}"),
-        Operation::DeleteBackup { id } => format!("twistcli backup delete {id}"),
-        Operation::BackupCopies {} => "twistcli backup list --remote".to_owned(),
-        Operation::FetchBackup { place } => format!("twistcli backup fetch {place}"),
-        Operation::Restore { file, .. } => format!("twistcli restore {}", file.display()),
-        _ => "twistcli --help".to_owned(),
-    }
 }
 
 /// What went wrong on the way to the daemon, and what to do about it.
@@ -218,19 +167,12 @@ mod tests {
     }
 
     #[test]
-    fn commands_are_written_as_they_are_typed() {
-        for (operation, text) in [
-            (Operation::Invite { valid_s: 3600, script: true }, "join-script --script"),
-            (Operation::Invite { valid_s: 60, script: false }, "join-script --valid 60s"),
-            (Operation::Remove { node: "host3".into(), force: true }, "remove host3 --force"),
-            (Operation::Switchover { to: Some("host2".into()), dry_run: true }, "switchover --to host2 --dry-run"),
-            (Operation::Pause { seconds: 1800 }, "pause --for 1800s"),
-            (
-                Operation::Readdress { node: "2".into(), new_name: None, address: Some("a".into()), port: Some(9) },
-                "set-address 2 --to a --port 9",
-            ),
-        ] {
-            assert_eq!(command(&operation), format!("twistcli ha {text}"));
-        }
+    fn a_refusal_is_told_from_what_nobody_knows() {
+        let code = |status: u16, why: &str| {
+            let text = format!("{{\"err\":\"{why}\"}}");
+            refused(&Answer { status: StatusCode::from_u16(status).unwrap(), text }).code().unwrap()
+        };
+        assert_eq!((code(409, "no"), code(503, "4 operations are under way"), code(504, "not yet")), (75, 75, 75));
+        assert_eq!((code(503, "outcome unknown: no majority"), code(500, "internal error")), (69, 69));
     }
 }

@@ -20,10 +20,8 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use ureq::http::Method;
 
 use super::{
-    api::Api,
     args::DrillArgs,
     canary::{Acknowledged, Canary, Failed, consoles},
     columns::{self, print_json},
@@ -35,7 +33,7 @@ use super::{
 use crate::{
     clock::unix_time,
     cluster::Role,
-    control,
+    control::{self, Call},
     node::{
         Status,
         verdict::{LAG_LIMIT, paused},
@@ -160,19 +158,16 @@ fn prepare(door: &Door, args: &DrillArgs, status: &Status) -> Result<(Canary, Ta
         let why = "--kill ends the daemon of this host: run it on the PRIMARY, without --address";
         return Err(Stop::tell(EX_USAGE, why));
     }
-    let api = args.target.api()?;
-    let (named, trust) = match &api {
-        Api::There(remote) if matches!(door, Door::Remote(_)) => {
+    let console = args.target.console()?;
+    let (named, trust) = match &console {
+        Door::Remote(remote) if matches!(door, Door::Remote(_)) => {
             (remote.places().first().and_then(Place::port), remote.trust.clone())
         }
-        Api::There(remote) => (None, remote.trust.clone()),
-        Api::Here(_, trust) => (None, trust.clone()),
+        Door::Remote(remote) => (None, remote.trust.clone()),
+        Door::Local(local) => (None, args.target.login().trust(Some(local.authority()))?),
     };
     let plan = json!({ "takeover": if args.kill { "kill" } else { "switchover" } });
-    let begun = api.call(Method::POST, "high-availability/drill", Some(&plan))?;
-    let begun = Begun::deserialize(begun).map_err(|error| {
-        Stop::tell(EX_UNAVAILABLE, &format!("the answer to the beginning of a drill is not understood: {error}"))
-    })?;
+    let begun: Begun = console.call(&Call::post("high-availability/drill").with(plan))?;
     let port = args.https_port.or(named).or(begun.https_port);
     // Each member by its own address: behind a load balancer nobody sees who answers.
     let canary = Canary::new(consoles(status, port), &trust, &begun.token, &begun.prefix);

@@ -6,19 +6,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use ureq::{
     Agent,
     http::{Method, StatusCode},
 };
 
 use super::{
+    door::Door,
     place::Place,
     remote::Remote,
     stop::{EX_UNAVAILABLE, Stop},
 };
 use crate::{
     admin::SwitchoverReport,
+    console::cluster::Switchover,
+    control::Call,
     https::{self, Limits},
     node::Status,
 };
@@ -39,6 +42,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// # Errors
 /// When nobody answers, it is refused, or the role does not go.
 pub(super) fn switchover(
+    door: &Door,
     remote: &Remote,
     before: &Status,
     to: Option<&str>,
@@ -48,28 +52,24 @@ pub(super) fn switchover(
     if dry_run || checked.checks.iter().any(|check| !check.ok) {
         return Ok(checked);
     }
-    let report = begin(remote, to)?;
+    let report = ask(remote, to, false)?;
     if report.checks.iter().any(|check| !check.ok) {
         return Ok(report);
     }
-    let (to, gap) = watch(remote, before)?;
+    let (to, gap) = watch(door, remote, before)?;
     Ok(SwitchoverReport { checks: checked.checks, to: Some(to), gap_ms: Some(gap.as_secs_f64() * 1e3) })
 }
 
-/// Begins a switchover, and does not wait for its end.
-///
-/// # Errors
-/// When nobody answers, or it is refused.
-fn begin(remote: &Remote, to: Option<&str>) -> Result<SwitchoverReport, Stop> {
-    ask(remote, to, false)
+/// The question, wherever it goes.
+pub(super) fn switchover_to(wanted: Switchover) -> Call {
+    Call::post("high-availability/switchover").with(wanted)
 }
 
 /// One question. When the answer to the real one gets lost, the ports may have been closed before it: it is no error.
 fn ask(remote: &Remote, to: Option<&str>, dry_run: bool) -> Result<SwitchoverReport, Stop> {
     let begun = SwitchoverReport { checks: Vec::new(), to: None, gap_ms: None };
-    let body = json!({ "to": to, "dryRun": dry_run });
-    let sent = remote.send(&Method::POST, "high-availability/switchover", Some(&body));
-    let mut response = match sent {
+    let wanted = Switchover { to: to.map(str::to_owned), dry_run };
+    let mut response = match remote.send(&switchover_to(wanted)) {
         Ok(response) => response,
         Err(Stop::Unknown(_)) if !dry_run => return Ok(begun),
         Err(stop) => return Err(stop),
@@ -86,7 +86,7 @@ fn ask(remote: &Remote, to: Option<&str>, dry_run: bool) -> Result<SwitchoverRep
 }
 
 /// Returns who is PRIMARY, and the longest time for which no Console answered.
-fn watch(remote: &Remote, before: &Status) -> Result<(String, Duration), Stop> {
+fn watch(door: &Door, remote: &Remote, before: &Status) -> Result<(String, Duration), Stop> {
     let begun = Instant::now();
     let mut pulse = Pulse { agent: https::client(&remote.trust, LIMITS), places: remote.places() };
     let (mut last, mut gap, mut looked) = (begun, Duration::ZERO, begun);
@@ -99,7 +99,7 @@ fn watch(remote: &Remote, before: &Status) -> Result<(String, Duration), Stop> {
             gap = gap.max(silent);
             if odd || looked.elapsed() > LOOK {
                 let asked = Instant::now();
-                let status = remote.status();
+                let status = door.status();
                 // It tries again while nobody answers: better a gap that is a little too long than one that was not seen.
                 gap = gap.max(asked.elapsed());
                 if let Ok(status) = status {

@@ -3,7 +3,6 @@
 //! what was. Must never change the data folder (but for the record that `ha drill` writes there), and must never print a
 //! password.
 
-mod api;
 mod args;
 mod backup;
 mod bundle;
@@ -44,7 +43,7 @@ use std::{
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use clap_complete::Shell;
 
-use crate::control::Operation;
+use crate::control::Call;
 use args::Ha;
 use backup::Backups;
 use certs::Certs;
@@ -189,24 +188,24 @@ fn ha(command: &Ha, paint: Paint) -> Result<u8, Stop> {
         Ha::Events(args) => records::events(&args.target.door()?, args, paint).map(|()| 0),
         Ha::JoinScript(args) => at(&args.target, |door| operate::join_script(door, args)),
         Ha::Apply(args) => at(&args.target, |door| operate::apply(door, args)),
-        Ha::Reject { target, node } => {
-            let reject = Operation::Reject { host: node.clone() };
-            at(target, |door| operate::simple(door, reject, &format!("{node} is turned down.")))
-        }
+        Ha::Reject { target, node } => at(target, |door| operate::reject(door, node)),
         Ha::Revoke { target } => {
             let done = "All invitations are closed: no join script that was given out is good any more.";
-            at(target, |door| operate::simple(door, Operation::Uninvite {}, done))
+            let call = Call::delete("high-availability/join-script");
+            at(target, |door| operate::simple(door, "revoke", &call, done))
         }
         Ha::Remove(args) => at(&args.target, |door| operate::remove(door, args)),
         Ha::Switchover(args) => at(&args.target, |door| operate::switchover(door, args, paint)),
         Ha::Pause { target, span } => at(target, |door| operate::pause(door, span.as_secs())),
         Ha::Resume { target } => {
             let done = "The pause is over: the members take over by themselves again.";
-            at(target, |door| operate::simple(door, Operation::Resume {}, done))
+            let call = Call::post("high-availability/resume");
+            at(target, |door| operate::simple(door, "resume", &call, done))
         }
         Ha::RotateKey { target } => {
             let done = "The members exchange the cluster key now. See: twistcli ha status";
-            at(target, |door| operate::simple(door, Operation::RotateKey {}, done))
+            let call = Call::post("high-availability/rotate-key");
+            at(target, |door| operate::simple(door, "rotate-key", &call, done))
         }
         Ha::TestNotifications { target, json } => records::test_notifications(&target.door()?, *json, paint),
         Ha::RotateCa(args) => at(&args.target, |door| operate::rotate_ca(door, args)),

@@ -1,31 +1,47 @@
 //! The commands that change the cluster: what they show before, ask for, and say after. Each one is one operation of the
 //! daemon. Must never decide whether something may be done.
 
-use std::io::{self, Write};
+use std::{
+    fmt::Display,
+    io::{self, Write},
+};
+
+use serde::{Deserialize, Serialize};
 
 use super::{
     args::{ApplyArgs, JoinScriptArgs, RemoveArgs, RotateCaArgs, SetAddressArgs, SwitchoverArgs},
     catch_up,
     columns::{self, Paint, print_json},
-    daemon::command,
     door::Door,
     handover, next,
     quantity::{clock, date, duration},
+    remote::segment,
     stop::{EX_TEMPFAIL, Stop, confirm},
 };
 use crate::{
     admin::SwitchoverReport,
     clock::unix_time,
     cluster::{NodeId, shared::Request},
-    control::{JoinScript, Operation},
+    console::cluster::{Admitted, Approval, Gone, Overlap, Pause, Paused, Place, Switchover},
+    control::Call,
     node::{MemberStatus, Status},
 };
 
+/// What is shown of an invitation.
+#[derive(Serialize, Deserialize)]
+struct JoinScript {
+    line: String,
+    script: Option<String>,
+    until: u64,
+}
+
 /// Prints the line, or the script, that makes a host ask for admission.
 pub(super) fn join_script(door: &Door, args: &JoinScriptArgs) -> Result<(), Stop> {
-    let operation = Operation::Invite { valid_s: args.valid.as_secs(), script: args.script };
-    door.primary(&command(&operation))?;
-    let answer: JoinScript = door.operate(operation)?;
+    let (valid, script) = (args.valid.as_secs(), if args.script { " --script" } else { "" });
+    let span = if valid == 3600 { String::new() } else { format!(" --valid {valid}s") };
+    door.primary(&format!("twistcli ha join-script{span}{script}"))?;
+    let path = format!("high-availability/join-script?validSec={valid}&script={}", args.script);
+    let answer: JoinScript = door.call(&Call::get(path))?;
     if args.json {
         return print_json(&answer);
     }
@@ -51,8 +67,7 @@ pub(super) fn join_script(door: &Door, args: &JoinScriptArgs) -> Result<(), Stop
 
 /// Admits the hosts that ask, and waits until all members are up.
 pub(super) fn apply(door: &Door, args: &ApplyArgs) -> Result<(), Stop> {
-    let operation = Operation::Apply { fingerprints: None };
-    let status = door.primary(&command(&operation))?;
+    let status = door.primary("twistcli ha apply")?;
     let requests = &status.membership.shared.requests;
     if requests.is_empty() {
         let mut text = "no host asks to join".to_owned();
@@ -64,7 +79,8 @@ pub(super) fn apply(door: &Door, args: &ApplyArgs) -> Result<(), Stop> {
     eprintln!("\nEach fingerprint must be the one that the join script has shown on that host.");
     confirm("Admit them?", args.yes)?;
     let fingerprints = Some(requests.iter().map(|request| request.fingerprint.clone()).collect());
-    let admitted: Vec<NodeId> = door.operate(Operation::Apply { fingerprints })?;
+    let call = Call::post("high-availability/apply").with(Approval { fingerprints });
+    let Admitted { admitted } = door.call(&call)?;
     let names: Vec<&str> = requests.iter().map(|request| request.name.as_str()).collect();
     writeln!(io::stdout(), "Admitted: {} (node {}).", names.join(", "), list(&admitted))?;
     if args.no_wait {
@@ -102,21 +118,27 @@ fn describe(request: &Request) -> String {
 
 /// Removes a member.
 pub(super) fn remove(door: &Door, args: &RemoveArgs) -> Result<(), Stop> {
-    let operation = Operation::Remove { node: args.node.clone(), force: args.force };
-    let status = door.primary(&command(&operation))?;
+    let force = if args.force { " --force" } else { "" };
+    let status = door.primary(&format!("twistcli ha remove {}{force}", args.node))?;
     // Only to explain: which member a name means is for the daemon to decide, and to refuse.
     let named = |member: &&MemberStatus| member.name == args.node || member.id.to_string() == args.node;
     if let Some(member) = status.members.iter().find(named) {
         eprint!("{}", consequences(member, &status, args.force));
     }
     confirm(&format!("Remove {}?", args.node), args.yes)?;
-    let warning: Option<String> = door.operate(operation)?;
+    let path = format!("{}?force={}", member(&args.node), args.force);
+    let Gone { warning } = door.call(&Call::delete(path))?;
     writeln!(io::stdout(), "{} is removed.", args.node)?;
     if let Some(warning) = warning {
         eprintln!("Warning: {}", columns::harmless(&warning));
     }
     eprintln!("Next: twistcli ha join-script, and run its line on the host that takes the place");
     Ok(())
+}
+
+/// The path of a member.
+fn member(node: &str) -> String {
+    format!("high-availability/members/{}", segment(node))
 }
 
 fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
@@ -143,11 +165,14 @@ fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
 
 /// Hands the role over, or only checks whether it could be.
 pub(super) fn switchover(door: &Door, args: &SwitchoverArgs, paint: Paint) -> Result<(), Stop> {
-    let operation = Operation::Switchover { to: args.to.clone(), dry_run: args.dry_run };
-    let status = door.primary(&command(&operation))?;
+    let (to, dry_run) = (option("to", args.to.as_ref()), if args.dry_run { " --dry-run" } else { "" });
+    let status = door.primary(&format!("twistcli ha switchover{to}{dry_run}"))?;
     let report: SwitchoverReport = match door {
-        Door::Local(_) => door.operate(operation)?,
-        Door::Remote(remote) => handover::switchover(remote, &status, args.to.as_deref(), args.dry_run)?,
+        Door::Local(_) => {
+            let wanted = Switchover { to: args.to.clone(), dry_run: args.dry_run };
+            door.call(&handover::switchover_to(wanted))?
+        }
+        Door::Remote(remote) => handover::switchover(door, remote, &status, args.to.as_deref(), args.dry_run)?,
     };
     let possible = report.checks.iter().all(|check| check.ok);
     if args.json {
@@ -180,9 +205,9 @@ fn describe_switchover(report: &SwitchoverReport, dry_run: bool, paint: Paint) -
 
 /// No automatic takeover for a while.
 pub(super) fn pause(door: &Door, seconds: u64) -> Result<(), Stop> {
-    let operation = Operation::Pause { seconds };
-    let status = door.primary(&command(&operation))?;
-    let until: u64 = door.operate(operation)?;
+    let status = door.primary(&format!("twistcli ha pause --for {seconds}s"))?;
+    let span = Pause { minutes: None, seconds: Some(u32::try_from(seconds).unwrap_or(u32::MAX)) };
+    let Paused { until } = door.call(&Call::post("high-availability/pause").with(span))?;
     writeln!(io::stdout(), "PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name)?;
     eprintln!("Next, when the maintenance is done: twistcli ha resume");
     Ok(())
@@ -190,8 +215,9 @@ pub(super) fn pause(door: &Door, seconds: u64) -> Result<(), Stop> {
 
 /// Replaces the certificate authority.
 pub(super) fn rotate_ca(door: &Door, args: &RotateCaArgs) -> Result<(), Stop> {
-    let operation = Operation::RotateCa { overlap_s: args.overlap.as_secs() };
-    door.primary(&command(&operation))?;
+    let overlap = args.overlap.as_secs();
+    let command = format!("rotate-ca --overlap {overlap}s");
+    door.primary(&format!("twistcli ha {command}"))?;
     eprintln!("All certificates of nodes and Consoles are made anew, and join scripts that were given out end.");
     eprintln!(
         "Clients that know the old CA need the new one within {}, when it begins to sign: certificates/ca.pem of each member \
@@ -199,28 +225,39 @@ pub(super) fn rotate_ca(door: &Door, args: &RotateCaArgs) -> Result<(), Stop> {
         duration(args.overlap.as_millis() as u64)
     );
     confirm("Replace the certificate authority?", args.yes)?;
+    let overlap = Overlap { overlap_sec: u32::try_from(overlap).unwrap_or(u32::MAX) };
     simple(
         door,
-        operation,
+        &command,
+        &Call::post("high-availability/rotate-ca").with(overlap),
         "The members trust the new authority now, and it signs when the overlap is over. See: twistcli ha status",
     )
 }
 
 /// Gives a member another address.
 pub(super) fn set_address(door: &Door, args: &SetAddressArgs) -> Result<(), Stop> {
-    let operation = Operation::Readdress {
-        node: args.node.clone(),
-        new_name: args.name.clone(),
-        address: args.to.clone(),
-        port: args.port,
-    };
-    simple(door, operation, "The members dial the new address from now on. See: twistcli ha status")
+    let (to, port) = (option("to", args.to.as_ref()), option("port", args.port.as_ref()));
+    let command = format!("set-address {}{to}{port}{}", args.node, option("name", args.name.as_ref()));
+    let place = Place { name: args.name.clone(), address: args.to.clone(), port: args.port };
+    let call = Call::put(format!("{}/address", member(&args.node))).with(place);
+    simple(door, &command, &call, "The members dial the new address from now on. See: twistcli ha status")
 }
 
-/// An operation without an answer.
-pub(super) fn simple(door: &Door, operation: Operation, done: &str) -> Result<(), Stop> {
-    door.primary(&command(&operation))?;
-    let () = door.operate(operation)?;
+/// Turns a host down.
+pub(super) fn reject(door: &Door, host: &str) -> Result<(), Stop> {
+    let call = Call::delete(format!("high-availability/requests/{}", segment(host)));
+    simple(door, &format!("reject {host}"), &call, &format!("{host} is turned down."))
+}
+
+/// An option of a command that has to be run elsewhere.
+fn option(name: &str, value: Option<&impl Display>) -> String {
+    value.map_or_else(String::new, |value| format!(" --{name} {value}"))
+}
+
+/// An operation without an answer. `command` is what asks for it, behind `twistcli ha`.
+pub(super) fn simple(door: &Door, command: &str, call: &Call, done: &str) -> Result<(), Stop> {
+    door.primary(&format!("twistcli ha {command}"))?;
+    door.have_done(call)?;
     writeln!(io::stdout(), "{done}")?;
     Ok(())
 }

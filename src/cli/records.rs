@@ -19,7 +19,7 @@ use super::{
     target::Target,
 };
 use crate::{
-    control::Operation,
+    control::Call,
     events::{self, Event, Severity, Wanted, notify::Delivery},
 };
 
@@ -85,7 +85,7 @@ pub(super) struct LogsArgs {
 pub(super) fn events(door: &Door, args: &EventsArgs, paint: Paint) -> Result<(), Stop> {
     let since = args.since.and_then(|since| Timestamp::from_second(before(since)).ok());
     let wanted = Wanted { limit: Some(args.limit), offset: None, kind: args.kind, since };
-    let asked = door.operate(Operation::Events { wanted: wanted.clone() });
+    let asked = door.call(&Call::get(format!("high-availability/events?{}", query(&wanted))));
     let found: Vec<Event> = asked.or_else(|stop| from_files(door, &wanted, stop))?;
     if args.json {
         return print_json(&found);
@@ -109,6 +109,14 @@ pub(super) fn events(door: &Door, args: &EventsArgs, paint: Paint) -> Result<(),
     Ok(columns::print(&columns::table(&heads, &rows, paint))?)
 }
 
+/// The fields as a query. Names and values are words, numbers and dates: only the dates have something to encode.
+fn query(wanted: &Wanted) -> String {
+    let fields = serde_json::to_value(wanted).unwrap_or_default();
+    let pair =
+        |(name, value): (&String, &Value)| format!("{name}={}", segment(value.as_str().unwrap_or(&value.to_string())));
+    fields.as_object().into_iter().flatten().map(pair).collect::<Vec<_>>().join("&")
+}
+
 /// The events of this host, while its daemon does not answer.
 fn from_files(door: &Door, wanted: &Wanted, stop: Stop) -> Result<Vec<Event>, Stop> {
     let Door::Local(local) = door else { return Err(stop) };
@@ -127,7 +135,7 @@ fn from_files(door: &Door, wanted: &Wanted, stop: Stop) -> Result<Vec<Event>, St
 /// # Errors
 /// When nobody answers, or may do this.
 pub(super) fn test_notifications(door: &Door, json: bool, paint: Paint) -> Result<u8, Stop> {
-    let sent: Vec<Delivery> = door.operate(Operation::TestNotifications {})?;
+    let sent: Vec<Delivery> = door.call(&Call::post("settings/notifications/test"))?;
     let fine = !sent.is_empty() && sent.iter().all(|delivery| delivery.ok);
     if json {
         print_json(&sent)?;
@@ -174,7 +182,7 @@ pub(super) fn audits(args: &AuditsArgs, paint: Paint) -> Result<(), Stop> {
     if let Some(since) = args.since {
         path.push_str(&format!("&since={}", before(since)));
     }
-    let found: Vec<Value> = args.target.api()?.get(&path)?;
+    let found: Vec<Value> = args.target.console()?.call(&Call::get(path))?;
     if args.json {
         return print_json(&found);
     }
@@ -228,8 +236,8 @@ struct Line {
 pub(super) fn logs(args: &LogsArgs, paint: Paint) -> Result<(), Stop> {
     let hint =
         "The lines were in its memory. What it wrote: journalctl -u twistlockd -e; what happened: twistcli ha events";
-    let api = args.target.api().map_err(|stop| stop.or_else_try(hint))?;
-    let found: Vec<Value> = api.get(&format!("logs/console?lines={}", args.lines))?;
+    let door = args.target.console().map_err(|stop| stop.or_else_try(hint))?;
+    let found: Vec<Value> = door.call(&Call::get(format!("logs/console?lines={}", args.lines)))?;
     if args.json {
         return print_json(&found);
     }
@@ -251,6 +259,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::events::Kind;
+
+    #[test]
+    fn what_is_wanted_of_the_events_is_a_query() {
+        let since = "2026-11-22T18:00:00Z".parse().ok();
+        let wanted = Wanted { limit: Some(5), kind: Some(Kind::Takeover), since, ..Wanted::default() };
+        assert_eq!(query(&wanted), "kind=takeover&limit=5&since=2026-11-22T18%3A00%3A00Z");
+    }
 
     #[test]
     fn an_audit_tells_what_was_changed_and_what_failed() {

@@ -9,8 +9,6 @@ use std::{
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use serde::de::DeserializeOwned;
-use serde_json::Value;
 use ureq::{
     Agent, Body, SendBody,
     http::{Method, Request, Response, StatusCode},
@@ -23,8 +21,8 @@ use super::{
 };
 use crate::{
     cluster::Membership,
+    control::Call,
     https::{self, Failure, Limits, Trust},
-    node::Status,
 };
 
 /// How long one request may take: longer than the Console gives itself.
@@ -120,42 +118,18 @@ impl Remote {
         }
     }
 
-    /// The PRIMARY's picture of the cluster.
-    ///
-    /// # Errors
-    /// When nobody gives one.
-    pub(super) fn status(&self) -> Result<Status, Stop> {
-        let status: Status = self.get("high-availability")?;
-        self.learn(&status.membership);
-        Ok(status)
-    }
-
-    /// Asks for something.
-    ///
-    /// # Errors
-    /// When nobody answers as they should.
-    pub(super) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Stop> {
-        let answer = self.call(Method::GET, path, None)?;
-        serde_json::from_value(answer).map_err(|error| self.misunderstood(path, &error))
-    }
-
-    /// Has something done. The answer is `null` where there is nothing to tell.
+    /// Has a Console answer a request. Returns the body of a success.
     ///
     /// # Errors
     /// When nobody answers, or the answer is no.
-    pub(super) fn call(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, Stop> {
-        let mut response = self.send(&method, path, body)?;
+    pub(super) fn call(&self, call: &Call) -> Result<String, Stop> {
+        let mut response = self.send(call)?;
         let status = response.status();
         if !status.is_success() {
-            return Err(self.refused(&method, status, &https::refusal(&mut response)));
+            return Err(self.refused(&call.method, status, &https::refusal(&mut response)));
         }
         let text = response.body_mut().with_config().limit(LONGEST).read_to_string();
-        let text = text
-            .map_err(|error| Stop::tell(EX_UNAVAILABLE, &format!("{}: the answer broke off: {error}", self.first())))?;
-        if text.is_empty() {
-            return Ok(Value::Null);
-        }
-        serde_json::from_str(&text).map_err(|error| self.misunderstood(path, &error))
+        text.map_err(|error| Stop::tell(EX_UNAVAILABLE, &format!("{}: the answer broke off: {error}", self.first())))
     }
 
     /// A file, which may take its time.
@@ -166,7 +140,7 @@ impl Remote {
         let patient = https::client(&self.trust, Limits { request: DOWNLOAD, ..LIMITS });
         let way =
             Self { agent: patient, places: self.places.clone(), trust: self.trust.clone(), login: self.login.clone() };
-        let response = way.send(&Method::GET, path, None)?;
+        let response = way.send(&Call::get(path))?;
         self.places.replace(way.places());
         Ok(response)
     }
@@ -175,16 +149,14 @@ impl Remote {
     ///
     /// # Errors
     /// When nobody answers, or a request that changes something got lost.
-    pub(super) fn send(&self, method: &Method, path: &str, body: Option<&Value>) -> Result<Response<Body>, Stop> {
+    pub(super) fn send(&self, call: &Call) -> Result<Response<Body>, Stop> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let mut silent = Vec::new();
             for place in self.places() {
-                match self.attempt(&place, method, path, body) {
+                match self.attempt(&place, call) {
                     // It was PRIMARY a moment ago, and nothing was changed there.
-                    Ok(response)
-                        if response.status() == StatusCode::SERVICE_UNAVAILABLE && changes_nothing(method, path) =>
-                    {
+                    Ok(response) if response.status() == StatusCode::SERVICE_UNAVAILABLE && changes_nothing(call) => {
                         let why = https::refusal(&mut { response });
                         silent.push(Silence { place, failure: Failure::Unreachable, why });
                     }
@@ -192,7 +164,7 @@ impl Remote {
                         self.prefer(&place);
                         return Ok(response);
                     }
-                    Err(silence) if silence.failure == Failure::Unknown && !changes_nothing(method, path) => {
+                    Err(silence) if silence.failure == Failure::Unknown && !changes_nothing(call) => {
                         let text = format!(
                             "{}: the connection was lost before the answer came: {}\n  Whether it was done is unknown: look \
                              before you repeat it. See: twistcli ha status",
@@ -212,19 +184,13 @@ impl Remote {
         }
     }
 
-    fn attempt(
-        &self,
-        place: &Place,
-        method: &Method,
-        path: &str,
-        body: Option<&Value>,
-    ) -> Result<Response<Body>, Silence> {
+    fn attempt(&self, place: &Place, call: &Call) -> Result<Response<Body>, Silence> {
         let silence = |failure, why| Silence { place: place.clone(), failure, why };
         let request = Request::builder()
-            .method(method.clone())
-            .uri(format!("{place}/api/v1/{path}"))
+            .method(call.method.clone())
+            .uri(format!("{place}{}", call.target()))
             .header("authorization", self.login.header());
-        let sent = match body {
+        let sent = match &call.body {
             Some(body) => request
                 .header("content-type", "application/json")
                 .body(body.to_string())
@@ -288,19 +254,11 @@ impl Remote {
             _ => Stop::tell(EX_TEMPFAIL, &format!("not done: {why}")),
         }
     }
-
-    fn misunderstood(&self, path: &str, error: &serde_json::Error) -> Stop {
-        let place = self.first();
-        let text = format!(
-            "{place}/api/v1/{path}: the answer is not understood: {error}\n  Is this a Console, and of the same version?"
-        );
-        Stop::tell(EX_UNAVAILABLE, &text)
-    }
 }
 
 /// True for what may be asked again without harm. A join script brings an invitation with it.
-fn changes_nothing(method: &Method, path: &str) -> bool {
-    *method == Method::GET && !path.starts_with("high-availability/join-script")
+pub(super) fn changes_nothing(call: &Call) -> bool {
+    call.method == Method::GET && !call.path.starts_with("high-availability/join-script")
 }
 
 #[cfg(test)]

@@ -10,9 +10,8 @@ use std::{
 use clap::Args;
 
 use super::{
-    backup::{fetch_copy, follow},
+    backup::{all_backups, backup_copies, backup_state, fetch_copy, follow},
     columns,
-    daemon::command,
     door::Door,
     quantity::{date, size},
     stop::{EX_NOINPUT, EX_USAGE, Stop, ask, confirm},
@@ -20,7 +19,8 @@ use super::{
 };
 use crate::{
     backup::{Backup, BackupId, BackupState, MemberBackups, RemoteBackup, Started},
-    control::Operation,
+    console::backups::File,
+    control::Call,
 };
 
 /// The help of `twistcli restore`.
@@ -84,8 +84,7 @@ pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
     };
     let unreadable = |error: io::Error| Stop::tell(EX_NOINPUT, &format!("{}: {error}", path.display()));
     let file = fs::canonicalize(&path).map_err(unreadable)?;
-    let operation = Operation::Restore { file: file.clone(), stop_console: true, unencrypted: args.unencrypted };
-    let status = door.primary(&command(&operation))?;
+    let status = door.primary(&format!("twistcli restore {}", file.display()))?;
     eprintln!(
         "{} replaces the whole database of {}.\nAll that was written since it was made is lost. The Console is closed meanwhile, \
          and everybody has to log in again.",
@@ -96,7 +95,8 @@ pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
         return Err(Stop::tell(EX_USAGE, "the Console is closed for a restore: say --stop-console, too"));
     }
     confirm("Close the Console and restore it?", args.yes)?;
-    let started: Started = door.operate(operation)?;
+    let wanted = File { file, stop_console: true, unencrypted: args.unencrypted };
+    let started: Started = door.call(&Call::post("restore").with(wanted))?;
     follow(&door, &started)
 }
 
@@ -106,8 +106,8 @@ fn named(door: &Door, args: &RestoreArgs) -> Result<PathBuf, Stop> {
         Some(path) if path.is_file() => Ok(path.clone()),
         Some(folder) => choose(folder),
         None => {
-            let all: Vec<Backup> = door.operate(Operation::Backups {})?;
-            let state: BackupState = door.operate(Operation::BackupState {})?;
+            let all: Vec<Backup> = door.call(&all_backups())?;
+            let state: BackupState = door.call(&backup_state())?;
             eprint!("{}", elsewhere(&all, &state));
             choose(Path::new(&state.folder))
         }
@@ -136,11 +136,11 @@ fn elsewhere(all: &[Backup], state: &BackupState) -> String {
 fn fetched(door: &Door, copy: Option<&str>) -> Result<PathBuf, Stop> {
     // Another host's folder would be of no use.
     door.primary("twistcli restore --remote")?;
-    let state: BackupState = door.operate(Operation::BackupState {})?;
+    let state: BackupState = door.call(&backup_state())?;
     let place = match copy {
         Some(place) => place.to_owned(),
         None => {
-            let found: Vec<RemoteBackup> = door.operate(Operation::BackupCopies {})?;
+            let found: Vec<RemoteBackup> = door.call(&backup_copies())?;
             let line = |copy: &RemoteBackup| {
                 format!("{}  {}  {}", columns::harmless(&copy.place), date(copy.backup.time), size(copy.backup.bytes))
             };

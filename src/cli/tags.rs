@@ -5,7 +5,6 @@ use std::io::{self, Write};
 use clap::Subcommand;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use ureq::http::Method;
 
 use super::{
     args::DONE_OR_REFUSED,
@@ -15,6 +14,7 @@ use super::{
     stop::Stop,
     target::Target,
 };
+use crate::control::Call;
 
 const ADD_HELP: &str = "\
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
@@ -76,16 +76,16 @@ struct Tag {
 pub(super) fn run(command: &Tags, paint: Paint) -> Result<(), Stop> {
     match command {
         Tags::List { target, json } => {
-            let found = lists::all(&target.api()?, "tags")?;
+            let found = lists::all(&target.console()?, "tags")?;
             if *json { print_json(&found) } else { Ok(columns::print(&table(&found, paint)?)?) }
         }
         Tags::Add { target, name, tag_color, description } => {
             let body = json!({ "name": name, "color": tag_color, "description": description });
-            target.api()?.call(Method::POST, "tags", Some(&body))?;
+            target.console()?.have_done(&Call::post("tags").with(body))?;
             Ok(writeln!(io::stdout(), "The tag {} is there.", columns::harmless(name))?)
         }
         Tags::Delete { target, name } => {
-            target.api()?.call(Method::DELETE, &format!("tags/{}", segment(name)), None)?;
+            target.console()?.have_done(&Call::delete(format!("tags/{}", segment(name))))?;
             Ok(writeln!(io::stdout(), "The tag {} is deleted.", columns::harmless(name))?)
         }
     }

@@ -53,6 +53,21 @@ impl Target {
         Ok(Door::Remote(Remote::new(places, self.login.trust(None)?, self.login.resolve()?)))
     }
 
+    /// The way to the PRIMARY's Console: by this host's daemon where it is PRIMARY and nobody is named to log in as.
+    ///
+    /// # Errors
+    /// When it cannot be found, or there is no login.
+    pub(super) fn console(&self) -> Result<Door, Stop> {
+        let door = self.door()?;
+        let Door::Local(local) = &door else { return Ok(door) };
+        let status = local.status()?;
+        if status.primary == Some(status.node) && !self.login.is_named() {
+            // Who may do all of it on this host anyway is not asked for a password.
+            return Ok(door);
+        }
+        local.consoles(&self.login).map(Door::Remote)
+    }
+
     /// The daemon of this host was named, whatever the environment says.
     pub(super) fn is_local(&self) -> bool {
         self.control.is_some() || self.data.is_some() || self.config.is_some()

@@ -5,10 +5,8 @@ use std::io::{self, Write};
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use ureq::http::Method;
 
 use super::{
-    api::Api,
     args::DONE_OR_REFUSED,
     columns::{self, Cell, Paint, print_json},
     door::Door,
@@ -19,6 +17,7 @@ use super::{
     stop::{EX_USAGE, Stop, confirm},
     target::Target,
 };
+use crate::control::Call;
 
 const PASSWD_HELP: &str = "\
 The password in use is that of the login: --password, $TWISTLOCK_PASSWORD, or it is asked for. The new one is asked for twice;
@@ -149,22 +148,22 @@ struct Account {
 /// When nobody answers, or it is refused.
 pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
     match command {
-        Users::List { target, json } => list(&target.api()?, *json, paint),
+        Users::List { target, json } => list(&target.console()?, *json, paint),
         Users::Add { target, named: Named { who }, role } => {
-            let remote = target.api()?;
+            let door = target.console()?;
             let body = json!({ "username": who, "password": new_password(who)?, "role": role.name() });
-            remote.call(Method::POST, "users", Some(&body))?;
+            door.have_done(&Call::post("users").with(body))?;
             say(&format!("{who} is a user with the role {}.", role.name()))
         }
         Users::SetRole { target, named: Named { who }, role } => {
             let body = json!({ "username": who, "role": role.name() });
-            target.api()?.call(Method::PUT, "users", Some(&body))?;
+            target.console()?.have_done(&Call::put("users").with(body))?;
             say(&format!("{who} has the role {}. All sessions of {who} have ended.", role.name()))
         }
         Users::SetPassword { target, named: Named { who } } => {
-            let remote = target.api()?;
+            let door = target.console()?;
             let body = json!({ "username": who, "password": new_password(who)? });
-            remote.call(Method::PUT, "users", Some(&body))?;
+            door.have_done(&Call::put("users").with(body))?;
             say(&format!("{who} has a new password. All sessions of {who} have ended."))
         }
         Users::Passwd { target } => {
@@ -176,13 +175,13 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
                 return Err(Stop::tell(EX_USAGE, "a token does not say the password in use: give --user"));
             };
             let body = json!({ "oldPassword": password, "newPassword": new_password(user)? });
-            remote.call(Method::PUT, "users/password", Some(&body))?;
+            remote.call(&Call::put("users/password").with(body))?;
             say(&format!("{user} has a new password. All sessions of {user} have ended."))
         }
         Users::Delete { target, named: Named { who }, yes } => {
-            let remote = target.api()?;
+            let door = target.console()?;
             confirm(&format!("Delete the user {who}?"), *yes)?;
-            remote.call(Method::DELETE, &format!("users/{}", segment(who)), None)?;
+            door.have_done(&Call::delete(format!("users/{}", segment(who))))?;
             say(&format!("{who} is deleted."))
         }
     }
@@ -193,8 +192,8 @@ fn say(text: &str) -> Result<(), Stop> {
     Ok(())
 }
 
-fn list(remote: &Api, json: bool, paint: Paint) -> Result<(), Stop> {
-    let found: Vec<Value> = lists::all(remote, "users")?;
+fn list(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
+    let found: Vec<Value> = lists::all(door, "users")?;
     if json {
         return print_json(&found);
     }

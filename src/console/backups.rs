@@ -1,7 +1,7 @@
 //! `backups` and `settings/backup`: the list has those of all members, all else is for those of the PRIMARY's host. Every check of a name and every step belongs to
 //! [`crate::backup`]. A restore replaces the Console's own database: whoever asked learns of its end after the next login.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -11,14 +11,14 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
-    Console,
+    Console, Services,
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
     programs,
-    route::{Access, Entry, route},
+    route::{Access, Entry, node, route},
     user::{Role, User},
 };
 use crate::backup::{Agreed, Backup, BackupError, BackupState, RemoteBackup, RestoreFrom, Started};
@@ -53,7 +53,7 @@ pub(super) fn routes() -> Vec<Entry> {
         "Put a backup in the place of the whole database: closes the Console for a while, and ends all sessions";
     let check = "Open a backup and check all of it; answers as the creation does";
     vec![
-        route(
+        node(
             Method::GET,
             "/backups",
             ADMINISTRATORS,
@@ -63,7 +63,7 @@ pub(super) fn routes() -> Vec<Entry> {
         .query::<Page>()
         .paged()
         .answer::<Vec<Backup>>(),
-        route(Method::POST, "/backups", ADMINISTRATORS, make, create)
+        node(Method::POST, "/backups", ADMINISTRATORS, make, create)
             .operates("create", "backup")
             .body::<String>()
             .query::<Patience>()
@@ -71,25 +71,47 @@ pub(super) fn routes() -> Vec<Entry> {
         route(Method::GET, "/backups/{id}", ADMINISTRATORS, "Download a backup", download)
             .operates("download", "backup")
             .file("application/gzip"),
-        route(Method::PATCH, "/backups/{id}", ADMINISTRATORS, "Give a manual backup another name", rename)
+        node(Method::PATCH, "/backups/{id}", ADMINISTRATORS, "Give a manual backup another name", rename)
             .operates("rename", "backup")
             .body::<String>()
             .answer::<Backup>(),
-        route(Method::DELETE, "/backups/{id}", ADMINISTRATORS, "Delete a backup", remove).operates("delete", "backup"),
-        route(Method::POST, "/backups/{id}/verify", ADMINISTRATORS, check, verify)
+        node(Method::DELETE, "/backups/{id}", ADMINISTRATORS, "Delete a backup", remove).operates("delete", "backup"),
+        node(Method::POST, "/backups/{id}/verify", ADMINISTRATORS, check, verify)
             .operates("verify", "backup")
             .query::<Patience>()
             .answer::<Started>(),
-        route(Method::POST, "/backups/{id}/restore", ADMINISTRATORS, bring_back, restore)
+        node(Method::POST, "/backups/{id}/restore", ADMINISTRATORS, bring_back, restore)
             .operates("restore", "backup")
             .body::<Confirmed>()
             .answer::<Started>(),
-        route(Method::GET, "/settings/backup", ADMINISTRATORS, "How backups are set up, and what is under way", state)
+        node(Method::GET, "/settings/backup", ADMINISTRATORS, "How backups are set up, and what is under way", state)
             .answer::<BackupState>(),
-        route(Method::GET, "/settings/backup/copies", ADMINISTRATORS, "The copies at BACKUP_URL, newest first", copies)
+        node(Method::GET, "/settings/backup/copies", ADMINISTRATORS, "The copies at BACKUP_URL, newest first", copies)
             .query::<Page>()
             .paged()
             .answer::<Vec<RemoteBackup>>(),
+        node(
+            Method::POST,
+            "/settings/backup/copies/fetch",
+            ADMINISTRATORS,
+            "Fetch a copy from BACKUP_URL into the folder of this host",
+            fetch,
+        )
+        .operates("fetch", "backup")
+        .body::<String>()
+        .answer::<Started>()
+        .on_socket_alone(),
+        node(
+            Method::POST,
+            "/restore",
+            ADMINISTRATORS,
+            "Put a backup of this host in the place of it all",
+            restore_file,
+        )
+        .operates("restore", "backup")
+        .body::<File>()
+        .answer::<Started>()
+        .on_socket_alone(),
     ]
 }
 
@@ -112,39 +134,39 @@ impl From<BackupError> for ApiError {
 }
 
 /// `GET backups`.
-async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -> Result<Paged<Backup>, ApiError> {
+async fn list(State(services): State<Services>, Search(page): Search<Page>) -> Result<Paged<Backup>, ApiError> {
     let (limit, offset) = page.bounds()?;
-    let all = console.services()?.backups.all().await?;
+    let all = services.backups.all().await?;
     let total = all.len() as i64;
     Ok(Paged { rows: all.into_iter().skip(offset as usize).take(limit as usize).collect(), total })
 }
 
 /// `POST backups` with the name as a JSON string.
 async fn create(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Search(patience): Search<Patience>,
     Body(name): Body<String>,
 ) -> Result<Json<Started>, ApiError> {
-    let backups = &console.services()?.backups;
+    let backups = &services.backups;
     let started = backups.create(&name, &user.actor()).await?;
-    ended(&console, started, patience).await
+    ended(&services, started, patience).await
 }
 
 /// `POST backups/{id}/verify`.
 async fn verify(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Search(patience): Search<Patience>,
     Name(id): Name,
 ) -> Result<Json<Started>, ApiError> {
-    let started = console.services()?.backups.verify(&id, &user.actor()).await?;
-    ended(&console, started, patience).await
+    let started = services.backups.verify(&id, &user.actor()).await?;
+    ended(&services, started, patience).await
 }
 
 /// `POST backups/{id}/restore`: answers at once, since the Console closes as soon as the backup is found sound.
 async fn restore(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Name(id): Name,
     Body(wish): Body<Confirmed>,
@@ -153,16 +175,48 @@ async fn restore(
         return Err(ApiError::bad("confirm: the id of the backup is needed: everything written since is lost"));
     }
     let agreed = Agreed { stop_console: true, unencrypted: wish.unencrypted };
-    let backups = &console.services()?.backups;
+    let backups = &services.backups;
     Ok(Json(backups.restore(RestoreFrom::Folder(&id), agreed, &user.actor()).await?))
 }
 
+/// `POST settings/backup/copies/fetch` with the place as a JSON string: `CLUSTER/NODE/FILE`, as the list has it.
+async fn fetch(
+    State(services): State<Services>,
+    user: User,
+    Body(place): Body<String>,
+) -> Result<Json<Started>, ApiError> {
+    Ok(Json(services.backups.fetch(&place, &user.actor()).await?))
+}
+
+/// The body of [`restore_file`].
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct File {
+    /// The absolute path of the backup on this host.
+    pub file: PathBuf,
+    /// The administrator knows that the Console is closed for it; refused otherwise.
+    pub stop_console: bool,
+    /// It may be one that is not encrypted although this host has a key; refused otherwise.
+    #[serde(default)]
+    pub unencrypted: bool,
+}
+
+/// `POST restore`: whoever may do this is on the host, and so is the file.
+async fn restore_file(
+    State(services): State<Services>,
+    user: User,
+    Body(File { file, stop_console, unencrypted }): Body<File>,
+) -> Result<Json<Started>, ApiError> {
+    let (from, agreed) = (RestoreFrom::File(&file), Agreed { stop_console, unencrypted });
+    Ok(Json(services.backups.restore(from, agreed, &user.actor()).await?))
+}
+
 /// Waits for a moment, if that is wanted: most databases are small.
-async fn ended(console: &Console, started: Started, patience: Patience) -> Result<Json<Started>, ApiError> {
+async fn ended(services: &Services, started: Started, patience: Patience) -> Result<Json<Started>, ApiError> {
     if patience.wait == Some(false) {
         return Ok(Json(started));
     }
-    match console.services()?.backups.wait(started.number, PATIENCE).await {
+    match services.backups.wait(started.number, PATIENCE).await {
         Some(outcome) if !outcome.ok => Err(ApiError::Conflict(outcome.text)),
         _ => Ok(Json(started)),
     }
@@ -185,33 +239,30 @@ async fn download(State(console): State<Arc<Console>>, user: User, Name(id): Nam
 
 /// `PATCH backups/{id}` with the new name as a JSON string.
 async fn rename(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Name(id): Name,
     Body(name): Body<String>,
 ) -> Result<Json<Backup>, ApiError> {
-    let backups = &console.services()?.backups;
+    let backups = &services.backups;
     Ok(Json(backups.rename(&id, &name, &user.actor()).await?))
 }
 
 /// `DELETE backups/{id}`.
-async fn remove(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<(), ApiError> {
-    let backups = &console.services()?.backups;
+async fn remove(State(services): State<Services>, user: User, Name(id): Name) -> Result<(), ApiError> {
+    let backups = &services.backups;
     Ok(backups.delete(&id, &user.actor()).await?)
 }
 
 /// `GET settings/backup`.
-async fn state(State(console): State<Arc<Console>>) -> Result<Json<BackupState>, ApiError> {
-    Ok(Json(console.services()?.backups.state().await))
+async fn state(State(services): State<Services>) -> Result<Json<BackupState>, ApiError> {
+    Ok(Json(services.backups.state().await))
 }
 
 /// `GET settings/backup/copies`.
-async fn copies(
-    State(console): State<Arc<Console>>,
-    Search(page): Search<Page>,
-) -> Result<Paged<RemoteBackup>, ApiError> {
+async fn copies(State(services): State<Services>, Search(page): Search<Page>) -> Result<Paged<RemoteBackup>, ApiError> {
     let (limit, offset) = page.bounds()?;
-    let all = console.services()?.backups.copies().await?;
+    let all = services.backups.copies().await?;
     let total = all.len() as i64;
     Ok(Paged { rows: all.into_iter().skip(offset as usize).take(limit as usize).collect(), total })
 }

@@ -1,17 +1,15 @@
 //! `settings/certs` and `settings/custom-certs`: what the Consoles serve. Owns the HTTP side; what is done is up to
 //! [`crate::admin`]. Must never show a key, or keep one longer than the request.
 
-use std::sync::Arc;
-
 use axum::{Json, extract::State, http::Method};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Console,
+    Services,
     errors::ApiError,
     extract::Body,
-    route::{Access, Entry, route},
+    route::{Access, Entry, node},
     user::{Role, User},
 };
 use crate::admin::{Certificates, Custom};
@@ -21,25 +19,19 @@ pub(super) fn routes() -> Vec<Entry> {
     const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
     let (get, post) = (Method::GET, Method::POST);
     vec![
-        route(get.clone(), "/settings/certs", ADMINISTRATORS, "What the Consoles serve, and until when", certificates)
+        node(get.clone(), "/settings/certs", ADMINISTRATORS, "What the Consoles serve, and until when", certificates)
             .answer::<Certificates>(),
-        route(
-            post.clone(),
-            "/settings/certs",
-            ADMINISTRATORS,
-            "Set the names of the Consoles' certificates",
-            set_names,
-        )
-        .operates("set", "settings/certs")
-        .body::<Names>()
-        .answer::<Names>(),
-        route(get, "/settings/custom-certs", ADMINISTRATORS, "The certificate that the Consoles were given", custom)
+        node(post.clone(), "/settings/certs", ADMINISTRATORS, "Set the names of the Consoles' certificates", set_names)
+            .operates("set", "settings/certs")
+            .body::<Names>()
+            .answer::<Names>(),
+        node(get, "/settings/custom-certs", ADMINISTRATORS, "The certificate that the Consoles were given", custom)
             .answer::<Option<Custom>>(),
-        route(post, "/settings/custom-certs", ADMINISTRATORS, "Give the Consoles a certificate", set_custom)
+        node(post, "/settings/custom-certs", ADMINISTRATORS, "Give the Consoles a certificate", set_custom)
             .operates("set", "settings/custom-certs")
             .body::<Upload>()
             .answer::<Custom>(),
-        route(Method::DELETE, "/settings/custom-certs", ADMINISTRATORS, "Back to the cluster's certificates", remove)
+        node(Method::DELETE, "/settings/custom-certs", ADMINISTRATORS, "Back to the cluster's certificates", remove)
             .operates("delete", "settings/custom-certs")
             .answer::<Names>(),
     ]
@@ -48,54 +40,54 @@ pub(super) fn routes() -> Vec<Entry> {
 /// What every Console's certificate is good for, beside the names of its own host.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Names {
+pub struct Names {
     /// Host names and IP addresses.
     #[serde(rename = "consoleSAN")]
-    names: Vec<String>,
+    pub names: Vec<String>,
 }
 
 /// A certificate for the Consoles.
-#[derive(Deserialize, JsonSchema)]
+#[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Upload {
+pub struct Upload {
     /// PEM: the chain, its own certificate first, and the private key.
-    certificate: String,
+    pub certificate: String,
 }
 
 /// `GET settings/certs`.
-async fn certificates(State(console): State<Arc<Console>>) -> Result<Json<Certificates>, ApiError> {
-    Ok(Json(console.services()?.admin.certificates()))
+async fn certificates(State(services): State<Services>) -> Result<Json<Certificates>, ApiError> {
+    Ok(Json(services.admin.certificates()))
 }
 
 /// `POST settings/certs`: all members make their certificates anew and serve them at once.
 async fn set_names(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Body(Names { names }): Body<Names>,
 ) -> Result<Json<Names>, ApiError> {
-    let admin = &console.services()?.admin;
+    let admin = &services.admin;
     let names = admin.set_console_names(names, &user.actor()).await?;
     Ok(Json(Names { names }))
 }
 
 /// `GET settings/custom-certs`: null if there is none.
-async fn custom(State(console): State<Arc<Console>>) -> Result<Json<Option<Custom>>, ApiError> {
-    Ok(Json(console.services()?.admin.certificates().custom))
+async fn custom(State(services): State<Services>) -> Result<Json<Option<Custom>>, ApiError> {
+    Ok(Json(services.admin.certificates().custom))
 }
 
 /// `POST settings/custom-certs`: refused with all names that it lacks.
 async fn set_custom(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Body(upload): Body<Upload>,
 ) -> Result<Json<Custom>, ApiError> {
-    let admin = &console.services()?.admin;
+    let admin = &services.admin;
     Ok(Json(admin.set_certificate(&upload.certificate, &user.actor()).await?))
 }
 
 /// `DELETE settings/custom-certs`. Answers with the names that the cluster's own certificates have in common.
-async fn remove(State(console): State<Arc<Console>>, user: User) -> Result<Json<Names>, ApiError> {
-    let admin = &console.services()?.admin;
+async fn remove(State(services): State<Services>, user: User) -> Result<Json<Names>, ApiError> {
+    let admin = &services.admin;
     admin.remove_certificate(&user.actor()).await?;
     Ok(Json(Names { names: admin.certificates().console_names }))
 }

@@ -17,12 +17,13 @@ use super::{
     Console, Services, auth,
     errors::ApiError,
     extract::{Body, Name, OptionalBody, Search},
-    route::{Access, Entry, route},
+    route::{Access, Entry, node, route},
     user::{Role, Source, User},
 };
 use crate::{
     admin::{AdminError, SwitchoverReport},
     join::{JoinRequest, RequestState},
+    node::Status,
 };
 
 impl From<AdminError> for ApiError {
@@ -41,29 +42,49 @@ impl Console {
     /// # Errors
     /// When this Console runs without a cluster.
     pub(super) fn services(&self) -> Result<&Services, ApiError> {
-        let none = || ApiError::NotFound("this Console does not run in a cluster".to_owned());
-        self.services.as_ref().ok_or_else(none)
+        self.services.as_ref().ok_or_else(super::no_cluster)
     }
 }
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
-    const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
-    let (get, post, put, delete) = (Method::GET, Method::POST, Method::PUT, Method::DELETE);
-    vec![
+    let (get, post) = (Method::GET, Method::POST);
+    let mut all = vec![
         route(get.clone(), "/high-availability", Access::Any, "The state of the cluster", status)
+            .here(own_status)
+            .at_once()
             .answer::<Map<String, Value>>(),
-        route(post.clone(), "/high-availability/requests", Access::Open, "Ask to join, with a join token", request)
+        route(post, "/high-availability/requests", Access::Open, "Ask to join, with a join token", request)
             .operates("ask to join", "host")
             .body::<JoinRequest>()
             .answer::<RequestState>()
             .status(StatusCode::ACCEPTED),
-        route(get, "/high-availability/requests/{id}", Access::Open, "Where a request to join stands", request_state)
-            .answer::<RequestState>(),
-        route(delete.clone(), "/high-availability/requests/{id}", ADMINISTRATORS, "Turn a host down", reject)
+        route(
+            get.clone(),
+            "/high-availability/requests/{id}",
+            Access::Open,
+            "Where a request to join stands",
+            request_state,
+        )
+        .answer::<RequestState>(),
+        node(get, "/high-availability/console", Access::Any, "Where the Consoles are", place)
+            .answer::<Consoles>()
+            .on_socket_alone()
+            .at_once(),
+    ];
+    all.extend(operations());
+    all
+}
+
+/// What administrators have done.
+fn operations() -> Vec<Entry> {
+    const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
+    let (post, put, delete) = (Method::POST, Method::PUT, Method::DELETE);
+    vec![
+        node(delete.clone(), "/high-availability/requests/{id}", ADMINISTRATORS, "Turn a host down", reject)
             .operates("reject", "request to join")
             .answer::<Done>(),
-        route(
+        node(
             delete.clone(),
             "/high-availability/join-script",
             ADMINISTRATORS,
@@ -72,31 +93,32 @@ pub(super) fn routes() -> Vec<Entry> {
         )
         .operates("uninvite", "high availability")
         .answer::<Done>(),
-        route(post.clone(), "/high-availability/apply", ADMINISTRATORS, "Admit the hosts that ask to join", apply)
+        node(post.clone(), "/high-availability/apply", ADMINISTRATORS, "Admit the hosts that ask to join", apply)
             .operates("apply", "high availability")
             .optional_body::<Approval>()
             .answer::<Admitted>(),
-        route(delete, "/high-availability/members/{member}", ADMINISTRATORS, "Remove a member", remove)
+        node(delete, "/high-availability/members/{member}", ADMINISTRATORS, "Remove a member", remove)
             .operates("remove", "member")
             .query::<Removal>()
             .answer::<Gone>(),
-        route(put, "/high-availability/members/{member}/address", ADMINISTRATORS, "Move a member", readdress)
+        node(put, "/high-availability/members/{member}/address", ADMINISTRATORS, "Move a member", readdress)
             .operates("readdress", "member")
             .body::<Place>()
             .answer::<Done>(),
-        route(post.clone(), "/high-availability/switchover", ADMINISTRATORS, "Hand the primary role over", switchover)
+        node(post.clone(), "/high-availability/switchover", ADMINISTRATORS, "Hand the primary role over", switchover)
+            .here(switchover_to_its_end)
             .operates("switchover", "high availability")
             .body::<Switchover>()
             .answer::<SwitchoverReport>()
             .status(StatusCode::ACCEPTED),
-        route(post.clone(), "/high-availability/pause", ADMINISTRATORS, "No takeover for some minutes", pause)
+        node(post.clone(), "/high-availability/pause", ADMINISTRATORS, "No takeover for some minutes", pause)
             .operates("pause", "high availability")
             .body::<Pause>()
             .answer::<Paused>(),
-        route(post.clone(), "/high-availability/rotate-key", ADMINISTRATORS, "Replace the cluster key", rotate_key)
+        node(post.clone(), "/high-availability/rotate-key", ADMINISTRATORS, "Replace the cluster key", rotate_key)
             .operates("rotate", "cluster key")
             .answer::<Done>(),
-        route(
+        node(
             post.clone(),
             "/high-availability/rotate-ca",
             ADMINISTRATORS,
@@ -106,7 +128,7 @@ pub(super) fn routes() -> Vec<Entry> {
         .operates("rotate", "certificate authority")
         .body::<Overlap>()
         .answer::<Done>(),
-        route(post, "/high-availability/resume", ADMINISTRATORS, "End a pause", resume)
+        node(post, "/high-availability/resume", ADMINISTRATORS, "End a pause", resume)
             .operates("resume", "high availability")
             .answer::<Done>(),
     ]
@@ -123,6 +145,29 @@ pub(super) async fn status(State(console): State<Arc<Console>>, _: User) -> Resu
         tracing::error!("cannot write the status as JSON: {error}");
         ApiError::Internal
     })
+}
+
+/// The same on the control socket, where the picture says so if it is old.
+async fn own_status(State(services): State<Services>) -> Json<Status> {
+    public(&services.admin.status())
+}
+
+/// Whoever reads a status, and passes it on for help, must not pass secrets on.
+pub(super) fn public(status: &Status) -> Json<Status> {
+    Json(Status { membership: status.membership.public(), ..status.clone() })
+}
+
+/// `GET high-availability/console`: where the Consoles of the cluster are.
+async fn place(State(services): State<Services>) -> Json<Consoles> {
+    Json(Consoles { https_port: services.admin.https_port() })
+}
+
+/// The answer of [`place`].
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Consoles {
+    /// `MANAGEMENT_PORT_HTTPS`, the same on all members.
+    pub https_port: Option<u16>,
 }
 
 /// `POST high-availability/requests`: a host asks to join. The join token is the bearer token.
@@ -147,33 +192,32 @@ pub(super) async fn request_state(
 }
 
 /// `DELETE high-availability/join-script`: closes all invitations.
-pub(super) async fn uninvite(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
-    let services = console.services()?;
+pub(super) async fn uninvite(State(services): State<Services>, user: User) -> Result<Json<Done>, ApiError> {
     services.admin.uninvite(&user.actor()).await?;
     Ok(Json(Done {}))
 }
 
 /// The body of [`apply`], if there is one.
-#[derive(Debug, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Approval {
+pub struct Approval {
     /// Of all hosts that are to be admitted, as somebody has compared them.
-    fingerprints: Option<Vec<String>>,
+    pub fingerprints: Option<Vec<String>>,
 }
 
 /// The answer of [`apply`]: the ids of those who were admitted.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(super) struct Admitted {
-    admitted: Vec<u64>,
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Admitted {
+    /// Their ids.
+    pub admitted: Vec<u64>,
 }
 
 /// `POST high-availability/apply`: admits all hosts that ask; with their fingerprints only if no other one asks.
 pub(super) async fn apply(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     OptionalBody(approval): OptionalBody<Approval>,
 ) -> Result<Json<Admitted>, ApiError> {
-    let services = console.services()?;
     let compared = approval.and_then(|approval| approval.fingerprints);
     let admitted = services.admin.apply(compared, &user.actor()).await?;
     Ok(Json(Admitted { admitted }))
@@ -181,11 +225,10 @@ pub(super) async fn apply(
 
 /// `DELETE high-availability/requests/{name or fingerprint}`: turns a host down.
 pub(super) async fn reject(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Name(request): Name,
 ) -> Result<Json<Done>, ApiError> {
-    let services = console.services()?;
     services.admin.reject(&request, &user.actor()).await?;
     Ok(Json(Done {}))
 }
@@ -198,32 +241,33 @@ pub(super) struct Removal {
 }
 
 /// The answer of [`remove`].
-#[derive(Debug, Serialize, JsonSchema)]
-pub(super) struct Gone {
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Gone {
     /// What remains to be done about what it knows.
     #[serde(skip_serializing_if = "Option::is_none")]
-    warning: Option<String>,
+    pub warning: Option<String>,
 }
 
 /// `DELETE high-availability/members/{id or name}?force=true`.
 pub(super) async fn remove(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Name(member): Name,
     Search(removal): Search<Removal>,
 ) -> Result<Json<Gone>, ApiError> {
-    let services = console.services()?;
     let warning = services.admin.remove(&member, removal.force, &user.actor()).await?;
     Ok(Json(Gone { warning }))
 }
 
 /// The body of [`switchover`].
-#[derive(Debug, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct Switchover {
-    to: Option<String>,
+pub struct Switchover {
+    /// The member; none: the one that is best prepared.
+    pub to: Option<String>,
+    /// Only look whether it could be done.
     #[serde(default)]
-    dry_run: bool,
+    pub dry_run: bool,
 }
 
 /// What [`switchover`] answers when a check fails.
@@ -238,11 +282,11 @@ struct Failed {
 /// and the connection may end before or after the answer has come. 409 if a check fails. With `dryRun` 200 with the checks,
 /// and nothing else.
 pub(super) async fn switchover(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Body(wish): Body<Switchover>,
 ) -> Result<Response, ApiError> {
-    let admin = &console.services()?.admin;
+    let admin = &services.admin;
     if wish.dry_run {
         return Ok(Json(admin.check_switchover(wish.to.as_deref())?).into_response());
     }
@@ -255,24 +299,37 @@ pub(super) async fn switchover(
     Ok((StatusCode::ACCEPTED, Json(report)).into_response())
 }
 
+/// The same on the control socket: 200 with the checks and the gap when it is over, since the request is none of those that the
+/// switchover waits for.
+async fn switchover_to_its_end(
+    State(services): State<Services>,
+    user: User,
+    Body(wish): Body<Switchover>,
+) -> Result<Json<SwitchoverReport>, ApiError> {
+    let (admin, to) = (&services.admin, wish.to.as_deref());
+    Ok(Json(if wish.dry_run { admin.check_switchover(to)? } else { admin.switchover(to, &user.actor()).await? }))
+}
+
 /// The body of [`pause`].
-#[derive(Debug, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Pause {
-    minutes: Option<u32>,
+pub struct Pause {
+    /// From now on.
+    pub minutes: Option<u32>,
     /// The same, finer: one of the two.
-    seconds: Option<u32>,
+    pub seconds: Option<u32>,
 }
 
 /// The answer of [`pause`]: when it ends by itself, in seconds since 1970.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(super) struct Paused {
-    until: u64,
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Paused {
+    /// In seconds since 1970.
+    pub until: u64,
 }
 
 /// `POST high-availability/pause`: no automatic takeover for so long.
 pub(super) async fn pause(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Body(wish): Body<Pause>,
 ) -> Result<Json<Paused>, ApiError> {
@@ -282,62 +339,60 @@ pub(super) async fn pause(
         _ => return Err(ApiError::bad("say for how long: either minutes or seconds")),
     };
     let span = Duration::from_secs(seconds);
-    let services = console.services()?;
     let until = services.admin.pause(span, &user.actor()).await?;
     Ok(Json(Paused { until }))
 }
 
 /// `POST high-availability/resume`: ends a pause.
-pub(super) async fn resume(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
-    let services = console.services()?;
+pub(super) async fn resume(State(services): State<Services>, user: User) -> Result<Json<Done>, ApiError> {
     services.admin.resume(&user.actor()).await?;
     Ok(Json(Done {}))
 }
 
 /// `POST high-availability/rotate-key`: answers when the exchange has begun.
-pub(super) async fn rotate_key(State(console): State<Arc<Console>>, user: User) -> Result<Json<Done>, ApiError> {
-    let services = console.services()?;
+pub(super) async fn rotate_key(State(services): State<Services>, user: User) -> Result<Json<Done>, ApiError> {
     services.admin.rotate_cluster_key(&user.actor()).await?;
     Ok(Json(Done {}))
 }
 
 /// The body of [`rotate_ca`].
-#[derive(Debug, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct Overlap {
+pub struct Overlap {
     /// For how long the new authority is trusted before it signs.
-    overlap_sec: u32,
+    pub overlap_sec: u32,
 }
 
 /// `POST high-availability/rotate-ca`: answers when that has begun.
 pub(super) async fn rotate_ca(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Body(Overlap { overlap_sec }): Body<Overlap>,
 ) -> Result<Json<Done>, ApiError> {
-    let services = console.services()?;
     services.admin.rotate_authority(Duration::from_secs(overlap_sec.into()), &user.actor()).await?;
     Ok(Json(Done {}))
 }
 
 /// The body of [`readdress`]; what is missing stays.
-#[derive(Debug, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Place {
-    name: Option<String>,
-    address: Option<String>,
-    port: Option<u16>,
+pub struct Place {
+    /// Its new name.
+    pub name: Option<String>,
+    /// Its new host name or IP address.
+    pub address: Option<String>,
+    /// Its new `HIGH_AVAILABILITY_PORT`.
+    pub port: Option<u16>,
 }
 
 /// `PUT high-availability/members/{id or name}/address`.
 pub(super) async fn readdress(
-    State(console): State<Arc<Console>>,
+    State(services): State<Services>,
     user: User,
     Name(member): Name,
     Body(place): Body<Place>,
 ) -> Result<Json<Done>, ApiError> {
     let Place { name, address, port } = place;
-    let services = console.services()?;
     services.admin.readdress(&member, name, address, port, &user.actor()).await?;
     Ok(Json(Done {}))
 }

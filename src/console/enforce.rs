@@ -19,7 +19,7 @@ use super::{
     inside::Within,
     programs::{self, Installer},
     route::{Access, Trace},
-    user::{From, Role, Source, User},
+    user::{Source, User},
 };
 use crate::{clients::places::Visit, mutex::locked};
 
@@ -94,8 +94,7 @@ async fn admit(access: Access, console: &Arc<Console>, parts: &mut Parts) -> Res
         return Ok(());
     }
     if let Some(Within(actor)) = parts.extensions.get().cloned() {
-        let (name, role) = (actor.name.clone(), Role::Administrator);
-        let user = User { name, role, from: From::Within(actor), session: None };
+        let user = User::within(actor);
         parts.extensions.insert(Installer::User(user.clone()));
         parts.extensions.insert(user);
         return Ok(());

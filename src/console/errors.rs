@@ -12,6 +12,9 @@ use thiserror::Error;
 use super::store::StoreError;
 use crate::node::trouble;
 
+/// How the text begins of a 503 whose change may have been made.
+pub const UNKNOWN: &str = "outcome unknown";
+
 /// Why a request failed. Every 4xx is definite: nothing was changed.
 #[derive(Debug, Error)]
 pub enum ApiError {
@@ -40,7 +43,7 @@ pub enum ApiError {
     #[error("{0}")]
     Unavailable(String),
     /// 503; the change may be there later, or not.
-    #[error("outcome unknown: {0}; the change may have been made, look before you repeat it")]
+    #[error("{UNKNOWN}: {0}; the change may have been made, look before you repeat it")]
     Unknown(String),
     /// 500; nothing was changed.
     #[error("internal error")]

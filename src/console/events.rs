@@ -3,16 +3,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use axum::{extract::State, http::Method};
+use axum::{Json, extract::State, http::Method};
+use tokio::task;
 
 use super::{
-    Console,
+    Console, Services,
     errors::ApiError,
     extract::{Paged, Search},
     route::{Access, Entry, route},
     store::{Store, StoreError},
 };
-use crate::events::{Event, Recorder, Wanted};
+use crate::events::{self, Event, Recorder, Wanted};
 
 /// Events that are kept; the oldest go first.
 const KEPT: i64 = 10_000;
@@ -27,6 +28,7 @@ pub(super) fn routes() -> Vec<Entry> {
     let summary = "What happened to the cluster, newest first";
     vec![
         route(Method::GET, "/high-availability/events", Access::Any, summary, list)
+            .here(of_this_host)
             .query::<Wanted>()
             .paged()
             .answer::<Vec<Event>>(),
@@ -85,4 +87,14 @@ async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted
     let rows = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
     // One that a newer version wrote and this one does not understand is left out.
     Ok(Paged { rows: rows.iter().filter_map(|text| serde_json::from_str(text).ok()).collect(), total })
+}
+
+/// The same on the control socket: what happened to this node, from its own file.
+async fn of_this_host(
+    State(services): State<Services>,
+    Search(wanted): Search<Wanted>,
+) -> Result<Json<Vec<Event>>, ApiError> {
+    let read = task::spawn_blocking(move || events::read(&services.data, &wanted)).await;
+    let read = read.map_err(|error| ApiError::Unknown(error.to_string()))?;
+    read.map(Json).map_err(|error| ApiError::Conflict(format!("the events cannot be read: {error}")))
 }

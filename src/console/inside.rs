@@ -1,28 +1,20 @@
-//! The Console for the rest of this process, while it is open: its table of audits for the operations of an administrator, and
-//! its routes for who is logged in on the host itself. Must never keep a Console or its database alive, and never lose what
-//! was done: what cannot be written into the table now is kept here until this node or another one is PRIMARY and takes it;
-//! this node's `events.jsonl` has it at once.
+//! The Console for the rest of this process, while it is open: its table of audits for the operations of an administrator. Must
+//! never keep a Console or its database alive, and never lose what was done: what cannot be written into the table now is kept
+//! here until this node or another one is PRIMARY and takes it; this node's `events.jsonl` has it at once.
 
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
-    net::SocketAddr,
     sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
-use axum::{
-    body::{Body, to_bytes},
-    extract::ConnectInfo,
-    http::{HeaderValue, Method, Request, header},
-};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{
     sync::{Notify, watch},
     time::{sleep, timeout},
 };
-use tower::ServiceExt;
 use tracing::{info, warn};
 
 use super::{
@@ -30,7 +22,6 @@ use super::{
     audit_log::{self, Begun, Operation},
     clock::unix_time,
     drills,
-    extract::TOTAL,
     store::{Store, StoreError},
 };
 use crate::{
@@ -56,8 +47,6 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// Pause after a failed write, and the longest between two tries to hand rows on.
 const PAUSE: Duration = Duration::from_secs(2);
 const LONG_PAUSE: Duration = Duration::from_secs(30);
-/// Largest answer to somebody on the host, in bytes.
-const ANSWER: usize = 8 << 20;
 
 /// See the module. Clones are handles of the same.
 #[derive(Clone)]
@@ -88,16 +77,6 @@ struct Row {
     actor: Actor,
     act: Act,
     epoch: u64,
-}
-
-/// What a request of somebody on the host gets.
-#[derive(Debug)]
-pub struct LocalAnswer {
-    pub status: u16,
-    /// JSON, or the text of an answer that is none.
-    pub body: Value,
-    /// How long the list is of which the body is a part.
-    pub total: Option<u64>,
 }
 
 impl fmt::Debug for Inside {
@@ -131,7 +110,7 @@ impl Inside {
     }
 
     /// The Console that is open; for a PRIMARY it is waited for.
-    async fn console(&self) -> Option<Arc<Console>> {
+    pub(super) async fn console(&self) -> Option<Arc<Console>> {
         let mut console = self.0.console.subscribe();
         if self.0.status.borrow().role == Role::Primary {
             let _ = timeout(OPENS, console.wait_for(|console| console.strong_count() > 0)).await;
@@ -139,36 +118,8 @@ impl Inside {
         console.borrow().upgrade()
     }
 
-    /// Carries out a request of somebody who is logged in on this host and may do everything.
-    ///
-    /// # Errors
-    /// A sentence when there is no Console here.
-    pub async fn call(&self, by: Actor, method: &str, path: &str, body: Option<Value>) -> Result<LocalAnswer, String> {
-        let console = self.console().await.ok_or_else(|| self.elsewhere())?;
-        let method = Method::from_bytes(method.as_bytes()).map_err(|_| "such a method does not exist".to_owned())?;
-        let request = Request::builder().method(method).uri(format!("{}/{path}", super::route::BASE));
-        let request = request.header(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        // Every request of HTTP/1.1 has one, though nobody asks here for a host.
-        let request = request.header(header::HOST, HeaderValue::from_static("localhost"));
-        let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
-        let mut request = request.body(body).map_err(|error| format!("the request cannot be sent: {error}"))?;
-        request.extensions_mut().insert(Within(by));
-        request.extensions_mut().insert(ConnectInfo(SocketAddr::from(([127, 0, 0, 1], 0))));
-        let response = match console.router().oneshot(request).await {
-            Ok(response) => response,
-            Err(never) => match never {},
-        };
-        let (status, headers) = (response.status(), response.headers().clone());
-        let bytes = to_bytes(response.into_body(), ANSWER).await;
-        let bytes = bytes.map_err(|_| format!("the answer is longer than {ANSWER} bytes: ask for fewer rows"))?;
-        let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
-        let body =
-            if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap_or_else(|_| text()) };
-        let total = headers.get(TOTAL).and_then(|total| total.to_str().ok()?.parse().ok());
-        Ok(LocalAnswer { status: status.as_u16(), body, total })
-    }
-
-    fn elsewhere(&self) -> String {
+    /// Why there is no Console here.
+    pub(super) fn elsewhere(&self) -> String {
         let status = self.0.status.borrow();
         match status.primary.filter(|primary| *primary != status.node).and_then(|id| status.membership.get(id)) {
             Some(primary) => format!("only the PRIMARY does this: run it on {}", primary.name),

@@ -5,10 +5,10 @@ mod arriving;
 mod audit_log;
 mod audits;
 mod auth;
-mod backups;
-mod certs;
+pub mod backups;
+pub mod certs;
 mod clock;
-mod cluster;
+pub mod cluster;
 mod cookie;
 mod drills;
 mod enforce;
@@ -16,6 +16,7 @@ mod errors;
 mod events;
 mod extract;
 mod inside;
+mod local;
 mod logins;
 mod logs;
 mod notifications;
@@ -37,7 +38,7 @@ mod ui;
 mod user;
 mod users;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -50,8 +51,9 @@ use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::{Semaphore, watch};
 
 use arriving::Arriving;
-pub use errors::ApiError;
-pub use inside::{Inside, LocalAnswer};
+pub use errors::{ApiError, UNKNOWN};
+pub use inside::Inside;
+pub use local::{applicant, local};
 pub use store::{Store, StoreError, connect_options};
 
 use crate::{
@@ -61,7 +63,7 @@ use crate::{
     health::MetricsPage,
     http,
     join::Kit,
-    node::Status,
+    node::{Lease, Status},
 };
 
 /// Largest body of a request in bytes.
@@ -104,6 +106,10 @@ pub struct Services {
     pub high_availability: bool,
     /// The port of the members' status pages, if they have them.
     pub status_port: Option<u16>,
+    /// Whether this node may say that it is PRIMARY.
+    pub lease: Lease,
+    /// The data folder.
+    pub data: PathBuf,
 }
 
 impl fmt::Debug for Services {
@@ -187,6 +193,10 @@ impl Console {
         }
         self.store.close().await;
     }
+}
+
+fn no_cluster() -> ApiError {
+    ApiError::NotFound("this Console does not run in a cluster".to_owned())
 }
 
 async fn no_route(uri: Uri) -> ApiError {

@@ -13,10 +13,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Console, auth,
+    Console, Services, auth,
     errors::ApiError,
     extract::Body,
-    route::{Access, Entry, route},
+    route::{Access, Entry, node, route},
     user::{Role, Source, User},
 };
 use crate::{
@@ -31,14 +31,16 @@ pub(super) fn routes() -> Vec<Entry> {
     let path = "/settings/notifications";
     let test = "/settings/notifications/test";
     vec![
-        route(Method::GET, path, ADMINISTRATORS, "Where events are sent", settings).answer::<Settings>(),
-        route(Method::POST, path, ADMINISTRATORS, "Set where events are sent", set)
+        node(Method::GET, path, ADMINISTRATORS, "Where events are sent", settings).answer::<Settings>(),
+        node(Method::POST, path, ADMINISTRATORS, "Set where events are sent", set)
             .operates("set", "notifications")
             .body::<Wish>(),
-        route(Method::POST, test, ADMINISTRATORS, "Send a test event everywhere", send_test)
+        node(Method::POST, test, ADMINISTRATORS, "Send a test event everywhere", send_test)
             .operates("test", "notifications")
             .answer::<Vec<Delivery>>(),
         route(Method::GET, "/metrics", Access::Open, "For Prometheus: needs METRICS_TOKEN or a login", metrics)
+            .here(own_metrics)
+            .at_once()
             .at_root()
             .tag("metrics")
             .file("text/plain"),
@@ -103,14 +105,13 @@ fn shown((webhook, signed): (Webhook, bool)) -> Shown {
     Shown { name, url, ca, severity, signed }
 }
 
-async fn settings(State(console): State<Arc<Console>>) -> Result<Json<Settings>, ApiError> {
-    let services = console.services()?;
+async fn settings(State(services): State<Services>) -> Result<Json<Settings>, ApiError> {
     let webhooks = services.admin.webhooks().into_iter().map(shown).collect();
     Ok(Json(Settings { webhooks, command: services.notifier.has_command() }))
 }
 
-async fn set(State(console): State<Arc<Console>>, user: User, Body(wish): Body<Wish>) -> Result<(), ApiError> {
-    let admin = &console.services()?.admin;
+async fn set(State(services): State<Services>, user: User, Body(wish): Body<Wish>) -> Result<(), ApiError> {
+    let admin = &services.admin;
     let webhooks = wish.webhooks.into_iter().map(|hook| {
         let Hook { name, url, secret, ca, severity } = hook;
         let webhook = Webhook { name, url, secret, ca, severity: severity.word().to_owned() };
@@ -120,8 +121,7 @@ async fn set(State(console): State<Arc<Console>>, user: User, Body(wish): Body<W
     Ok(admin.set_webhooks(webhooks, &user.actor()).await?)
 }
 
-async fn send_test(State(console): State<Arc<Console>>, user: User) -> Result<Json<Vec<Delivery>>, ApiError> {
-    let services = console.services()?;
+async fn send_test(State(services): State<Services>, user: User) -> Result<Json<Vec<Delivery>>, ApiError> {
     Ok(Json(services.admin.test_notifications(&user.actor(), services.notifier.test()).await))
 }
 
@@ -144,4 +144,9 @@ async fn metrics(
         Permission::Denied => Err(denied),
         Permission::Wait(wait) => Err(ApiError::TooMany(wait.as_secs() + 1)),
     }
+}
+
+/// The same on the control socket.
+async fn own_metrics(State(services): State<Services>) -> Response {
+    services.metrics.shown()
 }

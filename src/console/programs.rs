@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{
-    Console, auth,
+    Console, Services, auth,
     cluster::check_join_token,
     cookie,
     errors::ApiError,
@@ -74,6 +74,7 @@ pub(super) fn routes() -> Vec<Entry> {
             "A new invitation: the line to run on the other hosts",
             line,
         )
+        .here(own_line)
         .operates("invite", "high availability")
         .query::<Wish>()
         .answer::<Line>(),
@@ -101,9 +102,12 @@ pub(super) async fn script(
 ) -> Result<Response, ApiError> {
     let (token, host) = match installer {
         Installer::Host { token } => (token, true),
-        Installer::User(user) => (invite(&console, &user, &headers, VALID).await?.token, false),
+        Installer::User(user) => {
+            check_page(&user, &headers)?;
+            (invite(console.services()?, &user, VALID).await?.token, false)
+        }
     };
-    match with_kit(&console, move |kit, membership, me| kit.script(membership, me, &token)).await {
+    match with_kit(console.services()?, move |kit, membership, me| kit.script(membership, me, &token)).await {
         Ok(script) => Ok(([SHELL], script).into_response()),
         Err(error) if host => Ok(refusal(&error)),
         Err(error) => Err(error),
@@ -152,34 +156,46 @@ pub(super) async fn line(
     State(console): State<Arc<Console>>,
     headers: HeaderMap,
     user: User,
+    wish: Search<Wish>,
+) -> Result<Json<Line>, ApiError> {
+    check_page(&user, &headers)?;
+    own_line(State(console.services()?.clone()), user, wish).await
+}
+
+/// The same on the control socket, where no page comes from.
+async fn own_line(
+    State(services): State<Services>,
+    user: User,
     Search(wish): Search<Wish>,
 ) -> Result<Json<Line>, ApiError> {
     let valid = wish.valid_sec.map_or(VALID, |seconds| Duration::from_secs(seconds.into()));
-    let Invited { id, token, until, .. } = invite(&console, &user, &headers, valid).await?;
+    let Invited { id, token, until, .. } = invite(&services, &user, valid).await?;
     let make = move |kit: &Kit, membership: &Membership, me| {
         let script = wish.script.then(|| kit.script(membership, me, &token)).transpose()?;
         Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?, script))
     };
-    let (line, script_url, script) = with_kit(&console, make).await?;
+    let (line, script_url, script) = with_kit(&services, make).await?;
     Ok(Json(Line { line, script_url, script, id, until }))
 }
 
 /// A new invitation is a change, whatever the method of its request: no other site may have a browser make one.
-async fn invite(console: &Console, user: &User, headers: &HeaderMap, valid: Duration) -> Result<Invited, ApiError> {
-    if user.session.as_ref().is_some_and(|session| session.page) {
-        cookie::check_page(headers)?;
+fn check_page(user: &User, headers: &HeaderMap) -> Result<(), ApiError> {
+    match &user.session {
+        Some(session) if session.page => cookie::check_page(headers),
+        _ => Ok(()),
     }
-    let admin = &console.services()?.admin;
-    Ok(admin.invite(valid, &user.actor()).await?)
+}
+
+async fn invite(services: &Services, user: &User, valid: Duration) -> Result<Invited, ApiError> {
+    Ok(services.admin.invite(valid, &user.actor()).await?)
 }
 
 /// Runs something that may have to compute a checksum.
 async fn with_kit<T: Send + 'static>(
-    console: &Console,
+    services: &Services,
     make: impl FnOnce(&Kit, &Membership, u64) -> Result<T, KitError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let services = console.services()?;
-    let (kit, me) = (Arc::clone(&services.kit), console.status.borrow().node);
+    let (kit, me) = (Arc::clone(&services.kit), services.admin.status().node);
     // Not that of the status, which lacks an invitation that was made a moment ago.
     let membership = services.admin.membership();
     let made = task::spawn_blocking(move || make(&kit, &membership, me)).await.map_err(|_| ApiError::Internal)?;
@@ -210,7 +226,7 @@ pub(super) async fn program(
 ) -> Result<Response, ApiError> {
     let slot = slot(&console)?;
     let wanted = name.clone();
-    let found = with_kit(&console, move |kit, _, _| Ok(kit.program(&wanted)?)).await?;
+    let found = with_kit(console.services()?, move |kit, _, _| Ok(kit.program(&wanted)?)).await?;
     let none = || ApiError::NotFound(format!("there is no program {name:?}: twistlockd and twistcli are there"));
     let Program { file, length, sha256 } = found.ok_or_else(none)?;
     let text = |value: &str| HeaderValue::from_str(value).map_err(|_| ApiError::Internal);

@@ -1,4 +1,4 @@
-//! What a route is: method, path, who may, what goes in and comes out, and how it gets into the audit.
+//! What a route is: method, path, who may, what it needs, what goes in and comes out, and how it gets into the audit.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use axum::{
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
-use super::{Console, user::Role};
+use super::{Console, Services, user::Role};
 
 /// Where the API begins.
 pub(super) const BASE: &str = "/api/v1";
@@ -71,6 +71,24 @@ pub(super) enum Content {
     File(&'static str),
 }
 
+/// What answers, by what it needs.
+#[derive(Clone)]
+pub(super) enum Work {
+    /// The Console with its database: only on the PRIMARY.
+    Console(MethodRouter<Arc<Console>>),
+    /// Only the node: on every member.
+    Member(MethodRouter<Services>),
+}
+
+/// Where a route is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// On the Console's ports, and on the control socket.
+    Everywhere,
+    /// On the control socket alone: what is about files of this host, or the host itself.
+    Socket,
+}
+
 /// One route.
 pub(super) struct Entry {
     pub(super) method: Method,
@@ -90,13 +108,15 @@ pub(super) struct Entry {
     pub(super) also: Option<&'static str>,
     /// A list: `limit`, `offset` and `X-Total-Count`.
     pub(super) paged: bool,
-    pub(super) handler: MethodRouter<Arc<Console>>,
+    pub(super) reach: Reach,
+    pub(super) work: Work,
+    /// What answers on the control socket instead.
+    pub(super) here: Option<MethodRouter<Services>>,
+    /// It never waits: see `control::Routes`.
+    pub(super) at_once: bool,
 }
 
-/// A route below [`BASE`]. `{name}` in the path is what `extract::Name` gives to the handler.
-///
-/// # Panics
-/// With a method that axum has no filter for: a mistake in the table, found by each test.
+/// A route below [`BASE`] that needs the Console. `{name}` in the path is what `extract::Name` gives to the handler.
 pub(super) fn route<H, T>(
     method: Method,
     path: &'static str,
@@ -108,7 +128,27 @@ where
     H: Handler<T, Arc<Console>>,
     T: 'static,
 {
-    let filter = MethodFilter::try_from(method.clone()).expect("a method of the table is a usual one");
+    let work = Work::Console(on(filter(&method), handler));
+    entry(method, path, access, summary, work)
+}
+
+/// The same for what needs only the node: on the control socket every member answers, whatever its role.
+pub(super) fn node<H, T>(method: Method, path: &'static str, access: Access, summary: &'static str, handler: H) -> Entry
+where
+    H: Handler<T, Services>,
+    T: 'static,
+{
+    let work = Work::Member(on(filter(&method), handler));
+    entry(method, path, access, summary, work)
+}
+
+/// # Panics
+/// With a method that axum has no filter for: a mistake in the table, found by each test.
+pub(super) fn filter(method: &Method) -> MethodFilter {
+    MethodFilter::try_from(method.clone()).expect("a method of the table is a usual one")
+}
+
+fn entry(method: Method, path: &'static str, access: Access, summary: &'static str, work: Work) -> Entry {
     let tag = path.trim_start_matches('/').split('/').next().unwrap_or_default();
     Entry {
         method,
@@ -124,7 +164,10 @@ where
         content: Content::Nothing,
         also: None,
         paged: false,
-        handler: on(filter, handler),
+        reach: Reach::Everywhere,
+        work,
+        here: None,
+        at_once: false,
     }
 }
 
@@ -182,6 +225,21 @@ impl Entry {
     /// The answer is a part of a list, and the handler says how long the whole is: see `extract::Paged`.
     pub(super) fn paged(self) -> Self {
         Self { paged: true, ..self }
+    }
+
+    /// Never on a port, whoever asks.
+    pub(super) fn on_socket_alone(self) -> Self {
+        Self { reach: Reach::Socket, ..self }
+    }
+
+    /// On the control socket this answers instead, on every member.
+    pub(super) fn here<H: Handler<T, Services>, T: 'static>(self, handler: H) -> Self {
+        Self { here: Some(on(filter(&self.method), handler)), ..self }
+    }
+
+    /// On the control socket it is answered whatever else waits.
+    pub(super) fn at_once(self) -> Self {
+        Self { at_once: true, ..self }
     }
 
     /// The group in the document, if it is not the first part of the path.

@@ -3,11 +3,14 @@
 
 use std::sync::Arc;
 
-use axum::{Router, middleware};
+use axum::{Router, middleware, routing::on};
 
 use super::{
-    Console, audits, backups, certs, cluster, drills, enforce, events, logs, notifications, openapi, programs,
-    route::Entry, sessions, settings, stream, system, tags, ui, users,
+    Console, audits, backups, certs, cluster, drills, enforce,
+    errors::ApiError,
+    events, logs, notifications, openapi, programs,
+    route::{Entry, Reach, Work, filter},
+    sessions, settings, stream, system, tags, ui, users,
 };
 
 /// The routes of all resources.
@@ -29,31 +32,49 @@ pub(super) fn table() -> Vec<Entry> {
         tags::routes(),
         stream::routes(),
         ui::routes(),
-        openapi::routes(table),
+        openapi::routes(|| of_ports().collect()),
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// All routes, each behind the check of its entry.
+/// The routes of the ports, which the document describes.
+pub(super) fn of_ports() -> impl Iterator<Item = Entry> {
+    table().into_iter().filter(|entry| entry.reach == Reach::Everywhere)
+}
+
+/// All routes of the ports, each behind the check of its entry.
 pub(super) fn router(console: &Arc<Console>) -> Router<Arc<Console>> {
-    table().into_iter().fold(Router::new(), |router, entry| {
+    of_ports().fold(Router::new(), |router, entry| {
         let path = entry.full_path();
         let state = (Arc::clone(console), entry.access, entry.trace);
+        let handler = match (entry.work, &console.services) {
+            (Work::Console(handler), _) => handler,
+            (Work::Member(handler), Some(services)) => handler.with_state(services.clone()),
+            (Work::Member(_), None) => on(filter(&entry.method), no_cluster),
+        };
         // On the method alone: that another one is not possible here is no secret.
-        router.route(&path, entry.handler.route_layer(middleware::from_fn_with_state(state, enforce::enforce)))
+        router.route(&path, handler.route_layer(middleware::from_fn_with_state(state, enforce::enforce)))
     })
+}
+
+async fn no_cluster() -> ApiError {
+    super::no_cluster()
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
 
-    use axum::http::Method;
+    use axum::http::{Method, StatusCode};
+    use serde_json::{Value, json};
 
     use super::{
-        super::route::{Access, Trace},
+        super::{
+            route::{Access, Trace},
+            trial::Trial,
+        },
         *,
     };
 
@@ -65,6 +86,30 @@ mod tests {
             assert!(entry.path.starts_with('/') && (entry.path.len() == 1 || !entry.path.ends_with('/')));
             assert!(!entry.summary.is_empty() && !entry.summary.ends_with('.'), "{}", entry.path);
         }
+    }
+
+    /// Not even an Administrator finds them on a port, and no client is told of them.
+    #[tokio::test]
+    async fn what_is_on_the_control_socket_alone_is_listed_here_and_is_not_on_a_port() {
+        let trial = Trial::start().await;
+        let auth = trial.login().await;
+        let document = trial.call(Method::GET, "/api/v1/openapi.json", &auth, Value::Null).await.1;
+        let mut alone = Vec::new();
+        for entry in table().into_iter().filter(|entry| entry.reach == Reach::Socket) {
+            let path = entry.full_path();
+            let (status, answer) = trial.call(entry.method.clone(), &path, &auth, json!("x")).await;
+            assert_eq!(status, StatusCode::NOT_FOUND, "{path}: {answer}");
+            assert_eq!(answer["err"], format!("there is nothing at {path}"));
+            assert_eq!(document["paths"][&path], Value::Null);
+            assert!(matches!(entry.work, Work::Member(_)), "{path} would need a Console");
+            alone.push(format!("{} {path}", entry.method));
+        }
+        let expected = [
+            "POST /api/v1/settings/backup/copies/fetch",
+            "POST /api/v1/restore",
+            "GET /api/v1/high-availability/console",
+        ];
+        assert_eq!(alone, expected);
     }
 
     /// A new route that changes something must say here how that gets into the audit.

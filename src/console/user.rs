@@ -1,9 +1,6 @@
 //! Who sends a request: the user, his role and session, and where he is. Must never find that out itself: see [`super::auth`].
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-};
+use std::net::{IpAddr, SocketAddr};
 
 use axum::{
     extract::{ConnectInfo, FromRequestParts},
@@ -12,7 +9,7 @@ use axum::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Console, errors::ApiError};
+use super::errors::ApiError;
 use crate::admin::Actor;
 
 /// What a user may do. The names are those of the API and of the database.
@@ -92,6 +89,12 @@ pub(super) enum From {
 }
 
 impl User {
+    /// Who comes from within the host may do everything.
+    pub(super) fn within(actor: Actor) -> Self {
+        let (name, role) = (actor.name.clone(), Role::Administrator);
+        Self { name, role, from: From::Within(actor), session: None }
+    }
+
     /// As the audit names whoever it is.
     pub(super) fn actor(&self) -> Actor {
         match &self.from {
@@ -122,10 +125,10 @@ pub(super) struct Login {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Source(pub(super) IpAddr);
 
-impl FromRequestParts<Arc<Console>> for Source {
+impl<S: Send + Sync> FromRequestParts<S> for Source {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, _: &Arc<Console>) -> Result<Self, ApiError> {
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         // Whoever serves the connection puts it there.
         let info = parts.extensions.get::<ConnectInfo<SocketAddr>>().ok_or(ApiError::Internal)?;
         Ok(Self(info.0.ip()))
@@ -140,10 +143,10 @@ pub(super) fn admitted<T: Clone + Send + Sync + 'static>(parts: &Parts) -> Resul
     })
 }
 
-impl FromRequestParts<Arc<Console>> for User {
+impl<S: Send + Sync> FromRequestParts<S> for User {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, _: &Arc<Console>) -> Result<Self, ApiError> {
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         admitted(parts)
     }
 }

@@ -2,18 +2,31 @@
 //! an unanswered request means.
 
 use std::{
+    fmt,
     io::{self, Read, Write},
-    os::unix::net::UnixStream as StdStream,
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    sync::Mutex,
+    time::Duration,
 };
 
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use socket2::{Domain, SockAddr, Socket, Type};
 use thiserror::Error;
+use ureq::{
+    Agent, SendBody,
+    config::Config,
+    http::{Method, Request, StatusCode, Uri},
+    unversioned::{
+        resolver::{ResolvedSocketAddrs, Resolver},
+        transport::{Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport},
+    },
+};
 
-use super::{ApiReply, MAX_REPLY, Operation, Place, Reply, Request, check_path, encode};
-use crate::node::Status;
+use super::{MAX_REPLY, check_path};
+use crate::{mutex::locked, node::Status};
 
 /// Why there is no usable answer.
 #[derive(Debug, Error)]
@@ -50,72 +63,137 @@ pub enum ControlError {
     Refused(String),
 }
 
+/// One request of the API, wherever it goes.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Call {
+    /// As HTTP has it.
+    pub method: Method,
+    /// Below `/api/v1/`, its parts encoded; one that begins with a slash is the whole.
+    pub path: String,
+    /// JSON, for methods that have one.
+    pub body: Option<Value>,
+}
+
+impl fmt::Debug for Call {
+    /// Without the body, which may be a secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.method, self.path)
+    }
+}
+
+impl Call {
+    fn new(method: Method, path: impl Into<String>) -> Self {
+        Self { method, path: path.into(), body: None }
+    }
+
+    /// Asks for something.
+    pub fn get(path: impl Into<String>) -> Self {
+        Self::new(Method::GET, path)
+    }
+
+    /// Has something done.
+    pub fn post(path: impl Into<String>) -> Self {
+        Self::new(Method::POST, path)
+    }
+
+    /// Puts something in the place of what there is.
+    pub fn put(path: impl Into<String>) -> Self {
+        Self::new(Method::PUT, path)
+    }
+
+    /// Changes a part of something.
+    pub fn patch(path: impl Into<String>) -> Self {
+        Self::new(Method::PATCH, path)
+    }
+
+    /// Does away with something.
+    pub fn delete(path: impl Into<String>) -> Self {
+        Self::new(Method::DELETE, path)
+    }
+
+    /// With this body. It has no maps with keys that JSON lacks.
+    #[must_use]
+    pub fn with(self, body: impl Serialize) -> Self {
+        Self { body: Some(serde_json::to_value(body).unwrap_or_default()), ..self }
+    }
+
+    /// The path as it is sent.
+    pub fn target(&self) -> String {
+        if self.path.starts_with('/') { self.path.clone() } else { format!("/api/v1/{}", self.path) }
+    }
+}
+
+/// What the daemon answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Of HTTP.
+    pub status: StatusCode,
+    /// Its body.
+    pub text: String,
+}
+
+impl Answer {
+    /// Why the daemon says no.
+    pub fn reason(&self) -> String {
+        let value: Value = serde_json::from_str(&self.text).unwrap_or_default();
+        value["err"].as_str().map_or_else(|| format!("HTTP status {}", self.status.as_u16()), str::to_owned)
+    }
+}
+
 /// Asks the daemon behind `path` one thing and waits for the answer, `limit` at most.
 ///
 /// # Errors
-/// See [`ControlError`]; a refusal by the daemon is [`Reply::Err`], not an error here.
-pub fn request(path: &Path, request: &Request, limit: Duration) -> Result<Reply, ControlError> {
+/// All of [`ControlError`] but a refusal, which is an answer here. After [`ControlError::NoAnswer`] it may have been done.
+pub fn send(path: &Path, call: &Call, limit: Duration) -> Result<Answer, ControlError> {
     check_path(path).map_err(|error| ControlError::Path(error.to_string()))?;
-    let deadline = Instant::now() + limit;
-    let mut stream =
-        connect(path, limit).map_err(|error| ControlError::Unreachable { path: path.to_owned(), error })?;
-    let line = exchange(&mut stream, request, deadline)
-        .map_err(|error| ControlError::NoAnswer { path: path.to_owned(), error })?;
-    serde_json::from_slice(&line)
+    let unreachable = |error| ControlError::Unreachable { path: path.to_owned(), error };
+    let wire = Wire(Mutex::new(Some(connect(path, limit).map_err(unreachable)?)));
+    let config = Agent::config_builder().proxy(None).max_redirects(0).http_status_as_error(false);
+    let config = config.timeout_global(Some(limit)).build();
+    let failed = |error| failure(path, error);
+    // Every request of HTTP/1.1 names a host, though nobody asks here for one.
+    let request = Request::builder().method(call.method.clone()).uri(format!("http://localhost{}", call.target()));
+    let agent = Agent::with_parts(config, wire, Nowhere);
+    let sent = match &call.body {
+        Some(body) => request
+            .header("content-type", "application/json")
+            .body(body.to_string())
+            .map_err(ureq::Error::from)
+            .and_then(|request| agent.run(request)),
+        None => request.body(SendBody::none()).map_err(ureq::Error::from).and_then(|request| agent.run(request)),
+    };
+    let mut response = sent.map_err(failed)?;
+    let text = response.body_mut().with_config().limit(MAX_REPLY as u64 + 1).read_to_string().map_err(failed)?;
+    Ok(Answer { status: response.status(), text })
+}
+
+/// The same where only a success will do. An answer without a body is `null`.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn ask<T: DeserializeOwned>(path: &Path, call: &Call, limit: Duration) -> Result<T, ControlError> {
+    let answer = send(path, call, limit)?;
+    if !answer.status.is_success() {
+        return Err(ControlError::Refused(answer.reason()));
+    }
+    let text = if answer.text.is_empty() { "null" } else { &answer.text };
+    serde_json::from_str(text)
         .map_err(|error| ControlError::Malformed { path: path.to_owned(), why: error.to_string() })
 }
 
 /// Asks the daemon behind `path` for its status.
 ///
 /// # Errors
-/// Those of [`request`], and [`ControlError::Refused`].
+/// [`ControlError`].
 pub fn status(path: &Path, limit: Duration) -> Result<Status, ControlError> {
-    expect(path, &Request::Status {}, limit)
-}
-
-/// Has the daemon behind `path` carry out an operation, and waits for its answer.
-///
-/// # Errors
-/// Those of [`request`], and [`ControlError::Refused`]. After [`ControlError::NoAnswer`] it may have been done.
-pub fn operate<T: DeserializeOwned>(path: &Path, operation: Operation, limit: Duration) -> Result<T, ControlError> {
-    expect(path, &Request::Administer { operation }, limit)
-}
-
-/// Has the daemon behind `path` carry out a request of the Console's API.
-///
-/// # Errors
-/// Those of [`request`], and [`ControlError::Refused`] where there is no Console. What the API refuses is a reply.
-pub fn api(
-    path: &Path,
-    method: &str,
-    target: &str,
-    body: Option<serde_json::Value>,
-    limit: Duration,
-) -> Result<ApiReply, ControlError> {
-    expect(path, &Request::Api { method: method.to_owned(), path: target.to_owned(), body }, limit)
-}
-
-/// Asks the daemon behind `path` where the Consoles are.
-///
-/// # Errors
-/// Those of [`request`], and [`ControlError::Refused`].
-pub fn place(path: &Path, limit: Duration) -> Result<Place, ControlError> {
-    expect(path, &Request::Place {}, limit)
-}
-
-fn expect<T: DeserializeOwned>(path: &Path, question: &Request, limit: Duration) -> Result<T, ControlError> {
-    match request(path, question, limit)? {
-        Reply::Ok(value) => serde_json::from_value(value)
-            .map_err(|error| ControlError::Malformed { path: path.to_owned(), why: error.to_string() }),
-        Reply::Err(why) => Err(ControlError::Refused(why)),
-    }
+    ask(path, &Call::get("high-availability"), limit)
 }
 
 /// A connection to the daemon behind `path`.
 ///
 /// # Errors
 /// What the kernel says.
-pub fn connect(path: &Path, limit: Duration) -> io::Result<StdStream> {
+pub fn connect(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // connect() on a Unix socket waits for room in the listener's queue, and the send time-out is what bounds that.
     socket.set_write_timeout(Some(limit))?;
@@ -123,29 +201,78 @@ pub fn connect(path: &Path, limit: Duration) -> io::Result<StdStream> {
     Ok(socket.into())
 }
 
-fn exchange(stream: &mut StdStream, request: &Request, deadline: Instant) -> io::Result<Vec<u8>> {
-    stream.write_all(&encode(request)?)?;
-    let mut line = Vec::new();
-    let mut chunk = [0; 4096];
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left))?;
-        let count = match stream.read(&mut chunk) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
+fn failure(path: &Path, error: ureq::Error) -> ControlError {
+    let path = path.to_owned();
+    match error {
+        ureq::Error::Io(error) => ControlError::NoAnswer { path, error },
+        ureq::Error::Timeout(_) => ControlError::NoAnswer { path, error: io::ErrorKind::TimedOut.into() },
+        other => ControlError::Malformed { path, why: other.to_string() },
+    }
+}
+
+/// The connection that is there already, for the one request that it is for.
+#[derive(Debug)]
+struct Wire(Mutex<Option<UnixStream>>);
+
+impl Connector for Wire {
+    type Out = Stream;
+
+    fn connect(&self, details: &ConnectionDetails, _: Option<()>) -> Result<Option<Stream>, ureq::Error> {
+        let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+        Ok(locked(&self.0).take().map(|stream| Stream { stream, buffers }))
+    }
+}
+
+/// No name has to be looked up.
+#[derive(Debug)]
+struct Nowhere;
+
+impl Resolver for Nowhere {
+    fn resolve(&self, _: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let mut addresses = self.empty();
+        addresses.push(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        Ok(addresses)
+    }
+}
+
+#[derive(Debug)]
+struct Stream {
+    stream: UnixStream,
+    buffers: LazyBuffers,
+}
+
+impl Transport for Stream {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.stream.set_write_timeout(timeout.not_zero().map(|left| *left))?;
+        let sent = self.stream.write_all(&self.buffers.output()[..amount]);
+        sent.map_err(|error| in_time(error, timeout))
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.stream.set_read_timeout(timeout.not_zero().map(|left| *left))?;
+        let count = loop {
+            match self.stream.read(self.buffers.input_append_buf()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read.map_err(|error| in_time(error, timeout))?,
+            }
         };
-        line.extend_from_slice(&chunk[..count]);
-        if line.ends_with(b"\n") {
-            return Ok(line);
-        }
-        if line.len() > MAX_REPLY {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the answer is too long"));
-        }
+        self.buffers.input_appended(count);
+        Ok(count > 0)
+    }
+
+    fn is_open(&mut self) -> bool {
+        // For one request.
+        false
+    }
+}
+
+fn in_time(error: io::Error, timeout: NextTimeout) -> ureq::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ureq::Error::Timeout(timeout.reason),
+        _ => error.into(),
     }
 }

@@ -1,43 +1,33 @@
-//! The local administration socket: a Unix stream socket that speaks one JSON object per line, in both directions.
-//! Owns the protocol, its limits, the server side in the daemon and the blocking client. Must never decide anything: what a
-//! request means is up to the [`ControlHandler`], and who may ask is up to the file permissions (owner only). Whom the kernel
-//! names at the other end is who acts, for the audit.
+//! The local administration socket: a Unix stream socket that speaks the HTTP API of the Console. Owns its limits, the server
+//! side in the daemon and the blocking client. Must never decide anything: what a request means is up to the [`Routes`], and who
+//! may ask is up to the file permissions (owner only). Whom the kernel names at the other end is who acts, for the audit.
 
 mod client;
-mod protocol;
 mod server;
 #[cfg(test)]
 mod tests;
 
-use std::{future::Future, io, os::unix::ffi::OsStrExt, path::Path, pin::Pin, sync::Arc, time::Duration};
+use std::{io, os::unix::ffi::OsStrExt, path::Path, time::Duration};
 
-use serde::Serialize;
-
-pub use client::{ControlError, api, connect, operate, place, request, status};
-pub use protocol::{ApiReply, JoinScript, Operation, Place, Reply, Request, SecretText};
-pub use server::ControlSocket;
-
-use crate::node::Status;
+pub use client::{Answer, Call, ControlError, ask, connect, send, status};
+pub use server::{ControlSocket, Routes, refusal};
 
 /// Name of the socket in the data folder.
 pub const SOCKET_NAME: &str = "control.sock";
-/// Longest request line in bytes, newline included.
+/// Largest body of a request in bytes; its head may be as long.
 pub const MAX_REQUEST: usize = 64 * 1024;
-/// Longest reply line in bytes, newline included: as much as the API gives in one list.
+/// Largest body of an answer in bytes: as much as the API gives in one list.
 pub const MAX_REPLY: usize = 8 * 1024 * 1024;
 /// Clients served at the same time; further ones wait in the kernel's queue.
 pub const MAX_CLIENTS: usize = 16;
 /// Operations carried out at the same time, those included whose clients have gone; further ones are refused.
 pub const MAX_OPERATIONS: usize = 4;
-/// Longest time for one step of a conversation: reading a request or writing its reply.
+/// Longest time for one step of a conversation: reading a request or writing its answer.
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest time that a client waits for the outcome of an operation. The operation itself is never cut off half-way.
 pub const OPERATION_TIMEOUT: Duration = Duration::from_secs(30);
 /// `sun_path` of Linux holds 108 bytes, one of them the closing zero (unix(7)).
 const MAX_PATH: usize = 107;
-
-/// An answer that takes its time.
-pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<serde_json::Value, String>> + Send + 'a>>;
 
 /// Who is at the other end of the socket, as the kernel says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,37 +51,6 @@ fn name_of(uid: u32) -> Option<String> {
     nix::unistd::User::from_uid(uid.into()).ok().flatten().map(|user| user.name)
 }
 
-/// What the daemon does for its local administrator. Status and metrics are short: they run on the runtime's threads.
-pub trait ControlHandler: Send + Sync {
-    /// The newest picture of this node.
-    fn status(&self) -> Arc<Status>;
-
-    /// Carries an operation out, to its end. What the value is, [`Operation`] says. An error is one sentence for the
-    /// administrator. The future is never dropped half-way, unless the whole runtime ends.
-    ///
-    /// Unless a handler says otherwise, its host has not joined a cluster and can administer nothing.
-    fn administer(&self, by: Peer, operation: Operation) -> Answer<'_> {
-        let _ = (by, operation);
-        Box::pin(async { Err(NOT_JOINED.to_owned()) })
-    }
-
-    /// Carries a request of the Console's API out for who is logged in on this host. The value is an [`ApiReply`].
-    fn api(&self, by: Peer, method: String, path: String, body: Option<serde_json::Value>) -> Answer<'_> {
-        let _ = (by, method, path, body);
-        Box::pin(async { Err(NOT_JOINED.to_owned()) })
-    }
-
-    /// Where the Consoles of the cluster are.
-    fn place(&self) -> Place {
-        Place { https_port: None }
-    }
-
-    /// All metrics in Prometheus text format.
-    fn metrics(&self) -> String {
-        String::new()
-    }
-}
-
 /// Why a host that waits for its admission refuses every operation.
 pub const NOT_JOINED: &str = "this host has not joined yet: run `twistcli ha apply` on the PRIMARY";
 
@@ -105,10 +64,4 @@ fn check_path(path: &Path) -> io::Result<()> {
         path.display()
     );
     Err(io::Error::new(io::ErrorKind::InvalidInput, text))
-}
-
-fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
-    let mut bytes = serde_json::to_vec(message)?;
-    bytes.push(b'\n');
-    Ok(bytes)
 }

@@ -1,5 +1,5 @@
-//! The daemon's side of the control socket: accepts, reads requests, writes replies. Bounded in clients, bytes and time.
-//! Must never interpret an operation, nor cut one off.
+//! The daemon's side of the control socket: accepts, and speaks HTTP. Bounded in clients, bytes and time. Must never interpret
+//! an operation, nor cut one off.
 
 use std::{
     fs,
@@ -15,20 +15,42 @@ use std::{
     time::Duration,
 };
 
+use axum::{
+    Json, Router,
+    body::{Body, to_bytes},
+    extract::{Request, State},
+    http::StatusCode,
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
     runtime::{Builder, Handle},
-    sync::{Semaphore, watch},
-    time::timeout,
+    sync::{Notify, Semaphore, watch},
+    time::{sleep, timeout},
 };
+use tower::ServiceExt;
 
-use super::{
-    ControlHandler, MAX_CLIENTS, MAX_OPERATIONS, MAX_REPLY, MAX_REQUEST, OPERATION_TIMEOUT, Peer, Reply, Request,
-    STEP_TIMEOUT, check_path, encode,
-};
-use crate::{descriptors, node::Status};
+use super::{MAX_CLIENTS, MAX_OPERATIONS, MAX_REPLY, MAX_REQUEST, OPERATION_TIMEOUT, Peer, STEP_TIMEOUT, check_path};
+use crate::descriptors;
+
+/// What is served. Each request has the [`Peer`] among its extensions.
+#[derive(Clone, Debug, Default)]
+pub struct Routes {
+    /// What is answered on the thread of the socket, and must never wait: whoever looks has an answer while everything else
+    /// waits for the disk.
+    pub at_once: Router,
+    /// What may take its time: carried out on the daemon's runtime, to its end, whether the client waits or not. Its fallback
+    /// answers what is nowhere.
+    pub operations: Router,
+}
 
 /// The bound socket of a daemon. Its file is removed when this is dropped.
 #[derive(Debug)]
@@ -68,11 +90,11 @@ impl ControlSocket {
     ///
     /// # Errors
     /// When the system has no thread for it.
-    pub fn spawn(self, handler: Arc<dyn ControlHandler>, mut stopped: watch::Receiver<bool>) -> io::Result<()> {
+    pub fn spawn(self, routes: Routes, mut stopped: watch::Receiver<bool>) -> io::Result<()> {
         let (workers, own) = (Handle::current(), Builder::new_current_thread().enable_all().build()?);
         let stopped = async move { drop(stopped.wait_for(|stopped| *stopped).await) };
         let serve = move || {
-            if let Err(error) = own.block_on(self.serve_with(handler, workers, stopped)) {
+            if let Err(error) = own.block_on(self.serve_with(routes, workers, stopped)) {
                 tracing::error!(%error, "the control socket cannot be served");
             }
         };
@@ -83,24 +105,22 @@ impl ControlSocket {
     ///
     /// # Errors
     /// When the runtime cannot take the socket over. Errors of single clients are logged at debug level.
-    pub async fn serve(
-        self,
-        handler: Arc<dyn ControlHandler>,
-        shutdown: impl Future<Output = ()> + Send,
-    ) -> io::Result<()> {
-        self.serve_with(handler, Handle::current(), shutdown).await
+    pub async fn serve(self, routes: Routes, shutdown: impl Future<Output = ()> + Send) -> io::Result<()> {
+        self.serve_with(routes, Handle::current(), shutdown).await
     }
 
     /// The same with operations that are carried out by `workers`.
     async fn serve_with(
         self,
-        handler: Arc<dyn ControlHandler>,
+        routes: Routes,
         workers: Handle,
         shutdown: impl Future<Output = ()> + Send,
     ) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
         let slots = Arc::new(Semaphore::new(descriptors::budget().control.min(MAX_CLIENTS)));
-        let operations = Arc::new(Semaphore::new(MAX_OPERATIONS));
+        let desk = Desk { operations: Arc::new(Semaphore::new(MAX_OPERATIONS)), workers };
+        let operations = routes.operations.layer(middleware::from_fn_with_state(desk, carry_out));
+        let router = routes.at_once.fallback_service(operations);
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
             let accepted = async {
@@ -113,10 +133,9 @@ impl ControlSocket {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    let (handler, operations) = (Arc::clone(&handler), Arc::clone(&operations));
-                    let desk = Desk { handler, operations, workers: workers.clone() };
+                    let router = router.clone();
                     tokio::spawn(async move {
-                        if let Err(error) = desk.converse(stream).await {
+                        if let Err(error) = converse(router, stream).await {
                             tracing::debug!(%error, "control client gone");
                         }
                         drop(slot);
@@ -138,94 +157,90 @@ impl Drop for ControlSocket {
     }
 }
 
-/// What became of an operation: its answer, or a sentence.
-type Outcome = Result<serde_json::Value, String>;
+/// One request and its answer.
+async fn converse(router: Router, stream: UnixStream) -> anyhow::Result<()> {
+    let (peer, answered) = (Peer::of(&stream)?, Arc::new(Notify::new()));
+    let there = Arc::clone(&answered);
+    let service = router.map_request(move |mut request: axum::http::Request<_>| {
+        request.extensions_mut().insert(peer.clone());
+        request
+    });
+    let service = TowerToHyperService::new(service.map_response(move |response| {
+        there.notify_one();
+        response
+    }));
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(STEP_TIMEOUT).max_buf_size(MAX_REQUEST).keep_alive(false);
+    // What a client has asked for before it went away is done.
+    server.half_close(true);
+    let written = async {
+        answered.notified().await;
+        sleep(STEP_TIMEOUT).await;
+    };
+    tokio::select! {
+        served = server.serve_connection(TokioIo::new(stream), service) => Ok(served?),
+        () = written => anyhow::bail!("the client does not take its answer"),
+    }
+}
 
-/// Where requests are answered.
+/// Where operations are carried out.
+#[derive(Clone, Debug)]
 struct Desk {
-    handler: Arc<dyn ControlHandler>,
     operations: Arc<Semaphore>,
     workers: Handle,
 }
 
-impl Desk {
-    async fn converse(&self, mut stream: UnixStream) -> io::Result<()> {
-        let peer = Peer::of(&stream)?;
-        let (reader, mut writer) = stream.split();
-        let mut reader = BufReader::new(reader);
-        loop {
-            let mut line = Vec::new();
-            let mut limited = (&mut reader).take(MAX_REQUEST as u64);
-            timeout(STEP_TIMEOUT, limited.read_until(b'\n', &mut line)).await??;
-            if line.is_empty() {
-                return Ok(());
-            }
-            let complete = line.ends_with(b"\n");
-            let reply = if complete {
-                self.answer(&peer, &line).await
-            } else {
-                Reply::Err(format!("a request is one line of at most {MAX_REQUEST} bytes"))
-            };
-            let mut bytes = encode(&reply)?;
-            if bytes.len() > MAX_REPLY {
-                bytes = encode(&Reply::Err(format!("the answer is longer than {MAX_REPLY} bytes")))?;
-            }
-            timeout(STEP_TIMEOUT, writer.write_all(&bytes)).await??;
-            if !complete {
-                return Ok(());
-            }
+/// In a task of its own, so that a client that goes away, or no longer waits, cannot stop an operation half-way.
+async fn carry_out(State(desk): State<Desk>, request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let body = match timeout(STEP_TIMEOUT, to_bytes(body, MAX_REQUEST)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => {
+            let why = format!("the body of a request has at most {MAX_REQUEST} bytes");
+            return refusal(StatusCode::PAYLOAD_TOO_LARGE, &why);
+        }
+        Err(_) => return refusal(StatusCode::REQUEST_TIMEOUT, "the request did not arrive in time"),
+    };
+    let Ok(slot) = desk.operations.try_acquire_owned() else {
+        let why = format!("{MAX_OPERATIONS} operations are under way already: try again");
+        return refusal(StatusCode::SERVICE_UNAVAILABLE, &why);
+    };
+    let task = desk.workers.spawn(async move {
+        let response = next.run(Request::from_parts(parts, Body::from(body))).await;
+        let response = whole(response).await;
+        drop(slot);
+        response
+    });
+    match timeout(OPERATION_TIMEOUT, task).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(error)) => {
+            let why = format!("the operation ended without an outcome: {error}");
+            refusal(StatusCode::INTERNAL_SERVER_ERROR, &why)
+        }
+        Err(_) => {
+            let limit = OPERATION_TIMEOUT.as_secs();
+            let why =
+                format!("not done within {limit} s, and still under way: look at the status before you try again");
+            refusal(StatusCode::GATEWAY_TIMEOUT, &why)
         }
     }
+}
 
-    async fn answer(&self, peer: &Peer, line: &[u8]) -> Reply {
-        let request = match serde_json::from_slice::<Request>(line) {
-            Ok(request) => request,
-            Err(error) => return Reply::Err(format!("request not understood: {error}")),
-        };
-        match request {
-            Request::Status {} => {
-                // Whoever reads a status, and passes it on for help, must not pass secrets on.
-                let status = self.handler.status();
-                let public = Status { membership: status.membership.public(), ..status.as_ref().clone() };
-                match serde_json::to_value(public) {
-                    Ok(value) => Reply::Ok(value),
-                    Err(error) => Reply::Err(format!("cannot encode the status: {error}")),
-                }
-            }
-            Request::Metrics {} => Reply::Ok(self.handler.metrics().into()),
-            Request::Place {} => match serde_json::to_value(self.handler.place()) {
-                Ok(value) => Reply::Ok(value),
-                Err(error) => Reply::Err(format!("cannot encode the answer: {error}")),
-            },
-            Request::Api { method, path, body } => {
-                let (handler, peer) = (Arc::clone(&self.handler), peer.clone());
-                self.carry_out(async move { handler.api(peer, method, path, body).await }).await
-            }
-            Request::Administer { operation } => {
-                let (handler, peer) = (Arc::clone(&self.handler), peer.clone());
-                self.carry_out(async move { handler.administer(peer, operation).await }).await
-            }
+/// An answer that is there to its end, so that only its writing is left.
+async fn whole(response: Response) -> Response {
+    let (parts, body) = response.into_parts();
+    match timeout(OPERATION_TIMEOUT, to_bytes(body, MAX_REPLY)).await {
+        Ok(Ok(bytes)) => Response::from_parts(parts, Body::from(bytes)),
+        // One of events has no end.
+        Err(_) => refusal(StatusCode::CONFLICT, "the answer does not end"),
+        Ok(Err(_)) => {
+            let why = format!("the answer is longer than {MAX_REPLY} bytes: ask for fewer rows");
+            refusal(StatusCode::CONFLICT, &why)
         }
     }
+}
 
-    /// In a task of its own, so that a client that goes away, or no longer waits, cannot stop an operation half-way.
-    async fn carry_out(&self, work: impl Future<Output = Outcome> + Send + 'static) -> Reply {
-        let Ok(slot) = Arc::clone(&self.operations).try_acquire_owned() else {
-            return Reply::Err(format!("{MAX_OPERATIONS} operations are under way already: try again"));
-        };
-        let task = self.workers.spawn(async move {
-            let outcome = work.await;
-            drop(slot);
-            outcome
-        });
-        match timeout(OPERATION_TIMEOUT, task).await {
-            Ok(Ok(Ok(value))) => Reply::Ok(value),
-            Ok(Ok(Err(why))) => Reply::Err(why),
-            Ok(Err(error)) => Reply::Err(format!("the operation ended without an outcome: {error}")),
-            Err(_) => Reply::Err(format!(
-                "not done within {} s, and still under way: look at the status before you try again",
-                OPERATION_TIMEOUT.as_secs()
-            )),
-        }
-    }
+/// An answer that says no, and why, as the API does.
+pub fn refusal(status: StatusCode, why: &str) -> Response {
+    (status, Json(json!({ "err": why }))).into_response()
 }

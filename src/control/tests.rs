@@ -1,75 +1,74 @@
-//! A served socket with an invented daemon behind it: every request, every limit.
+//! A served socket with an invented daemon behind it: every limit, and what another version hears.
 
 use std::{
     fs,
     io::{Read, Write},
     os::unix::{fs::PermissionsExt, net::UnixStream as StdStream},
+    sync::Arc,
     thread,
 };
 
-use tokio::sync::oneshot;
+use axum::{
+    Extension, Json, Router,
+    http::StatusCode,
+    routing::{get, post},
+};
+use serde_json::{Value, json};
+use tokio::sync::{Notify, oneshot};
 
 use super::*;
-use crate::cluster::{ClusterId, Role};
+use crate::{
+    cluster::{ClusterId, Role},
+    node::Status,
+};
 
-#[derive(Default)]
-struct Fake {
-    released: tokio::sync::Notify,
-}
-
-impl ControlHandler for Fake {
-    fn status(&self) -> Arc<Status> {
-        Arc::new(Status {
-            cluster: ClusterId(7),
-            node: 1,
-            name: "node1".into(),
-            version: "1.2.3".into(),
-            role: Role::Secondary,
-            reason: "another node is PRIMARY".into(),
-            epoch: 4,
-            primary: Some(2),
-            applied: 10,
-            committed: 11,
-            lease_ms: None,
-            members: Vec::new(),
-            membership: crate::cluster::Membership::founded(ClusterId(7), Vec::new()),
-            warnings: Vec::new(),
-            certificates: Vec::new(),
-            serving: false,
-            recent: Default::default(),
-        })
-    }
-
-    /// Tells what it was asked to do, in the words of the debugger.
-    fn administer(&self, _: Peer, operation: Operation) -> Answer<'_> {
-        Box::pin(async move {
-            match operation {
-                Operation::Reject { host } if host == "nobody" => Err("no such host asks".to_owned()),
-                Operation::Pause { .. } => {
-                    // Longer than any client of these tests waits: the switch is thrown by another one.
-                    self.released.notified().await;
-                    Ok(7.into())
-                }
-                Operation::Resume {} => {
-                    self.released.notify_waiters();
-                    Ok(serde_json::Value::Null)
-                }
-                other => Ok(format!("{other:?}").into()),
-            }
-        })
-    }
-
-    fn metrics(&self) -> String {
-        "twistlock_role 1\n".into()
+fn picture() -> Status {
+    Status {
+        cluster: ClusterId(7),
+        node: 1,
+        name: "node1".into(),
+        version: "1.2.3".into(),
+        role: Role::Secondary,
+        reason: "another node is PRIMARY".into(),
+        epoch: 4,
+        primary: Some(2),
+        applied: 10,
+        committed: 11,
+        lease_ms: None,
+        members: Vec::new(),
+        membership: crate::cluster::Membership::founded(ClusterId(7), Vec::new()),
+        warnings: Vec::new(),
+        certificates: Vec::new(),
+        serving: false,
+        recent: Default::default(),
     }
 }
+
+/// Its `wait` ends when somebody else asks for `release`: longer than any client of these tests waits.
+fn routes() -> Routes {
+    let released = Arc::new(Notify::new());
+    let release = Arc::clone(&released);
+    let at_once = Router::new().route("/api/v1/high-availability", get(async || Json(picture())));
+    let operations = Router::new()
+        .route("/api/v1/echo", post(async |Json(body): Json<Value>| Json(body)))
+        .route("/api/v1/who", get(async |Extension(peer): Extension<Peer>| Json(peer.uid)))
+        .route("/api/v1/refuse", post(async || refusal(StatusCode::CONFLICT, "no such host asks")))
+        .route("/api/v1/long", get(async || "x".repeat(MAX_REPLY + 1)))
+        .route(
+            "/api/v1/wait",
+            post(async move || {
+                released.notified().await;
+                Json(7)
+            }),
+        )
+        .route("/api/v1/release", post(async move || release.notify_waiters()));
+    Routes { at_once, operations }
+}
+
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs `test` against a served socket, then shuts the server down and checks that the file is gone.
 fn with_server(test: impl FnOnce(&Path)) {
-    serve_and(Arc::new(Fake::default()), test);
-}
-
-fn serve_and(handler: Arc<dyn ControlHandler>, test: impl FnOnce(&Path)) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(SOCKET_NAME);
     let (stop, stopped) = oneshot::channel::<()>();
@@ -77,7 +76,7 @@ fn serve_and(handler: Arc<dyn ControlHandler>, test: impl FnOnce(&Path)) {
     let server = thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let shutdown = async move { stopped.await.unwrap_or(()) };
-        runtime.block_on(socket.serve(handler, shutdown)).unwrap();
+        runtime.block_on(socket.serve(routes(), shutdown)).unwrap();
     });
     test(&path);
     stop.send(()).unwrap();
@@ -86,40 +85,68 @@ fn serve_and(handler: Arc<dyn ControlHandler>, test: impl FnOnce(&Path)) {
 }
 
 #[test]
-fn questions_are_answered() {
+fn who_asks_is_whom_the_kernel_names_and_the_answer_is_that_of_the_routes() {
     with_server(|path| {
-        let limit = Duration::from_secs(10);
-        let mode = fs::metadata(path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        let status = status(path, limit).unwrap();
-        assert_eq!((status.name.as_str(), status.epoch, status.primary), ("node1", 4, Some(2)));
-        let metrics = request(path, &Request::Metrics {}, limit).unwrap();
-        assert_eq!(metrics, Reply::Ok("twistlock_role 1\n".into()));
+        assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(status(path, LIMIT).unwrap(), picture());
+        let uid: u32 = ask(path, &Call::get("who"), LIMIT).unwrap();
+        assert_eq!(uid, nix::unistd::Uid::current().as_raw());
+        let body = json!({ "name": "ä\n", "list": [1, null] });
+        assert_eq!(ask::<Value>(path, &Call::post("echo").with(&body), LIMIT).unwrap(), body);
+        let refused = ask::<Value>(path, &Call::post("refuse"), LIMIT);
+        assert!(matches!(refused, Err(ControlError::Refused(why)) if why == "no such host asks"));
+        assert_eq!(send(path, &Call::get("/nowhere"), LIMIT).unwrap().status, StatusCode::NOT_FOUND);
+        let call = Call::post("settings/custom-certs").with("-----BEGIN");
+        assert!(!format!("{call:?}").contains("BEGIN"));
     });
 }
 
+#[test]
+fn what_is_too_long_is_refused_in_both_directions() {
+    with_server(|path| {
+        let long = send(path, &Call::post("echo").with("x".repeat(MAX_REQUEST)), LIMIT).unwrap();
+        assert!(long.status == StatusCode::PAYLOAD_TOO_LARGE && long.reason().contains("at most 65536 bytes"));
+        let long = send(path, &Call::get("long"), LIMIT).unwrap();
+        assert!(long.reason().contains("ask for fewer rows"), "{}", long.reason());
+    });
+}
+
+/// Sends `bytes` and returns what comes until the end.
 fn raw(path: &Path, bytes: &[u8]) -> String {
     let mut stream = StdStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream.write_all(bytes).unwrap();
-    stream.shutdown(std::net::Shutdown::Write).unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     text
 }
 
+/// Up to 0.1 this socket spoke JSON lines. While a host is upgraded, one of the two programs is the older one.
 #[test]
-fn the_wire_format_is_fixed_and_nonsense_is_refused() {
+fn a_client_and_a_daemon_of_before_get_an_answer_that_they_can_tell_from_a_good_one() {
     with_server(|path| {
-        let resume = b"{\"command\":\"administer\",\"operation\":{\"name\":\"resume\"}}\n{\"command\":\"metrics\"}\n";
-        assert_eq!(raw(path, resume), "{\"ok\":null}\n{\"ok\":\"twistlock_role 1\\n\"}\n");
-        let half = b"{\"command\":\"administer\",\"operation\":{\"name\":\"remove\",\"node\":\"host3\"}}\n";
-        assert!(raw(path, half).contains("missing field `force`"));
-        let more = b"{\"command\":\"administer\",\"operation\":{\"name\":\"uninvite\",\"x\":1}}\n";
-        assert!(raw(path, more).contains("unknown field `x`"));
-        assert!(raw(path, b"{\"command\":\"explode\"}\n").starts_with("{\"err\":\"request not understood"));
-        assert!(raw(path, b"\xff\n").starts_with("{\"err\":\"request not understood"));
-        assert!(raw(path, b"{\"command\":\"status\"}").starts_with("{\"err\":\"a request is one line"));
+        // It reads up to the end of a line, finds no JSON, and says that the two are of different versions.
+        for command in
+            ["{\"command\":\"status\"}\n", "{\"command\":\"administer\",\"operation\":{\"name\":\"resume\"}}\n"]
+        {
+            let answer = raw(path, command.as_bytes());
+            assert!(answer.starts_with("HTTP/1.1 400 ") && answer.ends_with('\n'), "{answer}");
+        }
     });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(SOCKET_NAME);
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let daemon = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut head = [0; 512];
+        let _ = stream.read(&mut head).unwrap();
+        stream.write_all(b"{\"err\":\"request not understood: expected value at line 1 column 1\"}\n").unwrap();
+        // It waits for the next line.
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    let told = status(&path, LIMIT).unwrap_err();
+    assert!(matches!(told, ControlError::Malformed { .. }), "{told:?}");
+    daemon.join().unwrap();
 }
 
 #[test]
@@ -161,58 +188,15 @@ fn a_frozen_daemon_is_given_up_in_time() {
 }
 
 #[test]
-fn every_operation_reaches_the_handler_as_it_was_sent() {
-    let operations = [
-        Operation::Invite { valid_s: 3600, script: true },
-        Operation::Uninvite {},
-        Operation::Apply { fingerprints: Some(vec!["AB:CD".into()]) },
-        Operation::Apply { fingerprints: None },
-        Operation::Reject { host: "host2".into() },
-        Operation::Remove { node: "host3".into(), force: true },
-        Operation::Switchover { to: Some("host2".into()), dry_run: true },
-        Operation::Switchover { to: None, dry_run: false },
-        Operation::Readdress { node: "2".into(), new_name: None, address: Some("192.0.2.9".into()), port: Some(9) },
-        Operation::SetConsoleNames { names: vec!["lb.example".into()] },
-        Operation::SetCertificate { pem: SecretText("-----BEGIN".into()) },
-    ];
-    assert!(!format!("{operations:?}").contains("BEGIN"));
-    with_server(|path| {
-        let limit = Duration::from_secs(10);
-        for operation in operations {
-            let told: String = operate(path, operation.clone(), limit).unwrap();
-            assert_eq!(told, format!("{operation:?}"));
-        }
-        let refused = operate::<()>(path, Operation::Reject { host: "nobody".into() }, limit);
-        assert!(matches!(refused, Err(ControlError::Refused(why)) if why == "no such host asks"));
-    });
-}
-
-#[test]
 fn operations_are_bounded_and_outlive_their_clients() {
     with_server(|path| {
-        let pause = || operate::<u64>(path, Operation::Pause { seconds: 1 }, Duration::from_millis(200));
         for _ in 0..MAX_OPERATIONS {
-            assert!(matches!(pause(), Err(ControlError::NoAnswer { .. })));
+            let given_up = send(path, &Call::post("wait"), Duration::from_millis(200));
+            assert!(matches!(given_up, Err(ControlError::NoAnswer { .. })), "{given_up:?}");
         }
-        let full = operate::<u64>(path, Operation::Pause { seconds: 1 }, Duration::from_secs(10));
-        assert!(matches!(&full, Err(ControlError::Refused(why)) if why.contains("under way already")), "{full:?}");
+        let full = send(path, &Call::post("release"), LIMIT).unwrap();
+        assert!(full.status == 503 && full.reason().contains("under way already"), "{full:?}");
         // The status is still told.
-        assert_eq!(status(path, Duration::from_secs(10)).unwrap().node, 1);
-    });
-}
-
-#[test]
-fn a_host_that_has_not_joined_refuses_operations() {
-    struct Waiting;
-    impl ControlHandler for Waiting {
-        fn status(&self) -> Arc<Status> {
-            Fake::default().status()
-        }
-    }
-    serve_and(Arc::new(Waiting), |path| {
-        let limit = Duration::from_secs(10);
-        let refused = operate::<Vec<u64>>(path, Operation::Apply { fingerprints: None }, limit);
-        assert!(matches!(refused, Err(ControlError::Refused(why)) if why == NOT_JOINED));
-        assert_eq!(status(path, limit).unwrap().node, 1);
+        assert_eq!(status(path, LIMIT).unwrap().node, 1);
     });
 }

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use rand::{RngExt, rngs::SmallRng};
 use serde_json::json;
 use twistlock_ha::{
-    control::{self, JoinScript, Operation},
+    control::{self, Call},
     node::Status,
 };
 
@@ -262,11 +262,11 @@ fn harm(step: &Step, site: &Site, node: usize) -> Result<(String, End), String> 
             Ok((format!(" by {seconds} s"), Box::new(end)))
         }
         Switchover => {
-            let refused = operate(site, Operation::Switchover { to: None, dry_run: false }).err();
+            let refused = operate(site, Call::post("high-availability/switchover").with(json!({}))).err();
             Ok((refused.map(|why| format!(": {why}")).unwrap_or_default(), nothing()))
         }
         Pause => {
-            let refused = operate(site, Operation::Pause { seconds: 600 }).err();
+            let refused = operate(site, Call::post("high-availability/pause").with(json!({ "seconds": 600 }))).err();
             let end = |site: &Site| wait_done("resume", || resume(site));
             Ok((refused.map(|why| format!(": {why}")).unwrap_or_default(), Box::new(end)))
         }
@@ -432,20 +432,20 @@ fn empty(folder: &Path) -> io::Result<()> {
 }
 
 /// Has whoever is PRIMARY do something.
-fn operate(site: &Site, operation: Operation) -> Result<serde_json::Value, String> {
+fn operate(site: &Site, operation: Call) -> Result<serde_json::Value, String> {
     let primary = site.primary().ok_or("there is no PRIMARY")?;
-    control::operate(&site.node(primary).control, operation, OPERATION_LIMIT).map_err(|error| error.to_string())
+    control::ask(&site.node(primary).control, &operation, OPERATION_LIMIT).map_err(|error| error.to_string())
 }
 
 /// Ends a pause. Without a PRIMARY that is done on each node alone, so that there is one.
 fn resume(site: &Site) -> Result<(), String> {
     if site.primary().is_none() {
         for node in 0..3 {
-            let operation = Operation::Resume {};
-            let _ = control::operate::<serde_json::Value>(&site.node(node).control, operation, OPERATION_LIMIT);
+            let operation = Call::post("high-availability/resume");
+            let _ = control::send(&site.node(node).control, &operation, OPERATION_LIMIT);
         }
     }
-    match operate(site, Operation::Resume {}) {
+    match operate(site, Call::post("high-availability/resume")) {
         // It may have been done though its outcome was unknown.
         Err(why) if !why.contains("is not paused") => Err(why),
         _ => Ok(()),
@@ -472,12 +472,12 @@ fn remove(site: &Site, node: usize) -> Result<(), String> {
         if site.primary() != Some(node) {
             return Ok(());
         }
-        operate(site, Operation::Switchover { to: None, dry_run: false })?;
+        operate(site, Call::post("high-availability/switchover").with(json!({})))?;
         Err("it has not gone over yet".into())
     })?;
     wait_done("remove", || {
         let member = |status: &Status| status.membership.roster.members.iter().any(|member| member.name == name);
-        let removed = operate(site, Operation::Remove { node: name.clone(), force: false });
+        let removed = operate(site, Call::delete(format!("high-availability/members/{}?force=false", name.clone())));
         let primary = site.primary().and_then(|primary| site.statuses()[primary].clone());
         match primary {
             Some(status) if !member(&status) => Ok(()),
@@ -492,10 +492,8 @@ fn remove(site: &Site, node: usize) -> Result<(), String> {
 fn join_again(site: &Site, node: usize) -> Result<(), String> {
     let mut line = String::new();
     wait_done("invite", || {
-        let script: JoinScript =
-            serde_json::from_value(operate(site, Operation::Invite { valid_s: 600, script: false })?)
-                .map_err(|error| error.to_string())?;
-        line = script.line;
+        let invited = operate(site, Call::get("high-availability/join-script?validSec=600"))?;
+        line = invited["line"].as_str().unwrap_or_default().to_owned();
         Ok(())
     })?;
     let from = line.find("TWJ1.").ok_or("no token in the line")?;
@@ -506,7 +504,7 @@ fn join_again(site: &Site, node: usize) -> Result<(), String> {
     let join = json!({"token": token, "addresses": addresses, "ca": ca});
     fs::write(site.node(node).data.join("join.json"), join.to_string()).map_err(|error| error.to_string())?;
     site.release(node)?;
-    wait_done("apply", || operate(site, Operation::Apply { fingerprints: None }).map(drop))?;
+    wait_done("apply", || operate(site, Call::post("high-availability/apply")).map(drop))?;
     let vote = |status: &Status| status.membership.roster.members.iter().filter(|member| member.voter).count() == 3;
     wait_done("a vote", || {
         let statuses = site.statuses();

@@ -8,11 +8,8 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
-use twistlock_ha::{
-    control::{self, ControlError, Operation, SecretText},
-    events::Wanted,
-};
+use serde_json::{Value, json};
+use twistlock_ha::control::{self, Call, ControlError};
 
 use super::{beside, cluster::Cluster, routes};
 
@@ -51,77 +48,48 @@ fn wait_rows(cluster: &Cluster, before: usize, wanted: impl Fn(&[Value]) -> bool
     }
 }
 
-/// What an operation leaves: nothing, or the action of its row and what its outcome begins with.
-fn row_of(operation: &Operation) -> Option<(&'static str, &'static str)> {
+/// One of each kind, as it is refused if it can be; and what it leaves: nothing, or the action of its row and what its outcome
+/// begins with.
+fn operations() -> Vec<(Call, Option<(&'static str, &'static str)>)> {
     let refused = |action| Some((action, "refused: "));
-    match operation {
-        Operation::Events { .. } | Operation::Certificates {} | Operation::Backups {} => None,
-        Operation::BackupState {} | Operation::BackupCopies {} => None,
-        Operation::Invite { .. } => refused("invite"),
-        Operation::Uninvite {} => Some(("uninvite", "done")),
-        Operation::Apply { .. } => refused("apply"),
-        Operation::Reject { .. } => refused("reject"),
-        Operation::Remove { .. } => refused("remove"),
-        Operation::Switchover { dry_run: true, .. } => None,
-        Operation::Switchover { dry_run: false, .. } => refused("switchover"),
-        Operation::Pause { .. } => refused("pause"),
-        Operation::Resume {} => refused("resume"),
-        Operation::RotateKey {} => Some(("rotate", "done")),
-        Operation::RotateCa { .. } => refused("rotate"),
-        Operation::TestNotifications {} => Some(("test", "done")),
-        Operation::Readdress { .. } => refused("readdress"),
-        Operation::SetConsoleNames { .. } => refused("set"),
-        Operation::SetCertificate { .. } => refused("set"),
-        Operation::RemoveCertificate {} => refused("delete"),
-        Operation::Backup { .. } => refused("create"),
-        Operation::VerifyBackup { .. } => refused("verify"),
-        Operation::RenameBackup { .. } => refused("rename"),
-        Operation::DeleteBackup { .. } => refused("delete"),
-        Operation::FetchBackup { .. } => refused("fetch"),
-        Operation::Restore { .. } => refused("restore"),
-    }
-}
-
-/// One of each kind, as it is refused if it can be.
-fn operations() -> Vec<Operation> {
-    let nobody = || "nobody".to_owned();
+    let member = |rest: &str| format!("high-availability/members/nobody{rest}");
     vec![
-        Operation::Invite { valid_s: 0, script: false },
-        Operation::Uninvite {},
-        Operation::Apply { fingerprints: None },
-        Operation::Reject { host: nobody() },
-        Operation::Remove { node: nobody(), force: true },
-        Operation::Switchover { to: None, dry_run: true },
-        Operation::Switchover { to: Some(nobody()), dry_run: false },
-        Operation::Pause { seconds: 1 },
-        Operation::Resume {},
-        Operation::RotateCa { overlap_s: 0 },
-        Operation::TestNotifications {},
-        Operation::Events { wanted: Wanted::default() },
-        Operation::Readdress { node: nobody(), new_name: None, address: None, port: None },
-        Operation::Certificates {},
-        Operation::SetConsoleNames { names: vec!["no name".to_owned()] },
-        Operation::SetCertificate { pem: SecretText("no PEM".to_owned()) },
-        Operation::RemoveCertificate {},
-        Operation::Backups {},
-        Operation::BackupState {},
-        Operation::Backup { called: "no/name".to_owned() },
-        Operation::VerifyBackup { id: nobody() },
-        Operation::RenameBackup { id: nobody(), called: nobody() },
-        Operation::DeleteBackup { id: nobody() },
-        Operation::BackupCopies {},
-        Operation::FetchBackup { place: nobody() },
-        Operation::Restore { file: "/nowhere".into(), stop_console: true, unencrypted: false },
-        Operation::RotateKey {},
+        (Call::get("high-availability/join-script?validSec=0"), refused("invite")),
+        (Call::delete("high-availability/join-script"), Some(("uninvite", "done"))),
+        (Call::post("high-availability/apply"), refused("apply")),
+        (Call::delete("high-availability/requests/nobody"), refused("reject")),
+        (Call::delete(member("?force=true")), refused("remove")),
+        (Call::post("high-availability/switchover").with(json!({ "dryRun": true })), None),
+        (Call::post("high-availability/switchover").with(json!({ "to": "nobody" })), refused("switchover")),
+        (Call::post("high-availability/pause").with(json!({ "seconds": 1 })), refused("pause")),
+        (Call::post("high-availability/resume"), refused("resume")),
+        (Call::post("high-availability/rotate-ca").with(json!({ "overlapSec": 0 })), refused("rotate")),
+        (Call::post("settings/notifications/test"), Some(("test", "done"))),
+        (Call::get("high-availability/events"), None),
+        (Call::put(member("/address")).with(json!({})), refused("readdress")),
+        (Call::get("settings/certs"), None),
+        (Call::post("settings/certs").with(json!({ "consoleSAN": ["no name"] })), refused("set")),
+        (Call::post("settings/custom-certs").with(json!({ "certificate": "no PEM" })), refused("set")),
+        (Call::delete("settings/custom-certs"), refused("delete")),
+        (Call::get("backups"), None),
+        (Call::get("settings/backup"), None),
+        (Call::post("backups?wait=false").with("no/name"), refused("create")),
+        (Call::post("backups/nobody/verify?wait=false"), refused("verify")),
+        (Call::patch("backups/nobody").with("nobody"), refused("rename")),
+        (Call::delete("backups/nobody"), refused("delete")),
+        (Call::get("settings/backup/copies"), None),
+        (Call::post("settings/backup/copies/fetch").with("nobody"), refused("fetch")),
+        (Call::post("restore").with(json!({ "file": "/nowhere", "stopConsole": true })), refused("restore")),
+        (Call::post("high-availability/rotate-key"), Some(("rotate", "done"))),
     ]
 }
 
 /// Every operation by the control socket: exactly the rows that it must leave.
 fn each_operation_by_the_socket(cluster: &Cluster) {
     let socket = cluster.node(cluster.primary()).data.join(control::SOCKET_NAME);
-    for operation in operations() {
-        let (before, expected) = (rows(cluster).len(), row_of(&operation));
-        let answer = control::operate::<Value>(&socket, operation.clone(), LIMIT);
+    for (operation, expected) in operations() {
+        let before = rows(cluster).len();
+        let answer = control::ask::<Value>(&socket, &operation, LIMIT);
         let all = rows(cluster);
         let new = &all[..all.len() - before];
         match (new, expected) {
@@ -147,10 +115,12 @@ fn each_operation_by_the_socket(cluster: &Cluster) {
 fn done_on_a_secondary(cluster: &Cluster) {
     let (before, primary) = (rows(cluster).len(), cluster.primary());
     let there = cluster.node((primary + 1) % 3);
-    let on_it = |operation| control::operate::<Value>(&there.data.join(control::SOCKET_NAME), operation, LIMIT);
-    let refused = on_it(Operation::Pause { seconds: 60 }).unwrap_err().to_string();
-    on_it(Operation::Backup { called: "of-a-secondary".to_owned() }).unwrap();
-    on_it(Operation::VerifyBackup { id: "none-0.1.0-1.tar.gz".to_owned() }).unwrap_err();
+    let on_it = |operation: Call| control::ask::<Value>(&there.data.join(control::SOCKET_NAME), &operation, LIMIT);
+    let refused = on_it(Call::post("high-availability/pause").with(json!({ "seconds": 60 }))).unwrap_err().to_string();
+    let elsewhere = on_it(Call::get("users")).unwrap_err().to_string();
+    assert_eq!(elsewhere, format!("only the PRIMARY does this: run it on {}", cluster.node(primary).name));
+    on_it(Call::post("backups?wait=false").with("of-a-secondary")).unwrap();
+    on_it(Call::post("backups/none-0.1.0-1.tar.gz/verify?wait=false")).unwrap_err();
     let mut new = wait_rows(cluster, before, |new| new.len() >= 3 && new.iter().all(|row| row["outcome"] != "begun"));
     new.sort_by_key(|row| row["action"].as_str().unwrap().to_owned());
     let told: Vec<_> = new.iter().map(|row| (row["action"].as_str().unwrap(), row["ok"].as_bool().unwrap())).collect();
@@ -166,7 +136,7 @@ fn done_on_a_secondary(cluster: &Cluster) {
     // While there is no PRIMARY it is kept.
     let before = rows(cluster).len();
     cluster.signal(primary, Signal::SIGKILL);
-    on_it(Operation::Reject { host: "nobody".to_owned() }).unwrap_err();
+    on_it(Call::delete("high-availability/requests/nobody")).unwrap_err();
     cluster.wait_healthy();
     let new = wait_rows(cluster, before, |new| new.iter().any(|row| row["action"] == "reject"));
     let row = new.iter().find(|row| row["action"] == "reject").unwrap();

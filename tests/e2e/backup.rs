@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use twistlock_ha::{
     backup::{Backup, BackupState, Kind, Outcome, Started},
     cluster::Role,
-    control::{self, Operation},
+    control::{self, Call},
 };
 
 use super::{
@@ -26,14 +26,14 @@ use super::{
 /// Between two looks at something under way.
 const LOOK: Duration = Duration::from_millis(20);
 
-pub fn ask<T: serde::de::DeserializeOwned>(cluster: &Cluster, node: usize, operation: Operation) -> Result<T, String> {
-    control::operate(&cluster.node(node).control, operation, LIMIT).map_err(|error| error.to_string())
+pub fn ask<T: serde::de::DeserializeOwned>(cluster: &Cluster, node: usize, operation: Call) -> Result<T, String> {
+    control::ask(&cluster.node(node).control, &operation, LIMIT).map_err(|error| error.to_string())
 }
 
 pub fn wait_ended(cluster: &Cluster, node: usize, started: &Started) -> Outcome {
     let deadline = Instant::now() + LIMIT;
     loop {
-        let state: BackupState = ask(cluster, node, Operation::BackupState {}).unwrap();
+        let state: BackupState = ask(cluster, node, Call::get("settings/backup")).unwrap();
         if let Some(last) = state.last.filter(|last| last.number == started.number) {
             return last;
         }
@@ -44,7 +44,7 @@ pub fn wait_ended(cluster: &Cluster, node: usize, started: &Started) -> Outcome 
 
 /// Makes a backup on a node, and returns its file.
 pub fn make(cluster: &Cluster, node: usize, name: &str) -> PathBuf {
-    let started: Started = ask(cluster, node, Operation::Backup { called: name.to_owned() }).unwrap();
+    let started: Started = ask(cluster, node, Call::post("backups?wait=false").with(name.to_owned())).unwrap();
     let outcome = wait_ended(cluster, node, &started);
     assert!(outcome.ok, "{}", outcome.text);
     println!("  {name} on {}: {} ms, {}", cluster.node(node).name, outcome.ms, outcome.text);
@@ -56,7 +56,12 @@ pub fn folder(cluster: &Cluster, node: usize) -> PathBuf {
 }
 
 pub fn begin_restore(cluster: &Cluster, node: usize, file: &Path, stop_console: bool) -> Result<Started, String> {
-    ask(cluster, node, Operation::Restore { file: file.to_owned(), stop_console, unencrypted: false })
+    ask(
+        cluster,
+        node,
+        Call::post("restore")
+            .with(json!({ "file": file.to_owned(), "stopConsole": stop_console, "unencrypted": false })),
+    )
 }
 
 pub fn restore(cluster: &Cluster, file: &Path) -> Outcome {
@@ -154,7 +159,7 @@ fn those_of_other_members_are_listed(cluster: &Cluster, call: &dyn Fn(&str, &str
     let places = |list: &[Backup]| list.iter().map(|one| (one.node.clone(), one.id.clone())).collect::<Vec<_>>();
     assert_eq!(places(&list()), [(name.clone(), id.to_owned())]);
     for node in 0..3 {
-        let told: Vec<Backup> = ask(cluster, node, Operation::Backups {}).unwrap();
+        let told: Vec<Backup> = ask(cluster, node, Call::get("backups?limit=1000")).unwrap();
         assert_eq!(places(&told), [(name.clone(), id.to_owned())], "as {} sees it", cluster.node(node).name);
     }
     let (path, there) = (format!("/backups/{id}"), folder(cluster, one).display().to_string());
@@ -223,7 +228,7 @@ fn what_cannot_be_restored_is_refused_and_changes_nothing() {
         let outcome = restore(&cluster, &file);
         assert!(!outcome.ok && outcome.text.contains("damaged"), "{what}: {}", outcome.text);
         let id = file.file_name().unwrap().to_str().unwrap().to_owned();
-        let started: Started = ask(&cluster, primary, Operation::VerifyBackup { id }).unwrap();
+        let started: Started = ask(&cluster, primary, Call::post(format!("backups/{id}/verify?wait=false"))).unwrap();
         let outcome = wait_ended(&cluster, primary, &started);
         assert!(!outcome.ok && outcome.text.contains("damaged"), "{what}: {}", outcome.text);
     }
@@ -233,7 +238,7 @@ fn what_cannot_be_restored_is_refused_and_changes_nothing() {
     let outcome = restore(&cluster, &other);
     assert!(!outcome.ok && outcome.text.contains("another one under this name"), "{}", outcome.text);
     let id = other.file_name().unwrap().to_str().unwrap().to_owned();
-    let started: Started = ask(&cluster, primary, Operation::VerifyBackup { id }).unwrap();
+    let started: Started = ask(&cluster, primary, Call::post(format!("backups/{id}/verify?wait=false"))).unwrap();
     assert!(wait_ended(&cluster, primary, &started).text.contains("another one under this name"));
     fs::write(good.with_file_name("text-0.1.0-7.tar.gz"), "not an archive").unwrap();
     refused(primary, &good.with_file_name("text-0.1.0-7.tar.gz"), true, "is no backup");
@@ -283,11 +288,11 @@ fn members_that_share_a_folder_make_one_daily_backup() {
     cluster.configure("DATA_RECOVERY_VOLUME", shared.to_str().unwrap());
     cluster.configure("BACKUP_DELAY_SECONDS", "3");
     cluster.restart_all();
-    let state = |node| ask::<BackupState>(&cluster, node, Operation::BackupState {}).ok();
+    let state = |node| ask::<BackupState>(&cluster, node, Call::get("settings/backup")).ok();
     let tomorrow =
         |state: BackupState| state.newest.zip(state.next).is_some_and(|(newest, next)| next >= newest + 86_400);
     cluster.wait_for("nothing due", |_| (0..3).all(|node| state(node).is_some_and(tomorrow)));
-    let list: Vec<Backup> = ask(&cluster, 0, Operation::Backups {}).unwrap();
+    let list: Vec<Backup> = ask(&cluster, 0, Call::get("backups?limit=1000")).unwrap();
     for kind in Kind::AUTOMATIC {
         assert_eq!(list.iter().filter(|backup| backup.kind == kind).count(), 1, "{list:?}");
     }
@@ -309,7 +314,7 @@ fn every_member_makes_encrypted_backups_by_itself() {
     cluster.configure("BACKUP_KEY_FILE", key.to_str().unwrap());
     cluster.restart_all();
     let listed = |node| {
-        let all: Vec<Backup> = ask(&cluster, node, Operation::Backups {}).unwrap_or_default();
+        let all: Vec<Backup> = ask(&cluster, node, Call::get("backups?limit=1000")).unwrap_or_default();
         let own = |backup: &Backup| backup.node == cluster.node(node).name && backup.kind != Kind::Manual;
         all.into_iter().filter(own).collect::<Vec<_>>()
     };
@@ -326,13 +331,13 @@ fn every_member_makes_encrypted_backups_by_itself() {
     // Whoever can write to the folder could have made one that is not encrypted.
     let error = begin_restore(&cluster, primary, &plain, true).unwrap_err();
     assert!(error.contains("--unencrypted"), "{error}");
-    let operation = Operation::Restore { file: plain, stop_console: true, unencrypted: true };
+    let operation = Call::post("restore").with(json!({ "file": plain, "stopConsole": true, "unencrypted": true }));
     let started: Started = ask(&cluster, primary, operation).unwrap();
     let outcome = wait_ended(&cluster, primary, &started);
     assert!(outcome.ok && Pen::new(&cluster.file()).has("kept"), "{}", outcome.text);
     // Not due again: a restart makes none.
     cluster.restart_all();
-    let state = |node| ask::<BackupState>(&cluster, node, Operation::BackupState {}).ok();
+    let state = |node| ask::<BackupState>(&cluster, node, Call::get("settings/backup")).ok();
     let tomorrow =
         |state: BackupState| state.newest.zip(state.next).is_some_and(|(newest, next)| next >= newest + 86_400);
     cluster.wait_for("tomorrow's backups", |_| (0..3).all(|node| state(node).is_some_and(tomorrow)));
@@ -349,7 +354,7 @@ fn a_disk_that_is_too_small_is_left_alone() {
             fs::create_dir_all(&small).unwrap();
             run("mount", &["-t", "tmpfs", "-o", "size=32m", "tmpfs", small.to_str().unwrap()]);
         });
-        let started: Started = ask(&cluster, node, Operation::Backup { called: "large".to_owned() }).unwrap();
+        let started: Started = ask(&cluster, node, Call::post("backups?wait=false").with("large")).unwrap();
         let outcome = wait_ended(&cluster, node, &started);
         assert!(!outcome.ok && outcome.text.contains("free some space"), "{}", outcome.text);
         let warned = |cluster: &Cluster| {

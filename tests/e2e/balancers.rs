@@ -18,7 +18,7 @@ use nix::{
 use tempfile::TempDir;
 use twistlock_ha::{
     admin::SwitchoverReport,
-    control::{self, Operation},
+    control::{self, Call},
     dev::{ClusterFile, NodeFile},
 };
 
@@ -164,8 +164,8 @@ fn harm(cluster: &Cluster, primary: usize, fault: &str) -> impl FnOnce(&Cluster)
             |_, _| network::heal()
         }
         _ => {
-            let operation = Operation::Switchover { to: None, dry_run: false };
-            let _: SwitchoverReport = control::operate(&cluster.node(primary).control, operation, LIMIT).unwrap();
+            let operation = Call::post("high-availability/switchover").with(serde_json::json!({}));
+            let _: SwitchoverReport = control::ask(&cluster.node(primary).control, &operation, LIMIT).unwrap();
             |_, _| ()
         }
     };

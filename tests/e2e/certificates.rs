@@ -16,11 +16,12 @@ use rustls::{
     ClientConfig, ClientConnection, RootCertStore,
     pki_types::{CertificateDer, pem::PemObject},
 };
+use serde_json::{Value, json};
 use twistlock_ha::{
     admin::{Certificates, Custom},
     cluster::Role,
-    control::{self, Operation, SecretText},
-    events::{Event, Kind, Wanted},
+    control::{self, Call},
+    events::Event,
     node::{CertificateSource, CertificateStatus, Status},
     pki::{CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CUSTOM_FOLDER, ClusterKeys},
     storage::membership::StoredMembership,
@@ -91,9 +92,9 @@ pub fn own_ca(cluster: &Cluster) -> String {
     fs::read_to_string(cluster.file().ca).unwrap()
 }
 
-fn operate<T: serde::de::DeserializeOwned>(cluster: &Cluster, operation: Operation) -> Result<T, String> {
+fn operate<T: serde::de::DeserializeOwned>(cluster: &Cluster, operation: Call) -> Result<T, String> {
     let node = cluster.node(cluster.primary());
-    control::operate(&node.control, operation, cluster::LIMIT).map_err(|error| error.to_string())
+    control::ask(&node.control, &operation, cluster::LIMIT).map_err(|error| error.to_string())
 }
 
 fn console(status: &Status) -> Option<&CertificateStatus> {
@@ -114,7 +115,7 @@ fn wait_until_trusted(cluster: &Cluster, node: usize, name: &str, authority: &st
 }
 
 fn switch_over(cluster: &Cluster) {
-    operate::<serde_json::Value>(cluster, Operation::Switchover { to: None, dry_run: false }).unwrap();
+    operate::<serde_json::Value>(cluster, Call::post("high-availability/switchover").with(json!({}))).unwrap();
     cluster.wait_healthy();
 }
 
@@ -131,8 +132,9 @@ fn new_names_are_served_by_all_without_a_restart() {
     let mut held = Held::open(&cluster.file(), first, pen.authorization());
     assert!(!trusts(&cluster, first, BALANCER, &ca));
     let names: Vec<String> = all_names().into_iter().map(str::to_owned).collect();
-    let kept: Vec<String> = operate(&cluster, Operation::SetConsoleNames { names: names.clone() }).unwrap();
-    assert_eq!(kept, names);
+    let set = Call::post("settings/certs").with(json!({ "consoleSAN": names }));
+    let kept: Value = operate(&cluster, set).unwrap();
+    assert_eq!(kept, json!({ "consoleSAN": names }));
     println!("  served {:?} after the change", wait_until_trusted(&cluster, first, BALANCER, &ca));
     held.prepare("GET", "");
     held.send_rest().expect("the connection goes on");
@@ -155,8 +157,8 @@ fn new_names_are_served_by_all_without_a_restart() {
         );
     }
     for wrong in ["https://a", "node.twistlock.internal", "*.twistlock.internal"] {
-        let refused = operate::<Vec<String>>(&cluster, Operation::SetConsoleNames { names: vec![wrong.to_owned()] });
-        assert!(refused.unwrap_err().contains(wrong));
+        let set = Call::post("settings/certs").with(json!({ "consoleSAN": [wrong] }));
+        assert!(operate::<Value>(&cluster, set).unwrap_err().contains(wrong));
     }
     drop(held);
     println!("names: {}", cluster.finish(&[]));
@@ -167,12 +169,11 @@ fn a_given_certificate_survives_a_takeover() {
     let _beside = beside();
     let cluster = Cluster::start();
     let (ca, foreign) = (own_ca(&cluster), Foreign::new());
-    let names = all_names().into_iter().map(str::to_owned).collect();
-    operate::<Vec<String>>(&cluster, Operation::SetConsoleNames { names }).unwrap();
+    operate::<Value>(&cluster, Call::post("settings/certs").with(json!({ "consoleSAN": all_names() }))).unwrap();
     let give = |names: &[&str]| {
         let (certificate, key) = foreign.issue(names);
-        let pem = SecretText([certificate, foreign.pem.clone(), key].concat());
-        operate::<Custom>(&cluster, Operation::SetCertificate { pem })
+        let pem = [certificate, foreign.pem.clone(), key].concat();
+        operate::<Custom>(&cluster, Call::post("settings/custom-certs").with(json!({ "certificate": pem })))
     };
     let why = give(&["127.0.0.1", "other.example.com"]).unwrap_err();
     let all = ["node2 (127.0.0.2)", "node3 (127.0.0.3)", BALANCER];
@@ -193,18 +194,18 @@ fn a_given_certificate_survives_a_takeover() {
     });
     cluster.wait_healthy();
     wait_for_consoles(&cluster, "the given certificate after the restart, too", given);
-    operate::<()>(&cluster, Operation::RemoveCertificate {}).unwrap();
+    operate::<Value>(&cluster, Call::delete("settings/custom-certs")).unwrap();
     wait_until_trusted(&cluster, cluster.primary(), BALANCER, &ca);
-    assert!(operate::<()>(&cluster, Operation::RemoveCertificate {}).unwrap_err().contains("none to remove"));
+    assert!(operate::<Value>(&cluster, Call::delete("settings/custom-certs")).unwrap_err().contains("none to remove"));
     println!("given certificate: {}", cluster.finish(&[]));
 }
 
 /// Waits until a node has events of certificates with these parts.
 fn wait_for_events(cluster: &Cluster, node: usize, parts: &[&str]) {
-    let wanted = Wanted { limit: Some(400), kind: Some(Kind::Certificate), ..Wanted::default() };
+    let wanted = Call::get("high-availability/events?limit=400&kind=certificate");
     let read = || -> Vec<Event> {
         let control = cluster.node(node).control;
-        control::operate(&control, Operation::Events { wanted: wanted.clone() }, cluster::LIMIT).unwrap()
+        control::ask(&control, &wanted, cluster::LIMIT).unwrap()
     };
     cluster.wait_for("events of certificates", |_| {
         let events = read();
@@ -237,8 +238,8 @@ fn a_given_certificate_does_not_keep_a_removed_hosts_key_in_use() {
     let foreign = Foreign::new();
     let give = || {
         let (certificate, key) = foreign.issue(&all_names());
-        let pem = SecretText([certificate, foreign.pem.clone(), key].concat());
-        operate::<Custom>(&cluster, Operation::SetCertificate { pem }).unwrap()
+        let pem = [certificate, foreign.pem.clone(), key].concat();
+        operate::<Custom>(&cluster, Call::post("settings/custom-certs").with(json!({ "certificate": pem }))).unwrap()
     };
     assert_eq!(give().exposed_to, [""; 0]);
     wait_for_consoles(&cluster, "it on all three", |console| console.source == CertificateSource::Upload);
@@ -256,8 +257,9 @@ fn a_given_certificate_does_not_keep_a_removed_hosts_key_in_use() {
 
     let primary = cluster.primary();
     let gone = cluster.node((primary + 1) % 3).name;
-    let told: Option<String> = operate(&cluster, Operation::Remove { node: gone.clone(), force: false }).unwrap();
-    assert!(told.as_ref().is_some_and(|told| told.contains(&gone) && told.contains("private key")), "{told:?}");
+    let told: Value = operate(&cluster, Call::delete(format!("high-availability/members/{gone}"))).unwrap();
+    let warning = told["warning"].as_str().unwrap_or_default();
+    assert!(warning.contains(&gone) && warning.contains("private key"), "{told}");
     cluster.wait_for("another cluster key", |_| key(primary) != before && key((primary + 2) % 3) != before);
     for part in ["no member has any more", "upload it again", &format!("{gone} has the private key")] {
         cluster.wait_for("a warning", |_| warned(&cluster, part));
@@ -265,7 +267,7 @@ fn a_given_certificate_does_not_keep_a_removed_hosts_key_in_use() {
     let history =
         ["was given to all Consoles by", "the cluster key is replaced", "has the private key of the certificate"];
     wait_for_events(&cluster, primary, &history);
-    let known: Certificates = operate(&cluster, Operation::Certificates {}).unwrap();
+    let known: Certificates = operate(&cluster, Call::get("settings/certs")).unwrap();
     assert_eq!(known.custom.unwrap().exposed_to, [gone]);
 
     assert_eq!(give().exposed_to, [""; 0]);

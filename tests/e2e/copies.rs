@@ -12,7 +12,7 @@ use std::{
 
 use twistlock_ha::{
     backup::{BackupState, CopyState, Kind, RemoteBackup, Started},
-    control::Operation,
+    control::Call,
 };
 
 use super::{
@@ -91,11 +91,11 @@ impl Drop for Server {
 }
 
 fn copies(cluster: &Cluster, node: usize) -> Vec<RemoteBackup> {
-    ask(cluster, node, Operation::BackupCopies {}).unwrap_or_default()
+    ask(cluster, node, Call::get("settings/backup/copies?limit=1000")).unwrap_or_default()
 }
 
 fn state(cluster: &Cluster, node: usize) -> CopyState {
-    let state: Result<BackupState, String> = ask(cluster, node, Operation::BackupState {});
+    let state: Result<BackupState, String> = ask(cluster, node, Call::get("settings/backup"));
     state.ok().and_then(|state| state.copies).unwrap_or_default()
 }
 
@@ -238,7 +238,7 @@ fn a_copy_comes_back(cluster: &Cluster, node: usize, place: &str) -> PathBuf {
         }
     }
     let fetch = |place: String| {
-        let started: Started = ask(cluster, node, Operation::FetchBackup { place }).unwrap();
+        let started: Started = ask(cluster, node, Call::post("settings/backup/copies/fetch").with(place)).unwrap();
         wait_ended(cluster, node, &started)
     };
     let outcome = fetch(place.replace("mine", "none"));

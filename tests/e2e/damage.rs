@@ -15,8 +15,8 @@ use serde_json::json;
 use twistlock_ha::{
     admin::Custom,
     cluster::{ClusterId, Role},
-    control::{self, Operation, SecretText},
-    events::{Event, Wanted},
+    control::{self, Call},
+    events::Event,
     node::Status,
     pki::Authority,
 };
@@ -109,9 +109,8 @@ fn a_damaged_member_heals_by_itself() {
         status.iter().any(|status| status.warnings.iter().any(|text| text.contains("check the disk")))
     };
     assert!(told(&cluster.statuses()[node]), "the status says what was mended");
-    let wanted = Wanted { limit: Some(400), ..Wanted::default() };
-    let events: Vec<Event> =
-        control::operate(&cluster.node(node).control, Operation::Events { wanted }, LIMIT).unwrap();
+    let wanted = Call::get("high-availability/events?limit=400");
+    let events: Vec<Event> = control::ask(&cluster.node(node).control, &wanted, LIMIT).unwrap();
     assert!(events.iter().any(|event| event.sentence.contains("set aside")), "{events:#?}");
     if std::env::var("DAMAGE").is_ok_and(|all| all == "all") {
         let names = [
@@ -247,8 +246,8 @@ fn give_to_all_doors(cluster: &Cluster, texts: &[String], path: &Path) -> String
     let (primary, api, file) = (cluster.primary(), Api::new(cluster), cluster.file());
     let mut said = String::new();
     for text in texts {
-        let pem = SecretText(text.clone());
-        let given = control::operate::<Custom>(&file.nodes[primary].control, Operation::SetCertificate { pem }, LIMIT);
+        let give = Call::post("settings/custom-certs").with(json!({ "certificate": text }));
+        let given = control::ask::<Custom>(&file.nodes[primary].control, &give, LIMIT);
         said += &format!("{}\n", given.unwrap_err());
         let hook = |secret: &str, ca: &str| json!({"webhooks": [{"name": "w", "url": "https://127.0.0.1:1/x", "secret": secret, "ca": ca}]});
         let short = text.chars().take(128).collect::<String>();

@@ -15,7 +15,7 @@ use nix::{
 };
 use twistlock_ha::{
     cluster::Role,
-    control::{self, Operation, Request},
+    control::{self, Call},
     node::Status,
 };
 
@@ -79,8 +79,8 @@ pub fn wait_role(cluster: &Cluster, node: usize, primary: bool) {
         if (now == node) == primary {
             return;
         }
-        let operation = Operation::Switchover { to: None, dry_run: false };
-        control::request(&cluster.node(now).control, &Request::Administer { operation }, LIMIT).unwrap();
+        let operation = Call::post("high-availability/switchover").with(serde_json::json!({}));
+        control::send(&cluster.node(now).control, &operation, LIMIT).unwrap();
         cluster.wait_for("another primary", |statuses| {
             let serves = |status: &Status| status.role == Role::Primary;
             !statuses[now].as_ref().is_some_and(serves)
@@ -132,9 +132,9 @@ fn timed_a_change_of_the_membership_waits_for_space() {
         cluster.wait_for("a warning", |_| warns(&cluster, node));
         let primary = cluster.node(cluster.primary()).control;
         let administer = |operation| {
-            control::request(&primary, &Request::Administer { operation }, LIMIT).unwrap();
+            control::send(&primary, &operation, LIMIT).unwrap();
         };
-        administer(Operation::Pause { seconds: 600 });
+        administer(Call::post("high-availability/pause").with(serde_json::json!({ "seconds": 600 })));
         let paused = |status: &Status| status.membership.roster.pause.is_some();
         cluster
             .wait_for("a pause on all nodes", |statuses| statuses.iter().flatten().filter(|s| paused(s)).count() == 3);
@@ -145,7 +145,7 @@ fn timed_a_change_of_the_membership_waits_for_space() {
         writers.wait_success(Instant::now(), |_| true).expect("a write");
         fs::remove_file(ballast).unwrap();
         cluster.wait_for("the membership in its file", |_| kept().contains("\"until\""));
-        administer(Operation::Resume {});
+        administer(Call::post("high-availability/resume"));
         cluster.wait_for("no pause", |statuses| !statuses.iter().flatten().any(paused));
         let written = writers.verify();
         assert_eq!(cluster.node(node).pid, pid, "the node did not go on, it was started again");

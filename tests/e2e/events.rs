@@ -5,11 +5,11 @@ use std::{cell::RefCell, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use twistlock_ha::{
-    control::{self, Operation},
+    control::{self, Call},
     dev::ClusterFile,
-    events::{Event, Kind, Wanted},
+    events::{Event, Kind},
 };
 
 use super::{
@@ -71,8 +71,8 @@ impl Api {
 
 /// What a node has in its file.
 fn local(cluster: &Cluster, node: usize, kind: Kind) -> Vec<Event> {
-    let wanted = Wanted { limit: Some(400), kind: Some(kind), ..Wanted::default() };
-    control::operate(&cluster.node(node).control, Operation::Events { wanted }, LIMIT).expect("events")
+    let wanted = Call::get(format!("high-availability/events?limit=400&kind={}", kind.word()));
+    control::ask(&cluster.node(node).control, &wanted, LIMIT).expect("events")
 }
 
 fn assert_took_over(event: &Event, from: &str, to: &str, reason: &str) {
@@ -99,8 +99,8 @@ fn a_takeover_is_in_the_history_with_reason_and_duration_and_survives_the_next_o
     assert_took_over(&killed[0], &name(first), &name(second), "process_dead");
     assert_eq!(local(&cluster, second, Kind::Takeover)[0], killed[0], "the file says the same");
     cluster.wait_healthy();
-    let operation = Operation::Switchover { to: None, dry_run: false };
-    let _: Value = control::operate(&cluster.node(second).control, operation, LIMIT).expect("a switchover");
+    let operation = Call::post("high-availability/switchover").with(json!({}));
+    let _: Value = control::ask(&cluster.node(second).control, &operation, LIMIT).expect("a switchover");
     let both = api.wait_takeovers(&cluster, 2);
     let third = cluster.primary();
     assert_took_over(&both[0], &name(second), &name(third), "handed_over");

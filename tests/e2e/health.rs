@@ -12,10 +12,10 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use twistlock_ha::{
     admin::SwitchoverReport,
-    control::{self, Operation},
+    control::{self, Call},
     node::Status,
 };
 
@@ -306,9 +306,9 @@ fn timed_a_primary_that_was_frozen_is_never_called_primary() {
     cluster.signal(primary, Signal::SIGKILL);
     writers.wait_success(Instant::now(), |node| node != primary).expect("a write on another node");
     cluster.wait_healthy();
-    let operation = Operation::Switchover { to: None, dry_run: false };
+    let operation = Call::post("high-availability/switchover").with(json!({}));
     let _: SwitchoverReport =
-        control::operate(&cluster.node(cluster.primary()).control, operation, cluster::LIMIT).unwrap();
+        control::ask(&cluster.node(cluster.primary()).control, &operation, cluster::LIMIT).unwrap();
     cluster.wait_healthy();
     println!("{}\n  {}", verify(checkers), writers.verify());
     println!("  {}", cluster.finish(&[LEASE_LOST, FROZEN].concat()));

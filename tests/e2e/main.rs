@@ -54,7 +54,7 @@ use nix::sys::signal::Signal;
 use sampler::Sampler;
 use twistlock_ha::{
     admin::SwitchoverReport,
-    control::{self, Operation},
+    control::{self, Call},
     node::Status,
 };
 use writers::Writers;
@@ -180,9 +180,9 @@ fn timed_switchover_under_load() {
     let _alone = alone();
     let fault = Fault { name: "switchover", rounds: rounds(5), expected: &[], by_lease: false };
     let ask = |cluster: &Cluster, primary: usize, (): &mut ()| {
-        let operation = Operation::Switchover { to: None, dry_run: false };
+        let operation = Call::post("high-availability/switchover").with(serde_json::json!({}));
         let report: SwitchoverReport =
-            control::operate(&cluster.node(primary).control, operation, cluster::LIMIT).unwrap();
+            control::ask(&cluster.node(primary).control, &operation, cluster::LIMIT).unwrap();
         assert!(report.checks.iter().all(|check| check.ok), "{report:?}");
     };
     repeat(&fault, |_, _, _| (), ask, |_, _, ()| {});

@@ -16,7 +16,7 @@ use ring::hmac;
 use serde_json::{Value, json};
 use twistlock_ha::{
     cluster::Role,
-    control::{self, Reply, Request},
+    control::{self, Call},
     dev::NodeFile,
     events::{self, Event, Kind, Wanted},
     telemetry::{self, BACKUP_COPIED, BACKUP_LAST_SUCCESS, DAMAGE_FOUND, MEMORY_RESTORED},
@@ -257,8 +257,7 @@ fn a_flipped_bit_is_found_and_repaired_and_all_metrics_are_there() {
         // By the process that came after: the one that found the damage has not lived long enough to be heard.
         let told = in_file(&cluster, node, Kind::Damage).into_iter().find(|event| event.sentence.contains(REPLACED));
         println!("  {}", told.unwrap().sentence);
-        let metrics = control::request(&cluster.node(node).control, &Request::Metrics {}, LIMIT).unwrap();
-        let Reply::Ok(Value::String(text)) = metrics else { panic!("{metrics:?}") };
+        let text = control::send(&cluster.node(node).control, &Call::get("/metrics"), LIMIT).unwrap().text;
         assert!(text.lines().any(|line| line.starts_with(DAMAGE_FOUND)), "{text}");
     }
     let expected = [

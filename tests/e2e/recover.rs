@@ -11,7 +11,7 @@ use std::{
 use nix::sys::signal::Signal;
 use twistlock_ha::{
     cluster::Role,
-    control::{self, Operation, SecretText},
+    control::{self, Call},
     dev::{ClusterFile, NodeFile},
     node::{CertificateSource, Status},
     pki::{self, Authority, CertificateInfo, ClusterKey, NodeTls},
@@ -123,11 +123,12 @@ fn interrupt(data: &Path) {
 /// The Consoles get another name and a certificate of another authority, which clients of the returned file trust.
 fn give_names_and_certificate(cluster: &Cluster, node: usize) -> ClusterFile {
     let control = cluster.node(node).control;
-    let operate = |operation| control::operate::<serde_json::Value>(&control, operation, LIMIT).unwrap();
-    operate(Operation::SetConsoleNames { names: vec!["lb.example.com".to_owned()] });
+    let operate = |operation: Call| control::ask::<serde_json::Value>(&control, &operation, LIMIT).unwrap();
+    operate(Call::post("settings/certs").with(serde_json::json!({ "consoleSAN": ["lb.example.com"] })));
     let foreign = Foreign::new();
     let (certificate, key) = foreign.issue(&["127.0.0.1", "127.0.0.2", "127.0.0.3", "lb.example.com"]);
-    operate(Operation::SetCertificate { pem: SecretText([certificate, key].concat()) });
+    let pem = [certificate, key].concat();
+    operate(Call::post("settings/custom-certs").with(serde_json::json!({ "certificate": pem })));
     let mut file = cluster.file();
     file.ca = file.ca.with_file_name("foreign-ca.pem");
     fs::write(&file.ca, &foreign.pem).unwrap();

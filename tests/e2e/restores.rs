@@ -17,8 +17,7 @@ use sqlx::{ConnectOptions, Connection, sqlite::SqliteConnectOptions};
 use twistlock_ha::{
     backup::{BackupState, Started},
     cluster::Role,
-    control::Operation,
-    events::Wanted,
+    control::Call,
     node::Status,
     storage::checksum::PageTable,
 };
@@ -120,7 +119,7 @@ fn leave(cluster: &Cluster, node: usize, bytes: u64) -> PathBuf {
 fn wait_step(cluster: &Cluster, node: usize, started: &Started, step: &str, bytes: u64) -> bool {
     let deadline = Instant::now() + LIMIT;
     loop {
-        let state: BackupState = ask(cluster, node, Operation::BackupState {}).unwrap();
+        let state: BackupState = ask(cluster, node, Call::get("settings/backup")).unwrap();
         if state.last.is_some_and(|last| last.number == started.number) {
             return false;
         }
@@ -283,7 +282,7 @@ fn a_restore_that_nobody_has_space_for_is_given_up() {
         println!("  given up after {} ms: {}", begin.elapsed().as_millis(), outcome.text);
         assert!(!outcome.ok && outcome.text.contains("nothing was changed"), "{}", outcome.text);
         assert!(outcome.text.contains("no majority of the members can take it"), "{}", outcome.text);
-        let events: Value = ask(&cluster, 0, Operation::Events { wanted: Wanted::default() }).unwrap();
+        let events: Value = ask(&cluster, 0, Call::get("high-availability/events")).unwrap();
         assert!(events.to_string().contains("the restore of large-"), "{events}");
         // Open again, with the old state: everybody is still logged in.
         let opened = Instant::now();

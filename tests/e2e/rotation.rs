@@ -13,7 +13,7 @@ use twistlock_ha::{
         Membership, Role,
         trust::{Holdings, KeyId},
     },
-    control::{self, Operation},
+    control::{self, Call},
     node::Status,
     pki::{Authority, ClusterKeys, NodeTls},
     storage::membership::StoredMembership,
@@ -39,10 +39,10 @@ fn certificates(cluster: &Cluster, node: usize) -> PathBuf {
 }
 
 /// Has whoever is primary begin with it.
-fn begin(cluster: &Cluster, operation: &Operation) {
+fn begin(cluster: &Cluster, operation: &Call) {
     cluster.wait_for("somebody begins", |_| {
         let primary = cluster.node(cluster.primary()).control;
-        control::operate::<()>(&primary, operation.clone(), LIMIT).is_ok()
+        control::ask::<serde_json::Value>(&primary, operation, LIMIT).is_ok()
     });
 }
 
@@ -103,7 +103,7 @@ struct Step {
 }
 
 /// Kills the primary at a step of a rotation, again in another rotation if the step was over before it died.
-fn killed_at(cluster: &Cluster, operation: &Operation, step: &Step, before: &mut KeyId, of: fn(&Holdings) -> KeyId) {
+fn killed_at(cluster: &Cluster, operation: &Call, step: &Step, before: &mut KeyId, of: fn(&Holdings) -> KeyId) {
     for round in 1..=ROUNDS {
         let frozen = step.held.then(|| (cluster.primary() + 1) % 3);
         frozen.into_iter().for_each(|node| cluster.freeze(node));
@@ -165,7 +165,7 @@ fn the_cluster_key_is_replaced_whoever_dies_meanwhile() {
     for step in &steps {
         // A key is not announced before it is on the disk.
         preload.set(0, if step.name == "wanted" { "s /certificates delay:300\n" } else { "" });
-        killed_at(&cluster, &Operation::RotateKey {}, step, &mut before, |holds| holds.key);
+        killed_at(&cluster, &Call::post("high-availability/rotate-key"), step, &mut before, |holds| holds.key);
     }
     a_member_is_away(&cluster, before);
     a_key_file_is_damaged(&cluster);
@@ -177,7 +177,7 @@ fn the_cluster_key_is_replaced_whoever_dies_meanwhile() {
 fn a_member_is_away(cluster: &Cluster, before: KeyId) {
     let away = (cluster.primary() + 1) % 3;
     cluster.freeze(away);
-    begin(cluster, &Operation::RotateKey {});
+    begin(cluster, &Call::post("high-availability/rotate-key"));
     cluster.wait_for("a new key is announced", |statuses| {
         primary_of(statuses)
             .is_some_and(|status| status.membership.shared.rekey.is_some_and(|rekey| rekey.next.is_some()))
@@ -212,7 +212,7 @@ fn a_removed_host_does_not_have_the_next_cluster_key() {
     let cluster = Cluster::start();
     let before = wait_replaced(&cluster, KeyId::default(), |holds| holds.key);
     let gone = (cluster.primary() + 1) % 3;
-    begin(&cluster, &Operation::Remove { node: cluster.node(gone).name, force: false });
+    begin(&cluster, &Call::delete(format!("high-availability/members/{}?force=false", cluster.node(gone).name)));
     cluster.wait_for("the rest has another key", |statuses| {
         let quiet = primary_of(statuses).is_some_and(|status| status.membership.shared.rekey.is_none());
         quiet && common(statuses, |holds| holds.key).is_some_and(|now| now != before)
@@ -248,7 +248,13 @@ fn the_authority_is_replaced_whoever_dies_meanwhile() {
     ];
     for step in &steps {
         let old = trusted(&cluster, 0);
-        killed_at(&cluster, &Operation::RotateCa { overlap_s: 1 }, step, &mut before, |holds| holds.shows);
+        killed_at(
+            &cluster,
+            &Call::post("high-availability/rotate-ca").with(serde_json::json!({ "overlapSec": 1 })),
+            step,
+            &mut before,
+            |holds| holds.shows,
+        );
         let bundles: HashSet<String> = (0..3).map(|node| trusted(&cluster, node)).collect();
         assert_eq!(bundles.len(), 1);
         assert!(bundles.iter().all(|bundle| bundle.matches("BEGIN CERTIFICATE").count() == 1 && *bundle != old));
@@ -271,7 +277,7 @@ fn clients_have_the_overlap_to_get_the_next_authority() {
     let before = wait_replaced(&cluster, KeyId::default(), |holds| holds.shows);
     let (old, primary) = (own_ca(&cluster), cluster.primary());
     let known = |node: usize, ca: &str| trusts(&cluster, node, &format!("127.0.0.{}", node + 1), ca);
-    begin(&cluster, &Operation::RotateCa { overlap_s: 5 });
+    begin(&cluster, &Call::post("high-availability/rotate-ca").with(serde_json::json!({ "overlapSec": 5 })));
     let client = writers::client(&cluster.file().ca, LIMIT);
     let url = format!("{}/api/v1/certs/ca.pem", cluster.node(primary).console_url);
     let both = client.get(&url).call().unwrap().into_body().read_to_string().unwrap();

@@ -14,7 +14,7 @@ use std::{
 
 use twistlock_ha::{
     cluster::Role,
-    control::{self, Operation, Request},
+    control::{self, Call},
     node::Status,
 };
 
@@ -194,15 +194,15 @@ fn timed_a_disk_that_is_no_worse_elsewhere_moves_no_role() {
         // Every sync of every member takes a second.
         stage.preload.set(0, "s /data/ delay:1000\n");
         let control = cluster.node(primary).control;
-        let administer = |operation| control::request(&control, &Request::Administer { operation }, LIMIT).unwrap();
-        administer(Operation::Pause { seconds: 600 });
+        let administer = |operation| control::send(&control, &operation, LIMIT).unwrap();
+        administer(Call::post("high-availability/pause").with(serde_json::json!({ "seconds": 600 })));
         assert!(pen.write(primary, "slowly"));
         cluster.wait_for("a word of all disks", |statuses| {
             (0..3).all(|node| says(statuses, node, "the disk of this host"))
         });
         stage.preload.set(0, "");
         assert_eq!(epoch(), before, "the role has moved, or the lease has lapsed");
-        administer(Operation::Resume {});
+        administer(Call::post("high-availability/resume"));
         let troubled = |statuses: &[Option<Status>]| (0..3).any(|node| says(statuses, node, "answer"));
         cluster.wait_for("no word of it", |statuses| !troubled(statuses));
         // The same trouble on all: it goes round once, and then stays.

@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use twistlock_ha::{
     admin::SwitchoverReport,
     cluster::{FEATURE_LEVEL, PROGRAM_VERSION, Role},
-    control::{self, Operation},
+    control::{self, Call},
     node::Status,
 };
 
@@ -45,10 +45,10 @@ fn levels(statuses: &[Option<Status>]) -> Vec<u32> {
 }
 
 fn hand_over(cluster: &Cluster, to: usize) {
-    let operation = Operation::Switchover { to: Some(cluster.node(to).name), dry_run: false };
+    let operation = Call::post("high-availability/switchover").with(serde_json::json!({ "to": cluster.node(to).name }));
     let ask = || {
         let primary = cluster.node(cluster.primary()).control;
-        control::operate::<SwitchoverReport>(&primary, operation.clone(), LIMIT)
+        control::ask::<SwitchoverReport>(&primary, &operation, LIMIT)
     };
     // The primary may not have heard yet that the other one is SECONDARY: it says so. On a machine that is slow just then
     // the role may have gone to the third member.

@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::json;
 use twistlock_ha::{
     backup::{BackupState, Outcome, Started},
-    control::Operation,
+    control::Call,
 };
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
 fn outcome(host: &Host, started: &Started) -> Outcome {
     let mut last = None;
     wait_until("it is over", || {
-        let state: BackupState = host.operate(Operation::BackupState {}).unwrap();
+        let state: BackupState = host.operate(Call::get("settings/backup")).unwrap();
         last = state.last.filter(|last| last.number == started.number);
         last.is_some()
     });
@@ -31,10 +31,10 @@ fn after_the_loss_of_all_data_folders_a_backup_brings_everything_back() {
     }
     let before = site.wait_whole();
     let host = site.host(1);
-    let started: Started = host.operate(Operation::Backup { called: "last".into() }).unwrap();
+    let started: Started = host.operate(Call::post("backups?wait=false").with("last")).unwrap();
     let made = outcome(host, &started);
     assert!(made.ok, "{}", made.text);
-    let state: BackupState = host.operate(Operation::BackupState {}).unwrap();
+    let state: BackupState = host.operate(Call::get("settings/backup")).unwrap();
     let safe = tempfile::tempdir().unwrap();
     let file = safe.path().join(&made.id);
     fs::copy(std::path::Path::new(&state.folder).join(&made.id), &file).unwrap();
@@ -46,7 +46,10 @@ fn after_the_loss_of_all_data_folders_a_backup_brings_everything_back() {
 
     let founder = Founder::start();
     founder.post("/tags", json!({"name": "of the new cluster", "color": "#112233"}), 200);
-    let started = founder.host.operate(Operation::Restore { file, stop_console: true, unencrypted: false }).unwrap();
+    let started = founder
+        .host
+        .operate(Call::post("restore").with(json!({ "file": file, "stopConsole": true, "unencrypted": false })))
+        .unwrap();
     let done = outcome(&founder.host, &started);
     assert!(done.ok, "{}", done.text);
     assert_eq!(founder.host.tags(), before);

@@ -6,11 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::Value;
-use twistlock_ha::{
-    cluster::Role,
-    control::{JoinScript, Operation},
-};
+use serde_json::{Value, json};
+use twistlock_ha::{cluster::Role, control::Call};
 
 use super::{
     host::{self, Founder, Host, wait_until},
@@ -22,12 +19,12 @@ const HICCUP: Duration = Duration::from_secs(3);
 /// From a fault in a change of the members until all is well again.
 const SETTLED: Duration = Duration::from_secs(60);
 
-fn apply() -> Operation {
-    Operation::Apply { fingerprints: None }
+fn apply() -> Call {
+    Call::post("high-availability/apply")
 }
 
-fn remove(host: &Host) -> Operation {
-    Operation::Remove { node: host.name.clone(), force: false }
+fn remove(host: &Host) -> Call {
+    Call::delete(format!("high-availability/members/{}?force=false", host.name.clone()))
 }
 
 /// Polls as fast as it makes sense: what is waited for may last for milliseconds only.
@@ -192,7 +189,7 @@ fn a_primary_that_dies_while_a_member_is_removed() {
         catch("the member is removed", || {
             if site.primary() == leaver {
                 // It has taken over: the removal was never heard of.
-                let away = Operation::Switchover { to: Some(rest.clone()), dry_run: false };
+                let away = Call::post("high-availability/switchover").with(json!({ "to": rest.clone() }));
                 let _ = site.operate::<Value>(away);
                 return false;
             }
@@ -266,10 +263,13 @@ fn a_data_folder_that_lives_twice() {
 #[test]
 fn a_token_that_has_expired() {
     let founder = Founder::start();
-    let invite = |valid_s| founder.host.operate::<JoinScript>(Operation::Invite { valid_s, script: false });
+    let invite = |valid| {
+        let call = Call::get(format!("high-availability/join-script?validSec={valid}"));
+        founder.host.operate::<Value>(call)
+    };
     let mut second = founder.host(2);
     assert!(invite(0).unwrap_err().contains("one second"));
-    let line = invite(1).unwrap().line;
+    let line = invite(1).unwrap()["line"].as_str().unwrap().to_owned();
     let token = host::token_of(&line);
     wait_until("the token has expired", || founder.get_as(&token, "/scripts/console.sh").0 == 403);
     let refused = founder.post_as(&token, "/high-availability/requests", second.request(), 403);
@@ -277,7 +277,7 @@ fn a_token_that_has_expired() {
     let said = second.fails_to_run_line(&line);
     assert!(said.contains("has expired") && said.contains("ha join-script") && !second.data().exists(), "{said}");
     let line = founder.line();
-    founder.host.operate::<Value>(Operation::Uninvite {}).unwrap();
+    founder.host.operate::<Value>(Call::delete("high-availability/join-script")).unwrap();
     let said = second.fails_to_run_line(&line);
     assert!(said.contains("any more") && !second.data().exists(), "{said}");
     assert_eq!(founder.status()["membership"]["requests"], Value::Null);
@@ -296,7 +296,10 @@ fn a_member_that_comes_back_at_another_address() {
     site.host(mover).end();
     let node = site.host(mover).name.clone();
     let address = Some(elsewhere.to_string());
-    site.operate::<Value>(Operation::Readdress { node, new_name: None, address, port: None }).unwrap();
+    site.operate::<Value>(
+        Call::put(format!("high-availability/members/{node}/address")).with(json!({ "address": address })),
+    )
+    .unwrap();
     site.host(mover).move_to(elsewhere);
     site.host(mover).start();
     wait_until("it is SECONDARY again", || site.host(mover).role() == Some(Role::Secondary));
@@ -304,7 +307,7 @@ fn a_member_that_comes_back_at_another_address() {
     // It can take over there, too: its Console's certificate is good for the new address.
     let to = Some(site.host(mover).name.clone());
     wait_until("the switchover is taken", || {
-        site.operate::<Value>(Operation::Switchover { to: to.clone(), dry_run: false }).is_ok()
+        site.operate::<Value>(Call::post("high-availability/switchover").with(json!({ "to": to.clone() }))).is_ok()
     });
     wait_until("it is PRIMARY", || site.host(mover).role() == Some(Role::Primary));
     site.wait_whole();

@@ -23,7 +23,7 @@ use sqlx::{ConnectOptions, sqlite::SqliteConnectOptions};
 use tempfile::TempDir;
 use twistlock_ha::{
     cluster::Role,
-    control::{self, Operation, Request},
+    control::{self, Call},
     node::Status,
     pki,
 };
@@ -373,15 +373,17 @@ impl Host {
     }
 
     /// Has the daemon carry out an operation.
-    pub fn operate<T: DeserializeOwned>(&self, operation: Operation) -> Result<T, String> {
-        control::operate(&self.socket(), operation, ANSWER).map_err(|error| error.to_string())
+    pub fn operate<T: DeserializeOwned>(&self, operation: Call) -> Result<T, String> {
+        control::ask(&self.socket(), &operation, ANSWER).map_err(|error| error.to_string())
     }
 
     /// Sends an operation and waits for no answer.
-    pub fn send(&self, operation: Operation) -> UnixStream {
+    pub fn send(&self, operation: Call) -> UnixStream {
         let mut stream = control::connect(&self.socket(), ANSWER).unwrap();
-        let line = serde_json::to_string(&Request::Administer { operation }).unwrap() + "\n";
-        stream.write_all(line.as_bytes()).unwrap();
+        let (method, target, body) = (&operation.method, operation.target(), operation.body.unwrap_or_default());
+        let (kind, body) = ("content-type: application/json", body.to_string());
+        let head = format!("{method} {target} HTTP/1.1\r\nhost: localhost\r\n{kind}\r\ncontent-length: {}", body.len());
+        stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).unwrap();
         stream
     }
 

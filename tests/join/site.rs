@@ -11,10 +11,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use twistlock_ha::{
-    cluster::Role,
-    control::{JoinScript, Operation},
-};
+use twistlock_ha::{cluster::Role, control::Call};
 use ureq::{Agent, http::StatusCode};
 
 use super::host::{Founder, Host, wait_until};
@@ -52,7 +49,7 @@ impl Site {
     /// The same with a founder that has done something before.
     pub fn complete_of(founder: Founder) -> Self {
         let site = Self::asking_of(founder);
-        site.operate::<Value>(Operation::Apply { fingerprints: None }).unwrap();
+        site.operate::<Value>(Call::post("high-availability/apply")).unwrap();
         site.wait_whole();
         site
     }
@@ -80,13 +77,14 @@ impl Site {
     }
 
     /// The PRIMARY has it done.
-    pub fn operate<T: serde::de::DeserializeOwned>(&self, operation: Operation) -> Result<T, String> {
+    pub fn operate<T: serde::de::DeserializeOwned>(&self, operation: Call) -> Result<T, String> {
         self.hosts().nth(self.primary()).unwrap().operate(operation)
     }
 
     /// The line to run on other hosts, from whoever is PRIMARY.
     pub fn line(&self) -> String {
-        self.operate::<JoinScript>(Operation::Invite { valid_s: VALID, script: false }).unwrap().line
+        let invite = Call::get(format!("high-availability/join-script?validSec={VALID}"));
+        self.operate::<Value>(invite).unwrap()["line"].as_str().unwrap().to_owned()
     }
 
     /// How many votes there are, and how many hosts ask, as the PRIMARY sees it.

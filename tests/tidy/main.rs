@@ -20,8 +20,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
     ("host", &["config", "control", "join", "node", "storage", "cluster"]),
     ("recover", &["found", "config", "events", "pki", "storage", "cluster"]),
-    ("cli", &["config", "control", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster"]),
-    ("control", &["admin", "backup", "descriptors", "events", "node", "telemetry"]),
+    ("cli", &["config", "console", "control", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster"]),
     (
         "supervisor",
         &["clients", "descriptors", "workload", "guard", "admin", "node", "storage", "cluster", "telemetry"],
@@ -30,8 +29,9 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "descriptors", "node", "storage", "telemetry"]),
     (
         "console",
-        &["clients", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"] ,
+        &["clients", "control", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"] ,
     ),
+    ("control", &["descriptors", "node", "telemetry"]),
     ("health", &["clients", "config", "descriptors", "node", "pki", "cluster", "telemetry"]),
     ("backup", &["config", "admin", "ask", "events", "node", "storage", "cluster", "telemetry"]),
     ("ask", &["admin", "peer", "cluster"]),
@@ -65,13 +65,13 @@ const PURE: &[&str] = &["cluster"];
 const PROGRAMS: &[(&str, Option<&[&str]>)] = &[
     ("src/main.rs", None),
     ("src/daemon.rs", None),
+    ("src/daemon/administration.rs", None),
     ("src/daemon/damage.rs", None),
     ("src/daemon/memory.rs", None),
     ("src/daemon/signals.rs", None),
     ("src/daemon/start.rs", None),
     ("src/daemon/systemd.rs", None),
     ("src/daemon/tasks.rs", None),
-    ("src/administrator.rs", None),
     ("src/joining.rs", None),
     ("src/bin/twistcli.rs", Some(&["cli"])),
 ];
