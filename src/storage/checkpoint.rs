@@ -112,6 +112,7 @@ pub struct Saving {
 /// How that went: for [`super::database::Database::saved`].
 #[derive(Debug)]
 pub struct Saved {
+    pub(super) database: u32,
     pub(super) record: Record,
     pub(super) synced: io::Result<()>,
     pub(super) written: io::Result<()>,
@@ -122,7 +123,7 @@ impl Saving {
     pub fn save(self) -> Saved {
         let synced = run(Place::Database, Act::Sync, || self.file.sync_all());
         let written = if synced.is_ok() { self.record.write(&self.path, self.database) } else { Ok(()) };
-        Saved { record: self.record, synced, written }
+        Saved { database: self.database, record: self.record, synced, written }
     }
 }
 

@@ -104,6 +104,8 @@ pub enum Scrubbable {
 /// The database, open for writing on the primary. Everybody opens it by [`VFS_NAME`] and with [`PrimaryDatabase::pragmas`].
 #[derive(Debug)]
 pub struct PrimaryDatabase {
+    /// Which database it is.
+    pub id: u32,
     /// The database file.
     pub path: PathBuf,
     /// The epoch of this promotion.
@@ -243,6 +245,11 @@ impl Database {
             saving: false,
             may_save: Box::new(|_| true),
         }
+    }
+
+    /// Which database it is.
+    pub fn id(&self) -> u32 {
+        self.id
     }
 
     /// Nothing of it counts from now on. Only before it is used.
@@ -456,7 +463,7 @@ impl Database {
         }));
         match vfs::admit(&gate).and_then(|()| Checkpointer::open(&gate)) {
             Ok(checkpointer) => {
-                let primary = Arc::new(PrimaryDatabase { path: self.path.clone(), epoch, gate });
+                let primary = Arc::new(PrimaryDatabase { id: self.id, path: self.path.clone(), epoch, gate });
                 let checkpointer = Some(checkpointer);
                 self.state = State::Serving(Serving { primary: Arc::clone(&primary), checkpointer, applied });
                 Ok(primary)

@@ -191,6 +191,13 @@ impl Gate {
         self.last_index.load(Ordering::SeqCst)
     }
 
+    /// True if the transaction at this index is the last one, none is on its way, and no outcome is unknown: whatever the raft log
+    /// has behind it by now is not of this database. Waits for nobody.
+    pub(super) fn rests_at(&self, index: u64) -> bool {
+        let Ok(_writer) = self.writer.try_lock() else { return false };
+        !self.is_fenced() && self.last_index() == index
+    }
+
     /// Checksum of the database after the last transaction that passed.
     pub fn checksum(&self) -> u64 {
         lock(&self.marks).committed.checksum
@@ -527,6 +534,19 @@ mod tests {
         assert!(gate.end_checkpoint(Some(1)).is_none());
         gate.begin_checkpoint(false);
         assert_eq!(gate.end_checkpoint(Some(1)).unwrap().index, 2);
+    }
+
+    #[test]
+    fn it_rests_only_at_its_last_transaction_and_never_in_doubt() {
+        let (gate, _) = gate();
+        assert!(gate.rests_at(0));
+        transaction(&gate, &mut Disk { writes: 0, fails_at: 99 }).unwrap();
+        assert!(gate.rests_at(1) && !gate.rests_at(0));
+        let writer = lock(&gate.writer);
+        assert!(!gate.rests_at(1), "somebody writes");
+        drop(writer);
+        gate.fence();
+        assert!(!gate.rests_at(1), "what was on its way may be committed later");
     }
 
     #[test]

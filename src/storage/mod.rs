@@ -9,6 +9,7 @@ mod checked;
 pub mod checkpoint;
 pub mod checksum;
 pub mod database;
+pub mod databases;
 pub mod gate;
 pub mod membership;
 pub mod memory;

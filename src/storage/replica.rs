@@ -8,7 +8,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use thiserror::Error;
 
-use super::transaction::{Commit, Pages, TransactionError};
+use super::transaction::{self, Commit, Pages, TransactionError};
 use super::{
     EntrySource,
     backup::Tracking,
@@ -26,6 +26,9 @@ pub enum ApplyError {
     Diverged { index: u64, expected: u64, computed: u64 },
     #[error("entry {index}: {error}")]
     Command { index: u64, error: TransactionError },
+    /// A newer program wrote it. Nothing is wrong with what has been applied.
+    #[error("entry {index} is for database {database}, which this program does not know: upgrade this node")]
+    UnknownDatabase { index: u64, database: u32 },
     /// Entries are not what a primary of this version writes, or they come in the wrong order.
     #[error("entry {index}: {what}")]
     OutOfOrder { index: u64, what: &'static str },
@@ -40,6 +43,12 @@ pub enum ApplyError {
 }
 
 impl ApplyError {
+    /// True if a newer program wrote the entry: what has been applied is good, and a newer program can go on from there.
+    pub fn is_of_newer_program(&self) -> bool {
+        let version = matches!(self, Self::Command { error: TransactionError::Version(_), .. });
+        version || matches!(self, Self::UnknownDatabase { .. })
+    }
+
     /// True if the disk had no space: the same entry can be applied again when there is some.
     pub fn is_full(&self) -> bool {
         matches!(self, Self::Io { error, .. } if is_full(error))
@@ -124,7 +133,7 @@ impl Replica {
         let pages = Pages::decode(payload).map_err(|error| ApplyError::Command { index, error })?;
         let wrong = |what| ApplyError::OutOfOrder { index, what };
         if pages.database != self.database {
-            return Err(wrong("it is for another database"));
+            return Err(ApplyError::UnknownDatabase { index, database: pages.database });
         }
         if self.table.pages() > 0 && pages.page_size != self.table.page_size() {
             return Err(wrong("it has another page size than the database"));
@@ -189,11 +198,12 @@ impl Replica {
     fn write_earlier(&mut self, open: Unfinished, to: u64, source: &dyn EntrySource) -> io::Result<()> {
         let mut next = 0;
         source.for_each(open.first, to, &mut |_, payload| {
-            if payload.is_empty() {
+            // Parts of other databases stand between them.
+            if transaction::database(payload) != Ok(self.database) {
                 return Ok(());
             }
             let part = Pages::decode(payload).map_err(io::Error::other)?;
-            if (part.database, part.transaction, part.part) == (self.database, open.transaction, next) {
+            if (part.transaction, part.part) == (open.transaction, next) {
                 next += 1;
                 self.write_pages(&part)?;
             }

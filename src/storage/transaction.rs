@@ -22,7 +22,7 @@ use crate::{
 
 /// Largest part, in bytes, encoded without compression: 16 pages of 64 KiB and their headers fit.
 pub const MAX_PART: usize = (1 << 20) + 4096;
-/// The Console's database; several databases will come.
+/// The Console's database. Another one needs a feature level above today's ([`crate::cluster::level`]).
 pub const CONSOLE_DATABASE: u32 = 1;
 
 const KIND_PAGES: u8 = 1;
@@ -34,7 +34,7 @@ const COMMIT: usize = 12;
 /// Why bytes are not a command. Nothing was applied.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum TransactionError {
-    #[error("command format version {0} is not known to this program (it knows {FORMAT_VERSION}); upgrade this node")]
+    #[error("command format version {0} is not known to this program (it knows {FORMAT_VERSION}): upgrade this node")]
     Version(u8),
     #[error("malformed command: {0}")]
     Malformed(&'static str),
@@ -64,6 +64,18 @@ pub struct Pages<'a> {
 /// True for the page sizes that SQLite knows: powers of two from 512 to 65536.
 pub fn valid_page_size(size: u32) -> bool {
     size.is_power_of_two() && (512..=65536).contains(&size)
+}
+
+/// The database that a part is for, by its header alone.
+///
+/// # Errors
+/// [`TransactionError::Version`] for another format version, [`TransactionError::Malformed`] if there is no header.
+pub fn database(bytes: &[u8]) -> Result<u32, TransactionError> {
+    match bytes.first() {
+        Some(&FORMAT_VERSION) => find_u32(bytes, 4).ok_or(TransactionError::Malformed("short header")),
+        Some(&version) => Err(TransactionError::Version(version)),
+        None => Err(TransactionError::Malformed("empty")),
+    }
 }
 
 /// True for a part behind the first one of its transaction, by its header alone.
@@ -102,10 +114,7 @@ impl<'a> Pages<'a> {
     /// this version would not have written.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, TransactionError> {
         use TransactionError::Malformed;
-        let version = *bytes.first().ok_or(Malformed("empty"))?;
-        if version != FORMAT_VERSION {
-            return Err(TransactionError::Version(version));
-        }
+        let database = database(bytes)?;
         if bytes.len() < HEADER || bytes.len() > MAX_PART {
             return Err(Malformed("length out of range"));
         }
@@ -114,8 +123,8 @@ impl<'a> Pages<'a> {
             return Err(Malformed("unknown kind or flags"));
         }
         let short = Malformed("short header");
-        let (Some(database), Some(transaction), Some(part), Some(page_size), Some(count)) =
-            (find_u32(bytes, 4), find_u64(bytes, 8), find_u32(bytes, 16), find_u32(bytes, 20), find_u32(bytes, 24))
+        let (Some(transaction), Some(part), Some(page_size), Some(count)) =
+            (find_u64(bytes, 8), find_u32(bytes, 16), find_u32(bytes, 20), find_u32(bytes, 24))
         else {
             return Err(short);
         };
@@ -256,6 +265,7 @@ mod tests {
         {
             let bytes = of(part, commit);
             assert_eq!((continues(&bytes), parts_at_end(&bytes)), (behind, parts));
+            assert_eq!(database(&bytes), Ok(CONSOLE_DATABASE));
         }
         assert!(!continues(&[]) && parts_at_end(&[1, 1, 1]).is_none(), "what is no command is refused elsewhere");
     }
@@ -287,6 +297,7 @@ mod tests {
     #[test]
     fn a_newer_version_names_itself() {
         assert_eq!(Pages::decode(&[9, 9]), Err(TransactionError::Version(9)));
+        assert_eq!(database(&[9, 9]), Err(TransactionError::Version(9)));
     }
 
     proptest! {

@@ -69,7 +69,12 @@ impl Database {
             State::Serving(serving) => {
                 let checkpointer = serving.checkpointer.as_ref();
                 let checkpointer = checkpointer.ok_or(DatabaseError::Refused("the database is being closed"))?;
-                checkpoint_wal(&serving.primary.gate, checkpointer)?
+                let gate = &serving.primary.gate;
+                let (record, complete, frames) = checkpoint_wal(gate, checkpointer)?;
+                // A database that nobody writes to must not hold the raft log back.
+                let rests = |record: &Record| record.index < serving.applied && gate.rests_at(record.index);
+                let raised = |record| if rests(&record) { Record { index: serving.applied, ..record } } else { record };
+                (record.map(raised), complete, frames)
             }
             State::Closed { .. } => (None, false, 0),
         };

@@ -1,0 +1,394 @@
+//! The databases of this node behind one raft log: each by its id, and one applied index over all.
+//!
+//! An entry changes the database that it names, and every other one only takes note of its index: behind each entry all stand at
+//! the same index. Each has a durable checkpoint of its own, so that after a crash they may begin at different ones; then an
+//! entry goes to those alone that do not have it yet. Must never pass over an entry of a database that it does not have, and
+//! never let go of an entry that one of them lacks.
+
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
+
+use super::{
+    EntrySource, Replicator,
+    checkpoint::{Saved, Saving},
+    database::{ApplyError, Database, DatabaseError, PrimaryDatabase},
+    transaction::{self, CONSOLE_DATABASE},
+};
+
+/// A database, as far as the order of the raft log is concerned.
+pub trait FollowsLog {
+    /// The raft index up to which it has everything.
+    fn applied(&self) -> u64;
+
+    /// Applies a committed entry that is a part of a transaction of this database.
+    ///
+    /// # Errors
+    /// [`ApplyError`]; unless the disk was full, nothing more is applied afterwards.
+    fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError>;
+
+    /// Takes note of a committed entry that does not concern it.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError>;
+}
+
+impl FollowsLog for Database {
+    fn applied(&self) -> u64 {
+        Self::applied(self)
+    }
+
+    fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
+        Self::apply(self, index, term, payload, source)
+    }
+
+    fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
+        Self::apply_empty(self, index, term)
+    }
+}
+
+/// See the module. There is always at least one.
+#[derive(Clone, Debug)]
+pub struct Databases<D = Database>(BTreeMap<u32, D>);
+
+impl<D: FollowsLog> Databases<D> {
+    /// These, by their ids. Panics if there is none.
+    pub fn new(databases: impl IntoIterator<Item = (u32, D)>) -> Self {
+        let databases = BTreeMap::from_iter(databases);
+        assert!(!databases.is_empty(), "a node has at least one database");
+        Self(databases)
+    }
+
+    /// The raft index up to which all have everything.
+    pub fn applied(&self) -> u64 {
+        self.0.values().map(D::applied).min().unwrap_or(0)
+    }
+
+    /// The raft index up to which one of them has everything: above [`Self::applied`] only behind a start. The raft log has it,
+    /// and it is committed.
+    pub fn newest(&self) -> u64 {
+        self.0.values().map(D::applied).max().unwrap_or(0)
+    }
+
+    /// The database of this id.
+    pub fn get(&self, id: u32) -> Option<&D> {
+        self.0.get(&id)
+    }
+
+    /// The same, to be changed.
+    pub fn get_mut(&mut self, id: u32) -> Option<&mut D> {
+        self.0.get_mut(&id)
+    }
+
+    /// All of them, in the order of their ids.
+    pub fn iter(&self) -> impl Iterator<Item = &D> {
+        self.0.values()
+    }
+
+    /// The same, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut D> {
+        self.0.values_mut()
+    }
+
+    /// Applies a committed entry with content to the database that it names; the others take note of it.
+    ///
+    /// # Errors
+    /// [`ApplyError`]. Nothing has changed anywhere if it is [of a newer program](ApplyError::is_of_newer_program), or if the
+    /// disk was full.
+    pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
+        let id = transaction::database(payload).map_err(|error| ApplyError::Command { index, error })?;
+        let database = self.0.get_mut(&id).ok_or(ApplyError::UnknownDatabase { index, database: id })?;
+        if database.applied() < index {
+            database.apply(index, term, payload, source)?;
+        }
+        self.apply_empty(index, term)
+    }
+
+    /// All take note of a committed entry that is no command: a new primary's first one, or a change of members.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
+        let mut behind = self.0.values_mut().filter(|database| database.applied() < index);
+        behind.try_for_each(|database| database.apply_empty(index, term))
+    }
+}
+
+impl Databases {
+    /// The Console's alone: all that the product has.
+    pub fn of_console(console: Database) -> Self {
+        Self::new([(CONSOLE_DATABASE, console)])
+    }
+
+    /// The Console's. Copies, scrubs and snapshots know no other one so far.
+    pub fn console(&self) -> &Database {
+        self.get(CONSOLE_DATABASE).expect("the Console's database is always there")
+    }
+
+    /// The same, to be changed.
+    pub fn console_mut(&mut self) -> &mut Database {
+        self.get_mut(CONSOLE_DATABASE).expect("the Console's database is always there")
+    }
+
+    /// The least of the durable checkpoints: the raft log is not needed up to there.
+    pub fn checkpointed(&self) -> u64 {
+        self.iter().map(Database::checkpointed).min().unwrap_or(0)
+    }
+
+    /// Those that have no content yet: somebody must propose their first transactions.
+    pub fn empty(&self) -> impl Iterator<Item = u32> {
+        self.iter().filter(|database| database.is_empty()).map(Database::id)
+    }
+
+    /// Why nothing of one of them counts.
+    pub fn distrusted(&self) -> Option<&str> {
+        self.iter().find_map(Database::distrusted)
+    }
+
+    /// Bytes of all files as of their last checkpoints.
+    pub fn file_bytes(&self) -> u64 {
+        self.iter().map(Database::file_bytes).sum()
+    }
+
+    /// Bytes of all `-wal` files.
+    pub fn wal_bytes(&self) -> u64 {
+        self.iter().map(Database::wal_bytes).sum()
+    }
+
+    /// True while somebody reads one of the files that rest.
+    pub fn is_held(&self) -> bool {
+        self.iter().any(Database::is_held)
+    }
+
+    /// True while one of them is closed and not opened again.
+    pub fn is_closed(&self) -> bool {
+        self.iter().any(Database::is_closed)
+    }
+
+    /// See [`Database::note_committed`].
+    pub fn note_committed(&mut self, index: u64) {
+        self.iter_mut().for_each(|database| database.note_committed(index));
+    }
+
+    /// See [`Database::save_if`].
+    pub fn save_if(&mut self, may_save: impl Fn(u64) -> bool + Clone + Send + 'static) {
+        self.iter_mut().for_each(|database| database.save_if(may_save.clone()));
+    }
+
+    /// Begins a checkpoint of each, as [`Database::begin_checkpoint`] does. What has come about is to be saved even if one of
+    /// them failed.
+    pub fn begin_checkpoint(&mut self) -> (Vec<Saving>, Result<(), DatabaseError>) {
+        let mut savings = Vec::new();
+        let mut begin = |database: &mut Database| database.begin_checkpoint().map(|(_, saving)| savings.extend(saving));
+        let result = self.iter_mut().try_for_each(&mut begin);
+        (savings, result)
+    }
+
+    /// Takes what came of [`Self::begin_checkpoint`].
+    ///
+    /// # Errors
+    /// The first one of [`Database::saved`].
+    pub fn saved(&mut self, saved: Vec<Saved>) -> Result<(), DatabaseError> {
+        let mut result = Ok(());
+        for saved in saved {
+            if let Some(database) = self.get_mut(saved.database) {
+                result = result.and(database.saved(saved));
+            }
+        }
+        result
+    }
+
+    /// Opens all for writing, or none. Call it when everything of earlier epochs is applied.
+    ///
+    /// # Errors
+    /// The first one of [`Database::promote`]. Those that were open already are to be applied to again from their checkpoints.
+    pub fn promote(
+        &mut self,
+        epoch: u64,
+        replicator: &Arc<dyn Replicator>,
+    ) -> Result<Vec<Arc<PrimaryDatabase>>, DatabaseError> {
+        let open = |database: &mut Database| database.promote(epoch, Arc::clone(replicator));
+        let promoted: Result<_, _> = self.iter_mut().map(open).collect();
+        if promoted.is_err() {
+            // Nobody has got them yet.
+            self.close(Instant::now())?;
+            self.reopen(&|| true)?;
+        }
+        promoted
+    }
+
+    /// Closes all: see [`Database::close`].
+    ///
+    /// # Errors
+    /// The first one of [`Database::close`]; the others may be open still.
+    pub fn close(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
+        self.iter_mut().try_for_each(|database| database.close(deadline))
+    }
+
+    /// Goes back to the last checkpoint of each after [`Self::close`]: see [`Database::reopen`].
+    ///
+    /// # Errors
+    /// The first one of [`Database::reopen`].
+    pub fn reopen(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
+        self.iter_mut().try_for_each(|database| database.reopen(go_on))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, path::Path};
+
+    use super::*;
+    use crate::storage::{
+        checksum::page_checksum,
+        transaction::{Commit, PagesBuilder},
+    };
+
+    const OTHER: u32 = 2;
+
+    /// A raft log that begins with index 1.
+    struct Entries(Vec<Vec<u8>>);
+
+    impl EntrySource for Entries {
+        fn for_each(
+            &self,
+            first: u64,
+            last: u64,
+            each: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
+        ) -> io::Result<()> {
+            (first..=last).try_for_each(|index| each(index, &self.0[index as usize - 1]))
+        }
+    }
+
+    /// Part 0 or 1 of a transaction that writes two pages, each in its own part.
+    fn part(database: u32, transaction: u64, part: u32) -> Vec<u8> {
+        let (image, number) = ([transaction as u8; 512], part + 1);
+        let mut builder = PagesBuilder::new(database, transaction, part, 512);
+        builder.push(number, &image);
+        let checksum = page_checksum(1, &image) ^ page_checksum(2, &image);
+        builder.finish((part == 1).then_some(Commit { database_pages: 2, checksum }))
+    }
+
+    /// Two databases; parts of both stand between each other, and an entry that is no command among them.
+    fn entries() -> Entries {
+        let (one, two) = (CONSOLE_DATABASE, OTHER);
+        let parts =
+            [(one, 1, 0), (two, 1, 0), (one, 1, 1), (two, 1, 1), (two, 2, 0), (one, 2, 0), (two, 2, 1), (one, 2, 1)];
+        let mut entries: Vec<_> = parts.into_iter().map(|(id, number, at)| part(id, number, at)).collect();
+        entries.insert(4, Vec::new());
+        Entries(entries)
+    }
+
+    fn open(folder: &Path, ids: &[u32], last: u64) -> Databases {
+        Databases::new(ids.iter().map(|id| (*id, Database::open(folder, *id, last).unwrap())))
+    }
+
+    fn feed(databases: &mut Databases, entries: &Entries, last: u64) -> Result<(), ApplyError> {
+        for index in databases.applied() + 1..=last {
+            match entries.0[index as usize - 1].as_slice() {
+                [] => databases.apply_empty(index, 1)?,
+                payload => databases.apply(index, 1, payload, entries)?,
+            }
+            assert!(databases.iter().all(|database| database.applied() >= index), "all stand at the same index");
+        }
+        Ok(())
+    }
+
+    /// Content of both files at an index, on a member that has never been away.
+    fn expected(last: u64) -> Vec<Vec<u8>> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut databases = open(folder.path(), &[CONSOLE_DATABASE, OTHER], 0);
+        feed(&mut databases, &entries(), last).unwrap();
+        assert_eq!((databases.applied(), databases.newest()), (last, last));
+        files(&databases)
+    }
+
+    fn files(databases: &Databases) -> Vec<Vec<u8>> {
+        databases.iter().map(|database| std::fs::read(database.path()).unwrap()).collect()
+    }
+
+    fn checkpoint(databases: &mut Databases) {
+        let (savings, result) = databases.begin_checkpoint();
+        result.unwrap();
+        databases.saved(savings.into_iter().map(Saving::save).collect()).unwrap();
+    }
+
+    /// Wherever it stops, and whichever of the two has its checkpoint on the disk by then.
+    #[test]
+    fn whoever_has_an_entry_already_does_not_get_it_again_after_a_crash() {
+        let (entries, all) = (entries(), [CONSOLE_DATABASE, OTHER]);
+        let last = entries.0.len() as u64;
+        assert_eq!(expected(last)[0], [2; 1024]);
+        for (stop, saved) in
+            (1..=last).flat_map(|stop| [vec![], vec![all[0]], vec![all[1]], all.to_vec()].map(|saved| (stop, saved)))
+        {
+            let folder = tempfile::tempdir().unwrap();
+            let mut databases = open(folder.path(), &all, 0);
+            feed(&mut databases, &entries, stop).unwrap();
+            for id in &saved {
+                databases.get_mut(*id).unwrap().checkpoint().unwrap();
+            }
+            let least = databases.checkpointed();
+            drop(databases);
+            let mut databases = open(folder.path(), &all, last);
+            assert_eq!(databases.applied(), least, "{stop} {saved:?}");
+            assert!(
+                least <= stop && (saved.len() == 2 || least == 0),
+                "an entry that one lacks is kept: {stop} {saved:?}"
+            );
+            feed(&mut databases, &entries, last).unwrap();
+            assert_eq!(files(&databases), expected(last), "{stop} {saved:?}");
+            checkpoint(&mut databases);
+            assert_eq!((databases.checkpointed(), databases.newest()), (last, last));
+        }
+    }
+
+    #[test]
+    fn an_entry_of_a_database_that_is_not_known_changes_nothing_and_waits_for_a_newer_program() {
+        let (entries, folder) = (entries(), tempfile::tempdir().unwrap());
+        let mut older = Databases::of_console(Database::open(folder.path(), CONSOLE_DATABASE, 0).unwrap());
+        for _ in 0..2 {
+            let error = feed(&mut older, &entries, 9).unwrap_err();
+            assert!(matches!(error, ApplyError::UnknownDatabase { index: 2, database: OTHER }), "{error}");
+            assert!(error.is_of_newer_program() && !error.is_full());
+            assert!(error.to_string().ends_with("upgrade this node"), "{error}");
+            assert_eq!((older.applied(), older.newest()), (1, 1));
+        }
+        let error = older.apply(2, 1, &[9, 9], &entries).unwrap_err();
+        assert!(error.is_of_newer_program() && error.to_string().ends_with("upgrade this node"), "{error}");
+        // Nothing of it is lost: it is saved, and another program goes on from there.
+        checkpoint(&mut older);
+        drop(older);
+        let mut newer = open(folder.path(), &[CONSOLE_DATABASE, OTHER], 9);
+        feed(&mut newer, &entries, 9).unwrap();
+        assert_eq!(files(&newer), expected(9));
+    }
+
+    #[test]
+    fn a_full_disk_leaves_all_where_they_were() {
+        struct Full(bool, u64);
+        impl FollowsLog for Full {
+            fn applied(&self) -> u64 {
+                self.1
+            }
+            fn apply(&mut self, index: u64, _: u64, _: &[u8], _: &dyn EntrySource) -> Result<(), ApplyError> {
+                if self.0 {
+                    return Err(ApplyError::Io { index, error: io::ErrorKind::StorageFull.into() });
+                }
+                self.1 = index;
+                Ok(())
+            }
+            fn apply_empty(&mut self, index: u64, _: u64) -> Result<(), ApplyError> {
+                self.1 = index;
+                Ok(())
+            }
+        }
+        let entries = entries();
+        let mut databases = Databases::new([(CONSOLE_DATABASE, Full(false, 0)), (OTHER, Full(true, 0))]);
+        databases.apply(1, 1, &entries.0[0], &entries).unwrap();
+        assert!(databases.apply(2, 1, &entries.0[1], &entries).unwrap_err().is_full());
+        assert_eq!((databases.applied(), databases.newest()), (1, 1));
+        databases.get_mut(OTHER).unwrap().0 = false;
+        databases.apply(2, 1, &entries.0[1], &entries).unwrap();
+        assert_eq!((databases.applied(), databases.newest()), (2, 2));
+    }
+}
