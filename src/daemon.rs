@@ -197,7 +197,7 @@ impl Parts {
         let version = PROGRAM_VERSION;
         let starts = Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name));
         events.record(starts.field("version", version));
-        let Found { configuration, log, database, replaced, quiet, mind, standing } =
+        let Found { configuration, log, databases, replaced, quiet, mind, standing } =
             open_memory(config, &data, &identity, health.as_ref(), &mut notes)?;
         let names = |address: &str| found::console_names(config, address);
         heal::certificates(data.path(), &identity, &configuration.membership, names, &mut notes)?;
@@ -214,7 +214,7 @@ impl Parts {
         }
         let node_config = node_config(config, &identity, configuration, quiet, lease.clone(), mind);
         let (handle, thread) =
-            node::spawn(node_config, log, database, (links, sender.clone())).context("start the node")?;
+            node::spawn(node_config, log, databases, (links, sender.clone())).context("start the node")?;
         let config = config.clone();
         Ok(Self {
             config,

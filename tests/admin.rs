@@ -26,6 +26,7 @@ use twistlock_ha::{
     storage::{
         DataDir,
         database::Database,
+        databases::Databases,
         membership::StoredMembership,
         raft_log::{Options, RaftLog, RealDisk},
         transaction::CONSOLE_DATABASE,
@@ -141,7 +142,7 @@ impl Founder {
             reach: Default::default(),
             memory: Default::default(),
         };
-        let (handle, thread) = node::spawn(node_config, log, database, (links, sender)).unwrap();
+        let (handle, thread) = node::spawn(node_config, log, Databases::of_console(database), (links, sender)).unwrap();
         let ports = Arc::new(Counted::default());
         let admin_config = AdminConfig {
             certificates: data.path().join("certificates"),

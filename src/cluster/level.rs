@@ -9,10 +9,13 @@
 //! |---|---|
 //! | 1 | everything before levels were introduced |
 //! | 2 | the cluster key and the certificate authority are replaced ([`super::shared::authority`]); webhooks; names and certificate of the Consoles |
-//! | 3 | no program has it yet: memberships of more than 32 KiB ([`super::limits::LONG_MEMBERSHIPS`]), which a pool needs |
+//! | 3 | no program has it yet: memberships of more than 32 KiB ([`super::limits::LONG_MEMBERSHIPS`]), which a pool needs; a second database |
 //!
 //! A new level is needed for everything that an older program would misread or drop: another field of the membership, another
 //! kind of entry, another purpose of a connection that something hangs on. What is only shown to people needs none.
+//!
+//! A second database is such a thing: a member of today's level takes an entry that names one for that of a newer program. It
+//! applies nothing more then and serves nothing (`storage::databases`). A primary must not write one before its level is in force.
 
 /// What this program can do.
 ///

@@ -16,8 +16,8 @@ use twistlock_ha::{
     peer::LeaseTerms,
     recover,
     storage::{
-        DataDir, Identity, database::Database, membership::StoredMembership, raft_log::RaftLog, snapshot::Ready,
-        transaction::CONSOLE_DATABASE,
+        DataDir, Identity, database::Database, databases::Databases, membership::StoredMembership, raft_log::RaftLog,
+        snapshot::Ready, transaction::CONSOLE_DATABASE,
     },
 };
 
@@ -95,7 +95,7 @@ pub(super) fn promise(config: &Config) -> Duration {
 pub(super) struct Found {
     pub configuration: StoredMembership,
     pub log: RaftLog,
-    pub database: Database,
+    pub databases: Databases,
     /// That another copy of the database was put in place.
     pub replaced: Option<Event>,
     /// See [`heal::promised_earlier`].
@@ -151,7 +151,8 @@ pub(super) fn open_memory(
     refuse_if_outdated(&configuration.membership)?;
     let quiet = heal::promised_earlier(promise(config), data.path(), first, notes)?;
     let replaced = event.or(replaced);
-    Ok(Found { configuration, log, database, replaced, quiet, mind, standing })
+    let databases = Databases::of_console(database);
+    Ok(Found { configuration, log, databases, replaced, quiet, mind, standing })
 }
 
 /// Refuses to touch the data of a cluster that relies on what this program does not have.

@@ -1,4 +1,4 @@
-//! The loop's side of the database thread, which brings the database in line with what the consensus loop wants of it.
+//! The loop's side of the database thread, which brings the databases in line with what the consensus loop wants of them.
 //! Level-triggered: the loop sets a goal, the thread compares it with where it is, and takes the next step (`next`). What others
 //! ask of the thread, and what its helpers answer, waits in one mailbox. The loop never touches the disk for the database, and
 //! must never wait for the thread but at the end.
@@ -28,7 +28,7 @@ use thread::Thread;
 
 use crate::{
     mutex::locked,
-    storage::{database::Database, raft_log::RaftLog},
+    storage::{databases::Databases, raft_log::RaftLog},
 };
 
 use super::{
@@ -135,15 +135,15 @@ pub struct CheckpointPolicy {
 
 impl Handle {
     pub fn start(
-        database: Database,
+        databases: Databases,
         log: RaftLog,
         sender: Sender,
         deadline: Duration,
         checkpoints: CheckpointPolicy,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        shared.applied.store(database.applied(), Ordering::Relaxed);
-        let thread = Thread::new(database, log, sender, Arc::clone(&shared), deadline, checkpoints)?;
+        shared.applied.store(databases.applied(), Ordering::Relaxed);
+        let thread = Thread::new(databases, log, sender, Arc::clone(&shared), deadline, checkpoints)?;
         let thread = std::thread::Builder::new().name("database".to_owned()).spawn(move || thread.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -153,7 +153,7 @@ impl Handle {
         Copies(Arc::clone(&self.shared))
     }
 
-    /// The raft index up to which the database has everything.
+    /// The raft index up to which all databases have everything.
     pub fn applied(&self) -> u64 {
         self.shared.applied.load(Ordering::Relaxed)
     }

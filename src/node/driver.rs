@@ -26,11 +26,10 @@ use crate::{
     cluster::{Cause, Cluster, Membership, NodeId, Output, Phase, role::Transition},
     peer::{Edition, Links, PeerEvent},
     storage::{
-        ReplicateError,
-        database::{self, Database},
+        ReplicateError, database,
+        databases::Databases,
         membership::StoredMembership,
         raft_log::{Pending, RaftLog},
-        transaction::CONSOLE_DATABASE,
     },
     telemetry,
 };
@@ -45,7 +44,7 @@ use super::{
     publisher::{Publisher, Seen},
     pulse::Pulse,
     rollback::Rollback,
-    serving::{OpenDatabase, Serving},
+    serving::{OpenDatabases, Serving},
     status::Status,
     syncer::{Done, Keep, Syncer},
     throttle::Throttle,
@@ -71,7 +70,7 @@ pub(super) struct Parts {
     pub links: Links,
     pub sender: Sender,
     pub inbox: Receiver<Input>,
-    pub database: Database,
+    pub databases: Databases,
     pub pulse: Pulse,
 }
 
@@ -105,10 +104,10 @@ pub(super) struct Driver {
     exit: Option<Exit>,
 }
 
-/// The database, and what waits for it.
+/// The databases, and what waits for them.
 struct Lane {
     thread: database_thread::Handle,
-    open: OpenDatabase,
+    open: OpenDatabases,
     waiting: Waiting,
     /// The demotion that the database thread has to answer.
     demotion: Option<u64>,
@@ -156,19 +155,19 @@ impl Driver {
     /// # Errors
     /// When one of them cannot be started.
     pub fn new(parts: Parts) -> io::Result<(Self, Views)> {
-        let Parts { config, cluster, log, links, sender, inbox, database, pulse } = parts;
+        let Parts { config, cluster, log, links, sender, inbox, databases, pulse } = parts;
         let StoredMembership { index, membership } = &config.configuration;
         let members = Members::new(config.node, membership);
         let membership = Arc::new(membership.clone());
         let (editions, edition) = watch::channel(Edition { index: *index, membership: membership.clone() });
         let (in_force, membership) = watch::channel(membership);
         let (from, refetch_from) = watch::channel(None);
-        let (open, serving) = OpenDatabase::new();
+        let (open, serving) = OpenDatabases::new();
         let (publisher, status) = Publisher::new(&config);
         let host = Host {
             space: Space::start(config.data.clone())?,
             disk: Disk::start(pulse.clone())?,
-            rollback: Rollback::new(&config, database.file(), sender.clone()),
+            rollback: Rollback::new(&config, databases.console().file(), sender.clone()),
             keeper: Keeper::start(&config)?,
             pulse,
         };
@@ -176,7 +175,7 @@ impl Driver {
         let report = move |done| synced.send(Input::Synced(done));
         let syncer = Syncer::start(report, config.data.clone(), log.clone())?;
         let (deadline, checkpoints) = (config.demotion_deadline, config.checkpoints);
-        let thread = database_thread::Handle::start(database, log.clone(), sender, deadline, checkpoints)?;
+        let thread = database_thread::Handle::start(databases, log.clone(), sender, deadline, checkpoints)?;
         let copies = thread.copies();
         let mut driver = Self {
             config,
@@ -446,9 +445,9 @@ impl Driver {
     fn database_event(&mut self, event: DatabaseEvent) {
         let now = boottime();
         match event {
-            DatabaseEvent::Empty { epoch } => self.found_database(epoch),
-            DatabaseEvent::Promoted { epoch, database } => {
-                self.lane.open.offer(database);
+            DatabaseEvent::Empty { epoch, databases } => self.found_databases(epoch, &databases),
+            DatabaseEvent::Promoted { epoch, databases } => {
+                self.lane.open.offer(databases);
                 self.publisher.warn(Warning::Database, None);
                 self.cluster.promoted(now, epoch);
                 if self.cluster.phase() != Phase::Primary || self.cluster.epoch() != epoch {
@@ -475,6 +474,7 @@ impl Driver {
                 self.cluster.set_unfit_until(now, u64::MAX);
                 self.cluster.give_up(now, Cause::DatabaseFailed);
             }
+            DatabaseEvent::Outdated { why } => self.entry_outdated(why),
             DatabaseEvent::Corrupt { why } => self.database_damaged(why),
             DatabaseEvent::Resting { resting, request } => self.resting(resting, request),
             DatabaseEvent::Fatal { why } => self.exit = Some(Exit::Fatal(why)),
@@ -482,15 +482,17 @@ impl Driver {
     }
 
     /// The initial database is the first transaction of the raft log (`docs/design.md`, "The commit path").
-    fn found_database(&mut self, epoch: u64) {
-        let parts = match database::initial_transaction(CONSOLE_DATABASE, self.config.page_size) {
+    fn found_databases(&mut self, epoch: u64, databases: &[u32]) {
+        let made: Result<Vec<_>, _> =
+            databases.iter().map(|id| database::initial_transaction(*id, self.config.page_size)).collect();
+        let parts = match made {
             Ok(parts) => parts,
             Err(error) => {
                 error!(%error, "the first transaction of the database cannot be made");
                 return self.cluster.give_up(boottime(), Cause::DatabaseFailed);
             }
         };
-        for part in parts {
+        for part in parts.into_iter().flatten() {
             if let Err(error) = self.cluster.propose(boottime(), epoch, part) {
                 warn!(%error, "the first transaction of the database was not taken; the next primary tries again");
                 return self.cluster.give_up(boottime(), Cause::OutcomeUnknown);

@@ -166,13 +166,14 @@ pub(super) struct Proposal {
 
 /// What the database thread reports.
 pub(super) enum DatabaseEvent {
-    /// The database does not exist yet: somebody must propose its first transaction.
+    /// These databases do not exist yet: somebody must propose their first transactions.
     Empty {
         epoch: u64,
+        databases: Vec<u32>,
     },
     Promoted {
         epoch: u64,
-        database: Arc<PrimaryDatabase>,
+        databases: Vec<Arc<PrimaryDatabase>>,
     },
     /// Everything that the given demotion had to close is closed.
     Demoted {
@@ -185,6 +186,10 @@ pub(super) enum DatabaseEvent {
     },
     /// This node's copy is not to be trusted: nothing more is applied to it.
     Diverged {
+        why: String,
+    },
+    /// A newer program has written what comes next in the raft log: nothing more is applied, and nothing is wrong with the rest.
+    Outdated {
         why: String,
     },
     /// The file of a database that is open for writing is damaged.

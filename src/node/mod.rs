@@ -14,6 +14,8 @@ mod rollback;
 mod serving;
 pub mod status;
 mod syncer;
+#[cfg(test)]
+mod tests;
 mod throttle;
 pub mod verdict;
 mod warning;
@@ -43,7 +45,7 @@ use crate::{
     peer::{Edition, LinkSender, Links, Memory},
     storage::{
         backup::{CopyError, Copying, Finished},
-        database::Database,
+        databases::Databases,
         membership::StoredMembership,
         raft_log::RaftLog,
         snapshot::{Manifest, Resting},
@@ -236,11 +238,11 @@ impl Handle {
 pub fn spawn(
     config: NodeConfig,
     log: RaftLog,
-    mut database: Database,
+    mut databases: Databases,
     (links, waker): (Links, LinkSender),
 ) -> io::Result<(Handle, JoinHandle<Exit>)> {
-    let applied = first_applied(&log, &mut database);
-    trust_checkpoint(&log, applied)?;
+    let applied = first_applied(&log, &mut databases);
+    trust_checkpoints(&log, databases.newest().max(applied))?;
     let StoredMembership { index, membership } = &config.configuration;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
     let forgotten = config.forgotten.is_some();
@@ -249,7 +251,7 @@ pub fn spawn(
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let (sender, inbox) = inbox::inbox(waker);
     let pulse = Pulse::new();
-    let parts = Parts { config, cluster, log, links, sender: sender.clone(), inbox, database, pulse: pulse.clone() };
+    let parts = Parts { config, cluster, log, links, sender: sender.clone(), inbox, databases, pulse: pulse.clone() };
     let (driver, views) = Driver::new(parts)?;
     let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
     Ok((Handle { sender, views, pulse }, thread))
@@ -257,19 +259,22 @@ pub fn spawn(
 
 /// The index behind which raft hands out what is committed. A database that the raft log cannot bring up to date is of no use, and
 /// is not applied to.
-fn first_applied(log: &RaftLog, database: &mut Database) -> u64 {
-    let (applied, before) = (database.applied().max(1), log.first_index() - 1);
-    if applied < before && database.distrusted().is_none() {
-        database.distrust(format!(
-            "the database in {} has everything up to raft index {applied}, and the raft log begins behind {before}",
-            database.path().display()
-        ));
+fn first_applied(log: &RaftLog, databases: &mut Databases) -> u64 {
+    let before = log.first_index() - 1;
+    for database in databases.iter_mut() {
+        let applied = database.applied().max(1);
+        if applied < before && database.distrusted().is_none() {
+            database.distrust(format!(
+                "the database in {} has everything up to raft index {applied}, and the raft log begins behind {before}",
+                database.path().display()
+            ));
+        }
     }
-    applied.max(before)
+    databases.applied().max(1).max(before)
 }
 
 /// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.
-fn trust_checkpoint(log: &RaftLog, applied: u64) -> io::Result<()> {
+fn trust_checkpoints(log: &RaftLog, applied: u64) -> io::Result<()> {
     let state = log.initial_state().map_err(io::Error::other)?;
     if log.last_index() < applied {
         return Err(io::Error::other(format!(

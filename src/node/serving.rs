@@ -1,11 +1,11 @@
-//! The database that this node has open for writing: lends it to the rest of the process for as long as it is PRIMARY, and
-//! fences it. Lives on the consensus loop. Must never lend a database that is not open, nor wait for one to be given back.
+//! The databases that this node has open for writing: lends the Console's to the rest of the process for as long as it is
+//! PRIMARY, and fences all of them. Lives on the consensus loop. Must never lend a database that is not open, nor wait for one to be given back.
 
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::storage::database::PrimaryDatabase;
+use crate::storage::{database::PrimaryDatabase, transaction::CONSOLE_DATABASE};
 
 /// Where the rest of the process finds the database of a PRIMARY, open for writing.
 ///
@@ -13,27 +13,28 @@ use crate::storage::database::PrimaryDatabase;
 /// takes longer than the demotion deadline.
 pub type Serving = watch::Receiver<Option<Arc<PrimaryDatabase>>>;
 
-/// The loop's side: the database from its opening to its fence.
-pub(super) struct OpenDatabase {
-    database: Option<Arc<PrimaryDatabase>>,
+/// The loop's side: the databases from their opening to their fence.
+pub(super) struct OpenDatabases {
+    databases: Vec<Arc<PrimaryDatabase>>,
     lent: watch::Sender<Option<Arc<PrimaryDatabase>>>,
 }
 
-impl OpenDatabase {
+impl OpenDatabases {
     /// None is open yet.
     pub fn new() -> (Self, Serving) {
         let (lent, serving) = watch::channel(None);
-        (Self { database: None, lent }, serving)
+        (Self { databases: Vec::new(), lent }, serving)
     }
 
-    /// It is open for writing; the role is about to be PRIMARY.
-    pub fn offer(&mut self, database: Arc<PrimaryDatabase>) {
-        self.database = Some(database);
+    /// They are open for writing; the role is about to be PRIMARY.
+    pub fn offer(&mut self, databases: Vec<Arc<PrimaryDatabase>>) {
+        self.databases = databases;
     }
 
-    /// Lends the database if it is open: true then. To be called before anybody hears that this node is PRIMARY.
+    /// Lends the Console's database if it is open: true then. To be called before anybody hears that this node is PRIMARY.
     pub fn lend(&self) -> bool {
-        let Some(database) = &self.database else { return false };
+        let console = self.databases.iter().find(|database| database.id == CONSOLE_DATABASE);
+        let Some(database) = console else { return false };
         if !self.lent.borrow().as_ref().is_some_and(|lent| Arc::ptr_eq(lent, database)) {
             self.lent.send_replace(Some(Arc::clone(database)));
         }
@@ -47,21 +48,19 @@ impl OpenDatabase {
         }
     }
 
-    /// Bytes of its `-wal` file.
+    /// Bytes of their `-wal` files.
     pub fn wal_bytes(&self) -> u64 {
-        self.database.as_ref().map_or(0, |database| database.gate().wal_bytes())
+        self.databases.iter().map(|database| database.gate().wal_bytes()).sum()
     }
 
-    /// True if it takes no more transactions.
+    /// True if one of them takes no more transactions.
     pub fn is_fenced(&self) -> bool {
-        self.database.as_ref().is_some_and(|database| database.gate().is_fenced())
+        self.databases.iter().any(|database| database.gate().is_fenced())
     }
 
     /// From now on no transaction of this node can be committed. Takes effect at once, on any thread.
     pub fn fence(&mut self) {
-        if let Some(database) = self.database.take() {
-            database.gate().fence();
-        }
+        self.databases.drain(..).for_each(|database| database.gate().fence());
     }
 }
 
@@ -71,7 +70,6 @@ mod tests {
     use crate::storage::{
         EntrySource, ReplicateError, Replicator,
         database::{Database, initial_transaction},
-        transaction::CONSOLE_DATABASE,
     };
 
     struct Nobody(Vec<Vec<u8>>);
@@ -101,9 +99,9 @@ mod tests {
         for (index, entry) in (1..).zip(&entries.0) {
             database.apply(index, 1, entry, &entries).unwrap();
         }
-        let (mut open, serving) = OpenDatabase::new();
+        let (mut open, serving) = OpenDatabases::new();
         assert!(!open.lend() && serving.borrow().is_none());
-        open.offer(database.promote(7, Arc::new(entries)).unwrap());
+        open.offer(vec![database.promote(7, Arc::new(entries)).unwrap()]);
         assert!(serving.borrow().is_none(), "the role is not PRIMARY yet");
         assert!(open.lend() && open.lend() && !open.is_fenced());
         let lent = serving.borrow().clone().unwrap();

@@ -27,6 +27,7 @@ use crate::{
     storage::{
         IDENTITY_FORMAT, Identity,
         database::{ApplyError, Database},
+        databases::Databases,
         durable_write, fsync_dir, make_private_dir,
         membership::StoredMembership,
         raft_log::{RaftLog, RealDisk},
@@ -86,16 +87,17 @@ fn build_database(survivor: &Survivor, staging: &Path) -> Result<u64, RecoverErr
     }
     let unusable = |what: String| RecoverError::Unusable(format!("this node's database cannot be used: {what}"));
     let last = survivor.log.last_index();
-    let mut database = Database::open(&to, CONSOLE_DATABASE, last).map_err(|error| unusable(error.to_string()))?;
-    let first = (database.applied() + 1).max(survivor.log.first_index());
+    let database = Database::open(&to, CONSOLE_DATABASE, last).map_err(|error| unusable(error.to_string()))?;
+    let mut databases = Databases::of_console(database);
+    let first = (databases.applied() + 1).max(survivor.log.first_index());
     let bar = progress("applying the raft log", (last + 1).saturating_sub(first), false);
     let mut failed = None;
     let result = survivor.log.entries_between(first, last, &mut |entry| {
         bar.inc(1);
         let applied = if entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty() {
-            database.apply(entry.index, entry.term, &entry.data, &survivor.log)
+            databases.apply(entry.index, entry.term, &entry.data, &survivor.log)
         } else {
-            database.apply_empty(entry.index, entry.term)
+            databases.apply_empty(entry.index, entry.term)
         };
         applied.map_err(|error: ApplyError| {
             failed = Some(error);
@@ -108,6 +110,7 @@ fn build_database(survivor: &Survivor, staging: &Path) -> Result<u64, RecoverErr
         (None, Err(error)) => return Err(RecoverError::io("read the raft log")(error)),
     }
     bar.finish();
+    let database = databases.console_mut();
     if database.is_empty() {
         return Err(unusable("it is empty".to_owned()));
     }

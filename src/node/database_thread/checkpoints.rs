@@ -15,7 +15,8 @@ use super::{
 };
 use crate::{
     storage::{
-        database::{Database, DatabaseError},
+        database::DatabaseError,
+        databases::Databases,
         raft_log::{LogError, RaftLog},
     },
     telemetry::RAFT_LOG_OVERRUNS,
@@ -74,74 +75,75 @@ impl Checkpoints {
         self.full
     }
 
-    pub fn note_full(&mut self, full: bool, database: &Database) {
+    pub fn note_full(&mut self, full: bool, databases: &Databases) {
         self.full = full;
-        self.compact(database);
+        self.compact(databases);
     }
 
     /// True if one has to be begun. Not while a snapshot is being read, which may go on.
-    pub fn is_due(&self, database: &Database) -> bool {
+    pub fn is_due(&self, databases: &Databases) -> bool {
         let (at, before) = self.last;
         // A reader can keep the WAL long: then it is not tried again at once.
-        let long = database.wal_bytes() >= self.policy.bytes && at.elapsed() >= LONG_WAL_PAUSE;
+        let long = databases.wal_bytes() >= self.policy.bytes && at.elapsed() >= LONG_WAL_PAUSE;
         let due = long || self.appended() - before >= self.policy.bytes || at.elapsed() >= self.policy.interval;
-        let held = database.is_held() && !self.is_held_too_long(database);
-        due && !self.saver.is_busy() && database.applied() > database.checkpointed() && !held
+        let held = databases.is_held() && !self.is_held_too_long(databases);
+        due && !self.saver.is_busy() && databases.applied() > databases.checkpointed() && !held
     }
 
     /// A large database takes longer to send. A full disk needs what a checkpoint gives back.
-    fn is_held_too_long(&self, database: &Database) -> bool {
-        let limit = HELD_WAL.max(4 * self.policy.bytes).max(database.file_bytes());
-        self.full || database.wal_bytes() >= limit
+    fn is_held_too_long(&self, databases: &Databases) -> bool {
+        let limit = HELD_WAL.max(4 * self.policy.bytes).max(databases.file_bytes());
+        self.full || databases.wal_bytes() >= limit
     }
 
     /// Whenever the thread looks for work: remembers a snapshot that is being read.
-    pub fn watch_hold(&mut self, database: &Database) {
-        if database.is_held() {
-            self.keep_for_snapshot(database);
+    pub fn watch_hold(&mut self, databases: &Databases) {
+        if databases.is_held() {
+            self.keep_for_snapshot(databases);
         }
     }
 
-    fn keep_for_snapshot(&mut self, database: &Database) {
-        self.snapshot_at = Some((database.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
+    fn keep_for_snapshot(&mut self, databases: &Databases) {
+        self.snapshot_at = Some((databases.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
     }
 
     /// The database rests at a checkpoint of this moment, for a snapshot.
-    pub fn rests(&mut self, database: &Database) {
+    pub fn rests(&mut self, databases: &Databases) {
         self.last = (Instant::now(), self.appended());
-        self.keep_for_snapshot(database);
+        self.keep_for_snapshot(databases);
     }
 
     /// Begins one that is due.
-    pub fn begin_due(&mut self, database: &mut Database) -> Result<(), Failure> {
-        if database.is_held() {
-            let bytes = database.wal_bytes();
+    pub fn begin_due(&mut self, databases: &mut Databases) -> Result<(), Failure> {
+        if databases.is_held() {
+            let bytes = databases.wal_bytes();
             warn!(bytes, "the -wal file has grown too long while the database was read: whoever read it begins again");
         }
         self.last = (Instant::now(), self.appended());
-        self.begin(database)
+        self.begin(databases)
     }
 
     /// The waits for the disk are left to the saver: a takeover would have to wait for them, too.
-    pub fn begin(&mut self, database: &mut Database) -> Result<(), Failure> {
-        match database.begin_checkpoint() {
-            Ok((_, Some(saving))) => self.saver.begin(Task::Save(saving)),
-            Ok((_, None)) => self.compact(database),
-            Err(error) => return Err(self.failed(&error, database)),
+    pub fn begin(&mut self, databases: &mut Databases) -> Result<(), Failure> {
+        let (savings, result) = databases.begin_checkpoint();
+        if !savings.is_empty() {
+            self.saver.begin(Task::Save(savings));
+        } else if result.is_ok() {
+            self.compact(databases);
         }
-        Ok(())
+        result.map_err(|error| self.failed(&error, databases))
     }
 
     /// Takes what came of a task of the saver. True if a checkpoint is saved.
-    pub fn take(&mut self, outcome: Outcome, database: &mut Database) -> Result<bool, Failure> {
+    pub fn take(&mut self, outcome: Outcome, databases: &mut Databases) -> Result<bool, Failure> {
         self.saver.taken();
         match outcome {
-            Outcome::Saved(saved) => match database.saved(saved) {
+            Outcome::Saved(saved) => match databases.saved(saved) {
                 Ok(()) => {
-                    self.compact(database);
+                    self.compact(databases);
                     Ok(true)
                 }
-                Err(error) => Err(self.failed(&error, database)),
+                Err(error) => Err(self.failed(&error, databases)),
             },
             Outcome::Compacted { to, result } => {
                 match result {
@@ -151,16 +153,16 @@ impl Checkpoints {
                     Err(error) => return Err(Failure::Fatal(format!("compact the raft log: {error}"))),
                 }
                 if std::mem::take(&mut self.compaction_due) {
-                    self.compact(database);
+                    self.compact(databases);
                 }
                 Ok(false)
             }
         }
     }
 
-    fn failed(&mut self, error: &DatabaseError, database: &Database) -> Failure {
+    fn failed(&mut self, error: &DatabaseError, databases: &Databases) -> Failure {
         if error.is_full() {
-            self.compact(database); // it may give space back
+            self.compact(databases); // it may give space back
             return Failure::Full;
         }
         // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
@@ -168,9 +170,9 @@ impl Checkpoints {
         Failure::Fatal(format!("checkpoint the database: {error}"))
     }
 
-    /// Lets go of what neither this node's database nor another member needs. While a member is away, the raft log grows
+    /// Lets go of what neither this node's databases nor another member need. While a member is away, the raft log grows
     /// up to its limit, or until the disk is full; then that member has to be given the whole database.
-    fn compact(&mut self, database: &Database) {
+    fn compact(&mut self, databases: &Databases) {
         self.compaction_due = self.saver.is_busy();
         if self.compaction_due {
             return;
@@ -178,7 +180,7 @@ impl Checkpoints {
         let released = self.shared.lock().goal.released;
         let snapshot =
             self.snapshot_at.filter(|(_, until)| Instant::now() < *until).map_or(u64::MAX, |(index, _)| index);
-        let possible = database.checkpointed().min(snapshot).saturating_sub(KEPT_ENTRIES);
+        let possible = databases.checkpointed().min(snapshot).saturating_sub(KEPT_ENTRIES);
         let kind = released.saturating_sub(KEPT_ENTRIES);
         // A full disk lets go for a member that is really away, not for one that has just not answered yet.
         let full = self.full && kind + KEPT_ENTRIES < possible;

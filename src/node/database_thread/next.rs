@@ -41,13 +41,13 @@ pub(super) enum Step {
 /// Where the thread stands.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Standing {
-    /// The database has everything up to here.
+    /// The databases have everything up to here.
     pub applied: u64,
     /// The epoch in which it is open for writing.
     pub epoch: Option<u64>,
-    /// Its content is not to be trusted: nothing is applied any more.
-    pub broken: bool,
-    /// It has no content yet, and that was told in this epoch.
+    /// Nothing is applied any more: its content is not to be trusted, or a newer program has written what comes next.
+    pub halted: bool,
+    /// One of them has no content yet, and that was told in this epoch.
     pub told_empty: Option<u64>,
     /// The epoch in which opening failed: not tried again in it.
     pub refused: u64,
@@ -125,13 +125,13 @@ impl Standing {
         }
         // A scrub of the PRIMARY's file begins with a checkpoint, which must not be while checkpoints are pinned, nor beside another.
         let kept = (goal.pinned || self.saving) && self.epoch.is_some();
-        let may_scrub = !self.broken && !kept && self.epoch == goal.epoch;
+        let may_scrub = !self.halted && !kept && self.epoch == goal.epoch;
         (may_scrub && (self.scrub || self.mail.read)).then_some(Step::Scrub)
     }
 
     /// True while there is something to apply.
     pub fn is_behind(&self, goal: &Goal) -> bool {
-        !self.broken && self.applied.max(ORIGIN) < goal.applied
+        !self.halted && self.applied.max(ORIGIN) < goal.applied
     }
 }
 
@@ -169,11 +169,11 @@ mod tests {
             (f(), at(51), Some(Step::Apply)),
             (Standing::default(), at(ORIGIN), None),
             (Standing { pause: PAUSE, ..f() }, at(51), None),
-            (Standing { broken: true, ..f() }, at(51), None),
+            (Standing { halted: true, ..f() }, at(51), None),
             (f(), primary(51), Some(Step::Apply)),
             (f(), primary(50), Some(Step::Promote(7))),
-            // One that is not to be trusted says so.
-            (Standing { broken: true, ..f() }, primary(51), Some(Step::Promote(7))),
+            // One that applies nothing any more says so.
+            (Standing { halted: true, ..f() }, primary(51), Some(Step::Promote(7))),
             (Standing { refused: 7, ..f() }, primary(50), None),
             (Standing { refused: 6, ..f() }, primary(50), Some(Step::Promote(7))),
             (Standing { refused: 7, ..f() }, primary(51), Some(Step::Apply)),

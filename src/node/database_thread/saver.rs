@@ -12,15 +12,15 @@ use crate::storage::{
     raft_log::{LogError, RaftLog},
 };
 
-/// What waits for the disk.
+/// What waits for the disk: the checkpoints of all databases at once, or a compaction.
 pub(super) enum Task {
-    Save(Saving),
+    Save(Vec<Saving>),
     Compact { log: RaftLog, to: u64 },
 }
 
 /// What came of it.
 pub(super) enum Outcome {
-    Saved(Saved),
+    Saved(Vec<Saved>),
     Compacted { to: u64, result: Result<(), LogError> },
 }
 
@@ -40,7 +40,7 @@ impl Saver {
         let carry_out = move || {
             for task in todo {
                 report(match task {
-                    Task::Save(saving) => Outcome::Saved(saving.save()),
+                    Task::Save(savings) => Outcome::Saved(savings.into_iter().map(Saving::save).collect()),
                     Task::Compact { log, to } => Outcome::Compacted { to, result: log.compact(to) },
                 });
             }

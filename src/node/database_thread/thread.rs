@@ -25,7 +25,9 @@ use crate::{
         warning::Warning,
     },
     storage::{
-        database::{ApplyError, Database, DatabaseError},
+        Replicator,
+        database::{ApplyError, DatabaseError},
+        databases::Databases,
         raft_log::RaftLog,
         transaction,
     },
@@ -41,8 +43,17 @@ const LOOP_IS_BEHIND: Duration = Duration::from_millis(500);
 /// How often it looks.
 const MOMENT: Duration = Duration::from_millis(2);
 
+/// Why nothing more is applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Halt {
+    /// The content of a database is not to be trusted: it is fetched.
+    Distrusted,
+    /// A newer program has written what comes next. What is here is good, and waits for that program.
+    Outdated,
+}
+
 pub(super) struct Thread {
-    database: Database,
+    databases: Databases,
     log: RaftLog,
     sender: Sender,
     shared: Arc<Shared>,
@@ -56,8 +67,7 @@ pub(super) struct Thread {
     refused: u64,
     /// The last demotion that was told of.
     demotion: u64,
-    /// Its content is not to be trusted: nothing is applied any more.
-    broken: bool,
+    halt: Option<Halt>,
     /// The process was asked to end; nothing more happens here.
     ended: bool,
     checkpoints: Checkpoints,
@@ -81,7 +91,7 @@ fn may_save(shared: &Shared, index: u64) -> bool {
 
 impl Thread {
     pub fn new(
-        mut database: Database,
+        mut databases: Databases,
         log: RaftLog,
         sender: Sender,
         shared: Arc<Shared>,
@@ -89,13 +99,13 @@ impl Thread {
         policy: CheckpointPolicy,
     ) -> io::Result<Self> {
         let goal = Arc::clone(&shared);
-        database.save_if(move |index| may_save(&goal, index));
+        databases.save_if(move |index| may_save(&goal, index));
         let answers = Arc::clone(&shared);
         let scrub = Scrub::start(policy.scrub, move |read| answers.answer(|mailbox| mailbox.read = Some(read)))?;
         let checkpoints = Checkpoints::start(policy, log.clone(), Arc::clone(&shared))?;
-        let broken = database.distrusted().is_some();
+        let halt = databases.distrusted().map(|_| Halt::Distrusted);
         Ok(Self {
-            database,
+            databases,
             log,
             sender,
             shared,
@@ -105,7 +115,7 @@ impl Thread {
             told_empty: None,
             refused: 0,
             demotion: 0,
-            broken,
+            halt,
             ended: false,
             checkpoints,
             scrub,
@@ -115,7 +125,7 @@ impl Thread {
     }
 
     pub fn run(mut self) {
-        if let Some(why) = self.database.distrusted().map(str::to_owned) {
+        if let Some(why) = self.databases.distrusted().map(str::to_owned) {
             self.mark_diverged(why);
         }
         while !self.ended {
@@ -128,7 +138,7 @@ impl Thread {
     fn wait(&mut self) -> (Step, Goal) {
         loop {
             self.show();
-            self.checkpoints.watch_hold(&self.database);
+            self.checkpoints.watch_hold(&self.databases);
             let mut standing = self.standing();
             let state = self.shared.lock();
             standing.mail = state.mailbox.mail();
@@ -136,7 +146,7 @@ impl Thread {
                 return (step, state.goal);
             }
             // Nobody wakes this thread for what becomes due by itself.
-            let scrub = if self.broken { Duration::MAX } else { self.scrub.look_in() };
+            let scrub = if self.halt.is_some() { Duration::MAX } else { self.scrub.look_in() };
             let pause = standing.pause.unwrap_or(self.interval).min(scrub);
             drop(self.shared.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner));
         }
@@ -146,15 +156,15 @@ impl Thread {
     fn standing(&self) -> Standing {
         let pause = self.full_until.map(|until| until.saturating_duration_since(Instant::now()));
         Standing {
-            applied: self.database.applied(),
+            applied: self.databases.applied(),
             epoch: self.epoch,
-            broken: self.broken,
-            told_empty: self.told_empty.filter(|_| self.database.is_empty()),
+            halted: self.halt.is_some(),
+            told_empty: self.told_empty.filter(|_| self.databases.empty().next().is_some()),
             refused: self.refused,
             demotion: self.demotion,
             full: self.checkpoints.is_full(),
             pause: pause.filter(|left| !left.is_zero()),
-            checkpoint: !self.broken && self.checkpoints.is_due(&self.database),
+            checkpoint: self.halt != Some(Halt::Distrusted) && self.checkpoints.is_due(&self.databases),
             saving: self.checkpoints.is_saving(),
             scrub: self.scrub.is_due(),
             mail: Mail::default(),
@@ -166,7 +176,7 @@ impl Thread {
             Step::Close => self.close(goal),
             Step::Demote => self.demote(goal),
             Step::TellDemotion(demotion) => self.tell_demotion(demotion),
-            Step::NoteCommitted => self.database.note_committed(goal.applied),
+            Step::NoteCommitted => self.databases.note_committed(goal.applied),
             Step::Promote(epoch) => self.promote(epoch),
             Step::Refuse(epoch) => {
                 // Another node may have the space.
@@ -176,9 +186,9 @@ impl Thread {
             Step::TakeSaved => self.take_saved(),
             Step::Rest => self.rest(goal.pinned),
             Step::Copy => self.copy(),
-            Step::NoteFull => self.checkpoints.note_full(goal.full, &self.database),
+            Step::NoteFull => self.checkpoints.note_full(goal.full, &self.databases),
             Step::Checkpoint => {
-                let begun = self.checkpoints.begin_due(&mut self.database);
+                let begun = self.checkpoints.begin_due(&mut self.databases);
                 self.bear(begun);
             }
             Step::Apply => self.apply(goal.applied),
@@ -188,10 +198,10 @@ impl Thread {
 
     /// For the loop, and whoever measures.
     fn show(&self) {
-        let Shared { applied, bytes, unsaved, .. } = &*self.shared;
-        applied.store(self.database.applied(), Ordering::Relaxed);
-        bytes.store(self.database.file_bytes(), Ordering::Relaxed);
-        if self.database.applied() <= self.database.checkpointed() {
+        let (Self { databases, .. }, Shared { applied, bytes, unsaved, .. }) = (self, &*self.shared);
+        applied.store(databases.applied(), Ordering::Relaxed);
+        bytes.store(databases.file_bytes(), Ordering::Relaxed);
+        if databases.applied() <= databases.checkpointed() {
             unsaved.store(0, Ordering::Relaxed);
         } else if unsaved.load(Ordering::Relaxed) == 0 {
             unsaved.store(boottime(), Ordering::Relaxed);
@@ -208,8 +218,15 @@ impl Thread {
     }
 
     fn mark_diverged(&mut self, why: String) {
-        self.broken = true;
+        self.halt = Some(Halt::Distrusted);
         self.report(DatabaseEvent::Diverged { why });
+    }
+
+    /// Fetching the database would bring the same entry again, or a snapshot that this program does not know either.
+    fn mark_outdated(&mut self, error: &ApplyError) {
+        self.halt = Some(Halt::Outdated);
+        let why = format!("{error} (until then it applies nothing more and does not become PRIMARY)");
+        self.report(DatabaseEvent::Outdated { why });
     }
 
     fn note_full(&mut self, what: &str) {
@@ -229,19 +246,19 @@ impl Thread {
 
     /// Applies a slice of the raft log, so that a change of the goal is seen soon.
     fn apply(&mut self, goal: u64) {
-        let first = (self.database.applied() + 1).max(ORIGIN + 1);
+        let first = (self.databases.applied() + 1).max(ORIGIN + 1);
         let last = goal.min(first + SLICE);
-        let Self { database, log, shared, .. } = self;
+        let Self { databases, log, shared, .. } = self;
         let mut failed = None;
         let result = log.entries_between(first, last, &mut |entry| {
             let applied = if entry.get_entry_type() == EntryType::EntryNormal && !entry.data.is_empty() {
                 let parts = transaction::parts_at_end(&entry.data).filter(|parts| *parts > 1).unwrap_or(0);
                 shared.finishing.store(u64::from(parts), Ordering::Relaxed);
-                let applied = database.apply(entry.index, entry.term, &entry.data, log);
+                let applied = databases.apply(entry.index, entry.term, &entry.data, log);
                 shared.finishing.store(0, Ordering::Relaxed);
                 applied
             } else {
-                database.apply_empty(entry.index, entry.term)
+                databases.apply_empty(entry.index, entry.term)
             };
             applied.map_err(|error| {
                 failed = Some(error);
@@ -258,7 +275,8 @@ impl Thread {
                 self.full_until = Some(Instant::now() + FULL_PAUSE);
                 self.note_full("applying to the database");
             }
-            // Another start from the checkpoint would end the same way: the copy is wrong, or this program too old for it.
+            (Some(error), _) if error.is_of_newer_program() => self.mark_outdated(&error),
+            // Another start from the checkpoint would end the same way.
             (
                 Some(
                     error @ (ApplyError::Diverged { .. } | ApplyError::Command { .. } | ApplyError::OutOfOrder { .. }),
@@ -273,20 +291,25 @@ impl Thread {
     }
 
     fn promote(&mut self, epoch: u64) {
-        if self.broken {
+        if let Some(halt) = self.halt {
             self.refused = epoch;
-            let why = "this copy of the database is not to be trusted".to_owned();
-            return self.report(DatabaseEvent::Failed { epoch, why });
+            let why = match halt {
+                Halt::Distrusted => "this copy of the database is not to be trusted",
+                Halt::Outdated => "a newer program than this one has written to the raft log: upgrade this node",
+            };
+            return self.report(DatabaseEvent::Failed { epoch, why: why.to_owned() });
         }
-        if self.database.is_empty() {
+        let empty: Vec<_> = self.databases.empty().collect();
+        if !empty.is_empty() {
             self.told_empty = Some(epoch);
-            return self.report(DatabaseEvent::Empty { epoch });
+            return self.report(DatabaseEvent::Empty { epoch, databases: empty });
         }
         let proposer = Proposer { epoch, sender: self.sender.clone(), log: self.log.clone() };
-        match self.database.promote(epoch, Arc::new(proposer)) {
-            Ok(database) => {
+        let proposer: Arc<dyn Replicator> = Arc::new(proposer);
+        match self.databases.promote(epoch, &proposer) {
+            Ok(databases) => {
                 self.epoch = Some(epoch);
-                self.report(DatabaseEvent::Promoted { epoch, database });
+                self.report(DatabaseEvent::Promoted { epoch, databases });
             }
             Err(error @ DatabaseError::Diverged { .. }) => self.mark_diverged(error.to_string()),
             Err(error) => {
@@ -306,7 +329,7 @@ impl Thread {
     fn demote(&mut self, goal: &Goal) {
         let start = Instant::now();
         let ms = |start: Instant| start.elapsed().as_millis() as u64;
-        while let Err(error) = self.database.close(Instant::now() + self.deadline) {
+        while let Err(error) = self.databases.close(Instant::now() + self.deadline) {
             // Another process could not close it sooner, and this one can say what it waits for. The others go on meanwhile.
             let Some(trouble) = trouble() else {
                 return self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis()));
@@ -316,14 +339,14 @@ impl Thread {
         let closed_ms = ms(start);
         self.epoch = None;
         // Behind again: others should rather be primary until the file is read and the raft log re-applied.
-        self.shared.applied.store(self.database.applied(), Ordering::Relaxed);
+        self.shared.applied.store(self.databases.applied(), Ordering::Relaxed);
         if goal.demotion != self.demotion {
             self.tell_demotion(goal.demotion);
         }
         let stops = || self.shared.lock().goal.stop;
-        match self.database.reopen(&|| !stops()) {
+        match self.databases.reopen(&|| !stops()) {
             Ok(()) => {
-                let (index, ms) = (self.database.applied(), ms(start));
+                let (index, ms) = (self.databases.applied(), ms(start));
                 info!(index, closed_ms, ms, "database closed, raft log is re-applied from its checkpoint");
             }
             Err(_) if stops() => info!(closed_ms, "database closed; the next start reads it again"),
@@ -341,9 +364,9 @@ impl Thread {
                 continue;
             }
             self.settle();
-            let result = self.database.rest();
+            let result = self.databases.console_mut().rest();
             if result.is_ok() {
-                self.checkpoints.rests(&self.database);
+                self.checkpoints.rests(&self.databases);
             }
             match result {
                 // On a full disk nobody gets a snapshot; that is no reason to end the primary.
@@ -361,10 +384,11 @@ impl Thread {
     /// Answers everybody who makes a copy. Whoever does not wait any more asks again.
     fn copy(&mut self) {
         let requests = std::mem::take(&mut self.shared.lock().mailbox.copies);
+        let database = self.databases.console_mut();
         for request in requests {
             match request {
-                CopyRequest::Begin(reply) => drop(reply.send(self.database.begin_copy())),
-                CopyRequest::Finish(copy, reply) => drop(reply.send(self.database.finish_copy(&copy))),
+                CopyRequest::Begin(reply) => drop(reply.send(database.begin_copy())),
+                CopyRequest::Finish(copy, reply) => drop(reply.send(database.finish_copy(&copy))),
             }
         }
     }
@@ -372,7 +396,7 @@ impl Thread {
     /// Lets a scrub go on, when there is nothing more important to do.
     fn scrub(&mut self) {
         let read = self.shared.lock().mailbox.read.take();
-        match self.scrub.turn(read, &mut self.database) {
+        match self.scrub.turn(read, self.databases.console_mut()) {
             Finding::Nothing => {}
             Finding::Clean => {
                 self.sender.send(Input::Warning { about: Warning::Scrub, text: None });
@@ -393,7 +417,7 @@ impl Thread {
     fn take_saved(&mut self) {
         let saved = self.shared.lock().mailbox.saved.take();
         let Some(outcome) = saved else { return };
-        let taken = self.checkpoints.take(outcome, &mut self.database);
+        let taken = self.checkpoints.take(outcome, &mut self.databases);
         if matches!(taken, Ok(true)) {
             self.told_full &= self.full_until.is_some();
         }
@@ -415,13 +439,14 @@ impl Thread {
             self.demote(goal);
         }
         let pinned = self.shared.lock().goal.pinned;
-        let closed = self.epoch.is_some() || self.database.is_closed();
+        let closed = self.epoch.is_some() || self.databases.is_closed();
         self.settle();
-        if !closed && !self.broken && !self.database.is_empty() && !pinned {
-            let begun = self.checkpoints.begin(&mut self.database);
+        let distrusted = self.halt == Some(Halt::Distrusted);
+        if !closed && !distrusted && self.databases.empty().next().is_none() && !pinned {
+            let begun = self.checkpoints.begin(&mut self.databases);
             self.bear(begun);
             self.settle();
-        } else if self.broken {
+        } else if distrusted {
             warn!("the database is left as it is: it needs to be restored");
         }
         self.ended = true;

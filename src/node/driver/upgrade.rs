@@ -7,7 +7,7 @@ use tracing::{error, info};
 
 use super::Driver;
 use crate::{
-    cluster::{Change, Phase, level::outdated},
+    cluster::{Cause, Change, Phase, level::outdated},
     node::{Exit, lease::boottime, warning::Warning},
 };
 
@@ -65,6 +65,14 @@ impl Driver {
                 (&membership.shared.level_version, membership.shared.level),
             )));
         }
+    }
+
+    /// A newer program has written an entry that this one cannot apply: this node keeps its vote and its raft log, and serves
+    /// nothing. Only members of a level that this program does not have may write one (`crate::cluster::level`).
+    pub(super) fn entry_outdated(&mut self, why: String) {
+        self.cluster.set_unfit_until(boottime(), u64::MAX);
+        self.cluster.give_up(boottime(), Cause::DatabaseFailed);
+        self.told_outdated(why);
     }
 
     /// A member refuses this node because of its program.

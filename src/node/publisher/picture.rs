@@ -11,7 +11,7 @@ use crate::{
         history::Recent,
         lease::boottime,
         members::{Members, disk_of, level_of},
-        serving::OpenDatabase,
+        serving::OpenDatabases,
         status::{MemberStatus, Status},
     },
     peer::Condition,
@@ -20,7 +20,7 @@ use crate::{
 
 impl Publisher {
     /// Publishes a new picture if anything changed that somebody may wait for.
-    pub fn publish(&mut self, seen: &Seen, members: &mut Members, database: &OpenDatabase) {
+    pub fn publish(&mut self, seen: &Seen, members: &mut Members, open: &OpenDatabases) {
         let primary = self.primary(seen.cluster, members);
         let shown = (seen.cluster.epoch(), primary);
         let stale = std::mem::take(&mut self.stale) | members.take_news();
@@ -33,14 +33,14 @@ impl Publisher {
         }
         let mut status = self.picture(seen, members);
         status.primary = primary;
-        status.serving = self.phase == Phase::Primary && database.lend();
+        status.serving = self.phase == Phase::Primary && open.lend();
         status.warnings = self.sentences(&status, members);
         gauges::show(&status);
         // Whoever reads that this node serves finds the database.
         let serving = status.serving;
         self.sender.send_replace(Arc::new(status));
         if !serving {
-            database.withdraw();
+            open.withdraw();
         }
     }
 
