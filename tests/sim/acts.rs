@@ -3,7 +3,11 @@
 
 use twistlock_ha::cluster::Change;
 
-use super::{node::MILLI, world::World};
+use super::{
+    databases::{IDS, database_of, decode},
+    node::MILLI,
+    world::World,
+};
 
 impl World {
     /// Pauses automatic takeover for ever, and waits until every node knows.
@@ -57,6 +61,24 @@ impl World {
             self.step();
         }
         self.time - begin
+    }
+
+    /// Runs calmly for so many milliseconds.
+    pub fn run_for(&mut self, ms: u64) {
+        self.run_until(self.time + ms * MILLI);
+    }
+
+    /// Installs a program that knows so many of the databases, which takes a restart.
+    pub fn install_databases(&mut self, at: usize, count: usize) {
+        self.nodes[at].knows = &IDS[..count];
+        self.crash(at);
+    }
+
+    /// The node has met an entry of a database that it does not know, and went no further.
+    pub fn assert_halted(&self, at: usize) {
+        let node = &self.nodes[at];
+        let next = node.log.read(|image| image.entry(node.databases.applied() + 1).cloned()).expect("there is more");
+        assert!(node.halted && decode(&next.data).is_some_and(|value| !node.knows.contains(&database_of(value))));
     }
 
     /// A node has much to replay, for so many nanoseconds from now on.

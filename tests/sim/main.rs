@@ -3,6 +3,7 @@
 //! are run. Owns no real time, no real files, no threads inside one seed.
 
 mod acts;
+mod databases;
 mod disk;
 mod memory;
 mod network;
@@ -196,6 +197,38 @@ fn a_member_that_is_behind_for_a_moment_carries_the_order_out() {
     println!("{elsewhere} of {} handovers went to another member", ROUNDS * ROUNDS);
     // The network of the simulation delays one message in fifty by up to 400 ms.
     assert!(elsewhere < ROUNDS * ROUNDS / 20, "{elsewhere} handovers went to another member");
+}
+
+/// It keeps its vote and its raft log, and whoever installs a program that knows the database finds everything there.
+#[test]
+fn a_member_that_does_not_know_a_database_votes_and_never_serves() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, 3, Timing::default());
+        world.heal();
+        world.run_until(CALM);
+        let primary = world.primary().expect("somebody serves");
+        let (older, third) = ((primary + 1) % 3, (primary + 2) % 3);
+        world.install_databases(older, 1);
+        world.run_for(3_000);
+        world.assert_halted(older);
+        // It is one of the two that acknowledge, and one of the two that elect.
+        world.stop(third);
+        let before = world.summary().acknowledged;
+        world.run_for(1_000);
+        assert!(world.summary().acknowledged > before + 10, "seed {seed}: its acknowledgements do not count");
+        world.start(third);
+        world.run_for(3_000);
+        world.stop(primary);
+        world.run_for(5_000);
+        assert_eq!(world.primary(), Some(third), "seed {seed}: it has voted");
+        world.assert_halted(older);
+        world.start(primary);
+        world.install_databases(older, 2);
+        world.run_for(5_000);
+        world.hand_over_primary(Some(older));
+        assert_eq!(world.primary(), Some(older), "seed {seed}: the newer program goes on where the older one stopped");
+        world.assert_alive();
+    }
 }
 
 /// The checks can fail: a lease that outlives the voters' promise opens two nodes' ports, and that is found.

@@ -5,12 +5,16 @@
 use raft::eraftpb::{ConfState, Message, MessageType};
 use rand::RngExt;
 use std::collections::BTreeMap;
-use twistlock_ha::cluster::{
-    Membership, Phase,
-    reach::{self, Claim, Known, Reach, Standing},
+use twistlock_ha::{
+    cluster::{
+        Membership, Phase,
+        reach::{self, Claim, Known, Reach, Standing},
+    },
+    storage::databases::Databases,
 };
 
 use super::{
+    databases::{IDS, Values, empty},
     disk::{Image, SimLog},
     node::{Event, MILLI, Node},
     world::World,
@@ -28,7 +32,7 @@ pub struct Caller {
 pub struct Copy {
     image: Image,
     conf: (ConfState, u64),
-    checkpoint: (Vec<u64>, u64),
+    checkpoint: Databases<Values>,
     membership: (Membership, u64),
     kept: (Reach, BTreeMap<u64, Known>),
     edition: u64,
@@ -73,10 +77,10 @@ impl Node {
         self.newest.clear();
         self.follow();
         let claim = self.claim();
-        let short = self.checkpoint.1 > claim.last || self.mind.0.missing(&claim).is_some();
+        let short = self.checkpoint.newest() > claim.last || self.mind.0.missing(&claim).is_some();
         self.forgotten |= short && !trusting;
-        if trusting && self.checkpoint.1 > claim.last {
-            self.checkpoint = (Vec::new(), 1);
+        if trusting && self.checkpoint.newest() > claim.last {
+            self.checkpoint = empty(&IDS);
         }
         if self.forgotten {
             self.mind.1.clear();
@@ -218,21 +222,24 @@ impl World {
         let from = &self.nodes[source];
         let mut image = from.log.durable(Image::clone);
         // The database file of a primary is as of its last transaction: the log begins behind that.
-        image.entries.truncate(from.applied as usize - 1);
-        let written = |entry: &raft::eraftpb::Entry| entry.data.len() == 8 && entry.context.is_empty();
-        let index = image.entries.iter().rfind(|entry| written(entry)).map_or(from.applied, |entry| entry.index);
+        let applied = from.databases.applied();
+        image.entries.truncate(applied as usize - 1);
+        let written = |entry: &raft::eraftpb::Entry| !entry.data.is_empty() && entry.context.is_empty();
+        let index = image.entries.iter().rfind(|entry| written(entry)).map_or(applied, |entry| entry.index);
+        let mut databases = from.databases.clone();
+        databases.iter_mut().for_each(|database| database.applied = index);
         image.entries.truncate(index as usize - 1);
         image.hard_state.term = from.cluster.as_ref().map_or(1, |cluster| cluster.epoch());
         (image.hard_state.vote, image.hard_state.commit) = (id, index);
         let copy = Copy {
             image,
             conf: from.log.conf(),
-            checkpoint: (from.database.clone(), index),
+            checkpoint: databases,
             membership: from.membership.clone(),
             kept: Default::default(),
             edition: 0,
         };
-        self.note(format!("node {id} begins again at index {}", copy.checkpoint.1));
+        self.note(format!("node {id} begins again at index {}", copy.checkpoint.applied()));
         let node = &mut self.nodes[at];
         copy.put(node);
         (node.forgotten, node.copy) = (false, None);
@@ -273,7 +280,7 @@ impl World {
         has.put(node);
         let itself = node.forgotten || {
             let claim = node.claim();
-            node.checkpoint.1 > claim.last || node.noted.0.missing(&claim).is_some()
+            node.checkpoint.newest() > claim.last || node.noted.0.missing(&claim).is_some()
         };
         let standing = Standing::Whole(self.nodes[at].claim());
         let id = self.nodes[at].id;

@@ -4,14 +4,18 @@ use std::collections::{BTreeMap, VecDeque};
 
 use raft::eraftpb::{ConfState, Message};
 use rand::{RngExt, rngs::SmallRng};
-use twistlock_ha::cluster::{
-    Cluster, ClusterId, Member, Membership,
-    reach::{Known, Reach, Standing},
-    roster::SizePolicy,
-    shared::Request,
+use twistlock_ha::{
+    cluster::{
+        Cluster, ClusterId, Member, Membership,
+        reach::{Known, Reach, Standing},
+        roster::SizePolicy,
+        shared::Request,
+    },
+    storage::databases::Databases,
 };
 
 use super::{
+    databases::{IDS, Values, empty},
     disk::SimLog,
     memory::{Caller, Copy},
 };
@@ -140,11 +144,13 @@ pub struct Node {
     /// What the supervisor has open, and the deadline in the port guard's memory.
     pub open: bool,
     pub lease: u64,
-    /// Values in the database, in order, and the raft index it stands at.
-    pub database: Vec<u64>,
-    pub applied: u64,
-    /// The state that survives a crash.
-    pub checkpoint: (Vec<u64>, u64),
+    /// The databases that its program knows.
+    pub knows: &'static [u32],
+    pub databases: Databases<Values>,
+    /// Its program does not know the database of the next entry: it applies nothing more.
+    pub halted: bool,
+    /// The state that survives a crash; each database has its own index.
+    pub checkpoint: Databases<Values>,
     pub waiting: Vec<Waiting>,
     /// The last own transaction that this primary released: visible in its database before it is applied from the log.
     pub released: u64,
@@ -198,9 +204,10 @@ impl Node {
             offset: rng.random_range(0..1_000_000 * MILLI),
             open: false,
             lease: 0,
-            database: Vec::new(),
-            applied: 1,
-            checkpoint: (Vec::new(), 1),
+            knows: &IDS,
+            databases: empty(&IDS),
+            halted: false,
+            checkpoint: empty(&IDS),
             waiting: Vec::new(),
             released: 0,
             disk_busy: 0,

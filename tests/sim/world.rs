@@ -7,11 +7,13 @@ use std::{
 
 use raft::eraftpb::EntryType;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
-use twistlock_ha::cluster::{
-    Cause, Change, Cluster, Configured, Membership, Newcomer, Output, Phase, Start, Timing, Transition,
+use twistlock_ha::{
+    cluster::{Cause, Change, Cluster, Configured, Membership, Newcomer, Output, Phase, Start, Timing, Transition},
+    storage::database::ApplyError,
 };
 
 use super::{
+    databases::{Nothing, compare, decode, empty, encode, known},
     disk::SimLog,
     node::{Event, Keep, MILLI, NEW, Node, OLD, Summary, Waiting, majority, request},
 };
@@ -36,6 +38,8 @@ pub struct World {
     pub tells: f64,
     /// What the cluster decided, by index, as first seen applied anywhere.
     decided: BTreeMap<u64, (u64, Option<u64>)>,
+    /// What each database was at an index, as first seen anywhere.
+    states: BTreeMap<(u64, u32), u64>,
     acknowledged: BTreeSet<u64>,
     highest_ack: u64,
     epochs: BTreeMap<u64, u64>,
@@ -50,6 +54,8 @@ pub struct World {
     pub datagrams: bool,
     /// Apart, so that a seed without datagrams runs as it always did.
     pub(super) datagram_rng: SmallRng,
+    /// Apart as well: which of the databases have their checkpoint on the disk at a crash.
+    pub(super) checkpoint_rng: SmallRng,
     /// Whom each voter chose, by epoch.
     pub(super) votes: BTreeMap<(u64, u64), u64>,
     /// Nobody is removed before.
@@ -78,6 +84,7 @@ impl World {
             late: 0.02,
             tells: 0.8,
             decided: BTreeMap::new(),
+            states: BTreeMap::new(),
             acknowledged: BTreeSet::new(),
             highest_ack: 0,
             epochs: BTreeMap::new(),
@@ -87,6 +94,7 @@ impl World {
             trusting: false,
             datagrams: false,
             datagram_rng: SmallRng::seed_from_u64(seed.wrapping_add(0xDA7A)),
+            checkpoint_rng: SmallRng::seed_from_u64(seed.wrapping_add(0xC4EC)),
             votes: BTreeMap::new(),
             no_removal_until: 0,
             summary: Summary::default(),
@@ -120,17 +128,18 @@ impl World {
         let node = &mut self.nodes[at];
         node.life += 1;
         node.remember(self.trusting);
-        (node.database, node.applied) = node.checkpoint.clone();
+        node.databases = known(node.knows, &node.checkpoint);
+        node.halted = false;
         if node.forgotten {
-            (node.database, node.applied) = (Vec::new(), 1);
+            node.databases = empty(node.knows);
         } else {
-            node.log.raise_commit(node.applied);
+            node.log.raise_commit(node.databases.newest());
         }
         let forgotten = node.forgotten;
         let log = if forgotten { SimLog::new(self.size) } else { node.log.clone() };
         let now = node.clock(time);
         let (membership, membership_index) = (&node.membership.0, node.membership.1);
-        let (conf_index, applied) = (log.conf_index(), node.applied);
+        let (conf_index, applied) = (log.conf_index(), node.databases.applied());
         let level = if self.blind { u32::MAX } else { node.level };
         let start = Start { membership, membership_index, conf_index, applied, level, forgotten };
         let cluster = Cluster::new(&start, node.id, self.timing, log, now);
@@ -234,10 +243,10 @@ impl World {
         let open: Vec<_> = self.nodes.iter().filter(|node| node.ports_open(self.time)).map(|node| node.id).collect();
         assert_eq!(open.len(), 1, "nodes with open ports after the calm: {open:?} {:?}", self.trace);
         let primary = self.nodes.iter().find(|node| node.ports_open(self.time)).expect("there is one");
-        let mut values: BTreeSet<_> = primary.database.iter().copied().collect();
+        let mut values: BTreeSet<_> = primary.databases.iter().flat_map(|database| database.values.clone()).collect();
         // What was released a moment ago may not be in the database yet.
-        let value = |index| primary.log.read(|image| image.entry(index)?.data.as_ref().try_into().ok());
-        values.extend((primary.applied + 1..=primary.released).filter_map(value).map(u64::from_le_bytes));
+        let value = |index| primary.log.read(|image| decode(&image.entry(index)?.data));
+        values.extend((primary.databases.applied() + 1..=primary.released).filter_map(value));
         assert!(self.acknowledged.is_subset(&values), "an acknowledged write is gone");
         let before = self.acknowledged.len();
         self.run_until(self.time + 200 * MILLI);
@@ -419,7 +428,7 @@ impl World {
             }
             // A read through open ports must show every write acknowledged so far.
             assert!(
-                self.highest_ack <= node.applied.max(node.released),
+                self.highest_ack <= node.databases.applied().max(node.released),
                 "node {} serves a stale database at {}",
                 node.id,
                 self.time
@@ -428,7 +437,7 @@ impl World {
             let Some(cluster) = node.cluster.as_mut() else { continue };
             let (value, epoch) = (self.next_value, cluster.epoch());
             self.next_value += 1;
-            if let Ok(index) = cluster.propose(now, epoch, value.to_le_bytes().to_vec()) {
+            if let Ok(index) = cluster.propose(now, epoch, encode(value)) {
                 node.waiting.push(Waiting { index, epoch, value });
             }
             self.drive(at);
@@ -550,16 +559,20 @@ impl World {
         self.apply(at, output.apply);
         self.release(at, output.committed, epoch);
         if let Some(epoch) = output.promote {
+            let (node, applied) = (&self.nodes[at], self.nodes[at].databases.applied());
             assert!(
-                self.highest_ack <= self.nodes[at].applied,
-                "node {} is promoted in epoch {epoch} at index {} without the acknowledged write {}: {:?}",
-                self.nodes[at].id,
-                self.nodes[at].applied,
+                self.highest_ack <= applied || node.halted,
+                "node {} is promoted in epoch {epoch} at index {applied} without the acknowledged write {}: {:?}",
+                node.id,
                 self.highest_ack,
                 self.trace
             );
             let (delay, life) = (self.rng.random_range(MILLI..20 * MILLI), self.nodes[at].life);
-            let event = if self.nodes[at].unfit { Event::CannotOpen { life } } else { Event::Promoted { life, epoch } };
+            let event = if self.nodes[at].unfit || self.nodes[at].halted {
+                Event::CannotOpen { life }
+            } else {
+                Event::Promoted { life, epoch }
+            };
             self.schedule(delay, at, event);
         }
     }
@@ -597,21 +610,33 @@ impl World {
     }
 
     fn apply(&mut self, at: usize, up_to: u64) {
-        let node = &mut self.nodes[at];
-        for index in node.applied + 1..=up_to {
+        let (node, time) = (&mut self.nodes[at], self.time);
+        for index in node.databases.applied() + 1..=up_to {
+            if node.halted {
+                return;
+            }
             let entry = node.log.read(|image| image.entry(index).cloned()).expect("applied entries are in the log");
             let durable = node.log.durable(|image| image.entry(index).map(|entry| entry.term));
             assert_eq!(durable, Some(entry.term), "index {index} was applied before it was durable here");
             let normal = entry.get_entry_type() == EntryType::EntryNormal;
-            let value = entry.data.as_ref().try_into().map(u64::from_le_bytes).ok().filter(|_| normal);
+            let value = decode(&entry.data).filter(|_| normal);
             let first = *self.decided.entry(index).or_insert((entry.term, value));
             assert_eq!(first, (entry.term, value), "node {} differs at index {index}", node.id);
-            node.database.extend(value);
-            node.applied = index;
+            let applied = match value {
+                Some(_) => node.databases.apply(index, entry.term, &entry.data, &Nothing),
+                None => node.databases.apply_empty(index, entry.term),
+            };
+            node.halted = applied.as_ref().is_err_and(ApplyError::is_of_newer_program);
+            if node.halted {
+                let now = node.clock(time);
+                node.cluster.as_mut().expect("it is running").set_unfit_until(now, u64::MAX);
+                return;
+            }
+            applied.expect("all comes in order");
+            compare(&mut self.states, node, index);
         }
         if self.rng.random_bool(0.02) && self.nodes[at].keeping.is_empty() {
-            let node = &mut self.nodes[at];
-            node.checkpoint = (node.database.clone(), node.applied);
+            self.checkpoint(at);
         }
     }
 
@@ -624,7 +649,7 @@ impl World {
         for write in done {
             assert_eq!(write.epoch, epoch, "a write was confirmed in another epoch than its own");
             let holders = self.nodes.iter().filter(|node| {
-                let value = write.value.to_le_bytes();
+                let value = encode(write.value);
                 // What a node had before it forgot was acknowledged in good faith.
                 node.ever_forgot
                     || node
@@ -647,6 +672,8 @@ impl World {
     fn check(&self) {
         let open: Vec<_> = self.nodes.iter().filter(|node| node.ports_open(self.time)).map(|node| node.id).collect();
         assert!(open.len() <= 1, "ports are open on nodes {open:?} at {} ms", self.time / MILLI);
+        let halted = self.nodes.iter().find(|node| node.halted && node.ports_open(self.time));
+        assert!(halted.is_none(), "a node serves without what it does not know");
         let outdated = self.nodes.iter().find(|node| node.ports_open(self.time) && node.level < self.in_force);
         if let Some(node) = outdated {
             panic!(
