@@ -5,4 +5,5 @@ mod replaced;
 mod resting;
 #[allow(unsafe_code, reason = "blob I/O and the error codes of SQLite are reached through its C interface")]
 mod support;
+mod two;
 mod workload;
