@@ -158,7 +158,7 @@ impl Write for Sink {
 /// # Errors
 /// Those of reading and writing.
 pub(super) fn write(file: File, manifest: &Manifest, database: impl Read, secret: Option<&Secret>) -> io::Result<()> {
-    // The fast level: what the others save is not worth the processor of a host that serves.
+    // The fast level: what the others save is not worth the processor time of a host that serves.
     let mut tar = tar::Builder::new(GzEncoder::new(Sink::new(file, secret)?, Compression::fast()));
     let header = |bytes: u64| {
         let mut header = tar::Header::new_gnu();

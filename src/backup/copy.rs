@@ -23,8 +23,8 @@ use crate::{
     },
 };
 
-/// How often a copy is begun again when a change of the role, or a checkpoint that had to be made, ended it; and how long
-/// afterwards.
+/// How often a copy is begun again after a change of the role or a necessary checkpoint ended it, and how long the
+/// pause is.
 const TRIES: u32 = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 /// How often pages that have changed are read again before the copy is given up.

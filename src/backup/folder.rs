@@ -1,5 +1,5 @@
-//! The folder of the backups: which there are, free space, and a place to work in. Every path is made of a [`BackupId`] or of a
-//! name that stands here. Must never delete or rename anything else in that folder.
+//! The folder of the backups: which backups there are, how much space is free, and a place to work in. Every path is
+//! made of a [`BackupId`] or of a name in this file. Must never delete or rename anything else in that folder.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -22,7 +22,7 @@ use crate::{
 const MAX_ENTRIES: usize = 10_000;
 /// What the name of a workshop begins with; the number of the member follows.
 const WORKSHOP: &str = ".work-";
-/// A workshop in which nothing was made for so long was left behind.
+/// A workshop without a new file for this long was left behind.
 const ABANDONED: Duration = Duration::from_secs(3600);
 /// Free space that is left to everything else on the same file system, in bytes.
 const SPARE: u64 = 64 << 20;
@@ -34,7 +34,7 @@ pub(super) struct Folder {
     node: NodeId,
 }
 
-/// What a file is known by on every member that shares its folder.
+/// What identifies a file on every member that shares its folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Mark {
     pub inode: u64,
@@ -84,7 +84,7 @@ impl Folder {
         Ok(self.marked()?.into_iter().map(|(backup, _)| backup).collect())
     }
 
-    /// All backups, newest first, each with what tells its file from all others.
+    /// All backups, newest first, each with the mark of its file.
     pub fn marked(&self) -> Result<Vec<(Backup, Mark)>, BackupError> {
         let entries = match fs::read_dir(&self.path) {
             Ok(entries) => entries,
@@ -95,7 +95,7 @@ impl Folder {
             .flatten()
             .filter_map(|entry| {
                 let id = BackupId::parse(entry.file_name().to_str()?)?;
-                // Not of what a link points to.
+                // Of the file itself, not of what a link points to.
                 let found = entry.metadata().ok().filter(fs::Metadata::is_file)?;
                 let changed = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
                 Some((describe(&id, found.len()), Mark { inode: found.ino(), changed, bytes: found.len() }))
@@ -135,7 +135,7 @@ impl Folder {
     pub fn publish(&self, made: &Path, id: &BackupId) -> Result<(), BackupError> {
         let path = self.place(id);
         if path.exists() && Kind::AUTOMATIC.contains(&id.kind()) {
-            // Another member that shares the folder was faster by less than a second: that one is as good.
+            // Another member that shares the folder was less than a second faster: its backup is as good.
             return fs::remove_file(made).map_err(BackupError::io("delete", made));
         }
         if path.exists() {
@@ -144,7 +144,7 @@ impl Folder {
         fs::rename(made, &path).and_then(|()| fsync_dir(&self.path)).map_err(BackupError::io("rename", &path))
     }
 
-    /// Lets the same file be a backup of another kind, too; it takes no space.
+    /// Makes the file a backup of another kind as well, which takes no space.
     pub fn link(&self, from: &BackupId, to: &BackupId) -> Result<(), BackupError> {
         let (old, new) = (self.place(from), self.place(to));
         let linked = match fs::hard_link(&old, &new) {
@@ -203,7 +203,7 @@ impl Folder {
     }
 }
 
-/// What is told of a backup of this name and length.
+/// What is shown of a backup of this name and length.
 pub(super) fn describe(id: &BackupId, bytes: u64) -> Backup {
     Backup {
         id: id.to_string(),

@@ -104,7 +104,7 @@ impl Jobs {
         let running = self.table().running.clone().filter(|job| job.number == number);
         if let Some(job) = running {
             let mut ended = job.ended.subscribe();
-            // Not over in time: then the picture has no outcome of it either.
+            // Not over in time: the picture has no outcome yet.
             let _ = timeout(limit, ended.wait_for(|ended| *ended)).await;
         }
         self.table().last.clone().filter(|last| last.number == number)
@@ -139,7 +139,7 @@ impl Jobs {
         (table.running.as_ref().map(|job| job.picture()), table.last.clone())
     }
 
-    /// Refuses to touch the backup that something is being done with.
+    /// Refuses work on the backup that is in use.
     pub fn check_free(&self, id: &str) -> Result<(), BackupError> {
         let table = self.table();
         let busy = table.running.as_ref().is_some_and(|job| job.id == id);

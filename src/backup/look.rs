@@ -1,5 +1,5 @@
-//! Looks at the disk of the backups, which may be one of the network that does not answer. Must never leave more than a few threads
-//! waiting for it, nor anybody who asked.
+//! Looks at the disk of the backups, which may be a network disk that does not answer. Must never leave more than a few
+//! threads waiting for it, nor anybody who asked.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -7,7 +7,7 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{BackupError, blocking};
 
-/// Looks at the same time; each one that hangs keeps a thread for as long as it does.
+/// How many looks may run at once; each one that hangs keeps its thread meanwhile.
 const AT_ONCE: usize = 4;
 /// How long anybody waits for a turn, and then for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);

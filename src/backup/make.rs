@@ -32,7 +32,7 @@ use crate::{
 /// Names in the workshop.
 const COPY: &str = "copy.db";
 const ARCHIVE: &str = "archive";
-/// What of an unpacked database may wait to be written to the disk, in bytes.
+/// Bytes of an unpacked database that may wait to be written to the disk.
 const WRITTEN_AT_ONCE: usize = 8 << 20;
 /// Pieces in which the copy is packed, in bytes.
 const PIECE: u64 = 1 << 20;
@@ -102,7 +102,8 @@ impl Backups {
         Ok((self.jobs.begin(Work::Create, id.to_string())?, id))
     }
 
-    /// Makes the backup whose turn it is. True if there is one now. `record` is that of who wants it, if anybody does.
+    /// Makes the backup whose turn it is. True if there is one now. `record` belongs to whoever asked for it, if
+    /// anybody did.
     pub(super) async fn make(self: &Arc<Self>, job: &Arc<Job>, id: &BackupId, record: Option<Record>) -> bool {
         let result = self.steps(job, id).await;
         if let Some(record) = record {
@@ -228,7 +229,7 @@ impl Backups {
         let (all, path, unpacking) = (self.clone(), path.to_owned(), Arc::clone(job));
         let (manifest, workshop) = blocking(move || {
             let workshop = all.folder.workshop()?;
-            // A key that is lost must not keep what was never encrypted.
+            // A lost key must not block a backup that was never encrypted.
             let secret = if sealed { all.secret()? } else { None };
             let to = workshop.join(COPY);
             let mut file = create(&to)?;
@@ -260,7 +261,7 @@ impl Backups {
     }
 }
 
-/// A backup of another time under this name would be brought back in the belief that it is this one.
+/// Refuses a backup of another time under this name: somebody would restore it as if it were this one.
 pub(super) fn check_time(id: &BackupId, manifest: &Manifest) -> Result<(), BackupError> {
     if id.time == manifest.created {
         return Ok(());
@@ -271,7 +272,7 @@ pub(super) fn check_time(id: &BackupId, manifest: &Manifest) -> Result<(), Backu
     )))
 }
 
-/// Reads at a pace that leaves something to others, and tells how far it is.
+/// Reads at a pace that leaves time to others, and tells how far it is.
 struct Paced<'a> {
     inner: std::fs::File,
     job: &'a Job,

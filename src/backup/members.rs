@@ -14,7 +14,7 @@ use crate::{
     mutex::locked,
 };
 
-/// Backups in an answer to another member, the newest: what is older is counted.
+/// How many backups an answer to another member names: the newest. Older ones are only counted.
 const TOLD: usize = 2000;
 
 /// What a member has.
@@ -93,7 +93,7 @@ impl Backups {
         Ok(all)
     }
 
-    /// The result, and of a backup that is not here, where it is.
+    /// The result; for a backup that is not here, the error says where it is.
     pub(super) async fn or_where<T>(
         &self,
         id: &str,
@@ -101,7 +101,7 @@ impl Backups {
         result: Result<T, BackupError>,
     ) -> Result<T, BackupError> {
         let Err(BackupError::NotFound(why)) = result else { return result };
-        // Of what cannot be a backup no member is asked.
+        // No member is asked about what cannot be a backup.
         let known = if BackupId::parse(id).is_some() { self.all().await.ok() } else { None };
         let place = known.and_then(|all| self.place(id, way, &all, &self.round.picture()));
         Err(BackupError::NotFound(match place {

@@ -17,7 +17,7 @@ const PLAIN: &str = ".tar.gz";
 /// What the file name of an encrypted backup ends with.
 const SEALED: &str = ".tar.gz.sealed";
 
-/// How the names of backups begin that were fetched from the place of the copies.
+/// What the names of backups begin with that were fetched from the place of the copies.
 pub(super) const FETCHED: &str = "fetched-";
 
 /// What a backup was made for.
@@ -35,7 +35,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Those that are made, and deleted again, by themselves.
+    /// The kinds that are made and deleted automatically.
     pub const AUTOMATIC: [Self; 3] = [Self::Daily, Self::Weekly, Self::Monthly];
 
     /// The name of such backups; of a manual one it is up to the administrator.
@@ -49,7 +49,7 @@ impl Kind {
     }
 }
 
-/// A name that is good to be part of a file name.
+/// A name that may be part of a file name.
 ///
 /// # Errors
 /// [`BackupError::Name`], with what is allowed.
@@ -92,7 +92,7 @@ impl BackupId {
         };
         let (rest, seconds) = stem.rsplit_once('-')?;
         let time = seconds.parse().ok()?;
-        // A version may have a '-' in it, and so may a name: the last '-' behind which there is a version counts.
+        // Both may contain a '-': the last one that a version follows counts.
         let (name, version) = rest
             .rmatch_indices('-')
             .map(|(at, _)| (&rest[..at], &rest[at + 1..]))

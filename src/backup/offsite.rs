@@ -1,7 +1,7 @@
-//! Copies of the backups elsewhere: whatever is in this host's folder is brought to the place of `BACKUP_URL`, soon after it was
-//! made and again for as long as that fails; and copies are fetched from there. On a thread of its own that leaves the network
-//! and the processor to others. Must never harm a backup in the folder, nor delete a copy that is not an automatic backup of this
-//! very member beyond what is kept.
+//! Copies of the backups elsewhere: whatever is in this host's folder is brought to the place of `BACKUP_URL`, soon
+//! after it was made, and is tried again until that succeeds; and copies are fetched from there. On a thread of its own
+//! that leaves the network and the processor to others. Must never harm a backup in the folder, nor delete a copy that
+//! is not an automatic backup of this very member beyond what is kept.
 
 use std::{
     future::Future,
@@ -184,7 +184,7 @@ impl Backups {
         let here = self.folder.list()?;
         let todo = missing(&here, &there);
         let mut left = todo.len() as u32;
-        // One file that cannot be read does not keep the others.
+        // A file that cannot be read does not hold up the others.
         let mut problem = None;
         for backup in todo {
             self.offsite.note(|state| state.missing = left);

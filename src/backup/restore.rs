@@ -54,7 +54,7 @@ impl From<AdminError> for BackupError {
     }
 }
 
-/// What whoever asks for a restore knows, and accepts.
+/// What the person who asks for a restore knows and accepts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Agreed {
     /// The Console is closed for it.
@@ -83,7 +83,7 @@ impl RestoreFrom<'_> {
     }
 }
 
-/// The file that is restored: its name may be anybody's, what it is stands in it.
+/// The file that is restored. Its name may be anything; its content says what it is.
 struct Source {
     /// How it is called in messages and in the audit.
     label: String,
@@ -161,7 +161,7 @@ impl Backups {
         };
         let path = file.clone();
         let source = self.looks.run(&file, move || Source::of(&path)).await?;
-        // By its name already, if that says it: before anything is unpacked.
+        // Its name may say so already, before anything is unpacked.
         if let Some(id) = &source.id {
             self.check_version(&id.version)?;
         }
@@ -211,7 +211,7 @@ impl Backups {
         let (manifest, _workshop, copy) = self.unpack(file, source.sealed, job, accept).await?;
         job.step("prepares the database", 0);
         prepare(&copy, &source.label, by, record.ticket()).await?;
-        // Once more, while nothing is closed yet: unpacking takes its time, and others write, too.
+        // Checked again, while nothing is closed yet: unpacking takes time, and others write meanwhile.
         let (all, bytes) = (self.clone(), manifest.bytes());
         blocking(move || all.check_room(bytes, false)).await?;
         job.step("closes the Console", 0);
@@ -240,7 +240,8 @@ impl Backups {
         }
     }
 
-    /// There is room for the transaction on all members that vote; here also for the copy, if that is yet `to_unpack`.
+    /// There is room for the transaction on all members that vote; on this host also for the copy, if it is still
+    /// `to_unpack`.
     fn check_room(&self, bytes: u64, to_unpack: bool) -> Result<(), BackupError> {
         let data = &self.config.data;
         let status = self.node.status().borrow().clone();
@@ -277,7 +278,7 @@ fn check_member(member: &MemberStatus, needed: u64) -> Result<(), BackupError> {
             "the disk of {name} is full: free some space there first, or the restore does not come to it; nothing was changed"
         )));
     }
-    // A program that does not tell is one of before: the restore is given up if it does not take it.
+    // An older program does not tell: if it has no room, the restore is given up.
     match member.free.filter(|free| *free < needed) {
         None => Ok(()),
         Some(free) => Err(BackupError::Refused(format!(

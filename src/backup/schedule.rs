@@ -69,7 +69,7 @@ impl Backups {
         if !self.config.enabled {
             return;
         }
-        // Overdue is counted from the start while there is none, as with a folder that cannot be read.
+        // While there is none, or the folder cannot be read, what is overdue counts from the start.
         let newest = self.list().await.ok().and_then(|list| list.first().map(|backup| backup.time));
         metrics::gauge!(BACKUP_LAST_SUCCESS).set(newest.unwrap_or_else(unix_time) as f64);
         // Not all members at once, and none in the middle of a start.
@@ -122,7 +122,7 @@ impl Backups {
             warn!(%error, "the older automatic backups could not be tidied up");
             self.node.warn(Warning::Backup, Some(format!("old backups of this host could not be tidied up: {error}")));
         }
-        // Once more: its weekly and monthly twins are there now.
+        // Again: its weekly and monthly links are there now.
         self.offsite.wake();
         tidied.is_ok()
     }

@@ -111,7 +111,7 @@ pub struct BackupState {
 pub struct MemberBackups {
     /// Its name.
     pub node: String,
-    /// Its `DATA_RECOVERY_VOLUME`; none if it does not answer, as all that follows.
+    /// Its `DATA_RECOVERY_VOLUME`; none, like all that follows, if it does not answer.
     pub folder: Option<String>,
     /// Its `DATA_RECOVERY_ENABLED`.
     pub enabled: Option<bool>,
@@ -119,7 +119,7 @@ pub struct MemberBackups {
     pub backups: Option<u32>,
     /// When the newest was made, in seconds since 1970.
     pub newest: Option<u64>,
-    /// Why it is unknown what it has, as a sentence.
+    /// Why its backups are unknown, as a sentence.
     pub problem: Option<String>,
     /// When it was asked, in seconds since 1970.
     pub time: u64,
@@ -132,11 +132,11 @@ pub struct CopyState {
     pub url: String,
     /// What is being copied now.
     pub running: Option<CopyRunning>,
-    /// How many backups of this host are not there yet, by the last look.
+    /// How many backups of this host were not there yet at the last look.
     pub missing: u32,
-    /// When all that is in the folder was there last, in seconds since 1970.
+    /// When everything in the folder was last there, in seconds since 1970.
     pub complete: Option<u64>,
-    /// Why the last attempt failed, until one does not.
+    /// Why the last attempt failed; none after one that succeeded.
     pub problem: Option<String>,
 }
 

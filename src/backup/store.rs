@@ -142,7 +142,7 @@ impl Store {
         Ok(Self { inner, below: Key::from(below.trim_matches('/')), folder: None })
     }
 
-    /// In a folder, the files of one member are for it alone, whatever the rights are with which they are made: they hold all
+    /// In a folder, only the member itself may read its files, whatever rights they were made with: they hold all
     /// secrets of the Console.
     fn prepare(&self, place: &Place) -> Result<(), BackupError> {
         let Some(folder) = &self.folder else { return Ok(()) };

@@ -92,7 +92,7 @@ fn failed(kind: HttpErrorKind) -> impl Fn(io::Error) -> HttpError {
     move |error| HttpError::new(kind, error)
 }
 
-/// A request that broke off may be sent again: what it would write has one outcome however often that is.
+/// A request that broke off may be sent again: however often it is sent, it writes the same.
 fn broken(error: hyper::Error) -> HttpError {
     HttpError::new(HttpErrorKind::Request, error)
 }

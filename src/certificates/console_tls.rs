@@ -43,7 +43,7 @@ const SLOW_LOOK: Duration = Duration::from_secs(10);
 /// The names that this host's Console is known by, for the address that the members use.
 pub type LocalNames = Box<dyn Fn(&str) -> Vec<String> + Send + Sync>;
 
-/// See [`ConsoleTls::open`].
+/// What this node's Console serves.
 pub struct ConsoleTls {
     certificates: PathBuf,
     node: NodeId,
@@ -74,7 +74,7 @@ struct Upload {
     pair: Option<Arc<Pair>>,
 }
 
-/// What something can be wrong with; the index in `problems`.
+/// What can have a problem; the index in `problems`.
 #[derive(Clone, Copy)]
 enum About {
     Own,
@@ -185,8 +185,8 @@ impl ConsoleTls {
         Some(Shown { certificates, warnings })
     }
 
-    /// Signs the Console's key again when the certificate of the cluster's own authority ends or is for other names than
-    /// it should be. One of another authority in its place stays.
+    /// Signs the Console's key again when the certificate of the cluster's own authority ends or is for other names
+    /// than it should be. A certificate of another authority in its place stays.
     fn renew_own(&mut self, membership: &Membership, now: u64) -> Result<()> {
         let (Some(sealed), Some(member)) = (&membership.shared.authority, membership.get(self.node)) else {
             return Ok(());
@@ -283,7 +283,7 @@ impl ConsoleTls {
     }
 }
 
-/// What the administrator should know about clients that will not be content.
+/// Which clients will object to the certificate, for the administrator.
 fn lacking(certificates: &[CertificateStatus]) -> Option<String> {
     let console =
         certificates.iter().find(|certificate| certificate.of == "console" && !certificate.missing.is_empty())?;

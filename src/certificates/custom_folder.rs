@@ -56,7 +56,7 @@ impl CustomFolder {
         before != self.problem
     }
 
-    /// Takes what is there over, if it is good. True if something else is in use from now on.
+    /// Takes over what is there if it is good. True if something else is in use from now on.
     fn take(&mut self, now: u64) -> bool {
         let found = read(&self.path, self.seen).and_then(|pair| match pair {
             Some(pair) => pair.check(now).map(|()| Some(pair)),

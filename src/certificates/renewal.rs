@@ -44,8 +44,8 @@ pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>
     }
 }
 
-/// The first look, before anything of the certificate is loaded or told: one that is due is renewed, and nobody reads that it
-/// should have been. What goes wrong is said by [`keep`], which tries again.
+/// The first look, before any certificate is loaded or reported: one that is due is renewed before anybody reads that
+/// it is overdue. [`keep`] reports what goes wrong, and tries again.
 pub fn at_start(dir: &Path, membership: &Membership, node: NodeId) {
     let due = read(dir, NODE_CERTIFICATE).and_then(|pem| Ok(certificate_validity(&pem)?));
     if due.is_ok_and(|(from, until)| is_due(from, until, unix_time())) && renew(dir, membership, node).is_ok() {

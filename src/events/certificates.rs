@@ -1,5 +1,5 @@
-//! What is told of certificates: those that end, those of this node that are others than before, and what the whole cluster
-//! was given or replaces. Must never tell the same end of a certificate twice, or anything of a key.
+//! What the history says about certificates: which ones end, which ones of this node have changed, and what the whole
+//! cluster was given or replaces. Must never report the same end twice, or anything of a key.
 
 use std::{
     collections::BTreeMap,
@@ -112,7 +112,7 @@ fn replaced(name: &str, was: &CertificateStatus, now: &CertificateStatus) -> Eve
         ("console", true) => format!("the Console's certificate of {name} was {what}, good until {until}"),
         _ => format!("the certificate of {name} was {what}, good until {until}"),
     };
-    // What all were given is told once for all.
+    // What all were given is reported once for all.
     let given = [was.source, now.source].contains(&CertificateSource::Upload);
     let event = info(sentence, if given { Scope::Local } else { Scope::Node });
     event.field("of", now.of.clone()).field("fingerprint", now.info.fingerprint.clone()).field("until", until)
@@ -133,7 +133,7 @@ impl Ends {
             if self.0.insert(certificate.of.clone(), said.clone()).as_ref() == Some(&said) {
                 continue;
             }
-            // Those of all are the PRIMARY's to tell.
+            // The PRIMARY reports those of all.
             let all = certificate.of == "ca" || certificate.source == CertificateSource::Upload;
             let whose = match (certificate.of.as_str(), all) {
                 ("ca", _) => "the cluster's authority".to_owned(),

@@ -26,10 +26,10 @@ use crate::{
     telemetry,
 };
 
-/// A member that is DOWN for so long is told, by a node that has known a primary all the time: one that was cut off or stopped
-/// itself must not say it of the others.
+/// A member that is DOWN for this long is reported, by a node that has known a primary all the time. One that was
+/// itself cut off or stopped must not report others.
 const DOWN_FOR: Duration = Duration::from_secs(1);
-/// Between two looks of a node that was not stopped, at most; a picture comes twice a second.
+/// Longest time between two looks of a node that was not stopped; a picture comes twice a second.
 const LATE: Duration = Duration::from_secs(2);
 /// A cluster without a primary for so long is worth telling: any takeover is over by then.
 const WITHOUT_PRIMARY: Duration = Duration::from_secs(5);
@@ -69,7 +69,7 @@ impl Seen {
         self.membership.get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
     }
 
-    /// Of those who are up, as far as this node knows, it is the first: then it speaks for them.
+    /// True if this node is the first of those that it knows to be up: it speaks for them.
     fn is_first_of_those_up(&self) -> bool {
         let up = |member: &&Member| {
             let other = self.others.get(&member.id);
@@ -349,12 +349,12 @@ fn warnings(before: &Seen, after: &Seen) -> Vec<Event> {
     events
 }
 
-/// Told with their dates by [`Ends`], and one by one by whoever starts the node.
+/// True if the warning is told elsewhere: with its dates by [`Ends`], or by whoever starts the node.
 fn told_elsewhere(about: Warning) -> bool {
     matches!(about, Warning::CertificateExpiry | Warning::Mended)
 }
 
-/// As what a warning is told, and to whom.
+/// How a warning is told, and to whom.
 fn weight(about: Warning) -> (Kind, Severity, Scope) {
     match about {
         // The PRIMARY sees the disks of the others by itself, and all see what the Consoles were given.

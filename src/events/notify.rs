@@ -103,7 +103,7 @@ impl Target {
 
     fn severity(&self) -> Severity {
         match self {
-            // What a newer version may have written counts as the usual.
+            // An unknown value, which a newer version may have written, counts as the default.
             Self::Webhook(webhook) => webhook.severity.parse().unwrap_or(Severity::Warning),
             Self::Command(command) => command.severity,
         }
@@ -133,7 +133,7 @@ fn body(event: &Event, cluster: &str) -> String {
     body.to_string()
 }
 
-/// Runs the command once, with an environment that has nothing of ours, and ends it with all that it has started at the limit.
+/// Runs the command once in a clean environment. At the limit, ends it and everything that it has started.
 async fn run(command: &Command, body: &[u8], limit: Duration) -> Result<(), Failure> {
     let permanent = |why: String| Failure { why, passes: false };
     let (program, arguments) = command.words.split_first().ok_or_else(|| permanent("it is empty".to_owned()))?;
@@ -181,7 +181,8 @@ async fn run(command: &Command, body: &[u8], limit: Duration) -> Result<(), Fail
         }
         Ok((Err(error), _)) => Err(Failure::passing(error.to_string())),
         Err(_) => {
-            // With all that it has started: the group is its own, and has its number until it is waited for.
+            // And all that it has started: it has a process group of its own, whose number stays until it is waited
+            // for.
             let _ = group.map(|group| killpg(group, Signal::SIGKILL));
             let _ = child.wait().await;
             Err(Failure::passing(format!("{program} was killed: it took longer than {limit:?}")))

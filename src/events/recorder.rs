@@ -104,7 +104,7 @@ impl Recorder {
         self.0.primary.store(primary, Ordering::Relaxed);
     }
 
-    /// Waits until everything recorded so far is in the file, for a moment.
+    /// Waits a moment for everything recorded so far to be in the file.
     pub fn flush(&self) {
         let (done, wait) = sync_channel(1);
         if self.0.file.try_send(Order::Flush(done)).is_ok() {

@@ -57,7 +57,7 @@ use upgrade::Upgrade;
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
 const INPUTS_PER_TURN: usize = 64;
-/// Committed entries that are not in the database yet, beyond which another node should rather become primary.
+/// With more committed entries than this not yet in its database, a node leaves the role to another that can take it.
 const MUCH_BEHIND: u64 = 1000;
 /// How long a node whose database could not be opened leaves the role to others, in nanoseconds.
 const UNFIT: u64 = 10_000_000_000;
@@ -283,7 +283,7 @@ impl Driver {
         }
     }
 
-    /// What nobody takes must not be waited for without end: whoever waits may keep the Console closed.
+    /// Nobody may wait for ever for a transaction that no majority takes: the waiter may keep the Console closed.
     fn watch_stall(&mut self) {
         if self.lane.waiting.give_up_stalled(Instant::now()) {
             warn!("a transaction of several parts is given up: no majority of the members takes any more of it");
@@ -556,8 +556,8 @@ impl Driver {
         }
     }
 
-    /// Never on the loop itself, on a secondary neither, though its answer would come two thread hops sooner: members that share
-    /// a storage stall together, and the primary would lose its majority and with it the lease.
+    /// Never on the loop itself, not even on a secondary, although its answer would come two thread hops sooner:
+    /// members that share storage stall together, and the primary would lose its majority and its lease.
     fn persist(&mut self, number: u64, pending: Option<Pending>, keep: Keep) {
         if pending.is_none() && keep.is_empty() && self.syncer.is_idle() {
             self.cluster.persisted(number);

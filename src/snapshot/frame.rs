@@ -64,7 +64,7 @@ pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin), bytes: &mut [u8]
     Ok(())
 }
 
-/// Writes one frame, of which the content is in two parts, as long as some is taken.
+/// Writes one frame, whose content is in two parts, as long as the other side takes some of it.
 pub(super) async fn write(
     stream: &mut (impl AsyncWrite + Unpin),
     kind: u8,

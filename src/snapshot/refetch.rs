@@ -47,7 +47,7 @@ pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
             Err(error) => give_up(&handle, &member, me, &error),
         }
         wanted.mark_unchanged();
-        // Somebody else may have become primary: then at once.
+        // At once if somebody else has become primary.
         if timeout(pause, wanted.changed()).await.is_ok() {
             pause = PAUSE.0;
             if wanted.borrow().is_none() {
@@ -59,7 +59,7 @@ pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
     }
 }
 
-/// Whom to ask: whoever is primary now, or else who was when the need was found out.
+/// Whom to ask: the primary, or else the one that was primary when the need was noticed.
 fn source(handle: &Handle, identity: &PeerIdentity, from: Option<NodeId>) -> Option<Member> {
     let status = handle.status();
     let primary = status.borrow().primary.filter(|primary| *primary != identity.me).or(from)?;

@@ -72,7 +72,7 @@ impl Rotation {
         others.sort_by_key(|member| status.primary != Some(member.id));
         let mut problems = Vec::new();
         for member in others {
-            // Where it is reached by what it says itself.
+            // At the address that it reports itself.
             let member = self.parts.peers.roster.member(member.id).unwrap_or_else(|| member.clone());
             match exchange::fetch(&self.parts.peers, &member, id).await {
                 Ok(key) => return Ok(key),
@@ -92,7 +92,7 @@ impl Rotation {
             None => None,
         };
         let Some(next) = announced else {
-            // That no other member has it was found out a moment ago, by asking for it. Nothing is sealed with it.
+            // This node has just asked for it: no other member has it. Nothing is sealed with it.
             let key = ClusterKey::generate();
             let id = key.id();
             let dir = self.parts.certificates.clone();
@@ -125,8 +125,9 @@ impl Rotation {
         Ok(())
     }
 
-    /// The certificate that the Consoles were given, for the new key. That it cannot be unsealed is for good: the key in force
-    /// has just unsealed the authority, nobody keeps another one, and what is damaged here is damaged everywhere.
+    /// The certificate that the Consoles were given, for the new key. If it cannot be unsealed now, it never can: the
+    /// key in force has just unsealed the authority, nobody keeps another one, and what is damaged here is damaged
+    /// everywhere.
     fn sealed_anew(
         &self,
         membership: &Membership,

@@ -18,9 +18,9 @@ use crate::{
     telemetry,
 };
 
-/// What hangs here may hang on all hosts, as on a storage that they share: the others get this long to say so.
+/// What hangs here may hang on all hosts, for example on shared storage: the others get this long to say so.
 const GRACE: Duration = Duration::from_millis(100);
-/// Not more often than this: a role that went round would help nobody.
+/// The role is given up no more often than this: passing it round would help nobody.
 const PAUSE: Duration = Duration::from_secs(10);
 
 impl Driver {
@@ -82,8 +82,9 @@ impl Driver {
         self.publisher.disk(condition);
     }
 
-    /// A primary whose disk cannot be relied on lets another member be primary. If the disk still answers, that one begins as soon
-    /// as the database is closed; else nobody waits for it: the others elect one of them when their promise has run out.
+    /// A primary whose disk cannot be relied on lets another member take over. If the disk still answers, that member
+    /// begins as soon as the database is closed. Otherwise nobody waits for it: the others elect a primary when their
+    /// promise has run out.
     fn leave_bad_disk(&mut self, hangs: bool) {
         let now = boottime();
         let serves = matches!(self.cluster.phase(), Phase::Primary | Phase::Promoting);

@@ -65,9 +65,10 @@ impl Driver {
         self.carry_out_all();
     }
 
-    /// Lets everything follow changes that are in force, and returns what is to be kept of them. Until that is down the database
-    /// makes no checkpoint: a start from before comes by these entries again, as one that has not heard of them yet. Whoever
-    /// asked for a change waits for the disk, and so does what this node promises from here on.
+    /// Lets everything follow the changes that are in force, and returns what to keep of them. Until that is on disk
+    /// the database makes no checkpoint: a start from an earlier state reads these entries again, as if for the first
+    /// time. Whoever asked for a change waits for the disk, and so does everything that this node promises from here
+    /// on.
     pub(super) fn configured(&mut self, configured: Vec<Configured>) -> Keep {
         let mut keep = Keep::default();
         if configured.is_empty() {
@@ -88,7 +89,8 @@ impl Driver {
         keep
     }
 
-    /// What was to be kept is down, but for a membership that there was no space for. `all`: nothing else is on its way.
+    /// What was to be kept is on disk, except a membership that there was no space for. `all`: nothing else is on its
+    /// way.
     pub(super) fn kept(&mut self, kept: Kept, all: bool) {
         let index = self.config.configuration.index;
         let before = self.in_force.unwritten;
@@ -141,7 +143,7 @@ impl Driver {
         self.follow_pause();
     }
 
-    /// Once per tick, too: the wall clock, which says when a pause ends, may be set right only after the start.
+    /// Also once per tick: the wall clock says when a pause ends, and it may be corrected after the start.
     pub(super) fn follow_pause(&mut self) {
         let pause = &self.config.configuration.membership.roster.pause;
         let until = pause.as_ref().filter(|_| !self.in_force.paused_ignored).map_or(0, boottime_of);
@@ -155,7 +157,7 @@ impl Driver {
         self.follow_pause();
     }
 
-    /// This node is no member any more: it says so, and keeps out of everything.
+    /// This node is no longer a member: it says so and takes part in nothing.
     pub(super) fn told_removed(&mut self, why: String) {
         if self.in_force.removed.is_none() {
             error!(reason = why, "this node is REMOVED");

@@ -1,5 +1,5 @@
-//! The gauges of what the loop owns, twice a second. And what a node does whose database file was measured and found wanting. Must
-//! never cost the loop more than a moment.
+//! The gauges of what the loop owns, twice a second, and what a node does when its database file turns out to be
+//! damaged. Must never cost the loop more than a moment.
 
 use std::collections::BTreeSet;
 

@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_millis(200);
 /// A disk that refused something is full for at least this long, whatever it says of its free space.
 const REFUSED: Duration = Duration::from_secs(2);
-/// Not more often than this, or the role would go round when all disks are full.
+/// The role is given up no more often than this, or it would go round when all disks are full.
 const PAUSE: Duration = Duration::from_secs(60);
 
 /// What the thread that looks at the file system has found.
@@ -54,7 +54,7 @@ pub(super) struct Space {
     found: Arc<Found>,
     /// The thread ends with this.
     _look: SyncSender<()>,
-    /// How many of its looks were taken in.
+    /// How many of its findings the loop has seen.
     seen: u64,
     /// How many operations were refused for want of space, and when the last of them was seen.
     refused: (u64, Option<Instant>),
@@ -62,7 +62,7 @@ pub(super) struct Space {
     given_up: Option<Instant>,
     /// Lengths of the entries that raft has got since the last append.
     taken: Vec<usize>,
-    /// An append was dropped since there was space last.
+    /// An append was dropped since there last was space.
     dropped: bool,
 }
 
@@ -163,7 +163,7 @@ impl Driver {
         }
         self.publisher.free(free);
         let free = free.unwrap_or(u64::MAX);
-        // Not in vain: that would fill the disk with a segment, and take it away again, each time.
+        // Only if it helps: otherwise a segment would fill the disk and be taken away again, each time.
         if self.log.is_full() && self.log.can_prepare(free.saturating_sub(LOW)) {
             self.log.retry();
         }

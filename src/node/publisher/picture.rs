@@ -105,7 +105,7 @@ impl Publisher {
         };
         let (silence, report) = (peer.silence(), peer.report());
         let state = match (silence, report) {
-            // The others have closed their doors to it: that says nothing about them.
+            // The others refuse this node, so that it knows nothing about them.
             _ if self.removed.is_some() => Role::Unknown,
             (None, _) => Role::Unknown,
             (Some(_), _) if peer.is_down() => Role::Down,
