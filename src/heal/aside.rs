@@ -1,5 +1,5 @@
-//! Where damaged files go: a folder of the data folder, of which the newest few are kept for whoever wants to look. Must never
-//! take up more than that.
+//! Where damaged files go: a folder in the data folder that keeps the newest few for whoever wants to look. Must never
+//! keep more than that.
 
 use std::{
     fs,

@@ -19,8 +19,8 @@ use crate::{
     storage::{Identity, make_private_dir},
 };
 
-/// Makes anew what of the keys and certificates in the data folder cannot be used. `names`: by which the Console of this host is
-/// known, for the address that the members use.
+/// Makes anew those keys and certificates in the data folder that cannot be used. `names`: the names of this host's
+/// Console, for the address that the members use.
 ///
 /// # Errors
 /// The one line, when the node's own key or certificate is lost and nothing proves that this host is a member.
@@ -52,7 +52,7 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
-    /// The authorities that are trusted. A file of an earlier time is followed up while the node runs.
+    /// The authorities that are trusted. An outdated file is brought up to date while the node runs.
     fn trust(&mut self) -> Result<()> {
         let path = self.dir.join(CA_CERTIFICATE);
         let ours: Vec<_> = self.membership.shared.trusted().filter_map(|pem| certificate_der(pem).ok()).collect();
@@ -111,7 +111,7 @@ impl Host<'_> {
         }
     }
 
-    /// What the Console shows its clients, unless an administrator has given it something else.
+    /// The certificate that the Console shows its clients, unless an administrator has given it something else.
     fn console(&mut self, names: impl Fn(&str) -> Vec<String>) -> Result<()> {
         let Err(why) = Pair::load(&self.dir.join(CONSOLE_CERTIFICATE), &self.dir.join(CONSOLE_KEY)) else {
             return Ok(());

@@ -1,5 +1,5 @@
-//! The database file and its checkpoint record: both can be made again by the raft log from its beginning, or are fetched from
-//! another member. Must never let a database be founded where one was.
+//! The database file and its checkpoint record: both can be made anew from the beginning of the raft log, or fetched
+//! from another member. Must never let a database be founded where one was.
 
 use std::path::Path;
 
@@ -18,8 +18,8 @@ const RECORD: &str = "database/console.checkpoint";
 /// Every raft log begins behind this index.
 const ORIGIN: u64 = 1;
 
-/// Opens the database. One that cannot be read begins again with the first entry of the raft log, if that is still there;
-/// otherwise nothing of it counts until it was fetched.
+/// Opens the database. One that cannot be read begins again with the first entry of the raft log, if that is still
+/// there; otherwise it counts for nothing until it was fetched.
 ///
 /// # Errors
 /// File errors.

@@ -1,5 +1,5 @@
-//! `identity.json`: whose data folder this is. What it says is in the node's certificate, too, which only the holder of its key
-//! can show, and in the membership.
+//! `identity.json`: whose data folder this is. The node's certificate, which only the holder of its key can show, and
+//! the membership say the same.
 
 use std::path::Path;
 
@@ -17,10 +17,10 @@ use crate::{
 };
 
 const FILE: &str = "identity.json";
-/// What is there without an identity only if that was lost.
+/// What a folder has without an identity only if the identity was lost.
 const REMAINS: [&str; 3] = [membership::FILE, "raft-log", "database"];
 
-/// The identity of this data folder, made anew if it is damaged or gone; none if the folder is that of no member yet.
+/// The identity of this data folder, made anew if it is damaged or gone; none if the folder belongs to no member yet.
 ///
 /// # Errors
 /// [`DataDirError`], and the one line when nothing proves whose folder it is.
@@ -44,7 +44,7 @@ pub fn identity(data: &DataDir, notes: &mut Notes) -> Result<Option<Identity>> {
     }
 }
 
-/// What certificate and membership say alike, and with them what the identity does not.
+/// True if certificate and membership agree on another member than the identity names.
 fn speaks_of_another(data: &Path, found: &Identity) -> bool {
     let Some((proven, membership)) = proven(data) else { return false };
     let fits = membership.cluster == found.cluster
@@ -52,7 +52,7 @@ fn speaks_of_another(data: &Path, found: &Identity) -> bool {
     proven != (found.cluster, found.node) && !fits
 }
 
-/// Whom the certificate names whose key is here, if the membership knows that member.
+/// The member that this host's certificate names, if its key is here and the membership knows it.
 fn proven(data: &Path) -> Option<((ClusterId, NodeId), Membership)> {
     let (cluster, node) = NodeTls::load(&data.join("certificates")).ok()?.identity;
     let known =

@@ -1,6 +1,6 @@
-//! `membership.json`: the raft log's entries carry the whole membership, so that the newest one that is in force is taken from
-//! there whenever the file is damaged, gone, or an older copy. What the raft log has let go of is in a copy of the file, or comes
-//! from the other members, with the whole database.
+//! `membership.json`: the raft log's entries carry the whole membership, so that the newest one that is in force is
+//! taken from there whenever the file is damaged, gone, or an older copy. What the raft log no longer has is in a copy
+//! of the file, or comes from the other members with the whole database.
 
 use std::{collections::BTreeSet, io, path::Path};
 
@@ -35,7 +35,7 @@ pub fn membership(
     let read = known_membership(data, identity, notes)?;
     let gone = read.is_none();
     let known = read.unwrap_or_else(|| StoredMembership { index: 1, membership: identity.membership.clone() });
-    // What is behind this comes into force as a majority is known to have it.
+    // Later entries come into force when a majority is known to have them.
     let in_force = database.applied().max(log.hard_state().commit).min(log.last_index());
     let state = format!("{} was {}", path.display(), if gone { "damaged or gone" } else { "an older copy" });
     if let Some(newer) = newest(log, known.index, in_force)? {
@@ -60,7 +60,7 @@ pub fn membership(
     if !gone && !older {
         return Ok(known);
     }
-    // Never changed: then the identity alone has it, which would be lost with that.
+    // It was never changed: only the identity has it, and it would be lost with the identity.
     if changed <= 1 {
         if let Err(error) = known.write(data) {
             warn!(%error, "the membership is in the identity alone: {} cannot be written", path.display());
@@ -113,7 +113,7 @@ pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> 
     Ok(None)
 }
 
-/// An older program made none.
+/// An older program made no copy.
 fn keep_copy(data: &Path, known: &StoredMembership) {
     let copied = StoredMembership::read_copy(data).is_ok_and(|copy| copy.as_ref() == Some(known));
     if !copied && let Err(error) = known.write(data) {

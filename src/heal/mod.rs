@@ -1,6 +1,6 @@
-//! HEALS. What a start finds damaged in the data folder, and what it can make of it: each file is made anew from the others that
-//! prove what must be in it, or the start ends with one line that names the file and the command to type. `docs/formats.md`
-//! has the whole list. What is damaged is moved into `damaged/`, of which the oldest go.
+//! HEALS. Mends what a start finds damaged in the data folder: each file is made anew from the others that prove what
+//! must be in it, or the start ends with one line that names the file and the command to type. `docs/formats.md` has
+//! the whole list. Damaged files are moved into `damaged/`, which keeps the newest.
 //!
 //! Must never guess: what nothing proves is an error. Must never touch the raft log, which has its own rules, and never act on
 //! an older membership than the raft log has.
@@ -64,8 +64,8 @@ pub fn open(folder: &Path) -> Result<DataDir> {
     })
 }
 
-/// Before anything in the data folder is looked at, which must be locked: puts modes and owners right, and moves away what stands
-/// in the place of a file and is none.
+/// Puts modes and owners right, and moves away what stands in the place of a file and is none. To be called before
+/// anything else looks at the data folder, which must be locked.
 ///
 /// # Errors
 /// One line, when something is too open and cannot be changed, or cannot be moved.

@@ -69,7 +69,7 @@ pub(super) fn tighten(data: &Path) -> Result<()> {
     // Root leaves the folder to whoever it belongs to.
     let owner = if me.is_root() { found.uid() } else { me.as_raw() };
     let mut walk = Walk { data: data.to_owned(), owner, me, left: MAX_LOOKED_AT, changed: Vec::new(), refused: None };
-    // To look at its names does not harm: whoever made it may have wanted that.
+    // Looking at its names does no harm, and whoever made it may have wanted that.
     walk.settle(&folder, &found, Path::new("."), 0o022);
     walk.folder(&folder, Path::new(""), 0);
     if !walk.changed.is_empty() {
@@ -156,7 +156,7 @@ impl Walk {
         }
         let done = fs::set_permissions(opened(file), Permissions::from_mode(wanted));
         match done {
-            // Its owner has to see to it; that it can be used is found out elsewhere.
+            // Its owner has to see to it. Whether it can be used shows elsewhere.
             Err(error) if theirs => warn!(%error, mode = format!("{mode:o}"), "{} is too open", name.display()),
             done => self.note(done, name, &format!("mode {mode:o}")),
         }

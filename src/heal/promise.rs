@@ -1,5 +1,5 @@
-//! `promise-ms`: for how many milliseconds the promises of this node's voters hold, so that a process whose timing was changed
-//! does not vote while an earlier one's promise is still in force. Must never assume a shorter one than may have been given.
+//! `promise-ms`: how many milliseconds the promises of this node hold, so that a process whose timing was changed does
+//! not vote while an earlier one's promise is still in force. Must never assume a shorter one than may have been given.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use crate::{
 
 /// Name of the file in the data folder.
 pub const PROMISE: &str = "promise-ms";
-/// No promise has to hold for longer: no configuration has a longer lease, and who is bound by one keeps it from its receipt on.
+/// No promise has to hold for longer: no configuration has a longer lease, and a promise counts from its receipt.
 const LONGEST: Duration = Duration::from_millis(LONGEST_LEASE.as_millis() as u64 + 1000);
 
 /// How long this process must neither vote nor campaign: the longest promise that an earlier one of this node may have

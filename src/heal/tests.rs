@@ -103,7 +103,7 @@ struct Started {
     notes: Notes,
 }
 
-/// The start of the daemon, as far as it is about the data folder.
+/// The part of the daemon's start that concerns the data folder.
 fn start(data: &Path) -> Result<Option<Started>> {
     let mut notes = Notes::default();
     let dir = DataDir::open(data)?;

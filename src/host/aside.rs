@@ -9,7 +9,7 @@ use std::{
 
 use super::voice::{EX_CANTCREAT, Failure, Voice};
 
-/// What a name gets that is out of use.
+/// What is added to a name that is out of use.
 #[derive(Clone, Copy)]
 pub(super) enum Why {
     /// By the flag `-f`.
@@ -47,7 +47,7 @@ pub(super) fn contents(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Sets the folder aside, if it is there and has something in it. Its new name is said.
+/// Sets the folder aside, if it is there and not empty, and says its new name.
 pub(super) fn set(data: &Path, why: Why, voice: &Voice) -> Result<(), Failure> {
     if !data.is_dir() || contents(data).map_err(Failure::write(data))?.is_empty() {
         return Ok(());

@@ -184,7 +184,7 @@ fn can_write(folder: &Path, user: &str, voice: &Voice) -> bool {
     let test = ["test", "-w", &folder, "-a", "-x", &folder];
     let other = ["setpriv", "--reuid", user, "--regid", user, "--init-groups"];
     let command = if user == own_user() { test.to_vec() } else { [&other[..], &test].concat() };
-    // Where it cannot be tried, the node itself will say it.
+    // Where this cannot be tested, the node itself will report it.
     voice.run(&command).map_or(true, |output| output.status.success())
 }
 
@@ -249,7 +249,7 @@ fn drop_in(place: &Place, config: &Config) -> String {
     format!("# Written by \"twistlockd host\" from {}.\n[Service]\n{text}", place.config().display())
 }
 
-/// The node keeps its log open, and nothing it lacks is worth a restart: the file is copied, then emptied.
+/// The node keeps its log open, and a rotation is not worth a restart: the file is copied, then emptied.
 fn rotation(place: &Place) -> Result<(), Failure> {
     let target = place.rotation();
     if !target.parent().is_some_and(Path::is_dir) {
@@ -260,7 +260,7 @@ fn rotation(place: &Place) -> Result<(), Failure> {
     self::place(&target, 0o644, format!("{} {{\n{rules}}}\n", log.display()).as_bytes(), None)
 }
 
-/// Removes what an installation has put here; the program that this is goes last.
+/// Removes what an installation has put here, this program itself last.
 pub(super) fn uninstall(place: &Place, voice: &Voice) -> Result<(), Failure> {
     if place.has_systemd() && place.unit().exists() {
         voice.does(&["systemctl", "disable", "--quiet", UNIT]);

@@ -54,7 +54,7 @@ pub(super) fn run(options: &Options, voice: &mut Voice) -> Result<(), Failure> {
 }
 
 /// # Errors
-/// When this is not root's doing and has to be.
+/// When root has to run this and did not.
 pub(super) fn root(place: &Place) -> Result<(), Failure> {
     if !place.is_real() || Uid::effective().is_root() {
         return Ok(());

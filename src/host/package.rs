@@ -27,7 +27,7 @@ pub(super) fn run(moment: Moment, voice: &Voice) -> Result<(), Failure> {
     match moment {
         Moment::Configure => {
             files::user(&place, voice)?;
-            // Where another folder is named, systemd has to be told as well: that is the administrator's.
+            // If another folder is set, systemd must be told as well: that is up to the administrator.
             let run_console_as_root = config::load(&installed).is_ok_and(|loaded| loaded.config.run_console_as_root);
             files::folders(&place, &Config { run_console_as_root, ..Config::default() }, voice)?;
             if !installed.exists() {

@@ -48,7 +48,7 @@ impl Place {
         Self { prefix: prefix.to_owned(), packaged: false }
     }
 
-    /// This host itself, and not a folder of a test.
+    /// True for this host itself, false for a folder of a test.
     pub(super) fn is_real(&self) -> bool {
         self.prefix.as_os_str().is_empty()
     }

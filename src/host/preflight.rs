@@ -1,4 +1,4 @@
-//! Checks of this host before anything is changed. Tells what is only worth knowing from what blocks. Must never change
+//! Checks of this host before anything is changed. Some findings are only warnings, others block. Must never change
 //! anything, and must never take another program's listener at another address for a conflict.
 
 use std::{
@@ -122,7 +122,7 @@ pub(super) fn busy_ports(config: &Config) -> Vec<u16> {
 }
 
 fn in_use(tried: io::Result<TcpListener>) -> bool {
-    // Everything else is for the node itself to say.
+    // The node itself reports everything else.
     tried.is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
 }
 

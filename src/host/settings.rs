@@ -16,7 +16,7 @@ use crate::{
     join::Offer,
 };
 
-/// What an earlier installation says of this host alone, whatever cluster it joins.
+/// What an earlier installation says about this host alone, whatever cluster it joins.
 const OWN: [&str; 8] = [
     "DATA_FOLDER",
     "DATA_RECOVERY_VOLUME",
@@ -143,7 +143,7 @@ fn keep_installed(
     let lacks = |key: &str| wanted(key) && old.get(key).is_none();
     let meant = config::parse(&text, &name, &lookup)?.config;
     if lacks(HEALTH_ALLOW) {
-        // Files of earlier versions say by its absence that everybody is answered.
+        // In files of earlier versions, its absence means that everybody is answered.
         draft.set(HEALTH_ALLOW, &meant.health_allow.to_string());
     }
     if lacks(HEALTH_PORT) && meant.health_address().is_none() {

@@ -51,7 +51,7 @@ pub(super) enum Data {
     Nothing,
     /// A member's of a cluster of so many.
     Member(usize),
-    /// A node's, but it cannot be told whose.
+    /// A node's, but nobody can tell which.
     Unclear,
 }
 
@@ -93,7 +93,7 @@ pub(super) fn find(place: &Place) -> Result<Vec<Trace>, Failure> {
         }
     }
     for earlier in earlier_configs(place) {
-        // What is in the way of reading an old one was mended since.
+        // An old one may be unreadable for a reason that was mended since.
         if let Ok(Some(folder)) = data_folder(&earlier, &Variables::new()) {
             traces.push(Trace { folder, named_by: earlier.display().to_string() });
         }

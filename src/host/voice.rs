@@ -17,7 +17,7 @@ pub(super) const EX_UNAVAILABLE: u8 = 69;
 pub(super) const EX_CANTCREAT: u8 = 73;
 pub(super) const EX_TEMPFAIL: u8 = 75;
 pub(super) const EX_NOPERM: u8 = 77;
-/// Most bytes that one command may answer.
+/// Longest answer of one command, in bytes.
 const MAX_ANSWER: usize = 1 << 20;
 
 /// Where a run's log is, in the current folder.
@@ -71,19 +71,19 @@ impl Voice {
         Self { name, log: None, debug, accept, silent: false }
     }
 
-    /// Says nothing, and takes everything for answered with yes.
+    /// Says nothing, and answers every question with yes.
     #[cfg(test)]
     pub(super) fn silent() -> Self {
         Self { silent: true, ..Self::new("test", true, false) }
     }
 
-    /// Keeps everything that is said from now on in the current folder, too.
+    /// Also writes everything that is said from now on to the log in the current folder.
     pub(super) fn open_log(&mut self) {
         match OpenOptions::new().create(true).append(true).mode(0o600).open(LOG) {
             Ok(file) => self.log = Some(file),
             Err(error) => self.complain(&format!("warning: {LOG} cannot be written here ({error}): going on without")),
         }
-        // What a setting is set to may be a secret.
+        // The value of a setting may be a secret.
         let hide = |argument: String| match argument.split_once('=') {
             Some((key, _)) if key.starts_with(|c: char| c.is_ascii_uppercase() || c == '-') => format!("{key}=..."),
             _ => argument,

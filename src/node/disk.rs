@@ -1,5 +1,5 @@
-//! What is the matter with the disk of this host. Looks at the [watch](watch) only. Must never touch a file, nor know what follows
-//! from it.
+//! What is wrong with the disk of this host. Only looks at the [watch](watch). Must never touch a file, nor know what
+//! follows from its judgement.
 
 use std::{
     io,
@@ -21,16 +21,16 @@ use super::pulse::Pulse;
 const OVERDUE: Duration = Duration::from_millis(750);
 /// How long a sync of the database file may take: it may have much to write, and nobody waits for it.
 const OVERDUE_CHECKPOINT: Duration = Duration::from_secs(10);
-/// For how long a disk is not trusted after an operation that was overdue, and after one that failed.
+/// How long a disk is not trusted after an operation that was overdue, and after one that failed.
 pub(super) const AFTER_HANG: Duration = Duration::from_secs(3);
 pub(super) const AFTER_FAILURE: Duration = Duration::from_secs(20);
-/// For how long a slow operation is told of.
+/// How long the status tells of a slow operation.
 const AFTER_SLOW: Duration = Duration::from_secs(6);
 /// How often the sentence in the status gets new figures.
 pub(super) const RETELL: Duration = Duration::from_secs(1);
 
-/// What is the matter with the disk of this host, in a sentence with the file and the error or the time; none if it works. Of this
-/// very moment, also when the consensus loop itself waits for the disk.
+/// What is wrong with the disk of this host at this moment, in a sentence with the file and the error or the time; none
+/// if it works. Also answers while the consensus loop itself waits for the disk.
 pub fn trouble() -> Option<String> {
     let (condition, sentence) = judge(&watch::look());
     sentence.filter(|_| condition == Condition::Bad)
@@ -87,8 +87,8 @@ fn seconds(took: Duration) -> String {
     format!("{:.1}", took.as_secs_f64())
 }
 
-/// A thread of its own that never waits for the disk, as those of the runtime may: tells the watch that this process runs, and says
-/// in the log what a loop that stands still cannot say itself. Ends when the other end of `ended` is dropped.
+/// A thread of its own that never waits for the disk, unlike those of the runtime. It tells the watch that this process
+/// runs, and logs what a loop that stands still cannot log itself. Ends when the other end of `ended` is dropped.
 ///
 /// # Errors
 /// When the thread cannot be started.
@@ -112,7 +112,7 @@ fn witness(pulse: Pulse, ended: Receiver<()>) -> io::Result<()> {
     thread::Builder::new().name("disk-watch".to_owned()).spawn(witness).map(drop)
 }
 
-/// What was made of it last.
+/// What was concluded last.
 pub(super) struct Disk {
     pub condition: Condition,
     /// Since when it is that.
@@ -127,7 +127,7 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    /// What has gone wrong before, as at the start, is nothing to act upon.
+    /// What went wrong earlier, such as during the start, is no reason to act.
     ///
     /// # Errors
     /// When the witness cannot be started.

@@ -1,5 +1,5 @@
-//! What this node went through lately: the changes of its role with what they followed from, and the warnings by their kind.
-//! Part of the published picture, so that whoever keeps a history misses none. Must never grow without bound.
+//! What this node went through lately: the changes of its role with their causes, and the warnings by their kind. Part
+//! of the published picture, so that whoever keeps a history misses none. Must never grow without bound.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -119,7 +119,7 @@ impl History {
         }
     }
 
-    /// Whom to ask when the last sign of the primary was.
+    /// Whom to ask when the last sign of the primary came.
     pub fn lost_primary(&self) -> Option<NodeId> {
         self.primary
     }

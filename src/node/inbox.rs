@@ -35,8 +35,8 @@ use crate::{
 const INBOX: usize = 1024;
 /// Parts of one long transaction that may be on their way at once: 8 MiB.
 const PARTS_IN_FLIGHT: u64 = 8;
-/// How long no majority may take anything more while a transaction of several parts waits. Whoever made it holds everybody else up
-/// meanwhile: a restore keeps the Console closed.
+/// How long no majority may take anything more while a transaction of several parts waits. Meanwhile it holds everybody
+/// else up: a restore keeps the Console closed.
 pub(super) const STALLED: Duration = Duration::from_secs(30);
 
 /// Who waits for an answer to a proposal.
@@ -259,10 +259,11 @@ impl Replicator for Proposer {
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError> {
         let long = !last || transaction::continues(&part);
         if last && long {
-            // While the last part is not proposed, a transaction that comes to a stand can be given up for certain.
+            // As long as the last part is not proposed, a transaction that gets stuck can safely be given up.
             self.ask(|reply| Input::Settle { reply })?;
         }
-        // What room it needs is made on this thread, which may wait for a slow disk: the consensus loop asks again, and decides.
+        // The room that it needs is made on this thread, which may wait for a slow disk: the consensus loop asks again,
+        // and decides.
         self.log.has_room([part.len()]);
         self.ask(|reply| Input::Propose(Proposal { epoch: self.epoch, part, last, long, reply }))
     }
@@ -340,8 +341,8 @@ impl Waiting {
         }
     }
 
-    /// Gives up the transactions of several parts if no majority has taken anything for [`STALLED`]. Those that lack their last part
-    /// never take effect, of the others nobody knows. True if there was one.
+    /// Gives up the transactions of several parts if no majority has taken anything for [`STALLED`]. Those that lack
+    /// their last part never take effect; the outcome of the others is unknown. True if there was one.
     pub fn give_up_stalled(&mut self, now: Instant) -> bool {
         let long = |waiter: &Waiter| waiter.piece != Piece::Whole;
         if now.duration_since(self.moved) < STALLED || !self.queue.iter().any(long) {
@@ -430,7 +431,7 @@ mod tests {
         assert!(whole.try_recv().is_err() && !waiting.give_up_stalled(now + 3 * STALLED));
         waiting.release(31, now + 3 * STALLED);
         assert!(whole.try_recv().unwrap().is_ok());
-        // It begins to wait after a long time in which nothing was to do.
+        // It begins to wait after a long idle time.
         let later = now + 10 * STALLED;
         let last = add(&mut waiting, 32, Piece::Last, later);
         assert!(!waiting.give_up_stalled(later + STALLED / 2));

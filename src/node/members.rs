@@ -1,5 +1,5 @@
-//! What this node knows of the other members: when they were heard of, and what they report. Answers what the loop decides
-//! by. Must never decide itself, nor know how any of it is shown.
+//! What this node knows of the other members: when they were heard of, and what they report. Answers the questions that
+//! the loop decides by. Must never decide anything itself, nor know how any of it is shown.
 
 use std::{
     cmp::Reverse,
@@ -13,9 +13,10 @@ use crate::{
     peer::{Condition, NodeReport, ReportExtension},
 };
 
-/// A member that was not heard of for this long is shown as DOWN, and nothing is left to it.
+/// A member that was not heard of for this long is shown as DOWN, and is given nothing to do.
 const DOWN_AFTER: Duration = Duration::from_secs(1);
-/// For how long a member is not chosen that told of a disk in trouble and has begun again: its new process knows nothing of that.
+/// How long a member is not chosen after it reported trouble with its disk and then restarted: its new process knows
+/// nothing of the trouble.
 const DISK_MEMORY: Duration = Duration::from_secs(20);
 
 /// What is known about another member.
@@ -27,7 +28,7 @@ pub(super) struct Peer {
     has: u64,
     /// Its process is known to be dead, until something is heard of it again.
     dead: bool,
-    /// When it has last told that its disk is in trouble, and whether it has begun again since then.
+    /// When it last reported trouble with its disk, and whether it has begun again since then.
     bad_disk: Option<(Instant, bool)>,
 }
 
@@ -55,7 +56,7 @@ impl Peer {
         self.bad_disk.is_none_or(|(at, _)| at.elapsed() >= DISK_MEMORY)
     }
 
-    /// Its last report, if it is up and says to have this role.
+    /// Its last report, if it is up and claims this role.
     fn reports(&self, role: Role) -> Option<&NodeReport> {
         self.report.as_ref().filter(|report| report.state == role && self.is_heard())
     }
@@ -140,7 +141,7 @@ impl Members {
         (report.state == Role::Primary && report.epoch == epoch).then_some(leader)
     }
 
-    /// Who says to be primary, for a node that takes no part in elections.
+    /// Who claims to be primary, for a node that takes no part in elections.
     pub fn reported_primary(&self) -> Option<NodeId> {
         let serving = |(id, peer): (&NodeId, &Peer)| Some((peer.reports(Role::Primary)?.epoch, *id));
         self.peers.iter().filter_map(serving).max().map(|(_, id)| id)
@@ -175,12 +176,12 @@ impl Members {
     }
 }
 
-/// The feature level of the program that reports: one that says none is of the first.
+/// The feature level of the program that reports: a report without one is of the first level.
 pub(super) fn level_of(report: &NodeReport) -> u32 {
     report.more.map_or(FIRST_LEVEL, |more| more.level)
 }
 
-/// How the disk of a member does, by its report.
+/// The condition of a member's disk, by its report.
 pub(super) fn disk_of(report: &NodeReport) -> Condition {
     report.more.and_then(|more| more.disk).unwrap_or_default()
 }

@@ -1,5 +1,5 @@
 //! What the consensus loop tells of its node: the other members hear of it in reports, and everybody sees it as the
-//! [`Status`] (`picture`). Must never wait for anybody, nor answer what the loop decides by.
+//! [`Status`] (`picture`). Must never wait for anybody, nor give answers that the loop decides by.
 
 mod gauges;
 mod picture;
@@ -31,12 +31,12 @@ const REPORT_TICKS: u32 = 20;
 struct Own {
     /// Its disk is full.
     full: bool,
-    /// Bytes that are free there, and how that disk does.
+    /// Bytes that are free there, and the condition of that disk.
     free: Option<u64>,
     disk: Condition,
-    /// What it has on its disk of what all go on with together.
+    /// What it has on its disk of what all members share.
     holds: Holdings,
-    /// What they are to remember of it.
+    /// What they should remember of it.
     remembers: Remembers,
 }
 
@@ -60,7 +60,7 @@ pub(super) struct Publisher {
     /// Entries of its raft log were replaced, and its database is not level again.
     rolling_back: bool,
     own: Own,
-    /// Why this node is no member any more.
+    /// Why this node is no longer a member.
     removed: Option<String>,
     history: History,
     /// The copies of the database that are on their way, by the node that gets them.
@@ -72,7 +72,7 @@ pub(super) struct Publisher {
     shown: (u64, Option<NodeId>),
     /// What the others were told last: role and epoch.
     announced: (Role, u64),
-    /// Something else changed that they are to hear of at once.
+    /// Something else changed that they must hear of at once.
     unsaid: bool,
 }
 
@@ -130,7 +130,7 @@ impl Publisher {
         self.stale = true;
     }
 
-    /// This node is no member any more.
+    /// This node is no longer a member.
     pub fn removed(&mut self, why: String) {
         self.removed = Some(why);
         self.stale = true;
@@ -163,7 +163,7 @@ impl Publisher {
         (self.stale, self.unsaid) = (true, true);
     }
 
-    /// How the disk of this node does; the others are told at once.
+    /// The condition of the disk of this node; the others are told at once.
     pub fn disk(&mut self, condition: Condition) {
         self.own.disk = condition;
         (self.stale, self.unsaid) = (true, true);
@@ -253,7 +253,7 @@ impl Publisher {
                 more: Some(ReportExtension {
                     level: self.config.level,
                     holds: own.holds,
-                    // What comes behind it comes with it.
+                    // What follows the report is sent with it.
                     free: own.free.or((own.disk != Condition::Good || own.remembers.forgotten).then_some(0)),
                     disk: Some(own.disk),
                     memory: Some(own.remembers),

@@ -1,5 +1,5 @@
-//! What this node does with entries of its raft log that another primary replaces: keeps them for the administrator, and
-//! shows ROLLBACK until its database is level again. Must never hold the consensus loop up for the disk.
+//! What this node does with entries of its raft log that another primary replaces: keeps them for the administrator,
+//! and shows ROLLBACK until its database is level again. Must never make the consensus loop wait for the disk.
 
 use std::{
     fs::File,
@@ -69,8 +69,8 @@ impl Rollback {
         true
     }
 
-    /// The tail was never acknowledged, so safety does not depend on its file. Still it should not get lost: what is held stays
-    /// readable in the raft log until it is copied, on a thread of its own, so that only a crash in the next moments can take it.
+    /// The tail was never acknowledged, so safety does not depend on its file. Still it should not get lost: it stays
+    /// readable in the raft log until a thread has copied it, so that only a crash in the next moments can lose it.
     fn keep(&mut self, held: RetainedTail, epoch: u64) {
         let dropped = held.last() - held.first() + 1;
         metrics::counter!(telemetry::ROLLBACK_ENTRIES).increment(dropped);
@@ -88,7 +88,7 @@ impl Rollback {
         self.until.take_if(|until| *until <= applied).is_some()
     }
 
-    /// Once per tick: true when the note in the status is to go.
+    /// Once per tick: true when the note in the status should disappear.
     pub fn note_ends(&mut self) -> bool {
         self.noted.take_if(|until| *until <= Instant::now()).is_some()
     }

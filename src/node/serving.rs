@@ -41,7 +41,7 @@ impl OpenDatabases {
         true
     }
 
-    /// Lends it no more. To be called after it was published that this node does not serve: nobody misses it then.
+    /// Stops lending it. To be called after the status says that this node does not serve: nobody misses it then.
     pub fn withdraw(&self) {
         if self.lent.borrow().is_some() {
             self.lent.send_replace(None);

@@ -52,7 +52,7 @@ fn without_secrets<S: serde::Serializer>(membership: &Membership, serializer: S)
     struct Shown {
         #[serde(flatten)]
         membership: Membership,
-        /// Always there for the page: in the membership itself, what is usual is not written.
+        /// Always present, for the page: the membership itself omits what is usual.
         size: SizePolicy,
     }
     let (mut membership, size) = (membership.public(), membership.roster.size);
@@ -84,8 +84,8 @@ impl Status {
         }
     }
 
-    /// The epoch in which this node may serve: only in the role PRIMARY with an open database. The lease is another
-    /// matter.
+    /// The epoch in which this node may serve: only in the role PRIMARY with an open database. It says nothing about
+    /// the lease.
     pub fn serving(&self) -> Option<u64> {
         (self.role == Role::Primary && self.serving).then_some(self.epoch)
     }
@@ -98,7 +98,7 @@ pub struct CertificateStatus {
     pub of: String,
     /// Where it is from.
     pub source: CertificateSource,
-    /// What clients ask for and it is not good for.
+    /// Names that clients use and that it is not good for.
     #[serde(default)]
     pub missing: Vec<String>,
     #[serde(flatten)]
@@ -160,7 +160,7 @@ pub struct MemberStatus {
     /// The feature level of its program; 0 if it was never heard of.
     #[serde(default)]
     pub level: u32,
-    /// What it has on its disk of what all members go on with together, by its last report.
+    /// What it has on its disk of what all members share, by its last report.
     #[serde(default)]
     pub holds: Holdings,
 }

@@ -130,8 +130,8 @@ impl Syncer {
         self.asked == self.done
     }
 
-    /// Asks for everything up to `number` to become durable; `pending` is none if no write has to be on disk for it. What is to
-    /// be kept is down before anything of this or a later number is said to be durable.
+    /// Asks for everything up to `number` to become durable; `pending` is none if no write has to be on disk for it.
+    /// What is to be kept is on disk before anything of this or a later number is reported as durable.
     pub fn ask(&mut self, number: u64, pending: Option<Pending>, keep: Keep) {
         self.asked += 1;
         self.number = number;
@@ -198,7 +198,7 @@ impl<R: Fn(Done) -> bool> Worker<R> {
         }
     }
 
-    /// The membership first: see [`crate::storage::configuration`]. Returns what became of it.
+    /// The membership first: see [`crate::storage::membership`]. Returns what became of it.
     fn keep(&self, keep: Keep) -> Result<Kept, SyncError> {
         let kept = match keep.membership.map(|membership| membership.write(&self.data)) {
             None => Kept::Votes,
@@ -265,7 +265,7 @@ mod tests {
         assert!(!syncer.note(1), "the one before it");
         assert!(!syncer.has_kept_all());
         assert!(syncer.note(3), "one report answers for all before it");
-        // What is older does not take the place of what is newer, nor does nothing.
+        // Neither an older value nor none replaces a newer one.
         let request = locked(&syncer.slot.request).take().unwrap();
         assert_eq!((request.id, request.number, request.keep.membership), (3, 2, Some(configuration(2))));
     }

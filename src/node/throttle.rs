@@ -1,5 +1,5 @@
-//! Entries for a member whose disk is full: raft sends what was not answered again with each heartbeat, and the member drops it each
-//! time. Must never hold back entries that the member may take: a majority may need it.
+//! Entries for a member whose disk is full: with each heartbeat, raft sends again what was not answered, and the member
+//! drops it again. Must never hold back entries that the member may take: a majority may need it.
 
 use std::{
     collections::BTreeMap,
@@ -13,10 +13,10 @@ use crate::cluster::NodeId;
 /// Bytes of entries that a member with a full disk may leave unanswered before they are held back: more than are on their way to
 /// one that takes them.
 const UNANSWERED: usize = 8 << 20;
-/// How often it is tried then all the same.
+/// How often some are sent all the same.
 const TRY: Duration = Duration::from_secs(1);
 
-/// What was sent to whom since something came back.
+/// What was sent to each member since its last answer.
 #[derive(Debug, Default)]
 pub(super) struct Throttle(BTreeMap<NodeId, Sent>);
 

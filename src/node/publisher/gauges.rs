@@ -31,7 +31,7 @@ pub(super) fn show(status: &Status) {
     }
 }
 
-/// A gauge stays once it was set: those of a member that is gone become no number, of which no alert is made.
+/// A gauge stays once it was set. Those of a member that is gone become NaN, which raises no alert.
 fn forget_the_gone(status: &Status) {
     static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut shown = locked(&SHOWN);
