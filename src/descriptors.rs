@@ -16,11 +16,11 @@ use crate::{clients::places::Room, mutex::locked, telemetry::DESCRIPTORS_SHORT};
 pub const LEAST: u64 = 256;
 /// Kept for files, links to the other members, timers and pipes. An idle member has about 50 open, a busy PRIMARY 90.
 const FILES: u64 = 128;
-/// What is shared out at most: more would cost memory only.
+/// The most that is shared out: more would only cost memory.
 const MOST: u64 = 4096;
 /// Descriptors that are held so that a file can have one when none is left.
 const RESERVE: usize = 16;
-/// What programs expect who were not asked.
+/// What programs expect that know nothing of this.
 const USUAL: u64 = 1024;
 
 /// The soft limit before it was raised.
@@ -79,7 +79,7 @@ pub fn open<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let mut opened = open();
     if !opened.as_ref().is_err_and(are_short) {
         let mut held = locked(&HELD);
-        // What was given away is taken back as soon as that is possible; a program that has not raised its limit holds nothing.
+        // The reserve is refilled as soon as possible; a program that has not raised its limit holds none.
         if opened.is_ok() && ORIGINAL.get().is_some() {
             fill(&mut held);
         }
@@ -113,7 +113,7 @@ pub fn lower(soft: rlim_t) {
 
 /// What the limit in force allows.
 pub fn budget() -> Budget {
-    // It can be read always; without it the least is what is certain.
+    // It can always be read; without it, only the least is certain.
     Budget::of(getrlimit(Resource::RLIMIT_NOFILE).map_or(LEAST, |(soft, _)| soft))
 }
 

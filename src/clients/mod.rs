@@ -1,5 +1,5 @@
-//! Who a connection comes from, the places that everybody gets, and the patience with those who guess. Must never let one client
-//! have all of them, nor turn somebody away without a trace.
+//! Who a connection comes from, how many places each gets, and how long those who guess must wait. Must never let one
+//! client have all of them, nor turn somebody away without a trace.
 
 pub mod places;
 pub mod throttle;

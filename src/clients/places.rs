@@ -19,16 +19,18 @@ use crate::{
 
 /// Between two warnings about connections that were turned away, or ended to make room.
 const TOLD: Duration = Duration::from_secs(60);
-/// A handshake or a request that takes longer, of somebody who has not logged in, makes room, too: it may be sent drop by drop.
+/// A handshake or a request that takes longer than this also makes room, unless its client has logged in: it may be
+/// sent drop by drop.
 const SLOW: Duration = Duration::from_millis(250);
 /// How long a network is known after a login.
 const KNOWN: Duration = Duration::from_secs(3600);
 /// Networks that are known, beside those of the members.
 const KNOWN_MOST: usize = 4096;
-/// Connections that were told to end and have not yet: more must wait, or the descriptors would run short.
+/// How many connections may have been told to end and not ended yet: more must wait, or the descriptors would run
+/// short.
 const LEAVING: usize = 64;
 
-/// A site: what an attacker has most often who has many addresses.
+/// A site: what an attacker with many addresses usually has.
 fn site(network: IpAddr) -> IpAddr {
     match network {
         IpAddr::V4(address) => IpAddr::V4(Ipv4Addr::from_bits(address.to_bits() & !0 << 8)),
@@ -79,7 +81,7 @@ pub struct Room {
     pub from_one: usize,
     /// At most for one that is known.
     pub from_known: usize,
-    /// Of all places, only for those who are known.
+    /// Places that are only for those who are known.
     pub reserved: usize,
 }
 
@@ -149,7 +151,7 @@ struct Now {
     counts: HashMap<IpAddr, usize>,
     /// Of strangers and of those from a known network, by stage.
     crowds: [[Crowd; 4]; 2],
-    /// Were told to end and have not yet.
+    /// Those that were told to end and have not ended yet.
     leaving: usize,
     told: Option<Instant>,
 }
@@ -346,7 +348,7 @@ impl Visit {
     fn stage(&self, stage: Stage) {
         let known = self.places.acquaintances.knows(self.network);
         let mut now = self.places.lock();
-        // Whoever has logged in makes room for nobody any more.
+        // Somebody who has logged in makes room for nobody.
         if now.held.get(&self.id).is_some_and(|held| held.crowd.is_some()) {
             now.place(self.id, Some((known, stage)));
         }

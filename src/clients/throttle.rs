@@ -16,7 +16,7 @@ pub const FORGET: Duration = Duration::from_secs(600);
 /// makes up names makes the table forget an account that is being guessed at.
 const ACCOUNTS: usize = 1024;
 
-/// How much is borne.
+/// How many failures are tolerated.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Failures without any wait.
@@ -78,7 +78,7 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
         Ok(())
     }
 
-    /// Takes an attempt back that came to nothing: it was neither right nor wrong.
+    /// Takes back an attempt that was neither right nor wrong.
     pub fn forgive(&self, account: &K) {
         let mut accounts = locked(&self.accounts);
         if let Some(failures) = accounts.get_mut(account) {
@@ -86,7 +86,7 @@ impl<K: Clone + Eq + Hash> Throttle<K> {
         }
     }
 
-    /// Notes a failure of that time, whether or not it would have had to wait: another process has let it pass.
+    /// Notes an earlier failure, even one that would have had to wait: another process let it pass.
     pub fn recall(&self, account: &K, at: Instant) {
         let mut accounts = locked(&self.accounts);
         Self::count(&mut accounts, account, at);

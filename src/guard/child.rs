@@ -1,6 +1,6 @@
 //! The port guard process. Owns duplicates of the Console sockets and closes them for every holder when the lease
 //! deadline passes. Must never decide anything else, never block on the daemon, never outlive it, and stay small: one
-//! thread, no allocation worth mentioning, asleep unless something happens.
+//! thread, hardly any allocation, asleep unless something happens.
 
 use std::{
     fs::File,
@@ -153,7 +153,7 @@ impl<'a> Guard<'a> {
                 if boottime() >= self.deadline() {
                     return Err(io::Error::other("the lease lapsed before the ports were open"));
                 }
-                // Held before they listen: from the first moment on somebody is there to close them.
+                // Held before they listen, so that from the first moment somebody is there to close them.
                 self.ports = descriptors;
                 for port in &self.ports {
                     listen(port, BACKLOG)?;

@@ -2,10 +2,10 @@
 //! frozen or stuck. This file owns the daemon's side: it starts the child, hands it the Console sockets, and replaces
 //! it when it dies. It must never open a port without a living child that watches it, and never decides about roles.
 //!
-//! The child makes the sockets listen, not the daemon: so there is no moment at which a port is open and nobody who
-//! would close it. The kernel closes a listening socket for every holder at `shutdown()`. PR_SET_PDEATHSIG, by which
-//! the child dies with the daemon, is tied to the *thread* that started it: that is why a thread of its own, which
-//! lives as long as the [`PortGuard`], starts every child.
+//! The child makes the sockets listen, not the daemon: so there is no moment at which a port is open and nobody would
+//! close it. The kernel closes a listening socket for every holder at `shutdown()`. PR_SET_PDEATHSIG, by which the
+//! child dies with the daemon, is tied to the *thread* that started it: that is why a thread of its own, which lives as
+//! long as the [`PortGuard`], starts every child.
 
 mod child;
 mod wire;
@@ -200,7 +200,7 @@ impl Keeper {
         }
     }
 
-    /// Waits without a child: what is asked meanwhile fails. False when the handle is gone.
+    /// Waits without a child: requests fail meanwhile. False when the handle is gone.
     fn pause(&mut self, wait: Duration) -> bool {
         let until = Instant::now() + wait;
         loop {

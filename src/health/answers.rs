@@ -17,7 +17,7 @@ use serde_json::json;
 use super::{Sources, checks, claim::Claim, page, report::Report};
 use crate::{cluster::Role, node::Status};
 
-/// The loop turns once per tick; one that has not for so long does no work. `?within=` asks for another limit.
+/// The loop turns once per tick; one that has not turned for this long does no work. `?within=` asks for another limit.
 const LIVE: Duration = Duration::from_secs(1);
 /// What `?within=` may ask for, in milliseconds.
 const WITHIN: std::ops::RangeInclusive<u64> = 50..=60_000;
@@ -36,7 +36,7 @@ pub(super) fn router(sources: Sources) -> Router {
         .with_state(sources)
 }
 
-/// What those are answered who are not let in: what to do about it. The metrics have a token of their own.
+/// The routes for those who are not let in: they are told what to do about it. The metrics have a token of their own.
 pub(super) fn for_strangers(sources: Sources) -> Router {
     let mut router = Router::new();
     if sources.settings.metrics.needs_token() {
@@ -193,7 +193,7 @@ struct Body {
     primary: Option<String>,
     lag: u64,
     warnings: usize,
-    /// What is the matter with the disk of this host, if something is.
+    /// What is wrong with the disk of this host, if anything.
     #[serde(skip_serializing_if = "Option::is_none")]
     disk: Option<String>,
 }
@@ -215,8 +215,8 @@ impl Body {
 }
 
 impl Codes {
-    /// With those that the request asks for: `?primary=200&secondary=429&other=500`. A node in no good standing never says that
-    /// all is well, whatever is asked for.
+    /// With the codes that the request asks for: `?primary=200&secondary=429&other=500`. A node that is not well never
+    /// says that all is well, whatever is asked for.
     fn with(mut self, query: &HashMap<String, String>) -> Result<Self, String> {
         for (name, value) in query {
             let (code, may_be_200) = match name.as_str() {

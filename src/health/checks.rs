@@ -13,7 +13,7 @@ use crate::{
     pki::{self, NODE_CERTIFICATE},
 };
 
-/// The loop turns once per tick; one that has not for so long does no work.
+/// The loop turns once per tick; one that has not turned for this long does no work.
 const TURNED_MS: u64 = 1_000;
 /// Raft entries that a database may be behind: what a busy cluster commits in some seconds.
 const LAG: u64 = 5_000;
@@ -76,8 +76,8 @@ pub(super) fn with_disk(mut checks: Vec<Check>, trouble: Option<String>) -> Vec<
     checks
 }
 
-/// `certificates` and `clock`: a clock that is before the beginning of this node's certificate is wrong. Of the Console what
-/// it serves is judged, wherever that is from.
+/// `certificates` and `clock`: a clock that is before the beginning of this node's certificate is wrong. For the
+/// Console, the certificate that it serves is judged, wherever it is from.
 fn of_certificates(folder: &Path, status: &Status, now: u64) -> [Check; 2] {
     let pem = fs::read_to_string(folder.join(NODE_CERTIFICATE)).ok();
     let node = pem.and_then(|pem| pki::certificate_validity(&pem).ok());

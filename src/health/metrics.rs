@@ -23,7 +23,7 @@ use crate::{
     telemetry,
 };
 
-/// Wrong tokens from one network: whoever collects comes again within a minute.
+/// How many wrong tokens one network may send: a collector comes again within a minute.
 const GUESSES: Limits = Limits { free: 10, longest: Duration::from_secs(10) };
 
 /// `/metrics`, see [`MetricsPage::answer`].
@@ -40,7 +40,7 @@ pub enum Permission {
     Granted,
     /// No token, or a wrong one.
     Denied,
-    /// Too many wrong ones came from there: whether this one is right is not looked at.
+    /// Too many wrong ones came from there: nobody looks whether this one is right.
     Wait(Duration),
 }
 

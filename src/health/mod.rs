@@ -62,18 +62,18 @@ const HELPERS: usize = 4;
 pub struct Settings {
     /// Where to listen.
     pub address: SocketAddr,
-    /// Nobody has asked for this port: if it is taken, the daemon says so once and does without.
+    /// This port is only the default: if it is taken, the daemon says so once and runs without it.
     pub optional: bool,
     /// Who is answered.
     pub allow: Audience,
     /// Folder of the certificates.
     pub certificates: PathBuf,
     pub metrics: MetricsPage,
-    /// The Console's HTTPS port, which the members are taken to have in common.
+    /// The Console's HTTPS port, which all members are assumed to share.
     pub console_port: Option<u16>,
 }
 
-/// Whom the answers are about at the moment.
+/// What the answers are about at the moment.
 #[derive(Clone)]
 pub struct Subject {
     pub status: watch::Receiver<Arc<Status>>,
@@ -81,7 +81,7 @@ pub struct Subject {
     pub life: Option<Life>,
 }
 
-/// What a running node is looked at by, besides its status.
+/// What is known of a running node, besides its status.
 #[derive(Clone)]
 pub struct Life {
     pub lease: Lease,

@@ -30,7 +30,7 @@ pub(super) fn shown(code: StatusCode, report: &Report) -> Response {
     html(code, &status(report))
 }
 
-/// A page for who may not see the other one.
+/// The page for those who may not see the other one.
 pub(super) fn refused(code: StatusCode, title: &str, text: &str) -> Response {
     let body = format!("<h1 class=\"bad\">{}</h1>\n<p>{}</p>\n", escaped(title), escaped(text));
     html(code, &framed(title, "", &body))

@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-/// A loop that has not turned for so long knows nothing any more: it turns every few milliseconds.
+/// A loop that has not turned for this long knows nothing any more: it should turn every few milliseconds.
 const FRESH: Duration = Duration::from_secs(2);
 
 /// The answer of the status page, as JSON. Its first fields are those that load balancers get.
@@ -53,7 +53,7 @@ pub(super) struct Report {
 pub(super) struct Seen {
     pub name: String,
     pub address: String,
-    /// UNKNOWN where the last word of it says nothing about now.
+    /// UNKNOWN if its last report is too old to say anything about now.
     pub state: Role,
     /// Its state for people, with its age.
     pub words: String,

@@ -25,7 +25,7 @@ use crate::{
 
 /// Time between two looks at a request that waits, and at the files.
 const ROUND: Duration = Duration::from_secs(1);
-/// Longest time between two attempts while nobody answers as hoped.
+/// Longest time between two attempts without a useful answer.
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 /// Time until a token that was refused is tried again: the primary's clock may have been wrong.
 const AFTER_REFUSAL: Duration = Duration::from_secs(60);
@@ -35,7 +35,7 @@ const AGAIN: Duration = Duration::from_secs(60);
 /// How far a host has come, for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// It has not been heard yet; the text says why, once that is known.
+    /// It has not reached the cluster yet; the text says why, once that is known.
     Asking { name: String, problem: Option<String> },
     /// The cluster has its request, and an administrator has to APPLY.
     Waiting { name: String, fingerprint: String, console: String },
@@ -63,7 +63,7 @@ pub fn wanted(data: &Path) -> bool {
 /// snapshot into the data folder. May be given up at any time, and begun again.
 ///
 /// # Errors
-/// When the data folder holds another node's data, or the disk fails: nothing that waiting or a new join script would mend.
+/// When the data folder holds another node's data, or the disk fails: neither waiting nor a new join script would help.
 pub async fn run(
     data: &DataDir,
     host: Host,
@@ -135,7 +135,7 @@ impl Joining<'_> {
             Answer::State(state) => match *state {
                 RequestState::Pending { id, fingerprint, .. } => {
                     if asked.as_ref().is_none_or(|asked| asked.id != id) {
-                        // Durable before anybody can click APPLY in the knowledge of it: then the token is worth nothing.
+                        // Durable before anybody can see the request and click APPLY, which makes the token worthless.
                         Asked { id }.save(self.data.path())?;
                     }
                     self.show(Stage::Waiting { name: self.host.name.clone(), fingerprint, console });
@@ -217,7 +217,7 @@ impl Joining<'_> {
     }
 
     fn trouble(&mut self, problem: String) {
-        // Said when it begins and when it changes, not at every attempt.
+        // Logged when it begins and when it changes, not at every attempt.
         let stage = Stage::Asking { name: self.host.name.clone(), problem: Some(problem.clone()) };
         if *self.stage.borrow() != stage {
             warn!(problem, "this host has not reached the cluster yet; trying again");

@@ -26,7 +26,7 @@ pub const JOIN_FILE: &str = "join.json";
 const REQUEST_FILE: &str = "join-request.json";
 /// Longest of these files, in bytes.
 const LIMIT: u64 = 64 << 10;
-/// Addresses that are tried at most.
+/// How many addresses are tried.
 const MAX_ADDRESSES: usize = 16;
 
 /// The content of `join.json`.
@@ -147,7 +147,7 @@ impl Admitted {
         let der = |pem: &str| pki::certificate_der(pem).context("read a CA certificate");
         ensure!(der(&ca)? == der(&file.ca)?, "the cluster answered with another CA than the join token vouches for");
         let files = [
-            // With those that are trusted beside it while it is being replaced.
+            // With the others that are trusted while it is being replaced.
             (pki::CA_CERTIFICATE, &ca),
             (pki::NODE_CERTIFICATE, &certificate),
             (pki::CONSOLE_CERTIFICATE, &console_certificate),
@@ -203,7 +203,7 @@ impl Host {
     pub(super) fn request(&self, requests: &Requests, address: &str, time_ms: u64) -> JoinRequest {
         let mut console_names = self.console_names.clone();
         if !console_names.iter().any(|name| name == address) {
-            // By which members and administrators reach it: before those that may not fit.
+            // The names by which members and administrators reach it come first: the rest may not fit.
             console_names.insert(console_names.len().min(1), address.to_owned());
         }
         let console_names = console_names_that_fit(console_names);

@@ -1,5 +1,6 @@
-//! How a host that is no member yet asks to become one: what it sends, what it is answered, and the token that lets it ask.
-//! Must never let a host trust a cluster whose authority is not the one in its token, or let a private key leave its host.
+//! How a host that is not yet a member asks to become one: what it sends, what it is answered, and the token that lets
+//! it ask. Must never let a host trust a cluster whose authority is not the one in its token, or let a private key
+//! leave its host.
 
 mod asking;
 mod client;
@@ -36,7 +37,7 @@ pub struct JoinRequest {
     pub port: u16,
     /// Version of its program.
     pub version: String,
-    /// What its program can do ([`crate::cluster::level`]); one that does not say is of the first level.
+    /// What its program can do ([`crate::cluster::level`]); a request without it is of the first level.
     #[serde(default)]
     pub level: u32,
     /// Signing request for its node certificate, PEM. Names inside it mean nothing: the cluster decides them.

@@ -1,4 +1,5 @@
-//! What the join script says about the cluster to the program that it has fetched. Must never have a secret but the token.
+//! What the join script says about the cluster to the program that it has fetched. Must never hold a secret other than
+//! the token.
 
 use std::path::Path;
 

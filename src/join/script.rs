@@ -72,7 +72,8 @@ impl From<io::Error> for KitError {
 }
 
 impl Kit {
-    /// Prepares the kit of a node with this configuration: newcomers get the same, but for what is of this host alone.
+    /// Prepares the kit of a node with this configuration: newcomers get the same, except what belongs to this host
+    /// alone.
     pub fn new(config: &Config) -> Self {
         let newcomer = Config {
             bind_address: None,
@@ -84,7 +85,8 @@ impl Kit {
             high_availability_name: None,
             high_availability_enabled: true,
             high_availability_state: FirstState::Secondary,
-            // Secrets, and the arguments of a command may be such: whoever may ask to join may not read them yet.
+            // These are secrets, and so may be the arguments of a command: a host that asks to join may not read them
+            // yet.
             metrics_token: None,
             notify_command: Vec::new(),
             ..config.clone()
@@ -120,7 +122,7 @@ impl Kit {
         };
         let found = file.metadata()?;
         let state = (found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec());
-        // Held while it is computed: whoever comes meanwhile needs the same.
+        // The lock is held while it is computed: whoever comes meanwhile needs the same.
         let mut checksums = locked(&self.checksums);
         let known = checksums.get(name).filter(|(known, _)| *known == state).map(|(_, sha256)| sha256.clone());
         let sha256 = match known {

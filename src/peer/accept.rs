@@ -89,7 +89,7 @@ async fn know_members(identity: Arc<PeerIdentity>, members: Arc<Acquaintances>) 
         for member in identity.roster.others(identity.me) {
             match member.address.parse() {
                 Ok(address) => drop(known.insert(address)),
-                // Whoever cannot be looked up has the places of everybody.
+                // A member whose name cannot be looked up shares the places of everybody.
                 Err(_) => known.extend(
                     timeout(HANDSHAKE, lookup_host((member.address.as_str(), member.port)))
                         .await
@@ -270,7 +270,7 @@ impl Call {
         }
     }
 
-    /// Whether the two understand each other and mean each other.
+    /// Checks that the two understand each other, and that the call is for this node.
     fn check_terms(&self, certified: NodeId, hello: &Hello) -> Result<(), String> {
         let Hello { cluster, from, to, data_format, terms, .. } = *hello;
         let ours = self.identity.roster.cluster();

@@ -1,5 +1,5 @@
-//! Keeps the other members linked: dials, hands over, and again when a link is lost. Finds out whether a peer that
-//! vanished is dead. Must never retry without a pause, or suspect a peer that said farewell.
+//! Keeps the other members linked: dials, hands the link over, and begins again when it is lost. Finds out whether a
+//! peer that vanished is dead. Must never retry without a pause, or suspect a peer that said farewell.
 
 use std::{
     io,
@@ -29,7 +29,8 @@ use crate::cluster::{Member, NodeId};
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Longest pause after a refusal: the other side may only be about to learn that this node has been admitted.
 const REFUSED_PAUSE: Duration = Duration::from_millis(250);
-/// Pause of a node that is no member any more, or whose program is too old. It goes on because the next answer may be of a member that knows better.
+/// Pause of a node that is no longer a member, or whose program is too old. It goes on because the next answer may come
+/// from a member that knows better.
 const REMOVED_PAUSE: Duration = Duration::from_secs(5);
 /// A link that lasted for this long counts as a good one: after it, dialling starts without a pause.
 const STEADY: Duration = Duration::from_secs(1);
@@ -51,7 +52,7 @@ pub(super) struct Dialler {
     told: Option<String>,
 }
 
-/// Dials a member for as long as the task lives. While [`super::Links`] does not know the member, or no more, it waits.
+/// Dials a member for as long as the task lives. Waits while [`super::Links`] does not know the member.
 pub(super) async fn run(member: Member, identity: Arc<PeerIdentity>, sender: LinkSender, complaints: Arc<Complaints>) {
     while let Some(signal) = sender.wait_for_signal(member.id).await {
         let (member, identity, sender) = (member.clone(), identity.clone(), sender.clone());

@@ -19,13 +19,13 @@ use tokio::{
 
 use crate::node::{Lease, Status};
 
-/// Time without a byte that leaves after which a client is taken for gone: it must not keep its place, or a download's.
+/// A client that takes no byte for this long counts as gone: it must not keep its place, or that of a download.
 const STALL: Duration = Duration::from_secs(10);
 
-/// Longest time for which, and most bytes that, are read in vain from a client that still sends when its connection is closed:
-/// else the kernel would reset the connection, and the client could lose the answer (RFC 9112 section 9.6).
+/// How long, and how many bytes, are read and thrown away from a client that still sends when its connection is closed.
+/// Otherwise the kernel would reset the connection, and the client could lose the answer (RFC 9112 section 9.6).
 const LINGER: (Duration, usize) = (Duration::from_secs(2), 64 << 20);
-/// Bytes that are read in vain at once.
+/// Bytes that are thrown away at once.
 const WASTE: usize = 8 << 10;
 
 /// How far the closing of the ports has come.
@@ -108,13 +108,13 @@ impl Held {
         self.0.closed().await;
     }
 
-    /// Whoever still has the stream neither reads nor writes anything from now on.
+    /// From now on nobody who still has the stream reads or writes anything.
     pub(super) fn end(&self) {
         self.0.send_replace(true);
     }
 }
 
-/// Nothing is sent any more; what the client still sends is thrown away.
+/// Nothing more is sent; what the client still sends is thrown away.
 struct Lingers {
     /// The time is over, or the ports are about to close: a switchover must not wait for it.
     end: Pin<Box<dyn Future<Output = ()> + Send>>,

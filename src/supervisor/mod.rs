@@ -1,7 +1,7 @@
 //! Follows the node's role: opens the ports of the workload and runs it while this node is PRIMARY with a valid lease
-//! and a living port guard, and closes and stops them otherwise. A level-triggered loop that compares what should be with
-//! what is. Must never have a say in the role, and never keep the database longer than the demotion deadline: it rather
-//! ends the process.
+//! and a living port guard, and closes and stops them otherwise. A level-triggered loop that compares what should be
+//! with what is. Must never have a say in the role, and never keep the database longer than the demotion deadline: it
+//! would rather end the process.
 
 mod leased;
 mod ports;
@@ -79,7 +79,7 @@ impl SupervisorHandle {
         let _ = state.wait_for(|state| !state.running && !state.open).await;
     }
 
-    /// Takes [`Self::drain`] back, when what it was for is over, or did not come about.
+    /// Takes [`Self::drain`] back, when its purpose is over, or was given up.
     pub fn resume(&self) {
         self.held.send_replace(None);
     }
@@ -90,7 +90,7 @@ impl SupervisorHandle {
     }
 }
 
-/// The loop. See [`Supervisor::run`].
+/// The loop that follows the role; see [`Supervisor::run`].
 #[derive(Debug)]
 pub struct Supervisor {
     config: SupervisorConfig,
@@ -247,7 +247,7 @@ impl Supervisor {
                     self.close(running, reason).await;
                 }
                 Err(error) => {
-                    // Not worth a line when the role was lost meanwhile: that was not a failure.
+                    // Not logged when the role was lost meanwhile: that was not a failure.
                     if self.inputs.objection(epoch, lapses, None).is_none() {
                         let problem = format!("{error:#}");
                         tracing::error!("{} is not open: {problem}; trying again", workload::NAME);

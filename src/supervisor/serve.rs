@@ -48,7 +48,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const HEAD: Duration = Duration::from_secs(10);
 /// The size of the buffers. A request whose head does not fit is refused, at the latest at twice of this.
 const BUFFER: usize = 64 << 10;
-/// Pause after an error of accept that does not pass at once, as too many open files.
+/// Pause after an error of accept that does not pass at once, such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// All tasks of one opening. They end by themselves when the opening is closed.
@@ -68,8 +68,8 @@ struct Shared {
     places: Arc<Places>,
 }
 
-/// The places of each port, by the name of its endpoint. They are kept apart, so that whoever takes those of one port shuts nobody
-/// out of another, and outlive an opening with what is known of the clients.
+/// The places of each port, by the name of its endpoint. They are kept apart, so that nobody who fills one port shuts
+/// others out of another. They outlive an opening, with what is known of the clients.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Seating {
     ports: Arc<Mutex<HashMap<&'static str, Arc<Places>>>>,
@@ -226,7 +226,7 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         visit.busy();
         request.extensions_mut().insert(ConnectInfo(from));
         request.extensions_mut().insert(visit.clone());
-        // How it came, not what its head says: cookies are for TLS only.
+        // By how it came, not by what its head says: cookies are for TLS only.
         request.extensions_mut().insert(scheme.clone());
         request
     });
@@ -258,7 +258,7 @@ mod tests {
     use super::*;
     use crate::node::{Lease, lease::boottime};
 
-    /// Turns the connection into one that gives back what comes.
+    /// Turns the connection into an echo.
     async fn echo(mut request: Request) -> (StatusCode, [(axum::http::HeaderName, &'static str); 2]) {
         tokio::spawn(async move {
             let upgraded = TokioIo::new(hyper::upgrade::on(&mut request).await.unwrap());
