@@ -32,7 +32,7 @@ const MENDED: &[&str] = &[
     "has a new one of the cluster's authority",
     "is fetched from",
     "are fetched from",
-    "was put right",
+    "was corrected",
     "cannot be read", // its events
     "is damaged",
     "this copy of the database is not applied to any further",
