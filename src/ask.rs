@@ -1,10 +1,10 @@
-//! ASKS. A question of one member to another, over a connection of its own: mutual TLS between two nodes, one question, one
-//! answer, both JSON. Owns the limits of that. Must never know what is asked, and never keep anybody waiting for a member that
-//! does not answer.
+//! ASKS. A question of one member to another, over a connection of its own: mutual TLS between two nodes, one question,
+//! one answer, both JSON. Owns the limits of that. Must never know what is asked, and never keep anybody waiting for a
+//! member that does not answer.
 //!
-//! On the wire, after the hello: the topic (1 byte), and the question behind its length (4 bytes, little-endian). The answer
-//! is 1, or 0 for a refusal with its reason as a JSON string, and the value behind its length. A program from before there were
-//! questions refuses the connection, and counts as one that does not answer.
+//! On the wire, after the hello: the topic (1 byte), and the question behind its length (4 bytes, little-endian). The
+//! answer is 1, or 0 for a refusal with its reason as a JSON string, and the value behind its length. A program from
+//! before there were questions refuses the connection, and counts as one that does not answer.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,4 +1,5 @@
-//! The time of day, for what people read and other hosts compare. Must never measure how long something takes: it jumps.
+//! The time of day, for what people read and other hosts compare. Must never measure how long something takes: it
+//! jumps.
 
 use std::time::{Duration, SystemTime};
 

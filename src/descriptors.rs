@@ -1,6 +1,6 @@
-//! How many files and connections this process may have open. Raises the limit at the start, shares it out between the servers
-//! and keeps enough back for files: whatever strangers open, the raft log, the database and the membership find a descriptor.
-//! Must never let a child inherit the raised limit: a program that uses `select` cannot bear it.
+//! How many files and connections this process may have open. Raises the limit at the start, shares it out between the
+//! servers and keeps enough back for files: whatever strangers open, the raft log, the database and the membership find
+//! a descriptor. Must never let a child inherit the raised limit: a program that uses `select` cannot bear it.
 
 use std::{
     fs::File,
@@ -71,7 +71,8 @@ fn fill(held: &mut Vec<File>) {
     }
 }
 
-/// Opens a file that this node cannot do without. When no descriptor is left, it gets one of those that are held for that.
+/// Opens a file that this node cannot do without. When no descriptor is left, it gets one of those that are held for
+/// that.
 ///
 /// # Errors
 /// Those of `open`.
@@ -128,7 +129,8 @@ impl Budget {
     }
 }
 
-/// Places for connections of which one network gets the half, since all clients behind a load balancer come from the same one.
+/// Places for connections of which one network gets the half, since all clients behind a load balancer come from the
+/// same one.
 pub fn room(places: usize) -> Room {
     Room { places, from_one: places / 2, from_known: places / 2, reserved: places / 8 }
 }

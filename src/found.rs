@@ -1,5 +1,6 @@
-//! The first start of the first node: makes the authority, this node's certificates and its identity, and so a cluster of
-//! one. Owns what a host says about itself at its first start. Must never touch a folder that holds a database already.
+//! The first start of the first node: makes the authority, this node's certificates and its identity, and so a cluster
+//! of one. Owns what a host says about itself at its first start. Must never touch a folder that holds a database
+//! already.
 
 use std::{collections::HashSet, net::IpAddr};
 
@@ -27,7 +28,8 @@ const REMAINS: [&str; 4] = ["raft-log", "database", "membership.json", "snapshot
 /// made anew by the next start.
 ///
 /// # Errors
-/// When the folder holds a database, the configuration does not say how to reach this host, or a file cannot be written.
+/// When the folder holds a database, the configuration does not say how to reach this host, or a file cannot be
+/// written.
 pub fn found(config: &Config, data: &DataDir) -> Result<Identity> {
     for name in REMAINS {
         let path = data.path().join(name);
@@ -66,8 +68,8 @@ pub fn found(config: &Config, data: &DataDir) -> Result<Identity> {
     Ok(identity)
 }
 
-/// How the other members are to reach this host: `HIGH_AVAILABILITY_ADDRESS`, `BIND_ADDRESS`, or the first address that is
-/// not of this host alone.
+/// How the other members are to reach this host: `HIGH_AVAILABILITY_ADDRESS`, `BIND_ADDRESS`, or the first address that
+/// is not of this host alone.
 ///
 /// # Errors
 /// When there is none.
@@ -80,8 +82,8 @@ pub fn address(config: &Config) -> Result<String> {
     Ok(found.to_string())
 }
 
-/// The names that this host's Console certificate has: `CONSOLE_CN` first, the host's name, the address that members use,
-/// localhost, and all addresses of the host (as many as fit).
+/// The names that this host's Console certificate has: `CONSOLE_CN` first, the host's name, the address that members
+/// use, localhost, and all addresses of the host (as many as fit).
 pub fn console_names(config: &Config, address: &str) -> Vec<String> {
     let first = [config.common_name(), config.member_name(), address.to_owned(), "localhost".to_owned()];
     let local = local_addresses().into_iter().map(|address| address.to_string());

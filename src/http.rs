@@ -1,5 +1,5 @@
-//! What RFC 9110 and 9112 ask of a server before a handler sees the request, beyond what the HTTP library does. Must never know
-//! what is served.
+//! What RFC 9110 and 9112 ask of a server before a handler sees the request, beyond what the HTTP library does. Must
+//! never know what is served.
 
 use hyper::{
     HeaderMap, Method, Request, StatusCode, Version,
@@ -7,8 +7,8 @@ use hyper::{
     http::uri::Authority,
 };
 
-/// Why a request is refused before anything looks at it: the status and a sentence for people. `longest` is the largest body in
-/// bytes: whoever announces a longer one learns it before sending it.
+/// Why a request is refused before anything looks at it: the status and a sentence for people. `longest` is the largest
+/// body in bytes: whoever announces a longer one learns it before sending it.
 pub fn refusal<B>(request: &Request<B>, longest: u64) -> Option<(StatusCode, String)> {
     let headers = request.headers();
     if request.version() == Version::HTTP_11 && !has_host(headers) {

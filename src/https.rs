@@ -1,5 +1,5 @@
-//! HTTPS clients: whom they trust, how long they wait, and what a failure means. Blocking: for threads that may wait. Must
-//! never use a proxy, follow a redirect, or take a request that may have arrived for one that certainly did not.
+//! HTTPS clients: whom they trust, how long they wait, and what a failure means. Blocking: for threads that may wait.
+//! Must never use a proxy, follow a redirect, or take a request that may have arrived for one that certainly did not.
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
@@ -246,7 +246,8 @@ mod tests {
         assert_eq!(tls(CertificateError::Revoked), Failure::Untrusted(Distrust::Other));
     }
 
-    /// A host without power does not refuse a connection, as a name with the addresses of all hosts may lead to: it says nothing.
+    /// A host without power does not refuse a connection, as a name with the addresses of all hosts may lead to: it
+    /// says nothing.
     #[test]
     fn an_address_that_swallows_packets_hides_no_other_one() {
         #[derive(Debug)]

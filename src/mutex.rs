@@ -1,4 +1,5 @@
-//! How a mutex is taken here: one that is poisoned as any other. A panic ends the process, so that nobody sees what it left.
+//! How a mutex is taken here: one that is poisoned as any other. A panic ends the process, so that nobody sees what it
+//! left.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

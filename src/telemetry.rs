@@ -1,5 +1,5 @@
-//! Log lines to standard error, and the numbers for Prometheus; [`table`] has the metrics.
-//! Must never open a port, must never depend on a module of ours that knows anything, and never makes whoever logs wait for a reader.
+//! Log lines to standard error, and the numbers for Prometheus; [`table`] has the metrics. Must never open a port, must
+//! never depend on a module of ours that knows anything, and never makes whoever logs wait for a reader.
 
 mod lines;
 mod repeats;
@@ -48,8 +48,8 @@ pub enum Format {
     Json,
 }
 
-/// Sends the process's log lines to standard error, from now on: through a bounded queue, and nobody waits for its other end.
-/// [`flush`] belongs before each end of the process.
+/// Sends the process's log lines to standard error, from now on: through a bounded queue, and nobody waits for its
+/// other end. [`flush`] belongs before each end of the process.
 ///
 /// Under systemd (`JOURNAL_STREAM` is set) lines carry no time and no colour: the receiver adds its own time. Libraries
 /// speak only when they are one step more severe than `level`.

@@ -1,5 +1,5 @@
-//! What a PRIMARY runs, and the ports at which it is reached: today the built-in Console. Knows how it starts, becomes ready and
-//! stops, what each port serves and who may connect; never when.
+//! What a PRIMARY runs, and the ports at which it is reached: today the built-in Console. Knows how it starts, becomes
+//! ready and stops, what each port serves and who may connect; never when.
 
 use std::sync::Arc;
 

@@ -1,6 +1,6 @@
-//! The file of a backup: a gzipped tar of `manifest.json` and `console.db`, so that any host can look into it with its own
-//! tools; encrypted as a whole if there is a key. Reads and writes it as a stream in bounded memory. Must never take anything
-//! in an archive for a path, and never call a database good that is not what its manifest says.
+//! The file of a backup: a gzipped tar of `manifest.json` and `console.db`, so that any host can look into it with its
+//! own tools; encrypted as a whole if there is a key. Reads and writes it as a stream in bounded memory. Must never
+//! take anything in an archive for a path, and never call a database good that is not what its manifest says.
 
 use std::{
     fs::File,
@@ -199,8 +199,8 @@ pub(super) fn is_sealed(path: &Path) -> Result<Option<bool>, BackupError> {
     Ok(if head == MAGIC { Some(true) } else { head.starts_with(GZIP).then_some(false) })
 }
 
-/// Reads an archive to its end and checks everything that can be checked without SQLite. `accept` sees the manifest before the
-/// database is read and may refuse it; `each` gets the database in order.
+/// Reads an archive to its end and checks everything that can be checked without SQLite. `accept` sees the manifest
+/// before the database is read and may refuse it; `each` gets the database in order.
 ///
 /// # Errors
 /// [`BackupError::Damaged`] for what is not a whole, sound backup; those of `accept` and `each`.
@@ -353,8 +353,8 @@ pub(super) mod tests {
             let mut bad = good.clone();
             bad[at] ^= 0x10;
             std::fs::write(&path, &bad).unwrap();
-            // Not every bit of a gzip file means something: bytes 3 to 9 tell time and system, and of a periodic text one distance is
-            // as good as another. What is read is right, or nothing is.
+            // Not every bit of a gzip file means something: bytes 3 to 9 tell time and system, and of a periodic text
+            // one distance is as good as another. What is read is right, or nothing is.
             let right = |(found, read): (Manifest, Vec<u8>)| found == manifest && read == image;
             assert!(load(&path, None).map_or(true, right), "byte {at}");
             std::fs::write(&path, &good[..at]).unwrap();

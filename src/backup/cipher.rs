@@ -1,10 +1,10 @@
-//! The encryption of a backup: the whole file in sealed pieces, so that it is read and written as a stream. Owns the format;
-//! must never let a byte out that has not been verified.
+//! The encryption of a backup: the whole file in sealed pieces, so that it is read and written as a stream. Owns the
+//! format; must never let a byte out that has not been verified.
 //!
-//! `"TLSEAL01"`, 16 bytes of salt, then pieces of 65,536 bytes (the last one shorter, maybe empty), each with AES-256-GCM's tag
-//! of 16 bytes. The nonce is the number of the piece (u64, big-endian) and a word that is 1 for the last piece only: pieces can
-//! be neither changed, moved, dropped nor added. The key is argon2id of the key file's content with the salt, so each file has
-//! a key of its own, and a pass phrase will do.
+//! `"TLSEAL01"`, 16 bytes of salt, then pieces of 65,536 bytes (the last one shorter, maybe empty), each with
+//! AES-256-GCM's tag of 16 bytes. The nonce is the number of the piece (u64, big-endian) and a word that is 1 for the
+//! last piece only: pieces can be neither changed, moved, dropped nor added. The key is argon2id of the key file's
+//! content with the salt, so each file has a key of its own, and a pass phrase will do.
 
 use std::{
     fmt, fs,

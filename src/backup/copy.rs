@@ -1,6 +1,6 @@
-//! This host's copy of the database, into a file of its own: on the PRIMARY from the file that rests between two checkpoints,
-//! on a SECONDARY from the file that goes on changing. Takes its time, so that others get theirs. Must never call a copy whole
-//! that does not have the checksum which all members agree on.
+//! This host's copy of the database, into a file of its own: on the PRIMARY from the file that rests between two
+//! checkpoints, on a SECONDARY from the file that goes on changing. Takes its time, so that others get theirs. Must
+//! never call a copy whole that does not have the checksum which all members agree on.
 
 use std::{
     fs::File,

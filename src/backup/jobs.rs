@@ -1,5 +1,5 @@
-//! One thing at a time: what is under way with the backups of this host, how far it is, and how the last one ended. Must never
-//! let a second one begin beside it.
+//! One thing at a time: what is under way with the backups of this host, how far it is, and how the last one ended.
+//! Must never let a second one begin beside it.
 
 use std::{
     sync::{

@@ -1,5 +1,5 @@
-//! The backups of all members: each keeps its own in its folder, and whoever lists them asks the others. Must never wait for one
-//! that does not answer for longer than a question may take, nor pass over it in silence.
+//! The backups of all members: each keeps its own in its folder, and whoever lists them asks the others. Must never
+//! wait for one that does not answer for longer than a question may take, nor pass over it in silence.
 
 use std::{collections::HashSet, sync::Mutex};
 
@@ -70,7 +70,8 @@ impl Backups {
         Ok(Shelf { folder, enabled, backups: self.look(|folder| folder.marked()).await?, more: 0 })
     }
 
-    /// All backups of this host, and what the other members answer, newest first. [`Self::state`] says who did not answer.
+    /// All backups of this host, and what the other members answer, newest first. [`Self::state`] says who did not
+    /// answer.
     ///
     /// # Errors
     /// Those of [`Self::list`].

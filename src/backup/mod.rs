@@ -1,8 +1,8 @@
 //! Backups of the database: made from this host's own copy while replication goes on, kept in `DATA_RECOVERY_VOLUME`,
 //! verified, and brought back. The Console's API and the control socket both come here, and so does the schedule.
 //!
-//! Owns the folder of the backups and the one thing at a time that is done with it. Must never keep a takeover waiting, never
-//! call a backup good that was not read again, and never leave a cluster with half of one.
+//! Owns the folder of the backups and the one thing at a time that is done with it. Must never keep a takeover waiting,
+//! never call a backup good that was not read again, and never leave a cluster with half of one.
 //!
 //! - `name.rs`: file names; the only way from a client's word to a path
 //! - `copy.rs`: this host's database into a file

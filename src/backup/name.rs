@@ -1,5 +1,5 @@
-//! The names of backups: `{name}-{version}-{unix seconds}.tar.gz`, with `.sealed` behind it if it is encrypted. Owns what a
-//! name may be; nothing that has not passed here ever becomes part of a path. Pure.
+//! The names of backups: `{name}-{version}-{unix seconds}.tar.gz`, with `.sealed` behind it if it is encrypted. Owns
+//! what a name may be; nothing that has not passed here ever becomes part of a path. Pure.
 
 use std::fmt;
 
@@ -84,7 +84,8 @@ pub struct BackupId {
 }
 
 impl BackupId {
-    /// Takes a file name apart; none if it is not one of a backup. What it gives is the same file name again when it is shown.
+    /// Takes a file name apart; none if it is not one of a backup. What it gives is the same file name again when it is
+    /// shown.
     pub fn parse(id: &str) -> Option<Self> {
         let (stem, sealed) = match id.strip_suffix(SEALED) {
             Some(stem) => (stem, true),

@@ -101,15 +101,16 @@ where
     receiver.await.map_err(|_| BackupError::Unknown("it ended without an outcome".to_owned()))?
 }
 
-/// The backups of the folder that have no copy of their length, the newest first. Those that were fetched are there already.
+/// The backups of the folder that have no copy of their length, the newest first. Those that were fetched are there
+/// already.
 fn missing<'a>(here: &'a [Backup], there: &[RemoteBackup]) -> Vec<&'a Backup> {
     let is_there =
         |backup: &Backup| there.iter().any(|copy| copy.backup.id == backup.id && copy.backup.bytes == backup.bytes);
     here.iter().filter(|backup| !backup.name.starts_with(FETCHED) && !is_there(backup)).collect()
 }
 
-/// The copies that are not kept any longer: by the same rule as in the folder, so that a host that begins anew with an empty
-/// folder keeps what it has there; and never one that is in the folder.
+/// The copies that are not kept any longer: by the same rule as in the folder, so that a host that begins anew with an
+/// empty folder keeps what it has there; and never one that is in the folder.
 fn outdated(here: &[Backup], there: &[RemoteBackup], keep: super::Keep, now: u64) -> Vec<String> {
     let list: Vec<Backup> = there.iter().map(|copy| copy.backup.clone()).collect();
     let mut gone = surplus(&list, keep, now);

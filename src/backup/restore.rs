@@ -1,7 +1,7 @@
-//! A backup into the cluster: unpacked and checked beside the running Console, then put in the place of the whole database as
-//! one transaction of the cluster while the Console is closed. All members get it as they get any other transaction, so that
-//! they have the old state or the new one, whoever dies on the way. Must never touch the database with less than a whole,
-//! verified backup of this very version.
+//! A backup into the cluster: unpacked and checked beside the running Console, then put in the place of the whole
+//! database as one transaction of the cluster while the Console is closed. All members get it as they get any other
+//! transaction, so that they have the old state or the new one, whoever dies on the way. Must never touch the database
+//! with less than a whole, verified backup of this very version.
 
 use std::{
     os::unix::fs::MetadataExt,
@@ -263,8 +263,8 @@ impl Backups {
     }
 }
 
-/// A member takes the transaction into its raft log and its database: without the space it would hold everybody up while the
-/// Console is closed.
+/// A member takes the transaction into its raft log and its database: without the space it would hold everybody up
+/// while the Console is closed.
 fn check_member(member: &MemberStatus, needed: u64) -> Result<(), BackupError> {
     let name = &member.name;
     if matches!(member.state, Role::Down | Role::Unknown) {
@@ -293,7 +293,8 @@ fn needed_elsewhere(bytes: u64, now: u64) -> u64 {
     bytes.saturating_add(bytes.saturating_sub(now)).saturating_add(SPARE)
 }
 
-/// Bytes that it takes on this host: the `-wal` file is added, and the unpacked copy if that lies on the same file system.
+/// Bytes that it takes on this host: the `-wal` file is added, and the unpacked copy if that lies on the same file
+/// system.
 fn needed_here(bytes: u64, now: u64, copy: bool) -> u64 {
     (1 + u64::from(copy)).saturating_mul(bytes).saturating_add(needed_elsewhere(bytes, now))
 }
@@ -330,8 +331,8 @@ fn replace(database: &PrimaryDatabase, copy: &Path, job: &Arc<Job>) -> Result<()
     })
 }
 
-/// Makes the unpacked database what the cluster gets: nobody is logged in, and the audit tells where it came from. Both are part
-/// of the one transaction.
+/// Makes the unpacked database what the cluster gets: nobody is logged in, and the audit tells where it came from. Both
+/// are part of the one transaction.
 async fn prepare(copy: &Path, id: &str, by: &Actor, ticket: Option<&Ticket>) -> Result<(), BackupError> {
     let failed =
         |error: sqlx::Error| BackupError::Refused(format!("the unpacked database cannot be prepared: {error}"));
@@ -355,8 +356,9 @@ async fn note(
 ) -> Result<(), sqlx::Error> {
     let mut writing = connection.begin().await?;
     sqlx::query("DELETE FROM tokens").execute(&mut *writing).await?;
-    // As `console::audits` writes it; a version restores its own backups only, so that the columns are known. The row that was
-    // written when it began goes with the database that is replaced: this one takes its place, under the same ticket.
+    // As `console::audits` writes it; a version restores its own backups only, so that the columns are known. The row
+    // that was written when it began goes with the database that is replaced: this one takes its place, under the same
+    // ticket.
     let insert =
         "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, 'restore', ?, 1, ?)";
     let (time, act) = (unix_time() as i64, of_backup("restore", id));

@@ -1,5 +1,5 @@
-//! Automatic backups: what is due when, by the files that are there, so that a restart changes nothing; and which ones are not
-//! kept any longer. The decisions are pure; the loop only waits and carries them out.
+//! Automatic backups: what is due when, by the files that are there, so that a restart changes nothing; and which ones
+//! are not kept any longer. The decisions are pure; the loop only waits and carries them out.
 
 use std::{
     sync::Arc,
@@ -23,8 +23,8 @@ const APART: u64 = 5;
 /// Pause after a failure.
 const AGAIN: Duration = Duration::from_secs(HOUR);
 
-/// Seconds from one backup of a kind to the next. A day is a little shorter for the rarer ones, so that they fall on the daily
-/// backup of the same hour and not on the next one.
+/// Seconds from one backup of a kind to the next. A day is a little shorter for the rarer ones, so that they fall on
+/// the daily backup of the same hour and not on the next one.
 fn interval(kind: Kind) -> u64 {
     match kind {
         Kind::Manual | Kind::Daily => DAY,
@@ -42,8 +42,8 @@ fn kept(kind: Kind, keep: Keep) -> u32 {
     }
 }
 
-/// When the next backup of a kind is due, in seconds since 1970. A file from the future was made with a wrong clock, and does not
-/// count.
+/// When the next backup of a kind is due, in seconds since 1970. A file from the future was made with a wrong clock,
+/// and does not count.
 fn due(kind: Kind, list: &[Backup], now: u64) -> u64 {
     let times = list.iter().filter(|backup| backup.kind == kind).map(|backup| backup.time);
     times.filter(|time| *time <= now + HOUR).max().map_or(0, |newest| newest + interval(kind))
@@ -55,8 +55,8 @@ fn also(list: &[Backup], now: u64, keep: Keep) -> Vec<Kind> {
     rarer.filter(|kind| kept(*kind, keep) > 0 && due(*kind, list, now) <= now).collect()
 }
 
-/// The automatic backups that are not kept any longer. `list` is newest first. As in [`due`], files from the future do not count:
-/// they would push out every new one. They stay until their time has come.
+/// The automatic backups that are not kept any longer. `list` is newest first. As in [`due`], files from the future do
+/// not count: they would push out every new one. They stay until their time has come.
 pub(super) fn surplus(list: &[Backup], keep: Keep, now: u64) -> Vec<String> {
     let counts = move |backup: &&Backup, kind| backup.kind == kind && backup.time <= now + HOUR;
     let of = |kind: Kind| list.iter().filter(move |backup| counts(backup, kind)).skip(kept(kind, keep) as usize);

@@ -1,6 +1,6 @@
-//! The place of the copies, `BACKUP_URL`: what lies there under a backup's name, put, fetched and deleted. Each copy is called
-//! `CLUSTER/NODE/FILE` below the URL. Sends and receives in bounded memory. Must never touch anything there that has no
-//! backup's name, and never let a credential into a message.
+//! The place of the copies, `BACKUP_URL`: what lies there under a backup's name, put, fetched and deleted. Each copy is
+//! called `CLUSTER/NODE/FILE` below the URL. Sends and receives in bounded memory. Must never touch anything there that
+//! has no backup's name, and never let a credential into a message.
 
 use std::{
     fs,
@@ -202,8 +202,8 @@ impl Store {
         }
     }
 
-    /// Sends a file; `each` is told of every part. Afterwards the copy is there in its whole length, or as it was before. Each part
-    /// carries a SHA-256 that is signed, so that S3 does not take a damaged one.
+    /// Sends a file; `each` is told of every part. Afterwards the copy is there in its whole length, or as it was
+    /// before. Each part carries a SHA-256 that is signed, so that S3 does not take a damaged one.
     ///
     /// # Errors
     /// [`BackupError::Remote`], [`BackupError::Io`].
@@ -341,8 +341,8 @@ fn remote(error: object_store::Error) -> BackupError {
     BackupError::Remote(words.join(" ").chars().take(LONGEST_REASON).collect())
 }
 
-/// Reads `KEY=VALUE` lines: the names of AWS's environment variables in capital or small letters, as its own file of credentials has
-/// them, with blanks around the `=` or without. The values are read like those of `twistlock.cfg`.
+/// Reads `KEY=VALUE` lines: the names of AWS's environment variables in capital or small letters, as its own file of
+/// credentials has them, with blanks around the `=` or without. The values are read like those of `twistlock.cfg`.
 fn read_credentials(path: &Path) -> Result<Vec<(AmazonS3ConfigKey, String)>, BackupError> {
     let refused =
         |why: String| BackupError::Refused(format!("BACKUP_CREDENTIALS_FILE {} cannot be used: {why}", path.display()));

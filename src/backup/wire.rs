@@ -1,5 +1,6 @@
 //! HTTP as the object store's client wants it: one connection for each request, with the TLS of this program and the
-//! authorities that the host trusts. Must never speak plain HTTP unless that was allowed, use a proxy, or wait without end.
+//! authorities that the host trusts. Must never speak plain HTTP unless that was allowed, use a proxy, or wait without
+//! end.
 
 use std::{fmt, future::Future, io, pin::Pin, sync::Arc, time::Duration};
 

@@ -1,7 +1,7 @@
 //! What the Console of this host serves: keeps the TLS settings that each new connection is asked for in step with the
 //! membership, the custom folder and the clock. Every member signs for itself. Must never change the Console's own key
-//! (certificate and key are two files, and a crash between them would leave a node that cannot start), nor serve nothing
-//! because something new is broken.
+//! (certificate and key are two files, and a crash between them would leave a node that cannot start), nor serve
+//! nothing because something new is broken.
 //!
 //! What is served, first come first: the folder of this host, the certificate that an administrator has given to all
 //! Consoles, the cluster's own. Hosts that join ask for a name of their own and always see the last one.
@@ -92,8 +92,8 @@ impl ConsoleTls {
     /// Reads what this node serves, and makes its own certificate anew if that is due. `data` is the data folder.
     ///
     /// # Errors
-    /// When the Console's own certificate or the one in the custom folder cannot be used: nothing should start that serves
-    /// another one than its administrator thinks.
+    /// When the Console's own certificate or the one in the custom folder cannot be used: nothing should start that
+    /// serves another one than its administrator thinks.
     pub fn open(data: &Path, node: NodeId, membership: &Membership, local_names: LocalNames) -> Result<Self> {
         let certificates = data.join("certificates");
         let own = load(&certificates).context("load the certificate of the Console")?;
@@ -113,8 +113,8 @@ impl ConsoleTls {
         self.served.subscribe()
     }
 
-    /// Keeps all of it in step until the node ends. Looks at once when the certificate of the node is `renewed`: what was said
-    /// about the old one is over then.
+    /// Keeps all of it in step until the node ends. Looks at once when the certificate of the node is `renewed`: what
+    /// was said about the old one is over then.
     pub async fn keep(mut self, handle: Handle, mut renewed: watch::Receiver<Arc<NodeTls>>) {
         let mut membership = handle.membership();
         let mut looks = time::interval(LOOK);

@@ -1,5 +1,5 @@
-//! The folder in which an administrator puts a certificate for the Console of this host: looks whether it has changed, and
-//! reads it once it rests. Must never write there.
+//! The folder in which an administrator puts a certificate for the Console of this host: looks whether it has changed,
+//! and reads it once it rests. Must never write there.
 
 use std::{
     fs, io,
@@ -40,8 +40,8 @@ impl CustomFolder {
         Ok(Self { path, seen, stale: false, pair, problem: None })
     }
 
-    /// Looks again. Files that change are read once they were the same at two looks in a row: whoever replaces both does not
-    /// do so at one instant. True if what is in use, or the problem, is another one than before.
+    /// Looks again. Files that change are read once they were the same at two looks in a row: whoever replaces both
+    /// does not do so at one instant. True if what is in use, or the problem, is another one than before.
     pub fn look(&mut self, now: u64) -> bool {
         let before = self.problem.clone();
         match states(&self.path) {

@@ -1,5 +1,5 @@
-//! What is told about certificates: the entries of the status, their metrics, and the warnings before they end. Must never
-//! change a certificate, nor say the same in the log twice.
+//! What is told about certificates: the entries of the status, their metrics, and the warnings before they end. Must
+//! never change a certificate, nor say the same in the log twice.
 
 use std::{collections::BTreeMap, fs, path::Path};
 

@@ -1,5 +1,5 @@
-//! The certificate that an administrator has given to all Consoles, as the membership has it: what it is not good for, and who
-//! else knows its key. Pure.
+//! The certificate that an administrator has given to all Consoles, as the membership has it: what it is not good for,
+//! and who else knows its key. Pure.
 
 use std::collections::BTreeSet;
 
@@ -8,8 +8,8 @@ use crate::{
     pki::{self, CertificateInfo},
 };
 
-/// When a certificate is to count as given: after all removals so far, whatever the clocks of earlier primaries said; or, if
-/// it has the key of the one in its place, when that was given.
+/// When a certificate is to count as given: after all removals so far, whatever the clocks of earlier primaries said;
+/// or, if it has the key of the one in its place, when that was given.
 pub(crate) fn given_at(membership: &Membership, new: &CustomCertificate) -> u64 {
     let key = |certificate: &CustomCertificate| pki::certificate_key(&certificate.chain).ok();
     let same = membership
@@ -42,8 +42,8 @@ pub(crate) fn exposure(membership: &Membership) -> Option<String> {
     })
 }
 
-/// What an administrator should do about the certificate that the Consoles were given: who else knows its key, and that no
-/// Console can unseal it any more.
+/// What an administrator should do about the certificate that the Consoles were given: who else knows its key, and that
+/// no Console can unseal it any more.
 pub(crate) fn warning(membership: &Membership) -> Option<String> {
     let stranded = membership.shared.certificate_is_stranded().then(|| {
         "the certificate that was given to all Consoles is sealed with a cluster key that no member has any more: a Console that \
@@ -54,8 +54,8 @@ pub(crate) fn warning(membership: &Membership) -> Option<String> {
     (!sentences.is_empty()).then(|| sentences.join("; "))
 }
 
-/// What clients may reach the Consoles by, and this certificate is not good for: each member by its address or its name (also
-/// as the first part of a longer one), and the names of the list. For one member `only`, or for all.
+/// What clients may reach the Consoles by, and this certificate is not good for: each member by its address or its name
+/// (also as the first part of a longer one), and the names of the list. For one member `only`, or for all.
 pub(crate) fn missing(membership: &Membership, info: &CertificateInfo, only: Option<NodeId>) -> Vec<String> {
     let begins_with =
         |name: &str| info.names.iter().any(|full| full.split_once('.').is_some_and(|(host, _)| host == name));

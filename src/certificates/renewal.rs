@@ -1,6 +1,7 @@
-//! Keeps the certificate of this node good: every member holds the key that unseals the authority, so each one signs for
-//! itself, in time and without asking anybody. Must never change the node's key: certificate and key are two files, and a
-//! crash between them would leave a node that cannot start. The Console's certificate is [`super::console_tls`]'s.
+//! Keeps the certificate of this node good: every member holds the key that unseals the authority, so each one signs
+//! for itself, in time and without asking anybody. Must never change the node's key: certificate and key are two files,
+//! and a crash between them would leave a node that cannot start. The Console's certificate is
+//! [`super::console_tls`]'s.
 
 use std::{
     fs,
@@ -20,8 +21,8 @@ use crate::{
     pki::{self, Authority, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, request_with},
 };
 
-/// Between two looks, and after one at a certificate that is not good at this time or could not be renewed: the clock may have
-/// been wrong.
+/// Between two looks, and after one at a certificate that is not good at this time or could not be renewed: the clock
+/// may have been wrong.
 const EVERY: Duration = Duration::from_secs(3600);
 const SOON: Duration = Duration::from_secs(10);
 

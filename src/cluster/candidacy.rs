@@ -1,8 +1,9 @@
-//! When a node stands for election while nobody leads: whose turn it is, and when the next attempt comes. Must never let a voter
-//! break its promise: how long that lasts is the same in each place.
+//! When a node stands for election while nobody leads: whose turn it is, and when the next attempt comes. Must never
+//! let a voter break its promise: how long that lasts is the same in each place.
 //!
-//! Two that stand at the same time split the votes, so each has a place in a queue: how many of the voters that may stand at all
-//! have a lower rank. With seven members the last rank waits for those who are there, and not for its own number.
+//! Two that stand at the same time split the votes, so each has a place in a queue: how many of the voters that may
+//! stand at all have a lower rank. With seven members the last rank waits for those who are there, and not for its own
+//! number.
 
 use std::collections::BTreeSet;
 
@@ -70,9 +71,9 @@ impl<S: Storage> Cluster<S> {
     }
 }
 
-/// How many voters stand for election before this node: those of a lower rank, but for the leader that it still follows (if it
-/// waits in vain, that one is gone) and those whose process is known to be dead. Once the leader is forgotten without another in
-/// its place, it counts again: it may be back.
+/// How many voters stand for election before this node: those of a lower rank, but for the leader that it still follows
+/// (if it waits in vain, that one is gone) and those whose process is known to be dead. Once the leader is forgotten
+/// without another in its place, it counts again: it may be back.
 fn place(membership: &Membership, node: NodeId, leader: Option<NodeId>, dead: &BTreeSet<NodeId>) -> usize {
     // A node that was removed has no rank, and needs none: it is never elected.
     let own = membership.rank(node).unwrap_or(usize::MAX);

@@ -1,5 +1,5 @@
-//! How the configuration changes: the core's part that proposes, puts into force and completes changes of the membership.
-//! Must never put a change into force that a majority does not have, or one that is in force already.
+//! How the configuration changes: the core's part that proposes, puts into force and completes changes of the
+//! membership. Must never put a change into force that a majority does not have, or one that is in force already.
 
 use raft::{
     Storage,
@@ -92,8 +92,8 @@ impl<S: Storage> Cluster<S> {
         message.get_msg_type() == MessageType::MsgSnapshot && message.term >= self.epoch() && index() > self.committed()
     }
 
-    /// Gives members that were admitted their vote, all at once, when all of them have caught up. Whoever is primary does
-    /// it: an admission goes on when the primary that began it is gone.
+    /// Gives members that were admitted their vote, all at once, when all of them have caught up. Whoever is primary
+    /// does it: an admission goes on when the primary that began it is gone.
     pub(super) fn promote_learners(&mut self, now: u64) {
         let learners: Vec<_> = self.membership.learners().collect();
         // Raft takes a new member for an active one that it has not heard of yet. But what has its own admission has

@@ -29,10 +29,10 @@ pub struct Election<S: Storage> {
 }
 
 impl<S: Storage> Election<S> {
-    /// Wraps a log. `ticks`: the promise of a voter to its leader.
-    /// `applied` is the index up to which the database needs no entry, `configured` that of the configuration that the log
-    /// returns. What came into force is committed, though the log's note of that may be older: it is the last to reach the disk.
-    /// Others who do not know yet that somebody has a vote learn it from this node's requests for votes.
+    /// Wraps a log. `ticks`: the promise of a voter to its leader. `applied` is the index up to which the database
+    /// needs no entry, `configured` that of the configuration that the log returns. What came into force is committed,
+    /// though the log's note of that may be older: it is the last to reach the disk. Others who do not know yet that
+    /// somebody has a vote learn it from this node's requests for votes.
     ///
     /// # Errors
     /// When the log cannot be read or contradicts itself.
@@ -61,7 +61,8 @@ impl<S: Storage> Election<S> {
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let mut raw = RawNode::new(&config, log, &logger)?;
         let log = &mut raw.raft.raft_log;
-        // A snapshot may have brought a configuration that is newer than it is, to a log with an end that nobody else has.
+        // A snapshot may have brought a configuration that is newer than it is, to a log with an end that nobody else
+        // has.
         if (log.first_index()..=log.last_index()).contains(&configured) {
             let own = log.slice(configured, configured + 1, None, GetEntriesContext::empty(false))?;
             if own.iter().any(|entry| entry.get_entry_type() != EntryType::EntryNormal) {
@@ -102,7 +103,8 @@ impl<S: Storage> Election<S> {
         (self.raw.raft.term, self.raw.raft.vote)
     }
 
-    /// Whether voters should prefer this node: they refuse one that is not preferred unless its log is longer than theirs.
+    /// Whether voters should prefer this node: they refuse one that is not preferred unless its log is longer than
+    /// theirs.
     pub fn prefer(&mut self, preferred: bool) {
         self.raw.set_priority(if preferred { 0 } else { -1 });
     }
@@ -298,8 +300,8 @@ impl<S: Storage> Election<S> {
     }
 }
 
-/// Ticks of silence after which a voter campaigns: its promise is over by then in each place, and whoever stands before it has had
-/// the time to be elected. Not random: that splits votes (`docs/design.md` has the figures).
+/// Ticks of silence after which a voter campaigns: its promise is over by then in each place, and whoever stands before
+/// it has had the time to be elected. Not random: that splits votes (`docs/design.md` has the figures).
 fn patience(ticks: usize, place: usize) -> usize {
     ticks + 2 + 3 * place
 }

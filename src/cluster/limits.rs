@@ -1,11 +1,11 @@
-//! How long the texts may be that all members keep, and the refusal of what cannot be. Owns what the parts of the membership have in
-//! common; must never know one of them.
+//! How long the texts may be that all members keep, and the refusal of what cannot be. Owns what the parts of the
+//! membership have in common; must never know one of them.
 
 use serde::Serialize;
 use thiserror::Error;
 
-/// Largest encoded membership, in bytes: that of a pool of seven with everything at its limit. A raft entry and a message between
-/// members hold it.
+/// Largest encoded membership, in bytes: that of a pool of seven with everything at its limit. A raft entry and a
+/// message between members hold it.
 pub const MAX_ENCODED: usize = 128 << 10;
 /// Largest encoded membership while programs of feature level 2 take part: they read no more.
 pub const MAX_ENCODED_BEFORE: usize = 32 << 10;

@@ -1,5 +1,5 @@
-//! Who belongs to the cluster: the identities, ranks and addresses of the members, and what else all must agree on. How that
-//! may change is in `change`. Never talks to anybody.
+//! Who belongs to the cluster: the identities, ranks and addresses of the members, and what else all must agree on. How
+//! that may change is in `change`. Never talks to anybody.
 //!
 //! A [`Membership`] is replicated as a whole: the entry of a change carries the membership after it, as JSON, in its
 //! context, so that a node that missed an entry has lost nothing once it has a later one.
@@ -109,7 +109,8 @@ impl Membership {
         self.roster.removed.iter().find(|removed| removed.id == id)
     }
 
-    /// True if a host is on its way in at this time: it was told which authority to trust, and by which it will know the cluster.
+    /// True if a host is on its way in at this time: it was told which authority to trust, and by which it will know
+    /// the cluster.
     pub fn has_newcomers(&self, at: u64) -> bool {
         self.shared.requests.iter().any(|open| open.in_force(at)) || self.learners().next().is_some()
     }

@@ -1,5 +1,6 @@
-//! What the core makes of a durable memory that is not whole: its own, and that of others. A node that forgot takes part in
-//! nothing; a primary takes the vote of one that says so. Must never count what a member acknowledged before it forgot.
+//! What the core makes of a durable memory that is not whole: its own, and that of others. A node that forgot takes
+//! part in nothing; a primary takes the vote of one that says so. Must never count what a member acknowledged before it
+//! forgot.
 //!
 //! `docs/memory.md` says which losses are found out by whom, and why what is done here is enough.
 
@@ -75,8 +76,8 @@ impl<S: Storage> Cluster<S> {
         self.forgetful.insert(peer);
     }
 
-    /// Whether a member that forgot may be given the database now: it must have no vote, and none may be on its way to it.
-    /// What it acknowledges from now on, it acknowledges with a raft log that begins behind the loss of its vote.
+    /// Whether a member that forgot may be given the database now: it must have no vote, and none may be on its way to
+    /// it. What it acknowledges from now on, it acknowledges with a raft log that begins behind the loss of its vote.
     ///
     /// # Errors
     /// A sentence for that member.

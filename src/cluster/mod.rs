@@ -400,8 +400,8 @@ impl<S: Storage> Cluster<S> {
         }
     }
 
-    /// This node could not serve before `until` (`u64::MAX`: never again): it goes on voting and replicating, but others
-    /// are preferred. It is elected only if its log is longer than theirs, so that they get what it has.
+    /// This node could not serve before `until` (`u64::MAX`: never again): it goes on voting and replicating, but
+    /// others are preferred. It is elected only if its log is longer than theirs, so that they get what it has.
     pub fn set_unfit_until(&mut self, now: u64, until: u64) {
         self.unfit_until = self.unfit_until.max(until);
         self.observe(now);
@@ -427,13 +427,14 @@ impl<S: Storage> Cluster<S> {
         self.observe(now);
     }
 
-    /// Planned handover: the caller has drained the ports. Leadership goes over once the database is closed.
-    /// It goes to `to`, or else to the member that has most. Does nothing while takeover is paused: nobody would take it.
+    /// Planned handover: the caller has drained the ports. Leadership goes over once the database is closed. It goes to
+    /// `to`, or else to the member that has most. Does nothing while takeover is paused: nobody would take it.
     pub fn hand_over(&mut self, now: u64, to: Option<NodeId>) {
         self.hand_over_because(now, to, Cause::Handover);
     }
 
-    /// Hands the role over for another reason: what cannot go on here is still good enough to let another member begin at once.
+    /// Hands the role over for another reason: what cannot go on here is still good enough to let another member begin
+    /// at once.
     pub fn hand_over_because(&mut self, now: u64, to: Option<NodeId>, cause: Cause) {
         self.observe(now);
         if matches!(self.phase, Phase::Promoting | Phase::Primary) && !self.is_takeover_paused(now) {
@@ -599,8 +600,9 @@ impl<S: Storage> Cluster<S> {
         self.run_campaign(now);
     }
 
-    /// Whoever ordered this node to campaign has closed its ports and waits, so it begins as soon as it can. An order that
-    /// has been overtaken is harmless: raft drops it with its epoch, and its leader never serves again in the same one.
+    /// Whoever ordered this node to campaign has closed its ports and waits, so it begins as soon as it can. An order
+    /// that has been overtaken is harmless: raft drops it with its epoch, and its leader never serves again in the same
+    /// one.
     fn follow_order(&mut self, now: u64) {
         if self.order.is_some() && !self.is_unfit(now) {
             let order = self.order.take().filter(|_| self.phase == Phase::Secondary);

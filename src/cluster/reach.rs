@@ -1,9 +1,9 @@
-//! How far the durable memory of a member had reached, as it says itself and as others remember it. Pure. Must never take a
-//! raft log for forgetful that only lost what nobody was promised.
+//! How far the durable memory of a member had reached, as it says itself and as others remember it. Pure. Must never
+//! take a raft log for forgetful that only lost what nobody was promised.
 //!
-//! What a member has promised can only grow, though its raft log may become shorter: a new leader replaces an end that no
-//! majority has. So what is compared is not the end of the log, but the epoch, the vote in that epoch, the index that was
-//! acknowledged to the leader of that epoch, and the index that is known to be committed.
+//! What a member has promised can only grow, though its raft log may become shorter: a new leader replaces an end that
+//! no majority has. So what is compared is not the end of the log, but the epoch, the vote in that epoch, the index
+//! that was acknowledged to the leader of that epoch, and the index that is known to be committed.
 
 use std::collections::BTreeMap;
 
@@ -71,8 +71,8 @@ impl Reach {
         self.committed = self.committed.max(other.committed);
     }
 
-    /// Takes in what a message of the member proves: one of these leaves only when what it promises is on disk. A pre-vote speaks
-    /// of a term that nobody has entered yet, and a leader does not wait for its disk.
+    /// Takes in what a message of the member proves: one of these leaves only when what it promises is on disk. A
+    /// pre-vote speaks of a term that nobody has entered yet, and a leader does not wait for its disk.
     pub fn heard(&mut self, message: &Message) {
         use MessageType::{MsgAppendResponse, MsgHeartbeatResponse, MsgRequestVote, MsgRequestVoteResponse};
         let kind = message.get_msg_type();
@@ -91,7 +91,8 @@ impl Reach {
         }
     }
 
-    /// What it acknowledged in an epoch is what the leader of that epoch has; so is what was committed up to that epoch.
+    /// What it acknowledged in an epoch is what the leader of that epoch has; so is what was committed up to that
+    /// epoch.
     pub fn settle(&mut self, term: u64, committed: u64) {
         if self.term == term {
             self.committed = self.committed.max(self.acked.min(committed));
@@ -121,8 +122,8 @@ pub enum Standing {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
     pub reach: Reach,
-    /// It said that it forgot, and has kept its vote since. Whatever it comes back with before that was taken away is old. Not
-    /// kept: an older copy of this memory must not accuse a member that is whole again.
+    /// It said that it forgot, and has kept its vote since. Whatever it comes back with before that was taken away is
+    /// old. Not kept: an older copy of this memory must not accuse a member that is whole again.
     #[serde(skip)]
     pub forgotten: bool,
     /// It has a vote.
@@ -167,8 +168,8 @@ impl Known {
     }
 }
 
-/// Follows the membership in what is remembered. A member whose vote was taken away begins again: until it has its vote back,
-/// nobody relies on what it promised before, and then its raft log begins behind that.
+/// Follows the membership in what is remembered. A member whose vote was taken away begins again: until it has its vote
+/// back, nobody relies on what it promised before, and then its raft log begins behind that.
 pub fn follow(known: &mut BTreeMap<NodeId, Known>, membership: &Membership, me: NodeId) {
     known.retain(|id, _| membership.get(*id).is_some() && *id != me);
     for member in membership.roster.members.iter().filter(|member| member.id != me) {

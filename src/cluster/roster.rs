@@ -1,5 +1,5 @@
-//! Who belongs to the cluster, who votes, and whether somebody else may take over. Owns the rules for one member; must never talk to
-//! anybody.
+//! Who belongs to the cluster, who votes, and whether somebody else may take over. Owns the rules for one member; must
+//! never talk to anybody.
 
 use std::fmt;
 
@@ -133,8 +133,8 @@ impl Pause {
     /// The longest pause, in seconds.
     pub const LONGEST: u64 = 86_400;
 
-    /// True while nobody else may take over; `now` in seconds since 1970. No pause ends later than [`Self::LONGEST`] from
-    /// now: if one seems to, the clock that set its end was ahead, and it must not keep takeovers off until then.
+    /// True while nobody else may take over; `now` in seconds since 1970. No pause ends later than [`Self::LONGEST`]
+    /// from now: if one seems to, the clock that set its end was ahead, and it must not keep takeovers off until then.
     pub fn in_force(&self, now: u64) -> bool {
         in_force(self.until.saturating_sub(Self::LONGEST), self.until, now)
     }
@@ -209,9 +209,10 @@ impl Roster {
         Ok(())
     }
 
-    /// An admission is over when its host votes. Until then the host may need it at any time: it may not have fetched its
-    /// certificates, or may have been restarted before they were on its disk. To catch up it had to show them to the others, and
-    /// it keeps them on its disk before it does. Those that older programs have left go with the next change of any kind.
+    /// An admission is over when its host votes. Until then the host may need it at any time: it may not have fetched
+    /// its certificates, or may have been restarted before they were on its disk. To catch up it had to show them to
+    /// the others, and it keeps them on its disk before it does. Those that older programs have left go with the next
+    /// change of any kind.
     pub(super) fn end_admissions(&mut self) {
         self.members.iter_mut().filter(|member| member.voter).for_each(|member| member.admission = None);
     }

@@ -1,5 +1,6 @@
-//! What all members share beside the roster: the requests of hosts that want to join and what permits them to ask, certificates
-//! ([`authority`], [`console_certificate`]), and where events are sent ([`webhook`]). Must never know who is a member.
+//! What all members share beside the roster: the requests of hosts that want to join and what permits them to ask,
+//! certificates ([`authority`], [`console_certificate`]), and where events are sent ([`webhook`]). Must never know who
+//! is a member.
 
 pub mod authority;
 pub mod console_certificate;

@@ -1,5 +1,5 @@
-//! The names of keys and authorities, and which of them a member holds. How they are replaced is in [`super::shared::authority`]. Must
-//! never hold a key itself.
+//! The names of keys and authorities, and which of them a member holds. How they are replaced is in
+//! [`super::shared::authority`]. Must never hold a key itself.
 
 use std::{fmt, str::FromStr};
 

@@ -1,10 +1,11 @@
-//! Whether what begins and ends at times of day is in force. Must never count what begins in the future: a clock that was
-//! ahead has made it, and it would stay in force for as long as that clock was wrong.
+//! Whether what begins and ends at times of day is in force. Must never count what begins in the future: a clock that
+//! was ahead has made it, and it would stay in force for as long as that clock was wrong.
 
 /// Seconds by which the clocks of two members may differ without a doubt about what one of them has made.
 pub const SKEW: u64 = 300;
 
-/// True between `from` and `until`, in seconds since 1970. `from` may be [`SKEW`] after `now`: another host's clock set it.
+/// True between `from` and `until`, in seconds since 1970. `from` may be [`SKEW`] after `now`: another host's clock set
+/// it.
 pub fn in_force(from: u64, until: u64, now: u64) -> bool {
     from <= now.saturating_add(SKEW) && now < until
 }

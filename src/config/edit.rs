@@ -1,5 +1,5 @@
-//! Changes some keys of a file and leaves every other line as it is. Reads through [`super::reader`] alone, and proves that
-//! each key still means what it meant. Pure: must never touch the disk or ask the environment by itself.
+//! Changes some keys of a file and leaves every other line as it is. Reads through [`super::reader`] alone, and proves
+//! that each key still means what it meant. Pure: must never touch the disk or ask the environment by itself.
 
 use std::collections::BTreeMap;
 
@@ -9,8 +9,8 @@ use super::{
     reader::{self, Assigned},
 };
 
-/// A new `twistlock.cfg` that is being put together. What depended on the environment is written out: whoever reads the file
-/// later, in whatever environment, takes the same from it.
+/// A new `twistlock.cfg` that is being put together. What depended on the environment is written out: whoever reads the
+/// file later, in whatever environment, takes the same from it.
 #[derive(Clone)]
 pub struct Draft {
     lines: Vec<String>,

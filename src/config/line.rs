@@ -110,8 +110,8 @@ pub(super) fn value(text: &str, lookup: Lookup<'_>) -> Result<String, Refused> {
     Ok(out)
 }
 
-/// The value of a line of another file that is written like ours: with quotes, escapes and a comment behind it, and without
-/// variables. Blanks around it mean nothing.
+/// The value of a line of another file that is written like ours: with quotes, escapes and a comment behind it, and
+/// without variables. Blanks around it mean nothing.
 ///
 /// # Errors
 /// What may stand there. Not what does: it may be a secret.

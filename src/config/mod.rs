@@ -1,7 +1,8 @@
 //! `twistlock.cfg`: what it may say ([`KEYS`]) and the typed [`Config`] that comes out of it.
 //!
-//! The original of this file is sourced by a shell. This one is data: nothing in it is ever run. Every problem of a file is
-//! collected and reported at once. Must never depend on another module of ours, and must never change anything on disk.
+//! The original of this file is sourced by a shell. This one is data: nothing in it is ever run. Every problem of a
+//! file is collected and reported at once. Must never depend on another module of ours, and must never change anything
+//! on disk.
 
 mod audience;
 mod edit;
@@ -244,19 +245,21 @@ impl Config {
         self.console_cn.clone().unwrap_or_else(host_name)
     }
 
-    /// The name of this node among the members: `HIGH_AVAILABILITY_NAME`, or the name that the kernel knows for this host.
+    /// The name of this node among the members: `HIGH_AVAILABILITY_NAME`, or the name that the kernel knows for this
+    /// host.
     pub fn member_name(&self) -> String {
         self.high_availability_name.clone().unwrap_or_else(host_name)
     }
 
-    /// Where the health port listens; none: it is off. The unspecified IPv6 address means all interfaces of both families.
+    /// Where the health port listens; none: it is off. The unspecified IPv6 address means all interfaces of both
+    /// families.
     pub fn health_address(&self) -> Option<SocketAddr> {
         let all = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
         Some(SocketAddr::new(self.health_address.or(self.bind_address).unwrap_or(all), self.health_port?))
     }
 
-    /// The port at which every member has a page about itself; none if it is off, or if only its own host reaches it. The hosts
-    /// of a cluster are taken to have the same one.
+    /// The port at which every member has a page about itself; none if it is off, or if only its own host reaches it.
+    /// The hosts of a cluster are taken to have the same one.
     pub fn status_port(&self) -> Option<u16> {
         self.health_port.filter(|_| self.health_address.is_none_or(|address| !address.is_loopback()))
     }

@@ -1,4 +1,5 @@
-//! From the bytes of a file to a configuration: collects every problem and note on the way. Pure: the environment is passed in.
+//! From the bytes of a file to a configuration: collects every problem and note on the way. Pure: the environment is
+//! passed in.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -266,7 +267,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The lease must end before another node can serve (`docs/design.md`, "Lease and promise"), and outlive a few lost heartbeats.
+    /// The lease must end before another node can serve (`docs/design.md`, "Lease and promise"), and outlive a few lost
+    /// heartbeats.
     fn timing(&mut self) {
         const INVOLVED: [&str; 3] = ["LEASE_MS", "TICK_MS", "ELECTION_TICKS"];
         if INVOLVED.iter().any(|key| self.failed.contains(key)) {

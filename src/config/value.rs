@@ -1,4 +1,5 @@
-//! Kinds of values: how each is read, written and explained. Owns no key and no line; must never look at the environment.
+//! Kinds of values: how each is read, written and explained. Owns no key and no line; must never look at the
+//! environment.
 
 use std::{
     net::IpAddr,

@@ -1,6 +1,6 @@
-//! Tells of damage: of this node's database, which an earlier process has found (that process begins again at once, with another
-//! copy, before anybody has scraped its counters, and maybe before anybody was notified), and of files that this start has mended.
-//! Must never keep a node from starting.
+//! Tells of damage: of this node's database, which an earlier process has found (that process begins again at once,
+//! with another copy, before anybody has scraped its counters, and maybe before anybody was notified), and of files
+//! that this start has mended. Must never keep a node from starting.
 
 use std::{path::Path, time::Duration};
 
@@ -30,7 +30,8 @@ pub(super) fn last(data: &Path) -> Option<Event> {
     Some(last)
 }
 
-/// The event of another copy of the database being put in place, which somebody has to hear of if the one before was damaged.
+/// The event of another copy of the database being put in place, which somebody has to hear of if the one before was
+/// damaged.
 pub(super) fn replaced(name: &str, snapshot: &Ready, damage: Option<&Event>) -> Event {
     let index = snapshot.manifest().record.index;
     let now = Event::new(Kind::Snapshot, Severity::Info, "").time;

@@ -1,5 +1,5 @@
-//! Whether this node remembers all that it has promised: what its data folder says of that at a start, and how a node that
-//! forgot begins again. Must never let a raft log count that has less than anything proves it had.
+//! Whether this node remembers all that it has promised: what its data folder says of that at a start, and how a node
+//! that forgot begins again. Must never let a raft log count that has less than anything proves it had.
 
 use std::{fs, path::PathBuf};
 
@@ -79,8 +79,8 @@ impl Opened {
     }
 }
 
-/// Opens the raft log if it is whole. `snapshot` waits to be installed. A node that forgot gets an empty log and an empty
-/// database of its own to watch the others with, unless the snapshot with which it begins again is there.
+/// Opens the raft log if it is whole. `snapshot` waits to be installed. A node that forgot gets an empty log and an
+/// empty database of its own to watch the others with, unless the snapshot with which it begins again is there.
 ///
 /// # Errors
 /// When files cannot be read or written.
@@ -129,8 +129,8 @@ pub(super) fn open(
 
 type Whole = Result<(RaftLog, bool), String>;
 
-/// Opens the raft log, and compares it with what else is in the data folder. If it is not whole, that is noted before anything
-/// is created, and the reason returned.
+/// Opens the raft log, and compares it with what else is in the data folder. If it is not whole, that is noted before
+/// anything is created, and the reason returned.
 fn open_whole(config: &Config, data: &DataDir, identity: &Identity, kept: &Memory) -> Result<Whole> {
     let path = data.path();
     let found = match open_log(config, data, identity, memory::may_begin_log(path)) {

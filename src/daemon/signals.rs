@@ -1,5 +1,5 @@
-//! The signals of the daemon, from its first moment to its last: none is lost between two phases of its life. Must never do
-//! more than tell, but for the level of the log.
+//! The signals of the daemon, from its first moment to its last: none is lost between two phases of its life. Must
+//! never do more than tell, but for the level of the log.
 
 use std::{
     path::PathBuf,
@@ -29,8 +29,8 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Takes SIGTERM, SIGINT and SIGHUP from now on. Must be called before another thread is started: threads inherit what is
-    /// blocked.
+    /// Takes SIGTERM, SIGINT and SIGHUP from now on. Must be called before another thread is started: threads inherit
+    /// what is blocked.
     ///
     /// # Errors
     /// When the system has no thread to wait for them.
@@ -69,8 +69,8 @@ impl Signals {
         Ok(Self { stop, left })
     }
 
-    /// Leaves signals that come from now on to the program that begins in this process next. True if this one was asked to
-    /// stop before.
+    /// Leaves signals that come from now on to the program that begins in this process next. True if this one was asked
+    /// to stop before.
     pub(crate) fn leave(&self) -> bool {
         let mut left = locked(&self.left);
         *left = true;

@@ -10,8 +10,8 @@ const LONG_START: Duration = Duration::from_secs(30 * 60);
 /// A status that is not renewed for so long comes from a loop that stands still.
 const STANDSTILL: Duration = Duration::from_secs(2);
 
-/// Tells systemd, which has heard already that this daemon is up, that a whole database may be put in place before the node's
-/// loop turns: as long as at a start. [`service_manager`] ends that.
+/// Tells systemd, which has heard already that this daemon is up, that a whole database may be put in place before the
+/// node's loop turns: as long as at a start. [`service_manager`] ends that.
 pub(crate) fn begin_long_start() {
     if sd_notify::watchdog_enabled().is_some() {
         let limit = sd_notify::NotifyState::WatchdogUsec(LONG_START.as_micros() as u32);

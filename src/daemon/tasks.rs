@@ -1,5 +1,6 @@
-//! The background tasks of a node, by their names: one that ends before the node is told, and ends the node with it if that
-//! cannot be without. A panic is not seen here: it ends the process. Must never wait for a task at the end without a limit.
+//! The background tasks of a node, by their names: one that ends before the node is told, and ends the node with it if
+//! that cannot be without. A panic is not seen here: it ends the process. Must never wait for a task at the end without
+//! a limit.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -40,8 +41,8 @@ impl Tasks {
         self.names.insert(id, (name, need));
     }
 
-    /// Waits until a vital task has ended, and returns why the node must not go on. Tells of each steady one that ends. `node`
-    /// is a channel that closes when the node ends, which ends tasks, too.
+    /// Waits until a vital task has ended, and returns why the node must not go on. Tells of each steady one that ends.
+    /// `node` is a channel that closes when the node ends, which ends tasks, too.
     pub async fn lost<T>(&mut self, mut node: watch::Receiver<T>) -> String {
         while let Some(ended) = self.running.join_next_with_id().await {
             let id = ended.map_or_else(|error| error.id(), |(id, ())| id);

@@ -1,6 +1,7 @@
 //! The folder of a dev cluster: certificates, one folder per node, and `cluster.json`. Must never start anything.
 //!
-//! `DIR/authority/` (CA), `DIR/nodeN/twistlock.cfg`, `DIR/nodeN/data/`, `DIR/nodeN/log`, `DIR/cluster.json`, `DIR/lock`.
+//! `DIR/authority/` (CA), `DIR/nodeN/twistlock.cfg`, `DIR/nodeN/data/`, `DIR/nodeN/log`, `DIR/cluster.json`,
+//! `DIR/lock`.
 
 use std::{
     fs, io,
@@ -32,7 +33,8 @@ const USER: &str = "admin";
 /// Format of the identity file that this program writes.
 const IDENTITY_FORMAT: u32 = 1;
 
-/// `cluster.json`: how to use the cluster that runs in a folder. Programs read it; it is replaced at every change of a pid.
+/// `cluster.json`: how to use the cluster that runs in a folder. Programs read it; it is replaced at every change of a
+/// pid.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterFile {
     /// Certificate of the authority that signed the Console's certificates.
@@ -143,8 +145,8 @@ impl Layout {
         self.cluster.nodes.iter().flat_map(move |node| ports.map(|port| (node.address.as_str(), port)))
     }
 
-    /// The status page of each node; a folder of an earlier version may have none. They are not among the [`Self::endpoints`]: a
-    /// port that is taken costs the page, and nothing else.
+    /// The status page of each node; a folder of an earlier version may have none. They are not among the
+    /// [`Self::endpoints`]: a port that is taken costs the page, and nothing else.
     pub(super) fn status_pages(&self) -> Vec<String> {
         let config = |index| config::load(&self.config_path(index)).ok();
         let configs = (0..self.cluster.nodes.len()).filter_map(config);

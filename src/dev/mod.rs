@@ -1,6 +1,6 @@
-//! `twistlockd dev`: a whole cluster of three real daemons on loopback addresses, to try it out and to watch it fail over.
-//! Owns the three processes and the folder they live in. Must never do anything to a node that could not happen to a host:
-//! the daemons do not know that they are part of this.
+//! `twistlockd dev`: a whole cluster of three real daemons on loopback addresses, to try it out and to watch it fail
+//! over. Owns the three processes and the folder they live in. Must never do anything to a node that could not happen
+//! to a host: the daemons do not know that they are part of this.
 
 mod client;
 mod failover;
@@ -175,7 +175,8 @@ impl Dev {
         Ok(())
     }
 
-    /// What a node runs: this program, or the one that lies in its folder, as on a host that is upgraded before the others.
+    /// What a node runs: this program, or the one that lies in its folder, as on a host that is upgraded before the
+    /// others.
     fn program_of(&self, index: usize) -> PathBuf {
         let own = self.layout.config_path(index).with_file_name("twistlockd");
         if own.exists() { own } else { self.program.clone() }

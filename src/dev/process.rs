@@ -72,7 +72,8 @@ impl Process {
 
     fn signal(&self, signal: Signal) {
         if let Some(pid) = self.pid() {
-            // It may have ended just now: then there is nothing to signal, and wait() has not been called, so the id is ours.
+            // It may have ended just now: then there is nothing to signal, and wait() has not been called, so the id is
+            // ours.
             let _ = kill(Pid::from_raw(pid as i32), signal);
         }
     }

@@ -1,5 +1,5 @@
-//! What `dev` shows: the introduction, and the nodes as a table that is redrawn in place on a terminal, or else one line
-//! for each change. Must never decide anything.
+//! What `dev` shows: the introduction, and the nodes as a table that is redrawn in place on a terminal, or else one
+//! line for each change. Must never decide anything.
 
 use std::{
     fmt::Write as _,

@@ -1,5 +1,5 @@
-//! The events of this node in a file, one JSON object a line, beside the file before it: both together are bounded. Must
-//! never refuse to be read because a line is torn: a full disk or a power failure may have cut it.
+//! The events of this node in a file, one JSON object a line, beside the file before it: both together are bounded.
+//! Must never refuse to be read because a line is torn: a full disk or a power failure may have cut it.
 
 use std::{
     fs::{self, File, OpenOptions},

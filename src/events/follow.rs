@@ -1,4 +1,5 @@
-//! Makes events of what a node publishes: compares each picture with the one before. Must never hold up whoever publishes.
+//! Makes events of what a node publishes: compares each picture with the one before. Must never hold up whoever
+//! publishes.
 
 use std::{
     collections::BTreeMap,

@@ -1,8 +1,8 @@
-//! TELLS. What happened to this node and, on the PRIMARY, to the cluster: each thing is an [`Event`], which goes into a file
-//! on every node, from the PRIMARY also into the replicated database, and to whoever wants to be notified.
+//! TELLS. What happened to this node and, on the PRIMARY, to the cluster: each thing is an [`Event`], which goes into a
+//! file on every node, from the PRIMARY also into the replicated database, and to whoever wants to be notified.
 //!
-//! Must never hold anybody up: whoever records an event goes on at once, and a full queue or disk costs events, which are
-//! counted, and nothing else.
+//! Must never hold anybody up: whoever records an event goes on at once, and a full queue or disk costs events, which
+//! are counted, and nothing else.
 
 mod certificates;
 mod file;

@@ -1,5 +1,5 @@
-//! Tells people: each event that matters goes to the webhooks of the cluster and to the command of this host. One queue and
-//! one task for each target, so that a slow one holds no other up. Must never run a shell, and never try for ever.
+//! Tells people: each event that matters goes to the webhooks of the cluster and to the command of this host. One queue
+//! and one task for each target, so that a slow one holds no other up. Must never run a shell, and never try for ever.
 
 use std::{
     os::unix::process::CommandExt,
@@ -56,12 +56,13 @@ pub struct Command {
     /// The program and its arguments, never empty.
     pub words: Vec<String>,
     pub severity: Severity,
-    /// The daemon's program, by which it is launched: the command would inherit the signals that the daemon has blocked, and be
-    /// deaf to SIGTERM.
+    /// The daemon's program, by which it is launched: the command would inherit the signals that the daemon has
+    /// blocked, and be deaf to SIGTERM.
     pub launcher: Option<&'static str>,
 }
 
-/// Turns this process into the command in the other arguments, with no signal blocked and the limit of open files in the first one. Returns only when that fails.
+/// Turns this process into the command in the other arguments, with no signal blocked and the limit of open files in
+/// the first one. Returns only when that fails.
 pub fn launch() -> ExitCode {
     let mut words = std::env::args_os().skip(2);
     let files = words.next().and_then(|text| text.to_str()?.parse().ok());

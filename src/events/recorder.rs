@@ -1,5 +1,5 @@
-//! Takes events from everywhere and hands them on: to the file by a thread of its own, to the history in the database and to
-//! the notifications through bounded queues. Must never wait for a disk, a database or a network.
+//! Takes events from everywhere and hands them on: to the file by a thread of its own, to the history in the database
+//! and to the notifications through bounded queues. Must never wait for a disk, a database or a network.
 
 use std::{
     collections::VecDeque,
@@ -55,8 +55,8 @@ impl fmt::Debug for Recorder {
 }
 
 impl Recorder {
-    /// Records the events of this node (its name) in its data folder. A file that cannot be opened is warned of, and events
-    /// go on elsewhere.
+    /// Records the events of this node (its name) in its data folder. A file that cannot be opened is warned of, and
+    /// events go on elsewhere.
     ///
     /// # Errors
     /// When the system has no thread.

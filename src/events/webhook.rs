@@ -1,5 +1,5 @@
-//! One event as an HTTP POST with a JSON body. Blocking: runs on a thread that may wait. Must never follow a redirect, read an
-//! answer without a bound, or let a secret into an error.
+//! One event as an HTTP POST with a JSON body. Blocking: runs on a thread that may wait. Must never follow a redirect,
+//! read an answer without a bound, or let a secret into an error.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,6 +1,6 @@
-//! Keys and certificates. A host that has the cluster's key can open the authority, which is in the membership: so it can sign
-//! for itself, and a key that was lost is made anew. Must never use a key whose certificate does not prove that it is this host's,
-//! and never replace what an administrator has brought, as long as it can be used.
+//! Keys and certificates. A host that has the cluster's key can open the authority, which is in the membership: so it
+//! can sign for itself, and a key that was lost is made anew. Must never use a key whose certificate does not prove
+//! that it is this host's, and never replace what an administrator has brought, as long as it can be used.
 
 use std::{
     fs,
@@ -121,7 +121,8 @@ impl Host<'_> {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let (authority, until) = match self.authority() {
             Ok(authority) => (authority, ""),
-            // Replaced as soon as the cluster's key is here: no client trusts it, but this node can run, and fetch that key.
+            // Replaced as soon as the cluster's key is here: no client trusts it, but this node can run, and fetch that
+            // key.
             Err(_) => (
                 Authority::create(self.identity.cluster)?,
                 "; no client trusts it before this host has the cluster's key again",

@@ -19,8 +19,8 @@ use crate::{
     },
 };
 
-/// The membership in force at the index from which raft goes on: that of the file, or a newer one that the raft log has. If
-/// neither has it, the database is not to be used: both come from another member then.
+/// The membership in force at the index from which raft goes on: that of the file, or a newer one that the raft log
+/// has. If neither has it, the database is not to be used: both come from another member then.
 ///
 /// # Errors
 /// When the file is of a newer program, or what was found cannot be read or written.

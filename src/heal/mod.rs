@@ -2,8 +2,8 @@
 //! must be in it, or the start ends with one line that names the file and the command to type. `docs/formats.md` has
 //! the whole list. Damaged files are moved into `damaged/`, which keeps the newest.
 //!
-//! Must never guess: what nothing proves is an error. Must never touch the raft log, which has its own rules, and never act on
-//! an older membership than the raft log has.
+//! Must never guess: what nothing proves is an error. Must never touch the raft log, which has its own rules, and never
+//! act on an older membership than the raft log has.
 
 mod aside;
 mod certificates;

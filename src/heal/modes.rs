@@ -1,6 +1,6 @@
-//! Who may read and write the data folder: nobody else. Puts right what is too open, and says so in one line. Must never follow a
-//! link out of the folder, whoever may change it meanwhile, and never touch what is not ours: each file is opened without
-//! following links, and changed through what was opened.
+//! Who may read and write the data folder: nobody else. Puts right what is too open, and says so in one line. Must
+//! never follow a link out of the folder, whoever may change it meanwhile, and never touch what is not ours: each file
+//! is opened without following links, and changed through what was opened.
 
 use std::{
     fs::{self, File, Metadata, Permissions},
@@ -25,7 +25,8 @@ use crate::pki::{CA_CERTIFICATE, CONSOLE_CERTIFICATE, CUSTOM_FOLDER, NODE_CERTIF
 const MAX_LOOKED_AT: usize = 10_000;
 /// Names in the line.
 const MAX_NAMED: usize = 8;
-/// Beginnings of the names in the data folder that are ours. What else lies there is somebody else's, as `lost+found` is.
+/// Beginnings of the names in the data folder that are ours. What else lies there is somebody else's, as `lost+found`
+/// is.
 const OURS: [&str; 16] = [
     "identity.json",
     "membership.json",

@@ -23,8 +23,8 @@ pub const PROMISE: &str = "promise-ms";
 const LONGEST: Duration = Duration::from_millis(LONGEST_LEASE.as_millis() as u64 + 1000);
 
 /// How long this process must neither vote nor campaign: the longest promise that an earlier one of this node may have
-/// given, which can be longer than its `own` if the timing was changed. Its own is noted for the next one. `first`: no earlier
-/// process of this node has promised anything.
+/// given, which can be longer than its `own` if the timing was changed. Its own is noted for the next one. `first`: no
+/// earlier process of this node has promised anything.
 ///
 /// # Errors
 /// When the file cannot be read for want of something that a later start may have, or not be written.

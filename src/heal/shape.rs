@@ -1,5 +1,5 @@
-//! What may stand in the place of each file: a file that is not too long, or a link to one. Anything else (a folder, a pipe, a
-//! device, a link that leads to itself) would hang, flood or fail whoever reads it, and is moved away.
+//! What may stand in the place of each file: a file that is not too long, or a link to one. Anything else (a folder, a
+//! pipe, a device, a link that leads to itself) would hang, flood or fail whoever reads it, and is moved away.
 
 use std::{fs, path::Path};
 

@@ -1,4 +1,5 @@
-//! One member's data folder, damaged in every way, and what a start makes of it. `DAMAGE=all` flips every byte instead of a sample.
+//! One member's data folder, damaged in every way, and what a start makes of it. `DAMAGE=all` flips every byte instead
+//! of a sample.
 
 use std::{
     fs,

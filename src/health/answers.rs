@@ -1,5 +1,5 @@
-//! The routes of the health port. Each check's answer is a code, which a balancer reads, and a JSON body, which a person reads;
-//! the status page is for people in a browser, and the same as JSON for programs.
+//! The routes of the health port. Each check's answer is a code, which a balancer reads, and a JSON body, which a
+//! person reads; the status page is for people in a browser, and the same as JSON for programs.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -256,7 +256,8 @@ async fn live(sources: State<Sources>, Query(query): Query<HashMap<String, Strin
     (code(live), Json(body)).into_response()
 }
 
-/// `GET /readyz`: 200 if this node does its work and could take over; `?verbose` lists all checks, not only those that fail.
+/// `GET /readyz`: 200 if this node does its work and could take over; `?verbose` lists all checks, not only those that
+/// fail.
 async fn ready(
     State(sources): State<Sources>,
     Extension(claim): Extension<Arc<Claim>>,

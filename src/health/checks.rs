@@ -1,5 +1,5 @@
-//! The checks behind `/readyz`. Pure but for the node's certificate, which is read from its file. Must never name a member or show
-//! anything that helps to become one.
+//! The checks behind `/readyz`. Pure but for the node's certificate, which is read from its file. Must never name a
+//! member or show anything that helps to become one.
 
 use std::{fs, path::Path};
 

@@ -1,5 +1,5 @@
-//! The claim to serve, at the level of a socket: an answer that calls this node the primary leaves only while that is true. A
-//! process that was frozen between making the answer and sending it must not send it when it wakes.
+//! The claim to serve, at the level of a socket: an answer that calls this node the primary leaves only while that is
+//! true. A process that was frozen between making the answer and sending it must not send it when it wakes.
 
 use std::{
     io::{self, IoSlice},

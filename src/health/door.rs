@@ -1,5 +1,5 @@
-//! Who is answered on the health port: this host itself, the members, and whom the configuration names. Must never make a
-//! connection wait for a name to be looked up.
+//! Who is answered on the health port: this host itself, the members, and whom the configuration names. Must never make
+//! a connection wait for a name to be looked up.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,10 +1,10 @@
-//! The health port: plain HTTP on every member, also where the Console's ports are closed: a status page for people, checks for
-//! load balancers and monitors. Owns its listener, its thread and what it answers. Must never say that this node serves unless
-//! it does while the bytes leave, never take part in a decision, and never show secrets or data.
+//! The health port: plain HTTP on every member, also where the Console's ports are closed: a status page for people,
+//! checks for load balancers and monitors. Owns its listener, its thread and what it answers. Must never say that this
+//! node serves unless it does while the bytes leave, never take part in a decision, and never show secrets or data.
 //!
-//! It has a thread of its own from the first moment of the process to the last: it answers while the host asks to join, while
-//! the node starts, and while everything else is busy. Each connection carries one request: a check opens one, gets its answer
-//! and is done, and an idle client holds nothing.
+//! It has a thread of its own from the first moment of the process to the last: it answers while the host asks to join,
+//! while the node starts, and while everything else is busy. Each connection carries one request: a check opens one,
+//! gets its answer and is done, and an idle client holds nothing.
 
 mod answers;
 mod checks;
@@ -116,7 +116,8 @@ impl Sources {
         self.subject.borrow().life.as_ref().map(|life| life.pulse.age())
     }
 
-    /// The epoch in which this node serves clients at this very moment: it is PRIMARY, its lease is valid and its ports are open.
+    /// The epoch in which this node serves clients at this very moment: it is PRIMARY, its lease is valid and its ports
+    /// are open.
     fn serves(&self) -> Option<u64> {
         let Subject { status, life } = self.subject.borrow().clone();
         let (life, epoch) = (life?, status.borrow().serving()?);
@@ -137,8 +138,8 @@ impl fmt::Debug for HealthPort {
 }
 
 impl HealthPort {
-    /// Serves from now on. A port that cannot be opened is tried again and again: a cluster must not lose a member because a
-    /// monitor's port is taken.
+    /// Serves from now on. A port that cannot be opened is tried again and again: a cluster must not lose a member
+    /// because a monitor's port is taken.
     ///
     /// # Errors
     /// When the system has no thread for it.

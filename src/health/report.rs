@@ -1,5 +1,5 @@
-//! What the status page tells: one picture of the cluster as this host sees it, with the age of everything in it. Must never say
-//! more than this host knows, nor anything that helps to become a member.
+//! What the status page tells: one picture of the cluster as this host sees it, with the age of everything in it. Must
+//! never say more than this host knows, nor anything that helps to become a member.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! What an installation puts on the disk of a host: user, folders, programs, settings, unit. Each target is the old file or
-//! the new one at every instant, and each step may be done again. Must never take over a folder of others.
+//! What an installation puts on the disk of a host: user, folders, programs, settings, unit. Each target is the old
+//! file or the new one at every instant, and each step may be done again. Must never take over a folder of others.
 
 use std::{
     fs, io,
@@ -119,8 +119,8 @@ pub(super) fn user(place: &Place, voice: &Voice) -> Result<(), Failure> {
     if voice.does(&command) { Ok(()) } else { Err(Failure::new(EX_CANTCREAT, why)) }
 }
 
-/// Makes the folders of data and backups for the node alone. One that was there may be others' too, and stays as it is; but
-/// not what belongs to a node, or is nothing at all.
+/// Makes the folders of data and backups for the node alone. One that was there may be others' too, and stays as it is;
+/// but not what belongs to a node, or is nothing at all.
 pub(super) fn folders(place: &Place, config: &Config, voice: &Voice) -> Result<(), Failure> {
     let user = place.run_user(config);
     let owner = place.owner(&user);

@@ -1,5 +1,5 @@
-//! Installs, upgrades and uninstalls the node of a host. Must never change anything before all checks have passed, delete a
-//! database, or found a cluster on a host that has a member's data.
+//! Installs, upgrades and uninstalls the node of a host. Must never change anything before all checks have passed,
+//! delete a database, or found a cluster on a host that has a member's data.
 
 use std::{fs, path::PathBuf};
 
@@ -154,8 +154,8 @@ fn install(options: &Options, place: &Place, voice: &Voice) -> Result<(), Failur
     plan.carry_out(options.dry_run, options.stop_after.as_deref(), voice)
 }
 
-/// A fresh start of a PRIMARY where a cluster exists would make a second cluster, and leave the others without this member.
-/// The data can be elsewhere than the new settings say.
+/// A fresh start of a PRIMARY where a cluster exists would make a second cluster, and leave the others without this
+/// member. The data can be elsewhere than the new settings say.
 fn founds_no_second_cluster(options: &Options, place: &Place, config: &Config, voice: &Voice) -> Result<(), Failure> {
     let stays = options.keep && !options.drop;
     let own = Data::of(&config.data_folder);

@@ -1,5 +1,5 @@
-//! Makes this host ask to join a cluster: what the join script starts once it has the program. Must never let a host that is
-//! a member begin anew, and never leave settings in force with which it would found a cluster of its own.
+//! Makes this host ask to join a cluster: what the join script starts once it has the program. Must never let a host
+//! that is a member begin anew, and never leave settings in force with which it would found a cluster of its own.
 
 use std::{
     fs,

@@ -1,5 +1,6 @@
-//! `twistlockd host`: installs, upgrades, uninstalls the node of a host, and has it join a cluster. The scripts fetch and
-//! verify the program; what is done to the host is here. Must never read `twistlock.cfg` but through [`crate::config`].
+//! `twistlockd host`: installs, upgrades, uninstalls the node of a host, and has it join a cluster. The scripts fetch
+//! and verify the program; what is done to the host is here. Must never read `twistlock.cfg` but through
+//! [`crate::config`].
 
 mod aside;
 mod files;

@@ -1,5 +1,5 @@
-//! The steps of a command, in their order: shown, done, or done up to one of them. Each may be done again, after the process
-//! has died anywhere. Must never decide anything while steps are done: what is to be done was decided before.
+//! The steps of a command, in their order: shown, done, or done up to one of them. Each may be done again, after the
+//! process has died anywhere. Must never decide anything while steps are done: what is to be done was decided before.
 
 use super::voice::{EX_USAGE, Failure, Voice};
 

@@ -1,5 +1,5 @@
-//! The running node of this host: found, asked, stopped and started, with systemd or without. Must never send a signal to a
-//! process that is not proven to be the node of this data folder.
+//! The running node of this host: found, asked, stopped and started, with systemd or without. Must never send a signal
+//! to a process that is not proven to be the node of this data folder.
 
 use std::{
     fs, io,
@@ -72,8 +72,8 @@ impl Service<'_> {
         control::status(&self.config.control_socket_path(), ANSWER).ok()
     }
 
-    /// Moves the PRIMARY role to a member that stays up, while everything still runs. The stop alone would hand it over,
-    /// too, but only a switchover looks first whether another member can take it.
+    /// Moves the PRIMARY role to a member that stays up, while everything still runs. The stop alone would hand it
+    /// over, too, but only a switchover looks first whether another member can take it.
     pub(super) fn leave_role(&self) {
         let alone = !Data::of(&self.config.data_folder).has_peers();
         if alone || self.status().is_none_or(|status| status.role != Role::Primary) {
@@ -92,8 +92,8 @@ impl Service<'_> {
     /// # Errors
     /// When it does not end.
     pub(super) fn stop(&self) -> Result<(), Failure> {
-        // Active or not: between two attempts to start it, a unit is neither active nor stopped, and the next attempt would
-        // come while its data moves.
+        // Active or not: between two attempts to start it, a unit is neither active nor stopped, and the next attempt
+        // would come while its data moves.
         if self.place.has_unit(self.voice) {
             let state =
                 self.voice.run(&["systemctl", "is-active", UNIT]).map(|output| output.stdout).unwrap_or_default();

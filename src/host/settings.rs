@@ -1,5 +1,5 @@
-//! The new `twistlock.cfg` of this host: put together from a given file, the installed one and the command line, in memory
-//! and by the parser of [`crate::config`] alone. Must never write a file.
+//! The new `twistlock.cfg` of this host: put together from a given file, the installed one and the command line, in
+//! memory and by the parser of [`crate::config`] alone. Must never write a file.
 
 use std::path::{Path, PathBuf};
 

@@ -20,7 +20,8 @@ use crate::{
 
 /// How many files are made.
 const FILES: usize = 1000;
-/// Keys whose lines are made: two that every reader goes by, some of other kinds, and one that only other lines ask for.
+/// Keys whose lines are made: two that every reader goes by, some of other kinds, and one that only other lines ask
+/// for.
 const KEYS: [&str; 7] = [
     "DATA_FOLDER",
     "DATA_RECOVERY_VOLUME",

@@ -1,6 +1,6 @@
-//! Where a member's data may be on this host: the folders that the installed settings, earlier ones, the unit and running
-//! daemons point to. An installation that would found a cluster asks here first. Must never miss a place because a file
-//! cannot be read: that is an error.
+//! Where a member's data may be on this host: the folders that the installed settings, earlier ones, the unit and
+//! running daemons point to. An installation that would found a cluster asks here first. Must never miss a place
+//! because a file cannot be read: that is an error.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -106,8 +106,8 @@ pub(super) fn find(place: &Place) -> Result<Vec<Trace>, Failure> {
     Ok(traces)
 }
 
-/// The environment in which the installed daemon reads its settings: that of the running one, or of its unit; none if there
-/// is neither.
+/// The environment in which the installed daemon reads its settings: that of the running one, or of its unit; none if
+/// there is neither.
 ///
 /// # Errors
 /// When a file of the unit cannot be read.

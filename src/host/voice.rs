@@ -1,5 +1,5 @@
-//! What the `host` commands say, to whoever runs them and to their log, and how they end when they fail. Must never put the
-//! value of a setting into the log: people send that file when they ask for help.
+//! What the `host` commands say, to whoever runs them and to their log, and how they end when they fail. Must never put
+//! the value of a setting into the log: people send that file when they ask for help.
 
 use std::{
     fmt,

@@ -1,6 +1,7 @@
-//! The host that joins: asks, waits for APPLY, and takes over what it is given, until it is a member. A level-triggered loop:
-//! each round looks at the files and at the cluster's answer anew, so that a crash, another primary, an expired request or a
-//! new join script at any time only mean another round. Must never give up by itself while it can still be admitted.
+//! The host that joins: asks, waits for APPLY, and takes over what it is given, until it is a member. A level-triggered
+//! loop: each round looks at the files and at the cluster's answer anew, so that a crash, another primary, an expired
+//! request or a new join script at any time only mean another round. Must never give up by itself while it can still be
+//! admitted.
 
 use std::{
     net::IpAddr,
@@ -29,7 +30,8 @@ const ROUND: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 /// Time until a token that was refused is tried again: the primary's clock may have been wrong.
 const AFTER_REFUSAL: Duration = Duration::from_secs(60);
-/// Time until a request that waits is made again: the cluster then has this host's clock of today, not of the first time.
+/// Time until a request that waits is made again: the cluster then has this host's clock of today, not of the first
+/// time.
 const AGAIN: Duration = Duration::from_secs(60);
 
 /// How far a host has come, for people.
@@ -110,8 +112,8 @@ struct Joining<'a> {
     stage: &'a watch::Sender<Stage>,
     /// The join file that was refused, and when: it is not tried again at once, another one is.
     refused: Option<(JoinFile, Instant)>,
-    /// The join file with which the cluster was told about this host last, and when. None at each start of the process: name,
-    /// address, port and version may be others than the cluster has.
+    /// The join file with which the cluster was told about this host last, and when. None at each start of the process:
+    /// name, address, port and version may be others than the cluster has.
     told: Option<(JoinFile, Instant)>,
     pause: Duration,
 }

@@ -1,5 +1,5 @@
-//! Asks the Consoles of a cluster over HTTPS. Blocking: runs on threads that may wait. Must never trust another authority
-//! than the one it was given, follow a redirect, or read an answer without a bound.
+//! Asks the Consoles of a cluster over HTTPS. Blocking: runs on threads that may wait. Must never trust another
+//! authority than the one it was given, follow a redirect, or read an answer without a bound.
 //!
 //! It dials the members' addresses and asks each for [`CONSOLE_NAME`]: for that name alone, a Console always has a
 //! certificate of the cluster's authority.

@@ -6,7 +6,8 @@
 //! 4. The certificates, then the snapshot with the cluster key.
 //! 5. `identity.json`: from here on the host is a member. Then the files of 1 and 3 go.
 //!
-//! A crash between any two of them is continued where it happened. Must never write an identity before all else is durable.
+//! A crash between any two of them is continued where it happened. Must never write an identity before all else is
+//! durable.
 
 use std::{fs, io, path::Path};
 
@@ -99,8 +100,8 @@ pub(super) struct Requests {
 }
 
 impl Requests {
-    /// Signing requests for the keys of an earlier attempt, or for new ones. The names of the certificates are not in them:
-    /// the cluster decides those.
+    /// Signing requests for the keys of an earlier attempt, or for new ones. The names of the certificates are not in
+    /// them: the cluster decides those.
     ///
     /// # Errors
     /// When keys cannot be made, read or written.
@@ -135,8 +136,8 @@ pub(super) struct Admitted {
 }
 
 impl Admitted {
-    /// Writes the certificates of an [`RequestState::Admitted`] and checks them: they must fit the keys and the CA that the
-    /// token vouched for.
+    /// Writes the certificates of an [`RequestState::Admitted`] and checks them: they must fit the keys and the CA that
+    /// the token vouched for.
     ///
     /// # Errors
     /// When the answer contradicts itself, or a file cannot be written.

@@ -85,7 +85,8 @@ pub enum RequestState {
     },
 }
 
-/// Lets a host ask to join, and tells it which cluster to trust: `TWJ1.<SHA-256 of the authority's certificate>.<secret>`.
+/// Lets a host ask to join, and tells it which cluster to trust: `TWJ1.<SHA-256 of the authority's
+/// certificate>.<secret>`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
     authority: [u8; 32],

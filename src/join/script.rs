@@ -190,8 +190,8 @@ impl Kit {
     }
 
     /// The line to run on another host. It trusts this cluster's authority alone, and therefore asks the primary for
-    /// [`CONSOLE_NAME`]; the token is in no command line that other users of that host could read. Without `-f`: a refusal is
-    /// a script, too, see [`refusal`].
+    /// [`CONSOLE_NAME`]; the token is in no command line that other users of that host could read. Without `-f`: a
+    /// refusal is a script, too, see [`refusal`].
     ///
     /// # Errors
     /// [`KitError`].
@@ -239,7 +239,8 @@ fn fill(values: &[(&str, String)]) -> String {
     script
 }
 
-/// What is answered instead of the script: a script that says why there is none. `later` if it is worth another attempt.
+/// What is answered instead of the script: a script that says why there is none. `later` if it is worth another
+/// attempt.
 pub fn refusal(why: &str, later: bool) -> String {
     let (hint, code) = if later {
         ("Run the same line again in a while.", 75)

@@ -50,8 +50,8 @@ pub struct Takeover {
     /// The primary before; none if none was known since this process started.
     pub from: Option<NodeId>,
     pub loss: Loss,
-    /// When it was lost, in nanoseconds of the clock of [`super::lease::boottime`]: the last sign of it, or the moment in
-    /// which it gave the role up.
+    /// When it was lost, in nanoseconds of the clock of [`super::lease::boottime`]: the last sign of it, or the moment
+    /// in which it gave the role up.
     pub since: Option<u64>,
 }
 

@@ -147,8 +147,8 @@ impl Members {
         self.peers.iter().filter_map(serving).max().map(|(_, id)| id)
     }
 
-    /// The voter with the most that is SECONDARY, has a disk that works and space on it, and was heard of lately; of equals the first
-    /// in rank.
+    /// The voter with the most that is SECONDARY, has a disk that works and space on it, and was heard of lately; of
+    /// equals the first in rank.
     pub fn secondary_with_space(&self) -> Option<NodeId> {
         let able = |id: &NodeId| {
             let peer = self.peers.get(id).filter(|peer| !peer.dead && peer.has_working_disk())?;
@@ -158,7 +158,8 @@ impl Members {
         self.voters.iter().filter_map(able).min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
     }
 
-    /// The feature level that the programs of all members have, this node's `own` included; none while one of them is not heard of.
+    /// The feature level that the programs of all members have, this node's `own` included; none while one of them is
+    /// not heard of.
     pub fn common_level(&self, own: u32) -> Option<u32> {
         let level = |peer: &Peer| peer.report.as_ref().filter(|_| !peer.is_down()).map(level_of);
         self.peers.values().map(level).try_fold(own, |least, level| Some(least.min(level?)))

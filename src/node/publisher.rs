@@ -229,7 +229,8 @@ impl Publisher {
         true
     }
 
-    /// Tells the others at once when the role changes, for which they wait, as in a switchover, or what else they are to hear of.
+    /// Tells the others at once when the role changes, for which they wait, as in a switchover, or what else they are
+    /// to hear of.
     pub fn announce(&mut self, links: &mut Links) {
         let now = (self.sender.borrow().role, self.shown.0);
         let news = std::mem::replace(&mut self.announced, now) != now;

@@ -1,5 +1,5 @@
-//! A sign of life of the consensus loop, for whoever asks whether it still turns. Must never be taken for a lease: a loop that
-//! turns may have lost its majority.
+//! A sign of life of the consensus loop, for whoever asks whether it still turns. Must never be taken for a lease: a
+//! loop that turns may have lost its majority.
 
 use std::{
     sync::{

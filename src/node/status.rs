@@ -1,5 +1,5 @@
-//! What a node shows of itself and the cluster: the picture that everybody reads. Data only, with its form in JSON; must
-//! never decide anything, nor show what lets a host in.
+//! What a node shows of itself and the cluster: the picture that everybody reads. Data only, with its form in JSON;
+//! must never decide anything, nor show what lets a host in.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,8 @@ use crate::{
     pki::CertificateInfo,
 };
 
-/// One consistent picture of this node, published through a watch channel at every change and at least every half second.
+/// One consistent picture of this node, published through a watch channel at every change and at least every half
+/// second.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     pub cluster: ClusterId,

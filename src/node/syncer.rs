@@ -1,6 +1,7 @@
-//! The thread that waits for the disk, so that the consensus loop need not: entries, votes, and the configuration that came into
-//! force. One slot: a later request covers the earlier ones, so the loop never waits for room, however long a sync takes. Must
-//! never retry a failed sync, and never note who votes before the membership of the same entry is in its file.
+//! The thread that waits for the disk, so that the consensus loop need not: entries, votes, and the configuration that
+//! came into force. One slot: a later request covers the earlier ones, so the loop never waits for room, however long a
+//! sync takes. Must never retry a failed sync, and never note who votes before the membership of the same entry is in
+//! its file.
 
 use std::{
     io,
@@ -104,7 +105,8 @@ struct Slot {
 
 pub(super) struct Syncer {
     slot: Arc<Slot>,
-    /// The last request that was handed over, the last one with something to keep, and the last one that was reported back.
+    /// The last request that was handed over, the last one with something to keep, and the last one that was reported
+    /// back.
     asked: u64,
     keeps: u64,
     done: u64,
@@ -113,8 +115,8 @@ pub(super) struct Syncer {
 }
 
 impl Syncer {
-    /// Starts the thread; it ends after a failed sync, or when nobody takes what it reports any more. What is to be kept goes to the
-    /// folder `data`, and to `log`.
+    /// Starts the thread; it ends after a failed sync, or when nobody takes what it reports any more. What is to be
+    /// kept goes to the folder `data`, and to `log`.
     ///
     /// # Errors
     /// When the thread cannot be started.

@@ -10,8 +10,8 @@ use raft::eraftpb::{Message, MessageType};
 
 use crate::cluster::NodeId;
 
-/// Bytes of entries that a member with a full disk may leave unanswered before they are held back: more than are on their way to
-/// one that takes them.
+/// Bytes of entries that a member with a full disk may leave unanswered before they are held back: more than are on
+/// their way to one that takes them.
 const UNANSWERED: usize = 8 << 20;
 /// How often some are sent all the same.
 const TRY: Duration = Duration::from_secs(1);
@@ -27,7 +27,8 @@ struct Sent {
 }
 
 impl Throttle {
-    /// False for entries that are held back: they count as lost on the network. `full`: the member says that its disk is full.
+    /// False for entries that are held back: they count as lost on the network. `full`: the member says that its disk
+    /// is full.
     pub fn admits(&mut self, message: &Message, full: bool, now: Instant) -> bool {
         if message.get_msg_type() != MessageType::MsgAppend || message.entries.is_empty() {
             return true;

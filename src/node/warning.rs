@@ -1,5 +1,5 @@
-//! What a node warns of, in its status and its history. Must never say what is to be done about it: the sentence does, which
-//! whoever warns writes.
+//! What a node warns of, in its status and its history. Must never say what is to be done about it: the sentence does,
+//! which whoever warns writes.
 
 /// What a warning is about; there is at most one of each. The order is the one in which they are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -323,9 +323,9 @@ impl Call {
         Ok(())
     }
 
-    /// The only voter has every admission in its own raft log before anybody else hears of it. If a certified member that it does
-    /// not know has a longer log, this node has an older copy of its own, of a time before it had others: nobody else would find
-    /// out, as it calls nobody, and it would elect itself.
+    /// The only voter has every admission in its own raft log before anybody else hears of it. If a certified member
+    /// that it does not know has a longer log, this node has an older copy of its own, of a time before it had others:
+    /// nobody else would find out, as it calls nobody, and it would elect itself.
     fn look_into_the_unknown(&self, hello: &Hello) {
         let (ours, me) = (self.identity.roster.membership(), self.identity.me);
         let unknown = ours.get(hello.from).is_none() && hello.from >= ours.roster.next_id;

@@ -6,9 +6,9 @@
 //! `length u32` and bytes unless said otherwise. The layout of [`HelloReply`] and the first field of [`Hello`] stay the
 //! same in all versions, so that two versions can tell each other what is wrong.
 //!
-//! Hellos, their answers and reports may go on behind what a program knows: it passes over that. Programs of feature level 1
-//! did not; what came later is written only for those that say so in the TLS handshake ([`crate::pki::EXTENSIBLE`]), and
-//! therefore stands last and is optional.
+//! Hellos, their answers and reports may go on behind what a program knows: it passes over that. Programs of feature
+//! level 1 did not; what came later is written only for those that say so in the TLS handshake
+//! ([`crate::pki::EXTENSIBLE`]), and therefore stands last and is optional.
 
 mod bytes;
 mod greeting;

@@ -59,8 +59,8 @@ impl Failure {
 }
 
 /// Opens an authenticated connection to a member, which has accepted it for `purpose`. TLS 1.3 with both certificates;
-/// what is said on it is up to the two ends. Takes some seconds at most. For [`Purpose::Snapshot`]: [`super::run`] makes
-/// links by itself.
+/// what is said on it is up to the two ends. Takes some seconds at most. For [`Purpose::Snapshot`]: [`super::run`]
+/// makes links by itself.
 ///
 /// # Errors
 /// [`OpenError`], in sentences.

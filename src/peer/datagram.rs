@@ -1,13 +1,14 @@
-//! A datagram between two members: its bytes, its key and its number. Pure; has the one writer ([`Sealer`]) and the one reader
-//! ([`Opener`]). Must never take a datagram twice, nor one that was not sealed by the other end of the link that it belongs to.
+//! A datagram between two members: its bytes, its key and its number. Pure; has the one writer ([`Sealer`]) and the one
+//! reader ([`Opener`]). Must never take a datagram twice, nor one that was not sealed by the other end of the link that
+//! it belongs to.
 //!
-//! A session belongs to one link and has its direction: who dialled seals, who was dialled opens. Name and key of the session are
-//! exported from the link's TLS connection, so nobody else has them, and none is used for two links.
+//! A session belongs to one link and has its direction: who dialled seals, who was dialled opens. Name and key of the
+//! session are exported from the link's TLS connection, so nobody else has them, and none is used for two links.
 //!
-//! Layout, integers little-endian: `session u64, number u64`, and sealed with AES-256-GCM (the number is the nonce, what is before
-//! it is authenticated with it): `heard session u64, heard number u64, gaps u8, frame u32, piece u8, pieces u8`, bytes of the frame
-//! without its length field; then the tag of 16 bytes. A number is used once. A frame that is too long for one datagram goes in
-//! pieces. The label of the key has the version of all this.
+//! Layout, integers little-endian: `session u64, number u64`, and sealed with AES-256-GCM (the number is the nonce,
+//! what is before it is authenticated with it): `heard session u64, heard number u64, gaps u8, frame u32, piece u8,
+//! pieces u8`, bytes of the frame without its length field; then the tag of 16 bytes. A number is used once. A frame
+//! that is too long for one datagram goes in pieces. The label of the key has the version of all this.
 
 use std::collections::VecDeque;
 

@@ -316,8 +316,9 @@ impl Links {
     }
 
     /// Sends a raft message to `message.to`: at once if the socket takes it, else as soon as it does. Entries and
-    /// snapshots queue behind each other, everything else goes before them. A datagram goes beside it, or in its place. Returns
-    /// false if the message was dropped because there is no link or its queue is full; raft must be told when it was a snapshot.
+    /// snapshots queue behind each other, everything else goes before them. A datagram goes beside it, or in its place.
+    /// Returns false if the message was dropped because there is no link or its queue is full; raft must be told when
+    /// it was a snapshot.
     pub fn send(&mut self, message: &Message) -> bool {
         let class = match message.msg_type {
             // Empty ones too: an append that overtakes another would be rejected and cost a round trip.
@@ -419,7 +420,8 @@ impl Links {
                 }
                 events.push(PeerEvent::Up(id));
             }
-            // What came from it since it was accepted may show that it has less than it had: it is refused when it calls again.
+            // What came from it since it was accepted may show that it has less than it had: it is refused when it
+            // calls again.
             Handover::Inbound(id, _, caller) if !self.config.memory.admit(id, &caller) => {}
             Handover::Inbound(id, link, _) => {
                 self.udp.back(id, &link.tls);

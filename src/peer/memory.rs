@@ -1,5 +1,5 @@
-//! What this node remembers of how far the durable memories of the others had reached: asked when they call, kept up by the
-//! consensus loop. Must never wait for anything, and never forget while a process of this node lives.
+//! What this node remembers of how far the durable memories of the others had reached: asked when they call, kept up by
+//! the consensus loop. Must never wait for anything, and never forget while a process of this node lives.
 
 use std::{
     collections::BTreeMap,
@@ -70,8 +70,8 @@ impl Memory {
         self.lock().get(&from)?.objection(caller.life, &caller.standing)
     }
 
-    /// Lets a caller be heard from now on; false if there is an objection. Only the consensus loop asks, between what came on
-    /// the link before and what comes on this one.
+    /// Lets a caller be heard from now on; false if there is an objection. Only the consensus loop asks, between what
+    /// came on the link before and what comes on this one.
     pub(super) fn admit(&self, from: NodeId, caller: &Caller) -> bool {
         let mut all = self.lock();
         let known = all.entry(from).or_default();

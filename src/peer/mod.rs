@@ -8,13 +8,15 @@
 //! may be slow. Established links are handed to [`Links`], which the consensus loop's own thread owns and polls:
 //! heartbeats and commits take no hop through a runtime and do not suffer from what else runs there.
 //!
-//! Beside the links go datagrams (UDP on the HA port's number, `udp` and `datagram`): heartbeats and their answers, votes, and while
-//! packets get lost small entries and their answers, too. They are a second way and never the only one: a member whose program or
-//! whose firewall does not let them in is reached by the links alone. The answer to a hello says who takes them.
+//! Beside the links go datagrams (UDP on the HA port's number, `udp` and `datagram`): heartbeats and their answers,
+//! votes, and while packets get lost small entries and their answers, too. They are a second way and never the only
+//! one: a member whose program or whose firewall does not let them in is reached by the links alone. The answer to a
+//! hello says who takes them.
 //!
-//! Both halves follow the membership. [`run`] watches it and dials whom it names; the loop calls [`Links::set_peers`]. Either
-//! may be first: who is not in both is refused, or waits. A caller says where it is reached by its own membership: a node
-//! that has missed the change of an address dials what it was told until it has caught up ([`Roster`]).
+//! Both halves follow the membership. [`run`] watches it and dials whom it names; the loop calls [`Links::set_peers`].
+//! Either may be first: who is not in both is refused, or waits. A caller says where it is reached by its own
+//! membership: a node that has missed the change of an address dials what it was told until it has caught up
+//! ([`Roster`]).
 //!
 //! # Dead processes
 //! A process that is killed loses all links at once, without TLS close_notify, and its host's kernel then answers
@@ -162,8 +164,8 @@ pub async fn run(
     accepting.spawn(accept::run(listener, identity.clone(), sender.clone(), complaints.clone()));
     let (mut editions, mut told) = identity.roster.changes();
     let mut diallers = Diallers { dialled: BTreeMap::new(), tasks: JoinSet::new(), identity, sender, complaints };
-    // Neither the tasks nor the membership have an end of their own; an error of `shutdown` only says that nobody can ask
-    // for the end any more.
+    // Neither the tasks nor the membership have an end of their own; an error of `shutdown` only says that nobody can
+    // ask for the end any more.
     let follow = async {
         loop {
             editions.mark_unchanged();

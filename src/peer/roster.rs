@@ -1,6 +1,6 @@
-//! Where the members are reached: by the membership, or by what a member said that has a newer one. A member that was away
-//! while another one moved could not answer it otherwise, and so would never be sent the change. Must never let anybody
-//! speak for another member, or make a member of anybody.
+//! Where the members are reached: by the membership, or by what a member said that has a newer one. A member that was
+//! away while another one moved could not answer it otherwise, and so would never be sent the change. Must never let
+//! anybody speak for another member, or make a member of anybody.
 
 use std::{collections::BTreeMap, sync::Arc};
 

@@ -1,6 +1,6 @@
-//! The datagrams beside the links: one UDP socket on the number of the HA port, and a session for each direction of each pair.
-//! Owns who is sent what by it. Must never answer a datagram, work for strangers without a limit, or be all that somebody has: what
-//! matters goes by the links, too, unless the other end has just said that datagrams reach it.
+//! The datagrams beside the links: one UDP socket on the number of the HA port, and a session for each direction of
+//! each pair. Owns who is sent what by it. Must never answer a datagram, work for strangers without a limit, or be all
+//! that somebody has: what matters goes by the links, too, unless the other end has just said that datagrams reach it.
 //!
 //! # Why a late, doubled or overtaken datagram extends no lease and no promise
 //! - A lease counts from the *sending* of a round, which is its context, and grows only when a majority answered that very round.
@@ -34,8 +34,8 @@ use crate::{cluster::NodeId, telemetry};
 
 /// How long a session outlives a link that was lost.
 const KEEP: Duration = Duration::from_secs(10);
-/// While the other end has said within this time that datagrams reach it, heartbeats go by the link only this often: enough for a
-/// lease when datagrams stop.
+/// While the other end has said within this time that datagrams reach it, heartbeats go by the link only this often:
+/// enough for a lease when datagrams stop.
 const PROVEN: Duration = Duration::from_millis(100);
 /// Without a sign for this long, datagrams are few: something on the way drops them.
 const SILENT: Duration = Duration::from_secs(5);
@@ -49,7 +49,8 @@ const SPAN: Duration = Duration::from_millis(100);
 /// How many of the last 64 datagrams must be missing for more to be sent twice, and three times.
 const MUCH: u8 = 2;
 const VERY_MUCH: u8 = 10;
-/// Bytes of entries that go to one member in a second, and at once: what loses packets because it is full must not be filled.
+/// Bytes of entries that go to one member in a second, and at once: what loses packets because it is full must not be
+/// filled.
 const RATE: f64 = 4e6;
 const BURST: f64 = 256e3;
 

@@ -1,5 +1,5 @@
-//! The cluster's certificate authority: makes and signs certificates. Decides every name in them; must never take a name,
-//! a usage or an extension from a signing request.
+//! The cluster's certificate authority: makes and signs certificates. Decides every name in them; must never take a
+//! name, a usage or an extension from a signing request.
 
 use std::path::Path;
 
@@ -75,8 +75,8 @@ impl Authority {
         Ok(Self { cluster, cert_pem, key })
     }
 
-    /// Makes the authority of a new cluster and the key that its members share, and writes what belongs into this folder:
-    /// the authority's private key is nowhere but in the sealed form, which goes into the membership.
+    /// Makes the authority of a new cluster and the key that its members share, and writes what belongs into this
+    /// folder: the authority's private key is nowhere but in the sealed form, which goes into the membership.
     ///
     /// # Errors
     /// Any [`PkiError`] of its making.
@@ -161,8 +161,8 @@ impl Authority {
         Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
     }
 
-    /// Signs the request of a host, whose key stays where it is. Of the request only the key counts; the names in it mean
-    /// nothing, because the cluster decides who somebody is.
+    /// Signs the request of a host, whose key stays where it is. Of the request only the key counts; the names in it
+    /// mean nothing, because the cluster decides who somebody is.
     ///
     /// # Errors
     /// [`PkiError::Request`] when the request is not sound, [`PkiError::Generate`].
@@ -216,7 +216,8 @@ impl Authority {
     }
 }
 
-/// A clock that is before the beginning of the authority is wrong: what is signed by it could have expired for all others.
+/// A clock that is before the beginning of the authority is wrong: what is signed by it could have expired for all
+/// others.
 fn check_clock(authority: &str, now: u64) -> Result<(), PkiError> {
     if now < certificate_validity(authority)?.0 {
         return Err(PkiError::Identity(

@@ -1,5 +1,6 @@
-//! What a Console shows its clients: certificate chains with their keys, what is in them, and the TLS settings made of them.
-//! Owns the checks of a certificate that an administrator brings; must never log a key, or accept one that does not fit.
+//! What a Console shows its clients: certificate chains with their keys, what is in them, and the TLS settings made of
+//! them. Owns the checks of a certificate that an administrator brings; must never log a key, or accept one that does
+//! not fit.
 
 use std::{fmt, net::IpAddr, path::Path, sync::Arc};
 
@@ -68,8 +69,8 @@ impl CertificateInfo {
         })
     }
 
-    /// How near its end is at this time (seconds since 1970): the last of [`EXPIRY_DAYS`] that it has reached, 0 once it has
-    /// expired; none while there is time enough.
+    /// How near its end is at this time (seconds since 1970): the last of [`EXPIRY_DAYS`] that it has reached, 0 once
+    /// it has expired; none while there is time enough.
     pub fn expiry_step(&self, now: u64) -> Option<u64> {
         match self.not_after.saturating_sub(now) {
             0 => Some(0),
@@ -187,8 +188,8 @@ impl Pair {
         self.chain == other.chain && self.key == other.key
     }
 
-    /// What an administrator's certificate must be to be taken, at this time (seconds since 1970): in order, valid, and for
-    /// servers.
+    /// What an administrator's certificate must be to be taken, at this time (seconds since 1970): in order, valid, and
+    /// for servers.
     ///
     /// # Errors
     /// [`PkiError::Custom`] with a sentence.
@@ -226,8 +227,8 @@ impl Pair {
         Ok(())
     }
 
-    /// Who issued the last certificate of the chain, if clients can hardly find that out: it is not there, and neither this host
-    /// trusts it nor is it one of `known` (PEM). A certificate that signed itself needs nobody.
+    /// Who issued the last certificate of the chain, if clients can hardly find that out: it is not there, and neither
+    /// this host trusts it nor is it one of `known` (PEM). A certificate that signed itself needs nobody.
     ///
     /// # Errors
     /// [`PkiError::Identity`].
@@ -332,8 +333,8 @@ impl ResolvesServerCert for ByName {
     }
 }
 
-/// TLS for the Console's ports: TLS 1.2 and 1.3, HTTP/1.1 and 1.0, no client certificate. Clients that ask for [`CONSOLE_NAME`] get
-/// the cluster's `own` certificate, all others what is `served`.
+/// TLS for the Console's ports: TLS 1.2 and 1.3, HTTP/1.1 and 1.0, no client certificate. Clients that ask for
+/// [`CONSOLE_NAME`] get the cluster's `own` certificate, all others what is `served`.
 ///
 /// # Errors
 /// [`PkiError::Tls`].

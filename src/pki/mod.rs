@@ -61,14 +61,14 @@ pub const CLUSTER_KEY: &str = "cluster.key";
 pub const NEXT_CLUSTER_KEY: &str = "cluster.key.next";
 /// The DNS name in every node certificate, which TLS checks. `.internal` is reserved for private use.
 pub const PEER_NAME: &str = "node.twistlock.internal";
-/// The DNS name in every Console certificate of the cluster's own authority. A client that asks for it is always shown that
-/// certificate, whatever an administrator has others see: hosts that join trust nothing else.
+/// The DNS name in every Console certificate of the cluster's own authority. A client that asks for it is always shown
+/// that certificate, whatever an administrator has others see: hosts that join trust nothing else.
 pub const CONSOLE_NAME: &str = "console.twistlock.internal";
-/// The folder in the data folder where an administrator puts certificate and key for the Console of this host, by the names
-/// of [`CONSOLE_CERTIFICATE`] and [`CONSOLE_KEY`].
+/// The folder in the data folder where an administrator puts certificate and key for the Console of this host, by the
+/// names of [`CONSOLE_CERTIFICATE`] and [`CONSOLE_KEY`].
 pub const CUSTOM_FOLDER: &str = "custom-certificates";
-/// What both ends of a link say in the TLS handshake when they take frames that go on behind what they know (feature level
-/// 2). An older program neither offers nor chooses it, and is sent the frames that it knows.
+/// What both ends of a link say in the TLS handshake when they take frames that go on behind what they know (feature
+/// level 2). An older program neither offers nor chooses it, and is sent the frames that it knows.
 pub const EXTENSIBLE: &[u8] = b"twistlock/2";
 
 /// What can be wrong with keys and certificates.

@@ -1,4 +1,5 @@
-//! What every certificate and signing request of ours begins with: its common name, its time, and how a name is written into it.
+//! What every certificate and signing request of ours begins with: its common name, its time, and how a name is written
+//! into it.
 
 use std::{net::IpAddr, time::Duration};
 

@@ -1,5 +1,5 @@
-//! The one reader of PEM. Takes a byte order mark, as editors of Windows leave it, for nothing. Must never say in an error what it
-//! has read: that may be a private key.
+//! The one reader of PEM. Takes a byte order mark, as editors of Windows leave it, for nothing. Must never say in an
+//! error what it has read: that may be a private key.
 
 use rcgen::KeyPair;
 use rustls::pki_types::{

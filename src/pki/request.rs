@@ -26,8 +26,8 @@ pub fn new_key() -> Result<String, PkiError> {
     Ok(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?.serialize_pem())
 }
 
-/// Makes a key for a node and the signing request for it: `(request, key)`, both PEM. The names are for people who look at
-/// the request; the authority decides the real ones.
+/// Makes a key for a node and the signing request for it: `(request, key)`, both PEM. The names are for people who look
+/// at the request; the authority decides the real ones.
 ///
 /// # Errors
 /// [`PkiError::Generate`].
@@ -130,8 +130,8 @@ pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
     Ok((seconds(parsed.validity().not_before), seconds(parsed.validity().not_after)))
 }
 
-/// True if a certificate (PEM) says that this authority (PEM) signed it. Two authorities of one cluster have the same name:
-/// their keys tell them apart. Proves nothing; TLS checks signatures.
+/// True if a certificate (PEM) says that this authority (PEM) signed it. Two authorities of one cluster have the same
+/// name: their keys tell them apart. Proves nothing; TLS checks signatures.
 ///
 /// # Errors
 /// [`PkiError::Identity`].

@@ -119,8 +119,9 @@ impl ClusterKey {
     }
 }
 
-/// The cluster keys that a member has: the one in use, and the one that was announced to take its place. Both are kept until
-/// the membership says that the authority was sealed with the new one, so that a crash at any moment leaves the right one.
+/// The cluster keys that a member has: the one in use, and the one that was announced to take its place. Both are kept
+/// until the membership says that the authority was sealed with the new one, so that a crash at any moment leaves the
+/// right one.
 #[derive(Debug)]
 pub struct ClusterKeys {
     /// In [`CLUSTER_KEY`].

@@ -1,6 +1,6 @@
-//! `twistlockd recover --force-new-cluster`: makes a cluster of one out of the data of a stopped survivor, when the majority is
-//! gone for good. Owns what the administrator reads and confirms. Must never be reached by a running node on its own,
-//! and never destroy anything: what it replaces is set aside.
+//! `twistlockd recover --force-new-cluster`: makes a cluster of one out of the data of a stopped survivor, when the
+//! majority is gone for good. Owns what the administrator reads and confirms. Must never be reached by a running node
+//! on its own, and never destroy anything: what it replaces is set aside.
 
 mod build;
 mod survivor;
@@ -144,7 +144,8 @@ fn run(options: &Options, config: &config::Config) -> Result<(), RecoverError> {
     Ok(())
 }
 
-/// Root becomes the owner of the data folder, for good: the daemon could not open what root makes. Without root, nothing changes.
+/// Root becomes the owner of the data folder, for good: the daemon could not open what root makes. Without root,
+/// nothing changes.
 fn become_owner(data: &Path) -> Result<(), RecoverError> {
     if !geteuid().is_root() {
         return Ok(());

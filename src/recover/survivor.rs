@@ -1,5 +1,5 @@
-//! What a stopped node has: its identity, its raft log, its database, and what that means for what may be lost. Reads only, apart from
-//! the repair of a torn end of the raft log that every start makes.
+//! What a stopped node has: its identity, its raft log, its database, and what that means for what may be lost. Reads
+//! only, apart from the repair of a torn end of the raft log that every start makes.
 
 use std::{
     fmt::Write,

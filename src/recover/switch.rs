@@ -1,8 +1,9 @@
-//! Puts the new files in the place of the old ones, so that a crash at any moment leaves either the old node or a switch that
-//! the next start completes. Must never remove an old file: it is moved aside.
+//! Puts the new files in the place of the old ones, so that a crash at any moment leaves either the old node or a
+//! switch that the next start completes. Must never remove an old file: it is moved aside.
 //!
 //! Once everything in the staging folder is durable, a plan is written; that is the decision. Then each name is moved
-//! aside and its new version is moved in. Every step can be repeated: what is still in the staging folder is still to be done.
+//! aside and its new version is moved in. Every step can be repeated: what is still in the staging folder is still to
+//! be done.
 
 use std::{
     fs, io,
@@ -57,8 +58,8 @@ pub(super) fn execute(data: &Path, plan: &Plan) -> Result<Interrupted, RecoverEr
     carry_out(data, plan, &mut || Ok(()))
 }
 
-/// Completes a switch that a crash has interrupted. If there is none, what an attempt without a decision has left is removed:
-/// it may be as large as the database. Every start of the node calls this, with the lock of the data folder.
+/// Completes a switch that a crash has interrupted. If there is none, what an attempt without a decision has left is
+/// removed: it may be as large as the database. Every start of the node calls this, with the lock of the data folder.
 ///
 /// # Errors
 /// [`RecoverError::Io`], or [`RecoverError::Unusable`] for a plan of a newer version.

@@ -50,8 +50,8 @@ impl From<io::Error> for FetchError {
     }
 }
 
-/// Fetches the whole database from `member`, which should be the primary. When this returns it is complete and durable in the
-/// data folder, and the next start installs it.
+/// Fetches the whole database from `member`, which should be the primary. When this returns it is complete and durable
+/// in the data folder, and the next start installs it.
 ///
 /// # Errors
 /// [`FetchError`]; nothing has changed then.

@@ -1,5 +1,5 @@
-//! The frames of a snapshot's stream: `kind u8, length u32` (little-endian), then so many bytes. Owns their limits; must
-//! never read more into memory than these allow.
+//! The frames of a snapshot's stream: `kind u8, length u32` (little-endian), then so many bytes. Owns their limits;
+//! must never read more into memory than these allow.
 //!
 //! The sender begins with [`MANIFEST`] or [`REFUSED`]; [`CHUNK`]s follow, then [`END`] or [`REFUSED`].
 

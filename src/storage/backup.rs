@@ -1,9 +1,9 @@
-//! The copy of a database that follows the raft log, while it goes on following: whoever copies reads the file at his own
-//! pace, and pages that were written meanwhile are read again. The database thread reads the last few of them itself,
-//! between two transactions, so that the copy is the database at one raft index.
+//! The copy of a database that follows the raft log, while it goes on following: whoever copies reads the file at his
+//! own pace, and pages that were written meanwhile are read again. The database thread reads the last few of them
+//! itself, between two transactions, so that the copy is the database at one raft index.
 //!
-//! Owns what is known about the pages written since the copy began. Must never make the database thread wait: a copy that
-//! is given up, or a promotion, leaves nothing behind but a flag.
+//! Owns what is known about the pages written since the copy began. Must never make the database thread wait: a copy
+//! that is given up, or a promotion, leaves nothing behind but a flag.
 
 use std::{
     fs::File,
@@ -74,8 +74,8 @@ impl Written {
 pub(super) struct Tracking(Arc<Written>);
 
 impl Tracking {
-    /// To be called **after** the page is in the file: whoever copies forgets the note first and reads then, so that a page
-    /// which he reads while it is being written is noted again behind him.
+    /// To be called **after** the page is in the file: whoever copies forgets the note first and reads then, so that a
+    /// page which he reads while it is being written is noted again behind him.
     pub fn note(&self, number: u32) {
         self.0.note(number);
     }
@@ -170,7 +170,8 @@ impl Copying {
         read_or_zero(&self.file, bytes, u64::from(done) * u64::from(self.page_size))
     }
 
-    /// The pages that were written since they were read; they must be read again, and are noted again if they are written again.
+    /// The pages that were written since they were read; they must be read again, and are noted again if they are
+    /// written again.
     pub fn changed(&self) -> Vec<u32> {
         self.written.take()
     }
@@ -192,8 +193,8 @@ impl Drop for Tracking {
     }
 }
 
-/// The checksum of the first `record.pages` pages of a file, to be compared with that of the record. `each` gets every chunk
-/// in order.
+/// The checksum of the first `record.pages` pages of a file, to be compared with that of the record. `each` gets every
+/// chunk in order.
 ///
 /// # Errors
 /// Those of the file, and those of `each`.

@@ -1,6 +1,6 @@
-//! The first half of the [gate](super::gate): sees what SQLite writes to the `-wal` file in one transaction, keeps the header
-//! back that would commit it, and gives out its pages. Knows files and offsets. Must never know who is primary, nor what
-//! becomes of the pages.
+//! The first half of the [gate](super::gate): sees what SQLite writes to the `-wal` file in one transaction, keeps the
+//! header back that would commit it, and gives out its pages. Knows files and offsets. Must never know who is primary,
+//! nor what becomes of the pages.
 
 use super::wal::{FRAME_HEADER, PendingCommit, Step, Tracker, Violation, WAL_HEADER};
 
@@ -28,7 +28,8 @@ pub(super) struct Capture {
     page_size: u32,
 }
 
-/// A transaction that waits for its commit: its data is in the `-wal`, and means nothing before the header of its last frame.
+/// A transaction that waits for its commit: its data is in the `-wal`, and means nothing before the header of its last
+/// frame.
 pub(super) struct Captured {
     held: PendingCommit,
     /// The pages in ascending order, with the frames that hold them.
@@ -71,8 +72,8 @@ impl Capture {
         self.tracker.is_settled()
     }
 
-    /// At [`Step::Commit`]: writes the data of the last frame, and gives out what the transaction is made of. The data comes
-    /// before all else: a full disk shows before anything is proposed.
+    /// At [`Step::Commit`]: writes the data of the last frame, and gives out what the transaction is made of. The data
+    /// comes before all else: a full disk shows before anything is proposed.
     ///
     /// # Errors
     /// Those of the file.

@@ -1,6 +1,6 @@
-//! The membership in force on this node, in `<data>/membership.json`: what the node needs to know before it can read its
-//! raft log with others. Written before the raft log notes the configuration of the same entry: after a crash in between, the entry is
-//! applied again and changes nothing here. Must never decide who votes: that is in the raft log.
+//! The membership in force on this node, in `<data>/membership.json`: what the node needs to know before it can read
+//! its raft log with others. Written before the raft log notes the configuration of the same entry: after a crash in
+//! between, the entry is applied again and changes nothing here. Must never decide who votes: that is in the raft log.
 
 use std::{
     fs::File,

@@ -1,6 +1,7 @@
-//! What a member keeps beside its raft log, so that a loss of either is seen: how far its own memory had reached, what it
-//! remembers of the others, that a raft log may be begun, and that this node forgot. Owns those files and the place of what
-//! is set aside. Must never delete a raft log that was in use, but those that were set aside before the newest few.
+//! What a member keeps beside its raft log, so that a loss of either is seen: how far its own memory had reached, what
+//! it remembers of the others, that a raft log may be begun, and that this node forgot. Owns those files and the place
+//! of what is set aside. Must never delete a raft log that was in use, but those that were set aside before the newest
+//! few.
 
 use std::{
     collections::BTreeMap,
@@ -90,7 +91,8 @@ impl Memory {
 struct Forgotten {
     cluster: ClusterId,
     reason: String,
-    /// The raft log that was not whole is set aside. One that is in its place was begun since, and nothing was promised with it.
+    /// The raft log that was not whole is set aside. One that is in its place was begun since, and nothing was promised
+    /// with it.
     #[serde(default)]
     log_aside: bool,
 }
@@ -179,9 +181,10 @@ pub fn forbid_new_log(data: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes room for the raft log with which a node that forgot begins again. The one that was not whole is set aside, for whoever
-/// wants to look at it, and the oldest of those are deleted. May be done again: what was begun since holds nothing that anybody
-/// could miss, and is deleted. Returns where the log is now; none if there was nothing to set aside.
+/// Makes room for the raft log with which a node that forgot begins again. The one that was not whole is set aside, for
+/// whoever wants to look at it, and the oldest of those are deleted. May be done again: what was begun since holds
+/// nothing that anybody could miss, and is deleted. Returns where the log is now; none if there was nothing to set
+/// aside.
 ///
 /// # Errors
 /// Those of the file system. Nothing is lost then.
@@ -236,8 +239,8 @@ fn is_immovable(error: &io::Error) -> bool {
     matches!(error.kind(), CrossesDevices | DirectoryNotEmpty | ResourceBusy)
 }
 
-/// Moves the files of a folder into another one, and leaves the folder. A file is in one of the two at any moment, so that this
-/// may be done again after a crash.
+/// Moves the files of a folder into another one, and leaves the folder. A file is in one of the two at any moment, so
+/// that this may be done again after a crash.
 fn move_files(from: &Path, to: &Path) -> io::Result<()> {
     make_private_dir(to)?;
     for (path, name) in files(from)? {

@@ -6,8 +6,8 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::checksum::{page_checksum, read_or_zero};
 
-/// Lets the kernel forget these pages, so that they come from the disk when they are read next. What is not written to the
-/// disk yet stays.
+/// Lets the kernel forget these pages, so that they come from the disk when they are read next. What is not written to
+/// the disk yet stays.
 pub fn drop_cache(file: &File, page_size: u32, done: u32, count: u32) {
     let (at, length) = (i64::from(done) * i64::from(page_size), i64::from(count) * i64::from(page_size));
     // A file system that does not know it reads from memory: less is found, and nothing is wrong.

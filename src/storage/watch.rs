@@ -1,6 +1,6 @@
-//! The one watch over the files of the data folder: every operation on them registers here while it runs, and says how it ended.
-//! Whoever asks learns what does not come back, what was slow and what failed, without touching a file. There is one for the
-//! process, as it has one data folder. Must never wait, and never judge: a role is not its business.
+//! The one watch over the files of the data folder: every operation on them registers here while it runs, and says how
+//! it ended. Whoever asks learns what does not come back, what was slow and what failed, without touching a file. There
+//! is one for the process, as it has one data folder. Must never wait, and never judge: a role is not its business.
 
 mod clock;
 
@@ -79,8 +79,8 @@ pub struct Operation {
 }
 
 impl Operation {
-    /// Of two kinds, which must not hide each other: what a transaction waits for, and a sync of the database file, which may have
-    /// much to write and which nobody waits for.
+    /// Of two kinds, which must not hide each other: what a transaction waits for, and a sync of the database file,
+    /// which may have much to write and which nobody waits for.
     fn kind(self) -> usize {
         usize::from(matches!(self, Self { place: Place::Database, act: Act::Sync }))
     }

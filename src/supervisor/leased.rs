@@ -1,5 +1,5 @@
-//! The lease at the level of a socket. [`Opening`] says whether responses may still leave; [`LeasedStream`] asks it right
-//! before each write. It sits below TLS, so that nothing above it can forget to ask.
+//! The lease at the level of a socket. [`Opening`] says whether responses may still leave; [`LeasedStream`] asks it
+//! right before each write. It sits below TLS, so that nothing above it can forget to ask.
 
 use std::{
     fmt,
@@ -98,7 +98,8 @@ pub(super) struct LeasedStream {
     ended: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
-/// A [`LeasedStream`] as whoever accepted the connection sees it: somebody else may have gone on with it after an upgrade.
+/// A [`LeasedStream`] as whoever accepted the connection sees it: somebody else may have gone on with it after an
+/// upgrade.
 #[derive(Debug)]
 pub(super) struct Held(watch::Sender<bool>);
 

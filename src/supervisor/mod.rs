@@ -27,7 +27,8 @@ use crate::{
     workload::{self, Services, Setup, Workload},
 };
 
-/// Exit code when the demotion deadline was missed: EX_TEMPFAIL of sysexits, so that the service manager starts us again.
+/// Exit code when the demotion deadline was missed: EX_TEMPFAIL of sysexits, so that the service manager starts us
+/// again.
 pub const EXIT_DEADLINE: i32 = 75;
 /// How long running requests may take to end at a planned switchover.
 const DRAIN: Duration = Duration::from_millis(250);
@@ -70,8 +71,8 @@ pub struct SupervisorHandle {
 }
 
 impl SupervisorHandle {
-    /// Closes the ports in order, as for a planned switchover (`why`): no new connection, running requests get 250 ms, then the
-    /// workload stops. Returns when the database is free. Nothing is opened again before [`Self::resume`].
+    /// Closes the ports in order, as for a planned switchover (`why`): no new connection, running requests get 250 ms,
+    /// then the workload stops. Returns when the database is free. Nothing is opened again before [`Self::resume`].
     pub async fn drain(&self, why: &'static str) {
         self.held.send_replace(Some(why));
         let mut state = self.state.clone();
@@ -202,8 +203,8 @@ impl Inputs {
 }
 
 impl Supervisor {
-    /// Prepares a supervisor and its handle, for a node with this status and this database. The guard must have been given the
-    /// same lease.
+    /// Prepares a supervisor and its handle, for a node with this status and this database. The guard must have been
+    /// given the same lease.
     pub fn new(
         config: SupervisorConfig,
         (status, serving): (watch::Receiver<Arc<Status>>, Serving),
@@ -270,7 +271,8 @@ impl Supervisor {
     /// Starts the workload, then opens the ports. Gives up as soon as the role is lost.
     async fn open(&mut self, epoch: u64, lapses: u64) -> anyhow::Result<Running> {
         self.publish(|state| state.running = true);
-        // Looked at after that was said: whoever drains either waits for the end of this workload, or keeps it from beginning.
+        // Looked at after that was said: whoever drains either waits for the end of this workload, or keeps it from
+        // beginning.
         let held = self.inputs.held.borrow().map(|why| anyhow::anyhow!("{why}"));
         let started = match held {
             Some(why) => Err(why),
@@ -334,8 +336,8 @@ impl Supervisor {
         time::Instant::now() + self.config.demotion_deadline
     }
 
-    /// Ends the process when the deadline passes: another node may need us to be gone. Not while the disk does not answer: the
-    /// ports are closed, the others go on without us, and a new process would wait for the same disk.
+    /// Ends the process when the deadline passes: another node may need us to be gone. Not while the disk does not
+    /// answer: the ports are closed, the others go on without us, and a new process would wait for the same disk.
     async fn within(&self, deadline: time::Instant, work: impl Future<Output = ()>) {
         let (mut work, mut deadline) = (std::pin::pin!(work), deadline);
         while time::timeout_at(deadline, &mut work).await.is_err() {

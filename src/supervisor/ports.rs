@@ -1,5 +1,5 @@
-//! The sockets of a workload: bind, open through the port guard, close for every holder. Must never call `listen` itself:
-//! the guard does, so that no port is open without somebody who closes it.
+//! The sockets of a workload: bind, open through the port guard, close for every holder. Must never call `listen`
+//! itself: the guard does, so that no port is open without somebody who closes it.
 
 use std::{
     io,

@@ -1,5 +1,5 @@
-//! The way of a log line to standard error: through a bounded queue to a thread that may wait for whoever reads it. Must never
-//! make the thread that logs wait, and never drop a line without counting it.
+//! The way of a log line to standard error: through a bounded queue to a thread that may wait for whoever reads it.
+//! Must never make the thread that logs wait, and never drop a line without counting it.
 
 use std::{
     fs::File,

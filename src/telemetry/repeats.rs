@@ -1,6 +1,6 @@
-//! Lines of the log that say the same again and again: counted, and told of once in a while. One place for all of them, so that
-//! no place in the program can fill the log, whatever strangers send. Must never keep a line back that says something new, but
-//! for a place that says something new all the time.
+//! Lines of the log that say the same again and again: counted, and told of once in a while. One place for all of them,
+//! so that no place in the program can fill the log, whatever strangers send. Must never keep a line back that says
+//! something new, but for a place that says something new all the time.
 
 use std::{
     collections::{HashMap, hash_map::Entry},

@@ -1,5 +1,5 @@
-//! The one table of metrics: the name of each, what it is, what it tells, and its label. Whoever writes one names it by a constant
-//! from here.
+//! The one table of metrics: the name of each, what it is, what it tells, and its label. Whoever writes one names it by
+//! a constant from here.
 
 use metrics::{counter, histogram};
 

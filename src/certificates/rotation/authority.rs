@@ -28,7 +28,8 @@ impl Rotation {
         fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
     }
 
-    /// Uses what is in the files from now on. Until that has succeeded it is tried again at each look, and nothing is reported.
+    /// Uses what is in the files from now on. Until that has succeeded it is tried again at each look, and nothing is
+    /// reported.
     fn reload(&mut self) -> Result<()> {
         let tls = NodeTls::load(&self.parts.certificates).context("load the new certificates")?;
         self.parts.tls.send_replace(std::sync::Arc::new(tls));
@@ -49,8 +50,8 @@ impl Rotation {
         Ok(())
     }
 
-    /// Has this node's certificate made anew if another authority signed it. Returns which one signed what it shows now, the
-    /// Console's own certificate included; nothing while the two differ.
+    /// Has this node's certificate made anew if another authority signed it. Returns which one signed what it shows
+    /// now, the Console's own certificate included; nothing while the two differ.
     pub(super) fn follow_certificates(&mut self, membership: &Membership, node: NodeId) -> Result<KeyId> {
         let Some(sealed) = &membership.shared.authority else { return Ok(KeyId::default()) };
         let signs = pki::authority_id(&sealed.certificate)?;
@@ -61,12 +62,14 @@ impl Rotation {
             self.reload()?;
             info!("the certificate of this node is made anew by the authority that signs from now on");
         }
-        // That of the Console is made anew by whoever looks after what the Console serves ([`crate::certificates::console_tls`]).
+        // That of the Console is made anew by whoever looks after what the Console serves
+        // ([`crate::certificates::console_tls`]).
         let waits = pki::is_signed_by(&self.read(CONSOLE_CERTIFICATE)?, &retired.certificate)?;
         Ok(if waits { KeyId::default() } else { signs })
     }
 
-    /// Lets the new authority sign when all members trust it, and drops the old one when nothing of it is shown any more.
+    /// Lets the new authority sign when all members trust it, and drops the old one when nothing of it is shown any
+    /// more.
     pub(super) async fn lead_authority(&mut self, membership: &Membership, status: &Status) -> Result<()> {
         let now = unix_time();
         if let Some(coming) = &membership.shared.coming {

@@ -1,5 +1,5 @@
-//! How a cluster key goes from one member to another: over a TLS connection of the two nodes, to whoever is a member and can
-//! name the key. Must never send a key to anybody else, or take one for another.
+//! How a cluster key goes from one member to another: over a TLS connection of the two nodes, to whoever is a member
+//! and can name the key. Must never send a key to anybody else, or take one for another.
 //!
 //! The caller sends the id of the key (16 bytes, little-endian); the answer is 1 and the key, or 0.
 

@@ -1,9 +1,9 @@
-//! RENEWS what all members share: keeps this node's cluster key, trust and certificates as the membership says, and, on the
-//! primary, takes the next step when all members are ready for it ([`crate::cluster::shared::authority`] has the steps). Must never take
-//! a key or an authority away that a member may still need, and never log a key.
+//! RENEWS what all members share: keeps this node's cluster key, trust and certificates as the membership says, and, on
+//! the primary, takes the next step when all members are ready for it ([`crate::cluster::shared::authority`] has the
+//! steps). Must never take a key or an authority away that a member may still need, and never log a key.
 //!
-//! Everything follows from the membership and from what is on the disk, again and again: a node that was away, was killed or
-//! has just become primary goes on from there.
+//! Everything follows from the membership and from what is on the disk, again and again: a node that was away, was
+//! killed or has just become primary goes on from there.
 
 mod authority;
 mod exchange;
@@ -125,7 +125,8 @@ impl Rotation {
         Ok(())
     }
 
-    /// Makes a change; one that came too late or too early is made at the next look if it is still wanted. True if it is made.
+    /// Makes a change; one that came too late or too early is made at the next look if it is still wanted. True if it
+    /// is made.
     async fn change(&self, change: Change, done: &str) -> Result<bool> {
         match self.parts.handle.change(change).await {
             Ok(_) => info!("{done}"),

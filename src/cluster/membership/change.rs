@@ -1,5 +1,5 @@
-//! How a [`Membership`] may change, and what each change needs. Must never give out a membership that the members could not
-//! read or go on with; the rules of admission, trust and levels are in their own files.
+//! How a [`Membership`] may change, and what each change needs. Must never give out a membership that the members could
+//! not read or go on with; the rules of admission, trust and levels are in their own files.
 
 use serde::{Deserialize, Serialize};
 
@@ -53,8 +53,8 @@ pub enum Change {
     Rekey,
     /// The primary has made a cluster key; all members fetch it.
     AnnounceKey { id: KeyId },
-    /// All members have the announced cluster key: the authority is sealed with it, and so is the certificate that was given
-    /// to the Consoles, if there is one.
+    /// All members have the announced cluster key: the authority is sealed with it, and so is the certificate that was
+    /// given to the Consoles, if there is one.
     Reseal { authority: SealedAuthority, certificate: Option<CustomCertificate> },
     /// All members are to trust this authority, too.
     IntroduceAuthority { coming: IncomingAuthority },

@@ -1,4 +1,5 @@
-//! What one membership has otherwise than another, in sentences, for the log and the history. Must never decide who is told.
+//! What one membership has otherwise than another, in sentences, for the log and the history. Must never decide who is
+//! told.
 
 use std::fmt;
 

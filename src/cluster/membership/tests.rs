@@ -267,7 +267,8 @@ fn a_rolling_upgrade_reads_and_writes_what_the_older_programs_do() {
     assert_eq!((String::from_utf8(first.encode()).unwrap().as_str(), first.shared.level), (least, 1));
 }
 
-/// A text of this length that differs from others by its beginning; a certificate has the line ends of PEM, as Windows writes them.
+/// A text of this length that differs from others by its beginning; a certificate has the line ends of PEM, as Windows
+/// writes them.
 fn long(begin: impl fmt::Display, length: usize) -> String {
     format!("{begin:x<length$}")
 }

@@ -1,19 +1,20 @@
-//! What the members trust, and how that is replaced while the cluster runs: the cluster key, which unseals the authority's
-//! private key, and the authority itself. Owns the steps and what each needs; must never take a step after which a member
-//! could not unseal the authority, or two members would not trust each other.
+//! What the members trust, and how that is replaced while the cluster runs: the cluster key, which unseals the
+//! authority's private key, and the authority itself. Owns the steps and what each needs; must never take a step after
+//! which a member could not unseal the authority, or two members would not trust each other.
 //!
-//! Both go on under whoever is primary, from what the membership says: a primary that dies in the middle leaves a state from
-//! which the next one goes on.
+//! Both go on under whoever is primary, from what the membership says: a primary that dies in the middle leaves a state
+//! from which the next one goes on.
 //!
 //! *Cluster key*: wanted ([`KeyExchange`] without an id, after each removal) -> announced (the primary has made one and keeps it; the
 //! others fetch it) -> all members have it on disk: one change seals anew what was sealed with the old one
-//! ([`Change::Reseal`](crate::cluster::Change)): the authority, and the certificate that the Consoles were given. Until then everybody keeps the old key, too.
-//! A certificate that cannot be unsealed stays as it is ([`Shared::certificate_is_stranded`]).
+//! ([`Change::Reseal`](crate::cluster::Change)): the authority, and the certificate that the Consoles were given. Until
+//! then everybody keeps the old key, too. A certificate that cannot be unsealed stays as it is
+//! ([`Shared::certificate_is_stranded`]).
 //!
 //! *Authority*: introduced (all members trust it beside the old one) -> all do, no host is on its way in, and the time has passed
-//! that the administrator has left clients to learn of it: it signs from now on ([`Change::SwitchAuthority`](crate::cluster::Change)), and
-//! all certificates are made anew -> all members show certificates of the new one: the old one is dropped at once, so that
-//! whoever knows its key is shut out.
+//! that the administrator has left clients to learn of it: it signs from now on
+//! ([`Change::SwitchAuthority`](crate::cluster::Change)), and all certificates are made anew -> all members show
+//! certificates of the new one: the old one is dropped at once, so that whoever knows its key is shut out.
 
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +26,8 @@ use crate::cluster::{
 
 /// Longest certificate of an authority and longest sealed key, in bytes.
 const MAX_AUTHORITY: usize = 2048;
-/// Bytes of the one that signs and of the one that comes; none comes while another goes, of which there is only the certificate.
+/// Bytes of the one that signs and of the one that comes; none comes while another goes, of which there is only the
+/// certificate.
 pub(super) const MAX_AUTHORITIES: usize = 4 * in_json(MAX_AUTHORITY) + 512;
 
 /// The cluster's certificate authority, as all members keep it.
@@ -62,7 +64,8 @@ pub struct IncomingAuthority {
 pub struct RetiredAuthority {
     /// Its certificate, PEM.
     pub certificate: String,
-    /// When the new one began to sign, in seconds since 1970; until all members show its certificates, both are trusted.
+    /// When the new one began to sign, in seconds since 1970; until all members show its certificates, both are
+    /// trusted.
     pub until: u64,
 }
 

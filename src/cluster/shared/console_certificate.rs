@@ -1,5 +1,5 @@
-//! What an administrator adds to the Console's certificates: names, and a certificate of his own. Owns the rules for both; must
-//! never see a private key that is not sealed.
+//! What an administrator adds to the Console's certificates: names, and a certificate of his own. Owns the rules for
+//! both; must never see a private key that is not sealed.
 
 use std::net::IpAddr;
 
@@ -38,8 +38,8 @@ pub struct CustomCertificate {
 }
 
 impl Shared {
-    /// True if the certificate that the Consoles were given is sealed with another key than the authority: no member keeps that
-    /// one, so that only those who have unsealed it before can serve it.
+    /// True if the certificate that the Consoles were given is sealed with another key than the authority: no member
+    /// keeps that one, so that only those who have unsealed it before can serve it.
     pub fn certificate_is_stranded(&self) -> bool {
         let sealed_with = self.authority.as_ref().and_then(|authority| authority.key);
         let certificate = self.custom_certificate.as_ref();

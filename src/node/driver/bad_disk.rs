@@ -1,5 +1,5 @@
-//! A disk that fails or does not answer: the role goes to a member whose disk works, this one stands back, and everybody is told
-//! what is wrong. Must never give the role up when nobody could take it.
+//! A disk that fails or does not answer: the role goes to a member whose disk works, this one stands back, and
+//! everybody is told what is wrong. Must never give the role up when nobody could take it.
 
 use std::time::{Duration, Instant};
 
@@ -113,8 +113,8 @@ impl Driver {
         }
     }
 
-    /// What this node could not write must not reach raft: the loop would wait for the disk. A former primary is not needed for a
-    /// majority, and gets everything again; the answers of a SECONDARY keep the lease of the primary.
+    /// What this node could not write must not reach raft: the loop would wait for the disk. A former primary is not
+    /// needed for a majority, and gets everything again; the answers of a SECONDARY keep the lease of the primary.
     pub(super) fn takes_in(&self) -> bool {
         self.cluster.phase() != Phase::Demoting || !self.host.disk.is_bad()
     }

@@ -1,5 +1,5 @@
-//! Changes of the membership on the consensus loop: proposes them, hands those that are in force to the sync thread, and lets
-//! links and status follow. Must never answer for a change that is not on disk, nor wait for the disk itself.
+//! Changes of the membership on the consensus loop: proposes them, hands those that are in force to the sync thread,
+//! and lets links and status follow. Must never answer for a change that is not on disk, nor wait for the disk itself.
 
 use std::sync::Arc;
 

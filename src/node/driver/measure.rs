@@ -32,8 +32,8 @@ impl Driver {
         }
     }
 
-    /// A page that SQLite changes goes to all members as it is: a primary with a damaged file must not go on, as long as
-    /// another one can.
+    /// A page that SQLite changes goes to all members as it is: a primary with a damaged file must not go on, as long
+    /// as another one can.
     pub(super) fn database_damaged(&mut self, why: String) {
         let Some(to) = self.members.secondary_with_space() else {
             error!(reason = why, "the database file of this PRIMARY is damaged, and no other member can take over");

@@ -1,5 +1,5 @@
-//! Durable memory on the consensus loop: keeps what this node must remember of itself and of the others, and follows what
-//! others find out. Must never wait for the disk: the files are written on a thread of their own.
+//! Durable memory on the consensus loop: keeps what this node must remember of itself and of the others, and follows
+//! what others find out. Must never wait for the disk: the files are written on a thread of their own.
 
 use std::{
     io,

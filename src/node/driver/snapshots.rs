@@ -1,5 +1,5 @@
-//! Snapshots of the whole database on the consensus loop: says what belongs to the file that the database thread lets rest.
-//! Must never read or wait for that file.
+//! Snapshots of the whole database on the consensus loop: says what belongs to the file that the database thread lets
+//! rest. Must never read or wait for that file.
 
 use raft::Storage;
 
@@ -33,8 +33,8 @@ impl Driver {
         allowed.map_err(SnapshotError::Refused)
     }
 
-    /// The file rests. A write is let through when a majority has it, which can be before this loop hands it out with the changes
-    /// of the membership before it: the snapshot must not leave one of these out.
+    /// The file rests. A write is let through when a majority has it, which can be before this loop hands it out with
+    /// the changes of the membership before it: the snapshot must not leave one of these out.
     pub(super) fn resting(&mut self, resting: Result<Resting, SnapshotError>, request: SnapshotRequest) {
         let offer = resting.and_then(|resting| {
             self.carry_out_all();

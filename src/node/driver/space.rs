@@ -1,5 +1,5 @@
-//! A full disk: takes in no entry that the raft log has no room for, lets another member be primary, and goes on when there is space
-//! again. Must never let raft accept what cannot be written: that would end the process.
+//! A full disk: takes in no entry that the raft log has no room for, lets another member be primary, and goes on when
+//! there is space again. Must never let raft accept what cannot be written: that would end the process.
 
 use std::{
     io,
@@ -80,7 +80,8 @@ impl Space {
         Ok(Self { found, _look: look, seen: 0, refused, full, given_up, taken: Vec::new(), dropped: false })
     }
 
-    /// False for a message whose entries the raft log has no room for: it counts as lost on the network. Raft sends them again.
+    /// False for a message whose entries the raft log has no room for: it counts as lost on the network. Raft sends
+    /// them again.
     pub fn admits(&mut self, log: &RaftLog, message: &Message) -> bool {
         if message.get_msg_type() != MessageType::MsgAppend || message.entries.is_empty() {
             return true;
@@ -201,7 +202,8 @@ impl Driver {
         if !serves || !lasts || tried || paused {
             return;
         }
-        // Reports come now and then: a member whose disk has just become full may be named, and gives the role up again.
+        // Reports come now and then: a member whose disk has just become full may be named, and gives the role up
+        // again.
         let Some(to) = self.members.secondary_with_space() else { return };
         self.host.space.given_up = Some(now);
         warn!(to, "the disk of the primary is full: the role goes to a member with space");

@@ -1,5 +1,5 @@
-//! The first frame on a link and its answer: who calls whom, in which language, what for, and why not. Must never change the
-//! layout of [`HelloReply`] nor the first field of [`Hello`].
+//! The first frame on a link and its answer: who calls whom, in which language, what for, and why not. Must never
+//! change the layout of [`HelloReply`] nor the first field of [`Hello`].
 
 use thiserror::Error;
 
@@ -63,10 +63,11 @@ pub enum Purpose {
     Link,
     /// The caller fetches a snapshot of the database; what follows the hello is not of this protocol.
     Snapshot,
-    /// The caller fetches a cluster key that it can name; what follows the hello is not of this protocol. Feature level 2.
+    /// The caller fetches a cluster key that it can name; what follows the hello is not of this protocol. Feature level
+    /// 2.
     Key,
-    /// The caller asks one thing; what follows the hello is not of this protocol. Nothing hangs on the answer, so that this needs
-    /// no feature level: an older program refuses it, and counts as one that does not answer.
+    /// The caller asks one thing; what follows the hello is not of this protocol. Nothing hangs on the answer, so that
+    /// this needs no feature level: an older program refuses it, and counts as one that does not answer.
     Question,
 }
 
@@ -93,8 +94,8 @@ impl LeaseTerms {
 /// The answer to [`Hello`]: accepted, or the reason why not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HelloReply {
-    /// With the feature level of the answering program, if the caller has said its own, and whether it takes datagrams on the
-    /// number of its HA port. Only with a level.
+    /// With the feature level of the answering program, if the caller has said its own, and whether it takes datagrams
+    /// on the number of its HA port. Only with a level.
     Accepted {
         level: Option<u32>,
         datagrams: bool,

@@ -12,8 +12,8 @@ use crate::cluster::{
     trust::{Holdings, KeyId},
 };
 
-/// What a node says about itself to the others. It is for status displays; the only decisions that rest on it are those of
-/// the primary to go on with what all members have: the feature level, and what they hold.
+/// What a node says about itself to the others. It is for status displays; the only decisions that rest on it are those
+/// of the primary to go on with what all members have: the feature level, and what they hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeReport {
     pub state: Role,
@@ -83,8 +83,8 @@ pub fn encode_report(report: &NodeReport) -> Result<Vec<u8>, CodecError> {
         for KeyId(id) in [holds.key, holds.trusts, holds.shows] {
             writer.0.extend_from_slice(&id.to_le_bytes());
         }
-        // Behind what the first programs of this level read: they leave the rest alone. What comes behind it one day has to come
-        // with it.
+        // Behind what the first programs of this level read: they leave the rest alone. What comes behind it one day
+        // has to come with it.
         if let Some(free) = free {
             writer.u64(*free);
             writer.0.extend(disk.map(|disk| disk as u8));

@@ -191,8 +191,8 @@ proptest! {
             let at = at.index(bytes.len());
             bytes[at] = value;
         }
-        // What still decodes must be something that this program could have sent itself, or the beginning of what a later
-        // one says.
+        // What still decodes must be something that this program could have sent itself, or the beginning of what a
+        // later one says.
         if let Ok(frame) = Frame::decode(&bytes) {
             let again = frame.encode().unwrap().split_off(LENGTH);
             let whole = matches!(frame, Frame::Raft(_));

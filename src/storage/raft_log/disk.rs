@@ -52,7 +52,8 @@ pub trait DiskFile: Send + Sync {
     fn size(&self) -> io::Result<u64>;
 }
 
-/// The real file system, under the [watch](crate::storage::watch). Files have mode 0600 and are not inherited by child processes.
+/// The real file system, under the [watch](crate::storage::watch). Files have mode 0600 and are not inherited by child
+/// processes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RealDisk;
 

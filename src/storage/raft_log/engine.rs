@@ -94,8 +94,8 @@ pub struct Written {
     pub segments: Vec<Arc<Segment>>,
 }
 
-/// What the log's threads share. Locks are taken in the order writer, supply, state; syncing is taken alone or with state, retiring
-/// before supply and state.
+/// What the log's threads share. Locks are taken in the order writer, supply, state; syncing is taken alone or with
+/// state, retiring before supply and state.
 pub struct Shared {
     pub dir: PathBuf,
     pub helper: bool,

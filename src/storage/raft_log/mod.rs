@@ -1,13 +1,13 @@
 //! The raft log on disk: our own segmented log behind `raft::Storage`.
 //!
-//! Owns entries, term, vote, commit index and configuration of this node. It must never report anything as synced that is
-//! not, never go on after a failed write or sync, and never bring back an entry that was replaced.
+//! Owns entries, term, vote, commit index and configuration of this node. It must never report anything as synced that
+//! is not, never go on after a failed write or sync, and never bring back an entry that was replaced.
 //!
 //! The log is one stream of records (`record.rs`), cut into files of fixed size (`segment.rs`). It is only ever written
 //! at its end: an entry record with an index that exists replaces that entry and all behind it, so nothing on disk is
-//! overwritten and there is no moment between the old and the new tail. All records of one [`RaftLog::append`] are a batch,
-//! which a crash leaves whole or not at all (`recovery.rs`). Every segment begins with a copy of the state, so that
-//! the ones before it can go. Files are filled ahead by a helper thread and used again after [`RaftLog::compact`].
+//! overwritten and there is no moment between the old and the new tail. All records of one [`RaftLog::append`] are a
+//! batch, which a crash leaves whole or not at all (`recovery.rs`). Every segment begins with a copy of the state, so
+//! that the ones before it can go. Files are filled ahead by a helper thread and used again after [`RaftLog::compact`].
 //!
 //! Threads: `append` writes to the page cache under the writer's lock and then publishes to readers; [`Pending::sync`]
 //! holds neither lock, so appending, reading and syncing run side by side.
@@ -169,8 +169,9 @@ pub struct Pending {
 }
 
 impl RaftLog {
-    /// Opens the log in `dir`, or creates it there if the options permit that. A new log begins as if compacted at index 1 of term 1 with
-    /// the configuration `initial`, so that all first members of a cluster begin alike; an existing one ignores `initial`.
+    /// Opens the log in `dir`, or creates it there if the options permit that. A new log begins as if compacted at
+    /// index 1 of term 1 with the configuration `initial`, so that all first members of a cluster begin alike; an
+    /// existing one ignores `initial`.
     ///
     /// # Errors
     /// [`LogError::Gone`], [`LogError::Damaged`], [`LogError::Newer`], [`LogError::Foreign`], [`LogError::Full`] or
@@ -274,7 +275,8 @@ impl RaftLog {
         self.pending().sync()
     }
 
-    /// Durably lets go of all entries up to `to`, which must be applied and not needed by followers. Their space is used again.
+    /// Durably lets go of all entries up to `to`, which must be applied and not needed by followers. Their space is
+    /// used again.
     ///
     /// # Errors
     /// [`LogError::Refused`] above the commit index, [`LogError::Full`]; after any other error the log is poisoned.
@@ -455,7 +457,8 @@ impl RaftLog {
 }
 
 impl Pending {
-    /// Makes everything up to this append durable. May run on any thread; syncing a later append covers the earlier ones.
+    /// Makes everything up to this append durable. May run on any thread; syncing a later append covers the earlier
+    /// ones.
     ///
     /// # Errors
     /// Any error poisons the log: it is unknown what is on disk.

@@ -1,12 +1,12 @@
 //! The bytes of one record, format version 1. Pure: no files. Must never panic on any input.
 //!
-//! Layout (little-endian): `length u32` (of the whole record), `crc u32`, `magic u16`, `kind u8`, `flags u8 (bit 0: last
-//! record of its batch)`, `data u32` (length of an entry's data; its context is the rest), `index u64`, `term u64`,
-//! `durable u64`, then the payload; zeros up to a multiple of 8 bytes follow. A length of 0 means: nothing here.
+//! Layout (little-endian): `length u32` (of the whole record), `crc u32`, `magic u16`, `kind u8`, `flags u8 (bit 0:
+//! last record of its batch)`, `data u32` (length of an entry's data; its context is the rest), `index u64`, `term
+//! u64`, `durable u64`, then the payload; zeros up to a multiple of 8 bytes follow. A length of 0 means: nothing here.
 //!
-//! The CRC-32C covers the seed of the segment (which holds its sequence number and a random salt), the offset, the length
-//! and everything after the CRC. So a record counts only in the place and the use of the file for which it was written.
-//! `durable` is the position up to which the log was known to be on disk when the record was written: a valid
+//! The CRC-32C covers the seed of the segment (which holds its sequence number and a random salt), the offset, the
+//! length and everything after the CRC. So a record counts only in the place and the use of the file for which it was
+//! written. `durable` is the position up to which the log was known to be on disk when the record was written: a valid
 //! record proves that everything before that position had been synced.
 
 use raft::eraftpb::{ConfState, Entry, EntryType, HardState};

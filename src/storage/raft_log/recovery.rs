@@ -1,8 +1,9 @@
-//! What a log says after a crash. Owns the torn tail rule; must never take a damaged log for a shorter one when it can be
-//! proven that it was longer, and never leave anything behind the end of the log that could be taken for a record later.
+//! What a log says after a crash. Owns the torn tail rule; must never take a damaged log for a shorter one when it can
+//! be proven that it was longer, and never leave anything behind the end of the log that could be taken for a record
+//! later.
 //!
-//! The log is the longest run of intact records from the first segment on, cut back to the end of the last complete batch.
-//! What follows that end is one of two things:
+//! The log is the longest run of intact records from the first segment on, cut back to the end of the last complete
+//! batch. What follows that end is one of two things:
 //! - **A torn tail**: batches that were being written when the host stopped. Sectors of one file, and files among each other,
 //!   reach the disk in any order before a sync, so intact records may well stand behind a broken one. Nobody was told
 //!   that any of them was on disk, so they are dropped, whatever is intact.
@@ -10,8 +11,9 @@
 //!   this segment or a later one, whose `durable` position lies behind the end: when it was written, everything up
 //!   to there had been on disk. Then the node refuses to start, since going on would lose acknowledged entries.
 //!
-//! The one thing that cannot be told from a torn tail is damage to the last synced batches behind which no intact record with a
-//! later `durable` position exists. Every change of the commit index writes one, so this is at most the very last batch or two.
+//! The one thing that cannot be told from a torn tail is damage to the last synced batches behind which no intact
+//! record with a later `durable` position exists. Every change of the commit index writes one, so this is at most the
+//! very last batch or two.
 
 use std::{collections::VecDeque, path::Path, sync::Arc};
 
@@ -206,7 +208,8 @@ pub fn read(disk: &dyn Disk, dir: &Path, sequences: &[u64], owner: Owner) -> Res
     }
     let dropped = check_tail(dir, &all, scan.end)?;
     if scan.end.offset() == FIRST {
-        // No batch is complete. The first segment of all is then a log that was being created; a later one must have some.
+        // No batch is complete. The first segment of all is then a log that was being created; a later one must have
+        // some.
         if let Some(first) = all.first().filter(|first| first.sequence > 1) {
             let path = segment_path(dir, first.sequence);
             return Err(LogError::damaged(&path, FIRST as u64, "the first batch of a segment in use is not intact"));
@@ -268,7 +271,8 @@ fn check_tail(dir: &Path, all: &[Arc<Segment>], end: Position) -> Result<u64, Lo
     Ok(dropped)
 }
 
-/// Makes the log on disk what was found: drops everything behind its end, and syncs what nobody has proven to be synced.
+/// Makes the log on disk what was found: drops everything behind its end, and syncs what nobody has proven to be
+/// synced.
 ///
 /// A crash at any point in here leaves a log of which the same is found again.
 ///

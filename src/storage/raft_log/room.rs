@@ -1,6 +1,7 @@
 //! Whether the log could take more: asked before raft sees an entry, since what raft has accepted must be written.
 //!
-//! Must never promise room that the next append does not find: segments count when they exist, not when the disk has space.
+//! Must never promise room that the next append does not find: segments count when they exist, not when the disk has
+//! space.
 
 use std::sync::atomic::Ordering;
 
@@ -13,14 +14,15 @@ use super::{
     segment::FIRST,
 };
 
-/// Left free in every segment for votes and epochs: some hundreds of them. A node whose disk is full still takes part in elections.
+/// Left free in every segment for votes and epochs: some hundreds of them. A node whose disk is full still takes part
+/// in elections.
 const VOTES: usize = 64 << 10;
 /// More than the copy of the state at the head of a segment takes.
 const HEAD: usize = 1024;
 
 impl RaftLog {
-    /// True if entries with payloads of these lengths can be appended. May make a segment, as the append itself would: whoever
-    /// must not wait for the disk lets another thread ask first, or uses [`Self::has_room_now`].
+    /// True if entries with payloads of these lengths can be appended. May make a segment, as the append itself would:
+    /// whoever must not wait for the disk lets another thread ask first, or uses [`Self::has_room_now`].
     pub fn has_room(&self, payloads: impl IntoIterator<Item = usize>) -> bool {
         let shared = &self.core.shared;
         let count = self.segments_for(payloads);

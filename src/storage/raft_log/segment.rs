@@ -1,13 +1,13 @@
-//! One file of the log, and the supply of files to come. Owns the header of a segment (format version 1) and the names in
-//! the directory; never looks at records.
+//! One file of the log, and the supply of files to come. Owns the header of a segment (format version 1) and the names
+//! in the directory; never looks at records.
 //!
 //! A segment has its full size before the first record is written: a commit must neither extend a file nor wait for one
-//! to be made. Header (little-endian, in the first 4096 bytes): magic, `version u32`, `crc u32` (CRC-32C of the rest of the
-//! 64 bytes), `cluster u128`, `node u64`, `sequence u64`, `salt u64` (random), `size u64`.
+//! to be made. Header (little-endian, in the first 4096 bytes): magic, `version u32`, `crc u32` (CRC-32C of the rest of
+//! the 64 bytes), `cluster u128`, `node u64`, `sequence u64`, `salt u64` (random), `size u64`.
 //!
-//! Names: `segment-<sequence, 16 hexadecimal digits>`, `spare-<number>` for a file of full size whose content means nothing,
-//! and `unfinished` for one that is being filled. A file gets its segment name only after its header is on disk, so
-//! a segment with a bad header is damaged, not torn.
+//! Names: `segment-<sequence, 16 hexadecimal digits>`, `spare-<number>` for a file of full size whose content means
+//! nothing, and `unfinished` for one that is being filled. A file gets its segment name only after its header is on
+//! disk, so a segment with a bad header is damaged, not torn.
 
 use std::{
     collections::VecDeque,
@@ -230,7 +230,8 @@ pub struct Retiring {
 }
 
 impl Retiring {
-    /// Takes it out, durably, before the next one may begin to leave: the numbers of those that remain must have no gap.
+    /// Takes it out, durably, before the next one may begin to leave: the numbers of those that remain must have no
+    /// gap.
     ///
     /// # Errors
     /// Any error is fatal for the log.

@@ -47,7 +47,8 @@ enum Step {
 
 type Work = fn(&Ready, &RaftLog) -> Result<Step, SnapshotError>;
 
-/// In this order: the raft log may be ahead of the database, which then has less to apply, but never the other way round.
+/// In this order: the raft log may be ahead of the database, which then has less to apply, but never the other way
+/// round.
 const STEPS: [Work; 6] = [
     Ready::fix_raft_log,
     Ready::keep_configuration,
@@ -93,8 +94,8 @@ impl Ready {
         &self.manifest
     }
 
-    /// Puts it into its place, on the node that this log belongs to. Afterwards the database can be opened, and is at the snapshot's index. False if the
-    /// snapshot was of no use here and everything is as it was.
+    /// Puts it into its place, on the node that this log belongs to. Afterwards the database can be opened, and is at
+    /// the snapshot's index. False if the snapshot was of no use here and everything is as it was.
     ///
     /// # Errors
     /// [`SnapshotError`]; the next start tries again.
@@ -111,8 +112,8 @@ impl Ready {
         Ok(true)
     }
 
-    /// Entries of which this node does not know whether a majority has them are kept for the administrator, if the raft log
-    /// is about to begin again. Most likely they are in the snapshot, too; safety does not depend on the file.
+    /// Entries of which this node does not know whether a majority has them are kept for the administrator, if the raft
+    /// log is about to begin again. Most likely they are in the snapshot, too; safety does not depend on the file.
     fn keep_tail(&self, log: &RaftLog, node: NodeId) {
         let index = self.manifest.record.index;
         let stays = log.first_index() > index + 1 || log.term(index).is_ok_and(|term| term == self.manifest.term);
@@ -303,7 +304,8 @@ mod tests {
         RaftLog::open(&data.join("raft-log"), (ClusterId(7), 3), initial, options, RealDisk).unwrap()
     }
 
-    /// A node whose raft log has entries of `term` up to `last`, is committed up to `commit`, and begins behind `compacted`.
+    /// A node whose raft log has entries of `term` up to `last`, is committed up to `commit`, and begins behind
+    /// `compacted`.
     fn node(last: u64, term: u64, commit: u64, compacted: u64) -> tempfile::TempDir {
         let data = tempfile::tempdir().unwrap();
         let log = open_log(data.path());

@@ -1,9 +1,9 @@
 //! A snapshot: the whole database of the primary at one raft index, on its way to another node.
 //!
-//! Owns what is said about it (the [`Manifest`]), its reading on the primary ([`Resting`]), its staging on the node that
-//! needs it ([`Incoming`]) and its installation there when the process starts ([`Ready`]). A snapshot is put in place of
-//! the old database only as a whole, verified and durable; must never be used half, and never take an entry away that
-//! this node has promised to keep.
+//! Owns what is said about it (the [`Manifest`]), its reading on the primary ([`Resting`]), its staging on the node
+//! that needs it ([`Incoming`]) and its installation there when the process starts ([`Ready`]). A snapshot is put in
+//! place of the old database only as a whole, verified and durable; must never be used half, and never take an entry
+//! away that this node has promised to keep.
 //!
 //! In the data folder it is `snapshot.incoming` while it arrives, `snapshot.ready` once it is complete and durable, and
 //! `snapshot.done` when it is of no more use. Only a rename turns one into the next.
@@ -234,7 +234,8 @@ impl Manifest {
     }
 }
 
-/// Keeps checkpoints away from a database file that is being read, until it is dropped or [broken](CheckpointHold::break_off).
+/// Keeps checkpoints away from a database file that is being read, until it is dropped or
+/// [broken](CheckpointHold::break_off).
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CheckpointHold(Arc<AtomicBool>);
 

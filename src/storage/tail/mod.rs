@@ -1,13 +1,15 @@
-//! Dropped tails: entries of this node's raft log that another primary's entries have replaced, kept for the administrator
-//! in `<data>/rollback/`. Owns that folder. Must never be read by the cluster again, and never grow without bound.
+//! Dropped tails: entries of this node's raft log that another primary's entries have replaced, kept for the
+//! administrator in `<data>/rollback/`. Owns that folder. Must never be read by the cluster again, and never grow
+//! without bound.
 //!
-//! No majority had these entries, so nobody was told that they are committed, and this node's database never had them: a
-//! transaction reaches SQLite's files on the primary, and the database file elsewhere, only after a majority has it.
+//! No majority had these entries, so nobody was told that they are committed, and this node's database never had them:
+//! a transaction reaches SQLite's files on the primary, and the database file elsewhere, only after a majority has it.
 //!
-//! `<UTC time>-epoch<E>-index<A>-<B>.tail` (mode 0600), integers little-endian: `"TLTAIL01"`, `cluster u128`, `node u64`,
-//! `first u64`, `last u64` (of what was dropped), `epoch u64` (of the last dropped entry), `CRC-32C u32` of all before, `0 u32`.
-//! Then for each entry that was kept: `index u64`, `term u64`, `type u32` (0 command, 2 membership), `data length u32`,
-//! `context length u32`, `CRC-32C u32` of these 28 bytes, data and context, data, context. Beside it a `.txt` for people.
+//! `<UTC time>-epoch<E>-index<A>-<B>.tail` (mode 0600), integers little-endian: `"TLTAIL01"`, `cluster u128`, `node
+//! u64`, `first u64`, `last u64` (of what was dropped), `epoch u64` (of the last dropped entry), `CRC-32C u32` of all
+//! before, `0 u32`. Then for each entry that was kept: `index u64`, `term u64`, `type u32` (0 command, 2 membership),
+//! `data length u32`, `context length u32`, `CRC-32C u32` of these 28 bytes, data and context, data, context. Beside it
+//! a `.txt` for people.
 
 mod rows;
 mod text;
@@ -157,8 +159,9 @@ impl Draft {
         out.flush()
     }
 
-    /// Makes the file durable, writes its summary, which compares it with the `database` file, and removes the oldest files beyond [`MAX_FILES`]; their names
-    /// come second. The file is never opened here: closing any descriptor of it would drop SQLite's locks on it (POSIX).
+    /// Makes the file durable, writes its summary, which compares it with the `database` file, and removes the oldest
+    /// files beyond [`MAX_FILES`]; their names come second. The file is never opened here: closing any descriptor of it
+    /// would drop SQLite's locks on it (POSIX).
     ///
     /// # Errors
     /// Those of the file system; the `.tail` itself may be there then.

@@ -171,7 +171,8 @@ pub(super) fn tables(read: &Read<'_>) -> HashMap<u32, String> {
     names
 }
 
-/// The pages of a table's b-tree. All leaves are equally deep, so that only the way to the first one has to be read to the end.
+/// The pages of a table's b-tree. All leaves are equally deep, so that only the way to the first one has to be read to
+/// the end.
 fn pages(root: u32, read: &Read<'_>, reads: &mut u32) -> Vec<u32> {
     let mut inner = |number: u32| -> Option<Vec<u32>> {
         *reads += 1;

@@ -1,5 +1,5 @@
-//! What people read about a dropped tail: its transactions, the pages they touch, and the rows by which these differ from
-//! this node's database. Must never claim more than the page images show.
+//! What people read about a dropped tail: its transactions, the pages they touch, and the rows by which these differ
+//! from this node's database. Must never claim more than the page images show.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -385,7 +385,8 @@ unsafe extern "C" fn shm_lock(file: *mut sqlite3_file, first: c_int, count: c_in
             }
         }
         if exclusive && unlock && (first, count) == (WAL_WRITE_LOCK, 1) {
-            // Of the checkpointer too, which has written nothing and for which the gate has nothing to do. Before the next writer can have it.
+            // Of the checkpointer too, which has written nothing and for which the gate has nothing to do. Before the
+            // next writer can have it.
             shim.gate.write_lock_released(frames(shim));
         }
         real!(file, xShmLock, sqlite::SQLITE_IOERR_SHMLOCK, first, count, flags)

@@ -1,6 +1,6 @@
-//! The whole content of a primary's database is replaced by that of another file, as one transaction: SQLite's own backup
-//! between two connections, of which the target goes through our VFS, so that its commit waits for a majority like any other.
-//! Must never run while anybody else writes.
+//! The whole content of a primary's database is replaced by that of another file, as one transaction: SQLite's own
+//! backup between two connections, of which the target goes through our VFS, so that its commit waits for a majority
+//! like any other. Must never run while anybody else writes.
 
 use std::{
     ffi::{CString, c_int},
@@ -26,8 +26,8 @@ fn c_path(path: &Path) -> Result<CString, SqliteError> {
     })
 }
 
-/// Replaces the content of the gate's database. `go_on` is told pages done and in all, and ends the work by false; nothing has
-/// changed then.
+/// Replaces the content of the gate's database. `go_on` is told pages done and in all, and ends the work by false;
+/// nothing has changed then.
 ///
 /// # Errors
 /// Those of SQLite. If the gate is fenced afterwards, the outcome is unknown.

@@ -1,5 +1,5 @@
-//! A clock that stands still while this process does: frozen by a signal, or without a processor for a while. What waits
-//! for the disk meanwhile says nothing about the disk. Must never be read as the time that others live by.
+//! A clock that stands still while this process does: frozen by a signal, or without a processor for a while. What
+//! waits for the disk meanwhile says nothing about the disk. Must never be read as the time that others live by.
 
 use std::{
     sync::{
@@ -13,7 +13,8 @@ use crate::mutex::locked;
 
 /// How often [`Clock::tick`] is to be called.
 pub const STEP: Duration = Duration::from_millis(100);
-/// A process that ticks later than this did not run. Less than what makes an operation slow, so that a freeze makes none.
+/// A process that ticks later than this did not run. Less than what makes an operation slow, so that a freeze makes
+/// none.
 const LATE: u64 = 250_000_000;
 
 /// All times are nanoseconds.
