@@ -375,6 +375,9 @@ impl Links {
         let item = match item {
             // Also of one that is not known here: an older copy of a data folder does not know the newer members.
             Handover::Forgot { by, reason } => return events.push(PeerEvent::Forgot { by, reason }),
+            Handover::DuplicateIdentity(peer) if self.peers.iter().any(|known| known.id == peer) => {
+                return self.see_duplicate(peer, events);
+            }
             item => item,
         };
         let id = match &item {
@@ -391,15 +394,7 @@ impl Links {
         match item {
             Handover::Removed { by, reason } => events.push(PeerEvent::Removed { by, reason }),
             Handover::Outdated { by, reason } => events.push(PeerEvent::Outdated { by, reason }),
-            Handover::Forgot { .. } => {}
-            Handover::DuplicateIdentity(peer) => match self.duplicates.iter_mut().find(|(known, _)| *known == peer) {
-                Some((_, seen)) => *seen = Instant::now(),
-                None => {
-                    error!(peer, "two processes use the identity of this node: stop one of the two");
-                    self.duplicates.push((peer, Instant::now()));
-                    events.push(PeerEvent::DuplicateIdentity { peer, gone: false });
-                }
-            },
+            Handover::Forgot { .. } | Handover::DuplicateIdentity(_) => {}
             // A link that came up since the verdict belongs to a new process.
             Handover::Dead(_) if peer.sending.is_some() || peer.receiving.is_some() => {}
             Handover::Dead(id) => {
@@ -439,6 +434,17 @@ impl Links {
                     signal.nudges += 1;
                 });
                 events.push(PeerEvent::InboundUp(id));
+            }
+        }
+    }
+
+    fn see_duplicate(&mut self, peer: NodeId, events: &mut Vec<PeerEvent>) {
+        match self.duplicates.iter_mut().find(|(known, _)| *known == peer) {
+            Some((_, seen)) => *seen = Instant::now(),
+            None => {
+                error!(peer, "two processes use the identity of this node: stop one of the two");
+                self.duplicates.push((peer, Instant::now()));
+                events.push(PeerEvent::DuplicateIdentity { peer, gone: false });
             }
         }
     }
