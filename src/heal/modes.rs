@@ -27,11 +27,14 @@ const MAX_LOOKED_AT: usize = 10_000;
 const MAX_NAMED: usize = 8;
 /// Beginnings of the names in the data folder that are ours. What else lies there is somebody else's, as `lost+found`
 /// is.
-const OURS: [&str; 16] = [
+const OURS: [&str; 19] = [
     "identity.json",
     "membership.json",
     "promise-ms",
     "raft-log",
+    "memory.json",
+    "forgotten",
+    "lock",
     "events.jsonl",
     "join.json",
     "join-request.json",
@@ -213,6 +216,9 @@ mod tests {
         put(&outside, 0o666);
         let samples = [
             ("identity.json", 0o644, 0o600),
+            ("memory.json", 0o644, 0o600),
+            ("forgotten.json", 0o666, 0o600),
+            ("lock", 0o666, 0o600),
             ("certificates/node-key.pem", 0o666, 0o600),
             ("certificates/node.pem", 0o666, 0o644),
             ("certificates/console-cert.pem.new", 0o644, 0o644),

@@ -52,7 +52,7 @@ use super::{
 };
 use configure::Changes;
 use memory::Keeper;
-use space::Space;
+use space::{NoRoom, Space};
 use upgrade::Upgrade;
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
@@ -401,9 +401,14 @@ impl Driver {
 
     fn propose(&mut self, proposal: Proposal) {
         let Proposal { epoch, part, last, long, reply } = proposal;
-        if !self.has_room(part.len()) {
-            let why = "the disk of the primary is full".to_owned();
-            let _ = reply.send(Err(ReplicateError::Full(why))); // nobody waits any more: nothing to tell
+        if let Err(lacking) = self.check_room(part.len()) {
+            let why = lacking.to_string();
+            let refusal = match lacking {
+                NoRoom::Full => ReplicateError::Full(why),
+                // The writer's thread has made the room a moment ago: what came between takes no whole segment.
+                NoRoom::NotYet => ReplicateError::Refused(why),
+            };
+            let _ = reply.send(Err(refusal)); // nobody waits any more: nothing to tell
             return;
         }
         // Not begun rather than stuck: without its last part the transaction comes to nothing, and its parts are in nobody's way.

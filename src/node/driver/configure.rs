@@ -6,7 +6,7 @@ use std::sync::Arc;
 use raft::eraftpb::Message;
 use tracing::{error, info, warn};
 
-use super::Driver;
+use super::{Driver, space::NoRoom};
 use crate::{
     clock::since_1970,
     cluster::{
@@ -49,12 +49,15 @@ impl Changes {
 
 impl Driver {
     pub(super) fn change(&mut self, change: &Change, reply: ChangeReply) {
-        let result = if self.in_force.unwritten || !self.has_room(MAX_ENCODED) {
-            Err(ChangeError::Impossible("the disk of the primary is full: free some space first".to_owned()))
-        } else if self.in_force.changes.0.len() < WAITING {
-            self.cluster.change(boottime(), change).map_err(ChangeError::from)
-        } else {
-            Err(ChangeError::Impossible("too many changes of the membership wait already: try again".to_owned()))
+        let impossible = |why: String| Err(ChangeError::Impossible(why));
+        let room = if self.in_force.unwritten { Err(NoRoom::Full) } else { self.check_room(MAX_ENCODED) };
+        let result = match room {
+            Err(NoRoom::Full) => impossible(format!("{}: free some space first", NoRoom::Full)),
+            Err(NoRoom::NotYet) => impossible(format!("{}: try again", NoRoom::NotYet)),
+            Ok(()) if self.in_force.changes.0.len() < WAITING => {
+                self.cluster.change(boottime(), change).map_err(ChangeError::from)
+            }
+            Ok(()) => impossible("too many changes of the membership wait already: try again".to_owned()),
         };
         match result {
             Ok(index) => self.in_force.changes.0.push((index, reply)),

@@ -41,6 +41,16 @@ const REFUSED: Duration = Duration::from_secs(2);
 /// The role is given up no more often than this, or it would go round when all disks are full.
 const PAUSE: Duration = Duration::from_secs(60);
 
+/// Why the raft log takes nothing in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum NoRoom {
+    #[error("the disk of the primary is full")]
+    Full,
+    /// Its helper is filling the next segment, which a slow disk draws out.
+    #[error("the raft log of the primary is making room")]
+    NotYet,
+}
+
 /// What the thread that looks at the file system has found.
 #[derive(Default)]
 struct Found {
@@ -225,9 +235,12 @@ impl Driver {
         Some(format!("no majority of the members can take it: the disk is full on {}", names.join(" and ")))
     }
 
-    /// True if the raft log can take a command of this length, and the entry of the next epoch behind it.
-    pub(super) fn has_room(&self, length: usize) -> bool {
+    /// Whether the raft log can take a command of this length, and the entry of the next epoch behind it. Never waits for the disk.
+    pub(super) fn check_room(&self, length: usize) -> Result<(), NoRoom> {
         debug_assert!(length <= MAX_PART);
-        self.log.has_room([length])
+        if self.log.has_room_now([length]) {
+            return Ok(());
+        }
+        Err(if self.log.is_full() { NoRoom::Full } else { NoRoom::NotYet })
     }
 }

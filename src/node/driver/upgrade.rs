@@ -7,7 +7,7 @@ use tracing::{error, info};
 
 use super::Driver;
 use crate::{
-    cluster::{Cause, Change, Phase, level::outdated},
+    cluster::{Cause, Change, Phase, level::outdated, limits::MAX_ENCODED},
     node::{Exit, lease::boottime, warning::Warning},
 };
 
@@ -47,8 +47,8 @@ impl Driver {
         let common = if serves { self.members.common_level(self.config.level) } else { None };
         let Some(level) = self.in_force.upgrade.due(common, in_force, Instant::now()) else { return };
         let raise = Change::Raise { level, version: self.config.version.clone() };
-        // Refused only while something else is under way, or without a lease: the next tick tries again.
-        if self.cluster.change(boottime(), &raise).is_ok() {
+        // Refused only while something else is under way, without a lease, or without room: the next tick tries again.
+        if self.check_room(MAX_ENCODED).is_ok() && self.cluster.change(boottime(), &raise).is_ok() {
             info!(level, before = in_force, "the programs of all members have the next feature level: it is raised");
             self.in_force.upgrade.ready = None;
         }
