@@ -470,3 +470,15 @@ pub static KEYS: &[Key] = &[
         slot: |config| mebibytes(&mut config.raft_log_limit, 64..=1_048_576),
     },
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::super::FIELDS;
+
+    #[test]
+    fn each_setting_has_a_key() {
+        let table = include_str!("keys.rs");
+        let without: Vec<&&str> = FIELDS.iter().filter(|field| !table.contains(&format!("config.{field}"))).collect();
+        assert!(without.is_empty(), "no line of the file can set {without:?}");
+    }
+}

@@ -59,6 +59,9 @@ macro_rules! config {
                 Self { $($field: Default::default(),)* }
             }
         }
+
+        #[cfg(test)]
+        const FIELDS: &[&str] = &[$(stringify!($field)),*];
     };
 }
 
