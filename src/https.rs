@@ -45,7 +45,7 @@ impl Trust {
     /// The authorities whose certificates are in this PEM text.
     ///
     /// # Errors
-    /// [`TrustError`].
+    /// [`TrustError`] when the text has no certificate that can be used.
     pub fn pem(text: &[u8]) -> Result<Self, TrustError> {
         let found = pem::certificates(text)?;
         // What a client silently left out would be found out at the first server.
@@ -57,7 +57,7 @@ impl Trust {
     /// The authorities whose certificates are in this PEM file.
     ///
     /// # Errors
-    /// [`TrustError`].
+    /// [`TrustError`] when the text has no certificate that can be used.
     pub fn file(path: &Path) -> Result<Self, TrustError> {
         Self::pem(&fs::read(path)?)
     }

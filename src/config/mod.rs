@@ -401,7 +401,7 @@ pub fn load_in(path: &Path, env: Environment<'_>) -> Result<Loaded, ConfigErrors
 /// The bytes of a file, for [`parse`] and [`Draft`].
 ///
 /// # Errors
-/// [`ConfigErrors::Unreadable`].
+/// [`ConfigErrors::Unreadable`] when the file cannot be read.
 pub fn read(path: &Path) -> Result<Vec<u8>, ConfigErrors> {
     let mut bytes = Vec::new();
     // One byte more than allowed is enough to know that the file is too large; a device never ends.

@@ -186,7 +186,7 @@ impl Handle {
     /// Begins a copy of this node's own database while it follows; on a SECONDARY. A change of the role ends it.
     ///
     /// # Errors
-    /// [`CopyError`].
+    /// [`CopyError`] when the database does not follow, or too much has changed meanwhile.
     pub async fn copy(&self) -> Result<Copying, CopyError> {
         self.views.copies.begin().await
     }
@@ -194,7 +194,7 @@ impl Handle {
     /// Ends a copy at the transaction that was applied last.
     ///
     /// # Errors
-    /// [`CopyError`].
+    /// [`CopyError`] when the database does not follow, or too much has changed meanwhile.
     pub async fn finish_copy(&self, copy: &Copying) -> Result<Finished, CopyError> {
         self.views.copies.finish(copy.progress()).await
     }

@@ -34,7 +34,7 @@ impl Issued {
     /// Writes certificate and key (mode 0600) as this node's.
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn save_node(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(NODE_KEY), &self.key_pem, 0o600)?;
         write_file(&dir.join(NODE_CERTIFICATE), &self.cert_pem, 0o644)
@@ -43,7 +43,7 @@ impl Issued {
     /// Writes certificate and key (mode 0600) as the Console's.
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn save_console(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(CONSOLE_KEY), &self.key_pem, 0o600)?;
         write_file(&dir.join(CONSOLE_CERTIFICATE), &self.cert_pem, 0o644)
@@ -64,7 +64,7 @@ impl Authority {
     /// what they understand. What keeps Console certificates from being used by nodes is in [`peer_identity`].
     ///
     /// # Errors
-    /// [`PkiError::Generate`].
+    /// [`PkiError::Generate`] when a key or certificate cannot be made.
     pub fn create(cluster: ClusterId) -> Result<Self, PkiError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         // The cluster id in the name lets TLS tell "another cluster's authority" from "a forged signature".
@@ -102,7 +102,7 @@ impl Authority {
     /// The private key, encrypted so that only members can use it.
     ///
     /// # Errors
-    /// [`PkiError::Sealed`].
+    /// [`PkiError::Sealed`] when the key does not fit, or the text is damaged.
     pub fn seal(&self, key: &ClusterKey) -> Result<SealedAuthority, PkiError> {
         let sealed_key = key.seal(Purpose::Authority, self.cluster, &self.key.serialize_der())?;
         Ok(SealedAuthority { certificate: self.cert_pem.clone(), sealed_key, key: Some(key.id()) })
@@ -132,7 +132,7 @@ impl Authority {
     /// Writes certificate and key (mode 0600).
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(CA_KEY), self.key.serialize_pem(), 0o600)?;
         self.save_certificate(dir)
@@ -141,7 +141,7 @@ impl Authority {
     /// Writes the certificate alone: what a node needs that does not sign.
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn save_certificate(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(CA_CERTIFICATE), &self.cert_pem, 0o644)
     }
@@ -155,7 +155,7 @@ impl Authority {
     /// or IP addresses) are for people.
     ///
     /// # Errors
-    /// [`PkiError::Generate`].
+    /// [`PkiError::Generate`] when a key or certificate cannot be made.
     pub fn issue_node(&self, node: NodeId, name: &str, addresses: &[&str]) -> Result<Issued, PkiError> {
         let (cert_pem, key) = self.with_new_key(self.node_params(node, name, addresses)?)?;
         Ok(Issued { cert_pem, key_pem: key.serialize_pem() })

@@ -54,7 +54,7 @@ impl CertificateInfo {
     /// Reads a certificate (DER).
     ///
     /// # Errors
-    /// [`PkiError::Identity`].
+    /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
     pub fn read(der: &[u8]) -> Result<Self, PkiError> {
         let (_, parsed) = X509Certificate::from_der(der).map_err(|_| UNREADABLE)?;
         let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
@@ -231,7 +231,7 @@ impl Pair {
     /// this host trusts it nor is it one of `known` (PEM). A certificate that signed itself needs nobody.
     ///
     /// # Errors
-    /// [`PkiError::Identity`].
+    /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
     pub fn missing_issuer<'a>(&self, known: impl Iterator<Item = &'a str>) -> Result<Option<String>, PkiError> {
         let Some(last) = self.chain.last() else { return Ok(None) };
         let (_, parsed) = X509Certificate::from_der(last).map_err(|_| UNREADABLE)?;
@@ -247,7 +247,7 @@ impl Pair {
     /// Certificate and key, the key encrypted, for all members to keep.
     ///
     /// # Errors
-    /// [`PkiError::Sealed`].
+    /// [`PkiError::Sealed`] when the key does not fit, or the text is damaged.
     pub fn seal(&self, key: &ClusterKey, cluster: ClusterId, by: &str, at: u64) -> Result<CustomCertificate, PkiError> {
         let sealed_key = key.seal(Purpose::Console, cluster, self.key.secret_der())?;
         Ok(CustomCertificate { chain: as_pem(&self.chain), sealed_key, key: key.id(), by: by.to_owned(), at })
@@ -267,7 +267,7 @@ impl Pair {
 /// Encrypts the private key of an administrator's certificate with another cluster key.
 ///
 /// # Errors
-/// [`PkiError::Sealed`].
+/// [`PkiError::Sealed`] when the key does not fit, or the text is damaged.
 pub fn reseal(
     cluster: ClusterId,
     sealed: &CustomCertificate,
@@ -337,7 +337,7 @@ impl ResolvesServerCert for ByName {
 /// [`CONSOLE_NAME`] get the cluster's `own` certificate, all others what is `served`.
 ///
 /// # Errors
-/// [`PkiError::Tls`].
+/// [`PkiError::Tls`] when certificate and key cannot be used together.
 pub fn console_tls(served: &Pair, own: &Pair) -> Result<Arc<ServerConfig>, PkiError> {
     let certificates = ByName { served: Arc::clone(&served.certified), own: Arc::clone(&own.certified) };
     let mut config = ServerConfig::builder_with_provider(provider())

@@ -119,7 +119,7 @@ pub fn fingerprint(certificate: &[u8]) -> String {
 /// Names an authority by its certificate (PEM).
 ///
 /// # Errors
-/// [`PkiError::Identity`].
+/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
 pub fn authority_id(pem: &str) -> Result<KeyId, PkiError> {
     Ok(KeyId(sealed::digest_of(&certificate_der(pem)?)))
 }
@@ -224,7 +224,7 @@ fn read_file(path: &Path) -> Result<String, PkiError> {
 /// Keeps a certificate that was signed elsewhere, or the key to it (`secret`: mode 0600), under one of the names above.
 ///
 /// # Errors
-/// [`PkiError::File`].
+/// [`PkiError::File`] when a file cannot be read or written.
 pub fn store_pem(dir: &Path, name: &str, pem: &str, secret: bool) -> Result<(), PkiError> {
     write_file(&dir.join(name), pem, if secret { 0o600 } else { 0o644 })
 }
@@ -232,7 +232,7 @@ pub fn store_pem(dir: &Path, name: &str, pem: &str, secret: bool) -> Result<(), 
 /// The DER form of the first certificate in a PEM text.
 ///
 /// # Errors
-/// [`PkiError::Identity`].
+/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
 pub fn certificate_der(pem: &str) -> Result<CertificateDer<'static>, PkiError> {
     let found = pem::certificates(pem).map_err(|_| PkiError::Identity("this is not a certificate in PEM form"))?;
     found.into_iter().next().ok_or(PkiError::Identity("this is not a certificate in PEM form"))

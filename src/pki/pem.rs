@@ -49,7 +49,7 @@ fn content(text: &[u8]) -> &[u8] {
 /// All certificates of a text, at least one. Sections of other kinds are passed over.
 ///
 /// # Errors
-/// [`PemError`].
+/// [`PemError`] when the text is damaged, or does not have what is wanted.
 pub fn certificates(text: impl AsRef<[u8]>) -> Result<Vec<CertificateDer<'static>>, PemError> {
     let found: Vec<_> = CertificateDer::pem_slice_iter(content(text.as_ref())).collect::<Result<_, _>>()?;
     if found.is_empty() { Err(PemError::NoCertificate) } else { Ok(found) }
@@ -58,7 +58,7 @@ pub fn certificates(text: impl AsRef<[u8]>) -> Result<Vec<CertificateDer<'static
 /// The first private key of a text.
 ///
 /// # Errors
-/// [`PemError`].
+/// [`PemError`] when the text is damaged, or does not have what is wanted.
 pub fn private_key(text: impl AsRef<[u8]>) -> Result<PrivateKeyDer<'static>, PemError> {
     PrivateKeyDer::from_pem_slice(content(text.as_ref())).map_err(|error| match error {
         Error::NoItemsFound => PemError::NoKey,
@@ -69,7 +69,7 @@ pub fn private_key(text: impl AsRef<[u8]>) -> Result<PrivateKeyDer<'static>, Pem
 /// The private key in a PEM text, ready to sign with.
 ///
 /// # Errors
-/// [`PemError`].
+/// [`PemError`] when the text is damaged, or does not have what is wanted.
 pub(super) fn key_pair(text: impl AsRef<[u8]>) -> Result<KeyPair, PemError> {
     KeyPair::try_from(&private_key(text)?).map_err(|_| PemError::Key)
 }

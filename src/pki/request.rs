@@ -21,7 +21,7 @@ const NONE: u32 = 0;
 /// A new private key, PEM.
 ///
 /// # Errors
-/// [`PkiError::Generate`].
+/// [`PkiError::Generate`] when a key or certificate cannot be made.
 pub fn new_key() -> Result<String, PkiError> {
     Ok(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?.serialize_pem())
 }
@@ -30,7 +30,7 @@ pub fn new_key() -> Result<String, PkiError> {
 /// at the request; the authority decides the real ones.
 ///
 /// # Errors
-/// [`PkiError::Generate`].
+/// [`PkiError::Generate`] when a key or certificate cannot be made.
 pub fn node_request(name: &str, addresses: &[&str]) -> Result<(String, String), PkiError> {
     let key = new_key()?;
     Ok((request_with(&key, name, addresses)?, key))
@@ -39,7 +39,7 @@ pub fn node_request(name: &str, addresses: &[&str]) -> Result<(String, String), 
 /// A new key for a Console, and a request for a certificate with these names.
 ///
 /// # Errors
-/// [`PkiError::Generate`].
+/// [`PkiError::Generate`] when a key or certificate cannot be made.
 pub fn console_request(names: &[&str]) -> Result<(String, String), PkiError> {
     node_request(names.first().copied().unwrap_or_default(), names)
 }
@@ -67,7 +67,7 @@ impl SigningRequest {
     /// Checks a request, PEM.
     ///
     /// # Errors
-    /// [`PkiError::Request`].
+    /// [`PkiError::Request`] when the request is not sound.
     pub fn parse(pem: &str) -> Result<Self, PkiError> {
         if pem.len() > MAX_REQUEST {
             return Err(PkiError::Request("it is too long"));
@@ -110,7 +110,7 @@ impl SigningRequest {
 /// The fingerprint of the key in a certificate (PEM), as [`SigningRequest::fingerprint`] writes it.
 ///
 /// # Errors
-/// [`PkiError::Identity`].
+/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
 pub fn certificate_key(pem: &str) -> Result<String, PkiError> {
     let der = certificate_der(pem)?;
     let (_, parsed) =
@@ -121,7 +121,7 @@ pub fn certificate_key(pem: &str) -> Result<String, PkiError> {
 /// From when to when a certificate (PEM) is valid, in seconds since 1970.
 ///
 /// # Errors
-/// [`PkiError::Identity`].
+/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
 pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
     let der = certificate_der(pem)?;
     let (_, parsed) =
@@ -134,7 +134,7 @@ pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
 /// name: their keys tell them apart. Proves nothing; TLS checks signatures.
 ///
 /// # Errors
-/// [`PkiError::Identity`].
+/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
 pub fn is_signed_by(pem: &str, authority: &str) -> Result<bool, PkiError> {
     const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
     let (der, authority) = (certificate_der(pem)?, certificate_der(authority)?);

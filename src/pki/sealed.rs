@@ -85,7 +85,7 @@ impl ClusterKey {
     /// Writes the key, mode 0600.
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(CLUSTER_KEY), self.0, 0o600)
     }
@@ -148,7 +148,7 @@ impl ClusterKeys {
     /// returns what was wrong.
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn load_sound(dir: &Path) -> Result<(Self, Vec<PkiError>), PkiError> {
         let mut damaged = Vec::new();
         for name in [CLUSTER_KEY, NEXT_CLUSTER_KEY] {
@@ -180,7 +180,7 @@ impl ClusterKeys {
     /// Keeps the announced key beside the one in use.
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn keep_next(&mut self, dir: &Path, key: ClusterKey) -> Result<(), PkiError> {
         write_file(&dir.join(NEXT_CLUSTER_KEY), key.0, 0o600)?;
         self.next = Some(key);
@@ -190,7 +190,7 @@ impl ClusterKeys {
     /// The announced key takes the place of the one in use, in one step.
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn use_next(&mut self, dir: &Path) -> Result<(), PkiError> {
         rename_file(&dir.join(NEXT_CLUSTER_KEY), &dir.join(CLUSTER_KEY))?;
         self.current = self.next.take().or(self.current.take());
@@ -200,7 +200,7 @@ impl ClusterKeys {
     /// Another key was announced instead, or none is wanted any more.
     ///
     /// # Errors
-    /// [`PkiError::File`].
+    /// [`PkiError::File`] when a file cannot be read or written.
     pub fn forget_next(&mut self, dir: &Path) -> Result<(), PkiError> {
         remove_file(&dir.join(NEXT_CLUSTER_KEY))?;
         self.next = None;

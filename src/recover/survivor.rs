@@ -118,7 +118,7 @@ impl Survivor {
     }
 
     /// # Errors
-    /// [`RecoverError::Space`].
+    /// [`RecoverError::Space`] when the space does not suffice.
     pub fn check_space(&self) -> Result<(), RecoverError> {
         if self.free >= self.needed {
             return Ok(());

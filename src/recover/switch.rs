@@ -101,7 +101,7 @@ pub(super) fn under_way(data: &Path) -> Result<Option<Plan>, RecoverError> {
 /// Removes the staging folder. Only for a recovery that was not decided.
 ///
 /// # Errors
-/// [`RecoverError::Io`].
+/// [`RecoverError::Io`] when a file cannot be moved or removed.
 pub(super) fn discard(data: &Path) -> Result<(), RecoverError> {
     let staging = data.join(STAGING);
     match fs::remove_dir_all(&staging) {

@@ -62,7 +62,7 @@ impl Ready {
     /// Looks for a complete snapshot, and deletes the remains of others. The data folder must be locked.
     ///
     /// # Errors
-    /// [`SnapshotError::Io`].
+    /// [`SnapshotError::Io`] when the data folder cannot be read.
     pub fn find(data: &Path) -> Result<Option<Self>, SnapshotError> {
         for remains in [INCOMING, DONE] {
             delete(&data.join(remains))?;
