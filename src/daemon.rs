@@ -265,7 +265,7 @@ impl Parts {
         control.spawn(console::local(&services), stopped.clone()).context("start the thread of the control socket")?;
         supervisor.offer(services);
         self.show_node(&ports, &mut tasks);
-        let served = console_tls.keep(self.handle.clone(), peers.tls.clone());
+        let served = console_tls.run(self.handle.clone(), peers.tls.clone());
         tasks.spawn("certificates of the Console", Need::Steady, served);
         self.tell_of_it(&ports, &mut tasks);
         let peers = task::spawn(peer::run(self.listener, peers, self.links, stopped));
@@ -300,8 +300,8 @@ impl Parts {
         let admin = Arc::new(administration::admin(&self.config, &self.handle, ports.clone(), inside.clone()));
         let backups = administration::backups(&self.config, &self.handle, admin.clone(), self.events.clone(), asker);
         // These two end at once if there is nothing for them to do.
-        tasks.spawn("automatic backups", Need::Finite, backups.clone().keep());
-        tasks.spawn("copies of backups", Need::Finite, backups.clone().carry());
+        tasks.spawn("automatic backups", Need::Finite, backups.clone().run_schedule());
+        tasks.spawn("copies of backups", Need::Finite, backups.clone().run_copies());
         let (notifier, notifying) = self.notifier();
         tasks.spawn("notifications", Need::Steady, notifying);
         Ok(Services {
@@ -351,7 +351,7 @@ impl Parts {
         let (questions, asked) = mpsc::channel(QUESTIONS);
         let (certificates, tls) = watch::channel(Arc::new(self.node_tls.clone()));
         let folder = self.config.data_folder.join("certificates");
-        let renewing = renewal::keep(folder.clone(), self.handle.clone(), certificates.clone());
+        let renewing = renewal::run(folder.clone(), self.handle.clone(), certificates.clone());
         tasks.spawn("certificate of this node", Need::Steady, renewing);
         let peers = PeerIdentity {
             me: self.identity.node,
@@ -383,7 +383,7 @@ impl Parts {
             peers: peers.clone(),
             tls: certificates,
         };
-        tasks.spawn("cluster key and authority", Need::Steady, rotation::keep(parts));
+        tasks.spawn("cluster key and authority", Need::Steady, rotation::run(parts));
         (peers, asked)
     }
 

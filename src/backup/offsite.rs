@@ -141,7 +141,7 @@ impl Backups {
     }
 
     /// Keeps the copies complete for as long as the node lives.
-    pub async fn carry(self: Arc<Self>) {
+    pub async fn run_copies(self: Arc<Self>) {
         if self.config.url.is_none() {
             return;
         }
@@ -190,7 +190,7 @@ impl Backups {
         for backup in todo {
             self.offsite.note(|state| state.missing = left);
             let to = place(BackupId::read(&backup.id)?);
-            match self.carry_one(&store, &to, backup, &there).await {
+            match self.mirror_one(&store, &to, backup, &there).await {
                 Ok(()) => {
                     let text = format!("the backup {} is copied to {to}", backup.id);
                     info!(id = backup.id, bytes = backup.bytes, "the backup was copied");
@@ -219,7 +219,7 @@ impl Backups {
         problem.map_or(Ok(()), Err)
     }
 
-    async fn carry_one(
+    async fn mirror_one(
         &self,
         store: &Store,
         to: &Place,

@@ -65,7 +65,7 @@ pub(super) fn surplus(list: &[Backup], keep: Keep, now: u64) -> Vec<String> {
 
 impl Backups {
     /// Makes backups when they are due, for as long as the node lives.
-    pub async fn keep(self: Arc<Self>) {
+    pub async fn run_schedule(self: Arc<Self>) {
         if !self.config.enabled {
             return;
         }

@@ -115,7 +115,7 @@ impl ConsoleTls {
 
     /// Keeps all of it in step until the node ends. Looks at once when the certificate of the node is `renewed`: what
     /// was said about the old one is over then.
-    pub async fn keep(mut self, handle: Handle, mut renewed: watch::Receiver<Arc<NodeTls>>) {
+    pub async fn run(mut self, handle: Handle, mut renewed: watch::Receiver<Arc<NodeTls>>) {
         let mut membership = handle.membership();
         let mut looks = time::interval(LOOK);
         looks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);

@@ -27,7 +27,7 @@ const EVERY: Duration = Duration::from_secs(3600);
 const SOON: Duration = Duration::from_secs(10);
 
 /// Looks after the certificate of the node in `dir`; new handshakes use what is sent through `tls`. Ends with the node.
-pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>) {
+pub async fn run(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>) {
     let mut status = handle.status();
     let mut told = None;
     loop {
@@ -46,7 +46,7 @@ pub async fn keep(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>
 }
 
 /// The first look, before any certificate is loaded or reported: one that is due is renewed before anybody reads that
-/// it is overdue. [`keep`] reports what goes wrong, and tries again.
+/// it is overdue. [`run`] reports what goes wrong, and tries again.
 pub fn at_start(dir: &Path, membership: &Membership, node: NodeId) {
     let due = read(dir, NODE_CERTIFICATE).and_then(|pem| Ok(certificate_validity(&pem)?));
     if due.is_ok_and(|(from, until)| is_due(from, until, unix_time())) && renew(dir, membership, node).is_ok() {

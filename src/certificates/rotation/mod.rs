@@ -49,7 +49,7 @@ pub struct Parts {
 }
 
 /// Looks after what all members share, until the node ends.
-pub async fn keep(parts: Parts) {
+pub async fn run(parts: Parts) {
     let mut membership = parts.handle.membership();
     let mut status = parts.handle.status();
     let mut rotation =
