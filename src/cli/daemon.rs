@@ -106,7 +106,11 @@ fn refused(answer: &Answer) -> Stop {
 }
 
 fn unanswered(error: &ControlError) -> Stop {
-    Stop::tell(EX_UNAVAILABLE, &explain(error))
+    match error {
+        // It runs: what its files say of the time before is of no use.
+        ControlError::Malformed { .. } => Stop::Unknown(explain(error)),
+        _ => Stop::tell(EX_UNAVAILABLE, &explain(error)),
+    }
 }
 
 /// Which host has to be asked instead, and how.
@@ -174,5 +178,15 @@ mod tests {
         };
         assert_eq!((code(409, "no"), code(503, "4 operations are under way"), code(504, "not yet")), (75, 75, 75));
         assert_eq!((code(503, "outcome unknown: no majority"), code(500, "internal error")), (69, 69));
+    }
+
+    #[test]
+    fn a_daemon_of_another_version_is_not_one_that_does_not_run() {
+        let path = PathBuf::from("control.sock");
+        let other = unanswered(&ControlError::Malformed { path: path.clone(), why: "no HTTP".into() });
+        assert!(!other.is_unanswered() && other.why().ends_with("not understood: no HTTP"), "{other:?}");
+        assert_eq!(other.code().unwrap(), 69);
+        let gone = ControlError::Unreachable { path, error: io::ErrorKind::ConnectionRefused.into() };
+        assert!(unanswered(&gone).is_unanswered());
     }
 }

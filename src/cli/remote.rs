@@ -10,8 +10,8 @@ use std::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use ureq::{
-    Agent, Body, SendBody,
-    http::{Method, Request, Response, StatusCode},
+    Agent, Body,
+    http::{Method, Response, StatusCode},
 };
 
 use super::{
@@ -186,18 +186,7 @@ impl Remote {
 
     fn attempt(&self, place: &Place, call: &Call) -> Result<Response<Body>, Silence> {
         let silence = |failure, why| Silence { place: place.clone(), failure, why };
-        let request = Request::builder()
-            .method(call.method.clone())
-            .uri(format!("{place}{}", call.target()))
-            .header("authorization", self.login.header());
-        let sent = match &call.body {
-            Some(body) => request
-                .header("content-type", "application/json")
-                .body(body.to_string())
-                .map(|request| self.agent.run(request)),
-            None => request.body(SendBody::none()).map(|request| self.agent.run(request)),
-        };
-        let sent = sent.map_err(|error| silence(Failure::Unreachable, error.to_string()))?;
+        let sent = call.run(&self.agent, &place.url(), Some(&self.login.header()));
         sent.map_err(|error| silence(https::failure(&error), error.to_string()))
     }
 

@@ -16,9 +16,9 @@ use serde_json::Value;
 use socket2::{Domain, SockAddr, Socket, Type};
 use thiserror::Error;
 use ureq::{
-    Agent, SendBody,
+    Agent, Body, SendBody,
     config::Config,
-    http::{Method, Request, StatusCode, Uri},
+    http::{Method, Request, Response, StatusCode, Uri},
     unversioned::{
         resolver::{ResolvedSocketAddrs, Resolver},
         transport::{Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport},
@@ -121,6 +121,21 @@ impl Call {
     pub fn target(&self) -> String {
         if self.path.starts_with('/') { self.path.clone() } else { format!("/api/v1/{}", self.path) }
     }
+
+    /// Sends it to whoever answers at `base`, with what the Authorization header is to carry.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub fn run(&self, agent: &Agent, base: &str, login: Option<&str>) -> Result<Response<Body>, ureq::Error> {
+        let mut request = Request::builder().method(self.method.clone()).uri(format!("{base}{}", self.target()));
+        if let Some(login) = login {
+            request = request.header("authorization", login);
+        }
+        match &self.body {
+            Some(body) => agent.run(request.header("content-type", "application/json").body(body.to_string())?),
+            None => agent.run(request.body(SendBody::none())?),
+        }
+    }
 }
 
 /// What the daemon answers.
@@ -152,16 +167,7 @@ pub fn send(path: &Path, call: &Call, limit: Duration) -> Result<Answer, Control
     let config = config.timeout_global(Some(limit)).build();
     let failed = |error| failure(path, error);
     // Every request of HTTP/1.1 names a host, though nobody asks here for one.
-    let request = Request::builder().method(call.method.clone()).uri(format!("http://localhost{}", call.target()));
-    let agent = Agent::with_parts(config, wire, Nowhere);
-    let sent = match &call.body {
-        Some(body) => request
-            .header("content-type", "application/json")
-            .body(body.to_string())
-            .map_err(ureq::Error::from)
-            .and_then(|request| agent.run(request)),
-        None => request.body(SendBody::none()).map_err(ureq::Error::from).and_then(|request| agent.run(request)),
-    };
+    let sent = call.run(&Agent::with_parts(config, wire, Nowhere), "http://localhost", None);
     let mut response = sent.map_err(failed)?;
     let text = response.body_mut().with_config().limit(MAX_REPLY as u64 + 1).read_to_string().map_err(failed)?;
     Ok(Answer { status: response.status(), text })
