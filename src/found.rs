@@ -21,7 +21,7 @@ use crate::{
 
 /// The id of the founder.
 const FOUNDER: NodeId = 1;
-/// What only a node writes that has an identity.
+/// What only a node with an identity writes.
 const REMAINS: [&str; 4] = ["raft-log", "database", "membership.json", "snapshot.ready"];
 
 /// Makes this host the only member of a new cluster. The identity is written last: whatever a crash left before that is

@@ -1,5 +1,6 @@
-//! The daemon of a host that is no member yet: serves its control socket and asks to join until it is a member. Runs before
-//! the node's parts are built, and leaves a data folder from which they can be. Must never open a port of the Console's.
+//! The daemon of a host that is not yet a member: serves its control socket and asks to join until it is a member. Runs
+//! before the node's parts are built, and leaves a data folder from which they can be. Must never open a port of the
+//! Console's.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -109,7 +110,7 @@ fn host(config: &Config) -> Host {
     Host { name, address, port, version: PROGRAM_VERSION.to_owned(), console_names }
 }
 
-/// Brings the whole database from whoever is primary: the other members refuse.
+/// Fetches the whole database from whoever is primary: the other members refuse.
 async fn fetch(
     config: &Config,
     data: &Path,

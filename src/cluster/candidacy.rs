@@ -1,8 +1,8 @@
 //! When a node stands for election while nobody leads: whose turn it is, and when the next attempt comes. Must never
-//! let a voter break its promise: how long that lasts is the same in each place.
+//! let a voter break its promise: how long a promise lasts is the same in each place.
 //!
-//! Two that stand at the same time split the votes, so each has a place in a queue: how many of the voters that may
-//! stand at all have a lower rank. With seven members the last rank waits for those who are there, and not for its own
+//! Two nodes that stand at the same time split the votes, so each has a place in a queue: the number of voters with a
+//! lower rank that may stand at all. With seven members, the last rank waits for those that are there, not for its own
 //! number.
 
 use std::collections::BTreeSet;

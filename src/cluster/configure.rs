@@ -53,7 +53,7 @@ impl<S: Storage> Cluster<S> {
         self.observe(now);
     }
 
-    /// True while nobody takes over: then the role is not handed over either.
+    /// True while nobody takes over: the role is not handed over either.
     pub fn is_takeover_paused(&self, now: u64) -> bool {
         now < self.paused_until && self.membership.roster.pause.is_some()
     }
@@ -63,7 +63,7 @@ impl<S: Storage> Cluster<S> {
         self.membership.shared.level > self.level
     }
 
-    /// Refuses what not all members would understand.
+    /// Refuses a change that not all members would understand.
     fn check_level(&self, change: &Change) -> Result<(), Impossible> {
         let needed = match change {
             Change::Raise { level, .. } if *level > self.level => {
@@ -136,7 +136,7 @@ impl<S: Storage> Cluster<S> {
         id == self.node || !self.forgetful.contains(&id) && self.heard.get(&id).is_some_and(lately)
     }
 
-    /// Refuses a removal after which nothing could be committed, not even its taking back.
+    /// Refuses a removal after which nothing could be committed, not even its reversal.
     fn check_majority_without(&self, gone: NodeId, now: u64, next: &Membership) -> Result<(), ChangeError> {
         let (up, all) = (next.voters().filter(|id| self.hears(*id, now)).count(), next.voters().count());
         if up > all / 2 {

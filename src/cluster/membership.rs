@@ -79,7 +79,7 @@ impl Membership {
         Self { cluster, roster: Roster::founded(members), shared: Shared::founded() }
     }
 
-    /// Where the members are, as far as that is an address and no name.
+    /// The addresses of the members, of those that are not given by name.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.roster.members.iter().filter_map(|member| member.address.parse().ok())
     }

@@ -1,4 +1,4 @@
-//! What the core makes of a durable memory that is not whole: its own, and that of others. A node that forgot takes
+//! How the core deals with a durable memory that is not whole: its own, and that of others. A node that forgot takes
 //! part in nothing; a primary takes the vote of one that says so. Must never count what a member acknowledged before it
 //! forgot.
 //!
@@ -49,7 +49,7 @@ impl<S: Storage> Cluster<S> {
         }
     }
 
-    /// False for a message that raft must not see. It takes for granted what these contradict, and panics.
+    /// False for a message that raft must not see. Raft takes for granted what these messages contradict, and panics.
     pub(super) fn is_sound(&mut self, message: &Message) -> bool {
         let (last, index) = (self.last_index(), message.index);
         match message.get_msg_type() {

@@ -150,7 +150,7 @@ pub struct Cluster<S: Storage> {
     unfit_until: u64,
     /// It should not be elected for now; told anew when that changes.
     unfit_now: bool,
-    /// An order of the leader to campaign, which came while this node was not fit.
+    /// An order of the leader to campaign, which came while this node was unfit.
     order: Option<Message>,
     /// Since when no leader is known.
     leaderless_since: Option<u64>,
@@ -189,7 +189,7 @@ pub struct Cluster<S: Storage> {
 #[derive(Clone, Copy, Debug)]
 struct Handover {
     until: u64,
-    /// When another member gets the order, if the one that has got it has not campaigned by then.
+    /// When another member gets the order, unless the one that has it campaigns before.
     other: u64,
     to: Option<NodeId>,
 }
@@ -325,7 +325,7 @@ impl<S: Storage> Cluster<S> {
     pub fn deadline(&self) -> Option<u64> {
         let quiet = (self.phase == Phase::Startup && !self.forgotten).then_some(self.quiet_until);
         let campaign = self.campaign.map(|campaign| campaign.at);
-        // What has no end that is known is looked at by the ticks.
+        // Ticks look at what has no known end.
         let ordered = self.order.as_ref().filter(|_| !self.unfit_now).map(|_| self.unfit_until);
         [
             quiet,

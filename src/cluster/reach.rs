@@ -1,5 +1,5 @@
 //! How far the durable memory of a member had reached, as it says itself and as others remember it. Pure. Must never
-//! take a raft log for forgetful that only lost what nobody was promised.
+//! call a raft log forgetful that only lost what nobody was promised.
 //!
 //! What a member has promised can only grow, though its raft log may become shorter: a new leader replaces an end that
 //! no majority has. So what is compared is not the end of the log, but the epoch, the vote in that epoch, the index
@@ -155,7 +155,7 @@ impl Known {
         }
     }
 
-    /// The member says itself how far its memory has reached, or that it lost some of it.
+    /// The member itself says how far its memory has reached, or that it lost some of it.
     pub fn reported(&mut self, reach: &Reach, forgotten: bool) {
         if !forgotten {
             self.reach.raise(reach);

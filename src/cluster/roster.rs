@@ -19,9 +19,9 @@ pub const MOST: usize = 7;
 /// How many members a cluster has once it is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SizePolicy {
-    /// With fewer, hosts are missing.
+    /// With fewer members, hosts are missing.
     pub least: usize,
-    /// More are never admitted; at most [`MOST`].
+    /// More members are never admitted; at most [`MOST`].
     pub most: usize,
 }
 
@@ -125,7 +125,7 @@ pub struct Removed {
 pub struct Pause {
     /// When it ends by itself, in seconds since 1970.
     pub until: u64,
-    /// The only node that may become primary meanwhile: the one that was, when the pause began.
+    /// The only node that may become primary meanwhile: the one that was primary when the pause began.
     pub primary: NodeId,
 }
 
@@ -134,7 +134,7 @@ impl Pause {
     pub const LONGEST: u64 = 86_400;
 
     /// True while nobody else may take over; `now` in seconds since 1970. No pause ends later than [`Self::LONGEST`]
-    /// from now: if one seems to, the clock that set its end was ahead, and it must not keep takeovers off until then.
+    /// from now: if one seems to, the clock that set its end was ahead, and it must not prevent takeovers until then.
     pub fn in_force(&self, now: u64) -> bool {
         in_force(self.until.saturating_sub(Self::LONGEST), self.until, now)
     }
@@ -165,7 +165,7 @@ pub struct Roster {
 }
 
 impl Roster {
-    /// That of a new cluster.
+    /// The roster of a new cluster.
     pub fn founded(members: Vec<Member>) -> Self {
         let next_id = members.iter().map(|member| member.id).max().unwrap_or(0) + 1;
         Self { members, next_id, removed: Vec::new(), pause: None, size: SizePolicy::ha() }
@@ -182,7 +182,7 @@ impl Roster {
         Self { members, ..self.clone() }
     }
 
-    /// A member without a vote that takes the first free rank.
+    /// Adds a member without a vote, which takes the first free rank.
     pub(super) fn push(
         &mut self,
         id: NodeId,
@@ -251,7 +251,7 @@ impl Roster {
         Ok(())
     }
 
-    /// What must hold whoever made it.
+    /// What must hold for every roster, whoever made it.
     pub(super) fn check(&self) -> Result<(), Impossible> {
         let SizePolicy { least, most } = self.size;
         if least == 0 || least > most || most > MOST {

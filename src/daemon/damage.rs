@@ -30,7 +30,7 @@ pub(super) fn last(data: &Path) -> Option<Event> {
     Some(last)
 }
 
-/// The event of another copy of the database being put in place, which somebody has to hear of if the one before was
+/// The event that another copy of the database was put in place. Somebody has to hear of it if the one before was
 /// damaged.
 pub(super) fn replaced(name: &str, snapshot: &Ready, damage: Option<&Event>) -> Event {
     let index = snapshot.manifest().record.index;

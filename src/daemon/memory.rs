@@ -1,5 +1,5 @@
 //! Whether this node remembers all that it has promised: what its data folder says of that at a start, and how a node
-//! that forgot begins again. Must never let a raft log count that has less than anything proves it had.
+//! that forgot begins again. Must never accept a raft log that has less than anything proves it had.
 
 use std::{fs, path::PathBuf};
 
@@ -153,7 +153,7 @@ fn open_whole(config: &Config, data: &DataDir, identity: &Identity, kept: &Memor
     }
 }
 
-/// What the rest of the data folder proves the raft log to lack.
+/// What the raft log lacks, as the rest of the data folder proves.
 fn shortfall(data: &DataDir, log: &RaftLog, kept: &Memory) -> Option<String> {
     let last = log.last_index();
     let record = data.path().join("database/console.checkpoint");
@@ -196,7 +196,7 @@ fn begin_log_again(config: &Config, data: &DataDir, identity: &Identity) -> Resu
 /// # Errors
 /// Those of the file system; then it forgot, and fetches another snapshot.
 fn begin_again(data: &DataDir, identity: &Identity, log: &RaftLog, epoch: u64) -> Result<Event> {
-    // Nobody gets its vote in the epoch in which its vote was taken: in that it may have voted before.
+    // A member never gets its vote back in the epoch in which it lost it: it may have voted in that epoch before.
     let hard = log.hard_state();
     let hard = HardState { term: hard.term.max(epoch), vote: identity.node, ..hard };
     log.append(&[], Some(&hard)).and_then(|pending| pending.sync()).context("begin the raft log")?;
@@ -227,7 +227,7 @@ fn scratch_log(data: &DataDir, identity: &Identity) -> Result<RaftLog> {
     Ok(RaftLog::open(&scratch.join(memory::LOG), owner, initial, options, RealDisk)?)
 }
 
-/// Opens the raft log. One that is not there is created only if that is said.
+/// Opens the raft log. A missing one is created only if the caller says so.
 fn open_log(config: &Config, data: &DataDir, identity: &Identity, create: bool) -> Result<RaftLog, LogError> {
     let voters = identity.membership.voters().collect();
     let initial = ConfState { voters, ..ConfState::default() };

@@ -1,5 +1,5 @@
 //! The signals of the daemon, from its first moment to its last: none is lost between two phases of its life. Must
-//! never do more than tell, but for the level of the log.
+//! never do more than report them, except for the level of the log.
 
 use std::{
     path::PathBuf,
@@ -24,7 +24,7 @@ use twistlock_ha::{
 #[derive(Clone)]
 pub(crate) struct Signals {
     stop: watch::Receiver<bool>,
-    /// Nobody here heeds signals any more: they are for the program that comes next in this process.
+    /// This program no longer heeds signals: they are for the one that comes next in this process.
     left: Arc<Mutex<bool>>,
 }
 
@@ -44,7 +44,7 @@ impl Signals {
         let wait = move || {
             loop {
                 let signal = taken.wait();
-                // Held until the signal is told: see `leave`.
+                // The lock is held until the signal is reported: see `leave`.
                 let left = locked(&leaving);
                 match signal {
                     // It stays pending, as it is blocked, beyond the beginning of another program.

@@ -1,5 +1,5 @@
-//! What a start finds in the data folder and makes of it: whose it is, the raft log, earlier promises, the node's settings.
-//! Must never change what it cannot explain.
+//! What a start finds in the data folder: whose it is, the raft log, earlier promises, the node's settings. Must never
+//! change what it cannot explain.
 
 use std::time::{Duration, Instant};
 
@@ -26,8 +26,8 @@ use super::{
     memory::{self as mind, Mind, Opened},
 };
 
-/// The data folder, with what others could use of it closed, what is no file moved away, and an interrupted recovery completed
-/// before anything looks at whose it is.
+/// Opens the data folder. Closes to others what they could use of it, moves away what should be a file and is none, and
+/// completes an interrupted recovery before anything looks at whose folder it is.
 pub(crate) fn open_data(config: &Config, notes: &mut Notes) -> Result<DataDir> {
     let data = heal::open(&config.data_folder)?;
     heal::prepare(data.path(), notes)?;
@@ -67,7 +67,7 @@ pub(super) fn metrics_page(config: &Config) -> Result<MetricsPage> {
     MetricsPage::new(config.metrics_token.as_ref().map(Secret::reveal))
 }
 
-/// What a node becomes that is nothing yet. Later the role in the configuration means nothing any more.
+/// What a new node becomes. After that the role in the configuration means nothing.
 pub(super) fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
     let folder = data.path().display();
     if !config.high_availability_enabled {
@@ -91,7 +91,7 @@ pub(super) fn promise(config: &Config) -> Duration {
     config.tick * (config.election_ticks - 1)
 }
 
-/// What the start found in the data folder, and made of it.
+/// What the start found in the data folder.
 pub(super) struct Found {
     pub configuration: StoredMembership,
     pub log: RaftLog,

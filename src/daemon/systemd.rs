@@ -7,11 +7,11 @@ use twistlock_ha::node::{self, Status};
 
 /// How long a start from a fetched database may take, as in the systemd unit.
 const LONG_START: Duration = Duration::from_secs(30 * 60);
-/// A status that is not renewed for so long comes from a loop that stands still.
+/// A status that is not renewed for this long comes from a loop that stands still.
 const STANDSTILL: Duration = Duration::from_secs(2);
 
-/// Tells systemd, which has heard already that this daemon is up, that a whole database may be put in place before the
-/// node's loop turns: as long as at a start. [`service_manager`] ends that.
+/// Tells systemd, to which this daemon is up already, that a whole database may be put in place before the node's loop
+/// turns. That may take as long as a start. [`service_manager`] ends it.
 pub(crate) fn begin_long_start() {
     if sd_notify::watchdog_enabled().is_some() {
         let limit = sd_notify::NotifyState::WatchdogUsec(LONG_START.as_micros() as u32);
@@ -31,7 +31,7 @@ pub(super) async fn service_manager(mut status: watch::Receiver<Arc<Status>>) {
         match tokio::time::timeout(STANDSTILL, status.changed()).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return,
-            // A loop that waits for the disk is not mended by a new process, which would wait for the same disk.
+            // A new process would not help a loop that waits for the disk: it would wait for the same disk.
             Err(_) if node::trouble().is_none() => continue,
             Err(_) => {}
         }

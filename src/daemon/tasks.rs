@@ -1,6 +1,5 @@
-//! The background tasks of a node, by their names: one that ends before the node is told, and ends the node with it if
-//! that cannot be without. A panic is not seen here: it ends the process. Must never wait for a task at the end without
-//! a limit.
+//! The background tasks of a node, by their names. One that ends before the node does is logged, and a vital one ends
+//! the node. A panic is not seen here: it ends the process. Must never wait for the end of a task without a limit.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -11,7 +10,7 @@ use tokio::{
 };
 use tracing::{error, warn};
 
-/// A task that has ended may have seen the end of the node before others do.
+/// How much earlier than others a task may see the end of the node.
 const GRACE: Duration = Duration::from_secs(1);
 /// How long the end of all tasks may take when the node ends.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -41,7 +40,7 @@ impl Tasks {
         self.names.insert(id, (name, need));
     }
 
-    /// Waits until a vital task has ended, and returns why the node must not go on. Tells of each steady one that ends.
+    /// Waits until a vital task has ended, and returns why the node must not go on. Logs each steady one that ends.
     /// `node` is a channel that closes when the node ends, which ends tasks, too.
     pub async fn lost<T>(&mut self, mut node: watch::Receiver<T>) -> String {
         while let Some(ended) = self.running.join_next_with_id().await {

@@ -37,7 +37,7 @@ pub enum Change {
     Promote,
     /// Takes the vote of a member that lost some of its durable memory; with [`Change::Promote`] it gets it back.
     Demote { node: NodeId },
-    /// Drops a member; `at` in seconds since 1970. `force` although the rest has no majority that answers.
+    /// Drops a member; `at` in seconds since 1970. `force`: even if the rest has no majority that answers.
     Remove { node: NodeId, at: u64, force: bool },
     /// A member is reached at another address from now on.
     Readdress { node: NodeId, name: String, address: String, port: u16 },
@@ -98,7 +98,7 @@ impl Change {
     }
 }
 
-/// The parts fit into the whole: `{"format":1,"cluster":"..."` is beside them.
+/// The parts fit into the whole, beside `{"format":1,"cluster":"..."`.
 const _: () = assert!(MAX_ROSTER + MAX_SHARED + 128 <= MAX_ENCODED);
 
 impl Membership {
@@ -157,7 +157,7 @@ impl Membership {
         Ok(next)
     }
 
-    /// Checked here, too, though each part has its limits: an entry that no member can read would stop them all.
+    /// Also checked here, although each part has its limits: an entry that no member can read would stop them all.
     fn check_length(&self) -> Result<(), Impossible> {
         fits("the roster", &self.roster, MAX_ROSTER)?;
         fits("what the members share", &self.shared, MAX_SHARED)?;

@@ -1,5 +1,4 @@
-//! What one membership has otherwise than another, in sentences, for the log and the history. Must never decide who is
-//! told.
+//! How two memberships differ, in sentences, for the log and the history. Must never decide who is told.
 
 use std::fmt;
 
@@ -20,7 +19,7 @@ pub enum Difference<'a> {
     VoteTaken(&'a Member),
     /// From one name or place to another.
     Moved(&'a Member, &'a Member),
-    /// It is no member any more.
+    /// It is no longer a member.
     Removed(&'a Member),
     /// A host that was not known before.
     Asks(&'a Request),
@@ -74,7 +73,7 @@ impl fmt::Display for Difference<'_> {
     }
 }
 
-/// What `new` has otherwise than `old`.
+/// How `new` differs from `old`.
 pub fn differences<'a>(old: &'a Membership, new: &'a Membership) -> Vec<Difference<'a>> {
     let mut all = Vec::new();
     for now in &new.roster.members {

@@ -26,8 +26,8 @@ use crate::cluster::{
 
 /// Longest certificate of an authority and longest sealed key, in bytes.
 const MAX_AUTHORITY: usize = 2048;
-/// Bytes of the one that signs and of the one that comes; none comes while another goes, of which there is only the
-/// certificate.
+/// Bytes of the authority that signs and of the one that is introduced. None is introduced while another is retired, of
+/// which only the certificate is left.
 pub(super) const MAX_AUTHORITIES: usize = 4 * in_json(MAX_AUTHORITY) + 512;
 
 /// The cluster's certificate authority, as all members keep it.
@@ -54,7 +54,7 @@ pub struct KeyExchange {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IncomingAuthority {
     pub authority: SealedAuthority,
-    /// How long it is trusted at least before it signs, in seconds: Defenders, load balancers and browsers need its
+    /// How long it is at least trusted before it signs, in seconds: Defenders, load balancers and browsers need its
     /// certificate by then.
     pub overlap: u64,
 }
@@ -110,7 +110,8 @@ impl Shared {
     /// After a removal: the host that is gone knows the key, and perhaps the one that was to follow.
     pub(in crate::cluster) fn distrust(&mut self) {
         if self.authority.is_some() && self.level >= 2 {
-            // Its key is sealed with a key that the host has: a rotation that began with it in has to begin again.
+            // Its key is sealed with a key that the host has: a rotation that began before the removal has to begin
+            // again.
             self.coming = None;
             self.rekey = Some(KeyExchange { next: None });
         }
@@ -235,7 +236,7 @@ mod tests {
         assert_eq!((done.shared.rekey, done.shared.authority.unwrap().key), (None, Some(KeyId(6))));
         let other = sealed_anew("other", Some(KeyId(6)), None);
         assert!(change(&again, other).unwrap_err().contains("not the authority"));
-        // The host that goes now may have the announced one.
+        // The host that is removed now may have the announced key.
         let less = change(&announced, Change::Remove { node: 2, at: 9, force: false }).unwrap();
         assert_eq!(less.shared.rekey, Some(KeyExchange { next: None }));
         assert!(change(&three(), Change::AnnounceKey { id: KeyId(5) }).unwrap_err().contains("wanted"));
@@ -310,7 +311,7 @@ mod tests {
         let done = change(&switched, Change::DropAuthority).unwrap();
         assert_eq!(done.shared.trust_bundle(), "new\n");
         assert!(change(&done, Change::DropAuthority).unwrap_err().contains("no old"));
-        // Sealed with a key that the host has that goes.
+        // Sealed with a key that the removed host has.
         let gone = change(&both, Change::Remove { node: 3, at: 9, force: false }).unwrap();
         assert_eq!(
             (gone.shared.trust_bundle().as_str(), gone.shared.rekey),

@@ -1,4 +1,4 @@
-//! What an administrator adds to the Console's certificates: names, and a certificate of his own. Owns the rules for
+//! What an administrator adds to the Console's certificates: names, and a certificate of their own. Owns the rules for
 //! both; must never see a private key that is not sealed.
 
 use std::net::IpAddr;
@@ -46,7 +46,7 @@ impl Shared {
         certificate.is_some_and(|certificate| sealed_with.is_some_and(|key| key != certificate.key))
     }
 
-    /// Refuses a certificate that is too long, or that members could not unseal before long.
+    /// Refuses a certificate that is too long, or that members would soon be unable to unseal.
     pub(in crate::cluster) fn sound_certificate(
         &self,
         certificate: Option<CustomCertificate>,

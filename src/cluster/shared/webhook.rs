@@ -18,7 +18,7 @@ pub struct Webhook {
     pub name: String,
     /// `https://` or `http://`; may itself be a secret.
     pub url: String,
-    /// Key of the signature of each request; none: they are not signed.
+    /// Key that signs each request; without one, requests are not signed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret: Option<String>,
     /// The only authority that its certificate may come from, PEM; none: those that the host trusts.
@@ -33,7 +33,7 @@ impl fmt::Debug for Webhook {
         f.debug_struct("Webhook").field("name", &self.name).field("severity", &self.severity).finish_non_exhaustive()
     }
 }
-/// Bounds, so that a membership with all else at its limits still fits.
+/// The bounds of a webhook: a membership with all else at its limits must still fit.
 pub(in crate::cluster) fn check_webhooks(webhooks: &[Webhook]) -> Result<(), Impossible> {
     if webhooks.len() > MAX_WEBHOOKS {
         return Err(Impossible(format!("at most {MAX_WEBHOOKS} webhooks are possible")));
