@@ -37,7 +37,7 @@ const DATAGRAMS: Token = Token(usize::MAX - 1);
 const INBOX: usize = 64;
 /// How long a planned stop waits for sockets to take what is queued.
 const FAREWELL: Duration = Duration::from_millis(100);
-/// How long two processes with one identity are held against a peer after they were seen.
+/// How long after two processes with one identity were last seen the warning stays.
 const DUPLICATES_FOR: Duration = Duration::from_secs(5);
 
 /// Settings of [`Links`].
@@ -84,7 +84,7 @@ pub enum PeerEvent {
     Outdated { by: NodeId, reason: String },
     /// A member says that this node lost some of its durable memory; once per reason that it gives.
     Forgot { by: NodeId, reason: String },
-    /// Two processes use the identity of this peer; `gone`: they have not been seen both for a while.
+    /// Two processes use the identity of this peer; `gone`: both have not been seen for a while.
     DuplicateIdentity { peer: NodeId, gone: bool },
 }
 
@@ -111,7 +111,8 @@ pub(super) enum Handover {
     DuplicateIdentity(NodeId),
 }
 
-/// The peers that the loop knows. A peer's sender ends with its place here, and so do those who wait for its signal.
+/// The peers that the loop knows. A peer's sender ends with its entry here, and so does everybody who waits for its
+/// signal.
 type Signals = BTreeMap<NodeId, watch::Sender<Signal>>;
 
 struct Shared {
@@ -155,7 +156,8 @@ impl LinkSender {
         self.0.signals.borrow().get(&peer).map(|signal| *signal.borrow())
     }
 
-    /// Waits until the loop knows a peer. The receiver fails when it knows it no more; `None` if nobody can tell.
+    /// Waits until the loop knows a peer. The receiver fails when the loop no longer knows the peer; `None` if nobody
+    /// can tell.
     pub(super) async fn wait_for_signal(&self, peer: NodeId) -> Option<watch::Receiver<Signal>> {
         let mut signals = self.0.signals.subscribe();
         let known = signals.wait_for(|signals| signals.contains_key(&peer)).await.ok()?;
@@ -373,7 +375,8 @@ impl Links {
 
     fn take_over(&mut self, item: Handover, events: &mut Vec<PeerEvent>) {
         let item = match item {
-            // Also of one that is not known here: an older copy of a data folder does not know the newer members.
+            // Also from a member that is not known here: an older copy of a data folder does not know the newer
+            // members.
             Handover::Forgot { by, reason } => return events.push(PeerEvent::Forgot { by, reason }),
             Handover::DuplicateIdentity(peer) if self.peers.iter().any(|known| known.id == peer) => {
                 return self.see_duplicate(peer, events);
@@ -388,7 +391,7 @@ impl Links {
             Handover::Removed { by, .. } | Handover::Outdated { by, .. } | Handover::Forgot { by, .. } => *by,
         };
         let registry = self.poll.registry();
-        // Not of a peer that was dropped meanwhile: its links end here.
+        // Not from a peer that was dropped meanwhile: its links end here.
         let Some(peer) = self.peers.iter_mut().find(|peer| peer.id == id) else { return };
         let token = Token(1 + 2 * peer.slot);
         match item {

@@ -9,13 +9,13 @@
 //! heartbeats and commits take no hop through a runtime and do not suffer from what else runs there.
 //!
 //! Beside the links go datagrams (UDP on the HA port's number, `udp` and `datagram`): heartbeats and their answers,
-//! votes, and while packets get lost small entries and their answers, too. They are a second way and never the only
-//! one: a member whose program or whose firewall does not let them in is reached by the links alone. The answer to a
-//! hello says who takes them.
+//! votes, and, while packets get lost, small entries and their answers. They are a second way and never the only one: a
+//! member whose program or firewall does not let them in is reached by the links alone. The answer to a hello says who
+//! takes them.
 //!
 //! Both halves follow the membership. [`run`] watches it and dials whom it names; the loop calls [`Links::set_peers`].
-//! Either may be first: who is not in both is refused, or waits. A caller says where it is reached by its own
-//! membership: a node that has missed the change of an address dials what it was told until it has caught up
+//! Either may be first: a member that is not yet in both is refused, or waits. A caller says where it is reached by its
+//! own membership: a node that has missed the change of an address dials what it was told until it has caught up
 //! ([`Roster`]).
 //!
 //! # Dead processes

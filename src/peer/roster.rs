@@ -1,4 +1,4 @@
-//! Where the members are reached: by the membership, or by what a member said that has a newer one. A member that was
+//! Where the members are reached: by the membership, or by the word of a member that has a newer one. A member that was
 //! away while another one moved could not answer it otherwise, and so would never be sent the change. Must never let
 //! anybody speak for another member, or make a member of anybody.
 
@@ -20,7 +20,7 @@ pub struct Edition {
 /// The members, with the addresses to dial, this node included. Changes are followed.
 pub struct Roster {
     editions: watch::Receiver<Edition>,
-    /// What members said about themselves that have a newer edition. Bounded by the number of members.
+    /// What members with a newer edition said about themselves. Bounded by the number of members.
     told: watch::Sender<BTreeMap<NodeId, Reached>>,
 }
 
@@ -63,7 +63,7 @@ impl Roster {
         (self.editions.clone(), self.told.subscribe())
     }
 
-    /// What this node says about itself; nothing if it is no member by its own membership.
+    /// What this node says about itself; nothing if it is not a member in its own membership.
     pub(super) fn own(&self, me: NodeId) -> Option<Reached> {
         let Edition { index, membership } = self.editions.borrow().clone();
         let member = membership.get(me)?;
@@ -73,7 +73,7 @@ impl Roster {
     /// A member, proven by its certificate, said this about itself.
     pub(super) fn hear(&self, from: NodeId, reached: Reached) {
         let before = self.member(from);
-        // Only what is newer counts: than this node's membership, and than what was said before.
+        // Only what is newer than this node's membership and than what was said before counts.
         let (newest, known) = (self.editions.borrow().index, before.is_some());
         let news = self.told.send_if_modified(|told| {
             let newer = known && reached.index > told.get(&from).map_or(newest, |said| said.index.max(newest));

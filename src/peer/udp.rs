@@ -1,6 +1,6 @@
 //! The datagrams beside the links: one UDP socket on the number of the HA port, and a session for each direction of
-//! each pair. Owns who is sent what by it. Must never answer a datagram, work for strangers without a limit, or be all
-//! that somebody has: what matters goes by the links, too, unless the other end has just said that datagrams reach it.
+//! each pair. Owns what is sent to whom by it. Must never answer a datagram, work for strangers without a limit, or be
+//! the only way: what matters also goes by the links, unless the other end has just said that datagrams reach it.
 //!
 //! # Why a late, doubled or overtaken datagram extends no lease and no promise
 //! - A lease counts from the *sending* of a round, which is its context, and grows only when a majority answered that very round.
@@ -49,8 +49,8 @@ const SPAN: Duration = Duration::from_millis(100);
 /// How many of the last 64 datagrams must be missing for more to be sent twice, and three times.
 const MUCH: u8 = 2;
 const VERY_MUCH: u8 = 10;
-/// Bytes of entries that go to one member in a second, and at once: what loses packets because it is full must not be
-/// filled.
+/// Bytes of entries that go to one member in a second, and at once: a network that loses packets because it is full
+/// must not be filled further.
 const RATE: f64 = 4e6;
 const BURST: f64 = 256e3;
 
@@ -79,7 +79,7 @@ struct There {
     /// What the other end has heard, and when it has last said that it has heard more.
     heard: Heard,
     proven: Option<Instant>,
-    /// Since when there was no sign, for those who wonder.
+    /// Since when there was no sign, for the warning.
     since: Instant,
     silent: bool,
     held_back: u32,
@@ -193,7 +193,7 @@ impl Udp {
         let pulse = matches!(message.msg_type, MsgHeartbeat | MsgHeartbeatResponse);
         match message.msg_type {
             MsgSnapshot => return Sent::No,
-            // TCP is as good for them, unless it waits for what was lost.
+            // TCP serves them as well, unless it waits for what was lost.
             MsgAppend | MsgAppendResponse if gaps == 0 => return Sent::No,
             _ if !Sealer::fits(frame.len()) => return Sent::No,
             MsgAppend if !there.affords(copies * frame.len(), now) => return Sent::No,
@@ -203,7 +203,7 @@ impl Udp {
         // The next heartbeat is a copy, too.
         let copies = if pulse { copies.div_ceil(2) } else { copies };
         there.sealer.seal(heard, frame, copies, |datagram| {
-            // Whatever keeps it from leaving is as good as a loss on the way.
+            // Whatever keeps it from leaving counts as a loss on the way.
             let _ = socket.send_to(datagram, there.to);
         });
         if pulse && proven && !there.is_due_by_link(now) { Sent::Enough } else { Sent::Too }
@@ -222,7 +222,7 @@ impl Udp {
             let length = match socket.recv_from(&mut self.scratch) {
                 Ok((length, _)) => length,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return self.readable = false,
-                // Of something sent before: it concerns no datagram that is there.
+                // This concerns something sent before, not a datagram that is there.
                 Err(_) => continue,
             };
             match self.open_datagram(length) {

@@ -74,7 +74,7 @@ fn fill(survivor: &Survivor, config: &Config, staging: &Path) -> Result<(Plan, V
     Ok((Plan::new(), notes))
 }
 
-/// A copy of the database with everything that the raft log has, the end that is not known to be committed included.
+/// A copy of the database with everything that the raft log has, including the end that is not known to be committed.
 /// Returns the index up to which it has everything.
 fn build_database(survivor: &Survivor, staging: &Path) -> Result<u64, RecoverError> {
     let (from, to) = (survivor.data.join("database"), staging.join("database"));
@@ -115,7 +115,7 @@ fn build_database(survivor: &Survivor, staging: &Path) -> Result<u64, RecoverErr
         return Err(unusable("it is empty".to_owned()));
     }
     database.verify().map_err(|error| unusable(error.to_string()))?;
-    // In the middle of a transaction whose end never came, that is its beginning.
+    // In the middle of a transaction whose end never came, that is the beginning of the transaction.
     let reached = database.checkpoint().map_err(|error| unusable(error.to_string()))?;
     Ok(reached.index)
 }

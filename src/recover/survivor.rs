@@ -41,7 +41,7 @@ pub(super) struct Survivor {
     pub checkpoint: Record,
     /// Bytes of the database file.
     pub database_bytes: u64,
-    /// Why the raft log cannot be used; then the one above is empty.
+    /// Why the raft log cannot be used; `log` is empty then.
     lost: Option<String>,
     /// When the raft log was last written.
     written: Option<SystemTime>,
@@ -86,7 +86,7 @@ impl Survivor {
         let open = |folder: &Path, create| {
             RaftLog::open(folder, owner, conf.clone(), Options { create, ..log_options(config) }, RealDisk)
         };
-        // An empty one must not take its place: the member would not know any more that it lost it.
+        // An empty one must not take its place: the member would no longer know that it lost its log.
         let found = open(&folder, false).map_err(|error| error.to_string());
         let fits =
             |log: &RaftLog| checkpoint.index <= log.last_index() && log.first_index() <= checkpoint.index.max(1) + 1;

@@ -58,8 +58,8 @@ pub(super) fn execute(data: &Path, plan: &Plan) -> Result<Interrupted, RecoverEr
     carry_out(data, plan, &mut || Ok(()))
 }
 
-/// Completes a switch that a crash has interrupted. If there is none, what an attempt without a decision has left is
-/// removed: it may be as large as the database. Every start of the node calls this, with the lock of the data folder.
+/// Completes a switch that a crash has interrupted. If there is none, the remains of an attempt without a decision are
+/// removed: they may be as large as the database. Every start of the node calls this, with the lock of the data folder.
 ///
 /// # Errors
 /// [`RecoverError::Io`], or [`RecoverError::Unusable`] for a plan of a newer version.

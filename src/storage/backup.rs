@@ -1,4 +1,4 @@
-//! The copy of a database that follows the raft log, while it goes on following: whoever copies reads the file at his
+//! The copy of a database that follows the raft log, while it goes on following: whoever copies reads the file at their
 //! own pace, and pages that were written meanwhile are read again. The database thread reads the last few of them
 //! itself, between two transactions, so that the copy is the database at one raft index.
 //!
@@ -74,8 +74,8 @@ impl Written {
 pub(super) struct Tracking(Arc<Written>);
 
 impl Tracking {
-    /// To be called **after** the page is in the file: whoever copies forgets the note first and reads then, so that a
-    /// page which he reads while it is being written is noted again behind him.
+    /// To be called **after** the page is in the file: whoever copies first forgets the note and then reads, so that a
+    /// page that is written during the read is noted again.
     pub fn note(&self, number: u32) {
         self.0.note(number);
     }

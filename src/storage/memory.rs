@@ -1,7 +1,7 @@
 //! What a member keeps beside its raft log, so that a loss of either is seen: how far its own memory had reached, what
 //! it remembers of the others, that a raft log may be begun, and that this node forgot. Owns those files and the place
-//! of what is set aside. Must never delete a raft log that was in use, but those that were set aside before the newest
-//! few.
+//! of what is set aside. Must never delete a raft log that was in use, except those that were set aside before the
+//! newest few.
 
 use std::{
     collections::BTreeMap,
@@ -34,7 +34,7 @@ pub const LOG: &str = "raft-log";
 pub const SCRATCH: &str = "forgotten";
 /// What was set aside.
 pub const ASIDE: &str = "set-aside";
-/// The one that is being moved there.
+/// The raft log that is being moved there.
 const MOVING: &str = "moving";
 /// Raft logs that are kept there.
 const KEPT: usize = 3;
@@ -91,8 +91,8 @@ impl Memory {
 struct Forgotten {
     cluster: ClusterId,
     reason: String,
-    /// The raft log that was not whole is set aside. One that is in its place was begun since, and nothing was promised
-    /// with it.
+    /// The raft log that was not whole is set aside. If there is one in its place, it was begun since, and nothing was
+    /// promised with it.
     #[serde(default)]
     log_aside: bool,
 }
@@ -119,7 +119,7 @@ impl Forgotten {
 /// Why this node forgot; none if it did not, or as a member of another cluster.
 ///
 /// # Errors
-/// Those of the file system. A file that says nothing readable is still one.
+/// Those of the file system. A file that cannot be read counts as well.
 pub fn forgotten(data: &Path, cluster: ClusterId) -> io::Result<Option<String>> {
     Ok(Forgotten::read(data, cluster)?.map(|forgotten| forgotten.reason))
 }
@@ -207,7 +207,7 @@ fn set_log_aside(data: &Path) -> io::Result<Option<PathBuf>> {
     let moving = folder.join(MOVING);
     match fs::symlink_metadata(&from) {
         Err(error) if error.kind() == ErrorKind::NotFound => {}
-        // Where the link leads is the place for the next raft log, too. A link that leads nowhere is moved itself.
+        // The place where the link leads is also that of the next raft log. A link that leads nowhere is moved itself.
         Ok(found) if found.is_symlink() && from.is_dir() => move_files(&from, &moving)?,
         _ => match fs::rename(&from, &moving) {
             // A mount point, another file system, or an earlier attempt has moved a part.
@@ -350,7 +350,7 @@ mod tests {
             fs::write(data.path().join(LOG).join("a"), round.to_string()).unwrap();
             let to = make_room_for_log(data.path(), ClusterId(7)).unwrap().unwrap();
             assert_eq!(fs::read_to_string(to.join("a")).unwrap(), round.to_string());
-            // What is begun and not finished takes no place, and is not in the way.
+            // What was begun and not finished takes no place, and is not in the way.
             fs::create_dir_all(data.path().join(LOG)).unwrap();
             fs::write(data.path().join(LOG).join("a"), "begun").unwrap();
             assert_eq!(make_room_for_log(data.path(), ClusterId(7)).unwrap(), None);

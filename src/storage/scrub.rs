@@ -10,7 +10,7 @@ use super::checksum::{page_checksum, read_or_zero};
 /// the disk yet stays.
 pub fn drop_cache(file: &File, page_size: u32, done: u32, count: u32) {
     let (at, length) = (i64::from(done) * i64::from(page_size), i64::from(count) * i64::from(page_size));
-    // A file system that does not know it reads from memory: less is found, and nothing is wrong.
+    // A file system that does not support this reads from memory: a scrub finds less then, and nothing goes wrong.
     let _ = posix_fadvise(file, at, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
 }
 

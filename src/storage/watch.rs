@@ -1,6 +1,6 @@
 //! The one watch over the files of the data folder: every operation on them registers here while it runs, and says how
 //! it ended. Whoever asks learns what does not come back, what was slow and what failed, without touching a file. There
-//! is one for the process, as it has one data folder. Must never wait, and never judge: a role is not its business.
+//! is one for the process, as it has one data folder. Must never wait, and never judge: roles are not its business.
 
 mod clock;
 
@@ -121,7 +121,7 @@ impl fmt::Display for Operation {
     }
 }
 
-/// An operation that took long, or takes long still.
+/// An operation that took long, or still takes long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slow {
     pub operation: Operation,
@@ -275,7 +275,7 @@ fn note(operation: Operation, errno: i32, kind: io::ErrorKind) {
         NotFound | UnexpectedEof | InvalidData | Interrupted | WouldBlock => return,
         _ => {}
     }
-    // Nor is a want of descriptors, or a mode that forbids something.
+    // Neither is a lack of descriptors, or a mode that forbids something.
     if matches!(Errno::from_raw(errno), Errno::EMFILE | Errno::ENFILE | Errno::EACCES | Errno::EPERM | Errno::EEXIST) {
         return;
     }

@@ -68,7 +68,7 @@ impl Incoming {
         u64::from(self.pages) * u64::from(self.manifest.record.page_size)
     }
 
-    /// Takes the next chunk, of which the sender says that its checksum is `claimed`.
+    /// Takes the next chunk, whose checksum is `claimed` according to the sender.
     ///
     /// # Errors
     /// [`SnapshotError::Damaged`] or [`SnapshotError::Io`]; the attempt is over then.
@@ -95,7 +95,7 @@ impl Incoming {
         self.checksum ^= computed;
         let written = self.bytes();
         if written - self.written_back >= WRITE_BACK {
-            // Linux begins to write what of this range is dirty, and returns. An error costs time later, and no more.
+            // Linux begins to write what is dirty in this range, and returns. An error costs time later, and no more.
             let (from, length) = (self.written_back as i64, (written - self.written_back) as i64);
             let _ = posix_fadvise(&self.file, from, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
             self.written_back = written;

@@ -22,11 +22,11 @@ use crate::{
     },
 };
 
-/// A snapshot that is installed, or of no use.
+/// The folder of a snapshot that is installed, or of no use.
 const DONE: &str = "snapshot.done";
 /// File beside the manifest that says that the end of the raft log needs not be kept again.
 const TAIL_KEPT: &str = "tail-kept";
-/// Where the database has its place below the data folder, and the record of its checkpoint.
+/// Where the database and the record of its checkpoint are, below the data folder.
 const FOLDER: &str = "database";
 const RECORD: &str = "console.checkpoint";
 
@@ -37,7 +37,7 @@ pub struct Ready {
     manifest: Manifest,
 }
 
-/// What has come of it.
+/// What became of the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Done,
@@ -80,7 +80,7 @@ impl Ready {
         });
         match sound {
             Ok(manifest) => Ok(Some(Self { data: data.to_owned(), manifest })),
-            // Whoever needs it fetches it again: also a node that died while it installed this one.
+            // Whoever needs it fetches it again, as does a node that died while it installed this one.
             Err(why) => {
                 warn!("{} is damaged ({why}): the snapshot is thrown away", path.display());
                 dismiss(data)?;
@@ -112,8 +112,8 @@ impl Ready {
         Ok(true)
     }
 
-    /// Entries of which this node does not know whether a majority has them are kept for the administrator, if the raft
-    /// log is about to begin again. Most likely they are in the snapshot, too; safety does not depend on the file.
+    /// If the raft log is about to begin again, entries that a majority may or may not have are kept for the
+    /// administrator. Most likely they are in the snapshot, too; safety does not depend on the file.
     fn keep_tail(&self, log: &RaftLog, node: NodeId) {
         let index = self.manifest.record.index;
         let stays = log.first_index() > index + 1 || log.term(index).is_ok_and(|term| term == self.manifest.term);
@@ -191,7 +191,7 @@ impl Ready {
         let Some(key) = &self.manifest.cluster_key else { return Ok(Step::Done) };
         let path = self.data.join(CLUSTER_KEY);
         let known = ClusterKey::read(&self.data).map_err(SnapshotError::io("read", &path))?;
-        // One that is here may be newer than the manifest's; if it is older, the other members give the right one.
+        // The key that is here may be newer than the manifest's; if it is older, the other members give the right one.
         if known.is_none() {
             let write = || {
                 make_private_dir(path.parent().unwrap_or(&self.data))?;

@@ -6,7 +6,7 @@
 //! away that this node has promised to keep.
 //!
 //! In the data folder it is `snapshot.incoming` while it arrives, `snapshot.ready` once it is complete and durable, and
-//! `snapshot.done` when it is of no more use. Only a rename turns one into the next.
+//! `snapshot.done` when it is no longer needed. Only a rename turns one into the next.
 
 mod incoming;
 mod install;
@@ -112,7 +112,7 @@ impl fmt::Debug for ClusterKey {
     }
 }
 
-/// What a snapshot is, and what a node must know beside it to go on from there.
+/// What a snapshot is, and what else a node must know to go on from there.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Manifest {
     /// The checkpoint: raft index, size and checksum of the database.
@@ -159,7 +159,7 @@ impl Manifest {
         u64::from(self.record.pages) * u64::from(self.record.page_size)
     }
 
-    /// True if this node has a vote by it.
+    /// True if this node has a vote according to it.
     pub fn votes(&self, node: NodeId) -> bool {
         let conf = &self.conf;
         conf.voters.contains(&node)
@@ -303,7 +303,7 @@ impl Resting {
     }
 }
 
-/// The XOR of the checksums of the pages in `bytes`, of which the first one has the number `done + 1`.
+/// The XOR of the checksums of the pages in `bytes`, the first of which has the number `done + 1`.
 pub(crate) fn chunk_checksum(done: u32, page_size: u32, bytes: &[u8]) -> u64 {
     let pages = bytes.chunks_exact(page_size as usize);
     (done + 1..).zip(pages).fold(0, |sum, (number, image)| sum ^ page_checksum(number, image))

@@ -33,7 +33,7 @@ use text::Summary;
 
 /// Folder of the tails in the data folder.
 pub const FOLDER: &str = "rollback";
-/// Largest file, in bytes: what is beyond is named, but not kept.
+/// Largest file, in bytes: entries beyond that are named, but not kept.
 pub const MAX_BYTES: u64 = 64 << 20;
 /// Files that are kept; the oldest goes when there are more.
 pub const MAX_FILES: usize = 16;

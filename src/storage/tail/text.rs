@@ -1,5 +1,5 @@
-//! What people read about a dropped tail: its transactions, the pages they touch, and the rows by which these differ
-//! from this node's database. Must never claim more than the page images show.
+//! What people read about a dropped tail: its transactions, the pages that they touch, and the rows in which these
+//! differ from this node's database. Must never claim more than the page images show.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -19,7 +19,7 @@ use crate::storage::transaction::Pages;
 
 /// Lines about single entries and transactions; more are only counted.
 const MAX_LINES: usize = 1000;
-/// Page images that are looked into, in bytes; rows in those behind them are not told.
+/// Bytes of page images that are looked into; the rows in later ones are not listed.
 const MAX_IMAGES: usize = 64 << 20;
 
 #[derive(Debug)]
