@@ -87,7 +87,19 @@ impl Cluster {
         Self::start_in(folder, limited, RESTART_AFTER)
     }
 
-    fn start_in(folder: TempDir, mut program: Command, restart_after: &str) -> Self {
+    /// Three nodes that run another program, as soon as it says that they are ready: it may not understand what this one asks.
+    pub fn start_other(program: &Path) -> Self {
+        let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
+        Self::begin(folder, Command::new(program), RESTART_AFTER)
+    }
+
+    fn start_in(folder: TempDir, program: Command, restart_after: &str) -> Self {
+        let cluster = Self::begin(folder, program, restart_after);
+        cluster.wait_healthy();
+        cluster
+    }
+
+    fn begin(folder: TempDir, mut program: Command, restart_after: &str) -> Self {
         let port_offset = NEXT_OFFSET.fetch_add(10, Ordering::Relaxed);
         let dev = program
             .args(["dev", "--restart-after", restart_after, "--port-offset", &port_offset.to_string(), "--dir"])
@@ -98,7 +110,6 @@ impl Cluster {
             .unwrap();
         let mut cluster = Self { dev, listener: None, folder, port_offset };
         cluster.wait_ready();
-        cluster.wait_healthy();
         cluster
     }
 

@@ -20,6 +20,7 @@ mod damage;
 mod databases;
 mod disk;
 mod drill;
+mod earlier;
 mod events;
 mod floods;
 mod health;

@@ -21,7 +21,7 @@ use super::{
 const NEXT_LEVEL: u32 = FEATURE_LEVEL + 1;
 
 /// Puts another program on a host, or takes it away again, and restarts the daemon as a package's upgrade does.
-fn install(cluster: &Cluster, node: usize, program: Option<&Path>) {
+pub fn install(cluster: &Cluster, node: usize, program: Option<&Path>) {
     let place = cluster.config_path(node).with_file_name("twistlockd");
     match fs::remove_file(&place) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => panic!("{error}"),
