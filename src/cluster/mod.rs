@@ -85,11 +85,11 @@ pub struct Output {
     pub transitions: Vec<Transition>,
     /// 3. Messages that may leave now: what they promise is durable already.
     pub send: Vec<Message>,
-    /// 4. What to append to the raft log.
-    pub persist: Option<Persist>,
-    /// 5. Changes of the configuration that are in force now, oldest first: to be made durable before [`Cluster::persisted`] is
+    /// 4. Changes of the configuration that are in force now, oldest first: to be made durable before [`Cluster::persisted`] is
     ///    called with the number of `persist`, which is there then.
     pub configured: Vec<Configured>,
+    /// 5. What to append to the raft log.
+    pub persist: Option<Persist>,
     /// 6. Everything up to here is in the logs of a majority: waiting commits may be released.
     pub committed: u64,
     /// 7. The database may apply the raft log up to here.
