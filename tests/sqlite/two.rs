@@ -228,6 +228,16 @@ fn the_raft_log_is_needed_from_the_least_checkpoint_on() {
     first.databases.note_committed(log.last_index());
     first.checkpoint();
     assert_eq!(first.databases.checkpointed(), log.last_index());
+    // Something that must not be passed, such as a change of the members, is no reason for a file not to rest.
+    let before = log.last_index();
+    log.push(Vec::new());
+    for may_pass in [false, true] {
+        first.databases.note_committed(log.last_index());
+        first.databases.save_if(move |_| may_pass);
+        assert!(first.databases.console_mut().checkpoint().unwrap().complete);
+        let reached = if may_pass { log.last_index() } else { before };
+        assert_eq!(first.databases.console().checkpointed(), reached);
+    }
     first.killed().assert_equal(&first.databases);
 }
 

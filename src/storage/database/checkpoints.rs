@@ -72,8 +72,10 @@ impl Database {
                 let gate = &serving.primary.gate;
                 let (record, complete, frames) = checkpoint_wal(gate, checkpointer)?;
                 // A database that nobody writes to must not hold the raft log back.
-                let rests = |record: &Record| record.index < serving.applied && gate.rests_at(record.index);
-                let raised = |record| if rests(&record) { Record { index: serving.applied, ..record } } else { record };
+                let index = serving.applied;
+                let may_raise =
+                    |record: &Record| record.index < index && gate.rests_at(record.index) && (self.may_save)(index);
+                let raised = |record| if may_raise(&record) { Record { index, ..record } } else { record };
                 (record.map(raised), complete, frames)
             }
             State::Closed { .. } => (None, false, 0),
