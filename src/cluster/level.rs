@@ -1,7 +1,7 @@
 //! Feature levels: what the programs of a cluster can do together. Owns the level of this program and the rule for each
 //! change; must never let an older program serve a cluster whose members rely on what it does not have.
 //!
-//! The level in force is part of the membership ([`Membership::level`](super::Membership::level)). Whoever is primary raises
+//! The level in force is part of the membership ([`Shared::level`](super::shared::Shared::level)). Whoever is primary raises
 //! it when the programs of all members have the next one; it is never lowered. Until then a member may go back to the older
 //! program, afterwards not: it would not understand what the others write, and would forget it as a primary.
 //!
@@ -32,7 +32,7 @@ pub const FORMAT_VERSION: u8 = 1;
 /// The level of a program that does not say one.
 pub const FIRST_LEVEL: u32 = 1;
 
-/// What [`super::Membership::level`] is when it is not written: that of clusters before levels were introduced.
+/// What [`super::shared::Shared::level`] is when it is not written: that of clusters before levels were introduced.
 pub(super) fn first() -> u32 {
     FIRST_LEVEL
 }

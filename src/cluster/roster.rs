@@ -85,7 +85,7 @@ pub struct Member {
 /// What a newcomer picks up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Admission {
-    /// [`Request::id`].
+    /// The id of its request ([`super::shared::Request::id`]).
     pub request: String,
     /// The node's certificate, PEM.
     pub certificate: String,

@@ -9,7 +9,7 @@ use std::{
 
 use super::{Audience, FirstState, LogFormat, LogLevel, NotifySeverity, Secret};
 
-/// Longest path, in bytes. Escaped for [`super::render`] it still fits into a line.
+/// Longest path, in bytes. Escaped for [`super::render()`] it still fits into a line.
 const MAX_PATH: usize = 512;
 /// Longest common name, in characters (X.520, `ub-common-name`).
 const MAX_NAME: usize = 64;

@@ -127,7 +127,7 @@ pub(super) fn refused(parts: &Parts, error: ApiError) -> Response {
     if line { refusal(&error) } else { error.into_response() }
 }
 
-/// What [`line`] is asked for.
+/// Which join line is wanted.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Wish {
@@ -139,7 +139,7 @@ pub(super) struct Wish {
     script: bool,
 }
 
-/// The answer of [`line`].
+/// A join line.
 #[derive(Serialize, JsonSchema)]
 pub(super) struct Line {
     line: String,

@@ -214,7 +214,7 @@ impl Handle {
         self.change(|goal| goal.epoch = Some(epoch));
     }
 
-    /// Close the database; answered by [`DatabaseEvent::Demoted`] with the number returned here.
+    /// Close the database; answered by [`super::inbox::DatabaseEvent::Demoted`] with the number returned here.
     pub fn demote(&self) -> u64 {
         self.change(|goal| {
             goal.epoch = None;
@@ -223,7 +223,7 @@ impl Handle {
         .demotion
     }
 
-    /// Lets the database file rest for a snapshot; answered by [`DatabaseEvent::Resting`].
+    /// Lets the database file rest for a snapshot; answered by [`super::inbox::DatabaseEvent::Resting`].
     pub fn rest(&self, request: SnapshotRequest) {
         let waiting = &mut self.shared.lock().mailbox.snapshots;
         if waiting.len() >= MAILBOX {

@@ -13,7 +13,7 @@ use crate::cluster::{
 /// A host that is to be admitted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Newcomer {
-    /// [`Membership::next_id`] or above: its certificate was signed for this id.
+    /// [`Roster::next_id`](crate::cluster::roster::Roster::next_id) or above: its certificate was signed for this id.
     pub id: NodeId,
     /// [`Request::id`].
     pub request: String,
