@@ -36,7 +36,7 @@ impl Audience {
         self.everybody || self.networks.iter().any(|network| network.has(address.to_canonical()))
     }
 
-    /// `all`, or a list of words apart by commas; `None` for anything else.
+    /// `all`, or a list of words separated by commas; `None` for anything else.
     pub(super) fn read(text: &str) -> Option<Self> {
         if text == "all" {
             return Some(Self::everybody());

@@ -172,7 +172,9 @@ pub static KEYS: &[Key] = &[
         section: GENERAL,
         group: "Backups",
         default: "/var/lib/twistlock-backup",
-        doc: &["Folder of the backups. A disk of its own is best: what takes the data must not take them, too."],
+        doc: &[
+            "Folder of the backups. A disk of its own is best: a failure that takes the data should not take the backups as well.",
+        ],
         slot: |config| Slot::Folder(&mut config.data_recovery_volume),
     },
     Key {
@@ -205,7 +207,7 @@ pub static KEYS: &[Key] = &[
         group: "Backups",
         default: "",
         doc: &[
-            "File with a key or pass phrase of 16 to 1024 bytes: backups are encrypted with it, and cannot be read without.",
+            "File with a key or pass phrase of 16 to 1024 bytes: backups are encrypted with it, and cannot be read without it.",
             "Keep a copy of it elsewhere, but not beside the backups. Empty: they are not encrypted.",
         ],
         slot: |config| Slot::OptionalPath(&mut config.backup_key_file),
@@ -282,7 +284,7 @@ pub static KEYS: &[Key] = &[
         section: GENERAL,
         group: "Log",
         default: "human",
-        doc: &["Text for a reader, or one JSON object a line."],
+        doc: &["Text for people, or one JSON object per line."],
         slot: |config| Slot::Choice(&mut config.log_format),
     },
     Key {
@@ -299,7 +301,7 @@ pub static KEYS: &[Key] = &[
         group: "Notifications",
         default: "",
         doc: &[
-            "Program that is run for each event that somebody should know of: its path and its arguments, apart by blanks.",
+            "Program that is run for each event that somebody should know of: its path and its arguments, separated by blanks.",
             "No shell reads it. It gets the event as JSON on standard input and has 10 seconds. Webhooks are set up in the",
             "Console, for all members.",
         ],
@@ -346,7 +348,7 @@ pub static KEYS: &[Key] = &[
         group: "Cluster of three nodes",
         default: "",
         doc: &[
-            "Address by which the other nodes reach this host. Counts at the first start, as does the name below.",
+            "Address by which the other nodes reach this host. Only the first start uses this and the name below.",
             "Empty: BIND_ADDRESS, or else the first address of this host that others can reach.",
         ],
         slot: |config| Slot::CommonName(&mut config.high_availability_address),
@@ -420,7 +422,7 @@ pub static KEYS: &[Key] = &[
         section: STORAGE,
         group: "Database",
         default: "4096",
-        doc: &["Page size of the database in bytes. Counts when the database is created, never later."],
+        doc: &["Page size of the database in bytes. It is used when the database is created, and never later."],
         slot: |config| Slot::PageSize(&mut config.database_page_size),
     },
     Key {

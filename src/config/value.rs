@@ -34,7 +34,7 @@ pub(super) enum Slot<'a> {
     Audience(&'a mut Audience),
     /// What only those who share it may know, or empty.
     Secret(&'a mut Option<Secret>),
-    /// A program with its arguments, apart by blanks, or nothing.
+    /// A program with its arguments, separated by blanks, or nothing.
     Command(&'a mut Vec<String>),
     /// Where copies go: a bucket or a folder, as a URL, or empty.
     Location(&'a mut Option<String>),
@@ -178,7 +178,7 @@ impl Slot<'_> {
             Self::Audience(_) => {
                 let most = Audience::MOST;
                 format!(
-                    "all, or up to {most} of members, IP addresses and networks, apart by commas, or empty for this host"
+                    "all, or up to {most} of members, IP addresses and networks, separated by commas, or empty for this host"
                 )
             }
             Self::Secret(_) => {
@@ -186,7 +186,7 @@ impl Slot<'_> {
                 format!("{least} to {most} letters, digits and -._~+/=, or empty")
             }
             Self::Command(_) => {
-                format!("an absolute path and arguments, apart by blanks, up to {MAX_PATH} bytes, or empty")
+                format!("an absolute path and arguments, separated by blanks, up to {MAX_PATH} bytes, or empty")
             }
             Self::Location(_) => {
                 format!("s3://BUCKET/FOLDER or file:///FOLDER, up to {MAX_PATH} bytes, without a user or key, or empty")

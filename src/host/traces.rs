@@ -210,7 +210,7 @@ fn assignment(word: &str) -> Option<(String, String)> {
     word.split_once('=').map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
 }
 
-/// The words of a line of a unit: apart by blanks, unless they are in quotes or behind a backslash.
+/// The words of a line of a unit: separated by blanks, unless they are in quotes or behind a backslash.
 fn words(text: &str) -> Vec<String> {
     let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
     let mut letters = text.chars();
