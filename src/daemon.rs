@@ -1,4 +1,5 @@
-//! One node's process: builds the parts, joins them, and takes them apart in order. The only place where parts are wired.
+//! One node's process: builds the parts, joins them, and takes them apart in order. The only place where parts are
+//! wired.
 
 mod administration;
 mod damage;
@@ -141,8 +142,8 @@ fn live(path: &Path, config: &Config) -> Result<Exit> {
     Ok(if signals.leave() { as_stopped(exit) } else { exit })
 }
 
-/// Becomes a new process of the same program, with the same number: whoever watches it sees nothing of it. Everything that is
-/// open is closed by that.
+/// Becomes a new process of the same program, with the same number: whoever watches it sees nothing of it. Everything
+/// that is open is closed by that.
 fn begin_again() -> ExitCode {
     let mut arguments = std::env::args_os();
     descriptors::restore();
@@ -344,7 +345,8 @@ impl Parts {
         (notifier.clone(), notifier.run(self.events.clone()))
     }
 
-    /// Whom the others take this node for, what they ask, and the tasks that exchange with them what else goes beside the links.
+    /// Whom the others take this node for, what they ask, and the tasks that exchange with them what else goes beside
+    /// the links.
     fn share_with_others(&self, tasks: &mut Tasks) -> (Arc<PeerIdentity>, mpsc::Receiver<peer::StreamCall>) {
         let (snapshots, calls) = mpsc::channel(1);
         let (keys, key_calls) = mpsc::channel(KEY_CALLS);

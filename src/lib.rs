@@ -4,60 +4,68 @@
 //!
 //! Three hosts run `twistlockd`. They elect one PRIMARY. Only there are the Console's ports open; on the two SECONDARY
 //! hosts the kernel refuses connections to them, so that any load balancer finds the primary without being told. The
-//! Console's database is SQLite; each of its transactions becomes an entry of a Raft log, and a COMMIT succeeds only when
-//! a majority of the hosts has it on disk. When the primary dies, a secondary has everything that was acknowledged.
+//! Console's database is SQLite; each of its transactions becomes an entry of a Raft log, and a COMMIT succeeds only
+//! when a majority of the hosts has it on disk. When the primary dies, a secondary has everything that was
+//! acknowledged.
 //!
 //! A write's way: a client's request reaches [`console`], which runs SQL through sqlx. SQLite writes the transaction's
 //! pages to its `-wal` file through our VFS ([`storage::vfs`]). At the frame that would commit, the
-//! [gate](storage::gate) collects the pages, encodes them ([`storage::transaction`]) and proposes them to the consensus loop
-//! ([`node`]). The loop appends them to the raft log ([`storage::raft_log`]) and sends them to the others ([`peer`]); when
-//! a majority has them on disk, SQLite's write is let through, COMMIT returns, and the response leaves if the lease is
-//! still valid. On the others the database thread copies the page images into the database file. They run no SQLite.
+//! [gate](storage::gate) collects the pages, encodes them ([`storage::transaction`]) and proposes them to the consensus
+//! loop ([`node`]). The loop appends them to the raft log ([`storage::raft_log`]) and sends them to the others
+//! ([`peer`]); when a majority has them on disk, SQLite's write is let through, COMMIT returns, and the response leaves
+//! if the lease is still valid. On the others the database thread copies the page images into the database file. They
+//! run no SQLite.
 //!
-//! A request's way: each resource of the Console lists its routes in one table (`console::table`): method, path, who may,
-//! what goes in and comes out. The router, the check of roles before every handler and the OpenAPI document are made from it.
-//! A change and its audit row are one transaction, so that neither is there without the other.
+//! A request's way: each resource of the Console lists its routes in one table (`console::table`): method, path, who
+//! may, what goes in and comes out. The router, the check of roles before every handler and the OpenAPI document are
+//! made from it. A change and its audit row are one transaction, so that neither is there without the other.
 //!
 //! A takeover's way: the primary's process dies; its links break and its host refuses connections to the HA port. The
-//! survivors forget their leader and elect a new one ([`cluster`], pure, no clock and no sockets). The winner commits an
-//! entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
+//! survivors forget their leader and elect a new one ([`cluster`], pure, no clock and no sockets). The winner commits
+//! an entry of its own, lets a majority confirm it, applies what it had not applied, and opens the database. The
 //! [`supervisor`] sees the role and opens the ports.
 //!
-//! A heartbeat's way: it goes as a datagram, sealed with a key of the link that it goes beside, and now and then by that link as
-//! well; by the link each time while the other end does not say that datagrams come. One lost segment of TCP holds back all that
-//! is behind it for longer than half a lease; a lost datagram holds back nothing. While packets get lost, small entries and their
-//! answers go as datagrams, too. `peer::udp` says why a datagram that is late or doubled does no harm.
+//! A heartbeat's way: it goes as a datagram, sealed with a key of the link that it goes beside, and now and then by
+//! that link as well; by the link each time while the other end does not say that datagrams come. One lost segment of
+//! TCP holds back all that is behind it for longer than half a lease; a lost datagram holds back nothing. While packets
+//! get lost, small entries and their answers go as datagrams, too. `peer::udp` says why a datagram that is late or
+//! doubled does no harm.
 //!
 //! A failing disk's way: each operation on a file of the data folder registers in a small table while it runs
-//! ([`storage::watch`]). The consensus loop looks at it with each tick. It never waits for a disk itself: what has to be synced
-//! goes to a thread of its own. A PRIMARY with an operation that failed or does not come back closes its ports and lets another
-//! member begin, if the reports of the others name one whose disk works; its own database may be closed when the disk answers
-//! again. A SECONDARY with such a disk stands back, and acknowledges nothing that it has not on disk.
+//! ([`storage::watch`]). The consensus loop looks at it with each tick. It never waits for a disk itself: what has to
+//! be synced goes to a thread of its own. A PRIMARY with an operation that failed or does not come back closes its
+//! ports and lets another member begin, if the reports of the others name one whose disk works; its own database may be
+//! closed when the disk answers again. A SECONDARY with such a disk stands back, and acknowledges nothing that it has
+//! not on disk.
 //!
-//! A viewer's way: the browser gets the page ([`console`], `src/console/ui`), logs in, and follows the status as a stream of
-//! events. When the stream breaks off, the page knocks at the same host name until a PRIMARY opens; the session is in the
-//! replicated database, so that nobody logs in again. While there is none, the page is grey and dated, and leads to the status
-//! pages of the members ([`health`]), which answer from the first moment of a process to its last.
+//! A viewer's way: the browser gets the page ([`console`], `src/console/ui`), logs in, and follows the status as a
+//! stream of events. When the stream breaks off, the page knocks at the same host name until a PRIMARY opens; the
+//! session is in the replicated database, so that nobody logs in again. While there is none, the page is grey and
+//! dated, and leads to the status pages of the members ([`health`]), which answer from the first moment of a process to
+//! its last.
 //!
-//! A newcomer's way: the join script fetches the program, which installs itself ([`host`]) and leaves a token; the daemon makes its keys and asks
-//! ([`join`]). The request is part of the replicated membership ([`cluster::membership`]): any primary knows it. APPLY
-//! ([`admin`]) signs the certificates and admits all hosts that ask in one entry. Each fetches the whole database
-//! ([`snapshot`]) and begins as a member without a vote; when all have caught up, whoever is primary gives them their votes in
-//! one joint change. A member that is too far behind or does not trust its copy goes the same way from the fetching on.
+//! A newcomer's way: the join script fetches the program, which installs itself ([`host`]) and leaves a token; the
+//! daemon makes its keys and asks ([`join`]). The request is part of the replicated membership
+//! ([`cluster::membership`]): any primary knows it. APPLY ([`admin`]) signs the certificates and admits all hosts that
+//! ask in one entry. Each fetches the whole database ([`snapshot`]) and begins as a member without a vote; when all
+//! have caught up, whoever is primary gives them their votes in one joint change. A member that is too far behind or
+//! does not trust its copy goes the same way from the fetching on.
 //!
-//! An upgrade's way: hosts get the newer program one by one, and any of them may be primary meanwhile. When all members have
-//! shown the next feature level for a while, the primary raises it ([`cluster::level`]); from then on an older program does
-//! not start, is not linked with and does not become primary. What needs an understanding of all members waits for its level.
+//! An upgrade's way: hosts get the newer program one by one, and any of them may be primary meanwhile. When all members
+//! have shown the next feature level for a while, the primary raises it ([`cluster::level`]); from then on an older
+//! program does not start, is not linked with and does not become primary. What needs an understanding of all members
+//! waits for its level.
 //!
-//! The way back of a member that forgot: it lost some of its raft log, or got an older copy of it. It sees that itself, or the
-//! others do, who remember how far each member's memory had reached ([`cluster::reach`]). It takes part in nothing then. The
-//! primary takes its vote, it fetches the database, begins a new raft log behind that, and gets its vote again when it has caught
-//! up. `docs/memory.md` says which losses are found out by whom, which by nobody, and why that is safe.
+//! The way back of a member that forgot: it lost some of its raft log, or got an older copy of it. It sees that itself,
+//! or the others do, who remember how far each member's memory had reached ([`cluster::reach`]). It takes part in
+//! nothing then. The primary takes its vote, it fetches the database, begins a new raft log behind that, and gets its
+//! vote again when it has caught up. `docs/memory.md` says which losses are found out by whom, which by nobody, and why
+//! that is safe.
 //!
-//! A backup's way: each member copies its own database, the PRIMARY from the file that rests between two checkpoints, the
-//! others from the file that goes on changing ([`storage::backup`]); the copy must have the checksum that all agreed on at its
-//! index. A restore ([`backup`]) puts the whole content of one in the database's place as a single transaction. Copies go
-//! elsewhere on a thread of their own, after the backup is good.
+//! A backup's way: each member copies its own database, the PRIMARY from the file that rests between two checkpoints,
+//! the others from the file that goes on changing ([`storage::backup`]); the copy must have the checksum that all
+//! agreed on at its index. A restore ([`backup`]) puts the whole content of one in the database's place as a single
+//! transaction. Copies go elsewhere on a thread of their own, after the backup is good.
 //!
 //! # Where things are
 //!
@@ -97,9 +105,10 @@
 //!
 //! # What to read next
 //!
-//! `docs/design.md`: how it works and why, what happens under each fault, and a COMMIT, an APPLY and a takeover as places in the
-//! source. `docs/threads.md`: what each thread owns and may wait for. `docs/formats.md`: each file of a data folder, every byte on a
-//! disk or a wire, versions and feature levels. `docs/adr/`: decisions, with their figures. `CONTRIBUTING.md`: how to change it.
+//! `docs/design.md`: how it works and why, what happens under each fault, and a COMMIT, an APPLY and a takeover as
+//! places in the source. `docs/threads.md`: what each thread owns and may wait for. `docs/formats.md`: each file of a
+//! data folder, every byte on a disk or a wire, versions and feature levels. `docs/adr/`: decisions, with their
+//! figures. `CONTRIBUTING.md`: how to change it.
 //!
 //! # Words
 //!
@@ -107,7 +116,8 @@
 //! primary serves. *Lease*: the span in which the primary may keep its ports open without hearing from a majority.
 //! *Transaction*: one committed SQLite transaction, as page images in one or more raft log entries. *Raft log*: the
 //! replicated entries on disk; the *WAL* is SQLite's `-wal` file. *Checkpoint*: the index up to which the database file
-//! needs no entry of the raft log; a *snapshot* is the whole database as of a checkpoint, on its way to another node. *Phase*: where a member stands between SECONDARY and PRIMARY.
+//! needs no entry of the raft log; a *snapshot* is the whole database as of a checkpoint, on its way to another node.
+//! *Phase*: where a member stands between SECONDARY and PRIMARY.
 //!
 //! # Architecture invariants
 //!
@@ -135,8 +145,9 @@
 //! A voter normally keeps its promise to the primary for 500 ms. It breaks it early only when the primary's process is
 //! proven dead: the link dropped without a farewell and the host's kernel refuses connections to the HA port. The port
 //! guard holds that port as long as it holds a Console port, so a refusal proves that both processes are gone. This
-//! assumes that a refusal comes from the member's own kernel: no other machine may answer at its address, and a firewall
-//! must drop packets rather than reject them. Where that cannot be promised, an election takes its 600 ms as usual.
+//! assumes that a refusal comes from the member's own kernel: no other machine may answer at its address, and a
+//! firewall must drop packets rather than reject them. Where that cannot be promised, an election takes its 600 ms as
+//! usual.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod admin;

@@ -1,5 +1,5 @@
-//! Entry of the daemon: reads the command line and starts what it asks for. Must never do anything before the port guard
-//! is dispatched: that process has to stay as small as the program allows.
+//! Entry of the daemon: reads the command line and starts what it asks for. Must never do anything before the port
+//! guard is dispatched: that process has to stay as small as the program allows.
 
 mod daemon;
 mod joining;

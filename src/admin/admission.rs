@@ -65,8 +65,8 @@ impl Rejections {
 }
 
 impl Operations {
-    /// A host asks to join; asking again with the same key gives the same answer. `begin` is called before anything is changed;
-    /// what it gives comes back.
+    /// A host asks to join; asking again with the same key gives the same answer. `begin` is called before anything is
+    /// changed; what it gives comes back.
     pub(super) async fn request(
         &self,
         token: &str,
@@ -146,8 +146,8 @@ impl Operations {
             .or_else(|| locked(&self.rejections).find(|rejected| same_secret(&rejected.id, id)))
     }
 
-    /// APPLY: takes all hosts that ask in. Returns their ids. With the fingerprints that somebody has `compared`: only if
-    /// those are the hosts that ask.
+    /// APPLY: takes all hosts that ask in. Returns their ids. With the fingerprints that somebody has `compared`: only
+    /// if those are the hosts that ask.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` names everything that is in the way.
@@ -187,7 +187,8 @@ impl Operations {
         let membership = self.membership();
         let found = find(&membership.shared.requests, request).map_err(AdminError::Refused)?;
         let tokens = membership.shared.invitations.iter().map(|invitation| invitation.hash.clone()).collect();
-        // Before the request is gone: its host asks at any time, and must not take the rejection for an expired request.
+        // Before the request is gone: its host asks at any time, and must not take the rejection for an expired
+        // request.
         locked(&self.rejections).add(found, tokens, by);
         if let Err(error) = self.change(Change::Reject { request: found.id.clone() }).await {
             locked(&self.rejections).forget(&found.id);

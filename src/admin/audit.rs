@@ -1,5 +1,5 @@
-//! Who acts, and what is written down of it: the words of the audit, and the trait by which [`Admin`](super::Admin) has them
-//! written. Must never know where that is, and never let an operation end without a word.
+//! Who acts, and what is written down of it: the words of the audit, and the trait by which [`Admin`](super::Admin) has
+//! them written. Must never know where that is, and never let an operation end without a word.
 
 use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
@@ -153,7 +153,8 @@ impl Default for Ticket {
     }
 }
 
-/// Writes down what is done. Neither step fails: what cannot be written where it belongs is kept, and written there later.
+/// Writes down what is done. Neither step fails: what cannot be written where it belongs is kept, and written there
+/// later.
 pub trait Audit: Send + Sync {
     /// Before it is done.
     fn begin<'a>(&'a self, actor: &'a Actor, act: Act) -> BoxFuture<'a, Ticket>;
@@ -162,8 +163,8 @@ pub trait Audit: Send + Sync {
     fn end(&self, ticket: Ticket, outcome: Outcome) -> BoxFuture<'_, ()>;
 }
 
-/// An operation that was begun and must [end](Self::end). If it does not, because whoever asked has gone away in the middle,
-/// that is written down.
+/// An operation that was begun and must [end](Self::end). If it does not, because whoever asked has gone away in the
+/// middle, that is written down.
 pub struct Record {
     audit: Arc<dyn Audit>,
     ticket: Option<Ticket>,

@@ -59,8 +59,8 @@ impl Operations {
         Certificates { console_names: membership.shared.console_names.clone(), certificates, custom }
     }
 
-    /// Every Console's certificate is good for these names, too, from now on: each member makes its own anew, and serves it
-    /// at once. Returns the list as it is kept.
+    /// Every Console's certificate is good for these names, too, from now on: each member makes its own anew, and
+    /// serves it at once. Returns the list as it is kept.
     ///
     /// # Errors
     /// [`AdminError`].

@@ -22,8 +22,8 @@ impl Operations {
         self.primary().map(|_| ())
     }
 
-    /// Closes the Console, does the work, and opens it again. No switchover and no change of the membership comes between. The
-    /// caller must see to it that the future is not dropped half-way.
+    /// Closes the Console, does the work, and opens it again. No switchover and no change of the membership comes
+    /// between. The caller must see to it that the future is not dropped half-way.
     ///
     /// # Errors
     /// [`AdminError`]; nothing was done then.

@@ -1,6 +1,6 @@
-//! The one door to everything that an administrator does to the cluster. Each method that changes something writes into the
-//! audit what is to be done, by whom, and how it ended, refusals with their reason; the operation behind it cannot be reached
-//! otherwise. Must never check or change anything itself.
+//! The one door to everything that an administrator does to the cluster. Each method that changes something writes into
+//! the audit what is to be done, by whom, and how it ended, refusals with their reason; the operation behind it cannot
+//! be reached otherwise. Must never check or change anything itself.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -57,7 +57,8 @@ impl Admin {
         self.operations.status()
     }
 
-    /// The newest membership that this node knows: newer than that of a status, has every change whose outcome is known.
+    /// The newest membership that this node knows: newer than that of a status, has every change whose outcome is
+    /// known.
     pub fn membership(&self) -> Arc<Membership> {
         self.operations.membership()
     }
@@ -75,8 +76,8 @@ impl Admin {
         self.operations.config.https_port
     }
 
-    /// Closes the Console, does the work, and opens it again. No switchover and no change of the membership comes between. The
-    /// caller must see to it that the future is not dropped half-way, and audits what the work is.
+    /// Closes the Console, does the work, and opens it again. No switchover and no change of the membership comes
+    /// between. The caller must see to it that the future is not dropped half-way, and audits what the work is.
     ///
     /// # Errors
     /// [`AdminError`]; nothing was done then.
@@ -106,8 +107,9 @@ impl Admin {
         self.audited(by, Act::new("uninvite", CLUSTER), self.operations.uninvite(&by.name)).await
     }
 
-    /// Refuses a join token that is not good (any more), and says no more than that to addresses that have tried too many
-    /// of them. A good one is good wherever it comes from: others behind the same address must not keep a host away.
+    /// Refuses a join token that is not good (any more), and says no more than that to addresses that have tried too
+    /// many of them. A good one is good wherever it comes from: others behind the same address must not keep a host
+    /// away.
     ///
     /// # Errors
     /// [`AdminError::Denied`], [`AdminError::TooMany`] or [`AdminError::NotPrimary`].
@@ -142,8 +144,8 @@ impl Admin {
         self.operations.request_state(id)
     }
 
-    /// APPLY: takes all hosts that ask in. Returns their ids. With the fingerprints that somebody has `compared`: only if
-    /// those are the hosts that ask.
+    /// APPLY: takes all hosts that ask in. Returns their ids. With the fingerprints that somebody has `compared`: only
+    /// if those are the hosts that ask.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` names everything that is in the way.
@@ -161,7 +163,8 @@ impl Admin {
         self.audited(by, act, self.operations.reject(request, &by.name)).await
     }
 
-    /// Drops a member, by its name, its id or the beginning of its name. Returns what remains to be done about what it knows.
+    /// Drops a member, by its name, its id or the beginning of its name. Returns what remains to be done about what it
+    /// knows.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` when the rest has no majority that answers, unless `force`.
@@ -196,8 +199,8 @@ impl Admin {
         self.audited(by, act, self.operations.pause(span, &by.name)).await
     }
 
-    /// Ends a pause. While no primary is known, as when the only node that may be one is gone, it ends on this node alone: then
-    /// this node may take over.
+    /// Ends a pause. While no primary is known, as when the only node that may be one is gone, it ends on this node
+    /// alone: then this node may take over.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -222,8 +225,8 @@ impl Admin {
         self.audited(by, act, self.operations.switchover(to, &by.name)).await
     }
 
-    /// The same for who must not wait for the end, as a request that the switchover itself would wait for: returns with the
-    /// checks, and it goes on by itself unless one of them has failed.
+    /// Begins a switchover for a caller that must not wait for its end, such as a request that the switchover itself
+    /// would wait for. Returns with the checks; the switchover goes on by itself unless one of them has failed.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -249,7 +252,7 @@ impl Admin {
         Ok(report)
     }
 
-    /// The same as part of a drill, whose row has it.
+    /// Begins a switchover as part of a drill, whose row covers it.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -282,8 +285,8 @@ impl Admin {
         self.audited(by, Act::new("rotate", "cluster key"), self.operations.rotate_cluster_key(&by.name)).await
     }
 
-    /// Has the members replace the certificate authority; the new one is trusted for so long before it signs. Returns when
-    /// that has begun.
+    /// Has the members replace the certificate authority; the new one is trusted for so long before it signs. Returns
+    /// when that has begun.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -297,8 +300,8 @@ impl Admin {
         self.operations.certificates()
     }
 
-    /// Every Console's certificate is good for these names, too, from now on: each member makes its own anew, and serves it
-    /// at once. Returns the list as it is kept.
+    /// Every Console's certificate is good for these names, too, from now on: each member makes its own anew, and
+    /// serves it at once. Returns the list as it is kept.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -332,8 +335,8 @@ impl Admin {
         self.operations.webhooks()
     }
 
-    /// Sends events there from now on, and nowhere else. A webhook without a secret keeps the one that its name and address
-    /// have, unless that is empty.
+    /// Sends events there from now on, and nowhere else. A webhook without a secret keeps the one that its name and
+    /// address have, unless that is empty.
     ///
     /// # Errors
     /// [`AdminError`].

@@ -1,5 +1,5 @@
-//! Invitations: who may ask to join. Keeps only hashes of secrets; must never let a token through that has expired or is
-//! of another cluster.
+//! Invitations: who may ask to join. Keeps only hashes of secrets; must never let a token through that has expired or
+//! is of another cluster.
 
 use std::{
     net::IpAddr,
@@ -72,8 +72,9 @@ impl Operations {
         Ok(())
     }
 
-    /// Refuses a join token that is not good (any more), and says no more than that to addresses that have tried too many
-    /// of them. A good one is good wherever it comes from: others behind the same address must not keep a host away.
+    /// Refuses a join token that is not good (any more), and says no more than that to addresses that have tried too
+    /// many of them. A good one is good wherever it comes from: others behind the same address must not keep a host
+    /// away.
     ///
     /// # Errors
     /// [`AdminError::Denied`], [`AdminError::TooMany`] or [`AdminError::NotPrimary`].

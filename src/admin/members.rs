@@ -20,7 +20,8 @@ use crate::{
 const PAUSE: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(Pause::LONGEST);
 
 impl Operations {
-    /// Drops a member, by its name, its id or the beginning of its name. Returns what remains to be done about what it knows.
+    /// Drops a member, by its name, its id or the beginning of its name. Returns what remains to be done about what it
+    /// knows.
     ///
     /// # Errors
     /// [`AdminError`]; `Refused` when the rest has no majority that answers, unless `force`.
@@ -64,8 +65,8 @@ impl Operations {
         Ok(until)
     }
 
-    /// Ends a pause. While no primary is known, as when the only node that may be one is gone, it ends on this node alone: then
-    /// this node may take over.
+    /// Ends a pause. While no primary is known, as when the only node that may be one is gone, it ends on this node
+    /// alone: then this node may take over.
     ///
     /// # Errors
     /// [`AdminError`].

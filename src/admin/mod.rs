@@ -1,6 +1,6 @@
-//! Every operation of an administrator, in one place: the Console's API and the control socket both come here, by the one
-//! door [`Admin`], which has each operation audited. Owns the checks before a change and the line in the log after it; who may
-//! ask is up to the callers. Must never change anything when it refuses, and never log a secret.
+//! Every operation of an administrator, in one place: the Console's API and the control socket both come here, by the
+//! one door [`Admin`], which has each operation audited. Owns the checks before a change and the line in the log after
+//! it; who may ask is up to the callers. Must never change anything when it refuses, and never log a secret.
 //!
 //! All but [`Admin::status`], [`Admin::request_state`] and [`Admin::certificates`] work on the PRIMARY only and name it
 //! elsewhere.
@@ -165,7 +165,8 @@ impl Operations {
         Arc::new(old)
     }
 
-    /// The newest membership that this node knows: newer than that of a status, has every change whose outcome is known.
+    /// The newest membership that this node knows: newer than that of a status, has every change whose outcome is
+    /// known.
     fn membership(&self) -> Arc<Membership> {
         self.handle.membership().borrow().clone()
     }
@@ -180,8 +181,8 @@ impl Operations {
         Err(AdminError::NotPrimary { primary: name })
     }
 
-    /// Makes a change. The end of an admission is two changes of raft in a row, and the primary gives members their vote by
-    /// itself: that another change is under way is worth a moment's patience.
+    /// Makes a change. The end of an admission is two changes of raft in a row, and the primary gives members their
+    /// vote by itself: that another change is under way is worth a moment's patience.
     async fn change(&self, change: Change) -> Result<Arc<Membership>, AdminError> {
         let mut result = self.handle.change(change.clone()).await;
         for _ in 0..PATIENCE {

@@ -12,8 +12,8 @@ impl Operations {
         self.membership().shared.webhooks.iter().map(without).collect()
     }
 
-    /// Sends events there from now on, and nowhere else. A webhook without a secret keeps the one that its name and address
-    /// have, unless that is empty.
+    /// Sends events there from now on, and nowhere else. A webhook without a secret keeps the one that its name and
+    /// address have, unless that is empty.
     ///
     /// # Errors
     /// [`AdminError`].

@@ -1,5 +1,6 @@
-//! The beginning of what [`crate::cluster::shared::authority`] describes: a new cluster key, a new certificate authority. What follows goes
-//! on by itself under whoever is primary. Must never let the private key of an authority out of here but in its sealed form.
+//! The beginning of what [`crate::cluster::shared::authority`] describes: a new cluster key, a new certificate
+//! authority. What follows goes on by itself under whoever is primary. Must never let the private key of an authority
+//! out of here but in its sealed form.
 
 use std::{ops::RangeInclusive, time::Duration};
 
@@ -27,8 +28,8 @@ impl Operations {
         Ok(())
     }
 
-    /// Has the members replace the certificate authority; the new one is trusted for so long before it signs. Returns when
-    /// that has begun.
+    /// Has the members replace the certificate authority; the new one is trusted for so long before it signs. Returns
+    /// when that has begun.
     ///
     /// # Errors
     /// [`AdminError`].

@@ -1,5 +1,5 @@
-//! The planned switchover: checks, one by one, then the handover. Must never leave the ports closed when the role stays,
-//! not even when whoever asked has gone away.
+//! The planned switchover: checks, one by one, then the handover. Must never leave the ports closed when the role
+//! stays, not even when whoever asked has gone away.
 
 use std::{
     sync::Arc,
@@ -183,7 +183,8 @@ fn checks(status: &Status, wanted: Option<NodeId>) -> (Vec<Check>, Option<NodeId
     (list, target)
 }
 
-/// The secondary that has the most, by its reports; of equals the first in rank. One with a full disk only if there is no other.
+/// The secondary that has the most, by its reports; of equals the first in rank. One with a full disk only if there is
+/// no other.
 fn furthest(status: &Status) -> Option<NodeId> {
     let able = |member: &&MemberStatus| member.id != status.node && member.voter && member.state == Role::Secondary;
     status.members.iter().filter(able).min_by_key(|member| (member.full, member.lag)).map(|member| member.id)

@@ -1,4 +1,5 @@
-//! The command line of `twistcli ha`: commands, their arguments, and the text of their help. Pure: nothing is carried out here.
+//! The command line of `twistcli ha`: commands, their arguments, and the text of their help. Pure: nothing is carried
+//! out here.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! `twistcli backup`: what is kept of the database, made, checked, fetched and deleted. Each step belongs to the daemon. Must
-//! never overwrite a file of the administrator's.
+//! `twistcli backup`: what is kept of the database, made, checked, fetched and deleted. Each step belongs to the
+//! daemon. Must never overwrite a file of the administrator's.
 
 use std::{
     fs::{self, OpenOptions},

@@ -1,5 +1,5 @@
-//! `twistcli debug bundle`: one archive with what somebody needs who is asked for help. Works when the daemon does not. Must
-//! never take a key, a token, a password or anything of the database along.
+//! `twistcli debug bundle`: one archive with what somebody needs who is asked for help. Works when the daemon does not.
+//! Must never take a key, a token, a password or anything of the database along.
 
 use std::{
     fmt::Write as _,
@@ -170,7 +170,8 @@ fn log(args: &BundleArgs) -> String {
     text.unwrap_or_else(|error| format!("not available: {error}\n"))
 }
 
-/// What a program says, the last bytes of it. One that hangs, as `df` does on a file system that is gone, is left to itself.
+/// What a program says, the last bytes of it. One that hangs, as `df` does on a file system that is gone, is left to
+/// itself.
 fn said(program: &str, arguments: &[&str], limit: Duration) -> io::Result<String> {
     let mut child = Command::new(program)
         .args(arguments)

@@ -1,5 +1,5 @@
-//! The canary of a drill: writes through the Consoles' API with the token of the drill, one after the other, and remembers what
-//! each answer was. Must never count a write as acknowledged that no Console has acknowledged.
+//! The canary of a drill: writes through the Consoles' API with the token of the drill, one after the other, and
+//! remembers what each answer was. Must never count a write as acknowledged that no Console has acknowledged.
 
 use std::{
     collections::BTreeSet,
@@ -18,8 +18,8 @@ use crate::{
     node::Status,
 };
 
-/// A request may take far longer than any write of a cluster that serves. A host that does not answer at all is given up
-/// sooner: another one may serve already.
+/// A request may take far longer than any write of a cluster that serves. A host that does not answer at all is given
+/// up sooner: another one may serve already.
 const LIMITS: Limits = Limits { connect: Duration::from_millis(300), request: Duration::from_secs(2) };
 /// Pause after an attempt that failed, so that refused connections are not tried in a busy loop.
 const PAUSE: Duration = Duration::from_millis(1);

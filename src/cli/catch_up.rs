@@ -1,5 +1,5 @@
-//! Waits until newcomers have caught up, with a progress bar where a person looks. Must never change anything: the members get
-//! their votes by themselves, whether somebody waits or not.
+//! Waits until newcomers have caught up, with a progress bar where a person looks. Must never change anything: the
+//! members get their votes by themselves, whether somebody waits or not.
 
 use std::{
     io::{self, Write},

@@ -1,5 +1,5 @@
-//! `twistcli certs`: the authority that signs the certificates of a cluster, and the certificates of its Consoles. Must never
-//! pass an authority's certificate that came from a stranger off as a good one, or print a private key.
+//! `twistcli certs`: the authority that signs the certificates of a cluster, and the certificates of its Consoles. Must
+//! never pass an authority's certificate that came from a stranger off as a good one, or print a private key.
 
 use std::{
     fs::File,

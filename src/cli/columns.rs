@@ -1,5 +1,5 @@
-//! Tables, colours and JSON on standard output. What came from elsewhere is made harmless: nothing that a terminal would act on
-//! gets through.
+//! Tables, colours and JSON on standard output. What came from elsewhere is made harmless: nothing that a terminal
+//! would act on gets through.
 
 use std::io::{self, IsTerminal, Write};
 

@@ -1,5 +1,5 @@
-//! The conversation with the daemon of this host: what is said when it cannot be reached, refuses, or is not PRIMARY. Must
-//! never ask twice for what changes something.
+//! The conversation with the daemon of this host: what is said when it cannot be reached, refuses, or is not PRIMARY.
+//! Must never ask twice for what changes something.
 
 use std::{io, path::PathBuf, time::Duration};
 
@@ -67,7 +67,7 @@ impl Local {
         control::status(&self.socket, ANSWER_LIMIT).map_err(|error| unanswered(&error))
     }
 
-    /// The same, unless another host is PRIMARY as far as this host knows: then `command` has to be run there.
+    /// The status, unless another host is PRIMARY as far as this host knows: then `command` has to be run there.
     ///
     /// # Errors
     /// When it does not answer, or another host is PRIMARY.

@@ -1,5 +1,6 @@
-//! The two addresses of a cluster behind one door: the control socket of this host's daemon, and the Consoles with a login. Both
-//! speak the same API, so that a command is written once. Must never decide what is permitted: that is up to the daemon.
+//! The two addresses of a cluster behind one door: the control socket of this host's daemon, and the Consoles with a
+//! login. Both speak the same API, so that a command is written once. Must never decide what is permitted: that is up
+//! to the daemon.
 
 use serde::de::{DeserializeOwned, IgnoredAny};
 
@@ -41,7 +42,8 @@ impl Door {
         }
     }
 
-    /// The same as the PRIMARY sees it, as far as it can be known; if it is another host's daemon: where to run `command`.
+    /// The status as the PRIMARY sees it, as far as it can be known. If that is another host's daemon, the error says
+    /// where to run `command`.
     ///
     /// # Errors
     /// When nobody answers, or another host is PRIMARY.

@@ -1,5 +1,6 @@
-//! `twistcli ha drill`: a takeover for practice, measured from outside as a client sees it, with the proof that no acknowledged
-//! write was lost. Must never begin unless all members are healthy, and never kill anything but the daemon of this host.
+//! `twistcli ha drill`: a takeover for practice, measured from outside as a client sees it, with the proof that no
+//! acknowledged write was lost. Must never begin unless all members are healthy, and never kill anything but the daemon
+//! of this host.
 
 use std::{
     fs::{self, OpenOptions},

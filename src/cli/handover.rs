@@ -1,5 +1,5 @@
-//! A switchover by the API, measured from here: the Console is asked all the time whether it is there, until another member
-//! is PRIMARY. Must never begin a second one because the answer to the first got lost.
+//! A switchover by the API, measured from here: the Console is asked all the time whether it is there, until another
+//! member is PRIMARY. Must never begin a second one because the answer to the first got lost.
 
 use std::{
     thread,
@@ -100,7 +100,8 @@ fn watch(door: &Door, remote: &Remote, before: &Status) -> Result<(String, Durat
             if odd || looked.elapsed() > LOOK {
                 let asked = Instant::now();
                 let status = door.status();
-                // It tries again while nobody answers: better a gap that is a little too long than one that was not seen.
+                // It tries again while nobody answers: better a gap that is a little too long than one that was not
+                // seen.
                 gap = gap.max(asked.elapsed());
                 if let Ok(status) = status {
                     if status.node != before.node && status.primary == Some(status.node) {

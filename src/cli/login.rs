@@ -1,5 +1,5 @@
-//! Who asks the API of a cluster, and whom to trust there: from the command line, the environment, or the terminal. Must never
-//! print a password or a token.
+//! Who asks the API of a cluster, and whom to trust there: from the command line, the environment, or the terminal.
+//! Must never print a password or a token.
 
 use std::{io::IsTerminal, path::PathBuf};
 

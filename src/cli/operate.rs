@@ -1,5 +1,5 @@
-//! The commands that change the cluster: what they show before, ask for, and say after. Each one is one operation of the
-//! daemon. Must never decide whether something may be done.
+//! The commands that change the cluster: what they show before, ask for, and say after. Each one is one operation of
+//! the daemon. Must never decide whether something may be done.
 
 use std::{
     fmt::Display,

@@ -1,5 +1,5 @@
-//! What the files of this host tell while its daemon does not answer: what this node went through, and who belonged to the
-//! cluster. Must never show that as if it were so now, and never change or lock a file.
+//! What the files of this host tell while its daemon does not answer: what this node went through, and who belonged to
+//! the cluster. Must never show that as if it were so now, and never change or lock a file.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ const WRITTEN: [&str; 3] = ["", "raft-log", "database"];
 /// Files that are looked at for the last write, in each folder.
 const LOOKED_AT: usize = 1000;
 
-/// See the module.
+/// What the files of a stopped daemon tell.
 #[derive(Debug)]
 pub(super) struct Past {
     /// Name of this host, as its events have it.
@@ -129,7 +129,7 @@ impl Past {
         format!("{}\n{lines}", paint.text("1;33", &columns::harmless(&head)))
     }
 
-    /// The same for programs: nothing in it has the name of a field of a status.
+    /// What the files tell, for programs. Nothing in it has the name of a field of a status.
     pub(super) fn json(&self, now: u64, why: &str) -> Value {
         let members = self.membership.iter().flat_map(|membership| &membership.roster.members);
         json!({

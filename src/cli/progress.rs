@@ -1,4 +1,5 @@
-//! What goes on in the cluster step by step, as lines below the table: an upgrade, a new cluster key, a new authority. Pure.
+//! What goes on in the cluster step by step, as lines below the table: an upgrade, a new cluster key, a new authority.
+//! Pure.
 
 use super::quantity::date;
 use crate::{

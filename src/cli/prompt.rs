@@ -1,5 +1,5 @@
-//! Asks on the terminal for what must not be seen there. Own code, because the crates for it show their question before they
-//! turn the echo off: what is typed in between stands on the screen. Must always give the terminal back as it was.
+//! Asks on the terminal for what must not be seen there. Own code, because the crates for it show their question before
+//! they turn the echo off: what is typed in between stands on the screen. Must always give the terminal back as it was.
 
 use std::{
     fs::{File, OpenOptions},
@@ -34,7 +34,8 @@ pub(super) fn hidden(question: &str) -> Result<String, Stop> {
     }
 }
 
-/// A terminal that shows nothing, and hands over each byte, Ctrl-C too: nothing may end this program before the echo is back.
+/// A terminal that shows nothing, and hands over each byte, Ctrl-C too: nothing may end this program before the echo is
+/// back.
 struct Quiet {
     tty: File,
     before: Termios,

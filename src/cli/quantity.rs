@@ -22,7 +22,7 @@ pub(super) fn date(seconds: u64) -> String {
     known.map_or_else(|| format!("second {seconds}"), |time| time.strftime("%Y-%m-%d %H:%M UTC").to_string())
 }
 
-/// The same to the second, from milliseconds.
+/// A time to the second, from milliseconds since 1970.
 pub(super) fn moment(ms: u64) -> String {
     let known = i64::try_from(ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
     known.map_or_else(|| format!("millisecond {ms}"), |time| time.strftime("%Y-%m-%d %H:%M:%S").to_string())

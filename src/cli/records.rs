@@ -1,5 +1,5 @@
-//! What was written down: `ha events`, `audits` and `logs`. Shows what others said and did, with nothing in it that a terminal
-//! would act on.
+//! What was written down: `ha events`, `audits` and `logs`. Shows what others said and did, with nothing in it that a
+//! terminal would act on.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! The way to a cluster by its Consoles' API. Tries each address until one answers: only the PRIMARY's does. Must never send a
-//! credential to a server whose certificate does not verify, nor repeat a request that changes something and may have arrived.
+//! The way to a cluster by its Consoles' API. Tries each address until one answers: only the PRIMARY's does. Must never
+//! send a credential to a server whose certificate does not verify, nor repeat a request that changes something and may
+//! have arrived.
 
 use std::{
     cell::RefCell,
@@ -27,7 +28,7 @@ use crate::{
 
 /// How long one request may take: longer than the Console gives itself.
 const LIMITS: Limits = Limits { connect: Duration::from_secs(3), request: Duration::from_secs(35) };
-/// The same for a backup.
+/// How long the download of a backup may take.
 const DOWNLOAD: Duration = Duration::from_secs(3600);
 /// For as long as nobody answers: a takeover takes less.
 const PATIENCE: Duration = Duration::from_secs(3);

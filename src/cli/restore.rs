@@ -1,5 +1,5 @@
-//! `twistcli restore`: brings a backup back into the whole cluster, on the host that is PRIMARY. Shows what there is, asks which
-//! one, and says what is lost. Everything else belongs to the daemon.
+//! `twistcli restore`: brings a backup back into the whole cluster, on the host that is PRIMARY. Shows what there is,
+//! asks which one, and says what is lost. Everything else belongs to the daemon.
 
 use std::{
     fs,

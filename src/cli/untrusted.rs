@@ -1,5 +1,5 @@
-//! What to do about a Console whose certificate does not verify, and how its authority's certificate is had the first time.
-//! Must never send a credential: what is fetched here comes from anybody.
+//! What to do about a Console whose certificate does not verify, and how its authority's certificate is had the first
+//! time. Must never send a credential: what is fetched here comes from anybody.
 
 use std::time::Duration;
 

@@ -1,6 +1,7 @@
-//! Places for connections: so many for each server, kept apart from those of all others. When they are short, whoever has not
-//! said anything yet makes room, the oldest of the most crowded network first; some places are always kept for members and for
-//! users who have logged in. Must never let anybody have all of them, and never turn somebody away without a trace.
+//! Places for connections: so many for each server, kept apart from those of all others. When they are short, whoever
+//! has not said anything yet makes room, the oldest of the most crowded network first; some places are always kept for
+//! members and for users who have logged in. Must never let anybody have all of them, and never turn somebody away
+//! without a trace.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, hash_map::Entry},

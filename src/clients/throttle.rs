@@ -1,5 +1,6 @@
-//! Slows down guessing of secrets: by whatever is counted, the wait doubles with each failure. Must never be asked after something
-//! that knows the answer already: whoever is told to wait must not learn from it whether the guess was right.
+//! Slows down guessing of secrets: by whatever is counted, the wait doubles with each failure. Must never be asked
+//! after something that knows the answer already: whoever is told to wait must not learn from it whether the guess was
+//! right.
 
 use std::{
     collections::HashMap,
@@ -12,8 +13,8 @@ use crate::mutex::locked;
 
 /// After this time without a failure all is forgotten.
 pub const FORGET: Duration = Duration::from_secs(600);
-/// Accounts (or addresses) remembered; when full, one with the fewest failures is forgotten, the oldest of them first. So nobody who
-/// makes up names makes the table forget an account that is being guessed at.
+/// Accounts (or addresses) remembered; when full, one with the fewest failures is forgotten, the oldest of them first.
+/// So nobody who makes up names makes the table forget an account that is being guessed at.
 const ACCOUNTS: usize = 1024;
 
 /// How many failures are tolerated.

@@ -1,9 +1,10 @@
 //! Feature levels: what the programs of a cluster can do together. Owns the level of this program and the rule for each
 //! change; must never let an older program serve a cluster whose members rely on what it does not have.
 //!
-//! The level in force is part of the membership ([`Shared::level`](super::shared::Shared::level)). Whoever is primary raises
-//! it when the programs of all members have the next one; it is never lowered. Until then a member may go back to the older
-//! program, afterwards not: it would not understand what the others write, and would forget it as a primary.
+//! The level in force is part of the membership ([`Shared::level`](super::shared::Shared::level)). Whoever is primary
+//! raises it when the programs of all members have the next one; it is never lowered. Until then a member may go back
+//! to the older program, afterwards not: it would not understand what the others write, and would forget it as a
+//! primary.
 //!
 //! | level | what hangs on it |
 //! |---|---|
@@ -11,15 +12,18 @@
 //! | 2 | the cluster key and the certificate authority are replaced ([`super::shared::authority`]); webhooks; names and certificate of the Consoles |
 //! | 3 | no program has it yet: memberships of more than 32 KiB ([`super::limits::LONG_MEMBERSHIPS`]), which a pool needs; a second database |
 //!
-//! A new level is needed for everything that an older program would misread or drop: another field of the membership, another
-//! kind of entry, another purpose of a connection that something hangs on. What is only shown to people needs none.
+//! A new level is needed for everything that an older program would misread or drop: another field of the membership,
+//! another kind of entry, another purpose of a connection that something hangs on. What is only shown to people needs
+//! none.
 //!
-//! A second database is such a thing: a member of today's level takes an entry that names one for that of a newer program. It
-//! applies nothing more then and serves nothing (`storage::databases`). A primary must not write one before its level is in force.
+//! A second database is such a thing: a member of today's level takes an entry that names one for that of a newer
+//! program. It applies nothing more then and serves nothing (`storage::databases`). A primary must not write one before
+//! its level is in force.
 
 /// What this program can do.
 ///
-/// The feature `next-version` exists for the test of a rolling upgrade only, which needs a program that is ahead of this one.
+/// The feature `next-version` exists for the test of a rolling upgrade only, which needs a program that is ahead of
+/// this one.
 pub const FEATURE_LEVEL: u32 = if cfg!(feature = "next-version") { 3 } else { 2 };
 /// Version of this program, as people see it.
 pub const PROGRAM_VERSION: &str = if cfg!(feature = "next-version") {

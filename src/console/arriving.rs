@@ -1,6 +1,6 @@
-//! The body of a request on its way in: all of it must come within a time limit, and what no handler has read of it is read
-//! before the answer leaves. Else a client that sends the head and the body one after the other would find the connection
-//! closed in the middle of its request, instead of the answer. Must never keep more than a piece of it.
+//! The body of a request on its way in: all of it must come within a time limit, and what no handler has read of it is
+//! read before the answer leaves. Else a client that sends the head and the body one after the other would find the
+//! connection closed in the middle of its request, instead of the answer. Must never keep more than a piece of it.
 
 use std::{
     future::poll_fn,
@@ -161,7 +161,7 @@ mod tests {
         Request::builder().header(header::CONTENT_TYPE, "application/json").body(body).unwrap()
     }
 
-    /// The same letter again and again, a piece each 10 ms.
+    /// One letter again and again, a piece each 10 ms.
     fn drip(pieces: usize) -> Body {
         let clock = stream::unfold(interval(Duration::from_millis(10)), async |mut clock| {
             clock.tick().await;

@@ -1,5 +1,5 @@
-//! The table of the audit: what is written into it, and its bounds. Must never hold a secret: what is recorded is what a reader
-//! of the table may see.
+//! The table of the audit: what is written into it, and its bounds. Must never hold a secret: what is recorded is what
+//! a reader of the table may see.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -68,8 +68,8 @@ pub(super) async fn note_refusal(
     writing.commit().await
 }
 
-/// Records a login that was computed and is no other write: one that failed, or by Basic. If it cannot be written (the disk
-/// is full), the login counts all the same: reads must go on then.
+/// Records a login that was computed and is no other write: one that failed, or by Basic. If it cannot be written (the
+/// disk is full), the login counts all the same: reads must go on then.
 pub(super) async fn note_login(store: &Store, name: &str, from: IpAddr, ok: bool) {
     let written = async {
         let mut writing = store.begin().await?;
@@ -83,8 +83,8 @@ pub(super) async fn note_login(store: &Store, name: &str, from: IpAddr, ok: bool
     }
 }
 
-/// Tells what the last logins were, before this primary is asked for the first time. The clocks of two hosts differ: what seems
-/// to be of tomorrow counts as of now.
+/// Tells what the last logins were, before this primary is asked for the first time. The clocks of two hosts differ:
+/// what seems to be of tomorrow counts as of now.
 pub(super) async fn recall_logins(store: &Store, logins: &Logins) {
     let rows = async {
         let mut reading = store.read().await?;

@@ -1,7 +1,7 @@
 //! Who sends a request: a bearer token, the page's cookie, or Basic. Must never keep a token or a password in clear.
 //!
-//! A token is random, of 256 bits: nobody guesses one, so that who holds one is never slowed down. A password is what is guessed
-//! at: see [`super::logins`].
+//! A token is random, of 256 bits: nobody guesses one, so that who holds one is never slowed down. A password is what
+//! is guessed at: see [`super::logins`].
 
 use std::net::IpAddr;
 
@@ -44,7 +44,7 @@ pub(super) async fn verify(console: &Console, login: Login, from: IpAddr) -> Res
     verify_noting(console, login, from).await.map(|(verified, _)| verified)
 }
 
-/// The same; true if it was computed and not remembered.
+/// Verifies a login; true if the hash was computed and not remembered.
 async fn verify_noting(console: &Console, login: Login, from: IpAddr) -> Result<(Verified, bool), ApiError> {
     let name = login.username.clone();
     if name.len() > LONGEST || login.password.len() > LONGEST {

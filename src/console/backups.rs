@@ -1,5 +1,6 @@
-//! `backups` and `settings/backup`: the list has those of all members, all else is for those of the PRIMARY's host. Every check of a name and every step belongs to
-//! [`crate::backup`]. A restore replaces the Console's own database: whoever asked learns of its end after the next login.
+//! `backups` and `settings/backup`: the list has those of all members, all else is for those of the PRIMARY's host.
+//! Every check of a name and every step belongs to [`crate::backup`]. A restore replaces the Console's own database:
+//! whoever asked learns of its end after the next login.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -40,7 +41,8 @@ struct Patience {
 struct Confirmed {
     /// The id of the backup once more.
     confirm: String,
-    /// It may be one that is not encrypted although the PRIMARY has a key: whoever can write to its folder may have made it.
+    /// It may be one that is not encrypted although the PRIMARY has a key: whoever can write to its folder may have
+    /// made it.
     #[serde(default)]
     unencrypted: bool,
 }

@@ -1,5 +1,6 @@
-//! The clock that sessions count by. It goes on evenly when the host's clock is set: then the sessions are moved with it, so
-//! that none ends early or lasts longer. Must never be used for what people read: audit rows have the time of day.
+//! The clock that sessions count by. It goes on evenly when the host's clock is set: then the sessions are moved with
+//! it, so that none ends early or lasts longer. Must never be used for what people read: audit rows have the time of
+//! day.
 
 use std::time::Duration;
 
@@ -39,7 +40,8 @@ impl Clock {
         Self { ahead: RwLock::new(unix_time() - boottime_seconds()) }
     }
 
-    /// Holds the clock. Whoever holds it must not wait for the writer's connection: [`Self::set`] has that when it waits for the clock.
+    /// Holds the clock. Whoever holds it must not wait for the writer's connection: [`Self::set`] has that when it
+    /// waits for the clock.
     pub(super) async fn hold(&self) -> Time<'_> {
         Time(self.ahead.read().await)
     }

@@ -1,5 +1,5 @@
-//! `high-availability`: the cluster's status, and what an administrator does to it; and the two resources by which a host
-//! that is no member asks to become one. Owns the roles and the HTTP side; what is done is up to [`crate::admin`].
+//! `high-availability`: the cluster's status, and what an administrator does to it; and the two resources by which a
+//! host that is no member asks to become one. Owns the roles and the HTTP side; what is done is up to [`crate::admin`].
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -147,7 +147,7 @@ pub(super) async fn status(State(console): State<Arc<Console>>, _: User) -> Resu
     })
 }
 
-/// The same on the control socket, where the picture says so if it is old.
+/// The status on the control socket, where the picture says so if it is old.
 async fn own_status(State(services): State<Services>) -> Json<Status> {
     public(&services.admin.status())
 }
@@ -278,9 +278,9 @@ struct Failed {
     report: SwitchoverReport,
 }
 
-/// `POST high-availability/switchover`: 202 with the checks, and the switchover begins right after: this node's ports close,
-/// and the connection may end before or after the answer has come. 409 if a check fails. With `dryRun` 200 with the checks,
-/// and nothing else.
+/// `POST high-availability/switchover`: 202 with the checks, and the switchover begins right after: this node's ports
+/// close, and the connection may end before or after the answer has come. 409 if a check fails. With `dryRun` 200 with
+/// the checks, and nothing else.
 pub(super) async fn switchover(
     State(services): State<Services>,
     user: User,
@@ -299,8 +299,8 @@ pub(super) async fn switchover(
     Ok((StatusCode::ACCEPTED, Json(report)).into_response())
 }
 
-/// The same on the control socket: 200 with the checks and the gap when it is over, since the request is none of those that the
-/// switchover waits for.
+/// A switchover on the control socket: answers 200 with the checks and the gap when it is over. The switchover does not
+/// wait for this request.
 async fn switchover_to_its_end(
     State(services): State<Services>,
     user: User,
@@ -316,7 +316,7 @@ async fn switchover_to_its_end(
 pub struct Pause {
     /// From now on.
     pub minutes: Option<u32>,
-    /// The same, finer: one of the two.
+    /// From now on, in seconds: one of the two.
     pub seconds: Option<u32>,
 }
 

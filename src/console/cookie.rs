@@ -1,5 +1,6 @@
-//! The page's session: a cookie that scripts cannot read, and the checks that a request with it was made by the page and
-//! not by another site on behalf of the user. Must never accept the cookie alone for anything that changes something.
+//! The page's session: a cookie that scripts cannot read, and the checks that a request with it was made by the page
+//! and not by another site on behalf of the user. Must never accept the cookie alone for anything that changes
+//! something.
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri, header, uri::Scheme};
 

@@ -1,6 +1,6 @@
-//! `high-availability/drill`: a takeover for practice, as `twistcli ha drill` runs it. One row of the audit is all of it: its
-//! writes, its takeover and its end are asked for with the drill's own token, which is good for nothing else. Must never let
-//! anybody write by it what is not a drill's.
+//! `high-availability/drill`: a takeover for practice, as `twistcli ha drill` runs it. One row of the audit is all of
+//! it: its writes, its takeover and its end are asked for with the drill's own token, which is good for nothing else.
+//! Must never let anybody write by it what is not a drill's.
 
 use std::sync::Arc;
 
@@ -98,7 +98,7 @@ pub(super) struct Begun {
 pub(super) struct Upshot {
     /// Another member took over, and every acknowledged write is there.
     ok: bool,
-    /// The same for people.
+    /// The outcome, for people.
     text: String,
 }
 

@@ -1,5 +1,5 @@
-//! The one check that stands before every handler, and what is written down of those who were refused. Must never leave a check
-//! to a handler: what a route needs is said in its entry of the table, and nowhere else.
+//! The one check that stands before every handler, and what is written down of those who were refused. Must never leave
+//! a check to a handler: what a route needs is said in its entry of the table, and nowhere else.
 
 use std::{
     sync::{Arc, Mutex},

@@ -1,5 +1,5 @@
-//! `high-availability/events`: the history of the cluster in the replicated database. Writes what this PRIMARY records, and
-//! lets it be read. Must never hold up the opening of the ports or what it records.
+//! `high-availability/events`: the history of the cluster in the replicated database. Writes what this PRIMARY records,
+//! and lets it be read. Must never hold up the opening of the ports or what it records.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,8 +17,8 @@ use crate::events::{self, Event, Recorder, Wanted};
 
 /// Events that are kept; the oldest go first.
 const KEPT: i64 = 10_000;
-/// Time from an event to its writing. While all three nodes are stopped one after the other, the last one would otherwise write
-/// that the others are gone, and leave a transaction behind that nobody acknowledges any more.
+/// Time from an event to its writing. While all three nodes are stopped one after the other, the last one would
+/// otherwise write that the others are gone, and leave a transaction behind that nobody acknowledges any more.
 const SETTLE: Duration = Duration::from_secs(1);
 /// Pause after a failed write.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -35,8 +35,8 @@ pub(super) fn routes() -> Vec<Entry> {
     ]
 }
 
-/// Writes events into the history until the Console is closed. What could not be written by then stays with the recorder, and
-/// is written when this node is PRIMARY again.
+/// Writes events into the history until the Console is closed. What could not be written by then stays with the
+/// recorder, and is written when this node is PRIMARY again.
 pub(super) async fn keep(store: Store, recorder: Recorder) {
     let write = async {
         loop {
@@ -89,7 +89,7 @@ async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted
     Ok(Paged { rows: rows.iter().filter_map(|text| serde_json::from_str(text).ok()).collect(), total })
 }
 
-/// The same on the control socket: what happened to this node, from its own file.
+/// Events on the control socket: what happened to this node, from its own file.
 async fn of_this_host(
     State(services): State<Services>,
     Search(wanted): Search<Wanted>,

@@ -16,7 +16,8 @@ const PAGE: (u32, u32) = (50, 1000);
 /// How long the whole list is.
 pub(super) const TOTAL: HeaderName = HeaderName::from_static("x-total-count");
 
-/// Which part of a list is wanted. A query with more fields has these two itself, since a flattened one reads no numbers.
+/// Which part of a list is wanted. A query with more fields has these two itself, since a flattened one reads no
+/// numbers.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
 pub(super) struct Page {
     /// At most so many rows, 50 if not given.
@@ -76,7 +77,7 @@ fn without_values(refusal: &str) -> String {
     text + rest
 }
 
-/// The same where a body may be missing or `null`.
+/// A JSON body that may be missing or `null`.
 #[derive(Debug)]
 pub(super) struct OptionalBody<T>(pub(super) Option<T>);
 

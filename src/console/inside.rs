@@ -1,6 +1,7 @@
-//! The Console for the rest of this process, while it is open: its table of audits for the operations of an administrator. Must
-//! never keep a Console or its database alive, and never lose what was done: what cannot be written into the table now is kept
-//! here until this node or another one is PRIMARY and takes it; this node's `events.jsonl` has it at once.
+//! The Console for the rest of this process, while it is open: its table of audits for the operations of an
+//! administrator. Must never keep a Console or its database alive, and never lose what was done: what cannot be written
+//! into the table now is kept here until this node or another one is PRIMARY and takes it; this node's `events.jsonl`
+//! has it at once.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -48,7 +49,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_secs(2);
 const LONG_PAUSE: Duration = Duration::from_secs(30);
 
-/// See the module. Clones are handles of the same.
+/// The Console's way for what happens inside the daemon. Clones are handles of the same.
 #[derive(Clone)]
 pub struct Inside(Arc<Shared>);
 
@@ -213,7 +214,8 @@ impl Inside {
         if taken == 0 { Err("the PRIMARY took nothing".to_owned()) } else { Ok(()) }
     }
 
-    /// Writes the rows of another member, which has proven that it is `member`. Returns how many of them it need not keep.
+    /// Writes the rows of another member, which has proven that it is `member`. Returns how many of them it need not
+    /// keep.
     ///
     /// # Errors
     /// A sentence when there is no Console here, or not even the first row could be written.

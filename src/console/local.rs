@@ -1,6 +1,6 @@
-//! The routes of the control socket, of the same table as those of the ports: who is at the other end may do everything, and
-//! needs no login. Every member answers what needs only the node, whatever its role; for the rest the Console that is open here
-//! is asked. Must never be served on a port.
+//! The routes of the control socket, of the same table as those of the ports: who is at the other end may do
+//! everything, and needs no login. Every member answers what needs only the node, whatever its role; for the rest the
+//! Console that is open here is asked. Must never be served on a port.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},

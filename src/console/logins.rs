@@ -1,6 +1,6 @@
-//! Whether a name and a password are right. Whoever guesses is slowed down before anything is asked that knows the answer: what
-//! was right lately is remembered, else each request would cost a password hash, and a guess must not learn of it. Must never
-//! keep a password in clear, nor let a stranger who guesses keep somebody out.
+//! Whether a name and a password are right. Whoever guesses is slowed down before anything is asked that knows the
+//! answer: what was right lately is remembered, else each request would cost a password hash, and a guess must not
+//! learn of it. Must never keep a password in clear, nor let a stranger who guesses keep somebody out.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,7 +27,8 @@ const CACHE_LIFE: Duration = Duration::from_secs(60);
 const CACHE_SIZE: usize = 1024;
 /// Wrong passwords for one account from one address.
 const ACCOUNT: Limits = Limits { free: 5, longest: Duration::from_secs(30) };
-/// The same from all addresses together: wide and short, since whoever knows a name could keep its owner out by it.
+/// Wrong passwords for one account from all addresses together: wide and short, since whoever knows a name could keep
+/// its owner out by it.
 const NAME: Limits = Limits { free: 50, longest: Duration::from_secs(1) };
 /// Wrong passwords from one address: wide, because all clients behind a load balancer come from the same one.
 const ADDRESS: Limits = Limits { free: 50, longest: Duration::from_secs(2) };
@@ -125,8 +126,8 @@ impl Logins {
         tag
     }
 
-    /// What another primary has seen of this login so long ago: who guesses gains nothing by a takeover, and who has logged in
-    /// from somewhere is known there.
+    /// What another primary has seen of this login so long ago: who guesses gains nothing by a takeover, and who has
+    /// logged in from somewhere is known there.
     pub(super) fn recall(&self, name: &str, from: IpAddr, right: bool, age: Duration) {
         let account = (name.to_owned(), network(from));
         if right {
@@ -151,8 +152,8 @@ impl Logins {
         all.max(self.accounts.wait(account, now)).max(self.addresses.wait(from, now))
     }
 
-    /// The one order of things: may this one try at all, is the answer known, is it on its way; else it is an attempt, which is
-    /// counted before it waits for its turn.
+    /// The one order of things: may this one try at all, is the answer known, is it on its way; else it is an attempt,
+    /// which is counted before it waits for its turn.
     fn begin(&self, account: &Account, tag: Tag, now: Instant) -> Result<Begun<'_>, Duration> {
         let mut memory = self.memory();
         let known = memory.known.contains(account);
@@ -267,8 +268,8 @@ mod tests {
         assert_eq!(logins.memory().verified.len(), CACHE_SIZE);
     }
 
-    /// Somebody else's guesses, as many as are borne from there: who knows the password waits for a second at most, and not at all
-    /// where he has logged in before.
+    /// Somebody else's guesses, as many as are borne from there: who knows the password waits for a second at most, and
+    /// not at all where he has logged in before.
     #[test]
     fn a_stranger_who_guesses_keeps_nobody_out() {
         let logins = Logins::new().unwrap();
@@ -287,7 +288,8 @@ mod tests {
         assert!(guesses < 300, "{guesses} guesses in two minutes from 20 networks");
         assert!(logins.wait(&at(0), false, now) > NAME.longest);
         attempt(&logins, &at(200), guesses, now + NAME.longest).unwrap();
-        // One host of IPv6 has as many addresses as it likes, and a site has many networks: the name is what counts then.
+        // One host of IPv6 has as many addresses as it likes, and a site has many networks: the name is what counts
+        // then.
         let sites = |number: u16| IpAddr::from([0x2001, 0xdb8, 1, number, 0, 0, 0, 1]);
         let tried = (0..500)
             .filter(|n| attempt(&logins, &("other".into(), network(sites(*n))), 1000 + *n as usize, now).is_ok());

@@ -1,5 +1,5 @@
-//! `settings/notifications`: where events are sent; and the test of it. And `/metrics`, for those who rather fetch. Must never
-//! give a secret back.
+//! `settings/notifications`: where events are sent; and the test of it. And `/metrics`, for those who rather fetch.
+//! Must never give a secret back.
 
 use std::sync::Arc;
 
@@ -125,8 +125,8 @@ async fn send_test(State(services): State<Services>, user: User) -> Result<Json<
     Ok(Json(services.admin.test_notifications(&user.actor(), services.notifier.test()).await))
 }
 
-/// `GET /metrics`: the health port without a token shows them to whoever reaches it, which an administrator has decided; the
-/// Console's port is open to more people.
+/// `GET /metrics`: the health port without a token shows them to whoever reaches it, which an administrator has
+/// decided; the Console's port is open to more people.
 async fn metrics(
     State(console): State<Arc<Console>>,
     source: Source,
@@ -146,7 +146,7 @@ async fn metrics(
     }
 }
 
-/// The same on the control socket.
+/// The metrics on the control socket.
 async fn own_metrics(State(services): State<Services>) -> Response {
     services.metrics.shown()
 }

@@ -1,4 +1,5 @@
-//! Passwords: what a new one must be like, and their hashes: argon2id with random salts, a bounded number at once, never on a thread that serves requests.
+//! Passwords: what a new one must be like, and their hashes: argon2id with random salts, a bounded number at once,
+//! never on a thread that serves requests.
 
 use std::{
     collections::HashSet,
@@ -149,7 +150,8 @@ fn belongs(memory: &mut Memory, password: &str, stored: &str) -> password_hash::
     Ok(Output::new(&out)? == *hash)
 }
 
-/// Gives a hash to one of the threads for it, which live as long as the process: they have its memory and their own priority.
+/// Gives a hash to one of the threads for it, which live as long as the process: they have its memory and their own
+/// priority.
 fn hand_over(job: Job) -> io::Result<()> {
     static THREADS: Mutex<Option<mpsc::SyncSender<Job>>> = Mutex::new(None);
     let mut threads = locked(&THREADS);

@@ -1,5 +1,5 @@
-//! What a new host downloads: the join script, the programs, the CA certificate. Open to those who log in and to those who
-//! have a join token; the certificate to everybody. Must never read a program into memory as a whole.
+//! What a new host downloads: the join script, the programs, the CA certificate. Open to those who log in and to those
+//! who have a join token; the certificate to everybody. Must never read a program into memory as a whole.
 
 use std::{
     fs::File,
@@ -162,7 +162,7 @@ pub(super) async fn line(
     own_line(State(console.services()?.clone()), user, wish).await
 }
 
-/// The same on the control socket, where no page comes from.
+/// The join line on the control socket, which serves no page.
 async fn own_line(
     State(services): State<Services>,
     user: User,
@@ -259,8 +259,8 @@ pub(super) fn body(file: File, length: u64, slot: OwnedSemaphorePermit) -> axum:
     axum::body::Body::new(Download { pieces, left: length })
 }
 
-/// Reads until the end, an error, or the client is gone or too slow: then its body ends too early, and its connection with
-/// it. On a thread of the runtime that may wait.
+/// Reads until the end, an error, or the client is gone or too slow: then its body ends too early, and its connection
+/// with it. On a thread of the runtime that may wait.
 fn read_pieces(mut file: File, length: u64, sender: &mpsc::Sender<io::Result<Bytes>>, limit: Duration) {
     let runtime = Handle::current();
     let mut left = length;

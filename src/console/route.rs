@@ -46,12 +46,13 @@ impl Access {
 pub(super) enum Trace {
     /// They change nothing.
     Reads,
-    /// The handler writes a row in the transaction of its change; of what was refused the check writes one: what was to be
-    /// done, and to what.
+    /// The handler writes a row in the transaction of its change; of what was refused the check writes one: what was to
+    /// be done, and to what.
     Own(&'static str, &'static str),
     /// The operation behind it writes what becomes of it; of those who may not begin it the check writes a row.
     Operation(&'static str, &'static str),
-    /// Logins and sessions, and what is part of something that has its row: the handler says what of it is written down.
+    /// Logins and sessions, and what is part of something that has its row: the handler says what of it is written
+    /// down.
     Handler,
 }
 
@@ -132,7 +133,7 @@ where
     entry(method, path, access, summary, work)
 }
 
-/// The same for what needs only the node: on the control socket every member answers, whatever its role.
+/// A route that needs only the node: on the control socket every member answers, whatever its role.
 pub(super) fn node<H, T>(method: Method, path: &'static str, access: Access, summary: &'static str, handler: H) -> Entry
 where
     H: Handler<T, Services>,
@@ -192,7 +193,7 @@ impl Entry {
         Self { body: Some((schema_of::<T>, true)), ..self }
     }
 
-    /// The same where it may be missing.
+    /// The type of the body, which may be missing.
     pub(super) fn optional_body<T: JsonSchema>(self) -> Self {
         Self { body: Some((schema_of::<T>, false)), ..self }
     }

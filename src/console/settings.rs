@@ -38,8 +38,8 @@ pub(super) fn routes() -> Vec<Entry> {
     ]
 }
 
-/// How one logs in, and for how long. What a body leaves out gets its default; what is unknown is passed over, because a
-/// newer version may have stored it.
+/// How one logs in, and for how long. What a body leaves out gets its default; what is unknown is passed over, because
+/// a newer version may have stored it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Logon {
@@ -73,7 +73,7 @@ impl Logon {
         Ok(writing.setting(LOGON).await?.unwrap_or_default())
     }
 
-    /// The same outside a transaction.
+    /// Reads the settings outside a transaction.
     pub(super) async fn read(console: &Console) -> Result<Self, StoreError> {
         Ok(console.store.setting(LOGON).await?.unwrap_or_default())
     }

@@ -98,7 +98,8 @@ impl StoreError {
 }
 
 /// False if a transaction is still open on the writer's connection, as sqlx sees it: after a COMMIT that failed, SQLite
-/// has none any more, its ROLLBACK fails, and sqlx would refuse every later transaction. The pool then opens another one.
+/// has none any more, its ROLLBACK fails, and sqlx would refuse every later transaction. The pool then opens another
+/// one.
 async fn is_usable(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
     if connection.is_in_transaction() {
         // Behind it in the queue of the connection's thread: a rollback on its way is done then.

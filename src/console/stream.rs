@@ -1,5 +1,5 @@
-//! `GET high-availability/stream`: the status as server-sent events, for the page. Bounded in number, pace and time; must
-//! never keep the ports from closing.
+//! `GET high-availability/stream`: the status as server-sent events, for the page. Bounded in number, pace and time;
+//! must never keep the ports from closing.
 //!
 //! Events: `status` with the JSON of `GET high-availability`, `history` when something was added to `GET
 //! high-availability/events`, and `end` before the stream ends in order, with the reason

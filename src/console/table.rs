@@ -1,5 +1,5 @@
-//! The table of all routes. The router, the check of roles and the OpenAPI document are made from it, so that none of them can
-//! forget a route. Handlers belong to their resource's file.
+//! The table of all routes. The router, the check of roles and the OpenAPI document are made from it, so that none of
+//! them can forget a route. Handlers belong to their resource's file.
 
 use std::sync::Arc;
 

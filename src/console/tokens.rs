@@ -1,5 +1,5 @@
-//! The tokens of sessions: made, found and ended, in the replicated database, so that nobody is logged out when the primary role
-//! moves. Must never store a token: only its digest.
+//! The tokens of sessions: made, found and ended, in the replicated database, so that nobody is logged out when the
+//! primary role moves. Must never store a token: only its digest.
 
 use std::net::IpAddr;
 
@@ -18,8 +18,8 @@ use super::{
 };
 use crate::cluster::validity::{self, in_force};
 
-/// Seconds that a renewed token is still good: the answer with the new one may be lost in a takeover, and the requests that
-/// are under way carry the old one.
+/// Seconds that a renewed token is still good: the answer with the new one may be lost in a takeover, and the requests
+/// that are under way carry the old one.
 pub(super) const GRACE: i64 = 30;
 pub(super) const INVALID: ApiError = ApiError::Unauthorized("the token is not valid or has expired");
 
@@ -62,8 +62,8 @@ fn is_in_force(began: i64, expires: i64, now: i64) -> bool {
     in_force(began, expires, now)
 }
 
-/// Makes a token for a new session, or for the one that it `renews`. The user's oldest sessions end if there are too many; the one
-/// that is renewed does not count, and has its [`GRACE`].
+/// Makes a token for a new session, or for the one that it `renews`. The user's oldest sessions end if there are too
+/// many; the one that is renewed does not count, and has its [`GRACE`].
 pub(super) async fn issue(
     console: &Console,
     writing: &mut Writing,

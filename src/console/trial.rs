@@ -1,5 +1,5 @@
-//! A Console over a plain database file, without TLS, supervisor and cluster: for the unit tests of resources. What needs
-//! the real thing is tested in tests/console.
+//! A Console over a plain database file, without TLS, supervisor and cluster: for the unit tests of resources. What
+//! needs the real thing is tested in tests/console.
 
 use std::{net::SocketAddr, sync::Arc};
 

@@ -1,5 +1,5 @@
-//! The web page: hand-written files, embedded. Owns their addresses, types and the policy under which browsers run them; must
-//! never put anything into them: what they show comes from the API, and is set as text.
+//! The web page: hand-written files, embedded. Owns their addresses, types and the policy under which browsers run
+//! them; must never put anything into them: what they show comes from the API, and is set as text.
 
 use std::sync::LazyLock;
 
@@ -17,8 +17,8 @@ use super::{
     route::{Access, Entry, route},
 };
 
-/// Nothing but the files below, run and shown from nowhere else, in no frame. Not even a mistake in them turns text into
-/// a script: `require-trusted-types-for` takes away every way to do so.
+/// Nothing but the files below, run and shown from nowhere else, in no frame. Not even a mistake in them turns text
+/// into a script: `require-trusted-types-for` takes away every way to do so.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
                       form-action 'none'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
                       trusted-types 'none'";

@@ -1,4 +1,5 @@
-//! Who sends a request: the user, his role and session, and where he is. Must never find that out itself: see [`super::auth`].
+//! Who sends a request: the user, his role and session, and where he is. Must never find that out itself: see
+//! [`super::auth`].
 
 use std::net::{IpAddr, SocketAddr};
 

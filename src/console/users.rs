@@ -1,4 +1,5 @@
-//! `users`, and `settings/initialized` and `signup`: who may log in. There is always an Administrator, once there was one.
+//! `users`, and `settings/initialized` and `signup`: who may log in. There is always an Administrator, once there was
+//! one.
 
 use std::sync::Arc;
 

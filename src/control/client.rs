@@ -1,5 +1,5 @@
-//! The client's side of the control socket: blocking, bounded in time and bytes. Must never retry: the caller knows what
-//! an unanswered request means.
+//! The client's side of the control socket: blocking, bounded in time and bytes. Must never retry: the caller knows
+//! what an unanswered request means.
 
 use std::{
     fmt,
@@ -158,7 +158,8 @@ impl Answer {
 /// Asks the daemon behind `path` one thing and waits for the answer, `limit` at most.
 ///
 /// # Errors
-/// All of [`ControlError`] but a refusal, which is an answer here. After [`ControlError::NoAnswer`] it may have been done.
+/// All of [`ControlError`] but a refusal, which is an answer here. After [`ControlError::NoAnswer`] it may have been
+/// done.
 pub fn send(path: &Path, call: &Call, limit: Duration) -> Result<Answer, ControlError> {
     check_path(path).map_err(|error| ControlError::Path(error.to_string()))?;
     let unreachable = |error| ControlError::Unreachable { path: path.to_owned(), error };
@@ -173,7 +174,7 @@ pub fn send(path: &Path, call: &Call, limit: Duration) -> Result<Answer, Control
     Ok(Answer { status: response.status(), text })
 }
 
-/// The same where only a success will do. An answer without a body is `null`.
+/// Sends a request that must succeed. An answer without a body is `null`.
 ///
 /// # Errors
 /// [`ControlError`].

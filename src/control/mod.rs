@@ -1,6 +1,7 @@
-//! The local administration socket: a Unix stream socket that speaks the HTTP API of the Console. Owns its limits, the server
-//! side in the daemon and the blocking client. Must never decide anything: what a request means is up to the [`Routes`], and who
-//! may ask is up to the file permissions (owner only). Whom the kernel names at the other end is who acts, for the audit.
+//! The local administration socket: a Unix stream socket that speaks the HTTP API of the Console. Owns its limits, the
+//! server side in the daemon and the blocking client. Must never decide anything: what a request means is up to the
+//! [`Routes`], and who may ask is up to the file permissions (owner only). Whom the kernel names at the other end is
+//! who acts, for the audit.
 
 mod client;
 mod server;

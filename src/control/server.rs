@@ -1,5 +1,5 @@
-//! The daemon's side of the control socket: accepts, and speaks HTTP. Bounded in clients, bytes and time. Must never interpret
-//! an operation, nor cut one off.
+//! The daemon's side of the control socket: accepts, and speaks HTTP. Bounded in clients, bytes and time. Must never
+//! interpret an operation, nor cut one off.
 
 use std::{
     fs,
@@ -44,11 +44,11 @@ use crate::descriptors;
 /// What is served. Each request has the [`Peer`] among its extensions.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
-    /// What is answered on the thread of the socket, and must never wait: whoever looks has an answer while everything else
-    /// waits for the disk.
+    /// What is answered on the thread of the socket, and must never wait: whoever looks has an answer while everything
+    /// else waits for the disk.
     pub at_once: Router,
-    /// What may take its time: carried out on the daemon's runtime, to its end, whether the client waits or not. Its fallback
-    /// answers what is nowhere.
+    /// What may take its time: carried out on the daemon's runtime, to its end, whether the client waits or not. Its
+    /// fallback answers what is nowhere.
     pub operations: Router,
 }
 
@@ -85,8 +85,8 @@ impl ControlSocket {
         Ok(Self { path: path.to_owned(), listener: socket.into() })
     }
 
-    /// Serves on a thread of its own until `stopped` says so: whoever asks for the status has it while everything else here
-    /// waits for the disk. Must be called inside a tokio runtime, which carries out the operations.
+    /// Serves on a thread of its own until `stopped` says so: whoever asks for the status has it while everything else
+    /// here waits for the disk. Must be called inside a tokio runtime, which carries out the operations.
     ///
     /// # Errors
     /// When the system has no thread for it.
@@ -109,7 +109,7 @@ impl ControlSocket {
         self.serve_with(routes, Handle::current(), shutdown).await
     }
 
-    /// The same with operations that are carried out by `workers`.
+    /// Serves; `workers` carry out the operations.
     async fn serve_with(
         self,
         routes: Routes,

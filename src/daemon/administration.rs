@@ -1,5 +1,5 @@
-//! The parts of a node that administrators and other members ask, made of its configuration. Must never decide what may be done:
-//! that is up to [`Admin`] and [`Backups`].
+//! The parts of a node that administrators and other members ask, made of its configuration. Must never decide what may
+//! be done: that is up to [`Admin`] and [`Backups`].
 
 use std::{path::PathBuf, sync::Arc};
 

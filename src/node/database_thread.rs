@@ -1,7 +1,7 @@
-//! The loop's side of the database thread, which brings the databases in line with what the consensus loop wants of them.
-//! Level-triggered: the loop sets a goal, the thread compares it with where it is, and takes the next step (`next`). What others
-//! ask of the thread, and what its helpers answer, waits in one mailbox. The loop never touches the disk for the database, and
-//! must never wait for the thread but at the end.
+//! The loop's side of the database thread, which brings the databases in line with what the consensus loop wants of
+//! them. Level-triggered: the loop sets a goal, the thread compares it with where it is, and takes the next step
+//! (`next`). What others ask of the thread, and what its helpers answer, waits in one mailbox. The loop never touches
+//! the disk for the database, and must never wait for the thread but at the end.
 
 mod checkpoints;
 mod copies;
@@ -97,7 +97,8 @@ struct Shared {
     appended: AtomicU64,
     /// Parts of the transaction that is being written just now, all of them at once.
     finishing: AtomicU64,
-    /// Since when the database has something that its checkpoint lacks, on the clock of [`boottime`]; 0: it has nothing.
+    /// Since when the database has something that its checkpoint lacks, on the clock of [`boottime`]; 0: it has
+    /// nothing.
     unsaved: AtomicU64,
     /// Bytes of the database.
     bytes: AtomicU64,
@@ -158,8 +159,8 @@ impl Handle {
         self.shared.applied.load(Ordering::Relaxed)
     }
 
-    /// Everything up to here may be applied. The thread is woken by the next [`Handle::nudge`], promotion or demotion: a
-    /// wake-up for each commit would take the processor from the commit behind it.
+    /// Everything up to here may be applied. The thread is woken by the next [`Handle::nudge`], promotion or demotion:
+    /// a wake-up for each commit would take the processor from the commit behind it.
     pub fn apply(&self, index: u64) {
         let goal = &mut self.shared.lock().goal;
         goal.applied = goal.applied.max(index);
@@ -192,8 +193,8 @@ impl Handle {
         self.shared.lock().goal.applied.saturating_sub(self.applied())
     }
 
-    /// Entries that have to be written yet before another node could begin here: those of [`Self::lag`], and the parts of a long
-    /// transaction, which count as applied until its last part has them written at once.
+    /// Entries that have to be written yet before another node could begin here: those of [`Self::lag`], and the parts
+    /// of a long transaction, which count as applied until its last part has them written at once.
     pub fn pending_work(&self) -> u64 {
         self.lag() + PART_WEIGHT * self.shared.finishing.load(Ordering::Relaxed)
     }

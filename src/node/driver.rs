@@ -1,5 +1,5 @@
-//! The one loop: inputs -> cluster -> persist -> send -> apply -> status, on an OS thread of its own. Owns the links and
-//! the order of effects. Must never wait for anything but its own poll: disk and database have their own threads.
+//! The one loop: inputs -> cluster -> persist -> send -> apply -> status, on an OS thread of its own. Owns the links
+//! and the order of effects. Must never wait for anything but its own poll: disk and database have their own threads.
 
 mod bad_disk;
 mod configure;
@@ -266,8 +266,8 @@ impl Driver {
         true
     }
 
-    /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done; one with a
-    /// full disk, or one that does not work, could not write.
+    /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done; one with
+    /// a full disk, or one that does not work, could not write.
     fn prefer_others_while_unfit(&mut self) {
         let unfit_now =
             self.lane.thread.pending_work() > MUCH_BEHIND || self.host.space.is_full() || self.host.disk.is_bad();
@@ -309,7 +309,8 @@ impl Driver {
         deadline.map_or(until_tick, |deadline| until_tick.min(deadline))
     }
 
-    /// Leaves in order: lease first, then the database, then the links with a farewell so that nobody takes it for a crash.
+    /// Leaves in order: lease first, then the database, then the links with a farewell so that nobody takes it for a
+    /// crash.
     fn end(mut self, exit: Exit) -> Exit {
         if let Err(error) = self.config.lease.set(0) {
             error!(%error, "the port guard could not be told that the lease is over");
@@ -411,7 +412,8 @@ impl Driver {
             let _ = reply.send(Err(refusal)); // nobody waits any more: nothing to tell
             return;
         }
-        // Not begun rather than stuck: without its last part the transaction comes to nothing, and its parts are in nobody's way.
+        // Not begun rather than stuck: without its last part the transaction comes to nothing, and its parts are in
+        // nobody's way.
         if let Some(why) = self.lacks_space().filter(|_| long) {
             let _ = reply.send(Err(ReplicateError::Refused(why))); // nobody waits any more: nothing to tell
             return;

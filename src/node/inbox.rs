@@ -1,5 +1,5 @@
-//! How other threads reach the consensus loop: one bounded queue and a wake-up. Owns the commit path's waiting side: the
-//! [`Proposer`] on which SQLite's thread waits for a majority.
+//! How other threads reach the consensus loop: one bounded queue and a wake-up. Owns the commit path's waiting side:
+//! the [`Proposer`] on which SQLite's thread waits for a majority.
 
 use std::{
     collections::VecDeque,
@@ -188,7 +188,8 @@ pub(super) enum DatabaseEvent {
     Diverged {
         why: String,
     },
-    /// A newer program has written what comes next in the raft log: nothing more is applied, and nothing is wrong with the rest.
+    /// A newer program has written what comes next in the raft log: nothing more is applied, and nothing is wrong with
+    /// the rest.
     Outdated {
         why: String,
     },
@@ -243,8 +244,8 @@ pub(super) struct Proposer {
 }
 
 impl Proposer {
-    /// Asks the loop, and waits for its answer. The wait is bounded by the lease, since the loop answers everybody when it lapses,
-    /// and for a transaction of several parts by [`STALLED`], too.
+    /// Asks the loop, and waits for its answer. The wait is bounded by the lease, since the loop answers everybody when
+    /// it lapses, and for a transaction of several parts by [`STALLED`], too.
     fn ask(&self, request: impl FnOnce(Answer) -> Input) -> Result<u64, ReplicateError> {
         let (reply, answer) = sync_channel(1);
         if !self.sender.try_send(request(reply)) {
@@ -307,14 +308,16 @@ impl Waiting {
         Self { queue: VecDeque::new(), proposed: 0, committed: 0, moved: now }
     }
 
-    /// Takes in a proposal that got `index`. A part that is not the last one is only held back while too many are ahead.
+    /// Takes in a proposal that got `index`. A part that is not the last one is only held back while too many are
+    /// ahead.
     pub fn add(&mut self, index: u64, piece: Piece, reply: Answer, now: Instant) {
         let release = if piece == Piece::Part { index.saturating_sub(PARTS_IN_FLIGHT) } else { index };
         self.proposed = index;
         self.wait(Waiter { release, index, piece, reply }, now);
     }
 
-    /// Answers when everything that was proposed so far is committed. Only for parts: the end of their transaction is to come.
+    /// Answers when everything that was proposed so far is committed. Only for parts: the end of their transaction is
+    /// to come.
     pub fn settle(&mut self, reply: Answer, now: Instant) {
         let index = self.proposed;
         if index <= self.committed {

@@ -131,8 +131,8 @@ impl Handle {
         self.views.editions.clone()
     }
 
-    /// The member that can give this node the whole database, while it needs that: its raft log is too far behind those of
-    /// the others, or its copy is not to be trusted.
+    /// The member that can give this node the whole database, while it needs that: its raft log is too far behind those
+    /// of the others, or its copy is not to be trusted.
     pub fn refetch_from(&self) -> watch::Receiver<Option<NodeId>> {
         self.views.refetch_from.clone()
     }
@@ -156,8 +156,8 @@ impl Handle {
         wait.await.map_err(|_| ended())?
     }
 
-    /// Hands the primary role to another member, to `to` if named: returns when it has gone over, or when the time for it is up.
-    /// At once if this node is not primary. The Console must have been drained before.
+    /// Hands the primary role to another member, to `to` if named: returns when it has gone over, or when the time for
+    /// it is up. At once if this node is not primary. The Console must have been drained before.
     pub async fn hand_over(&self, to: Option<NodeId>) {
         let (done, wait) = oneshot::channel();
         if self.sender.send(Input::HandOver { to, done }) {
@@ -170,8 +170,9 @@ impl Handle {
         self.sender.send(Input::Sync { node, progress });
     }
 
-    /// Lets the whole database be read while writers go on, until the [`Resting`] file is dropped or its hold is broken; only on
-    /// the primary. It may be for a member that forgot, which is named then. The manifest comes without the cluster key.
+    /// Lets the whole database be read while writers go on, until the [`Resting`] file is dropped or its hold is
+    /// broken; only on the primary. It may be for a member that forgot, which is named then. The manifest comes without
+    /// the cluster key.
     ///
     /// # Errors
     /// [`SnapshotError`], which says to the node that wants it why.
@@ -199,8 +200,8 @@ impl Handle {
         self.views.copies.finish(copy.progress()).await
     }
 
-    /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node that
-    /// may be primary is gone.
+    /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node
+    /// that may be primary is gone.
     pub fn ignore_pause(&self) {
         self.sender.send(Input::IgnorePause);
     }
@@ -257,8 +258,8 @@ pub fn spawn(
     Ok((Handle { sender, views, pulse }, thread))
 }
 
-/// The index behind which raft hands out what is committed. A database that the raft log cannot bring up to date is of no use, and
-/// is not applied to.
+/// The index behind which raft hands out what is committed. A database that the raft log cannot bring up to date is of
+/// no use, and is not applied to.
 fn first_applied(log: &RaftLog, databases: &mut Databases) -> u64 {
     let before = log.first_index() - 1;
     for database in databases.iter_mut() {

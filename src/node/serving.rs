@@ -1,5 +1,6 @@
-//! The databases that this node has open for writing: lends the Console's to the rest of the process for as long as it is
-//! PRIMARY, and fences all of them. Lives on the consensus loop. Must never lend a database that is not open, nor wait for one to be given back.
+//! The databases that this node has open for writing: lends the Console's to the rest of the process for as long as it
+//! is PRIMARY, and fences all of them. Lives on the consensus loop. Must never lend a database that is not open, nor
+//! wait for one to be given back.
 
 use std::sync::Arc;
 
@@ -9,8 +10,8 @@ use crate::storage::{database::PrimaryDatabase, transaction::CONSOLE_DATABASE};
 
 /// Where the rest of the process finds the database of a PRIMARY, open for writing.
 ///
-/// Whoever holds a clone of it, or a connection to it, must let go as soon as the role changes: the daemon exits when that
-/// takes longer than the demotion deadline.
+/// Whoever holds a clone of it, or a connection to it, must let go as soon as the role changes: the daemon exits when
+/// that takes longer than the demotion deadline.
 pub type Serving = watch::Receiver<Option<Arc<PrimaryDatabase>>>;
 
 /// The loop's side: the databases from their opening to their fence.
@@ -31,7 +32,8 @@ impl OpenDatabases {
         self.databases = databases;
     }
 
-    /// Lends the Console's database if it is open: true then. To be called before anybody hears that this node is PRIMARY.
+    /// Lends the Console's database if it is open: true then. To be called before anybody hears that this node is
+    /// PRIMARY.
     pub fn lend(&self) -> bool {
         let console = self.databases.iter().find(|database| database.id == CONSOLE_DATABASE);
         let Some(database) = console else { return false };

@@ -61,7 +61,8 @@ impl Authority {
     /// Makes a new authority, valid for ten years.
     ///
     /// It has no name constraints: the Console's names are the administrator's choice, and X.509 libraries differ in
-    /// what they understand. What keeps Console certificates from being used by nodes is in [`crate::pki::peer_identity`].
+    /// what they understand. What keeps Console certificates from being used by nodes is in
+    /// [`crate::pki::peer_identity`].
     ///
     /// # Errors
     /// [`PkiError::Generate`] when a key or certificate cannot be made.

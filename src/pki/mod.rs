@@ -47,7 +47,8 @@ pub use sealed::{ClusterKey, ClusterKeys};
 
 /// The authority's certificate, on every node.
 pub const CA_CERTIFICATE: &str = "ca.pem";
-/// The authority's private key, as a file: only `twistlockd dev` has one, for tests. Members keep it sealed in the membership.
+/// The authority's private key, as a file: only `twistlockd dev` has one, for tests. Members keep it sealed in the
+/// membership.
 pub const CA_KEY: &str = "ca-key.pem";
 /// This node's certificate and key.
 pub const NODE_CERTIFICATE: &str = "node.pem";

@@ -1,5 +1,5 @@
-//! Builds the data of the new cluster in a staging folder, beside the old data. Must never write anywhere else: until the switch, the
-//! old node can be started as if nothing had happened.
+//! Builds the data of the new cluster in a staging folder, beside the old data. Must never write anywhere else: until
+//! the switch, the old node can be started as if nothing had happened.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -146,7 +146,8 @@ fn copy(from: &Path, to: &Path, bar: &ProgressBar) -> io::Result<()> {
     }
 }
 
-/// Identity, membership, authority and certificates of the new cluster. What an administrator has set for the old one stays.
+/// Identity, membership, authority and certificates of the new cluster. What an administrator has set for the old one
+/// stays.
 fn build_identity(
     survivor: &Survivor,
     config: &Config,

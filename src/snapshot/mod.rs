@@ -1,5 +1,5 @@
-//! TRANSFERS. Carries the whole database of the primary to another node over a connection of its own: [`serve()`] on the
-//! primary, [`fetch()`] and [`refetch()`] on the node that needs it. What arrives is verified and staged
+//! TRANSFERS. Carries the whole database of the primary to another node over a connection of its own: [`serve()`] on
+//! the primary, [`fetch()`] and [`refetch()`] on the node that needs it. What arrives is verified and staged
 //! ([`crate::storage::snapshot`]) and installed when the process starts the next time. Must never hold up a writer or
 //! the consensus loop, and never hold more than a few chunks in memory.
 

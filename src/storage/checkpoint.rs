@@ -98,8 +98,8 @@ impl Record {
     }
 }
 
-/// What makes a checkpoint durable: waits for the disk, on any thread, while the database is used on. What is written to the file
-/// meanwhile is ahead of the record, as it is at any other time. One at a time for each database.
+/// What makes a checkpoint durable: waits for the disk, on any thread, while the database is used on. What is written
+/// to the file meanwhile is ahead of the record, as it is at any other time. One at a time for each database.
 #[derive(Debug)]
 #[must_use = "the database waits for the outcome"]
 pub struct Saving {

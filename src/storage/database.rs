@@ -101,7 +101,8 @@ pub enum Scrubbable {
     Serves,
 }
 
-/// The database, open for writing on the primary. Everybody opens it by [`VFS_NAME`] and with [`PrimaryDatabase::pragmas`].
+/// The database, open for writing on the primary. Everybody opens it by [`VFS_NAME`] and with
+/// [`PrimaryDatabase::pragmas`].
 #[derive(Debug)]
 pub struct PrimaryDatabase {
     /// Which database it is.
@@ -126,9 +127,9 @@ impl PrimaryDatabase {
         ]
     }
 
-    /// Replaces the whole content of the database by that of a file which nobody has open, as one transaction that a majority
-    /// has when this returns. `go_on` is told pages done and in all, and ends the work by false. Nobody else may write
-    /// meanwhile.
+    /// Replaces the whole content of the database by that of a file which nobody has open, as one transaction that a
+    /// majority has when this returns. `go_on` is told pages done and in all, and ends the work by false. Nobody else
+    /// may write meanwhile.
     ///
     /// # Errors
     /// [`ReplaceError`].
@@ -163,13 +164,14 @@ struct Serving {
 enum State {
     Following(Replica),
     Serving(Serving),
-    /// Between the two: nobody has the database open, and what the file has beyond its checkpoint (up to `touched`) does not count.
+    /// Between the two: nobody has the database open, and what the file has beyond its checkpoint (up to `touched`)
+    /// does not count.
     Closed {
         touched: u64,
     },
 }
 
-/// See the module.
+/// A replicated database on this node: it follows, or it serves.
 pub struct Database {
     id: u32,
     path: PathBuf,
@@ -213,8 +215,8 @@ impl Database {
         Ok(Self::new(id, path, record_path, file, record, replica))
     }
 
-    /// The database in the same place, of which nothing can be used: it applies and promotes nothing, and leaves the files as
-    /// they are, until another one has been put in their place at the next start. `why` is for people.
+    /// The database in the same place, of which nothing can be used: it applies and promotes nothing, and leaves the
+    /// files as they are, until another one has been put in their place at the next start. `why` is for people.
     ///
     /// # Errors
     /// File errors.
@@ -318,8 +320,8 @@ impl Database {
         }
     }
 
-    /// Compares the checksums of the pages behind page `done`, as somebody has read them, with what they have to be. The first
-    /// page that differs is read again: it may have been written meanwhile. Returns it if it differs still.
+    /// Compares the checksums of the pages behind page `done`, as somebody has read them, with what they have to be.
+    /// The first page that differs is read again: it may have been written meanwhile. Returns it if it differs still.
     ///
     /// # Errors
     /// Read errors of the file.
@@ -476,8 +478,8 @@ impl Database {
         }
     }
 
-    /// Fences the gate and waits until nobody has the database open. From then on another node may serve. The database is of no
-    /// use here before [`Database::reopen`]. Does nothing on a secondary.
+    /// Fences the gate and waits until nobody has the database open. From then on another node may serve. The database
+    /// is of no use here before [`Database::reopen`]. Does nothing on a secondary.
     ///
     /// # Errors
     /// [`DatabaseError::StillOpen`] after the deadline: exit the process.
@@ -498,8 +500,8 @@ impl Database {
         Ok(())
     }
 
-    /// Goes back to the last checkpoint after [`Database::close`]: feed it the entries after [`Database::applied`] again. Reads
-    /// the whole file, as long as `go_on` is true.
+    /// Goes back to the last checkpoint after [`Database::close`]: feed it the entries after [`Database::applied`]
+    /// again. Reads the whole file, as long as `go_on` is true.
     ///
     /// # Errors
     /// File errors, also that it was not to go on.

@@ -1,9 +1,9 @@
 //! The databases of this node behind one raft log: each by its id, and one applied index over all.
 //!
-//! An entry changes the database that it names, and every other one only takes note of its index: behind each entry all stand at
-//! the same index. Each has a durable checkpoint of its own, so that after a crash they may begin at different ones; then an
-//! entry goes to those alone that do not have it yet. Must never pass over an entry of a database that it does not have, and
-//! never let go of an entry that one of them lacks.
+//! An entry changes the database that it names, and every other one only takes note of its index: behind each entry all
+//! stand at the same index. Each has a durable checkpoint of its own, so that after a crash they may begin at different
+//! ones; then an entry goes to those alone that do not have it yet. Must never pass over an entry of a database that it
+//! does not have, and never let go of an entry that one of them lacks.
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
@@ -46,7 +46,7 @@ impl FollowsLog for Database {
     }
 }
 
-/// See the module. There is always at least one.
+/// The databases of this node, by their ids. There is always at least one.
 #[derive(Clone, Debug)]
 pub struct Databases<D = Database>(BTreeMap<u32, D>);
 
@@ -63,8 +63,8 @@ impl<D: FollowsLog> Databases<D> {
         self.0.values().map(D::applied).min().unwrap_or(0)
     }
 
-    /// The raft index up to which one of them has everything: above [`Self::applied`] only behind a start. The raft log has it,
-    /// and it is committed.
+    /// The raft index up to which one of them has everything: above [`Self::applied`] only behind a start. The raft log
+    /// has it, and it is committed.
     pub fn newest(&self) -> u64 {
         self.0.values().map(D::applied).max().unwrap_or(0)
     }
@@ -74,7 +74,7 @@ impl<D: FollowsLog> Databases<D> {
         self.0.get(&id)
     }
 
-    /// The same, to be changed.
+    /// The database with this id, to be changed.
     pub fn get_mut(&mut self, id: u32) -> Option<&mut D> {
         self.0.get_mut(&id)
     }
@@ -84,7 +84,7 @@ impl<D: FollowsLog> Databases<D> {
         self.0.values()
     }
 
-    /// The same, to be changed.
+    /// All of them, to be changed.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut D> {
         self.0.values_mut()
     }
@@ -124,7 +124,7 @@ impl Databases {
         self.get(CONSOLE_DATABASE).expect("the Console's database is always there")
     }
 
-    /// The same, to be changed.
+    /// The Console's database, to be changed.
     pub fn console_mut(&mut self) -> &mut Database {
         self.get_mut(CONSOLE_DATABASE).expect("the Console's database is always there")
     }
@@ -174,8 +174,8 @@ impl Databases {
         self.iter_mut().for_each(|database| database.save_if(may_save.clone()));
     }
 
-    /// Begins a checkpoint of each, as [`Database::begin_checkpoint`] does. What has come about is to be saved even if one of
-    /// them failed.
+    /// Begins a checkpoint of each, as [`Database::begin_checkpoint`] does. What has come about is to be saved even if
+    /// one of them failed.
     pub fn begin_checkpoint(&mut self) -> (Vec<Saving>, Result<(), DatabaseError>) {
         let mut savings = Vec::new();
         let mut begin = |database: &mut Database| database.begin_checkpoint().map(|(_, saving)| savings.extend(saving));
@@ -200,7 +200,8 @@ impl Databases {
     /// Opens all for writing, or none. Call it when everything of earlier epochs is applied.
     ///
     /// # Errors
-    /// The first one of [`Database::promote`]. Those that were open already are to be applied to again from their checkpoints.
+    /// The first one of [`Database::promote`]. Those that were open already are to be applied to again from their
+    /// checkpoints.
     pub fn promote(
         &mut self,
         epoch: u64,

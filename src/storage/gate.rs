@@ -93,7 +93,7 @@ pub(super) struct GateConfig {
     pub file: Arc<File>,
 }
 
-/// See the module.
+/// The gate of one promotion: what every transaction of the primary passes.
 pub struct Gate {
     path: PathBuf,
     database: u32,
@@ -191,8 +191,8 @@ impl Gate {
         self.last_index.load(Ordering::SeqCst)
     }
 
-    /// True if the transaction at this index is the last one, none is on its way, and no outcome is unknown: whatever the raft log
-    /// has behind it by now is not of this database. Waits for nobody.
+    /// True if the transaction at this index is the last one, none is on its way, and no outcome is unknown: whatever
+    /// the raft log has behind it by now is not of this database. Waits for nobody.
     pub(super) fn rests_at(&self, index: u64) -> bool {
         let Ok(_writer) = self.writer.try_lock() else { return false };
         !self.is_fenced() && self.last_index() == index
@@ -249,7 +249,8 @@ impl Gate {
         }
     }
 
-    /// A checkpoint is about to copy pages of the `-wal` into the database file. True if this host's raft log has them all.
+    /// A checkpoint is about to copy pages of the `-wal` into the database file. True if this host's raft log has them
+    /// all.
     pub(super) fn may_copy(&self) -> bool {
         let result = self.replicator.make_durable();
         if let Err(error) = &result {
@@ -312,8 +313,8 @@ impl Gate {
         writer.capture.commit(&captured, file).map_err(|code| self.broken(code))
     }
 
-    /// The majority has the transaction, but SQLite's files here do not. Never the file's own code: a full disk must not
-    /// look like a transaction that was not made.
+    /// The majority has the transaction, but SQLite's files here do not. Never the file's own code: a full disk must
+    /// not look like a transaction that was not made.
     fn broken(&self, code: Code) -> Stop {
         self.fence_because(format!("a committed transaction could not be written to the -wal file (code {code})"))
     }

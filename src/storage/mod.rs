@@ -177,7 +177,8 @@ impl DataDir {
         self.write_identity(identity, memory::permit_new_log)
     }
 
-    /// Writes the identity of a directory that has lost it. It may have lost its raft log, too: a new one is not permitted.
+    /// Writes the identity of a directory that has lost it. It may have lost its raft log, too: a new one is not
+    /// permitted.
     ///
     /// # Errors
     /// Those of [`DataDir::create_identity`].
@@ -327,8 +328,8 @@ pub fn fsync_dir(path: &Path) -> io::Result<()> {
     descriptors::open(|| File::open(path))?.sync_all()
 }
 
-/// True for an error that says that what is on the disk cannot be read, now or later: the place is bad, or the content is not
-/// what it should be. Not for what the system lacks at the moment.
+/// True for an error that says that what is on the disk cannot be read, now or later: the place is bad, or the content
+/// is not what it should be. Not for what the system lacks at the moment.
 pub fn is_rot(error: &io::Error) -> bool {
     use io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, UnexpectedEof};
     matches!(error.kind(), InvalidData | IsADirectory | NotADirectory | UnexpectedEof)
@@ -354,17 +355,18 @@ pub enum ReplicateError {
 
 /// Where captured transactions go: the consensus loop in a daemon, a test double of it in tests of the capture.
 pub trait Replicator: Send + Sync {
-    /// Proposes one encoded part ([`crate::storage::transaction`]). For `last == false` it returns as soon as the part is accepted
-    /// (it blocks only to bound the parts in flight) and the returned index is meaningless. For `last == true` it
-    /// blocks until a majority has the whole transaction in its raft logs and returns the raft index of the last part.
+    /// Proposes one encoded part ([`crate::storage::transaction`]). For `last == false` it returns as soon as the part
+    /// is accepted (it blocks only to bound the parts in flight) and the returned index is meaningless. For `last ==
+    /// true` it blocks until a majority has the whole transaction in its raft logs and returns the raft index of the
+    /// last part.
     ///
     /// # Errors
     /// See [`ReplicateError`].
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError>;
 
-    /// Returns when this host's own disk has everything that [`Replicator::replicate`] has returned for. A majority can be
-    /// the two other hosts: the database file must not get ahead of this host's raft log, or a crash would leave a file that
-    /// no replay explains. Does nothing where `replicate` waits for this host's disk in any case.
+    /// Returns when this host's own disk has everything that [`Replicator::replicate`] has returned for. A majority can
+    /// be the two other hosts: the database file must not get ahead of this host's raft log, or a crash would leave a
+    /// file that no replay explains. Does nothing where `replicate` waits for this host's disk in any case.
     ///
     /// # Errors
     /// When the disk refuses; nothing may be copied into the database file then.

@@ -17,8 +17,8 @@ use super::{
     watch::{Act, Place, run},
 };
 
-/// Why an entry was not applied. After any of these but a full disk the database applies nothing more until it is opened
-/// again.
+/// Why an entry was not applied. After any of these but a full disk the database applies nothing more until it is
+/// opened again.
 #[derive(Debug, Error)]
 pub enum ApplyError {
     /// This node's database is not what the primary's was: it must be restored from the primary.
@@ -43,7 +43,8 @@ pub enum ApplyError {
 }
 
 impl ApplyError {
-    /// True if a newer program wrote the entry: what has been applied is good, and a newer program can go on from there.
+    /// True if a newer program wrote the entry: what has been applied is good, and a newer program can go on from
+    /// there.
     pub fn is_of_newer_program(&self) -> bool {
         let version = matches!(self, Self::Command { error: TransactionError::Version(_), .. });
         version || matches!(self, Self::UnknownDatabase { .. })

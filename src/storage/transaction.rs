@@ -5,11 +5,11 @@
 //! number is 0 starts a transaction and drops an unfinished one; so does a new epoch.
 //!
 //! Layout (all integers little-endian): `version u8 = 1`, `kind u8 = 1 (pages)`, `flags u8 (bit 0: commit, bit 1:
-//! compressed)`, `0 u8`, `database u32`, `transaction u64`, `part u32`, `page_size u32`, `count u32`, then if committing
-//! `database pages u32, checksum u64`, then `count` page numbers `u32` in ascending order, then `count` page images of
-//! `page_size` bytes, all of them together as one LZ4 block if compressed. Pages are mostly half empty: compressed ones
-//! take less time on the link and on the disk than the compression takes.
-//! Must never panic on any input: these bytes come from other hosts and from disk.
+//! compressed)`, `0 u8`, `database u32`, `transaction u64`, `part u32`, `page_size u32`, `count u32`, then if
+//! committing `database pages u32, checksum u64`, then `count` page numbers `u32` in ascending order, then `count` page
+//! images of `page_size` bytes, all of them together as one LZ4 block if compressed. Pages are mostly half empty:
+//! compressed ones take less time on the link and on the disk than the compression takes. Must never panic on any
+//! input: these bytes come from other hosts and from disk.
 
 use std::borrow::Cow;
 

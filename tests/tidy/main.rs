@@ -91,6 +91,10 @@ const FACTS: &[(&str, &[&str], &str)] = &[
     ("from_le_bytes([", &["src/little_endian.rs"], "little_endian reads numbers"),
     ("].try_into().expect(", &["src/little_endian.rs"], "little_endian reads numbers"),
 ];
+/// How documentation begins that refers to what a reader may not see.
+const EMPTY_STARTS: &[&str] = &["The same", "See the module"];
+/// Columns of a comment.
+const MAX_COLUMNS: usize = 120;
 /// Names that say nothing about what a file owns.
 const EMPTY_NAMES: &[&str] = &["util", "utils", "common", "types", "helpers", "misc"];
 /// Functions in tests/ that wait for a condition or set a pace, and therefore may sleep, by the start of their names.
@@ -359,6 +363,25 @@ fn speaking_name(source: &Source) -> Vec<String> {
     bad.map(|part| format!("{}: the name {part} does not say what is owned", source.path)).collect()
 }
 
+/// Rule: a comment says something where it stands alone, and is as wide as code. Lists, tables and links may be wider.
+fn comments_stand_alone(source: &Source) -> Vec<String> {
+    let lines = source.raw.lines().enumerate().map(|(number, line)| (number + 1, line));
+    let comments = lines.filter_map(|(number, line)| Some((number, line, line.trim_start().strip_prefix("//")?)));
+    let mut bad = vec![];
+    for (number, line, text) in comments.filter(|_| source.path.starts_with("src/")) {
+        let documents = text.starts_with(['/', '!']);
+        let text = text.strip_prefix(['/', '!']).unwrap_or(text);
+        let text = text.strip_prefix(' ').unwrap_or(text);
+        if documents && EMPTY_STARTS.iter().any(|start| text.starts_with(start)) {
+            bad.push(format!("{}:{number}: says nothing where it stands alone: {text}", source.path));
+        }
+        if line.chars().count() > MAX_COLUMNS && text.starts_with(char::is_alphabetic) {
+            bad.push(format!("{}:{number}: wider than {MAX_COLUMNS} columns", source.path));
+        }
+    }
+    bad
+}
+
 /// Rule: public types and functions of a module are explained (constants, fields and methods may speak for themselves).
 fn public_items_have_docs(source: &Source) -> Vec<String> {
     const ITEMS: &[&str] = &["fn", "async", "unsafe", "struct", "enum", "trait", "type", "union"];
@@ -592,6 +615,17 @@ fn names_say_what_is_owned() {
     objects(speaking_name, "src/console/types.rs", "");
     objects(speaking_name, "tests/common/mod.rs", "");
     accepts(speaking_name, "src/storage/vfs.rs", "");
+}
+
+#[test]
+fn comments_say_something() {
+    holds_everywhere(comments_stand_alone);
+    let rule: Rule = comments_stand_alone;
+    let message = objects(rule, "src/a.rs", "fn a() {}\n    /// The same for b.\n");
+    assert_eq!(message, "src/a.rs:2: says nothing where it stands alone: The same for b.");
+    objects(rule, "src/a.rs", "/// See the module.\nstruct A;");
+    objects(rule, "src/a.rs", &format!("// {}", "w".repeat(MAX_COLUMNS)));
+    accepts(rule, "src/a.rs", &format!("//! | {} |\n/// For the same reason.", "w".repeat(MAX_COLUMNS)));
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! When the database thread makes a checkpoint, and what of the raft log goes behind one. Must never drop entries that the last
-//! checkpoint lacks.
+//! When the database thread makes a checkpoint, and what of the raft log goes behind one. Must never drop entries that
+//! the last checkpoint lacks.
 
 use std::{
     io,
@@ -26,8 +26,8 @@ use crate::{
 const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
 /// Entries that stay in the raft log although everybody has them.
 const KEPT_ENTRIES: u64 = 1000;
-/// While the database file rests for a snapshot, the WAL may grow to this many bytes, to four times the length that calls for a
-/// checkpoint otherwise, or to the size of the database; then the snapshot has to be begun again.
+/// While the database file rests for a snapshot, the WAL may grow to this many bytes, to four times the length that
+/// calls for a checkpoint otherwise, or to the size of the database; then the snapshot has to be begun again.
 const HELD_WAL: u64 = 1 << 30;
 /// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
 const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
@@ -170,8 +170,8 @@ impl Checkpoints {
         Failure::Fatal(format!("checkpoint the database: {error}"))
     }
 
-    /// Lets go of what neither this node's databases nor another member need. While a member is away, the raft log grows
-    /// up to its limit, or until the disk is full; then that member has to be given the whole database.
+    /// Lets go of what neither this node's databases nor another member need. While a member is away, the raft log
+    /// grows up to its limit, or until the disk is full; then that member has to be given the whole database.
     fn compact(&mut self, databases: &Databases) {
         self.compaction_due = self.saver.is_busy();
         if self.compaction_due {

@@ -15,8 +15,8 @@ pub(super) enum CopyRequest {
     Finish(Progress, oneshot::Sender<Result<Finished, CopyError>>),
 }
 
-/// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop has
-/// nothing to do with it.
+/// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop
+/// has nothing to do with it.
 #[derive(Clone)]
 pub(in crate::node) struct Copies(pub(super) Arc<Shared>);
 

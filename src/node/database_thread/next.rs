@@ -1,5 +1,6 @@
-//! What the database thread does next: compares what the loop wants with where the thread stands. Pure, and the only place
-//! that knows: whoever waits, waits until there is a step. Must never look at a file, a clock or the mailbox itself.
+//! What the database thread does next: compares what the loop wants with where the thread stands. Pure, and the only
+//! place that knows: whoever waits, waits until there is a step. Must never look at a file, a clock or the mailbox
+//! itself.
 
 use std::time::Duration;
 
@@ -78,8 +79,8 @@ pub(super) struct Mail {
 }
 
 impl Standing {
-    /// The most urgent first: a takeover waits for the first ones, and the last ones have time. What may come again and again,
-    /// as applying does, leaves room for all else that is due.
+    /// The most urgent first: a takeover waits for the first ones, and the last ones have time. What may come again and
+    /// again, as applying does, leaves room for all else that is due.
     pub fn next(&self, goal: &Goal) -> Option<Step> {
         if goal.stop {
             return Some(Step::Close);
@@ -123,7 +124,8 @@ impl Standing {
         if self.epoch.is_none() && self.is_behind(goal) {
             return self.pause.is_none().then_some(Step::Apply);
         }
-        // A scrub of the PRIMARY's file begins with a checkpoint, which must not be while checkpoints are pinned, nor beside another.
+        // A scrub of the PRIMARY's file begins with a checkpoint, which must not be while checkpoints are pinned, nor
+        // beside another.
         let kept = (goal.pinned || self.saving) && self.epoch.is_some();
         let may_scrub = !self.halted && !kept && self.epoch == goal.epoch;
         (may_scrub && (self.scrub || self.mail.read)).then_some(Step::Scrub)

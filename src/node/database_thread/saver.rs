@@ -1,5 +1,5 @@
-//! The thread that waits for the disk in the place of the database thread: saves checkpoints and compacts the raft log, one at
-//! a time, so that neither a promotion nor a demotion waits for a sync. Must never decide what may be let go of.
+//! The thread that waits for the disk in the place of the database thread: saves checkpoints and compacts the raft log,
+//! one at a time, so that neither a promotion nor a demotion waits for a sync. Must never decide what may be let go of.
 
 use std::{
     io,

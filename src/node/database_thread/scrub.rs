@@ -1,6 +1,6 @@
-//! The background scrub: reads the database file again, slowly and from the disk, so that rot is found before it is needed. The
-//! reading is done by a thread of its own; what was read is judged by the database thread, which alone knows what the pages
-//! have to be. Must never write, and never hold the database thread up for a disk.
+//! The background scrub: reads the database file again, slowly and from the disk, so that rot is found before it is
+//! needed. The reading is done by a thread of its own; what was read is judged by the database thread, which alone
+//! knows what the pages have to be. Must never write, and never hold the database thread up for a disk.
 
 use std::{
     fs::File,

@@ -1,5 +1,5 @@
-//! The database thread itself: waits until there is a step ([`Standing::next`]), and carries it out. Must never apply what it
-//! does not trust.
+//! The database thread itself: waits until there is a step ([`Standing::next`]), and carries it out. Must never apply
+//! what it does not trust.
 
 use std::{
     io,
@@ -77,8 +77,8 @@ pub(super) struct Thread {
     told_full: bool,
 }
 
-/// Whether a checkpoint at `index` may count. A write is in the file as soon as a majority has it, which can be before the loop
-/// comes by it, and by a change of the members before it: the checkpoint must not leave that out.
+/// Whether a checkpoint at `index` may count. A write is in the file as soon as a majority has it, which can be before
+/// the loop comes by it, and by a change of the members before it: the checkpoint must not leave that out.
 fn may_save(shared: &Shared, index: u64) -> bool {
     let end = Instant::now() + LOOP_IS_BEHIND;
     let mut state = shared.lock();
@@ -330,7 +330,8 @@ impl Thread {
         let start = Instant::now();
         let ms = |start: Instant| start.elapsed().as_millis() as u64;
         while let Err(error) = self.databases.close(Instant::now() + self.deadline) {
-            // Another process could not close it sooner, and this one can say what it waits for. The others go on meanwhile.
+            // Another process could not close it sooner, and this one can say what it waits for. The others go on
+            // meanwhile.
             let Some(trouble) = trouble() else {
                 return self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis()));
             };

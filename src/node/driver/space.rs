@@ -235,7 +235,8 @@ impl Driver {
         Some(format!("no majority of the members can take it: the disk is full on {}", names.join(" and ")))
     }
 
-    /// Whether the raft log can take a command of this length, and the entry of the next epoch behind it. Never waits for the disk.
+    /// Whether the raft log can take a command of this length, and the entry of the next epoch behind it. Never waits
+    /// for the disk.
     pub(super) fn check_room(&self, length: usize) -> Result<(), NoRoom> {
         debug_assert!(length <= MAX_PART);
         if self.log.has_room_now([length]) {

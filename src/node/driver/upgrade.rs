@@ -1,5 +1,5 @@
-//! The feature level while the node runs: raises it when all members have the next one, and keeps a program out that is too
-//! old. Must never raise it while a member is away: its host may be on its way back to the older program.
+//! The feature level while the node runs: raises it when all members have the next one, and keeps a program out that is
+//! too old. Must never raise it while a member is away: its host may be on its way back to the older program.
 
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,8 @@ use crate::{
     node::{Exit, lease::boottime, warning::Warning},
 };
 
-/// How long all members must have shown the next level before it is in force: an upgrade that does not hold is taken back
-/// within its first moments.
+/// How long all members must have shown the next level before it is in force: an upgrade that does not hold is taken
+/// back within its first moments.
 const SETTLED: Duration = Duration::from_secs(5);
 
 /// Since when all members have had a level above the one in force.
@@ -22,7 +22,8 @@ pub(super) struct Upgrade {
 }
 
 impl Upgrade {
-    /// The level to raise to, now. `common`: what the programs of all members have; none while one of them is not heard.
+    /// The level to raise to, now. `common`: what the programs of all members have; none while one of them is not
+    /// heard.
     fn due(&mut self, common: Option<u32>, in_force: u32, now: Instant) -> Option<u32> {
         let Some(level) = common.filter(|level| *level > in_force) else {
             self.ready = None;
@@ -67,8 +68,8 @@ impl Driver {
         }
     }
 
-    /// A newer program has written an entry that this one cannot apply: this node keeps its vote and its raft log, and serves
-    /// nothing. Only members of a level that this program does not have may write one (`crate::cluster::level`).
+    /// A newer program has written an entry that this one cannot apply: this node keeps its vote and its raft log, and
+    /// serves nothing. Only members of a level that this program does not have may write one (`crate::cluster::level`).
     pub(super) fn entry_outdated(&mut self, why: String) {
         self.cluster.set_unfit_until(boottime(), u64::MAX);
         self.cluster.give_up(boottime(), Cause::DatabaseFailed);

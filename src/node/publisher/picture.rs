@@ -1,5 +1,5 @@
-//! The picture that is published: put together from what the [`Publisher`] was told, with the word for the node's role and
-//! sentences on what is wrong. Must never take part in a decision of the consensus loop.
+//! The picture that is published: put together from what the [`Publisher`] was told, with the word for the node's role
+//! and sentences on what is wrong. Must never take part in a decision of the consensus loop.
 
 use std::sync::Arc;
 

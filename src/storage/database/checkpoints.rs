@@ -1,5 +1,5 @@
-//! Checkpoints of one database, and who reads its file beside it: snapshots while it rests, copies while it follows. Must never
-//! write a record of what was not synced.
+//! Checkpoints of one database, and who reads its file beside it: snapshots while it rests, copies while it follows.
+//! Must never write a record of what was not synced.
 
 use std::sync::Arc;
 
@@ -32,8 +32,8 @@ pub struct Checkpoint {
 }
 
 impl Database {
-    /// Has a checkpoint count only if `may_save` says so of its raft index: what comes before that in the raft log must be kept
-    /// elsewhere first. Asked on the thread that makes the checkpoint.
+    /// Has a checkpoint count only if `may_save` says so of its raft index: what comes before that in the raft log must
+    /// be kept elsewhere first. Asked on the thread that makes the checkpoint.
     pub fn save_if(&mut self, may_save: impl Fn(u64) -> bool + Send + 'static) {
         self.may_save = Box::new(may_save);
     }
@@ -51,8 +51,8 @@ impl Database {
         Ok(Checkpoint { index: self.record.index, ..reached })
     }
 
-    /// The same without its waits for the disk: those are in what is returned, if there is something to save. Until that comes
-    /// back by [`Database::saved`], the old checkpoint counts, and no other one begins.
+    /// Makes a checkpoint without waiting for the disk. The waits are in what is returned, if there is something to
+    /// save. Until that comes back by [`Database::saved`], the old checkpoint counts, and no other one begins.
     ///
     /// # Errors
     /// File errors; [`DatabaseError::Refused`] while the last one is being saved.
@@ -113,11 +113,12 @@ impl Database {
         Ok(())
     }
 
-    /// Lets somebody read the database as of a checkpoint, while writers go on: the file rests until everybody who got it
-    /// has dropped it, or until the next [`Database::checkpoint`] or [`Database::demote`]. Only on a primary.
+    /// Lets somebody read the database as of a checkpoint, while writers go on: the file rests until everybody who got
+    /// it has dropped it, or until the next [`Database::checkpoint`] or [`Database::demote`]. Only on a primary.
     ///
     /// # Errors
-    /// Those of a checkpoint; [`DatabaseError::Refused`] on a secondary, and while readers keep checkpoints from an end.
+    /// Those of a checkpoint; [`DatabaseError::Refused`] on a secondary, and while readers keep checkpoints from an
+    /// end.
     pub fn rest(&mut self) -> Result<Resting, DatabaseError> {
         if !matches!(self.state, State::Serving(_)) {
             return Err(DatabaseError::Refused("only the primary's database file rests between checkpoints"));
