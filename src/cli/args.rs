@@ -49,7 +49,7 @@ pub(super) enum Ha {
         #[arg(value_name = "NODE")]
         node: String,
     },
-    /// Close all invitations: join scripts that were given out are worth nothing from then on
+    /// Close all invitations: join scripts that were given out no longer work
     #[command(after_help = DONE_OR_REFUSED)]
     Revoke {
         #[command(flatten)]
@@ -66,7 +66,7 @@ pub(super) enum Ha {
     Pause {
         #[command(flatten)]
         target: Target,
-        /// For how long; it ends by itself
+        /// How long; it ends by itself
         #[arg(long = "for", value_name = "SPAN", default_value = "30m", value_parser = span)]
         span: Duration,
     },
@@ -129,10 +129,10 @@ Examples:
 pub(super) struct EventsArgs {
     #[command(flatten)]
     pub target: Target,
-    /// At most so many, the newest first
+    /// Show at most this many, the newest first
     #[arg(long, value_name = "COUNT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=400))]
     pub limit: u32,
-    /// Only what is about this, as takeover, membership or disk
+    /// Only events about this, such as takeover, membership or disk
     #[arg(long, value_name = "KIND")]
     pub kind: Option<Kind>,
     /// Only what happened in this span
@@ -187,7 +187,7 @@ pub(super) struct ApplyArgs {
     /// Do not ask; needed where standard input is no terminal
     #[arg(long, short)]
     pub yes: bool,
-    /// Return when they are admitted; they copy the database and get their votes afterwards, by themselves
+    /// Return when they are admitted; afterwards they copy the database and get their votes by themselves
     #[arg(long)]
     pub no_wait: bool,
     /// Longest wait until all are SECONDARY
@@ -198,7 +198,7 @@ pub(super) struct ApplyArgs {
 const REMOVE_HELP: &str = "\
 The member has no vote from then on, its certificate is refused for good, and it stops serving. Its data stay
 on its disk. To come back, it runs the join script again; to replace it, another host does.
-What it knew, it knows: if the Consoles were given a certificate (twistcli certs upload), its private key, too.
+It keeps what it knew, also the private key of a certificate that the Consoles were given (twistcli certs upload).
 The PRIMARY itself is not removed: run `twistcli ha switchover` first.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused or not confirmed,

@@ -1,4 +1,4 @@
-//! `twistcli debug bundle`: one archive with what somebody needs who is asked for help. Works when the daemon does not.
+//! `twistcli debug bundle`: one archive with what a helper needs to look into a problem. Works when the daemon does not.
 //! Must never take a key, a token, a password or anything of the database along.
 
 use std::{
@@ -53,7 +53,7 @@ Examples:
 /// Commands of `twistcli debug`.
 #[derive(Debug, Subcommand)]
 pub(super) enum Debug {
-    /// Collect what somebody needs who is asked for help, without secrets
+    /// Collect what a helper needs to look into a problem, without secrets
     #[command(after_help = BUNDLE_HELP)]
     Bundle(BundleArgs),
 }

@@ -129,7 +129,7 @@ enum Command {
     /// Show the versions of this program and of the cluster's members
     #[command(after_help = version::HELP)]
     Version(VersionArgs),
-    /// What somebody needs who is asked for help
+    /// Collect what a helper needs to look into a problem
     #[command(subcommand)]
     Debug(bundle::Debug),
     /// Print a shell completion script
