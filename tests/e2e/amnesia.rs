@@ -78,14 +78,14 @@ fn blank_end(data: &Path, bytes: usize) {
     file.write_all_at(&vec![0; end + 1 - begin], begin as u64).unwrap();
 }
 
-/// Turns a byte of the last segment that has records around; `place` is given the length of what is written there.
+/// Turns a bit of the last segment that has records; `place` is given the length of what is written there. It is in the first
+/// byte from there on that is not zero: what fills a record up to its length is zero, says nothing, and has no checksum.
 fn flip(data: &Path, place: impl Fn(usize) -> usize) {
     let (segment, end) = end_of_log(data);
-    let at = place(end) as u64;
-    let file = File::options().read(true).write(true).open(&segment).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[byte[0] ^ 0x20], at).unwrap();
+    let bytes = fs::read(&segment).unwrap();
+    let at = (place(end)..=end).find(|at| bytes[*at] != 0).expect("the last byte is not zero");
+    let file = File::options().write(true).open(&segment).unwrap();
+    file.write_all_at(&[bytes[at] ^ 0x20], at as u64).unwrap();
 }
 
 /// The member is SECONDARY with a vote, and says that it has begun again once more.
