@@ -108,7 +108,7 @@ fn a_closed_line_vanishes(browser: &Browser) -> String {
         { method: 'DELETE', headers: { 'X-Twistlock-Page': '1' } }).then((answer) => { window.revoked = answer.status });";
     browser.run(revoke);
     browser.wait_for("it is revoked", "return window.revoked === 200");
-    let gone = "return text('#join-line') === '' && text('main').includes('is good no more')";
+    let gone = "return text('#join-line') === '' && text('main').includes('is no longer valid')";
     browser.wait_for("the line is gone", gone);
     browser.press("Show the join line");
     browser.wait_for("another line is shown", "return text('#join-line').includes('| sudo bash')");

@@ -214,7 +214,7 @@ pub fn logins(browser: &Browser, founder: &Founder) {
     browser.fill("sessions", "7");
     // By the keyboard alone.
     browser.fill("idle", &format!("45{ENTER}"));
-    browser.wait_for("it is saved", "return said('for sessions and passwords to come')");
+    browser.wait_for("it is saved", "return said('for future sessions and passwords')");
     let logon = get(founder, "/settings/logon");
     let found = (&logon["sessionsPerUser"], &logon["sessionTimeoutSec"], &logon["strongPassword"]);
     assert_eq!(found, (&json!(7), &json!(45 * 60), &json!(false)));

@@ -214,7 +214,7 @@ fn a_node_that_missed_a_change_of_address_is_linked_with_the_moved_member_both_w
     let (moved, mut nodes, dirs) = moved_and_behind(20);
     nodes.iter_mut().zip([2, 1]).for_each(|(node, other)| node.wait_linked(&[other]));
     nodes[1].log.wait_for(&["linked", "peer=1", &address(&moved, 1).to_string()], 1);
-    assert_eq!(nodes[1].log.count(&["is reached at another address, as it says"]), 1);
+    assert_eq!(nodes[1].log.count(&["says that it is at another address"]), 1);
     // As raft brings a node up to date: the entry that it lacks, and its answer.
     nodes[0].order(Do::Send(vec![append(1, 2, 5, 100)]));
     nodes[1].wait("entry", |event| matches!(event, PeerEvent::Raft(message) if message.index == 5));
