@@ -180,7 +180,8 @@ impl Operations {
     /// Turns a request down, by the name of its host, its fingerprint (or the beginning of it) or its id.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` when no request is meant, or more than one;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub(super) async fn reject(&self, request: &str, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;

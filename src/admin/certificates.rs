@@ -63,7 +63,8 @@ impl Operations {
     /// serves it at once. Returns the list as it is kept.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for a name that the cluster uses itself, or one that cannot be in a
+    /// certificate; `Unknown` if the role was lost before it was known whether it is in force.
     pub(super) async fn set_console_names(&self, names: Vec<String>, by: &str) -> Result<Vec<String>, AdminError> {
         self.primary()?;
         if let Some(name) = names.iter().find(|name| pki::is_reserved(name)) {
@@ -129,7 +130,8 @@ impl Operations {
     /// All Consoles serve certificates of the cluster's own authority again.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` if none was given; `Unknown` if the role was lost before it was known
+    /// whether it is in force.
     pub(super) async fn remove_certificate(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;

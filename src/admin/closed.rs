@@ -26,7 +26,8 @@ impl Operations {
     /// between. The caller must see to it that the future is not dropped half-way.
     ///
     /// # Errors
-    /// [`AdminError`]; nothing was done then.
+    /// [`AdminError::NotPrimary`], or `Refused` while a switchover or a change of the membership is under way; nothing
+    /// was done then.
     pub(super) async fn with_console_closed<T>(
         &self,
         by: &str,

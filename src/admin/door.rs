@@ -80,7 +80,8 @@ impl Admin {
     /// between. The caller must see to it that the future is not dropped half-way, and audits what the work is.
     ///
     /// # Errors
-    /// [`AdminError`]; nothing was done then.
+    /// [`AdminError::NotPrimary`], or `Refused` while a switchover or a change of the membership is under way; nothing
+    /// was done then.
     pub async fn with_console_closed<T>(
         &self,
         by: &str,
@@ -93,7 +94,8 @@ impl Admin {
     /// Makes a join token that is good for `valid`. When too many are open, the one that ends first is closed.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for another span than one second to seven days, or without an authority;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub async fn invite(&self, valid: Duration, by: &Actor) -> Result<Invited, AdminError> {
         let act = Act::new("invite", CLUSTER).wish(&json!({ "validSec": valid.as_secs() }));
         self.audited(by, act, self.operations.invite(valid, &by.name)).await
@@ -102,7 +104,7 @@ impl Admin {
     /// Closes all invitations: no token is good any more.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Unknown` if the role was lost before it was known whether it is in force.
     pub async fn uninvite(&self, by: &Actor) -> Result<(), AdminError> {
         self.audited(by, Act::new("uninvite", CLUSTER), self.operations.uninvite(&by.name)).await
     }
@@ -120,7 +122,9 @@ impl Admin {
     /// A host asks to join; asking again with the same key gives the same answer, and is written down once.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// `Denied` and `TooMany` as [`Self::check_token`]; `Refused` when the host says something of itself that cannot
+    /// be, or when too many ask; [`AdminError::NotPrimary`]; `Unknown` if the role was lost before it was known whether
+    /// it is in force.
     pub async fn request(&self, token: &str, from: IpAddr, request: JoinRequest) -> Result<RequestState, AdminError> {
         let name: String = request.name.chars().filter(|c| !c.is_control()).take(64).collect();
         let by = Actor::host(&name, from);
@@ -157,7 +161,8 @@ impl Admin {
     /// Turns a request down, by the name of its host, its fingerprint (or the beginning of it) or its id.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` when no request is meant, or more than one;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub async fn reject(&self, request: &str, by: &Actor) -> Result<(), AdminError> {
         let act = Act::new("reject", format!("request to join '{request}'"));
         self.audited(by, act, self.operations.reject(request, &by.name)).await
@@ -176,7 +181,9 @@ impl Admin {
     /// A member is called or reached otherwise from now on.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` when no member is meant, or more than one, when nothing would change, and
+    /// when the name or the place is another member's; `Unknown` if the role was lost before it was known whether it is
+    /// in force.
     pub async fn readdress(
         &self,
         member: &str,
@@ -193,7 +200,8 @@ impl Admin {
     /// No automatic takeover for so long. Returns when the pause ends, in seconds since 1970.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for another span than one minute to 24 hours;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub async fn pause(&self, span: Duration, by: &Actor) -> Result<u64, AdminError> {
         let act = Act::new("pause", CLUSTER).wish(&json!({ "seconds": span.as_secs() }));
         self.audited(by, act, self.operations.pause(span, &by.name)).await
@@ -203,7 +211,8 @@ impl Admin {
     /// alone: then this node may take over.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`] while another node is; `Unknown` if the role was lost before it was known whether it
+    /// is in force.
     pub async fn resume(&self, by: &Actor) -> Result<(), AdminError> {
         self.audited(by, Act::new("resume", CLUSTER), self.operations.resume(&by.name)).await
     }
@@ -211,7 +220,7 @@ impl Admin {
     /// What would be in the way of a switchover, and who would be PRIMARY. Changes nothing.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`], or `Refused` when `to` is no member, or more than one.
     pub fn check_switchover(&self, to: Option<&str>) -> Result<SwitchoverReport, AdminError> {
         self.operations.check_switchover(to)
     }
@@ -229,7 +238,8 @@ impl Admin {
     /// would wait for. Returns with the checks; the switchover goes on by itself unless one of them has failed.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`], or `Refused` when `to` is no member, or more than one. A check that failed is in the
+    /// report.
     pub async fn begin_switchover(
         self: &Arc<Self>,
         to: Option<&str>,
@@ -255,7 +265,7 @@ impl Admin {
     /// Begins a switchover as part of a drill, whose row covers it.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]. A check that failed is in the report.
     pub fn begin_switchover_of_drill(self: &Arc<Self>, by: &str) -> Result<SwitchoverReport, AdminError> {
         let report = self.operations.check_switchover(None)?;
         if report.objections().is_none() {
@@ -280,7 +290,8 @@ impl Admin {
     /// Has the members replace the cluster key. Returns when that has begun.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` while something is being replaced already;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub async fn rotate_cluster_key(&self, by: &Actor) -> Result<(), AdminError> {
         self.audited(by, Act::new("rotate", "cluster key"), self.operations.rotate_cluster_key(&by.name)).await
     }
@@ -289,7 +300,9 @@ impl Admin {
     /// when that has begun.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for another span than one second to 90 days, without an authority, or
+    /// while something is being replaced already; `Unknown` if the role was lost before it was known whether it is in
+    /// force.
     pub async fn rotate_authority(&self, overlap: Duration, by: &Actor) -> Result<(), AdminError> {
         let act = Act::new("rotate", "certificate authority").wish(&json!({ "overlapSec": overlap.as_secs() }));
         self.audited(by, act, self.operations.rotate_authority(overlap, &by.name)).await
@@ -304,7 +317,8 @@ impl Admin {
     /// serves it at once. Returns the list as it is kept.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for a name that the cluster uses itself, or one that cannot be in a
+    /// certificate; `Unknown` if the role was lost before it was known whether it is in force.
     pub async fn set_console_names(&self, names: Vec<String>, by: &Actor) -> Result<Vec<String>, AdminError> {
         let of = |names: &[String]| json!({ "consoleSAN": names });
         let act = Act::new("set", "settings/certs").change(&of(&self.membership().shared.console_names), &of(&names));
@@ -324,7 +338,8 @@ impl Admin {
     /// All Consoles serve certificates of the cluster's own authority again.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` if none was given; `Unknown` if the role was lost before it was known
+    /// whether it is in force.
     pub async fn remove_certificate(&self, by: &Actor) -> Result<(), AdminError> {
         let act = Act::new("delete", "settings/custom-certs");
         self.audited(by, act, self.operations.remove_certificate(&by.name)).await
@@ -339,7 +354,8 @@ impl Admin {
     /// address have, unless that is empty.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for too many, or for a name or an address that cannot be;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub async fn set_webhooks(&self, webhooks: Vec<Webhook>, by: &Actor) -> Result<(), AdminError> {
         let before = self.webhooks();
         let old: Vec<Value> = before.iter().map(|(webhook, signed)| noted(webhook, *signed)).collect();

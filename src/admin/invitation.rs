@@ -26,7 +26,8 @@ impl Operations {
     /// Makes a join token that is good for `valid`. When too many are open, the one that ends first is closed.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for another span than one second to seven days, or without an authority;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub(super) async fn invite(&self, valid: Duration, by: &str) -> Result<Invited, AdminError> {
         self.primary()?;
         if !VALID.contains(&valid) {
@@ -60,7 +61,7 @@ impl Operations {
     /// Closes all invitations: no token is good any more.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Unknown` if the role was lost before it was known whether it is in force.
     pub(super) async fn uninvite(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;

@@ -52,7 +52,8 @@ impl Operations {
     /// No automatic takeover for so long. Returns when the pause ends, in seconds since 1970.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for another span than one minute to 24 hours;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub(super) async fn pause(&self, span: Duration, by: &str) -> Result<u64, AdminError> {
         self.primary()?;
         if !PAUSE.contains(&span) {
@@ -69,7 +70,8 @@ impl Operations {
     /// alone: then this node may take over.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`] while another node is; `Unknown` if the role was lost before it was known whether it
+    /// is in force.
     pub(super) async fn resume(&self, by: &str) -> Result<(), AdminError> {
         let status = self.status();
         if status.primary.is_none() && status.membership.roster.pause.is_some() {
@@ -87,7 +89,9 @@ impl Operations {
     /// A member is called or reached otherwise from now on.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` when no member is meant, or more than one, when nothing would change, and
+    /// when the name or the place is another member's; `Unknown` if the role was lost before it was known whether it is
+    /// in force.
     pub(super) async fn readdress(
         &self,
         member: &str,

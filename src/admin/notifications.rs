@@ -16,7 +16,8 @@ impl Operations {
     /// address have, unless that is empty.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for too many, or for a name or an address that cannot be;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub(super) async fn set_webhooks(&self, mut webhooks: Vec<Webhook>, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;

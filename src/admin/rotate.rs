@@ -19,7 +19,8 @@ impl Operations {
     /// Has the members replace the cluster key. Returns when that has begun.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` while something is being replaced already;
+    /// `Unknown` if the role was lost before it was known whether it is in force.
     pub(super) async fn rotate_cluster_key(&self, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         let _one = self.changing.lock().await;
@@ -32,7 +33,9 @@ impl Operations {
     /// when that has begun.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError::NotPrimary`]; `Refused` for another span than one second to 90 days, without an authority, or
+    /// while something is being replaced already; `Unknown` if the role was lost before it was known whether it is in
+    /// force.
     pub(super) async fn rotate_authority(&self, overlap: Duration, by: &str) -> Result<(), AdminError> {
         self.primary()?;
         if !OVERLAP.contains(&overlap) {
