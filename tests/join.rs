@@ -85,15 +85,18 @@ fn two_hosts_join_with_the_line_and_have_everything() {
     }
 }
 
-/// A removed member knows it, and joins again as a new one; its old data is set aside.
+/// A removed member knows it, and joins again as a new one; its old data is set aside, once, wherever the line was cut off before.
 fn leave_and_come_back(first: &Founder, host: &mut Host) {
     first.delete(&format!("/high-availability/members/{}", host.name), 200);
     wait_until("the removed host knows it", || host.role() == Some(Role::Removed));
-    let said = host.run_line(&first.line(), "");
-    assert!(said.contains("set aside") && said.contains("REQUEST_JOIN"), "{said}");
+    let line = first.line();
+    host.dies_after(&["program", "stop", "user", "config", "aside", "join-file", "unit"], &line);
+    let said = host.run_line(&line, "");
+    assert!(said.contains("REQUEST_JOIN"), "{said}");
     let aside = |path: &std::path::Path| path.file_name().unwrap().to_string_lossy().starts_with("twistlock.removed-");
-    let mut folders = std::fs::read_dir(host.data().parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
-    assert!(folders.any(|path| aside(&path) && path.join("database").exists()));
+    let folders = std::fs::read_dir(host.data().parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    let kept: Vec<_> = folders.filter(|path| aside(path)).collect();
+    assert!(kept.len() == 1 && kept[0].join("database").exists(), "{kept:?}");
     first.post("/high-availability/apply", Value::Null, 200);
     wait_until("SECONDARY again", || host.role() == Some(Role::Secondary));
     wait_until("three votes", || {
@@ -136,6 +139,23 @@ fn who_may_not_join_does_not() {
         let said = host.cannot_ask_with(&file);
         assert!(said.contains(problem) && said.contains("cannot ask to join"), "{said}");
     }
+}
+
+/// Wherever the line is cut off, the next one goes on from there: one request, from a host that runs.
+#[test]
+fn the_line_may_be_cut_off_after_each_step() {
+    let first = Founder::start();
+    let (mut second, line) = (first.host(2), first.line());
+    second.dies_after(&["program", "stop", "user", "config", "join-file", "unit"], &line);
+    second.run_line(&line, "");
+    assert_eq!(second.role(), Some(Role::RequestJoin));
+    let asked = second.fingerprint();
+    // With a daemon that runs, and has asked already.
+    second.dies_after(&["program", "stop", "join-file", "start"], &line);
+    second.run_line(&line, "");
+    assert_eq!((second.role(), second.fingerprint()), (Some(Role::RequestJoin), asked));
+    let requests = first.status()["membership"]["requests"].clone();
+    assert_eq!(requests.as_array().map(Vec::len), Some(1), "{requests}");
 }
 
 /// Turned down, a host says so and waits for a new script; with that it can ask again, with the same key.

@@ -257,6 +257,16 @@ impl Host {
         said
     }
 
+    /// The process that the line starts dies after each of these steps in turn; each time the line is run anew.
+    pub fn dies_after(&mut self, steps: &[&str], line: &str) {
+        for step in steps {
+            let output = self.run(line, &format!("--stop-after {step}"));
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(3), "{step}: {said}");
+            assert!(said.contains(&format!("stopped after the step {step}")), "{said}");
+        }
+    }
+
     fn run(&mut self, line: &str, options: &str) -> Output {
         let line = line.strip_suffix("| sudo bash").expect("the line ends in a shell");
         let arguments = format!("--bind {} --name {} {options}", self.address, self.name);
