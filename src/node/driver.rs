@@ -406,7 +406,7 @@ impl Driver {
             let why = lacking.to_string();
             let refusal = match lacking {
                 NoRoom::Full => ReplicateError::Full(why),
-                // The writer's thread has made the room a moment ago: what came between takes no whole segment.
+                // Hardly ever: the writer's thread has made the room a moment ago, and that of a change besides.
                 NoRoom::NotYet => ReplicateError::Refused(why),
             };
             let _ = reply.send(Err(refusal)); // nobody waits any more: nothing to tell

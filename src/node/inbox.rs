@@ -20,7 +20,7 @@ use super::{
     warning::Warning,
 };
 use crate::{
-    cluster::{self, Change, Membership, NodeId, trust::Holdings},
+    cluster::{self, Change, Membership, NodeId, limits::MAX_ENCODED, trust::Holdings},
     peer::LinkSender,
     storage::{
         ReplicateError, Replicator,
@@ -263,9 +263,9 @@ impl Replicator for Proposer {
             // As long as the last part is not proposed, a transaction that gets stuck can safely be given up.
             self.ask(|reply| Input::Settle { reply })?;
         }
-        // The room that it needs is made on this thread, which may wait for a slow disk: the consensus loop asks again,
-        // and decides.
-        self.log.has_room([part.len()]);
+        // The room that it needs is made on this thread, which may wait for a slow disk: the consensus loop asks again
+        // without a wait, and decides. A change of the membership may come in between, one at most.
+        self.log.has_room([MAX_ENCODED, part.len()]);
         self.ask(|reply| Input::Propose(Proposal { epoch: self.epoch, part, last, long, reply }))
     }
 

@@ -334,7 +334,6 @@ fn appending_does_not_wait_for_a_file_that_is_being_filled() {
     });
 }
 
-/// One step of a raft node of one member: persist, then apply.
 #[test]
 fn appending_does_not_wait_for_a_segment_that_leaves() {
     let root = tempfile::tempdir().unwrap();
@@ -362,6 +361,7 @@ fn appending_does_not_wait_for_a_segment_that_leaves() {
     assert_eq!((log.first_index(), log.last_index()), (11, 14));
 }
 
+/// One step of a raft node of one member: persist, then apply.
 fn drive(node: &mut RawNode<RaftLog>, log: &RaftLog) -> Vec<Entry> {
     let mut applied = Vec::new();
     while node.has_ready() {
