@@ -99,7 +99,7 @@
 //! | [`clients`] | who a connection comes from, the places for connections, patience with those who guess | what is served |
 //! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
-//! | [`clock`], [`mutex`], [`little_endian`] | the time of day; how a mutex is taken; numbers in bytes | everything |
+//! | [`clock`], [`mutex`], [`scheduling`], [`little_endian`] | the time of day; how a mutex is taken; which threads go first; numbers in bytes | everything |
 //!
 //! `tests/tidy` holds the permitted dependencies between them.
 //!
@@ -178,6 +178,7 @@ pub mod node;
 pub mod peer;
 pub mod pki;
 pub mod recover;
+pub mod scheduling;
 pub mod snapshot;
 pub mod storage;
 pub mod supervisor;

@@ -27,7 +27,10 @@ use super::{
     BACKLOG,
     wire::{self, Kind},
 };
-use crate::node::lease::{boottime, read_shared};
+use crate::{
+    node::lease::{boottime, read_shared},
+    scheduling,
+};
 
 /// Files that this process may have open: some sockets, the lease and the timer.
 const FILES: u64 = 64;
@@ -53,6 +56,8 @@ fn run() -> io::Result<()> {
         return Err(io::Error::other("not started by a daemon (this command is internal to twistlockd)"));
     }
     prctl::set_name(c"twistlock-guard")?;
+    // Whether it is permitted, the daemon has logged.
+    let _ = scheduling::try_urgent();
     // The daemon has raised the limit for itself.
     let (files, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, files.min(FILES), most)?;

@@ -43,6 +43,7 @@ pub use warning::Warning;
 use crate::{
     cluster::{self, Change, Cluster, Membership, NodeId, Timing, reach::Reach, trust::Holdings},
     peer::{Edition, LinkSender, Links, Memory},
+    scheduling,
     storage::{
         backup::{CopyError, Copying, Finished},
         databases::Databases,
@@ -254,7 +255,10 @@ pub fn spawn(
     let pulse = Pulse::new();
     let parts = Parts { config, cluster, log, links, sender: sender.clone(), inbox, databases, pulse: pulse.clone() };
     let (driver, views) = Driver::new(parts)?;
-    let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || driver.run())?;
+    let thread = thread::Builder::new().name("consensus".to_owned()).spawn(move || {
+        scheduling::urgent();
+        driver.run()
+    })?;
     Ok((Handle { sender, views, pulse }, thread))
 }
 

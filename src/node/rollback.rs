@@ -15,6 +15,7 @@ use tracing::{info, warn};
 
 use crate::{
     cluster::{ClusterId, NodeId},
+    scheduling,
     storage::{
         raft_log::{RaftLog, RetainedTail},
         tail::{self, Draft},
@@ -77,7 +78,10 @@ impl Rollback {
         self.noted = Some(Instant::now() + NOTE);
         let (folder, (cluster, node), sender) = (self.data.join(tail::FOLDER), self.owner, self.sender.clone());
         let database = Arc::clone(&self.database);
-        let keep = move || finish(tail::write(&folder, cluster, node, &held), &database, epoch, &sender);
+        let keep = move || {
+            scheduling::leisurely();
+            finish(tail::write(&folder, cluster, node, &held), &database, epoch, &sender);
+        };
         if let Err(error) = thread::Builder::new().name("rollback".to_owned()).spawn(keep) {
             warn!(%error, entries = dropped, "the dropped tail of the raft log cannot be kept: no thread for it");
         }

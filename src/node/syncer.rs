@@ -16,6 +16,7 @@ use thiserror::Error;
 
 use crate::{
     mutex::locked,
+    scheduling,
     storage::{
         is_full,
         membership::StoredMembership,
@@ -123,7 +124,11 @@ impl Syncer {
     pub fn start(report: impl Fn(Done) -> bool + Send + 'static, data: PathBuf, log: RaftLog) -> io::Result<Self> {
         let slot = Arc::new(Slot::default());
         let worker = Worker { slot: Arc::clone(&slot), report, data, log };
-        thread::Builder::new().name("raft-log-sync".to_owned()).spawn(move || worker.run())?;
+        thread::Builder::new().name("raft-log-sync".to_owned()).spawn(move || {
+            // A member's answer and a COMMIT wait for it.
+            scheduling::urgent();
+            worker.run();
+        })?;
         Ok(Self { slot, asked: 0, keeps: 0, done: 0, number: 0 })
     }
 

@@ -13,6 +13,7 @@ mod audit;
 mod backup;
 mod balancers;
 mod build;
+mod busy;
 mod certificates;
 mod cluster;
 mod copies;

@@ -54,11 +54,12 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     ("clock", &[]),
     ("mutex", &[]),
+    ("scheduling", &[]),
     ("little_endian", &[]),
     ("cluster", &[]),
 ];
 /// What knows nothing, and may be used by all that are not pure.
-const GROUND: &[&str] = &["clock", "mutex", "little_endian"];
+const GROUND: &[&str] = &["clock", "mutex", "scheduling", "little_endian"];
 /// Modules without clocks, threads and files.
 const PURE: &[&str] = &["cluster"];
 /// What the programs (and the files that belong to them alone) may use of the library; `None`: anything.
