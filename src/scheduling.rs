@@ -1,6 +1,6 @@
 //! Which threads the kernel runs before all others: those that keep the lease, and those that end it. On a host whose
-//! processors are all busy an ordinary thread may wait a tenth of a second for its turn; a PRIMARY whose heartbeats wait
-//! like that loses its role without a fault. Must never be asked for by a thread that works for long at a time.
+//! processors are all busy an ordinary thread may wait a tenth of a second for its turn; a PRIMARY whose heartbeats
+//! wait like that loses its role without a fault. Must never be asked for by a thread that works for long at a time.
 //!
 //! The policy is SCHED_RR with the lowest real-time priority (sched(7)): whatever else is real-time on the host goes
 //! first. The kernel keeps real-time threads from taking all of a processor (`sched_rt_runtime_us`).
