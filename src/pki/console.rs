@@ -16,15 +16,15 @@ use x509_parser::{
     certificate::X509Certificate,
     extensions::GeneralName,
     oid_registry::{OID_PKCS1_MD5WITHRSAENC, OID_PKCS1_SHA1WITHRSA, OID_SIG_ED25519},
-    prelude::FromDer,
     public_key::PublicKey,
 };
 
 use super::{
-    CONSOLE_NAME, ClusterKey, PkiError, fingerprint,
+    CONSOLE_NAME, ClusterKey, PkiError, UNREADABLE, fingerprint, parse,
     pem::{self, PemError},
     provider, read_file,
     sealed::Purpose,
+    validity,
 };
 use crate::cluster::{ClusterId, shared::console_certificate::CustomCertificate};
 
@@ -34,7 +34,6 @@ const MAX_CERTIFICATES: usize = 8;
 const MIN_RSA: usize = 2048;
 /// How long before its end a certificate is spoken of, in days.
 const EXPIRY_DAYS: [u64; 3] = [30, 7, 1];
-const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
 
 /// What is in a certificate, for people and for those who watch it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -56,15 +55,15 @@ impl CertificateInfo {
     /// # Errors
     /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
     pub fn read(der: &[u8]) -> Result<Self, PkiError> {
-        let (_, parsed) = X509Certificate::from_der(der).map_err(|_| UNREADABLE)?;
-        let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+        let parsed = parse(der)?;
+        let (not_before, not_after) = validity(&parsed);
         let shown = |text: String| text.chars().filter(|c| !c.is_control()).collect();
         Ok(Self {
             subject: shown(parsed.subject().to_string()),
             issuer: shown(parsed.issuer().to_string()),
             names: names(&parsed)?,
-            not_before: seconds(parsed.validity().not_before),
-            not_after: seconds(parsed.validity().not_after),
+            not_before,
+            not_after,
             fingerprint: fingerprint(der),
         })
     }
@@ -107,11 +106,7 @@ fn names(parsed: &X509Certificate<'_>) -> Result<Vec<String>, PkiError> {
 
 /// True if this certificate (DER) was signed by the authority with that one (DER), as its signature proves.
 pub fn is_issued_by(certificate: &[u8], authority: &[u8]) -> bool {
-    let (Ok((_, certificate)), Ok((_, authority))) =
-        (X509Certificate::from_der(certificate), X509Certificate::from_der(authority))
-    else {
-        return false;
-    };
+    let (Ok(certificate), Ok(authority)) = (parse(certificate), parse(authority)) else { return false };
     certificate.issuer().as_raw() == authority.subject().as_raw()
         && certificate.verify_signature(Some(authority.public_key())).is_ok()
 }
@@ -196,7 +191,7 @@ impl Pair {
     pub fn check(&self, now: u64) -> Result<(), PkiError> {
         for (place, der) in self.chain.iter().enumerate() {
             let info = CertificateInfo::read(der)?;
-            let (_, parsed) = X509Certificate::from_der(der).map_err(|_| UNREADABLE)?;
+            let parsed = parse(der)?;
             let subject = &info.subject;
             if info.not_after <= now {
                 return Err(custom(format!("{subject} has expired on {}", date(info.not_after))));
@@ -219,7 +214,7 @@ impl Pair {
                 )));
             }
         }
-        let (_, first) = X509Certificate::from_der(&self.chain[0]).map_err(|_| UNREADABLE)?;
+        let first = parse(&self.chain[0])?;
         let usage = first.extended_key_usage().map_err(|_| UNREADABLE)?;
         if usage.is_some_and(|usage| !usage.value.server_auth && !usage.value.any) {
             return Err(custom(format!("{} is not for servers (its extended key usage)", self.info.subject)));
@@ -234,7 +229,7 @@ impl Pair {
     /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
     pub fn missing_issuer<'a>(&self, known: impl Iterator<Item = &'a str>) -> Result<Option<String>, PkiError> {
         let Some(last) = self.chain.last() else { return Ok(None) };
-        let (_, parsed) = X509Certificate::from_der(last).map_err(|_| UNREADABLE)?;
+        let parsed = parse(last)?;
         if parsed.issuer().as_raw() == parsed.subject().as_raw() {
             return Ok(None);
         }
@@ -281,7 +276,7 @@ pub fn reseal(
 
 /// Refuses keys that are too weak or that browsers do not know.
 fn check_key(certificate: &[u8]) -> Result<(), PkiError> {
-    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| UNREADABLE)?;
+    let parsed = parse(certificate)?;
     let key = parsed.public_key();
     match key.parsed() {
         Ok(PublicKey::RSA(rsa)) if rsa.key_size() < MIN_RSA => {

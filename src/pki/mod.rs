@@ -30,7 +30,7 @@ use rustls::{
     version::TLS13,
 };
 use thiserror::Error;
-use x509_parser::{extensions::GeneralName, prelude::FromDer};
+use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer, time::ASN1Time};
 
 use crate::{
     cluster::{ClusterId, NodeId, trust::KeyId},
@@ -125,14 +125,26 @@ pub fn authority_id(pem: &str) -> Result<KeyId, PkiError> {
     Ok(KeyId(sealed::digest_of(&certificate_der(pem)?)))
 }
 
+const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
+
+/// Parses a certificate (DER).
+fn parse(certificate: &[u8]) -> Result<X509Certificate<'_>, PkiError> {
+    X509Certificate::from_der(certificate).map(|(_, parsed)| parsed).map_err(|_| UNREADABLE)
+}
+
+/// From when to when a certificate is valid, in seconds since 1970.
+fn validity(parsed: &X509Certificate<'_>) -> (u64, u64) {
+    let seconds = |time: ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+    (seconds(parsed.validity().not_before), seconds(parsed.validity().not_after))
+}
+
 /// Which node of which cluster a certificate (DER) was made for. Says nothing about who signed it: TLS checks that.
 ///
 /// # Errors
 /// [`PkiError::Identity`] when it is not a node certificate.
 pub fn peer_identity(certificate: &[u8]) -> Result<(ClusterId, NodeId), PkiError> {
     const NOT_A_NODE: PkiError = PkiError::Identity("the certificate is not one of a node");
-    let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate)
-        .map_err(|_| PkiError::Identity("the certificate cannot be parsed"))?;
+    let parsed = parse(certificate)?;
     let names = parsed.subject_alternative_name().ok().flatten().ok_or(NOT_A_NODE)?;
     let mut identities = names.value.general_names.iter().filter_map(|name| match name {
         GeneralName::URI(uri) => parse_identity(uri),

@@ -2,15 +2,12 @@
 //! their checking; must never let anything but a sound P-256 key through.
 
 use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKey, PublicKeyData};
-use x509_parser::{
-    certificate::X509Certificate, certification_request::X509CertificationRequest, extensions::ParsedExtension,
-    prelude::FromDer,
-};
+use x509_parser::{certification_request::X509CertificationRequest, extensions::ParsedExtension, prelude::FromDer};
 
 use super::{
     PkiError, certificate_der, fingerprint,
     params::{alternative_name, params},
-    pem,
+    parse, pem, validity,
 };
 
 /// Longest signing request that is looked at, in bytes of PEM.
@@ -113,9 +110,7 @@ impl SigningRequest {
 /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
 pub fn certificate_key(pem: &str) -> Result<String, PkiError> {
     let der = certificate_der(pem)?;
-    let (_, parsed) =
-        X509Certificate::from_der(&der).map_err(|_| PkiError::Identity("the certificate cannot be parsed"))?;
-    Ok(fingerprint(parsed.public_key().raw))
+    Ok(fingerprint(parse(&der)?.public_key().raw))
 }
 
 /// From when to when a certificate (PEM) is valid, in seconds since 1970.
@@ -124,10 +119,7 @@ pub fn certificate_key(pem: &str) -> Result<String, PkiError> {
 /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
 pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
     let der = certificate_der(pem)?;
-    let (_, parsed) =
-        X509Certificate::from_der(&der).map_err(|_| PkiError::Identity("the certificate cannot be parsed"))?;
-    let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
-    Ok((seconds(parsed.validity().not_before), seconds(parsed.validity().not_after)))
+    Ok(validity(&parse(&der)?))
 }
 
 /// True if a certificate (PEM) says that this authority (PEM) signed it. Two authorities of one cluster have the same
@@ -136,10 +128,8 @@ pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
 /// # Errors
 /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
 pub fn is_signed_by(pem: &str, authority: &str) -> Result<bool, PkiError> {
-    const UNREADABLE: PkiError = PkiError::Identity("the certificate cannot be parsed");
     let (der, authority) = (certificate_der(pem)?, certificate_der(authority)?);
-    let (_, parsed) = X509Certificate::from_der(&der).map_err(|_| UNREADABLE)?;
-    let (_, authority) = X509Certificate::from_der(&authority).map_err(|_| UNREADABLE)?;
+    let (parsed, authority) = (parse(&der)?, parse(&authority)?);
     let signer = parsed.extensions().iter().find_map(|extension| match extension.parsed_extension() {
         ParsedExtension::AuthorityKeyIdentifier(found) => found.key_identifier.as_ref().map(|id| id.0),
         _ => None,
@@ -154,6 +144,7 @@ pub fn is_signed_by(pem: &str, authority: &str) -> Result<bool, PkiError> {
 #[cfg(test)]
 mod tests {
     use rcgen::{CertificateParams, PKCS_ECDSA_P384_SHA384, PKCS_ED25519};
+    use x509_parser::certificate::X509Certificate;
 
     use super::*;
     use crate::{
