@@ -273,7 +273,8 @@ impl Config {
     }
 }
 
-fn host_name() -> String {
+/// The name that the kernel knows for this host.
+pub fn host_name() -> String {
     let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
     name.filter(|name| !name.is_empty()).unwrap_or_else(|| "localhost".to_owned())
 }

@@ -9,7 +9,7 @@ use super::{
     aside::{self, Why},
     files,
     options::Options,
-    place::{Place, host_name},
+    place::Place,
     plan::Plan,
     preflight,
     service::Service,
@@ -17,7 +17,7 @@ use super::{
     traces::{self, Data},
     voice::{EX_NOINPUT, EX_NOPERM, EX_UNAVAILABLE, EX_USAGE, Failure, Voice},
 };
-use crate::config::{self, Config, FirstState};
+use crate::config::{self, Config, FirstState, host_name};
 
 /// The component that can be installed.
 const COMPONENT: &str = "console";

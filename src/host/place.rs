@@ -1,9 +1,6 @@
 //! Where everything is on a host: real paths, or the same below a prefix for tests. Must never change anything.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use nix::unistd::{Group, Uid, User};
 
@@ -155,10 +152,4 @@ pub(super) fn ports(config: &Config) -> impl Iterator<Item = u16> {
 /// True if one of the ports needs a capability.
 pub(super) fn low_port(config: &Config) -> bool {
     ports(config).any(|port| port < FIRST_FREE_PORT)
-}
-
-/// The name of this host.
-pub(super) fn host_name() -> String {
-    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    name.trim().to_owned()
 }

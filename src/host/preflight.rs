@@ -14,10 +14,10 @@ use nix::sys::{
 };
 
 use super::{
-    place::{Place, host_name, ports},
+    place::{Place, ports},
     voice::{EX_TEMPFAIL, Failure, Voice},
 };
-use crate::config::Config;
+use crate::config::{Config, host_name};
 
 /// What a host should have.
 const MIN_CPUS: usize = 2;

@@ -180,8 +180,7 @@ fn report(done: &Interrupted) {
 
 /// There is no audit to write into: the events of this node have who did it.
 fn note(data: &Path, config: &config::Config, by: Uid) {
-    let host = || nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
-    let node = config.high_availability_name.clone().unwrap_or_else(host);
+    let node = config.member_name();
     match Recorder::start(&node, data) {
         Ok(events) => {
             let sentence =
