@@ -16,7 +16,7 @@ use crate::{
     },
     config::Config,
     pki::Authority,
-    storage::{DataDir, DataDirError, IDENTITY_FORMAT, Identity, make_private_dir},
+    storage::{DataDir, IDENTITY_FORMAT, Identity, make_private_dir},
 };
 
 /// The id of the founder.
@@ -41,13 +41,7 @@ pub fn found(config: &Config, data: &DataDir) -> Result<Identity> {
         }
     }
     // Before anything is written: the certificates of a member must stay.
-    match data.identity() {
-        Err(DataDirError::NoIdentity { .. }) => {}
-        Err(error) => return Err(error.into()),
-        Ok(Identity { cluster, node, name, .. }) => {
-            return Err(DataDirError::Exists { path: data.path().to_owned(), cluster, node, name }.into());
-        }
-    }
+    data.check_unused()?;
     let cluster = ClusterId(rand::random());
     let (name, address) = (config.member_name(), address(config)?);
     let port = config.high_availability_port.context("HIGH_AVAILABILITY_PORT is off: members need it")?;

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     clock::unix_time_ms,
     cluster::{Membership, NodeId},
-    storage::{DataDir, DataDirError, Identity},
+    storage::{DataDir, Identity},
 };
 
 /// Time between two looks at a request that waits, and at the files.
@@ -88,13 +88,7 @@ pub async fn run(
 
 /// Data without an identity belongs to a node that was here before: joining over it would mix the two.
 fn ensure_empty(data: &DataDir) -> Result<()> {
-    match data.identity() {
-        Err(DataDirError::NoIdentity { .. }) => {}
-        Err(error) => return Err(error.into()),
-        Ok(Identity { cluster, node, name, .. }) => {
-            return Err(DataDirError::Exists { path: data.path().to_owned(), cluster, node, name }.into());
-        }
-    }
+    data.check_unused()?;
     let found = ["raft-log", "membership.json"].into_iter().find(|name| data.path().join(name).exists());
     let path = data.path().display();
     ensure!(

@@ -187,19 +187,28 @@ impl DataDir {
     }
 
     fn write_identity(&self, identity: &Identity, before: fn(&Path) -> io::Result<()>) -> Result<(), DataDirError> {
-        match self.identity() {
-            Err(DataDirError::NoIdentity { .. }) => {}
-            Err(error) => return Err(error),
-            Ok(Identity { cluster, node, name, .. }) => {
-                return Err(DataDirError::Exists { path: self.path.clone(), cluster, node, name });
-            }
-        }
+        self.check_unused()?;
         let path = self.identity_path();
         let write = || {
             before(&self.path)?;
             durable_write(&path, &checked::encode(serde_json::to_value(identity)?)?)
         };
         write().map_err(|error| DataDirError::Io { verb: "write", path: path.clone(), error })
+    }
+
+    /// Refuses a directory that has an identity.
+    ///
+    /// # Errors
+    /// [`DataDirError::Exists`] when there is one, the error of [`Identity::read`] when there is one that cannot be
+    /// read.
+    pub fn check_unused(&self) -> Result<(), DataDirError> {
+        match self.identity() {
+            Err(DataDirError::NoIdentity { .. }) => Ok(()),
+            Err(error) => Err(error),
+            Ok(Identity { cluster, node, name, .. }) => {
+                Err(DataDirError::Exists { path: self.path.clone(), cluster, node, name })
+            }
+        }
     }
 
     /// Reads the identity.
