@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::Sources;
 use crate::{
     clock::unix_time,
-    cluster::{Member, Role},
+    cluster::{Member, Role, roster::place},
     node::{
         MemberStatus, Status,
         verdict::{Health, duration, judge},
@@ -113,11 +113,6 @@ impl Report {
     }
 }
 
-/// Host and port as in a URL.
-fn place(address: &str, port: u16) -> String {
-    if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
-}
-
 fn words(status: &Status, turned: Duration, serves: bool, now: u64) -> (&'static str, String, Vec<String>) {
     let judged = judge(status, now);
     if turned >= FRESH {
@@ -152,7 +147,7 @@ fn members(status: &Status, turned: Duration) -> Vec<Seen> {
             None if here => (status.role, "this host".to_owned(), Some(0)),
             None => (Role::Unknown, "unknown: not heard of yet".to_owned(), None),
         };
-        let address = place(&member.address, member.port);
+        let address = member.place();
         Seen { name: member.name.clone(), address, state, words, last_seen_ms, here, status: String::new() }
     };
     status.membership.roster.members.iter().map(seen).collect()

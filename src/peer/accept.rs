@@ -242,32 +242,20 @@ impl Call {
                 Ok(welcome)
             }
             Purpose::Snapshot => {
-                let busy = |_| Refusal {
-                    code: RefusalCode::Busy,
-                    reason: format!("node {} can give no more snapshots at the moment: try again", self.identity.me),
-                };
-                self.identity
-                    .snapshots
-                    .clone()
-                    .try_reserve_owned()
-                    .map_err(busy)
-                    .map(|place| Welcome::Snapshot(place, hello.standing == Standing::Forgotten))
+                let place = self.place(&self.identity.snapshots, "can give no more snapshots")?;
+                Ok(Welcome::Snapshot(place, hello.standing == Standing::Forgotten))
             }
-            Purpose::Key => {
-                let busy = |_| Refusal {
-                    code: RefusalCode::Busy,
-                    reason: format!("node {} gives its key to others at the moment: try again", self.identity.me),
-                };
-                self.identity.keys.clone().try_reserve_owned().map(Welcome::Short).map_err(busy)
-            }
-            Purpose::Question => {
-                let busy = |_| Refusal {
-                    code: RefusalCode::Busy,
-                    reason: format!("node {} answers others at the moment: try again", self.identity.me),
-                };
-                self.identity.questions.clone().try_reserve_owned().map(Welcome::Short).map_err(busy)
-            }
+            Purpose::Key => Ok(Welcome::Short(self.place(&self.identity.keys, "is giving its key to others")?)),
+            Purpose::Question => Ok(Welcome::Short(self.place(&self.identity.questions, "is answering others")?)),
         }
+    }
+
+    /// A place in a queue of calls. While it is full, the caller is told what this node `does`.
+    fn place(&self, queue: &mpsc::Sender<StreamCall>, does: &str) -> Result<mpsc::OwnedPermit<StreamCall>, Refusal> {
+        queue.clone().try_reserve_owned().map_err(|_| Refusal {
+            code: RefusalCode::Busy,
+            reason: format!("node {} {does} at the moment: try again", self.identity.me),
+        })
     }
 
     /// Checks that the two understand each other, and that the call is for this node.
