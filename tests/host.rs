@@ -258,7 +258,7 @@ fn no_cluster_is_founded_beside_the_data_of_a_member() {
     host.installed(format!("DATA_FOLDER={folder}\nMANAGEMENT_PORT_HTTPS=8085\n"));
     host.succeeds(host.install(&["-j", "--dry-run"]));
     host.installed(format!("DATA_FOLDER=~/tw\nDATA_FOLDER={folder} x\n"));
-    host.refuses(78, "it cannot be told where this host's data are", host.install(&["--dry-run"]));
+    host.refuses(78, "nobody can tell where this host's data is", host.install(&["--dry-run"]));
 
     // By the settings before those, by the default, and by a folder that nobody can read.
     host.installed(format!("DATA_FOLDER={}\n", host.at("srv/new").display()));

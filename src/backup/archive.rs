@@ -69,7 +69,7 @@ impl Manifest {
 
     /// The part that describes the database.
     pub fn record(&self) -> Result<Record, BackupError> {
-        let checksum = u64::from_str_radix(&self.checksum, 16).map_err(|_| damaged("its checksum is no number"))?;
+        let checksum = u64::from_str_radix(&self.checksum, 16).map_err(|_| damaged("its checksum is not a number"))?;
         Ok(Record { index: self.index, page_size: self.page_size, pages: self.pages, checksum })
     }
 

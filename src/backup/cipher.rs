@@ -138,7 +138,10 @@ impl<R: Read> Opener<R> {
         inner.read_exact(&mut magic)?;
         inner.read_exact(&mut salt)?;
         if &magic != MAGIC {
-            return Err(io::Error::new(ErrorKind::InvalidData, "it is no encrypted backup that this program knows"));
+            return Err(io::Error::new(
+                ErrorKind::InvalidData,
+                "it is not an encrypted backup that this program knows",
+            ));
         }
         let key = secret.key(&salt)?;
         let mut opener = Self { inner, key, number: 0, next: Vec::new(), plain: Vec::new(), at: 0 };

@@ -269,13 +269,13 @@ fn check_member(member: &MemberStatus, needed: u64) -> Result<(), BackupError> {
     let name = &member.name;
     if matches!(member.state, Role::Down | Role::Unknown) {
         return Err(BackupError::Refused(format!(
-            "{name} is not heard of, so that nobody knows whether it has the space for the restore: start it, or remove it from the \
+            "{name} is not heard of, so nobody knows whether it has the space for the restore: start it, or remove it from the \
              cluster; nothing was changed"
         )));
     }
     if member.full {
         return Err(BackupError::Refused(format!(
-            "the disk of {name} is full: free some space there first, or the restore does not come to it; nothing was changed"
+            "the disk of {name} is full: free some space there first, or it cannot take the restore; nothing was changed"
         )));
     }
     // An older program does not tell: if it has no room, the restore is given up.
@@ -325,8 +325,8 @@ fn replace(database: &PrimaryDatabase, copy: &Path, job: &Arc<Job>) -> Result<()
     done.map_err(|error| match error {
         ReplaceError::Refused(why) => BackupError::Refused(format!("{why}; nothing was changed")),
         ReplaceError::Unknown(why) => BackupError::Unknown(format!(
-            "{why}; this node lost its role meanwhile: the members have the whole backup or the whole old state, look which before \
-             you try again"
+            "{why}; this node lost its role meanwhile: the members have the whole backup or the whole old state; find out which \
+             before you try again"
         )),
     })
 }

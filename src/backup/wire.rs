@@ -102,7 +102,7 @@ impl Client {
     async fn exchange(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let (host, port, secure) = place(request.uri()).map_err(failed(HttpErrorKind::Unknown))?;
         if !secure && !self.plain {
-            let why = "plain HTTP is spoken with AWS_ALLOW_HTTP=true only";
+            let why = "plain HTTP is only used with AWS_ALLOW_HTTP=true";
             return Err(failed(HttpErrorKind::Unknown)(io::Error::new(io::ErrorKind::PermissionDenied, why)));
         }
         let dialled = timeout(CONNECT, TcpStream::connect((host.as_str(), port))).await;
@@ -123,7 +123,7 @@ impl Client {
 
 /// Host, port, and whether it is HTTPS.
 fn place(uri: &Uri) -> io::Result<(String, u16, bool)> {
-    let wrong = || io::Error::new(io::ErrorKind::InvalidInput, "the endpoint is no http or https URL");
+    let wrong = || io::Error::new(io::ErrorKind::InvalidInput, "the endpoint is not an http or https URL");
     let secure = match uri.scheme_str() {
         Some("https") => true,
         Some("http") => false,

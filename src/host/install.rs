@@ -185,7 +185,7 @@ fn founds_no_second_cluster(options: &Options, place: &Place, config: &Config, v
                 "To replace it: twistcli ha remove {name}, then the line that \"twistcli ha join-script\" prints"
             ))
             .hint("If the other members are lost for good:              twistlockd recover --force-new-cluster")
-            .hint(format!("If nobody needs these data any more:                 move {folder} away"))
+            .hint(format!("If nobody needs this data any more:                  move {folder} away"))
             .hint("Nothing was changed."));
     }
     Ok(())

@@ -217,7 +217,7 @@ impl Joining<'_> {
             let data = self.data().display();
             let why =
                 format!("{data} has an identity again: something starts the node of this host while this is done");
-            return Err(Failure::new(EX_TEMPFAIL, why).hint("Stop what does, and run this script again."));
+            return Err(Failure::new(EX_TEMPFAIL, why).hint("Stop it, and run this script again."));
         }
         files::folders(place, self.config, voice)?;
         let path = self.data().join(JOIN_FILE);

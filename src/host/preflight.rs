@@ -62,7 +62,7 @@ pub(super) fn check(config: &Config, place: &Place, runs: bool, pass_over: bool,
         return Ok(());
     }
     let why = format!("{} check(s) of this host block the installation: nothing was changed", found.blocks);
-    Err(Failure::new(EX_TEMPFAIL, why).hint("Mend what is said above, or pass over it: -y"))
+    Err(Failure::new(EX_TEMPFAIL, why).hint("Mend what is listed above, or pass over it: -y"))
 }
 
 fn processor_and_memory(found: &mut Findings<'_>) {
@@ -133,10 +133,12 @@ fn clock(voice: &Voice) {
     match answer.as_deref() {
         Some("yes") => {}
         Some("no") => {
-            voice.warn("the clock of this host is not synchronized: members whose clocks differ by over 1 s cannot join");
+            voice.warn(
+                "the clock of this host is not synchronized: members whose clocks differ by over 1 s cannot join",
+            );
         }
         _ => voice.warn(
-            "it cannot be told whether the clock of this host is synchronized: members need clocks that agree within 1 s",
+            "cannot tell whether the clock of this host is synchronized: members need clocks that agree within 1 s",
         ),
     }
 }
@@ -149,7 +151,7 @@ fn own_name(voice: &Voice) {
         None => voice
             .warn(&format!("the host name {name} does not resolve: the other members cannot reach this host by it")),
         Some(first) if found.iter().all(IpAddr::is_loopback) => voice.warn(&format!(
-            "the host name {name} resolves to this host alone ({first}): the other members cannot reach it by that"
+            "the host name {name} resolves to this host alone ({first}): the other members cannot reach it by its name"
         )),
         Some(_) => {}
     }

@@ -158,7 +158,7 @@ impl Service<'_> {
             setsid.spawn().map_err(|error| Failure::new(EX_UNAVAILABLE, format!("setsid cannot be run: {error}")))?;
         fs::write(&pid_file, format!("{}\n", child.id())).map_err(Failure::write(&pid_file))?;
         self.voice.say(&format!("No systemd here: the node runs as pid {}, its log is {}", child.id(), log.display()));
-        self.voice.say(&format!("To start it at boot is up to this host's service manager: {}", command.join(" ")));
+        self.voice.say(&format!("Starting it at boot is up to this host's service manager: {}", command.join(" ")));
         Ok(Started::Process(child))
     }
 
@@ -215,7 +215,7 @@ impl Service<'_> {
         }
         self.voice.complain(&last);
         self.show_log();
-        let failure = Failure::new(EX_UNAVAILABLE, "the node is installed, but it did not get ready");
+        let failure = Failure::new(EX_UNAVAILABLE, "the node is installed, but it did not become ready");
         Err(failure.hint("Its last lines are above; then do this again."))
     }
 

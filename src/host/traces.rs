@@ -139,7 +139,7 @@ fn data_folder(file: &Path, variables: &Variables) -> Result<Option<PathBuf>, Fa
         Ok(loaded) => Ok(Some(loaded.config.data_folder)),
         Err(config::ConfigErrors::Unreadable { error, .. }) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(errors) => {
-            let why = format!("{} cannot be used, so it cannot be told where this host's data are", file.display());
+            let why = format!("{} cannot be used, so nobody can tell where this host's data is", file.display());
             let mend = format!("Mend it (twistlockd check-config {}), or move it away.", file.display());
             Err(Failure::new(EX_CONFIG, why).hint(errors).hint(mend).hint("Nothing was changed."))
         }

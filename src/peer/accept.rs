@@ -139,7 +139,9 @@ impl Call {
             Ok(Err(Failure::Because(subject, reason))) => {
                 if self.complaints.is_new(subject, &reason) {
                     match subject {
-                        Subject::Caller(peer) => warn!(peer, from = %self.from, reason, "refused a link of this node"),
+                        Subject::Caller(peer) => {
+                            warn!(peer, from = %self.from, reason, "refused a link from this node")
+                        }
                         _ => warn!(from = %self.from, reason, "refused a connection to the high availability port"),
                     }
                 }

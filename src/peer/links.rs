@@ -249,7 +249,7 @@ impl Links {
     /// any more end with a farewell, as far as that is possible without waiting; no event tells of it.
     pub fn set_peers(&mut self, peers: &[NodeId]) {
         for mut gone in self.peers.extract_if(.., |peer| !peers.contains(&peer.id)) {
-            info!(peer = gone.id, "this node is no member any more: its links are closed");
+            info!(peer = gone.id, "this node is no longer a member: its links are closed");
             gone.close(self.poll.registry());
             self.udp.forget(gone.id);
         }

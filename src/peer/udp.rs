@@ -290,8 +290,8 @@ impl There {
             info!(
                 peer,
                 to = %self.to,
-                "no datagram to this node is answered: does a firewall drop UDP? All goes on by TCP; only when packets get lost, \
-                 datagrams would save the role"
+                "no datagram to this node is answered: does a firewall drop UDP? Everything goes on by TCP, but \
+                 when packets get lost, only datagrams would save the role"
             );
         }
         self.silent

@@ -129,7 +129,7 @@ fn kept_out(cluster: &Cluster, writers: &Writers, next: &Path) {
         warnings.iter().any(|warning| warning.contains(&refusal))
     });
     let refused = (0..3).filter(|node| *node != back).any(|node| {
-        cluster.log(node).lines().any(|line| line.contains("refused a link of this node") && line.contains(&refusal))
+        cluster.log(node).lines().any(|line| line.contains("refused a link from this node") && line.contains(&refusal))
     });
     assert!(refused, "the others say so, too");
     writers.wait_success(Instant::now(), |node| node != back).expect("a write without it");
