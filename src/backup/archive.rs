@@ -32,16 +32,16 @@ const MANIFEST: &str = "manifest.json";
 const DATABASE: &str = "console.db";
 /// What each gzip file begins with.
 const GZIP: &[u8] = &[0x1f, 0x8b];
-/// Padding at the end of a tar file that is read over, in bytes.
+/// Padding at the end of a tar file that is skipped, in bytes.
 const MAX_PADDING: u64 = 1 << 20;
 
 /// What a backup is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Manifest {
     pub format: u64,
-    /// Of the program that made it.
+    /// Version of the program that made it.
     pub version: String,
-    /// As it was called when it was made.
+    /// Its name when it was made.
     pub name: String,
     pub cluster: String,
     /// The member whose copy of the database it is.
@@ -49,13 +49,13 @@ pub(super) struct Manifest {
     /// Raft index of the database.
     pub index: u64,
     pub epoch: u64,
-    /// When, in seconds since 1970.
+    /// When it was made, in seconds since 1970.
     pub created: u64,
     pub page_size: u32,
     pub pages: u32,
-    /// Of all pages, as the members compare it: hexadecimal.
+    /// Checksum of all pages, as the members compare it, in hexadecimal.
     pub checksum: String,
-    /// Of the database file: hexadecimal.
+    /// SHA-256 of the database file, in hexadecimal.
     pub sha256: String,
 }
 
@@ -76,7 +76,7 @@ impl Manifest {
     fn decode(bytes: &[u8]) -> Result<Self, BackupError> {
         let value: serde_json::Value =
             serde_json::from_slice(bytes).map_err(|error| damaged(format!("{MANIFEST}: {error}")))?;
-        // The format is looked at first: a newer one may differ in everything else.
+        // The format comes first: a newer one may differ in everything else.
         if value["format"].as_u64() != Some(FORMAT) {
             return Err(BackupError::Refused(format!(
                 "the backup has format {}, which this program does not know",
@@ -95,7 +95,7 @@ fn damaged(why: impl Into<String>) -> BackupError {
     BackupError::Damaged(why.into())
 }
 
-/// A SHA-256 in the making.
+/// A SHA-256 that is being computed.
 pub(super) struct Digest(Context);
 
 impl Digest {
@@ -156,7 +156,7 @@ impl Write for Sink {
 /// Writes an archive and makes its content durable, not its name.
 ///
 /// # Errors
-/// Those of reading and writing.
+/// When the database cannot be read, or the archive cannot be written.
 pub(super) fn write(file: File, manifest: &Manifest, database: impl Read, secret: Option<&Secret>) -> io::Result<()> {
     // The fast level: what the others save is not worth the processor time of a host that serves.
     let mut tar = tar::Builder::new(GzEncoder::new(Sink::new(file, secret)?, Compression::fast()));
@@ -188,10 +188,10 @@ impl Read for Source {
     }
 }
 
-/// Whether the file is an encrypted archive; none if it is no archive at all, by its first bytes.
+/// Tells by its first bytes whether a file is an encrypted archive; none if it is no archive at all.
 ///
 /// # Errors
-/// Those of the file.
+/// [`BackupError::Io`] when the file cannot be opened or read.
 pub(super) fn is_sealed(path: &Path) -> Result<Option<bool>, BackupError> {
     let mut head = Vec::new();
     let file = File::open(path).map_err(BackupError::io("open", path))?;
@@ -203,7 +203,9 @@ pub(super) fn is_sealed(path: &Path) -> Result<Option<bool>, BackupError> {
 /// before the database is read and may refuse it; `each` gets the database in order.
 ///
 /// # Errors
-/// [`BackupError::Damaged`] for what is not a whole, sound backup; those of `accept` and `each`.
+/// [`BackupError::Damaged`] for anything but a whole, sound backup. [`BackupError::Refused`] without the key of an
+/// encrypted one, and for a newer format; [`BackupError::Io`] when the file cannot be opened. An error of `accept` or
+/// `each` ends the reading.
 pub(super) fn read(
     path: &Path,
     sealed: bool,

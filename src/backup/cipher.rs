@@ -39,7 +39,7 @@ impl Secret {
     /// Reads a key file.
     ///
     /// # Errors
-    /// [`BackupError::Refused`], which names the file.
+    /// [`BackupError::Refused`], which names the file, when it cannot be read or is too short or too long.
     pub fn read(path: &Path) -> Result<Self, BackupError> {
         let refused =
             |why: String| BackupError::Refused(format!("BACKUP_KEY_FILE {} cannot be used: {why}", path.display()));
@@ -99,7 +99,7 @@ impl<W: Write> Sealer<W> {
         Ok(())
     }
 
-    /// The last piece. Without it the file cannot be read.
+    /// Writes the last piece. Without it the file cannot be read.
     pub fn finish(mut self) -> io::Result<W> {
         self.flush_piece(true)?;
         Ok(self.inner)

@@ -29,7 +29,7 @@ const TRIES: u32 = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 /// How often pages that have changed are read again before the copy is given up.
 const PASSES: u32 = 100;
-/// The disk is set to work whenever so many bytes were written, and what was written leaves the page cache.
+/// Whenever this many bytes were written, the disk is set to work, and they leave the page cache.
 const WRITE_BACK: u64 = 8 << 20;
 /// Longest pause after one piece of work.
 const LONGEST_REST: Duration = Duration::from_millis(250);
@@ -53,7 +53,7 @@ impl Pace {
 #[derive(Debug)]
 pub(super) struct Copied {
     pub record: Record,
-    /// Of the file: hexadecimal SHA-256.
+    /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
 }
 
@@ -174,7 +174,7 @@ fn read_following(copying: &Copying, file: &File, job: &Job) -> io::Result<()> {
     Ok(())
 }
 
-/// Without a pause: the fewer are written meanwhile, the sooner this ends.
+/// Reads again the pages that have changed. Without a pause: the fewer change meanwhile, the sooner this ends.
 fn read_changed(copying: &Copying, file: &File) -> io::Result<()> {
     let mut out = Output::new(file, copying.page_size());
     let mut image = Vec::new();

@@ -18,7 +18,7 @@ use crate::{
     storage::{fsync_dir, make_private_dir},
 };
 
-/// Backups that are kept in mind.
+/// Most backups that are read from a folder.
 const MAX_ENTRIES: usize = 10_000;
 /// What the name of a workshop begins with; the number of the member follows.
 const WORKSHOP: &str = ".work-";

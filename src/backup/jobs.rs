@@ -52,14 +52,14 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// Goes on to the next step, of so many bytes.
+    /// Goes on to the next step, which has this many bytes in total.
     pub fn step(&self, what: &'static str, total: u64) {
         self.done.store(0, Ordering::Relaxed);
         self.total.store(total, Ordering::Relaxed);
         *locked(&self.step) = what;
     }
 
-    /// So many bytes more are done.
+    /// Notes that this many more bytes are done.
     pub fn advance(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
     }
@@ -99,7 +99,7 @@ impl Jobs {
         Ok(job)
     }
 
-    /// The end of what was begun under this number, if it comes in time.
+    /// Waits for the end of what was begun under this number; none if it does not come in time.
     pub async fn wait(&self, number: u64, limit: Duration) -> Option<Outcome> {
         let running = self.table().running.clone().filter(|job| job.number == number);
         if let Some(job) = running {

@@ -29,7 +29,8 @@ impl Looks {
     /// Does something short with what lies at `path`.
     ///
     /// # Errors
-    /// [`BackupError::Hangs`]: it may be done later. Those of `work`.
+    /// [`BackupError::Hangs`] when the disk does not answer in time: the work may still be done later. Otherwise the
+    /// error of `work`.
     pub async fn run<T: Send + 'static>(
         &self,
         path: &Path,

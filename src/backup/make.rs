@@ -41,7 +41,8 @@ impl Backups {
     /// Begins a backup that an administrator wants.
     ///
     /// # Errors
-    /// [`BackupError::Refused`] for a name that cannot be, and while something else is under way.
+    /// [`BackupError::Name`] for a name that no backup can have, [`BackupError::Refused`] while something else is under
+    /// way. Whether the backup succeeds is in its outcome.
     pub async fn create(self: &Arc<Self>, name: &str, by: &Actor) -> Result<Started, BackupError> {
         let record = self.admin.begin(by, of_backup("create", name)).await;
         let begun = name::check_name(name).and_then(|()| self.begin_backup(name));
@@ -61,7 +62,8 @@ impl Backups {
     /// Begins to check a backup: opens it, compares its checksums, and lets SQLite look through the database.
     ///
     /// # Errors
-    /// [`BackupError::NotFound`]; [`BackupError::Refused`] while something else is under way.
+    /// [`BackupError::NotFound`] when it is not on this host; the text says where it is. [`BackupError::Hangs`] when
+    /// the folder does not answer, [`BackupError::Refused`] while something else is under way.
     pub async fn verify(self: &Arc<Self>, id: &str, by: &Actor) -> Result<Started, BackupError> {
         let record = self.admin.begin(by, of_backup("verify", id)).await;
         let (path, id, job) = match self.begin_verification(id).await {

@@ -57,7 +57,7 @@ impl Backups {
     /// The backups in the folder of this host, for another member.
     ///
     /// # Errors
-    /// [`BackupError::Io`], [`BackupError::Hangs`].
+    /// [`BackupError::Io`] when the folder cannot be read, [`BackupError::Hangs`] when it does not answer.
     pub async fn for_member(&self) -> Result<Value, BackupError> {
         let mut shelf = self.shelf().await?;
         shelf.more = u32::try_from(shelf.backups.len().saturating_sub(TOLD)).unwrap_or(u32::MAX);
@@ -74,7 +74,7 @@ impl Backups {
     /// answer.
     ///
     /// # Errors
-    /// Those of [`Self::list`].
+    /// [`BackupError::Io`] when this host's own folder cannot be read, [`BackupError::Hangs`] when it does not answer.
     pub async fn all(&self) -> Result<Vec<Backup>, BackupError> {
         let (me, membership) = (self.node.status().borrow().node, self.node.membership().borrow().clone());
         let own = self.shelf().await?;

@@ -120,7 +120,7 @@ impl BackupError {
         move |error| Self::Io { verb, path: path.to_owned(), error }
     }
 
-    /// Of something that changes the folder.
+    /// What the error means for a change of the folder: if the disk hangs, the change may be made later.
     fn of_change(self) -> Self {
         match self {
             Self::Hangs(path) => Self::Unknown(format!("{} does not answer: it may be done later", path.display())),
@@ -180,7 +180,7 @@ impl Backups {
     /// All backups in the folder of this host, newest first.
     ///
     /// # Errors
-    /// [`BackupError::Io`], [`BackupError::Hangs`].
+    /// [`BackupError::Io`] when the folder cannot be read, [`BackupError::Hangs`] when it does not answer.
     pub async fn list(&self) -> Result<Vec<Backup>, BackupError> {
         self.look(Folder::list).await
     }
@@ -223,7 +223,7 @@ impl Backups {
     /// Where a backup lies: the name has been checked, and the file is there.
     ///
     /// # Errors
-    /// [`BackupError::NotFound`], [`BackupError::Hangs`].
+    /// [`BackupError::NotFound`] when it is not in the folder, [`BackupError::Hangs`] when the folder does not answer.
     pub async fn path(&self, id: &str) -> Result<PathBuf, BackupError> {
         let id = BackupId::read(id)?;
         self.look(move |folder| folder.find(&id)).await
@@ -232,7 +232,8 @@ impl Backups {
     /// A backup for a download, and its length.
     ///
     /// # Errors
-    /// [`BackupError::NotFound`], [`BackupError::Hangs`], [`BackupError::Io`].
+    /// [`BackupError::NotFound`] when it is not on this host; the text says where it is. [`BackupError::Io`] when it
+    /// cannot be read, [`BackupError::Hangs`] when the folder does not answer.
     pub async fn download(&self, id: &str, by: &Actor) -> Result<(File, u64), BackupError> {
         // It has everything, the hashes of the passwords, too.
         self.admin.audited(by, of_backup("download", id), self.open(id)).await
@@ -252,7 +253,10 @@ impl Backups {
     /// Gives a manual backup another name.
     ///
     /// # Errors
-    /// [`BackupError::Refused`], [`BackupError::NotFound`], [`BackupError::Io`].
+    /// [`BackupError::Name`] for a name that no backup can have. [`BackupError::Refused`] for an automatic backup, for
+    /// one that is in use, and when another one has the name. [`BackupError::NotFound`] when it is not on this host;
+    /// the text says where it is. [`BackupError::Io`] when the disk fails, [`BackupError::Unknown`] when it does not
+    /// answer: the backup may be renamed later.
     pub async fn rename(&self, id: &str, new: &str, by: &Actor) -> Result<Backup, BackupError> {
         let act = of_backup("rename", id).wish(&serde_json::json!({ "name": new }));
         self.admin.audited(by, act, self.give_name(id, new, by)).await
@@ -275,7 +279,9 @@ impl Backups {
     /// Deletes a backup.
     ///
     /// # Errors
-    /// As [`Self::rename`].
+    /// [`BackupError::Refused`] while it is in use. [`BackupError::NotFound`] when it is not on this host; the text
+    /// says where it is. [`BackupError::Io`] when the disk fails, [`BackupError::Unknown`] when it does not answer: the
+    /// backup may be deleted later.
     pub async fn delete(&self, id: &str, by: &Actor) -> Result<(), BackupError> {
         self.admin.audited(by, of_backup("delete", id), self.drop(id, by)).await
     }

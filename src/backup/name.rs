@@ -10,14 +10,14 @@ use super::BackupError;
 
 /// Longest name that an administrator may give, in characters.
 const LONGEST_NAME: usize = 64;
-/// Longest file name that is looked at, in bytes.
+/// Longest file name of a backup, in bytes.
 const LONGEST_ID: usize = 160;
 /// What every backup's file name ends with.
 const PLAIN: &str = ".tar.gz";
 /// What the file name of an encrypted backup ends with.
 const SEALED: &str = ".tar.gz.sealed";
 
-/// What the names of backups begin with that were fetched from the place of the copies.
+/// What the names of fetched backups begin with.
 pub(super) const FETCHED: &str = "fetched-";
 
 /// What a backup was made for.
@@ -49,10 +49,10 @@ impl Kind {
     }
 }
 
-/// A name that may be part of a file name.
+/// Checks a name that is to be part of a file name.
 ///
 /// # Errors
-/// [`BackupError::Name`], with what is allowed.
+/// [`BackupError::Name`] with what is allowed.
 pub fn check_name(name: &str) -> Result<(), BackupError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let fine = (1..=LONGEST_NAME).contains(&name.chars().count())
@@ -84,8 +84,7 @@ pub struct BackupId {
 }
 
 impl BackupId {
-    /// Takes a file name apart; none if it is not one of a backup. What it gives is the same file name again when it is
-    /// shown.
+    /// Takes a file name apart; none if it is not that of a backup. The result is shown as the same file name again.
     pub fn parse(id: &str) -> Option<Self> {
         let (stem, sealed) = match id.strip_suffix(SEALED) {
             Some(stem) => (stem, true),
@@ -106,7 +105,7 @@ impl BackupId {
     /// [`Self::parse`] for what a client has sent.
     ///
     /// # Errors
-    /// [`BackupError::NotFound`].
+    /// [`BackupError::NotFound`] when it cannot be the file name of a backup.
     pub fn read(id: &str) -> Result<Self, BackupError> {
         Self::parse(id).ok_or_else(|| BackupError::NotFound(format!("there is no backup {:?}", shorten(id))))
     }

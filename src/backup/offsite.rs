@@ -29,7 +29,7 @@ use crate::{
     telemetry::{BACKUP_COPIED, BACKUP_COPY_FAILURES},
 };
 
-/// A look at the place although nothing is new.
+/// How often the place is looked at although nothing is new.
 const IDLE: Duration = Duration::from_secs(6 * 3600);
 /// Pause after the first failure; it doubles with each, up to the longest.
 const AGAIN: Duration = Duration::from_secs(30);
@@ -54,7 +54,7 @@ impl Offsite {
         Self { state, ..Self::default() }
     }
 
-    /// There is a new backup in the folder.
+    /// Says that there is a new backup in the folder.
     pub fn wake(&self) {
         self.news.notify_one();
     }
@@ -75,7 +75,7 @@ fn no_url() -> BackupError {
     BackupError::Refused("BACKUP_URL is not set: there is no place of copies".to_owned())
 }
 
-/// Runs it on a thread of its own: it hashes, encrypts and waits for disks.
+/// Runs `work` on a thread of its own: it hashes, encrypts and waits for disks.
 async fn apart<T, F>(work: impl FnOnce() -> F + Send + 'static) -> Result<T, BackupError>
 where
     T: Send + 'static,
@@ -126,7 +126,8 @@ impl Backups {
     /// The copies at `BACKUP_URL`, of all members and clusters, newest first, and of these at most 1,000.
     ///
     /// # Errors
-    /// [`BackupError::Remote`]; [`BackupError::Refused`] without `BACKUP_URL`.
+    /// [`BackupError::Remote`] when the place cannot be used, refuses or does not answer in time.
+    /// [`BackupError::Refused`] without `BACKUP_URL`, and for a file of credentials that cannot be used.
     pub async fn copies(self: &Arc<Self>) -> Result<Vec<RemoteBackup>, BackupError> {
         // Held to the end of the work, even if nobody waits for it any more.
         let turn = self.offsite.listing.clone().lock_owned().await;
@@ -253,8 +254,8 @@ impl Backups {
     /// Begins to fetch a copy (`CLUSTER/NODE/FILE`) into the folder.
     ///
     /// # Errors
-    /// [`BackupError::NotFound`] for what is no such name; [`BackupError::Refused`] while something else is under way, and
-    /// without `BACKUP_URL`.
+    /// [`BackupError::NotFound`] for anything but `CLUSTER/NODE/FILE`, [`BackupError::Refused`] while something else is
+    /// under way and without `BACKUP_URL`. Whether there is such a copy is in the outcome.
     pub async fn fetch(self: &Arc<Self>, place: &str, by: &Actor) -> Result<Started, BackupError> {
         let record = self.admin.begin(by, Act::new("fetch", format!("copy '{place}'"))).await;
         let (place, id, job) = match self.begin_fetch(place) {

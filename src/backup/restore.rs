@@ -73,7 +73,7 @@ pub enum RestoreFrom<'a> {
 }
 
 impl RestoreFrom<'_> {
-    /// As [`Source`] calls it, before anybody has looked.
+    /// What [`Source`] calls it, before anybody has looked at the file.
     fn label(self) -> String {
         let name = match self {
             Self::File(file) => file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default(),
@@ -112,8 +112,10 @@ impl Backups {
     /// Begins to put the content of a backup, a file of this host, in the place of the cluster's database.
     ///
     /// # Errors
-    /// [`BackupError::Refused`] on a node that is not PRIMARY, for what is not [`Agreed`] to, and while something else is under
-    /// way; [`BackupError::NotFound`], [`BackupError::Hangs`].
+    /// [`BackupError::Refused`] on a node that is not PRIMARY, without what must be [`Agreed`] to, for a backup of
+    /// another version, and while something else is under way. [`BackupError::NotFound`] when it is not on this host;
+    /// the text says where it is. [`BackupError::Hangs`] when its disk does not answer. Whether the restore succeeds is
+    /// in its outcome.
     pub async fn restore(
         self: &Arc<Self>,
         from: RestoreFrom<'_>,
@@ -240,8 +242,8 @@ impl Backups {
         }
     }
 
-    /// There is room for the transaction on all members that vote; on this host also for the copy, if it is still
-    /// `to_unpack`.
+    /// Checks that there is room for the transaction on all members that vote, and on this host also for the copy, if
+    /// that is still `to_unpack`.
     fn check_room(&self, bytes: u64, to_unpack: bool) -> Result<(), BackupError> {
         let data = &self.config.data;
         let status = self.node.status().borrow().clone();
@@ -263,8 +265,8 @@ impl Backups {
     }
 }
 
-/// A member takes the transaction into its raft log and its database: without the space it would hold everybody up
-/// while the Console is closed.
+/// Refuses when a member has no room. It takes the transaction into its raft log and its database: without the space it
+/// would hold everybody up while the Console is closed.
 fn check_member(member: &MemberStatus, needed: u64) -> Result<(), BackupError> {
     let name = &member.name;
     if matches!(member.state, Role::Down | Role::Unknown) {

@@ -68,7 +68,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Of `CLUSTER/NODE/FILE`.
+    /// Takes `CLUSTER/NODE/FILE` apart; none if it is anything else.
     pub fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split('/');
         let (cluster, node, id) = (parts.next()?, parts.next()?, parts.next()?);
@@ -120,7 +120,8 @@ impl Store {
     /// Opens the place. Nothing is asked of it yet.
     ///
     /// # Errors
-    /// [`BackupError::Remote`] and [`BackupError::Refused`]: the URL or the credentials cannot be used.
+    /// [`BackupError::Remote`] when there is no such folder, or the settings of S3 are not complete.
+    /// [`BackupError::Refused`] when the URL or the file of credentials is wrong.
     pub fn open(url: &str, credentials: Option<&Path>) -> Result<Self, BackupError> {
         if let Some(folder) = url.strip_prefix("file://") {
             // One that is not there is not made: it may be a file system that is not mounted.
@@ -161,7 +162,7 @@ impl Store {
     /// All copies, or those of one member of one cluster; newest first.
     ///
     /// # Errors
-    /// [`BackupError::Remote`].
+    /// [`BackupError::Remote`] when the place refuses or does not answer in time, and when there are too many files.
     pub async fn list(&self, of: Option<(&str, &str)>) -> Result<Vec<RemoteBackup>, BackupError> {
         let under = match of {
             Some((cluster, node)) => self.below.clone().join(cluster).join(node),
@@ -190,7 +191,8 @@ impl Store {
     /// Length of a copy.
     ///
     /// # Errors
-    /// [`BackupError::NotFound`], [`BackupError::Remote`].
+    /// [`BackupError::NotFound`] when there is no such copy. [`BackupError::Remote`] when the place refuses or does not
+    /// answer in time.
     pub async fn length(&self, place: &Place) -> Result<u64, BackupError> {
         let asked = timeout(QUICK, self.inner.head(&self.key(place))).await.map_err(|_| late())?;
         match asked {
@@ -206,7 +208,8 @@ impl Store {
     /// before. Each part carries a SHA-256 that is signed, so that S3 does not take a damaged one.
     ///
     /// # Errors
-    /// [`BackupError::Remote`], [`BackupError::Io`].
+    /// [`BackupError::Remote`] when the place refuses or does not answer in time. [`BackupError::Io`] when the file
+    /// cannot be read.
     pub async fn put(
         &self,
         place: &Place,
@@ -250,7 +253,7 @@ impl Store {
         }
     }
 
-    /// Lets the place itself copy what lies there under another name of the same file. False if it cannot.
+    /// Lets the place itself copy what lies there to another name. False if it cannot.
     pub async fn twin(&self, from: &Place, to: &Place, length: u64) -> bool {
         let copied = timeout(RETRY_FOR, self.inner.copy(&self.key(from), &self.key(to))).await;
         matches!(copied, Ok(Ok(()))) && self.length(to).await.is_ok_and(|found| found == length)
@@ -259,7 +262,8 @@ impl Store {
     /// Fetches a copy into a new file; `each` is told of every piece.
     ///
     /// # Errors
-    /// [`BackupError::Remote`], [`BackupError::Io`].
+    /// [`BackupError::Remote`] when the place refuses, does not answer in time, or has another length there.
+    /// [`BackupError::Io`] when the new file cannot be written.
     pub async fn fetch(
         &self,
         place: &Place,
@@ -288,7 +292,8 @@ impl Store {
     /// Deletes a copy.
     ///
     /// # Errors
-    /// [`BackupError::Remote`].
+    /// [`BackupError::Remote`] when the place refuses or does not answer in time. That there is no such copy is no
+    /// error.
     pub async fn delete(&self, place: &Place) -> Result<(), BackupError> {
         let deleted = timeout(QUICK, self.inner.delete(&self.key(place))).await.map_err(|_| late())?;
         match deleted {

@@ -21,9 +21,9 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-/// Until a connection is there, its TLS included.
+/// Longest time until a connection is there, its TLS included.
 const CONNECT: Duration = Duration::from_secs(10);
-/// From the first byte of a request to the head of its answer. A request carries some megabytes at most.
+/// Longest time from the first byte of a request to the head of its answer. A request carries some megabytes at most.
 const ANSWER: Duration = Duration::from_secs(120);
 
 /// Makes the clients of object stores.
@@ -39,7 +39,7 @@ impl Connector {
     /// Reads the list of authorities: it may have changed since it was read last.
     ///
     /// # Errors
-    /// Those of rustls.
+    /// When the cryptography that this program was built with has no TLS version that is safe.
     pub fn new() -> Result<Self, rustls::Error> {
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);

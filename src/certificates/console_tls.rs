@@ -1,7 +1,7 @@
-//! What the Console of this host serves: keeps the TLS settings that each new connection is asked for in step with the
-//! membership, the custom folder and the clock. Every member signs for itself. Must never change the Console's own key
-//! (certificate and key are two files, and a crash between them would leave a node that cannot start), nor serve
-//! nothing because something new is broken.
+//! What the Console of this host serves: keeps the TLS settings of each new connection in step with the membership, the
+//! custom folder and the clock. Every member signs for itself. Must never change the Console's own key (certificate and
+//! key are two files, and a crash between them would leave a node that cannot start), nor serve nothing because
+//! something new is broken.
 //!
 //! What is served, first come first: the folder of this host, the certificate that an administrator has given to all
 //! Consoles, the cluster's own. Hosts that join ask for a name of their own and always see the last one.
@@ -35,9 +35,10 @@ use crate::{
     },
 };
 
-/// Between two looks at the custom folder.
+/// Time between two looks at the custom folder.
 const LOOK: Duration = Duration::from_secs(1);
-/// Between two looks at everything else that nobody announces: addresses of this host, the clock, what failed before.
+/// Time between two looks at everything else that nobody announces: addresses of this host, the clock, what failed
+/// before.
 const SLOW_LOOK: Duration = Duration::from_secs(10);
 
 /// The names that this host's Console is known by, for the address that the members use.
@@ -146,7 +147,7 @@ impl ConsoleTls {
         }
     }
 
-    /// One look. Returns what is to be shown, if it may have changed.
+    /// Looks once. Returns what is to be shown, if it may have changed.
     fn look(&mut self, membership: &Membership, announced: bool) -> Option<Shown> {
         let now = unix_time();
         let slow = announced || self.slow.is_none_or(|last| last.elapsed() >= SLOW_LOOK);
@@ -215,7 +216,8 @@ impl ConsoleTls {
         Ok(())
     }
 
-    /// Follows the membership. One that cannot be unsealed is tried at every look: the cluster key may be on its way.
+    /// Follows the certificate in the membership. One that cannot be unsealed is tried at every look: the cluster key
+    /// may be on its way.
     fn unseal(&mut self, membership: &Membership) -> Result<()> {
         let wanted = &membership.shared.custom_certificate;
         if self.upload.sealed == *wanted && self.upload.pair.is_some() == wanted.is_some() {
@@ -241,7 +243,7 @@ impl ConsoleTls {
         folder.or_else(upload).unwrap_or((CertificateSource::Cluster, &self.own))
     }
 
-    /// From the next connection on.
+    /// Serves what is chosen, from the next connection on.
     fn serve(&mut self) {
         let (source, pair) = self.chosen();
         let pair = Arc::clone(pair);

@@ -29,7 +29,7 @@ pub(crate) fn exposed_to(membership: &Membership) -> Vec<String> {
     names.into_iter().map(str::to_owned).collect()
 }
 
-/// That somebody else knows the key of the certificate that the Consoles were given, and what to do about it.
+/// Says that somebody else knows the key of the certificate that the Consoles were given, and what to do about it.
 pub(crate) fn exposure(membership: &Membership) -> Option<String> {
     let exposed = exposed_to(membership);
     (!exposed.is_empty()).then(|| {

@@ -21,8 +21,8 @@ use crate::{
     pki::{self, Authority, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, request_with},
 };
 
-/// Between two looks, and after one at a certificate that is not good at this time or could not be renewed: the clock
-/// may have been wrong.
+/// Time between two looks, and after a look at a certificate that is not good at this time or could not be renewed: the
+/// clock may have been wrong.
 const EVERY: Duration = Duration::from_secs(3600);
 const SOON: Duration = Duration::from_secs(10);
 
@@ -45,8 +45,8 @@ pub async fn run(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>)
     }
 }
 
-/// The first look, before any certificate is loaded or reported: one that is due is renewed before anybody reads that
-/// it is overdue. [`run`] reports what goes wrong, and tries again.
+/// Looks for the first time, before any certificate is loaded or reported: one that is due is renewed before anybody
+/// reads that it is overdue. [`run`] reports what goes wrong, and tries again.
 pub fn at_start(dir: &Path, membership: &Membership, node: NodeId) {
     let due = read(dir, NODE_CERTIFICATE).and_then(|pem| Ok(certificate_validity(&pem)?));
     if due.is_ok_and(|(from, until)| is_due(from, until, unix_time())) && renew(dir, membership, node).is_ok() {
@@ -69,13 +69,13 @@ fn look(dir: &Path, membership: &Membership, node: NodeId, tls: &watch::Sender<A
     Ok(())
 }
 
-/// The certificate in the folder is valid at this time.
+/// True if the certificate in the folder is valid at this time.
 fn is_good(dir: &Path, now: u64) -> bool {
     let validity = read(dir, NODE_CERTIFICATE).and_then(|pem| Ok(certificate_validity(&pem)?));
     validity.is_ok_and(|(from, until)| (from..until).contains(&now))
 }
 
-/// Less than a third of its life remains, or it has not begun: it was made when a clock was ahead.
+/// True if less than a third of its life remains, or it has not begun: it was made when a clock was ahead.
 pub(super) fn is_due(from: u64, until: u64, now: u64) -> bool {
     now < from || until.saturating_sub(now) < until.saturating_sub(from) / 3
 }

@@ -10,7 +10,7 @@ use super::{
 };
 
 /// A new `twistlock.cfg` that is being put together. What depended on the environment is written out: whoever reads the
-/// file later, in whatever environment, takes the same from it.
+/// file later, in whatever environment, reads the same.
 #[derive(Clone)]
 pub struct Draft {
     lines: Vec<String>,
@@ -19,10 +19,10 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Begins with the text of a file; `file` is its name for messages.
+    /// Starts from the text of a file; `file` is its name for messages.
     ///
     /// # Errors
-    /// The problems of the text.
+    /// [`ConfigErrors::Invalid`] with all problems of the text.
     pub fn new(text: &[u8], file: &str, env: Environment<'_>) -> Result<Self, ConfigErrors> {
         let assigned = reader::assigned(text, file, env)?;
         let lines = reader::lines(text).map(|line| String::from_utf8_lossy(line).into_owned()).collect();
@@ -45,10 +45,10 @@ impl Draft {
         self.meant.insert(key.to_owned(), value.to_owned());
     }
 
-    /// Takes over what another file sets, with its way of writing it: those keys that are `wanted`.
+    /// Takes over those keys of another file that are `wanted`, written as they are there.
     ///
     /// # Errors
-    /// The problems of the other file.
+    /// [`ConfigErrors::Invalid`] with all problems of the other file. Nothing has changed then.
     pub fn keep(
         &mut self,
         text: &[u8],
@@ -65,10 +65,10 @@ impl Draft {
         Ok(())
     }
 
-    /// The text, once it means what it should without any environment; and what it says.
+    /// Returns the text, which means what it should in any environment, and what it says.
     ///
     /// # Errors
-    /// The problems of the text; line numbers are its own.
+    /// [`ConfigErrors::Invalid`] with all problems of the new text. Their line numbers are those of the new text.
     pub fn finish(mut self, file: &str) -> Result<(String, Loaded), ConfigErrors> {
         // A value can depend on the environment or on a line that is elsewhere now. Writing one out can change another.
         for _ in 0..=self.meant.len() {

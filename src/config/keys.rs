@@ -19,7 +19,7 @@ pub(super) const HEALTH_PORT: &str = "HEALTH_PORT";
 /// The key that decides who is answered there.
 pub(super) const HEALTH_ALLOW: &str = "HEALTH_ALLOW";
 
-/// Keys of the original that mean nothing here. They are read over, with one line of information for all of them.
+/// Keys of the original that mean nothing here. They are skipped, with one line of information for all of them.
 pub(super) const IGNORED: &[&str] = &["DEFENDER_CN", "DEFENDER_LISTENER_TYPE", "READ_ONLY_FS", "SELINUX"];
 /// The beginnings of further such keys.
 pub(super) const IGNORED_FAMILIES: &[&str] = &["DOCKER_", "SCAP_", "SELINUX_", "KUBERNETES_", "OPENSHIFT_"];

@@ -114,7 +114,7 @@ pub(super) fn value(text: &str, lookup: Lookup<'_>) -> Result<String, Refused> {
 /// without variables. Blanks around it mean nothing.
 ///
 /// # Errors
-/// What may stand there. Not what does: it may be a secret.
+/// What may stand there, as the end of a sentence. It does not repeat what does stand there: that may be a secret.
 pub fn literal(text: &str) -> Result<String, &'static str> {
     value(text.trim(), &|_| None).map_err(|refused| refused.allowed)
 }

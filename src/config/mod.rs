@@ -386,7 +386,7 @@ fn list(problems: &[Problem], more: usize) -> String {
 /// Reads and checks a file; `${VAR-default}` sees the environment of this process.
 ///
 /// # Errors
-/// All problems of the file at once, see [`ConfigErrors`].
+/// [`ConfigErrors::Unreadable`] when the file cannot be read, [`ConfigErrors::Invalid`] with all its problems at once.
 pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
     load_in(path, &|name| std::env::var(name).ok())
 }
@@ -394,7 +394,7 @@ pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
 /// Reads and checks a file as a process with this environment does.
 ///
 /// # Errors
-/// All problems of the file at once, see [`ConfigErrors`].
+/// [`ConfigErrors::Unreadable`] when the file cannot be read, [`ConfigErrors::Invalid`] with all its problems at once.
 pub fn load_in(path: &Path, env: Environment<'_>) -> Result<Loaded, ConfigErrors> {
     parse(read(path)?, &path.display().to_string(), env)
 }
@@ -402,7 +402,7 @@ pub fn load_in(path: &Path, env: Environment<'_>) -> Result<Loaded, ConfigErrors
 /// The bytes of a file, for [`parse`] and [`Draft`].
 ///
 /// # Errors
-/// [`ConfigErrors::Unreadable`] when the file cannot be read.
+/// [`ConfigErrors::Unreadable`] when the file cannot be opened or read. What it says is not looked at.
 pub fn read(path: &Path) -> Result<Vec<u8>, ConfigErrors> {
     let mut bytes = Vec::new();
     // One byte more than allowed is enough to know that the file is too large; a device never ends.

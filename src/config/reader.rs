@@ -12,14 +12,14 @@ use super::{
     line::{self, Line},
 };
 
-/// What a socket's path may be long, in bytes: `sun_path` of Linux without its final zero.
+/// How long a socket's path may be, in bytes: `sun_path` of Linux without its final zero.
 const MAX_SOCKET_PATH: usize = 107;
 /// How much of a value a message repeats, in characters.
 const MAX_SHOWN: usize = 80;
 /// The lease ends this long before a new primary could serve at the earliest.
 const LEASE_MARGIN: Duration = Duration::from_millis(50);
 
-/// What asks the environment for the variables of `${VAR-default}`.
+/// Looks up the variables of `${VAR-default}` in the environment.
 pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// Reads the text of a file.
@@ -30,10 +30,10 @@ pub fn parse(text: impl AsRef<[u8]>, file: &str, env: Environment<'_>) -> Result
     read(text.as_ref(), file, env).finish()
 }
 
-/// What a file sets each key to, known or not. The same reading as [`parse`], and refused for the same reasons.
+/// What a file sets each key to, known or not. Reads as [`parse`] does, and refuses for the same reasons.
 ///
 /// # Errors
-/// Those of [`parse`].
+/// [`ConfigErrors::Invalid`] with all problems of the text.
 pub(super) fn assigned(
     text: &[u8],
     file: &str,
@@ -321,7 +321,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// In the place of a secret.
+/// What a message says in the place of a secret.
 const NOT_SHOWN: &str = "a value that is not shown";
 
 fn known(name: &str) -> Option<&'static Key> {

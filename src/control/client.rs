@@ -125,7 +125,7 @@ impl Call {
     /// Sends it to whoever answers at `base`, with what the Authorization header is to carry.
     ///
     /// # Errors
-    /// When there is no answer.
+    /// When it cannot be sent, or no answer comes.
     pub fn run(&self, agent: &Agent, base: &str, login: Option<&str>) -> Result<Response<Body>, ureq::Error> {
         let mut request = Request::builder().method(self.method.clone()).uri(format!("{base}{}", self.target()));
         if let Some(login) = login {
@@ -158,8 +158,9 @@ impl Answer {
 /// Asks the daemon behind `path` one thing and waits for the answer, `limit` at most.
 ///
 /// # Errors
-/// All of [`ControlError`] but a refusal, which is an answer here. After [`ControlError::NoAnswer`] it may have been
-/// done.
+/// [`ControlError::Path`] or [`ControlError::Unreachable`] when nobody was asked, [`ControlError::NoAnswer`] when it
+/// may have been done nevertheless, [`ControlError::Malformed`] when the answer cannot be understood. A refusal is an
+/// answer here.
 pub fn send(path: &Path, call: &Call, limit: Duration) -> Result<Answer, ControlError> {
     check_path(path).map_err(|error| ControlError::Path(error.to_string()))?;
     let unreachable = |error| ControlError::Unreachable { path: path.to_owned(), error };
@@ -177,7 +178,8 @@ pub fn send(path: &Path, call: &Call, limit: Duration) -> Result<Answer, Control
 /// Sends a request that must succeed. An answer without a body is `null`.
 ///
 /// # Errors
-/// [`ControlError`].
+/// [`ControlError::Refused`] with the reason when the daemon says no. Otherwise the error of [`send`].
+/// [`ControlError::Malformed`] also when the answer is not a `T`.
 pub fn ask<T: DeserializeOwned>(path: &Path, call: &Call, limit: Duration) -> Result<T, ControlError> {
     let answer = send(path, call, limit)?;
     if !answer.status.is_success() {
@@ -191,7 +193,7 @@ pub fn ask<T: DeserializeOwned>(path: &Path, call: &Call, limit: Duration) -> Re
 /// Asks the daemon behind `path` for its status.
 ///
 /// # Errors
-/// [`ControlError`].
+/// [`ControlError::Unreachable`] when no daemon runs there. Otherwise the error of [`ask`].
 pub fn status(path: &Path, limit: Duration) -> Result<Status, ControlError> {
     ask(path, &Call::get("high-availability"), limit)
 }
@@ -199,7 +201,8 @@ pub fn status(path: &Path, limit: Duration) -> Result<Status, ControlError> {
 /// A connection to the daemon behind `path`.
 ///
 /// # Errors
-/// What the kernel says.
+/// When nobody listens on the path, this user may not connect, or the daemon has too many connections waiting for
+/// longer than `limit`.
 pub fn connect(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // connect() on a Unix socket waits for room in the listener's queue, and the send time-out is what bounds that.

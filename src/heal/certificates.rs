@@ -23,7 +23,8 @@ use crate::{
 /// Console, for the address that the members use.
 ///
 /// # Errors
-/// The one line, when the node's own key or certificate is lost and nothing proves that this host is a member.
+/// When the node's own key or certificate is lost and nothing proves that this host is a member: one line that says
+/// what to do. Also when a file cannot be written or moved away.
 pub fn certificates(
     data: &Path,
     identity: &Identity,

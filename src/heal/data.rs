@@ -22,7 +22,7 @@ const ORIGIN: u64 = 1;
 /// there; otherwise it counts for nothing until it was fetched.
 ///
 /// # Errors
-/// File errors.
+/// When a file cannot be read now, or a damaged record cannot be moved away.
 pub fn database(data: &Path, log: &RaftLog, notes: &mut Notes) -> Result<Database> {
     let dir = data.join("database");
     make_private_dir(&dir).with_context(|| format!("create {}", dir.display()))?;

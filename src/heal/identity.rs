@@ -23,7 +23,8 @@ const REMAINS: [&str; 3] = [membership::FILE, "raft-log", "database"];
 /// The identity of this data folder, made anew if it is damaged or gone; none if the folder belongs to no member yet.
 ///
 /// # Errors
-/// [`DataDirError`], and the one line when nothing proves whose folder it is.
+/// When nothing proves whose folder it is: one line that says what to do. Also when a newer program wrote the identity,
+/// or it cannot be read or written now.
 pub fn identity(data: &DataDir, notes: &mut Notes) -> Result<Option<Identity>> {
     let path = data.path().join(FILE);
     match data.identity() {

@@ -23,7 +23,7 @@ use crate::{
 /// has. If neither has it, the database is not to be used: both come from another member then.
 ///
 /// # Errors
-/// When the file is of a newer program, or what was found cannot be read or written.
+/// When the file is of a newer program, cannot be read now or be written, or the raft log cannot be read.
 pub fn membership(
     data: &Path,
     identity: &Identity,

@@ -52,7 +52,8 @@ impl Notes {
 /// Opens and locks the data folder.
 ///
 /// # Errors
-/// [`DataDirError`]; one line when the lock file is none: somebody else may have locked the right one.
+/// [`DataDirError`] when another process has the folder, or it cannot be made or locked. One line that says what to do
+/// when the lock is not a file: somebody else may have locked the right one.
 pub fn open(folder: &Path) -> Result<DataDir> {
     DataDir::open(folder).map_err(|error| match error {
         DataDirError::Io { path, .. } if path.ends_with("lock") && path.is_dir() => anyhow!(
@@ -68,7 +69,7 @@ pub fn open(folder: &Path) -> Result<DataDir> {
 /// anything else looks at the data folder, which must be locked.
 ///
 /// # Errors
-/// One line, when something is too open and cannot be changed, or cannot be moved.
+/// When something is too open, or in the place of a file, and cannot be changed or moved: one line that says which.
 pub fn prepare(data: &Path, notes: &mut Notes) -> Result<()> {
     modes::tighten(data)?;
     shape::mend(data, notes)

@@ -65,7 +65,7 @@ struct Walk {
 /// Takes rights away that others have in the data folder, and gives this program those that it needs.
 ///
 /// # Errors
-/// One line, when something is too open, or somebody else's, and cannot be changed.
+/// When something is too open, or belongs to somebody else, and cannot be changed: one line that says which.
 pub(super) fn tighten(data: &Path) -> Result<()> {
     let Ok(folder) = open(data, O_DIRECTORY) else { return Ok(()) }; // whoever opens it next says why
     let Ok(found) = folder.metadata() else { return Ok(()) };

@@ -27,7 +27,7 @@ const LONGEST: Duration = Duration::from_millis(LONGEST_LEASE.as_millis() as u64
 /// earlier process of this node has promised anything.
 ///
 /// # Errors
-/// When the file cannot be read for want of something that a later start may have, or not be written.
+/// When the file cannot be written, or cannot be read for want of something that a later start may have.
 pub fn promised_earlier(own: Duration, data: &Path, first: bool, notes: &mut Notes) -> Result<Duration> {
     let path = data.join(PROMISE);
     let noted = match fs::read_to_string(&path) {

@@ -108,7 +108,7 @@ async fn status(
     response
 }
 
-/// Whether HTML is asked for, rather than JSON. `usual`: for those who take either.
+/// True if HTML is asked for rather than JSON. `usual` is the answer for those who take either.
 fn wants_page(headers: &HeaderMap, usual: bool) -> bool {
     let mut wish = (None, None);
     let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
@@ -129,7 +129,7 @@ fn wants_page(headers: &HeaderMap, usual: bool) -> bool {
     }
 }
 
-/// For those who are not let in.
+/// The answer for those who are not let in.
 async fn not_allowed(headers: HeaderMap) -> Response {
     const WHAT: &str = "This host does not answer your address";
     const WHY: &str = "HEALTH_ALLOW in its twistlock.cfg says who is answered here: this host itself and the members, if it says \
@@ -307,7 +307,7 @@ fn refuse(problem: String) -> Response {
     (StatusCode::BAD_REQUEST, Json(json!({ "err": problem }))).into_response()
 }
 
-/// An answer is good for the moment only.
+/// Marks an answer as good for the moment only.
 async fn mark(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));

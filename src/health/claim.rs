@@ -35,7 +35,7 @@ impl Claim {
         Arc::new(Self { serves, epoch: AtomicU64::new(0) })
     }
 
-    /// Whether this node serves now. If so, nothing leaves on this connection when that is over.
+    /// True if this node serves now. Then nothing leaves on this connection once that is over.
     pub(super) fn make(&self) -> bool {
         let epoch = (self.serves)().unwrap_or(0);
         self.epoch.store(epoch, Ordering::SeqCst);

@@ -1,6 +1,6 @@
 //! The page that Prometheus reads, and the token that it may need. The same page is offered on the health port and by
 //! the Console. Must never compare a token in a time that depends on it, and never at all for somebody who has to wait:
-//! an administrator has chosen it, so that it can be guessed at.
+//! an administrator has chosen it, so it may be easy to guess.
 
 use std::{
     net::IpAddr,

@@ -64,7 +64,7 @@ pub(super) struct Seen {
 }
 
 impl Report {
-    /// `serves`: what this answer may claim. `port`: of the status pages.
+    /// The picture of this moment. `serves`: what the answer may claim.
     pub(super) fn of(sources: &Sources, serves: bool) -> Self {
         let status = sources.status();
         let turned = sources.turned().unwrap_or_default();
@@ -134,7 +134,8 @@ fn words(status: &Status, turned: Duration, serves: bool, now: u64) -> (&'static
     (verdict, judged.headline, judged.advice)
 }
 
-/// A host that was removed hears of nobody, and says nothing about those who go on without it.
+/// The members as this host sees them. A host that was removed hears from nobody, and says nothing about those who go
+/// on without it.
 fn members(status: &Status, turned: Duration) -> Vec<Seen> {
     if status.role == Role::Removed {
         return Vec::new();

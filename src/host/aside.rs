@@ -9,7 +9,7 @@ use std::{
 
 use super::voice::{EX_CANTCREAT, Failure, Voice};
 
-/// What is added to a name that is out of use.
+/// Why a folder is set aside. Its new name says so.
 #[derive(Clone, Copy)]
 pub(super) enum Why {
     /// By the flag `-f`.
@@ -27,12 +27,12 @@ impl Why {
     }
 }
 
-/// The time, as names have it.
+/// The present time, as it stands in names.
 pub(super) fn stamp() -> String {
     jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string()
 }
 
-/// What is in a folder, but for what a file system has from its beginning, and what was set aside.
+/// What is in a folder, except what every new file system has, and what was set aside.
 pub(super) fn contents(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let aside = |name: &str| [Why::Dropped, Why::Removed].iter().any(|why| name.contains(why.mark()));
     let mut found = Vec::new();
@@ -76,7 +76,7 @@ pub(super) fn set(data: &Path, why: Why, voice: &Voice) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A file system begins there, or it is the name of a folder elsewhere.
+/// True if a file system begins at the folder, or it is a link to one elsewhere.
 fn cannot_be_renamed(folder: &Path) -> bool {
     let link = fs::symlink_metadata(folder).is_ok_and(|found| found.is_symlink());
     let Ok(real) = fs::canonicalize(folder) else { return link };
@@ -93,7 +93,7 @@ fn unescaped(text: &str) -> PathBuf {
     out.into()
 }
 
-/// The identity goes first: without it, nothing starts from the rest.
+/// Moves what is in a data folder. The identity goes first: without it, nothing starts from the rest.
 fn move_contents(data: &Path, aside: &Path) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o700).create(aside)?;
     let mut all = contents(data)?;

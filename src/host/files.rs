@@ -119,8 +119,8 @@ pub(super) fn user(place: &Place, voice: &Voice) -> Result<(), Failure> {
     if voice.does(&command) { Ok(()) } else { Err(Failure::new(EX_CANTCREAT, why)) }
 }
 
-/// Makes the folders of data and backups for the node alone. One that was there may be others' too, and stays as it is;
-/// but not what belongs to a node, or is nothing at all.
+/// Makes the folders of data and backups for the node alone. A folder that was there may be of use to others, too, and
+/// stays as it is. Only a data folder that is a node's, or empty, is given to the node.
 pub(super) fn folders(place: &Place, config: &Config, voice: &Voice) -> Result<(), Failure> {
     let user = place.run_user(config);
     let owner = place.owner(&user);
@@ -249,7 +249,8 @@ fn drop_in(place: &Place, config: &Config) -> String {
     format!("# Written by \"twistlockd host\" from {}.\n[Service]\n{text}", place.config().display())
 }
 
-/// The node keeps its log open, and a rotation is not worth a restart: the file is copied, then emptied.
+/// Installs the rotation of the log. The node keeps its log open, and a rotation is not worth a restart: the file is
+/// copied, then emptied.
 fn rotation(place: &Place) -> Result<(), Failure> {
     let target = place.rotation();
     if !target.parent().is_some_and(Path::is_dir) {

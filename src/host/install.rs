@@ -28,7 +28,8 @@ const TERMS: &str = "Twistlock HA comes under the Apache License 2.0, without wa
 /// Does what the options say.
 ///
 /// # Errors
-/// Why not, with an exit code.
+/// When the command line is wrong, a check of this host blocks, a question is not answered with yes, or a step fails.
+/// The failure says which, what to do, and the exit code.
 pub(super) fn run(options: &Options, voice: &mut Voice) -> Result<(), Failure> {
     match options.component.as_deref() {
         Some(COMPONENT) => {}
@@ -53,8 +54,10 @@ pub(super) fn run(options: &Options, voice: &mut Voice) -> Result<(), Failure> {
     if options.uninstall { uninstall(options, &place, voice) } else { install(options, &place, voice) }
 }
 
+/// Refuses to change a host unless root runs this.
+///
 /// # Errors
-/// When root has to run this and did not.
+/// When somebody else runs it, and not for a test.
 pub(super) fn root(place: &Place) -> Result<(), Failure> {
     if !place.is_real() || Uid::effective().is_root() {
         return Ok(());
@@ -62,7 +65,7 @@ pub(super) fn root(place: &Place) -> Result<(), Failure> {
     Err(Failure::new(EX_NOPERM, "this needs root").hint("Try the same with: sudo"))
 }
 
-/// Finds both programs and sees that they run and are of one version with this one, which makes the checks.
+/// Finds both programs. They must run, and be of the same version as this program, which makes the checks.
 fn find_programs(options: &Options, voice: &Voice) -> Result<PathBuf, Failure> {
     let folder = options.programs();
     let folder = fs::canonicalize(&folder)
@@ -154,8 +157,8 @@ fn install(options: &Options, place: &Place, voice: &Voice) -> Result<(), Failur
     plan.carry_out(options.dry_run, options.stop_after.as_deref(), voice)
 }
 
-/// A fresh start of a PRIMARY where a cluster exists would make a second cluster, and leave the others without this
-/// member. The data can be elsewhere than the new settings say.
+/// Refuses a fresh start of a PRIMARY where a cluster exists: it would make a second cluster, and leave the others
+/// without this member. The data can be elsewhere than the new settings say.
 fn founds_no_second_cluster(options: &Options, place: &Place, config: &Config, voice: &Voice) -> Result<(), Failure> {
     let stays = options.keep && !options.drop;
     let own = Data::of(&config.data_folder);
@@ -217,7 +220,7 @@ fn uninstall(options: &Options, place: &Place, voice: &Voice) -> Result<(), Fail
     }
     let mut config = match config::load(&place.config()) {
         Ok(loaded) => loaded.config,
-        // Where the data are is only for a look at who counts on this host, and for the last line.
+        // The folders are needed only to see who counts on this host, and for the last line.
         Err(errors) => {
             voice.warn(&format!("the settings are not used: {errors}"));
             Config::default()

@@ -64,7 +64,7 @@ impl Options {
     /// The settings that the options stand for.
     ///
     /// # Errors
-    /// When one cannot be a name or an address.
+    /// When one of them cannot be a name or an address.
     fn settings(&self) -> Result<[(&'static str, Option<&str>); 3], Failure> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "._:-".contains(c);
         for value in [&self.address, &self.bind, &self.name].into_iter().flatten() {
@@ -83,7 +83,8 @@ impl Options {
 /// Does what the options say.
 ///
 /// # Errors
-/// Why not, with an exit code.
+/// When the script has expired, the data or a running node of this host is in the way, a port is in use, or a step
+/// fails. The failure says which, what to do, and the exit code.
 pub(super) fn run(options: &Options, voice: &Voice) -> Result<(), Failure> {
     let place = Place::find(voice)?;
     install::root(&place)?;
@@ -187,7 +188,8 @@ impl Joining<'_> {
         self.service.voice.say(text);
     }
 
-    /// This host is a member, as far as the script knows.
+    /// Ends the command on a host that is a member, as far as the script knows: with nothing to do, or with what an
+    /// administrator can do.
     fn stay(&self, node: NodeId) -> Result<(), Failure> {
         let script = "get a new script from the PRIMARY: twistcli ha join-script";
         let Some(daemon) = self.service.daemon() else {

@@ -20,7 +20,7 @@ pub enum Moment {
 /// Does what belongs to the moment.
 ///
 /// # Errors
-/// Why not.
+/// When the user or the folders cannot be made, or the installed settings have errors.
 pub(super) fn run(moment: Moment, voice: &Voice) -> Result<(), Failure> {
     let place = Place::find(voice)?;
     let installed = place.config();

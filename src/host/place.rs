@@ -26,6 +26,8 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// Finds out whether this is a real host or the folder of a test, and how the programs were installed.
+    ///
     /// # Errors
     /// When the prefix is not an absolute path.
     pub(super) fn find(voice: &Voice) -> Result<Self, Failure> {
@@ -100,17 +102,17 @@ impl Place {
         self.at("/etc/logrotate.d/twistlock")
     }
 
-    /// systemd runs here.
+    /// True if systemd runs here.
     pub(super) fn has_systemd(&self) -> bool {
         self.is_real() && Path::new("/run/systemd/system").is_dir()
     }
 
-    /// systemd runs here and is to start the node.
+    /// True if systemd runs here and is to start the node.
     pub(super) fn uses_systemd(&self, config: &Config) -> bool {
         self.has_systemd() && config.systemd_enabled
     }
 
-    /// systemd has a unit of the node.
+    /// True if systemd has a unit of the node.
     pub(super) fn has_unit(&self, voice: &Voice) -> bool {
         self.has_systemd() && voice.does(&["systemctl", "cat", UNIT])
     }

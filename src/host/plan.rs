@@ -3,7 +3,7 @@
 
 use super::voice::{EX_USAGE, Failure, Voice};
 
-/// The process ends after the step that a test has named, as if it had been killed there.
+/// Exit code of a process that ends after the step that a test has named, as if it had been killed there.
 pub(super) const STOPPED: u8 = 3;
 
 type Act<'a> = Box<dyn FnOnce() -> Result<(), Failure> + 'a>;
@@ -35,7 +35,8 @@ impl<'a> Plan<'a> {
     /// Shows the steps, or does them.
     ///
     /// # Errors
-    /// That of the first step that fails; those behind it are not done.
+    /// The failure of the first step that fails: those behind it are not done. Also when `stop_after` is not the name
+    /// of a step; nothing is done then.
     pub(super) fn carry_out(self, dry_run: bool, stop_after: Option<&str>, voice: &Voice) -> Result<(), Failure> {
         if let Some(last) = stop_after
             && !self.steps.iter().any(|step| step.name == last)

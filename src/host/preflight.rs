@@ -43,10 +43,10 @@ impl Findings<'_> {
     }
 }
 
-/// Looks at everything; `runs` if a node of this host runs, which has the ports.
+/// Makes all checks. `runs`: a node of this host runs, and has the ports.
 ///
 /// # Errors
-/// When something blocks, unless that is passed over.
+/// When a check blocks, unless it is to be passed over.
 pub(super) fn check(config: &Config, place: &Place, runs: bool, pass_over: bool, voice: &Voice) -> Result<(), Failure> {
     let mut found = Findings { voice, blocks: 0 };
     processor_and_memory(&mut found);

@@ -29,7 +29,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(20);
 const PACE: Duration = Duration::from_millis(100);
 /// How long an answer of the daemon may take.
 const ANSWER: Duration = Duration::from_secs(5);
-/// How often systemd may start a node in vain before it is not waited for any more.
+/// How often systemd may start a node in vain before nobody waits for it any more.
 const START_TRIES: u32 = 3;
 /// Lines of a log that are shown after a failure.
 const LAST_LINES: usize = 20;
@@ -67,7 +67,7 @@ impl Service<'_> {
         self.daemon().is_some() || active()
     }
 
-    /// What the node says.
+    /// What the node says about itself; none if it does not answer.
     pub(super) fn status(&self) -> Option<Status> {
         control::status(&self.config.control_socket_path(), ANSWER).ok()
     }
@@ -90,7 +90,7 @@ impl Service<'_> {
     /// Stops the node.
     ///
     /// # Errors
-    /// When it does not end.
+    /// When systemd does not stop the unit, or the process does not end even when it is killed.
     pub(super) fn stop(&self) -> Result<(), Failure> {
         // Active or not: between two attempts to start it, a unit is neither active nor stopped, and the next attempt
         // would come while its data moves.
@@ -132,7 +132,7 @@ impl Service<'_> {
     /// Starts the node and does not wait for it.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// When systemd refuses, or the process or its log cannot be made.
     pub(super) fn start(&self) -> Result<Started, Failure> {
         self.voice.say("Starting the node");
         if self.place.uses_systemd(self.config) {
@@ -179,7 +179,7 @@ impl Service<'_> {
         command
     }
 
-    /// Looks until `done` says something, the node has given up, or the time is over: then `None`.
+    /// Waits until `done` returns something. None if the node gives up, or the time is over.
     pub(super) fn wait<T>(&self, started: &mut Started, mut done: impl FnMut() -> Option<T>) -> Option<T> {
         let begin = Instant::now();
         while begin.elapsed() < START_LIMIT {
@@ -198,7 +198,7 @@ impl Service<'_> {
     /// Waits until the node is ready, and says how it is.
     ///
     /// # Errors
-    /// When it does not get ready.
+    /// When the node gives up, or is not ready within a minute. The end of its log has been shown by then.
     pub(super) fn wait_until_ready(&self, mut started: Started) -> Result<(), Failure> {
         let cli = self.place.bin().join("twistcli").display().to_string();
         let config = self.place.config().display().to_string();

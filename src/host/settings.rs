@@ -55,10 +55,10 @@ impl Settings {
         Ok(Self { text, config: loaded.config, unset: Vec::new() })
     }
 
-    /// For an installation; `daemon` is the environment of the installed one.
+    /// The settings of an installation. `daemon` is the environment of the installed node.
     ///
     /// # Errors
-    /// When there is no file to begin with, or one of them has errors.
+    /// When there is no file to begin with, one of the files has errors, or a `--set` does not fit.
     pub(super) fn of_install(
         options: &Options,
         place: &Place,
@@ -90,10 +90,10 @@ impl Settings {
         Self::finish(draft, place, &name, voice)
     }
 
-    /// For a host that joins: those of the cluster, and what is this host's own.
+    /// The settings of a host that joins: those of the cluster, and what is this host's own.
     ///
     /// # Errors
-    /// When the installed file has errors, or an option does not fit.
+    /// When the installed file has errors, or an option is not what its key allows.
     pub(super) fn of_join(
         offer: &Offer,
         place: &Place,

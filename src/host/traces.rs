@@ -49,7 +49,7 @@ struct Start {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Data {
     Nothing,
-    /// A member's of a cluster of so many.
+    /// A member's. The number of members of its cluster.
     Member(usize),
     /// A node's, but nobody can tell which.
     Unclear,
@@ -244,7 +244,7 @@ pub(super) struct Daemon {
 }
 
 impl Daemon {
-    /// All of them. Those inside containers are not this host's.
+    /// All daemons of this host. Those inside containers are not this host's.
     pub(super) fn all(place: &Place) -> Vec<Self> {
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());

@@ -34,7 +34,7 @@ const AFTER_REFUSAL: Duration = Duration::from_secs(60);
 /// time.
 const AGAIN: Duration = Duration::from_secs(60);
 
-/// How far a host has come, for people.
+/// How far a host has got with joining, for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// It has not reached the cluster yet; the text says why, once that is known.
@@ -86,7 +86,8 @@ pub async fn run(
     }
 }
 
-/// Data without an identity belongs to a node that was here before: joining over it would mix the two.
+/// Refuses a folder that holds data. Data without an identity belongs to a node that was here before: joining over it
+/// would mix the two.
 fn ensure_empty(data: &DataDir) -> Result<()> {
     data.check_unused()?;
     let found = ["raft-log", "membership.json"].into_iter().find(|name| data.path().join(name).exists());
@@ -113,7 +114,7 @@ struct Joining<'a> {
 }
 
 impl Joining<'_> {
-    /// One look at everything; the identity when this host is a member.
+    /// Looks at everything once. Returns the identity when this host is a member.
     async fn round(&mut self, fetch: &impl AsyncFn(Newcomer<'_>) -> Result<()>) -> Result<Option<Identity>> {
         let file = match JoinFile::read(self.data.path()) {
             Ok(file) => file,

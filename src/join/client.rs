@@ -58,8 +58,10 @@ impl Console {
 }
 
 impl Client {
+    /// Gets ready to ask the Consoles of a join file. Connects to none of them yet.
+    ///
     /// # Errors
-    /// When the CA cannot be read.
+    /// When the CA of the file cannot be read, or an address is not one.
     pub fn new(file: &JoinFile) -> Result<Self> {
         let trust = Trust::pem(file.ca.as_bytes()).context("read the CA of the join file")?;
         let limits = Limits { connect: CONNECT, request: LIMIT };

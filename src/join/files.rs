@@ -1,4 +1,4 @@
-//! What a host that joins keeps in its data folder, in the order in which it comes to be:
+//! What a host that joins keeps in its data folder, in the order in which it is written:
 //!
 //! 1. `join.json`, written by the join script: token, addresses, the cluster's CA. It may be replaced at any time.
 //! 2. `certificates/`: the keys of node and Console. Made once: the cluster knows this host by them.
@@ -6,7 +6,7 @@
 //! 4. The certificates, then the snapshot with the cluster key.
 //! 5. `identity.json`: from here on the host is a member. Then the files of 1 and 3 go.
 //!
-//! A crash between any two of them is continued where it happened. Must never write an identity before all else is
+//! After a crash between any two of them, joining goes on from there. Must never write an identity before all else is
 //! durable.
 
 use std::{fs, io, path::Path};
@@ -44,7 +44,8 @@ impl JoinFile {
     /// Reads the file and checks it against itself: the CA must be the one that the token vouches for.
     ///
     /// # Errors
-    /// A sentence that names the file.
+    /// When the file is gone or damaged, or contradicts itself. The sentence names the file; a new join script writes
+    /// it again.
     pub fn read(data: &Path) -> Result<Self> {
         let path = data.join(JOIN_FILE);
         let file: Self = read_json(&path)?.with_context(|| format!("{} is gone", path.display()))?;
@@ -73,7 +74,8 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    /// None if the file is damaged, too: the cluster tells the name of a request again to whoever makes it again.
+    /// Reads the file. None also if it is damaged: the cluster tells the name of a request again to whoever makes it
+    /// again.
     pub fn read(data: &Path) -> Result<Option<Self>> {
         let path = data.join(REQUEST_FILE);
         read_json(&path).or_else(|error| {
@@ -165,10 +167,10 @@ impl Admitted {
         Ok(Self { node, membership })
     }
 
-    /// The last step: the data folder is a member's.
+    /// Makes the data folder a member's. This is the last step.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When the identity cannot be written, or the files that only joining needs cannot be removed.
     pub fn become_member(self, data: &DataDir) -> Result<Identity> {
         let name = self.membership.get(self.node).map(|member| member.name.clone()).unwrap_or_default();
         let Self { node, membership } = self;

@@ -21,7 +21,7 @@ pub struct Offer {
     pub next_id: NodeId,
     /// When the script expires, in seconds since 1970.
     pub until: u64,
-    /// Of the program.
+    /// Version of the program.
     pub version: String,
     /// The text of `twistlock.cfg`, as the members have it.
     pub config: String,
@@ -33,7 +33,7 @@ impl Offer {
     /// Reads the file that the join script has written.
     ///
     /// # Errors
-    /// A sentence that names the file.
+    /// When the file is gone or damaged, or contradicts itself. The sentence names the file.
     pub fn read(path: &Path) -> Result<Self> {
         let offer: Self = read_json(path)?.with_context(|| format!("{} is gone", path.display()))?;
         offer.join.check().with_context(|| format!("{} cannot be used", path.display()))?;

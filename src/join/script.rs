@@ -108,7 +108,7 @@ impl Kit {
     /// Opens `twistlockd` or `twistcli`; none if there is no such program. Blocks: its checksum is computed, once.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the program's file cannot be opened or read.
     pub fn program(&self, name: &str) -> io::Result<Option<Program>> {
         let (name, path) = match name {
             "twistlockd" => ("twistlockd", PathBuf::from(OWN_PROGRAM)),
@@ -141,7 +141,8 @@ impl Kit {
     /// The script for a token that was checked. Blocks as [`Self::program`] does.
     ///
     /// # Errors
-    /// [`KitError`].
+    /// When the token is not one of this cluster or has expired, when the nodes have no HTTPS port or the cluster has
+    /// no certificate authority, and when a program cannot be read.
     pub fn script(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
         let ca = &membership.shared.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
         let parsed: Token = token.parse().map_err(|_| KitError::Token)?;
@@ -182,7 +183,7 @@ impl Kit {
     /// Where the script is.
     ///
     /// # Errors
-    /// [`KitError`].
+    /// When the nodes have no HTTPS port.
     pub fn url(&self, membership: &Membership, primary: NodeId) -> Result<String, KitError> {
         let addresses = self.addresses(membership, primary)?;
         let first = addresses.first().ok_or(KitError::NoHttps)?;
@@ -194,7 +195,7 @@ impl Kit {
     /// refusal is a script, too, see [`refusal`].
     ///
     /// # Errors
-    /// [`KitError`].
+    /// When the nodes have no HTTPS port, or the cluster has no certificate authority.
     pub fn line(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
         let ca = &membership.shared.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
         let addresses = self.addresses(membership, primary)?;

@@ -146,7 +146,8 @@ impl Handle {
     /// Changes the membership; only on the primary. Returns the membership after it when it is in force here.
     ///
     /// # Errors
-    /// [`ChangeError`]; only with `Unknown` it may have been made.
+    /// [`ChangeError::NotPrimary`], [`ChangeError::Impossible`] with the reason, or [`ChangeError::Busy`]: nothing was
+    /// changed. [`ChangeError::Unknown`]: it may have been made, look at the membership.
     pub async fn change(&self, change: Change) -> Result<Arc<Membership>, ChangeError> {
         let (reply, wait) = oneshot::channel();
         let ended = || ChangeError::Unknown("the node stops".to_owned());
@@ -176,7 +177,8 @@ impl Handle {
     /// the cluster key.
     ///
     /// # Errors
-    /// [`SnapshotError`], which says to the node that wants it why.
+    /// [`SnapshotError::Busy`] when the same can be asked for again in a moment. Any other [`SnapshotError`] says, for
+    /// the node that wants the database, why there is none.
     pub async fn snapshot(&self, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), SnapshotError> {
         let (reply, wait) = oneshot::channel();
         if !self.sender.send(Input::Snapshot(SnapshotRequest { forgotten, reply })) {
@@ -188,7 +190,7 @@ impl Handle {
     /// Begins a copy of this node's own database while it follows; on a SECONDARY. A change of the role ends it.
     ///
     /// # Errors
-    /// [`CopyError`] when the database does not follow, or too much has changed meanwhile.
+    /// [`CopyError::Ended`] when the database does not follow, with the reason.
     pub async fn copy(&self) -> Result<Copying, CopyError> {
         self.views.copies.begin().await
     }
@@ -196,7 +198,8 @@ impl Handle {
     /// Ends a copy at the transaction that was applied last.
     ///
     /// # Errors
-    /// [`CopyError`] when the database does not follow, or too much has changed meanwhile.
+    /// [`CopyError::Changed`] when too many pages were written meanwhile: read them, and ask again.
+    /// [`CopyError::Ended`] when the database does not follow, or was begun again: begin another copy.
     pub async fn finish_copy(&self, copy: &Copying) -> Result<Finished, CopyError> {
         self.views.copies.finish(copy.progress()).await
     }

@@ -81,7 +81,7 @@ pub(super) async fn run(
     }
 }
 
-/// Keeps the members' addresses, those of their names too: places are kept for them.
+/// Keeps the members' addresses up to date, and looks up their names: places are reserved for them.
 async fn know_members(identity: Arc<PeerIdentity>, members: Arc<Acquaintances>) {
     let (mut editions, mut told) = identity.roster.changes();
     loop {
@@ -197,7 +197,7 @@ impl Call {
         }
     }
 
-    /// Gives an accepted connection to the one who wants it.
+    /// Hands an accepted connection to whoever serves it.
     fn welcome(&self, peer: NodeId, welcome: Welcome, stream: TlsStream<TcpStream>) -> io::Result<()> {
         match welcome {
             Welcome::Link(caller) => {

@@ -21,7 +21,8 @@ impl Assembler {
     /// The next complete frame.
     ///
     /// # Errors
-    /// See [`Frame::decode`]; the stream cannot be used any more then.
+    /// [`CodecError::Version`] for a hello in another protocol version, [`CodecError::Malformed`] for anything else
+    /// that is not a frame. The stream cannot be used any more then.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, CodecError> {
         let rest = &self.buffer[self.start..];
         if let Some((header, body)) = rest.split_first_chunk() {

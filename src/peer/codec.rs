@@ -86,7 +86,8 @@ impl Frame {
     /// Encodes the frame with its length field.
     ///
     /// # Errors
-    /// [`CodecError::TooLarge`], or [`CodecError::Malformed`] for a raft message that must not travel.
+    /// [`CodecError::TooLarge`] when something in it is longer than the protocol allows, [`CodecError::Malformed`] for
+    /// a raft message that must not travel.
     pub fn encode(&self) -> Result<Vec<u8>, CodecError> {
         match self {
             Frame::Hello(hello) => encode_hello(hello),
@@ -99,7 +100,8 @@ impl Frame {
     /// Decodes kind and body: a frame without its length field.
     ///
     /// # Errors
-    /// [`CodecError::Version`] for a hello in another protocol version, else [`CodecError::Malformed`].
+    /// [`CodecError::Version`] for a hello in another protocol version, [`CodecError::Malformed`] for anything else
+    /// that is not a frame.
     pub fn decode(bytes: &[u8]) -> Result<Frame, CodecError> {
         if bytes.len() > MAX_FRAME {
             return Err(Malformed("frame too long"));
@@ -121,7 +123,7 @@ impl Frame {
 /// The length that a frame's first four bytes announce, checked against [`MAX_FRAME`].
 ///
 /// # Errors
-/// [`CodecError::Malformed`] for an impossible length.
+/// [`CodecError::Malformed`] for a frame that is empty or longer than [`MAX_FRAME`].
 pub fn frame_length(header: [u8; LENGTH]) -> Result<usize, CodecError> {
     match u32::from_le_bytes(header) as usize {
         0 => Err(Malformed("empty frame")),

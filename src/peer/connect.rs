@@ -41,7 +41,7 @@ pub enum OpenError {
     Refused(Refusal),
 }
 
-/// Why a try failed.
+/// Why an attempt failed.
 pub(super) enum Failure {
     /// The host's kernel answered that nobody listens.
     NobodyListens,
@@ -59,11 +59,12 @@ impl Failure {
 }
 
 /// Opens an authenticated connection to a member, which has accepted it for `purpose`. TLS 1.3 with both certificates;
-/// what is said on it is up to the two ends. Takes some seconds at most. For [`Purpose::Snapshot`]: [`super::run`]
-/// makes links by itself.
+/// what is said on it is up to the two ends. Takes some seconds at most. Not for links: [`super::run`] makes those by
+/// itself.
 ///
 /// # Errors
-/// [`OpenError`], in sentences.
+/// [`OpenError::Unreachable`] when there is no connection, or it ended: another attempt may succeed.
+/// [`OpenError::Refused`] when one side refused the other, with the reason.
 pub async fn open_stream(
     identity: &PeerIdentity,
     member: &Member,
@@ -87,7 +88,7 @@ pub(super) struct Opened {
     pub datagrams: bool,
 }
 
-/// As [`open_stream`], and tells `nobody_listens` each address where that was so.
+/// Does what [`open_stream`] does, and tells `nobody_listens` each address where nobody listens.
 pub(super) async fn open(
     identity: &PeerIdentity,
     member: &Member,
@@ -200,7 +201,7 @@ async fn handshake(
     }
 }
 
-/// A member whose program does not have what the cluster relies on is not sent anything, either.
+/// Refuses a member whose program does not have what the cluster relies on: it is not sent anything, either.
 fn check_level(identity: &PeerIdentity, member: &Member, has: u32) -> Result<(), String> {
     let ours = identity.roster.membership();
     if has >= ours.shared.level {

@@ -40,7 +40,7 @@ pub(super) struct Secret {
 }
 
 impl Secret {
-    /// None if TLS has none to give.
+    /// Exports it from a TLS connection; none if TLS has none to give.
     pub fn of(tls: &Connection) -> Option<Self> {
         let bytes = tls.export_keying_material([0; 40], LABEL, None).ok()?;
         let (session, key) = bytes.split_first_chunk()?;
@@ -108,12 +108,12 @@ impl Sealer {
         self.number
     }
 
-    /// Whether a frame of so many bytes can go by datagrams.
+    /// True if a frame of this length can go by datagrams.
     pub fn fits(length: usize) -> bool {
         length <= PIECE * PIECES
     }
 
-    /// Gives `send` the datagrams of a frame, each so many times; none if it is too long.
+    /// Gives `send` the datagrams of a frame, each `copies` times; none if the frame is too long.
     pub fn seal(&mut self, heard: Heard, frame: &[u8], copies: usize, mut send: impl FnMut(&[u8])) {
         if !Self::fits(frame.len()) {
             return;
@@ -146,7 +146,7 @@ impl Sealer {
 pub(super) struct Opened {
     /// What the other end has heard of this one.
     pub heard: Heard,
-    /// One with a higher number came before.
+    /// A datagram with a higher number came before it.
     pub overtaken: bool,
     /// A frame without its length field, if one is whole now.
     pub frame: Option<Vec<u8>>,
@@ -177,7 +177,7 @@ impl Opener {
     /// Takes a datagram apart.
     ///
     /// # Errors
-    /// [`Flaw`]: it is of no use.
+    /// A [`Flaw`] that says why the datagram is of no use. It is dropped.
     pub fn open(&mut self, datagram: &mut [u8]) -> Result<Opened, Flaw> {
         let (head, rest) = datagram.split_at_mut_checked(HEAD).ok_or(Flaw::Unknown)?;
         if session_of(head) != Some(self.session()) {

@@ -167,8 +167,8 @@ impl Dialler {
         }
     }
 
-    /// One attempt, and beside it a look at whether the peer is dead: only a TLS handshake proves it alive, since a
-    /// dead process's port may accept connections for a moment.
+    /// Dials once, and finds out meanwhile whether the peer is dead. Only a TLS handshake proves it alive: a dead
+    /// process's port may accept connections for a moment.
     async fn dial_and_probe(&self) -> Result<(SocketAddr, Established), Failure> {
         let (probe, dial) = (self.probe(), self.dial());
         tokio::pin!(probe, dial);
@@ -182,7 +182,7 @@ impl Dialler {
         }
     }
 
-    /// True as soon as the peer is known to be dead; false if that did not turn out in time.
+    /// True as soon as the peer is known to be dead; false if nothing has shown it in time.
     async fn probe(&self) -> bool {
         let Some(address) = self.last else { return false };
         let end = Instant::now() + PROBE_FOR;

@@ -11,8 +11,8 @@ use crate::{cluster::NodeId, mutex::locked};
 
 /// Earlier processes of a node that are remembered.
 const EARLIER: usize = 8;
-/// So many returns of an earlier process, in this time, prove that two live at once. The first alone does not: a call
-/// may be answered after the one of the caller's successor.
+/// This many returns of an earlier process within [`WINDOW`] prove that two are alive at once. A single one does not: a
+/// call may be answered later than that of the caller's successor.
 const RETURNS: usize = 2;
 const WINDOW: Duration = Duration::from_secs(60);
 
@@ -31,8 +31,8 @@ struct Processes {
 }
 
 impl Duplicates {
-    /// A process calls as `node`. True if another one with the same identity lives, too, and the call must not be
-    /// answered because that one is `linked`.
+    /// Notes that a process calls as `node`. True if another process with the same identity is alive, too, and is
+    /// `linked`: this call must not be answered.
     pub fn calls(&self, node: NodeId, incarnation: u64, linked: bool) -> bool {
         self.calls_at(Instant::now(), node, incarnation, linked)
     }

@@ -139,7 +139,7 @@ impl Complaints {
         true
     }
 
-    /// All is well with this one: the next complaint is news.
+    /// Forgets the complaints about one with whom all is well: the next one is news.
     pub fn settle(&self, subject: Subject) {
         locked(&self.0).retain(|(about, _)| *about != subject);
     }

@@ -31,7 +31,7 @@ use crate::{
 };
 
 const WAKE: Token = Token(0);
-/// No peer comes to have it: see [`Links::wait`].
+/// No peer ever has it: see [`Links::wait`].
 const DATAGRAMS: Token = Token(usize::MAX - 1);
 /// Hand-overs that may wait for the loop; a stuck loop must not collect connections.
 const INBOX: usize = 64;
@@ -211,7 +211,7 @@ impl Links {
     /// No links yet; they come through the [`LinkSender`], which [`super::run`] wants.
     ///
     /// # Errors
-    /// When the kernel gives no epoll or eventfd.
+    /// When the kernel has no epoll or eventfd to give.
     pub fn new(config: LinksConfig) -> io::Result<(Self, LinkSender)> {
         let poll = Poll::new()?;
         let waker = Waker::new(poll.registry(), WAKE)?;
@@ -230,7 +230,7 @@ impl Links {
     /// Takes and sends datagrams beside the links that come up from now on.
     ///
     /// # Errors
-    /// When the socket cannot be used; all goes by the links then.
+    /// When the socket cannot be used. Everything goes by the links then.
     pub fn use_datagrams(&mut self, socket: UdpSocket) -> io::Result<()> {
         socket.set_nonblocking(true)?;
         let mut socket = mio::net::UdpSocket::from_std(socket);

@@ -29,17 +29,17 @@ pub(super) struct Caller {
 pub struct Memory(Arc<Mutex<BTreeMap<NodeId, Known>>>);
 
 impl Memory {
-    /// What an earlier process has kept.
+    /// Begins with what an earlier process has kept.
     pub fn new(known: BTreeMap<NodeId, Known>) -> Self {
         Self(Arc::new(Mutex::new(known)))
     }
 
-    /// What is to be kept.
+    /// What is remembered, for the next process to begin with.
     pub fn known(&self) -> BTreeMap<NodeId, Known> {
         self.lock().clone()
     }
 
-    /// Nothing is remembered any more: what was may rest on a vote that was taken away and given back since.
+    /// Forgets everything: it may rest on a vote that was taken away and given back since.
     pub fn clear(&self) {
         self.lock().clear();
     }
@@ -49,18 +49,18 @@ impl Memory {
         reach::follow(&mut self.lock(), membership, me);
     }
 
-    /// A message came on a link that was admitted.
+    /// Notes a message that came on an admitted link.
     pub fn heard(&self, message: &Message) {
         self.of(message.from, |known| known.reach.heard(message));
     }
 
-    /// A report came on a link that was admitted. True if the member says that it forgot.
+    /// Notes a report that came on an admitted link. True if the member says that it forgot.
     pub fn reported(&self, from: NodeId, remembers: &Remembers) -> bool {
         self.of(from, |known| known.reported(&remembers.reach, remembers.forgotten));
         remembers.forgotten
     }
 
-    /// This node knows that everything up to `committed` is, in the epoch `term`.
+    /// Notes that everything up to `committed` is committed, in the epoch `term`.
     pub fn settle(&self, term: u64, committed: u64) {
         self.lock().values_mut().for_each(|known| known.reach.settle(term, committed));
     }

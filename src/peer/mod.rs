@@ -120,7 +120,7 @@ pub struct StreamCall {
 /// Opens the HA port. Do this before [`run`], and before anything that should be undone if the port is taken.
 ///
 /// # Errors
-/// What the kernel says, e.g. address in use.
+/// When the kernel refuses, e.g. because the address is in use.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
@@ -132,7 +132,7 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 /// Opens the same port for datagrams, for [`Links::use_datagrams`].
 ///
 /// # Errors
-/// What the kernel says, e.g. address in use. Nothing depends on it: all goes by the links then.
+/// When the kernel refuses, e.g. because the address is in use. Everything goes by the links then.
 pub fn listen_for_datagrams(address: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::bind(address)
 }

@@ -30,7 +30,7 @@ impl Roster {
         Self { editions, told: watch::Sender::new(BTreeMap::new()) }
     }
 
-    /// The cluster that all of them are of.
+    /// The cluster to which all of them belong.
     pub fn cluster(&self) -> ClusterId {
         self.editions.borrow().membership.cluster
     }
@@ -70,7 +70,7 @@ impl Roster {
         Some(Reached { address: member.address.clone(), port: member.port, index })
     }
 
-    /// A member, proven by its certificate, said this about itself.
+    /// Notes what a member, proven by its certificate, says about itself.
     pub(super) fn hear(&self, from: NodeId, reached: Reached) {
         let before = self.member(from);
         // Only what is newer than this node's membership and than what was said before counts.
@@ -94,7 +94,7 @@ impl Roster {
     }
 }
 
-/// The member where it is to be dialled, by the membership of `index` and what the member said.
+/// The member with the address to dial, by the membership of `index` and what the member said.
 fn placed(member: &Member, index: u64, told: Option<&Reached>) -> Member {
     match told.filter(|told| told.index > index) {
         Some(told) => Member { address: told.address.clone(), port: told.port, ..member.clone() },

@@ -3,16 +3,17 @@
 //! the only way: what matters also goes by the links, unless the other end has just said that datagrams reach it.
 //!
 //! # Why a late, doubled or overtaken datagram extends no lease and no promise
-//! - A lease counts from the *sending* of a round, which is its context, and grows only when a majority answered that very round.
-//!   An answer that is late confirms an old round, which extends nothing; a second one is of a node that is counted already.
-//! - A promise counts from the *receipt* of a heartbeat, which is never before its sending. A late one makes a voter wait for
-//!   longer than it would have to, and never for less. One that another has overtaken is dropped, so that heartbeats held back on
-//!   the way cannot keep a voter waiting again and again for a primary that has gone.
-//! - A session ends with its link: when the other end dials anew (so nothing that an earlier process sent comes behind what the
-//!   next one sends), when its process is dead, or when it says farewell. A link that is lost otherwise leaves its session for
-//!   [`KEEP`]: TCP needs seconds for a new one when packets get lost.
-//! - All else that goes by datagram is for raft, which takes the loss, doubling and reordering of everything. `tests/sim` runs
-//!   with copies of all messages that are up to 5 s late.
+//! - A lease counts from the *sending* of a round, which is its context, and grows only when a majority answered that
+//!   very round. An answer that is late confirms an old round, which extends nothing; a second one is of a node that is
+//!   counted already.
+//! - A promise counts from the *receipt* of a heartbeat, which is never before its sending. A late one makes a voter
+//!   wait for longer than it would have to, and never for less. One that another has overtaken is dropped, so that
+//!   heartbeats held back on the way cannot keep a voter waiting again and again for a primary that has gone.
+//! - A session ends with its link: when the other end dials anew (so nothing that an earlier process sent comes behind
+//!   what the next one sends), when its process is dead, or when it says farewell. A link that is lost otherwise leaves
+//!   its session for [`KEEP`]: TCP needs seconds for a new one when packets get lost.
+//! - All else that goes by datagram is for raft, which takes the loss, doubling and reordering of everything.
+//!   `tests/sim` runs with copies of all messages that are up to 5 s late.
 
 use std::{
     collections::BTreeMap,
@@ -46,7 +47,7 @@ const READ_BUDGET: usize = 128;
 /// Datagrams of no use in one span, after which the socket is not read until the span is over. The links do without it.
 const USELESS: u32 = 500;
 const SPAN: Duration = Duration::from_millis(100);
-/// How many of the last 64 datagrams must be missing for more to be sent twice, and three times.
+/// How many of the last 64 datagrams must be missing for the next ones to be sent twice, and three times.
 const MUCH: u8 = 2;
 const VERY_MUCH: u8 = 10;
 /// Bytes of entries that go to one member in a second, and at once: a network that loses packets because it is full
@@ -105,7 +106,7 @@ pub(super) enum Sent {
 }
 
 impl Udp {
-    /// No socket yet: all goes by the links.
+    /// Begins without a socket: everything goes by the links.
     pub fn new() -> Self {
         let (ways, span) = (BTreeMap::new(), Instant::now());
         Self { socket: None, ways, readable: false, useless: 0, span, scratch: [0; LARGEST + 1] }
@@ -117,7 +118,7 @@ impl Udp {
         self.readable = true;
     }
 
-    /// A link to a member that takes datagrams `to` an address is up.
+    /// A link to a member is up, which takes datagrams at the address `to`; none if it does not.
     pub fn there(&mut self, peer: NodeId, to: Option<SocketAddr>, tls: &Connection) {
         let local = self.socket.as_ref().and_then(|socket| socket.local_addr().ok());
         let there = local.zip(to).zip(Secret::of(tls)).map(|((local, to), secret)| There {

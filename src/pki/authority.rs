@@ -23,6 +23,7 @@ use crate::{
 
 const CA_DAYS: u32 = 3650;
 const LEAF_DAYS: u32 = 365;
+
 /// A certificate and its private key, both PEM.
 #[derive(Clone)]
 pub struct Issued {
@@ -34,7 +35,7 @@ impl Issued {
     /// Writes certificate and key (mode 0600) as this node's.
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when a file cannot be written.
     pub fn save_node(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(NODE_KEY), &self.key_pem, 0o600)?;
         write_file(&dir.join(NODE_CERTIFICATE), &self.cert_pem, 0o644)
@@ -43,7 +44,7 @@ impl Issued {
     /// Writes certificate and key (mode 0600) as the Console's.
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when a file cannot be written.
     pub fn save_console(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(CONSOLE_KEY), &self.key_pem, 0o600)?;
         write_file(&dir.join(CONSOLE_CERTIFICATE), &self.cert_pem, 0o644)
@@ -65,7 +66,7 @@ impl Authority {
     /// [`crate::pki::peer_identity`].
     ///
     /// # Errors
-    /// [`PkiError::Generate`] when a key or certificate cannot be made.
+    /// [`PkiError::Generate`] when the key or the certificate cannot be made.
     pub fn create(cluster: ClusterId) -> Result<Self, PkiError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         // The cluster id in the name lets TLS tell "another cluster's authority" from "a forged signature".
@@ -80,7 +81,8 @@ impl Authority {
     /// folder: the authority's private key is nowhere but in the sealed form, which goes into the membership.
     ///
     /// # Errors
-    /// Any [`PkiError`] of its making.
+    /// [`PkiError::Generate`] when a key or the certificate cannot be made, [`PkiError::File`] when a file cannot be
+    /// written. Another attempt makes another authority.
     pub fn establish(cluster: ClusterId, dir: &Path) -> Result<(Self, SealedAuthority), PkiError> {
         let (authority, key) = (Self::create(cluster)?, ClusterKey::generate());
         let sealed = authority.seal(&key)?;
@@ -92,7 +94,8 @@ impl Authority {
     /// Reads the authority of `cluster` from its folder.
     ///
     /// # Errors
-    /// [`PkiError::File`] or [`PkiError::Malformed`].
+    /// [`PkiError::File`] when a file cannot be read, [`PkiError::Malformed`] when the one of the key does not hold a
+    /// private key. The certificate is parsed only when something is to be signed.
     pub fn load(cluster: ClusterId, dir: &Path) -> Result<Self, PkiError> {
         let cert_pem = read_file(&dir.join(CA_CERTIFICATE))?;
         let path = dir.join(CA_KEY);
@@ -103,7 +106,7 @@ impl Authority {
     /// The private key, encrypted so that only members can use it.
     ///
     /// # Errors
-    /// [`PkiError::Sealed`] when the key does not fit, or the text is damaged.
+    /// [`PkiError::Sealed`] when the private key is too long for the cipher. No real one is.
     pub fn seal(&self, key: &ClusterKey) -> Result<SealedAuthority, PkiError> {
         let sealed_key = key.seal(Purpose::Authority, self.cluster, &self.key.serialize_der())?;
         Ok(SealedAuthority { certificate: self.cert_pem.clone(), sealed_key, key: Some(key.id()) })
@@ -112,7 +115,8 @@ impl Authority {
     /// [`Authority::unseal`] with the key in this folder that fits.
     ///
     /// # Errors
-    /// [`PkiError`]: as it says, or when this node does not have the key.
+    /// [`PkiError::Sealed`] when this node does not have the key (yet), or the authority cannot be unsealed with it.
+    /// [`PkiError::File`] and [`PkiError::Malformed`] when a key of this folder cannot be read.
     pub fn open(cluster: ClusterId, sealed: &SealedAuthority, dir: &Path) -> Result<Self, PkiError> {
         Self::unseal(cluster, sealed, ClusterKeys::load(dir)?.for_authority(sealed)?)
     }
@@ -120,7 +124,8 @@ impl Authority {
     /// The inverse of [`Authority::seal`].
     ///
     /// # Errors
-    /// [`PkiError::Sealed`]: another cluster's, or damaged, or not sealed with this key.
+    /// [`PkiError::Sealed`] when it was sealed with another key or for another cluster, is damaged, or does not belong
+    /// to the authority's certificate. [`PkiError::Identity`] when that certificate cannot be parsed.
     pub fn unseal(cluster: ClusterId, sealed: &SealedAuthority, key: &ClusterKey) -> Result<Self, PkiError> {
         let der = key.unseal(Purpose::Authority, cluster, &sealed.sealed_key)?;
         let key = KeyPair::try_from(der.as_slice()).map_err(|_| PkiError::Sealed("it is not a private key"))?;
@@ -133,16 +138,16 @@ impl Authority {
     /// Writes certificate and key (mode 0600).
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when a file cannot be written.
     pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(CA_KEY), self.key.serialize_pem(), 0o600)?;
         self.save_certificate(dir)
     }
 
-    /// Writes the certificate alone: what a node needs that does not sign.
+    /// Writes the certificate alone: a node that does not sign needs nothing else.
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when the file cannot be written.
     pub fn save_certificate(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(CA_CERTIFICATE), &self.cert_pem, 0o644)
     }
@@ -156,7 +161,8 @@ impl Authority {
     /// or IP addresses) are for people.
     ///
     /// # Errors
-    /// [`PkiError::Generate`] when a key or certificate cannot be made.
+    /// [`PkiError::Generate`] when the key cannot be made, or an address cannot be in a certificate.
+    /// [`PkiError::Identity`] when this host's clock is before the beginning of the authority.
     pub fn issue_node(&self, node: NodeId, name: &str, addresses: &[&str]) -> Result<Issued, PkiError> {
         let (cert_pem, key) = self.with_new_key(self.node_params(node, name, addresses)?)?;
         Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
@@ -166,7 +172,8 @@ impl Authority {
     /// mean nothing, because the cluster decides who somebody is.
     ///
     /// # Errors
-    /// [`PkiError::Request`] when the request is not sound, [`PkiError::Generate`].
+    /// [`PkiError::Request`] when the request is not sound, [`PkiError::Generate`] when an address cannot be in a
+    /// certificate. [`PkiError::Identity`] when this host's clock is before the beginning of the authority.
     pub fn sign_request(&self, csr: &str, node: NodeId, name: &str, addresses: &[&str]) -> Result<String, PkiError> {
         let request = SigningRequest::parse(csr)?;
         self.certify(self.node_params(node, name, addresses)?, request.key())
@@ -187,7 +194,9 @@ impl Authority {
     /// [`CONSOLE_NAME`]; the first one is the common name.
     ///
     /// # Errors
-    /// [`PkiError::Name`] for a name that nodes use among themselves or no name at all, [`PkiError::Generate`].
+    /// [`PkiError::Name`] when there is no name, or one that nodes or Consoles use among themselves.
+    /// [`PkiError::Generate`] when the key cannot be made, or a name cannot be in a certificate. [`PkiError::Identity`]
+    /// when this host's clock is before the beginning of the authority.
     pub fn issue_console(&self, names: &[&str]) -> Result<Issued, PkiError> {
         let (cert_pem, key) = self.with_new_key(console_params(names)?)?;
         Ok(Issued { cert_pem, key_pem: key.serialize_pem() })
@@ -196,7 +205,9 @@ impl Authority {
     /// Signs the request of a Console, whose key stays where it is.
     ///
     /// # Errors
-    /// Those of [`Authority::issue_console`], and [`PkiError::Request`] when the request is not sound.
+    /// [`PkiError::Request`] when the request is not sound. [`PkiError::Name`] when there is no name, or one that nodes
+    /// or Consoles use among themselves, [`PkiError::Generate`] when one cannot be in a certificate.
+    /// [`PkiError::Identity`] when this host's clock is before the beginning of the authority.
     pub fn sign_console_request(&self, csr: &str, names: &[&str]) -> Result<String, PkiError> {
         let request = SigningRequest::parse(csr)?;
         self.certify(console_params(names)?, request.key())
@@ -217,8 +228,8 @@ impl Authority {
     }
 }
 
-/// A clock that is before the beginning of the authority is wrong: what is signed by it could have expired for all
-/// others.
+/// Refuses to sign by a clock that is before the beginning of the authority. Such a clock is wrong: what it dates could
+/// have expired for everybody else.
 fn check_clock(authority: &str, now: u64) -> Result<(), PkiError> {
     if now < certificate_validity(authority)?.0 {
         return Err(PkiError::Identity(
@@ -231,7 +242,7 @@ fn check_clock(authority: &str, now: u64) -> Result<(), PkiError> {
 /// When an authority with this certificate was made, in seconds since 1970.
 ///
 /// # Errors
-/// [`PkiError::Identity`] for what is no certificate.
+/// [`PkiError::Identity`] when the text is not a certificate.
 pub fn authority_made_at(pem: &str) -> Result<u64, PkiError> {
     Ok(certificate_validity(pem)?.0 + BACKDATE.as_secs())
 }

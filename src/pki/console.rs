@@ -32,7 +32,7 @@ use crate::cluster::{ClusterId, shared::console_certificate::CustomCertificate};
 const MAX_CERTIFICATES: usize = 8;
 /// Smallest RSA key that is accepted, in bits: rustls and today's browsers refuse smaller ones.
 const MIN_RSA: usize = 2048;
-/// How long before its end a certificate is spoken of, in days.
+/// How many days before its end a certificate is reported.
 const EXPIRY_DAYS: [u64; 3] = [30, 7, 1];
 
 /// What is in a certificate, for people and for those who watch it.
@@ -53,7 +53,7 @@ impl CertificateInfo {
     /// Reads a certificate (DER).
     ///
     /// # Errors
-    /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
+    /// [`PkiError::Identity`] when the bytes are not a certificate, or its names cannot be parsed.
     pub fn read(der: &[u8]) -> Result<Self, PkiError> {
         let parsed = parse(der)?;
         let (not_before, not_after) = validity(&parsed);
@@ -77,7 +77,7 @@ impl CertificateInfo {
         }
     }
 
-    /// True if a client that asks for this host name or IP address is content.
+    /// True if the certificate is good for this host name or IP address.
     pub fn covers(&self, wanted: &str) -> bool {
         let wanted = wanted.trim_end_matches('.').to_ascii_lowercase();
         if let Ok(address) = wanted.parse::<IpAddr>() {
@@ -111,7 +111,7 @@ pub fn is_issued_by(certificate: &[u8], authority: &[u8]) -> bool {
         && certificate.verify_signature(Some(authority.public_key())).is_ok()
 }
 
-/// A certificate chain, its own certificate first, and the private key to it, which fits.
+/// A certificate chain that begins with its own certificate, and the private key that belongs to it.
 pub struct Pair {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
@@ -129,7 +129,9 @@ impl Pair {
     /// Reads a chain and a key, both PEM; they may be one text.
     ///
     /// # Errors
-    /// [`PkiError::Custom`] with a sentence: something is missing, or the key is not that of the first certificate.
+    /// [`PkiError::Custom`] with a sentence for whoever brought the two: the PEM cannot be read, a part is missing, the
+    /// key is too weak, or it does not belong to the first certificate. [`PkiError::Identity`] when that certificate
+    /// cannot be parsed.
     pub fn parse(certificates: &str, key: &str) -> Result<Self, PkiError> {
         let unreadable = |error: PemError| custom(format!("its PEM cannot be read: {error}"));
         Self::new(pem::certificates(certificates).map_err(unreadable)?, pem::private_key(key).map_err(unreadable)?)
@@ -153,10 +155,11 @@ impl Pair {
         Ok(Self { certified: Arc::new(certified), chain, key, info })
     }
 
-    /// Reads the two files.
+    /// Reads a chain and its key from two files.
     ///
     /// # Errors
-    /// [`PkiError::File`], or [`PkiError::Malformed`] that names them.
+    /// [`PkiError::File`] when a file cannot be read. [`PkiError::Malformed`] when the two cannot be used together; it
+    /// names the file of the certificate.
     pub fn load(certificate: &Path, key: &Path) -> Result<Self, PkiError> {
         Self::parse(&read_file(certificate)?, &read_file(key)?).map_err(|error| match error {
             PkiError::File { .. } => error,
@@ -178,16 +181,18 @@ impl Pair {
         is_issued_by(&self.chain[0], authority)
     }
 
-    /// True if all of it is the same.
+    /// True if chain and key are the same.
     pub fn is_same(&self, other: &Self) -> bool {
         self.chain == other.chain && self.key == other.key
     }
 
-    /// What an administrator's certificate must be to be taken, at this time (seconds since 1970): in order, valid, and
-    /// for servers.
+    /// Checks whether an administrator's certificate can be taken at this time (seconds since 1970): its chain must be
+    /// in order, valid, and for servers.
     ///
     /// # Errors
-    /// [`PkiError::Custom`] with a sentence.
+    /// [`PkiError::Custom`] with a sentence: a certificate has expired, is not valid yet, or is signed with SHA-1 or
+    /// MD5; the chain is not in order; or its first certificate is not for servers. [`PkiError::Identity`] when a
+    /// certificate cannot be parsed.
     pub fn check(&self, now: u64) -> Result<(), PkiError> {
         for (place, der) in self.chain.iter().enumerate() {
             let info = CertificateInfo::read(der)?;
@@ -222,11 +227,11 @@ impl Pair {
         Ok(())
     }
 
-    /// Who issued the last certificate of the chain, if clients can hardly find that out: it is not there, and neither
-    /// this host trusts it nor is it one of `known` (PEM). A certificate that signed itself needs nobody.
+    /// Who issued the last certificate of the chain, if clients are unlikely to know that issuer: it is not in the
+    /// chain, this host does not trust it, and it is none of `known` (PEM). None if the last certificate signed itself.
     ///
     /// # Errors
-    /// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
+    /// [`PkiError::Identity`] when the last certificate cannot be parsed.
     pub fn missing_issuer<'a>(&self, known: impl Iterator<Item = &'a str>) -> Result<Option<String>, PkiError> {
         let Some(last) = self.chain.last() else { return Ok(None) };
         let parsed = parse(last)?;
@@ -242,7 +247,7 @@ impl Pair {
     /// Certificate and key, the key encrypted, for all members to keep.
     ///
     /// # Errors
-    /// [`PkiError::Sealed`] when the key does not fit, or the text is damaged.
+    /// [`PkiError::Sealed`] when the private key is too long for the cipher. No real one is.
     pub fn seal(&self, key: &ClusterKey, cluster: ClusterId, by: &str, at: u64) -> Result<CustomCertificate, PkiError> {
         let sealed_key = key.seal(Purpose::Console, cluster, self.key.secret_der())?;
         Ok(CustomCertificate { chain: as_pem(&self.chain), sealed_key, key: key.id(), by: by.to_owned(), at })
@@ -251,7 +256,8 @@ impl Pair {
     /// The inverse of [`Pair::seal`].
     ///
     /// # Errors
-    /// [`PkiError::Sealed`], [`PkiError::Custom`].
+    /// [`PkiError::Sealed`] when it was sealed with another key or for another cluster, or is damaged.
+    /// [`PkiError::Custom`] and [`PkiError::Identity`] when chain and key cannot be used together.
     pub fn unseal(cluster: ClusterId, sealed: &CustomCertificate, key: &ClusterKey) -> Result<Self, PkiError> {
         let der = key.unseal(Purpose::Console, cluster, &sealed.sealed_key)?;
         let key = PrivateKeyDer::try_from(der).map_err(|_| PkiError::Sealed("it is not a private key"))?;
@@ -262,7 +268,7 @@ impl Pair {
 /// Encrypts the private key of an administrator's certificate with another cluster key.
 ///
 /// # Errors
-/// [`PkiError::Sealed`] when the key does not fit, or the text is damaged.
+/// [`PkiError::Sealed`] when `old` is not the key with which it was sealed, or the text is damaged.
 pub fn reseal(
     cluster: ClusterId,
     sealed: &CustomCertificate,
@@ -293,7 +299,7 @@ fn custom(why: impl Into<String>) -> PkiError {
     PkiError::Custom(why.into())
 }
 
-/// A day as people write it, UTC.
+/// A day as people write it, in UTC.
 fn date(seconds: u64) -> String {
     let day = i64::try_from(seconds).ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
     day.map_or_else(|| seconds.to_string(), |day| day.strftime("%Y-%m-%d").to_string())
@@ -332,7 +338,7 @@ impl ResolvesServerCert for ByName {
 /// [`CONSOLE_NAME`] get the cluster's `own` certificate, all others what is `served`.
 ///
 /// # Errors
-/// [`PkiError::Tls`] when certificate and key cannot be used together.
+/// [`PkiError::Tls`] when the cryptography that this program was built with has neither TLS 1.2 nor 1.3.
 pub fn console_tls(served: &Pair, own: &Pair) -> Result<Arc<ServerConfig>, PkiError> {
     let certificates = ByName { served: Arc::clone(&served.certified), own: Arc::clone(&own.certified) };
     let mut config = ServerConfig::builder_with_provider(provider())

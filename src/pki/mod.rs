@@ -58,7 +58,7 @@ pub const CONSOLE_CERTIFICATE: &str = "console-cert.pem";
 pub const CONSOLE_KEY: &str = "console-key.pem";
 /// The key that unseals the authority's private key; only on members.
 pub const CLUSTER_KEY: &str = "cluster.key";
-/// The key that is to take its place.
+/// The cluster key that is to take its place.
 pub const NEXT_CLUSTER_KEY: &str = "cluster.key.next";
 /// The DNS name in every node certificate, which TLS checks. `.internal` is reserved for private use.
 pub const PEER_NAME: &str = "node.twistlock.internal";
@@ -68,8 +68,8 @@ pub const CONSOLE_NAME: &str = "console.twistlock.internal";
 /// The folder in the data folder where an administrator puts certificate and key for the Console of this host, by the
 /// names of [`CONSOLE_CERTIFICATE`] and [`CONSOLE_KEY`].
 pub const CUSTOM_FOLDER: &str = "custom-certificates";
-/// What both ends of a link say in the TLS handshake when they take frames that go on behind what they know (feature
-/// level 2). An older program neither offers nor chooses it, and is sent the frames that it knows.
+/// What both ends of a link say in the TLS handshake when they accept frames that go on behind what they know (feature
+/// level 2). An older program neither offers nor chooses it, and is sent only what it knows.
 pub const EXTENSIBLE: &[u8] = b"twistlock/2";
 
 /// What can be wrong with keys and certificates.
@@ -120,7 +120,7 @@ pub fn fingerprint(certificate: &[u8]) -> String {
 /// Names an authority by its certificate (PEM).
 ///
 /// # Errors
-/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
+/// [`PkiError::Identity`] when the text is not a certificate.
 pub fn authority_id(pem: &str) -> Result<KeyId, PkiError> {
     Ok(KeyId(sealed::digest_of(&certificate_der(pem)?)))
 }
@@ -141,7 +141,7 @@ fn validity(parsed: &X509Certificate<'_>) -> (u64, u64) {
 /// Which node of which cluster a certificate (DER) was made for. Says nothing about who signed it: TLS checks that.
 ///
 /// # Errors
-/// [`PkiError::Identity`] when it is not a node certificate.
+/// [`PkiError::Identity`] when the certificate cannot be parsed, or does not name exactly one node.
 pub fn peer_identity(certificate: &[u8]) -> Result<(ClusterId, NodeId), PkiError> {
     const NOT_A_NODE: PkiError = PkiError::Identity("the certificate is not one of a node");
     let parsed = parse(certificate)?;
@@ -177,7 +177,9 @@ impl NodeTls {
     /// Reads [`CA_CERTIFICATE`], [`NODE_CERTIFICATE`] and [`NODE_KEY`] in `dir`.
     ///
     /// # Errors
-    /// Any [`PkiError`] but `Generate`.
+    /// [`PkiError::File`] when a file cannot be read, [`PkiError::Malformed`] when it does not hold what it should.
+    /// [`PkiError::Identity`] when the node's certificate names no node, [`PkiError::Tls`] when it does not belong to
+    /// the key.
     pub fn load(dir: &Path) -> Result<Self, PkiError> {
         let mut roots = RootCertStore::empty();
         for certificate in certificates(&dir.join(CA_CERTIFICATE))? {
@@ -212,7 +214,8 @@ impl NodeTls {
     }
 }
 
-/// Always this one, never the process-wide default: a library that installs another must not change our links.
+/// The cryptography of all our TLS. Never the process-wide default: a library that installs another must not change our
+/// links.
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
@@ -237,7 +240,7 @@ fn read_file(path: &Path) -> Result<String, PkiError> {
 /// Keeps a certificate that was signed elsewhere, or the key to it (`secret`: mode 0600), under one of the names above.
 ///
 /// # Errors
-/// [`PkiError::File`] when a file cannot be read or written.
+/// [`PkiError::File`] when the file cannot be written.
 pub fn store_pem(dir: &Path, name: &str, pem: &str, secret: bool) -> Result<(), PkiError> {
     write_file(&dir.join(name), pem, if secret { 0o600 } else { 0o644 })
 }
@@ -245,7 +248,7 @@ pub fn store_pem(dir: &Path, name: &str, pem: &str, secret: bool) -> Result<(), 
 /// The DER form of the first certificate in a PEM text.
 ///
 /// # Errors
-/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
+/// [`PkiError::Identity`] when the text has no certificate in PEM form.
 pub fn certificate_der(pem: &str) -> Result<CertificateDer<'static>, PkiError> {
     let found = pem::certificates(pem).map_err(|_| PkiError::Identity("this is not a certificate in PEM form"))?;
     found.into_iter().next().ok_or(PkiError::Identity("this is not a certificate in PEM form"))
@@ -281,7 +284,7 @@ fn remove_file(path: &Path) -> Result<(), PkiError> {
     remove().map_err(|error| PkiError::File { action: "remove", path: path.into(), error })
 }
 
-/// Puts a file in the place of another one, durably.
+/// Moves a file into the place of another one, durably.
 fn rename_file(from: &Path, to: &Path) -> Result<(), PkiError> {
     let rename = || {
         fs::rename(from, to)?;

@@ -14,7 +14,7 @@ pub(super) const BACKDATE: Duration = Duration::from_secs(3600);
 /// Longest common name that X.509 allows, in characters.
 const MAX_COMMON_NAME: usize = 64;
 
-/// For a certificate that is valid from now on.
+/// The parameters of a certificate that is valid from now on.
 pub(super) fn params(common_name: &str, days: u32) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
@@ -28,7 +28,7 @@ pub(super) fn params(common_name: &str, days: u32) -> CertificateParams {
     params
 }
 
-/// An address or a host name.
+/// An address or a host name, as a certificate lists it.
 pub(super) fn alternative_name(name: &str) -> Result<SanType, PkiError> {
     Ok(match name.parse::<IpAddr>() {
         Ok(address) => SanType::IpAddress(address),

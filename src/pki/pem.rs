@@ -1,5 +1,5 @@
-//! The one reader of PEM. Takes a byte order mark, as editors of Windows leave it, for nothing. Must never say in an
-//! error what it has read: that may be a private key.
+//! The one reader of PEM. Passes over the byte order mark that Windows editors leave. Must never repeat in an error
+//! what it has read: that may be a private key.
 
 use rcgen::KeyPair;
 use rustls::pki_types::{
@@ -30,8 +30,8 @@ pub enum PemError {
     Other,
 }
 
+/// Leaves out the line that the library quotes.
 impl From<Error> for PemError {
-    /// The library quotes the line that it does not understand.
     fn from(error: Error) -> Self {
         match error {
             Error::IllegalSectionStart { .. } => Self::Begin,
@@ -49,7 +49,8 @@ fn content(text: &[u8]) -> &[u8] {
 /// All certificates of a text, at least one. Sections of other kinds are passed over.
 ///
 /// # Errors
-/// [`PemError`] when the text is damaged, or does not have what is wanted.
+/// [`PemError::NoCertificate`] when there is none. [`PemError::Begin`], [`PemError::End`] or [`PemError::Base64`] when
+/// the text is damaged.
 pub fn certificates(text: impl AsRef<[u8]>) -> Result<Vec<CertificateDer<'static>>, PemError> {
     let found: Vec<_> = CertificateDer::pem_slice_iter(content(text.as_ref())).collect::<Result<_, _>>()?;
     if found.is_empty() { Err(PemError::NoCertificate) } else { Ok(found) }
@@ -58,7 +59,8 @@ pub fn certificates(text: impl AsRef<[u8]>) -> Result<Vec<CertificateDer<'static
 /// The first private key of a text.
 ///
 /// # Errors
-/// [`PemError`] when the text is damaged, or does not have what is wanted.
+/// [`PemError::NoKey`] when there is none. [`PemError::Begin`], [`PemError::End`] or [`PemError::Base64`] when the text
+/// is damaged.
 pub fn private_key(text: impl AsRef<[u8]>) -> Result<PrivateKeyDer<'static>, PemError> {
     PrivateKeyDer::from_pem_slice(content(text.as_ref())).map_err(|error| match error {
         Error::NoItemsFound => PemError::NoKey,
@@ -69,7 +71,8 @@ pub fn private_key(text: impl AsRef<[u8]>) -> Result<PrivateKeyDer<'static>, Pem
 /// The private key in a PEM text, ready to sign with.
 ///
 /// # Errors
-/// [`PemError`] when the text is damaged, or does not have what is wanted.
+/// [`PemError::NoKey`] when there is none, [`PemError::Key`] when it is damaged or of an unknown kind, another
+/// [`PemError`] when the text is not PEM.
 pub(super) fn key_pair(text: impl AsRef<[u8]>) -> Result<KeyPair, PemError> {
     KeyPair::try_from(&private_key(text)?).map_err(|_| PemError::Key)
 }

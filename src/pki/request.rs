@@ -10,7 +10,7 @@ use super::{
     parse, pem, validity,
 };
 
-/// Longest signing request that is looked at, in bytes of PEM.
+/// Longest signing request that is accepted, in bytes of PEM.
 const MAX_REQUEST: usize = 4096;
 /// Days of validity in the parameters of a request, which has none.
 const NONE: u32 = 0;
@@ -18,7 +18,7 @@ const NONE: u32 = 0;
 /// A new private key, PEM.
 ///
 /// # Errors
-/// [`PkiError::Generate`] when a key or certificate cannot be made.
+/// [`PkiError::Generate`] when the key cannot be made.
 pub fn new_key() -> Result<String, PkiError> {
     Ok(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?.serialize_pem())
 }
@@ -27,7 +27,7 @@ pub fn new_key() -> Result<String, PkiError> {
 /// at the request; the authority decides the real ones.
 ///
 /// # Errors
-/// [`PkiError::Generate`] when a key or certificate cannot be made.
+/// [`PkiError::Generate`] when the key cannot be made, or an address cannot be in a certificate.
 pub fn node_request(name: &str, addresses: &[&str]) -> Result<(String, String), PkiError> {
     let key = new_key()?;
     Ok((request_with(&key, name, addresses)?, key))
@@ -36,15 +36,15 @@ pub fn node_request(name: &str, addresses: &[&str]) -> Result<(String, String), 
 /// A new key for a Console, and a request for a certificate with these names.
 ///
 /// # Errors
-/// [`PkiError::Generate`] when a key or certificate cannot be made.
+/// [`PkiError::Generate`] when the key cannot be made, or a name cannot be in a certificate.
 pub fn console_request(names: &[&str]) -> Result<(String, String), PkiError> {
     node_request(names.first().copied().unwrap_or_default(), names)
 }
 
-/// A signing request for a private key (PEM) that there is already.
+/// A signing request for a private key (PEM) that exists already.
 ///
 /// # Errors
-/// [`PkiError::Generate`], also when the key is not one.
+/// [`PkiError::Generate`] when the text is not a private key, or an address cannot be in a certificate.
 pub fn request_with(key: &str, name: &str, addresses: &[&str]) -> Result<String, PkiError> {
     let key = pem::key_pair(key).map_err(|error| PkiError::Generate(error.to_string()))?;
     let mut params = params(name, NONE);
@@ -64,7 +64,8 @@ impl SigningRequest {
     /// Checks a request, PEM.
     ///
     /// # Errors
-    /// [`PkiError::Request`] when the request is not sound.
+    /// [`PkiError::Request`] with what is wrong: the request is too long, cannot be parsed, is not signed by its own
+    /// key, or is for a key of another kind.
     pub fn parse(pem: &str) -> Result<Self, PkiError> {
         if pem.len() > MAX_REQUEST {
             return Err(PkiError::Request("it is too long"));
@@ -81,7 +82,7 @@ impl SigningRequest {
                 rcgen::Error::UnsupportedExtension => PkiError::Request("it asks for an unknown extension"),
                 _ => PkiError::Request("it cannot be parsed"),
             })?;
-        // The library concludes from the algorithm of the signature to that of the key: look at the key itself.
+        // The library takes the algorithm of the signature for the key's: look at the key itself.
         let (_, der) =
             x509_parser::pem::parse_x509_pem(pem.as_bytes()).map_err(|_| PkiError::Request("it is not PEM"))?;
         let (rest, request) =
@@ -107,7 +108,7 @@ impl SigningRequest {
 /// The fingerprint of the key in a certificate (PEM), as [`SigningRequest::fingerprint`] writes it.
 ///
 /// # Errors
-/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
+/// [`PkiError::Identity`] when the text is not a certificate.
 pub fn certificate_key(pem: &str) -> Result<String, PkiError> {
     let der = certificate_der(pem)?;
     Ok(fingerprint(parse(&der)?.public_key().raw))
@@ -116,7 +117,7 @@ pub fn certificate_key(pem: &str) -> Result<String, PkiError> {
 /// From when to when a certificate (PEM) is valid, in seconds since 1970.
 ///
 /// # Errors
-/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
+/// [`PkiError::Identity`] when the text is not a certificate.
 pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
     let der = certificate_der(pem)?;
     Ok(validity(&parse(&der)?))
@@ -126,7 +127,7 @@ pub fn certificate_validity(pem: &str) -> Result<(u64, u64), PkiError> {
 /// name: their keys tell them apart. Proves nothing; TLS checks signatures.
 ///
 /// # Errors
-/// [`PkiError::Identity`] when this is no certificate, or one that says something else than expected.
+/// [`PkiError::Identity`] when one of the two texts is not a certificate.
 pub fn is_signed_by(pem: &str, authority: &str) -> Result<bool, PkiError> {
     let (der, authority) = (certificate_der(pem)?, certificate_der(authority)?);
     let (parsed, authority) = (parse(&der)?, parse(&authority)?);

@@ -14,10 +14,10 @@ use crate::cluster::{ClusterId, shared::authority::SealedAuthority, trust::KeyId
 
 /// Length of the key in bytes.
 const LENGTH: usize = 32;
-/// Before a key in the digest that names it, so that its name is no digest that anything else may need of it.
+/// Goes before a key in the digest that names it: no digest of the key for another use is ever its name.
 const NAME: &[u8] = b"twistlock cluster key name v1";
 
-/// What is sealed, so that nothing else that this key seals is taken for it.
+/// What is sealed. The seal covers it, so that one kind of secret is never taken for another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
     /// The private key of the cluster's authority.
@@ -56,12 +56,12 @@ impl ClusterKey {
         Self(bytes)
     }
 
-    /// For another member.
+    /// The bytes, to be given to another member.
     pub fn bytes(&self) -> &[u8; LENGTH] {
         &self.0
     }
 
-    /// Its name: the key is random, so that nobody can find it by that.
+    /// The name of the key. The key is random, so nobody can find it by its name.
     pub fn id(&self) -> KeyId {
         KeyId(digest_of(&[NAME, self.0.as_slice()].concat()))
     }
@@ -69,7 +69,8 @@ impl ClusterKey {
     /// Reads the key in the folder of certificates.
     ///
     /// # Errors
-    /// [`PkiError::File`] or [`PkiError::Malformed`].
+    /// [`PkiError::File`] when the file cannot be read, [`PkiError::Malformed`] when it does not have the length of a
+    /// key.
     pub fn load(dir: &Path) -> Result<Self, PkiError> {
         Self::read(dir, CLUSTER_KEY)
     }
@@ -85,7 +86,7 @@ impl ClusterKey {
     /// Writes the key, mode 0600.
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when the file cannot be written.
     pub fn save(&self, dir: &Path) -> Result<(), PkiError> {
         write_file(&dir.join(CLUSTER_KEY), self.0, 0o600)
     }
@@ -96,8 +97,8 @@ impl ClusterKey {
         Ok(LessSafeKey::new(key))
     }
 
-    /// Encrypts with a random nonce, which stands before the text; base64. A cluster seals a handful of times in its
-    /// life, so that random nonces do not meet.
+    /// Encrypts with a random nonce. Returns the nonce and the text, as base64. A cluster seals a handful of times in
+    /// its life, so random nonces do not repeat.
     pub(super) fn seal(&self, purpose: Purpose, cluster: ClusterId, secret: &[u8]) -> Result<String, PkiError> {
         let nonce: [u8; NONCE_LEN] = rand::random();
         let mut text = secret.to_vec();
@@ -131,10 +132,11 @@ pub struct ClusterKeys {
 }
 
 impl ClusterKeys {
-    /// Reads what there is.
+    /// Reads the keys in the folder of certificates. One that is not there is none.
     ///
     /// # Errors
-    /// [`PkiError::File`] or [`PkiError::Malformed`].
+    /// [`PkiError::File`] when a file is there and cannot be read. [`PkiError::Malformed`] when it does not have the
+    /// length of a key: [`ClusterKeys::load_sound`] goes on without it.
     pub fn load(dir: &Path) -> Result<Self, PkiError> {
         let read = |name| match ClusterKey::read(dir, name) {
             Ok(key) => Ok(Some(key)),
@@ -148,7 +150,7 @@ impl ClusterKeys {
     /// returns what was wrong.
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when a file cannot be read, or one that holds no key cannot be moved away.
     pub fn load_sound(dir: &Path) -> Result<(Self, Vec<PkiError>), PkiError> {
         let mut damaged = Vec::new();
         for name in [CLUSTER_KEY, NEXT_CLUSTER_KEY] {
@@ -168,7 +170,7 @@ impl ClusterKeys {
     /// The key with which the authority was sealed.
     ///
     /// # Errors
-    /// [`PkiError::Sealed`] when this node does not have it (yet).
+    /// [`PkiError::Sealed`] when this node does not have it (yet): the other members do.
     pub fn for_authority(&self, sealed: &SealedAuthority) -> Result<&ClusterKey, PkiError> {
         let key = match sealed.key {
             Some(id) => self.find(id),
@@ -180,27 +182,27 @@ impl ClusterKeys {
     /// Keeps the announced key beside the one in use.
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when the file cannot be written: the announced key is not kept.
     pub fn keep_next(&mut self, dir: &Path, key: ClusterKey) -> Result<(), PkiError> {
         write_file(&dir.join(NEXT_CLUSTER_KEY), key.0, 0o600)?;
         self.next = Some(key);
         Ok(())
     }
 
-    /// The announced key takes the place of the one in use, in one step.
+    /// Puts the announced key in the place of the one in use, in one step.
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when the file cannot be moved: the key in use is still the old one.
     pub fn use_next(&mut self, dir: &Path) -> Result<(), PkiError> {
         rename_file(&dir.join(NEXT_CLUSTER_KEY), &dir.join(CLUSTER_KEY))?;
         self.current = self.next.take().or(self.current.take());
         Ok(())
     }
 
-    /// Another key was announced instead, or none is wanted any more.
+    /// Forgets the announced key: another one was announced instead, or none is wanted any more.
     ///
     /// # Errors
-    /// [`PkiError::File`] when a file cannot be read or written.
+    /// [`PkiError::File`] when the file cannot be removed: the announced key is still kept.
     pub fn forget_next(&mut self, dir: &Path) -> Result<(), PkiError> {
         remove_file(&dir.join(NEXT_CLUSTER_KEY))?;
         self.next = None;
@@ -208,7 +210,7 @@ impl ClusterKeys {
     }
 }
 
-/// 128 bits of SHA-256.
+/// The first 128 bits of the SHA-256 digest.
 pub(super) fn digest_of(bytes: &[u8]) -> u128 {
     let digest = digest::digest(&digest::SHA256, bytes);
     digest.as_ref().iter().take(16).fold(0, |sum, byte| sum << 8 | u128::from(*byte))

@@ -54,7 +54,9 @@ impl From<io::Error> for FetchError {
 /// in the data folder, and the next start installs it.
 ///
 /// # Errors
-/// [`FetchError`]; nothing has changed then.
+/// [`FetchError::Open`] or [`FetchError::Connection`] when there is no connection, or it ends; [`FetchError::Refused`]
+/// when the member sends none, with its reason; [`FetchError::Odd`] when what it sends cannot be used;
+/// [`FetchError::Store`] when the disk is full or fails. Nothing has changed then, and another attempt may succeed.
 pub async fn fetch(
     identity: &PeerIdentity,
     member: &Member,

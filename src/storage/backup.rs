@@ -162,7 +162,8 @@ impl Copying {
     /// Reads the next pages behind page `done`, at most [`CHUNK`] bytes, none at the end.
     ///
     /// # Errors
-    /// Those of the file; `Interrupted` once the database does not follow any more.
+    /// When the file cannot be read. [`io::ErrorKind::Interrupted`] once the database does not follow any more: begin
+    /// another copy.
     pub fn read(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<()> {
         self.check()?;
         let count = (self.pages - done).min(CHUNK as u32 / self.page_size);
@@ -179,7 +180,8 @@ impl Copying {
     /// Reads one page.
     ///
     /// # Errors
-    /// As [`Self::read`].
+    /// When the file cannot be read. [`io::ErrorKind::Interrupted`] once the database does not follow any more: begin
+    /// another copy.
     pub fn read_page(&self, number: u32, image: &mut Vec<u8>) -> io::Result<()> {
         self.check()?;
         image.resize(self.page_size as usize, 0);
@@ -197,7 +199,7 @@ impl Drop for Tracking {
 /// chunk in order.
 ///
 /// # Errors
-/// Those of the file, and those of `each`.
+/// When the file cannot be read. An error of `each` ends the reading.
 pub fn checksum(file: &File, record: &Record, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<u64> {
     let (mut done, mut sum, mut bytes) = (0, 0, Vec::new());
     while done < record.pages {

@@ -54,7 +54,7 @@ impl Captured {
 }
 
 impl Capture {
-    /// Of an empty WAL.
+    /// Begins with an empty WAL.
     pub fn new(page_size: u32) -> Self {
         Self { tracker: Tracker::new(page_size), page_size }
     }
@@ -76,7 +76,7 @@ impl Capture {
     /// comes before all else: a full disk shows before anything is proposed.
     ///
     /// # Errors
-    /// Those of the file.
+    /// The code of SQLite when the frame cannot be written: the transaction fails, and nothing has been proposed.
     pub fn complete(&self, file: &mut dyn WalFile, data: &[u8]) -> Result<Captured, Code> {
         let held = self.tracker.held().expect("a commit step follows a held header");
         file.write_at(self.tracker.data_offset(held.frame), data)?;
@@ -86,7 +86,7 @@ impl Capture {
     /// Hands out the pages one by one; `data` is that of the last frame.
     ///
     /// # Errors
-    /// Those of the file, and those of `take`, which end it.
+    /// The code of SQLite when a page cannot be read again. An error of `take` ends it.
     pub fn pages<E: From<Code>>(
         &self,
         captured: &Captured,
@@ -109,7 +109,7 @@ impl Capture {
     /// Lets the header through: SQLite's readers can see the transaction from now on.
     ///
     /// # Errors
-    /// Those of the file; the transaction counts as committed nevertheless.
+    /// The code of SQLite when the header cannot be written; the transaction counts as committed nevertheless.
     pub fn commit(&mut self, captured: &Captured, file: &mut dyn WalFile) -> Result<(), Code> {
         let at = self.tracker.header_offset(captured.held.frame);
         self.tracker.commit();

@@ -1,6 +1,6 @@
 //! JSON in the data folder that knows when it was damaged: an object with the checksum of all its other members beside
-//! them. An older program reads over it; a file of one has none, and is taken as it is. Must never keep a newer format
-//! from being seen.
+//! them. An older program passes over it; its own files have none, and are taken as they are. Must never keep a newer
+//! format from being seen.
 
 use std::io;
 

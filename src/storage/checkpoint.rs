@@ -73,7 +73,7 @@ impl Record {
     /// Reads the record; the default one if there is no file.
     ///
     /// # Errors
-    /// Read errors, and `InvalidData` with a reason for a damaged file.
+    /// When the file cannot be read now. `InvalidData` with a reason when it is damaged, or of another database.
     pub fn read(path: &Path, database: u32) -> io::Result<Self> {
         match fs::read(path) {
             Ok(bytes) => Self::decode(&bytes, database).map_err(|what| io::Error::new(ErrorKind::InvalidData, what)),
@@ -85,7 +85,7 @@ impl Record {
     /// Makes the record durable.
     ///
     /// # Errors
-    /// Write and sync errors; the old record is in place then, or the new one.
+    /// When the disk fails or is full. The old record is in place then, or the new one.
     pub fn write(&self, path: &Path, database: u32) -> io::Result<()> {
         let fresh = path.with_extension("checkpoint-new");
         run(Place::Checkpoint, Act::Write, || {

@@ -54,7 +54,7 @@ impl PageTable {
     /// Reads the first `pages` pages of a file. What lies beyond the file's end counts as zeros.
     ///
     /// # Errors
-    /// Read errors of the file; [`ErrorKind::Interrupted`] as soon as `go_on` is false.
+    /// When the file cannot be read. [`ErrorKind::Interrupted`] as soon as `go_on` is false.
     pub fn read(file: &File, page_size: u32, pages: u32, go_on: &dyn Fn() -> bool) -> io::Result<Self> {
         let mut table = Self { page_size, pages: Vec::with_capacity(pages as usize), total: 0 };
         let mut chunk = vec![0; CHUNK];

@@ -132,7 +132,9 @@ impl PrimaryDatabase {
     /// may write meanwhile.
     ///
     /// # Errors
-    /// [`ReplaceError`].
+    /// [`ReplaceError::Refused`] when it cannot be done, or `go_on` ended it: nothing has changed.
+    /// [`ReplaceError::Unknown`] when the role was lost meanwhile: the members have the whole new content or the whole
+    /// old one.
     pub fn replace(&self, from: &Path, go_on: impl FnMut(u32, u32) -> bool) -> Result<(), ReplaceError> {
         vfs::replace(&self.gate, from, go_on).map_err(|error| {
             let why = match self.gate.last_refusal() {
@@ -202,7 +204,9 @@ impl Database {
     /// file may be ahead of what is being applied.
     ///
     /// # Errors
-    /// File errors, a damaged checkpoint record, a missing file.
+    /// [`DatabaseError::Missing`] when the record has pages and there is no file, [`DatabaseError::Damaged`] when
+    /// record or file can never be read: the node needs the database of another member. [`DatabaseError::Io`] for
+    /// everything that a later start may not meet.
     pub fn open(dir: &Path, id: u32, log_last_index: u64) -> Result<Self, DatabaseError> {
         let (path, record_path) = places(dir, id)?;
         let record = Record::read(&record_path, id).map_err(|error| unreadable(&record_path, error))?;
@@ -219,7 +223,7 @@ impl Database {
     /// files as they are, until another one has been put in their place at the next start. `why` is for people.
     ///
     /// # Errors
-    /// File errors.
+    /// [`DatabaseError::Io`] when the file cannot be made or read.
     pub fn lost(dir: &Path, id: u32, why: String) -> Result<Self, DatabaseError> {
         let (path, record_path) = places(dir, id)?;
         let file = open_file(&path)?;
@@ -296,7 +300,7 @@ impl Database {
     /// Compares the checksum of a database that follows with what its last transaction claimed.
     ///
     /// # Errors
-    /// [`DatabaseError::Diverged`].
+    /// [`DatabaseError::Diverged`] when the two differ: this copy must be replaced by that of another member.
     pub fn verify(&self) -> Result<(), DatabaseError> {
         match &self.state {
             State::Following(replica) if replica.claim != replica.table.checksum() => {
@@ -324,7 +328,7 @@ impl Database {
     /// The first page that differs is read again: it may have been written meanwhile. Returns it if it differs still.
     ///
     /// # Errors
-    /// Read errors of the file.
+    /// When the file cannot be read.
     pub fn differs(&self, done: u32, sums: &[u64]) -> io::Result<Option<u32>> {
         let State::Following(replica) = &self.state else { return Ok(None) };
         for (number, sum) in (done + 1..).zip(sums) {
@@ -339,7 +343,7 @@ impl Database {
     /// [`Self::verify`], as soon as the file cannot be ahead of what was applied.
     ///
     /// # Errors
-    /// [`DatabaseError::Diverged`].
+    /// [`DatabaseError::Diverged`] when the two differ: this copy must be replaced by that of another member.
     pub fn verify_settled(&self) -> Result<(), DatabaseError> {
         match &self.state {
             State::Following(replica) if replica.applied <= replica.touched => Ok(()),
@@ -393,7 +397,9 @@ impl Database {
     /// Applies a committed command entry. `source` gives the earlier parts of its transaction again.
     ///
     /// # Errors
-    /// [`ApplyError`]; after one of them nothing more is applied until the database is opened or demoted again.
+    /// [`ApplyError::Io`] for want of space: the same entry can be applied again. After any other [`ApplyError`],
+    /// nothing more is applied until the database is opened or demoted again; [`ApplyError::Diverged`] says that
+    /// another member's copy is needed.
     pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
         if payload.is_empty() {
             return self.apply_empty(index, term);
@@ -405,7 +411,7 @@ impl Database {
     /// Applies a committed entry that is no command: a new primary's first one, or a change of members.
     ///
     /// # Errors
-    /// As [`Database::apply`].
+    /// [`ApplyError`] after an earlier failure, on a primary, and when the entry is out of order.
     pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
         let result = self.following(index)?.apply_empty(index, term);
         self.note_failure(result)
@@ -430,7 +436,9 @@ impl Database {
     /// Opens the database for writing. Call it when everything of earlier epochs is applied.
     ///
     /// # Errors
-    /// A database that is empty, differs from the primary's, or cannot be opened. It still follows then.
+    /// [`DatabaseError::Refused`] when it is empty or open already, [`DatabaseError::Diverged`] when it differs from
+    /// the primary's, [`DatabaseError::Failed`] after an earlier failure, [`DatabaseError::Io`] or
+    /// [`DatabaseError::Sqlite`] when it cannot be opened. It still follows then.
     pub fn promote(
         &mut self,
         epoch: u64,
@@ -504,7 +512,8 @@ impl Database {
     /// again. Reads the whole file, as long as `go_on` is true.
     ///
     /// # Errors
-    /// File errors, also that it was not to go on.
+    /// [`DatabaseError::Io`] when the file cannot be read, and when it was not to go on: the same can be tried again.
+    /// [`DatabaseError::Failed`] after a failed sync: only a new process can use the database.
     pub fn reopen(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
         match self.state {
             State::Closed { touched } => self.fall_back(touched, go_on),
@@ -520,7 +529,8 @@ impl Database {
     /// [`Database::close`] and [`Database::reopen`] in one.
     ///
     /// # Errors
-    /// Those of the two.
+    /// [`DatabaseError::StillOpen`] after the deadline: exit the process. [`DatabaseError::Io`] or
+    /// [`DatabaseError::Failed`] when the file cannot be used: it stays closed.
     pub fn demote(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
         self.close(deadline)?;
         self.reopen(&|| true)
@@ -545,7 +555,7 @@ impl Database {
 /// applied state is empty.
 ///
 /// # Errors
-/// When SQLite cannot make the image.
+/// [`DatabaseError::Sqlite`] when SQLite cannot make the image.
 pub fn initial_transaction(id: u32, page_size: u32) -> Result<Vec<Vec<u8>>, DatabaseError> {
     let image = vfs::initial_image(page_size)?;
     let mut table = PageTable::empty(page_size);

@@ -22,13 +22,14 @@ pub trait FollowsLog {
     /// Applies a committed entry that is a part of a transaction of this database.
     ///
     /// # Errors
-    /// [`ApplyError`]; unless the disk was full, nothing more is applied afterwards.
+    /// [`ApplyError::Io`] for want of space: the same entry can be applied again. After any other [`ApplyError`]
+    /// nothing more is applied.
     fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError>;
 
     /// Takes note of a committed entry that does not concern it.
     ///
     /// # Errors
-    /// As [`Self::apply`].
+    /// [`ApplyError`] when the database cannot take note of it, e.g. after an earlier failure.
     fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError>;
 }
 
@@ -92,8 +93,8 @@ impl<D: FollowsLog> Databases<D> {
     /// Applies a committed entry with content to the database that it names; the others take note of it.
     ///
     /// # Errors
-    /// [`ApplyError`]. Nothing has changed anywhere if it is [of a newer program](ApplyError::is_of_newer_program), or if the
-    /// disk was full.
+    /// The [`ApplyError`] of the database. Nothing has changed anywhere if the entry is [of a newer
+    /// program](ApplyError::is_of_newer_program), or if the disk was full.
     pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
         let id = transaction::database(payload).map_err(|error| ApplyError::Command { index, error })?;
         let database = self.0.get_mut(&id).ok_or(ApplyError::UnknownDatabase { index, database: id })?;
@@ -106,7 +107,7 @@ impl<D: FollowsLog> Databases<D> {
     /// All take note of a committed entry that is no command: a new primary's first one, or a change of members.
     ///
     /// # Errors
-    /// As [`Self::apply`].
+    /// The [`ApplyError`] of the first database that cannot take note of it. Those behind it have not, either.
     pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
         let mut behind = self.0.values_mut().filter(|database| database.applied() < index);
         behind.try_for_each(|database| database.apply_empty(index, term))
@@ -186,7 +187,7 @@ impl Databases {
     /// Takes what came of [`Self::begin_checkpoint`].
     ///
     /// # Errors
-    /// The first one of [`Database::saved`].
+    /// [`DatabaseError::Io`] of the first that could not be saved: its old checkpoint counts. The others count.
     pub fn saved(&mut self, saved: Vec<Saved>) -> Result<(), DatabaseError> {
         let mut result = Ok(());
         for saved in saved {
@@ -200,8 +201,8 @@ impl Databases {
     /// Opens all for writing, or none. Call it when everything of earlier epochs is applied.
     ///
     /// # Errors
-    /// The first one of [`Database::promote`]. Those that were open already are to be applied to again from their
-    /// checkpoints.
+    /// The error of the first that cannot be opened, as of [`Database::promote`]. None is open then: they have gone
+    /// back to their checkpoints, and are to be applied to again.
     pub fn promote(
         &mut self,
         epoch: u64,
@@ -220,7 +221,8 @@ impl Databases {
     /// Closes all: see [`Database::close`].
     ///
     /// # Errors
-    /// The first one of [`Database::close`]; the others may be open still.
+    /// [`DatabaseError::StillOpen`] of the first that is open after the deadline: exit the process. The others may be
+    /// open still.
     pub fn close(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
         self.iter_mut().try_for_each(|database| database.close(deadline))
     }
@@ -228,7 +230,8 @@ impl Databases {
     /// Goes back to the last checkpoint of each after [`Self::close`]: see [`Database::reopen`].
     ///
     /// # Errors
-    /// The first one of [`Database::reopen`].
+    /// The error of the first that cannot go back to its checkpoint, as of [`Database::reopen`]. It stays closed, and
+    /// so do those behind it.
     pub fn reopen(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
         self.iter_mut().try_for_each(|database| database.reopen(go_on))
     }

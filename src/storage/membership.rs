@@ -31,7 +31,8 @@ impl StoredMembership {
     /// Reads the file; none if there is none, as before the first start of a node.
     ///
     /// # Errors
-    /// Read errors; with a reason `InvalidData` for a damaged file, `Unsupported` for that of a newer program.
+    /// When the file cannot be read now. With a reason: `InvalidData` when it is damaged, `Unsupported` when a newer
+    /// program wrote it.
     pub fn read(data: &Path) -> io::Result<Option<Self>> {
         Self::read_from(&data.join(FILE))
     }
@@ -39,7 +40,8 @@ impl StoredMembership {
     /// Reads the copy, which may be older by one change.
     ///
     /// # Errors
-    /// Those of [`Self::read`].
+    /// When the copy cannot be read now. With a reason: `InvalidData` when it is damaged, `Unsupported` when a newer
+    /// program wrote it.
     pub fn read_copy(data: &Path) -> io::Result<Option<Self>> {
         Self::read_from(&data.join(COPY))
     }
@@ -56,7 +58,7 @@ impl StoredMembership {
     /// Makes this the membership in force, durably, and then its copy.
     ///
     /// # Errors
-    /// Those of the file system; the old one is in place then, or the new one is.
+    /// When the disk fails or is full. The old membership is in force then, or the new one.
     pub fn write(&self, data: &Path) -> io::Result<()> {
         let membership: Value = serde_json::from_slice(&self.membership.encode())?;
         let file = serde_json::json!({ "format": FORMAT, "index": self.index, "membership": membership });

@@ -61,7 +61,8 @@ impl Memory {
     /// Reads the file. Nothing is remembered if there is none, or one of another cluster.
     ///
     /// # Errors
-    /// A sentence for a file that cannot be read. What it said was a second proof: a node can go on without it.
+    /// When the file cannot be read. The sentence is for people; the file was a second proof, and a node can go on
+    /// without it.
     pub fn read(data: &Path, cluster: ClusterId) -> Result<Self, String> {
         let path = data.join(FILE);
         let failed = |why: String| format!("{} cannot be read ({why}): it is made anew", path.display());
@@ -81,7 +82,7 @@ impl Memory {
     /// Keeps it, durably.
     ///
     /// # Errors
-    /// Those of the file system; the old file is in place then.
+    /// When the disk fails or is full. The old file is in place then.
     pub fn write(&self, data: &Path) -> io::Result<()> {
         durable_write(&data.join(FILE), &serde_json::to_vec(self)?)
     }
@@ -119,25 +120,25 @@ impl Forgotten {
 /// Why this node forgot; none if it did not, or as a member of another cluster.
 ///
 /// # Errors
-/// Those of the file system. A file that cannot be read counts as well.
+/// When it cannot be found out whether there is such a file. One that cannot be understood counts as well.
 pub fn forgotten(data: &Path, cluster: ClusterId) -> io::Result<Option<String>> {
     Ok(Forgotten::read(data, cluster)?.map(|forgotten| forgotten.reason))
 }
 
-/// From now on this node is one that forgot, until it has begun again.
+/// Notes that this node forgot. It is one that forgot until it has [begun again](begun_again).
 ///
 /// # Errors
-/// Those of the file system.
+/// When the disk fails or is full. Nothing is noted then, and the node must not take part in anything.
 pub fn note_forgotten(data: &Path, cluster: ClusterId, reason: &str) -> io::Result<()> {
     // A snapshot that was fetched before may rest on what was forgotten.
     super::snapshot::discard(data)?;
     Forgotten { cluster, reason: reason.to_owned(), log_aside: false }.write(data)
 }
 
-/// This node has begun again: nothing that it remembered of itself counts any more.
+/// Notes that this node has begun again: nothing that it remembered of itself counts any more.
 ///
 /// # Errors
-/// Those of the file system; then it is still one that forgot.
+/// When the disk fails or is full. Then it is still one that forgot.
 pub fn begun_again(data: &Path, memory: &Memory) -> io::Result<()> {
     memory.write(data)?;
     delete(fs::remove_file(data.join(FORGOTTEN)))?;
@@ -148,7 +149,7 @@ pub fn begun_again(data: &Path, memory: &Memory) -> io::Result<()> {
 /// Lets the next start begin a raft log. Whoever makes a data folder says so, and nobody else.
 ///
 /// # Errors
-/// Those of the file system.
+/// When the disk fails or is full. The next start begins no raft log then.
 pub fn permit_new_log(data: &Path) -> io::Result<()> {
     durable_write(&data.join(NO_LOG), b"")
 }
@@ -158,10 +159,10 @@ pub fn may_begin_log(data: &Path) -> bool {
     data.join(NO_LOG).exists()
 }
 
-/// There is a raft log now.
+/// Notes that there is a raft log now.
 ///
 /// # Errors
-/// Those of the file system.
+/// When the disk fails or is full: do not use the log before this has succeeded.
 pub fn note_log(data: &Path) -> io::Result<()> {
     if !data.join(LOG_CREATED).exists() {
         durable_write(&data.join(LOG_CREATED), b"")?;
@@ -169,10 +170,10 @@ pub fn note_log(data: &Path) -> io::Result<()> {
     forbid_new_log(data)
 }
 
-/// A raft log that is not there was lost, from now on.
+/// Lets no start begin a raft log from now on: one that is not there was lost.
 ///
 /// # Errors
-/// Those of the file system.
+/// When the disk fails.
 pub fn forbid_new_log(data: &Path) -> io::Result<()> {
     if may_begin_log(data) {
         delete(fs::remove_file(data.join(NO_LOG)))?;
@@ -187,7 +188,7 @@ pub fn forbid_new_log(data: &Path) -> io::Result<()> {
 /// aside.
 ///
 /// # Errors
-/// Those of the file system. Nothing is lost then.
+/// When this node did not forget, or the disk fails. Nothing is lost then.
 pub fn make_room_for_log(data: &Path, cluster: ClusterId) -> io::Result<Option<PathBuf>> {
     let Some(forgotten) = Forgotten::read(data, cluster)? else {
         return Err(io::Error::other("this node did not forget: its raft log stays"));

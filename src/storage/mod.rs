@@ -98,7 +98,8 @@ impl Identity {
     /// Reads the identity of a data folder, which another process may have.
     ///
     /// # Errors
-    /// [`DataDirError::NoIdentity`], [`DataDirError::Newer`], [`DataDirError::Damaged`] or [`DataDirError::Io`].
+    /// [`DataDirError::NoIdentity`] when there is none, [`DataDirError::Damaged`] when it can never be read,
+    /// [`DataDirError::Newer`] when a newer program wrote it, [`DataDirError::Io`] when it cannot be read now.
     pub fn read(data: &Path) -> Result<Self, DataDirError> {
         let path = data.join(IDENTITY);
         let mut text = Vec::new();
@@ -132,7 +133,7 @@ impl DataDir {
     /// Creates the directory (mode 0700) where it is missing, and takes its lock.
     ///
     /// # Errors
-    /// [`DataDirError::Locked`] when another process has it, else [`DataDirError::Io`].
+    /// [`DataDirError::Locked`] when another process has it, [`DataDirError::Io`] when it cannot be made or locked.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, DataDirError> {
         let path = path.into();
         let failed = |verb, path: &Path| {
@@ -171,7 +172,8 @@ impl DataDir {
     /// Writes the identity of a new directory.
     ///
     /// # Errors
-    /// [`DataDirError::Exists`] when there is one already, else [`DataDirError::Io`].
+    /// [`DataDirError::Exists`] when there is one already, the error of [`Identity::read`] when there is one that
+    /// cannot be read, [`DataDirError::Io`] when the disk fails or is full.
     pub fn create_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
         // With an identity, a raft log that is not there was lost.
         self.write_identity(identity, memory::permit_new_log)
@@ -181,7 +183,8 @@ impl DataDir {
     /// permitted.
     ///
     /// # Errors
-    /// Those of [`DataDir::create_identity`].
+    /// [`DataDirError::Exists`] when there is one, the error of [`Identity::read`] when there is one that cannot be
+    /// read, [`DataDirError::Io`] when the disk fails or is full.
     pub fn restore_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
         self.write_identity(identity, memory::forbid_new_log)
     }
@@ -214,7 +217,8 @@ impl DataDir {
     /// Reads the identity.
     ///
     /// # Errors
-    /// Those of [`Identity::read`].
+    /// [`DataDirError::NoIdentity`], [`DataDirError::Damaged`], [`DataDirError::Newer`] or [`DataDirError::Io`], as
+    /// [`Identity::read`] has them.
     pub fn identity(&self) -> Result<Identity, DataDirError> {
         Identity::read(&self.path)
     }
@@ -222,7 +226,7 @@ impl DataDir {
     /// Writes the identity anew, with a checksum, if an older program wrote it without one.
     ///
     /// # Errors
-    /// Those of [`DataDir::identity`].
+    /// [`DataDirError::Io`] when the file cannot be read or written. It is as it was then.
     pub fn check_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
         let path = self.identity_path();
         let io = |verb| {
@@ -239,7 +243,7 @@ impl DataDir {
     /// Reads the identity and refuses it unless it is that of this node of this cluster.
     ///
     /// # Errors
-    /// [`DataDirError::Foreign`] and those of [`DataDir::identity`].
+    /// [`DataDirError::Foreign`] when it is that of another node or cluster. Otherwise the error of [`Identity::read`].
     pub fn check(&self, cluster: ClusterId, node: NodeId) -> Result<Identity, DataDirError> {
         let found = self.identity()?;
         if (found.cluster, found.node) == (cluster, node) {
@@ -272,7 +276,7 @@ fn holder(mut file: &File) -> String {
 /// Creates a directory and its missing parents, mode 0700, durably. An existing one is left as it is.
 ///
 /// # Errors
-/// Those of the file system.
+/// When the directory, or one on the way, cannot be made or synced.
 pub fn make_private_dir(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
@@ -287,7 +291,7 @@ pub fn make_private_dir(path: &Path) -> io::Result<()> {
 /// Replaces the content of a small file so that a crash leaves either the old or the new one. Mode 0600.
 ///
 /// # Errors
-/// Those of the file system; the old content is then still there, or the new one is.
+/// When the disk fails or is full. The old content is in place then, or the new one.
 pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a path of a file"));
@@ -316,7 +320,7 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// Removes whatever has this name: a file, a link, or a folder with all that is in it.
 ///
 /// # Errors
-/// Those of the file system; that there is nothing is no error.
+/// When something is there and cannot be removed.
 pub fn clear_away(path: &Path) -> io::Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => fs::remove_dir_all(path),
@@ -332,7 +336,7 @@ pub fn clear_away(path: &Path) -> io::Result<()> {
 /// Makes the names in a directory durable: creations, renames and removals.
 ///
 /// # Errors
-/// Those of the file system.
+/// When the directory cannot be opened or synced.
 pub fn fsync_dir(path: &Path) -> io::Result<()> {
     descriptors::open(|| File::open(path))?.sync_all()
 }
@@ -370,7 +374,8 @@ pub trait Replicator: Send + Sync {
     /// last part.
     ///
     /// # Errors
-    /// See [`ReplicateError`].
+    /// [`ReplicateError::Refused`] and [`ReplicateError::Full`] when the transaction will never be committed.
+    /// [`ReplicateError::Unknown`] when it may be: the caller must fence itself.
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError>;
 
     /// Returns when this host's own disk has everything that [`Replicator::replicate`] has returned for. A majority can
@@ -378,7 +383,7 @@ pub trait Replicator: Send + Sync {
     /// file that no replay explains. Does nothing where `replicate` waits for this host's disk in any case.
     ///
     /// # Errors
-    /// When the disk refuses; nothing may be copied into the database file then.
+    /// When the disk fails. Nothing may be copied into the database file then.
     fn make_durable(&self) -> io::Result<()> {
         Ok(())
     }
@@ -389,7 +394,7 @@ pub trait EntrySource {
     /// Calls `each` with index and payload of every command entry in `first..=last`, in order, in bounded memory.
     ///
     /// # Errors
-    /// Read errors and those of `each`.
+    /// When an entry cannot be read. An error of `each` ends it.
     fn for_each(
         &self,
         first: u64,

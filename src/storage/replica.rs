@@ -94,7 +94,7 @@ impl Replica {
     /// Starts at a checkpoint: reads the whole file, as long as `go_on` is true.
     ///
     /// # Errors
-    /// Those of reading; [`io::ErrorKind::Interrupted`] when it was not to go on.
+    /// When the file cannot be read. [`io::ErrorKind::Interrupted`] when it was not to go on.
     pub fn at(
         file: Arc<File>,
         database: u32,

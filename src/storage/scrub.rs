@@ -17,7 +17,7 @@ pub fn drop_cache(file: &File, page_size: u32, done: u32, count: u32) {
 /// The checksums of `count` pages behind page `done`.
 ///
 /// # Errors
-/// Those of the file.
+/// When the file cannot be read.
 pub fn page_checksums(file: &File, page_size: u32, done: u32, count: u32) -> io::Result<Vec<u64>> {
     let mut bytes = vec![0; count as usize * page_size as usize];
     read_or_zero(file, &mut bytes, u64::from(done) * u64::from(page_size))?;

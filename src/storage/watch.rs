@@ -246,7 +246,7 @@ impl Drop for Running {
 /// Runs an operation under the watch.
 ///
 /// # Errors
-/// Those of the operation.
+/// The error of the operation.
 pub fn run<T>(place: Place, act: Act, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let running = begin(place, act);
     let result = work();

@@ -28,7 +28,7 @@ const LINGER: (Duration, usize) = (Duration::from_secs(2), 64 << 20);
 /// Bytes that are thrown away at once.
 const WASTE: usize = 8 << 10;
 
-/// How far the closing of the ports has come.
+/// How far the closing of the ports has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Phase {
     Open,

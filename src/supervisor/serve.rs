@@ -162,7 +162,7 @@ async fn connection(
         if let Err(error) = serve(stream, (from, place.visit()), shared).await {
             tracing::debug!("a connection to {} ended: {error:#}", workload::NAME);
         }
-        // After an upgrade somebody else goes on with the stream: the place is his as long as he has it.
+        // After an upgrade somebody else goes on with the stream, and keeps the place for as long as that takes.
         held.dropped().await;
     };
     tokio::select! {

@@ -50,8 +50,8 @@ impl Rotation {
         Ok(())
     }
 
-    /// Has this node's certificate made anew if another authority signed it. Returns which one signed what it shows
-    /// now, the Console's own certificate included; nothing while the two differ.
+    /// Makes this node's certificate anew if another authority signed it. Returns which one signed what it shows now,
+    /// the Console's own certificate included; nothing while the two differ.
     pub(super) fn follow_certificates(&mut self, membership: &Membership, node: NodeId) -> Result<KeyId> {
         let Some(sealed) = &membership.shared.authority else { return Ok(KeyId::default()) };
         let signs = pki::authority_id(&sealed.certificate)?;

@@ -32,7 +32,7 @@ impl Rotation {
         announced.or(keys.current.as_ref().map(ClusterKey::id)).unwrap_or_default()
     }
 
-    /// Has the key that seals the authority in its place, and the announced one beside it.
+    /// Puts the key that seals the authority in its place, and the announced one beside it.
     pub(super) async fn follow_key(&mut self, membership: &Membership) -> Result<()> {
         let dir = self.parts.certificates.clone();
         let sealed_with = membership.shared.authority.as_ref().and_then(|authority| authority.key);

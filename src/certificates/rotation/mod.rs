@@ -30,13 +30,13 @@ use crate::{
 
 pub use exchange::serve;
 
-/// Between two looks while something is going on, and while nothing is.
+/// Time between two looks while something is going on, and while nothing is.
 const PACE: Duration = Duration::from_millis(250);
 const IDLE: Duration = Duration::from_secs(5);
 /// A step that takes longer is shown to the administrator: a member that it needs may be away.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What this needs of the node.
+/// What the rotation needs of the node.
 pub struct Parts {
     /// The folder of certificates and keys.
     pub certificates: PathBuf,

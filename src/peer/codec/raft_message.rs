@@ -1,4 +1,4 @@
-//! The bytes of raft's messages. Must never let travel what raft tells itself, nor give bytes to protobuf's parser.
+//! The bytes of raft's messages. Must never send what raft tells itself, nor give bytes to protobuf's parser.
 
 use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType, Snapshot};
 
@@ -16,7 +16,8 @@ const FLAG_SNAPSHOT: u8 = 2;
 /// Encodes a raft message with its length field.
 ///
 /// # Errors
-/// [`CodecError::TooLarge`], or [`CodecError::Malformed`] for a message that must not travel.
+/// [`CodecError::TooLarge`] when it has too many entries or is too long, [`CodecError::Malformed`] when it must not
+/// travel.
 pub fn encode_raft(message: &Message) -> Result<Vec<u8>, CodecError> {
     let payload: usize = message.entries.iter().map(|entry| ENTRY_MIN + entry.data.len() + entry.context.len()).sum();
     let mut writer = Writer::new(kind::RAFT, 128 + payload);

@@ -44,7 +44,8 @@ impl Database {
     /// the [resting](Database::rest) file.
     ///
     /// # Errors
-    /// File errors. After a failed sync the database is not used any more.
+    /// [`DatabaseError::Io`] or [`DatabaseError::Sqlite`] when the disk fails or is full; after a failed sync the
+    /// database is not used any more. [`DatabaseError::Failed`] after an earlier failure.
     pub fn checkpoint(&mut self) -> Result<Checkpoint, DatabaseError> {
         let (reached, saving) = self.begin_checkpoint()?;
         saving.map_or(Ok(()), |saving| self.saved(saving.save()))?;
@@ -55,7 +56,9 @@ impl Database {
     /// save. Until that comes back by [`Database::saved`], the old checkpoint counts, and no other one begins.
     ///
     /// # Errors
-    /// File errors; [`DatabaseError::Refused`] while the last one is being saved.
+    /// [`DatabaseError::Refused`] while the last one is being saved, or the database is being closed.
+    /// [`DatabaseError::Io`] or [`DatabaseError::Sqlite`] when the disk fails or is full. [`DatabaseError::Failed`]
+    /// after an earlier failure.
     pub fn begin_checkpoint(&mut self) -> Result<(Checkpoint, Option<Saving>), DatabaseError> {
         if self.saving {
             return Err(DatabaseError::Refused("the last checkpoint is still being saved"));
@@ -96,7 +99,8 @@ impl Database {
     /// Takes what came of [`Database::begin_checkpoint`].
     ///
     /// # Errors
-    /// File errors. After a failed sync the database is not used any more.
+    /// [`DatabaseError::Io`] when it could not be saved: the old checkpoint counts. After a failed sync the database is
+    /// not used any more.
     pub fn saved(&mut self, saved: Saved) -> Result<(), DatabaseError> {
         self.saving = false;
         if let Err(source) = saved.synced {
@@ -117,8 +121,8 @@ impl Database {
     /// it has dropped it, or until the next [`Database::checkpoint`] or [`Database::demote`]. Only on a primary.
     ///
     /// # Errors
-    /// Those of a checkpoint; [`DatabaseError::Refused`] on a secondary, and while readers keep checkpoints from an
-    /// end.
+    /// [`DatabaseError::Refused`] on a secondary, and while readers keep checkpoints from an end: try again. Otherwise
+    /// the error of the checkpoint that it needs.
     pub fn rest(&mut self) -> Result<Resting, DatabaseError> {
         if !matches!(self.state, State::Serving(_)) {
             return Err(DatabaseError::Refused("only the primary's database file rests between checkpoints"));
@@ -149,7 +153,8 @@ impl Database {
     /// Ends a copy at what is applied now.
     ///
     /// # Errors
-    /// [`CopyError`].
+    /// [`CopyError::Changed`] when too many pages were written meanwhile: read them, and ask again.
+    /// [`CopyError::Ended`] when the database does not follow, or was begun again: begin another copy.
     pub fn finish_copy(&mut self, copy: &Progress) -> Result<Finished, CopyError> {
         let replica = self.whole()?;
         let Some(tracking) = &replica.copy else {

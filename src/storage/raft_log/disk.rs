@@ -21,7 +21,7 @@ pub trait Disk: Send + Sync + 'static {
     /// Creates the directory of the log, durably, unless it is there.
     ///
     /// # Errors
-    /// Those of the file system, here and below.
+    /// What the file system says, here and in all that follows.
     fn make_dir(&self, dir: &Path) -> io::Result<()>;
     /// Creates an empty file, or empties an existing one.
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
@@ -42,7 +42,7 @@ pub trait DiskFile: Send + Sync {
     /// Fills `bytes` from `offset`.
     ///
     /// # Errors
-    /// `UnexpectedEof` when the file is shorter; else those of the file system, here and below.
+    /// `UnexpectedEof` when the file is shorter. Otherwise what the file system says, here and in all that follows.
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()>;
     /// Writes all of `bytes` at `offset`. Durable after [`DiskFile::sync_data`].
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;

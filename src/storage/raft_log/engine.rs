@@ -159,7 +159,7 @@ impl Shared {
     /// Makes sure that `count` segments are ready. Of several callers one works, and each goes on when it has enough.
     ///
     /// # Errors
-    /// As [`Job::run`](super::segment::Job::run).
+    /// [`LogError::Full`] leaves everything as it was and can be tried again. Any other error is fatal for the log.
     pub fn prepare(&self, count: usize) -> Result<(), LogError> {
         loop {
             self.check_poison()?;
@@ -405,7 +405,8 @@ impl Shared {
     /// Reads one entry back.
     ///
     /// # Errors
-    /// Read errors, [`LogError::Damaged`].
+    /// [`LogError::Io`] when the segment cannot be read, [`LogError::Damaged`] when there is something else in the
+    /// place of the entry.
     pub fn load(&self, index: u64, slot: Slot, segment: &Segment) -> Result<Entry, LogError> {
         let offset = slot.at.offset();
         let path = || segment_path(&self.dir, segment.sequence);

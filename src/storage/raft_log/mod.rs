@@ -174,8 +174,10 @@ impl RaftLog {
     /// existing one ignores `initial`.
     ///
     /// # Errors
-    /// [`LogError::Gone`], [`LogError::Damaged`], [`LogError::Newer`], [`LogError::Foreign`], [`LogError::Full`] or
-    /// [`LogError::Io`].
+    /// [`LogError::Gone`] when there is none and none may be made. [`LogError::Damaged`] when it must not be used any
+    /// more, [`LogError::Newer`] or [`LogError::Foreign`] when only another program or node may use it.
+    /// [`LogError::Full`] or [`LogError::Io`] when the disk is full or fails: a later start may succeed.
+    /// [`LogError::Refused`] for a segment size that cannot be.
     pub fn open(
         dir: &Path,
         owner: Owner,
@@ -237,7 +239,8 @@ impl RaftLog {
     /// disk after [`Pending::sync`]. An entry whose index exists replaces that entry and all behind it.
     ///
     /// # Errors
-    /// [`LogError::Full`] and [`LogError::Refused`] leave everything as it was. After any other error the log is poisoned.
+    /// [`LogError::Full`] and [`LogError::Refused`] leave everything as it was. After any other error the log is
+    /// poisoned.
     pub fn append(&self, entries: &[Entry], hard: Option<&HardState>) -> Result<Pending, LogError> {
         let shared = &self.core.shared;
         let mut writer = locked(&shared.writer);
@@ -279,7 +282,8 @@ impl RaftLog {
     /// used again.
     ///
     /// # Errors
-    /// [`LogError::Refused`] above the commit index, [`LogError::Full`]; after any other error the log is poisoned.
+    /// [`LogError::Refused`] above the commit index. [`LogError::Full`] leaves everything as it was. After any other
+    /// error the log is poisoned.
     pub fn compact(&self, to: u64) -> Result<(), LogError> {
         let shared = &self.core.shared;
         {
@@ -311,7 +315,7 @@ impl RaftLog {
     /// Durably records the configuration as of an applied index; [`Storage::initial_state`] returns it from now on.
     ///
     /// # Errors
-    /// [`LogError::Full`]; after any other error the log is poisoned.
+    /// [`LogError::Full`] leaves everything as it was. After any other error the log is poisoned.
     pub fn set_applied_conf(&self, conf: ConfState, index: u64) -> Result<(), LogError> {
         let shared = &self.core.shared;
         {
@@ -328,7 +332,8 @@ impl RaftLog {
     /// Durably drops all entries and begins again behind `index`: a snapshot of that index has taken their place.
     ///
     /// # Errors
-    /// [`LogError::Refused`] below the commit index, [`LogError::Full`]; after any other error the log is poisoned.
+    /// [`LogError::Refused`] below the commit index. [`LogError::Full`] leaves everything as it was. After any other
+    /// error the log is poisoned.
     pub fn reset(&self, index: u64, term: u64, conf: ConfState) -> Result<(), LogError> {
         let shared = &self.core.shared;
         {
@@ -364,7 +369,7 @@ impl RaftLog {
     /// Calls `each` with every entry of `first..=last` in order, holding about 1 MiB of them at a time.
     ///
     /// # Errors
-    /// Those of reading (an entry that is gone included) and those of `each`.
+    /// When an entry is gone or cannot be read. An error of `each` ends it.
     pub fn entries_between(
         &self,
         first: u64,

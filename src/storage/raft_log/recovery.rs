@@ -4,9 +4,9 @@
 //!
 //! The log is the longest run of intact records from the first segment on, cut back to the end of the last complete
 //! batch. What follows that end is one of two things:
-//! - **A torn tail**: batches that were being written when the host stopped. Sectors of one file, and files among each other,
-//!   reach the disk in any order before a sync, so intact records may well stand behind a broken one. Nobody was told
-//!   that any of them was on disk, so they are dropped, whatever is intact.
+//! - **A torn tail**: batches that were being written when the host stopped. Sectors of one file, and files among each
+//!   other, reach the disk in any order before a sync, so intact records may well stand behind a broken one. Nobody was
+//!   told that any of them was on disk, so they are dropped, whatever is intact.
 //! - **Damage**: a record had been synced and is not intact any more. It is proven by any intact record further on, in
 //!   this segment or a later one, whose `durable` position lies behind the end: when it was written, everything up
 //!   to there had been on disk. Then the node refuses to start, since going on would lose acknowledged entries.
@@ -186,7 +186,8 @@ impl Scan {
 /// Reads a log. Changes nothing on disk.
 ///
 /// # Errors
-/// [`LogError::Damaged`], [`LogError::Newer`], [`LogError::Foreign`] or [`LogError::Io`].
+/// [`LogError::Damaged`] when something is missing or wrong in the middle of it, [`LogError::Newer`] or
+/// [`LogError::Foreign`] when only another program or node may use it, [`LogError::Io`] when it cannot be read now.
 pub fn read(disk: &dyn Disk, dir: &Path, sequences: &[u64], owner: Owner) -> Result<Found, LogError> {
     let mut all = Vec::with_capacity(sequences.len());
     for sequence in sequences {
@@ -277,7 +278,7 @@ fn check_tail(dir: &Path, all: &[Arc<Segment>], end: Position) -> Result<u64, Lo
 /// A crash at any point in here leaves a log of which the same is found again.
 ///
 /// # Errors
-/// [`LogError::Io`]; then the log must not be used.
+/// [`LogError::Io`] when the disk fails. Then the log must not be used.
 pub fn settle(dir: &Path, found: &mut Found, supply: &mut Supply) -> Result<(), LogError> {
     // The last segment first: the numbers of those that remain must have no gap.
     while let Some(segment) = found.surplus.pop() {

@@ -50,7 +50,7 @@ impl RetainedTail {
     /// Reads one entry after the other.
     ///
     /// # Errors
-    /// Those of reading and those of `each`.
+    /// When an entry cannot be read. An error of `each` ends it.
     pub fn for_each(&self, each: &mut dyn FnMut(Entry) -> io::Result<()>) -> io::Result<()> {
         for (index, (slot, segment)) in (self.first..).zip(&self.entries) {
             each(self.log.core.shared.load(index, *slot, segment).map_err(io::Error::other)?)?;

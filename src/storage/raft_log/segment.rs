@@ -322,7 +322,7 @@ impl Supply {
     /// Takes what a [`Job`] has made.
     ///
     /// # Errors
-    /// The one that the job had.
+    /// The error of the job. After [`LogError::Full`] another one can be begun.
     pub fn finish(&mut self, made: Result<Segment, LogError>) -> Result<(), LogError> {
         self.busy = false;
         self.ready.push_back(Arc::new(made?));

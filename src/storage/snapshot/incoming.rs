@@ -37,7 +37,7 @@ impl Incoming {
     /// Makes room for the snapshot that the manifest describes; the remains of an earlier attempt are deleted.
     ///
     /// # Errors
-    /// [`SnapshotError::NoSpace`] or [`SnapshotError::Io`].
+    /// [`SnapshotError::NoSpace`] when it does not fit beside the database, [`SnapshotError::Io`] when the disk fails.
     pub fn begin(data: &Path, manifest: Manifest) -> Result<Self, SnapshotError> {
         install::clear(data)?;
         let space =
@@ -71,7 +71,8 @@ impl Incoming {
     /// Takes the next chunk, whose checksum is `claimed` according to the sender.
     ///
     /// # Errors
-    /// [`SnapshotError::Damaged`] or [`SnapshotError::Io`]; the attempt is over then.
+    /// [`SnapshotError::Damaged`] when it is not the chunk that is due, [`SnapshotError::Io`] when it cannot be
+    /// written. The attempt is over then.
     pub fn push(&mut self, claimed: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
         let record = self.manifest.record;
         let page_size = record.page_size as usize;
@@ -103,10 +104,12 @@ impl Incoming {
         Ok(())
     }
 
-    /// All has been sent: verifies the whole, and makes it a complete snapshot that the next start installs.
+    /// Verifies the whole, once everything has been sent, and makes it a complete snapshot that the next start
+    /// installs.
     ///
     /// # Errors
-    /// [`SnapshotError::Damaged`] or [`SnapshotError::Io`].
+    /// [`SnapshotError::Damaged`] when pages are missing or the checksum is wrong, [`SnapshotError::Io`] when the disk
+    /// fails.
     pub fn finish(self) -> Result<Manifest, SnapshotError> {
         let Self { data, folder, file, manifest, .. } = self;
         let record = manifest.record;

@@ -62,7 +62,7 @@ impl Ready {
     /// Looks for a complete snapshot, and deletes the remains of others. The data folder must be locked.
     ///
     /// # Errors
-    /// [`SnapshotError::Io`] when the data folder cannot be read.
+    /// [`SnapshotError::Io`] when the data folder cannot be read, or remains cannot be deleted.
     pub fn find(data: &Path) -> Result<Option<Self>, SnapshotError> {
         for remains in [INCOMING, DONE] {
             delete(&data.join(remains))?;
@@ -98,7 +98,8 @@ impl Ready {
     /// the snapshot's index. False if the snapshot was of no use here and everything is as it was.
     ///
     /// # Errors
-    /// [`SnapshotError`]; the next start tries again.
+    /// [`SnapshotError::Io`] or [`SnapshotError::Log`] when the disk fails: the next start tries again.
+    /// [`SnapshotError::Contradiction`] when it cannot be installed here.
     pub fn install(&self, log: &RaftLog, node: NodeId) -> Result<bool, SnapshotError> {
         self.keep_tail(log, node);
         for work in STEPS {
@@ -267,7 +268,7 @@ fn dismiss(data: &Path) -> Result<(), SnapshotError> {
 /// Deletes whatever there is of snapshots, for a node that must fetch another one.
 ///
 /// # Errors
-/// Those of the file system.
+/// When something is there and cannot be deleted.
 pub fn discard(data: &Path) -> io::Result<()> {
     clear(data).map_err(io::Error::other)
 }

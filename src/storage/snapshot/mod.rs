@@ -92,7 +92,7 @@ impl ClusterKey {
     /// Reads the key of this node; none if it has none.
     ///
     /// # Errors
-    /// Those of the file system; `InvalidData` for a file that is too long to be a key.
+    /// When the file cannot be read. `InvalidData` when it is too long to be a key.
     pub fn read(data: &Path) -> io::Result<Option<Self>> {
         use std::io::Read;
         let mut bytes = Vec::new();
@@ -289,7 +289,7 @@ impl Resting {
     /// checksums.
     ///
     /// # Errors
-    /// Those of the file; `Interrupted` once the hold is broken.
+    /// When the file cannot be read. `Interrupted` once the hold is broken: what was read is of no use.
     pub fn read(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<u64> {
         let Record { page_size, pages, .. } = self.record;
         let count = (pages - done).min(CHUNK as u32 / page_size);

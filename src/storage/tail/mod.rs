@@ -120,7 +120,7 @@ pub struct Kept {
 /// Writes the entries to a new file in `folder`, which is made where it is missing.
 ///
 /// # Errors
-/// Those of the file system and of reading the entries; no file is left then.
+/// When an entry cannot be read, or the disk fails or is full. No file is left then.
 pub fn write(folder: &Path, cluster: ClusterId, node: NodeId, held: &RetainedTail) -> io::Result<Draft> {
     make_private_dir(folder)?;
     let header = Header { cluster, node, first: held.first(), last: held.last(), epoch: held.last_term() };
@@ -164,7 +164,7 @@ impl Draft {
     /// would drop SQLite's locks on it (POSIX).
     ///
     /// # Errors
-    /// Those of the file system; the `.tail` itself may be there then.
+    /// When the disk fails or is full. The `.tail` itself may be there then.
     pub fn finish(self, database: Option<&File>) -> io::Result<(Kept, Vec<PathBuf>)> {
         self.file.sync_all()?;
         let folder = self.path.parent().unwrap_or(Path::new("."));
@@ -202,7 +202,7 @@ fn prune(folder: &Path) -> io::Result<Vec<PathBuf>> {
 /// Reads a file back: for the administrator's tools, and for tests.
 ///
 /// # Errors
-/// Read errors, and `InvalidData` with a reason for a file that is damaged or ends early.
+/// When the file cannot be read. `InvalidData` with a reason when it is damaged or ends early.
 pub fn read(path: &Path) -> io::Result<(Header, Vec<Entry>)> {
     let damaged = |reason: &str| io::Error::new(ErrorKind::InvalidData, format!("{}: {reason}", path.display()));
     let mut bytes = Vec::new();

@@ -30,7 +30,8 @@ fn c_path(path: &Path) -> Result<CString, SqliteError> {
 /// nothing has changed then.
 ///
 /// # Errors
-/// Those of SQLite. If the gate is fenced afterwards, the outcome is unknown.
+/// What SQLite says when it cannot be done, or was not to go on: nothing has changed. If the gate is fenced afterwards,
+/// the outcome is unknown.
 pub(in crate::storage) fn replace(
     gate: &Gate,
     from: &Path,
