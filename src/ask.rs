@@ -82,7 +82,8 @@ impl Asker {
     /// Asks a member, and waits for [`PATIENCE`] at most.
     ///
     /// # Errors
-    /// [`AskError`].
+    /// [`AskError::Silent`] when the member is down, too slow, or of an older program: another attempt may succeed.
+    /// [`AskError::Refused`] when it answers that it does not do this.
     pub async fn ask<T: DeserializeOwned>(
         &self,
         member: NodeId,

@@ -75,7 +75,7 @@ fn fill(held: &mut Vec<File>) {
 /// that.
 ///
 /// # Errors
-/// Those of `open`.
+/// The error of the last attempt, when a reserved descriptor did not help, either.
 pub fn open<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let mut opened = open();
     if !opened.as_ref().is_err_and(are_short) {

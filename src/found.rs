@@ -66,7 +66,7 @@ pub fn found(config: &Config, data: &DataDir) -> Result<Identity> {
 /// is not of this host alone.
 ///
 /// # Errors
-/// When there is none.
+/// When the configuration names none, and this host has only loopback addresses.
 pub fn address(config: &Config) -> Result<String> {
     if let Some(address) = &config.high_availability_address {
         return Ok(address.clone());

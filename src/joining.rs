@@ -38,10 +38,10 @@ pub(crate) enum Outcome {
     Stopped,
 }
 
-/// Joins, if that is what this host is to do.
+/// Joins a cluster, if that is what this host is to do.
 ///
 /// # Errors
-/// Those of [`join::run`], and when the control socket cannot be made.
+/// When the data folder holds another node's data, the disk fails, or the control socket cannot be made.
 pub(crate) fn join_first(
     config: &Config,
     data: &DataDir,

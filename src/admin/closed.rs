@@ -17,7 +17,7 @@ impl Operations {
     /// Refuses on a node that is not PRIMARY, and names the one that is.
     ///
     /// # Errors
-    /// [`AdminError::NotPrimary`].
+    /// [`AdminError::NotPrimary`] with the name of the one that is.
     pub(super) fn check_primary(&self) -> Result<(), AdminError> {
         self.primary().map(|_| ())
     }

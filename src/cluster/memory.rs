@@ -76,11 +76,12 @@ impl<S: Storage> Cluster<S> {
         self.forgetful.insert(peer);
     }
 
-    /// Whether a member that forgot may be given the database now: it must have no vote, and none may be on its way to
-    /// it. What it acknowledges from now on, it acknowledges with a raft log that begins behind the loss of its vote.
+    /// Checks whether a member that forgot may be given the database now: it must have no vote, and none may be on its
+    /// way to it. What it acknowledges from now on, it acknowledges with a raft log that begins behind the loss of its
+    /// vote.
     ///
     /// # Errors
-    /// A sentence for that member.
+    /// When it may not, a sentence for that member that says why.
     pub fn may_begin_again(&self, peer: NodeId) -> Result<(), String> {
         let conf = self.election.conf();
         let votes = conf.voters.contains(&peer) || conf.voters_outgoing.contains(&peer);

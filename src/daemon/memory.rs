@@ -191,10 +191,10 @@ fn begin_log_again(config: &Config, data: &DataDir, identity: &Identity) -> Resu
     Ok((log, true))
 }
 
-/// The snapshot is in its place: this node is a member again that has no vote yet.
+/// Begins again, once the snapshot is in its place: this node is a member that has no vote yet.
 ///
 /// # Errors
-/// Those of the file system; then it forgot, and fetches another snapshot.
+/// When the disk fails or is full. This node is still one that forgot then, and fetches another snapshot.
 fn begin_again(data: &DataDir, identity: &Identity, log: &RaftLog, epoch: u64) -> Result<Event> {
     // A member never gets its vote back in the epoch in which it lost it: it may have voted in that epoch before.
     let hard = log.hard_state();

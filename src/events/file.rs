@@ -63,10 +63,10 @@ impl EventFile {
     }
 }
 
-/// The events in this data folder that are wanted, newest first. Lines that are no events are read over.
+/// The events in this data folder that are wanted, newest first. Lines that are not events are skipped.
 ///
 /// # Errors
-/// Those of the files; that there are none is no error. `InvalidInput` when too many are wanted.
+/// When a file is there and cannot be read. `InvalidInput` when too many are wanted.
 pub fn read(folder: &Path, wanted: &Wanted) -> io::Result<Vec<Event>> {
     let (limit, offset) = wanted.page().map_err(|why| io::Error::new(ErrorKind::InvalidInput, why))?;
     let mut events = Vec::new();

@@ -215,7 +215,7 @@ impl Wanted {
     /// How many, and behind how many.
     ///
     /// # Errors
-    /// A sentence when too many are wanted.
+    /// When none or too many are wanted: a sentence that says how many may be.
     pub fn page(&self) -> Result<(u32, u32), String> {
         let limit = self.limit.unwrap_or(50);
         if (1..=MAX_PAGE).contains(&limit) {

@@ -39,7 +39,7 @@ impl Failure {
 /// Checks the address and the authority of a webhook.
 ///
 /// # Errors
-/// A sentence that says what is wrong.
+/// When one of them cannot be used: a sentence that names the webhook and says why.
 pub fn check_url(webhook: &Webhook) -> Result<(), String> {
     let name = &webhook.name;
     let uri: Uri = webhook.url.parse().map_err(|error| format!("the address of webhook {name:?}: {error}"))?;

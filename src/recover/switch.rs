@@ -73,7 +73,7 @@ pub fn finish_interrupted(data: &Path) -> Result<Option<Interrupted>, RecoverErr
 /// The switch that a crash has interrupted.
 ///
 /// # Errors
-/// As [`finish_interrupted`].
+/// [`RecoverError::Io`] when the plan cannot be read, [`RecoverError::Unusable`] when a newer version wrote it.
 pub(super) fn under_way(data: &Path) -> Result<Option<Plan>, RecoverError> {
     let path = data.join(PLAN);
     let text = match fs::read(&path) {

@@ -24,7 +24,7 @@ pub(super) fn encode(mut object: Value) -> io::Result<Vec<u8>> {
 /// The inverse of [`encode`], without the checksum.
 ///
 /// # Errors
-/// A sentence that says what is wrong with the bytes.
+/// When they are not an object of JSON, or its checksum is wrong: a sentence that says which.
 pub(super) fn decode(bytes: &[u8]) -> Result<Value, String> {
     let mut object: Value = serde_json::from_slice(bytes).map_err(|error| format!("it is not JSON ({error})"))?;
     let members = object.as_object_mut().ok_or("it is not a JSON object")?;

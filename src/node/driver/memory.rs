@@ -44,7 +44,7 @@ impl Keeper {
     /// Starts the thread, which ends with this.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// When its thread cannot be started.
     pub fn start(config: &NodeConfig) -> io::Result<Self> {
         let (queue, memories) = sync_channel(1);
         let data = config.data.clone();
