@@ -121,11 +121,6 @@ impl PortGuard {
         answered.await.map_err(gone)?
     }
 
-    /// True while a child lives.
-    pub fn is_alive(&self) -> bool {
-        self.state.borrow().pid.is_some()
-    }
-
     /// The child's state, to wait for changes.
     pub fn state(&self) -> watch::Receiver<GuardState> {
         self.state.clone()

@@ -1,4 +1,4 @@
-//! What is wrong with the disk of this host. Only looks at the [watch](watch). Must never touch a file, nor know what
+//! What is wrong with the disk of this host. Only looks at the [`watch`]. Must never touch a file, nor know what
 //! follows from its judgement.
 
 use std::{
