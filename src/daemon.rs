@@ -202,8 +202,9 @@ impl Parts {
             open_memory(config, &data, &identity, health.as_ref(), &mut notes)?;
         let names = |address: &str| found::console_names(config, address);
         heal::certificates(data.path(), &identity, &configuration.membership, names, &mut notes)?;
-        let node_tls =
-            NodeTls::load(&data.path().join("certificates")).context("load the certificates of this node")?;
+        let certificates = data.path().join("certificates");
+        renewal::at_start(&certificates, &configuration.membership, identity.node);
+        let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;
         let others: Vec<NodeId> =
             identity.membership.roster.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
         let remembered = mind.others.clone();

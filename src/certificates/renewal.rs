@@ -153,6 +153,20 @@ mod tests {
     }
 
     #[test]
+    fn one_that_is_overdue_at_a_start_is_renewed_before_anybody_reads_it() {
+        let (dir, membership) = folder();
+        let key = rcgen::KeyPair::from_pem(&read(dir.path(), NODE_KEY).unwrap()).unwrap();
+        let mut params = rcgen::CertificateParams::default();
+        params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+        let expired = params.self_signed(&key).unwrap().pem();
+        pki::store_pem(dir.path(), NODE_CERTIFICATE, &expired, false).unwrap();
+        assert!(!is_good(dir.path(), unix_time()));
+        at_start(dir.path(), &membership, 1);
+        assert!(is_good(dir.path(), unix_time()));
+        assert_eq!(NodeTls::load(dir.path()).unwrap().identity, (ClusterId(7), 1));
+    }
+
+    #[test]
     fn one_that_is_fresh_is_left_alone() {
         let (dir, membership) = folder();
         let before = read(dir.path(), NODE_CERTIFICATE).unwrap();
