@@ -17,8 +17,8 @@ use super::{BackupError, archive::Digest, blocking, folder::create, jobs::Job};
 use crate::{
     node::Handle,
     storage::{
-        backup::{CopyError, Copying, Finished, checksum},
         checkpoint::Record,
+        online_copy::{CopyError, FinishedCopy, OnlineCopy, checksum},
         snapshot::Resting,
     },
 };
@@ -136,22 +136,22 @@ fn read_resting(resting: &Resting, file: &File, job: &Job) -> io::Result<()> {
 }
 
 async fn of_secondary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result<Record, Stop> {
-    let copying = Arc::new(node.copy().await?);
-    let total = u64::from(copying.pages()) * u64::from(copying.page_size());
+    let copy = Arc::new(node.begin_copy().await?);
+    let total = u64::from(copy.pages()) * u64::from(copy.page_size());
     job.step("copies the database", total);
     {
-        let (copying, file, job) = (Arc::clone(&copying), Arc::clone(file), Arc::clone(job));
-        on_thread(move || read_following(&copying, &file, &job)).await?;
+        let (copy, file, job) = (Arc::clone(&copy), Arc::clone(file), Arc::clone(job));
+        on_thread(move || read_following(&copy, &file, &job)).await?;
     }
     for _ in 0..PASSES {
-        match node.finish_copy(&copying).await {
+        match node.finish_copy(&copy).await {
             Ok(finished) => {
                 let file = Arc::clone(file);
                 return on_thread(move || write_last(&finished, &file)).await;
             }
             Err(CopyError::Changed(_)) => {
-                let (copying, file) = (Arc::clone(&copying), Arc::clone(file));
-                on_thread(move || read_changed(&copying, &file)).await?;
+                let (copy, file) = (Arc::clone(&copy), Arc::clone(file));
+                on_thread(move || read_changed(&copy, &file)).await?;
             }
             Err(error) => return Err(error.into()),
         }
@@ -160,14 +160,14 @@ async fn of_secondary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result
     Err(Stop::Failed(BackupError::Refused(why.to_owned())))
 }
 
-fn read_following(copying: &Copying, file: &File, job: &Job) -> io::Result<()> {
-    let mut out = Output::new(file, copying.page_size());
+fn read_following(copy: &OnlineCopy, file: &File, job: &Job) -> io::Result<()> {
+    let mut out = Output::new(file, copy.page_size());
     let (mut done, mut chunk, mut pace) = (0, Vec::new(), Pace::new());
     file.set_len(0)?;
-    while done < copying.pages() {
-        copying.read(done, &mut chunk)?;
+    while done < copy.pages() {
+        copy.read(done, &mut chunk)?;
         out.write(done + 1, &chunk)?;
-        done += chunk.len() as u32 / copying.page_size();
+        done += chunk.len() as u32 / copy.page_size();
         job.advance(chunk.len() as u64);
         pace.rest();
     }
@@ -175,17 +175,17 @@ fn read_following(copying: &Copying, file: &File, job: &Job) -> io::Result<()> {
 }
 
 /// Reads again the pages that have changed. Without a pause: the fewer change meanwhile, the sooner this ends.
-fn read_changed(copying: &Copying, file: &File) -> io::Result<()> {
-    let mut out = Output::new(file, copying.page_size());
+fn read_changed(copy: &OnlineCopy, file: &File) -> io::Result<()> {
+    let mut out = Output::new(file, copy.page_size());
     let mut image = Vec::new();
-    for number in copying.changed() {
-        copying.read_page(number, &mut image)?;
+    for number in copy.changed() {
+        copy.read_page(number, &mut image)?;
         out.write(number, &image)?;
     }
     Ok(())
 }
 
-fn write_last(finished: &Finished, file: &File) -> io::Result<Record> {
+fn write_last(finished: &FinishedCopy, file: &File) -> io::Result<Record> {
     let mut out = Output::new(file, finished.record.page_size);
     for (number, image) in &finished.pages {
         out.write(*number, image)?;

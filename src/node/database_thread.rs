@@ -4,8 +4,8 @@
 //! the disk for the database, and must never wait for the thread but at the end.
 
 mod checkpoints;
-mod copies;
 mod next;
+mod online_copies;
 mod saver;
 mod scrub;
 mod thread;
@@ -21,9 +21,9 @@ use std::{
     time::Duration,
 };
 
-pub(super) use copies::Copies;
-use copies::CopyRequest;
 use next::Mail;
+use online_copies::CopyRequest;
+pub(super) use online_copies::OnlineCopies;
 use thread::Thread;
 
 use crate::{
@@ -150,8 +150,8 @@ impl Handle {
     }
 
     /// Where copies are asked for.
-    pub fn copies(&self) -> Copies {
-        Copies(Arc::clone(&self.shared))
+    pub fn online_copies(&self) -> OnlineCopies {
+        OnlineCopies(Arc::clone(&self.shared))
     }
 
     /// The raft index up to which all databases have everything.

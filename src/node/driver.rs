@@ -36,7 +36,7 @@ use crate::{
 
 use super::{
     Exit, NodeConfig,
-    database_thread::{self, Copies},
+    database_thread::{self, OnlineCopies},
     disk::Disk,
     inbox::{DatabaseEvent, Input, Piece, Proposal, Sender, Waiting},
     lease::boottime,
@@ -83,7 +83,7 @@ pub(super) struct Views {
     pub editions: watch::Receiver<Edition>,
     /// Who can give this node the whole database, while it needs that.
     pub refetch_from: watch::Receiver<Option<NodeId>>,
-    pub copies: Copies,
+    pub online_copies: OnlineCopies,
 }
 
 pub(super) struct Driver {
@@ -176,7 +176,7 @@ impl Driver {
         let syncer = Syncer::start(report, config.data.clone(), log.clone())?;
         let (deadline, checkpoints) = (config.demotion_deadline, config.checkpoints);
         let thread = database_thread::Handle::start(databases, log.clone(), sender, deadline, checkpoints)?;
-        let copies = thread.copies();
+        let online_copies = thread.online_copies();
         let mut driver = Self {
             config,
             cluster,
@@ -203,7 +203,7 @@ impl Driver {
             exit: None,
         };
         driver.follow_membership();
-        Ok((driver, Views { status, serving, membership, editions: edition, refetch_from, copies }))
+        Ok((driver, Views { status, serving, membership, editions: edition, refetch_from, online_copies }))
     }
 
     /// Runs until told to stop or until going on would not be safe.

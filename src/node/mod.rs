@@ -45,9 +45,9 @@ use crate::{
     peer::{Edition, LinkSender, Links, Memory},
     scheduling,
     storage::{
-        backup::{CopyError, Copying, Finished},
         databases::Databases,
         membership::StoredMembership,
+        online_copy::{CopyError, FinishedCopy, OnlineCopy},
         raft_log::RaftLog,
         snapshot::{Manifest, Resting},
     },
@@ -191,8 +191,8 @@ impl Handle {
     ///
     /// # Errors
     /// [`CopyError::Ended`] when the database does not follow, with the reason.
-    pub async fn copy(&self) -> Result<Copying, CopyError> {
-        self.views.copies.begin().await
+    pub async fn begin_copy(&self) -> Result<OnlineCopy, CopyError> {
+        self.views.online_copies.begin().await
     }
 
     /// Ends a copy at the transaction that was applied last.
@@ -200,8 +200,8 @@ impl Handle {
     /// # Errors
     /// [`CopyError::Changed`] when too many pages were written meanwhile: read them, and ask again.
     /// [`CopyError::Ended`] when the database does not follow, or was begun again: begin another copy.
-    pub async fn finish_copy(&self, copy: &Copying) -> Result<Finished, CopyError> {
-        self.views.copies.finish(copy.progress()).await
+    pub async fn finish_copy(&self, copy: &OnlineCopy) -> Result<FinishedCopy, CopyError> {
+        self.views.online_copies.finish(copy.id()).await
     }
 
     /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node

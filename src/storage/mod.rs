@@ -3,7 +3,6 @@
 //! This file owns the data directory: its lock, its identity and the durable replacement of small files. It must never
 //! decide anything about roles, and never hand a directory to two processes or to a member it does not belong to.
 
-pub mod backup;
 mod capture;
 mod checked;
 pub mod checkpoint;
@@ -13,6 +12,7 @@ pub mod databases;
 pub mod gate;
 pub mod membership;
 pub mod memory;
+pub mod online_copy;
 pub mod raft_log;
 pub mod replica;
 pub mod scrub;

@@ -11,9 +11,9 @@ use thiserror::Error;
 use super::transaction::{self, Commit, Pages, TransactionError};
 use super::{
     EntrySource,
-    backup::Tracking,
     checkpoint::Record,
     checksum::{PageTable, page_checksum},
+    online_copy::Tracking,
     watch::{Act, Place, run},
 };
 

@@ -13,8 +13,8 @@ use tracing::{info, warn};
 use super::{
     CheckpointPolicy, Goal, Shared,
     checkpoints::{Checkpoints, Failure},
-    copies::CopyRequest,
     next::{Mail, ORIGIN, Standing, Step},
+    online_copies::CopyRequest,
     scrub::{Finding, Scrub},
 };
 use crate::{

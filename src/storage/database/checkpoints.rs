@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::{Database, DatabaseError, State, WAL_LIMIT, io_error};
 use crate::storage::{
-    backup::{CopyError, Copying, Finished, Progress},
     checkpoint::{Record, Saved, Saving},
     gate::{Gate, Mark},
+    online_copy::{CopyError, CopyId, FinishedCopy, OnlineCopy},
     replica::Replica,
     snapshot::Resting,
     vfs::Checkpointer,
@@ -142,12 +142,12 @@ impl Database {
     ///
     /// # Errors
     /// [`CopyError::Ended`] on a primary, and while the file is ahead of what has been applied.
-    pub fn begin_copy(&mut self) -> Result<Copying, CopyError> {
+    pub fn begin_copy(&mut self) -> Result<OnlineCopy, CopyError> {
         let replica = self.whole()?;
         let table = &replica.table;
-        let (copying, tracking) = Copying::begin(Arc::clone(&replica.file), table.page_size(), table.pages());
+        let (copy, tracking) = OnlineCopy::begin(Arc::clone(&replica.file), table.page_size(), table.pages());
         replica.copy = Some(tracking);
-        Ok(copying)
+        Ok(copy)
     }
 
     /// Ends a copy at what is applied now.
@@ -155,7 +155,7 @@ impl Database {
     /// # Errors
     /// [`CopyError::Changed`] when too many pages were written meanwhile: read them, and ask again.
     /// [`CopyError::Ended`] when the database does not follow, or was begun again: begin another copy.
-    pub fn finish_copy(&mut self, copy: &Progress) -> Result<Finished, CopyError> {
+    pub fn finish_copy(&mut self, copy: &CopyId) -> Result<FinishedCopy, CopyError> {
         let replica = self.whole()?;
         let Some(tracking) = &replica.copy else {
             return Err(CopyError::Ended("the database was begun again since the copy began".to_owned()));

@@ -5,28 +5,28 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::oneshot;
 
 use super::{MAILBOX, Shared};
-use crate::storage::backup::{CopyError, Copying, Finished, Progress};
+use crate::storage::online_copy::{CopyError, CopyId, FinishedCopy, OnlineCopy};
 
 /// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
 const COPY_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) enum CopyRequest {
-    Begin(oneshot::Sender<Result<Copying, CopyError>>),
-    Finish(Progress, oneshot::Sender<Result<Finished, CopyError>>),
+    Begin(oneshot::Sender<Result<OnlineCopy, CopyError>>),
+    Finish(CopyId, oneshot::Sender<Result<FinishedCopy, CopyError>>),
 }
 
 /// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop
 /// has nothing to do with it.
 #[derive(Clone)]
-pub(in crate::node) struct Copies(pub(super) Arc<Shared>);
+pub(in crate::node) struct OnlineCopies(pub(super) Arc<Shared>);
 
-impl Copies {
-    pub async fn begin(&self) -> Result<Copying, CopyError> {
+impl OnlineCopies {
+    pub async fn begin(&self) -> Result<OnlineCopy, CopyError> {
         let (reply, wait) = oneshot::channel();
         self.ask(CopyRequest::Begin(reply), wait).await
     }
 
-    pub async fn finish(&self, copy: Progress) -> Result<Finished, CopyError> {
+    pub async fn finish(&self, copy: CopyId) -> Result<FinishedCopy, CopyError> {
         let (reply, wait) = oneshot::channel();
         self.ask(CopyRequest::Finish(copy, reply), wait).await
     }

@@ -86,7 +86,7 @@ impl Tracking {
     }
 
     /// The end of the copy: reads the pages that are still noted. `record` describes the database at this moment.
-    pub fn finish(&self, copy: &Progress, file: &File, record: Record) -> Result<Finished, CopyError> {
+    pub fn finish(&self, copy: &CopyId, file: &File, record: Record) -> Result<FinishedCopy, CopyError> {
         if !Arc::ptr_eq(&self.0, &copy.0) {
             return Err(CopyError::Ended("another copy of the database was begun".to_owned()));
         }
@@ -103,17 +103,17 @@ impl Tracking {
         };
         let pages = numbers.into_iter().map(page).collect::<io::Result<_>>();
         let pages = pages.map_err(|error| CopyError::Ended(format!("its database file cannot be read: {error}")))?;
-        Ok(Finished { record, pages })
+        Ok(FinishedCopy { record, pages })
     }
 }
 
-/// Names a copy to the database thread.
+/// Which copy the database thread is to finish.
 #[derive(Clone, Debug)]
-pub struct Progress(Arc<Written>);
+pub struct CopyId(Arc<Written>);
 
-/// The copying side.
+/// A copy of a database that follows the raft log: the side that reads.
 #[derive(Debug)]
-pub struct Copying {
+pub struct OnlineCopy {
     // Never a duplicate: closing any descriptor of the file would drop SQLite's locks on it (POSIX).
     file: Arc<File>,
     written: Arc<Written>,
@@ -123,14 +123,14 @@ pub struct Copying {
 
 /// The end of a copy: what the whole is, and the pages that are still to be put into it.
 #[derive(Debug)]
-pub struct Finished {
+pub struct FinishedCopy {
     /// Raft index, size and checksum of the database that has been copied.
     pub record: Record,
     /// Page numbers and images.
     pub pages: Vec<(u32, Vec<u8>)>,
 }
 
-impl Copying {
+impl OnlineCopy {
     /// A copy of a database of `pages` pages, and what notes the writes to it from now on.
     pub(super) fn begin(file: Arc<File>, page_size: u32, pages: u32) -> (Self, Tracking) {
         let written = Arc::<Written>::default();
@@ -147,9 +147,9 @@ impl Copying {
         self.pages
     }
 
-    /// For [`crate::node::Handle::finish_copy`].
-    pub fn progress(&self) -> Progress {
-        Progress(Arc::clone(&self.written))
+    /// What [`crate::node::Handle::finish_copy`] knows this copy by.
+    pub fn id(&self) -> CopyId {
+        CopyId(Arc::clone(&self.written))
     }
 
     fn check(&self) -> io::Result<()> {
@@ -233,7 +233,7 @@ mod tests {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let pages = 6000;
         file.write_all_at(&vec![1; pages as usize * SIZE as usize], 0).unwrap();
-        let (copying, tracking) = Copying::begin(Arc::clone(&file), SIZE, pages);
+        let (copy, tracking) = OnlineCopy::begin(Arc::clone(&file), SIZE, pages);
         let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
         let writer = std::thread::spawn({
             let (file, stop, rounds) = (Arc::clone(&file), Arc::clone(&stop), Arc::clone(&rounds));
@@ -255,17 +255,17 @@ mod tests {
                 (tracking, size)
             }
         });
-        let copy = tempfile::tempfile().unwrap();
+        let to = tempfile::tempfile().unwrap();
         let (mut done, mut bytes) = (0, Vec::new());
         while done < pages {
-            copying.read(done, &mut bytes).unwrap();
-            copy.write_all_at(&bytes, u64::from(done) * u64::from(SIZE)).unwrap();
+            copy.read(done, &mut bytes).unwrap();
+            to.write_all_at(&bytes, u64::from(done) * u64::from(SIZE)).unwrap();
             done += bytes.len() as u32 / SIZE;
         }
         for _ in 0..3 {
-            for number in copying.changed() {
-                copying.read_page(number, &mut bytes).unwrap();
-                copy.write_all_at(&bytes, u64::from(number - 1) * u64::from(SIZE)).unwrap();
+            for number in copy.changed() {
+                copy.read_page(number, &mut bytes).unwrap();
+                to.write_all_at(&bytes, u64::from(number - 1) * u64::from(SIZE)).unwrap();
             }
         }
         let before = rounds.load(Ordering::SeqCst);
@@ -275,12 +275,12 @@ mod tests {
         stop.store(true, Ordering::SeqCst);
         let (tracking, size) = writer.join().unwrap();
         let record = record(&file, size);
-        let finished = tracking.finish(&copying.progress(), &file, record).unwrap();
+        let finished = tracking.finish(&copy.id(), &file, record).unwrap();
         assert!(!finished.pages.is_empty(), "the last pass must have had something to do");
         for (number, image) in finished.pages {
-            copy.write_all_at(&image, u64::from(number - 1) * u64::from(SIZE)).unwrap();
+            to.write_all_at(&image, u64::from(number - 1) * u64::from(SIZE)).unwrap();
         }
-        assert_eq!(checksum(&copy, &record, |_| Ok(())).unwrap(), record.checksum);
+        assert_eq!(checksum(&to, &record, |_| Ok(())).unwrap(), record.checksum);
     }
 
     #[test]
@@ -288,19 +288,19 @@ mod tests {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let pages = LAST_BYTES as u32 / SIZE + 2;
         file.set_len(u64::from(pages * SIZE)).unwrap();
-        let (copying, tracking) = Copying::begin(Arc::clone(&file), SIZE, pages);
+        let (copy, tracking) = OnlineCopy::begin(Arc::clone(&file), SIZE, pages);
         (2..=pages).for_each(|number| tracking.note(number));
         let record = record(&file, pages);
-        let error = tracking.finish(&copying.progress(), &file, record).unwrap_err();
+        let error = tracking.finish(&copy.id(), &file, record).unwrap_err();
         assert_eq!(error, CopyError::Changed(pages as usize - 1));
-        assert_eq!(copying.changed(), (2..=pages).collect::<Vec<_>>());
+        assert_eq!(copy.changed(), (2..=pages).collect::<Vec<_>>());
         // Pages behind the end of a database that has shrunk are of no interest.
         tracking.note(pages + 5);
-        assert!(tracking.finish(&copying.progress(), &file, record).unwrap().pages.is_empty());
-        let (other, _other) = Copying::begin(Arc::clone(&file), SIZE, pages);
-        assert!(matches!(tracking.finish(&other.progress(), &file, record), Err(CopyError::Ended(_))));
+        assert!(tracking.finish(&copy.id(), &file, record).unwrap().pages.is_empty());
+        let (other, _other) = OnlineCopy::begin(Arc::clone(&file), SIZE, pages);
+        assert!(matches!(tracking.finish(&other.id(), &file, record), Err(CopyError::Ended(_))));
         assert!(tracking.is_wanted());
         drop(tracking);
-        assert_eq!(copying.read(0, &mut Vec::new()).unwrap_err().kind(), io::ErrorKind::Interrupted);
+        assert_eq!(copy.read(0, &mut Vec::new()).unwrap_err().kind(), io::ErrorKind::Interrupted);
     }
 }
