@@ -62,7 +62,7 @@ use crate::{
     events::{Notifier, Recorder},
     health::MetricsPage,
     http,
-    join::Kit,
+    join::JoinAssets,
     node::{Lease, Status},
 };
 
@@ -95,7 +95,7 @@ pub struct Services {
     pub inside: Inside,
     pub backups: Arc<Backups>,
     /// What new hosts download.
-    pub kit: Arc<Kit>,
+    pub join_assets: Arc<JoinAssets>,
     /// What has happened.
     pub events: Recorder,
     /// Whom to tell of it.

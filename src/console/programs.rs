@@ -40,7 +40,7 @@ use super::{
 use crate::{
     admin::Invited,
     cluster::{Membership, PROGRAM_VERSION},
-    join::{self, Kit, KitError, Program},
+    join::{self, JoinAssets, JoinAssetsError, Program},
 };
 
 /// Where the join script is.
@@ -81,12 +81,12 @@ pub(super) fn routes() -> Vec<Entry> {
     ]
 }
 
-impl From<KitError> for ApiError {
-    fn from(error: KitError) -> Self {
+impl From<JoinAssetsError> for ApiError {
+    fn from(error: JoinAssetsError) -> Self {
         match error {
-            KitError::NoHttps | KitError::NoAuthority => Self::Conflict(error.to_string()),
-            KitError::Token => Self::Forbidden(error.to_string()),
-            KitError::Program(_) => {
+            JoinAssetsError::NoHttps | JoinAssetsError::NoAuthority => Self::Conflict(error.to_string()),
+            JoinAssetsError::Token => Self::Forbidden(error.to_string()),
+            JoinAssetsError::Program(_) => {
                 tracing::error!("{error}");
                 Self::Internal
             }
@@ -107,7 +107,9 @@ pub(super) async fn script(
             (invite(console.services()?, &user, VALID).await?.token, false)
         }
     };
-    match with_kit(console.services()?, move |kit, membership, me| kit.script(membership, me, &token)).await {
+    match with_join_assets(console.services()?, move |assets, membership, me| assets.script(membership, me, &token))
+        .await
+    {
         Ok(script) => Ok(([SHELL], script).into_response()),
         Err(error) if host => Ok(refusal(&error)),
         Err(error) => Err(error),
@@ -170,11 +172,11 @@ async fn own_line(
 ) -> Result<Json<Line>, ApiError> {
     let valid = wish.valid_sec.map_or(VALID, |seconds| Duration::from_secs(seconds.into()));
     let Invited { id, token, until, .. } = invite(&services, &user, valid).await?;
-    let make = move |kit: &Kit, membership: &Membership, me| {
-        let script = wish.script.then(|| kit.script(membership, me, &token)).transpose()?;
-        Ok((kit.line(membership, me, &token)?, kit.url(membership, me)?, script))
+    let make = move |assets: &JoinAssets, membership: &Membership, me| {
+        let script = wish.script.then(|| assets.script(membership, me, &token)).transpose()?;
+        Ok((assets.line(membership, me, &token)?, assets.url(membership, me)?, script))
     };
-    let (line, script_url, script) = with_kit(&services, make).await?;
+    let (line, script_url, script) = with_join_assets(&services, make).await?;
     Ok(Json(Line { line, script_url, script, id, until }))
 }
 
@@ -191,14 +193,14 @@ async fn invite(services: &Services, user: &User, valid: Duration) -> Result<Inv
 }
 
 /// Runs something that may have to compute a checksum.
-async fn with_kit<T: Send + 'static>(
+async fn with_join_assets<T: Send + 'static>(
     services: &Services,
-    make: impl FnOnce(&Kit, &Membership, u64) -> Result<T, KitError> + Send + 'static,
+    make: impl FnOnce(&JoinAssets, &Membership, u64) -> Result<T, JoinAssetsError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let (kit, me) = (Arc::clone(&services.kit), services.admin.status().node);
+    let (assets, me) = (Arc::clone(&services.join_assets), services.admin.status().node);
     // Not that of the status, which lacks an invitation that was made a moment ago.
     let membership = services.admin.membership();
-    let made = task::spawn_blocking(move || make(&kit, &membership, me)).await.map_err(|_| ApiError::Internal)?;
+    let made = task::spawn_blocking(move || make(&assets, &membership, me)).await.map_err(|_| ApiError::Internal)?;
     Ok(made?)
 }
 
@@ -213,7 +215,7 @@ pub(super) async fn ca(
         Some(coming) => format!("{}{}", sealed.certificate, coming.authority.certificate),
         None => sealed.certificate.clone(),
     });
-    let pem = pem.ok_or_else(|| ApiError::NotFound(KitError::NoAuthority.to_string()))?;
+    let pem = pem.ok_or_else(|| ApiError::NotFound(JoinAssetsError::NoAuthority.to_string()))?;
     Ok(([(header::CONTENT_TYPE, "application/x-pem-file")], pem))
 }
 
@@ -226,7 +228,7 @@ pub(super) async fn program(
 ) -> Result<Response, ApiError> {
     let slot = slot(&console)?;
     let wanted = name.clone();
-    let found = with_kit(console.services()?, move |kit, _, _| Ok(kit.program(&wanted)?)).await?;
+    let found = with_join_assets(console.services()?, move |assets, _, _| Ok(assets.program(&wanted)?)).await?;
     let none = || ApiError::NotFound(format!("there is no program {name:?}: twistlockd and twistcli are there"));
     let Program { file, length, sha256 } = found.ok_or_else(none)?;
     let text = |value: &str| HeaderValue::from_str(value).map_err(|_| ApiError::Internal);

@@ -20,7 +20,7 @@ use crate::cluster::{Membership, NodeId};
 pub use asking::{Newcomer, Stage, run, wanted};
 pub use files::{Host, JOIN_FILE, JoinFile, clear};
 pub use offer::Offer;
-pub use script::{Kit, KitError, Program, refusal};
+pub use script::{JoinAssets, JoinAssetsError, Program, refusal};
 
 /// The beginning of every token: its kind and version.
 const TOKEN_PREFIX: &str = "TWJ1";

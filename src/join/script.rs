@@ -30,7 +30,7 @@ const CHUNK: usize = 256 << 10;
 
 /// Everything that another host needs to join.
 #[derive(Debug)]
-pub struct Kit {
+pub struct JoinAssets {
     /// `twistlock.cfg` of a newcomer.
     config: String,
     /// Keys that this node has a value for, which is in no script.
@@ -54,7 +54,7 @@ pub struct Program {
 
 /// Why there is no script.
 #[derive(Debug, thiserror::Error)]
-pub enum KitError {
+pub enum JoinAssetsError {
     #[error("MANAGEMENT_PORT_HTTPS is off, and other hosts join through it: set it on all members")]
     NoHttps,
     #[error("this cluster has no certificate authority in its membership")]
@@ -65,14 +65,14 @@ pub enum KitError {
     Program(io::Error),
 }
 
-impl From<io::Error> for KitError {
+impl From<io::Error> for JoinAssetsError {
     fn from(error: io::Error) -> Self {
         Self::Program(error)
     }
 }
 
-impl Kit {
-    /// Prepares the kit of a node with this configuration: newcomers get the same, except what belongs to this host
+impl JoinAssets {
+    /// Prepares what a node gives out with this configuration: newcomers get the same, except what belongs to this host
     /// alone.
     pub fn new(config: &Config) -> Self {
         let newcomer = Config {
@@ -143,11 +143,11 @@ impl Kit {
     /// # Errors
     /// When the token is not one of this cluster or has expired, when the nodes have no HTTPS port or the cluster has
     /// no certificate authority, and when a program cannot be read.
-    pub fn script(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
-        let ca = &membership.shared.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
-        let parsed: Token = token.parse().map_err(|_| KitError::Token)?;
+    pub fn script(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, JoinAssetsError> {
+        let ca = &membership.shared.authority.as_ref().ok_or(JoinAssetsError::NoAuthority)?.certificate;
+        let parsed: Token = token.parse().map_err(|_| JoinAssetsError::Token)?;
         let invitation = membership.shared.invitations.iter().find(|open| parsed.has_hash(&open.hash));
-        let until = invitation.ok_or(KitError::Token)?.until;
+        let until = invitation.ok_or(JoinAssetsError::Token)?.until;
         let addresses = self.addresses(membership, primary)?;
         let list = addresses.iter().map(|address| quote(address)).collect::<Vec<_>>().join(" ");
         let offer = Offer {
@@ -184,9 +184,9 @@ impl Kit {
     ///
     /// # Errors
     /// When the nodes have no HTTPS port.
-    pub fn url(&self, membership: &Membership, primary: NodeId) -> Result<String, KitError> {
+    pub fn url(&self, membership: &Membership, primary: NodeId) -> Result<String, JoinAssetsError> {
         let addresses = self.addresses(membership, primary)?;
-        let first = addresses.first().ok_or(KitError::NoHttps)?;
+        let first = addresses.first().ok_or(JoinAssetsError::NoHttps)?;
         Ok(format!("https://{first}/api/v1/scripts/console.sh"))
     }
 
@@ -196,10 +196,10 @@ impl Kit {
     ///
     /// # Errors
     /// When the nodes have no HTTPS port, or the cluster has no certificate authority.
-    pub fn line(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, KitError> {
-        let ca = &membership.shared.authority.as_ref().ok_or(KitError::NoAuthority)?.certificate;
+    pub fn line(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, JoinAssetsError> {
+        let ca = &membership.shared.authority.as_ref().ok_or(JoinAssetsError::NoAuthority)?.certificate;
         let addresses = self.addresses(membership, primary)?;
-        let (ca, place) = (BASE64_STANDARD.encode(ca), addresses.first().ok_or(KitError::NoHttps)?);
+        let (ca, place) = (BASE64_STANDARD.encode(ca), addresses.first().ok_or(JoinAssetsError::NoHttps)?);
         Ok(format!(
             "curl -sS --noproxy '*' --connect-to ::{place} --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') \
              https://{CONSOLE_NAME}/api/v1/scripts/console.sh | sudo bash"
@@ -207,8 +207,8 @@ impl Kit {
     }
 
     /// `host:port` of the members' Console ports, the primary's first.
-    fn addresses(&self, membership: &Membership, primary: NodeId) -> Result<Vec<String>, KitError> {
-        let port = self.https_port.ok_or(KitError::NoHttps)?;
+    fn addresses(&self, membership: &Membership, primary: NodeId) -> Result<Vec<String>, JoinAssetsError> {
+        let port = self.https_port.ok_or(JoinAssetsError::NoHttps)?;
         let mut members: Vec<_> = membership.roster.members.iter().collect();
         members.sort_by_key(|member| member.id != primary);
         Ok(members.iter().map(|member| place(&member.address, port)).collect())
@@ -303,9 +303,9 @@ mod tests {
     #[test]
     fn the_script_is_sound_and_says_what_the_cluster_says() {
         let (membership, token) = invited();
-        let kit = Kit::new(&Config { console_cn: Some("first.example".into()), ..Config::default() });
-        assert!(matches!(kit.script(&membership, 1, &Token::new(b"x").to_string()), Err(KitError::Token)));
-        let script = kit.script(&membership, 2, &token).unwrap();
+        let assets = JoinAssets::new(&Config { console_cn: Some("first.example".into()), ..Config::default() });
+        assert!(matches!(assets.script(&membership, 1, &Token::new(b"x").to_string()), Err(JoinAssetsError::Token)));
+        let script = assets.script(&membership, 2, &token).unwrap();
         assert!(!script.lines().any(|line| line.starts_with("readonly ") && line.contains("=@")), "a mark is left");
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.sh");
@@ -336,7 +336,7 @@ mod tests {
         let config = config::parse(text, "twistlock.cfg", &|_| None).unwrap().config;
         assert!(config.metrics_token.is_some() && !config.notify_command.is_empty());
         let (membership, token) = invited();
-        let script = Kit::new(&config).script(&membership, 1, &token).unwrap();
+        let script = JoinAssets::new(&config).script(&membership, 1, &token).unwrap();
         assert!(!script.contains("secret-42"));
         assert!(script.contains(r#""withheld":["METRICS_TOKEN","NOTIFY_COMMAND"]"#));
     }
@@ -354,7 +354,7 @@ mod tests {
     #[test]
     fn the_line_hands_over_ca_and_token_unseen() {
         let (membership, token) = invited();
-        let line = Kit::new(&Config::default()).line(&membership, 1, &token).unwrap();
+        let line = JoinAssets::new(&Config::default()).line(&membership, 1, &token).unwrap();
         // `curl` and `sudo` that only tell what they were given.
         let tell = "curl() { for a in \"$@\"; do case $a in @*) cat \"${a#@}\";; /*) cat \"$a\";; *) echo \"$a\";; esac; done; }; \
                     sudo() { cat; }; ";
@@ -368,15 +368,15 @@ mod tests {
 
     #[test]
     fn programs_are_told_apart_from_other_names() {
-        let kit = Kit::new(&Config::default());
-        let program = kit.program("twistlockd").unwrap().unwrap();
+        let assets = JoinAssets::new(&Config::default());
+        let program = assets.program("twistlockd").unwrap().unwrap();
         let own = fs::read("/proc/self/exe").unwrap();
         assert_eq!(program.length, own.len() as u64);
         assert_eq!(program.sha256, HEXLOWER.encode(digest::digest(&digest::SHA256, &own).as_ref()));
         let mut first = [0; 4];
         (&program.file).read_exact(&mut first).unwrap();
         assert_eq!(first, own[..4]);
-        assert!(kit.program("../twistlockd").unwrap().is_none());
-        assert!(!Path::new("/proc/self").join("twistcli").exists() && kit.program("passwd").unwrap().is_none());
+        assert!(assets.program("../twistlockd").unwrap().is_none());
+        assert!(!Path::new("/proc/self").join("twistcli").exists() && assets.program("passwd").unwrap().is_none());
     }
 }
