@@ -50,7 +50,7 @@ use twistlock_ha::{
     storage::{DataDir, Identity},
     supervisor::{Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
     telemetry,
-    workload::{ConsolePorts, Services, Setup},
+    workload::{ConsolePorts, ConsoleServices, Setup},
 };
 
 use crate::joining::{self, Outcome};
@@ -296,7 +296,7 @@ impl Parts {
     }
 
     /// What the control socket of this node does, and its Console for the cluster.
-    fn services(&self, ports: &SupervisorHandle, asker: Asker, tasks: &mut Tasks) -> Result<Services> {
+    fn services(&self, ports: &SupervisorHandle, asker: Asker, tasks: &mut Tasks) -> Result<ConsoleServices> {
         let inside = Inside::new(self.handle.status(), self.events.clone());
         tasks.spawn("audit rows for the PRIMARY", Need::Steady, inside.clone().hand_on(asker.clone()));
         let admin = Arc::new(administration::admin(&self.config, &self.handle, ports.clone(), inside.clone()));
@@ -306,7 +306,7 @@ impl Parts {
         tasks.spawn("copies of backups", Need::Finite, backups.clone().run_copies());
         let (notifier, notifying) = self.notifier();
         tasks.spawn("notifications", Need::Steady, notifying);
-        Ok(Services {
+        Ok(ConsoleServices {
             admin,
             inside,
             backups,
@@ -322,7 +322,7 @@ impl Parts {
     }
 
     /// Who answers other members.
-    fn colleague(&self, services: &Services) -> Arc<Colleague> {
+    fn colleague(&self, services: &ConsoleServices) -> Arc<Colleague> {
         let (inside, backups) = (services.inside.clone(), services.backups.clone());
         Arc::new(Colleague { inside, backups, membership: self.handle.membership() })
     }

@@ -15,7 +15,7 @@ use crate::{
     storage::database::PrimaryDatabase,
 };
 
-pub use crate::console::Services;
+pub use crate::console::ConsoleServices;
 
 /// What people call it, in messages.
 pub const NAME: &str = "the Console";
@@ -38,7 +38,7 @@ pub struct Setup {
     /// Looked at for each connection.
     pub tls: watch::Receiver<Arc<ServerConfig>>,
     /// What the Console does for the cluster; without it, there is none to administer.
-    pub services: Option<Services>,
+    pub services: Option<ConsoleServices>,
 }
 
 /// One port of a workload.

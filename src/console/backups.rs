@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Console, Services,
+    Console, ConsoleServices,
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
     programs,
@@ -136,7 +136,7 @@ impl From<BackupError> for ApiError {
 }
 
 /// `GET backups`.
-async fn list(State(services): State<Services>, Search(page): Search<Page>) -> Result<Paged<Backup>, ApiError> {
+async fn list(State(services): State<ConsoleServices>, Search(page): Search<Page>) -> Result<Paged<Backup>, ApiError> {
     let (limit, offset) = page.bounds()?;
     let all = services.backups.all().await?;
     let total = all.len() as i64;
@@ -145,7 +145,7 @@ async fn list(State(services): State<Services>, Search(page): Search<Page>) -> R
 
 /// `POST backups` with the name as a JSON string.
 async fn create(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Search(patience): Search<Patience>,
     Body(name): Body<String>,
@@ -157,7 +157,7 @@ async fn create(
 
 /// `POST backups/{id}/verify`.
 async fn verify(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Search(patience): Search<Patience>,
     Name(id): Name,
@@ -168,7 +168,7 @@ async fn verify(
 
 /// `POST backups/{id}/restore`: answers at once, since the Console closes as soon as the backup is found sound.
 async fn restore(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Name(id): Name,
     Body(wish): Body<Confirmed>,
@@ -183,7 +183,7 @@ async fn restore(
 
 /// `POST settings/backup/copies/fetch` with the place as a JSON string: `CLUSTER/NODE/FILE`, as the list has it.
 async fn fetch(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Body(place): Body<String>,
 ) -> Result<Json<Started>, ApiError> {
@@ -205,7 +205,7 @@ pub struct File {
 
 /// `POST restore`: whoever may do this is on the host, and so is the file.
 async fn restore_file(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Body(File { file, stop_console, unencrypted }): Body<File>,
 ) -> Result<Json<Started>, ApiError> {
@@ -214,7 +214,7 @@ async fn restore_file(
 }
 
 /// Waits for a moment, if that is wanted: most databases are small.
-async fn ended(services: &Services, started: Started, patience: Patience) -> Result<Json<Started>, ApiError> {
+async fn ended(services: &ConsoleServices, started: Started, patience: Patience) -> Result<Json<Started>, ApiError> {
     if patience.wait == Some(false) {
         return Ok(Json(started));
     }
@@ -241,7 +241,7 @@ async fn download(State(console): State<Arc<Console>>, user: User, Name(id): Nam
 
 /// `PATCH backups/{id}` with the new name as a JSON string.
 async fn rename(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Name(id): Name,
     Body(name): Body<String>,
@@ -251,18 +251,21 @@ async fn rename(
 }
 
 /// `DELETE backups/{id}`.
-async fn remove(State(services): State<Services>, user: User, Name(id): Name) -> Result<(), ApiError> {
+async fn remove(State(services): State<ConsoleServices>, user: User, Name(id): Name) -> Result<(), ApiError> {
     let backups = &services.backups;
     Ok(backups.delete(&id, &user.actor()).await?)
 }
 
 /// `GET settings/backup`.
-async fn state(State(services): State<Services>) -> Result<Json<BackupState>, ApiError> {
+async fn state(State(services): State<ConsoleServices>) -> Result<Json<BackupState>, ApiError> {
     Ok(Json(services.backups.state().await))
 }
 
 /// `GET settings/backup/copies`.
-async fn copies(State(services): State<Services>, Search(page): Search<Page>) -> Result<Paged<RemoteBackup>, ApiError> {
+async fn copies(
+    State(services): State<ConsoleServices>,
+    Search(page): Search<Page>,
+) -> Result<Paged<RemoteBackup>, ApiError> {
     let (limit, offset) = page.bounds()?;
     let all = services.backups.copies().await?;
     let total = all.len() as i64;

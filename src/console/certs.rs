@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Services,
+    ConsoleServices,
     errors::ApiError,
     extract::Body,
     route::{Access, Entry, node},
@@ -55,13 +55,13 @@ pub struct Upload {
 }
 
 /// `GET settings/certs`.
-async fn certificates(State(services): State<Services>) -> Result<Json<Certificates>, ApiError> {
+async fn certificates(State(services): State<ConsoleServices>) -> Result<Json<Certificates>, ApiError> {
     Ok(Json(services.admin.certificates()))
 }
 
 /// `POST settings/certs`: all members make their certificates anew and serve them at once.
 async fn set_names(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Body(Names { names }): Body<Names>,
 ) -> Result<Json<Names>, ApiError> {
@@ -71,13 +71,13 @@ async fn set_names(
 }
 
 /// `GET settings/custom-certs`: null if there is none.
-async fn custom(State(services): State<Services>) -> Result<Json<Option<Custom>>, ApiError> {
+async fn custom(State(services): State<ConsoleServices>) -> Result<Json<Option<Custom>>, ApiError> {
     Ok(Json(services.admin.certificates().custom))
 }
 
 /// `POST settings/custom-certs`: refused with all names that it lacks.
 async fn set_custom(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Body(upload): Body<Upload>,
 ) -> Result<Json<Custom>, ApiError> {
@@ -86,7 +86,7 @@ async fn set_custom(
 }
 
 /// `DELETE settings/custom-certs`. Answers with the names that the cluster's own certificates have in common.
-async fn remove(State(services): State<Services>, user: User) -> Result<Json<Names>, ApiError> {
+async fn remove(State(services): State<ConsoleServices>, user: User) -> Result<Json<Names>, ApiError> {
     let admin = &services.admin;
     admin.remove_certificate(&user.actor()).await?;
     Ok(Json(Names { names: admin.certificates().console_names }))

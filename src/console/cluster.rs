@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Console, Services, auth,
+    Console, ConsoleServices, auth,
     errors::ApiError,
     extract::{Body, Name, OptionalBody, Search},
     route::{Access, Entry, node, route},
@@ -41,7 +41,7 @@ impl From<AdminError> for ApiError {
 impl Console {
     /// # Errors
     /// When this Console runs without a cluster.
-    pub(super) fn services(&self) -> Result<&Services, ApiError> {
+    pub(super) fn services(&self) -> Result<&ConsoleServices, ApiError> {
         self.services.as_ref().ok_or_else(super::no_cluster)
     }
 }
@@ -148,7 +148,7 @@ pub(super) async fn status(State(console): State<Arc<Console>>, _: User) -> Resu
 }
 
 /// The status on the control socket, where the picture says so if it is old.
-async fn own_status(State(services): State<Services>) -> Json<Status> {
+async fn own_status(State(services): State<ConsoleServices>) -> Json<Status> {
     public(&services.admin.status())
 }
 
@@ -158,7 +158,7 @@ pub(super) fn public(status: &Status) -> Json<Status> {
 }
 
 /// `GET high-availability/console`: where the Consoles of the cluster are.
-async fn place(State(services): State<Services>) -> Json<Consoles> {
+async fn place(State(services): State<ConsoleServices>) -> Json<Consoles> {
     Json(Consoles { https_port: services.admin.https_port() })
 }
 
@@ -192,7 +192,7 @@ pub(super) async fn request_state(
 }
 
 /// `DELETE high-availability/join-script`: closes all invitations.
-pub(super) async fn uninvite(State(services): State<Services>, user: User) -> Result<Json<Done>, ApiError> {
+pub(super) async fn uninvite(State(services): State<ConsoleServices>, user: User) -> Result<Json<Done>, ApiError> {
     services.admin.uninvite(&user.actor()).await?;
     Ok(Json(Done {}))
 }
@@ -214,7 +214,7 @@ pub struct Admitted {
 
 /// `POST high-availability/apply`: admits all hosts that ask; with their fingerprints only if no other one asks.
 pub(super) async fn apply(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     OptionalBody(approval): OptionalBody<Approval>,
 ) -> Result<Json<Admitted>, ApiError> {
@@ -225,7 +225,7 @@ pub(super) async fn apply(
 
 /// `DELETE high-availability/requests/{name or fingerprint}`: turns a host down.
 pub(super) async fn reject(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Name(request): Name,
 ) -> Result<Json<Done>, ApiError> {
@@ -250,7 +250,7 @@ pub struct Gone {
 
 /// `DELETE high-availability/members/{id or name}?force=true`.
 pub(super) async fn remove(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Name(member): Name,
     Search(removal): Search<Removal>,
@@ -282,7 +282,7 @@ struct Failed {
 /// close, and the connection may end before or after the answer has come. 409 if a check fails. With `dryRun` 200 with
 /// the checks, and nothing else.
 pub(super) async fn switchover(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Body(wish): Body<Switchover>,
 ) -> Result<Response, ApiError> {
@@ -302,7 +302,7 @@ pub(super) async fn switchover(
 /// A switchover on the control socket: answers 200 with the checks and the gap when it is over. The switchover does not
 /// wait for this request.
 async fn switchover_to_its_end(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Body(wish): Body<Switchover>,
 ) -> Result<Json<SwitchoverReport>, ApiError> {
@@ -329,7 +329,7 @@ pub struct Paused {
 
 /// `POST high-availability/pause`: no automatic takeover for so long.
 pub(super) async fn pause(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Body(wish): Body<Pause>,
 ) -> Result<Json<Paused>, ApiError> {
@@ -344,13 +344,13 @@ pub(super) async fn pause(
 }
 
 /// `POST high-availability/resume`: ends a pause.
-pub(super) async fn resume(State(services): State<Services>, user: User) -> Result<Json<Done>, ApiError> {
+pub(super) async fn resume(State(services): State<ConsoleServices>, user: User) -> Result<Json<Done>, ApiError> {
     services.admin.resume(&user.actor()).await?;
     Ok(Json(Done {}))
 }
 
 /// `POST high-availability/rotate-key`: answers when the exchange has begun.
-pub(super) async fn rotate_key(State(services): State<Services>, user: User) -> Result<Json<Done>, ApiError> {
+pub(super) async fn rotate_key(State(services): State<ConsoleServices>, user: User) -> Result<Json<Done>, ApiError> {
     services.admin.rotate_cluster_key(&user.actor()).await?;
     Ok(Json(Done {}))
 }
@@ -365,7 +365,7 @@ pub struct Overlap {
 
 /// `POST high-availability/rotate-ca`: answers when that has begun.
 pub(super) async fn rotate_ca(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Body(Overlap { overlap_sec }): Body<Overlap>,
 ) -> Result<Json<Done>, ApiError> {
@@ -387,7 +387,7 @@ pub struct Place {
 
 /// `PUT high-availability/members/{id or name}/address`.
 pub(super) async fn readdress(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Name(member): Name,
     Body(place): Body<Place>,

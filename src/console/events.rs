@@ -7,7 +7,7 @@ use axum::{Json, extract::State, http::Method};
 use tokio::task;
 
 use super::{
-    Console, Services,
+    Console, ConsoleServices,
     errors::ApiError,
     extract::{Paged, Search},
     route::{Access, Entry, route},
@@ -91,7 +91,7 @@ async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted
 
 /// Events on the control socket: what happened to this node, from its own file.
 async fn of_this_host(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     Search(wanted): Search<Wanted>,
 ) -> Result<Json<Vec<Event>>, ApiError> {
     let read = task::spawn_blocking(move || events::read(&services.data, &wanted)).await;

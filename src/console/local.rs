@@ -18,7 +18,7 @@ use axum::{
 use tower::ServiceExt;
 
 use super::{
-    Services,
+    ConsoleServices,
     cluster::public,
     errors::ApiError,
     inside::Within,
@@ -34,11 +34,11 @@ use crate::{
 };
 
 /// What a member serves on its control socket.
-pub fn local(services: &Services) -> Routes {
+pub fn local(services: &ConsoleServices) -> Routes {
     let mut routes = Routes::default();
     for entry in table() {
         let path = entry.full_path();
-        let handler: MethodRouter<Services> = match (entry.here, entry.work) {
+        let handler: MethodRouter<ConsoleServices> = match (entry.here, entry.work) {
             (Some(handler), _) | (None, Work::Member(handler)) => handler,
             (None, Work::Console(_)) => on(filter(&entry.method), ask_console),
         };
@@ -62,7 +62,7 @@ pub fn applicant(status: impl Fn() -> Arc<Status> + Clone + Send + Sync + 'stati
 }
 
 /// Who acts is whom the kernel names.
-async fn identify(State(services): State<Services>, mut request: Request, next: Next) -> Response {
+async fn identify(State(services): State<ConsoleServices>, mut request: Request, next: Next) -> Response {
     let Some(Peer { uid, name }) = request.extensions_mut().remove() else { return ApiError::Internal.into_response() };
     let actor = Actor::local(&name, uid, &services.admin.status().name);
     let extensions = request.extensions_mut();
@@ -73,7 +73,7 @@ async fn identify(State(services): State<Services>, mut request: Request, next: 
 }
 
 /// Has the Console of this host answer, if it is open.
-async fn ask_console(State(services): State<Services>, request: Request) -> Response {
+async fn ask_console(State(services): State<ConsoleServices>, request: Request) -> Response {
     let Some(console) = services.inside.console().await else {
         return ApiError::Conflict(services.inside.elsewhere()).into_response();
     };

@@ -89,7 +89,7 @@ const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
 
 /// What the Console does for the cluster that it runs in.
 #[derive(Clone)]
-pub struct Services {
+pub struct ConsoleServices {
     pub admin: Arc<Admin>,
     /// What the rest of the process has of this Console.
     pub inside: Inside,
@@ -112,9 +112,9 @@ pub struct Services {
     pub data: PathBuf,
 }
 
-impl fmt::Debug for Services {
+impl fmt::Debug for ConsoleServices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Services").finish_non_exhaustive()
+        f.debug_struct("ConsoleServices").finish_non_exhaustive()
     }
 }
 
@@ -127,7 +127,7 @@ pub struct Console {
     logins: logins::Logins,
     status: watch::Receiver<Arc<Status>>,
     /// None where there is no cluster to administer.
-    services: Option<Services>,
+    services: Option<ConsoleServices>,
     downloads: Arc<Semaphore>,
     /// A place for each request under way.
     places: Semaphore,
@@ -145,7 +145,7 @@ impl Console {
     pub fn new(
         database: SqliteConnectOptions,
         status: watch::Receiver<Arc<Status>>,
-        services: Option<Services>,
+        services: Option<ConsoleServices>,
     ) -> Result<Arc<Self>, ring::error::Unspecified> {
         let (store, logins) = (Store::new(database), logins::Logins::new()?);
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));

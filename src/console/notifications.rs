@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Console, Services, auth,
+    Console, ConsoleServices, auth,
     errors::ApiError,
     extract::Body,
     route::{Access, Entry, node, route},
@@ -105,12 +105,12 @@ fn shown((webhook, signed): (Webhook, bool)) -> Shown {
     Shown { name, url, ca, severity, signed }
 }
 
-async fn settings(State(services): State<Services>) -> Result<Json<Settings>, ApiError> {
+async fn settings(State(services): State<ConsoleServices>) -> Result<Json<Settings>, ApiError> {
     let webhooks = services.admin.webhooks().into_iter().map(shown).collect();
     Ok(Json(Settings { webhooks, command: services.notifier.has_command() }))
 }
 
-async fn set(State(services): State<Services>, user: User, Body(wish): Body<Wish>) -> Result<(), ApiError> {
+async fn set(State(services): State<ConsoleServices>, user: User, Body(wish): Body<Wish>) -> Result<(), ApiError> {
     let admin = &services.admin;
     let webhooks = wish.webhooks.into_iter().map(|hook| {
         let Hook { name, url, secret, ca, severity } = hook;
@@ -121,7 +121,7 @@ async fn set(State(services): State<Services>, user: User, Body(wish): Body<Wish
     Ok(admin.set_webhooks(webhooks, &user.actor()).await?)
 }
 
-async fn send_test(State(services): State<Services>, user: User) -> Result<Json<Vec<Delivery>>, ApiError> {
+async fn send_test(State(services): State<ConsoleServices>, user: User) -> Result<Json<Vec<Delivery>>, ApiError> {
     Ok(Json(services.admin.test_notifications(&user.actor(), services.notifier.test()).await))
 }
 
@@ -147,6 +147,6 @@ async fn metrics(
 }
 
 /// The metrics on the control socket.
-async fn own_metrics(State(services): State<Services>) -> Response {
+async fn own_metrics(State(services): State<ConsoleServices>) -> Response {
     services.metrics.shown()
 }

@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{
-    Console, Services, auth,
+    Console, ConsoleServices, auth,
     cluster::check_join_token,
     cookie,
     errors::ApiError,
@@ -166,7 +166,7 @@ pub(super) async fn line(
 
 /// The join line on the control socket, which serves no page.
 async fn own_line(
-    State(services): State<Services>,
+    State(services): State<ConsoleServices>,
     user: User,
     Search(wish): Search<Wish>,
 ) -> Result<Json<Line>, ApiError> {
@@ -188,13 +188,13 @@ fn check_page(user: &User, headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-async fn invite(services: &Services, user: &User, valid: Duration) -> Result<Invited, ApiError> {
+async fn invite(services: &ConsoleServices, user: &User, valid: Duration) -> Result<Invited, ApiError> {
     Ok(services.admin.invite(valid, &user.actor()).await?)
 }
 
 /// Runs something that may have to compute a checksum.
 async fn with_join_assets<T: Send + 'static>(
-    services: &Services,
+    services: &ConsoleServices,
     make: impl FnOnce(&JoinAssets, &Membership, u64) -> Result<T, JoinAssetsError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let (assets, me) = (Arc::clone(&services.join_assets), services.admin.status().node);

@@ -9,7 +9,7 @@ use axum::{
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
-use super::{Console, Services, user::Role};
+use super::{Console, ConsoleServices, user::Role};
 
 /// Where the API begins.
 pub(super) const BASE: &str = "/api/v1";
@@ -78,7 +78,7 @@ pub(super) enum Work {
     /// The Console with its database: only on the PRIMARY.
     Console(MethodRouter<Arc<Console>>),
     /// Only the node: on every member.
-    Member(MethodRouter<Services>),
+    Member(MethodRouter<ConsoleServices>),
 }
 
 /// Where a route is.
@@ -112,7 +112,7 @@ pub(super) struct Entry {
     pub(super) reach: Reach,
     pub(super) work: Work,
     /// What answers on the control socket instead.
-    pub(super) here: Option<MethodRouter<Services>>,
+    pub(super) here: Option<MethodRouter<ConsoleServices>>,
     /// It never waits: see `control::Routes`.
     pub(super) at_once: bool,
 }
@@ -136,7 +136,7 @@ where
 /// A route that needs only the node: on the control socket every member answers, whatever its role.
 pub(super) fn node<H, T>(method: Method, path: &'static str, access: Access, summary: &'static str, handler: H) -> Entry
 where
-    H: Handler<T, Services>,
+    H: Handler<T, ConsoleServices>,
     T: 'static,
 {
     let work = Work::Member(on(filter(&method), handler));
@@ -234,7 +234,7 @@ impl Entry {
     }
 
     /// On the control socket this answers instead, on every member.
-    pub(super) fn here<H: Handler<T, Services>, T: 'static>(self, handler: H) -> Self {
+    pub(super) fn here<H: Handler<T, ConsoleServices>, T: 'static>(self, handler: H) -> Self {
         Self { here: Some(on(filter(&self.method), handler)), ..self }
     }
 

@@ -24,7 +24,7 @@ use crate::{
     guard::{GuardState, PortGuard},
     node::{Lease, Serving, Status, lease::boottime, trouble},
     telemetry,
-    workload::{self, Services, Setup, Workload},
+    workload::{self, ConsoleServices, Setup, Workload},
 };
 
 /// Exit code when the demotion deadline was missed: EX_TEMPFAIL of sysexits, so that the service manager starts us
@@ -221,7 +221,7 @@ impl Supervisor {
     }
 
     /// What the workload does for the cluster. It needs this supervisor's handle, so it comes after [`Self::new`].
-    pub fn offer(&mut self, services: Services) {
+    pub fn offer(&mut self, services: ConsoleServices) {
         self.config.workload.services = Some(services);
     }
 
