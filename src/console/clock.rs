@@ -99,31 +99,31 @@ mod tests {
     use axum::http::{Method, StatusCode};
     use serde_json::Value;
 
-    use super::{super::trial::Trial, *};
+    use super::{super::test_console::TestConsole, *};
 
     const DAY: i64 = 86_400;
 
-    async fn left(trial: &Trial, token: &str) -> Option<i64> {
-        let (status, granted) = trial.call(Method::GET, "/api/v1/authenticate", token, Value::Null).await;
+    async fn left(test: &TestConsole, token: &str) -> Option<i64> {
+        let (status, granted) = test.call(Method::GET, "/api/v1/authenticate", token, Value::Null).await;
         (status == StatusCode::OK).then(|| granted["expiresInSec"].as_i64().unwrap())
     }
 
     #[tokio::test]
     async fn a_session_keeps_its_time_when_the_clock_jumps_either_way() {
-        let trial = Trial::start().await;
-        let console = &trial.console;
-        let token = trial.login().await;
-        let first = left(&trial, &token).await.unwrap();
+        let test = TestConsole::start().await;
+        let console = &test.console;
+        let token = test.login().await;
+        let first = left(&test, &token).await.unwrap();
         for jump in [400 * DAY, -400 * DAY, 3, -3, 3600, 10 * 365 * DAY, 0] {
             let jumped = unix_time() + jump;
             console.clock.set(&console.store, jumped).await.unwrap();
             assert!((0..=2).contains(&(console.clock.now().await - jumped)), "the clock follows");
-            let now = left(&trial, &token).await;
+            let now = left(&test, &token).await;
             assert!(now.is_some_and(|now| (first - 30..=first).contains(&now)), "by {jump} s: {now:?} of {first} s");
             // One that begins now has its whole time, too, and it lasts across the way back.
-            let other = trial.login().await;
+            let other = test.login().await;
             console.clock.set(&console.store, unix_time()).await.unwrap();
-            let other = left(&trial, &other).await;
+            let other = left(&test, &other).await;
             assert!(other.is_some_and(|other| (first - 30..=first).contains(&other)), "by {jump} s: {other:?}");
         }
     }
@@ -131,19 +131,19 @@ mod tests {
     /// The clock was ahead before this Console opened, on this host or another.
     #[tokio::test]
     async fn a_session_from_the_future_is_none() {
-        let trial = Trial::start().await;
-        let token = trial.login().await;
-        let store = &trial.console.store;
+        let test = TestConsole::start().await;
+        let token = test.login().await;
+        let store = &test.console.store;
         let ahead = async |seconds: i64| {
             let moved = sqlx::query("UPDATE tokens SET began = began + ?1, expires = expires + ?1").bind(seconds);
             store.write(moved).await.unwrap();
         };
         ahead(60).await;
-        assert!(left(&trial, &token).await.is_some(), "clocks of two hosts differ a little");
+        assert!(left(&test, &token).await.is_some(), "clocks of two hosts differ a little");
         ahead(400 * DAY).await;
-        assert_eq!(left(&trial, &token).await, None);
-        let other = trial.login().await;
-        assert!(left(&trial, &other).await.is_some());
+        assert_eq!(left(&test, &token).await, None);
+        let other = test.login().await;
+        assert!(left(&test, &other).await.is_some());
         let kept = sqlx::query_scalar("SELECT count(*) FROM tokens");
         let kept: i64 = kept.fetch_one(&mut *store.read().await.unwrap()).await.unwrap();
         assert_eq!(kept, 1, "the one from the future is deleted with those that have ended");

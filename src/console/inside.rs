@@ -329,7 +329,7 @@ fn verdict(row: &Begun, status: &Status) -> Outcome {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::trial::status, *};
+    use super::{super::test_console::status, *};
     use crate::cluster::{ClusterId, Member, Membership, roster::Removed};
 
     fn begun(action: &str, what: &str) -> Begun {

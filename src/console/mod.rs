@@ -31,9 +31,9 @@ mod stream;
 mod system;
 mod table;
 mod tags;
-mod tokens;
 #[cfg(test)]
-mod trial;
+mod test_console;
+mod tokens;
 mod ui;
 mod user;
 mod users;
@@ -257,17 +257,17 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
 mod tests {
     use axum::body::Body;
 
-    use super::{trial::Trial, *};
+    use super::{test_console::TestConsole, *};
 
     #[tokio::test]
     async fn a_busy_console_refuses_at_once_and_answers_health_checks() {
-        let trial = Trial::start().await;
+        let test = TestConsole::start().await;
         let get = |path: &str| Request::builder().uri(path).body(Body::empty()).unwrap();
-        let all = trial.console.places.acquire_many(AT_ONCE as u32).await.unwrap();
-        let (status, headers, text) = trial.send(get("/api/v1/settings/initialized")).await;
+        let all = test.console.places.acquire_many(AT_ONCE as u32).await.unwrap();
+        let (status, headers, text) = test.send(get("/api/v1/settings/initialized")).await;
         assert!(status == 503 && headers.contains_key(header::RETRY_AFTER) && text.contains("try again"), "{text}");
-        assert_eq!(trial.send(get(PING)).await.0, StatusCode::OK);
+        assert_eq!(test.send(get(PING)).await.0, StatusCode::OK);
         drop(all);
-        assert_eq!(trial.send(get("/api/v1/settings/initialized")).await.0, StatusCode::OK);
+        assert_eq!(test.send(get("/api/v1/settings/initialized")).await.0, StatusCode::OK);
     }
 }

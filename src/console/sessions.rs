@@ -135,84 +135,80 @@ mod tests {
     use serde_json::json;
 
     use super::{
-        super::{settings::Logon, trial::Trial},
+        super::{settings::Logon, test_console::TestConsole},
         *,
     };
 
-    async fn asks(trial: &Trial, token: &str) -> (StatusCode, Value) {
-        trial.call(Method::GET, "/api/v1/authenticate", token, Value::Null).await
+    async fn asks(test: &TestConsole, token: &str) -> (StatusCode, Value) {
+        test.call(Method::GET, "/api/v1/authenticate", token, Value::Null).await
     }
 
-    async fn renews(trial: &Trial, token: &str) -> (StatusCode, Value) {
-        trial.call(Method::GET, "/api/v1/authenticate/renew", token, Value::Null).await
+    async fn renews(test: &TestConsole, token: &str) -> (StatusCode, Value) {
+        test.call(Method::GET, "/api/v1/authenticate/renew", token, Value::Null).await
     }
 
     #[tokio::test]
     async fn a_session_ends_when_it_is_idle_and_when_it_is_old() {
-        let trial = Trial::start().await;
-        let token = trial.login().await;
-        let (store, now) = (&trial.console.store, trial.console.clock.now().await);
-        assert_eq!(asks(&trial, &token).await.0, StatusCode::OK);
+        let test = TestConsole::start().await;
+        let token = test.login().await;
+        let (store, now) = (&test.console.store, test.console.clock.now().await);
+        assert_eq!(asks(&test, &token).await.0, StatusCode::OK);
         store.write(sqlx::query("UPDATE tokens SET expires = ?").bind(now)).await.unwrap();
-        assert_eq!(asks(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
-        assert_eq!(renews(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(asks(&test, &token).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(renews(&test, &token).await.0, StatusCode::UNAUTHORIZED);
 
-        let token = trial.login().await;
+        let token = test.login().await;
         let age = Logon::default().maximum();
         store.write(sqlx::query("UPDATE tokens SET began = ?").bind(now - age + 20)).await.unwrap();
-        let (status, granted) = renews(&trial, &token).await;
+        let (status, granted) = renews(&test, &token).await;
         assert!(status == 200 && (1..=20).contains(&granted["expiresInSec"].as_i64().unwrap()), "{granted}");
         store.write(sqlx::query("UPDATE tokens SET began = ?").bind(now - age)).await.unwrap();
-        assert_eq!(renews(&trial, &token).await.0, StatusCode::UNAUTHORIZED);
-        assert_eq!(
-            asks(&trial, &token).await.0,
-            StatusCode::OK,
-            "it is refused a new token, and goes on until its end"
-        );
+        assert_eq!(renews(&test, &token).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(asks(&test, &token).await.0, StatusCode::OK, "it is refused a new token, and goes on until its end");
     }
 
     #[tokio::test]
     async fn a_renewed_token_is_good_for_a_moment_only() {
-        let trial = Trial::start().await;
-        let old = trial.login().await;
-        let (status, granted) = renews(&trial, &old).await;
+        let test = TestConsole::start().await;
+        let old = test.login().await;
+        let (status, granted) = renews(&test, &old).await;
         let new = format!("Bearer {}", granted["token"].as_str().unwrap());
         assert!(status == 200 && new != old && granted["username"] == "admin" && granted["role"] == "admin");
-        let left = async |token| asks(&trial, token).await.1["expiresInSec"].as_i64().unwrap();
+        let left = async |token| asks(&test, token).await.1["expiresInSec"].as_i64().unwrap();
         assert!(left(&old).await <= GRACE && left(&new).await > GRACE);
-        assert_eq!(trial.call(Method::POST, "/api/v1/logout", &new, Value::Null).await.0, StatusCode::OK);
-        assert_eq!(asks(&trial, &new).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(test.call(Method::POST, "/api/v1/logout", &new, Value::Null).await.0, StatusCode::OK);
+        assert_eq!(asks(&test, &new).await.0, StatusCode::UNAUTHORIZED);
     }
 
     /// An answer that got lost, or a request that was on its way with the old one, logs nobody out.
     #[tokio::test]
     async fn a_renewed_token_has_its_moment_at_the_limit_of_sessions_too() {
-        let trial = Trial::start().await;
-        let old = trial.login().await;
+        let test = TestConsole::start().await;
+        let old = test.login().await;
         let logon = json!({ "sessionsPerUser": 1 });
-        assert_eq!(trial.call(Method::POST, "/api/v1/settings/logon", &old, logon).await.0, StatusCode::OK);
-        let (status, granted) = renews(&trial, &old).await;
+        assert_eq!(test.call(Method::POST, "/api/v1/settings/logon", &old, logon).await.0, StatusCode::OK);
+        let (status, granted) = renews(&test, &old).await;
         let new = format!("Bearer {}", granted["token"].as_str().unwrap());
         assert_eq!(status, StatusCode::OK);
         for token in [&old, &new] {
-            assert_eq!(asks(&trial, token).await.0, StatusCode::OK);
+            assert_eq!(asks(&test, token).await.0, StatusCode::OK);
         }
-        trial.login().await;
-        assert_eq!(asks(&trial, &new).await.0, StatusCode::UNAUTHORIZED, "the limit holds");
+        test.login().await;
+        assert_eq!(asks(&test, &new).await.0, StatusCode::UNAUTHORIZED, "the limit holds");
     }
 
     #[tokio::test]
     async fn new_sessions_end_the_oldest_ones_of_the_same_user() {
-        let trial = Trial::start().await;
-        let first = trial.login().await;
+        let test = TestConsole::start().await;
+        let first = test.login().await;
         let logon = json!({ "sessionsPerUser": 2 });
-        assert_eq!(trial.call(Method::POST, "/api/v1/settings/logon", &first, logon).await.0, StatusCode::OK);
+        assert_eq!(test.call(Method::POST, "/api/v1/settings/logon", &first, logon).await.0, StatusCode::OK);
         let age = sqlx::query("UPDATE tokens SET expires = expires - 5");
-        trial.console.store.write(age).await.unwrap();
-        let (second, third) = (trial.login().await, trial.login().await);
-        assert_eq!(asks(&trial, &first).await.0, StatusCode::UNAUTHORIZED);
+        test.console.store.write(age).await.unwrap();
+        let (second, third) = (test.login().await, test.login().await);
+        assert_eq!(asks(&test, &first).await.0, StatusCode::UNAUTHORIZED);
         for token in [second, third] {
-            assert_eq!(asks(&trial, &token).await.0, StatusCode::OK);
+            assert_eq!(asks(&test, &token).await.0, StatusCode::OK);
         }
     }
 }

@@ -73,7 +73,7 @@ mod tests {
     use super::{
         super::{
             route::{Access, Trace},
-            trial::Trial,
+            test_console::TestConsole,
         },
         *,
     };
@@ -91,13 +91,13 @@ mod tests {
     /// Not even an Administrator finds them on a port, and no client is told of them.
     #[tokio::test]
     async fn what_is_on_the_control_socket_alone_is_listed_here_and_is_not_on_a_port() {
-        let trial = Trial::start().await;
-        let auth = trial.login().await;
-        let document = trial.call(Method::GET, "/api/v1/openapi.json", &auth, Value::Null).await.1;
+        let test = TestConsole::start().await;
+        let auth = test.login().await;
+        let document = test.call(Method::GET, "/api/v1/openapi.json", &auth, Value::Null).await.1;
         let mut alone = Vec::new();
         for entry in table().into_iter().filter(|entry| entry.reach == Reach::Socket) {
             let path = entry.full_path();
-            let (status, answer) = trial.call(entry.method.clone(), &path, &auth, json!("x")).await;
+            let (status, answer) = test.call(entry.method.clone(), &path, &auth, json!("x")).await;
             assert_eq!(status, StatusCode::NOT_FOUND, "{path}: {answer}");
             assert_eq!(answer["err"], format!("there is nothing at {path}"));
             assert_eq!(document["paths"][&path], Value::Null);

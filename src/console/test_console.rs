@@ -24,14 +24,14 @@ use crate::{
 pub(super) const PASSWORD: &str = "correct horse";
 
 /// The Console, and what it stands on.
-pub(super) struct Trial {
+pub(super) struct TestConsole {
     pub(super) console: Arc<Console>,
     router: Router,
     _status: watch::Sender<Arc<Status>>,
     _dir: TempDir,
 }
 
-impl Trial {
+impl TestConsole {
     /// With the Administrator "admin".
     pub(super) async fn start() -> Self {
         let dir = TempDir::new().unwrap();
@@ -41,10 +41,10 @@ impl Trial {
         let console = Console::new(options, status, None).unwrap();
         console.ready().await.unwrap();
         let router = console.router();
-        let trial = Self { console, router, _status, _dir: dir };
+        let test = Self { console, router, _status, _dir: dir };
         let login = json!({ "username": "admin", "password": PASSWORD });
-        assert_eq!(trial.call(Method::POST, "/api/v1/signup", "", login).await.0, StatusCode::OK);
-        trial
+        assert_eq!(test.call(Method::POST, "/api/v1/signup", "", login).await.0, StatusCode::OK);
+        test
     }
 
     /// Logs "admin" in; returns the Authorization header.
