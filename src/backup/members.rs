@@ -67,7 +67,7 @@ impl Backups {
 
     async fn shelf(&self) -> Result<Shelf, BackupError> {
         let (folder, enabled) = (self.config.folder.display().to_string(), self.config.enabled);
-        Ok(Shelf { folder, enabled, backups: self.look(|folder| folder.marked()).await?, more: 0 })
+        Ok(Shelf { folder, enabled, backups: self.in_folder(|folder| folder.marked()).await?, more: 0 })
     }
 
     /// All backups of this host, and what the other members answer, newest first. [`Self::state`] says who did not

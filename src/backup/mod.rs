@@ -10,7 +10,7 @@
 //! - `make.rs`: a new backup, step by step; the verification of an old one
 //! - `offsite.rs`, `store.rs`, `wire.rs`: copies of all that elsewhere (`BACKUP_URL`), and back
 //! - `members.rs`: what the other members have
-//! - `look.rs`: the folder on a disk that may not answer
+//! - `folder_access.rs`: the folder on a disk that may not answer
 //! - `restore.rs`: a backup into the cluster
 //! - `schedule.rs`: what is due when, and what is not kept any longer
 //! - `jobs.rs`: what is under way and how it ended
@@ -19,8 +19,8 @@ mod archive;
 mod cipher;
 mod copy;
 mod folder;
+mod folder_access;
 mod jobs;
-mod look;
 mod make;
 mod members;
 mod name;
@@ -55,8 +55,8 @@ use crate::{
 };
 use cipher::Secret;
 use folder::Folder;
+use folder_access::FolderAccess;
 use jobs::Jobs;
-use look::Looks;
 use members::{Round, Way};
 use offsite::Offsite;
 
@@ -154,7 +154,7 @@ pub struct Backups {
     admin: Arc<Admin>,
     events: Recorder,
     jobs: Jobs,
-    looks: Looks,
+    access: FolderAccess,
     /// When the next automatic one is due.
     next: Mutex<Option<u64>>,
     offsite: Offsite,
@@ -173,8 +173,8 @@ impl Backups {
     pub fn new(config: BackupConfig, node: Handle, admin: Arc<Admin>, events: Recorder, asker: Asker) -> Arc<Self> {
         let folder = Folder::new(config.folder.clone(), node.status().borrow().node);
         let offsite = Offsite::new(config.url.clone());
-        let (jobs, looks, next, round) = Default::default();
-        Arc::new(Self { config, folder, node, admin, events, jobs, looks, next, offsite, asker, round })
+        let (jobs, access, next, round) = Default::default();
+        Arc::new(Self { config, folder, node, admin, events, jobs, access, next, offsite, asker, round })
     }
 
     /// All backups in the folder of this host, newest first.
@@ -182,22 +182,22 @@ impl Backups {
     /// # Errors
     /// [`BackupError::Io`] when the folder cannot be read, [`BackupError::Hangs`] when it does not answer.
     pub async fn list(&self) -> Result<Vec<Backup>, BackupError> {
-        self.look(Folder::list).await
+        self.in_folder(Folder::list).await
     }
 
     /// Does something short with the folder.
-    async fn look<T: Send + 'static>(
+    async fn in_folder<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Folder) -> Result<T, BackupError> + Send + 'static,
     ) -> Result<T, BackupError> {
         let folder = self.folder.clone();
-        self.looks.run(&self.config.folder, move || work(&folder)).await
+        self.access.run(&self.config.folder, move || work(&folder)).await
     }
 
     /// How backups are set up, and what is under way.
     pub async fn state(&self) -> BackupState {
         // A folder that cannot be read shows where it is used.
-        let found = self.look(|folder| Ok((folder.free().ok(), folder.list().unwrap_or_default()))).await;
+        let found = self.in_folder(|folder| Ok((folder.free().ok(), folder.list().unwrap_or_default()))).await;
         let (free, list) = found.unwrap_or_default();
         let (running, last) = self.jobs.picture();
         BackupState {
@@ -226,7 +226,7 @@ impl Backups {
     /// [`BackupError::NotFound`] when it is not in the folder, [`BackupError::Hangs`] when the folder does not answer.
     pub async fn path(&self, id: &str) -> Result<PathBuf, BackupError> {
         let id = BackupId::read(id)?;
-        self.look(move |folder| folder.find(&id)).await
+        self.in_folder(move |folder| folder.find(&id)).await
     }
 
     /// A backup for a download, and its length.
@@ -241,7 +241,7 @@ impl Backups {
 
     async fn open(&self, id: &str) -> Result<(File, u64), BackupError> {
         let wanted = BackupId::read(id)?;
-        let opened = self.look(move |folder| {
+        let opened = self.in_folder(move |folder| {
             let path = folder.find(&wanted)?;
             let file = File::open(&path).map_err(BackupError::io("open", &path))?;
             let length = file.metadata().map_err(BackupError::io("look at", &path))?.len();
@@ -270,7 +270,7 @@ impl Backups {
         }
         self.jobs.check_free(id)?;
         let to = BackupId { name: new.to_owned(), ..old.clone() };
-        let done = self.look(move |folder| folder.rename(&old, &to)).await.map_err(BackupError::of_change);
+        let done = self.in_folder(move |folder| folder.rename(&old, &to)).await.map_err(BackupError::of_change);
         let done = self.or_where(id, Way::There(&format!("rename {id} {new}")), done).await?;
         tracing::info!(%by, from = id, to = done.id, "a backup was renamed");
         Ok(done)
@@ -289,7 +289,7 @@ impl Backups {
     async fn drop(&self, id: &str, by: &Actor) -> Result<(), BackupError> {
         let old = BackupId::read(id)?;
         self.jobs.check_free(id)?;
-        let done = self.look(move |folder| folder.delete(&old)).await.map_err(BackupError::of_change);
+        let done = self.in_folder(move |folder| folder.delete(&old)).await.map_err(BackupError::of_change);
         self.or_where(id, Way::There(&format!("delete {id}")), done).await?;
         tracing::info!(%by, id, "a backup was deleted");
         Ok(())

@@ -92,7 +92,7 @@ struct Source {
 }
 
 impl Source {
-    /// Looks at the beginning of a file.
+    /// Reads the beginning of a file.
     fn of(file: &Path) -> Result<Self, BackupError> {
         if !file.is_file() {
             return Err(BackupError::NotFound(format!("there is no file {}", file.display())));
@@ -162,7 +162,7 @@ impl Backups {
             RestoreFrom::Folder(id) => self.or_where(id, Way::Here, self.path(id).await).await?,
         };
         let path = file.clone();
-        let source = self.looks.run(&file, move || Source::of(&path)).await?;
+        let source = self.access.run(&file, move || Source::of(&path)).await?;
         // Its name may say so already, before anything is unpacked.
         if let Some(id) = &source.id {
             self.check_version(&id.version)?;

@@ -91,7 +91,7 @@ impl Backups {
         loop {
             // A folder that cannot be read is one where a backup fails, with its reason.
             let look = |folder: &Folder| Ok((folder.list()?, folder.is_used_by_another()));
-            let (list, elsewhere) = self.look(look).await.unwrap_or_default();
+            let (list, elsewhere) = self.in_folder(look).await.unwrap_or_default();
             let (time, early) = (unix_time(), earliest.saturating_duration_since(Instant::now()));
             let turn = due(Kind::Daily, &list, time) + APART * u64::from(self.rank());
             let next = turn.max(time + early.as_secs());

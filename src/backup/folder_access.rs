@@ -1,5 +1,5 @@
-//! Looks at the disk of the backups, which may be a network disk that does not answer. Must never leave more than a few
-//! threads waiting for it, nor anybody who asked.
+//! Access to the folder of the backups, which may be on a network disk that does not answer. Must never leave more than
+//! a few threads waiting for it, nor anybody who asked.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -7,25 +7,25 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{BackupError, blocking};
 
-/// How many looks may run at once; each one that hangs keeps its thread meanwhile.
+/// How many accesses may run at once; each one that hangs keeps its thread meanwhile.
 const AT_ONCE: usize = 4;
 /// How long anybody waits for a turn, and then for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The threads that look at the folder of the backups, which may hang.
+/// Lets a few threads at a time into the folder of the backups, where they may hang.
 #[derive(Debug)]
-pub(super) struct Looks {
+pub(super) struct FolderAccess {
     turns: Arc<Semaphore>,
     patience: Duration,
 }
 
-impl Default for Looks {
+impl Default for FolderAccess {
     fn default() -> Self {
         Self { turns: Arc::new(Semaphore::new(AT_ONCE)), patience: PATIENCE }
     }
 }
 
-impl Looks {
+impl FolderAccess {
     /// Does something short with what lies at `path`.
     ///
     /// # Errors
@@ -63,24 +63,24 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pipe = folder.path().join("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let looks = Looks { patience: Duration::from_millis(20), ..Looks::default() };
+        let access = FolderAccess { patience: Duration::from_millis(20), ..FolderAccess::default() };
         let begun = Arc::new(AtomicUsize::new(0));
         for _ in 0..3 * AT_ONCE {
             let (begun, path) = (begun.clone(), pipe.clone());
-            let looked = looks.run(&pipe, move || {
+            let answer = access.run(&pipe, move || {
                 begun.fetch_add(1, Ordering::SeqCst);
                 File::open(&path).map_err(BackupError::io("open", &path))
             });
-            assert!(matches!(looked.await, Err(BackupError::Hangs(_))));
+            assert!(matches!(answer.await, Err(BackupError::Hangs(_))));
         }
         assert!(begun.load(Ordering::SeqCst) <= AT_ONCE);
-        assert_eq!(looks.turns.available_permits(), 0, "each of them is still in it");
+        assert_eq!(access.turns.available_permits(), 0, "each of them is still in it");
         // Again and again: who opens the pipe later needs another writer.
-        while looks.turns.available_permits() < AT_ONCE {
+        while access.turns.available_permits() < AT_ONCE {
             let other = OpenOptions::new().write(true).read(true).open(&pipe).unwrap();
             tokio::time::sleep(Duration::from_millis(1)).await;
             drop(other);
         }
-        assert_eq!(looks.run(&pipe, || Ok(5)).await.unwrap(), 5, "it answers again");
+        assert_eq!(access.run(&pipe, || Ok(5)).await.unwrap(), 5, "it answers again");
     }
 }
