@@ -16,8 +16,8 @@ use ureq::http::Method;
 
 use super::{
     args::DONE_OR_REFUSED,
+    client::ApiClient,
     columns::{self, Cell, Paint, print_json, watched},
-    door::Door,
     quantity::{date, duration, size},
     remote::{Remote, segment},
     stop::{EX_FOUND, EX_IOERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop, confirm},
@@ -171,31 +171,31 @@ pub(super) enum Backups {
 pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
     match command {
         Backups::Create { target, name, no_wait } => {
-            let door = target.door()?;
-            let started: Started = door.call(&Call::post("backups?wait=false").with(name))?;
+            let client = target.client()?;
+            let started: Started = client.call(&Call::post("backups?wait=false").with(name))?;
             if *no_wait {
                 return say(&format!("{} is being made. See: twistcli backup list", started.id));
             }
-            follow(&door, &started)
+            follow(&client, &started)
         }
-        Backups::List { target, remote: true, json } => list_copies(&target.door()?, *json, paint),
-        Backups::List { target, remote: false, json } => list(&target.door()?, *json, paint),
-        Backups::Fetch { target, place } => fetch_copy(&target.door()?, place).map(|_| ()),
-        Backups::Download { target, id, to } => download(&target.door()?, id, to),
+        Backups::List { target, remote: true, json } => list_copies(&target.client()?, *json, paint),
+        Backups::List { target, remote: false, json } => list(&target.client()?, *json, paint),
+        Backups::Fetch { target, place } => fetch_copy(&target.client()?, place).map(|_| ()),
+        Backups::Download { target, id, to } => download(&target.client()?, id, to),
         Backups::Verify { target, id } => {
-            let door = target.door()?;
+            let client = target.client()?;
             let call = Call::post(format!("{}/verify?wait=false", one(id)));
-            let started: Started = door.call(&call)?;
-            follow(&door, &started)
+            let started: Started = client.call(&call)?;
+            follow(&client, &started)
         }
         Backups::Rename { target, id, name } => {
-            let renamed: Backup = target.door()?.call(&Call::patch(one(id)).with(name))?;
+            let renamed: Backup = target.client()?.call(&Call::patch(one(id)).with(name))?;
             say(&format!("It is {} now.", renamed.id))
         }
         Backups::Delete { target, id, yes } => {
-            let door = target.door()?;
+            let client = target.client()?;
             confirm(&format!("Delete the backup {id} for good?"), *yes)?;
-            door.have_done(&Call::delete(one(id)))?;
+            client.have_done(&Call::delete(one(id)))?;
             say(&format!("{id} is deleted."))
         }
     }
@@ -226,17 +226,17 @@ fn say(text: &str) -> Result<(), Stop> {
     Ok(())
 }
 
-fn list(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
-    let found: Vec<Backup> = door.call(&all_backups())?;
-    let state: BackupState = door.call(&backup_state())?;
+fn list(client: &ApiClient, json: bool, paint: Paint) -> Result<(), Stop> {
+    let found: Vec<Backup> = client.call(&all_backups())?;
+    let state: BackupState = client.call(&backup_state())?;
     if json {
         return print_json(&serde_json::json!({ "backups": found, "state": state }));
     }
     Ok(columns::print(&describe(&found, &state, paint))?)
 }
 
-fn list_copies(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
-    let found: Vec<RemoteBackup> = door.call(&backup_copies())?;
+fn list_copies(client: &ApiClient, json: bool, paint: Paint) -> Result<(), Stop> {
+    let found: Vec<RemoteBackup> = client.call(&backup_copies())?;
     if json {
         return print_json(&serde_json::json!(found));
     }
@@ -254,10 +254,10 @@ pub(super) fn copies_table(found: &[RemoteBackup], paint: Paint) -> String {
 }
 
 /// Has a copy fetched into the folder of this host. Returns its name there.
-pub(super) fn fetch_copy(door: &Door, place: &str) -> Result<String, Stop> {
-    door.host()?;
-    let started: Started = door.call(&Call::post("settings/backup/copies/fetch").with(place))?;
-    follow(door, &started)?;
+pub(super) fn fetch_copy(client: &ApiClient, place: &str) -> Result<String, Stop> {
+    client.host()?;
+    let started: Started = client.call(&Call::post("settings/backup/copies/fetch").with(place))?;
+    follow(client, &started)?;
     Ok(started.id)
 }
 
@@ -328,14 +328,14 @@ fn copies_line(copies: &CopyState) -> String {
 ///
 /// # Errors
 /// When it did not go well, or its end is not heard of.
-pub(super) fn follow(door: &Door, started: &Started) -> Result<(), Stop> {
+pub(super) fn follow(client: &ApiClient, started: &Started) -> Result<(), Stop> {
     let begun = Instant::now();
     let bar = if watched() { ProgressBar::no_length() } else { ProgressBar::hidden() };
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
         bar.set_style(style.progress_chars("##-"));
     }
     loop {
-        let state: BackupState = door.call(&backup_state()).inspect_err(|_| bar.abandon())?;
+        let state: BackupState = client.call(&backup_state()).inspect_err(|_| bar.abandon())?;
         let ended = state.last.filter(|last| last.number >= started.number);
         if let Some(last) = ended {
             bar.finish_and_clear();
@@ -379,8 +379,8 @@ fn outcome(last: &Outcome) -> Result<(), Stop> {
     if last.ok { say(&text) } else { Err(Stop::tell(EX_FOUND, &text)) }
 }
 
-fn download(door: &Door, id: &str, to: &Path) -> Result<(), Stop> {
-    let Door::Remote(remote) = door else {
+fn download(client: &ApiClient, id: &str, to: &Path) -> Result<(), Stop> {
+    let ApiClient::Remote(remote) = client else {
         let why = "without --address the backups are files of this host: copy them from the folder that `twistcli backup list` names";
         return Err(Stop::tell(EX_USAGE, why));
     };

@@ -10,8 +10,8 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
+    client::ApiClient,
     columns::watched,
-    door::Door,
     quantity::size,
     stop::{EX_TEMPFAIL, Stop},
 };
@@ -52,14 +52,14 @@ impl Progress {
 ///
 /// # Errors
 /// When the daemon cannot be reached, gives the role up, or `limit` is over.
-pub(super) fn wait(door: &Door, limit: Duration) -> Result<(), Stop> {
+pub(super) fn wait(client: &ApiClient, limit: Duration) -> Result<(), Stop> {
     let start = Instant::now();
     let bar = if watched() { ProgressBar::no_length() } else { ProgressBar::hidden() };
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
         bar.set_style(style.progress_chars("##-"));
     }
     loop {
-        let status = door.status().inspect_err(|_| bar.abandon())?;
+        let status = client.status().inspect_err(|_| bar.abandon())?;
         let progress = Progress::of(&status);
         if progress.pending.is_empty() {
             bar.finish_and_clear();

@@ -133,7 +133,7 @@ pub(super) fn run(command: &Certs, paint: Paint) -> Result<(), Stop> {
 }
 
 fn list(target: &Target, json: bool, paint: Paint) -> Result<(), Stop> {
-    let found: Certificates = target.door()?.call(&Call::get("settings/certs"))?;
+    let found: Certificates = target.client()?.call(&Call::get("settings/certs"))?;
     if json {
         return print_json(&found);
     }
@@ -170,10 +170,10 @@ fn row(certificate: &CertificateStatus) -> Vec<Cell> {
 }
 
 fn set_names(args: &NamesArgs) -> Result<(), Stop> {
-    let door = args.target.door()?;
-    door.primary(&format!("twistcli certs set-names {}", args.names.join(" ")))?;
+    let client = args.target.client()?;
+    client.primary(&format!("twistcli certs set-names {}", args.names.join(" ")))?;
     let wanted = Names { names: args.names.clone() };
-    let Names { names } = door.call(&Call::post("settings/certs").with(wanted))?;
+    let Names { names } = client.call(&Call::post("settings/certs").with(wanted))?;
     let sentence = match names.as_slice() {
         [] => "Every Console's certificate is good for the names of its host only.".to_owned(),
         names => format!("Every Console's certificate is good for {}, too.", columns::harmless(&names.join(", "))),
@@ -189,9 +189,9 @@ fn upload(args: &UploadArgs) -> Result<(), Stop> {
         pem.push('\n');
         pem.push_str(&read(key)?);
     }
-    let door = args.target.door()?;
-    door.primary("twistcli certs upload FILE")?;
-    let given: Custom = door.call(&Call::post("settings/custom-certs").with(Upload { certificate: pem }))?;
+    let client = args.target.client()?;
+    client.primary("twistcli certs upload FILE")?;
+    let given: Custom = client.call(&Call::post("settings/custom-certs").with(Upload { certificate: pem }))?;
     let (subject, until) = (columns::harmless(&given.info.subject), date(given.info.not_after));
     writeln!(io::stdout(), "All Consoles serve the certificate {subject}, good until {until}.")?;
     eprintln!("SHA-256 fingerprint:\n  {}", given.info.fingerprint);
@@ -223,10 +223,10 @@ fn read(path: &Path) -> Result<String, Stop> {
 }
 
 fn remove(target: &Target, yes: bool) -> Result<(), Stop> {
-    let door = target.door()?;
-    door.primary("twistcli certs remove")?;
+    let client = target.client()?;
+    client.primary("twistcli certs remove")?;
     confirm("Have all Consoles serve certificates of the cluster's authority again?", yes)?;
-    door.have_done(&Call::delete("settings/custom-certs"))?;
+    client.have_done(&Call::delete("settings/custom-certs"))?;
     Ok(writeln!(io::stdout(), "All Consoles serve certificates of the cluster's authority again.")?)
 }
 

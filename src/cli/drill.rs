@@ -25,9 +25,9 @@ use serde_json::json;
 use super::{
     args::DrillArgs,
     canary::{Acknowledged, Canary, Failed, consoles},
+    client::ApiClient,
     columns::{self, print_json},
     daemon::{ANSWER_LIMIT, Local},
-    door::Door,
     place::Place,
     stop::{EX_FOUND, EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop},
 };
@@ -80,11 +80,11 @@ struct Outcome {
 ///
 /// # Errors
 /// When it is refused or cannot be carried out.
-pub(super) fn run(door: &Door, args: &DrillArgs) -> Result<u8, Stop> {
+pub(super) fn run(client: &ApiClient, args: &DrillArgs) -> Result<u8, Stop> {
     let command = if args.kill { "twistcli ha drill --kill" } else { "twistcli ha drill" };
-    let status = door.primary(command)?;
+    let status = client.primary(command)?;
     ready(&status, unix_time()).map_err(|why| Stop::refuse(&why))?;
-    let (mut canary, takeover) = prepare(door, args, &status)?;
+    let (mut canary, takeover) = prepare(client, args, &status)?;
     eprintln!(
         "{} writes until another member has taken over ({}) ...",
         status.name,
@@ -102,7 +102,7 @@ pub(super) fn run(door: &Door, args: &DrillArgs) -> Result<u8, Stop> {
         eprintln!("twistcli: the end of the drill could not be told, and its tags named drill-... are left: {why}");
     }
     let outcome = outcome?;
-    if let Door::Local(local) = door
+    if let ApiClient::Local(local) = client
         && let Err(error) = record(&local.data, &outcome)
     {
         eprintln!("twistcli: the result is not recorded in {}: {error}", local.data.join(RECORD).display());
@@ -154,26 +154,26 @@ struct Begun {
 }
 
 /// Begins a drill. Returns a canary with its token, and how the role is to be taken.
-fn prepare(door: &Door, args: &DrillArgs, status: &Status) -> Result<(Canary, Takeover), Stop> {
-    if args.kill && matches!(door, Door::Remote(_)) {
+fn prepare(client: &ApiClient, args: &DrillArgs, status: &Status) -> Result<(Canary, Takeover), Stop> {
+    if args.kill && matches!(client, ApiClient::Remote(_)) {
         let why = "--kill ends the daemon of this host: run it on the PRIMARY, without --address";
         return Err(Stop::tell(EX_USAGE, why));
     }
     let console = args.target.console()?;
     let (named, trust) = match &console {
-        Door::Remote(remote) if matches!(door, Door::Remote(_)) => {
+        ApiClient::Remote(remote) if matches!(client, ApiClient::Remote(_)) => {
             (remote.places().first().and_then(Place::port), remote.trust.clone())
         }
-        Door::Remote(remote) => (None, remote.trust.clone()),
-        Door::Local(local) => (None, args.target.login().trust(Some(local.authority()))?),
+        ApiClient::Remote(remote) => (None, remote.trust.clone()),
+        ApiClient::Local(local) => (None, args.target.login().trust(Some(local.authority()))?),
     };
     let plan = json!({ "takeover": if args.kill { "kill" } else { "switchover" } });
     let begun: Begun = console.call(&Call::post("high-availability/drill").with(plan))?;
     let port = args.https_port.or(named).or(begun.https_port);
     // Each member by its own address: behind a load balancer nobody sees who answers.
     let canary = Canary::new(consoles(status, port), &trust, &begun.token, &begun.prefix);
-    let takeover = match door {
-        Door::Local(Local { socket, data, .. }) if args.kill => {
+    let takeover = match client {
+        ApiClient::Local(Local { socket, data, .. }) if args.kill => {
             Takeover::Kill { socket: socket.clone(), lock: data.join("lock") }
         }
         _ => Takeover::Switchover(Box::new(canary.switchover())),

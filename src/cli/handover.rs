@@ -13,7 +13,7 @@ use ureq::{
 };
 
 use super::{
-    door::Door,
+    client::ApiClient,
     place::Place,
     remote::Remote,
     stop::{EX_UNAVAILABLE, Stop},
@@ -42,7 +42,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// # Errors
 /// When nobody answers, it is refused, or the role does not go.
 pub(super) fn switchover(
-    door: &Door,
+    client: &ApiClient,
     remote: &Remote,
     before: &Status,
     to: Option<&str>,
@@ -56,7 +56,7 @@ pub(super) fn switchover(
     if report.checks.iter().any(|check| !check.ok) {
         return Ok(report);
     }
-    let (to, gap) = watch(door, remote, before)?;
+    let (to, gap) = watch(client, remote, before)?;
     Ok(SwitchoverReport { checks: checked.checks, to: Some(to), gap_ms: Some(gap.as_secs_f64() * 1e3) })
 }
 
@@ -86,7 +86,7 @@ fn ask(remote: &Remote, to: Option<&str>, dry_run: bool) -> Result<SwitchoverRep
 }
 
 /// Returns who is PRIMARY, and the longest time for which no Console answered.
-fn watch(door: &Door, remote: &Remote, before: &Status) -> Result<(String, Duration), Stop> {
+fn watch(client: &ApiClient, remote: &Remote, before: &Status) -> Result<(String, Duration), Stop> {
     let begun = Instant::now();
     let mut pulse = Pulse { agent: https::client(&remote.trust, LIMITS), places: remote.places() };
     let (mut last, mut gap, mut looked) = (begun, Duration::ZERO, begun);
@@ -99,7 +99,7 @@ fn watch(door: &Door, remote: &Remote, before: &Status) -> Result<(String, Durat
             gap = gap.max(silent);
             if odd || looked.elapsed() > LOOK {
                 let asked = Instant::now();
-                let status = door.status();
+                let status = client.status();
                 // It tries again while nobody answers: better a gap that is a little too long than one that was not
                 // seen.
                 gap = gap.max(asked.elapsed());

@@ -5,7 +5,7 @@ use std::io;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{door::Door, stop::Stop};
+use super::{client::ApiClient, stop::Stop};
 use crate::control::Call;
 
 /// Rows in one page: the most that the API gives.
@@ -17,10 +17,10 @@ const MAX_PAGES: usize = 100;
 ///
 /// # Errors
 /// When nobody answers as they should.
-pub(super) fn all(door: &Door, path: &str) -> Result<Vec<Value>, Stop> {
+pub(super) fn all(client: &ApiClient, path: &str) -> Result<Vec<Value>, Stop> {
     let mut found: Vec<Value> = Vec::new();
     for page in 0..MAX_PAGES {
-        let rows: Vec<Value> = door.call(&Call::get(format!("{path}?limit={PAGE}&offset={}", page * PAGE)))?;
+        let rows: Vec<Value> = client.call(&Call::get(format!("{path}?limit={PAGE}&offset={}", page * PAGE)))?;
         let last = rows.len() < PAGE;
         found.extend(rows);
         if last {

@@ -1,7 +1,7 @@
-//! `twistcli`: the administration tool. Owns its command line and its exit codes. What it knows comes through one
-//! [door]: the control socket of this host's daemon, or the API of the Consoles; while that daemon does not answer, its
-//! [files](past) tell what was. Must never change the data folder (but for the record that `ha drill` writes there),
-//! and must never print a password.
+//! `twistcli`: the administration tool. Owns its command line and its exit codes. It learns everything from one
+//! [client] of the API, by the control socket of this host's daemon or by the Consoles; while that daemon does not
+//! answer, its [files](past) tell what was. Must never change the data folder (but for the record that `ha drill` writes
+//! there), and must never print a password.
 
 mod args;
 mod backup;
@@ -9,9 +9,9 @@ mod bundle;
 mod canary;
 mod catch_up;
 mod certs;
+mod client;
 mod columns;
 mod daemon;
-mod door;
 mod drill;
 mod handover;
 mod lists;
@@ -47,8 +47,8 @@ use crate::control::Call;
 use args::Ha;
 use backup::Backups;
 use certs::Certs;
+use client::ApiClient;
 use columns::{Paint, When};
-use door::Door;
 use records::{AuditsArgs, LogsArgs};
 use restore::RestoreArgs;
 use stop::{EX_IOERR, EX_USAGE, Stop};
@@ -184,39 +184,39 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 fn ha(command: &Ha, paint: Paint) -> Result<u8, Stop> {
     match command {
-        Ha::Status(args) => status::run(&args.target.door()?, args, paint),
-        Ha::Events(args) => records::events(&args.target.door()?, args, paint).map(|()| 0),
-        Ha::JoinScript(args) => at(&args.target, |door| operate::join_script(door, args)),
-        Ha::Apply(args) => at(&args.target, |door| operate::apply(door, args)),
-        Ha::Reject { target, node } => at(target, |door| operate::reject(door, node)),
+        Ha::Status(args) => status::run(&args.target.client()?, args, paint),
+        Ha::Events(args) => records::events(&args.target.client()?, args, paint).map(|()| 0),
+        Ha::JoinScript(args) => at(&args.target, |client| operate::join_script(client, args)),
+        Ha::Apply(args) => at(&args.target, |client| operate::apply(client, args)),
+        Ha::Reject { target, node } => at(target, |client| operate::reject(client, node)),
         Ha::Revoke { target } => {
             let done = "All invitations are closed: no join script that was given out is good any more.";
             let call = Call::delete("high-availability/join-script");
-            at(target, |door| operate::simple(door, "revoke", &call, done))
+            at(target, |client| operate::simple(client, "revoke", &call, done))
         }
-        Ha::Remove(args) => at(&args.target, |door| operate::remove(door, args)),
-        Ha::Switchover(args) => at(&args.target, |door| operate::switchover(door, args, paint)),
-        Ha::Pause { target, span } => at(target, |door| operate::pause(door, span.as_secs())),
+        Ha::Remove(args) => at(&args.target, |client| operate::remove(client, args)),
+        Ha::Switchover(args) => at(&args.target, |client| operate::switchover(client, args, paint)),
+        Ha::Pause { target, span } => at(target, |client| operate::pause(client, span.as_secs())),
         Ha::Resume { target } => {
             let done = "The pause is over: the members take over by themselves again.";
             let call = Call::post("high-availability/resume");
-            at(target, |door| operate::simple(door, "resume", &call, done))
+            at(target, |client| operate::simple(client, "resume", &call, done))
         }
         Ha::RotateKey { target } => {
             let done = "The members exchange the cluster key now. See: twistcli ha status";
             let call = Call::post("high-availability/rotate-key");
-            at(target, |door| operate::simple(door, "rotate-key", &call, done))
+            at(target, |client| operate::simple(client, "rotate-key", &call, done))
         }
-        Ha::TestNotifications { target, json } => records::test_notifications(&target.door()?, *json, paint),
-        Ha::RotateCa(args) => at(&args.target, |door| operate::rotate_ca(door, args)),
-        Ha::SetAddress(args) => at(&args.target, |door| operate::set_address(door, args)),
-        Ha::Drill(args) => drill::run(&args.target.door()?, args),
+        Ha::TestNotifications { target, json } => records::test_notifications(&target.client()?, *json, paint),
+        Ha::RotateCa(args) => at(&args.target, |client| operate::rotate_ca(client, args)),
+        Ha::SetAddress(args) => at(&args.target, |client| operate::set_address(client, args)),
+        Ha::Drill(args) => drill::run(&args.target.client()?, args),
     }
 }
 
 /// Runs a command at the cluster that is meant.
-fn at(target: &Target, command: impl FnOnce(&Door) -> Result<(), Stop>) -> Result<u8, Stop> {
-    command(&target.door()?).map(|()| 0)
+fn at(target: &Target, command: impl FnOnce(&ApiClient) -> Result<(), Stop>) -> Result<u8, Stop> {
+    command(&target.client()?).map(|()| 0)
 }
 
 fn write(text: &[u8]) -> Result<u8, Stop> {

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     args::{ApplyArgs, JoinScriptArgs, RemoveArgs, RotateCaArgs, SetAddressArgs, SwitchoverArgs},
     catch_up,
+    client::ApiClient,
     columns::{self, Paint, print_json},
-    door::Door,
     handover, next,
     quantity::{clock, date, duration},
     remote::segment,
@@ -36,12 +36,12 @@ struct JoinScript {
 }
 
 /// Prints the line, or the script, that makes a host ask for admission.
-pub(super) fn join_script(door: &Door, args: &JoinScriptArgs) -> Result<(), Stop> {
+pub(super) fn join_script(client: &ApiClient, args: &JoinScriptArgs) -> Result<(), Stop> {
     let (valid, script) = (args.valid.as_secs(), if args.script { " --script" } else { "" });
     let span = if valid == 3600 { String::new() } else { format!(" --valid {valid}s") };
-    door.primary(&format!("twistcli ha join-script{span}{script}"))?;
+    client.primary(&format!("twistcli ha join-script{span}{script}"))?;
     let path = format!("high-availability/join-script?validSec={valid}&script={}", args.script);
-    let answer: JoinScript = door.call(&Call::get(path))?;
+    let answer: JoinScript = client.call(&Call::get(path))?;
     if args.json {
         return print_json(&answer);
     }
@@ -66,8 +66,8 @@ pub(super) fn join_script(door: &Door, args: &JoinScriptArgs) -> Result<(), Stop
 }
 
 /// Admits the hosts that ask, and waits until all members are up.
-pub(super) fn apply(door: &Door, args: &ApplyArgs) -> Result<(), Stop> {
-    let status = door.primary("twistcli ha apply")?;
+pub(super) fn apply(client: &ApiClient, args: &ApplyArgs) -> Result<(), Stop> {
+    let status = client.primary("twistcli ha apply")?;
     let requests = &status.membership.shared.requests;
     if requests.is_empty() {
         let mut text = "no host asks to join".to_owned();
@@ -80,14 +80,14 @@ pub(super) fn apply(door: &Door, args: &ApplyArgs) -> Result<(), Stop> {
     confirm("Admit them?", args.yes)?;
     let fingerprints = Some(requests.iter().map(|request| request.fingerprint.clone()).collect());
     let call = Call::post("high-availability/apply").with(Approval { fingerprints });
-    let Admitted { admitted } = door.call(&call)?;
+    let Admitted { admitted } = client.call(&call)?;
     let names: Vec<&str> = requests.iter().map(|request| request.name.as_str()).collect();
     writeln!(io::stdout(), "Admitted: {} (node {}).", names.join(", "), list(&admitted))?;
     if args.no_wait {
         eprintln!("Next: twistcli ha status --watch");
         return Ok(());
     }
-    catch_up::wait(door, args.wait)
+    catch_up::wait(client, args.wait)
 }
 
 /// "2 hosts ask".
@@ -117,9 +117,9 @@ fn describe(request: &Request) -> String {
 }
 
 /// Removes a member.
-pub(super) fn remove(door: &Door, args: &RemoveArgs) -> Result<(), Stop> {
+pub(super) fn remove(client: &ApiClient, args: &RemoveArgs) -> Result<(), Stop> {
     let force = if args.force { " --force" } else { "" };
-    let status = door.primary(&format!("twistcli ha remove {}{force}", args.node))?;
+    let status = client.primary(&format!("twistcli ha remove {}{force}", args.node))?;
     // Only to explain: which member a name means is for the daemon to decide, and to refuse.
     let named = |member: &&MemberStatus| member.name == args.node || member.id.to_string() == args.node;
     if let Some(member) = status.members.iter().find(named) {
@@ -127,7 +127,7 @@ pub(super) fn remove(door: &Door, args: &RemoveArgs) -> Result<(), Stop> {
     }
     confirm(&format!("Remove {}?", args.node), args.yes)?;
     let path = format!("{}?force={}", member(&args.node), args.force);
-    let Gone { warning } = door.call(&Call::delete(path))?;
+    let Gone { warning } = client.call(&Call::delete(path))?;
     writeln!(io::stdout(), "{} is removed.", args.node)?;
     if let Some(warning) = warning {
         eprintln!("Warning: {}", columns::harmless(&warning));
@@ -164,15 +164,15 @@ fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
 }
 
 /// Hands the role over, or only checks whether it could be.
-pub(super) fn switchover(door: &Door, args: &SwitchoverArgs, paint: Paint) -> Result<(), Stop> {
+pub(super) fn switchover(client: &ApiClient, args: &SwitchoverArgs, paint: Paint) -> Result<(), Stop> {
     let (to, dry_run) = (option("to", args.to.as_ref()), if args.dry_run { " --dry-run" } else { "" });
-    let status = door.primary(&format!("twistcli ha switchover{to}{dry_run}"))?;
-    let report: SwitchoverReport = match door {
-        Door::Local(_) => {
+    let status = client.primary(&format!("twistcli ha switchover{to}{dry_run}"))?;
+    let report: SwitchoverReport = match client {
+        ApiClient::Local(_) => {
             let wanted = Switchover { to: args.to.clone(), dry_run: args.dry_run };
-            door.call(&handover::switchover_to(wanted))?
+            client.call(&handover::switchover_to(wanted))?
         }
-        Door::Remote(remote) => handover::switchover(door, remote, &status, args.to.as_deref(), args.dry_run)?,
+        ApiClient::Remote(remote) => handover::switchover(client, remote, &status, args.to.as_deref(), args.dry_run)?,
     };
     let possible = report.checks.iter().all(|check| check.ok);
     if args.json {
@@ -180,7 +180,7 @@ pub(super) fn switchover(door: &Door, args: &SwitchoverArgs, paint: Paint) -> Re
     } else {
         columns::print(&describe_switchover(&report, args.dry_run, paint))?;
         if report.gap_ms.is_some() {
-            let there = if matches!(door, Door::Local(_)) { "on that host, " } else { "" };
+            let there = if matches!(client, ApiClient::Local(_)) { "on that host, " } else { "" };
             eprintln!("Next, to bring it back: {there}twistcli ha switchover --to {}", status.name);
         }
     }
@@ -204,20 +204,20 @@ fn describe_switchover(report: &SwitchoverReport, dry_run: bool, paint: Paint) -
 }
 
 /// No automatic takeover for a while.
-pub(super) fn pause(door: &Door, seconds: u64) -> Result<(), Stop> {
-    let status = door.primary(&format!("twistcli ha pause --for {seconds}s"))?;
+pub(super) fn pause(client: &ApiClient, seconds: u64) -> Result<(), Stop> {
+    let status = client.primary(&format!("twistcli ha pause --for {seconds}s"))?;
     let span = Pause { minutes: None, seconds: Some(u32::try_from(seconds).unwrap_or(u32::MAX)) };
-    let Paused { until } = door.call(&Call::post("high-availability/pause").with(span))?;
+    let Paused { until } = client.call(&Call::post("high-availability/pause").with(span))?;
     writeln!(io::stdout(), "PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name)?;
     eprintln!("Next, when the maintenance is done: twistcli ha resume");
     Ok(())
 }
 
 /// Replaces the certificate authority.
-pub(super) fn rotate_ca(door: &Door, args: &RotateCaArgs) -> Result<(), Stop> {
+pub(super) fn rotate_ca(client: &ApiClient, args: &RotateCaArgs) -> Result<(), Stop> {
     let overlap = args.overlap.as_secs();
     let command = format!("rotate-ca --overlap {overlap}s");
-    door.primary(&format!("twistcli ha {command}"))?;
+    client.primary(&format!("twistcli ha {command}"))?;
     eprintln!("All certificates of nodes and Consoles are made anew, and join scripts that were given out end.");
     eprintln!(
         "Clients that know the old CA need the new one within {}, when it begins to sign: certificates/ca.pem of each member \
@@ -227,7 +227,7 @@ pub(super) fn rotate_ca(door: &Door, args: &RotateCaArgs) -> Result<(), Stop> {
     confirm("Replace the certificate authority?", args.yes)?;
     let overlap = Overlap { overlap_sec: u32::try_from(overlap).unwrap_or(u32::MAX) };
     simple(
-        door,
+        client,
         &command,
         &Call::post("high-availability/rotate-ca").with(overlap),
         "The members trust the new authority now, and it signs when the overlap is over. See: twistcli ha status",
@@ -235,18 +235,18 @@ pub(super) fn rotate_ca(door: &Door, args: &RotateCaArgs) -> Result<(), Stop> {
 }
 
 /// Gives a member another address.
-pub(super) fn set_address(door: &Door, args: &SetAddressArgs) -> Result<(), Stop> {
+pub(super) fn set_address(client: &ApiClient, args: &SetAddressArgs) -> Result<(), Stop> {
     let (to, port) = (option("to", args.to.as_ref()), option("port", args.port.as_ref()));
     let command = format!("set-address {}{to}{port}{}", args.node, option("name", args.name.as_ref()));
     let place = Place { name: args.name.clone(), address: args.to.clone(), port: args.port };
     let call = Call::put(format!("{}/address", member(&args.node))).with(place);
-    simple(door, &command, &call, "The members dial the new address from now on. See: twistcli ha status")
+    simple(client, &command, &call, "The members dial the new address from now on. See: twistcli ha status")
 }
 
 /// Turns a host down.
-pub(super) fn reject(door: &Door, host: &str) -> Result<(), Stop> {
+pub(super) fn reject(client: &ApiClient, host: &str) -> Result<(), Stop> {
     let call = Call::delete(format!("high-availability/requests/{}", segment(host)));
-    simple(door, &format!("reject {host}"), &call, &format!("{host} is turned down."))
+    simple(client, &format!("reject {host}"), &call, &format!("{host} is turned down."))
 }
 
 /// An option of a command that has to be run elsewhere.
@@ -255,9 +255,9 @@ fn option(name: &str, value: Option<&impl Display>) -> String {
 }
 
 /// An operation without an answer. `command` is what asks for it, behind `twistcli ha`.
-pub(super) fn simple(door: &Door, command: &str, call: &Call, done: &str) -> Result<(), Stop> {
-    door.primary(&format!("twistcli ha {command}"))?;
-    door.have_done(call)?;
+pub(super) fn simple(client: &ApiClient, command: &str, call: &Call, done: &str) -> Result<(), Stop> {
+    client.primary(&format!("twistcli ha {command}"))?;
+    client.have_done(call)?;
     writeln!(io::stdout(), "{done}")?;
     Ok(())
 }

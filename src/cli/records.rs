@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use super::{
     args::{EventsArgs, span},
+    client::ApiClient,
     columns::{self, Cell, Paint, print_json},
-    door::Door,
     lists,
     quantity::moment,
     remote::segment,
@@ -82,11 +82,11 @@ pub(super) struct LogsArgs {
 ///
 /// # Errors
 /// When nobody answers.
-pub(super) fn events(door: &Door, args: &EventsArgs, paint: Paint) -> Result<(), Stop> {
+pub(super) fn events(client: &ApiClient, args: &EventsArgs, paint: Paint) -> Result<(), Stop> {
     let since = args.since.and_then(|since| Timestamp::from_second(before(since)).ok());
     let wanted = Wanted { limit: Some(args.limit), offset: None, kind: args.kind, since };
-    let asked = door.call(&Call::get(format!("high-availability/events?{}", query(&wanted))));
-    let found: Vec<Event> = asked.or_else(|stop| from_files(door, &wanted, stop))?;
+    let asked = client.call(&Call::get(format!("high-availability/events?{}", query(&wanted))));
+    let found: Vec<Event> = asked.or_else(|stop| from_files(client, &wanted, stop))?;
     if args.json {
         return print_json(&found);
     }
@@ -118,8 +118,8 @@ fn query(wanted: &Wanted) -> String {
 }
 
 /// The events of this host, while its daemon does not answer.
-fn from_files(door: &Door, wanted: &Wanted, stop: Stop) -> Result<Vec<Event>, Stop> {
-    let Door::Local(local) = door else { return Err(stop) };
+fn from_files(client: &ApiClient, wanted: &Wanted, stop: Stop) -> Result<Vec<Event>, Stop> {
+    let ApiClient::Local(local) = client else { return Err(stop) };
     let path = local.data.join(events::FILE);
     if !stop.is_unanswered() || !path.is_file() {
         return Err(stop);
@@ -134,8 +134,8 @@ fn from_files(door: &Door, wanted: &Wanted, stop: Stop) -> Result<Vec<Event>, St
 ///
 /// # Errors
 /// When nobody answers, or may do this.
-pub(super) fn test_notifications(door: &Door, json: bool, paint: Paint) -> Result<u8, Stop> {
-    let sent: Vec<Delivery> = door.call(&Call::post("settings/notifications/test"))?;
+pub(super) fn test_notifications(client: &ApiClient, json: bool, paint: Paint) -> Result<u8, Stop> {
+    let sent: Vec<Delivery> = client.call(&Call::post("settings/notifications/test"))?;
     let fine = !sent.is_empty() && sent.iter().all(|delivery| delivery.ok);
     if json {
         print_json(&sent)?;
@@ -236,8 +236,8 @@ struct Line {
 pub(super) fn logs(args: &LogsArgs, paint: Paint) -> Result<(), Stop> {
     let hint =
         "The lines were in its memory. What it wrote: journalctl -u twistlockd -e; what happened: twistcli ha events";
-    let door = args.target.console().map_err(|stop| stop.or_else_try(hint))?;
-    let found: Vec<Value> = door.call(&Call::get(format!("logs/console?lines={}", args.lines)))?;
+    let client = args.target.console().map_err(|stop| stop.or_else_try(hint))?;
+    let found: Vec<Value> = client.call(&Call::get(format!("logs/console?lines={}", args.lines)))?;
     if args.json {
         return print_json(&found);
     }

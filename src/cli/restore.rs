@@ -11,8 +11,8 @@ use clap::Args;
 
 use super::{
     backup::{all_backups, backup_copies, backup_state, fetch_copy, follow},
+    client::ApiClient,
     columns,
-    door::Door,
     quantity::{date, size},
     stop::{EX_NOINPUT, EX_USAGE, Stop, ask, confirm},
     target::Target,
@@ -77,14 +77,14 @@ struct Found {
 /// # Errors
 /// When nobody answers, it is refused, or nobody confirms.
 pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
-    let door = target_here(&args.target)?;
+    let client = target_here(&args.target)?;
     let path = match &args.remote {
-        Some(copy) => fetched(&door, copy.as_deref())?,
-        None => named(&door, args)?,
+        Some(copy) => fetched(&client, copy.as_deref())?,
+        None => named(&client, args)?,
     };
     let unreadable = |error: io::Error| Stop::tell(EX_NOINPUT, &format!("{}: {error}", path.display()));
     let file = fs::canonicalize(&path).map_err(unreadable)?;
-    let status = door.primary(&format!("twistcli restore {}", file.display()))?;
+    let status = client.primary(&format!("twistcli restore {}", file.display()))?;
     eprintln!(
         "{} replaces the whole database of {}.\nAll that was written since it was made is lost. The Console is closed meanwhile, \
          and everybody has to log in again.",
@@ -96,18 +96,18 @@ pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
     }
     confirm("Close the Console and restore it?", args.yes)?;
     let wanted = File { file, stop_console: true, unencrypted: args.unencrypted };
-    let started: Started = door.call(&Call::post("restore").with(wanted))?;
-    follow(&door, &started)
+    let started: Started = client.call(&Call::post("restore").with(wanted))?;
+    follow(&client, &started)
 }
 
 /// The file that was named, or chosen in a folder.
-fn named(door: &Door, args: &RestoreArgs) -> Result<PathBuf, Stop> {
+fn named(client: &ApiClient, args: &RestoreArgs) -> Result<PathBuf, Stop> {
     match args.path.as_ref().or(args.data_recovery_folder.as_ref()) {
         Some(path) if path.is_file() => Ok(path.clone()),
         Some(folder) => choose(folder),
         None => {
-            let all: Vec<Backup> = door.call(&all_backups())?;
-            let state: BackupState = door.call(&backup_state())?;
+            let all: Vec<Backup> = client.call(&all_backups())?;
+            let state: BackupState = client.call(&backup_state())?;
             eprint!("{}", elsewhere(&all, &state));
             choose(Path::new(&state.folder))
         }
@@ -133,14 +133,14 @@ fn elsewhere(all: &[Backup], state: &BackupState) -> String {
 }
 
 /// A copy, brought into the folder first.
-fn fetched(door: &Door, copy: Option<&str>) -> Result<PathBuf, Stop> {
+fn fetched(client: &ApiClient, copy: Option<&str>) -> Result<PathBuf, Stop> {
     // Another host's folder would be of no use.
-    door.primary("twistcli restore --remote")?;
-    let state: BackupState = door.call(&backup_state())?;
+    client.primary("twistcli restore --remote")?;
+    let state: BackupState = client.call(&backup_state())?;
     let place = match copy {
         Some(place) => place.to_owned(),
         None => {
-            let found: Vec<RemoteBackup> = door.call(&backup_copies())?;
+            let found: Vec<RemoteBackup> = client.call(&backup_copies())?;
             let line = |copy: &RemoteBackup| {
                 format!("{}  {}  {}", columns::harmless(&copy.place), date(copy.backup.time), size(copy.backup.bytes))
             };
@@ -149,17 +149,17 @@ fn fetched(door: &Door, copy: Option<&str>) -> Result<PathBuf, Stop> {
             found[pick(&lines, &columns::harmless(&what))?].place.clone()
         }
     };
-    Ok(Path::new(&state.folder).join(fetch_copy(door, &place)?))
+    Ok(Path::new(&state.folder).join(fetch_copy(client, &place)?))
 }
 
 /// Only on a host of the cluster: the file is there, and so is whoever may do this.
-fn target_here(target: &Target) -> Result<Door, Stop> {
-    match target.door()? {
-        Door::Remote(_) => {
+fn target_here(target: &Target) -> Result<ApiClient, Stop> {
+    match target.client()? {
+        ApiClient::Remote(_) => {
             let why = "a restore is made on the PRIMARY's host, without --address (and without TWISTLOCK_ADDRESS)";
             Err(Stop::tell(EX_USAGE, why))
         }
-        door => Ok(door),
+        client => Ok(client),
     }
 }
 

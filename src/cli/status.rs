@@ -4,8 +4,8 @@ use std::io::{self, IsTerminal};
 
 use super::{
     args::StatusArgs,
+    client::ApiClient,
     columns::{self, Paint},
-    door::Door,
     stop::Stop,
     table,
 };
@@ -21,15 +21,15 @@ const HOME_AND_CLEAR: &str = "\x1b[H\x1b[J";
 ///
 /// # Errors
 /// When there is none, or the output cannot be written.
-pub(super) fn run(door: &Door, args: &StatusArgs, paint: Paint) -> Result<u8, Stop> {
+pub(super) fn run(client: &ApiClient, args: &StatusArgs, paint: Paint) -> Result<u8, Stop> {
     let Some(interval) = args.watch else {
-        let (text, code) = look(door, args.json, false, paint).or_else(|stop| old(door, args.json, paint, stop))?;
+        let (text, code) = look(client, args.json, false, paint).or_else(|stop| old(client, args.json, paint, stop))?;
         columns::print(&text)?;
         return Ok(code);
     };
     let redraw = io::stdout().is_terminal() && !columns::is_dumb() && !args.json;
     loop {
-        match look(door, args.json, true, paint) {
+        match look(client, args.json, true, paint) {
             Ok((text, _)) if redraw => columns::print(&format!("{HOME_AND_CLEAR}{text}"))?,
             Ok((text, _)) => columns::print(&text)?,
             // Trying a refused login again and again would keep everybody else from logging in.
@@ -42,8 +42,8 @@ pub(super) fn run(door: &Door, args: &StatusArgs, paint: Paint) -> Result<u8, St
 }
 
 /// What is known of the time before the daemon of this host did not answer any more, with the exit code of that.
-fn old(door: &Door, json: bool, paint: Paint, stop: Stop) -> Result<(String, u8), Stop> {
-    let Some(past) = door.past(&stop) else { return Err(stop) };
+fn old(client: &ApiClient, json: bool, paint: Paint, stop: Stop) -> Result<(String, u8), Stop> {
+    let Some(past) = client.past(&stop) else { return Err(stop) };
     let text = match json {
         true => {
             let json = past.json(unix_time_ms(), stop.why().trim_start_matches("twistcli: "));
@@ -55,8 +55,8 @@ fn old(door: &Door, json: bool, paint: Paint, stop: Stop) -> Result<(String, u8)
 }
 
 /// One look: what to print and the exit code for it.
-fn look(door: &Door, json: bool, one_line: bool, paint: Paint) -> Result<(String, u8), Stop> {
-    let status = door.status()?;
+fn look(client: &ApiClient, json: bool, one_line: bool, paint: Paint) -> Result<(String, u8), Stop> {
+    let status = client.status()?;
     let code = judge(&status, unix_time()).health as u8;
     if !json {
         return Ok((table::render(&status, paint.0, unix_time()), code));

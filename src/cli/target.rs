@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{
+    client::ApiClient,
     daemon::Local,
-    door::Door,
     login::{DATA_VARIABLE, DEFAULT_DATA, LoginArgs, THERE, variable},
     place::{HTTPS_PORT, Place},
     remote::Remote,
@@ -45,27 +45,27 @@ impl Target {
     ///
     /// # Errors
     /// When the configuration file, an address or the authority's certificate cannot be used, or nobody can be asked.
-    pub(super) fn door(&self) -> Result<Door, Stop> {
+    pub(super) fn client(&self) -> Result<ApiClient, Stop> {
         let places = if self.is_local() { Vec::new() } else { self.addresses()? };
         if places.is_empty() {
-            return Ok(Door::Local(self.local()?));
+            return Ok(ApiClient::Local(self.local()?));
         }
-        Ok(Door::Remote(Remote::new(places, self.login.trust(None)?, self.login.resolve()?)))
+        Ok(ApiClient::Remote(Remote::new(places, self.login.trust(None)?, self.login.resolve()?)))
     }
 
     /// The way to the PRIMARY's Console: by this host's daemon where it is PRIMARY and nobody is named to log in as.
     ///
     /// # Errors
     /// When it cannot be found, or there is no login.
-    pub(super) fn console(&self) -> Result<Door, Stop> {
-        let door = self.door()?;
-        let Door::Local(local) = &door else { return Ok(door) };
+    pub(super) fn console(&self) -> Result<ApiClient, Stop> {
+        let client = self.client()?;
+        let ApiClient::Local(local) = &client else { return Ok(client) };
         let status = local.status()?;
         if status.primary == Some(status.node) && !self.login.is_named() {
             // Who may do all of it on this host anyway is not asked for a password.
-            return Ok(door);
+            return Ok(client);
         }
-        local.consoles(&self.login).map(Door::Remote)
+        local.consoles(&self.login).map(ApiClient::Remote)
     }
 
     /// The daemon of this host was named, whatever the environment says.

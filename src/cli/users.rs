@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::{
     args::DONE_OR_REFUSED,
+    client::ApiClient,
     columns::{self, Cell, Paint, print_json},
-    door::Door,
     lists,
     login::new_password,
     quantity::date,
@@ -150,9 +150,9 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
     match command {
         Users::List { target, json } => list(&target.console()?, *json, paint),
         Users::Add { target, named: Named { who }, role } => {
-            let door = target.console()?;
+            let client = target.console()?;
             let body = json!({ "username": who, "password": new_password(who)?, "role": role.name() });
-            door.have_done(&Call::post("users").with(body))?;
+            client.have_done(&Call::post("users").with(body))?;
             say(&format!("{who} is a user with the role {}.", role.name()))
         }
         Users::SetRole { target, named: Named { who }, role } => {
@@ -161,15 +161,15 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
             say(&format!("{who} has the role {}. All sessions of {who} have ended.", role.name()))
         }
         Users::SetPassword { target, named: Named { who } } => {
-            let door = target.console()?;
+            let client = target.console()?;
             let body = json!({ "username": who, "password": new_password(who)? });
-            door.have_done(&Call::put("users").with(body))?;
+            client.have_done(&Call::put("users").with(body))?;
             say(&format!("{who} has a new password. All sessions of {who} have ended."))
         }
         Users::Passwd { target } => {
-            let remote = match target.door()? {
-                Door::Remote(remote) => remote,
-                Door::Local(local) => local.consoles(target.login())?,
+            let remote = match target.client()? {
+                ApiClient::Remote(remote) => remote,
+                ApiClient::Local(local) => local.consoles(target.login())?,
             };
             let Login::Password { user, password } = &remote.login else {
                 return Err(Stop::tell(EX_USAGE, "a token does not say the password in use: give --user"));
@@ -179,9 +179,9 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
             say(&format!("{user} has a new password. All sessions of {user} have ended."))
         }
         Users::Delete { target, named: Named { who }, yes } => {
-            let door = target.console()?;
+            let client = target.console()?;
             confirm(&format!("Delete the user {who}?"), *yes)?;
-            door.have_done(&Call::delete(format!("users/{}", segment(who))))?;
+            client.have_done(&Call::delete(format!("users/{}", segment(who))))?;
             say(&format!("{who} is deleted."))
         }
     }
@@ -192,8 +192,8 @@ fn say(text: &str) -> Result<(), Stop> {
     Ok(())
 }
 
-fn list(door: &Door, json: bool, paint: Paint) -> Result<(), Stop> {
-    let found: Vec<Value> = lists::all(door, "users")?;
+fn list(client: &ApiClient, json: bool, paint: Paint) -> Result<(), Stop> {
+    let found: Vec<Value> = lists::all(client, "users")?;
     if json {
         return print_json(&found);
     }

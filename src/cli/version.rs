@@ -36,10 +36,10 @@ pub(super) struct VersionArgs {
 /// # Errors
 /// When nobody answers.
 pub(super) fn run(args: &VersionArgs, paint: Paint) -> Result<u8, Stop> {
-    let door = args.target.door()?;
-    let status = match door.status() {
+    let client = args.target.client()?;
+    let status = match client.status() {
         Ok(status) => status,
-        Err(stop) => return without_daemon(door.past(&stop), args.json, paint, stop),
+        Err(stop) => return without_daemon(client.past(&stop), args.json, paint, stop),
     };
     let members = status.members.iter().map(|member| (&*member.name, member.state.to_string(), &*member.version));
     show(members.collect(), args.json, paint, false)?;

@@ -1,6 +1,6 @@
-//! The two addresses of a cluster behind one door: the control socket of this host's daemon, and the Consoles with a
-//! login. Both speak the same API, so that a command is written once. Must never decide what is permitted: that is up
-//! to the daemon.
+//! The API of a cluster, by one of its two ways: the control socket of this host's daemon, or the Consoles with a login.
+//! Both serve the same API, so that a command is written once. Must never decide what is permitted: that is up to the
+//! daemon.
 
 use serde::de::{DeserializeOwned, IgnoredAny};
 
@@ -12,13 +12,13 @@ use super::{
 };
 use crate::{control::Call, node::Status};
 
-/// The way to a cluster.
-pub(super) enum Door {
+/// Asks a cluster, through the daemon of this host or through its Consoles.
+pub(super) enum ApiClient {
     Local(Local),
     Remote(Remote),
 }
 
-impl Door {
+impl ApiClient {
     /// What the files of this host tell of the time before, if it is this host's daemon that did not answer.
     pub(super) fn past(&self, stop: &Stop) -> Option<Past> {
         match self {
