@@ -13,7 +13,7 @@ const HEARD_LATELY: u64 = 1_000_000_000;
 
 /// A change of the configuration, as a committed entry makes it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Configured {
+pub struct ChangeInForce {
     /// Raft index of the entry.
     pub index: u64,
     /// Who votes from now on; none if that has not changed.
@@ -174,7 +174,7 @@ impl<S: Storage> Cluster<S> {
                 self.membership_index = entry.index;
             }
             if conf.is_some() || membership.is_some() {
-                self.configured.push(Configured { index: entry.index, conf, membership });
+                self.changes_in_force.push(ChangeInForce { index: entry.index, conf, membership });
             }
         }
         Ok(())

@@ -24,7 +24,7 @@ use raft::{
     eraftpb::{Entry, HardState, Message, MessageType},
 };
 
-pub use configure::{ChangeError, Configured, NotUnderstood};
+pub use configure::{ChangeError, ChangeInForce, NotUnderstood};
 pub use level::{FEATURE_LEVEL, PROGRAM_VERSION};
 pub use membership::{Change, ClusterId, Membership, Newcomer};
 pub use role::{Cause, Lease, Phase, Role, Transition};
@@ -87,7 +87,7 @@ pub struct Output {
     pub send: Vec<Message>,
     /// 4. Changes of the configuration that are in force now, oldest first: to be made durable before [`Cluster::persisted`] is
     ///    called with the number of `persist`, which is there then.
-    pub configured: Vec<Configured>,
+    pub changes_in_force: Vec<ChangeInForce>,
     /// 5. What to append to the raft log.
     pub persist: Option<Persist>,
     /// 6. Everything up to here is in the logs of a majority: waiting commits may be released.
@@ -139,7 +139,7 @@ pub struct Cluster<S: Storage> {
     heard: BTreeMap<NodeId, u64>,
     /// End of the time in which this node must not take over by itself.
     paused_until: u64,
-    configured: Vec<Configured>,
+    changes_in_force: Vec<ChangeInForce>,
     timing: Timing,
     election: Election<S>,
     phase: Phase,
@@ -214,7 +214,7 @@ impl<S: Storage> Cluster<S> {
             changing: 0,
             heard: BTreeMap::new(),
             paused_until: 0,
-            configured: Vec::new(),
+            changes_in_force: Vec::new(),
             timing,
             served: 0,
             phase: Phase::Startup,
@@ -475,7 +475,7 @@ impl<S: Storage> Cluster<S> {
             transitions: std::mem::take(&mut self.transitions),
             send: std::mem::take(&mut self.free),
             persist,
-            configured: std::mem::take(&mut self.configured),
+            changes_in_force: std::mem::take(&mut self.changes_in_force),
             committed: if matches!(self.phase, Phase::Promoting | Phase::Primary) { self.committed() } else { 0 },
             apply: self.applied,
             promote,

@@ -538,7 +538,7 @@ impl Driver {
             }
         }
         if let Some(persist) = output.persist {
-            let keep = self.configured(output.configured);
+            let keep = self.put_in_force(output.changes_in_force);
             let bytes = persist.entries.iter().map(|entry| entry.data.len()).sum();
             self.lane.thread.appended(bytes);
             if self.host.rollback.watch(&self.log, &persist.entries) {

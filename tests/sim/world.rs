@@ -8,7 +8,7 @@ use std::{
 use raft::eraftpb::EntryType;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use twistlock_ha::{
-    cluster::{Cause, Change, Cluster, Configured, Membership, Newcomer, Output, Phase, Start, Timing, Transition},
+    cluster::{Cause, Change, ChangeInForce, Cluster, Membership, Newcomer, Output, Phase, Start, Timing, Transition},
     storage::database::ApplyError,
 };
 
@@ -363,8 +363,8 @@ impl World {
     }
 
     /// What came into force on a node is followed at once, and on its disk before it promises anything behind `number`.
-    fn configured(&mut self, at: usize, number: u64, configured: Configured) {
-        let Configured { index, conf, membership } = configured;
+    fn put_in_force(&mut self, at: usize, number: u64, change: ChangeInForce) {
+        let ChangeInForce { index, conf, membership } = change;
         if let Some(conf) = &conf {
             assert!(!conf.voters.is_empty() && conf.voters.len() as u64 <= self.size, "impossible voters {conf:?}");
         }
@@ -539,10 +539,10 @@ impl World {
             self.transition(at, *transition);
         }
         output.send.into_iter().for_each(|message| self.send(message));
-        let keeps = !output.configured.is_empty();
+        let keeps = !output.changes_in_force.is_empty();
         assert!(!keeps || output.persist.is_some(), "nothing says when it is durable");
         let number = output.persist.as_ref().map_or(0, |persist| persist.number);
-        output.configured.into_iter().for_each(|configured| self.configured(at, number, configured));
+        output.changes_in_force.into_iter().for_each(|change| self.put_in_force(at, number, change));
         if let Some(persist) = output.persist {
             let node = &mut self.nodes[at];
             node.log.append(persist.number, persist.entries, persist.hard_state);

@@ -10,7 +10,7 @@ use super::{Driver, space::NoRoom};
 use crate::{
     clock::since_1970,
     cluster::{
-        Change, Configured, Membership, NodeId,
+        Change, ChangeInForce, Membership, NodeId,
         limits::MAX_ENCODED,
         membership::{Difference, differences},
         roster::Pause,
@@ -72,13 +72,13 @@ impl Driver {
     /// the database makes no checkpoint: a start from an earlier state reads these entries again, as if for the first
     /// time. Whoever asked for a change waits for the disk, and so does everything that this node promises from here
     /// on.
-    pub(super) fn configured(&mut self, configured: Vec<Configured>) -> Keep {
+    pub(super) fn put_in_force(&mut self, changes: Vec<ChangeInForce>) -> Keep {
         let mut keep = Keep::default();
-        if configured.is_empty() {
+        if changes.is_empty() {
             return keep;
         }
         self.lane.thread.pin(true);
-        for Configured { index, conf, membership } in configured {
+        for ChangeInForce { index, conf, membership } in changes {
             if let Some(membership) = membership {
                 self.config.configuration = StoredMembership { index, membership };
                 keep.membership = Some(self.config.configuration.clone());
