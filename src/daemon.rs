@@ -198,12 +198,12 @@ impl Parts {
         let version = PROGRAM_VERSION;
         let starts = Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name));
         events.record(starts.field("version", version));
-        let Found { configuration, log, databases, replaced, quiet, mind, standing } =
+        let Found { stored, log, databases, replaced, quiet, mind, standing } =
             open_memory(config, &data, &identity, health.as_ref(), &mut notes)?;
         let names = |address: &str| found::console_names(config, address);
-        heal::certificates(data.path(), &identity, &configuration.membership, names, &mut notes)?;
+        heal::certificates(data.path(), &identity, &stored.membership, names, &mut notes)?;
         let certificates = data.path().join("certificates");
-        renewal::at_start(&certificates, &configuration.membership, identity.node);
+        renewal::at_start(&certificates, &stored.membership, identity.node);
         let node_tls = NodeTls::load(&certificates).context("load the certificates of this node")?;
         let others: Vec<NodeId> =
             identity.membership.roster.members.iter().map(|m| m.id).filter(|id| *id != identity.node).collect();
@@ -214,7 +214,7 @@ impl Parts {
         if let Err(error) = datagrams {
             warn!(%address, %error, "no datagrams (UDP) are taken from the other members: all goes by TCP alone");
         }
-        let node_config = node_config(config, &identity, configuration, quiet, lease.clone(), mind);
+        let node_config = node_config(config, &identity, stored, quiet, lease.clone(), mind);
         let (handle, thread) =
             node::spawn(node_config, log, databases, (links, sender.clone())).context("start the node")?;
         let config = config.clone();

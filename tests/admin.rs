@@ -121,7 +121,7 @@ impl Founder {
         let database = Database::open(&database, CONSOLE_DATABASE, log.last_index()).unwrap();
         let (links, sender) = Links::new(LinksConfig::new(identity.node, Vec::new())).unwrap();
         let node_config = NodeConfig {
-            configuration: StoredMembership { index: 1, membership: identity.membership.clone() },
+            stored: StoredMembership { index: 1, membership: identity.membership.clone() },
             data: data.path().to_owned(),
             node: identity.node,
             name: identity.name.clone(),

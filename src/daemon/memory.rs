@@ -36,8 +36,8 @@ pub(super) struct Mind {
 
 impl Mind {
     /// Follows the membership with which the node starts. What changed since the others were remembered is not known.
-    pub fn follow(&self, configuration: &StoredMembership) {
-        if configuration.index > self.edition {
+    pub fn follow(&self, stored: &StoredMembership) {
+        if stored.index > self.edition {
             self.others.clear();
         }
     }

@@ -93,7 +93,7 @@ pub(super) fn promise(config: &Config) -> Duration {
 
 /// What the start found in the data folder.
 pub(super) struct Found {
-    pub configuration: StoredMembership,
+    pub stored: StoredMembership,
     pub log: RaftLog,
     pub databases: Databases,
     /// That another copy of the database was put in place.
@@ -142,17 +142,17 @@ pub(super) fn open_memory(
         None => heal::database(data.path(), &log, notes)?,
     };
     info!(index = database.applied(), ms = start.elapsed().as_millis() as u64, "database opened at its checkpoint");
-    let configuration = match (&scratch, known) {
+    let stored = match (&scratch, known) {
         (None, _) => heal::membership(data.path(), identity, &log, &mut database, notes)?,
         (Some(_), Some(known)) => known,
         (Some(_), None) => StoredMembership { index: 1, membership: identity.membership.clone() },
     };
-    mind.follow(&configuration);
-    refuse_if_outdated(&configuration.membership)?;
+    mind.follow(&stored);
+    refuse_if_outdated(&stored.membership)?;
     let quiet = heal::promised_earlier(promise(config), data.path(), first, notes)?;
     let replaced = event.or(replaced);
     let databases = Databases::of_console(database);
-    Ok(Found { configuration, log, databases, replaced, quiet, mind, standing })
+    Ok(Found { stored, log, databases, replaced, quiet, mind, standing })
 }
 
 /// Refuses to touch the data of a cluster that relies on what this program does not have.
@@ -167,13 +167,13 @@ pub(super) fn refuse_if_outdated(membership: &Membership) -> Result<()> {
 pub(super) fn node_config(
     config: &Config,
     identity: &Identity,
-    configuration: StoredMembership,
+    stored: StoredMembership,
     quiet: Duration,
     lease: Lease,
     mind: Mind,
 ) -> NodeConfig {
     NodeConfig {
-        configuration,
+        stored,
         data: config.data_folder.clone(),
         node: identity.node,
         name: identity.name.clone(),

@@ -99,7 +99,7 @@ fn member(data: &Path) -> Identity {
 /// What a start found.
 struct Started {
     identity: Identity,
-    configuration: StoredMembership,
+    stored: StoredMembership,
     distrusted: Option<String>,
     notes: Notes,
 }
@@ -113,15 +113,15 @@ fn start(data: &Path) -> Result<Option<Started>> {
     let log = open_log(data, &identity);
     fs::create_dir_all(data.join("database"))?;
     let mut database = database(data, &log, &mut notes)?;
-    let configuration = membership(data, &identity, &log, &mut database, &mut notes)?;
+    let stored = membership(data, &identity, &log, &mut database, &mut notes)?;
     promised_earlier(std::time::Duration::from_millis(475), data, false, &mut notes)?;
     let names = |address: &str| vec!["first".to_owned(), address.to_owned()];
-    certificates(data, &identity, &configuration.membership, names, &mut notes)?;
+    certificates(data, &identity, &stored.membership, names, &mut notes)?;
     let dir = data.join("certificates");
     assert_eq!(NodeTls::load(&dir)?.identity, (identity.cluster, identity.node));
     Pair::load(&dir.join(CONSOLE_CERTIFICATE), &dir.join(CONSOLE_KEY))?;
     let distrusted = database.distrusted().map(str::to_owned);
-    Ok(Some(Started { identity, configuration, distrusted, notes }))
+    Ok(Some(Started { identity, stored, distrusted, notes }))
 }
 
 /// A folder for a few moments: hundreds of them are not worth a disk.
@@ -177,11 +177,7 @@ impl Original {
         };
         let Identity { cluster, node, name, .. } = &started.identity;
         assert_eq!((*cluster, *node, name.as_str()), (self.identity.cluster, 1, "first"), "{what}");
-        assert_eq!(
-            (started.configuration.index, started.configuration.membership.roster.members.len()),
-            (CHANGED, 3),
-            "{what}"
-        );
+        assert_eq!((started.stored.index, started.stored.membership.roster.members.len()), (CHANGED, 3), "{what}");
         assert_eq!(started.distrusted, None, "{what}");
         let again = start(copied.path()).unwrap().unwrap();
         assert!(again.notes.sentences().iter().all(|note| note.contains(PROMISE)), "{what}: {:?}", again.notes);
@@ -301,7 +297,7 @@ fn what_the_raft_log_has_let_go_of_is_fetched() {
         assert!(started.distrusted.unwrap().contains("older copy"), "{names:?}");
     }
     let started = start_without(&[FILE]);
-    assert_eq!((started.distrusted, started.configuration.membership.roster.members.len()), (None, 3));
+    assert_eq!((started.distrusted, started.stored.membership.roster.members.len()), (None, 3));
     assert!(started.notes.sentences()[0].contains("made anew from its copy"));
     assert_eq!(start_without(&[COPY]).notes, Notes::default(), "it is made again at the next start");
     assert_eq!(start_without(&["certificates/node-key.pem"]).distrusted, None);

@@ -156,7 +156,7 @@ impl Driver {
     /// When one of them cannot be started.
     pub fn new(parts: Parts) -> io::Result<(Self, Views)> {
         let Parts { config, cluster, log, links, sender, inbox, databases, pulse } = parts;
-        let StoredMembership { index, membership } = &config.configuration;
+        let StoredMembership { index, membership } = &config.stored;
         let members = Members::new(config.node, membership);
         let membership = Arc::new(membership.clone());
         let (editions, edition) = watch::channel(Edition { index: *index, membership: membership.clone() });

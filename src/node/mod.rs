@@ -59,7 +59,7 @@ use inbox::{Input, Sender, SnapshotRequest};
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
     /// The membership to start with.
-    pub configuration: StoredMembership,
+    pub stored: StoredMembership,
     /// The data folder, where changes of the membership and dropped tails of the raft log are kept.
     pub data: PathBuf,
     pub node: NodeId,
@@ -248,7 +248,7 @@ pub fn spawn(
 ) -> io::Result<(Handle, JoinHandle<Exit>)> {
     let applied = first_applied(&log, &mut databases);
     trust_checkpoints(&log, databases.newest().max(applied))?;
-    let StoredMembership { index, membership } = &config.configuration;
+    let StoredMembership { index, membership } = &config.stored;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
     let forgotten = config.forgotten.is_some();
     let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level, forgotten };

@@ -78,7 +78,7 @@ pub(super) struct Publisher {
 
 impl Publisher {
     pub fn new(config: &NodeConfig) -> (Self, watch::Receiver<Arc<Status>>) {
-        let membership = config.configuration.membership.clone();
+        let membership = config.stored.membership.clone();
         let name = membership.get(config.node).map_or_else(|| config.name.clone(), |member| member.name.clone());
         let (version, reason) = (&config.version, "starts".to_owned());
         let still = Status::without_node(name, version, membership.clone(), Role::Startup, reason);

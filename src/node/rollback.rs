@@ -47,7 +47,7 @@ pub(super) struct Rollback {
 
 impl Rollback {
     pub fn new(config: &NodeConfig, database: Arc<File>, sender: Sender) -> Self {
-        let owner = (config.configuration.membership.cluster, config.node);
+        let owner = (config.stored.membership.cluster, config.node);
         Self { data: config.data.clone(), owner, sender, database, until: None, noted: None }
     }
 

@@ -230,7 +230,7 @@ mod tests {
         storage::raft_log::{Options, RealDisk},
     };
 
-    fn configuration(index: u64) -> StoredMembership {
+    fn stored(index: u64) -> StoredMembership {
         let member = Member::founder(1, "n1", "127.0.0.1", 8086);
         StoredMembership { index, membership: Membership::founded(ClusterId(7), vec![member]) }
     }
@@ -257,9 +257,9 @@ mod tests {
         let votes = Keep { membership: None, conf: Some((conf(&[1, 2]), 3)) };
         assert_eq!(ask(votes), (false, true, Some(Kept::Votes)));
         assert_eq!(log.applied_conf(), (conf(&[1, 2]), 3));
-        let both = Keep { membership: Some(configuration(4)), conf: Some((conf(&[1]), 4)) };
+        let both = Keep { membership: Some(stored(4)), conf: Some((conf(&[1]), 4)) };
         assert_eq!(ask(both), (false, true, Some(Kept::Membership)));
-        assert_eq!(StoredMembership::read(folder.path()).unwrap(), Some(configuration(4)));
+        assert_eq!(StoredMembership::read(folder.path()).unwrap(), Some(stored(4)));
         assert_eq!(log.applied_conf(), (conf(&[1]), 4));
     }
 
@@ -267,14 +267,14 @@ mod tests {
     fn a_keep_counts_as_on_its_way_until_its_own_request_is_reported() {
         let mut syncer = Syncer { slot: Arc::default(), asked: 0, keeps: 0, done: 0, number: 0 };
         syncer.ask(1, None, Keep::default());
-        syncer.keep_again(configuration(2));
+        syncer.keep_again(stored(2));
         syncer.ask(2, None, Keep::default());
         assert!(!syncer.note(1), "the one before it");
         assert!(!syncer.has_kept_all());
         assert!(syncer.note(3), "one report answers for all before it");
         // Neither an older value nor none replaces a newer one.
         let request = locked(&syncer.slot.request).take().unwrap();
-        assert_eq!((request.id, request.number, request.keep.membership), (3, 2, Some(configuration(2))));
+        assert_eq!((request.id, request.number, request.keep.membership), (3, 2, Some(stored(2))));
     }
 
     #[test]

@@ -26,7 +26,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 fn config(data: &std::path::Path) -> NodeConfig {
     let member = Member::founder(1, "one", "127.0.0.1", 8086);
     NodeConfig {
-        configuration: StoredMembership { index: 1, membership: Membership::founded(ClusterId(7), vec![member]) },
+        stored: StoredMembership { index: 1, membership: Membership::founded(ClusterId(7), vec![member]) },
         data: data.to_owned(),
         node: 1,
         name: "one".to_owned(),

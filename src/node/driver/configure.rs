@@ -80,8 +80,8 @@ impl Driver {
         self.lane.thread.pin(true);
         for ChangeInForce { index, conf, membership } in changes {
             if let Some(membership) = membership {
-                self.config.configuration = StoredMembership { index, membership };
-                keep.membership = Some(self.config.configuration.clone());
+                self.config.stored = StoredMembership { index, membership };
+                keep.membership = Some(self.config.stored.clone());
                 self.follow_membership();
             }
             if let Some(conf) = conf {
@@ -95,7 +95,7 @@ impl Driver {
     /// What was to be kept is on disk, except a membership that there was no space for. `all`: nothing else is on its
     /// way.
     pub(super) fn kept(&mut self, kept: Kept, all: bool) {
-        let index = self.config.configuration.index;
+        let index = self.config.stored.index;
         let before = self.in_force.unwritten;
         self.in_force.unwritten = kept.is_unwritten(before);
         match (before, self.in_force.unwritten) {
@@ -116,13 +116,13 @@ impl Driver {
     /// Writes the membership that could not be written for want of space.
     pub(super) fn write_membership_again(&mut self) {
         if self.in_force.unwritten && self.syncer.is_idle() {
-            self.syncer.keep_again(self.config.configuration.clone());
+            self.syncer.keep_again(self.config.stored.clone());
         }
     }
 
     /// Lets links, status and whoever watches follow the membership in force.
     pub(super) fn follow_membership(&mut self) {
-        let membership = self.config.configuration.membership.clone();
+        let membership = self.config.stored.membership.clone();
         log_differences(&self.in_force.membership.borrow(), &membership);
         self.in_force.paused_ignored = false;
         self.members.follow(&membership);
@@ -140,7 +140,7 @@ impl Driver {
         }
         self.leave_if_outdated();
         let membership = Arc::new(membership);
-        let index = self.config.configuration.index;
+        let index = self.config.stored.index;
         self.in_force.editions.send_replace(Edition { index, membership: membership.clone() });
         self.in_force.membership.send_replace(membership);
         self.follow_pause();
@@ -148,7 +148,7 @@ impl Driver {
 
     /// Also once per tick: the wall clock says when a pause ends, and it may be corrected after the start.
     pub(super) fn follow_pause(&mut self) {
-        let pause = &self.config.configuration.membership.roster.pause;
+        let pause = &self.config.stored.membership.roster.pause;
         let until = pause.as_ref().filter(|_| !self.in_force.paused_ignored).map_or(0, boottime_of);
         self.cluster.set_paused(boottime(), until);
     }

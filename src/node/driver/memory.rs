@@ -49,9 +49,9 @@ impl Keeper {
         let (queue, memories) = sync_channel(1);
         let data = config.data.clone();
         let thread = thread::Builder::new().name("memory".to_owned()).spawn(move || write(&data, &memories))?;
-        let mut next = Memory::new(config.configuration.membership.cluster);
+        let mut next = Memory::new(config.stored.membership.cluster);
         (next.own, next.others) = (config.reach, config.memory.known());
-        next.edition = config.configuration.index;
+        next.edition = config.stored.index;
         Ok(Self { queue: Some(queue), thread: Some(thread), last: (next.clone(), Instant::now()), next })
     }
 }
@@ -114,7 +114,7 @@ impl Driver {
         }
         self.config.memory.settle(self.cluster.epoch(), self.cluster.committed());
         keeper.next.others = self.config.memory.known();
-        keeper.next.edition = self.config.configuration.index;
+        keeper.next.edition = self.config.stored.index;
         // While the thread is busy, the next tick tries again.
         let taken = |memory: &Memory| keeper.queue.as_ref().is_some_and(|queue| queue.try_send(memory.clone()).is_ok());
         if keeper.next != keeper.last.0 && taken(&keeper.next) {
@@ -131,7 +131,7 @@ impl Driver {
             self.host.keeper.next.own.raise(&reach);
         }
         self.host.keeper.next.others = self.config.memory.known();
-        self.host.keeper.next.edition = self.config.configuration.index;
+        self.host.keeper.next.edition = self.config.stored.index;
         let Keeper { queue, thread, next, .. } = &mut self.host.keeper;
         let (Some(queue), Some(thread)) = (queue.take(), thread.take()) else { return };
         // One writer, to its end: two would write the same file.
@@ -148,7 +148,7 @@ impl Driver {
             return;
         }
         error!(reason = why, "this node lost some of its durable memory: it takes part in nothing until it is whole");
-        let cluster = self.config.configuration.membership.cluster;
+        let cluster = self.config.stored.membership.cluster;
         self.exit = Some(match note_forgotten(&self.config.data, cluster, why) {
             Ok(()) => Exit::Restart("it lost some of its durable memory".to_owned()),
             Err(error) => Exit::Fatal(format!("note that this node forgot: {error}")),

@@ -43,7 +43,7 @@ impl Upgrade {
 impl Driver {
     /// Once per tick.
     pub(super) fn follow_level(&mut self) {
-        let in_force = self.config.configuration.membership.shared.level;
+        let in_force = self.config.stored.membership.shared.level;
         let serves = self.cluster.phase() == Phase::Primary;
         let common = if serves { self.members.common_level(self.config.level) } else { None };
         let Some(level) = self.in_force.upgrade.due(common, in_force, Instant::now()) else { return };
@@ -57,7 +57,7 @@ impl Driver {
 
     /// This node's program lacks what the cluster relies on from now on: the next start says so, too, and ends there.
     pub(super) fn leave_if_outdated(&mut self) {
-        let membership = &self.config.configuration.membership;
+        let membership = &self.config.stored.membership;
         if membership.shared.level > self.config.level {
             let own = (self.config.version.as_str(), self.config.level);
             self.exit = Some(Exit::Fatal(outdated(
