@@ -395,7 +395,7 @@ impl Parts {
         if let Some(event) = &self.replaced {
             self.events.record(event.clone());
         }
-        follow(&self.events, &self.handle, ports, tasks);
+        spawn_reporters(&self.events, &self.handle, ports, tasks);
         let own = promise(&self.config);
         if self.quiet > own {
             let lowering = heal::lower_promise(own, self.quiet, self.config.data_folder.clone());
@@ -465,10 +465,10 @@ fn ends(name: &str, exit: &Result<Exit>) -> Event {
     Event::new(Kind::Role, severity, format!("{name} {why}")).field("ended", true)
 }
 
-/// Lets history, status and service manager follow the node.
-fn follow(recorder: &Recorder, handle: &Handle, ports: &SupervisorHandle, tasks: &mut Tasks) {
+/// Starts what tells the history, the status and the service manager how the node is.
+fn spawn_reporters(recorder: &Recorder, handle: &Handle, ports: &SupervisorHandle, tasks: &mut Tasks) {
     let (opened, open) = watch::channel(None);
-    tasks.spawn("history", Need::Steady, events::follow(recorder.clone(), handle.status(), open));
+    tasks.spawn("history", Need::Steady, events::record_changes(recorder.clone(), handle.status(), open));
     tasks.spawn("problems of the ports", Need::Steady, report_problems(ports.clone(), handle.clone(), opened));
     // Without it the service manager would end this process.
     tasks.spawn("service manager", Need::Vital, service_manager(handle.status()));

@@ -57,10 +57,10 @@ impl SwitchoverReport {
 impl Operations {
     /// All preconditions, and who would be primary.
     pub(super) fn check_switchover(&self, to: Option<&str>) -> Result<SwitchoverReport, AdminError> {
-        self.look(to).map(|(report, _)| report)
+        self.preconditions(to).map(|(report, _)| report)
     }
 
-    fn look(&self, to: Option<&str>) -> Result<(SwitchoverReport, Option<NodeId>), AdminError> {
+    fn preconditions(&self, to: Option<&str>) -> Result<(SwitchoverReport, Option<NodeId>), AdminError> {
         let status = self.primary()?;
         let wanted = to.map(|to| Self::member(&status.membership, to)).transpose()?;
         let (checks, target) = checks(&status, wanted);
@@ -69,7 +69,7 @@ impl Operations {
     }
 
     pub(super) async fn switchover(&self, to: Option<&str>, by: &str) -> Result<SwitchoverReport, AdminError> {
-        let (report, target) = self.look(to)?;
+        let (report, target) = self.preconditions(to)?;
         let failed = report.objections();
         let Some(target) = target.filter(|_| failed.is_none()) else {
             return Err(AdminError::Refused(failed.unwrap_or_default()));

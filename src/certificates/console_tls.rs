@@ -105,7 +105,7 @@ impl ConsoleTls {
         let (upload, problems, told) = (Upload::default(), Default::default(), Told::default());
         let mut tls =
             Self { certificates, node, local_names, own, folder, upload, served, serving, problems, told, slow: None };
-        tls.look(membership, true);
+        tls.poll(membership, true);
         Ok(tls)
     }
 
@@ -133,7 +133,7 @@ impl ConsoleTls {
             let known = membership.borrow_and_update().clone();
             // Reads, signs and fsyncs.
             let looked = task::spawn_blocking(move || {
-                let all = self.look(&known, announced);
+                let all = self.poll(&known, announced);
                 (self, all)
             });
             // Cancelled: the node ends. A panic would have ended the process.
@@ -148,10 +148,10 @@ impl ConsoleTls {
     }
 
     /// Looks once. Returns what is to be shown, if it may have changed.
-    fn look(&mut self, membership: &Membership, announced: bool) -> Option<Shown> {
+    fn poll(&mut self, membership: &Membership, announced: bool) -> Option<Shown> {
         let now = unix_time();
         let slow = announced || self.slow.is_none_or(|last| last.elapsed() >= SLOW_LOOK);
-        let changed = self.folder.look(now);
+        let changed = self.folder.poll(now);
         self.note(About::Folder, self.folder.problem().map(str::to_owned));
         if !slow && !changed {
             return None;
@@ -344,10 +344,10 @@ mod tests {
         let first = tls.own.info().clone();
         assert_eq!(first.names, ["host1", "192.0.2.1", CONSOLE_NAME]);
         let quiet = |shown: Shown| shown.warnings.iter().all(|(_, text)| text.is_none());
-        assert!(quiet(tls.look(&membership, true).unwrap()) && tls.own.info() == &first, "as it should be");
+        assert!(quiet(tls.poll(&membership, true).unwrap()) && tls.own.info() == &first, "as it should be");
         membership.roster.members[0].address = "192.0.2.9".to_owned();
         membership.shared.console_names = vec!["lb.example".to_owned(), "host1".to_owned()];
-        tls.look(&membership, true);
+        tls.poll(&membership, true);
         assert_eq!(tls.own.info().names, ["host1", "192.0.2.9", "lb.example", CONSOLE_NAME]);
         assert!(served.has_changed().unwrap());
         served.mark_unchanged();
@@ -356,7 +356,7 @@ mod tests {
         let key = ClusterKey::load(&tls.certificates).unwrap();
         let authority = Authority::create(ClusterId(7)).unwrap();
         membership.shared.authority = Some(authority.seal(&key).unwrap());
-        tls.look(&membership, true);
+        tls.poll(&membership, true);
         assert!(tls.own.is_signed_by(&pki::certificate_der(authority.certificate_pem()).unwrap()));
         assert!(served.has_changed().unwrap());
     }
@@ -375,7 +375,7 @@ mod tests {
             by: "a".into(),
             at: 1,
         });
-        let Shown { certificates, warnings: [(_, warning), _, _] } = tls.look(&membership, true).unwrap();
+        let Shown { certificates, warnings: [(_, warning), _, _] } = tls.poll(&membership, true).unwrap();
         let warning = warning.unwrap();
         assert!(warning.contains("stays as it was") && warning.contains("upload it again"), "{warning}");
         assert!(warning.contains("not good for lb.example"), "{warning}");
@@ -383,7 +383,7 @@ mod tests {
         let (authority, _) = Authority::establish(ClusterId(8), dir.path()).unwrap();
         authority.issue_console(&["own.example"]).unwrap().save_console(&tls.certificates).unwrap();
         let mut tls = open(dir.path(), &membership);
-        tls.look(&membership, true);
+        tls.poll(&membership, true);
         assert_eq!(tls.own.info().names[0], "own.example", "that of another authority is its administrator's");
     }
 
@@ -396,7 +396,7 @@ mod tests {
         let key = ClusterKey::load(&tls.certificates).unwrap();
         let pair = Pair::parse(&upload.cert_pem, &upload.key_pem).unwrap();
         membership.shared.custom_certificate = Some(pair.seal(&key, ClusterId(7), "admin", 1).unwrap());
-        let source = |tls: &mut ConsoleTls| tls.look(&membership, true).unwrap().certificates[0].source;
+        let source = |tls: &mut ConsoleTls| tls.poll(&membership, true).unwrap().certificates[0].source;
         assert_eq!(source(&mut tls), CertificateSource::Upload);
         let path = dir.path().join(pki::CUSTOM_FOLDER);
         std::fs::create_dir(&path).unwrap();
@@ -406,7 +406,7 @@ mod tests {
         std::fs::remove_dir_all(&path).unwrap();
         assert_eq!((source(&mut tls), source(&mut tls)), (CertificateSource::Folder, CertificateSource::Upload));
         membership.shared.custom_certificate = None;
-        assert_eq!(tls.look(&membership, true).unwrap().certificates[0].source, CertificateSource::Cluster);
+        assert_eq!(tls.poll(&membership, true).unwrap().certificates[0].source, CertificateSource::Cluster);
     }
 
     #[test]
@@ -418,7 +418,7 @@ mod tests {
         let (old, next) = (ClusterKey::load(&tls.certificates).unwrap(), ClusterKey::generate());
         membership.shared.custom_certificate = Some(pair.seal(&old, ClusterId(7), "admin", 1).unwrap());
         let shown = |tls: &mut ConsoleTls, membership: &Membership| {
-            let Shown { certificates, warnings: [(_, warning), ..] } = tls.look(membership, true).unwrap();
+            let Shown { certificates, warnings: [(_, warning), ..] } = tls.poll(membership, true).unwrap();
             (certificates[0].source, certificates[0].info == *pair.info(), warning)
         };
         let good = (CertificateSource::Upload, true, None);
@@ -441,7 +441,7 @@ mod tests {
         // Left behind by a replacement of the key: it is served until the next start, and everybody is told.
         membership.shared.custom_certificate = Some(given);
         let told =
-            |tls: &mut ConsoleTls| tls.look(&membership, true).unwrap().warnings[1].1.clone().unwrap_or_default();
+            |tls: &mut ConsoleTls| tls.poll(&membership, true).unwrap().warnings[1].1.clone().unwrap_or_default();
         assert!(told(&mut tls).contains("upload it again"));
         assert_eq!(shown(&mut tls, &membership).0, CertificateSource::Upload);
         let mut started = open(dir.path(), &membership);

@@ -42,7 +42,7 @@ impl CustomFolder {
 
     /// Looks again. Files that change are read once they were the same at two looks in a row: whoever replaces both
     /// does not do so at one instant. True if what is in use, or the problem, is another one than before.
-    pub fn look(&mut self, now: u64) -> bool {
+    pub fn poll(&mut self, now: u64) -> bool {
         let before = self.problem.clone();
         match states(&self.path) {
             Err(error) => self.problem = Some(self.broken(&error)),
@@ -160,27 +160,27 @@ mod tests {
     fn files_are_followed_once_they_rest() {
         let dir = tempfile::tempdir().unwrap();
         let mut folder = CustomFolder::open(dir.path()).unwrap();
-        assert!(folder.pair().is_none() && !folder.look(unix_time()));
+        assert!(folder.pair().is_none() && !folder.poll(unix_time()));
         put(dir.path(), &issued("a.example"));
-        assert!(!folder.look(unix_time()), "it may still be written to");
-        assert!(folder.look(unix_time()) && name(&folder).unwrap() == "a.example");
-        assert!(!folder.look(unix_time()));
+        assert!(!folder.poll(unix_time()), "it may still be written to");
+        assert!(folder.poll(unix_time()) && name(&folder).unwrap() == "a.example");
+        assert!(!folder.poll(unix_time()));
         // The certificate first and its key after a while: as soon as both are there.
         let next = issued("b.example");
         let path = dir.path().join(CUSTOM_FOLDER);
         store_pem(&path, CONSOLE_CERTIFICATE, &next.cert_pem, false).unwrap();
-        assert!(!folder.look(unix_time()));
-        assert!(folder.look(unix_time()) && folder.problem().unwrap().contains("does not belong"));
-        assert!(!folder.look(unix_time()), "said once");
+        assert!(!folder.poll(unix_time()));
+        assert!(folder.poll(unix_time()) && folder.problem().unwrap().contains("does not belong"));
+        assert!(!folder.poll(unix_time()), "said once");
         assert_eq!(name(&folder).unwrap(), "a.example");
         store_pem(&path, CONSOLE_KEY, &next.key_pem, true).unwrap();
-        assert!(!folder.look(unix_time()) && folder.look(unix_time()));
+        assert!(!folder.poll(unix_time()) && folder.poll(unix_time()));
         assert_eq!((name(&folder).unwrap().as_str(), folder.problem()), ("b.example", None));
         fs::remove_file(path.join(CONSOLE_KEY)).unwrap();
-        assert!(!folder.look(unix_time()) && folder.look(unix_time()));
+        assert!(!folder.poll(unix_time()) && folder.poll(unix_time()));
         assert!(folder.problem().unwrap().contains("console-key.pem is missing") && folder.pair().is_some());
         fs::remove_dir_all(&path).unwrap();
-        assert!(!folder.look(unix_time()) && folder.look(unix_time()));
+        assert!(!folder.poll(unix_time()) && folder.poll(unix_time()));
         assert!(folder.pair().is_none() && folder.problem().is_none(), "taken away on purpose");
     }
 
@@ -190,7 +190,7 @@ mod tests {
         put(dir.path(), &issued("a.example"));
         let mut folder = CustomFolder::open(dir.path()).unwrap();
         put(dir.path(), &issued("b.example"));
-        assert!(!folder.look(NOW) && folder.look(NOW));
+        assert!(!folder.poll(NOW) && folder.poll(NOW));
         assert!(folder.problem().unwrap().contains("has expired"));
         assert_eq!(name(&folder).unwrap(), "a.example");
     }

@@ -32,7 +32,7 @@ pub async fn run(dir: PathBuf, handle: Handle, tls: watch::Sender<Arc<NodeTls>>)
     let mut told = None;
     loop {
         let (membership, node) = (handle.membership().borrow().clone(), status.borrow().node);
-        let problem = look(&dir, &membership, node, &tls).err().map(|error| format!("{error:#}"));
+        let problem = renew_if_due(&dir, &membership, node, &tls).err().map(|error| format!("{error:#}"));
         if let (Some(problem), true) = (&problem, problem != told) {
             warn!("the certificate of this node cannot be renewed; trying again: {problem}");
         }
@@ -58,7 +58,7 @@ async fn wait_for_the_end<T>(status: &mut watch::Receiver<T>) {
     while status.changed().await.is_ok() {}
 }
 
-fn look(dir: &Path, membership: &Membership, node: NodeId, tls: &watch::Sender<Arc<NodeTls>>) -> Result<()> {
+fn renew_if_due(dir: &Path, membership: &Membership, node: NodeId, tls: &watch::Sender<Arc<NodeTls>>) -> Result<()> {
     let (from, until) = certificate_validity(&read(dir, NODE_CERTIFICATE)?)?;
     if !is_due(from, until, unix_time()) {
         return Ok(());
@@ -172,7 +172,7 @@ mod tests {
         let before = read(dir.path(), NODE_CERTIFICATE).unwrap();
         at_start(dir.path(), &membership, 1);
         let tls = watch::Sender::new(Arc::new(NodeTls::load(dir.path()).unwrap()));
-        look(dir.path(), &membership, 1, &tls).unwrap();
+        renew_if_due(dir.path(), &membership, 1, &tls).unwrap();
         assert_eq!(read(dir.path(), NODE_CERTIFICATE).unwrap(), before);
     }
 }

@@ -170,7 +170,7 @@ impl Known {
 
 /// Follows the membership in what is remembered. A member whose vote was taken away begins again: until it has its vote
 /// back, nobody relies on what it promised before, and then its raft log begins behind that.
-pub fn follow(known: &mut BTreeMap<NodeId, Known>, membership: &Membership, me: NodeId) {
+pub fn follow_membership(known: &mut BTreeMap<NodeId, Known>, membership: &Membership, me: NodeId) {
     known.retain(|id, _| membership.get(*id).is_some() && *id != me);
     for member in membership.roster.members.iter().filter(|member| member.id != me) {
         let known = known.entry(member.id).or_default();
@@ -232,7 +232,7 @@ mod tests {
         let member = |id| super::super::Member::founder(id, &format!("n{id}"), "127.0.0.1", 8086);
         let mut membership = Membership::founded(super::super::ClusterId(7), (1..=3).map(member).collect());
         let mut known = BTreeMap::new();
-        follow(&mut known, &membership, 1);
+        follow_membership(&mut known, &membership, 1);
         assert_eq!(known.keys().copied().collect::<Vec<_>>(), [2, 3]);
         let of = |known: &mut BTreeMap<NodeId, Known>| known.get_mut(&3).unwrap().clone();
         known.get_mut(&3).unwrap().admit(100);
@@ -247,10 +247,10 @@ mod tests {
         known.get_mut(&3).unwrap().reported(&Reach::default(), true);
         assert!(of(&mut known).objection(102, &whole(9, 99)).unwrap().contains("vote"));
         membership.roster.members[2].voter = false;
-        follow(&mut known, &membership, 1);
+        follow_membership(&mut known, &membership, 1);
         assert_eq!(of(&mut known).objection(102, &whole(1, 1)), None);
         membership.roster.members.remove(2);
-        follow(&mut known, &membership, 1);
+        follow_membership(&mut known, &membership, 1);
         assert!(!known.contains_key(&3));
     }
 }

@@ -51,8 +51,8 @@ impl Clock {
     }
 
     /// Follows the host's clock until the store is closed.
-    pub(super) async fn follow(&self, store: Store) {
-        let follow = async {
+    pub(super) async fn run(&self, store: Store) {
+        let forever = async {
             loop {
                 tokio::time::sleep(EVERY).await;
                 // Not possible at the moment, as while the role is given up: the next second tries again.
@@ -63,7 +63,7 @@ impl Clock {
         };
         tokio::select! {
             () = store.closing() => {}
-            () = follow => {}
+            () = forever => {}
         }
     }
 

@@ -37,7 +37,7 @@ pub(super) fn routes() -> Vec<Entry> {
 
 /// Writes events into the history until the Console is closed. What could not be written by then stays with the
 /// recorder, and is written when this node is PRIMARY again.
-pub(super) async fn keep(store: Store, recorder: Recorder) {
+pub(super) async fn write_history(store: Store, recorder: Recorder) {
     let write = async {
         loop {
             recorder.pending_events().await;

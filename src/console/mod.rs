@@ -163,10 +163,10 @@ impl Console {
         self.store.migrate().await?;
         audit_log::recall_logins(&self.store, &self.logins).await;
         let console = Arc::clone(self);
-        tokio::spawn(async move { console.clock.follow(console.store.clone()).await });
+        tokio::spawn(async move { console.clock.run(console.store.clone()).await });
         if let Some(services) = &self.services {
             services.inside.opened(self);
-            tokio::spawn(events::keep(self.store.clone(), services.events.clone()));
+            tokio::spawn(events::write_history(self.store.clone(), services.events.clone()));
         }
         Ok(())
     }

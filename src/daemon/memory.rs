@@ -35,8 +35,8 @@ pub(super) struct Mind {
 }
 
 impl Mind {
-    /// Follows the membership with which the node starts. What changed since the others were remembered is not known.
-    pub fn follow(&self, stored: &StoredMembership) {
+    /// Forgets the others if the membership changed after they were remembered: what they did since is not known.
+    pub fn forget_if_older(&self, stored: &StoredMembership) {
         if stored.index > self.edition {
             self.others.clear();
         }

@@ -147,7 +147,7 @@ pub(super) fn open_memory(
         (Some(_), Some(known)) => known,
         (Some(_), None) => StoredMembership { index: 1, membership: identity.membership.clone() },
     };
-    mind.follow(&stored);
+    mind.forget_if_older(&stored);
     refuse_if_outdated(&stored.membership)?;
     let quiet = heal::promised_earlier(promise(config), data.path(), first, notes)?;
     let replaced = event.or(replaced);

@@ -123,8 +123,8 @@ fn replaced(name: &str, was: &CertificateStatus, now: &CertificateStatus) -> Eve
 pub(super) struct Ends(BTreeMap<String, (String, u64)>);
 
 impl Ends {
-    /// What has come nearer to its end since the last look; `now` in seconds since 1970.
-    pub fn look(&mut self, name: &str, seen: &Certificates, now: u64) -> Vec<Event> {
+    /// Events for what has come nearer to its end since the last call; `now` in seconds since 1970.
+    pub fn new_events(&mut self, name: &str, seen: &Certificates, now: u64) -> Vec<Event> {
         let mut events = Vec::new();
         for certificate in &seen.own {
             let info = &certificate.info;
@@ -246,7 +246,7 @@ mod tests {
             ..Certificates::default()
         };
         let mut ends = Ends::default();
-        let mut at = |day: u64| ends.look("node1", &seen, day * DAY);
+        let mut at = |day: u64| ends.new_events("node1", &seen, day * DAY);
         assert_eq!(at(60), []);
         let first = at(70);
         let sentence = "the certificate of node1 (CN=node) expires on 1970-04-11";

@@ -6,8 +6,8 @@
 
 mod certificates;
 mod file;
-mod follow;
 pub mod notify;
+mod observer;
 mod recorder;
 mod webhook;
 
@@ -21,8 +21,8 @@ use serde_json::Value;
 use crate::clock::unix_time_ms;
 
 pub use file::{FILE, read};
-pub use follow::follow;
 pub use notify::Notifier;
+pub use observer::record_changes;
 pub use recorder::Recorder;
 pub use webhook::check_url;
 

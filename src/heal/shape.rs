@@ -47,7 +47,7 @@ const FILES: [(&str, u64); 10] = [
 pub(super) fn mend(data: &Path, notes: &mut Notes) -> Result<()> {
     for name in FOLDERS {
         // A link to a folder elsewhere is as good as one.
-        look(data, name, notes, |found| (!found.is_dir()).then_some("it is not a folder"))?;
+        move_away_if(data, name, notes, |found| (!found.is_dir()).then_some("it is not a folder"))?;
     }
     let file = |limit: u64| {
         move |found: &fs::Metadata| match found.is_file() {
@@ -56,15 +56,20 @@ pub(super) fn mend(data: &Path, notes: &mut Notes) -> Result<()> {
         }
     };
     for (name, limit) in FILES {
-        look(data, name, notes, file(limit))?;
+        move_away_if(data, name, notes, file(limit))?;
     }
     for name in CERTIFICATES {
-        look(data, &format!("certificates/{name}"), notes, file(SMALL))?;
+        move_away_if(data, &format!("certificates/{name}"), notes, file(SMALL))?;
     }
     Ok(())
 }
 
-fn look(data: &Path, name: &str, notes: &mut Notes, odd: impl Fn(&fs::Metadata) -> Option<&'static str>) -> Result<()> {
+fn move_away_if(
+    data: &Path,
+    name: &str,
+    notes: &mut Notes,
+    odd: impl Fn(&fs::Metadata) -> Option<&'static str>,
+) -> Result<()> {
     let path = data.join(name);
     let why = match fs::metadata(&path) {
         Ok(found) => odd(&found),

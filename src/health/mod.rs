@@ -6,10 +6,10 @@
 //! while the node starts, and while everything else is busy. Each connection carries one request: a check opens one,
 //! gets its answer and is done, and an idle client holds nothing.
 
+mod access;
 mod answers;
 mod checks;
 mod claim;
-mod door;
 mod metrics;
 mod page;
 mod report;
@@ -37,8 +37,8 @@ use crate::{
     descriptors,
     node::{Lease, Pulse, Status},
 };
+use access::AccessList;
 use claim::{Claim, ClaimedStream};
-use door::Door;
 
 pub use metrics::{MetricsPage, Permission};
 
@@ -214,15 +214,15 @@ async fn accept(listener: &TcpListener, sources: Sources) {
     let (room, members) = (descriptors::room(descriptors::budget().health), Acquaintances::new());
     let places = Places::new("health", room, Arc::clone(&members));
     let (friends, strangers) = (answers::router(sources.clone()), answers::for_strangers(sources.clone()));
-    let door = Arc::new(Door::new(sources.settings.allow.clone()));
-    tokio::spawn(Arc::clone(&door).follow(sources.clone()));
+    let access = Arc::new(AccessList::new(sources.settings.allow.clone()));
+    tokio::spawn(Arc::clone(&access).run(sources.clone()));
     loop {
         match listener.accept().await {
             Ok((stream, from)) => {
                 members.set_members(sources.status().membership.addresses());
                 let Some(place) = places.enter(from.ip()).await else { continue };
                 let own = stream.local_addr().map(|to| to.ip()).ok();
-                let router = if door.lets_in(from.ip(), own) { friends.clone() } else { strangers.clone() };
+                let router = if access.lets_in(from.ip(), own) { friends.clone() } else { strangers.clone() };
                 let claim = Claim::new(sources.clone());
                 tokio::spawn(async move {
                     // A client that is too slow is dropped; what it missed is not worth a line.

@@ -12,7 +12,7 @@ use tracing::error;
 
 use crate::{
     peer::Condition,
-    storage::watch::{self, Act, Failure, Look, Operation, Place, Slow},
+    storage::watch::{self, Act, Failure, Observed, Operation, Place, Slow},
 };
 
 use super::pulse::Pulse;
@@ -32,20 +32,20 @@ pub(super) const RETELL: Duration = Duration::from_secs(1);
 /// What is wrong with the disk of this host at this moment, in a sentence with the file and the error or the time; none
 /// if it works. Also answers while the consensus loop itself waits for the disk.
 pub fn trouble() -> Option<String> {
-    let (condition, sentence) = judge(&watch::look());
+    let (condition, sentence) = judge(&watch::observed());
     sentence.filter(|_| condition == Condition::Bad)
 }
 
 /// What to make of it.
-pub(super) fn judge(look: &Look) -> (Condition, Option<String>) {
+pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
     let told = |condition, sentence| (condition, Some(sentence));
-    if let Some(Slow { operation, took, .. }) = overdue(look) {
+    if let Some(Slow { operation, took, .. }) = overdue(observed) {
         return told(
             Condition::Bad,
             format!("the disk of this host does not answer: to {operation} has taken {} s so far", seconds(took)),
         );
     }
-    if let Some(Failure { operation, errno, .. }) = look.failed.filter(|failed| failed.ago < AFTER_FAILURE) {
+    if let Some(Failure { operation, errno, .. }) = observed.failed.filter(|failed| failed.ago < AFTER_FAILURE) {
         let error = match errno {
             0 => "an error without a number".to_owned(),
             errno => std::io::Error::from_raw_os_error(errno).to_string(),
@@ -53,14 +53,14 @@ pub(super) fn judge(look: &Look) -> (Condition, Option<String>) {
         return told(Condition::Bad, format!("the disk of this host fails: cannot {operation}: {error}"));
     }
     let was_overdue = |slow: &&Slow| slow.took >= limit(slow.operation) && slow.ago < AFTER_HANG;
-    if let Some(Slow { operation, took, .. }) = look.slow.iter().flatten().find(was_overdue).copied() {
+    if let Some(Slow { operation, took, .. }) = observed.slow.iter().flatten().find(was_overdue).copied() {
         return told(
             Condition::Bad,
             format!("the disk of this host hardly answers: to {operation} took {} s", seconds(took)),
         );
     }
-    let running = look.running.iter().flatten().find(|running| running.took >= watch::SLOW);
-    let slow = || look.slow.iter().flatten().find(|slow| slow.ago < AFTER_SLOW);
+    let running = observed.running.iter().flatten().find(|running| running.took >= watch::SLOW);
+    let slow = || observed.slow.iter().flatten().find(|slow| slow.ago < AFTER_SLOW);
     match running.or_else(slow).copied() {
         Some(Slow { operation, took, .. }) => {
             let waits = if limit(operation) == OVERDUE { "; every write waits for it" } else { "" };
@@ -72,8 +72,8 @@ pub(super) fn judge(look: &Look) -> (Condition, Option<String>) {
 }
 
 /// The operation that should have come back.
-pub(super) fn overdue(look: &Look) -> Option<Slow> {
-    look.running.iter().flatten().find(|running| running.took >= limit(running.operation)).copied()
+pub(super) fn overdue(observed: &Observed) -> Option<Slow> {
+    observed.running.iter().flatten().find(|running| running.took >= limit(running.operation)).copied()
 }
 
 fn limit(operation: Operation) -> Duration {
@@ -134,7 +134,7 @@ impl Disk {
     pub fn start(pulse: Pulse) -> io::Result<Self> {
         let (_witness, ended) = sync_channel(1);
         witness(pulse, ended)?;
-        let (since, failures, condition) = (Instant::now(), watch::look().failures, Condition::Good);
+        let (since, failures, condition) = (Instant::now(), watch::observed().failures, Condition::Good);
         Ok(Self { condition, since, told: None, given_up: None, failures, stuck: false, _witness })
     }
 
@@ -156,10 +156,10 @@ mod tests {
 
     #[test]
     fn a_disk_is_judged_by_what_hangs_what_failed_and_what_was_slow() {
-        let judged = |look: Look| judge(&look).0;
-        let running = |write, sync| Look { running: [write, sync], ..Look::default() };
-        let was = |write, sync| Look { slow: [write, sync], ..Look::default() };
-        assert_eq!(judged(Look::default()), Condition::Good);
+        let judged = |observed: Observed| judge(&observed).0;
+        let running = |write, sync| Observed { running: [write, sync], ..Observed::default() };
+        let was = |write, sync| Observed { slow: [write, sync], ..Observed::default() };
+        assert_eq!(judged(Observed::default()), Condition::Good);
         assert_eq!(judged(running(slow(WAL, 250, 0), None)), Condition::Good);
         assert_eq!(judged(running(slow(WAL, 400, 0), None)), Condition::Slow);
         assert_eq!(judged(running(slow(WAL, 900, 0), None)), Condition::Bad);
@@ -170,13 +170,14 @@ mod tests {
         assert_eq!(judged(running(slow(WAL, 20, 0), checkpoint(10_000, 0))), Condition::Bad);
         assert_eq!(judged(was(slow(WAL, 1_500, 1), None)), Condition::Bad);
         assert_eq!(judged(was(slow(WAL, 1_500, 1), checkpoint(600, 0))), Condition::Bad);
-        let again = Look { running: [slow(WAL, 400, 0), None], slow: [slow(WAL, 1_500, 1), None], ..Look::default() };
+        let again =
+            Observed { running: [slow(WAL, 400, 0), None], slow: [slow(WAL, 1_500, 1), None], ..Observed::default() };
         assert_eq!(judged(again), Condition::Bad, "the next one is not better for being younger");
         assert_eq!(judged(was(slow(WAL, 1_500, 3), None)), Condition::Slow);
         assert_eq!(judged(was(slow(WAL, 1_500, 6), None)), Condition::Good);
         let failed = |ago| Some(Failure { operation: WAL, errno: 5, ago: Duration::from_secs(ago) });
-        assert_eq!(judged(Look { failed: failed(20), ..Look::default() }), Condition::Good);
-        let (condition, sentence) = judge(&Look { failed: failed(19), ..Look::default() });
+        assert_eq!(judged(Observed { failed: failed(20), ..Observed::default() }), Condition::Good);
+        let (condition, sentence) = judge(&Observed { failed: failed(19), ..Observed::default() });
         let expected =
             "the disk of this host fails: cannot write database/console.db-wal: Input/output error (os error 5)";
         assert_eq!((condition, sentence.as_deref()), (Condition::Bad, Some(expected)));

@@ -75,12 +75,12 @@ pub(super) struct Members {
 impl Members {
     pub fn new(node: NodeId, membership: &Membership) -> Self {
         let mut members = Self { node, peers: BTreeMap::new(), voters: Vec::new(), news: true };
-        members.follow(membership);
+        members.update(membership);
         members
     }
 
-    /// The members from now on.
-    pub fn follow(&mut self, membership: &Membership) {
+    /// Takes over who is a member from now on.
+    pub fn update(&mut self, membership: &Membership) {
         let others: Vec<_> = membership.roster.members.iter().filter(|member| member.id != self.node).collect();
         self.peers.retain(|id, _| others.iter().any(|other| other.id == *id));
         for other in &others {
@@ -263,10 +263,10 @@ mod tests {
         members.peers.get_mut(&2).unwrap().bad_disk = None;
         let mut membership = membership();
         membership.roster.members[1].voter = false;
-        members.follow(&membership);
+        members.update(&membership);
         assert_eq!(members.secondary_with_space(), None);
         membership.roster.members[1].voter = true;
-        members.follow(&membership);
+        members.update(&membership);
         members.report(2, NodeReport { state: Role::Startup, ..report(70) });
         assert_eq!(members.secondary_with_space(), None);
         members.report(2, report(70));

@@ -44,9 +44,9 @@ impl Memory {
         self.lock().clear();
     }
 
-    /// Follows the membership.
-    pub fn follow(&self, membership: &Membership, me: NodeId) {
-        reach::follow(&mut self.lock(), membership, me);
+    /// Forgets whoever is no member any more, and what a member promised before its vote was taken away.
+    pub fn follow_membership(&self, membership: &Membership, me: NodeId) {
+        reach::follow_membership(&mut self.lock(), membership, me);
     }
 
     /// Notes a message that came on an admitted link.

@@ -166,11 +166,11 @@ pub async fn run(
     let mut diallers = Diallers { dialled: BTreeMap::new(), tasks: JoinSet::new(), identity, sender, complaints };
     // Neither the tasks nor the membership have an end of their own; an error of `shutdown` only says that nobody can
     // ask for the end any more.
-    let follow = async {
+    let dialling = async {
         loop {
             editions.mark_unchanged();
             told.mark_unchanged();
-            diallers.follow();
+            diallers.dial_members();
             tokio::select! {
                 Ok(()) = editions.changed() => {}
                 Ok(()) = told.changed() => {}
@@ -180,7 +180,7 @@ pub async fn run(
     };
     tokio::select! {
         _ = shutdown.wait_for(|stop| *stop) => {}
-        () = follow => {}
+        () = dialling => {}
     }
     diallers.tasks.shutdown().await;
     accepting.shutdown().await;
@@ -198,7 +198,7 @@ struct Diallers {
 
 impl Diallers {
     /// Dials all other members at the addresses that they have now, and nobody else.
-    fn follow(&mut self) {
+    fn dial_members(&mut self) {
         let members = self.identity.roster.others(self.identity.me);
         // Those that were stopped at earlier changes.
         while self.tasks.try_join_next().is_some() {}

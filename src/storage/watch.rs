@@ -141,7 +141,7 @@ pub struct Failure {
 
 /// What the watch knows at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Look {
+pub struct Observed {
     /// The oldest operation that runs: of those that transactions wait for, and of syncs of the database file.
     pub running: [Option<Slow>; 2],
     /// The last operation that was [`SLOW`], in the same order.
@@ -284,7 +284,7 @@ fn note(operation: Operation, errno: i32, kind: io::ErrorKind) {
 }
 
 /// What is known now.
-pub fn look() -> Look {
+pub fn observed() -> Observed {
     let now = now();
     let since = |at: u64| Duration::from_nanos(now.saturating_sub(at));
     let running = WATCH.slots.iter().filter_map(|slot| {
@@ -300,7 +300,7 @@ pub fn look() -> Look {
     }
     let slow = *locked(&WATCH.slow);
     let failed = *locked(&WATCH.failed);
-    Look {
+    Observed {
         running: oldest
             .map(|oldest| oldest.map(|(began, operation)| Slow { operation, took: since(began), ago: Duration::ZERO })),
         slow: slow.map(|slow| {
@@ -324,21 +324,21 @@ mod tests {
             assert_eq!(Operation::of(operation.code()), operation);
         }
         let hangs = begin(Place::Wal, Act::Write);
-        let oldest = look().running[0].expect("it runs");
+        let oldest = observed().running[0].expect("it runs");
         assert!(oldest.took < Duration::from_secs(60));
         let flush = begin(Place::Database, Act::Sync);
-        let [write, sync] = look().running.map(|running| running.expect("both are seen").operation);
+        let [write, sync] = observed().running.map(|running| running.expect("both are seen").operation);
         assert!(write != sync && sync == flush.operation);
         drop((hangs, flush));
         let error = |errno: Errno| io::Error::from_raw_os_error(errno as i32);
         for usual in [Errno::ENOENT, Errno::EMFILE, Errno::EINTR, Errno::ENOSPC] {
-            let before = look();
+            let before = observed();
             run(Place::Folder, Act::Look, || Err::<(), _>(error(usual))).unwrap_err();
-            assert!(look().failed.is_none_or(|failed| failed.errno != usual as i32));
-            assert!(look().refused > before.refused || usual != Errno::ENOSPC);
+            assert!(observed().failed.is_none_or(|failed| failed.errno != usual as i32));
+            assert!(observed().refused > before.refused || usual != Errno::ENOSPC);
         }
         run(Place::Folder, Act::Look, || Err::<(), _>(error(Errno::EUCLEAN))).unwrap_err();
-        let failed = look().failed.expect("a failure");
+        let failed = observed().failed.expect("a failure");
         assert_eq!((failed.errno, failed.operation.to_string()), (117, "look at the data folder".to_owned()));
         *locked(&WATCH.failed) = None; // other tests of this process must not find it
     }

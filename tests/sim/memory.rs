@@ -90,7 +90,7 @@ impl Node {
 
     /// Follows the membership in force in what is remembered of the others.
     pub fn follow(&mut self) {
-        reach::follow(&mut self.mind.1, &self.membership.0, self.id);
+        reach::follow_membership(&mut self.mind.1, &self.membership.0, self.id);
     }
 }
 

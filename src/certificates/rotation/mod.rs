@@ -56,7 +56,7 @@ pub async fn run(parts: Parts) {
         Rotation { parts, keys: None, stale: false, reported: None, problem: None, shown: None, waiting: None };
     while membership.has_changed().is_ok() {
         let now = membership.borrow_and_update().clone();
-        let result = rotation.look(&now).await;
+        let result = rotation.poll(&now).await;
         rotation.complain(&now, result.err());
         let changed = async {
             tokio::select! {
@@ -89,7 +89,7 @@ struct Rotation {
 }
 
 impl Rotation {
-    async fn look(&mut self, membership: &Membership) -> Result<()> {
+    async fn poll(&mut self, membership: &Membership) -> Result<()> {
         let status = self.parts.handle.status().borrow().clone();
         let member = membership.get(status.node).is_some();
         if membership.shared.authority.is_none() || membership.shared.level < 2 || !member {

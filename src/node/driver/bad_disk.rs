@@ -26,21 +26,21 @@ const PAUSE: Duration = Duration::from_secs(10);
 impl Driver {
     /// Once per tick.
     pub(super) fn watch_disk(&mut self) {
-        let look = watch::look();
-        let (condition, sentence) = judge(&look);
-        if look.failures > self.host.disk.failures {
-            metrics::counter!(telemetry::DISK_FAILURES).increment(look.failures - self.host.disk.failures);
-            self.host.disk.failures = look.failures;
+        let observed = watch::observed();
+        let (condition, sentence) = judge(&observed);
+        if observed.failures > self.host.disk.failures {
+            metrics::counter!(telemetry::DISK_FAILURES).increment(observed.failures - self.host.disk.failures);
+            self.host.disk.failures = observed.failures;
         }
         if condition != self.host.disk.condition {
             self.disk_becomes(condition, sentence.as_deref());
         }
         if condition == Condition::Bad {
-            self.leave_bad_disk(overdue(&look).is_some());
+            self.leave_bad_disk(overdue(&observed).is_some());
         }
         let now = Instant::now();
         if self.host.disk.told.is_some_and(|at| now.duration_since(at) >= RETELL) || self.host.disk.told.is_none() {
-            let waits = look.running.iter().flatten().map(|running| running.took).max().unwrap_or_default();
+            let waits = observed.running.iter().flatten().map(|running| running.took).max().unwrap_or_default();
             metrics::gauge!(telemetry::DISK_WAIT).set(waits.as_secs_f64());
             metrics::gauge!(telemetry::DISK_TROUBLE).set(match condition {
                 Condition::Good => 0.0,

@@ -125,11 +125,11 @@ impl Driver {
         let membership = self.config.stored.membership.clone();
         log_differences(&self.in_force.membership.borrow(), &membership);
         self.in_force.paused_ignored = false;
-        self.members.follow(&membership);
+        self.members.update(&membership);
         self.publisher.set_membership(&membership);
         let others: Vec<_> = membership.roster.members.iter().map(|member| member.id).collect();
         self.links.set_peers(&others);
-        self.config.memory.follow(&membership, self.config.node);
+        self.config.memory.follow_membership(&membership, self.config.node);
         if membership.get(self.config.node).is_none() {
             let at = membership.removed(self.config.node).and_then(|removed| i64::try_from(removed.at).ok());
             let at = at.and_then(|at| jiff::Timestamp::from_second(at).ok()).map(|at| format!(" at {at}"));

@@ -86,7 +86,7 @@ impl Space {
         let (look, ended) = sync_channel(1);
         let theirs = Arc::clone(&found);
         thread::Builder::new().name("disk-space".to_owned()).spawn(move || keep_looking(&data, &theirs, &ended))?;
-        let (full, given_up, refused) = (None, None, (watch::look().refused, None));
+        let (full, given_up, refused) = (None, None, (watch::observed().refused, None));
         Ok(Self { found, _look: look, seen: 0, refused, full, given_up, taken: Vec::new(), dropped: false })
     }
 
@@ -124,7 +124,7 @@ impl Space {
 
     /// True if the thread has looked, or an operation was refused, since the last time.
     fn has_news(&mut self, now: Instant) -> bool {
-        let (looks, refused) = (self.found.looks.load(Ordering::Relaxed), watch::look().refused);
+        let (looks, refused) = (self.found.looks.load(Ordering::Relaxed), watch::observed().refused);
         let news = looks != self.seen || refused != self.refused.0;
         if refused != self.refused.0 {
             self.refused = (refused, Some(now));

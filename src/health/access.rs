@@ -23,12 +23,12 @@ const AGAIN: Duration = Duration::from_secs(60);
 /// Longest time for one name.
 const LOOK_UP: Duration = Duration::from_secs(5);
 
-pub(super) struct Door {
+pub(super) struct AccessList {
     allow: Audience,
     members: RwLock<BTreeSet<IpAddr>>,
 }
 
-impl Door {
+impl AccessList {
     pub(super) fn new(allow: Audience) -> Self {
         Self { allow, members: RwLock::default() }
     }
@@ -42,7 +42,7 @@ impl Door {
     }
 
     /// Keeps the addresses of the members, until the task is dropped.
-    pub(super) async fn follow(self: Arc<Self>, sources: Sources) {
+    pub(super) async fn run(self: Arc<Self>, sources: Sources) {
         let mut known: BTreeMap<String, BTreeSet<IpAddr>> = BTreeMap::new();
         let mut next = Instant::now();
         loop {
@@ -84,16 +84,17 @@ mod tests {
 
     #[test]
     fn this_host_and_the_members_are_let_in_and_nobody_else() {
-        let door = |allow: Audience| Door { allow, members: RwLock::new(BTreeSet::from([address("192.0.2.2")])) };
+        let access =
+            |allow: Audience| AccessList { allow, members: RwLock::new(BTreeSet::from([address("192.0.2.2")])) };
         let config = crate::config::Config::default();
-        let usual = door(config.health_allow);
+        let usual = access(config.health_allow);
         let own = Some(address("::ffff:192.0.2.1"));
         assert!(usual.lets_in(address("127.0.0.9"), own) && usual.lets_in(address("::1"), own));
         assert!(usual.lets_in(address("::ffff:192.0.2.1"), own), "this host by its own address");
         assert!(usual.lets_in(address("::ffff:192.0.2.2"), own), "a member");
         assert!(!usual.lets_in(address("192.0.2.3"), own));
-        assert!(door(Audience::everybody()).lets_in(address("192.0.2.3"), own));
-        let alone = door(Audience::default());
+        assert!(access(Audience::everybody()).lets_in(address("192.0.2.3"), own));
+        let alone = access(Audience::default());
         assert!(alone.lets_in(address("127.0.0.1"), own) && !alone.lets_in(address("192.0.2.2"), own));
     }
 }

@@ -83,12 +83,12 @@ impl Seen {
 
 /// Records what happens until the node ends. `opened` says when the Console's ports were opened last, on the clock of
 /// [`crate::node::lease::boottime`].
-pub async fn follow(
+pub async fn record_changes(
     recorder: Recorder,
     mut status: watch::Receiver<Arc<Status>>,
     mut opened: watch::Receiver<Option<u64>>,
 ) {
-    let mut follower = Follower::new(recorder, &status.borrow_and_update());
+    let mut observer = Observer::new(recorder, &status.borrow_and_update());
     loop {
         let ended = tokio::select! {
             changed = status.changed() => changed.is_err(),
@@ -97,7 +97,7 @@ pub async fn follow(
         let open = *opened.borrow_and_update();
         // Not under the guard, which keeps the consensus loop from publishing.
         let now = Arc::clone(&status.borrow_and_update());
-        follower.look(&now, open, Instant::now());
+        observer.observe(&now, open, Instant::now());
         if ended {
             return;
         }
@@ -112,7 +112,7 @@ struct Down {
     told: bool,
 }
 
-struct Follower {
+struct Observer {
     recorder: Recorder,
     down: BTreeMap<NodeId, Down>,
     looked: Option<Instant>,
@@ -128,14 +128,14 @@ struct Follower {
     ends: Ends,
 }
 
-impl Follower {
+impl Observer {
     fn new(recorder: Recorder, status: &Status) -> Self {
         let seen = Seen::of(status);
         let (down, looked, ends) = Default::default();
         Self { recorder, down, looked, last_primary: None, seen, number: 0, opening: None, without: None, ends }
     }
 
-    fn look(&mut self, status: &Status, opened: Option<u64>, now: Instant) {
+    fn observe(&mut self, status: &Status, opened: Option<u64>, now: Instant) {
         let before = std::mem::replace(&mut self.seen, Seen::of(status));
         self.recorder.set_primary(self.seen.role == Role::Primary);
         let known = self.number;
@@ -150,8 +150,8 @@ impl Follower {
         {
             self.took_over(&change, takeover, opened);
         }
-        self.follow_primary(now);
-        let mut events = self.follow_down(&before, now);
+        self.observe_primary(now);
+        let mut events = self.observe_down(&before, now);
         events.extend(members(&before, &self.seen));
         events.iter().for_each(|event| info!("{}", event.sentence));
         events.extend(membership(&before, &self.seen));
@@ -159,7 +159,7 @@ impl Follower {
         let Seen { name, certificates: seen, .. } = &self.seen;
         events.extend(certificates::changes(name, &before.certificates, seen));
         let now = unix_time();
-        events.extend(self.ends.look(name, seen, now));
+        events.extend(self.ends.new_events(name, seen, now));
         events.into_iter().for_each(|event| self.recorder.record(event));
     }
 
@@ -177,7 +177,7 @@ impl Follower {
     }
 
     /// Which other members have gone DOWN, and which are back; each once.
-    fn follow_down(&mut self, before: &Seen, now: Instant) -> Vec<Event> {
+    fn observe_down(&mut self, before: &Seen, now: Instant) -> Vec<Event> {
         let (seen, mut events) = (&self.seen, Vec::new());
         let late = self.looked.replace(now).is_some_and(|last| now.duration_since(last) > LATE);
         if matches!(seen.role, Role::Removed | Role::RequestJoin) {
@@ -214,7 +214,7 @@ impl Follower {
         events
     }
 
-    fn follow_primary(&mut self, now: Instant) {
+    fn observe_primary(&mut self, now: Instant) {
         let seen = &self.seen;
         if let Some(primary) = seen.primary {
             let name = seen.name(primary);
@@ -289,7 +289,7 @@ fn took_over(seen: &Seen, epoch: u64, takeover: Takeover, ms: Option<f64>) -> Ev
     ms.into_iter().fold(event, |event, ms| event.field("durationMs", (ms * 10.0).round() / 10.0))
 }
 
-/// What became of the other members, as seen from here, beside what [`Follower::follow_down`] tells.
+/// What became of the other members, as seen from here, beside what [`Observer::observe_down`] tells.
 fn members(before: &Seen, after: &Seen) -> Vec<Event> {
     let mut events = Vec::new();
     for (id, (state, full)) in &after.others {
@@ -424,14 +424,14 @@ mod tests {
     async fn a_member_goes_down_and_comes_back_once_each_and_only_by_who_is_well_itself() {
         let folder = tempfile::tempdir().unwrap();
         let recorder = Recorder::start("node1", folder.path()).unwrap();
-        let mut follower = Follower::new(recorder, &status(Role::Primary, Some(1)));
+        let mut observer = Observer::new(recorder, &status(Role::Primary, Some(1)));
         let (mut before, mut now) = (seen(&[]), Instant::now());
         let mut look = |node2: Role, primary: Option<NodeId>, ms: u64| {
             now += Duration::from_millis(ms);
             let (role, others) = (Role::Primary, BTreeMap::from([(2, (node2, false))]));
-            follower.seen = Seen { role, others, primary, ..before.clone() };
-            let events = follower.follow_down(&before, now);
-            before = follower.seen.clone();
+            observer.seen = Seen { role, others, primary, ..before.clone() };
+            let events = observer.observe_down(&before, now);
+            before = observer.seen.clone();
             events.into_iter().map(|event| event.sentence).collect::<Vec<_>>()
         };
         let none = Vec::<String>::new();
@@ -506,25 +506,25 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let recorder = Recorder::start("node1", folder.path()).unwrap();
         let mut notified = recorder.to_notify();
-        let mut follower = Follower::new(recorder.clone(), &status(Role::Secondary, Some(2)));
+        let mut observer = Observer::new(recorder.clone(), &status(Role::Secondary, Some(2)));
         let now = Instant::now();
-        follower.look(&status(Role::Secondary, Some(2)), None, now);
-        follower.look(&status(Role::Secondary, None), None, now);
+        observer.observe(&status(Role::Secondary, Some(2)), None, now);
+        observer.observe(&status(Role::Secondary, None), None, now);
         let mut primary = status(Role::Primary, Some(1));
         let takeover = Takeover { from: Some(2), loss: Loss::ProcessDead, since: Some(900) };
         primary.recent.role_changes.push_back(change(1, Some(takeover)));
-        follower.look(&primary, Some(10), now);
+        observer.observe(&primary, Some(10), now);
         assert!(notified.try_recv().is_err(), "the ports were opened by an earlier term");
-        follower.look(&primary, Some(24_000_900), now);
-        follower.look(&primary, Some(24_000_900), now);
+        observer.observe(&primary, Some(24_000_900), now);
+        observer.observe(&primary, Some(24_000_900), now);
         let event = notified.try_recv().unwrap();
         assert_eq!(event.sentence, "node1 took over from node2 within 24 ms: the process of node2 is dead");
         assert_eq!((&event.fields["reason"], &event.fields["durationMs"]), (&"process_dead".into(), &24.0.into()));
         assert!(notified.try_recv().is_err(), "told twice");
-        follower.look(&status(Role::Secondary, None), None, now);
-        follower.look(&status(Role::Secondary, None), None, now + WITHOUT_PRIMARY);
-        follower.look(&status(Role::Secondary, None), None, now + 2 * WITHOUT_PRIMARY);
-        follower.look(&status(Role::Secondary, Some(3)), None, now + 2 * WITHOUT_PRIMARY);
+        observer.observe(&status(Role::Secondary, None), None, now);
+        observer.observe(&status(Role::Secondary, None), None, now + WITHOUT_PRIMARY);
+        observer.observe(&status(Role::Secondary, None), None, now + 2 * WITHOUT_PRIMARY);
+        observer.observe(&status(Role::Secondary, Some(3)), None, now + 2 * WITHOUT_PRIMARY);
         let sentences = [notified.try_recv().unwrap().sentence, notified.try_recv().unwrap().sentence];
         assert!(sentences[0].starts_with("nobody is PRIMARY, as seen from node1"), "{sentences:?}");
         assert_eq!(sentences[1], "node3 is PRIMARY after 10 s without one, as seen from node1");
