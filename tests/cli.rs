@@ -123,7 +123,7 @@ fn certificates_of_the_consoles_are_shown_and_given() {
     };
     let (code, text) = run(&["list"]);
     assert_eq!(code, 0, "{text}");
-    for part in ["console  upload", "CN=Example CA", "console.example, 192.0.2.1", "given by ann"] {
+    for part in ["console  upload", "CN=Example CA", "console.example, 192.0.2.1", "uploaded by ann"] {
         assert!(text.contains(part), "{part} in {text}");
     }
     let (code, text) = run(&["upload", chain.to_str().unwrap(), "--key", key.to_str().unwrap()]);
@@ -131,7 +131,7 @@ fn certificates_of_the_consoles_are_shown_and_given() {
     let (code, text) = run(&["upload", "/nonexistent/chain.pem"]);
     assert!(code == 66 && text.contains("/nonexistent/chain.pem"), "{text}");
     let (code, text) = run(&["set-names", "lb.example", "192.0.2.7"]);
-    assert!(code == 0 && text.contains("lb.example, 192.0.2.7, too"), "{text}");
+    assert!(code == 0 && text.contains("also valid for lb.example, 192.0.2.7."), "{text}");
     assert!(run(&["set-names", "--none"]).1.contains("its host only"));
     assert_eq!(run(&["set-names"]).0, 64, "to take all away has to be said");
     let (code, text) = run(&["remove"]);
@@ -289,7 +289,7 @@ fn operations_say_what_was_done() {
     for (args, code, out) in [
         (&["join-script"][..], 0, "curl -sS ... | sudo bash\n"),
         (&["join-script", "--script"], 0, "#!/bin/bash\n"),
-        (&["revoke"], 0, "All invitations are closed: no join script that was given out is good any more.\n"),
+        (&["revoke"], 0, "All invitations are closed: join scripts that were given out no longer work.\n"),
         (&["remove", "host3", "--yes"], 0, "host3 is removed.\n"),
         (
             &["switchover"],
@@ -299,14 +299,14 @@ fn operations_say_what_was_done() {
         (
             &["switchover", "--dry-run", "--to", "host1"],
             75,
-            "✓ host1 is up\n✗ caught up: 7 entries behind\nThe role stays here: see what is marked above.\n",
+            "✓ host1 is up\n✗ caught up: 7 entries behind\nThe role stays where it is: see what is marked above.\n",
         ),
         (
             &["pause", "--for", "2h"],
             0,
             "PAUSED until 1970-01-01 02:00 UTC: nobody takes over if host2 fails meanwhile.\n",
         ),
-        (&["resume"], 0, "The pause is over: the members take over by themselves again.\n"),
+        (&["resume"], 0, "The pause is over: automatic takeover works again.\n"),
         (
             &["set-address", "host3", "--to", "192.0.2.33"],
             0,
@@ -346,7 +346,7 @@ fn nothing_is_admitted_or_removed_without_a_yes() {
     for args in [&["apply"][..], &["remove", "host1"]] {
         let (code, out, err) = told(asked(), args);
         assert_eq!((code, out.as_str()), (64, ""), "{err}");
-        assert!(err.ends_with("standard input is no terminal: say --yes to go on without a question\n"), "{err}");
+        assert!(err.ends_with("standard input is no terminal: give --yes to go on without a question\n"), "{err}");
     }
     let (code, out, err) = told(asked(), &["apply", "--yes", "--no-wait"]);
     assert_eq!((code, out.as_str()), (0, "Admitted: host3 (node 3).\n"), "{err}");
@@ -462,7 +462,7 @@ fn without_a_daemon_its_files_tell_what_was_and_say_that_it_is_old() {
     let ended = left(true);
     let (code, out, err) = run(ended.path(), &["ha", "status"]);
     assert!(code == 69 && err.contains("Is twistlockd running on this host?"), "{code} {err}");
-    assert!(out.starts_with("OLD: twistlockd of host2 does not answer."), "{out}");
+    assert!(out.starts_with("OLD: twistlockd on host2 does not answer."), "{out}");
     let lines =
         ["30 s ago: host2 stops as it was asked to", "SECONDARY, since ", "host1, since ", "host3 (192.0.2.3:8086)"];
     assert!(lines.iter().all(|line| out.contains(line)), "{out}");
@@ -472,7 +472,7 @@ fn without_a_daemon_its_files_tell_what_was_and_say_that_it_is_old() {
     let age = json["ageMs"].as_u64().unwrap();
     assert!((30_000..90_000).contains(&age) && json["why"].as_str().unwrap().starts_with("cannot connect"), "{out}");
     let (_, out, _) = run(left(false).path(), &["ha", "status"]);
-    assert!(out.contains("; it did not say that it ends"), "{out}");
+    assert!(out.contains("; its end was not recorded"), "{out}");
 
     let (code, out, err) = run(ended.path(), &["ha", "events", "--limit", "2"]);
     assert_eq!((code, out.lines().count()), (0, 3), "{out}{err}");

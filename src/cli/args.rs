@@ -9,8 +9,8 @@ use super::target::Target;
 use crate::events::Kind;
 
 const STATUS_HELP: &str = "\
-While the daemon of this host does not answer, its files say what was: marked as OLD, with its age, and with
-exit code 69.
+While the daemon of this host does not answer, its files tell what was: that is marked as OLD, with its age,
+and the exit code is 69.
 
 Exit code: 0 healthy, 1 degraded (it serves, but something needs attention), 2 no primary,
 64 wrong command line, 69 nobody answers, 77 the login is refused.
@@ -20,7 +20,7 @@ Examples:
   twistcli ha status --watch 0.5
   twistcli ha status --json | jq .role
   twistcli ha status --address https://host1:8083,https://host2:8083,https://host3:8083 --tlscacert ca.pem";
-/// For commands that need no further words.
+/// The help of commands that need no further explanation.
 pub(super) const DONE_OR_REFUSED: &str = "\
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused or not confirmed
 (the message says why and what to do), 77 the login is refused.";
@@ -37,7 +37,7 @@ pub(super) enum Ha {
     /// Print the line that makes another host ask for admission
     #[command(after_help = JOIN_SCRIPT_HELP)]
     JoinScript(JoinScriptArgs),
-    /// Admit the hosts that ask to join, after a look at their fingerprints
+    /// Admit the hosts that ask to join, after you have compared their fingerprints
     #[command(after_help = APPLY_HELP)]
     Apply(ApplyArgs),
     /// Turn down a host that asks to join
@@ -61,22 +61,22 @@ pub(super) enum Ha {
     /// Hand the PRIMARY role over to another member
     #[command(visible_alias = "step-down", after_help = SWITCHOVER_HELP)]
     Switchover(SwitchoverArgs),
-    /// Maintenance: no automatic takeover for a while
+    /// Suspend automatic takeover for a while, for maintenance
     #[command(after_help = PAUSE_HELP)]
     Pause {
         #[command(flatten)]
         target: Target,
-        /// How long; it ends by itself
+        /// How long; the pause ends by itself
         #[arg(long = "for", value_name = "SPAN", default_value = "30m", value_parser = span)]
         span: Duration,
     },
-    /// End a pause: automatic takeover again
+    /// End a pause: automatic takeover works again
     #[command(after_help = DONE_OR_REFUSED)]
     Resume {
         #[command(flatten)]
         target: Target,
     },
-    /// Replace the key with which all members protect the certificate authority's
+    /// Replace the cluster key, which protects the private key of the certificate authority
     #[command(after_help = ROTATE_KEY_HELP)]
     RotateKey {
         #[command(flatten)]
@@ -94,10 +94,10 @@ pub(super) enum Ha {
         #[arg(long)]
         json: bool,
     },
-    /// Tell the cluster that a member is reached at another address from now on
+    /// Change the address, port or name of a member
     #[command(after_help = SET_ADDRESS_HELP)]
     SetAddress(SetAddressArgs),
-    /// Rehearse a takeover: write all the time, take over, measure the outage, prove that nothing was lost
+    /// Rehearse a takeover: keep writing, take over, measure the outage, prove that nothing was lost
     #[command(after_help = DRILL_HELP)]
     Drill(DrillArgs),
 }
@@ -106,17 +106,17 @@ pub(super) enum Ha {
 pub(super) struct StatusArgs {
     #[command(flatten)]
     pub target: Target,
-    /// Print the status as JSON (with --watch: one line per look)
+    /// Print the status as JSON (with --watch: one line each time)
     #[arg(long)]
     pub json: bool,
-    /// Look again every SECONDS (at least 0.1) until interrupted
+    /// Refresh every SECONDS (at least 0.1) until interrupted
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = interval)]
     pub watch: Option<Duration>,
 }
 
 const EVENTS_HELP: &str = "\
-Without --address: what this host has seen, in its events.jsonl; works on every node, also without its
-daemon. With --address: the history of the cluster, which every PRIMARY goes on with.
+Without --address: what this host has recorded in its events.jsonl; this works on every node, even while its
+daemon does not run. With --address: the history of the cluster, which each PRIMARY continues.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 77 the login is refused.
 
@@ -145,7 +145,7 @@ pub(super) struct EventsArgs {
 
 const JOIN_SCRIPT_HELP: &str = "\
 The line goes to standard output, everything else to standard error. It carries a secret: whoever has
-it may ask to join, nothing more. Admission is what `twistcli ha apply` gives, and it closes the invitation.
+it may ask to join, nothing more. `twistcli ha apply` admits the hosts and closes the invitation.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -164,17 +164,17 @@ pub(super) struct JoinScriptArgs {
     /// Print the script itself instead of the line that fetches it
     #[arg(long)]
     pub script: bool,
-    /// Print line, script (with --script) and end as JSON
+    /// Print the line, the script (with --script) and the expiry as JSON
     #[arg(long)]
     pub json: bool,
 }
 
 const APPLY_HELP: &str = "\
-Compare each fingerprint with the one that the join script has shown on that host. Hosts whose
-fingerprints change between your look and the admission are not admitted.
+Compare each fingerprint with the one that the join script showed on that host. A host whose fingerprint
+changes after you have seen it is not admitted.
 
 Exit code: 0 done and all members up, 64 wrong command line, 69 nobody answers,
-75 refused, not confirmed, or not all up yet within the time given by --wait, 77 the login is refused.
+75 refused, not confirmed, or not all up within the time given by --wait, 77 the login is refused.
 
 Examples:
   twistcli ha apply
@@ -187,19 +187,19 @@ pub(super) struct ApplyArgs {
     /// Do not ask; needed where standard input is no terminal
     #[arg(long, short)]
     pub yes: bool,
-    /// Return when they are admitted; afterwards they copy the database and get their votes by themselves
+    /// Return as soon as they are admitted; they then copy the database and get their votes by themselves
     #[arg(long)]
     pub no_wait: bool,
-    /// Longest wait until all are SECONDARY
+    /// How long to wait until all are SECONDARY
     #[arg(long, value_name = "SPAN", default_value = "1h", value_parser = span, conflicts_with = "no_wait")]
     pub wait: Duration,
 }
 
 const REMOVE_HELP: &str = "\
-The member has no vote from then on, its certificate is refused for good, and it stops serving. Its data stay
-on its disk. To come back, it runs the join script again; to replace it, another host does.
-It keeps what it knew, also the private key of a certificate that the Consoles were given (twistcli certs upload).
-The PRIMARY itself is not removed: run `twistcli ha switchover` first.
+The member loses its vote, its certificate is refused for good, and it stops serving. Its data stays on its
+disk. To bring it back, run the join script on it again; to replace it, run the script on another host. It
+still knows its secrets, such as the private key of a certificate that was uploaded (twistcli certs upload).
+The PRIMARY itself cannot be removed: run `twistcli ha switchover` first.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused or not confirmed,
 77 the login is refused.
@@ -215,7 +215,7 @@ pub(super) struct RemoveArgs {
     /// Its name or id
     #[arg(value_name = "NODE")]
     pub node: String,
-    /// Even if the members that remain have no majority that answers: the cluster may then stop serving
+    /// Remove it even if no majority of the remaining members answers: the cluster may then stop serving
     #[arg(long)]
     pub force: bool,
     /// Do not ask; needed where standard input is no terminal
@@ -225,8 +225,8 @@ pub(super) struct RemoveArgs {
 
 const SWITCHOVER_HELP: &str = "\
 The ports of the PRIMARY are closed, the last write is replicated, then the other member takes the role. No
-acknowledged write is lost, and no connection is answered twice. With --address the gap is measured from here:
-the longest time for which no Console answered.
+acknowledged write is lost, and two hosts never answer at the same time. With --address the gap is measured
+from here: the longest time for which no Console answered.
 
 Exit code: 0 done (with --dry-run: it could be done), 64 wrong command line, 69 nobody
 answers, 75 refused (with --dry-run: it would be), 77 the login is refused.
@@ -240,19 +240,19 @@ Examples:
 pub(super) struct SwitchoverArgs {
     #[command(flatten)]
     pub target: Target,
-    /// To this member [default: the one that is best prepared]
+    /// Hand over to this member [default: the best prepared one]
     #[arg(long, value_name = "NODE")]
     pub to: Option<String>,
-    /// Make all checks, and nothing else
+    /// Make all checks, but change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Print checks and write gap as JSON
+    /// Print the checks and the write gap as JSON
     #[arg(long)]
     pub json: bool,
 }
 
 const PAUSE_HELP: &str = "\
-While paused, only the present PRIMARY may serve: if it fails, nobody takes over until the pause ends.
+While paused, only the current PRIMARY may serve: if it fails, nobody takes over until the pause ends.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -261,8 +261,8 @@ Examples:
   twistcli ha pause --for 2h";
 
 const ROTATE_KEY_HELP: &str = "\
-All members fetch a new cluster key from each other; when each has it on its disk, the certificate authority's
-private key is encrypted with it. This happens by itself after each removal of a member.
+All members fetch a new cluster key from each other; when each has it on its disk, the certificate
+authority's private key is encrypted with it. This also happens by itself whenever a member is removed.
 
 Exit code: 0 begun (twistcli ha status shows how far it is), 64 wrong command line, 69 the daemon cannot be
 reached, 75 refused.
@@ -270,11 +270,13 @@ reached, 75 refused.
 Example:
   twistcli ha rotate-key";
 const ROTATE_CA_HELP: &str = "\
-All members trust a new authority first, for as long as the overlap says; give the new ca.pem, in certificates/
-of the data folder, to clients in that time. Then it signs, all certificates of nodes and Consoles are made
-anew, and the old authority is not trusted any more. Join scripts that were given out end with it.
-After the removal of a host that you do not trust, this shuts it out: it knows the old authority's key, and
-could pass for a member until this is over. Choose a short overlap then, and restart the members one by one.
+First, all members trust the new authority beside the old one, for the time of the overlap. Give the new
+ca.pem, in certificates/ of the data folder, to your clients in that time. Then the new authority signs: all
+certificates of nodes and Consoles are reissued, and the old authority is no longer trusted. Join scripts
+that were given out stop working.
+
+If you removed a host that you do not trust, this shuts it out: it knows the old authority's key, and could
+pass for a member until this is over. Choose a short overlap then, and restart the members one by one.
 
 Exit code: 0 begun (twistcli ha status shows how far it is), 64 wrong command line, 69 the daemon cannot be
 reached, 75 refused or not confirmed.
@@ -296,16 +298,17 @@ pub(super) struct RotateCaArgs {
 }
 
 const TEST_NOTIFICATIONS_HELP: &str = "\
-This host's daemon sends it, PRIMARY or not; with --address the PRIMARY. The webhooks are set on the page (Manage >
-System > Settings) or with POST settings/notifications, the command with NOTIFY_COMMAND on each host.
+This host's daemon sends it, PRIMARY or not; with --address the PRIMARY. The webhooks are set on the page
+(Manage > System > Settings) or with POST settings/notifications, the command with NOTIFY_COMMAND on each
+host.
 
-Exit code: 0 all got it, 1 one did not, or there is nobody to be notified, 64 wrong command line, 69 nobody
+Exit code: 0 all received it, 1 one did not, or nobody is to be notified, 64 wrong command line, 69 nobody
 answers, 75 refused, 77 the login is refused.
 
 Example:
   twistcli ha test-notifications";
 const SET_ADDRESS_HELP: &str = "\
-What is not named stays. The member may be up or down; the others dial the new address at once.
+What you do not name stays the same. The member may be up or down; the others dial the new address at once.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -318,7 +321,7 @@ Examples:
 pub(super) struct SetAddressArgs {
     #[command(flatten)]
     pub target: Target,
-    /// Its present name or id
+    /// Its current name or id
     #[arg(value_name = "NODE")]
     pub node: String,
     /// New host name or IP address
@@ -333,12 +336,13 @@ pub(super) struct SetAddressArgs {
 }
 
 const DRILL_HELP: &str = "\
-Runs on the PRIMARY, where no login is needed for who may use the daemon's socket, or with --address, and only
-when all three members are healthy and nothing is paused. It writes tags named drill-... through the API, one
-after the other. Meanwhile another member takes over: by a switchover or, with --kill, because the daemon of
-this host is killed as by a crash (its service manager starts it again). It goes on until the new PRIMARY has
-acknowledged 50 writes, checks that every acknowledged tag is there, and removes all. The result is printed
-and, on the PRIMARY, appended to drills.jsonl in the data folder. The audit has one row of it.
+Runs on the PRIMARY, where whoever may use the daemon's socket needs no login, or with --address, and only
+when all three members are healthy and nothing is paused. It writes tags named drill-... through the API,
+one after the other. Meanwhile another member takes over: by a switchover or, with --kill, because the
+daemon of this host is killed, as in a crash (its service manager starts it again). It goes on until the new
+PRIMARY has acknowledged 50 writes, checks that every acknowledged tag is there, and removes them all. The
+result is printed and, on the PRIMARY, appended to drills.jsonl in the data folder. The audits have one row
+for the drill.
 
 Exit code: 0 nothing was lost, 1 an acknowledged write is missing, 64 wrong command line, 69 daemon or
 Console cannot be reached, 75 refused, or no other member took over, 77 the login is refused.
@@ -366,11 +370,11 @@ pub(super) struct DrillArgs {
 fn interval(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err("a number of seconds from 0.1 to 86400 is allowed".into()),
+        _ => Err("it must be a number of seconds from 0.1 to 86400".into()),
     }
 }
 
-/// A whole number with its unit: `90s`, `30m`, `2h`, `1d`. What is allowed where is for the daemon to say.
+/// A whole number with its unit: `90s`, `30m`, `2h`, `1d`. The daemon says what is allowed where.
 pub(super) fn span(text: &str) -> Result<Duration, String> {
     let parsed = text.char_indices().next_back().and_then(|(at, unit)| {
         let unit = match unit {
@@ -387,7 +391,7 @@ pub(super) fn span(text: &str) -> Result<Duration, String> {
             .filter(|count| digits && (1..=1_000_000).contains(count))
             .map(|count| count * unit)
     });
-    parsed.map(Duration::from_secs).ok_or_else(|| "a number with its unit is allowed: 90s, 30m, 2h or 1d".into())
+    parsed.map(Duration::from_secs).ok_or_else(|| "it must be a number with its unit: 90s, 30m, 2h or 1d".into())
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! `twistcli backup`: what is kept of the database, made, checked, fetched and deleted. Each step belongs to the
-//! daemon. Must never overwrite a file of the administrator's.
+//! `twistcli backup`: makes, checks, fetches and deletes backups of the database. The daemon carries out each step. Must
+//! never overwrite a file of the administrator's.
 
 use std::{
     fs::{self, OpenOptions},
@@ -17,7 +17,7 @@ use ureq::http::Method;
 use super::{
     args::DONE_OR_REFUSED,
     client::ApiClient,
-    columns::{self, Cell, Paint, print_json, watched},
+    columns::{self, Cell, Paint, print_json, progress_bar, say, watched},
     quantity::{date, duration, size},
     remote::{Remote, segment},
     stop::{EX_FOUND, EX_IOERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop, confirm},
@@ -30,10 +30,11 @@ use crate::{
 };
 
 const CREATE_HELP: &str = "\
-The backup is made of the copy that the asked host has: this host's without --address, the PRIMARY's with it. It is
+The backup is made from one host's copy of the database: this host's, or with --address the PRIMARY's. It is
 opened and checked before it counts as good. Replication goes on meanwhile.
 
-Exit code: 0 done, 1 it is not good, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
+Exit code: 0 done, 1 the backup is not good, 64 wrong command line, 69 nobody answers, 75 refused, 77 the
+login is refused.
 
 Examples:
   twistcli backup create before-the-upgrade
@@ -49,9 +50,9 @@ Examples:
   twistcli backup verify before-the-upgrade-0.1.0-1793383200.tar.gz";
 
 const LIST_HELP: &str = "\
-The backups of all members, each with the member in whose folder it lies. Of a member that does not answer
-within a few seconds it is unknown what it has. With --remote: the copies at BACKUP_URL, those of all members
-and of former clusters.
+The backups of all members, each with the member in whose folder it lies. If a member does not answer within
+a few seconds, it is unknown what it has. With --remote: the copies at BACKUP_URL, those of all members and
+of former clusters.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -60,8 +61,8 @@ Examples:
   twistcli backup list --remote";
 
 const FETCH_HELP: &str = "\
-Brings a copy from BACKUP_URL into the folder of this host's backups, where it is called fetched-NODE-NAME. It is kept
-until somebody deletes it. `twistcli restore --remote` does this by itself.
+Brings a copy from BACKUP_URL into the folder of this host's backups, where it is called fetched-NODE-NAME.
+It is kept until somebody deletes it. `twistcli restore --remote` does this by itself.
 
 Exit code: 0 done, 1 it could not be fetched, 64 wrong command line, 69 nobody answers, 75 refused.
 
@@ -76,9 +77,9 @@ Examples:
   twistcli backup download before-the-upgrade-0.1.0-1793383200.tar.gz
   twistcli backup download before-the-upgrade-0.1.0-1793383200.tar.gz --to /mnt/safe";
 
-/// Between two looks at something that is under way.
+/// Pause before the state of a job is asked for again.
 const PACE: Duration = Duration::from_millis(250);
-/// Longest wait for the end of it.
+/// Longest wait for the end of a job.
 const LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Commands of `twistcli backup`.
@@ -89,10 +90,10 @@ pub(super) enum Backups {
     Create {
         #[command(flatten)]
         target: Target,
-        /// What it is called
+        /// Its name
         #[arg(value_name = "NAME")]
         name: String,
-        /// Return when it has begun
+        /// Return as soon as it has begun
         #[arg(long)]
         no_wait: bool,
     },
@@ -101,10 +102,10 @@ pub(super) enum Backups {
     List {
         #[command(flatten)]
         target: Target,
-        /// The copies at BACKUP_URL
+        /// List the copies at BACKUP_URL instead
         #[arg(long)]
         remote: bool,
-        /// Print backups and set-up as JSON
+        /// Print the backups and how they are set up as JSON
         #[arg(long)]
         json: bool,
     },
@@ -113,7 +114,7 @@ pub(super) enum Backups {
     Fetch {
         #[command(flatten)]
         target: Target,
-        /// CLUSTER/NODE/FILE, as `backup list --remote` has it
+        /// CLUSTER/NODE/FILE, as `backup list --remote` shows it
         #[arg(value_name = "COPY")]
         place: String,
     },
@@ -122,7 +123,7 @@ pub(super) enum Backups {
     Download {
         #[command(flatten)]
         target: Target,
-        /// Its file name, as the list has it
+        /// Its file name, as `backup list` shows it
         #[arg(value_name = "BACKUP")]
         id: String,
         /// Folder, or name of the new file
@@ -134,19 +135,19 @@ pub(super) enum Backups {
     Verify {
         #[command(flatten)]
         target: Target,
-        /// Its file name, as the list has it
+        /// Its file name, as `backup list` shows it
         #[arg(value_name = "BACKUP")]
         id: String,
     },
-    /// Give a backup that you made another name
+    /// Rename a manual backup
     #[command(after_help = DONE_OR_REFUSED)]
     Rename {
         #[command(flatten)]
         target: Target,
-        /// Its file name, as the list has it
+        /// Its file name, as `backup list` shows it
         #[arg(value_name = "BACKUP")]
         id: String,
-        /// What it is called from now on
+        /// Its new name
         #[arg(value_name = "NAME")]
         name: String,
     },
@@ -155,7 +156,7 @@ pub(super) enum Backups {
     Delete {
         #[command(flatten)]
         target: Target,
-        /// Its file name, as the list has it
+        /// Its file name, as `backup list` shows it
         #[arg(value_name = "BACKUP")]
         id: String,
         /// Do not ask; needed where standard input is no terminal
@@ -176,7 +177,7 @@ pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
             if *no_wait {
                 return say(&format!("{} is being made. See: twistcli backup list", started.id));
             }
-            follow(&client, &started)
+            wait_for_job(&client, &started)
         }
         Backups::List { target, remote: true, json } => list_copies(&target.client()?, *json, paint),
         Backups::List { target, remote: false, json } => list(&target.client()?, *json, paint),
@@ -186,11 +187,11 @@ pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
             let client = target.client()?;
             let call = Call::post(format!("{}/verify?wait=false", one(id)));
             let started: Started = client.call(&call)?;
-            follow(&client, &started)
+            wait_for_job(&client, &started)
         }
         Backups::Rename { target, id, name } => {
             let renamed: Backup = target.client()?.call(&Call::patch(one(id)).with(name))?;
-            say(&format!("It is {} now.", renamed.id))
+            say(&format!("It is now called {}.", renamed.id))
         }
         Backups::Delete { target, id, yes } => {
             let client = target.client()?;
@@ -201,17 +202,17 @@ pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
     }
 }
 
-/// The backups of all members that answer, the newest first.
+/// Asks for the backups of all members that answer, the newest first.
 pub(super) fn all_backups() -> Call {
     Call::get("backups?limit=1000")
 }
 
-/// What is set up and under way on the host that is asked.
+/// Asks a host how its backups are set up and what is under way.
 pub(super) fn backup_state() -> Call {
     Call::get("settings/backup")
 }
 
-/// The copies at `BACKUP_URL`, of all members and clusters, the newest first.
+/// Asks for the copies at `BACKUP_URL`, of all members and clusters, the newest first.
 pub(super) fn backup_copies() -> Call {
     Call::get("settings/backup/copies?limit=1000")
 }
@@ -219,11 +220,6 @@ pub(super) fn backup_copies() -> Call {
 /// The path of a backup.
 fn one(id: &str) -> String {
     format!("backups/{}", segment(id))
-}
-
-fn say(text: &str) -> Result<(), Stop> {
-    writeln!(io::stdout(), "{}", columns::harmless(text))?;
-    Ok(())
 }
 
 fn list(client: &ApiClient, json: bool, paint: Paint) -> Result<(), Stop> {
@@ -243,7 +239,7 @@ fn list_copies(client: &ApiClient, json: bool, paint: Paint) -> Result<(), Stop>
     Ok(columns::print(&copies_table(&found, paint))?)
 }
 
-/// The copies, the newest first.
+/// The copies as a table, in the order given.
 pub(super) fn copies_table(found: &[RemoteBackup], paint: Paint) -> String {
     let row = |copy: &RemoteBackup| -> Vec<Cell> {
         let locked = if copy.backup.encrypted { "encrypted" } else { "" };
@@ -257,7 +253,7 @@ pub(super) fn copies_table(found: &[RemoteBackup], paint: Paint) -> String {
 pub(super) fn fetch_copy(client: &ApiClient, place: &str) -> Result<String, Stop> {
     client.host()?;
     let started: Started = client.call(&Call::post("settings/backup/copies/fetch").with(place))?;
-    follow(client, &started)?;
+    wait_for_job(client, &started)?;
     Ok(started.id)
 }
 
@@ -271,7 +267,7 @@ fn describe(found: &[Backup], state: &BackupState, paint: Paint) -> String {
     let rows: Vec<Vec<Cell>> = found.iter().map(row).collect();
     let heads = [("MEMBER", false), ("BACKUP", false), ("KIND", false), ("MADE", false), ("SIZE", true), ("", false)];
     let mut text = columns::table(&heads, &rows, paint);
-    // This one's own follow.
+    // The first is this host, whose own lines follow.
     for member in state.members.iter().skip(1) {
         let line = columns::harmless(&member_line(member));
         text.push_str(&format!("\n{}", if member.problem.is_some() { paint.text("33", &line) } else { line }));
@@ -319,21 +315,18 @@ fn copies_line(copies: &CopyState) -> String {
         }
         CopyState { problem: Some(problem), .. } => format!("not complete: {problem}"),
         CopyState { complete: Some(time), .. } => format!("complete at {}", date(*time)),
-        _ => "not looked at yet".to_owned(),
+        _ => "not checked yet".to_owned(),
     };
     format!("copies at {}: {how}", copies.url)
 }
 
-/// Waits for the end of something, with a progress bar where a person looks.
+/// Waits for a job to end, with a progress bar on a terminal.
 ///
 /// # Errors
-/// When it did not go well, or its end is not heard of.
-pub(super) fn follow(client: &ApiClient, started: &Started) -> Result<(), Stop> {
+/// When it failed, or nobody can say how it ended.
+pub(super) fn wait_for_job(client: &ApiClient, started: &Started) -> Result<(), Stop> {
     let begun = Instant::now();
-    let bar = if watched() { ProgressBar::no_length() } else { ProgressBar::hidden() };
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
-        bar.set_style(style.progress_chars("##-"));
-    }
+    let bar = progress_bar();
     loop {
         let state: BackupState = client.call(&backup_state()).inspect_err(|_| bar.abandon())?;
         let ended = state.last.filter(|last| last.number >= started.number);
@@ -342,7 +335,7 @@ pub(super) fn follow(client: &ApiClient, started: &Started) -> Result<(), Stop> 
             return if last.number == started.number { outcome(&last) } else { lost(started) };
         }
         let Some(running) = state.running.filter(|running| running.number == started.number) else {
-            // Between the two, or the host that did it is not the one that answers now.
+            // The job is just ending, or another host answers than the one that does it.
             if begun.elapsed() > Duration::from_secs(5) {
                 bar.abandon();
                 return lost(started);
@@ -370,7 +363,7 @@ pub(super) fn follow(client: &ApiClient, started: &Started) -> Result<(), Stop> 
 }
 
 fn lost(started: &Started) -> Result<(), Stop> {
-    let text = format!("{}: its end was not heard of: see twistcli backup list", started.id);
+    let text = format!("{}: it is unknown how it ended: see twistcli backup list", started.id);
     Err(Stop::tell(EX_UNAVAILABLE, &text))
 }
 
@@ -393,14 +386,14 @@ fn download(client: &ApiClient, id: &str, to: &Path) -> Result<(), Stop> {
     if path.exists() {
         return Err(failed(io::ErrorKind::AlreadyExists.into()));
     }
-    // A half of a backup must not look like one. It has all of the Console's secrets.
+    // Half a backup must not look like a whole one. The mode: a backup has all of the Console's secrets.
     let partial = path.with_added_extension("part");
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&partial).map_err(failed)?;
     let fetched = fetch(remote, id, &mut file).and_then(|bytes| {
         file.sync_all().and_then(|()| fs::hard_link(&partial, &path)).map_err(failed)?;
         Ok(bytes)
     });
-    // Linked or of no use.
+    // It has its final name by now, or is of no use.
     let _ = fs::remove_file(&partial);
     say(&format!("{}: {}", path.display(), size(fetched?)))
 }

@@ -1,5 +1,5 @@
-//! `twistcli debug bundle`: one archive with what a helper needs to look into a problem. Works when the daemon does not.
-//! Must never take a key, a token, a password or anything of the database along.
+//! `twistcli debug bundle`: one archive with what is needed to investigate a problem. Works even if the daemon does
+//! not run. Must never put a key, a token, a password or anything of the database into it.
 
 use std::{
     fmt::Write as _,
@@ -29,9 +29,9 @@ use crate::{
 const EX_CANTCREAT: u8 = 73;
 /// Longest time for one answer of the daemon.
 const ASK: Duration = Duration::from_secs(3);
-/// Longest time for what another program has to say.
+/// Longest time for the output of another program.
 const SPEAK: Duration = Duration::from_secs(10);
-/// Bytes of the log that are taken along, from its end.
+/// Bytes of the log that are put into the archive, from its end.
 const LOG: u64 = 2 << 20;
 /// Lines asked of the journal.
 const JOURNAL_LINES: &str = "5000";
@@ -41,10 +41,11 @@ const FILES: usize = 2000;
 const REDACTED: &str = "(redacted)";
 
 const BUNDLE_HELP: &str = "\
-In the archive: status, events, metrics, configuration without its secrets, versions, the names and sizes of the
-files in the data folder, and the end of the log. Never: keys, certificates, tokens, the database.
+In the archive: status, events, metrics, configuration without its secrets, versions, the names and sizes of
+the files in the data folder, and the end of the log. Never: keys, certificates, tokens, the database.
 
-Exit code: 0 done (also when the daemon does not run), 64 wrong command line, 73 the archive cannot be written.
+Exit code: 0 done (also when the daemon does not run), 64 wrong command line, 73 the archive cannot be
+written.
 
 Examples:
   sudo twistcli debug bundle
@@ -53,7 +54,7 @@ Examples:
 /// Commands of `twistcli debug`.
 #[derive(Debug, Subcommand)]
 pub(super) enum Debug {
-    /// Collect what a helper needs to look into a problem, without secrets
+    /// Collect what is needed to investigate a problem, without secrets
     #[command(after_help = BUNDLE_HELP)]
     Bundle(BundleArgs),
 }
@@ -80,7 +81,7 @@ pub(super) fn run(args: &BundleArgs) -> io::Result<u8> {
     let known = loaded.as_ref().ok();
     let data = args.data.clone().or_else(|| known.map(|config| config.data_folder.clone()));
     let data = data.unwrap_or_else(|| config::Config::default().data_folder);
-    // A data folder that was named is another one than that of the file.
+    // The folder on the command line need not be that of the configuration file.
     let socket = match known {
         Some(config) if args.data.is_none() => config.control_socket_path(),
         _ => data.join(control::SOCKET_NAME),
@@ -92,7 +93,7 @@ pub(super) fn run(args: &BundleArgs) -> io::Result<u8> {
     match write(&output, &name, &parts(args, &data, &socket)) {
         Ok(()) => {
             println!("{}", output.display());
-            eprintln!("Have a look at it before you pass it on: names and addresses of your hosts are in it.");
+            eprintln!("Check it before you pass it on: it has the names and addresses of your hosts.");
             Ok(0)
         }
         Err(error) => {
@@ -115,7 +116,7 @@ fn write(output: &Path, folder: &str, parts: &[(&str, String)]) -> io::Result<()
     archive.into_inner()?.finish()?.sync_all()
 }
 
-/// Name and content of each file. What cannot be had says why instead.
+/// Name and content of each file. A file that cannot be had says why instead.
 fn parts(args: &BundleArgs, data: &Path, socket: &Path) -> Vec<(&'static str, String)> {
     let ask = |path: &str| match control::send(socket, &Call::get(path), ASK) {
         Ok(answer) if answer.status.is_success() => answer.text,
@@ -184,7 +185,7 @@ fn said(program: &str, arguments: &[&str], limit: Duration) -> io::Result<String
     thread::spawn(move || sender.send(last_bytes(stdout, LOG as usize)));
     let Ok(text) = text.recv_timeout(limit) else {
         let _ = child.kill(); // it may have ended just now
-        return Err(io::Error::new(io::ErrorKind::TimedOut, format!("no end of it after {limit:?}")));
+        return Err(io::Error::new(io::ErrorKind::TimedOut, format!("it did not end within {limit:?}")));
     };
     child.wait()?;
     text
@@ -230,7 +231,8 @@ fn redacted_settings(text: &str) -> String {
     out
 }
 
-/// By its kind, or by its name, which may be that of a newer version. The arguments of a command may be secrets, too.
+/// Judges by the kind of the key, or by its name if only a newer version knows it. The arguments of a command may be
+/// secrets, too.
 fn is_secret(key: &str) -> bool {
     let words = ["TOKEN", "SECRET", "PASSWORD", "PASSPHRASE", "CREDENTIAL", "KEY", "COMMAND"];
     let upper = key.to_ascii_uppercase();

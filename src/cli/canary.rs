@@ -39,7 +39,8 @@ pub(super) struct Console {
 
 /// The Consoles of all members, that of the PRIMARY first.
 pub(super) fn consoles(status: &Status, port: Option<u16>) -> Vec<Console> {
-    let console = |address: &str, name: &str| Console { name: name.to_owned(), url: Place::of(address, port).url() };
+    let console =
+        |address: &str, name: &str| Console { name: name.to_owned(), url: Place::of(address, port).to_string() };
     let mut members: Vec<_> = status.membership.roster.members.iter().collect();
     members.sort_by_key(|member| Some(member.id) != status.primary);
     members.into_iter().map(|member| console(&member.address, &member.name)).collect()
@@ -52,7 +53,7 @@ pub(super) struct Acknowledged {
     pub tag: u64,
     /// Which Console.
     pub console: usize,
-    /// When its answer was there.
+    /// When its answer came.
     pub at: Instant,
 }
 
@@ -72,11 +73,11 @@ pub(super) struct Canary {
     pub refused: u64,
     /// Attempts whose outcome the client does not know.
     pub unknown: u64,
-    /// Why the last attempt that failed did.
+    /// Why the last failed attempt failed.
     pub last_failure: Option<String>,
 }
 
-/// The way to the API failed for good; the sentence says how.
+/// Why the API is of no more use. The sentence says what happened.
 #[derive(Debug)]
 pub(super) enum Failed {
     /// Nobody answers as a Console does.
@@ -119,7 +120,7 @@ impl Canary {
         let url = self.url(WRITES);
         let answer = self.post(&url, &json!(self.next)).map(|response| response.status());
         match answer {
-            // Or an earlier attempt got through unseen: the same write twice is one.
+            // Or an earlier attempt got through unseen: the same write counts once.
             Ok(status) if status.is_success() => {
                 self.acknowledged.push(Acknowledged { tag: self.next, console: self.current, at: Instant::now() });
                 self.next += 1;
@@ -129,7 +130,7 @@ impl Canary {
                 return Err(Failed::Refused(format!("{url} refuses a write of the drill: {status}")));
             }
             Err(ref error) if https::failure(error) == Failure::Refused => self.refused += 1,
-            // What a Console answers may still hide a write whose outcome it does not know itself.
+            // A Console that answers may itself not know the outcome of the write.
             Ok(_) | Err(_) => self.unknown += 1,
         }
         let why = answer.map_or_else(|error| error.to_string(), |status| status.to_string());
@@ -142,13 +143,13 @@ impl Canary {
         self.agent.post(url).header("authorization", &self.authorization).send_json(body)
     }
 
-    /// To the next Console.
+    /// Goes on to the next Console.
     fn go_on(&mut self) {
         self.current = (self.current + 1) % self.consoles.len();
         std::thread::sleep(PAUSE);
     }
 
-    /// What asks the Console that is PRIMARY now for the switchover of the drill.
+    /// Returns what asks the Console of the current PRIMARY for the switchover of the drill.
     pub(super) fn switchover(&self) -> impl FnOnce() -> Result<(), String> + Send + 'static {
         let (agent, url, authorization) = (self.agent.clone(), self.url(TAKEOVER), self.authorization.clone());
         move || {
@@ -162,7 +163,7 @@ impl Canary {
         }
     }
 
-    /// The acknowledged tags that the present PRIMARY does not have.
+    /// The acknowledged tags that the current PRIMARY does not have.
     ///
     /// # Errors
     /// When no Console gives the list in time.
@@ -191,7 +192,7 @@ impl Canary {
         response.body_mut().read_json().map_err(|error| failed(error.to_string()))
     }
 
-    /// Ends the drill: what it wrote goes, and the audit has its result.
+    /// Ends the drill: its writes are removed, and its result goes into the audits.
     ///
     /// # Errors
     /// What the last Console said, when none took it in time.

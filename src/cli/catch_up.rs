@@ -1,17 +1,14 @@
-//! Waits until newcomers have caught up, with a progress bar where a person looks. Must never change anything: the
-//! members get their votes by themselves, whether somebody waits or not.
+//! Waits until newcomers have caught up, with a progress bar on a terminal. Must never change anything: the members get
+//! their votes by themselves, whether somebody waits or not.
 
 use std::{
-    io::{self, Write},
     thread,
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressStyle};
-
 use super::{
     client::ApiClient,
-    columns::watched,
+    columns::{progress_bar, say},
     quantity::size,
     stop::{EX_TEMPFAIL, Stop},
 };
@@ -20,7 +17,7 @@ use crate::{
     node::{Status, SyncProgress},
 };
 
-/// Pause between two looks.
+/// Pause before the status is asked for again.
 const PACE: Duration = Duration::from_millis(200);
 
 /// How far the newcomers are.
@@ -54,22 +51,14 @@ impl Progress {
 /// When the daemon cannot be reached, gives the role up, or `limit` is over.
 pub(super) fn wait(client: &ApiClient, limit: Duration) -> Result<(), Stop> {
     let start = Instant::now();
-    let bar = if watched() { ProgressBar::no_length() } else { ProgressBar::hidden() };
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
-        bar.set_style(style.progress_chars("##-"));
-    }
+    let bar = progress_bar();
     loop {
         let status = client.status().inspect_err(|_| bar.abandon())?;
         let progress = Progress::of(&status);
         if progress.pending.is_empty() {
             bar.finish_and_clear();
-            writeln!(
-                io::stdout(),
-                "All {} members are up ({:.1} s).",
-                status.members.len(),
-                start.elapsed().as_secs_f64()
-            )?;
-            return Ok(());
+            let seconds = start.elapsed().as_secs_f64();
+            return say(&format!("All {} members are up ({seconds:.1} s).", status.members.len()));
         }
         let waits_for = progress.pending.join(", ");
         if start.elapsed() > limit {

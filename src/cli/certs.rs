@@ -3,7 +3,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Write},
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 
 use super::{
     args::DONE_OR_REFUSED,
-    columns::{self, Cell, Paint, print_json},
+    columns::{self, Cell, Paint, print_json, say},
     quantity::date,
     stop::{EX_NOINPUT, EX_USAGE, Stop, confirm},
     target::Target,
@@ -25,9 +25,10 @@ use crate::{
 };
 
 const CA_HELP: &str = "\
-The certificate goes to standard output, its fingerprint to standard error. Without --address it is that of the
-cluster of this host. With --address it is what the Console there says: nothing proves that it is the right one until
-you have compared the fingerprint with that on a member. No password is needed, and none is sent.
+The certificate goes to standard output, its fingerprint to standard error. Without --address it is that of
+this host's cluster. With --address it is what the Console there claims: nothing proves that it is the right
+one until you have compared the fingerprint with the one on a member. No password is needed, and none is
+sent.
 
 Exit code: 0 done, 64 wrong command line, 66 there is none on this host, 69 nobody answers.
 
@@ -36,8 +37,8 @@ Examples:
   twistcli certs ca --address https://console.example.com:8083 > ca.pem";
 
 const NAMES_HELP: &str = "\
-Every Console's certificate is good for the names of its own host, and for these. The list that was there before is
-replaced. Each member makes its certificate anew and serves it at once; no connection is cut.
+Every Console's certificate is valid for the names of its own host, and for these. They replace those that
+were set before. Each member reissues its certificate and serves it at once; no connection is cut.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -46,12 +47,13 @@ Examples:
   sudo twistcli certs set-names --none";
 
 const UPLOAD_HELP: &str = "\
-The file has the certificate first, then those of the authorities above it, in PEM form, and the private key, unless
---key names another file for that. It is refused with the missing names if it does not cover every member and the
-names of `twistcli certs set-names`. All Consoles serve it at once; the key is kept encrypted.
+The file has, in PEM form, the certificate, then those of the authorities above it, and the private key
+unless --key names a file for that. If the certificate does not cover every member and the names of
+`twistcli certs set-names`, it is refused, and the missing names are listed. All Consoles serve it at once;
+the key is kept encrypted.
 
-Exit code: 0 done, 64 wrong command line, 66 a file cannot be read, 69 nobody answers, 75 refused, 77 the login is
-refused.
+Exit code: 0 done, 64 wrong command line, 66 a file cannot be read, 69 nobody answers, 75 refused, 77 the
+login is refused.
 
 Examples:
   sudo twistcli certs upload console.pem
@@ -66,7 +68,7 @@ pub(super) enum Certs {
         #[command(flatten)]
         target: Target,
     },
-    /// Show what the Consoles serve, and until when
+    /// Show the certificates that the Consoles serve, and until when they are valid
     #[command(after_help = DONE_OR_REFUSED)]
     List {
         #[command(flatten)]
@@ -75,7 +77,7 @@ pub(super) enum Certs {
         #[arg(long)]
         json: bool,
     },
-    /// Set the names that every Console's certificate is good for, beside those of its host
+    /// Set the names that every Console's certificate is valid for, besides those of its host
     #[command(after_help = NAMES_HELP)]
     SetNames(NamesArgs),
     /// Have all Consoles serve a certificate of your own
@@ -97,7 +99,7 @@ pub(super) enum Certs {
 pub(super) struct NamesArgs {
     #[command(flatten)]
     target: Target,
-    /// Host names and IP addresses: those of a load balancer, say
+    /// Host names and IP addresses, such as those of a load balancer
     #[arg(value_name = "NAME", required_unless_present = "none", conflicts_with = "none")]
     names: Vec<String>,
     /// No names but those of each host
@@ -141,15 +143,15 @@ fn list(target: &Target, json: bool, paint: Paint) -> Result<(), Stop> {
     let heads = [("OF", false), ("SOURCE", false), ("VALID UNTIL", false), ("ISSUER", false), ("NAMES", false)];
     let mut text = columns::table(&heads, &rows, paint);
     let names = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-    text.push_str(&format!("\nNames of all Consoles, beside those of each host: {}\n", names(&found.console_names)));
+    text.push_str(&format!("\nNames of all Consoles, besides those of each host: {}\n", names(&found.console_names)));
     if let Some(Custom { by, at, missing, exposed_to, .. }) = &found.custom {
         text.push_str(&format!(
-            "The certificate of all Consoles was given by {}, {}.\n",
+            "The certificate of all Consoles was uploaded by {}, {}.\n",
             columns::harmless(by),
             date(*at)
         ));
         if !missing.is_empty() {
-            text.push_str(&format!("It is not good for: {}\n", columns::harmless(&missing.join(", "))));
+            text.push_str(&format!("It is not valid for: {}\n", columns::harmless(&missing.join(", "))));
         }
         if !exposed_to.is_empty() {
             text.push_str(&exposed(exposed_to));
@@ -175,11 +177,11 @@ fn set_names(args: &NamesArgs) -> Result<(), Stop> {
     let wanted = Names { names: args.names.clone() };
     let Names { names } = client.call(&Call::post("settings/certs").with(wanted))?;
     let sentence = match names.as_slice() {
-        [] => "Every Console's certificate is good for the names of its host only.".to_owned(),
-        names => format!("Every Console's certificate is good for {}, too.", columns::harmless(&names.join(", "))),
+        [] => "Every Console's certificate is valid for the names of its host only.".to_owned(),
+        names => format!("Every Console's certificate is also valid for {}.", names.join(", ")),
     };
-    writeln!(io::stdout(), "{sentence}")?;
-    eprintln!("Each member makes its certificate anew. To look at it: twistcli certs list");
+    say(&sentence)?;
+    eprintln!("Each member reissues its certificate. See: twistcli certs list");
     Ok(())
 }
 
@@ -192,11 +194,11 @@ fn upload(args: &UploadArgs) -> Result<(), Stop> {
     let client = args.target.client()?;
     client.primary("twistcli certs upload FILE")?;
     let given: Custom = client.call(&Call::post("settings/custom-certs").with(Upload { certificate: pem }))?;
-    let (subject, until) = (columns::harmless(&given.info.subject), date(given.info.not_after));
-    writeln!(io::stdout(), "All Consoles serve the certificate {subject}, good until {until}.")?;
+    let (subject, until) = (&given.info.subject, date(given.info.not_after));
+    say(&format!("All Consoles serve the certificate {subject}, valid until {until}."))?;
     eprintln!("SHA-256 fingerprint:\n  {}", given.info.fingerprint);
     if !given.exposed_to.is_empty() {
-        eprint!("It has the key of the one before. {}", exposed(&given.exposed_to));
+        eprint!("It has the same key as the one before. {}", exposed(&given.exposed_to));
     }
     Ok(())
 }
@@ -204,12 +206,12 @@ fn upload(args: &UploadArgs) -> Result<(), Stop> {
 /// Who else knows the private key.
 fn exposed(names: &[String]) -> String {
     format!(
-        "Its private key is known to {}, no members any more: upload one with another key.\n",
+        "Its private key is known to former members: {}. Upload a certificate with another key.\n",
         columns::harmless(&names.join(", "))
     )
 }
 
-/// A file of an administrator; nothing of it is ever repeated.
+/// Reads a file of the administrator. Nothing of it is ever shown.
 fn read(path: &Path) -> Result<String, Stop> {
     let unusable = |code, why: &str| Stop::tell(code, &format!("{}: {why}", path.display()));
     let failed = |error: io::Error| unusable(EX_NOINPUT, &error.to_string());
@@ -227,13 +229,13 @@ fn remove(target: &Target, yes: bool) -> Result<(), Stop> {
     client.primary("twistcli certs remove")?;
     confirm("Have all Consoles serve certificates of the cluster's authority again?", yes)?;
     client.have_done(&Call::delete("settings/custom-certs"))?;
-    Ok(writeln!(io::stdout(), "All Consoles serve certificates of the cluster's authority again.")?)
+    say("All Consoles serve certificates of the cluster's authority again.")
 }
 
 fn ca(target: &Target) -> Result<(), Stop> {
     let places = if target.is_local() { Vec::new() } else { target.addresses()? };
     let (claimed, whence) = match places.split_last() {
-        // Only the PRIMARY's answers; what the last one says stands for all.
+        // Only the PRIMARY's Console answers. If none does, the error of the last one is shown.
         Some((last, others)) => {
             let found = others.iter().find_map(|place| Some((untrusted::authority(place).ok()?, place)));
             let (claimed, place) =

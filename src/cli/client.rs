@@ -19,7 +19,7 @@ pub(super) enum ApiClient {
 }
 
 impl ApiClient {
-    /// What the files of this host tell of the time before, if it is this host's daemon that did not answer.
+    /// What the files of this host tell, if it is this host's daemon that did not answer.
     pub(super) fn past(&self, stop: &Stop) -> Option<Past> {
         match self {
             Self::Local(local) if stop.is_unanswered() => Past::read(&local.data),
@@ -27,7 +27,7 @@ impl ApiClient {
         }
     }
 
-    /// How the cluster is, as this host's daemon or the PRIMARY sees it.
+    /// The status of the cluster as this host's daemon or the PRIMARY sees it.
     ///
     /// # Errors
     /// When nobody answers.
@@ -42,8 +42,8 @@ impl ApiClient {
         }
     }
 
-    /// The status as the PRIMARY sees it, as far as it can be known. If that is another host's daemon, the error says
-    /// where to run `command`.
+    /// The status as the PRIMARY sees it. If this host's daemon knows that another host is PRIMARY, the error says where
+    /// to run `command`.
     ///
     /// # Errors
     /// When nobody answers, or another host is PRIMARY.
@@ -58,7 +58,7 @@ impl ApiClient {
     /// The daemon of this host.
     ///
     /// # Errors
-    /// When Consoles are meant.
+    /// When the command goes to Consoles.
     pub(super) fn host(&self) -> Result<&Local, Stop> {
         match self {
             Self::Local(local) => Ok(local),
@@ -68,7 +68,7 @@ impl ApiClient {
         }
     }
 
-    /// Asks for something, or has something done.
+    /// Sends a request and parses the answer.
     ///
     /// # Errors
     /// When nobody answers as they should, or the answer is no.
@@ -80,9 +80,7 @@ impl ApiClient {
         serde_json::from_str(if text.is_empty() { "null" } else { &text }).map_err(|error| {
             let text = match self {
                 Self::Local(_) => {
-                    format!(
-                        "the answer is not understood: {error}\n  twistcli and twistlockd are of different versions."
-                    )
+                    format!("the answer is not understood: {error}\n  twistcli and twistlockd have different versions.")
                 }
                 Self::Remote(remote) => format!(
                     "{}{}: the answer is not understood: {error}\n  Is this a Console, and of the same version?",
@@ -94,7 +92,7 @@ impl ApiClient {
         })
     }
 
-    /// Has something done whose answer says no more than that.
+    /// Sends a request whose answer says no more than that it is done.
     ///
     /// # Errors
     /// Those of [`Self::call`].

@@ -1,9 +1,10 @@
-//! Tables, colours and JSON on standard output. What came from elsewhere is made harmless: nothing that a terminal
-//! would act on gets through.
+//! Tables, sentences and JSON on standard output, and progress on standard error. Makes harmless what came from
+//! elsewhere: nothing that a terminal would act on gets through.
 
 use std::io::{self, IsTerminal, Write};
 
 use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
@@ -39,13 +40,13 @@ impl Paint {
         if self.0 && !code.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    /// Whether something is as it must be.
+    /// A tick, or a cross if something is not as it must be.
     pub(super) fn mark(self, ok: bool) -> String {
         if ok { self.text("32", "✓") } else { self.text("1;31", "✗") }
     }
 }
 
-/// True where a person looks at the progress.
+/// True if standard error is a terminal, where a person can follow the progress.
 pub(super) fn watched() -> bool {
     io::stderr().is_terminal()
 }
@@ -118,6 +119,23 @@ pub(super) fn harmless(text: &str) -> String {
         c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     text.chars().map(|c| if odd(c) { '\u{fffd}' } else { c }).collect()
+}
+
+/// A progress bar of unknown length with a message, if a person can follow it.
+pub(super) fn progress_bar() -> ProgressBar {
+    let bar = if watched() { ProgressBar::no_length() } else { ProgressBar::hidden() };
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
+        bar.set_style(style.progress_chars("##-"));
+    }
+    bar
+}
+
+/// Prints one line, made harmless.
+///
+/// # Errors
+/// When it cannot be written.
+pub(super) fn say(text: &str) -> Result<(), Stop> {
+    Ok(print(&format!("{}\n", harmless(text)))?)
 }
 
 /// Prints a text that is complete.

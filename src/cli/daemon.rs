@@ -25,9 +25,9 @@ const OUTCOME_LIMIT: Duration = OPERATION_TIMEOUT.saturating_add(ANSWER_LIMIT);
 
 /// The daemon of this host.
 pub(super) struct Local {
-    /// Where it listens.
+    /// Path of its control socket.
     pub socket: PathBuf,
-    /// Its data folder. Of a bare socket: the folder that the socket is in.
+    /// Its data folder; the folder of the socket if only that was named.
     pub data: PathBuf,
     /// `MANAGEMENT_PORT_HTTPS`, as far as it is known.
     pub https_port: u16,
@@ -59,7 +59,7 @@ impl Local {
         there.and_then(|there: Consoles| there.https_port).unwrap_or(self.https_port)
     }
 
-    /// The daemon's picture of the cluster.
+    /// The cluster as the daemon sees it.
     ///
     /// # Errors
     /// When it does not answer.
@@ -79,7 +79,7 @@ impl Local {
         }
     }
 
-    /// Has the daemon answer a request. Returns the body of a success.
+    /// Sends a request to the daemon. Returns the body of a success.
     ///
     /// # Errors
     /// When it does not answer or refuses.
@@ -96,7 +96,7 @@ impl Local {
     }
 }
 
-/// Whether a request was refused, or nobody knows what became of it, the text of the answer says.
+/// The text of the answer says whether the request was refused, or whether its outcome is unknown.
 fn refused(answer: &Answer) -> Stop {
     let why = answer.reason();
     match answer.status == StatusCode::INTERNAL_SERVER_ERROR || why.starts_with(UNKNOWN) {
@@ -107,13 +107,13 @@ fn refused(answer: &Answer) -> Stop {
 
 fn unanswered(error: &ControlError) -> Stop {
     match error {
-        // It runs: what its files say of the time before is of no use.
+        // It runs, so what its files say is out of date.
         ControlError::Malformed { .. } => Stop::Unknown(explain(error)),
         _ => Stop::tell(EX_UNAVAILABLE, &explain(error)),
     }
 }
 
-/// Which host has to be asked instead, and how.
+/// Says which host to ask instead, and how.
 fn elsewhere(status: &Status, command: &str) -> Option<String> {
     if status.role == Role::RequestJoin {
         return Some(format!("{} has not joined yet. On the PRIMARY, run: {command}", status.name));
@@ -126,18 +126,18 @@ fn elsewhere(status: &Status, command: &str) -> Option<String> {
     Some(format!("{} is {}; {name}{address} is PRIMARY. Run there: {command}", status.name, status.role))
 }
 
-/// What went wrong on the way to the daemon, and what to do about it.
+/// Says why the daemon could not be reached, and what to do about it.
 pub(super) fn explain(error: &ControlError) -> String {
     let hint = match error {
         ControlError::Unreachable { error, .. } => match error.kind() {
             io::ErrorKind::NotFound => {
                 "There is no such socket. Is twistlockd running on this host? Try: systemctl status twistlockd\n  \
-                 If its data folder is another one, name it: --data DIR, --control PATH or TWISTLOCK_DATA=DIR.\n  \
+                 If it has another data folder, name it: --data DIR, --control PATH or TWISTLOCK_DATA=DIR.\n  \
                  For a cluster elsewhere, name its Consoles: --address https://HOST:8083"
             }
             io::ErrorKind::PermissionDenied => "Only the owner of the socket may use it. Try again with sudo.",
             io::ErrorKind::ConnectionRefused => {
-                "The socket is left over: twistlockd does not run. Try: systemctl status twistlockd"
+                "twistlockd is not running; the socket is left over. Try: systemctl status twistlockd"
             }
             _ => "Is twistlockd running on this host? Try: systemctl status twistlockd",
         },
@@ -145,7 +145,7 @@ pub(super) fn explain(error: &ControlError) -> String {
             "twistlockd is there but does not answer: stopped, frozen or overloaded. Try: journalctl -u twistlockd -e"
         }
         ControlError::Malformed { .. } => {
-            "twistcli and twistlockd are of different versions. Install the same on both."
+            "twistcli and twistlockd have different versions. Install the same version of both."
         }
         ControlError::Path(_) => "Name the socket by a shorter path: --control PATH",
         ControlError::Refused(_) => "Try: journalctl -u twistlockd -e",

@@ -1,4 +1,4 @@
-//! `twistcli ha drill`: a takeover for practice, measured from outside as a client sees it, with the proof that no
+//! `twistcli ha drill`: a takeover for practice, measured from outside as a client sees it, with proof that no
 //! acknowledged write was lost. Must never begin unless all members are healthy, and never kill anything but the daemon
 //! of this host.
 
@@ -57,7 +57,7 @@ const KEPT: usize = 500;
 /// Longest record that is read.
 const MAX_RECORD: u64 = 1 << 20;
 
-/// What came out of a drill; one line of [`RECORD`].
+/// The result of a drill; one line of [`RECORD`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct Outcome {
     at: String,
@@ -86,7 +86,7 @@ pub(super) fn run(client: &ApiClient, args: &DrillArgs) -> Result<u8, Stop> {
     ready(&status, unix_time()).map_err(|why| Stop::refuse(&why))?;
     let (mut canary, takeover) = prepare(client, args, &status)?;
     eprintln!(
-        "{} writes until another member has taken over ({}) ...",
+        "Writing until another member has taken over from {} ({}) ...",
         status.name,
         if args.kill { "its process is killed" } else { "switchover" }
     );
@@ -99,13 +99,13 @@ pub(super) fn run(client: &ApiClient, args: &DrillArgs) -> Result<u8, Stop> {
         Err(_) => (false, "it broke off".to_owned()),
     };
     if let Err(why) = canary.end(ok, text.lines().next().unwrap_or_default(), CHECK_LIMIT) {
-        eprintln!("twistcli: the end of the drill could not be told, and its tags named drill-... are left: {why}");
+        eprintln!("twistcli: the drill could not be ended, and its tags named drill-... are left behind: {why}");
     }
     let outcome = outcome?;
     if let ApiClient::Local(local) = client
         && let Err(error) = record(&local.data, &outcome)
     {
-        eprintln!("twistcli: the result is not recorded in {}: {error}", local.data.join(RECORD).display());
+        eprintln!("twistcli: the result could not be recorded in {}: {error}", local.data.join(RECORD).display());
     }
     if args.json {
         print_json(&outcome)?;
@@ -119,7 +119,7 @@ pub(super) fn run(client: &ApiClient, args: &DrillArgs) -> Result<u8, Stop> {
     })
 }
 
-/// Whether a drill may begin.
+/// Checks whether a drill may begin. The error says why not.
 fn ready(status: &Status, now: u64) -> Result<(), String> {
     let see = "\n  A drill takes one member away: all three must be healthy. See: twistcli ha status";
     if status.primary != Some(status.node) {
@@ -144,7 +144,7 @@ fn ready(status: &Status, now: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// What the API says when a drill begins.
+/// What the API answers when a drill begins.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Begun {
@@ -170,7 +170,7 @@ fn prepare(client: &ApiClient, args: &DrillArgs, status: &Status) -> Result<(Can
     let plan = json!({ "takeover": if args.kill { "kill" } else { "switchover" } });
     let begun: Begun = console.call(&Call::post("high-availability/drill").with(plan))?;
     let port = args.https_port.or(named).or(begun.https_port);
-    // Each member by its own address: behind a load balancer nobody sees who answers.
+    // Each member is asked at its own address: a load balancer would hide who answers.
     let canary = Canary::new(consoles(status, port), &trust, &begun.token, &begun.prefix);
     let takeover = match client {
         ApiClient::Local(Local { socket, data, .. }) if args.kill => {
@@ -202,7 +202,7 @@ enum Broken {
     Refused(String),
     /// The API refuses the canary.
     Api(Failed),
-    /// The API did not acknowledge enough writes to begin. What it answered last.
+    /// The API did not acknowledge enough writes to begin. Has its last answer.
     Never(Option<String>),
 }
 
@@ -212,7 +212,7 @@ impl Broken {
             Self::Refused(why) => Stop::refuse(&why),
             Self::Api(failed) => stop(failed),
             Self::Never(last) => Stop::refuse(&format!(
-                "the takeover was never begun: fewer than {BEFORE} writes were acknowledged\n  The last error: {}",
+                "the takeover never began: fewer than {BEFORE} writes were acknowledged\n  The last error: {}",
                 last.as_deref().unwrap_or("none: the writes are too slow")
             )),
         }
@@ -228,7 +228,7 @@ impl Takeover {
     }
 }
 
-/// The process is the one that the kernel names as the owner of the control socket, and it must say the same itself.
+/// Kills the process that the kernel names as the owner of the control socket. The lock file must name it, too.
 fn kill_daemon(socket: &Path, lock: &Path) -> Result<(), String> {
     let stream = control::connect(socket, ANSWER_LIMIT).map_err(|error| format!("find the daemon: {error}"))?;
     let owner = getsockopt(&stream, PeerCredentials).map_err(|error| format!("find the daemon: {error}"))?.pid();
@@ -243,7 +243,7 @@ fn kill_daemon(socket: &Path, lock: &Path) -> Result<(), String> {
     kill(Pid::from_raw(owner), Signal::SIGKILL).map_err(|error| format!("kill process {owner}: {error}"))
 }
 
-/// Writes before, during and after the takeover, until `limit`.
+/// Writes before, during and after the takeover, for at most `limit`.
 fn rehearse(canary: &mut Canary, takeover: Takeover, limit: Duration) -> Result<(), Broken> {
     let deadline = Instant::now() + limit;
     let mut takeover = Some(takeover);
@@ -277,7 +277,7 @@ fn joined(ended: JoinHandle<Result<(), String>>) -> Result<(), Broken> {
     ended.join().unwrap_or_else(|_| Err("the takeover panicked".to_owned())).map_err(Broken::Refused)
 }
 
-/// The writes that another Console than the first one has acknowledged.
+/// The writes since another Console than the first one answered.
 fn after(acknowledged: &[Acknowledged]) -> &[Acknowledged] {
     let first = acknowledged.first().map(|write| write.console);
     let at = acknowledged.iter().position(|write| Some(write.console) != first).unwrap_or(acknowledged.len());

@@ -1,4 +1,4 @@
-//! A switchover by the API, measured from here: the Console is asked all the time whether it is there, until another
+//! A switchover through the Consoles, measured from here: asks them all the time whether one is there, until another
 //! member is PRIMARY. Must never begin a second one because the answer to the first got lost.
 
 use std::{
@@ -28,16 +28,16 @@ use crate::{
 
 /// How long a Console may take to say that it is there: one that is gone must not hide one that has come.
 const LIMITS: Limits = Limits { connect: Duration::from_millis(300), request: Duration::from_secs(1) };
-/// Between two questions.
+/// Pause between two questions.
 const PACE: Duration = Duration::from_millis(2);
-/// Between two looks at who is PRIMARY while nothing seems to change.
+/// How often it asks who is PRIMARY while nothing seems to change.
 const LOOK: Duration = Duration::from_millis(250);
 /// A switchover that has not happened by then has been given up by the daemon.
 const STAYS: Duration = Duration::from_secs(8);
 /// How long another PRIMARY is awaited.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Checks, and hands the role over unless a check fails. `before` is the status of a moment ago.
+/// Makes the checks, and hands the role over unless one fails. `before` is the status of a moment ago.
 ///
 /// # Errors
 /// When nobody answers, it is refused, or the role does not go.
@@ -60,12 +60,12 @@ pub(super) fn switchover(
     Ok(SwitchoverReport { checks: checked.checks, to: Some(to), gap_ms: Some(gap.as_secs_f64() * 1e3) })
 }
 
-/// The question, wherever it goes.
+/// The request for a switchover.
 pub(super) fn switchover_to(wanted: Switchover) -> Call {
     Call::post("high-availability/switchover").with(wanted)
 }
 
-/// One question. When the answer to the real one gets lost, the ports may have been closed before it: it is no error.
+/// Asks once. It is no error if the answer to the real request is lost: the ports may have been closed before it.
 fn ask(remote: &Remote, to: Option<&str>, dry_run: bool) -> Result<SwitchoverReport, Stop> {
     let begun = SwitchoverReport { checks: Vec::new(), to: None, gap_ms: None };
     let wanted = Switchover { to: to.map(str::to_owned), dry_run };
@@ -108,7 +108,7 @@ fn watch(client: &ApiClient, remote: &Remote, before: &Status) -> Result<(String
                         return Ok((status.name, gap));
                     }
                     if begun.elapsed() > STAYS {
-                        let text = format!("{} is PRIMARY again or still: see its log for the reason", status.name);
+                        let text = format!("{} is PRIMARY again, or still: see its log for the reason", status.name);
                         return Err(Stop::refuse(&text));
                     }
                     last = Instant::now();
@@ -118,8 +118,10 @@ fn watch(client: &ApiClient, remote: &Remote, before: &Status) -> Result<(String
         }
         thread::sleep(PACE);
     }
-    let text =
-        format!("the switchover has begun, and no Console answers since {} s: see twistcli ha status", LIMIT.as_secs());
+    let text = format!(
+        "the switchover has begun, and no Console has answered for {} s: see twistcli ha status",
+        LIMIT.as_secs()
+    );
     Err(Stop::tell(EX_UNAVAILABLE, &text))
 }
 

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::https::Trust;
 
-/// Data folder when nothing else is said.
+/// Data folder if none is named.
 pub(super) const DEFAULT_DATA: &str = "/var/lib/twistlock";
 /// Environment variable that names the data folder.
 pub(super) const DATA_VARIABLE: &str = "TWISTLOCK_DATA";
@@ -25,13 +25,13 @@ pub(super) struct LoginArgs {
     /// User of the Console's API [default: $TWISTLOCK_USER, else admin]
     #[arg(long, short, value_name = "NAME", help_heading = THERE)]
     user: Option<String>,
-    /// Its password [default: $TWISTLOCK_PASSWORD, else it is asked for]
+    /// The user's password [default: $TWISTLOCK_PASSWORD, else it is asked for]
     #[arg(long, short, value_name = "PASSWORD", conflicts_with = "token", help_heading = THERE)]
     password: Option<String>,
     /// A session's token, instead of user and password [default: $TWISTLOCK_TOKEN]
     #[arg(long, value_name = "TOKEN", help_heading = THERE)]
     token: Option<String>,
-    /// Certificate of the authority that signed those of the Consoles [default: $TWISTLOCK_CACERT, else that of a
+    /// Certificate of the authority that signed the Consoles' certificates [default: $TWISTLOCK_CACERT, else that of a
     /// cluster on this host and those that this host trusts]
     #[arg(long, value_name = "PATH", help_heading = THERE)]
     tlscacert: Option<PathBuf>,
@@ -58,7 +58,7 @@ impl LoginArgs {
         Ok(Trust::system().and(Trust::file(&own).unwrap_or_default()))
     }
 
-    /// Somebody is named to log in as, on the command line or in the environment.
+    /// True if the command line or the environment names somebody to log in as.
     pub(super) fn is_named(&self) -> bool {
         let named = self.user.is_some() || self.password.is_some() || self.token.is_some();
         named
@@ -101,13 +101,13 @@ pub(super) fn new_password(of: &str) -> Result<String, Stop> {
         std::io::stdin().read_line(&mut line)?;
         let password = line.trim_end_matches(['\r', '\n']).to_owned();
         return match password.is_empty() {
-            true => Err(Stop::tell(EX_USAGE, "standard input has no password in its first line")),
+            true => Err(Stop::tell(EX_USAGE, "the first line of standard input has no password")),
             false => Ok(password),
         };
     }
     let password = hidden(&format!("New password of {of}: "))?;
     if password != hidden("The same again: ")? {
-        return Err(Stop::refuse("the two are not the same"));
+        return Err(Stop::refuse("the two passwords differ"));
     }
     Ok(password)
 }

@@ -60,15 +60,15 @@ use version::VersionArgs;
 pub use table::render as render_table;
 
 const HELP: &str = "\
-Without --address, commands go to the daemon of this host (as root, or as the owner of its data folder). With
---address they go to the Consoles of a cluster elsewhere, with a user's name and password or a token.
+Without --address, commands go to the daemon of this host (as root, or as the owner of its data folder).
+With --address they go to the Consoles of a cluster elsewhere, with a user's name and password or a token.
 
 Environment:
   TWISTLOCK_ADDRESS   https://HOST:PORT of the Consoles, separated by commas
   TWISTLOCK_USER      user of the API
   TWISTLOCK_PASSWORD  the user's password
-  TWISTLOCK_TOKEN     a session's token, instead of the two
-  TWISTLOCK_CACERT    certificate of the authority that signed those of the Consoles
+  TWISTLOCK_TOKEN     a session's token, instead of user and password
+  TWISTLOCK_CACERT    certificate of the authority that signed the Consoles' certificates
   TWISTLOCK_DATA      data folder of this host's daemon
   NO_COLOR            no colours
 
@@ -117,7 +117,7 @@ enum Command {
     /// Backups of the database: make, list, check, fetch and delete them
     #[command(subcommand)]
     Backup(Backups),
-    /// Bring a backup back into the whole cluster, on the PRIMARY's host
+    /// Restore a backup to the whole cluster, on the PRIMARY's host
     #[command(after_help = restore::HELP)]
     Restore(RestoreArgs),
     /// Show who changed what and who logged in
@@ -129,7 +129,7 @@ enum Command {
     /// Show the versions of this program and of the cluster's members
     #[command(after_help = version::HELP)]
     Version(VersionArgs),
-    /// Collect what a helper needs to look into a problem
+    /// Collect what is needed to investigate a problem
     #[command(subcommand)]
     Debug(bundle::Debug),
     /// Print a shell completion script
@@ -190,7 +190,7 @@ fn ha(command: &Ha, paint: Paint) -> Result<u8, Stop> {
         Ha::Apply(args) => at(&args.target, |client| operate::apply(client, args)),
         Ha::Reject { target, node } => at(target, |client| operate::reject(client, node)),
         Ha::Revoke { target } => {
-            let done = "All invitations are closed: no join script that was given out is good any more.";
+            let done = "All invitations are closed: join scripts that were given out no longer work.";
             let call = Call::delete("high-availability/join-script");
             at(target, |client| operate::simple(client, "revoke", &call, done))
         }
@@ -198,12 +198,12 @@ fn ha(command: &Ha, paint: Paint) -> Result<u8, Stop> {
         Ha::Switchover(args) => at(&args.target, |client| operate::switchover(client, args, paint)),
         Ha::Pause { target, span } => at(target, |client| operate::pause(client, span.as_secs())),
         Ha::Resume { target } => {
-            let done = "The pause is over: the members take over by themselves again.";
+            let done = "The pause is over: automatic takeover works again.";
             let call = Call::post("high-availability/resume");
             at(target, |client| operate::simple(client, "resume", &call, done))
         }
         Ha::RotateKey { target } => {
-            let done = "The members exchange the cluster key now. See: twistcli ha status";
+            let done = "The members are replacing the cluster key. See: twistcli ha status";
             let call = Call::post("high-availability/rotate-key");
             at(target, |client| operate::simple(client, "rotate-key", &call, done))
         }
@@ -214,7 +214,7 @@ fn ha(command: &Ha, paint: Paint) -> Result<u8, Stop> {
     }
 }
 
-/// Runs a command at the cluster that is meant.
+/// Runs a command on the cluster that `target` names.
 fn at(target: &Target, command: impl FnOnce(&ApiClient) -> Result<(), Stop>) -> Result<u8, Stop> {
     command(&target.client()?).map(|()| 0)
 }

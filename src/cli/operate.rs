@@ -1,10 +1,7 @@
-//! The commands that change the cluster: what they show before, ask for, and say after. Each one is one operation of
-//! the daemon. Must never decide whether something may be done.
+//! The commands that change the cluster: what they show before, ask, and say afterwards. Each is one operation of the
+//! daemon. Must never decide whether something may be done.
 
-use std::{
-    fmt::Display,
-    io::{self, Write},
-};
+use std::fmt::Display;
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +9,7 @@ use super::{
     args::{ApplyArgs, JoinScriptArgs, RemoveArgs, RotateCaArgs, SetAddressArgs, SwitchoverArgs},
     catch_up,
     client::ApiClient,
-    columns::{self, Paint, print_json},
+    columns::{self, Paint, print_json, say},
     handover, next,
     quantity::{clock, date, duration},
     remote::segment,
@@ -45,21 +42,19 @@ pub(super) fn join_script(client: &ApiClient, args: &JoinScriptArgs) -> Result<(
     if args.json {
         return print_json(&answer);
     }
-    let mut out = io::stdout().lock();
     let until = date(answer.until);
     match &answer.script {
         Some(script) if args.script => {
-            write!(out, "{script}")?;
+            columns::print(script)?;
             eprintln!("Run this script as root on each host that is to join.");
         }
         _ => {
             eprintln!("Run this line on each host that is to join:\n");
-            writeln!(out, "{}", answer.line)?;
-            out.flush()?;
+            columns::print(&format!("{}\n", answer.line))?;
             eprintln!();
         }
     }
-    eprintln!("It is good until {until}, and no longer than until the hosts are admitted (twistcli ha apply).");
+    eprintln!("It is valid until {until}, but only until the hosts are admitted (twistcli ha apply).");
     eprintln!("It carries a secret: whoever has it may ask to join. To take it back: twistcli ha revoke");
     eprintln!("Next, when all hosts show REQUEST_JOIN in `twistcli ha status`: twistcli ha apply");
     Ok(())
@@ -76,13 +71,13 @@ pub(super) fn apply(client: &ApiClient, args: &ApplyArgs) -> Result<(), Stop> {
     }
     eprintln!("{} to join {}:\n", ask(requests.len()), cluster_of(&status));
     requests.iter().for_each(|request| eprint!("{}", describe(request)));
-    eprintln!("\nEach fingerprint must be the one that the join script has shown on that host.");
+    eprintln!("\nEach fingerprint must be the one that the join script showed on that host.");
     confirm("Admit them?", args.yes)?;
     let fingerprints = Some(requests.iter().map(|request| request.fingerprint.clone()).collect());
     let call = Call::post("high-availability/apply").with(Approval { fingerprints });
     let Admitted { admitted } = client.call(&call)?;
     let names: Vec<&str> = requests.iter().map(|request| request.name.as_str()).collect();
-    writeln!(io::stdout(), "Admitted: {} (node {}).", names.join(", "), list(&admitted))?;
+    say(&format!("Admitted: {} (node {}).", names.join(", "), list(&admitted)))?;
     if args.no_wait {
         eprintln!("Next: twistcli ha status --watch");
         return Ok(());
@@ -120,7 +115,7 @@ fn describe(request: &Request) -> String {
 pub(super) fn remove(client: &ApiClient, args: &RemoveArgs) -> Result<(), Stop> {
     let force = if args.force { " --force" } else { "" };
     let status = client.primary(&format!("twistcli ha remove {}{force}", args.node))?;
-    // Only to explain: which member a name means is for the daemon to decide, and to refuse.
+    // Only to explain: the daemon decides which member a name means, and may refuse.
     let named = |member: &&MemberStatus| member.name == args.node || member.id.to_string() == args.node;
     if let Some(member) = status.members.iter().find(named) {
         eprint!("{}", consequences(member, &status, args.force));
@@ -128,11 +123,11 @@ pub(super) fn remove(client: &ApiClient, args: &RemoveArgs) -> Result<(), Stop> 
     confirm(&format!("Remove {}?", args.node), args.yes)?;
     let path = format!("{}?force={}", member(&args.node), args.force);
     let Gone { warning } = client.call(&Call::delete(path))?;
-    writeln!(io::stdout(), "{} is removed.", args.node)?;
+    say(&format!("{} is removed.", args.node))?;
     if let Some(warning) = warning {
         eprintln!("Warning: {}", columns::harmless(&warning));
     }
-    eprintln!("Next: twistcli ha join-script, and run its line on the host that takes the place");
+    eprintln!("Next: twistcli ha join-script, and run its line on the host that takes its place");
     Ok(())
 }
 
@@ -144,7 +139,7 @@ fn member(node: &str) -> String {
 fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
     let mut text = format!(
         "{} ({}) is {}. Once removed, it has no vote, its certificate is refused for good, and it stops serving.\n\
-         Its data stay on its disk; to come back it runs the join script again.\n",
+         Its data stays on its disk. To bring it back, run the join script on it again.\n",
         member.name, member.address, member.state
     );
     let (left, size) = (status.members.len() - 1, status.membership.roster.size);
@@ -156,8 +151,8 @@ fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
     }
     if force {
         text.push_str(
-            "--force: even if the members that remain have no majority that answers. Nobody serves then until enough of \
-             them are back.\n",
+            "--force: it is removed even if no majority of the remaining members answers. Nobody serves then until enough \
+             of them are back.\n",
         );
     }
     text
@@ -195,7 +190,7 @@ fn describe_switchover(report: &SwitchoverReport, dry_run: bool, paint: Paint) -
     }
     let to = report.to.as_deref().unwrap_or("another member");
     text.push_str(&match (report.checks.iter().all(|check| check.ok), dry_run, report.gap_ms) {
-        (false, ..) => "The role stays here: see what is marked above.\n".to_owned(),
+        (false, ..) => "The role stays where it is: see what is marked above.\n".to_owned(),
         (true, true, _) => format!("{to} can take the role. Nothing was changed.\n"),
         (true, false, Some(gap)) => format!("{to} is PRIMARY. Nobody could write for {gap:.1} ms.\n"),
         (true, false, None) => format!("The role goes to {to}. See: twistcli ha status\n"),
@@ -203,12 +198,12 @@ fn describe_switchover(report: &SwitchoverReport, dry_run: bool, paint: Paint) -
     text
 }
 
-/// No automatic takeover for a while.
+/// Suspends automatic takeover for a while.
 pub(super) fn pause(client: &ApiClient, seconds: u64) -> Result<(), Stop> {
     let status = client.primary(&format!("twistcli ha pause --for {seconds}s"))?;
     let span = Pause { minutes: None, seconds: Some(u32::try_from(seconds).unwrap_or(u32::MAX)) };
     let Paused { until } = client.call(&Call::post("high-availability/pause").with(span))?;
-    writeln!(io::stdout(), "PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name)?;
+    say(&format!("PAUSED until {}: nobody takes over if {} fails meanwhile.", date(until), status.name))?;
     eprintln!("Next, when the maintenance is done: twistcli ha resume");
     Ok(())
 }
@@ -218,7 +213,9 @@ pub(super) fn rotate_ca(client: &ApiClient, args: &RotateCaArgs) -> Result<(), S
     let overlap = args.overlap.as_secs();
     let command = format!("rotate-ca --overlap {overlap}s");
     client.primary(&format!("twistcli ha {command}"))?;
-    eprintln!("All certificates of nodes and Consoles are made anew, and join scripts that were given out end.");
+    eprintln!(
+        "All certificates of nodes and Consoles will be reissued, and join scripts that were given out will stop working."
+    );
     eprintln!(
         "Clients that know the old CA need the new one within {}, when it begins to sign: certificates/ca.pem of each member \
          has both until then.",
@@ -230,7 +227,7 @@ pub(super) fn rotate_ca(client: &ApiClient, args: &RotateCaArgs) -> Result<(), S
         client,
         &command,
         &Call::post("high-availability/rotate-ca").with(overlap),
-        "The members trust the new authority now, and it signs when the overlap is over. See: twistcli ha status",
+        "The members trust the new authority now. It signs when the overlap is over. See: twistcli ha status",
     )
 }
 
@@ -243,23 +240,22 @@ pub(super) fn set_address(client: &ApiClient, args: &SetAddressArgs) -> Result<(
     simple(client, &command, &call, "The members dial the new address from now on. See: twistcli ha status")
 }
 
-/// Turns a host down.
+/// Turns a host down that asks to join.
 pub(super) fn reject(client: &ApiClient, host: &str) -> Result<(), Stop> {
     let call = Call::delete(format!("high-availability/requests/{}", segment(host)));
     simple(client, &format!("reject {host}"), &call, &format!("{host} is turned down."))
 }
 
-/// An option of a command that has to be run elsewhere.
+/// An option of a command that is to be run elsewhere.
 fn option(name: &str, value: Option<&impl Display>) -> String {
     value.map_or_else(String::new, |value| format!(" --{name} {value}"))
 }
 
-/// An operation without an answer. `command` is what asks for it, behind `twistcli ha`.
+/// Carries out an operation that answers nothing. `command` is what follows `twistcli ha`.
 pub(super) fn simple(client: &ApiClient, command: &str, call: &Call, done: &str) -> Result<(), Stop> {
     client.primary(&format!("twistcli ha {command}"))?;
     client.have_done(call)?;
-    writeln!(io::stdout(), "{done}")?;
-    Ok(())
+    say(done)
 }
 
 #[cfg(test)]
@@ -275,7 +271,7 @@ mod tests {
         assert!(text.starts_with("node3 (127.0.0.3:8086) is DOWN. Once removed, it has no vote"), "{text}");
         assert!(text.contains("2 of 3 members remain: both must be up"), "{text}");
         assert!(!text.contains("--force"), "{text}");
-        assert!(consequences(&status.members[2], &status, true).contains("--force: even if"));
+        assert!(consequences(&status.members[2], &status, true).contains("--force: it is removed even if"));
     }
 
     #[test]
@@ -289,7 +285,7 @@ mod tests {
         let text = describe_switchover(&report, true, Paint(false));
         assert_eq!(
             text,
-            "✓ node2 is up\n✗ caught up: 9 entries behind\nThe role stays here: see what is marked above.\n"
+            "✓ node2 is up\n✗ caught up: 9 entries behind\nThe role stays where it is: see what is marked above.\n"
         );
         report.checks[1].ok = true;
         assert!(

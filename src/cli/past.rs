@@ -1,5 +1,5 @@
-//! What the files of this host tell while its daemon does not answer: what this node went through, and who belonged to
-//! the cluster. Must never show that as if it were so now, and never change or lock a file.
+//! Reads the files of this host while its daemon does not answer: what this node went through, and who belonged to the
+//! cluster. Must never show that as the present state, and never change or lock a file.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ use crate::{
 
 /// Folders of the data folder whose files a running node writes.
 const WRITTEN: [&str; 3] = ["", "raft-log", "database"];
-/// Files that are looked at for the last write, in each folder.
+/// Most files in each folder whose time is read.
 const LOOKED_AT: usize = 1000;
 
 /// What the files of a stopped daemon tell.
@@ -35,7 +35,7 @@ pub(super) struct Past {
     pub membership: Option<Membership>,
     /// When a file of the daemon was written last, in milliseconds since 1970: it ran at that time.
     last_write: Option<u64>,
-    /// How the daemon said that it ends; none for one that was killed, with its host or alone.
+    /// When and how the daemon said that it was ending; none if it was killed, alone or with its host.
     ended: Option<(u64, String)>,
     /// The last state, and since when.
     state: Option<(u64, Role)>,
@@ -95,7 +95,7 @@ impl Past {
         self.name.as_deref().unwrap_or("this host")
     }
 
-    /// When the daemon was there for certain.
+    /// When the daemon ran for certain.
     fn seen(&self) -> Option<u64> {
         self.ended.as_ref().map(|(time, _)| *time).or(self.last_write)
     }
@@ -112,7 +112,7 @@ impl Past {
         let unknown = || "unknown".to_owned();
         let end = match (&self.ended, self.last_write) {
             (Some((time, sentence)), _) => ("ended", format!("{}: {sentence}", when(*time))),
-            (None, Some(time)) => ("last written", format!("{}; it did not say that it ends", when(time))),
+            (None, Some(time)) => ("last written", format!("{}; its end was not recorded", when(time))),
             (None, None) => ("ended", unknown()),
         };
         let state = self.state.map_or_else(unknown, |(time, role)| format!("{role}, since {}", when(time)));
@@ -122,7 +122,7 @@ impl Past {
             let all = membership.roster.members.iter().map(|member| format!("{} ({})", member.name, member.place()));
             all.collect::<Vec<_>>().join(", ")
         });
-        let head = format!("OLD: twistlockd of {host} does not answer. This is what its files say of the time before:");
+        let head = format!("OLD: twistlockd on {host} does not answer. This is what its files say:");
         let lines = [end, ("last state", state), ("last PRIMARY", primary), ("members", members)];
         let lines: String =
             lines.iter().map(|(what, text)| format!("  {what:13} {}\n", columns::harmless(text))).collect();
@@ -146,7 +146,7 @@ impl Past {
     }
 }
 
-/// When a file of the data folder was written last. Not the socket nor the lock: somebody else may touch those.
+/// When a file of the data folder was written last. The socket and the lock do not count: others may touch those.
 fn last_write(data: &Path) -> Option<u64> {
     let folders = WRITTEN.iter().filter_map(|folder| fs::read_dir(data.join(folder)).ok());
     let files = folders.flat_map(|entries| entries.flatten().take(LOOKED_AT)).filter_map(|entry| entry.metadata().ok());
@@ -176,7 +176,7 @@ mod tests {
         let all = [ended, secondary, primary, started];
         let (past, now) = (Past::of(&all), 1_793_383_320_000);
         let expected = "\
-OLD: twistlockd of node2 does not answer. This is what its files say of the time before:
+OLD: twistlockd on node2 does not answer. This is what its files say:
   ended         2026-10-30 18:01:00 UTC, 60 s ago: node2 stops as it was asked to
   last state    SECONDARY, since 2026-10-30 18:00:02 UTC, 118 s ago
   last PRIMARY  node1, since 2026-10-30 18:00:01 UTC, 119 s ago
@@ -188,7 +188,7 @@ OLD: twistlockd of node2 does not answer. This is what its files say of the time
         assert_eq!(json["lastState"]["state"], "SECONDARY");
         // It was killed: the files only say until when it wrote.
         let killed = Past { last_write: Some(1_793_383_310_000), ..Past::of(&all[1..]) };
-        assert!(killed.render(now, Paint(false)).contains("18:01:50 UTC, 10 s ago; it did not say that it ends"));
+        assert!(killed.render(now, Paint(false)).contains("18:01:50 UTC, 10 s ago; its end was not recorded"));
         assert_eq!(killed.json(now, "")["ageMs"], 10_000);
         let again =
             [event(1_793_383_300, Kind::Role, "node2 starts", ("version", "0.2.0")), all[0].clone(), all[1].clone()];

@@ -1,10 +1,10 @@
-//! Where a Console is: the address by which it is asked.
+//! Where a Console is: the address at which it is asked.
 
 use std::fmt;
 
 use ureq::http::Uri;
 
-/// `MANAGEMENT_PORT_HTTPS` when nothing else is said.
+/// `MANAGEMENT_PORT_HTTPS` if nothing else is known.
 pub(super) const HTTPS_PORT: u16 = 8083;
 
 /// `https://HOST:PORT` of a Console, or of what stands in front of them.
@@ -31,20 +31,15 @@ impl Place {
         Ok(Self { host: authority.host().to_owned(), port: authority.port_u16() })
     }
 
-    /// Of a member.
+    /// The Console of a member.
     pub(super) fn of(address: &str, port: Option<u16>) -> Self {
         let host = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
         Self { host, port }
     }
 
-    /// As it was named.
+    /// The port, if one was named.
     pub(super) fn port(&self) -> Option<u16> {
         self.port
-    }
-
-    /// Without `/api`.
-    pub(super) fn url(&self) -> String {
-        self.to_string()
     }
 }
 
@@ -63,7 +58,7 @@ mod tests {
 
     #[test]
     fn addresses_are_https_urls_and_nothing_else() {
-        let url = |text: &str| Place::parse(text).map(|place| place.url()).ok();
+        let url = |text: &str| Place::parse(text).map(|place| place.to_string()).ok();
         for (text, expected) in [
             ("https://a.example:8083", "https://a.example:8083"),
             ("https://a.example:8083/", "https://a.example:8083"),

@@ -1,4 +1,4 @@
-//! What goes on in the cluster step by step, as lines below the table: an upgrade, a new cluster key, a new authority.
+//! What the cluster does step by step, as lines below the table: an upgrade, a new cluster key, a new authority.
 //! Pure.
 
 use super::quantity::date;
@@ -7,7 +7,7 @@ use crate::{
     pki,
 };
 
-/// One line for each of them.
+/// One line for each that is under way.
 pub(super) fn lines(status: &Status) -> Vec<String> {
     upgrade(status).into_iter().chain(renewal(status)).collect()
 }

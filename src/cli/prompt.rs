@@ -12,16 +12,16 @@ use super::stop::{EX_USAGE, Stop};
 
 /// Longest line that is read, in bytes.
 const LONGEST: usize = 4096;
-/// What a shell says for a program that Ctrl-C has ended.
+/// The exit code of a program that Ctrl-C has ended, as a shell has it.
 const INTERRUPTED: u8 = 130;
 
-/// One line that is typed unseen.
+/// Reads one line that is not shown while it is typed.
 ///
 /// # Errors
-/// When there is no terminal, or whoever is there breaks off.
+/// When there is no terminal, or the user breaks off.
 pub(super) fn hidden(question: &str) -> Result<String, Stop> {
     let tty = OpenOptions::new().read(true).write(true).open("/dev/tty").map_err(|_| {
-        let why = "there is no terminal to ask for the password on: give it in TWISTLOCK_PASSWORD, or a token in TWISTLOCK_TOKEN";
+        let why = "there is no terminal on which to ask for the password: give it in TWISTLOCK_PASSWORD, or a token in TWISTLOCK_TOKEN";
         Stop::tell(EX_USAGE, why)
     })?;
     let mut quiet = Quiet::new(tty)?;
@@ -34,8 +34,8 @@ pub(super) fn hidden(question: &str) -> Result<String, Stop> {
     }
 }
 
-/// A terminal that shows nothing, and hands over each byte, Ctrl-C too: nothing may end this program before the echo is
-/// back.
+/// A terminal that shows nothing and hands over each byte, even Ctrl-C: nothing may end this program before the echo is
+/// on again.
 struct Quiet {
     tty: File,
     before: Termios,
@@ -46,7 +46,7 @@ impl Quiet {
         let before = termios::tcgetattr(&tty)?;
         let mut quiet = before.clone();
         quiet.local_flags -= LocalFlags::ECHO | LocalFlags::ECHONL | LocalFlags::ICANON | LocalFlags::ISIG;
-        // What was typed before the question was shown is dropped.
+        // This also drops what was typed before the question was shown.
         termios::tcsetattr(&tty, SetArg::TCSAFLUSH, &quiet)?;
         Ok(Self { tty, before })
     }
@@ -62,7 +62,7 @@ impl Drop for Quiet {
 /// The line without its end; none after Ctrl-C, or Ctrl-D at its beginning.
 fn read_line(input: &mut impl Read) -> io::Result<Option<String>> {
     let mut line: Vec<u8> = Vec::new();
-    // One by one: what follows the line is for whoever reads next.
+    // Byte by byte: what follows the line is for whoever reads next.
     for _ in 0..LONGEST {
         let mut byte = [0];
         input.read_exact(&mut byte)?;

@@ -1,5 +1,4 @@
-//! What was written down: `ha events`, `audits` and `logs`. Shows what others said and did, with nothing in it that a
-//! terminal would act on.
+//! Shows what was recorded: `ha events`, `audits` and `logs`. Must never print anything that a terminal would act on.
 
 use std::time::Duration;
 
@@ -25,8 +24,8 @@ use crate::{
 
 /// The help of `twistcli audits`.
 pub(super) const AUDITS_HELP: &str = "\
-Every change, also one that was refused, and every login. On the PRIMARY's host no login is needed for who may
-use the daemon's socket; elsewhere the role Administrator or Auditor.
+Every change, even if it was refused, and every login. On the PRIMARY's host, whoever may use the daemon's
+socket needs no login; elsewhere the role Administrator or Auditor is needed.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -39,7 +38,7 @@ Examples:
 pub(super) struct AuditsArgs {
     #[command(flatten)]
     target: Target,
-    /// At most so many, the newest first
+    /// Show at most this many, the newest first
     #[arg(long, value_name = "COUNT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     limit: u32,
     /// Only what this user did
@@ -55,10 +54,9 @@ pub(super) struct AuditsArgs {
 
 /// The help of `twistcli logs`.
 pub(super) const LOGS_HELP: &str = "\
-The PRIMARY keeps its last lines in memory, so that this needs its daemon. On a host with systemd,
-`journalctl -u twistlockd` has all of this host's.
-On the PRIMARY's host no login is needed for who may use the daemon's socket; elsewhere the role Administrator
-or Auditor.
+The PRIMARY keeps its last lines in memory, so its daemon must run. On a host with systemd,
+`journalctl -u twistlockd` has the whole log of this host. On the PRIMARY's host, whoever may use the
+daemon's socket needs no login; elsewhere the role Administrator or Auditor is needed.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -70,7 +68,7 @@ Examples:
 pub(super) struct LogsArgs {
     #[command(flatten)]
     target: Target,
-    /// At most so many lines, the newest last
+    /// Show at most this many lines, the newest last
     #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=2000))]
     lines: u32,
     /// Print them as JSON
@@ -125,7 +123,7 @@ fn from_files(client: &ApiClient, wanted: &Wanted, stop: Stop) -> Result<Vec<Eve
         return Err(stop);
     }
     let found = events::read(&local.data, wanted).map_err(|_| stop)?;
-    let text = format!("twistlockd of this host does not answer: these are from {}", path.display());
+    let text = format!("twistlockd on this host does not answer: these are from {}", path.display());
     eprintln!("{}", columns::harmless(&text));
     Ok(found)
 }
@@ -133,14 +131,14 @@ fn from_files(client: &ApiClient, wanted: &Wanted, stop: Stop) -> Result<Vec<Eve
 /// `twistcli ha test-notifications`. Returns the exit code.
 ///
 /// # Errors
-/// When nobody answers, or may do this.
+/// When nobody answers, or it is not permitted.
 pub(super) fn test_notifications(client: &ApiClient, json: bool, paint: Paint) -> Result<u8, Stop> {
     let sent: Vec<Delivery> = client.call(&Call::post("settings/notifications/test"))?;
     let fine = !sent.is_empty() && sent.iter().all(|delivery| delivery.ok);
     if json {
         print_json(&sent)?;
     } else if sent.is_empty() {
-        columns::print("Nobody is notified: there is no webhook, and NOTIFY_COMMAND of that host is not set.\n")?;
+        columns::print("Nobody is notified: there is no webhook, and NOTIFY_COMMAND is not set on that host.\n")?;
     } else {
         let row = |delivery: &Delivery| {
             let result = if delivery.ok { Cell::coloured("32", "got it") } else { Cell::coloured("1;31", "failed") };
@@ -152,7 +150,7 @@ pub(super) fn test_notifications(client: &ApiClient, json: bool, paint: Paint) -
     Ok(if fine { 0 } else { EX_FOUND })
 }
 
-/// Seconds since 1970 at a time so long ago.
+/// Seconds since 1970, so long ago.
 fn before(span: Duration) -> i64 {
     Timestamp::now().as_second().saturating_sub(i64::try_from(span.as_secs()).unwrap_or(i64::MAX)).max(0)
 }
@@ -234,8 +232,7 @@ struct Line {
 /// # Errors
 /// When nobody answers, or it is refused.
 pub(super) fn logs(args: &LogsArgs, paint: Paint) -> Result<(), Stop> {
-    let hint =
-        "The lines were in its memory. What it wrote: journalctl -u twistlockd -e; what happened: twistcli ha events";
+    let hint = "It has these lines in its memory. Its whole log: journalctl -u twistlockd -e; what happened: twistcli ha events";
     let client = args.target.console().map_err(|stop| stop.or_else_try(hint))?;
     let found: Vec<Value> = client.call(&Call::get(format!("logs/console?lines={}", args.lines)))?;
     if args.json {

@@ -1,4 +1,4 @@
-//! The way to a cluster by its Consoles' API. Tries each address until one answers: only the PRIMARY's does. Must never
+//! The API of a cluster, through its Consoles. Tries each address until one answers: only the PRIMARY's does. Must never
 //! send a credential to a server whose certificate does not verify, nor repeat a request that changes something and may
 //! have arrived.
 
@@ -30,13 +30,13 @@ use crate::{
 const LIMITS: Limits = Limits { connect: Duration::from_secs(3), request: Duration::from_secs(35) };
 /// How long the download of a backup may take.
 const DOWNLOAD: Duration = Duration::from_secs(3600);
-/// For as long as nobody answers: a takeover takes less.
+/// How long it goes on while nobody answers: a takeover takes less.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// Between two rounds.
+/// Pause between two rounds.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Longest answer that is read.
 const LONGEST: u64 = 8 << 20;
-/// What stays as it is in a segment of a path.
+/// What is not encoded in a segment of a path.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// Who asks.
@@ -52,7 +52,7 @@ impl Login {
     pub(super) fn token(text: &str) -> Result<Self, &'static str> {
         match !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic()) {
             true => Ok(Self::Token(text.to_owned())),
-            false => Err("the token has characters that no token has"),
+            false => Err("the token is empty, or has characters that no token has"),
         }
     }
 
@@ -60,7 +60,7 @@ impl Login {
     fn header(&self) -> String {
         match self {
             Self::Token(token) => format!("Bearer {token}"),
-            // A command makes few requests, so that no session has to be begun and ended for it.
+            // A command makes too few requests to begin and end a session for them.
             Self::Password { user, password } => {
                 format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")))
             }
@@ -80,10 +80,10 @@ pub(super) fn segment(text: &str) -> String {
     utf8_percent_encode(text, SEGMENT).to_string()
 }
 
-/// A cluster by its Consoles.
+/// A cluster that is reached through its Consoles.
 pub(super) struct Remote {
     agent: Agent,
-    /// The one that answered last is the first.
+    /// The one that answered last comes first.
     places: RefCell<Vec<Place>>,
     pub trust: Trust,
     pub login: Login,
@@ -106,10 +106,10 @@ impl Remote {
         self.places.borrow().clone()
     }
 
-    /// The members are tried, too, from now on: the one that was named may lose the role.
+    /// Has the members tried, too, from now on: the one that was named may lose the role.
     pub(super) fn learn(&self, membership: &Membership) {
         let mut places = self.places.borrow_mut();
-        // Behind a load balancer with the usual port of HTTPS, the Consoles have their own.
+        // A load balancer may have the usual port of HTTPS, while the Consoles behind it have their own.
         let port = places.first().and_then(|place| place.port()).or(Some(HTTPS_PORT));
         for member in &membership.roster.members {
             let place = Place::of(&member.address, port);
@@ -119,7 +119,7 @@ impl Remote {
         }
     }
 
-    /// Has a Console answer a request. Returns the body of a success.
+    /// Sends a request to the Console that answers. Returns the body of a success.
     ///
     /// # Errors
     /// When nobody answers, or the answer is no.
@@ -133,7 +133,7 @@ impl Remote {
         text.map_err(|error| Stop::tell(EX_UNAVAILABLE, &format!("{}: the answer broke off: {error}", self.first())))
     }
 
-    /// A file, which may take its time.
+    /// Fetches a file, which may take its time.
     ///
     /// # Errors
     /// When nobody answers.
@@ -146,7 +146,7 @@ impl Remote {
         Ok(response)
     }
 
-    /// The first answer, whatever it says: each address is tried, again for a while if all refuse.
+    /// Returns the first answer, whatever it says. Each address is tried, again for a while if none answers.
     ///
     /// # Errors
     /// When nobody answers, or a request that changes something got lost.
@@ -167,7 +167,7 @@ impl Remote {
                     }
                     Err(silence) if silence.failure == Failure::Unknown && !changes_nothing(call) => {
                         let text = format!(
-                            "{}: the connection was lost before the answer came: {}\n  Whether it was done is unknown: look \
+                            "{}: the connection was lost before the answer came: {}\n  Whether it was done is unknown: check \
                              before you repeat it. See: twistcli ha status",
                             silence.place, silence.why
                         );
@@ -176,7 +176,7 @@ impl Remote {
                     Err(silence) => silent.push(silence),
                 }
             }
-            // It answers, and time will not make it better.
+            // Whoever answers there will not be trusted later, either.
             let hopeless = silent.iter().any(|silence| matches!(silence.failure, Failure::Untrusted(_)));
             if hopeless || Instant::now() > deadline {
                 return Err(self.nobody(&silent));
@@ -187,11 +187,11 @@ impl Remote {
 
     fn attempt(&self, place: &Place, call: &Call) -> Result<Response<Body>, Silence> {
         let silence = |failure, why| Silence { place: place.clone(), failure, why };
-        let sent = call.run(&self.agent, &place.url(), Some(&self.login.header()));
+        let sent = call.run(&self.agent, &place.to_string(), Some(&self.login.header()));
         sent.map_err(|error| silence(https::failure(&error), error.to_string()))
     }
 
-    /// Where a request went that was answered.
+    /// Where the last request was answered.
     pub(super) fn first(&self) -> String {
         self.places.borrow().first().map(Place::to_string).unwrap_or_default()
     }
@@ -226,7 +226,7 @@ impl Remote {
         Stop::tell(EX_UNAVAILABLE, &text)
     }
 
-    /// What an answer means that is not a success.
+    /// What an answer other than a success means.
     pub(super) fn refused(&self, method: &Method, status: StatusCode, why: &str) -> Stop {
         let (place, who) = (self.first(), self.login.name());
         match status.as_u16() {
@@ -236,7 +236,7 @@ impl Remote {
             }
             403 => Stop::tell(EX_NOPERM, &format!("{place} does not permit this to {who}: {why}")),
             404 if why.starts_with("there is nothing at") => {
-                let text = format!("{place}: {why}\n  twistcli and the Console are of different versions.");
+                let text = format!("{place}: {why}\n  twistcli and the Console have different versions.");
                 Stop::tell(EX_UNAVAILABLE, &text)
             }
             500.. if *method != Method::GET => Stop::tell(EX_UNAVAILABLE, &format!("{place}: {why}")),
@@ -246,7 +246,7 @@ impl Remote {
     }
 }
 
-/// True for what may be asked again without harm. A join script brings an invitation with it.
+/// True for what may be asked again without harm. A join script makes an invitation.
 pub(super) fn changes_nothing(call: &Call) -> bool {
     call.method == Method::GET && !call.path.starts_with("high-availability/join-script")
 }
@@ -265,7 +265,7 @@ mod tests {
         status.membership.roster.members[2].address = "2001:db8::3".into();
         remote.learn(&status.membership);
         remote.learn(&status.membership);
-        let urls: Vec<String> = remote.places().iter().map(Place::url).collect();
+        let urls: Vec<String> = remote.places().iter().map(Place::to_string).collect();
         let expected = [
             "https://lb.example:9083",
             "https://127.0.0.1:9083",

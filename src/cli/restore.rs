@@ -10,7 +10,7 @@ use std::{
 use clap::Args;
 
 use super::{
-    backup::{all_backups, backup_copies, backup_state, fetch_copy, follow},
+    backup::{all_backups, backup_copies, backup_state, fetch_copy, wait_for_job},
     client::ApiClient,
     columns,
     quantity::{date, size},
@@ -25,14 +25,15 @@ use crate::{
 
 /// The help of `twistcli restore`.
 pub(super) const HELP: &str = "\
-Runs on the PRIMARY's host. The Console is closed, the whole database is replaced by that of the backup, on all
-members, and the Console is opened again. All that was written since the backup was made is lost, and everybody has
-to log in again. The backup must have been made by the very same version. It is checked before anything is changed.
+Runs on the PRIMARY's host. The Console is closed, the whole database is replaced by that of the backup, on
+all members, and the Console is opened again. All that was written since the backup was made is lost, and
+everybody has to log in again. The backup must have been made by exactly the same version. It is checked
+before anything is changed.
 
-Without a file, the backups of the folder are listed and one is asked for. With --remote it is one of the copies at
-BACKUP_URL, which is fetched into the folder first.
+Without a file, the backups of the folder are listed for you to choose from. With --remote you choose one of
+the copies at BACKUP_URL, which is fetched into the folder first.
 
-Exit code: 0 done, 1 it did not go well, 64 wrong command line, 66 there is no such backup, 69 nobody answers,
+Exit code: 0 done, 1 it failed, 64 wrong command line, 66 there is no such backup, 69 nobody answers,
 75 refused or not confirmed.
 
 Examples:
@@ -54,10 +55,10 @@ pub(super) struct RestoreArgs {
     /// Fetch a copy from BACKUP_URL [default: list them and ask]
     #[arg(long, value_name = "COPY", num_args = 0..=1, conflicts_with_all = ["path", "data_recovery_folder"])]
     remote: Option<Option<String>>,
-    /// Close the Console for it; asked for otherwise
+    /// Close the Console for it; otherwise you are asked
     #[arg(long)]
     stop_console: bool,
-    /// Take a backup that is not encrypted although BACKUP_KEY_FILE is set: whoever can write there may have made it
+    /// Accept a backup that is not encrypted although BACKUP_KEY_FILE is set: whoever can write there may have made it
     #[arg(long)]
     unencrypted: bool,
     /// Do not ask; needed where standard input is no terminal
@@ -72,7 +73,7 @@ struct Found {
     id: BackupId,
 }
 
-/// Restores.
+/// Restores a backup.
 ///
 /// # Errors
 /// When nobody answers, it is refused, or nobody confirms.
@@ -92,12 +93,12 @@ pub(super) fn run(args: &RestoreArgs) -> Result<(), Stop> {
         status.members.iter().map(|member| member.name.as_str()).collect::<Vec<_>>().join(", ")
     );
     if !args.stop_console && args.yes {
-        return Err(Stop::tell(EX_USAGE, "the Console is closed for a restore: say --stop-console, too"));
+        return Err(Stop::tell(EX_USAGE, "a restore closes the Console: give --stop-console, too"));
     }
     confirm("Close the Console and restore it?", args.yes)?;
     let wanted = File { file, stop_console: true, unencrypted: args.unencrypted };
     let started: Started = client.call(&Call::post("restore").with(wanted))?;
-    follow(&client, &started)
+    wait_for_job(&client, &started)
 }
 
 /// The file that was named, or chosen in a folder.
@@ -114,7 +115,7 @@ fn named(client: &ApiClient, args: &RestoreArgs) -> Result<PathBuf, Stop> {
     }
 }
 
-/// What the other members have: no part of the list to choose from, since their files are not on this host.
+/// What the other members have. It is not in the list to choose from, as their files are not on this host.
 fn elsewhere(all: &[Backup], state: &BackupState) -> String {
     let line = |member: &MemberBackups| {
         let node = &member.node;
@@ -132,9 +133,9 @@ fn elsewhere(all: &[Backup], state: &BackupState) -> String {
     lines.map(|line| format!("{}\n", columns::harmless(&line))).collect()
 }
 
-/// A copy, brought into the folder first.
+/// Fetches a copy from `BACKUP_URL` into the folder. Returns its path.
 fn fetched(client: &ApiClient, copy: Option<&str>) -> Result<PathBuf, Stop> {
-    // Another host's folder would be of no use.
+    // A copy in another host's folder would be of no use.
     client.primary("twistcli restore --remote")?;
     let state: BackupState = client.call(&backup_state())?;
     let place = match copy {
@@ -152,7 +153,7 @@ fn fetched(client: &ApiClient, copy: Option<&str>) -> Result<PathBuf, Stop> {
     Ok(Path::new(&state.folder).join(fetch_copy(client, &place)?))
 }
 
-/// Only on a host of the cluster: the file is there, and so is whoever may do this.
+/// The daemon of this host: the file is there, and whoever may restore it.
 fn target_here(target: &Target) -> Result<ApiClient, Stop> {
     match target.client()? {
         ApiClient::Remote(_) => {

@@ -23,25 +23,26 @@ const HOME_AND_CLEAR: &str = "\x1b[H\x1b[J";
 /// When there is none, or the output cannot be written.
 pub(super) fn run(client: &ApiClient, args: &StatusArgs, paint: Paint) -> Result<u8, Stop> {
     let Some(interval) = args.watch else {
-        let (text, code) = look(client, args.json, false, paint).or_else(|stop| old(client, args.json, paint, stop))?;
+        let (text, code) =
+            current(client, args.json, false, paint).or_else(|stop| old(client, args.json, paint, stop))?;
         columns::print(&text)?;
         return Ok(code);
     };
     let redraw = io::stdout().is_terminal() && !columns::is_dumb() && !args.json;
     loop {
-        match look(client, args.json, true, paint) {
+        match current(client, args.json, true, paint) {
             Ok((text, _)) if redraw => columns::print(&format!("{HOME_AND_CLEAR}{text}"))?,
             Ok((text, _)) => columns::print(&text)?,
             // Trying a refused login again and again would keep everybody else from logging in.
             Err(stop) if !stop.passes() => return Err(stop),
-            // Who does not answer may come back: go on looking.
+            // Whoever does not answer may come back.
             Err(stop) => drop(stop.code()?),
         }
         std::thread::sleep(interval);
     }
 }
 
-/// What is known of the time before the daemon of this host did not answer any more, with the exit code of that.
+/// What the files of this host tell while its daemon does not answer, and the exit code for it.
 fn old(client: &ApiClient, json: bool, paint: Paint, stop: Stop) -> Result<(String, u8), Stop> {
     let Some(past) = client.past(&stop) else { return Err(stop) };
     let text = match json {
@@ -54,8 +55,8 @@ fn old(client: &ApiClient, json: bool, paint: Paint, stop: Stop) -> Result<(Stri
     Ok((text, stop.code()?))
 }
 
-/// One look: what to print and the exit code for it.
-fn look(client: &ApiClient, json: bool, one_line: bool, paint: Paint) -> Result<(String, u8), Stop> {
+/// The status as it is now: what to print, and the exit code.
+fn current(client: &ApiClient, json: bool, one_line: bool, paint: Paint) -> Result<(String, u8), Stop> {
     let status = client.status()?;
     let code = judge(&status, unix_time()).health as u8;
     if !json {

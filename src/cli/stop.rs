@@ -1,4 +1,4 @@
-//! How a command ends: its exit codes, what it says when it ends early, and the question before what cannot be undone.
+//! How a command ends: its exit codes, what it says if it ends early, and the question before what cannot be undone.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -14,15 +14,15 @@ pub(super) const EX_UNAVAILABLE: u8 = 69;
 pub(super) const EX_IOERR: u8 = 74;
 /// Refused, by the cluster or by the administrator (sysexits EX_TEMPFAIL).
 pub(super) const EX_TEMPFAIL: u8 = 75;
-/// The login is not good, or its role does not permit this (sysexits EX_NOPERM).
+/// The login is refused, or its role does not permit this (sysexits EX_NOPERM).
 pub(super) const EX_NOPERM: u8 = 77;
 
-/// Why a command ends before its end.
+/// Why a command ends early.
 #[derive(Debug)]
 pub(super) enum Stop {
     /// This has to be said, with this exit code.
     Why { code: u8, text: String },
-    /// A request was lost on its way, or its answer: it may have been done.
+    /// A request or its answer was lost: it may have been done.
     Unknown(String),
     /// Everything has been said; this is the exit code.
     Told(u8),
@@ -47,7 +47,7 @@ impl Stop {
         Self::tell(EX_TEMPFAIL, &format!("not done: {why}"))
     }
 
-    /// True if the same may be possible in a moment: somebody does not answer now.
+    /// True if the same may succeed in a moment, as when nobody answers now.
     pub(super) fn passes(&self) -> bool {
         match self {
             Self::Why { code, .. } | Self::Told(code) => matches!(*code, EX_UNAVAILABLE | EX_TEMPFAIL),
@@ -61,7 +61,7 @@ impl Stop {
         matches!(self, Self::Why { code: EX_UNAVAILABLE, .. })
     }
 
-    /// What is said, without what to do.
+    /// What is said, without the advice.
     pub(super) fn why(&self) -> &str {
         match self {
             Self::Why { text, .. } | Self::Unknown(text) => text.lines().next().unwrap_or_default(),
@@ -69,7 +69,7 @@ impl Stop {
         }
     }
 
-    /// Says one more thing if nobody answered.
+    /// Adds a hint if nobody answered.
     pub(super) fn or_else_try(self, hint: &str) -> Self {
         match self {
             Self::Why { code, text } if code == EX_UNAVAILABLE => Self::Why { code, text: format!("{text}\n  {hint}") },
@@ -106,7 +106,7 @@ pub(super) fn confirm(question: &str, yes: bool) -> Result<(), Stop> {
         return Ok(());
     }
     if !io::stdin().is_terminal() {
-        return Err(Stop::tell(EX_USAGE, "standard input is no terminal: say --yes to go on without a question"));
+        return Err(Stop::tell(EX_USAGE, "standard input is no terminal: give --yes to go on without a question"));
     }
     match ask(&format!("{question} [y/N]"))?.to_ascii_lowercase().as_str() {
         "y" | "yes" => Ok(()),
@@ -114,10 +114,10 @@ pub(super) fn confirm(question: &str, yes: bool) -> Result<(), Stop> {
     }
 }
 
-/// One line from standard input.
+/// Asks for one line on standard input.
 ///
 /// # Errors
-/// When there is none to be had.
+/// When it cannot be read.
 pub(super) fn ask(question: &str) -> io::Result<String> {
     eprint!("{question} ");
     io::stderr().flush()?;

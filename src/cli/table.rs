@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-/// For how long a removed member is shown.
+/// How long a removed member is shown.
 const SHOW_REMOVED_S: u64 = 24 * 3600;
 
 const HEADS: [Head; 9] = [
@@ -34,7 +34,7 @@ const HEADS: [Head; 9] = [
     ("VERSION", false),
 ];
 
-/// Headline, table and advice, each line ended by a newline. `now` in seconds since 1970.
+/// Headline, table and advice; each line ends with a newline. `now` in seconds since 1970.
 pub fn render(status: &Status, colour: bool, now: u64) -> String {
     let paint = Paint(colour);
     let verdict = judge(status, now);
@@ -76,7 +76,7 @@ pub fn render(status: &Status, colour: bool, now: u64) -> String {
     out
 }
 
-/// All that belong to the cluster, ask to, or did so lately: the state of each, and its cells.
+/// All hosts that belong to the cluster, ask to, or did until lately: the state of each, and its cells.
 fn rows(status: &Status, now: u64) -> Vec<(Role, [String; 9])> {
     let mut rows: Vec<(Role, [String; 9])> =
         status.members.iter().map(|member| (member.state, row(member, status))).collect();
@@ -92,7 +92,7 @@ fn table(rows: &[(Role, [String; 9])], paint: Paint) -> String {
     };
     let rows: Vec<Vec<Cell>> = rows.iter().map(cells).collect();
     let table = columns::table(&HEADS, &rows, paint);
-    format!("\n{table}\n* this node; the lines of the others are as this node last heard of them\n")
+    format!("\n{table}\n* this node; the other lines show what this node last heard from them\n")
 }
 
 fn pause_line(pause: &Pause, status: &Status, now: u64) -> String {
@@ -111,7 +111,7 @@ fn removed_lately(status: &Status, now: u64) -> impl Iterator<Item = &Removed> {
     status.membership.roster.removed.iter().filter(lately).filter(move |removed| !again(removed))
 }
 
-/// How far the copy of the database for a member is.
+/// How far a member has copied the database.
 fn copy(member: &MemberStatus) -> Option<String> {
     const WIDTH: u64 = 30;
     let SyncProgress { bytes, total } = member.sync?;
@@ -207,7 +207,7 @@ node1*  127.0.0.1:8086  PRIMARY        3      120    0  380 ms             -  0.
 node2   127.0.0.2:8086  SECONDARY      3      120    0       -     12 ms ago  0.1.0
 node3   127.0.0.3:8086  DOWN           3      120    7       -         never  0.1.0
 
-* this node; the lines of the others are as this node last heard of them
+* this node; the other lines show what this node last heard from them
 ! node3 (127.0.0.3:8086) is DOWN, never heard of: check that its host is up and see `systemctl status twistlockd` there.
 ";
         assert_eq!(render(&status, false, 0), expected);
@@ -241,7 +241,7 @@ node2   127.0.0.2:8086  STARTUP2          3      120    0       -     12 ms ago 
 host7   192.0.2.7:8086  REQUEST_JOIN      -        -    -       -             -  0.1.0
 node3   -               REMOVED           -        -    -       -             -  -
 
-* this node; the lines of the others are as this node last heard of them
+* this node; the other lines show what this node last heard from them
 node2 copies the database  [##########--------------------]  33 %  1.0 GiB of 3.0 GiB
 host7 asks to join until 1970-01-02 00:00 UTC; clock 12 ms behind; fingerprint
     AB:CD:host7

@@ -1,14 +1,12 @@
 //! `twistcli tags`: the labels that the Console keeps.
 
-use std::io::{self, Write};
-
 use clap::Subcommand;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
     args::DONE_OR_REFUSED,
-    columns::{self, Cell, Paint, print_json},
+    columns::{self, Cell, Paint, print_json, say},
     lists,
     remote::segment,
     stop::Stop,
@@ -82,11 +80,11 @@ pub(super) fn run(command: &Tags, paint: Paint) -> Result<(), Stop> {
         Tags::Add { target, name, tag_color, description } => {
             let body = json!({ "name": name, "color": tag_color, "description": description });
             target.console()?.have_done(&Call::post("tags").with(body))?;
-            Ok(writeln!(io::stdout(), "The tag {} is there.", columns::harmless(name))?)
+            say(&format!("The tag {name} is created."))
         }
         Tags::Delete { target, name } => {
             target.console()?.have_done(&Call::delete(format!("tags/{}", segment(name))))?;
-            Ok(writeln!(io::stdout(), "The tag {} is deleted.", columns::harmless(name))?)
+            say(&format!("The tag {name} is deleted."))
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::{config, control};
 
 /// The configuration file of an installed daemon.
 const INSTALLED_CONFIG: &str = "/etc/twistlock/twistlock.cfg";
-/// Addresses that are tried at most.
+/// Most addresses that are tried.
 const MAX_ADDRESSES: usize = 16;
 
 const HERE: &str = "This host's daemon (default)";
@@ -41,7 +41,7 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// The way to the cluster. Asks for a password if it has to.
+    /// A client of the cluster that is meant. Asks for a password if it has to.
     ///
     /// # Errors
     /// When the configuration file, an address or the authority's certificate cannot be used, or nobody can be asked.
@@ -53,7 +53,7 @@ impl Target {
         Ok(ApiClient::Remote(Remote::new(places, self.login.trust(None)?, self.login.resolve()?)))
     }
 
-    /// The way to the PRIMARY's Console: by this host's daemon where it is PRIMARY and nobody is named to log in as.
+    /// A client of the PRIMARY's Console: this host's daemon if it is PRIMARY and nobody is named to log in as.
     ///
     /// # Errors
     /// When it cannot be found, or there is no login.
@@ -62,18 +62,18 @@ impl Target {
         let ApiClient::Local(local) = &client else { return Ok(client) };
         let status = local.status()?;
         if status.primary == Some(status.node) && !self.login.is_named() {
-            // Who may do all of it on this host anyway is not asked for a password.
+            // Whoever may use the socket may do all of it anyway: no password is asked for.
             return Ok(client);
         }
         local.consoles(&self.login).map(ApiClient::Remote)
     }
 
-    /// The daemon of this host was named, whatever the environment says.
+    /// True if the command line names the daemon of this host. The environment does not count then.
     pub(super) fn is_local(&self) -> bool {
         self.control.is_some() || self.data.is_some() || self.config.is_some()
     }
 
-    /// The addresses that were named, if any.
+    /// The addresses that the command line or the environment names, if any.
     ///
     /// # Errors
     /// When the variable has one that cannot be used, or there are too many.
@@ -87,7 +87,7 @@ impl Target {
         }
         match places.len() {
             0..=MAX_ADDRESSES => Ok(places),
-            many => Err(Stop::tell(EX_USAGE, &format!("{many} addresses: {MAX_ADDRESSES} at most are tried"))),
+            many => Err(Stop::tell(EX_USAGE, &format!("{many} addresses: at most {MAX_ADDRESSES} are tried"))),
         }
     }
 
@@ -107,7 +107,7 @@ impl Target {
             return Ok(Local { socket: config.control_socket_path(), data: config.data_folder, https_port });
         }
         let named = self.data.clone().or_else(|| variable(DATA_VARIABLE).map(PathBuf::from));
-        // Only to learn the port of the Console that is installed here: what else is in it is the daemon's business.
+        // Only for the port of the Console that is installed here: the rest of the file is the daemon's business.
         let installed =
             || config::load(INSTALLED_CONFIG.as_ref()).ok().and_then(|loaded| loaded.config.management_port_https);
         let https_port = if named.is_none() { installed() } else { None };

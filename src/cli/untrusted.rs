@@ -1,5 +1,5 @@
-//! What to do about a Console whose certificate does not verify, and how its authority's certificate is had the first
-//! time. Must never send a credential: what is fetched here comes from anybody.
+//! What to do about a Console whose certificate does not verify, and how to get its authority's certificate the first
+//! time. Must never send a credential: anybody may answer here.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::{
     pki,
 };
 
-/// Nobody waits for more than a hint.
+/// Short: nobody waits long for a hint.
 const LIMITS: Limits = Limits { connect: Duration::from_secs(2), request: Duration::from_secs(5) };
 /// Longest certificate that is read.
 const LONGEST: u64 = 64 << 10;
@@ -23,7 +23,7 @@ pub(super) struct Claimed {
     pub fingerprint: String,
 }
 
-/// The certificate that whoever answers there says is that of its cluster's authority.
+/// Fetches what whoever answers there claims to be the certificate of its cluster's authority.
 ///
 /// # Errors
 /// When there is none.
@@ -51,7 +51,7 @@ pub(super) fn claimed(text: &str) -> Result<Claimed, String> {
     Ok(Claimed { fingerprint: pki::fingerprint(&der), pem })
 }
 
-/// Why nothing was sent to this Console, and what to do.
+/// Says why nothing was sent to this Console, and what to do.
 pub(super) fn explain(place: &Place, why: Distrust, error: &str) -> String {
     let head = format!("{place}: its certificate is not trusted, so nothing was sent: {error}");
     let hint = match why {
@@ -61,7 +61,7 @@ pub(super) fn explain(place: &Place, why: Distrust, error: &str) -> String {
                 Err(_) => String::new(),
             };
             format!(
-                "Nobody here knows the authority that signed it.{print}\n  Compare that with what `sudo twistcli certs ca` shows \
+                "This host does not know the authority that signed it.{print}\n  Compare that with what `sudo twistcli certs ca` shows \
                  on a member. If it is the same:\n    twistcli certs ca --address {place} > ca.pem\n  and name it with --tlscacert \
                  ca.pem, or TWISTLOCK_CACERT=ca.pem.\n  A Console with a certificate of your own needs the authority of that one."
             )

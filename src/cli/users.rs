@@ -1,7 +1,5 @@
 //! `twistcli users`: who may log in, and as what. Must never put a password on the command line or into the output.
 
-use std::io::{self, Write};
-
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -9,7 +7,7 @@ use serde_json::{Value, json};
 use super::{
     args::DONE_OR_REFUSED,
     client::ApiClient,
-    columns::{self, Cell, Paint, print_json},
+    columns::{self, Cell, Paint, print_json, say},
     lists,
     login::new_password,
     quantity::date,
@@ -20,8 +18,8 @@ use super::{
 use crate::control::Call;
 
 const PASSWD_HELP: &str = "\
-The password in use is that of the login: --password, $TWISTLOCK_PASSWORD, or it is asked for. The new one is asked for twice;
-where standard input is no terminal, it is the first line of that.
+The current password is the one that you log in with: --password, $TWISTLOCK_PASSWORD, or it is asked for.
+The new one is asked for twice; where standard input is no terminal, its first line is the new password.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -30,7 +28,7 @@ Examples:
   twistcli users passwd --user ann --address https://console:8083";
 
 const ADD_HELP: &str = "\
-The password is asked for twice; where standard input is no terminal, it is the first line of that.
+The password is asked for twice; where standard input is no terminal, its first line is the password.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
 
@@ -99,7 +97,7 @@ pub(super) enum Users {
     },
 }
 
-/// Whom a command is about.
+/// The user that a command is about.
 #[derive(Debug, Args)]
 pub(super) struct Named {
     /// Name of the user
@@ -153,7 +151,7 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
             let client = target.console()?;
             let body = json!({ "username": who, "password": new_password(who)?, "role": role.name() });
             client.have_done(&Call::post("users").with(body))?;
-            say(&format!("{who} is a user with the role {}.", role.name()))
+            say(&format!("{who} is created, with the role {}.", role.name()))
         }
         Users::SetRole { target, named: Named { who }, role } => {
             let body = json!({ "username": who, "role": role.name() });
@@ -172,7 +170,10 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
                 ApiClient::Local(local) => local.consoles(target.login())?,
             };
             let Login::Password { user, password } = &remote.login else {
-                return Err(Stop::tell(EX_USAGE, "a token does not say the password in use: give --user"));
+                return Err(Stop::tell(
+                    EX_USAGE,
+                    "a token is not enough, as the current password is needed: give --user",
+                ));
             };
             let body = json!({ "oldPassword": password, "newPassword": new_password(user)? });
             remote.call(&Call::put("users/password").with(body))?;
@@ -185,11 +186,6 @@ pub(super) fn run(command: &Users, paint: Paint) -> Result<(), Stop> {
             say(&format!("{who} is deleted."))
         }
     }
-}
-
-fn say(text: &str) -> Result<(), Stop> {
-    writeln!(io::stdout(), "{}", columns::harmless(text))?;
-    Ok(())
 }
 
 fn list(client: &ApiClient, json: bool, paint: Paint) -> Result<(), Stop> {

@@ -13,8 +13,8 @@ use crate::cluster::{Member, PROGRAM_VERSION, Role};
 
 /// The help of `twistcli version`.
 pub(super) const HELP: &str = "\
-`twistcli --version` asks nobody. While the daemon of this host does not answer, the members are those
-that its files name.
+`twistcli --version` shows only the version of this program. While the daemon of this host does not answer,
+the members are those that its files name.
 
 Exit code: 0 done, 64 wrong command line, 69 nobody answers, 77 the login is refused.
 
@@ -31,7 +31,7 @@ pub(super) struct VersionArgs {
     json: bool,
 }
 
-/// Prints them. Returns the exit code.
+/// Prints the versions. Returns the exit code.
 ///
 /// # Errors
 /// When nobody answers.
@@ -46,7 +46,7 @@ pub(super) fn run(args: &VersionArgs, paint: Paint) -> Result<u8, Stop> {
     Ok(0)
 }
 
-/// This program's own, and who the members were.
+/// Prints this program's version, and who the members were.
 fn without_daemon(past: Option<Past>, json: bool, paint: Paint, stop: Stop) -> Result<u8, Stop> {
     if !stop.is_unanswered() {
         return Err(stop);

@@ -125,7 +125,7 @@ fn raw(path: &Path, bytes: &[u8]) -> String {
 #[test]
 fn a_client_and_a_daemon_of_before_get_an_answer_that_they_can_tell_from_a_good_one() {
     with_server(|path| {
-        // It reads up to the end of a line, finds no JSON, and says that the two are of different versions.
+        // It reads up to the end of a line, finds no JSON, and says that the two have different versions.
         for command in
             ["{\"command\":\"status\"}\n", "{\"command\":\"administer\",\"operation\":{\"name\":\"resume\"}}\n"]
         {

@@ -129,7 +129,7 @@ fn local_and_remote_commands_do_the_same() {
     desk.there(&["ha", "join-script", "--script"]).expect(0, "#!/usr/bin/env bash");
     let key = |status: &Status| status.members.iter().map(|member| member.holds.key).collect::<Vec<_>>();
     let before = key(&desk.cluster.statuses()[desk.cluster.primary()].clone().unwrap());
-    desk.there(&["ha", "rotate-key"]).expect(0, "The members exchange the cluster key now");
+    desk.there(&["ha", "rotate-key"]).expect(0, "The members are replacing the cluster key");
     desk.cluster.wait_for("the next cluster key", |statuses| {
         let over = |status: &Status| {
             status.membership.shared.rekey.is_none() && key(status).iter().all(|key| !before.contains(key))
@@ -178,7 +178,7 @@ fn lists_are_read_and_changed_from_anywhere() {
     let desk = Desk::new();
     let port = desk.cluster.node(0).console_url.rsplit_once(':').unwrap().1.to_owned();
     let add = Desk::run(desk.command(&["users", "add", "a/b ü", "--role", "operator"]), "Twelve-chars-1!\n");
-    add.expect(0, "a/b ü is a user with the role operator");
+    add.expect(0, "a/b ü is created, with the role operator");
     let own = |old: &str, new: &str| {
         let args = ["users", "passwd", "--user", "a/b ü", "--password", old];
         Desk::run(desk.command(&args), &format!("{new}\n"))
@@ -186,7 +186,8 @@ fn lists_are_read_and_changed_from_anywhere() {
     own("Twelve-chars-1!", "short").expect(75, "not done: ");
     own("Twelve-chars-1!", "Twelve-chars-2!").expect(0, "a/b ü has a new password. All sessions of a/b ü have ended.");
     own("Twelve-chars-1!", "Twelve-chars-3!").expect(77, "");
-    desk.there(&["users", "passwd", "--token", "x"]).expect(64, "a token does not say the password in use");
+    desk.there(&["users", "passwd", "--token", "x"])
+        .expect(64, "a token is not enough, as the current password is needed");
     for (args, code, text) in [
         (&["users", "list"][..], 0, "a/b ü  operator"),
         (&["users", "set-role", "a/b ü", "auditor"], 0, "has the role auditor"),
@@ -194,7 +195,7 @@ fn lists_are_read_and_changed_from_anywhere() {
         (&["users", "delete", "admin", "--yes"], 75, "not done: "),
         (&["users", "delete", "a/b ü", "--yes"], 0, "a/b ü is deleted."),
         (&["users", "delete", "a/b ü", "--yes"], 75, "not done: there is no user"),
-        (&["tags", "add", "../x?", "--tag-color", "#2e7d32"], 0, "The tag ../x? is there."),
+        (&["tags", "add", "../x?", "--tag-color", "#2e7d32"], 0, "The tag ../x? is created."),
         (&["tags", "list"], 0, "../x?  #2e7d32"),
         (&["tags", "delete", "../x?"], 0, "is deleted"),
         (&["audits", "--limit", "20"], 0, "user 'a/b ü'"),
@@ -220,10 +221,10 @@ fn lists_are_read_and_changed_from_anywhere() {
 fn a_backup_is_made_fetched_and_brought_back() {
     let _beside = beside();
     let desk = Desk::new();
-    desk.there(&["tags", "add", "before"]).expect(0, "before is there");
+    desk.there(&["tags", "add", "before"]).expect(0, "before is created");
     let made = desk.there(&["backup", "create", "mine"]).expect(0, "mine-");
     let id = made.out.split(':').next().unwrap().to_owned();
-    desk.there(&["tags", "add", "after"]).expect(0, "after is there");
+    desk.there(&["tags", "add", "after"]).expect(0, "after is created");
     let renamed = id.replacen("mine-", "ours-", 1);
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().to_str().unwrap();
