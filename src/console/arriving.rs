@@ -1,11 +1,11 @@
 //! The body of a request on its way in: all of it must come within a time limit, and what no handler has read of it is
-//! read before the answer leaves. Else a client that sends the head and the body one after the other would find the
-//! connection closed in the middle of its request, instead of the answer. Must never keep more than a piece of it.
+//! read before the answer leaves. Otherwise a client that sends the head and then the body would find the connection
+//! closed in the middle of its request, instead of the answer. Must never keep more than a piece of it.
 
 use std::{
     future::poll_fn,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -23,7 +23,7 @@ use tokio::time::{Sleep, sleep};
 use super::errors::ApiError;
 use crate::mutex::locked;
 
-/// Limits of a body, beside its size.
+/// Limits of a body, besides its size.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// Longest time from the request's head to the end of its body: below the limit of the whole request.
@@ -35,12 +35,12 @@ pub(super) struct Limits {
 /// What [`super::Console`] keeps to.
 pub(super) const LIMITS: Limits = Limits { time: Duration::from_secs(20), rest: 8 << 20 };
 
-/// A body that two look at: the handler first, then whoever reads the rest.
+/// A body with two readers: first the handler, then whoever reads the rest.
 #[derive(Debug)]
 struct Shared {
     body: Body,
     until: Pin<Box<Sleep>>,
-    /// A handler has looked at it.
+    /// A handler has begun to read it.
     read: bool,
     /// A handler was told that it came too late.
     late: bool,
@@ -57,10 +57,6 @@ impl Shared {
     }
 }
 
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    locked(shared)
-}
-
 /// What the handler gets in place of the body.
 struct Bounded(Arc<Mutex<Shared>>);
 
@@ -69,7 +65,7 @@ impl Frames for Bounded {
     type Error = BoxError;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let mut shared = lock(&self.0);
+        let mut shared = locked(&self.0);
         shared.read = true;
         let piece = ready!(shared.poll(cx));
         shared.late |= matches!(piece, Some(Err(_))) && shared.until.is_elapsed();
@@ -77,11 +73,11 @@ impl Frames for Bounded {
     }
 
     fn is_end_stream(&self) -> bool {
-        lock(&self.0).body.is_end_stream()
+        locked(&self.0).body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        lock(&self.0).body.size_hint()
+        locked(&self.0).body.size_hint()
     }
 }
 
@@ -90,12 +86,12 @@ impl Frames for Bounded {
 pub(super) struct Arriving {
     shared: Arc<Mutex<Shared>>,
     limits: Limits,
-    /// The client waits for a word before it sends the body.
+    /// The client waits to be told to send the body.
     asks: bool,
 }
 
 impl Arriving {
-    /// Puts the limits on a request; none if it has no body.
+    /// Puts the limits on the body of a request; none if it has no body.
     pub(super) fn of(request: Request, limits: Limits) -> (Request, Option<Self>) {
         if request.body().is_end_stream() {
             return (request, None);
@@ -111,7 +107,7 @@ impl Arriving {
     /// The answer, once the body has come or its limits are reached: then the connection ends after it.
     pub(super) async fn answer(self, response: Response) -> Response {
         let seconds = self.limits.time.as_secs();
-        let late = lock(&self.shared).late;
+        let late = locked(&self.shared).late;
         let mut response = match late {
             true => {
                 let text = format!("the body of the request did not come within {seconds} s");
@@ -125,10 +121,10 @@ impl Arriving {
         response
     }
 
-    /// Reads the rest; true if that was all.
+    /// Reads the rest. True if it came to the end.
     async fn drained(&self) -> bool {
         let told = {
-            let shared = lock(&self.shared);
+            let shared = locked(&self.shared);
             if shared.body.is_end_stream() {
                 return true;
             }
@@ -136,7 +132,7 @@ impl Arriving {
         };
         let mut left = Some(self.limits.rest).filter(|_| told);
         while let Some(most) = left {
-            match poll_fn(|cx| lock(&self.shared).poll(cx)).await {
+            match poll_fn(|cx| locked(&self.shared).poll(cx)).await {
                 None => return true,
                 Some(Ok(piece)) => left = most.checked_sub(piece.data_ref().map_or(0, Bytes::len)),
                 Some(Err(_)) => return false,

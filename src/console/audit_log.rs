@@ -1,5 +1,5 @@
-//! The table of the audit: what is written into it, and its bounds. Must never hold a secret: what is recorded is what
-//! a reader of the table may see.
+//! The table of the audit: what is written into it, and its bounds. Must never hold a secret: whoever may read the table
+//! sees all of it.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -17,9 +17,9 @@ use crate::admin::{Act, Actor, Outcome, Ticket, audit::RECORD};
 
 /// Rows kept; the oldest go first.
 const ROWS: i64 = 100_000;
-/// Rows of failed logins kept among them: who guesses passwords must not push out what others did.
+/// Rows of failures kept among them: whoever guesses passwords must not push out what others did.
 const FAILURES: i64 = 10_000;
-/// Rows that are looked at for the last logins.
+/// Newest rows that are searched for the last logins.
 const RECALLED: i64 = 2000;
 /// Longest name, action and description in characters: what is longer is cut.
 const TEXT: usize = 256;
@@ -27,15 +27,15 @@ const TEXT: usize = 256;
 const DIFFERENCE: usize = 8 << 10;
 /// Longest outcome in characters, its reason included: what is longer is cut.
 const REASON: usize = 500;
-/// So many of the newest rows are searched for that of an operation.
+/// Newest rows that are searched for that of an operation.
 const NEAR: i64 = 5_000;
 /// The action of a drill.
 pub(super) const DRILL: &str = "drill";
 /// The outcome of an operation that is under way.
 const BEGUN: &str = "begun";
 
-/// Records a change in the transaction that makes it. `action` is a word as "create", `what` names the thing as
-/// "tag 'a'", `difference` is what [`difference`] gives, or `Value::Null`.
+/// Records a change in the transaction that makes it. `action` is a word such as "create", `what` names the thing, such
+/// as "tag 'a'", and `difference` is what [`difference`] gives, or `Value::Null`.
 ///
 /// # Errors
 /// As those of [`Writing::execute`].
@@ -68,8 +68,8 @@ pub(super) async fn note_refusal(
     writing.commit().await
 }
 
-/// Records a login that was computed and is no other write: one that failed, or by Basic. If it cannot be written (the
-/// disk is full), the login counts all the same: reads must go on then.
+/// Records a login whose password hash was computed and that writes nothing else: one that failed, or one by Basic. If
+/// the row cannot be written (the disk is full), the login counts all the same: reads must go on then.
 pub(super) async fn note_login(store: &Store, name: &str, from: IpAddr, ok: bool) {
     let written = async {
         let mut writing = store.begin().await?;
@@ -83,8 +83,8 @@ pub(super) async fn note_login(store: &Store, name: &str, from: IpAddr, ok: bool
     }
 }
 
-/// Tells what the last logins were, before this primary is asked for the first time. The clocks of two hosts differ:
-/// what seems to be of tomorrow counts as of now.
+/// Tells `logins` of the last logins, before this primary is asked for the first time. The clocks of two hosts differ:
+/// what seems to be in the future counts as now.
 pub(super) async fn recall_logins(store: &Store, logins: &Logins) {
     let rows = async {
         let mut reading = store.read().await?;
@@ -114,7 +114,7 @@ struct Row<'a> {
     difference: Value,
 }
 
-/// What is short enough to be kept of a difference.
+/// A difference, or only its length if it is too long to be kept.
 fn bounded(difference: &Value) -> Value {
     let length = difference.to_string().len();
     if length > DIFFERENCE { json!({ "tooLong": length }) } else { difference.clone() }
@@ -125,7 +125,7 @@ async fn insert(writing: &mut Writing, row: &Row<'_>) -> Result<(), StoreError> 
 }
 
 async fn insert_at(writing: &mut Writing, row: &Row<'_>, time: i64) -> Result<(), StoreError> {
-    // Whoever adds to it what is short has cut it before.
+    // One with a record in it was bounded before the record was added.
     let difference = match row.difference.get(RECORD) {
         Some(_) => row.difference.to_string(),
         None => bounded(&row.difference).to_string(),
@@ -160,7 +160,7 @@ pub(super) struct Operation<'a> {
     pub(super) outcome: Option<&'a Outcome>,
 }
 
-/// Writes the row of an operation, or what has become of it into the row that it has.
+/// Writes the row of an operation, or its outcome into the row that it has.
 ///
 /// # Errors
 /// As those of [`Writing::commit`].
@@ -216,7 +216,7 @@ impl Begun {
     }
 }
 
-/// All such rows.
+/// All rows of operations whose outcome nobody has written yet.
 ///
 /// # Errors
 /// [`StoreError::Unavailable`].
@@ -244,7 +244,7 @@ pub(super) async fn begun(store: &Store) -> Result<Vec<Begun>, StoreError> {
     Ok(rows.iter().filter_map(read).collect())
 }
 
-/// Writes what has become of it into such a row.
+/// Writes the outcome into such a row.
 ///
 /// # Errors
 /// As those of [`Writing::commit`].
@@ -308,7 +308,7 @@ pub(super) async fn drill(store: &Store, id: i64, ticket: &str) -> Result<Option
     Ok(row.and_then(read))
 }
 
-/// Writes into its row what came out of a drill.
+/// Writes the result of a drill into its row.
 ///
 /// # Errors
 /// As those of [`Writing::execute`].

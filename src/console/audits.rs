@@ -35,13 +35,13 @@ pub(super) fn routes() -> Vec<Entry> {
     ]
 }
 
-/// What is wanted, and how.
+/// Which rows are wanted, and in which format.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct Wanted {
-    /// At most so many rows, 50 if not given.
+    /// At most this many rows; 50 if not given.
     #[schemars(range(min = 1, max = 1000))]
     limit: Option<u32>,
-    /// So many newer rows are left out.
+    /// This many newer rows are skipped.
     offset: Option<u32>,
     /// Only what this user did.
     user: Option<String>,
@@ -73,7 +73,7 @@ pub(super) struct Audit {
     ok: bool,
     /// What changed, or was to be changed: `{"field": {"old": ..., "new": ...}}`, or null.
     difference: Difference,
-    /// How it ended, if the row was written before that: `begun`, `done`, or `refused`, `failed` or `unknown` and why.
+    /// How it ended, if the row was written before the end: `begun`, `done`, or `refused`, `failed` or `unknown` and why.
     outcome: Option<String>,
 }
 

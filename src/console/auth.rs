@@ -1,7 +1,7 @@
 //! Who sends a request: a bearer token, the page's cookie, or Basic. Must never keep a token or a password in clear.
 //!
-//! A token is random, of 256 bits: nobody guesses one, so that who holds one is never slowed down. A password is what
-//! is guessed at: see [`super::logins`].
+//! A token has 256 random bits: nobody guesses one, so whoever holds one is never slowed down. What people guess is
+//! passwords: see [`super::logins`].
 
 use std::net::IpAddr;
 
@@ -20,7 +20,7 @@ use super::{
 use crate::telemetry::LOGINS_REFUSED;
 
 const WRONG: ApiError = ApiError::Unauthorized("wrong user name or password");
-/// How every join token begins; no token of `authenticate` does, since those have no dot.
+/// How every join token begins. No token of `authenticate` does: those have no dot.
 const JOIN_TOKEN: &str = "TWJ1.";
 
 /// A name and a password that were right.
@@ -39,12 +39,12 @@ impl Verified {
     }
 }
 
-/// Checks a name and a password. Each that was computed and wrong is audited.
+/// Checks a name and a password. A wrong one is audited if its hash was computed.
 pub(super) async fn verify(console: &Console, login: Login, from: IpAddr) -> Result<Verified, ApiError> {
     verify_noting(console, login, from).await.map(|(verified, _)| verified)
 }
 
-/// Verifies a login; true if the hash was computed and not remembered.
+/// Verifies a login. True if the hash was computed, not remembered.
 async fn verify_noting(console: &Console, login: Login, from: IpAddr) -> Result<(Verified, bool), ApiError> {
     let name = login.username.clone();
     if name.len() > LONGEST || login.password.len() > LONGEST {
@@ -53,7 +53,7 @@ async fn verify_noting(console: &Console, login: Login, from: IpAddr) -> Result<
     let mut reading = console.store.read().await?;
     let query = sqlx::query_as("SELECT password, role FROM users WHERE name = ?").bind(name.clone());
     let stored: Option<(String, String)> = query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
-    // Not kept during the computation: there are few of them.
+    // There are few readers: none is kept during the computation.
     drop(reading);
     let (hash, role) = stored.unzip();
     let verdict = console.logins.verify(login, hash.clone(), from).await;
@@ -77,7 +77,7 @@ async fn verify_noting(console: &Console, login: Login, from: IpAddr) -> Result<
     Ok((Verified { role: role_of(&name, &role)?, hash }, computed))
 }
 
-/// Who sends this request, verified.
+/// Finds out who sends this request, and verifies it.
 pub(super) async fn identify(
     console: &Console,
     method: &Method,
@@ -106,7 +106,7 @@ pub(super) async fn identify(
     }
 }
 
-/// The bearer token of a request, whatever it is of.
+/// The bearer token of a request, of whatever kind.
 pub(super) fn bearer(headers: &HeaderMap) -> Option<String> {
     match credentials(headers)? {
         Credentials::Bearer(token) => Some(token),
@@ -114,7 +114,7 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<String> {
     }
 }
 
-/// The join token that is sent as a bearer token, good or not.
+/// The join token that is sent as a bearer token, valid or not.
 pub(super) fn join_token(headers: &HeaderMap) -> Option<String> {
     match credentials(headers)? {
         Credentials::Bearer(token) if token.starts_with(JOIN_TOKEN) => Some(token),

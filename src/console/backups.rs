@@ -1,4 +1,4 @@
-//! `backups` and `settings/backup`: the list has those of all members, all else is for those of the PRIMARY's host.
+//! `backups` and `settings/backup`: the list has the backups of all members; all else is about those of the PRIMARY.
 //! Every check of a name and every step belongs to [`crate::backup`]. A restore replaces the Console's own database:
 //! whoever asked learns of its end after the next login.
 
@@ -24,13 +24,13 @@ use super::{
 };
 use crate::backup::{Agreed, Backup, BackupError, BackupState, RemoteBackup, RestoreFrom, Started};
 
-/// How long a client waits for the end of what it has begun; then it looks at `settings/backup`.
+/// How long an answer waits for the end of what was begun. After that, the client asks `settings/backup`.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Whether an answer waits for the end.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 struct Patience {
-    /// False: the answer comes at once, and `settings/backup` tells the end.
+    /// False: the answer comes at once, and `settings/backup` tells how it ended.
     #[serde(default)]
     wait: Option<bool>,
 }
@@ -41,7 +41,7 @@ struct Patience {
 struct Confirmed {
     /// The id of the backup once more.
     confirm: String,
-    /// It may be one that is not encrypted although the PRIMARY has a key: whoever can write to its folder may have
+    /// Accept a backup that is not encrypted although the PRIMARY has a key: whoever can write to its folder may have
     /// made it.
     #[serde(default)]
     unencrypted: bool,
@@ -51,8 +51,7 @@ struct Confirmed {
 pub(super) fn routes() -> Vec<Entry> {
     const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
     let make = "Back up the database; answers when that is done, or after 20 s while it goes on";
-    let bring_back =
-        "Put a backup in the place of the whole database: closes the Console for a while, and ends all sessions";
+    let bring_back = "Replace the whole database by a backup: closes the Console for a while, and ends all sessions";
     let check = "Open a backup and check all of it; answers as the creation does";
     vec![
         node(
@@ -73,7 +72,7 @@ pub(super) fn routes() -> Vec<Entry> {
         route(Method::GET, "/backups/{id}", ADMINISTRATORS, "Download a backup", download)
             .operates("download", "backup")
             .file("application/gzip"),
-        node(Method::PATCH, "/backups/{id}", ADMINISTRATORS, "Give a manual backup another name", rename)
+        node(Method::PATCH, "/backups/{id}", ADMINISTRATORS, "Rename a manual backup", rename)
             .operates("rename", "backup")
             .body::<String>()
             .answer::<Backup>(),
@@ -107,7 +106,7 @@ pub(super) fn routes() -> Vec<Entry> {
             Method::POST,
             "/restore",
             ADMINISTRATORS,
-            "Put a backup of this host in the place of it all",
+            "Replace the whole database by a backup on this host",
             restore_file,
         )
         .operates("restore", "backup")
@@ -181,7 +180,7 @@ async fn restore(
     Ok(Json(backups.restore(RestoreFrom::Folder(&id), agreed, &user.actor()).await?))
 }
 
-/// `POST settings/backup/copies/fetch` with the place as a JSON string: `CLUSTER/NODE/FILE`, as the list has it.
+/// `POST settings/backup/copies/fetch` with the place as a JSON string: `CLUSTER/NODE/FILE`, as in the list.
 async fn fetch(
     State(services): State<ConsoleServices>,
     user: User,
@@ -196,9 +195,9 @@ async fn fetch(
 pub struct File {
     /// The absolute path of the backup on this host.
     pub file: PathBuf,
-    /// The administrator knows that the Console is closed for it; refused otherwise.
+    /// The administrator agrees that the Console is closed for it; refused otherwise.
     pub stop_console: bool,
-    /// It may be one that is not encrypted although this host has a key; refused otherwise.
+    /// Accept a backup that is not encrypted although this host has a key; refused otherwise.
     #[serde(default)]
     pub unencrypted: bool,
 }
@@ -213,7 +212,7 @@ async fn restore_file(
     Ok(Json(services.backups.restore(from, agreed, &user.actor()).await?))
 }
 
-/// Waits for a moment, if that is wanted: most databases are small.
+/// Waits a while for the end, if that is wanted: most databases are small.
 async fn ended(services: &ConsoleServices, started: Started, patience: Patience) -> Result<Json<Started>, ApiError> {
     if patience.wait == Some(false) {
         return Ok(Json(started));

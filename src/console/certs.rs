@@ -1,5 +1,5 @@
-//! `settings/certs` and `settings/custom-certs`: what the Consoles serve. Owns the HTTP side; what is done is up to
-//! [`crate::admin`]. Must never show a key, or keep one longer than the request.
+//! `settings/certs` and `settings/custom-certs`: the certificates that the Consoles serve. Owns the HTTP side; what is
+//! done is up to [`crate::admin`]. Must never show a key, or keep one longer than the request.
 
 use axum::{Json, extract::State, http::Method};
 use schemars::JsonSchema;
@@ -19,25 +19,37 @@ pub(super) fn routes() -> Vec<Entry> {
     const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
     let (get, post) = (Method::GET, Method::POST);
     vec![
-        node(get.clone(), "/settings/certs", ADMINISTRATORS, "What the Consoles serve, and until when", certificates)
+        node(get.clone(), "/settings/certs", ADMINISTRATORS, "The certificates that the Consoles serve", certificates)
             .answer::<Certificates>(),
         node(post.clone(), "/settings/certs", ADMINISTRATORS, "Set the names of the Consoles' certificates", set_names)
             .operates("set", "settings/certs")
             .body::<Names>()
             .answer::<Names>(),
-        node(get, "/settings/custom-certs", ADMINISTRATORS, "The certificate that the Consoles were given", custom)
-            .answer::<Option<Custom>>(),
-        node(post, "/settings/custom-certs", ADMINISTRATORS, "Give the Consoles a certificate", set_custom)
+        node(
+            get,
+            "/settings/custom-certs",
+            ADMINISTRATORS,
+            "The certificate that was uploaded for the Consoles",
+            custom,
+        )
+        .answer::<Option<Custom>>(),
+        node(post, "/settings/custom-certs", ADMINISTRATORS, "Upload a certificate for the Consoles", set_custom)
             .operates("set", "settings/custom-certs")
             .body::<Upload>()
             .answer::<Custom>(),
-        node(Method::DELETE, "/settings/custom-certs", ADMINISTRATORS, "Back to the cluster's certificates", remove)
-            .operates("delete", "settings/custom-certs")
-            .answer::<Names>(),
+        node(
+            Method::DELETE,
+            "/settings/custom-certs",
+            ADMINISTRATORS,
+            "Return to the cluster's own certificates",
+            remove,
+        )
+        .operates("delete", "settings/custom-certs")
+        .answer::<Names>(),
     ]
 }
 
-/// What every Console's certificate is good for, beside the names of its own host.
+/// The names that every Console's certificate is valid for, besides those of its own host.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Names {
@@ -50,7 +62,7 @@ pub struct Names {
 #[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Upload {
-    /// PEM: the chain, its own certificate first, and the private key.
+    /// PEM: the chain, with the Console's own certificate first, and the private key.
     pub certificate: String,
 }
 
@@ -59,7 +71,7 @@ async fn certificates(State(services): State<ConsoleServices>) -> Result<Json<Ce
     Ok(Json(services.admin.certificates()))
 }
 
-/// `POST settings/certs`: all members make their certificates anew and serve them at once.
+/// `POST settings/certs`: all members reissue their certificates and serve them at once.
 async fn set_names(
     State(services): State<ConsoleServices>,
     user: User,
@@ -75,7 +87,7 @@ async fn custom(State(services): State<ConsoleServices>) -> Result<Json<Option<C
     Ok(Json(services.admin.certificates().custom))
 }
 
-/// `POST settings/custom-certs`: refused with all names that it lacks.
+/// `POST settings/custom-certs`. A refusal lists all names that the certificate lacks.
 async fn set_custom(
     State(services): State<ConsoleServices>,
     user: User,

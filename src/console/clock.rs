@@ -9,9 +9,9 @@ use tokio::sync::{RwLock, RwLockReadGuard};
 use super::store::{Store, StoreError};
 use crate::{clock, node::lease::boottime};
 
-/// How often the host's clock is compared.
+/// How often the host's clock is looked at.
 const EVERY: Duration = Duration::from_secs(1);
-/// A difference of so many seconds is followed as it is: time synchronization does that all the time.
+/// A difference of up to so many seconds is simply followed: time synchronization makes such all the time.
 const SMALL: u64 = 2;
 
 /// The time of day in seconds since 1970, as the host's clock says and SQLite counts.
@@ -22,7 +22,7 @@ pub(super) fn unix_time() -> i64 {
 /// Seconds since 1970 that do not jump while the Console is open.
 #[derive(Debug)]
 pub(super) struct Clock {
-    /// What CLOCK_BOOTTIME, in seconds, lacks to the time of day.
+    /// How far it is ahead of CLOCK_BOOTTIME, in seconds.
     ahead: RwLock<i64>,
 }
 
@@ -55,7 +55,7 @@ impl Clock {
         let forever = async {
             loop {
                 tokio::time::sleep(EVERY).await;
-                // Not possible at the moment, as while the role is given up: the next second tries again.
+                // It may be impossible at the moment, as while the role is given up: the next second tries again.
                 if let Err(error) = self.set(&store, unix_time()).await {
                     tracing::debug!("sessions could not be moved with the host's clock: {error}; trying again");
                 }

@@ -1,4 +1,4 @@
-//! `high-availability`: the cluster's status, and what an administrator does to it; and the two resources by which a
+//! `high-availability`: the cluster's status, and what an administrator does to it; and the two resources with which a
 //! host that is no member asks to become one. Owns the roles and the HTTP side; what is done is up to [`crate::admin`].
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
@@ -76,7 +76,7 @@ pub(super) fn routes() -> Vec<Entry> {
     all
 }
 
-/// What administrators have done.
+/// The operations of administrators.
 fn operations() -> Vec<Entry> {
     const ADMINISTRATORS: Access = Access::Roles(Role::ADMINISTRATORS);
     let (post, put, delete) = (Method::POST, Method::PUT, Method::DELETE);
@@ -88,7 +88,7 @@ fn operations() -> Vec<Entry> {
             delete.clone(),
             "/high-availability/join-script",
             ADMINISTRATORS,
-            "Close all invitations: no join script is good any more",
+            "Close all invitations: join scripts that were given out no longer work",
             uninvite,
         )
         .operates("uninvite", "high availability")
@@ -101,17 +101,23 @@ fn operations() -> Vec<Entry> {
             .operates("remove", "member")
             .query::<Removal>()
             .answer::<Gone>(),
-        node(put, "/high-availability/members/{member}/address", ADMINISTRATORS, "Move a member", readdress)
-            .operates("readdress", "member")
-            .body::<Place>()
-            .answer::<Done>(),
+        node(
+            put,
+            "/high-availability/members/{member}/address",
+            ADMINISTRATORS,
+            "Change a member's address",
+            readdress,
+        )
+        .operates("readdress", "member")
+        .body::<Place>()
+        .answer::<Done>(),
         node(post.clone(), "/high-availability/switchover", ADMINISTRATORS, "Hand the primary role over", switchover)
             .here(switchover_to_its_end)
             .operates("switchover", "high availability")
             .body::<Switchover>()
             .answer::<SwitchoverReport>()
             .status(StatusCode::ACCEPTED),
-        node(post.clone(), "/high-availability/pause", ADMINISTRATORS, "No takeover for some minutes", pause)
+        node(post.clone(), "/high-availability/pause", ADMINISTRATORS, "Suspend automatic takeover for a while", pause)
             .operates("pause", "high availability")
             .body::<Pause>()
             .answer::<Paused>(),
@@ -138,7 +144,7 @@ fn operations() -> Vec<Entry> {
 #[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct Done {}
 
-/// `GET high-availability`: this node's picture of the cluster.
+/// `GET high-availability`: the cluster as this node sees it.
 pub(super) async fn status(State(console): State<Arc<Console>>, _: User) -> Result<Json<Value>, ApiError> {
     let status = console.status.borrow().clone();
     serde_json::to_value(&*status).map(Json).map_err(|error| {
@@ -147,12 +153,12 @@ pub(super) async fn status(State(console): State<Arc<Console>>, _: User) -> Resu
     })
 }
 
-/// The status on the control socket, where the picture says so if it is old.
+/// The status on the control socket, of any member.
 async fn own_status(State(services): State<ConsoleServices>) -> Json<Status> {
     public(&services.admin.status())
 }
 
-/// Whoever reads a status, and passes it on for help, must not pass secrets on.
+/// A status without secrets: people pass it on when they ask for help.
 pub(super) fn public(status: &Status) -> Json<Status> {
     Json(Status { membership: status.membership.public(), ..status.clone() })
 }
@@ -201,7 +207,7 @@ pub(super) async fn uninvite(State(services): State<ConsoleServices>, user: User
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Approval {
-    /// Of all hosts that are to be admitted, as somebody has compared them.
+    /// The fingerprints of all hosts that are to be admitted, as somebody has compared them.
     pub fingerprints: Option<Vec<String>>,
 }
 
@@ -263,9 +269,9 @@ pub(super) async fn remove(
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Switchover {
-    /// The member; none: the one that is best prepared.
+    /// The member that is to take over; none: the best prepared one.
     pub to: Option<String>,
-    /// Only look whether it could be done.
+    /// Only check whether it could be done.
     #[serde(default)]
     pub dry_run: bool,
 }
@@ -314,9 +320,9 @@ async fn switchover_to_its_end(
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Pause {
-    /// From now on.
+    /// How long, in minutes.
     pub minutes: Option<u32>,
-    /// From now on, in seconds: one of the two.
+    /// How long, in seconds: one of the two.
     pub seconds: Option<u32>,
 }
 
@@ -327,7 +333,7 @@ pub struct Paused {
     pub until: u64,
 }
 
-/// `POST high-availability/pause`: no automatic takeover for so long.
+/// `POST high-availability/pause`: suspends automatic takeover.
 pub(super) async fn pause(
     State(services): State<ConsoleServices>,
     user: User,
@@ -336,7 +342,7 @@ pub(super) async fn pause(
     let seconds = match (wish.minutes, wish.seconds) {
         (Some(minutes), None) => u64::from(minutes) * 60,
         (None, Some(seconds)) => u64::from(seconds),
-        _ => return Err(ApiError::bad("say for how long: either minutes or seconds")),
+        _ => return Err(ApiError::bad("say how long: either minutes or seconds")),
     };
     let span = Duration::from_secs(seconds);
     let until = services.admin.pause(span, &user.actor()).await?;
@@ -359,11 +365,11 @@ pub(super) async fn rotate_key(State(services): State<ConsoleServices>, user: Us
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Overlap {
-    /// For how long the new authority is trusted before it signs.
+    /// How long the new authority is trusted before it signs, in seconds.
     pub overlap_sec: u32,
 }
 
-/// `POST high-availability/rotate-ca`: answers when that has begun.
+/// `POST high-availability/rotate-ca`: answers when the replacement has begun.
 pub(super) async fn rotate_ca(
     State(services): State<ConsoleServices>,
     user: User,
@@ -373,7 +379,7 @@ pub(super) async fn rotate_ca(
     Ok(Json(Done {}))
 }
 
-/// The body of [`readdress`]; what is missing stays.
+/// The body of [`readdress`]; what is missing stays the same.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Place {
@@ -397,7 +403,7 @@ pub(super) async fn readdress(
     Ok(Json(Done {}))
 }
 
-/// Refuses a join token that is not good; `from` is counted against.
+/// Refuses a join token that is not valid, and counts that against `from`.
 pub(super) fn check_join_token(console: &Console, token: &str, from: IpAddr) -> Result<(), ApiError> {
     Ok(console.services()?.admin.check_token(token, from)?)
 }

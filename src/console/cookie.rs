@@ -8,7 +8,7 @@ use super::errors::ApiError;
 
 /// Its prefix makes browsers insist on Secure, on the path `/` and on no domain: no other host can set it.
 pub(super) const COOKIE: &str = "__Host-twistlock";
-/// What the page sends with each request. A page of another site cannot: the browser would ask us first, and gets no.
+/// What the page sends with each request. A page of another site cannot: the browser would ask us first, and be refused.
 pub(super) const PAGE: HeaderName = HeaderName::from_static("x-twistlock-page");
 const SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
@@ -17,12 +17,12 @@ pub(super) fn is_page(headers: &HeaderMap) -> bool {
     headers.get(PAGE).is_some_and(|value| value == "1")
 }
 
-/// True if a browser sends this request for whatever page: browsers tell.
+/// True if a browser sends this request, for our page or another: browsers say so.
 pub(super) fn is_browser(headers: &HeaderMap) -> bool {
     is_page(headers) || headers.contains_key(SITE) || token(headers).is_some()
 }
 
-/// The token in the cookie, good or not.
+/// The token in the cookie, valid or not.
 pub(super) fn token(headers: &HeaderMap) -> Option<&str> {
     let texts = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
     let pairs = texts.flat_map(|text| text.split(';')).filter_map(|pair| pair.trim().split_once('='));

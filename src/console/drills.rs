@@ -1,6 +1,6 @@
-//! `high-availability/drill`: a takeover for practice, as `twistcli ha drill` runs it. One row of the audit is all of
-//! it: its writes, its takeover and its end are asked for with the drill's own token, which is good for nothing else.
-//! Must never let anybody write by it what is not a drill's.
+//! `high-availability/drill`: a takeover for practice, as `twistcli ha drill` runs it. It has one row in the audit: its
+//! writes, its takeover and its end are asked for with the drill's own token, which is good for nothing else. Must never
+//! let that token write anything else.
 
 use std::sync::Arc;
 
@@ -50,13 +50,25 @@ pub(super) fn routes() -> Vec<Entry> {
         .body::<Plan>()
         .answer::<Begun>();
     let parts = vec![
-        route(post.clone(), "/high-availability/drill/writes", Access::Drill, "One write of a drill", write)
+        route(post.clone(), "/high-availability/drill/writes", Access::Drill, "Make one write of a drill", write)
             .body::<u32>(),
-        route(get, "/high-availability/drill/writes", Access::Drill, "Which writes of a drill are there", writes)
-            .answer::<Vec<u32>>(),
-        route(post.clone(), "/high-availability/drill/takeover", Access::Drill, "The switchover of a drill", take_over)
-            .answer::<SwitchoverReport>()
-            .status(StatusCode::ACCEPTED),
+        route(
+            get,
+            "/high-availability/drill/writes",
+            Access::Drill,
+            "List the writes of a drill that are there",
+            writes,
+        )
+        .answer::<Vec<u32>>(),
+        route(
+            post.clone(),
+            "/high-availability/drill/takeover",
+            Access::Drill,
+            "Begin the switchover of a drill",
+            take_over,
+        )
+        .answer::<SwitchoverReport>()
+        .status(StatusCode::ACCEPTED),
         route(post, "/high-availability/drill/end", Access::Drill, "End a drill, and remove its writes", end)
             .body::<Upshot>()
             .answer::<Removed>(),
@@ -92,7 +104,7 @@ pub(super) struct Begun {
     https_port: Option<u16>,
 }
 
-/// What came out of it.
+/// The result of a drill.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Upshot {
@@ -105,7 +117,7 @@ pub(super) struct Upshot {
 /// The answer of [`end`].
 #[derive(Serialize, JsonSchema)]
 pub(super) struct Removed {
-    /// So many tags.
+    /// How many tags were removed.
     removed: u64,
 }
 
@@ -149,7 +161,7 @@ pub(super) async fn identify(console: &Console, headers: &HeaderMap) -> Result<D
     let (Some(id), Some(ticket), Some(secret)) = (parts.next(), parts.next(), parts.next()) else { return Err(NONE) };
     let id: i64 = id.parse().map_err(|_| NONE)?;
     let row = audit_log::drill(&console.store, id, ticket).await?.ok_or(NONE)?;
-    // Of digests: how far they are alike says nothing about the secret.
+    // These are digests: the time that the comparison takes says nothing about the secret.
     let same = row.secret == digest_of(secret);
     match same && unix_time() - row.time < LONGEST {
         true => Ok(Drill { ticket: ticket.to_owned(), row }),
@@ -179,7 +191,7 @@ async fn begin(
     Ok(Json(Begun { token, prefix: prefix(&ticket), https_port: admin.https_port() }))
 }
 
-/// `POST high-availability/drill/writes` with the number of the write: the same may come twice.
+/// `POST high-availability/drill/writes` with the number of the write; the same one may come twice.
 async fn write(State(console): State<Arc<Console>>, drill: Drill, Body(number): Body<u32>) -> Result<(), ApiError> {
     if number >= WRITES {
         return Err(ApiError::bad(format!("a drill has at most {WRITES} writes")));
@@ -211,7 +223,7 @@ async fn take_over(
     Ok((StatusCode::ACCEPTED, Json(report)))
 }
 
-/// `POST high-availability/drill/end`: the tags of the drill go, and its row says what came out of it.
+/// `POST high-availability/drill/end`: removes the tags of the drill, and writes its result into its row.
 async fn end(
     State(console): State<Arc<Console>>,
     drill: Drill,

@@ -1,5 +1,5 @@
-//! The one check that stands before every handler, and what is written down of those who were refused. Must never leave
-//! a check to a handler: what a route needs is said in its entry of the table, and nowhere else.
+//! The one check before every handler, and the audit of those whom it refuses. Must never leave a check to a handler:
+//! what a route needs stands in its entry of the table, and nowhere else.
 
 use std::{
     sync::{Arc, Mutex},
@@ -23,17 +23,17 @@ use super::{
 };
 use crate::{clients::places::Visit, mutex::locked};
 
-/// So many refusals at once are written down, and then one in each such span: whoever may do nothing must not have the
+/// So many refusals at once are audited, and then one in each such span: whoever may do nothing must not make the
 /// cluster write without end.
 const REFUSALS: u32 = 50;
 const REFUSAL: Duration = Duration::from_millis(200);
 
-/// How many refusals were written down lately.
+/// How many refusals were audited lately.
 #[derive(Debug, Default)]
 pub(super) struct Refusals(Mutex<Option<(u32, Instant)>>);
 
 impl Refusals {
-    /// Whether one more may be written down.
+    /// True if one more may be audited.
     fn take(&self, now: Instant) -> bool {
         let mut state = locked(&self.0);
         let (used, since) = state.unwrap_or((0, now));
@@ -111,7 +111,7 @@ async fn admit(access: Access, console: &Arc<Console>, parts: &mut Parts) -> Res
         parts.extensions.insert(Installer::User(user.clone()));
     }
     let (roles, role) = (access.roles(), user.role);
-    // Before the check: whoever may not do it is written down, too.
+    // Before the check: a refusal is audited with the user's name.
     parts.extensions.insert(user);
     if !roles.contains(&role) {
         let titles: Vec<_> = roles.iter().map(|role| role.title()).collect();
@@ -125,7 +125,7 @@ fn is_refusal(status: StatusCode) -> bool {
     status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS && status != StatusCode::UNAUTHORIZED
 }
 
-/// The thing that a request is about, as far as its path says it.
+/// What a request is about, as far as its path says.
 async fn named(parts: &mut Parts, noun: &str) -> String {
     let params = RawPathParams::from_request_parts(parts, &()).await.ok();
     let name = params.as_ref().and_then(|params| params.iter().next().map(|(_, value)| value.to_owned()));

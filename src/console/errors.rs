@@ -12,7 +12,7 @@ use thiserror::Error;
 use super::store::StoreError;
 use crate::node::trouble;
 
-/// How the text begins of a 503 whose change may have been made.
+/// How the text of a 503 begins if the change may have been made.
 pub const UNKNOWN: &str = "outcome unknown";
 
 /// Why a request failed. Every 4xx is definite: nothing was changed.
@@ -104,7 +104,7 @@ impl From<StoreError> for ApiError {
     }
 }
 
-/// Why a request was refused, for the audit: goes beside the answer.
+/// Why a request was refused: an extension of the answer, for the audit.
 #[derive(Clone, Debug)]
 pub(super) struct Reason(pub(super) String);
 

@@ -89,7 +89,7 @@ async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted
     Ok(Paged { rows: rows.iter().filter_map(|text| serde_json::from_str(text).ok()).collect(), total })
 }
 
-/// Events on the control socket: what happened to this node, from its own file.
+/// The events on the control socket: what happened to this node, from its own file.
 async fn of_this_host(
     State(services): State<ConsoleServices>,
     Search(wanted): Search<Wanted>,

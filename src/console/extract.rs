@@ -13,17 +13,17 @@ use super::errors::ApiError;
 
 /// Rows of a list in one answer if the client does not say, and at most.
 const PAGE: (u32, u32) = (50, 1000);
-/// How long the whole list is.
+/// The header that says how long the whole list is.
 pub(super) const TOTAL: HeaderName = HeaderName::from_static("x-total-count");
 
 /// Which part of a list is wanted. A query with more fields has these two itself, since a flattened one reads no
 /// numbers.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
 pub(super) struct Page {
-    /// At most so many rows, 50 if not given.
+    /// At most this many rows; 50 if not given.
     #[schemars(range(min = 1, max = 1000))]
     pub(super) limit: Option<u32>,
-    /// So many rows of the whole list come before.
+    /// This many rows of the list are skipped.
     pub(super) offset: Option<u32>,
 }
 
@@ -66,7 +66,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     }
 }
 
-/// What is wrong with a body, without the text that is: it may be a password or a key in the wrong place.
+/// What is wrong with a body, without quoting it: it may have a password or a key in the wrong place.
 fn without_values(refusal: &str) -> String {
     let (mut text, mut rest) = (String::new(), refusal);
     while let Some((before, value)) = rest.split_once("string \"") {

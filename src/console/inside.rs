@@ -1,7 +1,6 @@
-//! The Console for the rest of this process, while it is open: its table of audits for the operations of an
-//! administrator. Must never keep a Console or its database alive, and never lose what was done: what cannot be written
-//! into the table now is kept here until this node or another one is PRIMARY and takes it; this node's `events.jsonl`
-//! has it at once.
+//! Gives the rest of this process the Console that is open: its table of audits for the operations of an administrator.
+//! Must never keep a Console or its database alive, and never lose what was done: what cannot be written into the table
+//! now is kept here until this node or another one is PRIMARY and takes it; this node's `events.jsonl` has it at once.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -43,13 +42,13 @@ const ROW: Duration = Duration::from_secs(2);
 const OWED: usize = 256;
 /// Rows that are handed to a PRIMARY at a time.
 const HANDFUL: usize = 16;
-/// From the opening of a Console until it looks at what others have left: nothing of a takeover waits for that.
+/// How long after its opening a Console writes what others have left unwritten: no takeover waits for that.
 const SETTLE: Duration = Duration::from_secs(1);
 /// Pause after a failed write, and the longest between two tries to hand rows on.
 const PAUSE: Duration = Duration::from_secs(2);
 const LONG_PAUSE: Duration = Duration::from_secs(30);
 
-/// The Console's way for what happens inside the daemon. Clones are handles of the same.
+/// A handle on the Console that is open in this process, if one is. Clones are handles on the same.
 #[derive(Clone)]
 pub struct Inside(Arc<Shared>);
 
@@ -59,7 +58,7 @@ struct Shared {
     console: watch::Sender<Weak<Console>>,
     under_way: Mutex<HashMap<Ticket, Row>>,
     owed: Mutex<VecDeque<Owed>>,
-    /// There is something owed.
+    /// Notified when something is owed.
     owing: Notify,
 }
 
@@ -87,13 +86,13 @@ impl fmt::Debug for Inside {
 }
 
 impl Inside {
-    /// For the node whose pictures these are.
+    /// For the node with this status.
     pub fn new(status: watch::Receiver<Arc<Status>>, events: Recorder) -> Self {
         let (under_way, owed, owing) = Default::default();
         Self(Arc::new(Shared { status, events, console: watch::Sender::default(), under_way, owed, owing }))
     }
 
-    /// A Console is open: until it closes, this is the one.
+    /// Takes note that a Console is open.
     pub(super) fn opened(&self, console: &Arc<Console>) {
         self.0.console.send_replace(Arc::downgrade(console));
         let (inside, store) = (self.clone(), console.store.clone());
@@ -105,12 +104,12 @@ impl Inside {
         });
     }
 
-    /// No Console is open.
+    /// Takes note that no Console is open.
     pub(super) fn closed(&self) {
         self.0.console.send_replace(Weak::new());
     }
 
-    /// The Console that is open; for a PRIMARY it is waited for.
+    /// The Console that is open. On a PRIMARY this waits for it, for a moment.
     pub(super) async fn console(&self) -> Option<Arc<Console>> {
         let mut console = self.0.console.subscribe();
         if self.0.status.borrow().role == Role::Primary {
@@ -119,7 +118,7 @@ impl Inside {
         console.borrow().upgrade()
     }
 
-    /// Why there is no Console here.
+    /// Says why there is no Console here.
     pub(super) fn elsewhere(&self) -> String {
         let status = self.0.status.borrow();
         match status.primary.filter(|primary| *primary != status.node).and_then(|id| status.membership.get(id)) {
@@ -128,7 +127,7 @@ impl Inside {
         }
     }
 
-    /// Writes what was owed, and what has become of operations whose members did not come to write it.
+    /// Writes what is owed, and the outcome of operations whose members could not write it.
     async fn catch_up(&self, store: &Store) {
         sleep(SETTLE).await;
         while let Err(error) = self.settle(store).await {
@@ -153,7 +152,7 @@ impl Inside {
     async fn settle(&self, store: &Store) -> Result<(), StoreError> {
         self.pay(store).await?;
         for row in audit_log::begun(store).await? {
-            // It goes on under the next PRIMARY, and tells its outcome itself.
+            // A drill goes on under the next PRIMARY, and tells its outcome itself.
             let fresh = row.action == audit_log::DRILL && unix_time() - row.time < drills::LONGEST;
             if fresh || locked(&self.0.under_way).contains_key(&Ticket(row.ticket.clone())) {
                 continue;
@@ -226,7 +225,7 @@ impl Inside {
         for row in rows.into_iter().take(HANDFUL) {
             let sound = serde_json::from_value::<Owed>(row).ok().filter(|owed| owed.ticket.is_sound());
             let Some(Owed { ticket, row, outcome }) = sound else {
-                // It would come again and again.
+                // Refused, it would come again and again.
                 metrics::counter!(AUDIT_ROWS_LOST).increment(1);
                 warn!(member, "the audit lacks a row of another member, which this program does not understand");
                 taken += 1;
@@ -241,7 +240,7 @@ impl Inside {
         Ok(taken.into())
     }
 
-    /// True if it is in the table now.
+    /// Writes a row. True if it is in the table now.
     async fn write(&self, ticket: &Ticket, row: &Row, outcome: Option<&Outcome>) -> bool {
         let Some(store) = self.console().await.map(|console| console.store.clone()) else { return false };
         match timeout(ROW, self.write_row(&store, self.0.events.node(), ticket, row, outcome)).await {
@@ -254,8 +253,8 @@ impl Inside {
         false
     }
 
-    /// Tells this node's own file, and keeps the row for whoever is PRIMARY.
-    fn keep(&self, ticket: Ticket, row: Row, outcome: Outcome) {
+    /// Records the row in this node's own file, and keeps it for whoever is PRIMARY.
+    fn owe(&self, ticket: Ticket, row: Row, outcome: Outcome) {
         let (Actor { name, source }, Act { action, what, .. }) = (&row.actor, &row.act);
         let severity = if outcome.is_done() { Severity::Info } else { Severity::Warning };
         let event = Event::new(Kind::Audit, severity, format!("{name}: {action} {what}: {outcome}"));
@@ -282,7 +281,7 @@ impl Audit for Inside {
             let ticket = Ticket::new();
             let (time, actor, epoch) = (unix_time(), actor.clone(), self.0.status.borrow().epoch);
             let row = Row { time, actor, act, epoch };
-            // First: whoever finds the row in the table must not take it for one that nobody goes on with.
+            // First: whoever finds the row in the table must see that it is still worked on.
             locked(&self.0.under_way).insert(ticket.clone(), row.clone());
             self.write(&ticket, &row, None).await;
             ticket
@@ -293,7 +292,7 @@ impl Audit for Inside {
         Box::pin(async move {
             let Some(row) = locked(&self.0.under_way).get(&ticket).cloned() else { return };
             if !self.write(&ticket, &row, Some(&outcome)).await {
-                self.keep(ticket.clone(), row, outcome);
+                self.owe(ticket.clone(), row, outcome);
             }
             locked(&self.0.under_way).remove(&ticket);
         })
@@ -304,7 +303,7 @@ impl Audit for Inside {
 #[derive(Clone, Debug)]
 pub(super) struct Within(pub(super) Actor);
 
-/// What has become of an operation whose member did not come to write it, as far as this PRIMARY can see.
+/// The outcome of an operation whose member could not write it, as far as this PRIMARY can see.
 fn verdict(row: &Begun, status: &Status) -> Outcome {
     let unknown = |why: String| Outcome::Unknown(format!("{why}: see twistcli ha events"));
     let elsewhere = row.member != *status.name;

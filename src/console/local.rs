@@ -1,6 +1,6 @@
-//! The routes of the control socket, of the same table as those of the ports: who is at the other end may do
-//! everything, and needs no login. Every member answers what needs only the node, whatever its role; for the rest the
-//! Console that is open here is asked. Must never be served on a port.
+//! The routes of the control socket, from the same table as those of the ports: whoever is at the other end may do
+//! everything and needs no login. Every member, whatever its role, answers what needs only the node; for the rest it
+//! asks the Console that is open here. Must never be served on a port.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -53,7 +53,7 @@ pub fn local(services: &ConsoleServices) -> Routes {
     routes
 }
 
-/// What a host serves that waits for its admission: how it is, and that all else has to wait.
+/// What a host serves while it waits for its admission: its status, and that all else has to wait.
 pub fn applicant(status: impl Fn() -> Arc<Status> + Clone + Send + Sync + 'static) -> Routes {
     let look = get(async move || public(&status()));
     let refuse = async || refusal(StatusCode::CONFLICT, NOT_JOINED);
@@ -61,7 +61,7 @@ pub fn applicant(status: impl Fn() -> Arc<Status> + Clone + Send + Sync + 'stati
     Routes { at_once, operations: Router::new().fallback(refuse) }
 }
 
-/// Who acts is whom the kernel names.
+/// Takes whomever the kernel names for the one who acts.
 async fn identify(State(services): State<ConsoleServices>, mut request: Request, next: Next) -> Response {
     let Some(Peer { uid, name }) = request.extensions_mut().remove() else { return ApiError::Internal.into_response() };
     let actor = Actor::local(&name, uid, &services.admin.status().name);
@@ -72,7 +72,7 @@ async fn identify(State(services): State<ConsoleServices>, mut request: Request,
     next.run(request).await
 }
 
-/// Has the Console of this host answer, if it is open.
+/// Asks the Console of this host, if it is open.
 async fn ask_console(State(services): State<ConsoleServices>, request: Request) -> Response {
     let Some(console) = services.inside.console().await else {
         return ApiError::Conflict(services.inside.elsewhere()).into_response();

@@ -1,6 +1,6 @@
-//! Whether a name and a password are right. Whoever guesses is slowed down before anything is asked that knows the
-//! answer: what was right lately is remembered, else each request would cost a password hash, and a guess must not
-//! learn of it. Must never keep a password in clear, nor let a stranger who guesses keep somebody out.
+//! Checks whether a name and a password are right. What was right lately is remembered, as each request would cost a
+//! password hash otherwise. Whoever guesses is slowed down before that is looked at, so that a guess learns nothing from
+//! it. Must never keep a password in clear, nor let a stranger who guesses keep somebody out.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,13 +27,13 @@ const CACHE_LIFE: Duration = Duration::from_secs(60);
 const CACHE_SIZE: usize = 1024;
 /// Wrong passwords for one account from one address.
 const ACCOUNT: Limits = Limits { free: 5, longest: Duration::from_secs(30) };
-/// Wrong passwords for one account from all addresses together: wide and short, since whoever knows a name could keep
-/// its owner out by it.
+/// Wrong passwords for one account from all addresses together: wide and short, since whoever knows a name could
+/// otherwise keep its owner out.
 const NAME: Limits = Limits { free: 50, longest: Duration::from_secs(1) };
 /// Wrong passwords from one address: wide, because all clients behind a load balancer come from the same one.
 const ADDRESS: Limits = Limits { free: 50, longest: Duration::from_secs(2) };
 
-/// A user's name and the network that he comes from.
+/// A user's name and the network that they come from.
 type Account = (String, IpAddr);
 /// Stands for a name, a password and the stored hash.
 type Tag = [u8; 32];
@@ -42,7 +42,7 @@ type Tag = [u8; 32];
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Verdict {
     pub(super) right: bool,
-    /// For this request, and not remembered or found out for another one that asked the same.
+    /// True if it was computed for this request: not remembered, nor found out for another one that asked the same.
     pub(super) computed: bool,
 }
 
@@ -64,7 +64,7 @@ struct Memory {
     verified: HashMap<Tag, Instant>,
     /// What is being found out. Bounded by the number of requests.
     pending: HashMap<Tag, watch::Receiver<Option<bool>>>,
-    /// Where users have logged in from before: nobody else keeps them out there.
+    /// Where users have logged in from before: nobody elsewhere keeps them out there.
     known: HashSet<Account>,
 }
 
@@ -114,7 +114,7 @@ impl Logins {
         locked(&self.memory)
     }
 
-    /// With the stored hash, so that a changed password is not remembered as a good one.
+    /// It covers the stored hash, so that an old password is not remembered as right after a change.
     fn tag(&self, login: &Login, stored: Option<&str>) -> Tag {
         let mut context = hmac::Context::with_key(&self.key);
         for part in [&login.username, stored.unwrap_or_default(), &login.password] {
@@ -126,8 +126,8 @@ impl Logins {
         tag
     }
 
-    /// What another primary has seen of this login so long ago: who guesses gains nothing by a takeover, and who has
-    /// logged in from somewhere is known there.
+    /// Takes over what another primary saw of this login, so long ago: whoever guesses gains nothing by a takeover, and
+    /// whoever has logged in from somewhere stays known there.
     pub(super) fn recall(&self, name: &str, from: IpAddr, right: bool, age: Duration) {
         let account = (name.to_owned(), network(from));
         if right {
@@ -152,8 +152,8 @@ impl Logins {
         all.max(self.accounts.wait(account, now)).max(self.addresses.wait(from, now))
     }
 
-    /// The one order of things: may this one try at all, is the answer known, is it on its way; else it is an attempt,
-    /// which is counted before it waits for its turn.
+    /// Asks in this order: may this one try at all, is the answer known, is it being found out? Otherwise it is an
+    /// attempt, which is counted before it waits for its turn.
     fn begin(&self, account: &Account, tag: Tag, now: Instant) -> Result<Begun<'_>, Duration> {
         let mut memory = self.memory();
         let known = memory.known.contains(account);

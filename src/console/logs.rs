@@ -25,10 +25,10 @@ pub(super) fn routes() -> Vec<Entry> {
     ]
 }
 
-/// How much is wanted.
+/// How many lines are wanted.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct Wanted {
-    /// At most so many lines, 200 if not given.
+    /// At most this many lines; 200 if not given.
     #[schemars(range(min = 1, max = 2000))]
     lines: Option<u32>,
 }

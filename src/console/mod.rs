@@ -70,14 +70,15 @@ use crate::{
 const BODY: usize = 1 << 20;
 /// Requests under way at once; more are refused, so that a client learns it at once and may try again.
 const AT_ONCE: usize = 256;
-/// What `OPTIONS *` is told.
+/// The answer to `OPTIONS *`.
 const METHODS: &str = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT";
 /// Health checks are answered however busy the Console is: a load balancer must not take a busy primary for a dead one.
 const PING: &str = "/api/v1/_ping";
 /// Longest time from a request's head to its response.
 const REQUEST: Duration = Duration::from_secs(30);
 
-/// On every answer that does not say otherwise. An answer of the API is no page: nothing may run or be framed in it.
+/// The headers of every answer that does not set others. An answer of the API is no page: nothing may run in it, and no
+/// frame may show it.
 const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
     (header::CACHE_CONTROL, "no-store"),
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
@@ -91,7 +92,7 @@ const DEFAULT_HEADERS: [(HeaderName, &str); 6] = [
 #[derive(Clone)]
 pub struct ConsoleServices {
     pub admin: Arc<Admin>,
-    /// What the rest of the process has of this Console.
+    /// How the rest of the process reaches this Console.
     pub inside: Inside,
     pub backups: Arc<Backups>,
     /// What new hosts download.
@@ -181,7 +182,7 @@ impl Console {
             .with_state(Arc::clone(self))
     }
 
-    /// Ends what would go on for as long as the client likes. The ports are about to close.
+    /// Ends what would go on for as long as the client likes, as the ports are about to close.
     pub fn wind_down(&self) {
         self.closing.send_replace(true);
     }
@@ -203,7 +204,7 @@ async fn no_route(uri: Uri) -> ApiError {
     ApiError::NotFound(format!("there is nothing at {}", uri.path()))
 }
 
-/// Which methods are possible, the router says in `Allow`.
+/// Refuses a method. The router says in `Allow` which ones are possible.
 async fn no_method(method: Method, uri: Uri) -> Response {
     if method == Method::OPTIONS {
         return StatusCode::NO_CONTENT.into_response();
@@ -212,14 +213,14 @@ async fn no_method(method: Method, uri: Uri) -> Response {
     ApiError::Request(StatusCode::METHOD_NOT_ALLOWED, text).into_response()
 }
 
-/// What is the same for all requests: their number, the time limits and a few headers.
+/// Does what is the same for all requests: limits their number and their time, and sets a few headers.
 async fn around(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
     let place = console.places.try_acquire();
     let secure = request.extensions().get() == Some(&Scheme::HTTPS);
     let browser = cookie::is_browser(request.headers());
     let (request, arriving) = Arriving::of(request, arriving::LIMITS);
     let refused = http::refusal(&request, BODY as u64).map(|(status, text)| ApiError::Request(status, text));
-    // Nobody can tell where its body ends, or wants to wait for that.
+    // It may be impossible to tell where its body ends, and nobody wants to wait for that.
     let arriving = arriving.filter(|_| refused.is_none());
     let mut response = if let Some(refused) = refused {
         ([(header::CONNECTION, "close")], refused).into_response()
@@ -233,7 +234,7 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
             Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
         }
     };
-    // What is left to do costs the client its connection only.
+    // What is left to do keeps only the client's connection.
     drop(place);
     if let Some(arriving) = arriving {
         response = arriving.answer(response).await;

@@ -1,4 +1,4 @@
-//! `settings/notifications`: where events are sent; and the test of it. And `/metrics`, for those who rather fetch.
+//! `settings/notifications`: where events are sent, and a test of it; and `/metrics`, for those who would rather fetch.
 //! Must never give a secret back.
 
 use std::sync::Arc;
@@ -51,7 +51,7 @@ pub(super) fn routes() -> Vec<Entry> {
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Hook {
-    /// Unlike that of any other.
+    /// Different from that of every other webhook.
     #[schemars(length(min = 1, max = 64))]
     name: String,
     /// `https://` or `http://`; redirects are not followed.
@@ -60,7 +60,7 @@ pub(super) struct Hook {
     /// Key of the signature in `x-twistlock-signature`. Not given: as it was; empty: none.
     #[schemars(length(max = 128))]
     secret: Option<String>,
-    /// The only authority that its certificate may come from, PEM.
+    /// The only authority that its certificate may come from, in PEM.
     #[schemars(length(max = 2048))]
     ca: Option<String>,
     /// The least severe event that is sent.
@@ -96,7 +96,7 @@ struct Shown {
 #[derive(Serialize, JsonSchema)]
 pub(super) struct Settings {
     webhooks: Vec<Shown>,
-    /// The PRIMARY has a NOTIFY_COMMAND, too. It is set in the twistlock.cfg of each host alone.
+    /// The PRIMARY has a NOTIFY_COMMAND, too. That is set only in the twistlock.cfg of each host.
     command: bool,
 }
 

@@ -33,11 +33,11 @@ const LARGEST: usize = 64 << 10;
 const HANDED_OVER: usize = 2 * AT_ONCE;
 /// Requests that may wait for their turn; more are refused.
 const WAITING: usize = 96;
-/// Further ones of users who have logged in from where they come: strangers must not take all the places.
+/// Further places for users who have logged in from the same network before: strangers must not take all of them.
 const WAITING_KNOWN: usize = 32;
 /// Longest wait for a turn.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What a hash yields to everything else on this host by: logins must never cost the role.
+/// The nice value of the threads that hash: logins must never cost the role.
 const NICE: i32 = 10;
 
 /// Longest name and password that are looked at, in bytes.
@@ -146,7 +146,7 @@ fn belongs(memory: &mut Memory, password: &str, stored: &str) -> password_hash::
     let argon2 = Argon2::new(Algorithm::try_from(stored.algorithm.as_str())?, version, Params::try_from(&stored)?);
     let mut out = vec![0; hash.len()];
     derive(memory, &argon2, password, salt, &mut out)?;
-    // In a time that does not depend on them.
+    // This takes a time that does not depend on them.
     Ok(Output::new(&out)? == *hash)
 }
 
@@ -164,7 +164,7 @@ fn hand_over(job: Job) -> io::Result<()> {
                 let jobs = Arc::clone(&jobs);
                 let next = move || locked(&jobs).recv();
                 let work = move || {
-                    // It may be refused: then the hash takes its turn like everything else.
+                    // If that is refused, the thread has the same priority as everything else.
                     let _ = rustix::process::setpriority_process(None, NICE);
                     let mut memory = Memory::new();
                     while let Ok(job) = next() {
@@ -198,7 +198,7 @@ impl Hasher {
         Self { turn, waiting: Semaphore::new(WAITING), waiting_known: Semaphore::new(WAITING_KNOWN) }
     }
 
-    /// Waits until a hash may be computed, for a bounded time, and in a bounded crowd.
+    /// Waits until a hash may be computed, for a bounded time, among a bounded number.
     pub(super) async fn turn(&self, known: bool) -> Result<Turn, ApiError> {
         let busy = || ApiError::Busy("too many logins at once: try again".into());
         let place = self.waiting.try_acquire();

@@ -46,7 +46,7 @@ use crate::{
 /// Where the join script is.
 const SCRIPT: &str = "/scripts/console.sh";
 const SHELL: (HeaderName, &str) = (header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8");
-/// How long an invitation is good that the script or the line make.
+/// How long an invitation that comes with a script or a line is valid, if nothing else is wanted.
 const VALID: Duration = Duration::from_secs(3600);
 /// Bytes of a program that are read at a time, and how many such pieces wait for a slow client.
 const PIECE: usize = 64 << 10;
@@ -94,7 +94,7 @@ impl From<JoinAssetsError> for ApiError {
     }
 }
 
-/// `GET scripts/console.sh`: the join script. For a join token, or with a new invitation for who logs in.
+/// `GET scripts/console.sh`: the join script, for a join token, or with a new invitation for a user who logs in.
 pub(super) async fn script(
     State(console): State<Arc<Console>>,
     headers: HeaderMap,
@@ -116,7 +116,7 @@ pub(super) async fn script(
     }
 }
 
-/// A refusal for a shell: who runs a join line must read why it does not work any more.
+/// A refusal for a shell: whoever runs a join line must read why it no longer works.
 fn refusal(error: &ApiError) -> Response {
     let status = error.status();
     let later = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
@@ -133,10 +133,10 @@ pub(super) fn refused(parts: &Parts, error: ApiError) -> Response {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Wish {
-    /// How long the invitation is good: up to seven days, one hour if not given.
+    /// How long the invitation is valid: up to seven days; one hour if not given.
     #[schemars(range(min = 1, max = 604_800))]
     valid_sec: Option<u32>,
-    /// The script itself is wanted, too.
+    /// Whether the script itself is wanted, too.
     #[serde(default)]
     script: bool,
 }
@@ -148,7 +148,7 @@ pub(super) struct Line {
     script_url: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     script: Option<String>,
-    /// By this it is found among the `invitations` of the status, for as long as it is good.
+    /// Its id among the `invitations` of the status, for as long as it is valid.
     id: String,
     until: u64,
 }
@@ -210,7 +210,7 @@ pub(super) async fn ca(
 ) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {
     let status = console.status.borrow().clone();
     let membership = &status.membership;
-    // With the one that is to sign before long, for clients to have it in time.
+    // With the one that will sign before long, so that clients have it in time.
     let pem = membership.shared.authority.as_ref().map(|sealed| match &membership.shared.coming {
         Some(coming) => format!("{}{}", sealed.certificate, coming.authority.certificate),
         None => sealed.certificate.clone(),
@@ -245,7 +245,7 @@ pub(super) async fn program(
     Ok((headers, body(file, length, slot)).into_response())
 }
 
-/// The right to download something.
+/// Takes one of the places for downloads.
 pub(super) fn slot(console: &Console) -> Result<OwnedSemaphorePermit, ApiError> {
     let busy = |_| ApiError::Unavailable(format!("{DOWNLOADS} downloads are under way: try again"));
     Arc::clone(&console.downloads).try_acquire_owned().map_err(busy)
@@ -261,8 +261,8 @@ pub(super) fn body(file: File, length: u64, slot: OwnedSemaphorePermit) -> axum:
     axum::body::Body::new(Download { pieces, left: length })
 }
 
-/// Reads until the end, an error, or the client is gone or too slow: then its body ends too early, and its connection
-/// with it. On a thread of the runtime that may wait.
+/// Reads until the end. After an error, or when the client is gone or too slow, the body ends too early, and the
+/// connection with it. Runs on a thread that may wait.
 fn read_pieces(mut file: File, length: u64, sender: &mpsc::Sender<io::Result<Bytes>>, limit: Duration) {
     let runtime = Handle::current();
     let mut left = length;
@@ -308,7 +308,7 @@ impl hyper::body::Body for Download {
 #[derive(Clone)]
 pub(super) enum Installer {
     User(User),
-    /// A host that is no member yet, by its join token.
+    /// A host that is no member yet, with its join token.
     Host {
         token: String,
     },

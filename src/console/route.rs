@@ -1,4 +1,4 @@
-//! What a route is: method, path, who may, what it needs, what goes in and comes out, and how it gets into the audit.
+//! What a route is: method, path, who may use it, what it needs, what goes in and comes out, and how it is audited.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ pub(super) enum Access {
 }
 
 impl Access {
-    /// The roles that may; none if no user is asked for.
+    /// The roles that may use it; none if it is not for users.
     pub(super) fn roles(self) -> &'static [Role] {
         match self {
             Self::Open | Self::Drill => &[],
@@ -41,22 +41,21 @@ impl Access {
     }
 }
 
-/// How the requests of a route get into the audit.
+/// How the requests of a route are audited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Trace {
     /// They change nothing.
     Reads,
-    /// The handler writes a row in the transaction of its change; of what was refused the check writes one: what was to
-    /// be done, and to what.
+    /// The handler writes a row in the transaction of its change, and the check writes one for what is refused. Has the
+    /// action, and what it is done to.
     Own(&'static str, &'static str),
-    /// The operation behind it writes what becomes of it; of those who may not begin it the check writes a row.
+    /// The operation writes its own rows, and the check writes one for whoever may not begin it.
     Operation(&'static str, &'static str),
-    /// Logins and sessions, and what is part of something that has its row: the handler says what of it is written
-    /// down.
+    /// Logins and sessions, and what is part of something that has its own row: the handler decides what is audited.
     Handler,
 }
 
-/// Makes a schema of some type.
+/// Makes the schema of a type.
 pub(super) type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
 
 fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
@@ -72,7 +71,7 @@ pub(super) enum Content {
     File(&'static str),
 }
 
-/// What answers, by what it needs.
+/// The handler, by what it needs.
 #[derive(Clone)]
 pub(super) enum Work {
     /// The Console with its database: only on the PRIMARY.
@@ -86,7 +85,7 @@ pub(super) enum Work {
 pub(super) enum Reach {
     /// On the Console's ports, and on the control socket.
     Everywhere,
-    /// On the control socket alone: what is about files of this host, or the host itself.
+    /// Only on the control socket: what is about files of this host, or the host itself.
     Socket,
 }
 
@@ -100,12 +99,12 @@ pub(super) struct Entry {
     pub(super) summary: &'static str,
     pub(super) tag: &'static str,
     pub(super) root: bool,
-    /// With it, whether it must be there.
+    /// Its type, and whether it must be there.
     pub(super) body: Option<(SchemaOf, bool)>,
     pub(super) query: Option<SchemaOf>,
     pub(super) status: StatusCode,
     pub(super) content: Content,
-    /// What else than JSON the client may ask for.
+    /// A media type that the client may ask for instead of JSON.
     pub(super) also: Option<&'static str>,
     /// A list: `limit`, `offset` and `X-Total-Count`.
     pub(super) paged: bool,
@@ -183,7 +182,7 @@ impl Entry {
         Self { trace: Trace::Operation(action, noun), ..self }
     }
 
-    /// The handler says what of it is written down: see [`Trace::Handler`].
+    /// The handler decides what is audited: see [`Trace::Handler`].
     pub(super) fn traced(self) -> Self {
         Self { trace: Trace::Handler, ..self }
     }

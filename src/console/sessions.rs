@@ -32,7 +32,7 @@ pub(super) fn routes() -> Vec<Entry> {
             .answer::<Granted>(),
         route(get.clone(), "/authenticate", Access::Any, "Who is logged in, and for how long", current)
             .answer::<Granted>(),
-        route(get, "/authenticate/renew", Access::Any, "A new token for one that is still good", renew)
+        route(get, "/authenticate/renew", Access::Any, "A new token for one that is still valid", renew)
             .traced()
             .answer::<Granted>(),
         route(post, "/logout", Access::Any, "End the session of this token", logout).traced().tag("authenticate"),
@@ -48,7 +48,7 @@ pub(super) struct Granted {
     token: Option<String>,
     username: String,
     role: Role,
-    /// Seconds that the token is good; missing for a login by Basic.
+    /// For how many more seconds the token is valid; missing for a login by Basic.
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_in_sec: Option<i64>,
 }
@@ -99,7 +99,7 @@ async fn current(State(console): State<Arc<Console>>, user: User) -> Json<Grante
     Json(Granted { token: None, username: user.name, role: user.role, expires_in_sec })
 }
 
-/// `GET authenticate/renew`: the old token is good for [`GRACE`] more. Not audited: nothing changes hands.
+/// `GET authenticate/renew`: the old token stays valid for [`GRACE`] seconds. Not audited: nothing changes hands.
 async fn renew(State(console): State<Arc<Console>>, headers: HeaderMap, user: User) -> Result<Response, ApiError> {
     let session = user.session.clone().ok_or_else(|| ApiError::bad("a login by Basic needs no renewal"))?;
     if session.page {

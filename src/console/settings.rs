@@ -26,27 +26,28 @@ const LOGON: &str = "logon";
 pub(super) fn routes() -> Vec<Entry> {
     let set = |method| {
         let access = Access::Roles(Role::ADMINISTRATORS);
-        route(method, "/settings/logon", access, "Set how one logs in", set_logon)
+        route(method, "/settings/logon", access, "Set the rules for logins", set_logon)
             .changes("set", "settings/logon")
             .body::<Logon>()
     };
     vec![
-        route(Method::GET, "/settings/logon", Access::Roles(Role::READERS), "How one logs in", logon).answer::<Logon>(),
+        route(Method::GET, "/settings/logon", Access::Roles(Role::READERS), "The rules for logins", logon)
+            .answer::<Logon>(),
         set(Method::POST),
         set(Method::PUT),
         route(Method::GET, "/settings/system", Access::Any, "What this Console is", system).answer::<System>(),
     ]
 }
 
-/// How one logs in, and for how long. What a body leaves out gets its default; what is unknown is passed over, because
-/// a newer version may have stored it.
+/// The rules for logins and sessions. What a body leaves out gets its default; what is unknown is ignored, because a
+/// newer version may have stored it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Logon {
-    /// Seconds that a token is good unless it is renewed.
+    /// How many seconds a token is valid unless it is renewed.
     #[schemars(range(min = 60, max = 86_400))]
     session_timeout_sec: u32,
-    /// Seconds that a session may last in all, however often it is renewed.
+    /// How many seconds a session may last in all, however often it is renewed.
     #[schemars(range(min = 60, max = 2_592_000))]
     session_maximum_sec: u32,
     /// Sessions of one user at once; the oldest end for new ones.
@@ -68,7 +69,7 @@ impl Default for Logon {
 }
 
 impl Logon {
-    /// As an administrator has set it.
+    /// Reads the settings in a transaction.
     pub(super) async fn of(writing: &mut Writing) -> Result<Self, StoreError> {
         Ok(writing.setting(LOGON).await?.unwrap_or_default())
     }
@@ -113,7 +114,7 @@ async fn logon(State(console): State<Arc<Console>>) -> Result<Json<Logon>, ApiEr
     Ok(Json(Logon::read(&console).await?))
 }
 
-/// `POST` and `PUT settings/logon`: for sessions and passwords to come; those that exist stay as they are.
+/// `POST` and `PUT settings/logon`: they apply to new sessions and passwords; existing ones stay as they are.
 async fn set_logon(
     State(console): State<Arc<Console>>,
     user: User,

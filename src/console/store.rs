@@ -63,7 +63,7 @@ fn primary_code(error: &sqlx::Error) -> Option<i32> {
 }
 
 impl StoreError {
-    /// Before anything was changed, or for a read.
+    /// The meaning of an error before anything was changed, or of a read.
     fn before(error: sqlx::Error) -> Self {
         match primary_code(&error) {
             Some(libsqlite3_sys::SQLITE_ERROR | libsqlite3_sys::SQLITE_MISUSE | libsqlite3_sys::SQLITE_RANGE) => {
@@ -73,7 +73,7 @@ impl StoreError {
         }
     }
 
-    /// From a statement that commits, or from COMMIT itself. Only codes that SQLite gives before it writes the commit
+    /// The meaning of an error of a statement that commits, or of COMMIT itself. Only codes that SQLite gives before it writes the commit
     /// frame are definite; everything else counts as unknown.
     fn commit(error: sqlx::Error) -> Self {
         use libsqlite3_sys as code;
@@ -97,7 +97,7 @@ impl StoreError {
     }
 }
 
-/// False if a transaction is still open on the writer's connection, as sqlx sees it: after a COMMIT that failed, SQLite
+/// False if sqlx thinks that a transaction is still open on the writer's connection. After a COMMIT that failed, SQLite
 /// has none any more, its ROLLBACK fails, and sqlx would refuse every later transaction. The pool then opens another
 /// one.
 async fn is_usable(connection: &mut SqliteConnection) -> sqlx::Result<bool> {

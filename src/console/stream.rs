@@ -2,8 +2,8 @@
 //! must never keep the ports from closing.
 //!
 //! Events: `status` with the JSON of `GET high-availability`, `history` when something was added to `GET
-//! high-availability/events`, and `end` before the stream ends in order, with the reason
-//! as data: `renew` (ask again, your session is looked at then) or `closing` (the ports close, as in a switchover).
+//! high-availability/events`, and `end` before the stream ends in order. The data of `end` is the reason: `renew` (ask
+//! again, your session is checked then) or `closing` (the ports close, as in a switchover).
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -36,7 +36,7 @@ const TIMES: Times =
 struct Times {
     /// Shortest time between two events: at most four a second.
     pace: Duration,
-    /// A line that means nothing is sent after so long without an event.
+    /// After so long without an event, a line is sent that means nothing.
     beat: Duration,
     /// How long a stream lives: a session that has ended must not go on seeing the cluster.
     life: Duration,

@@ -14,7 +14,7 @@ pub(super) fn routes() -> Vec<Entry> {
     ]
 }
 
-/// `GET _ping`: for load balancers. Needs no login, and one that comes with it is not looked at.
+/// `GET _ping`: for load balancers. Needs no login, and ignores one that comes with it.
 pub(super) async fn ping() -> &'static str {
     "OK"
 }

@@ -54,7 +54,7 @@ pub(super) fn router(console: &Arc<Console>) -> Router<Arc<Console>> {
             (Work::Member(handler), Some(services)) => handler.with_state(services.clone()),
             (Work::Member(_), None) => on(filter(&entry.method), no_cluster),
         };
-        // On the method alone: that another one is not possible here is no secret.
+        // Only on this method: that another one is not possible here is no secret.
         router.route(&path, handler.route_layer(middleware::from_fn_with_state(state, enforce::enforce)))
     })
 }

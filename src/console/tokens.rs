@@ -18,7 +18,7 @@ use super::{
 };
 use crate::cluster::validity::{self, in_force};
 
-/// Seconds that a renewed token is still good: the answer with the new one may be lost in a takeover, and the requests
+/// Seconds that a renewed token stays valid: the answer with the new one may be lost in a takeover, and the requests
 /// that are under way carry the old one.
 pub(super) const GRACE: i64 = 30;
 pub(super) const INVALID: ApiError = ApiError::Unauthorized("the token is not valid or has expired");
@@ -29,7 +29,7 @@ pub(super) struct Issued {
     pub(super) seconds: i64,
 }
 
-/// Whose session a token is of.
+/// Finds the user whose session a token belongs to.
 pub(super) async fn find(console: &Console, token: &str, from: IpAddr, page: bool) -> Result<User, ApiError> {
     let digest = digest_of(token);
     let mut reading = console.store.read().await?;

@@ -1,4 +1,4 @@
-//! Who sends a request: the user, his role and session, and where he is. Must never find that out itself: see
+//! Who sends a request: the user, their role and session, and where they are. Must never find that out itself: see
 //! [`super::auth`].
 
 use std::net::{IpAddr, SocketAddr};
@@ -63,7 +63,7 @@ impl Role {
     }
 }
 
-/// A role that this program does not know: of a newer one, so it permits nothing here.
+/// The role of a user, as it is stored. One that only a newer program knows permits nothing here.
 pub(super) fn role_of(name: &str, role: &str) -> Result<Role, ApiError> {
     Role::of(role).ok_or_else(|| {
         tracing::error!("user '{name}' has the role '{role}', which this version does not know");
@@ -71,7 +71,7 @@ pub(super) fn role_of(name: &str, role: &str) -> Result<Role, ApiError> {
     })
 }
 
-/// The sender of a request, verified: what a handler behind a route that asks for one may take as an argument.
+/// The verified sender of a request. The handler of a route that asks for a login may take it as an argument.
 #[derive(Clone, Debug)]
 pub(super) struct User {
     pub(super) name: String,
@@ -90,13 +90,13 @@ pub(super) enum From {
 }
 
 impl User {
-    /// Who comes from within the host may do everything.
+    /// Whoever comes from within the host may do everything.
     pub(super) fn within(actor: Actor) -> Self {
         let (name, role) = (actor.name.clone(), Role::Administrator);
         Self { name, role, from: From::Within(actor), session: None }
     }
 
-    /// As the audit names whoever it is.
+    /// The user's name and place for the audit.
     pub(super) fn actor(&self) -> Actor {
         match &self.from {
             From::Network(address) => Actor::user(&self.name, *address),
@@ -136,7 +136,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Source {
     }
 }
 
-/// What the check before the handlers left for them; its absence is a wrong entry in the table.
+/// What the check before the handlers has left for them. If it is missing, the entry in the table is wrong.
 pub(super) fn admitted<T: Clone + Send + Sync + 'static>(parts: &Parts) -> Result<T, ApiError> {
     parts.extensions.get().cloned().ok_or_else(|| {
         tracing::error!("the route {} {} does not ask who sends a request", parts.method, parts.uri.path());

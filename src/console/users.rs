@@ -1,5 +1,4 @@
-//! `users`, and `settings/initialized` and `signup`: who may log in. There is always an Administrator, once there was
-//! one.
+//! `users`, and `settings/initialized` and `signup`: who may log in. Must never let the last Administrator go.
 
 use std::sync::Arc;
 
@@ -28,7 +27,7 @@ use super::{
 
 /// Longest name in characters.
 const LONGEST_NAME: usize = 64;
-/// Users at most.
+/// Most users.
 const MOST: i64 = 1000;
 
 /// The routes of this file.
@@ -97,7 +96,7 @@ async fn signup(
     Ok(StatusCode::OK)
 }
 
-/// A user as others see him.
+/// A user as others see them.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct Account {
     username: String,
@@ -154,7 +153,7 @@ async fn create(State(console): State<Arc<Console>>, by: User, Body(new): Body<N
     Ok(StatusCode::OK)
 }
 
-/// The body of [`change`]; what is missing stays.
+/// The body of [`change`]; what is missing stays the same.
 #[derive(Deserialize, JsonSchema)]
 pub(super) struct Change {
     username: String,
@@ -183,7 +182,7 @@ async fn change(
     }
     let mut difference = audit_log::difference(&json!({ "role": old }), &json!({ "role": new }));
     if hash.is_some() {
-        // That it changed, and nothing else about it.
+        // Only that it changed.
         difference["password"] = json!("changed");
     }
     let update = sqlx::query("UPDATE users SET role = ?, password = coalesce(?, password) WHERE name = ?");
@@ -199,7 +198,7 @@ async fn change(
 /// `DELETE users/{name}`: ends the sessions of that user.
 async fn remove(State(console): State<Arc<Console>>, by: User, Name(name): Name) -> Result<StatusCode, ApiError> {
     if name == by.name {
-        return Err(ApiError::Conflict("nobody can delete himself: another Administrator can".to_owned()));
+        return Err(ApiError::Conflict("nobody can delete themselves: another Administrator can".to_owned()));
     }
     let mut writing = console.store.begin().await?;
     let role = role_in(&mut writing, &name).await?;
@@ -229,7 +228,7 @@ async fn change_password(
 ) -> Result<StatusCode, ApiError> {
     let Passwords { old_password, new_password } = passwords;
     let From::Network(from) = user.from else {
-        return Err(ApiError::bad("whoever comes from within the host has no password here: name a user"));
+        return Err(ApiError::bad("a request from within the host has no password: name a user"));
     };
     password::check(&user.name, &new_password, Logon::read(&console).await?.strong_password())?;
     let login = Login { username: user.name.clone(), password: old_password };
@@ -274,7 +273,7 @@ async fn keep_an_administrator(writing: &mut Writing, without: &str) -> Result<(
     Ok(())
 }
 
-/// What a name may look like: what Basic can carry, what fits into a path, and what people can tell apart.
+/// Refuses a name that Basic cannot carry, that does not fit into a path, or that people cannot tell from another.
 fn check_name(name: &str) -> Result<(), ApiError> {
     let length = name.chars().count();
     let odd = |c: char| {

@@ -35,7 +35,7 @@ fn users_come_change_and_go_and_an_administrator_stays() {
     node.fails(404, "PUT", USERS, auth, json!({"username": "nobody"}));
     node.fails(404, "DELETE", "/api/v1/users/nobody", auth, Value::Null);
     let text = node.fails(409, "DELETE", "/api/v1/users/admin", auth, Value::Null);
-    assert!(text.contains("himself"), "{text}");
+    assert!(text.contains("themselves"), "{text}");
     let text = node.fails(409, "PUT", USERS, auth, json!({"username": "admin", "role": "auditor"}));
     assert!(text.contains("last Administrator"), "{text}");
 
