@@ -134,16 +134,16 @@ pub fn certificates(browser: &Browser, founder: &Founder, own: &Authority) {
     let names = [NAME, BALANCER, "host1", &address].map(str::to_owned);
     browser.fill("certificate", &own.issue(&names));
     browser.press("Upload");
-    browser.wait_for("it is in use", "return text('main').includes('Given to all Consoles by admin')");
+    browser.wait_for("it is in use", "return text('main').includes('Uploaded for all Consoles by admin')");
     browser.screenshots("certificate-of-ones-own");
     // Connections from now on have the new one, which this browser trusts.
     browser.open("#/manage/certificates");
-    browser.wait_for("the page goes on", "return text('main').includes('Given to all Consoles by admin')");
+    browser.wait_for("the page goes on", "return text('main').includes('Uploaded for all Consoles by admin')");
     browser.press("Go back to the certificate of the cluster …");
     browser.press("Go back");
     browser.wait_for(
         "that of the cluster is back",
-        "return !text('main').includes('Given to all Consoles') && !document.querySelector('dialog')",
+        "return !text('main').includes('Uploaded for all Consoles') && !document.querySelector('dialog')",
     );
 }
 

@@ -14,7 +14,7 @@ export class Problem extends Error {
 
 const listeners = { expired: () => {}, lost: () => {}, recovered: async () => false };
 
-// Who is told that the session has ended, and that nobody answered; and who knows when somebody does again.
+// Called when the session has ended, and when nobody answered; and what waits until somebody answers again.
 export function onTrouble(told) {
   Object.assign(listeners, told);
 }
@@ -42,12 +42,12 @@ export async function send(method, path, { body, limit = LONGEST } = {}) {
     return await fetch(BASE + path, options);
   } catch {
     listeners.lost();
-    const what = method === 'GET' ? '' : ' The change may have been made: look before you repeat it.';
+    const what = method === 'GET' ? '' : ' The change may have been made: check before you repeat it.';
     throw new Problem(0, `The PRIMARY does not answer.${what}`);
   }
 }
 
-// What only asks is asked again, once, when there is a PRIMARY again.
+// A request that changes nothing is sent once more when there is a PRIMARY again.
 async function ask(method, path, body) {
   try {
     return await send(method, path, { body });

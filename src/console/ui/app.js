@@ -38,7 +38,7 @@ let clustered = true;
 // The page that is open: { draw, load, close }, each of which may be missing.
 let current = null;
 let wasStale = false;
-// The version that this page came from: after an upgrade it fits the Console no more.
+// The version that this page came with. After an upgrade it no longer fits the Console.
 let version = null;
 // The port of the members' status pages.
 let statusPort = null;
@@ -70,7 +70,7 @@ function drawNav() {
   );
 }
 
-// Replaces what is shown; an open page is told to let go.
+// Replaces what is shown. The page that was open is closed.
 function clear() {
   current?.close?.();
   current = null;
@@ -98,7 +98,7 @@ function route() {
 // What is below the top while nobody answers: how old the page is, and what to do.
 function lost() {
   const { status, asOf } = live;
-  // Only what does not count is spoken: the seconds would be read aloud again and again.
+  // Only what does not count up is spoken: the seconds would be read aloud again and again.
   const shown = status
     ? [' What this page shows is as of ', clock(asOf), h('span', { 'aria-hidden': 'true' }, `, ${ago(age())}`), ', or older. Its buttons are off.']
     : ' Nothing is known yet.';
@@ -129,7 +129,7 @@ function drawConnection() {
     show(place, h('p', {}, text, ' ', button('Close', dismiss, { kind: 'small' })));
   } else if (upgraded) {
     const reload = button('Reload', () => window.location.reload(), { kind: 'small' });
-    show(place, h('p', {}, `The Console runs version ${live.status.version} now; this page is of ${version}. `, reload));
+    show(place, h('p', {}, `The Console runs version ${live.status.version} now; this page is from ${version}. `, reload));
   } else {
     show(place);
   }

@@ -8,7 +8,7 @@ import { button, card, check, confirm, copyButton, field, form, page, table, toa
 import { bytes, nothing, time } from './words.js';
 
 const ROWS = 1000;
-// Between two looks at what is under way.
+// Pause before the state of a job is asked for again.
 const PACE = 1_000;
 const COLUMNS = [['Name', 'user-column'], ['Member'], ['Kind'], ['Made', 'time-column'], ['Version'], ['Size'], ['', 'action-column']];
 
@@ -28,7 +28,7 @@ function drop(backup, reload) {
   }, { kind: 'danger' });
 }
 
-// As one word of a shell.
+// A text as one word of a shell command.
 const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
 // Asks, and begins. The Console closes soon after the answer, and whoever watches has to log in again.
@@ -55,7 +55,7 @@ function restore(backup, { folder, encrypted }, reload) {
   }, { kind: 'danger', typed: backup.name });
 }
 
-// What can be done here with a backup; with one of another member it is done there.
+// What can be done here with a backup. One of another member is used there.
 function actions(backup, here, reload, { verify, restoring }) {
   if (backup.node && backup.node !== here) return h('span', {}, `on ${backup.node}: sudo twistcli backup`);
   const named = (text) => `${text} ${backup.name}`;
@@ -141,7 +141,7 @@ export function open(root) {
   const verify = async (backup) => {
     try {
       const goes = await watched(post(`/backups/${part(backup.id)}/verify`));
-      toast(goes ? `${backup.name} is still being checked: its outcome comes with the state` : `${backup.name} is sound`);
+      toast(goes ? `${backup.name} is still being checked: the result is shown here` : `${backup.name} is sound`);
     } catch (error) {
       toast(error.message, 'bad');
     }

@@ -1,4 +1,4 @@
-// Manage > Certificates: the names of the Console's certificate, and a certificate of one's own.
+// Manage > Certificates: the names of the Console's certificate, and a certificate of your own.
 
 import { get, post, remove } from './api.js';
 import { h, show } from './dom.js';
@@ -8,12 +8,12 @@ import { nothing, span, time } from './words.js';
 
 // Days before its end from which a certificate is shown as a problem.
 const SOON = 14;
-// Between two looks for a new certificate, and how many.
+// Pause before a new certificate is looked for again, and how often.
 const PACE = 300;
 const TURNS = 10;
 const COLUMNS = [['Of', 'word-column'], ['Subject', 'wide-column'], ['Issuer', 'user-column'], ['Expires', 'time-column'], ['From', 'word-column']];
 
-// When a certificate ends, and how far that is.
+// When a certificate expires, and how long that is from now.
 function expiry(end) {
   const left = end * 1000 - Date.now();
   const text = left > 0 ? `in ${span(left)}` : 'expired';
@@ -29,7 +29,7 @@ function row(certificate, at) {
       [
         h('strong', {}, certificate.subject),
         names.length > 0 && h('div', { class: 'quiet' }, names.join(', ')),
-        certificate.missing?.length > 0 && h('div', { class: 'problem' }, `Not good for: ${certificate.missing.join(', ')}`),
+        certificate.missing?.length > 0 && h('div', { class: 'problem' }, `Not valid for: ${certificate.missing.join(', ')}`),
       ],
       certificate.issuer,
       expiry(certificate.not_after),
@@ -40,7 +40,7 @@ function row(certificate, at) {
 
 export function open(root) {
   const state = { names: null, served: [], custom: null, problem: null };
-  // The members make their certificates by themselves: it is looked for that of this one.
+  // The members make their certificates by themselves: wait for that of this one.
   const served = async () => {
     const has = (name) => state.served.some(({ of, names }) => of === 'console' && names?.includes(name));
     for (let turn = 0; turn < TURNS; turn += 1) {
@@ -86,7 +86,7 @@ export function open(root) {
   );
   function draw() {
     const custom = state.custom && [
-      h('p', {}, `Given to all Consoles by ${state.custom.by}, ${time(state.custom.at)}.`),
+      h('p', {}, `Uploaded for all Consoles by ${state.custom.by}, ${time(state.custom.at)}.`),
       button('Go back to the certificate of the cluster …', back),
     ];
     const empty = live.stale ? nothing(true) : state.problem ?? nothing(false, false);

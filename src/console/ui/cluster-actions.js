@@ -43,7 +43,7 @@ export function removeMember(member) {
   const content = [
     h('p', {}, `${member.name} (${member.address}) leaves the cluster for good and keeps no vote. Its data stays on its disk.`),
     h('p', {}, 'Without it, no further failure is tolerated until another host has joined: join line, then APPLY.'),
-    check('Even if the others have no majority that answers', 'force'),
+    check('Remove it even if no majority of the others answers', 'force'),
   ];
   return confirm(`Remove ${member.name}?`, content, 'Remove', async ({ force }) => {
     await remove(`/high-availability/members/${part(String(member.id))}${force ? '?force=true' : ''}`);
@@ -78,7 +78,7 @@ export function switchover(members) {
       }
     };
     look('');
-    const options = [['', 'the one that is furthest', true], ...candidates.map(({ name }) => [name, name])];
+    const options = [['', 'the best prepared one', true], ...candidates.map(({ name }) => [name, name])];
     const onchange = (event) => look(event.currentTarget.value);
     const start = async ({ to }) => {
       await post('/high-availability/switchover', wish(to));

@@ -180,7 +180,7 @@ function applyObstacle(status) {
   return null;
 }
 
-// The line that is shown, as long as it is good: until it is used, revoked or has expired.
+// The line that is shown, as long as it is valid: until it is used, revoked or has expired.
 function openLine(status, state, now) {
   const { line } = state;
   if (!line) return null;
@@ -197,7 +197,7 @@ function joinLine(line) {
     { class: 'join-line', 'data-key': line.line },
     h('code', { id: 'join-line', tabindex: 0 }, line.line),
     copyButton(line.line, 'Copy'),
-    h('p', { class: 'quiet' }, `Run it as a user who may use sudo. It is good until ${time(line.until)}, or until APPLY.`),
+    h('p', { class: 'quiet' }, `Run it as a user who may use sudo. It is valid until ${time(line.until)}, or until APPLY.`),
   );
 }
 
@@ -294,14 +294,14 @@ async function loadEvents(state, redraw, wanted = EVENTS) {
   redraw();
 }
 
-// What must have changed for the history to be worth another look, now and when it is written down.
+// What must have changed for the history to be worth asking for again.
 function mark(status) {
   const members = status.members.map((member) => `${member.id} ${member.state}`).join();
   const { pause, requests } = status.membership;
   return [status.epoch, status.primary, members, pause?.until, requests?.length].join();
 }
 
-// Says what has changed to who cannot see it. Returns what to compare the next status with.
+// Announces what has changed to people who cannot see it. Returns what to compare the next status with.
 function speak(status, before) {
   const requests = (status.membership.requests ?? []).map((request) => [request.name, 'REQUEST_JOIN']);
   const states = new Map([...status.members.map((member) => [member.name, member.state]), ...requests]);

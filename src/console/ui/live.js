@@ -1,24 +1,24 @@
 // The cluster as it is: follows the stream of the PRIMARY's status. Owns the age of what is known, and the search for the new
-// PRIMARY when it does not answer any more: through the same host name, with the same session.
+// PRIMARY when the old one stops answering: through the same host name, with the same session.
 
 import { HEADERS, send } from './api.js';
 
 // The daemon sends a status at least every half second, so this much silence means that it is gone: a host that has lost
 // its power sends no farewell. From then on nothing is shown as if it were so now.
 const SILENCE = 2_000;
-// How often ages are counted on while there is silence.
+// How often ages are updated while there is silence.
 const CLOCK = 250;
-// One knock at the door, and the pause to the next. A knock that was given up in vain makes the next one longer: where everything
-// is slow, short ones would never be answered.
+// How long one attempt to reach a PRIMARY may take, and the pause before the next. One that was given up makes the next
+// one longer: where everything is slow, short ones would never be answered.
 const KNOCK = 1_000;
 const LONGEST_KNOCK = 6_000;
 const PAUSE = 200;
 const ANSWER = 3_000;
-// Without a stream, because there are too many.
+// Pause between two questions where there is no stream, because there are too many.
 const POLL = 1_000;
 const SAMPLES = 120;
 const BRIEF = 2_000;
-// What somebody who has asked for something waits for at most.
+// Longest wait of somebody who has asked for something.
 const LONGEST = 30_000;
 
 export const live = {
@@ -161,7 +161,7 @@ async function search() {
 function found(before, status) {
   const ms = performance.now() - live.lostAt;
   const changed = before && before.primary !== status.primary;
-  // That the same one was away for a moment is no news.
+  // If the same one was away for a moment, that is no news.
   const news = before && (changed || ms > BRIEF);
   live.takeover = news && { from: nameOf(before, before.primary), to: status.name, ms, changed, planned: live.farewell };
   live.farewell = false;

@@ -3,7 +3,7 @@
 import { h, show } from './dom.js';
 import { stateKind, time } from './words.js';
 
-// Says something to who cannot see the page.
+// Announces something to people who cannot see the page.
 export function announce(text) {
   document.getElementById('announcer').textContent = text;
 }
@@ -90,7 +90,7 @@ export function when(value) {
   return h('time', {}, time(value));
 }
 
-// Links to the status pages of the members, which answer also where no PRIMARY does; nothing if they have none.
+// Links to the status pages of the members, which answer even without a PRIMARY; nothing if they have none.
 export function statusPages(status, port) {
   if (!status || !port) return null;
   const link = ({ name, address }) => h('a', { statusPage: { address, port } }, name);

@@ -1,4 +1,4 @@
-// Manage > System > Settings: how one logs in, and which programs hear of events. Must never show a secret, or drop one
+// Manage > System > Settings: the rules for logins, and which programs are told of events. Must never show a secret, or drop one
 // without a word: the daemon keeps it only for the same name and address.
 
 import { get, post } from './api.js';
@@ -53,9 +53,9 @@ function hookFields(hook, at, drop) {
     field('It hears of', `severity-${id}`, { options: SEVERITIES.map(([word, text]) => [word, text, word === hook.severity]) }),
     secret,
     hook.signed && check('Remove the secret', `unsigned-${id}`, false),
-    field('Authority of its certificate, PEM', `ca-${id}`, {
+    field('Authority of its certificate (PEM)', `ca-${id}`, {
       element: 'textarea', rows: 3, maxlength: 2048, spellcheck: 'false', class: 'mono', text: hook.ca ?? '',
-      hint: 'Empty: those that the host trusts.',
+      hint: 'Empty: the authorities that the host trusts.',
     }),
     button('Remove', drop, { kind: 'small', 'aria-label': `Remove webhook ${at + 1}` }));
 }

@@ -1,4 +1,4 @@
-// Manage > Authentication > Users: who may log in, and one's own password.
+// Manage > Authentication > Users: who may log in, and your own password.
 
 import { get, part, post, put, remove } from './api.js';
 import { h, show } from './dom.js';
