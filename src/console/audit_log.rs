@@ -4,7 +4,11 @@
 use std::{net::IpAddr, time::Duration};
 
 use serde_json::{Value, json};
-use sqlx::{Row as _, sqlite::SqliteRow};
+use sqlx::{
+    Row as _, Sqlite,
+    query::Query,
+    sqlite::{SqliteArguments, SqliteRow},
+};
 
 use super::{
     clock::unix_time,
@@ -182,8 +186,7 @@ pub(super) async fn write_operation(store: &Store, operation: &Operation<'_>) ->
     };
     match found {
         Some(id) => {
-            let update = sqlx::query("UPDATE audits SET ok = ?, difference = ? WHERE id = ?");
-            writing.execute(update.bind(ok).bind(difference.to_string()).bind(id)).await?;
+            writing.execute(update(id, ok, &difference)).await?;
         }
         None => {
             let Actor { name: user, source } = actor;
@@ -250,9 +253,7 @@ pub(super) async fn begun(store: &Store) -> Result<Vec<Begun>, StoreError> {
 /// As those of [`Writing::commit`].
 pub(super) async fn settle(store: &Store, mut row: Begun, outcome: &Outcome) -> Result<(), StoreError> {
     row.difference[RECORD]["outcome"] = Value::String(shortened(&outcome.to_string()));
-    let update = "UPDATE audits SET ok = ?, difference = ? WHERE id = ?";
-    let update = sqlx::query(update).bind(outcome.is_done()).bind(row.difference.to_string()).bind(row.id);
-    store.write(update).await.map(|_| ())
+    store.write(update(row.id, outcome.is_done(), &row.difference)).await.map(|_| ())
 }
 
 /// A drill that is under way, as its row has it.
@@ -323,9 +324,13 @@ pub(super) async fn end_drill(
     if let Some(record) = drill.difference[RECORD].as_object_mut() {
         record.remove("secret");
     }
+    writing.execute(update(drill.id, outcome.is_done(), &drill.difference)).await.map(|_| ())
+}
+
+/// Replaces what a row says of its outcome.
+fn update(id: i64, ok: bool, difference: &Value) -> Query<'static, Sqlite, SqliteArguments> {
     let update = sqlx::query("UPDATE audits SET ok = ?, difference = ? WHERE id = ?");
-    writing.execute(update.bind(outcome.is_done()).bind(drill.difference.to_string()).bind(drill.id)).await?;
-    Ok(())
+    update.bind(ok).bind(difference.to_string()).bind(id)
 }
 
 fn shortened(text: &str) -> String {
