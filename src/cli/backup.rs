@@ -1,5 +1,5 @@
-//! `twistcli backup`: makes, checks, fetches and deletes backups of the database. The daemon carries out each step. Must
-//! never overwrite a file of the administrator's.
+//! `twistcli backup`: makes, checks, fetches and deletes backups of the database. The daemon carries out each step.
+//! Must never overwrite a file of the administrator's.
 
 use std::{
     fs::{self, OpenOptions},

@@ -1,6 +1,6 @@
-//! The API of a cluster, by one of its two ways: the control socket of this host's daemon, or the Consoles with a login.
-//! Both serve the same API, so that a command is written once. Must never decide what is permitted: that is up to the
-//! daemon.
+//! The API of a cluster, by one of its two ways: the control socket of this host's daemon, or the Consoles with a
+//! login. Both serve the same API, so that a command is written once. Must never decide what is permitted: that is up
+//! to the daemon.
 
 use serde::de::{DeserializeOwned, IgnoredAny};
 
@@ -42,8 +42,8 @@ impl ApiClient {
         }
     }
 
-    /// The status as the PRIMARY sees it. If this host's daemon knows that another host is PRIMARY, the error says where
-    /// to run `command`.
+    /// The status as the PRIMARY sees it. If this host's daemon knows that another host is PRIMARY, the error says
+    /// where to run `command`.
     ///
     /// # Errors
     /// When nobody answers, or another host is PRIMARY.

@@ -1,7 +1,7 @@
 //! `twistcli`: the administration tool. Owns its command line and its exit codes. It learns everything from one
 //! [client] of the API, by the control socket of this host's daemon or by the Consoles; while that daemon does not
-//! answer, its [files](past) tell what was. Must never change the data folder (but for the record that `ha drill` writes
-//! there), and must never print a password.
+//! answer, its [files](past) tell what was. Must never change the data folder (but for the record that `ha drill`
+//! writes there), and must never print a password.
 
 mod args;
 mod backup;

@@ -1,6 +1,6 @@
-//! The API of a cluster, through its Consoles. Tries each address until one answers: only the PRIMARY's does. Must never
-//! send a credential to a server whose certificate does not verify, nor repeat a request that changes something and may
-//! have arrived.
+//! The API of a cluster, through its Consoles. Tries each address until one answers: only the PRIMARY's does. Must
+//! never send a credential to a server whose certificate does not verify, nor repeat a request that changes something
+//! and may have arrived.
 
 use std::{
     cell::RefCell,

@@ -1,5 +1,5 @@
-//! The table of the audit: what is written into it, and its bounds. Must never hold a secret: whoever may read the table
-//! sees all of it.
+//! The table of the audit: what is written into it, and its bounds. Must never hold a secret: whoever may read the
+//! table sees all of it.
 
 use std::{net::IpAddr, time::Duration};
 

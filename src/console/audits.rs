@@ -73,7 +73,8 @@ pub(super) struct Audit {
     ok: bool,
     /// What changed, or was to be changed: `{"field": {"old": ..., "new": ...}}`, or null.
     difference: Difference,
-    /// How it ended, if the row was written before the end: `begun`, `done`, or `refused`, `failed` or `unknown` and why.
+    /// How it ended, if the row was written before the end: `begun`, `done`, or `refused`, `failed` or `unknown` and
+    /// why.
     outcome: Option<String>,
 }
 

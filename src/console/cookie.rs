@@ -8,7 +8,8 @@ use super::errors::ApiError;
 
 /// Its prefix makes browsers insist on Secure, on the path `/` and on no domain: no other host can set it.
 pub(super) const COOKIE: &str = "__Host-twistlock";
-/// What the page sends with each request. A page of another site cannot: the browser would ask us first, and be refused.
+/// What the page sends with each request. A page of another site cannot: the browser would ask us first, and be
+/// refused.
 pub(super) const PAGE: HeaderName = HeaderName::from_static("x-twistlock-page");
 const SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 

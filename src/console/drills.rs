@@ -1,6 +1,6 @@
 //! `high-availability/drill`: a takeover for practice, as `twistcli ha drill` runs it. It has one row in the audit: its
-//! writes, its takeover and its end are asked for with the drill's own token, which is good for nothing else. Must never
-//! let that token write anything else.
+//! writes, its takeover and its end are asked for with the drill's own token, which is good for nothing else. Must
+//! never let that token write anything else.
 
 use std::sync::Arc;
 

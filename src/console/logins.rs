@@ -1,6 +1,6 @@
 //! Checks whether a name and a password are right. What was right lately is remembered, as each request would cost a
-//! password hash otherwise. Whoever guesses is slowed down before that is looked at, so that a guess learns nothing from
-//! it. Must never keep a password in clear, nor let a stranger who guesses keep somebody out.
+//! password hash otherwise. Whoever guesses is slowed down before that is looked at, so that a guess learns nothing
+//! from it. Must never keep a password in clear, nor let a stranger who guesses keep somebody out.
 
 use std::{
     collections::{HashMap, HashSet},

@@ -73,8 +73,8 @@ impl StoreError {
         }
     }
 
-    /// The meaning of an error of a statement that commits, or of COMMIT itself. Only codes that SQLite gives before it writes the commit
-    /// frame are definite; everything else counts as unknown.
+    /// The meaning of an error of a statement that commits, or of COMMIT itself. Only codes that SQLite gives before it
+    /// writes the commit frame are definite; everything else counts as unknown.
     fn commit(error: sqlx::Error) -> Self {
         use libsqlite3_sys as code;
         match primary_code(&error) {
