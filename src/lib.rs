@@ -96,7 +96,7 @@
 //! | [`dev`] | a whole cluster on loopback, to try out | anything a host would not do |
 //! | [`http`] | what HTTP asks of a server before a handler sees a request | what is served |
 //! | [`https`] | HTTPS clients: whom they trust, and what a failure means | what is asked |
-//! | [`clients`] | who a connection comes from, the places for connections, patience with those who guess | what is served |
+//! | [`clients`] | the sockets that clients reach, who a connection comes from, the places for connections, patience with those who guess | what is served |
 //! | [`descriptors`] | how many files and connections may be open, and who gets how many of them | what they are for |
 //! | [`config`], [`telemetry`] | the configuration file; log and metrics | all of the above |
 //! | [`clock`], [`mutex`], [`scheduling`], [`little_endian`] | the time of day; how a mutex is taken; which threads go first; numbers in bytes | everything |

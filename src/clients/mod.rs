@@ -1,10 +1,32 @@
-//! Who a connection comes from, how many places each gets, and how long those who guess must wait. Must never let one
-//! client have all of them, nor turn somebody away without a trace.
+//! The sockets that clients reach, who a connection comes from, how many places each gets, and how long those who guess
+//! must wait. Must never let one client have all of them, nor turn somebody away without a trace.
 
 pub mod places;
 pub mod throttle;
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// A TCP socket with this address, which does not listen yet. The unspecified IPv6 address means all interfaces of both
+/// families.
+///
+/// # Errors
+/// When the address is not one of this host, or the port is taken.
+pub fn bind(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    // For the connections of an earlier process or opening that the kernel still remembers. Never SO_REUSEPORT: with it
+    // a second daemon could share the port unnoticed.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
 
 /// What counts as one client: a host of IPv6 usually has a whole /64 of addresses (RFC 6177).
 pub fn network(address: IpAddr) -> IpAddr {

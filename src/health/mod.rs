@@ -23,7 +23,6 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
@@ -32,7 +31,10 @@ use tokio::{
 use tower::ServiceExt;
 
 use crate::{
-    clients::places::{Acquaintances, Place, Places},
+    clients::{
+        self,
+        places::{Acquaintances, Place, Places},
+    },
     config::Audience,
     descriptors,
     node::{Lease, Pulse, Status},
@@ -194,18 +196,8 @@ async fn serve(sources: Sources, told: watch::Sender<Option<String>>) {
     accept(&listener, sources).await;
 }
 
-/// Listens on an address; on the unspecified IPv6 one for all interfaces of both families.
-///
-/// # Errors
-/// When the address is not one of this host, or the port is taken.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
-    if address.is_ipv6() {
-        socket.set_only_v6(!address.ip().is_unspecified())?;
-    }
-    // For connections of an earlier process that the kernel still remembers.
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
+    let socket = clients::bind(address)?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
 }

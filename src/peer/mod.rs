@@ -51,7 +51,6 @@ use std::{
     sync::Arc,
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::TcpStream,
     sync::{mpsc, watch},
@@ -67,6 +66,7 @@ pub use self::{
     roster::{Edition, Roster},
 };
 use crate::{
+    clients,
     cluster::{Member, NodeId, reach::Standing},
     pki::{EXTENSIBLE, NodeTls},
 };
@@ -122,9 +122,7 @@ pub struct StreamCall {
 /// # Errors
 /// When the kernel refuses, e.g. because the address is in use.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
+    let socket = clients::bind(address)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }

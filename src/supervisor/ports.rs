@@ -8,9 +8,10 @@ use std::{
 };
 
 use anyhow::Context;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{SockRef, Socket};
 
 use crate::{
+    clients,
     guard::PortGuard,
     workload::{self, Endpoint},
 };
@@ -27,7 +28,7 @@ impl Sockets {
         let mut sockets = Vec::new();
         for endpoint in endpoints {
             let at = SocketAddr::new(address, endpoint.port);
-            let socket = bind_one(at).with_context(|| {
+            let socket = clients::bind(at).with_context(|| {
                 let name = endpoint.name;
                 format!("cannot bind {at}, a port of {} ({name}); does another program use it?", workload::NAME)
             })?;
@@ -59,17 +60,4 @@ impl Drop for Sockets {
             let _ = SockRef::from(socket).shutdown(std::net::Shutdown::Both);
         }
     }
-}
-
-fn bind_one(at: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(at), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
-    if at.is_ipv6() {
-        // The unspecified address means all interfaces of both families.
-        socket.set_only_v6(!at.ip().is_unspecified())?;
-    }
-    // For connections of an earlier opening that the kernel still remembers. Never SO_REUSEPORT: with it a second
-    // daemon could share the port unnoticed.
-    socket.set_reuse_address(true)?;
-    socket.bind(&at.into())?;
-    Ok(socket)
 }
