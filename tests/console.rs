@@ -373,6 +373,31 @@ fn the_defender_port_speaks_tls_and_closes() {
     assert!(TcpStream::connect((node.address, node::DEFENDER)).is_ok());
 }
 
+/// Requests that wait for each other share a transaction. Its COMMIT decides on all of them, also on one that another's
+/// write has stood in the way of.
+#[test]
+fn a_refused_commit_is_the_answer_to_all_that_share_it() {
+    let node = Node::start();
+    node.serve(1);
+    node.hold_lease();
+    node.signup();
+    let token = node.token();
+    node.majority.set(Majority::Holds);
+    let held = node.post_in_background(&token, "held");
+    node.majority.wait_for_a_commit();
+    let others = ["a", "a", "b", "a", "c", "b"].map(|name| node.post_in_background(&token, name));
+    node.majority.set(Majority::Refuses);
+    for post in others.into_iter().chain([held]) {
+        let answer = post.join().unwrap();
+        assert!(matches!(answer, Answer::Status(503)), "{answer:?}");
+    }
+    node.majority.set(Majority::Agrees);
+    assert_eq!(node.ok("GET", "/api/v1/tags", Some(&token), Value::Null), json!([]));
+    for name in ["held", "a", "b", "c"] {
+        node.ok("POST", "/api/v1/tags", Some(&token), json!({ "name": name }));
+    }
+}
+
 #[test]
 fn many_clients_write_at_once() {
     let node = Node::start();

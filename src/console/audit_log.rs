@@ -134,15 +134,15 @@ async fn insert_at(writing: &mut Writing, row: &Row<'_>, time: i64) -> Result<()
         Some(_) => row.difference.to_string(),
         None => bounded(&row.difference).to_string(),
     };
+    // In one go: each statement by itself is a way to the connection's thread and back.
     let insert = sqlx::query(
-        "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, ?, ?, ?, ?); \
+         DELETE FROM audits WHERE id <= (SELECT max(id) FROM audits) - ?",
     );
     let cut = |text: &str| text.chars().take(TEXT).collect::<String>();
     let insert = insert.bind(time).bind(cut(row.user)).bind(cut(row.source));
     let insert = insert.bind(cut(row.action)).bind(cut(row.what)).bind(row.ok).bind(difference);
-    writing.execute(insert).await?;
-    let delete = sqlx::query("DELETE FROM audits WHERE id <= (SELECT max(id) FROM audits) - ?");
-    writing.execute(delete.bind(ROWS)).await?;
+    writing.execute(insert.bind(ROWS)).await?;
     if !row.ok {
         let surplus = "DELETE FROM audits WHERE ok = 0 AND id <= \
                        (SELECT id FROM audits WHERE ok = 0 ORDER BY id DESC LIMIT 1 OFFSET ?)";
@@ -182,7 +182,7 @@ pub(super) async fn write_operation(store: &Store, operation: &Operation<'_>) ->
     let find = sqlx::query_scalar(find).bind(NEAR).bind(format!("\"ticket\":\"{ticket}\""));
     let found: Option<i64> = match outcome {
         None => None,
-        Some(_) => find.fetch_optional(writing.connection()).await.map_err(StoreError::from)?,
+        Some(_) => writing.value(find).await?,
     };
     match found {
         Some(id) => {

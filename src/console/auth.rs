@@ -34,7 +34,7 @@ impl Verified {
     pub(super) async fn recheck(&self, writing: &mut Writing, name: &str) -> Result<(), ApiError> {
         let query = sqlx::query_scalar("SELECT password = ? FROM users WHERE name = ?");
         let query = query.bind(self.hash.clone()).bind(name.to_owned());
-        let same: Option<bool> = query.fetch_optional(writing.connection()).await.map_err(StoreError::from)?;
+        let same: Option<bool> = writing.value(query).await?;
         if same == Some(true) { Ok(()) } else { Err(WRONG) }
     }
 }

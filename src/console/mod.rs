@@ -229,8 +229,9 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
     } else if place.is_err() && request.uri().path() != PING {
         ApiError::Busy(format!("{AT_ONCE} requests are under way: try again")).into_response()
     } else {
-        match tokio::time::timeout(REQUEST, next.run(request)).await {
-            Ok(response) => response,
+        match tokio::time::timeout(REQUEST, store::settled(next.run(request))).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => ApiError::from(error).into_response(),
             Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
         }
     };

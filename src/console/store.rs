@@ -1,22 +1,24 @@
 //! The Console's access to its database: one writer connection, a few readers, the schema, and the one place that
 //! decides what a database error means to a client. Must never report a write whose outcome is unknown as failed.
 
-use std::time::{Duration, Instant};
+mod group;
+
+use std::{sync::Arc, time::Duration};
 
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::{
-    Connection, Sqlite, SqliteConnection, SqlitePool, SqliteTransaction,
+    Connection, FromRow, Sqlite, SqliteConnection, SqlitePool,
     migrate::{Migration, MigrationType, Migrator},
     pool::PoolConnection,
-    query::Query,
-    sqlite::{SqliteArguments, SqliteConnectOptions, SqlitePoolOptions},
+    query::{Query, QueryAs, QueryScalar},
+    sqlite::{SqliteArguments, SqliteConnectOptions, SqlitePoolOptions, SqliteRow},
 };
 use thiserror::Error;
 
-use crate::{
-    storage::database::{PrimaryDatabase, VFS_NAME},
-    telemetry::COMMIT_LATENCY,
-};
+pub(super) use group::settled;
+use group::{Line, Rollbacks, Turn};
+
+use crate::storage::database::{PrimaryDatabase, VFS_NAME};
 
 /// Readers at once; more requests than this wait for their turn.
 const READERS: u32 = 4;
@@ -36,24 +38,24 @@ pub fn connect_options(database: &PrimaryDatabase) -> SqliteConnectOptions {
     PrimaryDatabase::pragmas().into_iter().fold(options, |options, (name, value)| options.pragma(name, value))
 }
 
-/// What a failed access means.
-#[derive(Debug, Error)]
+/// What a failed access means. Several writers may learn of the same failure.
+#[derive(Clone, Debug, Error)]
 pub enum StoreError {
     /// Another row has this key. Nothing was written.
     #[error("the name exists already")]
     Duplicate,
     /// The database could not be used at all. Nothing was written.
     #[error("the database is not available: {0}")]
-    Unavailable(sqlx::Error),
+    Unavailable(Arc<sqlx::Error>),
     /// The error came after the change may have been handed to the cluster: it may be there later, or not.
     #[error("outcome unknown: {0}")]
-    Unknown(sqlx::Error),
+    Unknown(Arc<sqlx::Error>),
     /// A statement that SQLite does not accept: a bug. Nothing was written.
     #[error("the database does not accept a statement: {0}")]
-    Statement(sqlx::Error),
+    Statement(Arc<sqlx::Error>),
     /// A setting that this program cannot read or write as JSON. Nothing was written.
     #[error("the setting '{0}' cannot be used: {1}")]
-    Setting(&'static str, serde_json::Error),
+    Setting(&'static str, Arc<serde_json::Error>),
 }
 
 /// SQLite's primary result code, without the extension in the higher bits.
@@ -67,32 +69,40 @@ impl StoreError {
     fn before(error: sqlx::Error) -> Self {
         match primary_code(&error) {
             Some(libsqlite3_sys::SQLITE_ERROR | libsqlite3_sys::SQLITE_MISUSE | libsqlite3_sys::SQLITE_RANGE) => {
-                Self::Statement(error)
+                Self::Statement(Arc::new(error))
             }
-            _ => Self::Unavailable(error),
+            _ => Self::Unavailable(Arc::new(error)),
         }
     }
 
-    /// The meaning of an error of a statement that commits, or of COMMIT itself. Only codes that SQLite gives before it
-    /// writes the commit frame are definite; everything else counts as unknown.
+    /// The meaning of an error of a statement in a transaction that is not committed yet: nothing was written.
+    fn within(error: sqlx::Error) -> Self {
+        match primary_code(&error) {
+            Some(libsqlite3_sys::SQLITE_CONSTRAINT) => Self::constraint(error),
+            _ => Self::before(error),
+        }
+    }
+
+    /// The meaning of an error of COMMIT. Only codes that SQLite gives before it writes the commit frame are definite;
+    /// everything else counts as unknown.
     fn commit(error: sqlx::Error) -> Self {
         use libsqlite3_sys as code;
         match primary_code(&error) {
             Some(code::SQLITE_CONSTRAINT) => Self::constraint(error),
             Some(code::SQLITE_BUSY | code::SQLITE_LOCKED | code::SQLITE_READONLY | code::SQLITE_FULL) => {
-                Self::Unavailable(error)
+                Self::Unavailable(Arc::new(error))
             }
             Some(code::SQLITE_ERROR | code::SQLITE_MISUSE | code::SQLITE_RANGE | code::SQLITE_MISMATCH) => {
-                Self::Statement(error)
+                Self::Statement(Arc::new(error))
             }
-            _ => Self::Unknown(error),
+            _ => Self::Unknown(Arc::new(error)),
         }
     }
 
     fn constraint(error: sqlx::Error) -> Self {
         match &error {
             sqlx::Error::Database(database) if database.is_unique_violation() => Self::Duplicate,
-            _ => Self::Statement(error),
+            _ => Self::Statement(Arc::new(error)),
         }
     }
 }
@@ -113,6 +123,8 @@ async fn is_usable(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
 pub struct Store {
     /// One connection: writers wait for it in order, instead of for SQLite's lock in no order.
     writer: SqlitePool,
+    /// The writers that wait for it.
+    line: Line,
     readers: SqlitePool,
 }
 
@@ -132,12 +144,16 @@ impl Store {
         };
         let thread = |kind: &'static str| move |number| format!("console-{kind}{number}");
         let reading = options.clone().pragma("query_only", "ON").thread_name(thread("r"));
-        Self {
-            writer: pool(1)
-                .before_acquire(|connection, _| Box::pin(is_usable(connection)))
-                .connect_lazy_with(options.thread_name(thread("w"))),
-            readers: pool(READERS).connect_lazy_with(reading),
-        }
+        let rollbacks = Rollbacks::default();
+        let counted = rollbacks.clone();
+        let writer = pool(1)
+            .after_connect(move |connection, _| {
+                let counted = counted.clone();
+                Box::pin(async move { counted.count_on(connection).await })
+            })
+            .before_acquire(|connection, _| Box::pin(is_usable(connection)))
+            .connect_lazy_with(options.thread_name(thread("w")));
+        Self { line: Line::new(writer.clone(), rollbacks), writer, readers: pool(READERS).connect_lazy_with(reading) }
     }
 
     /// Brings the schema up to this program's version.
@@ -157,7 +173,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Unavailable`].
     pub async fn read(&self) -> Result<PoolConnection<Sqlite>, StoreError> {
-        self.readers.acquire().await.map_err(StoreError::Unavailable)
+        self.readers.acquire().await.map_err(|error| StoreError::Unavailable(Arc::new(error)))
     }
 
     /// What an administrator has set under this name; `None` if nobody has.
@@ -166,30 +182,34 @@ impl Store {
     /// [`StoreError::Unavailable`], [`StoreError::Setting`].
     pub async fn setting<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, StoreError> {
         let mut reading = self.read().await?;
-        setting(&mut reading, name).await
+        let text = stored_setting(name).fetch_optional(&mut *reading).await?;
+        parsed(name, text)
     }
 
-    /// Runs one statement as a transaction of its own and returns the number of changed rows. When it returns, a
-    /// majority of the nodes has the change.
+    /// Runs one statement and returns the number of changed rows. When it returns, a majority of the nodes has the
+    /// change.
     ///
     /// # Errors
     /// See [`StoreError`].
     pub async fn write(&self, statement: Query<'_, Sqlite, SqliteArguments>) -> Result<u64, StoreError> {
-        let mut connection = self.writer.acquire().await.map_err(StoreError::Unavailable)?;
-        let begin = Instant::now();
-        let done = statement.execute(&mut *connection).await.map_err(StoreError::commit)?;
-        note_commit(begin);
-        Ok(done.rows_affected())
+        let mut writing = self.begin().await?;
+        let changed = writing.execute(statement).await?;
+        writing.commit().await?;
+        Ok(changed)
     }
 
-    /// Starts a transaction of several statements. It is rolled back when it is dropped.
+    /// Begins what is written as a whole or not at all. It is undone when it is dropped. Others may share the
+    /// transaction: see [`group`].
     ///
     /// # Errors
-    /// [`StoreError::Unavailable`].
+    /// [`StoreError::Unavailable`] when it is nobody's turn within 5 s, or the database cannot be used.
     pub async fn begin(&self) -> Result<Writing, StoreError> {
-        // IMMEDIATE: what it reads first is still true when it writes.
-        let transaction = self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(StoreError::Unavailable)?;
-        Ok(Writing { transaction })
+        Ok(Writing { turn: self.line.turn(TURN).await? })
+    }
+
+    #[cfg(test)]
+    fn line(&self) -> &Line {
+        &self.line
     }
 
     /// Returns when the connections are being closed.
@@ -203,10 +223,10 @@ impl Store {
     }
 }
 
-/// A transaction of several statements.
+/// Several statements that are written as a whole or not at all.
 #[derive(Debug)]
 pub struct Writing {
-    transaction: SqliteTransaction<'static>,
+    turn: Turn,
 }
 
 impl Writing {
@@ -215,19 +235,44 @@ impl Writing {
     /// # Errors
     /// All of them mean that nothing was written: the transaction is not committed yet.
     pub async fn execute(&mut self, statement: Query<'_, Sqlite, SqliteArguments>) -> Result<u64, StoreError> {
-        let done = statement.execute(&mut *self.transaction).await;
-        done.map(|done| done.rows_affected()).map_err(|error| match primary_code(&error) {
-            Some(libsqlite3_sys::SQLITE_CONSTRAINT) => StoreError::constraint(error),
-            _ => StoreError::before(error),
-        })
+        let done = statement.execute(self.turn.connection()?).await;
+        self.turn.judge(done).map(|done| done.rows_affected())
     }
 
-    /// The first column of the only row of a query.
+    /// The first row of a query, as the transaction sees it.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub async fn row<T>(&mut self, query: QueryAs<'_, Sqlite, T, SqliteArguments>) -> Result<Option<T>, StoreError>
+    where
+        T: for<'r> FromRow<'r, SqliteRow> + Send + Unpin,
+    {
+        let found = query.fetch_optional(self.turn.connection()?).await;
+        self.turn.judge(found)
+    }
+
+    /// The first column of the first row of a query.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub async fn value<T>(
+        &mut self,
+        query: QueryScalar<'_, Sqlite, T, SqliteArguments>,
+    ) -> Result<Option<T>, StoreError>
+    where
+        (T,): for<'r> FromRow<'r, SqliteRow>,
+        T: Send + Unpin,
+    {
+        let found = query.fetch_optional(self.turn.connection()?).await;
+        self.turn.judge(found)
+    }
+
+    /// The number that a query counts; 0 if it has no row.
     ///
     /// # Errors
     /// As [`Self::execute`].
     pub async fn number(&mut self, sql: &'static str) -> Result<i64, StoreError> {
-        sqlx::query_scalar(sql).fetch_one(&mut *self.transaction).await.map_err(StoreError::before)
+        Ok(self.value(sqlx::query_scalar(sql)).await?.unwrap_or_default())
     }
 
     /// What is set under this name, as the transaction sees it.
@@ -235,7 +280,8 @@ impl Writing {
     /// # Errors
     /// As [`Self::execute`], and [`StoreError::Setting`].
     pub async fn setting<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<Option<T>, StoreError> {
-        setting(&mut self.transaction, name).await
+        let text = self.value(stored_setting(name)).await?;
+        parsed(name, text)
     }
 
     /// Sets the value of this name.
@@ -243,15 +289,10 @@ impl Writing {
     /// # Errors
     /// As [`Self::execute`].
     pub async fn set_setting<T: Serialize>(&mut self, name: &'static str, value: &T) -> Result<(), StoreError> {
-        let text = serde_json::to_string(value).map_err(|error| StoreError::Setting(name, error))?;
+        let text = serde_json::to_string(value).map_err(|error| StoreError::Setting(name, Arc::new(error)))?;
         let upsert =
             "INSERT INTO settings (name, value) VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value";
         self.execute(sqlx::query(upsert).bind(name).bind(text)).await.map(|_| ())
-    }
-
-    /// The connection of this transaction, for queries that answer with rows.
-    pub fn connection(&mut self) -> &mut SqliteConnection {
-        &mut self.transaction
     }
 
     /// Commits. When it returns, a majority of the nodes has the change.
@@ -259,20 +300,25 @@ impl Writing {
     /// # Errors
     /// See [`StoreError`].
     pub async fn commit(self) -> Result<(), StoreError> {
-        let begin = Instant::now();
-        self.transaction.commit().await.map_err(StoreError::commit)?;
-        note_commit(begin);
-        Ok(())
+        self.turn.commit().await
+    }
+
+    /// As [`Self::commit`], and no other writer gets a turn before it returns: for whoever holds what they may need.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn commit_at_once(self) -> Result<(), StoreError> {
+        self.turn.commit_at_once().await
     }
 }
 
-async fn setting<T: DeserializeOwned>(
-    connection: &mut SqliteConnection,
-    name: &'static str,
-) -> Result<Option<T>, StoreError> {
-    let query = sqlx::query_scalar("SELECT value FROM settings WHERE name = ?").bind(name);
-    let text: Option<String> = query.fetch_optional(connection).await?;
-    text.map(|text| serde_json::from_str(&text)).transpose().map_err(|error| StoreError::Setting(name, error))
+fn stored_setting(name: &'static str) -> QueryScalar<'static, Sqlite, String, SqliteArguments> {
+    sqlx::query_scalar("SELECT value FROM settings WHERE name = ?").bind(name)
+}
+
+fn parsed<T: DeserializeOwned>(name: &'static str, text: Option<String>) -> Result<Option<T>, StoreError> {
+    let parsed = text.map(|text| serde_json::from_str(&text)).transpose();
+    parsed.map_err(|error| StoreError::Setting(name, Arc::new(error)))
 }
 
 /// For errors of reads.
@@ -280,8 +326,4 @@ impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
         Self::before(error)
     }
-}
-
-fn note_commit(begin: Instant) {
-    metrics::histogram!(COMMIT_LATENCY).record(begin.elapsed().as_secs_f64());
 }

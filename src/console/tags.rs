@@ -147,8 +147,7 @@ pub(super) async fn remove(
 /// The tag as it is before a change.
 async fn stored(writing: &mut Writing, name: &str) -> Result<Tag, ApiError> {
     let query = sqlx::query_as("SELECT name, color, description FROM tags WHERE name = ?").bind(name.to_owned());
-    let tag: Option<Tag> = query.fetch_optional(writing.connection()).await.map_err(StoreError::from)?;
-    tag.ok_or_else(|| ApiError::NotFound(format!("there is no tag '{name}'")))
+    writing.row(query).await?.ok_or_else(|| ApiError::NotFound(format!("there is no tag '{name}'")))
 }
 
 fn exists(name: &str, error: StoreError) -> ApiError {

@@ -258,7 +258,7 @@ async fn insert(writing: &mut Writing, name: &str, hash: String, role: Role) -> 
 /// The role of a user, as stored.
 async fn role_in(writing: &mut Writing, name: &str) -> Result<String, ApiError> {
     let query = sqlx::query_scalar("SELECT role FROM users WHERE name = ?").bind(name.to_owned());
-    let role: Option<String> = query.fetch_optional(writing.connection()).await.map_err(StoreError::from)?;
+    let role: Option<String> = writing.value(query).await?;
     role.ok_or_else(|| ApiError::NotFound(format!("there is no user '{name}'")))
 }
 
@@ -266,8 +266,8 @@ async fn role_in(writing: &mut Writing, name: &str) -> Result<String, ApiError> 
 async fn keep_an_administrator(writing: &mut Writing, without: &str) -> Result<(), ApiError> {
     let query = sqlx::query_scalar("SELECT count(*) FROM users WHERE role = ? AND name <> ?");
     let query = query.bind(Role::Administrator.name()).bind(without.to_owned());
-    let others: i64 = query.fetch_one(writing.connection()).await.map_err(StoreError::from)?;
-    if others == 0 {
+    let others: Option<i64> = writing.value(query).await?;
+    if others.unwrap_or_default() == 0 {
         return Err(ApiError::Conflict("this is the last Administrator: make another one first".to_owned()));
     }
     Ok(())

@@ -89,7 +89,9 @@ table! {
     APPLIED_INDEX = "twistlock_applied_index", Gauge,
         "Raft index up to which the database of this node has everything.";
     COMMIT_LATENCY = "twistlock_console_commit_seconds", Latency,
-        "Seconds of one write transaction of the Console, its replication included.";
+        "Seconds of one COMMIT of the Console, its replication included. Several writes may share it.";
+    WRITES = "twistlock_console_writes_total", Counter,
+        "Writes of the Console that are committed.";
     SYNC_LATENCY = "twistlock_raft_log_sync_seconds", Latency, "Seconds that one fsync of the raft log took.";
     ROLE_CHANGES = "twistlock_role_changes_total", Counter by "cause" &[],
         "Changes of the role of this node, by cause.";

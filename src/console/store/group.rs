@@ -1,0 +1,606 @@
+//! Group commit: writers that wait for each other anyway share one transaction, and one wait for a majority. Each has
+//! a savepoint, so that one that fails takes nobody along. Owns the writers' line and its transaction. Must never
+//! report a part before the COMMIT of its transaction has returned, and never let anybody learn what no majority has:
+//! see [`settled`].
+//!
+//! The last in the line commits; one that is alone waits for nobody. Whoever comes while a COMMIT is under way takes
+//! part in the next transaction: so the groups grow with the load, and nothing is delayed to make them larger.
+
+use std::{
+    cell::RefCell,
+    future::Future,
+    mem,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use sqlx::{SqliteConnection, SqlitePool, SqliteTransaction};
+use tokio::{
+    runtime::Handle,
+    sync::{Mutex, OwnedMutexGuard, watch},
+};
+
+use super::StoreError;
+use crate::telemetry::{COMMIT_LATENCY, WRITES};
+
+/// The most parts of one transaction. More would gain little: a COMMIT costs as much as a few parts.
+const PARTS: usize = 64;
+/// How long a transaction takes parts in: whoever came first waits for those behind it.
+const COLLECTS: Duration = Duration::from_millis(10);
+
+/// What has become of a transaction; none as long as nobody knows.
+type Outcome = watch::Receiver<Option<Result<(), StoreError>>>;
+
+tokio::task_local! {
+    /// The transactions that a request has seen before they were committed.
+    static SEEN: RefCell<Vec<Outcome>>;
+}
+
+/// Runs `answer` and returns when a majority has everything that it saw of others' writes: an answer that builds upon
+/// what is undone later would be untrue, even if it is a refusal.
+///
+/// # Errors
+/// Those of the first COMMIT that failed.
+pub(in crate::console) async fn settled<T>(answer: impl Future<Output = T>) -> Result<T, StoreError> {
+    let work = async {
+        let answered = answer.await;
+        (answered, SEEN.with(RefCell::take))
+    };
+    let (answered, seen) = SEEN.scope(RefCell::default(), work).await;
+    for outcome in seen {
+        known(outcome).await?;
+    }
+    Ok(answered)
+}
+
+async fn known(mut outcome: Outcome) -> Result<(), StoreError> {
+    let lost = || StoreError::Unknown(Arc::new(sqlx::Error::WorkerCrashed));
+    match outcome.wait_for(Option::is_some).await {
+        Ok(known) => known.clone().unwrap_or_else(|| Err(lost())),
+        Err(_) => Err(lost()),
+    }
+}
+
+/// The writers, in the order in which they came.
+#[derive(Clone, Debug)]
+pub(super) struct Line(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// Of one connection.
+    pool: SqlitePool,
+    rollbacks: Rollbacks,
+    open: Arc<Mutex<Option<Group>>>,
+    /// Writers that wait for `open`.
+    waiting: AtomicUsize,
+}
+
+/// How often SQLite has rolled back a whole transaction on the connection. It does so by itself after some errors, and
+/// what follows would be a transaction of its own, without the parts before it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Rollbacks(Arc<AtomicU64>);
+
+impl Rollbacks {
+    /// Counts those of a new connection.
+    ///
+    /// # Errors
+    /// When the connection's thread has ended.
+    pub(super) async fn count_on(&self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
+        let counter = Arc::clone(&self.0);
+        connection.lock_handle().await?.set_rollback_hook(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        Ok(())
+    }
+
+    fn now(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// An open transaction.
+#[derive(Debug)]
+struct Group {
+    transaction: SqliteTransaction<'static>,
+    parts: usize,
+    began: Instant,
+    /// There is a savepoint, at the begin of the last part.
+    saved: bool,
+    /// The last part came to nothing: what it wrote is to be undone.
+    undo: bool,
+    /// As they were at its begin.
+    rollbacks: (Rollbacks, u64),
+    /// What the database could not do last.
+    trouble: Option<StoreError>,
+    outcome: watch::Sender<Option<Result<(), StoreError>>>,
+}
+
+/// A place in the line.
+struct Place<'a> {
+    line: &'a Line,
+    served: bool,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let last = self.line.0.waiting.fetch_sub(1, Ordering::SeqCst) == 1;
+        // Whoever would have committed for all may have counted on this one.
+        if last && !self.served {
+            self.line.finish_later();
+        }
+    }
+}
+
+impl Line {
+    pub(super) fn new(pool: SqlitePool, rollbacks: Rollbacks) -> Self {
+        Self(Arc::new(Inner { pool, rollbacks, open: Arc::default(), waiting: AtomicUsize::new(0) }))
+    }
+
+    /// Waits for its turn, `patience` at most, and begins a part.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub(super) async fn turn(&self, patience: Duration) -> Result<Turn, StoreError> {
+        self.0.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut place = Place { line: self, served: false };
+        let open = Arc::clone(&self.0.open).lock_owned();
+        let open = tokio::time::timeout(patience, open).await;
+        let open = open.map_err(|_| StoreError::Unavailable(Arc::new(sqlx::Error::PoolTimedOut)))?;
+        place.served = true;
+        drop(place);
+        let mut turn = Turn { line: self.clone(), open: Some(open), begun: false };
+        turn.begin().await?;
+        Ok(turn)
+    }
+
+    /// Commits what is there if nobody else is in the line who would.
+    fn finish_later(&self) {
+        // Without a runtime there is nobody to be told.
+        let Ok(runtime) = Handle::try_current() else { return };
+        let line = self.clone();
+        runtime.spawn(async move {
+            let open = Arc::clone(&line.0.open).lock_owned().await;
+            if line.is_empty() {
+                finish(open).await;
+            }
+        });
+    }
+
+    /// Nobody waits for a turn.
+    fn is_empty(&self) -> bool {
+        self.0.waiting.load(Ordering::SeqCst) == 0
+    }
+}
+
+/// A part of a transaction on its way. Dropped without [`Self::commit`], it comes to nothing.
+#[derive(Debug)]
+pub(super) struct Turn {
+    line: Line,
+    /// None once it has ended.
+    open: Option<OwnedMutexGuard<Option<Group>>>,
+    /// It may have changed something.
+    begun: bool,
+}
+
+impl Turn {
+    async fn begin(&mut self) -> Result<(), StoreError> {
+        let Some(open) = &mut self.open else { return Err(ended()) };
+        match &mut **open {
+            None => {
+                // IMMEDIATE: what it reads first is still true when it writes.
+                let transaction = self.line.0.pool.begin_with("BEGIN IMMEDIATE").await;
+                let transaction = transaction.map_err(|error| StoreError::Unavailable(Arc::new(error)))?;
+                **open = Some(Group::new(transaction, self.line.0.rollbacks.clone()));
+            }
+            Some(group) => {
+                group.separate().await?;
+                // Whoever does not answer a request has nobody to be untrue to.
+                let _ = SEEN.try_with(|seen| seen.borrow_mut().push(group.outcome.subscribe()));
+            }
+        }
+        self.begun = true;
+        Ok(())
+    }
+
+    /// The connection of the transaction. What comes of its use goes through [`Self::judge`].
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when there is no transaction any more.
+    pub(super) fn connection(&mut self) -> Result<&mut SqliteConnection, StoreError> {
+        let group = self.open.as_deref_mut().and_then(Option::as_mut).ok_or_else(ended)?;
+        group.intact()?;
+        Ok(&mut group.transaction)
+    }
+
+    /// What the use of the connection has come to.
+    ///
+    /// # Errors
+    /// See [`StoreError::within`]. This part comes to nothing.
+    pub(super) fn judge<T>(&mut self, result: sqlx::Result<T>) -> Result<T, StoreError> {
+        let group = self.open.as_deref_mut().and_then(Option::as_mut);
+        result.map_err(|error| {
+            let error = StoreError::within(error);
+            if let (Some(group), StoreError::Unavailable(_)) = (group, &error) {
+                group.trouble = Some(error.clone());
+            }
+            error
+        })
+    }
+
+    /// Ends the part, and returns when its transaction is committed.
+    ///
+    /// # Errors
+    /// Those of COMMIT.
+    pub(super) async fn commit(self) -> Result<(), StoreError> {
+        self.end(false).await
+    }
+
+    /// As [`Self::commit`], and nobody else gets a turn before it returns.
+    ///
+    /// # Errors
+    /// As those of [`Self::commit`].
+    pub(super) async fn commit_at_once(self) -> Result<(), StoreError> {
+        self.end(true).await
+    }
+
+    async fn end(mut self, at_once: bool) -> Result<(), StoreError> {
+        let Some(mut open) = self.open.take() else { return Err(ended()) };
+        let Some(group) = open.as_mut() else { return Err(ended()) };
+        group.parts += 1;
+        let outcome = group.outcome.subscribe();
+        let full = group.parts >= PARTS || group.began.elapsed() >= COLLECTS || group.is_undone();
+        let alone = group.parts == 1;
+        if !(at_once || full || self.line.is_empty()) {
+            drop(open);
+        } else if alone {
+            finish(open).await;
+        } else {
+            // A task of its own: whoever waits here may go away, and the others still want to know.
+            tokio::spawn(finish(open));
+        }
+        known(outcome).await
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let Some(mut open) = self.open.take() else { return };
+        let Some(group) = open.as_mut() else { return };
+        if group.parts == 0 {
+            // Nobody else has a part in it: it is rolled back.
+            drop(open.take());
+            return;
+        }
+        // What it has not begun, it cannot have changed.
+        group.undo |= self.begun;
+        let over = group.is_undone() || self.line.is_empty();
+        if over && let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(finish(open));
+        }
+    }
+}
+
+impl Group {
+    fn new(transaction: SqliteTransaction<'static>, rollbacks: Rollbacks) -> Self {
+        let rollbacks = (rollbacks.clone(), rollbacks.now());
+        let (outcome, _) = watch::channel(None);
+        let (parts, began, saved, undo, trouble) = (0, Instant::now(), false, false, None);
+        Self { transaction, parts, began, saved, undo, rollbacks, trouble, outcome }
+    }
+
+    /// SQLite has rolled it back.
+    fn is_undone(&self) -> bool {
+        self.rollbacks.0.now() != self.rollbacks.1
+    }
+
+    /// Draws a line behind the last part.
+    async fn separate(&mut self) -> Result<(), StoreError> {
+        self.clean().await?;
+        let saved = mem::take(&mut self.saved);
+        // Released, for a savepoint keeps a copy of every page that is changed behind it. If this is cut off in the
+        // middle, it leaves one that does no harm.
+        let sql = if saved { "RELEASE part; SAVEPOINT part" } else { "SAVEPOINT part" };
+        self.execute(sql).await?;
+        self.saved = true;
+        self.intact()
+    }
+
+    /// Undoes what came to nothing, so that the parts before it are left.
+    async fn clean(&mut self) -> Result<(), StoreError> {
+        self.intact()?;
+        if self.undo {
+            // It may be cut off: then it is done again.
+            self.execute("ROLLBACK TO part").await?;
+            self.undo = false;
+        }
+        self.intact()
+    }
+
+    fn intact(&self) -> Result<(), StoreError> {
+        if !self.is_undone() {
+            return Ok(());
+        }
+        let unsaid = || StoreError::Unavailable(Arc::new(sqlx::Error::Protocol("it was rolled back".to_owned())));
+        Err(self.trouble.clone().unwrap_or_else(unsaid))
+    }
+
+    async fn execute(&mut self, sql: &'static str) -> Result<(), StoreError> {
+        let done = sqlx::query(sql).execute(&mut *self.transaction).await;
+        done.map(|_| ()).map_err(|error| self.trouble.insert(StoreError::Unavailable(Arc::new(error))).clone())
+    }
+}
+
+/// Commits the transaction, and tells everybody who has a part in it.
+async fn finish(mut open: OwnedMutexGuard<Option<Group>>) {
+    // The line is held until the end.
+    let Some(mut group) = open.take() else { return };
+    let done = match group.clean().await {
+        Ok(()) => {
+            let begin = Instant::now();
+            let done = group.transaction.commit().await.map_err(StoreError::commit);
+            if done.is_ok() {
+                metrics::histogram!(COMMIT_LATENCY).record(begin.elapsed().as_secs_f64());
+                metrics::counter!(WRITES).increment(group.parts as u64);
+            }
+            done
+        }
+        // Dropped, it is rolled back.
+        Err(error) => Err(error),
+    };
+    // Nobody may wait any more.
+    group.outcome.send_replace(Some(done));
+}
+
+fn ended() -> StoreError {
+    StoreError::Unavailable(Arc::new(sqlx::Error::PoolClosed))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::PathBuf};
+
+    use futures_util::poll;
+    use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
+    use tempfile::TempDir;
+    use tokio::task::{JoinHandle, yield_now};
+
+    use super::{super::Store, *};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+    const PAGE: usize = 4096;
+
+    /// A line before a database with one table.
+    struct Place {
+        store: Store,
+        line: Line,
+        wal: PathBuf,
+        _dir: TempDir,
+    }
+
+    impl Place {
+        async fn new() -> Self {
+            let dir = TempDir::new().unwrap();
+            let path = dir.path().join("console.db");
+            let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true).page_size(PAGE as u32);
+            let store = Store::new(options.journal_mode(SqliteJournalMode::Wal).pragma("wal_autocheckpoint", "0"));
+            let line = store.line().clone();
+            let mut turn = line.turn(PATIENCE).await.unwrap();
+            for sql in [
+                "CREATE TABLE t (name TEXT PRIMARY KEY)",
+                "CREATE TABLE later (name TEXT REFERENCES t (name) DEFERRABLE INITIALLY DEFERRED)",
+            ] {
+                sqlx::query(sql).execute(turn.connection().unwrap()).await.unwrap();
+            }
+            turn.commit().await.unwrap();
+            Self { store, line, wal: dir.path().join("console.db-wal"), _dir: dir }
+        }
+
+        async fn names(&self) -> Vec<String> {
+            let mut reading = self.store.read().await.unwrap();
+            sqlx::query_scalar("SELECT name FROM t ORDER BY name").fetch_all(&mut *reading).await.unwrap()
+        }
+
+        /// Transactions so far: frames with the size of the database, see "WAL File Format" of SQLite.
+        fn commits(&self) -> usize {
+            let wal = fs::read(&self.wal).unwrap();
+            wal[32..].chunks(24 + PAGE).filter(|frame| frame[4..8] != [0; 4]).count()
+        }
+
+        async fn poll_waiting(&self, count: usize) {
+            while self.line.0.waiting.load(Ordering::SeqCst) < count {
+                yield_now().await;
+            }
+        }
+
+        /// Adds a name when it has its turn.
+        fn add(&self, name: &'static str) -> JoinHandle<Result<(), StoreError>> {
+            let line = self.line.clone();
+            tokio::spawn(async move {
+                let mut turn = line.turn(PATIENCE).await?;
+                insert(&mut turn, name).await?;
+                turn.commit().await
+            })
+        }
+    }
+
+    async fn insert(turn: &mut Turn, name: &'static str) -> Result<(), StoreError> {
+        let done = sqlx::query("INSERT INTO t VALUES (?)").bind(name).execute(turn.connection()?).await;
+        turn.judge(done).map(|_| ())
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_shares_a_commit_and_one_that_fails_takes_nobody_along() {
+        let place = Place::new().await;
+        let before = place.commits();
+        let mut first = place.line.turn(PATIENCE).await.unwrap();
+        insert(&mut first, "a").await.unwrap();
+        let mut others = Vec::new();
+        for (name, count) in [("b", 1), ("a", 2), ("c", 3), ("c", 4), ("d", 5), ("b", 6)] {
+            others.push(place.add(name));
+            place.poll_waiting(count).await;
+        }
+        first.commit().await.unwrap();
+        let mut failed = 0;
+        for other in others {
+            match other.await.unwrap() {
+                Ok(()) => {}
+                Err(StoreError::Duplicate) => failed += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert_eq!((failed, place.names().await), (3, ["a", "b", "c", "d"].map(str::to_owned).to_vec()));
+        assert_eq!(place.commits() - before, 1, "one COMMIT for all");
+        place.add("e").await.unwrap().unwrap();
+        assert_eq!(place.commits() - before, 2, "one that is alone has its own");
+    }
+
+    #[tokio::test]
+    async fn the_number_of_parts_has_a_limit() {
+        let place = Place::new().await;
+        let before = place.commits();
+        let first = place.line.turn(PATIENCE).await.unwrap();
+        let names: Vec<&'static str> = (0..PARTS + 5).map(|n| &*format!("{n}").leak()).collect();
+        let others: Vec<_> = names.iter().map(|name| place.add(name)).collect();
+        place.poll_waiting(names.len()).await;
+        drop(first);
+        for other in others {
+            other.await.unwrap().unwrap();
+        }
+        assert_eq!(place.names().await.len(), names.len());
+        assert!(place.commits() - before >= 2, "{} commits", place.commits() - before);
+    }
+
+    #[tokio::test]
+    async fn who_goes_away_is_undone_and_missed_by_nobody() {
+        let place = Place::new().await;
+        let mut first = place.line.turn(PATIENCE).await.unwrap();
+        insert(&mut first, "kept").await.unwrap();
+        // In the line when it goes away: the first one counts on it to commit.
+        let waits = place.add("waited");
+        place.poll_waiting(1).await;
+        let mut first = Box::pin(first.commit());
+        waits.abort();
+        assert!(waits.await.unwrap_err().is_cancelled());
+        first.as_mut().await.unwrap();
+        // It has written, and is not the last one.
+        let mut first = place.line.turn(PATIENCE).await.unwrap();
+        insert(&mut first, "first").await.unwrap();
+        let line = place.line.clone();
+        let gone = tokio::spawn(async move {
+            let mut turn = line.turn(PATIENCE).await.unwrap();
+            insert(&mut turn, "gone").await.unwrap();
+        });
+        place.poll_waiting(1).await;
+        let last = place.add("last");
+        place.poll_waiting(2).await;
+        first.commit().await.unwrap();
+        gone.await.unwrap();
+        last.await.unwrap().unwrap();
+        // It has written, and is the last one.
+        let mut first = place.line.turn(PATIENCE).await.unwrap();
+        insert(&mut first, "again").await.unwrap();
+        let line = place.line.clone();
+        let gone = tokio::spawn(async move {
+            let mut turn = line.turn(PATIENCE).await.unwrap();
+            insert(&mut turn, "gone").await.unwrap();
+        });
+        place.poll_waiting(1).await;
+        first.commit().await.unwrap();
+        gone.await.unwrap();
+        assert_eq!(place.names().await, ["again", "first", "kept", "last"]);
+    }
+
+    #[tokio::test]
+    async fn a_commit_that_fails_is_told_to_all_who_have_a_part_in_it() {
+        let place = Place::new().await;
+        let mut first = place.line.turn(PATIENCE).await.unwrap();
+        insert(&mut first, "a").await.unwrap();
+        let dangling = sqlx::query("INSERT INTO later VALUES ('nobody')");
+        dangling.execute(first.connection().unwrap()).await.unwrap();
+        let (second, third) = (place.add("b"), place.add("c"));
+        place.poll_waiting(2).await;
+        assert!(matches!(first.commit().await, Err(StoreError::Statement(_))));
+        for other in [second, third] {
+            assert!(matches!(other.await.unwrap(), Err(StoreError::Statement(_))));
+        }
+        assert!(place.names().await.is_empty());
+        place.add("d").await.unwrap().unwrap();
+        assert_eq!(place.names().await, ["d"]);
+    }
+
+    /// What SQLite does by itself when the disk is full, for example.
+    #[tokio::test]
+    async fn a_transaction_that_sqlite_rolls_back_is_told_to_all_and_nothing_of_it_is_left() {
+        for joined in [1, 2] {
+            let place = Place::new().await;
+            let mut first = place.line.turn(PATIENCE).await.unwrap();
+            insert(&mut first, "a").await.unwrap();
+            let more: Vec<_> = ["b", "c"][..joined - 1].iter().map(|name| place.add(name)).collect();
+            place.poll_waiting(more.len()).await;
+            let line = place.line.clone();
+            let breaks = tokio::spawn(async move {
+                let mut turn = line.turn(PATIENCE).await?;
+                let all = sqlx::query("INSERT OR ROLLBACK INTO t VALUES ('a')").execute(turn.connection()?).await;
+                // Whoever does not look at an error gets no further.
+                let _ = turn.judge(all);
+                insert(&mut turn, "orphan").await?;
+                turn.commit().await
+            });
+            place.poll_waiting(joined).await;
+            let last = place.add("z");
+            place.poll_waiting(joined + 1).await;
+            let failed = first.commit().await;
+            assert!(matches!(failed, Err(StoreError::Unavailable(_))), "{failed:?}");
+            for other in more.into_iter().chain([breaks]) {
+                let failed = other.await.unwrap();
+                assert!(matches!(failed, Err(StoreError::Unavailable(_))), "{failed:?}");
+            }
+            last.await.unwrap().unwrap();
+            assert_eq!(place.names().await, ["z"], "the next transaction is another one");
+        }
+    }
+
+    /// A refusal because of what another one has written, too, is an answer that waits.
+    #[tokio::test]
+    async fn an_answer_waits_for_what_it_saw() {
+        for fails in [false, true] {
+            let place = Place::new().await;
+            let mut first = place.line.turn(PATIENCE).await.unwrap();
+            insert(&mut first, "a").await.unwrap();
+            if fails {
+                let dangling = sqlx::query("INSERT INTO later VALUES ('nobody')");
+                dangling.execute(first.connection().unwrap()).await.unwrap();
+            }
+            let line = place.line.clone();
+            let mut answer = Box::pin(settled(async move {
+                let mut turn = line.turn(PATIENCE).await.unwrap();
+                insert(&mut turn, "a").await
+            }));
+            assert!(poll!(answer.as_mut()).is_pending());
+            place.poll_waiting(1).await;
+            let line = place.line.clone();
+            let mut last = Box::pin(async move { line.turn(PATIENCE).await.unwrap() });
+            assert!(poll!(last.as_mut()).is_pending());
+            place.poll_waiting(2).await;
+            let first = tokio::spawn(first.commit());
+            // It holds the transaction open once the other one has been refused.
+            let last = tokio::select! {
+                last = last => last,
+                _ = &mut answer => panic!("it was answered before the COMMIT"),
+            };
+            for _ in 0..100 {
+                yield_now().await;
+                assert!(poll!(answer.as_mut()).is_pending(), "it was answered before the COMMIT");
+            }
+            last.commit().await.map_or_else(|_| assert!(fails), |()| assert!(!fails));
+            assert_eq!(first.await.unwrap().is_err(), fails);
+            match (answer.await, fails) {
+                (Ok(Err(StoreError::Duplicate)), false) | (Err(StoreError::Statement(_)), true) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
