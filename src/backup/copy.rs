@@ -19,7 +19,6 @@ use crate::{
     storage::{
         checkpoint::Record,
         online_copy::{CopyError, FinishedCopy, OnlineCopy, checksum},
-        snapshot::Resting,
     },
 };
 
@@ -112,7 +111,8 @@ async fn of_primary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result<R
     let record = resting.record();
     job.step("copies the database", bytes(&record));
     let (file, job) = (Arc::clone(file), Arc::clone(job));
-    on_thread(move || read_resting(&resting, &file, &job)).await?;
+    let sizes = (record.pages, record.page_size);
+    on_thread(move || read_all(sizes, |done, chunk| resting.read(done, chunk).map(|_| ()), &file, &job)).await?;
     Ok(record)
 }
 
@@ -120,15 +120,20 @@ async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Sen
     Ok(tokio::task::spawn_blocking(work).await.map_err(io::Error::other)??)
 }
 
-fn read_resting(resting: &Resting, file: &File, job: &Job) -> io::Result<()> {
-    let record = resting.record();
-    let mut out = Output::new(file, record.page_size);
+/// Writes all pages to the file, as `read` gives the next ones behind a page.
+fn read_all(
+    (pages, page_size): (u32, u32),
+    mut read: impl FnMut(u32, &mut Vec<u8>) -> io::Result<()>,
+    file: &File,
+    job: &Job,
+) -> io::Result<()> {
+    let mut out = Output::new(file, page_size);
     let (mut done, mut chunk, mut pace) = (0, Vec::new(), Pace::new());
     file.set_len(0)?;
-    while done < record.pages {
-        resting.read(done, &mut chunk)?;
+    while done < pages {
+        read(done, &mut chunk)?;
         out.write(done + 1, &chunk)?;
-        done += chunk.len() as u32 / record.page_size;
+        done += chunk.len() as u32 / page_size;
         job.advance(chunk.len() as u64);
         pace.rest();
     }
@@ -141,7 +146,8 @@ async fn of_secondary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result
     job.step("copies the database", total);
     {
         let (copy, file, job) = (Arc::clone(&copy), Arc::clone(file), Arc::clone(job));
-        on_thread(move || read_following(&copy, &file, &job)).await?;
+        let sizes = (copy.pages(), copy.page_size());
+        on_thread(move || read_all(sizes, |done, chunk| copy.read(done, chunk), &file, &job)).await?;
     }
     for _ in 0..PASSES {
         match node.finish_copy(&copy).await {
@@ -158,20 +164,6 @@ async fn of_secondary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result
     }
     let why = "the database changes faster than it can be copied: try again when there are fewer writes";
     Err(Stop::Failed(BackupError::Refused(why.to_owned())))
-}
-
-fn read_following(copy: &OnlineCopy, file: &File, job: &Job) -> io::Result<()> {
-    let mut out = Output::new(file, copy.page_size());
-    let (mut done, mut chunk, mut pace) = (0, Vec::new(), Pace::new());
-    file.set_len(0)?;
-    while done < copy.pages() {
-        copy.read(done, &mut chunk)?;
-        out.write(done + 1, &chunk)?;
-        done += chunk.len() as u32 / copy.page_size();
-        job.advance(chunk.len() as u64);
-        pace.rest();
-    }
-    Ok(())
 }
 
 /// Reads again the pages that have changed. Without a pause: the fewer change meanwhile, the sooner this ends.
