@@ -159,6 +159,7 @@ impl Folder {
         linked.and_then(|()| fsync_dir(&self.path)).map_err(BackupError::io("create", &new))
     }
 
+    /// Gives a backup another name, durably.
     pub fn rename(&self, from: &BackupId, to: &BackupId) -> Result<Backup, BackupError> {
         let (old, new) = (self.find(from)?, self.place(to));
         if new.exists() {
@@ -169,6 +170,7 @@ impl Folder {
         Ok(describe(to, length))
     }
 
+    /// Deletes a backup, durably.
     pub fn delete(&self, id: &BackupId) -> Result<(), BackupError> {
         let path = self.find(id)?;
         fs::remove_file(&path).and_then(|()| fsync_dir(&self.path)).map_err(BackupError::io("delete", &path))

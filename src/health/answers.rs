@@ -22,6 +22,7 @@ const LIVE: Duration = Duration::from_secs(1);
 /// What `?within=` may ask for, in milliseconds.
 const WITHIN: std::ops::RangeInclusive<u64> = 50..=60_000;
 
+/// The routes for those who are let in.
 pub(super) fn router(sources: Sources) -> Router {
     Router::new()
         .route("/", get(root))

@@ -56,6 +56,7 @@ pub(super) enum Data {
 }
 
 impl Data {
+    /// Looks into a folder.
     pub(super) fn of(folder: &Path) -> Self {
         match (StoredMembership::read(folder), Identity::read(folder)) {
             (Ok(Some(now)), Ok(_)) => Self::Member(now.membership.roster.members.len()),

@@ -99,6 +99,7 @@ impl Voice {
         }
     }
 
+    /// Says something on standard output, and in the log.
     pub(super) fn say(&self, text: &str) {
         if self.silent {
             return;
@@ -107,15 +108,18 @@ impl Voice {
         self.note(text);
     }
 
+    /// Says something on standard error, and in the log.
     pub(super) fn complain(&self, text: &str) {
         let _ = writeln!(io::stderr(), "{text}"); // as above
         self.note(text);
     }
 
+    /// Says that something should be otherwise, but is in nobody's way.
     pub(super) fn warn(&self, text: &str) {
         self.complain(&format!("warning  {text}"));
     }
 
+    /// Says why the command fails, and what to do.
     pub(super) fn fail(&self, failure: &Failure) {
         for (index, line) in failure.lines.iter().enumerate() {
             let start = if index == 0 { format!("{}: ", self.name) } else { "  ".to_owned() };

@@ -53,6 +53,7 @@ impl JoinFile {
         Ok(file)
     }
 
+    /// Checks the content against itself.
     pub(super) fn check(&self) -> Result<()> {
         let token: Token = self.token.parse().map_err(anyhow::Error::msg)?;
         let ca = pki::certificate_der(&self.ca).context("the CA is not a certificate in PEM form")?;
@@ -84,12 +85,14 @@ impl Asked {
         })
     }
 
+    /// Keeps it, durably.
     pub fn save(&self, data: &Path) -> Result<()> {
         let path = data.join(REQUEST_FILE);
         let write = || durable_write(&path, &serde_json::to_vec(self)?);
         write().with_context(|| format!("write {}", path.display()))
     }
 
+    /// Removes the file: the request is to be made again, or was turned down.
     pub fn forget(data: &Path) -> Result<()> {
         remove(&data.join(REQUEST_FILE))
     }
@@ -203,6 +206,7 @@ pub struct Host {
 }
 
 impl Host {
+    /// What this host sends to ask: `address` is where the members reach it.
     pub(super) fn request(&self, requests: &Requests, address: &str, time_ms: u64) -> JoinRequest {
         let mut console_names = self.console_names.clone();
         if !console_names.iter().any(|name| name == address) {
@@ -224,6 +228,7 @@ impl Host {
     }
 }
 
+/// Reads a small file of JSON; none if there is no such file.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     use io::Read;
     let mut text = Vec::new();

@@ -101,6 +101,7 @@ pub(super) struct Signal {
     pub nudges: u64,
 }
 
+/// What the handshakes on tokio give the loop, or tell it: a link, a death, or what a member says of this node.
 pub(super) enum Handover {
     Outbound(NodeId, Established),
     Inbound(NodeId, Established, Caller),

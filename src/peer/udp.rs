@@ -55,6 +55,7 @@ const VERY_MUCH: u8 = 10;
 const RATE: f64 = 4e6;
 const BURST: f64 = 256e3;
 
+/// The socket and the sessions of all pairs that this node is one of.
 pub(super) struct Udp {
     socket: Option<UdpSocket>,
     ways: BTreeMap<NodeId, Way>,

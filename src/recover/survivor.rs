@@ -117,8 +117,10 @@ impl Survivor {
         self.membership.get(self.identity.node).or_else(|| self.identity.membership.get(self.identity.node))
     }
 
+    /// Checks that there is room for what is to be made beside the old data.
+    ///
     /// # Errors
-    /// [`RecoverError::Space`] when the space does not suffice.
+    /// [`RecoverError::Space`] when there is not: it says how much is needed.
     pub fn check_space(&self) -> Result<(), RecoverError> {
         if self.free >= self.needed {
             return Ok(());

@@ -57,6 +57,7 @@ impl Opening {
         Self::with(Box::new(move || status.borrow().serving() == Some(epoch)), lease)
     }
 
+    /// An opening that goes by what `serves` says.
     pub(super) fn with(serves: Box<dyn Fn() -> bool + Send + Sync>, lease: Lease) -> Arc<Self> {
         Arc::new(Self { lease, serves, phase: watch::Sender::new(Phase::Open) })
     }
