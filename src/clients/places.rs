@@ -137,7 +137,7 @@ impl Crowd {
 }
 
 #[derive(Debug)]
-struct Held {
+struct Occupant {
     network: IpAddr,
     /// The crowd that it is in: it may be told to make room. None for those who have logged in.
     crowd: Option<(bool, Stage)>,
@@ -148,7 +148,7 @@ struct Held {
 #[derive(Debug, Default)]
 struct Now {
     next: u64,
-    held: HashMap<u64, Held>,
+    occupants: HashMap<u64, Occupant>,
     counts: HashMap<IpAddr, usize>,
     /// Of strangers and of those from a known network, by stage.
     crowds: [[Crowd; 4]; 2],
@@ -163,9 +163,9 @@ impl Now {
     }
 
     fn place(&mut self, id: u64, crowd: Option<(bool, Stage)>) {
-        let Some(held) = self.held.get_mut(&id) else { return };
-        held.since = Instant::now();
-        let (network, before) = (held.network, std::mem::replace(&mut held.crowd, crowd));
+        let Some(occupant) = self.occupants.get_mut(&id) else { return };
+        occupant.since = Instant::now();
+        let (network, before) = (occupant.network, std::mem::replace(&mut occupant.crowd, crowd));
         if let Some(before) = before {
             self.crowd(before).remove(network, id);
         }
@@ -174,21 +174,21 @@ impl Now {
         }
     }
 
-    fn remove(&mut self, id: u64) -> Option<Held> {
+    fn remove(&mut self, id: u64) -> Option<Occupant> {
         self.place(id, None);
-        let held = self.held.remove(&id)?;
-        if let Entry::Occupied(mut count) = self.counts.entry(held.network) {
+        let occupant = self.occupants.remove(&id)?;
+        if let Entry::Occupied(mut count) = self.counts.entry(occupant.network) {
             *count.get_mut() -= 1;
             if *count.get() == 0 {
                 count.remove();
             }
         }
-        Some(held)
+        Some(occupant)
     }
 
     /// Who is to make room: strangers first, and the silent first. Of that network alone, if one is given.
     fn candidate(&self, of: Option<IpAddr>) -> Option<u64> {
-        let slow = |id: &u64| self.held.get(id).is_some_and(|held| held.since.elapsed() >= SLOW);
+        let slow = |id: &u64| self.occupants.get(id).is_some_and(|occupant| occupant.since.elapsed() >= SLOW);
         self.crowds.iter().find_map(|[silent, greeted, idle, busy]| {
             let first = |crowd: &Crowd| of.map_or_else(|| crowd.first(), |network| crowd.first_of(network));
             let slow = |crowd: &Crowd| first(crowd).filter(slow);
@@ -198,8 +198,8 @@ impl Now {
 
     /// Tells one to end; false if there is none that could.
     fn make_room(&mut self, of: Option<IpAddr>) -> bool {
-        let Some(held) = self.candidate(of).and_then(|id| self.remove(id)) else { return false };
-        held.end.notify_one();
+        let Some(occupant) = self.candidate(of).and_then(|id| self.remove(id)) else { return false };
+        occupant.end.notify_one();
         self.leaving += 1;
         true
     }
@@ -242,7 +242,7 @@ impl Places {
         let mut now = self.lock();
         let Room { places, from_one, from_known, reserved } = self.room;
         let (places, share) = if known { (places, from_known) } else { (places - reserved, from_one) };
-        let (full, own) = (now.held.len() >= places, now.counts.get(&network).copied().unwrap_or(0));
+        let (full, own) = (now.occupants.len() >= places, now.counts.get(&network).copied().unwrap_or(0));
         let (ended, admitted) = if own >= share {
             let made = now.make_room(Some(network));
             (made, made)
@@ -261,7 +261,7 @@ impl Places {
         let (id, end) = (now.next, Arc::new(Notify::new()));
         now.next += 1;
         *now.counts.entry(network).or_default() += 1;
-        now.held.insert(id, Held { network, crowd: None, since: Instant::now(), end: Arc::clone(&end) });
+        now.occupants.insert(id, Occupant { network, crowd: None, since: Instant::now(), end: Arc::clone(&end) });
         now.place(id, Some((known, Stage::Silent)));
         Some(Place { visit: Visit { places: Arc::clone(self), network, id, end } })
     }
@@ -350,7 +350,7 @@ impl Visit {
         let known = self.places.acquaintances.knows(self.network);
         let mut now = self.places.lock();
         // Somebody who has logged in makes room for nobody.
-        if now.held.get(&self.id).is_some_and(|held| held.crowd.is_some()) {
+        if now.occupants.get(&self.id).is_some_and(|occupant| occupant.crowd.is_some()) {
             now.place(self.id, Some((known, stage)));
         }
     }
@@ -410,7 +410,7 @@ mod tests {
         }
         drop((one, flood));
         let now = places.lock();
-        assert!(now.held.is_empty() && now.counts.is_empty() && now.leaving == 0, "{now:?}");
+        assert!(now.occupants.is_empty() && now.counts.is_empty() && now.leaving == 0, "{now:?}");
         assert!(now.crowds.iter().flatten().all(|crowd| crowd.0.is_empty()));
     }
 

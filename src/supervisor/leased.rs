@@ -102,9 +102,9 @@ pub(super) struct LeasedStream {
 /// A [`LeasedStream`] as whoever accepted the connection sees it: somebody else may have gone on with it after an
 /// upgrade.
 #[derive(Debug)]
-pub(super) struct Held(watch::Sender<bool>);
+pub(super) struct StreamControl(watch::Sender<bool>);
 
-impl Held {
+impl StreamControl {
     /// Returns when nobody has the stream any more.
     pub(super) async fn dropped(&self) {
         self.0.closed().await;
@@ -157,9 +157,9 @@ impl Lingers {
 }
 
 impl LeasedStream {
-    pub(super) fn new(stream: TcpStream, opening: Arc<Opening>) -> (Self, Held) {
-        let (held, over) = watch::channel(false);
-        (Self { stream, opening, waits: None, limit: STALL, lingers: None, over, ended: None }, Held(held))
+    pub(super) fn new(stream: TcpStream, opening: Arc<Opening>) -> (Self, StreamControl) {
+        let (end, over) = watch::channel(false);
+        (Self { stream, opening, waits: None, limit: STALL, lingers: None, over, ended: None }, StreamControl(end))
     }
 
     /// Passes the outcome of a write on, unless it has waited for too long.
@@ -377,16 +377,16 @@ mod tests {
         let opening = opening(&lease);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (mut stream, held) = LeasedStream::new(listener.accept().await.unwrap().0, Arc::clone(&opening));
+        let (mut stream, control) = LeasedStream::new(listener.accept().await.unwrap().0, Arc::clone(&opening));
         client.write_all(b"ping").await.unwrap();
         stream.read_exact(&mut [0; 4]).await.unwrap();
-        let mut dropped = std::pin::pin!(held.dropped());
+        let mut dropped = std::pin::pin!(control.dropped());
         assert!(tokio::time::timeout(Duration::from_millis(20), dropped.as_mut()).await.is_err());
         let other = tokio::spawn(async move {
             let error = stream.read(&mut [0; 4]).await.unwrap_err();
             (error.kind(), stream.write_all(b"late").await.unwrap_err().kind())
         });
-        held.end();
+        control.end();
         assert_eq!(other.await.unwrap(), (io::ErrorKind::ConnectionAborted, io::ErrorKind::ConnectionAborted));
         dropped.await;
         assert_eq!(client.read(&mut [0; 4]).await.unwrap(), 0);

@@ -66,7 +66,7 @@ pub struct SupervisorState {
 /// Handle of a [`Supervisor`].
 #[derive(Clone, Debug)]
 pub struct SupervisorHandle {
-    held: watch::Sender<Option<&'static str>>,
+    drained_for: watch::Sender<Option<&'static str>>,
     state: watch::Receiver<SupervisorState>,
 }
 
@@ -74,15 +74,15 @@ impl SupervisorHandle {
     /// Closes the ports in order, as for a planned switchover (`why`): no new connection, running requests get 250 ms,
     /// then the workload stops. Returns when the database is free. Nothing is opened again before [`Self::resume`].
     pub async fn drain(&self, why: &'static str) {
-        self.held.send_replace(Some(why));
+        self.drained_for.send_replace(Some(why));
         let mut state = self.state.clone();
-        // An error means that the supervisor has ended, and with it everything it held.
+        // An error means that the supervisor has ended, and with it everything that it had open.
         let _ = state.wait_for(|state| !state.running && !state.open).await;
     }
 
     /// Takes [`Self::drain`] back, when its purpose is over, or was given up.
     pub fn resume(&self) {
-        self.held.send_replace(None);
+        self.drained_for.send_replace(None);
     }
 
     /// What the supervisor has reached, to read and to wait for.
@@ -108,7 +108,7 @@ struct Inputs {
     status: watch::Receiver<Arc<Status>>,
     lease: Lease,
     guard: watch::Receiver<GuardState>,
-    held: watch::Receiver<Option<&'static str>>,
+    drained_for: watch::Receiver<Option<&'static str>>,
 }
 
 /// What runs while the ports are open.
@@ -124,8 +124,8 @@ struct Running {
 /// Why an opening that runs must end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reason {
-    /// For something that an administrator wants.
-    Held(&'static str),
+    /// It was drained, for the reason named.
+    Drained(&'static str),
     Role,
     Lease,
     ClosedByGuard,
@@ -136,7 +136,7 @@ enum Reason {
 impl Reason {
     fn sentence(self) -> &'static str {
         match self {
-            Self::Held(why) => why,
+            Self::Drained(why) => why,
             Self::Role => "this node is not PRIMARY any more",
             Self::Lease => "the lease has lapsed",
             Self::ClosedByGuard => "the port guard has closed them",
@@ -162,8 +162,8 @@ impl Inputs {
             return Some(Reason::ClosedByGuard);
         }
         // After the reasons that leave no time for an orderly end.
-        if let Some(why) = *self.held.borrow() {
-            return Some(Reason::Held(why));
+        if let Some(why) = *self.drained_for.borrow() {
+            return Some(Reason::Drained(why));
         }
         without_guard.filter(|since| since.elapsed() >= WITHOUT_GUARD).map(|_| Reason::NoGuard)
     }
@@ -173,7 +173,7 @@ impl Inputs {
         let ended = tokio::select! {
             result = self.status.changed() => result.is_err(),
             result = self.guard.changed() => result.is_err(),
-            result = self.held.changed() => result.is_err(),
+            result = self.drained_for.changed() => result.is_err(),
             () = time::sleep(wait) => false,
         };
         if ended {
@@ -212,11 +212,11 @@ impl Supervisor {
         guard: PortGuard,
     ) -> (Self, SupervisorHandle) {
         let (state, seen) = watch::channel(SupervisorState::default());
-        let (hold, held) = watch::channel(None);
-        let inputs = Inputs { status, lease, guard: guard.state(), held };
+        let (drain, drained_for) = watch::channel(None);
+        let inputs = Inputs { status, lease, guard: guard.state(), drained_for };
         (
             Self { config, inputs, serving, guard, state, seating: Seating::default() },
-            SupervisorHandle { held: hold, state: seen },
+            SupervisorHandle { drained_for: drain, state: seen },
         )
     }
 
@@ -234,9 +234,9 @@ impl Supervisor {
                 self.inputs.changed(LONGEST_WAIT).await;
                 continue;
             };
-            let held = self.inputs.held.borrow().is_some();
-            if held || !self.inputs.lease.is_valid() {
-                self.inputs.changed(if held { LONGEST_WAIT } else { LEASE_POLL }).await;
+            let drained = self.inputs.drained_for.borrow().is_some();
+            if drained || !self.inputs.lease.is_valid() {
+                self.inputs.changed(if drained { LONGEST_WAIT } else { LEASE_POLL }).await;
                 continue;
             }
             let lapses = self.inputs.guard.borrow().lapses;
@@ -273,8 +273,8 @@ impl Supervisor {
         self.publish(|state| state.running = true);
         // Looked at after that was said: whoever drains either waits for the end of this workload, or keeps it from
         // beginning.
-        let held = self.inputs.held.borrow().map(|why| anyhow::anyhow!("{why}"));
-        let started = match held {
+        let drained = self.inputs.drained_for.borrow().map(|why| anyhow::anyhow!("{why}"));
+        let started = match drained {
             Some(why) => Err(why),
             None => Workload::start(epoch, self.inputs.status.clone(), &self.serving, &self.config.workload),
         };
@@ -314,7 +314,7 @@ impl Supervisor {
         let Running { sockets, server, workload, .. } = running;
         drop(sockets);
         self.publish(|state| state.open = false);
-        if matches!(reason, Reason::Held(_)) {
+        if matches!(reason, Reason::Drained(_)) {
             workload.wind_down();
             server.opening().advance(Phase::Draining);
             // What does not end in time is reset.

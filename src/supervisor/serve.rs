@@ -157,13 +157,13 @@ async fn connection(
     metrics::gauge!(CONSOLE_CONNECTIONS).increment(1.0);
     // Small answers leave at once. It fails only if the client is gone.
     let _ = stream.set_nodelay(true);
-    let (stream, held) = LeasedStream::new(stream, Arc::clone(&opening));
+    let (stream, control) = LeasedStream::new(stream, Arc::clone(&opening));
     let served = async {
         if let Err(error) = serve(stream, (from, place.visit()), shared).await {
             tracing::debug!("a connection to {} ended: {error:#}", workload::NAME);
         }
         // After an upgrade somebody else goes on with the stream, and keeps the place for as long as that takes.
-        held.dropped().await;
+        control.dropped().await;
     };
     tokio::select! {
         biased;
@@ -172,7 +172,7 @@ async fn connection(
         () = place.ended() => {}
         () = served => {}
     }
-    held.end();
+    control.end();
     metrics::gauge!(CONSOLE_CONNECTIONS).decrement(1.0);
     drop(place);
 }
