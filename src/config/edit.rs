@@ -49,7 +49,7 @@ impl Draft {
     ///
     /// # Errors
     /// [`ConfigErrors::Invalid`] with all problems of the other file. Nothing has changed then.
-    pub fn keep(
+    pub fn copy_from(
         &mut self,
         text: &[u8],
         file: &str,
@@ -136,7 +136,7 @@ mod tests {
         let old =
             "\u{feff}DATA_FOLDER=/x/tw   # big disk\r\n  CONSOLE_CN='a'\r\nLOG_LEVEL= debug\n".replace("= d", "=d");
         let mut draft = draft("LOG_LEVEL=info\nDATA_FOLDER=/var/lib/twistlock\n");
-        draft.keep(old.as_bytes(), "old", &|_| None, |key| key != "CONSOLE_CN").unwrap();
+        draft.copy_from(old.as_bytes(), "old", &|_| None, |key| key != "CONSOLE_CN").unwrap();
         let (text, _) = draft.finish("new").unwrap();
         assert_eq!(text, "LOG_LEVEL=debug\nDATA_FOLDER=/x/tw   # big disk\n");
     }
@@ -148,7 +148,7 @@ mod tests {
             b"BASE=/srv\nDATA_FOLDER=${BASE-/x}/tw\nDATA_RECOVERY_VOLUME=${DISK:-/y}/backup\nLEASE_MS=${NONE-410}\n";
         // Here BASE would come behind the line that asks for it.
         let mut draft = draft("DATA_FOLDER=/var/lib/twistlock\n");
-        draft.keep(old, "old", &env, |_| true).unwrap();
+        draft.copy_from(old, "old", &env, |_| true).unwrap();
         let (text, loaded) = draft.finish("new").unwrap();
         assert!(
             text.contains("DATA_FOLDER=/srv/tw\n") && text.contains("DATA_RECOVERY_VOLUME=/mnt/backup\n"),
@@ -162,7 +162,7 @@ mod tests {
     fn the_line_of_the_host_name_is_kept() {
         let example = super::super::render(&super::super::Config::default());
         let mut draft = draft("CONSOLE_CN=another\n");
-        draft.keep(example.as_bytes(), "old", &|_| None, |key| key == "CONSOLE_CN").unwrap();
+        draft.copy_from(example.as_bytes(), "old", &|_| None, |key| key == "CONSOLE_CN").unwrap();
         assert!(draft.finish("new").unwrap().1.config.console_cn.is_none());
     }
 }

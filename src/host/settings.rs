@@ -138,7 +138,7 @@ fn keep_installed(
         None => std::env::var(name).ok(),
     };
     let (text, name) = (config::read(&installed)?, installed.display().to_string());
-    draft.keep(&text, &name, &lookup, &wanted)?;
+    draft.copy_from(&text, &name, &lookup, &wanted)?;
     let old = Draft::new(&text, &name, &lookup)?;
     let lacks = |key: &str| wanted(key) && old.get(key).is_none();
     let meant = config::parse(&text, &name, &lookup)?.config;

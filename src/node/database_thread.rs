@@ -225,7 +225,7 @@ impl Handle {
     }
 
     /// Lets the database file rest for a snapshot; answered by [`super::inbox::DatabaseEvent::Resting`].
-    pub fn rest(&self, request: SnapshotRequest) {
+    pub fn request_snapshot(&self, request: SnapshotRequest) {
         let waiting = &mut self.shared.lock().mailbox.snapshots;
         if waiting.len() >= MAILBOX {
             return request.refuse(SnapshotError::Busy("too many members ask for the database"));

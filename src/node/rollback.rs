@@ -61,7 +61,7 @@ impl Rollback {
         let Some(conflict) = entries.iter().find(differs) else { return false };
         self.until = Some(last.index);
         match log.hold(conflict.index) {
-            Some(held) if held.has_content() => self.keep(held, conflict.term),
+            Some(held) if held.has_content() => self.save_tail(held, conflict.term),
             // Only the first entry of a primary that nobody followed: there is nothing to look at.
             _ => {
                 info!(index = conflict.index, epoch = conflict.term, "ROLLBACK: entries without content were replaced")
@@ -72,17 +72,17 @@ impl Rollback {
 
     /// The tail was never acknowledged, so safety does not depend on its file. Still it should not get lost: it stays
     /// readable in the raft log until a thread has copied it, so that only a crash in the next moments can lose it.
-    fn keep(&mut self, held: RetainedTail, epoch: u64) {
+    fn save_tail(&mut self, held: RetainedTail, epoch: u64) {
         let dropped = held.last() - held.first() + 1;
         metrics::counter!(telemetry::ROLLBACK_ENTRIES).increment(dropped);
         self.noted = Some(Instant::now() + NOTE);
         let (folder, (cluster, node), sender) = (self.data.join(tail::FOLDER), self.owner, self.sender.clone());
         let database = Arc::clone(&self.database);
-        let keep = move || {
+        let save = move || {
             scheduling::leisurely();
             finish(tail::write(&folder, cluster, node, &held), &database, epoch, &sender);
         };
-        if let Err(error) = thread::Builder::new().name("rollback".to_owned()).spawn(keep) {
+        if let Err(error) = thread::Builder::new().name("rollback".to_owned()).spawn(save) {
             warn!(%error, entries = dropped, "the dropped tail of the raft log cannot be kept: no thread for it");
         }
     }

@@ -187,7 +187,7 @@ impl<R: Fn(Done) -> bool> Worker<R> {
                 slot.filled.wait_while(locked(&slot.request), empty).unwrap_or_else(PoisonError::into_inner).take();
             let Some(Request { id, number, pending, keep }) = taken else { continue };
             let start = Instant::now();
-            let kept = if keep.is_empty() { Ok(None) } else { self.keep(keep).map(Some) };
+            let kept = if keep.is_empty() { Ok(None) } else { self.write(keep).map(Some) };
             let synced = kept.and_then(|kept| {
                 let sync = |pending: Pending| pending.sync().map_err(SyncError::Log);
                 pending.map_or(Ok(()), sync).map(|()| kept)
@@ -206,7 +206,7 @@ impl<R: Fn(Done) -> bool> Worker<R> {
     }
 
     /// The membership first: see [`crate::storage::membership`]. Returns what became of it.
-    fn keep(&self, keep: Keep) -> Result<Kept, SyncError> {
+    fn write(&self, keep: Keep) -> Result<Kept, SyncError> {
         let kept = match keep.membership.map(|membership| membership.write(&self.data)) {
             None => Kept::Votes,
             Some(Ok(())) => Kept::Membership,

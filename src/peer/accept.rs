@@ -232,7 +232,7 @@ impl Call {
             Err(error) => return Err(Refusal::other(error.to_string())),
         };
         self.check_terms(certified, &hello).map_err(Refusal::other)?;
-        self.check_member(hello.from).inspect_err(|_| self.look_into_the_unknown(&hello))?;
+        self.check_member(hello.from).inspect_err(|_| self.detect_older_copy(&hello))?;
         self.check_level(&hello)?;
         match hello.purpose {
             Purpose::Link => {
@@ -316,7 +316,7 @@ impl Call {
     /// The only voter has every admission in its own raft log before anybody else hears of it. If a certified member
     /// that it does not know has a longer log, this node has an older copy of its own, of a time before it had others:
     /// nobody else would find out, as it calls nobody, and it would elect itself.
-    fn look_into_the_unknown(&self, hello: &Hello) {
+    fn detect_older_copy(&self, hello: &Hello) {
         let (ours, me) = (self.identity.roster.membership(), self.identity.me);
         let unknown = ours.get(hello.from).is_none() && hello.from >= ours.roster.next_id;
         let (Standing::Whole(own), Standing::Whole(theirs)) = (self.identity.standing, hello.standing) else { return };

@@ -100,8 +100,8 @@ impl Scrub {
         due && self.tried.elapsed() >= LOOK
     }
 
-    /// When to look again whether it is.
-    pub fn look_in(&self) -> Duration {
+    /// How long until it is to be asked again whether more is due.
+    pub fn ask_again_in(&self) -> Duration {
         self.due_in().max(LOOK)
     }
 

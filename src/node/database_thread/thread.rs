@@ -146,7 +146,7 @@ impl Thread {
                 return (step, state.goal);
             }
             // Nobody wakes this thread for what becomes due by itself.
-            let scrub = if self.halt.is_some() { Duration::MAX } else { self.scrub.look_in() };
+            let scrub = if self.halt.is_some() { Duration::MAX } else { self.scrub.ask_again_in() };
             let pause = standing.pause.unwrap_or(self.interval).min(scrub);
             drop(self.shared.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner));
         }

@@ -22,7 +22,7 @@ impl Driver {
             return request.refuse(error);
         }
         if self.cluster.phase() == Phase::Primary {
-            self.lane.thread.rest(request);
+            self.lane.thread.request_snapshot(request);
         } else {
             request.refuse(SnapshotError::NotPrimary);
         }
