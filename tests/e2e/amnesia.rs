@@ -193,9 +193,10 @@ fn lose_in_every_way() {
         kill(&cluster, node);
         copy(&data, &old);
         cluster.wait_healthy();
-        let tags = (0..20).map(|tag| format!("amnesia-{number}-{tag}"));
-        let acknowledged: Vec<_> = tags.filter(|tag| pen.write(cluster.primary(), tag)).collect();
-        assert!(acknowledged.len() > 15, "{what}: the cluster writes");
+        // Some may be too slow on a busy host.
+        let tags = (0..200).map(|tag| format!("amnesia-{number}-{tag}"));
+        let acknowledged: Vec<_> = tags.filter(|tag| pen.write(cluster.primary(), tag)).take(20).collect();
+        assert_eq!(acknowledged.len(), 20, "{what}: the cluster writes");
         written.extend(acknowledged);
         let before = times(&cluster, node, AGAIN);
         kill(&cluster, node);
