@@ -146,9 +146,10 @@ impl Line {
     pub(super) async fn turn(&self, patience: Duration) -> Result<Turn, StoreError> {
         self.0.waiting.fetch_add(1, Ordering::SeqCst);
         let mut place = Place { line: self, served: false };
-        let open = Arc::clone(&self.0.open).lock_owned();
-        let open = tokio::time::timeout(patience, open).await;
-        let open = open.map_err(|_| StoreError::Unavailable(Arc::new(sqlx::Error::PoolTimedOut)))?;
+        let open = tokio::time::timeout(patience, Arc::clone(&self.0.open).lock_owned());
+        // Whoever closes the database must not wait for the whole line.
+        let open = self.0.pool.close_event().do_until(open).await.map_err(unavailable)?;
+        let open = open.map_err(|_| unavailable(sqlx::Error::PoolTimedOut))?;
         place.served = true;
         drop(place);
         let mut turn = Turn { line: self.clone(), open: Some(open), begun: false };
@@ -192,8 +193,7 @@ impl Turn {
             None => {
                 // IMMEDIATE: what it reads first is still true when it writes.
                 let transaction = self.line.0.pool.begin_with("BEGIN IMMEDIATE").await;
-                let transaction = transaction.map_err(|error| StoreError::Unavailable(Arc::new(error)))?;
-                **open = Some(Group::new(transaction, self.line.0.rollbacks.clone()));
+                **open = Some(Group::new(transaction.map_err(unavailable)?, self.line.0.rollbacks.clone()));
             }
             Some(group) => {
                 group.separate().await?;
@@ -323,13 +323,13 @@ impl Group {
         if !self.is_undone() {
             return Ok(());
         }
-        let unsaid = || StoreError::Unavailable(Arc::new(sqlx::Error::Protocol("it was rolled back".to_owned())));
+        let unsaid = || unavailable(sqlx::Error::Protocol("it was rolled back".to_owned()));
         Err(self.trouble.clone().unwrap_or_else(unsaid))
     }
 
     async fn execute(&mut self, sql: &'static str) -> Result<(), StoreError> {
         let done = sqlx::query(sql).execute(&mut *self.transaction).await;
-        done.map(|_| ()).map_err(|error| self.trouble.insert(StoreError::Unavailable(Arc::new(error))).clone())
+        done.map(|_| ()).map_err(|error| self.trouble.insert(unavailable(error)).clone())
     }
 }
 
@@ -354,8 +354,12 @@ async fn finish(mut open: OwnedMutexGuard<Option<Group>>) {
     group.outcome.send_replace(Some(done));
 }
 
+fn unavailable(error: sqlx::Error) -> StoreError {
+    StoreError::Unavailable(Arc::new(error))
+}
+
 fn ended() -> StoreError {
-    StoreError::Unavailable(Arc::new(sqlx::Error::PoolClosed))
+    unavailable(sqlx::Error::PoolClosed)
 }
 
 #[cfg(test)]
@@ -529,6 +533,22 @@ mod tests {
         assert!(place.names().await.is_empty());
         place.add("d").await.unwrap().unwrap();
         assert_eq!(place.names().await, ["d"]);
+    }
+
+    #[tokio::test]
+    async fn nobody_in_the_line_outstays_the_database() {
+        let place = Place::new().await;
+        let mut first = place.line.turn(PATIENCE).await.unwrap();
+        insert(&mut first, "a").await.unwrap();
+        let waits = place.add("b");
+        place.poll_waiting(1).await;
+        let store = place.store.clone();
+        let closing = tokio::spawn(async move { store.close().await });
+        let refused = waits.await.unwrap();
+        assert!(matches!(refused, Err(StoreError::Unavailable(_))), "{refused:?}");
+        assert!(matches!(place.add("c").await.unwrap(), Err(StoreError::Unavailable(_))));
+        first.commit().await.unwrap();
+        closing.await.unwrap();
     }
 
     /// What SQLite does by itself when the disk is full, for example.
