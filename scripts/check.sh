@@ -226,7 +226,7 @@ tests_but() {
 
 if [ "$quick" = false ]; then
     step "cargo test: everything but whole clusters"
-    mapfile -t tests < <(tests_but e2e chaos join)
+    mapfile -t tests < <(tests_but e2e chaos)
     # Both have networks of their own, and time to spare.
     beside installation install_both_ways
     # tests/chaos reads them.
@@ -237,9 +237,7 @@ if [ "$quick" = false ]; then
     await "random faults"
     # They wait for most of their time.
     step "cargo test: whole clusters, beside one another"
-    beside "hosts that join" private cargo test --locked --test join
     private cargo test --locked --test e2e -- --skip timed_ --test-threads 4
-    await "hosts that join"
     # These measure how long clients wait: nothing else runs beside them.
     step "cargo test: whole clusters, one at a time"
     private cargo test --locked --test e2e timed_

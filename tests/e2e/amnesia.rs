@@ -199,8 +199,10 @@ fn lose_in_every_way() {
         assert_eq!(acknowledged.len(), 20, "{what}: the cluster writes");
         written.extend(acknowledged);
         let before = times(&cluster, node, AGAIN);
-        kill(&cluster, node);
-        harm(&data, &old);
+        cluster.without_restarts(|| {
+            kill(&cluster, node);
+            harm(&data, &old);
+        });
         let start = Instant::now();
         if *restored == Some(true) {
             wait_restored(&cluster, node, before);

@@ -233,6 +233,14 @@ impl Cluster {
         TcpStream::connect_timeout(&address, Duration::from_millis(500)).ok().map(|_| primary)
     }
 
+    /// Does something while dev starts no node again: a harmed file is found as it is then.
+    pub fn without_restarts(&self, harm: impl FnOnce()) {
+        let dev = Pid::from_raw(self.dev.id() as i32);
+        kill(dev, Signal::SIGSTOP).unwrap();
+        harm();
+        kill(dev, Signal::SIGCONT).unwrap();
+    }
+
     /// Sends a signal to a node's daemon. Its pid must be known, that is, it must run.
     pub fn signal(&self, index: usize, signal: Signal) {
         let pid = self.node(index).pid.expect("the node runs");
@@ -286,7 +294,9 @@ impl Cluster {
     fn stop(&mut self) {
         // Not yet waited for: the number is still that of our child.
         if matches!(self.dev.try_wait(), Ok(None)) {
-            let _ = kill(Pid::from_raw(self.dev.id() as i32), Signal::SIGTERM);
+            let dev = Pid::from_raw(self.dev.id() as i32);
+            // The test may have failed while it was held.
+            let _ = kill(dev, Signal::SIGTERM).and_then(|()| kill(dev, Signal::SIGCONT));
         }
         let _ = self.dev.wait();
     }

@@ -27,6 +27,8 @@ use super::{
 
 /// Some segments of the raft log, the database, and what is free again without the ballast.
 const SIZE: &str = "size=160m,mode=700";
+/// Characters in the description of each tag: enough to fill a raft log soon, few enough for the small disk.
+const LONG: usize = 300;
 /// What may be said about a full disk.
 pub const FULL: &[&str] =
     &["the disk is full", "the disk of the primary is full", "cannot prepare ahead", "database or disk is full"];
@@ -103,7 +105,7 @@ fn timed_a_secondary_with_a_full_disk_is_done_without() {
         let cluster = start(node);
         wait_role(&cluster, node, false);
         let pid = cluster.node(node).pid;
-        let writers = Writers::start(&cluster.file(), WRITERS);
+        let writers = Writers::start_long(&cluster.file(), WRITERS, LONG);
         let ballast = fill(&cluster, node);
         cluster.wait_for("a warning", |_| warns(&cluster, node));
         let refuses = || cluster.log(node).contains("takes no more entries into its raft log");

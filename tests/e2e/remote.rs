@@ -85,7 +85,7 @@ impl Desk {
 
 /// A status without what changes from one look to the next.
 fn lasting(mut status: Value) -> Value {
-    let fleeting = ["lease_ms", "last_contact_ms", "applied", "committed", "lag", "lag_bytes"];
+    let fleeting = ["lease_ms", "last_contact_ms", "applied", "committed", "lag", "lag_bytes", "free"];
     let drop = |value: &mut Value| {
         let fields = value.as_object_mut().unwrap();
         fleeting.iter().for_each(|name| drop(fields.remove(*name)));

@@ -108,6 +108,14 @@ impl LogError {
     }
 }
 
+/// What the log says, without the two errors around it in which raft repeats it.
+fn unwrapped(error: raft::Error) -> io::Error {
+    match error {
+        raft::Error::Store(StorageError::Other(cause)) => io::Error::other(cause),
+        other => io::Error::other(other),
+    }
+}
+
 /// How a log is laid out.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -378,7 +386,7 @@ impl RaftLog {
     ) -> io::Result<()> {
         let mut next = first;
         while next <= last {
-            for entry in self.core.shared.read(next, last + 1, READ).map_err(io::Error::other)? {
+            for entry in self.core.shared.read(next, last + 1, READ).map_err(unwrapped)? {
                 each(&entry)?;
                 next = entry.index + 1;
             }

@@ -43,6 +43,24 @@ fn a_new_log_begins_behind_index_one() {
     }
 }
 
+#[test]
+fn an_entry_that_has_changed_since_the_start_is_refused_with_its_place() {
+    let root = tempfile::tempdir().unwrap();
+    let log = open(root.path(), 1 << 20);
+    log.append(&[entry(2, 1, 100)], Some(&hard(1, 0, 2))).unwrap().sync().unwrap();
+    drop(log);
+    let log = open(root.path(), 1 << 20);
+    let path = segment::segment_path(root.path(), 1);
+    let bytes = fs::read(&path).unwrap();
+    let at = bytes.windows(100).position(|bytes| bytes == [2; 100]).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    DiskFile::write_at(&file, &[0; 100], at as u64).unwrap();
+    let error = log.entries_between(2, 2, &mut |_| Ok(())).unwrap_err();
+    let text = format!("{:#}", anyhow::Error::from(error).context("look"));
+    assert!(text.starts_with(&format!("look: {} is damaged at offset ", path.display())), "{text}");
+    assert_eq!(text.matches("entry 2 cannot be read back").count(), 1, "{text}");
+}
+
 /// A disk on which no new file can be made while the flag is set.
 struct Small(Arc<AtomicBool>);
 
