@@ -1,4 +1,4 @@
-//! Looks into the database files of nodes that have been stopped. Must never run while one of them runs.
+//! Looks into the database files of nodes that have been stopped. Must never compare them while one of them runs.
 
 use std::{fs, path::Path};
 
@@ -17,10 +17,7 @@ pub fn compare(nodes: &[NodeFile]) -> String {
         for cache in ["console.db-wal", "console.db-shm", "console.db-journal"] {
             assert!(!folder.join(cache).exists(), "{}: {cache} is there after an orderly stop", node.name);
         }
-        let record = fs::read(folder.join("console.checkpoint")).unwrap();
-        assert_eq!(&record[..8], b"TLCKPT01", "another format of the record: this test must learn it");
-        let index = u64::from_le_bytes(record[RECORD_INDEX].try_into().expect("8 bytes"));
-        all.push((&node.name, index, folder.join("console.db")));
+        all.push((&node.name, checkpointed(node), folder.join("console.db")));
     }
     let indexes: Vec<_> = all.iter().map(|(name, index, _)| (name, index)).collect();
     assert!(indexes.iter().all(|(_, index)| *index == indexes[0].1), "stopped at different indexes: {indexes:?}");
@@ -34,6 +31,13 @@ pub fn compare(nodes: &[NodeFile]) -> String {
     }
     let (size, index) = (images[0].len(), indexes[0].1);
     format!("three databases at index {index} equal byte for byte: {size} bytes, {} tags, integrity_check ok", tags[0])
+}
+
+/// The raft index up to which the database file has everything; the node may run.
+pub fn checkpointed(node: &NodeFile) -> u64 {
+    let record = fs::read(node.data.join("database/console.checkpoint")).unwrap();
+    assert_eq!(&record[..8], b"TLCKPT01", "another format of the record: this test must learn it");
+    u64::from_le_bytes(record[RECORD_INDEX].try_into().expect("8 bytes"))
 }
 
 /// Has an ordinary SQLite check the file, and returns the number of tags in it.

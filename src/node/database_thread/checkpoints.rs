@@ -24,8 +24,9 @@ use crate::{
 
 /// Pause between two checkpoints that only the length of the WAL calls for.
 const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
-/// Entries that stay in the raft log although everybody has them.
+/// Entries that stay in the raft log although everybody has them, if they take no more than [`KEPT_SHARE`] of its limit.
 const KEPT_ENTRIES: u64 = 1000;
+const KEPT_SHARE: u64 = 8;
 /// While the database file rests for a snapshot, the WAL may grow to this many bytes, to four times the length that
 /// calls for a checkpoint otherwise, or to the size of the database; then the snapshot has to be begun again.
 const HELD_WAL: u64 = 1 << 30;
@@ -180,13 +181,17 @@ impl Checkpoints {
         let released = self.shared.lock().goal.released;
         let snapshot =
             self.snapshot_at.filter(|(_, until)| Instant::now() < *until).map_or(u64::MAX, |(index, _)| index);
-        let possible = databases.checkpointed().min(snapshot).saturating_sub(KEPT_ENTRIES);
-        let kind = released.saturating_sub(KEPT_ENTRIES);
+        let unneeded = databases.checkpointed().min(snapshot);
+        let share = self.policy.raft_log_limit / KEPT_SHARE;
+        let possible = below_the_kept(&self.log, unneeded, share);
+        let kind = below_the_kept(&self.log, unneeded.min(released), share);
         // A full disk lets go for a member that is really away, not for one that has just not answered yet.
-        let full = self.full && kind + KEPT_ENTRIES < possible;
+        let full = self.full && released.saturating_add(KEPT_ENTRIES) < unneeded;
         let too_long = full || self.log.size_bytes() > self.policy.raft_log_limit && kind < possible;
         let to = if too_long { possible } else { kind.min(possible) };
-        if to < self.log.first_index() + KEPT_ENTRIES {
+        let first = self.log.first_index();
+        let little = self.log.bytes_between(first - 1, to).is_none_or(|bytes| bytes < share);
+        if to < first || to < first + KEPT_ENTRIES && little {
             return; // not worth a write
         }
         if too_long && !self.overrun {
@@ -206,5 +211,50 @@ impl Checkpoints {
     /// Bytes ever appended to the raft log by this process.
     fn appended(&self) -> u64 {
         self.shared.appended.load(Ordering::Relaxed)
+    }
+}
+
+/// The last entry that may go if none up to `unneeded` is needed. Entries differ in size, as many writes may share one: a
+/// thousand large ones would be more than the whole limit.
+fn below_the_kept(log: &RaftLog, unneeded: u64, bytes: u64) -> u64 {
+    let fits = |after: u64| log.bytes_between(after, unneeded).is_none_or(|between| between <= bytes);
+    let (mut low, mut high) = (unneeded.saturating_sub(KEPT_ENTRIES), unneeded);
+    low = low.max(log.first_index() - 1).min(high);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if fits(middle) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    high
+}
+
+#[cfg(test)]
+mod tests {
+    use raft::eraftpb::{ConfState, Entry};
+
+    use super::*;
+    use crate::{
+        cluster::ClusterId,
+        storage::raft_log::{Options, RealDisk},
+    };
+
+    #[test]
+    fn what_is_kept_for_nobody_is_bounded_in_entries_and_in_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let conf = ConfState { voters: vec![1], ..ConfState::default() };
+        let log = RaftLog::open(dir.path(), (ClusterId(1), 1), conf, Options::default(), RealDisk).unwrap();
+        let entry = |index, length| Entry { index, term: 1, data: vec![0; length].into(), ..Entry::default() };
+        let small: Vec<_> = (2..=2501).map(|index| entry(index, 10)).collect();
+        let large: Vec<_> = (2502..=2601).map(|index| entry(index, 10_000)).collect();
+        log.append(&[small, large].concat(), None).unwrap();
+        assert_eq!(below_the_kept(&log, 2501, 1 << 20), 1501, "as many as there may be");
+        let kept = 2601 - below_the_kept(&log, 2601, 100_000);
+        assert!((8..=10).contains(&kept), "{kept} large ones");
+        assert_eq!(below_the_kept(&log, 2601, 100), 2601, "none that is too large");
+        assert_eq!(below_the_kept(&log, 500, 1 << 20), 1, "no more than there are");
+        assert_eq!(below_the_kept(&log, 0, 1 << 20), 0);
     }
 }
