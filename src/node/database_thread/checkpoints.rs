@@ -24,7 +24,7 @@ use crate::{
 
 /// Pause between two checkpoints that only the length of the WAL calls for.
 const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
-/// Entries that stay in the raft log although everybody has them, if they take no more than [`KEPT_SHARE`] of its limit.
+/// Entries that stay in the raft log although everybody has them, and the share of its limit that they may take.
 const KEPT_ENTRIES: u64 = 1000;
 const KEPT_SHARE: u64 = 8;
 /// While the database file rests for a snapshot, the WAL may grow to this many bytes, to four times the length that
@@ -214,8 +214,8 @@ impl Checkpoints {
     }
 }
 
-/// The last entry that may go if none up to `unneeded` is needed. Entries differ in size, as many writes may share one: a
-/// thousand large ones would be more than the whole limit.
+/// The last entry that may go if none up to `unneeded` is needed. Entries differ in size, as many writes may share one:
+/// a thousand large ones would be more than the whole limit.
 fn below_the_kept(log: &RaftLog, unneeded: u64, bytes: u64) -> u64 {
     let fits = |after: u64| log.bytes_between(after, unneeded).is_none_or(|between| between <= bytes);
     let (mut low, mut high) = (unneeded.saturating_sub(KEPT_ENTRIES), unneeded);
