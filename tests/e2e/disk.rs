@@ -3,14 +3,16 @@
 
 use std::{
     fs::{self, File},
-    io::Write,
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
 };
 
 use nix::{
+    errno::Errno,
+    fcntl::posix_fallocate,
     sched::{CloneFlags, unshare},
+    sys::statvfs::fstatvfs,
     unistd::geteuid,
 };
 use twistlock_ha::{
@@ -66,12 +68,27 @@ fn start(small: usize) -> Cluster {
 
 /// Takes all space in the file system of a node.
 pub fn fill(cluster: &Cluster, node: usize) -> PathBuf {
+    leave(cluster, node, 0)
+}
+
+/// Takes space in the file system of a node until so many bytes are left. Nothing is written, so that it is done at once.
+pub fn leave(cluster: &Cluster, node: usize, bytes: u64) -> PathBuf {
     let path = cluster.node(node).data.join("ballast");
-    let mut file = File::create(&path).unwrap();
-    for length in [1 << 20, 4096] {
-        while file.write_all(&vec![1; length]).is_ok() {}
+    let file = File::create(&path).unwrap();
+    let mut taken = 0;
+    loop {
+        let found = fstatvfs(&file).unwrap();
+        let more = (found.blocks_available() * found.fragment_size()).saturating_sub(bytes);
+        if more == 0 {
+            return path;
+        }
+        match posix_fallocate(&file, taken, more as i64) {
+            Ok(()) => taken += more as i64,
+            // The node was faster.
+            Err(Errno::ENOSPC) => {}
+            Err(error) => panic!("{}: {error}", path.display()),
+        }
     }
-    path
 }
 
 /// Moves the role until the node has it, or has it not.

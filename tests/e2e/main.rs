@@ -378,7 +378,7 @@ fn timed_the_raft_log_is_compacted_but_kept_for_a_member_that_is_away() {
         |statuses: &[Option<Status>]| statuses.iter().flatten().map(|status| status.applied).max().unwrap_or(0);
     let begin = applied(&cluster.statuses());
     cluster.freeze(away);
-    cluster.wait_for("4000 entries without the frozen node", |statuses| applied(statuses) > begin + 4000);
+    cluster.wait_for("2000 entries without the frozen node", |statuses| applied(statuses) > begin + 2000);
     cluster.signal(away, Signal::SIGCONT);
     cluster.wait_healthy();
     let written = writers.verify();

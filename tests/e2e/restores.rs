@@ -3,14 +3,14 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Write},
+    io::Read,
     path::{Path, PathBuf},
     thread,
     time::Instant,
 };
 
 use flate2::{Compression, read::GzDecoder, write::GzEncoder};
-use nix::sys::{signal::Signal, statvfs::statvfs};
+use nix::sys::signal::Signal;
 use ring::digest::{SHA256, digest};
 use serde_json::{Value, json};
 use sqlx::{ConnectOptions, Connection, sqlite::SqliteConnectOptions};
@@ -26,7 +26,7 @@ use super::{
     backup::{ask, begin_restore, make, restore, wait_ended},
     beside,
     cluster::{Cluster, FROZEN, LIMIT, RESTART_AFTER},
-    disk::{FULL, fill, in_private_mounts, run, wait_role},
+    disk::{FULL, fill, in_private_mounts, leave, run, wait_role},
     writers::Pen,
 };
 
@@ -99,20 +99,6 @@ fn with_small_disks(nodes: &[usize], size: &str) -> Cluster {
     });
     wait_role(&cluster, 0, true);
     cluster
-}
-
-/// Takes space in the data folder of a node until so many bytes are left.
-fn leave(cluster: &Cluster, node: usize, bytes: u64) -> PathBuf {
-    let data = cluster.node(node).data;
-    let path = data.join("ballast");
-    let mut file = File::create(&path).unwrap();
-    loop {
-        let found = statvfs(&data).unwrap();
-        if found.blocks_available() * found.fragment_size() <= bytes {
-            return path;
-        }
-        file.write_all(&vec![1; 1 << 20]).unwrap();
-    }
 }
 
 /// Waits until the restore has done so many bytes of a step. False if it was over before that was seen.
