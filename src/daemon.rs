@@ -28,7 +28,7 @@ use tracing::{Level, error, info, warn};
 use twistlock_ha::{
     ask::{self, Asker},
     certificates::{console_tls::ConsoleTls, renewal, rotation},
-    cluster::{FEATURE_LEVEL, NodeId, PROGRAM_VERSION, reach::Standing},
+    cluster::{NodeId, feature_level, program_version, reach::Standing},
     config::{self, Config, LogFormat, NotifySeverity, Severity},
     console::{self, Inside},
     control::ControlSocket,
@@ -195,7 +195,7 @@ impl Parts {
             .context("start the port guard")?;
         telemetry::metrics_handle().context("start the metrics")?;
         let events = Recorder::start(&identity.name, data.path()).context("start the events")?;
-        let version = PROGRAM_VERSION;
+        let version = program_version();
         let starts = Event::new(Kind::Role, Info, format!("{} starts (version {version})", identity.name));
         events.record(starts.field("version", version));
         let Found { stored, log, databases, replaced, quiet, mind, standing } =
@@ -358,8 +358,8 @@ impl Parts {
         tasks.spawn("certificate of this node", Need::Steady, renewing);
         let peers = PeerIdentity {
             me: self.identity.node,
-            version: PROGRAM_VERSION.to_owned(),
-            level: FEATURE_LEVEL,
+            version: program_version().to_owned(),
+            level: feature_level(),
             roster: Roster::new(self.handle.editions()),
             bind: self.config.bind_address,
             terms: lease_terms(&self.config),

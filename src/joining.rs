@@ -11,7 +11,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, reach::Standing},
+    cluster::{ClusterId, Membership, Role, feature_level, program_version, reach::Standing},
     config::Config,
     console,
     control::ControlSocket,
@@ -107,7 +107,7 @@ fn host(config: &Config) -> Host {
     let address = config.high_availability_address.clone().or_else(|| config.bind_address.map(|own| own.to_string()));
     let console_names = found::console_names(config, address.as_ref().unwrap_or(&name));
     let port = config.high_availability_port.unwrap_or(8086);
-    Host { name, address, port, version: PROGRAM_VERSION.to_owned(), console_names }
+    Host { name, address, port, version: program_version().to_owned(), console_names }
 }
 
 /// Fetches the whole database from whoever is primary: the other members refuse.
@@ -126,8 +126,8 @@ async fn fetch(
     let ((snapshots, _), (keys, _), (questions, _)) = (mpsc::channel(1), mpsc::channel(1), mpsc::channel(1));
     let identity = PeerIdentity {
         me: newcomer.node,
-        version: PROGRAM_VERSION.to_owned(),
-        level: FEATURE_LEVEL,
+        version: program_version().to_owned(),
+        level: feature_level(),
         roster: Roster::new(editions),
         bind: config.bind_address,
         terms: lease_terms(config),

@@ -11,7 +11,7 @@ use twistlock_ha::{config, dev, events::notify, guard, host, recover};
 
 /// Active/passive high availability for a management Console with a replicated SQLite database.
 #[derive(Parser)]
-#[command(version = twistlock_ha::cluster::PROGRAM_VERSION, about, arg_required_else_help = true)]
+#[command(version = twistlock_ha::cluster::program_version(), about, arg_required_else_help = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -136,7 +136,7 @@ impl Founder {
             page_size: 4096,
             fast_takeover: true,
             version: VERSION.to_owned(),
-            level: twistlock_ha::cluster::FEATURE_LEVEL,
+            level: twistlock_ha::cluster::feature_level(),
             lease: Lease::new().unwrap(),
             forgotten: None,
             reach: Default::default(),
@@ -207,7 +207,7 @@ fn host(number: u8) -> Host {
     let request = JoinRequest {
         port: 8086,
         version: VERSION.to_owned(),
-        level: twistlock_ha::cluster::FEATURE_LEVEL,
+        level: twistlock_ha::cluster::feature_level(),
         csr,
         console_csr,
         console_names: vec!["console.example".to_owned(), address.clone()],

@@ -146,7 +146,7 @@ fn picture(states: [Role; 3]) -> Status {
         sync: None,
         full: false,
         free: Some(40 << 30),
-        level: twistlock_ha::cluster::FEATURE_LEVEL,
+        level: twistlock_ha::cluster::feature_level(),
         holds: Default::default(),
         id,
         name: format!("host{id}"),

@@ -1,7 +1,7 @@
 //! What APPLY and requests refuse, without a cluster. With one: `tests/admin.rs`.
 
 use super::*;
-use crate::cluster::{ClusterId, FEATURE_LEVEL, Member};
+use crate::cluster::{ClusterId, Member, feature_level};
 
 const VERSION: &str = "1.2.3";
 
@@ -13,7 +13,7 @@ fn join(name: &str) -> JoinRequest {
         address: "192.0.2.9".to_owned(),
         port: 8086,
         version: VERSION.to_owned(),
-        level: FEATURE_LEVEL,
+        level: feature_level(),
         csr,
         console_csr,
         console_names: vec!["console.example".to_owned(), "192.0.2.9".to_owned(), "2001:db8::9".to_owned()],
@@ -62,9 +62,9 @@ fn apply_names_everything_that_is_in_the_way_at_once() {
     let early = why(&membership(1, &[request("b")]), 19);
     assert!(early.len() == 1 && early[0].contains("run the join script on 1 more"), "{early:?}");
     // Another version is no hindrance, a program that lacks what the cluster relies on is.
-    let newer = Request { version: "9.0.0".to_owned(), level: FEATURE_LEVEL + 1, ..request("b") };
+    let newer = Request { version: "9.0.0".to_owned(), level: feature_level() + 1, ..request("b") };
     assert_eq!(why(&membership(2, &[newer]), 19), Vec::<String>::new());
-    let older = Request { version: "1.0.0".to_owned(), level: FEATURE_LEVEL - 1, clock_ms: -1_001, ..request("b") };
+    let older = Request { version: "1.0.0".to_owned(), level: feature_level() - 1, clock_ms: -1_001, ..request("b") };
     let late = Request { clock_ms: 1_000, until: 19, ..request("c") };
     let mut all = membership(1, &[older, late]);
     all.roster.members[0].voter = false;

@@ -193,7 +193,7 @@ fn furthest(status: &Status) -> Option<NodeId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, roster::Pause, trust::Holdings};
+    use crate::cluster::{ClusterId, Member, Membership, feature_level, roster::Pause, trust::Holdings};
 
     /// Node 1 is primary; the others as given.
     fn status(others: &[(Role, u64, &str)]) -> Status {
@@ -216,7 +216,7 @@ mod tests {
             sync: None,
             full: false,
             free: None,
-            level: if *version == "1.2.4" { 1 } else { FEATURE_LEVEL },
+            level: if *version == "1.2.4" { 1 } else { feature_level() },
             holds: Holdings::default(),
         });
         Status {
@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(failed(&status, Some(2)), Vec::<String>::new());
         let (list, _) = checks(&status, Some(2));
         assert!(list.iter().any(|check| check.detail.contains("both have feature level")), "{list:?}");
-        status.membership.shared.level = FEATURE_LEVEL + 1;
+        status.membership.shared.level = feature_level() + 1;
         assert_eq!(failed(&status, Some(2)), ["version"]);
     }
 

@@ -19,7 +19,7 @@ use jiff::Timestamp;
 
 use crate::{
     clock::unix_time,
-    cluster::PROGRAM_VERSION,
+    cluster::program_version,
     config,
     control::{self, Call},
     events::{self, MAX_PAGE, Wanted},
@@ -153,7 +153,7 @@ fn about(args: &BundleArgs, data: &Path) -> String {
     format!(
         "time          {}\ntwistcli      {}\ntwistlockd    {}kernel        {}service       {}configuration {}\ndata folder   {}\n\n{}",
         Timestamp::now(),
-        PROGRAM_VERSION,
+        program_version(),
         program("twistlockd", &["--version"]),
         program("uname", &["-a"]),
         program("systemctl", &["is-active", "twistlockd"]),

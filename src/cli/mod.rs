@@ -91,7 +91,7 @@ Examples:
 
 /// Administer Twistlock HA: the cluster of this host, or one elsewhere
 #[derive(Debug, Parser)]
-#[command(name = "twistcli", version = crate::cluster::PROGRAM_VERSION, max_term_width = 110, after_help = HELP)]
+#[command(name = "twistcli", version = crate::cluster::program_version(), max_term_width = 110, after_help = HELP)]
 struct Cli {
     /// Colours in tables
     #[arg(long, value_enum, value_name = "WHEN", default_value_t, global = true, hide_possible_values = true)]

@@ -182,7 +182,7 @@ pub(super) mod tests {
             address: "192.0.2.7".into(),
             port: 8086,
             version: "0.1.0".into(),
-            level: crate::cluster::FEATURE_LEVEL,
+            level: crate::cluster::feature_level(),
             fingerprint: format!("AB:CD:{name}"),
             csr: String::new(),
             console_csr: String::new(),

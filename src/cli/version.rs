@@ -9,7 +9,7 @@ use super::{
     stop::Stop,
     target::Target,
 };
-use crate::cluster::{Member, PROGRAM_VERSION, Role};
+use crate::cluster::{Member, Role, program_version};
 
 /// The help of `twistcli version`.
 pub(super) const HELP: &str = "\
@@ -63,7 +63,7 @@ fn without_daemon(past: Option<Past>, json: bool, paint: Paint, stop: Stop) -> R
 
 /// Prints the versions of the members: name, state and version. `stale`: as they were.
 fn show(members: Vec<(&str, String, &str)>, json: bool, paint: Paint, stale: bool) -> Result<(), Stop> {
-    let own = PROGRAM_VERSION;
+    let own = program_version();
     if json {
         let member =
             |(name, state, version): &(&str, String, &str)| json!({ "name": name, "state": state, "version": version });

@@ -20,17 +20,31 @@
 //! program. It applies nothing more then and serves nothing (`storage::databases`). A primary must not write one before
 //! its level is in force.
 
+use std::{env, sync::LazyLock};
+
+const FEATURE_LEVEL: u32 = 2;
+const PROGRAM_VERSION: &str = env!("CARGO_PKG_VERSION");
+const NEXT_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "-next");
+
+/// Set in the environment, it makes this program claim to be a version and a level ahead of itself, but only one with
+/// debug assertions: the test of a rolling upgrade needs such a program, and building another takes minutes.
+pub const CLAIM_NEXT: &str = "TWISTLOCK_CLAIM_NEXT_VERSION";
+
 /// What this program can do.
-///
-/// The feature `next-version` exists for the test of a rolling upgrade only, which needs a program that is ahead of
-/// this one.
-pub const FEATURE_LEVEL: u32 = if cfg!(feature = "next-version") { 3 } else { 2 };
+pub fn feature_level() -> u32 {
+    FEATURE_LEVEL + u32::from(claims_next())
+}
+
 /// Version of this program, as people see it.
-pub const PROGRAM_VERSION: &str = if cfg!(feature = "next-version") {
-    concat!(env!("CARGO_PKG_VERSION"), "-next")
-} else {
-    env!("CARGO_PKG_VERSION")
-};
+pub fn program_version() -> &'static str {
+    if claims_next() { NEXT_VERSION } else { PROGRAM_VERSION }
+}
+
+fn claims_next() -> bool {
+    static CLAIMS: LazyLock<bool> = LazyLock::new(|| cfg!(debug_assertions) && env::var_os(CLAIM_NEXT).is_some());
+    *CLAIMS
+}
+
 /// Version of the encoding of transactions that this program writes (`storage::transaction`).
 pub const FORMAT_VERSION: u8 = 1;
 /// The level of a program that does not say one.

@@ -25,7 +25,7 @@ use raft::{
 };
 
 pub use configure::{ChangeError, ChangeInForce, NotUnderstood};
-pub use level::{FEATURE_LEVEL, PROGRAM_VERSION};
+pub use level::{feature_level, program_version};
 pub use membership::{Change, ClusterId, Membership, Newcomer};
 pub use role::{Cause, Lease, Phase, Role, Transition};
 pub use roster::{Member, NodeId};

@@ -10,7 +10,7 @@ use super::{
     route::{Access, Content, Entry, Trace, route},
     user::Role,
 };
-use crate::cluster::PROGRAM_VERSION;
+use crate::cluster::program_version;
 
 /// The routes of this file, which describes all that are in the table.
 pub(super) fn routes(table: fn() -> Vec<Entry>) -> Vec<Entry> {
@@ -46,7 +46,7 @@ pub(super) fn describe(table: &[Entry]) -> Value {
         "openapi": "3.1.0",
         "info": {
             "title": "Twistlock HA",
-            "version": PROGRAM_VERSION,
+            "version": program_version(),
             "description": "The API of the Console. Errors are `{\"err\": \"...\"}`. Only the PRIMARY answers.",
         },
         "paths": paths,

@@ -39,7 +39,7 @@ use super::{
 };
 use crate::{
     admin::Invited,
-    cluster::{Membership, PROGRAM_VERSION},
+    cluster::{Membership, program_version},
     join::{self, JoinAssets, JoinAssetsError, Program},
 };
 
@@ -237,7 +237,7 @@ pub(super) async fn program(
         (header::CONTENT_LENGTH, HeaderValue::from(length)),
         (HeaderName::from_static("x-sha256"), text(&sha256)?),
         (HeaderName::from_static("x-architecture"), HeaderValue::from_static(std::env::consts::ARCH)),
-        (HeaderName::from_static("x-version"), HeaderValue::from_static(PROGRAM_VERSION)),
+        (HeaderName::from_static("x-version"), HeaderValue::from_static(program_version())),
     ]);
     if method == Method::HEAD {
         return Ok(headers.into_response());

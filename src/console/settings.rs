@@ -18,7 +18,7 @@ use super::{
     store::{StoreError, Writing},
     user::{Role, User},
 };
-use crate::cluster::PROGRAM_VERSION;
+use crate::cluster::program_version;
 
 const LOGON: &str = "logon";
 
@@ -148,7 +148,7 @@ async fn system(State(console): State<Arc<Console>>) -> Json<System> {
     let ha_enabled = services.is_some_and(|services| services.high_availability);
     let status_port = services.and_then(|services| services.status_port);
     let node = console.status.borrow().name.clone();
-    Json(System { version: PROGRAM_VERSION, ha_enabled, node, status_port })
+    Json(System { version: program_version(), ha_enabled, node, status_port })
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use axum::{Json, http::Method};
 
 use super::route::{Access, Entry, route};
-use crate::cluster::PROGRAM_VERSION;
+use crate::cluster::program_version;
 
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
@@ -21,5 +21,5 @@ pub(super) async fn ping() -> &'static str {
 
 /// `GET version`: the version of this program as a JSON string.
 pub(super) async fn version() -> Json<&'static str> {
-    Json(PROGRAM_VERSION)
+    Json(program_version())
 }

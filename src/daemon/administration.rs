@@ -9,7 +9,7 @@ use twistlock_ha::{
     admin::{Admin, AdminConfig, BoxFuture, Ports},
     ask::{Answers, Asker, Topic},
     backup::{BackupConfig, Backups, Keep},
-    cluster::{Membership, NodeId, PROGRAM_VERSION},
+    cluster::{Membership, NodeId, program_version},
     config::Config,
     console::Inside,
     events::Recorder,
@@ -21,7 +21,7 @@ use twistlock_ha::{
 pub(super) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle, inside: Inside) -> Admin {
     let config = AdminConfig {
         certificates: config.data_folder.join("certificates"),
-        version: PROGRAM_VERSION.to_owned(),
+        version: program_version().to_owned(),
         https_port: config.management_port_https,
         data: PathBuf::from(&config.data_folder),
     };
@@ -50,7 +50,7 @@ pub(super) fn backups(
         credentials: config.backup_credentials_file.clone(),
         delay: config.backup_delay,
         data: config.data_folder.clone(),
-        version: PROGRAM_VERSION.to_owned(),
+        version: program_version().to_owned(),
     };
     Backups::new(config, handle.clone(), admin, events, asker)
 }

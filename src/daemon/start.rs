@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tracing::{info, warn};
 use twistlock_ha::{
-    cluster::{ClusterId, FEATURE_LEVEL, Membership, PROGRAM_VERSION, Role, Timing, level, reach::Standing},
+    cluster::{ClusterId, Membership, Role, Timing, feature_level, level, program_version, reach::Standing},
     config::{Config, FirstState, Secret},
     events::Event,
     found,
@@ -59,7 +59,7 @@ fn show_start(health: &HealthPort, name: &str, membership: &Membership) {
 
 fn starting(name: &str, membership: &Membership) -> Subject {
     let reason = "reads its raft log and its database".to_owned();
-    Subject::still(Status::without_node(name.to_owned(), PROGRAM_VERSION, membership.public(), Role::Startup, reason))
+    Subject::still(Status::without_node(name.to_owned(), program_version(), membership.public(), Role::Startup, reason))
 }
 
 /// What Prometheus reads.
@@ -157,9 +157,9 @@ pub(super) fn open_memory(
 
 /// Refuses to touch the data of a cluster that relies on what this program does not have.
 pub(super) fn refuse_if_outdated(membership: &Membership) -> Result<()> {
-    if membership.shared.level > FEATURE_LEVEL {
+    if membership.shared.level > feature_level() {
         let needed = (membership.shared.level_version.as_str(), membership.shared.level);
-        bail!("{}", level::outdated("this host", (PROGRAM_VERSION, FEATURE_LEVEL), needed));
+        bail!("{}", level::outdated("this host", (program_version(), feature_level()), needed));
     }
     Ok(())
 }
@@ -192,8 +192,8 @@ pub(super) fn node_config(
             scrub: config.scrub_interval,
         },
         page_size: config.database_page_size,
-        version: PROGRAM_VERSION.to_owned(),
-        level: FEATURE_LEVEL,
+        version: program_version().to_owned(),
+        level: feature_level(),
         fast_takeover: config.fast_takeover,
         lease,
         forgotten: mind.forgotten,

@@ -13,7 +13,7 @@ use ureq::{
 
 use crate::{
     clock::unix_time,
-    cluster::{PROGRAM_VERSION, shared::webhook::Webhook},
+    cluster::{program_version, shared::webhook::Webhook},
     pki::pem,
 };
 
@@ -64,7 +64,7 @@ pub(super) fn post(webhook: &Webhook, kind: &str, id: &str, body: &[u8]) -> Resu
     let mut request = agent
         .post(&webhook.url)
         .header("content-type", "application/json")
-        .header("user-agent", format!("twistlockd/{PROGRAM_VERSION}"))
+        .header("user-agent", format!("twistlockd/{}", program_version()))
         .header("x-twistlock-event", kind)
         .header("x-twistlock-id", id)
         .header("x-twistlock-timestamp", time.to_string());

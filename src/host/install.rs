@@ -81,7 +81,7 @@ fn find_programs(options: &Options, voice: &Voice) -> Result<PathBuf, Failure> {
             return Err(Failure::new(EX_UNAVAILABLE, why));
         };
         voice.say(&format!("Program: {version}"));
-        if version.split_whitespace().last() != Some(crate::cluster::PROGRAM_VERSION) {
+        if version.split_whitespace().last() != Some(crate::cluster::program_version()) {
             let failure =
                 Failure::new(EX_UNAVAILABLE, format!("{} is of another version than this program", path.display()));
             return Err(failure.hint(format!("Run that one: {} host install", folder.join("twistlockd").display())));

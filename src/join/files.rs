@@ -17,7 +17,7 @@ use tracing::warn;
 
 use super::{JoinRequest, RequestState, Token};
 use crate::{
-    cluster::{FEATURE_LEVEL, Membership, NodeId, shared::console_names_that_fit},
+    cluster::{Membership, NodeId, feature_level, shared::console_names_that_fit},
     pki,
     storage::{DataDir, IDENTITY_FORMAT, Identity, durable_write, fsync_dir, make_private_dir},
 };
@@ -219,7 +219,7 @@ impl Host {
             address: address.to_owned(),
             port: self.port,
             version: self.version.clone(),
-            level: FEATURE_LEVEL,
+            level: feature_level(),
             csr: requests.node.clone(),
             console_csr: requests.console.clone(),
             console_names,

@@ -16,7 +16,7 @@ use ring::digest;
 
 use super::{JoinFile, Offer, Token};
 use crate::{
-    cluster::{Membership, NodeId, PROGRAM_VERSION, roster::place},
+    cluster::{Membership, NodeId, program_version, roster::place},
     config::{self, Config, FirstState},
     mutex::locked,
     pki::CONSOLE_NAME,
@@ -156,7 +156,7 @@ impl JoinAssets {
             members: membership.roster.members.iter().map(|member| member.id).collect(),
             next_id: membership.roster.next_id,
             until,
-            version: PROGRAM_VERSION.to_owned(),
+            version: program_version().to_owned(),
             config: self.config.clone(),
             withheld: self.withheld.iter().map(|key| (*key).to_owned()).collect(),
         };
@@ -169,7 +169,7 @@ impl JoinAssets {
             ("@TOKEN@", quote(token)),
             ("@ADDRESSES@", list),
             ("@UNTIL@", until.to_string()),
-            ("@VERSION@", quote(PROGRAM_VERSION)),
+            ("@VERSION@", quote(program_version())),
             ("@ARCHITECTURE@", quote(std::env::consts::ARCH)),
             ("@DAEMON_SHA256@", quote(&sum(daemon))),
             ("@CLI_SHA256@", quote(&sum(cli))),

@@ -7,7 +7,7 @@ use tokio::{runtime::Runtime, time::timeout};
 
 use super::{CheckpointPolicy, Exit, Lease, NodeConfig, Status, spawn};
 use crate::{
-    cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, Timing},
+    cluster::{ClusterId, Member, Membership, Timing, feature_level},
     peer::{Links, LinksConfig},
     storage::{
         checkpoint::Record,
@@ -41,7 +41,7 @@ fn config(data: &std::path::Path) -> NodeConfig {
         page_size: 4096,
         fast_takeover: true,
         version: "1".to_owned(),
-        level: FEATURE_LEVEL,
+        level: feature_level(),
         lease: Lease::new().unwrap(),
         forgotten: None,
         reach: Default::default(),

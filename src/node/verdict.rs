@@ -134,7 +134,7 @@ fn last_heard(member: &MemberStatus) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, trust::Holdings};
+    use crate::cluster::{ClusterId, Member, Membership, feature_level, trust::Holdings};
 
     /// A healthy cluster of three as node 1, its primary, sees it.
     pub(crate) fn healthy() -> Status {
@@ -154,7 +154,7 @@ pub(crate) mod tests {
             sync: None,
             full: false,
             free: None,
-            level: FEATURE_LEVEL,
+            level: feature_level(),
             holds: Holdings::default(),
         };
         let founder = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);

@@ -13,7 +13,7 @@ use raft::eraftpb::ConfState;
 
 use super::{RecoverError, switch::STAGING};
 use crate::{
-    cluster::{FEATURE_LEVEL, Member, Membership, PROGRAM_VERSION, level::outdated},
+    cluster::{Member, Membership, feature_level, level::outdated, program_version},
     config::Config,
     storage::{
         DataDir, Identity,
@@ -67,9 +67,9 @@ impl Survivor {
         let membership = StoredMembership::read(&path)
             .map_err(RecoverError::io("read membership.json"))?
             .map_or_else(|| identity.membership.clone(), |configuration| configuration.membership);
-        if membership.shared.level > FEATURE_LEVEL {
+        if membership.shared.level > feature_level() {
             let needed = (membership.shared.level_version.as_str(), membership.shared.level);
-            return Err(RecoverError::Unusable(outdated("this host", (PROGRAM_VERSION, FEATURE_LEVEL), needed)));
+            return Err(RecoverError::Unusable(outdated("this host", (program_version(), feature_level()), needed)));
         }
         if Ready::find(&path).map_err(|error| unusable(&error.to_string()))?.is_some() {
             return Err(unusable("a snapshot waits to be installed: start and stop twistlockd once, then come back"));

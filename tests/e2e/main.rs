@@ -12,7 +12,6 @@ mod amnesia;
 mod audit;
 mod backup;
 mod balancers;
-mod build;
 mod busy;
 mod certificates;
 mod cluster;

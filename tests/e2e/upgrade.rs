@@ -1,24 +1,35 @@
-//! A rolling upgrade with two real builds: this one, and one that is a version and a feature level ahead.
+//! A rolling upgrade to a program that is a version and a feature level ahead: the same one, which claims to be.
 
-use std::{fs, io, os::unix::fs::symlink, path::Path, time::Instant};
+use std::{
+    fs, io,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use nix::sys::signal::Signal;
 use twistlock_ha::{
     admin::SwitchoverReport,
-    cluster::{FEATURE_LEVEL, PROGRAM_VERSION, Role},
+    cluster::{Role, feature_level, level::CLAIM_NEXT, program_version},
     control::{self, Call},
     node::Status,
 };
 
 use super::{
     WRITERS, alone,
-    build::next_program,
     cluster::{Cluster, LIMIT},
     sampler::Sampler,
     writers::Writers,
 };
 
-const NEXT_LEVEL: u32 = FEATURE_LEVEL + 1;
+/// Makes the program of the next version in a folder.
+fn next_program(folder: &Path) -> PathBuf {
+    let path = folder.join("next-twistlockd");
+    let this = env!("CARGO_BIN_EXE_twistlockd");
+    fs::write(&path, format!("#!/bin/sh\n{CLAIM_NEXT}=1 exec '{this}' \"$@\"\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
 
 /// Puts another program on a host, or takes it away again, and restarts the daemon as a package's upgrade does.
 pub fn install(cluster: &Cluster, node: usize, program: Option<&Path>) {
@@ -69,8 +80,9 @@ fn hand_over(cluster: &Cluster, to: usize) {
 #[test]
 fn timed_a_rolling_upgrade_under_load() {
     let _alone = alone();
-    let next = next_program();
     let cluster = Cluster::start();
+    let next = next_program(cluster.config_path(0).parent().unwrap());
+    let (level, next_level) = (feature_level(), feature_level() + 1);
     let (sampler, writers) = (Sampler::start(cluster.port_offset), Writers::start(&cluster.file(), WRITERS));
     let begin = Instant::now();
     let first = cluster.primary();
@@ -80,20 +92,20 @@ fn timed_a_rolling_upgrade_under_load() {
     for program in [Some(next.as_path()), None, Some(&next)] {
         install(&cluster, second, program);
         cluster.wait_healthy();
-        assert_eq!(levels(&cluster.statuses()), same(FEATURE_LEVEL));
+        assert_eq!(levels(&cluster.statuses()), same(level));
     }
     // The newer program serves a cluster of the older level, and the older one takes over from it.
     hand_over(&cluster, second);
     let shown = cluster.statuses()[first].clone().unwrap();
     let versions: Vec<&str> = shown.members.iter().map(|member| member.version.as_str()).collect();
-    assert_eq!(versions.iter().filter(|version| **version == PROGRAM_VERSION).count(), 2, "{versions:?}");
+    assert_eq!(versions.iter().filter(|version| **version == program_version()).count(), 2, "{versions:?}");
     hand_over(&cluster, first);
     install(&cluster, third, Some(&next));
     cluster.wait_healthy();
-    assert_eq!(levels(&cluster.statuses()), same(FEATURE_LEVEL));
+    assert_eq!(levels(&cluster.statuses()), same(level));
     install(&cluster, first, Some(&next));
     let last = Instant::now();
-    cluster.wait_for("the next level", |statuses| levels(statuses) == same(NEXT_LEVEL));
+    cluster.wait_for("the next level", |statuses| levels(statuses) == same(next_level));
     println!("  the level rose {} ms after the last program was exchanged", last.elapsed().as_millis());
     cluster.wait_healthy();
     kept_out(&cluster, &writers, &next);
@@ -106,19 +118,16 @@ fn timed_a_rolling_upgrade_under_load() {
 /// away, nobody links with it.
 fn kept_out(cluster: &Cluster, writers: &Writers, next: &Path) {
     let back = (cluster.primary() + 1) % 3;
-    let refusal =
-        format!("has feature level {FEATURE_LEVEL}, but the cluster runs level {NEXT_LEVEL}: install version");
+    let (version, level, next_level) = (program_version(), feature_level(), feature_level() + 1);
+    let refusal = format!("has feature level {level}, but the cluster runs level {next_level}: install version");
     let said = |cluster: &Cluster| {
-        cluster
-            .log(back)
-            .matches(&format!("cannot start: this host runs version {PROGRAM_VERSION}, which {refusal}"))
-            .count()
+        cluster.log(back).matches(&format!("cannot start: this host runs version {version}, which {refusal}")).count()
     };
     install(cluster, back, None);
     cluster.wait_for("it does not start", |_| said(cluster) > 0);
     let file = cluster.node(back).data.join("membership.json");
     let known = fs::read_to_string(&file).unwrap();
-    let stale = known.replace(&format!("\"level\": {NEXT_LEVEL}"), &format!("\"level\": {FEATURE_LEVEL}"));
+    let stale = known.replace(&format!("\"level\": {next_level}"), &format!("\"level\": {level}"));
     assert_ne!(known, stale);
     // As a program wrote it that knew no checksum.
     let stale: Vec<&str> = stale.lines().filter(|line| !line.contains("crc32c")).collect();
@@ -136,5 +145,5 @@ fn kept_out(cluster: &Cluster, writers: &Writers, next: &Path) {
     fs::write(&file, known).unwrap();
     install(cluster, back, Some(next));
     cluster.wait_healthy();
-    assert_eq!(levels(&cluster.statuses()), vec![NEXT_LEVEL; 3]);
+    assert_eq!(levels(&cluster.statuses()), vec![next_level; 3]);
 }

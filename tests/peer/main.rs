@@ -17,7 +17,7 @@ use raft::eraftpb::MessageType;
 use tokio::sync::watch;
 use twistlock_ha::{
     cluster::{
-        ClusterId, FEATURE_LEVEL, Member, Membership, NodeId, Role,
+        ClusterId, Member, Membership, NodeId, Role, feature_level,
         trust::{Holdings, KeyId},
     },
     peer::{
@@ -304,7 +304,7 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
     for (dir, hello, reason) in cases {
         for _ in 0..3 {
             let bytes = Frame::Hello(hello.clone()).encode().unwrap();
-            let outdated = hello.feature_level() < FEATURE_LEVEL;
+            let outdated = hello.feature_level() < feature_level();
             let expected = if outdated { RefusalCode::Outdated } else { RefusalCode::Other };
             match call(dir, to, &bytes) {
                 HelloReply::Refused(Refusal { code, reason: said }) => {
@@ -319,7 +319,7 @@ fn wrong_hellos_are_refused_with_a_reason_and_one_line() {
     assert!(matches!(call(second, to, &[3, 0, 0, 0, 3, 1, 1]), HelloReply::Refused(_)));
     assert_eq!(
         call(second, to, &Frame::Hello(good).encode().unwrap()),
-        HelloReply::Accepted { level: Some(FEATURE_LEVEL), datagrams: false }
+        HelloReply::Accepted { level: Some(feature_level()), datagrams: false }
     );
     node.wait("good caller", |event| matches!(event, PeerEvent::InboundUp(2)));
     node.end(Do::Stop);

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use twistlock_ha::{
     cluster::{
-        FEATURE_LEVEL, Member, Membership, NodeId,
+        Member, Membership, NodeId, feature_level,
         membership::{Change, Newcomer},
         reach::{Claim, Standing},
         shared::Request,
@@ -308,7 +308,7 @@ fn two_processes_with_one_identity_are_noticed_and_the_second_is_refused() {
     let twin = Frame::Hello(hello());
     let call = || call(dirs[1].path(), address(&membership, 1), &twin.encode().unwrap());
     nodes[0].seen.clear();
-    assert_eq!(call(), HelloReply::Accepted { level: Some(FEATURE_LEVEL), datagrams: false }, "it may be a restart");
+    assert_eq!(call(), HelloReply::Accepted { level: Some(feature_level()), datagrams: false }, "it may be a restart");
     nodes[1].wait("theft", |event| matches!(event, PeerEvent::Down { peer: 1, .. }));
     nodes[1].wait("return", |event| matches!(event, PeerEvent::Up(1)));
     // The twin hangs up each time, so its call is no theft unless the true one is back.

@@ -17,7 +17,7 @@ use tokio::{
 };
 use tracing::Dispatch;
 use twistlock_ha::{
-    cluster::{ClusterId, FEATURE_LEVEL, Member, Membership, NodeId, level::FORMAT_VERSION, reach::Standing},
+    cluster::{ClusterId, Member, Membership, NodeId, feature_level, level::FORMAT_VERSION, reach::Standing},
     peer::{
         self, Edition, LeaseTerms, LinkSender, Links, LinksConfig, Memory, NodeReport, PeerEvent, PeerIdentity,
         Purpose, Roster, StreamCall,
@@ -133,7 +133,7 @@ impl Around {
             snapshots: snapshot_sender,
             keys: tokio::sync::mpsc::channel(1).0,
             questions: tokio::sync::mpsc::channel(1).0,
-            level: FEATURE_LEVEL,
+            level: feature_level(),
             standing: Standing::Unsaid,
             memory: Memory::default(),
         };
@@ -363,7 +363,7 @@ pub fn hello() -> Hello {
         incarnation: 5,
         version: "1.2.3".to_owned(),
         reached: None,
-        level: Some(FEATURE_LEVEL),
+        level: Some(feature_level()),
         standing: Standing::Unsaid,
     }
 }

@@ -84,7 +84,7 @@ const MAX_FUNCTION_LINES: usize = 70;
 const UNSAFE_HOME: [&str; 2] = ["src/storage/vfs.rs", "src/storage/vfs/"];
 /// What is written in one place only: how it is told, where it may stand, and what to use elsewhere.
 const FACTS: &[(&str, &[&str], &str)] = &[
-    ("CARGO_PKG_VERSION", &["src/cluster/level.rs"], "the version of the program is cluster::PROGRAM_VERSION"),
+    ("CARGO_PKG_VERSION", &["src/cluster/level.rs"], "the version of the program is cluster::program_version()"),
     ("!(\"twistlock_", &["src/telemetry/"], "the names of metrics are constants of telemetry"),
     ("SystemTime::now()", &["src/clock.rs"], "the time of day comes from clock"),
     (".lock().unwrap_or_else(PoisonError", &["src/mutex.rs"], "mutex::locked takes a mutex"),

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::cluster::{
-    level::FEATURE_LEVEL,
+    level::feature_level,
     limits::{MAX_CONSOLE_NAMES, MAX_ENCODED, MAX_ENCODED_BEFORE, MAX_NAME, MAX_NAMES, MAX_PEM, PER_NAME},
     roster::{MAX_ROSTER, MOST, Pause, SizePolicy},
     shared::{
@@ -22,7 +22,7 @@ fn request(id: NodeId) -> Request {
         address: format!("127.0.0.{id}"),
         port: 8086,
         version: "1.2.3".to_owned(),
-        level: FEATURE_LEVEL,
+        level: feature_level(),
         fingerprint: format!("AB:{id}"),
         csr: String::new(),
         console_csr: String::new(),
