@@ -377,10 +377,11 @@ impl Parts {
         tasks.spawn(
             "snapshot for this node",
             Need::Finite,
-            snapshot::refetch(self.handle.clone(), peers.clone(), data),
+            snapshot::refetch(self.handle.clone(), peers.clone(), data.clone()),
         );
         tasks.spawn("cluster keys for members", Need::Steady, rotation::serve(folder.clone(), key_calls));
         let parts = rotation::Parts {
+            data,
             certificates: folder,
             handle: self.handle.clone(),
             peers: peers.clone(),

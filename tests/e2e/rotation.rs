@@ -163,8 +163,13 @@ fn the_cluster_key_is_replaced_whoever_dies_meanwhile() {
         Step { name: "sealed", held: false, last: true, is: |now| now.shared.rekey.is_none() },
     ];
     for step in &steps {
-        // A key is not announced before it is on the disk.
-        preload.set(0, if step.name == "wanted" { "s /certificates delay:300\n" } else { "" });
+        // A key is not announced before it is on the disk, and the old one is needed until the membership is.
+        let slow = match step.name {
+            "wanted" => "s /certificates delay:300\n",
+            "sealed" => "s /membership delay:300\n",
+            _ => "",
+        };
+        preload.set(0, slow);
         killed_at(&cluster, &Call::post("high-availability/rotate-key"), step, &mut before, |holds| holds.key);
     }
     a_member_is_away(&cluster, before);

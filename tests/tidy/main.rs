@@ -36,7 +36,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("backup", &["config", "admin", "ask", "events", "node", "storage", "cluster", "telemetry"]),
     ("ask", &["admin", "peer", "cluster"]),
     ("admin", &["clients", "certificates", "node", "join", "pki", "cluster", "telemetry"]),
-    ("certificates", &["node", "peer", "pki", "cluster", "telemetry"]),
+    ("certificates", &["node", "peer", "pki", "storage", "cluster", "telemetry"]),
     ("snapshot", &["events", "node", "peer", "storage", "cluster", "telemetry"]),
     ("events", &["descriptors", "node", "pki", "cluster", "telemetry"]),
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),

@@ -8,6 +8,7 @@ use crate::{
     cluster::{Change, Membership, shared::console_certificate::CustomCertificate, trust::KeyId},
     node::Status,
     pki::{self, Authority, ClusterKey, ClusterKeys, PkiError},
+    storage::membership::StoredMembership,
 };
 
 impl Rotation {
@@ -45,6 +46,11 @@ impl Rotation {
                 let key = self.fetch(membership, id).await?;
                 self.keys()?.keep_next(&dir, key)?;
             }
+            // The old key is gone then, and a start would begin with the membership that is in the file.
+            self.behind = self.keys()?.current.is_some() && !self.is_in_file(id)?;
+            if self.behind {
+                return Ok(());
+            }
             self.keys()?.use_next(&dir)?;
             info!(key = %id, "the new cluster key is in use");
         }
@@ -63,6 +69,12 @@ impl Rotation {
             None => {}
         }
         Ok(())
+    }
+
+    /// Whether the membership in its file says that this key seals the authority. It is in force a little earlier.
+    fn is_in_file(&self, id: KeyId) -> Result<bool> {
+        let kept = StoredMembership::read(&self.parts.data).context("read the membership")?;
+        Ok(kept.and_then(|kept| kept.membership.shared.authority).is_some_and(|authority| authority.key == Some(id)))
     }
 
     /// Asks all other members, the primary first.

@@ -38,7 +38,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the rotation needs of the node.
 pub struct Parts {
-    /// The folder of certificates and keys.
+    /// The data folder.
+    pub data: PathBuf,
+    /// Its folder of certificates and keys.
     pub certificates: PathBuf,
     /// The running node.
     pub handle: Handle,
@@ -52,8 +54,16 @@ pub struct Parts {
 pub async fn run(parts: Parts) {
     let mut membership = parts.handle.membership();
     let mut status = parts.handle.status();
-    let mut rotation =
-        Rotation { parts, keys: None, stale: false, reported: None, problem: None, shown: None, waiting: None };
+    let mut rotation = Rotation {
+        parts,
+        keys: None,
+        behind: false,
+        stale: false,
+        reported: None,
+        problem: None,
+        shown: None,
+        waiting: None,
+    };
     while membership.has_changed().is_ok() {
         let now = membership.borrow_and_update().clone();
         let result = rotation.poll(&now).await;
@@ -64,7 +74,8 @@ pub async fn run(parts: Parts) {
                 ended = status.changed(), if is_busy(&now) => ended.is_ok(),
             }
         };
-        if let Ok(false) = timeout(if is_busy(&now) { PACE } else { IDLE }, changed).await {
+        let busy = is_busy(&now) || rotation.behind;
+        if let Ok(false) = timeout(if busy { PACE } else { IDLE }, changed).await {
             return;
         }
     }
@@ -78,6 +89,8 @@ struct Rotation {
     parts: Parts,
     /// What is in the folder; none before the first look at it.
     keys: Option<ClusterKeys>,
+    /// The membership in force is not in its file yet, and the key in use waits for that.
+    behind: bool,
     /// The files of certificates may be newer than what is in use.
     stale: bool,
     reported: Option<Holdings>,
