@@ -23,6 +23,7 @@ mod notifications;
 mod openapi;
 mod password;
 mod programs;
+mod recent;
 mod route;
 mod sessions;
 mod settings;
@@ -126,6 +127,8 @@ pub struct Console {
     /// What sessions count by.
     clock: clock::Clock,
     logins: logins::Logins,
+    /// Sessions that need not be read.
+    recent: recent::Recent,
     status: watch::Receiver<Arc<Status>>,
     /// None where there is no cluster to administer.
     services: Option<ConsoleServices>,
@@ -153,7 +156,20 @@ impl Console {
         let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
         let places = Semaphore::new(AT_ONCE);
         let (clock, refusals) = (clock::Clock::new(), enforce::Refusals::default());
-        Ok(Arc::new(Self { store, clock, logins, status, services, downloads, places, streams, refusals, closing }))
+        let recent = recent::Recent::default();
+        Ok(Arc::new(Self {
+            store,
+            clock,
+            logins,
+            recent,
+            status,
+            services,
+            downloads,
+            places,
+            streams,
+            refusals,
+            closing,
+        }))
     }
 
     /// Opens the database and brings the schema up to date.

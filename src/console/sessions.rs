@@ -135,7 +135,7 @@ mod tests {
     use serde_json::json;
 
     use super::{
-        super::{settings::Logon, test_console::TestConsole},
+        super::{settings::Logon, store::READERS, test_console::TestConsole},
         *,
     };
 
@@ -165,6 +165,34 @@ mod tests {
         store.write(sqlx::query("UPDATE tokens SET began = ?").bind(now - age)).await.unwrap();
         assert_eq!(renews(&test, &token).await.0, StatusCode::UNAUTHORIZED);
         assert_eq!(asks(&test, &token).await.0, StatusCode::OK, "it is refused a new token, and goes on until its end");
+    }
+
+    /// And no longer than until something changes.
+    #[tokio::test]
+    async fn a_session_that_was_read_is_known() {
+        let test = TestConsole::start().await;
+        let (token, other) = (test.login().await, test.login().await);
+        for token in [&token, &other] {
+            assert_eq!(asks(&test, token).await.0, StatusCode::OK);
+        }
+        let mut readers = Vec::new();
+        for _ in 0..READERS {
+            readers.push(test.console.store.read().await.unwrap());
+        }
+        for token in [&token, &other] {
+            let (status, answer) = asks(&test, token).await;
+            assert_eq!(status, StatusCode::OK, "it is read again: {answer}");
+        }
+        drop(readers);
+        let become_auditor = sqlx::query("UPDATE users SET role = 'auditor'");
+        test.console.store.write(become_auditor).await.unwrap();
+        assert_eq!(asks(&test, &token).await.1["role"], "auditor");
+        assert_eq!(test.call(Method::POST, "/api/v1/logout", &token, Value::Null).await.0, StatusCode::OK);
+        assert_eq!(asks(&test, &token).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(asks(&test, &other).await.0, StatusCode::OK);
+        let gone = sqlx::query("DELETE FROM users WHERE name = 'admin'");
+        test.console.store.write(gone).await.unwrap();
+        assert_eq!(asks(&test, &other).await.0, StatusCode::UNAUTHORIZED, "its session goes with a user");
     }
 
     #[tokio::test]

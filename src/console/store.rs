@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::{
-    Connection, FromRow, Sqlite, SqliteConnection, SqlitePool,
+    Connection, Execute, FromRow, Sqlite, SqliteConnection, SqlitePool,
     migrate::{Migration, MigrationType, Migrator},
     pool::PoolConnection,
     query::{Query, QueryAs, QueryScalar},
@@ -21,7 +21,9 @@ use group::{Line, Rollbacks, Turn};
 use crate::storage::database::{PrimaryDatabase, VFS_NAME};
 
 /// Readers at once; more requests than this wait for their turn.
-const READERS: u32 = 4;
+pub(super) const READERS: u32 = 4;
+/// What a statement names that changes users or sessions. Sessions end with their user.
+const LOGINS: [&str; 2] = ["users", "tokens"];
 /// How long a request waits for its turn at the database, in all.
 const TURN: Duration = Duration::from_secs(5);
 
@@ -198,6 +200,12 @@ impl Store {
         Ok(changed)
     }
 
+    /// A number that changes with users and sessions, before anybody is told that they have changed. What was read after
+    /// this was asked for is still so as long as it is the same.
+    pub fn login_revision(&self) -> u64 {
+        self.line.login_revision()
+    }
+
     /// Begins what is written as a whole or not at all. It is undone when it is dropped. Others may share the
     /// transaction: see [`group`].
     ///
@@ -234,7 +242,13 @@ impl Writing {
     ///
     /// # Errors
     /// All of them mean that nothing was written: the transaction is not committed yet.
-    pub async fn execute(&mut self, statement: Query<'_, Sqlite, SqliteArguments>) -> Result<u64, StoreError> {
+    pub async fn execute(&mut self, mut statement: Query<'_, Sqlite, SqliteArguments>) -> Result<u64, StoreError> {
+        let arguments = statement.take_arguments().map_err(sqlx::Error::Encode).map_err(StoreError::within)?;
+        let sql = statement.sql();
+        if LOGINS.iter().any(|table| sql.as_str().contains(table)) {
+            self.turn.changes_logins();
+        }
+        let statement = sqlx::query_with(sql, arguments.unwrap_or_default());
         let done = statement.execute(self.turn.connection()?).await;
         self.turn.judge(done).map(|done| done.rows_affected())
     }

@@ -11,7 +11,9 @@ use ring::{
 
 use super::{
     Console,
+    clock::Time,
     errors::ApiError,
+    recent::Found,
     settings::Logon,
     store::{StoreError, Writing},
     user::{From, Session, User, role_of},
@@ -32,18 +34,35 @@ pub(super) struct Issued {
 /// Finds the user whose session a token belongs to.
 pub(super) async fn find(console: &Console, token: &str, from: IpAddr, page: bool) -> Result<User, ApiError> {
     let digest = digest_of(token);
-    let mut reading = console.store.read().await?;
-    // Held until the session was read: they are moved together.
+    // Held while the session is looked at: they are moved together.
     let time = console.clock.hold().await;
-    let query = "SELECT users.name, users.role, tokens.began, tokens.expires FROM tokens JOIN users \
-                 ON users.name = tokens.user WHERE tokens.digest = ?";
-    let query = sqlx::query_as(query).bind(digest.clone());
-    let found: Option<(String, String, i64, i64)> =
-        query.fetch_optional(&mut *reading).await.map_err(StoreError::from)?;
-    let in_force = |(.., began, expires): &(_, _, i64, i64)| is_in_force(*began, *expires, time.now());
-    let (name, role, began, expires) = found.filter(in_force).ok_or(INVALID)?;
+    let (found, time) = match console.recent.find(&console.store, &digest) {
+        Some(found) => (Some(found), time),
+        None => {
+            drop(time);
+            read(console, &digest).await?
+        }
+    };
+    let in_force = |found: &Found| is_in_force(found.began, found.expires, time.now());
+    let Found { name, role, began, expires } = found.filter(in_force).ok_or(INVALID)?;
     let session = Session { digest, began, expires, page };
     Ok(User { role: role_of(&name, &role)?, name, from: From::Network(from), session: Some(session) })
+}
+
+/// The session with this digest, and the time when it was read.
+async fn read<'a>(console: &'a Console, digest: &[u8]) -> Result<(Option<Found>, Time<'a>), StoreError> {
+    let mut reading = console.store.read().await?;
+    let time = console.clock.hold().await;
+    let since = console.store.login_revision();
+    let query = "SELECT users.name, users.role, tokens.began, tokens.expires FROM tokens JOIN users \
+                 ON users.name = tokens.user WHERE tokens.digest = ?";
+    let query = sqlx::query_as(query).bind(digest.to_vec());
+    let found: Option<(String, String, i64, i64)> = query.fetch_optional(&mut *reading).await?;
+    let found = found.map(|(name, role, began, expires)| Found { name, role, began, expires });
+    if let Some(found) = &found {
+        console.recent.remember(since, digest.to_vec(), found.clone());
+    }
+    Ok((found, time))
 }
 
 /// Ends all sessions of a user.

@@ -76,6 +76,8 @@ struct Inner {
     open: Arc<Mutex<Option<Group>>>,
     /// Writers that wait for `open`.
     waiting: AtomicUsize,
+    /// How often transactions have ended that changed users or sessions.
+    login_revision: AtomicU64,
 }
 
 /// How often SQLite has rolled back a whole transaction on the connection. It does so by itself after some errors, and
@@ -111,6 +113,8 @@ struct Group {
     saved: bool,
     /// The last part came to nothing: what it wrote is to be undone.
     undo: bool,
+    /// Users or sessions may be changed by it.
+    changes_logins: bool,
     /// As they were at its begin.
     rollbacks: (Rollbacks, u64),
     /// What the database could not do last.
@@ -136,7 +140,13 @@ impl Drop for Place<'_> {
 
 impl Line {
     pub(super) fn new(pool: SqlitePool, rollbacks: Rollbacks) -> Self {
-        Self(Arc::new(Inner { pool, rollbacks, open: Arc::default(), waiting: AtomicUsize::new(0) }))
+        Self(Arc::new(Inner {
+            pool,
+            rollbacks,
+            open: Arc::default(),
+            waiting: AtomicUsize::new(0),
+            login_revision: AtomicU64::new(0),
+        }))
     }
 
     /// Waits for its turn, `patience` at most, and begins a part.
@@ -157,6 +167,11 @@ impl Line {
         Ok(turn)
     }
 
+    /// Changes with each transaction that changes users or sessions, before anybody is told of its end.
+    pub(super) fn login_revision(&self) -> u64 {
+        self.0.login_revision.load(Ordering::SeqCst)
+    }
+
     /// Commits what is there if nobody else is in the line who would.
     fn finish_later(&self) {
         // Without a runtime there is nobody to be told.
@@ -165,9 +180,23 @@ impl Line {
         runtime.spawn(async move {
             let open = Arc::clone(&line.0.open).lock_owned().await;
             if line.is_empty() {
-                finish(open).await;
+                line.finish(open).await;
             }
         });
+    }
+
+    /// Commits the transaction, and tells everybody who has a part in it.
+    async fn finish(&self, mut open: OwnedMutexGuard<Option<Group>>) {
+        // The line is held until the end.
+        let Some(group) = open.take() else { return };
+        let (changes_logins, outcome) = (group.changes_logins, group.outcome.clone());
+        let done = group.commit().await;
+        // Whatever has become of it: who has looked a user up before does it again.
+        if changes_logins {
+            self.0.login_revision.fetch_add(1, Ordering::SeqCst);
+        }
+        // Nobody may wait any more.
+        outcome.send_replace(Some(done));
     }
 
     /// Nobody waits for a turn.
@@ -215,6 +244,13 @@ impl Turn {
         Ok(&mut group.transaction)
     }
 
+    /// To be said before users or sessions are changed.
+    pub(super) fn changes_logins(&mut self) {
+        if let Some(group) = self.open.as_deref_mut().and_then(Option::as_mut) {
+            group.changes_logins = true;
+        }
+    }
+
     /// What the use of the connection has come to.
     ///
     /// # Errors
@@ -252,14 +288,15 @@ impl Turn {
         group.parts += 1;
         let outcome = group.outcome.subscribe();
         let full = group.parts >= PARTS || group.began.elapsed() >= COLLECTS || group.is_undone();
-        let alone = group.parts == 1;
-        if !(at_once || full || self.line.is_empty()) {
+        // Whoever waits here may go away. Then nobody else may want to know how it ends.
+        let own = group.parts == 1 && !group.changes_logins;
+        let line = self.line.clone();
+        if !(at_once || full || line.is_empty()) {
             drop(open);
-        } else if alone {
-            finish(open).await;
+        } else if own {
+            line.finish(open).await;
         } else {
-            // A task of its own: whoever waits here may go away, and the others still want to know.
-            tokio::spawn(finish(open));
+            tokio::spawn(async move { line.finish(open).await });
         }
         known(outcome).await
     }
@@ -278,7 +315,8 @@ impl Drop for Turn {
         group.undo |= self.begun;
         let over = group.is_undone() || self.line.is_empty();
         if over && let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(finish(open));
+            let line = self.line.clone();
+            runtime.spawn(async move { line.finish(open).await });
         }
     }
 }
@@ -287,8 +325,9 @@ impl Group {
     fn new(transaction: SqliteTransaction<'static>, rollbacks: Rollbacks) -> Self {
         let rollbacks = (rollbacks.clone(), rollbacks.now());
         let (outcome, _) = watch::channel(None);
-        let (parts, began, saved, undo, trouble) = (0, Instant::now(), false, false, None);
-        Self { transaction, parts, began, saved, undo, rollbacks, trouble, outcome }
+        let (parts, began, trouble) = (0, Instant::now(), None);
+        let (saved, undo, changes_logins) = (false, false, false);
+        Self { transaction, parts, began, saved, undo, changes_logins, rollbacks, trouble, outcome }
     }
 
     /// SQLite has rolled it back.
@@ -327,31 +366,20 @@ impl Group {
         Err(self.trouble.clone().unwrap_or_else(unsaid))
     }
 
+    async fn commit(mut self) -> Result<(), StoreError> {
+        // Dropped, it is rolled back.
+        self.clean().await?;
+        let begin = Instant::now();
+        self.transaction.commit().await.map_err(StoreError::commit)?;
+        metrics::histogram!(COMMIT_LATENCY).record(begin.elapsed().as_secs_f64());
+        metrics::counter!(WRITES).increment(self.parts as u64);
+        Ok(())
+    }
+
     async fn execute(&mut self, sql: &'static str) -> Result<(), StoreError> {
         let done = sqlx::query(sql).execute(&mut *self.transaction).await;
         done.map(|_| ()).map_err(|error| self.trouble.insert(unavailable(error)).clone())
     }
-}
-
-/// Commits the transaction, and tells everybody who has a part in it.
-async fn finish(mut open: OwnedMutexGuard<Option<Group>>) {
-    // The line is held until the end.
-    let Some(mut group) = open.take() else { return };
-    let done = match group.clean().await {
-        Ok(()) => {
-            let begin = Instant::now();
-            let done = group.transaction.commit().await.map_err(StoreError::commit);
-            if done.is_ok() {
-                metrics::histogram!(COMMIT_LATENCY).record(begin.elapsed().as_secs_f64());
-                metrics::counter!(WRITES).increment(group.parts as u64);
-            }
-            done
-        }
-        // Dropped, it is rolled back.
-        Err(error) => Err(error),
-    };
-    // Nobody may wait any more.
-    group.outcome.send_replace(Some(done));
 }
 
 fn unavailable(error: sqlx::Error) -> StoreError {
@@ -459,6 +487,25 @@ mod tests {
         assert_eq!(place.commits() - before, 1, "one COMMIT for all");
         place.add("e").await.unwrap().unwrap();
         assert_eq!(place.commits() - before, 2, "one that is alone has its own");
+    }
+
+    /// It goes on when nobody waits for it any more, and so does what it is remembered by.
+    #[tokio::test]
+    async fn a_change_of_logins_is_noticed_by_its_revision() {
+        let place = Place::new().await;
+        let before = place.line.login_revision();
+        place.add("other").await.unwrap().unwrap();
+        assert_eq!(place.line.login_revision(), before);
+        let mut turn = place.line.turn(PATIENCE).await.unwrap();
+        turn.changes_logins();
+        insert(&mut turn, "user").await.unwrap();
+        let mut commit = Box::pin(turn.commit());
+        assert!(poll!(commit.as_mut()).is_pending());
+        drop(commit);
+        // It has its turn when the one before has ended.
+        drop(place.line.turn(PATIENCE).await.unwrap());
+        assert_eq!(place.names().await, ["other", "user"]);
+        assert_eq!(place.line.login_revision(), before + 1);
     }
 
     #[tokio::test]
