@@ -200,8 +200,8 @@ impl Store {
         Ok(changed)
     }
 
-    /// A number that changes with users and sessions, before anybody is told that they have changed. What was read after
-    /// this was asked for is still so as long as it is the same.
+    /// A number that changes with users and sessions, before anybody is told that they have changed. What was read
+    /// after this was asked for is still so as long as it is the same.
     pub fn login_revision(&self) -> u64 {
         self.line.login_revision()
     }
