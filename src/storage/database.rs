@@ -438,7 +438,8 @@ impl Database {
     /// # Errors
     /// [`DatabaseError::Refused`] when it is empty or open already, [`DatabaseError::Diverged`] when it differs from
     /// the primary's, [`DatabaseError::Failed`] after an earlier failure, [`DatabaseError::Io`] or
-    /// [`DatabaseError::Sqlite`] when it cannot be opened. It still follows then.
+    /// [`DatabaseError::Sqlite`] when it cannot be opened. It follows then, from its last checkpoint if need be; if not
+    /// even that can be read, it [is closed](Database::is_closed).
     pub fn promote(
         &mut self,
         epoch: u64,
@@ -447,20 +448,19 @@ impl Database {
         if let Some(failed) = &self.failed {
             return Err(DatabaseError::Failed(failed.clone()));
         }
+        self.verify()?;
         let State::Following(replica) = &mut self.state else {
             return Err(DatabaseError::Refused("the database is open for writing already"));
         };
         if replica.table.pages() == 0 {
             return Err(DatabaseError::Refused("the database is empty: its first entry has not been applied"));
         }
-        let (expected, computed) = (replica.claim, replica.table.checksum());
-        if expected != computed {
-            return Err(DatabaseError::Diverged { index: replica.applied, expected, computed });
-        }
         replica.trim().map_err(|source| io_error("resize", &self.path, source))?;
         remove_cache(&self.path)?;
         let applied = replica.applied;
         let table = std::mem::replace(&mut replica.table, PageTable::empty(0));
+        // If opening fails, and going back to the checkpoint too, nothing of this may be taken for an empty database.
+        self.state = State::Closed { touched: applied };
         let gate = Arc::new(Gate::new(GateConfig {
             path: self.path.clone(),
             database: self.id,
@@ -480,7 +480,7 @@ impl Database {
             }
             Err(error) => {
                 vfs::forget(&gate);
-                self.fall_back(applied, &|| true)?;
+                self.reopen(&|| true)?;
                 Err(error.into())
             }
         }
@@ -613,6 +613,42 @@ fn remove_cache(path: &Path) -> Result<(), DatabaseError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::ReplicateError;
+
+    struct Nothing;
+
+    impl EntrySource for Nothing {
+        fn for_each(&self, _: u64, _: u64, _: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Replicator for Nothing {
+        fn replicate(&self, _: Vec<u8>, _: bool) -> Result<u64, ReplicateError> {
+            Err(ReplicateError::Refused("nobody is there".to_owned()))
+        }
+    }
+
+    #[test]
+    fn a_database_that_cannot_be_opened_nor_read_again_does_not_pass_for_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut database = Database::open(folder.path(), CONSOLE_DATABASE, 0).unwrap();
+        let parts = initial_transaction(CONSOLE_DATABASE, 4096).unwrap();
+        database.apply(2, 1, &parts[0], &Nothing).unwrap();
+        database.checkpoint().unwrap();
+        let good = std::mem::replace(&mut database.file, Arc::new(File::options().write(true).open("/dev/null").unwrap()));
+        // SQLite does not find the file, and what goes back to the checkpoint cannot read it.
+        fs::rename(database.path(), folder.path().join("elsewhere")).unwrap();
+        assert!(database.promote(2, Arc::new(Nothing)).is_err());
+        assert!(database.is_closed() && !database.is_empty());
+        assert_eq!((database.applied(), database.checkpointed()), (2, 2));
+        let (_, saving) = database.begin_checkpoint().unwrap();
+        assert!(saving.is_none());
+        database.file = good;
+        database.reopen(&|| true).unwrap();
+        database.verify().unwrap();
+        assert!(!database.is_closed() && !database.is_empty());
+    }
 
     #[test]
     fn the_parts_may_go_to_other_threads() {

@@ -312,6 +312,8 @@ impl Thread {
                 self.report(DatabaseEvent::Promoted { epoch, databases });
             }
             Err(error @ DatabaseError::Diverged { .. }) => self.mark_diverged(error.to_string()),
+            // Not even its checkpoint can be read: only another start can.
+            Err(error) if self.databases.is_closed() => self.fatal(format!("open the database for writing: {error}")),
             Err(error) => {
                 self.refused = epoch;
                 self.report(DatabaseEvent::Failed { epoch, why: format!("open the database for writing: {error}") });
