@@ -78,10 +78,7 @@ pub enum LogError {
     Full { path: PathBuf, needed: u64 },
     #[error("cannot {verb} {}: {error}", path.display())]
     Io { verb: &'static str, path: PathBuf, error: io::Error },
-    #[error(
-        "{} is damaged at offset {offset}: {reason}; this node's log must not be used any more: replace the member",
-        path.display()
-    )]
+    #[error("{} is damaged at offset {offset}: {reason}", path.display())]
     Damaged { path: PathBuf, offset: u64, reason: String },
     /// There is no log, and none may be created: it was lost. Nothing was written.
     #[error("the raft log in {} is gone", path.display())]

@@ -59,6 +59,7 @@ fn an_entry_that_has_changed_since_the_start_is_refused_with_its_place() {
     let text = format!("{:#}", anyhow::Error::from(error).context("look"));
     assert!(text.starts_with(&format!("look: {} is damaged at offset ", path.display())), "{text}");
     assert_eq!(text.matches("entry 2 cannot be read back").count(), 1, "{text}");
+    assert!(text.ends_with("cannot be read back"), "nobody has to do anything: {text}");
 }
 
 /// A disk on which no new file can be made while the flag is set.
