@@ -9,16 +9,16 @@
 
 use std::{
     fs::{self, File},
-    io::{self, ErrorKind, Write},
+    io::{self, ErrorKind},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use super::watch::{Act, Place, run};
-use crate::{
-    descriptors,
-    little_endian::{u32_at, u64_at},
+use super::{
+    replace_file,
+    watch::{Act, Place, run},
 };
+use crate::little_endian::{u32_at, u64_at};
 
 const MAGIC: &[u8; 8] = b"TLCKPT01";
 const SIZE: usize = 48;
@@ -87,14 +87,7 @@ impl Record {
     /// # Errors
     /// When the disk fails or is full. The old record is in place then, or the new one.
     pub fn write(&self, path: &Path, database: u32) -> io::Result<()> {
-        let fresh = path.with_extension("checkpoint-new");
-        run(Place::Checkpoint, Act::Write, || {
-            let mut file = descriptors::open(|| File::create(&fresh))?;
-            file.write_all(&self.encode(database))?;
-            file.sync_all()?;
-            fs::rename(&fresh, path)?;
-            sync_folder(path)
-        })
+        replace_file(Place::Checkpoint, path, &self.encode(database))
     }
 }
 
@@ -125,12 +118,6 @@ impl Saving {
         let written = if synced.is_ok() { self.record.write(&self.path, self.database) } else { Ok(()) };
         Saved { database: self.database, record: self.record, synced, written }
     }
-}
-
-/// Makes creations, renames and removals next to `path` durable.
-pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = path.parent().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "a path without a folder"))?;
-    descriptors::open(|| File::open(folder))?.sync_all()
 }
 
 #[cfg(test)]

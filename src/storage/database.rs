@@ -23,12 +23,12 @@ use super::transaction::{CONSOLE_DATABASE, Commit, PagesBuilder};
 use super::{
     EntrySource, Replicator,
     capture::FULL,
-    checkpoint::{Record, sync_folder},
+    checkpoint::Record,
     checksum::PageTable,
-    clear_away,
+    clear_away, fsync_dir,
     gate::{Gate, GateConfig},
-    is_rot,
-    replica::{Replica, is_full},
+    is_full, is_rot,
+    replica::Replica,
     scrub::page_checksums,
     snapshot::CheckpointHold,
     vfs::{self, Checkpointer, SqliteError},
@@ -585,7 +585,7 @@ fn open_file(path: &Path) -> Result<Arc<File>, DatabaseError> {
     let mut options = File::options();
     let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
     let file = file.map_err(|source| io_error("open", path, source))?;
-    sync_folder(path).map_err(|source| io_error("sync the folder of", path, source))?;
+    path.parent().map_or(Ok(()), fsync_dir).map_err(|source| io_error("sync the folder of", path, source))?;
     Ok(Arc::new(file))
 }
 

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{checked, durable_write};
+use super::{checked, durable_write, replace_file, watch::Place};
 use crate::cluster::{Membership, limits::MAX_ENCODED};
 
 /// Name of the file in the data folder.
@@ -63,7 +63,7 @@ impl StoredMembership {
         let membership: Value = serde_json::from_slice(&self.membership.encode())?;
         let file = serde_json::json!({ "format": FORMAT, "index": self.index, "membership": membership });
         let bytes = checked::encode(file)?;
-        durable_write(&data.join(FILE), &bytes)?;
+        replace_file(Place::Membership, &data.join(FILE), &bytes)?;
         durable_write(&data.join(COPY), &bytes)
     }
 }

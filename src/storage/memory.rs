@@ -141,9 +141,9 @@ pub fn note_forgotten(data: &Path, cluster: ClusterId, reason: &str) -> io::Resu
 /// When the disk fails or is full. Then it is still one that forgot.
 pub fn begun_again(data: &Path, memory: &Memory) -> io::Result<()> {
     memory.write(data)?;
-    delete(fs::remove_file(data.join(FORGOTTEN)))?;
+    clear_away(&data.join(FORGOTTEN))?;
     fsync_dir(data)?;
-    delete(fs::remove_dir_all(data.join(SCRATCH)))
+    clear_away(&data.join(SCRATCH))
 }
 
 /// Lets the next start begin a raft log. Whoever makes a data folder says so, and nobody else.
@@ -176,7 +176,7 @@ pub fn note_log(data: &Path) -> io::Result<()> {
 /// When the disk fails.
 pub fn forbid_new_log(data: &Path) -> io::Result<()> {
     if may_begin_log(data) {
-        delete(fs::remove_file(data.join(NO_LOG)))?;
+        clear_away(&data.join(NO_LOG))?;
         fsync_dir(data)?;
     }
     Ok(())
@@ -287,13 +287,6 @@ fn files(folder: &Path) -> io::Result<Vec<(PathBuf, OsString)>> {
         }
     }
     Ok(files)
-}
-
-fn delete(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

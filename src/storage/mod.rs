@@ -42,7 +42,6 @@ use crate::{
     cluster::{ClusterId, Membership, NodeId},
     descriptors,
 };
-pub use replica::is_full;
 use watch::{Act, Place};
 
 /// Version of `identity.json` that this program writes.
@@ -293,6 +292,11 @@ pub fn make_private_dir(path: &Path) -> io::Result<()> {
 /// # Errors
 /// When the disk fails or is full. The old content is in place then, or the new one.
 pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace_file(Place::Small, path, bytes)
+}
+
+/// [`durable_write`], seen by the watch as a write to this place.
+fn replace_file(place: Place, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a path of a file"));
     };
@@ -311,7 +315,6 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
         fs::rename(&temporary, path)?;
         fsync_dir(parent)
     };
-    let place = if name == membership::FILE { Place::Membership } else { Place::Small };
     watch::run(place, Act::Write, write).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })
@@ -350,6 +353,11 @@ pub fn is_rot(error: &io::Error) -> bool {
             error.raw_os_error().map(Errno::from_raw),
             Some(Errno::EIO | Errno::EBADMSG | Errno::EUCLEAN | Errno::ELOOP)
         )
+}
+
+/// True for an error that says that the disk, or the quota of this user, has no space left.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Why a captured transaction did not get a majority.

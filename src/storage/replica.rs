@@ -13,6 +13,7 @@ use super::{
     EntrySource,
     checkpoint::Record,
     checksum::{PageTable, page_checksum},
+    is_full,
     online_copy::Tracking,
     watch::{Act, Place, run},
 };
@@ -54,11 +55,6 @@ impl ApplyError {
     pub fn is_full(&self) -> bool {
         matches!(self, Self::Io { error, .. } if is_full(error))
     }
-}
-
-/// True for an error that says that there is no space.
-pub fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// A transaction of which the last part has not come yet.

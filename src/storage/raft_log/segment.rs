@@ -24,6 +24,7 @@ use super::{
 use crate::{
     cluster::ClusterId,
     little_endian::{u32_at, u64_at},
+    storage::is_full,
 };
 
 /// Offset of the first record: the header's page is never written again.
@@ -172,12 +173,10 @@ impl Files {
             Err(error) => {
                 // The next attempt empties the file anyway; this gives its space back to others meanwhile.
                 let _ = self.disk.remove(&path);
-                match error.kind() {
-                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                        Err(LogError::Full { path: self.dir.clone(), needed: self.size as u64 })
-                    }
-                    _ => Err(LogError::io("fill", &path)(error)),
+                if is_full(&error) {
+                    return Err(LogError::Full { path: self.dir.clone(), needed: self.size as u64 });
                 }
+                Err(LogError::io("fill", &path)(error))
             }
         }
     }

@@ -23,7 +23,7 @@ use std::{
 
 use raft::eraftpb::{Entry, EntryType};
 
-use super::{durable_write, fsync_dir, make_private_dir, raft_log::RetainedTail};
+use super::{clear_away, durable_write, fsync_dir, make_private_dir, raft_log::RetainedTail};
 use crate::{
     cluster::{ClusterId, NodeId},
     descriptors,
@@ -191,10 +191,7 @@ fn prune(folder: &Path) -> io::Result<Vec<PathBuf>> {
     tails.truncate(tails.len().saturating_sub(MAX_FILES));
     for tail in &tails {
         fs::remove_file(tail)?;
-        match fs::remove_file(tail.with_extension("txt")) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        clear_away(&tail.with_extension("txt"))?;
     }
     Ok(tails)
 }
