@@ -14,8 +14,8 @@ use crc_fast::{CrcAlgorithm, Digest};
 
 use super::watch::{Act, Place, run};
 
-/// Bytes read at once when a whole file is checksummed; a multiple of every page size.
-const CHUNK: usize = 1 << 20;
+/// Bytes of a database that are read, and travel, together; a multiple of every page size.
+pub const CHUNK: usize = 1 << 20;
 
 /// The checksum of one page.
 pub fn page_checksum(number: u32, image: &[u8]) -> u64 {
@@ -57,16 +57,14 @@ impl PageTable {
     /// When the file cannot be read. [`ErrorKind::Interrupted`] as soon as `go_on` is false.
     pub fn read(file: &File, page_size: u32, pages: u32, go_on: &dyn Fn() -> bool) -> io::Result<Self> {
         let mut table = Self { page_size, pages: Vec::with_capacity(pages as usize), total: 0 };
-        let mut chunk = vec![0; CHUNK];
+        let mut chunk = Vec::new();
         let mut number = 0;
         while number < pages {
             if !go_on() {
                 return Err(ErrorKind::Interrupted.into());
             }
-            let count = (pages - number).min((CHUNK / page_size as usize) as u32);
-            let bytes = &mut chunk[..count as usize * page_size as usize];
-            read_or_zero(file, bytes, u64::from(number) * u64::from(page_size))?;
-            for image in bytes.chunks_exact(page_size as usize) {
+            read_chunk(file, page_size, pages, number, &mut chunk)?;
+            for image in chunk.chunks_exact(page_size as usize) {
                 number += 1;
                 table.push(page_checksum(number, image));
             }
@@ -161,16 +159,29 @@ impl PageTable {
     }
 }
 
-/// Reads like `read_exact_at`, but fills with zeros what lies beyond the end of the file.
-pub(super) fn read_or_zero(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match run(Place::Database, Act::Read, || file.read_at(bytes, offset)) {
+/// Reads the next pages of a database of `pages` pages after page `done`: at most [`CHUNK`] bytes, none at the end.
+///
+/// # Errors
+/// When the file cannot be read.
+pub(super) fn read_chunk(file: &File, page_size: u32, pages: u32, done: u32, bytes: &mut Vec<u8>) -> io::Result<()> {
+    read_pages(file, page_size, done, (pages - done).min(CHUNK as u32 / page_size), bytes)
+}
+
+/// Reads `count` pages after page `done`. What lies beyond the end of the file counts as zeros.
+///
+/// # Errors
+/// When the file cannot be read.
+pub(super) fn read_pages(file: &File, page_size: u32, done: u32, count: u32, bytes: &mut Vec<u8>) -> io::Result<()> {
+    bytes.resize(count as usize * page_size as usize, 0);
+    let (mut rest, mut offset) = (bytes.as_mut_slice(), u64::from(done) * u64::from(page_size));
+    while !rest.is_empty() {
+        match run(Place::Database, Act::Read, || file.read_at(rest, offset)) {
             Ok(0) => {
-                bytes.fill(0);
+                rest.fill(0);
                 return Ok(());
             }
             Ok(n) => {
-                bytes = &mut bytes[n..];
+                rest = &mut rest[n..];
                 offset += n as u64;
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}

@@ -20,8 +20,8 @@ use crate::mutex::locked;
 
 use super::{
     checkpoint::Record,
-    checksum::read_or_zero,
-    snapshot::{CHUNK, chunk_checksum},
+    checksum::{read_chunk, read_pages},
+    snapshot::chunk_checksum,
 };
 
 /// Bytes that the database thread reads itself at the end of a copy: about a millisecond.
@@ -97,8 +97,8 @@ impl Tracking {
             return Err(CopyError::Changed(numbers.len()));
         }
         let page = |number: u32| {
-            let mut image = vec![0; record.page_size as usize];
-            read_or_zero(file, &mut image, u64::from(number - 1) * u64::from(record.page_size))?;
+            let mut image = Vec::new();
+            read_pages(file, record.page_size, number - 1, 1, &mut image)?;
             Ok((number, image))
         };
         let pages = numbers.into_iter().map(page).collect::<io::Result<_>>();
@@ -159,16 +159,14 @@ impl OnlineCopy {
         Err(io::Error::new(io::ErrorKind::Interrupted, "the role of this node changes, or its database is begun again"))
     }
 
-    /// Reads the next pages behind page `done`, at most [`CHUNK`] bytes, none at the end.
+    /// Reads the next pages behind page `done`, at most [`CHUNK`](super::checksum::CHUNK) bytes, none at the end.
     ///
     /// # Errors
     /// When the file cannot be read. [`io::ErrorKind::Interrupted`] once the database does not follow any more: begin
     /// another copy.
     pub fn read(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<()> {
         self.check()?;
-        let count = (self.pages - done).min(CHUNK as u32 / self.page_size);
-        bytes.resize(count as usize * self.page_size as usize, 0);
-        read_or_zero(&self.file, bytes, u64::from(done) * u64::from(self.page_size))
+        read_chunk(&self.file, self.page_size, self.pages, done, bytes)
     }
 
     /// The pages that were written since they were read; they must be read again, and are noted again if they are
@@ -184,8 +182,7 @@ impl OnlineCopy {
     /// another copy.
     pub fn read_page(&self, number: u32, image: &mut Vec<u8>) -> io::Result<()> {
         self.check()?;
-        image.resize(self.page_size as usize, 0);
-        read_or_zero(&self.file, image, u64::from(number - 1) * u64::from(self.page_size))
+        read_pages(&self.file, self.page_size, number - 1, 1, image)
     }
 }
 
@@ -203,12 +200,10 @@ impl Drop for Tracking {
 pub fn checksum(file: &File, record: &Record, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<u64> {
     let (mut done, mut sum, mut bytes) = (0, 0, Vec::new());
     while done < record.pages {
-        let count = (record.pages - done).min(CHUNK as u32 / record.page_size);
-        bytes.resize(count as usize * record.page_size as usize, 0);
-        read_or_zero(file, &mut bytes, u64::from(done) * u64::from(record.page_size))?;
+        read_chunk(file, record.page_size, record.pages, done, &mut bytes)?;
         sum ^= chunk_checksum(done, record.page_size, &bytes);
         each(&bytes)?;
-        done += count;
+        done += bytes.len() as u32 / record.page_size;
     }
     Ok(sum)
 }

@@ -4,7 +4,7 @@ use std::{fs::File, io};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
-use super::checksum::{page_checksum, read_or_zero};
+use super::checksum::{page_checksum, read_pages};
 
 /// Lets the kernel forget these pages, so that they come from the disk when they are read next. What is not written to
 /// the disk yet stays.
@@ -19,8 +19,8 @@ pub fn drop_cache(file: &File, page_size: u32, done: u32, count: u32) {
 /// # Errors
 /// When the file cannot be read.
 pub fn page_checksums(file: &File, page_size: u32, done: u32, count: u32) -> io::Result<Vec<u64>> {
-    let mut bytes = vec![0; count as usize * page_size as usize];
-    read_or_zero(file, &mut bytes, u64::from(done) * u64::from(page_size))?;
+    let mut bytes = Vec::new();
+    read_pages(file, page_size, done, count, &mut bytes)?;
     let pages = bytes.chunks_exact(page_size as usize);
     Ok((done + 1..).zip(pages).map(|(number, image)| page_checksum(number, image)).collect())
 }

@@ -32,9 +32,10 @@ pub use self::{
     incoming::Incoming,
     install::{Ready, discard},
 };
+pub use super::checksum::CHUNK;
 use super::{
     checkpoint::Record,
-    checksum::{page_checksum, read_or_zero},
+    checksum::{page_checksum, read_chunk},
     scrub::drop_cache,
     transaction::valid_page_size,
 };
@@ -47,8 +48,6 @@ const READY: &str = "snapshot.ready";
 /// Names inside of these folders.
 const DATABASE: &str = "console.db";
 const MANIFEST: &str = "manifest.json";
-/// Bytes of the database that travel together; a multiple of every page size.
-pub const CHUNK: usize = 1 << 20;
 /// Largest encoded manifest, in bytes.
 pub const MAX_MANIFEST: usize = 4 * MAX_ENCODED;
 /// The key that unseals the certificate authority's, below the data folder: only members have it.
@@ -292,9 +291,7 @@ impl Resting {
     /// When the file cannot be read. `Interrupted` once the hold is broken: what was read is of no use.
     pub fn read(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<u64> {
         let Record { page_size, pages, .. } = self.record;
-        let count = (pages - done).min(CHUNK as u32 / page_size);
-        bytes.resize(count as usize * page_size as usize, 0);
-        read_or_zero(&self.file, bytes, u64::from(done) * u64::from(page_size))?;
+        read_chunk(&self.file, page_size, pages, done, bytes)?;
         // After the read: a checkpoint breaks the hold before it writes.
         if self.is_broken() {
             return Err(io::Error::new(io::ErrorKind::Interrupted, "a checkpoint was due, or the role is gone"));
