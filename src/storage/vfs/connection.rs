@@ -4,6 +4,7 @@
 use std::{
     ffi::{CStr, CString, c_int},
     os::unix::ffi::OsStrExt,
+    path::Path,
     ptr, slice,
 };
 
@@ -16,6 +17,18 @@ use crate::storage::gate::Gate;
 const RESTART_PATIENCE: c_int = 20;
 /// `application_id` of our databases: "TwHA".
 const APPLICATION_ID: u32 = 0x5477_4841;
+
+/// A path as SQLite takes it.
+///
+/// # Errors
+/// `SQLITE_CANTOPEN` for a path with a NUL byte.
+pub(super) fn c_path(path: &Path) -> Result<CString, SqliteError> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| SqliteError {
+        what: "open the database",
+        message: "its path contains a NUL byte".into(),
+        code: sqlite::SQLITE_CANTOPEN,
+    })
+}
 
 /// A raw connection.
 pub(super) struct Connection(*mut sqlite::sqlite3);
@@ -69,12 +82,7 @@ pub(in crate::storage) struct Checkpointer(Connection);
 impl Checkpointer {
     /// Opens the gate's database. The gate must be admitted.
     pub(in crate::storage) fn open(gate: &Gate) -> Result<Self, SqliteError> {
-        let name = CString::new(gate.path().as_os_str().as_bytes()).map_err(|_| SqliteError {
-            what: "open the database",
-            message: "its path contains a NUL byte".into(),
-            code: sqlite::SQLITE_CANTOPEN,
-        })?;
-        let connection = Connection::open(&name, sqlite::SQLITE_OPEN_READWRITE, Some(VFS_NAME_C))?;
+        let connection = Connection::open(&c_path(gate.path())?, sqlite::SQLITE_OPEN_READWRITE, Some(VFS_NAME_C))?;
         // SAFETY: the file control takes no argument.
         let code = unsafe {
             sqlite::sqlite3_file_control(connection.0, c"main".as_ptr(), FCNTL_CHECKPOINTER, ptr::null_mut())

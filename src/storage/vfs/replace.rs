@@ -2,29 +2,20 @@
 //! backup between two connections, of which the target goes through our VFS, so that its commit waits for a majority
 //! like any other. Must never run while anybody else writes.
 
-use std::{
-    ffi::{CString, c_int},
-    os::unix::ffi::OsStrExt,
-    path::Path,
-};
+use std::{ffi::c_int, path::Path};
 
 use libsqlite3_sys as sqlite;
 
-use super::{SqliteError, VFS_NAME_C, connection::Connection};
+use super::{
+    SqliteError, VFS_NAME_C,
+    connection::{Connection, c_path},
+};
 use crate::storage::gate::Gate;
 
 /// Pages between two looks at whether to go on.
 const STEP: c_int = 256;
 /// How long to wait for a checkpoint that holds the write lock, in milliseconds.
 const PATIENCE: c_int = 2_000;
-
-fn c_path(path: &Path) -> Result<CString, SqliteError> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|_| SqliteError {
-        what: "open the database",
-        message: "its path contains a NUL byte".into(),
-        code: sqlite::SQLITE_CANTOPEN,
-    })
-}
 
 /// Replaces the content of the gate's database. `go_on` is told pages done and in all, and ends the work by false;
 /// nothing has changed then.
