@@ -25,7 +25,7 @@ use super::{
     capture::FULL,
     checkpoint::Record,
     checksum::PageTable,
-    clear_away, fsync_dir,
+    clear_away, folder_of, fsync_dir,
     gate::{Gate, GateConfig},
     is_full, is_rot,
     replica::Replica,
@@ -585,7 +585,7 @@ fn open_file(path: &Path) -> Result<Arc<File>, DatabaseError> {
     let mut options = File::options();
     let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
     let file = file.map_err(|source| io_error("open", path, source))?;
-    path.parent().map_or(Ok(()), fsync_dir).map_err(|source| io_error("sync the folder of", path, source))?;
+    fsync_dir(folder_of(path)).map_err(|source| io_error("sync the folder of", path, source))?;
     Ok(Arc::new(file))
 }
 

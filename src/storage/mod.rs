@@ -280,11 +280,18 @@ pub fn make_private_dir(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => fsync_dir(parent),
-        _ => fsync_dir(Path::new(".")),
+    let parent = folder_of(path);
+    // Each of them is a name in the one above it, which is to be synced.
+    if !parent.exists() {
+        make_private_dir(parent)?;
     }
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    fsync_dir(parent)
+}
+
+/// The folder that a path is in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Replaces the content of a small file so that a crash leaves either the old or the new one. Mode 0600.
@@ -297,10 +304,10 @@ pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// [`durable_write`], seen by the watch as a write to this place.
 fn replace_file(place: Place, path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+    let Some(name) = path.file_name() else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a path of a file"));
     };
-    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let parent = folder_of(path);
     let mut temporary = name.to_owned();
     temporary.push(".new");
     let temporary = parent.join(temporary);
@@ -430,7 +437,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a/b");
         let first = DataDir::open(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        for made in [&path, &root.path().join("a")] {
+            assert_eq!(fs::metadata(made).unwrap().permissions().mode() & 0o777, 0o700);
+        }
         let error = DataDir::open(&path).unwrap_err().to_string();
         assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
         drop(first);

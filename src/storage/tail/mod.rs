@@ -23,7 +23,7 @@ use std::{
 
 use raft::eraftpb::{Entry, EntryType};
 
-use super::{clear_away, durable_write, fsync_dir, make_private_dir, raft_log::RetainedTail};
+use super::{clear_away, durable_write, folder_of, fsync_dir, make_private_dir, raft_log::RetainedTail};
 use crate::{
     cluster::{ClusterId, NodeId},
     descriptors,
@@ -167,7 +167,7 @@ impl Draft {
     /// When the disk fails or is full. The `.tail` itself may be there then.
     pub fn finish(self, database: Option<&File>) -> io::Result<(Kept, Vec<PathBuf>)> {
         self.file.sync_all()?;
-        let folder = self.path.parent().unwrap_or(Path::new("."));
+        let folder = folder_of(&self.path);
         fsync_dir(folder)?;
         let text = self.summary.render(&self.header, &self.path, self.kept, database);
         durable_write(&self.path.with_extension("txt"), text.as_bytes())?;
