@@ -58,7 +58,7 @@ export function open(root) {
       element.reset();
     },
     field('Host names and addresses, one a line', 'names', {
-      element: 'textarea', rows: 6, spellcheck: 'false', class: 'mono', text: (state.names ?? []).join('\n'),
+      element: 'textarea', rows: 6, spellcheck: 'false', class: 'mono', text: state.names.join('\n'),
     }),
   );
   const uploading = () => form(
@@ -97,7 +97,8 @@ export function open(root) {
         'Every member signs a certificate for its Console by itself, with the authority of the cluster.',
         card('In use', {}, table('Certificates', COLUMNS, state.served.map(row), empty)),
         h('div', { class: 'columns' },
-          card('Names of the Console', {}, naming()),
+          // Not before they are known: saving an empty list would take all names away.
+          state.names && card('Names of the Console', {}, naming()),
           card('A certificate of your own', {}, custom, uploading())),
       ),
     );
