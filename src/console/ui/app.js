@@ -146,8 +146,10 @@ function followAge() {
 }
 
 async function enter() {
-  user = await whoIs();
+  const who = await whoIs();
   const system = await get('/settings/system');
+  // Only now: a page without its settings would be half of one.
+  user = who;
   version ??= system.version;
   statusPort = system.statusPort ?? null;
   clustered = system.haEnabled !== false;

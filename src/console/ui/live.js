@@ -35,7 +35,7 @@ export const live = {
   lostAt: 0,
   // Whether the former PRIMARY said goodbye, as at a switchover.
   farewell: false,
-  // The last change of the PRIMARY that this page has lived through: { from, to, ms }.
+  // The last interruption that this page has seen: { from, to, ms, changed }. `changed` is false if the same PRIMARY came back.
   takeover: null,
   // Transactions behind by member id, oldest first.
   lags: new Map(),
@@ -101,8 +101,8 @@ function take(status) {
   for (const id of live.lags.keys()) if (!known.has(id)) live.lags.delete(id);
 }
 
-export function nameOf(status, id) {
-  return status?.members.find((member) => member.id === id)?.name;
+function nameOf(status, id) {
+  return status.members.find((member) => member.id === id)?.name;
 }
 
 // Reads events from a response; returns the reason of its end, or nothing if it broke off.
@@ -163,7 +163,7 @@ function found(before, status) {
   const changed = before && before.primary !== status.primary;
   // If the same one was away for a moment, that is no news.
   const news = before && (changed || ms > BRIEF);
-  live.takeover = news && { from: nameOf(before, before.primary), to: status.name, ms, changed, planned: live.farewell };
+  live.takeover = news && { from: nameOf(before, before.primary), to: status.name, ms, changed };
   live.farewell = false;
   take(status);
   enter('live');

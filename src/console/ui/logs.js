@@ -85,7 +85,7 @@ export function consoleLog(root) {
   async function load() {
     try {
       const lines = await get(`/logs/console?lines=${LINES}`);
-      text = lines.map((line) => `${time((line.timeMs ?? line.time_ms) / 1000)} ${line.level.padEnd(5)} ${line.text}`).join('\n');
+      text = lines.map((line) => `${time(line.time_ms / 1000)} ${line.level.padEnd(5)} ${line.text}`).join('\n');
     } catch (error) {
       text = error.message;
     }

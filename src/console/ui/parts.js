@@ -107,18 +107,23 @@ export function card(title, attributes, ...children) {
   );
 }
 
-// Copies a text; says so where it was asked for.
+// Copies a text, and says so on the button, or why it could not be copied.
 export function copyButton(text, label = 'Copy') {
-  const done = async (event) => {
+  const copy = async (event) => {
     const element = event.currentTarget;
-    await navigator.clipboard.writeText(text);
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      toast('The browser does not let this page copy. Select the text and copy it by hand.', 'bad');
+      return;
+    }
     element.textContent = 'Copied';
     announce('Copied to the clipboard');
     setTimeout(() => {
       element.textContent = label;
     }, 2000);
   };
-  return button(label, done, { class: 'button copy' });
+  return button(label, copy, { class: 'button copy' });
 }
 
 // A modal dialog around what `body(close)` returns. Resolves with what `close` is given, or undefined if it was left.

@@ -8,8 +8,6 @@ import { ROLES, nothing } from './words.js';
 
 const COLUMNS = [['User'], ['Role'], ['Since'], ['', 'action-column']];
 
-const nameOf = (user) => user.username ?? user.name;
-
 function roleField(selected) {
   return field('Role', 'role', { options: Object.entries(ROLES).map(([role, word]) => [role, word, role === selected]) });
 }
@@ -20,27 +18,27 @@ function change(user, reload) {
     field('New password', 'password', { type: 'password', autocomplete: 'new-password', hint: 'Empty: it stays as it is.' }),
     h('p', { class: 'quiet' }, 'The sessions of this user end.'),
   ];
-  return confirm(`Change ${nameOf(user)}`, content, 'Change', async ({ role, password }) => {
-    await put('/users', { username: nameOf(user), role, ...(password ? { password } : {}) });
+  return confirm(`Change ${user.username}`, content, 'Change', async ({ role, password }) => {
+    await put('/users', { username: user.username, role, ...(password ? { password } : {}) });
     await reload();
   });
 }
 
 function drop(user, reload) {
   const content = h('p', {}, 'This user can no longer log in, and all sessions end at once.');
-  return confirm(`Delete ${nameOf(user)}?`, content, 'Delete', async () => {
-    await remove(`/users/${part(nameOf(user))}`);
+  return confirm(`Delete ${user.username}?`, content, 'Delete', async () => {
+    await remove(`/users/${part(user.username)}`);
     await reload();
   }, { kind: 'danger' });
 }
 
 function row(user, me, reload) {
-  const own = nameOf(user) === me;
-  const named = (text) => `${text} ${nameOf(user)}`;
+  const own = user.username === me;
+  const named = (text) => `${text} ${user.username}`;
   return {
-    key: nameOf(user),
+    key: user.username,
     cells: [
-      [h('strong', {}, nameOf(user)), own && h('span', { class: 'quiet' }, ' you')],
+      [h('strong', {}, user.username), own && h('span', { class: 'quiet' }, ' you')],
       ROLES[user.role] ?? user.role,
       user.created ? when(user.created) : '–',
       h('div', { class: 'actions' },

@@ -105,11 +105,5 @@ export function tolerance(status, now) {
   const pause = status.membership.pause;
   const paused = Boolean(pause && pause.until > now);
   const spare = Math.max(0, up.length - majority);
-  return {
-    spare,
-    paused,
-    complete: status.members.length >= sizeOf(status).least,
-    up: up.length,
-    survives: paused ? 0 : spare,
-  };
+  return { paused, complete: status.members.length >= sizeOf(status).least, survives: paused ? 0 : spare };
 }
