@@ -21,16 +21,17 @@ function difference(value) {
   return lines.length > 0 && h('div', { class: 'difference' }, lines);
 }
 
-function row(audit, at) {
-  const failed = audit.ok === false;
+function row(audit) {
+  // What was begun and has not ended yet is not ok, and has not failed.
+  const outcome = audit.ok ? null : audit.outcome ?? 'failed';
   return {
-    key: `audit-${audit.id ?? at}`,
-    kind: failed ? 'row-down' : null,
+    key: `audit-${audit.id}`,
+    kind: outcome && outcome !== 'begun' ? 'row-down' : null,
     cells: [
       when(audit.time),
       audit.user,
       h('span', { class: 'mono' }, audit.source),
-      [`${audit.action} ${audit.what}`, failed && h('strong', {}, ' failed')],
+      [`${audit.action} ${audit.what}`, outcome && h('strong', {}, ` ${outcome}`)],
       difference(audit.difference),
     ],
   };
