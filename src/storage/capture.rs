@@ -1,23 +1,23 @@
-//! The first half of the [gate](super::gate): sees what SQLite writes to the `-wal` file in one transaction, keeps the
-//! header back that would commit it, and gives out its pages. Knows files and offsets. Must never know who is primary,
-//! nor what becomes of the pages.
+//! The first half of the [gate](super::gate): sees what SQLite writes to the `-wal` file in one transaction, holds back
+//! the header that would commit it, and hands out its pages. Knows files and offsets. Must never know who is primary,
+//! or what happens to the pages.
 
 use super::wal::{FRAME_HEADER, PendingCommit, Step, Tracker, Violation, WAL_HEADER};
 
-/// SQLite's result codes, as the real file gave them.
+/// One of SQLite's result codes, as the real file returned it.
 pub(super) type Code = i32;
-/// SQLITE_FULL: the disk has no space.
+/// `SQLITE_FULL`: the disk has no space.
 pub(super) const FULL: Code = 13;
 
 /// The `-wal` file below the shim.
 pub(super) trait WalFile {
-    /// Fills `bytes` from `offset` on; a short read is an error.
+    /// Fills `bytes` with what is at `offset`; a short read is an error.
     fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Code>;
     /// Writes all of `bytes`.
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Code>;
 }
 
-/// Bytes of a `-wal` file that ends with this frame.
+/// The size in bytes of a `-wal` file with this many frames.
 pub(super) fn wal_bytes(page_size: u32, frames: u32) -> u64 {
     WAL_HEADER as u64 + u64::from(frames) * (FRAME_HEADER as u64 + u64::from(page_size))
 }
@@ -28,8 +28,8 @@ pub(super) struct Capture {
     page_size: u32,
 }
 
-/// A transaction that waits for its commit: its data is in the `-wal`, and means nothing before the header of its last
-/// frame.
+/// A transaction that waits for its commit: its data is in the `-wal`, and counts for nothing until the header of its
+/// last frame is.
 pub(super) struct Captured {
     held: PendingCommit,
     /// The pages in ascending order, with the frames that hold them.
@@ -42,7 +42,7 @@ impl Captured {
         self.pages.len()
     }
 
-    /// Size of the database behind it, in pages.
+    /// Size of the database after it, in pages.
     pub fn database_pages(&self) -> u32 {
         self.held.database_pages
     }
@@ -54,7 +54,7 @@ impl Captured {
 }
 
 impl Capture {
-    /// Begins with an empty WAL.
+    /// A capture of an empty WAL.
     pub fn new(page_size: u32) -> Self {
         Self { tracker: Tracker::new(page_size), page_size }
     }
@@ -72,21 +72,21 @@ impl Capture {
         self.tracker.is_settled()
     }
 
-    /// At [`Step::Commit`]: writes the data of the last frame, and gives out what the transaction is made of. The data
-    /// comes before all else: a full disk shows before anything is proposed.
+    /// At [`Step::Commit`]: writes the data of the last frame, and returns what the transaction is made of. The data is
+    /// written first, so that a full disk shows before anything is proposed.
     ///
     /// # Errors
-    /// The code of SQLite when the frame cannot be written: the transaction fails, and nothing has been proposed.
+    /// SQLite's code when the frame cannot be written: the transaction fails, and nothing has been proposed.
     pub fn complete(&self, file: &mut dyn WalFile, data: &[u8]) -> Result<Captured, Code> {
         let held = self.tracker.held().expect("a commit step follows a held header");
         file.write_at(self.tracker.data_offset(held.frame), data)?;
         Ok(Captured { held, pages: self.tracker.pages() })
     }
 
-    /// Hands out the pages one by one; `data` is that of the last frame.
+    /// Hands out the pages one by one. `data` is the content of the last frame.
     ///
     /// # Errors
-    /// The code of SQLite when a page cannot be read again. An error of `take` ends it.
+    /// SQLite's code when a page cannot be read back. An error of `take` ends the reading.
     pub fn pages<E: From<Code>>(
         &self,
         captured: &Captured,
@@ -106,17 +106,17 @@ impl Capture {
         Ok(())
     }
 
-    /// Lets the header through: SQLite's readers can see the transaction from now on.
+    /// Lets the header through: SQLite's readers see the transaction from now on.
     ///
     /// # Errors
-    /// The code of SQLite when the header cannot be written; the transaction counts as committed nevertheless.
+    /// SQLite's code when the header cannot be written. The transaction counts as committed all the same.
     pub fn commit(&mut self, captured: &Captured, file: &mut dyn WalFile) -> Result<(), Code> {
         let at = self.tracker.header_offset(captured.held.frame);
         self.tracker.commit();
         file.write_at(at, &captured.held.header)
     }
 
-    /// SQLite gave up its write lock: whatever is not committed now never will be.
+    /// SQLite has released its write lock: what is not committed by now never will be.
     pub fn end(&mut self) {
         self.tracker.end();
     }

@@ -1,18 +1,18 @@
-//! JSON in the data folder that knows when it was damaged: an object with the checksum of all its other members beside
-//! them. An older program passes over it; its own files have none, and are taken as they are. Must never keep a newer
-//! format from being seen.
+//! JSON in the data folder that shows when it is damaged: an object with one more member, the checksum of all others.
+//! An older program ignores that member. Its own files have no checksum, and are accepted without one. Must never hide
+//! that a file has a newer format.
 
 use std::io;
 
 use serde_json::Value;
 
-/// Name of the member with the checksum: CRC-32C of the others as compact JSON, their names in order.
+/// Name of the member with the checksum: the CRC-32C of the others as compact JSON, sorted by name.
 const CHECKSUM: &str = "crc32c";
 
-/// The bytes of the object, for people to read, too.
+/// The object with its checksum, in lines that people can read.
 ///
 /// # Errors
-/// When it cannot be written as JSON.
+/// When the object cannot be written as JSON.
 pub(super) fn encode(mut object: Value) -> io::Result<Vec<u8>> {
     let sum = checksum(&object)?;
     if let Some(members) = object.as_object_mut() {
@@ -24,7 +24,7 @@ pub(super) fn encode(mut object: Value) -> io::Result<Vec<u8>> {
 /// The inverse of [`encode`], without the checksum.
 ///
 /// # Errors
-/// When they are not an object of JSON, or its checksum is wrong: a sentence that says which.
+/// A sentence that says what is wrong: the bytes are no JSON object, or its checksum is wrong.
 pub(super) fn decode(bytes: &[u8]) -> Result<Value, String> {
     let mut object: Value = serde_json::from_slice(bytes).map_err(|error| format!("it is not JSON ({error})"))?;
     let members = object.as_object_mut().ok_or("it is not a JSON object")?;

@@ -1,8 +1,8 @@
-//! The durable record "the database file holds everything up to raft index C" (`docs/design.md`, "Checkpoints,
+//! The durable record that the database file holds everything up to raft index C (`docs/design.md`, "Checkpoints,
 //! replay and rollback").
 //!
-//! One small file, replaced by a durable rename: it is always the old record or the new one. Must be written only after
-//! the database file was synced.
+//! It is one small file that is replaced as a whole, so it always has the old record or the new one. Must be written
+//! only after the database file was synced.
 //!
 //! Layout, 48 bytes, little-endian: `"TLCKPT01"`, `database u32`, `page_size u32`, `pages u32`, `0 u32`, `index u64`,
 //! `checksum u64`, `CRC-32C u32` of all bytes before it, `0 u32`.
@@ -24,10 +24,10 @@ const MAGIC: &[u8; 8] = b"TLCKPT01";
 const SIZE: usize = 48;
 const CRC_AT: usize = 40;
 
-/// What a checkpoint has reached.
+/// What the database file is known to hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Raft index C; 0 if there never was a checkpoint.
+    /// Raft index C; 0 if there has never been a checkpoint.
     pub index: u64,
     /// Size of a page in bytes; 0 for a database without pages.
     pub page_size: u32,
@@ -70,10 +70,10 @@ impl Record {
         Ok(record)
     }
 
-    /// Reads the record; the default one if there is no file.
+    /// Reads the record. If there is no file, it is the default one.
     ///
     /// # Errors
-    /// When the file cannot be read now. `InvalidData` with a reason when it is damaged, or of another database.
+    /// When the file cannot be read now. `InvalidData` with a reason when it is damaged or belongs to another database.
     pub fn read(path: &Path, database: u32) -> io::Result<Self> {
         match fs::read(path) {
             Ok(bytes) => Self::decode(&bytes, database).map_err(|what| io::Error::new(ErrorKind::InvalidData, what)),
@@ -85,14 +85,15 @@ impl Record {
     /// Makes the record durable.
     ///
     /// # Errors
-    /// When the disk fails or is full. The old record is in place then, or the new one.
+    /// When the disk fails or is full. The file then has either the old record or the new one.
     pub fn write(&self, path: &Path, database: u32) -> io::Result<()> {
         replace_file(Place::Checkpoint, path, &self.encode(database))
     }
 }
 
-/// What makes a checkpoint durable: waits for the disk, on any thread, while the database is used on. What is written
-/// to the file meanwhile is ahead of the record, as it is at any other time. One at a time for each database.
+/// Makes a checkpoint durable: waits for the disk, on any thread, while the database goes on being used. What is
+/// written to the file meanwhile is ahead of the record, as at any other time. There is one at a time for each
+/// database.
 #[derive(Debug)]
 #[must_use = "the database waits for the outcome"]
 pub struct Saving {
@@ -102,7 +103,7 @@ pub struct Saving {
     pub(super) record: Record,
 }
 
-/// How that went: for [`super::database::Database::saved`].
+/// The outcome of a [`Saving`], for [`super::database::Database::saved`].
 #[derive(Debug)]
 pub struct Saved {
     pub(super) database: u32,

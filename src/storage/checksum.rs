@@ -1,8 +1,8 @@
 //! The checksum of a whole database, kept incrementally (`docs/design.md`, "Integrity").
 //!
-//! Every page has a CRC-64/NVME over its number (u32, little-endian) and its content; the database's checksum is the
-//! XOR of those of all pages `1..=n`. A page that was never written counts as a page of zeros. Owns the table of
-//! these values, 8 bytes a page. Must never write to a file.
+//! Every page has a CRC-64/NVME of its number (u32, little-endian) and its content. The database's checksum is the XOR
+//! of those of all pages `1..=n`. A page that was never written counts as a page of zeros. Owns the table of these
+//! values, 8 bytes for each page. Must never write to a file.
 
 use std::{
     fs::File,
@@ -14,7 +14,7 @@ use crc_fast::{CrcAlgorithm, Digest};
 
 use super::watch::{Act, Place, run};
 
-/// Bytes of a database that are read, and travel, together; a multiple of every page size.
+/// Bytes of a database that are read and sent at once; a multiple of every page size.
 pub const CHUNK: usize = 1 << 20;
 
 /// The checksum of one page.
@@ -25,14 +25,14 @@ pub fn page_checksum(number: u32, image: &[u8]) -> u64 {
     digest.finalize()
 }
 
-/// The effect that a transaction would have on a [`PageTable`].
+/// What a transaction would change in a [`PageTable`].
 #[derive(Debug)]
 pub struct Preview {
     /// Size of the database afterwards, in pages.
     pub pages: u32,
     /// Checksum of the database afterwards.
     pub checksum: u64,
-    /// Pages that the database grows over without writing them: they count as zeros. Ascending.
+    /// Pages that the database grows over without writing them, in ascending order. They count as zeros.
     pub holes: Vec<u32>,
     changes: Vec<(u32, u64)>,
 }
@@ -51,10 +51,10 @@ impl PageTable {
         Self { page_size, pages: Vec::new(), total: 0 }
     }
 
-    /// Reads the first `pages` pages of a file. What lies beyond the file's end counts as zeros.
+    /// Reads the first `pages` pages of a file. What is beyond the file's end counts as zeros.
     ///
     /// # Errors
-    /// When the file cannot be read. [`ErrorKind::Interrupted`] as soon as `go_on` is false.
+    /// When the file cannot be read. [`ErrorKind::Interrupted`] as soon as `go_on` returns false.
     pub fn read(file: &File, page_size: u32, pages: u32, go_on: &dyn Fn() -> bool) -> io::Result<Self> {
         let mut table = Self { page_size, pages: Vec::with_capacity(pages as usize), total: 0 };
         let mut chunk = Vec::new();
@@ -92,7 +92,7 @@ impl PageTable {
         self.total ^= value;
     }
 
-    /// Changes the size; pages that are added are zeros.
+    /// Changes the size. Added pages are zeros.
     pub fn resize(&mut self, pages: u32) {
         while self.pages() > pages {
             self.total ^= self.pages.pop().expect("the table is longer than wanted");
@@ -103,19 +103,19 @@ impl PageTable {
         }
     }
 
-    /// The checksum of a page; none beyond the end.
+    /// The checksum of a page, counted from 1; none beyond the end.
     pub fn get(&self, number: u32) -> Option<u64> {
         self.pages.get(number.checked_sub(1)? as usize).copied()
     }
 
-    /// Notes new content of a page. Panics if the page is not within the size: a bug of the caller.
+    /// Notes the checksum of a page's new content. Panics if the page is not within the size: a bug of the caller.
     pub fn set(&mut self, number: u32, value: u64) {
         let slot = &mut self.pages[number as usize - 1];
         self.total ^= *slot ^ value;
         *slot = value;
     }
 
-    /// What a transaction would do that leaves `pages` pages and writes `changes`, which are (number, checksum) in
+    /// What a transaction would change that leaves `pages` pages and writes `changes`. These are (number, checksum), in
     /// ascending order and within the new size.
     pub fn preview(&self, pages: u32, mut changes: Vec<(u32, u64)>) -> Preview {
         let mut checksum = self.total;
@@ -133,7 +133,7 @@ impl PageTable {
         if !holes.is_empty() {
             let zeros = vec![0; self.page_size as usize];
             changes.extend(holes.iter().map(|number| (*number, page_checksum(*number, &zeros))));
-            // The slots of `accept` are filled by pushing, so the order matters there.
+            // In ascending order again, because `accept` appends the new ones.
             changes.sort_unstable();
         }
         for (number, value) in &changes {
@@ -142,7 +142,7 @@ impl PageTable {
         Preview { pages, checksum, holes, changes }
     }
 
-    /// Makes a preview come true. It must be of this very table.
+    /// Makes the changes of a preview. It must be one of this very table, which has not changed since.
     pub fn accept(&mut self, preview: Preview) {
         if preview.pages < self.pages() {
             self.resize(preview.pages);
@@ -167,7 +167,7 @@ pub(super) fn read_chunk(file: &File, page_size: u32, pages: u32, done: u32, byt
     read_pages(file, page_size, done, (pages - done).min(CHUNK as u32 / page_size), bytes)
 }
 
-/// Reads `count` pages after page `done`. What lies beyond the end of the file counts as zeros.
+/// Reads `count` pages after page `done`. What is beyond the end of the file counts as zeros.
 ///
 /// # Errors
 /// When the file cannot be read.

@@ -1,8 +1,9 @@
-//! One replicated database on this node: file, checkpoint record, and the change between following and serving.
+//! One replicated database on this node: its file, its checkpoint record, and the changes between following and
+//! serving.
 //!
-//! One thread owns a [`Database`]. A secondary feeds it the committed entries of the raft log; a primary promotes it,
-//! and from then on transactions come from SQLite through the [`Gate`]. Must never serve or follow in doubt: whatever
-//! fails half-way is begun again from the last checkpoint.
+//! One thread owns a [`Database`]. A secondary feeds it the committed entries of the raft log. A primary promotes it,
+//! and from then on transactions come from SQLite through the [`Gate`]. Must never serve or follow in doubt: what fails
+//! half-way starts again from the last checkpoint.
 
 mod checkpoints;
 
@@ -37,8 +38,8 @@ pub use super::{replica::ApplyError, vfs::VFS_NAME};
 
 /// How long a connection waits for another writer before it gets SQLITE_BUSY.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// A WAL that has grown beyond this is cut back to it when it starts again, in bytes. A checkpoint that leaves a longer
-/// one makes the writers wait for a moment, so that it does start again.
+/// A WAL that has grown beyond this many bytes is cut back to them when it restarts. A checkpoint that leaves a longer
+/// one makes the writers wait for a moment, so that it can restart.
 const WAL_LIMIT: u64 = 64 << 20;
 
 /// Why the database cannot do something.
@@ -49,12 +50,12 @@ pub enum DatabaseError {
     /// The record says that the file has pages, but the file is gone.
     #[error("{0} is missing, although its checkpoint record exists")]
     Missing(PathBuf),
-    /// The checkpoint record, or a page of the file, cannot be read and never will be.
+    /// The checkpoint record or a page of the file cannot be read, now or later.
     #[error("{path} is damaged: {why}")]
     Damaged { path: PathBuf, why: String },
     #[error(transparent)]
     Sqlite(#[from] SqliteError),
-    /// Connections were not closed before the deadline. The process must exit: the open files cannot be taken back.
+    /// Connections were not closed before the deadline. The process must exit: nothing else can close their files.
     #[error("{connections} connections still have the database open")]
     StillOpen { connections: usize },
     /// The database is not what the primary's was.
@@ -68,8 +69,8 @@ pub enum DatabaseError {
 }
 
 impl DatabaseError {
-    /// True if only the disk had no space: everything is as it was, and the same can be tried again. A failed sync is
-    /// another matter, whatever its reason.
+    /// True if the only trouble is that the disk has no space: nothing has changed, and the same can be tried again.
+    /// Never true of a failed sync, whatever its reason.
     pub fn is_full(&self) -> bool {
         match self {
             Self::Io { what, error, .. } => *what == "write" && is_full(error),
@@ -85,7 +86,7 @@ pub enum ReplaceError {
     /// Nothing has changed.
     #[error("{0}")]
     Refused(String),
-    /// The role was lost meanwhile: the whole new content is there later, or the whole old one.
+    /// The role was lost meanwhile: the members have the whole new content or the whole old one.
     #[error("{0}")]
     Unknown(String),
 }
@@ -95,13 +96,13 @@ pub enum ReplaceError {
 pub enum Scrubbable {
     /// Not at all.
     Not,
-    /// Page by page: [`Database::differs`] knows what each has to be.
+    /// Page by page: [`Database::differs`] knows what each page must be.
     Follows { file: Arc<File>, page_size: u32, pages: u32 },
     /// While it [rests](Database::rest).
     Serves,
 }
 
-/// The database, open for writing on the primary. Everybody opens it by [`VFS_NAME`] and with
+/// A database that is open for writing on the primary. Connections open it through the VFS [`VFS_NAME`] and set
 /// [`PrimaryDatabase::pragmas`].
 #[derive(Debug)]
 pub struct PrimaryDatabase {
@@ -115,7 +116,8 @@ pub struct PrimaryDatabase {
 }
 
 impl PrimaryDatabase {
-    /// What each connection has to set, in this order. Foreign keys are enforced; a busy database is waited for.
+    /// What each connection has to set, in this order: among others, foreign keys are enforced, and a busy database is
+    /// waited for.
     pub fn pragmas() -> [(&'static str, String); 6] {
         [
             ("busy_timeout", BUSY_TIMEOUT.as_millis().to_string()),
@@ -127,12 +129,12 @@ impl PrimaryDatabase {
         ]
     }
 
-    /// Replaces the whole content of the database by that of a file which nobody has open, as one transaction that a
-    /// majority has when this returns. `go_on` is told pages done and in all, and ends the work by false. Nobody else
-    /// may write meanwhile.
+    /// Replaces the whole content of the database with that of a file that nobody has open, in one transaction that a
+    /// majority has when this returns. `go_on` gets the pages done and their total, and stops the work by returning
+    /// false. Nobody else may write meanwhile.
     ///
     /// # Errors
-    /// [`ReplaceError::Refused`] when it cannot be done, or `go_on` ended it: nothing has changed.
+    /// [`ReplaceError::Refused`] when it cannot be done or `go_on` stopped it: nothing has changed.
     /// [`ReplaceError::Unknown`] when the role was lost meanwhile: the members have the whole new content or the whole
     /// old one.
     pub fn replace(&self, from: &Path, go_on: impl FnMut(u32, u32) -> bool) -> Result<(), ReplaceError> {
@@ -166,8 +168,8 @@ struct Serving {
 enum State {
     Following(Replica),
     Serving(Serving),
-    /// Between the two: nobody has the database open, and what the file has beyond its checkpoint (up to `touched`)
-    /// does not count.
+    /// Between the two: nobody has the database open, and what the file has beyond its checkpoint (up to index
+    /// `touched`) does not count.
     Closed {
         touched: u64,
     },
@@ -183,15 +185,15 @@ pub struct Database {
     state: State,
     /// Once set, nothing is applied or promoted any more.
     failed: Option<String>,
-    /// Why nothing of it can be used, since the start: it is to be fetched from another member.
+    /// Why nothing of it can be used, known since the start: it must be fetched from another member.
     distrusted: Option<String>,
-    /// A sync of the file failed: not even another start from the checkpoint helps, its pages may be lost.
+    /// A sync of the file failed: not even going back to the checkpoint helps, because its pages may be lost.
     sync_failed: bool,
-    /// Whoever reads the file while it rests at the last checkpoint.
+    /// Held by whoever reads the file while it rests at the last checkpoint.
     hold: Option<CheckpointHold>,
     /// A checkpoint is being saved.
     saving: bool,
-    /// Whether a checkpoint at this raft index may count, asked when the file has what belongs to it.
+    /// Asked whether a checkpoint at a raft index may count, once the file has all that belongs to it.
     may_save: MaySave,
 }
 
@@ -199,14 +201,14 @@ pub struct Database {
 type MaySave = Box<dyn Fn(u64) -> bool + Send>;
 
 impl Database {
-    /// Opens the database `id` in `dir`, which exists, and goes back to its last checkpoint: feed it the entries
-    /// after [`Database::applied`]. `log_last_index` is the highest index in this node's raft log: up to there the
-    /// file may be ahead of what is being applied.
+    /// Opens the database `id` in the folder `dir`, which exists, and goes back to its last checkpoint: feed it the
+    /// entries after [`Database::applied`]. `log_last_index` is the highest index in this node's raft log. Up to there
+    /// the file may be ahead of what is being applied.
     ///
     /// # Errors
-    /// [`DatabaseError::Missing`] when the record has pages and there is no file, [`DatabaseError::Damaged`] when
-    /// record or file can never be read: the node needs the database of another member. [`DatabaseError::Io`] for
-    /// everything that a later start may not meet.
+    /// [`DatabaseError::Missing`] when the record has pages and there is no file, and [`DatabaseError::Damaged`] when
+    /// the record or the file will never be readable: the node needs another member's database. [`DatabaseError::Io`]
+    /// for whatever a later start may be spared.
     pub fn open(dir: &Path, id: u32, log_last_index: u64) -> Result<Self, DatabaseError> {
         let (path, record_path) = places(dir, id)?;
         let record = Record::read(&record_path, id).map_err(|error| unreadable(&record_path, error))?;
@@ -219,11 +221,11 @@ impl Database {
         Ok(Self::new(id, path, record_path, file, record, replica))
     }
 
-    /// The database in the same place, of which nothing can be used: it applies and promotes nothing, and leaves the
-    /// files as they are, until another one has been put in their place at the next start. `why` is for people.
+    /// A database in the same place of which nothing can be used. It applies nothing, cannot be promoted, and leaves
+    /// the files as they are. The next start puts a fetched one in their place. `why` is for people.
     ///
     /// # Errors
-    /// [`DatabaseError::Io`] when the file cannot be made or read.
+    /// [`DatabaseError::Io`] when the file cannot be created or read.
     pub fn lost(dir: &Path, id: u32, why: String) -> Result<Self, DatabaseError> {
         let (path, record_path) = places(dir, id)?;
         let file = open_file(&path)?;
@@ -258,7 +260,7 @@ impl Database {
         self.id
     }
 
-    /// Nothing of it counts from now on. Only before it is used.
+    /// Declares that nothing of it counts from now on. Only before it is used.
     pub fn distrust(&mut self, why: String) {
         self.failed = Some(why.clone());
         self.distrusted = Some(why);
@@ -269,7 +271,7 @@ impl Database {
         self.distrusted.as_deref()
     }
 
-    /// Raft index up to which the database has everything.
+    /// The raft index up to which the database has everything.
     pub fn applied(&self) -> u64 {
         match &self.state {
             State::Following(replica) => replica.applied,
@@ -278,7 +280,7 @@ impl Database {
         }
     }
 
-    /// The durable checkpoint C.
+    /// The raft index of the durable checkpoint, C.
     pub fn checkpointed(&self) -> u64 {
         self.record.index
     }
@@ -297,7 +299,8 @@ impl Database {
         }
     }
 
-    /// Compares the checksum of a database that follows with what its last transaction claimed.
+    /// Compares the checksum of a following database with the one that its last transaction stated. Does nothing on a
+    /// primary.
     ///
     /// # Errors
     /// [`DatabaseError::Diverged`] when the two differ: this copy must be replaced by that of another member.
@@ -311,7 +314,7 @@ impl Database {
         }
     }
 
-    /// What a scrub can read now.
+    /// How a scrub can read the file now.
     pub fn scrubbable(&self) -> Scrubbable {
         match &self.state {
             State::Following(replica) if replica.table.pages() > 0 && self.failed.is_none() => Scrubbable::Follows {
@@ -324,8 +327,9 @@ impl Database {
         }
     }
 
-    /// Compares the checksums of the pages behind page `done`, as somebody has read them, with what they have to be.
-    /// The first page that differs is read again: it may have been written meanwhile. Returns it if it differs still.
+    /// Compares the checksums of pages after page `done`, as they were just read, with what they must be. A page that
+    /// differs is read again, as it may have been written meanwhile. Returns the number of the first that still
+    /// differs.
     ///
     /// # Errors
     /// When the file cannot be read.
@@ -340,7 +344,7 @@ impl Database {
         Ok(None)
     }
 
-    /// [`Self::verify`], as soon as the file cannot be ahead of what was applied.
+    /// As [`Self::verify`], but only once the file cannot be ahead of what has been applied.
     ///
     /// # Errors
     /// [`DatabaseError::Diverged`] when the two differ: this copy must be replaced by that of another member.
@@ -351,8 +355,8 @@ impl Database {
         }
     }
 
-    /// Bytes of the `-wal` file up to the last transaction; 0 on a secondary. It falls only with the first transaction
-    /// after a checkpoint that found no newer one, not with the checkpoint.
+    /// Bytes of the `-wal` file up to the end of the last transaction; 0 on a secondary. A checkpoint does not lower
+    /// it; the next transaction does, if the checkpoint had copied everything.
     pub fn wal_bytes(&self) -> u64 {
         match &self.state {
             State::Following(_) | State::Closed { .. } => 0,
@@ -374,12 +378,14 @@ impl Database {
         }
     }
 
-    /// The open database file, for whoever reads it beside this: see [`Database::path`].
+    /// The open database file, for whoever reads it beside this. See [`Database::path`] for why not to open another
+    /// one.
     pub fn file(&self) -> Arc<File> {
         Arc::clone(&self.file)
     }
 
-    /// The database file. Nobody may open and close it through another descriptor while this node is the primary.
+    /// The database file. While this node is the primary, nobody may open and close it through another descriptor: that
+    /// drops SQLite's locks (POSIX).
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -394,12 +400,12 @@ impl Database {
         }
     }
 
-    /// Applies a committed command entry. `source` gives the earlier parts of its transaction again.
+    /// Applies a committed command entry. `source` reads the earlier parts of its transaction again.
     ///
     /// # Errors
-    /// [`ApplyError::Io`] for want of space: the same entry can be applied again. After any other [`ApplyError`],
-    /// nothing more is applied until the database is opened or demoted again; [`ApplyError::Diverged`] says that
-    /// another member's copy is needed.
+    /// [`ApplyError::Io`] for lack of space: the same entry can be applied again. After any other [`ApplyError`],
+    /// nothing more is applied until the database is opened or demoted again. After [`ApplyError::Diverged`], it needs
+    /// another member's copy.
     pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
         if payload.is_empty() {
             return self.apply_empty(index, term);
@@ -408,10 +414,11 @@ impl Database {
         self.note_failure(result)
     }
 
-    /// Applies a committed entry that is no command: a new primary's first one, or a change of members.
+    /// Applies a committed entry that is no command: a new primary's first entry, or a change of the members.
     ///
     /// # Errors
-    /// [`ApplyError`] after an earlier failure, on a primary, and when the entry is out of order.
+    /// [`ApplyError::Failed`] after an earlier failure, [`ApplyError::Primary`] on a primary,
+    /// [`ApplyError::OutOfOrder`] when the entry was applied before.
     pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
         let result = self.following(index)?.apply_empty(index, term);
         self.note_failure(result)
@@ -426,7 +433,7 @@ impl Database {
         result
     }
 
-    /// Takes note of a committed entry while this node is the primary: SQLite has its pages already.
+    /// Notes a committed entry while this node is the primary: SQLite has its pages already.
     pub fn note_committed(&mut self, index: u64) {
         if let State::Serving(serving) = &mut self.state {
             serving.applied = serving.applied.max(index);
@@ -438,8 +445,8 @@ impl Database {
     /// # Errors
     /// [`DatabaseError::Refused`] when it is empty or open already, [`DatabaseError::Diverged`] when it differs from
     /// the primary's, [`DatabaseError::Failed`] after an earlier failure, [`DatabaseError::Io`] or
-    /// [`DatabaseError::Sqlite`] when it cannot be opened. It follows then, from its last checkpoint if need be; if not
-    /// even that can be read, it [is closed](Database::is_closed).
+    /// [`DatabaseError::Sqlite`] when it cannot be opened. It follows again then, if need be from its last checkpoint.
+    /// If not even that can be read, it [is closed](Database::is_closed).
     pub fn promote(
         &mut self,
         epoch: u64,
@@ -459,7 +466,7 @@ impl Database {
         remove_cache(&self.path)?;
         let applied = replica.applied;
         let table = std::mem::replace(&mut replica.table, PageTable::empty(0));
-        // If opening fails, and going back to the checkpoint too, nothing of this may be taken for an empty database.
+        // If opening fails, and then going back to the checkpoint, too, this must not be taken for an empty database.
         self.state = State::Closed { touched: applied };
         let gate = Arc::new(Gate::new(GateConfig {
             path: self.path.clone(),
@@ -487,7 +494,7 @@ impl Database {
     }
 
     /// Fences the gate and waits until nobody has the database open. From then on another node may serve. The database
-    /// is of no use here before [`Database::reopen`]. Does nothing on a secondary.
+    /// cannot be used here until [`Database::reopen`]. Does nothing on a secondary.
     ///
     /// # Errors
     /// [`DatabaseError::StillOpen`] after the deadline: exit the process.
@@ -509,10 +516,10 @@ impl Database {
     }
 
     /// Goes back to the last checkpoint after [`Database::close`]: feed it the entries after [`Database::applied`]
-    /// again. Reads the whole file, as long as `go_on` is true.
+    /// again. Reads the whole file, for as long as `go_on` returns true.
     ///
     /// # Errors
-    /// [`DatabaseError::Io`] when the file cannot be read, and when it was not to go on: the same can be tried again.
+    /// [`DatabaseError::Io`] when the file cannot be read, or `go_on` returned false: try again.
     /// [`DatabaseError::Failed`] after a failed sync: only a new process can use the database.
     pub fn reopen(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
         match self.state {
@@ -536,7 +543,7 @@ impl Database {
         self.reopen(&|| true)
     }
 
-    /// Starts again from the last checkpoint; up to `touched` the file may be ahead of it.
+    /// Goes back to the last checkpoint. Up to index `touched` the file may be ahead of it.
     fn fall_back(&mut self, touched: u64, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
         if self.sync_failed {
             return Err(DatabaseError::Failed(self.failed.clone().unwrap_or_default()));
@@ -551,8 +558,8 @@ impl Database {
     }
 }
 
-/// The first entry of a cluster's raft log, as encoded parts: a database without tables. The node proposes it when its
-/// applied state is empty.
+/// The first transaction of a cluster's raft log, as encoded parts: a database without tables. The primary proposes it
+/// when its database is empty.
 ///
 /// # Errors
 /// [`DatabaseError::Sqlite`] when SQLite cannot make the image.
@@ -573,13 +580,13 @@ pub fn initial_transaction(id: u32, page_size: u32) -> Result<Vec<Vec<u8>>, Data
 
 /// The database file and its checkpoint record.
 fn places(dir: &Path, id: u32) -> Result<(PathBuf, PathBuf), DatabaseError> {
-    // SQLite resolves links in the path that it opens; ours must be equal to its.
+    // SQLite resolves links in the path that it opens, and ours must be equal to its.
     let dir = fs::canonicalize(dir).map_err(|source| io_error("open the folder", dir, source))?;
     let name = if id == CONSOLE_DATABASE { "console".to_owned() } else { format!("database{id}") };
     Ok((dir.join(format!("{name}.db")), dir.join(format!("{name}.checkpoint"))))
 }
 
-/// Opens the file, or makes it, without what a primary has left beside it.
+/// Opens or creates the file, and deletes what a primary has left beside it.
 fn open_file(path: &Path) -> Result<Arc<File>, DatabaseError> {
     remove_cache(path)?;
     let mut options = File::options();
@@ -600,7 +607,8 @@ fn io_error(what: &'static str, path: &Path, error: io::Error) -> DatabaseError 
     DatabaseError::Io { what, path: path.to_owned(), error }
 }
 
-/// Deletes `-wal` and `-shm`, which are a cache of the primary that wrote them, and a journal, which is never ours.
+/// Deletes `-wal` and `-shm`, which are only a cache of the primary that wrote them, and a journal, which is never
+/// ours.
 fn remove_cache(path: &Path) -> Result<(), DatabaseError> {
     for suffix in ["-wal", "-shm", "-journal"] {
         let mut name = path.as_os_str().to_owned();

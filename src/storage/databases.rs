@@ -1,9 +1,9 @@
-//! The databases of this node behind one raft log: each by its id, and one applied index over all.
+//! The databases of this node, which share one raft log: each has an id, and there is one applied index for all.
 //!
-//! An entry changes the database that it names, and every other one only takes note of its index: behind each entry all
-//! stand at the same index. Each has a durable checkpoint of its own, so that after a crash they may begin at different
-//! ones; then an entry goes to those alone that do not have it yet. Must never pass over an entry of a database that it
-//! does not have, and never let go of an entry that one of them lacks.
+//! An entry changes the database that it names, and all others only note its index: after each entry all are at the
+//! same index. Each has a durable checkpoint of its own, so after a crash they may start at different indexes. Then an
+//! entry goes only to those that do not have it yet. Must never pass over an entry of a database that this node does
+//! not have, and never let go of an entry that one of them lacks.
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
@@ -14,7 +14,7 @@ use super::{
     transaction::{self, CONSOLE_DATABASE},
 };
 
-/// A database, as far as the order of the raft log is concerned.
+/// A database as the order of entries concerns it.
 pub trait FollowsLog {
     /// The raft index up to which it has everything.
     fn applied(&self) -> u64;
@@ -22,14 +22,14 @@ pub trait FollowsLog {
     /// Applies a committed entry that is a part of a transaction of this database.
     ///
     /// # Errors
-    /// [`ApplyError::Io`] for want of space: the same entry can be applied again. After any other [`ApplyError`]
+    /// [`ApplyError::Io`] for lack of space: the same entry can be applied again. After any other [`ApplyError`]
     /// nothing more is applied.
     fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError>;
 
-    /// Takes note of a committed entry that does not concern it.
+    /// Notes a committed entry that does not concern it.
     ///
     /// # Errors
-    /// [`ApplyError`] when the database cannot take note of it, e.g. after an earlier failure.
+    /// [`ApplyError`] when the database cannot note it, as after an earlier failure.
     fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError>;
 }
 
@@ -52,20 +52,20 @@ impl FollowsLog for Database {
 pub struct Databases<D = Database>(BTreeMap<u32, D>);
 
 impl<D: FollowsLog> Databases<D> {
-    /// These, by their ids. Panics if there is none.
+    /// A set of these databases, by their ids. Panics if there is none.
     pub fn new(databases: impl IntoIterator<Item = (u32, D)>) -> Self {
         let databases = BTreeMap::from_iter(databases);
         assert!(!databases.is_empty(), "a node has at least one database");
         Self(databases)
     }
 
-    /// The raft index up to which all have everything.
+    /// The raft index up to which all of them have everything.
     pub fn applied(&self) -> u64 {
         self.0.values().map(D::applied).min().unwrap_or(0)
     }
 
-    /// The raft index up to which one of them has everything: above [`Self::applied`] only behind a start. The raft log
-    /// has it, and it is committed.
+    /// The raft index up to which at least one of them has everything. It is above [`Self::applied`] only after a
+    /// start. The entry is in the raft log and committed.
     pub fn newest(&self) -> u64 {
         self.0.values().map(D::applied).max().unwrap_or(0)
     }
@@ -75,7 +75,7 @@ impl<D: FollowsLog> Databases<D> {
         self.0.get(&id)
     }
 
-    /// The database with this id, to be changed.
+    /// The database with this id, mutable.
     pub fn get_mut(&mut self, id: u32) -> Option<&mut D> {
         self.0.get_mut(&id)
     }
@@ -85,12 +85,12 @@ impl<D: FollowsLog> Databases<D> {
         self.0.values()
     }
 
-    /// All of them, to be changed.
+    /// All of them, mutable.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut D> {
         self.0.values_mut()
     }
 
-    /// Applies a committed entry with content to the database that it names; the others take note of it.
+    /// Applies a committed entry with content to the database that it names; the others note its index.
     ///
     /// # Errors
     /// The [`ApplyError`] of the database. Nothing has changed anywhere if the entry is [of a newer
@@ -104,10 +104,11 @@ impl<D: FollowsLog> Databases<D> {
         self.apply_empty(index, term)
     }
 
-    /// All take note of a committed entry that is no command: a new primary's first one, or a change of members.
+    /// Has all of them note a committed entry that is no command: a new primary's first entry, or a change of the
+    /// members.
     ///
     /// # Errors
-    /// The [`ApplyError`] of the first database that cannot take note of it. Those behind it have not, either.
+    /// The [`ApplyError`] of the first database that cannot note it. Those after it have not, either.
     pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
         let mut behind = self.0.values_mut().filter(|database| database.applied() < index);
         behind.try_for_each(|database| database.apply_empty(index, term))
@@ -115,32 +116,32 @@ impl<D: FollowsLog> Databases<D> {
 }
 
 impl Databases {
-    /// The Console's alone: all that the product has.
+    /// The Console's database alone: the product has no other.
     pub fn of_console(console: Database) -> Self {
         Self::new([(CONSOLE_DATABASE, console)])
     }
 
-    /// The Console's. Copies, scrubs and snapshots know no other one so far.
+    /// The Console's database. Copies, scrubs and snapshots know no other so far.
     pub fn console(&self) -> &Database {
         self.get(CONSOLE_DATABASE).expect("the Console's database is always there")
     }
 
-    /// The Console's database, to be changed.
+    /// The Console's database, mutable.
     pub fn console_mut(&mut self) -> &mut Database {
         self.get_mut(CONSOLE_DATABASE).expect("the Console's database is always there")
     }
 
-    /// The least of the durable checkpoints: the raft log is not needed up to there.
+    /// The lowest of the durable checkpoints: no database needs the raft log up to there.
     pub fn checkpointed(&self) -> u64 {
         self.iter().map(Database::checkpointed).min().unwrap_or(0)
     }
 
-    /// Those that have no content yet: somebody must propose their first transactions.
+    /// The ids of those that have no content yet: the primary must propose their first transactions.
     pub fn empty(&self) -> impl Iterator<Item = u32> {
         self.iter().filter(|database| database.is_empty()).map(Database::id)
     }
 
-    /// Why nothing of one of them counts.
+    /// Why nothing of one of them counts, if that is so.
     pub fn distrusted(&self) -> Option<&str> {
         self.iter().find_map(Database::distrusted)
     }
@@ -155,12 +156,12 @@ impl Databases {
         self.iter().map(Database::wal_bytes).sum()
     }
 
-    /// True while somebody reads one of the files that rest.
+    /// True while somebody reads a resting file.
     pub fn is_held(&self) -> bool {
         self.iter().any(Database::is_held)
     }
 
-    /// True while one of them is closed and not opened again.
+    /// True while one of them is closed and not reopened.
     pub fn is_closed(&self) -> bool {
         self.iter().any(Database::is_closed)
     }
@@ -175,8 +176,8 @@ impl Databases {
         self.iter_mut().for_each(|database| database.save_if(may_save.clone()));
     }
 
-    /// Begins a checkpoint of each, as [`Database::begin_checkpoint`] does. What has come about is to be saved even if
-    /// one of them failed.
+    /// Begins a checkpoint of each, as [`Database::begin_checkpoint`] does. If one of them fails, those begun before it
+    /// must be saved all the same.
     pub fn begin_checkpoint(&mut self) -> (Vec<Saving>, Result<(), DatabaseError>) {
         let mut savings = Vec::new();
         let mut begin = |database: &mut Database| database.begin_checkpoint().map(|(_, saving)| savings.extend(saving));
@@ -184,10 +185,11 @@ impl Databases {
         (savings, result)
     }
 
-    /// Takes what came of [`Self::begin_checkpoint`].
+    /// Takes the outcomes of what [`Self::begin_checkpoint`] returned.
     ///
     /// # Errors
-    /// [`DatabaseError::Io`] of the first that could not be saved: its old checkpoint counts. The others count.
+    /// [`DatabaseError::Io`] of the first that could not be saved: its old checkpoint counts. The new ones of the
+    /// others count.
     pub fn saved(&mut self, saved: Vec<Saved>) -> Result<(), DatabaseError> {
         let mut result = Ok(());
         for saved in saved {
@@ -201,8 +203,9 @@ impl Databases {
     /// Opens all for writing, or none. Call it when everything of earlier epochs is applied.
     ///
     /// # Errors
-    /// The error of the first that cannot be opened, as of [`Database::promote`]. None is open then: they have gone
-    /// back to their checkpoints, and are to be applied to again.
+    /// The error of the first that cannot be opened, from [`Database::promote`]. None is open then: they have gone back
+    /// to their checkpoints, and follow again from there. If not even that was possible, one [is
+    /// closed](Self::is_closed).
     pub fn promote(
         &mut self,
         epoch: u64,
@@ -211,7 +214,7 @@ impl Databases {
         let open = |database: &mut Database| database.promote(epoch, Arc::clone(replicator));
         let promoted: Result<_, _> = self.iter_mut().map(open).collect();
         if promoted.is_err() {
-            // Nobody has got them yet.
+            // Nobody has opened them yet.
             self.close(Instant::now())?;
             self.reopen(&|| true)?;
         }
@@ -221,8 +224,8 @@ impl Databases {
     /// Closes all: see [`Database::close`].
     ///
     /// # Errors
-    /// [`DatabaseError::StillOpen`] of the first that is open after the deadline: exit the process. The others may be
-    /// open still.
+    /// [`DatabaseError::StillOpen`] of the first that is open after the deadline: exit the process. Others may still be
+    /// open.
     pub fn close(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
         self.iter_mut().try_for_each(|database| database.close(deadline))
     }
@@ -230,8 +233,8 @@ impl Databases {
     /// Goes back to the last checkpoint of each after [`Self::close`]: see [`Database::reopen`].
     ///
     /// # Errors
-    /// The error of the first that cannot go back to its checkpoint, as of [`Database::reopen`]. It stays closed, and
-    /// so do those behind it.
+    /// The error of the first that cannot go back to its checkpoint, from [`Database::reopen`]. It stays closed, and so
+    /// do those after it.
     pub fn reopen(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
         self.iter_mut().try_for_each(|database| database.reopen(go_on))
     }

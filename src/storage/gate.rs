@@ -1,17 +1,17 @@
 //! The gate that every transaction of a primary passes: takes its pages from [`super::capture`], hands them to the
-//! [`Replicator`] and lets SQLite's commit through only when a majority has it. One gate per promotion; safe code only,
-//! called by [`super::vfs`].
+//! [`Replicator`], and lets SQLite's commit through only when a majority has it. There is one gate for each promotion.
+//! Safe code only, called by [`super::vfs`].
 //!
-//! Also knows who has the database open, and which raft index a checkpoint has reached. Must never let a write pass
-//! once it is fenced, except the rest of a transaction that the cluster has committed.
+//! Also counts who has the database open, and knows which raft index a checkpoint has reached. Must never let a write
+//! pass once it is fenced, except the rest of a transaction that the cluster has committed.
 //!
-//! A transaction that grows the database over a page without writing it is refused. The secondaries would have zeros
-//! in that page, while the primary's file could have old bytes there, from when it was larger. SQLite 3.51 never does
-//! that in WAL mode (`pagerWalFrames` writes every dirty page, free ones too; only rollback journals leave pages
-//! out), except for the page of its locks, which nobody ever writes.
+//! A transaction that grows the database over a page without writing that page is refused. The secondaries would have
+//! zeros in it, while the primary's file could still have old bytes there from when it was larger. SQLite 3.51 never
+//! does this in WAL mode: `pagerWalFrames` writes every dirty page, free ones too, and only rollback journals leave
+//! pages out. The one exception is the page with SQLite's locks, which nobody ever writes.
 //!
-//! Two locks, so that nobody but another writer ever waits for a majority: `writer` is taken by whoever holds SQLite's
-//! WAL write lock and is held through [`Replicator::replicate`]; `marks` is held for moments.
+//! There are two locks, so that nobody but another writer ever waits for a majority. `writer` is taken by whoever holds
+//! SQLite's WAL write lock, and is held through [`Replicator::replicate`]. `marks` is only held for moments.
 
 use std::{
     fmt,
@@ -34,12 +34,12 @@ use super::{
     wal::Step,
 };
 
-/// Why a write to the `-wal` did not take place.
+/// Why a write to the `-wal` file did not take place.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// The file below said so.
+    /// The real file returned this code.
     File(Code),
-    /// The gate said so; the reason is in [`Gate::last_refusal`].
+    /// The gate refused it; [`Gate::last_refusal`] has the reason.
     Gate,
 }
 
@@ -52,7 +52,7 @@ impl From<Code> for Stop {
 /// The database after one committed transaction.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mark {
-    /// Last frame of the transaction in the WAL; 0 if the WAL has none.
+    /// Last frame of the transaction in the WAL; 0 if the WAL has no frames.
     pub frame: u32,
     /// Raft index of the transaction.
     pub index: u64,
@@ -62,7 +62,7 @@ pub(super) struct Mark {
     pub checksum: u64,
 }
 
-/// Is told how many pages of a long transaction were taken in by the cluster, and how many it has.
+/// Called with how many pages of a long transaction the cluster has taken so far, and with how many there are in all.
 pub type Sent = Box<dyn Fn(u32, u32) + Send>;
 
 struct Writer {
@@ -74,13 +74,13 @@ struct Writer {
 struct Marks {
     /// The last transaction that a majority has.
     committed: Mark,
-    /// The last one that SQLite's other connections see, and so a checkpoint too.
+    /// The last transaction that SQLite's other connections see, and that a checkpoint therefore sees, too.
     visible: Mark,
-    /// While a checkpoint runs: what it may have reached, oldest first.
+    /// While a checkpoint runs: the transactions that it may have reached, oldest first.
     recording: Option<Vec<Mark>>,
 }
 
-/// What a gate is made from.
+/// What a gate is made of.
 pub(super) struct GateConfig {
     pub path: PathBuf,
     pub database: u32,
@@ -93,17 +93,17 @@ pub(super) struct GateConfig {
     pub file: Arc<File>,
 }
 
-/// The gate of one promotion: what every transaction of the primary passes.
+/// The gate of one promotion, which every transaction of the primary passes.
 pub struct Gate {
     path: PathBuf,
     database: u32,
     epoch: u64,
     page_size: u32,
-    /// The page that is never written, because the locks lie there: zeros everywhere.
+    /// The page that is never written, because SQLite's locks lie there: all zeros on every member.
     lock_page: u32,
     replicator: Arc<dyn Replicator>,
     fenced: AtomicBool,
-    /// A checkpoint that restarts the WAL runs: no other connection may begin to write.
+    /// A checkpoint that restarts the WAL is running: no other connection may begin to write.
     restarting: AtomicBool,
     last_index: AtomicU64,
     refusal: Mutex<Option<String>>,
@@ -112,7 +112,8 @@ pub struct Gate {
     closed: Condvar,
     writer: Mutex<Writer>,
     marks: Mutex<Marks>,
-    /// Closing any descriptor of the database file drops SQLite's POSIX locks on it, so ours lives as long as SQLite's.
+    /// Kept open as long as SQLite's own descriptors: closing any descriptor of the file drops SQLite's POSIX locks on
+    /// it.
     _file: Arc<File>,
 }
 
@@ -127,7 +128,7 @@ impl Gate {
         let mark =
             Mark { frame: 0, index: config.index, pages: config.table.pages(), checksum: config.table.checksum() };
         let page_size = config.table.page_size();
-        // Far from the end, so that counting up never wraps; different in each promotion.
+        // Far from the largest number, so that counting never wraps around; different in each promotion.
         let transaction = rand::random::<u64>() >> 1;
         Self {
             path: config.path,
@@ -164,24 +165,24 @@ impl Gate {
         self.page_size
     }
 
-    /// Lets no further write of this promotion pass. Any thread, any time, never blocks. A commit that waits for a
-    /// majority gets its answer from the replicator.
+    /// Lets no further write of this promotion pass. Can be called by any thread at any time, and never blocks. A
+    /// commit that waits for a majority gets its answer from the replicator.
     pub fn fence(&self) {
         self.fenced.store(true, Ordering::SeqCst);
     }
 
-    /// True after [`Gate::fence`], and after the gate fenced itself because an outcome is unknown or the local files
-    /// failed after the cluster had committed. The node must give its role up then.
+    /// True after [`Gate::fence`], and after the gate has fenced itself, because an outcome is unknown or a local file
+    /// failed after the cluster had committed. The node must give up its role then.
     pub fn is_fenced(&self) -> bool {
         self.fenced.load(Ordering::SeqCst)
     }
 
-    /// Who is told of each part of a transaction of several parts from now on.
+    /// Sets the function that is called after each part of a long transaction from now on.
     pub fn tell_sent(&self, sent: Option<Sent>) {
         *lock(&self.sent) = sent;
     }
 
-    /// Why a write was refused last, in a sentence. SQLite's own error only says `disk I/O error`.
+    /// Why a write was last refused, in a sentence. SQLite's own error says only `disk I/O error`.
     pub fn last_refusal(&self) -> Option<String> {
         lock(&self.refusal).clone()
     }
@@ -191,8 +192,8 @@ impl Gate {
         self.last_index.load(Ordering::SeqCst)
     }
 
-    /// True if the transaction at this index is the last one, none is on its way, and no outcome is unknown: whatever
-    /// the raft log has behind it by now is not of this database. Waits for nobody.
+    /// True if the transaction at this index is the last one, none is under way, and no outcome is unknown. Later
+    /// entries of the raft log do not concern this database then. Never waits.
     pub(super) fn rests_at(&self, index: u64) -> bool {
         let Ok(_writer) = self.writer.try_lock() else { return false };
         !self.is_fenced() && self.last_index() == index
@@ -203,22 +204,22 @@ impl Gate {
         lock(&self.marks).committed.checksum
     }
 
-    /// Bytes of the `-wal` file up to the last transaction that passed. The file can be longer.
+    /// Bytes of the `-wal` file up to the end of the last transaction that passed. The file can be longer.
     pub fn wal_bytes(&self) -> u64 {
         wal_bytes(self.page_size, lock(&self.marks).committed.frame)
     }
 
-    /// True while a checkpoint wants SQLite's write lock for itself: writers must come again later.
+    /// True while a checkpoint wants SQLite's write lock for itself: writers must try again later.
     pub(super) fn is_restarting(&self) -> bool {
         self.restarting.load(Ordering::SeqCst)
     }
 
-    /// Connections that have the database open.
+    /// The number of connections that have the database open.
     pub fn open_connections(&self) -> usize {
         *lock(&self.open)
     }
 
-    /// Waits until no connection has the database open. False if that did not happen before the deadline.
+    /// Waits until no connection has the database open. Returns false if some still have it at the deadline.
     pub fn wait_closed(&self, deadline: Instant) -> bool {
         let mut open = lock(&self.open);
         while *open > 0 {
@@ -230,7 +231,8 @@ impl Gate {
         true
     }
 
-    /// A connection wants to open the database file. False once the gate is fenced.
+    /// Counts a connection that is about to open the database file. Returns false once the gate is fenced: nothing may
+    /// be opened.
     pub(super) fn opened(&self) -> bool {
         let mut open = lock(&self.open);
         if self.is_fenced() {
@@ -240,7 +242,7 @@ impl Gate {
         true
     }
 
-    /// A connection has closed the database file.
+    /// Counts down for a connection that has closed the database file.
     pub(super) fn closed(&self) {
         let mut open = lock(&self.open);
         *open = open.checked_sub(1).expect("every close follows an open");
@@ -249,8 +251,8 @@ impl Gate {
         }
     }
 
-    /// A checkpoint is about to copy pages of the `-wal` into the database file. True if this host's raft log has them
-    /// all.
+    /// Called before a checkpoint copies pages of the `-wal` into the database file. True if this host's raft log has
+    /// them all on disk.
     pub(super) fn may_copy(&self) -> bool {
         let result = self.replicator.make_durable();
         if let Err(error) = &result {
@@ -259,7 +261,7 @@ impl Gate {
         result.is_ok()
     }
 
-    /// Notes why something is refused. The caller of SQLite gets an error and reports it; no second report here.
+    /// Notes why something is refused. Whoever called SQLite gets an error and reports it, so this does not.
     pub(super) fn refuse(&self, reason: String) -> Stop {
         tracing::debug!(epoch = self.epoch, "database write refused: {reason}");
         *lock(&self.refusal) = Some(reason);
@@ -273,7 +275,7 @@ impl Gate {
         Stop::Gate
     }
 
-    /// One write of SQLite to the `-wal` file.
+    /// Handles one write of SQLite to the `-wal` file.
     pub(super) fn wal_write(&self, file: &mut dyn WalFile, offset: u64, bytes: &[u8]) -> Result<(), Stop> {
         let mut writer = lock(&self.writer);
         let step = writer.capture.note(offset, bytes).map_err(|violation| self.refuse(violation.to_string()))?;
@@ -283,7 +285,7 @@ impl Gate {
         match step {
             Step::Hold => Ok(()),
             Step::Commit => self.commit(&mut writer, file, bytes),
-            // Settled: these are frames of a committed transaction whose checksums SQLite writes again.
+            // Settled: SQLite rewrites the checksums of frames of the transaction just committed.
             Step::Pass if writer.capture.is_settled() => file.write_at(offset, bytes).map_err(|code| self.broken(code)),
             Step::Pass => Ok(file.write_at(offset, bytes)?),
             Step::Restart => {
@@ -292,7 +294,7 @@ impl Gate {
                 marks.committed.frame = 0;
                 marks.visible.frame = 0;
                 let mark = marks.committed;
-                // Once is enough: a WAL restarted by transactions that roll back leads here again and again.
+                // Recorded once: transactions that roll back can restart the same empty WAL again and again.
                 marks.record_unless(mark, |last| last.frame == 0);
                 Ok(())
             }
@@ -313,8 +315,8 @@ impl Gate {
         writer.capture.commit(&captured, file).map_err(|code| self.broken(code))
     }
 
-    /// The majority has the transaction, but SQLite's files here do not. Never the file's own code: a full disk must
-    /// not look like a transaction that was not made.
+    /// A majority has the transaction, but SQLite's files here do not. Never returns the file's own code: a full disk
+    /// must not look as if the transaction had not been made.
     fn broken(&self, code: Code) -> Stop {
         self.fence_because(format!("a committed transaction could not be written to the -wal file (code {code})"))
     }
@@ -368,7 +370,7 @@ impl Gate {
         })
     }
 
-    /// SQLite is about to give up its WAL write lock. `frames` is the number of valid frames in its wal-index.
+    /// Called before SQLite releases its WAL write lock. `frames` is the number of valid frames in its wal-index.
     pub(super) fn write_lock_released(&self, frames: Option<u32>) {
         let mut writer = lock(&self.writer);
         if writer.capture.is_settled() {
@@ -376,26 +378,28 @@ impl Gate {
             if frames == Some(marks.committed.frame) {
                 marks.visible = marks.committed;
             } else {
-                // Something failed between the last write and the wal-index: SQLite has reported an error and rolled
-                // back what the cluster has committed. Its view is wrong from here on.
+                // Something failed between the last write and the update of the wal-index. SQLite has reported an error
+                // and rolled back what the cluster has committed, so its view is wrong from here on.
                 drop(marks);
-                self.fence_because("SQLite could not take over a transaction that the cluster has committed".into());
+                self.fence_because("SQLite did not finish a transaction that the cluster has committed".into());
             }
         }
         writer.capture.end();
     }
 
-    /// A checkpoint begins: note what it can reach. With `restart`, nobody else begins to write until its end.
+    /// Called when a checkpoint begins: notes what it can reach. With `restart`, nobody else may begin to write until
+    /// it ends.
     pub(super) fn begin_checkpoint(&self, restart: bool) {
         self.restarting.store(restart, Ordering::SeqCst);
         let mut marks = lock(&self.marks);
         let (visible, committed) = (marks.visible, marks.committed);
-        // The second is about to be visible: SQLite may have updated its wal-index already.
+        // The committed one is about to become visible: SQLite may have updated its wal-index already.
         marks.recording = Some(if visible.index == committed.index { vec![visible] } else { vec![visible, committed] });
     }
 
-    /// The checkpoint has ended; `frames` is the number of frames that it has copied, if those were all that it saw.
-    /// What do the first [`Mark::pages`] pages of the database file hold now?
+    /// Called when a checkpoint has ended. `frames` is the number of frames that it has copied, if those were all that
+    /// it saw. Returns the transaction that the first [`Mark::pages`] pages of the database file hold now, if that is
+    /// certain.
     pub(super) fn end_checkpoint(&self, frames: Option<u32>) -> Option<Mark> {
         self.restarting.store(false, Ordering::SeqCst);
         let recording = lock(&self.marks).recording.take()?;
@@ -403,9 +407,9 @@ impl Gate {
         let mut matching = recording.iter().filter(|mark| mark.frame == frames);
         match (matching.next(), matching.next()) {
             (Some(mark), None) => Some(*mark),
-            // The WAL has started again meanwhile and has grown to the same length: it may be either.
+            // The WAL has restarted meanwhile and has grown to the same length: it may be either transaction.
             (Some(_), Some(_)) => None,
-            // A WAL without frames, of which the new header is not yet written: all that was visible is in the file.
+            // A WAL without frames whose new header is not written yet: everything visible is in the file.
             (None, _) => (frames == 0).then(|| recording[0]),
         }
     }
@@ -427,7 +431,7 @@ mod tests {
 
     const PAGE: usize = 512;
 
-    /// A disk that fails at a chosen write.
+    /// A disk whose chosen write fails.
     struct Disk {
         writes: usize,
         fails_at: usize,
@@ -473,7 +477,7 @@ mod tests {
         )
     }
 
-    /// A whole transaction of one page: the WAL's header, then data, then the held header.
+    /// A whole transaction of one page: the WAL's header, the frame's header, its data.
     fn transaction(gate: &Gate, disk: &mut Disk) -> Result<(), Stop> {
         transaction_of(gate, disk, 1, 1)
     }
@@ -507,7 +511,7 @@ mod tests {
     fn a_failure_after_the_majority_fences() {
         let (gate, count) = gate();
         let result = transaction(&gate, &mut Disk { writes: 0, fails_at: 3 });
-        // Not the disk's own code: the majority has the transaction, whatever this host's files say.
+        // Not the disk's own code: a majority has the transaction, whatever this host's files say.
         assert!(matches!(result, Err(Stop::Gate)));
         assert_eq!(count.0.load(Ordering::SeqCst), 1);
         assert!(gate.is_fenced());

@@ -1,6 +1,6 @@
-//! The membership in force on this node, in `<data>/membership.json`: what the node needs to know before it can read
-//! its raft log with others. Written before the raft log notes the configuration of the same entry: after a crash in
-//! between, the entry is applied again and changes nothing here. Must never decide who votes: that is in the raft log.
+//! The membership in force on this node, in `<data>/membership.json`: what the node has to know before it can talk to
+//! the others. It is written before the raft log notes the configuration of the same entry. After a crash in between,
+//! the entry is applied again and changes nothing here. Must never decide who votes: the raft log does.
 
 use std::{
     fs::File,
@@ -15,7 +15,7 @@ use crate::cluster::{Membership, limits::MAX_ENCODED};
 
 /// Name of the file in the data folder.
 pub const FILE: &str = "membership.json";
-/// Name of its copy: a member that does not know the others any more could ask nobody.
+/// Name of its copy. A member that no longer knew the others could ask nobody for the membership.
 pub const COPY: &str = "membership.json.copy";
 /// Version of the file that this program writes.
 const FORMAT: u64 = 1;
@@ -28,7 +28,7 @@ pub struct StoredMembership {
 }
 
 impl StoredMembership {
-    /// Reads the file; none if there is none, as before the first start of a node.
+    /// Reads the file. `None` if there is no such file, as before the first start of a node.
     ///
     /// # Errors
     /// When the file cannot be read now. With a reason: `InvalidData` when it is damaged, `Unsupported` when a newer
@@ -37,7 +37,7 @@ impl StoredMembership {
         Self::read_from(&data.join(FILE))
     }
 
-    /// Reads the copy, which may be older by one change.
+    /// Reads the copy, which may be one change older.
     ///
     /// # Errors
     /// When the copy cannot be read now. With a reason: `InvalidData` when it is damaged, `Unsupported` when a newer
@@ -55,10 +55,10 @@ impl StoredMembership {
         }
     }
 
-    /// Makes this the membership in force, durably, and then its copy.
+    /// Makes this the membership in force, durably, and then writes the copy.
     ///
     /// # Errors
-    /// When the disk fails or is full. The old membership is in force then, or the new one.
+    /// When the disk fails or is full. Either the old membership or the new one is in force then.
     pub fn write(&self, data: &Path) -> io::Result<()> {
         let membership: Value = serde_json::from_slice(&self.membership.encode())?;
         let file = serde_json::json!({ "format": FORMAT, "index": self.index, "membership": membership });

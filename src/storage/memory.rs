@@ -1,7 +1,7 @@
-//! What a member keeps beside its raft log, so that a loss of either is seen: how far its own memory had reached, what
-//! it remembers of the others, that a raft log may be begun, and that this node forgot. Owns those files and the place
-//! of what is set aside. Must never delete a raft log that was in use, except those that were set aside before the
-//! newest few.
+//! What a member keeps beside its raft log, so that a loss of either is noticed: how far its own memory had reached,
+//! what it remembers of the others, whether a raft log may be begun, and whether this node forgot. Owns those files,
+//! and the folder of what is set aside. Must never delete a raft log that was in use, except the oldest of those set
+//! aside.
 
 use std::{
     collections::BTreeMap,
@@ -22,21 +22,21 @@ use crate::cluster::{
 
 /// What is remembered of this node itself and of the others.
 pub const FILE: &str = "memory.json";
-/// Says that this node forgot, and why.
+/// Exists if this node forgot, and says why.
 pub const FORGOTTEN: &str = "forgotten.json";
-/// Says that this node has never had a raft log.
+/// Exists if this node has never had a raft log.
 pub const NO_LOG: &str = "raft-log.none";
-/// Says that it has had one, to programs that do not know [`NO_LOG`].
+/// Exists if it has had one, for programs that do not know [`NO_LOG`].
 pub const LOG_CREATED: &str = "raft-log.created";
 /// The raft log.
 pub const LOG: &str = "raft-log";
-/// What a node that forgot works with meanwhile.
+/// The folder that a node that forgot works in meanwhile.
 pub const SCRATCH: &str = "forgotten";
-/// What was set aside.
+/// The folder of raft logs that were set aside.
 pub const ASIDE: &str = "set-aside";
-/// The raft log that is being moved there.
+/// The raft log that is being moved into [`ASIDE`].
 const MOVING: &str = "moving";
-/// Raft logs that are kept there.
+/// Raft logs that are kept in [`ASIDE`].
 const KEPT: usize = 3;
 /// Version of the files that this program writes.
 const FORMAT: u32 = 1;
@@ -53,19 +53,18 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Nothing is remembered yet.
+    /// A memory of nothing.
     pub fn new(cluster: ClusterId) -> Self {
         Self { format: FORMAT, cluster, edition: 0, own: Reach::default(), others: BTreeMap::new() }
     }
 
-    /// Reads the file. Nothing is remembered if there is none, or one of another cluster.
+    /// Reads the file. It is a memory of nothing if there is no file, or one of another cluster.
     ///
     /// # Errors
-    /// When the file cannot be read. The sentence is for people; the file was a second proof, and a node can go on
-    /// without it.
+    /// A sentence for the log when the file cannot be read. A node can go on without it: it is only a second proof.
     pub fn read(data: &Path, cluster: ClusterId) -> Result<Self, String> {
         let path = data.join(FILE);
-        let failed = |why: String| format!("{} cannot be read ({why}): it is made anew", path.display());
+        let failed = |why: String| format!("{} cannot be read ({why}): a new one is made", path.display());
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::new(cluster)),
@@ -79,10 +78,10 @@ impl Memory {
         }
     }
 
-    /// Keeps it, durably.
+    /// Writes the file, durably.
     ///
     /// # Errors
-    /// When the disk fails or is full. The old file is in place then.
+    /// When the disk fails or is full. The file then has either its old content or the new one.
     pub fn write(&self, data: &Path) -> io::Result<()> {
         durable_write(&data.join(FILE), &serde_json::to_vec(self)?)
     }
@@ -92,8 +91,8 @@ impl Memory {
 struct Forgotten {
     cluster: ClusterId,
     reason: String,
-    /// The raft log that was not whole is set aside. If there is one in its place, it was begun since, and nothing was
-    /// promised with it.
+    /// The raft log that was not whole has been set aside. If there is one in its place, it was begun later, and
+    /// nothing was promised with it.
     #[serde(default)]
     log_aside: bool,
 }
@@ -102,7 +101,7 @@ impl Forgotten {
     fn read(data: &Path, cluster: ClusterId) -> io::Result<Option<Self>> {
         match fs::read(data.join(FORGOTTEN)) {
             Ok(bytes) => {
-                let reason = || "an earlier process said so".to_owned();
+                let reason = || "an earlier process found that out".to_owned();
                 let unread = |_| Self { cluster, reason: reason(), log_aside: false };
                 let found: Self = serde_json::from_slice(&bytes).unwrap_or_else(unread);
                 Ok((found.cluster == cluster).then_some(found))
@@ -117,28 +116,28 @@ impl Forgotten {
     }
 }
 
-/// Why this node forgot; none if it did not, or as a member of another cluster.
+/// Why this node forgot; `None` if it did not, or did so as a member of another cluster.
 ///
 /// # Errors
-/// When it cannot be found out whether there is such a file. One that cannot be understood counts as well.
+/// When it is not known whether the file is there. A file that cannot be understood counts, too.
 pub fn forgotten(data: &Path, cluster: ClusterId) -> io::Result<Option<String>> {
     Ok(Forgotten::read(data, cluster)?.map(|forgotten| forgotten.reason))
 }
 
-/// Notes that this node forgot. It is one that forgot until it has [begun again](begun_again).
+/// Notes that this node forgot. That holds until it has [begun again](begun_again).
 ///
 /// # Errors
-/// When the disk fails or is full. Nothing is noted then, and the node must not take part in anything.
+/// When the disk fails or is full. It may not be noted then, and the node must not take part in anything.
 pub fn note_forgotten(data: &Path, cluster: ClusterId, reason: &str) -> io::Result<()> {
-    // A snapshot that was fetched before may rest on what was forgotten.
+    // A snapshot that was fetched earlier may depend on what was forgotten.
     super::snapshot::discard(data)?;
     Forgotten { cluster, reason: reason.to_owned(), log_aside: false }.write(data)
 }
 
-/// Notes that this node has begun again: nothing that it remembered of itself counts any more.
+/// Notes that this node has begun again: what it remembered of itself no longer counts.
 ///
 /// # Errors
-/// When the disk fails or is full. Then it is still one that forgot.
+/// When the disk fails or is full. The node still counts as one that forgot.
 pub fn begun_again(data: &Path, memory: &Memory) -> io::Result<()> {
     memory.write(data)?;
     clear_away(&data.join(FORGOTTEN))?;
@@ -146,10 +145,10 @@ pub fn begun_again(data: &Path, memory: &Memory) -> io::Result<()> {
     clear_away(&data.join(SCRATCH))
 }
 
-/// Lets the next start begin a raft log. Whoever makes a data folder says so, and nobody else.
+/// Lets the next start begin a raft log. Only what makes a data folder may call this.
 ///
 /// # Errors
-/// When the disk fails or is full. The next start begins no raft log then.
+/// When the disk fails or is full. The next start may refuse to begin a raft log then.
 pub fn permit_new_log(data: &Path) -> io::Result<()> {
     durable_write(&data.join(NO_LOG), b"")
 }
@@ -170,7 +169,7 @@ pub fn note_log(data: &Path) -> io::Result<()> {
     forbid_new_log(data)
 }
 
-/// Lets no start begin a raft log from now on: one that is not there was lost.
+/// Lets no start begin a raft log from now on: a missing one is a lost one.
 ///
 /// # Errors
 /// When the disk fails.
@@ -183,9 +182,8 @@ pub fn forbid_new_log(data: &Path) -> io::Result<()> {
 }
 
 /// Makes room for the raft log with which a node that forgot begins again. The one that was not whole is set aside, for
-/// whoever wants to look at it, and the oldest of those are deleted. May be done again: what was begun since holds
-/// nothing that anybody could miss, and is deleted. Returns where the log is now; none if there was nothing to set
-/// aside.
+/// whoever wants to look at it, and the oldest of those are deleted. Can be repeated: a log begun later holds nothing
+/// that anybody could miss, and is deleted. Returns where the old log is now; `None` if there was nothing to set aside.
 ///
 /// # Errors
 /// When this node did not forget, or the disk fails. Nothing is lost then.
@@ -208,16 +206,16 @@ fn set_log_aside(data: &Path) -> io::Result<Option<PathBuf>> {
     let moving = folder.join(MOVING);
     match fs::symlink_metadata(&from) {
         Err(error) if error.kind() == ErrorKind::NotFound => {}
-        // The place where the link leads is also that of the next raft log. A link that leads nowhere is moved itself.
+        // The next raft log goes where the link leads, too. A link that leads nowhere is moved itself.
         Ok(found) if found.is_symlink() && from.is_dir() => move_files(&from, &moving)?,
         _ => match fs::rename(&from, &moving) {
-            // A mount point, another file system, or an earlier attempt has moved a part.
+            // It is a mount point, it is on another file system, or an earlier attempt has moved a part of it.
             Err(error) if is_immovable(&error) && from.is_dir() => move_files(&from, &moving)?,
             moved => moved?,
         },
     }
     fsync_dir(data)?;
-    // An empty folder is not worth a place.
+    // An empty folder is not worth keeping.
     match fs::remove_dir(&moving) {
         Err(error) if error.kind() != ErrorKind::NotFound => {}
         _ => return Ok(None),
@@ -240,8 +238,8 @@ fn is_immovable(error: &io::Error) -> bool {
     matches!(error.kind(), CrossesDevices | DirectoryNotEmpty | ResourceBusy)
 }
 
-/// Moves the files of a folder into another one, and leaves the folder. A file is in one of the two at any moment, so
-/// that this may be done again after a crash.
+/// Moves the files of a folder into another one, and leaves the folder itself. Each file is in one of the two at any
+/// moment, so this can be repeated after a crash.
 fn move_files(from: &Path, to: &Path) -> io::Result<()> {
     make_private_dir(to)?;
     for (path, name) in files(from)? {
@@ -257,16 +255,16 @@ fn move_files(from: &Path, to: &Path) -> io::Result<()> {
 
 fn copy_and_remove(from: &Path, to: &Path) -> io::Result<()> {
     let mut source = File::open(from)?;
-    // What an earlier attempt copied may be half of it.
+    // An earlier attempt may have copied only half of it.
     clear_away(to)?;
     let mut copy = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
-    // A full disk gets its space back.
+    // After a failure, as on a full disk, the half of a copy does not keep its space.
     io::copy(&mut source, &mut copy).and_then(|_| copy.sync_all()).inspect_err(|_| drop(clear_away(to)))?;
     to.parent().map_or(Ok(()), fsync_dir)?;
     fs::remove_file(from)
 }
 
-/// Removes the files of a folder, or what is in its place.
+/// Removes the files of a folder, or whatever is in its place.
 fn empty(folder: &Path) -> io::Result<()> {
     if !folder.is_dir() {
         return clear_away(folder);
@@ -277,7 +275,7 @@ fn empty(folder: &Path) -> io::Result<()> {
     fsync_dir(folder)
 }
 
-/// What is in a folder, but for folders: a file system of its own may have some that are not ours.
+/// What is in a folder, except for folders: if it is a file system of its own, it may have some that are not ours.
 fn files(folder: &Path) -> io::Result<Vec<(PathBuf, OsString)>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder)? {

@@ -1,7 +1,7 @@
 //! REMEMBERS. What survives a crash on this host.
 //!
-//! This file owns the data directory: its lock, its identity and the durable replacement of small files. It must never
-//! decide anything about roles, and never hand a directory to two processes or to a member it does not belong to.
+//! This file owns the data folder: its lock, its identity and the durable replacement of small files. It must never
+//! decide anything about roles, and never hand a folder to two processes or to a member it does not belong to.
 
 mod capture;
 mod checked;
@@ -19,7 +19,7 @@ pub mod scrub;
 pub mod snapshot;
 pub mod tail;
 pub mod transaction;
-#[allow(unsafe_code, reason = "SQLite speaks C: this folder is the only place where we do, too")]
+#[allow(unsafe_code, reason = "SQLite has a C interface: this folder is the only place that calls it")]
 pub mod vfs;
 pub mod wal;
 pub mod watch;
@@ -46,25 +46,25 @@ use watch::{Act, Place};
 
 /// Version of `identity.json` that this program writes.
 pub const IDENTITY_FORMAT: u32 = 1;
-/// Largest `identity.json` that is read, in bytes: far above any three members.
+/// Largest `identity.json` that is read, in bytes: far more than the largest cluster needs.
 const IDENTITY_LIMIT: u64 = 1 << 20;
-/// Name of the file that says whose a data directory is.
+/// Name of the file that says which member a data folder belongs to.
 const IDENTITY: &str = "identity.json";
 
-/// Why a data directory cannot be used.
+/// Why a data folder cannot be used.
 #[derive(Debug, Error)]
 pub enum DataDirError {
     #[error("cannot {verb} {}: {error}", path.display())]
     Io { verb: &'static str, path: PathBuf, error: io::Error },
-    #[error("data directory {} is in use by the process with pid {pid}; stop it first", path.display())]
+    #[error("data folder {} is in use by the process with pid {pid}; stop it first", path.display())]
     Locked { path: PathBuf, pid: String },
-    #[error("data directory {} has no identity yet (identity.json is missing): it was never set up", path.display())]
+    #[error("data folder {} has no identity (identity.json is missing): it was never set up", path.display())]
     NoIdentity { path: PathBuf },
-    #[error("data directory {} already belongs to node {node} ({name}) of cluster {cluster}; use an empty directory", path.display())]
+    #[error("data folder {} already belongs to node {node} ({name}) of cluster {cluster}; use an empty folder", path.display())]
     Exists { path: PathBuf, cluster: ClusterId, node: NodeId, name: String },
     #[error(
-        "data directory {} belongs to node {found_node} ({found_name}) of cluster {found_cluster}, but node {node} of \
-         cluster {cluster} is expected; set DATA_FOLDER to that node's own directory, or use an empty one",
+        "data folder {} belongs to node {found_node} ({found_name}) of cluster {found_cluster}, but node {node} of \
+         cluster {cluster} is expected; set DATA_FOLDER to that node's own folder, or use an empty one",
         path.display()
     )]
     Foreign {
@@ -81,7 +81,7 @@ pub enum DataDirError {
     Damaged { path: PathBuf, reason: String },
 }
 
-/// Who a data directory belongs to: kept in `identity.json`, written once.
+/// Whom a data folder belongs to: kept in `identity.json`, written once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Format of the file: [`IDENTITY_FORMAT`].
@@ -89,12 +89,12 @@ pub struct Identity {
     pub cluster: ClusterId,
     pub node: NodeId,
     pub name: String,
-    /// The members at the time the directory was set up.
+    /// The members when the folder was set up.
     pub membership: Membership,
 }
 
 impl Identity {
-    /// Reads the identity of a data folder, which another process may have.
+    /// Reads the identity of a data folder. Another process may be using the folder.
     ///
     /// # Errors
     /// [`DataDirError::NoIdentity`] when there is none, [`DataDirError::Damaged`] when it can never be read,
@@ -111,7 +111,7 @@ impl Identity {
             Err(error) => return Err(DataDirError::Io { verb: "read", path, error }),
         }
         let damaged = |reason: String| DataDirError::Damaged { path: path.clone(), reason };
-        // The format is looked at first: a newer file may differ in everything else.
+        // The format comes first: a newer file may differ in everything else.
         let value = checked::decode(&text).map_err(damaged)?;
         match value.get("format").and_then(serde_json::Value::as_u64) {
             Some(found) if found > u64::from(IDENTITY_FORMAT) => Err(DataDirError::Newer { path, found }),
@@ -120,7 +120,7 @@ impl Identity {
     }
 }
 
-/// A data directory, locked for this process until it is dropped.
+/// A data folder, locked for this process until this is dropped.
 #[derive(Debug)]
 pub struct DataDir {
     path: PathBuf,
@@ -129,17 +129,17 @@ pub struct DataDir {
 }
 
 impl DataDir {
-    /// Creates the directory (mode 0700) where it is missing, and takes its lock.
+    /// Creates the folder (mode 0700) if it is missing, and takes its lock.
     ///
     /// # Errors
-    /// [`DataDirError::Locked`] when another process has it, [`DataDirError::Io`] when it cannot be made or locked.
+    /// [`DataDirError::Locked`] when another process has it, [`DataDirError::Io`] when it cannot be created or locked.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, DataDirError> {
         let path = path.into();
         let failed = |verb, path: &Path| {
             let path = path.to_owned();
             move |error| DataDirError::Io { verb, path, error }
         };
-        make_private_dir(&path).map_err(failed("create directory", &path))?;
+        make_private_dir(&path).map_err(failed("create the folder", &path))?;
         let lock_path = path.join("lock");
         let file = OpenOptions::new()
             .read(true)
@@ -158,27 +158,27 @@ impl DataDir {
             lock.set_len(0)?;
             lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0)
         };
-        // Only for the message another process would print; a full disk must not keep a node from starting.
+        // Only for the message that another process would print: a full disk must not keep a node from starting.
         let _ = record();
         Ok(Self { path, _lock: lock })
     }
 
-    /// Where the directory is.
+    /// Where the folder is.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Writes the identity of a new directory.
+    /// Writes the identity of a new folder.
     ///
     /// # Errors
     /// [`DataDirError::Exists`] when there is one already, the error of [`Identity::read`] when there is one that
     /// cannot be read, [`DataDirError::Io`] when the disk fails or is full.
     pub fn create_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
-        // With an identity, a raft log that is not there was lost.
+        // Once there is an identity, a missing raft log is a lost one.
         self.write_identity(identity, memory::permit_new_log)
     }
 
-    /// Writes the identity of a directory that has lost it. It may have lost its raft log, too: a new one is not
+    /// Writes the identity of a folder that has lost it. The folder may have lost its raft log, too, so no new one is
     /// permitted.
     ///
     /// # Errors
@@ -198,7 +198,7 @@ impl DataDir {
         write().map_err(|error| DataDirError::Io { verb: "write", path: path.clone(), error })
     }
 
-    /// Refuses a directory that has an identity.
+    /// Refuses a folder that has an identity.
     ///
     /// # Errors
     /// [`DataDirError::Exists`] when there is one, the error of [`Identity::read`] when there is one that cannot be
@@ -216,16 +216,15 @@ impl DataDir {
     /// Reads the identity.
     ///
     /// # Errors
-    /// [`DataDirError::NoIdentity`], [`DataDirError::Damaged`], [`DataDirError::Newer`] or [`DataDirError::Io`], as
-    /// [`Identity::read`] has them.
+    /// The error of [`Identity::read`].
     pub fn identity(&self) -> Result<Identity, DataDirError> {
         Identity::read(&self.path)
     }
 
-    /// Writes the identity anew, with a checksum, if an older program wrote it without one.
+    /// Rewrites the identity with a checksum if an older program wrote it without one.
     ///
     /// # Errors
-    /// [`DataDirError::Io`] when the file cannot be read or written. It is as it was then.
+    /// [`DataDirError::Io`] when the file cannot be read or written. It is unchanged then.
     pub fn check_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
         let path = self.identity_path();
         let io = |verb| {
@@ -239,10 +238,10 @@ impl DataDir {
         write().map_err(io("write"))
     }
 
-    /// Reads the identity and refuses it unless it is that of this node of this cluster.
+    /// Reads the identity, and refuses it unless it belongs to this node of this cluster.
     ///
     /// # Errors
-    /// [`DataDirError::Foreign`] when it is that of another node or cluster. Otherwise the error of [`Identity::read`].
+    /// [`DataDirError::Foreign`] when it belongs to another node or cluster. Otherwise the error of [`Identity::read`].
     pub fn check(&self, cluster: ClusterId, node: NodeId) -> Result<Identity, DataDirError> {
         let found = self.identity()?;
         if (found.cluster, found.node) == (cluster, node) {
@@ -263,7 +262,7 @@ impl DataDir {
     }
 }
 
-/// The pid in a lock file, or "unknown".
+/// The pid in a lock file, or "unknown" if it cannot be read.
 fn holder(mut file: &File) -> String {
     let mut text = String::new();
     match file.read_to_string(&mut text) {
@@ -272,16 +271,16 @@ fn holder(mut file: &File) -> String {
     }
 }
 
-/// Creates a directory and its missing parents, mode 0700, durably. An existing one is left as it is.
+/// Creates a folder and its missing parents, mode 0700, durably. An existing folder is left as it is.
 ///
 /// # Errors
-/// When the directory, or one on the way, cannot be made or synced.
+/// When one of the folders cannot be created or synced.
 pub fn make_private_dir(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
     let parent = folder_of(path);
-    // Each of them is a name in the one above it, which is to be synced.
+    // Each new folder is an entry in the one above it, which has to be synced.
     if !parent.exists() {
         make_private_dir(parent)?;
     }
@@ -294,15 +293,15 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Replaces the content of a small file so that a crash leaves either the old or the new one. Mode 0600.
+/// Replaces the content of a small file so that a crash leaves either the old or the new content. Mode 0600.
 ///
 /// # Errors
-/// When the disk fails or is full. The old content is in place then, or the new one.
+/// When the disk fails or is full. The file then has either its old content or the new one.
 pub fn durable_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_file(Place::Small, path, bytes)
 }
 
-/// [`durable_write`], seen by the watch as a write to this place.
+/// As [`durable_write`], and the [watch] sees a write to this place.
 fn replace_file(place: Place, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let Some(name) = path.file_name() else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a path of a file"));
@@ -312,7 +311,7 @@ fn replace_file(place: Place, path: &Path, bytes: &[u8]) -> io::Result<()> {
     temporary.push(".new");
     let temporary = parent.join(temporary);
     let write = || {
-        // What an earlier attempt left may be a link, or readable by others.
+        // An earlier attempt may have left a link, or a file that others can read.
         clear_away(&temporary)?;
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
@@ -327,7 +326,7 @@ fn replace_file(place: Place, path: &Path, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Removes whatever has this name: a file, a link, or a folder with all that is in it.
+/// Removes whatever has this name: a file, a link, or a folder with all its content. Does nothing if there is nothing.
 ///
 /// # Errors
 /// When something is there and cannot be removed.
@@ -343,16 +342,16 @@ pub fn clear_away(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes the names in a directory durable: creations, renames and removals.
+/// Makes creations, renames and removals in a folder durable.
 ///
 /// # Errors
-/// When the directory cannot be opened or synced.
+/// When the folder cannot be opened or synced.
 pub fn fsync_dir(path: &Path) -> io::Result<()> {
     descriptors::open(|| File::open(path))?.sync_all()
 }
 
-/// True for an error that says that what is on the disk cannot be read, now or later: the place is bad, or the content
-/// is not what it should be. Not for what the system lacks at the moment.
+/// True for an error that will not go away: what is on the disk cannot be read, or is not what it should be. False for
+/// what the system lacks at the moment, as memory or descriptors.
 pub fn is_rot(error: &io::Error) -> bool {
     use io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, UnexpectedEof};
     matches!(error.kind(), InvalidData | IsADirectory | NotADirectory | UnexpectedEof)
@@ -370,32 +369,32 @@ pub fn is_full(error: &io::Error) -> bool {
 /// Why a captured transaction did not get a majority.
 #[derive(Debug, Clone, Error)]
 pub enum ReplicateError {
-    /// It is certain that the transaction will never be committed: the last part was never proposed.
+    /// The transaction will certainly never be committed: its last part was not proposed.
     #[error("not replicated: {0}")]
     Refused(String),
-    /// It will never be committed either: this host has no space for it.
+    /// The transaction will never be committed, either: this host has no space for it.
     #[error("not replicated: {0}")]
     Full(String),
-    /// The last part was proposed; the new primary's raft log decides. The caller must fence itself.
+    /// The last part was proposed, and the next primary's raft log decides. The caller must fence itself.
     #[error("outcome unknown: {0}")]
     Unknown(String),
 }
 
-/// Where captured transactions go: the consensus loop in a daemon, a test double of it in tests of the capture.
+/// Where captured transactions go: to the consensus loop in a daemon, to a test double in tests of the capture.
 pub trait Replicator: Send + Sync {
-    /// Proposes one encoded part ([`crate::storage::transaction`]). For `last == false` it returns as soon as the part
-    /// is accepted (it blocks only to bound the parts in flight) and the returned index is meaningless. For `last ==
-    /// true` it blocks until a majority has the whole transaction in its raft logs and returns the raft index of the
-    /// last part.
+    /// Proposes one encoded part ([`crate::storage::transaction`]). With `last == false` it returns as soon as the part
+    /// is accepted, and blocks only to bound the parts in flight; the index that it returns means nothing. With `last
+    /// == true` it blocks until a majority has the whole transaction in its raft logs, and returns the raft index of
+    /// the last part.
     ///
     /// # Errors
     /// [`ReplicateError::Refused`] and [`ReplicateError::Full`] when the transaction will never be committed.
     /// [`ReplicateError::Unknown`] when it may be: the caller must fence itself.
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError>;
 
-    /// Returns when this host's own disk has everything that [`Replicator::replicate`] has returned for. A majority can
-    /// be the two other hosts: the database file must not get ahead of this host's raft log, or a crash would leave a
-    /// file that no replay explains. Does nothing where `replicate` waits for this host's disk in any case.
+    /// Returns when this host's own disk has everything for which [`Replicator::replicate`] has returned. The majority
+    /// may be the other hosts, and the database file must not get ahead of this host's raft log: a crash would leave a
+    /// file that no replay explains. Does nothing where `replicate` waits for this host's disk anyway.
     ///
     /// # Errors
     /// When the disk fails. Nothing may be copied into the database file then.
@@ -404,9 +403,11 @@ pub trait Replicator: Send + Sync {
     }
 }
 
-/// Where the parts of a long transaction are read again when its last part commits: the raft log, or a test's list.
+/// Where the earlier parts of a long transaction are read again when its last part commits: the raft log, or a test's
+/// list.
 pub trait EntrySource {
-    /// Calls `each` with index and payload of every command entry in `first..=last`, in order, in bounded memory.
+    /// Calls `each` with the index and payload of every command entry in `first..=last`, in order and in bounded
+    /// memory.
     ///
     /// # Errors
     /// When an entry cannot be read. An error of `each` ends it.

@@ -1,8 +1,8 @@
-//! The copy of a database that follows the raft log, while it goes on following: whoever copies reads the file at their
-//! own pace, and pages that were written meanwhile are read again. The database thread reads the last few of them
-//! itself, between two transactions, so that the copy is the database at one raft index.
+//! Copies a database that goes on following the raft log meanwhile. Whoever copies reads the file at their own pace,
+//! and then again the pages that were written meanwhile. The database thread reads the last few of those itself,
+//! between two transactions, so that the copy is the database at one raft index.
 //!
-//! Owns what is known about the pages written since the copy began. Must never make the database thread wait: a copy
+//! Owns the record of which pages were written since the copy began. Must never make the database thread wait: a copy
 //! that is given up, or a promotion, leaves nothing behind but a flag.
 
 use std::{
@@ -30,7 +30,7 @@ const LAST_BYTES: usize = 4 << 20;
 /// Why there is no copy.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum CopyError {
-    /// More pages were written than the database thread reads itself: read them, then ask again.
+    /// More pages were written than the database thread reads itself: read them, then try again.
     #[error("{0} pages were written since they were read")]
     Changed(usize),
     /// The database does not follow any more, or not yet. The text says why.
@@ -38,7 +38,7 @@ pub enum CopyError {
     Ended(String),
 }
 
-/// The pages written since they were read last, one bit each.
+/// The pages written since they were last read, one bit each.
 #[derive(Debug, Default)]
 struct Written {
     bits: Mutex<Vec<u64>>,
@@ -59,7 +59,7 @@ impl Written {
         bits[word] |= 1 << bit;
     }
 
-    /// The pages, ascending; none are noted from then on.
+    /// Takes the noted pages, in ascending order: none are noted afterwards.
     fn take(&self) -> Vec<u32> {
         let words = std::mem::take(&mut *self.bits());
         let of_word = |(at, word): (usize, u64)| {
@@ -69,23 +69,23 @@ impl Written {
     }
 }
 
-/// The database's side: notes what is written. Dropped when the database does not follow any more, which ends the copy.
+/// The database's side: notes what is written. It is dropped when the database stops following, and that ends the copy.
 #[derive(Debug)]
 pub(super) struct Tracking(Arc<Written>);
 
 impl Tracking {
-    /// To be called **after** the page is in the file: whoever copies first forgets the note and then reads, so that a
-    /// page that is written during the read is noted again.
+    /// Call this **after** the page is in the file. Whoever copies first takes the note and then reads, so a page that
+    /// is written during the read is noted again.
     pub fn note(&self, number: u32) {
         self.0.note(number);
     }
 
-    /// True while somebody makes the copy.
+    /// True while somebody is making the copy.
     pub fn is_wanted(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }
 
-    /// The end of the copy: reads the pages that are still noted. `record` describes the database at this moment.
+    /// Completes the copy: reads the pages that are still noted. `record` describes the database at this moment.
     pub fn finish(&self, copy: &CopyId, file: &File, record: Record) -> Result<FinishedCopy, CopyError> {
         if !Arc::ptr_eq(&self.0, &copy.0) {
             return Err(CopyError::Ended("another copy of the database was begun".to_owned()));
@@ -102,16 +102,16 @@ impl Tracking {
             Ok((number, image))
         };
         let pages = numbers.into_iter().map(page).collect::<io::Result<_>>();
-        let pages = pages.map_err(|error| CopyError::Ended(format!("its database file cannot be read: {error}")))?;
+        let pages = pages.map_err(|error| CopyError::Ended(format!("the database file cannot be read: {error}")))?;
         Ok(FinishedCopy { record, pages })
     }
 }
 
-/// Which copy the database thread is to finish.
+/// Tells the database thread which copy to finish.
 #[derive(Clone, Debug)]
 pub struct CopyId(Arc<Written>);
 
-/// A copy of a database that follows the raft log: the side that reads.
+/// A copy of a following database: the side that reads.
 #[derive(Debug)]
 pub struct OnlineCopy {
     // Never a duplicate: closing any descriptor of the file would drop SQLite's locks on it (POSIX).
@@ -121,17 +121,17 @@ pub struct OnlineCopy {
     pages: u32,
 }
 
-/// The end of a copy: what the whole is, and the pages that are still to be put into it.
+/// The end of a copy: what it is a copy of, and the pages that still have to be written into it.
 #[derive(Debug)]
 pub struct FinishedCopy {
-    /// Raft index, size and checksum of the database that has been copied.
+    /// Raft index, size and checksum of the copied database.
     pub record: Record,
     /// Page numbers and images.
     pub pages: Vec<(u32, Vec<u8>)>,
 }
 
 impl OnlineCopy {
-    /// A copy of a database of `pages` pages, and what notes the writes to it from now on.
+    /// Begins a copy of a database of `pages` pages. The other half notes the writes to it from now on.
     pub(super) fn begin(file: Arc<File>, page_size: u32, pages: u32) -> (Self, Tracking) {
         let written = Arc::<Written>::default();
         (Self { file, written: Arc::clone(&written), page_size, pages }, Tracking(written))
@@ -147,7 +147,7 @@ impl OnlineCopy {
         self.pages
     }
 
-    /// What [`crate::node::Handle::finish_copy`] knows this copy by.
+    /// Identifies this copy to [`crate::node::Handle::finish_copy`].
     pub fn id(&self) -> CopyId {
         CopyId(Arc::clone(&self.written))
     }
@@ -156,10 +156,10 @@ impl OnlineCopy {
         if !self.written.ended.load(Ordering::SeqCst) {
             return Ok(());
         }
-        Err(io::Error::new(io::ErrorKind::Interrupted, "the role of this node changes, or its database is begun again"))
+        Err(io::Error::new(io::ErrorKind::Interrupted, "the role of this node is changing, or its database has gone back to a checkpoint"))
     }
 
-    /// Reads the next pages behind page `done`, at most [`CHUNK`](super::checksum::CHUNK) bytes, none at the end.
+    /// Reads the next pages after page `done`: at most [`CHUNK`](super::checksum::CHUNK) bytes, none at the end.
     ///
     /// # Errors
     /// When the file cannot be read. [`io::ErrorKind::Interrupted`] once the database does not follow any more: begin
@@ -169,7 +169,7 @@ impl OnlineCopy {
         read_chunk(&self.file, self.page_size, self.pages, done, bytes)
     }
 
-    /// The pages that were written since they were read; they must be read again, and are noted again if they are
+    /// Takes the pages that were written since they were read. Read them again. They are noted again if they are
     /// written again.
     pub fn changed(&self) -> Vec<u32> {
         self.written.take()
@@ -192,8 +192,8 @@ impl Drop for Tracking {
     }
 }
 
-/// The checksum of the first `record.pages` pages of a file, to be compared with that of the record. `each` gets every
-/// chunk in order.
+/// The checksum of the first `record.pages` pages of a file, to be compared with that of the record. Calls `each` with
+/// every chunk, in order.
 ///
 /// # Errors
 /// When the file cannot be read. An error of `each` ends the reading.

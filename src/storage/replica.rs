@@ -1,8 +1,9 @@
-//! Applies replicated transactions to a database file: page images at their places, nothing else. No SQLite here.
+//! Applies replicated transactions to a database file: writes page images to their places, and nothing else. No SQLite
+//! here.
 //!
-//! A transaction takes effect with its last part; earlier parts are only counted when they come by and are read again
-//! then. Writing is physical and can be repeated: after a crash everything since the last checkpoint is applied again.
-//! Must never run while SQLite has the database open.
+//! A transaction takes effect with its last part. Earlier parts are only counted as they arrive, and are read again
+//! then. Writing page images can be repeated: after a crash everything since the last checkpoint is applied again. Must
+//! never run while SQLite has the database open.
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
@@ -18,19 +19,19 @@ use super::{
     watch::{Act, Place, run},
 };
 
-/// Why an entry was not applied. After any of these but a full disk the database applies nothing more until it is
+/// Why an entry was not applied. After any of these, except a full disk, the database applies nothing more until it is
 /// opened again.
 #[derive(Debug, Error)]
 pub enum ApplyError {
-    /// This node's database is not what the primary's was: it must be restored from the primary.
+    /// This node's database is not what the primary's was: it must be fetched from the primary.
     #[error("database differs from the primary's at index {index}: checksum {computed:016x}, expected {expected:016x}")]
     Diverged { index: u64, expected: u64, computed: u64 },
     #[error("entry {index}: {error}")]
     Command { index: u64, error: TransactionError },
-    /// A newer program wrote it. Nothing is wrong with what has been applied.
+    /// A newer program wrote the entry. Nothing is wrong with what has been applied.
     #[error("entry {index} is for database {database}, which this program does not know: upgrade this node")]
     UnknownDatabase { index: u64, database: u32 },
-    /// Entries are not what a primary of this version writes, or they come in the wrong order.
+    /// The entry is not what a primary of this version writes, or it comes in the wrong order.
     #[error("entry {index}: {what}")]
     OutOfOrder { index: u64, what: &'static str },
     #[error("cannot apply entry {index}: {error}")]
@@ -44,20 +45,20 @@ pub enum ApplyError {
 }
 
 impl ApplyError {
-    /// True if a newer program wrote the entry: what has been applied is good, and a newer program can go on from
+    /// True if a newer program wrote the entry. What has been applied is good, and a newer program can go on from
     /// there.
     pub fn is_of_newer_program(&self) -> bool {
         let version = matches!(self, Self::Command { error: TransactionError::Version(_), .. });
         version || matches!(self, Self::UnknownDatabase { .. })
     }
 
-    /// True if the disk had no space: the same entry can be applied again when there is some.
+    /// True if the disk had no space: the same entry can be applied once there is some.
     pub fn is_full(&self) -> bool {
         matches!(self, Self::Io { error, .. } if is_full(error))
     }
 }
 
-/// A transaction of which the last part has not come yet.
+/// A transaction whose last part has not arrived yet.
 #[derive(Clone, Copy, Debug)]
 struct Unfinished {
     transaction: u64,
@@ -75,22 +76,23 @@ pub(super) struct Replica {
     pub table: PageTable,
     /// Index of the last entry applied.
     pub applied: u64,
-    /// Checksum that the last applied transaction claimed for the database.
+    /// Checksum of the database that the last applied transaction stated.
     pub claim: u64,
-    /// Its size in pages then. The table is resized before a transaction has taken effect, which it may fail to.
+    /// Its size in pages then. The table can have another size: it is resized before a transaction takes effect, which
+    /// may fail.
     claimed_pages: u32,
-    /// Up to this index the file may be ahead of what is being applied, so its checksum says nothing.
+    /// Up to this index the file may be ahead of what is being applied, so its checksum proves nothing.
     pub touched: u64,
     unfinished: Option<Unfinished>,
-    /// Whoever copies the file while it changes.
+    /// Notes what is written, for whoever copies the file while it changes.
     pub copy: Option<Tracking>,
 }
 
 impl Replica {
-    /// Starts at a checkpoint: reads the whole file, as long as `go_on` is true.
+    /// Starts at a checkpoint: reads the whole file, for as long as `go_on` returns true.
     ///
     /// # Errors
-    /// When the file cannot be read. [`io::ErrorKind::Interrupted`] when it was not to go on.
+    /// When the file cannot be read. [`io::ErrorKind::Interrupted`] when `go_on` returned false.
     pub fn at(
         file: Arc<File>,
         database: u32,
@@ -106,7 +108,7 @@ impl Replica {
         Ok(Self { file, database, table, applied, claim, claimed_pages, touched, unfinished: None, copy: None })
     }
 
-    /// Where a checkpoint may stand now: what is applied, but not in the middle of a transaction.
+    /// Where a checkpoint can be made now: at what is applied, but not in the middle of a transaction.
     pub fn record(&self) -> Record {
         let index = self.unfinished.map_or(self.applied, |open| open.first - 1);
         Record { index, page_size: self.table.page_size(), pages: self.claimed_pages, checksum: self.claim }
@@ -116,7 +118,7 @@ impl Replica {
         if index > self.applied { Ok(()) } else { Err(ApplyError::OutOfOrder { index, what: "already applied" }) }
     }
 
-    /// An entry that is no command. A new term ends what the old primary had begun.
+    /// Notes an entry that is no command. A new term drops what the old primary had begun.
     pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
         self.check_order(index)?;
         self.unfinished.take_if(|open| open.term != term);
@@ -124,7 +126,7 @@ impl Replica {
         Ok(())
     }
 
-    /// One command.
+    /// Applies one command.
     pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
         self.check_order(index)?;
         let pages = Pages::decode(payload).map_err(|error| ApplyError::Command { index, error })?;
@@ -137,7 +139,7 @@ impl Replica {
         }
         self.unfinished.take_if(|open| pages.part == 0 || open.term != term);
         if pages.part > 0 {
-            let open = self.unfinished.as_ref().ok_or_else(|| wrong("the transaction's beginning is missing"))?;
+            let open = self.unfinished.as_ref().ok_or_else(|| wrong("the beginning of its transaction is missing"))?;
             let next = (open.transaction, open.next_part, open.page_size);
             if (pages.transaction, pages.part, pages.page_size) != next {
                 return Err(wrong("it does not continue the transaction before it"));
@@ -181,8 +183,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Gives the file the size of the database: until the first transaction after a start, a later state that a crash
-    /// has thrown away may have left it longer or shorter.
+    /// Gives the file the size of the database. After a start, and before the first transaction, the file can be longer
+    /// or shorter: a crash may have dropped what it had reached.
     pub fn trim(&self) -> io::Result<()> {
         self.set_pages(self.table.pages(), self.table.page_size())
     }
@@ -191,11 +193,11 @@ impl Replica {
         run(Place::Database, Act::Resize, || self.file.set_len(u64::from(pages) * u64::from(page_size)))
     }
 
-    /// Reads the earlier parts of the transaction again and writes them.
+    /// Reads the earlier parts of the transaction again, and writes them.
     fn write_earlier(&mut self, open: Unfinished, to: u64, source: &dyn EntrySource) -> io::Result<()> {
         let mut next = 0;
         source.for_each(open.first, to, &mut |_, payload| {
-            // Parts of other databases stand between them.
+            // Parts for other databases can stand between them.
             if transaction::database(payload) != Ok(self.database) {
                 return Ok(());
             }
@@ -231,7 +233,7 @@ mod tests {
     use super::*;
     use crate::storage::transaction::PagesBuilder;
 
-    /// One part is all there is of a transaction here.
+    /// For transactions of one part.
     struct Nothing;
 
     impl EntrySource for Nothing {
@@ -240,7 +242,7 @@ mod tests {
         }
     }
 
-    /// Writes all pages of a database of so many.
+    /// A transaction that writes all pages of a database of this many.
     fn transaction(pages: u32) -> Vec<u8> {
         let mut builder = PagesBuilder::new(1, 1, 0, 512);
         let images = (1..=pages).map(|number| (number, [number as u8; 512]));

@@ -1,4 +1,4 @@
-//! Reading a database file for a scrub: from the disk and not from memory, and only to compare. Must never write.
+//! Reads a database file for a scrub: from the disk and not from memory, and only to compare. Must never write.
 
 use std::{fs::File, io};
 
@@ -6,15 +6,15 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::checksum::{page_checksum, read_pages};
 
-/// Lets the kernel forget these pages, so that they come from the disk when they are read next. What is not written to
-/// the disk yet stays.
+/// Has the kernel drop `count` pages after page `done` from its cache, so that they are next read from the disk. What
+/// has not been written to the disk yet stays.
 pub fn drop_cache(file: &File, page_size: u32, done: u32, count: u32) {
     let (at, length) = (i64::from(done) * i64::from(page_size), i64::from(count) * i64::from(page_size));
-    // A file system that does not support this reads from memory: a scrub finds less then, and nothing goes wrong.
+    // A file system that does not support this reads from memory: a scrub finds less then, but nothing goes wrong.
     let _ = posix_fadvise(file, at, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
 }
 
-/// The checksums of `count` pages behind page `done`.
+/// The checksums of `count` pages after page `done`.
 ///
 /// # Errors
 /// When the file cannot be read.

@@ -1,15 +1,15 @@
-//! What a replicated entry says: the payload of one Raft log entry, format version 1.
+//! The payload of one raft log entry, format version 1.
 //!
-//! A transaction is one or more *parts* under one transaction id, in consecutive entries except for other kinds of
-//! entries between them. Only the last part carries a [`Commit`] and makes the transaction take effect. A part whose
-//! number is 0 starts a transaction and drops an unfinished one; so does a new epoch.
+//! A transaction is one or more *parts* with one transaction id, in order; other kinds of entries may stand between
+//! them. Only the last part carries a [`Commit`], and makes the transaction take effect. A part whose number is 0
+//! starts a transaction and drops an unfinished one. A new epoch drops an unfinished one, too.
 //!
 //! Layout (all integers little-endian): `version u8 = 1`, `kind u8 = 1 (pages)`, `flags u8 (bit 0: commit, bit 1:
 //! compressed)`, `0 u8`, `database u32`, `transaction u64`, `part u32`, `page_size u32`, `count u32`, then if
 //! committing `database pages u32, checksum u64`, then `count` page numbers `u32` in ascending order, then `count` page
 //! images of `page_size` bytes, all of them together as one LZ4 block if compressed. Pages are mostly half empty:
-//! compressed ones take less time on the link and on the disk than the compression takes. Must never panic on any
-//! input: these bytes come from other hosts and from disk.
+//! compressing them takes less time than it saves on the link and on the disk. Must never panic on any input: these
+//! bytes come from other hosts and from disk.
 
 use std::borrow::Cow;
 
@@ -20,7 +20,7 @@ use crate::{
     little_endian::{find_u32, find_u64, u32_at},
 };
 
-/// Largest part, in bytes, encoded without compression: 16 pages of 64 KiB and their headers fit.
+/// Largest part, in bytes, encoded without compression: room for 16 pages of 64 KiB and their headers.
 pub const MAX_PART: usize = (1 << 20) + 4096;
 /// The Console's database. Another one needs a feature level above today's ([`crate::cluster::level`]).
 pub const CONSOLE_DATABASE: u32 = 1;
@@ -69,7 +69,8 @@ pub fn valid_page_size(size: u32) -> bool {
 /// The database that a part is for, by its header alone.
 ///
 /// # Errors
-/// [`TransactionError::Version`] for another format version, [`TransactionError::Malformed`] if there is no header.
+/// [`TransactionError::Version`] for another format version, [`TransactionError::Malformed`] if the header is not
+/// whole.
 pub fn database(bytes: &[u8]) -> Result<u32, TransactionError> {
     match bytes.first() {
         Some(&FORMAT_VERSION) => find_u32(bytes, 4).ok_or(TransactionError::Malformed("short header")),
@@ -78,18 +79,18 @@ pub fn database(bytes: &[u8]) -> Result<u32, TransactionError> {
     }
 }
 
-/// True for a part behind the first one of its transaction, by its header alone.
+/// True for any part of a transaction but the first, by its header alone.
 pub fn continues(bytes: &[u8]) -> bool {
     find_u32(bytes, 16).is_some_and(|part| part > 0)
 }
 
-/// How many parts the transaction has that this part ends, by its header alone; none for a part that does not end it.
+/// How many parts the transaction has that this part ends, by its header alone; none if it does not end one.
 pub fn parts_at_end(bytes: &[u8]) -> Option<u32> {
     let ends = bytes.get(2).is_some_and(|flags| flags & FLAG_COMMIT != 0);
     find_u32(bytes, 16).filter(|_| ends).map(|part| part.saturating_add(1))
 }
 
-/// The page images, `length` bytes of them; the caller has checked that this is no more than a command can have.
+/// The page images, `length` bytes of them. The caller has checked that a command can have that many.
 fn decode_images(bytes: &[u8], length: usize, compressed: bool) -> Result<Cow<'_, [u8]>, TransactionError> {
     if !compressed {
         let fits = bytes.len() == length;
@@ -110,8 +111,8 @@ impl<'a> Pages<'a> {
     /// Decodes and checks one command.
     ///
     /// # Errors
-    /// [`TransactionError::Version`] for another format version, [`TransactionError::Malformed`] for anything that a member of
-    /// this version would not have written.
+    /// [`TransactionError::Version`] for another format version, [`TransactionError::Malformed`] for anything that no
+    /// member of this version would have written.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, TransactionError> {
         use TransactionError::Malformed;
         let database = database(bytes)?;
@@ -173,13 +174,13 @@ impl<'a> Pages<'a> {
         self.numbers.len() / 4
     }
 
-    /// True if the part carries no page image (only a size and checksum).
+    /// True if the part carries no page image, only a size and a checksum.
     pub fn is_empty(&self) -> bool {
         self.numbers.is_empty()
     }
 }
 
-/// Builds one part. Pages must be pushed in ascending order of their numbers.
+/// Builds one part. Push the pages in ascending order of their numbers.
 pub struct PagesBuilder {
     database: u32,
     transaction: u64,

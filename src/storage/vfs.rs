@@ -1,14 +1,15 @@
-//! The SQLite VFS `twistlock`: a thin layer over the default one, which keeps its files, locks and shared memory.
+//! The SQLite VFS `twistlock`: a thin layer over the default VFS, which still does the work on files, locks and shared
+//! memory.
 //!
-//! It opens only databases that have a live [`Gate`], shows the gate every write to the `-wal` file, lets only our
-//! own checkpoints write to the database file, and refuses whatever would go around the raft log: leaving WAL mode,
-//! rollback journals, attached files. The only `unsafe` code of the program. Must never decide anything about
+//! It opens only databases that have a live [`Gate`], shows the gate every write to the `-wal` file, lets only our own
+//! checkpoints write to the database file, and refuses whatever would bypass the raft log: leaving WAL mode, rollback
+//! journals, attached files. This is the only `unsafe` code of the program. Must never decide anything about
 //! transactions.
 //!
 //! - `vfs.rs`: registration and the file system calls
 //! - `vfs/file.rs`: the calls on an open file
 //! - `vfs/connection.rs`: the few SQLite connections that we hold ourselves
-//! - `vfs/replace.rs`: the whole database replaced at once, for a restore
+//! - `vfs/replace.rs`: replaces the whole database at once, for a restore
 
 use std::{
     collections::HashMap,
@@ -40,7 +41,7 @@ const VFS_NAME_C: &CStr = c"twistlock";
 /// The first version without the checkpoint race that can corrupt a WAL database.
 const OLDEST_SQLITE: c_int = 3_051_003;
 
-/// SQLite said no.
+/// An error of SQLite.
 #[derive(Debug, Error)]
 #[error("SQLite cannot {what}: {message} (code {code})")]
 pub struct SqliteError {
@@ -49,13 +50,13 @@ pub struct SqliteError {
     pub code: i32,
 }
 
-/// The databases that may be opened, by absolute path.
+/// The gates of the databases that may be opened, by absolute path.
 fn registry() -> MutexGuard<'static, HashMap<PathBuf, Weak<Gate>>> {
     static REGISTRY: OnceLock<Mutex<HashMap<PathBuf, Weak<Gate>>>> = OnceLock::new();
     locked(REGISTRY.get_or_init(Mutex::default))
 }
 
-/// Lets connections open the gate's database through the VFS, until [`forget`] or until the gate is gone.
+/// Lets connections open the gate's database through the VFS, until [`forget`] is called or the gate is dropped.
 pub(super) fn admit(gate: &Arc<Gate>) -> Result<(), SqliteError> {
     register()?;
     registry().insert(gate.path().to_owned(), Arc::downgrade(gate));
@@ -71,7 +72,7 @@ fn find(path: &Path) -> Option<Arc<Gate>> {
     registry().get(path)?.upgrade()
 }
 
-/// Registers the VFS; once for the process, later calls return what the first one did.
+/// Registers the VFS, once for the process. Later calls return the result of the first one.
 fn register() -> Result<(), SqliteError> {
     static DONE: OnceLock<Result<(), c_int>> = OnceLock::new();
     let done = DONE.get_or_init(|| {
@@ -135,9 +136,10 @@ fn install() -> Result<(), c_int> {
     }
 }
 
-/// Where SQLite's locks lie in every database file, in bytes; the page there is never written.
+/// Offset in bytes of SQLite's locks in every database file. The page there is never written
+/// (<https://www.sqlite.org/fileformat2.html>, "The Lock-Byte Page").
 pub(super) fn lock_byte() -> u32 {
-    // SAFETY: a test control that takes one integer; 0 only asks. (Tests move the locks down to a place they can
+    // SAFETY: a test control that takes one integer; 0 only asks. (Tests move the locks to a lower offset that they can
     // reach.)
     unsafe { sqlite::sqlite3_test_control(sqlite::SQLITE_TESTCTRL_PENDING_BYTE, 0) as u32 }
 }
@@ -151,7 +153,7 @@ fn describe(code: c_int) -> String {
     }
 }
 
-/// SQLite calls this for each new connection of the process: ours get an authorizer, for what no VFS can see.
+/// SQLite calls this for each new connection of the process. Ours get an authorizer, for what no VFS can see.
 unsafe extern "C" fn guard_connection(
     db: *mut sqlite::sqlite3,
     _message: *mut *mut c_char,
@@ -170,7 +172,7 @@ unsafe extern "C" fn guard_connection(
 }
 
 /// Denies ATTACH of a persistent database: a transaction over two files is not atomic in WAL mode, and a URI could name
-/// another VFS. Temporary and in-memory ones (VACUUM attaches one) are harmless.
+/// another VFS. Temporary and in-memory databases are harmless; VACUUM attaches one.
 unsafe extern "C" fn authorize(
     _context: *mut c_void,
     action: c_int,
@@ -187,7 +189,7 @@ unsafe extern "C" fn authorize(
     if matches!(name, Some(b"" | b":memory:")) {
         return sqlite::SQLITE_OK;
     }
-    tracing::warn!("ATTACH refused: a replicated database cannot be joined with another file");
+    tracing::warn!("ATTACH refused: a replicated database cannot be used together with another file");
     sqlite::SQLITE_DENY
 }
 
@@ -235,7 +237,7 @@ unsafe extern "C" fn open(
     }
 }
 
-/// Forwards a call to the VFS below, with that one as its first argument.
+/// Forwards a call to the VFS below, which becomes its first argument.
 macro_rules! forward {
     ($name:ident, $method:ident, ($($arg:ident: $type:ty),*) -> $out:ty, $missing:expr) => {
         unsafe extern "C" fn $name(vfs: *mut sqlite3_vfs, $($arg: $type),*) -> $out {

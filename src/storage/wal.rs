@@ -1,21 +1,20 @@
-//! The format of SQLite's `-wal` file, and which of its frames make up a transaction. Pure: no files, no locks, no
-//! SQLite.
+//! The format of SQLite's `-wal` file, and which of its frames make up a transaction. Pure: no files, locks or SQLite.
 //!
 //! The format is that of <https://www.sqlite.org/fileformat2.html#walformat>: a header of 32 bytes, then frames, each a
 //! header of 24 bytes and one page. All integers are big-endian. Frames are counted from 1, as SQLite does.
 //!
-//! [`Tracker`] watches the writes that SQLite makes while it holds the WAL's write lock. What it relies on, all seen in
-//! SQLite 3.51 (`walFrames` and below):
+//! [`Tracker`] watches the writes that SQLite makes while it holds the WAL's write lock. It relies on what SQLite 3.51
+//! does (`walFrames` and what that calls):
 //! - A transaction's frames follow the last committed frame without a gap. `ROLLBACK` and `ROLLBACK TO` make no call at
-//!   all: SQLite just goes back and writes over its frames. So a header written to a place that is already known says
-//!   that all later frames are gone.
-//! - A page that is written again inside a transaction may overwrite the data (never the header) of its earlier frame,
-//!   or may get another frame; then the last one counts.
-//! - The committing frame is the last one whose data is written; its header, with the new size of the database, comes
-//!   directly before. Headers, also the committing one, may be rewritten after it with new checksums.
-//! - A WAL that starts again from its beginning gets a new header first.
+//!   all: SQLite just goes back and overwrites its frames. So a header written where there already is one means that
+//!   all later frames are gone.
+//! - A page that is written again inside a transaction either overwrites the data (never the header) of its earlier
+//!   frame, or gets another frame. The last frame counts.
+//! - The committing frame is the last one whose data is written. Its header, with the new size of the database, comes
+//!   directly before. After it, any header of the transaction may be rewritten with a new checksum.
+//! - A WAL that restarts from its beginning gets a new header first.
 //!
-//! Must never let an unexpected write pass: a violation is an error, not a guess.
+//! Must never guess: an unexpected write is an error.
 
 use thiserror::Error;
 
@@ -25,10 +24,10 @@ pub const WAL_HEADER: usize = 32;
 pub const FRAME_HEADER: usize = 24;
 
 const MAGIC: [u8; 3] = [0x37, 0x7f, 0x06];
-/// Frames of one transaction that are remembered without giving the memory back, 4 bytes each.
+/// Frames of one transaction for which the memory is kept between transactions, 4 bytes each.
 const KEEP: usize = 1 << 14;
 
-/// A write that a correct SQLite would not make here. The write must be refused.
+/// A write that a correct SQLite would not make here. It must be refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("unexpected write to the WAL at {offset}, {length} bytes: {what}")]
 pub struct Violation {
@@ -42,15 +41,15 @@ pub struct Violation {
 pub enum Step {
     /// Pass it down.
     Pass,
-    /// Pass it down; the WAL starts again at frame 1.
+    /// Pass it down; the WAL restarts at frame 1.
     Restart,
-    /// Keep it back: [`Tracker::held`] has it until the transaction is replicated.
+    /// Hold it back: [`Tracker::held`] has it until the transaction is replicated.
     Hold,
     /// This is the data of the committing frame: replicate [`Tracker::pages`], then pass the held header down.
     Commit,
 }
 
-/// The header of a committing frame that is kept back.
+/// The header of a committing frame, held back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PendingCommit {
     /// The committing frame.
@@ -70,7 +69,7 @@ pub struct Tracker {
     /// Page numbers of the frames after `committed`.
     frames: Vec<u32>,
     held: Option<PendingCommit>,
-    /// After the commit, while the write lock is still held: the first frame of the transaction.
+    /// The first frame of a committed transaction, while SQLite still holds the write lock.
     settled: Option<u32>,
 }
 
@@ -183,19 +182,19 @@ impl Tracker {
         self.settled.is_some()
     }
 
-    /// The pages of the committing transaction as (page, frame that holds its content), ascending by page. Pages beyond
-    /// the new size are left out: SQLite spilled them before it cut the database.
+    /// The pages of the committing transaction as (page, frame that holds its content), in ascending order. Pages
+    /// beyond the new size are left out: SQLite spilled them before it shrank the database.
     pub fn pages(&self) -> Vec<(u32, u32)> {
         let limit = self.held.map_or(0, |held| held.database_pages);
         let frames = (self.committed + 1..).zip(&self.frames);
         let mut pages: Vec<_> = frames.map(|(frame, page)| (*page, frame)).filter(|(page, _)| *page <= limit).collect();
-        // The last frame of a page counts: sort it to the front, then drop the others.
+        // The last frame of a page counts: it is sorted to the front, and the others are dropped.
         pages.sort_unstable_by_key(|(page, frame)| (*page, u32::MAX - frame));
         pages.dedup_by_key(|(page, _)| *page);
         pages
     }
 
-    /// The held transaction is committed: its header may be passed down, and headers of it rewritten.
+    /// The held transaction is committed: its header may be passed down, and its headers may be rewritten.
     pub fn commit(&mut self) {
         let held = self.held.take().expect("only a held transaction commits");
         self.settled = Some(self.committed + 1);
@@ -203,7 +202,7 @@ impl Tracker {
         self.frames.clear();
     }
 
-    /// SQLite gave up its write lock: whatever is not committed now never will be.
+    /// SQLite has released its write lock: what is not committed by now never will be.
     pub fn end(&mut self) {
         self.frames.clear();
         self.frames.shrink_to(KEEP);

@@ -1,6 +1,6 @@
-//! The one watch over the files of the data folder: every operation on them registers here while it runs, and says how
-//! it ended. Whoever asks learns what does not come back, what was slow and what failed, without touching a file. There
-//! is one for the process, as it has one data folder. Must never wait, and never judge: roles are not its business.
+//! Watches over the files of the data folder. Every operation on them registers here while it runs, and reports how it
+//! ended. Anybody can ask what hangs, what was slow and what failed, without touching a file. There is one watch for
+//! the process, which has one data folder. Must never wait, and never decide: roles are not its business.
 
 mod clock;
 
@@ -24,12 +24,12 @@ use crate::mutex::locked;
 
 pub use self::clock::STEP;
 
-/// Operations that are watched at once: more than the threads that have one.
+/// Operations that are watched at once: more than there are threads that do any.
 const SLOTS: usize = 128;
-/// An operation that took longer is noted as slow.
+/// An operation that takes at least this long is noted as slow.
 pub const SLOW: Duration = Duration::from_millis(300);
 
-/// The files of the data folder, as people find them.
+/// The files of the data folder, as people know them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Place {
@@ -39,7 +39,7 @@ pub enum Place {
     Database,
     Checkpoint,
     Membership,
-    /// One of the files that are replaced as a whole.
+    /// One of the small files that are replaced as a whole.
     Small,
     /// The file system itself.
     Folder,
@@ -71,7 +71,7 @@ const PLACES: [Place; 8] = [
 ];
 const ACTS: [Act; 8] = [Act::Open, Act::Read, Act::Write, Act::Sync, Act::Resize, Act::Rename, Act::Remove, Act::Look];
 
-/// One kind of operation; shown as a verb and a file.
+/// One kind of operation, shown as a verb and a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operation {
     pub place: Place,
@@ -79,8 +79,8 @@ pub struct Operation {
 }
 
 impl Operation {
-    /// Of two kinds, which must not hide each other: what a transaction waits for, and a sync of the database file,
-    /// which may have much to write and which nobody waits for.
+    /// Which of two kinds this is: 0 for what a transaction waits for, 1 for a sync of the database file, which may
+    /// have much to write and which nobody waits for. They must not hide each other.
     fn kind(self) -> usize {
         usize::from(matches!(self, Self { place: Place::Database, act: Act::Sync }))
     }
@@ -121,20 +121,20 @@ impl fmt::Display for Operation {
     }
 }
 
-/// An operation that took long, or still takes long.
+/// An operation that took long, or is taking long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slow {
     pub operation: Operation,
     pub took: Duration,
-    /// Since its end; zero while it runs.
+    /// Time since its end; zero while it runs.
     pub ago: Duration,
 }
 
-/// An operation that failed, though not for want of space.
+/// An operation that failed, though not for lack of space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failure {
     pub operation: Operation,
-    /// As the kernel numbers it; 0 if nobody said.
+    /// The kernel's error number; 0 if it is not known.
     pub errno: i32,
     pub ago: Duration,
 }
@@ -142,19 +142,19 @@ pub struct Failure {
 /// What the watch knows at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// The oldest operation that runs: of those that transactions wait for, and of syncs of the database file.
+    /// The oldest running operation: of those that transactions wait for, and of syncs of the database file.
     pub running: [Option<Slow>; 2],
     /// The last operation that was [`SLOW`], in the same order.
     pub slow: [Option<Slow>; 2],
-    /// The last one that failed.
+    /// The last operation that failed.
     pub failed: Option<Failure>,
-    /// How many have failed, and how many were refused for want of space.
+    /// How many have failed, and how many were refused for lack of space.
     pub failures: u64,
     pub refused: u64,
 }
 
 struct Slot {
-    /// When its operation began; 0: free.
+    /// When its operation began; 0 if the slot is free.
     since: AtomicU64,
     operation: AtomicU32,
 }
@@ -179,42 +179,43 @@ static WATCH: Watch = Watch {
     refused: AtomicU64::new(0),
 };
 
-/// Nanoseconds of the kernel's clock that stands still while the host sleeps.
+/// Nanoseconds by the kernel's monotonic clock, which stops while the host sleeps.
 fn monotonic() -> u64 {
     let time = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every kernel has this clock");
     (time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64).max(1)
 }
 
-/// Nanoseconds for which this process has run.
+/// Nanoseconds for which this process has been running.
 fn now() -> u64 {
     WATCH.clock.at(monotonic())
 }
 
-/// This process runs. To be called every [`STEP`] by a thread that never waits for the disk, until it says [`rest`].
+/// Notes that this process is running. A thread that never waits for the disk calls this every [`STEP`], until it calls
+/// [`rest`].
 pub fn tick() {
     WATCH.clock.tick(monotonic());
 }
 
-/// Nobody [ticks](tick) from now on.
+/// Notes that nobody calls [`tick`] from now on.
 pub fn rest() {
     WATCH.clock.rest();
 }
 
-/// Where this thread looks for a free slot first, so that threads are not in each other's way.
+/// The slot that this thread tries first, so that threads do not get in each other's way.
 fn home() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local!(static HOME: Cell<usize> = Cell::new(NEXT.fetch_add(1, Ordering::Relaxed) % SLOTS));
     HOME.with(Cell::get)
 }
 
-/// An operation while it runs: ends when this is dropped.
+/// A running operation: it ends when this is dropped.
 pub(super) struct Running {
     slot: Option<usize>,
     operation: Operation,
     since: u64,
 }
 
-/// An operation begins.
+/// Notes that an operation begins.
 pub(super) fn begin(place: Place, act: Act) -> Running {
     let (operation, since) = (Operation { place, act }, now());
     let home = home();
@@ -222,7 +223,7 @@ pub(super) fn begin(place: Place, act: Act) -> Running {
         let slot = &WATCH.slots[*at];
         slot.since.compare_exchange(0, since, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     };
-    // Without a slot only its length is noted, at its end: so many others hang that this one tells nothing new.
+    // Without a slot, only how long it took is noted, at its end: so many others hang that this one says nothing new.
     let slot = (0..SLOTS).map(|step| (home + step) % SLOTS).find(free);
     if let Some(slot) = slot {
         WATCH.slots[slot].operation.store(operation.code(), Ordering::Release);
@@ -257,12 +258,12 @@ pub fn run<T>(place: Place, act: Act, work: impl FnOnce() -> io::Result<T>) -> i
     result
 }
 
-/// An operation has failed with this error of the kernel.
+/// Notes that an operation has failed with this error of the kernel.
 pub(super) fn failed(place: Place, act: Act, errno: i32) {
     note(Operation { place, act }, errno, io::Error::from_raw_os_error(errno).kind());
 }
 
-/// An operation was refused for want of space.
+/// Notes that an operation was refused for lack of space.
 pub(super) fn refused() {
     WATCH.refused.fetch_add(1, Ordering::Relaxed);
 }
@@ -271,11 +272,11 @@ fn note(operation: Operation, errno: i32, kind: io::ErrorKind) {
     use io::ErrorKind::{Interrupted, InvalidData, NotFound, QuotaExceeded, StorageFull, UnexpectedEof, WouldBlock};
     match kind {
         StorageFull | QuotaExceeded => return refused(),
-        // What is not there, or is not what was expected, is no trouble of the disk.
+        // What is missing, or not what was expected, is no failure of the disk.
         NotFound | UnexpectedEof | InvalidData | Interrupted | WouldBlock => return,
         _ => {}
     }
-    // Neither is a lack of descriptors, or a mode that forbids something.
+    // Nor is a lack of descriptors, or a mode that forbids something.
     if matches!(Errno::from_raw(errno), Errno::EMFILE | Errno::ENFILE | Errno::EACCES | Errno::EPERM | Errno::EEXIST) {
         return;
     }

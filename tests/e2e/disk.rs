@@ -33,7 +33,7 @@ const SIZE: &str = "size=160m,mode=700";
 const LONG: usize = 300;
 /// What may be said about a full disk.
 pub const FULL: &[&str] =
-    &["the disk is full", "the disk of the primary is full", "cannot prepare ahead", "database or disk is full"];
+    &["the disk is full", "the disk of the primary is full", "cannot prepare the next segments", "database or disk is full"];
 
 pub fn run(program: &str, arguments: &[&str]) {
     let status = Command::new(program).args(arguments).status().unwrap();

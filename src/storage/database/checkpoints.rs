@@ -1,5 +1,5 @@
-//! Checkpoints of one database, and who reads its file beside it: snapshots while it rests, copies while it follows.
-//! Must never write a record of what was not synced.
+//! Checkpoints of one database, and the readers of its file: snapshots while it rests, copies while it follows. Must
+//! never write a record of what was not synced.
 
 use std::sync::Arc;
 
@@ -13,47 +13,47 @@ use crate::storage::{
     vfs::Checkpointer,
 };
 
-/// A checkpoint is repeated while the WAL is longer than this, in bytes.
+/// A checkpoint is repeated while the WAL is longer than this many bytes.
 const REPEAT_ABOVE: u64 = WAL_LIMIT / 4;
-/// How often a checkpoint copies beside the writers.
+/// How many passes of a checkpoint copy while others write.
 const PASSES: u32 = 5;
-/// How often a checkpoint is begun again so that the file rests.
+/// How often a checkpoint is repeated so that the file rests.
 const REST_TRIES: u32 = 5;
 
 /// What [`Database::checkpoint`] has reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// The durable checkpoint C: the raft log is not needed up to here.
+    /// The raft index of the durable checkpoint, C: the database does not need the raft log up to here.
     pub index: u64,
-    /// False if readers or writers were in the way at last: the file holds more than the database at C.
+    /// False if readers or writers got in the way of the last pass: the file holds more than the database at C.
     pub complete: bool,
     /// Frames in the WAL; 0 on a secondary.
     pub frames: u32,
 }
 
 impl Database {
-    /// Has a checkpoint count only if `may_save` says so of its raft index: what comes before that in the raft log must
-    /// be kept elsewhere first. Asked on the thread that makes the checkpoint.
+    /// Lets a checkpoint count only if `may_save` returns true for its raft index: what the raft log has up to there
+    /// must be kept elsewhere first. It is called on the thread that makes the checkpoint.
     pub fn save_if(&mut self, may_save: impl Fn(u64) -> bool + Send + 'static) {
         self.may_save = Box::new(may_save);
     }
 
-    /// Moves the durable checkpoint as far as it can go. Only if the WAL has become very long, writers wait for a
-    /// moment. Until the next call, if it is complete, the file's pages up to the size of the database at C are the
-    /// database at C; on a primary the file can be longer. Breaks the hold of whoever reads
-    /// the [resting](Database::rest) file.
+    /// Moves the durable checkpoint as far as possible. Writers have to wait for a moment only if the WAL has become
+    /// very long. If the checkpoint is complete, the file is the database at C until the next call; on a primary the
+    /// file can be longer than that. Breaks the hold of whoever reads the [resting](Database::rest) file.
     ///
     /// # Errors
-    /// [`DatabaseError::Io`] or [`DatabaseError::Sqlite`] when the disk fails or is full; after a failed sync the
-    /// database is not used any more. [`DatabaseError::Failed`] after an earlier failure.
+    /// [`DatabaseError::Io`] or [`DatabaseError::Sqlite`] when the disk fails or is full. After a failed sync, and
+    /// after any earlier failure, the database cannot be used any more: [`DatabaseError::Failed`].
     pub fn checkpoint(&mut self) -> Result<Checkpoint, DatabaseError> {
         let (reached, saving) = self.begin_checkpoint()?;
         saving.map_or(Ok(()), |saving| self.saved(saving.save()))?;
         Ok(Checkpoint { index: self.record.index, ..reached })
     }
 
-    /// Makes a checkpoint without waiting for the disk. The waits are in what is returned, if there is something to
-    /// save. Until that comes back by [`Database::saved`], the old checkpoint counts, and no other one begins.
+    /// Begins a checkpoint without waiting for the disk. If there is something to save, the waiting is done by the
+    /// [`Saving`] that is returned. Until its outcome comes back by [`Database::saved`], the old checkpoint counts, and
+    /// no other one can begin.
     ///
     /// # Errors
     /// [`DatabaseError::Refused`] while the last one is being saved, or the database is being closed.
@@ -74,7 +74,7 @@ impl Database {
                 let checkpointer = checkpointer.ok_or(DatabaseError::Refused("the database is being closed"))?;
                 let gate = &serving.primary.gate;
                 let (record, complete, frames) = checkpoint_wal(gate, checkpointer)?;
-                // A database that nobody writes to must not hold the raft log back.
+                // A database that nobody writes to must not keep the raft log from being shortened.
                 let index = serving.applied;
                 let may_raise =
                     |record: &Record| record.index < index && gate.rests_at(record.index) && (self.may_save)(index);
@@ -96,11 +96,11 @@ impl Database {
         Ok((Checkpoint { index: self.record.index, complete, frames }, saving))
     }
 
-    /// Takes what came of [`Database::begin_checkpoint`].
+    /// Takes the outcome of what [`Database::begin_checkpoint`] returned.
     ///
     /// # Errors
-    /// [`DatabaseError::Io`] when it could not be saved: the old checkpoint counts. After a failed sync the database is
-    /// not used any more.
+    /// [`DatabaseError::Io`] when it could not be saved: the old checkpoint counts. After a failed sync the database
+    /// cannot be used any more.
     pub fn saved(&mut self, saved: Saved) -> Result<(), DatabaseError> {
         self.saving = false;
         if let Err(source) = saved.synced {
@@ -109,7 +109,8 @@ impl Database {
             return Err(io_error("sync", &self.path, source));
         }
         saved.written.map_err(|source| io_error("write", &self.record_path, source))?;
-        // A database that went back to the checkpoint before this one meanwhile needs the raft log from there on.
+        // If the database has gone back to the checkpoint before this one meanwhile, it needs the raft log from there
+        // on.
         let went_back = matches!(&self.state, State::Following(replica) if replica.applied < saved.record.index);
         if !went_back {
             self.record = saved.record;
@@ -117,12 +118,13 @@ impl Database {
         Ok(())
     }
 
-    /// Lets somebody read the database as of a checkpoint, while writers go on: the file rests until everybody who got
-    /// it has dropped it, or until the next [`Database::checkpoint`] or [`Database::demote`]. Only on a primary.
+    /// Lets somebody read the database as of a checkpoint while others go on writing. The file rests until everybody
+    /// who got it has dropped it, or until the next [`Database::checkpoint`] or [`Database::demote`]. Only on a
+    /// primary.
     ///
     /// # Errors
-    /// [`DatabaseError::Refused`] on a secondary, and while readers keep checkpoints from an end: try again. Otherwise
-    /// the error of the checkpoint that it needs.
+    /// [`DatabaseError::Refused`] on a secondary, and while readers keep the checkpoint from being complete: try again.
+    /// Otherwise the error of that checkpoint.
     pub fn rest(&mut self) -> Result<Resting, DatabaseError> {
         if !matches!(self.state, State::Serving(_)) {
             return Err(DatabaseError::Refused("only the primary's database file rests between checkpoints"));
@@ -133,12 +135,12 @@ impl Database {
                 tries.next().ok_or(DatabaseError::Refused("readers keep the database file from resting: try again"))?;
             }
         }
-        // A second reader gets the checkpoint of the first: another one would take it away.
+        // A second reader gets the checkpoint of the first one: another checkpoint would end that.
         let hold = self.hold.get_or_insert_default().clone();
         Ok(Resting::new(Arc::clone(&self.file), self.record, hold))
     }
 
-    /// Begins a copy of a database that follows and goes on following. An earlier copy ends.
+    /// Begins a copy of a database that goes on following meanwhile. An earlier copy ends.
     ///
     /// # Errors
     /// [`CopyError::Ended`] on a primary, and while the file is ahead of what has been applied.
@@ -150,29 +152,29 @@ impl Database {
         Ok(copy)
     }
 
-    /// Ends a copy at what is applied now.
+    /// Completes a copy: it is the database at what is applied now.
     ///
     /// # Errors
-    /// [`CopyError::Changed`] when too many pages were written meanwhile: read them, and ask again.
-    /// [`CopyError::Ended`] when the database does not follow, or was begun again: begin another copy.
+    /// [`CopyError::Changed`] when too many pages were written meanwhile: read them, and try again.
+    /// [`CopyError::Ended`] when the database does not follow, or has gone back to a checkpoint: begin another copy.
     pub fn finish_copy(&mut self, copy: &CopyId) -> Result<FinishedCopy, CopyError> {
         let replica = self.whole()?;
         let Some(tracking) = &replica.copy else {
-            return Err(CopyError::Ended("the database was begun again since the copy began".to_owned()));
+            return Err(CopyError::Ended("the database has gone back to a checkpoint since the copy began".to_owned()));
         };
         let finished = tracking.finish(copy, &replica.file, replica.record())?;
         replica.copy = None;
         Ok(finished)
     }
 
-    /// The database that follows, if its file is what its last transaction claimed.
+    /// The following database, if its file is what its last transaction stated.
     fn whole(&mut self) -> Result<&mut Replica, CopyError> {
         let ended = |why: &str| Err(CopyError::Ended(why.to_owned()));
         if self.failed.is_some() {
             return ended("this node's database is not used any more: see its status");
         }
         let State::Following(replica) = &mut self.state else {
-            return ended("the role of this node changes");
+            return ended("the role of this node is changing");
         };
         if replica.table.pages() == 0 {
             return ended("this node has no database yet");
@@ -198,12 +200,12 @@ impl Database {
     }
 }
 
-/// Copies the WAL into the database file. Returns what that has reached, whether the last pass got to the end, and the
-/// frames in the WAL.
+/// Copies the WAL into the database file. Returns what it has reached, whether the last pass got to the end of the WAL,
+/// and the number of frames in the WAL.
 ///
-/// SQLite starts the WAL again only when a writer begins while nothing is left to copy. Under load there always is:
-/// what was written during the pass. The next pass has less to do. If that is not enough, one pass keeps the writers
-/// out.
+/// SQLite restarts the WAL only when a writer begins while nothing is left to copy. Under load there is always
+/// something: what was written during the pass. The next pass has less to do. If that is not enough, one pass keeps the
+/// writers out.
 fn checkpoint_wal(gate: &Gate, checkpointer: &Checkpointer) -> Result<(Option<Record>, bool, u32), DatabaseError> {
     let (mut last, mut frames) = checkpoint_pass(gate, checkpointer, false)?;
     let mut reached = last;
@@ -221,7 +223,7 @@ fn checkpoint_wal(gate: &Gate, checkpointer: &Checkpointer) -> Result<(Option<Re
     Ok((reached.map(record), last.is_some(), frames))
 }
 
-/// One pass: what it has reached, if that was the end of the WAL, and the frames in the WAL.
+/// One pass. Returns what it has reached, if that was the end of the WAL, and the number of frames in the WAL.
 fn checkpoint_pass(
     gate: &Gate,
     checkpointer: &Checkpointer,
@@ -229,7 +231,7 @@ fn checkpoint_pass(
 ) -> Result<(Option<Mark>, u32), DatabaseError> {
     gate.begin_checkpoint(restart);
     let result = checkpointer.run(restart);
-    // "All frames copied" refers to what the checkpoint saw when it began.
+    // SQLite counts the frames that the WAL had when the checkpoint began.
     let reached = result.as_ref().ok().copied().flatten().filter(|(frames, done)| frames == done);
     let mark = gate.end_checkpoint(reached.map(|(frames, _)| frames));
     Ok((mark, result?.map_or(0, |(frames, _)| frames)))

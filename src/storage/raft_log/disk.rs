@@ -1,5 +1,5 @@
-//! The few file operations that the raft log is made of, so that a test can stop the world after each of them.
-//! Owns no decision: it does what it is told, and reports every error as it is.
+//! The few file operations that the raft log needs, so that a test can simulate a crash after each of them. Must never
+//! decide anything: it does what it is told, and reports every error as it is.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -16,12 +16,12 @@ use crate::{
     },
 };
 
-/// Where the files of a raft log are.
+/// A file system with the files of a raft log.
 pub trait Disk: Send + Sync + 'static {
-    /// Creates the directory of the log, durably, unless it is there.
+    /// Creates the folder of the log, durably, unless it is there.
     ///
     /// # Errors
-    /// What the file system says, here and in all that follows.
+    /// What the file system reports; so do all other methods.
     fn make_dir(&self, dir: &Path) -> io::Result<()>;
     /// Creates an empty file, or empties an existing one.
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
@@ -31,9 +31,9 @@ pub trait Disk: Send + Sync + 'static {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a file. Durable after [`Disk::sync_dir`].
     fn remove(&self, path: &Path) -> io::Result<()>;
-    /// Makes all earlier creations, renames and removals in the directory durable.
+    /// Makes all earlier creations, renames and removals in the folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
-    /// The names in the directory, in any order.
+    /// The names in the folder, in any order.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
 }
 
@@ -42,7 +42,7 @@ pub trait DiskFile: Send + Sync {
     /// Fills `bytes` from `offset`.
     ///
     /// # Errors
-    /// `UnexpectedEof` when the file is shorter. Otherwise what the file system says, here and in all that follows.
+    /// `UnexpectedEof` when the file is shorter. Otherwise what the file system reports; so do all other methods.
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()>;
     /// Writes all of `bytes` at `offset`. Durable after [`DiskFile::sync_data`].
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;

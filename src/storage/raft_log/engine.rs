@@ -1,7 +1,7 @@
-//! How the log is written, synced, read and shortened: the part behind [`super::RaftLog`] that several threads share.
+//! Writes, syncs, reads and shortens the log: the part of [`super::RaftLog`] that several threads share.
 //!
-//! Must never write anywhere but at the end of the log, report less than everything up to a position as synced, or
-//! keep a lock over a sync that appending or reading needs.
+//! Must never write anywhere but at the end of the log, never report a position as synced unless everything up to it
+//! is, and never hold a lock during a sync that appending or reading needs.
 
 use std::{
     collections::VecDeque,
@@ -26,14 +26,14 @@ use super::{
     segment::{FIRST, Segment, Supply, segment_path},
 };
 
-/// Kept free in every segment for compaction alone, so that space can still be given back when the disk is full.
+/// Bytes kept free in every segment for compaction alone, so that space can still be freed when the disk is full.
 pub const RESERVE: usize = 512;
-/// Segments that are kept ready: enough for the writer while the disk is slow to make the next one.
+/// Segments that are kept ready: enough for the writer while a slow disk makes the next one.
 pub const AHEAD: usize = 2;
-/// Records are collected up to this size before they are written.
+/// Records are collected up to this many bytes before they are written.
 const WRITE: usize = 1 << 20;
 
-/// The entries appended last, without a gap, up to a number of bytes.
+/// The last entries appended, without a gap, up to a number of bytes.
 pub struct Cache {
     pub entries: VecDeque<Entry>,
     pub bytes: usize,
@@ -74,7 +74,7 @@ impl Cache {
 
 /// What readers see.
 pub struct State {
-    /// Ascending, without a gap; the last one is being written.
+    /// In ascending order without a gap. The last one is being written.
     pub segments: VecDeque<Arc<Segment>>,
     pub log: Contents,
     pub cache: Cache,
@@ -87,15 +87,15 @@ pub struct Writer {
     pub buffer: Vec<u8>,
 }
 
-/// What a batch has become on disk.
+/// Where a batch is on disk.
 #[derive(Default)]
 pub struct Written {
     pub slots: Vec<Slot>,
     pub segments: Vec<Arc<Segment>>,
 }
 
-/// What the log's threads share. Locks are taken in the order writer, supply, state; syncing is taken alone or with
-/// state, retiring before supply and state.
+/// What the log's threads share. Locks are taken in the order writer, supply, state. `syncing` is taken alone or before
+/// state, `retiring` before supply and state.
 pub struct Shared {
     pub dir: PathBuf,
     pub helper: bool,
@@ -104,18 +104,18 @@ pub struct Shared {
     pub state: RwLock<State>,
     /// Size of every segment to come, in bytes.
     pub segment_size: usize,
-    /// Appending waits for this one: it must not be held while a file is filled.
+    /// Appending waits for this lock: it must not be held while a file is filled.
     pub supply: Mutex<Supply>,
-    /// Something that was made for the supply has come, or has failed.
+    /// Signalled when a segment for the supply is ready, or could not be made.
     pub made: Condvar,
     pub supply_bytes: AtomicU64,
     pub syncing: Mutex<()>,
     /// Held while a segment leaves the log.
     pub retiring: Mutex<()>,
-    /// End of what has been written, and of what has been synced: [`Position`]s.
+    /// Ends of what has been written and of what has been synced: [`Position`]s.
     pub written: AtomicU64,
     pub durable: AtomicU64,
-    /// A segment was taken: there is work for the helper.
+    /// Segments were taken: there is work for the helper.
     pub wanted: AtomicBool,
     /// The last attempt to make a segment found no space.
     pub full: AtomicBool,
@@ -140,7 +140,7 @@ impl Shared {
         self.poison.get().map_or(Ok(()), |reason| Err(LogError::Poisoned(reason.clone())))
     }
 
-    /// Passes an error on, after which the log is out of use unless nothing happened.
+    /// Passes an error on. Poisons the log, unless the error says that nothing was written.
     fn fail(&self, error: LogError) -> LogError {
         if !matches!(error, LogError::Full { .. } | LogError::Refused(_) | LogError::Poisoned(_)) {
             let _ = self.poison.set(error.to_string());
@@ -148,7 +148,7 @@ impl Shared {
         error
     }
 
-    /// Works on the supply of segments.
+    /// Runs `work` on the supply of segments.
     pub fn supplied<T>(&self, work: impl FnOnce(&mut Supply) -> Result<T, LogError>) -> Result<T, LogError> {
         let mut supply = locked(&self.supply);
         let result = work(&mut supply).map_err(|error| self.fail(error));
@@ -156,10 +156,11 @@ impl Shared {
         result
     }
 
-    /// Makes sure that `count` segments are ready. Of several callers one works, and each goes on when it has enough.
+    /// Makes sure that `count` segments are ready. Of several callers one does the work, and each goes on when there
+    /// are enough.
     ///
     /// # Errors
-    /// [`LogError::Full`] leaves everything as it was and can be tried again. Any other error is fatal for the log.
+    /// [`LogError::Full`] changes nothing: try again. Any other error poisons the log.
     pub fn prepare(&self, count: usize) -> Result<(), LogError> {
         loop {
             self.check_poison()?;
@@ -180,7 +181,7 @@ impl Shared {
         }
     }
 
-    /// What raft must never ask for is refused here, since afterwards it would be on disk.
+    /// Refuses what raft must never ask for, before it is on disk.
     pub fn check_append(
         &self,
         entries: &[Entry],
@@ -223,7 +224,7 @@ impl Shared {
             let (conf, conf_index) = (log.conf.clone(), log.conf_index);
             (Start { previous: Position(0), hard: hard.clone(), conf_index, conf }, log.compacted)
         };
-        // Segments are made ready before anything is written, so that a full disk leaves no half batch.
+        // Segments are made ready before anything is written, so that a full disk leaves no part of a batch.
         let mut fresh = self.plan(writer, records, space(start.encode().len()), reserve)?;
         let durable = Position(self.durable.load(Ordering::Acquire));
         let mut written = Written::default();
@@ -254,12 +255,12 @@ impl Shared {
             }
         }
         self.flush(writer, &mut base)?;
-        // One huge batch must not hold its memory for ever.
+        // One huge batch must not keep its memory for ever.
         writer.buffer.shrink_to(2 * WRITE);
         Ok(written)
     }
 
-    /// Takes the segments that the batch will need beyond the present one.
+    /// Takes the segments that the batch needs in addition to the present one.
     fn plan(
         &self,
         writer: &Writer,
@@ -282,7 +283,8 @@ impl Shared {
         if count == 0 {
             return Ok(VecDeque::new());
         }
-        // The last resort: as a rule the helper was here before. Nobody else takes segments meanwhile.
+        // As a rule the helper has made them already. Nobody else takes segments meanwhile: the caller holds the
+        // writer.
         self.prepare(count)?;
         self.supplied(|supply| {
             self.wanted.store(true, Ordering::Relaxed);
@@ -301,7 +303,7 @@ impl Shared {
         result.map_err(|error| self.fail(LogError::io("write", &path())(error)))
     }
 
-    /// Shows readers what was written.
+    /// Shows what was written to readers.
     pub fn publish(&self, writer: &Writer, written: Written, change: impl FnOnce(&mut State, Vec<Slot>)) {
         let mut state = self.write_state();
         state.segments.extend(written.segments);
@@ -317,13 +319,13 @@ impl Shared {
         if durable >= position {
             return Ok(());
         }
-        // Whatever was written before the sync begins is covered by it, so the next one may have nothing left to do.
+        // The sync covers whatever was written before it begins, so the next one may have nothing left to do.
         let (target, segments): (Position, Vec<Arc<Segment>>) = {
             let state = self.read_state();
             let dirty = state.segments.iter().filter(|segment| segment.sequence >= durable.sequence());
             (Position(self.written.load(Ordering::Acquire)), dirty.cloned().collect())
         };
-        // In order: a segment must not be on disk when the one before it is not.
+        // In order: a segment must not be on disk while the one before it is not.
         for segment in segments {
             let path = || segment_path(&self.dir, segment.sequence);
             segment.file.sync_data().map_err(|error| self.fail(LogError::io("sync", &path())(error)))?;
@@ -339,12 +341,12 @@ impl Shared {
         Ok(())
     }
 
-    /// Gives segments back in which no entry is left.
+    /// Gives back the segments in which no entry is left.
     pub fn retire(&self) -> Result<(), LogError> {
-        // The oldest first, each one durably.
+        // The oldest first, and each durably before the next.
         let _one = locked(&self.retiring);
         while let Some(segment) = self.take_unused() {
-            // Appending waits for the supply, and must not wait for the disk here.
+            // Outside the lock: appending waits for the supply, and must not wait for the disk.
             let retiring = self.supplied(|supply| Ok(supply.begin_retiring(segment)))?;
             let spare = retiring.run().map_err(|error| self.fail(error))?;
             self.supplied(|supply| {
@@ -360,11 +362,11 @@ impl Shared {
         let mut state = self.write_state();
         let needed = state.log.slots.front().map_or(u64::MAX, |slot| slot.at.sequence());
         let front = state.segments.front()?.sequence;
-        // What is durable includes the record that lets go of these entries, and the copy of the state behind them.
+        // What is durable includes the record that dropped these entries, and the copy of the state that follows them.
         (front < needed && front < durable.sequence()).then(|| state.segments.pop_front())?
     }
 
-    /// Reads entries of `low..high` up to `max` bytes, but at least one.
+    /// Reads entries of `low..high`: up to `max` bytes, but at least one entry.
     pub fn read(&self, low: u64, high: u64, max: u64) -> Result<Vec<Entry>, raft::Error> {
         let mut stored = Vec::new();
         let mut entries = Vec::new();
@@ -393,7 +395,7 @@ impl Shared {
                 }
             }
         }
-        // The cache holds the end of the log, so whatever is read from disk comes before it.
+        // The cache holds the end of the log, so what is read from disk comes before it.
         let mut all = Vec::with_capacity(stored.len() + entries.len());
         for (index, slot, segment) in stored {
             all.push(self.load(index, slot, &segment).map_err(|error| StorageError::Other(Box::new(error)))?);
@@ -405,8 +407,8 @@ impl Shared {
     /// Reads one entry back.
     ///
     /// # Errors
-    /// [`LogError::Io`] when the segment cannot be read, [`LogError::Damaged`] when there is something else in the
-    /// place of the entry.
+    /// [`LogError::Io`] when the segment cannot be read, [`LogError::Damaged`] when the entry is not where it was
+    /// written.
     pub fn load(&self, index: u64, slot: Slot, segment: &Segment) -> Result<Entry, LogError> {
         let offset = slot.at.offset();
         let path = || segment_path(&self.dir, segment.sequence);

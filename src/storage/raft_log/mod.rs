@@ -1,16 +1,17 @@
 //! The raft log on disk: our own segmented log behind `raft::Storage`.
 //!
-//! Owns entries, term, vote, commit index and configuration of this node. It must never report anything as synced that
+//! Owns this node's entries, term, vote, commit index and configuration. It must never report anything as synced that
 //! is not, never go on after a failed write or sync, and never bring back an entry that was replaced.
 //!
 //! The log is one stream of records (`record.rs`), cut into files of fixed size (`segment.rs`). It is only ever written
-//! at its end: an entry record with an index that exists replaces that entry and all behind it, so nothing on disk is
-//! overwritten and there is no moment between the old and the new tail. All records of one [`RaftLog::append`] are a
-//! batch, which a crash leaves whole or not at all (`recovery.rs`). Every segment begins with a copy of the state, so
-//! that the ones before it can go. Files are filled ahead by a helper thread and used again after [`RaftLog::compact`].
+//! at its end. An entry record whose index exists replaces that entry and all after it, so nothing on disk is
+//! overwritten, and there is no moment between the old tail and the new one. All records of one [`RaftLog::append`] are
+//! a batch, which a crash leaves whole or not at all (`recovery.rs`). Every segment begins with a copy of the state, so
+//! that earlier ones can be removed. A helper thread fills files ahead of time. [`RaftLog::compact`] frees them for
+//! reuse.
 //!
-//! Threads: `append` writes to the page cache under the writer's lock and then publishes to readers; [`Pending::sync`]
-//! holds neither lock, so appending, reading and syncing run side by side.
+//! Threads: `append` writes to the page cache under the writer's lock, and then shows readers what it wrote.
+//! [`Pending::sync`] holds neither lock, so appending, reading and syncing run side by side.
 
 pub mod disk;
 mod engine;
@@ -59,9 +60,9 @@ use crate::{
 
 /// Largest segment, in bytes.
 pub const MAX_SEGMENT: usize = 64 << 20;
-/// Smallest segment, in bytes; only tests want it that small. It bounds the size of an entry.
+/// Smallest segment, in bytes; only tests want it that small. The size of a segment limits the size of an entry.
 pub const MIN_SEGMENT: usize = 16 << 10;
-/// Entries that the database thread reads at once, in bytes; one larger entry is read all the same.
+/// Bytes of entries that [`RaftLog::entries_between`] reads at once. A larger entry is read all the same.
 const READ: u64 = 1 << 20;
 
 /// Cluster and node that a log belongs to.
@@ -70,10 +71,10 @@ pub type Owner = (ClusterId, NodeId);
 /// Why the log could not do what was asked.
 #[derive(Debug, Error)]
 pub enum LogError {
-    /// An earlier write or sync failed. Nothing can be relied on until the process has started again.
-    #[error("the raft log is out of use since an earlier error: {0}")]
+    /// An earlier write or sync failed. Nothing can be relied on until the process has restarted.
+    #[error("the raft log cannot be used since an earlier error: {0}")]
     Poisoned(String),
-    /// No space for the next segment. Nothing was written; the same can be tried again later.
+    /// No space for the next segment. Nothing was written; try again later.
     #[error("no space for the next segment of the raft log in {} ({needed} bytes); free some space", path.display())]
     Full { path: PathBuf, needed: u64 },
     #[error("cannot {verb} {}: {error}", path.display())]
@@ -86,7 +87,7 @@ pub enum LogError {
     #[error("{} has format {found}, and this program knows formats up to {known}; upgrade this node", path.display())]
     Newer { path: PathBuf, found: u32, known: u32 },
     #[error(
-        "{} belongs to node {} of cluster {}, and not to node {} of cluster {}; is this the right data directory?",
+        "{} belongs to node {} of cluster {}, and not to node {} of cluster {}; is this the right data folder?",
         path.display(), found.1, found.0, expected.1, expected.0
     )]
     Foreign { path: PathBuf, found: Owner, expected: Owner },
@@ -105,7 +106,7 @@ impl LogError {
     }
 }
 
-/// What the log says, without the two errors around it in which raft repeats it.
+/// The log's own error, without the two errors that raft wraps around it and that repeat it.
 fn unwrapped(error: raft::Error) -> io::Error {
     match error {
         raft::Error::Store(StorageError::Other(cause)) => io::Error::other(cause),
@@ -120,9 +121,9 @@ pub struct Options {
     pub segment_bytes: usize,
     /// Most bytes of recent entries that are kept in memory.
     pub cache_bytes: usize,
-    /// Prepare segments on a thread of the log's own; otherwise in [`Pending::sync`], which tests want.
+    /// Prepare segments on a thread of its own. Otherwise [`Pending::sync`] does so, for tests.
     pub helper: bool,
-    /// Create the log if there is none; otherwise that is [`LogError::Gone`].
+    /// Create the log if there is none. Otherwise a missing log is [`LogError::Gone`].
     pub create: bool,
 }
 
@@ -132,21 +133,21 @@ impl Default for Options {
     }
 }
 
-/// What [`RaftLog::open`] found, to be logged by the caller.
+/// What [`RaftLog::open`] found, for the caller to log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Recovered {
     /// True if there was no log before.
     pub created: bool,
-    /// Entries that are there.
+    /// Entries that were found.
     pub entries: u64,
     pub segments: u64,
-    /// Bytes of records behind the end of the log that were dropped: written shortly before a crash and never synced.
+    /// Bytes of records that were dropped after the end of the log: written shortly before a crash, and never synced.
     pub torn_bytes: u64,
-    /// Bytes that were written and synced again because nothing proved that they had been synced.
+    /// Bytes that were written and synced again, because nothing proved that they had been synced.
     pub unproven_bytes: u64,
 }
 
-/// Stops the helper before the last user of the log is gone: nobody may touch the files after that.
+/// Stops the helper when the last user of the log is gone: nobody may touch the files after that.
 struct Core {
     shared: Arc<Shared>,
     helper: Option<(SyncSender<()>, JoinHandle<()>)>,
@@ -167,22 +168,22 @@ pub struct RaftLog {
     core: Arc<Core>,
 }
 
-/// Written, and readable, but not on disk yet.
+/// An append that can be read, but is not on disk yet.
 pub struct Pending {
     log: RaftLog,
     position: Position,
 }
 
 impl RaftLog {
-    /// Opens the log in `dir`, or creates it there if the options permit that. A new log begins as if compacted at
-    /// index 1 of term 1 with the configuration `initial`, so that all first members of a cluster begin alike; an
-    /// existing one ignores `initial`.
+    /// Opens the log in `dir`, or creates it there if the options permit. A new log begins as if compacted at index 1
+    /// of term 1 with the configuration `initial`, so that all first members of a cluster begin alike. An existing log
+    /// ignores `initial`.
     ///
     /// # Errors
-    /// [`LogError::Gone`] when there is none and none may be made. [`LogError::Damaged`] when it must not be used any
-    /// more, [`LogError::Newer`] or [`LogError::Foreign`] when only another program or node may use it.
+    /// [`LogError::Gone`] when there is none and none may be created. [`LogError::Damaged`] when it must not be used
+    /// any more. [`LogError::Newer`] or [`LogError::Foreign`] when only a newer program or another node may use it.
     /// [`LogError::Full`] or [`LogError::Io`] when the disk is full or fails: a later start may succeed.
-    /// [`LogError::Refused`] for a segment size that cannot be.
+    /// [`LogError::Refused`] for a segment size out of range.
     pub fn open(
         dir: &Path,
         owner: Owner,
@@ -205,7 +206,7 @@ impl RaftLog {
         };
         let names = Names::parse(&list);
         let mut found = recovery::read(&*disk, dir, &names.segments, owner)?;
-        // Before anything is written: an empty log that is there would be taken for one that never had more.
+        // Checked before anything is written: a new, empty log would later be taken for one that never had any entries.
         if found.segments.is_empty() && !options.create {
             return Err(gone());
         }
@@ -240,12 +241,12 @@ impl RaftLog {
         Ok(Self { core: Arc::new(Core { shared, helper }) })
     }
 
-    /// Writes one run of consecutive entries, a hard state, or both, as one batch. They can be read at once, and are on
-    /// disk after [`Pending::sync`]. An entry whose index exists replaces that entry and all behind it.
+    /// Writes a run of consecutive entries, a hard state, or both, as one batch. They can be read at once, and are on
+    /// disk after [`Pending::sync`]. An entry whose index exists replaces that entry and all after it.
     ///
     /// # Errors
-    /// [`LogError::Full`] and [`LogError::Refused`] leave everything as it was. After any other error the log is
-    /// poisoned.
+    /// [`LogError::Full`] and [`LogError::Refused`] change nothing. After any other error the log is
+    /// [poisoned](Self::poison).
     pub fn append(&self, entries: &[Entry], hard: Option<&HardState>) -> Result<Pending, LogError> {
         let shared = &self.core.shared;
         let mut writer = locked(&shared.writer);
@@ -253,7 +254,7 @@ impl RaftLog {
         shared.check_append(entries, hard, &before)?;
         let vote = hard.map_or(0, |hard| hard.vote).to_le_bytes();
         let mut records = Vec::with_capacity(entries.len() + 1);
-        // The hard state comes first: an entry must never be there without the term it was accepted in.
+        // The hard state comes first: an entry must never be there without the term in which it was accepted.
         records.extend(hard.map(|hard| plain(Kind::Hard, hard.commit, hard.term, &vote)));
         records.extend(entries.iter().map(|entry| Record {
             context: &entry.context,
@@ -275,7 +276,7 @@ impl RaftLog {
         Ok(self.pending())
     }
 
-    /// Returns when everything that was appended so far is on disk.
+    /// Returns when everything appended so far is on disk.
     ///
     /// # Errors
     /// Any error poisons the log.
@@ -283,12 +284,11 @@ impl RaftLog {
         self.pending().sync()
     }
 
-    /// Durably lets go of all entries up to `to`, which must be applied and not needed by followers. Their space is
-    /// used again.
+    /// Durably drops all entries up to `to`, which must be applied, and not needed by followers. Their space is reused.
     ///
     /// # Errors
-    /// [`LogError::Refused`] above the commit index. [`LogError::Full`] leaves everything as it was. After any other
-    /// error the log is poisoned.
+    /// [`LogError::Refused`] above the commit index. [`LogError::Full`] changes nothing. After any other error the log
+    /// is poisoned.
     pub fn compact(&self, to: u64) -> Result<(), LogError> {
         let shared = &self.core.shared;
         {
@@ -317,7 +317,7 @@ impl RaftLog {
         Ok(())
     }
 
-    /// Durably records the configuration as of an applied index; [`Storage::initial_state`] returns it from now on.
+    /// Durably records the configuration as of an applied index. [`Storage::initial_state`] returns it from now on.
     ///
     /// # Errors
     /// [`LogError::Full`] leaves everything as it was. After any other error the log is poisoned.
@@ -334,11 +334,11 @@ impl RaftLog {
         self.pending().sync()
     }
 
-    /// Durably drops all entries and begins again behind `index`: a snapshot of that index has taken their place.
+    /// Durably drops all entries and begins again after `index`: a snapshot of that index replaces them.
     ///
     /// # Errors
-    /// [`LogError::Refused`] below the commit index. [`LogError::Full`] leaves everything as it was. After any other
-    /// error the log is poisoned.
+    /// [`LogError::Refused`] below the commit index. [`LogError::Full`] changes nothing. After any other error the log
+    /// is poisoned.
     pub fn reset(&self, index: u64, term: u64, conf: ConfState) -> Result<(), LogError> {
         let shared = &self.core.shared;
         {
@@ -371,10 +371,10 @@ impl RaftLog {
         Ok(())
     }
 
-    /// Calls `each` with every entry of `first..=last` in order, holding about 1 MiB of them at a time.
+    /// Calls `each` with every entry of `first..=last`, in order. Holds about 1 MiB of them at a time.
     ///
     /// # Errors
-    /// When an entry is gone or cannot be read. An error of `each` ends it.
+    /// When an entry is gone or cannot be read. An error of `each` ends the reading.
     pub fn entries_between(
         &self,
         first: u64,
@@ -391,7 +391,7 @@ impl RaftLog {
         Ok(())
     }
 
-    /// Index of the first entry that is there, or would be: 1 above the compacted index.
+    /// Index of the first entry, or of the first to come: 1 above the compacted index.
     pub fn first_index(&self) -> u64 {
         self.core.shared.read_state().log.compacted.0 + 1
     }
@@ -401,18 +401,18 @@ impl RaftLog {
         self.core.shared.read_state().log.last()
     }
 
-    /// The hard state that was appended last.
+    /// The last hard state that was appended.
     pub fn hard_state(&self) -> HardState {
         self.core.shared.read_state().log.hard.clone()
     }
 
-    /// The configuration that was recorded last, and its index.
+    /// The last configuration that was recorded, and its index.
     pub fn applied_conf(&self) -> (ConfState, u64) {
         let state = self.core.shared.read_state();
         (state.log.conf.clone(), state.log.conf_index)
     }
 
-    /// Bytes that the entries above `after` up to `last` take in the log; none if some of them are not there.
+    /// Bytes that the entries after `after` up to `last` take in the log; `None` if some of them are not there.
     pub fn bytes_between(&self, after: u64, last: u64) -> Option<u64> {
         if after >= last {
             return Some(0);
@@ -420,7 +420,7 @@ impl RaftLog {
         let state = self.core.shared.read_state();
         let slot = |index: u64| state.log.slots.get(usize::try_from(index.checked_sub(state.log.first)?).ok()?);
         let (from, to) = (slot(after + 1)?, slot(last)?);
-        // By their places, not one by one: a member may be behind by a million of them.
+        // Computed from their places, not one by one: a member may be a million of them behind.
         let between = from.at.sequence()..to.at.sequence();
         let files: usize =
             state.segments.iter().filter(|one| between.contains(&one.sequence)).map(|one| one.size).sum();
@@ -428,14 +428,14 @@ impl RaftLog {
         Some(end.saturating_sub(from.at.offset()) as u64)
     }
 
-    /// Bytes on disk, files kept ready included.
+    /// Bytes on disk, including files that are kept ready.
     pub fn size_bytes(&self) -> u64 {
         let shared = &self.core.shared;
         let live: usize = shared.read_state().segments.iter().map(|segment| segment.size).sum();
         live as u64 + shared.supply_bytes.load(Ordering::Relaxed)
     }
 
-    /// Why the log is out of use; none while it is in use.
+    /// Why the log cannot be used any more: the first write or sync that failed. `None` while it can be used.
     pub fn poison(&self) -> Option<&str> {
         self.core.shared.poison.get().map(String::as_str)
     }
@@ -467,23 +467,23 @@ impl RaftLog {
 }
 
 impl Pending {
-    /// Makes everything up to this append durable. May run on any thread; syncing a later append covers the earlier
+    /// Makes everything up to this append durable. Can run on any thread. Syncing a later append covers the earlier
     /// ones.
     ///
     /// # Errors
-    /// Any error poisons the log: it is unknown what is on disk.
+    /// Any error poisons the log: nobody knows what is on disk.
     pub fn sync(self) -> Result<(), LogError> {
         self.log.core.shared.sync(self.position)
     }
 }
 
-/// True for an error that says that there is no folder of this name.
+/// True for an error that says that there is no folder with this name.
 fn is_no_folder(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
         || error.raw_os_error() == Some(Errno::ELOOP as i32)
 }
 
-/// The first batch of a new log.
+/// Writes the first batch of a new log.
 fn create(dir: &Path, found: &mut recovery::Found, supply: &mut Supply, initial: ConfState) -> Result<(), LogError> {
     let job = supply.begin().expect("nobody else uses the supply yet");
     supply.finish(job.run())?;
@@ -525,11 +525,11 @@ fn prepare_ahead(shared: &Shared, queue: &Receiver<()>) {
         }
         match shared.prepare(AHEAD) {
             Ok(()) => told = false,
-            // It is asked again and again until there is space: once is enough to tell.
+            // This is tried again until there is space; one warning is enough.
             Err(LogError::Full { .. }) if told => {}
             Err(error @ LogError::Full { .. }) => {
                 told = true;
-                tracing::warn!("cannot prepare ahead: {error}");
+                tracing::warn!("cannot prepare the next segments: {error}");
             }
             Err(error) => tracing::error!("{error}"),
         }
@@ -573,7 +573,7 @@ impl Storage for RaftLog {
         Ok(self.last_index())
     }
 
-    /// Metadata only: the database itself travels on another connection (`docs/design.md`, "Snapshot and rejoin").
+    /// Only the metadata: the database itself is sent on another connection (`docs/design.md`, "Snapshot and rejoin").
     fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
         let state = self.core.shared.read_state();
         let (index, term) = state.log.compacted;

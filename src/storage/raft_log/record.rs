@@ -4,8 +4,8 @@
 //! last record of its batch)`, `data u32` (length of an entry's data; its context is the rest), `index u64`, `term
 //! u64`, `durable u64`, then the payload; zeros up to a multiple of 8 bytes follow. A length of 0 means: nothing here.
 //!
-//! The CRC-32C covers the seed of the segment (which holds its sequence number and a random salt), the offset, the
-//! length and everything after the CRC. So a record counts only in the place and the use of the file for which it was
+//! The CRC-32C covers the seed of the segment (which depends on its sequence number and a random salt), the offset, the
+//! length and everything after the CRC. So a record counts only in the segment and at the place for which it was
 //! written. `durable` is the position up to which the log was known to be on disk when the record was written: a valid
 //! record proves that everything before that position had been synced.
 
@@ -20,16 +20,16 @@ pub const ALIGN: usize = 8;
 const MAGIC: u16 = 0x7452;
 const FLAG_LAST: u8 = 1;
 
-/// Where an entry is. One per entry is in memory.
+/// Where an entry is. There is one in memory for each entry.
 #[derive(Clone, Copy, Debug)]
 pub struct Slot {
     pub at: Position,
     pub term: u64,
-    /// With padding, in bytes.
+    /// Bytes that it takes, with padding.
     pub length: u32,
 }
 
-/// A place in the log: the sequence number of a segment and an offset in it. Ordered as the log is.
+/// A place in the log: the sequence number of a segment, and an offset in bytes. Positions are ordered as the log is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position(pub u64);
 
@@ -52,7 +52,7 @@ impl Position {
 /// What a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A raft entry; it replaces every entry from its index on.
+    /// A raft entry. It replaces every entry from its index on.
     Entry(EntryType),
     /// Term, vote and commit index.
     Hard,
@@ -60,9 +60,9 @@ pub enum Kind {
     Conf,
     /// Entries up to `index` are no longer needed.
     Compact,
-    /// The log restarts, empty, behind `index`: a snapshot took the place of everything before.
+    /// The log restarts, empty, after `index`: a snapshot replaces everything before.
     Reset,
-    /// The first record of a segment: where the log was in the segment before, and the state at that time.
+    /// The first record of a segment: where the log ended in the segment before, and the state at that time.
     Start,
 }
 
@@ -95,7 +95,7 @@ impl Kind {
     }
 }
 
-/// One record; the payload borrows from whoever wrote or read it.
+/// One record. The payload is borrowed.
 #[derive(Clone, Copy, Debug)]
 pub struct Record<'a> {
     pub kind: Kind,
@@ -109,13 +109,13 @@ pub struct Record<'a> {
     pub context: &'a [u8],
 }
 
-/// The bytes that a record with this much payload takes, padding included.
+/// The bytes that a record with a payload of this length takes, padding included.
 pub fn space(payload: usize) -> usize {
     (HEADER + payload).next_multiple_of(ALIGN)
 }
 
 impl Record<'_> {
-    /// Appends the record to `out`, as it will stand at `offset` of the segment with this seed.
+    /// Appends the record to `out`, encoded for this `offset` of the segment with this `seed`.
     pub fn encode(&self, seed: u32, offset: usize, out: &mut Vec<u8>) {
         let start = out.len();
         let length = HEADER + self.data.len() + self.context.len();
@@ -142,8 +142,8 @@ fn checksum(seed: u32, offset: usize, record: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c_append(seed, &place), &record[8..])
 }
 
-/// The record at the beginning of `bytes`, which stand at `offset` of the segment with this seed, and the space it
-/// takes. None unless it is intact.
+/// Decodes the record at the beginning of `bytes`, which are at `offset` of the segment with this `seed`. Returns it
+/// with the bytes that it takes; `None` unless it is intact.
 pub fn decode(bytes: &[u8], seed: u32, offset: usize) -> Option<(Record<'_>, usize)> {
     if bytes.len() < HEADER || bytes[8..10] != MAGIC.to_le_bytes() {
         return None;
@@ -170,7 +170,7 @@ pub fn decode(bytes: &[u8], seed: u32, offset: usize) -> Option<(Record<'_>, usi
     Some((record, length.next_multiple_of(ALIGN)))
 }
 
-/// Turns the bytes of an entry's record, already found intact, into the entry without another copy.
+/// Turns the bytes of an entry's record into the entry without copying them. The record must have been found intact.
 pub(super) fn into_entry(mut bytes: Vec<u8>, kind: EntryType, index: u64, term: u64) -> Entry {
     let data = HEADER + u32_at(&bytes, 12) as usize;
     bytes.truncate(u32_at(&bytes, 0) as usize);
@@ -190,7 +190,7 @@ pub fn encode_conf(conf: &ConfState, out: &mut Vec<u8>) {
     out.push(u8::from(conf.auto_leave));
 }
 
-/// The inverse of [`encode_conf`]; none for anything it would not have written.
+/// The inverse of [`encode_conf`]; `None` for anything that it would not have written.
 pub fn decode_conf(mut bytes: &[u8]) -> Option<ConfState> {
     let mut list = || {
         let count = find_u32(bytes, 0)? as usize;
@@ -234,7 +234,7 @@ impl Start {
     }
 }
 
-/// A hard state of these values.
+/// A hard state with these values.
 pub(super) fn hard_state(term: u64, vote: u64, commit: u64) -> HardState {
     HardState { term, vote, commit, ..HardState::default() }
 }

@@ -1,19 +1,19 @@
-//! What a log says after a crash. Owns the torn tail rule; must never take a damaged log for a shorter one when it can
-//! be proven that it was longer, and never leave anything behind the end of the log that could be taken for a record
-//! later.
+//! Reads a log after a crash. Owns the rule for torn tails. Must never take a damaged log for a shorter one when there
+//! is proof that it was longer, and never leave anything after the end of the log that could later be taken for a
+//! record.
 //!
-//! The log is the longest run of intact records from the first segment on, cut back to the end of the last complete
-//! batch. What follows that end is one of two things:
-//! - **A torn tail**: batches that were being written when the host stopped. Sectors of one file, and files among each
-//!   other, reach the disk in any order before a sync, so intact records may well stand behind a broken one. Nobody was
-//!   told that any of them was on disk, so they are dropped, whatever is intact.
-//! - **Damage**: a record had been synced and is not intact any more. It is proven by any intact record further on, in
-//!   this segment or a later one, whose `durable` position lies behind the end: when it was written, everything up
-//!   to there had been on disk. Then the node refuses to start, since going on would lose acknowledged entries.
+//! The log is the longest run of intact records from the first segment on, up to the end of the last complete batch.
+//! What follows that end is one of two things:
+//! - **A torn tail**: batches that were being written when the host stopped. Before a sync, sectors and files reach the
+//!   disk in any order, so intact records may well follow a broken one. Nobody was told that any of them was on disk,
+//!   so all are dropped, intact or not.
+//! - **Damage**: a record had been synced and is not intact any more. The proof is any intact record further on, in
+//!   this segment or a later one, whose `durable` position is after the end: when it was written, everything up to
+//!   there was on disk. Such a log is refused, since going on with it would lose acknowledged entries.
 //!
-//! The one thing that cannot be told from a torn tail is damage to the last synced batches behind which no intact
-//! record with a later `durable` position exists. Every change of the commit index writes one, so this is at most the
-//! very last batch or two.
+//! The one thing that looks the same as a torn tail is damage to the last synced batches, if no intact record with a
+//! later `durable` position follows. Every change of the commit index writes one, so this can only be the very last
+//! batch or two.
 
 use std::{collections::VecDeque, path::Path, sync::Arc};
 
@@ -26,7 +26,7 @@ use super::{
     segment::{FIRST, Segment, Supply, segment_path},
 };
 
-/// What the records say, in order: the same meaning as when they were written.
+/// The state of the log that the records describe.
 #[derive(Default)]
 pub struct Contents {
     pub slots: VecDeque<Slot>,
@@ -79,15 +79,15 @@ impl Contents {
         self.first += count;
     }
 
-    /// Applies one change; none if it contradicts what is there, which no program of this version would have written.
+    /// Applies one change; `None` if it contradicts what is there: no program of this version would have written it.
     fn apply(&mut self, change: Change) -> Option<()> {
         match change {
             Change::Entry(index, slot) => {
                 if index <= self.compacted.0 {
                     return None;
                 }
-                // Entries before the first one here may have stood in a segment that is gone; what is missing for
-                // good is found at the end.
+                // Entries before the first one here may have been in a segment that is gone. Whether any are missing is
+                // checked at the end.
                 if self.slots.is_empty() || index < self.first {
                     self.slots.clear();
                     self.first = index;
@@ -114,7 +114,8 @@ impl Contents {
         Some(())
     }
 
-    /// True if the whole adds up: no entry is missing between what was compacted and the last one.
+    /// True if no entry is missing between the compacted index and the last one, and the commit index is between the
+    /// two.
     fn is_whole(&self) -> bool {
         (self.slots.is_empty() || self.first == self.compacted.0 + 1)
             && self.hard.commit <= self.last()
@@ -124,14 +125,14 @@ impl Contents {
 
 /// A log as it was found.
 pub struct Found {
-    /// Its segments, the last of them being the one to go on with. Empty for a log that has never been used.
+    /// Its segments, of which the last is the one to go on with. Empty for a log that has never been used.
     pub segments: VecDeque<Arc<Segment>>,
     /// Segments that hold nothing of the log.
     pub surplus: Vec<Arc<Segment>>,
     pub log: Contents,
     /// Where to go on.
     pub end: Position,
-    /// Up to here the records themselves prove that everything was synced.
+    /// The records themselves prove that everything up to here was synced.
     pub proven: Position,
     pub recovered: Recovered,
 }
@@ -147,14 +148,15 @@ struct Scan {
 }
 
 impl Scan {
-    /// Reads the records of one segment until one is not intact. False if the log does not go on in this segment.
+    /// Reads the records of one segment until one is not intact. Returns false if the log does not go on in this
+    /// segment.
     fn segment(&mut self, segment: &Segment, bytes: &[u8], first: bool, path: &Path) -> Result<bool, LogError> {
         let mut offset = FIRST;
         while let Some((record, space)) = record::decode(&bytes[offset..], segment.seed, offset) {
             let at = Position::new(segment.sequence, offset);
             let damaged = |reason| LogError::damaged(path, at.offset() as u64, reason);
             let change = Change::decode(&record, at, space as u32)
-                .ok_or_else(|| damaged("an intact record says nothing that this program understands"))?;
+                .ok_or_else(|| damaged("this program does not understand an intact record"))?;
             match &change {
                 Change::Start(_, _, start) if offset == FIRST && !first && start.previous != self.at => {
                     return Ok(false);
@@ -166,7 +168,7 @@ impl Scan {
             }
             self.proven = self.proven.max(record.durable);
             // Later segments repeat what the records before them say. A batch may begin in the first segment and end in
-            // another, so this is decided here and not when it is applied.
+            // another, so this is decided here and not when the batch is applied.
             if first || !matches!(change, Change::Start(..)) {
                 self.batch.push(change);
             }
@@ -209,8 +211,8 @@ pub fn read(disk: &dyn Disk, dir: &Path, sequences: &[u64], owner: Owner) -> Res
     }
     let dropped = check_tail(dir, &all, scan.end)?;
     if scan.end.offset() == FIRST {
-        // No batch is complete. The first segment of all is then a log that was being created; a later one must have
-        // some.
+        // No batch is complete. If this is the very first segment, the log was being created. A later one must have a
+        // complete batch.
         if let Some(first) = all.first().filter(|first| first.sequence > 1) {
             let path = segment_path(dir, first.sequence);
             return Err(LogError::damaged(&path, FIRST as u64, "the first batch of a segment in use is not intact"));
@@ -239,8 +241,8 @@ pub fn read(disk: &dyn Disk, dir: &Path, sequences: &[u64], owner: Owner) -> Res
     Ok(Found { segments: all.into(), surplus, log, end, proven, recovered })
 }
 
-/// Looks for proof, behind the end, that the log was longer: see the rule above. Returns how far intact records reach
-/// behind the end, in bytes.
+/// Looks for proof, after the end, that the log was longer: see the rule above. Returns how many bytes intact records
+/// take after the end.
 fn check_tail(dir: &Path, all: &[Arc<Segment>], end: Position) -> Result<u64, LogError> {
     let mut dropped = 0;
     for segment in all.iter().filter(|segment| segment.sequence >= end.sequence()) {
@@ -272,10 +274,9 @@ fn check_tail(dir: &Path, all: &[Arc<Segment>], end: Position) -> Result<u64, Lo
     Ok(dropped)
 }
 
-/// Makes the log on disk what was found: drops everything behind its end, and syncs what nobody has proven to be
-/// synced.
+/// Makes the log on disk what was found: drops everything after its end, and syncs what is not proven to be synced.
 ///
-/// A crash at any point in here leaves a log of which the same is found again.
+/// A crash at any point in here leaves a log in which the same is found again.
 ///
 /// # Errors
 /// [`LogError::Io`] when the disk fails. Then the log must not be used.
@@ -295,8 +296,8 @@ pub fn settle(dir: &Path, found: &mut Found, supply: &mut Supply) -> Result<(), 
     for segment in found.segments.iter().filter(|segment| segment.sequence >= found.proven.sequence()) {
         let path = segment_path(dir, segment.sequence);
         let failed = |verb| LogError::io(verb, &path);
-        // After a failed sync the kernel may hold a page that it believes to be on disk and that is not. Writing the
-        // same bytes again makes it write the page.
+        // After a failed sync the kernel may hold a page that it believes to be on disk, though it is not. Writing the
+        // same bytes again makes the kernel write the page.
         let from = if segment.sequence == found.proven.sequence() { found.proven.offset() } else { FIRST };
         let mut bytes = segment.read_from(from).map_err(failed("read"))?;
         if segment.sequence == found.end.sequence() {

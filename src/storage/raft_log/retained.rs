@@ -1,6 +1,6 @@
-//! Entries that stay readable although the log replaces them: for whoever wants to keep a dropped tail elsewhere.
+//! Entries that stay readable after the log has replaced them, for whoever wants to keep a dropped tail elsewhere.
 //!
-//! Must never be held for long: the files of the entries are not used again meanwhile.
+//! Must never be held for long: the files with the entries cannot be reused meanwhile.
 
 use std::{io, sync::Arc};
 
@@ -12,9 +12,9 @@ use super::{
     segment::Segment,
 };
 
-/// A run of consecutive entries at the end of the log, as it was when they were taken hold of. The log is only ever
-/// written at its end, so replacing them leaves their bytes where they are, and a file that somebody holds is not
-/// filled again: no byte has to be copied in time.
+/// A run of consecutive entries at the end of the log, as it was when this was made. The log is only ever written at
+/// its end, so replacing entries leaves their bytes where they are, and a file that somebody holds is not reused. So
+/// nothing has to be copied in time.
 pub struct RetainedTail {
     log: RaftLog,
     first: u64,
@@ -37,20 +37,20 @@ impl RetainedTail {
         self.entries.last().map_or(0, |(slot, _)| slot.term)
     }
 
-    /// Bytes of all entries on disk.
+    /// Bytes that the entries take on disk.
     pub fn bytes(&self) -> u64 {
         self.entries.iter().map(|(slot, _)| u64::from(slot.length)).sum()
     }
 
-    /// True if at least one entry says something: a primary's first one does not.
+    /// True if at least one entry has content: the first one of a new primary has none.
     pub fn has_content(&self) -> bool {
         self.entries.iter().any(|(slot, _)| slot.length as usize > space(0))
     }
 
-    /// Reads one entry after the other.
+    /// Calls `each` with one entry after the other.
     ///
     /// # Errors
-    /// When an entry cannot be read. An error of `each` ends it.
+    /// When an entry cannot be read. An error of `each` ends the reading.
     pub fn for_each(&self, each: &mut dyn FnMut(Entry) -> io::Result<()>) -> io::Result<()> {
         for (index, (slot, segment)) in (self.first..).zip(&self.entries) {
             each(self.log.core.shared.load(index, *slot, segment).map_err(io::Error::other)?)?;
@@ -60,7 +60,7 @@ impl RetainedTail {
 }
 
 impl RaftLog {
-    /// Takes hold of all entries from `first` on; none if there are none.
+    /// Holds all entries from `first` on; `None` if there are none, or the first of them is gone.
     pub fn hold(&self, first: u64) -> Option<RetainedTail> {
         let state = self.core.shared.read_state();
         let skip = usize::try_from(first.checked_sub(state.log.first)?).ok()?;

@@ -1,7 +1,8 @@
-//! Whether the log could take more: asked before raft sees an entry, since what raft has accepted must be written.
+//! Whether the log has room for more. It is asked before raft sees an entry, because what raft has accepted must be
+//! written.
 //!
-//! Must never promise room that the next append does not find: segments count when they exist, not when the disk has
-//! space.
+//! Must never promise room that the next append does not find: only segments that exist count, not free space on the
+//! disk.
 
 use std::sync::atomic::Ordering;
 
@@ -14,26 +15,26 @@ use super::{
     segment::FIRST,
 };
 
-/// Left free in every segment for votes and epochs: some hundreds of them. A node whose disk is full still takes part
-/// in elections.
+/// Bytes left free in every segment for hundreds of votes and epochs, so that a node whose disk is full still takes
+/// part in elections.
 const VOTES: usize = 64 << 10;
-/// More than the copy of the state at the head of a segment takes.
+/// More bytes than the copy of the state at the head of a segment takes.
 const HEAD: usize = 1024;
 
 impl RaftLog {
-    /// True if entries with payloads of these lengths can be appended. May make a segment, as the append itself would:
-    /// whoever must not wait for the disk lets another thread ask first, or uses [`Self::has_room_now`].
+    /// True if entries with payloads of these lengths can be appended. May make a segment, as the append itself would.
+    /// Whoever must not wait for the disk has another thread ask first, or uses [`Self::has_room_now`].
     pub fn has_room(&self, payloads: impl IntoIterator<Item = usize>) -> bool {
         let shared = &self.core.shared;
         let count = self.segments_for(payloads);
         if count <= locked(&shared.supply).ready() {
             return true;
         }
-        // An error of another kind shows at the append, which knows what to do with it.
+        // Any other error shows up at the append, which handles it.
         !self.is_full() && (shared.prepare(count).is_ok() || !self.is_full())
     }
 
-    /// As [`Self::has_room`], but never waits: also false while the helper still makes the segments that are needed.
+    /// As [`Self::has_room`], but never waits: it is also false while the helper is still making the needed segments.
     pub fn has_room_now(&self, payloads: impl IntoIterator<Item = usize>) -> bool {
         if self.core.helper.is_none() {
             return self.has_room(payloads);
@@ -45,7 +46,7 @@ impl RaftLog {
         fits
     }
 
-    /// How many segments beyond the present one these payloads need.
+    /// How many segments these payloads need in addition to the present one.
     fn segments_for(&self, payloads: impl IntoIterator<Item = usize>) -> usize {
         let shared = &self.core.shared;
         let reserve = RESERVE + VOTES.min(shared.segment_size / 16);
@@ -69,21 +70,21 @@ impl RaftLog {
         self.core.shared.full.load(Ordering::Relaxed)
     }
 
-    /// True if a segment can be made with so many free bytes: of a spare file, or of a new one.
+    /// True if a segment can be made with this many free bytes: from a spare file, or as a new one.
     pub fn can_prepare(&self, free: u64) -> bool {
         let supply = locked(&self.core.shared.supply);
         supply.has_spare() || free >= supply.segment_size() as u64
     }
 
-    /// Tries again to make segments, without waiting for it where the log has a helper.
+    /// Tries again to make segments. Does not wait if the log has a helper.
     pub fn retry(&self) {
         match &self.core.helper {
             Some((work, _)) => {
-                // One message waiting is enough: the helper looks for itself what there is to do.
+                // One waiting message is enough: the helper finds out what there is to do.
                 let _ = work.try_send(());
             }
             None => {
-                // What it found is in `is_full`; anything worse poisons the log.
+                // `is_full` has the result; anything worse poisons the log.
                 let _ = self.core.shared.prepare(AHEAD);
             }
         }

@@ -1,13 +1,13 @@
 //! One file of the log, and the supply of files to come. Owns the header of a segment (format version 1) and the names
-//! in the directory; never looks at records.
+//! in the folder. Must never look at records.
 //!
-//! A segment has its full size before the first record is written: a commit must neither extend a file nor wait for one
-//! to be made. Header (little-endian, in the first 4096 bytes): magic, `version u32`, `crc u32` (CRC-32C of the rest of
-//! the 64 bytes), `cluster u128`, `node u64`, `sequence u64`, `salt u64` (random), `size u64`.
+//! A segment has its full size before its first record is written: a commit must neither extend a file nor wait until
+//! one is made. Header (little-endian, in the first 4096 bytes): magic, `version u32`, `crc u32` (CRC-32C of the rest
+//! of the 64 bytes), `cluster u128`, `node u64`, `sequence u64`, `salt u64` (random), `size u64`.
 //!
 //! Names: `segment-<sequence, 16 hexadecimal digits>`, `spare-<number>` for a file of full size whose content means
 //! nothing, and `unfinished` for one that is being filled. A file gets its segment name only after its header is on
-//! disk, so a segment with a bad header is damaged, not torn.
+//! disk. So a segment with a bad header is damaged, not torn.
 
 use std::{
     collections::VecDeque,
@@ -27,14 +27,14 @@ use crate::{
     storage::is_full,
 };
 
-/// Offset of the first record: the header's page is never written again.
+/// Offset of the first record, in bytes: the page with the header is never written again.
 pub const FIRST: usize = 4096;
 const HEADER: usize = 64;
 const MAGIC: &[u8; 8] = b"TWLKRAFT";
 const VERSION: u32 = 1;
-/// Unused files that are kept for later segments; more of them are removed.
+/// Unused files that are kept for later segments; further ones are removed.
 const SPARES: usize = 2;
-/// A new file is filled and synced in steps of this size, so that commits do not queue behind a large flush.
+/// A new file is filled and synced in steps of this many bytes, so that commits do not queue behind a large flush.
 const FILL: usize = 1 << 20;
 
 /// One file of the log.
@@ -42,7 +42,7 @@ pub struct Segment {
     pub sequence: u64,
     /// Size of the file in bytes, header included.
     pub size: usize,
-    /// Starts the checksum of every record: the CRC of the header, and so of sequence number and salt.
+    /// Start value of every record's checksum: the CRC of the header, and so of its sequence number and salt.
     pub seed: u32,
     pub file: Box<dyn DiskFile>,
 }
@@ -79,7 +79,7 @@ impl Segment {
         if bytes[..8] != *MAGIC {
             return Err(damaged("it does not begin like a segment of a raft log"));
         }
-        // First, as a turned bit must not pass for a newer program: whatever the format, the checksum is there.
+        // Checked first: a flipped bit must not pass for a newer version. Every version has the checksum here.
         let seed = u32_at(&bytes, 12);
         if header_crc(&bytes) != seed {
             return Err(damaged("the checksum of its header is wrong"));
@@ -113,7 +113,7 @@ pub fn segment_path(dir: &Path, sequence: u64) -> PathBuf {
     dir.join(format!("segment-{sequence:016x}"))
 }
 
-/// What a directory holds, by name.
+/// What the folder of a log holds, by name.
 #[derive(Default)]
 pub struct Names {
     /// Sequence numbers, ascending.
@@ -124,7 +124,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// Sorts the names; those that are not the log's are left alone.
+    /// Sorts the names by kind. Ignores those that are not the log's.
     pub fn parse(list: &[String]) -> Self {
         let mut names = Self::default();
         for name in list {
@@ -141,13 +141,13 @@ impl Names {
     }
 }
 
-/// A file of full size whose content means nothing any more. Somebody may still be reading the segment it was.
+/// A file of full size whose content means nothing any more. Somebody may still be reading the segment that it was.
 pub struct Spare {
     path: PathBuf,
     segment: Arc<Segment>,
 }
 
-/// The directory of a log, and what all new segments have in common.
+/// The folder of a log, and what all new segments have in common.
 struct Files {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
@@ -156,7 +156,8 @@ struct Files {
 }
 
 impl Files {
-    /// A new file of full size, really written: space that is only reserved costs extra at each sync.
+    /// Makes a new file of full size. Its bytes are really written: space that is only reserved costs extra at each
+    /// sync.
     fn fill(&self) -> Result<(PathBuf, Box<dyn DiskFile>), LogError> {
         let path = self.dir.join("unfinished");
         let fill = || -> io::Result<Box<dyn DiskFile>> {
@@ -171,7 +172,7 @@ impl Files {
         match fill() {
             Ok(file) => Ok((path, file)),
             Err(error) => {
-                // The next attempt empties the file anyway; this gives its space back to others meanwhile.
+                // The next attempt empties the file anyway. This frees its space until then.
                 let _ = self.disk.remove(&path);
                 if is_full(&error) {
                     return Err(LogError::Full { path: self.dir.clone(), needed: self.size as u64 });
@@ -196,7 +197,7 @@ impl Files {
     }
 }
 
-/// A segment that is to be made, apart from the supply: that takes long, and nobody shall wait for it who need not.
+/// A segment to be made. It is apart from the supply, because making it takes long and nobody should wait without need.
 pub struct Job {
     files: Arc<Files>,
     spare: Option<(PathBuf, Box<dyn DiskFile>)>,
@@ -204,10 +205,10 @@ pub struct Job {
 }
 
 impl Job {
-    /// Makes the segment, durably. [`Supply::finish`] must be told how it ended.
+    /// Makes the segment, durably. Give the result to [`Supply::finish`].
     ///
     /// # Errors
-    /// [`LogError::Full`] leaves everything as it was and can be tried again. Any other error is fatal for the log.
+    /// [`LogError::Full`] changes nothing: try again. Any other error is fatal for the log.
     pub fn run(self) -> Result<Segment, LogError> {
         let Self { files, spare, sequence } = self;
         let (path, file) = spare.map_or_else(|| files.fill(), Ok)?;
@@ -220,17 +221,17 @@ impl Job {
     }
 }
 
-/// A segment that leaves the log, apart from the supply as a [`Job`] is.
+/// A segment that leaves the log; apart from the supply, as a [`Job`] is.
 pub struct Retiring {
     files: Arc<Files>,
     segment: Arc<Segment>,
-    /// Where it is kept for a segment to come; none if there are enough.
+    /// Where it is kept for reuse; `None` if there are enough spare files.
     spare: Option<PathBuf>,
 }
 
 impl Retiring {
-    /// Takes it out, durably, before the next one may begin to leave: the numbers of those that remain must have no
-    /// gap.
+    /// Takes it out of the log, durably. Only then may the next one leave: the numbers of those that remain must have
+    /// no gap.
     ///
     /// # Errors
     /// Any error is fatal for the log.
@@ -243,7 +244,7 @@ impl Retiring {
     }
 }
 
-/// The segments to come: headers on disk, no records.
+/// The segments to come: their headers are on disk, and they have no records.
 pub struct Supply {
     files: Arc<Files>,
     ready: VecDeque<Arc<Segment>>,
@@ -255,7 +256,7 @@ pub struct Supply {
 }
 
 impl Supply {
-    /// Takes over the spare files of a directory; segments are numbered from `next_sequence`.
+    /// Takes over the spare files of a folder. New segments are numbered from `next_sequence`.
     pub fn new(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -294,7 +295,7 @@ impl Supply {
         self.files.size
     }
 
-    /// True if there is a file that can be used again.
+    /// True if there is a file that can be reused.
     pub fn has_spare(&self) -> bool {
         !self.spares.is_empty()
     }
@@ -304,7 +305,7 @@ impl Supply {
         self.ready.len()
     }
 
-    /// Begins to make the next segment; none while one is being made.
+    /// Begins to make the next segment; `None` while one is being made.
     pub fn begin(&mut self) -> Option<Job> {
         if self.busy {
             return None;
@@ -318,10 +319,10 @@ impl Supply {
         Some(Job { files: self.files.clone(), spare, sequence: self.next_sequence })
     }
 
-    /// Takes what a [`Job`] has made.
+    /// Takes the segment that a [`Job`] has made.
     ///
     /// # Errors
-    /// The error of the job. After [`LogError::Full`] another one can be begun.
+    /// The error of the job. After [`LogError::Full`] another job can be begun.
     pub fn finish(&mut self, made: Result<Segment, LogError>) -> Result<(), LogError> {
         self.busy = false;
         self.ready.push_back(Arc::new(made?));
@@ -343,7 +344,7 @@ impl Supply {
         Retiring { files: self.files.clone(), segment, spare }
     }
 
-    /// Takes what a [`Retiring`] has left.
+    /// Takes the file that a [`Retiring`] has kept, if any.
     pub fn retired(&mut self, spare: Option<Spare>) {
         self.spares.extend(spare);
     }

@@ -1,5 +1,5 @@
-//! A snapshot that arrives: every chunk is verified before it is written, and the whole before it counts.
-//! Must never leave a folder under the name of a complete snapshot that is not one, whenever the process dies.
+//! A snapshot that is arriving: every chunk is verified before it is written, and the whole before it counts. Whenever
+//! the process dies, must never leave a folder with the name of a complete snapshot that is not one.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -16,12 +16,12 @@ use nix::{
 use super::{CHUNK, DATABASE, INCOMING, MANIFEST, Manifest, READY, SnapshotError, chunk_checksum, install};
 use crate::storage::{durable_write, fsync_dir};
 
-/// The disk is set to work whenever so many bytes were written, so that the last sync is short.
+/// Each time this many bytes have been written, the disk is told to write them, so that the last sync is short.
 const WRITE_BACK: u64 = 8 << 20;
-/// Free space that is left to everything else on the same file system.
+/// Bytes of free space that are left for everything else on the same file system.
 const SPARE: u64 = 64 << 20;
 
-/// A snapshot on its way in. Dropped before its end, it leaves a folder that nobody uses.
+/// A snapshot on its way in. If it is dropped before its end, it leaves a folder that nobody uses.
 #[derive(Debug)]
 pub struct Incoming {
     data: PathBuf,
@@ -34,14 +34,14 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Makes room for the snapshot that the manifest describes; the remains of an earlier attempt are deleted.
+    /// Makes room for the snapshot that the manifest describes. Deletes the remains of earlier attempts.
     ///
     /// # Errors
     /// [`SnapshotError::NoSpace`] when it does not fit beside the database, [`SnapshotError::Io`] when the disk fails.
     pub fn begin(data: &Path, manifest: Manifest) -> Result<Self, SnapshotError> {
         install::clear(data)?;
         let space =
-            statvfs(data).map_err(|errno| SnapshotError::io("look at the free space of", data)(errno.into()))?;
+            statvfs(data).map_err(|errno| SnapshotError::io("get the free space of", data)(errno.into()))?;
         let free = space.blocks_available() * space.fragment_size();
         let needed = manifest.bytes() + SPARE;
         if free < needed {
@@ -55,11 +55,11 @@ impl Incoming {
         Ok(Self { data: data.to_owned(), folder, file, manifest, pages: 0, checksum: 0, written_back: 0 })
     }
 
-    /// Gives the space of a failed attempt back at once: the disk may be full. What cannot be deleted goes at the next
+    /// Frees the space of a failed attempt at once: the disk may be full. What cannot be deleted is deleted at the next
     /// attempt or start.
     pub fn abandon(data: &Path) {
         if let Err(error) = fs::remove_dir_all(data.join(INCOMING)) {
-            tracing::debug!(%error, "what has come of a snapshot stays for now");
+            tracing::debug!(%error, "cannot delete an incomplete snapshot now: the next attempt or start does");
         }
     }
 
@@ -68,11 +68,11 @@ impl Incoming {
         u64::from(self.pages) * u64::from(self.manifest.record.page_size)
     }
 
-    /// Takes the next chunk, whose checksum is `claimed` according to the sender.
+    /// Takes the next chunk. According to the sender, its checksum is `claimed`.
     ///
     /// # Errors
-    /// [`SnapshotError::Damaged`] when it is not the chunk that is due, [`SnapshotError::Io`] when it cannot be
-    /// written. The attempt is over then.
+    /// [`SnapshotError::Damaged`] when it is not the next chunk, [`SnapshotError::Io`] when it cannot be written. The
+    /// attempt has failed then.
     pub fn push(&mut self, claimed: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
         let record = self.manifest.record;
         let page_size = record.page_size as usize;
@@ -86,7 +86,7 @@ impl Incoming {
         let computed = chunk_checksum(self.pages, record.page_size, bytes);
         if computed != claimed {
             return Err(SnapshotError::Damaged(format!(
-                "the {count} pages behind page {} have the checksum {computed:016x}, not {claimed:016x}",
+                "the {count} pages after page {} have the checksum {computed:016x}, not {claimed:016x}",
                 self.pages
             )));
         }
@@ -96,7 +96,7 @@ impl Incoming {
         self.checksum ^= computed;
         let written = self.bytes();
         if written - self.written_back >= WRITE_BACK {
-            // Linux begins to write what is dirty in this range, and returns. An error costs time later, and no more.
+            // Linux begins to write what is dirty in this range, and returns. An error only costs time later.
             let (from, length) = (self.written_back as i64, (written - self.written_back) as i64);
             let _ = posix_fadvise(&self.file, from, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
             self.written_back = written;
@@ -104,8 +104,7 @@ impl Incoming {
         Ok(())
     }
 
-    /// Verifies the whole, once everything has been sent, and makes it a complete snapshot that the next start
-    /// installs.
+    /// Verifies the whole once everything has arrived, and makes it a complete snapshot, which the next start installs.
     ///
     /// # Errors
     /// [`SnapshotError::Damaged`] when pages are missing or the checksum is wrong, [`SnapshotError::Io`] when the disk
@@ -115,7 +114,7 @@ impl Incoming {
         let record = manifest.record;
         if (self.pages, self.checksum) != (record.pages, record.checksum) {
             return Err(SnapshotError::Damaged(format!(
-                "{} of {} pages have come, with the checksum {:016x} instead of {:016x}",
+                "{} of {} pages have arrived, with the checksum {:016x} instead of {:016x}",
                 self.pages, record.pages, self.checksum, record.checksum
             )));
         }

@@ -1,8 +1,8 @@
-//! Puts a complete snapshot into its place when the process starts, before anything else uses the database.
+//! Installs a complete snapshot when the process starts, before anything else uses the database.
 //!
-//! The installation is a list of steps. Each of them may be done again: a process that dies anywhere in between leaves
-//! the folder of the snapshot, and the next start begins with the first step. Must never drop entries behind the
-//! snapshot that this node may have acknowledged, nor go below the commit index.
+//! The installation is a list of steps, and each of them can be repeated. A process that dies anywhere in between
+//! leaves the folder of the snapshot, and the next start begins with the first step. Must never drop entries after the
+//! snapshot that this node may have acknowledged, and never go below the commit index.
 
 use std::{
     fs::{self, File},
@@ -22,11 +22,11 @@ use crate::{
     },
 };
 
-/// The folder of a snapshot that is installed, or of no use.
+/// The folder of a snapshot that has been installed, or is of no use.
 const DONE: &str = "snapshot.done";
-/// File beside the manifest that says that the end of the raft log needs not be kept again.
+/// A file beside the manifest: if it exists, the end of the raft log has been kept already.
 const TAIL_KEPT: &str = "tail-kept";
-/// Where the database and the record of its checkpoint are, below the data folder.
+/// Where the database and its checkpoint record are, in the data folder.
 const FOLDER: &str = "database";
 const RECORD: &str = "console.checkpoint";
 
@@ -37,7 +37,7 @@ pub struct Ready {
     manifest: Manifest,
 }
 
-/// What became of the snapshot.
+/// What a step found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Done,
@@ -47,8 +47,8 @@ enum Step {
 
 type Work = fn(&Ready, &RaftLog) -> Result<Step, SnapshotError>;
 
-/// In this order: the raft log may be ahead of the database, which then has less to apply, but never the other way
-/// round.
+/// In this order: the raft log may be ahead of the database, which then has less to apply, but the database must never
+/// be ahead of the raft log.
 const STEPS: [Work; 6] = [
     Ready::fix_raft_log,
     Ready::keep_configuration,
@@ -76,11 +76,11 @@ impl Ready {
         };
         let sound = manifest.and_then(|manifest| match fs::metadata(data.join(READY).join(DATABASE)) {
             Ok(found) if found.len() != manifest.bytes() => Err("its database has another length".to_owned()),
-            _ => Ok(manifest), // none: it is in its place already
+            _ => Ok(manifest), // the installation has moved it already
         });
         match sound {
             Ok(manifest) => Ok(Some(Self { data: data.to_owned(), manifest })),
-            // Whoever needs it fetches it again, as does a node that died while it installed this one.
+            // Whoever needs the database fetches it again, and so does a node that died while installing this one.
             Err(why) => {
                 warn!("{} is damaged ({why}): the snapshot is thrown away", path.display());
                 dismiss(data)?;
@@ -89,13 +89,13 @@ impl Ready {
         }
     }
 
-    /// What it is.
+    /// Describes the snapshot.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// Puts it into its place, on the node that this log belongs to. Afterwards the database can be opened, and is at
-    /// the snapshot's index. False if the snapshot was of no use here and everything is as it was.
+    /// Installs it on the node that this log belongs to. Afterwards the database can be opened, and is at the
+    /// snapshot's index. Returns false if the snapshot was of no use here, and nothing has changed.
     ///
     /// # Errors
     /// [`SnapshotError::Io`] or [`SnapshotError::Log`] when the disk fails: the next start tries again.
@@ -113,13 +113,13 @@ impl Ready {
         Ok(true)
     }
 
-    /// If the raft log is about to begin again, entries that a majority may or may not have are kept for the
-    /// administrator. Most likely they are in the snapshot, too; safety does not depend on the file.
+    /// If the raft log is about to begin again, keeps the entries that a majority may or may not have, for the
+    /// administrator. Most likely they are in the snapshot, too. Safety does not depend on this file.
     fn keep_tail(&self, log: &RaftLog, node: NodeId) {
         let index = self.manifest.record.index;
         let stays = log.first_index() > index + 1 || log.term(index).is_ok_and(|term| term == self.manifest.term);
         let held = log.hold(log.hard_state().commit + 1).filter(|held| held.has_content() && !stays);
-        // An earlier start has kept it, and could not go on.
+        // An earlier start may have kept it, and then failed.
         let noted = self.data.join(READY).join(TAIL_KEPT);
         let Some(held) = held.filter(|_| !noted.exists()) else { return };
         let folder = self.data.join(tail::FOLDER);
@@ -133,20 +133,20 @@ impl Ready {
                 file = %kept.path.with_extension("txt").display(),
                 "the end of the raft log is kept in a file: this node did not know whether a majority has it"
             ),
-            Err(error) => warn!(%error, "the end of the raft log that the snapshot replaces cannot be kept"),
+            Err(error) => warn!(%error, "cannot keep the end of the raft log, which the snapshot replaces"),
         }
-        // Also after an error, as on a full disk: each start would leave another part of it.
+        // Also after an error, as on a full disk: otherwise each start would leave another part of it.
         if let Err(error) = durable_write(&noted, b"") {
-            warn!(%error, "it cannot be noted that the end of the raft log was kept");
+            warn!(%error, "cannot note that the end of the raft log was kept");
         }
     }
 
-    /// Entries behind the snapshot stay if they continue it: they may have been acknowledged.
+    /// Keeps entries after the snapshot if they continue it: they may have been acknowledged.
     fn fix_raft_log(&self, log: &RaftLog) -> Result<Step, SnapshotError> {
         let (index, term) = (self.manifest.record.index, self.manifest.term);
         let (first, last, hard) = (log.first_index(), log.last_index(), log.hard_state());
         if first > index + 1 {
-            let why = "a snapshot was fetched that is older than this node's raft log: it is fetched again";
+            let why = "the fetched snapshot is older than this node's raft log: another one is fetched";
             warn!(index, first, "{why}");
             return Ok(Step::Useless);
         }
@@ -169,7 +169,7 @@ impl Ready {
             }
         }
         log.reset(index, term, self.manifest.conf.clone())?;
-        info!(index, term, before = last, "the raft log begins again behind the snapshot");
+        info!(index, term, before = last, "the raft log begins again after the snapshot");
         Ok(Step::Done)
     }
 
@@ -177,7 +177,7 @@ impl Ready {
         let Manifest { membership, membership_index, conf, conf_index, .. } = &self.manifest;
         let read =
             StoredMembership::read(&self.data).map_err(SnapshotError::io("read the membership in", &self.data))?;
-        // First the membership, then the configuration, as after a change of it.
+        // The membership first and then the configuration, as in any change of the membership.
         if read.is_none_or(|known| known.index < *membership_index) {
             let configuration = StoredMembership { index: *membership_index, membership: membership.clone() };
             configuration.write(&self.data).map_err(SnapshotError::io("write the membership in", &self.data))?;
@@ -192,7 +192,8 @@ impl Ready {
         let Some(key) = &self.manifest.cluster_key else { return Ok(Step::Done) };
         let path = self.data.join(CLUSTER_KEY);
         let known = ClusterKey::read(&self.data).map_err(SnapshotError::io("read", &path))?;
-        // The key that is here may be newer than the manifest's; if it is older, the other members give the right one.
+        // The key that is here may be newer than the manifest's. If it is older, the other members provide the right
+        // one.
         if known.is_none() {
             let write = || {
                 make_private_dir(path.parent().unwrap_or(&self.data))?;
@@ -209,15 +210,15 @@ impl Ready {
         let place = || -> io::Result<()> {
             make_private_dir(&folder)?;
             match fs::rename(&from, &to) {
-                // An earlier start has done it: nothing else takes the file out of there.
+                // An earlier start has moved it: nothing else does.
                 Err(error) if error.kind() == ErrorKind::NotFound && to.exists() => {}
                 result => result?,
             }
             fsync_dir(&folder)?;
             fsync_dir(&ready)
         };
-        place().map_err(SnapshotError::io("put into its place", &from))?;
-        let size = fs::metadata(&to).map_err(SnapshotError::io("look at", &to))?.len();
+        place().map_err(SnapshotError::io("move into its place", &from))?;
+        let size = fs::metadata(&to).map_err(SnapshotError::io("get the size of", &to))?.len();
         if size != self.manifest.bytes() {
             let expected = self.manifest.bytes();
             warn!(
@@ -248,13 +249,13 @@ fn unreadable(index: u64, error: &raft::Error) -> SnapshotError {
     SnapshotError::Contradiction(format!("the raft log cannot be read at index {index}: {error}"))
 }
 
-/// Deletes whatever there is of snapshots, complete ones too.
+/// Deletes all snapshots, complete ones too.
 pub(super) fn clear(data: &Path) -> Result<(), SnapshotError> {
     delete(&data.join(INCOMING))?;
     dismiss(data)
 }
 
-/// A complete snapshot loses its name before its first file goes.
+/// Deletes a complete snapshot. It loses its name before its first file is deleted.
 fn dismiss(data: &Path) -> Result<(), SnapshotError> {
     let (ready, done) = (data.join(READY), data.join(DONE));
     delete(&done)?;
@@ -265,7 +266,7 @@ fn dismiss(data: &Path) -> Result<(), SnapshotError> {
     delete(&done)
 }
 
-/// Deletes whatever there is of snapshots, for a node that must fetch another one.
+/// Deletes all snapshots, for a node that must fetch another one.
 ///
 /// # Errors
 /// When something is there and cannot be deleted.

@@ -1,9 +1,9 @@
 //! A snapshot: the whole database of the primary at one raft index, on its way to another node.
 //!
-//! Owns what is said about it (the [`Manifest`]), its reading on the primary ([`Resting`]), its staging on the node
-//! that needs it ([`Incoming`]) and its installation there when the process starts ([`Ready`]). A snapshot is put in
-//! place of the old database only as a whole, verified and durable; must never be used half, and never take an entry
-//! away that this node has promised to keep.
+//! Owns its description (the [`Manifest`]), how it is read on the primary ([`Resting`]), how it is staged on the node
+//! that needs it ([`Incoming`]), and its installation there when the process starts ([`Ready`]). A snapshot replaces
+//! the old database only as a whole, verified and durable. It must never be used in part, and never remove an entry
+//! that this node has promised to keep.
 //!
 //! In the data folder it is `snapshot.incoming` while it arrives, `snapshot.ready` once it is complete and durable, and
 //! `snapshot.done` when it is no longer needed. Only a rename turns one into the next.
@@ -41,16 +41,16 @@ use super::{
 };
 use crate::cluster::{Membership, NodeId, limits::MAX_ENCODED};
 
-/// Where a snapshot is while it arrives; deleted at the next start, and before the next attempt.
+/// The folder of a snapshot while it arrives. It is deleted at the next start, and before the next attempt.
 const INCOMING: &str = "snapshot.incoming";
-/// A complete snapshot.
+/// The folder of a complete snapshot.
 const READY: &str = "snapshot.ready";
-/// Names inside of these folders.
+/// Names in these folders.
 const DATABASE: &str = "console.db";
 const MANIFEST: &str = "manifest.json";
 /// Largest encoded manifest, in bytes.
 pub const MAX_MANIFEST: usize = 4 * MAX_ENCODED;
-/// The key that unseals the certificate authority's, below the data folder: only members have it.
+/// The key that unseals the certificate authority's private key, by its path in the data folder. Only members have it.
 pub const CLUSTER_KEY: &str = "certificates/cluster.key";
 /// Longest content of [`CLUSTER_KEY`], in bytes.
 const MAX_KEY: usize = 1024;
@@ -67,7 +67,7 @@ pub enum SnapshotError {
         path.display()
     )]
     NoSpace { path: PathBuf, needed: u64, free: u64 },
-    /// What came is not what was announced. It is thrown away and fetched again.
+    /// What arrived is not what was announced. It is thrown away and fetched again.
     #[error("the snapshot is damaged: {0}")]
     Damaged(String),
     /// It cannot be installed here, and fetching it again would not help.
@@ -83,12 +83,12 @@ impl SnapshotError {
     }
 }
 
-/// The content of the file [`CLUSTER_KEY`]. Shows nothing of itself.
+/// The content of the file [`CLUSTER_KEY`]. Its `Debug` output does not show it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ClusterKey(Vec<u8>);
 
 impl ClusterKey {
-    /// Reads the key of this node; none if it has none.
+    /// Reads the key of this node; `None` if it has none.
     ///
     /// # Errors
     /// When the file cannot be read. `InvalidData` when it is too long to be a key.
@@ -111,26 +111,26 @@ impl fmt::Debug for ClusterKey {
     }
 }
 
-/// What a snapshot is, and what else a node must know to go on from there.
+/// Describes a snapshot, and has what else a node needs to go on from there.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Manifest {
     /// The checkpoint: raft index, size and checksum of the database.
     pub record: Record,
     /// Raft term of the entry at that index.
     pub term: u64,
-    /// Who votes, and the raft index since when. It may be above that of the database.
+    /// Who votes, and the raft index from which on they do. It may be above that of the database.
     pub conf: ConfState,
     pub conf_index: u64,
     /// The membership, and the raft index of the entry that made it. It may be above that of the database.
     pub membership: Membership,
     pub membership_index: u64,
-    /// The epoch of the primary that gave it; 0 from a program that does not tell.
+    /// The epoch of the primary that sent it; 0 from a program that does not say.
     pub epoch: u64,
-    /// See [`CLUSTER_KEY`]; none in a cluster whose founders have none.
+    /// See [`CLUSTER_KEY`]; `None` in a cluster whose founder has none.
     pub cluster_key: Option<ClusterKey>,
 }
 
-/// A [`Manifest`] as it travels, and as it lies beside the staged database.
+/// A [`Manifest`] as it is sent, and as it is stored beside the staged database.
 #[derive(Serialize, Deserialize)]
 struct Encoded {
     format: u64,
@@ -158,7 +158,7 @@ impl Manifest {
         u64::from(self.record.pages) * u64::from(self.record.page_size)
     }
 
-    /// True if this node has a vote according to it.
+    /// True if this node has a vote according to the manifest.
     pub fn votes(&self, node: NodeId) -> bool {
         let conf = &self.conf;
         conf.voters.contains(&node)
@@ -190,7 +190,7 @@ impl Manifest {
         serde_json::to_vec(&encoded).unwrap_or_default()
     }
 
-    /// Reads a manifest that somebody else has written.
+    /// Decodes a manifest that another program may have written.
     ///
     /// # Errors
     /// A sentence that says what is wrong with it.
@@ -199,7 +199,7 @@ impl Manifest {
             return Err(format!("a manifest of {} bytes is too long", bytes.len()));
         }
         let value: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-        // The format is looked at first: a newer one may differ in everything else.
+        // The format comes first: a newer one may differ in everything else.
         match value["format"].as_u64() {
             Some(FORMAT) => {}
             Some(other) => return Err(format!("format {other} is not known to this program (it knows {FORMAT})")),
@@ -207,7 +207,7 @@ impl Manifest {
         }
         let found: Encoded = serde_json::from_value(value).map_err(|error| error.to_string())?;
         let Encoded { index, page_size, pages, checksum, .. } = found;
-        // The first entry of every raft log is number 2.
+        // The first entry of every raft log has index 2.
         if index < 2 || found.term == 0 || pages == 0 || !valid_page_size(page_size) || found.voters.is_empty() {
             return Err("it describes an impossible database".to_owned());
         }
@@ -233,13 +233,13 @@ impl Manifest {
     }
 }
 
-/// Keeps checkpoints away from a database file that is being read, until it is dropped or
+/// Keeps checkpoints from writing to a database file that is being read, until this is dropped or
 /// [broken](CheckpointHold::break_off).
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CheckpointHold(Arc<AtomicBool>);
 
 impl CheckpointHold {
-    /// From now on the file may change: whatever was read before this is good, and nothing after it.
+    /// Notes that the file may change from now on: what was read before this is good, and nothing after it.
     pub fn break_off(&self) {
         self.0.store(true, Ordering::SeqCst);
     }
@@ -254,7 +254,7 @@ impl CheckpointHold {
     }
 }
 
-/// The database file of a primary while no checkpoint writes into it. Dropping it lets checkpoints go on.
+/// The database file of a primary while no checkpoint writes to it. Dropping this lets checkpoints go on.
 #[derive(Debug)]
 pub struct Resting {
     // Never a duplicate: closing any descriptor of the file would drop SQLite's locks on it (POSIX).
@@ -273,28 +273,28 @@ impl Resting {
         self.record
     }
 
-    /// True once the file may have changed: the snapshot must be begun again.
+    /// True once the file may have changed: begin the snapshot again.
     pub fn is_broken(&self) -> bool {
         self.hold.is_broken()
     }
 
-    /// Lets the next [`Self::read`] behind page `done` come from the disk.
+    /// Makes the next [`Self::read`] after page `done` read from the disk and not from memory.
     pub fn drop_cache(&self, done: u32) {
         let page_size = self.record.page_size;
         drop_cache(&self.file, page_size, done, CHUNK as u32 / page_size);
     }
 
-    /// Reads the next pages behind page `done`, at most [`CHUNK`] bytes, none at the end. Returns the XOR of their
+    /// Reads the next pages after page `done`: at most [`CHUNK`] bytes, none at the end. Returns the XOR of their
     /// checksums.
     ///
     /// # Errors
-    /// When the file cannot be read. `Interrupted` once the hold is broken: what was read is of no use.
+    /// When the file cannot be read. `Interrupted` once the hold is broken: what was read is useless.
     pub fn read(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<u64> {
         let Record { page_size, pages, .. } = self.record;
         read_chunk(&self.file, page_size, pages, done, bytes)?;
         // After the read: a checkpoint breaks the hold before it writes.
         if self.is_broken() {
-            return Err(io::Error::new(io::ErrorKind::Interrupted, "a checkpoint was due, or the role is gone"));
+            return Err(io::Error::new(io::ErrorKind::Interrupted, "a checkpoint was due, or this node is no longer PRIMARY"));
         }
         Ok(chunk_checksum(done, page_size, bytes))
     }

@@ -1,15 +1,16 @@
 //! Dropped tails: entries of this node's raft log that another primary's entries have replaced, kept for the
-//! administrator in `<data>/rollback/`. Owns that folder. Must never be read by the cluster again, and never grow
+//! administrator in `<data>/rollback/`. Owns that folder. The cluster must never read it again, and it must never grow
 //! without bound.
 //!
-//! No majority had these entries, so nobody was told that they are committed, and this node's database never had them:
-//! a transaction reaches SQLite's files on the primary, and the database file elsewhere, only after a majority has it.
+//! No majority had these entries. So no client was told that they are committed, and this node's database never had
+//! them: a transaction reaches SQLite's files on the primary, and the database file elsewhere, only when a majority has
+//! it.
 //!
 //! `<UTC time>-epoch<E>-index<A>-<B>.tail` (mode 0600), integers little-endian: `"TLTAIL01"`, `cluster u128`, `node
 //! u64`, `first u64`, `last u64` (of what was dropped), `epoch u64` (of the last dropped entry), `CRC-32C u32` of all
 //! before, `0 u32`. Then for each entry that was kept: `index u64`, `term u64`, `type u32` (0 command, 2 membership),
 //! `data length u32`, `context length u32`, `CRC-32C u32` of these 28 bytes, data and context, data, context. Beside it
-//! a `.txt` for people.
+//! is a `.txt` for people.
 
 mod rows;
 mod text;
@@ -31,11 +32,11 @@ use crate::{
 };
 use text::Summary;
 
-/// Folder of the tails in the data folder.
+/// Folder of the tails, in the data folder.
 pub const FOLDER: &str = "rollback";
-/// Largest file, in bytes: entries beyond that are named, but not kept.
+/// Largest file, in bytes. Entries beyond that are counted, but not kept.
 pub const MAX_BYTES: u64 = 64 << 20;
-/// Files that are kept; the oldest goes when there are more.
+/// Files that are kept. The oldest is deleted when there are more.
 pub const MAX_FILES: usize = 16;
 
 const MAGIC: &[u8; 8] = b"TLTAIL01";
@@ -44,12 +45,12 @@ const HEADER_CRC: usize = 56;
 const ENTRY: usize = 32;
 const ENTRY_CRC: usize = 28;
 
-/// What a file begins with.
+/// The header of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     pub cluster: ClusterId,
     pub node: NodeId,
-    /// What was dropped: first and last index.
+    /// First and last index of what was dropped.
     pub first: u64,
     pub last: u64,
     /// Epoch of the last dropped entry.
@@ -95,7 +96,7 @@ fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
     out.extend_from_slice(&entry.context);
 }
 
-/// A tail whose entries are written, but not durable yet.
+/// A tail whose entries are written, but not synced yet.
 pub struct Draft {
     path: PathBuf,
     file: File,
@@ -117,7 +118,7 @@ pub struct Kept {
     pub transactions: u64,
 }
 
-/// Writes the entries to a new file in `folder`, which is made where it is missing.
+/// Writes the entries to a new file in `folder`, which is created if it is missing.
 ///
 /// # Errors
 /// When an entry cannot be read, or the disk fails or is full. No file is left then.
@@ -146,7 +147,7 @@ impl Draft {
         held.for_each(&mut |entry| {
             bytes.clear();
             encode_entry(&entry, &mut bytes);
-            // The first ones are kept: whatever followed was built on them.
+            // The first entries are the ones to keep: whatever followed was built on them.
             full |= size + bytes.len() as u64 > MAX_BYTES;
             if !full {
                 size += bytes.len() as u64;
@@ -160,11 +161,11 @@ impl Draft {
     }
 
     /// Makes the file durable, writes its summary, which compares it with the `database` file, and removes the oldest
-    /// files beyond [`MAX_FILES`]; their names come second. The file is never opened here: closing any descriptor of it
-    /// would drop SQLite's locks on it (POSIX).
+    /// files beyond [`MAX_FILES`]. Returns what was kept, and the paths of the removed files. The database file is
+    /// never opened here: closing any descriptor of it would drop SQLite's locks on it (POSIX).
     ///
     /// # Errors
-    /// When the disk fails or is full. The `.tail` itself may be there then.
+    /// When the disk fails or is full. The `.tail` file may be there all the same.
     pub fn finish(self, database: Option<&File>) -> io::Result<(Kept, Vec<PathBuf>)> {
         self.file.sync_all()?;
         let folder = folder_of(&self.path);
@@ -178,7 +179,8 @@ impl Draft {
     }
 }
 
-/// Removes the oldest tails beyond [`MAX_FILES`] with their summaries. The names begin with the time.
+/// Removes the oldest tails beyond [`MAX_FILES`], with their summaries. Their names begin with the time, so they sort
+/// by age.
 fn prune(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let mut tails = Vec::new();
     for file in fs::read_dir(folder)? {
@@ -196,7 +198,7 @@ fn prune(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(tails)
 }
 
-/// Reads a file back: for the administrator's tools, and for tests.
+/// Reads a file back, for the administrator's tools and for tests.
 ///
 /// # Errors
 /// When the file cannot be read. `InvalidData` with a reason when it is damaged or ends early.

@@ -1,25 +1,27 @@
-//! Rows in page images: reads just enough of SQLite's file format to say which rows of which table a page holds. For
-//! people only: must never decide anything, and never fail on any input. What it cannot read it leaves out.
+//! Rows in page images: reads just enough of SQLite's file format (<https://www.sqlite.org/fileformat2.html>) to say
+//! which rows of which table a page holds. It is for people only: must never decide anything, and never fail on any
+//! input. What it cannot read, it leaves out.
 
 use std::{
     collections::{BTreeMap, HashMap},
     fmt::Write,
 };
 
-/// Depth of a b-tree, pages read for the names of the tables, and characters of one row that are shown.
+/// Limits: depth of a b-tree, pages read for the names of the tables, and characters shown of one row.
 const MAX_DEPTH: u32 = 12;
 const MAX_READS: u32 = 20_000;
 const MAX_TEXT: usize = 400;
-/// Types of b-tree pages: inner and leaf of a table, and of an index, which a table WITHOUT ROWID is.
+/// Types of b-tree pages: inner and leaf pages of a table, and of an index. A table WITHOUT ROWID is stored as an
+/// index.
 const INNER: u8 = 5;
 const LEAF: u8 = 13;
 const INDEX_INNER: u8 = 2;
 const INDEX_LEAF: u8 = 10;
 
-/// Gives the image of a page.
+/// Returns the image of a page, if it has it.
 pub(super) type Read<'a> = dyn Fn(u32) -> Option<Vec<u8>> + 'a;
 
-/// The rows of one page, as people read them, by what tells them apart: the rowid, or the row itself where it has none.
+/// The rows of one page, as people read them, by what identifies them: the rowid, or the row itself where it has none.
 pub(super) type Rows = BTreeMap<String, String>;
 
 fn short(bytes: &[u8], at: usize) -> Option<usize> {
@@ -30,7 +32,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
-/// SQLite's variable-length integer and its length.
+/// Reads one of SQLite's variable-length integers; the second number is its length.
 fn varint(bytes: &[u8]) -> Option<(u64, usize)> {
     let mut value = 0u64;
     for at in 0..9 {
@@ -46,7 +48,7 @@ fn varint(bytes: &[u8]) -> Option<(u64, usize)> {
     None
 }
 
-/// Type of a page, where its header begins, and where its cells are.
+/// The type of a page, the offset of its header, and the offsets of its cells.
 fn cells(number: u32, image: &[u8]) -> Option<(u8, usize, Vec<usize>)> {
     let header = if number == 1 { 100 } else { 0 };
     let kind = *image.get(header)?;
@@ -63,7 +65,7 @@ enum Value {
     Blob(usize),
 }
 
-/// The columns of a record; none if it goes on in other pages or makes no sense.
+/// The columns of a record; `None` if it continues on other pages or makes no sense.
 fn record(payload: &[u8]) -> Option<Vec<Value>> {
     let (length, mut at) = varint(payload)?;
     let end = usize::try_from(length).ok()?;
@@ -95,7 +97,7 @@ fn record(payload: &[u8]) -> Option<Vec<Value>> {
     Some(values)
 }
 
-/// Rowid and columns of a leaf's cell; no columns if the row goes on in other pages.
+/// The rowid and the columns of a cell of a leaf; no columns if the row continues on other pages.
 fn cell(image: &[u8], at: usize) -> Option<(i64, Option<Vec<Value>>)> {
     let (length, first) = varint(image.get(at..)?)?;
     let (rowid, second) = varint(image.get(at + first..)?)?;
@@ -123,7 +125,7 @@ fn show(values: &[Value]) -> String {
     text
 }
 
-/// The rows that a page of a table holds. An index looks like a table without rowids: ask [`tables`] which it is.
+/// The rows that a page of a table holds. An index looks like a table without rowids: [`tables`] tells which it is.
 pub(super) fn rows(number: u32, image: &[u8]) -> Rows {
     let Some((kind, _, cells)) = cells(number, image) else { return Rows::new() };
     let numbered = |at: usize| {
@@ -134,7 +136,7 @@ pub(super) fn rows(number: u32, image: &[u8]) -> Rows {
     let whole = |at: usize| {
         let (length, size) = varint(image.get(at..)?)?;
         let start = at + size;
-        // What fits into a page of an index is less than into one of a table; the rest is elsewhere.
+        // Less fits into a page of an index than into one of a table; the rest is elsewhere.
         let local = image.len().saturating_sub(12) * 64 / 255;
         let length = usize::try_from(length).ok().filter(|length| length + 23 <= local)?;
         let row = show(&record(image.get(start..start.checked_add(length)?)?)?);
@@ -148,7 +150,7 @@ pub(super) fn rows(number: u32, image: &[u8]) -> Rows {
     }
 }
 
-/// Which table each page belongs to, as far as it can be found out within bounds.
+/// Which table each page belongs to, as far as can be found out within the limits.
 pub(super) fn tables(read: &Read<'_>) -> HashMap<u32, String> {
     let (mut names, mut reads) = (HashMap::new(), 0);
     let schema = pages(1, read, &mut reads);
@@ -171,8 +173,8 @@ pub(super) fn tables(read: &Read<'_>) -> HashMap<u32, String> {
     names
 }
 
-/// The pages of a table's b-tree. All leaves are equally deep, so that only the way to the first one has to be read to
-/// the end.
+/// The pages of a table's b-tree. All leaves have the same depth, so only the path to the first one has to be read to
+/// its end.
 fn pages(root: u32, read: &Read<'_>, reads: &mut u32) -> Vec<u32> {
     let mut inner = |number: u32| -> Option<Vec<u32>> {
         *reads += 1;

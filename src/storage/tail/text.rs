@@ -1,4 +1,4 @@
-//! What people read about a dropped tail: its transactions, the pages that they touch, and the rows in which these
+//! What people read about a dropped tail: its transactions, the pages that they write, and the rows in which those
 //! differ from this node's database. Must never claim more than the page images show.
 
 use std::{
@@ -17,9 +17,9 @@ use super::{
 };
 use crate::storage::transaction::Pages;
 
-/// Lines about single entries and transactions; more are only counted.
+/// Lines about single entries and transactions; further ones are only counted.
 const MAX_LINES: usize = 1000;
-/// Bytes of page images that are looked into; the rows in later ones are not listed.
+/// Bytes of page images whose rows are listed. Rows in further images are not.
 const MAX_IMAGES: usize = 64 << 20;
 
 #[derive(Debug)]
@@ -29,12 +29,12 @@ struct Transaction {
     last: u64,
     page_size: u32,
     pages: BTreeSet<u32>,
-    /// As far as they are looked into; the last one of each page counts.
+    /// The images whose rows are listed. The last one of each page counts.
     images: BTreeMap<u32, Vec<u8>>,
     complete: bool,
 }
 
-/// Collects the summary while the entries come by.
+/// Collects the summary, entry by entry.
 #[derive(Debug, Default)]
 pub(super) struct Summary {
     transactions: Vec<Transaction>,
@@ -44,18 +44,18 @@ pub(super) struct Summary {
     bytes: usize,
 }
 
-/// Rows by table and what tells them apart.
+/// Rows, by table and by what identifies them in it.
 type Content = BTreeMap<(String, String), String>;
 
 impl Summary {
-    /// Takes in the next entry.
+    /// Adds the next entry.
     pub fn add(&mut self, entry: &Entry) {
         let index = entry.index;
         if !entry.context.is_empty() {
             return self.others.push(format!("entry {index}: a change of the membership"));
         }
         if entry.data.is_empty() {
-            return self.others.push(format!("entry {index}: without content, the first one of epoch {}", entry.term));
+            return self.others.push(format!("entry {index}: without content, the first entry of epoch {}", entry.term));
         }
         let pages = match Pages::decode(&entry.data) {
             Ok(pages) => pages,
@@ -80,12 +80,12 @@ impl Summary {
         }
     }
 
-    /// How many transactions there are, whole or not.
+    /// How many transactions there are, complete or not.
     pub fn transactions(&self) -> u64 {
         self.transactions.len() as u64
     }
 
-    /// The text beside the file at `path`, which has `kept` entries, compared with the database file.
+    /// The text to put beside the file at `path`, which has `kept` entries, compared with the database file.
     pub fn render(&self, header: &Header, path: &Path, kept: u64, database: Option<&File>) -> String {
         let Header { cluster, node, first, last, epoch } = header;
         let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
@@ -96,21 +96,21 @@ impl Summary {
              told that these transactions are committed; a client that waited for one got an error (\"outcome unknown\"). \
              The database of the cluster does not contain them.\n\n\
              The complete page images are in {name} (its format: the head of src/storage/tail/mod.rs). Below, \
-             \"+\" is a row that a transaction's pages have, and \"-\" one that the same pages had not any more, compared with the \
-             transaction before it or with this node's database file when this text was written. Where the cluster has \
-             changed these pages since, its rows show up as \"-\", too.\n\n"
+             \"+\" marks a row that a transaction's pages have, and \"-\" one that they no longer have, compared with the \
+             transaction before it, or with this node's database file when this text was written. Where the cluster has \
+             changed these pages since, its rows are marked \"-\", too.\n\n"
         );
         let dropped = last - first + 1;
         if kept < dropped {
             let left = dropped - kept;
-            let _ = writeln!(text, "Only the first {kept} of {dropped} entries were kept: {left} were too much.\n");
+            let _ = writeln!(text, "Only the first {kept} of {dropped} entries were kept. There was no room for the other {left}.\n");
         }
         let differences = self.differences(database);
         for (transaction, rows) in self.transactions.iter().zip(differences).take(MAX_LINES) {
             let Transaction { id, first, last, page_size, pages, complete, .. } = transaction;
             let complete = if *complete { "" } else { ", incomplete (its last part is missing)" };
             let _ = writeln!(text, "transaction {id:016x}, entries {first} to {last}{complete}");
-            let _ = writeln!(text, "    {} pages of {page_size} bytes: pages {}", pages.len(), ranges(pages));
+            let _ = writeln!(text, "    pages {} ({} of {page_size} bytes)", ranges(pages), pages.len());
             rows.iter().take(MAX_LINES).for_each(|row| text.push_str(row));
             if rows.len() > MAX_LINES {
                 let _ = writeln!(text, "    ... and {} more rows", rows.len() - MAX_LINES);
@@ -128,7 +128,7 @@ impl Summary {
 }
 
 impl Summary {
-    /// For each transaction the rows by which its pages differ from what was there before.
+    /// For each transaction, the rows in which its pages differ from what was there before.
     fn differences(&self, database: Option<&File>) -> Vec<Vec<String>> {
         let size = self.transactions.first().map_or(0, |first| first.page_size as usize);
         let base = |number: u32| {
@@ -143,7 +143,7 @@ impl Summary {
         let mut seen: HashMap<u32, &Vec<u8>> = HashMap::new();
         let mut all = Vec::new();
         for transaction in &self.transactions {
-            // All its pages together: a row that moves from one page to another has not changed.
+            // All its pages are compared together: a row that moves from one page to another has not changed.
             let (mut before, mut after) = (Content::new(), Content::new());
             for (number, image) in &transaction.images {
                 let old = seen.get(number).map(|image| (*image).clone()).or_else(|| base(*number));
@@ -166,7 +166,7 @@ impl Summary {
     }
 }
 
-/// Numbers as people write them: 2-4, 9.
+/// Numbers as people write them, such as `2-4, 9`.
 fn ranges(numbers: &BTreeSet<u32>) -> String {
     let mut runs: Vec<(u32, u32)> = Vec::new();
     for number in numbers {

@@ -1,4 +1,4 @@
-//! The SQLite connections that the storage holds itself: the one that makes the checkpoints, and a short one in memory
+//! The SQLite connections of the storage itself: the one that makes the checkpoints, and a short-lived one in memory
 //! that makes the first image of a database. Must never run SQL that comes from elsewhere.
 
 use std::{
@@ -15,7 +15,7 @@ use crate::storage::gate::Gate;
 
 /// How long a checkpoint that restarts the WAL waits for the writer and for readers, in milliseconds.
 const RESTART_PATIENCE: c_int = 20;
-/// `application_id` of our databases: "TwHA".
+/// `application_id` of our databases: "TwHA" (<https://www.sqlite.org/pragma.html#pragma_application_id>).
 const APPLICATION_ID: u32 = 0x5477_4841;
 
 /// A path as SQLite takes it.
@@ -55,7 +55,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// For calls that this file does not make. It lives as long as this connection.
+    /// The handle, for calls that this file does not make. It lives as long as this connection.
     pub(super) fn raw(&self) -> *mut sqlite::sqlite3 {
         self.0
     }
@@ -76,7 +76,8 @@ impl Connection {
     }
 }
 
-/// The only connection that may checkpoint. It stays open through a promotion, so that the WAL is never without one.
+/// The only connection that may checkpoint. It stays open as long as the database is open for writing, so that the WAL
+/// always has a connection.
 pub(in crate::storage) struct Checkpointer(Connection);
 
 impl Checkpointer {
@@ -97,10 +98,10 @@ impl Checkpointer {
         Ok(Self(connection))
     }
 
-    /// A PASSIVE checkpoint, which never waits for anybody; or, to `restart` the WAL with the next transaction, one
-    /// that holds the write lock, which waits up to [`RESTART_PATIENCE`] for it and copies like a PASSIVE one without.
-    /// Returns the frames in the WAL and how many of them are in the database file now; None if another checkpoint or
-    /// a recovery was in the way.
+    /// Makes a PASSIVE checkpoint, which never waits. With `restart`, makes one that holds the write lock, so that the
+    /// next transaction restarts the WAL: it waits up to [`RESTART_PATIENCE`] for the lock, and copies like a PASSIVE
+    /// one if it does not get it. Returns the frames in the WAL, and how many of them are in the database file now;
+    /// `None` if another checkpoint or a recovery was in the way.
     pub(in crate::storage) fn run(&self, restart: bool) -> Result<Option<(u32, u32)>, SqliteError> {
         let (mut frames, mut done) = (-1, -1);
         // SAFETY: an open handle and two integers to write.
@@ -108,7 +109,7 @@ impl Checkpointer {
             let mode = if restart { sqlite::SQLITE_CHECKPOINT_RESTART } else { sqlite::SQLITE_CHECKPOINT_PASSIVE };
             sqlite::sqlite3_wal_checkpoint_v2(self.0.0, c"main".as_ptr(), mode, &mut frames, &mut done)
         };
-        // When it only could not wait long enough, SQLite says busy too, but has copied and counted.
+        // SQLite also returns busy if it only could not wait long enough. It has copied and counted then.
         if code & 0xff != sqlite::SQLITE_BUSY {
             self.0.check("checkpoint", code)?;
         }
@@ -135,7 +136,8 @@ pub(in crate::storage) fn initial_image(page_size: u32) -> Result<Vec<u8>, Sqlit
         sqlite::sqlite3_free(data.cast());
         image
     };
-    // File format 2 for writing and reading is what `PRAGMA journal_mode=WAL` sets; it would have to bypass the WAL.
+    // Write and read version 2 mean WAL mode (SQLite's file format, "File format version numbers"). `PRAGMA
+    // journal_mode=WAL` sets them by a write that would bypass the WAL.
     image[18] = 2;
     image[19] = 2;
     Ok(image)

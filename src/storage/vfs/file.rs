@@ -1,7 +1,8 @@
-//! The calls on an open database or `-wal` file. A [`Shim`] lies in front of the real file in the memory that SQLite
-//! gives; its first field is what SQLite knows. Temporary files have no shim at all.
+//! The calls on an open database or `-wal` file. In the memory that SQLite provides, a [`Shim`] lies in front of the
+//! real file, and its first field is what SQLite knows. Temporary files have no shim at all.
 //!
-//! Every function here gets a `sqlite3_file` that [`open`] has made, from one thread at a time: SQLite's contract.
+//! By SQLite's contract, every function here gets a `sqlite3_file` that [`open`] has made, and is called by one thread
+//! at a time.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
@@ -19,13 +20,14 @@ use crate::storage::{
     watch::{self, Act, Place},
 };
 
-/// File control of our own: this connection makes the checkpoints. SQL cannot send it.
+/// A file control of our own: it says that this connection makes the checkpoints. SQL cannot send it.
 pub(super) const FCNTL_CHECKPOINTER: c_int = 0x5457_4c01;
 
-/// The lock that a WAL writer holds, and the one of a checkpoint, among the `-shm` locks.
+/// The locks of a WAL writer and of a checkpoint, among those of the `-shm` file
+/// (<https://www.sqlite.org/walformat.html>).
 const WAL_WRITE_LOCK: c_int = 0;
 const WAL_CKPT_LOCK: c_int = 1;
-/// Where the wal-index header keeps the number of valid frames (`mxFrame`), in native byte order.
+/// Offset in the wal-index header of the number of valid frames (`mxFrame`), which is in native byte order.
 const SHM_FRAMES: usize = 16;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,7 +53,7 @@ pub(super) struct Shim {
     kind: Kind,
     /// Only this connection may checkpoint.
     checkpointer: bool,
-    /// The checkpointer is copying.
+    /// The checkpointer is copying pages into the database file.
     copying: bool,
     /// First region of the wal-index.
     shm: *mut c_void,
@@ -101,13 +103,13 @@ pub(super) unsafe fn open(
         if kind == Kind::Database && !gate.opened() {
             return sqlite::SQLITE_CANTOPEN;
         }
-        // The database exists already: it is the first entry of the raft log.
+        // The file exists already: the first entry of the raft log has made it.
         let flags = if kind == Kind::Database { flags & !sqlite::SQLITE_OPEN_CREATE } else { flags };
         let running = watch::begin(kind.place(), Act::Open);
         let code = open(real, name, below, flags, out_flags);
         drop(running);
         if code != sqlite::SQLITE_OK {
-            // There is no file yet to ask; this is the last error of the calls that it is made of.
+            // There is no file yet to ask. This is the last error of the system calls that opening makes.
             let errno = (*real).xGetLastError.map_or(0, |last| last(real, 0, ptr::null_mut()));
             if errno != 0 {
                 watch::failed(kind.place(), Act::Open, errno);
@@ -148,7 +150,7 @@ macro_rules! real {
     }};
 }
 
-/// Runs an operation of the real file under the watch, and tells it of a failure with the kernel's own number.
+/// Runs an operation of the real file under the watch, and reports a failure to it with the kernel's error number.
 unsafe fn watched(file: *mut sqlite3_file, place: Place, act: Act, operation: impl FnOnce() -> c_int) -> c_int {
     let running = watch::begin(place, act);
     let code = operation();
@@ -170,7 +172,7 @@ struct Real(*mut sqlite3_file, Place);
 
 impl WalFile for Real {
     fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Code> {
-        // SAFETY: the pointer is that of the call in progress; the buffer is as long as said.
+        // SAFETY: the pointer is that of the call in progress, and the length is that of the buffer.
         let code = unsafe {
             let (data, length) = (bytes.as_mut_ptr().cast(), bytes.len() as c_int);
             watched(self.0, self.1, Act::Read, || {
@@ -193,8 +195,8 @@ impl WalFile for Real {
 }
 
 unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
-    // SAFETY: the last call on this file. The real file goes first: when the gate counts no opener, nobody holds a
-    // lock.
+    // SAFETY: the last call on this file. The real file is closed first: when the gate counts no connections, nobody
+    // holds a lock.
     unsafe {
         let code = real!(file, xClose, sqlite::SQLITE_OK);
         let shim = file.cast::<Shim>().read();
@@ -246,7 +248,7 @@ unsafe extern "C" fn truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c
     unsafe {
         let shim = shim(file);
         if shim.kind == Kind::Database {
-            // SQLite cuts the database at the end of a checkpoint that has reached the end of the WAL, and only then.
+            // SQLite truncates the database only at the end of a checkpoint that has reached the end of the WAL.
             if !std::mem::take(&mut shim.copying) {
                 shim.gate.refuse("a change of the database file's size outside a checkpoint".into());
                 return sqlite::SQLITE_IOERR_TRUNCATE;
@@ -257,7 +259,7 @@ unsafe extern "C" fn truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c
     }
 }
 
-/// Nothing: the raft log has the transaction, and the checkpoint syncs the database file itself.
+/// Does nothing: the raft log has the transaction, and the checkpoint syncs the database file itself.
 unsafe extern "C" fn sync(_file: *mut sqlite3_file, _flags: c_int) -> c_int {
     sqlite::SQLITE_OK
 }
@@ -268,8 +270,8 @@ unsafe extern "C" fn file_size(file: *mut sqlite3_file, size: *mut sqlite3_int64
 }
 
 unsafe extern "C" fn lock(file: *mut sqlite3_file, level: c_int) -> c_int {
-    // In WAL mode SQLite wants the database file for itself only to leave WAL mode, or to checkpoint and delete the WAL
-    // when the last connection closes. None of that is its business here.
+    // In WAL mode SQLite locks the database file exclusively only to leave WAL mode, or to checkpoint and delete the
+    // WAL when the last connection closes. Neither must happen here.
     if level > sqlite::SQLITE_LOCK_SHARED {
         return sqlite::SQLITE_BUSY;
     }
@@ -288,7 +290,7 @@ unsafe extern "C" fn check_reserved_lock(file: *mut sqlite3_file, out: *mut c_in
 }
 
 unsafe extern "C" fn file_control(file: *mut sqlite3_file, op: c_int, arg: *mut c_void) -> c_int {
-    // SAFETY: the meaning of `arg` follows from `op`, see below; all else is passed on unchanged.
+    // SAFETY: `op` says what `arg` is, as used below; all else is passed on unchanged.
     unsafe {
         let shim = shim(file);
         match op {
@@ -296,12 +298,12 @@ unsafe extern "C" fn file_control(file: *mut sqlite3_file, op: c_int, arg: *mut 
                 shim.checkpointer = true;
                 return sqlite::SQLITE_OK;
             }
-            // SQLite ignores the answer here: without `copying`, the first page that it copies is refused.
+            // SQLite ignores the result of this call. Without `copying`, the first page that it copies is refused.
             sqlite::SQLITE_FCNTL_CKPT_START => shim.copying = shim.checkpointer && shim.gate.may_copy(),
-            // Bigger chunks would make the file longer than the database; a mapping would pass us by.
+            // Bigger chunks would make the file longer than the database. A mapping would bypass this VFS.
             sqlite::SQLITE_FCNTL_CHUNK_SIZE | sqlite::SQLITE_FCNTL_MMAP_SIZE => return sqlite::SQLITE_NOTFOUND,
             sqlite::SQLITE_FCNTL_PRAGMA => {
-                // Three strings: room for an answer, the pragma's name, its argument or null.
+                // Three strings: a place for an answer, the pragma's name, and its argument or null.
                 let arg = arg.cast::<*mut c_char>();
                 let (name, value) = (*arg.add(1), *arg.add(2));
                 let name = CStr::from_ptr(name).to_string_lossy().to_ascii_lowercase();
@@ -317,7 +319,7 @@ unsafe extern "C" fn file_control(file: *mut sqlite3_file, op: c_int, arg: *mut 
     }
 }
 
-/// Why a PRAGMA is refused, in words for the one who sent it.
+/// Why a PRAGMA is refused, in words for whoever sent it; `None` if it is not.
 fn refused_pragma(name: &str, value: Option<&str>) -> Option<&'static CStr> {
     match (name, value) {
         ("journal_mode", Some(value)) if value != "wal" => Some(c"this database is replicated: journal_mode stays WAL"),
@@ -337,7 +339,7 @@ unsafe extern "C" fn sector_size(file: *mut sqlite3_file) -> c_int {
 }
 
 unsafe extern "C" fn device_characteristics(file: *mut sqlite3_file) -> c_int {
-    // Without the first, SQLite repeats commit frames up to a sector; without the second it syncs the WAL's header.
+    // Without the first, SQLite repeats commit frames to fill a sector. Without the second, it syncs the WAL's header.
     let ours = sqlite::SQLITE_IOCAP_POWERSAFE_OVERWRITE | sqlite::SQLITE_IOCAP_SEQUENTIAL;
     // SAFETY: passed on unchanged.
     unsafe { (real!(file, xDeviceCharacteristics, 0) | ours) & !sqlite::SQLITE_IOCAP_BATCH_ATOMIC }
@@ -370,7 +372,7 @@ unsafe fn frames(shim: &Shim) -> Option<u32> {
 }
 
 unsafe extern "C" fn shm_lock(file: *mut sqlite3_file, first: c_int, count: c_int, flags: c_int) -> c_int {
-    // SAFETY: passed on, after a look.
+    // SAFETY: passed on, after a check.
     unsafe {
         let shim = shim(file);
         let exclusive = flags & sqlite::SQLITE_SHM_EXCLUSIVE != 0;
@@ -379,14 +381,14 @@ unsafe extern "C" fn shm_lock(file: *mut sqlite3_file, first: c_int, count: c_in
             return sqlite::SQLITE_BUSY;
         }
         if exclusive && !unlock && (first, count) == (WAL_WRITE_LOCK, 1) && !shim.checkpointer {
-            // The lock is not fair: without this, a writer that never pauses would always be faster.
+            // The lock is not fair: without this, a writer that never pauses would always get it first.
             if shim.gate.is_restarting() {
                 return sqlite::SQLITE_BUSY;
             }
         }
         if exclusive && unlock && (first, count) == (WAL_WRITE_LOCK, 1) {
-            // Of the checkpointer too, which has written nothing and for which the gate has nothing to do. Before the
-            // next writer can have it.
+            // Before the next writer can get the lock. For the checkpointer, too, though it has written nothing and the
+            // gate has nothing to do then.
             shim.gate.write_lock_released(frames(shim));
         }
         real!(file, xShmLock, sqlite::SQLITE_IOERR_SHMLOCK, first, count, flags)

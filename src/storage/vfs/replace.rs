@@ -1,6 +1,6 @@
-//! The whole content of a primary's database is replaced by that of another file, as one transaction: SQLite's own
-//! backup between two connections, of which the target goes through our VFS, so that its commit waits for a majority
-//! like any other. Must never run while anybody else writes.
+//! Replaces the whole content of a primary's database with that of another file, in one transaction. It is SQLite's own
+//! backup between two connections. The target goes through our VFS, so its commit waits for a majority like any other.
+//! Must never run while anybody else writes.
 
 use std::{ffi::c_int, path::Path};
 
@@ -12,16 +12,16 @@ use super::{
 };
 use crate::storage::gate::Gate;
 
-/// Pages between two looks at whether to go on.
+/// Pages copied between two questions whether to go on.
 const STEP: c_int = 256;
 /// How long to wait for a checkpoint that holds the write lock, in milliseconds.
 const PATIENCE: c_int = 2_000;
 
-/// Replaces the content of the gate's database. `go_on` is told pages done and in all, and ends the work by false;
-/// nothing has changed then.
+/// Replaces the content of the gate's database. `go_on` gets the pages done and their total, and stops the work by
+/// returning false; nothing has changed then.
 ///
 /// # Errors
-/// What SQLite says when it cannot be done, or was not to go on: nothing has changed. If the gate is fenced afterwards,
+/// SQLite's error when it cannot be done or `go_on` stopped it: nothing has changed. If the gate is fenced afterwards,
 /// the outcome is unknown.
 pub(in crate::storage) fn replace(
     gate: &Gate,
@@ -46,13 +46,13 @@ pub(in crate::storage) fn replace(
             let done = total - sqlite::sqlite3_backup_remaining(backup);
             stopped = code == sqlite::SQLITE_OK && (gate.is_fenced() || !go_on(done as u32, total as u32));
         }
-        // Rolls back what is not done.
+        // Rolls back what is not finished.
         let finished = sqlite::sqlite3_backup_finish(backup);
         if code == sqlite::SQLITE_DONE {
             return target.check("replace the database", finished);
         }
         let code = if stopped { sqlite::SQLITE_INTERRUPT } else { code };
-        let message = if stopped { "it was given up".into() } else { super::describe(code) };
+        let message = if stopped { "it was stopped".into() } else { super::describe(code) };
         Err(SqliteError { what: "replace the database", message, code })
     }
 }

@@ -1,5 +1,5 @@
-//! A clock that stands still while this process does: frozen by a signal, or without a processor for a while. What
-//! waits for the disk meanwhile says nothing about the disk. Must never be read as the time that others live by.
+//! A clock that stops while this process does, because a signal has frozen it or it gets no processor. Whatever waits
+//! for the disk meanwhile proves nothing about the disk. Must never be used as the time of anything else.
 
 use std::{
     sync::{
@@ -13,16 +13,16 @@ use crate::mutex::locked;
 
 /// How often [`Clock::tick`] is to be called.
 pub const STEP: Duration = Duration::from_millis(100);
-/// A process that ticks later than this did not run. Less than what makes an operation slow, so that a freeze makes
-/// none.
+/// Nanoseconds between two ticks beyond which the process was not running. It is shorter than what makes an operation
+/// slow, so that a freeze makes none slow.
 const LATE: u64 = 250_000_000;
 
 /// All times are nanoseconds.
 #[derive(Debug)]
 pub(super) struct Clock {
-    /// What it showed at the last tick; 0: nobody ticks, and the process is taken to run.
+    /// What the clock showed at the last tick; 0 if nobody ticks, and the process is assumed to run.
     mark: AtomicU64,
-    /// For how long it has stood still.
+    /// For how long it has been stopped.
     still: AtomicU64,
     ticking: Mutex<()>,
 }
@@ -32,16 +32,16 @@ impl Clock {
         Self { mark: AtomicU64::new(0), still: AtomicU64::new(0), ticking: Mutex::new(()) }
     }
 
-    /// What it shows at a moment of the kernel's monotonic clock.
+    /// What the clock shows at a `moment` of the kernel's monotonic clock.
     pub(super) fn at(&self, moment: u64) -> u64 {
-        // In this order: a mark is stored after the standstill before it.
+        // In this order: a mark is stored after the stop before it.
         let mark = self.mark.load(Ordering::Acquire);
         let runs = moment.saturating_sub(self.still.load(Ordering::Acquire));
-        // Nobody has ticked since a freeze yet.
+        // After a freeze, nobody may have ticked yet.
         if mark == 0 { runs } else { runs.min(mark + LATE) }
     }
 
-    /// The process runs at this moment. Called by a thread that never waits for the disk.
+    /// Notes that the process is running at this moment. Called by a thread that never waits for the disk.
     pub(super) fn tick(&self, moment: u64) {
         let _one_at_a_time = locked(&self.ticking);
         let shown = self.at(moment);
@@ -49,7 +49,7 @@ impl Clock {
         self.mark.store(shown, Ordering::Release);
     }
 
-    /// Nobody ticks any more.
+    /// Notes that nobody ticks any more.
     pub(super) fn rest(&self) {
         self.mark.store(0, Ordering::Release);
     }
