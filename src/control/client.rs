@@ -1,5 +1,5 @@
-//! The client's side of the control socket: blocking, bounded in time and bytes. Must never retry: the caller knows
-//! what an unanswered request means.
+//! The client's side of the control socket: blocking, with limits of time and size. Must never retry: only the caller
+//! knows what an unanswered request means.
 
 use std::{
     fmt,
@@ -28,7 +28,7 @@ use ureq::{
 use super::{MAX_REPLY, check_path};
 use crate::{mutex::locked, node::Status};
 
-/// Why there is no usable answer.
+/// Why there is no answer that can be used.
 #[derive(Debug, Error)]
 pub enum ControlError {
     /// The path cannot be the path of a socket.
@@ -42,7 +42,7 @@ pub enum ControlError {
         /// What the kernel said.
         error: io::Error,
     },
-    /// Somebody took the request, but no complete answer came in time.
+    /// The request was sent, but no complete answer came in time. It may have been carried out.
     #[error("no answer on {path}: {error}", path = path.display())]
     NoAnswer {
         /// The socket.
@@ -50,7 +50,7 @@ pub enum ControlError {
         /// What went wrong while waiting.
         error: io::Error,
     },
-    /// The answer is not what this program understands.
+    /// This program does not understand the answer: the other side may be another version.
     #[error("answer on {path} not understood: {why}", path = path.display())]
     Malformed {
         /// The socket.
@@ -58,24 +58,24 @@ pub enum ControlError {
         /// What is wrong with it.
         why: String,
     },
-    /// The daemon understood the request and refused it.
+    /// The daemon refused the request. It says why.
     #[error("{0}")]
     Refused(String),
 }
 
-/// One request of the API, wherever it goes.
+/// One request to the API, wherever it is sent.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Call {
-    /// As HTTP has it.
+    /// The method of HTTP.
     pub method: Method,
-    /// Below `/api/v1/`, its parts encoded; one that begins with a slash is the whole.
+    /// The path below `/api/v1/`, its parts encoded. One that begins with a slash is sent as it is.
     pub path: String,
-    /// JSON, for methods that have one.
+    /// A body of JSON, for methods that have one.
     pub body: Option<Value>,
 }
 
 impl fmt::Debug for Call {
-    /// Without the body, which may be a secret.
+    /// Leaves out the body, which may be a secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.method, self.path)
     }
@@ -86,32 +86,32 @@ impl Call {
         Self { method, path: path.into(), body: None }
     }
 
-    /// Asks for something.
+    /// A request to read something.
     pub fn get(path: impl Into<String>) -> Self {
         Self::new(Method::GET, path)
     }
 
-    /// Has something done.
+    /// A request to do something.
     pub fn post(path: impl Into<String>) -> Self {
         Self::new(Method::POST, path)
     }
 
-    /// Puts something in the place of what there is.
+    /// A request to replace something.
     pub fn put(path: impl Into<String>) -> Self {
         Self::new(Method::PUT, path)
     }
 
-    /// Changes a part of something.
+    /// A request to change a part of something.
     pub fn patch(path: impl Into<String>) -> Self {
         Self::new(Method::PATCH, path)
     }
 
-    /// Does away with something.
+    /// A request to delete something.
     pub fn delete(path: impl Into<String>) -> Self {
         Self::new(Method::DELETE, path)
     }
 
-    /// With this body. It has no maps with keys that JSON lacks.
+    /// The same request with this body. The keys of its maps must be strings: otherwise the body is `null`.
     #[must_use]
     pub fn with(self, body: impl Serialize) -> Self {
         Self { body: Some(serde_json::to_value(body).unwrap_or_default()), ..self }
@@ -122,10 +122,10 @@ impl Call {
         if self.path.starts_with('/') { self.path.clone() } else { format!("/api/v1/{}", self.path) }
     }
 
-    /// Sends it to whoever answers at `base`, with what the Authorization header is to carry.
+    /// Sends it to `base`, a scheme with a host and a port, with `login` as its Authorization header.
     ///
     /// # Errors
-    /// When it cannot be sent, or no answer comes.
+    /// When it cannot be sent, or no answer comes in the time that `agent` allows.
     pub fn run(&self, agent: &Agent, base: &str, login: Option<&str>) -> Result<Response<Body>, ureq::Error> {
         let mut request = Request::builder().method(self.method.clone()).uri(format!("{base}{}", self.target()));
         if let Some(login) = login {
@@ -141,45 +141,45 @@ impl Call {
 /// What the daemon answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// Of HTTP.
+    /// The status of HTTP.
     pub status: StatusCode,
     /// Its body.
     pub text: String,
 }
 
 impl Answer {
-    /// Why the daemon says no.
+    /// Why the daemon refused, or else the status.
     pub fn reason(&self) -> String {
         let value: Value = serde_json::from_str(&self.text).unwrap_or_default();
         value["err"].as_str().map_or_else(|| format!("HTTP status {}", self.status.as_u16()), str::to_owned)
     }
 }
 
-/// Asks the daemon behind `path` one thing and waits for the answer, `limit` at most.
+/// Sends one request to the daemon on the socket `path`, and waits for the answer for at most `limit`.
 ///
 /// # Errors
-/// [`ControlError::Path`] or [`ControlError::Unreachable`] when nobody was asked, [`ControlError::NoAnswer`] when it
-/// may have been done nevertheless, [`ControlError::Malformed`] when the answer cannot be understood. A refusal is an
-/// answer here.
+/// [`ControlError::Path`] or [`ControlError::Unreachable`] when nothing was sent, [`ControlError::NoAnswer`] when the
+/// request may have been carried out all the same, [`ControlError::Malformed`] when the answer cannot be understood. A
+/// refusal is an [`Answer`], and no error.
 pub fn send(path: &Path, call: &Call, limit: Duration) -> Result<Answer, ControlError> {
     check_path(path).map_err(|error| ControlError::Path(error.to_string()))?;
     let unreachable = |error| ControlError::Unreachable { path: path.to_owned(), error };
-    let wire = Wire(Mutex::new(Some(connect(path, limit).map_err(unreachable)?)));
+    let connector = OneConnection(Mutex::new(Some(connect(path, limit).map_err(unreachable)?)));
     let config = Agent::config_builder().proxy(None).max_redirects(0).http_status_as_error(false);
     let config = config.timeout_global(Some(limit)).build();
     let failed = |error| failure(path, error);
-    // Every request of HTTP/1.1 names a host, though nobody asks here for one.
-    let sent = call.run(&Agent::with_parts(config, wire, Nowhere), "http://localhost", None);
+    // Every request of HTTP/1.1 names a host, though nobody reads it here.
+    let sent = call.run(&Agent::with_parts(config, connector, FixedAddress), "http://localhost", None);
     let mut response = sent.map_err(failed)?;
     let text = response.body_mut().with_config().limit(MAX_REPLY as u64 + 1).read_to_string().map_err(failed)?;
     Ok(Answer { status: response.status(), text })
 }
 
-/// Sends a request that must succeed. An answer without a body is `null`.
+/// Sends a request that must succeed, and decodes the answer. One without a body is decoded as `null`.
 ///
 /// # Errors
-/// [`ControlError::Refused`] with the reason when the daemon says no. Otherwise the error of [`send`].
-/// [`ControlError::Malformed`] also when the answer is not a `T`.
+/// [`ControlError::Refused`] with the reason when the daemon refuses. [`ControlError::Malformed`] also when the answer
+/// is not a `T`. Otherwise the error of [`send`].
 pub fn ask<T: DeserializeOwned>(path: &Path, call: &Call, limit: Duration) -> Result<T, ControlError> {
     let answer = send(path, call, limit)?;
     if !answer.status.is_success() {
@@ -190,7 +190,7 @@ pub fn ask<T: DeserializeOwned>(path: &Path, call: &Call, limit: Duration) -> Re
         .map_err(|error| ControlError::Malformed { path: path.to_owned(), why: error.to_string() })
 }
 
-/// Asks the daemon behind `path` for its status.
+/// Asks the daemon on the socket `path` for its status.
 ///
 /// # Errors
 /// [`ControlError::Unreachable`] when no daemon runs there. Otherwise the error of [`ask`].
@@ -198,14 +198,14 @@ pub fn status(path: &Path, limit: Duration) -> Result<Status, ControlError> {
     ask(path, &Call::get("high-availability"), limit)
 }
 
-/// A connection to the daemon behind `path`.
+/// Connects to the daemon on the socket `path`.
 ///
 /// # Errors
-/// When nobody listens on the path, this user may not connect, or the daemon has too many connections waiting for
-/// longer than `limit`.
+/// When nobody listens on the path, when this user may not connect, or when the queue of connections stays full for
+/// `limit`.
 pub fn connect(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // connect() on a Unix socket waits for room in the listener's queue, and the send time-out is what bounds that.
+    // connect() on a Unix socket waits for room in the listener's queue, for as long as the time-out of sending allows.
     socket.set_write_timeout(Some(limit))?;
     socket.connect(&SockAddr::unix(path)?)?;
     Ok(socket.into())
@@ -220,11 +220,11 @@ fn failure(path: &Path, error: ureq::Error) -> ControlError {
     }
 }
 
-/// The connection that is there already, for the one request that it is for.
+/// Hands out the connection that is there already, once.
 #[derive(Debug)]
-struct Wire(Mutex<Option<UnixStream>>);
+struct OneConnection(Mutex<Option<UnixStream>>);
 
-impl Connector for Wire {
+impl Connector for OneConnection {
     type Out = Stream;
 
     fn connect(&self, details: &ConnectionDetails, _: Option<()>) -> Result<Option<Stream>, ureq::Error> {
@@ -233,11 +233,11 @@ impl Connector for Wire {
     }
 }
 
-/// No name has to be looked up.
+/// Resolves every name to the same address, which nobody uses.
 #[derive(Debug)]
-struct Nowhere;
+struct FixedAddress;
 
-impl Resolver for Nowhere {
+impl Resolver for FixedAddress {
     fn resolve(&self, _: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let mut addresses = self.empty();
         addresses.push(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
@@ -259,7 +259,7 @@ impl Transport for Stream {
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
         self.stream.set_write_timeout(timeout.not_zero().map(|left| *left))?;
         let sent = self.stream.write_all(&self.buffers.output()[..amount]);
-        sent.map_err(|error| in_time(error, timeout))
+        sent.map_err(|error| with_reason(error, timeout))
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
@@ -267,7 +267,7 @@ impl Transport for Stream {
         let count = loop {
             match self.stream.read(self.buffers.input_append_buf()) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                read => break read.map_err(|error| in_time(error, timeout))?,
+                read => break read.map_err(|error| with_reason(error, timeout))?,
             }
         };
         self.buffers.input_appended(count);
@@ -275,12 +275,12 @@ impl Transport for Stream {
     }
 
     fn is_open(&mut self) -> bool {
-        // For one request.
+        // It is for one request only.
         false
     }
 }
 
-fn in_time(error: io::Error, timeout: NextTimeout) -> ureq::Error {
+fn with_reason(error: io::Error, timeout: NextTimeout) -> ureq::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ureq::Error::Timeout(timeout.reason),
         _ => error.into(),

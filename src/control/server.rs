@@ -1,5 +1,5 @@
-//! The daemon's side of the control socket: accepts, and speaks HTTP. Bounded in clients, bytes and time. Must never
-//! interpret an operation, nor cut one off.
+//! The daemon's side of the control socket: accepts connections and speaks HTTP, with limits of clients, size and time.
+//! Must never interpret an operation, or cut one off.
 
 use std::{
     fs,
@@ -41,14 +41,14 @@ use tower::ServiceExt;
 use super::{MAX_CLIENTS, MAX_OPERATIONS, MAX_REPLY, MAX_REQUEST, OPERATION_TIMEOUT, Peer, STEP_TIMEOUT, check_path};
 use crate::descriptors;
 
-/// What is served. Each request has the [`Peer`] among its extensions.
+/// What is served. Each request has its [`Peer`] among its extensions.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
-    /// What is answered on the thread of the socket, and must never wait: whoever looks has an answer while everything
-    /// else waits for the disk.
+    /// Answered on the thread of the socket. It must never wait: it still answers while everything else waits for the
+    /// disk.
     pub at_once: Router,
-    /// What may take its time: carried out on the daemon's runtime, to its end, whether the client waits or not. Its
-    /// fallback answers what is nowhere.
+    /// Everything that may take time. It runs on the daemon's runtime to its end, whether the client waits or not. Its
+    /// fallback answers unknown paths.
     pub operations: Router,
 }
 
@@ -60,11 +60,11 @@ pub struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Makes the socket, readable and writable by its owner only, in the place of a left-over one.
-    /// The caller holds the lock of the data folder, so that a left-over socket has no living owner.
+    /// Creates the socket, readable and writable by its owner only. It replaces a left-over one: the caller holds the
+    /// lock of the data folder, so no living process owns that.
     ///
     /// # Errors
-    /// When the path is too long, something that is not a socket is in the way, or the kernel refuses.
+    /// When the path is too long, something else than a socket is in the way, or the kernel refuses.
     pub fn bind(path: &Path) -> io::Result<Self> {
         check_path(path)?;
         match fs::symlink_metadata(path) {
@@ -85,11 +85,11 @@ impl ControlSocket {
         Ok(Self { path: path.to_owned(), listener: socket.into() })
     }
 
-    /// Serves on a thread of its own until `stopped` says so: whoever asks for the status has it while everything else
-    /// here waits for the disk. Must be called inside a tokio runtime, which carries out the operations.
+    /// Serves on a thread of its own until `stopped` is true, so that the status is answered even while everything else
+    /// waits for the disk. Must be called inside a tokio runtime, which runs the operations.
     ///
     /// # Errors
-    /// When the system has no thread for it.
+    /// When the thread cannot be started.
     pub fn spawn(self, routes: Routes, mut stopped: watch::Receiver<bool>) -> io::Result<()> {
         let (workers, own) = (Handle::current(), Builder::new_current_thread().enable_all().build()?);
         let stopped = async move { drop(stopped.wait_for(|stopped| *stopped).await) };
@@ -104,12 +104,12 @@ impl ControlSocket {
     /// Answers clients until `shutdown` completes. Must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// When the runtime cannot take the socket over. Errors of single clients are logged at debug level.
+    /// When the runtime cannot take over the socket. Errors of single clients are logged at debug level.
     pub async fn serve(self, routes: Routes, shutdown: impl Future<Output = ()> + Send) -> io::Result<()> {
         self.serve_with(routes, Handle::current(), shutdown).await
     }
 
-    /// Serves; `workers` carry out the operations.
+    /// Serves. `workers` run the operations.
     async fn serve_with(
         self,
         routes: Routes,
@@ -118,8 +118,8 @@ impl ControlSocket {
     ) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
         let slots = Arc::new(Semaphore::new(descriptors::budget().control.min(MAX_CLIENTS)));
-        let desk = Desk { operations: Arc::new(Semaphore::new(MAX_OPERATIONS)), workers };
-        let operations = routes.operations.layer(middleware::from_fn_with_state(desk, carry_out));
+        let limited = Workers { slots: Arc::new(Semaphore::new(MAX_OPERATIONS)), runtime: workers };
+        let operations = routes.operations.layer(middleware::from_fn_with_state(limited, carry_out));
         let router = routes.at_once.fallback_service(operations);
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
@@ -152,12 +152,12 @@ impl ControlSocket {
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        // A left-over file does no harm: the next start removes it.
+        // A left-over file does no harm: the next start replaces it.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// One request and its answer.
+/// Reads one request and writes its answer.
 async fn converse(router: Router, stream: UnixStream) -> anyhow::Result<()> {
     let (peer, answered) = (Peer::of(&stream)?, Arc::new(Notify::new()));
     let there = Arc::clone(&answered);
@@ -171,7 +171,7 @@ async fn converse(router: Router, stream: UnixStream) -> anyhow::Result<()> {
     }));
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(STEP_TIMEOUT).max_buf_size(MAX_REQUEST).keep_alive(false);
-    // What a client has asked for before it went away is done.
+    // What a client has asked for is done even if it goes away.
     server.half_close(true);
     let written = async {
         answered.notified().await;
@@ -179,19 +179,20 @@ async fn converse(router: Router, stream: UnixStream) -> anyhow::Result<()> {
     };
     tokio::select! {
         served = server.serve_connection(TokioIo::new(stream), service) => Ok(served?),
-        () = written => anyhow::bail!("the client does not take its answer"),
+        () = written => anyhow::bail!("the client does not read its answer"),
     }
 }
 
-/// Where operations are carried out.
+/// Where operations run, and how many more may.
 #[derive(Clone, Debug)]
-struct Desk {
-    operations: Arc<Semaphore>,
-    workers: Handle,
+struct Workers {
+    slots: Arc<Semaphore>,
+    runtime: Handle,
 }
 
-/// In a task of its own, so that a client that goes away, or no longer waits, cannot stop an operation half-way.
-async fn carry_out(State(desk): State<Desk>, request: Request, next: Next) -> Response {
+/// Runs an operation in a task of its own, so that a client that goes away, or no longer waits, cannot stop it
+/// half-way.
+async fn carry_out(State(workers): State<Workers>, request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
     let body = match timeout(STEP_TIMEOUT, to_bytes(body, MAX_REQUEST)).await {
         Ok(Ok(body)) => body,
@@ -201,11 +202,11 @@ async fn carry_out(State(desk): State<Desk>, request: Request, next: Next) -> Re
         }
         Err(_) => return refusal(StatusCode::REQUEST_TIMEOUT, "the request did not arrive in time"),
     };
-    let Ok(slot) = desk.operations.try_acquire_owned() else {
-        let why = format!("{MAX_OPERATIONS} operations are under way already: try again");
+    let Ok(slot) = workers.slots.try_acquire_owned() else {
+        let why = format!("{MAX_OPERATIONS} operations are under way already: try again later");
         return refusal(StatusCode::SERVICE_UNAVAILABLE, &why);
     };
-    let task = desk.workers.spawn(async move {
+    let task = workers.runtime.spawn(async move {
         let response = next.run(Request::from_parts(parts, Body::from(body))).await;
         let response = whole(response).await;
         drop(slot);
@@ -214,24 +215,24 @@ async fn carry_out(State(desk): State<Desk>, request: Request, next: Next) -> Re
     match timeout(OPERATION_TIMEOUT, task).await {
         Ok(Ok(response)) => response,
         Ok(Err(error)) => {
-            let why = format!("the operation ended without an outcome: {error}");
+            let why = format!("the operation ended without a result: {error}");
             refusal(StatusCode::INTERNAL_SERVER_ERROR, &why)
         }
         Err(_) => {
             let limit = OPERATION_TIMEOUT.as_secs();
             let why =
-                format!("not done within {limit} s, and still under way: look at the status before you try again");
+                format!("not done within {limit} s, and still under way: check the status before you try again");
             refusal(StatusCode::GATEWAY_TIMEOUT, &why)
         }
     }
 }
 
-/// An answer that is there to its end, so that only its writing is left.
+/// Collects the whole answer, so that only writing it is left to do.
 async fn whole(response: Response) -> Response {
     let (parts, body) = response.into_parts();
     match timeout(OPERATION_TIMEOUT, to_bytes(body, MAX_REPLY)).await {
         Ok(Ok(bytes)) => Response::from_parts(parts, Body::from(bytes)),
-        // One of events has no end.
+        // A stream of events has no end.
         Err(_) => refusal(StatusCode::CONFLICT, "the answer does not end"),
         Ok(Err(_)) => {
             let why = format!("the answer is longer than {MAX_REPLY} bytes: ask for fewer rows");
@@ -240,7 +241,7 @@ async fn whole(response: Response) -> Response {
     }
 }
 
-/// An answer that says no, and why, as the API does.
+/// An answer that refuses and says why, in the form of the API.
 pub fn refusal(status: StatusCode, why: &str) -> Response {
     (status, Json(json!({ "err": why }))).into_response()
 }

@@ -1,4 +1,4 @@
-//! A served socket with an invented daemon behind it: every limit, and what another version hears.
+//! A served socket with a fake daemon: every limit, and what another version gets as an answer.
 
 use std::{
     fs,

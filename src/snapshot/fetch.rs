@@ -1,5 +1,5 @@
-//! The receiving side: takes a snapshot from the primary into its staging folder. Must never leave anything behind that
-//! counts, unless the whole snapshot has come and is durable.
+//! The receiving side: receives a snapshot from the primary into its staging folder. Must never leave anything behind
+//! that counts unless the whole snapshot has arrived and is durable.
 
 use std::{
     io,
@@ -25,7 +25,7 @@ use crate::{
     telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY},
 };
 
-/// How long the primary may take for the checkpoint with which it begins.
+/// How long the primary may take for the checkpoint that it makes first.
 const CHECKPOINT: Duration = Duration::from_secs(60);
 
 /// Why a snapshot was not fetched.
@@ -33,13 +33,13 @@ const CHECKPOINT: Duration = Duration::from_secs(60);
 pub enum FetchError {
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The other side says why.
+    /// The other side refused, and says why.
     #[error("it sends no snapshot: {0}")]
     Refused(String),
     #[error("the snapshot's connection failed: {0}")]
     Connection(io::Error),
     #[error("{0}")]
-    Odd(String),
+    Invalid(String),
     #[error(transparent)]
     Store(#[from] SnapshotError),
 }
@@ -50,13 +50,14 @@ impl From<io::Error> for FetchError {
     }
 }
 
-/// Fetches the whole database from `member`, which should be the primary. When this returns it is complete and durable
-/// in the data folder, and the next start installs it.
+/// Fetches the whole database from `member`, which should be the primary. When this returns, the snapshot is complete
+/// and durable in the data folder, and the next start installs it.
 ///
 /// # Errors
-/// [`FetchError::Open`] or [`FetchError::Connection`] when there is no connection, or it ends; [`FetchError::Refused`]
-/// when the member sends none, with its reason; [`FetchError::Odd`] when what it sends cannot be used;
-/// [`FetchError::Store`] when the disk is full or fails. Nothing has changed then, and another attempt may succeed.
+/// [`FetchError::Open`] or [`FetchError::Connection`] when there is no connection, or it breaks.
+/// [`FetchError::Refused`] with the member's reason when it sends none. [`FetchError::Invalid`] when what it sends
+/// cannot be used. [`FetchError::Store`] when the disk is full or fails. Nothing has changed then, and another attempt
+/// may succeed.
 pub async fn fetch(
     identity: &PeerIdentity,
     member: &Member,
@@ -81,13 +82,13 @@ pub async fn fetch(
     result
 }
 
-/// What the network hands to the disk.
+/// What the network's side passes to the disk's side.
 enum Part {
     Chunk(u64, Vec<u8>),
     End,
 }
 
-/// Receives one snapshot of this cluster, maybe for a node that forgot.
+/// Receives one snapshot of this cluster. `forgotten` is this node's id if it is one that forgot.
 pub(super) async fn receive(
     stream: &mut (impl AsyncRead + Unpin),
     (cluster, forgotten): (ClusterId, Option<NodeId>),
@@ -97,19 +98,19 @@ pub(super) async fn receive(
     let manifest = match frame::read_head(stream, CHECKPOINT).await? {
         (frame::MANIFEST, length) => {
             let bytes = content(stream, length).await?;
-            let odd = |why| FetchError::Odd(format!("its manifest cannot be read: {why}"));
-            Manifest::decode(&bytes).map_err(odd)?
+            let invalid = |why| FetchError::Invalid(format!("its manifest cannot be read: {why}"));
+            Manifest::decode(&bytes).map_err(invalid)?
         }
         (frame::REFUSED, length) => return Err(refused(&content(stream, length).await?)),
-        _ => return Err(FetchError::Odd("the stream does not begin with a manifest".to_owned())),
+        _ => return Err(FetchError::Invalid("the stream does not begin with a manifest".to_owned())),
     };
     if manifest.membership.cluster != cluster {
         let theirs = manifest.membership.cluster;
-        return Err(FetchError::Odd(format!("the snapshot is of cluster {theirs}, and this is cluster {cluster}")));
+        return Err(FetchError::Invalid(format!("the snapshot is of cluster {theirs}, and this is cluster {cluster}")));
     }
     if forgotten.is_some_and(|me| manifest.votes(me)) {
-        return Err(FetchError::Odd(
-            "its snapshot says that this node votes, which it must not do before it has one".to_owned(),
+        return Err(FetchError::Invalid(
+            "its snapshot says that this node has a vote: it forgot, and must not have one before it is installed".to_owned(),
         ));
     }
     let total = manifest.bytes();
@@ -128,7 +129,7 @@ pub(super) async fn receive(
         if let Part::Chunk(_, chunk) = &part {
             bytes += chunk.len() as u64;
         }
-        // If nobody takes it, the disk's side has failed and says why below.
+        // If nobody takes it, the disk's side has failed. It says why below.
         if parts.send(part).await.is_err() || end {
             break Ok(());
         }
@@ -156,7 +157,7 @@ async fn next(stream: &mut (impl AsyncRead + Unpin), empty: &mut Receiver<Vec<u8
         }
         (frame::END, _) => Ok(Part::End),
         (frame::REFUSED, length) => Err(refused(&content(stream, length).await?)),
-        _ => Err(FetchError::Odd("a second manifest came".to_owned())),
+        _ => Err(FetchError::Invalid("a second manifest arrived".to_owned())),
     }
 }
 
@@ -170,24 +171,24 @@ fn refused(reason: &[u8]) -> FetchError {
     FetchError::Refused(String::from_utf8_lossy(reason).into_owned())
 }
 
-/// The disk's side: it ends without a complete snapshot unless [`Part::End`] comes.
+/// The disk's side. The snapshot is complete only if [`Part::End`] arrives.
 fn store(
     data: PathBuf,
     manifest: Manifest,
     mut parts: Receiver<Part>,
     give_back: &Sender<Vec<u8>>,
 ) -> Result<Manifest, SnapshotError> {
-    // An attempt whose connection broke may still be at its last write.
+    // An earlier attempt, whose connection broke, may still be busy with its last write.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = locked(&ONE);
-    let result = take(&data, manifest, &mut parts, give_back);
+    let result = write_parts(&data, manifest, &mut parts, give_back);
     if result.is_err() {
         Incoming::abandon(&data);
     }
     result
 }
 
-fn take(
+fn write_parts(
     data: &Path,
     manifest: Manifest,
     parts: &mut Receiver<Part>,
@@ -198,7 +199,7 @@ fn take(
         match part {
             Part::Chunk(sum, bytes) => {
                 incoming.push(sum, &bytes)?;
-                let _ = give_back.try_send(bytes); // nobody may need it any more
+                let _ = give_back.try_send(bytes); // it may not be needed any more
             }
             Part::End => return incoming.finish(),
         }

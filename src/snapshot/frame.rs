@@ -1,5 +1,5 @@
-//! The frames of a snapshot's stream: `kind u8, length u32` (little-endian), then so many bytes. Owns their limits;
-//! must never read more into memory than these allow.
+//! The frames of a snapshot's stream: `kind u8, length u32` (little-endian), then that many bytes. Owns their limits.
+//! Must never read more into memory than they allow.
 //!
 //! The sender begins with [`MANIFEST`] or [`REFUSED`]; [`CHUNK`]s follow, then [`END`] or [`REFUSED`].
 
@@ -25,15 +25,15 @@ pub(super) const MANIFEST: u8 = 1;
 pub(super) const CHUNK: u8 = 2;
 /// Everything has been sent.
 pub(super) const END: u8 = 3;
-/// There is no snapshot, or no more of it: a sentence.
+/// There is no snapshot, or no more of it: a sentence says why.
 pub(super) const REFUSED: u8 = 4;
 
-/// Longest sentence, in bytes.
+/// Longest reason, in bytes.
 pub(super) const MAX_REASON: usize = 1024;
-/// Bytes that must find their way within [`STALL`].
+/// Bytes that must be sent within [`STALL`].
 const PIECE: usize = 64 << 10;
 
-/// Kind and length of the next frame, which has to begin within `patience`.
+/// Reads the kind and length of the next frame, which must begin within `patience`.
 pub(super) async fn read_head(stream: &mut (impl AsyncRead + Unpin), patience: Duration) -> io::Result<(u8, usize)> {
     let mut head = [0; 5];
     timeout(patience, stream.read_exact(&mut head)).await.map_err(|_| stalled(patience))??;
@@ -51,7 +51,7 @@ pub(super) async fn read_head(stream: &mut (impl AsyncRead + Unpin), patience: D
     Ok((head[0], length))
 }
 
-/// Reads exactly `bytes`, as long as some come.
+/// Fills `bytes`. Fails if none arrive for [`STALL`].
 pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin), bytes: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {
@@ -64,7 +64,7 @@ pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin), bytes: &mut [u8]
     Ok(())
 }
 
-/// Writes one frame, whose content is in two parts, as long as the other side takes some of it.
+/// Writes one frame with its content in two parts. Fails if the other side reads nothing for [`STALL`].
 pub(super) async fn write(
     stream: &mut (impl AsyncWrite + Unpin),
     kind: u8,

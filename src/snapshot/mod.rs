@@ -1,7 +1,7 @@
-//! TRANSFERS. Carries the whole database of the primary to another node over a connection of its own: [`serve()`] on
-//! the primary, [`fetch()`] and [`refetch()`] on the node that needs it. What arrives is verified and staged
-//! ([`crate::storage::snapshot`]) and installed when the process starts the next time. Must never hold up a writer or
-//! the consensus loop, and never hold more than a few chunks in memory.
+//! TRANSFERS. Sends the whole database of the primary to another node over a connection of its own: [`serve()`] on the
+//! primary, [`fetch()`] and [`refetch()`] on the node that needs it. What arrives is verified and staged
+//! ([`crate::storage::snapshot`]), and installed when the process next starts. Must never hold up a writer or the
+//! consensus loop, and never have more than a few chunks in memory.
 
 mod fetch;
 mod frame;
@@ -18,9 +18,9 @@ pub use serve::serve;
 
 pub use crate::storage::snapshot::Manifest;
 
-/// A stream on which nothing moves for this long is given up.
+/// A stream on which nothing moves for this long is closed.
 const STALL: Duration = Duration::from_secs(10);
 /// Chunks between the disk and the network, on each side.
 const CHUNKS: usize = 2;
-/// Time between two reports of progress.
+/// Shortest time between two reports of progress.
 const REPORT: Duration = Duration::from_millis(100);

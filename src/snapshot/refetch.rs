@@ -1,5 +1,5 @@
-//! Gives this node the whole database again when it needs that, and has the process begin again with it.
-//! Must never stop trying while the database is needed, and never try without a pause.
+//! Fetches the whole database when this node needs it, and then has the process restart with it. Must never stop trying
+//! while the database is needed, and never try again without a pause.
 
 use std::{
     path::PathBuf,
@@ -20,8 +20,8 @@ use crate::{
 /// First and longest pause between two attempts.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 
-/// Waits until this node needs the whole database, fetches it, and asks for a restart, which installs it. `data` is the
-/// data folder.
+/// Waits until this node needs the whole database, fetches it, and asks for a restart, which installs it. Returns then,
+/// or when the node has ended. `data` is the data folder.
 pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf) {
     let me = identity.me;
     let mut wanted = handle.refetch_from();
@@ -33,7 +33,7 @@ pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
             sleep(PAUSE.0).await;
             continue;
         };
-        info!(from = member.name, "fetches the whole database");
+        info!(from = member.name, "fetching the whole database");
         let start = Instant::now();
         let result = fetch(&identity, &member, &data, |progress| handle.report_sync(me, Some(progress))).await;
         match result {
@@ -42,16 +42,16 @@ pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
                 let index = manifest.record.index;
                 let ms = start.elapsed().as_millis() as u64;
                 info!(index, bytes = manifest.bytes(), ms, "the whole database has been fetched");
-                return handle.restart(format!("the database of {} at index {index} is to be installed", member.name));
+                return handle.restart(format!("to install the database of {} at index {index}", member.name));
             }
             Err(error) => give_up(&handle, &member, me, &error),
         }
         wanted.mark_unchanged();
-        // At once if somebody else has become primary.
+        // Goes on at once if somebody else has become primary.
         if timeout(pause, wanted.changed()).await.is_ok() {
             pause = PAUSE.0;
             if wanted.borrow().is_none() {
-                handle.warn(Warning::Snapshot, None); // what was missing came by other ways
+                handle.warn(Warning::Snapshot, None); // the missing entries have arrived in other ways
             }
         } else {
             pause = (pause * 2).min(PAUSE.1);
@@ -59,11 +59,12 @@ pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
     }
 }
 
-/// Whom to ask: the primary, or else the one that was primary when the need was noticed.
+/// The member to ask: the primary, or else the one that was primary when the need was noticed.
 fn source(handle: &Handle, identity: &PeerIdentity, from: Option<NodeId>) -> Option<Member> {
     let status = handle.status();
     let primary = status.borrow().primary.filter(|primary| *primary != identity.me).or(from)?;
-    // Not by the membership alone: this node may be too far behind to know that the primary has moved.
+    // Its address is not looked up in the membership alone: this node may be too far behind to know that the primary
+    // has moved.
     identity.roster.member(primary)
 }
 

@@ -1,5 +1,5 @@
-//! The primary's side: reads the resting database file on a thread and sends it. Must never keep the file from its
-//! checkpoints for longer than the other side takes to receive it.
+//! The primary's side: reads the resting database file on a thread, and sends it. Must never hold up checkpoints for
+//! longer than the other side takes to receive the file.
 
 use std::{
     io::{self, ErrorKind},
@@ -25,19 +25,19 @@ use crate::{
     telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY},
 };
 
-/// Snapshots on their way at one time: two hosts may join together.
+/// Snapshots that are sent at the same time: two hosts may join together.
 const AT_ONCE: usize = 2;
-/// How long a member that forgot waits here for its vote to be taken away.
+/// How long a request of a member that forgot waits until its vote has been taken away.
 const DEMOTION: Duration = Duration::from_secs(5);
 
-/// Answers calls for snapshots until nobody can call any more. `data` is the data folder.
+/// Answers requests for snapshots until no more can come. `data` is the data folder.
 pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<StreamCall>, data: PathBuf) {
     let mut running = JoinSet::new();
     while let Some(mut call) = calls.recv().await {
         while running.try_join_next().is_some() {}
         if running.len() < AT_ONCE {
             running.spawn(answer(handle.clone(), events.clone(), call, data.clone()));
-        } else if refuse(&mut call.stream, "other nodes are being given the database: ask again").await.is_ok() {
+        } else if refuse(&mut call.stream, "the database is being sent to other nodes: try again later").await.is_ok() {
             let _ = call.stream.shutdown().await;
         }
     }
@@ -48,24 +48,24 @@ async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBu
     let (manifest, resting) = match offer(&handle, &data, forgotten.then_some(peer)).await {
         Ok(offer) => offer,
         Err(why) => {
-            info!(peer, reason = why, "a node that wants the whole database was sent away");
-            // If it does not arrive, the other side sees the end of the connection.
+            info!(peer, reason = why, "refused to send the whole database to this node");
+            // If this does not arrive, the other side sees that the connection ends.
             let _ = refuse(&mut stream, &why).await;
             let _ = stream.shutdown().await;
             return;
         }
     };
     let total = manifest.bytes();
-    info!(peer, index = manifest.record.index, bytes = total, "sends the whole database to this node");
+    info!(peer, index = manifest.record.index, bytes = total, "sending the whole database to this node");
     let report = |bytes| handle.report_sync(peer, Some(SyncProgress { bytes, total }));
     let result = send(&mut stream, &manifest, resting, report).await;
     handle.report_sync(peer, None);
-    // Whatever has been sent arrives before the end of the connection.
+    // So that what has been sent arrives before the connection ends.
     let _ = stream.shutdown().await;
     conclude(&events, &handle.name(peer), peer, result);
 }
 
-/// For a member that forgot, its vote has to be taken away first: that is under way when it asks.
+/// Takes the checkpoint to send. A member that forgot must lose its vote first: that is under way when it asks.
 async fn offer(handle: &Handle, data: &Path, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), String> {
     let since = Instant::now();
     let (mut manifest, resting) = loop {
@@ -74,7 +74,7 @@ async fn offer(handle: &Handle, data: &Path, forgotten: Option<NodeId>) -> Resul
             answer => break answer.map_err(|error| error.to_string())?,
         }
     };
-    // Two small reads of a file that is in the page cache: not worth a thread.
+    // Reads a small file that is in the page cache: not worth a thread.
     manifest.cluster_key =
         ClusterKey::read(data).map_err(|error| format!("its cluster key cannot be read: {error}"))?;
     Ok((manifest, resting))
@@ -104,7 +104,7 @@ pub(super) struct Sent {
     pub seconds: f64,
 }
 
-/// Sends one snapshot. If the file stops resting, the other side is told why there is no end.
+/// Sends one snapshot. If the file stops resting, the other side is told why the snapshot breaks off.
 pub(super) async fn send(
     stream: &mut (impl AsyncWrite + Unpin),
     manifest: &Manifest,
@@ -122,7 +122,7 @@ pub(super) async fn send(
         let chunk: Vec<u8> = chunk;
         frame::write(stream, frame::CHUNK, &u64::to_le_bytes(sum), &chunk).await?;
         bytes += chunk.len() as u64;
-        let _ = give_back.try_send(chunk); // the reader may have read everything: it needs no more memory
+        let _ = give_back.try_send(chunk); // the reader may be done, and need no more memory
         if reported.elapsed() >= REPORT {
             reported = Instant::now();
             report(bytes);
@@ -137,14 +137,14 @@ pub(super) async fn send(
     Ok(Sent { bytes, seconds: start.elapsed().as_secs_f64() })
 }
 
-/// Reads the whole file in chunks; ends early when nobody takes them any more.
+/// Reads the whole file in chunks. Ends early when nobody takes them any more.
 fn read(resting: &Resting, chunks: &Sender<(u64, Vec<u8>)>, mut empty: Receiver<Vec<u8>>) -> io::Result<()> {
     let record = resting.record();
     let (mut done, mut checksum) = (0, 0);
     while done < record.pages {
         let mut bytes = empty.try_recv().unwrap_or_default();
         let sum = resting.read(done, &mut bytes).map_err(|error| match error.kind() {
-            ErrorKind::Interrupted => io::Error::new(ErrorKind::Interrupted, format!("ask again: {error}")),
+            ErrorKind::Interrupted => io::Error::new(ErrorKind::Interrupted, format!("try again: {error}")),
             _ => io::Error::new(error.kind(), format!("its database file cannot be read: {error}")),
         })?;
         done += bytes.len() as u32 / record.page_size;

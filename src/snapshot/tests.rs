@@ -1,4 +1,4 @@
-//! Both sides of a snapshot's stream, joined by a pipe, and what must come of everything that can go wrong on it.
+//! Both sides of a snapshot's stream, connected by a pipe, and everything that can go wrong on it.
 
 use std::{path::Path, sync::Mutex};
 
@@ -79,8 +79,8 @@ async fn a_broken_hold_ends_the_stream_on_both_sides() {
     // Progress is reported before the first chunk: most of the file has not been read then.
     let receiving = receive(&mut to, (ClusterId(7), None), data.path(), |_| hold.break_off());
     let (sending, receiving) = tokio::join!(sending, receiving);
-    assert!(sending.unwrap_err().to_string().contains("ask again"));
-    assert!(matches!(receiving, Err(FetchError::Refused(why)) if why.contains("ask again")));
+    assert!(sending.unwrap_err().to_string().contains("try again"));
+    assert!(matches!(receiving, Err(FetchError::Refused(why)) if why.contains("try again")));
     nothing_is_ready(data.path());
 }
 

@@ -27,7 +27,7 @@ const EXPECTED: &[&str] = &[
     "the raft log that was not whole is kept there",
     "lost some of its durable memory, as node",
     "the whole database could not be",
-    "a node that wants the whole database was sent away",
+    "refused to send the whole database to this node",
     "it was made anew from this host's certificate and the membership",
 ];
 /// The sentence with which a member ends its loss.
