@@ -1,10 +1,10 @@
-// Requests to the API. Owns the session as far as a page can: the token itself is in a cookie that no script can read.
-// Must never repeat a change by itself.
+// Sends requests to the API. Owns the session as far as a page can: the token itself is in a cookie that no script can
+// read. Must never repeat a change by itself.
 
 const BASE = '/api/v1';
 const LONGEST = 30_000;
 
-// What went wrong, for people. Status 0: there was no answer.
+// What went wrong, in words for people. Status 0 means that there was no answer.
 export class Problem extends Error {
   constructor(status, text) {
     super(text);
@@ -14,12 +14,12 @@ export class Problem extends Error {
 
 const listeners = { expired: () => {}, lost: () => {}, recovered: async () => false };
 
-// Called when the session has ended, and when nobody answered; and what waits until somebody answers again.
+// Sets what is called when the session has ended, when nobody answers, and to wait until somebody answers again.
 export function onTrouble(told) {
   Object.assign(listeners, told);
 }
 
-// Tells the daemon that a request comes from this page: other sites cannot send this header.
+// Proves to the daemon that a request comes from this page: other sites cannot send this header.
 export const HEADERS = { 'X-Twistlock-Page': '1' };
 
 async function text(response) {
@@ -31,7 +31,7 @@ async function text(response) {
   }
 }
 
-// The response to one request, whatever its status.
+// Sends one request. Returns the response, whatever its status.
 export async function send(method, path, { body, limit = LONGEST } = {}) {
   const headers = { ...HEADERS };
   if (body !== undefined) headers['Content-Type'] = 'application/json';
@@ -47,7 +47,7 @@ export async function send(method, path, { body, limit = LONGEST } = {}) {
   }
 }
 
-// A request that changes nothing is sent once more when there is a PRIMARY again.
+// Sends a request. One that changes nothing is sent once more when there is a PRIMARY again.
 async function ask(method, path, body) {
   try {
     return await send(method, path, { body });
@@ -75,13 +75,13 @@ export const put = async (path, body) => (await call('PUT', path, body)).answer;
 export const patch = async (path, body) => (await call('PATCH', path, body)).answer;
 export const remove = async (path) => (await call('DELETE', path)).answer;
 
-// One page of a list, with the number of all.
+// One page of a list, with the total number of rows.
 export async function list(path, limit, offset) {
   const { answer, total } = await call('GET', `${path}${path.includes('?') ? '&' : '?'}limit=${limit}&offset=${offset}`);
   return { rows: Array.isArray(answer) ? answer : [], total: total || 0 };
 }
 
-// A name as a part of a path.
+// Encodes a name as a part of a path.
 export const part = encodeURIComponent;
 
 // Whether the first administrator exists.
@@ -96,7 +96,7 @@ export async function signUp(username, password) {
 // { username, role, expiresInSec }.
 export const whoIs = () => get('/authenticate');
 
-// Throws what the daemon says: wrong password, or too many attempts.
+// Throws the daemon's reason: a wrong password, or too many attempts.
 export async function logIn(username, password) {
   const response = await send('POST', '/authenticate', { body: { username, password } });
   if (!response.ok) throw new Problem(response.status, await text(response));
@@ -106,11 +106,11 @@ let renewal = 0;
 let active = false;
 for (const type of ['pointerdown', 'keydown']) document.addEventListener(type, () => { active = true; }, { passive: true });
 
-// Renews the session before it ends, for as long as somebody uses the page. Nobody is kept logged in by a page that is
-// only open.
+// Renews the session before it ends, for as long as somebody uses the page. A page that is only open keeps nobody
+// logged in.
 export function keepSession(seconds) {
   clearTimeout(renewal);
-  // Near its end, it is let go.
+  // Near its end, the session is allowed to end.
   if (!(seconds > 5)) return;
   renewal = setTimeout(async () => {
     let left = seconds / 2;
@@ -118,13 +118,13 @@ export function keepSession(seconds) {
       if (active) left = (await get('/authenticate/renew')).expiresInSec;
       active = false;
     } catch {
-      // No answer at the moment: the session goes on at the next PRIMARY, so this is tried again there.
+      // No answer at the moment. The session goes on at the next PRIMARY, so this is tried again there.
     }
     keepSession(left);
   }, Math.min(seconds * 500, 2 ** 30));
 }
 
-// Throws when the session goes on: nobody must think that it has ended.
+// Throws if the session goes on: nobody must think that it has ended.
 export async function logOut() {
   const response = await send('POST', '/logout');
   if (!response.ok && response.status !== 401) throw new Problem(response.status, await text(response));

@@ -17,7 +17,7 @@ import { open as tags } from './tags.js';
 import { open as users } from './users.js';
 
 const HOME = '#/manage/system/high-availability';
-// Roles as the API writes them; no list: everybody who is logged in.
+// Roles as the API writes them. A page without them is for everybody who is logged in.
 const ADMINISTRATOR = ['admin'];
 const READERS = ['admin', 'auditor'];
 const PAGES = [
@@ -82,7 +82,7 @@ function route() {
   if (!user) return;
   const page = PAGES.find(({ hash }) => hash === window.location.hash);
   if (!page || !allowed(page)) {
-    // Replaces the entry: the way back must not lead here again.
+    // Replaces the entry in the browser's history: "back" must not lead here again.
     window.location.replace(PAGES.find(allowed).hash);
     return;
   }
@@ -95,22 +95,22 @@ function route() {
   root.querySelector('h1')?.focus();
 }
 
-// What is below the top while nobody answers: how old the page is, and what to do.
+// Shown below the top while nobody answers: how old the page is, and what to do.
 function lost() {
   const { status, asOf } = live;
-  // Only what does not count up is spoken: the seconds would be read aloud again and again.
+  // The seconds are not spoken: they would be read aloud again and again.
   const shown = status
-    ? [' What this page shows is as of ', clock(asOf), h('span', { 'aria-hidden': 'true' }, `, ${ago(age())}`), ', or older. Its buttons are off.']
-    : ' Nothing is known yet.';
+    ? [' This page shows the cluster as of ', clock(asOf), h('span', { 'aria-hidden': 'true' }, `, ${ago(age())}`), ', or earlier. Its buttons are off.']
+    : ' Nothing is known about the cluster yet.';
   const pages = statusPages(status, statusPort);
   return [
-    h('p', {}, h('strong', {}, 'No PRIMARY answers, or it cannot be reached from here.'), shown),
+    h('p', {}, h('strong', {}, 'No PRIMARY answers, or none can be reached from here.'), shown),
     h('p', {}, 'Run ', h('code', {}, 'sudo twistcli ha status'), ' on a member. It says what is wrong and what to do.',
       pages && [' Or open its status page: ', pages]),
   ];
 }
 
-// The line below the top: the PRIMARY is looked for, or was found.
+// Draws the line below the top: the page is looking for the PRIMARY, or has found it.
 function drawConnection() {
   const place = element('connection');
   place.className = `connection ${live.stale && user ? 'lost' : live.phase}`;
@@ -135,7 +135,7 @@ function drawConnection() {
   }
 }
 
-// Everything is drawn anew when the page becomes stale, and asked for anew when it is fresh again.
+// Draws everything again when the page becomes stale, and loads it again when it is fresh.
 function followAge() {
   const stale = Boolean(live.stale && user);
   if (stale === wasStale) return;
@@ -148,7 +148,7 @@ function followAge() {
 async function enter() {
   const who = await whoIs();
   const system = await get('/settings/system');
-  // Only now: a page without its settings would be half of one.
+  // Only now: without its settings the page could not be drawn.
   user = who;
   version ??= system.version;
   statusPort = system.statusPort ?? null;
@@ -174,7 +174,7 @@ function expired() {
   if (!user) return;
   stop();
   announce('Your session has ended');
-  askWho('Your session has ended. After you log in, you are back where you were.');
+  askWho('Your session has ended. After you log in, you will be back where you were.');
 }
 
 async function leave() {

@@ -1,5 +1,5 @@
-// Manage > System > Backup & Restore: the backups of all members, and manual ones of this one. Must never restore without a name that was
-// typed, nor let a folder's name become a part of the command that it shows.
+// Manage > System > Backup & Restore: the backups of all members, and manual ones of this member. Must never restore
+// unless the name was typed, and never let the name of a folder act as a part of the command that is shown.
 
 import { Problem, get, list, part, patch, post, remove } from './api.js';
 import { h, show } from './dom.js';
@@ -8,7 +8,7 @@ import { button, card, check, confirm, copyButton, field, form, page, table, toa
 import { bytes, nothing, time } from './words.js';
 
 const ROWS = 1000;
-// Pause before the state of a job is asked for again.
+// Milliseconds between two requests for the state of a job.
 const PACE = 1_000;
 const COLUMNS = [['Name', 'user-column'], ['Member'], ['Kind'], ['Made', 'time-column'], ['Version'], ['Size'], ['', 'action-column']];
 
@@ -21,17 +21,17 @@ function rename(backup, reload) {
 }
 
 function drop(backup, reload) {
-  const content = h('p', {}, 'The file is deleted. Its content can then only come back from other backups.');
+  const content = h('p', {}, 'The file is deleted. After that, its content can only be restored from other backups.');
   return confirm(`Delete ${backup.name}?`, content, 'Delete', async () => {
     await remove(`/backups/${part(backup.id)}`);
     await reload();
   }, { kind: 'danger' });
 }
 
-// A text as one word of a shell command.
+// Quotes a text as one word of a shell command.
 const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
-// Asks, and begins. The Console closes soon after the answer, and whoever watches has to log in again.
+// Asks first, and then begins a restore. The Console closes soon after the answer, and everybody has to log in again.
 function restore(backup, { folder, encrypted }, reload) {
   const command = `sudo twistcli restore ${quoted(`${folder}/${backup.id}`)}`;
   const { version } = live.status ?? {};
@@ -45,7 +45,7 @@ function restore(backup, { folder, encrypted }, reload) {
       h('li', {}, h('strong', {}, `All that was written since ${time(backup.time)} is lost.`)),
       h('li', {}, 'Everybody has to log in again, with the passwords of that time.')),
     open && check('It is not encrypted, and I know who made it', 'unencrypted', false),
-    h('p', {}, 'The same on the host of the PRIMARY:'),
+    h('p', {}, 'To do the same on the host of the PRIMARY, run:'),
     h('div', { class: 'join-line' }, h('code', { id: 'restore-command' }, command), copyButton(command)),
   ];
   return confirm(`Restore ${backup.name}?`, content, 'Restore', async ({ unencrypted }) => {
@@ -55,7 +55,7 @@ function restore(backup, { folder, encrypted }, reload) {
   }, { kind: 'danger', typed: backup.name });
 }
 
-// What can be done here with a backup. One of another member is used there.
+// What can be done with a backup here. One of another member can only be used on that member.
 function actions(backup, here, reload, { verify, restoring }) {
   if (backup.node && backup.node !== here) return h('span', {}, `on ${backup.node}: sudo twistcli backup`);
   const named = (text) => `${text} ${backup.name}`;
@@ -83,21 +83,21 @@ function row(backup, here, reload, work) {
   };
 }
 
-// How far the copies at BACKUP_URL are.
+// How complete the copies at BACKUP_URL are.
 function copied({ url, running, problem, complete }) {
   if (running) return `${url}: ${running.id}, ${bytes(running.done)} of ${bytes(running.total)}`;
   if (problem) return `${url}: not complete: ${problem}`;
   return complete ? [`${url}: complete at `, time(complete)] : url;
 }
 
-// What another member has, by its answer to the last list.
+// What another member has, according to its answer to the last request.
 function had({ node, problem, backups, newest, folder, enabled }) {
   if (problem) return [node, h('span', { class: 'problem' }, `unknown: ${problem}`)];
   const count = `${backups} in ${folder}`;
   return [node, [count, newest && [', the newest of ', time(newest)], !enabled && '; automatic backups are off']];
 }
 
-// What is under way, what was done last, and what comes next.
+// What is under way, what was last done, and what comes next.
 function facts({ running, last, next, folder, free, enabled, encrypted, copies, members = [] }) {
   const lines = [
     ['Folder', folder],
@@ -123,14 +123,14 @@ export function open(root) {
     element.reset();
     toast(goes ? `Backup ${name} is being made` : `Backup ${name} is made`);
   };
-  // Shows meanwhile how far it is. True if it goes on after the answer.
+  // Shows the progress of a job meanwhile. Returns true if the job goes on after the answer.
   const watched = async (work) => {
     timer = setTimeout(load, PACE / 2);
     try {
       const { number } = await work;
       await load();
       const { running, last } = state.settings ?? {};
-      // It ended between the answer and this look.
+      // The job ended between the answer and this request.
       if (last?.number === number && !last.ok) throw new Problem(409, last.text);
       return running?.number === number;
     } catch (error) {
@@ -154,7 +154,7 @@ export function open(root) {
       silent ? `There is no backup on the members that answer. What ${silent} has is unknown.` : 'There is no backup on any member.');
     const rows = (state.backups ?? []).map((backup) => row(backup, here, load, { verify, restoring: (one) => restore(one, state.settings ?? {}, load) }));
     const restoring = h('p', {}, 'A restore replaces the whole database, on all members, and closes the Console while it does. A backup of the ',
-      'same version is needed', state.settings?.encrypted && ', and its key', '. If nobody can log in any more, twistcli does it on the host of the PRIMARY.');
+      'same version is needed', state.settings?.encrypted && ', and its key', '. If nobody can log in any more, twistcli can do it on the host of the PRIMARY.');
     show(
       root,
       page(

@@ -8,10 +8,10 @@ import { nothing, span, time } from './words.js';
 
 // Days before its end from which a certificate is shown as a problem.
 const SOON = 14;
-// Pause before a new certificate is looked for again, and how often.
+// Milliseconds between two checks for a new certificate, and how many there are.
 const PACE = 300;
 const TURNS = 10;
-const COLUMNS = [['Of', 'word-column'], ['Subject', 'wide-column'], ['Issuer', 'user-column'], ['Expires', 'time-column'], ['From', 'word-column']];
+const COLUMNS = [['Certificate', 'word-column'], ['Subject', 'wide-column'], ['Issuer', 'user-column'], ['Expires', 'time-column'], ['Source', 'word-column']];
 
 // When a certificate expires, and how long that is from now.
 function expiry(end) {
@@ -40,7 +40,7 @@ function row(certificate, at) {
 
 export function open(root) {
   const state = { names: null, served: [], custom: null, problem: null };
-  // The members make their certificates by themselves: wait for that of this one.
+  // Each member makes its own certificate: wait for that of this one.
   const served = async () => {
     const has = (name) => state.served.some(({ of, names }) => of === 'console' && names?.includes(name));
     for (let turn = 0; turn < TURNS; turn += 1) {
@@ -57,7 +57,7 @@ export function open(root) {
       await served();
       element.reset();
     },
-    field('Host names and addresses, one a line', 'names', {
+    field('Host names and addresses, one per line', 'names', {
       element: 'textarea', rows: 6, spellcheck: 'false', class: 'mono', text: state.names.join('\n'),
     }),
   );
@@ -71,7 +71,7 @@ export function open(root) {
     },
     field('Certificate chain and private key, PEM', 'certificate', {
       element: 'textarea', rows: 6, spellcheck: 'false', class: 'mono', required: true, autocomplete: 'off',
-      hint: 'It must have the names of all members and of the load balancer. It cannot be read back.',
+      hint: 'It must be valid for all members and for the load balancer. Nobody can read it back.',
     }),
   );
   const back = () => confirm(
@@ -94,7 +94,7 @@ export function open(root) {
       root,
       page(
         'Certificates',
-        'Every member signs a certificate for its Console by itself, with the authority of the cluster.',
+        'Each member signs the certificate of its own Console, with the authority of the cluster.',
         card('In use', {}, table('Certificates', COLUMNS, state.served.map(row), empty)),
         h('div', { class: 'columns' },
           // Not before they are known: saving an empty list would take all names away.

@@ -1,4 +1,5 @@
-// What an administrator does to the cluster, each behind a dialog that says what will happen. Must never act without one.
+// What an administrator can do to the cluster, each behind a dialog that says what will happen. Must never act without
+// one, unless it only undoes a pause or shows something.
 
 import { get, part, post, remove } from './api.js';
 import { h, show } from './dom.js';
@@ -22,7 +23,7 @@ export function apply(requests) {
   const content = [
     h('p', {}, 'Each host shows its fingerprint where the join line was run. Compare them:'),
     fingerprints(requests),
-    h('p', {}, 'After APPLY they fetch the database, and are SECONDARY after a few moments.'),
+    h('p', {}, 'After APPLY they fetch the database, and become SECONDARY a few moments later.'),
   ];
   return confirm('Admit these hosts?', content, 'They are the same: APPLY', async () => {
     await post('/high-availability/apply', { fingerprints: requests.map((request) => request.fingerprint) });
@@ -42,7 +43,7 @@ export function reject({ name, address, fingerprint }) {
 export function removeMember(member) {
   const content = [
     h('p', {}, `${member.name} (${member.address}) leaves the cluster for good and keeps no vote. Its data stays on its disk.`),
-    h('p', {}, 'Without it, no further failure is tolerated until another host has joined: join line, then APPLY.'),
+    h('p', {}, 'Until another host has joined (join line, then APPLY), the cluster survives fewer failures.'),
     check('Remove it even if no majority of the others answers', 'force'),
   ];
   return confirm(`Remove ${member.name}?`, content, 'Remove', async ({ force }) => {
@@ -56,13 +57,13 @@ function checkList(report) {
     h('li', { class: ok ? 'ok' : 'bad' }, h('strong', {}, `${ok ? '✓' : '✗'} ${name}`), ` ${detail}`),
   );
   const failed = report.checks.some((check) => !check.ok);
-  const end = failed ? 'It cannot begin now.' : `${report.to} becomes PRIMARY. Nobody can write for some milliseconds.`;
+  const end = failed ? 'The switchover cannot begin now.' : `${report.to} becomes PRIMARY. Nobody can write for a moment.`;
   return [h('ul', { class: 'checks' }, lines), h('p', {}, end)];
 }
 
 export function switchover(members) {
   const candidates = members.filter((member) => member.state === 'SECONDARY');
-  return dialog('Switch the PRIMARY role over', (close) => {
+  return dialog('Switch over the PRIMARY role', (close) => {
     const checks = h('div', { 'aria-live': 'polite', class: 'check-area' });
     const wish = (to) => (to ? { to } : {});
     const look = async (to) => {
@@ -78,7 +79,7 @@ export function switchover(members) {
       }
     };
     look('');
-    const options = [['', 'the best prepared one', true], ...candidates.map(({ name }) => [name, name])];
+    const options = [['', 'the best prepared member', true], ...candidates.map(({ name }) => [name, name])];
     const onchange = (event) => look(event.currentTarget.value);
     const start = async ({ to }) => {
       await post('/high-availability/switchover', wish(to));
@@ -90,7 +91,7 @@ export function switchover(members) {
 
 export function pause(primary) {
   const content = [
-    h('p', {}, `For maintenance: meanwhile nobody takes over by itself. If ${primary} fails, the Console is down until the pause ends.`),
+    h('p', {}, `For maintenance: meanwhile no member takes over automatically. If ${primary} fails, the Console is down until the pause ends.`),
     field('For how many minutes', 'minutes', { type: 'number', min: 1, max: 1440, value: 30, inputmode: 'numeric' }),
   ];
   return confirm('Pause automatic takeover?', content, 'Pause', async ({ minutes }) => {

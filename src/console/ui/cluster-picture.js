@@ -7,18 +7,19 @@ const NODE = { width: 104, height: 60, top: 84 };
 const PLACE = NODE.width + 16;
 const SHORT = 12;
 
-// Text that fits: SVG does not clip it.
+// Text that is cut to fit: SVG does not clip it.
 function shortened(text, length) {
   const letters = [...text];
   return letters.length <= length ? text : `${letters.slice(0, length - 1).join('')}…`;
 }
 
-// A host's own part of its name; an address stays whole.
+// The first part of a host name. An address stays whole.
 function host(name) {
   return shortened(/[a-z]/i.test(name) ? name.split('.')[0] : name, SHORT);
 }
 
-// What stands in the places: members by rank, then those who ask, then nobody. What is stale is no state.
+// What is in each place: members by rank, then hosts that ask to join, then nobody. Without a PRIMARY, no state is
+// known.
 function places(status, stale) {
   const members = status.members.map(({ name, state, id, lag, voter }) => ({ name, state: stale ? 'UNKNOWN' : state, id, lag, voter }));
   const asking = (status.membership.requests ?? []).map(({ name }) => ({ name, state: 'REQUEST_JOIN' }));
@@ -53,7 +54,7 @@ function clientsLink(primary, width) {
   );
 }
 
-// From the primary to another member, below the boxes.
+// The line from the primary to another member, below the boxes.
 function copyLink(primary, to, place) {
   const [from, end] = [middle(primary), middle(to)];
   const base = NODE.top + NODE.height;

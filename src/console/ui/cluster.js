@@ -1,5 +1,5 @@
-// Manage > System > High Availability: the cluster, live. Owns what is shown of a status, and the conditions under which a
-// button can be pressed; what the buttons do is in cluster-actions.js. Must never show what was so as if it still were.
+// Manage > System > High Availability: the cluster, live. Owns what is shown of a status, and when a button can be
+// pressed. What the buttons do is in cluster-actions.js. Must never show an old state as if it were the present one.
 
 import * as actions from './cluster-actions.js';
 import { chart, picture } from './cluster-picture.js';
@@ -14,12 +14,12 @@ const INSTALLERS = ['admin', 'operator', 'defenderManager'];
 const EVENTS = 20;
 // The API gives no more at once.
 const MOST = 400;
-// A change of a state is written into the history a moment later; the stream says when, but there may be none.
+// Milliseconds until a change of a state is in the history. The stream says when it is, but there may be no stream.
 const WRITTEN = 2_500;
-// A join line that was just made may be missing from a status that was on its way.
+// Milliseconds for which a new join line may be missing from the status: one may have been on its way.
 const ON_ITS_WAY = 3_000;
 
-// A failure of what was asked by a button without a dialog.
+// Runs what a button without a dialog does, and shows its failure.
 async function attempt(work) {
   try {
     await work();
@@ -36,14 +36,14 @@ function headline(status, facts) {
   return 'No failure is tolerated at the moment: the loss of one more host stops the Console.';
 }
 
-// Instead of the banner: what is below was so once.
+// Shown instead of the banner: what is below is the last known state.
 function past() {
   return h('div', { class: 'banner bad', 'data-key': 'banner', role: 'status' },
     h('strong', {}, 'Unknown: no PRIMARY answers.'),
-    ` Below is what was so at ${clock(live.asOf)}`, h('span', { 'aria-hidden': 'true' }, `, ${ago(age())}`), '.');
+    ` Below is the last known state, as of ${clock(live.asOf)}`, h('span', { 'aria-hidden': 'true' }, `, ${ago(age())}`), '.');
 }
 
-// Honest about what could happen next, and about what to do.
+// Says what could happen next, and what to do.
 function banner(status, now) {
   if (live.stale) return past();
   const facts = tolerance(status, now);
@@ -66,7 +66,7 @@ function lagCell(member, status) {
   return h(
     'div',
     { class: 'lag' },
-    h('span', {}, known ? text : `last: ${text}`),
+    h('span', {}, known ? text : `last known: ${text}`),
     chart(live.lags.get(member.id) ?? []),
   );
 }
@@ -93,7 +93,7 @@ function stateCell(member) {
   return h('div', {}, badge(member.state), h('div', { class: 'quiet' }, words(member)));
 }
 
-// When it was heard of, by the PRIMARY that told so: the time since then counts, too.
+// When the PRIMARY last heard from a member. While the status is stale, the time since then is added.
 function seen(member, status) {
   const here = member.id === status.node;
   if (!live.stale) return here ? h('span', { class: 'quiet' }, '–') : lastContact(member.last_contact_ms);
@@ -127,7 +127,7 @@ function requestRow(request, may) {
     'div',
     {},
     badge('REQUEST_JOIN'),
-    h('div', { class: 'quiet' }, `asks to join since ${time(request.at)}; waits for APPLY`),
+    h('div', { class: 'quiet' }, `asking to join since ${time(request.at)}; waiting for APPLY`),
     h('div', { class: 'mono fingerprint' }, request.fingerprint),
   );
   const clock = Math.abs(request.clock_ms) > 1000 ? `clock ${span(Math.abs(request.clock_ms))} off` : '–';
@@ -164,7 +164,7 @@ function nodes(status, { may, statusPort }) {
 
 const NUMERALS = ['no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven'];
 
-// Why APPLY cannot be pressed; nothing if it can.
+// Why APPLY cannot be pressed; null if it can.
 function applyObstacle(status) {
   const members = status.members.length;
   const requests = (status.membership.requests ?? []).length;
@@ -176,11 +176,11 @@ function applyObstacle(status) {
   const [missing, over] = [least - members - requests, members + requests - most];
   if (missing > 0) return `APPLY needs ${wanted}: ${sum}. Run the join line on ${missing} more.`;
   if (over > 0) return `APPLY needs ${wanted}: ${sum}. Reject ${over}.`;
-  if (requests === 0) return 'No host asks to join.';
+  if (requests === 0) return 'No host is asking to join.';
   return null;
 }
 
-// The line that is shown, as long as it is valid: until it is used, revoked or has expired.
+// The line that is shown, for as long as it is valid: until it is used, is revoked or expires.
 function openLine(status, state, now) {
   const { line } = state;
   if (!line) return null;
@@ -204,13 +204,13 @@ function joinLine(line) {
 function joining(status, state, { may, user }, redraw) {
   if (live.stale) return card('Add hosts', {}, h('p', {}, 'Unknown: no PRIMARY answers. Hosts can join when there is one again.'));
   const requests = status.membership.requests ?? [];
-  const obstacle = applyObstacle(status) ?? (may ? null : 'Only an Administrator can admit them.');
+  const obstacle = applyObstacle(status) ?? (may ? null : 'Only an Administrator can admit hosts.');
   const make = () => attempt(async () => {
     Object.assign(state, { line: { ...(await actions.joinLine()), at: performance.now() }, closed: false });
     redraw();
   });
   const open = openLine(status, state, Date.now() / 1000);
-  const gone = 'The join line that was shown here is no longer valid: it was used or revoked, or has expired.';
+  const gone = 'The join line that was shown here is no longer valid: it was used or revoked, or it has expired.';
   const line = open ? joinLine(open) : state.closed && h('p', { class: 'quiet' }, gone);
   const step = (text, ...more) => h('li', {}, text, more);
   const complete = requests.length === 0 && status.members.length === sizeOf(status).most;
@@ -226,9 +226,9 @@ function joining(status, state, { may, user }, redraw) {
       'ol',
       { class: 'steps' },
       step('Run one line on each host that is to join.', line, INSTALLERS.includes(user.role) && h('div', { class: 'buttons' }, made)),
-      step('Each of them appears above as REQUEST_JOIN. Compare its fingerprint.'),
+      step('Each of them appears above as REQUEST_JOIN. Compare the fingerprints.'),
       step('Admit them.', h('div', { class: 'buttons' }, press),
-        h('p', { id: 'apply-why', class: 'quiet' }, obstacle ?? `Ready: ${count(requests.length, 'host asks', 'hosts ask')} to join.`)),
+        h('p', { id: 'apply-why', class: 'quiet' }, obstacle ?? `Ready: ${count(requests.length, 'host is', 'hosts are')} asking to join.`)),
     ),
   );
 }
@@ -279,7 +279,7 @@ function eventRow(event) {
 
 function history(state) {
   const rows = (state.events ?? []).map(eventRow);
-  const more = rows.length >= state.wanted && state.wanted < MOST && button('Show older ones', state.more);
+  const more = rows.length >= state.wanted && state.wanted < MOST && button('Show older events', state.more);
   const empty = state.eventsProblem ?? nothing(live.stale, state.events, 'Nothing has happened yet.');
   return card('History', {}, table('History', [['When', 'time-column'], ['Node', 'name-column'], ['What and why', 'wide-column']], rows, empty), more);
 }
@@ -294,14 +294,14 @@ async function loadEvents(state, redraw, wanted = EVENTS) {
   redraw();
 }
 
-// What must have changed for the history to be worth asking for again.
+// Identifies a state of the cluster: when it changes, the history is loaded again.
 function mark(status) {
   const members = status.members.map((member) => `${member.id} ${member.state}`).join();
   const { pause, requests } = status.membership;
   return [status.epoch, status.primary, members, pause?.until, requests?.length].join();
 }
 
-// Announces what has changed to people who cannot see it. Returns what to compare the next status with.
+// Announces changes to people who cannot see them. Returns what to compare the next status with.
 function speak(status, before) {
   const requests = (status.membership.requests ?? []).map((request) => [request.name, 'REQUEST_JOIN']);
   const states = new Map([...status.members.map((member) => [member.name, member.state]), ...requests]);

@@ -1,4 +1,4 @@
-// Elements out of data, and the change from one picture of them to the next. Owns every element that is made.
+// Makes elements out of data, and changes those that are shown into the next ones. Owns every element that is made.
 // Must never interpret text: whatever comes from the cluster becomes a text node or the value of a harmless attribute.
 
 const SVG = 'http://www.w3.org/2000/svg';
@@ -14,7 +14,7 @@ function listen(node, type, listener) {
   node[LISTENERS][type] = listener;
 }
 
-// The only link to another host: to the status page of a member, by its address and port, and only if they are such.
+// The only link to another host: to the status page of a member, and only if its address and port are valid.
 function statusPage(node, { address, port }) {
   const host = address.includes(':') ? `[${address}]` : address;
   if (!/^[\w.:[\]-]+$/.test(host) || !Number.isInteger(port)) return;
@@ -51,12 +51,12 @@ function build(node, attributes, children) {
   return node;
 }
 
-// An HTML element. Children: elements, text, lists of both; null, undefined, false and '' are left out.
+// Makes an HTML element. Children are elements, text, or lists of both; null, undefined, false and '' are left out.
 export function h(tag, attributes, ...children) {
   return build(document.createElement(tag), attributes, children);
 }
 
-// An SVG element.
+// Makes an SVG element.
 export function s(tag, attributes, ...children) {
   return build(document.createElementNS(SVG, tag), attributes, children);
 }
@@ -65,7 +65,7 @@ function alike(a, b) {
   return a.nodeType === b.nodeType && a.nodeName === b.nodeName && a.dataset?.key === b.dataset?.key;
 }
 
-// What the user has done to an element and no picture may undo.
+// Attributes that the user changes, and that drawing again must not undo.
 const KEPT = new Set(['open', 'value', 'checked']);
 
 const keeps = (element, name) => KEPT.has(name) && element.nodeName !== 'PROGRESS';
@@ -75,7 +75,7 @@ function morphAttributes(old, next) {
     if (!next.hasAttribute(name) && !keeps(old, name)) old.removeAttribute(name);
   }
   for (const { name, value } of next.attributes) {
-    // Set only when it differs: an attribute that is set again makes some screen readers speak again. A style comes as a
+    // Set only when it differs: some screen readers speak again when an attribute is set again. A style is set as a
     // property, since the policy of the page forbids the attribute.
     if (name !== 'style' && !keeps(old, name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
@@ -109,8 +109,8 @@ function morphChildren(old, next) {
   }
 }
 
-// Makes `old`, which is shown, look like `next`. Keeps elements, and with them focus, selection and what was typed, wherever
-// both have the same one in the same place or under the same data-key.
+// Makes `old`, which is shown, look like `next`. Keeps an element, with its focus, its selection and what was typed, if
+// both have it in the same place or with the same data-key.
 function morph(old, next) {
   if (old.nodeType === Node.TEXT_NODE) {
     if (old.data !== next.data) old.data = next.data;
@@ -120,7 +120,7 @@ function morph(old, next) {
   morphChildren(old, next);
 }
 
-// Shows these children in an element, instead of those that are there.
+// Replaces the children of an element with these.
 export function show(parent, ...children) {
   morphChildren(parent, build(document.createDocumentFragment(), {}, children));
 }

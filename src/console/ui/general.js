@@ -26,7 +26,7 @@ export function open(root) {
     try {
       system = await get('/settings/system');
     } catch {
-      // Shown is what is known.
+      // The page shows what is known.
     }
     draw();
   }

@@ -1,35 +1,35 @@
-// The cluster as it is: follows the stream of the PRIMARY's status. Owns the age of what is known, and the search for the new
-// PRIMARY when the old one stops answering: through the same host name, with the same session.
+// Follows the stream of the PRIMARY's status. Owns the age of what is known, and the search for the new PRIMARY when
+// the old one stops answering: through the same host name, with the same session.
 
 import { HEADERS, send } from './api.js';
 
-// The daemon sends a status at least every half second, so this much silence means that it is gone: a host that has lost
-// its power sends no farewell. From then on nothing is shown as if it were so now.
+// The daemon sends a status at least every half second, so this much silence means that it is gone: a host that has
+// lost its power says nothing. From then on, nothing is shown as the present state. All times here are in milliseconds.
 const SILENCE = 2_000;
-// How often ages are updated while there is silence.
+// How often the ages on the page are updated during silence.
 const CLOCK = 250;
-// How long one attempt to reach a PRIMARY may take, and the pause before the next. One that was given up makes the next
-// one longer: where everything is slow, short ones would never be answered.
+// How long one attempt to reach a PRIMARY may take, and the pause before the next. After a time-out the next attempt
+// may take longer: where everything is slow, short ones would never be answered.
 const KNOCK = 1_000;
 const LONGEST_KNOCK = 6_000;
 const PAUSE = 200;
 const ANSWER = 3_000;
-// Pause between two questions where there is no stream, because there are too many.
+// Pause between two requests for the status, where there is no stream because the daemon has too many.
 const POLL = 1_000;
 const SAMPLES = 120;
 const BRIEF = 2_000;
-// Longest wait of somebody who has asked for something.
+// Longest wait of a request for a PRIMARY.
 const LONGEST = 30_000;
 
 export const live = {
-  // opening, live, searching, resting (nobody looks) or off.
+  // opening, live, searching, resting (the page is hidden) or off.
   phase: 'off',
-  // The newest status, kept while the PRIMARY does not answer; and when it came, by the clock on the wall.
+  // The newest status, which is kept while the PRIMARY does not answer, and when it came, in milliseconds since 1970.
   status: null,
   asOf: 0,
-  // No PRIMARY has said anything for a while: what is known was so at `asOf`, and may be otherwise by now.
+  // No PRIMARY has said anything for a while: what is known is the state at `asOf`, and may have changed.
   stale: false,
-  // Rises when something was added to the history of the cluster.
+  // Counts what was added to the history of the cluster.
   history: 0,
   // While searching: since when, by performance.now().
   lostAt: 0,
@@ -44,11 +44,12 @@ export const live = {
 const subscribers = new Set();
 let onExpired = () => {};
 let controller = null;
-// By performance.now(), which no change of the time of day moves. Of the newest status, or of the beginning without one.
+// When the newest status came, or the page began to wait for one. By performance.now(), which a change of the time of
+// day does not affect.
 let heardAt = 0;
 let clock = 0;
 
-// Calls `listener` at every change until the function that is returned is called.
+// Calls `listener` at every change, until the function that this returns is called.
 export function subscribe(listener) {
   subscribers.add(listener);
   return () => subscribers.delete(listener);
@@ -70,13 +71,13 @@ function enter(phase) {
   publish();
 }
 
-// Since when somebody looks at the page.
+// When the page was last made visible, by performance.now().
 let awakeAt = 0;
 
-// Milliseconds since the PRIMARY was heard of.
+// Milliseconds since the PRIMARY was last heard from.
 export const age = () => performance.now() - heardAt;
 
-// Ages go on while nothing comes: this is what turns the page grey, and back.
+// Updates the ages during silence. This is what makes the page grey, and then normal again.
 function count() {
   const stale = live.phase !== 'off' && age() >= SILENCE;
   const changed = stale !== live.stale;
@@ -105,7 +106,7 @@ function nameOf(status, id) {
   return status.members.find((member) => member.id === id)?.name;
 }
 
-// Reads events from a response; returns the reason of its end, or nothing if it broke off.
+// Reads events from a response. Returns the reason for its end, or undefined if it broke off.
 async function follow(response, own) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = '';
@@ -130,7 +131,7 @@ async function follow(response, own) {
   }
 }
 
-// Knocks until somebody answers, then asks who it is. Returns false if the session has ended.
+// Tries until some host answers, and then asks for its status. Returns false if the session has ended.
 async function search() {
   const before = live.status;
   live.lostAt = Math.max(heardAt, awakeAt);
@@ -149,7 +150,7 @@ async function search() {
         }
       }
     } catch (error) {
-      // Nobody: knock again.
+      // Nobody answered: try again.
       if (error.name === 'TimeoutError') patience = Math.min(patience * 1.5, LONGEST_KNOCK);
     }
     publish();
@@ -161,7 +162,7 @@ async function search() {
 function found(before, status) {
   const ms = performance.now() - live.lostAt;
   const changed = before && before.primary !== status.primary;
-  // If the same one was away for a moment, that is no news.
+  // If the same PRIMARY was away for a moment only, that is no news.
   const news = before && (changed || ms > BRIEF);
   live.takeover = news && { from: nameOf(before, before.primary), to: status.name, ms, changed };
   live.farewell = false;
@@ -183,9 +184,9 @@ async function poll(until) {
   return true;
 }
 
-// One stream from its beginning to its end. Returns false if the session has ended.
+// Follows one stream to its end. Returns false if the session has ended.
 async function listen() {
-  // Of this stream alone: an alarm that is left over must not end the next one.
+  // For this stream alone: a timer that is left over must not end the next one.
   const own = new AbortController();
   controller = own;
   const alarm = setTimeout(() => own.abort(), ANSWER);
@@ -200,7 +201,7 @@ async function listen() {
     if (end === 'renew') return true;
     live.farewell = end === 'closing';
   } catch {
-    // It broke off, or nobody was there.
+    // It broke off, or nobody answered.
   } finally {
     clearTimeout(alarm);
     own.abort();
@@ -246,12 +247,12 @@ export function stop() {
   publish();
 }
 
-// A request had no answer: the stream may not have noticed yet.
+// Ends the stream after a request without an answer: the stream may not have noticed yet that the PRIMARY is gone.
 export function suspect() {
   if (live.phase === 'live') controller?.abort();
 }
 
-// The same, and true once a PRIMARY answers, false if none does for long.
+// Ends the stream, too. Resolves with true once a PRIMARY answers, or with false if none does within LONGEST.
 export function recovered() {
   if (live.phase === 'off' || live.phase === 'opening') return Promise.resolve(false);
   suspect();

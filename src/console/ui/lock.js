@@ -1,5 +1,5 @@
-// Turns the actions of the page off while no PRIMARY answers, each with the reason, and on again. Must never press, hide or
-// move anything; what changes nothing carries data-local and stays as it is.
+// Turns off the actions of the page while no PRIMARY answers, each with the reason, and turns them on again. Must never
+// press, hide or move anything. Buttons that ask nothing of the cluster carry data-local, and stay on.
 
 import { live } from './live.js';
 import { toast } from './parts.js';
@@ -10,7 +10,7 @@ const DOWNLOADS = 'main a[href^="/api/"]';
 
 function lock() {
   for (const action of document.querySelectorAll(ACTIONS)) {
-    // One that was off before has a reason of its own.
+    // A button that was off before has a reason of its own.
     if (action.disabled) continue;
     action.disabled = true;
     action.dataset.off = action.title;
@@ -36,7 +36,7 @@ export function follow() {
   else unlock();
 }
 
-// What is drawn or turned on meanwhile is off before anybody sees it.
+// Turns off what is drawn or turned on meanwhile, before anybody sees it.
 new MutationObserver(() => live.stale && lock()).observe(document.body, {
   subtree: true, childList: true, attributes: true, attributeFilter: ['disabled'],
 });

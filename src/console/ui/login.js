@@ -36,13 +36,13 @@ function firstRun(root, done) {
     field('Password', 'password', {
       type: 'password', autocomplete: 'new-password', required: true, hint: 'At least 12 characters. Nobody can read it back.',
     }),
-    field('The same again', 'again', { type: 'password', autocomplete: 'new-password', required: true }),
+    field('Password again', 'again', { type: 'password', autocomplete: 'new-password', required: true }),
   ];
   const intro = 'This Console has no user yet. Create its first Administrator.';
   frame(root, page('Sign up', intro, form('Create and log in', send, fields)));
 }
 
-// Shows what is needed and calls `done` once somebody is logged in.
+// Shows the sign-up or the login, and calls `done` once somebody is logged in.
 export async function open(root, done, note) {
   if (window.location.protocol !== 'https:') {
     const text = 'Passwords and sessions are only for HTTPS. Open this page at the HTTPS port (MANAGEMENT_PORT_HTTPS).';

@@ -1,4 +1,4 @@
-// Manage > View Logs: the audit of all changes and logins, and the last lines of the Console's log.
+// Manage > View Logs: the audit log of all changes and logins, and the last lines of the Console's log.
 
 import { get, list } from './api.js';
 import { h, show } from './dom.js';
@@ -22,7 +22,7 @@ function difference(value) {
 }
 
 function row(audit) {
-  // What was begun and has not ended yet is not ok, and has not failed.
+  // An operation that has begun and not ended is not ok, but has not failed.
   const outcome = audit.ok ? null : audit.outcome ?? 'failed';
   return {
     key: `audit-${audit.id}`,
@@ -54,7 +54,7 @@ export function history(root) {
     );
     show(
       root,
-      page('History', 'Every change and every login, good or bad.', card('Audit', {}, table('Audit', COLUMNS, rows.map(row), empty), pager)),
+      page('History', 'Every change and every login, successful or not.', card('Audit', {}, table('Audit', COLUMNS, rows.map(row), empty), pager)),
     );
   }
   async function load(offset) {
@@ -78,7 +78,7 @@ export function consoleLog(root) {
       page(
         'Console log',
         `The last ${LINES} lines of the daemon on this host.`,
-        h('div', { class: 'buttons' }, button('Look again', load)),
+        h('div', { class: 'buttons' }, button('Refresh', load)),
         h('pre', { class: 'log', tabindex: 0, 'aria-label': 'Console log' }, text ?? nothing(live.stale, false)),
       ),
     );

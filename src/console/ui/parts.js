@@ -1,4 +1,5 @@
-// What pages are made of: buttons, fields, tables, dialogs, messages. Owns how they look and speak; knows nothing of the API.
+// What pages are made of: buttons, fields, tables, dialogs, messages. Owns how they look and speak. Must never know the
+// API.
 
 import { h, show } from './dom.js';
 import { stateKind, time } from './words.js';
@@ -8,7 +9,7 @@ export function announce(text) {
   document.getElementById('announcer').textContent = text;
 }
 
-// What is the same on every page: its heading, and a place for what went wrong.
+// What is the same on every page: its heading and its introduction.
 export function page(title, intro, ...children) {
   return [
     h('h1', { tabindex: -1 }, title),
@@ -21,7 +22,7 @@ export function button(label, onclick, { kind = 'plain', disabled = false, ...mo
   return h('button', { type: 'button', class: `button ${kind}`, disabled, onclick, ...more }, label);
 }
 
-// A labelled input. `more` are its attributes; `hint` stands below it and is read with it.
+// A labelled input. `more` are its attributes. `hint` is shown below it, and read aloud with it.
 export function field(label, name, { hint, element = 'input', options, text, ...more } = {}) {
   const choices = options?.map(([value, words, selected]) => h('option', { value, selected }, words));
   return h(
@@ -37,11 +38,11 @@ export function check(label, name, checked) {
   return h('label', { class: 'check' }, h('input', { type: 'checkbox', name, checked }), h('span', {}, label));
 }
 
-// A form: `send` gets the values by name; what it throws is shown and spoken, and its button rests meanwhile.
+// A form. `send` gets the values by name, and what it throws is shown and spoken. Its button is disabled meanwhile.
 export function form(label, send, fields, { kind = 'primary', cancel } = {}) {
   const onsubmit = async (event) => {
     event.preventDefault();
-    // Looked up: this form may have been shown in the place of an older one.
+    // Looked up here: this form may have been drawn over an older one.
     const element = event.currentTarget;
     const [problem, submit] = [element.querySelector('.problem'), element.querySelector('[type=submit]')];
     submit.disabled = true;
@@ -58,7 +59,8 @@ export function form(label, send, fields, { kind = 'primary', cancel } = {}) {
   return h('form', { class: 'form', onsubmit, novalidate: true }, fields, h('p', { class: 'problem', role: 'alert' }), buttons);
 }
 
-// A table that becomes a list of cards where there is no room. Columns: [heading, class]; rows: { key, cells, class }.
+// A table that becomes a list of cards where there is no room. Columns are [heading, class]; rows are { key, cells,
+// kind }.
 export function table(label, columns, rows, empty) {
   if (rows.length === 0) return h('p', { class: 'empty' }, empty);
   const head = columns.map(([heading, kind]) => h('th', { scope: 'col', role: 'columnheader', class: kind }, heading));
@@ -71,7 +73,7 @@ export function table(label, columns, rows, empty) {
       ),
     ),
   );
-  // The roles are spelled out: a table that is laid out as blocks loses them in some browsers.
+  // The roles are explicit: a table that is laid out as blocks loses them in some browsers.
   return h(
     'table',
     { role: 'table', 'aria-label': label },
@@ -80,7 +82,7 @@ export function table(label, columns, rows, empty) {
   );
 }
 
-// A state, by its word, its colour and its shape.
+// A state, shown by its word, a colour and a shape.
 export function badge(state) {
   return h('span', { class: `badge ${stateKind(state)} ${state.toLowerCase()}` }, state);
 }
@@ -90,7 +92,7 @@ export function when(value) {
   return h('time', {}, time(value));
 }
 
-// Links to the status pages of the members, which answer even without a PRIMARY; nothing if they have none.
+// Links to the status pages of the members, which answer even without a PRIMARY; null if there are none.
 export function statusPages(status, port) {
   if (!status || !port) return null;
   const link = ({ name, address }) => h('a', { statusPage: { address, port } }, name);
@@ -126,7 +128,8 @@ export function copyButton(text, label = 'Copy') {
   return button(label, copy, { class: 'button copy' });
 }
 
-// A modal dialog around what `body(close)` returns. Resolves with what `close` is given, or undefined if it was left.
+// A modal dialog around what `body(close)` returns. Resolves with what `close` is given, or undefined if the user
+// leaves it.
 export function dialog(title, body) {
   const { promise, resolve } = Promise.withResolvers();
   const element = h('dialog', { 'aria-labelledby': 'dialog-title' });
@@ -141,13 +144,13 @@ export function dialog(title, body) {
   show(element, h('h2', { id: 'dialog-title' }, title), body(close));
   document.body.append(element);
   element.showModal();
-  // Never on the button that does it: a key that is still held down would press it.
+  // Never on the button that acts: a key that is still held down would press it.
   (element.querySelector('input, select, textarea') ?? element.querySelector('.buttons .button:last-child'))?.focus();
   return promise;
 }
 
-// A question. `work` is done while the dialog is open; what it throws is shown there. With `typed`, that text must be
-// entered first. Resolves with true once `work` is done.
+// A dialog with a question. `work` runs while it is open, and what it throws is shown there. With `typed`, that text
+// must be entered first. Resolves with true once `work` is done.
 export function confirm(title, content, label, work, { kind = 'primary', typed } = {}) {
   return dialog(title, (close) => {
     const send = async (values) => {
@@ -166,7 +169,7 @@ export function confirm(title, content, label, work, { kind = 'primary', typed }
 // A passing message at the edge of the page.
 export function toast(text, kind = 'good') {
   const element = h('div', { class: `toast ${kind}` }, text);
-  // Below the one before it, if that still stands; more would cover the page.
+  // At most two at a time: more would cover the page.
   const place = document.getElementById('toasts');
   if (place.childElementCount > 1) place.firstElementChild.remove();
   place.append(element);

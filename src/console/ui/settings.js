@@ -1,5 +1,5 @@
-// Manage > System > Settings: the rules for logins, and which programs are told of events. Must never show a secret, or drop one
-// without a word: the daemon keeps it only for the same name and address.
+// Manage > System > Settings: the rules for logins, and which programs are told of events. Must never show a secret, or
+// drop one silently: the daemon keeps it only for the same name and address.
 
 import { get, post } from './api.js';
 import { h, show } from './dom.js';
@@ -11,7 +11,7 @@ const MOST = 3;
 const SEVERITIES = [
   ['info', 'Everything (info)'],
   ['warning', 'Warnings and worse'],
-  ['critical', 'Only what is critical'],
+  ['critical', 'Critical events only'],
 ];
 
 const seconds = (minutes) => Math.round(Number(minutes) * 60);
@@ -32,9 +32,9 @@ function logins(logon, saved) {
   const number = (label, name, value, max, hint) => field(label, name, { type: 'number', min: 1, max, value, hint });
   return form('Save logins', save, [
     number('Minutes until an idle session ends', 'idle', logon.sessionTimeoutSec / 60, 1440),
-    number('Minutes until any session ends', 'longest', logon.sessionMaximumSec / 60, 43_200, 'However much it is used.'),
+    number('Minutes until any session ends', 'longest', logon.sessionMaximumSec / 60, 43_200, 'Even while it is used.'),
     number('Sessions of one user at once', 'sessions', logon.sessionsPerUser, 1000, 'A new one ends the oldest.'),
-    check('New passwords need upper and lower case, a digit and a special character, and must be unlike the name', 'strong',
+    check('New passwords need upper and lower case, a digit and a special character, and must not resemble the user name', 'strong',
       logon.strongPassword),
   ]);
 }
@@ -44,23 +44,23 @@ function hookFields(hook, at, drop) {
   const { id } = hook;
   const secret = field('Secret', `secret-${id}`, {
     type: 'password', autocomplete: 'new-password', maxlength: 128,
-    hint: hook.signed ? 'Empty: it stays as it is. It signs each event.' : 'It signs each event. Empty: they are not signed.',
+    hint: hook.signed ? 'It signs each event. Leave this empty to keep it.' : 'It signs each event. Without one, events are not signed.',
   });
   return h('fieldset', { class: 'hook', 'data-key': `hook-${id}` },
     h('legend', {}, `Webhook ${at + 1}`),
     field('Name', `name-${id}`, { maxlength: 64, autocomplete: 'off', required: true, value: hook.name }),
     field('Address', `url-${id}`, { maxlength: 512, inputmode: 'url', autocomplete: 'off', spellcheck: 'false', required: true, value: hook.url }),
-    field('It hears of', `severity-${id}`, { options: SEVERITIES.map(([word, text]) => [word, text, word === hook.severity]) }),
+    field('Events to send', `severity-${id}`, { options: SEVERITIES.map(([word, text]) => [word, text, word === hook.severity]) }),
     secret,
     hook.signed && check('Remove the secret', `unsigned-${id}`, false),
-    field('Authority of its certificate (PEM)', `ca-${id}`, {
+    field('Authority that issued its certificate (PEM)', `ca-${id}`, {
       element: 'textarea', rows: 3, maxlength: 2048, spellcheck: 'false', class: 'mono', text: hook.ca ?? '',
-      hint: 'Empty: the authorities that the host trusts.',
+      hint: 'Leave this empty to use the authorities that the host trusts.',
     }),
     button('Remove', drop, { kind: 'small', 'aria-label': `Remove webhook ${at + 1}` }));
 }
 
-// What is sent for a webhook: without a secret, the daemon keeps the one that it has.
+// What is sent for a webhook. Without a secret, the daemon keeps the one that it has.
 function wish(hook, values) {
   const of = (name) => (values[`${name}-${hook.id}`] ?? '').trim();
   const [name, url, secret] = [of('name'), of('url'), values[`secret-${hook.id}`]];
@@ -100,7 +100,7 @@ export function open(root) {
     state.hooks = state.hooks.filter((other) => other !== hook);
     draw();
     root.querySelector('.add').focus();
-    announce('Removed: it ends when you save');
+    announce('Removed: save to confirm');
   };
   const test = async () => {
     state.test = { running: true };
@@ -128,7 +128,7 @@ export function open(root) {
       ]),
       h('div', { class: 'below' },
         button('Send a test', test, { disabled: state.test.running || (saved === 0 && !command) }),
-        h('span', { class: 'hint' }, 'To every saved webhook, whatever it is told otherwise; at once, without a second attempt.'),
+        h('span', { class: 'hint' }, 'Goes to every saved webhook, whichever events it is sent. It is sent once, without a second attempt.'),
         results(state.test)),
     ];
   }
@@ -154,6 +154,6 @@ export function open(root) {
   }
   draw();
   load();
-  // What somebody is about to change is not read anew.
+  // What somebody may be changing is not loaded again.
   return { draw, load: () => state.logon ?? load() };
 }

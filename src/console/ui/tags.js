@@ -1,4 +1,4 @@
-// Tags: named, coloured labels. Small, and proves that writes reach the cluster.
+// Tags: named, coloured labels. A small page, which proves that writes reach the cluster.
 
 import { list, part, post, put, remove } from './api.js';
 import { h, show } from './dom.js';

@@ -15,7 +15,7 @@ function roleField(selected) {
 function change(user, reload) {
   const content = [
     roleField(user.role),
-    field('New password', 'password', { type: 'password', autocomplete: 'new-password', hint: 'Empty: it stays as it is.' }),
+    field('New password', 'password', { type: 'password', autocomplete: 'new-password', hint: 'Leave this empty to keep it.' }),
     h('p', { class: 'quiet' }, 'The sessions of this user end.'),
   ];
   return confirm(`Change ${user.username}`, content, 'Change', async ({ role, password }) => {
@@ -66,7 +66,7 @@ export function open(root, { user: me }) {
     await put('/users/password', { oldPassword, newPassword });
     element.reset();
     toast('Your password is changed');
-    // All sessions of this user have ended, this one too: asking brings the login.
+    // All sessions of this user have ended, this one too: any request now shows the login.
     await get('/authenticate').catch(() => {});
   };
   const password = (label, name, autocomplete) => field(label, name, { type: 'password', autocomplete, required: true });
@@ -75,7 +75,7 @@ export function open(root, { user: me }) {
     h('input', { name: 'username', autocomplete: 'username', value: me.username, hidden: true, readonly: true }),
     password('Old password', 'oldPassword', 'current-password'),
     password('New password', 'newPassword', 'new-password'),
-    password('The same again', 'again', 'new-password'),
+    password('New password again', 'again', 'new-password'),
   ]);
   function draw() {
     const rows = (state.users ?? []).map((user) => row(user, me.username, load));

@@ -9,7 +9,7 @@ const STATES = {
   RECOVERING: 'its database is being restored',
   ROLLBACK: 'discards writes that were never acknowledged',
   DOWN: 'unavailable',
-  UNKNOWN: 'not heard of yet',
+  UNKNOWN: 'not heard from yet',
   REMOVED: 'no longer a member',
 };
 
@@ -47,7 +47,7 @@ export function bytes(number) {
   return `${unit === 0 || value >= 100 ? Math.round(value) : value.toFixed(1)} ${units[unit]}`;
 }
 
-// A span of time that is over, for people.
+// A span of time, in words for people.
 export function span(ms) {
   if (ms < 1000) return `${Math.round(ms)} ms`;
   if (ms < 100_000) return `${(ms / 1000).toFixed(ms < 10_000 ? 1 : 0)} s`;
@@ -57,7 +57,7 @@ export function span(ms) {
   return hours < 48 ? `${hours} h` : `${Math.round(hours / 24)} days`;
 }
 
-// When something was heard of: what is younger than the pace of the reports is not worth a figure.
+// When a member was last heard from. Reports come twice a second, so less than a second needs no figure.
 export function lastContact(ms) {
   if (ms === null || ms === undefined) return 'never';
   return ms < 1000 ? 'just now' : `${span(ms)} ago`;
@@ -65,7 +65,7 @@ export function lastContact(ms) {
 
 const two = (number) => String(number).padStart(2, '0');
 
-// Local date and time, the same everywhere: 2026-11-22 21:14:43. From seconds since 1970 or from text.
+// Local date and time in the same form everywhere: 2026-11-22 21:14:43. Takes seconds since 1970, or text.
 export function time(value) {
   const date = new Date(typeof value === 'number' ? value * 1000 : value);
   if (Number.isNaN(date.getTime())) return String(value ?? '');
@@ -73,7 +73,7 @@ export function time(value) {
   return `${day} ${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
 }
 
-// The time of day alone: 21:14:43. From milliseconds since 1970.
+// The time of day alone: 21:14:43. Takes milliseconds since 1970.
 export function clock(ms) {
   return time(ms / 1000).slice(-8);
 }
@@ -83,7 +83,7 @@ export function ago(ms) {
   return `${ms < 100_000 ? `${Math.floor(ms / 1000)} s` : span(ms)} ago`;
 }
 
-// What an empty list says: that it is empty only where that is known.
+// What an empty list says. It claims to be empty only if that is known.
 export function nothing(stale, loaded, empty) {
   if (stale) return 'Unknown: no PRIMARY answers.';
   return loaded ? empty : 'Loading …';
@@ -94,10 +94,10 @@ export function listed(names) {
   return `${names.slice(0, -1).join(', ')} and ${names.at(-1)}`;
 }
 
-// How many members a complete cluster has. Older programs do not say it: theirs have three.
+// How many members a complete cluster has. Older programs do not say so: their clusters have three.
 export const sizeOf = (status) => status.membership.size ?? { least: 3, most: 3 };
 
-// How many further failures the cluster survives, and what to say about it. `now` in seconds since 1970.
+// How many further failures the cluster survives, and why not more. `now` is in seconds since 1970.
 export function tolerance(status, now) {
   const voters = status.members.filter((member) => member.voter);
   const up = voters.filter((member) => stateKind(member.state) === 'good');
