@@ -102,7 +102,7 @@ fn after_a_failed_operation_nothing_is_promised_that_is_not_kept() {
                 Ok(()) => break,
                 Err(error) => assert!(matches!(error, LogError::Io { .. }), "{what}: {error}"),
             }
-            assert!(script.log.is_poisoned(), "{what}");
+            assert!(script.log.poison().is_some(), "{what}");
             assert!(matches!(script.log.append(&[], Some(&script.history.now().hard)), Err(LogError::Poisoned(_))));
             let Script { log, history, .. } = script;
             drop(log);
@@ -181,7 +181,7 @@ fn a_full_disk_refuses_whole_batches_and_compaction_helps() {
                     Err(error) => panic!("SEED={seed}: {error}"),
                 }
             }
-            assert!(!log.is_poisoned());
+            assert!(log.poison().is_none());
             assert_eq!(Content::read(&log), content);
             assert_eq!(found(&Model::new(model.live()), "full"), content);
             content.hard.commit = content.last();

@@ -440,11 +440,6 @@ impl RaftLog {
         self.core.shared.poison.get().map(String::as_str)
     }
 
-    /// True once a write or sync has failed.
-    pub fn is_poisoned(&self) -> bool {
-        self.poison().is_some()
-    }
-
     /// What [`RaftLog::open`] found.
     pub fn recovered(&self) -> Recovered {
         self.core.shared.recovered
@@ -517,18 +512,18 @@ fn start_helper(shared: &Arc<Shared>, dir: &Path) -> Result<Helper, LogError> {
 
 /// Keeps segments ready until the log is dropped.
 fn prepare_ahead(shared: &Shared, queue: &Receiver<()>) {
-    let mut told = false;
+    let mut warned = false;
     while queue.recv().is_ok() {
         shared.wanted.store(false, Ordering::Relaxed);
         if shared.poison.get().is_some() {
             return;
         }
         match shared.prepare(AHEAD) {
-            Ok(()) => told = false,
+            Ok(()) => warned = false,
             // This is tried again until there is space; one warning is enough.
-            Err(LogError::Full { .. }) if told => {}
+            Err(LogError::Full { .. }) if warned => {}
             Err(error @ LogError::Full { .. }) => {
-                told = true;
+                warned = true;
                 tracing::warn!("cannot prepare the next segments: {error}");
             }
             Err(error) => tracing::error!("{error}"),

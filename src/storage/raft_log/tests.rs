@@ -113,7 +113,7 @@ fn on_a_full_disk_there_is_room_until_there_is_none() {
     for term in 2..300 {
         log.append(&[], Some(&hard(term, 1, 1))).unwrap().sync().unwrap();
     }
-    assert!(!log.is_poisoned());
+    assert!(log.poison().is_none());
     log.compact(1).unwrap();
     full.store(false, Ordering::Relaxed);
     assert!(!log.has_room([300_000, 300_000]), "nobody has looked again yet");
@@ -152,7 +152,7 @@ fn entries_and_state_come_back_and_large_entries_fit() {
     assert_eq!(log.snapshot(0, 2).unwrap().get_metadata().index, 5);
     assert!(log.entries(5, 6, None, context()).is_err());
     assert!(matches!(log.append(&[entry(12, 3, 3 << 20)], None), Err(LogError::Refused(_))));
-    assert!(!log.is_poisoned());
+    assert!(log.poison().is_none());
 }
 
 /// What a member lacks is told in bytes, over several files, and is unknown once it is gone.
