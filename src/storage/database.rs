@@ -659,6 +659,32 @@ mod tests {
     }
 
     #[test]
+    fn a_database_on_a_full_disk_is_not_copied_and_is_not_called_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut database = Database::open(folder.path(), CONSOLE_DATABASE, 0).unwrap();
+        let page = |byte: u8| {
+            let mut builder = PagesBuilder::new(CONSOLE_DATABASE, byte.into(), 0, 512);
+            builder.push(1, &[byte; 512]);
+            builder.push(2, &[byte; 512]);
+            let checksum = [1, 2].map(|number| crate::storage::checksum::page_checksum(number, &[byte; 512]));
+            builder.finish(Some(Commit { database_pages: 2, checksum: checksum[0] ^ checksum[1] }))
+        };
+        database.apply(2, 1, &page(1), &Nothing).unwrap();
+        database.begin_copy().unwrap();
+        // Whatever is done to it fails.
+        let full = Arc::new(File::options().write(true).open("/dev/full").unwrap());
+        let State::Following(replica) = &mut database.state else { panic!("it follows") };
+        let good = std::mem::replace(&mut replica.file, full);
+        assert!(replica.apply(3, 1, &page(2), &Nothing).is_err());
+        let error = database.begin_copy().unwrap_err().to_string();
+        assert!(error.contains("disk is full"), "{error}");
+        let State::Following(replica) = &mut database.state else { panic!("it follows") };
+        replica.file = good;
+        database.apply(3, 1, &page(2), &Nothing).unwrap();
+        database.begin_copy().unwrap();
+    }
+
+    #[test]
     fn the_parts_may_go_to_other_threads() {
         fn send<T: Send>() {}
         fn shared<T: Send + Sync>() {}

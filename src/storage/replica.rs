@@ -84,6 +84,8 @@ pub(super) struct Replica {
     /// Up to this index the file may be ahead of what is being applied, so its checksum proves nothing.
     pub touched: u64,
     unfinished: Option<Unfinished>,
+    /// A transaction is written in part, for lack of space: neither the file nor the table is of any index.
+    pub half_applied: bool,
     /// Notes what is written, for whoever copies the file while it changes.
     pub copy: Option<Tracking>,
 }
@@ -105,7 +107,8 @@ impl Replica {
             pages => PageTable::read(&file, record.page_size, pages, go_on)?,
         };
         let (applied, claim, claimed_pages) = (record.index, record.checksum, record.pages);
-        Ok(Self { file, database, table, applied, claim, claimed_pages, touched, unfinished: None, copy: None })
+        let (unfinished, half_applied, copy) = (None, false, None);
+        Ok(Self { file, database, table, applied, claim, claimed_pages, touched, unfinished, half_applied, copy })
     }
 
     /// Where a checkpoint can be made now: at what is applied, but not in the middle of a transaction.
@@ -166,6 +169,7 @@ impl Replica {
         source: &dyn EntrySource,
     ) -> Result<(), ApplyError> {
         let failed = |error| ApplyError::Io { index, error };
+        self.half_applied = true;
         if self.table.pages() == 0 {
             self.table = PageTable::empty(last.page_size);
         }
@@ -175,7 +179,7 @@ impl Replica {
             self.write_earlier(open, index - 1, source).map_err(failed)?;
         }
         self.write_pages(last).map_err(failed)?;
-        (self.claim, self.claimed_pages) = (commit.checksum, commit.database_pages);
+        (self.claim, self.claimed_pages, self.half_applied) = (commit.checksum, commit.database_pages, false);
         if index > self.touched && self.table.checksum() != commit.checksum {
             let (expected, computed) = (commit.checksum, self.table.checksum());
             return Err(ApplyError::Diverged { index, expected, computed });

@@ -179,6 +179,9 @@ impl Database {
         if replica.table.pages() == 0 {
             return ended("this node has no database yet");
         }
+        if replica.half_applied {
+            return ended("this node's disk is full: it waits for space to apply the next transaction");
+        }
         match replica.claim == replica.table.checksum() {
             true => Ok(replica),
             false if replica.applied < replica.touched => {
