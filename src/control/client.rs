@@ -111,7 +111,7 @@ impl Call {
         Self::new(Method::DELETE, path)
     }
 
-    /// The same request with this body. The keys of its maps must be strings: otherwise the body is `null`.
+    /// Adds a body. The keys of its maps must be strings: otherwise the body is `null`.
     #[must_use]
     pub fn with(self, body: impl Serialize) -> Self {
         Self { body: Some(serde_json::to_value(body).unwrap_or_default()), ..self }
