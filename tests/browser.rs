@@ -226,7 +226,11 @@ fn without_a_primary(browser: &Browser, founder: &mut Founder, second: &mut Host
         );
     }
     browser.go("#/manage/certificates", "Certificates");
-    assert_eq!(browser.run("return document.querySelector('[name=names]')"), json!(null), "unknown names cannot be saved");
+    assert_eq!(
+        browser.run("return document.querySelector('[name=names]')"),
+        json!(null),
+        "unknown names cannot be saved"
+    );
     browser.go("#/manage/authentication/users", "Users");
     browser.wait_for("it says that it does not know", "return text('main .empty').includes('Unknown')");
     browser.screenshots("no-primary-users");

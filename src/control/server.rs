@@ -220,8 +220,7 @@ async fn carry_out(State(workers): State<Workers>, request: Request, next: Next)
         }
         Err(_) => {
             let limit = OPERATION_TIMEOUT.as_secs();
-            let why =
-                format!("not done within {limit} s, and still under way: check the status before you try again");
+            let why = format!("not done within {limit} s, and still under way: check the status before you try again");
             refusal(StatusCode::GATEWAY_TIMEOUT, &why)
         }
     }

@@ -110,7 +110,8 @@ pub(super) async fn receive(
     }
     if forgotten.is_some_and(|me| manifest.votes(me)) {
         return Err(FetchError::Invalid(
-            "its snapshot says that this node has a vote: it forgot, and must not have one before it is installed".to_owned(),
+            "its snapshot says that this node has a vote: it forgot, and must not have one before it is installed"
+                .to_owned(),
         ));
     }
     let total = manifest.bytes();

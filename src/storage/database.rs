@@ -644,7 +644,8 @@ mod tests {
         let parts = initial_transaction(CONSOLE_DATABASE, 4096).unwrap();
         database.apply(2, 1, &parts[0], &Nothing).unwrap();
         database.checkpoint().unwrap();
-        let good = std::mem::replace(&mut database.file, Arc::new(File::options().write(true).open("/dev/null").unwrap()));
+        let good =
+            std::mem::replace(&mut database.file, Arc::new(File::options().write(true).open("/dev/null").unwrap()));
         // SQLite does not find the file, and what goes back to the checkpoint cannot read it.
         fs::rename(database.path(), folder.path().join("elsewhere")).unwrap();
         assert!(database.promote(2, Arc::new(Nothing)).is_err());

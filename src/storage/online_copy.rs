@@ -156,7 +156,10 @@ impl OnlineCopy {
         if !self.written.ended.load(Ordering::SeqCst) {
             return Ok(());
         }
-        Err(io::Error::new(io::ErrorKind::Interrupted, "the role of this node is changing, or its database has gone back to a checkpoint"))
+        Err(io::Error::new(
+            io::ErrorKind::Interrupted,
+            "the role of this node is changing, or its database has gone back to a checkpoint",
+        ))
     }
 
     /// Reads the next pages after page `done`: at most [`CHUNK`](super::checksum::CHUNK) bytes, none at the end.

@@ -32,8 +32,12 @@ const SIZE: &str = "size=160m,mode=700";
 /// Characters in the description of each tag: enough to fill a raft log soon, few enough for the small disk.
 const LONG: usize = 300;
 /// What may be said about a full disk.
-pub const FULL: &[&str] =
-    &["the disk is full", "the disk of the primary is full", "cannot prepare the next segments", "database or disk is full"];
+pub const FULL: &[&str] = &[
+    "the disk is full",
+    "the disk of the primary is full",
+    "cannot prepare the next segments",
+    "database or disk is full",
+];
 
 pub fn run(program: &str, arguments: &[&str]) {
     let status = Command::new(program).args(arguments).status().unwrap();

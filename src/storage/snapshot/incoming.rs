@@ -40,8 +40,7 @@ impl Incoming {
     /// [`SnapshotError::NoSpace`] when it does not fit beside the database, [`SnapshotError::Io`] when the disk fails.
     pub fn begin(data: &Path, manifest: Manifest) -> Result<Self, SnapshotError> {
         install::clear(data)?;
-        let space =
-            statvfs(data).map_err(|errno| SnapshotError::io("get the free space of", data)(errno.into()))?;
+        let space = statvfs(data).map_err(|errno| SnapshotError::io("get the free space of", data)(errno.into()))?;
         let free = space.blocks_available() * space.fragment_size();
         let needed = manifest.bytes() + SPARE;
         if free < needed {

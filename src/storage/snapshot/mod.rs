@@ -294,7 +294,10 @@ impl Resting {
         read_chunk(&self.file, page_size, pages, done, bytes)?;
         // After the read: a checkpoint breaks the hold before it writes.
         if self.is_broken() {
-            return Err(io::Error::new(io::ErrorKind::Interrupted, "a checkpoint was due, or this node is no longer PRIMARY"));
+            return Err(io::Error::new(
+                io::ErrorKind::Interrupted,
+                "a checkpoint was due, or this node is no longer PRIMARY",
+            ));
         }
         Ok(chunk_checksum(done, page_size, bytes))
     }

@@ -55,7 +55,9 @@ impl Summary {
             return self.others.push(format!("entry {index}: a change of the membership"));
         }
         if entry.data.is_empty() {
-            return self.others.push(format!("entry {index}: without content, the first entry of epoch {}", entry.term));
+            return self
+                .others
+                .push(format!("entry {index}: without content, the first entry of epoch {}", entry.term));
         }
         let pages = match Pages::decode(&entry.data) {
             Ok(pages) => pages,
@@ -103,7 +105,10 @@ impl Summary {
         let dropped = last - first + 1;
         if kept < dropped {
             let left = dropped - kept;
-            let _ = writeln!(text, "Only the first {kept} of {dropped} entries were kept. There was no room for the other {left}.\n");
+            let _ = writeln!(
+                text,
+                "Only the first {kept} of {dropped} entries were kept. There was no room for the other {left}.\n"
+            );
         }
         let differences = self.differences(database);
         for (transaction, rows) in self.transactions.iter().zip(differences).take(MAX_LINES) {
