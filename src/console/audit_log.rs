@@ -38,8 +38,33 @@ pub(super) const DRILL: &str = "drill";
 /// The outcome of an operation that is under way.
 const BEGUN: &str = "begun";
 
-/// Records a change in the transaction that makes it. `action` is a word such as "create", `what` names the thing, such
-/// as "tag 'a'", and `difference` is what [`difference`] gives, or `Value::Null`.
+/// The statements that add a row and remove what is too old. They go together: each statement by itself is a way to the
+/// connection's thread and back.
+macro_rules! insert_row {
+    () => {
+        "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, ?, ?, ?, ?); \
+         DELETE FROM audits WHERE id <= (SELECT max(id) FROM audits) - ?"
+    };
+}
+
+/// The SQL of a change with that of the row that records it. The caller binds what the change needs, and then calls
+/// [`recorded`].
+macro_rules! audited {
+    ($change:literal) => {
+        concat!($change, "; ", $crate::console::audit_log::insert_row!())
+    };
+}
+
+pub(super) use {audited, insert_row};
+
+/// Binds what the row of [`audited`] needs. `action` is a word such as "create", `what` names the thing, such as "tag 'a'", and
+/// `difference` is what [`difference`] gives, or `Value::Null`. If the change fails, nothing is recorded.
+pub(super) fn recorded<'q>(change: Change<'q>, user: &User, action: &str, what: &str, difference: Value) -> Change<'q> {
+    let Actor { name, source } = user.actor();
+    bind(change, &Row { user: &name, source: &source, action, what, ok: true, difference }, unix_time())
+}
+
+/// Records a change in the transaction that makes it; the arguments are those of [`recorded`].
 ///
 /// # Errors
 /// As those of [`Writing::execute`].
@@ -50,8 +75,7 @@ pub(super) async fn record(
     what: &str,
     difference: Value,
 ) -> Result<(), StoreError> {
-    let Actor { name, source } = user.actor();
-    insert(writing, &Row { user: &name, source: &source, action, what, ok: true, difference }).await
+    writing.execute(recorded(sqlx::query(insert_row!()), user, action, what, difference)).await.map(|_| ())
 }
 
 /// Records a request to change something of the Console's own tables that was refused.
@@ -109,6 +133,9 @@ pub(super) async fn recall_logins(store: &Store, logins: &Logins) {
     }
 }
 
+/// Statements that change something, with what is bound to them.
+type Change<'q> = Query<'q, Sqlite, SqliteArguments>;
+
 struct Row<'a> {
     user: &'a str,
     source: &'a str,
@@ -124,25 +151,23 @@ fn bounded(difference: &Value) -> Value {
     if length > DIFFERENCE { json!({ "tooLong": length }) } else { difference.clone() }
 }
 
-async fn insert(writing: &mut Writing, row: &Row<'_>) -> Result<(), StoreError> {
-    insert_at(writing, row, unix_time()).await
-}
-
-async fn insert_at(writing: &mut Writing, row: &Row<'_>, time: i64) -> Result<(), StoreError> {
+fn bind<'q>(change: Change<'q>, row: &Row<'_>, time: i64) -> Change<'q> {
     // One with a record in it was bounded before the record was added.
     let difference = match row.difference.get(RECORD) {
         Some(_) => row.difference.to_string(),
         None => bounded(&row.difference).to_string(),
     };
-    // In one go: each statement by itself is a way to the connection's thread and back.
-    let insert = sqlx::query(
-        "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, ?, ?, ?, ?); \
-         DELETE FROM audits WHERE id <= (SELECT max(id) FROM audits) - ?",
-    );
     let cut = |text: &str| text.chars().take(TEXT).collect::<String>();
-    let insert = insert.bind(time).bind(cut(row.user)).bind(cut(row.source));
-    let insert = insert.bind(cut(row.action)).bind(cut(row.what)).bind(row.ok).bind(difference);
-    writing.execute(insert.bind(ROWS)).await?;
+    let change = change.bind(time).bind(cut(row.user)).bind(cut(row.source));
+    change.bind(cut(row.action)).bind(cut(row.what)).bind(row.ok).bind(difference).bind(ROWS)
+}
+
+async fn insert(writing: &mut Writing, row: &Row<'_>) -> Result<(), StoreError> {
+    insert_at(writing, row, unix_time()).await
+}
+
+async fn insert_at(writing: &mut Writing, row: &Row<'_>, time: i64) -> Result<(), StoreError> {
+    writing.execute(bind(sqlx::query(insert_row!()), row, time)).await?;
     if !row.ok {
         let surplus = "DELETE FROM audits WHERE ok = 0 AND id <= \
                        (SELECT id FROM audits WHERE ok = 0 ORDER BY id DESC LIMIT 1 OFFSET ?)";

@@ -175,6 +175,8 @@ mod tests {
         for token in [&token, &other] {
             assert_eq!(asks(&test, token).await.0, StatusCode::OK);
         }
+        let tag = json!({ "name": "of no concern" });
+        assert_eq!(test.call(Method::POST, "/api/v1/tags", &token, tag).await.0, StatusCode::OK);
         let mut readers = Vec::new();
         for _ in 0..READERS {
             readers.push(test.console.store.read().await.unwrap());

@@ -13,7 +13,8 @@ use serde_json::Value;
 use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
 use super::{
-    Console, audit_log,
+    Console,
+    audit_log::{self, audited},
     errors::ApiError,
     extract::{Body, Name, Page, Paged, Search},
     route::{Access, Entry, route},
@@ -100,12 +101,12 @@ pub(super) async fn create(
     Body(tag): Body<Tag>,
 ) -> Result<Json<Tag>, ApiError> {
     tag.check()?;
-    let insert = sqlx::query("INSERT INTO tags (name, color, description) VALUES (?, ?, ?)");
+    let insert = sqlx::query(audited!("INSERT INTO tags (name, color, description) VALUES (?, ?, ?)"));
     let insert = insert.bind(tag.name.clone()).bind(tag.color.clone()).bind(tag.description.clone());
+    let (what, difference) = (format!("tag '{}'", tag.name), audit_log::difference(&Value::Null, &tag));
+    let insert = audit_log::recorded(insert, &user, "create", &what, difference);
     let mut writing = console.store.begin().await?;
     writing.execute(insert).await.map_err(|error| exists(&tag.name, error))?;
-    let difference = audit_log::difference(&Value::Null, &tag);
-    audit_log::record(&mut writing, &user, "create", &format!("tag '{}'", tag.name), difference).await?;
     writing.commit().await?;
     Ok(Json(tag))
 }
@@ -120,11 +121,11 @@ pub(super) async fn replace(
     tag.check()?;
     let mut writing = console.store.begin().await?;
     let old = stored(&mut writing, &name).await?;
-    let update = sqlx::query("UPDATE tags SET name = ?, color = ?, description = ? WHERE name = ?");
+    let update = sqlx::query(audited!("UPDATE tags SET name = ?, color = ?, description = ? WHERE name = ?"));
     let update = update.bind(tag.name.clone()).bind(tag.color.clone()).bind(tag.description.clone()).bind(name.clone());
+    let (what, difference) = (format!("tag '{name}'"), audit_log::difference(&old, &tag));
+    let update = audit_log::recorded(update, &user, "replace", &what, difference);
     writing.execute(update).await.map_err(|error| exists(&tag.name, error))?;
-    let difference = audit_log::difference(&old, &tag);
-    audit_log::record(&mut writing, &user, "replace", &format!("tag '{name}'"), difference).await?;
     writing.commit().await?;
     Ok(Json(tag))
 }
@@ -137,9 +138,9 @@ pub(super) async fn remove(
 ) -> Result<StatusCode, ApiError> {
     let mut writing = console.store.begin().await?;
     let old = stored(&mut writing, &name).await?;
-    writing.execute(sqlx::query("DELETE FROM tags WHERE name = ?").bind(name.clone())).await?;
-    let difference = audit_log::difference(&old, &Value::Null);
-    audit_log::record(&mut writing, &user, "delete", &format!("tag '{name}'"), difference).await?;
+    let delete = sqlx::query(audited!("DELETE FROM tags WHERE name = ?")).bind(name.clone());
+    let (what, difference) = (format!("tag '{name}'"), audit_log::difference(&old, &Value::Null));
+    writing.execute(audit_log::recorded(delete, &user, "delete", &what, difference)).await?;
     writing.commit().await?;
     Ok(StatusCode::OK)
 }
