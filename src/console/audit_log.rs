@@ -57,8 +57,8 @@ macro_rules! audited {
 
 pub(super) use {audited, insert_row};
 
-/// Binds what the row of [`audited`] needs. `action` is a word such as "create", `what` names the thing, such as "tag 'a'", and
-/// `difference` is what [`difference`] gives, or `Value::Null`. If the change fails, nothing is recorded.
+/// Binds what the row of [`audited`] needs. `action` is a word such as "create", `what` names the thing, such as
+/// "tag 'a'", and `difference` is what [`difference`] gives, or `Value::Null`. If the change fails, nothing is recorded.
 pub(super) fn recorded<'q>(change: Change<'q>, user: &User, action: &str, what: &str, difference: Value) -> Change<'q> {
     let Actor { name, source } = user.actor();
     bind(change, &Row { user: &name, source: &source, action, what, ok: true, difference }, unix_time())
