@@ -22,8 +22,8 @@ const OVERDUE: Duration = Duration::from_millis(750);
 /// How long a sync of the database file may take: it may have much to write, and nobody waits for it.
 const OVERDUE_CHECKPOINT: Duration = Duration::from_secs(10);
 /// How long a disk is not trusted after an operation that was overdue, and after one that failed.
-pub(super) const AFTER_HANG: Duration = Duration::from_secs(3);
-pub(super) const AFTER_FAILURE: Duration = Duration::from_secs(20);
+const AFTER_HANG: Duration = Duration::from_secs(3);
+const AFTER_FAILURE: Duration = Duration::from_secs(20);
 /// How long the status tells of a slow operation.
 const AFTER_SLOW: Duration = Duration::from_secs(6);
 /// How often the sentence in the status gets new figures.
@@ -52,8 +52,7 @@ pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
         };
         return told(Condition::Bad, format!("the disk of this host fails: cannot {operation}: {error}"));
     }
-    let was_overdue = |slow: &&Slow| slow.took >= limit(slow.operation) && slow.ago < AFTER_HANG;
-    if let Some(Slow { operation, took, .. }) = observed.slow.iter().flatten().find(was_overdue).copied() {
+    if let Some(Slow { operation, took, .. }) = was_overdue(observed) {
         return told(
             Condition::Bad,
             format!("the disk of this host hardly answers: to {operation} took {} s", seconds(took)),
@@ -74,6 +73,21 @@ pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
 /// The operation that should have come back.
 pub(super) fn overdue(observed: &Observed) -> Option<Slow> {
     observed.running.iter().flatten().find(|running| running.took >= limit(running.operation)).copied()
+}
+
+/// One that came back too late, not long ago.
+fn was_overdue(observed: &Observed) -> Option<Slow> {
+    let was_overdue = |slow: &&Slow| slow.took >= limit(slow.operation) && slow.ago < AFTER_HANG;
+    observed.slow.iter().flatten().find(was_overdue).copied()
+}
+
+/// For how long [`judge`] will go on to find this disk bad if it does all that it is asked from now on; zero if it is
+/// not bad.
+pub(super) fn distrusted_for(observed: &Observed) -> Duration {
+    let hangs = overdue(observed).map(|_| AFTER_HANG);
+    let hung = was_overdue(observed).map(|slow| AFTER_HANG.saturating_sub(slow.ago));
+    let failed = observed.failed.map(|failed| AFTER_FAILURE.saturating_sub(failed.ago));
+    [hangs, hung, failed].into_iter().flatten().max().unwrap_or_default()
 }
 
 fn limit(operation: Operation) -> Duration {
@@ -181,5 +195,26 @@ mod tests {
         let expected =
             "the disk of this host fails: cannot write database/console.db-wal: Input/output error (os error 5)";
         assert_eq!((condition, sentence.as_deref()), (Condition::Bad, Some(expected)));
+    }
+
+    /// A member that others take for sound must not refuse the role, or nobody has it meanwhile.
+    #[test]
+    fn a_disk_is_distrusted_as_long_as_it_is_judged_bad() {
+        let failed = |ago| Some(Failure { operation: WAL, errno: 5, ago: Duration::from_secs(ago) });
+        let hung = |ago| Observed { slow: [slow(WAL, 1_500, ago), None], ..Observed::default() };
+        for (observed, seconds) in [
+            (Observed::default(), 0),
+            (Observed { running: [slow(WAL, 400, 0), None], ..Observed::default() }, 0),
+            (Observed { running: [slow(WAL, 900, 0), None], ..Observed::default() }, 3),
+            (hung(0), 3),
+            (hung(2), 1),
+            (hung(3), 0),
+            (Observed { failed: failed(5), ..Observed::default() }, 15),
+            (Observed { failed: failed(19), ..hung(0) }, 3),
+            (Observed { failed: failed(25), ..Observed::default() }, 0),
+        ] {
+            assert_eq!(distrusted_for(&observed), Duration::from_secs(seconds), "{observed:?}");
+            assert_eq!(judge(&observed).0 == Condition::Bad, seconds > 0, "{observed:?}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use super::Driver;
 use crate::{
     cluster::{Cause, Phase},
     node::{
-        disk::{AFTER_FAILURE, AFTER_HANG, RETELL, judge, overdue},
+        disk::{RETELL, distrusted_for, judge, overdue},
         lease::boottime,
         warning::Warning,
     },
@@ -36,7 +36,7 @@ impl Driver {
             self.disk_becomes(condition, sentence.as_deref());
         }
         if condition == Condition::Bad {
-            self.leave_bad_disk(overdue(&observed).is_some());
+            self.leave_bad_disk(overdue(&observed).is_some(), distrusted_for(&observed));
         }
         let now = Instant::now();
         if self.host.disk.told.is_some_and(|at| now.duration_since(at) >= RETELL) || self.host.disk.told.is_none() {
@@ -85,7 +85,7 @@ impl Driver {
     /// A primary whose disk cannot be relied on lets another member take over. If the disk still answers, that member
     /// begins as soon as the database is closed. Otherwise nobody waits for it: the others elect a primary when their
     /// promise has run out.
-    fn leave_bad_disk(&mut self, hangs: bool) {
+    fn leave_bad_disk(&mut self, hangs: bool, bad_for: Duration) {
         let now = boottime();
         let serves = matches!(self.cluster.phase(), Phase::Primary | Phase::Promoting);
         let early = hangs && self.host.disk.since.elapsed() < GRACE;
@@ -104,8 +104,8 @@ impl Driver {
         };
         self.host.disk.given_up = Some(Instant::now());
         warn!(to, hangs, "the disk of this PRIMARY is in trouble: the role goes to a member whose disk works");
-        let unfit = if hangs { AFTER_HANG } else { AFTER_FAILURE };
-        self.cluster.set_unfit_until(now, now + unfit.as_nanos() as u64);
+        // As long as the others are told that it is bad: a member that they take for sound must not refuse the role.
+        self.cluster.set_unfit_until(now, now + bad_for.as_nanos() as u64);
         if hangs {
             self.cluster.give_up(now, Cause::DiskFailed);
         } else {
