@@ -367,6 +367,8 @@ impl Waiting {
 
     /// The role is gone: the outcome of everything that waits is unknown here. Returns how many there were.
     pub fn fail(&mut self, why: &str) -> usize {
+        // Nothing tells this node any more when those are committed: nobody may begin to wait for them.
+        self.proposed = self.committed;
         let count = self.queue.len();
         for waiter in self.queue.drain(..) {
             let _ = waiter.reply.send(Err(ReplicateError::Unknown(why.to_owned())));
@@ -417,6 +419,17 @@ mod tests {
         assert!(last.try_recv().is_err());
         waiting.release(20, now);
         assert_eq!(last.try_recv().unwrap().unwrap(), 20);
+    }
+
+    /// A writer that is between two parts when the role is lost must not hold up the demotion.
+    #[test]
+    fn nobody_waits_for_what_was_proposed_before_the_role_was_lost() {
+        let now = Instant::now();
+        let mut waiting = Waiting::new(now);
+        let part = add(&mut waiting, 40, Piece::Part, now);
+        assert_eq!(waiting.fail("the role was lost"), 1);
+        assert!(matches!(part.try_recv().unwrap(), Err(ReplicateError::Unknown(_))));
+        assert!(settle(&mut waiting, now).try_recv().unwrap().is_ok(), "its last part is refused at once");
     }
 
     #[test]
