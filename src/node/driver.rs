@@ -100,7 +100,8 @@ pub(super) struct Driver {
     in_force: InForce,
     refetch: Refetch,
     host: Host,
-    handed_over: Option<oneshot::Sender<()>>,
+    /// Who waits for the end of a handover.
+    handed_over: Vec<oneshot::Sender<()>>,
     exit: Option<Exit>,
 }
 
@@ -199,7 +200,7 @@ impl Driver {
             },
             refetch: Refetch { from, lacks: 0, diverged: false },
             host,
-            handed_over: None,
+            handed_over: Vec::new(),
             exit: None,
         };
         driver.follow_membership();
@@ -386,7 +387,7 @@ impl Driver {
             Input::Database(event) => self.database_event(event),
             Input::HandOver { to, done } => {
                 self.cluster.hand_over(now, to);
-                self.handed_over = Some(done);
+                self.handed_over.push(done);
             }
             Input::Change { change, reply } => self.change(&change, reply),
             Input::IgnorePause => self.ignore_pause(),
@@ -516,10 +517,10 @@ impl Driver {
                 Err(error) => self.exit = Some(Exit::Fatal(error.to_string())),
             }
         }
-        if !self.cluster.is_handing_over()
-            && let Some(done) = self.handed_over.take()
-        {
-            let _ = done.send(()); // whoever asked may have stopped waiting
+        if !self.cluster.is_handing_over() {
+            for done in self.handed_over.drain(..) {
+                let _ = done.send(()); // whoever asked may have stopped waiting
+            }
         }
     }
 

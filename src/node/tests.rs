@@ -1,11 +1,15 @@
 //! A whole node, alone in its cluster.
 
-use std::time::Duration;
+use std::{
+    path::Path,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
 use raft::eraftpb::{ConfState, Entry, HardState};
-use tokio::{runtime::Runtime, time::timeout};
+use tokio::{join, runtime::Runtime, time::timeout};
 
-use super::{CheckpointPolicy, Exit, Lease, NodeConfig, Status, spawn};
+use super::{CheckpointPolicy, Exit, Handle, Lease, NodeConfig, Status, spawn};
 use crate::{
     cluster::{ClusterId, Member, Membership, Timing, feature_level},
     peer::{Links, LinksConfig},
@@ -23,7 +27,7 @@ use crate::{
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The only member of a cluster.
-fn config(data: &std::path::Path) -> NodeConfig {
+fn config(data: &Path) -> NodeConfig {
     let member = Member::founder(1, "one", "127.0.0.1", 8086);
     NodeConfig {
         stored: StoredMembership { index: 1, membership: Membership::founded(ClusterId(7), vec![member]) },
@@ -49,23 +53,56 @@ fn config(data: &std::path::Path) -> NodeConfig {
     }
 }
 
+/// Its raft log, still empty.
+fn raft_log(data: &Path) -> RaftLog {
+    let initial = ConfState { voters: vec![1], ..ConfState::default() };
+    let options = Options { segment_bytes: 1 << 20, helper: false, ..Options::default() };
+    RaftLog::open(&data.join("raft-log"), (ClusterId(7), 1), initial, options, RealDisk).unwrap()
+}
+
+/// Starts it with its database.
+fn start(data: &Path, log: &RaftLog) -> (Handle, JoinHandle<Exit>) {
+    let database = Database::open(data, CONSOLE_DATABASE, log.last_index()).unwrap();
+    let links = Links::new(LinksConfig::new(1, Vec::new())).unwrap();
+    spawn(config(data), log.clone(), Databases::of_console(database), links).unwrap()
+}
+
+/// A switchover must not end the wait of an orderly stop, which would cut off the handover, nor the other way round.
+#[test]
+fn each_who_asks_for_a_handover_waits_for_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let (handle, thread) = start(folder.path(), &raft_log(folder.path()));
+    let mut status = handle.status();
+    let handed_over = async {
+        let begin = Instant::now();
+        handle.hand_over(None).await;
+        begin.elapsed()
+    };
+    let again = async {
+        handle.hand_over(None).await;
+    };
+    let (first, ()) = Runtime::new().unwrap().block_on(async {
+        timeout(LIMIT, status.wait_for(|status| status.serving().is_some())).await.unwrap().unwrap();
+        join!(handed_over, again)
+    });
+    // There is nobody to take the role: the handover lasts as long as it may.
+    let lasts = Duration::from_nanos(Timing::default().handover);
+    assert!(first >= lasts, "{first:?} of {lasts:?}");
+    handle.stop();
+    assert_eq!(thread.join().unwrap(), Exit::Stopped);
+}
+
 /// Neither damage, which would have it fetch the database again and again, nor a reason to end.
 #[test]
 fn an_entry_of_a_newer_program_stops_a_member_that_says_so_and_keeps_what_it_has() {
     let folder = tempfile::tempdir().unwrap();
-    let owner = (ClusterId(7), 1);
-    let initial = ConfState { voters: vec![1], ..ConfState::default() };
-    let options = Options { segment_bytes: 1 << 20, helper: false, ..Options::default() };
-    let log = RaftLog::open(&folder.path().join("raft-log"), owner, initial, options, RealDisk).unwrap();
+    let log = raft_log(folder.path());
     let parts = [CONSOLE_DATABASE, 2].into_iter().flat_map(|id| initial_transaction(id, 4096).unwrap());
     let entry = |(index, data): (u64, Vec<u8>)| Entry { index, term: 1, data: data.into(), ..Entry::default() };
     let entries: Vec<_> = (2..).zip(parts).map(entry).collect();
     let hard = HardState { term: 1, commit: 3, ..HardState::default() };
     log.append(&entries, Some(&hard)).unwrap().sync().unwrap();
-    let database = Database::open(folder.path(), CONSOLE_DATABASE, log.last_index()).unwrap();
-    let (links, waker) = Links::new(LinksConfig::new(1, Vec::new())).unwrap();
-    let databases = Databases::of_console(database);
-    let (handle, thread) = spawn(config(folder.path()), log.clone(), databases, (links, waker)).unwrap();
+    let (handle, thread) = start(folder.path(), &log);
     let (mut status, refetch) = (handle.status(), handle.refetch_from());
     let mut wait = |until: &dyn Fn(&Status) -> bool| {
         let waited = async { timeout(LIMIT, status.wait_for(|status| until(status))).await.unwrap().unwrap().clone() };
