@@ -279,9 +279,15 @@ impl Driver {
     fn watch_database(&mut self) {
         if self.lane.open.is_fenced() {
             error!("the database has fenced itself after a failure of its files on this host");
-            self.cluster.set_unfit_until(boottime(), boottime() + UNFIT);
-            self.cluster.give_up(boottime(), Cause::DatabaseFailed);
+            self.leave_role_for_a_while();
         }
+    }
+
+    /// The database of this node cannot be used now: another member is to be primary.
+    fn leave_role_for_a_while(&mut self) {
+        let now = boottime();
+        self.cluster.set_unfit_until(now, now + UNFIT);
+        self.cluster.give_up(now, Cause::DatabaseFailed);
     }
 
     /// Nobody may wait for ever for a transaction that no majority takes: the waiter may keep the Console closed.
@@ -471,8 +477,12 @@ impl Driver {
             DatabaseEvent::Failed { epoch, why } => {
                 error!(reason = why, epoch, "the database cannot be used for writing");
                 self.publisher.warn(Warning::Database, Some(why));
-                self.cluster.set_unfit_until(now, now + UNFIT);
-                self.cluster.give_up(now, Cause::DatabaseFailed);
+                self.leave_role_for_a_while();
+            }
+            // No warning of its own: the one about the disk ends when there is space.
+            DatabaseEvent::NoSpace { epoch } => {
+                error!(epoch, "the database cannot be used for writing: the disk is full");
+                self.leave_role_for_a_while();
             }
             DatabaseEvent::Diverged { why } => {
                 error!(reason = why, "this copy of the database is not applied to any further");

@@ -184,6 +184,10 @@ pub(super) enum DatabaseEvent {
         epoch: u64,
         why: String,
     },
+    /// The disk is too full to bring it up to date and open it for writing.
+    NoSpace {
+        epoch: u64,
+    },
     /// This node's copy is not to be trusted: nothing more is applied to it.
     Diverged {
         why: String,

@@ -178,11 +178,7 @@ impl Thread {
             Step::TellDemotion(demotion) => self.tell_demotion(demotion),
             Step::NoteCommitted => self.databases.note_committed(goal.applied),
             Step::Promote(epoch) => self.promote(epoch),
-            Step::Refuse(epoch) => {
-                // Another node may have the space.
-                self.refused = epoch;
-                self.report(DatabaseEvent::Failed { epoch, why: "the disk is full".to_owned() });
-            }
+            Step::Refuse(epoch) => self.refuse_for_space(epoch),
             Step::TakeSaved => self.take_saved(),
             Step::Rest => self.rest(goal.pinned),
             Step::Copy => self.copy(),
@@ -314,11 +310,18 @@ impl Thread {
             Err(error @ DatabaseError::Diverged { .. }) => self.mark_diverged(error.to_string()),
             // Not even its checkpoint can be read: only another start can.
             Err(error) if self.databases.is_closed() => self.fatal(format!("open the database for writing: {error}")),
+            Err(error) if error.is_full() => self.refuse_for_space(epoch),
             Err(error) => {
                 self.refused = epoch;
                 self.report(DatabaseEvent::Failed { epoch, why: format!("open the database for writing: {error}") });
             }
         }
+    }
+
+    /// Another node may have the space.
+    fn refuse_for_space(&mut self, epoch: u64) {
+        self.refused = epoch;
+        self.report(DatabaseEvent::NoSpace { epoch });
     }
 
     /// Closed is enough: what is behind is applied before the next promotion.
@@ -460,7 +463,39 @@ impl Thread {
 mod tests {
     use std::thread;
 
+    use raft::eraftpb::ConfState;
+
     use super::*;
+    use crate::{
+        cluster::ClusterId,
+        node::inbox::inbox,
+        peer::{Links, LinksConfig},
+        storage::{
+            database::Database,
+            raft_log::{Options, RealDisk},
+            transaction::CONSOLE_DATABASE,
+        },
+    };
+
+    /// A failure of the database has a warning that stays until this node is primary; a full disk has one that ends.
+    #[test]
+    fn a_full_disk_is_not_reported_as_a_failure_of_the_database() {
+        let folder = tempfile::tempdir().unwrap();
+        let conf = ConfState { voters: vec![1], ..ConfState::default() };
+        let options = Options { segment_bytes: 1 << 20, helper: false, ..Options::default() };
+        let log = RaftLog::open(&folder.path().join("raft-log"), (ClusterId(1), 1), conf, options, RealDisk).unwrap();
+        let database = Database::open(folder.path(), CONSOLE_DATABASE, log.last_index()).unwrap();
+        let (_links, waker) = Links::new(LinksConfig::new(1, Vec::new())).unwrap();
+        let (sender, inputs) = inbox(waker);
+        let minute = Duration::from_secs(60);
+        let policy =
+            CheckpointPolicy { bytes: 1 << 20, interval: minute, raft_log_limit: 1 << 30, scrub: Duration::ZERO };
+        let databases = Databases::of_console(database);
+        let mut thread = Thread::new(databases, log, sender, Arc::default(), minute, policy).unwrap();
+        thread.carry_out(Step::Refuse(7), &Goal::default());
+        assert!(matches!(inputs.recv().unwrap(), Input::Database(DatabaseEvent::NoSpace { epoch: 7 })));
+        assert_eq!(thread.standing().refused, 7, "it is not tried again in this epoch");
+    }
 
     #[test]
     fn a_checkpoint_counts_when_the_loop_has_come_by_it_and_nothing_waits_for_its_file() {
