@@ -87,6 +87,13 @@ pub struct NodeConfig {
     pub memory: Memory,
 }
 
+impl NodeConfig {
+    /// What this node is called in a membership; one that it is not in does not say.
+    fn name_in(&self, membership: &Membership) -> String {
+        membership.get(self.node).map_or_else(|| self.name.clone(), |member| member.name.clone())
+    }
+}
+
 /// Why the loop ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {

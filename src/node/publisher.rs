@@ -79,9 +79,8 @@ pub(super) struct Publisher {
 impl Publisher {
     pub fn new(config: &NodeConfig) -> (Self, watch::Receiver<Arc<Status>>) {
         let membership = config.stored.membership.clone();
-        let name = membership.get(config.node).map_or_else(|| config.name.clone(), |member| member.name.clone());
-        let (version, reason) = (&config.version, "starts".to_owned());
-        let still = Status::without_node(name, version, membership.clone(), Role::Startup, reason);
+        let (name, reason) = (config.name_in(&membership), "starts".to_owned());
+        let still = Status::without_node(name, &config.version, membership.clone(), Role::Startup, reason);
         let first = Status { node: config.node, ..still };
         let (sender, receiver) = watch::channel(Arc::new(first));
         let publisher = Self {

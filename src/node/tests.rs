@@ -67,6 +67,16 @@ fn start(data: &Path, log: &RaftLog) -> (Handle, JoinHandle<Exit>) {
     spawn(config(data), log.clone(), Databases::of_console(database), links).unwrap()
 }
 
+/// Whoever looks at its status has to see which host it is.
+#[test]
+fn a_node_that_is_not_a_member_any_more_keeps_its_name() {
+    let mut config = config(Path::new("/nowhere"));
+    assert_eq!(config.name_in(&config.stored.membership), "one");
+    config.name = "other".to_owned();
+    assert_eq!(config.name_in(&config.stored.membership), "one");
+    assert_eq!(config.name_in(&Membership::founded(ClusterId(7), Vec::new())), "other");
+}
+
 /// A switchover must not end the wait of an orderly stop, which would cut off the handover, nor the other way round.
 #[test]
 fn each_who_asks_for_a_handover_waits_for_its_end() {

@@ -79,7 +79,7 @@ impl Publisher {
         Status {
             cluster: self.membership.cluster,
             node: self.config.node,
-            name: self.name(self.config.node),
+            name: self.config.name_in(&self.membership),
             version: self.config.version.clone(),
             role,
             reason: self.reason(),
