@@ -27,13 +27,14 @@ const MAX_LOOKED_AT: usize = 10_000;
 const MAX_NAMED: usize = 8;
 /// Beginnings of the names in the data folder that are ours. What else lies there is somebody else's, as `lost+found`
 /// is.
-const OURS: [&str; 19] = [
+const OURS: [&str; 20] = [
     "identity.json",
     "membership.json",
     "promise-ms",
     "raft-log",
     "memory.json",
     "forgotten",
+    "set-aside",
     "lock",
     "events.jsonl",
     "join.json",
@@ -228,6 +229,7 @@ mod tests {
             ("custom-certificates/console-cert.pem", 0o444, 0o444),
             ("database/console.db", 0o666, 0o644),
             ("raft-log/segment-0000000000000001", 0o600, 0o600),
+            ("set-aside/1/segment-0000000000000001", 0o666, 0o644),
             ("lost+found/anything", 0o666, 0o666),
             ("theirs", 0o666, 0o666),
         ];
@@ -237,7 +239,7 @@ mod tests {
         for link in ["membership.json", "certificates/ca.pem", "rollback"] {
             symlink(&outside, data.join(link)).unwrap();
         }
-        for folder in ["", "certificates", "custom-certificates"] {
+        for folder in ["", "certificates", "custom-certificates", "set-aside"] {
             fs::set_permissions(data.join(folder), Permissions::from_mode(0o777)).unwrap();
         }
         // The data folder itself may be a link.
@@ -249,6 +251,7 @@ mod tests {
         }
         assert_eq!(mode(&outside), 0o666, "no link is followed");
         assert_eq!((mode(&data), mode(&data.join("certificates"))), (0o755, 0o700));
+        assert_eq!(mode(&data.join("set-aside")), 0o700);
         assert_eq!(mode(&data.join("custom-certificates")), 0o755);
         tighten(&data).unwrap();
         tighten(Path::new("/nowhere")).unwrap();
