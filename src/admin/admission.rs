@@ -6,7 +6,7 @@ use std::{collections::VecDeque, net::IpAddr};
 use subtle::ConstantTimeEq;
 use tracing::{info, warn};
 
-use super::{AdminError, Operations, audit::Record, invitation::authority, members::name};
+use super::{AdminError, Operations, audit::Record, invitation::authority};
 use crate::{
     clock::{unix_time, unix_time_ms},
     cluster::{
@@ -287,7 +287,7 @@ fn objections(membership: &Membership, now: u64) -> Vec<String> {
         }
     }
     for node in membership.learners() {
-        found.push(format!("{} is still being brought up to date: wait until it is SECONDARY", name(membership, node)));
+        found.push(format!("{} is still being brought up to date: wait until it is SECONDARY", membership.name(node)));
     }
     found
 }

@@ -30,7 +30,7 @@ impl Operations {
         let _one = self.changing.lock().await;
         let (membership, status) = (self.membership(), self.status());
         let node = Self::member(&membership, member)?;
-        let name = name(&membership, node);
+        let name = membership.name(node);
         if node == status.node {
             return Err(AdminError::Refused(format!(
                 "{name} is PRIMARY: switch over to another member first, then remove it there"
@@ -118,10 +118,6 @@ impl Operations {
     }
 }
 
-pub(super) fn name(membership: &Membership, node: NodeId) -> String {
-    membership.get(node).map_or_else(|| format!("node {node}"), |member| member.name.clone())
-}
-
 /// Refuses a removal after which fewer than a majority of the voters would answer.
 fn leaves_a_majority(membership: &Membership, members: &[MemberStatus], node: NodeId) -> Result<(), String> {
     let rest: Vec<NodeId> = membership.voters().filter(|id| *id != node).collect();
@@ -129,11 +125,11 @@ fn leaves_a_majority(membership: &Membership, members: &[MemberStatus], node: No
         let state = members.iter().find(|member| member.id == *id).map(|member| member.state);
         matches!(state, None | Some(Role::Down | Role::Unknown))
     };
-    let missing: Vec<String> = rest.iter().filter(|id| silent(id)).map(|id| name(membership, *id)).collect();
+    let missing: Vec<String> = rest.iter().filter(|id| silent(id)).map(|id| membership.name(*id)).collect();
     if 2 * (rest.len() - missing.len()) > rest.len() {
         return Ok(());
     }
-    let gone = name(membership, node);
+    let gone = membership.name(node);
     let missing = missing.join(" and ");
     Err(format!(
         "without {gone} there is no majority: {missing} does not answer, and the Console would be closed at once. Bring \

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{net::TcpStream, time};
 use tracing::{info, warn};
 
-use super::{AdminError, Operations, Ports, members::name};
+use super::{AdminError, Operations, Ports};
 use crate::{
     clock::unix_time,
     cluster::{NodeId, Role, level::outdated},
@@ -64,7 +64,7 @@ impl Operations {
         let status = self.primary()?;
         let wanted = to.map(|to| Self::member(&status.membership, to)).transpose()?;
         let (checks, target) = checks(&status, wanted);
-        let to = target.map(|target| name(&status.membership, target));
+        let to = target.map(|target| status.membership.name(target));
         Ok((SwitchoverReport { checks, to, gap_ms: None }, target))
     }
 
@@ -121,7 +121,7 @@ async fn carry_out(
         Some(place) => time::timeout(PATIENCE, opened(place)).await.ok().map(|()| begin.elapsed()),
         None => None,
     };
-    Ok((name(&found.membership, new), gap))
+    Ok((found.membership.name(new), gap))
 }
 
 /// Returns when this port accepts connections.

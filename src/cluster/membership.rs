@@ -89,6 +89,11 @@ impl Membership {
         self.roster.get(id)
     }
 
+    /// What a member is called; a node that is no member has its number.
+    pub fn name(&self, id: NodeId) -> String {
+        self.get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
+    }
+
     /// The place of a member in the order of elections; the first one campaigns first.
     pub fn rank(&self, id: NodeId) -> Option<usize> {
         self.get(id).map(|member| usize::from(member.rank))

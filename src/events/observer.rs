@@ -67,7 +67,7 @@ impl Seen {
     }
 
     fn name(&self, id: NodeId) -> String {
-        self.membership.get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
+        self.membership.name(id)
     }
 
     /// True if this node is the first of those that it knows to be up: it speaks for them.

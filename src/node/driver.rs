@@ -59,7 +59,7 @@ use upgrade::Upgrade;
 const INPUTS_PER_TURN: usize = 64;
 /// With more committed entries than this not yet in its database, a node leaves the role to another that can take it.
 const MUCH_BEHIND: u64 = 1000;
-/// How long a node whose database could not be opened leaves the role to others, in nanoseconds.
+/// How long a node whose database cannot be used, or whose disk is full, leaves the role to others, in nanoseconds.
 const UNFIT: u64 = 10_000_000_000;
 
 /// What the loop is given to run on.

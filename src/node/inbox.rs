@@ -6,7 +6,7 @@ use std::{
     io,
     sync::{
         Arc,
-        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+        mpsc::{Receiver, SyncSender, sync_channel},
     },
     time::{Duration, Instant},
 };
@@ -234,7 +234,7 @@ impl Sender {
 
     /// Queues an input if there is room.
     pub fn try_send(&self, input: Input) -> bool {
-        let sent = !matches!(self.queue.try_send(input), Err(TrySendError::Full(_) | TrySendError::Disconnected(_)));
+        let sent = self.queue.try_send(input).is_ok();
         self.waker.wake();
         sent
     }

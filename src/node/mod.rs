@@ -126,7 +126,7 @@ impl Handle {
 
     /// What a member is called.
     pub fn name(&self, id: NodeId) -> String {
-        self.views.membership.borrow().get(id).map_or_else(|| format!("node {id}"), |member| member.name.clone())
+        self.views.membership.borrow().name(id)
     }
 
     /// The membership in force; changes can be awaited.

@@ -340,7 +340,7 @@ impl Call {
         if has >= ours.shared.level {
             return Ok(());
         }
-        let who = ours.get(hello.from).map_or_else(|| format!("node {}", hello.from), |member| member.name.clone());
+        let who = ours.name(hello.from);
         let reason = outdated(&who, (&hello.version, has), (&ours.shared.level_version, ours.shared.level));
         Err(Refusal { code: RefusalCode::Outdated, reason })
     }

@@ -39,7 +39,7 @@ impl Driver {
             self.leave_bad_disk(overdue(&observed).is_some(), distrusted_for(&observed));
         }
         let now = Instant::now();
-        if self.host.disk.told.is_some_and(|at| now.duration_since(at) >= RETELL) || self.host.disk.told.is_none() {
+        if self.host.disk.told.is_none_or(|at| now.duration_since(at) >= RETELL) {
             let waits = observed.running.iter().flatten().map(|running| running.took).max().unwrap_or_default();
             metrics::gauge!(telemetry::DISK_WAIT).set(waits.as_secs_f64());
             metrics::gauge!(telemetry::DISK_TROUBLE).set(match condition {

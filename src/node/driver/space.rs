@@ -28,7 +28,7 @@ use crate::{
     telemetry,
 };
 
-use super::Driver;
+use super::{Driver, UNFIT};
 
 /// Less free space than this, in bytes, is a full disk; twice as much is space again.
 const LOW: u64 = 8 << 20;
@@ -218,7 +218,7 @@ impl Driver {
         self.host.space.given_up = Some(now);
         warn!(to, "the disk of the primary is full: the role goes to a member with space");
         let now = boottime();
-        self.cluster.set_unfit_until(now, now + PAUSE.as_nanos() as u64 / 6);
+        self.cluster.set_unfit_until(now, now + UNFIT);
         self.cluster.hand_over(now, Some(to));
     }
 
@@ -230,8 +230,7 @@ impl Driver {
         if full.len() <= voters - (voters / 2 + 1) {
             return None;
         }
-        let name = |id: &NodeId| membership.get(*id).map_or_else(|| id.to_string(), |member| member.name.clone());
-        let names: Vec<String> = full.iter().map(name).collect();
+        let names: Vec<String> = full.iter().map(|id| membership.name(*id)).collect();
         Some(format!("no majority of the members can take it: the disk is full on {}", names.join(" and ")))
     }
 

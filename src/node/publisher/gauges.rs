@@ -35,9 +35,6 @@ pub(super) fn show(status: &Status) {
 fn forget_the_gone(status: &Status) {
     static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut shown = locked(&SHOWN);
-    if status.members.iter().map(|member| &member.name).eq(shown.iter()) {
-        return;
-    }
     let now: BTreeSet<String> = status.members.iter().map(|member| member.name.clone()).collect();
     for gone in shown.difference(&now) {
         for name in [

@@ -197,7 +197,7 @@ impl Publisher {
             sentences.push(format!(
                 "automatic takeover is paused for {} more minutes: if {} fails, nobody takes over; end it with `twistcli ha resume`",
                 (pause.until - unix_time()).div_ceil(60),
-                self.name(pause.primary)
+                self.membership.name(pause.primary)
             ));
         }
         let voters = status.membership.voters().count();
@@ -218,9 +218,5 @@ impl Publisher {
                 .push("no primary is known here: a majority of the members must be up and reach each other".to_owned());
         }
         sentences
-    }
-
-    fn name(&self, id: NodeId) -> String {
-        self.membership.get(id).map_or_else(|| id.to_string(), |member| member.name.clone())
     }
 }
