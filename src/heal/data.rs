@@ -9,14 +9,12 @@ use super::{Notes, aside::set_aside};
 use crate::storage::{
     database::{Database, DatabaseError},
     make_private_dir,
-    raft_log::RaftLog,
+    raft_log::{ORIGIN, RaftLog},
     transaction::CONSOLE_DATABASE,
 };
 
 /// The record of the checkpoint, below the data folder.
 const RECORD: &str = "database/console.checkpoint";
-/// Every raft log begins behind this index.
-const ORIGIN: u64 = 1;
 
 /// Opens the database. One that cannot be read begins again with the first entry of the raft log, if that is still
 /// there; otherwise it counts for nothing until it was fetched.

@@ -139,13 +139,11 @@ impl Checkpoints {
     pub fn take(&mut self, outcome: Outcome, databases: &mut Databases) -> Result<bool, Failure> {
         self.saver.taken();
         match outcome {
-            Outcome::Saved(saved) => match databases.saved(saved) {
-                Ok(()) => {
-                    self.compact(databases);
-                    Ok(true)
-                }
-                Err(error) => Err(self.failed(&error, databases)),
-            },
+            Outcome::Saved(saved) => {
+                databases.saved(saved).map_err(|error| self.failed(&error, databases))?;
+                self.compact(databases);
+                Ok(true)
+            }
             Outcome::Compacted { to, result } => {
                 match result {
                     Ok(()) => debug!(index = to, bytes = self.log.size_bytes(), "raft log compacted"),

@@ -5,9 +5,7 @@
 use std::time::Duration;
 
 use super::Goal;
-
-/// Every raft log begins as if everything up to here had been applied and compacted.
-pub(super) const ORIGIN: u64 = 1;
+use crate::storage::raft_log::ORIGIN;
 
 /// One thing to do. After it, everything is compared again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

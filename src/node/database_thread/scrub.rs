@@ -147,17 +147,14 @@ impl Scrub {
                 let Some(pass) = self.pass.as_mut().filter(|pass| pass.follows && pass.done == done) else {
                     return Finding::Nothing; // the role has changed meanwhile
                 };
-                match sums {
-                    Ok(sums) => match database.differs(done, &sums) {
-                        Ok(Some(page)) => {
-                            Finding::Rot(format!("page {page} of the database file has rotted on the disk"))
-                        }
-                        Ok(None) => {
-                            pass.done += sums.len() as u32;
-                            Finding::Nothing
-                        }
-                        Err(error) => unreadable(error),
-                    },
+                match sums.and_then(|sums| Ok((database.differs(done, &sums)?, sums.len() as u32))) {
+                    Ok((Some(page), _)) => {
+                        Finding::Rot(format!("page {page} of the database file has rotted on the disk"))
+                    }
+                    Ok((None, count)) => {
+                        pass.done += count;
+                        Finding::Nothing
+                    }
                     Err(error) => unreadable(error),
                 }
             }
@@ -176,7 +173,8 @@ impl Scrub {
     }
 
     fn go_on(&mut self, database: &mut Database) -> Finding {
-        let follows = match database.scrubbable() {
+        let found = database.scrubbable();
+        let follows = match found {
             Scrubbable::Not => return Finding::Nothing,
             Scrubbable::Follows { .. } => true,
             Scrubbable::Serves => false,
@@ -185,23 +183,20 @@ impl Scrub {
             self.pass = None; // what was read of the other role's file does not count
             self.next = Instant::now();
         }
-        if self.pass.is_none() {
-            if !self.due_in().is_zero() {
-                return Finding::Nothing;
-            }
-            self.pass = Some(Pass { begun: Instant::now(), follows, done: 0 });
+        if self.pass.is_none() && !self.due_in().is_zero() {
+            return Finding::Nothing;
         }
-        let Some(pass) = &self.pass else { return Finding::Nothing };
-        let job = match database.scrubbable() {
+        let done = self.pass.get_or_insert_with(|| Pass { begun: Instant::now(), follows, done: 0 }).done;
+        let job = match found {
             Scrubbable::Follows { file, page_size, pages } => {
-                metrics::gauge!(SCRUB_PROGRESS).set(f64::from(pass.done) / f64::from(pages.max(1)));
-                if pass.done >= pages {
+                metrics::gauge!(SCRUB_PROGRESS).set(f64::from(done) / f64::from(pages.max(1)));
+                if done >= pages {
                     return database
                         .verify_settled()
                         .map_or_else(|error| Finding::Rot(error.to_string()), |()| Finding::Clean);
                 }
-                let count = (CHUNK / page_size).min(pages - pass.done);
-                Job::Pages { file, page_size, done: pass.done, count }
+                let count = (CHUNK / page_size).min(pages - done);
+                Job::Pages { file, page_size, done, count }
             }
             _ => match database.rest() {
                 Ok(resting) => Job::Resting(resting),

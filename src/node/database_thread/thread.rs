@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::{
     CheckpointPolicy, Goal, Shared,
     checkpoints::{Checkpoints, Failure},
-    next::{Mail, ORIGIN, Standing, Step},
+    next::{Mail, Standing, Step},
     online_copies::CopyRequest,
     scrub::{Finding, Scrub},
 };
@@ -28,7 +28,7 @@ use crate::{
         Replicator,
         database::{ApplyError, DatabaseError},
         databases::Databases,
-        raft_log::RaftLog,
+        raft_log::{ORIGIN, RaftLog},
         transaction,
     },
     telemetry::{DAMAGE_FOUND, SCRUB_FAILURES, note_now},

@@ -58,6 +58,8 @@ use crate::{
     storage::EntrySource,
 };
 
+/// Every raft log begins as if everything up to this index had been applied and compacted.
+pub const ORIGIN: u64 = 1;
 /// Largest segment, in bytes.
 pub const MAX_SEGMENT: usize = 64 << 20;
 /// Smallest segment, in bytes; only tests want it that small. The size of a segment limits the size of an entry.
@@ -484,7 +486,7 @@ fn create(dir: &Path, found: &mut recovery::Found, supply: &mut Supply, initial:
     supply.finish(job.run())?;
     let segment = supply.take().expect("one segment was made");
     let hard = record::hard_state(1, 0, 1);
-    let start = Start { previous: Position(0), hard: hard.clone(), conf_index: 1, conf: initial.clone() };
+    let start = Start { previous: Position(0), hard: hard.clone(), conf_index: ORIGIN, conf: initial.clone() };
     let data = start.encode();
     let mut bytes = Vec::new();
     Record { last: true, ..plain(Kind::Start, 1, 1, &data) }.encode(segment.seed, FIRST, &mut bytes);
@@ -494,7 +496,9 @@ fn create(dir: &Path, found: &mut recovery::Found, supply: &mut Supply, initial:
     found.end = Position::new(segment.sequence, FIRST + bytes.len());
     found.segments.push_back(segment);
     found.recovered.segments = 1;
-    found.log = Contents { first: 2, compacted: (1, 1), hard, conf: initial, conf_index: 1, ..Contents::default() };
+    let compacted = (ORIGIN, 1);
+    found.log =
+        Contents { first: ORIGIN + 1, compacted, hard, conf: initial, conf_index: ORIGIN, ..Contents::default() };
     Ok(())
 }
 
