@@ -27,7 +27,7 @@ const AFTER_FAILURE: Duration = Duration::from_secs(20);
 /// How long the status tells of a slow operation.
 const AFTER_SLOW: Duration = Duration::from_secs(6);
 /// How often the sentence in the status gets new figures.
-pub(super) const RETELL: Duration = Duration::from_secs(1);
+pub(super) const REFRESH: Duration = Duration::from_secs(1);
 
 /// What is wrong with the disk of this host at this moment, in a sentence with the file and the error or the time; none
 /// if it works. Also answers while the consensus loop itself waits for the disk.
@@ -38,9 +38,9 @@ pub fn trouble() -> Option<String> {
 
 /// What to make of it.
 pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
-    let told = |condition, sentence| (condition, Some(sentence));
+    let found = |condition, sentence| (condition, Some(sentence));
     if let Some(Slow { operation, took, .. }) = overdue(observed) {
-        return told(
+        return found(
             Condition::Bad,
             format!("the disk of this host does not answer: to {operation} has taken {} s so far", seconds(took)),
         );
@@ -50,10 +50,10 @@ pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
             0 => "an error without a number".to_owned(),
             errno => std::io::Error::from_raw_os_error(errno).to_string(),
         };
-        return told(Condition::Bad, format!("the disk of this host fails: cannot {operation}: {error}"));
+        return found(Condition::Bad, format!("the disk of this host fails: cannot {operation}: {error}"));
     }
     if let Some(Slow { operation, took, .. }) = was_overdue(observed) {
-        return told(
+        return found(
             Condition::Bad,
             format!("the disk of this host hardly answers: to {operation} took {} s", seconds(took)),
         );
@@ -64,7 +64,7 @@ pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
         Some(Slow { operation, took, .. }) => {
             let waits = if limit(operation) == OVERDUE { "; every write waits for it" } else { "" };
             let sentence = format!("the disk of this host is slow: to {operation} took {} s{waits}", seconds(took));
-            told(Condition::Slow, sentence)
+            found(Condition::Slow, sentence)
         }
         None => (Condition::Good, None),
     }
@@ -108,18 +108,18 @@ fn seconds(took: Duration) -> String {
 /// When the thread cannot be started.
 fn witness(pulse: Pulse, ended: Receiver<()>) -> io::Result<()> {
     let witness = move || {
-        let mut told = false;
+        let mut logged = false;
         while ended.recv_timeout(watch::STEP) == Err(RecvTimeoutError::Timeout) {
             watch::tick();
-            let stands = pulse.age() >= RETELL;
+            let stands = pulse.age() >= REFRESH;
             if stands
-                && !told
+                && !logged
                 && let Some(trouble) = trouble()
             {
                 error!("this node stands still: {trouble}");
-                told = true;
+                logged = true;
             }
-            told &= stands;
+            logged &= stands;
         }
         watch::rest();
     };
@@ -131,11 +131,11 @@ pub(super) struct Disk {
     pub condition: Condition,
     /// Since when it is that.
     pub since: Instant,
-    pub told: Option<Instant>,
+    pub shown_at: Option<Instant>,
     pub given_up: Option<Instant>,
     pub failures: u64,
     /// It was said that nobody else could take the role.
-    pub stuck: bool,
+    pub no_successor: bool,
     /// Ends the thread of [`witness`] with this.
     _witness: SyncSender<()>,
 }
@@ -149,7 +149,7 @@ impl Disk {
         let (_witness, ended) = sync_channel(1);
         witness(pulse, ended)?;
         let (since, failures, condition) = (Instant::now(), watch::observed().failures, Condition::Good);
-        Ok(Self { condition, since, told: None, given_up: None, failures, stuck: false, _witness })
+        Ok(Self { condition, since, shown_at: None, given_up: None, failures, no_successor: false, _witness })
     }
 
     /// This host could not serve.

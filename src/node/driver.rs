@@ -361,9 +361,9 @@ impl Driver {
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
             PeerEvent::Up(peer) | PeerEvent::InboundUp(peer) => self.cluster.peer_alive(peer),
             PeerEvent::InboundDown { .. } => {}
-            PeerEvent::Removed { by, reason } => self.told_removed(format!("node {by} says: {reason}")),
-            PeerEvent::Forgot { reason, .. } => self.told_forgot(&reason),
-            PeerEvent::Outdated { by, reason } => self.told_outdated(format!("node {by} says: {reason}")),
+            PeerEvent::Removed { by, reason } => self.note_removed(format!("node {by} says: {reason}")),
+            PeerEvent::Forgot { reason, .. } => self.note_lost_memory(&reason),
+            PeerEvent::Outdated { by, reason } => self.note_outdated(format!("node {by} says: {reason}")),
             PeerEvent::DuplicateIdentity { peer, gone } => self.publisher.warn(
                 Warning::DuplicateIdentity,
                 (!gone).then(|| {

@@ -40,14 +40,14 @@ const PARTS_IN_FLIGHT: u64 = 8;
 pub(super) const STALLED: Duration = Duration::from_secs(30);
 
 /// Who waits for an answer to a proposal.
-type Answer = SyncSender<Result<u64, ReplicateError>>;
+type ProposalReply = SyncSender<Result<u64, ReplicateError>>;
 
 /// What the loop can be told.
 pub(super) enum Input {
     Propose(Proposal),
     /// Everything that was proposed so far is to be committed first.
     Settle {
-        reply: Answer,
+        reply: ProposalReply,
     },
     /// What the sync thread was asked for.
     Synced(Done),
@@ -161,7 +161,7 @@ pub(super) struct Proposal {
     pub last: bool,
     /// Its transaction has more parts than this one.
     pub long: bool,
-    pub reply: Answer,
+    pub reply: ProposalReply,
 }
 
 /// What the database thread reports.
@@ -250,7 +250,7 @@ pub(super) struct Proposer {
 impl Proposer {
     /// Asks the loop, and waits for its answer. The wait is bounded by the lease, since the loop answers everybody when
     /// it lapses, and for a transaction of several parts by [`STALLED`], too.
-    fn ask(&self, request: impl FnOnce(Answer) -> Input) -> Result<u64, ReplicateError> {
+    fn ask(&self, request: impl FnOnce(ProposalReply) -> Input) -> Result<u64, ReplicateError> {
         let (reply, answer) = sync_channel(1);
         if !self.sender.try_send(request(reply)) {
             return Err(ReplicateError::Refused("the consensus loop takes no more proposals".to_owned()));
@@ -294,7 +294,7 @@ struct Waiter {
     release: u64,
     index: u64,
     piece: Piece,
-    reply: Answer,
+    reply: ProposalReply,
 }
 
 /// Proposals that are in the raft log and wait for a majority, oldest first.
@@ -304,17 +304,17 @@ pub(super) struct Waiting {
     proposed: u64,
     committed: u64,
     /// When something was committed last, or began to wait.
-    moved: Instant,
+    last_progress: Instant,
 }
 
 impl Waiting {
     pub fn new(now: Instant) -> Self {
-        Self { queue: VecDeque::new(), proposed: 0, committed: 0, moved: now }
+        Self { queue: VecDeque::new(), proposed: 0, committed: 0, last_progress: now }
     }
 
     /// Takes in a proposal that got `index`. A part that is not the last one is only held back while too many are
     /// ahead.
-    pub fn add(&mut self, index: u64, piece: Piece, reply: Answer, now: Instant) {
+    pub fn add(&mut self, index: u64, piece: Piece, reply: ProposalReply, now: Instant) {
         let release = if piece == Piece::Part { index.saturating_sub(PARTS_IN_FLIGHT) } else { index };
         self.proposed = index;
         self.wait(Waiter { release, index, piece, reply }, now);
@@ -322,7 +322,7 @@ impl Waiting {
 
     /// Answers when everything that was proposed so far is committed. Only for parts: the end of their transaction is
     /// to come.
-    pub fn settle(&mut self, reply: Answer, now: Instant) {
+    pub fn settle(&mut self, reply: ProposalReply, now: Instant) {
         let index = self.proposed;
         if index <= self.committed {
             let _ = reply.send(Ok(index)); // nobody waits any more: nothing to tell
@@ -333,7 +333,7 @@ impl Waiting {
 
     fn wait(&mut self, waiter: Waiter, now: Instant) {
         if self.queue.is_empty() {
-            self.moved = now;
+            self.last_progress = now;
         }
         self.queue.push_back(waiter);
     }
@@ -341,7 +341,7 @@ impl Waiting {
     /// Answers everything that `committed` covers.
     pub fn release(&mut self, committed: u64, now: Instant) {
         if committed > self.committed {
-            (self.committed, self.moved) = (committed, now);
+            (self.committed, self.last_progress) = (committed, now);
         }
         while let Some(first) = self.queue.pop_front_if(|first| first.release <= committed) {
             let _ = first.reply.send(Ok(first.index)); // nobody waits any more: nothing to tell
@@ -352,7 +352,7 @@ impl Waiting {
     /// their last part never take effect; the outcome of the others is unknown. True if there was one.
     pub fn give_up_stalled(&mut self, now: Instant) -> bool {
         let long = |waiter: &Waiter| waiter.piece != Piece::Whole;
-        if now.duration_since(self.moved) < STALLED || !self.queue.iter().any(long) {
+        if now.duration_since(self.last_progress) < STALLED || !self.queue.iter().any(long) {
             return false;
         }
         let why = format!("no majority of the members has taken any of it for {} s", STALLED.as_secs());

@@ -4,7 +4,7 @@
 mod gauges;
 mod picture;
 
-pub(super) use gauges::truth;
+pub(super) use gauges::flag;
 
 use std::{collections::BTreeMap, sync::Arc};
 

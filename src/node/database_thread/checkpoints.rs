@@ -182,11 +182,11 @@ impl Checkpoints {
         let unneeded = databases.checkpointed().min(snapshot);
         let share = self.policy.raft_log_limit / KEPT_SHARE;
         let possible = below_the_kept(&self.log, unneeded, share);
-        let kind = below_the_kept(&self.log, unneeded.min(released), share);
+        let unneeded_by_all = below_the_kept(&self.log, unneeded.min(released), share);
         // A full disk lets go for a member that is really away, not for one that has just not answered yet.
         let full = self.full && released.saturating_add(KEPT_ENTRIES) < unneeded;
-        let too_long = full || self.log.size_bytes() > self.policy.raft_log_limit && kind < possible;
-        let to = if too_long { possible } else { kind.min(possible) };
+        let too_long = full || self.log.size_bytes() > self.policy.raft_log_limit && unneeded_by_all < possible;
+        let to = if too_long { possible } else { unneeded_by_all.min(possible) };
         let first = self.log.first_index();
         let little = self.log.bytes_between(first - 1, to).is_none_or(|bytes| bytes < share);
         if to < first || to < first + KEPT_ENTRIES && little {

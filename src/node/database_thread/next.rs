@@ -15,7 +15,7 @@ pub(super) enum Step {
     /// Close the database, and go back to its checkpoint.
     Demote,
     /// Say that everything of the demotions up to here is closed.
-    TellDemotion(u64),
+    ReportDemotion(u64),
     /// A majority has what SQLite has written already.
     NoteCommitted,
     /// Open the database for writing in this epoch.
@@ -47,7 +47,7 @@ pub(super) struct Standing {
     /// Nothing is applied any more: its content is not to be trusted, or a newer program has written what comes next.
     pub halted: bool,
     /// One of them has no content yet, and that was told in this epoch.
-    pub told_empty: Option<u64>,
+    pub reported_empty: Option<u64>,
     /// The epoch in which opening failed: not tried again in it.
     pub refused: u64,
     /// The last demotion that was told of.
@@ -90,11 +90,11 @@ impl Standing {
         match (self.epoch, goal.epoch) {
             (Some(epoch), wanted) if wanted != Some(epoch) => Some(Step::Demote),
             (Some(_), _) => self.is_behind(goal).then_some(Step::NoteCommitted),
-            (None, _) if goal.demotion != self.demotion => Some(Step::TellDemotion(goal.demotion)),
+            (None, _) if goal.demotion != self.demotion => Some(Step::ReportDemotion(goal.demotion)),
             (None, Some(epoch)) if epoch != self.refused && self.is_behind(goal) => {
                 self.pause.map(|_| Step::Refuse(epoch))
             }
-            (None, Some(epoch)) if epoch != self.refused && self.told_empty != Some(epoch) => {
+            (None, Some(epoch)) if epoch != self.refused && self.reported_empty != Some(epoch) => {
                 Some(Step::Promote(epoch))
             }
             (None, _) => None,
@@ -181,9 +181,9 @@ mod tests {
             (Standing { pause: PAUSE, refused: 7, ..f() }, primary(51), None),
             (Standing { pause: PAUSE, ..f() }, primary(50), Some(Step::Promote(7))),
             // The first transaction was asked for, and is on its way.
-            (Standing { told_empty: Some(7), ..Standing::default() }, primary(1), None),
-            (Standing { told_empty: Some(6), ..Standing::default() }, primary(1), Some(Step::Promote(7))),
-            (Standing { told_empty: Some(7), ..Standing::default() }, primary(2), Some(Step::Apply)),
+            (Standing { reported_empty: Some(7), ..Standing::default() }, primary(1), None),
+            (Standing { reported_empty: Some(6), ..Standing::default() }, primary(1), Some(Step::Promote(7))),
+            (Standing { reported_empty: Some(7), ..Standing::default() }, primary(2), Some(Step::Apply)),
         ] {
             assert_eq!(standing.next(&goal), step, "{standing:?} {goal:?}");
         }
@@ -196,8 +196,8 @@ mod tests {
         assert_eq!(busy.next(&demoted), Some(Step::Demote));
         assert_eq!(busy.next(&Goal { epoch: Some(8), ..demoted }), Some(Step::Demote), "it is primary again already");
         let closed = Standing { epoch: None, ..busy };
-        assert_eq!(closed.next(&demoted), Some(Step::TellDemotion(3)));
-        assert_eq!(closed.next(&Goal { epoch: Some(8), ..demoted }), Some(Step::TellDemotion(3)));
+        assert_eq!(closed.next(&demoted), Some(Step::ReportDemotion(3)));
+        assert_eq!(closed.next(&Goal { epoch: Some(8), ..demoted }), Some(Step::ReportDemotion(3)));
         let told = Standing { demotion: 3, mail: Mail::default(), checkpoint: false, scrub: false, ..closed };
         assert_eq!(told.next(&demoted), Some(Step::Apply));
         assert_eq!(busy.next(&Goal { stop: true, ..demoted }), Some(Step::Close));

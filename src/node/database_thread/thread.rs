@@ -62,7 +62,7 @@ pub(super) struct Thread {
     interval: Duration,
     /// The epoch in which the database is open for writing.
     epoch: Option<u64>,
-    told_empty: Option<u64>,
+    reported_empty: Option<u64>,
     /// The epoch in which opening failed: not tried again in it.
     refused: u64,
     /// The last demotion that was told of.
@@ -74,7 +74,7 @@ pub(super) struct Thread {
     scrub: Scrub,
     /// The disk is full: nothing is applied before then.
     full_until: Option<Instant>,
-    told_full: bool,
+    logged_full: bool,
 }
 
 /// Whether a checkpoint at `index` may count. A write is in the file as soon as a majority has it, which can be before
@@ -112,7 +112,7 @@ impl Thread {
             deadline,
             interval: policy.interval,
             epoch: None,
-            told_empty: None,
+            reported_empty: None,
             refused: 0,
             demotion: 0,
             halt,
@@ -120,7 +120,7 @@ impl Thread {
             checkpoints,
             scrub,
             full_until: None,
-            told_full: false,
+            logged_full: false,
         })
     }
 
@@ -137,7 +137,7 @@ impl Thread {
     /// Waits until there is something to do.
     fn wait(&mut self) -> (Step, Goal) {
         loop {
-            self.show();
+            self.publish_figures();
             self.checkpoints.watch_hold(&self.databases);
             let mut standing = self.standing();
             let state = self.shared.lock();
@@ -159,7 +159,7 @@ impl Thread {
             applied: self.databases.applied(),
             epoch: self.epoch,
             halted: self.halt.is_some(),
-            told_empty: self.told_empty.filter(|_| self.databases.empty().next().is_some()),
+            reported_empty: self.reported_empty.filter(|_| self.databases.empty().next().is_some()),
             refused: self.refused,
             demotion: self.demotion,
             full: self.checkpoints.is_full(),
@@ -175,7 +175,7 @@ impl Thread {
         match step {
             Step::Close => self.close(goal),
             Step::Demote => self.demote(goal),
-            Step::TellDemotion(demotion) => self.tell_demotion(demotion),
+            Step::ReportDemotion(demotion) => self.report_demotion(demotion),
             Step::NoteCommitted => self.databases.note_committed(goal.applied),
             Step::Promote(epoch) => self.promote(epoch),
             Step::Refuse(epoch) => self.refuse_for_space(epoch),
@@ -185,7 +185,7 @@ impl Thread {
             Step::NoteFull => self.checkpoints.note_full(goal.full, &self.databases),
             Step::Checkpoint => {
                 let begun = self.checkpoints.begin_due(&mut self.databases);
-                self.bear(begun);
+                self.report_failure(begun);
             }
             Step::Apply => self.apply(goal.applied),
             Step::Scrub => self.scrub(),
@@ -193,7 +193,7 @@ impl Thread {
     }
 
     /// For the loop, and whoever measures.
-    fn show(&self) {
+    fn publish_figures(&self) {
         let (Self { databases, .. }, Shared { applied, bytes, unsaved, .. }) = (self, &*self.shared);
         applied.store(databases.applied(), Ordering::Relaxed);
         bytes.store(databases.file_bytes(), Ordering::Relaxed);
@@ -226,13 +226,13 @@ impl Thread {
     }
 
     fn note_full(&mut self, what: &str) {
-        if !std::mem::replace(&mut self.told_full, true) {
+        if !std::mem::replace(&mut self.logged_full, true) {
             warn!("the disk is full: {what} waits until there is space");
         }
     }
 
     /// A checkpoint that did not come about.
-    fn bear(&mut self, result: Result<(), Failure>) {
+    fn report_failure(&mut self, result: Result<(), Failure>) {
         match result {
             Ok(()) => {}
             Err(Failure::Full) => self.note_full("the checkpoint of the database"),
@@ -263,7 +263,7 @@ impl Thread {
         });
         match (failed, result) {
             (None, Ok(())) => {
-                if self.full_until.take().is_some() && std::mem::take(&mut self.told_full) {
+                if self.full_until.take().is_some() && std::mem::take(&mut self.logged_full) {
                     info!("the database is applied to again: there is space on the disk");
                 }
             }
@@ -297,7 +297,7 @@ impl Thread {
         }
         let empty: Vec<_> = self.databases.empty().collect();
         if !empty.is_empty() {
-            self.told_empty = Some(epoch);
+            self.reported_empty = Some(epoch);
             return self.report(DatabaseEvent::Empty { epoch, databases: empty });
         }
         let proposer = Proposer { epoch, sender: self.sender.clone(), log: self.log.clone() };
@@ -325,7 +325,7 @@ impl Thread {
     }
 
     /// Closed is enough: what is behind is applied before the next promotion.
-    fn tell_demotion(&mut self, demotion: u64) {
+    fn report_demotion(&mut self, demotion: u64) {
         self.demotion = demotion;
         self.report(DatabaseEvent::Demoted { demotion });
     }
@@ -347,7 +347,7 @@ impl Thread {
         // Behind again: others should rather be primary until the file is read and the raft log re-applied.
         self.shared.applied.store(self.databases.applied(), Ordering::Relaxed);
         if goal.demotion != self.demotion {
-            self.tell_demotion(goal.demotion);
+            self.report_demotion(goal.demotion);
         }
         let stops = || self.shared.lock().goal.stop;
         match self.databases.reopen(&|| !stops()) {
@@ -369,7 +369,7 @@ impl Thread {
                 self.report(DatabaseEvent::Resting { resting, request });
                 continue;
             }
-            self.settle();
+            self.wait_for_saver();
             let result = self.databases.console_mut().rest();
             if result.is_ok() {
                 self.checkpoints.rests(&self.databases);
@@ -425,13 +425,13 @@ impl Thread {
         let Some(outcome) = saved else { return };
         let taken = self.checkpoints.take(outcome, &mut self.databases);
         if matches!(taken, Ok(true)) {
-            self.told_full &= self.full_until.is_some();
+            self.logged_full &= self.full_until.is_some();
         }
-        self.bear(taken.map(drop));
+        self.report_failure(taken.map(drop));
     }
 
     /// Waits for the saver.
-    fn settle(&mut self) {
+    fn wait_for_saver(&mut self) {
         while self.checkpoints.is_saving() {
             let shared = Arc::clone(&self.shared);
             let unsaved = |state: &mut super::State| state.mailbox.saved.is_none();
@@ -446,12 +446,12 @@ impl Thread {
         }
         let pinned = self.shared.lock().goal.pinned;
         let closed = self.epoch.is_some() || self.databases.is_closed();
-        self.settle();
+        self.wait_for_saver();
         let distrusted = self.halt == Some(Halt::Distrusted);
         if !closed && !distrusted && self.databases.empty().next().is_none() && !pinned {
             let begun = self.checkpoints.begin(&mut self.databases);
-            self.bear(begun);
-            self.settle();
+            self.report_failure(begun);
+            self.wait_for_saver();
         } else if distrusted {
             warn!("the database is left as it is: it needs to be restored");
         }

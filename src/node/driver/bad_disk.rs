@@ -9,7 +9,7 @@ use super::Driver;
 use crate::{
     cluster::{Cause, Phase},
     node::{
-        disk::{RETELL, distrusted_for, judge, overdue},
+        disk::{REFRESH, distrusted_for, judge, overdue},
         lease::boottime,
         warning::Warning,
     },
@@ -39,7 +39,7 @@ impl Driver {
             self.leave_bad_disk(overdue(&observed).is_some(), distrusted_for(&observed));
         }
         let now = Instant::now();
-        if self.host.disk.told.is_none_or(|at| now.duration_since(at) >= RETELL) {
+        if self.host.disk.shown_at.is_none_or(|at| now.duration_since(at) >= REFRESH) {
             let waits = observed.running.iter().flatten().map(|running| running.took).max().unwrap_or_default();
             metrics::gauge!(telemetry::DISK_WAIT).set(waits.as_secs_f64());
             metrics::gauge!(telemetry::DISK_TROUBLE).set(match condition {
@@ -47,7 +47,7 @@ impl Driver {
                 Condition::Slow => 1.0,
                 Condition::Bad => 2.0,
             });
-            self.host.disk.told = Some(now);
+            self.host.disk.shown_at = Some(now);
             if sentence.is_some() || self.publisher.warns(Warning::DiskTrouble) {
                 let advice = self.disk_advice();
                 self.publisher.warn(Warning::DiskTrouble, sentence.map(|sentence| sentence + advice));
@@ -58,7 +58,9 @@ impl Driver {
     /// What to do about it.
     fn disk_advice(&self) -> &'static str {
         match self.host.disk.condition {
-            Condition::Bad if !self.host.disk.stuck => "; look at this host's disk, and at its kernel log (dmesg)",
+            Condition::Bad if !self.host.disk.no_successor => {
+                "; look at this host's disk, and at its kernel log (dmesg)"
+            }
             Condition::Bad if self.cluster.is_takeover_paused(boottime()) => {
                 "; takeover is paused, so the role stays here: repair this disk, or type twistcli ha resume"
             }
@@ -77,8 +79,8 @@ impl Driver {
             Condition::Good => info!("the disk of this host works as it should again"),
         }
         (self.host.disk.condition, self.host.disk.since) = (condition, Instant::now());
-        self.host.disk.told = None;
-        self.host.disk.stuck = false;
+        self.host.disk.shown_at = None;
+        self.host.disk.no_successor = false;
         self.publisher.disk(condition);
     }
 
@@ -95,8 +97,8 @@ impl Driver {
         let paused = self.cluster.is_takeover_paused(now);
         let to = self.members.secondary_with_space().filter(|_| !paused);
         let Some(to) = to else {
-            if !std::mem::replace(&mut self.host.disk.stuck, true) {
-                self.host.disk.told = None;
+            if !std::mem::replace(&mut self.host.disk.no_successor, true) {
+                self.host.disk.shown_at = None;
                 let why = if paused { "takeover is paused" } else { "no other member could take over" };
                 warn!("the disk of this PRIMARY is in trouble, and {why}: the role stays here");
             }

@@ -134,7 +134,7 @@ impl Driver {
             let at = membership.removed(self.config.node).and_then(|removed| i64::try_from(removed.at).ok());
             let at = at.and_then(|at| jiff::Timestamp::from_second(at).ok()).map(|at| format!(" at {at}"));
             let at = at.unwrap_or_default();
-            self.told_removed(format!(
+            self.note_removed(format!(
                 "it was removed from the cluster{at} by the administrator; run the join script to come back"
             ));
         }
@@ -161,7 +161,7 @@ impl Driver {
     }
 
     /// This node is no longer a member: it says so and takes part in nothing.
-    pub(super) fn told_removed(&mut self, why: String) {
+    pub(super) fn note_removed(&mut self, why: String) {
         if self.in_force.removed.is_none() {
             error!(reason = why, "this node is REMOVED");
             self.publisher.removed(why.clone());

@@ -8,7 +8,7 @@ use tracing::error;
 use super::Driver;
 use crate::{
     cluster::NodeId,
-    node::{lease::boottime, publisher::truth, warning::Warning},
+    node::{lease::boottime, publisher::flag, warning::Warning},
     telemetry,
 };
 
@@ -27,7 +27,7 @@ impl Driver {
         for member in
             self.in_force.membership.borrow().roster.members.iter().filter(|member| member.id != self.config.node)
         {
-            let unheard = truth(unheard.contains(&member.id));
+            let unheard = flag(unheard.contains(&member.id));
             metrics::gauge!(telemetry::PEER_DATAGRAMS_UNHEARD, "member" => member.name.clone()).set(unheard);
         }
     }

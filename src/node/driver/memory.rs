@@ -68,16 +68,16 @@ fn poll_until(end: Instant, mut done: impl FnMut() -> bool) -> bool {
 }
 
 fn write(data: &Path, memories: &Receiver<Memory>) {
-    let mut told = false;
+    let mut logged = false;
     for memory in memories {
         match memory.write(data) {
-            Ok(()) => told = false,
+            Ok(()) => logged = false,
             // Told by whoever watches the space.
             Err(error) if is_full(&error) => {}
             // A second proof is missing for now: the first one, the raft log, is looked after by others.
-            Err(error) if !told => {
+            Err(error) if !logged => {
                 warn!(%error, "what this node remembers of the members cannot be kept; trying again");
-                told = true;
+                logged = true;
             }
             Err(_) => {}
         }
@@ -99,7 +99,7 @@ impl Driver {
     /// Once per tick.
     pub(super) fn follow_memory(&mut self) {
         if let Some(why) = self.cluster.forgot().map(str::to_owned) {
-            self.told_forgot(&why);
+            self.note_lost_memory(&why);
         }
         if self.config.forgotten.is_some() {
             return self.publisher.remembers(Remembers { forgotten: true, ..Remembers::default() });
@@ -143,7 +143,7 @@ impl Driver {
     }
 
     /// This node has less than it had on its disk. It begins again as one that forgot.
-    pub(super) fn told_forgot(&mut self, why: &str) {
+    pub(super) fn note_lost_memory(&mut self, why: &str) {
         if self.config.forgotten.is_some() || self.in_force.removed.is_some() || self.exit.is_some() {
             return;
         }

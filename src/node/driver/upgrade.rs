@@ -73,11 +73,11 @@ impl Driver {
     pub(super) fn entry_outdated(&mut self, why: String) {
         self.cluster.set_unfit_until(boottime(), u64::MAX);
         self.cluster.give_up(boottime(), Cause::DatabaseFailed);
-        self.told_outdated(why);
+        self.note_outdated(why);
     }
 
     /// A member refuses this node because of its program.
-    pub(super) fn told_outdated(&mut self, why: String) {
+    pub(super) fn note_outdated(&mut self, why: String) {
         error!(reason = why, "the program of this node is too old for the cluster");
         self.publisher.warn(Warning::Level, Some(why));
     }

@@ -9,12 +9,12 @@ pub(super) fn show(status: &Status) {
     metrics::gauge!(telemetry::EPOCH).set(status.epoch as f64);
     metrics::gauge!(telemetry::APPLIED_INDEX).set(status.applied as f64);
     metrics::gauge!(telemetry::COMMITTED_INDEX).set(status.committed as f64);
-    metrics::gauge!(telemetry::PRIMARY).set(truth(status.role == Role::Primary));
+    metrics::gauge!(telemetry::PRIMARY).set(flag(status.role == Role::Primary));
     metrics::gauge!(telemetry::LEASE_REMAINING).set(status.lease_ms.unwrap_or(0) as f64 / 1e3);
     metrics::gauge!(telemetry::WARNINGS).set(status.warnings.len() as f64);
     metrics::gauge!(telemetry::BUILD_INFO, "version" => status.version.clone()).set(1.0);
     for word in telemetry::ROLES {
-        metrics::gauge!(telemetry::ROLE, "role" => *word).set(truth(status.role.to_string() == *word));
+        metrics::gauge!(telemetry::ROLE, "role" => *word).set(flag(status.role.to_string() == *word));
     }
     forget_the_gone(status);
     for member in &status.members {
@@ -24,7 +24,7 @@ pub(super) fn show(status: &Status) {
             metrics::gauge!(telemetry::MEMBER_LAG_BYTES, "member" => name()).set(bytes as f64);
         }
         let up = !matches!(member.state, Role::Down | Role::Unknown);
-        metrics::gauge!(telemetry::MEMBER_UP, "member" => name()).set(truth(up));
+        metrics::gauge!(telemetry::MEMBER_UP, "member" => name()).set(flag(up));
         if let Some(ms) = member.last_contact_ms {
             metrics::gauge!(telemetry::MEMBER_CONTACT, "member" => name()).set(ms as f64 / 1e3);
         }
@@ -50,8 +50,9 @@ fn forget_the_gone(status: &Status) {
     *shown = now;
 }
 
-pub(in crate::node) fn truth(truth: bool) -> f64 {
-    f64::from(u8::from(truth))
+/// A condition as the value of a gauge: 1 while it holds, otherwise 0.
+pub(in crate::node) fn flag(value: bool) -> f64 {
+    f64::from(u8::from(value))
 }
 
 #[cfg(test)]
