@@ -1,5 +1,5 @@
-//! What is wrong with the disk of this host. Only looks at the [`watch`]. Must never touch a file, nor know what
-//! follows from its judgement.
+//! Judges the disk of this host by what the [`watch`] has seen. Must never touch a file, nor know what follows from its
+//! judgement.
 
 use std::{
     io,
@@ -17,26 +17,26 @@ use crate::{
 
 use super::pulse::Pulse;
 
-/// An operation that has not come back after this long counts as one that never does.
+/// An operation that takes longer than this counts as one that never comes back.
 const OVERDUE: Duration = Duration::from_millis(750);
-/// How long a sync of the database file may take: it may have much to write, and nobody waits for it.
+/// A sync of the database file may take this long: it may have much to write, and nobody waits for it.
 const OVERDUE_CHECKPOINT: Duration = Duration::from_secs(10);
-/// How long a disk is not trusted after an operation that was overdue, and after one that failed.
+/// How long a disk counts as bad after an overdue operation, and after one that failed.
 const AFTER_HANG: Duration = Duration::from_secs(3);
 const AFTER_FAILURE: Duration = Duration::from_secs(20);
-/// How long the status tells of a slow operation.
+/// How long the status mentions a slow operation.
 const AFTER_SLOW: Duration = Duration::from_secs(6);
 /// How often the sentence in the status gets new figures.
 pub(super) const REFRESH: Duration = Duration::from_secs(1);
 
-/// What is wrong with the disk of this host at this moment, in a sentence with the file and the error or the time; none
-/// if it works. Also answers while the consensus loop itself waits for the disk.
+/// What is wrong with the disk of this host now: a sentence with the file, and the error or the time. `None` if the
+/// disk works. Answers even while the consensus loop itself waits for the disk.
 pub fn trouble() -> Option<String> {
     let (condition, sentence) = judge(&watch::observed());
     sentence.filter(|_| condition == Condition::Bad)
 }
 
-/// What to make of it.
+/// The condition of the disk, with a sentence unless it is good.
 pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
     let found = |condition, sentence| (condition, Some(sentence));
     if let Some(Slow { operation, took, .. }) = overdue(observed) {
@@ -70,7 +70,7 @@ pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
     }
 }
 
-/// The operation that should have come back.
+/// An operation that is overdue.
 pub(super) fn overdue(observed: &Observed) -> Option<Slow> {
     observed.running.iter().flatten().find(|running| running.took >= limit(running.operation)).copied()
 }
@@ -101,8 +101,8 @@ fn seconds(took: Duration) -> String {
     format!("{:.1}", took.as_secs_f64())
 }
 
-/// A thread of its own that never waits for the disk, unlike those of the runtime. It tells the watch that this process
-/// runs, and logs what a loop that stands still cannot log itself. Ends when the other end of `ended` is dropped.
+/// Starts a thread that never waits for the disk, unlike those of the runtime. It shows the watch that this process
+/// runs, and logs for a consensus loop that hangs. It ends when the other end of `ended` is dropped.
 ///
 /// # Errors
 /// When the thread cannot be started.
@@ -111,40 +111,40 @@ fn witness(pulse: Pulse, ended: Receiver<()>) -> io::Result<()> {
         let mut logged = false;
         while ended.recv_timeout(watch::STEP) == Err(RecvTimeoutError::Timeout) {
             watch::tick();
-            let stands = pulse.age() >= REFRESH;
-            if stands
+            let hangs = pulse.age() >= REFRESH;
+            if hangs
                 && !logged
                 && let Some(trouble) = trouble()
             {
-                error!("this node stands still: {trouble}");
+                error!("the consensus loop of this node hangs: {trouble}");
                 logged = true;
             }
-            logged &= stands;
+            logged &= hangs;
         }
         watch::rest();
     };
     thread::Builder::new().name("disk-watch".to_owned()).spawn(witness).map(drop)
 }
 
-/// What was concluded last.
+/// What the loop knows about the disk.
 pub(super) struct Disk {
     pub condition: Condition,
-    /// Since when it is that.
+    /// Since when it has been in this condition.
     pub since: Instant,
     pub shown_at: Option<Instant>,
     pub given_up: Option<Instant>,
     pub failures: u64,
-    /// It was said that nobody else could take the role.
+    /// The role stays here because no other member can take it, and that was logged.
     pub no_successor: bool,
-    /// Ends the thread of [`witness`] with this.
+    /// Dropping it ends the thread of [`witness`].
     _witness: SyncSender<()>,
 }
 
 impl Disk {
-    /// What went wrong earlier, such as during the start, is no reason to act.
+    /// Starts the thread. Failures from before, such as during the start of the process, are not counted again.
     ///
     /// # Errors
-    /// When the witness cannot be started.
+    /// When the thread cannot be started.
     pub fn start(pulse: Pulse) -> io::Result<Self> {
         let (_witness, ended) = sync_channel(1);
         witness(pulse, ended)?;
@@ -152,7 +152,7 @@ impl Disk {
         Ok(Self { condition, since, shown_at: None, given_up: None, failures, no_successor: false, _witness })
     }
 
-    /// This host could not serve.
+    /// True while this host could not serve.
     pub fn is_bad(&self) -> bool {
         self.condition == Condition::Bad
     }

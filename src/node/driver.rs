@@ -1,5 +1,6 @@
-//! The one loop: inputs -> cluster -> persist -> send -> apply -> status, on an OS thread of its own. Owns the links
-//! and the order of effects. Must never wait for anything but its own poll: disk and database have their own threads.
+//! The consensus loop: inputs -> cluster -> persist -> send -> apply -> status, on an OS thread of its own. Owns the
+//! links and the order of effects. Must never wait for anything but its own poll: disk and database have their own
+//! threads.
 
 mod bad_disk;
 mod configure;
@@ -57,12 +58,12 @@ use upgrade::Upgrade;
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
 const INPUTS_PER_TURN: usize = 64;
-/// With more committed entries than this not yet in its database, a node leaves the role to another that can take it.
+/// A node whose database lacks more committed entries than this leaves the role to others that can take it.
 const MUCH_BEHIND: u64 = 1000;
 /// How long a node whose database cannot be used, or whose disk is full, leaves the role to others, in nanoseconds.
 const UNFIT: u64 = 10_000_000_000;
 
-/// What the loop is given to run on.
+/// What the loop needs to run.
 pub(super) struct Parts {
     pub config: NodeConfig,
     pub cluster: Cluster<RaftLog>,
@@ -74,14 +75,14 @@ pub(super) struct Parts {
     pub pulse: Pulse,
 }
 
-/// What the rest of the process sees of it.
+/// What the rest of the process can read.
 #[derive(Clone)]
 pub(super) struct Views {
     pub status: watch::Receiver<Arc<Status>>,
     pub serving: Serving,
     pub membership: watch::Receiver<Arc<Membership>>,
     pub editions: watch::Receiver<Edition>,
-    /// Who can give this node the whole database, while it needs that.
+    /// See [`super::Handle::refetch_from`].
     pub refetch_from: watch::Receiver<Option<NodeId>>,
     pub online_copies: OnlineCopies,
 }
@@ -100,53 +101,53 @@ pub(super) struct Driver {
     in_force: InForce,
     refetch: Refetch,
     host: Host,
-    /// Who waits for the end of a handover.
+    /// Callers that wait for the end of a handover.
     handed_over: Vec<oneshot::Sender<()>>,
     exit: Option<Exit>,
 }
 
-/// The databases, and what waits for them.
+/// The databases, and the proposals that wait for a majority.
 struct Lane {
     thread: database_thread::Handle,
     open: OpenDatabases,
     waiting: Waiting,
-    /// The demotion that the database thread has to answer.
+    /// The demotion that the database thread has not yet answered.
     demotion: Option<u64>,
 }
 
-/// The membership in force, and what follows from it.
+/// The membership in force, and what depends on it.
 struct InForce {
     membership: watch::Sender<Arc<Membership>>,
     /// The membership in force with its raft index.
     editions: watch::Sender<Edition>,
     changes: Changes,
-    /// The disk is full, and it is not in its file yet.
+    /// The disk is full, and the membership is not in its file yet.
     unwritten: bool,
     upgrade: Upgrade,
-    /// The administrator wants a takeover in spite of a pause.
+    /// The administrator allows a takeover in spite of a pause.
     paused_ignored: bool,
-    /// Why this node is no member any more.
+    /// Why this node is no longer a member.
     removed: Option<String>,
 }
 
 /// Whether this node needs the whole database from another one.
 struct Refetch {
-    /// Who can give it, while it is needed.
+    /// The member to fetch it from, while it is needed.
     from: watch::Sender<Option<NodeId>>,
-    /// This node lacks entries up to here that the leader's raft log does not have any more.
+    /// This node needs entries up to this index that the leader's raft log no longer has.
     lacks: u64,
-    /// Its copy of the database is not to be trusted.
+    /// Its copy of the database cannot be trusted.
     diverged: bool,
 }
 
-/// This host: its disk, and what is kept there besides the raft log and the database.
+/// This host: its disk, and what is kept on it besides the raft log and the database.
 struct Host {
     space: Space,
     disk: Disk,
     rollback: Rollback,
     /// What this node and the others must remember.
     keeper: Keeper,
-    /// Tells others that the loop turns.
+    /// Shows that the loop runs.
     pulse: Pulse,
 }
 
@@ -207,7 +208,7 @@ impl Driver {
         Ok((driver, Views { status, serving, membership, editions: edition, refetch_from, online_copies }))
     }
 
-    /// Runs until told to stop or until going on would not be safe.
+    /// Runs until it is asked to stop, or until it is not safe to continue.
     pub fn run(mut self) -> Exit {
         let tick = Duration::from_nanos(self.config.timing.tick);
         let mut next_tick = Instant::now() + tick;
@@ -224,7 +225,8 @@ impl Driver {
             let now = Instant::now();
             if now >= next_tick {
                 self.cluster.tick(boottime());
-                // A late tick delays those behind it: a voter's promise counts ticks, and they must not bunch up.
+                // A late tick delays the following ones: a voter's promise is counted in ticks, so they must not bunch
+                // up.
                 next_tick = now + tick;
                 if self.publisher.tick(&mut self.links) {
                     self.measure();
@@ -267,15 +269,16 @@ impl Driver {
         true
     }
 
-    /// A node that still replays its raft log, as after a start, would keep the ports closed until it is done; one with
-    /// a full disk, or one that does not work, could not write.
+    /// A node that still replays its raft log, for example after a start, would keep the ports closed until it is done.
+    /// One whose disk is full or does not work could not write.
     fn prefer_others_while_unfit(&mut self) {
         let unfit_now =
             self.lane.thread.pending_work() > MUCH_BEHIND || self.host.space.is_full() || self.host.disk.is_bad();
         self.cluster.set_unfit_now(boottime(), unfit_now && self.cluster.phase() == Phase::Secondary);
     }
 
-    /// The database fences itself when this host's files fail after a majority has a transaction: it must be replayed.
+    /// The database fences itself when this host's files fail after a majority has the transaction. It must be
+    /// replayed.
     fn watch_database(&mut self) {
         if self.lane.open.is_fenced() {
             error!("the database has fenced itself after a failure of its files on this host");
@@ -283,17 +286,17 @@ impl Driver {
         }
     }
 
-    /// The database of this node cannot be used now: another member is to be primary.
+    /// This node cannot use its database now: another member should be primary.
     fn leave_role_for_a_while(&mut self) {
         let now = boottime();
         self.cluster.set_unfit_until(now, now + UNFIT);
         self.cluster.give_up(now, Cause::DatabaseFailed);
     }
 
-    /// Nobody may wait for ever for a transaction that no majority takes: the waiter may keep the Console closed.
+    /// A writer must not wait for ever for a majority: it may keep the Console closed meanwhile.
     fn watch_stall(&mut self) {
         if self.lane.waiting.give_up_stalled(Instant::now()) {
-            warn!("a transaction of several parts is given up: no majority of the members takes any more of it");
+            warn!("gave up a transaction of several parts: no majority of the members takes more of it");
         }
     }
 
@@ -304,7 +307,7 @@ impl Driver {
         self.publisher.announce(&mut self.links);
     }
 
-    /// This node's copy of the database is not to be trusted: the primary's takes its place.
+    /// This node's copy of the database cannot be trusted: it has to be replaced with the primary's.
     pub(super) fn mark_diverged(&mut self, why: String) {
         self.refetch.diverged = true;
         self.publisher.diverged(why);
@@ -316,8 +319,8 @@ impl Driver {
         deadline.map_or(until_tick, |deadline| until_tick.min(deadline))
     }
 
-    /// Leaves in order: lease first, then the database, then the links with a farewell so that nobody takes it for a
-    /// crash.
+    /// Ends in an orderly way: the lease first, then the database, then the links, with a farewell so that the others
+    /// do not take it for a crash.
     fn end(mut self, exit: Exit) -> Exit {
         if let Err(error) = self.config.lease.set(0) {
             error!(%error, "the port guard could not be told that the lease is over");
@@ -328,7 +331,7 @@ impl Driver {
         };
         self.in_force.changes.fail();
         self.lane.open.fence();
-        // Nothing is taken in any more: whoever still sends, as the database thread does, must not wait for room.
+        // No more input is taken, so threads that still send, such as the database thread, must not wait for room.
         drop(mem::replace(&mut self.inbox, sync_channel(0).1));
         if matches!(exit, Exit::Stopped | Exit::Restart(_)) {
             self.lane.thread.stop();
@@ -413,16 +416,16 @@ impl Driver {
             let why = lacking.to_string();
             let refusal = match lacking {
                 NoRoom::Full => ReplicateError::Full(why),
-                // Hardly ever: the writer's thread has made the room a moment ago, and that of a change besides.
+                // Rare: the writer's thread has just made room for this part and for a change of the membership.
                 NoRoom::NotYet => ReplicateError::Refused(why),
             };
-            let _ = reply.send(Err(refusal)); // nobody waits any more: nothing to tell
+            let _ = reply.send(Err(refusal)); // the caller may be gone
             return;
         }
-        // Not begun rather than stuck: without its last part the transaction comes to nothing, and its parts are in
-        // nobody's way.
+        // Better to refuse it now than to let it get stuck. Without its last part the transaction has no effect, and
+        // the parts that were sent do no harm.
         if let Some(why) = self.lacks_space().filter(|_| long) {
-            let _ = reply.send(Err(ReplicateError::Refused(why))); // nobody waits any more: nothing to tell
+            let _ = reply.send(Err(ReplicateError::Refused(why))); // the caller may be gone
             return;
         }
         let piece = match (last, long) {
@@ -436,7 +439,7 @@ impl Driver {
                 let _ = reply.send(Err(ReplicateError::Refused(error.to_string())));
             }
         }
-        // The entry leaves for the others now, not after the inputs behind it.
+        // Send the entry now, not after the inputs that follow.
         self.carry_out_all();
     }
 
@@ -451,7 +454,8 @@ impl Driver {
                 }
                 self.cluster.persisted(number);
             }
-            // Whatever the kernel dropped is gone: only a restart, which reads the log again, may use it.
+            // The kernel may have dropped what was to be written. Only a restart, which reads the log again, may use
+            // it.
             Err(error) => self.exit = Some(Exit::Fatal(error.to_string())),
         }
     }
@@ -479,7 +483,7 @@ impl Driver {
                 self.publisher.warn(Warning::Database, Some(why));
                 self.leave_role_for_a_while();
             }
-            // No warning of its own: the one about the disk ends when there is space.
+            // It gets no warning of its own: there is one about the disk, which ends when there is space.
             DatabaseEvent::NoSpace { epoch } => {
                 error!(epoch, "the database cannot be used for writing: the disk is full");
                 self.leave_role_for_a_while();
@@ -499,7 +503,7 @@ impl Driver {
         }
     }
 
-    /// The initial database is the first transaction of the raft log (`docs/design.md`, "The commit path").
+    /// The raft log begins with the initial database as its first transaction (`docs/design.md`, "The commit path").
     fn found_databases(&mut self, epoch: u64, databases: &[u32]) {
         let made: Result<Vec<_>, _> =
             databases.iter().map(|id| database::initial_transaction(*id, self.config.page_size)).collect();
@@ -529,7 +533,7 @@ impl Driver {
         }
         if !self.cluster.is_handing_over() {
             for done in self.handed_over.drain(..) {
-                let _ = done.send(()); // whoever asked may have stopped waiting
+                let _ = done.send(()); // the caller may have stopped waiting
             }
         }
     }
@@ -574,8 +578,8 @@ impl Driver {
         }
     }
 
-    /// Never on the loop itself, not even on a secondary, although its answer would come two thread hops sooner:
-    /// members that share storage stall together, and the primary would lose its majority and its lease.
+    /// The loop never syncs by itself, not even on a secondary, where the answer would be two thread switches faster.
+    /// Members that share storage stall together, and then the primary would lose its majority and its lease.
     fn persist(&mut self, number: u64, pending: Option<Pending>, keep: Keep) {
         if pending.is_none() && keep.is_empty() && self.syncer.is_idle() {
             self.cluster.persisted(number);

@@ -1,12 +1,12 @@
-//! What this node went through lately: the changes of its role with their causes, and the warnings by their kind. Part
-//! of the published picture, so that whoever keeps a history misses none. Must never grow without bound.
+//! The recent past of this node: the changes of its role with their causes, and the warnings by kind. It is part of the
+//! published status, so that a reader who keeps a history misses nothing. Must never grow without bound.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use super::warning::Warning;
 use crate::cluster::{Cause, NodeId, Phase, role::Transition};
 
-/// Changes that are remembered: a reader that looks twice a second misses none.
+/// Changes that are remembered: enough for a reader that looks twice a second.
 const REMEMBERED: usize = 32;
 
 /// How the primary before this node was lost.
@@ -14,20 +14,20 @@ const REMEMBERED: usize = 32;
 pub enum Loss {
     /// It handed its role over: a switchover, an orderly stop, or a full disk.
     HandedOver,
-    /// Its host refuses connections: the process is dead.
+    /// Its host refused connections: the process was dead.
     ProcessDead,
-    /// Nothing was heard of it for the time of an election.
+    /// Nothing was heard of it for an election time-out.
     NotHeard,
-    /// It said itself that it is not primary any more.
+    /// It reported that it was no longer primary.
     GaveUp,
     /// It was this node itself.
     Regained,
-    /// There was none since this process started.
+    /// There has been none since this process started.
     FirstStart,
 }
 
 impl Loss {
-    /// All of them.
+    /// Every way.
     pub const ALL: [Self; 6] =
         [Self::HandedOver, Self::ProcessDead, Self::NotHeard, Self::GaveUp, Self::Regained, Self::FirstStart];
 
@@ -44,55 +44,55 @@ impl Loss {
     }
 }
 
-/// Whose place a new primary takes.
+/// Which primary a new one follows, and how that one was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Takeover {
-    /// The primary before; none if none was known since this process started.
+    /// The primary before; `None` if this process has not known any.
     pub from: Option<NodeId>,
     pub loss: Loss,
-    /// When it was lost, in nanoseconds of the clock of [`super::lease::boottime`]: the last sign of it, or the moment
-    /// in which it gave the role up.
+    /// When it was lost, in nanoseconds of [`super::lease::boottime`]: when it was last heard of, or when it gave the
+    /// role up.
     pub since: Option<u64>,
 }
 
 /// One change of this node's phase.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoleChange {
-    /// Counts all changes of this process, from 1.
+    /// Number of this change, counted from 1 in each process.
     pub number: u64,
-    /// When, on the clock of [`super::lease::boottime`].
+    /// When, in nanoseconds of [`super::lease::boottime`].
     pub at: u64,
     pub epoch: u64,
     pub from: Phase,
     pub to: Phase,
     pub cause: Cause,
     pub sentence: &'static str,
-    /// Only where it leads to [`Phase::Primary`].
+    /// Only for a change to [`Phase::Primary`].
     pub takeover: Option<Takeover>,
 }
 
-/// The newest past, as it is published.
+/// The recent past, as it is published.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recent {
     /// Oldest first.
     pub role_changes: VecDeque<RoleChange>,
-    /// The warnings in force, but for those that follow from the rest of the status.
+    /// The warnings in force, except those that follow from the rest of the status.
     pub warnings: BTreeMap<Warning, String>,
 }
 
-/// Follows the primaries, and remembers the changes of this node.
+/// Follows who is primary, and remembers the changes of this node's role.
 #[derive(Debug, Default)]
 pub(super) struct History {
     changes: VecDeque<RoleChange>,
     count: u64,
     primary: Option<NodeId>,
-    /// How and when that one was lost, as far as it is known by now.
+    /// How and when that primary was lost, as far as is known.
     lost: Option<(Loss, u64)>,
     takeover: Option<Takeover>,
 }
 
 impl History {
-    /// `node` is primary by now.
+    /// `node` is primary now.
     pub fn primary_is(&mut self, node: NodeId) {
         (self.primary, self.lost) = (Some(node), None);
     }
@@ -105,26 +105,26 @@ impl History {
         }
     }
 
-    /// A node says that it is not primary.
+    /// A node reports that it is not primary.
     pub fn not_primary(&mut self, node: NodeId, now: u64) {
         if self.primary == Some(node) && self.lost.is_none() {
             self.lost = Some((Loss::GaveUp, now));
         }
     }
 
-    /// A node's process is dead, and was heard last at `heard`.
+    /// A node's process is dead; it was last heard of at `heard`.
     pub fn dead(&mut self, node: NodeId, heard: u64) {
         if self.primary == Some(node) && self.lost.is_none() {
             self.lost = Some((Loss::ProcessDead, heard));
         }
     }
 
-    /// Whom to ask when the last sign of the primary came.
+    /// The last known primary: the caller has to find out when it was last heard of.
     pub fn lost_primary(&self) -> Option<NodeId> {
         self.primary
     }
 
-    /// Takes note of a change. `heard`: the last sign of the primary before.
+    /// Records a change. `heard`: when the primary before was last heard of.
     pub fn note(&mut self, node: NodeId, epoch: u64, transition: &Transition, now: u64, heard: Option<u64>) {
         match transition.to {
             Phase::Promoting => self.takeover = Some(self.takeover(node, heard)),
@@ -152,7 +152,7 @@ impl History {
         Takeover { from: self.primary, loss, since }
     }
 
-    /// For the picture.
+    /// The remembered changes, oldest first.
     pub fn changes(&self) -> &VecDeque<RoleChange> {
         &self.changes
     }
@@ -189,10 +189,10 @@ mod tests {
         let other = |h: &mut History| (h.primary_is(2), h.dead(3, 300), h.handed_over(3, 9), h.not_primary(3, 9));
         assert_eq!(takeover(|h| _ = other(h)), by_two(Loss::NotHeard, 400));
         assert_eq!(takeover(|h| _ = (h.primary_is(2), h.not_primary(2, 500))), by_two(Loss::GaveUp, 500));
-        // It begins when the old primary closes, not when it lets go.
+        // The loss begins when the old primary closes its ports, not when it hands over.
         let planned = |h: &mut History| (h.primary_is(2), h.not_primary(2, 500), h.handed_over(2, 600));
         assert_eq!(takeover(|h| _ = planned(h)), by_two(Loss::HandedOver, 500));
-        // What became of an earlier primary does not matter.
+        // How an earlier primary was lost does not matter.
         let older = |h: &mut History| (h.primary_is(3), h.dead(3, 100), h.primary_is(2));
         assert_eq!(takeover(|h| _ = older(h)), by_two(Loss::NotHeard, 400));
     }

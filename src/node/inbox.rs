@@ -1,5 +1,6 @@
-//! How other threads reach the consensus loop: one bounded queue and a wake-up. Owns the commit path's waiting side:
-//! the [`Proposer`] on which SQLite's thread waits for a majority.
+//! How other threads reach the consensus loop: one bounded queue and a wake-up. Owns the waiting side of the commit
+//! path: the [`Proposer`], in which SQLite's thread waits for a majority, and the proposals that [wait](Waiting). Must
+//! never be used by the loop to wait for itself.
 
 use std::{
     collections::VecDeque,
@@ -31,25 +32,25 @@ use crate::{
     },
 };
 
-/// Requests that may wait for the loop; far more than the threads that make them.
+/// Inputs that may wait for the loop; far more than there are threads that send them.
 const INBOX: usize = 1024;
-/// Parts of one long transaction that may be on their way at once: 8 MiB.
+/// Parts of one long transaction that may wait for a majority at once: 8 MiB.
 const PARTS_IN_FLIGHT: u64 = 8;
-/// How long no majority may take anything more while a transaction of several parts waits. Meanwhile it holds everybody
-/// else up: a restore keeps the Console closed.
+/// A transaction of several parts is given up when no majority has taken anything for this long. While it waits, nobody
+/// else can write, and a restore keeps the Console closed.
 pub(super) const STALLED: Duration = Duration::from_secs(30);
 
-/// Who waits for an answer to a proposal.
+/// Where the answer to a proposal goes: the raft index of its entry.
 type ProposalReply = SyncSender<Result<u64, ReplicateError>>;
 
-/// What the loop can be told.
+/// What other threads can send to the loop.
 pub(super) enum Input {
     Propose(Proposal),
-    /// Everything that was proposed so far is to be committed first.
+    /// Answer once everything that was proposed so far is committed.
     Settle {
         reply: ProposalReply,
     },
-    /// What the sync thread was asked for.
+    /// The sync thread has done what it was asked for.
     Synced(Done),
     Database(DatabaseEvent),
     HandOver {
@@ -80,43 +81,43 @@ pub(super) enum Input {
     Stop,
 }
 
-/// Who asks for a snapshot.
+/// A request for the whole database.
 pub(super) struct SnapshotRequest {
-    /// The member that begins again with it because it forgot.
+    /// The member that it is for, if that member lost its memory and starts again with it.
     pub forgotten: Option<NodeId>,
     pub reply: oneshot::Sender<Result<(Manifest, Resting), SnapshotError>>,
 }
 
 impl SnapshotRequest {
     pub fn answer(self, offer: Result<(Manifest, Resting), SnapshotError>) {
-        let _ = self.reply.send(offer); // whoever asked may be gone: the file is free again then
+        let _ = self.reply.send(offer); // the caller may be gone: dropping the offer frees the file
     }
 
-    /// Sends whoever asked away.
+    /// Answers with an error.
     pub fn refuse(self, why: SnapshotError) {
         self.answer(Err(why));
     }
 }
 
-/// Why there is no snapshot.
+/// Why a request for the whole database was refused.
 #[derive(Debug, Error)]
 pub enum SnapshotError {
-    /// Another node may have one.
+    /// Ask the primary instead.
     #[error("this node is not primary")]
     NotPrimary,
-    /// The one who asked may not have it now; the sentence says why.
+    /// The node that asked may not have it now; the sentence says why.
     #[error("{0}")]
     Refused(String),
-    /// It may be there in a moment.
+    /// Ask again in a moment.
     #[error("{0}: ask again")]
     Busy(&'static str),
-    /// There is no room for the checkpoint that it begins with.
+    /// There is no space for the checkpoint with which a snapshot begins.
     #[error("the disk of the primary is full")]
     DiskFull,
-    /// The raft log begins behind it, or is damaged.
+    /// The raft log begins after the entry of the snapshot, or is damaged.
     #[error("its raft log has no entry {index}: {error}")]
     NoEntry { index: u64, error: raft::Error },
-    /// The file does not rest.
+    /// The database file cannot be held at rest.
     #[error(transparent)]
     Database(#[from] DatabaseError),
     /// The loop has ended.
@@ -130,13 +131,13 @@ pub enum ChangeError {
     /// Only the primary changes the membership.
     #[error("this node is not primary")]
     NotPrimary,
-    /// It cannot be made; the sentence says why. Nothing was changed.
+    /// The change cannot be made; the sentence says why. Nothing was changed.
     #[error("{0}")]
     Impossible(String),
-    /// Nothing was changed; the same may be possible in a moment.
+    /// Nothing was changed; try again in a moment.
     #[error("another change of the membership is under way: try again")]
     Busy,
-    /// It was proposed, and the role was lost before its outcome was known: look at the membership.
+    /// The change was proposed, but the role was lost before its outcome was known: read the membership again.
     #[error("the outcome is unknown: {0}")]
     Unknown(String),
 }
@@ -151,22 +152,22 @@ impl From<cluster::ChangeError> for ChangeError {
     }
 }
 
-/// Who waits for a change, and gets the membership after it.
+/// Where the answer to a change goes: the new membership.
 pub(super) type ChangeReply = oneshot::Sender<Result<Arc<Membership>, ChangeError>>;
 
-/// One part of a transaction on its way into the raft log.
+/// One part of a transaction, to be appended to the raft log.
 pub(super) struct Proposal {
     pub epoch: u64,
     pub part: Vec<u8>,
     pub last: bool,
-    /// Its transaction has more parts than this one.
+    /// True if its transaction has more parts than this one.
     pub long: bool,
     pub reply: ProposalReply,
 }
 
 /// What the database thread reports.
 pub(super) enum DatabaseEvent {
-    /// These databases do not exist yet: somebody must propose their first transactions.
+    /// These databases do not exist yet: the loop has to propose their first transactions.
     Empty {
         epoch: u64,
         databases: Vec<u32>,
@@ -179,21 +180,20 @@ pub(super) enum DatabaseEvent {
     Demoted {
         demotion: u64,
     },
-    /// It cannot be opened for writing, or failed while in use; the node goes on as a secondary.
+    /// A database cannot be opened for writing, or failed in use; the node goes on as a secondary.
     Failed {
         epoch: u64,
         why: String,
     },
-    /// The disk is too full to bring it up to date and open it for writing.
+    /// The disk is too full to bring the databases up to date and open them for writing.
     NoSpace {
         epoch: u64,
     },
-    /// This node's copy is not to be trusted: nothing more is applied to it.
+    /// This node's copy of the database cannot be trusted: nothing more is applied to it.
     Diverged {
         why: String,
     },
-    /// A newer program has written what comes next in the raft log: nothing more is applied, and nothing is wrong with
-    /// the rest.
+    /// A newer program has written the next entry of the raft log: nothing more is applied. What is here is good.
     Outdated {
         why: String,
     },
@@ -201,12 +201,12 @@ pub(super) enum DatabaseEvent {
     Corrupt {
         why: String,
     },
-    /// The database file rests for a snapshot, or cannot.
+    /// The database file rests for a snapshot, or the reason why it does not.
     Resting {
         resting: Result<Resting, SnapshotError>,
         request: SnapshotRequest,
     },
-    /// The process must end: a restart is the safe way on.
+    /// The process must end; a restart is safe.
     Fatal {
         why: String,
     },
@@ -240,7 +240,7 @@ impl Sender {
     }
 }
 
-/// The database's way into the cluster for one epoch.
+/// Through this, the databases of one epoch propose their transactions.
 pub(super) struct Proposer {
     pub epoch: u64,
     pub sender: Sender,
@@ -248,8 +248,8 @@ pub(super) struct Proposer {
 }
 
 impl Proposer {
-    /// Asks the loop, and waits for its answer. The wait is bounded by the lease, since the loop answers everybody when
-    /// it lapses, and for a transaction of several parts by [`STALLED`], too.
+    /// Asks the loop, and waits for its answer. The lease limits the wait: when it lapses, the loop answers everyone
+    /// who waits. For a transaction of several parts, [`STALLED`] does as well.
     fn ask(&self, request: impl FnOnce(ProposalReply) -> Input) -> Result<u64, ReplicateError> {
         let (reply, answer) = sync_channel(1);
         if !self.sender.try_send(request(reply)) {
@@ -264,11 +264,11 @@ impl Replicator for Proposer {
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError> {
         let long = !last || transaction::continues(&part);
         if last && long {
-            // As long as the last part is not proposed, a transaction that gets stuck can safely be given up.
+            // Until its last part is proposed, a transaction that gets stuck can be given up safely.
             self.ask(|reply| Input::Settle { reply })?;
         }
-        // The room that it needs is made on this thread, which may wait for a slow disk: the consensus loop asks again
-        // without a wait, and decides. A change of the membership may come in between, one at most.
+        // This thread makes room in the raft log, because it may wait for a slow disk. The consensus loop checks again
+        // without waiting, and decides. At most one change of the membership may come in between.
         self.log.has_room([MAX_ENCODED, part.len()]);
         self.ask(|reply| Input::Propose(Proposal { epoch: self.epoch, part, last, long, reply }))
     }
@@ -278,32 +278,32 @@ impl Replicator for Proposer {
     }
 }
 
-/// What somebody waits for.
+/// What a waiting proposal is of its transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Piece {
     /// A transaction of one part.
     Whole,
-    /// A part that does not end its transaction: without the last one it comes to nothing.
+    /// A part that does not end its transaction. Without the last part it has no effect.
     Part,
-    /// The end of a transaction of several parts.
+    /// The last part of a transaction of several parts.
     Last,
 }
 
 struct Waiter {
-    /// It is answered when this index is committed.
+    /// The answer is sent when this index is committed.
     release: u64,
     index: u64,
     piece: Piece,
     reply: ProposalReply,
 }
 
-/// Proposals that are in the raft log and wait for a majority, oldest first.
+/// Proposals that are in the raft log and wait for a majority, oldest first. The lease of the primary limits the wait.
 pub(super) struct Waiting {
     queue: VecDeque<Waiter>,
-    /// The last index that was proposed, and the last one that is known to be committed.
+    /// The last proposed index, and the highest one that is known to be committed.
     proposed: u64,
     committed: u64,
-    /// When something was committed last, or began to wait.
+    /// When an entry was last committed, or the first in the queue began to wait.
     last_progress: Instant,
 }
 
@@ -312,20 +312,20 @@ impl Waiting {
         Self { queue: VecDeque::new(), proposed: 0, committed: 0, last_progress: now }
     }
 
-    /// Takes in a proposal that got `index`. A part that is not the last one is only held back while too many are
-    /// ahead.
+    /// Adds a proposal that got `index`. A part that is not the last one waits only while [`PARTS_IN_FLIGHT`] are ahead
+    /// of it.
     pub fn add(&mut self, index: u64, piece: Piece, reply: ProposalReply, now: Instant) {
         let release = if piece == Piece::Part { index.saturating_sub(PARTS_IN_FLIGHT) } else { index };
         self.proposed = index;
         self.wait(Waiter { release, index, piece, reply }, now);
     }
 
-    /// Answers when everything that was proposed so far is committed. Only for parts: the end of their transaction is
+    /// Answers once everything that was proposed so far is committed. Only for a transaction whose last part is still
     /// to come.
     pub fn settle(&mut self, reply: ProposalReply, now: Instant) {
         let index = self.proposed;
         if index <= self.committed {
-            let _ = reply.send(Ok(index)); // nobody waits any more: nothing to tell
+            let _ = reply.send(Ok(index)); // the caller may be gone
         } else {
             self.wait(Waiter { release: index, index, piece: Piece::Part, reply }, now);
         }
@@ -338,18 +338,19 @@ impl Waiting {
         self.queue.push_back(waiter);
     }
 
-    /// Answers everything that `committed` covers.
+    /// Answers every proposal up to `committed`.
     pub fn release(&mut self, committed: u64, now: Instant) {
         if committed > self.committed {
             (self.committed, self.last_progress) = (committed, now);
         }
         while let Some(first) = self.queue.pop_front_if(|first| first.release <= committed) {
-            let _ = first.reply.send(Ok(first.index)); // nobody waits any more: nothing to tell
+            let _ = first.reply.send(Ok(first.index)); // the caller may be gone
         }
     }
 
-    /// Gives up the transactions of several parts if no majority has taken anything for [`STALLED`]. Those that lack
-    /// their last part never take effect; the outcome of the others is unknown. True if there was one.
+    /// Gives up the transactions of several parts if no majority has taken anything for [`STALLED`]. True if there was
+    /// one. Those that lack their last part never take effect and count as refused; the outcome of the others is
+    /// unknown.
     pub fn give_up_stalled(&mut self, now: Instant) -> bool {
         let long = |waiter: &Waiter| waiter.piece != Piece::Whole;
         if now.duration_since(self.last_progress) < STALLED || !self.queue.iter().any(long) {
@@ -364,14 +365,14 @@ impl Waiting {
                 Piece::Last => ReplicateError::Unknown(why),
                 _ => ReplicateError::Refused(why),
             };
-            let _ = waiter.reply.send(Err(error)); // nobody waits any more: nothing to tell
+            let _ = waiter.reply.send(Err(error)); // the caller may be gone
         }
         true
     }
 
-    /// The role is gone: the outcome of everything that waits is unknown here. Returns how many there were.
+    /// The role is lost: everyone who waits gets [`ReplicateError::Unknown`]. Returns how many there were.
     pub fn fail(&mut self, why: &str) -> usize {
-        // Nothing tells this node any more when those are committed: nobody may begin to wait for them.
+        // This node no longer learns when those are committed, so nobody may begin to wait for them.
         self.proposed = self.committed;
         let count = self.queue.len();
         for waiter in self.queue.drain(..) {
@@ -425,7 +426,7 @@ mod tests {
         assert_eq!(last.try_recv().unwrap().unwrap(), 20);
     }
 
-    /// A writer that is between two parts when the role is lost must not hold up the demotion.
+    /// A writer that is between two parts when the role is lost must not hold the demotion up.
     #[test]
     fn nobody_waits_for_what_was_proposed_before_the_role_was_lost() {
         let now = Instant::now();
@@ -441,9 +442,9 @@ mod tests {
         let now = Instant::now();
         let mut waiting = Waiting::new(now);
         let whole = add(&mut waiting, 30, Piece::Whole, now);
-        assert!(!waiting.give_up_stalled(now + 2 * STALLED), "one that holds nobody up but writers");
+        assert!(!waiting.give_up_stalled(now + 2 * STALLED), "it holds up only writers");
         let part = add(&mut waiting, 31, Piece::Part, now);
-        // Slow, but it goes on.
+        // It is slow, but not stuck.
         waiting.release(20, now + STALLED);
         assert!(!waiting.give_up_stalled(now + STALLED + STALLED / 2));
         assert!(waiting.give_up_stalled(now + 2 * STALLED));
@@ -451,7 +452,7 @@ mod tests {
         assert!(whole.try_recv().is_err() && !waiting.give_up_stalled(now + 3 * STALLED));
         waiting.release(31, now + 3 * STALLED);
         assert!(whole.try_recv().unwrap().is_ok());
-        // It begins to wait after a long idle time.
+        // It begins to wait after a long time without work.
         let later = now + 10 * STALLED;
         let last = add(&mut waiting, 32, Piece::Last, later);
         assert!(!waiting.give_up_stalled(later + STALLED / 2));

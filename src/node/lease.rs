@@ -1,5 +1,5 @@
 //! The lease as the rest of the process sees it: one deadline on CLOCK_BOOTTIME, readable at any time from any thread
-//! and, through a memory file, from the port guard process. Only the consensus loop extends it.
+//! and, through a memory file, from the port guard process. Must never be extended by anything but the consensus loop.
 
 use std::{
     fs::File,
@@ -17,13 +17,14 @@ use nix::{
 
 use crate::little_endian::u64_at;
 
-/// Nanoseconds on CLOCK_BOOTTIME: goes on while the host is suspended, never jumps, same for all processes of a host.
+/// Nanoseconds on CLOCK_BOOTTIME. This clock goes on while the host is suspended, never jumps, and is the same for all
+/// processes of a host.
 pub fn boottime() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("CLOCK_BOOTTIME exists since Linux 2.6.39");
     now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
 
-/// A shared lease. 0 means: no lease.
+/// A shared lease: a deadline, or 0 for none.
 #[derive(Clone, Debug)]
 pub struct Lease {
     inner: Arc<Inner>,
@@ -56,10 +57,11 @@ impl Lease {
         self.inner.deadline.load(Ordering::Acquire)
     }
 
-    /// Sets the deadline; 0 revokes the lease. Called by the consensus loop only, and by tests that play its part.
+    /// Sets the deadline; 0 revokes the lease. Only the consensus loop calls this, and tests that stand in for it.
     ///
     /// # Errors
-    /// When the memory file cannot be written: the port guard then still sees the older, earlier deadline.
+    /// When the memory file cannot be written: the port guard still goes by the deadline before. This process goes by
+    /// the new one in any case.
     pub fn set(&self, deadline: u64) -> std::io::Result<()> {
         self.inner.deadline.store(deadline, Ordering::Release);
         self.inner.memory.write_all_at(&encode(deadline), 0)
@@ -78,8 +80,8 @@ fn encode(deadline: u64) -> [u8; 16] {
     bytes
 }
 
-/// Reads the deadline in another process. A torn read (the two halves do not match) is read again, a few times, and
-/// then counts as no lease.
+/// Reads the deadline in another process; 0 if there is no lease. If the two halves do not match, a write was under
+/// way: it is read again, 16 times at most, and then counts as no lease.
 ///
 /// # Errors
 /// When the memory file cannot be read.

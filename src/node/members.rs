@@ -1,5 +1,5 @@
-//! What this node knows of the other members: when they were heard of, and what they report. Answers the questions that
-//! the loop decides by. Must never decide anything itself, nor know how any of it is shown.
+//! What this node knows of the other members: when they were last heard of, and what they report. Answers the questions
+//! of the loop. Must never decide anything itself, nor know how any of it is shown.
 
 use std::{
     cmp::Reverse,
@@ -13,10 +13,10 @@ use crate::{
     peer::{Condition, NodeReport, ReportExtension},
 };
 
-/// A member that was not heard of for this long is shown as DOWN, and is given nothing to do.
+/// A member that was not heard of for this long is shown as DOWN, and is not chosen for anything.
 const DOWN_AFTER: Duration = Duration::from_secs(1);
-/// How long a member is not chosen after it reported trouble with its disk and then restarted: its new process knows
-/// nothing of the trouble.
+/// How long a member is not chosen after it reported a bad disk and then restarted: its new process does not know of
+/// the trouble.
 const DISK_MEMORY: Duration = Duration::from_secs(20);
 
 /// What is known about another member.
@@ -24,26 +24,26 @@ const DISK_MEMORY: Duration = Duration::from_secs(20);
 pub(super) struct Peer {
     heard: Option<Instant>,
     report: Option<NodeReport>,
-    /// The highest index that it has reported as applied: its raft log has had everything up to there on disk.
+    /// The highest index that it has reported as applied: it had all entries up to there on disk.
     has: u64,
-    /// Its process is known to be dead, until something is heard of it again.
+    /// Its process is known to be dead, and nothing was heard of it since.
     dead: bool,
-    /// When it last reported trouble with its disk, and whether it has begun again since then.
+    /// When it last reported a bad disk, and whether it has restarted since.
     bad_disk: Option<(Instant, bool)>,
 }
 
 impl Peer {
-    /// How long ago it was heard of; none if never.
+    /// How long ago it was last heard of; `None` if never.
     pub fn silence(&self) -> Option<Duration> {
         self.heard.map(|heard| heard.elapsed())
     }
 
-    /// What it has reported last.
+    /// Its last report.
     pub fn report(&self) -> Option<&NodeReport> {
         self.report.as_ref()
     }
 
-    /// True if its process is dead or nothing was heard of it for a while.
+    /// True if its process is dead, or it was not heard of for [`DOWN_AFTER`].
     pub fn is_down(&self) -> bool {
         self.dead || !self.is_heard()
     }
@@ -66,9 +66,9 @@ impl Peer {
 pub(super) struct Members {
     node: NodeId,
     peers: BTreeMap<NodeId, Peer>,
-    /// Those of them that vote, in rank order.
+    /// Those that vote, in the order of the membership.
     voters: Vec<NodeId>,
-    /// Something changed that the picture shows.
+    /// Something has changed that the status shows.
     news: bool,
 }
 
@@ -79,7 +79,7 @@ impl Members {
         members
     }
 
-    /// Takes over who is a member from now on.
+    /// Follows a change of the membership.
     pub fn update(&mut self, membership: &Membership) {
         let others: Vec<_> = membership.roster.members.iter().filter(|member| member.id != self.node).collect();
         self.peers.retain(|id, _| others.iter().any(|other| other.id == *id));
@@ -93,7 +93,7 @@ impl Members {
         self.peers.get(&id)
     }
 
-    /// True if the picture has to be shown anew.
+    /// True, once, if something has changed that the status shows.
     pub fn take_news(&mut self) -> bool {
         std::mem::take(&mut self.news)
     }
@@ -108,7 +108,7 @@ impl Members {
     pub fn report(&mut self, from: NodeId, report: NodeReport) {
         self.heard(from);
         let Some(peer) = self.peers.get_mut(&from) else { return };
-        // What is free changes all the time: the next picture has it.
+        // The free space changes all the time, so it waits for the next picture.
         let more = |report: &NodeReport| report.more.map(|more| ReportExtension { free: None, memory: None, ..more });
         let shown = |report: &NodeReport| (report.state, report.epoch, report.full, more(report));
         self.news |= peer.report.as_ref().map(shown) != Some(shown(&report));
@@ -121,7 +121,7 @@ impl Members {
         peer.report = Some(report);
     }
 
-    /// Its process is dead.
+    /// The process of this member is dead.
     pub fn dead(&mut self, peer: NodeId) {
         if let Some(peer) = self.peers.get_mut(&peer) {
             peer.dead = true;
@@ -129,26 +129,26 @@ impl Members {
         }
     }
 
-    /// When a member was heard of last, on the clock of [`boottime`].
+    /// When a member was last heard of, in nanoseconds of [`boottime`].
     pub fn last_heard(&self, member: NodeId) -> Option<u64> {
         let silence = self.peers.get(&member)?.silence()?;
         Some(boottime().saturating_sub(silence.as_nanos() as u64))
     }
 
-    /// Who is primary, if it is another member: the leader, once it says so of its epoch.
+    /// The leader of an epoch, once it has reported that it is PRIMARY in it.
     pub fn primary(&self, leader: NodeId, epoch: u64) -> Option<NodeId> {
         let report = self.peers.get(&leader)?.report.as_ref()?;
         (report.state == Role::Primary && report.epoch == epoch).then_some(leader)
     }
 
-    /// Who claims to be primary, for a node that takes no part in elections.
+    /// Who reports to be PRIMARY, in the highest epoch: for a node that takes no part in elections.
     pub fn reported_primary(&self) -> Option<NodeId> {
         let serving = |(id, peer): (&NodeId, &Peer)| Some((peer.reports(Role::Primary)?.epoch, *id));
         self.peers.iter().filter_map(serving).max().map(|(_, id)| id)
     }
 
-    /// The voter with the most that is SECONDARY, has a disk that works and space on it, and was heard of lately; of
-    /// equals the first in rank.
+    /// The member to hand the role to: of the voters that are SECONDARY, up, and have a working disk with space, the
+    /// one that has applied most; of equals the first in the membership.
     pub fn secondary_with_space(&self) -> Option<NodeId> {
         let able = |id: &NodeId| {
             let peer = self.peers.get(id).filter(|peer| !peer.dead && peer.has_working_disk())?;
@@ -158,31 +158,31 @@ impl Members {
         self.voters.iter().filter_map(able).min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
     }
 
-    /// The feature level that the programs of all members have, this node's `own` included; none while one of them is
-    /// not heard of.
+    /// The feature level that the programs of all members have, this node's `own` included; `None` while a member is
+    /// down.
     pub fn common_level(&self, own: u32) -> Option<u32> {
         let level = |peer: &Peer| peer.report.as_ref().filter(|_| !peer.is_down()).map(level_of);
         self.peers.values().map(level).try_fold(own, |least, level| Some(least.min(level?)))
     }
 
-    /// By its last report.
+    /// True if it has said so in its last report.
     pub fn has_full_disk(&self, member: NodeId) -> bool {
         let report = self.peers.get(&member).and_then(|peer| peer.report.as_ref());
         report.is_some_and(|report| report.full)
     }
 
-    /// The index up to which all other members have the raft log: nobody will ask for it again.
+    /// All other members have the raft log up to this index: none of them will ask for it again.
     pub fn everybody_has(&self) -> u64 {
         self.peers.values().map(|peer| peer.has).min().unwrap_or(u64::MAX)
     }
 }
 
-/// The feature level of the program that reports: a report without one is of the first level.
+/// The feature level of a reporting program; a report without one comes from the first level.
 pub(super) fn level_of(report: &NodeReport) -> u32 {
     report.more.map_or(FIRST_LEVEL, |more| more.level)
 }
 
-/// The condition of a member's disk, by its report.
+/// The condition of a member's disk; good if the report does not say.
 pub(super) fn disk_of(report: &NodeReport) -> Condition {
     report.more.and_then(|more| more.disk).unwrap_or_default()
 }
@@ -232,7 +232,7 @@ mod tests {
         assert_eq!(members.common_level(2), None);
     }
 
-    /// A primary whose disk is full must not give the role to a member that could not write either.
+    /// A primary whose disk is full must not give the role to a member that cannot write either.
     #[test]
     fn only_a_secondary_voter_with_space_is_named() {
         let mut members = members();
@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(members.secondary_with_space(), None);
     }
 
-    /// The raft log is compacted by this: an entry that a member lacks must stay.
+    /// The raft log is compacted up to this index: an entry that a member lacks must stay.
     #[test]
     fn the_raft_log_is_kept_for_a_member_that_was_never_heard_of() {
         let mut members = members();
@@ -284,7 +284,7 @@ mod tests {
         assert_eq!(members.everybody_has(), 70);
     }
 
-    /// A member that was demoted applies again from its checkpoint, but its raft log has what it had.
+    /// A member that was demoted applies again from its checkpoint, but its raft log is as long as before.
     #[test]
     fn what_a_member_has_does_not_go_back_and_survives_its_death() {
         let mut members = members();

@@ -1,5 +1,5 @@
-//! DRIVES. Joins the consensus core to the world: links, raft log, database, clock. Publishes what it sees through
-//! `watch<Status>` and knows nothing of ports and workloads.
+//! DRIVES. Connects the consensus core to links, raft log, database and clock, and publishes a [`Status`]. Must know
+//! nothing of ports and workloads.
 
 mod database_thread;
 mod disk;
@@ -60,35 +60,35 @@ use inbox::{Input, Sender, SnapshotRequest};
 pub struct NodeConfig {
     /// The membership to start with.
     pub stored: StoredMembership,
-    /// The data folder, where changes of the membership and dropped tails of the raft log are kept.
+    /// The data folder. Changes of the membership and dropped tails of the raft log are kept there.
     pub data: PathBuf,
     pub node: NodeId,
-    /// This node's name, for as long as no membership names it otherwise.
+    /// This node's name while it is in no membership.
     pub name: String,
     pub timing: Timing,
-    /// How long closing the database may take at a demotion before the process gives up and exits.
+    /// How long a demotion may take to close the database before the process exits.
     pub demotion_deadline: Duration,
     pub checkpoints: CheckpointPolicy,
     /// Page size, in bytes, of a database that this node founds.
     pub page_size: u32,
-    /// Take over at once when the primary's process is proven dead (`lib.rs` says what that assumes).
+    /// Take over at once when the primary's process is proven dead; `lib.rs` says what that assumes.
     pub fast_takeover: bool,
-    /// Version of this program, as shown to people.
+    /// The version of this program that people see.
     pub version: String,
-    /// What this program can do: see [`crate::cluster::level`].
+    /// The feature level of this program: see [`crate::cluster::level`].
     pub level: u32,
-    /// The shared lease that this node extends.
+    /// The shared lease, which this node extends.
     pub lease: Lease,
-    /// Why this node takes part in nothing: it lost some of its durable memory. None if it did not.
+    /// Set if this node lost some of its durable memory and therefore takes part in nothing: the reason.
     pub forgotten: Option<String>,
-    /// How far its own memory had reached, at least.
+    /// The least that this node's own memory had reached.
     pub reach: Reach,
-    /// What it remembers of the others.
+    /// What this node remembers of the other members.
     pub memory: Memory,
 }
 
 impl NodeConfig {
-    /// What this node is called in a membership; one that it is not in does not say.
+    /// This node's name in a membership, or its own if it is not a member.
     fn name_in(&self, membership: &Membership) -> String {
         membership.get(self.node).map_or_else(|| self.name.clone(), |member| member.name.clone())
     }
@@ -97,15 +97,15 @@ impl NodeConfig {
 /// Why the loop ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// As it was told to.
+    /// It was asked to stop.
     Stopped,
-    /// Going on would not be safe; a restart is. The sentence says what failed.
+    /// It is not safe to continue, but it is safe to restart. The sentence says what failed.
     Fatal(String),
-    /// All is well, but the process has to begin again, as to install a snapshot. The sentence says why.
+    /// Nothing is wrong, but the process has to start again, for example to install a snapshot. The sentence says why.
     Restart(String),
 }
 
-/// The rest of the process' view of a running node.
+/// How the rest of the process reaches a running node.
 #[derive(Clone)]
 pub struct Handle {
     sender: Sender,
@@ -114,22 +114,22 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// The latest picture; changes can be awaited.
+    /// The latest status. A receiver can wait for a change.
     pub fn status(&self) -> watch::Receiver<Arc<Status>> {
         self.views.status.clone()
     }
 
-    /// The database, while this node is PRIMARY and has it open for writing.
+    /// The Console's database, while this node is PRIMARY and has it open for writing.
     pub fn serving(&self) -> Serving {
         self.views.serving.clone()
     }
 
-    /// What a member is called.
+    /// The name of a member: see [`Membership::name`].
     pub fn name(&self, id: NodeId) -> String {
         self.views.membership.borrow().name(id)
     }
 
-    /// The membership in force; changes can be awaited.
+    /// The membership in force. A receiver can wait for a change.
     pub fn membership(&self) -> watch::Receiver<Arc<Membership>> {
         self.views.membership.clone()
     }
@@ -139,53 +139,54 @@ impl Handle {
         self.views.editions.clone()
     }
 
-    /// The member that can give this node the whole database, while it needs that: its raft log is too far behind those
-    /// of the others, or its copy is not to be trusted.
+    /// The member from which this node should fetch the whole database. None unless it has to: because its raft log is
+    /// too far behind, or its copy of the database cannot be trusted.
     pub fn refetch_from(&self) -> watch::Receiver<Option<NodeId>> {
         self.views.refetch_from.clone()
     }
 
-    /// When the consensus loop turned last.
+    /// The heartbeat of the consensus loop.
     pub fn pulse(&self) -> Pulse {
         self.pulse.clone()
     }
 
-    /// Changes the membership; only on the primary. Returns the membership after it when it is in force here.
+    /// Changes the membership; only on the primary. Returns the new membership once it is in force on this node.
     ///
     /// # Errors
     /// [`ChangeError::NotPrimary`], [`ChangeError::Impossible`] with the reason, or [`ChangeError::Busy`]: nothing was
-    /// changed. [`ChangeError::Unknown`]: it may have been made, look at the membership.
+    /// changed. [`ChangeError::Unknown`]: the change may have been made, so read the membership again.
     pub async fn change(&self, change: Change) -> Result<Arc<Membership>, ChangeError> {
         let (reply, wait) = oneshot::channel();
         let ended = || ChangeError::Unknown("the node stops".to_owned());
         if !self.sender.send(Input::Change { change, reply }) {
             return Err(ended());
         }
-        // Bounded by the lease: when it lapses, the loop answers everybody who waits.
+        // The lease limits this wait: when it lapses, the loop answers everyone who waits.
         wait.await.map_err(|_| ended())?
     }
 
-    /// Hands the primary role to another member, to `to` if named: returns when it has gone over, or when the time for
-    /// it is up. At once if this node is not primary. The Console must have been drained before.
+    /// Hands the primary role to another member: to `to`, or to any that can take it. Returns when the handover has
+    /// succeeded or its time is up ([`Timing::handover`]); at once if this node is not primary. Drain the Console
+    /// first.
     pub async fn hand_over(&self, to: Option<NodeId>) {
         let (done, wait) = oneshot::channel();
         if self.sender.send(Input::HandOver { to, done }) {
-            let _ = wait.await; // an ended loop has no role either
+            let _ = wait.await; // a loop that has ended has no role either
         }
     }
 
-    /// Shows how far the copy of the database for a member is, or that it is over.
+    /// Shows in the status how much of the database has been copied to a member; `None` when the copy has ended.
     pub fn report_sync(&self, node: NodeId, progress: Option<SyncProgress>) {
         self.sender.send(Input::Sync { node, progress });
     }
 
     /// Lets the whole database be read while writers go on, until the [`Resting`] file is dropped or its hold is
-    /// broken; only on the primary. It may be for a member that forgot, which is named then. The manifest comes without
-    /// the cluster key.
+    /// broken; only on the primary. `forgotten` names the member that the database is for, if that member lost its
+    /// memory. The manifest does not contain the cluster key.
     ///
     /// # Errors
-    /// [`SnapshotError::Busy`] when the same can be asked for again in a moment. Any other [`SnapshotError`] says, for
-    /// the node that wants the database, why there is none.
+    /// [`SnapshotError::Busy`]: ask again in a moment. Any other [`SnapshotError`] is the reason to give to the node
+    /// that wants the database.
     pub async fn snapshot(&self, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), SnapshotError> {
         let (reply, wait) = oneshot::channel();
         if !self.sender.send(Input::Snapshot(SnapshotRequest { forgotten, reply })) {
@@ -194,50 +195,50 @@ impl Handle {
         wait.await.map_err(|_| SnapshotError::Stops)?
     }
 
-    /// Begins a copy of this node's own database while it follows; on a SECONDARY. A change of the role ends it.
+    /// Begins a copy of this node's own database; only on a SECONDARY. A change of the role ends the copy.
     ///
     /// # Errors
-    /// [`CopyError::Ended`] when the database does not follow, with the reason.
+    /// [`CopyError::Ended`] with the reason: the database does not follow the raft log here, or its thread is busy.
     pub async fn begin_copy(&self) -> Result<OnlineCopy, CopyError> {
         self.views.online_copies.begin().await
     }
 
-    /// Ends a copy at the transaction that was applied last.
+    /// Ends a copy at the last applied transaction.
     ///
     /// # Errors
-    /// [`CopyError::Changed`] when too many pages were written meanwhile: read them, and ask again.
-    /// [`CopyError::Ended`] when the database does not follow, or was begun again: begin another copy.
+    /// [`CopyError::Changed`] when too many pages have been written meanwhile: read those, and call this again.
+    /// [`CopyError::Ended`] when the database does not follow any more, or was reopened: begin another copy.
     pub async fn finish_copy(&self, copy: &OnlineCopy) -> Result<FinishedCopy, CopyError> {
         self.views.online_copies.finish(copy.id()).await
     }
 
-    /// Lets this node take over in spite of a pause, until the next change of the membership: for when the only node
-    /// that may be primary is gone.
+    /// Lets this node take over in spite of a pause, until the next change of the membership. For the case that the
+    /// only node that may be primary is gone.
     pub fn ignore_pause(&self) {
         self.sender.send(Input::IgnorePause);
     }
 
-    /// Ends the loop in order with [`Exit::Restart`].
+    /// Stops the loop in an orderly way, with [`Exit::Restart`].
     pub fn restart(&self, why: String) {
         self.sender.send(Input::Restart { why });
     }
 
-    /// Tells the others what this node has on its disk of what they go on with together.
+    /// Reports to the other members which of the shared keys and certificates are on this node's disk.
     pub fn report_holdings(&self, holds: Holdings) {
         self.sender.send(Input::Holds { holds });
     }
 
-    /// Shows a warning in the status, or takes it back.
+    /// Shows a warning in the status; `None` removes it.
     pub fn warn(&self, about: Warning, text: Option<String>) {
         self.sender.send(Input::Warning { about, text });
     }
 
-    /// Shows the certificates that this node uses in the status.
+    /// Shows in the status which certificates this node uses.
     pub fn show_certificates(&self, certificates: Vec<CertificateStatus>) {
         self.sender.send(Input::Certificates(certificates));
     }
 
-    /// Ends the loop in order; join its thread afterwards.
+    /// Stops the loop in an orderly way. Join its thread afterwards.
     pub fn stop(&self) {
         self.sender.send(Input::Stop);
     }
@@ -246,7 +247,7 @@ impl Handle {
 /// Starts the node's threads.
 ///
 /// # Errors
-/// When the raft log contradicts the database or itself, or a thread cannot be started.
+/// When the raft log contradicts the database or itself, or a thread cannot be started. The node must not run then.
 pub fn spawn(
     config: NodeConfig,
     log: RaftLog,
@@ -272,15 +273,15 @@ pub fn spawn(
     Ok((Handle { sender, views, pulse }, thread))
 }
 
-/// The index behind which raft hands out what is committed. A database that the raft log cannot bring up to date is of
-/// no use, and is not applied to.
+/// The index after which raft hands out committed entries. A database that the raft log cannot bring up to date is of
+/// no use: it is distrusted, and nothing is applied to it.
 fn first_applied(log: &RaftLog, databases: &mut Databases) -> u64 {
     let before = log.first_index() - 1;
     for database in databases.iter_mut() {
         let applied = database.applied().max(1);
         if applied < before && database.distrusted().is_none() {
             database.distrust(format!(
-                "the database in {} has everything up to raft index {applied}, and the raft log begins behind {before}",
+                "the database in {} has everything up to raft index {applied}, but the raft log begins after {before}",
                 database.path().display()
             ));
         }
@@ -288,7 +289,7 @@ fn first_applied(log: &RaftLog, databases: &mut Databases) -> u64 {
     databases.applied().max(1).max(before)
 }
 
-/// Everything that a checkpointed database has is committed, even if the lazily written commit index says less.
+/// Everything in a checkpointed database is committed, even if the commit index, which is written lazily, is lower.
 fn trust_checkpoints(log: &RaftLog, applied: u64) -> io::Result<()> {
     let state = log.initial_state().map_err(io::Error::other)?;
     if log.last_index() < applied {

@@ -1,5 +1,5 @@
-//! What the consensus loop tells of its node: the other members hear of it in reports, and everybody sees it as the
-//! [`Status`] (`picture`). Must never wait for anybody, nor give answers that the loop decides by.
+//! Publishes what the consensus loop knows of its node: in reports to the other members, and as the [`Status`]
+//! (`picture`). Must never wait, nor answer questions that the loop decides by.
 
 mod gauges;
 mod picture;
@@ -24,23 +24,23 @@ use crate::{
     storage::raft_log::RaftLog,
 };
 
-/// Ticks between two reports to the other members, and between two pictures when nothing changes.
+/// Ticks between two reports to the other members, and between two statuses while nothing changes.
 const REPORT_TICKS: u32 = 20;
 
-/// What the others are told of this node, besides what the picture has.
+/// What reports to the others say of this node that the rest of the publisher does not know.
 struct Own {
     /// Its disk is full.
     full: bool,
-    /// Bytes that are free there, and the condition of that disk.
+    /// Free bytes for its data, and the condition of its disk.
     free: Option<u64>,
     disk: Condition,
-    /// What it has on its disk of what all members share.
+    /// Which of the shared keys and certificates are on its disk.
     holds: Holdings,
-    /// What they should remember of it.
+    /// What the others should remember of it.
     remembers: Remembers,
 }
 
-/// Where this node stands, besides what the [`Publisher`] was told.
+/// What the [`Publisher`] reads from the loop for each status.
 pub(super) struct Seen<'a> {
     pub cluster: &'a Cluster<RaftLog>,
     pub log: &'a RaftLog,
@@ -48,7 +48,7 @@ pub(super) struct Seen<'a> {
     pub applied: u64,
 }
 
-/// Keeps the picture together. Lives on the consensus loop.
+/// Collects what the status shows. Used by the consensus loop.
 pub(super) struct Publisher {
     config: NodeConfig,
     warnings: BTreeMap<Warning, String>,
@@ -57,22 +57,22 @@ pub(super) struct Publisher {
     phase: Phase,
     reason: &'static str,
     diverged: bool,
-    /// Entries of its raft log were replaced, and its database is not level again.
+    /// Entries of its raft log were replaced, and its database has not yet caught up.
     rolling_back: bool,
     own: Own,
     /// Why this node is no longer a member.
     removed: Option<String>,
     history: History,
-    /// The copies of the database that are on their way, by the node that gets them.
+    /// Copies of the whole database that are being transferred, by the node that receives them.
     sync: BTreeMap<NodeId, SyncProgress>,
     sender: watch::Sender<Arc<Status>>,
     ticks: u32,
     stale: bool,
-    /// What was published last: epoch and primary.
+    /// Epoch and primary of the status that was published last.
     shown: (u64, Option<NodeId>),
-    /// What the others were told last: role and epoch.
+    /// Role and epoch that the others last heard of at once.
     announced: (Role, u64),
-    /// Something else changed that they must hear of at once.
+    /// Something else has changed that the others must hear of at once.
     unsaid: bool,
 }
 
@@ -112,17 +112,17 @@ impl Publisher {
         (publisher, receiver)
     }
 
-    /// A member says that it is not primary.
+    /// A member reports that it is not primary.
     pub fn not_primary(&mut self, member: NodeId) {
         self.history.not_primary(member, boottime());
     }
 
-    /// The process of a member that was heard of last at `heard` is dead.
+    /// The process of a member is dead; it was last heard of at `heard`.
     pub fn dead(&mut self, member: NodeId, heard: u64) {
         self.history.dead(member, heard);
     }
 
-    /// The members from now on.
+    /// Follows a change of the membership.
     pub fn set_membership(&mut self, membership: &Membership) {
         self.sync.retain(|id, _| membership.get(*id).is_some());
         self.membership = membership.clone();
@@ -135,7 +135,7 @@ impl Publisher {
         self.stale = true;
     }
 
-    /// How far the copy of the database for a member, or for this node, is.
+    /// Shows how much of the database has been copied to a member, or to this node; `None` when the copy has ended.
     pub fn sync(&mut self, node: NodeId, progress: Option<SyncProgress>) {
         match progress.filter(|_| node == self.config.node || self.membership.get(node).is_some()) {
             Some(progress) => self.sync.insert(node, progress),
@@ -144,31 +144,31 @@ impl Publisher {
         self.stale = true;
     }
 
-    /// What the others are to remember of this node; they are told of a vote at once.
+    /// Sets what the others should remember of this node. They hear of a vote at once.
     pub fn remembers(&mut self, remembers: Remembers) {
         let vote = |remembers: &Remembers| (remembers.forgotten, remembers.reach.term, remembers.reach.vote);
         self.unsaid |= vote(&std::mem::replace(&mut self.own.remembers, remembers)) != vote(&remembers);
     }
 
-    /// What this node has on its disk; the others are told at once.
+    /// Sets which of the shared keys and certificates are on this node's disk. The others hear of it at once.
     pub fn holds(&mut self, holds: Holdings) {
         self.own.holds = holds;
         (self.stale, self.unsaid) = (true, true);
     }
 
-    /// The disk of this node is full, or is not any more; the others are told at once.
+    /// Sets whether this node's disk is full. The others hear of it at once.
     pub fn full(&mut self, full: bool) {
         self.own.full = full;
         (self.stale, self.unsaid) = (true, true);
     }
 
-    /// The condition of the disk of this node; the others are told at once.
+    /// Sets the condition of this node's disk. The others hear of it at once.
     pub fn disk(&mut self, condition: Condition) {
         self.own.disk = condition;
         (self.stale, self.unsaid) = (true, true);
     }
 
-    /// So many bytes are free for the data of this node; the others learn of it with the next report.
+    /// Sets how many bytes are free for this node's data, if known. The others hear of it with the next report.
     pub fn free(&mut self, free: Option<u64>) {
         self.own.free = free;
     }
@@ -178,7 +178,7 @@ impl Publisher {
         self.warnings.contains_key(&about)
     }
 
-    /// Sets or takes back a warning of one kind.
+    /// Sets a warning of one kind; `None` removes it.
     pub fn warn(&mut self, about: Warning, text: Option<String>) {
         self.stale |= self.warnings.get(&about) != text.as_ref();
         match text {
@@ -193,7 +193,7 @@ impl Publisher {
         self.stale = true;
     }
 
-    /// This node's copy of the database is not to be trusted.
+    /// This node's copy of the database cannot be trusted.
     pub fn diverged(&mut self, why: String) {
         self.diverged = true;
         self.warn(Warning::Diverged, Some(format!("{why}; this node needs its database restored from the primary")));
@@ -204,7 +204,7 @@ impl Publisher {
         self.stale = true;
     }
 
-    /// The primary lets this node campaign at once: it gives its role up on purpose.
+    /// The primary `by` has ordered this node to campaign at once: it hands its role over.
     pub fn handed_over(&mut self, by: NodeId) {
         self.history.handed_over(by, boottime());
     }
@@ -217,7 +217,7 @@ impl Publisher {
         self.stale = true;
     }
 
-    /// Once per tick: tells the others where this node stands, now and then. True if it did.
+    /// Once per tick: sends the regular reports when they are due. True if it did.
     pub fn tick(&mut self, links: &mut Links) -> bool {
         self.ticks += 1;
         if self.ticks % REPORT_TICKS != 1 {
@@ -228,8 +228,8 @@ impl Publisher {
         true
     }
 
-    /// Tells the others at once when the role changes, for which they wait, as in a switchover, or what else they are
-    /// to hear of.
+    /// Sends reports now if the role has changed, for which the others wait in a switchover, or something else that
+    /// they must hear of at once.
     pub fn announce(&mut self, links: &mut Links) {
         let now = (self.sender.borrow().role, self.shown.0);
         let news = std::mem::replace(&mut self.announced, now) != now;
@@ -253,7 +253,7 @@ impl Publisher {
                 more: Some(ReportExtension {
                     level: self.config.level,
                     holds: own.holds,
-                    // What follows the report is sent with it.
+                    // The encoding of a report has room for the last two fields only behind this one.
                     free: own.free.or((own.disk != Condition::Good || own.remembers.forgotten).then_some(0)),
                     disk: Some(own.disk),
                     memory: Some(own.remembers),

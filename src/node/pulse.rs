@@ -1,5 +1,5 @@
-//! A sign of life of the consensus loop, for whoever asks whether it still turns. Must never be taken for a lease: a
-//! loop that turns may have lost its majority.
+//! The heartbeat of the consensus loop, for checks that it still runs. Must never be taken for a lease: a loop that
+//! runs may have lost its majority.
 
 use std::{
     sync::{
@@ -11,22 +11,22 @@ use std::{
 
 use super::lease::boottime;
 
-/// When the loop turned last, on the clock of [`boottime`].
+/// When the loop last completed a turn, on the clock of [`boottime`].
 #[derive(Clone, Debug)]
 pub struct Pulse(Arc<AtomicU64>);
 
 impl Pulse {
-    /// One that has just beaten.
+    /// A pulse that beats now.
     pub fn new() -> Self {
         Self(Arc::new(AtomicU64::new(boottime())))
     }
 
-    /// The loop turns. Called by the loop only, and by tests that play its part.
+    /// Notes that the loop runs. Only the loop calls this, and tests that stand in for it.
     pub fn beat(&self) {
         self.0.store(boottime(), Ordering::Relaxed);
     }
 
-    /// How long ago that was.
+    /// The time since the last beat.
     pub fn age(&self) -> Duration {
         Duration::from_nanos(boottime().saturating_sub(self.0.load(Ordering::Relaxed)))
     }

@@ -1,5 +1,5 @@
-//! What this node does with entries of its raft log that another primary replaces: keeps them for the administrator,
-//! and shows ROLLBACK until its database is level again. Must never make the consensus loop wait for the disk.
+//! Entries of this node's raft log that another primary replaces: keeps them in a file for the administrator, and shows
+//! ROLLBACK until the database has caught up. Must never make the consensus loop wait for the disk.
 
 use std::{
     fs::File,
@@ -29,19 +29,19 @@ use super::{
     warning::Warning,
 };
 
-/// How long the status names the file.
+/// How long the status shows the warning with the name of the file.
 const NOTE: Duration = Duration::from_secs(3600);
 
-/// Keeps tails and knows whether one is being rolled back.
+/// Keeps dropped tails, and knows whether a rollback is under way.
 pub(super) struct Rollback {
     data: PathBuf,
     owner: (ClusterId, NodeId),
     sender: Sender,
-    /// The database file, which only its owner may open and close.
+    /// The database file. It must not be opened again here: closing it would drop SQLite's locks.
     database: Arc<File>,
-    /// The database is level again once it has everything up to here.
+    /// The rollback is over once the database has applied everything up to here.
     until: Option<u64>,
-    /// When the note in the status ends.
+    /// When the warning in the status ends.
     noted: Option<Instant>,
 }
 
@@ -51,7 +51,7 @@ impl Rollback {
         Self { data: config.data.clone(), owner, sender, database, until: None, noted: None }
     }
 
-    /// Must be called before `entries` are appended: true if they replace other ones.
+    /// True if `entries` replace others. Call it before they are appended.
     pub fn watch(&mut self, log: &RaftLog, entries: &[Entry]) -> bool {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return false };
         if first.index > log.last_index() {
@@ -62,7 +62,7 @@ impl Rollback {
         self.until = Some(last.index);
         match log.hold(conflict.index) {
             Some(held) if held.has_content() => self.save_tail(held, conflict.term),
-            // Only the first entry of a primary that nobody followed: there is nothing to look at.
+            // Only the empty entry with which a primary begins its epoch: there is nothing to keep.
             _ => {
                 info!(index = conflict.index, epoch = conflict.term, "ROLLBACK: entries without content were replaced")
             }
@@ -70,8 +70,8 @@ impl Rollback {
         true
     }
 
-    /// The tail was never acknowledged, so safety does not depend on its file. Still it should not get lost: it stays
-    /// readable in the raft log until a thread has copied it, so that only a crash in the next moments can lose it.
+    /// The tail was never acknowledged, so safety does not depend on this file. The administrator may still want it: it
+    /// stays readable in the raft log until a thread has copied it, so only a crash in the next moments can lose it.
     fn save_tail(&mut self, held: RetainedTail, epoch: u64) {
         let dropped = held.last() - held.first() + 1;
         metrics::counter!(telemetry::ROLLBACK_ENTRIES).increment(dropped);
@@ -87,12 +87,12 @@ impl Rollback {
         }
     }
 
-    /// Once per turn: true when a rollback is over, the database having `applied`.
+    /// Once per turn, with the index that the database has applied: true when a rollback is over.
     pub fn is_over(&mut self, applied: u64) -> bool {
         self.until.take_if(|until| *until <= applied).is_some()
     }
 
-    /// Once per tick: true when the note in the status should disappear.
+    /// Once per tick: true when the warning in the status should end.
     pub fn note_ends(&mut self) -> bool {
         self.noted.take_if(|until| *until <= Instant::now()).is_some()
     }

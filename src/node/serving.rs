@@ -1,6 +1,6 @@
-//! The databases that this node has open for writing: lends the Console's to the rest of the process for as long as it
-//! is PRIMARY, and fences all of them. Lives on the consensus loop. Must never lend a database that is not open, nor
-//! wait for one to be given back.
+//! The databases that this node has open for writing: lends the Console's to the rest of the process while this node is
+//! PRIMARY, and fences all of them. Used by the consensus loop. Must never lend a database that is not open, nor wait
+//! until one is given back.
 
 use std::sync::Arc;
 
@@ -10,29 +10,29 @@ use crate::storage::{database::PrimaryDatabase, transaction::CONSOLE_DATABASE};
 
 /// Where the rest of the process finds the database of a PRIMARY, open for writing.
 ///
-/// Whoever holds a clone of it, or a connection to it, must let go as soon as the role changes: the daemon exits when
-/// that takes longer than the demotion deadline.
+/// Drop every clone of it, and close every connection to it, as soon as the role changes: the daemon exits if that
+/// takes longer than the demotion deadline.
 pub type Serving = watch::Receiver<Option<Arc<PrimaryDatabase>>>;
 
-/// The loop's side: the databases from their opening to their fence.
+/// The loop's side: the databases from when they are opened until they are fenced.
 pub(super) struct OpenDatabases {
     databases: Vec<Arc<PrimaryDatabase>>,
     lent: watch::Sender<Option<Arc<PrimaryDatabase>>>,
 }
 
 impl OpenDatabases {
-    /// None is open yet.
+    /// No database is open yet.
     pub fn new() -> (Self, Serving) {
         let (lent, serving) = watch::channel(None);
         (Self { databases: Vec::new(), lent }, serving)
     }
 
-    /// They are open for writing; the role is about to be PRIMARY.
+    /// Takes the databases that have just been opened for writing; the role is about to be PRIMARY.
     pub fn offer(&mut self, databases: Vec<Arc<PrimaryDatabase>>) {
         self.databases = databases;
     }
 
-    /// Lends the Console's database if it is open: true then. To be called before anybody hears that this node is
+    /// Lends the Console's database, and returns true, if it is open. Call it before the status says that this node is
     /// PRIMARY.
     pub fn lend(&self) -> bool {
         let console = self.databases.iter().find(|database| database.id == CONSOLE_DATABASE);
@@ -43,7 +43,8 @@ impl OpenDatabases {
         true
     }
 
-    /// Stops lending it. To be called after the status says that this node does not serve: nobody misses it then.
+    /// Stops lending it. Call it after the status says that this node does not serve, so that no reader of the status
+    /// misses it.
     pub fn withdraw(&self) {
         if self.lent.borrow().is_some() {
             self.lent.send_replace(None);
@@ -55,12 +56,12 @@ impl OpenDatabases {
         self.databases.iter().map(|database| database.gate().wal_bytes()).sum()
     }
 
-    /// True if one of them takes no more transactions.
+    /// True if one of them refuses transactions.
     pub fn is_fenced(&self) -> bool {
         self.databases.iter().any(|database| database.gate().is_fenced())
     }
 
-    /// From now on no transaction of this node can be committed. Takes effect at once, on any thread.
+    /// From now on this node cannot commit a transaction. It takes effect at once, whichever thread writes.
     pub fn fence(&mut self) {
         self.databases.drain(..).for_each(|database| database.gate().fence());
     }

@@ -1,5 +1,5 @@
-//! What a node shows of itself and the cluster: the picture that everybody reads. Data only, with its form in JSON;
-//! must never decide anything, nor show what lets a host in.
+//! What a node shows of itself and the cluster. Plain data with its JSON form. Must never decide anything, nor show a
+//! secret that lets a host join.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,8 +9,8 @@ use crate::{
     pki::CertificateInfo,
 };
 
-/// One consistent picture of this node, published through a watch channel at every change and at least every half
-/// second.
+/// One consistent picture of this node. The consensus loop publishes it at every change, and every [20
+/// ticks](crate::cluster::Timing::tick) otherwise: half a second with the default timing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     pub cluster: ClusterId,
@@ -18,42 +18,42 @@ pub struct Status {
     pub name: String,
     pub version: String,
     pub role: Role,
-    /// Why the role is what it is: the sentence that was logged at the last change.
+    /// Why the node has this role: the sentence that was logged at the last change.
     pub reason: String,
     pub epoch: u64,
-    /// Who is PRIMARY, as far as this node knows.
+    /// The PRIMARY, as far as this node knows.
     pub primary: Option<NodeId>,
-    /// Raft index up to which the database has everything, here.
+    /// Raft index up to which this node's database has everything.
     pub applied: u64,
-    /// Raft index known to be committed, here.
+    /// Highest raft index that this node knows to be committed.
     pub committed: u64,
-    /// Milliseconds of the lease that remain; only on the primary.
+    /// Milliseconds that remain of the lease; only on the primary.
     pub lease_ms: Option<u64>,
-    /// All members in rank order, this one included.
+    /// All members in the order of their ids, this one included.
     pub members: Vec<MemberStatus>,
-    /// The membership in force here, with requests to join, removals and a pause.
+    /// The membership in force on this node, with requests to join, removals and a pause.
     #[serde(serialize_with = "without_secrets")]
     pub membership: Membership,
-    /// What is wrong and what to do about it, in sentences; empty when all is well.
+    /// What is wrong and what to do about it, in sentences; empty if all is well.
     pub warnings: Vec<String>,
-    /// The certificates that this node uses; empty until somebody has looked.
+    /// The certificates that this node uses; empty until they have been read.
     #[serde(default)]
     pub certificates: Vec<CertificateStatus>,
-    /// The database is open for writing, and can be had ([`super::Serving`]); only in the role PRIMARY.
+    /// True if the database is open for writing and [lent](super::Serving); only in the role PRIMARY.
     #[serde(default)]
     pub serving: bool,
-    /// What this node went through lately.
+    /// The recent past of this node.
     #[serde(skip)]
     pub recent: Recent,
 }
 
-/// Whoever may look at a status may not see what lets a host in.
+/// A reader of the status must not see what would let a host join.
 fn without_secrets<S: serde::Serializer>(membership: &Membership, serializer: S) -> Result<S::Ok, S::Error> {
     #[derive(Serialize)]
     struct Shown {
         #[serde(flatten)]
         membership: Membership,
-        /// Always present, for the page: the membership itself omits what is usual.
+        /// Always present, for the page: the membership itself omits the default.
         size: SizePolicy,
     }
     let (mut membership, size) = (membership.public(), membership.roster.size);
@@ -62,7 +62,7 @@ fn without_secrets<S: serde::Serializer>(membership: &Membership, serializer: S)
 }
 
 impl Status {
-    /// The picture of a host whose node does not run: it starts, or asks to join.
+    /// The status of a host whose node does not run yet: it starts, or asks to join.
     pub fn without_node(name: String, version: &str, membership: Membership, role: Role, reason: String) -> Self {
         Self {
             cluster: membership.cluster,
@@ -85,8 +85,8 @@ impl Status {
         }
     }
 
-    /// The epoch in which this node may serve: only in the role PRIMARY with an open database. It says nothing about
-    /// the lease.
+    /// The epoch in which this node may serve; `None` unless it is PRIMARY with an open database. This says nothing
+    /// about the lease.
     pub fn serving(&self) -> Option<u64> {
         (self.role == Role::Primary && self.serving).then_some(self.epoch)
     }
@@ -95,26 +95,26 @@ impl Status {
 /// One certificate of a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct CertificateStatus {
-    /// What it is for: `node`, `console` or `ca`.
+    /// What it is used for: `node`, `console` or `ca`.
     pub of: String,
-    /// Where it is from.
+    /// Where it comes from.
     pub source: CertificateSource,
-    /// Names that clients use and that it is not good for.
+    /// Names that clients use but that it does not cover.
     #[serde(default)]
     pub missing: Vec<String>,
     #[serde(flatten)]
     pub info: CertificateInfo,
 }
 
-/// Where a certificate is from.
+/// Where a certificate comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CertificateSource {
-    /// The cluster's own authority: it is renewed by itself.
+    /// From the cluster's own authority; the node renews it by itself.
     Cluster,
-    /// An administrator has given it to all Consoles.
+    /// An administrator has uploaded it for all Consoles.
     Upload,
-    /// An administrator has put it into a folder of this host.
+    /// An administrator has put it into a folder on this host.
     Folder,
 }
 
@@ -129,44 +129,45 @@ impl CertificateSource {
     }
 }
 
-/// One member as this node sees it.
+/// One member, as this node sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberStatus {
     pub id: NodeId,
     pub name: String,
-    /// `host:port` of its consensus link.
+    /// `host:port` of its HIGH_AVAILABILITY_PORT.
     pub address: String,
     pub state: Role,
     pub epoch: u64,
     pub applied: u64,
-    /// Raft entries that it is behind the highest committed index known here.
+    /// How many Raft entries it is behind the highest index that this node knows to be committed.
     pub lag: u64,
-    /// Bytes of the raft log that it is behind; none if that is not known here.
+    /// How many bytes of the raft log it is behind; `None` if this node does not know.
     #[serde(default)]
     pub lag_bytes: Option<u64>,
     pub lease_ms: Option<u64>,
-    /// Milliseconds since it was last heard of; 0 for the node itself; none if never.
+    /// Milliseconds since it was last heard of; 0 for the node itself, `None` if never.
     pub last_contact_ms: Option<u64>,
     pub version: String,
-    /// False until it has caught up after it was admitted.
+    /// False for a new member until it has caught up.
     pub voter: bool,
-    /// How far the copy of the whole database is that is on its way to it; on the node that sends or receives it.
+    /// How much of the whole database has been copied to it, while that is under way. Only known to the node that sends
+    /// or receives it.
     pub sync: Option<SyncProgress>,
-    /// Its disk is full, by its last report.
+    /// True if its disk is full, by its last report.
     #[serde(default)]
     pub full: bool,
-    /// Bytes that are free for its data, by its last report; none if it does not tell.
+    /// Free bytes for its data, by its last report; `None` if it does not report any.
     #[serde(default)]
     pub free: Option<u64>,
     /// The feature level of its program; 0 if it was never heard of.
     #[serde(default)]
     pub level: u32,
-    /// What it has on its disk of what all members share, by its last report.
+    /// Which of the shared keys and certificates are on its disk, by its last report.
     #[serde(default)]
     pub holds: Holdings,
 }
 
-/// How far the copy of a database is.
+/// How much of a database has been copied, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyncProgress {
     pub bytes: u64,

@@ -1,7 +1,8 @@
-//! The thread that waits for the disk, so that the consensus loop need not: entries, votes, and the configuration that
-//! came into force. One slot: a later request covers the earlier ones, so the loop never waits for room, however long a
-//! sync takes. Must never retry a failed sync, and never note who votes before the membership of the same entry is in
-//! its file.
+//! The thread that waits for the disk, so that the consensus loop need not: for entries, votes, and the configuration
+//! that came into force. It has one slot: a later request covers the earlier ones, so the loop never waits for room,
+//! however long a sync takes. Must never retry a failed sync, and never record who votes before it has written the
+//! membership of the same entry. On a full disk that file stays behind: the raft log keeps the entry until it can be
+//! written.
 
 use std::{
     io,
@@ -24,7 +25,7 @@ use crate::{
     },
 };
 
-/// What came into force and is to be kept: the newest of each.
+/// What came into force and has to be written: the newest of each.
 #[derive(Default)]
 pub(super) struct Keep {
     pub membership: Option<StoredMembership>,
@@ -43,11 +44,11 @@ impl Keep {
     }
 }
 
-/// What a request came to.
+/// The outcome of a request.
 pub(super) struct Done {
     /// Everything up to here is durable.
     pub number: u64,
-    /// The request that this answers, and with it all before.
+    /// The request that this answers, with all before it.
     pub request: u64,
     pub result: Result<(), SyncError>,
     /// How long it took.
@@ -56,7 +57,7 @@ pub(super) struct Done {
     pub kept: Option<Kept>,
 }
 
-/// What could not be made durable: the process must end.
+/// What could not be made durable. The process must end.
 #[derive(Debug, Error)]
 pub(super) enum SyncError {
     #[error("make the raft log durable: {0}")]
@@ -67,18 +68,18 @@ pub(super) enum SyncError {
     Votes(LogError),
 }
 
-/// What was kept.
+/// What was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kept {
-    /// Who votes; nothing is said of the membership.
+    /// Who votes; there was no membership to write.
     Votes,
     Membership,
-    /// There was no space for the membership: its file is as it was before.
+    /// There was no space for the membership: its file is as before.
     Unwritten,
 }
 
 impl Kept {
-    /// Whether the membership in force is missing from its file now, if it was so `before`.
+    /// True if the membership in force is not in its file now. `before`: that was so before.
     pub fn is_unwritten(self, before: bool) -> bool {
         match self {
             Self::Votes => before,
@@ -88,12 +89,12 @@ impl Kept {
     }
 }
 
-/// What is to become durable next.
+/// What has to become durable next.
 #[derive(Default)]
 struct Request {
     id: u64,
     number: u64,
-    /// The newest write that has to be on disk for it; none if nothing has to.
+    /// The newest write that has to be on disk for it; `None` if nothing has to.
     pending: Option<Pending>,
     keep: Keep,
 }
@@ -106,8 +107,7 @@ struct Slot {
 
 pub(super) struct Syncer {
     slot: Arc<Slot>,
-    /// The last request that was handed over, the last one with something to keep, and the last one that was reported
-    /// back.
+    /// The last request, the last one that had something to write besides the log, and the last one that was answered.
     asked: u64,
     keeps: u64,
     done: u64,
@@ -116,8 +116,8 @@ pub(super) struct Syncer {
 }
 
 impl Syncer {
-    /// Starts the thread; it ends after a failed sync, or when nobody takes what it reports any more. What is to be
-    /// kept goes to the folder `data`, and to `log`.
+    /// Starts the thread. It ends after a failed sync, or when `report` returns false. The membership is written to the
+    /// folder `data`, and who votes to `log`.
     ///
     /// # Errors
     /// When the thread cannot be started.
@@ -125,20 +125,20 @@ impl Syncer {
         let slot = Arc::new(Slot::default());
         let worker = Worker { slot: Arc::clone(&slot), report, data, log };
         thread::Builder::new().name("raft-log-sync".to_owned()).spawn(move || {
-            // A member's answer and a COMMIT wait for it.
+            // A COMMIT and the answer of a member wait for this thread.
             scheduling::urgent();
             worker.run();
         })?;
         Ok(Self { slot, asked: 0, keeps: 0, done: 0, number: 0 })
     }
 
-    /// True when nothing waits for the disk.
+    /// True if nothing waits for the disk.
     pub fn is_idle(&self) -> bool {
         self.asked == self.done
     }
 
-    /// Asks for everything up to `number` to become durable; `pending` is none if no write has to be on disk for it.
-    /// What is to be kept is on disk before anything of this or a later number is reported as durable.
+    /// Asks for everything up to `number` to become durable; `pending` is `None` if no write has to be on disk for it.
+    /// `keep` is on disk before this or a later number is reported as durable.
     pub fn ask(&mut self, number: u64, pending: Option<Pending>, keep: Keep) {
         self.asked += 1;
         self.number = number;
@@ -154,18 +154,18 @@ impl Syncer {
         self.slot.filled.notify_one();
     }
 
-    /// Asks once more for a membership that there was no space for.
+    /// Tries again to write a membership for which there was no space.
     pub fn keep_again(&mut self, membership: StoredMembership) {
         self.ask(self.number, None, Keep { membership: Some(membership), conf: None });
     }
 
-    /// Notes that a request was reported back. True if nothing that is to be kept is left.
+    /// Notes that a request was answered. True if nothing is left to write besides the log.
     pub fn note(&mut self, request: u64) -> bool {
         self.done = self.done.max(request);
         self.has_kept_all()
     }
 
-    /// True if nothing that is to be kept is on its way to the disk.
+    /// True if nothing is on its way to the disk besides writes of the log.
     pub fn has_kept_all(&self) -> bool {
         self.keeps <= self.done
     }
@@ -205,7 +205,7 @@ impl<R: Fn(Done) -> bool> Worker<R> {
         }
     }
 
-    /// The membership first: see [`crate::storage::membership`]. Returns what became of it.
+    /// Writes the membership first, then who votes: see [`crate::storage::membership`].
     fn write(&self, keep: Keep) -> Result<Kept, SyncError> {
         let kept = match keep.membership.map(|membership| membership.write(&self.data)) {
             None => Kept::Votes,
@@ -272,7 +272,7 @@ mod tests {
         assert!(!syncer.note(1), "the one before it");
         assert!(!syncer.has_kept_all());
         assert!(syncer.note(3), "one report answers for all before it");
-        // Neither an older value nor none replaces a newer one.
+        // A newer value stays when a later request has none.
         let request = locked(&syncer.slot.request).take().unwrap();
         assert_eq!((request.id, request.number, request.keep.membership), (3, 2, Some(stored(2))));
     }

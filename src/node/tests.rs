@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-/// Waits for what must happen without anybody's help.
+/// How long a test waits for what must happen by itself.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The only member of a cluster.
@@ -77,7 +77,7 @@ fn a_node_that_is_not_a_member_any_more_keeps_its_name() {
     assert_eq!(config.name_in(&Membership::founded(ClusterId(7), Vec::new())), "other");
 }
 
-/// A switchover must not end the wait of an orderly stop, which would cut off the handover, nor the other way round.
+/// If a switchover ended the wait of an orderly stop, the process would end in the middle of the handover.
 #[test]
 fn each_who_asks_for_a_handover_waits_for_its_end() {
     let folder = tempfile::tempdir().unwrap();
@@ -102,7 +102,7 @@ fn each_who_asks_for_a_handover_waits_for_its_end() {
     assert_eq!(thread.join().unwrap(), Exit::Stopped);
 }
 
-/// Neither damage, which would have it fetch the database again and again, nor a reason to end.
+/// Such an entry is not damage, which would make the member fetch the database again and again, and no reason to end.
 #[test]
 fn an_entry_of_a_newer_program_stops_a_member_that_says_so_and_keeps_what_it_has() {
     let folder = tempfile::tempdir().unwrap();
@@ -120,7 +120,7 @@ fn an_entry_of_a_newer_program_stops_a_member_that_says_so_and_keeps_what_it_has
     };
     let warned = |status: &Status, text: &str| status.warnings.iter().any(|warning| warning.contains(text));
     wait(&|status| warned(status, "entry 3 is for database 2, which this program does not know: upgrade this node"));
-    // Nobody else can be elected here: it was, and has refused.
+    // There is no other member to elect: it was elected, and has refused.
     let seen = wait(&|status| warned(status, "a newer program than this one has written to the raft log"));
     assert_eq!((seen.applied, seen.serving()), (2, None));
     assert_eq!(*refetch.borrow(), None, "nothing is fetched");

@@ -1,5 +1,5 @@
-//! Entries for a member whose disk is full: with each heartbeat, raft sends again what was not answered, and the member
-//! drops it again. Must never hold back entries that the member may take: a majority may need it.
+//! Holds back entries for a member whose disk is full: with each heartbeat, raft sends again what was not answered, and
+//! the member drops it again. Must never hold back entries that the member can take: a majority may need it.
 
 use std::{
     collections::BTreeMap,
@@ -10,13 +10,13 @@ use raft::eraftpb::{Message, MessageType};
 
 use crate::cluster::NodeId;
 
-/// Bytes of entries that a member with a full disk may leave unanswered before they are held back: more than are on
-/// their way to one that takes them.
+/// Bytes of entries that a member with a full disk may leave unanswered before the next ones are held back. More than
+/// are ever in flight to a member that takes them.
 const UNANSWERED: usize = 8 << 20;
-/// How often some are sent all the same.
+/// How often entries are sent all the same.
 const TRY: Duration = Duration::from_secs(1);
 
-/// What was sent to each member since its last answer.
+/// What was sent to each member with a full disk since its last answer.
 #[derive(Debug, Default)]
 pub(super) struct Throttle(BTreeMap<NodeId, Sent>);
 
@@ -27,8 +27,8 @@ struct Sent {
 }
 
 impl Throttle {
-    /// False for entries that are held back: they count as lost on the network. `full`: the member says that its disk
-    /// is full.
+    /// False for entries that are held back; raft sends them again, as if the network had lost them. `full`: the member
+    /// reports that its disk is full.
     pub fn admits(&mut self, message: &Message, full: bool, now: Instant) -> bool {
         if message.get_msg_type() != MessageType::MsgAppend || message.entries.is_empty() {
             return true;
@@ -46,7 +46,7 @@ impl Throttle {
         true
     }
 
-    /// A message has come: an answer to entries says that the member takes or refuses them itself.
+    /// Notes a message: a member that answers entries takes or refuses them itself, so none are held back.
     pub fn heard(&mut self, message: &Message) {
         if message.get_msg_type() == MessageType::MsgAppendResponse {
             self.0.remove(&message.from);
@@ -72,7 +72,7 @@ mod tests {
     fn a_member_that_answers_nothing_is_tried_once_a_second_and_the_others_are_not_held_back() {
         let (mut throttle, now) = (Throttle::default(), Instant::now());
         let mut sent = 0;
-        // A heartbeat every 25 ms, with half a MiB of entries each.
+        // A heartbeat every 25 ms, each with half a MiB of entries.
         for tick in 0..40u32 {
             let at = now + Duration::from_millis(25) * tick;
             sent += usize::from(throttle.admits(&append(2, 1 << 19), true, at));

@@ -1,20 +1,21 @@
-//! The verdict over a cluster status: healthy, degraded or without a primary, and what to do about it. Pure.
+//! The verdict on a status: healthy, degraded or without a primary, and what to do about it. Pure: must never read a
+//! clock or ask a node.
 
 use super::{MemberStatus, Status};
 use crate::cluster::{Role, roster::Pause};
 
-/// A member that is this many Raft entries behind is worth a warning. A busy cluster commits about 1,000 a second,
-/// so it is the work of some seconds, more than a healthy secondary ever has left.
+/// A member that is more Raft entries behind than this is worth a warning. A busy cluster commits about 1,000 a second,
+/// so this is the work of several seconds; a healthy secondary is never that far behind.
 pub const LAG_LIMIT: u64 = 5_000;
 
-/// How the cluster is, with the exit code of `twistcli ha status`.
+/// The health of the cluster. The number is the exit code of `twistcli ha status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Health {
     /// One PRIMARY, all others SECONDARY and close behind.
     Healthy = 0,
-    /// It serves, but something needs attention.
+    /// The Console is served, but something needs attention.
     Degraded = 1,
-    /// Nobody serves, as far as this node knows.
+    /// As far as this node knows, nobody serves.
     NoPrimary = 2,
 }
 
@@ -25,14 +26,14 @@ pub struct Verdict {
     pub health: Health,
     /// One line for the top of the output.
     pub headline: String,
-    /// What is wrong and what to do, a sentence or two each.
+    /// What is wrong and what to do about it, a sentence or two each.
     pub advice: Vec<String>,
 }
 
-/// Judges a status. `now` in seconds since 1970.
+/// Judges a status at the time `now`, in seconds since 1970.
 pub fn judge(status: &Status, now: u64) -> Verdict {
     if let Some(headline) = outside(status) {
-        // The headline says the reason already.
+        // The headline already contains the reason.
         let advice = status.warnings.iter().filter(|warning| **warning != status.reason).cloned().collect();
         return Verdict { health: Health::Degraded, headline, advice };
     }
@@ -54,12 +55,12 @@ pub fn judge(status: &Status, now: u64) -> Verdict {
     Verdict { health, headline, advice }
 }
 
-/// The pause that is in force.
+/// The pause of automatic takeover, if one is in force at the time `now`, in seconds since 1970.
 pub fn paused(status: &Status, now: u64) -> Option<&Pause> {
     status.membership.roster.pause.as_ref().filter(|pause| pause.in_force(now))
 }
 
-/// Milliseconds in the unit that reads best.
+/// A span of milliseconds in the unit that reads best, such as `75 s`.
 pub fn duration(ms: u64) -> String {
     match ms {
         0..1_000 => format!("{ms} ms"),
@@ -70,14 +71,14 @@ pub fn duration(ms: u64) -> String {
     }
 }
 
-/// The headline of a host that is no member, or not yet in its place.
+/// The headline of a host that is not a member, or has not started yet.
 fn outside(status: &Status) -> Option<String> {
     let Status { name, reason, .. } = status;
     match status.role {
         Role::RequestJoin => Some(format!("REQUEST_JOIN: {reason}")),
         Role::Startup if status.members.is_empty() => Some(format!("STARTUP: {name} starts: {reason}")),
         Role::Startup2 if status.members.is_empty() => Some(format!("STARTUP2: {name} joins: {reason}")),
-        Role::Removed => Some(format!("REMOVED: this host ({name}) is no member: {reason}")),
+        Role::Removed => Some(format!("REMOVED: this host ({name}) is not a member: {reason}")),
         _ => None,
     }
 }
@@ -248,7 +249,7 @@ pub(crate) mod tests {
         status.role = Role::Startup2;
         assert_eq!(judge(&status, 0).headline, "STARTUP2: node1 joins: node1 waits for APPLY");
         status.role = Role::Removed;
-        assert!(judge(&status, 0).headline.starts_with("REMOVED: this host (node1) is no member: "));
+        assert!(judge(&status, 0).headline.starts_with("REMOVED: this host (node1) is not a member: "));
         assert_eq!(judge(&status, 0).health, Health::Degraded);
     }
 }

@@ -1,49 +1,49 @@
-//! What a node warns of, in its status and its history. Must never say what is to be done about it: the sentence does,
-//! which whoever warns writes.
+//! The kinds of warnings in a node's status and history. Must never say what to do about one: that is in the sentence,
+//! which the part that warns writes.
 
-/// What a warning is about; there is at most one of each. The order is the one in which they are shown.
+/// What a warning is about. There is at most one warning of each kind, and the status shows them in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Warning {
     /// Backups are not made, or not tidied up.
     Backup,
     /// Backups are not copied elsewhere.
     BackupCopies,
-    /// A certificate ends soon.
+    /// A certificate expires soon.
     CertificateExpiry,
-    /// The Console serves another certificate than it should.
+    /// The Console uses another certificate than it should.
     Certificates,
     /// The database cannot be opened for writing.
     Database,
     /// The disk is full, or nearly.
     Disk,
-    /// Operations on the disk fail, or do not come back.
+    /// Operations on the disk fail, or hang.
     DiskTrouble,
-    /// The copy of the database is not to be trusted.
+    /// This node's copy of the database cannot be trusted.
     Diverged,
-    /// The certificate that all Consoles were given cannot be used everywhere.
+    /// The certificate that was uploaded for all Consoles cannot be used on every host.
     GivenCertificate,
     /// The health port is not open.
     Health,
     /// The program of this host is too old or too new for the others.
     Level,
-    /// What a start has mended.
+    /// A start has repaired files of the data folder.
     Mended,
     /// The Console's ports are not open.
     Ports,
-    /// Entries of the raft log that no majority had were dropped and kept aside.
+    /// Entries of the raft log that no majority had were dropped and kept in a file.
     Rollback,
     /// The cluster key or the certificate authority cannot be replaced.
     Rotation,
-    /// A page of the database is not what it was.
+    /// The scrub found a damaged page in the database file.
     Scrub,
-    /// The whole database cannot be fetched.
+    /// This node needs the whole database and cannot fetch it.
     Snapshot,
-    /// Two processes use one identity.
+    /// Two processes use the identity of one node.
     DuplicateIdentity,
 }
 
 impl Warning {
-    /// As the history has it.
+    /// The word for it in events. Tools may rely on it, so it must not change.
     pub fn word(self) -> &'static str {
         match self {
             Self::Backup => "backup",

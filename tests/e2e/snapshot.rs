@@ -26,7 +26,7 @@ const INSTALLED: &str = "the snapshot has become this node's database";
 /// The warnings that belong to it.
 const EXPECTED: &[&str] = &[
     "the raft log is too long to be kept for a member that is away",
-    "this node lacks entries that the raft log does not have any more",
+    "the raft log of the primary no longer has the entries that this node needs",
 ];
 /// What is said when one of the two dies on the way.
 const BROKEN_OFF: &[&str] =

@@ -1,5 +1,5 @@
-//! A disk that fails or does not answer: the role goes to a member whose disk works, this one stands back, and
-//! everybody is told what is wrong. Must never give the role up when nobody could take it.
+//! A disk that fails or does not answer: hands the role to a member whose disk works, and shows what is wrong. Must
+//! never give the role up when nobody can take it.
 
 use std::time::{Duration, Instant};
 
@@ -18,9 +18,9 @@ use crate::{
     telemetry,
 };
 
-/// What hangs here may hang on all hosts, for example on shared storage: the others get this long to say so.
+/// What hangs here may hang on all hosts, for example on shared storage. The others get this long to report it.
 const GRACE: Duration = Duration::from_millis(100);
-/// The role is given up no more often than this: passing it round would help nobody.
+/// The role is not given up again within this time: passing it round would help nobody.
 const PAUSE: Duration = Duration::from_secs(10);
 
 impl Driver {
@@ -55,7 +55,7 @@ impl Driver {
         }
     }
 
-    /// What to do about it.
+    /// What the administrator can do about it.
     fn disk_advice(&self) -> &'static str {
         match self.host.disk.condition {
             Condition::Bad if !self.host.disk.no_successor => {
@@ -76,7 +76,7 @@ impl Driver {
         match condition {
             Condition::Bad => error!("{sentence}"),
             Condition::Slow => info!("{sentence}"),
-            Condition::Good => info!("the disk of this host works as it should again"),
+            Condition::Good => info!("the disk of this host works again"),
         }
         (self.host.disk.condition, self.host.disk.since) = (condition, Instant::now());
         self.host.disk.shown_at = None;
@@ -84,9 +84,9 @@ impl Driver {
         self.publisher.disk(condition);
     }
 
-    /// A primary whose disk cannot be relied on lets another member take over. If the disk still answers, that member
-    /// begins as soon as the database is closed. Otherwise nobody waits for it: the others elect a primary when their
-    /// promise has run out.
+    /// A primary with a bad disk lets another member take over. If the disk still answers, this is a handover: that
+    /// member begins as soon as the database is closed here. Otherwise nobody waits for this node: the others elect a
+    /// primary when their promises have run out.
     fn leave_bad_disk(&mut self, hangs: bool, bad_for: Duration) {
         let now = boottime();
         let serves = matches!(self.cluster.phase(), Phase::Primary | Phase::Promoting);
@@ -115,8 +115,9 @@ impl Driver {
         }
     }
 
-    /// What this node could not write must not reach raft: the loop would wait for the disk. A former primary is not
-    /// needed for a majority, and gets everything again; the answers of a SECONDARY keep the lease of the primary.
+    /// False if messages of raft are dropped: what this node cannot write must not reach raft, or the loop would wait
+    /// for the disk. That is safe for a former primary: it is not needed for a majority, and gets everything again. A
+    /// SECONDARY takes them in, because its answers keep the lease of the primary.
     pub(super) fn takes_in(&self) -> bool {
         self.cluster.phase() != Phase::Demoting || !self.host.disk.is_bad()
     }

@@ -1,5 +1,5 @@
 //! Changes of the membership on the consensus loop: proposes them, hands those that are in force to the sync thread,
-//! and lets links and status follow. Must never answer for a change that is not on disk, nor wait for the disk itself.
+//! and updates links and status. Must never confirm a change that is not on disk, nor wait for the disk itself.
 
 use std::sync::Arc;
 
@@ -24,19 +24,19 @@ use crate::{
     storage::membership::StoredMembership,
 };
 
-/// Changes that may wait for a majority; raft takes one at a time.
+/// Changes that may wait for a majority. Raft takes one at a time.
 const WAITING: usize = 16;
 
-/// Those who wait for a change to come into force, with its raft index.
+/// Callers that wait for a change to come into force, each with the raft index of its change.
 #[derive(Default)]
 pub(super) struct Changes(Vec<(u64, ChangeReply)>);
 
 impl Changes {
-    /// The role is gone: the next primary's raft log decides.
+    /// The role is gone: the raft log of the next primary decides whether the changes are made.
     pub fn fail(&mut self) {
         for (_, reply) in self.0.drain(..) {
             let why = "the role was lost while a majority was awaited".to_owned();
-            let _ = reply.send(Err(ChangeError::Unknown(why))); // nobody waits any more: nothing to tell
+            let _ = reply.send(Err(ChangeError::Unknown(why))); // the caller may be gone
         }
     }
 
@@ -68,10 +68,9 @@ impl Driver {
         self.carry_out_all();
     }
 
-    /// Lets everything follow the changes that are in force, and returns what to keep of them. Until that is on disk
-    /// the database makes no checkpoint: a start from an earlier state reads these entries again, as if for the first
-    /// time. Whoever asked for a change waits for the disk, and so does everything that this node promises from here
-    /// on.
+    /// Applies the changes that are in force, and returns what has to be written of them. Until that is on disk, the
+    /// database makes no checkpoint: a start from an earlier state then reads these entries again, as if for the first
+    /// time. The caller of a change waits for the disk, and so does everything that this node promises from here on.
     pub(super) fn put_in_force(&mut self, changes: Vec<ChangeInForce>) -> Keep {
         let mut keep = Keep::default();
         if changes.is_empty() {
@@ -92,8 +91,8 @@ impl Driver {
         keep
     }
 
-    /// What was to be kept is on disk, except a membership that there was no space for. `all`: nothing else is on its
-    /// way.
+    /// What had to be written is on disk, except a membership for which there was no space. `all`: nothing more is
+    /// being written.
     pub(super) fn kept(&mut self, kept: Kept, all: bool) {
         let index = self.config.stored.index;
         let before = self.in_force.unwritten;
@@ -107,20 +106,20 @@ impl Driver {
         }
         if all {
             self.lane.thread.pin(self.in_force.unwritten);
-            // It is in the raft logs of a majority: it is safe without its file, too.
+            // The membership is in the raft logs of a majority, so it is safe even without its file.
             let membership = self.in_force.membership.borrow().clone();
             self.in_force.changes.release(index, &membership);
         }
     }
 
-    /// Writes the membership that could not be written for want of space.
+    /// Tries again to write a membership for which there was no space.
     pub(super) fn write_membership_again(&mut self) {
         if self.in_force.unwritten && self.syncer.is_idle() {
             self.syncer.keep_again(self.config.stored.clone());
         }
     }
 
-    /// Lets links, status and whoever watches follow the membership in force.
+    /// Updates links, status and watchers to the membership in force.
     pub(super) fn follow_membership(&mut self) {
         let membership = self.config.stored.membership.clone();
         log_differences(&self.in_force.membership.borrow(), &membership);
@@ -146,21 +145,21 @@ impl Driver {
         self.follow_pause();
     }
 
-    /// Also once per tick: the wall clock says when a pause ends, and it may be corrected after the start.
+    /// Also called once per tick: a pause ends by the wall clock, which may be corrected after the start.
     pub(super) fn follow_pause(&mut self) {
         let pause = &self.config.stored.membership.roster.pause;
         let until = pause.as_ref().filter(|_| !self.in_force.paused_ignored).map_or(0, boottime_of);
         self.cluster.set_paused(boottime(), until);
     }
 
-    /// The administrator wants a primary although takeover is paused, and the only node that may be one is gone.
+    /// The administrator wants a primary although takeover is paused: the only node that may be primary is gone.
     pub(super) fn ignore_pause(&mut self) {
-        warn!("the pause is ignored on this node from now on, as the administrator wants it");
+        warn!("the administrator asked this node to ignore the pause: it may take over from now on");
         self.in_force.paused_ignored = true;
         self.follow_pause();
     }
 
-    /// This node is no longer a member: it says so and takes part in nothing.
+    /// This node is no longer a member: shows that, and takes part in nothing.
     pub(super) fn note_removed(&mut self, why: String) {
         if self.in_force.removed.is_none() {
             error!(reason = why, "this node is REMOVED");
@@ -170,26 +169,27 @@ impl Driver {
         }
     }
 
-    /// The leader's raft log begins behind the end of ours: the whole database is needed.
+    /// The leader's raft log begins after the end of ours: this node needs the whole database.
     pub(super) fn wants_snapshot(&mut self, message: &Message) {
         let (from, index) = (message.from, message.get_snapshot().get_metadata().index);
         self.refetch.lacks = index;
         if self.want_refetch(from) {
             warn!(
                 from,
-                index, "this node lacks entries that the raft log does not have any more: it fetches the database"
+                index, "the raft log of the primary no longer has the entries that this node needs: it fetches the database"
             );
         }
     }
 
-    /// What was missing has come by other ways, for example from another primary with a longer raft log.
+    /// Once per tick: fetches the database from whoever is primary by now, or no longer, when what was missing has come
+    /// another way, for example from another primary with a longer raft log.
     pub(super) fn restore_if_needed(&mut self) {
         if self.cluster.has_forgotten() {
             if let Some(primary) = self.members.reported_primary() {
                 self.want_refetch(primary);
             }
         } else if self.refetch.diverged {
-            // A copy that is not to be trusted is replaced by the primary's, whoever that is by now.
+            // A copy that cannot be trusted is replaced with that of the primary, whoever that is by now.
             let primary = self.cluster.leader().and_then(|leader| self.members.primary(leader, self.cluster.epoch()));
             if let Some(primary) = primary {
                 self.want_refetch(primary);
@@ -199,14 +199,14 @@ impl Driver {
         }
     }
 
-    /// Asks for the database of `from`. True if that is news.
+    /// Asks for the database of `from`. True unless it is asked for already.
     pub(super) fn want_refetch(&mut self, from: NodeId) -> bool {
         let wanted = Some(from).filter(|from| *from != self.config.node);
         wanted.is_some() && self.refetch.from.send_if_modified(|now| std::mem::replace(now, wanted) != wanted)
     }
 }
 
-/// One line for each thing that changed, as every node sees it.
+/// Logs one line for each thing that changed.
 fn log_differences(before: &Membership, after: &Membership) {
     for difference in differences(before, after) {
         match difference {
@@ -217,7 +217,7 @@ fn log_differences(before: &Membership, after: &Membership) {
     }
 }
 
-/// The end of a pause on the clock that never jumps; 0 if it is not in force.
+/// The end of a pause on the clock of [`boottime`], which never jumps; 0 if the pause is not in force.
 fn boottime_of(pause: &Pause) -> u64 {
     let now = since_1970();
     if !pause.in_force(now.as_secs()) {

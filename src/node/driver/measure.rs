@@ -1,5 +1,5 @@
-//! The gauges of what the loop owns, twice a second, and what a node does when its database file turns out to be
-//! damaged. Must never cost the loop more than a moment.
+//! Sets the gauges of what the loop owns, and gives the role up when the database file turns out to be damaged. Must
+//! never hold the loop up.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use crate::{
 };
 
 impl Driver {
-    /// Twice a second.
+    /// Sets the gauges; called twice a second.
     pub(super) fn measure(&self) {
         let log = &self.log;
         metrics::gauge!(telemetry::RAFT_LOG_BYTES).set(log.size_bytes() as f64);
@@ -32,19 +32,19 @@ impl Driver {
         }
     }
 
-    /// A page that SQLite changes goes to all members as it is: a primary with a damaged file must not go on, as long
-    /// as another one can.
+    /// SQLite changes a page and sends the whole page to all members, damage included. So a primary with a damaged file
+    /// must hand the role over, as long as another member can take it.
     pub(super) fn database_damaged(&mut self, why: String) {
         let Some(to) = self.members.secondary_with_space() else {
             error!(reason = why, "the database file of this PRIMARY is damaged, and no other member can take over");
             let text =
-                format!("{why}; this is the only member that can serve: bring another one up, it takes over then");
+                format!("{why}; this is the only member that can serve: bring another one up, and it takes over");
             return self.publisher.warn(Warning::Scrub, Some(text));
         };
         if self.cluster.is_takeover_paused(boottime()) {
             error!(reason = why, "the database file of this PRIMARY is damaged, and takeover is paused");
             let text = format!(
-                "{why}; takeover is paused: end the pause with `twistcli ha resume`, another member takes over then"
+                "{why}; takeover is paused: end the pause with `twistcli ha resume`, and another member takes over"
             );
             return self.publisher.warn(Warning::Scrub, Some(text));
         }

@@ -1,5 +1,6 @@
-//! Durable memory on the consensus loop: keeps what this node must remember of itself and of the others, and follows
-//! what others find out. Must never wait for the disk: the files are written on a thread of their own.
+//! Durable memory on the consensus loop: keeps what this node must remember of itself and of the others, and acts when
+//! others find that it forgot. Must never wait for the disk, except for the last note of a process that ends: a thread
+//! of its own writes the files.
 
 use std::{
     io,
@@ -22,29 +23,29 @@ use crate::{
     },
 };
 
-/// How often what is remembered is written, while it changes. A vote is written at once.
+/// How often the memory is written while it changes. A vote is written at once.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// How long the end of the process waits for what is remembered: a disk that hangs must not keep it.
+/// How long the end of the process waits for the last write: a disk that hangs must not hold it up.
 const AT_LAST: Duration = Duration::from_secs(2);
 const MOMENT: Duration = Duration::from_millis(1);
 
-/// Writes what is remembered.
+/// Hands the memory to the thread that writes it.
 pub(super) struct Keeper {
-    /// None once the node ends.
+    /// `None` once the node ends.
     queue: Option<SyncSender<Memory>>,
     thread: Option<JoinHandle<()>>,
-    /// What is to be written next.
+    /// What to write next.
     next: Memory,
     /// What was written last, and when.
     last: (Memory, Instant),
 }
 
 impl Keeper {
-    /// Starts the thread, which ends with this.
+    /// Starts the thread; it ends when this is dropped.
     ///
     /// # Errors
-    /// When its thread cannot be started.
+    /// When the thread cannot be started.
     pub fn start(config: &NodeConfig) -> io::Result<Self> {
         let (queue, memories) = sync_channel(1);
         let data = config.data.clone();
@@ -56,7 +57,7 @@ impl Keeper {
     }
 }
 
-/// False if `end` comes before `done` says yes.
+/// Waits until `done` is true. False if `end` comes first.
 fn poll_until(end: Instant, mut done: impl FnMut() -> bool) -> bool {
     while !done() {
         if Instant::now() > end {
@@ -72,11 +73,11 @@ fn write(data: &Path, memories: &Receiver<Memory>) {
     for memory in memories {
         match memory.write(data) {
             Ok(()) => logged = false,
-            // Told by whoever watches the space.
+            // The warning about the full disk says it.
             Err(error) if is_full(&error) => {}
-            // A second proof is missing for now: the first one, the raft log, is looked after by others.
+            // Not fatal: this is only a second proof beside the raft log, whose errors are handled elsewhere.
             Err(error) if !logged => {
-                warn!(%error, "what this node remembers of the members cannot be kept; trying again");
+                warn!(%error, "cannot write what this node remembers of the members; trying again");
                 logged = true;
             }
             Err(_) => {}
@@ -122,7 +123,7 @@ impl Driver {
         }
     }
 
-    /// An orderly end leaves nothing to guess.
+    /// Writes the memory a last time at an orderly end, so that the next start has nothing to guess.
     pub(super) fn keep_memory_at_last(&mut self, exit: &Exit) {
         if self.config.forgotten.is_some() || !matches!(exit, Exit::Stopped | Exit::Restart(_)) {
             return;
@@ -134,7 +135,7 @@ impl Driver {
         self.host.keeper.next.edition = self.config.stored.index;
         let Keeper { queue, thread, next, .. } = &mut self.host.keeper;
         let (Some(queue), Some(thread)) = (queue.take(), thread.take()) else { return };
-        // One writer, to its end: two would write the same file.
+        // Only this one thread may write the file, so wait for it.
         let end = Instant::now() + AT_LAST;
         if poll_until(end, || queue.try_send(next.clone()).is_ok()) {
             drop(queue);
@@ -142,7 +143,7 @@ impl Driver {
         }
     }
 
-    /// This node has less than it had on its disk. It begins again as one that forgot.
+    /// This node's disk has less than it had. The process starts again as a node that forgot.
     pub(super) fn note_lost_memory(&mut self, why: &str) {
         if self.config.forgotten.is_some() || self.in_force.removed.is_some() || self.exit.is_some() {
             return;

@@ -1,4 +1,4 @@
-//! Snapshots of the whole database on the consensus loop: says what belongs to the file that the database thread lets
+//! Snapshots of the whole database on the consensus loop: makes the manifest for the file that the database thread lets
 //! rest. Must never read or wait for that file.
 
 use raft::Storage;
@@ -33,12 +33,12 @@ impl Driver {
         allowed.map_err(SnapshotError::Refused)
     }
 
-    /// The file rests. A write is let through when a majority has it, which can be before this loop hands it out with
-    /// the changes of the membership before it: the snapshot must not leave one of these out.
+    /// The file rests. It may hold a write that a majority has, but that this loop has not handed out yet, with the
+    /// changes of the membership before it. The snapshot must not leave one of these out, so they are handed out first.
     pub(super) fn resting(&mut self, resting: Result<Resting, SnapshotError>, request: SnapshotRequest) {
         let offer = resting.and_then(|resting| {
             self.carry_out_all();
-            // Again: the file may have come to rest long after it was asked for.
+            // Check again: it may have taken long until the file rested.
             self.may_begin_again(&request)?;
             Ok((self.manifest(&resting)?, resting))
         });
@@ -50,7 +50,7 @@ impl Driver {
         if record.index > self.cluster.applied() {
             return Err(SnapshotError::Busy("its disk is behind those of the others"));
         }
-        // The raft log says who votes as of what is on its disk, which must not be older than the file is.
+        // The raft log says who votes as of what is on its disk. That must not be older than the file.
         if !self.syncer.has_kept_all() {
             return Err(SnapshotError::Busy("a change of the members is on its way to its disk"));
         }

@@ -1,5 +1,5 @@
-//! A full disk: takes in no entry that the raft log has no room for, lets another member be primary, and goes on when
-//! there is space again. Must never let raft accept what cannot be written: that would end the process.
+//! A full disk: drops entries that the raft log has no room for, lets another member be primary, and goes on when there
+//! is space again. Must never let raft accept what cannot be written: that would end the process.
 
 use std::{
     io,
@@ -32,29 +32,29 @@ use super::{Driver, UNFIT};
 
 /// Less free space than this, in bytes, is a full disk; twice as much is space again.
 const LOW: u64 = 8 << 20;
-/// How often the disk is looked at.
+/// How often the thread asks for the free space.
 const LOOK: Duration = Duration::from_millis(250);
-/// How long a disk must be full before the role goes to another member.
+/// How long a disk has to be full before the role goes to another member.
 const PATIENCE: Duration = Duration::from_millis(200);
-/// A disk that refused something is full for at least this long, whatever it says of its free space.
+/// A disk that refused something counts as full for at least this long, whatever its free space is.
 const REFUSED: Duration = Duration::from_secs(2);
-/// The role is given up no more often than this, or it would go round when all disks are full.
+/// The role is not given up again within this time: it would go round when all disks are full.
 const PAUSE: Duration = Duration::from_secs(60);
 
-/// Why the raft log takes nothing in.
+/// Why the raft log takes no entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum NoRoom {
     #[error("the disk of the primary is full")]
     Full,
-    /// Its helper is filling the next segment, which a slow disk draws out.
+    /// Its helper is still filling the next segment, which takes long on a slow disk.
     #[error("the raft log of the primary is making room")]
     NotYet,
 }
 
-/// What the thread that looks at the file system has found.
+/// What the thread that asks the file system has found.
 #[derive(Default)]
 struct Found {
-    /// Bytes that this process may still use; `u64::MAX`: nobody knows.
+    /// Bytes that this process may still use; `u64::MAX` if that is not known.
     free: AtomicU64,
     looks: AtomicU64,
 }
@@ -62,22 +62,22 @@ struct Found {
 /// What is known about the space of this host.
 pub(super) struct Space {
     found: Arc<Found>,
-    /// The thread ends with this.
+    /// Dropping it ends the thread.
     _look: SyncSender<()>,
-    /// How many of its findings the loop has seen.
+    /// How many of the looks the loop has seen.
     seen: u64,
-    /// How many operations were refused for want of space, and when the last of them was seen.
+    /// How many operations were refused for want of space, and when the loop last noticed one.
     refused: (u64, Option<Instant>),
     full: Option<Instant>,
     given_up: Option<Instant>,
-    /// Lengths of the entries that raft has got since the last append.
+    /// Lengths of the entries that were given to raft since the last append.
     taken: Vec<usize>,
-    /// An append was dropped since there last was space.
+    /// An append has been dropped since the disk became full.
     dropped: bool,
 }
 
 impl Space {
-    /// Starts the thread that looks: a file system that does not answer must not stop the loop.
+    /// Starts the thread that asks the file system: one that does not answer must not stop the loop.
     ///
     /// # Errors
     /// When the thread cannot be started.
@@ -90,15 +90,15 @@ impl Space {
         Ok(Self { found, _look: look, seen: 0, refused, full, given_up, taken: Vec::new(), dropped: false })
     }
 
-    /// False for a message whose entries the raft log has no room for: it counts as lost on the network. Raft sends
-    /// them again.
+    /// False for a message whose entries do not fit into the raft log. It is dropped as if the network had lost it;
+    /// raft sends the entries again.
     pub fn admits(&mut self, log: &RaftLog, message: &Message) -> bool {
         if message.get_msg_type() != MessageType::MsgAppend || message.entries.is_empty() {
             return true;
         }
         let before = self.taken.len();
         self.taken.extend(message.entries.iter().map(|entry| entry.data.len() + entry.context.len()));
-        // Without a wait: heartbeats are answered while a slow disk makes room.
+        // This does not wait: heartbeats must be answered while a slow disk makes room.
         let fits = log.has_room_now(self.taken.iter().copied());
         if !fits {
             self.taken.truncate(before);
@@ -113,7 +113,7 @@ impl Space {
         self.full.is_some()
     }
 
-    /// Everything that raft has got was appended.
+    /// Everything that was given to raft has been appended.
     pub fn appended(&mut self) {
         self.taken.clear();
     }
@@ -122,7 +122,7 @@ impl Space {
         Some(self.found.free.load(Ordering::Relaxed)).filter(|free| *free < u64::MAX)
     }
 
-    /// True if the thread has looked, or an operation was refused, since the last time.
+    /// True if the thread has looked, or an operation was refused, since the last call.
     fn has_news(&mut self, now: Instant) -> bool {
         let (looks, refused) = (self.found.looks.load(Ordering::Relaxed), watch::observed().refused);
         let news = looks != self.seen || refused != self.refused.0;
@@ -138,7 +138,7 @@ impl Space {
     }
 }
 
-/// Looks as long as somebody wants to know.
+/// Asks for the free space until the other end of `ended` is dropped.
 fn keep_looking(data: &Path, found: &Found, ended: &Receiver<()>) {
     loop {
         let system = watch::run(Place::Folder, Act::Look, || Ok(statvfs(data)?));
@@ -159,7 +159,7 @@ impl Driver {
     pub(super) fn watch_space(&mut self) {
         let now = Instant::now();
         let news = self.host.space.has_news(now);
-        // At once when the raft log finds none, or a write was refused: whoever sends entries has to know.
+        // At once when the raft log finds no space, or a write was refused: the primary has to know.
         let short = self.log.is_full() || self.host.space.was_refused(now);
         if news || short && self.host.space.full.is_none() {
             self.look_at_space(now);
@@ -167,14 +167,14 @@ impl Driver {
     }
 
     fn look_at_space(&mut self, now: Instant) {
-        // A disk that does not answer is another trouble, which shows elsewhere.
+        // That the disk does not answer is shown elsewhere.
         let free = self.host.space.free();
         if let Some(free) = free {
             metrics::gauge!(telemetry::DISK_FREE).set(free as f64);
         }
         self.publisher.free(free);
         let free = free.unwrap_or(u64::MAX);
-        // Only if it helps: otherwise a segment would fill the disk and be taken away again, each time.
+        // Only if it helps: otherwise each retry would fill the disk with a segment and remove it again.
         if self.log.is_full() && self.log.can_prepare(free.saturating_sub(LOW)) {
             self.log.retry();
         }
@@ -212,8 +212,8 @@ impl Driver {
         if !serves || !lasts || tried || paused {
             return;
         }
-        // Reports come now and then: a member whose disk has just become full may be named, and gives the role up
-        // again.
+        // Reports can be half a second old: a member whose disk has just become full may be chosen, and gives the role
+        // up again.
         let Some(to) = self.members.secondary_with_space() else { return };
         self.host.space.given_up = Some(now);
         warn!(to, "the disk of the primary is full: the role goes to a member with space");
@@ -222,7 +222,8 @@ impl Driver {
         self.cluster.hand_over(now, Some(to));
     }
 
-    /// Why no majority of the voters could take a long transaction, if that is so: by their last reports.
+    /// If the disks of too many voters are full for a majority to take a long transaction, by their last reports: whose
+    /// they are, in a sentence.
     pub(super) fn lacks_space(&self) -> Option<String> {
         let membership = self.in_force.membership.borrow();
         let full: Vec<NodeId> = membership.voters().filter(|voter| self.members.has_full_disk(*voter)).collect();
@@ -234,8 +235,8 @@ impl Driver {
         Some(format!("no majority of the members can take it: the disk is full on {}", names.join(" and ")))
     }
 
-    /// Whether the raft log can take a command of this length, and the entry of the next epoch behind it. Never waits
-    /// for the disk.
+    /// Checks that the raft log can take a command of this length, and the entry of the next epoch after it. Never
+    /// waits for the disk.
     pub(super) fn check_room(&self, length: usize) -> Result<(), NoRoom> {
         debug_assert!(length <= MAX_PART);
         if self.log.has_room_now([length]) {

@@ -1,5 +1,5 @@
-//! The feature level while the node runs: raises it when all members have the next one, and keeps a program out that is
-//! too old. Must never raise it while a member is away: its host may be on its way back to the older program.
+//! The feature level while the node runs: raises it when all members have the next one, and ends a program that is too
+//! old. Must never raise it while a member is away: its host may be going back to the older program.
 
 use std::time::{Duration, Instant};
 
@@ -11,19 +11,19 @@ use crate::{
     node::{Exit, lease::boottime, warning::Warning},
 };
 
-/// How long all members must have shown the next level before it is in force: an upgrade that does not hold is taken
-/// back within its first moments.
+/// How long all members must have reported the next level before it is raised. An upgrade that fails is taken back
+/// within its first moments.
 const SETTLED: Duration = Duration::from_secs(5);
 
-/// Since when all members have had a level above the one in force.
+/// The level above the one in force that all members have, and since when.
 #[derive(Default)]
 pub(super) struct Upgrade {
     ready: Option<(u32, Instant)>,
 }
 
 impl Upgrade {
-    /// The level to raise to, now. `common`: what the programs of all members have; none while one of them is not
-    /// heard.
+    /// The level to raise to now, if any. `common`: the level that the programs of all members have; `None` while a
+    /// member is away.
     fn due(&mut self, common: Option<u32>, in_force: u32, now: Instant) -> Option<u32> {
         let Some(level) = common.filter(|level| *level > in_force) else {
             self.ready = None;
@@ -48,14 +48,15 @@ impl Driver {
         let common = if serves { self.members.common_level(self.config.level) } else { None };
         let Some(level) = self.in_force.upgrade.due(common, in_force, Instant::now()) else { return };
         let raise = Change::Raise { level, version: self.config.version.clone() };
-        // Refused only while something else is under way, without a lease, or without room: the next tick tries again.
+        // If it is refused (another change is under way, no lease, no room), the next tick tries again.
         if self.check_room(MAX_ENCODED).is_ok() && self.cluster.change(boottime(), &raise).is_ok() {
-            info!(level, before = in_force, "the programs of all members have the next feature level: it is raised");
+            info!(level, before = in_force, "the programs of all members have the next feature level: raising it");
             self.in_force.upgrade.ready = None;
         }
     }
 
-    /// This node's program lacks what the cluster relies on from now on: the next start says so, too, and ends there.
+    /// Ends a program that lacks what the cluster relies on from now on. The next start of such a program refuses as
+    /// well.
     pub(super) fn leave_if_outdated(&mut self) {
         let membership = &self.config.stored.membership;
         if membership.shared.level > self.config.level {
@@ -68,15 +69,16 @@ impl Driver {
         }
     }
 
-    /// A newer program has written an entry that this one cannot apply: this node keeps its vote and its raft log, and
-    /// serves nothing. Only members of a level that this program does not have may write one (`crate::cluster::level`).
+    /// A newer program has written an entry that this one cannot apply. This node keeps its vote and its raft log, and
+    /// does not serve. Only members at a feature level that this program does not have may write such entries
+    /// (`crate::cluster::level`).
     pub(super) fn entry_outdated(&mut self, why: String) {
         self.cluster.set_unfit_until(boottime(), u64::MAX);
         self.cluster.give_up(boottime(), Cause::DatabaseFailed);
         self.note_outdated(why);
     }
 
-    /// A member refuses this node because of its program.
+    /// A member refuses this node because its program is too old.
     pub(super) fn note_outdated(&mut self, why: String) {
         error!(reason = why, "the program of this node is too old for the cluster");
         self.publisher.warn(Warning::Level, Some(why));

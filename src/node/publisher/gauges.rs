@@ -1,10 +1,10 @@
-//! The gauges of a picture. Must never cost the loop more than a moment.
+//! The gauges that follow from a status. Must never hold the loop up.
 
 use std::{collections::BTreeSet, sync::Mutex};
 
 use crate::{cluster::Role, mutex::locked, node::Status, telemetry};
 
-/// The gauges of a picture.
+/// Sets the gauges that follow from this status.
 pub(super) fn show(status: &Status) {
     metrics::gauge!(telemetry::EPOCH).set(status.epoch as f64);
     metrics::gauge!(telemetry::APPLIED_INDEX).set(status.applied as f64);
@@ -31,7 +31,7 @@ pub(super) fn show(status: &Status) {
     }
 }
 
-/// A gauge stays once it was set. Those of a member that is gone become NaN, which raises no alert.
+/// A gauge stays once it was set. Those of a member that is gone are set to NaN, which raises no alert.
 fn forget_the_gone(status: &Status) {
     static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut shown = locked(&SHOWN);

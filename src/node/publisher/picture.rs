@@ -1,5 +1,5 @@
-//! The picture that is published: put together from what the [`Publisher`] was told, with the word for the node's role
-//! and sentences on what is wrong. Must never take part in a decision of the consensus loop.
+//! The status that is published: made from what the [`Publisher`] knows, with the state of each member and sentences on
+//! what is wrong. Must never take part in a decision of the consensus loop.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use crate::{
 };
 
 impl Publisher {
-    /// Publishes a new picture if anything changed that somebody may wait for.
+    /// Publishes a new status if anything has changed that a reader may wait for.
     pub fn publish(&mut self, seen: &Seen, members: &mut Members, open: &OpenDatabases) {
         let primary = self.primary(seen.cluster, members);
         let shown = (seen.cluster.epoch(), primary);
@@ -36,7 +36,7 @@ impl Publisher {
         status.serving = self.phase == Phase::Primary && open.lend();
         status.warnings = self.sentences(&status, members);
         gauges::show(&status);
-        // Whoever reads that this node serves finds the database.
+        // A reader of "it serves" must find the database: lend it before, withdraw it after.
         let serving = status.serving;
         self.sender.send_replace(Arc::new(status));
         if !serving {
@@ -105,7 +105,7 @@ impl Publisher {
         };
         let (silence, report) = (peer.silence(), peer.report());
         let state = match (silence, report) {
-            // The others refuse this node, so that it knows nothing about them.
+            // The others refuse this node, so it knows nothing about them.
             _ if self.removed.is_some() => Role::Unknown,
             (None, _) => Role::Unknown,
             (Some(_), _) if peer.is_down() => Role::Down,
@@ -133,7 +133,7 @@ impl Publisher {
         }
     }
 
-    /// The word for this node itself.
+    /// The state of this node itself.
     fn role(&self) -> Role {
         let role = self.phase.role();
         let votes = self.membership.get(self.config.node).is_none_or(|member| member.voter);
@@ -152,12 +152,12 @@ impl Publisher {
         self.removed.clone().or_else(forgot).unwrap_or_else(|| self.reason.to_owned())
     }
 
-    /// What is wrong, and what to do.
+    /// What is wrong and what to do about it: one sentence or two for each point, the own warnings first.
     fn sentences(&self, status: &Status, others: &Members) -> Vec<String> {
         if status.role == Role::Removed {
             return vec![
-                "this host is no longer a member, and knows nothing about the others: to come back, run the line of `twistcli ha \
-                 join-script` (on the PRIMARY) here; otherwise stop twistlockd here and delete its data folder"
+                "this host is no longer a member, and knows nothing about the others: to come back, run here the command that \
+                 `twistcli ha join-script` prints on the PRIMARY; otherwise stop twistlockd here and delete its data folder"
                     .to_owned(),
             ];
         }
@@ -165,8 +165,8 @@ impl Publisher {
         if let Some(why) = self.config.forgotten.as_ref().filter(|_| self.removed.is_none()) {
             sentences.push(format!(
                 "this member lost some of its durable memory ({why}): it neither votes nor counts until it is whole. While the \
-                 other members have a primary, it is given the database and then its vote by itself. If all members lost \
-                 theirs, stop them and type `twistlockd recover --force-new-cluster` on the one that has most"
+                 other members have a primary, it fetches the database and then gets its vote back by itself. If all members \
+                 lost theirs, stop them and run `twistlockd recover --force-new-cluster` on the one that has most"
             ));
         }
         let down = |member: &&MemberStatus| matches!(member.state, Role::Down | Role::Unknown);
