@@ -1,7 +1,7 @@
-//! The loop's side of the database thread, which brings the databases in line with what the consensus loop wants of
-//! them. Level-triggered: the loop sets a goal, the thread compares it with where it is, and takes the next step
-//! (`next`). What others ask of the thread, and what its helpers answer, waits in one mailbox. The loop never touches
-//! the disk for the database, and must never wait for the thread but at the end.
+//! The loop's side of the database thread, which does with the databases what the consensus loop wants.
+//! Level-triggered: the loop sets a goal; the thread compares it with where it stands, and takes the next step
+//! (`next`). Requests to the thread and answers of its helpers wait in one mailbox. The loop must never touch the disk
+//! for a database, nor wait for the thread except at the end.
 
 mod checkpoints;
 mod next;
@@ -36,35 +36,35 @@ use super::{
     lease::boottime,
 };
 
-/// A part of a long transaction is a MiB, as many times larger than most entries.
+/// A part of a long transaction is a MiB; it counts as so many entries, because most are that much smaller.
 const PART_WEIGHT: u64 = 16;
-/// Requests of one kind that may wait: as many members as ask for the database at once, and one backup, are far less.
+/// Requests of one kind that may wait. All members and a backup together make fewer.
 const MAILBOX: usize = 16;
 
-/// What the loop wants. Levels only: whoever looks late misses nothing.
+/// What the loop wants. Levels only, so the thread misses nothing if it looks late.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Goal {
     /// Apply the raft log up to here.
     applied: u64,
     /// Be open for writing in this epoch.
     epoch: Option<u64>,
-    /// Everything of the demotions up to this one is to be closed.
+    /// Everything that the demotions up to this one have to close must be closed.
     demotion: u64,
-    /// No other member needs the raft log up to here.
+    /// No other member needs the raft log up to this index.
     released: u64,
     /// The disk is full.
     full: bool,
-    /// No checkpoint: what is in force since the last one is not in its file yet.
+    /// No checkpoint may be made: a membership that came into force since the last one is not in its file yet.
     pinned: bool,
     stop: bool,
 }
 
-/// What waits for the thread. The helpers do one thing at a time, so that each has one answer at most.
+/// What waits for the thread. Each helper does one thing at a time, so it has one answer at most.
 #[derive(Default)]
 struct Mailbox {
-    /// Who waits for a snapshot.
+    /// Requests for a snapshot.
     snapshots: VecDeque<SnapshotRequest>,
-    /// Who waits for a copy, or for its end.
+    /// Requests to begin or to end a copy.
     copies: VecDeque<CopyRequest>,
     saved: Option<saver::Outcome>,
     read: Option<scrub::Answer>,
@@ -81,7 +81,7 @@ impl Mailbox {
     }
 }
 
-/// What the thread looks at before each step.
+/// What the thread reads before each step.
 #[derive(Default)]
 struct State {
     goal: Goal,
@@ -95,12 +95,12 @@ struct Shared {
     applied: AtomicU64,
     /// Bytes ever appended to the raft log by this process.
     appended: AtomicU64,
-    /// Parts of the transaction that is being written just now, all of them at once.
+    /// Parts of the long transaction that is being written now; 0 if none is.
     finishing: AtomicU64,
-    /// Since when the database has something that its checkpoint lacks, on the clock of [`boottime`]; 0: it has
-    /// nothing.
+    /// Since when the databases have something that their checkpoints lack, on the clock of [`boottime`]; 0 if they do
+    /// not.
     unsaved: AtomicU64,
-    /// Bytes of the database.
+    /// Size of the database files, in bytes.
     bytes: AtomicU64,
 }
 
@@ -125,12 +125,12 @@ pub(super) struct Handle {
 /// When a checkpoint is due.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckpointPolicy {
-    /// Bytes appended to the raft log since the last one, or length of SQLite's `-wal` file.
+    /// A checkpoint is due after so many bytes of the raft log, or of SQLite's `-wal` file.
     pub bytes: u64,
     pub interval: Duration,
-    /// Bytes of the raft log on disk beyond which nothing is kept for members that are away.
+    /// Bytes of the raft log on disk beyond which no entries are kept for members that are away.
     pub raft_log_limit: u64,
-    /// From the end of one scrub of the database file to the next; zero: never.
+    /// The time from the end of one scrub of the database file to the next; zero for none.
     pub scrub: Duration,
 }
 
@@ -149,7 +149,7 @@ impl Handle {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Where copies are asked for.
+    /// For requests to copy the database of a SECONDARY.
     pub fn online_copies(&self) -> OnlineCopies {
         OnlineCopies(Arc::clone(&self.shared))
     }
@@ -159,54 +159,54 @@ impl Handle {
         self.shared.applied.load(Ordering::Relaxed)
     }
 
-    /// Everything up to here may be applied. The thread is woken by the next [`Handle::nudge`], promotion or demotion:
-    /// a wake-up for each commit would take the processor from the commit behind it.
+    /// Lets everything up to this index be applied. The thread wakes up at the next [`Handle::nudge`], promotion or
+    /// demotion: a wake-up for each commit would take the processor from the next commit.
     pub fn apply(&self, index: u64) {
         let goal = &mut self.shared.lock().goal;
         goal.applied = goal.applied.max(index);
     }
 
-    /// No other member needs the raft log up to here; it is compacted after the next checkpoint.
+    /// No other member needs the raft log up to this index. It is compacted after the next checkpoint.
     pub fn release(&self, index: u64) {
         self.shared.lock().goal.released = index;
     }
 
-    /// How large the database is, in bytes, and for how long its checkpoint has lacked something.
+    /// The size of the database files in bytes, and for how long their checkpoints have lacked something.
     pub fn figures(&self) -> (u64, Duration) {
         let unsaved = self.shared.unsaved.load(Ordering::Relaxed);
         let age = if unsaved == 0 { 0 } else { boottime().saturating_sub(unsaved) };
         (self.shared.bytes.load(Ordering::Relaxed), Duration::from_nanos(age))
     }
 
-    /// The disk is full, or is not any more: nothing is kept for members that are away then.
+    /// Sets whether the disk is full. While it is, no entries are kept for members that are away.
     pub fn full(&self, full: bool) {
         self.change(|goal| goal.full = full);
     }
 
-    /// Allows no checkpoint, or allows it again. To be called before whatever the checkpoint must not pass is applied.
+    /// Forbids checkpoints, or allows them again. Call it before applying what a checkpoint must not pass.
     pub fn pin(&self, pinned: bool) {
         self.change(|goal| goal.pinned = pinned);
     }
 
-    /// Entries that may be applied and are not yet.
+    /// How many entries may be applied but are not yet.
     pub fn lag(&self) -> u64 {
         self.shared.lock().goal.applied.saturating_sub(self.applied())
     }
 
-    /// Entries that have to be written yet before another node could begin here: those of [`Self::lag`], and the parts
-    /// of a long transaction, which count as applied until its last part has them written at once.
+    /// How many entries must still be written before this node could serve: those of [`Self::lag`], and the parts of a
+    /// long transaction. Those count as applied before they are written, all at once with the last part.
     pub fn pending_work(&self) -> u64 {
         self.lag() + PART_WEIGHT * self.shared.finishing.load(Ordering::Relaxed)
     }
 
-    /// Once per tick: lets the thread catch up.
+    /// Once per tick: wakes the thread if it is behind.
     pub fn nudge(&self) {
         if self.lag() > 0 {
             self.shared.changed.notify_one();
         }
     }
 
-    /// Tells how much the raft log grew: a checkpoint becomes due by it.
+    /// Counts what was appended to the raft log, for when a checkpoint is due.
     pub fn appended(&self, bytes: usize) {
         self.shared.appended.fetch_add(bytes as u64, Ordering::Relaxed);
     }
@@ -215,7 +215,7 @@ impl Handle {
         self.change(|goal| goal.epoch = Some(epoch));
     }
 
-    /// Close the database; answered by [`super::inbox::DatabaseEvent::Demoted`] with the number returned here.
+    /// Closes the databases. [`super::inbox::DatabaseEvent::Demoted`] answers, with the number returned here.
     pub fn demote(&self) -> u64 {
         self.change(|goal| {
             goal.epoch = None;
@@ -224,7 +224,7 @@ impl Handle {
         .demotion
     }
 
-    /// Lets the database file rest for a snapshot; answered by [`super::inbox::DatabaseEvent::Resting`].
+    /// Lets the database file rest for a snapshot. [`super::inbox::DatabaseEvent::Resting`] answers.
     pub fn request_snapshot(&self, request: SnapshotRequest) {
         let waiting = &mut self.shared.lock().mailbox.snapshots;
         if waiting.len() >= MAILBOX {
@@ -234,7 +234,7 @@ impl Handle {
         self.shared.changed.notify_one();
     }
 
-    /// Ends the thread after a last checkpoint.
+    /// Ends the thread after a last checkpoint, and waits for it.
     pub fn stop(&mut self) {
         self.change(|goal| goal.stop = true);
         if let Some(thread) = self.thread.take() {

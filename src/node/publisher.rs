@@ -196,7 +196,7 @@ impl Publisher {
     /// This node's copy of the database cannot be trusted.
     pub fn diverged(&mut self, why: String) {
         self.diverged = true;
-        self.warn(Warning::Diverged, Some(format!("{why}; this node needs its database restored from the primary")));
+        self.warn(Warning::Diverged, Some(format!("{why}; this node fetches the database from the primary by itself")));
     }
 
     pub fn rolling_back(&mut self, rolling_back: bool) {

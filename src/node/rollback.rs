@@ -119,8 +119,8 @@ fn finish(draft: io::Result<Draft>, database: &File, epoch: u64, sender: &Sender
         "ROLLBACK: the tail of the raft log that no majority had was dropped and is kept in a file"
     );
     let text = format!(
-        "{} transactions that this node alone had, and that were never acknowledged, were dropped: see {}; there is nothing else \
-         to do, and this note goes by itself within {} minutes",
+        "{} transactions that only this node had, and that were never acknowledged, were dropped: see {}; there is nothing \
+         else to do, and this warning ends by itself within {} minutes",
         kept.transactions,
         path.display(),
         NOTE.as_secs() / 60

@@ -263,7 +263,7 @@ fn a_flipped_bit_is_found_and_repaired_and_all_metrics_are_there() {
     let expected = [
         "this copy of the database is not applied to any further",
         "the database file of this PRIMARY is damaged: the role goes to another member",
-        "the database is left as it is: it needs to be restored",
+        "the database is left as it is: it has to be fetched again",
     ];
     println!("scrub: {}", cluster.finish(&[LEASE_LOST, &expected[..]].concat()));
 }

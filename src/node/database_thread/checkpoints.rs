@@ -1,5 +1,5 @@
-//! When the database thread makes a checkpoint, and what of the raft log goes behind one. Must never drop entries that
-//! the last checkpoint lacks.
+//! Decides when the database thread makes a checkpoint, and which entries of the raft log go after one. Must never drop
+//! entries that the last checkpoint lacks.
 
 use std::{
     io,
@@ -22,22 +22,24 @@ use crate::{
     telemetry::RAFT_LOG_OVERRUNS,
 };
 
-/// Pause between two checkpoints that only the length of the WAL calls for.
+/// Least time between two checkpoints that are due only because of the length of the WAL.
 const LONG_WAL_PAUSE: Duration = Duration::from_secs(1);
-/// Entries that stay in the raft log although everybody has them, and the share of its limit that they may take.
+/// How many entries stay in the raft log although all members have them, and the part of its limit that they may take.
 const KEPT_ENTRIES: u64 = 1000;
 const KEPT_SHARE: u64 = 8;
-/// While the database file rests for a snapshot, the WAL may grow to this many bytes, to four times the length that
-/// calls for a checkpoint otherwise, or to the size of the database; then the snapshot has to be begun again.
+/// While the database file rests for a snapshot, the WAL may grow to the largest of three lengths: this many bytes,
+/// four times the length at which a checkpoint is due, or the size of the database. Then the snapshot has to start
+/// again.
 const HELD_WAL: u64 = 1 << 30;
-/// The raft log stays from a snapshot on for so long after it was read: the node that gets it has to restart with it.
+/// How long the raft log behind a snapshot is kept after the snapshot was read: the node that gets it has to restart
+/// with it.
 const KEPT_FOR_SNAPSHOT: Duration = Duration::from_secs(60);
 
-/// Why a checkpoint did not come about.
+/// Why there is no checkpoint.
 pub(super) enum Failure {
-    /// The disk is full: a later one may.
+    /// The disk is full: try again later.
     Full,
-    /// The disk is not used any further, and the process must end.
+    /// The disk must not be used any more, and the process must end.
     Fatal(String),
 }
 
@@ -46,15 +48,15 @@ pub(super) struct Checkpoints {
     log: RaftLog,
     shared: Arc<Shared>,
     saver: Saver,
-    /// When the last checkpoint was tried, and how much had been appended then.
+    /// When the last checkpoint was tried, and how many bytes had been appended by then.
     last: (Instant, u64),
-    /// The checkpoint that a snapshot was last seen to be read at, and until when the raft log behind it is kept.
+    /// The checkpoint of the snapshot that was last being read, and until when the raft log behind it is kept.
     snapshot_at: Option<(u64, Instant)>,
     /// The disk is full.
     full: bool,
-    /// The raft log is too long, and that was reported.
+    /// The raft log is too long, and that was logged.
     overrun: bool,
-    /// The raft log was to be compacted while the saver was busy.
+    /// The raft log has to be compacted once the saver is free.
     compaction_due: bool,
 }
 
@@ -71,7 +73,7 @@ impl Checkpoints {
         self.saver.is_busy()
     }
 
-    /// The disk is full, as far as was noted.
+    /// True if the disk is full, by the last [`Self::note_full`].
     pub fn is_full(&self) -> bool {
         self.full
     }
@@ -81,23 +83,24 @@ impl Checkpoints {
         self.compact(databases);
     }
 
-    /// True if one has to be begun. Not while a snapshot is being read, which may go on.
+    /// True if a checkpoint has to begin. A snapshot that is being read delays it, unless that takes too long.
     pub fn is_due(&self, databases: &Databases) -> bool {
         let (at, before) = self.last;
-        // A reader can keep the WAL long: then it is not tried again at once.
+        // A reader can keep the WAL long, so it is not tried again at once.
         let long = databases.wal_bytes() >= self.policy.bytes && at.elapsed() >= LONG_WAL_PAUSE;
         let due = long || self.appended() - before >= self.policy.bytes || at.elapsed() >= self.policy.interval;
         let held = databases.is_held() && !self.is_held_too_long(databases);
         due && !self.saver.is_busy() && databases.applied() > databases.checkpointed() && !held
     }
 
-    /// A large database takes longer to send. A full disk needs what a checkpoint gives back.
+    /// A large database takes longer to send, so its WAL may grow longer. A full disk needs the space that a checkpoint
+    /// frees.
     fn is_held_too_long(&self, databases: &Databases) -> bool {
         let limit = HELD_WAL.max(4 * self.policy.bytes).max(databases.file_bytes());
         self.full || databases.wal_bytes() >= limit
     }
 
-    /// Whenever the thread looks for work: remembers a snapshot that is being read.
+    /// Called whenever the thread looks for work: notes that a snapshot is being read.
     pub fn watch_hold(&mut self, databases: &Databases) {
         if databases.is_held() {
             self.keep_for_snapshot(databases);
@@ -108,23 +111,23 @@ impl Checkpoints {
         self.snapshot_at = Some((databases.checkpointed(), Instant::now() + KEPT_FOR_SNAPSHOT));
     }
 
-    /// The database rests at a checkpoint of this moment, for a snapshot.
+    /// Notes that the database rests for a snapshot, at a checkpoint that was just made.
     pub fn rests(&mut self, databases: &Databases) {
         self.last = (Instant::now(), self.appended());
         self.keep_for_snapshot(databases);
     }
 
-    /// Begins one that is due.
+    /// Begins a checkpoint that is due.
     pub fn begin_due(&mut self, databases: &mut Databases) -> Result<(), Failure> {
         if databases.is_held() {
             let bytes = databases.wal_bytes();
-            warn!(bytes, "the -wal file has grown too long while the database was read: whoever read it begins again");
+            warn!(bytes, "the -wal file has grown too long during a snapshot, which has to start again");
         }
         self.last = (Instant::now(), self.appended());
         self.begin(databases)
     }
 
-    /// The waits for the disk are left to the saver: a takeover would have to wait for them, too.
+    /// Begins a checkpoint. The saver waits for the disk; otherwise a takeover would have to wait for it too.
     pub fn begin(&mut self, databases: &mut Databases) -> Result<(), Failure> {
         let (savings, result) = databases.begin_checkpoint();
         if !savings.is_empty() {
@@ -135,7 +138,7 @@ impl Checkpoints {
         result.map_err(|error| self.failed(&error, databases))
     }
 
-    /// Takes what came of a task of the saver. True if a checkpoint is saved.
+    /// Takes the outcome of a task of the saver. True if it saved a checkpoint.
     pub fn take(&mut self, outcome: Outcome, databases: &mut Databases) -> Result<bool, Failure> {
         self.saver.taken();
         match outcome {
@@ -147,7 +150,7 @@ impl Checkpoints {
             Outcome::Compacted { to, result } => {
                 match result {
                     Ok(()) => debug!(index = to, bytes = self.log.size_bytes(), "raft log compacted"),
-                    // Nothing was done; the next checkpoint tries again.
+                    // Nothing was done. The next checkpoint tries again.
                     Err(LogError::Full { .. } | LogError::Refused(_)) => {}
                     Err(error) => return Err(Failure::Fatal(format!("compact the raft log: {error}"))),
                 }
@@ -161,16 +164,16 @@ impl Checkpoints {
 
     fn failed(&mut self, error: &DatabaseError, databases: &Databases) -> Failure {
         if error.is_full() {
-            self.compact(databases); // it may give space back
+            self.compact(databases); // it may free space
             return Failure::Full;
         }
         // Nothing is lost: the raft log has everything since the last good checkpoint. But a disk that fails to sync
-        // is not used any further.
+        // must not be used any more.
         Failure::Fatal(format!("checkpoint the database: {error}"))
     }
 
-    /// Lets go of what neither this node's databases nor another member need. While a member is away, the raft log
-    /// grows up to its limit, or until the disk is full; then that member has to be given the whole database.
+    /// Drops entries that neither this node's databases nor another member need. While a member is away, the raft log
+    /// grows up to its limit, or until the disk is full. Then that member needs the whole database.
     fn compact(&mut self, databases: &Databases) {
         self.compaction_due = self.saver.is_busy();
         if self.compaction_due {
@@ -183,7 +186,7 @@ impl Checkpoints {
         let share = self.policy.raft_log_limit / KEPT_SHARE;
         let possible = below_the_kept(&self.log, unneeded, share);
         let unneeded_by_all = below_the_kept(&self.log, unneeded.min(released), share);
-        // A full disk lets go for a member that is really away, not for one that has just not answered yet.
+        // A full disk drops what a member needs only if that member is really away, not just late with an answer.
         let full = self.full && released.saturating_add(KEPT_ENTRIES) < unneeded;
         let too_long = full || self.log.size_bytes() > self.policy.raft_log_limit && unneeded_by_all < possible;
         let to = if too_long { possible } else { unneeded_by_all.min(possible) };
@@ -198,7 +201,7 @@ impl Checkpoints {
                 index = to,
                 limit,
                 full,
-                "the raft log is too long to be kept for a member that is away: it will get the whole database"
+                "the raft log is too long to be kept for a member that is away: that member will get the whole database"
             );
             metrics::counter!(RAFT_LOG_OVERRUNS).increment(1);
         }
@@ -206,14 +209,14 @@ impl Checkpoints {
         self.saver.begin(Task::Compact { log: self.log.clone(), to });
     }
 
-    /// Bytes ever appended to the raft log by this process.
+    /// Bytes that this process has appended to the raft log.
     fn appended(&self) -> u64 {
         self.shared.appended.load(Ordering::Relaxed)
     }
 }
 
-/// The last entry that may go if none up to `unneeded` is needed. Entries differ in size, as many writes may share one:
-/// a thousand large ones would be more than the whole limit.
+/// The last entry to drop if none up to `unneeded` is needed: keeps at most [`KEPT_ENTRIES`], of `bytes` at most.
+/// Entries differ in size, because many writes may share one: a thousand large ones could be more than the whole limit.
 fn below_the_kept(log: &RaftLog, unneeded: u64, bytes: u64) -> u64 {
     let fits = |after: u64| log.bytes_between(after, unneeded).is_none_or(|between| between <= bytes);
     let (mut low, mut high) = (unneeded.saturating_sub(KEPT_ENTRIES), unneeded);

@@ -1,5 +1,5 @@
 //! What the database thread does next: compares what the loop wants with where the thread stands. Pure, and the only
-//! place that knows: whoever waits, waits until there is a step. Must never look at a file, a clock or the mailbox
+//! place that decides it: the thread waits until there is a step. Must never look at a file, a clock or the mailbox
 //! itself.
 
 use std::time::Duration;
@@ -7,58 +7,58 @@ use std::time::Duration;
 use super::Goal;
 use crate::storage::raft_log::ORIGIN;
 
-/// One thing to do. After it, everything is compared again.
+/// One thing to do. After each step everything is compared again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// A last checkpoint, and the end.
+    /// Make a last checkpoint, and end.
     Close,
-    /// Close the database, and go back to its checkpoint.
+    /// Close the databases, and go back to their checkpoints.
     Demote,
-    /// Say that everything of the demotions up to here is closed.
+    /// Report that everything that the demotions up to this one had to close is closed.
     ReportDemotion(u64),
-    /// A majority has what SQLite has written already.
+    /// Note that a majority has what SQLite has already written.
     NoteCommitted,
-    /// Open the database for writing in this epoch.
+    /// Open the databases for writing in this epoch.
     Promote(u64),
-    /// What this epoch's primary would need cannot be applied: the disk is full.
+    /// Report that the primary of this epoch cannot get ready here: the disk is full.
     Refuse(u64),
-    /// The saver has done what it was asked for.
+    /// Take the outcome of the saver.
     TakeSaved,
-    /// Let the database file rest for whoever asked.
+    /// Let the database file rest for those who asked for a snapshot.
     Rest,
-    /// Begin or end the copy that was asked for.
+    /// Begin or end the copies that were asked for.
     Copy,
-    /// The disk has become full, or has space again.
+    /// Note that the disk has become full, or has space again.
     NoteFull,
     Checkpoint,
     /// Apply some more of the raft log.
     Apply,
-    /// Compare what the scrub has read, and let it read more.
+    /// Check what the scrub has read, and let it read more.
     Scrub,
 }
 
 /// Where the thread stands.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Standing {
-    /// The databases have everything up to here.
+    /// The databases have everything up to this index.
     pub applied: u64,
-    /// The epoch in which it is open for writing.
+    /// The epoch in which the databases are open for writing.
     pub epoch: Option<u64>,
-    /// Nothing is applied any more: its content is not to be trusted, or a newer program has written what comes next.
+    /// Nothing is applied any more: the content cannot be trusted, or a newer program has written the next entry.
     pub halted: bool,
-    /// One of them has no content yet, and that was told in this epoch.
+    /// The epoch in which it was reported that a database has no content yet; `None` once all have.
     pub reported_empty: Option<u64>,
-    /// The epoch in which opening failed: not tried again in it.
+    /// The epoch in which opening failed; it is not tried again in that epoch.
     pub refused: u64,
-    /// The last demotion that was told of.
+    /// The last demotion that was reported as done.
     pub demotion: u64,
-    /// The disk is full, as far as was noted.
+    /// The disk is full, by the last [`Step::NoteFull`].
     pub full: bool,
-    /// How long nothing is applied yet because the disk was full.
+    /// How much longer applying pauses because the disk was full.
     pub pause: Option<Duration>,
-    /// A checkpoint is due, and nothing of the thread's own stands against it.
+    /// A checkpoint is due, and nothing in the thread forbids it.
     pub checkpoint: bool,
-    /// The saver works.
+    /// The saver is busy.
     pub saving: bool,
     /// The scrub wants to read.
     pub scrub: bool,
@@ -77,8 +77,8 @@ pub(super) struct Mail {
 }
 
 impl Standing {
-    /// The most urgent first: a takeover waits for the first ones, and the last ones have time. What may come again and
-    /// again, as applying does, leaves room for all else that is due.
+    /// The most urgent step first: a takeover waits for the first ones; the last ones have time. A step that may come
+    /// again and again, such as applying, comes after everything else that is due, except the scrub.
     pub fn next(&self, goal: &Goal) -> Option<Step> {
         if goal.stop {
             return Some(Step::Close);
@@ -102,7 +102,7 @@ impl Standing {
     }
 
     fn of_mail(&self, goal: &Goal) -> Option<Step> {
-        // A membership is on its way to its file: that takes moments, unless the disk is full.
+        // A membership is being written to its file. That takes moments, unless the disk is full.
         let in_a_moment = goal.pinned && !goal.full;
         match self.mail {
             Mail { saved: true, .. } => Some(Step::TakeSaved),
@@ -122,14 +122,14 @@ impl Standing {
         if self.epoch.is_none() && self.is_behind(goal) {
             return self.pause.is_none().then_some(Step::Apply);
         }
-        // A scrub of the PRIMARY's file begins with a checkpoint, which must not be while checkpoints are pinned, nor
-        // beside another.
+        // A scrub of the PRIMARY's file begins with a checkpoint. There must be none while checkpoints are pinned or
+        // another is being saved.
         let kept = (goal.pinned || self.saving) && self.epoch.is_some();
         let may_scrub = !self.halted && !kept && self.epoch == goal.epoch;
         (may_scrub && (self.scrub || self.mail.read)).then_some(Step::Scrub)
     }
 
-    /// True while there is something to apply.
+    /// True if there is something to apply.
     pub fn is_behind(&self, goal: &Goal) -> bool {
         !self.halted && self.applied.max(ORIGIN) < goal.applied
     }
@@ -172,7 +172,7 @@ mod tests {
             (Standing { halted: true, ..f() }, at(51), None),
             (f(), primary(51), Some(Step::Apply)),
             (f(), primary(50), Some(Step::Promote(7))),
-            // One that applies nothing any more says so.
+            // A thread that applies nothing any more is asked, and refuses with the reason.
             (Standing { halted: true, ..f() }, primary(51), Some(Step::Promote(7))),
             (Standing { refused: 7, ..f() }, primary(50), None),
             (Standing { refused: 6, ..f() }, primary(50), Some(Step::Promote(7))),
@@ -180,7 +180,7 @@ mod tests {
             (Standing { pause: PAUSE, ..f() }, primary(51), Some(Step::Refuse(7))),
             (Standing { pause: PAUSE, refused: 7, ..f() }, primary(51), None),
             (Standing { pause: PAUSE, ..f() }, primary(50), Some(Step::Promote(7))),
-            // The first transaction was asked for, and is on its way.
+            // The loop was asked for the first transaction, and proposes it.
             (Standing { reported_empty: Some(7), ..Standing::default() }, primary(1), None),
             (Standing { reported_empty: Some(6), ..Standing::default() }, primary(1), Some(Step::Promote(7))),
             (Standing { reported_empty: Some(7), ..Standing::default() }, primary(2), Some(Step::Apply)),
@@ -226,7 +226,7 @@ mod tests {
         assert_eq!(standing.next(&goal), None);
     }
 
-    /// A SECONDARY under load applies without an end.
+    /// A SECONDARY under load applies all the time.
     #[test]
     fn applying_holds_up_no_copy_and_no_checkpoint_but_the_scrub() {
         let behind = Standing { scrub: true, mail: Mail { read: true, ..Mail::default() }, ..follows() };
@@ -245,7 +245,7 @@ mod tests {
         let pinned = Goal { pinned: true, ..primary(50) };
         assert_eq!(standing.next(&pinned), None);
         assert_eq!(standing.next(&primary(50)), Some(Step::Rest));
-        // On a full disk that may take long: whoever asked hears of it.
+        // On a full disk that may take long, so those who asked get an answer.
         let full = Standing { full: true, ..standing };
         assert_eq!(full.next(&Goal { full: true, ..pinned }), Some(Step::Rest));
         let copied = Standing { epoch: None, checkpoint: true, mail: Mail::default(), ..standing };

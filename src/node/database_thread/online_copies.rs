@@ -1,4 +1,4 @@
-//! Asks the database thread for a copy of a SECONDARY's database. Must never let the one who asks wait for ever.
+//! Requests to the database thread for a copy of a SECONDARY's database. Must never let a caller wait for ever.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use super::{MAILBOX, Shared};
 use crate::storage::online_copy::{CopyError, CopyId, FinishedCopy, OnlineCopy};
 
-/// How long whoever wants a copy waits for the database thread: it may have a long transaction to apply.
+/// How long a caller waits for the database thread, which may have a long transaction to apply.
 const COPY_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) enum CopyRequest {
@@ -15,8 +15,7 @@ pub(super) enum CopyRequest {
     Finish(CopyId, oneshot::Sender<Result<FinishedCopy, CopyError>>),
 }
 
-/// Where a copy of the database of a SECONDARY is asked for: at the database thread itself, so that the consensus loop
-/// has nothing to do with it.
+/// Sends requests straight to the database thread, so that the consensus loop has nothing to do with them.
 #[derive(Clone)]
 pub(in crate::node) struct OnlineCopies(pub(super) Arc<Shared>);
 
@@ -51,7 +50,7 @@ impl OnlineCopies {
         if !self.post(request) {
             return Err(busy());
         }
-        // A thread that has ended leaves the request where it is.
+        // A thread that has ended never answers: the request stays in the mailbox.
         match tokio::time::timeout(COPY_PATIENCE, wait).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(CopyError::Ended("the node stops".to_owned())),

@@ -1,5 +1,5 @@
-//! The thread that waits for the disk in the place of the database thread: saves checkpoints and compacts the raft log,
-//! one at a time, so that neither a promotion nor a demotion waits for a sync. Must never decide what may be let go of.
+//! The thread that waits for the disk instead of the database thread: saves checkpoints and compacts the raft log, one
+//! at a time, so that neither a promotion nor a demotion waits for a sync. Must never decide what may be dropped.
 
 use std::{
     io,
@@ -12,26 +12,26 @@ use crate::storage::{
     raft_log::{LogError, RaftLog},
 };
 
-/// What waits for the disk: the checkpoints of all databases at once, or a compaction.
+/// A task that waits for the disk: the checkpoints of all databases at once, or a compaction.
 pub(super) enum Task {
     Save(Vec<Saving>),
     Compact { log: RaftLog, to: u64 },
 }
 
-/// What came of it.
+/// The outcome of a task.
 pub(super) enum Outcome {
     Saved(Vec<Saved>),
     Compacted { to: u64, result: Result<(), LogError> },
 }
 
-/// The database thread's side of it.
+/// The database thread's side.
 pub(super) struct Saver {
     tasks: SyncSender<Task>,
     busy: bool,
 }
 
 impl Saver {
-    /// Starts the thread, which ends with this. It reports what came of each task.
+    /// Starts the thread; it ends when this is dropped. It reports the outcome of each task.
     ///
     /// # Errors
     /// When the thread cannot be started.
@@ -49,18 +49,18 @@ impl Saver {
         Ok(Self { tasks, busy: false })
     }
 
-    /// True until what came of the last task was taken.
+    /// True until the outcome of the last task has been taken.
     pub fn is_busy(&self) -> bool {
         self.busy
     }
 
-    /// Hands a task over; not while it is busy.
+    /// Hands a task over. Panics while another one is under way.
     pub fn begin(&mut self, task: Task) {
         assert!(!self.busy, "one task at a time");
         self.busy = self.tasks.send(task).is_ok();
     }
 
-    /// What came of the task was taken.
+    /// Notes that the outcome of the task has been taken.
     pub fn taken(&mut self) {
         self.busy = false;
     }

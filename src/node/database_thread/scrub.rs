@@ -1,6 +1,6 @@
-//! The background scrub: reads the database file again, slowly and from the disk, so that rot is found before it is
-//! needed. The reading is done by a thread of its own; what was read is judged by the database thread, which alone
-//! knows what the pages have to be. Must never write, and never hold the database thread up for a disk.
+//! The background scrub: reads the database file again, slowly and from the disk, so that damage is found before the
+//! file is needed. A thread of its own reads; the database thread checks what was read, because only it knows what the
+//! pages have to be. Must never write, and never make the database thread wait for a disk.
 
 use std::{
     fs::File,
@@ -24,21 +24,21 @@ use crate::{
     telemetry::{SCRUB_PROGRESS, SCRUB_SUCCESS, note_now},
 };
 
-/// Bytes that are read at once.
+/// Bytes that are read at a time.
 const CHUNK: u32 = 1 << 20;
-/// Pause between two chunks: about 32 MiB are read in a second.
+/// Pause between two chunks, for about 32 MiB a second.
 const PACE: Duration = Duration::from_millis(30);
-/// The longest wait before what could not be scrubbed is tried again.
+/// The longest wait before a scrub that could not be completed starts again.
 const AGAIN: Duration = Duration::from_secs(60);
-/// How often it is tried to begin a scrub that is due.
+/// How often the thread tries to begin or continue a scrub that is due.
 const LOOK: Duration = Duration::from_millis(100);
-/// After a start there is more important work.
+/// The longest wait for the first scrub after a start, when there is more important work.
 const FIRST: Duration = Duration::from_secs(600);
 
 enum Job {
-    /// These pages of a file that follows: their checksums are wanted.
+    /// Compute the checksums of these pages, in a file that follows the raft log.
     Pages { file: Arc<File>, page_size: u32, done: u32, count: u32 },
-    /// The whole file, which rests: it must have the checksum of its checkpoint.
+    /// Read the whole file, which rests. It must have the checksum of its checkpoint.
     Resting(Resting),
 }
 
@@ -47,39 +47,39 @@ pub(super) enum Answer {
     Resting(io::Result<()>),
 }
 
-/// What a look at the answers found.
+/// What a turn of the scrub found.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Finding {
     Nothing,
-    /// A whole pass found nothing wrong.
+    /// A whole pass is over and found nothing wrong.
     Clean,
     /// The file is damaged; the sentence says where.
     Rot(String),
 }
 
-/// A pass under way.
+/// A pass that is under way.
 struct Pass {
     begun: Instant,
-    /// Of a file that follows; a resting one is read as a whole.
+    /// True if the file follows the raft log and is read page by page; a file that rests is read as a whole.
     follows: bool,
     done: u32,
 }
 
 /// The database thread's side.
 pub(super) struct Scrub {
-    /// Zero: never.
+    /// Zero for no scrub.
     interval: Duration,
     next: Instant,
     pass: Option<Pass>,
-    /// The reader works.
+    /// The reader is busy.
     busy: bool,
-    /// When it was tried last to let something be read.
+    /// When the last turn was.
     tried: Instant,
     jobs: SyncSender<Job>,
 }
 
 impl Scrub {
-    /// Starts the reader, which reports what it has read.
+    /// Starts the reader, a thread that reports what it has read.
     pub fn start(interval: Duration, report: impl Fn(Answer) + Send + 'static) -> io::Result<Self> {
         let (jobs, taken) = sync_channel(1);
         thread::Builder::new().name("scrub".to_owned()).spawn(move || {
@@ -88,24 +88,24 @@ impl Scrub {
             }
         })?;
         if !interval.is_zero() {
-            note_now(SCRUB_SUCCESS); // overdue is counted from here at first
+            note_now(SCRUB_SUCCESS); // until the first pass, a scrub is overdue from here on
         }
         let now = Instant::now();
         Ok(Self { interval, next: now + interval.min(FIRST), pass: None, busy: false, tried: now, jobs })
     }
 
-    /// True if more can be read now. What could not be begun is not tried again without a pause.
+    /// True if a turn is due, but not sooner than [`LOOK`] after the last one.
     pub fn is_due(&self) -> bool {
         let due = self.pass.is_some() && !self.busy || self.due_in().is_zero();
         due && self.tried.elapsed() >= LOOK
     }
 
-    /// How long until it is to be asked again whether more is due.
+    /// How long to wait before calling [`Self::is_due`] again.
     pub fn ask_again_in(&self) -> Duration {
         self.due_in().max(LOOK)
     }
 
-    /// How long nothing has to be begun.
+    /// The time until a pass has to begin.
     fn due_in(&self) -> Duration {
         if self.interval.is_zero() || self.busy {
             return Duration::MAX;
@@ -113,13 +113,13 @@ impl Scrub {
         self.next.saturating_duration_since(Instant::now())
     }
 
-    /// The last pass did not count: it is begun again soon.
+    /// The last pass does not count: starts it again soon.
     pub fn postpone(&mut self) {
         self.pass = None;
         self.next = Instant::now() + self.interval.min(AGAIN);
     }
 
-    /// Looks at what was read, if anything was, and lets more be read.
+    /// Checks what was read, if anything was, and lets more be read.
     pub fn turn(&mut self, read: Option<Answer>, database: &mut Database) -> Finding {
         self.tried = Instant::now();
         let mut finding = match read {
@@ -145,7 +145,7 @@ impl Scrub {
         match answer {
             Answer::Pages { done, sums } => {
                 let Some(pass) = self.pass.as_mut().filter(|pass| pass.follows && pass.done == done) else {
-                    return Finding::Nothing; // the role has changed meanwhile
+                    return Finding::Nothing; // the role has changed since
                 };
                 match sums.and_then(|sums| Ok((database.differs(done, &sums)?, sums.len() as u32))) {
                     Ok((Some(page), _)) => {
@@ -180,7 +180,7 @@ impl Scrub {
             Scrubbable::Serves => false,
         };
         if self.pass.as_ref().is_some_and(|pass| pass.follows != follows) {
-            self.pass = None; // what was read of the other role's file does not count
+            self.pass = None; // what was read in the other role does not count
             self.next = Instant::now();
         }
         if self.pass.is_none() && !self.due_in().is_zero() {
@@ -201,7 +201,7 @@ impl Scrub {
             _ => match database.rest() {
                 Ok(resting) => Job::Resting(resting),
                 Err(error) => {
-                    // Whatever it is, the next checkpoint finds it, too.
+                    // Whatever it is, the next checkpoint finds it as well.
                     debug!("the database file does not rest for a scrub: {error}");
                     self.postpone();
                     return Finding::Nothing;
@@ -221,7 +221,7 @@ impl Scrub {
     }
 }
 
-/// Does a job, at its pace.
+/// Does a job, after a pause.
 fn read(job: Job) -> Answer {
     match job {
         Job::Pages { file, page_size, done, count } => {

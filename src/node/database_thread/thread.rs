@@ -34,21 +34,21 @@ use crate::{
     telemetry::{DAMAGE_FOUND, SCRUB_FAILURES, note_now},
 };
 
-/// Pause before a database on a full disk is applied to again.
+/// Pause before applying to a database on a full disk is tried again.
 const FULL_PAUSE: Duration = Duration::from_millis(500);
-/// Entries applied between two looks at the goal.
+/// Entries to apply before the goal is read again.
 const SLICE: u64 = 256;
-/// How long a checkpoint waits for the loop, which hands out what the file has already.
+/// How long a checkpoint waits until the loop has handed out what the file already has.
 const LOOP_IS_BEHIND: Duration = Duration::from_millis(500);
-/// How often it looks.
+/// How often it checks that.
 const MOMENT: Duration = Duration::from_millis(2);
 
-/// Why nothing more is applied.
+/// Why nothing is applied any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Halt {
-    /// The content of a database is not to be trusted: it is fetched.
+    /// The content of a database cannot be trusted: it has to be fetched.
     Distrusted,
-    /// A newer program has written what comes next. What is here is good, and waits for that program.
+    /// A newer program has written the next entry. What is here is good, and waits for that program.
     Outdated,
 }
 
@@ -58,32 +58,33 @@ pub(super) struct Thread {
     sender: Sender,
     shared: Arc<Shared>,
     deadline: Duration,
-    /// The longest wait without a look at what is due.
+    /// The longest wait before the thread checks what is due.
     interval: Duration,
-    /// The epoch in which the database is open for writing.
+    /// The epoch in which the databases are open for writing.
     epoch: Option<u64>,
     reported_empty: Option<u64>,
-    /// The epoch in which opening failed: not tried again in it.
+    /// The epoch in which opening failed; it is not tried again in that epoch.
     refused: u64,
-    /// The last demotion that was told of.
+    /// The last demotion that was reported as done.
     demotion: u64,
     halt: Option<Halt>,
-    /// The process was asked to end; nothing more happens here.
+    /// The process ends: no further step is taken.
     ended: bool,
     checkpoints: Checkpoints,
     scrub: Scrub,
-    /// The disk is full: nothing is applied before then.
+    /// The disk was full: nothing is applied before then.
     full_until: Option<Instant>,
     logged_full: bool,
 }
 
-/// Whether a checkpoint at `index` may count. A write is in the file as soon as a majority has it, which can be before
-/// the loop comes by it, and by a change of the members before it: the checkpoint must not leave that out.
+/// True if a checkpoint at `index` may count. A write is in the file as soon as a majority has it. That can be before
+/// the loop has handed out that entry, and a change of the membership before it, which the checkpoint must not leave
+/// out. Waits for the loop, for [`LOOP_IS_BEHIND`] at most.
 fn may_save(shared: &Shared, index: u64) -> bool {
     let end = Instant::now() + LOOP_IS_BEHIND;
     let mut state = shared.lock();
     while state.goal.applied < index && !state.goal.stop && Instant::now() < end {
-        // The loop wakes nobody for a single commit.
+        // The loop does not wake this thread for a single commit.
         state = shared.changed.wait_timeout(state, MOMENT).unwrap_or_else(PoisonError::into_inner).0;
     }
     state.goal.applied >= index && !state.goal.pinned
@@ -134,7 +135,7 @@ impl Thread {
         }
     }
 
-    /// Waits until there is something to do.
+    /// Waits until there is a step to take.
     fn wait(&mut self) -> (Step, Goal) {
         loop {
             self.publish_figures();
@@ -145,14 +146,14 @@ impl Thread {
             if let Some(step) = standing.next(&state.goal) {
                 return (step, state.goal);
             }
-            // Nobody wakes this thread for what becomes due by itself.
+            // Nothing wakes this thread when a task becomes due with time.
             let scrub = if self.halt.is_some() { Duration::MAX } else { self.scrub.ask_again_in() };
             let pause = standing.pause.unwrap_or(self.interval).min(scrub);
             drop(self.shared.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner));
         }
     }
 
-    /// But for the mail, which changes at any time.
+    /// Where the thread stands, without the mail, which changes at any time.
     fn standing(&self) -> Standing {
         let pause = self.full_until.map(|until| until.saturating_duration_since(Instant::now()));
         Standing {
@@ -192,7 +193,7 @@ impl Thread {
         }
     }
 
-    /// For the loop, and whoever measures.
+    /// Publishes figures for the loop and the gauges.
     fn publish_figures(&self) {
         let (Self { databases, .. }, Shared { applied, bytes, unsaved, .. }) = (self, &*self.shared);
         applied.store(databases.applied(), Ordering::Relaxed);
@@ -218,7 +219,8 @@ impl Thread {
         self.report(DatabaseEvent::Diverged { why });
     }
 
-    /// Fetching the database would bring the same entry again, or a snapshot that this program does not know either.
+    /// Fetching the database would not help: the same entry would come again, or a snapshot that this program cannot
+    /// read.
     fn mark_outdated(&mut self, error: &ApplyError) {
         self.halt = Some(Halt::Outdated);
         let why = format!("{error} (until then it applies nothing more and does not become PRIMARY)");
@@ -231,7 +233,7 @@ impl Thread {
         }
     }
 
-    /// A checkpoint that did not come about.
+    /// Reports that a checkpoint failed, if it did.
     fn report_failure(&mut self, result: Result<(), Failure>) {
         match result {
             Ok(()) => {}
@@ -240,7 +242,7 @@ impl Thread {
         }
     }
 
-    /// Applies a slice of the raft log, so that a change of the goal is seen soon.
+    /// Applies a slice of the raft log: no more at once, so that a change of the goal is seen soon.
     fn apply(&mut self, goal: u64) {
         let first = (self.databases.applied() + 1).max(ORIGIN + 1);
         let last = goal.min(first + SLICE);
@@ -264,7 +266,7 @@ impl Thread {
         match (failed, result) {
             (None, Ok(())) => {
                 if self.full_until.take().is_some() && std::mem::take(&mut self.logged_full) {
-                    info!("the database is applied to again: there is space on the disk");
+                    info!("applying to the database again: there is space on the disk");
                 }
             }
             (Some(error), _) if error.is_full() => {
@@ -272,7 +274,7 @@ impl Thread {
                 self.note_full("applying to the database");
             }
             (Some(error), _) if error.is_of_newer_program() => self.mark_outdated(&error),
-            // Another start from the checkpoint would end the same way.
+            // A restart from the checkpoint would end in the same way.
             (
                 Some(
                     error @ (ApplyError::Diverged { .. } | ApplyError::Command { .. } | ApplyError::OutOfOrder { .. }),
@@ -290,7 +292,7 @@ impl Thread {
         if let Some(halt) = self.halt {
             self.refused = epoch;
             let why = match halt {
-                Halt::Distrusted => "this copy of the database is not to be trusted",
+                Halt::Distrusted => "this copy of the database cannot be trusted",
                 Halt::Outdated => "a newer program than this one has written to the raft log: upgrade this node",
             };
             return self.report(DatabaseEvent::Failed { epoch, why: why.to_owned() });
@@ -318,33 +320,33 @@ impl Thread {
         }
     }
 
-    /// Another node may have the space.
+    /// The disk is full here: another node may have the space.
     fn refuse_for_space(&mut self, epoch: u64) {
         self.refused = epoch;
         self.report(DatabaseEvent::NoSpace { epoch });
     }
 
-    /// Closed is enough: what is behind is applied before the next promotion.
+    /// The databases are closed, which is enough: what is missing is applied before the next promotion.
     fn report_demotion(&mut self, demotion: u64) {
         self.demotion = demotion;
         self.report(DatabaseEvent::Demoted { demotion });
     }
 
-    /// The next primary waits for the closing, not for the reading of a large file behind it.
+    /// The next primary waits until the databases are closed here, but not until large files have been read again.
     fn demote(&mut self, goal: &Goal) {
         let start = Instant::now();
         let ms = |start: Instant| start.elapsed().as_millis() as u64;
         while let Err(error) = self.databases.close(Instant::now() + self.deadline) {
-            // Another process could not close it sooner, and this one can say what it waits for. The others go on
+            // A new process could not close it sooner, and this one can say what it waits for. The others go on
             // meanwhile.
             let Some(trouble) = trouble() else {
                 return self.fatal(format!("close the database within {} ms: {error}", self.deadline.as_millis()));
             };
-            warn!("the database cannot be closed yet: {trouble}");
+            warn!("the database is not closed yet: {trouble}");
         }
         let closed_ms = ms(start);
         self.epoch = None;
-        // Behind again: others should rather be primary until the file is read and the raft log re-applied.
+        // This node is behind now: others should be primary until the file is read and the raft log is applied again.
         self.shared.applied.store(self.databases.applied(), Ordering::Relaxed);
         if goal.demotion != self.demotion {
             self.report_demotion(goal.demotion);
@@ -353,14 +355,14 @@ impl Thread {
         match self.databases.reopen(&|| !stops()) {
             Ok(()) => {
                 let (index, ms) = (self.databases.applied(), ms(start));
-                info!(index, closed_ms, ms, "database closed, raft log is re-applied from its checkpoint");
+                info!(index, closed_ms, ms, "database closed; applying the raft log again from its checkpoint");
             }
             Err(_) if stops() => info!(closed_ms, "database closed; the next start reads it again"),
             Err(error) => self.fatal(format!("go back to the checkpoint of the database: {error}")),
         }
     }
 
-    /// Answers everybody who wants to read the database file.
+    /// Answers everyone who asked for a snapshot.
     fn rest(&mut self, pinned: bool) {
         let requests = std::mem::take(&mut self.shared.lock().mailbox.snapshots);
         for request in requests {
@@ -375,7 +377,7 @@ impl Thread {
                 self.checkpoints.rests(&self.databases);
             }
             match result {
-                // On a full disk nobody gets a snapshot; that is no reason to end the primary.
+                // A full disk means no snapshot, but the primary goes on.
                 Err(error @ (DatabaseError::Io { .. } | DatabaseError::Failed(_))) if !error.is_full() => {
                     return self.fatal(format!("checkpoint the database: {error}"));
                 }
@@ -387,7 +389,7 @@ impl Thread {
         }
     }
 
-    /// Answers everybody who makes a copy. Whoever does not wait any more asks again.
+    /// Answers everyone who makes a copy. A caller that has stopped waiting asks again.
     fn copy(&mut self) {
         let requests = std::mem::take(&mut self.shared.lock().mailbox.copies);
         let database = self.databases.console_mut();
@@ -399,7 +401,7 @@ impl Thread {
         }
     }
 
-    /// Lets a scrub go on, when there is nothing more important to do.
+    /// Takes a turn of the scrub: there is nothing more important to do.
     fn scrub(&mut self) {
         let read = self.shared.lock().mailbox.read.take();
         match self.scrub.turn(read, self.databases.console_mut()) {
@@ -411,7 +413,7 @@ impl Thread {
                 metrics::counter!(SCRUB_FAILURES).increment(1);
                 note_now(DAMAGE_FOUND);
                 if self.epoch.is_some() {
-                    // Whether another node can take over, the loop knows.
+                    // The loop knows whether another node can take over.
                     self.report(DatabaseEvent::Corrupt { why });
                 } else {
                     self.mark_diverged(why);
@@ -430,7 +432,7 @@ impl Thread {
         self.report_failure(taken.map(drop));
     }
 
-    /// Waits for the saver.
+    /// Waits until the saver is free, for as long as its disk takes.
     fn wait_for_saver(&mut self) {
         while self.checkpoints.is_saving() {
             let shared = Arc::clone(&self.shared);
@@ -453,7 +455,7 @@ impl Thread {
             self.report_failure(begun);
             self.wait_for_saver();
         } else if distrusted {
-            warn!("the database is left as it is: it needs to be restored");
+            warn!("the database is left as it is: it has to be fetched again");
         }
         self.ended = true;
     }
@@ -498,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_counts_when_the_loop_has_come_by_it_and_nothing_waits_for_its_file() {
+    fn a_checkpoint_counts_once_the_loop_has_handed_it_out_and_no_membership_waits_for_its_file() {
         let shared = Shared::default();
         let goal = |applied: u64, pinned: bool, stop: bool| {
             shared.lock().goal = Goal { applied, pinned, stop, ..Goal::default() };
@@ -506,10 +508,10 @@ mod tests {
         };
         assert!(goal(5, false, false));
         assert!(goal(9, false, false));
-        assert!(!goal(5, true, false), "a membership is on its way to its file");
-        assert!(!goal(4, false, false), "the loop does not come by it");
+        assert!(!goal(5, true, false), "a membership is being written to its file");
+        assert!(!goal(4, false, false), "the loop does not hand it out");
         assert!(!goal(4, false, true), "the process ends");
-        // The loop comes by it meanwhile, and by a change of the members with it, or by none.
+        // The loop hands it out meanwhile, with a change of the membership or without.
         for pinned in [true, false] {
             shared.lock().goal = Goal { applied: 4, ..Goal::default() };
             thread::scope(|scope| {

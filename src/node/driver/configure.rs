@@ -176,7 +176,8 @@ impl Driver {
         if self.want_refetch(from) {
             warn!(
                 from,
-                index, "the raft log of the primary no longer has the entries that this node needs: it fetches the database"
+                index,
+                "the raft log of the primary no longer has the entries that this node needs: fetching the database"
             );
         }
     }
