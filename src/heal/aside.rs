@@ -1,5 +1,5 @@
-//! Where damaged files go: a folder in the data folder that keeps the newest few for whoever wants to look. Must never
-//! keep more than that.
+//! The folder for damaged files: keeps the newest few for the administrator to look at. Must never keep more than
+//! those.
 
 use std::{
     fs,
@@ -11,10 +11,11 @@ use crate::storage::{clear_away, fsync_dir, make_private_dir};
 
 /// Name of the folder in the data folder.
 pub const FOLDER: &str = "damaged";
-/// Files that are kept there.
+/// How many files are kept there.
 const KEPT: usize = 16;
 
-/// Moves what has this name below the data folder away. Returns where it is now; none if there was nothing.
+/// Moves a file or folder of the data folder there. `name` is its path in the data folder. Returns its new path; `None`
+/// if there was nothing.
 pub(super) fn set_aside(data: &Path, name: &str) -> io::Result<Option<PathBuf>> {
     let (from, folder) = (data.join(name), data.join(FOLDER));
     match fs::symlink_metadata(&from) {
@@ -22,7 +23,7 @@ pub(super) fn set_aside(data: &Path, name: &str) -> io::Result<Option<PathBuf>> 
         result => result?,
     };
     if fs::symlink_metadata(&folder).is_ok_and(|found| !found.is_dir()) {
-        clear_away(&folder)?; // it is ours alone, and never anything but a folder
+        clear_away(&folder)?; // only this program uses the name, and only for a folder
     }
     make_private_dir(&folder)?;
     let time = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%.6fZ");
@@ -34,14 +35,14 @@ pub(super) fn set_aside(data: &Path, name: &str) -> io::Result<Option<PathBuf>> 
     Ok(Some(to))
 }
 
-/// Their names begin with their times.
+/// Deletes the oldest ones: names begin with the time.
 fn prune(folder: &Path) {
     let Ok(found) = fs::read_dir(folder) else { return };
     let mut names: Vec<_> = found.filter_map(|entry| Some(entry.ok()?.path())).collect();
     names.sort();
     let old = names.len().saturating_sub(KEPT);
     for path in &names[..old] {
-        let _ = clear_away(path); // what stays is looked at again the next time
+        let _ = clear_away(path); // the next call tries again
     }
 }
 

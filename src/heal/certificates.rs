@@ -1,6 +1,6 @@
-//! Keys and certificates. A host that has the cluster's key can open the authority, which is in the membership: so it
-//! can sign for itself, and a key that was lost is made anew. Must never use a key whose certificate does not prove
-//! that it is this host's, and never replace what an administrator has brought, as long as it can be used.
+//! Keys and certificates. A host that has the cluster's key can open the authority, which is in the membership. So it
+//! can sign for itself, and make a new key for one that was lost. Must never use a key whose certificate does not prove
+//! that it belongs to this host, and never replace what an administrator has installed, as long as it can be used.
 
 use std::{
     fs,
@@ -19,12 +19,12 @@ use crate::{
     storage::{Identity, make_private_dir},
 };
 
-/// Makes anew those keys and certificates in the data folder that cannot be used. `names`: the names of this host's
-/// Console, for the address that the members use.
+/// Replaces keys and certificates in the data folder that cannot be used with new ones. `names`: returns the names of
+/// this host's Console, given the address that the members use.
 ///
 /// # Errors
-/// When the node's own key or certificate is lost and nothing proves that this host is a member: one line that says
-/// what to do. Also when a file cannot be written or moved away.
+/// When the node's own key or certificate is lost, and nothing proves that this host is a member. Also when a file
+/// cannot be written or moved away. The start has to end; the error is one line that says what to do.
 pub fn certificates(
     data: &Path,
     identity: &Identity,
@@ -53,7 +53,7 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
-    /// The authorities that are trusted. An outdated file is brought up to date while the node runs.
+    /// The trusted authorities. An outdated file is left alone: the running node updates it.
     fn trust(&mut self) -> Result<()> {
         let path = self.dir.join(CA_CERTIFICATE);
         let ours: Vec<_> = self.membership.shared.trusted().filter_map(|pem| certificate_der(pem).ok()).collect();
@@ -63,11 +63,11 @@ impl Host<'_> {
         }
         self.aside(CA_CERTIFICATE)?;
         pki::store_pem(&self.dir, CA_CERTIFICATE, &self.membership.shared.trust_bundle(), false)?;
-        self.notes.add(format!("{} was damaged or gone: it was made anew from the membership", path.display()));
+        self.notes.add(format!("{} was damaged or missing: it was rebuilt from the membership", path.display()));
         Ok(())
     }
 
-    /// The key by which the other members know this host.
+    /// The key that proves to the other members who this host is.
     fn node(&mut self) -> Result<()> {
         let Err(why) = self.node_is_sound() else { return Ok(()) };
         let member = self.membership.get(self.node);
@@ -112,7 +112,7 @@ impl Host<'_> {
         }
     }
 
-    /// The certificate that the Console shows its clients, unless an administrator has given it something else.
+    /// The certificate that the Console shows to clients, unless an administrator has installed another one.
     fn console(&mut self, names: impl Fn(&str) -> Vec<String>) -> Result<()> {
         let Err(why) = Pair::load(&self.dir.join(CONSOLE_CERTIFICATE), &self.dir.join(CONSOLE_KEY)) else {
             return Ok(());
@@ -122,8 +122,8 @@ impl Host<'_> {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let (authority, until) = match self.authority() {
             Ok(authority) => (authority, ""),
-            // Replaced as soon as the cluster's key is here: no client trusts it, but this node can run, and fetch that
-            // key.
+            // No client trusts this one, but the node can run and fetch the cluster's key. With that key it gets a new
+            // certificate.
             Err(_) => (
                 Authority::create(self.identity.cluster)?,
                 "; no client trusts it before this host has the cluster's key again",

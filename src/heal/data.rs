@@ -1,5 +1,5 @@
-//! The database file and its checkpoint record: both can be made anew from the beginning of the raft log, or fetched
-//! from another member. Must never let a database be founded where one was.
+//! The database file and its checkpoint record: both can be rebuilt from the whole raft log, or fetched from another
+//! member. Must never let a new database be founded in the place of an old one.
 
 use std::path::Path;
 
@@ -13,14 +13,14 @@ use crate::storage::{
     transaction::CONSOLE_DATABASE,
 };
 
-/// The record of the checkpoint, below the data folder.
+/// The checkpoint record, as a path in the data folder.
 const RECORD: &str = "database/console.checkpoint";
 
-/// Opens the database. One that cannot be read begins again with the first entry of the raft log, if that is still
-/// there; otherwise it counts for nothing until it was fetched.
+/// Opens the database. One that cannot be read is rebuilt from the first entry of the raft log, if that is still there.
+/// Otherwise it is [lost](Database::lost) until it has been fetched.
 ///
 /// # Errors
-/// When a file cannot be read now, or a damaged record cannot be moved away.
+/// When a file cannot be read now, so that a later start may succeed, or a damaged record cannot be moved away.
 pub fn database(data: &Path, log: &RaftLog, notes: &mut Notes) -> Result<Database> {
     let dir = data.join("database");
     make_private_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
@@ -33,7 +33,7 @@ pub fn database(data: &Path, log: &RaftLog, notes: &mut Notes) -> Result<Databas
     if log.first_index() <= ORIGIN + 1
         && let Ok(database) = open()
     {
-        notes.add(format!("{why}: the database is made anew from the raft log"));
+        notes.add(format!("{why}: the database is rebuilt from the raft log"));
         return Ok(database);
     }
     notes.add(format!("{why}: the database is fetched from another member"));

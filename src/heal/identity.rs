@@ -1,5 +1,5 @@
-//! `identity.json`: whose data folder this is. The node's certificate, which only the holder of its key can show, and
-//! the membership say the same.
+//! `identity.json`: the member that this data folder belongs to. The node's certificate, with its key, and the
+//! membership prove the same. Must never guess it from less.
 
 use std::path::Path;
 
@@ -17,14 +17,15 @@ use crate::{
 };
 
 const FILE: &str = "identity.json";
-/// What a folder has without an identity only if the identity was lost.
+/// Files that only a member has: if one of them is here without an identity, the identity was lost.
 const REMAINS: [&str; 3] = [membership::FILE, "raft-log", "database"];
 
-/// The identity of this data folder, made anew if it is damaged or gone; none if the folder belongs to no member yet.
+/// The identity of this data folder, rebuilt if it is damaged or missing; `None` if the folder does not belong to a
+/// member yet.
 ///
 /// # Errors
-/// When nothing proves whose folder it is: one line that says what to do. Also when a newer program wrote the identity,
-/// or it cannot be read or written now.
+/// When nothing proves whose folder it is. Also when a newer program wrote the identity, or it cannot be read or
+/// written now. The start has to end; the error is one line that says what to do.
 pub fn identity(data: &DataDir, notes: &mut Notes) -> Result<Option<Identity>> {
     let path = data.path().join(FILE);
     match data.identity() {
@@ -37,15 +38,15 @@ pub fn identity(data: &DataDir, notes: &mut Notes) -> Result<Option<Identity>> {
             data.check_identity(&found)?;
             Ok(Some(found))
         }
-        // Only a member has any of these.
+        // Without any of these the folder is new.
         Err(DataDirError::NoIdentity { .. }) if !REMAINS.iter().any(|name| data.path().join(name).exists()) => Ok(None),
-        Err(DataDirError::NoIdentity { .. }) => rebuild(data, &format!("{} is gone", path.display()), notes),
+        Err(DataDirError::NoIdentity { .. }) => rebuild(data, &format!("{} is missing", path.display()), notes),
         Err(error @ DataDirError::Damaged { .. }) => rebuild(data, &error.to_string(), notes),
         Err(error) => Err(error.into()),
     }
 }
 
-/// True if certificate and membership agree on another member than the identity names.
+/// True if certificate and membership agree on a member, and it is not the one that the identity names.
 fn speaks_of_another(data: &Path, found: &Identity) -> bool {
     let Some((proven, membership)) = proven(data) else { return false };
     let fits = membership.cluster == found.cluster
@@ -70,9 +71,9 @@ fn rebuild(data: &DataDir, what: &str, notes: &mut Notes) -> Result<Option<Ident
     set_aside(data.path(), FILE).with_context(|| format!("{what}; move it away"))?;
     data.restore_identity(&identity)?;
     let name = &identity.name;
-    info!(node = name, %cluster, "the identity of this data folder is made anew");
+    info!(node = name, %cluster, "the identity of this data folder was rebuilt");
     notes.add(format!(
-        "{what}: it was made anew from this host's certificate and the membership, which say that it is {name}"
+        "{what}: it was rebuilt from this host's certificate and the membership, which say that this host is {name}"
     ));
     Ok(Some(identity))
 }

@@ -1,6 +1,7 @@
-//! `membership.json`: the raft log's entries carry the whole membership, so that the newest one that is in force is
-//! taken from there whenever the file is damaged, gone, or an older copy. What the raft log no longer has is in a copy
-//! of the file, or comes from the other members with the whole database.
+//! `membership.json`. Entries of the raft log carry the whole membership, so the newest one in force is taken from
+//! there if the file is damaged, missing or an older copy. If the raft log no longer has it, it is in a copy of the
+//! file, or comes from the other members with the whole database. Must never act on a membership that is older than
+//! that of the raft log.
 
 use std::{collections::BTreeSet, io, path::Path};
 
@@ -19,11 +20,12 @@ use crate::{
     },
 };
 
-/// The membership in force at the index from which raft goes on: that of the file, or a newer one that the raft log
-/// has. If neither has it, the database is not to be used: both come from another member then.
+/// The membership in force at the index from which raft goes on: that of the file, or a newer one from the raft log. If
+/// neither has it, the database is distrusted: both are then fetched from another member.
 ///
 /// # Errors
-/// When the file is of a newer program, cannot be read now or be written, or the raft log cannot be read.
+/// When a newer program wrote the file, when it cannot be read or written now, or when the raft log cannot be read. The
+/// start has to end.
 pub fn membership(
     data: &Path,
     identity: &Identity,
@@ -35,41 +37,40 @@ pub fn membership(
     let read = known_membership(data, identity, notes)?;
     let gone = read.is_none();
     let known = read.unwrap_or_else(|| StoredMembership { index: 1, membership: identity.membership.clone() });
-    // Later entries come into force when a majority is known to have them.
+    // Later entries come into force once a majority is known to have them.
     let in_force = database.applied().max(log.hard_state().commit).min(log.last_index());
-    let state = format!("{} was {}", path.display(), if gone { "damaged or gone" } else { "an older copy" });
+    let state = format!("{} was {}", path.display(), if gone { "damaged or missing" } else { "an older copy" });
     if let Some(newer) = newest(log, known.index, in_force)? {
-        // A crash before it was written is no damage, nor is a disk that was full.
+        // A crash before the file was written is not damage, nor is a full disk.
         let usual = !gone && newer.index > database.applied();
         match newer.write(data) {
-            Err(error) if usual && is_full(&error) => return Ok(known), // it comes into force when it is applied again
+            Err(error) if usual && is_full(&error) => return Ok(known), // its entry is applied again
             written => written.with_context(|| format!("write {}", path.display()))?,
         }
         if usual {
             info!(index = newer.index, "the membership is taken from the raft log");
         } else {
-            notes.add(format!("{state}: it was made anew from the raft log, as of index {}", newer.index));
+            notes.add(format!("{state}: it was rebuilt from the raft log, as of index {}", newer.index));
         }
         return Ok(newer);
     }
     let (conf, changed) = log.applied_conf();
-    // The raft log remembers who votes for longer than the entry that said so.
+    // The raft log knows who votes even after the entry that said so is gone.
     let same_voters =
         BTreeSet::from_iter(known.membership.voters()) == BTreeSet::from_iter(conf.voters.iter().copied());
     let older = known.index < changed && changed < log.first_index() && !same_voters;
     if !gone && !older {
         return Ok(known);
     }
-    // It was never changed: only the identity has it, and it would be lost with the identity.
+    // The membership was never changed, so the identity has it. Write it, or it would be lost with the identity.
     if changed <= 1 {
         if let Err(error) = known.write(data) {
-            warn!(%error, "the membership is in the identity alone: {} cannot be written", path.display());
+            warn!(%error, "only the identity has the membership: {} cannot be written", path.display());
         }
         return Ok(known);
     }
     if conf.voters == [identity.node] && conf.voters_outgoing.is_empty() {
-        let first =
-            "what this node knew of its cluster at first is in force again: look at members, names and webhooks";
+        let first = "this node goes on with the membership with which it began: check members, names and webhooks";
         notes.add(format!("{state}, the raft log does not have it any more, and this is the only member: {first}"));
         return Ok(known);
     }
@@ -81,10 +82,11 @@ pub fn membership(
     Ok(known)
 }
 
-/// What the file says, or else its copy; none if neither can be used. A file that is damaged is set aside.
+/// The membership in the file, or else in its copy; `None` if neither can be used. A damaged file is set aside.
 ///
 /// # Errors
-/// When the file is of a newer program, cannot be read now, or cannot be moved away or made anew.
+/// When a newer program wrote the file, or when it cannot be read, moved away or written again now. The start has to
+/// end.
 pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> Result<Option<StoredMembership>> {
     let path = data.join(FILE);
     let damage = match StoredMembership::read(data).and_then(|read| of_this_cluster(read, identity)) {
@@ -100,11 +102,11 @@ pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> 
         set_aside(data, FILE).with_context(|| format!("{} is damaged: move it away", path.display()))?;
     }
     let state =
-        damage.as_ref().map_or_else(|| "is gone".to_owned(), |why| format!("is damaged ({why}) and was set aside"));
+        damage.as_ref().map_or_else(|| "is missing".to_owned(), |why| format!("is damaged ({why}) and was set aside"));
     let copy = StoredMembership::read_copy(data).and_then(|read| of_this_cluster(read, identity));
     if let Ok(Some(copy)) = copy {
         copy.write(data).with_context(|| format!("write {}", path.display()))?;
-        notes.add(format!("{} {state}: it was made anew from its copy, as of index {}", path.display(), copy.index));
+        notes.add(format!("{} {state}: it was rebuilt from its copy, as of index {}", path.display(), copy.index));
         return Ok(Some(copy));
     }
     if damage.is_some() {
@@ -113,7 +115,7 @@ pub fn known_membership(data: &Path, identity: &Identity, notes: &mut Notes) -> 
     Ok(None)
 }
 
-/// An older program made no copy.
+/// Writes the copy, which an older program did not make.
 fn keep_copy(data: &Path, known: &StoredMembership) {
     let copied = StoredMembership::read_copy(data).is_ok_and(|copy| copy.as_ref() == Some(known));
     if !copied && let Err(error) = known.write(data) {
@@ -131,7 +133,7 @@ fn of_this_cluster(read: Option<StoredMembership>, identity: &Identity) -> io::R
     }
 }
 
-/// The membership of the last entry in the raft log that carries one, behind `after` and up to `last`.
+/// The newest membership in the entries of the raft log after `after` and up to `last`.
 fn newest(log: &RaftLog, after: u64, last: u64) -> Result<Option<StoredMembership>> {
     let first = log.first_index().max(after + 1);
     let mut newest = None;

@@ -1,9 +1,9 @@
-//! HEALS. Mends what a start finds damaged in the data folder: each file is made anew from the others that prove what
-//! must be in it, or the start ends with one line that names the file and the command to type. `docs/formats.md` has
-//! the whole list. Damaged files are moved into `damaged/`, which keeps the newest.
+//! HEALS. Repairs what a start finds damaged in the data folder: each file is rebuilt from others that prove what must
+//! be in it, or the start ends with one line that names the file and the command to type. `docs/formats.md` lists all
+//! files. Damaged files are moved into `damaged/`, which keeps the newest.
 //!
 //! Must never guess: what nothing proves is an error. Must never touch the raft log, which has its own rules, and never
-//! act on an older membership than the raft log has.
+//! act on a membership that is older than that of the raft log.
 
 mod aside;
 mod certificates;
@@ -27,15 +27,15 @@ pub use identity::identity;
 pub use membership::{known_membership, membership};
 pub use promise::{PROMISE, lower_promise, promised_earlier};
 
-/// Sentences that are kept for history and status; all of them are in the log.
+/// Sentences that are kept for events and status; the log has all of them.
 const MAX_NOTES: usize = 16;
 
-/// What was mended at this start, in sentences.
+/// What this start has repaired, in sentences.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Notes(Vec<String>);
 
 impl Notes {
-    /// Logs what was mended, and keeps it for history and status.
+    /// Logs a repair, and keeps the sentence for events and status: the first [`MAX_NOTES`] of them.
     pub fn add(&mut self, sentence: String) {
         warn!("{sentence}");
         if self.0.len() < MAX_NOTES {
@@ -43,7 +43,7 @@ impl Notes {
         }
     }
 
-    /// What was mended.
+    /// The kept sentences, in order.
     pub fn sentences(&self) -> &[String] {
         &self.0
     }
@@ -52,8 +52,8 @@ impl Notes {
 /// Opens and locks the data folder.
 ///
 /// # Errors
-/// [`DataDirError`] when another process has the folder, or it cannot be made or locked. One line that says what to do
-/// when the lock is not a file: somebody else may have locked the right one.
+/// [`DataDirError`] when another process has the folder, or it cannot be created or locked. If the lock is not a file,
+/// one line that says what to do: another process may have locked the right one.
 pub fn open(folder: &Path) -> Result<DataDir> {
     DataDir::open(folder).map_err(|error| match error {
         DataDirError::Io { path, .. } if path.ends_with("lock") && path.is_dir() => anyhow!(
@@ -65,17 +65,18 @@ pub fn open(folder: &Path) -> Result<DataDir> {
     })
 }
 
-/// Puts modes and owners right, and moves away what stands in the place of a file and is none. To be called before
-/// anything else looks at the data folder, which must be locked.
+/// Corrects modes and owners, and moves away whatever is in the place of a file and is not one. Call it before anything
+/// else looks at the data folder, which must be locked.
 ///
 /// # Errors
-/// When something is too open, or in the place of a file, and cannot be changed or moved: one line that says which.
+/// When something is too open and cannot be changed, or is in the place of a file and cannot be moved. The start has to
+/// end; the error is one line that says what to do.
 pub fn prepare(data: &Path, notes: &mut Notes) -> Result<()> {
     modes::tighten(data)?;
     shape::mend(data, notes)
 }
 
-/// The one line: `what` is lost, and nothing else in the data folder proves that this host is the member `name`.
+/// The error if `what` is lost and nothing else in the data folder proves that this host is the member `name`.
 fn lost(data: &Path, what: &str, name: Option<&str>) -> Error {
     let (data, name) = (data.display(), name.unwrap_or("NAME"));
     anyhow!(

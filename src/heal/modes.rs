@@ -1,6 +1,6 @@
-//! Who may read and write the data folder: nobody else. Puts right what is too open, and says so in one line. Must
-//! never follow a link out of the folder, whoever may change it meanwhile, and never touch what is not ours: each file
-//! is opened without following links, and changed through what was opened.
+//! Access to the data folder: only for the user that this program runs as. Corrects what is too open, and logs one line
+//! about it. Must never follow a link out of the folder, even one that is made meanwhile, and never touch files that
+//! are not ours: each file is opened without following links, and changed through what was opened.
 
 use std::{
     fs::{self, File, Metadata, Permissions},
@@ -21,12 +21,11 @@ use tracing::warn;
 
 use crate::pki::{CA_CERTIFICATE, CONSOLE_CERTIFICATE, CUSTOM_FOLDER, NODE_CERTIFICATE};
 
-/// Files and folders that are looked at, at most.
+/// Files and folders to look at, at most.
 const MAX_LOOKED_AT: usize = 10_000;
-/// Names in the line.
+/// Names in the logged line, at most.
 const MAX_NAMED: usize = 8;
-/// Beginnings of the names in the data folder that are ours. What else lies there is somebody else's, as `lost+found`
-/// is.
+/// How the names of our files in the data folder begin. Anything else belongs to somebody else, such as `lost+found`.
 const OURS: [&str; 20] = [
     "identity.json",
     "membership.json",
@@ -49,32 +48,32 @@ const OURS: [&str; 20] = [
     "rollback",
     super::FOLDER,
 ];
-/// Folders below the data folder that are walked: none has folders of its own but what a recovery set aside.
+/// How deep to look into folders of the data folder. Only what a recovery has set aside is that deep.
 const DEPTH: usize = 3;
 
 struct Walk {
     data: PathBuf,
-    /// Whose everything should be.
+    /// The user who should own everything.
     owner: u32,
     me: Uid,
     left: usize,
     changed: Vec<String>,
-    /// The first that cannot be changed, and why not.
+    /// The first thing that cannot be corrected, and why not.
     refused: Option<String>,
 }
 
-/// Takes rights away that others have in the data folder, and gives this program those that it needs.
+/// Takes away rights of other users in the data folder, and gives this program those that it needs.
 ///
 /// # Errors
-/// When something is too open, or belongs to somebody else, and cannot be changed: one line that says which.
+/// When something is too open, or belongs to another user, and cannot be corrected: one line with the command to type.
 pub(super) fn tighten(data: &Path) -> Result<()> {
-    let Ok(folder) = open(data, O_DIRECTORY) else { return Ok(()) }; // whoever opens it next says why
+    let Ok(folder) = open(data, O_DIRECTORY) else { return Ok(()) }; // the next one to open it reports why
     let Ok(found) = folder.metadata() else { return Ok(()) };
     let me = geteuid();
-    // Root leaves the folder to whoever it belongs to.
+    // As root, keep the owner of the folder.
     let owner = if me.is_root() { found.uid() } else { me.as_raw() };
     let mut walk = Walk { data: data.to_owned(), owner, me, left: MAX_LOOKED_AT, changed: Vec::new(), refused: None };
-    // Looking at its names does no harm, and whoever made it may have wanted that.
+    // Others may list the names in it: that does no harm, and the administrator may want it.
     walk.settle(&folder, &found, Path::new("."), 0o022);
     walk.folder(&folder, Path::new(""), 0);
     if !walk.changed.is_empty() {
@@ -93,30 +92,30 @@ pub(super) fn tighten(data: &Path) -> Result<()> {
     }
 }
 
-/// Opens a name for nothing but looking at it and changing its mode and owner.
+/// Opens a name only to look at it and to change its mode and owner.
 fn open(path: &Path, flags: i32) -> io::Result<File> {
     File::options().read(true).custom_flags(O_PATH | flags).open(path)
 }
 
-/// What is open, as a path. No link leads elsewhere from there.
+/// A path to an open file. No link can redirect it.
 fn opened(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// What nobody else may do with a file or folder of this name, as mode bits.
+/// The rights that other users must not have on a file or folder of this name, as mode bits.
 fn forbidden(name: &Path, folder: bool) -> u32 {
     let file = name.file_name().and_then(|file| file.to_str()).unwrap_or_default();
-    // So is what is about to replace one, or was set aside: the same name with something behind it.
+    // The same name with a suffix is one that is about to replace it, or that was set aside.
     let is = |public: &str| file.strip_prefix(public).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
     let public = [CA_CERTIFICATE, NODE_CERTIFICATE, CONSOLE_CERTIFICATE].into_iter().any(is);
     let inside = name.parent().and_then(Path::to_str).unwrap_or_default();
     match (folder, inside) {
-        // An administrator puts something there.
+        // An administrator puts files there.
         (true, _) if name == Path::new(CUSTOM_FOLDER) => 0o022,
         (true, _) => 0o077,
         (false, "certificates" | CUSTOM_FOLDER) if !public => 0o077,
         (false, "") => 0o077,
-        // In folders that nobody else may open.
+        // Other users cannot open the folders of these.
         _ => 0o022,
     }
 }
@@ -146,7 +145,7 @@ impl Walk {
         }
     }
 
-    /// Puts mode and owner of what is open right.
+    /// Corrects mode and owner of an open file or folder.
     fn settle(&mut self, file: &File, found: &Metadata, name: &Path, forbidden: u32) {
         let theirs = name.starts_with(CUSTOM_FOLDER);
         if found.uid() != self.owner && !theirs {
@@ -161,7 +160,7 @@ impl Walk {
         }
         let done = fs::set_permissions(opened(file), Permissions::from_mode(wanted));
         match done {
-            // Its owner has to see to it. Whether it can be used shows elsewhere.
+            // Its owner has to correct it. Whether it can be used is checked elsewhere.
             Err(error) if theirs => warn!(%error, mode = format!("{mode:o}"), "{} is too open", name.display()),
             done => self.note(done, name, &format!("mode {mode:o}")),
         }

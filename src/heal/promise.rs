@@ -1,5 +1,6 @@
-//! `promise-ms`: how many milliseconds the promises of this node hold, so that a process whose timing was changed does
-//! not vote while an earlier one's promise is still in force. Must never assume a shorter one than may have been given.
+//! `promise-ms`: for how many milliseconds the promises of this node hold. With it, a process with another timing does
+//! not vote while a promise of an earlier process still holds. Must never assume a shorter promise than may have been
+//! given.
 
 use std::{
     fs,
@@ -19,15 +20,16 @@ use crate::{
 
 /// Name of the file in the data folder.
 pub const PROMISE: &str = "promise-ms";
-/// No promise has to hold for longer: no configuration has a longer lease, and a promise counts from its receipt.
+/// The longest that a promise can hold: the longest lease that a configuration may have, and a second, because a
+/// promise counts from when its message arrives.
 const LONGEST: Duration = Duration::from_millis(LONGEST_LEASE.as_millis() as u64 + 1000);
 
-/// How long this process must neither vote nor campaign: the longest promise that an earlier one of this node may have
-/// given, which can be longer than its `own` if the timing was changed. Its own is noted for the next one. `first`: no
-/// earlier process of this node has promised anything.
+/// How long this process must neither vote nor campaign: the longest promise that an earlier process of this node may
+/// have given. That can be longer than its `own` if the timing was changed. Notes its own in the file, for the next
+/// process, if that is the longer one. `first`: no earlier process of this node has promised anything.
 ///
 /// # Errors
-/// When the file cannot be written, or cannot be read for want of something that a later start may have.
+/// When the file cannot be written, or cannot be read for a reason other than damage: a later start may succeed.
 pub fn promised_earlier(own: Duration, data: &Path, first: bool, notes: &mut Notes) -> Result<Duration> {
     let path = data.join(PROMISE);
     let noted = match fs::read_to_string(&path) {
@@ -40,8 +42,8 @@ pub fn promised_earlier(own: Duration, data: &Path, first: bool, notes: &mut Not
     if noted.is_none() {
         let seconds = earlier.max(own).as_secs();
         notes.add(format!(
-            "{} is damaged or gone: this node does not vote and is no candidate for {seconds} s, the longest promise that it may \
-             have given before",
+            "{} is damaged or missing: this node does not vote and is no candidate for {seconds} s, the longest promise \
+             that it may have given before",
             path.display()
         ));
     } else if earlier < own {
@@ -54,7 +56,8 @@ fn note_promise(promise: Duration, path: &Path) -> Result<()> {
     durable_write(path, promise.as_millis().to_string().as_bytes()).with_context(|| format!("write {}", path.display()))
 }
 
-/// Lowers the note when the longer promise of an earlier process has run out, and not before: this one may crash, too.
+/// Writes this process's `own`, shorter promise into the file once the longer one of an earlier process has run out.
+/// Not before: this process may crash as well.
 pub async fn lower_promise(own: Duration, earlier: Duration, data: PathBuf) {
     tokio::time::sleep(earlier).await;
     if let Err(error) = note_promise(own, &data.join(PROMISE)) {
@@ -88,7 +91,7 @@ mod tests {
         for damaged in [&b""[..], b"4\xf75", b"-1", b"4.5", b"x", b"99999999999999999999999"] {
             fs::write(&path, damaged).unwrap();
             assert_eq!(promised(false), LONGEST);
-            assert_eq!(fs::read(&path).unwrap(), damaged, "until it has run out");
+            assert_eq!(fs::read(&path).unwrap(), damaged, "it stays until the promise has run out");
         }
         fs::remove_file(&path).unwrap();
         assert_eq!(promised(false), LONGEST);

@@ -1,5 +1,6 @@
-//! What may stand in the place of each file: a file that is not too long, or a link to one. Anything else (a folder, a
-//! pipe, a device, a link that leads to itself) would hang, flood or fail whoever reads it, and is moved away.
+//! What may be in the place of each file: a file that is not too long, or a link to one. Anything else (a folder, a
+//! pipe, a device, a link to itself) would make its reader hang, run out of memory or fail, and is moved away. Must
+//! never read any of it.
 
 use std::{fs, path::Path};
 
@@ -29,7 +30,7 @@ pub(super) const CERTIFICATES: [&str; 8] = [
     CLUSTER_KEY,
     NEXT_CLUSTER_KEY,
 ];
-/// The other files, and how long they may be.
+/// The other files, and how long they may be in bytes.
 const FILES: [(&str, u64); 10] = [
     ("identity.json", SMALL),
     (membership::FILE, SMALL),
@@ -43,10 +44,10 @@ const FILES: [(&str, u64); 10] = [
     ("database/console.db", u64::MAX),
 ];
 
-/// Moves away what is not what its name says.
+/// Moves away whatever is not of the kind that its name stands for.
 pub(super) fn mend(data: &Path, notes: &mut Notes) -> Result<()> {
     for name in FOLDERS {
-        // A link to a folder elsewhere is as good as one.
+        // A link to a folder elsewhere is fine.
         move_away_if(data, name, notes, |found| (!found.is_dir()).then_some("it is not a folder"))?;
     }
     let file = |limit: u64| {
@@ -74,7 +75,7 @@ fn move_away_if(
     let why = match fs::metadata(&path) {
         Ok(found) => odd(&found),
         Err(error) if error.raw_os_error() == Some(nix::libc::ELOOP) => Some("it is a link that leads to itself"),
-        // Missing, also behind a link: whoever needs it knows what that means. So does who may not look at it.
+        // It is missing, perhaps at the end of a link, or may not be read. Its reader handles that.
         Err(_) => None,
     };
     let Some(why) = why else { return Ok(()) };

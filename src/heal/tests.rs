@@ -1,5 +1,4 @@
-//! One member's data folder, damaged in every way, and what a start makes of it. `DAMAGE=all` flips every byte instead
-//! of a sample.
+//! Damages the data folder of a member in every way, and starts it. `DAMAGE=all` flips every byte instead of a sample.
 
 use std::{
     fs,
@@ -27,10 +26,10 @@ use crate::{
     },
 };
 
-/// The index of the entry with the membership in force, and of the last one.
+/// The index of the entry with the membership in force, and of the last entry.
 const CHANGED: u64 = 5;
 const LAST: u64 = 7;
-/// What a member has, but the raft log.
+/// The files of a member, except the raft log.
 const FILES: [&str; 10] = [
     "identity.json",
     "membership.json",
@@ -124,7 +123,7 @@ fn start(data: &Path) -> Result<Option<Started>> {
     Ok(Some(Started { identity, stored, distrusted, notes }))
 }
 
-/// A folder for a few moments: hundreds of them are not worth a disk.
+/// A folder in memory, if possible: there are hundreds of them, each for a moment.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
@@ -142,7 +141,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// A folder that is never changed, and its copies.
+/// A folder that is never changed: tests damage copies of it.
 struct Original {
     folder: tempfile::TempDir,
     identity: Identity,
@@ -159,7 +158,7 @@ impl Original {
         self.folder.path().join(name)
     }
 
-    /// A copy, damaged and started: it must be what it was, or say in one line what to do. Returns what was mended.
+    /// Damages a copy and starts it. It must be as before, or say in one line what to do. Returns what was repaired.
     fn damaged(&self, what: &str, damage: impl FnOnce(&Path)) -> Result<Notes> {
         let copied = folder();
         copy(self.folder.path(), copied.path());
@@ -168,7 +167,7 @@ impl Original {
             Ok(started) => started.unwrap_or_else(|| panic!("{what}: taken for a folder of nobody")),
             Err(error) => {
                 let line = format!("{error:#}");
-                // The name of a file that was damaged, without its folder.
+                // True if the line has the name of the file, without its folder.
                 let named = |name: &str| line.contains(name.rsplit('/').next().unwrap_or(name));
                 let says = !line.contains('\n') && line.contains("twistcli") && what.split(" and ").any(named);
                 assert!(says, "{what}: {line}");
@@ -298,8 +297,8 @@ fn what_the_raft_log_has_let_go_of_is_fetched() {
     }
     let started = start_without(&[FILE]);
     assert_eq!((started.distrusted, started.stored.membership.roster.members.len()), (None, 3));
-    assert!(started.notes.sentences()[0].contains("made anew from its copy"));
-    assert_eq!(start_without(&[COPY]).notes, Notes::default(), "it is made again at the next start");
+    assert!(started.notes.sentences()[0].contains("rebuilt from its copy"));
+    assert_eq!(start_without(&[COPY]).notes, Notes::default(), "the next start writes it again");
     assert_eq!(start_without(&["certificates/node-key.pem"]).distrusted, None);
 }
 

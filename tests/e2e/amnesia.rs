@@ -28,7 +28,7 @@ const EXPECTED: &[&str] = &[
     "lost some of its durable memory, as node",
     "the whole database could not be",
     "refused to send the whole database to this node",
-    "it was made anew from this host's certificate and the membership",
+    "it was rebuilt from this host's certificate and the membership",
 ];
 /// The sentence with which a member ends its loss.
 const AGAIN: &str = "this node begins again behind the snapshot";

@@ -27,6 +27,7 @@ use super::{beside, cluster::Cluster, cluster::LIMIT, events::Api, writers::Pen}
 const MENDED: &[&str] = &[
     "was set aside",
     "made anew",
+    "rebuilt from",
     "was moved to",
     "has made a new key",
     "has a new one of the cluster's authority",
