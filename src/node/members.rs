@@ -149,7 +149,7 @@ impl Members {
 
     /// The member to hand the role to: of the voters that are SECONDARY, up, and have a working disk with space, the
     /// one that has applied most; of equals the first in the membership.
-    pub fn secondary_with_space(&self) -> Option<NodeId> {
+    pub fn best_successor(&self) -> Option<NodeId> {
         let able = |id: &NodeId| {
             let peer = self.peers.get(id).filter(|peer| !peer.dead && peer.has_working_disk())?;
             let report = peer.reports(Role::Secondary).filter(|report| !report.full)?;
@@ -236,12 +236,12 @@ mod tests {
     #[test]
     fn only_a_secondary_voter_with_space_is_named() {
         let mut members = members();
-        assert_eq!(members.secondary_with_space(), None);
+        assert_eq!(members.best_successor(), None);
         members.report(2, report(70));
         members.report(3, report(900));
-        assert_eq!(members.secondary_with_space(), Some(3));
+        assert_eq!(members.best_successor(), Some(3));
         members.report(3, NodeReport { full: true, ..report(900) });
-        assert_eq!(members.secondary_with_space(), Some(2));
+        assert_eq!(members.best_successor(), Some(2));
         let more = |disk| {
             Some(ReportExtension {
                 level: 2,
@@ -253,7 +253,7 @@ mod tests {
         };
         let mut tell = |state, disk| {
             members.report(2, NodeReport { state, more: more(disk), ..report(950) });
-            members.secondary_with_space()
+            members.best_successor()
         };
         assert_eq!(tell(Role::Secondary, Condition::Bad), None);
         assert_eq!(tell(Role::Secondary, Condition::Slow), Some(2), "it says itself that it is over");
@@ -264,14 +264,14 @@ mod tests {
         let mut membership = membership();
         membership.roster.members[1].voter = false;
         members.update(&membership);
-        assert_eq!(members.secondary_with_space(), None);
+        assert_eq!(members.best_successor(), None);
         membership.roster.members[1].voter = true;
         members.update(&membership);
         members.report(2, NodeReport { state: Role::Startup, ..report(70) });
-        assert_eq!(members.secondary_with_space(), None);
+        assert_eq!(members.best_successor(), None);
         members.report(2, report(70));
         members.dead(2);
-        assert_eq!(members.secondary_with_space(), None);
+        assert_eq!(members.best_successor(), None);
     }
 
     /// The raft log is compacted up to this index: an entry that a member lacks must stay.

@@ -95,7 +95,7 @@ impl Driver {
             return;
         }
         let paused = self.cluster.is_takeover_paused(now);
-        let to = self.members.secondary_with_space().filter(|_| !paused);
+        let to = self.members.best_successor().filter(|_| !paused);
         let Some(to) = to else {
             if !std::mem::replace(&mut self.host.disk.no_successor, true) {
                 self.host.disk.shown_at = None;

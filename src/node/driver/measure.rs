@@ -35,7 +35,7 @@ impl Driver {
     /// SQLite changes a page and sends the whole page to all members, damage included. So a primary with a damaged file
     /// must hand the role over, as long as another member can take it.
     pub(super) fn database_damaged(&mut self, why: String) {
-        let Some(to) = self.members.secondary_with_space() else {
+        let Some(to) = self.members.best_successor() else {
             error!(reason = why, "the database file of this PRIMARY is damaged, and no other member can take over");
             let text =
                 format!("{why}; this is the only member that can serve: bring another one up, and it takes over");

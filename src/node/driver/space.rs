@@ -214,7 +214,7 @@ impl Driver {
         }
         // Reports can be half a second old: a member whose disk has just become full may be chosen, and gives the role
         // up again.
-        let Some(to) = self.members.secondary_with_space() else { return };
+        let Some(to) = self.members.best_successor() else { return };
         self.host.space.given_up = Some(now);
         warn!(to, "the disk of the primary is full: the role goes to a member with space");
         let now = boottime();
