@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use rustls::pki_types::CertificateDer;
 
 use super::{Notes, aside::set_aside, lost};
 use crate::{
@@ -56,7 +57,7 @@ impl Host<'_> {
     /// The trusted authorities. An outdated file is left alone: the running node updates it.
     fn trust(&mut self) -> Result<()> {
         let path = self.dir.join(CA_CERTIFICATE);
-        let ours: Vec<_> = self.membership.shared.trusted().filter_map(|pem| certificate_der(pem).ok()).collect();
+        let ours = self.trusted();
         let found = fs::read(&path).ok().and_then(|text| pem::certificates(text).ok()).unwrap_or_default();
         if ours.is_empty() || ours.iter().any(|one| found.contains(one)) {
             return Ok(());
@@ -102,7 +103,7 @@ impl Host<'_> {
                 tls.identity.0
             ));
         }
-        let trusted: Vec<_> = self.membership.shared.trusted().filter_map(|pem| certificate_der(pem).ok()).collect();
+        let trusted = self.trusted();
         let own = fs::read_to_string(&path).ok().and_then(|pem| certificate_der(&pem).ok());
         let signed = own.is_some_and(|own| trusted.iter().any(|authority| is_issued_by(&own, authority)));
         if signed || trusted.is_empty() {
@@ -137,6 +138,11 @@ impl Host<'_> {
             "the Console's own key or certificate could not be used ({why}): it has a new one of the cluster's authority{until}"
         ));
         Ok(())
+    }
+
+    /// The certificates of the authorities that the membership trusts.
+    fn trusted(&self) -> Vec<CertificateDer<'static>> {
+        self.membership.shared.trusted().filter_map(|pem| certificate_der(pem).ok()).collect()
     }
 
     fn authority(&self) -> Result<Authority, PkiError> {

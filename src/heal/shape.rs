@@ -20,7 +20,7 @@ const SMALL: u64 = 1 << 20;
 /// Folders of the data folder that only this program writes to.
 pub(super) const FOLDERS: [&str; 4] = ["certificates", "database", "rollback", super::FOLDER];
 /// Keys and certificates.
-pub(super) const CERTIFICATES: [&str; 8] = [
+const CERTIFICATES: [&str; 8] = [
     CA_CERTIFICATE,
     CA_KEY,
     NODE_CERTIFICATE,
