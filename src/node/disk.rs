@@ -62,7 +62,7 @@ pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
     let slow = || observed.slow.iter().flatten().find(|slow| slow.ago < AFTER_SLOW);
     match running.or_else(slow).copied() {
         Some(Slow { operation, took, .. }) => {
-            let waits = if limit(operation) == OVERDUE { "; every write waits for it" } else { "" };
+            let waits = if delays_writes(operation) { "; writes wait for it" } else { "" };
             let sentence = format!("the disk of this host is slow: to {operation} took {} s{waits}", seconds(took));
             found(Condition::Slow, sentence)
         }
@@ -95,6 +95,11 @@ fn limit(operation: Operation) -> Duration {
         Operation { place: Place::Database, act: Act::Sync } => OVERDUE_CHECKPOINT,
         _ => OVERDUE,
     }
+}
+
+/// True if a transaction of this node cannot end before this operation does.
+fn delays_writes(operation: Operation) -> bool {
+    matches!(operation.place, Place::RaftLog | Place::Wal | Place::WalIndex)
 }
 
 fn seconds(took: Duration) -> String {
@@ -189,6 +194,12 @@ mod tests {
         assert_eq!(judged(again), Condition::Bad, "the next one is not better for being younger");
         assert_eq!(judged(was(slow(WAL, 1_500, 3), None)), Condition::Slow);
         assert_eq!(judged(was(slow(WAL, 1_500, 6), None)), Condition::Good);
+        let says_so = |place, act| {
+            let (_, sentence) = judge(&running(slow(Operation { place, act }, 400, 0), None));
+            sentence.unwrap().contains("writes wait for it")
+        };
+        assert!(says_so(Place::RaftLog, Act::Sync) && says_so(Place::Wal, Act::Write));
+        assert!(!says_so(Place::Folder, Act::Look) && !says_so(Place::Checkpoint, Act::Write));
         let failed = |ago| Some(Failure { operation: WAL, errno: 5, ago: Duration::from_secs(ago) });
         assert_eq!(judged(Observed { failed: failed(20), ..Observed::default() }), Condition::Good);
         let (condition, sentence) = judge(&Observed { failed: failed(19), ..Observed::default() });

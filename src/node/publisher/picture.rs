@@ -191,12 +191,11 @@ impl Publisher {
                 ));
             }
         }
-        if let Some(pause) = &status.membership.roster.pause
-            && pause.in_force(unix_time())
-        {
+        let now = unix_time();
+        if let Some(pause) = status.membership.roster.pause.as_ref().filter(|pause| pause.in_force(now)) {
             sentences.push(format!(
                 "automatic takeover is paused for {} more minutes: if {} fails, nobody takes over; end it with `twistcli ha resume`",
-                (pause.until - unix_time()).div_ceil(60),
+                (pause.until - now).div_ceil(60),
                 self.membership.name(pause.primary)
             ));
         }
