@@ -35,7 +35,7 @@ const MAX_NOTES: usize = 16;
 pub struct Notes(Vec<String>);
 
 impl Notes {
-    /// Logs a repair, and keeps the sentence for events and status: the first [`MAX_NOTES`] of them.
+    /// Logs a repair, and keeps the sentence for events and status: the first 16.
     pub fn add(&mut self, sentence: String) {
         warn!("{sentence}");
         if self.0.len() < MAX_NOTES {
