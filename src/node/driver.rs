@@ -364,14 +364,15 @@ impl Driver {
             PeerEvent::Down { peer, .. } => self.cluster.peer_unreachable(peer),
             PeerEvent::Up(peer) | PeerEvent::InboundUp(peer) => self.cluster.peer_alive(peer),
             PeerEvent::InboundDown { .. } => {}
-            PeerEvent::Removed { by, reason } => self.note_removed(format!("node {by} says: {reason}")),
+            PeerEvent::Removed { by, reason } => self.note_removed(self.reported_by(by, &reason)),
             PeerEvent::Forgot { reason, .. } => self.note_lost_memory(&reason),
-            PeerEvent::Outdated { by, reason } => self.note_outdated(format!("node {by} says: {reason}")),
+            PeerEvent::Outdated { by, reason } => self.note_outdated(self.reported_by(by, &reason)),
             PeerEvent::DuplicateIdentity { peer, gone } => self.publisher.warn(
                 Warning::DuplicateIdentity,
                 (!gone).then(|| {
                     format!(
-                        "two processes use the identity of node {peer}: was its data folder copied? Stop one of them"
+                        "two processes use the identity of {}: was its data folder copied? Stop one of them",
+                        self.in_force.membership.borrow().name(peer)
                     )
                 }),
             ),
@@ -385,6 +386,10 @@ impl Driver {
                 }
             }
         }
+    }
+
+    fn reported_by(&self, member: NodeId, reason: &str) -> String {
+        format!("{} says: {reason}", self.in_force.membership.borrow().name(member))
     }
 
     fn input(&mut self, input: Input) {

@@ -244,7 +244,7 @@ fn a_data_folder_that_lives_twice() {
     copy.start();
     wait_until("the duplicate identity is seen", || {
         let warnings = |index| site.host(index).status().map(|status| status.warnings).unwrap_or_default();
-        [0, 1].into_iter().flat_map(warnings).any(|warning| warning.contains("two processes use the identity of node"))
+        [0, 1].into_iter().flat_map(warnings).any(|warning| warning.contains("two processes use the identity of"))
     });
     writer.wait_more();
     let status = site.host(primary).status().unwrap();
