@@ -22,7 +22,7 @@ pub struct ChangeInForce {
     pub membership: Option<Membership>,
 }
 
-/// A committed entry that this program cannot take in.
+/// A committed entry that this program cannot read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this program does not understand entry {index} of the raft log: {why}")]
 pub struct NotUnderstood {
@@ -30,7 +30,7 @@ pub struct NotUnderstood {
     pub why: String,
 }
 
-/// Why a change of the membership was not taken.
+/// Why a change of the membership was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {
     #[error("this node is not primary")]
@@ -53,7 +53,7 @@ impl<S: Storage> Cluster<S> {
         self.observe(now);
     }
 
-    /// True while nobody takes over: the role is not handed over either.
+    /// True while takeover is paused: no node takes over, and the role is not handed over either.
     pub fn is_takeover_paused(&self, now: u64) -> bool {
         now < self.paused_until && self.membership.roster.pause.is_some()
     }
@@ -86,18 +86,18 @@ impl<S: Storage> Cluster<S> {
         self.is_takeover_paused(now) && self.membership.roster.pause.as_ref().is_some_and(other)
     }
 
-    /// True for a leader's message that says: this node lacks entries that the raft log does not have any more.
+    /// True for a message of a leader whose raft log no longer has the entries that this node needs.
     pub fn needs_snapshot(&self, message: &Message) -> bool {
         let index = || message.get_snapshot().get_metadata().index;
         message.get_msg_type() == MessageType::MsgSnapshot && message.term >= self.epoch() && index() > self.committed()
     }
 
-    /// Gives members that were admitted their vote, all at once, when all of them have caught up. Whoever is primary
-    /// does it: an admission goes on when the primary that began it is gone.
+    /// Gives admitted members their votes, all at once, when all of them have caught up. Any primary does it, so an
+    /// admission goes on even if the primary that began it is gone.
     pub(super) fn promote_learners(&mut self, now: u64) {
         let learners: Vec<_> = self.membership.learners().collect();
-        // Raft takes a new member for an active one that it has not heard of yet. But what has its own admission has
-        // answered, and with a database: it would not begin without one.
+        // Raft counts a new member as active before it has heard of it. But a member that has the entry of its
+        // admission has answered, and has a database: it does not begin without one.
         let least = self.membership_index;
         let ready = learners.iter().all(|id| self.hears(*id, now) && self.election.has_caught_up(*id, least));
         if !learners.is_empty() && ready && self.changing <= self.applied {
@@ -149,8 +149,8 @@ impl<S: Storage> Cluster<S> {
         ))))
     }
 
-    /// Puts the changes of membership and configuration into force that are among these committed entries. After a
-    /// restart some come by again: what is in force already stays as it is.
+    /// Puts into force the changes of membership and configuration among these committed entries. After a restart some
+    /// are handed out again; those that are in force already change nothing.
     pub(super) fn configure(&mut self, committed: &[Entry]) -> Result<(), NotUnderstood> {
         for entry in committed {
             let changes_conf = entry.get_entry_type() != EntryType::EntryNormal;

@@ -13,14 +13,14 @@ use super::{Membership, NodeId, roster::MOST};
 pub const ELECTION_TICKS: usize = 20;
 /// Bytes of entries in one append message: small enough that a heartbeat behind it is not late on a slow link.
 const MAX_MESSAGE_BYTES: u64 = 512 << 10;
-/// Append messages on their way to one member.
+/// Append messages that may be in flight to one member.
 const MAX_INFLIGHT: usize = 64;
 /// Bytes of proposals that wait for a majority; more are refused.
 const MAX_UNCOMMITTED_BYTES: u64 = 64 << 20;
 /// Bytes of committed entries handed out at once.
 const MAX_COMMITTED_BYTES: u64 = 1 << 20;
 
-/// Entries by which a member may be behind and still count as caught up: under load it is never level.
+/// Entries by which a member may be behind and still count as caught up: under load it is never quite up to date.
 const CAUGHT_UP: u64 = 200;
 
 /// One node's view of the election, and the replicated log behind it.
@@ -29,10 +29,10 @@ pub struct Election<S: Storage> {
 }
 
 impl<S: Storage> Election<S> {
-    /// Wraps a log. `ticks`: the promise of a voter to its leader. `applied` is the index up to which the database
-    /// needs no entry, `configured` that of the configuration that the log returns. What came into force is committed,
-    /// though the log's note of that may be older: it is the last to reach the disk. Others who do not know yet that
-    /// somebody has a vote learn it from this node's requests for votes.
+    /// Wraps a log. `ticks`: for how long a voter keeps its promise to its leader. `applied`: the index up to which the
+    /// database needs no entry. `configured`: the index of the configuration that the log returns. A configuration in
+    /// force is committed, even if the commit index in the log is lower, because that reaches the disk last. A member
+    /// that has not yet heard of a new voter learns of it from this node's requests for votes.
     ///
     /// # Errors
     /// When the log cannot be read or contradicts itself.
@@ -57,7 +57,7 @@ impl<S: Storage> Election<S> {
             max_committed_size_per_ready: MAX_COMMITTED_BYTES,
             ..Config::default()
         };
-        // Raft's own messages are not ours: what matters is logged, once, by who drives the node.
+        // Raft's own log lines are dropped: whoever drives the node logs what matters, once.
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let mut raw = RawNode::new(&config, log, &logger)?;
         let log = &mut raw.raft.raft_log;
@@ -300,8 +300,9 @@ impl<S: Storage> Election<S> {
     }
 }
 
-/// Ticks of silence after which a voter campaigns: its promise is over by then in each place, and whoever stands before
-/// it has had the time to be elected. Not random: that splits votes (`docs/design.md` has the figures).
+/// Ticks of silence after which a voter campaigns, by its place in the queue. By then its promise is over, whatever its
+/// place, and those before it have had the time to be elected. Not random, because that splits votes (`docs/design.md`
+/// has the figures).
 fn patience(ticks: usize, place: usize) -> usize {
     ticks + 2 + 3 * place
 }

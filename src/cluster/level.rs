@@ -3,10 +3,10 @@
 //!
 //! The level in force is part of the membership ([`Shared::level`](super::shared::Shared::level)). Whoever is primary
 //! raises it when the programs of all members have the next one; it is never lowered. Until then a member may go back
-//! to the older program, afterwards not: it would not understand what the others write, and would forget it as a
-//! primary.
+//! to the older program; afterwards it may not: it would not understand what the others write, and as a primary it
+//! would drop it.
 //!
-//! | level | what hangs on it |
+//! | level | what depends on it |
 //! |---|---|
 //! | 1 | everything before levels were introduced |
 //! | 2 | the cluster key and the certificate authority are replaced ([`super::shared::authority`]); webhooks; names and certificate of the Consoles |
@@ -47,7 +47,7 @@ fn claims_next() -> bool {
 
 /// Version of the encoding of transactions that this program writes (`storage::transaction`).
 pub const FORMAT_VERSION: u8 = 1;
-/// The level of a program that does not say one.
+/// The level of a program that does not report one.
 pub const FIRST_LEVEL: u32 = 1;
 
 /// What [`super::shared::Shared::level`] is when it is not written: that of clusters before levels were introduced.

@@ -1,8 +1,8 @@
-//! How the core deals with a durable memory that is not whole: its own, and that of others. A node that forgot takes
-//! part in nothing; a primary takes the vote of one that says so. Must never count what a member acknowledged before it
-//! forgot.
+//! How the core deals with an incomplete durable memory: its own, and that of others. A node that forgot takes part in
+//! nothing; a primary takes the vote of a member that says that it forgot. Must never count what a member acknowledged
+//! before it forgot.
 //!
-//! `docs/memory.md` says which losses are found out by whom, and why what is done here is enough.
+//! `docs/memory.md` says who finds which loss, and why what is done here is enough.
 
 use raft::{
     Storage,
@@ -17,12 +17,12 @@ impl<S: Storage> Cluster<S> {
         self.forgotten || self.forgot.is_some()
     }
 
-    /// What a message has shown to be missing from this node's memory: it must begin again as one that forgot.
+    /// What is missing from this node's memory, as a message has shown. The node must start again as one that forgot.
     pub fn forgot(&self) -> Option<&str> {
         self.forgot.as_deref()
     }
 
-    /// What this node has promised and has on its disk; none while that is about to become durable.
+    /// What this node has promised and has on its disk; `None` while a vote is not yet durable.
     pub fn reach(&self) -> Option<Reach> {
         if self.forgotten || self.voted > self.durable {
             return None;
@@ -37,7 +37,7 @@ impl<S: Storage> Cluster<S> {
         Some(Reach { term, vote, acked, committed: self.committed().min(persisted) })
     }
 
-    /// Remembers what the messages acknowledge that leave now. None of a node that forgot does.
+    /// Remembers what the messages that leave now acknowledge. No message of a node that forgot may leave.
     pub(super) fn note_acknowledged(&mut self) {
         if self.has_forgotten() {
             self.free.clear();
@@ -53,7 +53,7 @@ impl<S: Storage> Cluster<S> {
     pub(super) fn is_sound(&mut self, message: &Message) -> bool {
         let (last, index) = (self.last_index(), message.index);
         match message.get_msg_type() {
-            // A leader's heartbeat speaks of nothing that this node has not acknowledged to it.
+            // A leader's heartbeat names no index that this node has not acknowledged to it.
             MessageType::MsgHeartbeat if message.term >= self.epoch() && message.commit > last => {
                 let what = format!("it had acknowledged index {}, and its raft log ends at {last}", message.commit);
                 self.forgot = Some(what);
@@ -76,12 +76,12 @@ impl<S: Storage> Cluster<S> {
         self.forgetful.insert(peer);
     }
 
-    /// Checks whether a member that forgot may be given the database now: it must have no vote, and none may be on its
-    /// way to it. What it acknowledges from now on, it acknowledges with a raft log that begins behind the loss of its
-    /// vote.
+    /// Checks whether a member that forgot may have the database now: it must have no vote, and no change that gives it
+    /// one may be under way. What it acknowledges later, it acknowledges with a raft log that begins after the loss of
+    /// its vote.
     ///
     /// # Errors
-    /// When it may not, a sentence for that member that says why.
+    /// If it may not: a sentence for that member that says why.
     pub fn may_begin_again(&self, peer: NodeId) -> Result<(), String> {
         let conf = self.election.conf();
         let votes = conf.voters.contains(&peer) || conf.voters_outgoing.contains(&peer);

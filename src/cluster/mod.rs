@@ -1,5 +1,5 @@
-//! DECIDES. The consensus core: pure, no tokio, no sockets, no files, no clock. It is told the time and what happened,
-//! and answers with one [`Output`] whose fields are in the order in which they must be carried out.
+//! DECIDES. The consensus core: pure, no tokio, no sockets, no files, no clock. Its caller passes in the time and what
+//! happened. It answers with one [`Output`], whose fields are in the order in which they must be carried out.
 //!
 //! Times are nanoseconds of one clock that never stops or jumps (CLOCK_BOOTTIME in a daemon).
 
@@ -114,7 +114,7 @@ pub struct Start<'a> {
     pub forgotten: bool,
 }
 
-/// Why a proposal was not taken. It is certain that it never will be.
+/// Why a proposal was refused. Its entry is not in the log and never will be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
     #[error("this node is not primary in the epoch of the transaction")]
@@ -148,7 +148,7 @@ pub struct Cluster<S: Storage> {
     quiet_until: u64,
     /// End of the time in which this node should not be elected, because it could not serve.
     unfit_until: u64,
-    /// It should not be elected for now; told anew when that changes.
+    /// It should not be elected for now: see [`Cluster::set_unfit_now`].
     unfit_now: bool,
     /// An order of the leader to campaign, which came while this node was unfit.
     order: Option<Message>,
@@ -194,7 +194,7 @@ struct Handover {
     to: Option<NodeId>,
 }
 
-/// Time without a leader after which a node that could not serve well stands like any other, in nanoseconds.
+/// Time without a leader, in nanoseconds, after which even a node that could not serve well campaigns like any other.
 const LAST_RESORT_AFTER: u64 = 1_500_000_000;
 
 impl<S: Storage> Cluster<S> {
@@ -570,7 +570,7 @@ impl<S: Storage> Cluster<S> {
                 self.election.forget_leader();
             }
         }
-        // Elected before it knew: whoever has applied all of the earlier epochs knows the level that they raised.
+        // It was elected before it knew the level. Once it has applied all entries of earlier epochs, it does.
         if self.phase == Phase::Promoting && self.is_outdated() {
             self.enter(Cause::Outdated);
             self.election.forget_leader();
@@ -600,9 +600,9 @@ impl<S: Storage> Cluster<S> {
         self.run_campaign(now);
     }
 
-    /// Whoever ordered this node to campaign has closed its ports and waits, so it begins as soon as it can. An order
-    /// that has been overtaken is harmless: raft drops it with its epoch, and its leader never serves again in the same
-    /// one.
+    /// The leader that ordered this node to campaign has closed its ports and waits, so begin as soon as possible. An
+    /// order that comes too late is harmless: raft drops it with its epoch, and its leader never serves again in the
+    /// same epoch.
     fn follow_order(&mut self, now: u64) {
         if self.order.is_some() && !self.is_unfit(now) {
             let order = self.order.take().filter(|_| self.phase == Phase::Secondary);

@@ -1,5 +1,5 @@
-//! How far the durable memory of a member had reached, as it says itself and as others remember it. Pure. Must never
-//! call a raft log forgetful that only lost what nobody was promised.
+//! How far the durable memory of a member had reached, as it reports and as others remember. Pure. Must never say that
+//! a raft log forgot if it only lost what it had promised to nobody.
 //!
 //! What a member has promised can only grow, though its raft log may become shorter: a new leader replaces an end that
 //! no majority has. So what is compared is not the end of the log, but the epoch, the vote in that epoch, the index
@@ -15,7 +15,7 @@ use super::{Membership, NodeId};
 /// Processes of one member that are remembered as checked.
 const LIVES: usize = 8;
 
-/// What a member is known to have had on its disk, at least.
+/// The least that a member is known to have had on its disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reach {
     pub term: u64,

@@ -77,7 +77,7 @@ pub struct Member {
     /// False until it has caught up after it was admitted: it replicates, but has no vote (STARTUP2).
     pub voter: bool,
     /// The request by which it joined and the certificate that was signed for it, for the newcomer to pick up from any
-    /// primary; none for a founder, and for whoever has a vote.
+    /// primary; none for a founder and for members with a vote.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admission: Option<Admission>,
 }
