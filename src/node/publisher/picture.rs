@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Publisher, Seen, gauges};
 use crate::{
     clock::unix_time,
-    cluster::{Cluster, Member, NodeId, Phase, Role},
+    cluster::{Cluster, Member, NodeId, Phase, Role, roster::Roster},
     node::{
         history::Recent,
         lease::boottime,
@@ -162,27 +162,15 @@ impl Publisher {
             ];
         }
         let mut sentences: Vec<_> = self.warnings.values().cloned().collect();
-        if let Some(why) = self.config.forgotten.as_ref().filter(|_| self.removed.is_none()) {
+        if let Some(why) = &self.config.forgotten {
             sentences.push(format!(
                 "this member lost some of its durable memory ({why}): it neither votes nor counts until it is whole. While the \
                  other members have a primary, it fetches the database and then gets its vote back by itself. If all members \
                  lost theirs, stop them and run `twistlockd recover --force-new-cluster` on the one that has most"
             ));
         }
-        let down = |member: &&MemberStatus| matches!(member.state, Role::Down | Role::Unknown);
-        let voters = status.members.iter().filter(|member| member.voter).count();
-        let up = voters - status.members.iter().filter(down).filter(|member| member.voter).count();
-        let cost = match up > voters / 2 {
-            true => "no further failure is tolerated until it is back",
-            false => "there is no majority, and nobody can write, until enough members are back",
-        };
-        for member in status.members.iter().filter(down) {
-            sentences.push(format!(
-                "{} ({}) is not heard of: start twistlockd there, or check the host and its network; {cost}",
-                member.name, member.address
-            ));
-        }
-        for member in status.members.iter().filter(|member| !matches!(member.state, Role::Down | Role::Unknown)) {
+        sentences.extend(of_silent(&status.members));
+        for member in status.members.iter().filter(|member| !is_silent(member)) {
             let condition = others.get(member.id).and_then(|peer| peer.report()).map(disk_of);
             if condition == Some(Condition::Bad) {
                 sentences.push(format!(
@@ -199,23 +187,80 @@ impl Publisher {
                 self.membership.name(pause.primary)
             ));
         }
-        let voters = status.membership.voters().count();
-        if voters < status.membership.roster.members.len() {
-            sentences.push(format!(
-                "{voters} of {} members vote: no failure is tolerated until the others have caught up",
-                status.membership.roster.members.len()
-            ));
-        }
-        let (members, size) = (status.membership.roster.members.len(), status.membership.roster.size);
-        if size.missing(members) > 0 {
-            sentences.push(format!(
-                "the cluster has {members} of {size} members: no failure is tolerated until the missing hosts have joined (join script, then APPLY)"
-            ));
-        }
+        sentences.extend(of_roster(&status.membership.roster));
         if status.primary.is_none() && status.role != Role::Startup {
             sentences
                 .push("no primary is known here: a majority of the members must be up and reach each other".to_owned());
         }
         sentences
+    }
+}
+
+fn is_silent(member: &MemberStatus) -> bool {
+    matches!(member.state, Role::Down | Role::Unknown)
+}
+
+/// How many of the voters may fail and leave a majority; `None` if there is none.
+fn spare(voters: usize, up: usize) -> Option<usize> {
+    up.checked_sub(voters / 2 + 1)
+}
+
+/// A sentence on each member that is not heard of, with what that means for the cluster.
+fn of_silent(members: &[MemberStatus]) -> impl Iterator<Item = String> {
+    let voters = members.iter().filter(|member| member.voter);
+    let cost = match spare(voters.clone().count(), voters.filter(|member| !is_silent(member)).count()) {
+        None => "there is no majority, and nobody can write, until enough members are back",
+        Some(0) => "no further failure is tolerated until it is back",
+        Some(_) => "fewer failures are tolerated until it is back",
+    };
+    members.iter().filter(|member| is_silent(member)).map(move |member| {
+        let MemberStatus { name, address, .. } = member;
+        format!("{name} ({address}) is not heard of: start twistlockd there, or check the host and its network; {cost}")
+    })
+}
+
+/// What a roster lacks: votes, and members.
+fn of_roster(roster: &Roster) -> impl Iterator<Item = String> {
+    let (members, size) = (roster.members.len(), roster.size);
+    let voters = roster.members.iter().filter(|member| member.voter).count();
+    let fewer = if spare(voters, voters) == Some(0) { "no failure is" } else { "fewer failures are" };
+    let votes = (voters < members)
+        .then(|| format!("{voters} of {members} members vote: {fewer} tolerated until the others have caught up"));
+    let hosts = (size.missing(members) > 0).then(|| {
+        format!(
+            "the cluster has {members} of {size} members: {fewer} tolerated until the missing hosts have joined (join \
+             script, then APPLY)"
+        )
+    });
+    votes.into_iter().chain(hosts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::verdict::tests::healthy;
+
+    #[test]
+    fn what_a_loss_costs_follows_from_how_many_vote() {
+        let cost = |voters: u64, silent: u64| {
+            let like = healthy().members.remove(1);
+            let state = |id| if id <= silent { Role::Down } else { Role::Secondary };
+            let members: Vec<_> =
+                (1..=voters).map(|id| MemberStatus { id, state: state(id), ..like.clone() }).collect();
+            of_silent(&members).next().unwrap().rsplit("; ").next().unwrap().to_owned()
+        };
+        assert_eq!(cost(3, 1), "no further failure is tolerated until it is back");
+        assert_eq!(cost(2, 1), "there is no majority, and nobody can write, until enough members are back");
+        assert_eq!(cost(5, 1), "fewer failures are tolerated until it is back");
+        assert_eq!(cost(7, 3), "no further failure is tolerated until it is back");
+        let mut roster = healthy().membership.roster;
+        assert_eq!(of_roster(&roster).next(), None);
+        roster.members[2].voter = false;
+        let caught_up = "2 of 3 members vote: no failure is tolerated until the others have caught up";
+        assert_eq!(of_roster(&roster).collect::<Vec<_>>(), [caught_up]);
+        roster.members.truncate(2);
+        assert!(
+            of_roster(&roster).next().unwrap().starts_with("the cluster has 2 of 3 members: no failure is tolerated")
+        );
     }
 }
