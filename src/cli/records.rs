@@ -82,7 +82,7 @@ pub(super) struct LogsArgs {
 /// When nobody answers.
 pub(super) fn events(client: &ApiClient, args: &EventsArgs, paint: Paint) -> Result<(), Stop> {
     let since = args.since.and_then(|since| Timestamp::from_second(before(since)).ok());
-    let wanted = Wanted { limit: Some(args.limit), offset: None, kind: args.kind, since };
+    let wanted = Wanted { limit: Some(args.limit), kind: args.kind, since, ..Wanted::default() };
     let asked = client.call(&Call::get(format!("high-availability/events?{}", query(&wanted))));
     let found: Vec<Event> = asked.or_else(|stop| from_files(client, &wanted, stop))?;
     if args.json {
@@ -173,7 +173,8 @@ struct Audit {
 /// # Errors
 /// When nobody answers, or it is refused.
 pub(super) fn audits(args: &AuditsArgs, paint: Paint) -> Result<(), Stop> {
-    let mut path = format!("audits/mgmt?limit={}", args.limit);
+    // By a cursor: nobody asks how many there are in all.
+    let mut path = format!("audits/mgmt?cursor=first&limit={}", args.limit);
     if let Some(by) = &args.by {
         path.push_str(&format!("&user={}", segment(by)));
     }

@@ -1,5 +1,5 @@
-//! The table of the audit: what is written into it, and its bounds. Must never hold a secret: whoever may read the
-//! table sees all of it.
+//! The table of the audit: what is written into it, and the bounds of a row. Must never hold a secret: whoever may read
+//! the table sees all of it. How many rows are kept is up to [`super::retention`].
 
 use std::{net::IpAddr, time::Duration};
 
@@ -19,10 +19,6 @@ use super::{
 pub(super) use crate::admin::audit::difference;
 use crate::admin::{Act, Actor, Outcome, Ticket, audit::RECORD};
 
-/// Rows kept; the oldest go first.
-const ROWS: i64 = 100_000;
-/// Rows of failures kept among them: whoever guesses passwords must not push out what others did.
-const FAILURES: i64 = 10_000;
 /// Newest rows that are searched for the last logins.
 const RECALLED: i64 = 2000;
 /// Longest name, action and description in characters: what is longer is cut.
@@ -38,17 +34,15 @@ pub(super) const DRILL: &str = "drill";
 /// The outcome of an operation that is under way.
 const BEGUN: &str = "begun";
 
-/// The statements that add a row and remove what is too old. They go together: each statement by itself is a way to the
-/// connection's thread and back.
+/// The statement that adds a row.
 macro_rules! insert_row {
     () => {
-        "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, ?, ?, ?, ?); \
-         DELETE FROM audits WHERE id <= (SELECT max(id) FROM audits) - ?"
+        "INSERT INTO audits (time, user, source, action, what, ok, difference) VALUES (?, ?, ?, ?, ?, ?, ?)"
     };
 }
 
-/// The SQL of a change with that of the row that records it. The caller binds what the change needs, and then calls
-/// [`recorded`].
+/// The SQL of a change with that of the row that records it. They go together: each statement by itself is a way to the
+/// connection's thread and back. The caller binds what the change needs, and then calls [`recorded`].
 macro_rules! audited {
     ($change:literal) => {
         concat!($change, "; ", $crate::console::audit_log::insert_row!())
@@ -159,7 +153,7 @@ fn bind<'q>(change: Change<'q>, row: &Row<'_>, time: i64) -> Change<'q> {
     };
     let cut = |text: &str| text.chars().take(TEXT).collect::<String>();
     let change = change.bind(time).bind(cut(row.user)).bind(cut(row.source));
-    change.bind(cut(row.action)).bind(cut(row.what)).bind(row.ok).bind(difference).bind(ROWS)
+    change.bind(cut(row.action)).bind(cut(row.what)).bind(row.ok).bind(difference)
 }
 
 async fn insert(writing: &mut Writing, row: &Row<'_>) -> Result<(), StoreError> {
@@ -167,13 +161,7 @@ async fn insert(writing: &mut Writing, row: &Row<'_>) -> Result<(), StoreError> 
 }
 
 async fn insert_at(writing: &mut Writing, row: &Row<'_>, time: i64) -> Result<(), StoreError> {
-    writing.execute(bind(sqlx::query(insert_row!()), row, time)).await?;
-    if !row.ok {
-        let surplus = "DELETE FROM audits WHERE ok = 0 AND id <= \
-                       (SELECT id FROM audits WHERE ok = 0 ORDER BY id DESC LIMIT 1 OFFSET ?)";
-        writing.execute(sqlx::query(surplus).bind(FAILURES)).await?;
-    }
-    Ok(())
+    writing.execute(bind(sqlx::query(insert_row!()), row, time)).await.map(|_| ())
 }
 
 /// An operation of [`crate::admin`] as a row has it.

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use axum::{
+    Json,
     extract::State,
-    http::{Method, header},
+    http::{HeaderValue, Method, header},
     response::{IntoResponse, Response},
 };
 use schemars::JsonSchema;
@@ -16,7 +17,7 @@ use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 use super::{
     Console,
     errors::ApiError,
-    extract::{Page, Paged, Search, TOTAL},
+    extract::{Page, Search, Start, page_headers},
     route::{Access, Entry, route},
     store::StoreError,
     user::Role,
@@ -43,9 +44,12 @@ pub(super) struct Wanted {
     limit: Option<u32>,
     /// This many newer rows are skipped.
     offset: Option<u32>,
-    /// Only what this user did.
+    /// Instead of an offset: the `X-Next-Cursor` of the page before, or `first`. The answer comes as fast for the last
+    /// page as for the first, and has no `X-Total-Count`.
+    cursor: Option<String>,
+    /// Only what this user did. The rows are sorted by their time then.
     user: Option<String>,
-    /// Only what happened then or later, in seconds since 1970.
+    /// Only what happened then or later, in seconds since 1970. The rows are sorted by their time then.
     since: Option<i64>,
     format: Option<Format>,
 }
@@ -109,27 +113,68 @@ fn apart(text: String) -> (Value, Option<String>) {
     (if empty { Value::Null } else { value }, outcome)
 }
 
+/// What a row is found again by: its time and its id.
+type Key = (i64, i64);
+
+/// The statements of a filter: a page of the list, and how many rows that has. Each filter has its own, because a
+/// condition that may be absent keeps SQLite from using an index. Their parameters: 1 user, 2 since, 3 and 4 the key of
+/// the row before the page, 5 and 6 limit and offset.
+pub(super) struct Statements {
+    pub(super) page: &'static str,
+    pub(super) count: &'static str,
+}
+
+macro_rules! statements {
+    (rows $rows:literal, page $page:literal) => {
+        Statements {
+            page: concat!(
+                "SELECT id, time, user, source, action, what, ok, difference FROM audits ",
+                $page,
+                " LIMIT ?5 OFFSET ?6"
+            ),
+            count: concat!("SELECT count(*) FROM audits ", $rows),
+        }
+    };
+}
+
+/// In the order in which they were written, so that whoever looks for new rows finds them in front.
+pub(super) const ALL: Statements = statements!(rows "", page "WHERE id < ?4 ORDER BY id DESC");
+pub(super) const SINCE: Statements = statements!(
+    rows "WHERE time >= ?2",
+    page "WHERE time >= ?2 AND (time, id) < (?3, ?4) ORDER BY time DESC, id DESC"
+);
+pub(super) const OF_USER: Statements = statements!(
+    rows "WHERE user = ?1 AND time >= ?2",
+    page "WHERE user = ?1 AND time >= ?2 AND (time, id) < (?3, ?4) ORDER BY time DESC, id DESC"
+);
+
 /// `GET audits/mgmt`.
 async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted>) -> Result<Response, ApiError> {
-    let (limit, offset) = Page { limit: wanted.limit, offset: wanted.offset }.bounds()?;
+    let (limit, _) = Page { limit: wanted.limit, offset: None }.bounds()?;
+    let start = Start::<Key>::of(wanted.cursor.as_deref(), wanted.offset)?;
+    let statements = match (&wanted.user, wanted.since) {
+        (Some(_), _) => OF_USER,
+        (None, Some(_)) => SINCE,
+        (None, None) => ALL,
+    };
     let (user, since) = (wanted.user, wanted.since.unwrap_or(i64::MIN));
     let mut reading = console.store.read().await?;
-    let query = "SELECT id, time, user, source, action, what, ok, difference FROM audits \
-                 WHERE (?1 IS NULL OR user = ?1) AND time >= ?2 ORDER BY id DESC LIMIT ?3 OFFSET ?4";
-    let query = sqlx::query_as(query).bind(user.clone()).bind(since).bind(limit).bind(offset);
-    let rows: Vec<Audit> = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
-    let total = "SELECT count(*) FROM audits WHERE (?1 IS NULL OR user = ?1) AND time >= ?2";
-    let total = sqlx::query_scalar(total).bind(user).bind(since);
-    let total: i64 = total.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
-    if wanted.format != Some(Format::Csv) {
-        return Ok(Paged { rows, total }.into_response());
+    let mut total = None;
+    if start.is_counted() {
+        let count = sqlx::query_scalar(statements.count).bind(user.clone()).bind(since);
+        total = Some(count.fetch_one(&mut *reading).await.map_err(StoreError::from)?);
     }
-    // Not AppendHeaders: the text has a type already, which these replace.
-    let headers = [
-        (header::CONTENT_TYPE, "text/csv; charset=utf-8".to_owned()),
-        (header::CONTENT_DISPOSITION, "attachment; filename=\"audits.csv\"".to_owned()),
-        (TOTAL, total.to_string()),
-    ];
+    let ((time, id), offset) = start.bounds((i64::MAX, i64::MAX));
+    let query = sqlx::query_as(statements.page).bind(user).bind(since).bind(time).bind(id);
+    let query = query.bind(limit + 1).bind(offset);
+    let mut rows: Vec<Audit> = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
+    let mut headers = page_headers(&mut rows, limit, total, |row| (row.time, row.id));
+    if wanted.format != Some(Format::Csv) {
+        return Ok((headers, Json(rows)).into_response());
+    }
+    let attachment = HeaderValue::from_static("attachment; filename=\"audits.csv\"");
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/csv; charset=utf-8"));
+    headers.insert(header::CONTENT_DISPOSITION, attachment);
     Ok((headers, csv(&rows)).into_response())
 }
 

@@ -3,20 +3,23 @@
 
 use std::{sync::Arc, time::Duration};
 
-use axum::{Json, extract::State, http::Method};
+use axum::{
+    Json,
+    extract::State,
+    http::Method,
+    response::{IntoResponse, Response},
+};
 use tokio::task;
 
 use super::{
     Console, ConsoleServices,
     errors::ApiError,
-    extract::{Paged, Search},
+    extract::{Search, Start, page_headers},
     route::{Access, Entry, route},
     store::{Store, StoreError},
 };
 use crate::events::{self, Event, Recorder, Wanted};
 
-/// Events that are kept; the oldest go first.
-const KEPT: i64 = 10_000;
 /// Time from an event to its writing. While all three nodes are stopped one after the other, the last one would
 /// otherwise write that the others are gone, and leave a transaction behind that nobody acknowledges any more.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -67,26 +70,57 @@ async fn write(store: &Store, events: &[Event]) -> Result<(), StoreError> {
         let insert = insert.bind(event.id.clone()).bind(event.time.as_millisecond()).bind(event.kind.word());
         writing.execute(insert.bind(text)).await?;
     }
-    let old = "DELETE FROM events WHERE id IN (SELECT id FROM events ORDER BY time DESC, id DESC LIMIT -1 OFFSET ?)";
-    writing.execute(sqlx::query(old).bind(KEPT)).await?;
     writing.commit().await
 }
 
-/// `GET high-availability/events?limit&offset&kind&since`.
-async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted>) -> Result<Paged<Event>, ApiError> {
-    let (limit, offset) = wanted.page().map_err(ApiError::bad)?;
+/// What an event is found again by: its time in milliseconds and its id.
+type Key = (i64, String);
+
+/// The statements of a filter: a page of the list, and how many events that has. Their parameters: 1 kind, 2 since, 3
+/// and 4 the key of the event before the page, 5 and 6 limit and offset.
+pub(super) struct Statements {
+    pub(super) page: &'static str,
+    pub(super) count: &'static str,
+}
+
+macro_rules! statements {
+    ($filter:literal) => {
+        Statements {
+            // Inside, only an index is read: what is passed over is not looked up in the table.
+            page: concat!(
+                "SELECT time, id, event FROM events WHERE id IN (SELECT id FROM events WHERE ",
+                $filter,
+                " AND (time, id) < (?3, ?4) ORDER BY time DESC, id DESC LIMIT ?5 OFFSET ?6) ORDER BY time DESC, id DESC"
+            ),
+            count: concat!("SELECT count(*) FROM events WHERE ", $filter),
+        }
+    };
+}
+
+pub(super) const ALL: Statements = statements!("time >= ?2");
+pub(super) const OF_KIND: Statements = statements!("kind = ?1 AND time >= ?2");
+
+/// `GET high-availability/events?limit&offset&cursor&kind&since`.
+async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted>) -> Result<Response, ApiError> {
+    let (limit, _) = wanted.page().map_err(ApiError::bad)?;
+    let start = Start::<Key>::of(wanted.cursor.as_deref(), wanted.offset)?;
+    let statements = if wanted.kind.is_some() { OF_KIND } else { ALL };
     let kind = wanted.kind.map(|kind| kind.word());
     let since = wanted.since.map_or(i64::MIN, |since| since.as_millisecond());
     let mut reading = console.store.read().await?;
-    let count = "SELECT count(*) FROM events WHERE time >= ? AND (? IS NULL OR kind = ?)";
-    let count = sqlx::query_scalar(count).bind(since).bind(kind).bind(kind);
-    let total = count.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
-    let sql = "SELECT event FROM events WHERE time >= ? AND (? IS NULL OR kind = ?) \
-               ORDER BY time DESC, id DESC LIMIT ? OFFSET ?";
-    let query = sqlx::query_scalar::<_, String>(sql).bind(since).bind(kind).bind(kind).bind(limit).bind(offset);
-    let rows = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
+    let mut total = None;
+    if start.is_counted() {
+        let count = sqlx::query_scalar(statements.count).bind(kind).bind(since);
+        total = Some(count.fetch_one(&mut *reading).await.map_err(StoreError::from)?);
+    }
+    let ((time, id), offset) = start.bounds((i64::MAX, String::new()));
+    let query = sqlx::query_as(statements.page).bind(kind).bind(since).bind(time).bind(id);
+    let query = query.bind(limit + 1).bind(offset);
+    let mut rows: Vec<(i64, String, String)> = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
+    let headers = page_headers(&mut rows, limit, total, |(time, id, _)| (*time, id.clone()));
     // One that a newer version wrote and this one does not understand is left out.
-    Ok(Paged { rows: rows.iter().filter_map(|text| serde_json::from_str(text).ok()).collect(), total })
+    let events: Vec<Event> = rows.iter().filter_map(|(.., text)| serde_json::from_str(text).ok()).collect();
+    Ok((headers, Json(events)).into_response())
 }
 
 /// The events on the control socket: what happened to this node, from its own file.
@@ -94,6 +128,9 @@ async fn of_this_host(
     State(services): State<ConsoleServices>,
     Search(wanted): Search<Wanted>,
 ) -> Result<Json<Vec<Event>>, ApiError> {
+    if wanted.cursor.is_some() {
+        return Err(ApiError::bad("the events of one host have no cursors: say an offset"));
+    }
     let read = task::spawn_blocking(move || events::read(&services.data, &wanted)).await;
     let read = read.map_err(|error| ApiError::Unknown(error.to_string()))?;
     read.map(Json).map_err(|error| ApiError::Conflict(format!("the events cannot be read: {error}")))

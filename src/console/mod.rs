@@ -15,6 +15,8 @@ mod enforce;
 mod errors;
 mod events;
 mod extract;
+#[cfg(test)]
+mod growth;
 mod inside;
 mod local;
 mod logins;
@@ -24,6 +26,7 @@ mod openapi;
 mod password;
 mod programs;
 mod recent;
+mod retention;
 mod route;
 mod sessions;
 mod settings;
@@ -181,6 +184,7 @@ impl Console {
         audit_log::recall_logins(&self.store, &self.logins).await;
         let console = Arc::clone(self);
         tokio::spawn(async move { console.clock.run(console.store.clone()).await });
+        tokio::spawn(retention::run(self.store.clone()));
         if let Some(services) = &self.services {
             services.inside.opened(self);
             tokio::spawn(events::write_history(self.store.clone(), services.events.clone()));

@@ -83,11 +83,17 @@ fn operation(entry: &Entry, generator: &mut SchemaGenerator) -> Value {
         let schema = json!({ "description": "Rows of the whole list", "schema": { "type": "integer", "minimum": 0 } });
         success["headers"] = json!({ "X-Total-Count": schema });
     }
+    let parameters = parameters(entry, generator);
+    if parameters.iter().any(|parameter| parameter["name"] == "cursor") {
+        let schema =
+            json!({ "description": "The cursor of the next page, if there is one", "schema": { "type": "string" } });
+        success["headers"]["X-Next-Cursor"] = schema;
+    }
     let mut operation = json!({
         "summary": entry.summary,
         "operationId": format!("{} {}", entry.method, entry.path),
         "tags": [entry.tag],
-        "parameters": parameters(entry, generator),
+        "parameters": parameters,
         "responses": { entry.status.as_str(): success, "default": { "$ref": "#/components/responses/error" } },
     });
     if let Some((schema, required)) = entry.body {
@@ -181,6 +187,6 @@ mod tests {
         let document = describe(&of_ports().collect::<Vec<_>>());
         let parameters = &document["paths"]["/api/v1/audits/mgmt"]["get"]["parameters"];
         let names: Vec<_> = parameters.as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
-        assert_eq!(HashSet::from_iter(names), HashSet::from(["limit", "offset", "user", "since", "format"]));
+        assert_eq!(HashSet::from_iter(names), HashSet::from(["limit", "offset", "cursor", "user", "since", "format"]));
     }
 }

@@ -34,6 +34,15 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (3, "events", include_str!("migrations/0003_events.sql")),
 ];
 
+/// The indexes of long lists, by name. They are no migrations: an older program keeps an index up that it does not
+/// know, but does not open a Console whose database has a migration that it does not know. It must, in a rolling
+/// upgrade.
+const INDEXES: &[(&str, &str)] = &[
+    ("audits_by_time", "CREATE INDEX IF NOT EXISTS audits_by_time ON audits (time)"),
+    ("audits_by_user", "CREATE INDEX IF NOT EXISTS audits_by_user ON audits (user, time)"),
+    ("events_by_kind", "CREATE INDEX IF NOT EXISTS events_by_kind ON events (kind, time, id)"),
+];
+
 /// How to open a connection to the database of a PRIMARY.
 pub fn connect_options(database: &PrimaryDatabase) -> SqliteConnectOptions {
     let options = SqliteConnectOptions::new().filename(&database.path).vfs(VFS_NAME).create_if_missing(false);
@@ -168,6 +177,23 @@ impl Store {
             Migration::new(version, description.into(), MigrationType::Simple, sql, false)
         });
         Migrator::with_migrations(migrations.collect()).run(&self.writer).await
+    }
+
+    /// Makes the [`INDEXES`] that are missing. Without them everything works, and lists take longer: nothing waits for
+    /// this.
+    ///
+    /// # Errors
+    /// As those of [`Self::write`].
+    pub(super) async fn index(&self) -> Result<(), StoreError> {
+        for &(name, sql) in INDEXES {
+            let find = sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE type = 'index' AND name = ?");
+            let found: i64 = find.bind(name).fetch_one(&mut *self.read().await?).await?;
+            // Not a transaction for nothing.
+            if found == 0 {
+                self.write(sqlx::query(sql)).await?;
+            }
+        }
+        Ok(())
     }
 
     /// A connection for reading only.
@@ -339,5 +365,20 @@ fn parsed<T: DeserializeOwned>(name: &'static str, text: Option<String>) -> Resu
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
         Self::before(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::test_console::TestConsole, *};
+
+    /// As long as the feature level is the same, a member with an older program may become PRIMARY.
+    #[tokio::test]
+    async fn an_older_program_opens_the_database_of_a_newer_one() {
+        let test = TestConsole::start().await;
+        let store = &test.console.store;
+        store.write(sqlx::query("CREATE INDEX of_a_later_version ON audits (what)")).await.unwrap();
+        store.migrate().await.unwrap();
+        assert_eq!(MIGRATIONS.len(), 3, "another migration needs another level: docs/formats.md says why");
     }
 }

@@ -8,7 +8,7 @@ use axum::{Router, middleware, routing::on};
 use super::{
     Console, audits, backups, certs, cluster, drills, enforce,
     errors::ApiError,
-    events, logs, notifications, openapi, programs,
+    events, logs, notifications, openapi, programs, retention,
     route::{Entry, Reach, Work, filter},
     sessions, settings, stream, system, tags, ui, users,
 };
@@ -20,6 +20,7 @@ pub(super) fn table() -> Vec<Entry> {
         sessions::routes(),
         users::routes(),
         settings::routes(),
+        retention::routes(),
         certs::routes(),
         audits::routes(),
         logs::routes(),

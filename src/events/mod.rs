@@ -203,6 +203,10 @@ pub struct Wanted {
     /// Leave out so many of the newest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offset: Option<u32>,
+    /// Instead of an offset: the `X-Next-Cursor` of the page before, or `first`. The answer comes as fast for the last
+    /// page as for the first, and has no `X-Total-Count`. The events of one host have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<String>,
     /// Only these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kind: Option<Kind>,

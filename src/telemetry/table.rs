@@ -139,6 +139,8 @@ table! {
         "Events that could not be written to events.jsonl, or in time into the history.";
     AUDIT_ROWS_LOST = "twistlock_audit_rows_lost_total", Counter,
         "Rows that the audit lacks: no PRIMARY took them from this host in time.";
+    RETENTION_ROWS = "twistlock_retention_rows_total", Counter by "table" &["audits", "events"],
+        "Old rows that this node deleted because settings/retention keeps no more, by table.";
     NOTIFICATIONS = "twistlock_notifications_total", Counter by "result" &["sent", "failed", "dropped"],
         "Notifications by result: sent, failed (after retries) or dropped (queue full).";
     RAFT_LOG_OVERRUNS = "twistlock_raft_log_overruns_total", Counter,

@@ -130,6 +130,7 @@ impl Desk<'_> {
         for method in ["POST", "PUT"] {
             self.done(&format!("{method} /settings/logon"), "set", "/settings/logon", Some(json!({})));
         }
+        self.done("POST /settings/retention", "set", "/settings/retention", Some(json!({})));
         let tag = json!({ "name": "of-routes", "color": "#336699", "description": "" });
         self.done("POST /tags", "create", "/tags", Some(tag.clone()));
         self.done("PUT /tags/{name}", "replace", "/tags/of-routes", Some(tag));

@@ -64,9 +64,10 @@ async function call(method, path, body) {
     throw new Problem(401, 'Your session has ended: log in again.');
   }
   if (!response.ok) throw new Problem(response.status, await text(response));
-  const kind = response.headers.get('content-type') ?? '';
+  const { headers } = response;
+  const kind = headers.get('content-type') ?? '';
   const answer = kind.startsWith('application/json') ? await response.json() : await response.text();
-  return { answer, total: Number(response.headers.get('x-total-count')) };
+  return { answer, total: Number(headers.get('x-total-count')), next: headers.get('x-next-cursor') };
 }
 
 export const get = async (path) => (await call('GET', path)).answer;
@@ -75,10 +76,12 @@ export const put = async (path, body) => (await call('PUT', path, body)).answer;
 export const patch = async (path, body) => (await call('PATCH', path, body)).answer;
 export const remove = async (path) => (await call('DELETE', path)).answer;
 
-// One page of a list, with the total number of rows.
-export async function list(path, limit, offset) {
-  const { answer, total } = await call('GET', `${path}${path.includes('?') ? '&' : '?'}limit=${limit}&offset=${offset}`);
-  return { rows: Array.isArray(answer) ? answer : [], total: total || 0 };
+// One page of a list: the first one, with the number of all rows, or that of a cursor; and the cursor of the next page, if
+// the list has cursors.
+export async function list(path, limit, cursor) {
+  const where = cursor ? `&cursor=${part(cursor)}` : '';
+  const { answer, total, next } = await call('GET', `${path}${path.includes('?') ? '&' : '?'}limit=${limit}${where}`);
+  return { rows: Array.isArray(answer) ? answer : [], total: total || 0, next };
 }
 
 // Encodes a name as a part of a path.

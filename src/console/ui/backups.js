@@ -175,7 +175,7 @@ export function open(root) {
   async function load() {
     clearTimeout(timer);
     try {
-      state.backups = (await list('/backups', ROWS, 0)).rows;
+      state.backups = (await list('/backups', ROWS)).rows;
       state.settings = await get('/settings/backup');
       state.problem = null;
     } catch (error) {

@@ -286,7 +286,7 @@ function history(state) {
 
 async function loadEvents(state, redraw, wanted = EVENTS) {
   try {
-    const { rows } = await list('/high-availability/events', wanted, 0);
+    const { rows } = await list('/high-availability/events', wanted);
     Object.assign(state, { events: rows, wanted, eventsProblem: null });
   } catch (error) {
     if (error.status !== 0) state.eventsProblem = error.status === 404 ? 'No history is kept yet.' : error.message;

@@ -38,18 +38,19 @@ function row(audit) {
 }
 
 export function history(root) {
-  const state = { rows: null, total: 0, offset: 0, problem: null };
+  // `cursors`: those of the pages from the second one to this one.
+  const state = { rows: null, total: 0, next: null, cursors: [], problem: null };
   function draw() {
     const empty = state.problem ?? nothing(live.stale, state.rows, 'Nothing yet.');
     const rows = state.rows ?? [];
-    const last = state.offset + rows.length;
-    const turn = (by) => () => load(Math.max(0, state.offset + by));
+    const { total, next, cursors } = state;
+    const above = cursors.length * ROWS;
     const pager = h(
       'div',
       { class: 'buttons pager' },
-      button('Newer', turn(-ROWS), { disabled: state.offset === 0 }),
-      h('span', { class: 'quiet' }, rows.length > 0 ? `${state.offset + 1} to ${last}${state.total ? ` of ${state.total}` : ''}` : ''),
-      button('Older', turn(ROWS), { disabled: state.total ? last >= state.total : rows.length < ROWS }),
+      button('Newer', () => load(cursors.slice(0, -1)), { disabled: cursors.length === 0 }),
+      h('span', { class: 'quiet' }, rows.length > 0 ? `${above + 1} to ${above + rows.length}${total ? ` of ${total}` : ''}` : ''),
+      button('Older', () => load([...cursors, next]), { disabled: !next }),
       h('a', { class: 'button', href: '/api/v1/audits/mgmt?format=csv', download: true }, 'Download as CSV'),
     );
     show(
@@ -57,17 +58,19 @@ export function history(root) {
       page('History', 'Every change and every login, successful or not.', card('Audit', {}, table('Audit', COLUMNS, rows.map(row), empty), pager)),
     );
   }
-  async function load(offset) {
+  async function load(cursors) {
     try {
-      Object.assign(state, await list('/audits/mgmt', ROWS, offset), { offset, problem: null });
+      const { rows, total, next } = await list('/audits/mgmt', ROWS, cursors.at(-1));
+      // Only the first page says how many there are.
+      Object.assign(state, { rows, next, cursors, total: total || state.total, problem: null });
     } catch (error) {
       state.problem = error.message;
     }
     draw();
   }
   draw();
-  load(0);
-  return { draw, load: () => load(state.offset) };
+  load([]);
+  return { draw, load: () => load(state.cursors) };
 }
 
 export function consoleLog(root) {

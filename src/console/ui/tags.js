@@ -61,7 +61,7 @@ export function open(root, { user }) {
   }
   async function load() {
     try {
-      state.tags = (await list('/tags', ROWS, 0)).rows;
+      state.tags = (await list('/tags', ROWS)).rows;
       state.problem = null;
     } catch (error) {
       state.problem = error.message;
