@@ -38,6 +38,7 @@ impl Rotation {
         let dir = self.parts.certificates.clone();
         let sealed_with = membership.shared.authority.as_ref().and_then(|authority| authority.key);
         let has = |key: &Option<ClusterKey>, id| key.as_ref().is_some_and(|key| key.id() == id);
+        self.behind = false;
         if let Some(id) = sealed_with
             && !has(&self.keys()?.current, id)
         {
