@@ -52,7 +52,7 @@ pub(super) fn judge(observed: &Observed) -> (Condition, Option<String>) {
         };
         return found(Condition::Bad, format!("the disk of this host fails: cannot {operation}: {error}"));
     }
-    if let Some(Slow { operation, took, .. }) = was_overdue(observed) {
+    if let Some(&Slow { operation, took, .. }) = were_overdue(observed).next() {
         return found(
             Condition::Bad,
             format!("the disk of this host hardly answers: to {operation} took {} s", seconds(took)),
@@ -75,19 +75,19 @@ pub(super) fn overdue(observed: &Observed) -> Option<Slow> {
     observed.running.iter().flatten().find(|running| running.took >= limit(running.operation)).copied()
 }
 
-/// One that came back too late, not long ago.
-fn was_overdue(observed: &Observed) -> Option<Slow> {
+/// Operations that came back too late, not long ago.
+fn were_overdue(observed: &Observed) -> impl Iterator<Item = &Slow> {
     let was_overdue = |slow: &&Slow| slow.took >= limit(slow.operation) && slow.ago < AFTER_HANG;
-    observed.slow.iter().flatten().find(was_overdue).copied()
+    observed.slow.iter().flatten().filter(was_overdue)
 }
 
 /// For how long [`judge`] will go on to find this disk bad if it does all that it is asked from now on; zero if it is
 /// not bad.
 pub(super) fn distrusted_for(observed: &Observed) -> Duration {
     let hangs = overdue(observed).map(|_| AFTER_HANG);
-    let hung = was_overdue(observed).map(|slow| AFTER_HANG.saturating_sub(slow.ago));
+    let hung = were_overdue(observed).map(|slow| AFTER_HANG.saturating_sub(slow.ago));
     let failed = observed.failed.map(|failed| AFTER_FAILURE.saturating_sub(failed.ago));
-    [hangs, hung, failed].into_iter().flatten().max().unwrap_or_default()
+    hung.chain(hangs).chain(failed).max().unwrap_or_default()
 }
 
 fn limit(operation: Operation) -> Duration {
@@ -168,6 +168,7 @@ mod tests {
     use super::*;
 
     const WAL: Operation = Operation { place: Place::Wal, act: Act::Write };
+    const CHECKPOINT: Operation = Operation { place: Place::Database, act: Act::Sync };
 
     fn slow(operation: Operation, ms: u64, ago: u64) -> Option<Slow> {
         Some(Slow { operation, took: Duration::from_millis(ms), ago: Duration::from_secs(ago) })
@@ -182,7 +183,7 @@ mod tests {
         assert_eq!(judged(running(slow(WAL, 250, 0), None)), Condition::Good);
         assert_eq!(judged(running(slow(WAL, 400, 0), None)), Condition::Slow);
         assert_eq!(judged(running(slow(WAL, 900, 0), None)), Condition::Bad);
-        let checkpoint = |ms, ago| slow(Operation { place: Place::Database, act: Act::Sync }, ms, ago);
+        let checkpoint = |ms, ago| slow(CHECKPOINT, ms, ago);
         assert_eq!(judged(running(None, checkpoint(5_000, 0))), Condition::Slow);
         assert_eq!(judged(running(None, checkpoint(10_000, 0))), Condition::Bad);
         assert_eq!(judged(running(slow(WAL, 900, 0), checkpoint(5_000, 0))), Condition::Bad, "it hides no write");
@@ -220,6 +221,7 @@ mod tests {
             (hung(0), 3),
             (hung(2), 1),
             (hung(3), 0),
+            (Observed { slow: [slow(WAL, 1_500, 2), slow(CHECKPOINT, 11_000, 0)], ..Observed::default() }, 3),
             (Observed { failed: failed(5), ..Observed::default() }, 15),
             (Observed { failed: failed(19), ..hung(0) }, 3),
             (Observed { failed: failed(25), ..Observed::default() }, 0),
