@@ -173,8 +173,7 @@ struct Audit {
 /// # Errors
 /// When nobody answers, or it is refused.
 pub(super) fn audits(args: &AuditsArgs, paint: Paint) -> Result<(), Stop> {
-    // By a cursor: nobody asks how many there are in all.
-    let mut path = format!("audits/mgmt?cursor=first&limit={}", args.limit);
+    let mut path = format!("audits/mgmt?limit={}", args.limit);
     if let Some(by) = &args.by {
         path.push_str(&format!("&user={}", segment(by)));
     }
