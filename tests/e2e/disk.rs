@@ -79,8 +79,9 @@ pub fn fill(cluster: &Cluster, node: usize) -> PathBuf {
 pub fn leave(cluster: &Cluster, node: usize, bytes: u64) -> PathBuf {
     let path = cluster.node(node).data.join("ballast");
     let file = File::create(&path).unwrap();
-    let mut taken = 0;
+    let (mut taken, begin) = (0, Instant::now());
     loop {
+        assert!(begin.elapsed() < LIMIT, "{}: its file system does not fill up", path.display());
         let found = fstatvfs(&file).unwrap();
         let more = (found.blocks_available() * found.fragment_size()).saturating_sub(bytes);
         if more == 0 {
