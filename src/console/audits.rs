@@ -17,7 +17,8 @@ use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 use super::{
     Console,
     errors::ApiError,
-    extract::{Page, Search, Start, page_headers},
+    extract::Search,
+    paging::{Page, Start, Statements, page_headers},
     route::{Access, Entry, route},
     store::StoreError,
     user::Role,
@@ -116,14 +117,7 @@ fn apart(text: String) -> (Value, Option<String>) {
 /// What a row is found again by: its time and its id.
 type Key = (i64, i64);
 
-/// The statements of a filter: a page of the list, and how many rows that has. Each filter has its own, because a
-/// condition that may be absent keeps SQLite from using an index. Their parameters: 1 user, 2 since, 3 and 4 the key of
-/// the row before the page, 5 and 6 limit and offset.
-pub(super) struct Statements {
-    pub(super) page: &'static str,
-    pub(super) count: &'static str,
-}
-
+/// Parameters of both: 1 user, 2 since, 3 and 4 the key of the row before the page, 5 and 6 limit and offset.
 macro_rules! statements {
     (rows $rows:literal, page $page:literal) => {
         Statements {

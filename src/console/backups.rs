@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     Console, ConsoleServices,
     errors::ApiError,
-    extract::{Body, Name, Page, Paged, Search},
+    extract::{Body, Name, Search},
+    paging::{Page, Paged},
     programs,
     route::{Access, Entry, node, route},
     user::{Role, User},

@@ -14,7 +14,8 @@ use tokio::task;
 use super::{
     Console, ConsoleServices,
     errors::ApiError,
-    extract::{Search, Start, page_headers},
+    extract::Search,
+    paging::{Start, Statements, page_headers},
     route::{Access, Entry, route},
     store::{Store, StoreError},
 };
@@ -76,13 +77,7 @@ async fn write(store: &Store, events: &[Event]) -> Result<(), StoreError> {
 /// What an event is found again by: its time in milliseconds and its id.
 type Key = (i64, String);
 
-/// The statements of a filter: a page of the list, and how many events that has. Their parameters: 1 kind, 2 since, 3
-/// and 4 the key of the event before the page, 5 and 6 limit and offset.
-pub(super) struct Statements {
-    pub(super) page: &'static str,
-    pub(super) count: &'static str,
-}
-
+/// Parameters of both: 1 kind, 2 since, 3 and 4 the key of the event before the page, 5 and 6 limit and offset.
 macro_rules! statements {
     ($filter:literal) => {
         Statements {

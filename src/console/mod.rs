@@ -23,6 +23,7 @@ mod logins;
 mod logs;
 mod notifications;
 mod openapi;
+mod paging;
 mod password;
 mod programs;
 mod recent;

@@ -222,7 +222,7 @@ impl Entry {
         Self { status, ..self }
     }
 
-    /// The answer is a part of a list, and the handler says how long the whole is: see `extract::Paged`.
+    /// The answer is a part of a list, and the handler says how long the whole is: see `paging::Paged`.
     pub(super) fn paged(self) -> Self {
         Self { paged: true, ..self }
     }
