@@ -463,7 +463,7 @@ impl Thread {
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
+    use std::{fs, path::Path, sync::mpsc::Receiver, thread};
 
     use raft::eraftpb::ConfState;
 
@@ -473,30 +473,55 @@ mod tests {
         node::inbox::inbox,
         peer::{Links, LinksConfig},
         storage::{
-            database::Database,
+            database::{Database, initial_transaction},
             raft_log::{Options, RealDisk},
             transaction::CONSOLE_DATABASE,
         },
     };
 
-    /// A failure of the database has a warning that stays until this node is primary; a full disk has one that ends.
-    #[test]
-    fn a_full_disk_is_not_reported_as_a_failure_of_the_database() {
-        let folder = tempfile::tempdir().unwrap();
+    /// The thread of a database that has its first transaction, in this folder, and what it reports.
+    fn thread_in(folder: &Path) -> (Thread, Receiver<Input>, Links) {
         let conf = ConfState { voters: vec![1], ..ConfState::default() };
         let options = Options { segment_bytes: 1 << 20, helper: false, ..Options::default() };
-        let log = RaftLog::open(&folder.path().join("raft-log"), (ClusterId(1), 1), conf, options, RealDisk).unwrap();
-        let database = Database::open(folder.path(), CONSOLE_DATABASE, log.last_index()).unwrap();
-        let (_links, waker) = Links::new(LinksConfig::new(1, Vec::new())).unwrap();
+        let log = RaftLog::open(&folder.join("raft-log"), (ClusterId(1), 1), conf, options, RealDisk).unwrap();
+        let mut database = Database::open(folder, CONSOLE_DATABASE, log.last_index()).unwrap();
+        database.apply(1, 1, &initial_transaction(CONSOLE_DATABASE, 4096).unwrap()[0], &log).unwrap();
+        let (links, waker) = Links::new(LinksConfig::new(1, Vec::new())).unwrap();
         let (sender, inputs) = inbox(waker);
         let minute = Duration::from_secs(60);
         let policy =
             CheckpointPolicy { bytes: 1 << 20, interval: minute, raft_log_limit: 1 << 30, scrub: Duration::ZERO };
         let databases = Databases::of_console(database);
-        let mut thread = Thread::new(databases, log, sender, Arc::default(), minute, policy).unwrap();
+        (Thread::new(databases, log, sender, Arc::default(), minute, policy).unwrap(), inputs, links)
+    }
+
+    /// A failure of the database has a warning that stays until this node is primary; a full disk has one that ends.
+    #[test]
+    fn a_full_disk_is_not_reported_as_a_failure_of_the_database() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut thread, inputs, _links) = thread_in(folder.path());
         thread.carry_out(Step::Refuse(7), &Goal::default());
         assert!(matches!(inputs.recv().unwrap(), Input::Database(DatabaseEvent::NoSpace { epoch: 7 })));
         assert_eq!(thread.standing().refused, 7, "it is not tried again in this epoch");
+    }
+
+    /// Nothing of it is in memory any more: it would be taken for an empty one, which a PRIMARY founds.
+    #[test]
+    fn a_database_that_can_neither_be_opened_nor_read_ends_the_process() {
+        let outer = tempfile::tempdir().unwrap();
+        let folder = outer.path().join("data");
+        fs::create_dir(&folder).unwrap();
+        let (mut thread, inputs, _links) = thread_in(&folder);
+        let proposer: Arc<dyn Replicator> =
+            Arc::new(Proposer { epoch: 6, sender: thread.sender.clone(), log: thread.log.clone() });
+        thread.databases.promote(6, &proposer).unwrap();
+        thread.databases.close(Instant::now()).unwrap();
+        fs::rename(&folder, outer.path().join("elsewhere")).unwrap();
+        fs::write(&folder, "not a folder").unwrap();
+        thread.carry_out(Step::Promote(7), &Goal::default());
+        let event = inputs.recv().unwrap();
+        assert!(matches!(event, Input::Database(DatabaseEvent::Fatal { .. })));
+        assert!(thread.ended, "no later epoch finds it");
     }
 
     #[test]
