@@ -36,7 +36,7 @@ enum Command {
     Host(host::Command),
     /// Make a new cluster from this stopped node when the other two are lost for good
     Recover(recover::Options),
-    /// Start a whole cluster of three nodes on loopback addresses, to try it out and to watch it fail over
+    /// Start a whole cluster on loopback addresses, to try it out and to watch it fail over
     Dev(dev::Options),
 }
 

@@ -9,10 +9,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cluster::{ClusterId, Member, Membership, NodeId},
+    cluster::{ClusterId, Member, Membership, NodeId, roster::SizePolicy},
     config::{self, Config},
     pki::{Authority, ClusterKey},
     storage::{DataDir, DataDirError, Identity, durable_write, make_private_dir},
@@ -26,8 +27,8 @@ const HTTPS_PORT: u16 = 8083;
 const DEFENDER_PORT: u16 = 8084;
 /// `HEALTH_PORT` before the offset.
 const HEALTH_PORT: u16 = 8085;
-/// Members of a dev cluster; their addresses are 127.0.0.1 to 127.0.0.3.
-pub(super) const NODES: NodeId = 3;
+/// Members of a new cluster that nobody wants larger; their addresses are 127.0.0.1 and so on.
+const MEMBERS: usize = 3;
 /// The administrator that is signed up.
 const USER: &str = "admin";
 /// Format of the identity file that this program writes.
@@ -43,14 +44,14 @@ pub struct ClusterFile {
     pub user: String,
     /// Password of the administrator.
     pub password: String,
-    /// The three nodes, in rank order.
+    /// The nodes, in rank order.
     pub nodes: Vec<NodeFile>,
 }
 
 /// One node in `cluster.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeFile {
-    /// `node1` to `node3`.
+    /// `node1` and so on.
     pub name: String,
     /// Address of all its ports.
     pub address: String,
@@ -62,6 +63,38 @@ pub struct NodeFile {
     pub data: PathBuf,
     /// Its control socket.
     pub control: PathBuf,
+}
+
+/// What a cluster is to be like. What is none is as in the folder, or as in HA mode.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub(super) struct Shape {
+    /// Added to all ports (8083 to 8086) [default: 0, or what the folder was made with]
+    #[arg(long, value_name = "N")]
+    port_offset: Option<u16>,
+    /// Members, 3 to 7; with more than 3 it is a pool [default: 3, or what the folder was made with]
+    #[arg(long, value_name = "N", value_parser = members)]
+    members: Option<usize>,
+    /// Make a pool, which may grow to 7 members, also of 3
+    #[arg(long)]
+    pool: bool,
+}
+
+fn members(text: &str) -> Result<usize, String> {
+    let policy = SizePolicy::pool();
+    let number = text.parse().ok().filter(|number| policy.permits(*number));
+    number.ok_or_else(|| format!("{policy} are allowed"))
+}
+
+impl Shape {
+    fn members(&self) -> usize {
+        self.members.unwrap_or(MEMBERS)
+    }
+
+    /// How many members there may be.
+    fn size(&self) -> SizePolicy {
+        let ha = SizePolicy::ha();
+        if self.pool || !ha.permits(self.members()) { SizePolicy::pool() } else { ha }
+    }
 }
 
 /// The folder of a dev cluster, locked for this process.
@@ -80,7 +113,7 @@ impl Layout {
     ///
     /// # Errors
     /// When the folder is in use, holds something else or a cluster with other ports, or cannot be written.
-    pub(super) fn open(dir: &Path, port_offset: Option<u16>) -> Result<Self> {
+    pub(super) fn open(dir: &Path, shape: Shape) -> Result<Self> {
         let lock = match DataDir::open(dir) {
             Ok(lock) => lock,
             Err(DataDirError::Locked { pid, .. }) => {
@@ -99,19 +132,24 @@ impl Layout {
         let (cluster, port_offset) = match existing {
             Some(cluster) => {
                 let found = offset_of(&cluster)?;
-                let wanted = port_offset.unwrap_or(found);
+                let members = cluster.nodes.len();
+                let differs = [
+                    shape.port_offset.is_some_and(|wanted| wanted != found),
+                    shape.members.is_some_and(|wanted| wanted != members),
+                ];
                 ensure!(
-                    wanted == found,
-                    "the cluster in {} was made with --port-offset {found}; its members know each other by it",
+                    !differs.contains(&true),
+                    "the cluster in {} was made with --port-offset {found} --members {members}; its members know each \
+                     other by it",
                     dir.display()
                 );
                 (cluster, found)
             }
-            None => (describe(&dir, port_offset.unwrap_or(0))?, port_offset.unwrap_or(0)),
+            None => (describe(&dir, &shape)?, shape.port_offset.unwrap_or(0)),
         };
         let mut layout = Self { dir, _lock: lock, cluster, existed, port_offset };
         if !existed {
-            layout.create()?;
+            layout.create(shape.size())?;
         }
         for node in &mut layout.cluster.nodes {
             node.pid = None;
@@ -139,7 +177,7 @@ impl Layout {
         self.dir.join(&self.cluster.nodes[index].name)
     }
 
-    /// All `(address, port)` that the three nodes will listen on.
+    /// All `(address, port)` that the nodes will listen on.
     pub(super) fn endpoints(&self) -> impl Iterator<Item = (&str, u16)> {
         let ports = [HA_PORT, HTTPS_PORT, DEFENDER_PORT].map(|port| port + self.port_offset);
         self.cluster.nodes.iter().flat_map(move |node| ports.map(|port| (node.address.as_str(), port)))
@@ -172,7 +210,7 @@ impl Layout {
     }
 
     /// Makes authority, certificates, identities and configuration files.
-    fn create(&self) -> Result<()> {
+    fn create(&self, size: SizePolicy) -> Result<()> {
         let id = ClusterId(rand::random());
         let authority = Authority::create(id).context("make the certificate authority")?;
         let folder = self.dir.join("authority");
@@ -183,8 +221,9 @@ impl Layout {
             (1..).zip(&self.cluster.nodes).map(|(id, node)| Member::founder(id, &node.name, &node.address, port));
         let key = ClusterKey::generate();
         let mut membership = Membership::founded(id, members.collect());
+        membership.roster.size = size;
         membership.shared.authority = Some(authority.seal(&key).context("seal the certificate authority")?);
-        // Every Console may be asked for by every address: a client that tries all three verifies each.
+        // Every Console may be asked for by every address: a client that tries all of them verifies each.
         membership.shared.console_names = self.cluster.nodes.iter().map(|node| node.address.clone()).collect();
         for (index, node) in self.cluster.nodes.iter().enumerate() {
             self.create_node(index, node, &membership, &authority).with_context(|| format!("set {} up", node.name))?;
@@ -236,9 +275,10 @@ fn private_dir(path: &Path) -> Result<()> {
 }
 
 /// The contents of a new `cluster.json`.
-fn describe(dir: &Path, port_offset: u16) -> Result<ClusterFile> {
+fn describe(dir: &Path, shape: &Shape) -> Result<ClusterFile> {
+    let port_offset = shape.port_offset.unwrap_or(0);
     ensure!(port_offset <= u16::MAX - HA_PORT, "--port-offset: at most {} is allowed", u16::MAX - HA_PORT);
-    let node = |id: NodeId| {
+    let node = |id: usize| {
         let (name, address) = (format!("node{id}"), format!("127.0.0.{id}"));
         let data = dir.join(&name).join("data");
         NodeFile {
@@ -251,7 +291,7 @@ fn describe(dir: &Path, port_offset: u16) -> Result<ClusterFile> {
         }
     };
     let password = format!("Dev1-{:024x}", rand::random::<u128>() >> 32);
-    let nodes = (1..=NODES).map(node).collect();
+    let nodes = (1..=shape.members()).map(node).collect();
     Ok(ClusterFile { ca: dir.join("authority").join("ca.pem"), user: USER.into(), password, nodes })
 }
 
@@ -265,11 +305,34 @@ fn offset_of(cluster: &ClusterFile) -> Result<u16> {
 mod tests {
     use super::*;
 
+    fn offset(port_offset: u16) -> Shape {
+        Shape { port_offset: Some(port_offset), ..Shape::default() }
+    }
+
+    #[test]
+    fn more_than_three_members_are_a_pool() {
+        let of = |members, pool| Shape { members, pool, ..Shape::default() }.size();
+        assert_eq!([of(None, false), of(Some(3), false)], [SizePolicy::ha(); 2]);
+        assert_eq!([of(None, true), of(Some(4), false), of(Some(7), true)], [SizePolicy::pool(); 3]);
+        assert!(members("3").is_ok() && members("7").is_ok() && members("2").is_err() && members("8").is_err());
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("dev");
+        let layout = Layout::open(&dir, Shape { members: Some(5), ..Shape::default() }).unwrap();
+        assert_eq!(layout.endpoints().count(), 15);
+        let identity = DataDir::open(&layout.cluster.nodes[4].data).unwrap().identity().unwrap();
+        let roster = &identity.membership.roster;
+        assert_eq!((identity.node, roster.members.len(), roster.size), (5, 5, SizePolicy::pool()));
+        drop(layout);
+        let other = Layout::open(&dir, Shape { members: Some(4), ..Shape::default() });
+        assert!(other.err().unwrap().to_string().contains("--members 5"));
+        assert!(Layout::open(&dir, Shape::default()).unwrap().existed);
+    }
+
     #[test]
     fn a_new_folder_is_complete_and_an_old_one_is_used_again() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("dev");
-        let first = Layout::open(&dir, Some(100)).unwrap();
+        let first = Layout::open(&dir, offset(100)).unwrap();
         assert!(!first.existed);
         let loaded = config::load(&first.config_path(2)).unwrap();
         assert!(loaded.notes.is_empty(), "{:?}", loaded.notes);
@@ -281,11 +344,11 @@ mod tests {
         assert_eq!(first.endpoints().count(), 9);
         assert_eq!(first.status_pages()[2], "http://127.0.0.3:8185/status");
         let cluster = first.cluster.clone();
-        assert!(Layout::open(&dir, None).err().unwrap().to_string().contains("already runs"));
+        assert!(Layout::open(&dir, Shape::default()).err().unwrap().to_string().contains("already runs"));
         drop(first);
-        let second = Layout::open(&dir, None).unwrap();
+        let second = Layout::open(&dir, Shape::default()).unwrap();
         assert!(second.existed && second.cluster == cluster);
         drop(second);
-        assert!(Layout::open(&dir, Some(7)).err().unwrap().to_string().contains("--port-offset 100"));
+        assert!(Layout::open(&dir, offset(7)).err().unwrap().to_string().contains("--port-offset 100"));
     }
 }

@@ -1,5 +1,5 @@
-//! `twistlockd dev`: a whole cluster of three real daemons on loopback addresses, to try it out and to watch it fail
-//! over. Owns the three processes and the folder they live in. Must never do anything to a node that could not happen
+//! `twistlockd dev`: a whole cluster of real daemons on loopback addresses, to try it out and to watch it fail
+//! over. Owns the processes and the folder they live in. Must never do anything to a node that could not happen
 //! to a host: the daemons do not know that they are part of this.
 
 mod client;
@@ -30,7 +30,7 @@ use nix::{
 pub use layout::{ClusterFile, NodeFile};
 
 use client::Client;
-use layout::Layout;
+use layout::{Layout, Shape};
 use process::Process;
 use screen::Screen;
 use watch::Watch;
@@ -51,9 +51,8 @@ pub struct Options {
     /// Keep the temporary folder
     #[arg(long)]
     keep: bool,
-    /// Added to all ports (8083 to 8086) [default: 0, or what the folder was made with]
-    #[arg(long, value_name = "N")]
-    port_offset: Option<u16>,
+    #[command(flatten)]
+    shape: Shape,
     /// Start a node that ended again after this many seconds; 0: never
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     restart_after: Duration,
@@ -63,7 +62,7 @@ pub struct Options {
     /// Print the introduction only, no changes
     #[arg(short, long)]
     quiet: bool,
-    /// Used by dev itself, for each of its three children
+    /// Used by dev itself, for each of its children
     #[arg(long, hide = true, requires = "parent")]
     become_node: Option<PathBuf>,
     /// Used by dev itself, with --become-node
@@ -112,7 +111,7 @@ impl Dev {
         let signals = catch_signals().context("wait for signals")?;
         let temporary = options.dir.is_none();
         let dir = options.dir.clone().unwrap_or_else(temporary_dir);
-        let layout = Layout::open(&dir, options.port_offset)?;
+        let layout = Layout::open(&dir, options.shape)?;
         let mut dev = Self::start(layout, signals, options)?;
         let outcome = dev.live();
         dev.stop();
@@ -137,7 +136,7 @@ impl Dev {
         let watch = Watch::start(sockets).context("start to watch the nodes")?;
         let mut screen = Screen::new(options.quiet);
         let found = if layout.existed { "again, with the data that was there" } else { "with fresh data" };
-        screen.event(&format!("three nodes started {found}; waiting for a primary"));
+        screen.event(&format!("{} nodes started {found}; waiting for a primary", processes.len()));
         let Options { restart_after, quiet, show_failover, .. } = *options;
         Ok(Self { program, layout, processes, watch, signals, screen, restart_after, quiet, show_failover })
     }
@@ -312,7 +311,7 @@ fn temporary_dir() -> PathBuf {
     std::env::temp_dir().join(format!("twistlock-dev-{:08x}", rand::random::<u32>()))
 }
 
-/// Says which port is taken before three daemons say it in three logs.
+/// Says which port is taken before each daemon says it in a log of its own.
 fn check_ports(layout: &Layout) -> Result<()> {
     for (address, port) in layout.endpoints() {
         if let Err(error) = TcpListener::bind((address, port)) {

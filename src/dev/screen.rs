@@ -163,7 +163,7 @@ Try in another terminal:
   lose a primary  kill -9 {pid}     ({restart}; the tags are then served by another address)
   watch a node    {twistcli} ha status --data {data} --watch
 
-Ctrl-C stops all three."
+Ctrl-C stops them all."
     )
 }
 

@@ -114,7 +114,7 @@ struct Chaos {
 impl Chaos {
     fn run(settings: Settings) -> Report {
         let site = Site::start();
-        let sampler = Sampler::start_every(SAMPLE_EVERY, site.port_offset());
+        let sampler = Sampler::start_every(SAMPLE_EVERY, 3, site.port_offset());
         let shared = Shared::new(&site.file());
         let begin = Instant::now();
         let mut chaos = Self { settings, site, shared, report: Report::default(), done: BTreeSet::new(), begin };

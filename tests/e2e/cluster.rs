@@ -55,10 +55,11 @@ pub struct Cluster {
     listener: Option<JoinHandle<Vec<String>>>,
     folder: TempDir,
     pub port_offset: u16,
+    members: usize,
 }
 
 impl Cluster {
-    /// Starts a new cluster and waits until all three members are in their places.
+    /// Starts a new cluster and waits until all members are in their places.
     pub fn start() -> Self {
         Self::start_with(RESTART_AFTER, |_| {})
     }
@@ -78,6 +79,14 @@ impl Cluster {
         Self::start_in(folder, program, restart_after)
     }
 
+    /// The same with so many members.
+    pub fn start_pool(members: usize, restart_after: &str) -> Self {
+        let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
+        let cluster = Self::begin(folder, Command::new(env!("CARGO_BIN_EXE_twistlockd")), restart_after, members);
+        cluster.wait_healthy();
+        cluster
+    }
+
     /// The same with nodes that may have no more than so many files open.
     pub fn start_limited(files: u32) -> Self {
         let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
@@ -90,25 +99,24 @@ impl Cluster {
     /// Three nodes that run another program, as soon as it says that they are ready: it may not understand what this one asks.
     pub fn start_other(program: &Path) -> Self {
         let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
-        Self::begin(folder, Command::new(program), RESTART_AFTER)
+        Self::begin(folder, Command::new(program), RESTART_AFTER, 3)
     }
 
     fn start_in(folder: TempDir, program: Command, restart_after: &str) -> Self {
-        let cluster = Self::begin(folder, program, restart_after);
+        let cluster = Self::begin(folder, program, restart_after, 3);
         cluster.wait_healthy();
         cluster
     }
 
-    fn begin(folder: TempDir, mut program: Command, restart_after: &str) -> Self {
+    fn begin(folder: TempDir, mut program: Command, restart_after: &str, members: usize) -> Self {
         let port_offset = NEXT_OFFSET.fetch_add(10, Ordering::Relaxed);
-        let dev = program
-            .args(["dev", "--restart-after", restart_after, "--port-offset", &port_offset.to_string(), "--dir"])
-            .arg(folder.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut cluster = Self { dev, listener: None, folder, port_offset };
+        program.args(["dev", "--restart-after", restart_after, "--port-offset", &port_offset.to_string()]);
+        if members != 3 {
+            // An earlier program does not know it.
+            program.args(["--members", &members.to_string()]);
+        }
+        let dev = program.arg("--dir").arg(folder.path()).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut cluster = Self { dev, listener: None, folder, port_offset, members };
         cluster.wait_ready();
         cluster
     }
@@ -155,11 +163,11 @@ impl Cluster {
         std::fs::read_to_string(self.log_path(&self.node(index).name)).unwrap()
     }
 
-    /// Kills all three at once and waits until dev has started them again and they are in their places.
+    /// Kills all of them at once and waits until dev has started them again and they are in their places.
     pub fn restart_all(&self) {
         let before: Vec<Option<u32>> = self.file().nodes.iter().map(|node| node.pid).collect();
-        (0..3).for_each(|node| self.signal(node, Signal::SIGKILL));
-        self.wait_for("three new processes", |_| {
+        (0..self.members).for_each(|node| self.signal(node, Signal::SIGKILL));
+        self.wait_for("a new process of each", |_| {
             self.file().nodes.iter().zip(&before).all(|(node, old)| node.pid.is_some() && node.pid != *old)
         });
         self.wait_healthy();
@@ -189,26 +197,26 @@ impl Cluster {
 
     /// Waits until one node is PRIMARY and serves, and the others are SECONDARY under it.
     pub fn wait_healthy(&self) {
-        self.wait_for("one PRIMARY and two SECONDARY", |statuses| {
+        self.wait_for("one PRIMARY, and all others SECONDARY", |statuses| {
             let known: Vec<&Status> = statuses.iter().flatten().collect();
             let count = |role| known.iter().filter(|status| status.role == role).count();
             let one = |value: fn(&Status) -> u64| known.iter().all(|status| value(status) == value(known[0]));
-            known.len() == 3
-                && (count(Role::Primary), count(Role::Secondary)) == (1, 2)
+            known.len() == self.members
+                && (count(Role::Primary), count(Role::Secondary)) == (1, self.members - 1)
                 && one(|status| status.epoch)
                 && one(|status| status.primary.unwrap_or(0))
                 && self.serving(statuses).is_some()
         });
     }
 
-    /// Waits until all three have applied everything that is committed. Only without writers.
+    /// Waits until all have applied everything that is committed. Only without writers.
     fn wait_level(&self) {
         // A picture may be half a second old: it counts when it is the same for more than twice that.
         let last = Cell::new((0, Instant::now()));
         self.wait_for("the same applied index everywhere", |statuses| {
             let known: Vec<&Status> = statuses.iter().flatten().collect();
             let committed = known.iter().map(|status| status.committed).max().unwrap_or(0);
-            let level = known.len() == 3 && known.iter().all(|status| status.applied == committed);
+            let level = known.len() == self.members && known.iter().all(|status| status.applied == committed);
             if !level || last.get().0 != committed {
                 last.set((committed, Instant::now()));
             }
@@ -277,7 +285,7 @@ impl Cluster {
         assert!(odd.is_empty(), "unexpected log lines:\n{odd}");
     }
 
-    /// Ends a test: fails it if the logs say anything above INFO beyond what is `expected`, or if the three databases
+    /// Ends a test: fails it if the logs say anything above INFO beyond what is `expected`, or if the databases
     /// differ after an orderly stop. Nobody may write any more. Returns a line for the report.
     pub fn finish(mut self, expected: &[&str]) -> String {
         self.wait_healthy();

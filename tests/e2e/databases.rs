@@ -30,7 +30,11 @@ pub fn compare(nodes: &[NodeFile]) -> String {
         tags.push(check(path));
     }
     let (size, index) = (images[0].len(), indexes[0].1);
-    format!("three databases at index {index} equal byte for byte: {size} bytes, {} tags, integrity_check ok", tags[0])
+    let count = nodes.len();
+    format!(
+        "{count} databases at index {index} equal byte for byte: {size} bytes, {} tags, integrity_check ok",
+        tags[0]
+    )
 }
 
 /// The raft index up to which the database file has everything; the node may run.
@@ -68,7 +72,7 @@ mod tests {
             let nodes = nodes.clone();
             std::thread::spawn(move || compare(&nodes)).join().is_err()
         };
-        assert!(compare(&nodes).starts_with("three databases at index 7 equal"));
+        assert!(compare(&nodes).starts_with("3 databases at index 7 equal"));
         let database = nodes[2].data.join("database");
         for (name, at) in [("console.db", 4096 + 9), ("console.checkpoint", RECORD_INDEX.start)] {
             let good = fs::read(database.join(name)).unwrap();

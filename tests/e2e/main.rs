@@ -27,6 +27,7 @@ mod health;
 mod held;
 mod network;
 mod observe;
+mod pool;
 mod preload;
 mod recover;
 mod remote;

@@ -73,6 +73,18 @@ pub fn isolate(node: usize, wall: Wall, port_offset: u16) {
     raise("wall", &rules);
 }
 
+/// Cuts the links between these nodes and all others. Clients still reach all of them.
+pub fn divide(nodes: &[usize], port_offset: u16) {
+    let some: Vec<String> = nodes.iter().map(|node| format!("127.0.0.{}", node + 1)).collect();
+    let (some, port) = (some.join(", "), HA_PORT + port_offset);
+    let between = [("saddr", "daddr"), ("daddr", "saddr")];
+    let rules = between.map(|(these, others)| {
+        ["dport", "sport"]
+            .map(|end| format!("ip {these} {{ {some} }} ip {others} != {{ {some} }} {BOTH} {end} {port} drop\n"))
+    });
+    raise("wall", &rules.concat().concat());
+}
+
 /// Loses so many of a hundred packets between the members, at their arrival, those of handshakes too.
 pub fn lose(percent: u8, port_offset: u16) {
     let port = HA_PORT + port_offset;

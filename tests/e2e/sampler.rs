@@ -165,13 +165,13 @@ pub struct Sampler {
 impl Sampler {
     /// Starts to sample a cluster with this port offset.
     pub fn start(port_offset: u16) -> Self {
-        Self::start_every(PERIOD, port_offset)
+        Self::start_every(PERIOD, 3, port_offset)
     }
 
-    /// The same with a longer time between two attempts at a port, for a machine that has more to do.
-    pub fn start_every(period: Duration, port_offset: u16) -> Self {
+    /// The same with so many members, and a longer time between two attempts at a port, for a machine that has more to do.
+    pub fn start_every(period: Duration, members: usize, port_offset: u16) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let all = (0..3).flat_map(|node| PORTS.map(|port| Port::new(node, port + port_offset)));
+        let all = (0..members).flat_map(|node| PORTS.map(|port| Port::new(node, port + port_offset)));
         let ports: Vec<_> = all.map(|port| Arc::new(Mutex::new(port))).collect();
         let spawn = |port: &Arc<Mutex<Port>>| {
             let (stop, port) = (Arc::clone(&stop), Arc::clone(port));
@@ -229,9 +229,10 @@ impl Sampler {
         let found = overlaps(&ports.iter().map(|port| &**port).collect::<Vec<_>>());
         assert!(answers > 0, "the sampler never found an open port: it looks at the wrong ones");
         assert!(found.is_empty(), "two nodes open at once:\n{}", found[..found.len().min(20)].join("\n"));
+        let count = ports.len();
         let longest = ports.iter().map(|port| port.longest).max().unwrap_or_default();
         format!(
-            "{samples} samples of 6 ports, {answers} answered, {unknown} unknown: never two nodes open at once (period of each \
+            "{samples} samples of {count} ports, {answers} answered, {unknown} unknown: never two nodes open at once (period of each \
              port p50/p99/max {:.1}/{:.1}/{:.1} ms{})",
             quantile(&ports, 0.5).as_secs_f64() * 1e3,
             quantile(&ports, 0.99).as_secs_f64() * 1e3,
