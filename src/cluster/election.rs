@@ -132,6 +132,12 @@ impl<S: Storage> Election<S> {
         }
     }
 
+    /// True if this node follows a leader that it has heard of since the last tick but one.
+    pub fn hears_leader(&self) -> bool {
+        let raft = &self.raw.raft;
+        !self.is_leader() && raft.leader_id != INVALID_ID && raft.election_elapsed <= 1
+    }
+
     /// True if the next tick ends this voter's patience and makes it a candidate.
     pub fn is_impatient(&self, place: usize) -> bool {
         let raft = &self.raw.raft;
@@ -339,4 +345,31 @@ pub fn asks_for_vote(message: &Message) -> bool {
 /// True for the order of a leader to campaign at once.
 pub fn orders_campaign(message: &Message) -> bool {
     message.get_msg_type() == MessageType::MsgTimeoutNow
+}
+
+#[cfg(test)]
+mod tests {
+    use raft::storage::MemStorage;
+
+    use super::*;
+
+    #[test]
+    fn a_leader_is_heard_until_two_ticks_without_a_word() {
+        let log = MemStorage::new_with_conf_state((vec![1, 2, 3], vec![]));
+        let mut election = Election::new(1, ELECTION_TICKS, (0, 0), log).unwrap();
+        assert!(!election.hears_leader(), "nobody leads yet");
+        for _ in 0..3 {
+            election.step(Message {
+                msg_type: MessageType::MsgHeartbeat,
+                from: 2,
+                to: 1,
+                term: 1,
+                ..Message::default()
+            });
+            election.tick(0);
+            assert!(election.hears_leader(), "the next heartbeat is awaited");
+            election.tick(0);
+            assert!(!election.hears_leader(), "silence is counted without delay");
+        }
+    }
 }

@@ -321,6 +321,11 @@ impl<S: Storage> Cluster<S> {
         self.election.confirm(self.last_round.to_le_bytes().to_vec());
     }
 
+    /// True if the next tick may come a little late: the primary was heard of a moment ago.
+    pub fn hears_primary(&self) -> bool {
+        self.election.hears_leader()
+    }
+
     /// When [`Cluster::wake`] should be called at the latest, besides ticks.
     pub fn deadline(&self) -> Option<u64> {
         let quiet = (self.phase == Phase::Startup && !self.forgotten).then_some(self.quiet_until);

@@ -58,6 +58,8 @@ use upgrade::Upgrade;
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
 const INPUTS_PER_TURN: usize = 64;
+/// How late the tick of a node may be that hears its primary.
+const SLACK: Duration = Duration::from_millis(5);
 /// A node whose database lacks more committed entries than this leaves the role to others that can take it.
 const MUCH_BEHIND: u64 = 1000;
 /// How long a node whose database cannot be used, or whose disk is full, leaves the role to others, in nanoseconds.
@@ -313,8 +315,11 @@ impl Driver {
         self.publisher.diverged(why);
     }
 
+    /// Until the next tick, or until a time-out. The tick of a secondary that hears its primary waits a little longer,
+    /// so that the next heartbeat and the tick are one turn.
     fn time_to_wait(&self, next_tick: Instant) -> Duration {
-        let until_tick = next_tick.saturating_duration_since(Instant::now());
+        let slack = if self.cluster.hears_primary() { SLACK } else { Duration::ZERO };
+        let until_tick = (next_tick + slack).saturating_duration_since(Instant::now());
         let deadline = self.cluster.deadline().map(|at| Duration::from_nanos(at.saturating_sub(boottime())));
         deadline.map_or(until_tick, |deadline| until_tick.min(deadline))
     }
