@@ -25,6 +25,8 @@ const TOLD: Duration = Duration::from_secs(60);
 const SLOW: Duration = Duration::from_millis(250);
 /// How long a network is known after a login.
 const KNOWN: Duration = Duration::from_secs(3600);
+/// How long who has logged in on a connection need not be noted again.
+const VOUCHED: Duration = Duration::from_secs(60);
 /// Networks that are known, beside those of the members.
 const KNOWN_MOST: usize = 4096;
 /// How many connections may have been told to end and not ended yet: more must wait, or the descriptors would run
@@ -263,7 +265,8 @@ impl Places {
         *now.counts.entry(network).or_default() += 1;
         now.occupants.insert(id, Occupant { network, crowd: None, since: Instant::now(), end: Arc::clone(&end) });
         now.place(id, Some((known, Stage::Silent)));
-        Some(Place { visit: Visit { places: Arc::clone(self), network, id, end } })
+        let visit = Visit { places: Arc::clone(self), network, id, end, vouched: Arc::default() };
+        Some(Place { visit })
     }
 
     /// Ends one connection that can make room, because descriptors are short.
@@ -328,6 +331,8 @@ pub struct Visit {
     network: IpAddr,
     id: u64,
     end: Arc<Notify>,
+    /// Since when, lately.
+    vouched: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Visit {
@@ -347,9 +352,12 @@ impl Visit {
     }
 
     fn stage(&self, stage: Stage) {
+        // Somebody who has logged in makes room for nobody.
+        if locked(&self.vouched).is_some() {
+            return;
+        }
         let known = self.places.acquaintances.knows(self.network);
         let mut now = self.places.lock();
-        // Somebody who has logged in makes room for nobody.
         if now.occupants.get(&self.id).is_some_and(|occupant| occupant.crowd.is_some()) {
             now.place(self.id, Some((known, stage)));
         }
@@ -357,8 +365,14 @@ impl Visit {
 
     /// Somebody has proven here who they are: this connection stays, and others from there find a place.
     pub fn vouch(&self) {
+        let mut vouched = locked(&self.vouched);
+        // Every request says so: not all the books are opened each time.
+        if vouched.is_some_and(|at| at.elapsed() < VOUCHED) {
+            return;
+        }
         self.places.acquaintances.note(self.network);
         self.places.lock().place(self.id, None);
+        *vouched = Some(Instant::now());
     }
 }
 
