@@ -154,6 +154,39 @@ fn no_response_leaves_after_the_lease_and_the_ports_refuse() {
     wait_until("the database is free", || !node.handle.state().borrow().running);
 }
 
+/// Reads come from snapshots beside the writer. A session that was not looked up before is read from one, too.
+#[test]
+fn reads_are_answered_while_a_commit_is_held_back_and_its_own_response_is_not() {
+    let node = Node::start();
+    node.serve(1);
+    node.hold_lease();
+    node.signup();
+    let sessions: Vec<_> = (0..8).map(|_| node.token()).collect();
+    node.ok("POST", "/api/v1/tags", Some(&sessions[0]), json!({"name": "a"}));
+    node.majority.set(Majority::Holds);
+    let mut posts = vec![node.post_in_background(&sessions[0], "b")];
+    node.majority.wait_for_a_commit();
+    posts.extend((0..8).map(|n| node.post_in_background(&sessions[0], &format!("c{n}"))));
+    thread::scope(|scope| {
+        for session in &sessions {
+            scope.spawn(|| {
+                for path in ["/api/v1/authenticate", "/api/v1/audits/mgmt", "/api/v1/settings/initialized"] {
+                    node.ok("GET", path, Some(session), Value::Null);
+                }
+                let tags = node.ok("GET", "/api/v1/tags", Some(session), Value::Null);
+                assert_eq!(tags.as_array().unwrap().len(), 1, "nothing that no majority has: {tags}");
+            });
+        }
+    });
+    assert!(!posts.iter().any(thread::JoinHandle::is_finished), "nobody is answered before the COMMIT");
+    node.majority.set(Majority::Agrees);
+    for post in posts {
+        let answer = post.join().unwrap();
+        assert!(matches!(answer, Answer::Status(200)), "{answer:?}");
+    }
+    assert_eq!(node.ok("GET", "/api/v1/tags", Some(&sessions[0]), Value::Null).as_array().unwrap().len(), 10);
+}
+
 #[test]
 fn demotion_resets_connections_frees_the_database_and_loses_nothing() {
     let node = Node::start();

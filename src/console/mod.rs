@@ -75,6 +75,8 @@ use crate::{
 const BODY: usize = 1 << 20;
 /// Requests under way at once; more are refused, so that a client learns it at once and may try again.
 const AT_ONCE: usize = 256;
+/// As many of them may change something: the others wait for no COMMIT, and find a place also while all these do.
+const CHANGES: usize = 192;
 /// The answer to `OPTIONS *`.
 const METHODS: &str = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT";
 /// Health checks are answered however busy the Console is: a load balancer must not take a busy primary for a dead one.
@@ -139,6 +141,8 @@ pub struct Console {
     downloads: Arc<Semaphore>,
     /// A place for each request under way.
     places: Semaphore,
+    /// Another one for each that may change something.
+    changes: Semaphore,
     streams: Arc<Semaphore>,
     refusals: enforce::Refusals,
     /// True when the ports are about to close: nothing may go on for long then.
@@ -158,7 +162,7 @@ impl Console {
         let (store, logins) = (Store::new(database), logins::Logins::new()?);
         let downloads = Arc::new(Semaphore::new(programs::DOWNLOADS));
         let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
-        let places = Semaphore::new(AT_ONCE);
+        let (places, changes) = (Semaphore::new(AT_ONCE), Semaphore::new(CHANGES));
         let (clock, refusals) = (clock::Clock::new(), enforce::Refusals::default());
         let recent = recent::Recent::default();
         Ok(Arc::new(Self {
@@ -170,6 +174,7 @@ impl Console {
             services,
             downloads,
             places,
+            changes,
             streams,
             refusals,
             closing,
@@ -236,7 +241,8 @@ async fn no_method(method: Method, uri: Uri) -> Response {
 
 /// Does what is the same for all requests: limits their number and their time, and sets a few headers.
 async fn around(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
-    let place = console.places.try_acquire();
+    let change = (!request.method().is_safe()).then(|| console.changes.try_acquire()).transpose();
+    let place = change.and_then(|change| Ok((change, console.places.try_acquire()?)));
     let secure = request.extensions().get() == Some(&Scheme::HTTPS);
     let browser = cookie::is_browser(request.headers());
     let (request, arriving) = Arriving::of(request, arriving::LIMITS);
@@ -248,7 +254,8 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
     } else if http::asks_about_server(&request) {
         (StatusCode::NO_CONTENT, [(header::ALLOW, METHODS)]).into_response()
     } else if place.is_err() && request.uri().path() != PING {
-        ApiError::Busy(format!("{AT_ONCE} requests are under way: try again")).into_response()
+        let text = format!("{AT_ONCE} requests, or {CHANGES} that change something, are under way: try again");
+        ApiError::Busy(text).into_response()
     } else {
         match tokio::time::timeout(REQUEST, store::settled(next.run(request))).await {
             Ok(Ok(response)) => response,
@@ -292,5 +299,19 @@ mod tests {
         assert_eq!(test.send(get(PING)).await.0, StatusCode::OK);
         drop(all);
         assert_eq!(test.send(get("/api/v1/settings/initialized")).await.0, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn those_that_read_find_a_place_while_all_others_wait_for_a_commit() {
+        let test = TestConsole::start().await;
+        let auth = test.login().await;
+        let all = test.console.changes.acquire_many(CHANGES as u32).await.unwrap();
+        let tag = serde_json::json!({ "name": "a" });
+        let post = async || test.call(Method::POST, "/api/v1/tags", &auth, tag.clone()).await.0;
+        assert_eq!(post().await, StatusCode::SERVICE_UNAVAILABLE);
+        let tags = test.call(Method::GET, "/api/v1/tags", &auth, serde_json::Value::Null).await;
+        assert_eq!(tags, (StatusCode::OK, serde_json::json!([])));
+        drop(all);
+        assert_eq!(post().await, StatusCode::OK);
     }
 }

@@ -2,14 +2,14 @@
 //! decides what a database error means to a client. Must never report a write whose outcome is unknown as failed.
 
 mod group;
+mod readers;
 
 use std::{sync::Arc, time::Duration};
 
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::{
-    Connection, Execute, FromRow, Sqlite, SqliteConnection, SqlitePool,
+    Connection, Execute, FromRow, Row as _, Sqlite, SqliteConnection, SqlitePool,
     migrate::{Migration, MigrationType, Migrator},
-    pool::PoolConnection,
     query::{Query, QueryAs, QueryScalar},
     sqlite::{SqliteArguments, SqliteConnectOptions, SqlitePoolOptions, SqliteRow},
 };
@@ -17,11 +17,16 @@ use thiserror::Error;
 
 pub(super) use group::settled;
 use group::{Line, Rollbacks, Turn};
+use readers::Readers;
+pub use readers::Reading;
 
 use crate::storage::database::{PrimaryDatabase, VFS_NAME};
 
 /// Readers at once; more requests than this wait for their turn.
 pub(super) const READERS: u32 = 4;
+/// Rows that a reading statement may be ahead of whoever takes them: the longest page. Otherwise its thread would stop
+/// and be woken in the middle.
+const AHEAD: usize = 1024;
 /// What a statement names that changes users or sessions. Sessions end with their user.
 const LOGINS: [&str; 2] = ["users", "tokens"];
 /// How long a request waits for its turn at the database, in all.
@@ -136,7 +141,7 @@ pub struct Store {
     writer: SqlitePool,
     /// The writers that wait for it.
     line: Line,
-    readers: SqlitePool,
+    readers: Readers,
 }
 
 impl Store {
@@ -144,27 +149,24 @@ impl Store {
     pub fn new(options: SqliteConnectOptions) -> Self {
         // The only other holder of SQLite's write lock is a checkpoint, for an instant.
         let options = options.busy_timeout(Duration::from_secs(2));
-        let pool = |size| {
-            SqlitePoolOptions::new()
-                .max_connections(size)
-                .acquire_timeout(TURN)
-                .idle_timeout(None)
-                .max_lifetime(None)
-                // A connection to a local file does not break while it is idle.
-                .test_before_acquire(false)
-        };
         let thread = |kind: &'static str| move |number| format!("console-{kind}{number}");
-        let reading = options.clone().pragma("query_only", "ON").thread_name(thread("r"));
+        let reading = options.clone().pragma("query_only", "ON").row_buffer_size(AHEAD).thread_name(thread("r"));
         let rollbacks = Rollbacks::default();
         let counted = rollbacks.clone();
-        let writer = pool(1)
+        let writer = SqlitePoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(TURN)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            // A connection to a local file does not break while it is idle.
+            .test_before_acquire(false)
             .after_connect(move |connection, _| {
                 let counted = counted.clone();
                 Box::pin(async move { counted.count_on(connection).await })
             })
             .before_acquire(|connection, _| Box::pin(is_usable(connection)))
             .connect_lazy_with(options.thread_name(thread("w")));
-        Self { line: Line::new(writer.clone(), rollbacks), writer, readers: pool(READERS).connect_lazy_with(reading) }
+        Self { line: Line::new(writer.clone(), rollbacks), writer, readers: Readers::new(reading, READERS) }
     }
 
     /// Brings the schema up to this program's version.
@@ -200,8 +202,26 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Unavailable`].
-    pub async fn read(&self) -> Result<PoolConnection<Sqlite>, StoreError> {
-        self.readers.acquire().await.map_err(|error| StoreError::Unavailable(Arc::new(error)))
+    pub async fn read(&self) -> Result<Reading, StoreError> {
+        self.readers.take(TURN).await.map_err(|error| StoreError::Unavailable(Arc::new(error)))
+    }
+
+    /// The rows of a statement, and the number that the statement behind it counts. Both in one go: the way to the
+    /// connection's thread and back takes longer than a short list.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub(super) async fn counted<T>(
+        &self,
+        statements: Query<'_, Sqlite, SqliteArguments>,
+    ) -> Result<(Vec<T>, i64), StoreError>
+    where
+        T: for<'r> FromRow<'r, SqliteRow>,
+    {
+        let mut rows = statements.fetch_all(&mut *self.read().await?).await?;
+        let total = rows.pop().map(|count| count.try_get(0)).transpose()?;
+        let rows = rows.iter().map(T::from_row).collect::<sqlx::Result<_>>()?;
+        Ok((rows, total.unwrap_or_default()))
     }
 
     /// What an administrator has set under this name; `None` if nobody has.

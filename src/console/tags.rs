@@ -87,11 +87,8 @@ pub(super) async fn list(
     Search(page): Search<Page>,
 ) -> Result<Paged<Tag>, ApiError> {
     let (limit, offset) = page.bounds()?;
-    let mut reading = console.store.read().await?;
-    let query = sqlx::query_as("SELECT name, color, description FROM tags ORDER BY name LIMIT ? OFFSET ?");
-    let rows = query.bind(limit).bind(offset).fetch_all(&mut *reading).await.map_err(StoreError::from)?;
-    let total = sqlx::query_scalar("SELECT count(*) FROM tags");
-    let total = total.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
+    let page = "SELECT name, color, description FROM tags ORDER BY name LIMIT ? OFFSET ?; SELECT count(*) FROM tags";
+    let (rows, total) = console.store.counted(sqlx::query(page).bind(limit).bind(offset)).await?;
     Ok(Paged { rows, total })
 }
 

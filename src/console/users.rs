@@ -117,11 +117,9 @@ impl FromRow<'_, SqliteRow> for Account {
 /// `GET users`.
 async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -> Result<Paged<Account>, ApiError> {
     let (limit, offset) = page.bounds()?;
-    let mut reading = console.store.read().await?;
-    let query = sqlx::query_as("SELECT name AS username, role, created FROM users ORDER BY name LIMIT ? OFFSET ?");
-    let rows = query.bind(limit).bind(offset).fetch_all(&mut *reading).await.map_err(StoreError::from)?;
-    let total = sqlx::query_scalar("SELECT count(*) FROM users");
-    let total = total.fetch_one(&mut *reading).await.map_err(StoreError::from)?;
+    let page = "SELECT name AS username, role, created FROM users ORDER BY name LIMIT ? OFFSET ?; \
+                SELECT count(*) FROM users";
+    let (rows, total) = console.store.counted(sqlx::query(page).bind(limit).bind(offset)).await?;
     Ok(Paged { rows, total })
 }
 
