@@ -1,4 +1,5 @@
--- What wrk sends for all.sh: writes with a name of their own each, to twistlockd (OURS=1, AUTHORIZATION: the session) or to etcd.
+-- What wrk sends for all.sh: writes with a name of their own each, to twistlockd (OURS=1, AUTHORIZATION: the session; DESCRIPTION:
+-- how many characters to fill the database with) or to etcd.
 -- Must cost little: it shares the processors with what it measures.
 local ours, session = os.getenv("OURS") == "1", os.getenv("AUTHORIZATION")
 local threads, number, prefix = 0, 0, ""
@@ -24,6 +25,8 @@ end
 
 -- Each three digits of a number, encoded once.
 local digits = {}
+local length = tonumber(os.getenv("DESCRIPTION") or "0")
+local description = length > 0 and string.rep("\228\189\160\229\165\189", length / 2) or "one of many"
 local value = base64("#336699 one of many..")
 
 function init()
@@ -42,7 +45,7 @@ local headers = { ["Content-Type"] = "application/json", ["Authorization"] = our
 function request()
     number = number + 1
     if ours then
-        local body = '{"name":"' .. prefix .. number .. '","color":"#336699","description":"one of many"}'
+        local body = '{"name":"' .. prefix .. number .. '","color":"#336699","description":"' .. description .. '"}'
         return wrk.format("POST", "/api/v1/tags", headers, body)
     end
     local key = prefix

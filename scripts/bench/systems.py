@@ -191,6 +191,7 @@ class System:
     needs = []  # program, how it is installed
     clients = None  # the only numbers of clients, if not any
     pause = 0.005  # seconds between two tries of a client during a takeover
+    members = 3
     slow = False  # a takeover lasts so long that others may be measured beside it
 
     def __init__(self, place):
@@ -219,7 +220,7 @@ class System:
                     pass
                 done.wait(self.pause)
 
-        threads = [threading.Thread(target=client, args=[index], daemon=True) for index in range(3) if index != victim]
+        threads = [threading.Thread(target=client, args=[index], daemon=True) for index in range(self.members) if index != victim]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -269,7 +270,7 @@ class Twistlock(System):
         return None
 
     def primary(self):
-        return [self.role(index) for index in range(3)].index("primary")
+        return [self.role(index) for index in range(self.members)].index("primary")
 
     def url(self, index):
         return self.cluster()["nodes"][index]["console_url"]
@@ -304,7 +305,7 @@ class Twistlock(System):
         return True
 
     def heal(self, index):
-        wait_until("all members of twistlockd are in their places", lambda: all(map(self.role, range(3))), HEAL_LIMIT)
+        wait_until("all members of twistlockd are in their places", lambda: all(map(self.role, range(self.members))), HEAL_LIMIT)
 
 
 class Etcd(System):
