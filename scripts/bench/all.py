@@ -241,6 +241,7 @@ def main():
     ours = program(chosen)
     run, begin = Run(chosen), time.monotonic()
     place = systems.Place(pathlib.Path(tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("BENCH_DIR"))))
+    place.ordinary()
     # PostgreSQL runs as another user.
     place.folder.chmod(0o711)
     try:

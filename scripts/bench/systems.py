@@ -70,11 +70,13 @@ class Place:
         self.folder = folder
         self.running = []
         self.over = False
-        prctl = ctypes.CDLL(None).prctl
-        prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        # All have ordinary priority. Otherwise twistlockd's real-time threads would go before everybody else's on a machine that
-        # is busy with other things.
-        prctl(PR_CAPBSET_DROP, CAP_SYS_NICE, 0, 0, 0)
+        self.prctl = ctypes.CDLL(None).prctl
+        self.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def ordinary(self):
+        """From now on all have ordinary priority. Otherwise twistlockd's real-time threads would go before everybody else's on a
+        machine that is busy with other things."""
+        self.prctl(PR_CAPBSET_DROP, CAP_SYS_NICE, 0, 0, 0)
         resource.setrlimit(resource.RLIMIT_RTPRIO, (0, 0))
 
     def start(self, name, command, user=None):
