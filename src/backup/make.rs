@@ -26,6 +26,7 @@ use crate::{
     clock::unix_time,
     events::{self, Event, Scope, Severity},
     node::Warning,
+    scheduling,
     telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS},
 };
 
@@ -107,7 +108,11 @@ impl Backups {
     /// Makes the backup whose turn it is. True if there is one now. `record` belongs to whoever asked for it, if
     /// anybody did.
     pub(super) async fn make(self: &Arc<Self>, job: &Arc<Job>, id: &BackupId, record: Option<Record>) -> bool {
-        let result = self.steps(job, id).await;
+        let (all, step_by_step, name) = (self.clone(), Arc::clone(job), id.clone());
+        // Whoever commits goes before all of it.
+        let made = scheduling::apart("backup", move || async move { all.steps(&step_by_step, &name).await }).await;
+        let lost = |error| Err(BackupError::Unknown(format!("it ended without an outcome: {error}")));
+        let result = made.unwrap_or_else(lost);
         if let Some(record) = record {
             record.end(Outcome::of(&result)).await;
         }

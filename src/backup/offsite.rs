@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, sync::oneshot, time::timeout};
+use tokio::{sync::Notify, time::timeout};
 use tracing::{info, warn};
 
 use super::{
@@ -26,6 +26,7 @@ use crate::{
     events::{Scope, Severity},
     mutex::locked,
     node::Warning,
+    scheduling,
     telemetry::{BACKUP_COPIED, BACKUP_COPY_FAILURES},
 };
 
@@ -81,24 +82,8 @@ where
     T: Send + 'static,
     F: Future<Output = Result<T, BackupError>>,
 {
-    let (sender, receiver) = oneshot::channel();
-    let run = move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let result = match runtime {
-            Ok(runtime) => {
-                let result = runtime.block_on(work());
-                // A file system that hangs must not keep the outcome.
-                runtime.shutdown_background();
-                result
-            }
-            Err(error) => Err(BackupError::Remote(format!("no thread for it: {error}"))),
-        };
-        // Nobody waits any more when the node ends.
-        let _ = sender.send(result);
-    };
-    let spawned = std::thread::Builder::new().name("backup-copies".to_owned()).spawn(run);
-    spawned.map_err(|error| BackupError::Remote(format!("no thread for it: {error}")))?;
-    receiver.await.map_err(|_| BackupError::Unknown("it ended without an outcome".to_owned()))?
+    let result = scheduling::apart("backup-copies", work).await;
+    result.unwrap_or_else(|error| Err(BackupError::Unknown(format!("it ended without an outcome: {error}"))))
 }
 
 /// The backups of the folder that have no copy of their length, the newest first. Those that were fetched are there

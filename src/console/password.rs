@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use super::errors::ApiError;
-use crate::mutex::locked;
+use crate::{mutex::locked, scheduling};
 
 /// Hashes at once: each takes 19 MiB and a core for some ten milliseconds.
 const AT_ONCE: usize = 2;
@@ -37,8 +37,6 @@ const WAITING: usize = 96;
 const WAITING_KNOWN: usize = 32;
 /// Longest wait for a turn.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The nice value of the threads that hash: logins must never cost the role.
-const NICE: i32 = 10;
 
 /// Longest name and password that are looked at, in bytes.
 pub(super) const LONGEST: usize = 1024;
@@ -164,8 +162,8 @@ fn hand_over(job: Job) -> io::Result<()> {
                 let jobs = Arc::clone(&jobs);
                 let next = move || locked(&jobs).recv();
                 let work = move || {
-                    // If that is refused, the thread has the same priority as everything else.
-                    let _ = rustix::process::setpriority_process(None, NICE);
+                    // Logins must never cost the role.
+                    scheduling::leisurely();
                     let mut memory = Memory::new();
                     while let Ok(job) = next() {
                         job(&mut memory);

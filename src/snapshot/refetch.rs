@@ -2,7 +2,7 @@
 //! while the database is needed, and never try again without a pause.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,6 +15,8 @@ use crate::{
     cluster::{Member, NodeId},
     node::{Handle, Warning},
     peer::PeerIdentity,
+    scheduling,
+    storage::snapshot::Manifest,
 };
 
 /// First and longest pause between two attempts.
@@ -35,7 +37,7 @@ pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
         };
         info!(from = member.name, "fetching the whole database");
         let start = Instant::now();
-        let result = fetch(&identity, &member, &data, |progress| handle.report_sync(me, Some(progress))).await;
+        let result = fetch_apart(&handle, &identity, &member, &data).await;
         match result {
             Ok(manifest) => {
                 handle.warn(Warning::Snapshot, None);
@@ -57,6 +59,21 @@ pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
             pause = (pause * 2).min(PAUSE.1);
         }
     }
+}
+
+/// Fetches it on a thread that leaves the processor to whoever commits.
+async fn fetch_apart(
+    handle: &Handle,
+    identity: &Arc<PeerIdentity>,
+    member: &Member,
+    data: &Path,
+) -> Result<Manifest, FetchError> {
+    let (handle, identity, member, data) = (handle.clone(), identity.clone(), member.clone(), data.to_owned());
+    let work = move || async move {
+        let report = |progress| handle.report_sync(identity.me, Some(progress));
+        fetch(&identity, &member, &data, report).await
+    };
+    scheduling::apart("snapshot-fetch", work).await?
 }
 
 /// The member to ask: the primary, or else the one that was primary when the need was noticed.

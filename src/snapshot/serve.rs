@@ -1,5 +1,5 @@
-//! The primary's side: reads the resting database file on a thread, and sends it. Must never hold up checkpoints for
-//! longer than the other side takes to receive the file.
+//! The primary's side: reads the resting database file, and sends it, on threads that leave the processor to whoever
+//! commits. Must never hold up checkpoints for longer than the other side takes to receive the file.
 
 use std::{
     io::{self, ErrorKind},
@@ -21,6 +21,7 @@ use crate::{
     events::{Event, Kind, Recorder, Scope, Severity},
     node::{Handle, SyncProgress},
     peer::StreamCall,
+    scheduling,
     storage::snapshot::{ClusterKey, Manifest, Resting},
     telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY},
 };
@@ -36,7 +37,13 @@ pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<StreamC
     while let Some(mut call) = calls.recv().await {
         while running.try_join_next().is_some() {}
         if running.len() < AT_ONCE {
-            running.spawn(answer(handle.clone(), events.clone(), call, data.clone()));
+            let (handle, events, data) = (handle.clone(), events.clone(), data.clone());
+            running.spawn(async move {
+                let sent = scheduling::apart("snapshot-send", || answer(handle, events, call, data)).await;
+                if let Err(error) = sent {
+                    warn!(%error, "the whole database is not sent: no thread for it");
+                }
+            });
         } else if refuse(&mut call.stream, "the database is being sent to other nodes: try again later").await.is_ok() {
             let _ = call.stream.shutdown().await;
         }
