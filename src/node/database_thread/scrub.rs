@@ -16,9 +16,10 @@ use std::{
 use tracing::{debug, info};
 
 use crate::{
+    scheduling,
     storage::{
         database::{Database, Scrubbable},
-        scrub::{drop_cache, page_checksums},
+        scrub::{from_disk, page_checksums},
         snapshot::Resting,
     },
     telemetry::{SCRUB_PROGRESS, SCRUB_SUCCESS, note_now},
@@ -26,8 +27,11 @@ use crate::{
 
 /// Bytes that are read at a time.
 const CHUNK: u32 = 1 << 20;
-/// Pause between two chunks, for about 32 MiB a second.
+/// Shortest pause between two chunks, for about 32 MiB a second.
 const PACE: Duration = Duration::from_millis(30);
+/// A longer one is so many times as long as the last chunk took: others get most of a busy disk.
+const REST: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_secs(1);
 /// The longest wait before a scrub that could not be completed starts again.
 const AGAIN: Duration = Duration::from_secs(60);
 /// How often the thread tries to begin or continue a scrub that is due.
@@ -83,8 +87,10 @@ impl Scrub {
     pub fn start(interval: Duration, report: impl Fn(Answer) + Send + 'static) -> io::Result<Self> {
         let (jobs, taken) = sync_channel(1);
         thread::Builder::new().name("scrub".to_owned()).spawn(move || {
+            scheduling::leisurely();
+            let mut took = Duration::ZERO;
             for job in taken {
-                report(read(job));
+                report(read(job, &mut took));
             }
         })?;
         if !interval.is_zero() {
@@ -221,25 +227,31 @@ impl Scrub {
     }
 }
 
-/// Does a job, after a pause.
-fn read(job: Job) -> Answer {
+/// Does a job. `took` is how long the last chunk took.
+fn read(job: Job, took: &mut Duration) -> Answer {
     match job {
         Job::Pages { file, page_size, done, count } => {
-            thread::sleep(PACE);
-            drop_cache(&file, page_size, done, count);
-            Answer::Pages { done, sums: page_checksums(&file, page_size, done, count) }
+            let read = || from_disk(&file, page_size, done, count, || page_checksums(&file, page_size, done, count));
+            Answer::Pages { done, sums: after_a_rest(took, read) }
         }
-        Job::Resting(resting) => Answer::Resting(whole(&resting)),
+        Job::Resting(resting) => Answer::Resting(whole(&resting, took)),
     }
 }
 
-fn whole(resting: &Resting) -> io::Result<()> {
+/// Reads a chunk after a pause that leaves time to others.
+fn after_a_rest<T>(took: &mut Duration, read: impl FnOnce() -> T) -> T {
+    thread::sleep((*took * REST).clamp(PACE, LONGEST_REST));
+    let begun = Instant::now();
+    let found = read();
+    *took = begun.elapsed();
+    found
+}
+
+fn whole(resting: &Resting, took: &mut Duration) -> io::Result<()> {
     let record = resting.record();
     let (mut done, mut checksum, mut bytes) = (0, 0, Vec::new());
     while done < record.pages {
-        thread::sleep(PACE);
-        resting.drop_cache(done);
-        checksum ^= resting.read(done, &mut bytes)?;
+        checksum ^= after_a_rest(took, || resting.read_from_disk(done, &mut bytes))?;
         done += bytes.len() as u32 / record.page_size;
         metrics::gauge!(SCRUB_PROGRESS).set(f64::from(done) / f64::from(record.pages));
     }

@@ -36,7 +36,7 @@ pub use super::checksum::CHUNK;
 use super::{
     checkpoint::Record,
     checksum::{page_checksum, read_chunk},
-    scrub::drop_cache,
+    scrub::from_disk,
     transaction::valid_page_size,
 };
 use crate::cluster::{Membership, NodeId, limits::MAX_ENCODED};
@@ -278,12 +278,6 @@ impl Resting {
         self.hold.is_broken()
     }
 
-    /// Makes the next [`Self::read`] after page `done` read from the disk and not from memory.
-    pub fn drop_cache(&self, done: u32) {
-        let page_size = self.record.page_size;
-        drop_cache(&self.file, page_size, done, CHUNK as u32 / page_size);
-    }
-
     /// Reads the next pages after page `done`: at most [`CHUNK`] bytes, none at the end. Returns the XOR of their
     /// checksums.
     ///
@@ -300,6 +294,15 @@ impl Resting {
             ));
         }
         Ok(chunk_checksum(done, page_size, bytes))
+    }
+
+    /// As [`Self::read`], but from the disk and not from memory.
+    ///
+    /// # Errors
+    /// See [`Self::read`].
+    pub fn read_from_disk(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<u64> {
+        let page_size = self.record.page_size;
+        from_disk(&self.file, page_size, done, CHUNK as u32 / page_size, || self.read(done, bytes))
     }
 }
 
