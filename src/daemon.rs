@@ -46,7 +46,7 @@ use twistlock_ha::{
     node::{self, Exit, Handle, Lease, Warning, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
-    snapshot,
+    scheduling, snapshot,
     storage::{DataDir, Identity},
     supervisor::{Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
     telemetry,
@@ -77,6 +77,7 @@ const GUARD_LIMIT: Duration = Duration::from_secs(2);
 
 /// Runs the node that this configuration file describes, until SIGTERM or SIGINT.
 pub(crate) fn run(path: &Path) -> ExitCode {
+    let in_memory = scheduling::stay_in_memory();
     let loaded = match config::load(path) {
         Ok(loaded) => loaded,
         Err(errors) => {
@@ -92,6 +93,7 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         eprintln!("twistlockd: {error:#}");
         return ExitCode::from(EX_UNAVAILABLE);
     }
+    scheduling::say_if_it_stays(in_memory);
     for note in &loaded.notes {
         match note.severity {
             Severity::Warning => warn!("{note}"),

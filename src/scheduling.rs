@@ -1,14 +1,22 @@
-//! Which threads the kernel runs before all others, and which after them. First come those that keep the lease, and
-//! those that end it. On a host whose processors are all busy an ordinary thread may wait a tenth of a second for its
-//! turn; a PRIMARY whose heartbeats wait like that loses its role without a fault. Must never be asked for by a thread
-//! that works for long at a time. Last comes what moves a lot of data: whoever commits must not wait for it.
+//! What the kernel does for some threads before all others, and for some after them. First come those that keep the
+//! lease, and those that end it. On a host whose processors are all busy an ordinary thread may wait a tenth of a
+//! second for its turn; a PRIMARY whose heartbeats wait like that loses its role without a fault. Must never be asked
+//! for by a thread that works for long at a time. Last comes what moves a lot of data: whoever commits must not wait
+//! for it.
 //!
 //! The policy of the first is SCHED_RR with the lowest real-time priority (sched(7)): whatever else is real-time on the
-//! host goes first. The kernel keeps real-time threads from taking all of a processor (`sched_rt_runtime_us`). The
-//! last have a nice value, so that they get little of a busy processor, but get on.
+//! host goes first. The kernel keeps real-time threads from taking all of a processor (`sched_rt_runtime_us`). The last
+//! have a nice value, so that they get little of a busy processor, but get on.
+//!
+//! A processor is of no use to a thread whose next instruction has to be read from a disk first: from one that does not
+//! answer, or behind all that a host reads again and again that is short of memory. So the program stays in memory.
 
 use std::{io, sync::Once, thread};
 
+use nix::{
+    libc::MCL_ONFAULT,
+    sys::mman::{MlockAllFlags, mlockall},
+};
 use thread_priority::{
     Error, NormalThreadSchedulePolicy, RealtimeThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
     set_thread_priority_and_policy, thread_native_id,
@@ -41,6 +49,28 @@ pub fn urgent() {
 /// EPERM when this process may not have it: RLIMIT_RTPRIO is 0, or a filter of system calls forbids it.
 pub fn try_urgent() -> io::Result<()> {
     set(ThreadPriority::Min, ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::RoundRobin))
+}
+
+/// Keeps in memory what is there of the program, and what comes there of it later. Must be called before another thread
+/// is started: what threads reserve would count against RLIMIT_MEMLOCK, and what they free could not be given back.
+///
+/// # Errors
+/// EPERM or ENOMEM when this process may not lock so much.
+pub fn stay_in_memory() -> io::Result<()> {
+    // Only what is used: nobody needs the rest.
+    Ok(mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::from_bits_retain(MCL_ONFAULT))?)
+}
+
+/// Logs whether the program stays in memory.
+pub fn say_if_it_stays(locked: io::Result<()>) {
+    match locked {
+        Ok(()) => info!("the program stays in memory"),
+        Err(error) => info!(
+            %error,
+            "the program may have to be read from its disk again: while that does not answer, or this host is short of \
+             memory, the lease may lapse (LimitMEMLOCK=64M in the unit permits more)"
+        ),
+    }
 }
 
 /// Gives the calling thread a low priority: for work that can wait. Threads that it starts have it, too.

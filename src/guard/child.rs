@@ -56,8 +56,9 @@ fn run() -> io::Result<()> {
         return Err(io::Error::other("not started by a daemon (this command is internal to twistlockd)"));
     }
     prctl::set_name(c"twistlock-guard")?;
-    // Whether it is permitted, the daemon has logged.
+    // Whether these are permitted, the daemon has logged.
     let _ = scheduling::try_urgent();
+    let _ = scheduling::stay_in_memory();
     // The daemon has raised the limit for itself.
     let (files, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, files.min(FILES), most)?;

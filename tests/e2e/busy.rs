@@ -46,6 +46,31 @@ impl Drop for Busy {
     }
 }
 
+/// A number of `/proc/PID/status`.
+fn status(pid: &str, name: &str, radix: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let value = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    u64::from_str_radix(value.split_whitespace().next().unwrap(), radix).unwrap()
+}
+
+/// The program of each node and of its port guard stays in memory if the kernel permits it, and the node says whether it
+/// does. Whoever may lock as much as he likes (CAP_IPC_LOCK) finds it locked.
+fn check_memory(cluster: &Cluster) {
+    const MAY_LOCK: u64 = 1 << 14;
+    let may = status("self", "CapEff:", 16) & MAY_LOCK != 0;
+    for (index, node) in cluster.file().nodes.iter().enumerate() {
+        let said = cluster.log(index).contains("the program stays in memory");
+        assert!(said || !may, "{} may lock its memory", node.name);
+        let pid = node.pid.unwrap();
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| entry.unwrap().path());
+        let children = tasks.map(|task| fs::read_to_string(task.join("children")).unwrap_or_default());
+        for process in children.collect::<String>().split_whitespace().chain([&*pid.to_string()]) {
+            let locked = status(process, "VmLck:", 10);
+            assert_eq!(locked > 0, said, "{}, process {process}: {locked} KiB are locked", node.name);
+        }
+    }
+}
+
 /// Name and scheduling policy of each thread of a process and of its child, the port guard (proc_pid_stat(5), field 41).
 fn threads(pid: u32) -> Vec<(String, u32)> {
     let mut found = Vec::new();
@@ -89,6 +114,7 @@ fn timed_the_role_stays_while_all_processors_are_busy() {
     let _alone = alone();
     let cluster = Cluster::start();
     let permitted = is_permitted(&cluster);
+    check_memory(&cluster);
     let sampler = Sampler::start(cluster.port_offset);
     let writers = Writers::start(&cluster.file(), CLIENTS);
     let (primary, before) = (cluster.primary(), epochs(&cluster));
