@@ -3,6 +3,7 @@
 
 mod lines;
 mod repeats;
+pub mod steps;
 mod table;
 
 use std::{
@@ -71,6 +72,7 @@ pub fn init(format: Format, level: Level) -> Result<()> {
     .context("start the log")?;
     // Only one call gets here: the log can be started once.
     let _ = FILTER.set(handle);
+    steps::measure(level == Level::TRACE);
     Ok(())
 }
 
@@ -159,6 +161,7 @@ impl field::Visit for Text {
 
 /// Exchanges the level of the running log. Does nothing before [`init`].
 pub fn set_level(level: Level) {
+    steps::measure(level == Level::TRACE);
     let filter = EnvFilter::try_new(filter(level)).ok();
     if let (Some(handle), Some(filter)) = (FILTER.get(), filter)
         && let Err(error) = handle.reload(filter)
@@ -174,7 +177,9 @@ fn filter(level: Level) -> String {
         Level::DEBUG => Level::INFO,
         _ => Level::DEBUG,
     };
-    format!("{libraries},twistlock_ha={level},twistlockd={level},twistcli={level}")
+    // It has a line for each statement, at DEBUG.
+    let statements = if level == Level::TRACE { ",sqlx=INFO" } else { "" };
+    format!("{libraries},twistlock_ha={level},twistlockd={level},twistcli={level}{statements}")
 }
 
 /// Upper bounds of the latency histograms, in seconds: from a fast disk to one that is in trouble.
@@ -212,6 +217,7 @@ pub fn metrics_handle() -> Result<PrometheusHandle> {
             thread::sleep(UPKEEP);
             upkeep.run_upkeep();
             repeats::tell();
+            steps::tell();
         }
     };
     thread::Builder::new().name("metrics".to_owned()).spawn(run).context("start the metrics thread")?;

@@ -292,7 +292,10 @@ pub static KEYS: &[Key] = &[
         section: GENERAL,
         group: "Log",
         default: "info",
-        doc: &["The least severe line that is written."],
+        doc: &[
+            "The least severe line that is written.",
+            "At trace, lines also say where the time of requests and writes goes.",
+        ],
         slot: |config| Slot::Choice(&mut config.log_level),
     },
     Key {

@@ -21,7 +21,11 @@ use super::{
     route::{Access, Trace},
     user::{Source, User},
 };
-use crate::{clients::places::Visit, mutex::locked};
+use crate::{
+    clients::places::Visit,
+    mutex::locked,
+    telemetry::steps::{self, Step},
+};
 
 /// So many refusals at once are audited, and then one in each such span: whoever may do nothing must not make the
 /// cluster write without end.
@@ -53,7 +57,9 @@ pub(super) async fn enforce(
     next: Next,
 ) -> Response {
     let (mut parts, body) = request.into_parts();
+    let begun = steps::begin();
     let admitted = admit(access, &console, &mut parts).await;
+    begun.end(Step::RequestSession);
     let user = parts.extensions.get::<User>().cloned();
     let named = match trace {
         Trace::Own(_, noun) | Trace::Operation(_, noun) => named(&mut parts, noun).await,

@@ -69,6 +69,7 @@ use crate::{
     http,
     join::JoinAssets,
     node::{Lease, Status},
+    telemetry::steps::{self, Step},
 };
 
 /// Largest body of a request in bytes.
@@ -241,6 +242,7 @@ async fn no_method(method: Method, uri: Uri) -> Response {
 
 /// Does what is the same for all requests: limits their number and their time, and sets a few headers.
 async fn around(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
+    let begun = steps::begin();
     let change = (!request.method().is_safe()).then(|| console.changes.try_acquire()).transpose();
     let place = change.and_then(|change| Ok((change, console.places.try_acquire()?)));
     let secure = request.extensions().get() == Some(&Scheme::HTTPS);
@@ -263,6 +265,7 @@ async fn around(State(console): State<Arc<Console>>, request: Request, next: Nex
             Err(_) => ApiError::Unknown(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
         }
     };
+    begun.end(Step::RequestWhole);
     // What is left to do keeps only the client's connection.
     drop(place);
     if let Some(arriving) = arriving {

@@ -20,7 +20,10 @@ use group::{Line, Rollbacks, Turn};
 use readers::Readers;
 pub use readers::Reading;
 
-use crate::storage::database::{PrimaryDatabase, VFS_NAME};
+use crate::{
+    storage::database::{PrimaryDatabase, VFS_NAME},
+    telemetry::steps::{self, Step},
+};
 
 /// Readers at once; more requests than this wait for their turn.
 pub(super) const READERS: u32 = 4;
@@ -295,7 +298,9 @@ impl Writing {
             self.turn.changes_logins();
         }
         let statement = sqlx::query_with(sql, arguments.unwrap_or_default());
+        let begun = steps::begin();
         let done = statement.execute(self.turn.connection()?).await;
+        begun.end(Step::RequestSql);
         self.turn.judge(done).map(|done| done.rows_affected())
     }
 
@@ -307,7 +312,9 @@ impl Writing {
     where
         T: for<'r> FromRow<'r, SqliteRow> + Send + Unpin,
     {
+        let begun = steps::begin();
         let found = query.fetch_optional(self.turn.connection()?).await;
+        begun.end(Step::RequestSql);
         self.turn.judge(found)
     }
 
@@ -323,7 +330,9 @@ impl Writing {
         (T,): for<'r> FromRow<'r, SqliteRow>,
         T: Send + Unpin,
     {
+        let begun = steps::begin();
         let found = query.fetch_optional(self.turn.connection()?).await;
+        begun.end(Step::RequestSql);
         self.turn.judge(found)
     }
 

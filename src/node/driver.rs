@@ -8,6 +8,7 @@ mod measure;
 mod memory;
 mod snapshots;
 mod space;
+mod spans;
 mod upgrade;
 
 use std::{
@@ -32,7 +33,10 @@ use crate::{
         membership::StoredMembership,
         raft_log::{Pending, RaftLog},
     },
-    telemetry,
+    telemetry::{
+        self,
+        steps::{self, Step},
+    },
 };
 
 use super::{
@@ -54,6 +58,7 @@ use super::{
 use configure::Changes;
 use memory::Keeper;
 use space::{NoRoom, Space};
+use spans::Spans;
 use upgrade::Upgrade;
 
 /// Inputs taken per turn, so that a flood of proposals cannot delay a heartbeat.
@@ -96,6 +101,7 @@ pub(super) struct Driver {
     syncer: Syncer,
     links: Links,
     throttle: Throttle,
+    spans: Spans,
     inbox: Receiver<Input>,
     members: Members,
     publisher: Publisher,
@@ -188,6 +194,7 @@ impl Driver {
             syncer,
             links,
             throttle: Throttle::default(),
+            spans: Spans::default(),
             inbox,
             members,
             publisher,
@@ -359,6 +366,7 @@ impl Driver {
                     self.publisher.handed_over(message.from);
                 }
                 self.throttle.heard(&message);
+                self.spans.heard(&message);
                 if self.cluster.needs_snapshot(&message) {
                     self.wants_snapshot(&message);
                 } else if self.takes_in() && self.host.space.admits(&self.log, &message) {
@@ -421,7 +429,8 @@ impl Driver {
     }
 
     fn propose(&mut self, proposal: Proposal) {
-        let Proposal { epoch, part, last, long, reply } = proposal;
+        let Proposal { epoch, part, last, long, reply, mut begun } = proposal;
+        begun.next(Step::CommitQueue);
         if let Err(lacking) = self.check_room(part.len()) {
             let why = lacking.to_string();
             let refusal = match lacking {
@@ -429,14 +438,12 @@ impl Driver {
                 // Rare: the writer's thread has just made room for this part and for a change of the membership.
                 NoRoom::NotYet => ReplicateError::Refused(why),
             };
-            let _ = reply.send(Err(refusal)); // the caller may be gone
-            return;
+            return reply.answer(Err(refusal));
         }
         // Better to refuse it now than to let it get stuck. Without its last part the transaction has no effect, and
         // the parts that were sent do no harm.
         if let Some(why) = self.lacks_space().filter(|_| long) {
-            let _ = reply.send(Err(ReplicateError::Refused(why))); // the caller may be gone
-            return;
+            return reply.answer(Err(ReplicateError::Refused(why)));
         }
         let piece = match (last, long) {
             (false, _) => Piece::Part,
@@ -445,16 +452,16 @@ impl Driver {
         };
         match self.cluster.propose(boottime(), epoch, part) {
             Ok(index) => self.lane.waiting.add(index, piece, reply, Instant::now()),
-            Err(error) => {
-                let _ = reply.send(Err(ReplicateError::Refused(error.to_string())));
-            }
+            Err(error) => reply.answer(Err(ReplicateError::Refused(error.to_string()))),
         }
         // Send the entry now, not after the inputs that follow.
         self.carry_out_all();
+        begun.end(Step::LoopPropose);
     }
 
     fn synced(&mut self, done: Done) {
-        let Done { number, request, result, micros, kept } = done;
+        let Done { number, request, result, micros, kept, begun } = done;
+        begun.end(Step::SyncReport);
         let all = self.syncer.note(request);
         metrics::histogram!(telemetry::SYNC_LATENCY).record(micros as f64 / 1e6);
         match result {
@@ -559,7 +566,12 @@ impl Driver {
         output.transitions.iter().for_each(|transition| self.transition(transition));
         for message in output.send {
             if self.throttle.admits(&message, self.members.has_full_disk(message.to), Instant::now()) {
+                self.spans.sends(&message);
+                let begun = steps::begin();
                 self.links.send(&message);
+                if !message.entries.is_empty() {
+                    begun.end(Step::LoopSend);
+                }
             }
         }
         if let Some(persist) = output.persist {
@@ -569,7 +581,12 @@ impl Driver {
             if self.host.rollback.watch(&self.log, &persist.entries) {
                 self.publisher.rolling_back(true);
             }
-            match self.log.append(&persist.entries, persist.hard_state.as_ref()) {
+            let begun = steps::begin();
+            let appended = self.log.append(&persist.entries, persist.hard_state.as_ref());
+            if !persist.entries.is_empty() {
+                begun.end(Step::LoopAppend);
+            }
+            match appended {
                 Ok(pending) => {
                     self.host.space.appended();
                     self.cluster.written();

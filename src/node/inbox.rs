@@ -30,6 +30,7 @@ use crate::{
         snapshot::{Manifest, Resting},
         transaction,
     },
+    telemetry::steps::{self, Begun, Step},
 };
 
 /// Inputs that may wait for the loop; far more than there are threads that send them.
@@ -40,8 +41,17 @@ const PARTS_IN_FLIGHT: u64 = 8;
 /// else can write, and a restore keeps the Console closed.
 pub(super) const STALLED: Duration = Duration::from_secs(30);
 
-/// Where the answer to a proposal goes: the raft index of its entry.
-type ProposalReply = SyncSender<Result<u64, ReplicateError>>;
+/// The raft index of a proposal's entry, and when the answer was given, while that is measured.
+type Answer = (Result<u64, ReplicateError>, Begun);
+
+/// Where the answer to a proposal goes.
+pub(super) struct ProposalReply(SyncSender<Answer>);
+
+impl ProposalReply {
+    pub fn answer(self, result: Result<u64, ReplicateError>) {
+        let _ = self.0.send((result, steps::begin())); // the caller may be gone
+    }
+}
 
 /// What other threads can send to the loop.
 pub(super) enum Input {
@@ -163,6 +173,7 @@ pub(super) struct Proposal {
     /// True if its transaction has more parts than this one.
     pub long: bool,
     pub reply: ProposalReply,
+    pub begun: Begun,
 }
 
 /// What the database thread reports.
@@ -252,11 +263,15 @@ impl Proposer {
     /// who waits. For a transaction of several parts, [`STALLED`] does as well.
     fn ask(&self, request: impl FnOnce(ProposalReply) -> Input) -> Result<u64, ReplicateError> {
         let (reply, answer) = sync_channel(1);
-        if !self.sender.try_send(request(reply)) {
+        let waits = steps::begin();
+        if !self.sender.try_send(request(ProposalReply(reply))) {
             return Err(ReplicateError::Refused("the consensus loop takes no more proposals".to_owned()));
         }
         let gone = || ReplicateError::Unknown("the consensus loop ended while the transaction was waiting".to_owned());
-        answer.recv().map_err(|_| gone())?
+        let (answer, answered) = answer.recv().map_err(|_| gone())?;
+        answered.end(Step::CommitWake);
+        waits.end(Step::CommitWait);
+        answer
     }
 }
 
@@ -270,7 +285,7 @@ impl Replicator for Proposer {
         // This thread makes room in the raft log, because it may wait for a slow disk. The consensus loop checks again
         // without waiting, and decides. At most one change of the membership may come in between.
         self.log.has_room([MAX_ENCODED, part.len()]);
-        self.ask(|reply| Input::Propose(Proposal { epoch: self.epoch, part, last, long, reply }))
+        self.ask(|reply| Input::Propose(Proposal { epoch: self.epoch, part, last, long, reply, begun: steps::begin() }))
     }
 
     fn make_durable(&self) -> io::Result<()> {
@@ -295,6 +310,7 @@ struct Waiter {
     index: u64,
     piece: Piece,
     reply: ProposalReply,
+    begun: Begun,
 }
 
 /// Proposals that are in the raft log and wait for a majority, oldest first. The lease of the primary limits the wait.
@@ -317,7 +333,7 @@ impl Waiting {
     pub fn add(&mut self, index: u64, piece: Piece, reply: ProposalReply, now: Instant) {
         let release = if piece == Piece::Part { index.saturating_sub(PARTS_IN_FLIGHT) } else { index };
         self.proposed = index;
-        self.wait(Waiter { release, index, piece, reply }, now);
+        self.wait(Waiter { release, index, piece, reply, begun: steps::begin() }, now);
     }
 
     /// Answers once everything that was proposed so far is committed. Only for a transaction whose last part is still
@@ -325,9 +341,9 @@ impl Waiting {
     pub fn settle(&mut self, reply: ProposalReply, now: Instant) {
         let index = self.proposed;
         if index <= self.committed {
-            let _ = reply.send(Ok(index)); // the caller may be gone
+            reply.answer(Ok(index));
         } else {
-            self.wait(Waiter { release: index, index, piece: Piece::Part, reply }, now);
+            self.wait(Waiter { release: index, index, piece: Piece::Part, reply, begun: Begun::default() }, now);
         }
     }
 
@@ -344,7 +360,8 @@ impl Waiting {
             (self.committed, self.last_progress) = (committed, now);
         }
         while let Some(first) = self.queue.pop_front_if(|first| first.release <= committed) {
-            let _ = first.reply.send(Ok(first.index)); // the caller may be gone
+            first.begun.end(Step::CommitMajority);
+            first.reply.answer(Ok(first.index));
         }
     }
 
@@ -365,7 +382,7 @@ impl Waiting {
                 Piece::Last => ReplicateError::Unknown(why),
                 _ => ReplicateError::Refused(why),
             };
-            let _ = waiter.reply.send(Err(error)); // the caller may be gone
+            waiter.reply.answer(Err(error));
         }
         true
     }
@@ -376,7 +393,7 @@ impl Waiting {
         self.proposed = self.committed;
         let count = self.queue.len();
         for waiter in self.queue.drain(..) {
-            let _ = waiter.reply.send(Err(ReplicateError::Unknown(why.to_owned())));
+            waiter.reply.answer(Err(ReplicateError::Unknown(why.to_owned())));
         }
         count
     }
@@ -384,20 +401,28 @@ impl Waiting {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::TryRecvError;
+
     use super::*;
 
-    type Reply = Receiver<Result<u64, ReplicateError>>;
+    struct Reply(Receiver<Answer>);
+
+    impl Reply {
+        fn try_recv(&self) -> Result<Result<u64, ReplicateError>, TryRecvError> {
+            self.0.try_recv().map(|(answer, _)| answer)
+        }
+    }
 
     fn add(waiting: &mut Waiting, index: u64, piece: Piece, now: Instant) -> Reply {
         let (reply, answer) = sync_channel(1);
-        waiting.add(index, piece, reply, now);
-        answer
+        waiting.add(index, piece, ProposalReply(reply), now);
+        Reply(answer)
     }
 
     fn settle(waiting: &mut Waiting, now: Instant) -> Reply {
         let (reply, answer) = sync_channel(1);
-        waiting.settle(reply, now);
-        answer
+        waiting.settle(ProposalReply(reply), now);
+        Reply(answer)
     }
 
     #[test]

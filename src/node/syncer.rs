@@ -23,6 +23,7 @@ use crate::{
         membership::StoredMembership,
         raft_log::{LogError, Pending, RaftLog},
     },
+    telemetry::steps::{self, Begun, Step},
 };
 
 /// What came into force and has to be written: the newest of each.
@@ -55,6 +56,8 @@ pub(super) struct Done {
     pub micros: u64,
     /// None if there was nothing to keep.
     pub kept: Option<Kept>,
+    /// When the loop was told of it, while that is measured.
+    pub begun: Begun,
 }
 
 /// What could not be made durable. The process must end.
@@ -97,6 +100,8 @@ struct Request {
     /// The newest write that has to be on disk for it; `None` if nothing has to.
     pending: Option<Pending>,
     keep: Keep,
+    /// When it was asked for, while that is measured.
+    begun: Begun,
 }
 
 #[derive(Default)]
@@ -148,6 +153,9 @@ impl Syncer {
         let mut slot = locked(&self.slot.request);
         let request = slot.get_or_insert_default();
         (request.id, request.number) = (self.asked, number);
+        if !request.begun.runs() {
+            request.begun = steps::begin();
+        }
         request.pending = pending.or_else(|| request.pending.take());
         request.keep.cover(keep);
         drop(slot);
@@ -185,20 +193,22 @@ impl<R: Fn(Done) -> bool> Worker<R> {
             let slot = &self.slot;
             let taken =
                 slot.filled.wait_while(locked(&slot.request), empty).unwrap_or_else(PoisonError::into_inner).take();
-            let Some(Request { id, number, pending, keep }) = taken else { continue };
+            let Some(Request { id, number, pending, keep, mut begun }) = taken else { continue };
+            begun.next(Step::SyncWake);
             let start = Instant::now();
             let kept = if keep.is_empty() { Ok(None) } else { self.write(keep).map(Some) };
             let synced = kept.and_then(|kept| {
                 let sync = |pending: Pending| pending.sync().map_err(SyncError::Log);
                 pending.map_or(Ok(()), sync).map(|()| kept)
             });
+            begun.next(Step::SyncDisk);
             let micros = start.elapsed().as_micros() as u64;
             let (result, kept) = match synced {
                 Ok(kept) => (Ok(()), kept),
                 Err(error) => (Err(error), None),
             };
             let failed = result.is_err();
-            let done = Done { number, request: id, result, micros, kept };
+            let done = Done { number, request: id, result, micros, kept, begun };
             if !(self.report)(done) || failed {
                 return;
             }

@@ -27,7 +27,10 @@ use super::{
 };
 use crate::{
     cluster::NodeId,
-    telemetry::{PEER_DEATHS, PEER_DROPPED},
+    telemetry::{
+        PEER_DEATHS, PEER_DROPPED,
+        steps::{self, Step},
+    },
 };
 
 const WAKE: Token = Token(0);
@@ -283,6 +286,7 @@ impl Links {
         let busy = self.udp.has_work() || self.peers.iter().any(Peer::has_work);
         let timeout = if busy { Duration::ZERO } else { timeout };
         self.wait(timeout)?;
+        let begun = steps::begin();
         while let Ok(item) = self.inbox.try_recv() {
             self.take_over(item, events);
         }
@@ -297,6 +301,9 @@ impl Links {
         }
         for (peer, _) in self.duplicates.extract_if(.., |(_, seen)| seen.elapsed() > DUPLICATES_FOR) {
             events.push(PeerEvent::DuplicateIdentity { peer, gone: true });
+        }
+        if begun.runs() && !events.is_empty() {
+            begun.end(Step::LoopReceive);
         }
         Ok(())
     }

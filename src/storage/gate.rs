@@ -24,14 +24,17 @@ use std::{
     time::Instant,
 };
 
-use crate::mutex::locked as lock;
+use crate::{
+    mutex::locked as lock,
+    telemetry::steps::{self, Step, Sum},
+};
 
 use super::transaction::{Commit, PagesBuilder};
 use super::{
     ReplicateError, Replicator,
     capture::{Capture, Captured, Code, FULL, WalFile, wal_bytes},
     checksum::{PageTable, Preview, page_checksum},
-    wal::Step,
+    wal::Step as Write,
 };
 
 /// Why a write to the `-wal` file did not take place.
@@ -69,6 +72,8 @@ struct Writer {
     capture: Capture,
     table: PageTable,
     transaction: u64,
+    /// What the frames of a transaction have taken, while that is measured.
+    frames: Sum,
 }
 
 struct Marks {
@@ -144,7 +149,12 @@ impl Gate {
             sent: Mutex::new(None),
             open: Mutex::new(0),
             closed: Condvar::new(),
-            writer: Mutex::new(Writer { capture: Capture::new(page_size), table: config.table, transaction }),
+            writer: Mutex::new(Writer {
+                capture: Capture::new(page_size),
+                table: config.table,
+                transaction,
+                frames: Sum::default(),
+            }),
             marks: Mutex::new(Marks { committed: mark, visible: mark, recording: None }),
             _file: config.file,
         }
@@ -283,12 +293,19 @@ impl Gate {
             return Err(self.refuse("this node is no longer the primary of its epoch".into()));
         }
         match step {
-            Step::Hold => Ok(()),
-            Step::Commit => self.commit(&mut writer, file, bytes),
+            Write::Hold => Ok(()),
+            Write::Commit => self.commit(&mut writer, file, bytes),
             // Settled: SQLite rewrites the checksums of frames of the transaction just committed.
-            Step::Pass if writer.capture.is_settled() => file.write_at(offset, bytes).map_err(|code| self.broken(code)),
-            Step::Pass => Ok(file.write_at(offset, bytes)?),
-            Step::Restart => {
+            Write::Pass if writer.capture.is_settled() => {
+                file.write_at(offset, bytes).map_err(|code| self.broken(code))
+            }
+            Write::Pass => {
+                let begun = steps::begin();
+                file.write_at(offset, bytes)?;
+                writer.frames.add(begun);
+                Ok(())
+            }
+            Write::Restart => {
                 file.write_at(offset, bytes)?;
                 let mut marks = lock(&self.marks);
                 marks.committed.frame = 0;
@@ -302,7 +319,10 @@ impl Gate {
     }
 
     fn commit(&self, writer: &mut Writer, file: &mut dyn WalFile, data: &[u8]) -> Result<(), Stop> {
+        let whole = steps::begin();
         let captured = writer.capture.complete(file, data)?;
+        writer.frames.add(whole);
+        writer.frames.end(Step::CommitFrames);
         let (index, preview) = self.replicate(writer, file, &captured, data)?;
         self.last_index.store(index, Ordering::SeqCst);
         {
@@ -312,7 +332,11 @@ impl Gate {
             marks.record_unless(mark, |_| false);
         }
         writer.table.accept(preview);
-        writer.capture.commit(&captured, file).map_err(|code| self.broken(code))
+        let begun = steps::begin();
+        writer.capture.commit(&captured, file).map_err(|code| self.broken(code))?;
+        begun.end(Step::CommitHeader);
+        whole.end(Step::CommitGate);
+        Ok(())
     }
 
     /// A majority has the transaction, but SQLite's files here do not. Never returns the file's own code: a full disk
@@ -329,6 +353,7 @@ impl Gate {
         captured: &Captured,
         data: &[u8],
     ) -> Result<(u64, Preview), Stop> {
+        let mut begun = steps::begin();
         let transaction = writer.transaction;
         writer.transaction += 1;
         let mut checksums = Vec::with_capacity(captured.count());
@@ -352,7 +377,10 @@ impl Gate {
             return Err(self.refuse(format!("the database would grow over page {hole} without writing it")));
         }
         let commit = Commit { database_pages: preview.pages, checksum: preview.checksum };
-        let index = self.propose(builder.finish(Some(commit)), true)?;
+        begun.next(Step::CommitCapture);
+        let part = builder.finish(Some(commit));
+        begun.end(Step::CommitEncode);
+        let index = self.propose(part, true)?;
         Ok((index, preview))
     }
 
@@ -385,6 +413,7 @@ impl Gate {
             }
         }
         writer.capture.end();
+        writer.frames = Sum::default();
     }
 
     /// Called when a checkpoint begins: notes what it can reach. With `restart`, nobody else may begin to write until

@@ -17,7 +17,10 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::node::{Lease, Status};
+use crate::{
+    node::{Lease, Status},
+    telemetry::steps::{Step, Stopwatch},
+};
 
 /// A client that takes no byte for this long counts as gone: it must not keep its place, or that of a download.
 const STALL: Duration = Duration::from_secs(10);
@@ -97,6 +100,16 @@ pub(super) struct LeasedStream {
     over: watch::Receiver<bool>,
     /// Wakes a read that waits when it is; made with the first one that does.
     ended: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    watches: Arc<Watches>,
+}
+
+/// What a connection is measured by, while it is.
+#[derive(Debug, Default)]
+pub(super) struct Watches {
+    /// Bytes have come.
+    pub(super) reading: Stopwatch,
+    /// An answer is on its way to the socket.
+    pub(super) writing: Stopwatch,
 }
 
 /// A [`LeasedStream`] as whoever accepted the connection sees it: somebody else may have gone on with it after an
@@ -159,12 +172,18 @@ impl Lingers {
 impl LeasedStream {
     pub(super) fn new(stream: TcpStream, opening: Arc<Opening>) -> (Self, StreamControl) {
         let (end, over) = watch::channel(false);
-        (Self { stream, opening, waits: None, limit: STALL, lingers: None, over, ended: None }, StreamControl(end))
+        let (waits, lingers, ended, watches) = (None, None, None, Arc::default());
+        (Self { stream, opening, waits, limit: STALL, lingers, over, ended, watches }, StreamControl(end))
+    }
+
+    pub(super) fn watches(&self) -> Arc<Watches> {
+        Arc::clone(&self.watches)
     }
 
     /// Passes the outcome of a write on, unless it has waited for too long.
     fn in_time(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if written.is_ready() {
+            self.watches.writing.stop(Step::RequestWrite);
             self.waits = None;
             return written;
         }
@@ -209,6 +228,7 @@ impl AsyncRead for LeasedStream {
             return Poll::Ready(Err(over()));
         }
         if let Poll::Ready(read) = Pin::new(&mut self.stream).poll_read(cx, buf) {
+            self.watches.reading.start();
             return Poll::Ready(read);
         }
         let this = &mut *self;

@@ -28,12 +28,12 @@ use tokio::{
 use tokio_rustls::LazyConfigAcceptor;
 use tower::ServiceExt;
 
-use super::leased::{LeasedStream, Opening, Phase};
+use super::leased::{LeasedStream, Opening, Phase, Watches};
 use crate::{
     clients::places::{Acquaintances, Place, Places, Visit},
     descriptors,
     mutex::locked,
-    telemetry::CONSOLE_CONNECTIONS,
+    telemetry::{CONSOLE_CONNECTIONS, steps::Step},
     workload::{self, Endpoint, Serves},
 };
 
@@ -159,7 +159,8 @@ async fn connection(
     let _ = stream.set_nodelay(true);
     let (stream, control) = LeasedStream::new(stream, Arc::clone(&opening));
     let served = async {
-        if let Err(error) = serve(stream, (from, place.visit()), shared).await {
+        let watches = stream.watches();
+        if let Err(error) = serve(stream, (from, place.visit(), watches), shared).await {
             tracing::debug!("a connection to {} ended: {error:#}", workload::NAME);
         }
         // After an upgrade somebody else goes on with the stream, and keeps the place for as long as that takes.
@@ -177,8 +178,8 @@ async fn connection(
     drop(place);
 }
 
-/// The address that a connection comes from, and its place.
-type Client = (SocketAddr, Visit);
+/// The address that a connection comes from, its place, and what it is measured by.
+type Client = (SocketAddr, Visit, Arc<Watches>);
 
 async fn serve(stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Result<()> {
     let Some(tls) = &shared.endpoint.tls else { return speak(stream, from, Scheme::HTTP, shared).await };
@@ -216,14 +217,15 @@ async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
 
 async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
-    (from, visit): Client,
+    (from, visit, watches): Client,
     scheme: Scheme,
     router: Router,
     opening: &Opening,
 ) -> anyhow::Result<()> {
-    let answered = visit.clone();
+    let (answered, answering) = (visit.clone(), Arc::clone(&watches));
     let service = router.map_request(move |mut request: Request<_>| {
         visit.busy();
+        watches.reading.stop(Step::RequestRead);
         request.extensions_mut().insert(ConnectInfo(from));
         request.extensions_mut().insert(visit.clone());
         // By how it came, not by what its head says: cookies are for TLS only.
@@ -232,6 +234,7 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     });
     let service = TowerToHyperService::new(service.map_response(move |response| {
         answered.idle();
+        answering.writing.start();
         response
     }));
     let mut server = http1::Builder::new();

@@ -24,7 +24,10 @@ use tokio::{
 };
 
 use super::StoreError;
-use crate::telemetry::{COMMIT_LATENCY, WRITES};
+use crate::telemetry::{
+    COMMIT_LATENCY, WRITES,
+    steps::{self, Step},
+};
 
 /// The most parts of one transaction. More would gain little: a COMMIT costs as much as a few parts.
 const PARTS: usize = 64;
@@ -154,12 +157,14 @@ impl Line {
     /// # Errors
     /// [`StoreError::Unavailable`].
     pub(super) async fn turn(&self, patience: Duration) -> Result<Turn, StoreError> {
+        let begun = steps::begin();
         self.0.waiting.fetch_add(1, Ordering::SeqCst);
         let mut place = Place { line: self, served: false };
         let open = tokio::time::timeout(patience, Arc::clone(&self.0.open).lock_owned());
         // Whoever closes the database must not wait for the whole line.
         let open = self.0.pool.close_event().do_until(open).await.map_err(unavailable)?;
         let open = open.map_err(|_| unavailable(sqlx::Error::PoolTimedOut))?;
+        begun.end(Step::RequestTurn);
         place.served = true;
         drop(place);
         let mut turn = Turn { line: self.clone(), open: Some(open), begun: false };
@@ -221,11 +226,15 @@ impl Turn {
         match &mut **open {
             None => {
                 // IMMEDIATE: what it reads first is still true when it writes.
+                let begun = steps::begin();
                 let transaction = self.line.0.pool.begin_with("BEGIN IMMEDIATE").await;
+                begun.end(Step::RequestBegin);
                 **open = Some(Group::new(transaction.map_err(unavailable)?, self.line.0.rollbacks.clone()));
             }
             Some(group) => {
+                let begun = steps::begin();
                 group.separate().await?;
+                begun.end(Step::RequestSavepoint);
                 // Whoever does not answer a request has nobody to be untrue to.
                 let _ = SEEN.try_with(|seen| seen.borrow_mut().push(group.outcome.subscribe()));
             }
@@ -298,7 +307,10 @@ impl Turn {
         } else {
             tokio::spawn(async move { line.finish(open).await });
         }
-        known(outcome).await
+        let begun = steps::begin();
+        let known = known(outcome).await;
+        begun.end(Step::RequestOutcome);
+        known
     }
 }
 
@@ -369,8 +381,9 @@ impl Group {
     async fn commit(mut self) -> Result<(), StoreError> {
         // Dropped, it is rolled back.
         self.clean().await?;
-        let begin = Instant::now();
+        let (begin, begun) = (Instant::now(), steps::begin());
         self.transaction.commit().await.map_err(StoreError::commit)?;
+        begun.end(Step::CommitWhole);
         metrics::histogram!(COMMIT_LATENCY).record(begin.elapsed().as_secs_f64());
         metrics::counter!(WRITES).increment(self.parts as u64);
         Ok(())
