@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::{
-    Connection, Execute, FromRow, Row as _, Sqlite, SqliteConnection, SqlitePool,
+    ConnectOptions, Execute, FromRow, Row as _, Sqlite, SqlitePool,
     migrate::{Migration, MigrationType, Migrator},
     query::{Query, QueryAs, QueryScalar},
     sqlite::{SqliteArguments, SqliteConnectOptions, SqlitePoolOptions, SqliteRow},
@@ -20,10 +20,7 @@ use group::{Line, Rollbacks, Turn};
 use readers::Readers;
 pub use readers::Reading;
 
-use crate::{
-    storage::database::{PrimaryDatabase, VFS_NAME},
-    telemetry::steps::{self, Step},
-};
+use crate::storage::database::{PrimaryDatabase, VFS_NAME};
 
 /// Readers at once; more requests than this wait for their turn.
 pub(super) const READERS: u32 = 4;
@@ -126,17 +123,6 @@ impl StoreError {
     }
 }
 
-/// False if sqlx thinks that a transaction is still open on the writer's connection. After a COMMIT that failed, SQLite
-/// has none any more, its ROLLBACK fails, and sqlx would refuse every later transaction. The pool then opens another
-/// one.
-async fn is_usable(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
-    if connection.is_in_transaction() {
-        // Behind it in the queue of the connection's thread: a rollback on its way is done then.
-        connection.ping().await?;
-    }
-    Ok(!connection.is_in_transaction())
-}
-
 /// Connections to the database while this node is PRIMARY.
 #[derive(Clone, Debug)]
 pub struct Store {
@@ -167,8 +153,8 @@ impl Store {
                 let counted = counted.clone();
                 Box::pin(async move { counted.count_on(connection).await })
             })
-            .before_acquire(|connection, _| Box::pin(is_usable(connection)))
-            .connect_lazy_with(options.thread_name(thread("w")));
+            // A COMMIT may wait for a majority, which is nothing to warn of: a metric says how long it takes.
+            .connect_lazy_with(options.thread_name(thread("w")).disable_statement_logging());
         Self { line: Line::new(writer.clone(), rollbacks), writer, readers: Readers::new(reading, READERS) }
     }
 
@@ -181,6 +167,7 @@ impl Store {
             let sql = sqlx::SqlSafeStr::into_sql_str(sql);
             Migration::new(version, description.into(), MigrationType::Simple, sql, false)
         });
+        self.line.give_back();
         Migrator::with_migrations(migrations.collect()).run(&self.writer).await
     }
 
@@ -276,7 +263,10 @@ impl Store {
 
     /// Closes all connections; waits for the statements that run. Later uses fail.
     pub async fn close(&self) {
-        tokio::join!(self.writer.close(), self.readers.close());
+        let (writer, readers) = (self.writer.close(), self.readers.close());
+        // From now on it is closed, and waits for its connection.
+        self.line.give_back();
+        tokio::join!(writer, readers);
     }
 }
 
@@ -297,25 +287,21 @@ impl Writing {
         if LOGINS.iter().any(|table| sql.as_str().contains(table)) {
             self.turn.changes_logins();
         }
-        let statement = sqlx::query_with(sql, arguments.unwrap_or_default());
-        let begun = steps::begin();
-        let done = statement.execute(self.turn.connection()?).await;
-        begun.end(Step::RequestSql);
-        self.turn.judge(done).map(|done| done.rows_affected())
+        let done = self.turn.write(sqlx::query_with(sql, arguments.unwrap_or_default())).await?;
+        Ok(done.changed)
     }
 
     /// The first row of a query, as the transaction sees it.
     ///
     /// # Errors
     /// As [`Self::execute`].
-    pub async fn row<T>(&mut self, query: QueryAs<'_, Sqlite, T, SqliteArguments>) -> Result<Option<T>, StoreError>
+    pub async fn row<T>(&mut self, mut query: QueryAs<'_, Sqlite, T, SqliteArguments>) -> Result<Option<T>, StoreError>
     where
         T: for<'r> FromRow<'r, SqliteRow> + Send + Unpin,
     {
-        let begun = steps::begin();
-        let found = query.fetch_optional(self.turn.connection()?).await;
-        begun.end(Step::RequestSql);
-        self.turn.judge(found)
+        let arguments = query.take_arguments().map_err(sqlx::Error::Encode).map_err(StoreError::within)?;
+        let done = self.turn.read(sqlx::query_with(query.sql(), arguments.unwrap_or_default())).await?;
+        done.first.map(|row| T::from_row(&row)).transpose().map_err(StoreError::within)
     }
 
     /// The first column of the first row of a query.
@@ -324,16 +310,15 @@ impl Writing {
     /// As [`Self::execute`].
     pub async fn value<T>(
         &mut self,
-        query: QueryScalar<'_, Sqlite, T, SqliteArguments>,
+        mut query: QueryScalar<'_, Sqlite, T, SqliteArguments>,
     ) -> Result<Option<T>, StoreError>
     where
         (T,): for<'r> FromRow<'r, SqliteRow>,
         T: Send + Unpin,
     {
-        let begun = steps::begin();
-        let found = query.fetch_optional(self.turn.connection()?).await;
-        begun.end(Step::RequestSql);
-        self.turn.judge(found)
+        let arguments = query.take_arguments().map_err(sqlx::Error::Encode).map_err(StoreError::within)?;
+        let found = self.row(sqlx::query_as_with(query.sql(), arguments.unwrap_or_default())).await?;
+        Ok(found.map(|(value,)| value))
     }
 
     /// The number that a query counts; 0 if it has no row.

@@ -35,11 +35,7 @@ steps! {
     RequestSession = "request.session",
     /// The place in the line of writers.
     RequestTurn = "request.turn",
-    /// BEGIN, by the first of a transaction.
-    RequestBegin = "request.begin",
-    /// The savepoint of any other part.
-    RequestSavepoint = "request.savepoint",
-    /// A statement, there and back.
+    /// A statement, there and back; with the first one goes BEGIN, or the savepoint of its part.
     RequestSql = "request.sql",
     /// From the end of a part to the end of the COMMIT that it shares.
     RequestOutcome = "request.outcome",

@@ -32,7 +32,7 @@ impl Place {
             "CREATE TABLE t (name TEXT PRIMARY KEY)",
             "CREATE TABLE later (name TEXT REFERENCES t (name) DEFERRABLE INITIALLY DEFERRED)",
         ] {
-            sqlx::query(sql).execute(turn.connection().unwrap()).await.unwrap();
+            turn.write(sqlx::query(sql)).await.unwrap();
         }
         turn.commit().await.unwrap();
         Self { store, line, wal: dir.path().join("console.db-wal"), _dir: dir }
@@ -66,9 +66,12 @@ impl Place {
     }
 }
 
+fn named(name: &'static str) -> Query<'static, Sqlite, SqliteArguments> {
+    sqlx::query("INSERT INTO t VALUES (?)").bind(name)
+}
+
 async fn insert(turn: &mut Turn, name: &'static str) -> Result<(), StoreError> {
-    let done = sqlx::query("INSERT INTO t VALUES (?)").bind(name).execute(turn.connection()?).await;
-    turn.judge(done).map(|_| ())
+    turn.write(named(name)).await.map(|_| ())
 }
 
 #[tokio::test]
@@ -172,13 +175,53 @@ async fn who_goes_away_is_undone_and_missed_by_nobody() {
     assert_eq!(place.names().await, ["again", "first", "kept", "last"]);
 }
 
+/// Its savepoint and its statement are one message, and nobody hears how far that got.
+#[tokio::test]
+async fn a_part_that_is_cut_off_at_its_savepoint_takes_nobody_along() {
+    let place = Place::new().await;
+    let connection = place.line.connection().await.unwrap();
+    let mut group = Group::new(connection, place.line.0.rollbacks.clone());
+    group.run(named("a"), false, false).await.unwrap();
+    group.run(named("b"), true, false).await.unwrap();
+    for (got, name) in [(0, "c"), (1, "d"), (2, "e"), (0, "f"), (0, "g"), (1, "h")] {
+        let (before, count) = group.before(true);
+        for sql in before.split_terminator("; ").take(got) {
+            group.send(sql.to_owned()).await.unwrap();
+        }
+        if got == count {
+            group.send("INSERT INTO t VALUES ('cut off')".to_owned()).await.unwrap();
+        }
+        group.undo = true;
+        assert!(group.usable().is_err(), "nothing is sent behind it");
+        group.clean().await.unwrap();
+        assert_eq!(group.run(named(name), true, false).await.unwrap().changed, 1);
+        group.run(named("fails"), true, false).await.unwrap();
+        group.undo = true;
+        group.clean().await.unwrap();
+    }
+    let seen = sqlx::query("SELECT name FROM t ORDER BY name");
+    assert!(group.run(seen, false, true).await.unwrap().first.is_some());
+    group.commit(&place.line).await.unwrap();
+    assert_eq!(place.names().await, ["a", "b", "c", "d", "e", "f", "g", "h"]);
+    let mut turn = place.line.turn(PATIENCE).await.unwrap();
+    let mut cut = Box::pin(insert(&mut turn, "begins"));
+    // Sent, and perhaps done.
+    let _ = poll!(cut.as_mut());
+    drop(cut);
+    drop(turn);
+    place.add("last").await.unwrap().unwrap();
+    assert_eq!(place.names().await.last().unwrap(), "last");
+    assert!(!place.names().await.contains(&"begins".to_owned()));
+    place.store.close().await;
+}
+
 #[tokio::test]
 async fn a_commit_that_fails_is_told_to_all_who_have_a_part_in_it() {
     let place = Place::new().await;
     let mut first = place.line.turn(PATIENCE).await.unwrap();
     insert(&mut first, "a").await.unwrap();
     let dangling = sqlx::query("INSERT INTO later VALUES ('nobody')");
-    dangling.execute(first.connection().unwrap()).await.unwrap();
+    first.write(dangling).await.unwrap();
     let (second, third) = (place.add("b"), place.add("c"));
     place.poll_waiting(2).await;
     assert!(matches!(first.commit().await, Err(StoreError::Statement(_))));
@@ -218,9 +261,8 @@ async fn a_transaction_that_sqlite_rolls_back_is_told_to_all_and_nothing_of_it_i
         let line = place.line.clone();
         let breaks = tokio::spawn(async move {
             let mut turn = line.turn(PATIENCE).await?;
-            let all = sqlx::query("INSERT OR ROLLBACK INTO t VALUES ('a')").execute(turn.connection()?).await;
             // Whoever does not look at an error gets no further.
-            let _ = turn.judge(all);
+            let _ = turn.write(sqlx::query("INSERT OR ROLLBACK INTO t VALUES ('a')")).await;
             insert(&mut turn, "orphan").await?;
             turn.commit().await
         });
@@ -247,7 +289,7 @@ async fn an_answer_waits_for_what_it_saw() {
         insert(&mut first, "a").await.unwrap();
         if fails {
             let dangling = sqlx::query("INSERT INTO later VALUES ('nobody')");
-            dangling.execute(first.connection().unwrap()).await.unwrap();
+            first.write(dangling).await.unwrap();
         }
         let line = place.line.clone();
         let mut answer = Box::pin(settled(async move {
