@@ -124,7 +124,7 @@ macro_rules! statements {
             page: concat!(
                 "SELECT id, time, user, source, action, what, ok, difference FROM audits ",
                 $page,
-                " LIMIT ?5 OFFSET ?6"
+                " LIMIT +?5 OFFSET ?6"
             ),
             count: concat!("SELECT count(*) FROM audits ", $rows),
         }

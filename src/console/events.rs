@@ -85,7 +85,8 @@ macro_rules! statements {
             page: concat!(
                 "SELECT time, id, event FROM events WHERE id IN (SELECT id FROM events WHERE ",
                 $filter,
-                " AND (time, id) < (?3, ?4) ORDER BY time DESC, id DESC LIMIT ?5 OFFSET ?6) ORDER BY time DESC, id DESC"
+                " AND (time, id) < (?3, ?4) ORDER BY time DESC, id DESC LIMIT +?5 OFFSET ?6)",
+                " ORDER BY time DESC, id DESC"
             ),
             count: concat!("SELECT count(*) FROM events WHERE ", $filter),
         }

@@ -97,9 +97,11 @@ async fn each_page_and_each_count_comes_from_an_index() {
         let (plan, count) = (reader.plan(statements.page).await, reader.plan(statements.count).await);
         assert!(plan.starts_with(&format!("SEARCH audits {page}")) && plan.contains('<'), "{plan}");
         assert!(!plan.contains(';'), "nothing is sorted: {plan}");
+        assert!(statements.page.contains("LIMIT +?"), "it is compiled each time: {}", statements.page);
         assert!(count.contains(&format!(" audits USING COVERING INDEX {index}")), "{count}");
     }
     for (statements, index) in [(events::ALL, "events_by_time ("), (events::OF_KIND, "events_by_kind (kind=? AND ")] {
+        assert!(statements.page.contains("LIMIT +?"), "it is compiled each time: {}", statements.page);
         let (page, count) = (reader.plan(statements.page).await, reader.plan(statements.count).await);
         assert!(count.contains(&format!("SEARCH events USING COVERING INDEX {index}")), "{count}");
         assert!(page.contains(&format!("SEARCH events USING COVERING INDEX {index}")), "{page}");

@@ -32,7 +32,8 @@ pub(super) struct Page {
 }
 
 impl Page {
-    /// `LIMIT` and `OFFSET` for SQL.
+    /// `LIMIT` and `OFFSET` for SQL. Statements say `LIMIT +?`: SQLite plans for the value of a bare parameter, and
+    /// compiles the statement again each time that it is bound.
     pub(super) fn bounds(self) -> Result<(u32, u32), ApiError> {
         let limit = self.limit.unwrap_or(PAGE.0);
         if !(1..=PAGE.1).contains(&limit) {

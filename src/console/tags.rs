@@ -87,7 +87,7 @@ pub(super) async fn list(
     Search(page): Search<Page>,
 ) -> Result<Paged<Tag>, ApiError> {
     let (limit, offset) = page.bounds()?;
-    let page = "SELECT name, color, description FROM tags ORDER BY name LIMIT ? OFFSET ?; SELECT count(*) FROM tags";
+    let page = "SELECT name, color, description FROM tags ORDER BY name LIMIT +? OFFSET ?; SELECT count(*) FROM tags";
     let (rows, total) = console.store.counted(sqlx::query(page).bind(limit).bind(offset)).await?;
     Ok(Paged { rows, total })
 }

@@ -117,7 +117,7 @@ impl FromRow<'_, SqliteRow> for Account {
 /// `GET users`.
 async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -> Result<Paged<Account>, ApiError> {
     let (limit, offset) = page.bounds()?;
-    let page = "SELECT name AS username, role, created FROM users ORDER BY name LIMIT ? OFFSET ?; \
+    let page = "SELECT name AS username, role, created FROM users ORDER BY name LIMIT +? OFFSET ?; \
                 SELECT count(*) FROM users";
     let (rows, total) = console.store.counted(sqlx::query(page).bind(limit).bind(offset)).await?;
     Ok(Paged { rows, total })
