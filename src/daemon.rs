@@ -10,6 +10,7 @@ mod systemd;
 mod tasks;
 
 use std::{
+    fs::File,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
@@ -175,6 +176,8 @@ struct Parts {
     events: Recorder,
     handle: Handle,
     thread: JoinHandle<Exit>,
+    /// The open database file.
+    database: Arc<File>,
     health: Option<HealthPort>,
     /// That another copy of the database was put in place: told when there is somebody to be notified.
     replaced: Option<Event>,
@@ -217,6 +220,7 @@ impl Parts {
             warn!(%address, %error, "no datagrams (UDP) are taken from the other members: all goes by TCP alone");
         }
         let node_config = node_config(config, &identity, stored, quiet, lease.clone(), mind);
+        let database = databases.console().file();
         let (handle, thread) =
             node::spawn(node_config, log, databases, (links, sender.clone())).context("start the node")?;
         let config = config.clone();
@@ -234,6 +238,7 @@ impl Parts {
             events,
             handle,
             thread,
+            database,
             health,
             replaced,
             standing,
@@ -379,7 +384,7 @@ impl Parts {
         tasks.spawn(
             "snapshot for this node",
             Need::Finite,
-            snapshot::refetch(self.handle.clone(), peers.clone(), data.clone()),
+            snapshot::refetch(self.handle.clone(), peers.clone(), data.clone(), self.database.clone()),
         );
         tasks.spawn("cluster keys for members", Need::Steady, rotation::serve(folder.clone(), key_calls));
         let parts = rotation::Parts {

@@ -21,7 +21,7 @@ use twistlock_ha::{
     node::{Status, SyncProgress},
     peer::{Edition, Memory, PeerIdentity, Roster},
     pki::NodeTls,
-    snapshot,
+    snapshot::{self, Fetched},
     storage::{DataDir, DataDirError},
 };
 
@@ -148,8 +148,8 @@ async fn fetch(
         let report = |now| {
             progress.send_replace(Some(now));
         };
-        match snapshot::fetch(&identity, member, data, report).await {
-            Ok(manifest) => {
+        match snapshot::fetch(&identity, member, data, None, report).await {
+            Ok(Fetched { manifest, .. }) => {
                 info!(from = member.name, bytes = manifest.bytes(), "the whole database has been fetched");
                 return Ok(());
             }
@@ -220,7 +220,7 @@ impl Applicant {
     fn status(&self) -> Arc<Status> {
         let stage = self.stage.borrow().clone();
         let (role, mut reason) = describe(&stage);
-        if let (Stage::Admitted { problem: None, .. }, Some(SyncProgress { bytes, total })) =
+        if let (Stage::Admitted { problem: None, .. }, Some(SyncProgress { bytes, total, .. })) =
             (&stage, *self.progress.borrow())
         {
             reason.push_str(&format!(": {} of {} MiB", bytes >> 20, total.div_ceil(1 << 20)));

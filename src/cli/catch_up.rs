@@ -38,9 +38,10 @@ impl Progress {
         if missing > 0 {
             pending.push(format!("{missing} to come"));
         }
-        let copies = || status.members.iter().filter_map(|member| member.sync);
-        let sync =
-            SyncProgress { bytes: copies().map(|copy| copy.bytes).sum(), total: copies().map(|copy| copy.total).sum() };
+        let mut sync = SyncProgress::default();
+        for copy in status.members.iter().filter_map(|member| member.sync) {
+            (sync.bytes, sync.total) = (sync.bytes + copy.bytes, sync.total + copy.total);
+        }
         Self { sync, pending }
     }
 }
@@ -66,7 +67,7 @@ pub(super) fn wait(client: &ApiClient, limit: Duration) -> Result<(), Stop> {
             let text = format!("{waits_for}: not up within {} s\n  See: twistcli ha status --watch", limit.as_secs());
             return Err(Stop::tell(EX_TEMPFAIL, &text));
         }
-        let SyncProgress { bytes, total } = progress.sync;
+        let SyncProgress { bytes, total, .. } = progress.sync;
         // A bar without a length would show 0 of 0 as complete.
         bar.set_length(total.max(1));
         bar.set_position(bytes);
@@ -87,12 +88,12 @@ mod tests {
         assert_eq!(Progress::of(&status).pending, Vec::<String>::new());
         status.members[1].voter = false;
         status.members[1].state = Role::Startup2;
-        status.members[1].sync = Some(SyncProgress { bytes: 5, total: 10 });
+        status.members[1].sync = Some(SyncProgress { bytes: 5, total: 10, unchanged: 0 });
         status.members[2].state = Role::Down;
-        status.members[2].sync = Some(SyncProgress { bytes: 1, total: 10 });
+        status.members[2].sync = Some(SyncProgress { bytes: 1, total: 10, unchanged: 0 });
         let progress = Progress::of(&status);
         assert_eq!(progress.pending, ["node2 STARTUP2", "node3 DOWN"]);
-        assert_eq!(progress.sync, SyncProgress { bytes: 6, total: 20 });
+        assert_eq!(progress.sync, SyncProgress { bytes: 6, total: 20, unchanged: 0 });
         status.members.pop();
         assert_eq!(Progress::of(&status).pending, ["node2 STARTUP2", "1 to come"]);
         // SECONDARY without a vote is not there yet.

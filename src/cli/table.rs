@@ -114,11 +114,12 @@ fn removed_lately(status: &Status, now: u64) -> impl Iterator<Item = &Removed> {
 /// How far a member has copied the database.
 fn copy(member: &MemberStatus) -> Option<String> {
     const WIDTH: u64 = 30;
-    let SyncProgress { bytes, total } = member.sync?;
+    let SyncProgress { bytes, total, unchanged } = member.sync?;
+    let had = if unchanged > 0 { format!(", {} were there", size(unchanged)) } else { String::new() };
     let part = |of: u64| (u128::from(bytes.min(total)) * u128::from(of) / u128::from(total.max(1))) as u64;
     let done = part(WIDTH);
     Some(format!(
-        "{} copies the database  [{}{}] {:>3} %  {} of {}\n",
+        "{} copies the database  [{}{}] {:>3} %  {} of {}{had}\n",
         member.name,
         "#".repeat(done as usize),
         "-".repeat((WIDTH - done) as usize),
@@ -226,7 +227,7 @@ node3   127.0.0.3:8086  DOWN           3      120    7       -         never  0.
         status.membership.roster.members.pop();
         status.members[1].state = Role::Startup2;
         status.members[1].voter = false;
-        status.members[1].sync = Some(SyncProgress { bytes: 1 << 30, total: 3 << 30 });
+        status.members[1].sync = Some(SyncProgress { bytes: 1 << 30, total: 3 << 30, unchanged: 960 << 20 });
         status.membership.roster.members[1].voter = false;
         status.membership.shared.requests.push(request("host7"));
         status.membership.roster.removed.push(Removed { id: 3, name: "node3".into(), at: 1_000 });
@@ -242,7 +243,7 @@ host7   192.0.2.7:8086  REQUEST_JOIN      -        -    -       -             - 
 node3   -               REMOVED           -        -    -       -             -  -
 
 * this node; the other lines show what this node last heard from them
-node2 copies the database  [##########--------------------]  33 %  1.0 GiB of 3.0 GiB
+node2 copies the database  [##########--------------------]  33 %  1.0 GiB of 3.0 GiB, 960.0 MiB were there
 host7 asks to join until 1970-01-02 00:00 UTC; clock 12 ms behind; fingerprint
     AB:CD:host7
 ! node2 (127.0.0.2:8086) is in STARTUP2: it becomes SECONDARY by itself when it has caught up.

@@ -168,10 +168,13 @@ pub struct MemberStatus {
 }
 
 /// How much of a database has been copied, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyncProgress {
     pub bytes: u64,
     pub total: u64,
+    /// Those of `bytes` that the member had already, so that they were not sent.
+    #[serde(default)]
+    pub unchanged: u64,
 }
 
 #[cfg(test)]

@@ -207,12 +207,12 @@ impl Call {
                     debug!(peer, "the consensus loop takes no new link");
                 }
             }
-            Welcome::Snapshot(place, forgotten) => {
+            Welcome::Snapshot { place, forgotten, compares } => {
                 tune(stream.get_ref().0, Purpose::Snapshot)?;
-                place.send(StreamCall { from: peer, forgotten, stream });
+                place.send(StreamCall { from: peer, forgotten, compares, stream });
             }
             Welcome::Short(place) => {
-                place.send(StreamCall { from: peer, forgotten: false, stream });
+                place.send(StreamCall { from: peer, forgotten: false, compares: false, stream });
             }
         }
         Ok(())
@@ -245,7 +245,8 @@ impl Call {
             }
             Purpose::Snapshot => {
                 let place = self.place(&self.identity.snapshots, "can give no more snapshots")?;
-                Ok(Welcome::Snapshot(place, hello.standing == Standing::Forgotten))
+                let forgotten = hello.standing == Standing::Forgotten;
+                Ok(Welcome::Snapshot { place, forgotten, compares: hello.compares })
             }
             Purpose::Key => Ok(Welcome::Short(self.place(&self.identity.keys, "is giving its key to others")?)),
             Purpose::Question => Ok(Welcome::Short(self.place(&self.identity.questions, "is answering others")?)),
@@ -372,8 +373,12 @@ impl Call {
 /// What an accepted call gets.
 enum Welcome {
     Link(Caller),
-    /// With a place in the queue of those who give snapshots, and whether the caller forgot.
-    Snapshot(mpsc::OwnedPermit<StreamCall>, bool),
+    /// With a place in the queue of those who give snapshots, and what the caller says of itself.
+    Snapshot {
+        place: mpsc::OwnedPermit<StreamCall>,
+        forgotten: bool,
+        compares: bool,
+    },
     /// With a place in the queue of those who give keys, or answer questions.
     Short(mpsc::OwnedPermit<StreamCall>),
 }

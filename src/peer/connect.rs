@@ -178,6 +178,7 @@ async fn handshake(
         reached: identity.roster.own(identity.me),
         level: identity.level_for(stream.get_ref().1.alpn_protocol()),
         standing: identity.standing,
+        compares: true,
     };
     // In TLS 1.3 the other side checks our certificate after our side is done: a failed write may have an alert
     // waiting that says why, so the answer is read in any case.

@@ -114,6 +114,8 @@ pub struct StreamCall {
     pub from: NodeId,
     /// It lost some of its durable memory and begins again.
     pub forgotten: bool,
+    /// It can say which pages of a database it has.
+    pub compares: bool,
     pub stream: TlsStream<TcpStream>,
 }
 

@@ -1,7 +1,8 @@
 //! The frames of a snapshot's stream: `kind u8, length u32` (little-endian), then that many bytes. Owns their limits.
 //! Must never read more into memory than they allow.
 //!
-//! The sender begins with [`MANIFEST`] or [`REFUSED`]; [`CHUNK`]s follow, then [`END`] or [`REFUSED`].
+//! The sender begins with [`MANIFEST`], [`ASK`] or [`REFUSED`]; [`CHUNK`]s and [`CHANGED`]s follow, then [`END`] or
+//! [`REFUSED`]. After [`ASK`], and only then, the receiver answers each chunk beforehand with [`TAGS`].
 
 use std::{
     io::{self, ErrorKind},
@@ -16,7 +17,10 @@ use tokio::{
 use super::STALL;
 use crate::{
     little_endian::u32_at,
-    storage::snapshot::{CHUNK as CHUNK_BYTES, MAX_MANIFEST},
+    storage::snapshot::{
+        CHUNK as CHUNK_BYTES, MAX_MANIFEST,
+        difference::{KEY, TAG, map_bytes},
+    },
 };
 
 /// A manifest as JSON.
@@ -27,9 +31,19 @@ pub(super) const CHUNK: u8 = 2;
 pub(super) const END: u8 = 3;
 /// There is no snapshot, or no more of it: a sentence says why.
 pub(super) const REFUSED: u8 = 4;
+/// A key, then a manifest as JSON: the receiver says what it has. Only to one that knows this, by its hello.
+pub(super) const ASK: u8 = 5;
+/// From the receiver: the tags of the pages in its own next chunk; empty if it has no more of the database. All chunks
+/// behind that come whole.
+pub(super) const TAGS: u8 = 6;
+/// For each [`TAGS`]: the checksum of the pages in the chunk (u64, little-endian), which of them differ (a bit each),
+/// then these pages.
+pub(super) const CHANGED: u8 = 7;
 
 /// Longest reason, in bytes.
 pub(super) const MAX_REASON: usize = 1024;
+/// Most pages in a chunk.
+const MAX_PAGES: usize = CHUNK_BYTES / 512;
 /// Bytes that must be sent within [`STALL`].
 const PIECE: usize = 64 << 10;
 
@@ -43,9 +57,17 @@ pub(super) async fn read_head(stream: &mut (impl AsyncRead + Unpin), patience: D
         CHUNK => CHUNK_BYTES + 8,
         END => 0,
         REFUSED => MAX_REASON,
+        ASK => KEY + MAX_MANIFEST,
+        TAGS => MAX_PAGES * TAG,
+        CHANGED => 8 + map_bytes(MAX_PAGES as u32) + CHUNK_BYTES,
         other => return Err(io::Error::new(ErrorKind::InvalidData, format!("frame kind {other} is unknown"))),
     };
-    if length > limit || (head[0] == CHUNK && length <= 8) {
+    let least = match head[0] {
+        ASK => KEY,
+        CHUNK | CHANGED => 9,
+        _ => 0,
+    };
+    if length > limit || length < least {
         return Err(io::Error::new(ErrorKind::InvalidData, format!("a frame of kind {} has {length} bytes", head[0])));
     }
     Ok((head[0], length))
@@ -79,7 +101,7 @@ pub(super) async fn write(
     for piece in head.chunks(PIECE).chain(rest.chunks(PIECE)) {
         timeout(STALL, stream.write_all(piece)).await.map_err(|_| stalled(STALL))??;
     }
-    if kind != CHUNK {
+    if !matches!(kind, CHUNK | CHANGED) {
         timeout(STALL, stream.flush()).await.map_err(|_| stalled(STALL))??;
     }
     Ok(())

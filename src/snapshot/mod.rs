@@ -1,10 +1,12 @@
 //! TRANSFERS. Sends the whole database of the primary to another node over a connection of its own: [`serve()`] on the
 //! primary, [`fetch()`] and [`refetch()`] on the node that needs it. What arrives is verified and staged
-//! ([`crate::storage::snapshot`]), and installed when the process next starts. Must never hold up a writer or the
-//! consensus loop, and never have more than a few chunks in memory.
+//! ([`crate::storage::snapshot`]), and installed when the process next starts. Pages that the receiver has already are
+//! not sent ([`crate::storage::snapshot::difference`]). Must never hold up a writer or the consensus loop, and never
+//! have more than a few chunks in memory.
 
 mod fetch;
 mod frame;
+mod offer;
 mod refetch;
 mod serve;
 #[cfg(test)]
@@ -12,7 +14,7 @@ mod tests;
 
 use std::time::Duration;
 
-pub use fetch::{FetchError, fetch};
+pub use fetch::{FetchError, Fetched, fetch};
 pub use refetch::refetch;
 pub use serve::serve;
 

@@ -2,6 +2,7 @@
 //! while the database is needed, and never try again without a pause.
 
 use std::{
+    fs::File,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -10,21 +11,23 @@ use std::{
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
-use super::fetch::{FetchError, fetch};
+use super::fetch::{FetchError, Fetched, fetch};
 use crate::{
     cluster::{Member, NodeId},
     node::{Handle, Warning},
     peer::PeerIdentity,
     scheduling,
-    storage::snapshot::Manifest,
+    storage::snapshot::SnapshotError,
 };
 
 /// First and longest pause between two attempts.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 
 /// Waits until this node needs the whole database, fetches it, and asks for a restart, which installs it. Returns then,
-/// or when the node has ended. `data` is the data folder.
-pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf) {
+/// or when the node has ended. `data` is the data folder, and `own` the database file that this node has: it may be
+/// old or damaged.
+pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf, own: Arc<File>) {
+    let mut own = Some(own);
     let me = identity.me;
     let mut wanted = handle.refetch_from();
     let mut pause = PAUSE.0;
@@ -37,16 +40,21 @@ pub async fn refetch(handle: Handle, identity: Arc<PeerIdentity>, data: PathBuf)
         };
         info!(from = member.name, "fetching the whole database");
         let start = Instant::now();
-        let result = fetch_apart(&handle, &identity, &member, &data).await;
-        match result {
-            Ok(manifest) => {
+        match fetch_apart(&handle, &identity, &member, &data, own.clone()).await {
+            Ok(Fetched { manifest, unchanged }) => {
                 handle.warn(Warning::Snapshot, None);
                 let index = manifest.record.index;
                 let ms = start.elapsed().as_millis() as u64;
-                info!(index, bytes = manifest.bytes(), ms, "the whole database has been fetched");
+                info!(index, bytes = manifest.bytes(), unchanged, ms, "the whole database has been fetched");
                 return handle.restart(format!("to install the database of {} at index {index}", member.name));
             }
-            Err(error) => give_up(&handle, &member, me, &error),
+            Err(error) => {
+                give_up(&handle, &member, me, &error);
+                // Whatever is wrong with how the two were put together, it must not be so for ever.
+                if matches!(error, FetchError::Store(SnapshotError::Damaged(_))) {
+                    own = None;
+                }
+            }
         }
         wanted.mark_unchanged();
         // Goes on at once if somebody else has become primary.
@@ -67,11 +75,12 @@ async fn fetch_apart(
     identity: &Arc<PeerIdentity>,
     member: &Member,
     data: &Path,
-) -> Result<Manifest, FetchError> {
+    own: Option<Arc<File>>,
+) -> Result<Fetched, FetchError> {
     let (handle, identity, member, data) = (handle.clone(), identity.clone(), member.clone(), data.to_owned());
     let work = move || async move {
         let report = |progress| handle.report_sync(identity.me, Some(progress));
-        fetch(&identity, &member, &data, report).await
+        fetch(&identity, &member, &data, own, report).await
     };
     scheduling::apart("snapshot-fetch", work).await?
 }

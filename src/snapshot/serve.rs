@@ -8,22 +8,28 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, sink, split},
     sync::mpsc::{self, Receiver, Sender},
     task::{self, JoinSet},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tracing::{error, info, warn};
 
-use super::{CHUNKS, REPORT, frame};
+use super::{CHUNKS, REPORT, STALL, frame};
 use crate::{
     cluster::NodeId,
     events::{Event, Kind, Recorder, Scope, Severity},
     node::{Handle, SyncProgress},
     peer::StreamCall,
     scheduling,
-    storage::snapshot::{ClusterKey, Manifest, Resting},
-    telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY},
+    storage::{
+        checkpoint::Record,
+        snapshot::{
+            ClusterKey, Manifest, Resting,
+            difference::{KEY, Tagger, chunk_pages},
+        },
+    },
+    telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY, SNAPSHOT_UNCHANGED},
 };
 
 /// Snapshots that are sent at the same time: two hosts may join together.
@@ -51,7 +57,7 @@ pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<StreamC
 }
 
 async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBuf) {
-    let StreamCall { from: peer, forgotten, mut stream } = call;
+    let StreamCall { from: peer, forgotten, compares, mut stream } = call;
     let (manifest, resting) = match offer(&handle, &data, forgotten.then_some(peer)).await {
         Ok(offer) => offer,
         Err(why) => {
@@ -62,13 +68,15 @@ async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBu
             return;
         }
     };
-    let total = manifest.bytes();
-    info!(peer, index = manifest.record.index, bytes = total, "sending the whole database to this node");
-    let report = |bytes| handle.report_sync(peer, Some(SyncProgress { bytes, total }));
-    let result = send(&mut stream, &manifest, resting, report).await;
+    info!(peer, index = manifest.record.index, bytes = manifest.bytes(), "sending the whole database to this node");
+    let report = |progress| handle.report_sync(peer, Some(progress));
+    let result = send(&mut stream, &manifest, resting, compares, report).await;
     handle.report_sync(peer, None);
-    // So that what has been sent arrives before the connection ends.
+    // So that what has been sent arrives before the connection ends: it would be lost if something were left unread.
     let _ = stream.shutdown().await;
+    if compares {
+        let _ = timeout(STALL, copy(&mut stream, &mut sink())).await;
+    }
     conclude(&events, &handle.name(peer), peer, result);
 }
 
@@ -89,13 +97,16 @@ async fn offer(handle: &Handle, data: &Path, forgotten: Option<NodeId>) -> Resul
 
 fn conclude(events: &Recorder, name: &str, peer: NodeId, result: io::Result<Sent>) {
     match result {
-        Ok(Sent { bytes, seconds }) => {
-            info!(peer, bytes, ms = (seconds * 1e3) as u64, "the whole database was sent to this node");
-            let sentence = format!("the whole database was sent to {name} ({bytes} bytes in {seconds:.1} s)");
+        Ok(Sent { bytes, unchanged, seconds }) => {
+            let ms = (seconds * 1e3) as u64;
+            info!(peer, bytes, unchanged, ms, "the whole database was sent to this node");
+            let had = if unchanged > 0 { format!("; it had the other {unchanged} bytes") } else { String::new() };
+            let sentence = format!("the whole database was sent to {name} ({bytes} bytes in {seconds:.1} s{had})");
             let event = Event::new(Kind::Snapshot, Severity::Info, sentence).scope(Scope::Cluster);
-            events.record(event.field("member", name).field("bytes", bytes));
+            events.record(event.field("member", name).field("bytes", bytes).field("unchanged", unchanged));
             metrics::histogram!(SNAPSHOT_LATENCY, "direction" => "sent").record(seconds);
             metrics::counter!(SNAPSHOT_BYTES, "direction" => "sent").increment(bytes);
+            metrics::counter!(SNAPSHOT_UNCHANGED, "direction" => "sent").increment(unchanged);
         }
         Err(error) => {
             warn!(peer, %error, "the whole database could not be sent to this node; it asks again");
@@ -108,44 +119,110 @@ fn conclude(events: &Recorder, name: &str, peer: NodeId, result: io::Result<Sent
 #[derive(Debug)]
 pub(super) struct Sent {
     pub bytes: u64,
+    /// Bytes that the other side had.
+    pub unchanged: u64,
     pub seconds: f64,
 }
 
-/// Sends one snapshot. If the file stops resting, the other side is told why the snapshot breaks off.
+/// Sends one snapshot; only what the other side does not have, if it `compares`. If the file stops resting, the other
+/// side is told why the snapshot breaks off.
 pub(super) async fn send(
-    stream: &mut (impl AsyncWrite + Unpin),
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     manifest: &Manifest,
     resting: Resting,
-    report: impl Fn(u64),
+    compares: bool,
+    report: impl Fn(SyncProgress),
 ) -> io::Result<Sent> {
-    let start = Instant::now();
-    report(0);
-    frame::write(stream, frame::MANIFEST, &manifest.encode(), &[]).await?;
-    let (chunks, mut ready) = mpsc::channel(CHUNKS);
+    let (start, record, total) = (Instant::now(), manifest.record, manifest.bytes());
+    report(SyncProgress { total, ..SyncProgress::default() });
+    let (mut from, mut to) = split(stream);
+    let key: Option<[u8; KEY]> = compares.then(rand::random);
+    match &key {
+        Some(key) => frame::write(&mut to, frame::ASK, key, &manifest.encode()).await?,
+        None => frame::write(&mut to, frame::MANIFEST, &manifest.encode(), &[]).await?,
+    }
+    let (heard, tags) = mpsc::channel(CHUNKS);
+    let (pieces, ready) = mpsc::channel(CHUNKS);
     let (give_back, empty) = mpsc::channel(CHUNKS + 2);
-    let reading = task::spawn_blocking(move || read(&resting, &chunks, empty));
-    let (mut bytes, mut reported) = (0, start);
-    while let Some((sum, chunk)) = ready.recv().await {
-        let chunk: Vec<u8> = chunk;
-        frame::write(stream, frame::CHUNK, &u64::to_le_bytes(sum), &chunk).await?;
-        bytes += chunk.len() as u64;
-        let _ = give_back.try_send(chunk); // the reader may be done, and need no more memory
-        if reported.elapsed() >= REPORT {
-            reported = Instant::now();
-            report(bytes);
+    let comparing = key.map(|key| (Tagger::new(&key), tags));
+    let reading = task::spawn_blocking(move || read(&resting, comparing, &pieces, empty));
+    let hearing = async {
+        match compares {
+            true => hear(&mut from, &record, heard).await,
+            false => Ok(()),
         }
-    }
-    let read = reading.await.map_err(io::Error::other)?;
-    if let Err(error) = read {
-        refuse(stream, &error.to_string()).await?;
-        return Err(error);
-    }
-    frame::write(stream, frame::END, &[], &[]).await?;
-    Ok(Sent { bytes, seconds: start.elapsed().as_secs_f64() })
+    };
+    let saying = async {
+        let now = say(&mut to, ready, &give_back, (total, &report)).await?;
+        if let Err(error) = reading.await.map_err(io::Error::other)? {
+            refuse(&mut to, &error.to_string()).await?;
+            return Err(error);
+        }
+        frame::write(&mut to, frame::END, &[], &[]).await?;
+        Ok(now)
+    };
+    let ((), SyncProgress { bytes, unchanged, .. }) = tokio::try_join!(hearing, saying)?;
+    Ok(Sent { bytes: bytes - unchanged, unchanged, seconds: start.elapsed().as_secs_f64() })
 }
 
-/// Reads the whole file in chunks. Ends early when nobody takes them any more.
-fn read(resting: &Resting, chunks: &Sender<(u64, Vec<u8>)>, mut empty: Receiver<Vec<u8>>) -> io::Result<()> {
+/// Hands on what the other side says it has, until it has said all. Whoever reads the file may have no use for it any
+/// more.
+async fn hear(stream: &mut (impl AsyncRead + Unpin), record: &Record, heard: Sender<Vec<u8>>) -> io::Result<()> {
+    let mut done = 0;
+    while done < record.pages {
+        let (frame::TAGS, length) = frame::read_head(stream, STALL).await? else {
+            return Err(io::Error::new(ErrorKind::InvalidData, "it does not say what it has"));
+        };
+        let mut tags = vec![0; length];
+        frame::read(stream, &mut tags).await?;
+        done += chunk_pages(record, done);
+        if heard.send(tags).await.is_err() || length == 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Sends the pieces, as long as there are any.
+async fn say(
+    stream: &mut (impl AsyncWrite + Unpin),
+    mut ready: Receiver<Piece>,
+    give_back: &Sender<Vec<u8>>,
+    (total, report): (u64, &impl Fn(SyncProgress)),
+) -> io::Result<SyncProgress> {
+    let mut now = SyncProgress { total, ..SyncProgress::default() };
+    let mut reported = Instant::now();
+    while let Some(Piece { kind, head, bytes, unchanged }) = ready.recv().await {
+        frame::write(stream, kind, &head, &bytes).await?;
+        now.bytes += bytes.len() as u64 + unchanged;
+        now.unchanged += unchanged;
+        let _ = give_back.try_send(bytes); // the reader may be done, and need no more memory
+        if reported.elapsed() >= REPORT {
+            reported = Instant::now();
+            report(now);
+        }
+    }
+    Ok(now)
+}
+
+/// A chunk, or what the other side lacks of it.
+struct Piece {
+    kind: u8,
+    head: Vec<u8>,
+    bytes: Vec<u8>,
+    /// Bytes of the chunk that it has.
+    unchanged: u64,
+}
+
+/// Reads the whole file in chunks, and compares them with what the other side has. Ends early when nobody takes them
+/// any more.
+fn read(
+    resting: &Resting,
+    mut comparing: Option<(Tagger, Receiver<Vec<u8>>)>,
+    pieces: &Sender<Piece>,
+    mut empty: Receiver<Vec<u8>>,
+) -> io::Result<()> {
+    let gone = || io::Error::new(ErrorKind::BrokenPipe, "the connection is gone");
     let record = resting.record();
     let (mut done, mut checksum) = (0, 0);
     while done < record.pages {
@@ -154,11 +231,24 @@ fn read(resting: &Resting, chunks: &Sender<(u64, Vec<u8>)>, mut empty: Receiver<
             ErrorKind::Interrupted => io::Error::new(ErrorKind::Interrupted, format!("try again: {error}")),
             _ => io::Error::new(error.kind(), format!("its database file cannot be read: {error}")),
         })?;
-        done += bytes.len() as u32 / record.page_size;
-        checksum ^= sum;
-        if chunks.blocking_send((sum, bytes)).is_err() {
-            return Err(io::Error::new(ErrorKind::BrokenPipe, "the connection is gone"));
+        let whole = bytes.len();
+        let (mut kind, mut head) = (frame::CHUNK, sum.to_le_bytes().to_vec());
+        if let Some((tagger, tags)) = &mut comparing {
+            let theirs = tags.blocking_recv().ok_or_else(gone)?;
+            if theirs.is_empty() {
+                comparing = None;
+            } else {
+                let map = tagger.keep_different(done, record.page_size, &theirs, &mut bytes);
+                head.extend(
+                    map.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "it has chunks of another size"))?,
+                );
+                kind = frame::CHANGED;
+            }
         }
+        done += whole as u32 / record.page_size;
+        checksum ^= sum;
+        let unchanged = (whole - bytes.len()) as u64;
+        pieces.blocking_send(Piece { kind, head, bytes, unchanged }).map_err(|_| gone())?;
     }
     if checksum != record.checksum {
         error!(

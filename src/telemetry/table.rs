@@ -111,7 +111,9 @@ table! {
     PEER_DATAGRAMS_UNHEARD = "twistlock_peer_datagrams_unheard", Gauge by "member" &[],
         "1 while a member answers no datagram (UDP) of this node, else 0: it matters only when packets get lost.";
     SNAPSHOT_BYTES = "twistlock_snapshot_bytes_total", Counter by "direction" &["sent", "fetched"],
-        "Bytes of whole databases that were sent or fetched, by direction.";
+        "Bytes of databases that were sent or fetched, by direction.";
+    SNAPSHOT_UNCHANGED = "twistlock_snapshot_unchanged_bytes_total", Counter by "direction" &["sent", "fetched"],
+        "Bytes of databases that the receiver had already, so that they were not sent, by direction.";
     SNAPSHOT_LATENCY = "twistlock_snapshot_seconds", Latency by "direction" &["sent", "fetched"],
         "Seconds that one whole database took, by direction.";
     SNAPSHOT_FAILURES = "twistlock_snapshot_failures_total", Counter by "direction" &["sent", "fetched"],

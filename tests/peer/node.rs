@@ -365,5 +365,6 @@ pub fn hello() -> Hello {
         reached: None,
         level: Some(feature_level()),
         standing: Standing::Unsaid,
+        compares: false,
     }
 }

@@ -77,7 +77,8 @@ function words(member) {
   if (member.full) notes.push('its disk is full');
   if (member.sync && member.sync.total > 0) {
     const percent = Math.floor((100 * member.sync.bytes) / member.sync.total);
-    notes.push(`${percent} % of ${bytes(member.sync.total)} copied`);
+    const had = member.sync.unchanged > 0 ? `, ${bytes(member.sync.unchanged)} were there` : '';
+    notes.push(`${percent} % of ${bytes(member.sync.total)} copied${had}`);
   }
   return notes.join(' · ');
 }

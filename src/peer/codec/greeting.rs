@@ -38,6 +38,8 @@ pub struct Hello {
     pub level: Option<u32>,
     /// What the caller has of what it must remember. Only with a level.
     pub standing: Standing,
+    /// The caller can say which pages of a database it has, so that it is sent only the others. Only with a standing.
+    pub compares: bool,
 }
 
 impl Hello {
@@ -160,6 +162,9 @@ pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, CodecError> {
     if let Some(level) = hello.level {
         writer.u32(level);
         encode_standing(&mut writer, &hello.standing);
+        if hello.standing != Standing::Unsaid {
+            writer.0.push(u8::from(hello.compares));
+        }
     }
     writer.finish()
 }
@@ -188,6 +193,7 @@ pub(super) fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello, CodecError>
         reached: if reader.bool()? { Some(decode_reached(reader)?) } else { None },
         level: reader.optional(Reader::u32)?,
         standing: reader.optional(decode_standing)?.unwrap_or_default(),
+        compares: reader.optional(Reader::bool)?.unwrap_or(false),
     })
 }
 

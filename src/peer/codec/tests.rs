@@ -76,11 +76,11 @@ fn hello() -> impl Strategy<Value = Hello> {
     let texts = ("[0-9a-z.-]{0,64}", reached, proptest::option::of(any::<u32>()));
     let claim = any::<[u64; 3]>().prop_map(|[term, vote, last]| Standing::Whole(Claim { term, vote, last }));
     let standing = prop_oneof![Just(Standing::Unsaid), Just(Standing::Forgotten), claim];
-    let numbers = (any::<[u64; 3]>(), standing);
+    let numbers = (any::<[u64; 3]>(), standing, any::<bool>());
     (any::<u128>(), numbers, any::<u8>(), any::<[u32; 2]>(), purpose, texts).prop_map(
         |(
             cluster,
-            ([from, to, incarnation], standing),
+            ([from, to, incarnation], standing, compares),
             data_format,
             [lease_ms, promise_ms],
             purpose,
@@ -98,6 +98,7 @@ fn hello() -> impl Strategy<Value = Hello> {
             reached,
             level,
             standing: if level.is_some() { standing } else { Standing::Unsaid },
+            compares: compares && level.is_some() && standing != Standing::Unsaid,
         },
     )
 }
@@ -270,6 +271,7 @@ fn plain_hello() -> Hello {
         reached: None,
         level: None,
         standing: Standing::Unsaid,
+        compares: false,
     }
 }
 

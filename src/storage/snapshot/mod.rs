@@ -1,13 +1,14 @@
 //! A snapshot: the whole database of the primary at one raft index, on its way to another node.
 //!
 //! Owns its description (the [`Manifest`]), how it is read on the primary ([`Resting`]), how it is staged on the node
-//! that needs it ([`Incoming`]), and its installation there when the process starts ([`Ready`]). A snapshot replaces
-//! the old database only as a whole, verified and durable. It must never be used in part, and never remove an entry
-//! that this node has promised to keep.
+//! that needs it ([`Incoming`]), which pages that node has already ([`difference`]), and its installation there when
+//! the process starts ([`Ready`]). A snapshot replaces the old database only as a whole, verified and durable. It must
+//! never be used in part, and never remove an entry that this node has promised to keep.
 //!
 //! In the data folder it is `snapshot.incoming` while it arrives, `snapshot.ready` once it is complete and durable, and
 //! `snapshot.done` when it is no longer needed. Only a rename turns one into the next.
 
+pub mod difference;
 mod incoming;
 mod install;
 
