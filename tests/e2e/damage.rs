@@ -24,7 +24,7 @@ use twistlock_ha::{
 use super::{beside, cluster::Cluster, cluster::LIMIT, events::Api, writers::Pen};
 
 /// What a member says that has mended something.
-const MENDED: &[&str] = &[
+pub const MENDED: &[&str] = &[
     "was set aside",
     "made anew",
     "rebuilt from",

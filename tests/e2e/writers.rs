@@ -286,12 +286,17 @@ impl Writers {
         &self.shared.authorization
     }
 
-    /// Stops the clients and compares what they were told with what the cluster has. Returns a line for the report.
-    pub fn verify(self) -> String {
+    /// Stops the clients.
+    pub fn stop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads {
+        for thread in self.threads.drain(..) {
             thread.join().unwrap();
         }
+    }
+
+    /// Stops the clients and compares what they were told with what the cluster has. Returns a line for the report.
+    pub fn verify(mut self) -> String {
+        self.stop();
         let outcomes = self.shared.outcomes.lock().unwrap();
         let there = all_tags(&self.shared.cluster, &self.shared.authorization);
         let mut counts = [0; 4];
