@@ -238,6 +238,7 @@ impl Call {
             Purpose::Link => {
                 let caller = Caller { life: hello.incarnation, standing: hello.standing };
                 let welcome = self.check_link(hello.from, caller)?;
+                self.identity.roster.called(hello.from, self.from.ip());
                 if let Some(reached) = hello.reached {
                     self.identity.roster.hear(hello.from, reached);
                 }

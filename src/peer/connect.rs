@@ -109,13 +109,16 @@ async fn connect_any(
     nobody_listens: impl Fn(SocketAddr),
 ) -> Result<(SocketAddr, TcpStream), Failure> {
     let host = (member.address.as_str(), member.port);
-    let addresses = match timeout(CONNECT, lookup_host(host)).await {
-        Ok(Ok(addresses)) => addresses,
-        Ok(Err(error)) => return Err(Failure::unreachable(error.to_string())),
-        Err(_) => return Err(Failure::unreachable("resolving its name took too long")),
+    let (mut addresses, mut failure) = match timeout(CONNECT, lookup_host(host)).await {
+        Ok(Ok(found)) => {
+            (found.collect::<Vec<_>>(), Failure::unreachable("its name has no address that this node can dial"))
+        }
+        Ok(Err(error)) => (Vec::new(), Failure::unreachable(error.to_string())),
+        Err(_) => (Vec::new(), Failure::unreachable("resolving its name took too long")),
     };
-    let mut failure = Failure::unreachable("its name has no address that this node can dial");
-    for address in addresses.filter(|address| bind_for(identity, address).is_ok()) {
+    let caller = identity.roster.caller(member).map(|ip| SocketAddr::new(ip, member.port));
+    addresses.extend(caller.filter(|caller| !addresses.contains(caller)));
+    for address in addresses.into_iter().filter(|address| bind_for(identity, address).is_ok()) {
         failure = match timeout(CONNECT, connect(identity, address)).await {
             Ok(Ok(stream)) => return Ok((address, stream)),
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {

@@ -2,13 +2,20 @@
 //! away while another one moved could not answer it otherwise, and so would never be sent the change. Must never let
 //! anybody speak for another member, or make a member of anybody.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    sync::{Arc, Mutex},
+};
 
 use tokio::sync::watch;
 use tracing::info;
 
 use super::codec::Reached;
-use crate::cluster::{ClusterId, Member, Membership, NodeId};
+use crate::{
+    cluster::{ClusterId, Member, Membership, NodeId},
+    mutex::locked,
+};
 
 /// A membership and the raft index of the entry that made it.
 #[derive(Clone, Debug)]
@@ -22,12 +29,14 @@ pub struct Roster {
     editions: watch::Receiver<Edition>,
     /// What members with a newer edition said about themselves. Bounded by the number of members.
     told: watch::Sender<BTreeMap<NodeId, Reached>>,
+    /// From where members called last. Bounded by the number of members.
+    callers: Mutex<BTreeMap<NodeId, IpAddr>>,
 }
 
 impl Roster {
     /// Follows the memberships that are in force on this node.
     pub fn new(editions: watch::Receiver<Edition>) -> Self {
-        Self { editions, told: watch::Sender::new(BTreeMap::new()) }
+        Self { editions, told: watch::Sender::new(BTreeMap::new()), callers: Mutex::default() }
     }
 
     /// The cluster to which all of them belong.
@@ -53,6 +62,7 @@ impl Roster {
             told.retain(|id, reached| reached.index > index && membership.get(*id).is_some());
             false // nobody dials differently for it
         });
+        locked(&self.callers).retain(|id, _| membership.get(*id).is_some());
         let told = self.told.borrow();
         let others = membership.roster.members.iter().filter(|member| member.id != me);
         others.map(|member| placed(member, index, told.get(&member.id))).collect()
@@ -68,6 +78,20 @@ impl Roster {
         let Edition { index, membership } = self.editions.borrow().clone();
         let member = membership.get(me)?;
         Some(Reached { address: member.address.clone(), port: member.port, index })
+    }
+
+    /// Notes from where a member, proven by its certificate, has called.
+    pub(super) fn called(&self, by: NodeId, from: IpAddr) {
+        if self.member(by).is_some() {
+            locked(&self.callers).insert(by, from.to_canonical());
+        }
+    }
+
+    /// Another address to dial a member at that is known by a name: from there it called last. The name may lead there
+    /// only later, as that of a pod that was started anew, whose old address is remembered for half a minute.
+    pub(super) fn caller(&self, member: &Member) -> Option<IpAddr> {
+        let named = member.address.parse::<IpAddr>().is_err();
+        locked(&self.callers).get(&member.id).copied().filter(|_| named)
     }
 
     /// Notes what a member, proven by its certificate, says about itself.
@@ -154,6 +178,21 @@ mod tests {
         sender.send_replace(Edition { index: 12, membership });
         assert_eq!(addresses(&roster), ["192.0.2.96", "192.0.2.2"]);
         assert!(roster.told.borrow().is_empty());
+    }
+
+    #[test]
+    fn only_a_member_that_is_known_by_its_name_is_dialled_where_it_called_from() {
+        let (sender, roster) = roster();
+        let from: IpAddr = "::ffff:192.0.2.77".parse().unwrap();
+        [1, 2, 9].into_iter().for_each(|id| roster.called(id, from));
+        let named = Member::founder(2, "n2", "n2.example", 8086);
+        assert_eq!(roster.caller(&named), Some("192.0.2.77".parse().unwrap()));
+        assert_eq!(roster.caller(&roster.member(1).unwrap()), None, "it has an address");
+        assert_eq!(roster.caller(&Member::founder(9, "n9", "n9.example", 8086)), None, "a stranger");
+        let gone = roster.membership().changed(&Change::Remove { node: 2, at: 1, force: false }, 1).unwrap();
+        sender.send_replace(Edition { index: 6, membership: Arc::new(gone) });
+        roster.others(3);
+        assert_eq!(roster.caller(&named), None, "no member any more");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod datagrams;
 mod membership;
+mod names;
 mod node;
 
 use std::{
