@@ -237,22 +237,24 @@ impl Codes {
     }
 }
 
-/// `GET /livez`: 200 while the consensus loop turns.
+/// `GET /livez`: 200 while the consensus loop turns. While no node runs there is nothing that could turn:
+/// `?waiting=200` says yes then, for whoever would end a process that is not live.
 async fn live(sources: State<Sources>, Query(query): Query<HashMap<String, String>>) -> Response {
-    let mut limit = LIVE;
+    let (mut limit, mut while_waiting) = (LIVE, false);
     for (name, value) in &query {
-        let number = value.parse().ok().filter(|number| name == "within" && WITHIN.contains(number));
-        let Some(number) = number else {
-            let (least, most) = WITHIN.into_inner();
-            return refuse(format!(
-                "found \"{name:.40}={value:.40}\", allowed: within={least} to {most} (milliseconds)"
-            ));
-        };
-        limit = Duration::from_millis(number);
+        match (name.as_str(), value.parse()) {
+            ("within", Ok(within)) if WITHIN.contains(&within) => limit = Duration::from_millis(within),
+            ("waiting", Ok(200)) => while_waiting = true,
+            _ => {
+                let (least, most) = WITHIN.into_inner();
+                return refuse(format!(
+                    "found \"{name:.40}={value:.40}\", allowed: within={least} to {most} (milliseconds), waiting=200"
+                ));
+            }
+        }
     }
-    // While no node runs there is nothing that could turn.
     let age = sources.turned();
-    let live = age.is_some_and(|age| age <= limit);
+    let live = age.map_or(while_waiting, |age| age <= limit);
     let body = json!({ "live": live, "turned_ms_ago": age.map(|age| age.as_millis() as u64) });
     (code(live), Json(body)).into_response()
 }

@@ -321,6 +321,11 @@ mod tests {
         for (path, code) in [("/", 503), ("/primary", 503), ("/secondary", 503), ("/livez", 503), ("/readyz", 503)] {
             assert!(ask(address, path).unwrap().starts_with(&format!("HTTP/1.1 {code}")), "{path}");
         }
+        for (path, code) in
+            [("/livez?waiting=200", 200), ("/livez?waiting=200&within=50", 200), ("/livez?waiting=503", 400)]
+        {
+            assert!(ask(address, path).unwrap().starts_with(&format!("HTTP/1.1 {code}")), "{path}");
+        }
         assert!(ask(address, "/?format=json").unwrap().contains("\"state\":\"STARTUP\""));
         assert!(ask(address, "/status?format=xml").unwrap().starts_with("HTTP/1.1 400"));
         let other = Status { role: Role::RequestJoin, ..(**starting().status.borrow()).clone() };
