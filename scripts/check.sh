@@ -137,6 +137,11 @@ schemathesis() {
     python3 -m venv "$folder" && "$folder/bin/pip" install --quiet schemathesis==4.32.5
 }
 
+# tests/cli/kubernetes.py has the schemas of the Kubernetes API from the first, and Helm from the second.
+kubernetes() {
+    python3 -m venv "$folder" && "$folder/bin/pip" install --quiet kubernetes-validate==1.37.0 helm-python-sdk==0.2.2
+}
+
 # tests/e2e/copies.rs runs its S3 server. The wheel holds nothing but the program, for which any Python is good.
 rclone() {
     python3 -m venv "$folder/venv" &&
@@ -161,6 +166,8 @@ install_all() {
     if [ "$quick" = false ]; then
         folder=target/schemathesis
         tool $folder/bin/schemathesis schemathesis
+        folder=target/kubernetes
+        tool $folder/bin/python kubernetes
         folder=target/rclone
         tool $folder/rclone rclone
     fi

@@ -2,6 +2,8 @@
 //! and `ha status` is run against a real control socket with invented states behind it.
 //! `TRYCMD=overwrite cargo test --test cli` writes the sessions anew.
 
+#[path = "cli/kubernetes.rs"]
+mod kubernetes;
 #[path = "cli/terminal.rs"]
 mod terminal;
 

@@ -14,6 +14,7 @@ mod columns;
 mod daemon;
 mod drill;
 mod handover;
+mod kubernetes;
 mod lists;
 mod login;
 mod next;
@@ -49,6 +50,7 @@ use backup::Backups;
 use certs::Certs;
 use client::ApiClient;
 use columns::{Paint, When};
+use kubernetes::Console;
 use records::{AuditsArgs, LogsArgs};
 use restore::RestoreArgs;
 use stop::{EX_IOERR, EX_USAGE, Stop};
@@ -120,6 +122,9 @@ enum Command {
     /// Restore a backup to the whole cluster, on the PRIMARY's host
     #[command(after_help = restore::HELP)]
     Restore(RestoreArgs),
+    /// Consoles on other systems: what Kubernetes needs to run them
+    #[command(subcommand)]
+    Console(Console),
     /// Show who changed what and who logged in
     #[command(after_help = records::AUDITS_HELP)]
     Audits(AuditsArgs),
@@ -157,6 +162,7 @@ pub fn main() -> ExitCode {
         Command::Certs(command) => certs::run(command, paint).map(|()| 0),
         Command::Backup(command) => backup::run(command, paint).map(|()| 0),
         Command::Restore(args) => restore::run(args).map(|()| 0),
+        Command::Console(command) => kubernetes::run(command).map(|()| 0),
         Command::Audits(args) => records::audits(args, paint).map(|()| 0),
         Command::Logs(args) => records::logs(args, paint).map(|()| 0),
         Command::Version(args) => version::run(args, paint),
