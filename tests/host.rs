@@ -1,6 +1,9 @@
 //! `twistlockd host` as an administrator runs it: the real program, a real node below a prefix. Nothing is played by the
 //! test but the administrator, and the process that dies between two steps.
 
+#[path = "host/container.rs"]
+mod container;
+
 use std::{
     fs,
     net::Ipv4Addr,
