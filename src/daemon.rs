@@ -266,7 +266,7 @@ impl Parts {
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let console_tls = self.console_tls().context("load what the Console serves")?;
-        let (mut supervisor, ports) = self.supervisor(console_tls.served());
+        let (mut supervisor, ports) = self.supervisor(&console_tls);
         let mut tasks = Tasks::default();
         let (peers, questions) = self.share_with_others(&mut tasks);
         let services = self.services(&ports, Asker::new(peers.clone()), &mut tasks)?;
@@ -435,7 +435,7 @@ impl Parts {
         });
     }
 
-    fn supervisor(&self, tls: watch::Receiver<Arc<rustls::ServerConfig>>) -> (Supervisor, SupervisorHandle) {
+    fn supervisor(&self, tls: &ConsoleTls) -> (Supervisor, SupervisorHandle) {
         let supervisor = SupervisorConfig {
             address: bind_address(&self.config),
             workload: Setup {
@@ -444,7 +444,8 @@ impl Parts {
                     http: self.config.management_port_http,
                     defender: self.config.communication_port,
                 },
-                tls,
+                tls: tls.served(),
+                defender_tls: tls.for_defenders(),
                 services: None,
             },
             demotion_deadline: self.config.demotion_deadline,

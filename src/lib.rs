@@ -38,6 +38,11 @@
 //! closed when the disk answers again. A SECONDARY with such a disk stands back, and acknowledges nothing that it has
 //! not on disk.
 //!
+//! A Defender's way: the agent of another host ([`defender`]) watches files, and writes what it finds into a queue on
+//! its disk. It dials out to the one open port, and the Console stores its events, each with its number, in the
+//! transaction that raises the number up to which they are stored. The acknowledgement leaves after the COMMIT; what
+//! comes again by the next PRIMARY is known. `docs/defender.md` has the protocol.
+//!
 //! A viewer's way: the browser gets the page ([`console`], `src/console/ui`), logs in, and follows the status as a
 //! stream of events. When the stream breaks off, the page knocks at the same host name until a PRIMARY opens; the
 //! session is in the replicated database, so that nobody logs in again. While there is none, the page is grey and
@@ -86,6 +91,7 @@
 //! | [`backup`] | backups: made, kept, verified, brought back | HTTP, sockets and terminals |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs, and at which ports: start, ready, stop | why it is started |
+//! | [`defender`] | the agent on other hosts: watches files, keeps its events, hands them to the PRIMARY; `docs/defender.md` | the inside of a node |
 //! | [`events`] | tells: what happened, to the history and to whoever is to be notified | what it is told for |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
 //! | [`supervisor`] | follows the role: opens ports and starts the workload, or closes and stops | how the role came about |
@@ -161,6 +167,7 @@ pub mod cluster;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod defender;
 pub mod descriptors;
 pub mod dev;
 pub mod events;

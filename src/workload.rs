@@ -27,7 +27,7 @@ pub struct ConsolePorts {
     pub https: Option<u16>,
     /// `MANAGEMENT_PORT_HTTP`.
     pub http: Option<u16>,
-    /// `COMMUNICATION_PORT`: reserved for Defenders.
+    /// `COMMUNICATION_PORT`: for Defenders.
     pub defender: Option<u16>,
 }
 
@@ -37,6 +37,8 @@ pub struct Setup {
     pub ports: ConsolePorts,
     /// Looked at for each connection.
     pub tls: watch::Receiver<Arc<ServerConfig>>,
+    /// For the port of the Defenders, which show a certificate there.
+    pub defender_tls: watch::Receiver<Arc<ServerConfig>>,
     /// What the Console does for the cluster; without it, there is none to administer.
     pub services: Option<ConsoleServices>,
 }
@@ -49,18 +51,11 @@ pub struct Endpoint {
     pub port: u16,
     /// The settings also say whether a client has to show a certificate. None: connections are not encrypted.
     pub tls: Option<watch::Receiver<Arc<ServerConfig>>>,
-    pub serves: Serves,
+    /// What answers: HTTP/1.1. A request may turn its connection into something else (RFC 9110 section 7.8), as a
+    /// WebSocket.
+    pub router: Router,
     /// Connections at once, at most.
     pub connections: usize,
-}
-
-/// What is spoken on a port.
-#[derive(Clone, Debug)]
-pub enum Serves {
-    /// HTTP/1.1. A request may turn its connection into something else (RFC 9110 section 7.8), as a WebSocket.
-    Http(Router),
-    /// Nothing yet: connections are closed behind the TLS handshake.
-    Nothing,
 }
 
 /// The workload of one term as PRIMARY. Holds the database: it must be stopped and dropped before the node can become
@@ -70,6 +65,7 @@ pub struct Workload {
     console: Arc<Console>,
     ports: ConsolePorts,
     tls: watch::Receiver<Arc<ServerConfig>>,
+    defender_tls: watch::Receiver<Arc<ServerConfig>>,
     // After the console: its connections close first.
     _database: Arc<PrimaryDatabase>,
 }
@@ -89,7 +85,8 @@ impl Workload {
         let database = database.ok_or_else(|| anyhow!("this node is not PRIMARY in epoch {epoch} any more"))?;
         let console = Console::new(connect_options(&database), status, setup.services.clone())
             .map_err(|_| anyhow!("the system gives no random bytes"))?;
-        Ok(Self { console, ports: setup.ports, tls: setup.tls.clone(), _database: database })
+        let (tls, defender_tls) = (setup.tls.clone(), setup.defender_tls.clone());
+        Ok(Self { console, ports: setup.ports, tls, defender_tls, _database: database })
     }
 
     /// Waits until requests can be served. May be given up at any time.
@@ -103,15 +100,15 @@ impl Workload {
     /// The ports that it wants to be open while it is ready.
     pub fn endpoints(&self) -> Vec<Endpoint> {
         let (ConsolePorts { https, http, defender }, budget) = (self.ports, descriptors::budget());
-        let tls = || Some(self.tls.clone());
-        let console = || Serves::Http(self.console.router());
+        let console = || self.console.router();
+        let (tls, defender_tls) = (Some(self.tls.clone()), Some(self.defender_tls.clone()));
         let all = [
-            (https, "console", tls(), console(), budget.https),
+            (https, "console", tls, console(), budget.https),
             (http, "console_http", None, console(), budget.http),
-            (defender, "defender", tls(), Serves::Nothing, budget.defender),
+            (defender, "defender", defender_tls, self.console.defender_router(), budget.defender),
         ];
-        let wanted = all.into_iter().filter_map(|(port, name, tls, serves, connections)| {
-            Some(Endpoint { name, port: port?, tls, serves, connections })
+        let wanted = all.into_iter().filter_map(|(port, name, tls, router, connections)| {
+            Some(Endpoint { name, port: port?, tls, router, connections })
         });
         wanted.collect()
     }

@@ -10,7 +10,7 @@ use crate::{
     clock::unix_time,
     cluster::Change,
     node::CertificateStatus,
-    pki::{self, CertificateInfo, ClusterKeys, Pair, PkiError},
+    pki::{self, Authority, CertificateInfo, ClusterKeys, Pair, PkiError},
 };
 
 /// Longest text with a certificate chain and its key that is looked at, in bytes.
@@ -57,6 +57,20 @@ impl Operations {
         });
         let certificates = self.status().certificates.clone();
         Certificates { console_names: membership.shared.console_names.clone(), certificates, custom }
+    }
+
+    /// Signs the request of a Defender.
+    ///
+    /// # Errors
+    /// As those of [`super::Admin::certify_defender`].
+    pub(super) fn certify_defender(&self, csr: &str, id: &str, name: &str) -> Result<String, AdminError> {
+        self.primary()?;
+        let membership = self.membership();
+        let sealed = membership.shared.authority.as_ref();
+        let sealed = sealed.ok_or_else(|| AdminError::Refused("this cluster has no authority".to_owned()))?;
+        let refused = |error: PkiError| AdminError::Refused(error.to_string());
+        let authority = Authority::open(membership.cluster, sealed, &self.config.certificates).map_err(refused)?;
+        authority.sign_defender_request(csr, id, name).map_err(refused)
     }
 
     /// Every Console's certificate is good for these names, too, from now on: each member makes its own anew, and

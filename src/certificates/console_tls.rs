@@ -23,7 +23,6 @@ use super::{
     custom_folder::CustomFolder,
     expiry::{Told, node_and_ca},
     given::{missing, warning},
-    renewal::is_due,
 };
 use crate::{
     clock::unix_time,
@@ -31,7 +30,7 @@ use crate::{
     node::{CertificateSource, CertificateStatus, Handle, Warning},
     pki::{
         self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKeys, NodeTls, Pair,
-        console_tls, request_with,
+        console_tls, defender_port_tls, is_due, request_with,
     },
 };
 
@@ -53,6 +52,10 @@ pub struct ConsoleTls {
     folder: CustomFolder,
     upload: Upload,
     served: watch::Sender<Arc<ServerConfig>>,
+    /// For the port of the Defenders.
+    for_defenders: watch::Sender<Arc<ServerConfig>>,
+    /// Whom those settings trust.
+    trusted: String,
     /// What is in `served`: that for all, and the cluster's own.
     serving: (Arc<Pair>, Arc<Pair>),
     /// What is wrong, by what it is about. Logged when it begins and when it changes.
@@ -101,10 +104,24 @@ impl ConsoleTls {
         let folder = CustomFolder::open(data).context("mend the two files or take them away")?;
         let settings = console_tls(&own, &own)?;
         let serving = (Arc::clone(&own), Arc::clone(&own));
-        let served = watch::Sender::new(settings);
+        let served = watch::Sender::new(Arc::clone(&settings));
         let (upload, problems, told) = (Upload::default(), Default::default(), Told::default());
-        let mut tls =
-            Self { certificates, node, local_names, own, folder, upload, served, serving, problems, told, slow: None };
+        let (for_defenders, trusted) = (watch::Sender::new(settings), String::new());
+        let mut tls = Self {
+            certificates,
+            node,
+            local_names,
+            own,
+            folder,
+            upload,
+            served,
+            for_defenders,
+            trusted,
+            serving,
+            problems,
+            told,
+            slow: None,
+        };
         tls.poll(membership, true);
         Ok(tls)
     }
@@ -112,6 +129,12 @@ impl ConsoleTls {
     /// The settings for a connection that begins now.
     pub fn served(&self) -> watch::Receiver<Arc<ServerConfig>> {
         self.served.subscribe()
+    }
+
+    /// The settings for a Defender's connection that begins now. Without an authority they ask for no certificate, and
+    /// nobody is served who shows none.
+    pub fn for_defenders(&self) -> watch::Receiver<Arc<ServerConfig>> {
+        self.for_defenders.subscribe()
     }
 
     /// Keeps all of it in step until the node ends. Looks at once when the certificate of the node is `renewed`: what
@@ -173,6 +196,7 @@ impl ConsoleTls {
                 )
             }),
         );
+        self.serve_defenders(membership);
         self.serve();
         let certificates = self.certificates(membership);
         let text = |sentences: Vec<String>| (!sentences.is_empty()).then(|| sentences.join("; "));
@@ -259,6 +283,21 @@ impl ConsoleTls {
                 self.serving = (pair, Arc::clone(&self.own));
             }
             Err(error) => error!("the Console goes on serving the certificate that it has: {error}"),
+        }
+    }
+
+    /// Called before [`Self::serve`], which notes what is served.
+    fn serve_defenders(&mut self, membership: &Membership) {
+        let trusted = membership.shared.trust_bundle();
+        if trusted == self.trusted && self.own.is_same(&self.serving.1) {
+            return;
+        }
+        match defender_port_tls(&self.own, membership.shared.trusted()) {
+            Ok(settings) => {
+                settings.into_iter().for_each(|settings| drop(self.for_defenders.send_replace(settings)));
+                self.trusted = trusted;
+            }
+            Err(error) => error!("the port of the Defenders goes on with the settings that it has: {error}"),
         }
     }
 

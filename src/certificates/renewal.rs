@@ -18,7 +18,7 @@ use crate::{
     clock::unix_time,
     cluster::{Membership, NodeId},
     node::Handle,
-    pki::{self, Authority, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, request_with},
+    pki::{self, Authority, NODE_CERTIFICATE, NODE_KEY, NodeTls, certificate_validity, is_due, request_with},
 };
 
 /// Time between two looks, and after a look at a certificate that is not good at this time or could not be renewed: the
@@ -75,11 +75,6 @@ fn is_good(dir: &Path, now: u64) -> bool {
     validity.is_ok_and(|(from, until)| (from..until).contains(&now))
 }
 
-/// True if less than a third of its life remains, or it has not begun: it was made when a clock was ahead.
-pub(super) fn is_due(from: u64, until: u64, now: u64) -> bool {
-    now < from || until.saturating_sub(now) < until.saturating_sub(from) / 3
-}
-
 /// Signs the key of this node again.
 ///
 /// # Errors
@@ -116,16 +111,6 @@ mod tests {
         let mut membership = Membership::founded(cluster, vec![Member::founder(1, "new", "192.0.2.2", 8086)]);
         membership.shared.authority = Some(sealed);
         (dir, membership)
-    }
-
-    #[test]
-    fn a_third_of_the_life_before_the_end_it_is_time() {
-        assert!(!is_due(0, 300, 200));
-        assert!(is_due(0, 300, 201));
-        assert!(is_due(0, 300, 400));
-        assert!(!is_due(0, 300, 0));
-        assert!(!is_due(100, 400, 100));
-        assert!(is_due(100, 400, 99), "made with a clock that was ahead");
     }
 
     #[test]

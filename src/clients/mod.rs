@@ -28,6 +28,11 @@ pub fn bind(address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// The certificate (DER) that a client has proven to have, as an extension of its requests. TLS has checked who signed
+/// it; whose it is, is up to whoever serves the request.
+#[derive(Clone, Debug)]
+pub struct ClientCertificate(pub Vec<u8>);
+
 /// What counts as one client: a host of IPv6 usually has a whole /64 of addresses (RFC 6177).
 pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {

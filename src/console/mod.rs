@@ -10,6 +10,7 @@ pub mod certs;
 mod clock;
 pub mod cluster;
 mod cookie;
+mod defenders;
 mod drills;
 mod enforce;
 mod errors;
@@ -146,6 +147,8 @@ pub struct Console {
     changes: Semaphore,
     streams: Arc<Semaphore>,
     refusals: enforce::Refusals,
+    /// Who is connected to the port of the Defenders.
+    defenders: Arc<defenders::Hub>,
     /// True when the ports are about to close: nothing may go on for long then.
     closing: watch::Sender<bool>,
 }
@@ -165,7 +168,7 @@ impl Console {
         let (streams, closing) = (Arc::new(Semaphore::new(stream::STREAMS)), watch::Sender::new(false));
         let (places, changes) = (Semaphore::new(AT_ONCE), Semaphore::new(CHANGES));
         let (clock, refusals) = (clock::Clock::new(), enforce::Refusals::default());
-        let recent = recent::Recent::default();
+        let (recent, defenders) = (recent::Recent::default(), Arc::default());
         Ok(Arc::new(Self {
             store,
             clock,
@@ -178,6 +181,7 @@ impl Console {
             changes,
             streams,
             refusals,
+            defenders,
             closing,
         }))
     }
@@ -188,6 +192,9 @@ impl Console {
     /// When the database cannot be used or its schema is newer than this program.
     pub async fn ready(self: &Arc<Self>) -> Result<(), sqlx::migrate::MigrateError> {
         self.store.migrate().await?;
+        self.store.supplement().await.unwrap_or_else(|error| {
+            tracing::warn!("what the schema lacks could not be made yet: {error}; trying again");
+        });
         audit_log::recall_logins(&self.store, &self.logins).await;
         let console = Arc::clone(self);
         tokio::spawn(async move { console.clock.run(console.store.clone()).await });
@@ -207,6 +214,11 @@ impl Console {
             .layer(DefaultBodyLimit::max(BODY))
             .layer(middleware::from_fn_with_state(Arc::clone(self), around))
             .with_state(Arc::clone(self))
+    }
+
+    /// What is on the port of the Defenders.
+    pub fn defender_router(self: &Arc<Self>) -> Router {
+        defenders::router(self)
     }
 
     /// Ends what would go on for as long as the client likes, as the ports are about to close.

@@ -1,4 +1,4 @@
-//! `settings/retention`: how much of the audit and of the history of events is kept. The PRIMARY deletes the rest, the
+//! `settings/retention`: how much of the audit, of the history of events and of what Defenders tell is kept. The PRIMARY deletes the rest, the
 //! oldest first, a few rows in a transaction. Must never hold up writers for longer than one of them does, nor a
 //! takeover, and never let many failures push out what succeeded.
 
@@ -65,11 +65,19 @@ pub(super) struct Retention {
     /// Days after which an event goes; 0: never.
     #[schemars(range(max = 36_500))]
     event_days: u32,
+    /// Events of Defenders.
+    #[schemars(range(min = 1_000, max = 10_000_000))]
+    defender_event_rows: u32,
+    /// Days after which an event of a Defender goes, counted from its arrival; 0: never.
+    #[schemars(range(max = 36_500))]
+    defender_event_days: u32,
 }
 
 impl Default for Retention {
     fn default() -> Self {
-        Self { audit_rows: 100_000, audit_days: 0, event_rows: 10_000, event_days: 0 }
+        let (defender_event_rows, defender_event_days) = (100_000, 0);
+        let (audit_rows, audit_days, event_rows, event_days) = (100_000, 0, 10_000, 0);
+        Self { audit_rows, audit_days, event_rows, event_days, defender_event_rows, defender_event_days }
     }
 }
 
@@ -80,6 +88,8 @@ impl Retention {
             ("auditDays", self.audit_days, 0..=36_500),
             ("eventRows", self.event_rows, 1_000..=1_000_000),
             ("eventDays", self.event_days, 0..=36_500),
+            ("defenderEventRows", self.defender_event_rows, 1_000..=10_000_000),
+            ("defenderEventDays", self.defender_event_days, 0..=36_500),
         ] {
             if !range.contains(&value) {
                 return Err(ApiError::bad(format!("{name} must be {} to {}", range.start(), range.end())));
@@ -89,16 +99,18 @@ impl Retention {
     }
 
     /// What is deleted at this time, in seconds since 1970.
-    fn rules(&self, now: i64) -> [Rule; 5] {
+    fn rules(&self, now: i64) -> [Rule; 7] {
         let before = |days: u32| if days == 0 { i64::MIN } else { now - i64::from(days) * DAY };
         let rule = |table, count, delete, before, kept: u32| Rule { table, count, delete, before, kept: kept.into() };
-        let (audits, events) = ("audits", "events");
+        let (audits, events, of_defenders) = ("audits", "events", "defender_events");
         [
             rule(audits, OLD_AUDITS, DELETE_OLD_AUDITS, before(self.audit_days), 0),
             rule(audits, FAILED_AUDITS, DELETE_FAILED_AUDITS, 0, self.audit_rows / FAILURES),
             rule(audits, AUDITS, DELETE_AUDITS, 0, self.audit_rows),
             rule(events, OLD_EVENTS, DELETE_OLD_EVENTS, before(self.event_days).saturating_mul(1000), 0),
             rule(events, EVENTS, DELETE_EVENTS, 0, self.event_rows),
+            rule(of_defenders, OLD_OF_DEFENDERS, DELETE_OLD_OF_DEFENDERS, before(self.defender_event_days), 0),
+            rule(of_defenders, OF_DEFENDERS, DELETE_OF_DEFENDERS, 0, self.defender_event_rows),
         ]
     }
 }
@@ -118,6 +130,13 @@ const DELETE_OLD_EVENTS: &str =
     "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE time < ?1 ORDER BY time, id LIMIT ?2)";
 const EVENTS: &str = "SELECT count(*) FROM events";
 const DELETE_EVENTS: &str = "DELETE FROM events WHERE id IN (SELECT id FROM events ORDER BY time, id LIMIT ?2)";
+// They are stored in the order of their arrival. The number up to which all of a Defender's are stored is elsewhere.
+const OLD_OF_DEFENDERS: &str = "SELECT count(*) FROM defender_events WHERE received < ?1";
+const DELETE_OLD_OF_DEFENDERS: &str = "DELETE FROM defender_events WHERE id IN \
+    (SELECT id FROM defender_events WHERE received < ?1 ORDER BY id LIMIT ?2)";
+const OF_DEFENDERS: &str = "SELECT count(*) FROM defender_events";
+const DELETE_OF_DEFENDERS: &str =
+    "DELETE FROM defender_events WHERE id IN (SELECT id FROM defender_events ORDER BY id LIMIT ?2)";
 
 /// Of the rows that `count` counts, the newest `kept` stay.
 struct Rule {
@@ -168,8 +187,8 @@ pub(super) async fn run(store: Store) {
     let forever = async {
         let mut told = false;
         loop {
-            if let Err(error) = store.index().await {
-                tracing::debug!("an index could not be made: {error}; trying again");
+            if let Err(error) = async { store.supplement().await.and(store.index().await) }.await {
+                tracing::debug!("a table or an index could not be made: {error}; trying again");
             }
             // Also before the first time: no takeover waits for this.
             tokio::time::sleep(EVERY).await;
@@ -269,18 +288,18 @@ mod tests {
     async fn the_oldest_rows_go_when_there_are_too_many() {
         let test = started(30, 40).await;
         let kept = Retention { audit_rows: 20, event_rows: 15, ..Retention::default() };
-        assert_eq!(enforce(&test, kept.clone()).await, [0, 0, 10, 0, 25]);
+        assert_eq!(enforce(&test, kept.clone()).await, [0, 0, 10, 0, 25, 0, 0]);
         assert_eq!(number(&test, "SELECT max(CAST(what AS INTEGER)) FROM audits").await, 19);
         assert_eq!(number(&test, "SELECT max(CAST(event AS INTEGER)) FROM events").await, 14);
-        assert_eq!(enforce(&test, kept).await, [0; 5], "nothing is left to do");
+        assert_eq!(enforce(&test, kept).await, [0; 7], "nothing is left to do");
     }
 
     #[tokio::test]
     async fn rows_go_when_they_are_too_old() {
         let test = started(30, 40).await;
-        assert_eq!(enforce(&test, Retention::default()).await, [0; 5], "by default no row is too old");
+        assert_eq!(enforce(&test, Retention::default()).await, [0; 7], "by default no row is too old");
         let kept = Retention { audit_days: 7, event_days: 9, ..Retention::default() };
-        assert_eq!(enforce(&test, kept).await, [22, 0, 0, 30, 0]);
+        assert_eq!(enforce(&test, kept).await, [22, 0, 0, 30, 0, 0, 0]);
         assert_eq!(number(&test, "SELECT max(CAST(what AS INTEGER)) FROM audits").await, 7);
         assert_eq!(number(&test, "SELECT max(CAST(event AS INTEGER)) FROM events").await, 9);
     }
@@ -291,7 +310,7 @@ mod tests {
         fill(&test, 300, 0).await;
         test.console.store.write(sqlx::query("UPDATE audits SET ok = 0 WHERE id > 30")).await.unwrap();
         let kept = Retention { audit_rows: 100, ..Retention::default() };
-        assert_eq!(enforce(&test, kept).await, [0, 290, 0, 0, 0]);
+        assert_eq!(enforce(&test, kept).await, [0, 290, 0, 0, 0, 0, 0]);
         assert_eq!(number(&test, "SELECT count(*) FROM audits WHERE ok = 1").await, 30);
         assert_eq!(number(&test, "SELECT min(id) FROM audits WHERE ok = 0").await, 321, "the newest failures stay");
     }
@@ -300,8 +319,12 @@ mod tests {
     #[tokio::test]
     async fn one_transaction_deletes_a_few_rows() {
         let test = started(2 * BATCH + 10, 2 * BATCH + 10).await;
-        let kept = Retention { audit_rows: 5, audit_days: 1, event_rows: 5, event_days: 1 };
-        for rule in kept.rules(NOW).into_iter().filter(|rule| rule.count != FAILED_AUDITS) {
+        let kept = Retention { audit_rows: 5, audit_days: 1, event_rows: 5, event_days: 1, ..Retention::default() };
+        for rule in kept
+            .rules(NOW)
+            .into_iter()
+            .filter(|rule| ![FAILED_AUDITS, OLD_OF_DEFENDERS, OF_DEFENDERS].contains(&rule.count))
+        {
             let surplus = rule.surplus(&test.console.store).await.unwrap();
             assert_eq!(rule.delete(&test.console.store, surplus).await.unwrap(), surplus.min(BATCH));
         }
@@ -313,11 +336,13 @@ mod tests {
         let test = started(1, 1203).await;
         let admin = test.login().await;
         let ask = async |method, body| test.call(method, PATH, &admin, body).await;
-        let usual = json!({ "auditRows": 100_000, "auditDays": 0, "eventRows": 10_000, "eventDays": 0 });
+        let usual = json!({ "auditRows": 100_000, "auditDays": 0, "eventRows": 10_000, "eventDays": 0,
+            "defenderEventRows": 100_000, "defenderEventDays": 0 });
         assert_eq!(ask(Method::GET, Value::Null).await, (StatusCode::OK, usual));
         let (status, text) = ask(Method::POST, json!({ "auditRows": 9_999 })).await;
         assert_eq!((status, &text["err"]), (StatusCode::BAD_REQUEST, &json!("auditRows must be 10000 to 10000000")));
-        let wanted = json!({ "auditRows": 1_000_000, "auditDays": 0, "eventRows": 1000, "eventDays": 0 });
+        let wanted = json!({ "auditRows": 1_000_000, "auditDays": 0, "eventRows": 1000, "eventDays": 0,
+            "defenderEventRows": 1_000, "defenderEventDays": 7 });
         assert_eq!(ask(Method::POST, wanted.clone()).await.0, StatusCode::OK);
         assert_eq!(ask(Method::GET, Value::Null).await.1, wanted);
         let (_, rows) = test.call(Method::GET, "/api/v1/audits/mgmt?limit=1", &admin, Value::Null).await;

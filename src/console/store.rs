@@ -39,10 +39,37 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (3, "events", include_str!("migrations/0003_events.sql")),
 ];
 
-/// The indexes of long lists, by name. They are no migrations: an older program keeps an index up that it does not
-/// know, but does not open a Console whose database has a migration that it does not know. It must, in a rolling
-/// upgrade.
-const INDEXES: &[(&str, &str)] = &[
+/// The tables of the Defenders, by name.
+const TABLES: [(&str, &str); 3] = [
+    (
+        "defenders",
+        "CREATE TABLE IF NOT EXISTS defenders (
+            number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, key TEXT NOT NULL UNIQUE,
+            facts TEXT NOT NULL DEFAULT '{}', version TEXT NOT NULL DEFAULT '',
+            registered INTEGER NOT NULL, modified INTEGER NOT NULL, seen INTEGER NOT NULL, expires INTEGER NOT NULL,
+            stored INTEGER NOT NULL DEFAULT 0, stored_time INTEGER NOT NULL DEFAULT 0,
+            withdrawn INTEGER NOT NULL DEFAULT 0
+        ) STRICT",
+    ),
+    (
+        "defender_events",
+        "CREATE TABLE IF NOT EXISTS defender_events (
+            id INTEGER PRIMARY KEY, defender INTEGER NOT NULL, sequence INTEGER NOT NULL, time INTEGER NOT NULL,
+            received INTEGER NOT NULL, kind TEXT NOT NULL, event TEXT NOT NULL, UNIQUE (defender, sequence)
+        ) STRICT",
+    ),
+    (
+        "defender_tokens",
+        "CREATE TABLE IF NOT EXISTS defender_tokens (
+            digest TEXT NOT NULL PRIMARY KEY, until INTEGER NOT NULL, by TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID",
+    ),
+];
+
+/// The indexes of long lists, by name. Neither they nor [`TABLES`] are migrations: an older program keeps an index up
+/// that it does not know, and leaves a table alone, but does not open a Console whose database has a migration that it
+/// does not know. It must, in a rolling upgrade.
+const INDEXES: [(&str, &str); 3] = [
     ("audits_by_time", "CREATE INDEX IF NOT EXISTS audits_by_time ON audits (time)"),
     ("audits_by_user", "CREATE INDEX IF NOT EXISTS audits_by_user ON audits (user, time)"),
     ("events_by_kind", "CREATE INDEX IF NOT EXISTS events_by_kind ON events (kind, time, id)"),
@@ -171,14 +198,26 @@ impl Store {
         Migrator::with_migrations(migrations.collect()).run(&self.writer).await
     }
 
+    /// Makes the [`TABLES`] that are missing: a restore may have taken them away.
+    ///
+    /// # Errors
+    /// As those of [`Self::write`].
+    pub(super) async fn supplement(&self) -> Result<(), StoreError> {
+        self.make(&TABLES).await
+    }
+
     /// Makes the [`INDEXES`] that are missing. Without them everything works, and lists take longer: nothing waits for
     /// this.
     ///
     /// # Errors
     /// As those of [`Self::write`].
     pub(super) async fn index(&self) -> Result<(), StoreError> {
-        for &(name, sql) in INDEXES {
-            let find = sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE type = 'index' AND name = ?");
+        self.make(&INDEXES).await
+    }
+
+    async fn make(&self, parts: &[(&'static str, &'static str)]) -> Result<(), StoreError> {
+        for &(name, sql) in parts {
+            let find = sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE name = ?");
             let found: i64 = find.bind(name).fetch_one(&mut *self.read().await?).await?;
             // Not a transaction for nothing.
             if found == 0 {

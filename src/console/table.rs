@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::{Router, middleware, routing::on};
 
 use super::{
-    Console, audits, backups, certs, cluster, drills, enforce,
+    Console, audits, backups, certs, cluster, defenders, drills, enforce,
     errors::ApiError,
     events, logs, notifications, openapi, programs, retention,
     route::{Entry, Reach, Work, filter},
@@ -27,6 +27,7 @@ pub(super) fn table() -> Vec<Entry> {
         backups::routes(),
         cluster::routes(),
         drills::routes(),
+        defenders::routes(),
         events::routes(),
         notifications::routes(),
         programs::routes(),
@@ -147,6 +148,7 @@ mod tests {
             "GET /metrics",
             "GET /ui/{name}",
             "POST /api/v1/authenticate",
+            "POST /api/v1/defenders/register",
             "POST /api/v1/high-availability/requests",
             "POST /api/v1/signup",
         ];

@@ -22,7 +22,7 @@ use crate::{
 };
 
 const CA_DAYS: u32 = 3650;
-const LEAF_DAYS: u32 = 365;
+pub(super) const LEAF_DAYS: u32 = 365;
 
 /// A certificate and its private key, both PEM.
 #[derive(Clone)]
@@ -152,6 +152,10 @@ impl Authority {
         write_file(&dir.join(CA_CERTIFICATE), &self.cert_pem, 0o644)
     }
 
+    pub(super) fn cluster(&self) -> ClusterId {
+        self.cluster
+    }
+
     /// The authority's certificate, PEM.
     pub fn certificate_pem(&self) -> &str {
         &self.cert_pem
@@ -218,7 +222,7 @@ impl Authority {
         Ok((self.certify(params, &key)?, key))
     }
 
-    fn certify(&self, mut params: CertificateParams, key: &impl PublicKeyData) -> Result<String, PkiError> {
+    pub(super) fn certify(&self, mut params: CertificateParams, key: &impl PublicKeyData) -> Result<String, PkiError> {
         let now = unix_time();
         check_clock(&self.cert_pem, now)?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];

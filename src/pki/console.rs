@@ -176,6 +176,11 @@ impl Pair {
         &self.info
     }
 
+    /// Shows this certificate whatever a client asks for.
+    pub(super) fn resolver(&self) -> Arc<dyn ResolvesServerCert> {
+        Arc::new(ByName { served: Arc::clone(&self.certified), own: Arc::clone(&self.certified) })
+    }
+
     /// True if the first certificate was signed by the authority with that certificate (DER).
     pub fn is_signed_by(&self, authority: &[u8]) -> bool {
         is_issued_by(&self.chain[0], authority)
@@ -305,7 +310,8 @@ fn date(seconds: u64) -> String {
     day.map_or_else(|| seconds.to_string(), |day| day.strftime("%Y-%m-%d").to_string())
 }
 
-fn as_pem(chain: &[CertificateDer<'_>]) -> String {
+/// Certificates in the form of PEM.
+pub fn as_pem(chain: &[CertificateDer<'_>]) -> String {
     use base64::{Engine, prelude::BASE64_STANDARD};
     let mut text = String::new();
     for der in chain {

@@ -8,6 +8,7 @@
 
 mod authority;
 mod console;
+mod defender;
 mod params;
 pub mod pem;
 mod request;
@@ -38,12 +39,15 @@ use crate::{
 };
 
 pub use authority::{Authority, Issued, authority_made_at, is_reserved};
-pub use console::{CertificateInfo, Pair, console_tls, is_issued_by, reseal};
+pub use console::{CertificateInfo, Pair, as_pem, console_tls, is_issued_by, reseal};
+pub use defender::{console_name, defender_client_tls, defender_identity, defender_port_tls};
 pub use request::{
     SigningRequest, certificate_key, certificate_validity, console_request, is_signed_by, new_key, node_request,
     request_with,
 };
 pub use sealed::{ClusterKey, ClusterKeys};
+
+use authority::LEAF_DAYS;
 
 /// The authority's certificate, on every node.
 pub const CA_CERTIFICATE: &str = "ca.pem";
@@ -138,22 +142,31 @@ fn validity(parsed: &X509Certificate<'_>) -> (u64, u64) {
     (seconds(parsed.validity().not_before), seconds(parsed.validity().not_after))
 }
 
+/// True if less than a third of its life remains, or it has not begun: it was made when a clock was ahead.
+pub fn is_due(from: u64, until: u64, now: u64) -> bool {
+    now < from || until.saturating_sub(now) < until.saturating_sub(from) / 3
+}
+
 /// Which node of which cluster a certificate (DER) was made for. Says nothing about who signed it: TLS checks that.
 ///
 /// # Errors
 /// [`PkiError::Identity`] when the certificate cannot be parsed, or does not name exactly one node.
 pub fn peer_identity(certificate: &[u8]) -> Result<(ClusterId, NodeId), PkiError> {
-    const NOT_A_NODE: PkiError = PkiError::Identity("the certificate is not one of a node");
+    holder(certificate, parse_identity, "the certificate is not one of a node")
+}
+
+/// Whom the one URI of this kind in a certificate (DER) names; `none` says that there is no such URI.
+fn holder<T>(certificate: &[u8], read: fn(&str) -> Option<T>, none: &'static str) -> Result<T, PkiError> {
     let parsed = parse(certificate)?;
-    let names = parsed.subject_alternative_name().ok().flatten().ok_or(NOT_A_NODE)?;
+    let names = parsed.subject_alternative_name().ok().flatten().ok_or(PkiError::Identity(none))?;
     let mut identities = names.value.general_names.iter().filter_map(|name| match name {
-        GeneralName::URI(uri) => parse_identity(uri),
+        GeneralName::URI(uri) => read(uri),
         _ => None,
     });
     match (identities.next(), identities.next()) {
         (Some(identity), None) => Ok(identity),
         (Some(_), Some(_)) => Err(PkiError::Identity("the certificate names more than one node")),
-        (None, _) => Err(NOT_A_NODE),
+        (None, _) => Err(PkiError::Identity(none)),
     }
 }
 
@@ -303,6 +316,16 @@ mod tests {
 
     fn der(pem: &str) -> CertificateDer<'static> {
         certificate_der(pem).unwrap()
+    }
+
+    #[test]
+    fn a_third_of_the_life_before_the_end_it_is_time() {
+        assert!(!is_due(0, 300, 200));
+        assert!(is_due(0, 300, 201));
+        assert!(is_due(0, 300, 400));
+        assert!(!is_due(0, 300, 0));
+        assert!(!is_due(100, 400, 100));
+        assert!(is_due(100, 400, 99), "made with a clock that was ahead");
     }
 
     #[test]

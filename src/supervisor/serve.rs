@@ -30,11 +30,14 @@ use tower::ServiceExt;
 
 use super::leased::{LeasedStream, Opening, Phase, Watches};
 use crate::{
-    clients::places::{Acquaintances, Place, Places, Visit},
+    clients::{
+        ClientCertificate,
+        places::{Acquaintances, Place, Places, Visit},
+    },
     descriptors,
     mutex::locked,
     telemetry::{CONSOLE_CONNECTIONS, steps::Step},
-    workload::{self, Endpoint, Serves},
+    workload::{self, Endpoint},
 };
 
 /// More than there are tasks: to wait for the end of all of them.
@@ -182,7 +185,10 @@ async fn connection(
 type Client = (SocketAddr, Visit, Arc<Watches>);
 
 async fn serve(stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Result<()> {
-    let Some(tls) = &shared.endpoint.tls else { return speak(stream, from, Scheme::HTTP, shared).await };
+    let router = shared.endpoint.router.clone();
+    let Some(tls) = &shared.endpoint.tls else {
+        return http(stream, from, (Scheme::HTTP, None), router, &shared.opening).await;
+    };
     let visit = from.1.clone();
     let greeting = async {
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
@@ -197,28 +203,15 @@ async fn serve(stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Re
         () = shared.opening.reached(Phase::Draining) => return Ok(()),
         stream = tokio::time::timeout(HANDSHAKE, greeting) => stream??,
     };
-    speak(stream, from, Scheme::HTTPS, shared).await
-}
-
-async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
-    stream: S,
-    from: Client,
-    scheme: Scheme,
-    shared: Shared,
-) -> anyhow::Result<()> {
-    match &shared.endpoint.serves {
-        Serves::Http(router) => http(stream, from, scheme, router.clone(), &shared.opening).await,
-        Serves::Nothing => {
-            tracing::debug!("closed a connection to the port {}: it serves nothing yet", shared.endpoint.name);
-            Ok(())
-        }
-    }
+    let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    let certificate = certificate.map(|der| ClientCertificate(der.to_vec()));
+    http(stream, from, (Scheme::HTTPS, certificate), router, &shared.opening).await
 }
 
 async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     (from, visit, watches): Client,
-    scheme: Scheme,
+    (scheme, certificate): (Scheme, Option<ClientCertificate>),
     router: Router,
     opening: &Opening,
 ) -> anyhow::Result<()> {
@@ -230,6 +223,7 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         request.extensions_mut().insert(visit.clone());
         // By how it came, not by what its head says: cookies are for TLS only.
         request.extensions_mut().insert(scheme.clone());
+        certificate.iter().for_each(|known| drop(request.extensions_mut().insert(known.clone())));
         request
     });
     let service = TowerToHyperService::new(service.map_response(move |response| {
@@ -284,8 +278,8 @@ mod tests {
         let opening = Opening::with(Box::new(|| true), lease);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
-        let serves = Serves::Http(Router::new().route("/", get(echo)));
-        let endpoint = Endpoint { name: "console", port: at.port(), tls: None, serves, connections: 8 };
+        let router = Router::new().route("/", get(echo));
+        let endpoint = Endpoint { name: "console", port: at.port(), tls: None, router, connections: 8 };
         let server = Server::start(vec![(endpoint, listener)], Arc::clone(&opening), &Seating::default());
         let mut client = TcpStream::connect(at).await.unwrap();
         client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n").await.unwrap();

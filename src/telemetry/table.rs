@@ -141,7 +141,7 @@ table! {
         "Events that could not be written to events.jsonl, or in time into the history.";
     AUDIT_ROWS_LOST = "twistlock_audit_rows_lost_total", Counter,
         "Rows that the audit lacks: no PRIMARY took them from this host in time.";
-    RETENTION_ROWS = "twistlock_retention_rows_total", Counter by "table" &["audits", "events"],
+    RETENTION_ROWS = "twistlock_retention_rows_total", Counter by "table" &["audits", "events", "defender_events"],
         "Old rows that this node deleted because settings/retention keeps no more, by table.";
     NOTIFICATIONS = "twistlock_notifications_total", Counter by "result" &["sent", "failed", "dropped"],
         "Notifications by result: sent, failed (after retries) or dropped (queue full).";
@@ -173,6 +173,9 @@ table! {
     DISK_FAILURES = "twistlock_disk_failures_total", Counter,
         "File operations of this node that failed, though not for want of space.";
     CONSOLE_CONNECTIONS = "twistlock_console_connections", Gauge, "Connections to the Console of this node.";
+    DEFENDERS = "twistlock_defenders_connected", Gauge, "Defenders that are connected to this node.";
+    DEFENDER_EVENTS = "twistlock_defender_events_total", Counter,
+        "Events that Defenders have sent to this node, those that were known included.";
     CONNECTIONS_REFUSED = "twistlock_connections_refused_total", Counter by "server" SERVERS,
         "Connections that were turned away because there were too many, in all or from their network, by server.";
     CONNECTIONS_ENDED = "twistlock_connections_ended_total", Counter by "server" SERVERS,

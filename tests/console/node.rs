@@ -200,6 +200,7 @@ impl Node {
             workload: Setup {
                 ports: ConsolePorts { https: Some(HTTPS), http: Some(HTTP), defender: Some(DEFENDER) },
                 tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
+                defender_tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
                 services: None,
             },
             demotion_deadline: DEADLINE,

@@ -33,6 +33,8 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("POST /high-availability/drill/end", "writes the outcome into the row of the drill"),
     ("POST /settings/custom-certs", "needs a certificate of its own: the e2e test of certificates"),
     ("DELETE /settings/custom-certs", "needs one that was given: the e2e test of certificates"),
+    ("POST /defenders/register", "by a host with a token: the e2e test of Defenders"),
+    ("DELETE /defenders/{id}", "needs a Defender: the e2e test of Defenders"),
     ("POST /backups/{id}/restore", "replaces the database: the e2e test of backups finds its row in the new one"),
 ];
 
@@ -131,6 +133,8 @@ impl Desk<'_> {
             self.done(&format!("{method} /settings/logon"), "set", "/settings/logon", Some(json!({})));
         }
         self.done("POST /settings/retention", "set", "/settings/retention", Some(json!({})));
+        self.done("POST /defenders/policy", "set", "/defenders/policy", Some(json!({ "paths": [] })));
+        self.done("POST /defenders/tokens", "invite", "/defenders/tokens", Some(json!({})));
         let tag = json!({ "name": "of-routes", "color": "#336699", "description": "" });
         self.done("POST /tags", "create", "/tags", Some(tag.clone()));
         self.done("PUT /tags/{name}", "replace", "/tags/of-routes", Some(tag));

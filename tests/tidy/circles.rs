@@ -222,6 +222,7 @@ fn place_of(path: &str) -> Place {
     match parts[0].as_str() {
         "lib" => ("lib", vec![]),
         "main" => ("twistlockd", vec![]),
+        "bin" if parts[1] == "defender" => ("defender", vec![]),
         "bin" => ("twistcli", vec![]),
         _ if crate::program(path) => ("twistlockd", parts),
         _ => ("lib", parts),

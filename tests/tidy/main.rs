@@ -20,7 +20,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dev", &["config", "pki", "control", "https", "node", "cluster", "storage", "telemetry"]),
     ("host", &["config", "control", "join", "node", "storage", "cluster"]),
     ("recover", &["found", "config", "events", "pki", "storage", "cluster"]),
-    ("cli", &["config", "console", "control", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster"]),
+    ("cli", &["config", "console", "control", "defender::wire", "events", "https", "admin", "backup", "node", "pki", "storage", "cluster"]),
     (
         "supervisor",
         &["clients", "descriptors", "workload", "guard", "admin", "node", "storage", "cluster", "telemetry"],
@@ -29,7 +29,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("workload", &["console", "admin", "descriptors", "node", "storage", "telemetry"]),
     (
         "console",
-        &["clients", "control", "admin", "ask", "backup", "events", "health", "http", "join", "node", "storage", "cluster", "telemetry"] ,
+        &["clients", "control", "admin", "ask", "backup", "defender::wire", "events", "health", "http", "join", "node", "pki", "storage", "cluster", "telemetry"] ,
     ),
     ("control", &["descriptors", "node", "telemetry"]),
     ("health", &["clients", "config", "descriptors", "node", "pki", "cluster", "telemetry"]),
@@ -42,6 +42,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("node", &["peer", "pki", "storage", "cluster", "telemetry"]),
     ("heal", &["found", "storage", "pki", "config", "cluster", "telemetry"]),
     ("found", &["storage", "pki", "cluster", "config", "telemetry"]),
+    ("defender", &["https", "join::Token", "pki", "cluster"]),
     ("join", &["https", "storage", "pki", "config", "cluster", "telemetry"]),
     ("peer", &["clients", "descriptors", "pki", "cluster", "telemetry"]),
     ("storage", &["descriptors", "cluster", "telemetry"]),
@@ -75,6 +76,7 @@ const PROGRAMS: &[(&str, Option<&[&str]>)] = &[
     ("src/daemon/tasks.rs", None),
     ("src/joining.rs", None),
     ("src/bin/twistcli.rs", Some(&["cli"])),
+    ("src/bin/defender.rs", Some(&["defender"])),
 ];
 /// Lines of a file outside its tests.
 const MAX_FILE_LINES: usize = 700;

@@ -1,0 +1,244 @@
+//! What the database has of Defenders and their events, and the one transaction that stores events. Must never store an
+//! event twice, and never tell of a number before a majority has it.
+
+use serde_json::Value;
+use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
+
+use crate::{
+    console::{
+        clock::unix_time,
+        store::{Store, StoreError, Writing},
+    },
+    defender::wire::{Facts, Numbered},
+};
+
+/// The most Defenders that are kept, and the most invitations in force.
+pub(super) const DEFENDERS: i64 = 20_000;
+const TOKENS: i64 = 64;
+
+/// What is known of one Defender.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Defender {
+    /// By which its events name it.
+    pub(super) number: i64,
+    pub(super) id: String,
+    pub(super) name: String,
+    pub(super) facts: Facts,
+    pub(super) version: String,
+    /// In seconds since 1970, as all that follow.
+    pub(super) registered: i64,
+    pub(super) modified: i64,
+    pub(super) seen: i64,
+    pub(super) expires: i64,
+    /// All of its events up to this number are stored.
+    pub(super) stored: u64,
+    /// When the last of them happened, in milliseconds since 1970: what tells it from another one with its number.
+    pub(super) stored_time: u64,
+    pub(super) withdrawn: bool,
+}
+
+impl FromRow<'_, SqliteRow> for Defender {
+    fn from_row(row: &SqliteRow) -> sqlx::Result<Self> {
+        let facts: String = row.try_get("facts")?;
+        Ok(Self {
+            number: row.try_get("number")?,
+            id: row.try_get("id")?,
+            name: row.try_get("name")?,
+            facts: serde_json::from_str(&facts).unwrap_or_default(),
+            version: row.try_get("version")?,
+            registered: row.try_get("registered")?,
+            modified: row.try_get("modified")?,
+            seen: row.try_get("seen")?,
+            expires: row.try_get("expires")?,
+            stored: u64::try_from(row.try_get::<i64, _>("stored")?).unwrap_or(0),
+            stored_time: u64::try_from(row.try_get::<i64, _>("stored_time")?).unwrap_or(0),
+            withdrawn: row.try_get("withdrawn")?,
+        })
+    }
+}
+
+/// The Defender with this id.
+///
+/// # Errors
+/// Those of a read.
+pub(super) async fn find(store: &Store, id: &str) -> Result<Option<Defender>, StoreError> {
+    let query = sqlx::query_as("SELECT * FROM defenders WHERE id = ?").bind(id.to_owned());
+    Ok(query.fetch_optional(&mut *store.read().await?).await?)
+}
+
+/// The Defender whose key has this fingerprint.
+///
+/// # Errors
+/// Those of a read.
+pub(super) async fn with_key(store: &Store, key: &str) -> Result<Option<Defender>, StoreError> {
+    let query = sqlx::query_as("SELECT * FROM defenders WHERE key = ?").bind(key.to_owned());
+    Ok(query.fetch_optional(&mut *store.read().await?).await?)
+}
+
+/// Who made the invitation with this digest, if it is in force.
+///
+/// # Errors
+/// As those of [`Writing::execute`].
+pub(super) async fn inviter(writing: &mut Writing, digest: &str) -> Result<Option<String>, StoreError> {
+    let query = sqlx::query_scalar("SELECT by FROM defender_tokens WHERE digest = ? AND until > ?");
+    writing.value(query.bind(digest.to_owned()).bind(unix_time())).await
+}
+
+/// Keeps an invitation. Those that have ended go, and the one that ends first when there are too many.
+///
+/// # Errors
+/// As those of [`Writing::execute`].
+pub(super) async fn invite(writing: &mut Writing, digest: &str, until: i64, by: &str) -> Result<(), StoreError> {
+    writing.execute(sqlx::query("DELETE FROM defender_tokens WHERE until <= ?").bind(unix_time())).await?;
+    let surplus = "DELETE FROM defender_tokens WHERE digest IN \
+                   (SELECT digest FROM defender_tokens ORDER BY until DESC LIMIT -1 OFFSET ?)";
+    writing.execute(sqlx::query(surplus).bind(TOKENS - 1)).await?;
+    let insert = sqlx::query("INSERT INTO defender_tokens (digest, until, by) VALUES (?, ?, ?)");
+    writing.execute(insert.bind(digest.to_owned()).bind(until).bind(by.to_owned())).await.map(|_| ())
+}
+
+/// Keeps what a Defender said when it connected. Seconds count for little: what is seldom new is seldom written.
+///
+/// # Errors
+/// As those of [`Store::write`].
+pub(super) async fn note(store: &Store, number: i64, version: &str, facts: &Facts) -> Result<(), StoreError> {
+    let facts = serde_json::to_string(facts).unwrap_or_default(); // strings and a number
+    let update = sqlx::query("UPDATE defenders SET version = ?, facts = ?, seen = ?, modified = ? WHERE number = ?");
+    let now = unix_time();
+    let update = update.bind(version.to_owned()).bind(facts).bind(now).bind(now).bind(number);
+    store.write(update).await.map(|_| ())
+}
+
+/// It is there now.
+///
+/// # Errors
+/// As those of [`Store::write`].
+pub(super) async fn seen(store: &Store, number: i64) -> Result<(), StoreError> {
+    let update = sqlx::query("UPDATE defenders SET seen = ? WHERE number = ?").bind(unix_time()).bind(number);
+    store.write(update).await.map(|_| ())
+}
+
+/// Stores those of the events that are not stored yet. Their numbers ascend. Returns the number up to which all are
+/// stored; none if the Defender is not known (any more).
+///
+/// # Errors
+/// See [`StoreError`].
+pub(super) async fn store_events(store: &Store, number: i64, events: &[Numbered]) -> Result<Option<u64>, StoreError> {
+    let mut writing = store.begin().await?;
+    let query = sqlx::query_scalar("SELECT stored FROM defenders WHERE number = ? AND withdrawn = 0").bind(number);
+    let Some(stored): Option<i64> = writing.value(query).await? else { return Ok(None) };
+    let stored = u64::try_from(stored).unwrap_or(0);
+    let new: Vec<&Numbered> = events.iter().filter(|event| event.sequence > stored).collect();
+    let last = new.last().map_or(stored, |event| event.sequence);
+    if let Some(newest) = new.last() {
+        // One statement for all: each way to the connection's thread costs more than a row.
+        let insert = "INSERT INTO defender_events (defender, received, sequence, time, kind, event) \
+                      SELECT ?, ?, value ->> 'sequence', value ->> 'time', value ->> 'kind', value -> 'event' \
+                      FROM json_each(?)";
+        let rows = serde_json::to_string(&new).unwrap_or_default(); // strings, numbers and JSON
+        writing.execute(sqlx::query(insert).bind(number).bind(unix_time()).bind(rows)).await?;
+        let update = sqlx::query("UPDATE defenders SET stored = ?, stored_time = ?, seen = ? WHERE number = ?");
+        let time = i64::try_from(newest.time).unwrap_or(i64::MAX);
+        let update = update.bind(i64::try_from(last).unwrap_or(i64::MAX)).bind(time).bind(unix_time()).bind(number);
+        writing.execute(update).await?;
+    }
+    // Also when all were known: what this part has seen of the others in its transaction must be on a majority, too.
+    writing.commit().await?;
+    Ok(Some(last))
+}
+
+/// One event as it is listed.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Stored {
+    pub(super) row: i64,
+    pub(super) defender: String,
+    pub(super) name: String,
+    pub(super) sequence: i64,
+    pub(super) time: i64,
+    pub(super) received: i64,
+    pub(super) kind: String,
+    pub(super) event: Value,
+}
+
+impl FromRow<'_, SqliteRow> for Stored {
+    fn from_row(row: &SqliteRow) -> sqlx::Result<Self> {
+        let event: String = row.try_get("event")?;
+        Ok(Self {
+            row: row.try_get("row")?,
+            defender: row.try_get("id")?,
+            name: row.try_get("name")?,
+            sequence: row.try_get("sequence")?,
+            time: row.try_get("time")?,
+            received: row.try_get("received")?,
+            kind: row.try_get("kind")?,
+            event: serde_json::from_str(&event).unwrap_or(Value::String(event)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::console::test_console::TestConsole;
+
+    fn event(sequence: u64) -> Numbered {
+        let event = json!({ "path": "/a \"b\"", "n": sequence });
+        Numbered { sequence, time: 1000 + sequence, kind: "file".to_owned(), event }
+    }
+
+    async fn known(test: &TestConsole) -> i64 {
+        let insert = "INSERT INTO defenders (id, name, key, registered, modified, seen, expires) VALUES ('d', 'n', 'k', 1, 1, 1, 1)";
+        test.console.store.write(sqlx::query(insert)).await.unwrap();
+        find(&test.console.store, "d").await.unwrap().unwrap().number
+    }
+
+    #[tokio::test]
+    async fn what_comes_again_is_stored_once() {
+        let test = TestConsole::start().await;
+        let (store, number) = (&test.console.store, known(&test).await);
+        let send = async |range: std::ops::RangeInclusive<u64>| {
+            let events: Vec<_> = range.map(event).collect();
+            store_events(store, number, &events).await.unwrap()
+        };
+        assert_eq!(send(1..=3).await, Some(3));
+        assert_eq!(send(1..=3).await, Some(3), "the acknowledgement got lost");
+        assert_eq!(send(2..=5).await, Some(5));
+        assert_eq!(send(9..=9).await, Some(9), "numbers may be left out");
+        assert_eq!(store_events(store, number + 1, &[event(1)]).await.unwrap(), None);
+        let rows: Vec<(i64, i64, String, String)> =
+            sqlx::query_as("SELECT sequence, time, kind, event FROM defender_events ORDER BY id")
+                .fetch_all(&mut *store.read().await.unwrap())
+                .await
+                .unwrap();
+        let expected = |n: i64| (n, 1000 + n, "file".to_owned(), event(n as u64).event.to_string());
+        let rows: Vec<_> = rows
+            .into_iter()
+            .map(|(a, b, c, d)| (a, b, c, serde_json::from_str::<Value>(&d).unwrap().to_string()))
+            .collect();
+        assert_eq!(rows, [1, 2, 3, 4, 5, 9].map(expected));
+        let found = find(store, "d").await.unwrap().unwrap();
+        assert_eq!((found.stored, found.stored_time), (9, 1009));
+    }
+
+    /// As two connections of one Defender would, of which the older one has not noticed yet that it is dead.
+    #[tokio::test]
+    async fn the_same_events_at_the_same_time_are_stored_once() {
+        let test = TestConsole::start().await;
+        let (store, number) = (test.console.store.clone(), known(&test).await);
+        let events: Vec<_> = (1..=50).map(event).collect();
+        let mut all = tokio::task::JoinSet::new();
+        for end in (5..=50).step_by(5).chain((5..=50).rev().step_by(5)) {
+            let (store, events) = (store.clone(), events[..end].to_vec());
+            all.spawn(async move { (end as u64, store_events(&store, number, &events).await.unwrap()) });
+        }
+        while let Some(done) = all.join_next().await {
+            let (end, stored) = done.unwrap();
+            assert!(stored >= Some(end), "{end} {stored:?}");
+        }
+        let query = "SELECT count(*), count(DISTINCT sequence), max(sequence) FROM defender_events";
+        let counts: (i64, i64, i64) = sqlx::query_as(query).fetch_one(&mut *store.read().await.unwrap()).await.unwrap();
+        assert_eq!(counts, (50, 50, 50));
+    }
+}
