@@ -19,8 +19,9 @@ const MAX_PAGES: usize = 100;
 /// When nobody answers as they should.
 pub(super) fn all(client: &ApiClient, path: &str) -> Result<Vec<Value>, Stop> {
     let mut found: Vec<Value> = Vec::new();
+    let joint = if path.contains('?') { '&' } else { '?' };
     for page in 0..MAX_PAGES {
-        let rows: Vec<Value> = client.call(&Call::get(format!("{path}?limit={PAGE}&offset={}", page * PAGE)))?;
+        let rows: Vec<Value> = client.call(&Call::get(format!("{path}{joint}limit={PAGE}&offset={}", page * PAGE)))?;
         let last = rows.len() < PAGE;
         found.extend(rows);
         if last {

@@ -12,6 +12,7 @@ mod certs;
 mod client;
 mod columns;
 mod daemon;
+mod defender;
 mod drill;
 mod handover;
 mod kubernetes;
@@ -50,6 +51,7 @@ use backup::Backups;
 use certs::Certs;
 use client::ApiClient;
 use columns::{Paint, When};
+use defender::Defender;
 use kubernetes::Console;
 use records::{AuditsArgs, LogsArgs};
 use restore::RestoreArgs;
@@ -113,6 +115,9 @@ enum Command {
     /// Labels that the Console keeps
     #[command(subcommand)]
     Tags(Tags),
+    /// Agents on other hosts: list them, show what they have told, set what they watch
+    #[command(subcommand)]
+    Defender(Defender),
     /// Certificates of the Consoles, and of the authority that signs them
     #[command(subcommand)]
     Certs(Certs),
@@ -159,6 +164,7 @@ pub fn main() -> ExitCode {
         Command::Ha(command) => ha(command, paint),
         Command::Users(command) => users::run(command, paint).map(|()| 0),
         Command::Tags(command) => tags::run(command, paint).map(|()| 0),
+        Command::Defender(command) => defender::run(command, paint).map(|()| 0),
         Command::Certs(command) => certs::run(command, paint).map(|()| 0),
         Command::Backup(command) => backup::run(command, paint).map(|()| 0),
         Command::Restore(args) => restore::run(args).map(|()| 0),
