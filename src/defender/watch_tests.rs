@@ -112,7 +112,7 @@ fn a_start_tells_each_change_once() {
     drop(host.start());
     // What was there at first is known from the first moment on.
     fs::write(host.path("a"), "2").unwrap();
-    let mut watch = host.start_again();
+    let watch = host.start_again();
     assert_eq!(host.told(), ["modified a"]);
     // It dies before it keeps the baseline again.
     drop(watch);

@@ -487,8 +487,8 @@ impl Group {
             // It may be cut off: then it is done again. What it undoes was sent before.
             match self.send(format!("ROLLBACK TO part{number}")).await {
                 Ok(()) => self.savepoint.state = Saved::Yes,
-                // It was cut off before it was set. So nothing was written behind it, and the one before it may be left:
-                // its name is not used again.
+                // It was cut off before it was set. So nothing was written behind it, and the one before it may be
+                // left: its name is not used again.
                 Err(error) if state == Saved::Unknown && is_refused(&error) => {
                     self.savepoint = Savepoint { number: (number | 1) + 1, state: Saved::No };
                 }
