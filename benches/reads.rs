@@ -3,7 +3,7 @@
 //! statement is prepared. Each statement has a transaction of its own, as every read of the Console has.
 //!
 //! SQLite is driven through its C interface: the way to the thread of an sqlx connection and back takes longer than what is measured.
-//! `ROWS=n` sets the length of the table, `ROUNDS=n` the number of turns, `BENCH_DIR` the folder (and so the disk).
+//! `ROWS=n` sets the length of the table, `TURNS=n` how many there are, `BENCH_DIR` the folder (and so the disk).
 #![allow(unsafe_code, reason = "an sqlx connection has a thread of its own, which costs more than what is measured")]
 
 use std::{
@@ -143,7 +143,7 @@ fn main() -> Result<()> {
     let base = std::env::var_os("BENCH_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
     let folder = base.join(format!("twistlock-reads-{}", std::process::id()));
     std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-    let outcome = measure(&folder, number("ROWS", 400_000), number("ROUNDS", 300) as usize);
+    let outcome = measure(&folder, number("ROWS", 400_000), number("TURNS", 300) as usize);
     std::fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
     outcome
 }
