@@ -35,6 +35,7 @@ use super::{
 use crate::{
     cluster::program_version,
     defender::wire::{self, Facts, Policy, Registered, Registration},
+    telemetry,
 };
 
 /// Name of the setting.
@@ -87,6 +88,8 @@ pub(super) fn routes() -> Vec<Entry> {
 
 /// What is on the port of the Defenders.
 pub(super) fn router(console: &Arc<Console>) -> Router {
+    // There is a figure before the first one connects.
+    metrics::gauge!(telemetry::DEFENDERS).increment(0.0);
     Router::new()
         .route(wire::PATH, get(session::upgrade))
         .fallback(super::no_route)

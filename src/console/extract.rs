@@ -2,8 +2,9 @@
 
 use axum::{
     Json,
+    body::Bytes,
     extract::{FromRequest, FromRequestParts, Path, Query, Request},
-    http::request::Parts,
+    http::{StatusCode, request::Parts},
 };
 use serde::de::DeserializeOwned;
 
@@ -17,12 +18,22 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        match Json::from_request(request, state).await {
+        let (head, body) = request.into_parts();
+        let body = Bytes::from_request(Request::from_parts(head.clone(), body), state).await;
+        let body = body.map_err(|refusal| ApiError::Request(refusal.status(), refusal.body_text()))?;
+        // serde would take the members of an array for the fields of an object, in the order of the source.
+        let is_array = body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[');
+        match Json::from_request(Request::from_parts(head, body.into()), state).await {
+            Ok(Json(_)) if is_array => Err(ApiError::Request(StatusCode::UNPROCESSABLE_ENTITY, ARRAY.to_owned())),
             Ok(Json(value)) => Ok(Self(value)),
             Err(refusal) => Err(ApiError::Request(refusal.status(), without_values(&refusal.body_text()))),
         }
     }
 }
+
+/// No operation takes an array.
+const ARRAY: &str =
+    "Failed to deserialize the JSON body into the target type: invalid type: sequence, expected an object";
 
 /// What is wrong with a body, without quoting it: it may have a password or a key in the wrong place.
 fn without_values(refusal: &str) -> String {
@@ -83,6 +94,25 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Search<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_array_is_no_object_whatever_its_members_are() {
+        #[derive(Debug, Default, serde::Deserialize)]
+        #[serde(default)]
+        struct Setting {
+            name: String,
+        }
+        let ask = async |body: &'static str| {
+            let request = Request::post("/").header("content-type", "application/json").body(body.into()).unwrap();
+            Body::<Setting>::from_request(request, &()).await.map(|Body(setting)| setting.name)
+        };
+        assert_eq!(ask(r#" {"name": "a"}"#).await.unwrap(), "a");
+        for array in ["[]", r#" ["a"]"#, "\n[\"a\"]"] {
+            let refusal = ask(array).await.unwrap_err();
+            assert!(matches!(&refusal, ApiError::Request(status, _) if *status == 422), "{array}: {refusal:?}");
+        }
+        assert!(matches!(ask("[").await.unwrap_err(), ApiError::Request(status, _) if status == 400));
+    }
 
     #[test]
     fn a_refusal_does_not_say_what_a_text_was() {
