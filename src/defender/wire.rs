@@ -2,7 +2,7 @@
 //! the meaning of a message that an older program sends or understands.
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error};
 use serde_json::Value;
 
 /// The one number that both sides must agree on.
@@ -114,6 +114,7 @@ pub struct Policy {
     pub version: u64,
     /// Files and folders whose changes are reported, by absolute path.
     #[schemars(length(max = 256))]
+    #[serde(deserialize_with = "objects")]
     pub paths: Vec<Watched>,
     /// Events of one path within a minute; what is more is held back, counted and reported as one.
     #[schemars(range(min = 1, max = 1000))]
@@ -130,6 +131,12 @@ pub struct Watched {
     /// All that is below a folder, too, and not only what is in it.
     #[serde(default)]
     pub recursive: bool,
+}
+
+/// serde would take an array of a path and a flag for an object.
+fn objects<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Watched>, D::Error> {
+    let found = Vec::<serde_json::Map<String, Value>>::deserialize(deserializer)?;
+    found.into_iter().map(|each| serde_json::from_value(Value::Object(each)).map_err(D::Error::custom)).collect()
 }
 
 impl Default for Policy {
@@ -196,6 +203,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_watched_path_is_an_object() {
+        let read = |paths: Value| serde_json::from_value::<Policy>(json!({ "paths": paths }));
+        assert_eq!(read(json!([{ "path": "/a", "later": 1 }])).unwrap().paths[0].path, "/a");
+        for wrong in [json!([["/a", true]]), json!([["/a"]]), json!(["/a"]), json!([{}]), json!({})] {
+            assert!(read(wrong.clone()).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn what_is_unknown_is_no_error() {
