@@ -78,10 +78,10 @@ pub(super) async fn with_key(store: &Store, key: &str) -> Result<Option<Defender
 /// Who made the invitation with this digest, if it is in force.
 ///
 /// # Errors
-/// As those of [`Writing::execute`].
-pub(super) async fn inviter(writing: &mut Writing, digest: &str) -> Result<Option<String>, StoreError> {
+/// Those of a read.
+pub(super) async fn inviter(store: &Store, digest: &str) -> Result<Option<String>, StoreError> {
     let query = sqlx::query_scalar("SELECT by FROM defender_tokens WHERE digest = ? AND until > ?");
-    writing.value(query.bind(digest.to_owned()).bind(unix_time())).await
+    Ok(query.bind(digest.to_owned()).bind(unix_time()).fetch_optional(&mut *store.read().await?).await?)
 }
 
 /// Keeps an invitation. Those that have ended go, and the one that ends first when there are too many.
