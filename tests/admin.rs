@@ -53,6 +53,10 @@ impl Ports for Counted {
     fn resume(&self) {
         self.resumed.fetch_add(1, Ordering::SeqCst);
     }
+
+    fn reopened(&self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// Remembers instead of writing into a database.

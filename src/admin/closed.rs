@@ -22,7 +22,7 @@ impl Operations {
         self.primary().map(|_| ())
     }
 
-    /// Closes the Console, does the work, and opens it again. No switchover and no change of the membership comes
+    /// Closes the Console, does the work, and returns when the Console is open again, or after a few seconds if it cannot be. No switchover and no change of the membership comes
     /// between. The caller must see to it that the future is not dropped half-way.
     ///
     /// # Errors
@@ -39,10 +39,13 @@ impl Operations {
         };
         self.check_primary()?;
         info!(by, what, "the Console is closed");
-        let _resume = Resume(self);
+        let resume = Resume(self);
         self.ports.drain(what).await;
         let done = work.await;
         info!(by, what, "the Console may open again");
+        drop(resume);
+        // Whoever hears that the work is over goes on with the Console.
+        self.ports.reopened().await;
         Ok(done)
     }
 }

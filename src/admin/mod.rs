@@ -68,6 +68,8 @@ pub trait Ports: Send + Sync {
     fn drain(&self, why: &'static str) -> BoxFuture<'_, ()>;
     /// Takes [`Ports::drain`] back.
     fn resume(&self);
+    /// Returns when they are open again, or it is known that they will not be; after a few seconds at the latest.
+    fn reopened(&self) -> BoxFuture<'_, ()>;
 }
 
 /// A new invitation.

@@ -110,6 +110,7 @@ async fn carry_out(
         let here = handle.status().borrow().primary == Some(node);
         return Err(match here {
             true => {
+                ports.reopened().await;
                 AdminError::Refused("the role has stayed here, and the Console is open again: see the log".to_owned())
             }
             false => AdminError::Unknown("the role was given up, but no new primary is known yet".to_owned()),

@@ -66,6 +66,10 @@ impl Ports for ConsolePorts {
     fn resume(&self) {
         self.0.resume();
     }
+
+    fn reopened(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.0.reopened())
+    }
 }
 
 /// Who answers what other members ask.

@@ -38,6 +38,8 @@ const RETRY: Duration = Duration::from_secs(1);
 const WITHOUT_GUARD: Duration = Duration::from_millis(250);
 /// How often the lease is looked at while only it is missing: nobody announces its beginning.
 const LEASE_POLL: Duration = Duration::from_millis(10);
+/// How long an opening after [`SupervisorHandle::resume`] is waited for.
+const REOPENING: Duration = Duration::from_secs(5);
 /// How often everything is compared even if nothing was announced.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
@@ -83,6 +85,14 @@ impl SupervisorHandle {
     /// Takes [`Self::drain`] back, when its purpose is over, or was given up.
     pub fn resume(&self) {
         self.drained_for.send_replace(None);
+    }
+
+    /// Returns when the ports are open or cannot be opened, and after 5 s at the latest: another node may have the role by now.
+    pub async fn reopened(&self) {
+        let mut state = self.state.clone();
+        let settled = state.wait_for(|state| state.open || state.problem.is_some());
+        // An error means that the supervisor has ended: nothing will be opened.
+        let _ = time::timeout(REOPENING, settled).await;
     }
 
     /// What the supervisor has reached, to read and to wait for.
