@@ -87,7 +87,8 @@ impl SupervisorHandle {
         self.drained_for.send_replace(None);
     }
 
-    /// Returns when the ports are open or cannot be opened, and after 5 s at the latest: another node may have the role by now.
+    /// Returns when the ports are open or cannot be opened, and after 5 s at the latest: another node may have the role
+    /// by now.
     pub async fn reopened(&self) {
         let mut state = self.state.clone();
         let settled = state.wait_for(|state| state.open || state.problem.is_some());
