@@ -22,9 +22,9 @@ impl Operations {
         self.primary().map(|_| ())
     }
 
-    /// Closes the Console, does the work, and opens it again: it returns when the Console is open, or after a few seconds
-    /// if that cannot be. No switchover and no change of the membership comes between. The caller must see to it that
-    /// the future is not dropped half-way.
+    /// Closes the Console, does the work, and opens it again: it returns when the Console is open, or after a few
+    /// seconds if that cannot be. No switchover and no change of the membership comes between. The caller must see to
+    /// it that the future is not dropped half-way.
     ///
     /// # Errors
     /// [`AdminError::NotPrimary`], or `Refused` while a switchover or a change of the membership is under way; nothing
