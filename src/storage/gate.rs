@@ -29,19 +29,21 @@ use crate::{
     telemetry::steps::{self, Step, Sum},
 };
 
-use super::transaction::{Commit, PagesBuilder};
 use super::{
     ReplicateError, Replicator,
-    capture::{Capture, Captured, Code, FULL, WalFile, wal_bytes},
-    checksum::{PageTable, Preview, page_checksum},
+    capture::{Capture, Captured, Code, WalFile, wal_bytes},
+    checksum::{PageTable, Preview},
+    parts::Parts,
     wal::Step as Write,
 };
 
 /// Why a write to the `-wal` file did not take place.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// The real file returned this code.
+    /// The file below returned this code.
     File(Code),
+    /// This host has no space for it.
+    Full,
     /// The gate refused it; [`Gate::last_refusal`] has the reason.
     Gate,
 }
@@ -356,29 +358,23 @@ impl Gate {
         let mut begun = steps::begin();
         let transaction = writer.transaction;
         writer.transaction += 1;
-        let mut checksums = Vec::with_capacity(captured.count());
-        let (mut part, mut builder) = (0, PagesBuilder::new(self.database, transaction, 0, self.page_size));
+        let mut parts = Parts::new(self.database, transaction, self.page_size, captured.count());
         writer.capture.pages(captured, file, data, |number, image| {
-            if builder.is_full() {
-                part += 1;
-                let next = PagesBuilder::new(self.database, transaction, part, self.page_size);
-                let full = std::mem::replace(&mut builder, next);
-                self.propose(full.finish(None), false)?;
+            let done = parts.count();
+            if let Some(full) = parts.push(number, image) {
+                self.propose(full, false)?;
                 if let Some(sent) = &*lock(&self.sent) {
-                    sent(checksums.len() as u32, captured.count() as u32);
+                    sent(done as u32, captured.count() as u32);
                 }
             }
-            checksums.push((number, page_checksum(number, image)));
-            builder.push(number, image);
             Ok::<_, Stop>(())
         })?;
-        let preview = writer.table.preview(captured.database_pages(), checksums);
+        let preview = parts.preview(&writer.table, captured.database_pages());
         if let Some(hole) = preview.holes.iter().find(|number| **number != self.lock_page) {
             return Err(self.refuse(format!("the database would grow over page {hole} without writing it")));
         }
-        let commit = Commit { database_pages: preview.pages, checksum: preview.checksum };
         begun.next(Step::CommitCapture);
-        let part = builder.finish(Some(commit));
+        let part = parts.finish(&preview);
         begun.end(Step::CommitEncode);
         let index = self.propose(part, true)?;
         Ok((index, preview))
@@ -392,7 +388,7 @@ impl Gate {
             ReplicateError::Refused(_) => self.refuse(error.to_string()),
             ReplicateError::Full(_) => {
                 self.refuse(error.to_string());
-                Stop::File(FULL)
+                Stop::Full
             }
             ReplicateError::Unknown(_) => self.fence_because(error.to_string()),
         })
@@ -457,6 +453,7 @@ impl Marks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::capture::FULL;
 
     const PAGE: usize = 512;
 

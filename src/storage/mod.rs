@@ -13,6 +13,7 @@ pub mod gate;
 pub mod membership;
 pub mod memory;
 pub mod online_copy;
+mod parts;
 pub mod raft_log;
 pub mod replica;
 pub mod scrub;

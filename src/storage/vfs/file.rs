@@ -238,6 +238,7 @@ unsafe extern "C" fn write(
         match shim.gate.wal_write(&mut Real(file, Place::Wal), offset as u64, bytes) {
             Ok(()) => sqlite::SQLITE_OK,
             Err(Stop::File(code)) => code,
+            Err(Stop::Full) => FULL,
             Err(Stop::Gate) => sqlite::SQLITE_IOERR_WRITE,
         }
     }
