@@ -10,7 +10,7 @@
 //! |---|---|
 //! | 1 | everything before levels were introduced |
 //! | 2 | the cluster key and the certificate authority are replaced ([`super::shared::authority`]); webhooks; names and certificate of the Consoles |
-//! | 3 | no program has it yet: memberships of more than 32 KiB ([`super::limits::LONG_MEMBERSHIPS`]), which a pool needs; a second database |
+//! | 3 | no program has it yet: memberships of more than 32 KiB ([`super::limits::LONG_MEMBERSHIPS`]), which a pool needs; a second database, and the catalogue of a service's databases |
 //!
 //! A new level is needed for everything that an older program would misread or drop: another field of the membership,
 //! another kind of entry, another purpose of a connection that something hangs on. What is only shown to people needs

@@ -4,7 +4,8 @@
 
 use super::wal::{FRAME_HEADER, PendingCommit, Step, Tracker, Violation, WAL_HEADER};
 
-/// One of SQLite's result codes, as the real file returned it.
+/// Why the file below failed: one of SQLite's result codes below the VFS, an error number of the kernel below the
+/// folder of a service.
 pub(super) type Code = i32;
 /// `SQLITE_FULL`: the disk has no space.
 pub(super) const FULL: Code = 13;
@@ -47,6 +48,11 @@ impl Captured {
         self.held.database_pages
     }
 
+    /// The numbers of its pages, in ascending order.
+    pub fn numbers(&self) -> impl Iterator<Item = u32> {
+        self.pages.iter().map(|(number, _)| *number)
+    }
+
     /// Its last frame.
     pub fn frame(&self) -> u32 {
         self.held.frame
@@ -57,6 +63,12 @@ impl Capture {
     /// A capture of an empty WAL.
     pub fn new(page_size: u32) -> Self {
         Self { tracker: Tracker::new(page_size), page_size }
+    }
+
+    /// For who does not see SQLite's locks: ends a transaction that this write shows to be over. Call it before
+    /// [`Self::note`].
+    pub fn infer_end(&mut self, offset: u64, length: usize) {
+        self.tracker.infer_end(offset, length);
     }
 
     /// Takes note of a write before it is made.
@@ -72,11 +84,26 @@ impl Capture {
         self.tracker.is_settled()
     }
 
+    /// Size of a page, in bytes.
+    pub fn page_size(&self) -> u32 {
+        self.page_size
+    }
+
+    /// The header of the committing frame while it is held back, and where it belongs.
+    pub fn held_header(&self) -> Option<(u64, [u8; FRAME_HEADER])> {
+        self.tracker.held().map(|held| (self.tracker.header_offset(held.frame), held.header))
+    }
+
+    /// Bytes of the `-wal` file up to the end of the last transaction that passed.
+    pub fn committed_bytes(&self) -> u64 {
+        wal_bytes(self.page_size, self.tracker.committed())
+    }
+
     /// At [`Step::Commit`]: writes the data of the last frame, and returns what the transaction is made of. The data is
     /// written first, so that a full disk shows before anything is proposed.
     ///
     /// # Errors
-    /// SQLite's code when the frame cannot be written: the transaction fails, and nothing has been proposed.
+    /// The file's code when the frame cannot be written: the transaction fails, and nothing has been proposed.
     pub fn complete(&self, file: &mut dyn WalFile, data: &[u8]) -> Result<Captured, Code> {
         let held = self.tracker.held().expect("a commit step follows a held header");
         file.write_at(self.tracker.data_offset(held.frame), data)?;
@@ -86,7 +113,7 @@ impl Capture {
     /// Hands out the pages one by one. `data` is the content of the last frame.
     ///
     /// # Errors
-    /// SQLite's code when a page cannot be read back. An error of `take` ends the reading.
+    /// The file's code when a page cannot be read back. An error of `take` ends the reading.
     pub fn pages<E: From<Code>>(
         &self,
         captured: &Captured,
@@ -109,7 +136,7 @@ impl Capture {
     /// Lets the header through: SQLite's readers see the transaction from now on.
     ///
     /// # Errors
-    /// SQLite's code when the header cannot be written. The transaction counts as committed all the same.
+    /// The file's code when the header cannot be written. The transaction counts as committed all the same.
     pub fn commit(&mut self, captured: &Captured, file: &mut dyn WalFile) -> Result<(), Code> {
         let at = self.tracker.header_offset(captured.held.frame);
         self.tracker.commit();

@@ -91,6 +91,14 @@ pub enum ReplaceError {
     Unknown(String),
 }
 
+/// A database file for a folder that is served.
+pub(super) struct Lent {
+    pub file: Arc<File>,
+    /// What it has, as of `index`.
+    pub table: PageTable,
+    pub index: u64,
+}
+
 /// How the database file can be read for a scrub.
 #[derive(Debug)]
 pub enum Scrubbable {
@@ -210,7 +218,15 @@ impl Database {
     /// the record or the file will never be readable: the node needs another member's database. [`DatabaseError::Io`]
     /// for whatever a later start may be spared.
     pub fn open(dir: &Path, id: u32, log_last_index: u64) -> Result<Self, DatabaseError> {
-        let (path, record_path) = places(dir, id)?;
+        Self::open_at(places(dir, id)?, id, log_last_index)
+    }
+
+    /// As [`Self::open`], with the paths of the file and of its checkpoint record.
+    pub(super) fn open_at(
+        (path, record_path): (PathBuf, PathBuf),
+        id: u32,
+        log_last_index: u64,
+    ) -> Result<Self, DatabaseError> {
         let record = Record::read(&record_path, id).map_err(|error| unreadable(&record_path, error))?;
         if record.pages > 0 && !path.exists() {
             return Err(DatabaseError::Missing(path));
@@ -491,6 +507,27 @@ impl Database {
                 Err(error.into())
             }
         }
+    }
+
+    /// Gives the file to a folder that is served, where the application's own SQLite writes to it. Call it when
+    /// everything of earlier epochs is applied. This database is used up: open it again when the folder is not served
+    /// any more.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Refused`] when it is open for writing, [`DatabaseError::Diverged`] when it differs from the
+    /// primary's, [`DatabaseError::Failed`] after an earlier failure, [`DatabaseError::Io`] when its size cannot be
+    /// changed or what another primary has left beside it cannot be removed.
+    pub(super) fn lend(self) -> Result<Lent, DatabaseError> {
+        if let Some(failed) = &self.failed {
+            return Err(DatabaseError::Failed(failed.clone()));
+        }
+        self.verify()?;
+        let State::Following(replica) = self.state else {
+            return Err(DatabaseError::Refused("the database is open for writing already"));
+        };
+        replica.trim().map_err(|source| io_error("resize", &self.path, source))?;
+        remove_cache(&self.path)?;
+        Ok(Lent { file: self.file, index: replica.applied, table: replica.table })
     }
 
     /// Fences the gate and waits until nobody has the database open. From then on another node may serve. The database

@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod checksum;
 pub mod database;
 pub mod databases;
+pub mod folder;
 pub mod gate;
 pub mod membership;
 pub mod memory;

@@ -30,12 +30,17 @@ impl Parts {
 
     /// Adds a page. Returns a part that is full without it, to be proposed at once.
     pub fn push(&mut self, number: u32, image: &[u8]) -> Option<Vec<u8>> {
+        self.push_summed(number, page_checksum(number, image), image)
+    }
+
+    /// As [`Self::push`], of a page whose checksum is known.
+    pub fn push_summed(&mut self, number: u32, checksum: u64, image: &[u8]) -> Option<Vec<u8>> {
         let full = self.builder.is_full().then(|| {
             self.part += 1;
             let next = PagesBuilder::new(self.database, self.transaction, self.part, self.page_size);
             std::mem::replace(&mut self.builder, next).finish(None)
         });
-        self.checksums.push((number, page_checksum(number, image)));
+        self.checksums.push((number, checksum));
         self.builder.push(number, image);
         full
     }

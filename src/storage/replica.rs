@@ -9,7 +9,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use thiserror::Error;
 
-use super::transaction::{self, Commit, Pages, TransactionError};
+use super::transaction::{self, CONSOLE_DATABASE, Commit, Pages, TransactionError};
 use super::{
     EntrySource,
     checkpoint::Record,
@@ -81,6 +81,8 @@ pub(super) struct Replica {
     /// Its size in pages then. The table can have another size: it is resized before a transaction takes effect, which
     /// may fail.
     claimed_pages: u32,
+    /// Size of a page then, in bytes.
+    claimed_page_size: u32,
     /// Up to this index the file may be ahead of what is being applied, so its checksum proves nothing.
     pub touched: u64,
     unfinished: Option<Unfinished>,
@@ -107,14 +109,25 @@ impl Replica {
             pages => PageTable::read(&file, record.page_size, pages, go_on)?,
         };
         let (applied, claim, claimed_pages) = (record.index, record.checksum, record.pages);
-        let (unfinished, half_applied, copy) = (None, false, None);
-        Ok(Self { file, database, table, applied, claim, claimed_pages, touched, unfinished, half_applied, copy })
+        Ok(Self {
+            file,
+            database,
+            table,
+            applied,
+            claim,
+            claimed_pages,
+            claimed_page_size: record.page_size,
+            touched,
+            unfinished: None,
+            half_applied: false,
+            copy: None,
+        })
     }
 
     /// Where a checkpoint can be made now: at what is applied, but not in the middle of a transaction.
     pub fn record(&self) -> Record {
         let index = self.unfinished.map_or(self.applied, |open| open.first - 1);
-        Record { index, page_size: self.table.page_size(), pages: self.claimed_pages, checksum: self.claim }
+        Record { index, page_size: self.claimed_page_size, pages: self.claimed_pages, checksum: self.claim }
     }
 
     fn check_order(&self, index: u64) -> Result<(), ApplyError> {
@@ -137,7 +150,9 @@ impl Replica {
         if pages.database != self.database {
             return Err(ApplyError::UnknownDatabase { index, database: pages.database });
         }
-        if self.table.pages() > 0 && pages.page_size != self.table.page_size() {
+        // Only a service's database changes the size of its pages. Such a transaction has them all.
+        let resized = self.table.pages() > 0 && pages.page_size != self.table.page_size();
+        if resized && self.database == CONSOLE_DATABASE {
             return Err(wrong("it has another page size than the database"));
         }
         self.unfinished.take_if(|open| pages.part == 0 || open.term != term);
@@ -170,8 +185,10 @@ impl Replica {
     ) -> Result<(), ApplyError> {
         let failed = |error| ApplyError::Io { index, error };
         self.half_applied = true;
-        if self.table.pages() == 0 {
+        if self.table.pages() == 0 || self.table.page_size() != last.page_size {
             self.table = PageTable::empty(last.page_size);
+            run(Place::Database, Act::Resize, || self.file.set_len(0)).map_err(failed)?;
+            self.copy = None;
         }
         self.table.resize(commit.database_pages);
         self.set_pages(commit.database_pages, last.page_size).map_err(failed)?;
@@ -180,6 +197,7 @@ impl Replica {
         }
         self.write_pages(last).map_err(failed)?;
         (self.claim, self.claimed_pages, self.half_applied) = (commit.checksum, commit.database_pages, false);
+        self.claimed_page_size = last.page_size;
         if index > self.touched && self.table.checksum() != commit.checksum {
             let (expected, computed) = (commit.checksum, self.table.checksum());
             return Err(ApplyError::Diverged { index, expected, computed });

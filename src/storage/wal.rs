@@ -172,6 +172,21 @@ impl Tracker {
         }
     }
 
+    /// For who does not see SQLite's locks: ends a transaction that this write shows to be over. After a commit that is
+    /// a header behind it; where a commit was refused, or its writer has died, it is any header.
+    pub fn infer_end(&mut self, offset: u64, length: usize) {
+        let begins = offset == 0 || length == FRAME_HEADER;
+        let behind = offset == 0 || offset == self.header_offset(self.committed + 1);
+        if begins && (self.held.is_some() || (self.settled.is_some() && behind)) {
+            self.end();
+        }
+    }
+
+    /// The last frame that belongs to a transaction that passed; 0 if none does.
+    pub fn committed(&self) -> u32 {
+        self.committed
+    }
+
     /// The committing frame's header, between [`Step::Hold`] and the end of the transaction.
     pub fn held(&self) -> Option<PendingCommit> {
         self.held
@@ -304,6 +319,34 @@ mod tests {
         assert_eq!(tracker.held(), None);
         assert_eq!(frame(&mut tracker, 1, 7, 7), Step::Commit);
         assert_eq!(tracker.pages(), [(7, 1)]);
+    }
+
+    #[test]
+    fn an_end_that_nobody_sees_is_inferred() {
+        let mut tracker = start();
+        let write = |tracker: &mut Tracker, frame: u32, page: u32, size: u32| {
+            let at = tracker.header_offset(frame);
+            tracker.infer_end(at, FRAME_HEADER);
+            let step = tracker.write(at, &header(page, size));
+            (step, data(tracker, frame))
+        };
+        // Refused: its frames are written again from the first one.
+        assert_eq!(write(&mut tracker, 1, 1, 0).1, Ok(Step::Pass));
+        assert_eq!(write(&mut tracker, 2, 2, 2).1, Ok(Step::Commit));
+        assert_eq!(write(&mut tracker, 1, 1, 0), (Ok(Step::Pass), Ok(Step::Pass)));
+        assert_eq!(write(&mut tracker, 2, 2, 2).1, Ok(Step::Commit));
+        assert_eq!(tracker.pages(), [(1, 1), (2, 2)]);
+        tracker.commit();
+        // Its headers may be rewritten until the next one begins. Other content there is none that it knows.
+        let at = tracker.header_offset(1);
+        tracker.infer_end(at, FRAME_HEADER);
+        assert_eq!(tracker.write(at, &header(1, 0)), Ok(Step::Pass));
+        assert!(tracker.is_settled() && data(&mut tracker, 1).is_err());
+        assert_eq!(write(&mut tracker, 3, 1, 2).1, Ok(Step::Commit));
+        tracker.commit();
+        tracker.infer_end(0, WAL_HEADER);
+        assert_eq!(tracker.write(0, &wal_header()), Ok(Step::Restart));
+        assert_eq!(tracker.committed(), 0);
     }
 
     #[test]

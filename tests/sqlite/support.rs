@@ -15,10 +15,11 @@ use std::{
 use libsqlite3_sys as sqlite;
 use tempfile::TempDir;
 use twistlock_ha::{
-    storage::transaction::{CONSOLE_DATABASE, Pages},
+    storage::transaction::{CONSOLE_DATABASE, Pages, parts_at_end},
     storage::{
         EntrySource, ReplicateError, Replicator,
         database::{Database, PrimaryDatabase, initial_transaction},
+        folder::catalogue::{Change, is_change},
     },
 };
 
@@ -55,6 +56,18 @@ impl Log {
     /// What the next transaction is told; afterwards all are accepted again.
     pub fn answer(&self, next: Answer) {
         self.inner.lock().unwrap().next = next;
+    }
+
+    /// What the next transaction would be told.
+    pub fn answered(&self) -> Answer {
+        self.inner.lock().unwrap().next
+    }
+
+    /// The last entry that ends a transaction.
+    pub fn last_commit(&self) -> u64 {
+        let inner = self.inner.lock().unwrap();
+        let ends = |(_, payload): &(u64, Vec<u8>)| parts_at_end(payload).is_some();
+        inner.entries.iter().rposition(ends).map_or(0, |at| at as u64 + 1)
     }
 
     pub fn last_index(&self) -> u64 {
@@ -94,8 +107,13 @@ impl Log {
 impl Replicator for Log {
     fn replicate(&self, part: Vec<u8>, last: bool) -> Result<u64, ReplicateError> {
         let mut inner = self.inner.lock().unwrap();
-        let pages = Pages::decode(&part).expect("the gate writes what members can read");
-        assert_eq!(pages.commit.is_some(), last);
+        if is_change(&part) {
+            Change::decode(&part).expect("a primary writes what members can read");
+            assert!(last);
+        } else {
+            let pages = Pages::decode(&part).expect("the gate writes what members can read");
+            assert_eq!(pages.commit.is_some(), last);
+        }
         inner.largest_part = inner.largest_part.max(part.len());
         let term = inner.term;
         if last {

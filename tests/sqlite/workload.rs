@@ -7,7 +7,7 @@ use twistlock_ha::storage::database::PrimaryDatabase;
 use super::support::{Answer, Node, Sql, assert_same_files, assert_sound, move_locks, new_log};
 
 /// A small generator whose numbers are the same everywhere (the splitmix64 sequence).
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -18,11 +18,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    pub fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 
-    fn one_in(&mut self, n: u64) -> bool {
+    pub fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 }
