@@ -446,6 +446,7 @@ impl Parts {
                 },
                 tls: tls.served(),
                 defender_tls: tls.for_defenders(),
+                defenders: self.config.defender_connections as usize,
                 services: None,
             },
             demotion_deadline: self.config.demotion_deadline,

@@ -34,7 +34,7 @@ pub struct Budget {
     pub https: usize,
     /// Console, HTTP.
     pub http: usize,
-    /// The port for Defenders.
+    /// The port for Defenders, without what is left over: see [`for_defenders`].
     pub defender: usize,
     /// Handshakes of those who say that they are members.
     pub peers: usize,
@@ -129,6 +129,25 @@ impl Budget {
     }
 }
 
+/// How many Defenders may be connected if so many are `wanted`: each has its share of what is not for files and not for
+/// the other servers.
+pub fn for_defenders(wanted: usize) -> usize {
+    defenders_of(getrlimit(Resource::RLIMIT_NOFILE).map_or(LEAST, |(soft, _)| soft), wanted)
+}
+
+fn defenders_of(limit: u64, wanted: usize) -> usize {
+    let Budget { https, http, defender, peers, health, control } = Budget::of(limit);
+    let others = FILES + (https + http + peers + health + control) as u64;
+    let left = usize::try_from(limit.saturating_sub(others)).unwrap_or(usize::MAX);
+    wanted.min(left.max(defender))
+}
+
+/// Places for Defenders, who may all come from the address of a load balancer once one of them has shown who it is.
+/// None is reserved: whoever has not shown that makes room for whoever comes.
+pub fn room_for_defenders(places: usize) -> Room {
+    Room { places, from_one: places / 2, from_known: places, reserved: 0 }
+}
+
 /// Places for connections of which one network gets the half, since all clients behind a load balancer come from the
 /// same one.
 pub fn room(places: usize) -> Room {
@@ -172,5 +191,13 @@ mod tests {
         }
         let ample = Budget { https: 1024, http: 512, defender: 128, peers: 256, health: 128, control: 16 };
         assert_eq!(Budget::of(20_000), ample);
+        let of = |limit| defenders_of(limit, 12_000);
+        assert_eq!([of(LEAST), of(1024), of(4096), of(65_536)], [Budget::of(LEAST).defender, 75, 2032, 12_000]);
+        assert_eq!([defenders_of(65_536, 10), defenders_of(u64::MAX, 1 << 20)], [10, 1 << 20]);
+        for limit in [LEAST, 300, 1024, 4096, 9000, 65_536] {
+            let Budget { https, http, peers, health, control, .. } = Budget::of(limit);
+            let all = (https + http + peers + health + control + of(limit)) as u64;
+            assert!(all + FILES <= limit, "{limit}: {all}");
+        }
     }
 }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow};
 use axum::Router;
 use rustls::ServerConfig;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::{
+    clients::places::Room,
     console::{Console, connect_options},
     descriptors,
     node::{Serving, Status},
@@ -16,6 +17,10 @@ use crate::{
 };
 
 pub use crate::console::ConsoleServices;
+
+/// Handshakes of Defenders at once. After a takeover all of them come within seconds, and the first are to be done
+/// before the last begin, or all would take too long.
+const HANDSHAKES: usize = 256;
 
 /// What people call it, in messages.
 pub const NAME: &str = "the Console";
@@ -39,6 +44,8 @@ pub struct Setup {
     pub tls: watch::Receiver<Arc<ServerConfig>>,
     /// For the port of the Defenders, which show a certificate there.
     pub defender_tls: watch::Receiver<Arc<ServerConfig>>,
+    /// `DEFENDER_CONNECTIONS`: Defenders that may be connected at once.
+    pub defenders: usize,
     /// What the Console does for the cluster; without it, there is none to administer.
     pub services: Option<ConsoleServices>,
 }
@@ -54,8 +61,12 @@ pub struct Endpoint {
     /// What answers: HTTP/1.1. A request may turn its connection into something else (RFC 9110 section 7.8), as a
     /// WebSocket.
     pub router: Router,
-    /// Connections at once, at most.
-    pub connections: usize,
+    /// Connections at once, at most, and who gets them.
+    pub room: Room,
+    /// TLS handshakes at once; the others wait for their turn. None: as many as come.
+    pub handshakes: Option<Arc<Semaphore>>,
+    /// Whoever is known at this port is known nowhere else.
+    pub apart: bool,
 }
 
 /// The workload of one term as PRIMARY. Holds the database: it must be stopped and dropped before the node can become
@@ -66,6 +77,7 @@ pub struct Workload {
     ports: ConsolePorts,
     tls: watch::Receiver<Arc<ServerConfig>>,
     defender_tls: watch::Receiver<Arc<ServerConfig>>,
+    defenders: usize,
     // After the console: its connections close first.
     _database: Arc<PrimaryDatabase>,
 }
@@ -85,8 +97,8 @@ impl Workload {
         let database = database.ok_or_else(|| anyhow!("this node is not PRIMARY in epoch {epoch} any more"))?;
         let console = Console::new(connect_options(&database), status, setup.services.clone())
             .map_err(|_| anyhow!("the system gives no random bytes"))?;
-        let (tls, defender_tls) = (setup.tls.clone(), setup.defender_tls.clone());
-        Ok(Self { console, ports: setup.ports, tls, defender_tls, _database: database })
+        let (ports, tls, defender_tls) = (setup.ports, setup.tls.clone(), setup.defender_tls.clone());
+        Ok(Self { console, ports, tls, defender_tls, defenders: setup.defenders, _database: database })
     }
 
     /// Waits until requests can be served. May be given up at any time.
@@ -100,17 +112,22 @@ impl Workload {
     /// The ports that it wants to be open while it is ready.
     pub fn endpoints(&self) -> Vec<Endpoint> {
         let (ConsolePorts { https, http, defender }, budget) = (self.ports, descriptors::budget());
-        let console = || self.console.router();
-        let (tls, defender_tls) = (Some(self.tls.clone()), Some(self.defender_tls.clone()));
-        let all = [
-            (https, "console", tls, console(), budget.https),
-            (http, "console_http", None, console(), budget.http),
-            (defender, "defender", defender_tls, self.console.defender_router(), budget.defender),
-        ];
-        let wanted = all.into_iter().filter_map(|(port, name, tls, router, connections)| {
-            Some(Endpoint { name, port: port?, tls, router, connections })
+        let one = |port: u16, name, tls, connections| {
+            let (router, room) = (self.console.router(), descriptors::room(connections));
+            Endpoint { name, port, tls, router, room, handshakes: None, apart: false }
+        };
+        let https = https.map(|port| one(port, "console", Some(self.tls.clone()), budget.https));
+        let http = http.map(|port| one(port, "console_http", None, budget.http));
+        let defender = defender.map(|port| Endpoint {
+            name: "defender",
+            port,
+            tls: Some(self.defender_tls.clone()),
+            router: self.console.defender_router(),
+            room: descriptors::room_for_defenders(descriptors::for_defenders(self.defenders)),
+            handshakes: Some(Arc::new(Semaphore::new(HANDSHAKES))),
+            apart: true,
         });
-        wanted.collect()
+        [https, http, defender].into_iter().flatten().collect()
     }
 
     /// Ends what would go on for as long as a client likes: the ports are about to close in order.

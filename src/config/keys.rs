@@ -95,6 +95,17 @@ pub static KEYS: &[Key] = &[
         slot: |config| Slot::Port(&mut config.communication_port),
     },
     Key {
+        name: "DEFENDER_CONNECTIONS",
+        section: NETWORK,
+        group: "Console ports",
+        default: "12000",
+        doc: &[
+            "Defenders that may be connected at once. Each needs an open file and some 20 KiB of memory on the PRIMARY; if the",
+            "process may have fewer files open (LimitNOFILE= in the unit), fewer Defenders find a place.",
+        ],
+        slot: |config| Slot::Count { value: &mut config.defender_connections, min: 16, max: 100_000 },
+    },
+    Key {
         name: "BIND_ADDRESS",
         section: NETWORK,
         group: "Network address of this host",

@@ -72,6 +72,8 @@ config! {
     management_port_https: Option<u16>,
     /// `COMMUNICATION_PORT`; none: no listener for Defenders.
     communication_port: Option<u16>,
+    /// `DEFENDER_CONNECTIONS`: Defenders that may be connected at once.
+    defender_connections: u32,
     /// `HEALTH_PORT`; none: no health port.
     health_port: Option<u16>,
     /// `HEALTH_ADDRESS`; none: `BIND_ADDRESS`. See [`Config::health_address`].

@@ -40,7 +40,7 @@ use crate::node::Lease;
 /// The hidden subcommand of the daemon's program that runs the child: see [`main()`].
 pub const SUBCOMMAND: &str = "port-guard";
 /// Connections that the kernel keeps for us before they are accepted.
-const BACKLOG: i32 = 1024;
+const BACKLOG: i32 = 4096;
 /// A child that does not answer within this time is killed and replaced.
 const ANSWER: Duration = Duration::from_secs(1);
 /// First and longest wait before the next child is started when children die at once.

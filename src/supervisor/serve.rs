@@ -46,6 +46,8 @@ const TASKS: u32 = 1 << 20;
 const HEADERS: usize = 64;
 /// Longest time for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long a handshake keeps its turn, where there are turns: who sends drop by drop holds nobody up.
+const TURN: Duration = Duration::from_millis(100);
 /// Longest time from the end of a request (or the start of the connection) to the end of the next request's head: also
 /// the limit of an idle connection.
 const HEAD: Duration = Duration::from_secs(10);
@@ -83,7 +85,8 @@ impl Seating {
     fn places(&self, endpoint: &Endpoint) -> Arc<Places> {
         let mut ports = locked(&self.ports);
         let places = ports.entry(endpoint.name).or_insert_with(|| {
-            Places::new(endpoint.name, descriptors::room(endpoint.connections), Arc::clone(&self.acquaintances))
+            let known = if endpoint.apart { Acquaintances::new() } else { Arc::clone(&self.acquaintances) };
+            Places::new(endpoint.name, endpoint.room, known)
         });
         Arc::clone(places)
     }
@@ -163,7 +166,8 @@ async fn connection(
     let (stream, control) = LeasedStream::new(stream, Arc::clone(&opening));
     let served = async {
         let watches = stream.watches();
-        if let Err(error) = serve(stream, (from, place.visit(), watches), shared).await {
+        // In a box, which is given back when somebody else goes on with the stream.
+        if let Err(error) = Box::pin(serve(stream, (from, place.visit(), watches), shared)).await {
             tracing::debug!("a connection to {} ended: {error:#}", workload::NAME);
         }
         // After an upgrade somebody else goes on with the stream, and keeps the place for as long as that takes.
@@ -193,9 +197,12 @@ async fn serve(stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Re
     let greeting = async {
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
         visit.greeted();
-        // The settings of this instant: certificates are exchanged while connections go on.
-        let tls = Arc::clone(&tls.borrow());
-        start.into_stream(tls).await
+        in_turn(shared.endpoint.handshakes.as_deref(), async {
+            // The settings of this instant: certificates are exchanged while connections go on.
+            let tls = Arc::clone(&tls.borrow());
+            start.into_stream(tls).await
+        })
+        .await
     };
     let stream = tokio::select! {
         biased;
@@ -206,6 +213,21 @@ async fn serve(stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Re
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let certificate = certificate.map(|der| ClientCertificate(der.to_vec()));
     http(stream, from, (Scheme::HTTPS, certificate), router, &shared.opening).await
+}
+
+/// Does the work when its turn has come.
+async fn in_turn<T>(turns: Option<&Semaphore>, work: impl Future<Output = T>) -> T {
+    let Some(turns) = turns else { return work.await };
+    // An error would mean that it is closed, which nobody does.
+    let turn = turns.acquire().await;
+    let mut work = pin!(work);
+    match tokio::time::timeout(TURN, work.as_mut()).await {
+        Ok(done) => done,
+        Err(_) => {
+            drop(turn);
+            work.await
+        }
+    }
 }
 
 async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
@@ -255,6 +277,18 @@ mod tests {
     use super::*;
     use crate::node::{Lease, lease::boottime};
 
+    #[tokio::test]
+    async fn handshakes_have_turns_and_one_that_takes_long_holds_nobody_up() {
+        let (turns, begin) = (Semaphore::new(1), std::time::Instant::now());
+        tokio::select! {
+            biased;
+            () = in_turn(Some(&turns), std::future::pending()) => unreachable!("it never ends"),
+            () = in_turn(Some(&turns), async {}) => {}
+        }
+        assert!(begin.elapsed() >= TURN, "it was not its turn");
+        assert_eq!(turns.available_permits(), 1);
+    }
+
     /// Turns the connection into an echo.
     async fn echo(mut request: Request) -> (StatusCode, [(axum::http::HeaderName, &'static str); 2]) {
         tokio::spawn(async move {
@@ -279,7 +313,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let router = Router::new().route("/", get(echo));
-        let endpoint = Endpoint { name: "console", port: at.port(), tls: None, router, connections: 8 };
+        let (name, port, room) = ("console", at.port(), descriptors::room(8));
+        let endpoint = Endpoint { name, port, tls: None, router, room, handshakes: None, apart: false };
         let server = Server::start(vec![(endpoint, listener)], Arc::clone(&opening), &Seating::default());
         let mut client = TcpStream::connect(at).await.unwrap();
         client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n").await.unwrap();

@@ -201,6 +201,7 @@ impl Node {
                 ports: ConsolePorts { https: Some(HTTPS), http: Some(HTTP), defender: Some(DEFENDER) },
                 tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
                 defender_tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
+                defenders: 64,
                 services: None,
             },
             demotion_deadline: DEADLINE,

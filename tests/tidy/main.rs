@@ -26,7 +26,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
         &["clients", "descriptors", "workload", "guard", "admin", "node", "storage", "cluster", "telemetry"],
     ),
     ("guard", &["node::lease", "node::Lease", "telemetry"]),
-    ("workload", &["console", "admin", "descriptors", "node", "storage", "telemetry"]),
+    ("workload", &["clients", "console", "admin", "descriptors", "node", "storage", "telemetry"]),
     (
         "console",
         &["clients", "control", "admin", "ask", "backup", "defender::wire", "events", "health", "http", "join", "node", "pki", "storage", "cluster", "telemetry"] ,
