@@ -26,11 +26,11 @@ use super::{
 };
 use crate::{
     clock::unix_time,
-    cluster::{Membership, NodeId, shared::console_certificate::CustomCertificate},
+    cluster::{Membership, NodeId, shared::console_certificate::CustomCertificate, trust::KeyId},
     node::{CertificateSource, CertificateStatus, Handle, Warning},
     pki::{
         self, Authority, CONSOLE_CERTIFICATE, CONSOLE_KEY, CONSOLE_NAME, CertificateInfo, ClusterKeys, NodeTls, Pair,
-        console_tls, defender_port_tls, is_due, request_with,
+        Tickets, console_tls, defender_port_tls, is_due, request_with,
     },
 };
 
@@ -54,8 +54,8 @@ pub struct ConsoleTls {
     served: watch::Sender<Arc<ServerConfig>>,
     /// For the port of the Defenders.
     for_defenders: watch::Sender<Arc<ServerConfig>>,
-    /// Whom those settings trust.
-    trusted: String,
+    /// Whom those settings trust, and the cluster key that the tickets come from.
+    trusted: (String, Option<KeyId>),
     /// What is in `served`: that for all, and the cluster's own.
     serving: (Arc<Pair>, Arc<Pair>),
     /// What is wrong, by what it is about. Logged when it begins and when it changes.
@@ -106,7 +106,7 @@ impl ConsoleTls {
         let serving = (Arc::clone(&own), Arc::clone(&own));
         let served = watch::Sender::new(Arc::clone(&settings));
         let (upload, problems, told) = (Upload::default(), Default::default(), Told::default());
-        let (for_defenders, trusted) = (watch::Sender::new(settings), String::new());
+        let (for_defenders, trusted) = (watch::Sender::new(settings), Default::default());
         let mut tls = Self {
             certificates,
             node,
@@ -289,16 +289,29 @@ impl ConsoleTls {
     /// Called before [`Self::serve`], which notes what is served.
     fn serve_defenders(&mut self, membership: &Membership) {
         let trusted = membership.shared.trust_bundle();
+        // Without the key, which may be on its way, nobody resumes a session.
+        let tickets = self.tickets(membership, &trusted).unwrap_or_else(|error| {
+            tracing::debug!("Defenders have to shake hands in full: {error}");
+            None
+        });
+        let trusted = (trusted, tickets.as_ref().map(Tickets::key));
         if trusted == self.trusted && self.own.is_same(&self.serving.1) {
             return;
         }
-        match defender_port_tls(&self.own, membership.shared.trusted()) {
+        match defender_port_tls(&self.own, membership.shared.trusted(), tickets) {
             Ok(settings) => {
                 settings.into_iter().for_each(|settings| drop(self.for_defenders.send_replace(settings)));
                 self.trusted = trusted;
             }
             Err(error) => error!("the port of the Defenders goes on with the settings that it has: {error}"),
         }
+    }
+
+    /// Made with the key that seals the authority: all members change it at the same entry.
+    fn tickets(&self, membership: &Membership, trusted: &str) -> Result<Option<Tickets>, pki::PkiError> {
+        let Some(sealed) = &membership.shared.authority else { return Ok(None) };
+        let keys = ClusterKeys::load(&self.certificates)?;
+        Ok(Some(Tickets::new(keys.for_authority(sealed)?, membership.cluster, trusted)))
     }
 
     fn certificates(&self, membership: &Membership) -> Vec<CertificateStatus> {

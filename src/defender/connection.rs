@@ -1,6 +1,5 @@
-//! The way to the Console: dials every address until one answers, sends what is in the queue, and notes what the
-//! Console has. Must never send an event that is not synced, nor take another word than the Console's for what is
-//! stored.
+//! What is said on the connection to the Console: sends what is in the queue, and notes what the Console has. Must
+//! never send an event that is not synced, nor take another word than the Console's for what is stored.
 
 use std::{collections::VecDeque, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -9,49 +8,26 @@ use futures_util::{SinkExt, StreamExt};
 use rustls::ClientConfig;
 use serde_json::json;
 use tokio::{
-    net::{TcpStream, lookup_host},
     task::JoinHandle,
-    time::{Instant, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout, timeout_at},
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
-use tokio_tungstenite::{
-    WebSocketStream, client_async_with_config,
-    tungstenite::{Message, protocol::WebSocketConfig},
-};
+use tokio_tungstenite::tungstenite::Message;
 
 use super::{
+    dial::{Socket, dial, pause},
     facts::facts,
     folder::Settings,
     queue::Draft,
     watch::Shared,
-    wire::{
-        ANSWER, EVENTS, FromConsole, FromDefender, MESSAGE, Numbered, PATH, PING_MS, PROTOCOL, Policy, SILENCE_MS,
-        WINDOW,
-    },
+    wire::{EVENTS, FromConsole, FromDefender, MESSAGE, Numbered, PING_MS, PROTOCOL, Policy, SILENCE_MS, WINDOW},
 };
-use crate::{
-    clock::unix_time_ms,
-    cluster::program_version,
-    mutex::locked,
-    pki::{self, CONSOLE_NAME},
-};
+use crate::{clock::unix_time_ms, cluster::program_version, mutex::locked, pki};
 
-/// How long one address may take to accept a connection, and how long TLS and the upgrade may take then.
-const CONNECT: Duration = Duration::from_secs(1);
-const HANDSHAKE: Duration = Duration::from_secs(5);
-/// How long names may take to be resolved.
-const RESOLVE: Duration = Duration::from_secs(5);
-/// The pause after a failure is drawn from a span that grows from the first to the second of these.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
 const SILENCE: Duration = Duration::from_millis(SILENCE_MS);
-/// Addresses that are tried in one round.
-const ADDRESSES: usize = 64;
-/// Bytes of the events of a message: what is around each of them must fit, too.
-const BATCH: usize = MESSAGE - 64 * 1024;
-/// Bytes that are read from the socket at once.
-const BUFFER: usize = 16 << 10;
+/// Bytes of the events of a message: of the first one of a connection, and at most. What is around each of them must
+/// fit, too.
+const BATCH: (usize, usize) = (16 << 10, MESSAGE - 64 * 1024);
 
-type Socket = WebSocketStream<TlsStream<TcpStream>>;
 type Reading = JoinHandle<io::Result<Vec<Numbered>>>;
 
 /// Goes on for ever, except when something of this host fails.
@@ -59,22 +35,27 @@ type Reading = JoinHandle<io::Result<Vec<Numbered>>>;
 /// # Errors
 /// When the queue cannot be read or written.
 pub(super) async fn run(shared: Shared, settings: Settings) -> Result<()> {
-    let mut span = PAUSES.0;
+    let mut lost = Instant::now();
     let mut tls = None;
     let mut last = None;
     loop {
-        let mut session =
-            Session { shared: &shared, settings: &settings, sent: 0, flying: VecDeque::new(), welcome: false };
+        let mut session = Session {
+            shared: &shared,
+            settings: &settings,
+            sent: 0,
+            flying: VecDeque::new(),
+            stride: (1, BATCH.0),
+            welcome: false,
+        };
         let ended = session.attempt(&mut tls, &mut last).await;
         if session.welcome {
-            span = PAUSES.0;
+            lost = Instant::now();
         }
         match ended {
             Ok(Fatal(error)) => return Err(error),
             Err(error) => tracing::info!("no connection to the Console: {error:#}; trying again"),
         }
-        tokio::time::sleep(span.mul_f64(rand::random())).await;
-        span = (span * 2).min(PAUSES.1);
+        tokio::time::sleep(pause(lost.elapsed(), rand::random())).await;
     }
 }
 
@@ -91,6 +72,10 @@ struct Session<'a> {
     sent: u64,
     /// The last number of each message that is not acknowledged.
     flying: VecDeque<u64>,
+    /// How many messages may wait for their acknowledgement, and how many bytes of events each may have. Both grow with
+    /// every acknowledgement: after a takeover all Defenders have something to send, and the Console has memory for a
+    /// little of each.
+    stride: (usize, usize),
     /// The Console has answered the hello.
     welcome: bool,
 }
@@ -105,7 +90,7 @@ impl Session<'_> {
             *tls = Some((credentials, config));
         }
         let config = tls.as_ref().map(|(_, config)| Arc::clone(config)).context("there are settings of TLS")?;
-        let (mut socket, at) = dial(&self.settings.consoles, *last, config).await?;
+        let (mut socket, at) = dial(&self.settings.consoles, *last, None, &config).await?;
         *last = Some(at);
         self.converse(&mut socket).await.with_context(|| format!("connected to {at}"))
     }
@@ -114,7 +99,7 @@ impl Session<'_> {
         let next = *self.shared.next.borrow();
         let hello =
             FromDefender::Hello { protocol: PROTOCOL, version: program_version().to_owned(), next, facts: facts() };
-        say(socket, &hello).await?;
+        say(socket, &hello, Instant::now() + SILENCE).await?;
         let welcome = timeout(SILENCE, hear(socket)).await.context("the Console says nothing")??;
         let FromConsole::Welcome { stored, stored_time, policy, authorities, renew, .. } = welcome else {
             bail!("the Console does not say welcome");
@@ -128,7 +113,7 @@ impl Session<'_> {
         self.trust(&authorities)?;
         if renew {
             let csr = pki::request_with(&self.shared.folder.key()?, &self.settings.name, &[])?;
-            say(socket, &FromDefender::Renew { csr }).await?;
+            say(socket, &FromDefender::Renew { csr }, Instant::now() + SILENCE).await?;
         }
         self.go_on(socket).await
     }
@@ -137,15 +122,19 @@ impl Session<'_> {
     async fn go_on(&mut self, socket: &mut Socket) -> Result<Fatal> {
         let mut appended = self.shared.next.subscribe();
         let mut pings = interval(Duration::from_millis(PING_MS));
+        pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
         let mut reading: Option<Reading> = None;
         loop {
             let next = *appended.borrow_and_update();
-            if reading.is_none() && self.flying.len() < WINDOW && self.sent + 1 < next {
-                let (queue, from) = (Arc::clone(&self.shared.queue), self.sent + 1);
-                reading = Some(tokio::task::spawn_blocking(move || locked(&queue).read(from, EVENTS, BATCH)));
+            if reading.is_none() && self.flying.len() < self.stride.0 && self.sent + 1 < next {
+                let (queue, from, bytes) = (Arc::clone(&self.shared.queue), self.sent + 1, self.stride.1);
+                reading = Some(tokio::task::spawn_blocking(move || locked(&queue).read(from, EVENTS, bytes)));
             }
+            let dead = heard + SILENCE;
             tokio::select! {
+                // What has come counts, also if nobody has looked for a while.
+                biased;
                 message = socket.next() => {
                     heard = Instant::now();
                     match message.context("the Console has closed the connection")?? {
@@ -163,15 +152,13 @@ impl Session<'_> {
                     let Some(event) = events.last() else { continue };
                     self.sent = event.sequence;
                     self.flying.push_back(self.sent);
-                    say(socket, &FromDefender::Events { events }).await?;
+                    say(socket, &FromDefender::Events { events }, dead).await?;
                 }
                 _ = appended.changed() => {}
                 _ = pings.tick() => {
-                    if heard.elapsed() >= SILENCE {
-                        bail!("nothing has come for {} ms", SILENCE.as_millis());
-                    }
-                    timeout(SILENCE, socket.send(Message::Ping(Default::default()))).await.context("send a ping")??;
+                    timeout_at(dead, socket.send(Message::Ping(Default::default()))).await.context("send a ping")??;
                 }
+                () = sleep_until(dead) => bail!("nothing has come for {} ms", SILENCE.as_millis()),
             }
         }
     }
@@ -207,6 +194,7 @@ impl Session<'_> {
                 let stored = stored.min(self.sent);
                 while self.flying.front().is_some_and(|last| *last <= stored) {
                     self.flying.pop_front();
+                    self.stride = ((self.stride.0 + 1).min(WINDOW), (self.stride.1 * 2).min(BATCH.1));
                 }
                 self.shared.stored.send_if_modified(|known| {
                     let more = stored > *known;
@@ -249,47 +237,6 @@ impl Session<'_> {
     }
 }
 
-/// Connects to the first address that answers as a Console, beginning with the one that did so last.
-async fn dial(consoles: &[String], last: Option<SocketAddr>, tls: Arc<ClientConfig>) -> Result<(Socket, SocketAddr)> {
-    let mut addresses: Vec<SocketAddr> = last.into_iter().collect();
-    let mut why = anyhow!("no address is known");
-    for console in consoles {
-        match timeout(RESOLVE, lookup_host(console)).await {
-            Ok(Ok(found)) => addresses.extend(found),
-            Ok(Err(error)) => why = anyhow!(error).context(format!("resolve {console}")),
-            Err(_) => why = anyhow!("resolve {console}: it takes too long"),
-        }
-    }
-    let mut tried = Vec::new();
-    for address in addresses {
-        if tried.contains(&address) || tried.len() >= ADDRESSES {
-            continue;
-        }
-        tried.push(address);
-        match connect(address, Arc::clone(&tls)).await {
-            Ok(socket) => return Ok((socket, address)),
-            Err(error) => why = error.context(address.to_string()),
-        }
-    }
-    Err(why)
-}
-
-async fn connect(address: SocketAddr, tls: Arc<ClientConfig>) -> Result<Socket> {
-    let stream = timeout(CONNECT, TcpStream::connect(address)).await.context("it does not accept connections")??;
-    stream.set_nodelay(true)?;
-    let greeting = async {
-        let stream = TlsConnector::from(tls).connect(pki::console_name(), stream).await?;
-        let config = WebSocketConfig::default()
-            .read_buffer_size(BUFFER)
-            .max_message_size(Some(ANSWER))
-            .max_frame_size(Some(ANSWER));
-        let at = format!("ws://{CONSOLE_NAME}{PATH}");
-        let (socket, _) = client_async_with_config(at, stream, Some(config)).await?;
-        Ok(socket)
-    };
-    timeout(HANDSHAKE, greeting).await.context("it says nothing")?
-}
-
 async fn hear(socket: &mut Socket) -> Result<FromConsole> {
     loop {
         match socket.next().await.context("the Console has closed the connection")?? {
@@ -306,8 +253,9 @@ async fn hear(socket: &mut Socket) -> Result<FromConsole> {
     }
 }
 
-async fn say(socket: &mut Socket, message: &FromDefender) -> Result<()> {
+/// Until the moment when the connection counts as dead.
+async fn say(socket: &mut Socket, message: &FromDefender, until: Instant) -> Result<()> {
     let text = serde_json::to_string(message)?;
-    timeout(SILENCE, socket.send(Message::Text(text.into()))).await.context("the Console takes nothing")??;
+    timeout_at(until, socket.send(Message::Text(text.into()))).await.context("the Console takes nothing")??;
     Ok(())
 }

@@ -4,6 +4,7 @@
 
 mod baseline;
 mod connection;
+pub mod dial;
 mod facts;
 mod folder;
 mod queue;

@@ -7,16 +7,19 @@ use std::sync::Arc;
 use rcgen::{ExtendedKeyUsagePurpose, SanType};
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
+    client::Resumption,
     pki_types::ServerName,
-    server::WebPkiClientVerifier,
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
     version::{TLS12, TLS13},
 };
 
 use super::{
-    Authority, CONSOLE_NAME, LEAF_DAYS, Pair, PkiError, SigningRequest, holder, params::params, pem, provider,
+    Authority, CONSOLE_NAME, LEAF_DAYS, Pair, PkiError, SigningRequest, Tickets, holder, params::params, pem, provider,
 };
 use crate::cluster::ClusterId;
 
+/// Tickets that a Defender keeps: all members have the same name.
+const SESSIONS: usize = 8;
 /// Digits of an id.
 const ID: usize = 32;
 
@@ -58,13 +61,15 @@ impl Authority {
 }
 
 /// TLS for the port of the Defenders: a client must show a certificate of one of these authorities (PEM), and sees the
-/// cluster's own certificate of this Console. None without an authority.
+/// cluster's own certificate of this Console. With `tickets`, a client that was here, or at another member with the
+/// same ones, resumes its session, and shows its certificate by that. None without an authority.
 ///
 /// # Errors
 /// [`PkiError::Tls`] when one of the certificates cannot be used.
 pub fn defender_port_tls<'a>(
     own: &Pair,
     authorities: impl Iterator<Item = &'a str>,
+    tickets: Option<Tickets>,
 ) -> Result<Option<Arc<ServerConfig>>, PkiError> {
     let roots = roots(authorities)?;
     if roots.is_empty() {
@@ -78,6 +83,9 @@ pub fn defender_port_tls<'a>(
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(own.resolver());
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // What this member alone remembers would be of no use after a takeover.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    tickets.into_iter().for_each(|tickets| config.ticketer = Arc::new(tickets));
     Ok(Some(Arc::new(config)))
 }
 
@@ -94,6 +102,7 @@ pub fn defender_client_tls(authorities: &str, certificate: &str, key: &str) -> R
         .with_root_certificates(roots(std::iter::once(authorities))?)
         .with_client_auth_cert(chain, key)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.resumption = Resumption::in_memory_sessions(SESSIONS);
     Ok(Arc::new(config))
 }
 
@@ -114,16 +123,20 @@ fn roots<'a>(pems: impl Iterator<Item = &'a str>) -> Result<RootCertStore, PkiEr
 
 #[cfg(test)]
 mod tests {
-    use rustls::{ClientConnection, ServerConnection};
+    use rustls::{ClientConnection, HandshakeKind, ServerConnection};
 
     use super::*;
-    use crate::pki::{NodeTls, certificate_der, node_request, peer_identity};
+    use crate::pki::{ClusterKey, NodeTls, certificate_der, node_request, peer_identity};
 
     const CLUSTER: ClusterId = ClusterId(0xabcd);
     const ID: &str = "00112233445566778899aabbccddeeff";
 
     /// Does both ends of a handshake in memory; the first error ends it.
-    fn shake(client: &Arc<ClientConfig>, server: &Arc<ServerConfig>, name: ServerName<'static>) -> Result<(), String> {
+    fn shake(
+        client: &Arc<ClientConfig>,
+        server: &Arc<ServerConfig>,
+        name: ServerName<'static>,
+    ) -> Result<(HandshakeKind, Option<Vec<u8>>), String> {
         let mut client = ClientConnection::new(Arc::clone(client), name).unwrap();
         let mut server = ServerConnection::new(Arc::clone(server)).unwrap();
         let (mut up, mut down) = (Vec::new(), Vec::new());
@@ -147,7 +160,8 @@ mod tests {
             }
             down.clear();
         }
-        Ok(())
+        let shown = server.peer_certificates().and_then(|chain| chain.first()).map(|der| der.to_vec());
+        Ok((client.handshake_kind().unwrap(), shown))
     }
 
     #[test]
@@ -170,9 +184,10 @@ mod tests {
         assert!(authority.sign_defender_request(&csr, "../node/1", "host").is_err());
 
         let ca = authority.certificate_pem();
-        let port = defender_port_tls(&own, [ca].into_iter()).unwrap().unwrap();
+        let port = defender_port_tls(&own, [ca].into_iter(), None).unwrap().unwrap();
         let client = defender_client_tls(ca, &certificate, &key).unwrap();
-        assert_eq!(shake(&client, &port, console_name()), Ok(()));
+        let shown = shake(&client, &port, console_name()).unwrap();
+        assert_eq!(shown, (HandshakeKind::Full, Some(der.to_vec())));
         // As a member's server, and to a member's client: its name and its use are others.
         let mut server = ServerConfig::clone(&node_tls.server);
         server.alpn_protocols.clear();
@@ -191,6 +206,30 @@ mod tests {
         assert!(shake(&foreign, &port, console_name()).unwrap_err().contains("invalid peer certificate"));
         let mistaken = defender_client_tls(other.certificate_pem(), &certificate, &key).unwrap();
         assert!(shake(&mistaken, &port, console_name()).unwrap_err().starts_with("the client says"));
-        assert!(defender_port_tls(&own, [].into_iter()).unwrap().is_none());
+        assert!(defender_port_tls(&own, [].into_iter(), None).unwrap().is_none());
+    }
+    #[test]
+    fn a_session_goes_on_at_another_member_as_long_as_both_trust_the_same() {
+        let authority = Authority::create(CLUSTER).unwrap();
+        let (csr, key) = node_request("host", &[]).unwrap();
+        let certificate = authority.sign_defender_request(&csr, ID, "host").unwrap();
+        let (ca, der) = (authority.certificate_pem(), certificate_der(&certificate).unwrap().to_vec());
+        let (shared, other) = (ClusterKey::generate(), ClusterKey::generate());
+        // Each member has a certificate and a configuration of its own.
+        let member = |key: &ClusterKey, trusted: &str| {
+            let console = authority.issue_console(&["console.example"]).unwrap();
+            let own = Pair::parse(&console.cert_pem, &console.key_pem).unwrap();
+            let tickets = Tickets::new(key, CLUSTER, trusted);
+            defender_port_tls(&own, [ca].into_iter(), Some(tickets)).unwrap().unwrap()
+        };
+        let client = defender_client_tls(ca, &certificate, &key).unwrap();
+        let mut kinds = Vec::new();
+        for (key, trusted) in [(&shared, "a"), (&shared, "a"), (&shared, "b"), (&shared, "b"), (&other, "b")] {
+            let (kind, shown) = shake(&client, &member(key, trusted), console_name()).unwrap();
+            assert_eq!(shown.as_ref(), Some(&der), "{kind:?}: the certificate is known in any case");
+            kinds.push(kind);
+        }
+        use HandshakeKind::{Full, Resumed};
+        assert_eq!(kinds, [Full, Resumed, Full, Resumed, Full]);
     }
 }

@@ -13,6 +13,7 @@ mod params;
 pub mod pem;
 mod request;
 mod sealed;
+mod tickets;
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -46,6 +47,7 @@ pub use request::{
     request_with,
 };
 pub use sealed::{ClusterKey, ClusterKeys};
+pub use tickets::Tickets;
 
 use authority::LEAF_DAYS;
 
