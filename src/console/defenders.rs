@@ -2,6 +2,7 @@
 //! let a policy pass that a Defender would refuse.
 
 mod hub;
+mod intake;
 mod registration;
 mod session;
 mod tables;

@@ -3,18 +3,41 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
 
-use crate::{defender::wire::Policy, mutex::locked};
+use super::{intake::Intake, policy_of};
+use crate::{
+    console::store::{Store, StoreError},
+    defender::wire::Policy,
+    mutex::locked,
+};
+
+/// How long a policy that was read is told to others: after a takeover all Defenders come within seconds.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// The connections of one Console.
 #[derive(Debug, Default)]
 pub(in crate::console) struct Hub {
     connected: Mutex<HashMap<String, Connected>>,
+    /// How often a Defender was shut out.
+    shut_out: AtomicU64,
     policy: watch::Sender<Option<Arc<Policy>>>,
+    read: Mutex<Read>,
+    pub(super) intake: Arc<Intake>,
+}
+
+/// The policy as it was read last, and how often another one was announced.
+#[derive(Debug, Default)]
+struct Read {
+    announced: u64,
+    policy: Option<(Instant, Policy)>,
 }
 
 #[derive(Debug)]
@@ -31,6 +54,9 @@ pub(super) struct Seat {
     hub: Arc<Hub>,
     id: String,
     seat: u64,
+    /// What was read of the Defender may not be so any more: there was a connection before, which may have something
+    /// under way yet, or somebody was shut out since.
+    pub(super) again: bool,
     /// Why the connection has to end.
     pub(super) end: watch::Receiver<Option<&'static str>>,
 }
@@ -45,19 +71,27 @@ impl Drop for Seat {
 }
 
 impl Hub {
-    /// This Defender is connected from now on.
-    pub(super) fn connect(self: &Arc<Self>, id: &str, address: String) -> Seat {
+    /// To be asked for before the Defender is looked up, for [`Self::connect`].
+    pub(super) fn shut_out(&self) -> u64 {
+        self.shut_out.load(Ordering::SeqCst)
+    }
+
+    /// This Defender is connected from now on. It was looked up when so many had been `shut_out`.
+    pub(super) fn connect(self: &Arc<Self>, id: &str, address: String, shut_out: u64) -> Seat {
         let (sender, end) = watch::channel(None);
         let mut connected = locked(&self.connected);
         let before = connected.remove(id);
+        let again = before.is_some() || self.shut_out() != shut_out;
         let seat = before.as_ref().map_or(0, |before| before.seat + 1);
         before.inspect(|before| before.end("the Defender has connected again"));
         connected.insert(id.to_owned(), Connected { seat, address, end: sender });
-        Seat { hub: Arc::clone(self), id: id.to_owned(), seat, end }
+        Seat { hub: Arc::clone(self), id: id.to_owned(), seat, again, end }
     }
 
     /// Ends the connection of this Defender, if it has one.
     pub(super) fn disconnect(&self, id: &str, why: &'static str) {
+        // First, so that one that is about to connect looks again.
+        self.shut_out.fetch_add(1, Ordering::SeqCst);
         locked(&self.connected).get(id).inspect(|connected| connected.end(why));
     }
 
@@ -66,8 +100,12 @@ impl Hub {
         locked(&self.connected).get(id).map(|connected| connected.address.clone())
     }
 
-    /// This policy is in force from now on.
+    /// This policy is in force from now on, and in the database.
     pub(super) fn announce(&self, policy: Policy) {
+        {
+            let mut read = locked(&self.read);
+            *read = Read { announced: read.announced + 1, policy: None };
+        }
         self.policy.send_if_modified(|known| {
             let newer = known.as_ref().is_none_or(|known| known.version < policy.version);
             if newer {
@@ -75,6 +113,27 @@ impl Hub {
             }
             newer
         });
+    }
+
+    /// The policy in force. Who wants to miss none asks for [`Self::policies`] first: what is announced while this
+    /// reads comes there, and is not kept here.
+    ///
+    /// # Errors
+    /// Those of a setting.
+    pub(super) async fn policy(&self, store: &Store) -> Result<Policy, StoreError> {
+        let announced = {
+            let read = locked(&self.read);
+            match &read.policy {
+                Some((at, policy)) if at.elapsed() < FRESH => return Ok(policy.clone()),
+                _ => read.announced,
+            }
+        };
+        let policy = policy_of(store).await?;
+        let mut read = locked(&self.read);
+        if read.announced == announced {
+            read.policy = Some((Instant::now(), policy.clone()));
+        }
+        Ok(policy)
     }
 
     /// What is announced from now on.
@@ -98,8 +157,9 @@ mod tests {
     #[test]
     fn a_newer_connection_ends_the_one_before_and_keeps_its_place() {
         let hub = Arc::new(Hub::default());
-        let first = hub.connect("a", "1".to_owned());
-        let second = hub.connect("a", "2".to_owned());
+        let first = hub.connect("a", "1".to_owned(), 0);
+        let second = hub.connect("a", "2".to_owned(), 0);
+        assert!(!first.again && second.again);
         assert!(first.end.borrow().is_some() && second.end.borrow().is_none());
         drop(first);
         assert_eq!(hub.address("a").as_deref(), Some("2"));
@@ -107,6 +167,8 @@ mod tests {
         assert_eq!(*second.end.borrow(), Some("so it is"));
         drop(second);
         assert_eq!(hub.address("a"), None);
+        assert!(hub.connect("b", "3".to_owned(), 0).again, "somebody was shut out since, and it may be this one");
+        assert!(!hub.connect("b", "3".to_owned(), hub.shut_out()).again);
     }
 
     #[test]

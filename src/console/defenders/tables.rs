@@ -1,6 +1,9 @@
 //! What the database has of Defenders and their events, and the one transaction that stores events. Must never store an
 //! event twice, and never tell of a number before a majority has it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
 use serde_json::Value;
 use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
 
@@ -102,49 +105,84 @@ pub(super) async fn invite(writing: &mut Writing, digest: &str, until: i64, by: 
 /// # Errors
 /// As those of [`Store::write`].
 pub(super) async fn note(store: &Store, number: i64, version: &str, facts: &Facts) -> Result<(), StoreError> {
-    let facts = serde_json::to_string(facts).unwrap_or_default(); // strings and a number
+    let facts = json(facts);
     let update = sqlx::query("UPDATE defenders SET version = ?, facts = ?, seen = ?, modified = ? WHERE number = ?");
     let now = unix_time();
     let update = update.bind(version.to_owned()).bind(facts).bind(now).bind(now).bind(number);
     store.write(update).await.map(|_| ())
 }
 
-/// It is there now.
-///
-/// # Errors
-/// As those of [`Store::write`].
-pub(super) async fn seen(store: &Store, number: i64) -> Result<(), StoreError> {
-    let update = sqlx::query("UPDATE defenders SET seen = ? WHERE number = ?").bind(unix_time()).bind(number);
-    store.write(update).await.map(|_| ())
+/// What has come from one Defender, named by its number: events, their numbers ascending, or none, if it only is there.
+pub(super) type Delivery = (i64, Vec<Numbered>);
+
+/// An event for the statement that inserts it.
+#[derive(Serialize)]
+struct Row<'a> {
+    defender: i64,
+    #[serde(flatten)]
+    event: &'a Numbered,
 }
 
-/// Stores those of the events that are not stored yet. Their numbers ascend. Returns the number up to which all are
-/// stored; none if the Defender is not known (any more).
+/// Stores, in one transaction, those of the events that are not stored yet, and notes that their Defenders are there.
+/// Returns for each delivery the number up to which all are stored; none if the Defender is not known (any more).
 ///
 /// # Errors
-/// See [`StoreError`].
-pub(super) async fn store_events(store: &Store, number: i64, events: &[Numbered]) -> Result<Option<u64>, StoreError> {
+/// See [`StoreError`]: nothing of all of them was stored, or nobody knows whether it was.
+pub(super) async fn store_all(store: &Store, deliveries: &[Delivery]) -> Result<Vec<Option<u64>>, StoreError> {
     let mut writing = store.begin().await?;
-    let query = sqlx::query_scalar("SELECT stored FROM defenders WHERE number = ? AND withdrawn = 0").bind(number);
-    let Some(stored): Option<i64> = writing.value(query).await? else { return Ok(None) };
-    let stored = u64::try_from(stored).unwrap_or(0);
-    let new: Vec<&Numbered> = events.iter().filter(|event| event.sequence > stored).collect();
-    let last = new.last().map_or(stored, |event| event.sequence);
-    if let Some(newest) = new.last() {
-        // One statement for all: each way to the connection's thread costs more than a row.
+    // Three statements for all: each way to the connection's thread costs more than a row.
+    let numbers: BTreeSet<i64> = deliveries.iter().map(|(number, _)| *number).collect();
+    let query = "SELECT json_group_array(json_array(number, stored)) FROM defenders \
+                 WHERE withdrawn = 0 AND number IN (SELECT value FROM json_each(?))";
+    let known: Option<String> = writing.value(sqlx::query_scalar(query).bind(json(&numbers))).await?;
+    let known: Vec<(i64, i64)> = serde_json::from_str(&known.unwrap_or_default()).unwrap_or_default(); // made above
+    // Up to which number each has stored its events, and when the last of these happened, if one of them is new.
+    let mut progress: BTreeMap<i64, (u64, Option<u64>)> =
+        known.into_iter().map(|(number, stored)| (number, (u64::try_from(stored).unwrap_or(0), None))).collect();
+    let (mut rows, mut answers) = (Vec::new(), Vec::new());
+    for (defender, events) in deliveries {
+        let Some((stored, time)) = progress.get_mut(defender) else {
+            answers.push(None);
+            continue;
+        };
+        for event in events.iter().filter(|event| event.sequence > *stored).collect::<Vec<_>>() {
+            (*stored, *time) = (event.sequence, Some(event.time));
+            rows.push(Row { defender: *defender, event });
+        }
+        answers.push(Some(*stored));
+    }
+    let now = unix_time();
+    if !rows.is_empty() {
         let insert = "INSERT INTO defender_events (defender, received, sequence, time, kind, event) \
-                      SELECT ?, ?, value ->> 'sequence', value ->> 'time', value ->> 'kind', value -> 'event' \
-                      FROM json_each(?)";
-        let rows = serde_json::to_string(&new).unwrap_or_default(); // strings, numbers and JSON
-        writing.execute(sqlx::query(insert).bind(number).bind(unix_time()).bind(rows)).await?;
-        let update = sqlx::query("UPDATE defenders SET stored = ?, stored_time = ?, seen = ? WHERE number = ?");
-        let time = i64::try_from(newest.time).unwrap_or(i64::MAX);
-        let update = update.bind(i64::try_from(last).unwrap_or(i64::MAX)).bind(time).bind(unix_time()).bind(number);
-        writing.execute(update).await?;
+                      SELECT value ->> 'defender', ?, value ->> 'sequence', value ->> 'time', value ->> 'kind', \
+                      value -> 'event' FROM json_each(?)";
+        writing.execute(sqlx::query(insert).bind(now).bind(json(&rows))).await?;
+    }
+    if !progress.is_empty() {
+        let update = "UPDATE defenders SET seen = ?, stored = coalesce(told.value ->> 1, stored), \
+                      stored_time = coalesce(told.value ->> 2, stored_time) \
+                      FROM json_each(?) AS told WHERE number = told.value ->> 0";
+        let told: Vec<(i64, Option<u64>, Option<u64>)> =
+            progress.iter().map(|(number, (stored, time))| (*number, time.map(|_| *stored), *time)).collect();
+        writing.execute(sqlx::query(update).bind(now).bind(json(&told))).await?;
     }
     // Also when all were known: what this part has seen of the others in its transaction must be on a majority, too.
     writing.commit().await?;
-    Ok(Some(last))
+    Ok(answers)
+}
+
+/// Strings, numbers and JSON: that cannot fail.
+fn json<T: Serialize + ?Sized>(value: &T) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+/// As [`store_all`], for one Defender.
+///
+/// # Errors
+/// See [`StoreError`].
+#[cfg(test)]
+pub(super) async fn store_events(store: &Store, number: i64, events: &[Numbered]) -> Result<Option<u64>, StoreError> {
+    Ok(store_all(store, &[(number, events.to_vec())]).await?.remove(0))
 }
 
 /// One event as it is listed.
@@ -189,7 +227,8 @@ mod tests {
     }
 
     async fn known(test: &TestConsole) -> i64 {
-        let insert = "INSERT INTO defenders (id, name, key, registered, modified, seen, expires) VALUES ('d', 'n', 'k', 1, 1, 1, 1)";
+        let insert = "INSERT INTO defenders (id, name, key, registered, modified, seen, expires) \
+                      VALUES ('d', 'n', 'k', 1, 1, 1, 1), ('e', 'n', 'l', 1, 1, 1, 1), ('f', 'n', 'm', 1, 1, 1, 1)";
         test.console.store.write(sqlx::query(insert)).await.unwrap();
         find(&test.console.store, "d").await.unwrap().unwrap().number
     }
@@ -206,7 +245,7 @@ mod tests {
         assert_eq!(send(1..=3).await, Some(3), "the acknowledgement got lost");
         assert_eq!(send(2..=5).await, Some(5));
         assert_eq!(send(9..=9).await, Some(9), "numbers may be left out");
-        assert_eq!(store_events(store, number + 1, &[event(1)]).await.unwrap(), None);
+        assert_eq!(store_events(store, number + 9, &[event(1)]).await.unwrap(), None);
         let rows: Vec<(i64, i64, String, String)> =
             sqlx::query_as("SELECT sequence, time, kind, event FROM defender_events ORDER BY id")
                 .fetch_all(&mut *store.read().await.unwrap())
@@ -220,6 +259,32 @@ mod tests {
         assert_eq!(rows, [1, 2, 3, 4, 5, 9].map(expected));
         let found = find(store, "d").await.unwrap().unwrap();
         assert_eq!((found.stored, found.stored_time), (9, 1009));
+    }
+
+    #[tokio::test]
+    async fn those_of_many_defenders_are_one_transaction() {
+        let test = TestConsole::start().await;
+        let (store, number) = (&test.console.store, known(&test).await);
+        let withdraw = "UPDATE defenders SET withdrawn = 1 WHERE id = 'f'";
+        store.write(sqlx::query(withdraw)).await.unwrap();
+        let events = |range: std::ops::RangeInclusive<u64>| range.map(event).collect::<Vec<_>>();
+        // One of them comes by two connections, one is only there, one is withdrawn, one was never known.
+        let all = [
+            (number, events(1..=3)),
+            (number + 1, Vec::new()),
+            (number, events(2..=4)),
+            (number + 2, events(1..=1)),
+            (number + 9, events(1..=1)),
+        ];
+        assert_eq!(store_all(store, &all).await.unwrap(), [Some(3), Some(0), Some(4), None, None]);
+        let query = "SELECT count(*), count(DISTINCT sequence), count(DISTINCT defender) FROM defender_events";
+        let counts: (i64, i64, i64) = sqlx::query_as(query).fetch_one(&mut *store.read().await.unwrap()).await.unwrap();
+        assert_eq!(counts, (4, 4, 1));
+        let of = async |id: &str| find(store, id).await.unwrap().unwrap();
+        let (first, second, third) = (of("d").await, of("e").await, of("f").await);
+        assert_eq!((first.stored, first.stored_time), (4, 1004));
+        assert_eq!((second.stored, second.stored_time), (0, 0));
+        assert!(first.seen > 1 && second.seen > 1 && third.seen == 1);
     }
 
     /// As two connections of one Defender would, of which the older one has not noticed yet that it is dead.
