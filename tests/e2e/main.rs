@@ -22,6 +22,7 @@ mod disk;
 mod drill;
 mod earlier;
 mod events;
+mod exactly_once;
 mod floods;
 mod health;
 mod held;
