@@ -70,7 +70,7 @@ fn apply_names_everything_that_is_in_the_way_at_once() {
     all.roster.members[0].voter = false;
     let found = why(&all, 19).join("\n");
     for part in [
-        "b runs version 1.0.0, which has feature level 1, but the cluster runs level 2: install version",
+        "b runs version 1.0.0, which has feature level 2, but the cluster runs level 3: install version",
         "the clock of b is 1001 ms behind",
         "the request of c has expired",
         "node1 is still being brought up to date",

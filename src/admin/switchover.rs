@@ -13,7 +13,10 @@ use tracing::{info, warn};
 use super::{AdminError, Operations, Ports};
 use crate::{
     clock::unix_time,
-    cluster::{NodeId, Role, level::outdated},
+    cluster::{
+        NodeId, Role,
+        level::{behind_pool, outdated},
+    },
     node::{Handle, MemberStatus, Status},
 };
 
@@ -170,6 +173,9 @@ fn checks(status: &Status, wanted: Option<NodeId>) -> (Vec<Check>, Option<NodeId
     let (own, other) = (&status.version, &member.version);
     let membership = &status.membership;
     list.push(match member.level >= membership.shared.level {
+        true if membership.shared.is_behind_pool(other) => {
+            check("version", false, behind_pool(name, other, &membership.shared.pool.version))
+        }
         true if own == other => check("version", true, format!("{name} runs version {own}, too")),
         true => {
             let both =
@@ -187,7 +193,11 @@ fn checks(status: &Status, wanted: Option<NodeId>) -> (Vec<Check>, Option<NodeId
 /// The secondary that has the most, by its reports; of equals the first in rank. One with a full disk only if there is
 /// no other.
 fn furthest(status: &Status) -> Option<NodeId> {
-    let able = |member: &&MemberStatus| member.id != status.node && member.voter && member.state == Role::Secondary;
+    let shared = &status.membership.shared;
+    let able = |member: &&MemberStatus| {
+        let secondary = member.id != status.node && member.voter && member.state == Role::Secondary;
+        secondary && !shared.is_behind_pool(&member.version)
+    };
     status.members.iter().filter(able).min_by_key(|member| (member.full, member.lag)).map(|member| member.id)
 }
 

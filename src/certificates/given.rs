@@ -127,7 +127,7 @@ mod tests {
         let mut membership = membership();
         let remove = |membership: &mut Membership, id, at| {
             let gone = membership.roster.members.pop().unwrap();
-            membership.roster.removed.push(Removed { id, name: gone.name, at });
+            membership.roster.removed.push(Removed { id, name: gone.name, at, address: String::new() });
         };
         remove(&mut membership, 3, 50);
         let first = given(20);

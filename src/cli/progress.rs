@@ -84,7 +84,7 @@ mod tests {
         status.members[2].version = "0.9.0".into();
         let text = lines(&status).join("\n");
         assert!(
-            text.starts_with("upgrade in progress: 1 of 3 members on version 0.10.0; feature level 2, 3 when all"),
+            text.starts_with("upgrade in progress: 1 of 3 members on version 0.10.0; feature level 3, 4 when all"),
             "{text}"
         );
         status.members.iter_mut().for_each(|member| (member.version, member.level) = ("0.10.0".into(), level + 1));
@@ -92,7 +92,7 @@ mod tests {
         status.membership.shared.level = level + 1;
         assert_eq!(lines(&status), Vec::<String>::new());
         status.members[0].version = "0.10.1".into();
-        assert!(lines(&status)[0].ends_with("feature level 3, unchanged by it"));
+        assert!(lines(&status)[0].ends_with("feature level 4, unchanged by it"));
     }
 
     #[test]

@@ -230,7 +230,12 @@ node3   127.0.0.3:8086  DOWN           3      120    7       -         never  0.
         status.members[1].sync = Some(SyncProgress { bytes: 1 << 30, total: 3 << 30, unchanged: 960 << 20 });
         status.membership.roster.members[1].voter = false;
         status.membership.shared.requests.push(request("host7"));
-        status.membership.roster.removed.push(Removed { id: 3, name: "node3".into(), at: 1_000 });
+        status.membership.roster.removed.push(Removed {
+            id: 3,
+            name: "node3".into(),
+            at: 1_000,
+            address: String::new(),
+        });
         status.membership.roster.pause = Some(Pause { until: 3_600, primary: 1 });
         let expected = "\
 DEGRADED: node1 is PRIMARY (1 of 2 members up)

@@ -40,9 +40,16 @@ impl<S: Storage> Cluster<S> {
         self.dead.remove(&peer);
     }
 
+    /// Says whether the programs of most members are older than this node's, in a pool. Once it is primary, they never
+    /// are again, and the pool has nobody to lose: so it stands behind all others, unless it is told to.
+    pub fn set_ahead(&mut self, ahead: bool) {
+        self.ahead = ahead;
+    }
+
     /// This node's place among those that may stand: see [`place`].
     pub(super) fn place(&self) -> usize {
-        place(&self.membership, self.node, self.election.leader(), &self.dead)
+        let place = place(&self.membership, self.node, self.election.leader(), &self.dead);
+        if self.ahead { place + self.membership.roster.members.len() } else { place }
     }
 
     /// Plans to be elected when it is its turn; behind all others if this node could not serve well.
@@ -84,8 +91,55 @@ fn place(membership: &Membership, node: NodeId, leader: Option<NodeId>, dead: &B
 
 #[cfg(test)]
 mod tests {
+    use raft::storage::MemStorage;
+
     use super::*;
-    use crate::cluster::{ClusterId, Member};
+    use crate::cluster::{ClusterId, Member, Start, Timing, election::asks_for_vote, feature_level};
+
+    /// The first of three members of a pool whose newest primary had version 1.3.0; it has another.
+    fn first(version: &str) -> Cluster<MemStorage> {
+        let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
+        let mut membership = Membership::founded(ClusterId(7), (1..=3).map(member).collect());
+        membership.shared.pool.version = "1.3.0".to_owned();
+        let log = MemStorage::new_with_conf_state((vec![1, 2, 3], vec![]));
+        let (level, forgotten) = (feature_level(), false);
+        let start = Start {
+            membership: &membership,
+            membership_index: 1,
+            conf_index: 1,
+            applied: 0,
+            level,
+            version,
+            forgotten,
+        };
+        Cluster::new(&start, 1, Timing::default(), log, 0).unwrap()
+    }
+
+    /// The tick in which it first asks for a vote, if it does within two seconds.
+    fn asks(mut cluster: Cluster<MemStorage>) -> Option<u64> {
+        (1..80).find(|tick| {
+            let (now, mut asked) = (tick * Timing::default().tick, false);
+            cluster.tick(now);
+            while let Some(output) = cluster.poll(now).unwrap() {
+                asked |= output.send.iter().any(asks_for_vote);
+                let number = output.persist.map(|persist| persist.number);
+                cluster.written();
+                number.into_iter().for_each(|number| cluster.persisted(number));
+            }
+            asked
+        })
+    }
+
+    #[test]
+    fn an_older_program_never_stands_in_a_pool_and_one_that_is_ahead_stands_last() {
+        assert_eq!(asks(first("1.2.9")), None);
+        let turn = asks(first("1.3.0")).expect("the first in rank stands");
+        assert_eq!(asks(first("1.4.0-rc1")), Some(turn), "newer ones, too");
+        let mut ahead = first("1.4.0");
+        ahead.set_ahead(true);
+        assert_eq!(ahead.place(), 3, "behind two others");
+        assert!(asks(ahead).is_some_and(|later| later > turn));
+    }
 
     #[test]
     fn the_place_counts_those_that_are_there_and_not_ranks() {

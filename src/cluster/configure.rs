@@ -58,9 +58,11 @@ impl<S: Storage> Cluster<S> {
         now < self.paused_until && self.membership.roster.pause.is_some()
     }
 
-    /// True if the cluster relies on what this program does not have: it must not become primary.
+    /// True if the cluster relies on what this program does not have, or a newer program was primary of the pool: this
+    /// one must not become primary.
     pub fn is_outdated(&self) -> bool {
-        self.membership.shared.level > self.level
+        let shared = &self.membership.shared;
+        shared.level > self.level || shared.is_behind_pool(&self.version)
     }
 
     /// Refuses a change that not all members would understand.

@@ -114,14 +114,21 @@ mod tests {
     use raft::storage::MemStorage;
 
     use super::*;
-    use crate::cluster::{ClusterId, Member, Membership, Start, Timing};
+    use crate::cluster::{ClusterId, Member, Membership, Start, Timing, feature_level};
 
     fn cluster(forgotten: bool) -> Cluster<MemStorage> {
         let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
         let membership = Membership::founded(ClusterId(7), (1..=3).map(member).collect());
         let log = MemStorage::new_with_conf_state((vec![1, 2, 3], vec![]));
-        let start =
-            Start { membership: &membership, membership_index: 1, conf_index: 1, applied: 0, level: 2, forgotten };
+        let start = Start {
+            membership: &membership,
+            membership_index: 1,
+            conf_index: 1,
+            applied: 0,
+            level: feature_level(),
+            version: "1.2.3",
+            forgotten,
+        };
         Cluster::new(&start, 1, Timing::default(), log, 0).unwrap()
     }
 

@@ -108,8 +108,9 @@ pub struct Start<'a> {
     pub conf_index: u64,
     /// Index up to which the database has everything.
     pub applied: u64,
-    /// The feature level that this node's program has.
+    /// The feature level that this node's program has, and its version.
     pub level: u32,
+    pub version: &'a str,
     /// This node lost some of its durable memory: it takes part in nothing.
     pub forgotten: bool,
 }
@@ -128,8 +129,11 @@ pub enum ProposeError {
 /// One member of the cluster, as pure state.
 pub struct Cluster<S: Storage> {
     node: NodeId,
-    /// What this program can do: see [`level`].
+    /// What this program can do, and its version: see [`level`].
     level: u32,
+    version: String,
+    /// Most members have older programs: see [`Cluster::set_ahead`].
+    ahead: bool,
     membership: Membership,
     /// Raft indexes of the newest membership and configuration that are in force, and of the newest proposed one.
     membership_index: u64,
@@ -208,6 +212,8 @@ impl<S: Storage> Cluster<S> {
         Ok(Self {
             node,
             level: start.level,
+            version: start.version.to_owned(),
+            ahead: false,
             membership: start.membership.clone(),
             membership_index: start.membership_index,
             conf_index: start.conf_index,

@@ -89,7 +89,7 @@ pub enum Cause {
     /// The disk of this host fails, or does not answer.
     DiskFailed,
     DatabaseClosed,
-    /// The cluster relies on what this program does not have.
+    /// The cluster relies on what this program does not have, or a newer one was primary of the pool.
     Outdated,
 }
 
@@ -128,7 +128,7 @@ pub const TRANSITIONS: &[Transition] = &[
     edge(Phase::Promoting, Cause::OutcomeUnknown, Phase::Demoting,
         "gives up before its ports were open: the first transaction of the database was not confirmed"),
     edge(Phase::Promoting, Cause::Outdated, Phase::Demoting,
-        "gives up before its ports were open: the cluster runs a feature level that this program does not have"),
+        "gives up before its ports were open: this program is older than what the cluster relies on"),
     edge(Phase::Primary, Cause::LeaseLapsed, Phase::Demoting,
         "closes its ports: no majority answered within the lease"),
     edge(Phase::Primary, Cause::LeadershipLost, Phase::Demoting,

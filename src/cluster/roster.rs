@@ -40,6 +40,11 @@ impl SizePolicy {
         *self == Self::ha()
     }
 
+    /// True for a pool, whatever its members are at the moment.
+    pub fn is_pool(self) -> bool {
+        !self.is_ha()
+    }
+
     /// True if a complete cluster may have so many members.
     pub fn permits(self, members: usize) -> bool {
         (self.least..=self.most).contains(&members)
@@ -61,6 +66,16 @@ impl fmt::Display for SizePolicy {
         let Self { least, most } = self;
         if least == most { write!(f, "{most}") } else { write!(f, "{least} to {most}") }
     }
+}
+
+/// How many of so many voters are a majority.
+pub const fn majority(voters: usize) -> usize {
+    voters / 2 + 1
+}
+
+/// How many of so many voters may fail and leave a majority; 0 without voters.
+pub const fn tolerated(voters: usize) -> usize {
+    voters.saturating_sub(majority(voters))
 }
 
 /// One member of the cluster as the others reach it.
@@ -118,6 +133,9 @@ pub struct Removed {
     pub name: String,
     /// When, in seconds since 1970.
     pub at: u64,
+    /// Where it was, in a pool: whoever removes it by its address sees it go. Empty in HA mode.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub address: String,
 }
 
 /// Maintenance: no automatic takeover.
@@ -143,7 +161,7 @@ impl Pause {
 /// Bytes of one member, at most: two names, and the two certificates and the request of an admission.
 const MAX_MEMBER: usize = 3 * MAX_NAME + 2 * in_json(MAX_PEM) + 256;
 /// Bytes of one removed member.
-const MAX_REMOVED: usize = MAX_NAME + 80;
+const MAX_REMOVED: usize = 2 * MAX_NAME + 94;
 /// Bytes of a roster of [`MOST`] members with all at its limit.
 pub(super) const MAX_ROSTER: usize = MOST * MAX_MEMBER + REMEMBERED * MAX_REMOVED + 512;
 /// Removed members that are remembered, newest last, so that they can be told why they are refused.
@@ -247,7 +265,8 @@ impl Roster {
         if self.removed.len() >= REMEMBERED {
             self.removed.remove(0);
         }
-        self.removed.push(Removed { id: gone.id, name: gone.name, at });
+        let address = if self.size.is_pool() { gone.address } else { String::new() };
+        self.removed.push(Removed { id: gone.id, name: gone.name, at, address });
         Ok(())
     }
 

@@ -1,9 +1,10 @@
 //! What all members share beside the roster: the requests of hosts that want to join and what permits them to ask,
-//! certificates ([`authority`], [`console_certificate`]), and where events are sent ([`webhook`]). Must never know who
-//! is a member.
+//! certificates ([`authority`], [`console_certificate`]), where events are sent ([`webhook`]), and what only pools have
+//! ([`pool`]). Must never know who is a member.
 
 pub mod authority;
 pub mod console_certificate;
+pub mod pool;
 pub mod webhook;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use self::{
     authority::{IncomingAuthority, KeyExchange, MAX_AUTHORITIES, RetiredAuthority, SealedAuthority},
     console_certificate::{CustomCertificate, MAX_ADDED_ENCODED, MAX_CUSTOM},
+    pool::{MAX_POOL, Pool},
     webhook::{MAX_WEBHOOK, MAX_WEBHOOKS, Webhook},
 };
 use super::{
@@ -35,6 +37,7 @@ pub(super) const MAX_SHARED: usize = (MOST - 1) * MAX_REQUEST
     + MAX_CUSTOM
     + MAX_ADDED_ENCODED
     + MAX_WEBHOOKS * MAX_WEBHOOK
+    + MAX_POOL
     + MAX_NAME
     + 512;
 
@@ -67,6 +70,8 @@ pub struct Shared {
     pub retired: Option<RetiredAuthority>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub webhooks: Vec<Webhook>,
+    #[serde(default, skip_serializing_if = "Pool::is_empty")]
+    pub pool: Pool,
 }
 
 impl Shared {
@@ -84,6 +89,7 @@ impl Shared {
             coming: None,
             retired: None,
             webhooks: Vec::new(),
+            pool: Pool::default(),
         }
     }
 

@@ -313,9 +313,11 @@ fn verdict(row: &Begun, status: &Status) -> Outcome {
         ("switchover", _) if elsewhere && later => Outcome::Done,
         ("switchover", _) => Outcome::Failed(format!("{} is PRIMARY, again or still", status.name)),
         ("remove", Some(member)) => {
-            let is = |id: u64, name: &str| name == member || id.to_string() == member;
-            let there = status.membership.roster.members.iter().any(|known| is(known.id, &known.name));
-            let gone = status.membership.roster.removed.iter().any(|removed| is(removed.id, &removed.name));
+            // A pool's members are removed by their addresses.
+            let is =
+                |id: u64, name: &str, address: &str| name == member || address == member || id.to_string() == member;
+            let there = status.membership.roster.members.iter().any(|known| is(known.id, &known.name, &known.address));
+            let gone = status.membership.roster.removed.iter().any(|gone| is(gone.id, &gone.name, &gone.address));
             match (there, gone) {
                 (true, _) => Outcome::Failed(format!("{member} is still a member")),
                 (false, true) => Outcome::Done,
@@ -343,7 +345,12 @@ mod tests {
         status.name = "node1".to_owned();
         status.epoch = 8;
         status.membership = Membership::founded(ClusterId(1), (1..=2).map(founder).collect());
-        status.membership.roster.removed.push(Removed { id: 3, name: "node3".to_owned(), at: 1 });
+        status.membership.roster.removed.push(Removed {
+            id: 3,
+            name: "node3".to_owned(),
+            at: 1,
+            address: String::new(),
+        });
         let told = |row: &Begun, status: &Status| verdict(row, status).to_string();
         assert_eq!(told(&begun("switchover", "high availability"), &status), "done");
         assert_eq!(told(&begun("remove", "member 'node3'"), &status), "done");

@@ -252,6 +252,7 @@ impl Driver {
                 self.restore_if_needed();
                 self.follow_pause();
                 self.follow_level();
+                self.follow_pool_version();
                 self.follow_memory();
             }
             self.prefer_others_while_unfit();

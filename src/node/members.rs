@@ -9,7 +9,10 @@ use std::{
 
 use super::lease::boottime;
 use crate::{
-    cluster::{Membership, NodeId, Role, level::FIRST_LEVEL},
+    cluster::{
+        Membership, NodeId, Role,
+        level::{FIRST_LEVEL, is_older},
+    },
     peer::{Condition, NodeReport, ReportExtension},
 };
 
@@ -68,13 +71,16 @@ pub(super) struct Members {
     peers: BTreeMap<NodeId, Peer>,
     /// Those that vote, in the order of the membership.
     voters: Vec<NodeId>,
+    /// Programs of older versions must not become primary; empty: all may.
+    pool_version: String,
     /// Something has changed that the status shows.
     news: bool,
 }
 
 impl Members {
     pub fn new(node: NodeId, membership: &Membership) -> Self {
-        let mut members = Self { node, peers: BTreeMap::new(), voters: Vec::new(), news: true };
+        let mut members =
+            Self { node, peers: BTreeMap::new(), voters: Vec::new(), pool_version: String::new(), news: true };
         members.update(membership);
         members
     }
@@ -86,6 +92,7 @@ impl Members {
         for other in &others {
             self.peers.entry(other.id).or_default();
         }
+        self.pool_version.clone_from(&membership.shared.pool.version);
         self.voters = others.iter().filter(|other| other.voter).map(|other| other.id).collect();
     }
 
@@ -147,13 +154,23 @@ impl Members {
         self.peers.iter().filter_map(serving).max().map(|(_, id)| id)
     }
 
-    /// The member to hand the role to: of the voters that are SECONDARY, up, and have a working disk with space, the
-    /// one that has applied most; of equals the first in the membership.
+    /// True if more than half of the voters, this node's program of the version `own` among them, have an older one by
+    /// their last report.
+    pub fn most_are_older(&self, own: &str) -> bool {
+        let version = |id: &NodeId| self.peers.get(id)?.report.as_ref().map(|report| &report.version);
+        let older = self.voters.iter().filter_map(version).filter(|version| is_older(version, own)).count();
+        2 * older > self.voters.len() + 1
+    }
+
+    /// The member to hand the role to: of the voters that are SECONDARY, up, have a working disk with space, and a
+    /// program that may serve, the one that has applied most; of equals the first in the membership. Of a pool, one
+    /// with a newer program than its primaries had comes last.
     pub fn best_successor(&self) -> Option<NodeId> {
         let able = |id: &NodeId| {
             let peer = self.peers.get(id).filter(|peer| !peer.dead && peer.has_working_disk())?;
-            let report = peer.reports(Role::Secondary).filter(|report| !report.full)?;
-            Some((Reverse(report.applied), *id))
+            let may_serve = |report: &&NodeReport| !report.full && !is_older(&report.version, &self.pool_version);
+            let report = peer.reports(Role::Secondary).filter(may_serve)?;
+            Some(((is_older(&self.pool_version, &report.version), Reverse(report.applied)), *id))
         };
         self.voters.iter().filter_map(able).min_by_key(|(lacks, _)| *lacks).map(|(_, id)| id)
     }
@@ -272,6 +289,22 @@ mod tests {
         members.report(2, report(70));
         members.dead(2);
         assert_eq!(members.best_successor(), None);
+    }
+
+    /// The programs of a pool are exchanged one by one.
+    #[test]
+    fn a_pool_goes_to_no_older_program_and_to_a_newer_one_last() {
+        let mut membership = membership();
+        membership.shared.pool.version = "1.2.3".to_owned();
+        let mut members = Members::new(1, &membership);
+        let mut tell = |node, version: &str, applied| {
+            members.report(node, NodeReport { version: version.to_owned(), ..report(applied) });
+            (members.best_successor(), members.most_are_older("1.3.0"))
+        };
+        assert_eq!(tell(2, "1.2.2", 900), (None, false));
+        assert_eq!(tell(3, "1.3.0", 800), (Some(3), false));
+        assert_eq!(tell(2, "1.2.3", 10), (Some(2), false), "the newer one comes last, although it has more");
+        assert_eq!(tell(3, "1.2.3", 800), (Some(3), true));
     }
 
     /// The raft log is compacted up to this index: an entry that a member lacks must stay.

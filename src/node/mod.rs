@@ -259,7 +259,8 @@ pub fn spawn(
     let StoredMembership { index, membership } = &config.stored;
     let (membership_index, conf_index) = (*index, log.applied_conf().1);
     let forgotten = config.forgotten.is_some();
-    let start = cluster::Start { membership, membership_index, conf_index, applied, level: config.level, forgotten };
+    let (level, version) = (config.level, config.version.as_str());
+    let start = cluster::Start { membership, membership_index, conf_index, applied, level, version, forgotten };
     let cluster = Cluster::new(&start, config.node, config.timing, log.clone(), lease::boottime())
         .map_err(|error| io::Error::other(format!("start from the raft log: {error}")))?;
     let (sender, inbox) = inbox::inbox(waker);

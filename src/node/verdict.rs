@@ -97,7 +97,8 @@ fn no_primary(status: &Status, up: usize) -> String {
     format!("{needed} members that reach each other are needed to elect a primary: start or reconnect the others.")
 }
 
-fn advise(member: &MemberStatus, status: &Status) -> Option<String> {
+/// What to do about a member that is not well; none if it is.
+pub fn advise(member: &MemberStatus, status: &Status) -> Option<String> {
     let who = format!("{} ({})", member.name, member.address);
     let text = match member.state {
         Role::Primary | Role::Secondary if member.lag > LAG_LIMIT => {

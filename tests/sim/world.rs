@@ -141,7 +141,8 @@ impl World {
         let (membership, membership_index) = (&node.membership.0, node.membership.1);
         let (conf_index, applied) = (log.conf_index(), node.databases.applied());
         let level = if self.blind { u32::MAX } else { node.level };
-        let start = Start { membership, membership_index, conf_index, applied, level, forgotten };
+        let version = if level == OLD { "1.2.3" } else { "1.3.0" };
+        let start = Start { membership, membership_index, conf_index, applied, level, version, forgotten };
         let cluster = Cluster::new(&start, node.id, self.timing, log, now);
         node.cluster = Some(cluster.expect("the log can be read"));
         let cluster = node.cluster.as_mut().expect("it was just made");

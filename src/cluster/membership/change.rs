@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Membership, admission::Newcomer};
 use crate::cluster::{
-    level::FIRST_LEVEL,
+    level::{FIRST_LEVEL, POOLS},
     limits::{Impossible, LONG_MEMBERSHIPS, MAX_ENCODED, MAX_ENCODED_BEFORE, MAX_NAME, fits},
     roster::{MAX_ROSTER, NodeId, Pause},
     shared::{
@@ -66,6 +66,10 @@ pub enum Change {
     ConsoleNames { names: Vec<String> },
     /// What all Consoles serve; none: certificates of the cluster's authority.
     CustomCertificate { certificate: Option<CustomCertificate> },
+    /// The address of a pool's load balancer; empty: there is none.
+    LoadBalancer { address: String },
+    /// A program of this version is the PRIMARY of a pool, for the first time.
+    PoolVersion { version: String },
 }
 
 impl Change {
@@ -94,6 +98,7 @@ impl Change {
             | Change::ConsoleNames { .. }
             | Change::CustomCertificate { .. }
             | Change::Notify { .. } => 2,
+            Change::LoadBalancer { .. } | Change::PoolVersion { .. } => POOLS,
         }
     }
 }
@@ -146,7 +151,12 @@ impl Membership {
                 next.shared.switch_authority(*at)?;
             }
             Change::DropAuthority => next.shared.drop_authority()?,
-            Change::ConsoleNames { names } => next.shared.console_names = sound_names(names)?,
+            Change::ConsoleNames { names } => {
+                self.shared.check_load_balancer_is_in(names)?;
+                next.shared.console_names = sound_names(names)?;
+            }
+            Change::LoadBalancer { address } => next.shared.set_load_balancer(address)?,
+            Change::PoolVersion { version } => next.shared.raise_pool_version(version)?,
             Change::CustomCertificate { certificate } => {
                 next.shared.custom_certificate = next.shared.sound_certificate(certificate.clone())?;
             }

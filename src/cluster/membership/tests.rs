@@ -305,6 +305,7 @@ fn with_all_at_its_limit(size: SizePolicy) -> Membership {
         Change::ConsoleNames { names: names.collect() },
         Change::CustomCertificate { certificate: Some(custom) },
         Change::Notify { webhooks: (0..3).map(webhook).collect() },
+        Change::PoolVersion { version: long("1.2.3-", MAX_NAME - 2) },
         Change::IntroduceAuthority { coming: IncomingAuthority { authority: authority(0), overlap: u64::MAX } },
     ];
     let membership = changes.into_iter().fold(membership, |membership, next| change(&membership, next).unwrap());
@@ -365,8 +366,10 @@ fn seven_members_with_everything_at_its_limit_fit() {
     let asked = size(&membership);
     // As many removals as are remembered, each of a host that was admitted with all at its limit.
     membership = change(&apply(&membership), Change::Promote).unwrap();
-    membership.roster.removed =
-        (0..32).map(|n| Removed { id: u64::MAX - n, name: long(n, MAX_NAME), at: u64::MAX }).collect();
+    membership.roster.removed = (0..32)
+        .map(|n| (u64::MAX - n, long(n, MAX_NAME)))
+        .map(|(id, name)| Removed { id, address: name.clone(), name, at: u64::MAX })
+        .collect();
     for node in 2..=7 {
         membership = change(&membership, Change::Remove { node, at: u64::MAX, force: true }).unwrap();
     }

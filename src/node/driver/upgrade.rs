@@ -1,5 +1,6 @@
-//! The feature level while the node runs: raises it when all members have the next one, and ends a program that is too
-//! old. Must never raise it while a member is away: its host may be going back to the older program.
+//! Feature level and version while the node runs: raises the level when all members have the next one, notes the
+//! version of a pool's primary, and ends a program that is too old. Must never raise the level while a member is away:
+//! its host may be going back to the older program.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,11 @@ use tracing::{error, info};
 
 use super::Driver;
 use crate::{
-    cluster::{Cause, Change, Phase, level::outdated, limits::MAX_ENCODED},
+    cluster::{
+        Cause, Change, Phase,
+        level::{POOLS, is_older, outdated},
+        limits::MAX_ENCODED,
+    },
     node::{Exit, lease::boottime, warning::Warning},
 };
 
@@ -52,6 +57,28 @@ impl Driver {
         if self.check_room(MAX_ENCODED).is_ok() && self.cluster.change(boottime(), &raise).is_ok() {
             info!(level, before = in_force, "the programs of all members have the next feature level: raising it");
             self.in_force.upgrade.ready = None;
+        }
+    }
+
+    /// Once per tick: the first primary of a newer version makes that the version of the pool's database, which older
+    /// programs only replicate from then on. Before, while most members run older ones, it lets those go first.
+    pub(super) fn follow_pool_version(&mut self) {
+        let membership = &self.config.stored.membership;
+        let (pool, own) = (&membership.shared.pool.version, &self.config.version);
+        let newer = membership.roster.size.is_pool() && (pool.is_empty() || is_older(pool, own));
+        let ahead = newer && !pool.is_empty() && self.members.most_are_older(own);
+        self.cluster.set_ahead(ahead);
+        if !newer || self.cluster.phase() != Phase::Primary || membership.shared.level < POOLS {
+            return;
+        }
+        let (before, change) = (pool.clone(), Change::PoolVersion { version: own.clone() });
+        // If it is refused, the next tick tries again.
+        if self.check_room(MAX_ENCODED).is_ok() && self.cluster.change(boottime(), &change).is_ok() {
+            info!(
+                before,
+                version = self.config.version,
+                "the pool's database has this version: older programs only replicate it"
+            );
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Publisher, Seen, gauges};
 use crate::{
     clock::unix_time,
-    cluster::{Cluster, Member, NodeId, Phase, Role, roster::Roster},
+    cluster::{Cluster, Member, NodeId, Phase, Role, level::behind_pool, roster::Roster},
     node::{
         history::Recent,
         lease::boottime,
@@ -155,11 +155,14 @@ impl Publisher {
     /// What is wrong and what to do about it: one sentence or two for each point, the own warnings first.
     fn sentences(&self, status: &Status, others: &Members) -> Vec<String> {
         if status.role == Role::Removed {
-            return vec![
-                "this host is no longer a member, and knows nothing about the others: to come back, run here the command that \
-                 `twistcli ha join-script` prints on the PRIMARY; otherwise stop twistlockd here and delete its data folder"
-                    .to_owned(),
-            ];
+            return vec![format!(
+                "this host is no longer a member, and knows nothing about the others: {}; otherwise stop twistlockd here and \
+                     delete its data folder",
+                match status.membership.roster.size.is_pool() {
+                    true => "to come back, set its data folder aside, and add it again by `twistcli clustered-db add`",
+                    false => "to come back, run here the command that `twistcli ha join-script` prints on the PRIMARY",
+                }
+            )];
         }
         let mut sentences: Vec<_> = self.warnings.values().cloned().collect();
         if let Some(why) = &self.config.forgotten {
@@ -179,6 +182,10 @@ impl Publisher {
                 ));
             }
         }
+        let shared = &status.membership.shared;
+        let behind = |member: &&MemberStatus| !is_silent(member) && shared.is_behind_pool(&member.version);
+        let sentence = |MemberStatus { name, version, .. }: &_| behind_pool(name, version, &shared.pool.version);
+        sentences.extend(status.members.iter().filter(behind).map(sentence));
         let now = unix_time();
         if let Some(pause) = status.membership.roster.pause.as_ref().filter(|pause| pause.in_force(now)) {
             sentences.push(format!(
@@ -226,10 +233,10 @@ fn of_roster(roster: &Roster) -> impl Iterator<Item = String> {
     let fewer = if spare(voters, voters) == Some(0) { "no failure is" } else { "fewer failures are" };
     let votes = (voters < members)
         .then(|| format!("{voters} of {members} members vote: {fewer} tolerated until the others have caught up"));
+    let how = if size.is_pool() { "twistcli clustered-db add" } else { "join script, then APPLY" };
     let hosts = (size.missing(members) > 0).then(|| {
         format!(
-            "the cluster has {members} of {size} members: {fewer} tolerated until the missing hosts have joined (join \
-             script, then APPLY)"
+            "the cluster has {members} of {size} members: {fewer} tolerated until the missing hosts have joined ({how})"
         )
     });
     votes.into_iter().chain(hosts)
