@@ -9,8 +9,10 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use super::{
-    AdminConfig, AdminError, Certificates, Custom, Invited, Operations, Ports, SwitchoverReport,
+    AdminConfig, AdminError, Certificates, Custom, Invited, Operations, PoolRemoval, PoolSettings, PoolStatus,
+    PoolWish, Ports, SwitchoverReport,
     audit::{Act, Actor, Audit, Outcome, Record},
+    pool_settings,
 };
 use crate::{
     cluster::{Membership, NodeId, shared::webhook::Webhook},
@@ -20,6 +22,8 @@ use crate::{
 
 /// What most rows are about.
 const CLUSTER: &str = "high availability";
+/// What the rows of a pool's settings are about.
+const POOL: &str = "clustered-db/settings";
 
 /// The operations of an administrator.
 pub struct Admin {
@@ -98,7 +102,11 @@ impl Admin {
     /// `Unknown` if the role was lost before it was known whether it is in force.
     pub async fn invite(&self, valid: Duration, by: &Actor) -> Result<Invited, AdminError> {
         let act = Act::new("invite", CLUSTER).wish(&json!({ "validSec": valid.as_secs() }));
-        self.audited(by, act, self.operations.invite(valid, &by.name)).await
+        let work = async {
+            self.operations.in_ha_mode("a join script")?;
+            self.operations.invite(valid, &by.name).await
+        };
+        self.audited(by, act, work).await
     }
 
     /// Closes all invitations: no token is good any more.
@@ -155,7 +163,11 @@ impl Admin {
     /// [`AdminError`]; `Refused` names everything that is in the way.
     pub async fn apply(&self, compared: Option<Vec<String>>, by: &Actor) -> Result<Vec<NodeId>, AdminError> {
         let act = Act::new("apply", CLUSTER).wish(&json!({ "fingerprints": compared }));
-        self.audited(by, act, self.operations.apply(compared, &by.name)).await
+        let work = async {
+            self.operations.in_ha_mode("APPLY")?;
+            self.operations.apply(compared, &by.name).await
+        };
+        self.audited(by, act, work).await
     }
 
     /// Turns a request down, by the name of its host, its fingerprint (or the beginning of it) or its id.
@@ -285,6 +297,53 @@ impl Admin {
                 record.end(Outcome::of(&result)).await;
             }
         });
+    }
+
+    /// The pool as this node sees it; `now` in seconds since 1970. Works on every member.
+    ///
+    /// # Errors
+    /// `Refused` in HA mode.
+    pub fn pool_status(&self, now: u64) -> Result<PoolStatus, AdminError> {
+        self.operations.pool_status(now)
+    }
+
+    /// Where the pool is reached. Works on every member.
+    ///
+    /// # Errors
+    /// `Refused` in HA mode.
+    pub fn pool_settings(&self) -> Result<PoolSettings, AdminError> {
+        self.operations.pool_settings()
+    }
+
+    /// Changes where the pool is reached. The address of the load balancer is one of the names of all Consoles'
+    /// certificates from now on. Returns the settings as they are kept.
+    ///
+    /// # Errors
+    /// [`AdminError::NotPrimary`]; `Refused` in HA mode, for an address that cannot be in a certificate, and for another
+    /// address of the seed when it is not alone; `Unknown` if the role was lost before it was known whether it is in
+    /// force.
+    pub async fn configure_pool(&self, wish: PoolWish, by: &Actor) -> Result<PoolSettings, AdminError> {
+        let was = pool_settings(&self.membership());
+        let next = PoolSettings {
+            load_balancer_address: wish
+                .load_balancer_address
+                .clone()
+                .unwrap_or_else(|| was.load_balancer_address.clone()),
+            seed_console_address: wish.seed_console_address.clone().unwrap_or_else(|| was.seed_console_address.clone()),
+        };
+        let act = Act::new("configure", POOL).change(&was, &next);
+        self.audited(by, act, self.operations.configure_pool(wish, &by.name)).await
+    }
+
+    /// Drops the member of a pool that is at this address, with or without its port. Returns what the pool tolerates
+    /// then, and what remains to be done.
+    ///
+    /// # Errors
+    /// [`AdminError`]; `Refused` in HA mode, when there is no such member, when it is PRIMARY, and when the rest would
+    /// have no majority that answers.
+    pub async fn remove_from_pool(&self, address: &str, by: &Actor) -> Result<PoolRemoval, AdminError> {
+        let act = Act::new("remove", format!("member '{address}'"));
+        self.audited(by, act, self.operations.remove_from_pool(address, &by.name)).await
     }
 
     /// Has the members replace the cluster key. Returns when that has begun.

@@ -2,8 +2,8 @@
 //! one door [`Admin`], which has each operation audited. Owns the checks before a change and the line in the log after
 //! it; who may ask is up to the callers. Must never change anything when it refuses, and never log a secret.
 //!
-//! All but [`Admin::status`], [`Admin::request_state`] and [`Admin::certificates`] work on the PRIMARY only and name it
-//! elsewhere.
+//! All but [`Admin::status`], [`Admin::pool_status`], [`Admin::pool_settings`], [`Admin::request_state`] and
+//! [`Admin::certificates`] work on the PRIMARY only and name it elsewhere.
 
 mod admission;
 mod attempts;
@@ -14,6 +14,7 @@ mod door;
 mod invitation;
 mod members;
 mod notifications;
+mod pool;
 mod rotate;
 mod switchover;
 
@@ -35,6 +36,10 @@ use crate::{
 pub use audit::{Act, Actor, Audit, Outcome, Record, Ticket};
 pub use certificates::{Certificates, Custom, MAX_UPLOAD};
 pub use door::Admin;
+pub use pool::{
+    PoolHealth, PoolMember, PoolRemoval, PoolSettings, PoolSize, PoolStatus, PoolWish, pool_settings, pool_state,
+    pool_status,
+};
 pub use switchover::{Check, SwitchoverReport};
 
 use admission::Rejections;

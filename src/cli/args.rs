@@ -367,7 +367,8 @@ pub(super) struct DrillArgs {
     pub json: bool,
 }
 
-fn interval(text: &str) -> Result<Duration, String> {
+/// A span in seconds, for `--watch`.
+pub(super) fn interval(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("it must be a number of seconds from 0.1 to 86400".into()),

@@ -10,6 +10,7 @@ mod canary;
 mod catch_up;
 mod certs;
 mod client;
+mod clustered_db;
 mod columns;
 mod daemon;
 mod defender;
@@ -50,6 +51,7 @@ use args::Ha;
 use backup::Backups;
 use certs::Certs;
 use client::ApiClient;
+use clustered_db::ClusteredDb;
 use columns::{Paint, When};
 use defender::Defender;
 use kubernetes::Console;
@@ -79,7 +81,7 @@ Environment:
 Exit codes, the same everywhere:
    0  done, or all is well
    1  done, and something is wrong: the cluster is degraded, a write is missing, a backup is damaged
-   2  no PRIMARY (only `ha status`)
+   2  no PRIMARY (only `ha status` and `clustered-db status`)
   64  wrong command line
   66  a file that was named cannot be read
   69  nobody answers, or nobody who can be trusted
@@ -109,6 +111,9 @@ enum Command {
     /// High availability: look at the cluster, change its members, hand the PRIMARY role over
     #[command(subcommand)]
     Ha(Ha),
+    /// A pool of three to seven members: its status, settings and members
+    #[command(subcommand)]
+    ClusteredDb(ClusteredDb),
     /// Users of the Console and their roles
     #[command(subcommand)]
     Users(Users),
@@ -162,6 +167,7 @@ pub fn main() -> ExitCode {
     let paint = Paint::new(cli.color);
     let result = match &cli.command {
         Command::Ha(command) => ha(command, paint),
+        Command::ClusteredDb(command) => clustered_db::run(command),
         Command::Users(command) => users::run(command, paint).map(|()| 0),
         Command::Tags(command) => tags::run(command, paint).map(|()| 0),
         Command::Defender(command) => defender::run(command, paint).map(|()| 0),

@@ -31,7 +31,11 @@ pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
     let (members, requests) = (status.membership.roster.members.len(), status.membership.shared.requests.len());
     let size = status.membership.roster.size;
     let missing = size.missing(members + requests);
-    if requests > 0 && size.permits(members + requests) {
+    if size.is_pool() {
+        let more = (missing > 0)
+            .then(|| format!("{on}`twistcli clustered-db add --member-address ADDRESS` for {missing} more"));
+        steps.extend(more);
+    } else if requests > 0 && size.permits(members + requests) {
         let (who, them) = match requests {
             1 => ("1 host asks".to_owned(), "fingerprint"),
             more => (format!("{more} hosts ask"), "fingerprints"),
@@ -51,10 +55,14 @@ pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
     if paused(status, now).is_some() {
         steps.push(format!("when the maintenance is done, {on}`twistcli ha resume`"));
     }
+    let another = match size.is_pool() {
+        true => "`twistcli clustered-db add` for another host",
+        false => "`twistcli ha join-script` for another host",
+    };
     let gone = |ms: Option<u64>| ms.is_some_and(|ms| ms > LONG_GONE_MS);
     for member in status.members.iter().filter(|member| member.state == Role::Down && gone(member.last_contact_ms)) {
         steps.push(format!(
-            "if {name} will not come back, {on}`twistcli ha remove {name}`, then `twistcli ha join-script` for another host",
+            "if {name} will not come back, {on}`twistcli ha remove {name}`, then {another}",
             name = member.name
         ));
     }

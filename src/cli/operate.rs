@@ -127,7 +127,12 @@ pub(super) fn remove(client: &ApiClient, args: &RemoveArgs) -> Result<(), Stop> 
     if let Some(warning) = warning {
         eprintln!("Warning: {}", columns::harmless(&warning));
     }
-    eprintln!("Next: twistcli ha join-script, and run its line on the host that takes its place");
+    match status.membership.roster.size.is_pool() {
+        true => {
+            eprintln!("Next: twistcli clustered-db add --member-address ADDRESS, for the host that takes its place")
+        }
+        false => eprintln!("Next: twistcli ha join-script, and run its line on the host that takes its place"),
+    }
     Ok(())
 }
 
@@ -139,8 +144,14 @@ fn member(node: &str) -> String {
 fn consequences(member: &MemberStatus, status: &Status, force: bool) -> String {
     let mut text = format!(
         "{} ({}) is {}. Once removed, it has no vote, its certificate is refused for good, and it stops serving.\n\
-         Its data stays on its disk. To bring it back, run the join script on it again.\n",
-        member.name, member.address, member.state
+         Its data stays on its disk.{}\n",
+        member.name,
+        member.address,
+        member.state,
+        match status.membership.roster.size.is_pool() {
+            true => " To bring it back, set them aside and add it again.",
+            false => " To bring it back, run the join script on it again.",
+        }
     );
     let (left, size) = (status.members.len() - 1, status.membership.roster.size);
     if size.missing(left) > 0 {

@@ -1,6 +1,9 @@
 //! `twistcli ha status`: asks once, or again and again with `--watch`.
 
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, IsTerminal},
+    time::Duration,
+};
 
 use super::{
     args::StatusArgs,
@@ -28,11 +31,19 @@ pub(super) fn run(client: &ApiClient, args: &StatusArgs, paint: Paint) -> Result
         columns::print(&text)?;
         return Ok(code);
     };
-    let redraw = io::stdout().is_terminal() && !columns::is_dumb() && !args.json;
+    repeat(interval, args.json, || current(client, args.json, true, paint).map(|(text, _)| text))
+}
+
+/// Prints what `current` says, again and again. On a terminal it replaces what was there, unless it is JSON.
+///
+/// # Errors
+/// When `current` fails for a reason that does not pass, or the output cannot be written.
+pub(super) fn repeat(interval: Duration, json: bool, current: impl Fn() -> Result<String, Stop>) -> Result<u8, Stop> {
+    let redraw = io::stdout().is_terminal() && !columns::is_dumb() && !json;
     loop {
-        match current(client, args.json, true, paint) {
-            Ok((text, _)) if redraw => columns::print(&format!("{HOME_AND_CLEAR}{text}"))?,
-            Ok((text, _)) => columns::print(&text)?,
+        match current() {
+            Ok(text) if redraw => columns::print(&format!("{HOME_AND_CLEAR}{text}"))?,
+            Ok(text) => columns::print(&text)?,
             // Trying a refused login again and again would keep everybody else from logging in.
             Err(stop) if !stop.passes() => return Err(stop),
             // Whoever does not answer may come back.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::{Router, middleware, routing::on};
 
 use super::{
-    Console, audits, backups, certs, cluster, defenders, drills, enforce,
+    Console, audits, backups, certs, cluster, clustered_db, defenders, drills, enforce,
     errors::ApiError,
     events, logs, notifications, openapi, programs, retention,
     route::{Entry, Reach, Work, filter},
@@ -26,6 +26,7 @@ pub(super) fn table() -> Vec<Entry> {
         logs::routes(),
         backups::routes(),
         cluster::routes(),
+        clustered_db::routes(),
         drills::routes(),
         defenders::routes(),
         events::routes(),

@@ -15,6 +15,7 @@ mod balancers;
 mod busy;
 mod certificates;
 mod cluster;
+mod clustered_db;
 mod copies;
 mod damage;
 mod databases;

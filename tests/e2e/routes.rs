@@ -23,6 +23,8 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("DELETE /high-availability/requests/{id}", "needs a host that asks: tests/join"),
     ("POST /high-availability/apply", "needs hosts that ask: tests/join"),
     ("DELETE /high-availability/members/{member}", "takes a member away: tests/join"),
+    ("POST /clustered-db/settings", "needs a pool: tests/e2e/pool.rs finds its row"),
+    ("DELETE /clustered-db/members/{address}", "takes a member of a pool away: tests/e2e/pool.rs finds its row"),
     ("PUT /high-availability/members/{member}/address", "needs a host that moves: tests/join"),
     ("POST /high-availability/switchover", "the same operation as of twistcli, which is looked at beside this"),
     ("POST /high-availability/rotate-ca", "all connections begin anew: the e2e test of rotations"),

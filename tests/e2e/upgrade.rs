@@ -4,20 +4,24 @@ use std::{
     fs, io,
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
 use twistlock_ha::{
-    admin::SwitchoverReport,
-    cluster::{Role, feature_level, level::CLAIM_NEXT, program_version},
+    admin::{PoolStatus, SwitchoverReport},
+    cluster::{
+        Role, feature_level,
+        level::{CLAIM_NEXT, is_older},
+        program_version,
+    },
     control::{self, Call},
     node::Status,
 };
 
 use super::{
     WRITERS, alone,
-    cluster::{Cluster, LIMIT},
+    cluster::{Cluster, FROZEN, LEASE_LOST, LIMIT, RESTART_AFTER},
     sampler::Sampler,
     writers::Writers,
 };
@@ -112,6 +116,81 @@ fn timed_a_rolling_upgrade_under_load() {
     let (written, sampled) = (writers.verify(), sampler.verify());
     println!("rolling upgrade: {} s\n  {written}\n  {sampled}", begin.elapsed().as_secs());
     println!("  {}", cluster.finish(&["feature level"]));
+}
+
+/// Five members under load, one by one: whoever has the older program never serves what a newer one has served, and a newer one
+/// does not take the role before most have it, unless it is told to.
+#[test]
+fn timed_a_rolling_upgrade_of_a_pool_of_five() {
+    let _alone = alone();
+    let cluster = Cluster::start_pool(5, RESTART_AFTER);
+    let next = next_program(cluster.config_path(0).parent().unwrap());
+    let version =
+        |node: usize| cluster.statuses()[node].as_ref().map(|status| status.version.clone()).unwrap_or_default();
+    let writers = Writers::start(&cluster.file(), 8);
+    let pool_is = |statuses: &[Option<Status>], wanted: &str| {
+        statuses.iter().flatten().all(|status| status.membership.shared.pool.version == wanted)
+    };
+    cluster.wait_for("the version of the pool", |statuses| pool_is(statuses, program_version()));
+    let first = cluster.primary();
+    let [second, third, fourth] = [1, 2, 3].map(|step| (first + step) % 5);
+    install(&cluster, second, Some(&next));
+    cluster.wait_healthy();
+    let newer = version(second);
+    assert!(is_older(program_version(), &newer), "{newer}");
+    cluster.signal(first, Signal::SIGKILL);
+    writers.wait_success(Instant::now(), |node| node != first).expect("a write after the kill");
+    cluster.wait_healthy();
+    assert_ne!(cluster.primary(), second, "most are older: nobody would be left if it failed, too");
+
+    install(&cluster, third, Some(&next));
+    cluster.wait_healthy();
+    hand_over(&cluster, second);
+    cluster.wait_for("the newer version of the pool", |statuses| pool_is(statuses, &newer));
+    behind(&cluster, second, fourth, &newer);
+    cluster.signal(second, Signal::SIGKILL);
+    writers.wait_success(Instant::now(), |node| node == third).expect("a write at the other newer one");
+    cluster.wait_healthy();
+    // Three older ones are a majority, and none of them takes over.
+    [second, third].into_iter().for_each(|node| cluster.freeze(node));
+    poll_nobody_serves(&cluster, &[second, third]);
+    [second, third].into_iter().for_each(|node| cluster.signal(node, Signal::SIGCONT));
+    cluster.wait_healthy();
+    assert!([second, third].contains(&cluster.primary()));
+
+    for node in (0..5).filter(|node| ![second, third].contains(node)) {
+        install(&cluster, node, Some(&next));
+        cluster.wait_healthy();
+    }
+    let expected = [LEASE_LOST, FROZEN, &["feature level"]].concat();
+    println!("rolling upgrade of five:\n  {}\n  {}", writers.verify(), cluster.finish(&expected));
+}
+
+/// The status says who is behind and what to do, and the role is not handed to it.
+fn behind(cluster: &Cluster, primary: usize, older: usize, newer: &str) {
+    let node = cluster.node(primary);
+    let shown: PoolStatus = control::ask(&node.control, &Call::get("clustered-db/status"), LIMIT).unwrap();
+    assert_eq!(shown.database_version, newer);
+    let address = cluster.node(older).address;
+    let member = shown.members.iter().find(|member| member.name == address).unwrap();
+    let why = member.reason.clone().unwrap_or_default();
+    assert!(member.state_str == "SECONDARY" && why.contains("does not become PRIMARY before version"), "{member:?}");
+    let own = cluster.statuses()[older].clone().unwrap();
+    assert!(own.warnings.iter().any(|warning| warning.contains("does not become PRIMARY before version")), "{own:?}");
+    let to = Call::post("high-availability/switchover").with(serde_json::json!({ "to": cluster.node(older).name }));
+    let refused = control::ask::<SwitchoverReport>(&node.control, &to, LIMIT).unwrap_err().to_string();
+    assert!(refused.contains("does not become PRIMARY before version"), "{refused}");
+}
+
+/// Looks for longer than two elections take.
+fn poll_nobody_serves(cluster: &Cluster, frozen: &[usize]) {
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(3) {
+        for (node, status) in cluster.statuses().iter().enumerate().filter(|(node, _)| !frozen.contains(node)) {
+            assert_ne!(status.as_ref().map(|status| status.role), Some(Role::Primary), "node {node}");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// A host that goes back to the older program: its daemon does not start; if it does not know of the new level, because it was
