@@ -121,7 +121,7 @@ pub(super) fn run(client: &ApiClient, args: &DrillArgs) -> Result<u8, Stop> {
 
 /// Checks whether a drill may begin. The error says why not.
 fn ready(status: &Status, now: u64) -> Result<(), String> {
-    let see = "\n  A drill takes one member away: all three must be healthy. See: twistcli ha status";
+    let see = "\n  A drill takes one member away: all of them must be healthy. See: twistcli ha status";
     if status.primary != Some(status.node) {
         return Err(format!("{} is {}, and no PRIMARY is known{see}", status.name, status.role));
     }

@@ -4,7 +4,10 @@ use std::process::{Command, Output};
 
 use twistlock_ha::{cluster::Role, node::MemberStatus};
 
-use super::{beside, cluster::Cluster};
+use super::{
+    beside,
+    cluster::{Cluster, RESTART_AFTER},
+};
 
 /// Runs a drill on the primary and returns its exit code and what it found.
 fn drill(cluster: &Cluster, options: &[&str]) -> (Option<i32>, serde_json::Value) {
@@ -26,21 +29,19 @@ fn drill(cluster: &Cluster, options: &[&str]) -> (Option<i32>, serde_json::Value
 
 /// As a drill sees it: through the eyes of the primary.
 fn wait_seen_up(cluster: &Cluster) {
-    cluster.wait_for("a PRIMARY that sees all three up", |statuses| {
+    cluster.wait_for("a PRIMARY that sees all of them up", |statuses| {
         let up = |member: &MemberStatus| matches!(member.state, Role::Primary | Role::Secondary);
         let primary = statuses.iter().flatten().find(|status| status.role == Role::Primary);
         primary.is_some_and(|status| status.members.iter().all(up))
     });
 }
 
-#[test]
-fn a_drill_measures_the_takeover_and_finds_every_write() {
-    let _beside = beside();
-    let cluster = Cluster::start();
+/// A drill of each kind.
+fn rehearse(cluster: &Cluster) {
     for (options, takeover) in [(&["--kill"][..], "kill"), (&[], "switchover")] {
-        wait_seen_up(&cluster);
+        wait_seen_up(cluster);
         let before = cluster.node(cluster.primary());
-        let (code, outcome) = drill(&cluster, options);
+        let (code, outcome) = drill(cluster, options);
         assert_eq!(code, Some(0));
         assert_eq!((&outcome["takeover"], &outcome["from"]), (&takeover.into(), &before.name.as_str().into()));
         assert_ne!(outcome["to"], outcome["from"]);
@@ -51,6 +52,24 @@ fn a_drill_measures_the_takeover_and_finds_every_write() {
         let last: serde_json::Value = serde_json::from_str(record.lines().last().unwrap()).unwrap();
         assert_eq!(last, outcome);
     }
+}
+
+#[test]
+fn a_drill_finds_every_write_in_pools_of_five_and_seven() {
+    let _beside = beside();
+    for members in [5, 7] {
+        let cluster = Cluster::start_pool(members, RESTART_AFTER);
+        rehearse(&cluster);
+        wait_seen_up(&cluster);
+        println!("drill of {members}: {}", cluster.finish(&[]));
+    }
+}
+
+#[test]
+fn a_drill_measures_the_takeover_and_finds_every_write() {
+    let _beside = beside();
+    let cluster = Cluster::start();
+    rehearse(&cluster);
     wait_seen_up(&cluster);
     // Somebody who may not log in disturbs nobody.
     let primary = cluster.primary();
