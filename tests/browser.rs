@@ -6,6 +6,8 @@ mod driver;
 #[allow(dead_code, reason = "tests/join.rs uses the rest")]
 #[path = "join/host.rs"]
 mod host;
+#[path = "browser/pool.rs"]
+mod pool;
 #[path = "browser/setup.rs"]
 mod setup;
 #[path = "browser/stage.rs"]
@@ -288,6 +290,11 @@ fn what_an_administrator_sets_up_does_what_the_page_says() {
 }
 
 /// Names that people and programs choose come back as they were written, in every place that shows them.
+#[test]
+fn a_pool_shows_its_members_and_what_they_tolerate() {
+    on_stage("a_pool_shows_its_members_and_what_they_tolerate", pool::play);
+}
+
 #[test]
 fn no_text_becomes_markup() {
     const HOSTILE: [&str; 3] = [

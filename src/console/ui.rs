@@ -76,7 +76,7 @@ impl File {
     }
 }
 
-static FILES: LazyLock<[File; 21]> = LazyLock::new(|| {
+static FILES: LazyLock<[File; 22]> = LazyLock::new(|| {
     files! {
         "index.html": HTML,
         "style.css": STYLE,
@@ -87,6 +87,7 @@ static FILES: LazyLock<[File; 21]> = LazyLock::new(|| {
         "live.js": SCRIPT,
         "lock.js": SCRIPT,
         "parts.js": SCRIPT,
+        "pool.js": SCRIPT,
         "words.js": SCRIPT,
         "login.js": SCRIPT,
         "cluster.js": SCRIPT,

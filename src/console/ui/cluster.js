@@ -7,6 +7,7 @@ import { list } from './api.js';
 import { h, show } from './dom.js';
 import { age, live, subscribe } from './live.js';
 import { announce, badge, button, card, copyButton, page, statusPages, table, toast, when } from './parts.js';
+import { adding, isPool, pool, removeFromPool } from './pool.js';
 import { ago, bytes, clock, count, lastContact, nothing, sizeOf, span, stateWords, time, tolerance } from './words.js';
 
 // The roles that may have the join line.
@@ -105,7 +106,8 @@ function seen(member, status) {
 function memberRow(member, status, may) {
   const other = member.id !== status.primary;
   const label = `Remove ${member.name}`;
-  const cross = button('✕', () => actions.removeMember(member), { kind: 'cross', 'aria-label': label, title: label });
+  const drop = () => (isPool(status) ? removeFromPool(member, status) : actions.removeMember(member));
+  const cross = button('✕', drop, { kind: 'cross', 'aria-label': label, title: label });
   return {
     key: `member-${member.id}`,
     kind: live.stale ? null : `row-${member.state.toLowerCase()}`,
@@ -317,11 +319,12 @@ export function open(root, context) {
   const marks = { status: '', history: live.history };
   let spoken = null;
   let timer = 0;
+  const members = (status) => (isPool(status) ? [pool(status, may), adding(status, may)] : [joining(status, state, context, draw)]);
   const draw = () => {
     const { status } = live;
     const now = Date.now() / 1000;
     const parts = status
-      ? [banner(status, now), overview(status, now, may), nodes(status, context), joining(status, state, context, draw), history(state)]
+      ? [banner(status, now), overview(status, now, may), nodes(status, context), ...members(status), history(state)]
       : [h('p', { class: 'quiet' }, live.stale ? 'Unknown: no PRIMARY answers.' : 'Asking the PRIMARY …')];
     show(root, page('High Availability', null, parts));
   };
