@@ -54,7 +54,10 @@ use twistlock_ha::{
     workload::{ConsolePorts, ConsoleServices, Setup},
 };
 
-use crate::joining::{self, Outcome};
+use crate::{
+    joining::{self, Outcome},
+    waiting,
+};
 use administration::Colleague;
 pub(crate) use signals::Signals;
 use start::{Found, first_start, node_config, open_memory, promise};
@@ -137,6 +140,9 @@ fn live(path: &Path, config: &Config) -> Result<Exit> {
     let mut notes = Notes::default();
     let data = open_data(config, &mut notes)?;
     let health = start::health_port(config)?;
+    if let Outcome::Stopped = waiting::wait_first(config, &data, &signals, health.as_ref())? {
+        return Ok(Exit::Stopped);
+    }
     if let Outcome::Stopped = joining::join_first(config, &data, &signals, health.as_ref())? {
         return Ok(Exit::Stopped);
     }
@@ -521,7 +527,7 @@ async fn end_of_guard(guard: PortGuard) {
     }
 }
 
-fn bind_address(config: &Config) -> IpAddr {
+pub(crate) fn bind_address(config: &Config) -> IpAddr {
     config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
 }
 

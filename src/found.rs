@@ -11,7 +11,7 @@ use tracing::info;
 use crate::{
     cluster::{
         ClusterId, Member, Membership, NodeId,
-        roster::{check_host, place},
+        roster::{SizePolicy, check_host, place},
         shared::console_names_that_fit,
     },
     config::Config,
@@ -24,21 +24,36 @@ const FOUNDER: NodeId = 1;
 /// What only a node with an identity writes.
 const REMAINS: [&str; 4] = ["raft-log", "database", "membership.json", "snapshot.ready"];
 
-/// Makes this host the only member of a new cluster. The identity is written last: whatever a crash left before that is
-/// made anew by the next start.
+/// The name of something in a data folder that only a node with an identity writes, if there is any.
+pub fn remains(data: &DataDir) -> Option<&'static str> {
+    REMAINS.into_iter().find(|name| data.path().join(name).exists())
+}
+
+/// Makes this host the only member of a new cluster of three. The identity is written last: whatever a crash left
+/// before that is made anew by the next start.
 ///
 /// # Errors
 /// When the folder holds a database, the configuration does not say how to reach this host, or a file cannot be
 /// written.
 pub fn found(config: &Config, data: &DataDir) -> Result<Identity> {
-    for name in REMAINS {
-        let path = data.path().join(name);
-        if path.exists() {
-            bail!(
-                "{} is there, but identity.json is not: bring it back, or set DATA_FOLDER to an empty folder",
-                path.display()
-            );
-        }
+    found_with(config, data, SizePolicy::ha())
+}
+
+/// Makes this host the only member of a new pool, its seed, as [`found`] does for a cluster of three. Its keys are new:
+/// those with which it waited are replaced.
+///
+/// # Errors
+/// Those of [`found`].
+pub fn found_pool(config: &Config, data: &DataDir) -> Result<Identity> {
+    found_with(config, data, SizePolicy::pool())
+}
+
+fn found_with(config: &Config, data: &DataDir, size: SizePolicy) -> Result<Identity> {
+    if let Some(name) = remains(data) {
+        bail!(
+            "{} is there, but identity.json is not: bring it back, or set DATA_FOLDER to an empty folder",
+            data.path().join(name).display()
+        );
     }
     // Before anything is written: the certificates of a member must stay.
     data.check_unused()?;
@@ -55,6 +70,7 @@ pub fn found(config: &Config, data: &DataDir) -> Result<Identity> {
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     authority.issue_console(&names).context("make the Console's certificate")?.save_console(&certificates)?;
     let mut membership = Membership::founded(cluster, vec![Member::founder(FOUNDER, &name, &address, port)]);
+    membership.roster.size = size;
     membership.shared.authority = Some(sealed);
     let identity = Identity { format: IDENTITY_FORMAT, cluster, node: FOUNDER, name, membership };
     data.create_identity(&identity)?;

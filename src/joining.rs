@@ -14,7 +14,7 @@ use twistlock_ha::{
     cluster::{ClusterId, Membership, Role, feature_level, program_version, reach::Standing},
     config::Config,
     console,
-    control::ControlSocket,
+    control::{ControlSocket, NOT_JOINED},
     found,
     health::{HealthPort, Subject},
     join::{self, Host, Newcomer, Stage},
@@ -83,7 +83,7 @@ async fn joining(config: &Config, data: &DataDir, signals: &Signals, health: Opt
         health.show(Subject { status: shown_outside, life: None });
     }
     let picturing = task::spawn(keep_picture(Arc::clone(&applicant), picture));
-    let routes = console::applicant(move || applicant.status());
+    let routes = console::applicant(move || applicant.status(), NOT_JOINED);
     let serving = task::spawn(control.serve(routes, std::future::pending()));
     let informing = task::spawn(service_manager(shown));
     let fetch = async |newcomer: Newcomer<'_>| fetch(config, data.path(), newcomer, &progress).await;
@@ -102,7 +102,7 @@ async fn joining(config: &Config, data: &DataDir, signals: &Signals, health: Opt
 }
 
 /// What this host tells about itself.
-fn host(config: &Config) -> Host {
+pub(crate) fn host(config: &Config) -> Host {
     let name = config.member_name();
     let address = config.high_availability_address.clone().or_else(|| config.bind_address.map(|own| own.to_string()));
     let console_names = found::console_names(config, address.as_ref().unwrap_or(&name));

@@ -56,6 +56,10 @@
 //! have caught up, whoever is primary gives them their votes in one joint change. A member that is too far behind or
 //! does not trust its copy goes the same way from the fetching on.
 //!
+//! A pool's way: a host with an empty data folder waits. A sign-up makes one of them the seed of a pool; its PRIMARY
+//! calls the others ([`meeting`]), both sides prove who they are, and one entry takes all of them in. From there on each
+//! goes the way of a newcomer.
+//!
 //! An upgrade's way: hosts get the newer program one by one, and any of them may be primary meanwhile. When all members
 //! have shown the next feature level for a while, the primary raises it ([`cluster::level`]); from then on an older
 //! program does not start, is not linked with and does not become primary. What needs an understanding of all members
@@ -86,6 +90,7 @@
 //! | [`found`] | the first start of the first node: authority, certificates, identity | other hosts |
 //! | [`certificates`] | renews and follows certificates; replaces what all members share: the cluster key, the certificate authority | how a change is agreed on |
 //! | [`join`] | a host that is no member yet asks to become one | what the cluster decides |
+//! | [`meeting`] | a pool and a host that waits for one prove themselves to each other | what the cluster decides |
 //! | [`ask`] | a question of one member to another, and its answer | what is asked |
 //! | [`snapshot`] | transfers: the whole database, from the primary to a node that needs it | why it is needed |
 //! | [`backup`] | backups: made, kept, verified, brought back | HTTP, sockets and terminals |
@@ -127,7 +132,8 @@
 //!
 //! # Architecture invariants
 //!
-//! 1. **One primary's ports.** At no instant are Console ports open on two nodes. The lease (400 ms from the *sending* of a
+//! 1. **One primary's ports.** At no instant are Console ports open on two nodes. (A host that waits for a pool is no node:
+//!    its HTTPS port takes a sign-up, and answers health checks with 503.) The lease (400 ms from the *sending* of a
 //!    round that a majority answered) is shorter than the voters' promise (at least 475 ms from its receipt). The port
 //!    guard keeps it when the supervisor is frozen. A node that gives the role up neither votes nor campaigns before its
 //!    database is closed; no node serves twice in one epoch.
@@ -180,6 +186,7 @@ pub mod http;
 pub mod https;
 pub mod join;
 pub mod little_endian;
+pub mod meeting;
 pub mod mutex;
 pub mod node;
 pub mod peer;

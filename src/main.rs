@@ -3,6 +3,7 @@
 
 mod daemon;
 mod joining;
+mod waiting;
 
 use std::{path::PathBuf, process::ExitCode};
 

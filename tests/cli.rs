@@ -180,6 +180,7 @@ fn picture(states: [Role; 3]) -> Status {
         warnings: Vec::new(),
         certificates: Vec::new(),
         serving: false,
+        waiting: None,
         recent: Default::default(),
     }
 }

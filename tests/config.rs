@@ -211,7 +211,8 @@ fn unknown_and_ignored_keys_are_noted_but_valid() {
         notes("LOG_LEVEL=warn\nLOG_LEVEL=debug\n"),
         ["warning: twistlock.cfg:2: LOG_LEVEL: set a second time; line 1 does not count"]
     );
-    assert_eq!(notes("CLUSTERED_DB_ENABLED=true\n").len(), 1);
+    assert!(notes("CLUSTERED_DB_ENABLED=true\n").is_empty());
+    assert_eq!(notes("CLUSTERED_DB_SECRET_FILE=/etc/pool\n").len(), 1);
 }
 
 #[test]

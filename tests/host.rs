@@ -183,6 +183,24 @@ fn a_process_may_die_after_each_step() {
     assert!(log.contains("step program") && log.contains("--set BIND_ADDRESS=... "), "{log}");
 }
 
+/// With CLUSTERED_DB_ENABLED=true the installation founds nothing: the host waits, and is not asked to be anything again.
+#[test]
+fn a_host_of_a_pool_is_installed_and_waits() {
+    let host = Host::new(9);
+    let said = host.succeeds(host.install(&["--set", "CLUSTERED_DB_ENABLED=true"]));
+    assert!(said.contains("WAITING: ") && said.contains("fingerprint of its key"), "{said}");
+    assert!(said.contains("Done. This host waits for a pool: sign up at https://"), "{said}");
+    assert!(host.pid().is_some() && !host.data().join("identity.json").exists());
+    let key = fs::read(host.data().join("certificates/node-key.pem")).unwrap();
+    host.succeeds(host.install(&["-j"]));
+    assert_eq!(fs::read(host.data().join("certificates/node-key.pem")).unwrap(), key, "it keeps its fingerprint");
+    // A member of a pool is no host that waits for another one.
+    host.put_member(&host.at("srv/pool"), 3);
+    let folder = format!("DATA_FOLDER={}", host.at("srv/pool").display());
+    let settings = ["--set", "CLUSTERED_DB_ENABLED=true", "--set", &folder, "--dry-run"];
+    host.refuses(77, "CLUSTERED_DB_ENABLED=true would have this host wait", host.install(&settings));
+}
+
 /// Scripts fetch, verify and start the program. Settings have one reader, and what is done to a host is done by `host`.
 #[test]
 fn scripts_are_short_and_leave_the_settings_to_the_program() {

@@ -247,6 +247,7 @@ mod tests {
             warnings: Vec::new(),
             certificates: Vec::new(),
             serving: false,
+            waiting: None,
             recent: Default::default(),
         }
     }

@@ -115,7 +115,7 @@ fn unanswered(error: &ControlError) -> Stop {
 
 /// Says which host to ask instead, and how.
 fn elsewhere(status: &Status, command: &str) -> Option<String> {
-    if status.role == Role::RequestJoin {
+    if matches!(status.role, Role::RequestJoin | Role::Waiting) {
         return Some(format!("{} has not joined yet. On the PRIMARY, run: {command}", status.name));
     }
     let id = status.primary.filter(|id| *id != status.node)?;

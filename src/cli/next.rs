@@ -18,6 +18,8 @@ pub(super) fn steps(status: &Status, now: u64) -> Vec<String> {
         None => "on the PRIMARY: ".to_owned(),
     };
     match status.role {
+        // The verdict says it.
+        Role::Waiting => return steps,
         Role::RequestJoin => {
             steps.push("on the PRIMARY: compare the fingerprints, then `twistcli ha apply`".to_owned());
             return steps;

@@ -14,7 +14,7 @@ use std::{fmt, net::IpAddr, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    admission::Newcomer,
+    admission::{Adoption, Newcomer},
     change::Change,
     differences::{Difference, differences},
 };

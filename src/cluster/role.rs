@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Role {
+    /// Belongs to nobody yet: waits to become the seed of a pool, or to be added to one.
+    Waiting,
     /// Asked to join; waits for the administrator.
     RequestJoin,
     /// Starting: reads its raft log, neither votes nor campaigns yet.
@@ -33,6 +35,7 @@ pub enum Role {
 impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
+            Role::Waiting => "WAITING",
             Role::RequestJoin => "REQUEST_JOIN",
             Role::Startup => "STARTUP",
             Role::Startup2 => "STARTUP2",

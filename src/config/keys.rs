@@ -380,8 +380,24 @@ pub static KEYS: &[Key] = &[
         section: AVAILABILITY,
         group: "Pool of three to seven members",
         default: "false",
-        doc: &["Share the database in a pool of Consoles. Not available in this version."],
+        doc: &[
+            "Make this host a member of a pool: with an empty data folder it waits. Create the first user on one host, at once,",
+            "and add the others there (twistcli clustered-db add). See docs/pool.md. HIGH_AVAILABILITY_PORT, _ADDRESS and _NAME",
+            "count for it, too.",
+        ],
         slot: |config| Slot::Choice(&mut config.clustered_db_enabled),
+    },
+    Key {
+        name: "CLUSTERED_DB_SECRET_FILE",
+        section: AVAILABILITY,
+        group: "Pool of three to seven members",
+        default: "",
+        doc: &[
+            "File with a secret of 32 to 1024 bytes, the same on all hosts of the pool (openssl rand -hex 32 makes one): a host",
+            "that waits and the pool that adds it prove to each other that they know it. Empty: whoever adds a host compares",
+            "the fingerprint of its key.",
+        ],
+        slot: |config| Slot::OptionalPath(&mut config.clustered_db_secret_file),
     },
     Key {
         name: "LEASE_MS",

@@ -130,6 +130,8 @@ config! {
     high_availability_name: Option<String>,
     /// `CLUSTERED_DB_ENABLED`.
     clustered_db_enabled: bool,
+    /// `CLUSTERED_DB_SECRET_FILE`; none: members are added by their fingerprints.
+    clustered_db_secret_file: Option<PathBuf>,
     /// `LEASE_MS`: how long ports may stay open without hearing from a majority.
     lease: Duration,
     /// `TICK_MS`: the period of the consensus loop; a heartbeat is one tick.

@@ -257,13 +257,17 @@ impl<'a> Reader<'a> {
                 self.problem(self.set.get(blamed).copied(), Some(blamed), &port.to_string(), &allowed);
             }
         }
-        if self.config.high_availability_enabled
+        let needed_for = [
+            ("HIGH_AVAILABILITY_ENABLED", self.config.high_availability_enabled),
+            ("CLUSTERED_DB_ENABLED", self.config.clustered_db_enabled),
+        ];
+        if let Some((key, _)) = needed_for.into_iter().find(|(_, enabled)| *enabled)
             && self.config.high_availability_port.is_none()
             && !self.failed.contains("HIGH_AVAILABILITY_PORT")
         {
             let line = self.set.get("HIGH_AVAILABILITY_PORT").copied();
-            let allowed = "a port from 1 to 65535 while HIGH_AVAILABILITY_ENABLED=true";
-            self.problem(line, Some("HIGH_AVAILABILITY_PORT"), "", allowed);
+            let allowed = format!("a port from 1 to 65535 while {key}=true");
+            self.problem(line, Some("HIGH_AVAILABILITY_PORT"), "", &allowed);
         }
     }
 
@@ -298,13 +302,10 @@ impl<'a> Reader<'a> {
                 format!("a socket's path of up to {MAX_SOCKET_PATH} bytes (empty: control.sock in DATA_FOLDER)");
             self.problem(line, Some("CONTROL_SOCKET"), &socket.display().to_string(), &allowed);
         }
-        if self.config.clustered_db_enabled {
-            let line = self.set.get("CLUSTERED_DB_ENABLED").copied().unwrap_or_default();
-            self.note(
-                Severity::Warning,
-                line,
-                "CLUSTERED_DB_ENABLED: not available in this version; it changes nothing",
-            );
+        if self.config.clustered_db_secret_file.is_some() && !self.config.clustered_db_enabled {
+            let line = self.set.get("CLUSTERED_DB_SECRET_FILE").copied().unwrap_or_default();
+            let text = "CLUSTERED_DB_SECRET_FILE: not used without CLUSTERED_DB_ENABLED=true";
+            self.note(Severity::Warning, line, text);
         }
     }
 

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     admin::Actor,
-    control::{NOT_JOINED, Peer, Routes, refusal},
+    control::{Peer, Routes, refusal},
     node::Status,
 };
 
@@ -53,10 +53,10 @@ pub fn local(services: &ConsoleServices) -> Routes {
     routes
 }
 
-/// What a host serves while it waits for its admission: its status, and that all else has to wait.
-pub fn applicant(status: impl Fn() -> Arc<Status> + Clone + Send + Sync + 'static) -> Routes {
+/// What a host serves that belongs to no cluster yet: its status, and why all else has to wait.
+pub fn applicant(status: impl Fn() -> Arc<Status> + Clone + Send + Sync + 'static, why: &'static str) -> Routes {
     let look = get(async move || public(&status()));
-    let refuse = async || refusal(StatusCode::CONFLICT, NOT_JOINED);
+    let refuse = async move || refusal(StatusCode::CONFLICT, why);
     let at_once = Router::new().route(&format!("{BASE}/high-availability"), look);
     Routes { at_once, operations: Router::new().fallback(refuse) }
 }

@@ -31,6 +31,7 @@ mod programs;
 mod recent;
 mod retention;
 mod route;
+mod seed;
 mod sessions;
 mod settings;
 mod store;
@@ -44,6 +45,7 @@ mod tokens;
 mod ui;
 mod user;
 mod users;
+mod waiting;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
@@ -61,7 +63,9 @@ use arriving::Arriving;
 pub use errors::{ApiError, UNKNOWN};
 pub use inside::Inside;
 pub use local::{applicant, local};
+pub use seed::Seed;
 pub use store::{Store, StoreError, connect_options};
+pub use waiting::{SignUp, waiting};
 
 use crate::{
     admin::Admin,
@@ -187,15 +191,19 @@ impl Console {
         }))
     }
 
-    /// Opens the database and brings the schema up to date.
+    /// Opens the database and brings the schema up to date. The one who has made this host the seed of its pool is a
+    /// user then, before anybody else can sign up.
     ///
     /// # Errors
     /// When the database cannot be used or its schema is newer than this program.
-    pub async fn ready(self: &Arc<Self>) -> Result<(), sqlx::migrate::MigrateError> {
+    pub async fn ready(self: &Arc<Self>) -> anyhow::Result<()> {
         self.store.migrate().await?;
         self.store.supplement().await.unwrap_or_else(|error| {
             tracing::warn!("what the schema lacks could not be made yet: {error}; trying again");
         });
+        if let Some(services) = &self.services {
+            seed::plant(&self.store, &services.data).await?;
+        }
         audit_log::recall_logins(&self.store, &self.logins).await;
         let console = Arc::clone(self);
         tokio::spawn(async move { console.clock.run(console.store.clone()).await });

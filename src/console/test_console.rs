@@ -97,5 +97,6 @@ pub(super) fn status() -> Status {
         certificates: Vec::new(),
         recent: Default::default(),
         serving: false,
+        waiting: None,
     }
 }

@@ -117,12 +117,12 @@ pub(super) fn routes() -> Vec<Entry> {
 }
 
 /// `GET /`: the page.
-async fn index(asked: HeaderMap) -> Result<Response, ApiError> {
+pub(super) async fn index(asked: HeaderMap) -> Result<Response, ApiError> {
     find("index.html", &asked).ok_or(ApiError::Internal)
 }
 
 /// `GET /ui/{name}`: its parts.
-async fn part(Name(name): Name, asked: HeaderMap) -> Result<Response, ApiError> {
+pub(super) async fn part(Name(name): Name, asked: HeaderMap) -> Result<Response, ApiError> {
     find(&name, &asked).ok_or_else(|| ApiError::NotFound(format!("the page has no part {name:?}")))
 }
 

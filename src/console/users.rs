@@ -248,7 +248,11 @@ async fn change_password(
     Ok(StatusCode::OK)
 }
 
-async fn insert(writing: &mut Writing, name: &str, hash: String, role: Role) -> Result<(), StoreError> {
+/// Adds a user, whose password is a PHC string.
+///
+/// # Errors
+/// As those of [`Writing::execute`].
+pub(super) async fn insert(writing: &mut Writing, name: &str, hash: String, role: Role) -> Result<(), StoreError> {
     let insert = sqlx::query("INSERT INTO users (name, password, role, created) VALUES (?, ?, ?, ?)");
     let insert = insert.bind(name.to_owned()).bind(hash).bind(role.name()).bind(unix_time());
     writing.execute(insert).await.map(|_| ())
@@ -273,7 +277,7 @@ async fn keep_an_administrator(writing: &mut Writing, without: &str) -> Result<(
 }
 
 /// Refuses a name that Basic cannot carry, that does not fit into a path, or that people cannot tell from another.
-fn check_name(name: &str) -> Result<(), ApiError> {
+pub(super) fn check_name(name: &str) -> Result<(), ApiError> {
     let length = name.chars().count();
     let odd = |c: char| {
         c.is_control()

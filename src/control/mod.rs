@@ -55,6 +55,10 @@ fn name_of(uid: u32) -> Option<String> {
 /// Why a host that waits to be admitted refuses every operation.
 pub const NOT_JOINED: &str = "this host has not joined yet: run `twistcli ha apply` on the PRIMARY";
 
+/// Why a host that waits for a pool refuses every operation.
+pub const NOT_IN_A_POOL: &str = "this host waits for a pool: sign up at its Console's HTTPS port to make it the first member, \
+     or run `twistcli clustered-db add` on a pool; `twistcli ha status` shows its fingerprint";
+
 fn check_path(path: &Path) -> io::Result<()> {
     let length = path.as_os_str().as_bytes().len();
     if length <= MAX_PATH {

@@ -40,6 +40,7 @@ fn picture() -> Status {
         warnings: Vec::new(),
         certificates: Vec::new(),
         serving: false,
+        waiting: None,
         recent: Default::default(),
     }
 }

@@ -70,6 +70,11 @@ pub(super) fn metrics_page(config: &Config) -> Result<MetricsPage> {
 /// What a new node becomes. After that the role in the configuration means nothing.
 pub(super) fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
     let folder = data.path().display();
+    if config.clustered_db_enabled {
+        // With an empty folder this host would have waited, and be a member by now.
+        let what = found::remains(data).unwrap_or("nothing");
+        bail!("{folder} has {what}, but no identity.json: bring it back, or set the folder aside to wait for a pool");
+    }
     if !config.high_availability_enabled {
         bail!("{folder} is empty and HIGH_AVAILABILITY_ENABLED is false: set it to true to found or join a cluster");
     }

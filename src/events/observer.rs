@@ -180,7 +180,7 @@ impl Observer {
     fn observe_down(&mut self, before: &Seen, now: Instant) -> Vec<Event> {
         let (seen, mut events) = (&self.seen, Vec::new());
         let late = self.looked.replace(now).is_some_and(|last| now.duration_since(last) > LATE);
-        if matches!(seen.role, Role::Removed | Role::RequestJoin) {
+        if matches!(seen.role, Role::Removed | Role::RequestJoin | Role::Waiting) {
             self.down.clear();
             return events;
         }
@@ -232,7 +232,7 @@ impl Observer {
             }
             return;
         }
-        if matches!(seen.role, Role::Removed | Role::RequestJoin) {
+        if matches!(seen.role, Role::Removed | Role::RequestJoin | Role::Waiting) {
             return;
         }
         let (since, told) = self.without.get_or_insert((now, None));

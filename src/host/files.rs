@@ -160,6 +160,17 @@ fn is_nodes(data: &Path) -> io::Result<bool> {
     Ok(data.join("lock").exists() || aside::contents(data)?.is_empty())
 }
 
+/// Gives the pool's secret to the user of the node, if there is such a file: nobody else needs to read it.
+///
+/// # Errors
+/// When it cannot be given.
+pub(super) fn pool_secret(place: &Place, config: &Config) -> Result<(), Failure> {
+    let Some(path) = config.clustered_db_secret_file.as_deref().filter(|path| path.is_file()) else { return Ok(()) };
+    let private = fs::Permissions::from_mode(0o400);
+    let done = give(path, place.owner(&place.run_user(config))).and_then(|()| fs::set_permissions(path, private));
+    done.map_err(Failure::write(path))
+}
+
 fn give(path: &Path, owner: Option<(u32, u32)>) -> io::Result<()> {
     owner.map_or(Ok(()), |(user, group)| chown(path, Some(user), Some(group)))
 }

@@ -99,7 +99,9 @@ fn install(options: &Options, place: &Place, voice: &Voice) -> Result<(), Failur
     founds_no_second_cluster(options, place, &config, voice)?;
     preflight::check(&config, place, service.runs(), options.pass_over, voice)?;
     ask(options, &config, voice)?;
+    // A host of a pool waits while it runs.
     let waits = config.high_availability_state == FirstState::Secondary
+        && !config.clustered_db_enabled
         && !member
         && !config.data_folder.join(crate::join::JOIN_FILE).exists();
 
@@ -120,6 +122,10 @@ fn install(options: &Options, place: &Place, voice: &Voice) -> Result<(), Failur
     });
     let folders = format!("make {data} and {} for it", config.data_recovery_volume.display());
     plan.step("folders", folders, || files::folders(place, &config, voice));
+    if let Some(path) = &config.clustered_db_secret_file {
+        let what = format!("let the user of the node alone read {}", path.display());
+        plan.step("secret", what, || files::pool_secret(place, &config));
+    }
     plan.step("program", format!("install the programs of {} to {}", programs.display(), bin.display()), || {
         files::programs(&programs, place, false)
     });
@@ -143,9 +149,11 @@ fn install(options: &Options, place: &Place, voice: &Voice) -> Result<(), Failur
     } else {
         plan.step("start", "start the node and wait until it is ready", || {
             service.wait_until_ready(service.start()?)?;
-            let url = config
-                .management_port_https
-                .map(|port| format!(" Console: https://{}:{port} on the PRIMARY", host_name()));
+            let url = config.management_port_https.map(|port| format!("https://{}:{port}", host_name()));
+            let url = url.map(|url| match config.clustered_db_enabled && !member {
+                true => format!(" This host waits for a pool: sign up at {url} at once, or have a pool add it"),
+                false => format!(" Console: {url} on the PRIMARY"),
+            });
             voice.say(&format!("Done.{}", url.unwrap_or_default()));
             if let Some(port) = config.health_port {
                 let url = format!("http://{}:{port}/status", host_name());
@@ -163,7 +171,8 @@ fn founds_no_second_cluster(options: &Options, place: &Place, config: &Config, v
     let stays = options.keep && !options.drop;
     let own = Data::of(&config.data_folder);
     let traces = traces::find(place)?;
-    if config.high_availability_state != FirstState::Primary || (stays && matches!(own, Data::Member(2..))) {
+    let begins = config.clustered_db_enabled || config.high_availability_state == FirstState::Primary;
+    if !begins || (stays && matches!(own, Data::Member(2..))) {
         return Ok(());
     }
     let new = traces::Trace { folder: config.data_folder.clone(), named_by: "the new settings".to_owned() };
@@ -180,7 +189,11 @@ fn founds_no_second_cluster(options: &Options, place: &Place, config: &Config, v
             _ => continue,
         };
         let name = host_name();
-        let why = format!("{whose}, and HIGH_AVAILABILITY_STATE=PRIMARY would begin a new one");
+        let begins = match config.clustered_db_enabled {
+            true => "CLUSTERED_DB_ENABLED=true would have this host wait for another one",
+            false => "HIGH_AVAILABILITY_STATE=PRIMARY would begin a new one",
+        };
+        let why = format!("{whose}, and {begins}");
         return Err(Failure::new(EX_NOPERM, why)
             .hint("To upgrade or repair this node as the member it is:  install.sh -j console")
             .hint(format!("To make it PRIMARY, on the node that is:             twistcli ha switchover --to {name}"))

@@ -144,7 +144,7 @@ fn join(files: &[usize]) -> String {
 }
 
 fn offer() -> Offer {
-    let join = JoinFile { token: String::new(), addresses: Vec::new(), ca: String::new() };
+    let join = JoinFile { token: String::new(), addresses: Vec::new(), ca: String::new(), adopted: false };
     let config = config::render(&Config::default());
     Offer {
         join,

@@ -154,7 +154,8 @@ impl Joining<'_> {
 
     /// Makes the request, or makes it again when that is due; otherwise asks where it stands.
     async fn question(&mut self, file: &JoinFile, asked: Option<&Asked>) -> Result<(String, Answer)> {
-        if asked.is_some() && self.told.as_ref().is_some_and(|(with, at)| with == file && at.elapsed() < AGAIN) {
+        let told = self.told.as_ref().is_some_and(|(with, at)| with == file && at.elapsed() < AGAIN);
+        if asked.is_some() && (told || file.adopted) {
             return self.poll(file, asked).await;
         }
         let answered = self.ask(file).await?;

@@ -38,6 +38,9 @@ pub struct JoinFile {
     pub addresses: Vec<String>,
     /// The authority's certificate, PEM.
     pub ca: String,
+    /// True if a pool has added this host while it waited: it is admitted already, and the token is good for nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub adopted: bool,
 }
 
 impl JoinFile {
@@ -51,6 +54,13 @@ impl JoinFile {
         let file: Self = read_json(&path)?.with_context(|| format!("{} is gone", path.display()))?;
         file.check().with_context(|| format!("{} cannot be used", path.display()))?;
         Ok(file)
+    }
+
+    /// Writes the file, durably.
+    pub(super) fn save(&self, data: &Path) -> Result<()> {
+        let path = data.join(JOIN_FILE);
+        let write = || durable_write(&path, &serde_json::to_vec(self)?);
+        write().with_context(|| format!("write {}", path.display()))
     }
 
     /// Checks the content against itself.

@@ -2,6 +2,7 @@
 //! it ask. Must never let a host trust a cluster whose authority is not the one in its token, or let a private key
 //! leave its host.
 
+mod adoption;
 mod asking;
 mod client;
 mod files;
@@ -17,6 +18,7 @@ use subtle::ConstantTimeEq;
 
 use crate::cluster::{Membership, NodeId};
 
+pub use adoption::Candidate;
 pub use asking::{Newcomer, Stage, run, wanted};
 pub use files::{Host, JOIN_FILE, JoinFile, clear};
 pub use offer::Offer;

@@ -151,7 +151,7 @@ impl JoinAssets {
         let addresses = self.addresses(membership, primary)?;
         let list = addresses.iter().map(|address| quote(address)).collect::<Vec<_>>().join(" ");
         let offer = Offer {
-            join: JoinFile { token: token.to_owned(), addresses, ca: ca.clone() },
+            join: JoinFile { token: token.to_owned(), addresses, ca: ca.clone(), adopted: false },
             cluster: membership.cluster,
             members: membership.roster.members.iter().map(|member| member.id).collect(),
             next_id: membership.roster.next_id,

@@ -37,7 +37,7 @@ pub use inbox::{ChangeError, SnapshotError};
 pub use lease::Lease;
 pub use pulse::Pulse;
 pub use serving::Serving;
-pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress};
+pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress, Waiting};
 pub use warning::Warning;
 
 use crate::{

@@ -42,6 +42,9 @@ pub struct Status {
     /// True if the database is open for writing and [lent](super::Serving); only in the role PRIMARY.
     #[serde(default)]
     pub serving: bool,
+    /// What is known of a host that waits for a pool; only in the role WAITING.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
     /// The recent past of this node.
     #[serde(skip)]
     pub recent: Recent,
@@ -81,6 +84,7 @@ impl Status {
             warnings: Vec::new(),
             certificates: Vec::new(),
             serving: false,
+            waiting: None,
             recent: Recent::default(),
         }
     }
@@ -90,6 +94,22 @@ impl Status {
     pub fn serving(&self) -> Option<u64> {
         (self.role == Role::Primary && self.serving).then_some(self.epoch)
     }
+}
+
+/// A host that waits to become the seed of a pool, or to be added to one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Waiting {
+    /// SHA-256 of its public key: what whoever adds it compares.
+    pub fingerprint: String,
+    /// Since when, in seconds since 1970.
+    pub since: u64,
+    /// True if it accepts nobody without the secret of `CLUSTERED_DB_SECRET_FILE`.
+    pub secret: bool,
+    /// By which the pool's members reach it, as far as it knows.
+    pub address: String,
+    /// Where an administrator signs up to make it the seed; none if it has no HTTPS port.
+    pub console: Option<String>,
 }
 
 /// One certificate of a node.

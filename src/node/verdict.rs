@@ -1,7 +1,7 @@
 //! The verdict on a status: healthy, degraded or without a primary, and what to do about it. Pure: must never read a
 //! clock or ask a node.
 
-use super::{MemberStatus, Status};
+use super::{MemberStatus, Status, Waiting};
 use crate::cluster::{Role, roster::Pause};
 
 /// A member that is more Raft entries behind than this is worth a warning. A busy cluster commits about 1,000 a second,
@@ -34,7 +34,9 @@ pub struct Verdict {
 pub fn judge(status: &Status, now: u64) -> Verdict {
     if let Some(headline) = outside(status) {
         // The headline already contains the reason.
-        let advice = status.warnings.iter().filter(|warning| **warning != status.reason).cloned().collect();
+        let mut advice: Vec<String> =
+            status.warnings.iter().filter(|warning| **warning != status.reason).cloned().collect();
+        advice.extend(status.waiting.iter().flat_map(ways_into_a_pool));
         return Verdict { health: Health::Degraded, headline, advice };
     }
     let primary = status.members.iter().find(|member| member.state == Role::Primary);
@@ -75,12 +77,35 @@ pub fn duration(ms: u64) -> String {
 fn outside(status: &Status) -> Option<String> {
     let Status { name, reason, .. } = status;
     match status.role {
+        Role::Waiting => Some(format!("WAITING: {reason}")),
         Role::RequestJoin => Some(format!("REQUEST_JOIN: {reason}")),
         Role::Startup if status.members.is_empty() => Some(format!("STARTUP: {name} starts: {reason}")),
         Role::Startup2 if status.members.is_empty() => Some(format!("STARTUP2: {name} joins: {reason}")),
         Role::Removed => Some(format!("REMOVED: this host ({name}) is not a member: {reason}")),
         _ => None,
     }
+}
+
+/// Since when a host waits for a pool, and what can be done with it.
+fn ways_into_a_pool(waiting: &Waiting) -> [String; 3] {
+    let Waiting { fingerprint, since, secret, address, console } = waiting;
+    let at = i64::try_from(*since).ok().and_then(|since| jiff::Timestamp::from_second(since).ok());
+    let at = at.map(|at| at.strftime("%Y-%m-%d %H:%M").to_string()).unwrap_or_default();
+    let accepts = match secret {
+        true => "It accepts a pool that knows the secret of CLUSTERED_DB_SECRET_FILE, and no other one.",
+        false => "Without CLUSTERED_DB_SECRET_FILE, it takes the first pool that calls.",
+    };
+    let seed = match console {
+        Some(url) => format!("To make it the first member of a pool, sign up at {url} at once: whoever is first may."),
+        None => "To make it the first member of a pool, set MANAGEMENT_PORT_HTTPS and sign up there.".to_owned(),
+    };
+    let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+    let proof = if *secret { String::new() } else { format!(" --member-fingerprint {fingerprint}") };
+    [
+        format!("It waits since {at} UTC. {accepts}"),
+        seed,
+        format!("To add it to a pool, at its PRIMARY: `twistcli clustered-db add --member-address {host}{proof}`"),
+    ]
 }
 
 fn is_up(member: &MemberStatus) -> bool {
@@ -112,6 +137,7 @@ pub fn advise(member: &MemberStatus, status: &Status) -> Option<String> {
         Role::Unknown => {
             format!("{who} has not been heard of: start twistlockd there, or check the network between the hosts.")
         }
+        Role::Waiting => format!("{who} waits for a pool."),
         Role::RequestJoin => format!("{who} asks to join."),
         Role::Removed => format!("{who} is no longer a member: stop twistlockd there and delete its data folder."),
         Role::Startup2 => format!("{who} is in STARTUP2: it becomes SECONDARY by itself when it has caught up."),
@@ -177,8 +203,27 @@ pub(crate) mod tests {
             warnings: Vec::new(),
             certificates: Vec::new(),
             serving: false,
+            waiting: None,
             recent: Default::default(),
         }
+    }
+
+    #[test]
+    fn a_host_that_waits_says_both_ways_out() {
+        let (fingerprint, address) = ("AB:CD".to_owned(), "192.0.2.7:8086".to_owned());
+        let console = Some("https://192.0.2.7:8083/".to_owned());
+        let waiting = Waiting { fingerprint, since: 60, secret: false, address, console };
+        let mut status = Status { role: Role::Waiting, reason: "AB:CD".into(), waiting: Some(waiting), ..healthy() };
+        let verdict = judge(&status, 0);
+        assert_eq!((verdict.health, verdict.headline.as_str()), (Health::Degraded, "WAITING: AB:CD"));
+        let told = verdict.advice.join("\n");
+        for part in ["since 1970-01-01 00:01 UTC", "takes the first pool", "sign up at https://192.0.2.7:8083/ at once"]
+        {
+            assert!(told.contains(part), "{told}");
+        }
+        assert!(told.ends_with("--member-address 192.0.2.7 --member-fingerprint AB:CD`"), "{told}");
+        status.waiting.as_mut().expect("it waits").secret = true;
+        assert!(judge(&status, 0).advice[2].ends_with("--member-address 192.0.2.7`"));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 mod authority;
 mod console;
 mod defender;
+mod meeting;
 mod params;
 pub mod pem;
 mod request;
@@ -42,6 +43,7 @@ use crate::{
 pub use authority::{Authority, Issued, authority_made_at, is_reserved};
 pub use console::{CertificateInfo, Pair, as_pem, console_tls, is_issued_by, reseal};
 pub use defender::{console_name, defender_client_tls, defender_identity, defender_port_tls};
+pub use meeting::{MEETING, calling_tls, key_fingerprint, proven_node, waiting_console_tls, waiting_name, waiting_tls};
 pub use request::{
     SigningRequest, certificate_key, certificate_validity, console_request, is_signed_by, new_key, node_request,
     request_with,

@@ -65,6 +65,7 @@ macro_rules! table {
 
 /// The roles as people see them; `node` has a test that these are all.
 pub const ROLES: &[&str] = &[
+    "WAITING",
     "REQUEST_JOIN",
     "STARTUP",
     "STARTUP2",

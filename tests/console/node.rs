@@ -172,6 +172,7 @@ fn status(role: Role, epoch: u64) -> Status {
         warnings: Vec::new(),
         certificates: Vec::new(),
         serving: false,
+        waiting: None,
         recent: Default::default(),
     }
 }

@@ -43,6 +43,7 @@ mod snapshot;
 mod terminal;
 mod trouble;
 mod upgrade;
+mod waiting;
 mod writers;
 
 use std::{

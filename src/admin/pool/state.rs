@@ -18,7 +18,7 @@ use crate::cluster::Role;
 pub fn pool_state(role: Role) -> &'static str {
     match role {
         // A host that waits is no member yet, and serves nothing.
-        Role::RequestJoin | Role::Startup => "STARTUP",
+        Role::Waiting | Role::RequestJoin | Role::Startup => "STARTUP",
         Role::Startup2 => "STARTUP2",
         Role::Recovering => "RECOVERING",
         Role::Secondary => "SECONDARY",

@@ -23,6 +23,13 @@ pub struct Newcomer {
     pub console_certificate: String,
 }
 
+/// A host that waited, and with what it is taken in. Nobody needs the request afterwards but for its names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adoption {
+    pub request: Request,
+    pub newcomer: Newcomer,
+}
+
 impl Membership {
     pub(super) fn request(&mut self, request: &Request) -> Result<(), Impossible> {
         check_host(&request.name, &request.address, request.port)?;
@@ -65,21 +72,48 @@ impl Membership {
             )));
         }
         for host in hosts {
-            if host.id < self.roster.next_id {
-                return Err(Impossible(format!("node id {} was given to another host meanwhile: try again", host.id)));
-            }
             let place = self.shared.requests.iter().position(|request| request.id == host.request);
             let place = place.ok_or_else(|| Impossible("a request to join is gone: look again".to_owned()))?;
-            let Request { name, address, port, id, .. } = self.shared.requests.remove(place);
-            if host.certificate.len().max(host.console_certificate.len()) > MAX_PEM {
-                return Err(Impossible(format!("a certificate of {name} is longer than {MAX_PEM} bytes")));
-            }
-            let (certificate, console_certificate) = (host.certificate.clone(), host.console_certificate.clone());
-            let admission = Admission { request: id, certificate, console_certificate };
-            self.roster.push(host.id, (name, address, port), Some(admission))?;
-            self.roster.next_id = host.id + 1;
+            let request = self.shared.requests.remove(place);
+            self.take_in(&request, host)?;
         }
         self.shared.invitations.clear();
+        Ok(())
+    }
+
+    pub(super) fn adopt(&mut self, hosts: &[Adoption]) -> Result<(), Impossible> {
+        let (size, requests) = (self.roster.size, self.shared.requests.len());
+        if !size.is_pool() || hosts.is_empty() {
+            return Err(Impossible(format!("a cluster of {size} members takes hosts in by the join script")));
+        }
+        if self.roster.members.len() + requests + hosts.len() > size.most {
+            return Err(Impossible(format!(
+                "{} members, {requests} requests to join and {} more hosts are more than the {} that a pool may have",
+                self.roster.members.len(),
+                hosts.len(),
+                size.most
+            )));
+        }
+        for Adoption { request, newcomer } in hosts {
+            check_host(&request.name, &request.address, request.port)?;
+            request.check()?;
+            self.take_in(request, newcomer)?;
+        }
+        Ok(())
+    }
+
+    fn take_in(&mut self, request: &Request, host: &Newcomer) -> Result<(), Impossible> {
+        if host.id < self.roster.next_id {
+            return Err(Impossible(format!("node id {} was given to another host meanwhile: try again", host.id)));
+        }
+        let Request { name, address, port, id, .. } = request.clone();
+        if host.certificate.len().max(host.console_certificate.len()) > MAX_PEM {
+            return Err(Impossible(format!("a certificate of {name} is longer than {MAX_PEM} bytes")));
+        }
+        let (certificate, console_certificate) = (host.certificate.clone(), host.console_certificate.clone());
+        let admission = Admission { request: id, certificate, console_certificate };
+        self.roster.push(host.id, (name, address, port), Some(admission))?;
+        self.roster.next_id = host.id + 1;
         Ok(())
     }
 }

@@ -3,7 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Membership, admission::Newcomer};
+use super::{
+    Membership,
+    admission::{Adoption, Newcomer},
+};
 use crate::cluster::{
     level::{FIRST_LEVEL, POOLS},
     limits::{Impossible, LONG_MEMBERSHIPS, MAX_ENCODED, MAX_ENCODED_BEFORE, MAX_NAME, fits},
@@ -31,6 +34,8 @@ pub enum Change {
     Reject { request: String },
     /// Takes all hosts that ask in as members without a vote, and closes the invitations.
     Admit { hosts: Vec<Newcomer> },
+    /// Takes hosts that waited into a pool, as members without a vote. Requests and invitations stay as they are.
+    Adopt { hosts: Vec<Adoption> },
     /// Keeps the certificate authority.
     Authority { authority: SealedAuthority },
     /// Gives all members a vote, in one joint change.
@@ -81,6 +86,7 @@ impl Change {
             | Change::Request { .. }
             | Change::Reject { .. }
             | Change::Admit { .. }
+            | Change::Adopt { .. }
             | Change::Authority { .. }
             | Change::Promote
             | Change::Demote { .. }
@@ -122,6 +128,7 @@ impl Membership {
                 next.shared.requests.remove(place.ok_or_else(|| Impossible("there is no such request".to_owned()))?);
             }
             Change::Admit { hosts } => next.admit(hosts)?,
+            Change::Adopt { hosts } => next.adopt(hosts)?,
             Change::Authority { authority } => next.shared.keep_authority(authority)?,
             Change::Notify { webhooks } => {
                 check_webhooks(webhooks)?;

@@ -50,6 +50,41 @@ fn change(membership: &Membership, change: Change) -> Result<Membership, String>
     membership.changed(&change, 1).map_err(|error| error.to_string())
 }
 
+/// A host that waited.
+fn adopted(id: NodeId) -> Adoption {
+    Adoption { request: request(id), newcomer: newcomer(id) }
+}
+
+#[test]
+fn a_pool_takes_in_all_hosts_that_are_named_or_none() {
+    let adopt = |membership: &Membership, ids: std::ops::RangeInclusive<NodeId>| {
+        change(membership, Change::Adopt { hosts: ids.map(adopted).collect() })
+    };
+    assert!(adopt(&one(), 2..=3).unwrap_err().contains("join script"), "HA mode has APPLY");
+    let mut pool = one();
+    pool.roster.size = SizePolicy::pool();
+    // From one to two, which is no complete pool yet, and on to seven.
+    let two = change(&adopt(&pool, 2..=2).unwrap(), Change::Promote).unwrap();
+    let five = adopt(&two, 3..=5).unwrap();
+    assert_eq!((five.voters().count(), five.learners().collect::<Vec<_>>()), (2, vec![3, 4, 5]));
+    let admission = five.get(4).and_then(|member| member.admission.clone()).unwrap();
+    assert_eq!(admission.request, "request4", "by it the host picks up its certificates");
+    let seven = adopt(&change(&five, Change::Promote).unwrap(), 6..=7).unwrap();
+    assert_eq!(seven.roster.members.len(), 7);
+    for (from, ids, why) in
+        [(&seven, 8..=8, "more than the 7"), (&two, 3..=8, "more than the 7"), (&two, 1..=1, "meanwhile")]
+    {
+        assert!(adopt(from, ids).unwrap_err().contains(why));
+    }
+    let twin = Adoption { request: Request { name: "host1".to_owned(), ..request(3) }, newcomer: newcomer(3) };
+    let error = change(&pool, Change::Adopt { hosts: vec![adopted(2), twin] }).unwrap_err();
+    assert!(error.contains("cannot be told apart"), "{error}");
+    assert!(change(&pool, Change::Adopt { hosts: Vec::new() }).is_err());
+    // Who asks by a join script is left alone.
+    let asked = ask(&two, 9);
+    assert_eq!(change(&asked, Change::Adopt { hosts: vec![adopted(3)] }).unwrap().shared.requests.len(), 1);
+}
+
 #[test]
 fn two_hosts_are_admitted_and_get_a_vote_together() {
     let asked = ask(&ask(&one(), 2), 3);

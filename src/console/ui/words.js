@@ -3,6 +3,7 @@
 const STATES = {
   PRIMARY: 'serves the Console',
   SECONDARY: 'replicates, ready to take over',
+  WAITING: 'waits to become the seed of a pool, or to be added to one',
   REQUEST_JOIN: 'asks to join, waits for APPLY',
   STARTUP: 'starts',
   STARTUP2: 'fetches the database, has no vote yet',

@@ -61,8 +61,11 @@ mod tests {
 
     #[test]
     fn the_role_is_a_state_set_of_all_words() {
-        use Role::{Down, Primary, Recovering, Removed, RequestJoin, Rollback, Secondary, Startup, Startup2, Unknown};
-        let all = [RequestJoin, Startup, Startup2, Recovering, Secondary, Primary, Rollback, Down, Unknown, Removed];
+        use Role::{
+            Down, Primary, Recovering, Removed, RequestJoin, Rollback, Secondary, Startup, Startup2, Unknown, Waiting,
+        };
+        let all =
+            [Waiting, RequestJoin, Startup, Startup2, Recovering, Secondary, Primary, Rollback, Down, Unknown, Removed];
         assert_eq!(all.map(|role| role.to_string()).as_slice(), telemetry::ROLES);
     }
 }

@@ -93,6 +93,7 @@ impl Publisher {
             warnings: Vec::new(),
             certificates: self.certificates.clone(),
             serving: false,
+            waiting: None,
             recent: Recent { role_changes: self.history.changes().clone(), warnings: self.warnings.clone() },
         }
     }

@@ -126,7 +126,7 @@ fn decode_memory(reader: &mut Reader<'_>) -> Result<Remembers, CodecError> {
     Ok(Remembers { forgotten, reach: Reach { term, vote, acked, committed } })
 }
 
-pub(super) const ROLES: [Role; 10] = [
+pub(super) const ROLES: [Role; 11] = [
     Role::RequestJoin,
     Role::Startup,
     Role::Startup2,
@@ -137,6 +137,8 @@ pub(super) const ROLES: [Role; 10] = [
     Role::Down,
     Role::Unknown,
     Role::Removed,
+    // Never sent: a host that waits has no links.
+    Role::Waiting,
 ];
 
 /// The numbers on the wire; never renumber.
@@ -152,5 +154,6 @@ fn role_code(role: Role) -> u8 {
         Role::Down => 7,
         Role::Unknown => 8,
         Role::Removed => 9,
+        Role::Waiting => 10,
     }
 }
