@@ -11,7 +11,7 @@ mod tasks;
 
 use std::{
     fs::File,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
@@ -61,7 +61,7 @@ use crate::{
 use administration::Colleague;
 pub(crate) use signals::Signals;
 use start::{Found, first_start, node_config, open_memory, promise};
-pub(crate) use start::{lease_terms, open_data};
+pub(crate) use start::{bind_address, lease_terms, open_data};
 pub(crate) use systemd::begin_long_start;
 use systemd::service_manager;
 use tasks::{Need, Tasks};
@@ -525,10 +525,6 @@ async fn end_of_guard(guard: PortGuard) {
     if tokio::time::timeout(GUARD_LIMIT, ended).await.is_err() {
         warn!("the port guard process does not end");
     }
-}
-
-pub(crate) fn bind_address(config: &Config) -> IpAddr {
-    config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
 }
 
 fn flatten(ended: Result<std::thread::Result<Exit>, task::JoinError>) -> Exit {

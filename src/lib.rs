@@ -57,8 +57,8 @@
 //! does not trust its copy goes the same way from the fetching on.
 //!
 //! A pool's way: a host with an empty data folder waits. A sign-up makes one of them the seed of a pool; its PRIMARY
-//! calls the others ([`meeting`]), both sides prove who they are, and one entry takes all of them in. From there on each
-//! goes the way of a newcomer.
+//! calls the others ([`meeting`]), both sides prove who they are, and one entry takes all of them in. From there on
+//! each goes the way of a newcomer.
 //!
 //! An upgrade's way: hosts get the newer program one by one, and any of them may be primary meanwhile. When all members
 //! have shown the next feature level for a while, the primary raises it ([`cluster::level`]); from then on an older

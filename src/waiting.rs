@@ -1,6 +1,6 @@
 //! The daemon of a host that waits for a pool: with `CLUSTERED_DB_ENABLED=true` and an empty data folder it founds
-//! nothing by itself. A sign-up makes it the seed of a new pool; the PRIMARY of a pool takes it in. Runs before the node's
-//! parts are built. Must never do both, nor answer as a PRIMARY would.
+//! nothing by itself. A sign-up makes it the seed of a new pool; the PRIMARY of a pool takes it in. Runs before the
+//! node's parts are built. Must never do both, nor answer as a PRIMARY would.
 
 mod front;
 

@@ -153,6 +153,8 @@ impl Founder {
             version: VERSION.to_owned(),
             https_port: Some(8083),
             data: data.path().to_owned(),
+            pool_secret_file: None,
+            bind: None,
         };
         let rows = Arc::new(Rows::default());
         let admin = Arc::new(Admin::new(admin_config, handle.clone(), ports.clone(), rows.clone()));

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// How long a request waits for an answer, in seconds.
-const EXPIRES: u64 = 86_400;
+pub(super) const EXPIRES: u64 = 86_400;
 /// Difference of two clocks with which certificates, times of expiry and logs still make sense, in milliseconds.
 const MAX_CLOCK_MS: i64 = 1_000;
 /// A clock that has moved by less than this since the last request is not noted again.
@@ -164,7 +164,8 @@ impl Operations {
         if !objections.is_empty() {
             return Err(AdminError::Refused(objections.join("; ")));
         }
-        let hosts = self.sign(&membership)?;
+        let requests: Vec<&Request> = membership.shared.requests.iter().collect();
+        let hosts = self.sign(&membership, &requests)?;
         let admitted: Vec<(NodeId, Request)> =
             hosts.iter().map(|host| host.id).zip(membership.shared.requests.iter().cloned()).collect();
         self.change(Change::Admit { hosts }).await?;
@@ -199,13 +200,13 @@ impl Operations {
         Ok(())
     }
 
-    /// Signs for all hosts that ask.
-    fn sign(&self, membership: &Membership) -> Result<Vec<Newcomer>, AdminError> {
+    /// Signs for hosts that are to be members, with the next ids.
+    pub(super) fn sign(&self, membership: &Membership, requests: &[&Request]) -> Result<Vec<Newcomer>, AdminError> {
         authority(membership)?;
         let Some(sealed) = &membership.shared.authority else { return Ok(Vec::new()) };
         let failed = |error: pki::PkiError| AdminError::Refused(error.to_string());
         let authority = Authority::open(membership.cluster, sealed, &self.config.certificates).map_err(failed)?;
-        let sign = |(id, request): (NodeId, &Request)| {
+        let sign = |(id, request): (NodeId, &&Request)| {
             let names: Vec<&str> = request.console_names.iter().map(String::as_str).collect();
             let certificate = authority.sign_request(&request.csr, id, &request.name, &[&request.address]);
             let of_host = |error: pki::PkiError| AdminError::Refused(format!("{}: {error}", request.name));
@@ -216,12 +217,12 @@ impl Operations {
                 console_certificate: authority.sign_console_request(&request.console_csr, &names).map_err(of_host)?,
             })
         };
-        (membership.roster.next_id..).zip(&membership.shared.requests).map(sign).collect()
+        (membership.roster.next_id..).zip(requests).map(sign).collect()
     }
 }
 
 /// Checks everything that a host says about itself; returns the fingerprint of its key.
-fn sound(request: &JoinRequest) -> Result<String, String> {
+pub(super) fn sound(request: &JoinRequest) -> Result<String, String> {
     check_host(&request.name, &request.address, request.port).map_err(|error| error.to_string())?;
     let version = &request.version;
     let readable = |c: char| c.is_ascii_alphanumeric() || "-.+_".contains(c);
@@ -277,11 +278,7 @@ fn objections(membership: &Membership, now: u64) -> Vec<String> {
             let needed = (membership.shared.level_version.as_str(), membership.shared.level);
             found.push(format!("{}; or run the join script there again", outdated(name, theirs, needed)));
         }
-        if clock_ms.unsigned_abs() > MAX_CLOCK_MS.unsigned_abs() {
-            let way = if *clock_ms > 0 { "ahead" } else { "behind" };
-            let ms = clock_ms.unsigned_abs();
-            found.push(format!("the clock of {name} is {ms} ms {way}: set up time synchronization there"));
-        }
+        found.extend(clock_objection(name, *clock_ms));
         if !request.in_force(now) {
             found.push(format!("the request of {name} has expired: run the join script there again, or reject it"));
         }
@@ -290,6 +287,13 @@ fn objections(membership: &Membership, now: u64) -> Vec<String> {
         found.push(format!("{} is still being brought up to date: wait until it is SECONDARY", membership.name(node)));
     }
     found
+}
+
+/// Refuses a host whose clock differs too much, by so many milliseconds.
+pub(super) fn clock_objection(name: &str, clock_ms: i64) -> Option<String> {
+    let (way, ms) = (if clock_ms > 0 { "ahead" } else { "behind" }, clock_ms.unsigned_abs());
+    (ms > MAX_CLOCK_MS.unsigned_abs())
+        .then(|| format!("the clock of {name} is {ms} ms {way}: set up time synchronization there"))
 }
 
 /// The one request that is meant.
@@ -322,7 +326,7 @@ fn says_the_same(old: &Request, new: &Request) -> bool {
 }
 
 /// Milliseconds by which a clock is ahead of ours.
-fn clock_ms(time_ms: u64) -> i64 {
+pub(super) fn clock_ms(time_ms: u64) -> i64 {
     let ours = unix_time_ms() as i64;
     i64::try_from(time_ms).unwrap_or(i64::MAX).saturating_sub(ours)
 }
@@ -338,11 +342,16 @@ fn admission_is(member: &crate::cluster::Member, which: impl Fn(&str) -> bool) -
 
 /// The answer for the member that was admitted with this key.
 fn admitted_with(membership: &Membership, fingerprint: &str) -> Option<RequestState> {
-    let member = membership.roster.members.iter().find(|member| {
-        let key = member.admission.as_ref().map(|admission| pki::certificate_key(&admission.certificate));
-        matches!(key, Some(Ok(key)) if key == fingerprint)
-    })?;
-    admitted(membership, member.id)
+    admission_of(membership, fingerprint).and_then(|(node, _)| admitted(membership, node))
+}
+
+/// The member that was admitted with this key and has no vote yet, and the id of its admission.
+pub(super) fn admission_of(membership: &Membership, fingerprint: &str) -> Option<(NodeId, String)> {
+    membership.roster.members.iter().find_map(|member| {
+        let admission = member.admission.as_ref()?;
+        let key = pki::certificate_key(&admission.certificate).ok()?;
+        (key == fingerprint).then(|| (member.id, admission.request.clone()))
+    })
 }
 
 fn admitted(membership: &Membership, node: NodeId) -> Option<RequestState> {

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use super::{
-    AdminConfig, AdminError, Certificates, Custom, Invited, Operations, PoolRemoval, PoolSettings, PoolStatus,
-    PoolWish, Ports, SwitchoverReport,
+    AdminConfig, AdminError, Certificates, Custom, Invited, NewMember, Operations, PoolAddition, PoolCandidate,
+    PoolRemoval, PoolSettings, PoolStatus, PoolWish, Ports, SwitchoverReport,
     audit::{Act, Actor, Audit, Outcome, Record},
     pool_settings,
 };
@@ -319,9 +319,9 @@ impl Admin {
     /// certificates from now on. Returns the settings as they are kept.
     ///
     /// # Errors
-    /// [`AdminError::NotPrimary`]; `Refused` in HA mode, for an address that cannot be in a certificate, and for another
-    /// address of the seed when it is not alone; `Unknown` if the role was lost before it was known whether it is in
-    /// force.
+    /// [`AdminError::NotPrimary`]; `Refused` in HA mode, for an address that cannot be in a certificate, and for
+    /// another address of the seed when it is not alone; `Unknown` if the role was lost before it was known whether it
+    /// is in force.
     pub async fn configure_pool(&self, wish: PoolWish, by: &Actor) -> Result<PoolSettings, AdminError> {
         let was = pool_settings(&self.membership());
         let next = PoolSettings {
@@ -333,6 +333,35 @@ impl Admin {
         };
         let act = Act::new("configure", POOL).change(&was, &next);
         self.audited(by, act, self.operations.configure_pool(wish, &by.name)).await
+    }
+
+    /// Meets hosts that wait, before they are added. Changes nothing on either side; a refusal is written down.
+    ///
+    /// # Errors
+    /// [`AdminError::NotPrimary`]; `Refused` in HA mode, and with everything that is in the way of adding them.
+    pub async fn look_at_hosts(&self, hosts: &[NewMember], by: &Actor) -> Result<Vec<PoolCandidate>, AdminError> {
+        let seen = self.operations.look_at_hosts(hosts).await;
+        if let Err(error @ AdminError::Refused(_)) = &seen {
+            self.begin(by, Act::new("look at", hosts_named(hosts))).await.end(Outcome::from(error)).await;
+        }
+        seen
+    }
+
+    /// Takes hosts that wait into a pool: all or none, as members without a vote. It goes on if whoever asks goes away.
+    /// Asked again, it tells those that were taken in and do not know it.
+    ///
+    /// # Errors
+    /// [`AdminError`]; `Refused` in HA mode, with everything that is in the way, and for a host that has neither proven
+    /// that it knows the pool's secret nor the fingerprint that was given.
+    pub async fn add_to_pool(self: &Arc<Self>, hosts: Vec<NewMember>, by: &Actor) -> Result<PoolAddition, AdminError> {
+        let (admin, by) = (Arc::clone(self), by.clone());
+        let act = Act::new("add", hosts_named(&hosts)).wish(&json!({ "members": hosts }));
+        let adding = tokio::spawn(async move {
+            let work = admin.operations.add_to_pool(&hosts, &by.name);
+            admin.audited(&by, act, Box::pin(work)).await
+        });
+        let lost = |error| AdminError::Unknown(format!("the operation ended without a result: {error}"));
+        adding.await.unwrap_or_else(|error| Err(lost(error)))
     }
 
     /// Drops the member of a pool that is at this address, with or without its port. Returns what the pool tolerates
@@ -444,6 +473,12 @@ impl Admin {
         record.end(Outcome::Done).await;
         sent
     }
+}
+
+/// What the rows about hosts that are added are about.
+fn hosts_named(hosts: &[NewMember]) -> String {
+    let names: Vec<&str> = hosts.iter().map(|host| host.address.as_str()).collect();
+    format!("member '{}'", names.join("', '"))
 }
 
 /// What an audit says of a webhook: no secret, and of its address the host, and a mark by which another one is seen.

@@ -133,7 +133,7 @@ fn check(membership: &Membership, text: &str, now: u64) -> Result<(), AdminError
 }
 
 /// `host:port` of all Consoles, the primary's first.
-fn addresses(membership: &Membership, primary: u64, port: Option<u16>) -> Vec<String> {
+pub(super) fn addresses(membership: &Membership, primary: u64, port: Option<u16>) -> Vec<String> {
     let mut members: Vec<_> = membership.roster.members.iter().collect();
     members.sort_by_key(|member| (member.id != primary, member.rank));
     let places = port.into_iter().flat_map(|port| members.iter().map(move |member| place(&member.address, port)));

@@ -19,6 +19,7 @@ mod rotate;
 mod switchover;
 
 use std::{
+    net::IpAddr,
     path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex},
@@ -37,8 +38,8 @@ pub use audit::{Act, Actor, Audit, Outcome, Record, Ticket};
 pub use certificates::{Certificates, Custom, MAX_UPLOAD};
 pub use door::Admin;
 pub use pool::{
-    PoolHealth, PoolMember, PoolRemoval, PoolSettings, PoolSize, PoolStatus, PoolWish, pool_settings, pool_state,
-    pool_status,
+    AddedMember, NewMember, PoolAddition, PoolCandidate, PoolHealth, PoolMember, PoolRemoval, PoolSettings, PoolSize,
+    PoolStatus, PoolWish, pool_settings, pool_state, pool_status,
 };
 pub use switchover::{Check, SwitchoverReport};
 
@@ -65,6 +66,10 @@ pub struct AdminConfig {
     pub https_port: Option<u16>,
     /// The data folder.
     pub data: PathBuf,
+    /// `CLUSTERED_DB_SECRET_FILE`: what hosts that are added to a pool have to know.
+    pub pool_secret_file: Option<PathBuf>,
+    /// The address to call them from; none: any.
+    pub bind: Option<IpAddr>,
 }
 
 /// The Console's ports on this node, as the daemon controls them.

@@ -34,7 +34,9 @@ impl Progress {
         let up = |role| matches!(role, Role::Primary | Role::Secondary);
         let pending = status.members.iter().filter(|member| !member.voter || !up(member.state));
         let mut pending: Vec<String> = pending.map(|member| format!("{} {}", member.name, member.state)).collect();
-        let missing = status.membership.roster.size.missing(status.members.len());
+        // A pool grows as its administrator likes.
+        let size = status.membership.roster.size;
+        let missing = if size.is_pool() { 0 } else { size.missing(status.members.len()) };
         if missing > 0 {
             pending.push(format!("{missing} to come"));
         }
@@ -46,11 +48,11 @@ impl Progress {
     }
 }
 
-/// Returns when all members are up.
+/// Returns when all members are up. With `quietly`, standard output is left alone.
 ///
 /// # Errors
 /// When the daemon cannot be reached, gives the role up, or `limit` is over.
-pub(super) fn wait(client: &ApiClient, limit: Duration) -> Result<(), Stop> {
+pub(super) fn wait(client: &ApiClient, limit: Duration, quietly: bool) -> Result<(), Stop> {
     let start = Instant::now();
     let bar = progress_bar();
     loop {
@@ -59,7 +61,12 @@ pub(super) fn wait(client: &ApiClient, limit: Duration) -> Result<(), Stop> {
         if progress.pending.is_empty() {
             bar.finish_and_clear();
             let seconds = start.elapsed().as_secs_f64();
-            return say(&format!("All {} members are up ({seconds:.1} s).", status.members.len()));
+            let text = format!("All {} members are up ({seconds:.1} s).", status.members.len());
+            if quietly {
+                eprintln!("{text}");
+                return Ok(());
+            }
+            return say(&text);
         }
         let waits_for = progress.pending.join(", ");
         if start.elapsed() > limit {

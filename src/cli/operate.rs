@@ -82,7 +82,7 @@ pub(super) fn apply(client: &ApiClient, args: &ApplyArgs) -> Result<(), Stop> {
         eprintln!("Next: twistcli ha status --watch");
         return Ok(());
     }
-    catch_up::wait(client, args.wait)
+    catch_up::wait(client, args.wait, false)
 }
 
 /// "2 hosts ask".

@@ -9,7 +9,7 @@ pub mod backups;
 pub mod certs;
 mod clock;
 pub mod cluster;
-mod clustered_db;
+pub mod clustered_db;
 mod cookie;
 mod defenders;
 mod drills;

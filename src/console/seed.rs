@@ -1,5 +1,5 @@
-//! The first user of a pool: whoever has signed up at the host that waited. The sign-up is acknowledged when this file is
-//! on the disk; the user is in the database before any port of the Console opens. Must never replace a user.
+//! The first user of a pool: whoever has signed up at the host that waited. The sign-up is acknowledged when this file
+//! is on the disk; the user is in the database before any port of the Console opens. Must never replace a user.
 
 use std::{fs, io, net::IpAddr, path::Path};
 

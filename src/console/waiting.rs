@@ -1,5 +1,5 @@
-//! What a host that waits for a pool serves at the Console's HTTPS port: the page's sign-up, which makes it the seed of a
-//! pool, and nothing else. There is no database yet. Must never look like a PRIMARY to a load balancer.
+//! What a host that waits for a pool serves at the Console's HTTPS port: the page's sign-up, which makes it the seed of
+//! a pool, and nothing else. There is no database yet. Must never look like a PRIMARY to a load balancer.
 
 use std::{sync::Arc, time::Duration};
 

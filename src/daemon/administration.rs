@@ -24,6 +24,8 @@ pub(super) fn admin(config: &Config, handle: &Handle, ports: SupervisorHandle, i
         version: program_version().to_owned(),
         https_port: config.management_port_https,
         data: PathBuf::from(&config.data_folder),
+        pool_secret_file: config.clustered_db_secret_file.clone(),
+        bind: config.bind_address,
     };
     Admin::new(config, handle.clone(), Arc::new(ConsolePorts(ports)), Arc::new(inside))
 }

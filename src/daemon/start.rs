@@ -1,7 +1,10 @@
 //! What a start finds in the data folder: whose it is, the raft log, earlier promises, the node's settings. Must never
 //! change what it cannot explain.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::{IpAddr, Ipv6Addr},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail};
 use tracing::{info, warn};
@@ -85,6 +88,11 @@ pub(super) fn first_start(config: &Config, data: &DataDir) -> Result<Identity> {
              host (the PRIMARY shows it: twistcli ha join-script, or Manage > System > High Availability)"
         ),
     }
+}
+
+/// Where all ports are opened.
+pub(crate) fn bind_address(config: &Config) -> IpAddr {
+    config.bind_address.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
 }
 
 pub(crate) fn lease_terms(config: &Config) -> LeaseTerms {

@@ -149,20 +149,25 @@ fn install(options: &Options, place: &Place, voice: &Voice) -> Result<(), Failur
     } else {
         plan.step("start", "start the node and wait until it is ready", || {
             service.wait_until_ready(service.start()?)?;
-            let url = config.management_port_https.map(|port| format!("https://{}:{port}", host_name()));
-            let url = url.map(|url| match config.clustered_db_enabled && !member {
-                true => format!(" This host waits for a pool: sign up at {url} at once, or have a pool add it"),
-                false => format!(" Console: {url} on the PRIMARY"),
-            });
-            voice.say(&format!("Done.{}", url.unwrap_or_default()));
-            if let Some(port) = config.health_port {
-                let url = format!("http://{}:{port}/status", host_name());
-                voice.say(&format!("Status page of this host, also without a PRIMARY: {url}"));
-            }
+            say_where(&config, member, voice);
             Ok(())
         });
     }
     plan.carry_out(options.dry_run, options.stop_after.as_deref(), voice)
+}
+
+/// Says where the Console and the status page of this host are.
+fn say_where(config: &Config, member: bool, voice: &Voice) {
+    let url = config.management_port_https.map(|port| format!("https://{}:{port}", host_name()));
+    let url = url.map(|url| match config.clustered_db_enabled && !member {
+        true => format!(" This host waits for a pool: sign up at {url} at once, or have a pool add it"),
+        false => format!(" Console: {url} on the PRIMARY"),
+    });
+    voice.say(&format!("Done.{}", url.unwrap_or_default()));
+    if let Some(port) = config.health_port {
+        let url = format!("http://{}:{port}/status", host_name());
+        voice.say(&format!("Status page of this host, also without a PRIMARY: {url}"));
+    }
 }
 
 /// Refuses a fresh start of a PRIMARY where a cluster exists: it would make a second cluster, and leave the others

@@ -1,5 +1,5 @@
-//! The waiting side of a meeting. Must never tell anything of this host to a caller that has not proven itself, and never
-//! let two take it.
+//! The waiting side of a meeting. Must never tell anything of this host to a caller that has not proven itself, and
+//! never let two take it.
 
 use std::{
     net::IpAddr,
@@ -76,8 +76,8 @@ impl Waiting {
         &self.desk
     }
 
-    /// Answers one caller. Returns the pool that has taken this host in, once `keep` has put that on the disk; none when
-    /// the caller only looked. The error has been told to the caller.
+    /// Answers one caller. Returns the pool that has taken this host in, once `keep` has put that on the disk; none
+    /// when the caller only looked. The error has been told to the caller.
     ///
     /// # Errors
     /// [`MeetingError`]: nothing was changed.

@@ -178,8 +178,8 @@ pub fn calling_tls(dir: &std::path::Path) -> Result<Arc<ClientConfig>, PkiError>
     Ok(Arc::new(config))
 }
 
-/// The settings of the HTTPS port of a host that waits: no authority has signed for it yet, so it shows a certificate of
-/// its own for these names, with the key (PEM) whose fingerprint it tells.
+/// The settings of the HTTPS port of a host that waits: no authority has signed for it yet, so it shows a certificate
+/// of its own for these names, with the key (PEM) whose fingerprint it tells.
 ///
 /// # Errors
 /// [`PkiError::Generate`] when key or names cannot be used, [`PkiError::Tls`] when certificate and key cannot.
@@ -206,8 +206,8 @@ pub fn key_fingerprint(certificate: &[u8]) -> Result<String, PkiError> {
     Ok(fingerprint(parse(certificate)?.public_key().raw))
 }
 
-/// Which node of which cluster a certificate (DER) proves its holder to be, if one of these authorities (PEM) has signed
-/// it and it is valid at this time, in seconds since 1970.
+/// Which node of which cluster a certificate (DER) proves its holder to be, if one of these authorities (PEM) has
+/// signed it and it is valid at this time, in seconds since 1970.
 ///
 /// # Errors
 /// [`PkiError::Identity`] when none has, or it is not a node's; [`PkiError::Custom`] when the authorities cannot be

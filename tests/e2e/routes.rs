@@ -24,6 +24,8 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("POST /high-availability/apply", "needs hosts that ask: tests/join"),
     ("DELETE /high-availability/members/{member}", "takes a member away: tests/join"),
     ("POST /clustered-db/settings", "needs a pool: tests/e2e/pool.rs finds its row"),
+    ("POST /clustered-db/candidates", "needs hosts that wait: tests/e2e/waiting.rs"),
+    ("POST /clustered-db/members", "needs hosts that wait: tests/e2e/waiting.rs finds its row"),
     ("DELETE /clustered-db/members/{address}", "takes a member of a pool away: tests/e2e/pool.rs finds its row"),
     ("PUT /high-availability/members/{member}/address", "needs a host that moves: tests/join"),
     ("POST /high-availability/switchover", "the same operation as of twistcli, which is looked at beside this"),

@@ -3,6 +3,7 @@
 
 use std::{
     fs::{self, File},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -13,7 +14,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use twistlock_ha::{
     cluster::Role,
@@ -25,6 +26,7 @@ use ureq::Agent;
 
 use super::{beside, cluster::LIMIT, network};
 
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
 const PASSWORD: &str = "Pool-test-1234";
 const LIMITS: Limits = Limits { connect: Duration::from_secs(2), request: Duration::from_secs(20) };
 
@@ -178,4 +180,147 @@ fn a_sign_up_makes_a_host_that_waits_the_seed_of_a_pool() {
         host.wait_role(Role::Primary);
         host.wait_for("there with its tag", || host.write(&agent, "first") == Some(409));
     });
+}
+
+/// `twistcli` with these arguments, at the Console of a host: exit code, and all that it says.
+fn at(host: &Host, args: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+    command.args(args).args(["--address", &format!("https://{}:8083/", host.address())]);
+    command.args(["-u", "admin", "-p", PASSWORD, "--tlscacert"]).arg(host.data().join("certificates/ca.pem"));
+    said(command)
+}
+
+/// `twistcli` on a host.
+fn on(host: &Host, args: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+    command.args(args).arg("--data").arg(host.data());
+    said(command)
+}
+
+fn said(mut command: Command) -> (Option<i32>, String) {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(text).unwrap())
+}
+
+/// The arguments of `add` for these hosts.
+fn add<'a>(addresses: &'a [String], more: &[&'a str]) -> Vec<&'a str> {
+    let named = addresses.iter().flat_map(|address| ["--member-address", address.as_str()]);
+    ["clustered-db", "add"].into_iter().chain(named).chain(more.iter().copied()).collect()
+}
+
+/// How many members of the pool have a vote, as a host sees it.
+fn voters(host: &Host) -> usize {
+    host.status().map_or(0, |status| status.membership.voters().count())
+}
+
+/// The first of these hosts that acknowledges a write, and how long that took.
+fn first_write(hosts: &[Host], among: std::ops::Range<usize>, agent: &Agent, tag: &str) -> Duration {
+    let begin = Instant::now();
+    hosts[among.start].wait_for("one of them PRIMARY", || {
+        hosts[among.clone()].iter().any(|host| matches!(host.write(agent, tag), Some(200 | 409)))
+    });
+    begin.elapsed()
+}
+
+/// As docs/pool.md says: five hosts wait, one is signed up, the others are added in one command.
+#[test]
+fn five_hosts_that_wait_become_a_pool_that_goes_on_without_two() {
+    let _beside = beside();
+    network::in_private_network(|| {
+        let site = site();
+        let start = |number| Host::start(site.path(), number, Some(SECRET));
+        let mut hosts: Vec<Host> = (1..=5).map(start).collect();
+        let stranger = Host::start(site.path(), 6, Some("ffffffffffffffffffffffffffffffff"));
+        let without = Host::start(site.path(), 7, None);
+        for host in hosts.iter().chain([&stranger, &without]) {
+            host.wait_role(Role::Waiting);
+        }
+        assert_eq!(on(&hosts[1], &["clustered-db", "fingerprint"]), (Some(0), format!("{}\n", hosts[1].fingerprint())));
+        let begin = Instant::now();
+        assert_eq!(hosts[0].sign_up().0, 200);
+        hosts[0].wait_role(Role::Primary);
+        let agent = hosts[0].agent();
+        hosts[0].wait_for("logged in", || hosts[0].write(&agent, "first") == Some(200));
+        let seeded = begin.elapsed();
+        let all: Vec<String> = hosts[1..].iter().map(Host::address).collect();
+
+        // Each is refused by its name, with all that were named beside it.
+        let refused = [
+            (stranger.address(), "the secrets of CLUSTERED_DB_SECRET_FILE differ"),
+            (without.address(), "CLUSTERED_DB_SECRET_FILE is set here, but not there"),
+            ("127.0.0.9".to_owned(), "nobody listens"),
+            ("127.0.0.1".to_owned(), "already"),
+        ];
+        for (address, why) in refused {
+            let with = [all.clone(), vec![address.clone()]].concat();
+            let named = if address == "127.0.0.1" { std::slice::from_ref(&address) } else { &with };
+            let (code, text) = at(&hosts[0], &add(named, &[]));
+            assert!(code == Some(75) && text.contains(why) && text.contains(&address), "{address}: {code:?} {text}");
+        }
+        let wrong = ["AB"; 32].join(":");
+        let (code, text) = at(&hosts[0], &add(&all[..1], &["--member-fingerprint", &wrong]));
+        assert!(code == Some(75) && text.contains("and not AB:AB"), "{text}");
+        for host in hosts[1..].iter().chain([&stranger, &without]) {
+            assert_eq!(host.role(), Some(Role::Waiting), "nothing was changed");
+        }
+        assert_eq!(voters(&hosts[0]), 1);
+
+        let adding = Instant::now();
+        let (code, text) = at(&hosts[0], &add(&all, &[]));
+        assert!(code == Some(0) && text.contains("All 5 members are up"), "{text}");
+        let (added, whole) = (adding.elapsed(), begin.elapsed());
+        println!(
+            "  sign-up {} ms, add of four {} ms, in all {} ms",
+            seeded.as_millis(),
+            added.as_millis(),
+            whole.as_millis()
+        );
+        assert_eq!(voters(&hosts[0]), 5);
+        let (_, audits) = at(&hosts[0], &["audits", "--limit", "50"]);
+        assert!(audits.contains("look at FAILED") && audits.contains("127.0.0.6"), "{audits}");
+
+        // Two of five at the same moment, the PRIMARY among them.
+        for host in &mut hosts[..2] {
+            host.end(Signal::SIGKILL);
+        }
+        println!("  two of five killed: a write after {} ms", first_write(&hosts, 2..5, &agent, "second").as_millis());
+        hosts[..2].iter_mut().for_each(Host::run);
+        let back = |host: &Host| matches!(host.role(), Some(Role::Primary | Role::Secondary));
+        hosts[0].wait_for("back", || hosts.iter().all(back));
+
+        removed_and_added_again(&mut hosts, &agent);
+    });
+}
+
+/// A member that was removed serves nothing, and is added again only with an empty data folder.
+fn removed_and_added_again(hosts: &mut [Host], agent: &Agent) {
+    let primary = || hosts.iter().position(|host| host.role() == Some(Role::Primary));
+    hosts[0].wait_for("ruled", || primary().is_some());
+    let primary = primary().unwrap();
+    let gone = if primary == 4 { 3 } else { 4 };
+    let address = hosts[gone].address();
+    let (code, text) = at(&hosts[primary], &["clustered-db", "remove", "--member-address", &address]);
+    assert_eq!(code, Some(0), "{text}");
+    hosts[gone].wait_role(Role::Removed);
+    for _ in 0..2 {
+        let (code, text) = at(&hosts[primary], &add(std::slice::from_ref(&address), &[]));
+        assert!(code == Some(75) && text.contains("no host waits there"), "{text}");
+        // Nor after a restart.
+        hosts[gone].end(Signal::SIGTERM);
+        hosts[gone].run();
+        hosts[gone].wait_role(Role::Removed);
+    }
+    assert!(TcpStream::connect((address.as_str(), 8083)).is_err(), "it serves nothing");
+    hosts[gone].end(Signal::SIGTERM);
+    fs::rename(hosts[gone].data(), hosts[gone].folder.join("aside")).unwrap();
+    hosts[gone].run();
+    hosts[gone].wait_role(Role::Waiting);
+    let (code, text) = at(&hosts[primary], &add(std::slice::from_ref(&address), &["--json"]));
+    assert!(code == Some(0), "{text}");
+    let json = text.split_once('\n').map_or("", |_| &text[..text.rfind('}').map_or(0, |end| end + 1)]);
+    let added: Value = serde_json::from_str(json).unwrap_or_else(|error| panic!("{error}: {text}"));
+    assert_eq!(added["members"][0]["address"], address);
+    hosts[primary].wait_for("five again", || voters(&hosts[primary]) == 5);
+    assert_eq!(hosts[primary].write(agent, "third"), Some(200));
 }

@@ -1,6 +1,7 @@
 //! The administration of a pool: its settings, the removal of a member by its address, and what its size tolerates.
 //! Owns the checks; must never do any of it in HA mode, nor anything of HA mode's in a pool.
 
+mod adding;
 mod state;
 mod status;
 
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 
 pub use self::{
+    adding::{AddedMember, NewMember, PoolAddition, PoolCandidate},
     state::pool_state,
     status::{PoolHealth, PoolMember, PoolStatus, pool_status},
 };

@@ -1,7 +1,9 @@
 //! `twistcli clustered-db`: a pool, by the names and the output that its administrators know. Owns the command line of
 //! these commands and what they say; what is permitted is up to the daemon.
 
+mod add;
 mod configure;
+mod fingerprint;
 mod remove;
 mod status;
 
@@ -52,6 +54,12 @@ pub(super) enum ClusteredDb {
     /// Set the address of the load balancer, or of the seed
     #[command(after_help = CONFIGURE_HELP)]
     Configure(ConfigureArgs),
+    /// Add hosts that wait to the pool
+    #[command(after_help = add::HELP)]
+    Add(add::AddArgs),
+    /// Show the fingerprint of this host's key, while it waits for a pool
+    #[command(after_help = fingerprint::HELP)]
+    Fingerprint(fingerprint::FingerprintArgs),
     /// Remove a member of the pool
     #[command(after_help = REMOVE_HELP)]
     Remove(RemoveArgs),
@@ -105,6 +113,8 @@ pub(super) fn run(command: &ClusteredDb) -> Result<u8, Stop> {
     match command {
         ClusteredDb::Status(args) => status::run(&args.target.client()?, args),
         ClusteredDb::Configure(args) => at(&args.target, |client| configure::run(client, args)),
+        ClusteredDb::Add(args) => at(args.target(), |client| add::run(client, args)),
+        ClusteredDb::Fingerprint(args) => at(args.target(), |client| fingerprint::run(client, args)),
         ClusteredDb::Remove(args) => at(&args.target, |client| remove::run(client, args)),
     }
 }
