@@ -6,7 +6,7 @@ usage() {
     cat <<'TEXT'
 Usage: packaging/build-deb.sh [cargo-deb options]
 
-  TWISTLOCK_BIN_DIR  folder of a twistlockd and twistcli to pack [default: built for release, to target/release]
+  TWISTLOCK_BIN_DIR  folder of a twistlockd, twistcli and defender to pack [default: built for release, to target/release]
 TEXT
 }
 
@@ -25,8 +25,8 @@ fi
 # Cargo.toml takes everything that is not in the repository from here.
 stage=target/package-files
 mkdir -p $stage
-install -m 0755 "$TWISTLOCK_BIN_DIR/twistlockd" "$TWISTLOCK_BIN_DIR/twistcli" $stage/
-strip --strip-debug $stage/twistlockd $stage/twistcli
+install -m 0755 "$TWISTLOCK_BIN_DIR/twistlockd" "$TWISTLOCK_BIN_DIR/twistcli" "$TWISTLOCK_BIN_DIR/defender" $stage/
+strip --strip-debug $stage/twistlockd $stage/twistcli $stage/defender
 "$TWISTLOCK_BIN_DIR/twistcli" man >$stage/twistcli.1
 "$TWISTLOCK_BIN_DIR/twistcli" completions bash >$stage/twistcli.bash
 "$TWISTLOCK_BIN_DIR/twistcli" completions zsh >$stage/_twistcli

@@ -12,7 +12,7 @@ A first node:      sudo ./install.sh -s --set HIGH_AVAILABILITY_ENABLED=true con
 The other two:     run on them the line that "twistcli ha join-script" prints on the first
 An upgrade:        sudo ./install.sh -sj console
 
-twistlockd and twistcli are looked for in --program DIR, else beside this script, else where they are installed.
+twistlockd, twistcli and defender are looked for in --program DIR, else beside this script, else where they are installed.
 What each flag does: twistlockd host install --help
 TEXT
 }

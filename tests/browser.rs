@@ -1,6 +1,11 @@
 //! The page, as an administrator uses it: headless Chromium through WebDriver, real daemons, the real join line. Owns the
 //! story from the first sign-up to a takeover, and the proof that no text becomes markup. Must never reach a host but its own.
 
+#[allow(dead_code, reason = "tests/e2e uses the rest")]
+#[path = "join/agent.rs"]
+mod agent;
+#[path = "browser/defenders.rs"]
+mod defenders;
 #[path = "browser/driver.rs"]
 mod driver;
 #[allow(dead_code, reason = "tests/join.rs uses the rest")]
@@ -19,6 +24,7 @@ use driver::Browser;
 use host::{Founder, Host, PASSWORD, wait_until};
 use serde_json::json;
 use stage::on_stage;
+use twistlock_ha::pki;
 
 /// How long anything may take; far above what a busy machine needs.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -289,6 +295,30 @@ fn what_an_administrator_sets_up_does_what_the_page_says() {
     });
 }
 
+#[test]
+fn defenders_are_installed_watched_and_withdrawn() {
+    on_stage("defenders_are_installed_watched_and_withdrawn", || {
+        let founder = Founder::start();
+        stage::name_hosts(&[founder.host.address]);
+        let browser = Browser::start(&[&founder.ca()]);
+        log_in(&browser);
+        defenders::play(&browser, &founder);
+        browser.assert_clean();
+    });
+}
+
+/// Defenders with these names, and one of them as a path that is watched.
+fn hostile_defenders(founder: &Founder, names: &[&str]) {
+    let invitation = founder.post("/defenders/tokens", json!({}), 200);
+    for name in names {
+        let csr = pki::request_with(&pki::new_key().unwrap(), "host", &[]).unwrap();
+        let registration = json!({"token": invitation["token"], "name": name, "csr": csr});
+        founder.post_as("", "/defenders/register", registration, 200);
+    }
+    let path = format!("/{}", names[0].replace('/', ""));
+    founder.post("/defenders/policy", json!({"paths": [{"path": path}]}), 200);
+}
+
 /// Names that people and programs choose come back as they were written, in every place that shows them.
 #[test]
 fn a_pool_shows_its_members_and_what_they_tolerate() {
@@ -305,6 +335,7 @@ fn no_text_becomes_markup() {
     on_stage("no_text_becomes_markup", || {
         let founder = Founder::start();
         stage::name_hosts(&[founder.host.address]);
+        hostile_defenders(&founder, &HOSTILE);
         for name in HOSTILE {
             founder.post("/tags", json!({"name": name, "color": "", "description": name}), 200);
             let user = json!({"username": name.replace(':', ";"), "password": "A-long-Pass-1234", "role": "auditor"});
@@ -326,6 +357,7 @@ fn no_text_becomes_markup() {
             ("#/tags", "Tags", (":", ":")),
             ("#/manage/authentication/users", "Users", (":", ";")),
             ("#/manage/logs/history", "History", (":", ":")),
+            ("#/manage/defenders", "Defenders", (":", ":")),
         ] {
             browser.go(hash, title);
             for name in HOSTILE {
@@ -346,7 +378,7 @@ fn no_text_becomes_markup() {
             browser.open(hash);
             browser.wait_for("the page is shown", &format!("return heading() === {}", json!(title)));
             // What these ask for may not be there, and then they show a sentence of their own, or it is in fields.
-            let others = ["Backup & Restore", "Certificates", "Settings"];
+            let others = ["Backup & Restore", "Certificates", "Settings", "Defender events"];
             let place = if others.contains(&title.as_str()) { "body" } else { "main" };
             browser.wait_for("the poison has come", &format!("return text('{place}').includes('<svg onload')"));
         }

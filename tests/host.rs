@@ -205,7 +205,7 @@ fn a_host_of_a_pool_is_installed_and_waits() {
 #[test]
 fn scripts_are_short_and_leave_the_settings_to_the_program() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let scripts = ["scripts/install.sh", "src/join/console.sh.in"];
+    let scripts = ["scripts/install.sh", "src/join/console.sh.in", "src/join/defender.sh.in", "src/join/fetch.sh.in"];
     let package = ["postinst", "prerm", "postrm"].map(|name| format!("packaging/debian/{name}"));
     for path in scripts.iter().map(|path| (*path).to_owned()).chain(package) {
         let text = fs::read_to_string(root.join(&path)).expect("read a script");

@@ -46,6 +46,16 @@ pub struct Custom {
     pub info: CertificateInfo,
 }
 
+/// Which authority signs a Defender's certificate while another one is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signer {
+    /// The one that signs for the members, too.
+    Present,
+    /// The one that will sign for them before long; it is trusted already. Only for those who keep the certificate that
+    /// they have: if a member is removed, another authority takes its place.
+    Newest,
+}
+
 impl Operations {
     /// The certificates of this node, and what is known of those of all Consoles. Works on every member.
     pub(super) fn certificates(&self) -> Certificates {
@@ -63,10 +73,11 @@ impl Operations {
     ///
     /// # Errors
     /// As those of [`super::Admin::certify_defender`].
-    pub(super) fn certify_defender(&self, csr: &str, id: &str, name: &str) -> Result<String, AdminError> {
+    pub(super) fn certify_defender(&self, csr: &str, id: &str, name: &str, by: Signer) -> Result<String, AdminError> {
         self.primary()?;
         let membership = self.membership();
-        let sealed = membership.shared.authority.as_ref();
+        let coming = membership.shared.coming.as_ref().map(|coming| &coming.authority).filter(|_| by == Signer::Newest);
+        let sealed = coming.or(membership.shared.authority.as_ref());
         let sealed = sealed.ok_or_else(|| AdminError::Refused("this cluster has no authority".to_owned()))?;
         let refused = |error: PkiError| AdminError::Refused(error.to_string());
         let authority = Authority::open(membership.cluster, sealed, &self.config.certificates).map_err(refused)?;

@@ -401,13 +401,12 @@ impl Admin {
         self.operations.certificates()
     }
 
-    /// Signs the request of a Defender, of which only the key counts. Blocks. The caller writes
-    /// down what was signed.
+    /// Signs the request of a Defender, of which only the key counts. Blocks. The caller writes down what was signed.
     ///
     /// # Errors
     /// [`AdminError::NotPrimary`]; `Refused` when the request is not sound, or the authority cannot be used here.
-    pub fn certify_defender(&self, csr: &str, id: &str, name: &str) -> Result<String, AdminError> {
-        self.operations.certify_defender(csr, id, name)
+    pub fn certify_defender(&self, csr: &str, id: &str, name: &str, by: super::Signer) -> Result<String, AdminError> {
+        self.operations.certify_defender(csr, id, name, by)
     }
 
     /// Every Console's certificate is good for these names, too, from now on: each member makes its own anew, and

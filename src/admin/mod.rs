@@ -35,7 +35,7 @@ use crate::{
 };
 
 pub use audit::{Act, Actor, Audit, Outcome, Record, Ticket};
-pub use certificates::{Certificates, Custom, MAX_UPLOAD};
+pub use certificates::{Certificates, Custom, MAX_UPLOAD, Signer};
 pub use door::Admin;
 pub use pool::{
     AddedMember, NewMember, PoolAddition, PoolCandidate, PoolHealth, PoolMember, PoolRemoval, PoolSettings, PoolSize,

@@ -1,19 +1,22 @@
-//! `defenders`: the agents of other hosts, their policy, and what they have told. Must never show a token, and never
-//! let a policy pass that a Defender would refuse.
+//! `defenders`: the agents of other hosts, their policy, and what they have told. Must never show a token.
 
+pub(super) mod absence;
 mod hub;
 mod intake;
+mod policies;
 mod registration;
 mod session;
 mod tables;
+pub(super) mod tokens;
+mod told;
+pub(super) mod trust;
 
 use std::sync::Arc;
 
 use axum::{
-    Json, Router,
+    Router,
     extract::{DefaultBodyLimit, State},
     http::{Method, StatusCode},
-    response::{IntoResponse, Response},
     routing::get,
 };
 use schemars::JsonSchema;
@@ -21,59 +24,40 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub(super) use hub::Hub;
+use policies::policy_of;
 
-use self::tables::{Defender, Stored};
+use self::tables::Listed;
 use super::{
     BODY, Console, audit_log,
     clock::unix_time,
     errors::ApiError,
-    extract::{Body, Name, Search},
-    paging::{Page, Paged, Start, Statements, page_headers},
+    extract::{Name, Search},
+    paging::{Page, Paged},
     route::{Access, Entry, route},
-    store::{Store, StoreError},
+    store::StoreError,
     user::{Role, User},
 };
 use crate::{
     cluster::program_version,
-    defender::wire::{self, Facts, Policy, Registered, Registration},
+    defender::wire::{self, Facts, Registered, Registration},
     telemetry,
 };
 
-/// Name of the setting.
-const POLICY: &str = "defenderPolicy";
-/// Defenders that have been away for so long are left out of the list, in seconds.
-const REMOVED: i64 = 86_400;
-
-/// The routes of this file.
+/// The routes of this file and of those below it.
 pub(super) fn routes() -> Vec<Entry> {
     let (get, post) = (Method::GET, Method::POST);
     let installers = Access::Roles(Role::INSTALLERS);
-    vec![
-        route(get.clone(), "/defenders", Access::Any, "The Defenders, by name", list)
+    let own = vec![
+        route(get, "/defenders", Access::Any, "The Defenders, by name", list)
             .query::<Wanted>()
             .paged()
             .answer::<Vec<Shown>>(),
         route(Method::DELETE, "/defenders/{id}", installers, "Withdraw a Defender for good", withdraw)
             .changes("withdraw", "Defender"),
-        route(get.clone(), "/defenders/events", Access::Any, "What Defenders have told, the newest first", events)
-            .query::<WantedEvents>()
-            .paged()
-            .answer::<Vec<ShownEvent>>(),
-        route(get, "/defenders/policy", Access::Any, "What all Defenders watch", policy).answer::<Policy>(),
-        route(
-            post.clone(),
-            "/defenders/policy",
-            Access::Roles(Role::OPERATORS),
-            "Set what all Defenders watch",
-            set_policy,
-        )
-        .changes("set", "defenders/policy")
-        .body::<Policy>()
-        .answer::<Policy>(),
-        route(post.clone(), "/defenders/tokens", installers, "Invite hosts to become Defenders", registration::invite)
+        route(post.clone(), "/defenders/tokens", installers, "Invite hosts to become Defenders", tokens::invite)
             .changes("invite", "Defenders")
-            .body::<registration::Wish>()
-            .answer::<registration::Invitation>(),
+            .body::<tokens::Wish>()
+            .answer::<tokens::Invitation>(),
         route(
             post,
             "/defenders/register",
@@ -84,7 +68,8 @@ pub(super) fn routes() -> Vec<Entry> {
         .traced()
         .body::<Registration>()
         .answer::<Registered>(),
-    ]
+    ];
+    [own, told::routes(), policies::routes(), absence::routes()].into_iter().flatten().collect()
 }
 
 /// What is on the port of the Defenders.
@@ -98,14 +83,6 @@ pub(super) fn router(console: &Arc<Console>) -> Router {
         .with_state(Arc::clone(console))
 }
 
-/// The policy in force.
-///
-/// # Errors
-/// Those of a setting.
-async fn policy_of(store: &Store) -> Result<Policy, StoreError> {
-    Ok(store.setting(POLICY).await?.unwrap_or_default())
-}
-
 /// Which Defenders are wanted.
 #[derive(Debug, Deserialize, JsonSchema)]
 struct Wanted {
@@ -114,9 +91,43 @@ struct Wanted {
     limit: Option<u32>,
     /// This many rows of the list are skipped.
     offset: Option<u32>,
-    /// Also those that have been away for more than a day, and those that were withdrawn.
+    /// Also those that were removed or withdrawn.
     #[serde(default)]
     all: bool,
+    /// Only those in this state.
+    state: Option<Standing>,
+    /// Only those whose name or host name has this in it; capital letters or not.
+    name: Option<String>,
+    /// Only those whose program is of this version.
+    version: Option<String>,
+}
+
+/// How a Defender stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+enum Standing {
+    Connected,
+    /// It is not connected.
+    Away,
+    /// It has been away for longer than `settings/defenders` permits.
+    Alert,
+    /// It was away for so long that it has to be registered again.
+    Removed,
+    /// Somebody has shut it out.
+    Withdrawn,
+}
+
+impl Standing {
+    /// As the list is searched for it.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Connected => "connected",
+            Self::Away => "away",
+            Self::Alert => "alert",
+            Self::Removed => "removed",
+            Self::Withdrawn => "withdrawn",
+        }
+    }
 }
 
 /// A Defender as it is shown.
@@ -125,6 +136,7 @@ struct Wanted {
 struct Shown {
     id: String,
     name: String,
+    state: Standing,
     connected: bool,
     /// Where it is connected from.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -145,10 +157,19 @@ struct Shown {
 }
 
 impl Shown {
-    fn of(console: &Console, row: Defender) -> Self {
-        let address = console.defenders.address(&row.id);
+    fn of(console: &Console, row: Listed) -> Self {
+        let Listed { defender: row, alerted } = row;
+        let address = console.defenders.address(&row.id).filter(|_| !row.withdrawn);
         let connected = address.is_some();
+        let state = match (row.withdrawn, row.removed) {
+            (true, true) => Standing::Removed,
+            (true, false) => Standing::Withdrawn,
+            _ if connected => Standing::Connected,
+            _ if alerted => Standing::Alert,
+            _ => Standing::Away,
+        };
         Self {
+            state,
             connected,
             address,
             last_modified: row.modified,
@@ -178,27 +199,53 @@ fn is_compatible(version: &str) -> bool {
     }
 }
 
+/// The Defenders that are wanted. Parameters: 1 the ids of those that are connected, as JSON, 2 whether those that may
+/// not connect are wanted, 3 the state, 4 a part of the name, 5 the version.
+macro_rules! wanted {
+    ($what:literal, $end:literal) => {
+        concat!(
+            "SELECT ",
+            $what,
+            " FROM defenders d LEFT JOIN defender_alerts a ON a.defender = d.number WHERE (?2 OR d.withdrawn = 0) \
+             AND (?3 IS NULL OR ?3 = CASE WHEN d.withdrawn = 2 THEN 'removed' WHEN d.withdrawn THEN 'withdrawn' \
+             WHEN d.id IN (SELECT value FROM json_each(?1)) THEN 'connected' \
+             WHEN a.since IS NOT NULL THEN 'alert' ELSE 'away' END) \
+             AND (?4 IS NULL OR instr(lower(d.name), lower(?4)) > 0 \
+             OR instr(lower(d.facts ->> 'hostname'), lower(?4)) > 0) AND (?5 IS NULL OR d.version = ?5)",
+            $end
+        )
+    };
+}
+
 /// `GET defenders`.
 async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted>) -> Result<Paged<Shown>, ApiError> {
     let (limit, offset) = Page { limit: wanted.limit, offset: wanted.offset }.bounds()?;
-    let since = if wanted.all { i64::MIN } else { unix_time() - REMOVED };
+    let Wanted { state, name, version, .. } = wanted;
+    let all = wanted.all || matches!(state, Some(Standing::Removed | Standing::Withdrawn));
+    // They are asked for only if it matters: there may be many.
+    let connected = if state.is_some() { json!(console.defenders.ids()) } else { json!([]) }.to_string();
+    let (state, name) = (state.map(Standing::word), name.filter(|name| !name.is_empty()));
+    let version = version.filter(|version| !version.is_empty());
     let mut reading = console.store.read().await?;
-    let rows = "SELECT * FROM defenders WHERE seen >= ? AND withdrawn <= ? ORDER BY name, number LIMIT ? OFFSET ?";
-    let rows = sqlx::query_as(rows).bind(since).bind(wanted.all).bind(limit).bind(offset);
-    let rows: Vec<Defender> = rows.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
-    let total = sqlx::query_scalar("SELECT count(*) FROM defenders WHERE seen >= ? AND withdrawn <= ?");
-    let total = total.bind(since).bind(wanted.all).fetch_one(&mut *reading).await.map_err(StoreError::from)?;
+    let rows = wanted!("d.*, a.since IS NOT NULL AS alerted", " ORDER BY d.name, d.number LIMIT +?6 OFFSET ?7");
+    let rows = sqlx::query_as(rows).bind(connected.clone()).bind(all).bind(state).bind(name.clone());
+    let rows = rows.bind(version.clone()).bind(limit).bind(offset).fetch_all(&mut *reading).await;
+    let rows: Vec<Listed> = rows.map_err(StoreError::from)?;
+    let total = sqlx::query_scalar(wanted!("count(*)", "")).bind(connected).bind(all).bind(state).bind(name);
+    let total = total.bind(version).fetch_one(&mut *reading).await.map_err(StoreError::from)?;
     Ok(Paged { rows: rows.into_iter().map(|row| Shown::of(&console, row)).collect(), total })
 }
 
 /// `DELETE defenders/{id}`: its certificate is worth nothing any more. What it has told stays.
 async fn withdraw(State(console): State<Arc<Console>>, user: User, Name(id): Name) -> Result<StatusCode, ApiError> {
     let mut writing = console.store.begin().await?;
-    let query = sqlx::query_scalar("SELECT name FROM defenders WHERE id = ? AND withdrawn = 0").bind(id.clone());
+    let query = sqlx::query_scalar("SELECT name FROM defenders WHERE id = ? AND withdrawn <> 1").bind(id.clone());
     let name: Option<String> = writing.value(query).await?;
     let name = name.ok_or_else(|| ApiError::NotFound(format!("there is no Defender '{id}'")))?;
     let update = sqlx::query("UPDATE defenders SET withdrawn = 1, modified = ? WHERE id = ?");
     writing.execute(update.bind(unix_time()).bind(id.clone())).await?;
+    let end = "DELETE FROM defender_alerts WHERE defender IN (SELECT number FROM defenders WHERE id = ?)";
+    writing.execute(sqlx::query(end).bind(id.clone())).await?;
     let difference = audit_log::difference(&json!({ "name": name }), &Value::Null);
     audit_log::record(&mut writing, &user, "withdraw", &format!("Defender '{id}'"), difference).await?;
     writing.commit().await?;
@@ -206,136 +253,55 @@ async fn withdraw(State(console): State<Arc<Console>>, user: User, Name(id): Nam
     Ok(StatusCode::OK)
 }
 
-/// Which events are wanted.
-#[derive(Debug, Deserialize, JsonSchema)]
-struct WantedEvents {
-    /// At most this many rows; 50 if not given.
-    #[schemars(range(min = 1, max = 1000))]
-    limit: Option<u32>,
-    /// This many newer rows are skipped.
-    offset: Option<u32>,
-    /// Instead of an offset: the `X-Next-Cursor` of the page before, or `first`.
-    cursor: Option<String>,
-    /// Only those of the Defender with this id.
-    defender: Option<String>,
-}
-
-/// An event as it is shown.
-#[derive(Debug, Serialize, JsonSchema)]
-struct ShownEvent {
-    /// The id of its Defender, and how that is called.
-    defender: String,
-    name: String,
-    /// Its number among the events of its Defender.
-    sequence: i64,
-    /// When it happened by the clock of its host, in milliseconds since 1970.
-    time: i64,
-    /// When it was stored, in seconds since 1970.
-    received: i64,
-    kind: String,
-    /// All that the Defender told.
-    event: Value,
-}
-
-macro_rules! statements {
-    ($of:literal) => {
-        Statements {
-            page: concat!(
-                "SELECT e.id AS row, d.id, d.name, e.sequence, e.time, e.received, e.kind, e.event \
-                 FROM defender_events e JOIN defenders d ON d.number = e.defender WHERE ",
-                $of,
-                " AND e.id < ?2 ORDER BY e.id DESC LIMIT ?3 OFFSET ?4"
-            ),
-            count: concat!("SELECT count(*) FROM defender_events e WHERE ", $of),
-        }
-    };
-}
-
-const ALL: Statements = statements!("?1 IS ?1");
-const OF_ONE: Statements = statements!("e.defender = ?1");
-
-/// `GET defenders/events`.
-async fn events(
-    State(console): State<Arc<Console>>,
-    Search(wanted): Search<WantedEvents>,
-) -> Result<Response, ApiError> {
-    let (limit, _) = Page { limit: wanted.limit, offset: None }.bounds()?;
-    let start = Start::<i64>::of(wanted.cursor.as_deref(), wanted.offset)?;
-    let number = match &wanted.defender {
-        Some(id) => {
-            let found = tables::find(&console.store, id).await?;
-            Some(found.ok_or_else(|| ApiError::NotFound(format!("there is no Defender '{id}'")))?.number)
-        }
-        None => None,
-    };
-    let statements = if number.is_some() { OF_ONE } else { ALL };
-    let mut reading = console.store.read().await?;
-    let mut total = None;
-    if start.is_counted() {
-        let count = sqlx::query_scalar(statements.count).bind(number);
-        total = Some(count.fetch_one(&mut *reading).await.map_err(StoreError::from)?);
-    }
-    let (before, offset) = start.bounds(i64::MAX);
-    let query = sqlx::query_as(statements.page).bind(number).bind(before).bind(limit + 1).bind(offset);
-    let mut rows: Vec<Stored> = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
-    let headers = page_headers(&mut rows, limit, total, |row| row.row);
-    let shown = |Stored { defender, name, sequence, time, received, kind, event, .. }| ShownEvent {
-        defender,
-        name,
-        sequence,
-        time,
-        received,
-        kind,
-        event,
-    };
-    let rows: Vec<ShownEvent> = rows.into_iter().map(shown).collect();
-    Ok((headers, Json(rows)).into_response())
-}
-
-/// `GET defenders/policy`.
-async fn policy(State(console): State<Arc<Console>>) -> Result<Json<Policy>, ApiError> {
-    Ok(Json(policy_of(&console.store).await?))
-}
-
-/// `POST defenders/policy`: all that are connected have it within a moment. Its version is up to the Console.
-async fn set_policy(
-    State(console): State<Arc<Console>>,
-    user: User,
-    Body(wanted): Body<Policy>,
-) -> Result<Json<Policy>, ApiError> {
-    wanted.check().map_err(ApiError::bad)?;
-    let mut writing = console.store.begin().await?;
-    let before: Policy = writing.setting(POLICY).await?.unwrap_or_default();
-    let wanted = Policy { version: before.version + 1, ..wanted };
-    writing.set_setting(POLICY, &wanted).await?;
-    let difference = audit_log::difference(&before, &wanted);
-    audit_log::record(&mut writing, &user, "set", "defenders/policy", difference).await?;
-    writing.commit().await?;
-    console.defenders.announce(wanted.clone());
-    Ok(Json(wanted))
-}
-
 #[cfg(test)]
 mod tests {
     use super::{super::test_console::TestConsole, *};
 
     #[tokio::test]
-    async fn a_policy_gets_the_next_version_and_is_audited() {
+    async fn the_list_is_searched_by_state_name_and_version() {
         let test = TestConsole::start().await;
         let admin = test.login().await;
-        let ask = async |method, body| test.call(method, "/api/v1/defenders/policy", &admin, body).await;
-        let (_, usual) = ask(Method::GET, Value::Null).await;
-        assert_eq!(usual, json!({ "version": 0, "paths": [], "perMinute": 10, "hashBytes": 64 << 20 }));
-        let announced = test.console.defenders.policies();
-        let (status, text) = ask(Method::POST, json!({ "paths": [{ "path": "etc" }] })).await;
-        assert_eq!(status, StatusCode::BAD_REQUEST, "{text}");
-        let wanted = json!({ "version": 99, "paths": [{ "path": "/etc", "recursive": true }], "perMinute": 5 });
-        let (status, set) = ask(Method::POST, wanted).await;
-        assert_eq!((status, &set["version"]), (StatusCode::OK, &json!(1)));
-        assert_eq!(ask(Method::GET, Value::Null).await.1, set);
-        assert_eq!(announced.borrow().as_ref().unwrap().version, 1);
-        let (_, rows) = test.call(Method::GET, "/api/v1/audits/mgmt?limit=1", &admin, Value::Null).await;
-        assert_eq!((&rows[0]["what"], &rows[0]["user"]), (&json!("defenders/policy"), &json!("admin")));
+        let insert = "INSERT INTO defenders (id, name, key, facts, version, registered, modified, seen, expires, withdrawn) \
+                      SELECT value ->> 0, value ->> 1, value ->> 0, value ->> 2, value ->> 3, 1, 1, 1, 1, value ->> 4 \
+                      FROM json_each(?)";
+        let facts = |host: &str| json!({ "hostname": host }).to_string();
+        let all = json!([
+            ["a", "Web1", facts("one.example"), "0.1.0", 0],
+            ["b", "web2", facts("two.example"), "0.2.0", 0],
+            ["c", "db", facts("three.example"), "0.1.0", 0],
+            ["d", "old", facts(""), "0.1.0", 2],
+            ["e", "bad", facts(""), "0.1.0", 1],
+        ]);
+        let store = &test.console.store;
+        store.write(sqlx::query(insert).bind(all.to_string())).await.unwrap();
+        store.write(sqlx::query("INSERT INTO defender_alerts VALUES (2, 1)")).await.unwrap();
+        let _seat = test.console.defenders.connect("c", "192.0.2.7:9".to_owned(), 0);
+        for (query, expected) in [
+            ("", "a b c"),
+            ("all=true", "a e c d b"),
+            ("state=connected", "c"),
+            ("state=away", "a"),
+            ("state=alert", "b"),
+            ("state=removed", "d"),
+            ("state=withdrawn", "e"),
+            ("name=WEB", "a b"),
+            ("name=three.e", "c"),
+            ("name=web&version=0.1.0", "a"),
+            ("name=&version=", "a b c"),
+            ("name=%25", ""),
+        ] {
+            let (_, rows) = test.call(Method::GET, &format!("/api/v1/defenders?{query}"), &admin, Value::Null).await;
+            let mut ids: Vec<_> = rows.as_array().unwrap().iter().map(|row| row["id"].as_str().unwrap()).collect();
+            let mut expected: Vec<_> = expected.split_whitespace().collect();
+            ids.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(ids, expected, "{query}");
+            for row in rows.as_array().unwrap().iter().filter(|_| query.starts_with("state=")) {
+                assert_eq!(row["state"].as_str(), query.strip_prefix("state="), "{row}");
+            }
+        }
+        let (status, _) = test.call(Method::GET, "/api/v1/defenders?state=lost", &admin, Value::Null).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
     }
 
     #[tokio::test]
@@ -343,8 +309,10 @@ mod tests {
         let test = TestConsole::start().await;
         let admin = test.login().await;
         let insert = "INSERT INTO defenders (id, name, key, registered, modified, seen, expires, version) \
-                      VALUES ('d', 'host', 'k', 1, 2, ?, 4, '0.1.0'), ('e', 'away', 'l', 1, 2, 3, 4, '99.1')";
-        test.console.store.write(sqlx::query(insert).bind(unix_time())).await.unwrap();
+                      VALUES ('d', 'host', 'k', 1, 2, 3, 4, '0.1.0'), ('e', 'away', 'l', 1, 2, 3, 4, '99.1')";
+        test.console.store.write(sqlx::query(insert)).await.unwrap();
+        let out = sqlx::query("UPDATE defenders SET withdrawn = 1 WHERE id = 'e'");
+        test.console.store.write(out).await.unwrap();
         let get =
             async |path: &str| test.call(Method::GET, &format!("/api/v1/defenders{path}"), &admin, Value::Null).await.1;
         let rows = get("").await;

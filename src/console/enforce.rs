@@ -106,14 +106,13 @@ async fn admit(access: Access, console: &Arc<Console>, parts: &mut Parts) -> Res
         return Ok(());
     }
     let source = Source::from_request_parts(parts, console).await?;
-    if access == Access::JoinToken
-        && let Some(host) = programs::installer(console, &parts.headers, source)?
-    {
+    let by_token = matches!(access, Access::JoinToken | Access::DefenderToken | Access::EitherToken);
+    if by_token && let Some(host) = programs::installer(console, access, &parts.headers, source).await? {
         parts.extensions.insert(host);
         return Ok(());
     }
     let user = auth::identify(console, &parts.method, &parts.headers, source).await?;
-    if access == Access::JoinToken {
+    if by_token {
         parts.extensions.insert(Installer::User(user.clone()));
     }
     let (roles, role) = (access.roles(), user.role);

@@ -8,7 +8,7 @@ use axum::{
 };
 use serde::de::DeserializeOwned;
 
-use super::errors::ApiError;
+use super::{errors::ApiError, objects};
 
 /// A JSON body. Only with the content type of JSON: a browser then asks before it sends it for another site.
 #[derive(Debug)]
@@ -21,19 +21,18 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
         let (head, body) = request.into_parts();
         let body = Bytes::from_request(Request::from_parts(head.clone(), body), state).await;
         let body = body.map_err(|refusal| ApiError::Request(refusal.status(), refusal.body_text()))?;
-        // serde would take the members of an array for the fields of an object, in the order of the source.
-        let is_array = body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[');
-        match Json::from_request(Request::from_parts(head, body.into()), state).await {
-            Ok(Json(_)) if is_array => Err(ApiError::Request(StatusCode::UNPROCESSABLE_ENTITY, ARRAY.to_owned())),
-            Ok(Json(value)) => Ok(Self(value)),
+        match Json::from_request(Request::from_parts(head, body.clone().into()), state).await {
+            Ok(Json(value)) => match objects::check::<T>(&body) {
+                Ok(()) => Ok(Self(value)),
+                Err(why) => Err(ApiError::Request(StatusCode::UNPROCESSABLE_ENTITY, format!("{WRONG}{why}"))),
+            },
             Err(refusal) => Err(ApiError::Request(refusal.status(), without_values(&refusal.body_text()))),
         }
     }
 }
 
-/// No operation takes an array.
-const ARRAY: &str =
-    "Failed to deserialize the JSON body into the target type: invalid type: sequence, expected an object";
+/// As the framework says it.
+const WRONG: &str = "Failed to deserialize the JSON body into the target type: ";
 
 /// What is wrong with a body, without quoting it: it may have a password or a key in the wrong place.
 fn without_values(refusal: &str) -> String {
@@ -101,13 +100,16 @@ mod tests {
         #[serde(default)]
         struct Setting {
             name: String,
+            inner: Vec<Setting>,
         }
         let ask = async |body: &'static str| {
             let request = Request::post("/").header("content-type", "application/json").body(body.into()).unwrap();
             Body::<Setting>::from_request(request, &()).await.map(|Body(setting)| setting.name)
         };
         assert_eq!(ask(r#" {"name": "a"}"#).await.unwrap(), "a");
-        for array in ["[]", r#" ["a"]"#, "\n[\"a\"]"] {
+        assert_eq!(ask(r#"{"name": "a", "inner": [{"name": "b"}], "later": [1]}"#).await.unwrap(), "a");
+        let within = r#"{"inner": [{"inner": [["a"]]}]}"#;
+        for array in ["[]", r#" ["a"]"#, "\n[\"a\"]", r#"{"inner": [[]]}"#, r#"{"inner": [{}, ["a"]]}"#, within] {
             let refusal = ask(array).await.unwrap_err();
             assert!(matches!(&refusal, ApiError::Request(status, _) if *status == 422), "{array}: {refusal:?}");
         }

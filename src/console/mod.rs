@@ -11,6 +11,7 @@ mod clock;
 pub mod cluster;
 pub mod clustered_db;
 mod cookie;
+mod defender_script;
 mod defenders;
 mod drills;
 mod enforce;
@@ -24,6 +25,7 @@ mod local;
 mod logins;
 mod logs;
 mod notifications;
+mod objects;
 mod openapi;
 mod paging;
 mod password;
@@ -208,6 +210,10 @@ impl Console {
         let console = Arc::clone(self);
         tokio::spawn(async move { console.clock.run(console.store.clone()).await });
         tokio::spawn(retention::run(self.store.clone()));
+        let events = self.services.as_ref().map(|services| services.events.clone());
+        let hub = &self.defenders;
+        tokio::spawn(defenders::absence::run(self.store.clone(), Arc::clone(hub), events));
+        tokio::spawn(defenders::trust::follow(self.store.clone(), self.status.clone(), Arc::clone(hub)));
         if let Some(services) = &self.services {
             services.inside.opened(self);
             tokio::spawn(events::write_history(self.store.clone(), services.events.clone()));

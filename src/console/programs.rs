@@ -32,6 +32,7 @@ use super::{
     Console, ConsoleServices, auth,
     cluster::check_join_token,
     cookie,
+    defenders::tokens,
     errors::ApiError,
     extract::{Name, Search},
     route::{Access, BASE, Entry, route},
@@ -40,12 +41,14 @@ use super::{
 use crate::{
     admin::Invited,
     cluster::{Membership, program_version},
-    join::{self, JoinAssets, JoinAssetsError, Program},
+    join::{self, JoinAssets, JoinAssetsError, Program, Purpose},
 };
 
 /// Where the join script is.
 const SCRIPT: &str = "/scripts/console.sh";
-const SHELL: (HeaderName, &str) = (header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8");
+/// Where the script is that makes a host a Defender.
+pub(super) const DEFENDER_SCRIPT: &str = "/scripts/defender.sh";
+pub(super) const SHELL: (HeaderName, &str) = (header::CONTENT_TYPE, "text/x-shellscript; charset=utf-8");
 /// How long an invitation that comes with a script or a line is valid, if nothing else is wanted.
 const VALID: Duration = Duration::from_secs(3600);
 /// Bytes of a program that are read at a time, and how many such pieces wait for a slow client.
@@ -59,12 +62,12 @@ pub(super) const DOWNLOADS: usize = 8;
 /// The routes of this file.
 pub(super) fn routes() -> Vec<Entry> {
     let get = Method::GET;
-    let programs = "A program that a new host needs: twistlockd or twistcli";
+    let programs = "A program that a new host needs: twistlockd, twistcli or defender";
     vec![
         route(get.clone(), SCRIPT, Access::JoinToken, "The join script", script)
             .operates("invite", "high availability")
             .file("text/x-shellscript"),
-        route(get.clone(), "/programs/{name}", Access::JoinToken, programs, program).file("application/octet-stream"),
+        route(get.clone(), "/programs/{name}", Access::EitherToken, programs, program).file("application/octet-stream"),
         route(get.clone(), "/certs/ca.pem", Access::Open, "The CA certificate of the cluster", ca)
             .file("application/x-pem-file"),
         route(
@@ -84,7 +87,10 @@ pub(super) fn routes() -> Vec<Entry> {
 impl From<JoinAssetsError> for ApiError {
     fn from(error: JoinAssetsError) -> Self {
         match error {
-            JoinAssetsError::NoHttps | JoinAssetsError::NoAuthority => Self::Conflict(error.to_string()),
+            JoinAssetsError::NoHttps
+            | JoinAssetsError::NoAuthority
+            | JoinAssetsError::NoDefenderPort
+            | JoinAssetsError::NoProgram(_) => Self::Conflict(error.to_string()),
             JoinAssetsError::Token => Self::Forbidden(error.to_string()),
             JoinAssetsError::Program(_) => {
                 tracing::error!("{error}");
@@ -111,22 +117,27 @@ pub(super) async fn script(
         .await
     {
         Ok(script) => Ok(([SHELL], script).into_response()),
-        Err(error) if host => Ok(refusal(&error)),
+        Err(error) if host => Ok(refusal(SCRIPT, &error)),
         Err(error) => Err(error),
     }
 }
 
-/// A refusal for a shell: whoever runs a join line must read why it no longer works.
-fn refusal(error: &ApiError) -> Response {
+/// A refusal for a shell: whoever runs a line must read why it no longer works.
+pub(super) fn refusal(script: &str, error: &ApiError) -> Response {
     let status = error.status();
     let later = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
-    (status, [SHELL], join::refusal(&error.to_string(), later)).into_response()
+    let purpose = if script == SCRIPT { Purpose::Join } else { Purpose::Defender };
+    (status, [SHELL], join::refusal(purpose, &error.to_string(), later)).into_response()
 }
 
 /// The answer to a request that is not admitted.
 pub(super) fn refused(parts: &Parts, error: ApiError) -> Response {
-    let line = parts.uri.path().strip_prefix(BASE) == Some(SCRIPT) && auth::join_token(&parts.headers).is_some();
-    if line { refusal(&error) } else { error.into_response() }
+    let scripts = [SCRIPT, DEFENDER_SCRIPT];
+    let script = parts.uri.path().strip_prefix(BASE).filter(|path| scripts.contains(path));
+    match script.filter(|_| auth::join_token(&parts.headers).is_some()) {
+        Some(script) => refusal(script, &error),
+        None => error.into_response(),
+    }
 }
 
 /// Which join line is wanted.
@@ -181,7 +192,7 @@ async fn own_line(
 }
 
 /// A new invitation is a change, whatever the method of its request: no other site may have a browser make one.
-fn check_page(user: &User, headers: &HeaderMap) -> Result<(), ApiError> {
+pub(super) fn check_page(user: &User, headers: &HeaderMap) -> Result<(), ApiError> {
     match &user.session {
         Some(session) if session.page => cookie::check_page(headers),
         _ => Ok(()),
@@ -193,7 +204,7 @@ async fn invite(services: &ConsoleServices, user: &User, valid: Duration) -> Res
 }
 
 /// Runs something that may have to compute a checksum.
-async fn with_join_assets<T: Send + 'static>(
+pub(super) async fn with_join_assets<T: Send + 'static>(
     services: &ConsoleServices,
     make: impl FnOnce(&JoinAssets, &Membership, u64) -> Result<T, JoinAssetsError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -219,7 +230,8 @@ pub(super) async fn ca(
     Ok(([(header::CONTENT_TYPE, "application/x-pem-file")], pem))
 }
 
-/// `GET` and `HEAD programs/{twistlockd or twistcli}`: the program that runs here, with its SHA-256 and architecture.
+/// `GET` and `HEAD programs/{twistlockd, twistcli or defender}`: the program that runs here, with its SHA-256 and
+/// architecture.
 pub(super) async fn program(
     State(console): State<Arc<Console>>,
     _: Installer,
@@ -229,7 +241,8 @@ pub(super) async fn program(
     let slot = slot(&console)?;
     let wanted = name.clone();
     let found = with_join_assets(console.services()?, move |assets, _, _| Ok(assets.program(&wanted)?)).await?;
-    let none = || ApiError::NotFound(format!("there is no program {name:?}: twistlockd and twistcli are there"));
+    let all = "twistlockd is there, and twistcli and defender if they are installed beside it";
+    let none = || ApiError::NotFound(format!("there is no program {name:?}: {all}"));
     let Program { file, length, sha256 } = found.ok_or_else(none)?;
     let text = |value: &str| HeaderValue::from_str(value).map_err(|_| ApiError::Internal);
     let headers = HeaderMap::from_iter([
@@ -322,14 +335,22 @@ impl FromRequestParts<Arc<Console>> for Installer {
     }
 }
 
-/// Who may have scripts and programs: a host with a join token, or a user whose role permits it.
-pub(super) fn installer(
+/// The host that asks, if it has a token, which must be one of those that the route admits.
+pub(super) async fn installer(
     console: &Console,
+    access: Access,
     headers: &HeaderMap,
     Source(from): Source,
 ) -> Result<Option<Installer>, ApiError> {
     let Some(token) = auth::join_token(headers) else { return Ok(None) };
-    check_join_token(console, &token, from)?;
+    let invited = match access {
+        Access::DefenderToken => tokens::check(console, &token).await.map(|_| true)?,
+        Access::EitherToken => tokens::check(console, &token).await.is_ok(),
+        _ => false,
+    };
+    if !invited {
+        check_join_token(console, &token, from)?;
+    }
     Ok(Some(Installer::Host { token }))
 }
 

@@ -21,6 +21,10 @@ pub(super) enum Access {
     Open,
     /// A host with a join token, or a user who may make one: the handler takes a `programs::Installer`.
     JoinToken,
+    /// A host with a token for Defenders, or a user who may make one: the handler takes a `programs::Installer`.
+    DefenderToken,
+    /// A host with a token of either kind, or a user who may make one: the handler takes a `programs::Installer`.
+    EitherToken,
     /// A drill that is under way, by its token: the handler takes a `drills::Drill`.
     Drill,
     /// Any user who is logged in.
@@ -35,7 +39,7 @@ impl Access {
         match self {
             Self::Open | Self::Drill => &[],
             Self::Any => &Role::ALL,
-            Self::JoinToken => Role::INSTALLERS,
+            Self::JoinToken | Self::DefenderToken | Self::EitherToken => Role::INSTALLERS,
             Self::Roles(roles) => roles,
         }
     }

@@ -40,7 +40,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
 ];
 
 /// The tables of the Defenders, by name.
-const TABLES: [(&str, &str); 3] = [
+const TABLES: [(&str, &str); 5] = [
     (
         "defenders",
         "CREATE TABLE IF NOT EXISTS defenders (
@@ -64,14 +64,32 @@ const TABLES: [(&str, &str); 3] = [
             digest TEXT NOT NULL PRIMARY KEY, until INTEGER NOT NULL, by TEXT NOT NULL
         ) STRICT, WITHOUT ROWID",
     ),
+    // Those that are away for too long, and since when somebody was told of it.
+    (
+        "defender_alerts",
+        "CREATE TABLE IF NOT EXISTS defender_alerts (
+            defender INTEGER PRIMARY KEY, since INTEGER NOT NULL
+        ) STRICT",
+    ),
+    (
+        "defender_policies",
+        "CREATE TABLE IF NOT EXISTS defender_policies (
+            version INTEGER PRIMARY KEY, time INTEGER NOT NULL, by TEXT NOT NULL, policy TEXT NOT NULL
+        ) STRICT",
+    ),
 ];
 
 /// The indexes of long lists, by name. Neither they nor [`TABLES`] are migrations: an older program keeps an index up
 /// that it does not know, and leaves a table alone, but does not open a Console whose database has a migration that it
 /// does not know. It must, in a rolling upgrade.
-const INDEXES: [(&str, &str); 3] = [
+const INDEXES: [(&str, &str); 4] = [
     ("audits_by_time", "CREATE INDEX IF NOT EXISTS audits_by_time ON audits (time)"),
     ("audits_by_user", "CREATE INDEX IF NOT EXISTS audits_by_user ON audits (user, time)"),
+    // Most are changes of files: finding the others costs those nothing.
+    (
+        "defender_events_but_files",
+        "CREATE INDEX IF NOT EXISTS defender_events_but_files ON defender_events (kind, id) WHERE kind <> 'file'",
+    ),
     ("events_by_kind", "CREATE INDEX IF NOT EXISTS events_by_kind ON events (kind, time, id)"),
 ];
 

@@ -29,6 +29,7 @@ pub(super) fn table() -> Vec<Entry> {
         clustered_db::routes(),
         drills::routes(),
         defenders::routes(),
+        super::defender_script::routes(),
         events::routes(),
         notifications::routes(),
         programs::routes(),
@@ -128,6 +129,7 @@ mod tests {
             "/authenticate/renew",
             "/backups/{id}",
             "/high-availability/drill/writes",
+            "/scripts/defender.sh",
             "/scripts/console.sh",
             "/high-availability/join-script",
         ];

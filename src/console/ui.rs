@@ -76,7 +76,7 @@ impl File {
     }
 }
 
-static FILES: LazyLock<[File; 22]> = LazyLock::new(|| {
+static FILES: LazyLock<[File; 25]> = LazyLock::new(|| {
     files! {
         "index.html": HTML,
         "style.css": STYLE,
@@ -94,6 +94,9 @@ static FILES: LazyLock<[File; 22]> = LazyLock::new(|| {
         "cluster-actions.js": SCRIPT,
         "cluster-picture.js": SCRIPT,
         "backups.js": SCRIPT,
+        "defenders.js": SCRIPT,
+        "defender-events.js": SCRIPT,
+        "defender-policy.js": SCRIPT,
         "general.js": SCRIPT,
         "settings.js": SCRIPT,
         "users.js": SCRIPT,

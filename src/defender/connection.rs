@@ -5,7 +5,6 @@ use std::{collections::VecDeque, io, net::SocketAddr, sync::Arc, time::Duration}
 
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::{SinkExt, StreamExt};
-use rustls::ClientConfig;
 use serde_json::json;
 use tokio::{
     task::JoinHandle,
@@ -18,6 +17,7 @@ use super::{
     facts::facts,
     folder::Settings,
     queue::Draft,
+    shown::Shown,
     watch::Shared,
     wire::{EVENTS, FromConsole, FromDefender, MESSAGE, Numbered, PING_MS, PROTOCOL, Policy, SILENCE_MS, WINDOW},
 };
@@ -36,7 +36,7 @@ type Reading = JoinHandle<io::Result<Vec<Numbered>>>;
 /// When the queue cannot be read or written.
 pub(super) async fn run(shared: Shared, settings: Settings) -> Result<()> {
     let mut lost = Instant::now();
-    let mut tls = None;
+    let mut shown = Shown::default();
     let mut last = None;
     loop {
         let mut session = Session {
@@ -46,14 +46,22 @@ pub(super) async fn run(shared: Shared, settings: Settings) -> Result<()> {
             flying: VecDeque::new(),
             stride: (1, BATCH.0),
             welcome: false,
+            renew_at: None,
+            renewed: false,
         };
-        let ended = session.attempt(&mut tls, &mut last).await;
+        let ended = session.attempt(&mut shown, &mut last).await;
+        if session.renewed {
+            shown.renewed();
+        }
         if session.welcome {
             lost = Instant::now();
         }
         match ended {
             Ok(Fatal(error)) => return Err(error),
-            Err(error) => tracing::info!("no connection to the Console: {error:#}; trying again"),
+            Err(error) => {
+                tracing::info!("no connection to the Console: {error:#}; trying again");
+                shown.failed(&error);
+            }
         }
         tokio::time::sleep(pause(lost.elapsed(), rand::random())).await;
     }
@@ -61,9 +69,6 @@ pub(super) async fn run(shared: Shared, settings: Settings) -> Result<()> {
 
 /// Something of this host has failed: another process may do better.
 struct Fatal(anyhow::Error);
-
-/// Settings of TLS with what they were made of: as long as they are the same, a session may be resumed.
-type Tls = ((String, String), Arc<ClientConfig>);
 
 struct Session<'a> {
     shared: &'a Shared,
@@ -78,18 +83,16 @@ struct Session<'a> {
     stride: (usize, usize),
     /// The Console has answered the hello.
     welcome: bool,
+    /// When to ask for another certificate.
+    renew_at: Option<Instant>,
+    /// Another certificate has come.
+    renewed: bool,
 }
 
 impl Session<'_> {
     /// One connection, from its address to its end.
-    async fn attempt(&mut self, tls: &mut Option<Tls>, last: &mut Option<SocketAddr>) -> Result<Fatal> {
-        let credentials = self.shared.folder.credentials()?;
-        if tls.as_ref().is_none_or(|(known, _)| *known != credentials) {
-            let key = self.shared.folder.key()?;
-            let config = pki::defender_client_tls(&credentials.1, &credentials.0, &key)?;
-            *tls = Some((credentials, config));
-        }
-        let config = tls.as_ref().map(|(_, config)| Arc::clone(config)).context("there are settings of TLS")?;
+    async fn attempt(&mut self, shown: &mut Shown, last: &mut Option<SocketAddr>) -> Result<Fatal> {
+        let config = shown.tls(&self.shared.folder)?;
         let (mut socket, at) = dial(&self.settings.consoles, *last, None, &config).await?;
         *last = Some(at);
         self.converse(&mut socket).await.with_context(|| format!("connected to {at}"))
@@ -111,10 +114,7 @@ impl Session<'_> {
         tracing::info!(stored, "connected to the Console");
         self.adopt(policy)?;
         self.trust(&authorities)?;
-        if renew {
-            let csr = pki::request_with(&self.shared.folder.key()?, &self.settings.name, &[])?;
-            say(socket, &FromDefender::Renew { csr }, Instant::now() + SILENCE).await?;
-        }
+        self.renew_at = renew.then(Instant::now);
         self.go_on(socket).await
     }
 
@@ -157,6 +157,11 @@ impl Session<'_> {
                 _ = appended.changed() => {}
                 _ = pings.tick() => {
                     timeout_at(dead, socket.send(Message::Ping(Default::default()))).await.context("send a ping")??;
+                }
+                () = sleep_until(self.renew_at.unwrap_or(dead)), if self.renew_at.is_some() => {
+                    self.renew_at = None;
+                    let csr = pki::request_with(&self.shared.folder.key()?, &self.settings.name, &[])?;
+                    say(socket, &FromDefender::Renew { csr }, dead).await?;
                 }
                 () = sleep_until(dead) => bail!("nothing has come for {} ms", SILENCE.as_millis()),
             }
@@ -209,7 +214,14 @@ impl Session<'_> {
                 // What does not fit the key would be of no use at the next connection.
                 pki::defender_client_tls(&folder.credentials()?.1, &certificate, &folder.key()?)?;
                 tracing::info!("another certificate has come");
+                self.renewed = true;
                 folder.keep_certificate(&certificate)
+            }
+            FromConsole::Trust { authorities, renew_within_ms } => {
+                // Not all Defenders at the same moment.
+                let within = renew_within_ms.map(|ms| Duration::from_millis(ms).mul_f64(rand::random()));
+                self.renew_at = within.map(|within| Instant::now() + within).or(self.renew_at);
+                self.trust(&authorities)
             }
             FromConsole::Refused { reason } => bail!("the Console refuses: {reason}"),
             FromConsole::Welcome { .. } | FromConsole::Unknown => Ok(()),
@@ -233,6 +245,7 @@ impl Session<'_> {
             return Ok(());
         }
         pki::defender_client_tls(authorities, &certificate, &self.shared.folder.key()?)?;
+        tracing::info!("other authorities are trusted from now on");
         self.shared.folder.keep_authorities(authorities)
     }
 }

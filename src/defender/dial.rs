@@ -16,7 +16,10 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config, tungstenite::protocol::WebSocketConfig};
 
-use super::wire::{ANSWER, PATH};
+use super::{
+    shown::is_refused,
+    wire::{ANSWER, PATH},
+};
 use crate::pki::{self, CONSOLE_NAME};
 
 /// How long one address may take to accept a connection, and how long TLS and the upgrade may take then.
@@ -69,7 +72,9 @@ pub async fn dial(
         tried.push(address);
         match connect(address, from, Arc::clone(tls)).await {
             Ok(socket) => return Ok((socket, address)),
-            Err(error) => why = error.context(address.to_string()),
+            // That a Console refuses says more than that other addresses do not answer.
+            Err(error) if !is_refused(&why) => why = error.context(address.to_string()),
+            Err(_) => {}
         }
     }
     Err(why)

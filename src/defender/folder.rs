@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::wire::Policy;
@@ -17,6 +20,8 @@ use super::wire::Policy;
 const SETTINGS: &str = "defender.json";
 const KEY: &str = "key.pem";
 const CERTIFICATE: &str = "certificate.pem";
+/// The certificate before: that of an authority which is introduced is worth nothing if another one takes its place.
+const BEFORE: &str = "certificate.before.pem";
 const AUTHORITIES: &str = "ca.pem";
 const POLICY: &str = "policy.json";
 const LOCK: &str = "lock";
@@ -68,12 +73,30 @@ impl Folder {
     /// # Errors
     /// When another process has it.
     pub(super) fn lock(&self) -> Result<Lock> {
+        self.try_lock()?.context("another Defender runs with this folder")
+    }
+
+    /// Takes it, if no other process has it.
+    ///
+    /// # Errors
+    /// When the file that says so cannot be opened or written.
+    pub(super) fn try_lock(&self) -> Result<Option<Lock>> {
         let path = self.path.join(LOCK);
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
         let file = file.with_context(|| format!("open {}", path.display()))?;
-        let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock);
-        let _file = locked.map_err(|(_, error)| error).context("another Defender runs with this folder")?;
-        Ok(Lock { _file })
+        let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => file,
+            Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
+            Err((_, error)) => return Err(error).with_context(|| format!("lock {}", path.display())),
+        };
+        let named = file.set_len(0).and_then(|()| file.write_all(std::process::id().to_string().as_bytes()));
+        named.with_context(|| format!("write {}", path.display()))?;
+        Ok(Some(Lock { _file: file }))
+    }
+
+    /// The process that took the folder last, by its id.
+    pub(super) fn holder(&self) -> Option<i32> {
+        self.text(LOCK).ok()??.trim().parse().ok()
     }
 
     /// What was settled; none before a registration.
@@ -124,7 +147,19 @@ impl Folder {
         Ok((certificate, authorities))
     }
 
+    /// The certificate before, if there was one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn certificate_before(&self) -> Result<Option<String>> {
+        self.text(BEFORE)
+    }
+
     pub(super) fn keep_certificate(&self, pem: &str) -> Result<()> {
+        match self.text(CERTIFICATE)? {
+            Some(before) if before != pem => self.keep(BEFORE, before.as_bytes())?,
+            _ => {}
+        }
         self.keep(CERTIFICATE, pem.as_bytes())
     }
 

@@ -7,8 +7,10 @@ mod connection;
 pub mod dial;
 mod facts;
 mod folder;
+mod install;
 mod queue;
 mod register;
+mod shown;
 mod watch;
 pub mod wire;
 
@@ -36,7 +38,7 @@ const EX_TEMPFAIL: u8 = 75;
 #[command(name = "defender", version = crate::cluster::program_version(), arg_required_else_help = true)]
 struct Arguments {
     /// Folder of its settings, certificate, and queue
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/twistlock-defender", global = true)]
+    #[arg(long, value_name = "DIR", default_value = install::FOLDER, global = true)]
     folder: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -44,6 +46,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Have this host registered by a Console, install program and unit, and start the agent
+    Install(register::Options),
+    /// Stop the agent, and take program and unit away
+    Uninstall(install::Removal),
     /// Have this host registered by a Console
     Register(register::Options),
     /// Run until SIGTERM
@@ -61,6 +67,8 @@ pub fn main() -> ExitCode {
     };
     tracing_subscriber::fmt().with_writer(std::io::stderr).without_time().with_target(false).with_ansi(false).init();
     let done = match &arguments.command {
+        Command::Install(options) => install::install(&arguments.folder, options),
+        Command::Uninstall(removal) => install::uninstall(&arguments.folder, removal),
         Command::Register(options) => {
             Folder::open(&arguments.folder).and_then(|folder| register::register(&folder, options))
         }

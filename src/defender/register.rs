@@ -63,7 +63,8 @@ pub(super) fn register(folder: &Folder, options: &Options) -> Result<()> {
                 pki::defender_client_tls(&authorities, &certificate, &key).context("use the certificate that came")?;
                 folder.keep_authorities(&authorities)?;
                 folder.keep_certificate(&certificate)?;
-                folder.keep_settings(&Settings { consoles, name, id: id.clone(), queue_bytes: QUEUE })?;
+                let queue_bytes = folder.settings().ok().flatten().map_or(QUEUE, |before| before.queue_bytes);
+                folder.keep_settings(&Settings { consoles, name, id: id.clone(), queue_bytes })?;
                 println!("This host is registered with the id {id}.");
                 return Ok(());
             }

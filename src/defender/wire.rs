@@ -2,7 +2,7 @@
 //! the meaning of a message that an older program sends or understands.
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Deserializer, Serialize, de::Error};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// The one number that both sides must agree on.
@@ -87,6 +87,15 @@ pub enum FromConsole {
     Certificate {
         certificate: String,
     },
+    /// Other authorities are to be trusted from now on.
+    Trust {
+        /// Their certificates, PEM.
+        authorities: String,
+        /// The Defender should ask for another certificate, at a random moment within so many milliseconds; not at all
+        /// if there is none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        renew_within_ms: Option<u64>,
+    },
     Refused {
         reason: String,
     },
@@ -114,7 +123,6 @@ pub struct Policy {
     pub version: u64,
     /// Files and folders whose changes are reported, by absolute path.
     #[schemars(length(max = 256))]
-    #[serde(deserialize_with = "objects")]
     pub paths: Vec<Watched>,
     /// Events of one path within a minute; what is more is held back, counted and reported as one.
     #[schemars(range(min = 1, max = 1000))]
@@ -131,12 +139,6 @@ pub struct Watched {
     /// All that is below a folder, too, and not only what is in it.
     #[serde(default)]
     pub recursive: bool,
-}
-
-/// serde would take an array of a path and a flag for an object.
-fn objects<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Watched>, D::Error> {
-    let found = Vec::<serde_json::Map<String, Value>>::deserialize(deserializer)?;
-    found.into_iter().map(|each| serde_json::from_value(Value::Object(each)).map_err(D::Error::custom)).collect()
 }
 
 impl Default for Policy {
@@ -205,15 +207,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_watched_path_is_an_object() {
-        let read = |paths: Value| serde_json::from_value::<Policy>(json!({ "paths": paths }));
-        assert_eq!(read(json!([{ "path": "/a", "later": 1 }])).unwrap().paths[0].path, "/a");
-        for wrong in [json!([["/a", true]]), json!([["/a"]]), json!(["/a"]), json!([{}]), json!({})] {
-            assert!(read(wrong.clone()).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
     fn what_is_unknown_is_no_error() {
         let of = |value: Value| serde_json::from_value::<FromConsole>(value).unwrap();
         assert_eq!(of(json!({ "type": "later", "a": 1 })), FromConsole::Unknown);
@@ -221,6 +214,8 @@ mod tests {
         let policy = json!({ "type": "policy", "policy": { "version": 3, "later": [] } });
         let expected = Policy { version: 3, ..Policy::default() };
         assert_eq!(of(policy), FromConsole::Policy { policy: expected });
+        let trust = FromConsole::Trust { authorities: String::new(), renew_within_ms: None };
+        assert_eq!(of(json!({ "type": "trust", "authorities": "" })), trust);
         let later = serde_json::from_value::<FromDefender>(json!({ "type": "later" })).unwrap();
         assert_eq!(later, FromDefender::Unknown);
     }

@@ -101,6 +101,8 @@ words! {
         Certificate = "certificate",
         /// What somebody did on this host while its audit could not be written.
         Audit = "audit",
+        /// Defenders that are away for too long, are there again, or are removed.
+        Defender = "defender",
         /// A test of the notifications.
         Test = "test",
     }

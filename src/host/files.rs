@@ -19,6 +19,10 @@ use crate::config::Config;
 
 /// The id that the original gave to the user of its Console.
 const RUN_ID: u32 = 2674;
+/// The programs of an installation.
+pub(super) const PROGRAMS: [&str; 3] = [FOR_OTHERS, "twistcli", "twistlockd"];
+/// The one of them that this host gives out and does not need itself.
+pub(super) const FOR_OTHERS: &str = "defender";
 /// The unit, as it is installed.
 const UNIT_TEXT: &str = include_str!("../../packaging/twistlockd.service");
 /// The folders that the unit lets the node write to in any case.
@@ -82,18 +86,19 @@ pub(super) fn program(source: &Path, target: &Path, take: bool) -> Result<(), Fa
     write().map_err(Failure::write(target))
 }
 
-/// Installs both programs; one that an earlier run has moved already may be missing.
+/// Installs the programs; one that an earlier run has moved already may be missing, and so may the one that other hosts
+/// fetch to become Defenders.
 pub(super) fn programs(from: &Path, place: &Place, take: bool) -> Result<(), Failure> {
     let bin = place.bin();
     if fs::canonicalize(from).ok() == fs::canonicalize(&bin).ok() {
         return Ok(());
     }
     // The daemon last: it is what a second attempt looks for.
-    for name in ["twistcli", "twistlockd"] {
+    for name in PROGRAMS {
         let (source, target) = (from.join(name), bin.join(name));
         if source.is_file() {
             program(&source, &target, take)?;
-        } else if !take {
+        } else if !take && name != FOR_OTHERS {
             return Err(Failure::new(EX_NOINPUT, format!("{} is gone", source.display())));
         }
     }
@@ -286,5 +291,8 @@ pub(super) fn uninstall(place: &Place, voice: &Voice) -> Result<(), Failure> {
     if place.has_systemd() {
         voice.does(&["systemctl", "daemon-reload"]);
     }
-    ["twistcli", "twistlockd"].iter().try_for_each(|name| remove(&place.bin().join(name)))
+    // A host may be a Defender, too.
+    let used = place.at("/etc/systemd/system/defender.service").exists();
+    let names = PROGRAMS.iter().filter(|name| !used || **name != FOR_OTHERS);
+    names.map(|name| place.bin().join(name)).try_for_each(|path| remove(&path))
 }

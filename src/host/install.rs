@@ -65,13 +65,18 @@ pub(super) fn root(place: &Place) -> Result<(), Failure> {
     Err(Failure::new(EX_NOPERM, "this needs root").hint("Try the same with: sudo"))
 }
 
-/// Finds both programs. They must run, and be of the same version as this program, which makes the checks.
+/// Finds the programs. They must run, and be of the same version as this program, which makes the checks.
 fn find_programs(options: &Options, voice: &Voice) -> Result<PathBuf, Failure> {
     let folder = options.programs();
     let folder = fs::canonicalize(&folder)
         .map_err(|_| Failure::new(EX_NOINPUT, format!("--program: there is no folder {}", folder.display())))?;
-    for name in ["twistlockd", "twistcli"] {
+    for name in files::PROGRAMS.into_iter().rev() {
         let path = folder.join(name);
+        if !path.is_file() && name == files::FOR_OTHERS {
+            let folder = folder.display();
+            voice.warn(&format!("{name} is not in {folder}: no host becomes a Defender while this one is PRIMARY"));
+            continue;
+        }
         if !path.is_file() {
             let failure = Failure::new(EX_NOINPUT, format!("{name} is not in {}", folder.display()));
             return Err(failure.hint("Put it beside the other one, or name its folder: --program DIR"));

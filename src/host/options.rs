@@ -26,7 +26,7 @@ pub struct Options {
     /// Show every command
     #[arg(short = 'z')]
     pub(super) debug: bool,
-    /// Folder of twistlockd and twistcli [default: that of this program]
+    /// Folder of twistlockd, twistcli and defender [default: that of this program]
     #[arg(long, value_name = "DIR")]
     pub(super) program: Option<PathBuf>,
     /// The new twistlock.cfg [default: twistlock.cfg, else twistlock.cfg.example, in the folder of install.sh]

@@ -22,7 +22,7 @@ pub use adoption::Candidate;
 pub use asking::{Newcomer, Stage, run, wanted};
 pub use files::{Host, JOIN_FILE, JoinFile, clear};
 pub use offer::Offer;
-pub use script::{JoinAssets, JoinAssetsError, Program, refusal};
+pub use script::{JoinAssets, JoinAssetsError, Program, Purpose, refusal};
 
 /// The beginning of every token: its kind and version.
 const TOKEN_PREFIX: &str = "TWJ1";

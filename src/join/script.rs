@@ -1,6 +1,8 @@
 //! The join script and the programs that it downloads, as the primary gives them out. Must never put anything into the
 //! script that is not quoted, and never a secret but the token that its reader has or was just given.
 
+mod defender;
+
 use std::{
     collections::HashMap,
     fs::File,
@@ -23,6 +25,9 @@ use crate::{
 };
 
 const TEMPLATE: &str = include_str!("console.sh.in");
+/// What every script does to fetch a program, in place of the line that is [`FETCH_MARK`].
+const FETCH: &str = include_str!("fetch.sh.in");
+const FETCH_MARK: &str = "@FETCH@";
 /// The daemon's own program, even when its file has been replaced since.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Bytes that are read at a time to compute a checksum.
@@ -36,9 +41,12 @@ pub struct JoinAssets {
     /// Keys that this node has a value for, which is in no script.
     withheld: Vec<&'static str>,
     https_port: Option<u16>,
+    /// `COMMUNICATION_PORT`.
+    defender_port: Option<u16>,
     /// Checksums by name, each with what tells whether the file is still the same.
     checksums: Mutex<HashMap<&'static str, (FileState, String)>>,
-    cli: PathBuf,
+    /// The folder of this node's program.
+    beside: PathBuf,
 }
 
 type FileState = (u64, u64, u64, i64, i64);
@@ -59,6 +67,10 @@ pub enum JoinAssetsError {
     NoHttps,
     #[error("this cluster has no certificate authority in its membership")]
     NoAuthority,
+    #[error("COMMUNICATION_PORT is off, and Defenders connect to it: set it on all members")]
+    NoDefenderPort,
+    #[error("this host has no program {0} beside twistlockd: install it on all members")]
+    NoProgram(&'static str),
     #[error("the join token is not one of this cluster, or it has expired")]
     Token,
     #[error("cannot read this node's program: {0}")]
@@ -100,19 +112,22 @@ impl JoinAssets {
             config: config::render(&newcomer),
             withheld: withheld.into_iter().flatten().collect(),
             https_port: config.management_port_https,
+            defender_port: config.communication_port,
             checksums: Mutex::default(),
-            cli: own.with_file_name("twistcli"),
+            beside: own.parent().map(PathBuf::from).unwrap_or_default(),
         }
     }
 
-    /// Opens `twistlockd` or `twistcli`; none if there is no such program. Blocks: its checksum is computed, once.
+    /// Opens `twistlockd`, `twistcli` or `defender`; none if there is no such program. Blocks: its checksum is
+    /// computed, once.
     ///
     /// # Errors
     /// When the program's file cannot be opened or read.
     pub fn program(&self, name: &str) -> io::Result<Option<Program>> {
         let (name, path) = match name {
             "twistlockd" => ("twistlockd", PathBuf::from(OWN_PROGRAM)),
-            "twistcli" => ("twistcli", self.cli.clone()),
+            "twistcli" => ("twistcli", self.beside.join("twistcli")),
+            "defender" => ("defender", self.beside.join("defender")),
             _ => return Ok(None),
         };
         let file = match File::open(path) {
@@ -149,7 +164,7 @@ impl JoinAssets {
         let invitation = membership.shared.invitations.iter().find(|open| parsed.has_hash(&open.hash));
         let until = invitation.ok_or(JoinAssetsError::Token)?.until;
         let addresses = self.addresses(membership, primary)?;
-        let list = addresses.iter().map(|address| quote(address)).collect::<Vec<_>>().join(" ");
+        let list = quoted_list(&addresses);
         let offer = Offer {
             join: JoinFile { token: token.to_owned(), addresses, ca: ca.clone(), adopted: false },
             cluster: membership.cluster,
@@ -161,23 +176,25 @@ impl JoinAssets {
             withheld: self.withheld.iter().map(|key| (*key).to_owned()).collect(),
         };
         let offer = serde_json::to_string(&offer).map_err(io::Error::from)?;
-        let (daemon, cli) = (self.program("twistlockd")?, self.program("twistcli")?);
-        let length = |program: &Option<Program>| program.as_ref().map_or(0, |program| program.length);
-        let kib = (length(&daemon) + length(&cli)).div_ceil(1024);
-        let sum = |program: Option<Program>| program.map(|program| program.sha256).unwrap_or_default();
-        Ok(fill(&[
+        let programs = [self.program("twistlockd")?, self.program("twistcli")?, self.program("defender")?];
+        let length: u64 = programs.iter().flatten().map(|program| program.length).sum();
+        let sums = programs.map(|program| quote(&program.map(|program| program.sha256).unwrap_or_default()));
+        let [daemon, cli, defender] = sums;
+        let values = [
             ("@TOKEN@", quote(token)),
             ("@ADDRESSES@", list),
             ("@UNTIL@", until.to_string()),
             ("@VERSION@", quote(program_version())),
             ("@ARCHITECTURE@", quote(std::env::consts::ARCH)),
-            ("@DAEMON_SHA256@", quote(&sum(daemon))),
-            ("@CLI_SHA256@", quote(&sum(cli))),
-            ("@KIB@", kib.to_string()),
+            ("@DAEMON_SHA256@", daemon),
+            ("@CLI_SHA256@", cli),
+            ("@DEFENDER_SHA256@", defender),
+            ("@KIB@", length.div_ceil(1024).to_string()),
             ("@CA@", quote(ca)),
             ("@CONSOLE_NAME@", quote(CONSOLE_NAME)),
             ("@OFFER@", quote(&offer)),
-        ]))
+        ];
+        Ok(fill(TEMPLATE, &values))
     }
 
     /// Where the script is.
@@ -197,12 +214,23 @@ impl JoinAssets {
     /// # Errors
     /// When the nodes have no HTTPS port, or the cluster has no certificate authority.
     pub fn line(&self, membership: &Membership, primary: NodeId, token: &str) -> Result<String, JoinAssetsError> {
+        self.line_for("console.sh", membership, primary, token)
+    }
+
+    /// The line that fetches the script of this name.
+    fn line_for(
+        &self,
+        script: &str,
+        membership: &Membership,
+        primary: NodeId,
+        token: &str,
+    ) -> Result<String, JoinAssetsError> {
         let ca = &membership.shared.authority.as_ref().ok_or(JoinAssetsError::NoAuthority)?.certificate;
         let addresses = self.addresses(membership, primary)?;
         let (ca, place) = (BASE64_STANDARD.encode(ca), addresses.first().ok_or(JoinAssetsError::NoHttps)?);
         Ok(format!(
             "curl -sS --noproxy '*' --connect-to ::{place} --cacert <(base64 -d <<<{ca}) -H @<(echo 'Authorization: Bearer {token}') \
-             https://{CONSOLE_NAME}/api/v1/scripts/console.sh | sudo bash"
+             https://{CONSOLE_NAME}/api/v1/scripts/{script} | sudo bash"
         ))
     }
 
@@ -226,10 +254,19 @@ fn checksum(mut file: File) -> io::Result<String> {
     }
 }
 
+/// Words of a shell.
+fn quoted_list(words: &[String]) -> String {
+    words.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ")
+}
+
 /// Puts each value where its mark stands. What was put in is not looked at again: it may look like a mark.
-fn fill(values: &[(&str, String)]) -> String {
-    let mut script = String::with_capacity(TEMPLATE.len() + 32_768);
-    for line in TEMPLATE.lines() {
+fn fill(template: &str, values: &[(&str, String)]) -> String {
+    let mut script = String::with_capacity(template.len() + FETCH.len() + 32_768);
+    for line in template.lines() {
+        if line == FETCH_MARK {
+            script.push_str(FETCH);
+            continue;
+        }
         let mark = values.iter().find(|(mark, _)| line.starts_with("readonly ") && line.contains(mark));
         match mark.and_then(|(mark, value)| Some((line.split_once(mark)?, value))) {
             Some(((before, after), value)) => script.extend([before, value, after]),
@@ -240,15 +277,27 @@ fn fill(values: &[(&str, String)]) -> String {
     script
 }
 
-/// What is answered instead of the script: a script that says why there is none. `later` if it is worth another
-/// attempt.
-pub fn refusal(why: &str, later: bool) -> String {
-    let (hint, code) = if later {
-        ("Run the same line again in a while.", 75)
-    } else {
-        ("Get a new line: twistcli ha join-script, on the PRIMARY. Nothing was changed on this host.", 77)
+/// What a script is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The host becomes a member.
+    Join,
+    /// The host becomes a Defender.
+    Defender,
+}
+
+/// What is answered instead of a script: a script that says why there is none. `later` if it is worth another attempt.
+pub fn refusal(purpose: Purpose, why: &str, later: bool) -> String {
+    let (word, again) = match purpose {
+        Purpose::Join => ("join", "twistcli ha join-script"),
+        Purpose::Defender => ("defender", "twistcli defender install-script"),
     };
-    let (why, hint) = (quote(&format!("join: {why}")), quote(&format!("  {hint}")));
+    let (hint, code) = if later {
+        ("Run the same line again in a while.".to_owned(), 75)
+    } else {
+        (format!("Get a new line: {again}, on the PRIMARY. Nothing was changed on this host."), 77)
+    };
+    let (why, hint) = (quote(&format!("{word}: {why}")), quote(&format!("  {hint}")));
     format!("#!/bin/sh\nprintf '%s\\n' {why} {hint} >&2\nexit {code}\n")
 }
 
@@ -271,7 +320,7 @@ mod tests {
     };
 
     /// A membership with an authority and an open invitation, and its token.
-    fn invited() -> (Membership, String) {
+    pub(super) fn invited() -> (Membership, String) {
         let ca = Authority::create(ClusterId(7)).unwrap().certificate_pem().to_owned();
         let token = Token::new(&certificate_der(&ca).unwrap());
         let members = vec![Member::founder(1, "a", "192.0.2.1", 8086), Member::founder(2, "b", "2001:db8::2", 8086)];
@@ -282,10 +331,24 @@ mod tests {
         (membership, token.to_string())
     }
 
-    fn shell(script: &str) -> String {
+    pub(super) fn shell(script: &str) -> String {
         let output = Command::new("bash").args(["-c", script]).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Checks a script, and writes it without its last line: then it can be looked at, and does nothing.
+    pub(super) fn sound(folder: &Path, script: &str) -> PathBuf {
+        assert!(!script.lines().any(|line| line.starts_with("readonly ") && line.contains("=@")), "a mark is left");
+        let path = folder.join("script.sh");
+        fs::write(&path, script).unwrap();
+        match Command::new("shellcheck").arg(&path).output() {
+            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
+            Err(error) => println!("NOT CHECKED: shellcheck cannot be run: {error}"),
+        }
+        let body = script.strip_suffix("main \"$@\"\n").expect("main is called in the last line");
+        fs::write(&path, body).unwrap();
+        path
     }
 
     #[test]
@@ -296,7 +359,7 @@ mod tests {
 
     #[test]
     fn marks_in_values_stay_what_they_are() {
-        let script = fill(&[("@TOKEN@", quote("@CA@")), ("@CA@", quote("x"))]);
+        let script = fill(TEMPLATE, &[("@TOKEN@", quote("@CA@")), ("@CA@", quote("x"))]);
         assert!(script.contains("readonly TOKEN='@CA@'\n") && script.contains("readonly CA='x'\n"));
     }
 
@@ -306,17 +369,8 @@ mod tests {
         let assets = JoinAssets::new(&Config { console_cn: Some("first.example".into()), ..Config::default() });
         assert!(matches!(assets.script(&membership, 1, &Token::new(b"x").to_string()), Err(JoinAssetsError::Token)));
         let script = assets.script(&membership, 2, &token).unwrap();
-        assert!(!script.lines().any(|line| line.starts_with("readonly ") && line.contains("=@")), "a mark is left");
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("console.sh");
-        fs::write(&path, &script).unwrap();
-        match Command::new("shellcheck").arg(&path).output() {
-            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
-            Err(error) => println!("NOT CHECKED: shellcheck cannot be run: {error}"),
-        }
-        // Everything but the last line, then a look at what it would use.
-        let body = script.strip_suffix("main \"$@\"\n").expect("main is called in the last line");
-        fs::write(&path, body).unwrap();
+        let path = sound(dir.path(), &script);
         let look = |what: &str| shell(&format!(". {}; {what}", path.display()));
         assert_eq!(look("printf '%s ' \"${ADDRESSES[@]}\""), "[2001:db8::2]:8083 192.0.2.1:8083 ");
         let path = dir.path().join("offer.json");
@@ -327,7 +381,10 @@ mod tests {
         let loaded = config::parse(&offer.config, "twistlock.cfg", &|_| None).unwrap();
         assert!(loaded.config.high_availability_enabled && loaded.config.console_cn.is_none(), "{:?}", loaded.notes);
         assert_eq!(loaded.config.high_availability_state, FirstState::Secondary);
-        assert!(TEMPLATE.lines().count() < 120, "what is done to a host belongs into the program");
+        assert!(
+            (TEMPLATE.lines().count() + FETCH.lines().count()) < 150,
+            "what is done to a host belongs into the program"
+        );
     }
 
     #[test]
@@ -344,11 +401,13 @@ mod tests {
     #[test]
     fn a_refusal_says_why_and_ends_as_one() {
         let run = |script: &str| Command::new("bash").args(["-c", script]).output().unwrap();
-        let output = run(&refusal("it's $(over) `now`", false));
+        let output = run(&refusal(Purpose::Join, "it's $(over) `now`", false));
         assert_eq!(output.status.code(), Some(77));
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(said.starts_with("join: it's $(over) `now`\n") && said.contains("ha join-script"), "{said}");
-        assert_eq!(run(&refusal("busy", true)).status.code(), Some(75));
+        assert_eq!(run(&refusal(Purpose::Join, "busy", true)).status.code(), Some(75));
+        let output = run(&refusal(Purpose::Defender, "over", false));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("twistcli defender install-script"));
     }
 
     #[test]

@@ -175,6 +175,10 @@ table! {
         "File operations of this node that failed, though not for want of space.";
     CONSOLE_CONNECTIONS = "twistlock_console_connections", Gauge, "Connections to the Console of this node.";
     DEFENDERS = "twistlock_defenders_connected", Gauge, "Defenders that are connected to this node.";
+    DEFENDERS_AWAY = "twistlock_defenders_away", Gauge,
+        "Defenders without a connection for longer than settings/defenders permits, as the PRIMARY has found; 0 elsewhere.";
+    DEFENDERS_REMOVED = "twistlock_defenders_removed_total", Counter,
+        "Defenders that this node removed because they had been away for too long.";
     DEFENDER_EVENTS = "twistlock_defender_events_total", Counter,
         "Events that Defenders have sent to this node, those that were known included.";
     CONNECTIONS_REFUSED = "twistlock_connections_refused_total", Counter by "server" SERVERS,

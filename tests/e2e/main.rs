@@ -8,6 +8,8 @@
 //! Tests that measure, or load the machine, have names that begin with `timed_`. Each runs alone; the others run beside one
 //! another, and may run beside other work.
 
+#[path = "../join/agent.rs"]
+mod agent;
 mod amnesia;
 mod audit;
 mod backup;
@@ -19,6 +21,7 @@ mod clustered_db;
 mod copies;
 mod damage;
 mod databases;
+mod defenders;
 mod disk;
 mod drill;
 mod earlier;

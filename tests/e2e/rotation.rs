@@ -28,7 +28,7 @@ use super::{
 };
 
 /// What a node says that looks for a key which the primary took along that made it.
-const NOT_YET: &[&str] = &["what all members share is not up to date on this node"];
+pub const NOT_YET: &[&str] = &["what all members share is not up to date on this node"];
 /// How long a step that must not be taken is awaited, and one that may be over already.
 const MEANWHILE: Duration = Duration::from_secs(2);
 /// How often a step may be over before the primary dies.

@@ -139,6 +139,9 @@ impl Desk<'_> {
         self.done("POST /settings/retention", "set", "/settings/retention", Some(json!({})));
         self.done("POST /defenders/policy", "set", "/defenders/policy", Some(json!({ "paths": [] })));
         self.done("POST /defenders/tokens", "invite", "/defenders/tokens", Some(json!({})));
+        self.done("POST /defenders/install-script", "invite", "/defenders/install-script", Some(json!({})));
+        self.done("GET /scripts/defender.sh", "invite", "/scripts/defender.sh", None);
+        self.done("POST /settings/defenders", "set", "/settings/defenders", Some(json!({})));
         let tag = json!({ "name": "of-routes", "color": "#336699", "description": "" });
         self.done("POST /tags", "create", "/tags", Some(tag.clone()));
         self.done("PUT /tags/{name}", "replace", "/tags/of-routes", Some(tag));

@@ -24,8 +24,8 @@ for number in 1 2 3; do
     printf '%s.%s h%s\n' "$network" "$number" "$number" >>/etc/hosts
 done
 # A real host may have the user, and even a node, already.
-rm -rf /var/lib/twistlock* /var/log/twistlock /etc/twistlock /usr/local/bin/twistlockd /usr/local/bin/twistcli
-rm -rf /etc/systemd/system/twistlockd.service* /etc/systemd/system/*.wants/twistlockd.service
+rm -rf /var/lib/twistlock* /var/log/twistlock /etc/twistlock /usr/local/bin/{twistlockd,twistcli,defender}
+rm -rf /etc/systemd/system/{twistlockd,defender}.service* /etc/systemd/system/*.wants/{twistlockd,defender}.service
 if id twistlock >/dev/null 2>&1; then
     userdel twistlock
 fi

@@ -15,7 +15,7 @@ uninstall. Needs root, ip, unshare, nsenter, curl and overlayfs; says so and exi
   --verbose   show what the installed programs print
 
   TWISTLOCK_DEB      a Debian package to install, upgrade, remove and purge on h3 at the end (with --systemd)
-  TWISTLOCK_BIN_DIR  folder of twistlockd and twistcli [default: target/debug]
+  TWISTLOCK_BIN_DIR  folder of twistlockd, twistcli and defender [default: target/debug]
 TEXT
 }
 
@@ -56,7 +56,7 @@ skip() {
 for program in ip unshare nsenter curl setpriv; do
     command -v "$program" >/dev/null || skip "$program is not installed"
 done
-for program in twistlockd twistcli; do
+for program in twistlockd twistcli defender; do
     [ -x "$bin/$program" ] || skip "$bin/$program is not there: cargo build --bins, or set TWISTLOCK_BIN_DIR"
 done
 
@@ -425,6 +425,40 @@ upgrade() {
     on_all after-the-upgrade h1
 }
 
+# The row of the only Defender has this in it.
+defender_is() {
+    on "h$primary" twistcli defender list | grep -q "$1"
+}
+
+told() {
+    on "h$primary" twistcli defender events | grep -q "$1"
+}
+
+defender() {
+    local line
+    step "h3 becomes a Defender, and tells what changes"
+    expect 0 on "h$primary" twistcli defender install-script --for 1h
+    line=$(grep -m 1 '^curl ' <<<"$output") || fail "install-script printed no line"
+    expect 0 on h3 bash -c "${line/sudo bash/bash}"
+    wait_for "the Defender is connected" defender_is "h3 .*connected"
+    expect 0 api POST /defenders/policy '{"paths":[{"path":"/srv","recursive":true}]}'
+    wait_for "the Defender knows what there is" told baseline
+    on h3 touch /srv/watched
+    wait_for "the event is there" told "created /srv/watched"
+    if [ "$kind" = systemd ]; then
+        expect 0 on h3 systemctl is-active defender.service
+        on h3 systemctl kill --signal=KILL defender.service
+    fi
+    expect 0 on h3 bash -c "${line/sudo bash/bash}"
+    says "is installed"
+    on h3 touch /srv/again
+    wait_for "the next event is there" told "created /srv/again"
+    [ "$(on "h$primary" twistcli defender events | grep -c "created /srv/watched")" = 1 ] || fail "an event is there twice"
+    expect 0 on h3 defender uninstall --purge
+    on h3 test ! -e /var/lib/twistlock-defender || fail "its folder is still there"
+    wait_for "it is away" defender_is "h3 .*away"
+}
+
 uninstall() {
     step "uninstalling h3 leaves its data"
     expect 0 on h3 "$root/scripts/install.sh" -su
@@ -485,8 +519,9 @@ main() {
     # Many copies are made of them; what a debugger needs is most of a program that was not built for release.
     if command -v strip >/dev/null; then
         mkdir "$work/bin"
-        strip --strip-debug -o "$work/bin/twistlockd" "$bin/twistlockd"
-        strip --strip-debug -o "$work/bin/twistcli" "$bin/twistcli"
+        for program in twistlockd twistcli defender; do
+            strip --strip-debug -o "$work/bin/$program" "$bin/$program"
+        done
         bin=$work/bin
     fi
     step "three hosts are made"
@@ -499,6 +534,7 @@ main() {
     cluster
     replace
     upgrade
+    defender
     uninstall
     package
     step "all as it should be"

@@ -15,8 +15,9 @@ use tokio::sync::watch;
 use super::{intake::Intake, policy_of};
 use crate::{
     console::store::{Store, StoreError},
-    defender::wire::Policy,
+    defender::wire::{FromConsole, Policy},
     mutex::locked,
+    telemetry::DEFENDERS,
 };
 
 /// How long a policy that was read is told to others: after a takeover all Defenders come within seconds.
@@ -29,8 +30,26 @@ pub(in crate::console) struct Hub {
     /// How often a Defender was shut out.
     shut_out: AtomicU64,
     policy: watch::Sender<Option<Arc<Policy>>>,
+    trust: watch::Sender<Option<Arc<Trust>>>,
     read: Mutex<Read>,
     pub(super) intake: Arc<Intake>,
+}
+
+/// What changes for those that are connected when the authorities of the cluster change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Trust {
+    /// Certificates of the authorities to trust, PEM.
+    pub(super) authorities: String,
+    /// Another authority signs from now on: how many milliseconds they have to ask for another certificate.
+    pub(super) renew_within_ms: Option<u64>,
+}
+
+impl Trust {
+    /// As a Defender is told of it.
+    pub(super) fn told(&self) -> FromConsole {
+        let Self { authorities, renew_within_ms } = self.clone();
+        FromConsole::Trust { authorities, renew_within_ms }
+    }
 }
 
 /// The policy as it was read last, and how often another one was announced.
@@ -66,6 +85,7 @@ impl Drop for Seat {
         let mut connected = locked(&self.hub.connected);
         if connected.get(&self.id).is_some_and(|held| held.seat == self.seat) {
             connected.remove(&self.id);
+            metrics::gauge!(DEFENDERS).decrement(1.0);
         }
     }
 }
@@ -83,7 +103,11 @@ impl Hub {
         let before = connected.remove(id);
         let again = before.is_some() || self.shut_out() != shut_out;
         let seat = before.as_ref().map_or(0, |before| before.seat + 1);
-        before.inspect(|before| before.end("the Defender has connected again"));
+        match before {
+            Some(before) => before.end("the Defender has connected again"),
+            // As many as there are places; two Consoles of one process may be open for a moment.
+            None => metrics::gauge!(DEFENDERS).increment(1.0),
+        }
         connected.insert(id.to_owned(), Connected { seat, address, end: sender });
         Seat { hub: Arc::clone(self), id: id.to_owned(), seat, again, end }
     }
@@ -98,6 +122,23 @@ impl Hub {
     /// Where this Defender is connected from.
     pub(super) fn address(&self, id: &str) -> Option<String> {
         locked(&self.connected).get(id).map(|connected| connected.address.clone())
+    }
+
+    /// The ids of those that are connected.
+    pub(super) fn ids(&self) -> Vec<String> {
+        locked(&self.connected).keys().cloned().collect()
+    }
+
+    /// Other authorities are in force from now on.
+    pub(super) fn announce_trust(&self, trust: Trust) {
+        self.trust.send_replace(Some(Arc::new(trust)));
+    }
+
+    /// Which other authorities are announced from now on.
+    pub(super) fn trusts(&self) -> watch::Receiver<Option<Arc<Trust>>> {
+        let mut receiver = self.trust.subscribe();
+        receiver.mark_unchanged();
+        receiver
     }
 
     /// This policy is in force from now on, and in the database.

@@ -21,6 +21,7 @@ use super::{
     intake::Stored,
     registration::certify,
     tables::{self, Defender},
+    trust::newest,
 };
 use crate::{
     clients::{ClientCertificate, places::Visit},
@@ -30,7 +31,7 @@ use crate::{
         EVENT, EVENTS, Facts, FromConsole, FromDefender, MESSAGE, Numbered, PROTOCOL, SILENCE_MS, WINDOW,
     },
     pki::{self, CertificateInfo},
-    telemetry::{DEFENDER_EVENTS, DEFENDERS},
+    telemetry::DEFENDER_EVENTS,
 };
 
 /// Longest time from the upgrade to the hello.
@@ -59,26 +60,27 @@ pub(super) async fn upgrade(
         return Err(refused("this one is of another cluster"));
     }
     let shut_out = console.defenders.shut_out();
-    let defender = tables::find(&console.store, &id).await?.filter(|defender| !defender.withdrawn);
-    let defender = defender.ok_or_else(|| refused("this one is withdrawn"))?;
+    let defender = tables::find(&console.store, &id).await?;
+    let defender = defender.ok_or_else(|| refused("this one is not known any more: register the host again"))?;
     let info = CertificateInfo::read(&der).map_err(|error| refused(&error.to_string()))?;
     if info.not_after <= unix_time() {
         // Of a session that is resumed, TLS checks no certificate again.
         return Err(refused("this one has expired"));
+    }
+    if let Some(why) = defender.refusal() {
+        return Ok(upgrade.on_upgrade(move |socket| turn_away(Line::new(socket), why)));
     }
     visit.inspect(|Extension(visit)| visit.vouch());
     let renew = is_due(&console, &der, &info);
     let upgrade = upgrade.read_buffer_size(BUFFER).max_message_size(MESSAGE).max_frame_size(MESSAGE);
     Ok(upgrade.on_upgrade(move |socket| async move {
         let seat = console.defenders.connect(&id, from.to_string(), shut_out);
-        metrics::gauge!(DEFENDERS).increment(1.0);
         let number = defender.number;
         let (console_of, line) = (Arc::clone(&console), Line::new(socket));
         let mut session = Session { console: console_of, defender, renew, seat, line };
         let why = session.run().await;
         tracing::debug!(id, %from, "the connection of a Defender ends: {why}");
         drop(session);
-        metrics::gauge!(DEFENDERS).decrement(1.0);
         // Not at the end of a term: the next PRIMARY would wait for it.
         if !*console.closing.borrow() {
             drop(console.defenders.intake.hand_over(&console.store, (number, Vec::new()), 0));
@@ -86,14 +88,24 @@ pub(super) async fn upgrade(
     }))
 }
 
+/// Tells whoever may not connect why: a refusal of the upgrade would say it to nobody.
+async fn turn_away(mut line: Line, why: &str) {
+    // Behind the hello: whoever sends into a closed connection may lose what has come.
+    if let Ok(Ok(_)) = timeout(GREETING, line.hear()).await
+        && line.say(&FromConsole::Refused { reason: why.to_owned() }).await.is_ok()
+    {
+        line.close().await;
+    }
+}
+
 /// True if a Defender should ask for another certificate: less than a third of its life is left, or another authority
-/// signs now.
+/// signs from now on.
 fn is_due(console: &Console, der: &[u8], info: &CertificateInfo) -> bool {
     let status = Arc::clone(&console.status.borrow());
     let shared = &status.membership.shared;
-    let Some(authority) = &shared.authority else { return false };
+    let Some(authority) = newest(shared) else { return false };
     // TLS has proven that one of those that are trusted did: a signature is not checked again if there is no choice.
-    let signed = || pki::certificate_der(&authority.certificate).is_ok_and(|ca| pki::is_issued_by(der, &ca));
+    let signed = || pki::certificate_der(authority).is_ok_and(|ca| pki::is_issued_by(der, &ca));
     pki::is_due(info.not_before, info.not_after, unix_time()) || (shared.trusted().count() > 1 && !signed())
 }
 
@@ -167,7 +179,7 @@ type Waiting = VecDeque<(Vec<Numbered>, usize)>;
 impl Session {
     /// Returns why it ends.
     async fn run(&mut self) -> String {
-        let mut policies = self.console.defenders.policies();
+        let (mut policies, mut trusts) = (self.console.defenders.policies(), self.console.defenders.trusts());
         // In boxes: what is done once or seldom takes no memory in between.
         if let Err(why) = Box::pin(self.greet()).await {
             return self.refuse(why).await;
@@ -208,6 +220,7 @@ impl Session {
                     let policy = policies.borrow_and_update().clone();
                     policy.map(|policy| FromConsole::Policy { policy: (*policy).clone() })
                 }
+                Ok(()) = trusts.changed() => trusts.borrow_and_update().as_ref().map(|trust| trust.told()),
                 () = async { drop(closing.wait_for(|closing| *closing).await) } => {
                     // Whoever connects again finds the next PRIMARY.
                     self.line.close().await;

@@ -37,7 +37,26 @@ pub(super) struct Defender {
     pub(super) stored: u64,
     /// When the last of them happened, in milliseconds since 1970: what tells it from another one with its number.
     pub(super) stored_time: u64,
+    /// It may not connect.
     pub(super) withdrawn: bool,
+    /// It may be registered again: nobody has withdrawn it, it was away for too long.
+    pub(super) removed: bool,
+}
+
+/// What `withdrawn` says of a Defender that was removed. An older program takes it for one that was withdrawn.
+pub(super) const REMOVED: i64 = 2;
+
+impl Defender {
+    /// Why it may not connect.
+    pub(super) fn refusal(&self) -> Option<&'static str> {
+        match (self.withdrawn, self.removed) {
+            (false, _) => None,
+            (true, false) => Some("this Defender is withdrawn: it needs another key"),
+            (true, true) => {
+                Some("this Defender was removed because it had been away for too long: register this host again")
+            }
+        }
+    }
 }
 
 impl FromRow<'_, SqliteRow> for Defender {
@@ -56,7 +75,22 @@ impl FromRow<'_, SqliteRow> for Defender {
             stored: u64::try_from(row.try_get::<i64, _>("stored")?).unwrap_or(0),
             stored_time: u64::try_from(row.try_get::<i64, _>("stored_time")?).unwrap_or(0),
             withdrawn: row.try_get("withdrawn")?,
+            removed: row.try_get::<i64, _>("withdrawn")? == REMOVED,
         })
+    }
+}
+
+/// A Defender in a list.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Listed {
+    pub(super) defender: Defender,
+    /// It has been away for too long.
+    pub(super) alerted: bool,
+}
+
+impl FromRow<'_, SqliteRow> for Listed {
+    fn from_row(row: &SqliteRow) -> sqlx::Result<Self> {
+        Ok(Self { defender: Defender::from_row(row)?, alerted: row.try_get("alerted")? })
     }
 }
 
@@ -78,13 +112,23 @@ pub(super) async fn with_key(store: &Store, key: &str) -> Result<Option<Defender
     Ok(query.fetch_optional(&mut *store.read().await?).await?)
 }
 
-/// Who made the invitation with this digest, if it is in force.
+/// An invitation that is in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::console) struct Invited {
+    /// Who made it.
+    pub(in crate::console) by: String,
+    /// In seconds since 1970.
+    pub(in crate::console) until: i64,
+}
+
+/// The invitation with this digest, if it is in force.
 ///
 /// # Errors
 /// Those of a read.
-pub(super) async fn inviter(store: &Store, digest: &str) -> Result<Option<String>, StoreError> {
-    let query = sqlx::query_scalar("SELECT by FROM defender_tokens WHERE digest = ? AND until > ?");
-    Ok(query.bind(digest.to_owned()).bind(unix_time()).fetch_optional(&mut *store.read().await?).await?)
+pub(super) async fn invitation(store: &Store, digest: &str) -> Result<Option<Invited>, StoreError> {
+    let query = sqlx::query_as("SELECT by, until FROM defender_tokens WHERE digest = ? AND until > ?");
+    let found = query.bind(digest.to_owned()).bind(unix_time()).fetch_optional(&mut *store.read().await?).await?;
+    Ok(found.map(|(by, until)| Invited { by, until }))
 }
 
 /// Keeps an invitation. Those that have ended go, and the one that ends first when there are too many.

@@ -9,6 +9,9 @@ import { ROLES, ago, clock, span } from './words.js';
 import { open as backups } from './backups.js';
 import { open as certificates } from './certificates.js';
 import { open as cluster } from './cluster.js';
+import { open as defenderEvents } from './defender-events.js';
+import { open as defenderPolicy } from './defender-policy.js';
+import { open as defenders } from './defenders.js';
 import { open as general } from './general.js';
 import { open as login } from './login.js';
 import { consoleLog, history } from './logs.js';
@@ -25,6 +28,9 @@ const PAGES = [
   { group: 'System', title: 'Backup & Restore', hash: '#/manage/system/backup', open: backups, roles: ADMINISTRATOR },
   { group: 'System', title: 'Settings', hash: '#/manage/system/settings', open: settings, roles: ADMINISTRATOR },
   { group: 'System', title: 'General', hash: '#/manage/system/general', open: general },
+  { group: 'Defenders', title: 'Defenders', hash: '#/manage/defenders', open: defenders },
+  { group: 'Defenders', title: 'Defender events', hash: '#/manage/defenders/events', open: defenderEvents },
+  { group: 'Defenders', title: 'Defender policy', hash: '#/manage/defenders/policy', open: defenderPolicy },
   { group: 'Authentication', title: 'Users', hash: '#/manage/authentication/users', open: users, roles: ADMINISTRATOR },
   { group: 'Authentication', title: 'Certificates', hash: '#/manage/certificates', open: certificates, roles: ADMINISTRATOR },
   { group: 'View Logs', title: 'History', hash: '#/manage/logs/history', open: history, roles: READERS },
