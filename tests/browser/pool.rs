@@ -107,15 +107,16 @@ pub fn play() {
 
     browser.fill("balancer", "no name");
     browser.press("Save the load balancer");
-    browser.wait_for("what is no address is refused", "return problems().includes('cannot be in a certificate')");
+    browser.wait_for("what is no address is refused", "return said('cannot be in a certificate')");
     browser.press("Add");
-    browser.wait_for("both are needed", "return problems().includes('Enter the address and the fingerprint')");
+    browser.wait_for("both are needed", "return said('Enter the address and the fingerprint')");
     browser.fill("address", "127.0.0.99");
     browser.fill("fingerprint", "AB:CD");
     browser.press("Add");
     browser.wait_for(
         "a host that does not wait is refused",
-        "return !problems().includes('Enter the') && problems() !== ''",
+        "return [...document.querySelectorAll('.toast.bad')]
+            .some((one) => !/Enter the|cannot be in a certificate/.test(one.textContent))",
     );
 
     let gone = "[...document.querySelectorAll('[aria-label^=\"Remove node\"]')].at(-1)";
