@@ -94,8 +94,6 @@ struct Figures {
     /// Processors that the PRIMARY's process keeps busy: without Defenders, with all of them connected, and while they
     /// send events.
     cores: [f64; 3],
-    /// What it has had written to its disk, at the same times.
-    written_mib_a_second: [f64; 3],
     events_a_second: f64,
     acknowledged: Times,
     /// Writes of others: without Defenders, with all of them connected, and while they send events.
@@ -184,8 +182,7 @@ fn measure(options: &Options, site: &Site) -> Result<Figures> {
         connected,
         connect_seconds,
         memory_kib,
-        cores: [alone, connected_only, during].map(|(cores, _)| cores),
-        written_mib_a_second: [alone, connected_only, during].map(|(_, written)| written),
+        cores: [alone, connected_only, during],
         events_a_second,
         acknowledged,
         others_alone,
@@ -199,29 +196,28 @@ fn measure(options: &Options, site: &Site) -> Result<Figures> {
     })
 }
 
-/// Does something, and returns how many processors the PRIMARY has kept busy meanwhile, and MiB a second that it wrote.
-fn busy<T>(site: &Site, work: impl FnOnce() -> T) -> Result<(T, (f64, f64))> {
-    let (cpu, written, begin) = (site.cpu()?, site.written()?, Instant::now());
+/// Does something, and returns how many processors the PRIMARY has kept busy meanwhile.
+fn busy<T>(site: &Site, work: impl FnOnce() -> T) -> Result<(T, f64)> {
+    let (before, begin) = (site.cpu()?, Instant::now());
     let done = work();
-    let used = site.cpu()?.saturating_sub(cpu).as_secs_f64();
-    let written = site.written()?.saturating_sub(written) as f64 / 1_048_576.0;
-    let a_second = |value: f64| (value / begin.elapsed().as_secs_f64() * 100.0).round() / 100.0;
-    Ok((done, (a_second(used), a_second(written))))
+    let used = site.cpu()?.saturating_sub(before).as_secs_f64() / begin.elapsed().as_secs_f64();
+    Ok((done, (used * 100.0).round() / 100.0))
 }
 
 fn million(options: &Options, site: &Site) -> Result<Million> {
     let count = options.defenders.unwrap_or(200);
-    let each = options.events / count as u64 / options.takeovers.max(1);
-    ensure!(each > 0, "at least one event of each Defender for each takeover is needed");
+    let (each, takeovers) = (options.events / count.max(1) as u64, options.takeovers);
+    ensure!(takeovers > 0 && each >= takeovers, "at least one event of each Defender for each takeover is needed");
     let desk = site.desk()?;
     let mut crowd = Crowd::register(&desk, &site.invite(&desk)?, site.consoles(), count)?;
     crowd.start(Duration::from_secs(1));
     crowd.wait_for("all are connected", LIMIT, |tally| tally.connected.load(Relaxed) == count)?;
     crowd.count_arrivals();
     let begin = Instant::now();
-    for takeover in 1..=options.takeovers {
-        let half = crowd.given() + each * count as u64 / 2;
-        crowd.give(each);
+    for takeover in 1..=takeovers {
+        let now = each * takeover / takeovers - each * (takeover - 1) / takeovers;
+        let half = crowd.given() + now * count as u64 / 2;
+        crowd.give(now);
         crowd.wait_for("half of it is stored", LIMIT, |tally| tally.stored.load(Relaxed) >= half)?;
         site.kill_primary()?;
         crowd.wait_stored(LIMIT)?;
@@ -231,7 +227,7 @@ fn million(options: &Options, site: &Site) -> Result<Million> {
     let seconds = begin.elapsed().as_secs_f64();
     let events = crowd.verify(&site.desk()?)?;
     let (resumed, in_full) = (crowd.tally.resumed.load(Relaxed), crowd.tally.full.load(Relaxed));
-    let (made, takeovers) = (crowd.given(), options.takeovers);
+    let made = crowd.given();
     Ok(Million { defenders: count, takeovers, seconds, resumed, in_full, made, events })
 }
 
@@ -243,10 +239,8 @@ fn print_figures(found: &Figures) -> Result<()> {
     row("connected Defenders", found.connected.to_string());
     row("until all were connected, s", format!("{:.1}", found.connect_seconds));
     row("memory of the PRIMARY for each, KiB", format!("{:.1}", found.memory_kib));
-    let busy = found.cores.into_iter().zip(found.written_mib_a_second);
-    for (when, (cores, written)) in ["no Defenders", "all connected", "all send events"].into_iter().zip(busy) {
-        row(&format!("PRIMARY: {when}, processors"), format!("{cores:.2}"));
-        row(&format!("PRIMARY: {when}, MiB/s written"), format!("{written:.2}"));
+    for (when, cores) in ["no Defenders", "all connected", "all send events"].into_iter().zip(found.cores) {
+        row(&format!("processors of the PRIMARY: {when}"), format!("{cores:.2}"));
     }
     row("events a second", format!("{:.0}", found.events_a_second));
     row("resumed sessions after the takeover", format!("{} of {}", found.resumed, found.resumed + found.in_full));

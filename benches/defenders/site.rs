@@ -139,14 +139,6 @@ impl Site {
         Ok(Duration::from_millis(ticks * 10))
     }
 
-    /// Bytes that the PRIMARY's process has had written to disks so far.
-    pub fn written(&self) -> Result<u64> {
-        let pid = self.primary()?.pid.context("the PRIMARY runs")?;
-        let text = fs::read_to_string(format!("/proc/{pid}/io"))?;
-        let bytes = text.lines().find_map(|line| line.strip_prefix("write_bytes: ")).context("write_bytes")?;
-        Ok(bytes.parse()?)
-    }
-
     /// Kills it with SIGKILL. Returns when that was.
     pub fn kill_primary(&self) -> Result<Instant> {
         let pid = self.primary()?.pid.context("the PRIMARY runs")?;

@@ -47,7 +47,10 @@ const HEADERS: usize = 64;
 /// Longest time for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long a handshake keeps its turn, where there are turns: who sends drop by drop holds nobody up.
-const TURN: Duration = Duration::from_millis(100);
+const TURN: Duration = Duration::from_millis(250);
+/// How long it waits for its turn. Behind that, its client would give up before the end, and all work would be for
+/// those who are gone: it is better told to come again.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Longest time from the end of a request (or the start of the connection) to the end of the next request's head: also
 /// the limit of an idle connection.
 const HEAD: Duration = Duration::from_secs(10);
@@ -216,10 +219,14 @@ async fn serve(stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Re
 }
 
 /// Does the work when its turn has come.
-async fn in_turn<T>(turns: Option<&Semaphore>, work: impl Future<Output = T>) -> T {
+///
+/// # Errors
+/// When it has not come in time, and those of the work.
+async fn in_turn<T>(turns: Option<&Semaphore>, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     let Some(turns) = turns else { return work.await };
-    // An error would mean that it is closed, which nobody does.
-    let turn = turns.acquire().await;
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "too many others are before it");
+    // The inner error would mean that it is closed, which nobody does.
+    let turn = tokio::time::timeout(PATIENCE, turns.acquire()).await.map_err(late)?;
     let mut work = pin!(work);
     match tokio::time::timeout(TURN, work.as_mut()).await {
         Ok(done) => done,
@@ -282,11 +289,15 @@ mod tests {
         let (turns, begin) = (Semaphore::new(1), std::time::Instant::now());
         tokio::select! {
             biased;
-            () = in_turn(Some(&turns), std::future::pending()) => unreachable!("it never ends"),
-            () = in_turn(Some(&turns), async {}) => {}
+            never = in_turn(Some(&turns), std::future::pending::<io::Result<()>>()) => unreachable!("{never:?}"),
+            done = in_turn(Some(&turns), async { Ok(()) }) => done.unwrap(),
         }
         assert!(begin.elapsed() >= TURN, "it was not its turn");
         assert_eq!(turns.available_permits(), 1);
+        let _kept = turns.acquire().await.unwrap();
+        let error = in_turn(Some(&turns), async { Ok(()) }).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(begin.elapsed() >= PATIENCE);
     }
 
     /// Turns the connection into an echo.
