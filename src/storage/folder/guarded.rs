@@ -28,7 +28,7 @@ use self::wal::Unwritten;
 use super::{
     image::{self, After},
     journal::{Journal, Meaning},
-    overlay::{MEMORY, Overlay, read_up_to},
+    overlay::{Overlay, read_up_to},
     passage::Passage,
     units::Units,
 };
@@ -265,7 +265,7 @@ impl Guarded {
                 let size = self.file.metadata().map_err(|error| Stop::File(code(&error)))?.len();
                 let counts = u64::from(pages.table.pages()) * u64::from(pages.table.page_size());
                 // A file that members know nothing of yet counts as it is.
-                none.insert(Overlay::new(if counts == 0 { size } else { counts }, size, MEMORY))
+                none.insert(Overlay::new(if counts == 0 { size } else { counts }, size, self.passage.memory()))
             }
         };
         self.overlaid.store(true, Ordering::SeqCst);

@@ -7,7 +7,10 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io,
-    os::unix::ffi::OsStrExt,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, lchown},
+    },
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
@@ -215,9 +218,11 @@ impl Members {
         let (lock_byte, spill) = (vfs::lock_byte(), self.places.spill());
         let registry = Registry::new(Arc::clone(&passage), Arc::clone(&enters), lock_byte, spill.clone());
         let catalogue = locked(&self.catalogue).clone();
+        let files = self.places.files();
         for (id, database) in std::mem::take(&mut self.databases) {
             let Some(path) = catalogue.path(id) else { continue };
             let lent = database.lend()?;
+            hand_over(&files, path).map_err(failed("give away", path))?;
             let config = GuardedConfig {
                 path: path.to_owned(),
                 id: Some(id),
@@ -254,6 +259,19 @@ impl Members {
         }
         Ok(least)
     }
+}
+
+/// Gives a database and the folders around it to whoever owns the folder of the service: members have made them.
+fn hand_over(files: &Path, path: &Path) -> io::Result<()> {
+    let owner = std::fs::metadata(files)?;
+    for made in path.ancestors().filter(|made| !made.as_os_str().is_empty()) {
+        let made = files.join(made);
+        let found = std::fs::symlink_metadata(&made)?;
+        if (found.uid(), found.gid()) != (owner.uid(), owner.gid()) && (found.uid(), found.gid()) == (0, 0) {
+            lchown(&made, Some(owner.uid()), Some(owner.gid()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes the record of a database that has no content before `index`, so that it does not need what is before it.

@@ -10,6 +10,10 @@ use std::{
     fs::File,
     io::{self, ErrorKind},
     os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use crate::storage::watch::{Act, Place as Watched, run};
@@ -18,8 +22,31 @@ use crate::storage::watch::{Act, Place as Watched, run};
 pub(super) const SECTOR: u64 = 512;
 /// Bytes that are kept together.
 const CHUNK: u64 = 4096;
-/// What is kept in memory, in bytes; more goes to the file.
+/// What is kept in memory for all databases together, in bytes; more goes to files.
 pub(super) const MEMORY: usize = 64 << 20;
+
+/// The memory that all overlays share.
+#[derive(Debug)]
+pub(super) struct Budget {
+    left: AtomicUsize,
+}
+
+impl Budget {
+    /// So many bytes.
+    pub fn new(bytes: usize) -> Self {
+        Self { left: AtomicUsize::new(bytes) }
+    }
+
+    /// Takes a chunk, if there is one.
+    fn take(&self) -> bool {
+        let chunk = CHUNK as usize;
+        self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(chunk)).is_ok()
+    }
+
+    fn give(&self, chunks: usize) {
+        self.left.fetch_add(chunks * CHUNK as usize, Ordering::SeqCst);
+    }
+}
 
 #[derive(Debug)]
 enum Place {
@@ -39,8 +66,7 @@ struct Chunk {
 #[derive(Debug)]
 pub(super) struct Overlay {
     chunks: BTreeMap<u64, Chunk>,
-    in_memory: usize,
-    most_in_memory: usize,
+    budget: Arc<Budget>,
     spill: Option<File>,
     slots: u64,
     /// Size of the database as its application sees it, in bytes.
@@ -51,9 +77,8 @@ pub(super) struct Overlay {
 
 impl Overlay {
     /// Over a file of which this many bytes count. `size` is how long it looks.
-    pub fn new(base: u64, size: u64, most_in_memory: usize) -> Self {
-        let chunks = BTreeMap::new();
-        Self { chunks, in_memory: 0, most_in_memory, spill: None, slots: 0, size, base: base.min(size) }
+    pub fn new(base: u64, size: u64, budget: Arc<Budget>) -> Self {
+        Self { chunks: BTreeMap::new(), budget, spill: None, slots: 0, size, base: base.min(size) }
     }
 
     /// Size of the database, in bytes.
@@ -98,8 +123,7 @@ impl Overlay {
         spill: &dyn Fn() -> io::Result<File>,
     ) -> io::Result<()> {
         if !self.chunks.contains_key(&number) {
-            let place = if self.in_memory < self.most_in_memory {
-                self.in_memory += CHUNK as usize;
+            let place = if self.budget.take() {
                 Place::Memory(vec![0; CHUNK as usize].into())
             } else {
                 if self.spill.is_none() {
@@ -134,8 +158,7 @@ impl Overlay {
         }
         if size < self.size {
             let removed = self.chunks.split_off(&size.div_ceil(CHUNK));
-            let memory = removed.values().filter(|chunk| matches!(chunk.place, Place::Memory(_))).count();
-            self.in_memory -= memory * CHUNK as usize;
+            self.give_back(&removed);
             if let Some(chunk) = self.chunks.get_mut(&(size / CHUNK)) {
                 chunk.written &= ((1u16 << ((size % CHUNK) / SECTOR)) - 1) as u8;
             }
@@ -191,6 +214,18 @@ impl Overlay {
     }
 }
 
+impl Overlay {
+    fn give_back(&self, chunks: &BTreeMap<u64, Chunk>) {
+        self.budget.give(chunks.values().filter(|chunk| matches!(chunk.place, Place::Memory(_))).count());
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        self.give_back(&self.chunks);
+    }
+}
+
 /// Reads until the end of the file or of the bytes. What is behind the end is left as it is.
 pub(super) fn read_up_to(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
@@ -224,7 +259,7 @@ mod tests {
 
     #[test]
     fn the_pages_of_any_size_are_named_once() {
-        let mut overlay = Overlay::new(40 * SECTOR, 40 * SECTOR, MEMORY);
+        let mut overlay = Overlay::new(40 * SECTOR, 40 * SECTOR, Arc::new(Budget::new(MEMORY)));
         for sector in [0, 1, 9, 17, 30] {
             overlay.write(sector * SECTOR, &[0; 512], &spill).unwrap();
         }
@@ -237,13 +272,20 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_into_memory_is_in_the_file() {
-        let mut overlay = Overlay::new(40 * SECTOR, 40 * SECTOR, 8192);
+        let budget = Arc::new(Budget::new(9000));
+        let mut overlay = Overlay::new(40 * SECTOR, 40 * SECTOR, Arc::clone(&budget));
         (0..5).for_each(|page| overlay.write(page * 4096, &[page as u8 + 100; 4096], &spill).unwrap());
-        assert_eq!((overlay.in_memory, overlay.spilled()), (8192, 3 * CHUNK));
+        assert_eq!(overlay.spilled(), 3 * CHUNK);
         let mut bytes = vec![0; 5 * 4096];
         assert_eq!(overlay.read(&file(), 0, &mut bytes).unwrap(), 5 * 4096);
         assert!(bytes.chunks(4096).zip(100..).all(|(page, value)| page.iter().all(|byte| *byte == value)));
         assert!(overlay.write(1 << 30, &[0; 512], &|| Err(ErrorKind::StorageFull.into())).is_ok(), "it has a file");
+        overlay.resize(4096).unwrap();
+        let mut other = Overlay::new(0, 0, Arc::clone(&budget));
+        (0..2).for_each(|page| other.write(page * 4096, &[1; 4096], &spill).unwrap());
+        assert_eq!(other.spilled(), CHUNK, "they share the memory");
+        drop((overlay, other));
+        assert_eq!(budget.left.load(Ordering::SeqCst), 9000);
     }
 
     #[derive(Clone, Debug)]
@@ -264,7 +306,7 @@ mod tests {
         #[test]
         fn it_is_a_file(acts in proptest::collection::vec(act(), 0..40), memory in 0usize..40_000) {
             let (file, model) = (file(), file());
-            let mut overlay = Overlay::new(40 * SECTOR, 40 * SECTOR, memory);
+            let mut overlay = Overlay::new(40 * SECTOR, 40 * SECTOR, Arc::new(Budget::new(memory)));
             for act in acts {
                 match act {
                     Act::Write(at, count, value) => {

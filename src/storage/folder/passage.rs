@@ -10,6 +10,7 @@ use std::{
     },
 };
 
+use super::overlay::{Budget, MEMORY};
 use crate::{
     mutex::locked,
     storage::{ReplicateError, Replicator, gate::Stop},
@@ -21,6 +22,7 @@ pub struct Passage {
     replicator: Arc<dyn Replicator>,
     fenced: AtomicBool,
     refusal: Mutex<Option<String>>,
+    memory: Arc<Budget>,
 }
 
 impl fmt::Debug for Passage {
@@ -32,7 +34,8 @@ impl fmt::Debug for Passage {
 impl Passage {
     /// Open for this epoch.
     pub fn new(epoch: u64, replicator: Arc<dyn Replicator>) -> Self {
-        Self { epoch, replicator, fenced: AtomicBool::new(false), refusal: Mutex::new(None) }
+        let memory = Arc::new(Budget::new(MEMORY));
+        Self { epoch, replicator, fenced: AtomicBool::new(false), refusal: Mutex::new(None), memory }
     }
 
     /// Lets nothing pass any more. Can be called by any thread at any time, and never waits.
@@ -48,6 +51,11 @@ impl Passage {
     /// Why something was last refused, in a sentence that names the file. The application's own error says less.
     pub fn last_refusal(&self) -> Option<String> {
         locked(&self.refusal).clone()
+    }
+
+    /// The memory of transactions that are under way.
+    pub(super) fn memory(&self) -> Arc<Budget> {
+        Arc::clone(&self.memory)
     }
 
     /// Notes and says why something is refused: the application may keep its error to itself.

@@ -1,6 +1,9 @@
 //! What an application does in each journal mode, and what cannot be replicated.
 
-use std::{fs, os::unix::fs::FileExt};
+use std::{
+    fs,
+    os::unix::fs::{FileExt, MetadataExt, chown},
+};
 
 use libsqlite3_sys as sqlite;
 use twistlock_ha::storage::{
@@ -38,7 +41,15 @@ fn each_mode_and_page_size_ends_in_the_same_file() {
         for page_size in [512, 1024, 4096, 8192, 65536] {
             let mut site = Site::serving();
             let sql = site.open("a b ä.db");
-            sql.run(&format!("PRAGMA page_size={page_size}; PRAGMA journal_mode={mode}")).unwrap();
+            // What an application may set besides, each with another size.
+            let also = match page_size {
+                512 => "PRAGMA locking_mode=EXCLUSIVE",
+                1024 => "PRAGMA mmap_size=100000000",
+                8192 => "PRAGMA journal_size_limit=1000; PRAGMA wal_autocheckpoint=3",
+                65536 => "PRAGMA synchronous=OFF",
+                _ => "PRAGMA synchronous=EXTRA",
+            };
+            sql.run(&format!("{also}; PRAGMA page_size={page_size}; PRAGMA journal_mode={mode}")).unwrap();
             sql.run("CREATE TABLE t(id INTEGER PRIMARY KEY, data)").unwrap();
             let mut last = site.log.last_index();
             for round in 0..12 {
@@ -79,10 +90,12 @@ fn a_database_changes_its_mode_and_the_size_of_its_pages() {
     assert_eq!(sql.number("SELECT count(*) FROM t"), 35);
     drop(sql);
     site.compare();
-    // Another member serves it, from its own files.
+    // Another member serves it, from its own files, which are the service's then.
     site.end();
     std::mem::swap(&mut site.primary, &mut site.follower);
+    chown(site.primary.members.files(), Some(65534), Some(65534)).unwrap();
     site.serve();
+    assert_eq!(fs::metadata(site.path("x.db")).unwrap().uid(), 65534);
     let sql = site.open("x.db");
     assert_eq!(sql.number("SELECT count(*) FROM t WHERE length(data) = 3000"), 35);
     sql.run("DELETE FROM t WHERE id > 30").unwrap();
