@@ -4,6 +4,7 @@
 mod administration;
 mod damage;
 mod memory;
+mod service;
 mod signals;
 mod start;
 mod systemd;
@@ -47,7 +48,9 @@ use twistlock_ha::{
     node::{self, Exit, Handle, Lease, Warning, lease::boottime},
     peer::{self, Links, LinksConfig, PeerIdentity, Roster},
     pki::NodeTls,
-    scheduling, snapshot,
+    scheduling,
+    service::Service,
+    snapshot,
     storage::{DataDir, Identity},
     supervisor::{Supervisor, SupervisorConfig, SupervisorHandle, SupervisorState},
     telemetry,
@@ -272,10 +275,15 @@ impl Parts {
         let socket = self.config.control_socket_path();
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let console_tls = self.console_tls().context("load what the Console serves")?;
-        let (mut supervisor, ports) = self.supervisor(&console_tls);
         let mut tasks = Tasks::default();
+        let service = self.service(&mut tasks);
+        let (mut supervisor, ports) = self.supervisor(&console_tls, service.as_ref());
+        if let Some(service) = service.clone() {
+            let following = service::follow(service, ports.clone(), self.handle.clone());
+            tasks.spawn("state of the service", Need::Steady, following);
+        }
         let (peers, questions) = self.share_with_others(&mut tasks);
-        let services = self.services(&ports, Asker::new(peers.clone()), &mut tasks)?;
+        let services = self.services((&ports, service), Asker::new(peers.clone()), &mut tasks)?;
         tasks.spawn("answers for members", Need::Steady, ask::serve(self.colleague(&services), questions));
         control.spawn(console::local(&services), stopped.clone()).context("start the thread of the control socket")?;
         supervisor.offer(services);
@@ -302,14 +310,19 @@ impl Parts {
             () = signals.asked_to_stop() => {}
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        let exit = stop_in_order(&ports, &self.handle, &mut node).await;
+        let exit = stop_in_order(&ports, &self.handle, &mut node, stop_limit(&self.config)).await;
         stop.send_replace(true);
         tasks.end().await;
         Ok(exit)
     }
 
     /// What the control socket of this node does, and its Console for the cluster.
-    fn services(&self, ports: &SupervisorHandle, asker: Asker, tasks: &mut Tasks) -> Result<ConsoleServices> {
+    fn services(
+        &self,
+        (ports, service): (&SupervisorHandle, Option<Service>),
+        asker: Asker,
+        tasks: &mut Tasks,
+    ) -> Result<ConsoleServices> {
         let inside = Inside::new(self.handle.status(), self.events.clone());
         tasks.spawn("audit rows for the PRIMARY", Need::Steady, inside.clone().hand_on(asker.clone()));
         let admin = Arc::new(administration::admin(&self.config, &self.handle, ports.clone(), inside.clone()));
@@ -331,6 +344,7 @@ impl Parts {
             status_port: self.config.status_port(),
             lease: self.lease.clone(),
             data: self.config.data_folder.clone(),
+            service,
         })
     }
 
@@ -441,7 +455,14 @@ impl Parts {
         });
     }
 
-    fn supervisor(&self, tls: &ConsoleTls) -> (Supervisor, SupervisorHandle) {
+    /// The service beside the Console, if there is to be one: it runs when this node is PRIMARY.
+    fn service(&self, tasks: &mut Tasks) -> Option<Service> {
+        let (service, runner) = service::of(&self.config, &self.identity.name, self.guard.clone())?;
+        tasks.spawn("service", Need::Steady, runner.run());
+        Some(service)
+    }
+
+    fn supervisor(&self, tls: &ConsoleTls, service: Option<&Service>) -> (Supervisor, SupervisorHandle) {
         let supervisor = SupervisorConfig {
             address: bind_address(&self.config),
             workload: Setup {
@@ -454,6 +475,7 @@ impl Parts {
                 defender_tls: tls.for_defenders(),
                 defenders: self.config.defender_connections as usize,
                 services: None,
+                service: service.map(|service| (service.clone(), self.config.service_stop_limit)),
             },
             demotion_deadline: self.config.demotion_deadline,
         };
@@ -495,6 +517,7 @@ async fn stop_in_order(
     ports: &SupervisorHandle,
     handle: &Handle,
     node: &mut task::JoinHandle<std::thread::Result<Exit>>,
+    limit: Duration,
 ) -> Exit {
     let orderly = async {
         ports.drain("this node stops").await;
@@ -502,10 +525,16 @@ async fn stop_in_order(
         handle.stop();
         node.await
     };
-    match tokio::time::timeout(STOP_LIMIT, orderly).await {
+    match tokio::time::timeout(limit, orderly).await {
         Ok(ended) => as_stopped(flatten(ended)),
-        Err(_) => Exit::Fatal(format!("an orderly stop took longer than {} s", STOP_LIMIT.as_secs())),
+        Err(_) => Exit::Fatal(format!("an orderly stop took longer than {} s", limit.as_secs())),
     }
+}
+
+/// A service has its own time to end.
+fn stop_limit(config: &Config) -> Duration {
+    let service = if config.service_command.is_empty() { Duration::ZERO } else { config.service_stop_limit };
+    STOP_LIMIT + service
 }
 
 /// A process that was about to begin again when it was told to stop does stop.

@@ -18,6 +18,8 @@ pub const LEAST: u64 = 256;
 const FILES: u64 = 128;
 /// The most that is shared out: more would only cost memory.
 const MOST: u64 = 4096;
+/// Connections to the service beside the Console, at least and at most.
+const SERVICE: (u64, u64) = (16, 16_384);
 /// Descriptors that are held so that a file can have one when none is left.
 const RESERVE: usize = 16;
 /// What programs expect that know nothing of this.
@@ -41,6 +43,8 @@ pub struct Budget {
     pub health: usize,
     /// Clients of the control socket.
     pub control: usize,
+    /// Clients of the service beside the Console. Each takes two descriptors; they come out of what the others leave.
+    pub service: usize,
 }
 
 /// Raises the soft limit to the hard one.
@@ -125,7 +129,8 @@ impl Budget {
         let (peers, health) = ((all / 6).clamp(16, 256), (all / 6).clamp(16, 128));
         let console = all - control - peers - health;
         let (http, defender) = ((console / 4).min(512), (console / 8).min(128));
-        Self { https: (console - http - defender).min(1024), http, defender, peers, health, control }
+        let service = (limit.saturating_sub(MOST) / 2).clamp(SERVICE.0, SERVICE.1) as usize;
+        Self { https: (console - http - defender).min(1024), http, defender, peers, health, control, service }
     }
 }
 
@@ -136,7 +141,7 @@ pub fn for_defenders(wanted: usize) -> usize {
 }
 
 fn defenders_of(limit: u64, wanted: usize) -> usize {
-    let Budget { https, http, defender, peers, health, control } = Budget::of(limit);
+    let Budget { https, http, defender, peers, health, control, .. } = Budget::of(limit);
     let others = FILES + (https + http + peers + health + control) as u64;
     let left = usize::try_from(limit.saturating_sub(others)).unwrap_or(usize::MAX);
     wanted.min(left.max(defender))
@@ -152,6 +157,11 @@ pub fn room_for_defenders(places: usize) -> Room {
 /// same one.
 pub fn room(places: usize) -> Room {
     Room { places, from_one: places / 2, from_known: places / 2, reserved: places / 8 }
+}
+
+/// Places of which nobody's share is less than all: whoever uses a service may be behind one load balancer.
+pub fn common_room(places: usize) -> Room {
+    Room { places, from_one: places, from_known: places, reserved: 0 }
 }
 
 /// True if an error says that this process, or the host, has no descriptor left: it passes by itself.
@@ -185,11 +195,12 @@ mod tests {
     fn what_is_shared_out_leaves_enough_for_files() {
         for limit in [LEAST, 300, 1024, 4096, 1 << 20, u64::MAX] {
             let budget = Budget::of(limit);
-            let Budget { https, http, defender, peers, health, control } = budget;
+            let Budget { https, http, defender, peers, health, control, .. } = budget;
             let all = (https + http + defender + peers + health + control) as u64;
             assert!(all + FILES <= limit && https >= 40 && control >= 4 && peers >= 16, "{limit}: {budget:?}");
         }
-        let ample = Budget { https: 1024, http: 512, defender: 128, peers: 256, health: 128, control: 16 };
+        let ample =
+            Budget { https: 1024, http: 512, defender: 128, peers: 256, health: 128, control: 16, service: 7952 };
         assert_eq!(Budget::of(20_000), ample);
         let of = |limit| defenders_of(limit, 12_000);
         assert_eq!([of(LEAST), of(1024), of(4096), of(65_536)], [Budget::of(LEAST).defender, 75, 2032, 12_000]);

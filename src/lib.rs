@@ -96,6 +96,7 @@
 //! | [`backup`] | backups: made, kept, verified, brought back | HTTP, sockets and terminals |
 //! | [`console`] | serves: the HTTP API and page | whether it is built in or a process of its own |
 //! | [`workload`] | what a primary runs, and at which ports: start, ready, stop | why it is started |
+//! | [`service`] | a program beside the Console: starts it, asks whether it is ready, ends it, carries its connections | who is primary, and why |
 //! | [`defender`] | the agent on other hosts: watches files, keeps its events, hands them to the PRIMARY; `docs/defender.md` | the inside of a node |
 //! | [`events`] | tells: what happened, to the history and to whoever is to be notified | what it is told for |
 //! | [`guard`] | the port guard: a child process that closes the ports of a frozen supervisor | everything but a deadline and some sockets |
@@ -193,6 +194,7 @@ pub mod peer;
 pub mod pki;
 pub mod recover;
 pub mod scheduling;
+pub mod service;
 pub mod snapshot;
 pub mod storage;
 pub mod supervisor;

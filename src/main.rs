@@ -8,7 +8,7 @@ mod waiting;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use twistlock_ha::{config, dev, events::notify, guard, host, recover};
+use twistlock_ha::{config, dev, events::notify, guard, host, recover, service::keeper};
 
 /// Active/passive high availability for a management Console with a replicated SQLite database.
 #[derive(Parser)]
@@ -53,6 +53,11 @@ fn main() -> ExitCode {
     }
     if std::env::args_os().nth(1).is_some_and(|first| first == notify::LAUNCH) {
         return notify::launch();
+    }
+    match std::env::args_os().nth(1) {
+        Some(first) if first == keeper::KEEPER => return keeper::keep(),
+        Some(first) if first == keeper::LAUNCHER => return keeper::launch(),
+        _ => {}
     }
     die_of_panics();
     let arguments = match Arguments::try_parse() {

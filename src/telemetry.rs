@@ -179,7 +179,8 @@ fn filter(level: Level) -> String {
     };
     // It has a line for each statement, at DEBUG.
     let statements = if level == Level::TRACE { ",sqlx=INFO" } else { "" };
-    format!("{libraries},twistlock_ha={level},twistlockd={level},twistcli={level}{statements}")
+    // What the service beside the Console writes has a target of its own.
+    format!("{libraries},twistlock_ha={level},twistlockd={level},twistcli={level},service={level}{statements}")
 }
 
 /// Upper bounds of the latency histograms, in seconds: from a fast disk to one that is in trouble.

@@ -1,7 +1,7 @@
-//! What a PRIMARY runs, and the ports at which it is reached: today the built-in Console. Knows how it starts, becomes
-//! ready and stops, what each port serves and who may connect; never when.
+//! What a PRIMARY runs, and the ports at which it is reached: the built-in Console, and a service beside it if there is
+//! one. Knows how it starts, becomes ready and stops, what each port serves and who may connect; never when.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow};
 use axum::Router;
@@ -13,6 +13,7 @@ use crate::{
     console::{Console, connect_options},
     descriptors,
     node::{Serving, Status},
+    service::{Service, proxy::Target},
     storage::database::PrimaryDatabase,
 };
 
@@ -24,6 +25,8 @@ const HANDSHAKES: usize = 256;
 
 /// What people call it, in messages.
 pub const NAME: &str = "the Console";
+/// What people call the service beside it.
+pub const SERVICE_NAME: &str = "the service";
 
 /// The ports of the configuration; none means that the listener is off.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,25 +51,36 @@ pub struct Setup {
     pub defenders: usize,
     /// What the Console does for the cluster; without it, there is none to administer.
     pub services: Option<ConsoleServices>,
+    /// What runs beside the Console, and how long its orderly end may take (`SERVICE_STOP_SECONDS`).
+    pub service: Option<(Service, Duration)>,
 }
 
 /// One port of a workload.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
-    /// What it is called in messages and metrics; each endpoint has a name of its own.
+    /// What it is called in messages and metrics. Endpoints of one name share their places.
     pub name: &'static str,
     pub port: u16,
-    /// The settings also say whether a client has to show a certificate. None: connections are not encrypted.
-    pub tls: Option<watch::Receiver<Arc<ServerConfig>>>,
-    /// What answers: HTTP/1.1. A request may turn its connection into something else (RFC 9110 section 7.8), as a
-    /// WebSocket.
-    pub router: Router,
+    pub serves: Serves,
     /// Connections at once, at most, and who gets them.
     pub room: Room,
-    /// TLS handshakes at once; the others wait for their turn. None: as many as come.
-    pub handshakes: Option<Arc<Semaphore>>,
     /// Whoever is known at this port is known nowhere else.
     pub apart: bool,
+}
+
+/// What is behind a port.
+#[derive(Clone, Debug)]
+pub enum Serves {
+    /// HTTP/1.1. A request may turn its connection into something else (RFC 9110 section 7.8), as a WebSocket.
+    Http {
+        /// The settings also say whether a client has to show a certificate. None: connections are not encrypted.
+        tls: Option<watch::Receiver<Arc<ServerConfig>>>,
+        router: Router,
+        /// TLS handshakes at once; the others wait for their turn. None: as many as come.
+        handshakes: Option<Arc<Semaphore>>,
+    },
+    /// Whatever the service speaks.
+    Service(Target),
 }
 
 /// The workload of one term as PRIMARY. Holds the database: it must be stopped and dropped before the node can become
@@ -78,6 +92,8 @@ pub struct Workload {
     tls: watch::Receiver<Arc<ServerConfig>>,
     defender_tls: watch::Receiver<Arc<ServerConfig>>,
     defenders: usize,
+    epoch: u64,
+    service: Option<(Service, Duration)>,
     // After the console: its connections close first.
     _database: Arc<PrimaryDatabase>,
 }
@@ -98,36 +114,61 @@ impl Workload {
         let console = Console::new(connect_options(&database), status, setup.services.clone())
             .map_err(|_| anyhow!("the system gives no random bytes"))?;
         let (ports, tls, defender_tls) = (setup.ports, setup.tls.clone(), setup.defender_tls.clone());
-        Ok(Self { console, ports, tls, defender_tls, defenders: setup.defenders, _database: database })
+        let (defenders, service) = (setup.defenders, setup.service.clone());
+        Ok(Self { console, ports, tls, defender_tls, defenders, epoch, service, _database: database })
     }
 
-    /// Waits until requests can be served. May be given up at any time.
+    /// Waits until requests to the Console can be served; the service begins meanwhile. May be given up at any time.
     ///
     /// # Errors
     /// When the database cannot be opened.
     pub async fn ready(&self) -> anyhow::Result<()> {
+        if let Some((service, _)) = &self.service {
+            service.run_in(self.epoch).await;
+        }
         self.console.ready().await.context("open the Console's database and its schema")
     }
 
-    /// The ports that it wants to be open while it is ready.
+    /// The ports of the Console, which are open while it is ready.
     pub fn endpoints(&self) -> Vec<Endpoint> {
         let (ConsolePorts { https, http, defender }, budget) = (self.ports, descriptors::budget());
         let one = |port: u16, name, tls, connections| {
-            let (router, room) = (self.console.router(), descriptors::room(connections));
-            Endpoint { name, port, tls, router, room, handshakes: None, apart: false }
+            let serves = Serves::Http { tls, router: self.console.router(), handshakes: None };
+            Endpoint { name, port, serves, room: descriptors::room(connections), apart: false }
         };
         let https = https.map(|port| one(port, "console", Some(self.tls.clone()), budget.https));
         let http = http.map(|port| one(port, "console_http", None, budget.http));
         let defender = defender.map(|port| Endpoint {
             name: "defender",
             port,
-            tls: Some(self.defender_tls.clone()),
-            router: self.console.defender_router(),
+            serves: Serves::Http {
+                tls: Some(self.defender_tls.clone()),
+                router: self.console.defender_router(),
+                handshakes: Some(Arc::new(Semaphore::new(HANDSHAKES))),
+            },
             room: descriptors::room_for_defenders(descriptors::for_defenders(self.defenders)),
-            handshakes: Some(Arc::new(Semaphore::new(HANDSHAKES))),
             apart: true,
         });
         [https, http, defender].into_iter().flatten().collect()
+    }
+
+    /// The service beside the Console. Its ports are open while its report says that it is ready.
+    pub fn service(&self) -> Option<&Service> {
+        self.service.as_ref().map(|(service, _)| service)
+    }
+
+    /// The ports of the service.
+    pub fn service_endpoints(&self) -> Vec<Endpoint> {
+        let room = descriptors::common_room(descriptors::budget().service);
+        let pairs = self.service().map_or(&[][..], Service::ports).iter();
+        let endpoint = |pair: &crate::service::PortPair| Endpoint {
+            name: "service",
+            port: pair.outside,
+            serves: Serves::Service(Target { port: pair.inside, proxy: pair.proxy }),
+            room,
+            apart: true,
+        };
+        pairs.map(endpoint).collect()
     }
 
     /// Ends what would go on for as long as a client likes: the ports are about to close in order.
@@ -135,8 +176,17 @@ impl Workload {
         self.console.wind_down();
     }
 
-    /// Stops: returns when nothing uses the database any more. The caller bounds the time.
-    pub async fn stop(self) {
+    /// How much longer than without a service an orderly stop may take.
+    pub fn patience(&self) -> Duration {
+        self.service.as_ref().map_or(Duration::ZERO, |(_, limit)| *limit)
+    }
+
+    /// Stops: returns when nothing uses the database any more, and nothing of the service is left. The service ends in
+    /// order or at once. The caller bounds the time.
+    pub async fn stop(self, in_order: bool) {
+        if let Some((service, _)) = &self.service {
+            service.end(in_order).await;
+        }
         self.console.stop().await;
     }
 }

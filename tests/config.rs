@@ -9,6 +9,7 @@ use std::{
 use proptest::prelude::*;
 use twistlock_ha::config::{
     self, Config, ConfigErrors, FirstState, Loaded, LogFormat, LogLevel, MAX_FILE, MAX_LINE, MAX_REPORTED, Severity,
+    service::{PortPair, Readiness},
 };
 
 fn read(text: &str) -> Result<Loaded, ConfigErrors> {
@@ -308,10 +309,35 @@ prop_compose! {
 }
 
 prop_compose! {
+    /// The keys of a service, without the command that brings the rules over them into force.
+    fn any_service()(
+        folder in proptest::option::of(path()), user in proptest::option::of("[a-z_][a-z0-9_.-]{0,31}"),
+        ports in proptest::collection::btree_map(1u16.., (1u16.., any::<bool>()), 0..8),
+        ready in 0usize..4, seconds in 1u64..=300, restarts in 0u32..=100,
+        files in proptest::collection::vec("[a-z*]{1,20}(/[a-z*]{1,9})?", 0..9),
+    ) -> Config {
+        let pair = |(outside, (inside, proxy))| PortPair { outside, inside, proxy };
+        let ways = [None, Some(Readiness::Notify), Some(Readiness::Tcp(9000)),
+            Some(Readiness::Http { port: 80, path: "/alive?x=$1&y".to_owned() })];
+        Config {
+            service_folder: folder,
+            service_user: user,
+            service_ports: ports.into_iter().map(pair).collect(),
+            service_ready: ways[ready].clone(),
+            service_ready_limit: Duration::from_secs(12 * seconds),
+            service_stop_limit: Duration::from_secs(seconds),
+            service_restarts: restarts,
+            service_local_files: files,
+            ..Config::default()
+        }
+    }
+}
+
+prop_compose! {
     fn any_config()(
         base in general(), tick in 30u64..=1000, ticks in 10u32..=200, lease in any::<prop::sample::Index>(),
         deadline in 500u64..=60_000, page in 9u32..=16, segment in 4u64..=64, wal in 1u64..=4096, seconds in 1u64..=3600,
-        limit in 64u64..=1_048_576,
+        limit in 64u64..=1_048_576, service in any_service(),
     ) -> Config {
         let shortest = (4 * tick).max(100);
         let longest = (tick * u64::from(ticks - 1) - 50).min(60_000);
@@ -325,6 +351,14 @@ prop_compose! {
             raft_log_limit: limit << 20,
             checkpoint_bytes: wal << 20,
             checkpoint_interval: Duration::from_secs(seconds),
+            service_folder: service.service_folder,
+            service_user: service.service_user,
+            service_ports: service.service_ports,
+            service_ready: service.service_ready,
+            service_ready_limit: service.service_ready_limit,
+            service_stop_limit: service.service_stop_limit,
+            service_restarts: service.service_restarts,
+            service_local_files: service.service_local_files,
             ..base
         }
     }
@@ -425,4 +459,67 @@ fn the_default_health_port_gives_way_and_an_old_one_stays_open_to_everybody() {
     assert!(answers("HEALTH_ALLOW=members,192.0.2.0/24\n"));
     let told = problems("HEALTH_ALLOW=members,192.0.2.1/24\n");
     assert!(told[0].starts_with("twistlock.cfg:1: HEALTH_ALLOW: ") && told[0].contains("networks"), "{told:?}");
+}
+
+const SERVICE: &str = "BIND_ADDRESS=127.0.0.1\nSERVICE_COMMAND='/usr/bin/site --port 9001'\nSERVICE_FOLDER=/srv/site\n\
+    SERVICE_USER=site\nSERVICE_PORTS=443:9001\n";
+
+#[test]
+fn a_service_is_described_by_its_keys() {
+    let config = read(SERVICE).expect("valid").config;
+    assert_eq!(config.service_command, ["/usr/bin/site", "--port", "9001"]);
+    assert_eq!(config.service_ports, [PortPair { outside: 443, inside: 9001, proxy: false }]);
+    assert_eq!((config.service_ready, config.service_restarts), (None, 5));
+    let config = read("SERVICE_READY=http://127.0.0.1:9001/alive\nSERVICE_FOLDER=/srv/site\n").expect("valid").config;
+    assert_eq!(config.service_ready, Some(Readiness::Http { port: 9001, path: "/alive".to_owned() }));
+    assert!(config.service_command.is_empty(), "keys alone start nothing");
+}
+
+/// Its files are not replicated: nobody is to rely on it.
+#[test]
+fn a_service_that_others_could_reach_is_refused_in_this_version() {
+    for address in ["", "BIND_ADDRESS=192.0.2.1"] {
+        let told = problems(SERVICE.replace("BIND_ADDRESS=127.0.0.1", address));
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(
+            told[0].starts_with("twistlock.cfg:2: SERVICE_COMMAND: ") && told[0].contains("not replicated"),
+            "{told:?}"
+        );
+    }
+}
+
+#[test]
+fn what_is_missing_or_in_the_way_of_a_service_is_told() {
+    let told = problems("BIND_ADDRESS=127.0.0.1\nSERVICE_COMMAND=/usr/bin/site\n").join("\n");
+    for key in ["SERVICE_FOLDER", "SERVICE_USER", "SERVICE_READY"] {
+        assert!(told.contains(&format!("twistlock.cfg:2: {key}: ")), "{told}");
+    }
+    let wrong = [
+        ("SERVICE_PORTS=443:9001", "SERVICE_PORTS=8083:9001", "MANAGEMENT_PORT_HTTPS has 8083"),
+        ("SERVICE_PORTS=443:9001", "SERVICE_PORTS=443:8085", "HEALTH_PORT has 8085"),
+        ("SERVICE_PORTS=443:9001", "SERVICE_PORTS=9001:9001", "two ports that differ"),
+        ("SERVICE_PORTS=443:9001", "SERVICE_PORTS=443:9001,443:9002", "up to 8 of OUTSIDE:INSIDE"),
+        ("SERVICE_FOLDER=/srv/site", "SERVICE_FOLDER=/var/lib/twistlock/site", "not inside DATA_FOLDER"),
+        ("SERVICE_FOLDER=/srv/site", "SERVICE_FOLDER=/var/lib", "not inside DATA_FOLDER"),
+        ("SERVICE_USER=site", "SERVICE_USER=a:b", "the name of a user"),
+        ("SERVICE_COMMAND='/usr/bin/site --port 9001'", "SERVICE_COMMAND=site", "an absolute path and arguments"),
+    ];
+    for (good, bad, why) in wrong {
+        let told = problems(SERVICE.replace(good, bad));
+        assert!(told.len() == 1 && told[0].contains(why), "{bad}: {told:?}");
+    }
+}
+
+#[test]
+fn check_config_says_what_this_host_lacks_for_a_service() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("good.cfg");
+    fs::write(&path, SERVICE.replace("SERVICE_USER=site", "SERVICE_USER=no-such-user-here")).expect("write");
+    let (report, code) = config::check(&path);
+    assert_eq!(code, config::EX_OK);
+    for part in ["not replicated in this version", "there is no file /usr/bin/site", "no user no-such-user-here"] {
+        assert!(report.contains(part), "{report}");
+    }
+    fs::write(&path, SERVICE.replace("SERVICE_COMMAND", "# SERVICE_COMMAND")).expect("write");
+    assert!(config::check(&path).0.ends_with(": valid"), "without a service there is nothing to say");
 }

@@ -29,6 +29,7 @@ mod quantity;
 mod records;
 mod remote;
 mod restore;
+mod service;
 mod status;
 mod stop;
 mod table;
@@ -57,6 +58,7 @@ use defender::Defender;
 use kubernetes::Console;
 use records::{AuditsArgs, LogsArgs};
 use restore::RestoreArgs;
+use service::Service;
 use stop::{EX_IOERR, EX_USAGE, Stop};
 use tags::Tags;
 use target::Target;
@@ -123,6 +125,9 @@ enum Command {
     /// Agents on other hosts: list them, show what they have told, set what they watch
     #[command(subcommand)]
     Defender(Defender),
+    /// The service beside the Console: how it is, start and stop it, what it writes
+    #[command(subcommand)]
+    Service(Service),
     /// Certificates of the Consoles, and of the authority that signs them
     #[command(subcommand)]
     Certs(Certs),
@@ -171,6 +176,7 @@ pub fn main() -> ExitCode {
         Command::Users(command) => users::run(command, paint).map(|()| 0),
         Command::Tags(command) => tags::run(command, paint).map(|()| 0),
         Command::Defender(command) => defender::run(command, paint).map(|()| 0),
+        Command::Service(command) => service::run(command, paint),
         Command::Certs(command) => certs::run(command, paint).map(|()| 0),
         Command::Backup(command) => backup::run(command, paint).map(|()| 0),
         Command::Restore(args) => restore::run(args).map(|()| 0),

@@ -351,6 +351,11 @@ impl Visit {
         self.stage(Stage::Idle);
     }
 
+    /// Nobody can tell whether it is busy: it stays, and when there are too many, new ones are turned away.
+    pub fn stays(&self) {
+        self.places.lock().place(self.id, None);
+    }
+
     fn stage(&self, stage: Stage) {
         // Somebody who has logged in makes room for nobody.
         if locked(&self.vouched).is_some() {

@@ -67,6 +67,7 @@ const GENERAL: &str = "General configuration";
 const AVAILABILITY: &str = "High availability settings";
 const TIMING: &str = "Lease and election timing";
 const STORAGE: &str = "Database and raft log";
+const SERVICE: &str = "A service beside the Console";
 
 /// Every key, in the order of the example file.
 pub static KEYS: &[Key] = &[
@@ -500,6 +501,103 @@ pub static KEYS: &[Key] = &[
             "gets the whole database when it comes back.",
         ],
         slot: |config| mebibytes(&mut config.raft_log_limit, 64..=1_048_576),
+    },
+    Key {
+        name: "SERVICE_COMMAND",
+        section: SERVICE,
+        group: "Process",
+        default: "",
+        doc: &[
+            "Program that the PRIMARY runs, with its arguments, separated by blanks. No shell reads it. It has to stay in the",
+            "foreground. Its files are not replicated in this version: so it is only taken where BIND_ADDRESS is one of",
+            "127.0.0.0/8, to try it out. Empty: only the Console.",
+        ],
+        slot: |config| Slot::Command(&mut config.service_command),
+    },
+    Key {
+        name: "SERVICE_FOLDER",
+        section: SERVICE,
+        group: "Process",
+        default: "",
+        doc: &["Folder of its data, in which it is started."],
+        slot: |config| Slot::OptionalPath(&mut config.service_folder),
+    },
+    Key {
+        name: "SERVICE_USER",
+        section: SERVICE,
+        group: "Process",
+        default: "",
+        doc: &["User that it runs as. It has no capabilities, and cannot get any."],
+        slot: |config| Slot::User(&mut config.service_user),
+    },
+    Key {
+        name: "SERVICE_ENVIRONMENT_FILE",
+        section: SERVICE,
+        group: "Process",
+        default: "",
+        doc: &[
+            "File with lines NAME=VALUE, read at each start: its environment, beside TWISTLOCK_NODE, TWISTLOCK_EPOCH and",
+            "TWISTLOCK_FOLDER. Empty: nothing else but a PATH.",
+        ],
+        slot: |config| Slot::OptionalPath(&mut config.service_environment_file),
+    },
+    Key {
+        name: "SERVICE_LOCAL_FILES",
+        section: SERVICE,
+        group: "Process",
+        default: "",
+        doc: &["Files of its folder that are only on this host, and lost at a takeover: cache/**,logs/**."],
+        slot: |config| Slot::Patterns(&mut config.service_local_files),
+    },
+    Key {
+        name: "SERVICE_PORTS",
+        section: SERVICE,
+        group: "Ports",
+        default: "",
+        doc: &[
+            "Ports that clients reach, each with the port of 127.0.0.1 at which the service listens: 443:8443. They are open on",
+            "the PRIMARY alone, while the service is ready. With +proxy behind it, the service is told the client's address by",
+            "the PROXY protocol, version 2.",
+        ],
+        slot: |config| Slot::PortPairs(&mut config.service_ports),
+    },
+    Key {
+        name: "SERVICE_READY",
+        section: SERVICE,
+        group: "Readiness and restarts",
+        default: "",
+        doc: &[
+            "How it is known that the service can be used: it answers at http://127.0.0.1:PORT/PATH with 2xx or 3xx, it accepts",
+            "connections at tcp:PORT, or it says so itself (notify: sd_notify). Empty: tcp and the inner one of its first port.",
+        ],
+        slot: |config| Slot::Readiness(&mut config.service_ready),
+    },
+    Key {
+        name: "SERVICE_READY_SECONDS",
+        section: SERVICE,
+        group: "Readiness and restarts",
+        default: "60",
+        doc: &["Seconds that it may take to become ready; then it is ended and started again."],
+        slot: |config| Slot::Span { value: &mut config.service_ready_limit, unit: Unit::Seconds, min: 1, max: 3600 },
+    },
+    Key {
+        name: "SERVICE_STOP_SECONDS",
+        section: SERVICE,
+        group: "Readiness and restarts",
+        default: "10",
+        doc: &["Seconds from SIGTERM to SIGKILL at a planned stop. When the lease is lost it is killed at once."],
+        slot: |config| Slot::Span { value: &mut config.service_stop_limit, unit: Unit::Seconds, min: 1, max: 300 },
+    },
+    Key {
+        name: "SERVICE_RESTARTS",
+        section: SERVICE,
+        group: "Readiness and restarts",
+        default: "5",
+        doc: &[
+            "How often it is started again within 60 seconds; after that, another member takes the role over, once. Then the",
+            "service is tried again every 30 seconds.",
+        ],
+        slot: |config| Slot::Count { value: &mut config.service_restarts, min: 0, max: 100 },
     },
 ];
 

@@ -10,6 +10,7 @@ mod keys;
 mod line;
 mod reader;
 mod render;
+pub mod service;
 mod value;
 
 use std::{
@@ -29,6 +30,7 @@ pub use keys::{KEYS, Key, LONGEST_LEASE};
 pub use line::literal;
 pub use reader::{Environment, parse};
 pub use render::render;
+use service::{PortPair, Readiness};
 
 /// Largest file that is read, in bytes.
 pub const MAX_FILE: usize = 256 * 1024;
@@ -154,6 +156,26 @@ config! {
     checkpoint_interval: Duration,
     /// `SCRUB_SECONDS`; zero: never.
     scrub_interval: Duration,
+    /// `SERVICE_COMMAND`: program and arguments; empty: no service beside the Console.
+    service_command: Vec<String>,
+    /// `SERVICE_FOLDER`, absolute.
+    service_folder: Option<PathBuf>,
+    /// `SERVICE_USER`.
+    service_user: Option<String>,
+    /// `SERVICE_PORTS`.
+    service_ports: Vec<PortPair>,
+    /// `SERVICE_READY`; none: the first of its ports accepts connections.
+    service_ready: Option<Readiness>,
+    /// `SERVICE_READY_SECONDS`.
+    service_ready_limit: Duration,
+    /// `SERVICE_STOP_SECONDS`.
+    service_stop_limit: Duration,
+    /// `SERVICE_RESTARTS`.
+    service_restarts: u32,
+    /// `SERVICE_ENVIRONMENT_FILE`, absolute.
+    service_environment_file: Option<PathBuf>,
+    /// `SERVICE_LOCAL_FILES`: patterns inside of `SERVICE_FOLDER`.
+    service_local_files: Vec<String>,
 }
 
 /// True for a key whose value must not be shown.
@@ -419,7 +441,8 @@ pub fn read(path: &Path) -> Result<Vec<u8>, ConfigErrors> {
 /// What `twistlockd check-config FILE` prints, without a line feed at its end, and the exit code by sysexits.
 pub fn check(path: &Path) -> (String, u8) {
     match load(path) {
-        Ok(Loaded { notes, .. }) => {
+        Ok(Loaded { config, mut notes }) => {
+            notes.extend(service::host(&config));
             let mut lines: Vec<String> = notes.iter().map(Note::to_string).collect();
             let warnings = notes.iter().filter(|note| note.severity == Severity::Warning).count();
             let verdict = match warnings {

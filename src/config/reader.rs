@@ -10,6 +10,7 @@ use super::{
     Audience, Config, ConfigErrors, KEYS, Key, Loaded, MAX_FILE, MAX_LINE, MAX_REPORTED, Note, Problem, Severity,
     keys::{CONSOLE_CN, HEALTH_ALLOW, HEALTH_PORT, HOST_NAME_LINE, IGNORED, IGNORED_FAMILIES},
     line::{self, Line},
+    service,
 };
 
 /// How long a socket's path may be, in bytes: `sun_path` of Linux without its final zero.
@@ -71,6 +72,7 @@ fn read<'a>(text: &[u8], file: &'a str, env: Environment<'a>) -> Reader<'a> {
     reader.health();
     reader.ports();
     reader.timing();
+    reader.service();
     reader.other_rules();
     reader
 }
@@ -292,6 +294,17 @@ impl<'a> Reader<'a> {
         );
         let line = INVOLVED.iter().find_map(|key| self.set.get(key)).copied();
         self.problem(line, Some("LEASE_MS"), &lease.as_millis().to_string(), &allowed);
+    }
+
+    /// What the keys of a service must be together.
+    fn service(&mut self) {
+        if self.failed.iter().any(|key| key.starts_with("SERVICE_")) {
+            return;
+        }
+        for (key, found, allowed) in service::rules(&self.config) {
+            let line = self.set.get(key).or_else(|| self.set.get("SERVICE_COMMAND")).copied();
+            self.problem(line, Some(key), &found, &allowed);
+        }
     }
 
     fn other_rules(&mut self) {

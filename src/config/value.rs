@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Audience, FirstState, LogFormat, LogLevel, NotifySeverity, Secret};
+use super::{
+    Audience, FirstState, LogFormat, LogLevel, NotifySeverity, Secret,
+    service::{self, MOST_PORTS, PortPair, Readiness},
+};
 
 /// Longest path, in bytes. Escaped for [`super::render()`] it still fits into a line.
 const MAX_PATH: usize = 512;
@@ -36,6 +39,14 @@ pub(super) enum Slot<'a> {
     Secret(&'a mut Option<Secret>),
     /// A program with its arguments, separated by blanks, or nothing.
     Command(&'a mut Vec<String>),
+    /// Ports of a service, outside and inside.
+    PortPairs(&'a mut Vec<PortPair>),
+    /// When a service can be used, or empty.
+    Readiness(&'a mut Option<Readiness>),
+    /// A user of this host or empty.
+    User(&'a mut Option<String>),
+    /// Patterns of paths inside of a folder.
+    Patterns(&'a mut Vec<String>),
     /// Where copies go: a bucket or a folder, as a URL, or empty.
     Location(&'a mut Option<String>),
     /// A count of something.
@@ -128,6 +139,10 @@ impl Slot<'_> {
             Self::Audience(value) => *value = Audience::read(text)?,
             Self::Secret(value) => *value = optional(text, secret)?,
             Self::Command(value) => *value = optional(text, command)?.unwrap_or_default(),
+            Self::PortPairs(value) => *value = PortPair::list(text)?,
+            Self::Readiness(value) => *value = optional(text, Readiness::read)?,
+            Self::User(value) => *value = optional(text, service::user)?,
+            Self::Patterns(value) => *value = service::patterns(text)?,
             Self::Location(value) => *value = optional(text, location)?,
             Self::Count { value, min, max } => *value = digits(text, min.into(), max.into())? as u32,
             Self::PageSize(value) => {
@@ -149,7 +164,10 @@ impl Slot<'_> {
             Self::Choice(value) => value.word().to_owned(),
             Self::Folder(value) => value.display().to_string(),
             Self::OptionalPath(value) => value.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
-            Self::CommonName(value) | Self::Location(value) => shown(value.as_ref()),
+            Self::CommonName(value) | Self::Location(value) | Self::User(value) => shown(value.as_ref()),
+            Self::PortPairs(value) => value.iter().map(PortPair::to_string).collect::<Vec<_>>().join(","),
+            Self::Readiness(value) => shown(value.as_ref()),
+            Self::Patterns(value) => value.join(","),
             Self::Address(value) => shown(value.as_ref()),
             Self::Audience(value) => value.to_string(),
             Self::Command(value) => value.join(" "),
@@ -188,6 +206,12 @@ impl Slot<'_> {
             Self::Command(_) => {
                 format!("an absolute path and arguments, separated by blanks, up to {MAX_PATH} bytes, or empty")
             }
+            Self::PortPairs(_) => {
+                format!("up to {MOST_PORTS} of OUTSIDE:INSIDE or OUTSIDE:INSIDE+proxy, separated by commas, or empty")
+            }
+            Self::Readiness(_) => "http://127.0.0.1:PORT/PATH, tcp:PORT or notify, or empty".to_owned(),
+            Self::User(_) => "the name of a user, or empty".to_owned(),
+            Self::Patterns(_) => "patterns of paths inside of SERVICE_FOLDER, separated by commas, or empty".to_owned(),
             Self::Location(_) => {
                 format!("s3://BUCKET/FOLDER or file:///FOLDER, up to {MAX_PATH} bytes, without a user or key, or empty")
             }

@@ -34,6 +34,7 @@ mod recent;
 mod retention;
 mod route;
 mod seed;
+mod service;
 mod sessions;
 mod settings;
 mod store;
@@ -77,6 +78,7 @@ use crate::{
     http,
     join::JoinAssets,
     node::{Lease, Status},
+    service::Service,
     telemetry::steps::{self, Step},
 };
 
@@ -127,6 +129,8 @@ pub struct ConsoleServices {
     pub lease: Lease,
     /// The data folder.
     pub data: PathBuf,
+    /// The program beside the Console, if there is one.
+    pub service: Option<Service>,
 }
 
 impl fmt::Debug for ConsoleServices {

@@ -10,7 +10,7 @@ use super::{
     errors::ApiError,
     events, logs, notifications, openapi, programs, retention,
     route::{Entry, Reach, Work, filter},
-    sessions, settings, stream, system, tags, ui, users,
+    service, sessions, settings, stream, system, tags, ui, users,
 };
 
 /// The routes of all resources.
@@ -34,6 +34,7 @@ pub(super) fn table() -> Vec<Entry> {
         notifications::routes(),
         programs::routes(),
         tags::routes(),
+        service::routes(),
         stream::routes(),
         ui::routes(),
         openapi::routes(|| of_ports().collect()),

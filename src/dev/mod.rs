@@ -7,6 +7,7 @@ mod failover;
 mod layout;
 mod process;
 mod screen;
+mod service;
 mod watch;
 
 use std::{
@@ -33,6 +34,7 @@ use client::Client;
 use layout::{Layout, Shape};
 use process::Process;
 use screen::Screen;
+use service::ServiceOptions;
 use watch::Watch;
 
 /// Something of the host does not work (sysexits EX_UNAVAILABLE).
@@ -53,6 +55,8 @@ pub struct Options {
     keep: bool,
     #[command(flatten)]
     shape: Shape,
+    #[command(flatten)]
+    service: ServiceOptions,
     /// Start a node that ended again after this many seconds; 0: never
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     restart_after: Duration,
@@ -104,6 +108,7 @@ struct Dev {
     restart_after: Duration,
     quiet: bool,
     show_failover: bool,
+    service: ServiceOptions,
 }
 
 impl Dev {
@@ -112,6 +117,7 @@ impl Dev {
         let temporary = options.dir.is_none();
         let dir = options.dir.clone().unwrap_or_else(temporary_dir);
         let layout = Layout::open(&dir, options.shape)?;
+        options.service.apply(&layout)?;
         let mut dev = Self::start(layout, signals, options)?;
         let outcome = dev.live();
         dev.stop();
@@ -138,7 +144,8 @@ impl Dev {
         let found = if layout.existed { "again, with the data that was there" } else { "with fresh data" };
         screen.event(&format!("{} nodes started {found}; waiting for a primary", processes.len()));
         let Options { restart_after, quiet, show_failover, .. } = *options;
-        Ok(Self { program, layout, processes, watch, signals, screen, restart_after, quiet, show_failover })
+        let service = options.service.clone();
+        Ok(Self { program, layout, processes, watch, signals, screen, restart_after, quiet, show_failover, service })
     }
 
     /// From the first election to the signal that ends it all.
@@ -159,6 +166,9 @@ impl Dev {
         let rows = screen::rows(&self.layout.cluster, &self.watch.latest());
         let text = screen::introduction(&self.layout, &rows, &restart, &self.twistcli());
         self.screen.say(&format!("\nThe cluster is ready ({ready:.1} s).\n\n{text}\n"));
+        if let Some(text) = self.service.introduction(&self.layout) {
+            self.screen.say(&format!("{text}\n"));
+        }
         if self.quiet {
             self.watch.calm_down();
         }

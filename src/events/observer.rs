@@ -373,6 +373,7 @@ fn weight(about: Warning) -> (Kind, Severity, Scope) {
         | Warning::Mended
         | Warning::Ports
         | Warning::Rotation
+        | Warning::Service
         | Warning::DuplicateIdentity => (Kind::Warning, Severity::Warning, Scope::Node),
     }
 }

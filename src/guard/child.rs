@@ -1,12 +1,14 @@
-//! The port guard process. Owns duplicates of the Console sockets and closes them for every holder when the lease
-//! deadline passes. Must never decide anything else, never block on the daemon, never outlive it, and stay small: one
-//! thread, hardly any allocation, asleep unless something happens.
+//! The port guard process. Owns duplicates of the open sockets and closes them for every holder when the lease deadline
+//! passes; ends the service a little before that, and when its daemon is gone. Must never decide anything else, never
+//! block on the daemon, never outlive it, and stay small: one thread, hardly any allocation, asleep unless something
+//! happens.
 
 use std::{
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     process::ExitCode,
+    time::Duration,
 };
 
 use nix::{
@@ -21,10 +23,13 @@ use nix::{
     },
     unistd::getppid,
 };
-use rustix::net::{Shutdown, listen, shutdown};
+use rustix::{
+    net::{Shutdown, listen, shutdown},
+    process::pidfd_send_signal,
+};
 
 use super::{
-    BACKLOG,
+    BACKLOG, Charge,
     wire::{self, Kind},
 };
 use crate::{
@@ -34,6 +39,8 @@ use crate::{
 
 /// Files that this process may have open: some sockets, the lease and the timer.
 const FILES: u64 = 64;
+/// The service is ended so much before the deadline at which the ports close: it takes some milliseconds to be gone.
+const EARLY: Duration = Duration::from_millis(20);
 
 /// Runs the guard until its daemon is gone. Standard input is the socket to the daemon, the second argument the
 /// daemon's process id.
@@ -80,12 +87,20 @@ struct Guard<'a> {
     /// Kept open only so that the kernel refuses connections to it no sooner than this process is dead, too.
     consensus: Vec<OwnedFd>,
     ports: Vec<OwnedFd>,
+    service: Option<Charge>,
+}
+
+/// The daemon may be gone in any way.
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.end_service();
+    }
 }
 
 impl<'a> Guard<'a> {
     fn new(socket: BorrowedFd<'a>) -> io::Result<Self> {
         let timer = TimerFd::new(ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
-        Ok(Self { socket, timer, lease: None, consensus: Vec::new(), ports: Vec::new() })
+        Ok(Self { socket, timer, lease: None, consensus: Vec::new(), ports: Vec::new(), service: None })
     }
 
     fn run(mut self) -> io::Result<()> {
@@ -106,13 +121,19 @@ impl<'a> Guard<'a> {
     /// Closes the ports if the deadline has passed, else sets the timer to it. The daemon extends the deadline in
     /// memory without telling: it is read again each time the older one passes.
     fn watch(&mut self) -> io::Result<()> {
+        let deadline = self.deadline();
+        if self.service.is_some() {
+            let at = deadline.saturating_sub(EARLY.as_nanos() as u64);
+            if boottime() < at {
+                return self.wake_at(at);
+            }
+            self.end_service();
+        }
         if self.ports.is_empty() {
             return Ok(self.timer.unset()?);
         }
-        let deadline = self.deadline();
         if boottime() < deadline {
-            let at = TimeSpec::new((deadline / 1_000_000_000) as i64, (deadline % 1_000_000_000) as i64);
-            return Ok(self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?);
+            return self.wake_at(deadline);
         }
         for port in self.ports.drain(..) {
             // "Not connected" means that the daemon was faster.
@@ -122,6 +143,26 @@ impl<'a> Guard<'a> {
         // A frozen daemon reads it later; if it never does, nobody needs it.
         let _ = wire::send(self.socket, Kind::Lapsed, 0, &[]);
         Ok(())
+    }
+
+    fn wake_at(&self, at: u64) -> io::Result<()> {
+        let at = TimeSpec::new((at / 1_000_000_000) as i64, (at % 1_000_000_000) as i64);
+        Ok(self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?)
+    }
+
+    /// SIGKILL to all processes of the service. It may have ended by itself, or be ended by the daemon just now.
+    fn end_service(&mut self) {
+        match self.service.take() {
+            Some(Charge::Cgroup(kill)) => {
+                let _ = rustix::io::write(&kill, b"1");
+            }
+            Some(Charge::Keeper(keeper)) => {
+                let _ = pidfd_send_signal(&keeper, rustix::process::Signal::TERM);
+                // It may be frozen.
+                let _ = pidfd_send_signal(&keeper, rustix::process::Signal::CONT);
+            }
+            None => {}
+        }
     }
 
     /// A lease that cannot be read counts as lapsed.
@@ -166,7 +207,23 @@ impl<'a> Guard<'a> {
                 }
             }
             Kind::Hold if self.ports.is_empty() => self.ports = descriptors,
-            Kind::Release => self.ports.clear(),
+            Kind::Change if self.ports.is_empty() || boottime() >= self.deadline() => {
+                return Err(io::Error::other("the lease has lapsed, and the ports are closed"));
+            }
+            Kind::Change => {
+                // Each of those that stay is held twice for a moment, and none of them by nobody.
+                let former = std::mem::replace(&mut self.ports, descriptors);
+                for port in &self.ports {
+                    listen(port, BACKLOG)?;
+                }
+                drop(former);
+            }
+            Kind::Cgroup if descriptors.len() == 1 => self.service = descriptors.pop().map(Charge::Cgroup),
+            Kind::Keeper if descriptors.len() == 1 => self.service = descriptors.pop().map(Charge::Keeper),
+            Kind::Release => {
+                self.ports.clear();
+                self.service = None;
+            }
             _ => return Err(io::Error::other(format!("message {kind:?} out of order"))),
         }
         Ok(())

@@ -68,10 +68,37 @@ pub struct PortGuard {
     state: watch::Receiver<GuardState>,
 }
 
+/// What the guard ends a service by.
+#[derive(Debug)]
+pub enum Charge {
+    /// The file `cgroup.kill` of its cgroup, open for writing.
+    Cgroup(OwnedFd),
+    /// The process (pidfd) that ends the service when it gets SIGTERM.
+    Keeper(OwnedFd),
+}
+
+impl Charge {
+    fn message(&self) -> (Kind, BorrowedFd<'_>) {
+        match self {
+            Self::Cgroup(file) => (Kind::Cgroup, file.as_fd()),
+            Self::Keeper(process) => (Kind::Keeper, process.as_fd()),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Request {
-    sockets: Option<Vec<OwnedFd>>,
+    what: What,
     answer: oneshot::Sender<io::Result<()>>,
+}
+
+/// What the child is asked for.
+#[derive(Debug)]
+enum What {
+    Open(Vec<OwnedFd>),
+    Change(Vec<OwnedFd>),
+    Charge(Charge),
+    Release,
 }
 
 impl PortGuard {
@@ -88,7 +115,17 @@ impl PortGuard {
         let (commands, requests) = sync_channel(COMMANDS);
         let (woken, wake) = io::pipe()?;
         let (publish, state) = watch::channel(GuardState::default());
-        let keeper = Keeper { program, lease, consensus, ports: Vec::new(), requests, woken, publish, sequence: 0 };
+        let keeper = Keeper {
+            program,
+            lease,
+            consensus,
+            ports: Vec::new(),
+            charge: None,
+            requests,
+            woken,
+            publish,
+            sequence: 0,
+        };
         let (first, ready) = sync_channel(1);
         thread::Builder::new().name("port-guard".into()).spawn(move || keeper.run(&first))?;
         ready.recv().map_err(|_| io::Error::other("the thread of the port guard has ended"))??;
@@ -100,23 +137,42 @@ impl PortGuard {
     /// # Errors
     /// When there is no living child or the lease has lapsed. The caller then closes the sockets: nobody holds them.
     pub async fn open(&self, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let sockets = sockets.iter().map(|socket| socket.try_clone_to_owned()).collect::<io::Result<_>>()?;
-        self.request(Some(sockets)).await
+        self.request(What::Open(owned(sockets)?)).await
     }
 
-    /// Lets go of all sockets. The caller has shut them down before: nobody needs to wait for this to refuse clients.
+    /// Opens or lets go of some of several sockets: these are all that are to be open, those included that are so
+    /// already. One that is let go of has been shut down by the caller.
+    ///
+    /// # Errors
+    /// When there is no living child, or the lease has lapsed since [`Self::open`], or one of them cannot listen. The
+    /// child holds none then, and has shut them down.
+    pub async fn change(&self, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.request(What::Change(owned(sockets)?)).await
+    }
+
+    /// From now on the child ends this service when the lease is about to lapse, and when the daemon is gone. One at a
+    /// time: it forgets the former one.
+    ///
+    /// # Errors
+    /// When there is no living child: then the service must not begin.
+    pub async fn charge(&self, charge: Charge) -> io::Result<()> {
+        self.request(What::Charge(charge)).await
+    }
+
+    /// Lets go of all sockets and of the service. The caller has shut them down before: nobody needs to wait for this
+    /// to refuse clients.
     ///
     /// # Errors
     /// When there is no living child, which then holds nothing anyway.
     pub async fn release(&self) -> io::Result<()> {
-        self.request(None).await
+        self.request(What::Release).await
     }
 
-    async fn request(&self, sockets: Option<Vec<OwnedFd>>) -> io::Result<()> {
+    async fn request(&self, what: What) -> io::Result<()> {
         let gone = |_| io::Error::new(io::ErrorKind::NotConnected, "the port guard has ended");
         let (answer, answered) = oneshot::channel();
         let busy = |_| io::Error::new(io::ErrorKind::WouldBlock, "the port guard is busy");
-        self.commands.try_send(Request { sockets, answer }).map_err(busy)?;
+        self.commands.try_send(Request { what, answer }).map_err(busy)?;
         (&*self.wake).write_all(&[0])?;
         answered.await.map_err(gone)?
     }
@@ -127,6 +183,10 @@ impl PortGuard {
     }
 }
 
+fn owned(sockets: &[BorrowedFd<'_>]) -> io::Result<Vec<OwnedFd>> {
+    sockets.iter().map(|socket| socket.try_clone_to_owned()).collect()
+}
+
 /// The thread that starts children and talks to them.
 struct Keeper {
     program: PathBuf,
@@ -134,6 +194,8 @@ struct Keeper {
     consensus: Option<OwnedFd>,
     /// What the child holds, to hand it to its successor.
     ports: Vec<OwnedFd>,
+    /// The service that the child ends, too.
+    charge: Option<Charge>,
     requests: Receiver<Request>,
     woken: PipeReader,
     publish: watch::Sender<GuardState>,
@@ -201,8 +263,9 @@ impl Keeper {
         loop {
             match self.requests.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(request) => {
-                    if request.sockets.is_none() {
+                    if matches!(request.what, What::Release) {
                         self.ports.clear();
+                        self.charge = None;
                     }
                     let error = io::Error::new(io::ErrorKind::NotConnected, "there is no living port guard process");
                     let _ = request.answer.send(Err(error));
@@ -231,6 +294,10 @@ impl Keeper {
         if !self.ports.is_empty() {
             let held: Vec<_> = self.ports.iter().map(AsFd::as_fd).collect();
             exchange(&link, &mut self.sequence, Kind::Hold, &held, &self.publish)?;
+        }
+        if let Some(charge) = &self.charge {
+            let (kind, given) = charge.message();
+            exchange(&link, &mut self.sequence, kind, &[given], &self.publish)?;
         }
         self.publish.send_modify(|state| state.pid = Some(link.child.id()));
         Ok(link)
@@ -275,10 +342,7 @@ impl Keeper {
                 Err(TryRecvError::Empty) => return None,
                 Err(TryRecvError::Disconnected) => return Some(End::Finished),
             };
-            let kind = if request.sockets.is_some() { Kind::Open } else { Kind::Release };
-            self.ports = request.sockets.unwrap_or_default();
-            let given: Vec<_> = self.ports.iter().map(AsFd::as_fd).collect();
-            let result = exchange(link, &mut self.sequence, kind, &given, &self.publish);
+            let result = self.ask(link, request.what);
             let broken = match &result {
                 Err(error) if error.kind() != io::ErrorKind::PermissionDenied => Some(End::Died(error.to_string())),
                 _ => None,
@@ -292,6 +356,34 @@ impl Keeper {
                 return broken;
             }
         }
+    }
+}
+
+impl Keeper {
+    /// Passes one request on, and remembers what the child holds then.
+    fn ask(&mut self, link: &Link, what: What) -> io::Result<()> {
+        let kind = match what {
+            What::Charge(charge) => {
+                let charge = self.charge.insert(charge);
+                let (kind, given) = charge.message();
+                return exchange(link, &mut self.sequence, kind, &[given], &self.publish);
+            }
+            What::Open(ports) => {
+                self.ports = ports;
+                Kind::Open
+            }
+            What::Change(ports) => {
+                self.ports = ports;
+                Kind::Change
+            }
+            What::Release => {
+                self.ports.clear();
+                self.charge = None;
+                Kind::Release
+            }
+        };
+        let given: Vec<_> = self.ports.iter().map(AsFd::as_fd).collect();
+        exchange(link, &mut self.sequence, kind, &given, &self.publish)
     }
 }
 

@@ -18,10 +18,10 @@ use rustix::net::{
 use crate::little_endian::u32_at;
 
 /// Most descriptors in one message.
-pub(super) const MAX_DESCRIPTORS: usize = 8;
+pub(super) const MAX_DESCRIPTORS: usize = 16;
 const LENGTH: usize = 8;
 
-/// What a message says. The first four go to the guard, the others come from it.
+/// What a message says. Five to seven come from the guard, the others go to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// The lease memory file and, optionally, the consensus listener to keep open.
@@ -30,7 +30,7 @@ pub(super) enum Kind {
     Open = 2,
     /// Console sockets that listen already: watch them. Sent to a guard that replaces a dead one.
     Hold = 3,
-    /// Close the duplicates of all Console sockets.
+    /// Close the duplicates of all Console sockets, and forget the service.
     Release = 4,
     /// The message with this sequence number was carried out.
     Done = 5,
@@ -38,12 +38,20 @@ pub(super) enum Kind {
     Refused = 6,
     /// The lease deadline passed: the guard has shut the Console sockets down.
     Lapsed = 7,
+    /// All sockets that are to be open from now on, those that it watches already included: watch these instead, and
+    /// make them listen. Refused if it watches none.
+    Change = 8,
+    /// What ends the service when a 1 is written to it: watch it, instead of another one.
+    Cgroup = 9,
+    /// The process that ends the service when it is told to: watch it, instead of another one.
+    Keeper = 10,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        use Kind::{Done, Hold, Lapsed, Open, Refused, Release, Start};
-        [Start, Open, Hold, Release, Done, Refused, Lapsed].into_iter().find(|kind| *kind as u8 == byte)
+        use Kind::{Cgroup, Change, Done, Hold, Keeper, Lapsed, Open, Refused, Release, Start};
+        let all = [Start, Open, Hold, Release, Done, Refused, Lapsed, Change, Cgroup, Keeper];
+        all.into_iter().find(|kind| *kind as u8 == byte)
     }
 }
 

@@ -36,6 +36,8 @@ pub enum Warning {
     Rotation,
     /// The scrub found a damaged page in the database file.
     Scrub,
+    /// The service beside the Console does not stay up.
+    Service,
     /// This node needs the whole database and cannot fetch it.
     Snapshot,
     /// Two processes use the identity of one node.
@@ -62,6 +64,7 @@ impl Warning {
             Self::Rollback => "rollback",
             Self::Rotation => "rotation",
             Self::Scrub => "scrub",
+            Self::Service => "service",
             Self::Snapshot => "snapshot",
             Self::DuplicateIdentity => "twins",
         }

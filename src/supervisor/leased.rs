@@ -24,6 +24,8 @@ use crate::{
 
 /// A client that takes no byte for this long counts as gone: it must not keep its place, or that of a download.
 const STALL: Duration = Duration::from_secs(10);
+/// How long a client of the service beside the Console may take no byte: a film that somebody has paused is no fault.
+const SERVICE_STALL: Duration = Duration::from_secs(600);
 
 /// How long, and how many bytes, are read and thrown away from a client that still sends when its connection is closed.
 /// Otherwise the kernel would reset the connection, and the client could lose the answer (RFC 9112 section 9.6).
@@ -96,6 +98,8 @@ pub(super) struct LeasedStream {
     waits: Option<Pin<Box<Sleep>>>,
     limit: Duration,
     lingers: Option<Lingers>,
+    /// The end of what is sent is just that: the client may go on, and is read from.
+    halves: bool,
     /// Whether it was ended from outside.
     over: watch::Receiver<bool>,
     /// Wakes a read that waits when it is; made with the first one that does.
@@ -173,7 +177,22 @@ impl LeasedStream {
     pub(super) fn new(stream: TcpStream, opening: Arc<Opening>) -> (Self, StreamControl) {
         let (end, over) = watch::channel(false);
         let (waits, lingers, ended, watches) = (None, None, None, Arc::default());
-        (Self { stream, opening, waits, limit: STALL, lingers, over, ended, watches }, StreamControl(end))
+        (
+            Self { stream, opening, waits, limit: STALL, lingers, halves: false, over, ended, watches },
+            StreamControl(end),
+        )
+    }
+
+    /// For a protocol that nobody here knows: either side may be done with sending before the other is.
+    pub(super) fn in_halves(mut self) -> Self {
+        (self.halves, self.limit) = (true, SERVICE_STALL);
+        self
+    }
+
+    /// It is reset when it ends: the client must not take what it has got for the whole.
+    pub(super) fn reset(&self) {
+        // It fails only if the connection is gone anyway.
+        let _ = self.stream.set_zero_linger();
     }
 
     pub(super) fn watches(&self) -> Arc<Watches> {
@@ -273,6 +292,9 @@ impl AsyncWrite for LeasedStream {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.permitted()?;
         let this = &mut *self;
+        if this.halves {
+            return Pin::new(&mut this.stream).poll_shutdown(cx);
+        }
         if this.lingers.is_none() {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
         }

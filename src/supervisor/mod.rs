@@ -122,11 +122,19 @@ struct Inputs {
     drained_for: watch::Receiver<Option<&'static str>>,
 }
 
+/// Open ports, and what serves them.
+#[derive(Debug)]
+struct Front {
+    sockets: Sockets,
+    server: Server,
+}
+
 /// What runs while the ports are open.
 #[derive(Debug)]
 struct Running {
-    sockets: Sockets,
-    server: Server,
+    console: Front,
+    /// While the service beside it is ready.
+    service: Option<Front>,
     workload: Workload,
     /// The guard's count of lapses at the opening: another count means that it has closed the ports.
     lapses: u64,
@@ -252,10 +260,10 @@ impl Supervisor {
             }
             let lapses = self.inputs.guard.borrow().lapses;
             match self.open(epoch, lapses).await {
-                Ok(running) => {
+                Ok(mut running) => {
                     self.publish(|state| *state = SupervisorState { open: true, running: true, problem: None });
                     tracing::info!("{} is open (epoch {epoch})", workload::NAME);
-                    let reason = self.inputs.lost(epoch, running.lapses).await;
+                    let reason = self.attend(epoch, &mut running).await;
                     self.close(running, reason).await;
                 }
                 Err(error) => {
@@ -297,10 +305,9 @@ impl Supervisor {
             result = self.open_ports(epoch, &workload) => result,
         };
         match result {
-            Ok((sockets, server)) => Ok(Running { sockets, server, workload, lapses }),
+            Ok(console) => Ok(Running { console, service: None, workload, lapses }),
             Err(error) => {
-                let deadline = self.deadline();
-                self.within(deadline, workload.stop()).await;
+                self.within(Duration::ZERO, workload.stop(false)).await;
                 // The guard may still be about to open what was given up: this comes after it.
                 let _ = self.guard.release().await;
                 self.publish(|state| state.running = false);
@@ -309,32 +316,104 @@ impl Supervisor {
         }
     }
 
-    async fn open_ports(&self, epoch: u64, workload: &Workload) -> anyhow::Result<(Sockets, Server)> {
+    async fn open_ports(&self, epoch: u64, workload: &Workload) -> anyhow::Result<Front> {
         workload.ready().await?;
         let sockets = Sockets::bind(self.config.address, workload.endpoints())?;
         sockets.open(&self.guard).await?;
-        let opening = Opening::new(epoch, self.inputs.lease.clone(), self.inputs.status.clone());
         self.seating.acquaintances.set_members(self.inputs.status.borrow().membership.addresses());
+        self.front(epoch, sockets)
+    }
+
+    /// Serves what is open.
+    fn front(&self, epoch: u64, sockets: Sockets) -> anyhow::Result<Front> {
+        let opening = Opening::new(epoch, self.inputs.lease.clone(), self.inputs.status.clone());
         let server = Server::start(sockets.listeners()?, opening, &self.seating);
-        Ok((sockets, server))
+        Ok(Front { sockets, server })
+    }
+
+    /// Opens and closes the ports of the service as it becomes ready and ends, until everything has to be closed.
+    async fn attend(&mut self, epoch: u64, running: &mut Running) -> Reason {
+        let lapses = running.lapses;
+        let Some(service) = running.workload.service() else { return self.inputs.lost(epoch, lapses).await };
+        let mut report = service.report();
+        loop {
+            let ready = report.borrow_and_update().is_ready();
+            let mut watched = self.inputs.clone();
+            let mut retry = LONGEST_WAIT;
+            if ready != running.service.is_some() {
+                let changed = tokio::select! {
+                    biased;
+                    reason = watched.lost(epoch, lapses) => return reason,
+                    changed = self.change_service(epoch, running) => changed,
+                };
+                match changed {
+                    Ok(true) => self.publish(|state| state.problem = None),
+                    Ok(false) => return Reason::ClosedByGuard,
+                    Err(error) => {
+                        let problem = format!("{} is not open: {error:#}", workload::SERVICE_NAME);
+                        tracing::error!("{problem}; trying again");
+                        self.publish(|state| state.problem = Some(problem));
+                        retry = RETRY;
+                    }
+                }
+            }
+            tokio::select! {
+                biased;
+                reason = watched.lost(epoch, lapses) => return reason,
+                changed = report.changed() => if changed.is_err() {
+                    // It has ended with the node, and is not announced any more.
+                    return watched.lost(epoch, lapses).await;
+                },
+                () = time::sleep(retry) => {}
+            }
+        }
+    }
+
+    /// Opens the ports of the service, or closes them. False: the guard does not go along, and watches none any more.
+    async fn change_service(&self, epoch: u64, running: &mut Running) -> anyhow::Result<bool> {
+        if let Some(front) = running.service.take() {
+            drop(front.sockets);
+            front.server.opening().advance(Phase::Closed);
+            front.server.finished().await;
+            tracing::info!("{} is closed", workload::SERVICE_NAME);
+            return Ok(running.console.sockets.alone(&self.guard).await.is_ok());
+        }
+        let sockets = Sockets::bind(self.config.address, running.workload.service_endpoints())?;
+        if let Err(error) = sockets.open_beside(&running.console.sockets, &self.guard).await {
+            tracing::error!("{error:#}");
+            return Ok(false);
+        }
+        running.service = Some(self.front(epoch, sockets)?);
+        tracing::info!("{} is open (epoch {epoch})", workload::SERVICE_NAME);
+        Ok(true)
     }
 
     /// Closes the ports and resets the connections first, then stops the workload and lets go of the database.
     async fn close(&self, running: Running, reason: Reason) {
-        let (begin, deadline) = (Instant::now(), self.deadline());
-        let Running { sockets, server, workload, .. } = running;
-        drop(sockets);
+        let begin = Instant::now();
+        let Running { console, service, workload, .. } = running;
+        let in_order = matches!(reason, Reason::Drained(_));
+        let servers: Vec<Server> = [Some(console), service].into_iter().flatten().map(|front| front.server).collect();
         self.publish(|state| state.open = false);
-        if matches!(reason, Reason::Drained(_)) {
+        if in_order {
             workload.wind_down();
-            server.opening().advance(Phase::Draining);
+            servers.iter().for_each(|server| server.opening().advance(Phase::Draining));
+            let all = async {
+                for server in &servers {
+                    server.finished().await;
+                }
+            };
             // What does not end in time is reset.
-            let _ = time::timeout(DRAIN, server.finished()).await;
+            let _ = time::timeout(DRAIN, all).await;
         }
-        server.opening().advance(Phase::Closed);
-        self.within(deadline, async {
-            server.finished().await;
-            workload.stop().await;
+        servers.iter().for_each(|server| server.opening().advance(Phase::Closed));
+        // The role is still here then: nobody waits for this node.
+        let patience = if in_order { workload.patience() } else { Duration::ZERO };
+        self.within(patience, async {
+            for server in &servers {
+                server.finished().await;
+            }
+            workload.stop(in_order).await;
         })
         .await;
         // It only drops duplicates of sockets that are shut down; a dead guard holds none.
@@ -343,16 +422,13 @@ impl Supervisor {
         tracing::info!("{} is closed after {:?}: {}", workload::NAME, begin.elapsed(), reason.sentence());
     }
 
-    fn deadline(&self) -> time::Instant {
-        time::Instant::now() + self.config.demotion_deadline
-    }
-
-    /// Ends the process when the deadline passes: another node may need us to be gone. Not while the disk does not
-    /// answer: the ports are closed, the others go on without us, and a new process would wait for the same disk.
-    async fn within(&self, deadline: time::Instant, work: impl Future<Output = ()>) {
-        let (mut work, mut deadline) = (std::pin::pin!(work), deadline);
-        while time::timeout_at(deadline, &mut work).await.is_err() {
-            let limit = self.config.demotion_deadline;
+    /// Ends the process when the demotion deadline, and `patience` behind it, has passed: another node may need us to
+    /// be gone. Not while the disk does not answer: the ports are closed, the others go on without us, and a new
+    /// process would wait for the same disk.
+    async fn within(&self, patience: Duration, work: impl Future<Output = ()>) {
+        let limit = self.config.demotion_deadline + patience;
+        let mut work = std::pin::pin!(work);
+        while time::timeout(limit, &mut work).await.is_err() {
             let Some(trouble) = trouble() else {
                 tracing::error!(
                     "the workload did not stop within {limit:?}: ending the process so that it starts anew"
@@ -361,7 +437,6 @@ impl Supervisor {
                 std::process::exit(EXIT_DEADLINE);
             };
             tracing::warn!("the workload has not stopped yet: {trouble}");
-            deadline = self.deadline();
         }
     }
 }

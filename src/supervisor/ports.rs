@@ -4,7 +4,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpListener},
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
 };
 
 use anyhow::Context;
@@ -29,8 +29,7 @@ impl Sockets {
         for endpoint in endpoints {
             let at = SocketAddr::new(address, endpoint.port);
             let socket = clients::bind(at).with_context(|| {
-                let name = endpoint.name;
-                format!("cannot bind {at}, a port of {} ({name}); does another program use it?", workload::NAME)
+                format!("cannot bind {at}, a port of this node ({}); does another program use it?", endpoint.name)
             })?;
             sockets.push((endpoint, socket));
         }
@@ -39,8 +38,22 @@ impl Sockets {
 
     /// Opens the ports through the guard.
     pub(super) async fn open(&self, guard: &PortGuard) -> anyhow::Result<()> {
-        let sockets: Vec<_> = self.sockets.iter().map(|(_, socket)| socket.as_fd()).collect();
-        guard.open(&sockets).await.with_context(|| format!("cannot open the ports of {}", workload::NAME))
+        guard.open(&self.descriptors()).await.with_context(|| format!("cannot open the ports of {}", workload::NAME))
+    }
+
+    /// Opens the ports beside these others, which are open.
+    pub(super) async fn open_beside(&self, others: &Self, guard: &PortGuard) -> anyhow::Result<()> {
+        let all = [others.descriptors(), self.descriptors()].concat();
+        guard.change(&all).await.with_context(|| format!("cannot open the ports of {}", workload::SERVICE_NAME))
+    }
+
+    /// Has the guard let go of all others, which are shut down.
+    pub(super) async fn alone(&self, guard: &PortGuard) -> io::Result<()> {
+        guard.change(&self.descriptors()).await
+    }
+
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        self.sockets.iter().map(|(_, socket)| socket.as_fd()).collect()
     }
 
     /// Listeners for the async runtime; only when the ports are open.

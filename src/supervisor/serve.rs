@@ -1,5 +1,5 @@
-//! Accepts connections and serves them until the opening ends: TLS, HTTP/1.1, limits. Must never write to a socket but
-//! through [`LeasedStream`].
+//! Accepts connections and serves them until the opening ends: TLS, HTTP/1.1, limits; or hands them to the service.
+//! Must never write to a socket but through [`LeasedStream`].
 
 use std::{
     collections::HashMap,
@@ -36,8 +36,9 @@ use crate::{
     },
     descriptors,
     mutex::locked,
-    telemetry::{CONSOLE_CONNECTIONS, steps::Step},
-    workload::{self, Endpoint},
+    service::proxy::{self, Target},
+    telemetry::{CONSOLE_CONNECTIONS, SERVICE_CONNECTIONS, steps::Step},
+    workload::{self, Endpoint, Serves},
 };
 
 /// More than there are tasks: to wait for the end of all of them.
@@ -133,7 +134,11 @@ async fn accept(listener: &TcpListener, shared: &Shared) {
             Ok((stream, from)) => {
                 let Some(place) = shared.places.enter(from.ip()).await else { continue };
                 let Ok(task) = Arc::clone(&shared.tasks).acquire_owned().await else { return };
-                tokio::spawn(connection(stream, from, shared.clone(), (place, task)));
+                let shared = shared.clone();
+                match shared.endpoint.serves {
+                    Serves::Http { .. } => drop(tokio::spawn(connection(stream, from, shared, (place, task)))),
+                    Serves::Service(target) => drop(tokio::spawn(carry(stream, (from, target), shared, (place, task)))),
+                }
             }
             // The listening socket was shut down by the guard or by ourselves: the opening ends in a moment.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
@@ -141,7 +146,7 @@ async fn accept(listener: &TcpListener, shared: &Shared) {
             }
             Err(error) if is_of_the_client(&error) => {}
             Err(error) => {
-                tracing::error!("cannot accept a connection to {}: {error}", workload::NAME);
+                tracing::error!("cannot accept a connection to a port of {}: {error}", shared.endpoint.name);
                 if descriptors::are_short(&error) {
                     shared.places.make_room();
                 }
@@ -188,19 +193,46 @@ async fn connection(
     drop(place);
 }
 
+/// A connection to the service.
+async fn carry(
+    stream: TcpStream,
+    (from, target): (SocketAddr, Target),
+    shared: Shared,
+    (place, _task): (Place, OwnedSemaphorePermit),
+) {
+    let Ok(to) = stream.local_addr() else { return };
+    metrics::gauge!(SERVICE_CONNECTIONS).increment(1.0);
+    place.visit().stays();
+    // It fails only if the client is gone.
+    let _ = stream.set_nodelay(true);
+    proxy::keep_alive(&stream);
+    let (stream, _control) = LeasedStream::new(stream, Arc::clone(&shared.opening));
+    let mut stream = stream.in_halves();
+    tokio::select! {
+        biased;
+        () = shared.opening.reached(Phase::Closed) => {}
+        carried = proxy::carry(&mut stream, (from, to), target) => if let Err(error) = carried {
+            tracing::debug!("a connection to {} ended: {error}", workload::SERVICE_NAME);
+            stream.reset();
+        },
+    }
+    metrics::gauge!(SERVICE_CONNECTIONS).decrement(1.0);
+}
+
 /// The address that a connection comes from, its place, and what it is measured by.
 type Client = (SocketAddr, Visit, Arc<Watches>);
 
 async fn serve(stream: LeasedStream, from: Client, shared: Shared) -> anyhow::Result<()> {
-    let router = shared.endpoint.router.clone();
-    let Some(tls) = &shared.endpoint.tls else {
+    let Serves::Http { tls, router, handshakes } = &shared.endpoint.serves else { return Ok(()) };
+    let router = router.clone();
+    let Some(tls) = tls else {
         return http(stream, from, (Scheme::HTTP, None), router, &shared.opening).await;
     };
     let visit = from.1.clone();
     let greeting = async {
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
         visit.greeted();
-        in_turn(shared.endpoint.handshakes.as_deref(), async {
+        in_turn(handshakes.as_deref(), async {
             // The settings of this instant: certificates are exchanged while connections go on.
             let tls = Arc::clone(&tls.borrow());
             start.into_stream(tls).await
@@ -325,7 +357,8 @@ mod tests {
         let at = listener.local_addr().unwrap();
         let router = Router::new().route("/", get(echo));
         let (name, port, room) = ("console", at.port(), descriptors::room(8));
-        let endpoint = Endpoint { name, port, tls: None, router, room, handshakes: None, apart: false };
+        let serves = Serves::Http { tls: None, router, handshakes: None };
+        let endpoint = Endpoint { name, port, serves, room, apart: false };
         let server = Server::start(vec![(endpoint, listener)], Arc::clone(&opening), &Seating::default());
         let mut client = TcpStream::connect(at).await.unwrap();
         client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n").await.unwrap();
@@ -342,5 +375,77 @@ mod tests {
         opening.advance(Phase::Closed);
         finished.await;
         assert!(exchange(&mut client).await.is_err(), "no byte leaves any more");
+    }
+
+    /// A port of a service behind which every byte comes back, until the client has said its last one.
+    async fn echoing(connections: usize) -> (SocketAddr, Lease, Arc<Opening>, Server) {
+        let inside = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = Target { port: inside.local_addr().unwrap().port(), proxy: false };
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = inside.accept().await {
+                tokio::spawn(async move {
+                    let (mut reading, mut writing) = stream.into_split();
+                    let _ = tokio::io::copy(&mut reading, &mut writing).await;
+                });
+            }
+        });
+        let lease = Lease::new().unwrap();
+        lease.set(boottime() + Duration::from_secs(60).as_nanos() as u64).unwrap();
+        let opening = Opening::with(Box::new(|| true), lease.clone());
+        let listener = crate::clients::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        listener.listen(1024).unwrap();
+        let listener = TcpListener::from_std(listener.into()).unwrap();
+        let at = listener.local_addr().unwrap();
+        let room = descriptors::common_room(connections);
+        let endpoint =
+            Endpoint { name: "service", port: at.port(), serves: Serves::Service(target), room, apart: true };
+        let server = Server::start(vec![(endpoint, listener)], Arc::clone(&opening), &Seating::default());
+        (at, lease, opening, server)
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn two_thousand_connections_to_the_service_go_on_at_once() {
+        const CONNECTIONS: usize = 2000;
+        // Each has four ends in this process.
+        let (_, most) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, most, most).unwrap();
+        assert!(most > 4 * CONNECTIONS as u64 + 100, "the test needs more files: ulimit -Hn");
+        let (at, _lease, opening, server) = echoing(CONNECTIONS).await;
+        let mut all = Vec::new();
+        for _ in 0..CONNECTIONS {
+            let mut client = TcpStream::connect(at).await.unwrap();
+            assert_eq!(&exchange(&mut client).await.unwrap(), b"ping");
+            all.push(client);
+        }
+        // One more is turned away, and nobody has to make room for it.
+        let mut late = TcpStream::connect(at).await.unwrap();
+        assert!(exchange(&mut late).await.is_err());
+        for client in &mut all {
+            assert_eq!(&exchange(client).await.unwrap(), b"ping");
+        }
+        // Half of them say that they are done, and get the last word back.
+        for mut client in all.drain(..CONNECTIONS / 2) {
+            client.write_all(b"last").await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            assert_eq!(answer, "last");
+        }
+        opening.advance(Phase::Draining);
+        assert_eq!(&exchange(&mut all[0]).await.unwrap(), b"ping", "what runs may go on for a while");
+        opening.advance(Phase::Closed);
+        server.finished().await;
+        for client in &mut all {
+            assert!(exchange(client).await.is_err(), "no byte leaves any more");
+        }
+    }
+
+    #[tokio::test]
+    async fn no_byte_of_the_service_leaves_without_a_lease() {
+        let (at, lease, _opening, _server) = echoing(8).await;
+        let mut client = TcpStream::connect(at).await.unwrap();
+        assert_eq!(&exchange(&mut client).await.unwrap(), b"ping");
+        lease.set(boottime()).unwrap();
+        assert_eq!(exchange(&mut client).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 }

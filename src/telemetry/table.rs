@@ -78,7 +78,7 @@ pub const ROLES: &[&str] = &[
     "REMOVED",
 ];
 /// The servers whose connections are counted.
-const SERVERS: &[&str] = &["console", "console_http", "defender", "health", "peers"];
+const SERVERS: &[&str] = &["console", "console_http", "defender", "health", "peers", "service"];
 
 table! {
     PRIMARY = "twistlock_primary", Gauge, "1 on the PRIMARY, 0 elsewhere.";
@@ -174,6 +174,16 @@ table! {
     DISK_FAILURES = "twistlock_disk_failures_total", Counter,
         "File operations of this node that failed, though not for want of space.";
     CONSOLE_CONNECTIONS = "twistlock_console_connections", Gauge, "Connections to the Console of this node.";
+    SERVICE_UP = "twistlock_service_up", Gauge,
+        "1 while the service beside the Console is ready on this node, else 0.";
+    SERVICE_RESTARTS = "twistlock_service_restarts_total", Counter,
+        "How often the service beside the Console was started again because it had failed.";
+    SERVICE_CONNECTIONS = "twistlock_service_connections", Gauge,
+        "Connections to the service beside the Console.";
+    SERVICE_BYTES = "twistlock_service_bytes_total", Counter by "direction" &["in", "out"],
+        "Bytes from clients to the service beside the Console, and from it to them, by direction.";
+    SERVICE_UNREACHABLE = "twistlock_service_unreachable_total", Counter,
+        "Connections of clients that were closed because the service did not accept one.";
     DEFENDERS = "twistlock_defenders_connected", Gauge, "Defenders that are connected to this node.";
     DEFENDERS_AWAY = "twistlock_defenders_away", Gauge,
         "Defenders without a connection for longer than settings/defenders permits, as the PRIMARY has found; 0 elsewhere.";

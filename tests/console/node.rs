@@ -204,6 +204,7 @@ impl Node {
                 defender_tls: watch::channel(console_tls(&pair, &pair).unwrap()).1,
                 defenders: 64,
                 services: None,
+                service: None,
             },
             demotion_deadline: DEADLINE,
         };

@@ -16,7 +16,7 @@ use super::{beside, cluster::Cluster, routes};
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// `twistcli` of who is logged in on that host, and nowhere else. Exit code and all that it says.
-fn here(cluster: &Cluster, index: usize, args: &[&str]) -> (Option<i32>, String) {
+pub fn here(cluster: &Cluster, index: usize, args: &[&str]) -> (Option<i32>, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
     command.args(args).arg("--data").arg(cluster.node(index).data).stdin(std::process::Stdio::null());
     for name in ["TWISTLOCK_ADDRESS", "TWISTLOCK_USER", "TWISTLOCK_PASSWORD", "TWISTLOCK_TOKEN"] {

@@ -45,6 +45,8 @@ pub const FROZEN: &[&str] = &[
     "acquired connection, but time to acquire exceeded slow threshold",
 ];
 
+/// The port of a service before the offset.
+const SERVICE_PORT: u16 = 8087;
 /// Ports of the clusters: each cluster of this process gets its own, below the ephemeral ones.
 static NEXT_OFFSET: AtomicU16 = AtomicU16::new(4000);
 
@@ -82,9 +84,31 @@ impl Cluster {
     /// The same with so many members.
     pub fn start_pool(members: usize, restart_after: &str) -> Self {
         let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
-        let cluster = Self::begin(folder, Command::new(env!("CARGO_BIN_EXE_twistlockd")), restart_after, members);
+        let cluster = Self::begin(folder, Command::new(env!("CARGO_BIN_EXE_twistlockd")), restart_after, members, &[]);
         cluster.wait_healthy();
         cluster
+    }
+
+    /// Three nodes with a service beside the Console: its command, and the port at which it listens on 127.0.0.1. Clients
+    /// reach it at [`Self::service_port`].
+    pub fn start_service(command: &str, inside: u16) -> Self {
+        let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
+        let program = Command::new(env!("CARGO_BIN_EXE_twistlockd"));
+        let pair = |offset: u16| format!("{}:{inside}", SERVICE_PORT + offset);
+        let cluster = Self::begin(
+            folder,
+            program,
+            RESTART_AFTER,
+            3,
+            &[&|offset| vec!["--service".to_owned(), command.to_owned(), "--service-ports".to_owned(), pair(offset)]],
+        );
+        cluster.wait_healthy();
+        cluster
+    }
+
+    /// The port at which clients reach the service.
+    pub fn service_port(&self) -> u16 {
+        SERVICE_PORT + self.port_offset
     }
 
     /// The same with nodes that may have no more than so many files open.
@@ -99,21 +123,31 @@ impl Cluster {
     /// Three nodes that run another program, as soon as it says that they are ready: it may not understand what this one asks.
     pub fn start_other(program: &Path) -> Self {
         let folder = tempfile::Builder::new().prefix("tw").tempdir().unwrap();
-        Self::begin(folder, Command::new(program), RESTART_AFTER, 3)
+        Self::begin(folder, Command::new(program), RESTART_AFTER, 3, &[])
     }
 
     fn start_in(folder: TempDir, program: Command, restart_after: &str) -> Self {
-        let cluster = Self::begin(folder, program, restart_after, 3);
+        let cluster = Self::begin(folder, program, restart_after, 3, &[]);
         cluster.wait_healthy();
         cluster
     }
 
-    fn begin(folder: TempDir, mut program: Command, restart_after: &str, members: usize) -> Self {
+    /// `more`: further arguments, by the offset of the ports.
+    fn begin(
+        folder: TempDir,
+        mut program: Command,
+        restart_after: &str,
+        members: usize,
+        more: &[&dyn Fn(u16) -> Vec<String>],
+    ) -> Self {
         let port_offset = NEXT_OFFSET.fetch_add(10, Ordering::Relaxed);
         program.args(["dev", "--restart-after", restart_after, "--port-offset", &port_offset.to_string()]);
         if members != 3 {
             // An earlier program does not know it.
             program.args(["--members", &members.to_string()]);
+        }
+        for more in more {
+            program.args(more(port_offset));
         }
         let dev = program.arg("--dir").arg(folder.path()).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let mut cluster = Self { dev, listener: None, folder, port_offset, members };

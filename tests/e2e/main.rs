@@ -41,6 +41,7 @@ mod rollback;
 mod rotation;
 mod routes;
 mod sampler;
+mod service;
 mod snapshot;
 #[path = "../cli/terminal.rs"]
 mod terminal;
