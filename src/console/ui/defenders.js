@@ -23,7 +23,7 @@ const COLUMNS = [
 ];
 // How a Defender stands: the kind of its badge, and what the state means.
 const STATES = {
-  connected: ['good', 'connected'],
+  connected: ['good', ''],
   away: ['busy', 'not connected'],
   alert: ['bad', 'away for too long'],
   removed: ['asking', 'was away for so long that it has to be registered again'],
