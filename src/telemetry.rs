@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn libraries_are_one_step_quieter() {
-        assert_eq!(filter(Level::INFO), "WARN,twistlock_ha=INFO,twistlockd=INFO,twistcli=INFO");
+        assert_eq!(filter(Level::INFO), "WARN,twistlock_ha=INFO,twistlockd=INFO,twistcli=INFO,service=INFO");
         for level in [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE] {
             EnvFilter::try_new(filter(level)).unwrap();
         }
