@@ -19,7 +19,9 @@ use twistlock_ha::{
     control::{self, Call},
     dev::NodeFile,
     events::{self, Event, Kind, Wanted},
-    telemetry::{self, BACKUP_COPIED, BACKUP_LAST_SUCCESS, DAMAGE_FOUND, MEMORY_RESTORED},
+    telemetry::{
+        self, BACKUP_COPIED, BACKUP_LAST_SUCCESS, DAMAGE_FOUND, MEMORY_RESTORED, SERVICE_CONNECTIONS, SERVICE_UP,
+    },
 };
 
 use super::{
@@ -230,8 +232,9 @@ fn a_flipped_bit_is_found_and_repaired_and_all_metrics_are_there() {
     assert!(pen.write(cluster.primary(), "before-the-damage"));
     let missing = |text: &str| {
         let has = |name: &str| text.lines().any(|line| !line.starts_with('#') && line.starts_with(name));
-        // Nobody has made a backup or copied one yet, and nothing is damaged.
-        let absent = [BACKUP_LAST_SUCCESS, BACKUP_COPIED, DAMAGE_FOUND, MEMORY_RESTORED];
+        // Nobody has made a backup or copied one yet, nothing is damaged, and there is no service.
+        let absent =
+            [BACKUP_LAST_SUCCESS, BACKUP_COPIED, DAMAGE_FOUND, MEMORY_RESTORED, SERVICE_UP, SERVICE_CONNECTIONS];
         let names = telemetry::METRICS.iter().map(|metric| metric.name).filter(|name| !absent.contains(name));
         names.filter(|name| !has(name)).collect::<Vec<_>>()
     };
