@@ -1,6 +1,7 @@
 //! What all members share is replaced while they run and die: the cluster key and the certificate authority.
 
 use std::{
+    cell::Cell,
     collections::HashSet,
     fs,
     path::PathBuf,
@@ -62,11 +63,25 @@ fn wait_replaced(cluster: &Cluster, before: KeyId, of: impl Fn(&Holdings) -> Key
     let settled = |membership: &Membership| {
         membership.shared.rekey.is_none() && membership.shared.coming.is_none() && membership.shared.retired.is_none()
     };
-    cluster.wait_for("all hold the new one", |statuses| {
-        let quiet = statuses.iter().flatten().all(|status| settled(&status.membership));
-        quiet && common(statuses, of).is_some_and(|now| now != before && now != KeyId::default())
+    let quiet = |statuses: &[Option<Status>]| statuses.iter().flatten().all(|status| settled(&status.membership));
+    wait_other(cluster, "all hold the new one", before, of, quiet)
+}
+
+/// Waits until all hold another one than before in a picture in which it is quiet, and returns what that picture shows: in the
+/// next one a member may say for a moment that it still uses the old one.
+fn wait_other(
+    cluster: &Cluster,
+    what: &str,
+    before: KeyId,
+    of: impl Fn(&Holdings) -> KeyId,
+    quiet: impl Fn(&[Option<Status>]) -> bool,
+) -> KeyId {
+    let now = Cell::new(before);
+    cluster.wait_for(what, |statuses| {
+        now.set(common(statuses, &of).filter(|_| quiet(statuses)).unwrap_or_default());
+        now.get() != before && now.get() != KeyId::default()
     });
-    common(&cluster.statuses(), of).expect("it was there a moment ago")
+    now.get()
 }
 
 /// Whatever this node believes about the cluster, it can unseal the authority with what is on its disk. Both change under us:
@@ -218,11 +233,10 @@ fn a_removed_host_does_not_have_the_next_cluster_key() {
     let before = wait_replaced(&cluster, KeyId::default(), |holds| holds.key);
     let gone = (cluster.primary() + 1) % 3;
     begin(&cluster, &Call::delete(format!("high-availability/members/{}?force=false", cluster.node(gone).name)));
-    cluster.wait_for("the rest has another key", |statuses| {
-        let quiet = primary_of(statuses).is_some_and(|status| status.membership.shared.rekey.is_none());
-        quiet && common(statuses, |holds| holds.key).is_some_and(|now| now != before)
-    });
-    let now = common(&cluster.statuses(), |holds| holds.key).unwrap();
+    let quiet = |statuses: &[Option<Status>]| {
+        primary_of(statuses).is_some_and(|status| status.membership.shared.rekey.is_none())
+    };
+    let now = wait_other(&cluster, "the rest has another key", before, |holds| holds.key, quiet);
     for node in 0..3 {
         let keys = ClusterKeys::load(&certificates(&cluster, node)).unwrap();
         assert_eq!(keys.find(now).is_some(), node != gone, "{}", cluster.node(node).name);
