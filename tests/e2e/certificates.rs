@@ -253,7 +253,7 @@ fn a_given_certificate_does_not_keep_a_removed_hosts_key_in_use() {
     wait_for_consoles(&cluster, "the cluster's own on all three", |console| {
         console.source == CertificateSource::Cluster
     });
-    assert!(warned(&cluster, "cannot be used here"), "{:?}", cluster.statuses());
+    cluster.wait_for("the warning", |_| warned(&cluster, "cannot be used here"));
 
     let primary = cluster.primary();
     let gone = cluster.node((primary + 1) % 3).name;

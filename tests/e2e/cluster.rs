@@ -1,7 +1,7 @@
 //! A cluster of real daemons under `twistlockd dev`, and the means to harm it. Must never know what a test wants to show.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     fs::DirEntry,
     net::TcpStream,
     path::{Path, PathBuf},
@@ -211,6 +211,26 @@ impl Cluster {
     pub fn statuses(&self) -> Vec<Option<Status>> {
         let ask = |node: &NodeFile| control::status(&node.control, Duration::from_millis(500)).ok();
         self.file().nodes.iter().map(ask).collect()
+    }
+
+    /// What each node says about itself, once all of them answer.
+    pub fn all_statuses(&self) -> Vec<Status> {
+        let all = RefCell::new(Vec::new());
+        self.wait_for("an answer of each", |statuses| {
+            all.replace(statuses.iter().flatten().cloned().collect::<Vec<_>>());
+            all.borrow().len() == self.members
+        });
+        all.into_inner()
+    }
+
+    /// What a node says about itself, once it answers.
+    pub fn status(&self, index: usize) -> Status {
+        let status = RefCell::new(None);
+        self.wait_for("an answer of the node", |statuses| {
+            status.replace(statuses[index].clone());
+            status.borrow().is_some()
+        });
+        status.into_inner().expect("it was waited for")
     }
 
     /// Waits for a condition; the test fails with the last picture of the cluster if it does not come.

@@ -17,7 +17,6 @@ use twistlock_ha::{
     cluster::{ClusterId, Role},
     control::{self, Call},
     events::Event,
-    node::Status,
     pki::Authority,
 };
 
@@ -106,10 +105,9 @@ fn a_damaged_member_heals_by_itself() {
     ];
     sample.iter().for_each(|files| heal(&cluster, files));
     let node = (cluster.primary() + 1) % 3;
-    let told = |status: &Option<Status>| {
-        status.iter().any(|status| status.warnings.iter().any(|text| text.contains("check the disk")))
-    };
-    assert!(told(&cluster.statuses()[node]), "the status says what was mended");
+    cluster.wait_for("what was mended in the status", |statuses| {
+        statuses[node].iter().any(|status| status.warnings.iter().any(|text| text.contains("check the disk")))
+    });
     let wanted = Call::get("high-availability/events?limit=400");
     let events: Vec<Event> = control::ask(&cluster.node(node).control, &wanted, LIMIT).unwrap();
     assert!(events.iter().any(|event| event.sentence.contains("set aside")), "{events:#?}");

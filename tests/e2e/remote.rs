@@ -128,7 +128,7 @@ fn local_and_remote_commands_do_the_same() {
     }
     desk.there(&["ha", "join-script", "--script"]).expect(0, "#!/usr/bin/env bash");
     let key = |status: &Status| status.members.iter().map(|member| member.holds.key).collect::<Vec<_>>();
-    let before = key(&desk.cluster.statuses()[desk.cluster.primary()].clone().unwrap());
+    let before = key(&desk.cluster.status(desk.cluster.primary()));
     desk.there(&["ha", "rotate-key"]).expect(0, "The members are replacing the cluster key");
     desk.cluster.wait_for("the next cluster key", |statuses| {
         let over = |status: &Status| {

@@ -211,7 +211,7 @@ fn a_restore_that_a_member_has_no_space_for_is_refused() {
             let told = |status: &Option<Status>| free(status.as_ref()?, "node2").filter(|free| *free <= LARGE);
             statuses.iter().all(|status| told(status).is_some())
         });
-        assert!(free(&cluster.statuses()[0].clone().unwrap(), "node3").is_some_and(|free| free > LARGE));
+        assert!(free(&cluster.status(0), "node3").is_some_and(|free| free > LARGE));
         let outcome = restore(&cluster, &large);
         assert!(!outcome.ok && outcome.text.contains("are needed in the data folder of node2"), "{}", outcome.text);
         fs::remove_file(ballast).unwrap();

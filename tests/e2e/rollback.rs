@@ -50,7 +50,7 @@ fn drop_a_tail(cluster: &Cluster, pen: &Pen, round: usize, back: Signal) {
         .iter()
         .any(|path| fs::read_to_string(path.with_extension("txt")).unwrap().contains(&format!("\"{lost}\"")));
     assert!(told, "no summary names the row of {lost}");
-    let notes = cluster.statuses()[old].clone().unwrap().warnings;
+    let notes = cluster.status(old).warnings;
     assert!(notes.iter().any(|note| note.contains(".txt")), "{notes:?}");
 }
 

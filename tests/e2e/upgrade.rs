@@ -55,8 +55,8 @@ pub fn install(cluster: &Cluster, node: usize, program: Option<&Path>) {
     });
 }
 
-fn levels(statuses: &[Option<Status>]) -> Vec<u32> {
-    statuses.iter().flatten().map(|status| status.membership.shared.level).collect()
+fn levels<'a>(statuses: impl IntoIterator<Item = &'a Status>) -> Vec<u32> {
+    statuses.into_iter().map(|status| status.membership.shared.level).collect()
 }
 
 fn hand_over(cluster: &Cluster, to: usize) {
@@ -96,20 +96,20 @@ fn timed_a_rolling_upgrade_under_load() {
     for program in [Some(next.as_path()), None, Some(&next)] {
         install(&cluster, second, program);
         cluster.wait_healthy();
-        assert_eq!(levels(&cluster.statuses()), same(level));
+        assert_eq!(levels(&cluster.all_statuses()), same(level));
     }
     // The newer program serves a cluster of the older level, and the older one takes over from it.
     hand_over(&cluster, second);
-    let shown = cluster.statuses()[first].clone().unwrap();
+    let shown = cluster.status(first);
     let versions: Vec<&str> = shown.members.iter().map(|member| member.version.as_str()).collect();
     assert_eq!(versions.iter().filter(|version| **version == program_version()).count(), 2, "{versions:?}");
     hand_over(&cluster, first);
     install(&cluster, third, Some(&next));
     cluster.wait_healthy();
-    assert_eq!(levels(&cluster.statuses()), same(level));
+    assert_eq!(levels(&cluster.all_statuses()), same(level));
     install(&cluster, first, Some(&next));
     let last = Instant::now();
-    cluster.wait_for("the next level", |statuses| levels(statuses) == same(next_level));
+    cluster.wait_for("the next level", |statuses| levels(statuses.iter().flatten()) == same(next_level));
     println!("  the level rose {} ms after the last program was exchanged", last.elapsed().as_millis());
     cluster.wait_healthy();
     kept_out(&cluster, &writers, &next);
@@ -175,7 +175,7 @@ fn behind(cluster: &Cluster, primary: usize, older: usize, newer: &str) {
     let member = shown.members.iter().find(|member| member.name == address).unwrap();
     let why = member.reason.clone().unwrap_or_default();
     assert!(member.state_str == "SECONDARY" && why.contains("does not become PRIMARY before version"), "{member:?}");
-    let own = cluster.statuses()[older].clone().unwrap();
+    let own = cluster.status(older);
     assert!(own.warnings.iter().any(|warning| warning.contains("does not become PRIMARY before version")), "{own:?}");
     let to = Call::post("high-availability/switchover").with(serde_json::json!({ "to": cluster.node(older).name }));
     let refused = control::ask::<SwitchoverReport>(&node.control, &to, LIMIT).unwrap_err().to_string();
@@ -224,5 +224,5 @@ fn kept_out(cluster: &Cluster, writers: &Writers, next: &Path) {
     fs::write(&file, known).unwrap();
     install(cluster, back, Some(next));
     cluster.wait_healthy();
-    assert_eq!(levels(&cluster.statuses()), vec![next_level; 3]);
+    assert_eq!(levels(&cluster.all_statuses()), vec![next_level; 3]);
 }
