@@ -219,6 +219,27 @@ private() {
     fi
 }
 
+# What failed at first and passed alone. The last line names it: one that turns up again and again is to be looked into.
+again=()
+
+# clusters ARGUMENTS...: tests of whole clusters. A busy machine alone can make one miss its lease or its limit, so that up to
+# two that fail are tried once more with nothing beside them. Whatever fails then fails the check.
+clusters() {
+    local log=target/check/clusters.log failed
+    mkdir -p target/check
+    if private cargo test --locked --test e2e "$@" 2>&1 | tee "$log"; then
+        return
+    fi
+    # The list at the end; the output of each test comes before it and is not indented like this.
+    mapfile -t failed < <(sed -n 's/^    \([a-z0-9_:]*\)$/\1/p' "$log" | sort -u)
+    if [ ${#failed[@]} -eq 0 ] || [ ${#failed[@]} -gt 2 ]; then
+        return 1
+    fi
+    again+=("${failed[@]}")
+    step "once more, with nothing beside it: ${failed[*]}"
+    private cargo test --locked --test e2e -- --exact --test-threads 1 "${failed[@]}"
+}
+
 # The names of all test programs but those given.
 tests_but() {
     local file name other
@@ -240,14 +261,21 @@ if [ "$quick" = false ]; then
     export CHAOS_SECONDS=${CHAOS_SECONDS:-180} CHAOS_SEED=${CHAOS_SEED:-2911}
     beside "random faults" private cargo test --locked --test chaos
     private cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
-    await installation
     await "random faults"
+    await installation || {
+        again+=("the installation on hosts")
+        step "once more, with nothing beside it: the installation on hosts"
+        install_both_ways
+    }
     # They wait for most of their time.
     step "cargo test: whole clusters, beside one another"
-    private cargo test --locked --test e2e -- --skip timed_ --test-threads 4
+    clusters -- --skip timed_ --test-threads 4
     # These measure how long clients wait: nothing else runs beside them.
     step "cargo test: whole clusters, one at a time"
-    private cargo test --locked --test e2e timed_
+    clusters timed_
 fi
 
+if [ ${#again[@]} -gt 0 ]; then
+    step "failed once, passed alone: ${again[*]}"
+fi
 step "all checks passed"
