@@ -13,6 +13,8 @@ mod driver;
 mod host;
 #[path = "browser/pool.rs"]
 mod pool;
+#[path = "browser/service.rs"]
+mod service;
 #[path = "browser/setup.rs"]
 mod setup;
 #[path = "browser/stage.rs"]
@@ -319,12 +321,17 @@ fn hostile_defenders(founder: &Founder, names: &[&str]) {
     founder.post("/defenders/policy", json!({"paths": [{"path": path}]}), 200);
 }
 
-/// Names that people and programs choose come back as they were written, in every place that shows them.
 #[test]
 fn a_pool_shows_its_members_and_what_they_tolerate() {
     on_stage("a_pool_shows_its_members_and_what_they_tolerate", pool::play);
 }
 
+#[test]
+fn a_service_is_shown_stopped_and_started() {
+    on_stage("a_service_is_shown_stopped_and_started", service::play);
+}
+
+/// Names that people and programs choose come back as they were written, in every place that shows them.
 #[test]
 fn no_text_becomes_markup() {
     const HOSTILE: [&str; 3] = [

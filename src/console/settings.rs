@@ -140,6 +140,8 @@ pub(super) struct System {
     node: String,
     /// The port of the members' status pages, if they have them.
     status_port: Option<u16>,
+    /// True where a service runs beside the Console: see `GET service`.
+    service: bool,
 }
 
 /// `GET settings/system`.
@@ -147,8 +149,9 @@ async fn system(State(console): State<Arc<Console>>) -> Json<System> {
     let services = console.services.as_ref();
     let ha_enabled = services.is_some_and(|services| services.high_availability);
     let status_port = services.and_then(|services| services.status_port);
+    let service = services.is_some_and(|services| services.service.is_some());
     let node = console.status.borrow().name.clone();
-    Json(System { version: program_version(), ha_enabled, node, status_port })
+    Json(System { version: program_version(), ha_enabled, node, status_port, service })
 }
 
 #[cfg(test)]

@@ -76,7 +76,7 @@ impl File {
     }
 }
 
-static FILES: LazyLock<[File; 25]> = LazyLock::new(|| {
+static FILES: LazyLock<[File; 26]> = LazyLock::new(|| {
     files! {
         "index.html": HTML,
         "style.css": STYLE,
@@ -98,6 +98,7 @@ static FILES: LazyLock<[File; 25]> = LazyLock::new(|| {
         "defender-events.js": SCRIPT,
         "defender-policy.js": SCRIPT,
         "general.js": SCRIPT,
+        "service.js": SCRIPT,
         "settings.js": SCRIPT,
         "users.js": SCRIPT,
         "certificates.js": SCRIPT,

@@ -24,17 +24,19 @@ use super::{
 const MEMBERS: u8 = 5;
 
 /// A dev cluster. Ends with this value.
-struct Pool {
+pub struct Pool {
     dev: Child,
     folder: TempDir,
 }
 
 impl Pool {
-    fn start() -> Self {
+    /// Started with these arguments; all nodes are members when it returns.
+    pub fn start(arguments: &[&str]) -> Self {
         let folder = tempfile::Builder::new().prefix("twp").tempdir().unwrap();
         let mut dev = Command::new(env!("CARGO_BIN_EXE_twistlockd"))
-            .args(["dev", "--members", &MEMBERS.to_string(), "--dir"])
+            .args(["dev", "--dir"])
             .arg(folder.path())
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -47,7 +49,8 @@ impl Pool {
         pool
     }
 
-    fn file(&self) -> ClusterFile {
+    /// Who its nodes are, and how to log in.
+    pub fn file(&self) -> ClusterFile {
         read_cluster(self.folder.path()).unwrap()
     }
 
@@ -76,7 +79,7 @@ impl Drop for Pool {
 
 /// See the module.
 pub fn play() {
-    let pool = Pool::start();
+    let pool = Pool::start(&["--members", &MEMBERS.to_string()]);
     let addresses: Vec<Ipv4Addr> = (1..=MEMBERS).map(|number| Ipv4Addr::new(127, 0, 0, number)).collect();
     stage::name_hosts(&addresses);
     let file = pool.file();

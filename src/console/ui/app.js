@@ -15,6 +15,7 @@ import { open as defenders } from './defenders.js';
 import { open as general } from './general.js';
 import { open as login } from './login.js';
 import { consoleLog, history } from './logs.js';
+import { open as service } from './service.js';
 import { open as settings } from './settings.js';
 import { open as tags } from './tags.js';
 import { open as users } from './users.js';
@@ -25,6 +26,7 @@ const ADMINISTRATOR = ['admin'];
 const READERS = ['admin', 'auditor'];
 const PAGES = [
   { group: 'System', title: 'High Availability', hash: HOME, open: cluster, clustered: true },
+  { group: 'System', title: 'Service', hash: '#/manage/system/service', open: service, beside: true },
   { group: 'System', title: 'Backup & Restore', hash: '#/manage/system/backup', open: backups, roles: ADMINISTRATOR },
   { group: 'System', title: 'Settings', hash: '#/manage/system/settings', open: settings, roles: ADMINISTRATOR },
   { group: 'System', title: 'General', hash: '#/manage/system/general', open: general },
@@ -41,6 +43,8 @@ const PAGES = [
 const element = (id) => document.getElementById(id);
 let user = null;
 let clustered = true;
+// A service runs beside the Console.
+let beside = false;
 // The page that is open: { draw, load, close }, each of which may be missing.
 let current = null;
 let wasStale = false;
@@ -49,7 +53,7 @@ let version = null;
 // The port of the members' status pages.
 let statusPort = null;
 
-const allowed = (page) => (!page.roles || page.roles.includes(user.role)) && (!page.clustered || clustered);
+const allowed = (page) => (!page.roles || page.roles.includes(user.role)) && (!page.clustered || clustered) && (!page.beside || beside);
 
 function drawTop() {
   const brand = h('a', { class: 'brand', href: HOME }, h('span', { class: 'mark', 'aria-hidden': 'true' }), 'Twistlock HA');
@@ -159,6 +163,7 @@ async function enter() {
   version ??= system.version;
   statusPort = system.statusPort ?? null;
   clustered = system.haEnabled !== false;
+  beside = system.service === true;
   keepSession(user.expiresInSec);
   start(expired);
   drawTop();
