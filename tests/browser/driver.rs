@@ -176,11 +176,12 @@ impl Browser {
         self.call("POST", &format!("/element/{id}/click"), &json!({}));
     }
 
-    /// Clicks a button with the mouse: it must be visible, enabled and not covered.
+    /// Clicks a button with the mouse: it must be visible, enabled, not covered, and not that of a form which is being sent.
     pub fn press(&self, label: &str) {
         let begin = Instant::now();
         loop {
-            let id = self.find("xpath", &format!("//button[normalize-space(.)='{label}' and not(@disabled)]"));
+            let idle = "not(@disabled) and not(@type='submit' and ancestor::form[@aria-busy])";
+            let id = self.find("xpath", &format!("//button[normalize-space(.)='{label}' and {idle}]"));
             match self.try_call("POST", &format!("/element/{id}/click"), &json!({})) {
                 Ok(_) => return,
                 // The page was drawn anew at this moment, or a message was in the way.

@@ -108,19 +108,7 @@ pub fn play() {
     );
     browser.screenshots("pool");
 
-    browser.fill("balancer", "no name");
-    browser.press("Save the load balancer");
-    browser.wait_for("what is no address is refused", "return said('cannot be in a certificate')");
-    browser.press("Add");
-    browser.wait_for("both are needed", "return said('Enter the address and the fingerprint')");
-    browser.fill("address", "127.0.0.99");
-    browser.fill("fingerprint", "AB:CD");
-    browser.press("Add");
-    browser.wait_for(
-        "a host that does not wait is refused",
-        "return [...document.querySelectorAll('.toast.bad')]
-            .some((one) => !/Enter the|cannot be in a certificate/.test(one.textContent))",
-    );
+    refused_and_said(&browser);
 
     let gone = "[...document.querySelectorAll('[aria-label^=\"Remove node\"]')].at(-1)";
     let name = browser.run(&format!("return {gone}.title.replace('Remove ', '')"));
@@ -133,4 +121,37 @@ pub fn play() {
     browser.wait_for("it gives a word of advice", "return text('#pool-size').includes('an odd number is better')");
     browser.screenshots("pool-of-four");
     browser.assert_clean();
+}
+
+/// What a form was refused stays to be read while the page is drawn again and again, and goes when the form is sent again.
+fn refused_and_said(browser: &Browser) {
+    // Each status draws the page: what does not belong there is gone then.
+    let drawn_again = |what: &str| {
+        browser.run("document.querySelector('#pool-size').textContent = 'not drawn yet'");
+        browser.wait_for(what, "return text('#pool-size').includes('tolerated')");
+    };
+    browser.fill("balancer", "no name");
+    browser.press("Save the load balancer");
+    browser.wait_for("what is no address is refused", "return problems().includes('cannot be in a certificate')");
+    browser.press("Add");
+    browser.wait_for("both are needed", "return problems().includes('Enter the address and the fingerprint')");
+    drawn_again("the page is drawn again");
+    let both = "return problems().includes('cannot be in a certificate') && problems().includes('Enter the address')";
+    assert_eq!(browser.run(both), true, "{}", browser.run("return problems()"));
+    browser.screenshots("pool-refused");
+    browser.fill("address", "127.0.0.99");
+    browser.fill("fingerprint", "AB:CD");
+    browser.press("Add");
+    browser.wait_for("a host that does not wait is refused", "return problems().includes('is no fingerprint')");
+    assert_eq!(browser.run("return problems().includes('Enter the address')"), false, "the former slip is gone");
+    browser.fill("balancer", NAME);
+    browser.press("Save the load balancer");
+    browser.wait_for("what was refused is forgotten", "return !problems().includes('certificate')");
+    drawn_again("the page is drawn once more");
+    assert_eq!(browser.run("return problems().includes('is no fingerprint')"), true);
+    browser.go("#/tags", "Tags");
+    assert_eq!(browser.run("return problems().replaceAll('|', '')"), "", "another page has nothing of it");
+    browser.go(CLUSTER, "High Availability");
+    browser.wait_for("five members are shown again", "return rows().length === 5 && healthy()");
+    assert_eq!(browser.run("return problems().replaceAll('|', '')"), "", "it was left");
 }

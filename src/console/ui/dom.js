@@ -65,8 +65,8 @@ function alike(a, b) {
   return a.nodeType === b.nodeType && a.nodeName === b.nodeName && a.dataset?.key === b.dataset?.key;
 }
 
-// Attributes that the user changes, and that drawing again must not undo.
-const KEPT = new Set(['open', 'value', 'checked']);
+// Attributes that the user changes, or what he has done, and that drawing again must not undo.
+const KEPT = new Set(['open', 'value', 'checked', 'aria-busy']);
 
 const keeps = (element, name) => KEPT.has(name) && element.nodeName !== 'PROGRESS';
 
@@ -109,15 +109,19 @@ function morphChildren(old, next) {
   }
 }
 
+// Says something to whoever used it: what is in it stays when the same is drawn again, and goes with another one.
+const isOwn = (old, next) => old.dataset?.own !== undefined && old.dataset.own === next.dataset.own;
+
 // Makes `old`, which is shown, look like `next`. Keeps an element, with its focus, its selection and what was typed, if
-// both have it in the same place or with the same data-key.
+// both have it in the same place or with the same data-key; with the same data-own, also what is in it.
 function morph(old, next) {
   if (old.nodeType === Node.TEXT_NODE) {
     if (old.data !== next.data) old.data = next.data;
     return;
   }
+  const own = isOwn(old, next);
   morphAttributes(old, next);
-  morphChildren(old, next);
+  if (!own) morphChildren(old, next);
 }
 
 // Replaces the children of an element with these.

@@ -38,25 +38,28 @@ export function check(label, name, checked) {
   return h('label', { class: 'check' }, h('input', { type: 'checkbox', name, checked }), h('span', {}, label));
 }
 
-// A form. `send` gets the values by name, and what it throws is shown and spoken. Its button is disabled meanwhile.
+// A form. `send` gets the values by name, and what it throws is shown and spoken, until the form is sent again or left.
+// It is busy meanwhile, and sends nothing twice.
 export function form(label, send, fields, { kind = 'primary', cancel } = {}) {
   const onsubmit = async (event) => {
     event.preventDefault();
     // Looked up here: this form may have been drawn over an older one.
     const element = event.currentTarget;
-    const [problem, submit] = [element.querySelector('.problem'), element.querySelector('[type=submit]')];
-    submit.disabled = true;
+    const problem = element.querySelector('.problem');
+    if (element.ariaBusy) return;
+    element.ariaBusy = 'true';
     problem.textContent = '';
     try {
       await send(Object.fromEntries(new FormData(element)), element);
     } catch (error) {
       problem.textContent = error.message;
     }
-    submit.disabled = false;
+    element.ariaBusy = null;
   };
   const submit = h('button', { type: 'submit', class: `button ${kind}` }, label);
   const buttons = h('div', { class: 'buttons' }, submit, cancel && button('Cancel', cancel, { 'data-local': true }));
-  return h('form', { class: 'form', onsubmit, novalidate: true }, fields, h('p', { class: 'problem', role: 'alert' }), buttons);
+  const problem = h('p', { class: 'problem', role: 'alert', 'data-own': label });
+  return h('form', { class: 'form', onsubmit, novalidate: true }, fields, problem, buttons);
 }
 
 // A table that becomes a list of cards where there is no room. Columns are [heading, class]; rows are { key, cells,

@@ -23,16 +23,6 @@ export function worth(status) {
   return fact;
 }
 
-// The page is drawn again with each status, and what a form says of a slip is gone with that: said aside as well.
-const telling = (send) => async (...given) => {
-  try {
-    await send(...given);
-  } catch (error) {
-    toast(error.message, 'bad');
-    throw error;
-  }
-};
-
 function balancing(status, may) {
   const address = status.membership.pool?.load_balancer ?? '';
   const shown = h('p', {}, 'Load balancer: ', address ? h('strong', { class: 'mono', id: 'load-balancer' }, address) : h('span', { class: 'quiet' }, 'none'));
@@ -44,7 +34,7 @@ function balancing(status, may) {
   const input = field('Host name or IP address, without a port', 'balancer', {
     autocomplete: 'off', spellcheck: 'false', class: 'mono', hint: 'It becomes one of the names of all Consoles\' certificates. Empty: there is none.',
   });
-  return [shown, may && form('Save the load balancer', telling(send), input, { kind: 'plain' })];
+  return [shown, may && form('Save the load balancer', send, input, { kind: 'plain' })];
 }
 
 // The size and the load balancer.
@@ -71,7 +61,7 @@ export function adding(status, may) {
       autocomplete: 'off', spellcheck: 'false', class: 'mono', hint: 'As `twistcli clustered-db fingerprint` shows it on that host.',
     }),
   ];
-  return card('Add members', {}, form('Add', telling(send), fields));
+  return card('Add members', {}, form('Add', send, fields));
 }
 
 // Asks, and removes a member. Never by force: a majority of the others must be up.
