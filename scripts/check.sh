@@ -72,7 +72,7 @@ trap wait EXIT
 
 # Program (or file) and the Debian package that brings it.
 needed=(
-    shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl haproxy:haproxy nginx:nginx
+    shellcheck:shellcheck nft:nftables ip:iproute2 sqlite3:sqlite3 curl:curl haproxy:haproxy nginx:nginx jq:jq openssl:openssl
     /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream
     mkfs.ext4:e2fsprogs cc:gcc
     chromium:chromium chromedriver:chromium-driver certutil:libnss3-tools python3:python3-venv
@@ -197,16 +197,18 @@ else
     echo "skipped: not installed"
 fi
 
-# Installs a cluster on hosts made of namespaces. 77: this machine cannot make them, and the test has said why.
-install_on_hosts() {
+# on_hosts TEST...: installs on hosts made of namespaces. 77: this machine cannot make them, and the test has said why.
+on_hosts() {
     local code=0
-    tests/install/run.sh "$@" || code=$?
+    "tests/install/$1" "${@:2}" || code=$?
     [ "$code" -eq 0 ] || [ "$code" -eq 77 ]
 }
 
-install_both_ways() {
-    install_on_hosts
-    install_on_hosts --systemd
+install_all_ways() {
+    on_hosts run.sh
+    on_hosts run.sh --systemd
+    on_hosts pool.sh
+    on_hosts pool.sh --systemd
 }
 
 # private COMMAND...: in a network of its own with loopback up, where this machine can make one.
@@ -256,7 +258,7 @@ if [ "$quick" = false ]; then
     step "cargo test: everything but whole clusters"
     mapfile -t tests < <(tests_but e2e chaos)
     # Both have networks of their own, and time to spare.
-    beside installation install_both_ways
+    beside installation install_all_ways
     # tests/chaos reads them.
     export CHAOS_SECONDS=${CHAOS_SECONDS:-180} CHAOS_SEED=${CHAOS_SEED:-2911}
     beside "random faults" private cargo test --locked --test chaos

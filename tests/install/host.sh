@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The first process of one host of tests/install/run.sh: run.sh starts it in new namespaces. Makes what is private to the host,
+# The first process of one host of tests/install/hosts.sh, which starts it in new namespaces. Makes what is private to the host,
 # then stays until it is killed, with everything that runs on the host. Must never change anything of the real host: all that
 # could be written is a copy, a file system of its own, or read-only.
 #
-# Usage: host.sh DIR NAME NETWORK plain|systemd
+# Usage: host.sh DIR NAME HOSTS plain|systemd; HOSTS is a file for /etc/hosts
 set -euo pipefail
 
-dir=$1 name=$2 network=$3 kind=$4
+dir=$1 name=$2 hosts=$3 kind=$4
 
 mount --make-rprivate /
 # What is installed stays in DIR; what is below /etc, /usr and /var is read from the real host.
@@ -19,10 +19,7 @@ mount -t tmpfs -o mode=0755 run /run
 
 hostname "$name"
 echo "$name" >/etc/hostname
-printf '127.0.0.1 localhost\n' >/etc/hosts
-for number in 1 2 3; do
-    printf '%s.%s h%s\n' "$network" "$number" "$number" >>/etc/hosts
-done
+cat "$hosts" >/etc/hosts
 # A real host may have the user, and even a node, already.
 rm -rf /var/lib/twistlock* /var/log/twistlock /etc/twistlock /usr/local/bin/{twistlockd,twistcli,defender}
 rm -rf /etc/systemd/system/{twistlockd,defender}.service* /etc/systemd/system/*.wants/{twistlockd,defender}.service

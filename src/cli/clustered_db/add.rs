@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 
-use super::tell_size;
+use super::{status, tell_size};
 use crate::{
     admin::{AddedMember, NewMember, PoolAddition, PoolCandidate},
     cli::{
@@ -89,16 +89,22 @@ pub(super) fn run(client: &ApiClient, args: &AddArgs) -> Result<(), Stop> {
         print_json(&added)?;
     } else {
         added.members.iter().try_for_each(|member| say(&harmless(&sentence(member))))?;
-        tell_size(&added.size)?;
     }
     if let Some(AddedMember { address, .. }) = added.members.iter().find(|member| member.problem.is_some()) {
         return Err(Stop::refuse(&format!("{address} does not know that it is a member: give the same command again")));
     }
     if args.no_wait {
-        eprintln!("Next: twistcli clustered-db status --watch");
+        eprintln!(
+            "They count for what the pool tolerates when they have caught up. Next: twistcli clustered-db status --watch"
+        );
         return Ok(());
     }
-    catch_up::wait(client, args.wait, args.json)
+    catch_up::wait(client, args.wait, args.json)?;
+    // Only now do they have their votes.
+    match status::ask(client)?.size {
+        Some(size) if !args.json => tell_size(&size),
+        _ => Ok(()),
+    }
 }
 
 fn call(path: &str, members: &[NewMember]) -> Call {

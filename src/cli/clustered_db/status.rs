@@ -35,7 +35,11 @@ pub(super) fn run(client: &ApiClient, args: &StatusArgs) -> Result<u8, Stop> {
     repeat(interval, args.json, || text(&ask(client)?, args.json, true))
 }
 
-fn ask(client: &ApiClient) -> Result<PoolStatus, Stop> {
+/// The status, by the Console or this host's daemon.
+///
+/// # Errors
+/// When nobody answers.
+pub(super) fn ask(client: &ApiClient) -> Result<PoolStatus, Stop> {
     match client {
         // A host that starts, or waits to be added, has this much of an API, too.
         ApiClient::Local(local) => {
