@@ -43,7 +43,7 @@ fn sessions() {
 }
 
 /// A daemon that does nothing, and answers as the real one would.
-fn frozen(status: Status) -> Routes {
+fn frozen(status: Value) -> Routes {
     let api = |path: &str| format!("/api/v1/{path}");
     let ha = |path: &str| format!("/api/v1/high-availability/{path}");
     let nothing = async || Json(json!({}));
@@ -59,6 +59,7 @@ fn frozen(status: Status) -> Routes {
         .route(&ha("resume"), post(nothing))
         .route(&ha("requests/{host}"), delete(reject))
         .route(&ha("members/{member}"), delete(nothing))
+        .route(&ha("events"), get(async || Json(event_of_a_newer_program())))
         .route(&ha("members/{member}/address"), put(nothing))
         .route(&api("settings/certs"), get(async || Json(certificates())).post(async |body: Json<Value>| body))
         .route(&api("settings/custom-certs"), post(custom).delete(nothing));
@@ -187,6 +188,11 @@ fn picture(states: [Role; 3]) -> Status {
 
 /// Runs `act` with the data folder of a daemon that tells `status`.
 fn beside<T>(status: Status, act: impl FnOnce(&Path) -> T) -> T {
+    beside_one_that_says(json!(status), act)
+}
+
+/// Runs `act` with the data folder of a daemon that tells `status`, which may be one that this program does not know.
+fn beside_one_that_says<T>(status: Value, act: impl FnOnce(&Path) -> T) -> T {
     let folder = tempfile::tempdir().unwrap();
     let socket = ControlSocket::bind(&folder.path().join("control.sock")).unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -199,6 +205,36 @@ fn beside<T>(status: Status, act: impl FnOnce(&Path) -> T) -> T {
     stop.send(()).unwrap();
     server.join().unwrap();
     done
+}
+
+/// With words that no program of this version has.
+fn event_of_a_newer_program() -> Value {
+    let event = Event::new(Kind::Role, Severity::Info, "node2 sings");
+    let mut event = json!(event);
+    (event["kind"], event["severity"], event["later"]) = (json!("song"), json!("loud"), json!([1]));
+    json!([event, Event::new(Kind::Role, Severity::Info, "node1 follows")])
+}
+
+#[test]
+fn what_a_newer_daemon_says_is_shown_by_its_words() {
+    let mut status = json!(picture([Role::Secondary, Role::Primary, Role::Secondary]));
+    status["members"][2]["state"] = json!("SINGING");
+    status["later"] = json!({ "a": 1 });
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
+        let output = beside_one_that_says(status.clone(), |data| {
+            command.arg("ha").args(args).arg("--data").arg(data).output().unwrap()
+        });
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = run(&["events"]);
+    let song = text.lines().find(|line| line.contains("node2 sings")).unwrap();
+    assert!(song.contains(" song ") && text.lines().count() == 3, "{text}");
+    let found: Value = serde_json::from_str(&run(&["events", "--json"])).unwrap();
+    assert_eq!((&found[0]["kind"], &found[1]["kind"]), (&json!("song"), &json!("role")));
+    let text = run(&["status"]);
+    assert!(text.contains("UNKNOWN") && text.contains("PRIMARY"), "{text}");
 }
 
 /// Runs `twistcli ha ARGS --data FOLDER` beside a daemon that tells `status`.

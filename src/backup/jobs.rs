@@ -33,6 +33,7 @@ impl Table {
             Work::Verify => "verified",
             Work::Restore => "restored",
             Work::Fetch => "fetched",
+            Work::Other => "worked on",
         };
         Err(BackupError::Refused(format!("{} is being {doing}: wait until that is over", other.id)))
     }

@@ -24,14 +24,15 @@ pub(super) const FETCHED: &str = "fetched-";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// By an administrator, who also deletes it.
-    Manual,
     /// Every day.
     Daily,
     /// Kept for weeks.
     Weekly,
     /// Kept for months.
     Monthly,
+    /// By an administrator, who also deletes it; or for something that only a newer program has a word for.
+    #[serde(other)]
+    Manual,
 }
 
 impl Kind {

@@ -34,6 +34,9 @@ pub enum Work {
     Restore,
     /// A copy is brought from the place of `BACKUP_URL` into the folder.
     Fetch,
+    /// What only a newer program has a word for.
+    #[serde(other)]
+    Other,
 }
 
 /// Something was begun: its end is told by [`BackupState::last`] under the same number.

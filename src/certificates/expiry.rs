@@ -49,7 +49,9 @@ fn sentence(certificate: &CertificateStatus, left: u64) -> String {
     let CertificateInfo { subject, .. } = &certificate.info;
     let what = match (certificate.of.as_str(), certificate.source) {
         ("ca", _) => "nodes then refuse each other: the cluster needs a new authority",
-        (_, CertificateSource::Cluster) => "it should have been renewed by itself: look into the log for the reason",
+        (_, CertificateSource::Cluster | CertificateSource::Other) => {
+            "it should have been renewed by itself: look into the log for the reason"
+        }
         (_, CertificateSource::Upload) => {
             "upload a new one, or remove it: twistcli certs upload, twistcli certs remove"
         }

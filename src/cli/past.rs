@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     cluster::{Membership, Role},
-    events::{self, Event, Kind, MAX_PAGE, Wanted},
+    events::{self, Event, Kind, MAX_PAGE, Wanted, Word},
     storage::membership::StoredMembership,
 };
 
@@ -72,8 +72,10 @@ impl Past {
         };
         let primary = |event: &Event| {
             let name = match event.kind {
-                Kind::Primary => text(event, "primary"),
-                Kind::Role if state(event).is_some_and(|(_, role)| role == Role::Primary) => Some(event.node.clone()),
+                Word::Known(Kind::Primary) => text(event, "primary"),
+                Word::Known(Kind::Role) if state(event).is_some_and(|(_, role)| role == Role::Primary) => {
+                    Some(event.node.clone())
+                }
                 _ => None,
             };
             name.map(|name| (time(event), name))

@@ -26,10 +26,11 @@ pub enum Role {
     Rollback,
     /// Unreachable, as seen from another member.
     Down,
-    /// Not heard of yet.
-    Unknown,
     /// No longer a member.
     Removed,
+    /// Not heard of yet; or in a state that only a newer program has a word for.
+    #[serde(other)]
+    Unknown,
 }
 
 impl fmt::Display for Role {

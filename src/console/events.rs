@@ -114,7 +114,7 @@ async fn list(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted
     let query = query.bind(limit + 1).bind(offset);
     let mut rows: Vec<(i64, String, String)> = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
     let headers = page_headers(&mut rows, limit, total, |(time, id, _)| (*time, id.clone()));
-    // One that a newer version wrote and this one does not understand is left out.
+    // Of one that a newer version wrote, the words are kept; what is no event at all is left out.
     let events: Vec<Event> = rows.iter().filter_map(|(.., text)| serde_json::from_str(text).ok()).collect();
     Ok((headers, Json(events)).into_response())
 }

@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, fmt};
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use crate::clock::unix_time_ms;
@@ -49,6 +49,12 @@ macro_rules! words {
             /// The word for it.
             pub fn word(self) -> &'static str {
                 match self { $(Self::$variant => $word),+ }
+            }
+        }
+
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                self.word()
             }
         }
 
@@ -120,6 +126,38 @@ words! {
     }
 }
 
+/// A word of a list that newer programs may have made longer: one that is not known is kept as it was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Word<T> {
+    /// One of the list.
+    Known(T),
+    /// What a newer program says.
+    Other(String),
+}
+
+impl<T: AsRef<str>> Word<T> {
+    /// As it is written.
+    pub fn word(&self) -> &str {
+        match self {
+            Self::Known(known) => known.as_ref(),
+            Self::Other(word) => word,
+        }
+    }
+}
+
+impl<T> From<T> for Word<T> {
+    fn from(known: T) -> Self {
+        Self::Known(known)
+    }
+}
+
+impl<T: PartialEq> PartialEq<T> for Word<T> {
+    fn eq(&self, other: &T) -> bool {
+        matches!(self, Self::Known(known) if known == other)
+    }
+}
+
 /// Who has to hear of an event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Scope {
@@ -140,7 +178,9 @@ pub struct Event {
     pub time: Timestamp,
     /// Name of the node that recorded it.
     pub node: String,
-    pub kind: Kind,
+    pub kind: Word<Kind>,
+    /// One that is not known is as good as a warning.
+    #[serde(deserialize_with = "severity")]
     pub severity: Severity,
     /// What happened, for people.
     pub sentence: String,
@@ -159,7 +199,7 @@ impl Event {
             id: format!("{now:012x}{:08x}", rand::random::<u32>()),
             time: Timestamp::from_millisecond(now).unwrap_or_default(),
             node: String::new(),
-            kind,
+            kind: kind.into(),
             severity,
             sentence: shortened(sentence.into()),
             fields: BTreeMap::new(),
@@ -186,6 +226,13 @@ impl Event {
         }
         self
     }
+}
+
+fn severity<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Severity, D::Error> {
+    Ok(match Word::deserialize(deserializer)? {
+        Word::Known(severity) => severity,
+        Word::Other(_) => Severity::Warning,
+    })
 }
 
 fn shortened(mut text: String) -> String {
@@ -232,7 +279,7 @@ impl Wanted {
     }
 
     fn admits(&self, event: &Event) -> bool {
-        self.kind.is_none_or(|kind| kind == event.kind) && self.since.is_none_or(|since| since <= event.time)
+        self.kind.is_none_or(|kind| event.kind == kind) && self.since.is_none_or(|since| since <= event.time)
     }
 }
 
@@ -259,6 +306,22 @@ mod tests {
         }
         assert!("Takeover".parse::<Kind>().unwrap_err().contains("takeover, role"));
         assert!(Severity::Info < Severity::Warning && Severity::Warning < Severity::Critical);
+    }
+
+    #[test]
+    fn what_a_newer_program_has_recorded_is_read_by_its_words() {
+        let event = Event::new(Kind::Role, Severity::Info, "node2 sings");
+        let mut value = serde_json::to_value(&event).unwrap();
+        (value["kind"], value["severity"], value["later"]) = ("song".into(), "loud".into(), 1.into());
+        let read: Event = serde_json::from_value(value).unwrap();
+        assert_eq!(
+            (read.kind.word(), read.severity, read.sentence.as_str()),
+            ("song", Severity::Warning, "node2 sings")
+        );
+        assert!(read.kind != Kind::Role && event.kind == Kind::Role);
+        let wanted = Wanted { kind: Some(Kind::Role), ..Wanted::default() };
+        assert!(!wanted.admits(&read) && wanted.admits(&event) && Wanted::default().admits(&read));
+        assert_eq!(serde_json::to_value(&read).unwrap()["kind"], "song");
     }
 
     #[test]

@@ -114,8 +114,8 @@ impl Target {
         let body = body(event, cluster);
         match self {
             Self::Webhook(webhook) => {
-                let (webhook, kind, id) = (webhook.clone(), event.kind.word(), event.id.clone());
-                let posted = task::spawn_blocking(move || webhook::post(&webhook, kind, &id, body.as_bytes())).await;
+                let (webhook, kind, id) = (webhook.clone(), event.kind.word().to_owned(), event.id.clone());
+                let posted = task::spawn_blocking(move || webhook::post(&webhook, &kind, &id, body.as_bytes())).await;
                 posted.unwrap_or_else(|error| Err(Failure::passing(error.to_string())))
             }
             Self::Command(command) => run(command, body.as_bytes(), COMMAND_LIMIT).await,

@@ -531,7 +531,8 @@ mod tests {
         assert_eq!(sentences[1], "node3 is PRIMARY after 10 s without one, as seen from node1");
         assert!(notified.try_recv().is_err());
         recorder.flush();
-        let kinds: Vec<_> = read(folder.path(), &Wanted::default()).unwrap().iter().map(|event| event.kind).collect();
+        let kinds: Vec<_> =
+            read(folder.path(), &Wanted::default()).unwrap().iter().map(|event| event.kind.clone()).collect();
         let (primary, change, takeover) = (Kind::Primary, Kind::Role, Kind::Takeover);
         assert_eq!(kinds, [primary, primary, primary, takeover, change, primary]);
     }

@@ -136,6 +136,9 @@ pub enum CertificateSource {
     Upload,
     /// An administrator has put it into a folder on this host.
     Folder,
+    /// From a place that only a newer program has a word for.
+    #[serde(other)]
+    Other,
 }
 
 impl CertificateSource {
@@ -145,6 +148,7 @@ impl CertificateSource {
             Self::Cluster => "cluster",
             Self::Upload => "upload",
             Self::Folder => "folder",
+            Self::Other => "other",
         }
     }
 }

@@ -46,8 +46,10 @@ pub struct PoolStatus {
 #[serde(rename_all = "camelCase")]
 pub enum PoolHealth {
     Healthy,
-    Degraded,
     NoPrimary,
+    /// Also what only a newer program has a word for.
+    #[serde(other)]
+    Degraded,
 }
 
 /// One member of a pool.
