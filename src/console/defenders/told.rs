@@ -68,16 +68,30 @@ struct Shown {
     event: Value,
 }
 
-/// Parameters: 1 the Defender's number, 2 the row before the page, 3 and 4 limit and offset, 5 the kind. The indexes
-/// are chosen by the text of the condition.
+/// What an event is found again by. Those of all are listed as they were stored, so that one that comes late is not
+/// missed; those of one Defender by their numbers, which ascend as they are stored, and for which there is an index.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Key {
+    Row(i64),
+    /// The Defender's number, and that of its event.
+    Of(i64, i64),
+}
+
+/// Parameters: 1 the Defender's number, 2 the row or number before the page, 3 and 4 limit and offset, 5 the kind. The
+/// indexes are chosen by the text of the condition.
 macro_rules! statements {
-    ($of:literal) => {
+    ($of:literal by $key:literal) => {
         Statements {
             page: concat!(
                 "SELECT e.id AS row, d.id, d.name, e.sequence, e.time, e.received, e.kind, e.event \
                  FROM defender_events e JOIN defenders d ON d.number = e.defender WHERE ",
                 $of,
-                " AND e.id < ?2 ORDER BY e.id DESC LIMIT +?3 OFFSET ?4"
+                " AND ",
+                $key,
+                " < ?2 ORDER BY ",
+                $key,
+                " DESC LIMIT +?3 OFFSET ?4"
             ),
             count: concat!("SELECT count(*) FROM defender_events e WHERE ", $of),
         }
@@ -87,20 +101,20 @@ macro_rules! statements {
 /// The statements for these wishes: of one Defender, of a kind.
 fn statements(of_one: bool, kind: Option<&str>) -> Statements {
     match (of_one, kind) {
-        (false, None) => statements!("?1 IS ?1 AND ?5 IS ?5"),
-        (true, None) => statements!("e.defender = ?1 AND ?5 IS ?5"),
-        (false, Some(FILE)) => statements!("?1 IS ?1 AND e.kind = ?5"),
-        (false, Some("others")) => statements!("?1 IS ?1 AND ?5 IS ?5 AND e.kind <> 'file'"),
-        (false, Some(_)) => statements!("?1 IS ?1 AND e.kind = ?5 AND e.kind <> 'file'"),
-        (true, Some("others")) => statements!("e.defender = ?1 AND ?5 IS ?5 AND e.kind <> 'file'"),
-        (true, Some(_)) => statements!("e.defender = ?1 AND e.kind = ?5"),
+        (false, None) => statements!("?1 IS ?1 AND ?5 IS ?5" by "e.id"),
+        (true, None) => statements!("e.defender = ?1 AND ?5 IS ?5" by "e.sequence"),
+        (false, Some(FILE)) => statements!("?1 IS ?1 AND e.kind = ?5" by "e.id"),
+        (false, Some("others")) => statements!("?1 IS ?1 AND ?5 IS ?5 AND e.kind <> 'file'" by "e.id"),
+        (false, Some(_)) => statements!("?1 IS ?1 AND e.kind = ?5 AND e.kind <> 'file'" by "e.id"),
+        (true, Some("others")) => statements!("e.defender = ?1 AND ?5 IS ?5 AND e.kind <> 'file'" by "e.sequence"),
+        (true, Some(_)) => statements!("e.defender = ?1 AND e.kind = ?5" by "e.sequence"),
     }
 }
 
 /// `GET defenders/events`.
 async fn events(State(console): State<Arc<Console>>, Search(wanted): Search<Wanted>) -> Result<Response, ApiError> {
     let (limit, _) = Page { limit: wanted.limit, offset: None }.bounds()?;
-    let start = Start::<i64>::of(wanted.cursor.as_deref(), wanted.offset)?;
+    let start = Start::<Key>::of(wanted.cursor.as_deref(), wanted.offset)?;
     let number = match &wanted.defender {
         Some(id) => {
             let found = tables::find(&console.store, id).await?;
@@ -116,11 +130,18 @@ async fn events(State(console): State<Arc<Console>>, Search(wanted): Search<Want
         let count = sqlx::query_scalar(statements.count).bind(number).bind(0).bind(0).bind(0).bind(wanted.kind.clone());
         total = Some(count.fetch_one(&mut *reading).await.map_err(StoreError::from)?);
     }
-    let (before, offset) = start.bounds(i64::MAX);
+    let top = number.map_or(Key::Row(i64::MAX), |number| Key::Of(number, i64::MAX));
+    let (before, offset) = start.bounds(top);
+    let before = match (number, before) {
+        (None, Key::Row(before)) => before,
+        (Some(number), Key::Of(of, before)) if of == number => before,
+        _ => return Err(ApiError::bad("this list has no such cursor: begin again at 'first'")),
+    };
     let query = sqlx::query_as(statements.page).bind(number).bind(before).bind(limit + 1).bind(offset);
     let query = query.bind(wanted.kind);
     let mut rows: Vec<Stored> = query.fetch_all(&mut *reading).await.map_err(StoreError::from)?;
-    let headers = page_headers(&mut rows, limit, total, |row| row.row);
+    let key = |row: &Stored| number.map_or(Key::Row(row.row), |number| Key::Of(number, row.sequence));
+    let headers = page_headers(&mut rows, limit, total, key);
     let shown = |Stored { defender, name, sequence, time, received, kind, event, .. }| Shown {
         defender,
         name,
@@ -192,11 +213,36 @@ mod tests {
             }
             assert_eq!(found, expected, "{query}");
         }
-        let plan = format!("EXPLAIN QUERY PLAN {}", statements(false, Some("dropped")).page);
-        let plan: Vec<(i64, i64, i64, String)> = sqlx::query_as(sqlx::AssertSqlSafe(plan))
-            .fetch_all(&mut *test.console.store.read().await.unwrap())
-            .await
-            .unwrap();
-        assert!(plan.iter().any(|step| step.3.contains("defender_events_but_files")), "{plan:?}");
+        // A cursor leads on in the list that it is of.
+        let page = async |query: &str| {
+            let request = axum::extract::Request::builder().uri(format!("/api/v1/defenders/events?{query}"));
+            let request = request.header("authorization", &admin).body(axum::body::Body::empty()).unwrap();
+            let (status, headers, _) = test.send(request).await;
+            (status, headers.get("x-next-cursor").map(|next| next.to_str().unwrap().to_owned()))
+        };
+        for (list, others) in [("limit=1&defender=a", ["defender=b", "kind=file"]), ("limit=1", ["defender=a"; 2])] {
+            let (_, next) = page(&format!("{list}&cursor=first")).await;
+            let next = next.unwrap();
+            assert_eq!(page(&format!("{list}&cursor={next}")).await.0, 200);
+            for other in others {
+                assert_eq!(page(&format!("{other}&cursor={next}")).await.0, 400, "{list} {other}");
+            }
+        }
+        // A page is found by an index, and what is behind it is not read to sort it.
+        for (of_one, kind, index) in [
+            (false, Some("dropped"), "defender_events_but_files"),
+            (false, None, "INTEGER PRIMARY KEY (rowid<?)"),
+            (true, None, "(defender=? AND sequence<?)"),
+            (true, Some("file"), "(defender=? AND sequence<?)"),
+        ] {
+            let plan = format!("EXPLAIN QUERY PLAN {}", statements(of_one, kind).page);
+            let plan: Vec<(i64, i64, i64, String)> = sqlx::query_as(sqlx::AssertSqlSafe(plan))
+                .fetch_all(&mut *test.console.store.read().await.unwrap())
+                .await
+                .unwrap();
+            let steps: Vec<String> = plan.into_iter().map(|step| step.3).collect();
+            assert!(steps.iter().any(|step| step.contains(index)), "{of_one} {kind:?}: {steps:?}");
+            assert!(!steps.iter().any(|step| step.contains("TEMP B-TREE")), "{of_one} {kind:?}: {steps:?}");
+        }
     }
 }
