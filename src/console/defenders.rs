@@ -1,8 +1,12 @@
 //! `defenders`: the agents of other hosts, their policy, and what they have told. Must never show a token.
 
 pub(super) mod absence;
+mod budget;
+mod frames;
 mod hub;
 mod intake;
+mod line;
+mod lookups;
 mod policies;
 mod registration;
 mod session;

@@ -7,13 +7,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     task::JoinHandle,
-    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout, timeout_at},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
 
 use super::{
-    dial::{Socket, dial, pause},
+    dial::{dial, pause},
     facts::facts,
     folder::Settings,
     queue::Draft,
@@ -98,11 +99,11 @@ impl Session<'_> {
         self.converse(&mut socket).await.with_context(|| format!("connected to {at}"))
     }
 
-    async fn converse(&mut self, socket: &mut Socket) -> Result<Fatal> {
+    async fn converse<S: AsyncRead + AsyncWrite + Unpin>(&mut self, socket: &mut WebSocketStream<S>) -> Result<Fatal> {
         let next = *self.shared.next.borrow();
         let hello =
             FromDefender::Hello { protocol: PROTOCOL, version: program_version().to_owned(), next, facts: facts() };
-        say(socket, &hello, Instant::now() + SILENCE).await?;
+        timeout(SILENCE, socket.send(text(&hello)?)).await.context("the Console takes nothing")??;
         let welcome = timeout(SILENCE, hear(socket)).await.context("the Console says nothing")??;
         let FromConsole::Welcome { stored, stored_time, policy, authorities, renew, .. } = welcome else {
             bail!("the Console does not say welcome");
@@ -118,13 +119,17 @@ impl Session<'_> {
         self.go_on(socket).await
     }
 
-    /// Sends what there is, and notes what is stored, until the connection ends.
-    async fn go_on(&mut self, socket: &mut Socket) -> Result<Fatal> {
+    /// Sends what there is, and notes what is stored, until the connection ends. What the Console does not read yet
+    /// holds nothing up but what is behind it: the Console says that it is there meanwhile.
+    async fn go_on<S: AsyncRead + AsyncWrite + Unpin>(&mut self, socket: &mut WebSocketStream<S>) -> Result<Fatal> {
+        let (mut sink, mut stream) = socket.split();
         let mut appended = self.shared.next.subscribe();
         let mut pings = interval(Duration::from_millis(PING_MS));
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
         let mut reading: Option<Reading> = None;
+        // The one message that was begun and is not on its way yet.
+        let mut writing = false;
         loop {
             let next = *appended.borrow_and_update();
             if reading.is_none() && self.flying.len() < self.stride.0 && self.sent + 1 < next {
@@ -132,18 +137,25 @@ impl Session<'_> {
                 reading = Some(tokio::task::spawn_blocking(move || locked(&queue).read(from, EVENTS, bytes)));
             }
             let dead = heard + SILENCE;
-            tokio::select! {
+            let message = tokio::select! {
                 // What has come counts, also if nobody has looked for a while.
                 biased;
-                message = socket.next() => {
+                message = stream.next() => {
                     heard = Instant::now();
                     match message.context("the Console has closed the connection")?? {
                         Message::Text(text) => self.obey(&text)?,
                         Message::Close(_) => bail!("the Console has closed the connection"),
                         _ => {}
                     }
+                    continue;
                 }
-                Some(read) = async { Some(reading.as_mut()?.await) } => {
+                () = sleep_until(dead) => bail!("nothing has come for {} ms", SILENCE.as_millis()),
+                written = sink.flush(), if writing => {
+                    written?;
+                    writing = false;
+                    continue;
+                }
+                Some(read) = async { Some(reading.as_mut()?.await) }, if !writing => {
                     reading = None;
                     let events = match read.map_err(io::Error::other).flatten() {
                         Ok(events) => events,
@@ -152,19 +164,19 @@ impl Session<'_> {
                     let Some(event) = events.last() else { continue };
                     self.sent = event.sequence;
                     self.flying.push_back(self.sent);
-                    say(socket, &FromDefender::Events { events }, dead).await?;
+                    text(&FromDefender::Events { events })?
                 }
-                _ = appended.changed() => {}
-                _ = pings.tick() => {
-                    timeout_at(dead, socket.send(Message::Ping(Default::default()))).await.context("send a ping")??;
-                }
-                () = sleep_until(self.renew_at.unwrap_or(dead)), if self.renew_at.is_some() => {
+                _ = appended.changed() => continue,
+                _ = pings.tick(), if !writing => Message::Ping(Default::default()),
+                () = sleep_until(self.renew_at.unwrap_or(dead)), if !writing && self.renew_at.is_some() => {
                     self.renew_at = None;
                     let csr = pki::request_with(&self.shared.folder.key()?, &self.settings.name, &[])?;
-                    say(socket, &FromDefender::Renew { csr }, dead).await?;
+                    text(&FromDefender::Renew { csr })?
                 }
-                () = sleep_until(dead) => bail!("nothing has come for {} ms", SILENCE.as_millis()),
-            }
+            };
+            // Nothing is on its way: it is taken at once, and written while others are heard.
+            sink.feed(message).await?;
+            writing = true;
         }
     }
 
@@ -250,7 +262,7 @@ impl Session<'_> {
     }
 }
 
-async fn hear(socket: &mut Socket) -> Result<FromConsole> {
+async fn hear<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut WebSocketStream<S>) -> Result<FromConsole> {
     loop {
         match socket.next().await.context("the Console has closed the connection")?? {
             Message::Text(text) => {
@@ -266,9 +278,134 @@ async fn hear(socket: &mut Socket) -> Result<FromConsole> {
     }
 }
 
-/// Until the moment when the connection counts as dead.
-async fn say(socket: &mut Socket, message: &FromDefender, until: Instant) -> Result<()> {
-    let text = serde_json::to_string(message)?;
-    timeout_at(until, socket.send(Message::Text(text.into()))).await.context("the Console takes nothing")??;
-    Ok(())
+fn text(message: &FromDefender) -> Result<Message> {
+    Ok(Message::Text(serde_json::to_string(message)?.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use tokio::{
+        net::{TcpSocket, TcpStream},
+        sync::watch,
+    };
+    use tokio_tungstenite::{accept_async, client_async};
+
+    use super::{
+        super::{folder::Folder, queue::Queue},
+        *,
+    };
+
+    /// Bytes of the buffers of the kernel: it doubles them.
+    const KERNEL: u32 = 16 << 10;
+    const EVENTS_MADE: u64 = 400;
+
+    /// Both ends of a connection that holds little on its way.
+    async fn ends() -> (TcpStream, TcpStream) {
+        let [console, agent] = [(); 2].map(|()| TcpSocket::new_v4().unwrap());
+        console.set_recv_buffer_size(KERNEL).unwrap();
+        agent.set_send_buffer_size(KERNEL).unwrap();
+        console.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = console.listen(1).unwrap();
+        let agent = agent.connect(listener.local_addr().unwrap()).await.unwrap();
+        (listener.accept().await.unwrap().0, agent)
+    }
+
+    /// A Console that has welcomed, and then does not read for `span`; it says that it is there, or not.
+    async fn held_up(socket: &mut WebSocketStream<TcpStream>, span: Duration, beats: bool) {
+        let welcome = FromConsole::Welcome {
+            protocol: PROTOCOL,
+            stored: 0,
+            stored_time: 0,
+            policy: Policy::default(),
+            authorities: String::new(),
+            renew: false,
+        };
+        socket.next().await.unwrap().unwrap();
+        socket.send(Message::Text(serde_json::to_string(&welcome).unwrap().into())).await.unwrap();
+        let mut pace = interval(Duration::from_millis(PING_MS));
+        let end = Instant::now() + span;
+        while Instant::now() < end {
+            pace.tick().await;
+            if beats && socket.send(Message::Pong(Default::default())).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Reads and acknowledges until all events are there, each once.
+    async fn read_all(socket: &mut WebSocketStream<TcpStream>) {
+        let mut stored = 0;
+        while stored < EVENTS_MADE {
+            let Message::Text(text) = socket.next().await.unwrap().unwrap() else { continue };
+            let FromDefender::Events { events } = serde_json::from_str(&text).unwrap() else { continue };
+            for event in events {
+                assert_eq!(event.sequence, stored + 1);
+                stored += 1;
+            }
+            let ack = serde_json::to_string(&FromConsole::Ack { stored }).unwrap();
+            socket.send(Message::Text(ack.into())).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_console_that_does_not_read_is_waited_for_as_long_as_it_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Arc::new(Folder::open(dir.path()).unwrap());
+        folder.keep_certificate("").unwrap();
+        folder.keep_authorities("").unwrap();
+        let mut queue = Queue::open(&folder.queue(), 8 << 20).unwrap();
+        let draft = || Draft { time: 1, kind: "file", event: json!({ "path": "x".repeat(4000) }) };
+        (0..EVENTS_MADE / 50).for_each(|_| queue.append(&(0..50).map(|_| draft()).collect::<Vec<_>>()).unwrap());
+        let shared = Shared {
+            folder,
+            next: watch::Sender::new(queue.next()),
+            queue: Arc::new(Mutex::new(queue)),
+            stored: watch::Sender::new(0),
+            policy: watch::Sender::new(Policy::default()),
+        };
+        let settings =
+            Settings { consoles: Vec::new(), name: "a".to_owned(), id: "a".to_owned(), queue_bytes: 8 << 20 };
+        let mut both = Vec::new();
+        for beats in [true, false] {
+            let ((console, agent), settings) = (ends().await, settings.clone());
+            let shared = Shared { stored: watch::Sender::new(0), ..shared.clone() };
+            both.push(async move {
+                // As it is after some acknowledgements: more than the kernel holds.
+                let mut session = Session {
+                    shared: &shared,
+                    settings: &settings,
+                    sent: 0,
+                    flying: VecDeque::new(),
+                    stride: (WINDOW, BATCH.1),
+                    welcome: false,
+                    renew_at: None,
+                    renewed: false,
+                };
+                let console = async {
+                    let mut socket = accept_async(console).await.unwrap();
+                    held_up(&mut socket, SILENCE + SILENCE / 2, beats).await;
+                    if beats {
+                        read_all(&mut socket).await;
+                    }
+                    std::future::pending::<()>().await;
+                };
+                let agent = async {
+                    let (mut socket, _) = client_async("ws://console/defender", agent).await.unwrap();
+                    session.converse(&mut socket).await.map(|Fatal(error)| error)
+                };
+                let mut known = shared.stored.subscribe();
+                tokio::select! {
+                    ended = agent => Err(ended.unwrap_or_else(|error| error).to_string()),
+                    () = console => Ok(()),
+                    all = known.wait_for(|stored| *stored == EVENTS_MADE) => all.map(drop).map_err(|_| String::new()),
+                }
+            });
+        }
+        let (silent, patient) = (both.pop().unwrap(), both.pop().unwrap());
+        let (patient, silent) = tokio::join!(patient, silent);
+        assert_eq!(silent, Err("nothing has come for 3000 ms".to_owned()));
+        assert_eq!(patient, Ok(()), "it waits, and all is acknowledged then");
+    }
 }

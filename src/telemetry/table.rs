@@ -191,6 +191,10 @@ table! {
         "Defenders that this node removed because they had been away for too long.";
     DEFENDER_EVENTS = "twistlock_defender_events_total", Counter,
         "Events that Defenders have sent to this node, those that were known included.";
+    DEFENDER_BYTES = "twistlock_defender_bytes", Gauge by "way" &["read", "written"],
+        "Bytes of what Defenders have sent and is not committed yet, and of what is on its way to them.";
+    DEFENDERS_WAITING = "twistlock_defenders_waiting", Gauge by "way" &["read", "written"],
+        "Defenders that are not read, or not told something long, until there is memory for it.";
     CONNECTIONS_REFUSED = "twistlock_connections_refused_total", Counter by "server" SERVERS,
         "Connections that were turned away because there were too many, in all or from their network, by server.";
     CONNECTIONS_ENDED = "twistlock_connections_ended_total", Counter by "server" SERVERS,

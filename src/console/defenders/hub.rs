@@ -12,7 +12,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{intake::Intake, policy_of};
+use super::{budget::Budgets, intake::Intake, lookups::Lookups, policy_of};
 use crate::{
     console::store::{Store, StoreError},
     defender::wire::{FromConsole, Policy},
@@ -33,6 +33,8 @@ pub(in crate::console) struct Hub {
     trust: watch::Sender<Option<Arc<Trust>>>,
     read: Mutex<Read>,
     pub(super) intake: Arc<Intake>,
+    pub(super) lookups: Arc<Lookups>,
+    pub(super) budgets: Budgets,
 }
 
 /// What changes for those that are connected when the authorities of the cluster change.
@@ -56,7 +58,7 @@ impl Trust {
 #[derive(Debug, Default)]
 struct Read {
     announced: u64,
-    policy: Option<(Instant, Policy)>,
+    policy: Option<(Instant, Arc<Policy>)>,
 }
 
 #[derive(Debug)]
@@ -161,18 +163,18 @@ impl Hub {
     ///
     /// # Errors
     /// Those of a setting.
-    pub(super) async fn policy(&self, store: &Store) -> Result<Policy, StoreError> {
+    pub(super) async fn policy(&self, store: &Store) -> Result<Arc<Policy>, StoreError> {
         let announced = {
             let read = locked(&self.read);
             match &read.policy {
-                Some((at, policy)) if at.elapsed() < FRESH => return Ok(policy.clone()),
+                Some((at, policy)) if at.elapsed() < FRESH => return Ok(Arc::clone(policy)),
                 _ => read.announced,
             }
         };
-        let policy = policy_of(store).await?;
+        let policy = Arc::new(policy_of(store).await?);
         let mut read = locked(&self.read);
         if read.announced == announced {
-            read.policy = Some((Instant::now(), policy.clone()));
+            read.policy = Some((Instant::now(), Arc::clone(&policy)));
         }
         Ok(policy)
     }

@@ -11,10 +11,12 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::tables::{self, Delivery};
+use super::{
+    budget::Share,
+    tables::{self, Delivery},
+};
 use crate::{
     console::store::{Store, StoreError},
-    defender::wire::Numbered,
     mutex::locked,
 };
 
@@ -30,7 +32,8 @@ const DELIVERIES: usize = 1024;
 /// The number up to which all events of the Defender are stored; none if it is not known (any more).
 pub(super) type Stored = Result<Option<u64>, StoreError>;
 
-/// What waits for its transaction. Each connection has one delivery here at most, which bounds it.
+/// What waits for its transaction. Whoever hands over events has a share of the budget for them, also when the
+/// connection has ended meanwhile: that bounds it.
 #[derive(Debug, Default)]
 pub(super) struct Intake {
     waiting: Mutex<Waiting>,
@@ -46,23 +49,23 @@ struct Waiting {
 #[derive(Debug)]
 struct Waiter {
     delivery: Delivery,
-    /// Of its text.
-    bytes: usize,
+    /// Of its text: given back when it is stored.
+    room: Option<Share>,
     answer: oneshot::Sender<Stored>,
 }
 
 impl Intake {
-    /// Has events stored, whose text had so many `bytes`; without events, it is noted that the Defender is there.
-    /// Whoever does not wait for the answer takes nothing back.
+    /// Has events stored that take this `room`; without events, it is noted that the Defender is there. Whoever does
+    /// not wait for the answer takes nothing back.
     pub(super) fn hand_over(
         self: &Arc<Self>,
         store: &Store,
-        (number, events): (i64, Vec<Numbered>),
-        bytes: usize,
+        delivery: Delivery,
+        room: Option<Share>,
     ) -> oneshot::Receiver<Stored> {
         let (answer, stored) = oneshot::channel();
         let mut waiting = locked(&self.waiting);
-        waiting.deliveries.push_back(Waiter { delivery: (number, events), bytes, answer });
+        waiting.deliveries.push_back(Waiter { delivery, room, answer });
         if !mem::replace(&mut waiting.running, true) {
             let (intake, store) = (Arc::clone(self), store.clone());
             tokio::spawn(async move {
@@ -77,6 +80,12 @@ impl Intake {
         stored
     }
 
+    /// From now on nothing is stored; or else from the next time that something is handed over, all is again.
+    #[cfg(test)]
+    pub(super) fn hold(&self, held: bool) {
+        locked(&self.waiting).running = held;
+    }
+
     /// What shares the next transaction, and whether there is more than that. None ends the task.
     fn next(&self) -> Option<(Vec<Waiter>, bool)> {
         let mut waiting = locked(&self.waiting);
@@ -85,7 +94,8 @@ impl Intake {
             if events >= EVENTS || bytes >= BYTES {
                 break;
             }
-            (count, events, bytes) = (count + 1, events + waiter.delivery.1.len(), bytes + waiter.bytes);
+            let room = waiter.room.as_ref().map_or(0, Share::bytes);
+            (count, events, bytes) = (count + 1, events + waiter.delivery.1.len(), bytes + room);
         }
         let full = count < waiting.deliveries.len();
         waiting.running = count > 0;
@@ -94,8 +104,12 @@ impl Intake {
 }
 
 async fn store_and_answer(store: &Store, waiters: Vec<Waiter>) {
-    let (deliveries, answers): (Vec<Delivery>, Vec<oneshot::Sender<Stored>>) =
-        waiters.into_iter().map(|waiter| (waiter.delivery, waiter.answer)).unzip();
+    let (mut deliveries, mut answers, mut rooms) = (Vec::new(), Vec::new(), Vec::new());
+    for Waiter { delivery, room, answer } in waiters {
+        deliveries.push(delivery);
+        answers.push(answer);
+        rooms.push(room);
+    }
     // Whoever has gone away needs no answer.
     match tables::store_all(store, &deliveries).await {
         Ok(stored) => stored.into_iter().zip(answers).for_each(|(stored, answer)| drop(answer.send(Ok(stored)))),
@@ -112,9 +126,10 @@ async fn store_and_answer(store: &Store, waiters: Vec<Waiter>) {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
-    use super::*;
+    use super::{
+        super::{budget::Budgets, tables::Told},
+        *,
+    };
     use crate::console::test_console::TestConsole;
 
     #[tokio::test]
@@ -130,9 +145,9 @@ mod tests {
         let there = "INSERT INTO defender_events (defender, sequence, time, received, kind, event) VALUES (?, 1, 1, 1, 'a', '{}')";
         store.write(sqlx::query(there).bind(bad)).await.unwrap();
         let events =
-            |count| (1..=count).map(|sequence| Numbered { sequence, time: 1, kind: "a".into(), event: json!({}) });
+            |count| (1..=count).map(|sequence| Told { sequence, time: 1, kind: "a".into(), event: "{}".into() });
         let intake = Arc::new(Intake::default());
-        let hand_over = |number, count| intake.hand_over(store, (number, events(count).collect()), 10);
+        let hand_over = |number, count| intake.hand_over(store, (number, events(count).collect()), None);
         let all = [hand_over(good, 3), hand_over(bad, 2), hand_over(good, 5), hand_over(bad + 9, 1)];
         let mut answers = Vec::new();
         for answer in all {
@@ -145,15 +160,18 @@ mod tests {
     #[tokio::test]
     async fn what_waits_shares_a_transaction_within_limits() {
         let intake = Arc::new(Intake::default());
-        locked(&intake.waiting).running = true; // nobody takes anything away
+        intake.hold(true);
         let test = TestConsole::start().await;
-        let event = Numbered { sequence: 1, time: 1, kind: "a".into(), event: json!({}) };
+        let event = Told { sequence: 1, time: 1, kind: "a".into(), event: "{}".into() };
+        let budget = Budgets::default().read;
         for bytes in [BYTES - 1, 1, 7, BYTES, 1] {
-            drop(intake.hand_over(&test.console.store, (1, vec![event.clone()]), bytes));
+            let room = Arc::clone(&budget).take(bytes).await;
+            drop(intake.hand_over(&test.console.store, (1, vec![event.clone()]), Some(room)));
         }
         let shares = || intake.next().map(|(waiters, full)| (waiters.len(), full));
         let expected = [Some((2, true)), Some((2, true)), Some((1, false)), None];
         assert_eq!([shares(), shares(), shares(), shares()], expected);
+        assert_eq!(budget.used(), 0, "what is not kept any more takes no room");
         assert!(!locked(&intake.waiting).running);
     }
 }

@@ -5,41 +5,38 @@ use std::{collections::VecDeque, net::SocketAddr, pin::Pin, sync::Arc, time::Dur
 
 use axum::{
     Extension,
-    extract::{
-        ConnectInfo, State,
-        ws::{Message, Utf8Bytes, WebSocket, WebSocketUpgrade},
-    },
+    extract::{ConnectInfo, Request, State},
     response::Response,
 };
+use hyper_util::rt::TokioIo;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     sync::oneshot,
-    time::{Instant, Sleep, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
+    budget::{OWN, Share},
     hub::Seat,
     intake::Stored,
+    line::{self, Heard, Line},
     registration::certify,
-    tables::{self, Defender},
+    tables::{self, Defender, Told},
     trust::newest,
 };
 use crate::{
     clients::{ClientCertificate, places::Visit},
     clock::unix_time,
     console::{Console, errors::ApiError, store::StoreError},
-    defender::wire::{
-        EVENT, EVENTS, Facts, FromConsole, FromDefender, MESSAGE, Numbered, PROTOCOL, SILENCE_MS, WINDOW,
-    },
+    defender::wire::{EVENT, EVENTS, Facts, FromConsole, FromDefender, Numbered, PROTOCOL, Policy, WINDOW},
     pki::{self, CertificateInfo},
     telemetry::DEFENDER_EVENTS,
 };
 
 /// Longest time from the upgrade to the hello.
 const GREETING: Duration = Duration::from_secs(10);
-/// How long nothing may come from a Defender, which pings every second.
-const SILENCE: Duration = Duration::from_millis(SILENCE_MS);
-/// Bytes that are read at once: there may be many connections, and most messages are short.
-const BUFFER: usize = 1 << 10;
+/// How long the welcome may wait for its turn: its Defender gives up after 3 s.
+const WELCOME: Duration = Duration::from_secs(2);
 /// Longest kind of an event, and version of a program, in bytes.
 const WORD: usize = 64;
 /// How often it is written that a Defender is there, at least.
@@ -51,7 +48,7 @@ pub(super) async fn upgrade(
     ConnectInfo(from): ConnectInfo<SocketAddr>,
     certificate: Option<Extension<ClientCertificate>>,
     visit: Option<Extension<Visit>>,
-    upgrade: WebSocketUpgrade,
+    mut request: Request,
 ) -> Result<Response, ApiError> {
     let refused = |why: &str| ApiError::Forbidden(format!("a Defender's certificate is needed here: {why}"));
     let Some(Extension(ClientCertificate(der))) = certificate else { return Err(refused("there is none")) };
@@ -59,39 +56,44 @@ pub(super) async fn upgrade(
     if cluster != console.status.borrow().cluster {
         return Err(refused("this one is of another cluster"));
     }
+    let (answer, upgraded) = line::upgrade(&mut request)?;
     let shut_out = console.defenders.shut_out();
-    let defender = tables::find(&console.store, &id).await?;
+    let defender = console.defenders.lookups.find(&console.store, &id).await?;
     let defender = defender.ok_or_else(|| refused("this one is not known any more: register the host again"))?;
     let info = CertificateInfo::read(&der).map_err(|error| refused(&error.to_string()))?;
     if info.not_after <= unix_time() {
         // Of a session that is resumed, TLS checks no certificate again.
         return Err(refused("this one has expired"));
     }
-    if let Some(why) = defender.refusal() {
-        return Ok(upgrade.on_upgrade(move |socket| turn_away(Line::new(socket), why)));
+    let refusal = defender.refusal();
+    if refusal.is_none() {
+        visit.inspect(|Extension(visit)| visit.vouch());
     }
-    visit.inspect(|Extension(visit)| visit.vouch());
     let renew = is_due(&console, &der, &info);
-    let upgrade = upgrade.read_buffer_size(BUFFER).max_message_size(MESSAGE).max_frame_size(MESSAGE);
-    Ok(upgrade.on_upgrade(move |socket| async move {
+    tokio::spawn(async move {
+        let Ok(upgraded) = upgraded.await else { return }; // it is gone already
+        let line = Line::new(TokioIo::new(upgraded), &console.defenders.budgets.read);
+        if let Some(why) = refusal {
+            return turn_away(line, why).await;
+        }
         let seat = console.defenders.connect(&id, from.to_string(), shut_out);
         let number = defender.number;
-        let (console_of, line) = (Arc::clone(&console), Line::new(socket));
-        let mut session = Session { console: console_of, defender, renew, seat, line };
+        let mut session = Session { console: Arc::clone(&console), defender, renew, seat, line };
         let why = session.run().await;
         tracing::debug!(id, %from, "the connection of a Defender ends: {why}");
         drop(session);
         // Not at the end of a term: the next PRIMARY would wait for it.
         if !*console.closing.borrow() {
-            drop(console.defenders.intake.hand_over(&console.store, (number, Vec::new()), 0));
+            drop(console.defenders.intake.hand_over(&console.store, (number, Vec::new()), None));
         }
-    }))
+    });
+    Ok(answer)
 }
 
 /// Tells whoever may not connect why: a refusal of the upgrade would say it to nobody.
-async fn turn_away(mut line: Line, why: &str) {
+async fn turn_away<S: AsyncRead + AsyncWrite + Unpin>(mut line: Line<S>, why: &str) {
     // Behind the hello: whoever sends into a closed connection may lose what has come.
-    if let Ok(Ok(_)) = timeout(GREETING, line.hear()).await
+    if let Ok(Ok(_)) = timeout(GREETING, line.text()).await
         && line.say(&FromConsole::Refused { reason: why.to_owned() }).await.is_ok()
     {
         line.close().await;
@@ -109,74 +111,29 @@ fn is_due(console: &Console, der: &[u8], info: &CertificateInfo) -> bool {
     pki::is_due(info.not_before, info.not_after, unix_time()) || (shared.trusted().count() > 1 && !signed())
 }
 
-/// The WebSocket, and when something has come by it last.
-struct Line {
-    socket: WebSocket,
-    heard: Instant,
-    /// Ends a while after something was heard, and is set again only then: a ping costs no timer.
-    quiet: Pin<Box<Sleep>>,
-}
-
-impl Line {
-    fn new(socket: WebSocket) -> Self {
-        let heard = Instant::now();
-        Self { socket, heard, quiet: Box::pin(sleep_until(heard + SILENCE)) }
-    }
-
-    /// The next message that is no ping; pings are answered below this.
-    ///
-    /// # Errors
-    /// Why there is none any more.
-    async fn hear(&mut self) -> Result<Utf8Bytes, String> {
-        loop {
-            tokio::select! {
-                biased;
-                received = self.socket.recv() => {
-                    self.heard = Instant::now();
-                    match received {
-                        Some(Ok(Message::Text(text))) => return Ok(text),
-                        Some(Ok(Message::Close(_))) | None => return Err("it was closed".to_owned()),
-                        Some(Ok(_)) => {}
-                        Some(Err(error)) => return Err(error.to_string()),
-                    }
-                }
-                () = self.quiet.as_mut() => {
-                    let until = self.heard + SILENCE;
-                    if until <= Instant::now() {
-                        return Err("nothing came for too long".to_owned());
-                    }
-                    self.quiet.as_mut().reset(until);
-                }
-            }
-        }
-    }
-
-    /// A Defender that takes nothing for that long is as dead as one that says nothing.
-    async fn say(&mut self, message: &FromConsole) -> Result<(), String> {
-        let text = serde_json::to_string(message).map_err(|error| error.to_string())?;
-        let sent = timeout(SILENCE, self.socket.send(Message::Text(text.into()))).await;
-        sent.map_err(|_| "it takes nothing".to_owned())?.map_err(|error| error.to_string())
-    }
-
-    async fn close(&mut self) {
-        // It may be gone already.
-        let _ = timeout(SILENCE, self.socket.send(Message::Close(None))).await;
-    }
-}
-
 /// A connection that was upgraded.
-struct Session {
+struct Session<S> {
     console: Arc<Console>,
     defender: Defender,
     renew: bool,
     seat: Seat,
-    line: Line,
+    line: Line<S>,
 }
 
-/// Events that have come and wait for those before them, and the length of their text.
-type Waiting = VecDeque<(Vec<Numbered>, usize)>;
+/// Events that have come and wait for those before them or for room, and the length of their text.
+type Waiting = VecDeque<(Vec<Told>, usize)>;
 
-impl Session {
+/// The wait for a share of what may be written.
+type Turn = Pin<Box<dyn Future<Output = Share> + Send>>;
+
+/// Bytes that a message with this policy takes in memory, with what it is made of; none, if each connection may have
+/// that at any time.
+fn weight(policy: &Policy) -> usize {
+    let bytes = policy.paths.iter().map(|watched| 3 * (watched.path.len() + 64)).sum();
+    if bytes > OWN { bytes } else { 0 }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     /// Returns why it ends.
     async fn run(&mut self) -> String {
         let (mut policies, mut trusts) = (self.console.defenders.policies(), self.console.defenders.trusts());
@@ -187,15 +144,14 @@ impl Session {
         let (mut closing, mut end) = (self.console.closing.subscribe(), self.seat.end.clone());
         // Those who come at the same moment, after a takeover, do not say so at the same moment.
         let seldom = || Instant::now() + SEEN.mul_f64(1.0 - rand::random::<f64>() / 2.0);
-        let mut seen = seldom();
-        let mut waiting = Waiting::new();
-        let mut storing: Option<oneshot::Receiver<Stored>> = None;
+        let (mut seen, mut waiting) = (seldom(), Waiting::new());
+        let (mut storing, mut turn) = (None::<oneshot::Receiver<Stored>>, None::<Turn>);
         loop {
-            if storing.is_none() && !waiting.is_empty() {
-                let bytes = waiting.iter().map(|(_, bytes)| bytes).sum();
-                let events: Vec<Numbered> = waiting.drain(..).flat_map(|(events, _)| events).collect();
-                storing = Some(self.hand_over(events, bytes));
+            if storing.is_none() {
+                storing = self.hand_over_waiting(&mut waiting);
             }
+            // Until the message is written.
+            let mut room = None;
             let answer = tokio::select! {
                 Some(stored) = async { Some(storing.as_mut()?.await) } => {
                     storing = None;
@@ -206,17 +162,22 @@ impl Session {
                         Err(_) => return "its events could not be stored: the Console ends".to_owned(),
                     }
                 }
-                heard = self.line.hear() => {
-                    let text = match heard {
-                        Ok(text) => text,
-                        Err(why) => return why,
-                    };
-                    match self.obey(&text, &mut waiting).await {
+                heard = self.line.hear() => match heard {
+                    Ok(Heard::Room) => None,
+                    Ok(Heard::Text(text)) => match self.obey(&text, &mut waiting).await {
                         Ok(answer) => answer,
                         Err(why) => return self.refuse(why).await,
-                    }
-                }
+                    },
+                    Err(why) => return why,
+                },
                 Ok(()) = policies.changed() => {
+                    let bytes = policies.borrow().as_ref().map_or(0, |policy| weight(policy));
+                    let budget = &self.console.defenders.budgets.written;
+                    turn.get_or_insert_with(|| Box::pin(Arc::clone(budget).take(bytes)));
+                    None
+                }
+                Some(share) = async { Some(turn.as_mut()?.await) } => {
+                    (room, turn) = (Some(share), None);
                     let policy = policies.borrow_and_update().clone();
                     policy.map(|policy| FromConsole::Policy { policy: (*policy).clone() })
                 }
@@ -231,7 +192,7 @@ impl Session {
                 }
                 () = sleep_until(seen) => {
                     seen = seldom();
-                    drop(self.hand_over(Vec::new(), 0));
+                    drop(self.hand_over(Vec::new(), None));
                     None
                 }
             };
@@ -240,17 +201,35 @@ impl Session {
             {
                 return why;
             }
+            drop(room);
         }
     }
 
-    fn hand_over(&self, events: Vec<Numbered>, bytes: usize) -> oneshot::Receiver<Stored> {
+    /// Has stored what has come, as far as there is room for it.
+    fn hand_over_waiting(&mut self, waiting: &mut Waiting) -> Option<oneshot::Receiver<Stored>> {
+        let (mut all, mut room) = (Vec::new(), None::<Share>);
+        while let Some((events, bytes)) = waiting.pop_front() {
+            let Some(share) = self.line.hand_on(bytes) else {
+                waiting.push_front((events, bytes));
+                break;
+            };
+            all.extend(events);
+            room = Some(match room.take() {
+                Some(room) => room.and(share),
+                None => share,
+            });
+        }
+        room.map(|room| self.hand_over(all, Some(room)))
+    }
+
+    fn hand_over(&self, events: Vec<Told>, room: Option<Share>) -> oneshot::Receiver<Stored> {
         let Console { defenders, store, .. } = &*self.console;
-        defenders.intake.hand_over(store, (self.defender.number, events), bytes)
+        defenders.intake.hand_over(store, (self.defender.number, events), room)
     }
 
     /// The hello and its answer.
     async fn greet(&mut self) -> Result<(), String> {
-        let hello = timeout(GREETING, self.line.hear()).await.map_err(|_| "no hello came in time".to_owned())??;
+        let hello = timeout(GREETING, self.line.text()).await.map_err(|_| "no hello came in time".to_owned())??;
         let Ok(FromDefender::Hello { protocol, version, facts, .. }) = serde_json::from_str(&hello) else {
             return Err("the first message must be a hello".to_owned());
         };
@@ -276,6 +255,10 @@ impl Session {
         }
         let (stored, stored_time) = (self.defender.stored, self.defender.stored_time);
         let policy = self.console.defenders.policy(&self.console.store).await.map_err(unread)?;
+        let room = Arc::clone(&self.console.defenders.budgets.written).take(weight(&policy));
+        let late = |_| "the Console has too much to say to others at the moment".to_owned();
+        let _room = timeout(WELCOME, room).await.map_err(late)?;
+        let policy = (*policy).clone();
         let authorities = self.console.status.borrow().membership.shared.trust_bundle();
         let welcome =
             FromConsole::Welcome { protocol: PROTOCOL, stored, stored_time, policy, authorities, renew: self.renew };
@@ -285,16 +268,16 @@ impl Session {
     /// What a message asks for at once. Events wait for their turn.
     async fn obey(&mut self, text: &str, waiting: &mut Waiting) -> Result<Option<FromConsole>, String> {
         let message = serde_json::from_str(text).map_err(|error| format!("a message is not understood: {error}"))?;
-        match message {
-            FromDefender::Events { events } => {
-                check(&events)?;
-                metrics::counter!(DEFENDER_EVENTS).increment(events.len() as u64);
-                if waiting.len() >= WINDOW {
-                    return Err(format!("more than {WINDOW} messages wait for their acknowledgement"));
-                }
-                waiting.push_back((events, text.len()));
-                Ok(None)
+        if let FromDefender::Events { events } = message {
+            metrics::counter!(DEFENDER_EVENTS).increment(events.len() as u64);
+            if waiting.len() >= WINDOW {
+                return Err(format!("more than {WINDOW} messages wait for their acknowledgement"));
             }
+            waiting.push_back((told(events)?, text.len()));
+            return Ok(None);
+        }
+        self.line.spare(text.len());
+        match message {
             FromDefender::Renew { csr } => {
                 let certificate = Box::pin(certify(&self.console, &csr, &self.defender)).await;
                 let certificate = certificate.map_err(|error| format!("no certificate can be made: {error}"))?;
@@ -302,7 +285,7 @@ impl Session {
                 Ok(Some(FromConsole::Certificate { certificate }))
             }
             FromDefender::Hello { .. } => Err("a second hello".to_owned()),
-            FromDefender::Unknown => Ok(None),
+            FromDefender::Events { .. } | FromDefender::Unknown => Ok(None),
         }
     }
 
@@ -315,20 +298,25 @@ impl Session {
     }
 }
 
-/// Refuses events that no Defender sends.
-fn check(events: &[Numbered]) -> Result<(), String> {
+/// Events as they are kept until they are stored.
+///
+/// # Errors
+/// When no Defender sends such.
+fn told(events: Vec<Numbered>) -> Result<Vec<Told>, String> {
     let ascending = events.windows(2).all(|pair| pair[0].sequence < pair[1].sequence);
     let numbers = events.iter().all(|event| (1..=i64::MAX as u64).contains(&event.sequence));
     if events.is_empty() || events.len() > EVENTS || !ascending || !numbers {
         return Err(format!("a message has 1 to {EVENTS} events, their numbers ascend and begin at 1"));
     }
-    for event in events {
+    let one = |event: Numbered| {
+        let event = Told::from(event);
         let word = event.kind.len() <= WORD && event.kind.bytes().all(|byte| byte.is_ascii_alphanumeric());
-        if !word || event.event.to_string().len() > EVENT || event.time > i64::MAX as u64 {
+        if !word || event.event.len() > EVENT || event.time > i64::MAX as u64 {
             return Err(format!("event {} is too long, or its kind is no word", event.sequence));
         }
-    }
-    Ok(())
+        Ok(event)
+    };
+    events.into_iter().map(one).collect()
 }
 
 fn shortened(text: String) -> String {
@@ -343,38 +331,197 @@ fn bounded(facts: Facts) -> Facts {
 
 #[cfg(test)]
 mod tests {
-    use axum::{Router, routing::get};
-    use futures_util::SinkExt;
+    use futures_util::{SinkExt, StreamExt};
     use serde_json::json;
     use tokio::{
-        net::{TcpListener, TcpStream},
+        net::{TcpSocket, TcpStream},
         sync::mpsc,
+        task::JoinSet,
+        time::{interval, sleep},
     };
-    use tokio_tungstenite::{client_async, tungstenite};
+    use tokio_tungstenite::{WebSocketStream, accept_async, client_async, tungstenite};
 
-    use super::*;
+    use super::{
+        super::budget::{Budget, Budgets},
+        *,
+    };
+    use crate::{
+        console::test_console::TestConsole,
+        defender::wire::{MESSAGE, PING_MS, SILENCE_MS, Watched},
+    };
 
-    #[tokio::test]
-    async fn a_connection_on_which_nothing_comes_is_dead_after_three_seconds() {
-        let (ended, mut end) = mpsc::channel(1);
-        let serve = async move |upgrade: WebSocketUpgrade| {
-            upgrade.on_upgrade(async move |socket| {
-                let mut line = Line::new(socket);
-                let why = line.hear().await.map(|text| text.to_string());
-                ended.send((why, line.heard.elapsed())).await.unwrap();
-            })
+    const SILENCE: Duration = Duration::from_millis(SILENCE_MS);
+    /// Bytes of the buffers of the kernel: it doubles them.
+    const KERNEL: u32 = 8 << 10;
+    /// Defenders that have much to say, and how much: as many messages as may be on the way, and the events of each.
+    const CROWD: u64 = 16;
+    const EACH: u64 = 25;
+    /// What all of them may have in memory.
+    const ROOM: usize = 1 << 20;
+
+    /// A listener whose connections hold little on their way.
+    fn listener() -> tokio::net::TcpListener {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(KERNEL).unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        socket.listen(128).unwrap()
+    }
+
+    async fn dial(at: SocketAddr) -> WebSocketStream<TcpStream> {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_send_buffer_size(KERNEL).unwrap();
+        client_async("ws://console/defender", socket.connect(at).await.unwrap()).await.unwrap().0
+    }
+
+    /// Serves those that connect, one Defender after the other: the ids are numbers. Tells why each connection ends.
+    async fn serve(
+        console: Arc<Console>,
+        listener: tokio::net::TcpListener,
+        room: Arc<Budget>,
+        ended: mpsc::Sender<String>,
+    ) {
+        for id in 0.. {
+            let (stream, from) = listener.accept().await.unwrap();
+            let stream = accept_async(stream).await.unwrap().into_inner();
+            let defender = tables::find(&console.store, &id.to_string()).await.unwrap().unwrap();
+            let seat = console.defenders.connect(&defender.id, from.to_string(), 0);
+            let line = Line::new(stream, &room);
+            let mut session = Session { console: Arc::clone(&console), defender, renew: false, seat, line };
+            let ended = ended.clone();
+            tokio::spawn(async move {
+                let why = session.run().await;
+                let _ = ended.send(why).await;
+            });
+        }
+    }
+
+    fn message(first: u64) -> String {
+        let event = |sequence| Numbered { sequence, time: 1, kind: "file".to_owned(), event: json!("x".repeat(8000)) };
+        serde_json::to_string(&FromDefender::Events { events: (first..first + EACH).map(event).collect() }).unwrap()
+    }
+
+    async fn greet(socket: &mut WebSocketStream<TcpStream>) {
+        let hello =
+            FromDefender::Hello { protocol: PROTOCOL, version: "1".to_owned(), next: 1, facts: Facts::default() };
+        let hello = serde_json::to_string(&hello).unwrap();
+        socket.send(tungstenite::Message::Text(hello.into())).await.unwrap();
+        let welcome = socket.next().await.unwrap().unwrap();
+        assert!(welcome.to_text().unwrap().contains("welcome"), "{welcome}");
+    }
+
+    /// Sends all that it has, and counts what was taken, until all is acknowledged; then it only pings. Returns the
+    /// longest silence; none if the connection ends before.
+    async fn tell_much(socket: WebSocketStream<TcpStream>, taken: mpsc::UnboundedSender<usize>) -> Option<Duration> {
+        let (mut sink, mut stream) = socket.split();
+        let write = async {
+            for number in 0..WINDOW as u64 {
+                let text = message(1 + number * EACH);
+                let bytes = text.len();
+                assert!(bytes < MESSAGE);
+                if sink.send(tungstenite::Message::Text(text.into())).await.is_ok() {
+                    taken.send(bytes).unwrap();
+                }
+            }
+            std::future::pending().await
         };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let read = async {
+            let (mut heard, mut longest) = (Instant::now(), Duration::ZERO);
+            let last = serde_json::to_string(&FromConsole::Ack { stored: WINDOW as u64 * EACH }).unwrap();
+            while let Some(Ok(message)) = stream.next().await {
+                longest = longest.max(heard.elapsed());
+                heard = Instant::now();
+                if message.to_text().is_ok_and(|text| text == last) {
+                    return Some(longest);
+                }
+            }
+            None
+        };
+        let longest = tokio::select! {
+            longest = read => longest,
+            longest = write => longest,
+        };
+        tokio::spawn(tell_little(sink.reunite(stream).unwrap(), None));
+        longest
+    }
+
+    /// One that has little to say: pings. Tells when it is answered after the policy has come.
+    async fn tell_little(mut socket: WebSocketStream<TcpStream>, mut answered: Option<oneshot::Sender<()>>) {
+        let mut pings = interval(Duration::from_millis(PING_MS / 4));
+        let mut policy = false;
+        loop {
+            tokio::select! {
+                _ = pings.tick() => drop(socket.send(tungstenite::Message::Ping(Default::default())).await),
+                message = socket.next() => match message {
+                    Some(Ok(tungstenite::Message::Text(text))) => policy |= text.contains("\"policy\""),
+                    Some(Ok(_)) if policy => drop(answered.take().map(|answered| answered.send(()))),
+                    Some(Ok(_)) => {}
+                    _ => return,
+                }
+            }
+        }
+    }
+
+    /// COMMITs are held for longer than a connection may be silent, while many Defenders have a backlog: memory stays
+    /// within its limit, no connection ends, whoever has little to say notices nothing, and in the end all is there
+    /// once.
+    #[tokio::test]
+    async fn who_sends_more_than_is_committed_waits_and_loses_nothing() {
+        let test = TestConsole::start().await;
+        let (console, store) = (&test.console, &test.console.store);
+        let insert = "INSERT INTO defenders (id, name, key, registered, modified, seen, expires) \
+                      SELECT value, value, value, 1, 1, 1, 1 FROM json_each(?)";
+        let ids: Vec<String> = (0..=CROWD).map(|id| id.to_string()).collect();
+        store.write(sqlx::query(insert).bind(json!(ids).to_string())).await.unwrap();
+        let (room, listener) = (Budgets::of(ROOM, 0).read, listener());
         let at = listener.local_addr().unwrap();
-        tokio::spawn(async move { axum::serve(listener, Router::new().route("/", get(serve))).await });
-        let stream = TcpStream::connect(at).await.unwrap();
-        let (mut client, _) = client_async(format!("ws://{at}/"), stream).await.unwrap();
-        // It counts from what has come last, and a ping is something.
-        tokio::time::sleep(SILENCE / 2).await;
-        client.send(tungstenite::Message::Ping(Default::default())).await.unwrap();
-        let (why, silence) = end.recv().await.unwrap();
-        assert_eq!(why, Err("nothing came for too long".to_owned()));
-        assert!(silence >= SILENCE && silence < SILENCE * 2, "{silence:?}");
+        let (ended, mut end) = mpsc::channel(64);
+        let serving = tokio::spawn(serve(Arc::clone(console), listener, Arc::clone(&room), ended));
+        let mut sockets = Vec::new();
+        for _ in 0..=CROWD {
+            let mut socket = dial(at).await;
+            greet(&mut socket).await;
+            sockets.push(socket);
+        }
+        let quiet = sockets.remove(0);
+        let intake = &console.defenders.intake;
+        intake.hold(true);
+        let (taken, mut all_taken) = mpsc::unbounded_channel();
+        let mut crowd = JoinSet::new();
+        for socket in sockets {
+            crowd.spawn(tell_much(socket, taken.clone()));
+        }
+        let policy = Policy {
+            version: 9,
+            paths: vec![Watched { path: "/etc".to_owned(), recursive: true }],
+            ..Policy::default()
+        };
+        let begin = Instant::now();
+        console.defenders.announce(policy);
+        let (answered, answer) = oneshot::channel();
+        tokio::spawn(tell_little(quiet, Some(answered)));
+        answer.await.unwrap();
+        while begin.elapsed() < SILENCE + SILENCE / 4 || room.used() < ROOM {
+            sleep(Duration::from_millis(10)).await;
+        }
+        let (mut bytes, mut whole) = (0, 0);
+        while let Ok(more) = all_taken.try_recv() {
+            (bytes, whole) = (bytes + more, whole + 1);
+        }
+        println!("{whole} messages with {bytes} bytes taken, {} of the room used", room.used());
+        intake.hold(false);
+        drop(intake.hand_over(store, (1, Vec::new()), None));
+        let told = crowd.join_all().await;
+        assert_eq!(end.try_recv().ok(), None, "no connection has ended");
+        assert!(told.iter().all(|longest| longest.is_some_and(|longest| longest < SILENCE)), "{told:?}");
+        let query = "SELECT count(*), count(DISTINCT defender || '.' || sequence) FROM defender_events";
+        let counts: (u64, u64) = sqlx::query_as(query).fetch_one(&mut *store.read().await.unwrap()).await.unwrap();
+        let events = CROWD * WINDOW as u64 * EACH;
+        assert_eq!(counts, (events, events));
+        // What a connection has besides: its own share and what the kernel holds on both sides.
+        let most = ROOM + CROWD as usize * (OWN + 6 * KERNEL as usize);
+        assert!(bytes < most, "{bytes} bytes were taken, {most} have room");
+        assert_eq!(room.used(), 0);
+        serving.abort();
     }
 
     #[test]
@@ -385,7 +532,7 @@ mod tests {
             kind: kind.to_owned(),
             event: json!("x".repeat(length)),
         };
-        assert_eq!(check(&[event(1, "file", 9), event(3, "file", 9)]), Ok(()));
+        assert_eq!(told(vec![event(1, "file", 9), event(3, "file", 9)]).unwrap().len(), 2);
         for bad in [
             vec![],
             vec![event(0, "file", 9)],
@@ -396,7 +543,7 @@ mod tests {
             vec![event(1, "file", EVENT)],
             (1..=EVENTS as u64 + 1).map(|number| event(number, "file", 1)).collect(),
         ] {
-            assert!(check(&bad).is_err(), "{bad:?}");
+            assert!(told(bad.clone()).is_err(), "{bad:?}");
         }
     }
 }

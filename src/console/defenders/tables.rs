@@ -103,6 +103,15 @@ pub(super) async fn find(store: &Store, id: &str) -> Result<Option<Defender>, St
     Ok(query.fetch_optional(&mut *store.read().await?).await?)
 }
 
+/// The Defenders with these ids, in any order, without those that are not there.
+///
+/// # Errors
+/// Those of a read.
+pub(super) async fn find_all(store: &Store, ids: &[&str]) -> Result<Vec<Defender>, StoreError> {
+    let query = sqlx::query_as("SELECT * FROM defenders WHERE id IN (SELECT value FROM json_each(?))");
+    Ok(query.bind(json(ids)).fetch_all(&mut *store.read().await?).await?)
+}
+
 /// The Defender whose key has this fingerprint.
 ///
 /// # Errors
@@ -156,15 +165,31 @@ pub(super) async fn note(store: &Store, number: i64, version: &str, facts: &Fact
     store.write(update).await.map(|_| ())
 }
 
+/// An event as it is kept until it is stored: its text takes as much memory as it took on the wire, while its parts
+/// could take many times that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Told {
+    pub(super) sequence: u64,
+    pub(super) time: u64,
+    pub(super) kind: Box<str>,
+    pub(super) event: Box<str>,
+}
+
+impl From<Numbered> for Told {
+    fn from(Numbered { sequence, time, kind, event }: Numbered) -> Self {
+        Self { sequence, time, kind: kind.into(), event: event.to_string().into() }
+    }
+}
+
 /// What has come from one Defender, named by its number: events, their numbers ascending, or none, if it only is there.
-pub(super) type Delivery = (i64, Vec<Numbered>);
+pub(super) type Delivery = (i64, Vec<Told>);
 
 /// An event for the statement that inserts it.
 #[derive(Serialize)]
 struct Row<'a> {
     defender: i64,
     #[serde(flatten)]
-    event: &'a Numbered,
+    event: &'a Told,
 }
 
 /// Stores, in one transaction, those of the events that are not stored yet, and notes that their Defenders are there.
@@ -199,7 +224,7 @@ pub(super) async fn store_all(store: &Store, deliveries: &[Delivery]) -> Result<
     if !rows.is_empty() {
         let insert = "INSERT INTO defender_events (defender, received, sequence, time, kind, event) \
                       SELECT value ->> 'defender', ?, value ->> 'sequence', value ->> 'time', value ->> 'kind', \
-                      value -> 'event' FROM json_each(?)";
+                      value ->> 'event' FROM json_each(?)";
         writing.execute(sqlx::query(insert).bind(now).bind(json(&rows))).await?;
     }
     if !progress.is_empty() {
@@ -226,7 +251,8 @@ fn json<T: Serialize + ?Sized>(value: &T) -> String {
 /// See [`StoreError`].
 #[cfg(test)]
 pub(super) async fn store_events(store: &Store, number: i64, events: &[Numbered]) -> Result<Option<u64>, StoreError> {
-    Ok(store_all(store, &[(number, events.to_vec())]).await?.remove(0))
+    let events = events.iter().cloned().map(Told::from).collect();
+    Ok(store_all(store, &[(number, events)]).await?.remove(0))
 }
 
 /// One event as it is listed.
@@ -311,7 +337,7 @@ mod tests {
         let (store, number) = (&test.console.store, known(&test).await);
         let withdraw = "UPDATE defenders SET withdrawn = 1 WHERE id = 'f'";
         store.write(sqlx::query(withdraw)).await.unwrap();
-        let events = |range: std::ops::RangeInclusive<u64>| range.map(event).collect::<Vec<_>>();
+        let events = |range: std::ops::RangeInclusive<u64>| range.map(event).map(Told::from).collect::<Vec<_>>();
         // One of them comes by two connections, one is only there, one is withdrawn, one was never known.
         let all = [
             (number, events(1..=3)),
