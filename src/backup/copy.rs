@@ -107,12 +107,12 @@ fn bytes(record: &Record) -> u64 {
 }
 
 async fn of_primary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result<Record, Stop> {
-    let (_, resting) = node.snapshot(None).await.map_err(|error| Stop::Again(error.to_string()))?;
-    let record = resting.record();
+    let (_, whole) = node.snapshot(None).await.map_err(|error| Stop::Again(error.to_string()))?;
+    let record = whole.console.record();
     job.step("copies the database", bytes(&record));
     let (file, job) = (Arc::clone(file), Arc::clone(job));
     let sizes = (record.pages, record.page_size);
-    on_thread(move || read_all(sizes, |done, chunk| resting.read(done, chunk).map(|_| ()), &file, &job)).await?;
+    on_thread(move || read_all(sizes, |done, chunk| whole.console.read(done, chunk).map(|_| ()), &file, &job)).await?;
     Ok(record)
 }
 

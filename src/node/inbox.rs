@@ -27,7 +27,7 @@ use crate::{
         ReplicateError, Replicator,
         database::{DatabaseError, PrimaryDatabase},
         raft_log::RaftLog,
-        snapshot::{Manifest, Resting},
+        snapshot::{Manifest, Whole},
         transaction,
     },
     telemetry::steps::{self, Begun, Step},
@@ -95,11 +95,11 @@ pub(super) enum Input {
 pub(super) struct SnapshotRequest {
     /// The member that it is for, if that member lost its memory and starts again with it.
     pub forgotten: Option<NodeId>,
-    pub reply: oneshot::Sender<Result<(Manifest, Resting), SnapshotError>>,
+    pub reply: oneshot::Sender<Result<(Manifest, Arc<Whole>), SnapshotError>>,
 }
 
 impl SnapshotRequest {
-    pub fn answer(self, offer: Result<(Manifest, Resting), SnapshotError>) {
+    pub fn answer(self, offer: Result<(Manifest, Arc<Whole>), SnapshotError>) {
         let _ = self.reply.send(offer); // the caller may be gone: dropping the offer frees the file
     }
 
@@ -214,7 +214,7 @@ pub(super) enum DatabaseEvent {
     },
     /// The database file rests for a snapshot, or the reason why it does not.
     Resting {
-        resting: Result<Resting, SnapshotError>,
+        resting: Result<Arc<Whole>, SnapshotError>,
         request: SnapshotRequest,
     },
     /// The process must end; a restart is safe.

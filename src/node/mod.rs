@@ -49,7 +49,7 @@ use crate::{
         membership::StoredMembership,
         online_copy::{CopyError, FinishedCopy, OnlineCopy},
         raft_log::RaftLog,
-        snapshot::{Manifest, Resting},
+        snapshot::{Manifest, Whole},
     },
 };
 use driver::{Driver, Parts, Views};
@@ -180,14 +180,14 @@ impl Handle {
         self.sender.send(Input::Sync { node, progress });
     }
 
-    /// Lets the whole database be read while writers go on, until the [`Resting`] file is dropped or its hold is
+    /// Lets all databases be read while writers go on, until the [`Whole`] is dropped or a hold of it is
     /// broken; only on the primary. `forgotten` names the member that the database is for, if that member lost its
     /// memory. The manifest does not contain the cluster key.
     ///
     /// # Errors
     /// [`SnapshotError::Busy`]: ask again in a moment. Any other [`SnapshotError`] is the reason to give to the node
     /// that wants the database.
-    pub async fn snapshot(&self, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), SnapshotError> {
+    pub async fn snapshot(&self, forgotten: Option<NodeId>) -> Result<(Manifest, Arc<Whole>), SnapshotError> {
         let (reply, wait) = oneshot::channel();
         if !self.sender.send(Input::Snapshot(SnapshotRequest { forgotten, reply })) {
             return Err(SnapshotError::Stops);

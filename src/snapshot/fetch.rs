@@ -25,12 +25,10 @@ use crate::{
     mutex::locked,
     node::SyncProgress,
     peer::{OpenError, PeerIdentity, Purpose, open_stream},
-    storage::{
-        checkpoint::Record,
-        snapshot::{
-            Incoming, Manifest, SnapshotError,
-            difference::{KEY, chunk_pages, map_bytes, patch},
-        },
+    storage::snapshot::{
+        Course, Incoming, Manifest, Own, SnapshotError,
+        difference::{KEY, chunk_pages, map_bytes, patch},
+        known,
     },
     telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY, SNAPSHOT_UNCHANGED},
 };
@@ -65,13 +63,13 @@ impl From<io::Error> for FetchError {
 pub struct Fetched {
     /// What describes it.
     pub manifest: Manifest,
-    /// Bytes of the database that this node had already, so that they were not sent.
+    /// Bytes of the databases that this node had already, so that they were not sent.
     pub unchanged: u64,
 }
 
-/// Fetches the whole database from `member`, which should be the primary. What this node has of it in `own` is not
-/// sent again, whatever else is in that file. When this returns, the snapshot is complete and durable in the data
-/// folder, and the next start installs it.
+/// Fetches all databases from `member`, which should be the primary. What this node has of them, the Console's in
+/// `own`, is not sent again, whatever else is in these files; without `own`, all is sent. When this returns, the
+/// snapshot is complete and durable in the data folder, and the next start installs it.
 ///
 /// # Errors
 /// [`FetchError::Open`] or [`FetchError::Connection`] when there is no connection, or it breaks.
@@ -131,8 +129,12 @@ pub(super) async fn receive(
                 .to_owned(),
         ));
     }
-    let (record, total) = (manifest.record, manifest.bytes());
-    let offer = key.map_or_else(Offer::none, |key| Offer::begin(own, &key, record));
+    if let Some(why) = manifest.lacks(&known(data)?) {
+        return Err(FetchError::Invalid(why));
+    }
+    let (course, total) = (Course::new(&manifest), manifest.bytes());
+    let own = own.map(|console| Own::new(data, console, &manifest));
+    let offer = key.map_or_else(Offer::none, |key| Offer::begin(own, &key, &manifest));
     let (parts, to_disk) = mpsc::channel(CHUNKS);
     let (give_back, empty) = mpsc::channel(CHUNKS + 2);
     let folder = data.to_owned();
@@ -140,7 +142,7 @@ pub(super) async fn receive(
     let mut now = SyncProgress { total, ..SyncProgress::default() };
     let (mut from, mut to) = split(stream);
     let received = tokio::select! {
-        received = pass_on(&mut from, record, (parts, empty), &mut now, &mut progress) => received,
+        received = pass_on(&mut from, course, (parts, empty), &mut now, &mut progress) => received,
         never = tell(offer.tags, &mut to) => match never {},
     };
     let stored = storing.await.map_err(io::Error::other)?;
@@ -169,23 +171,28 @@ async fn begin(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Manifest, Optio
 /// Passes on what arrives until the end, or until nobody takes it: then the disk's side has failed, and says why.
 async fn pass_on(
     stream: &mut (impl AsyncRead + Unpin),
-    record: Record,
+    mut course: Course,
     (parts, mut empty): (Sender<Part>, Receiver<Vec<u8>>),
     now: &mut SyncProgress,
     progress: &mut impl FnMut(SyncProgress),
 ) -> Result<(), FetchError> {
-    let page = u64::from(record.page_size);
     let mut reported = Instant::now();
     progress(*now);
     loop {
-        let part = next(stream, &record, (now.bytes / page) as u32, &mut empty).await?;
+        let (page, pages) =
+            course.current().map_or((1, 0), |(_, record, done)| (record.page_size, chunk_pages(&record, done)));
+        let part = next(stream, pages, &mut empty).await?;
         let end = matches!(part, Part::End);
         match &part {
-            Part::Chunk(_, chunk) => now.bytes += chunk.len() as u64,
-            Part::Changed(_, _, pages) => {
-                let chunk = u64::from(chunk_pages(&record, (now.bytes / page) as u32)) * page;
+            Part::Chunk(_, chunk) => {
+                now.bytes += chunk.len() as u64;
+                course.advance(chunk.len() as u32 / page);
+            }
+            Part::Changed(_, _, changed) => {
+                let chunk = u64::from(pages) * u64::from(page);
                 now.bytes += chunk;
-                now.unchanged += chunk.saturating_sub(pages.len() as u64);
+                now.unchanged += chunk.saturating_sub(changed.len() as u64);
+                course.advance(pages);
             }
             Part::End => {}
         }
@@ -199,16 +206,15 @@ async fn pass_on(
     }
 }
 
-/// What comes after page `done`.
+/// What comes next: a chunk has so many pages.
 async fn next(
     stream: &mut (impl AsyncRead + Unpin),
-    record: &Record,
-    done: u32,
+    pages: u32,
     empty: &mut Receiver<Vec<u8>>,
 ) -> Result<Part, FetchError> {
     let (map, length) = match frame::read_head(stream, STALL).await? {
         (frame::CHUNK, length) => (None, length),
-        (frame::CHANGED, length) => (Some(vec![0; map_bytes(chunk_pages(record, done))]), length),
+        (frame::CHANGED, length) => (Some(vec![0; map_bytes(pages)]), length),
         (frame::END, _) => return Ok(Part::End),
         (frame::REFUSED, length) => return Err(refused(&content(stream, length).await?)),
         _ => return Err(FetchError::Invalid("a second manifest arrived".to_owned())),
@@ -272,7 +278,6 @@ fn write_parts(
     (parts, own): &mut (Receiver<Part>, Receiver<Vec<u8>>),
     give_back: &Sender<Vec<u8>>,
 ) -> Result<Manifest, SnapshotError> {
-    let page_size = manifest.record.page_size;
     let mut incoming = Incoming::begin(data, manifest)?;
     while let Some(part) = parts.blocking_recv() {
         let bytes = match part {
@@ -283,6 +288,7 @@ fn write_parts(
             Part::Changed(sum, map, pages) => {
                 let unasked = || SnapshotError::Damaged("pages are missing that this node has not offered".to_owned());
                 let mut chunk = own.blocking_recv().ok_or_else(unasked)?;
+                let page_size = incoming.page_size().ok_or_else(unasked)?;
                 patch(&mut chunk, page_size, &map, &pages).map_err(SnapshotError::Damaged)?;
                 incoming.push(sum, &chunk)?;
                 pages

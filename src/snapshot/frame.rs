@@ -1,6 +1,8 @@
 //! The frames of a snapshot's stream: `kind u8, length u32` (little-endian), then that many bytes. Owns their limits.
 //! Must never read more into memory than they allow.
 //!
+//! The databases of a snapshot come one after the other, as the manifest has them, each from its first chunk on.
+//!
 //! The sender begins with [`MANIFEST`], [`ASK`] or [`REFUSED`]; [`CHUNK`]s and [`CHANGED`]s follow, then [`END`] or
 //! [`REFUSED`]. After [`ASK`], and only then, the receiver answers each chunk beforehand with [`TAGS`].
 
@@ -33,8 +35,8 @@ pub(super) const END: u8 = 3;
 pub(super) const REFUSED: u8 = 4;
 /// A key, then a manifest as JSON: the receiver says what it has. Only to one that knows this, by its hello.
 pub(super) const ASK: u8 = 5;
-/// From the receiver: the tags of the pages in its own next chunk; empty if it has no more of the database. All chunks
-/// behind that come whole.
+/// From the receiver: the tags of the pages in its own next chunk; empty if it has no more of this database. All chunks
+/// of it behind that come whole.
 pub(super) const TAGS: u8 = 6;
 /// For each [`TAGS`]: the checksum of the pages in the chunk (u64, little-endian), which of them differ (a bit each),
 /// then these pages.

@@ -1,4 +1,4 @@
-//! TRANSFERS. Sends the whole database of the primary to another node over a connection of its own: [`serve()`] on the
+//! TRANSFERS. Sends all databases of the primary to another node over a connection of their own: [`serve()`] on the
 //! primary, [`fetch()`] and [`refetch()`] on the node that needs it. What arrives is verified and staged
 //! ([`crate::storage::snapshot`]), and installed when the process next starts. Pages that the receiver has already are
 //! not sent ([`crate::storage::snapshot::difference`]). Must never hold up a writer or the consensus loop, and never

@@ -1,7 +1,7 @@
 //! What the receiver says: which pages it has, chunk by chunk, as fast as the primary compares them. Must never offer
 //! bytes other than those that it keeps for the answer, and never keep more than a few chunks.
 
-use std::{convert::Infallible, fs::File, future::pending, sync::Arc};
+use std::{convert::Infallible, future::pending};
 
 use tokio::{
     io::AsyncWrite,
@@ -10,9 +10,9 @@ use tokio::{
 };
 
 use super::frame;
-use crate::storage::{
-    checkpoint::Record,
-    snapshot::difference::{KEY, Tagger, read_own},
+use crate::storage::snapshot::{
+    Course, Manifest, Own,
+    difference::{KEY, Tagger, read_own},
 };
 
 /// Chunks that have been offered and wait for the answer: what goes through a long line at once.
@@ -32,11 +32,11 @@ impl Offer {
         Self { tags, own }
     }
 
-    /// Begins to read this node's own database file on a thread, if it has one.
-    pub fn begin(file: Option<Arc<File>>, key: &[u8; KEY], record: Record) -> Self {
+    /// Begins to read this node's own database files on a thread, if it has any.
+    pub fn begin(files: Option<Own>, key: &[u8; KEY], manifest: &Manifest) -> Self {
         let ((to_tags, tags), (to_own, own)) = (mpsc::channel(AHEAD), mpsc::channel(AHEAD));
-        let tagger = Tagger::new(key);
-        task::spawn_blocking(move || read(file.as_deref(), &tagger, &record, (&to_tags, &to_own)));
+        let (tagger, course) = (Tagger::new(key), Course::new(manifest));
+        task::spawn_blocking(move || read(files.as_ref(), &tagger, course, (&to_tags, &to_own)));
         Self { tags, own }
     }
 }
@@ -52,16 +52,26 @@ pub(super) async fn tell(mut tags: Receiver<Vec<u8>>, stream: &mut (impl AsyncWr
 }
 
 /// Ends early when nobody wants the chunks any more.
-fn read(file: Option<&File>, tagger: &Tagger, record: &Record, (tags, own): (&Sender<Vec<u8>>, &Sender<Vec<u8>>)) {
-    let mut done = 0;
-    while let Some(bytes) = file.and_then(|file| read_own(file, record, done)) {
-        let list = tagger.tags(done, record.page_size, &bytes);
-        done += bytes.len() as u32 / record.page_size;
-        if own.blocking_send(bytes).is_err() || tags.blocking_send(list).is_err() {
-            return;
+fn read(own: Option<&Own>, tagger: &Tagger, mut course: Course, (tags, chunks): (&Sender<Vec<u8>>, &Sender<Vec<u8>>)) {
+    let mut open = None;
+    while let Some((id, record, done)) = course.current() {
+        if open.as_ref().is_none_or(|(of, _)| *of != id) {
+            open = Some((id, own.and_then(|own| own.file(id))));
         }
-    }
-    if done < record.pages {
-        let _ = tags.blocking_send(Vec::new()); // the transfer may be over
+        let file = open.as_ref().and_then(|(_, file)| file.as_deref());
+        let sent = match file.and_then(|file| read_own(file, &record, done)) {
+            Some(bytes) => {
+                let list = tagger.tags(done, record.page_size, &bytes);
+                course.advance(bytes.len() as u32 / record.page_size);
+                chunks.blocking_send(bytes).is_ok() && tags.blocking_send(list).is_ok()
+            }
+            None => {
+                course.skip();
+                tags.blocking_send(Vec::new()).is_ok()
+            }
+        };
+        if !sent {
+            return; // the transfer may be over
+        }
     }
 }

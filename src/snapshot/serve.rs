@@ -1,9 +1,10 @@
-//! The primary's side: reads the resting database file, and sends it, on threads that leave the processor to whoever
-//! commits. Must never hold up checkpoints for longer than the other side takes to receive the file.
+//! The primary's side: reads the resting databases, and sends them, on threads that leave the processor to whoever
+//! commits. Must never hold up checkpoints for longer than the other side takes to receive them.
 
 use std::{
     io::{self, ErrorKind},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,12 +23,9 @@ use crate::{
     node::{Handle, SyncProgress},
     peer::StreamCall,
     scheduling,
-    storage::{
-        checkpoint::Record,
-        snapshot::{
-            ClusterKey, Manifest, Resting,
-            difference::{KEY, Tagger, chunk_pages},
-        },
+    storage::snapshot::{
+        ClusterKey, Course, Manifest, Resting, Whole,
+        difference::{KEY, Tagger, chunk_pages},
     },
     telemetry::{SNAPSHOT_BYTES, SNAPSHOT_FAILURES, SNAPSHOT_LATENCY, SNAPSHOT_UNCHANGED},
 };
@@ -58,7 +56,7 @@ pub async fn serve(handle: Handle, events: Recorder, mut calls: Receiver<StreamC
 
 async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBuf) {
     let StreamCall { from: peer, forgotten, compares, mut stream } = call;
-    let (manifest, resting) = match offer(&handle, &data, forgotten.then_some(peer)).await {
+    let (manifest, whole) = match offer(&handle, &data, forgotten.then_some(peer)).await {
         Ok(offer) => offer,
         Err(why) => {
             info!(peer, reason = why, "refused to send the whole database to this node");
@@ -70,7 +68,7 @@ async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBu
     };
     info!(peer, index = manifest.record.index, bytes = manifest.bytes(), "sending the whole database to this node");
     let report = |progress| handle.report_sync(peer, Some(progress));
-    let result = send(&mut stream, &manifest, resting, compares, report).await;
+    let result = send(&mut stream, &manifest, whole, compares, report).await;
     handle.report_sync(peer, None);
     // So that what has been sent arrives before the connection ends: it would be lost if something were left unread.
     let _ = stream.shutdown().await;
@@ -81,9 +79,9 @@ async fn answer(handle: Handle, events: Recorder, call: StreamCall, data: PathBu
 }
 
 /// Takes the checkpoint to send. A member that forgot must lose its vote first: that is under way when it asks.
-async fn offer(handle: &Handle, data: &Path, forgotten: Option<NodeId>) -> Result<(Manifest, Resting), String> {
+async fn offer(handle: &Handle, data: &Path, forgotten: Option<NodeId>) -> Result<(Manifest, Arc<Whole>), String> {
     let since = Instant::now();
-    let (mut manifest, resting) = loop {
+    let (mut manifest, whole) = loop {
         match handle.snapshot(forgotten).await {
             Err(_) if forgotten.is_some() && since.elapsed() < DEMOTION => sleep(DEMOTION / 100).await,
             answer => break answer.map_err(|error| error.to_string())?,
@@ -92,7 +90,7 @@ async fn offer(handle: &Handle, data: &Path, forgotten: Option<NodeId>) -> Resul
     // Reads a small file that is in the page cache: not worth a thread.
     manifest.cluster_key =
         ClusterKey::read(data).map_err(|error| format!("its cluster key cannot be read: {error}"))?;
-    Ok((manifest, resting))
+    Ok((manifest, whole))
 }
 
 fn conclude(events: &Recorder, name: &str, peer: NodeId, result: io::Result<Sent>) {
@@ -129,11 +127,11 @@ pub(super) struct Sent {
 pub(super) async fn send(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     manifest: &Manifest,
-    resting: Resting,
+    whole: Arc<Whole>,
     compares: bool,
     report: impl Fn(SyncProgress),
 ) -> io::Result<Sent> {
-    let (start, record, total) = (Instant::now(), manifest.record, manifest.bytes());
+    let (start, course, total) = (Instant::now(), Course::new(manifest), manifest.bytes());
     report(SyncProgress { total, ..SyncProgress::default() });
     let (mut from, mut to) = split(stream);
     let key: Option<[u8; KEY]> = compares.then(rand::random);
@@ -145,10 +143,10 @@ pub(super) async fn send(
     let (pieces, ready) = mpsc::channel(CHUNKS);
     let (give_back, empty) = mpsc::channel(CHUNKS + 2);
     let comparing = key.map(|key| (Tagger::new(&key), tags));
-    let reading = task::spawn_blocking(move || read(&resting, comparing, &pieces, empty));
+    let reading = task::spawn_blocking(move || read(&whole, comparing, &pieces, empty));
     let hearing = async {
         match compares {
-            true => hear(&mut from, &record, heard).await,
+            true => hear(&mut from, course, heard).await,
             false => Ok(()),
         }
     };
@@ -167,16 +165,18 @@ pub(super) async fn send(
 
 /// Hands on what the other side says it has, until it has said all. Whoever reads the file may have no use for it any
 /// more.
-async fn hear(stream: &mut (impl AsyncRead + Unpin), record: &Record, heard: Sender<Vec<u8>>) -> io::Result<()> {
-    let mut done = 0;
-    while done < record.pages {
+async fn hear(stream: &mut (impl AsyncRead + Unpin), mut course: Course, heard: Sender<Vec<u8>>) -> io::Result<()> {
+    while let Some((_, record, done)) = course.current() {
         let (frame::TAGS, length) = frame::read_head(stream, STALL).await? else {
             return Err(io::Error::new(ErrorKind::InvalidData, "it does not say what it has"));
         };
         let mut tags = vec![0; length];
         frame::read(stream, &mut tags).await?;
-        done += chunk_pages(record, done);
-        if heard.send(tags).await.is_err() || length == 0 {
+        match length {
+            0 => course.skip(),
+            _ => course.advance(chunk_pages(&record, done)),
+        }
+        if heard.send(tags).await.is_err() {
             break;
         }
     }
@@ -214,13 +214,22 @@ struct Piece {
     unchanged: u64,
 }
 
-/// Reads the whole file in chunks, and compares them with what the other side has. Ends early when nobody takes them
-/// any more.
+/// Reads all databases, one after the other. Ends early when nobody takes them any more.
 fn read(
-    resting: &Resting,
+    whole: &Whole,
     mut comparing: Option<(Tagger, Receiver<Vec<u8>>)>,
     pieces: &Sender<Piece>,
     mut empty: Receiver<Vec<u8>>,
+) -> io::Result<()> {
+    whole.all().try_for_each(|resting| read_one(resting, comparing.as_mut(), pieces, &mut empty))
+}
+
+/// Reads a whole database in chunks, and compares them with what the other side has.
+fn read_one(
+    resting: &Resting,
+    mut comparing: Option<&mut (Tagger, Receiver<Vec<u8>>)>,
+    pieces: &Sender<Piece>,
+    empty: &mut Receiver<Vec<u8>>,
 ) -> io::Result<()> {
     let gone = || io::Error::new(ErrorKind::BrokenPipe, "the connection is gone");
     let record = resting.record();
@@ -233,9 +242,10 @@ fn read(
         })?;
         let whole = bytes.len();
         let (mut kind, mut head) = (frame::CHUNK, sum.to_le_bytes().to_vec());
-        if let Some((tagger, tags)) = &mut comparing {
+        if let Some((tagger, tags)) = comparing.as_deref_mut() {
             let theirs = tags.blocking_recv().ok_or_else(gone)?;
             if theirs.is_empty() {
+                // It has no more of this database.
                 comparing = None;
             } else {
                 let map = tagger.keep_different(done, record.page_size, &theirs, &mut bytes);

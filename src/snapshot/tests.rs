@@ -13,27 +13,31 @@ use super::{
 use crate::{
     cluster::ClusterId,
     storage::snapshot::{
-        CHUNK, Manifest, Ready, Resting, SnapshotError, chunk_checksum,
+        CHUNK, Manifest, Ready, Resting, SnapshotError, Whole, chunk_checksum,
         difference::KEY,
-        tests::{manifest, resting},
+        tests::{manifest, resting, with_service},
     },
 };
 
 /// About 10 MB: more than the pipe and both sides hold in memory.
 const PAGES: u32 = 20_000;
 
+fn of_console(resting: Resting) -> Arc<Whole> {
+    Arc::new(Whole::of_console(resting))
+}
+
 type Passed = (io::Result<Sent>, Result<Fetched, FetchError>);
 
 /// Passes a snapshot to a node that has `own`, on streams of its own for each direction.
 async fn pass_between(
     (mut from, mut to): (DuplexStream, DuplexStream),
-    (resting, manifest): (Resting, &Manifest),
+    (whole, manifest): (Arc<Whole>, &Manifest),
     data: &Path,
     own: Option<Arc<File>>,
 ) -> Passed {
     let compares = own.is_some();
     let sending = async {
-        let result = send(&mut from, manifest, resting, compares, |_| ()).await;
+        let result = send(&mut from, manifest, whole, compares, |_| ()).await;
         drop(from);
         result
     };
@@ -46,7 +50,7 @@ async fn pass_between(
 }
 
 async fn pass(resting: Resting, manifest: &Manifest, data: &Path, own: Option<Arc<File>>) -> Passed {
-    pass_between(duplex(1 << 16), (resting, manifest), data, own).await
+    pass_between(duplex(1 << 16), (of_console(resting), manifest), data, own).await
 }
 
 fn file_of(bytes: &[u8]) -> Option<Arc<File>> {
@@ -66,7 +70,8 @@ async fn a_database_arrives_whole() {
     let manifest = manifest(resting.record(), 3);
     let (mut from, mut to) = duplex(1 << 16);
     let (sent, seen) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
-    let sending = send(&mut from, &manifest, resting, false, |progress| sent.lock().unwrap().push(progress.bytes));
+    let sending =
+        send(&mut from, &manifest, of_console(resting), false, |progress| sent.lock().unwrap().push(progress.bytes));
     // What this node has does not matter to a program that does not ask.
     let (own, notice) = (file_of(&image), |progress| seen.lock().unwrap().push(progress));
     let receiving = receive(&mut to, (ClusterId(7), None), data.path(), own, notice);
@@ -89,7 +94,7 @@ async fn a_broken_hold_ends_the_stream_on_both_sides() {
     let manifest = manifest(resting.record(), 3);
     let (mut from, mut to) = duplex(1 << 16);
     let sending = async {
-        let result = send(&mut from, &manifest, resting, true, |_| ()).await;
+        let result = send(&mut from, &manifest, of_console(resting), true, |_| ()).await;
         drop(from);
         result
     };
@@ -120,7 +125,7 @@ async fn recorded(pages: u32) -> (Manifest, Vec<u8>) {
     let (resting, ..) = resting(1, pages, 40);
     let manifest = manifest(resting.record(), 3);
     let (mut from, mut to) = duplex(64 << 20);
-    send(&mut from, &manifest, resting, false, |_| ()).await.unwrap();
+    send(&mut from, &manifest, of_console(resting), false, |_| ()).await.unwrap();
     drop(from);
     let mut bytes = Vec::new();
     to.read_to_end(&mut bytes).await.unwrap();
@@ -232,7 +237,7 @@ async fn a_file_that_changes_meanwhile_does_no_harm() {
     let (data, (resting, _, image)) = (tempfile::tempdir().unwrap(), resting(1, PAGES, 40));
     let (manifest, own) = (manifest(resting.record(), 3), file_of(&image).unwrap());
     let (mut from, mut to) = duplex(1 << 12);
-    let sending = send(&mut from, &manifest, resting, true, |_| ());
+    let sending = send(&mut from, &manifest, of_console(resting), true, |_| ());
     let spoil = own.clone();
     let receiving = receive(&mut to, (ClusterId(7), None), data.path(), Some(own), |_| {
         (0..PAGES as u64).step_by(3).for_each(|page| spoil.write_all_at(b"rot", page * 512).unwrap());
@@ -266,7 +271,7 @@ async fn pass_through(data: &Path, own: &[u8], limit: usize, change: Option<usiz
             never = async { copy(&mut asks, &mut answers).await.unwrap_or_default(); std::future::pending().await } => never,
         }
     };
-    let passing = pass_between((from, to), (resting, &manifest), data, file_of(own));
+    let passing = pass_between((from, to), (of_console(resting), &manifest), data, file_of(own));
     tokio::join!(passing, relaying)
 }
 
@@ -328,7 +333,105 @@ async fn wrong_tags_are_no_reason_to_send_less() {
         let manifest = manifest(resting.record(), 3);
         let (mut from, mut to) = duplex(1 << 16);
         frame::write(&mut to, frame::TAGS, &vec![0x5a; tags], &[]).await.unwrap();
-        let result = send(&mut from, &manifest, resting, true, |_| ()).await;
+        let result = send(&mut from, &manifest, of_console(resting), true, |_| ()).await;
         assert_eq!(result.ok().map(|sent| sent.bytes), sent, "{tags} bytes");
     }
+}
+
+/// A primary with a service whose databases have so many pages.
+fn serving(pages: &[u32]) -> (Arc<Whole>, Manifest) {
+    let (console, ..) = resting(1, 3000, 40);
+    let (manifest, service) = with_service(manifest(console.record(), 3), pages);
+    let catalogue = manifest.service.catalogue.clone();
+    (Arc::new(Whole { console, catalogue, service: (2..).zip(service).collect() }), manifest)
+}
+
+/// What a service's databases have, from the first id on.
+fn images(pages: &[u32]) -> Vec<Vec<u8>> {
+    (2..).zip(pages).map(|(id, pages)| resting(id, *pages, 40).2).collect()
+}
+
+#[tokio::test]
+async fn all_databases_of_a_service_come_along_and_only_what_differs() {
+    const SIZES: [u32; 4] = [5000, 0, 2049, 7];
+    let (_, _, console) = resting(1, 3000, 40);
+    let images = images(&SIZES);
+    let total = console.len() as u64 + images.iter().map(|image| image.len() as u64).sum::<u64>();
+    for (what, has, most) in
+        [("nothing", 0, total), ("older ones", 1, 3 * 512 + 7 * 512), ("all but a moved one", 2, 3 * 512)]
+    {
+        let data = tempfile::tempdir().unwrap();
+        let (whole, manifest) = serving(&SIZES);
+        if has > 0 {
+            let files = data.path().join("service/files/files");
+            std::fs::create_dir_all(&files).unwrap();
+            for (id, image) in (2..).zip(&images) {
+                let mut own = image.clone();
+                own.iter_mut().step_by(4096 * 512).for_each(|byte| *byte ^= 1);
+                std::fs::write(files.join(format!("{id}.db")), own).unwrap();
+            }
+            if has == 1 {
+                std::fs::remove_file(files.join("5.db")).unwrap();
+            }
+        }
+        let own = file_of(&console).filter(|_| has > 0);
+        let (sent, fetched) = pass_between(duplex(1 << 16), (whole, &manifest), data.path(), own).await;
+        let (sent, fetched) = (sent.unwrap(), fetched.unwrap());
+        assert!(sent.bytes <= most + 512, "{what}: {sent:?}");
+        assert_eq!(sent.bytes + sent.unchanged, total, "{what}");
+        assert_eq!(fetched, Fetched { manifest: manifest.clone(), unchanged: sent.unchanged }, "{what}");
+        let ready = data.path().join("snapshot.ready");
+        assert!(std::fs::read(ready.join("console.db")).unwrap() == console, "{what}");
+        for (id, image) in (2..).zip(&images) {
+            let staged = std::fs::read(ready.join("databases").join(u32::to_string(&id))).unwrap();
+            assert!(&staged == image, "{what}: database {id}");
+        }
+        assert_eq!(Ready::find(data.path()).unwrap().unwrap().manifest(), &manifest);
+    }
+}
+
+/// Whatever breaks off in whichever database: nothing of any of them counts.
+#[tokio::test]
+async fn all_databases_arrive_or_none() {
+    let (whole, manifest) = serving(&[2500, 3]);
+    let (mut from, mut to) = duplex(64 << 20);
+    send(&mut from, &manifest, whole, false, |_| ()).await.unwrap();
+    drop(from);
+    let mut bytes = Vec::new();
+    to.read_to_end(&mut bytes).await.unwrap();
+    let data = tempfile::tempdir().unwrap();
+    assert_eq!(replay(&bytes, ClusterId(7), data.path(), None).await.unwrap(), manifest);
+    let console = 5 + manifest.encode().len() + 2 * (5 + 8) + 3000 * 512;
+    let second = console + 2 * (5 + 8) + 2500 * 512;
+    assert_eq!(bytes.len(), second + (5 + 8) + 3 * 512 + 5);
+    let data = tempfile::tempdir().unwrap();
+    for length in [console - 1, console, console + 1, console + (1 << 20) + 13, second, second + 13, bytes.len() - 5] {
+        assert!(replay(&bytes[..length], ClusterId(7), data.path(), None).await.is_err(), "{length} bytes");
+        nothing_is_ready(data.path());
+        // An end where something is missing.
+        let ended = [&bytes[..length], &bytes[bytes.len() - 5..]].concat();
+        assert_eq!(replay(&ended, ClusterId(7), data.path(), None).await.is_ok(), length == bytes.len() - 5);
+        let _ = std::fs::remove_dir_all(data.path().join("snapshot.ready"));
+    }
+    for at in [console + 5, console + 99, second + 5, second + 99] {
+        let mut changed = bytes.clone();
+        changed[at] ^= 0x40;
+        assert!(replay(&changed, ClusterId(7), data.path(), None).await.is_err(), "byte {at}");
+        nothing_is_ready(data.path());
+    }
+}
+
+/// A primary that knows nothing of the service would take it away from a member that has it.
+#[tokio::test]
+async fn a_snapshot_without_a_database_of_this_node_is_refused_before_it_is_fetched() {
+    let (_, with) = serving(&[9, 3]);
+    let data = tempfile::tempdir().unwrap();
+    std::fs::create_dir(data.path().join("service")).unwrap();
+    with.service.catalogue.write(&data.path().join("service/catalogue.json")).unwrap();
+    let (console, _, image) = resting(1, 3000, 40);
+    let without = manifest(console.record(), 3);
+    let (sent, fetched) = pass(console, &without, data.path(), file_of(&image)).await;
+    let error = fetched.unwrap_err().to_string();
+    assert!(error.contains("2 (files/2.db), 3 (files/3.db)") && error.contains("not installed"), "{error}");
+    assert!(sent.is_err() && !data.path().join("snapshot.incoming").exists());
 }

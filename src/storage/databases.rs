@@ -11,6 +11,7 @@ use super::{
     EntrySource, Replicator,
     checkpoint::{Saved, Saving},
     database::{ApplyError, Database, DatabaseError, PrimaryDatabase},
+    snapshot::Whole,
     transaction::{self, CONSOLE_DATABASE},
 };
 
@@ -154,6 +155,15 @@ impl Databases {
     /// Bytes of all `-wal` files.
     pub fn wal_bytes(&self) -> u64 {
         self.iter().map(Database::wal_bytes).sum()
+    }
+
+    /// Lets all databases be read as of one raft index until the last reader drops them, while others go on writing:
+    /// see [`Database::rest`]. Only on a primary.
+    ///
+    /// # Errors
+    /// Those of [`Database::rest`].
+    pub fn rest(&mut self) -> Result<Arc<Whole>, DatabaseError> {
+        Ok(Arc::new(Whole::of_console(self.console_mut().rest()?)))
     }
 
     /// True while somebody reads a resting file.

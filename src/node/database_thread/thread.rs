@@ -372,7 +372,7 @@ impl Thread {
                 continue;
             }
             self.wait_for_saver();
-            let result = self.databases.console_mut().rest();
+            let result = self.databases.rest();
             if result.is_ok() {
                 self.checkpoints.rests(&self.databases);
             }

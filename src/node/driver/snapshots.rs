@@ -1,5 +1,7 @@
-//! Snapshots of the whole database on the consensus loop: makes the manifest for the file that the database thread lets
-//! rest. Must never read or wait for that file.
+//! Snapshots of all databases on the consensus loop: makes the manifest for what the database thread lets rest. Must
+//! never read or wait for these files.
+
+use std::sync::Arc;
 
 use raft::Storage;
 
@@ -10,7 +12,7 @@ use crate::{
         inbox::{SnapshotError, SnapshotRequest},
         lease::boottime,
     },
-    storage::snapshot::{Manifest, Resting},
+    storage::snapshot::{Manifest, Whole},
 };
 
 impl Driver {
@@ -33,20 +35,20 @@ impl Driver {
         allowed.map_err(SnapshotError::Refused)
     }
 
-    /// The file rests. It may hold a write that a majority has, but that this loop has not handed out yet, with the
+    /// The files rest. One may hold a write that a majority has, but that this loop has not handed out yet, with the
     /// changes of the membership before it. The snapshot must not leave one of these out, so they are handed out first.
-    pub(super) fn resting(&mut self, resting: Result<Resting, SnapshotError>, request: SnapshotRequest) {
-        let offer = resting.and_then(|resting| {
+    pub(super) fn resting(&mut self, whole: Result<Arc<Whole>, SnapshotError>, request: SnapshotRequest) {
+        let offer = whole.and_then(|whole| {
             self.carry_out_all();
             // Check again: it may have taken long until the file rested.
             self.may_begin_again(&request)?;
-            Ok((self.manifest(&resting)?, resting))
+            Ok((self.manifest(&whole)?, whole))
         });
         request.answer(offer);
     }
 
-    fn manifest(&self, resting: &Resting) -> Result<Manifest, SnapshotError> {
-        let record = resting.record();
+    fn manifest(&self, whole: &Whole) -> Result<Manifest, SnapshotError> {
+        let (record, service) = (whole.console.record(), whole.service_part());
         if record.index > self.cluster.applied() {
             return Err(SnapshotError::Busy("its disk is behind those of the others"));
         }
@@ -59,6 +61,6 @@ impl Driver {
         let (conf, conf_index) = self.log.applied_conf();
         let (membership, membership_index) = self.cluster.membership();
         let (membership, epoch) = (membership.clone(), self.cluster.epoch());
-        Ok(Manifest { record, term, conf, conf_index, membership, membership_index, epoch, cluster_key: None })
+        Ok(Manifest { record, service, term, conf, conf_index, membership, membership_index, epoch, cluster_key: None })
     }
 }

@@ -140,6 +140,14 @@ impl Database {
         Ok(Resting::new(Arc::clone(&self.file), self.record, hold))
     }
 
+    /// True on a primary while no transaction has been committed since its last checkpoint, and none is under way: what
+    /// it has is what it had there, as of anything that is committed by now.
+    pub(in crate::storage) fn is_unchanged_since_checkpoint(&self) -> bool {
+        let State::Serving(serving) = &self.state else { return false };
+        let last = serving.primary.gate.last_index();
+        last <= self.record.index && serving.primary.gate.rests_at(last)
+    }
+
     /// Begins a copy of a database that goes on following meanwhile. An earlier copy ends.
     ///
     /// # Errors

@@ -141,6 +141,31 @@ impl Catalogue {
         durable_write(path, &checked::encode(serde_json::to_value(self)?)?)
     }
 
+    /// Checks one that another host has sent, as of a raft index.
+    ///
+    /// # Errors
+    /// A sentence when no member of this version has such a catalogue.
+    pub fn check(&self, index: u64) -> Result<(), &'static str> {
+        let sound = |(id, path): (u32, &Path)| (FIRST_DATABASE..self.next).contains(&id) && text_of(path).is_some();
+        let mut paths: Vec<_> = self.iter().map(|(_, path)| path).collect();
+        // A path comes before those that lie below it.
+        paths.sort_unstable();
+        match self {
+            Self { format, .. } if *format != FORMAT => Err("the catalogue has another format"),
+            Self { changed, .. } if *changed > index => Err("the catalogue is newer than the databases"),
+            Self { next, .. } if *next < FIRST_DATABASE || !self.iter().all(sound) => {
+                Err("the catalogue names an impossible database")
+            }
+            _ if paths.windows(2).any(|pair| pair[1].starts_with(pair[0])) => Err("two databases are in one place"),
+            _ => Ok(()),
+        }
+    }
+
+    /// True if no entry has ever changed it: there is no service, or it has never had a database.
+    pub fn is_untouched(&self) -> bool {
+        self.changed == 0
+    }
+
     /// Raft index of the last change.
     pub fn changed(&self) -> u64 {
         self.changed
@@ -247,6 +272,27 @@ mod tests {
         damaged[20] ^= 1;
         fs::write(&path, damaged).unwrap();
         assert_eq!(Catalogue::read(&path).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn a_catalogue_of_another_host_is_checked() {
+        let with = |paths: &[&str]| {
+            let mut catalogue = Catalogue::default();
+            for (at, path) in (0..).zip(paths) {
+                catalogue.apply(5 + u64::from(at), 2 + at, &Change::Add(path.into())).unwrap();
+            }
+            catalogue
+        };
+        let good = with(&["a/b", "a/c", "a.db", "ab"]);
+        good.check(8).unwrap();
+        good.check(7).unwrap_err();
+        Catalogue::default().check(0).unwrap();
+        for paths in [["a", "a/b"], ["a/b/c", "a"], ["../x", "y"], ["/etc/passwd", "y"], ["", "y"]] {
+            assert!(with(&paths).check(9).is_err(), "{paths:?}");
+        }
+        for odd in [Catalogue { format: 2, ..good.clone() }, Catalogue { next: 3, ..good }] {
+            odd.check(9).unwrap_err();
+        }
     }
 
     proptest! {

@@ -10,6 +10,7 @@
 //! none is behind, the file is the database at its last transaction: nobody has to know which frames a checkpoint has
 //! reached, or to look into the memory that the application's connections share.
 
+mod still;
 mod wal;
 
 use std::{
@@ -19,11 +20,12 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
+pub(super) use self::still::Still;
 use self::wal::Unwritten;
 use super::{
     image::{self, After},
@@ -40,6 +42,7 @@ use crate::{
         checksum::{PageTable, Preview, page_checksum},
         gate::Stop,
         parts::Parts,
+        snapshot::Kept,
         watch::{Act, Place, run},
     },
 };
@@ -92,6 +95,8 @@ struct Pages {
     index: u64,
     /// The last transaction at which no page was behind.
     rests: Option<Record>,
+    /// What it was, for whoever reads that: to be told before the file changes.
+    kept: Weak<Kept>,
 }
 
 /// A database of the service on the PRIMARY.
@@ -152,6 +157,7 @@ impl Guarded {
                 committing: false,
                 index: config.index,
                 rests: Some(rests),
+                kept: Weak::new(),
             }),
             overlay: RwLock::default(),
             overlaid: AtomicBool::new(false),
@@ -290,6 +296,7 @@ impl Guarded {
             return Err(self.raw(RAW));
         }
         self.be_durable(pages.index)?;
+        pages.before_change(offset, bytes.len());
         run(Place::Database, Act::Write, || self.file.write_all_at(bytes, offset))
             .map_err(|error| Stop::File(code(&error)))?;
         if newest {
@@ -321,6 +328,7 @@ impl Guarded {
         if page_size == 0 || !gone.all(|number| pages.behind.contains(&number)) {
             return Err(self.raw(RAW));
         }
+        pages.before_resize(size);
         run(Place::Database, Act::Resize, || self.file.set_len(size)).map_err(|error| Stop::File(code(&error)))
     }
 
@@ -505,6 +513,7 @@ impl Guarded {
         let id = match self.id.get() {
             Some(id) => *id,
             None => {
+                let _turn = self.passage.turn();
                 let id = self.enters.enter(&self.path)?;
                 *self.id.get_or_init(|| id)
             }
@@ -530,6 +539,7 @@ impl Guarded {
             // What it grows over without writing it is zeros, whatever was there once.
             let kept = u64::from(before.0.min(after.pages)) * page_size;
             if self.file.metadata()?.len() > kept && after.pages != before.0 {
+                locked(&self.pages).before_resize(kept);
                 run(Place::Database, Act::Resize, || self.file.set_len(kept))?;
             }
         }
@@ -539,6 +549,7 @@ impl Guarded {
             let offset = u64::from(*number - 1) * page_size;
             let count = overlay.read(&self.file, offset, &mut image)?;
             image[count..].fill(0);
+            locked(&self.pages).before_change(offset, image.len());
             run(Place::Database, Act::Write, || self.file.write_all_at(&image, offset))?;
         }
         Ok(())
@@ -546,6 +557,7 @@ impl Guarded {
 
     fn fit(&self, length: u64) -> io::Result<()> {
         if self.file.metadata()?.len() != length {
+            locked(&self.pages).before_resize(length);
             run(Place::Database, Act::Resize, || self.file.set_len(length))?;
         }
         Ok(())
@@ -553,6 +565,20 @@ impl Guarded {
 }
 
 impl Pages {
+    /// To be called before the file changes there.
+    fn before_change(&self, offset: u64, length: usize) {
+        if let Some(kept) = self.kept.upgrade() {
+            kept.before_change(offset, length as u64);
+        }
+    }
+
+    /// To be called before the file gets this size.
+    fn before_resize(&self, size: u64) {
+        if let Some(kept) = self.kept.upgrade() {
+            kept.before_resize(size);
+        }
+    }
+
     fn accept(&mut self, preview: Preview, index: u64) {
         self.table.accept(preview);
         self.index = index;

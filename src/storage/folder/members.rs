@@ -19,6 +19,7 @@ use super::{
     catalogue::{self, Catalogue, Change},
     guarded::{Enters, Guarded, GuardedConfig},
     passage::Passage,
+    places::Places,
     sqlite::Registry,
 };
 use crate::{
@@ -35,30 +36,6 @@ use crate::{
         vfs,
     },
 };
-
-/// Where the parts of a service's folder lie.
-#[derive(Clone, Debug)]
-struct Places {
-    root: PathBuf,
-}
-
-impl Places {
-    fn files(&self) -> PathBuf {
-        self.root.join("files")
-    }
-
-    fn catalogue(&self) -> PathBuf {
-        self.root.join("catalogue.json")
-    }
-
-    fn record(&self, id: u32) -> PathBuf {
-        self.root.join("checkpoints").join(id.to_string())
-    }
-
-    fn spill(&self) -> PathBuf {
-        self.root.join("spill")
-    }
-}
 
 /// The databases of a service on one member.
 pub struct Members {
@@ -84,7 +61,7 @@ impl Members {
         // As the databases have it, whose paths have no links.
         let root = std::fs::canonicalize(root).map_err(failed("open the folder", root))?;
         let places = Places { root };
-        for folder in [places.files(), places.spill(), places.root.join("checkpoints")] {
+        for folder in [places.files(), places.spill(), places.records()] {
             make_private_dir(&folder).map_err(failed("create", &folder))?;
         }
         let path = places.catalogue();

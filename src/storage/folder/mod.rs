@@ -8,7 +8,8 @@
 //! - `guarded.rs`: the gate of one database; `journal.rs`, `overlay.rs` and `image.rs`: its transactions with a rollback
 //!   journal; `units.rs`: the pieces of its WAL
 //! - `passage.rs`: what all databases share, the way to the majority
-//! - `catalogue.rs`: which databases there are; `members.rs`: those of one member, following or serving
+//! - `catalogue.rs`: which databases there are; `places.rs`: where they lie; `members.rs`: those of one member, following
+//!   or serving; `rest.rs`: all of a primary at one raft index
 //!
 //! Must never open a path below its own mount: the call would wait for this very process.
 
@@ -22,6 +23,8 @@ pub mod members;
 mod overlay;
 pub mod passage;
 mod paths;
+pub mod places;
+pub mod rest;
 pub mod sqlite;
 mod tree;
 mod units;

@@ -5,7 +5,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -23,6 +23,7 @@ pub struct Passage {
     fenced: AtomicBool,
     refusal: Mutex<Option<String>>,
     memory: Arc<Budget>,
+    turn: Mutex<()>,
 }
 
 impl fmt::Debug for Passage {
@@ -35,7 +36,19 @@ impl Passage {
     /// Open for this epoch.
     pub fn new(epoch: u64, replicator: Arc<dyn Replicator>) -> Self {
         let memory = Arc::new(Budget::new(MEMORY));
-        Self { epoch, replicator, fenced: AtomicBool::new(false), refusal: Mutex::new(None), memory }
+        let (fenced, refusal, turn) = (AtomicBool::new(false), Mutex::new(None), Mutex::default());
+        Self { epoch, replicator, fenced, refusal, memory, turn }
+    }
+
+    /// The turn of whoever gives a database its id, which may wait for a majority. Taken behind the lock of the
+    /// database's writer.
+    pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
+        locked(&self.turn)
+    }
+
+    /// As [`Self::turn`], for whoever wants no database to get an id; none while one gets it.
+    pub(super) fn try_turn(&self) -> Option<MutexGuard<'_, ()>> {
+        self.turn.try_lock().ok()
     }
 
     /// Lets nothing pass any more. Can be called by any thread at any time, and never waits.

@@ -22,14 +22,13 @@ use super::{
     image,
     passage::Passage,
     paths::FileId,
+    places::MOST_DATABASES,
 };
 use crate::{
     mutex::locked,
     storage::{checksum::PageTable, gate::Stop, transaction::valid_page_size},
 };
 
-/// Databases of one folder.
-pub const MOST_DATABASES: usize = 256;
 /// Characters of a super-journal's name behind `-mj`.
 const SUPER: usize = 9;
 

@@ -12,12 +12,17 @@
 //! (GMAC), so nobody can prepare two pages with the same tag. What is put together must have the right checksums as
 //! well: those of the chunk and of the database are verified as in any snapshot.
 
-use std::{fs::File, os::unix::fs::MetadataExt};
+use std::{fs::File, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 
-use super::CHUNK;
-use crate::storage::{checkpoint::Record, checksum::read_chunk};
+use super::{CHUNK, Manifest};
+use crate::storage::{
+    checkpoint::Record,
+    checksum::read_chunk,
+    folder::{catalogue::Catalogue, places::Places},
+    transaction::CONSOLE_DATABASE,
+};
 
 /// Bytes of a tag.
 pub const TAG: usize = 8;
@@ -68,6 +73,34 @@ impl Tagger {
         }
         bytes.truncate(kept);
         Some(map)
+    }
+}
+
+/// The database files that a node has already, whatever is in them.
+#[derive(Debug)]
+pub struct Own {
+    console: Arc<File>,
+    places: Places,
+    /// Where it has them. One that it does not know may have been left at its place of now.
+    known: Catalogue,
+    now: Catalogue,
+}
+
+impl Own {
+    /// Those of a data folder, for a snapshot that this describes. `console` is the Console's file, which is open.
+    pub fn new(data: &Path, console: Arc<File>, manifest: &Manifest) -> Self {
+        let places = Places::of(data);
+        let known = Catalogue::read(&places.catalogue()).unwrap_or_default();
+        Self { console, places, known, now: manifest.service.catalogue.clone() }
+    }
+
+    /// The file of a database, if it can be read.
+    pub fn file(&self, id: u32) -> Option<Arc<File>> {
+        if id == CONSOLE_DATABASE {
+            return Some(Arc::clone(&self.console));
+        }
+        let path = self.known.path(id).or_else(|| self.now.path(id))?;
+        self.places.open(path).ok().map(Arc::new)
     }
 }
 

@@ -13,7 +13,10 @@ use nix::{
     sys::statvfs::statvfs,
 };
 
-use super::{CHUNK, DATABASE, INCOMING, MANIFEST, Manifest, READY, SnapshotError, chunk_checksum, install};
+use super::{
+    CHUNK, Course, INCOMING, MANIFEST, Manifest, READY, SnapshotError, chunk_checksum, install,
+    service::{DATABASES, staged},
+};
 use crate::storage::{durable_write, fsync_dir};
 
 /// Each time this many bytes have been written, the disk is told to write them, so that the last sync is short.
@@ -26,18 +29,49 @@ const SPARE: u64 = 64 << 20;
 pub struct Incoming {
     data: PathBuf,
     folder: PathBuf,
-    file: File,
     manifest: Manifest,
-    pages: u32,
-    checksum: u64,
+    course: Course,
+    /// The database that is arriving.
+    current: Option<Arriving>,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+struct Arriving {
+    id: u32,
+    path: PathBuf,
+    file: File,
+    written: u64,
     written_back: u64,
+    checksum: u64,
+}
+
+impl Arriving {
+    fn begin(folder: &Path, id: u32) -> Result<Self, SnapshotError> {
+        let path = staged(folder, id);
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let file = file.map_err(SnapshotError::io("create", &path))?;
+        Ok(Self { id, path, file, written: 0, written_back: 0, checksum: 0 })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), SnapshotError> {
+        (&self.file).write_all(bytes).map_err(SnapshotError::io("write", &self.path))?;
+        self.written += bytes.len() as u64;
+        if self.written - self.written_back >= WRITE_BACK {
+            // Linux begins to write what is dirty in this range, and returns. An error only costs time later.
+            let (from, length) = (self.written_back as i64, (self.written - self.written_back) as i64);
+            let _ = posix_fadvise(&self.file, from, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+            self.written_back = self.written;
+        }
+        Ok(())
+    }
 }
 
 impl Incoming {
     /// Makes room for the snapshot that the manifest describes. Deletes the remains of earlier attempts.
     ///
     /// # Errors
-    /// [`SnapshotError::NoSpace`] when it does not fit beside the database, [`SnapshotError::Io`] when the disk fails.
+    /// [`SnapshotError::NoSpace`] when it does not fit beside the databases, [`SnapshotError::Io`] when the disk fails.
     pub fn begin(data: &Path, manifest: Manifest) -> Result<Self, SnapshotError> {
         install::clear(data)?;
         let space = statvfs(data).map_err(|errno| SnapshotError::io("get the free space of", data)(errno.into()))?;
@@ -47,11 +81,14 @@ impl Incoming {
             return Err(SnapshotError::NoSpace { path: data.to_owned(), needed, free });
         }
         let folder = data.join(INCOMING);
-        DirBuilder::new().mode(0o700).create(&folder).map_err(SnapshotError::io("create", &folder))?;
-        let path = folder.join(DATABASE);
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(SnapshotError::io("create", &path))?;
-        Ok(Self { data: data.to_owned(), folder, file, manifest, pages: 0, checksum: 0, written_back: 0 })
+        let create =
+            |folder: &Path| DirBuilder::new().mode(0o700).create(folder).map_err(SnapshotError::io("create", folder));
+        create(&folder)?;
+        if !manifest.service.records.is_empty() {
+            create(&folder.join(DATABASES))?;
+        }
+        let course = Course::new(&manifest);
+        Ok(Self { data: data.to_owned(), folder, manifest, course, current: None, bytes: 0 })
     }
 
     /// Frees the space of a failed attempt at once: the disk may be full. What cannot be deleted is deleted at the next
@@ -64,61 +101,77 @@ impl Incoming {
 
     /// Bytes that have arrived.
     pub fn bytes(&self) -> u64 {
-        u64::from(self.pages) * u64::from(self.manifest.record.page_size)
+        self.bytes
     }
 
-    /// Takes the next chunk. According to the sender, its checksum is `claimed`.
+    /// Size of the pages that arrive next, in bytes; none once all have arrived.
+    pub fn page_size(&mut self) -> Option<u32> {
+        self.course.current().map(|(_, record, _)| record.page_size)
+    }
+
+    /// Takes the next chunk, of the next database if the last one is complete. According to the sender, its checksum is
+    /// `claimed`.
     ///
     /// # Errors
     /// [`SnapshotError::Damaged`] when it is not the next chunk, [`SnapshotError::Io`] when it cannot be written. The
     /// attempt has failed then.
     pub fn push(&mut self, claimed: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
-        let record = self.manifest.record;
+        let Some((id, record, done)) = self.course.current() else {
+            return Err(SnapshotError::Damaged("it is longer than its databases".to_owned()));
+        };
         let page_size = record.page_size as usize;
         let count = (bytes.len() / page_size) as u32;
         if bytes.is_empty() || bytes.len() > CHUNK || !bytes.len().is_multiple_of(page_size) {
             return Err(SnapshotError::Damaged(format!("a chunk has {} bytes", bytes.len())));
         }
-        if count > record.pages - self.pages {
-            return Err(SnapshotError::Damaged(format!("it is longer than its {} pages", record.pages)));
+        if count > record.pages - done {
+            return Err(SnapshotError::Damaged(format!("database {id} is longer than its {} pages", record.pages)));
         }
-        let computed = chunk_checksum(self.pages, record.page_size, bytes);
+        let computed = chunk_checksum(done, record.page_size, bytes);
         if computed != claimed {
             return Err(SnapshotError::Damaged(format!(
-                "the {count} pages after page {} have the checksum {computed:016x}, not {claimed:016x}",
-                self.pages
+                "the {count} pages after page {done} of database {id} have the checksum {computed:016x}, not {claimed:016x}"
             )));
         }
-        let path = || self.folder.join(DATABASE);
-        (&self.file).write_all(bytes).map_err(|source| SnapshotError::io("write", &path())(source))?;
-        self.pages += count;
-        self.checksum ^= computed;
-        let written = self.bytes();
-        if written - self.written_back >= WRITE_BACK {
-            // Linux begins to write what is dirty in this range, and returns. An error only costs time later.
-            let (from, length) = (self.written_back as i64, (written - self.written_back) as i64);
-            let _ = posix_fadvise(&self.file, from, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-            self.written_back = written;
+        let mut current = match self.current.take() {
+            Some(current) if current.id == id => current,
+            _ => Arriving::begin(&self.folder, id)?,
+        };
+        current.write(bytes)?;
+        current.checksum ^= computed;
+        self.course.advance(count);
+        self.bytes += bytes.len() as u64;
+        if done + count < record.pages {
+            self.current = Some(current);
+            return Ok(());
         }
-        Ok(())
+        if current.checksum != record.checksum {
+            return Err(SnapshotError::Damaged(format!(
+                "all pages of database {id} have arrived, with the checksum {:016x} instead of {:016x}",
+                current.checksum, record.checksum
+            )));
+        }
+        current.file.sync_all().map_err(SnapshotError::io("sync", &current.path))
     }
 
     /// Verifies the whole once everything has arrived, and makes it a complete snapshot, which the next start installs.
     ///
     /// # Errors
-    /// [`SnapshotError::Damaged`] when pages are missing or the checksum is wrong, [`SnapshotError::Io`] when the disk
-    /// fails.
-    pub fn finish(self) -> Result<Manifest, SnapshotError> {
-        let Self { data, folder, file, manifest, .. } = self;
-        let record = manifest.record;
-        if (self.pages, self.checksum) != (record.pages, record.checksum) {
-            return Err(SnapshotError::Damaged(format!(
-                "{} of {} pages have arrived, with the checksum {:016x} instead of {:016x}",
-                self.pages, record.pages, self.checksum, record.checksum
-            )));
+    /// [`SnapshotError::Damaged`] when pages are missing, [`SnapshotError::Io`] when the disk fails.
+    pub fn finish(mut self) -> Result<Manifest, SnapshotError> {
+        if let Some((id, record, done)) = self.course.current() {
+            let pages = record.pages;
+            return Err(SnapshotError::Damaged(format!("{done} of {pages} pages of database {id} have arrived")));
         }
-        let path = folder.join(DATABASE);
-        file.sync_all().map_err(SnapshotError::io("sync", &path))?;
+        let Self { data, folder, manifest, .. } = self;
+        for (id, _) in manifest.contents().filter(|(_, record)| record.pages == 0) {
+            let empty = Arriving::begin(&folder, id)?;
+            empty.file.sync_all().map_err(SnapshotError::io("sync", &empty.path))?;
+        }
+        if !manifest.service.records.is_empty() {
+            let databases = folder.join(DATABASES);
+            fsync_dir(&databases).map_err(SnapshotError::io("sync", &databases))?;
+        }
         let path = folder.join(MANIFEST);
         durable_write(&path, &manifest.encode()).map_err(SnapshotError::io("write", &path))?;
         let ready = data.join(READY);
@@ -135,20 +188,24 @@ impl Incoming {
 mod tests {
     use super::*;
     use crate::storage::snapshot::{
-        Ready,
-        tests::{manifest, resting},
+        DATABASE, Ready, Resting,
+        tests::{manifest, resting, with_service},
     };
 
     fn chunks(seed: u8, pages: u32) -> (Manifest, Vec<(u64, Vec<u8>)>) {
         let (resting, ..) = resting(seed, pages, 40);
+        (manifest(resting.record(), 3), chunks_of(&resting))
+    }
+
+    fn chunks_of(resting: &Resting) -> Vec<(u64, Vec<u8>)> {
         let (mut all, mut done) = (Vec::new(), 0);
-        while done < pages {
+        while done < resting.record().pages {
             let mut bytes = Vec::new();
             let sum = resting.read(done, &mut bytes).unwrap();
             done += bytes.len() as u32 / 512;
             all.push((sum, bytes));
         }
-        (manifest(resting.record(), 3), all)
+        all
     }
 
     fn take(data: &Path, manifest: &Manifest, chunks: &[(u64, Vec<u8>)]) -> Result<Manifest, SnapshotError> {
@@ -203,6 +260,35 @@ mod tests {
         let mut wrong = good.clone();
         wrong.record.pages += 1;
         damage("another size in the manifest", &wrong, &chunks);
+    }
+
+    /// All or none: whichever of the databases is not complete.
+    #[test]
+    fn a_snapshot_of_several_databases_needs_all_of_them() {
+        let (plain, console) = chunks(1, 3000);
+        let (with, service) = with_service(plain, &[2500, 0, 3]);
+        let parts = [vec![console], service.iter().map(chunks_of).collect()].concat();
+        let whole = parts.concat();
+        assert_eq!(whole.len(), 2 + 2 + 1);
+        let data = tempfile::tempdir().unwrap();
+        assert_eq!(take(data.path(), &with, &whole).unwrap(), with);
+        let ready = data.path().join(READY);
+        for (id, chunks) in [1, 2, 3, 4].into_iter().zip(&parts) {
+            let image: Vec<u8> = chunks.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
+            assert!(fs::read(staged(&ready, id)).unwrap() == image, "database {id}");
+        }
+        assert_eq!(Ready::find(data.path()).unwrap().unwrap().manifest(), &with);
+        let refused = |what: &str, chunks: &[(u64, Vec<u8>)]| {
+            let data = tempfile::tempdir().unwrap();
+            let error = take(data.path(), &with, chunks).expect_err(what);
+            assert!(matches!(error, SnapshotError::Damaged(_)), "{what}: {error}");
+            assert!(Ready::find(data.path()).unwrap().is_none(), "{what}");
+        };
+        (0..whole.len()).for_each(|count| refused("the end is missing", &whole[..count]));
+        refused("the Console's alone", &parts[0]);
+        refused("the service's alone", &parts[1..].concat());
+        refused("one twice", &[&whole[..], &parts[3]].concat());
+        refused("another order", &[parts[0].clone(), parts[3].clone(), parts[1].clone()].concat());
     }
 
     #[test]

@@ -13,12 +13,15 @@ use std::{
 use raft::{Storage, eraftpb::HardState};
 use tracing::{info, warn};
 
-use super::{CLUSTER_KEY, ClusterKey, DATABASE, INCOMING, MANIFEST, Manifest, READY, SnapshotError};
+use super::{
+    CLUSTER_KEY, ClusterKey, DATABASE, INCOMING, MANIFEST, Manifest, READY, SnapshotError,
+    service::{bytes, known, staged},
+};
 use crate::{
     cluster::NodeId,
     storage::{
-        clear_away, durable_write, fsync_dir, is_rot, make_private_dir, membership::StoredMembership,
-        raft_log::RaftLog, tail, transaction::CONSOLE_DATABASE,
+        clear_away, durable_write, folder::places::Places, folder_of, fsync_dir, is_rot, make_private_dir,
+        membership::StoredMembership, raft_log::RaftLog, tail, transaction::CONSOLE_DATABASE,
     },
 };
 
@@ -47,14 +50,17 @@ enum Step {
 
 type Work = fn(&Ready, &RaftLog) -> Result<Step, SnapshotError>;
 
-/// In this order: the raft log may be ahead of the database, which then has less to apply, but the database must never
-/// be ahead of the raft log.
-const STEPS: [Work; 6] = [
+/// In this order: the raft log may be ahead of a database, which then has less to apply, but a database must never be
+/// ahead of the raft log. The files of all databases are in their places before the first record says so.
+const STEPS: [Work; 9] = [
+    Ready::know_all,
     Ready::fix_raft_log,
     Ready::keep_configuration,
     Ready::keep_key,
     Ready::place_database,
+    Ready::place_service,
     Ready::write_record,
+    Ready::write_service,
     Ready::tidy_away,
 ];
 
@@ -74,9 +80,12 @@ impl Ready {
             Err(error) if is_rot(&error) => Err(error.to_string()),
             Err(error) => return Err(SnapshotError::io("read", &path)(error)),
         };
-        let sound = manifest.and_then(|manifest| match fs::metadata(data.join(READY).join(DATABASE)) {
-            Ok(found) if found.len() != manifest.bytes() => Err("its database has another length".to_owned()),
-            _ => Ok(manifest), // the installation has moved it already
+        let sound = manifest.and_then(|manifest| {
+            let ready = data.join(READY);
+            // One that is not there was moved by the installation already.
+            let odd = |id, record: &_| fs::metadata(staged(&ready, id)).is_ok_and(|found| found.len() != bytes(record));
+            let odd = manifest.contents().find(|(id, record)| odd(*id, record));
+            odd.map_or(Ok(manifest), |(id, _)| Err(format!("its database {id} has another length")))
         });
         match sound {
             Ok(manifest) => Ok(Some(Self { data: data.to_owned(), manifest })),
@@ -108,8 +117,8 @@ impl Ready {
                 return Ok(false);
             }
         }
-        let record = self.manifest.record;
-        info!(index = record.index, bytes = self.manifest.bytes(), "the snapshot has become this node's database");
+        let (index, databases) = (self.manifest.record.index, self.manifest.contents().count());
+        info!(index, databases, bytes = self.manifest.bytes(), "the snapshot has become this node's database");
         Ok(true)
     }
 
@@ -139,6 +148,13 @@ impl Ready {
         if let Err(error) = durable_write(&noted, b"") {
             warn!(%error, "cannot note that the end of the raft log was kept");
         }
+    }
+
+    /// Refuses a snapshot without a database that this node knows of, before anything has changed.
+    fn know_all(&self, _: &RaftLog) -> Result<Step, SnapshotError> {
+        let Some(why) = self.manifest.lacks(&known(&self.data)?) else { return Ok(Step::Done) };
+        warn!("the fetched snapshot is thrown away: {why}");
+        Ok(Step::Useless)
     }
 
     /// Keeps entries after the snapshot if they continue it: they may have been acknowledged.
@@ -205,29 +221,48 @@ impl Ready {
     }
 
     fn place_database(&self, _: &RaftLog) -> Result<Step, SnapshotError> {
-        let (ready, folder) = (self.data.join(READY), self.data.join(FOLDER));
-        let (from, to) = (ready.join(DATABASE), folder.join(DATABASE));
+        let folder = self.data.join(FOLDER);
+        make_private_dir(&folder).map_err(SnapshotError::io("create", &folder))?;
+        self.place(CONSOLE_DATABASE, &folder.join(DATABASE), self.manifest.bytes_of(CONSOLE_DATABASE))
+    }
+
+    /// Moves the file of a database into its place.
+    fn place(&self, id: u32, to: &Path, expected: u64) -> Result<Step, SnapshotError> {
+        let from = staged(&self.data.join(READY), id);
         let place = || -> io::Result<()> {
-            make_private_dir(&folder)?;
-            match fs::rename(&from, &to) {
+            if fs::symlink_metadata(to).is_ok_and(|found| found.is_dir()) {
+                clear_away(to)?;
+            }
+            match fs::rename(&from, to) {
                 // An earlier start has moved it: nothing else does.
                 Err(error) if error.kind() == ErrorKind::NotFound && to.exists() => {}
                 result => result?,
             }
-            fsync_dir(&folder)?;
-            fsync_dir(&ready)
+            fsync_dir(folder_of(to))?;
+            fsync_dir(folder_of(&from))
         };
         place().map_err(SnapshotError::io("move into its place", &from))?;
-        let size = fs::metadata(&to).map_err(SnapshotError::io("get the size of", &to))?.len();
-        if size != self.manifest.bytes() {
-            let expected = self.manifest.bytes();
+        let size = fs::metadata(to).map_err(SnapshotError::io("get the size of", to))?.len();
+        if size != expected {
             warn!(
                 size,
                 expected,
-                "the fetched database is gone, and is fetched again: {} is the old one",
+                "the fetched database {id} is gone, and is fetched again: {} is the old one",
                 to.display()
             );
             return Ok(Step::Useless);
+        }
+        Ok(Step::Done)
+    }
+
+    fn place_service(&self, _: &RaftLog) -> Result<Step, SnapshotError> {
+        let (places, service) = (Places::of(&self.data), &self.manifest.service);
+        for (id, path) in service.catalogue.iter() {
+            places.make_room(path).map_err(SnapshotError::io("make room for", path))?;
+            let placed = self.place(id, &places.files().join(path), self.manifest.bytes_of(id))?;
+            if placed == Step::Useless {
+                return Ok(placed);
+            }
         }
         Ok(Step::Done)
     }
@@ -236,6 +271,35 @@ impl Ready {
         let path = self.data.join(FOLDER).join(RECORD);
         let written = self.manifest.record.write(&path, CONSOLE_DATABASE);
         written.map_err(SnapshotError::io("write", &path))?;
+        Ok(Step::Done)
+    }
+
+    /// The catalogue last: until then the next start knows which databases were there before, and are no more.
+    fn write_service(&self, _: &RaftLog) -> Result<Step, SnapshotError> {
+        let (places, service) = (Places::of(&self.data), &self.manifest.service);
+        let (catalogue, known) = (places.catalogue(), known(&self.data)?);
+        if service.catalogue.is_untouched() && known.is_untouched() {
+            // There is none, or one that is damaged.
+            clear_away(&catalogue).map_err(SnapshotError::io("delete", &catalogue))?;
+            return Ok(Step::Done);
+        }
+        make_private_dir(&places.records()).map_err(SnapshotError::io("create", &places.records()))?;
+        for (id, record) in &service.records {
+            let path = places.record(*id);
+            record.write(&path, *id).map_err(SnapshotError::io("write", &path))?;
+        }
+        for (id, path) in known.iter() {
+            // One of now that is in the same place, or below or above it, has replaced it already.
+            if !service.catalogue.iter().any(|(_, other)| other.starts_with(path) || path.starts_with(other)) {
+                let file = places.files().join(path);
+                clear_away(&file).map_err(SnapshotError::io("delete", &file))?;
+            }
+            if !service.records.contains_key(&id) {
+                let record = places.record(id);
+                clear_away(&record).map_err(SnapshotError::io("delete", &record))?;
+            }
+        }
+        service.catalogue.write(&catalogue).map_err(SnapshotError::io("write", &catalogue))?;
         Ok(Step::Done)
     }
 
@@ -287,10 +351,11 @@ mod tests {
         cluster::ClusterId,
         storage::{
             checkpoint::Record,
+            folder::catalogue::{Catalogue, Change},
             raft_log::{Options, RealDisk},
             snapshot::{
-                CHUNK, Incoming,
-                tests::{manifest, resting},
+                CHUNK, Course, Incoming,
+                tests::{manifest, resting, with_service},
             },
             transaction::CONSOLE_DATABASE,
         },
@@ -321,21 +386,23 @@ mod tests {
         fs::write(data.path().join(FOLDER).join(DATABASE), "an older database").unwrap();
         let record = Record { index: 9, page_size: 512, pages: 1, checksum: 5 };
         record.write(&data.path().join(FOLDER).join(RECORD), CONSOLE_DATABASE).unwrap();
-        stage(data.path());
+        stage(data.path(), &[]);
         data
     }
 
-    fn stage(data: &Path) {
+    /// Stages a snapshot whose service has databases of so many pages.
+    fn stage(data: &Path, service: &[u32]) {
         let (resting, ..) = resting(1, PAGES, INDEX);
-        let mut manifest = manifest(resting.record(), TERM);
+        let (mut manifest, service) = with_service(manifest(resting.record(), TERM), service);
         // A change of the configuration was in force when the database rested at an older index.
         (manifest.conf_index, manifest.membership_index) = (INDEX + 2, INDEX + 3);
+        let mut course = Course::new(&manifest);
         let mut incoming = Incoming::begin(data, manifest).unwrap();
-        let (mut done, mut bytes) = (0, Vec::new());
-        while done < PAGES {
-            let sum = resting.read(done, &mut bytes).unwrap();
+        let (all, mut bytes) = (std::iter::once(resting).chain(service).collect::<Vec<_>>(), Vec::new());
+        while let Some((id, _, done)) = course.current() {
+            let sum = all[id as usize - 1].read(done, &mut bytes).unwrap();
             incoming.push(sum, &bytes).unwrap();
-            done += (bytes.len() / 512) as u32;
+            course.advance((bytes.len() / 512) as u32);
         }
         incoming.finish().unwrap();
         assert!(PAGES as usize * 512 > CHUNK);
@@ -351,7 +418,31 @@ mod tests {
         conf: (ConfState, u64),
         membership: Option<StoredMembership>,
         key: Option<ClusterKey>,
+        /// The catalogue of the service; path, record and content of each of its databases.
+        service: (Catalogue, Vec<(PathBuf, Record, Vec<u8>)>),
+        /// All files of the service.
+        files: Vec<PathBuf>,
         leftovers: Vec<String>,
+    }
+
+    fn look_at_service(data: &Path) -> (Catalogue, Vec<(PathBuf, Record, Vec<u8>)>) {
+        let places = Places::of(data);
+        let catalogue = Catalogue::read(&places.catalogue()).unwrap();
+        let database = |(id, path): (u32, &Path)| {
+            let record = Record::read(&places.record(id), id).unwrap();
+            (path.to_owned(), record, fs::read(places.files().join(path)).unwrap())
+        };
+        let databases = catalogue.iter().map(database).collect();
+        (catalogue, databases)
+    }
+
+    fn files_below(folder: &Path) -> Vec<PathBuf> {
+        let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+        let paths = entries.map(|entry| entry.unwrap().path());
+        let mut files: Vec<_> =
+            paths.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect();
+        files.sort();
+        files
     }
 
     fn look(data: &Path, log: &RaftLog) -> State {
@@ -371,11 +462,20 @@ mod tests {
             conf: log.applied_conf(),
             membership: StoredMembership::read(data).unwrap(),
             key: ClusterKey::read(data).unwrap(),
+            service: look_at_service(data),
+            files: files_below(&data.join("service")),
             leftovers: names.filter(|name| name.starts_with("snapshot.")).collect(),
         }
     }
 
+    /// Starts with what is there. What it returns does not have the name of the data folder.
     fn start(data: &Path) -> State {
+        let state = begin(data);
+        let files = state.files.iter().map(|file| file.strip_prefix(data).unwrap().to_owned()).collect();
+        State { files, ..state }
+    }
+
+    fn begin(data: &Path) -> State {
         let ready = Ready::find(data).unwrap();
         let log = open_log(data);
         if let Some(ready) = ready {
@@ -414,6 +514,120 @@ mod tests {
         assert_eq!(expected.key, Some(ClusterKey(b"secret of the members".to_vec())));
         assert!(expected.leftovers.is_empty());
         expected
+    }
+
+    /// A node that has an older service: a database under another id and name, one that is no more, one that has moved,
+    /// and a link where a folder has to be.
+    fn node_with_service(last: u64) -> tempfile::TempDir {
+        let data = node(last, 2, 25, 10);
+        let places = Places::of(data.path());
+        let mut known = Catalogue::default();
+        let old = [(2, "files/2.db"), (3, "files/4.db"), (4, "gone.db"), (5, "files/3.db/gone.db")];
+        for (at, (id, path)) in (10..).zip(old) {
+            known.apply(at, id, &Change::Add(path.into())).unwrap();
+            places.make_room(Path::new(path)).unwrap();
+            fs::write(places.files().join(path), format!("an older database {id}")).unwrap();
+            make_private_dir(&places.records()).unwrap();
+            let record = Record { index: 9, page_size: 512, pages: 1, checksum: 5 };
+            record.write(&places.record(id), id).unwrap();
+        }
+        known.write(&places.catalogue()).unwrap();
+        fs::write(places.files().join("a file of the application"), "stays").unwrap();
+        stage(data.path(), &[2500, 0, 3]);
+        data
+    }
+
+    #[test]
+    fn all_databases_are_there_or_none_wherever_the_process_dies() {
+        for state in [install_with_crashes(|| node_with_service(30)), start(node_with_service(60).path())] {
+            let (catalogue, databases) = state.service;
+            assert_eq!((catalogue.changed(), catalogue.next()), (32, 5));
+            let names = ["files/2.db", "files/3.db", "files/4.db"];
+            for (((path, record, content), name), (seed, pages)) in
+                databases.into_iter().zip(names).zip([(2, 2500), (3, 0), (4, 3)])
+            {
+                let (expected, _, image) = resting(seed, pages, INDEX);
+                assert_eq!((path.as_path(), record), (Path::new(name), expected.record()));
+                assert!(content == image, "{name}");
+            }
+            let expected = [
+                "service/catalogue.json",
+                "service/checkpoints/2",
+                "service/checkpoints/3",
+                "service/checkpoints/4",
+                "service/files/a file of the application",
+                "service/files/files/2.db",
+                "service/files/files/3.db",
+                "service/files/files/4.db",
+            ];
+            assert_eq!(state.files, expected.map(PathBuf::from));
+        }
+    }
+
+    #[test]
+    fn a_link_of_the_application_leads_nowhere() {
+        let (data, elsewhere) = (node(30, 2, 25, 10), tempfile::tempdir().unwrap());
+        let files = Places::of(data.path()).files();
+        make_private_dir(&files).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), files.join("files")).unwrap();
+        stage(data.path(), &[3]);
+        start(data.path());
+        assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+        assert_eq!(look_at_service(data.path()).1.len(), 1);
+    }
+
+    #[test]
+    fn a_snapshot_that_lacks_a_database_of_this_node_changes_nothing() {
+        for (known_at, useless) in [(INDEX, true), (INDEX + 1, false)] {
+            let data = node(60, TERM, 55, 10);
+            let places = Places::of(data.path());
+            let mut known = Catalogue::default();
+            known.apply(known_at, 2, &Change::Add("kept.db".into())).unwrap();
+            places.make_room(Path::new("kept.db")).unwrap();
+            fs::write(places.files().join("kept.db"), "the only copy here").unwrap();
+            known.write(&places.catalogue()).unwrap();
+            let ready = Ready::find(data.path()).unwrap().unwrap();
+            let log = open_log(data.path());
+            let before = look(data.path(), &log);
+            assert_eq!(ready.install(&log, 3).unwrap(), !useless);
+            if useless {
+                assert_eq!(look(data.path(), &log), State { leftovers: Vec::new(), ..before });
+            } else {
+                // It was added later, and the raft log has that entry.
+                assert!(look_at_service(data.path()).0.is_untouched());
+                assert!(log.last_index() > known_at);
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_catalogue_is_replaced() {
+        for service in [&[][..], &[3]] {
+            let data = node(30, 2, 25, 10);
+            stage(data.path(), service);
+            let catalogue = Places::of(data.path()).catalogue();
+            make_private_dir(catalogue.parent().unwrap()).unwrap();
+            fs::write(&catalogue, "{").unwrap();
+            start(data.path());
+            assert_eq!(look_at_service(data.path()).1.len(), service.len());
+        }
+    }
+
+    #[test]
+    fn a_database_of_the_service_that_was_lost_is_fetched_again() {
+        let data = node_with_service(30);
+        let ready = Ready::find(data.path()).unwrap().unwrap();
+        fs::remove_file(staged(&data.path().join(READY), 4)).unwrap();
+        assert!(!ready.install(&open_log(data.path()), 3).unwrap());
+        let places = Places::of(data.path());
+        let catalogue = Catalogue::read(&places.catalogue()).unwrap();
+        assert_eq!(catalogue.changed(), 13, "the old catalogue and the old records count");
+        assert!(catalogue.iter().all(|(id, _)| Record::read(&places.record(id), id).unwrap().index == 9));
+        // One with another length is seen before anything is done.
+        let data = node_with_service(30);
+        let file = staged(&data.path().join(READY), 4);
+        File::options().write(true).open(&file).unwrap().set_len(512).unwrap();
+        assert!(Ready::find(data.path()).unwrap().is_none());
     }
 
     #[test]

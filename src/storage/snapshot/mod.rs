@@ -1,8 +1,8 @@
-//! A snapshot: the whole database of the primary at one raft index, on its way to another node.
+//! A snapshot: all databases of the primary at one raft index, on their way to another node.
 //!
-//! Owns its description (the [`Manifest`]), how it is read on the primary ([`Resting`]), how it is staged on the node
+//! Owns its description (the [`Manifest`]), how it is read on the primary ([`Whole`]), how it is staged on the node
 //! that needs it ([`Incoming`]), which pages that node has already ([`difference`]), and its installation there when
-//! the process starts ([`Ready`]). A snapshot replaces the old database only as a whole, verified and durable. It must
+//! the process starts ([`Ready`]). A snapshot replaces the old databases only as a whole, verified and durable. It must
 //! never be used in part, and never remove an entry that this node has promised to keep.
 //!
 //! In the data folder it is `snapshot.incoming` while it arrives, `snapshot.ready` once it is complete and durable, and
@@ -11,8 +11,11 @@
 pub mod difference;
 mod incoming;
 mod install;
+mod kept;
+mod service;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     fs::File,
     io,
@@ -29,14 +32,21 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
+pub(super) use self::kept::Kept;
 pub use self::{
+    difference::Own,
     incoming::Incoming,
     install::{Ready, discard},
+    service::{Course, ServicePart, known},
 };
 pub use super::checksum::CHUNK;
 use super::{
     checkpoint::Record,
     checksum::{page_checksum, read_chunk},
+    folder::{
+        catalogue::{Catalogue, LONGEST_PATH},
+        places::MOST_DATABASES,
+    },
     scrub::from_disk,
     transaction::valid_page_size,
 };
@@ -50,13 +60,15 @@ const READY: &str = "snapshot.ready";
 const DATABASE: &str = "console.db";
 const MANIFEST: &str = "manifest.json";
 /// Largest encoded manifest, in bytes.
-pub const MAX_MANIFEST: usize = 4 * MAX_ENCODED;
+pub const MAX_MANIFEST: usize = 4 * MAX_ENCODED + MOST_DATABASES * (2 * LONGEST_PATH + 256);
 /// The key that unseals the certificate authority's private key, by its path in the data folder. Only members have it.
 pub const CLUSTER_KEY: &str = "certificates/cluster.key";
 /// Longest content of [`CLUSTER_KEY`], in bytes.
 const MAX_KEY: usize = 1024;
-/// Version of the manifest that this program writes.
+/// Version of the manifest of a snapshot without a service.
 const FORMAT: u64 = 1;
+/// Version of the manifest of one with a service. Before feature level 4 no program writes it.
+const WITH_SERVICE: u64 = 2;
 
 /// Why a snapshot cannot be stored or installed.
 #[derive(Debug, Error)]
@@ -64,7 +76,7 @@ pub enum SnapshotError {
     #[error("cannot {verb} {}: {error}", path.display())]
     Io { verb: &'static str, path: PathBuf, error: io::Error },
     #[error(
-        "a snapshot of {needed} bytes does not fit beside the database: {} has {free} bytes free; free some space",
+        "a snapshot of {needed} bytes does not fit beside the databases: {} has {free} bytes free; free some space",
         path.display()
     )]
     NoSpace { path: PathBuf, needed: u64, free: u64 },
@@ -115,8 +127,10 @@ impl fmt::Debug for ClusterKey {
 /// Describes a snapshot, and has what else a node needs to go on from there.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Manifest {
-    /// The checkpoint: raft index, size and checksum of the database.
+    /// The checkpoint: raft index of all databases, size and checksum of the Console's.
     pub record: Record,
+    /// The databases of the service at that index.
+    pub service: ServicePart,
     /// Raft term of the entry at that index.
     pub term: u64,
     /// Who votes, and the raft index from which on they do. It may be above that of the database.
@@ -151,12 +165,14 @@ struct Encoded {
     #[serde(default)]
     epoch: u64,
     cluster_key: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    service: Option<service::Encoded>,
 }
 
 impl Manifest {
-    /// Bytes of the database.
+    /// Bytes of all databases.
     pub fn bytes(&self) -> u64 {
-        u64::from(self.record.pages) * u64::from(self.record.page_size)
+        self.contents().map(|(_, record)| service::bytes(&record)).sum()
     }
 
     /// True if this node has a vote according to the manifest.
@@ -170,8 +186,9 @@ impl Manifest {
     /// The manifest as JSON.
     pub fn encode(&self) -> Vec<u8> {
         let membership = serde_json::from_slice(&self.membership.encode()).unwrap_or(Value::Null);
+        let service = self.service.encode();
         let encoded = Encoded {
-            format: FORMAT,
+            format: if service.is_some() { WITH_SERVICE } else { FORMAT },
             index: self.record.index,
             term: self.term,
             page_size: self.record.page_size,
@@ -187,6 +204,7 @@ impl Manifest {
             membership_index: self.membership_index,
             epoch: self.epoch,
             cluster_key: self.cluster_key.as_ref().map(|key| STANDARD.encode(&key.0)),
+            service,
         };
         serde_json::to_vec(&encoded).unwrap_or_default()
     }
@@ -201,13 +219,19 @@ impl Manifest {
         }
         let value: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
         // The format comes first: a newer one may differ in everything else.
-        match value["format"].as_u64() {
-            Some(FORMAT) => {}
-            Some(other) => return Err(format!("format {other} is not known to this program (it knows {FORMAT})")),
+        let has_service = match value["format"].as_u64() {
+            Some(FORMAT) => false,
+            Some(WITH_SERVICE) => true,
+            Some(other) => {
+                return Err(format!("format {other} is not known to this program (it knows up to {WITH_SERVICE})"));
+            }
             None => return Err("it has no format".to_owned()),
-        }
+        };
         let found: Encoded = serde_json::from_value(value).map_err(|error| error.to_string())?;
         let Encoded { index, page_size, pages, checksum, .. } = found;
+        if has_service != found.service.is_some() {
+            return Err("its format and its content differ".to_owned());
+        }
         // The first entry of every raft log has index 2.
         if index < 2 || found.term == 0 || pages == 0 || !valid_page_size(page_size) || found.voters.is_empty() {
             return Err("it describes an impossible database".to_owned());
@@ -221,8 +245,10 @@ impl Manifest {
         if key.as_ref().is_some_and(|key| key.len() > MAX_KEY) {
             return Err("its cluster key is too long".to_owned());
         }
+        let service = found.service.map(|service| ServicePart::decode(service, index)).transpose()?;
         Ok(Self {
             record: Record { index, page_size, pages, checksum },
+            service: service.unwrap_or_default(),
             term: found.term,
             conf,
             conf_index: found.conf_index,
@@ -255,18 +281,79 @@ impl CheckpointHold {
     }
 }
 
-/// The database file of a primary while no checkpoint writes to it. Dropping this lets checkpoints go on.
+/// A database of a primary as of one raft index, while others go on writing. The Console's file stays as it is until
+/// this is dropped, as no checkpoint writes to it; that of a service's database changes, and what it had is laid aside.
 #[derive(Debug)]
 pub struct Resting {
-    // Never a duplicate: closing any descriptor of the file would drop SQLite's locks on it (POSIX).
-    file: Arc<File>,
+    source: Source,
     record: Record,
     hold: CheckpointHold,
 }
 
+#[derive(Debug)]
+enum Source {
+    // Never a duplicate: closing any descriptor of the file would drop SQLite's locks on it (POSIX).
+    File(Arc<File>),
+    Kept(Arc<Kept>),
+}
+
+/// All databases of a primary at one raft index.
+#[derive(Debug)]
+pub struct Whole {
+    /// The Console's.
+    pub console: Resting,
+    /// Which databases the service has.
+    pub catalogue: Catalogue,
+    /// Those of the service, by their ids.
+    pub service: BTreeMap<u32, Resting>,
+}
+
+impl Whole {
+    /// Of a primary whose cluster has never had a service.
+    pub fn of_console(console: Resting) -> Self {
+        Self { console, catalogue: Catalogue::default(), service: BTreeMap::new() }
+    }
+
+    /// The raft index of all.
+    pub fn index(&self) -> u64 {
+        self.console.record.index
+    }
+
+    /// What a manifest says of the service.
+    pub fn service_part(&self) -> ServicePart {
+        let records = self.service.iter().map(|(id, resting)| (*id, resting.record)).collect();
+        ServicePart { catalogue: self.catalogue.clone(), records }
+    }
+
+    /// All in the order of [`Manifest::contents`].
+    pub fn all(&self) -> impl Iterator<Item = &Resting> {
+        std::iter::once(&self.console).chain(self.service.values())
+    }
+
+    /// True once one of them may have changed: begin the snapshot again.
+    pub fn is_broken(&self) -> bool {
+        self.all().any(Resting::is_broken)
+    }
+}
+
 impl Resting {
     pub(super) fn new(file: Arc<File>, record: Record, hold: CheckpointHold) -> Self {
-        Self { file, record, hold }
+        Self { source: Source::File(file), record, hold }
+    }
+
+    /// As of what was kept, for as long as the Console's database is held.
+    pub(super) fn of_kept(kept: Arc<Kept>, record: Record, hold: CheckpointHold) -> Self {
+        Self { source: Source::Kept(kept), record, hold }
+    }
+
+    /// What keeps checkpoints from the Console's file.
+    pub(super) fn hold(&self) -> CheckpointHold {
+        self.hold.clone()
+    }
+
+    /// As of a later raft index: no entry in between concerns it, so its content is the same.
+    pub(super) fn raised(self, index: u64) -> Self {
+        Self { record: Record { index, ..self.record }, ..self }
     }
 
     /// The checkpoint at which the file rests.
@@ -276,7 +363,7 @@ impl Resting {
 
     /// True once the file may have changed: begin the snapshot again.
     pub fn is_broken(&self) -> bool {
-        self.hold.is_broken()
+        self.hold.is_broken() || matches!(&self.source, Source::Kept(kept) if kept.is_broken())
     }
 
     /// Reads the next pages after page `done`: at most [`CHUNK`] bytes, none at the end. Returns the XOR of their
@@ -286,7 +373,10 @@ impl Resting {
     /// When the file cannot be read. `Interrupted` once the hold is broken: what was read is useless.
     pub fn read(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<u64> {
         let Record { page_size, pages, .. } = self.record;
-        read_chunk(&self.file, page_size, pages, done, bytes)?;
+        match &self.source {
+            Source::File(file) => read_chunk(file, page_size, pages, done, bytes)?,
+            Source::Kept(kept) => kept.read_chunk(done, bytes)?,
+        }
         // After the read: a checkpoint breaks the hold before it writes.
         if self.is_broken() {
             return Err(io::Error::new(
@@ -303,7 +393,11 @@ impl Resting {
     /// See [`Self::read`].
     pub fn read_from_disk(&self, done: u32, bytes: &mut Vec<u8>) -> io::Result<u64> {
         let page_size = self.record.page_size;
-        from_disk(&self.file, page_size, done, CHUNK as u32 / page_size, || self.read(done, bytes))
+        let file = match &self.source {
+            Source::File(file) => file,
+            Source::Kept(kept) => kept.file(),
+        };
+        from_disk(file, page_size, done, CHUNK as u32 / page_size, || self.read(done, bytes))
     }
 }
 
@@ -318,7 +412,10 @@ pub(crate) mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
-    use crate::cluster::{ClusterId, Member};
+    use crate::{
+        cluster::{ClusterId, Member},
+        storage::folder::catalogue::Change,
+    };
 
     /// A database of `pages` pages of 512 bytes, the same for the same seed, at a raft index.
     pub fn resting(seed: u8, pages: u32, index: u64) -> (Resting, CheckpointHold, Vec<u8>) {
@@ -335,6 +432,7 @@ pub(crate) mod tests {
         let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
         Manifest {
             record,
+            service: ServicePart::default(),
             term,
             conf: ConfState { voters: vec![1, 2], learners: vec![3], ..ConfState::default() },
             conf_index: record.index,
@@ -343,6 +441,20 @@ pub(crate) mod tests {
             epoch: term + 1,
             cluster_key: Some(ClusterKey(b"secret of the members".to_vec())),
         }
+    }
+
+    /// Adds the databases of a service, of so many pages each, and says what they are.
+    pub fn with_service(plain: Manifest, pages: &[u32]) -> (Manifest, Vec<Resting>) {
+        let index = plain.record.index;
+        let (mut service, mut databases) = (ServicePart::default(), Vec::new());
+        for (id, pages) in (2..).zip(pages) {
+            let path = format!("files/{id}.db").into();
+            service.catalogue.apply(index - 12 + u64::from(id), id, &Change::Add(path)).unwrap();
+            let (resting, ..) = resting(id as u8, *pages, index);
+            service.records.insert(id, resting.record());
+            databases.push(resting);
+        }
+        (Manifest { service, ..plain }, databases)
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod modes;
 mod refusals;
+mod whole;
 mod workload;
 
 use std::{

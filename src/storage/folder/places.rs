@@ -1,0 +1,84 @@
+//! Where the parts of a service's folder lie, below `DATA_FOLDER/service`: the names of `files`, `checkpoints`, `spill`
+//! and `catalogue.json`, and how a file of `files` is reached. Must never follow a link: an application may have made
+//! it.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::OFlags;
+
+use super::backing::Backing;
+use crate::storage::{clear_away, make_private_dir};
+
+/// The folder of a service, in the data folder.
+pub const FOLDER: &str = "service";
+/// Databases of one folder.
+pub const MOST_DATABASES: usize = 256;
+
+/// The places of one service.
+#[derive(Clone, Debug)]
+pub(in crate::storage) struct Places {
+    pub root: PathBuf,
+}
+
+impl Places {
+    /// Those in a data folder.
+    pub fn of(data: &Path) -> Self {
+        Self { root: data.join(FOLDER) }
+    }
+
+    /// The folder that is served, and that all members have.
+    pub fn files(&self) -> PathBuf {
+        self.root.join("files")
+    }
+
+    /// Which databases there are.
+    pub fn catalogue(&self) -> PathBuf {
+        self.root.join("catalogue.json")
+    }
+
+    /// The folder of the checkpoint records.
+    pub fn records(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
+    /// The checkpoint record of a database.
+    pub fn record(&self, id: u32) -> PathBuf {
+        self.records().join(id.to_string())
+    }
+
+    /// The folder of what does not fit into memory.
+    pub fn spill(&self) -> PathBuf {
+        self.root.join("spill")
+    }
+
+    /// Opens the file of a database to be read.
+    ///
+    /// # Errors
+    /// When it is not there, is not reached without a link, or cannot be opened.
+    pub fn open(&self, path: &Path) -> io::Result<File> {
+        Ok(Backing::open(&self.files())?.open_file(path, OFlags::RDONLY)?)
+    }
+
+    /// Makes the folders that a database lies in. What is in their way is no folder, or a link, and is removed.
+    ///
+    /// # Errors
+    /// When the disk fails or is full.
+    pub fn make_room(&self, path: &Path) -> io::Result<()> {
+        let files = self.files();
+        make_private_dir(&files)?;
+        let mut folders: Vec<_> = path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()).collect();
+        folders.reverse();
+        for folder in folders {
+            let folder = files.join(folder);
+            if fs::symlink_metadata(&folder).is_ok_and(|found| !found.is_dir()) {
+                clear_away(&folder)?;
+            }
+            make_private_dir(&folder)?;
+        }
+        Ok(())
+    }
+}
