@@ -209,7 +209,7 @@ mod tests {
             (changed(0, 0x40), "a part of something"),
             (changed(0, 0x01), "a kind that no Defender sends"),
             (changed(1, 0x80), "no mask"),
-            (sent(text, &[b'a'; MOST + 1]), "more than 70000 bytes"),
+            (sent(text, &vec![b'a'; MOST + 1]), "more than 70000 bytes"),
             (sent(OpCode::Control(Control::Ping), &[b'a'; CONTROL + 1]), "more than 125 bytes"),
             (sent(text, b"\xff"), "utf-8"),
         ] {

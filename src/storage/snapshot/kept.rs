@@ -178,7 +178,7 @@ mod tests {
                 file.set_len(size).unwrap();
                 // Behind what it had: of no interest.
                 kept.before_change(u64::from(PAGES) * 512, 1 << 20);
-                file.write_all_at(&[9; 1 << 20], u64::from(PAGES) * 512).unwrap();
+                file.write_all_at(&vec![9; 1 << 20], u64::from(PAGES) * 512).unwrap();
             }
         });
         let while_it_changes = read(&resting).unwrap();
