@@ -39,18 +39,20 @@ ticks() {
     done
     echo "$sum"
 }
-# Resident memory in KiB.
+# Resident memory in KiB. The guard is the same program: what both have of its file is in memory once.
 resident() {
-    local sum=0 pid
-    for pid in "$1" $(pgrep -P "$1"); do
-        sum=$((sum + $(awk '/^VmRSS:/ {print $2}' "/proc/$pid/status")))
+    local sum pid
+    sum=$(awk '/^VmRSS:/ {print $2}' "/proc/$1/status")
+    for pid in $(pgrep -P "$1"); do
+        sum=$((sum + $(awk '/^Rss(Anon|Shmem):/ {sum += $2} END {print sum}' "/proc/$pid/status")))
     done
     echo "$sum"
 }
 
 # The three daemons are the children of dev.
 mapfile -t nodes < <(pgrep -P "$dev")
-sleep 2
+# Longer than a login keeps its memory (src/console/password.rs).
+sleep 12
 before=()
 for pid in "${nodes[@]}"; do
     before+=("$(ticks "$pid")")

@@ -2,9 +2,9 @@
 //! never on a thread that serves requests.
 
 use std::{
-    collections::HashSet,
+    collections::{HashSet, VecDeque},
     io,
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::Duration,
 };
@@ -29,6 +29,11 @@ use crate::{mutex::locked, scheduling};
 const AT_ONCE: usize = 2;
 /// Largest memory of a hash, in KiB: a restored database may ask for anything.
 const LARGEST: usize = 64 << 10;
+/// How long a thread keeps its memory for the next hash.
+const KEPT: Duration = Duration::from_secs(10);
+/// Blocks that are reserved, of 1 KiB. Memory of more than 32 MiB goes back to the system as soon as it is freed
+/// (`M_MMAP_THRESHOLD` in mallopt(3)), and what is not used of it takes none.
+const RESERVED: usize = 33 << 10;
 /// Hashes that may be handed to the threads: those of one Console, and of the one before it that ends.
 const HANDED_OVER: usize = 2 * AT_ONCE;
 /// Requests that may wait for their turn; more are refused.
@@ -96,7 +101,7 @@ fn is_easy(name: &str, password: &str) -> bool {
     left.chars().count() < LEFT.0 || different.len() < LEFT.1
 }
 
-/// What a hash is computed in. Each thread keeps its own: the allocator would give 19 MiB back late or never.
+/// What a hash is computed in. Each thread has its own, and keeps it while there are logins.
 type Memory = Vec<Block>;
 type Job = Box<dyn FnOnce(&mut Memory) + Send>;
 
@@ -113,6 +118,7 @@ fn derive(
         return Err(password_hash::Error::OutOfMemory);
     }
     if memory.len() < blocks {
+        memory.reserve(RESERVED.max(blocks) - memory.len());
         memory.resize(blocks, Block::new());
     }
     Ok(argon2.hash_password_into_with_memory(password.as_bytes(), salt, out, &mut memory[..blocks])?)
@@ -148,34 +154,65 @@ fn belongs(memory: &mut Memory, password: &str, stored: &str) -> password_hash::
     Ok(Output::new(&out)? == *hash)
 }
 
+/// What the threads have to do.
+#[derive(Default)]
+struct Queue {
+    jobs: Mutex<VecDeque<Job>>,
+    filled: Condvar,
+}
+
+impl Queue {
+    /// Waits for the next job. Frees the memory if there is none for [`KEPT`].
+    fn next(&self, memory: &mut Memory) -> Job {
+        let mut jobs = locked(&self.jobs);
+        loop {
+            if let Some(job) = jobs.pop_front() {
+                return job;
+            }
+            if memory.is_empty() {
+                jobs = self.filled.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let (again, waited) = self.filled.wait_timeout(jobs, KEPT).unwrap_or_else(PoisonError::into_inner);
+            jobs = again;
+            if waited.timed_out() {
+                *memory = Memory::new();
+            }
+        }
+    }
+}
+
 /// Gives a hash to one of the threads for it, which live as long as the process: they have its memory and their own
 /// priority.
 fn hand_over(job: Job) -> io::Result<()> {
-    static THREADS: Mutex<Option<mpsc::SyncSender<Job>>> = Mutex::new(None);
+    static THREADS: Mutex<Option<Arc<Queue>>> = Mutex::new(None);
     let mut threads = locked(&THREADS);
-    let sender = match &*threads {
-        Some(sender) => sender,
+    let queue = match &*threads {
+        Some(queue) => queue,
         None => {
-            let (sender, jobs) = mpsc::sync_channel::<Job>(HANDED_OVER);
-            let jobs = Arc::new(Mutex::new(jobs));
+            let queue = Arc::<Queue>::default();
             for _ in 0..AT_ONCE {
-                let jobs = Arc::clone(&jobs);
-                let next = move || locked(&jobs).recv();
+                let queue = Arc::clone(&queue);
                 let work = move || {
                     // Logins must never cost the role.
                     scheduling::leisurely();
                     let mut memory = Memory::new();
-                    while let Ok(job) = next() {
-                        job(&mut memory);
+                    loop {
+                        queue.next(&mut memory)(&mut memory);
                     }
                 };
                 thread::Builder::new().name("password".to_owned()).spawn(work)?;
             }
-            threads.insert(sender)
+            threads.insert(queue)
         }
     };
-    // The threads do not end while there is a sender.
-    sender.try_send(job).map_err(|_| io::ErrorKind::WouldBlock.into())
+    let mut jobs = locked(&queue.jobs);
+    if jobs.len() == HANDED_OVER {
+        return Err(io::ErrorKind::WouldBlock.into());
+    }
+    jobs.push_back(job);
+    queue.filled.notify_one();
+    Ok(())
 }
 
 /// Computes and checks password hashes.
