@@ -235,7 +235,12 @@ impl Cluster {
 
     /// Waits for a condition; the test fails with the last picture of the cluster if it does not come.
     pub fn wait_for(&self, what: &str, condition: impl Fn(&[Option<Status>]) -> bool) {
-        let deadline = Instant::now() + LIMIT;
+        self.wait_within(LIMIT, what, condition);
+    }
+
+    /// The same with another limit, for what takes longer the more there is of it.
+    pub fn wait_within(&self, limit: Duration, what: &str, condition: impl Fn(&[Option<Status>]) -> bool) {
+        let deadline = Instant::now() + limit;
         loop {
             let statuses = self.statuses();
             if condition(&statuses) {
@@ -243,7 +248,7 @@ impl Cluster {
             }
             if Instant::now() > deadline {
                 self.show_logs();
-                panic!("{what}: not within {} s; the nodes say {:#?}", LIMIT.as_secs(), summary(&statuses));
+                panic!("{what}: not within {} s; the nodes say {:#?}", limit.as_secs(), summary(&statuses));
             }
             thread::sleep(Duration::from_millis(20));
         }

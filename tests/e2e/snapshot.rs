@@ -12,7 +12,7 @@ use twistlock_ha::{cluster::Role, node::Status};
 
 use super::{
     WRITERS, alone,
-    cluster::{Cluster, FROZEN, LEASE_LOST},
+    cluster::{Cluster, FROZEN, LEASE_LOST, LIMIT},
     damage::MENDED,
     databases::checkpointed,
     writers::Writers,
@@ -49,6 +49,11 @@ fn behind() -> (Cluster, Writers, usize) {
     cluster.wait_for("a raft log beyond its limit", |_| (0..3).filter(|node| *node != away).all(let_go));
     wait_size(&cluster, mebibytes("SNAPSHOT_MIB", 0) << 20);
     (cluster, writers, away)
+}
+
+/// How long a database of so many bytes may be on its way: a slow disk that others use as well takes 8 MiB a second.
+fn limit(bytes: u64) -> Duration {
+    LIMIT + Duration::from_secs(bytes >> 23)
 }
 
 fn database(cluster: &Cluster, node: usize) -> PathBuf {
@@ -125,7 +130,7 @@ fn miss_a_hundredth(cluster: &Cluster, writers: &mut Writers, away: usize) {
         cluster.signal(away, Signal::SIGKILL);
         std::fs::write(record, "").unwrap();
     });
-    cluster.wait_for("the installation of what was missing", |_| installed(cluster, away) > earlier);
+    cluster.wait_within(limit(before), "the installation of what was missing", |_| installed(cluster, away) > earlier);
     cluster.wait_healthy();
     let [bytes, unchanged, ms] = fetched(cluster, away);
     // A tag of 8 bytes for each page that it had.
@@ -177,7 +182,8 @@ fn timed_a_member_beyond_the_raft_log_gets_the_whole_database() {
     let pid = cluster.node(away).pid;
     cluster.signal(away, Signal::SIGCONT);
     let start = Instant::now();
-    cluster.wait_for("the installation of a snapshot", |_| installed(&cluster, away) > 0);
+    let size = std::fs::metadata(database(&cluster, cluster.primary())).unwrap().len();
+    cluster.wait_within(limit(size), "the installation of a snapshot", |_| installed(&cluster, away) > 0);
     cluster.wait_healthy();
     println!("snapshot: back after {} ms", start.elapsed().as_millis());
     assert_eq!(cluster.node(away).pid, pid, "it begins again as the same process");
