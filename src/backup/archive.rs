@@ -6,6 +6,7 @@ use std::{
     fs::File,
     io::{self, BufReader, BufWriter, Read, Write},
     path::Path,
+    time::Duration,
 };
 
 use data_encoding::HEXLOWER;
@@ -19,6 +20,7 @@ use super::{
 };
 use crate::storage::{
     checkpoint::Record,
+    pacer::{PacedFile, Pacer},
     snapshot::{CHUNK, chunk_checksum},
     transaction::valid_page_size,
 };
@@ -115,20 +117,21 @@ impl Digest {
 
 /// Where the compressed archive goes.
 enum Sink {
-    Plain(BufWriter<File>),
-    Sealed(Box<Sealer<BufWriter<File>>>),
+    Plain(BufWriter<PacedFile>),
+    Sealed(Box<Sealer<BufWriter<PacedFile>>>),
 }
 
 impl Sink {
     fn new(file: File, secret: Option<&Secret>) -> io::Result<Self> {
-        let file = BufWriter::new(file);
+        // Without rests: whoever reads what is packed takes them.
+        let file = BufWriter::new(PacedFile::new(file, Pacer::new(Duration::ZERO)));
         Ok(match secret {
             None => Self::Plain(file),
             Some(secret) => Self::Sealed(Box::new(Sealer::new(file, secret)?)),
         })
     }
 
-    fn finish(self) -> io::Result<File> {
+    fn finish(self) -> io::Result<PacedFile> {
         let file = match self {
             Self::Plain(file) => file,
             Self::Sealed(sealer) => sealer.finish()?,

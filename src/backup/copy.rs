@@ -5,6 +5,7 @@
 use std::{
     fs::File,
     io::{self, ErrorKind},
+    ops::Range,
     os::unix::fs::FileExt,
     path::PathBuf,
     sync::Arc,
@@ -19,6 +20,7 @@ use crate::{
     storage::{
         checkpoint::Record,
         online_copy::{CopyError, FinishedCopy, OnlineCopy, checksum},
+        pacer::{self, Pacer},
     },
 };
 
@@ -28,8 +30,6 @@ const TRIES: u32 = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 /// How often pages that have changed are read again before the copy is given up.
 const PASSES: u32 = 100;
-/// Whenever this many bytes were written, the disk is set to work, and they leave the page cache.
-const WRITE_BACK: u64 = 8 << 20;
 /// Longest pause after one piece of work.
 const LONGEST_REST: Duration = Duration::from_millis(250);
 
@@ -190,22 +190,32 @@ fn write_last(finished: &FinishedCopy, file: &File) -> io::Result<Record> {
 struct Output<'a> {
     file: &'a File,
     page_size: u64,
+    /// Without rests: whoever copies takes them ([`Pace`]).
+    pacer: Pacer,
+    /// Bytes that the disk does not have yet, and what they are among.
     pending: u64,
+    among: Range<u64>,
 }
 
 impl<'a> Output<'a> {
     fn new(file: &'a File, page_size: u32) -> Self {
-        Self { file, page_size: u64::from(page_size), pending: 0 }
+        let (pacer, among) = (Pacer::new(Duration::ZERO), u64::MAX..0);
+        Self { file, page_size: u64::from(page_size), pacer, pending: 0, among }
     }
 
     /// Writes pages from this number on.
     fn write(&mut self, number: u32, pages: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(pages, u64::from(number - 1) * self.page_size)?;
-        self.pending += pages.len() as u64;
-        if self.pending >= WRITE_BACK {
+        let (from, bytes) = (u64::from(number - 1) * self.page_size, pages.len() as u64);
+        self.file.write_all_at(pages, from)?;
+        self.pending += bytes;
+        self.among = self.among.start.min(from)..self.among.end.max(from + bytes);
+        if self.pending >= pacer::LARGEST {
             self.pending = 0;
-            // Linux begins to write what is dirty and returns. An error costs time later, and no more.
-            let _ = posix_fadvise(self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+            let Range { start, end } = std::mem::replace(&mut self.among, u64::MAX..0);
+            self.pacer.write_back(self.file, start..end)?;
+            // What the disk has leaves the page cache. An error costs memory, and no more.
+            let (at, length) = (start as i64, (end - start) as i64);
+            let _ = posix_fadvise(self.file, at, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{Backup, BackupError, BackupId, Kind};
 use crate::{
     cluster::NodeId,
-    storage::{fsync_dir, make_private_dir},
+    storage::{fsync_dir, make_private_dir, pacer},
 };
 
 /// Most backups that are read from a folder.
@@ -173,7 +173,7 @@ impl Folder {
     /// Deletes a backup, durably.
     pub fn delete(&self, id: &BackupId) -> Result<(), BackupError> {
         let path = self.find(id)?;
-        fs::remove_file(&path).and_then(|()| fsync_dir(&self.path)).map_err(BackupError::io("delete", &path))
+        pacer::remove(&path).map_err(BackupError::io("delete", &path))
     }
 
     /// True while another member that shares the folder makes a backup in it.

@@ -5,6 +5,7 @@ use std::{
     io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use sqlx::{ConnectOptions, Connection, sqlite::SqliteConnectOptions};
@@ -27,14 +28,13 @@ use crate::{
     events::{self, Event, Scope, Severity},
     node::Warning,
     scheduling,
+    storage::pacer::{self, PacedFile, Pacer},
     telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS},
 };
 
 /// Names in the workshop.
 const COPY: &str = "copy.db";
 const ARCHIVE: &str = "archive";
-/// Bytes of an unpacked database that may wait to be written to the disk.
-const WRITTEN_AT_ONCE: usize = 8 << 20;
 /// Pieces in which the copy is packed, in bytes.
 const PIECE: u64 = 1 << 20;
 
@@ -217,6 +217,7 @@ impl Backups {
         }
         let length = std::fs::metadata(&to).map_err(BackupError::io("look at", &to))?.len();
         self.folder.publish(&to, id)?;
+        pacer::remove(&from).map_err(BackupError::io("delete", &from))?;
         Ok(format!(
             "{length} bytes of the database of {} at raft index {} ({} bytes)",
             manifest.node,
@@ -239,25 +240,21 @@ impl Backups {
             // A lost key must not block a backup that was never encrypted.
             let secret = if sealed { all.secret()? } else { None };
             let to = workshop.join(COPY);
-            let mut file = create(&to)?;
+            // Without rests: those after each piece are enough.
+            let mut file = PacedFile::new(create(&to)?, Pacer::new(Duration::ZERO));
             let accept = |manifest: &Manifest| {
                 accept(manifest)?;
                 unpacking.step("reads the backup", manifest.bytes());
                 all.folder.check_space(manifest.bytes())
             };
-            let (mut pace, mut unwritten) = (Pace::new(), 0);
+            let mut pace = Pace::new();
             let manifest = archive::read(&path, sealed, secret.as_ref(), accept, |chunk| {
                 io::Write::write_all(&mut file, chunk).map_err(BackupError::io("write", &to))?;
                 unpacking.advance(chunk.len() as u64);
-                unwritten += chunk.len();
-                // Little by little: a lot of it at once would keep the raft log's syncs waiting.
-                if unwritten >= WRITTEN_AT_ONCE {
-                    unwritten = 0;
-                    file.sync_data().map_err(BackupError::io("write", &to))?;
-                    pace.rest();
-                }
+                pace.rest();
                 Ok(())
             })?;
+            file.sync_all().map_err(BackupError::io("write", &to))?;
             Ok((manifest, workshop))
         })
         .await?;

@@ -12,10 +12,13 @@ use std::{
     io::{self, ErrorKind},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use super::{
+    pacer::Pacer,
     replace_file,
+    vfs::write_back,
     watch::{Act, Place, run},
 };
 use crate::little_endian::{u32_at, u64_at};
@@ -115,7 +118,15 @@ pub struct Saved {
 impl Saving {
     /// Syncs the file, then writes the record.
     pub fn save(self) -> Saved {
-        let synced = run(Place::Database, Act::Sync, || self.file.sync_all());
+        self.save_paced(Pacer::new(Duration::ZERO))
+    }
+
+    /// As [`Self::save`], at this pace.
+    pub fn save_paced(self, mut pacer: Pacer) -> Saved {
+        let bytes = u64::from(self.record.pages) * u64::from(self.record.page_size);
+        let sync = |work: &dyn Fn() -> io::Result<()>| run(Place::Database, Act::Sync, work);
+        let paced = pacer.in_steps(0..bytes, |from, bytes| sync(&|| write_back(&self.file, from, bytes)));
+        let synced = paced.and_then(|()| sync(&|| self.file.sync_all()));
         let written = if synced.is_ok() { self.record.write(&self.path, self.database) } else { Ok(()) };
         Saved { database: self.database, record: self.record, synced, written }
     }

@@ -14,6 +14,7 @@ pub mod gate;
 pub mod membership;
 pub mod memory;
 pub mod online_copy;
+pub mod pacer;
 mod parts;
 pub mod raft_log;
 pub mod replica;

@@ -3,13 +3,14 @@
 //!
 //! It opens only databases that have a live [`Gate`], shows the gate every write to the `-wal` file, lets only our own
 //! checkpoints write to the database file, and refuses whatever would bypass the raft log: leaving WAL mode, rollback
-//! journals, attached files. This is the only `unsafe` code of the program. Must never decide anything about
+//! journals, attached files. This folder has the only `unsafe` code of the program. Must never decide anything about
 //! transactions.
 //!
 //! - `vfs.rs`: registration and the file system calls
 //! - `vfs/file.rs`: the calls on an open file
 //! - `vfs/connection.rs`: the few SQLite connections that we hold ourselves
 //! - `vfs/replace.rs`: replaces the whole database at once, for a restore
+//! - `vfs/range.rs`: has the disk write a part of a file, which is no business of SQLite but needs `unsafe`
 
 use std::{
     collections::HashMap,
@@ -30,9 +31,11 @@ use crate::mutex::locked;
 
 mod connection;
 mod file;
+mod range;
 mod replace;
 
 pub(super) use connection::{Checkpointer, initial_image};
+pub(super) use range::write_back;
 pub(super) use replace::replace;
 
 /// Name under which SQLite knows the VFS.

@@ -73,6 +73,11 @@ impl Checkpoints {
         self.saver.is_busy()
     }
 
+    /// Has what is being saved take no more rests: somebody waits for it.
+    pub fn hurry(&self) {
+        self.saver.hurry();
+    }
+
     /// True if the disk is full, by the last [`Self::note_full`].
     pub fn is_full(&self) -> bool {
         self.full

@@ -435,6 +435,7 @@ impl Thread {
     /// Waits until the saver is free, for as long as its disk takes.
     fn wait_for_saver(&mut self) {
         while self.checkpoints.is_saving() {
+            self.checkpoints.hurry();
             let shared = Arc::clone(&self.shared);
             let unsaved = |state: &mut super::State| state.mailbox.saved.is_none();
             drop(shared.changed.wait_while(shared.lock(), unsaved).unwrap_or_else(PoisonError::into_inner));

@@ -10,6 +10,7 @@ use std::{
         Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use raft::{
@@ -17,7 +18,7 @@ use raft::{
     eraftpb::{Entry, HardState},
 };
 
-use crate::mutex::locked;
+use crate::{mutex::locked, storage::pacer};
 
 use super::{
     LogError, Recovered,
@@ -115,6 +116,8 @@ pub struct Shared {
     /// Ends of what has been written and of what has been synced: [`Position`]s.
     pub written: AtomicU64,
     pub durable: AtomicU64,
+    /// Somebody waits for the segment that is being made.
+    pub hurry: Arc<AtomicBool>,
     /// Segments were taken: there is work for the helper.
     pub wanted: AtomicBool,
     /// The last attempt to make a segment found no space.
@@ -156,12 +159,21 @@ impl Shared {
         result
     }
 
-    /// Makes sure that `count` segments are ready. Of several callers one does the work, and each goes on when there
-    /// are enough.
+    /// Makes sure that `count` segments are ready, for somebody who waits. Of several callers one does the work, and
+    /// each goes on when there are enough.
     ///
     /// # Errors
     /// [`LogError::Full`] changes nothing: try again. Any other error poisons the log.
     pub fn prepare(&self, count: usize) -> Result<(), LogError> {
+        self.make(count, true)
+    }
+
+    /// As [`Self::prepare`], before anybody needs them.
+    pub fn prepare_ahead(&self) -> Result<(), LogError> {
+        self.make(AHEAD, false)
+    }
+
+    fn make(&self, count: usize, urgent: bool) -> Result<(), LogError> {
         loop {
             self.check_poison()?;
             let mut supply = locked(&self.supply);
@@ -169,11 +181,15 @@ impl Shared {
                 return Ok(());
             }
             let Some(job) = supply.begin() else {
+                if urgent {
+                    self.hurry.store(true, Ordering::Relaxed);
+                }
                 drop(self.made.wait(supply).unwrap_or_else(PoisonError::into_inner));
                 continue;
             };
+            self.hurry.store(urgent || supply.ready() == 0, Ordering::Relaxed);
             drop(supply);
-            let made = job.run();
+            let made = job.run(&self.hurry);
             let result = self.supplied(|supply| supply.finish(made));
             self.full.store(matches!(result, Err(LogError::Full { .. })), Ordering::Relaxed);
             self.made.notify_all();
@@ -328,12 +344,14 @@ impl Shared {
         // In order: a segment must not be on disk while the one before it is not.
         for segment in segments {
             let path = || segment_path(&self.dir, segment.sequence);
+            let begun = Instant::now();
             segment.file.sync_data().map_err(|error| self.fail(LogError::io("sync", &path())(error)))?;
+            pacer::log_synced(begun.elapsed());
         }
         self.durable.store(target.0, Ordering::Release);
         drop(guard);
         if !self.helper && target.sequence() > durable.sequence() {
-            match self.prepare(AHEAD) {
+            match self.prepare_ahead() {
                 Err(LogError::Full { .. }) => {}
                 result => result?,
             }

@@ -47,7 +47,7 @@ pub use self::{
     retained::RetainedTail,
 };
 use self::{
-    engine::{AHEAD, Cache, RESERVE, Shared, State, Writer, plain},
+    engine::{Cache, RESERVE, Shared, State, Writer, plain},
     record::{Kind, Position, Record, Start},
     recovery::Contents,
     segment::{FIRST, Names, Supply, segment_path},
@@ -235,6 +235,7 @@ impl RaftLog {
             retiring: Mutex::new(()),
             written: AtomicU64::new(found.end.0),
             durable: AtomicU64::new(found.end.0),
+            hurry: Arc::default(),
             wanted: AtomicBool::new(false),
             full: AtomicBool::new(false),
             poison: OnceLock::new(),
@@ -483,7 +484,7 @@ fn is_no_folder(error: &io::Error) -> bool {
 /// Writes the first batch of a new log.
 fn create(dir: &Path, found: &mut recovery::Found, supply: &mut Supply, initial: ConfState) -> Result<(), LogError> {
     let job = supply.begin().expect("nobody else uses the supply yet");
-    supply.finish(job.run())?;
+    supply.finish(job.run(&Arc::new(AtomicBool::new(true))))?;
     let segment = supply.take().expect("one segment was made");
     let hard = record::hard_state(1, 0, 1);
     let start = Start { previous: Position(0), hard: hard.clone(), conf_index: ORIGIN, conf: initial.clone() };
@@ -522,7 +523,7 @@ fn prepare_ahead(shared: &Shared, queue: &Receiver<()>) {
         if shared.poison.get().is_some() {
             return;
         }
-        match shared.prepare(AHEAD) {
+        match shared.prepare_ahead() {
             Ok(()) => warned = false,
             // This is tried again until there is space; one warning is enough.
             Err(LogError::Full { .. }) if warned => {}

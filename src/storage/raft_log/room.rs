@@ -8,12 +8,7 @@ use std::sync::atomic::Ordering;
 
 use crate::mutex::locked;
 
-use super::{
-    RaftLog,
-    engine::{AHEAD, RESERVE},
-    record::space,
-    segment::FIRST,
-};
+use super::{RaftLog, engine::RESERVE, record::space, segment::FIRST};
 
 /// Bytes left free in every segment for hundreds of votes and epochs, so that a node whose disk is full still takes
 /// part in elections.
@@ -41,6 +36,7 @@ impl RaftLog {
         }
         let fits = self.segments_for(payloads) <= locked(&self.core.shared.supply).ready();
         if !fits && !self.is_full() {
+            self.core.shared.hurry.store(true, Ordering::Relaxed);
             self.retry();
         }
         fits
@@ -85,7 +81,7 @@ impl RaftLog {
             }
             None => {
                 // `is_full` has the result; anything worse poisons the log.
-                let _ = self.core.shared.prepare(AHEAD);
+                let _ = self.core.shared.prepare_ahead();
             }
         }
     }

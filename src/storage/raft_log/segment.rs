@@ -13,7 +13,8 @@ use std::{
     collections::VecDeque,
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
 use super::{
@@ -24,7 +25,10 @@ use super::{
 use crate::{
     cluster::ClusterId,
     little_endian::{u32_at, u64_at},
-    storage::is_full,
+    storage::{
+        is_full,
+        pacer::{LARGEST, Pacer},
+    },
 };
 
 /// Offset of the first record, in bytes: the page with the header is never written again.
@@ -34,8 +38,8 @@ const MAGIC: &[u8; 8] = b"TWLKRAFT";
 const VERSION: u32 = 1;
 /// Unused files that are kept for later segments; further ones are removed.
 const SPARES: usize = 2;
-/// A new file is filled and synced in steps of this many bytes, so that commits do not queue behind a large flush.
-const FILL: usize = 1 << 20;
+/// How much longer a new segment may take for the sake of those who commit, if nobody waits for it.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// One file of the log.
 pub struct Segment {
@@ -156,17 +160,17 @@ struct Files {
 }
 
 impl Files {
-    /// Makes a new file of full size. Its bytes are really written: space that is only reserved costs extra at each
-    /// sync.
-    fn fill(&self) -> Result<(PathBuf, Box<dyn DiskFile>), LogError> {
+    /// Makes a new file of full size, at this pace. Its bytes are really written: space that is only reserved costs
+    /// extra at each sync.
+    fn fill(&self, mut pacer: Pacer) -> Result<(PathBuf, Box<dyn DiskFile>), LogError> {
         let path = self.dir.join("unfinished");
-        let fill = || -> io::Result<Box<dyn DiskFile>> {
+        let mut fill = || -> io::Result<Box<dyn DiskFile>> {
             let file = self.disk.create(&path)?;
-            let zeros = vec![0; FILL.min(self.size)];
-            for offset in (0..self.size).step_by(FILL) {
-                file.write_at(&zeros[..zeros.len().min(self.size - offset)], offset as u64)?;
-                file.sync_data()?;
-            }
+            let zeros = vec![0; self.size.min(LARGEST as usize)];
+            pacer.in_steps(0..self.size as u64, |from, bytes| {
+                file.write_at(&zeros[..bytes as usize], from)?;
+                file.sync_data()
+            })?;
             Ok(file)
         };
         match fill() {
@@ -205,13 +209,14 @@ pub struct Job {
 }
 
 impl Job {
-    /// Makes the segment, durably. Give the result to [`Supply::finish`].
+    /// Makes the segment, durably. Give the result to [`Supply::finish`]. It takes its time until `hurry` is true.
     ///
     /// # Errors
     /// [`LogError::Full`] changes nothing: try again. Any other error is fatal for the log.
-    pub fn run(self) -> Result<Segment, LogError> {
+    pub fn run(self, hurry: &Arc<AtomicBool>) -> Result<Segment, LogError> {
         let Self { files, spare, sequence } = self;
-        let (path, file) = spare.map_or_else(|| files.fill(), Ok)?;
+        let pacer = Pacer::until(PATIENCE, Arc::clone(hurry));
+        let (path, file) = spare.map_or_else(|| files.fill(pacer), Ok)?;
         let header = encode_header(files.owner, sequence, rand::random(), files.size);
         let seed = header_crc(&header);
         file.write_at(&header, 0).map_err(LogError::io("write", &path))?;

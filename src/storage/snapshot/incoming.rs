@@ -2,25 +2,24 @@
 //! the process dies, must never leave a folder with the name of a complete snapshot that is not one.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder, OpenOptions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use nix::{
-    fcntl::{PosixFadviseAdvice, posix_fadvise},
-    sys::statvfs::statvfs,
-};
+use nix::sys::statvfs::statvfs;
 
 use super::{
     CHUNK, Course, INCOMING, MANIFEST, Manifest, READY, SnapshotError, chunk_checksum, install,
     service::{DATABASES, staged},
 };
-use crate::storage::{durable_write, fsync_dir};
+use crate::storage::{
+    durable_write, fsync_dir,
+    pacer::{PacedFile, Pacer},
+};
 
-/// Each time this many bytes have been written, the disk is told to write them, so that the last sync is short.
-const WRITE_BACK: u64 = 8 << 20;
 /// Bytes of free space that are left for everything else on the same file system.
 const SPARE: u64 = 64 << 20;
 
@@ -40,9 +39,7 @@ pub struct Incoming {
 struct Arriving {
     id: u32,
     path: PathBuf,
-    file: File,
-    written: u64,
-    written_back: u64,
+    file: PacedFile,
     checksum: u64,
 }
 
@@ -51,18 +48,13 @@ impl Arriving {
         let path = staged(folder, id);
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let file = file.map_err(SnapshotError::io("create", &path))?;
-        Ok(Self { id, path, file, written: 0, written_back: 0, checksum: 0 })
+        // Whoever sends it keeps up with this pace, however long that takes.
+        let file = PacedFile::new(file, Pacer::new(Duration::MAX));
+        Ok(Self { id, path, file, checksum: 0 })
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), SnapshotError> {
-        (&self.file).write_all(bytes).map_err(SnapshotError::io("write", &self.path))?;
-        self.written += bytes.len() as u64;
-        if self.written - self.written_back >= WRITE_BACK {
-            // Linux begins to write what is dirty in this range, and returns. An error only costs time later.
-            let (from, length) = (self.written_back as i64, (self.written - self.written_back) as i64);
-            let _ = posix_fadvise(&self.file, from, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-            self.written_back = self.written;
-        }
+        self.file.write_all(bytes).map_err(SnapshotError::io("write", &self.path))?;
         Ok(())
     }
 }
