@@ -182,6 +182,14 @@ class Cluster(systems.Twistlock):
     def data(self, index):
         return self.cluster_folder / f"node{index + 1}" / "data"
 
+    def rests(self):
+        """True if no member makes a segment of its raft log, as after a start with another size of them."""
+        looks = []
+        for _ in range(5):
+            looks.append(any(self.cluster_folder.glob("node*/data/raft-log/unfinished")))
+            time.sleep(0.1)
+        return not any(looks)
+
     def size(self):
         """Bytes of the database file."""
         return (self.data(0) / "database" / "console.db").stat().st_size
@@ -219,7 +227,9 @@ def snapshot(cluster):
     index, sent = (primary + 1) % 3, 'twistlock_snapshot_bytes_total{direction="sent"}'
     before = cluster.metric(primary, sent)
     cluster.kill(index)
-    (cluster.data(index) / "database" / "console.db").unlink()
+    # Not deleted before all is over: a disk may be busy for a while with space that becomes free, which is not what is measured.
+    database = cluster.data(index) / "database" / "console.db"
+    database.rename(cluster.cluster_folder / f"lost-{time.monotonic_ns()}")
     systems.wait_until("the database is sent", lambda: cluster.metric(primary, sent) > before, WORK_LIMIT)
     cluster.heal(index)
     return 1
@@ -286,6 +296,7 @@ def measure(cluster, name, clients, rate, seconds):
         plan = (time.monotonic() + 0.5, clients / rate, clients)
         load = Processes(write_on_time, [(cluster.target(), plan, number) for number in range(clients)], end)
         time.sleep(WARM_UP + 0.5)
+        systems.wait_until("all segments are made", cluster.rests, WORK_LIMIT)
         before, begin, times = so_far(cluster), time.monotonic(), 0
         while time.monotonic() < begin + seconds:
             times += disturb(cluster)
@@ -297,7 +308,7 @@ def measure(cluster, name, clients, rate, seconds):
     finally:
         end.value = 0
         cluster.halt()
-        for path in cluster.cluster_folder.glob("node*/backup/tails-*"):
+        for path in [*cluster.cluster_folder.glob("node*/backup/tails-*"), *cluster.cluster_folder.glob("lost-*")]:
             path.unlink()
 
 
