@@ -54,8 +54,7 @@ impl Arriving {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), SnapshotError> {
-        self.file.write_all(bytes).map_err(SnapshotError::io("write", &self.path))?;
-        Ok(())
+        self.file.write_all(bytes).map_err(SnapshotError::io("write", &self.path))
     }
 }
 
