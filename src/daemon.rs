@@ -3,6 +3,7 @@
 
 mod administration;
 mod damage;
+mod folder;
 mod memory;
 mod service;
 mod signals;
@@ -62,6 +63,7 @@ use crate::{
     waiting,
 };
 use administration::Colleague;
+use folder::MountedFolder;
 pub(crate) use signals::Signals;
 use start::{Found, first_start, node_config, open_memory, promise};
 pub(crate) use start::{bind_address, lease_terms, open_data};
@@ -276,11 +278,14 @@ impl Parts {
         let control = ControlSocket::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
         let console_tls = self.console_tls().context("load what the Console serves")?;
         let mut tasks = Tasks::default();
-        let service = self.service(&mut tasks);
+        let (service, folder) = self.service(&mut tasks).unzip();
         let (mut supervisor, ports) = self.supervisor(&console_tls, service.as_ref());
-        if let Some(service) = service.clone() {
+        if let Some((service, folder)) = service.clone().zip(folder.clone()) {
             let following = service::follow(service, ports.clone(), self.handle.clone());
             tasks.spawn("state of the service", Need::Steady, following);
+            let local = self.config.service_local_files.clone();
+            let watching = service::watch_files(folder, local, self.handle.clone());
+            tasks.spawn("files of the service", Need::Steady, watching);
         }
         let (peers, questions) = self.share_with_others(&mut tasks);
         let services = self.services((&ports, service), Asker::new(peers.clone()), &mut tasks)?;
@@ -313,6 +318,9 @@ impl Parts {
         let exit = stop_in_order(&ports, &self.handle, &mut node, stop_limit(&self.config)).await;
         stop.send_replace(true);
         tasks.end().await;
+        if let Some(folder) = folder {
+            folder.leave().await;
+        }
         Ok(exit)
     }
 
@@ -456,10 +464,12 @@ impl Parts {
     }
 
     /// The service beside the Console, if there is to be one: it runs when this node is PRIMARY.
-    fn service(&self, tasks: &mut Tasks) -> Option<Service> {
-        let (service, runner) = service::of(&self.config, &self.identity.name, self.guard.clone())?;
+    fn service(&self, tasks: &mut Tasks) -> Option<(Service, Arc<MountedFolder>)> {
+        let folder = self.config.service_folder.clone().filter(|_| !self.config.service_command.is_empty())?;
+        let folder = Arc::new(MountedFolder::new(folder, self.handle.serving_folder()));
+        let (service, runner) = service::of(&self.config, &self.identity.name, folder.clone(), self.guard.clone())?;
         tasks.spawn("service", Need::Steady, runner.run());
-        Some(service)
+        Some((service, folder))
     }
 
     fn supervisor(&self, tls: &ConsoleTls, service: Option<&Service>) -> (Supervisor, SupervisorHandle) {

@@ -179,6 +179,8 @@ fn filter(level: Level) -> String {
     };
     // It has a line for each statement, at DEBUG.
     let statements = if level == Level::TRACE { ",sqlx=INFO" } else { "" };
+    // The crate fuser warns of each call of the kernel that a file system need not have.
+    let libraries = format!("{libraries},fuser=ERROR");
     // What the service beside the Console writes has a target of its own.
     format!("{libraries},twistlock_ha={level},twistlockd={level},twistcli={level},service={level}{statements}")
 }
@@ -236,7 +238,10 @@ mod tests {
 
     #[test]
     fn libraries_are_one_step_quieter() {
-        assert_eq!(filter(Level::INFO), "WARN,twistlock_ha=INFO,twistlockd=INFO,twistcli=INFO,service=INFO");
+        assert_eq!(
+            filter(Level::INFO),
+            "WARN,fuser=ERROR,twistlock_ha=INFO,twistlockd=INFO,twistcli=INFO,service=INFO"
+        );
         for level in [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE] {
             EnvFilter::try_new(filter(level)).unwrap();
         }

@@ -475,14 +475,14 @@ fn a_service_is_described_by_its_keys() {
     assert!(config.service_command.is_empty(), "keys alone start nothing");
 }
 
-/// Its files are not replicated: nobody is to rely on it.
+/// Not all of its files are replicated: nobody is to rely on it.
 #[test]
 fn a_service_that_others_could_reach_is_refused_in_this_version() {
     for address in ["", "BIND_ADDRESS=192.0.2.1"] {
         let told = problems(SERVICE.replace("BIND_ADDRESS=127.0.0.1", address));
         assert_eq!(told.len(), 1, "{told:?}");
         assert!(
-            told[0].starts_with("twistlock.cfg:2: SERVICE_COMMAND: ") && told[0].contains("not replicated"),
+            told[0].starts_with("twistlock.cfg:2: SERVICE_COMMAND: ") && told[0].contains("and no other file of it"),
             "{told:?}"
         );
     }
@@ -517,7 +517,9 @@ fn check_config_says_what_this_host_lacks_for_a_service() {
     fs::write(&path, SERVICE.replace("SERVICE_USER=site", "SERVICE_USER=no-such-user-here")).expect("write");
     let (report, code) = config::check(&path);
     assert_eq!(code, config::EX_OK);
-    for part in ["not replicated in this version", "there is no file /usr/bin/site", "no user no-such-user-here"] {
+    for part in
+        ["its other files are not in this version", "there is no file /usr/bin/site", "no user no-such-user-here"]
+    {
         assert!(report.contains(part), "{report}");
     }
     fs::write(&path, SERVICE.replace("SERVICE_COMMAND", "# SERVICE_COMMAND")).expect("write");

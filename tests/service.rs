@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -20,7 +20,7 @@ use tokio::{runtime::Runtime, time::timeout};
 use twistlock_ha::{
     guard::PortGuard,
     node::{Lease, lease::boottime},
-    service::{PlainFolder, PortPair, Readiness, Report, Service, Settings, course::Limits},
+    service::{Folder, PortPair, Readiness, Report, Service, Settings, Work, course::Limits},
 };
 
 /// Far above everything that is waited for.
@@ -40,6 +40,35 @@ fn free_port() -> u16 {
 enum Found {
     ByCgroup,
     ByDescent,
+}
+
+/// An ordinary folder, as a service finds one.
+#[derive(Clone, Debug)]
+struct PlainFolder(PathBuf);
+
+impl Folder for PlainFolder {
+    fn path(&self) -> &Path {
+        &self.0
+    }
+
+    fn serve(&self, _: u64, (user, group): (u32, u32)) -> Work<'_> {
+        let folder = self.0.clone();
+        Box::pin(async move {
+            let made = tokio::task::spawn_blocking(move || {
+                if folder.is_dir() {
+                    return Ok(()); // it is whose it is
+                }
+                std::fs::create_dir_all(&folder)?;
+                let own = user == nix::unistd::geteuid().as_raw();
+                if own { Ok(()) } else { std::os::unix::fs::chown(&folder, Some(user), Some(group)) }
+            });
+            made.await.map_err(io::Error::other)?
+        })
+    }
+
+    fn withdraw(&self) -> Work<'_> {
+        Box::pin(async { Ok(()) })
+    }
 }
 
 /// A service whose program is a text of Python. It finds the port at which it is asked in PORT.

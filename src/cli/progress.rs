@@ -83,16 +83,16 @@ mod tests {
         (status.members[1].version, status.members[1].level) = ("0.10.0".into(), level + 1);
         status.members[2].version = "0.9.0".into();
         let text = lines(&status).join("\n");
-        assert!(
-            text.starts_with("upgrade in progress: 1 of 3 members on version 0.10.0; feature level 3, 4 when all"),
-            "{text}"
-        );
+        let next = level + 1;
+        let expected =
+            format!("upgrade in progress: 1 of 3 members on version 0.10.0; feature level {level}, {next} when all");
+        assert!(text.starts_with(&expected), "{text}");
         status.members.iter_mut().for_each(|member| (member.version, member.level) = ("0.10.0".into(), level + 1));
         assert!(lines(&status)[0].contains("3 of 3 members on version 0.10.0"), "the level is still to rise");
         status.membership.shared.level = level + 1;
         assert_eq!(lines(&status), Vec::<String>::new());
         status.members[0].version = "0.10.1".into();
-        assert!(lines(&status)[0].ends_with("feature level 4, unchanged by it"));
+        assert!(lines(&status)[0].ends_with(&format!("feature level {next}, unchanged by it")));
     }
 
     #[test]

@@ -8,16 +8,16 @@ use serde_json::Value;
 use super::{
     args::DONE_OR_REFUSED,
     client::ApiClient,
-    columns::{self, Paint, print_json, say},
+    columns::{self, Cell, Paint, print_json, say},
     lists,
-    quantity::{duration, moment},
+    quantity::{duration, moment, size},
     stop::Stop,
     target::Target,
 };
 use crate::{
     clock::unix_time_ms,
     control::Call,
-    service::{Report, output::OutputLine},
+    service::{DatabaseReport, FolderReport, Report, output::OutputLine},
 };
 
 /// How often new lines are asked for.
@@ -44,6 +44,15 @@ Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the 
 
 Example:
   twistcli service stop";
+const DATABASES_HELP: &str = "\
+They are known where the service runs: on the PRIMARY. PAGES TO COPY are those whose committed content only the WAL
+has; while there are any, the raft log is kept.
+
+Exit code: 0 done, 64 wrong command line, 69 nobody answers, 75 refused, 77 the login is refused.
+
+Examples:
+  twistcli service databases
+  twistcli service databases --json | jq '.databases[].path'";
 const LOGS_HELP: &str = "\
 These are the lines that this node has in its memory, 2000 at most. All of them are in the log of the daemon, with
 the target service: journalctl -u twistlockd.
@@ -60,6 +69,15 @@ pub(super) enum Service {
     /// Show how the service is, on this node or on the PRIMARY (--address)
     #[command(after_help = STATUS_HELP)]
     Status {
+        #[command(flatten)]
+        target: Target,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the databases in the folder of the service, and what was refused
+    #[command(after_help = DATABASES_HELP)]
+    Databases {
         #[command(flatten)]
         target: Target,
         /// Print it as JSON
@@ -117,6 +135,7 @@ pub(super) enum Service {
 pub(super) fn run(command: &Service, paint: Paint) -> Result<u8, Stop> {
     match command {
         Service::Status { target, json } => status(&target.client()?, *json, paint),
+        Service::Databases { target, json } => databases(&target.client()?, *json, paint).map(|()| 0),
         Service::Start { target, json } => operate(&target.client()?, "start", "is started", *json),
         Service::Stop { target, json } => operate(&target.client()?, "stop", "is told to end", *json),
         Service::Restart { target, json } => operate(&target.client()?, "restart", "begins again", *json),
@@ -159,6 +178,46 @@ fn render(report: &Report, now: u64, paint: Paint) -> String {
         }
     }
     lines.iter().map(|(name, text)| format!("{name:9} {text}\n")).collect()
+}
+
+fn databases(client: &ApiClient, json: bool, paint: Paint) -> Result<(), Stop> {
+    let report: FolderReport = client.call(&Call::get("service/databases"))?;
+    if json { print_json(&report) } else { Ok(columns::print(&list(&report, paint))?) }
+}
+
+/// What is in the folder of a service, for people.
+fn list(report: &FolderReport, paint: Paint) -> String {
+    if !report.served {
+        return "The folder is not served here: this node is not PRIMARY.\n".to_owned();
+    }
+    let row = |database: &DatabaseReport| -> Vec<Cell> {
+        vec![
+            database.id.map_or_else(|| "-".to_owned(), |id| id.to_string()).into(),
+            columns::harmless(&database.path.display().to_string()).into(),
+            database.mode.clone().unwrap_or_else(|| "-".to_owned()).into(),
+            database.pages.to_string().into(),
+            size(u64::from(database.pages) * u64::from(database.page_size)).into(),
+            database.commits.to_string().into(),
+            database.behind.to_string().into(),
+        ]
+    };
+    let heads = [
+        ("ID", true),
+        ("FILE", false),
+        ("MODE", false),
+        ("PAGES", true),
+        ("SIZE", true),
+        ("COMMITS", true),
+        ("PAGES TO COPY", true),
+    ];
+    let mut text = columns::table(&heads, &report.databases.iter().map(row).collect::<Vec<_>>(), paint);
+    if report.other_files > 0 {
+        text.push_str(&format!("other files, on this host alone: {}\n", report.other_files));
+    }
+    if let Some(why) = &report.last_refusal {
+        text.push_str(&format!("last refused: {}\n", columns::harmless(why)));
+    }
+    text
 }
 
 fn operate(client: &ApiClient, action: &str, done: &str, json: bool) -> Result<u8, Stop> {
@@ -204,6 +263,26 @@ fn logs(client: &ApiClient, lines: u32, follow: bool, json: bool) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn databases_are_listed_with_what_was_refused() {
+        assert!(list(&FolderReport::default(), Paint(false)).contains("not PRIMARY"));
+        let database = DatabaseReport {
+            id: Some(2),
+            path: "a/x.db".into(),
+            mode: Some("wal".to_owned()),
+            page_size: 4096,
+            pages: 3,
+            commits: 17,
+            behind: 1,
+        };
+        let refusal = Some("y.db: no".to_owned());
+        let report = FolderReport { served: true, databases: vec![database], other_files: 4, last_refusal: refusal };
+        let text = list(&report, Paint(false));
+        let words: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(words, ["2", "a/x.db", "wal", "3", "12.0", "KiB", "17", "1"]);
+        assert!(text.ends_with("other files, on this host alone: 4\nlast refused: y.db: no\n"), "{text}");
+    }
 
     #[test]
     fn a_service_is_shown_with_what_is_wrong() {

@@ -11,19 +11,19 @@
 //! | 1 | everything before levels were introduced |
 //! | 2 | the cluster key and the certificate authority are replaced ([`super::shared::authority`]); webhooks; names and certificate of the Consoles |
 //! | 3 | what pools share ([`super::shared::pool`]): the load balancer's address, the version of the database; memberships of more than 32 KiB ([`super::limits::LONG_MEMBERSHIPS`]) |
-//! | 4 | no program has it yet: a second database, and the catalogue of a service's databases |
+//! | 4 | databases of a service, and the catalogue of them ([`SERVICES`]) |
 //!
 //! A new level is needed for everything that an older program would misread or drop: another field of the membership,
 //! another kind of entry, another purpose of a connection that something hangs on. What is only shown to people needs
 //! none.
 //!
-//! A second database is such a thing: a member of today's level takes an entry that names one for that of a newer
-//! program. It applies nothing more then and serves nothing (`storage::databases`). A primary must not write one before
-//! its level is in force.
+//! A second database is such a thing: a member of level 3 takes an entry that names one for that of a newer program. It
+//! applies nothing more then and serves nothing (`storage::databases`). A primary must not write one before its level
+//! is in force.
 
 use std::{env, sync::LazyLock};
 
-const FEATURE_LEVEL: u32 = 3;
+const FEATURE_LEVEL: u32 = 4;
 const PROGRAM_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Set in the environment, it makes this program claim to be a version and a level ahead of itself, but only one with
@@ -66,6 +66,8 @@ fn claims_next() -> bool {
 pub const FORMAT_VERSION: u8 = 1;
 /// The level from which on the members of a pool share what only pools have.
 pub const POOLS: u32 = 3;
+/// The level from which on a service may have databases.
+pub const SERVICES: u32 = 4;
 /// The level of a program that does not report one.
 pub const FIRST_LEVEL: u32 = 1;
 
@@ -87,6 +89,16 @@ pub fn behind_pool(who: &str, version: &str, needed: &str) -> String {
     )
 }
 
+/// Why a service cannot have a database yet, and what to do. `older` names the members whose programs do not have the
+/// level, or that are away.
+pub fn lacks_services(level: u32, older: &[&str]) -> String {
+    let what = match older {
+        [] => "all members have it: it is raised within seconds, so try again".to_owned(),
+        names => format!("upgrade {} (or start it again, if it is away)", names.join(", ")),
+    };
+    format!("a database of a service needs feature level {SERVICES}, and the cluster runs level {level}: {what}")
+}
+
 /// Why a node with an older program may not take part, and what to do: the same words in log, status and refusals.
 pub fn outdated(who: &str, (version, has): (&str, u32), (needed, level): (&str, u32)) -> String {
     format!(
@@ -98,6 +110,13 @@ pub fn outdated(who: &str, (version, has): (&str, u32), (needed, level): (&str, 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_holds_a_service_up_is_named() {
+        let sentence = lacks_services(3, &["host2", "host3"]);
+        assert!(sentence.contains("level 3: upgrade host2, host3 (or"), "{sentence}");
+        assert!(lacks_services(3, &[]).contains("try again"));
+    }
 
     #[test]
     fn versions_are_compared_by_their_numbers() {

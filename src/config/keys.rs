@@ -509,8 +509,8 @@ pub static KEYS: &[Key] = &[
         default: "",
         doc: &[
             "Program that the PRIMARY runs, with its arguments, separated by blanks. No shell reads it. It has to stay in the",
-            "foreground. Its files are not replicated in this version: so it is only taken where BIND_ADDRESS is one of",
-            "127.0.0.0/8, to try it out. Empty: only the Console.",
+            "foreground. Of its files, only SQLite databases are replicated in this version: so it is only taken where",
+            "BIND_ADDRESS is one of 127.0.0.0/8, to try it out. Empty: only the Console.",
         ],
         slot: |config| Slot::Command(&mut config.service_command),
     },
@@ -519,7 +519,10 @@ pub static KEYS: &[Key] = &[
         section: SERVICE,
         group: "Process",
         default: "",
-        doc: &["Folder of its data, in which it is started."],
+        doc: &[
+            "Folder of its data, in which it is started: a mount point, empty but while it runs here. What it does to SQLite",
+            "databases in there is committed when a majority of the members has it. Needs /dev/fuse and CAP_SYS_ADMIN.",
+        ],
         slot: |config| Slot::OptionalPath(&mut config.service_folder),
     },
     Key {
@@ -546,7 +549,9 @@ pub static KEYS: &[Key] = &[
         section: SERVICE,
         group: "Process",
         default: "",
-        doc: &["Files of its folder that are only on this host, and lost at a takeover: cache/**,logs/**."],
+        doc: &[
+            "Files of its folder that nobody misses after a takeover: cache/**,logs/**. The status does not count them.",
+        ],
         slot: |config| Slot::Patterns(&mut config.service_local_files),
     },
     Key {

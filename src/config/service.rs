@@ -127,8 +127,9 @@ pub(super) fn rules(config: &Config) -> Vec<Wrong> {
         say(
             "SERVICE_COMMAND",
             config.service_command.join(" "),
-            "empty, or BIND_ADDRESS is one of 127.0.0.0/8: the files of a service are not replicated in this version, so \
-             that it can only be tried on one machine (twistlockd dev --service)",
+            "empty, or BIND_ADDRESS is one of 127.0.0.0/8: this version replicates the SQLite databases in SERVICE_FOLDER and \
+             no other file of it, and no backup has them, so that a service can only be tried on one machine (twistlockd dev \
+             --service)",
         );
     }
     match &config.service_folder {
@@ -189,7 +190,8 @@ pub fn host(config: &Config) -> Vec<Note> {
     }
     let mut notes = Vec::new();
     let mut say = |severity, text: String| notes.push(Note { severity, text });
-    say(Severity::Warning, "SERVICE_COMMAND: the files of the service are not replicated in this version".to_owned());
+    let what = "SERVICE_FOLDER: SQLite databases in it are replicated, its other files are not in this version";
+    say(Severity::Warning, what.to_owned());
     let program = config.service_command.first().map(String::as_str).unwrap_or_default();
     if !Path::new(program).is_file() {
         say(Severity::Warning, format!("SERVICE_COMMAND: there is no file {program} on this host"));
@@ -212,10 +214,8 @@ pub fn host(config: &Config) -> Vec<Note> {
             ),
         }
     }
-    if !Path::new("/dev/fuse").exists() {
-        let text =
-            "SERVICE_FOLDER: there is no /dev/fuse on this host (modprobe fuse; in a container, --device /dev/fuse)";
-        say(Severity::Warning, text.to_owned());
+    for lack in folder_lacks() {
+        say(Severity::Warning, format!("SERVICE_FOLDER: {lack}"));
     }
     let cgroup2 = |mounts: String| mounts.lines().any(|line| line.split(' ').nth(2) == Some("cgroup2"));
     if !fs::read_to_string("/proc/self/mounts").is_ok_and(cgroup2) {
@@ -223,10 +223,29 @@ pub fn host(config: &Config) -> Vec<Note> {
         say(Severity::Warning, text.to_owned());
     }
     if !nix::unistd::geteuid().is_root() {
-        let text = "SERVICE_USER: only the superuser can start a service as another user, and mount its folder";
+        let text = "SERVICE_USER: only the superuser can start a service as another user";
         say(Severity::Info, text.to_owned());
     }
     notes
+}
+
+/// What this process lacks on this host to serve a folder; empty if nothing.
+pub fn folder_lacks() -> Vec<String> {
+    let mut lacks = Vec::new();
+    match fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => lacks.push(
+            "there is no /dev/fuse on this host (modprobe fuse; in a container, --device /dev/fuse): it cannot be served".into(),
+        ),
+        Err(error) => lacks.push(format!("/dev/fuse cannot be opened ({error}): it cannot be served")),
+    }
+    let sets = rustix::thread::capabilities(None).map(|sets| sets.effective);
+    if !sets.is_ok_and(|effective| effective.contains(rustix::thread::CapabilitySet::SYS_ADMIN)) {
+        lacks.push(
+            "this user lacks CAP_SYS_ADMIN (root has it; in a container, --cap-add SYS_ADMIN): the folder cannot be mounted".into(),
+        );
+    }
+    lacks
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     admin::{Act, AdminError},
     service::{
-        Report, Service,
+        FolderReport, Report, Service,
         output::{KEPT, OutputLine},
     },
 };
@@ -30,6 +30,14 @@ pub(super) fn routes() -> Vec<Entry> {
     vec![
         node(get.clone(), "/service", Access::Any, "The service beside the Console, on this node", report)
             .answer::<Report>(),
+        node(
+            get.clone(),
+            "/service/databases",
+            Access::Any,
+            "What is in the folder of the service, on this node",
+            folder,
+        )
+        .answer::<FolderReport>(),
         node(get, "/service/logs", Access::Roles(Role::AUDITORS), "The last lines that the service has written", logs)
             .query::<Wanted>()
             .answer::<Vec<OutputLine>>(),
@@ -53,6 +61,11 @@ fn service(services: &ConsoleServices) -> Result<&Service, ApiError> {
 /// `GET service`.
 async fn report(State(services): State<ConsoleServices>) -> Result<Json<Report>, ApiError> {
     Ok(Json(service(&services)?.report().borrow().clone()))
+}
+
+/// `GET service/databases`.
+async fn folder(State(services): State<ConsoleServices>) -> Result<Json<FolderReport>, ApiError> {
+    Ok(Json(service(&services)?.folder()))
 }
 
 /// Which lines are wanted.

@@ -3,6 +3,7 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -164,7 +165,8 @@ pub(super) fn open_memory(
     refuse_if_outdated(&stored.membership)?;
     let quiet = heal::promised_earlier(promise(config), data.path(), first, notes)?;
     let replaced = event.or(replaced);
-    let databases = Databases::of_console(database);
+    let around = scratch.as_deref().and_then(Path::parent).unwrap_or(data.path());
+    let databases = Databases::with_service(database, heal::service(around, &log, notes)?);
     Ok(Found { stored, log, databases, replaced, quiet, mind, standing })
 }
 

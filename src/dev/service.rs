@@ -15,8 +15,8 @@ const STOP_SECONDS: &str = "2";
 /// A service that is tried out.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct ServiceOptions {
-    /// Run this program beside the Console, on the PRIMARY alone. No shell reads it. ITS FILES ARE NOT REPLICATED in
-    /// this version: each node has its own, in DIR/nodeN/service
+    /// Run this program beside the Console, on the PRIMARY alone. No shell reads it. It is started in its folder, which
+    /// TWISTLOCK_FOLDER names: SQLite databases in there are replicated, OTHER FILES ARE NOT in this version
     #[arg(long, value_name = "COMMAND", requires = "service_ports")]
     service: Option<String>,
     /// Its ports, as in SERVICE_PORTS: 9000:9001 opens port 9000 and connects to 9001 of 127.0.0.1
@@ -64,7 +64,7 @@ impl ServiceOptions {
         let addresses = layout.cluster.nodes.iter().map(|node| node.address.as_str()).collect::<Vec<_>>().join(", ");
         Some(format!(
             "service   {command}\n          port {outside} of whichever of {addresses} is PRIMARY\n          \
-             ITS FILES ARE NOT REPLICATED in this version: each node has its own"
+             its SQLite databases in DIR/nodeN/service are replicated, OTHER FILES ARE NOT in this version"
         ))
     }
 }
@@ -112,7 +112,7 @@ mod tests {
         let said = options("9000:9001").introduction(&layout).unwrap();
         assert!(
             said.contains("port 9000 of whichever of 127.0.0.1, 127.0.0.2, 127.0.0.3")
-                && said.contains("NOT REPLICATED")
+                && said.contains("OTHER FILES ARE NOT")
         );
         assert!(absolute("no-such-program-here").is_err() && absolute("").is_err());
     }

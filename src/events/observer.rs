@@ -374,6 +374,7 @@ fn weight(about: Warning) -> (Kind, Severity, Scope) {
         | Warning::Ports
         | Warning::Rotation
         | Warning::Service
+        | Warning::ServiceFiles
         | Warning::DuplicateIdentity => (Kind::Warning, Severity::Warning, Scope::Node),
     }
 }

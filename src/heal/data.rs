@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use super::{Notes, aside::set_aside};
 use crate::storage::{
     database::{Database, DatabaseError},
+    folder::{members::Members, places::FOLDER},
     make_private_dir,
     raft_log::{ORIGIN, RaftLog},
     transaction::CONSOLE_DATABASE,
@@ -38,4 +39,21 @@ pub fn database(data: &Path, log: &RaftLog, notes: &mut Notes) -> Result<Databas
     }
     notes.add(format!("{why}: the database is fetched from another member"));
     Database::lost(&dir, CONSOLE_DATABASE, why).context("open the database")
+}
+
+/// Opens the databases of a service, below the data folder or another one. What cannot be read is
+/// [lost](Members::lost) until all databases have been fetched.
+///
+/// # Errors
+/// When a file cannot be read now, so that a later start may succeed.
+pub fn service(around: &Path, log: &RaftLog, notes: &mut Notes) -> Result<Members> {
+    let root = around.join(FOLDER);
+    match Members::open(&root, log.last_index()) {
+        Err(error @ (DatabaseError::Damaged { .. } | DatabaseError::Missing(_))) => {
+            let why = format!("the databases of the service: {error}");
+            notes.add(format!("{why}: all databases are fetched from another member"));
+            Members::lost(&root, why).context("open the databases of the service")
+        }
+        opened => opened.context("open the databases of the service"),
+    }
 }

@@ -22,7 +22,7 @@ use tracing::warn;
 use crate::storage::{DataDir, DataDirError};
 pub use aside::FOLDER;
 pub use certificates::certificates;
-pub use data::database;
+pub use data::{database, service};
 pub use identity::identity;
 pub use membership::{known_membership, membership};
 pub use promise::{PROMISE, lower_promise, promised_earlier};

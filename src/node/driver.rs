@@ -49,7 +49,7 @@ use super::{
     publisher::{Publisher, Seen},
     pulse::Pulse,
     rollback::Rollback,
-    serving::{OpenDatabases, Serving},
+    serving::{OpenDatabases, Serving, ServingFolder},
     status::Status,
     syncer::{Done, Keep, Syncer},
     throttle::Throttle,
@@ -87,6 +87,7 @@ pub(super) struct Parts {
 pub(super) struct Views {
     pub status: watch::Receiver<Arc<Status>>,
     pub serving: Serving,
+    pub folder: ServingFolder,
     pub membership: watch::Receiver<Arc<Membership>>,
     pub editions: watch::Receiver<Edition>,
     /// See [`super::Handle::refetch_from`].
@@ -172,7 +173,7 @@ impl Driver {
         let (editions, edition) = watch::channel(Edition { index: *index, membership: membership.clone() });
         let (in_force, membership) = watch::channel(membership);
         let (from, refetch_from) = watch::channel(None);
-        let (open, serving) = OpenDatabases::new();
+        let (open, serving, folder) = OpenDatabases::new();
         let (publisher, status) = Publisher::new(&config);
         let host = Host {
             space: Space::start(config.data.clone())?,
@@ -214,7 +215,7 @@ impl Driver {
             exit: None,
         };
         driver.follow_membership();
-        Ok((driver, Views { status, serving, membership, editions: edition, refetch_from, online_copies }))
+        Ok((driver, Views { status, serving, folder, membership, editions: edition, refetch_from, online_copies }))
     }
 
     /// Runs until it is asked to stop, or until it is not safe to continue.
@@ -443,7 +444,7 @@ impl Driver {
         }
         // Better to refuse it now than to let it get stuck. Without its last part the transaction has no effect, and
         // the parts that were sent do no harm.
-        if let Some(why) = self.lacks_space().filter(|_| long) {
+        if let Some(why) = self.lacks_space().filter(|_| long).or_else(|| self.lacks_level(&part)) {
             return reply.answer(Err(ReplicateError::Refused(why)));
         }
         let piece = match (last, long) {

@@ -25,7 +25,8 @@ use crate::{
     peer::LinkSender,
     storage::{
         ReplicateError, Replicator,
-        database::{DatabaseError, PrimaryDatabase},
+        database::DatabaseError,
+        databases::Opened,
         raft_log::RaftLog,
         snapshot::{Manifest, Whole},
         transaction,
@@ -185,7 +186,7 @@ pub(super) enum DatabaseEvent {
     },
     Promoted {
         epoch: u64,
-        databases: Vec<Arc<PrimaryDatabase>>,
+        databases: Opened,
     },
     /// Everything that the given demotion had to close is closed.
     Demoted {

@@ -36,7 +36,7 @@ pub use disk::trouble;
 pub use inbox::{ChangeError, SnapshotError};
 pub use lease::Lease;
 pub use pulse::Pulse;
-pub use serving::Serving;
+pub use serving::{Serving, ServingFolder};
 pub use status::{CertificateSource, CertificateStatus, MemberStatus, Status, SyncProgress, Waiting};
 pub use warning::Warning;
 
@@ -122,6 +122,11 @@ impl Handle {
     /// The Console's database, while this node is PRIMARY and has it open for writing.
     pub fn serving(&self) -> Serving {
         self.views.serving.clone()
+    }
+
+    /// The databases of a service, while this node is PRIMARY: their folder may be served.
+    pub fn serving_folder(&self) -> ServingFolder {
+        self.views.folder.clone()
     }
 
     /// The name of a member: see [`Membership::name`].
@@ -278,7 +283,7 @@ pub fn spawn(
 /// no use: it is distrusted, and nothing is applied to it.
 fn first_applied(log: &RaftLog, databases: &mut Databases) -> u64 {
     let before = log.first_index() - 1;
-    for database in databases.iter_mut() {
+    for database in databases.all_mut() {
         let applied = database.applied().max(1);
         if applied < before && database.distrusted().is_none() {
             database.distrust(format!(

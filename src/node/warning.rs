@@ -38,6 +38,8 @@ pub enum Warning {
     Scrub,
     /// The service beside the Console does not stay up.
     Service,
+    /// Files of the service's folder are on this host alone, or it cannot be served here.
+    ServiceFiles,
     /// This node needs the whole database and cannot fetch it.
     Snapshot,
     /// Two processes use the identity of one node.
@@ -65,6 +67,7 @@ impl Warning {
             Self::Rotation => "rotation",
             Self::Scrub => "scrub",
             Self::Service => "service",
+            Self::ServiceFiles => "service files",
             Self::Snapshot => "snapshot",
             Self::DuplicateIdentity => "twins",
         }

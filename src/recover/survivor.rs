@@ -18,6 +18,10 @@ use crate::{
     storage::{
         DataDir, Identity,
         checkpoint::Record,
+        folder::{
+            catalogue::Catalogue,
+            places::{CATALOGUE, FOLDER as SERVICE},
+        },
         make_private_dir,
         membership::StoredMembership,
         memory::{LOG, SCRATCH},
@@ -73,6 +77,14 @@ impl Survivor {
         }
         if Ready::find(&path).map_err(|error| unusable(&error.to_string()))?.is_some() {
             return Err(unusable("a snapshot waits to be installed: start and stop twistlockd once, then come back"));
+        }
+        let service =
+            Catalogue::read(&path.join(SERVICE).join(CATALOGUE)).map_err(RecoverError::io("read catalogue.json"))?;
+        if service.iter().next().is_some() {
+            return Err(unusable(
+                "a service has databases here (service/files), and this version makes a new cluster of the Console's alone: \
+                 keep a copy of the whole folder, and recover with a version that takes them along",
+            ));
         }
         let folder = path.join("raft-log");
         let written = newest(&folder);

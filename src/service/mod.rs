@@ -42,35 +42,40 @@ pub trait Folder: Debug + Send + Sync {
     fn serve(&self, epoch: u64, owner: (u32, u32)) -> Work<'_>;
     /// Takes it away: no process of the service is left.
     fn withdraw(&self) -> Work<'_>;
+    /// What is in it, as far as that is known.
+    fn report(&self) -> FolderReport {
+        FolderReport::default()
+    }
 }
 
-/// An ordinary folder of this host. **Its files are not replicated.**
-#[derive(Clone, Debug)]
-pub struct PlainFolder(pub PathBuf);
+/// What is in the folder of a service on this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct FolderReport {
+    /// It is served: this node is PRIMARY. Nothing of the rest is known otherwise.
+    pub served: bool,
+    /// In the order of their paths.
+    pub databases: Vec<DatabaseReport>,
+    /// How many files belong to no database, and are on this host alone; 1000 stands for any larger number.
+    pub other_files: u64,
+    /// Why something was last refused, in this epoch.
+    pub last_refusal: Option<String>,
+}
 
-impl Folder for PlainFolder {
-    fn path(&self) -> &Path {
-        &self.0
-    }
-
-    fn serve(&self, _: u64, (user, group): (u32, u32)) -> Work<'_> {
-        let folder = self.0.clone();
-        Box::pin(async move {
-            let made = tokio::task::spawn_blocking(move || {
-                if folder.is_dir() {
-                    return Ok(()); // it is whose it is
-                }
-                std::fs::create_dir_all(&folder)?;
-                let own = user == nix::unistd::geteuid().as_raw();
-                if own { Ok(()) } else { std::os::unix::fs::chown(&folder, Some(user), Some(group)) }
-            });
-            made.await.map_err(io::Error::other)?
-        })
-    }
-
-    fn withdraw(&self) -> Work<'_> {
-        Box::pin(async { Ok(()) })
-    }
+/// A database of a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DatabaseReport {
+    /// Its number in the raft log; none before its first transaction.
+    pub id: Option<u32>,
+    /// Below the folder.
+    pub path: PathBuf,
+    /// How its last transaction in this epoch was made: `wal` or `rollback`; none if there was none.
+    pub mode: Option<String>,
+    pub page_size: u32,
+    pub pages: u32,
+    /// Transactions in this epoch.
+    pub commits: u64,
+    /// Pages with committed content that the application has not copied from its WAL yet.
+    pub behind: u64,
 }
 
 /// What a service is and how it is run.
@@ -154,6 +159,7 @@ pub struct Service {
     asks: watch::Receiver<Option<String>>,
     journal: Journal,
     ports: Vec<PortPair>,
+    folder: Arc<dyn Folder>,
 }
 
 impl Service {
@@ -170,7 +176,8 @@ impl Service {
         });
         let (ask, asks) = watch::channel(None);
         let journal = Journal::default();
-        let service = Self { orders, report, asks, journal: journal.clone(), ports: settings.ports.clone() };
+        let (ports, folder) = (settings.ports.clone(), Arc::clone(&settings.folder));
+        let service = Self { orders, report, asks, journal: journal.clone(), ports, folder };
         (service, Runner::new(settings, obeyed, (publish, ask), journal))
     }
 
@@ -214,6 +221,11 @@ impl Service {
     /// What it has written lately.
     pub fn journal(&self) -> &Journal {
         &self.journal
+    }
+
+    /// What is in its folder.
+    pub fn folder(&self) -> FolderReport {
+        self.folder.report()
     }
 
     /// Its ports.

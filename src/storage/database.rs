@@ -296,6 +296,11 @@ impl Database {
         }
     }
 
+    /// The durable checkpoint.
+    pub(super) fn record(&self) -> Record {
+        self.record
+    }
+
     /// The raft index of the durable checkpoint, C.
     pub fn checkpointed(&self) -> u64 {
         self.record.index

@@ -4,13 +4,21 @@
 //! same index. Each has a durable checkpoint of its own, so after a crash they may start at different indexes. Then an
 //! entry goes only to those that do not have it yet. Must never pass over an entry of a database that this node does
 //! not have, and never let go of an entry that one of them lacks.
+//!
+//! Those of a service ([`Members`]) come and go with entries of the raft log. Each member has them, whatever its
+//! configuration says of a service.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use super::{
     EntrySource, Replicator,
     checkpoint::{Saved, Saving},
     database::{ApplyError, Database, DatabaseError, PrimaryDatabase},
+    folder::{members::Members, rest::rest, sqlite::Registry},
     snapshot::Whole,
     transaction::{self, CONSOLE_DATABASE},
 };
@@ -49,46 +57,54 @@ impl FollowsLog for Database {
 }
 
 /// The databases of this node, by their ids. There is always at least one.
+#[derive(Debug)]
+pub struct Databases<D = Database> {
+    own: BTreeMap<u32, D>,
+    service: Option<Members>,
+}
+
+/// All databases of this node, open for writing.
 #[derive(Clone, Debug)]
-pub struct Databases<D = Database>(BTreeMap<u32, D>);
+pub struct Opened {
+    pub own: Vec<Arc<PrimaryDatabase>>,
+    /// Those of a service, for whoever serves its folder.
+    pub service: Option<Arc<Registry>>,
+}
 
 impl<D: FollowsLog> Databases<D> {
     /// A set of these databases, by their ids. Panics if there is none.
     pub fn new(databases: impl IntoIterator<Item = (u32, D)>) -> Self {
         let databases = BTreeMap::from_iter(databases);
         assert!(!databases.is_empty(), "a node has at least one database");
-        Self(databases)
+        Self { own: databases, service: None }
     }
 
     /// The raft index up to which all of them have everything.
     pub fn applied(&self) -> u64 {
-        self.0.values().map(D::applied).min().unwrap_or(0)
+        let service = self.service.as_ref().and_then(Members::needs_behind);
+        self.own.values().map(D::applied).chain(service).min().unwrap_or(0)
     }
 
     /// The raft index up to which at least one of them has everything. It is above [`Self::applied`] only after a
     /// start. The entry is in the raft log and committed.
     pub fn newest(&self) -> u64 {
-        self.0.values().map(D::applied).max().unwrap_or(0)
+        let service = self.service.as_ref().and_then(Members::newest);
+        self.own.values().map(D::applied).chain(service).max().unwrap_or(0)
     }
 
-    /// The database of this id.
+    /// The database of this id, if it is none of a service.
     pub fn get(&self, id: u32) -> Option<&D> {
-        self.0.get(&id)
+        self.own.get(&id)
     }
 
-    /// The database with this id, mutable.
+    /// The database of this id, if it is none of a service, mutable.
     pub fn get_mut(&mut self, id: u32) -> Option<&mut D> {
-        self.0.get_mut(&id)
+        self.own.get_mut(&id)
     }
 
-    /// All of them, in the order of their ids.
+    /// All but those of a service, in the order of their ids.
     pub fn iter(&self) -> impl Iterator<Item = &D> {
-        self.0.values()
-    }
-
-    /// All of them, mutable.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut D> {
-        self.0.values_mut()
+        self.own.values()
     }
 
     /// Applies a committed entry with content to the database that it names; the others note its index.
@@ -98,9 +114,11 @@ impl<D: FollowsLog> Databases<D> {
     /// program](ApplyError::is_of_newer_program), or if the disk was full.
     pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
         let id = transaction::database(payload).map_err(|error| ApplyError::Command { index, error })?;
-        let database = self.0.get_mut(&id).ok_or(ApplyError::UnknownDatabase { index, database: id })?;
-        if database.applied() < index {
-            database.apply(index, term, payload, source)?;
+        match (self.own.get_mut(&id), &mut self.service) {
+            (Some(database), _) if database.applied() < index => database.apply(index, term, payload, source)?,
+            (Some(_), _) => {}
+            (None, Some(service)) => service.apply(index, term, payload, source)?,
+            (None, None) => return Err(ApplyError::UnknownDatabase { index, database: id }),
         }
         self.apply_empty(index, term)
     }
@@ -111,15 +129,21 @@ impl<D: FollowsLog> Databases<D> {
     /// # Errors
     /// The [`ApplyError`] of the first database that cannot note it. Those after it have not, either.
     pub fn apply_empty(&mut self, index: u64, term: u64) -> Result<(), ApplyError> {
-        let mut behind = self.0.values_mut().filter(|database| database.applied() < index);
-        behind.try_for_each(|database| database.apply_empty(index, term))
+        let mut behind = self.own.values_mut().filter(|database| database.applied() < index);
+        behind.try_for_each(|database| database.apply_empty(index, term))?;
+        self.service.as_mut().map_or(Ok(()), |service| service.apply_empty(index, term))
     }
 }
 
 impl Databases {
-    /// The Console's database alone: the product has no other.
+    /// The Console's database alone.
     pub fn of_console(console: Database) -> Self {
         Self::new([(CONSOLE_DATABASE, console)])
+    }
+
+    /// The Console's database, and those of a service.
+    pub fn with_service(console: Database, service: Members) -> Self {
+        Self { service: Some(service), ..Self::of_console(console) }
     }
 
     /// The Console's database. Copies, scrubs and snapshots know no other so far.
@@ -132,9 +156,25 @@ impl Databases {
         self.get_mut(CONSOLE_DATABASE).expect("the Console's database is always there")
     }
 
+    /// Those of a service.
+    pub fn service(&self) -> Option<&Members> {
+        self.service.as_ref()
+    }
+
+    /// All that follow, those of a service included.
+    fn all(&self) -> impl Iterator<Item = &Database> {
+        self.own.values().chain(self.service.iter().flat_map(Members::iter))
+    }
+
+    /// All that follow, those of a service included.
+    pub fn all_mut(&mut self) -> impl Iterator<Item = &mut Database> {
+        self.own.values_mut().chain(self.service.iter_mut().flat_map(Members::iter_mut))
+    }
+
     /// The lowest of the durable checkpoints: no database needs the raft log up to there.
     pub fn checkpointed(&self) -> u64 {
-        self.iter().map(Database::checkpointed).min().unwrap_or(0)
+        let service = self.service.as_ref().and_then(Members::checkpointed);
+        self.iter().map(Database::checkpointed).chain(service).min().unwrap_or(0)
     }
 
     /// The ids of those that have no content yet: the primary must propose their first transactions.
@@ -144,15 +184,16 @@ impl Databases {
 
     /// Why nothing of one of them counts, if that is so.
     pub fn distrusted(&self) -> Option<&str> {
-        self.iter().find_map(Database::distrusted)
+        let service = || self.service.as_ref().and_then(Members::why_lost);
+        self.all().find_map(Database::distrusted).or_else(service)
     }
 
     /// Bytes of all files as of their last checkpoints.
     pub fn file_bytes(&self) -> u64 {
-        self.iter().map(Database::file_bytes).sum()
+        self.iter().map(Database::file_bytes).sum::<u64>() + self.service.as_ref().map_or(0, Members::file_bytes)
     }
 
-    /// Bytes of all `-wal` files.
+    /// Bytes of all `-wal` files, but those of a service.
     pub fn wal_bytes(&self) -> u64 {
         self.iter().map(Database::wal_bytes).sum()
     }
@@ -163,7 +204,21 @@ impl Databases {
     /// # Errors
     /// Those of [`Database::rest`].
     pub fn rest(&mut self) -> Result<Arc<Whole>, DatabaseError> {
-        Ok(Arc::new(Whole::of_console(self.console_mut().rest()?)))
+        let Self { own, service } = self;
+        let console = own.get_mut(&CONSOLE_DATABASE).expect("the Console's database is always there");
+        if let Some((service, registry)) = service.as_ref().and_then(|service| Some((service, service.registry()?)))
+            && !service.catalogue().is_untouched()
+        {
+            return Ok(Arc::new(rest(console, service, registry)?));
+        }
+        let whole = Whole::of_console(console.rest()?);
+        // The first database of a service may have come meanwhile.
+        let came =
+            |service: &Members| service.is_unsettled().load(Ordering::SeqCst) || !service.catalogue().is_untouched();
+        if service.as_ref().is_some_and(came) {
+            return Err(DatabaseError::Refused("a service gets its first database: try again"));
+        }
+        Ok(Arc::new(whole))
     }
 
     /// True while somebody reads a resting file.
@@ -173,17 +228,22 @@ impl Databases {
 
     /// True while one of them is closed and not reopened.
     pub fn is_closed(&self) -> bool {
-        self.iter().any(Database::is_closed)
+        self.iter().any(Database::is_closed) || self.service.as_ref().is_some_and(Members::is_closed)
     }
 
     /// See [`Database::note_committed`].
     pub fn note_committed(&mut self, index: u64) {
-        self.iter_mut().for_each(|database| database.note_committed(index));
+        self.own.values_mut().for_each(|database| database.note_committed(index));
+        self.service.iter_mut().for_each(|service| service.note_committed(index));
     }
 
-    /// See [`Database::save_if`].
-    pub fn save_if(&mut self, may_save: impl Fn(u64) -> bool + Clone + Send + 'static) {
-        self.iter_mut().for_each(|database| database.save_if(may_save.clone()));
+    /// See [`Database::save_if`]. While a change of a service's catalogue is on its way, no checkpoint counts.
+    pub fn save_if(&mut self, may_save: impl Fn(u64) -> bool + Clone + Send + Sync + 'static) {
+        let unsettled = self.service.as_ref().map(Members::is_unsettled).unwrap_or_default();
+        // Asked in this order: what is known to be handed out then was on its way before.
+        let may_save = move |index| may_save(index) && !unsettled.load(Ordering::SeqCst);
+        self.own.values_mut().for_each(|database| database.save_if(may_save.clone()));
+        self.service.iter_mut().for_each(|service| service.save_if(may_save.clone()));
     }
 
     /// Begins a checkpoint of each, as [`Database::begin_checkpoint`] does. If one of them fails, those begun before it
@@ -191,7 +251,11 @@ impl Databases {
     pub fn begin_checkpoint(&mut self) -> (Vec<Saving>, Result<(), DatabaseError>) {
         let mut savings = Vec::new();
         let mut begin = |database: &mut Database| database.begin_checkpoint().map(|(_, saving)| savings.extend(saving));
-        let result = self.iter_mut().try_for_each(&mut begin);
+        let result = self.own.values_mut().try_for_each(&mut begin);
+        let result = result.and_then(|()| match &mut self.service {
+            Some(service) => service.begin_checkpoint(&mut savings),
+            None => Ok(()),
+        });
         (savings, result)
     }
 
@@ -203,8 +267,10 @@ impl Databases {
     pub fn saved(&mut self, saved: Vec<Saved>) -> Result<(), DatabaseError> {
         let mut result = Ok(());
         for saved in saved {
-            if let Some(database) = self.get_mut(saved.database) {
-                result = result.and(database.saved(saved));
+            match (self.own.get_mut(&saved.database), &mut self.service) {
+                (Some(database), _) => result = result.and(database.saved(saved)),
+                (None, Some(service)) => result = result.and(service.saved(saved)),
+                (None, None) => {}
             }
         }
         result
@@ -216,13 +282,13 @@ impl Databases {
     /// The error of the first that cannot be opened, from [`Database::promote`]. None is open then: they have gone back
     /// to their checkpoints, and follow again from there. If not even that was possible, one [is
     /// closed](Self::is_closed).
-    pub fn promote(
-        &mut self,
-        epoch: u64,
-        replicator: &Arc<dyn Replicator>,
-    ) -> Result<Vec<Arc<PrimaryDatabase>>, DatabaseError> {
+    pub fn promote(&mut self, epoch: u64, replicator: &Arc<dyn Replicator>) -> Result<Opened, DatabaseError> {
         let open = |database: &mut Database| database.promote(epoch, Arc::clone(replicator));
-        let promoted: Result<_, _> = self.iter_mut().map(open).collect();
+        let own: Result<Vec<_>, _> = self.own.values_mut().map(open).collect();
+        let promoted = own.and_then(|own| {
+            let service = self.service.as_mut().map(|service| service.promote(epoch, Arc::clone(replicator)));
+            Ok(Opened { own, service: service.transpose()? })
+        });
         if promoted.is_err() {
             // Nobody has opened them yet.
             self.close(Instant::now())?;
@@ -237,7 +303,8 @@ impl Databases {
     /// [`DatabaseError::StillOpen`] of the first that is open after the deadline: exit the process. Others may still be
     /// open.
     pub fn close(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
-        self.iter_mut().try_for_each(|database| database.close(deadline))
+        self.own.values_mut().try_for_each(|database| database.close(deadline))?;
+        self.service.as_mut().map_or(Ok(()), |service| service.close(deadline))
     }
 
     /// Goes back to the last checkpoint of each after [`Self::close`]: see [`Database::reopen`].
@@ -246,7 +313,8 @@ impl Databases {
     /// The error of the first that cannot go back to its checkpoint, from [`Database::reopen`]. It stays closed, and so
     /// do those after it.
     pub fn reopen(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
-        self.iter_mut().try_for_each(|database| database.reopen(go_on))
+        self.own.values_mut().try_for_each(|database| database.reopen(go_on))?;
+        self.service.as_mut().map_or(Ok(()), |service| service.reopen(go_on))
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
 };
 
 /// What the members say of a loss.
-const EXPECTED: &[&str] = &[
+pub const EXPECTED: &[&str] = &[
     "this node lost some of its durable memory",
     "lost some of its durable memory: it gets its vote back",
     "the raft log that was not whole is kept there",
@@ -31,7 +31,7 @@ const EXPECTED: &[&str] = &[
     "it was rebuilt from this host's certificate and the membership",
 ];
 /// The sentence with which a member ends its loss.
-const AGAIN: &str = "this node begins again behind the snapshot";
+pub const AGAIN: &str = "this node begins again behind the snapshot";
 
 fn times(cluster: &Cluster, node: usize, sentence: &str) -> usize {
     cluster.log(node).matches(sentence).count()

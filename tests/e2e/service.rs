@@ -18,12 +18,17 @@ use twistlock_ha::{
     control::{self, Call},
 };
 
+mod folder;
+
 use super::{
     audit::here,
     beside,
     cluster::{Cluster, FROZEN, LEASE_LOST, LIMIT},
 };
 
+/// What a node says whose service was using its folder when the role went.
+const FOLDER_LOST: &[&str] =
+    &["the service's folder is fenced", "refused: this node is no longer the primary of its epoch"];
 /// Says which node it runs on, in which epoch, and as which process.
 const PROGRAM: &str = "
 import http.server, os, sys
@@ -38,6 +43,11 @@ class Site(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer.allow_reuse_address = True
 http.server.ThreadingHTTPServer(('127.0.0.1', int(sys.argv[1])), Site).serve_forever()
 ";
+
+/// A port of this host that nobody has.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
 
 /// What the service on a node says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,7 +135,7 @@ fn a_service_is_where_the_primary_is() {
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("site.py");
     fs::write(&program, PROGRAM).unwrap();
-    let inside = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let inside = free_port();
     let command = format!("python3 {} {inside}", program.display());
     let cluster = Cluster::start_service(&command, inside);
     let port = cluster.service_port();
@@ -165,7 +175,7 @@ fn a_service_is_where_the_primary_is() {
     let (_, last, _) = wait_for_answer(port, |said| said.epoch > after.epoch);
     println!("  a switchover: the service answers on another node {:?} after it was asked for", begin.elapsed());
     assert!(!lives(after.pid) && lives(last.pid));
-    let expected = [LEASE_LOST, FROZEN, &["the files of the service are not replicated", "the service has ended ("]];
+    let expected = [LEASE_LOST, FROZEN, FOLDER_LOST, &["the service has ended ("]];
     println!("{}", cluster.finish(&expected.concat()));
     assert!(!lives(last.pid), "it ends with the cluster");
 }

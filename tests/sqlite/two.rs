@@ -88,7 +88,7 @@ impl Member {
         let term = self.log.new_term();
         self.follow();
         let replicator: Arc<dyn Replicator> = Arc::<Between>::clone(&between);
-        (self.databases.promote(term, &replicator).unwrap(), between)
+        (self.databases.promote(term, &replicator).unwrap().own, between)
     }
 
     /// Saves all that can be saved.

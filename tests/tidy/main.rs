@@ -71,6 +71,7 @@ const PROGRAMS: &[(&str, Option<&[&str]>)] = &[
     ("src/daemon.rs", None),
     ("src/daemon/administration.rs", None),
     ("src/daemon/damage.rs", None),
+    ("src/daemon/folder.rs", None),
     ("src/daemon/memory.rs", None),
     ("src/daemon/service.rs", None),
     ("src/daemon/signals.rs", None),

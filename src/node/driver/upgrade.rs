@@ -10,10 +10,11 @@ use super::Driver;
 use crate::{
     cluster::{
         Cause, Change, Phase,
-        level::{POOLS, is_older, outdated},
+        level::{POOLS, SERVICES, is_older, lacks_services, outdated},
         limits::MAX_ENCODED,
     },
-    node::{Exit, lease::boottime, warning::Warning},
+    node::{Exit, lease::boottime, members::level_of, warning::Warning},
+    storage::folder::catalogue,
 };
 
 /// How long all members must have reported the next level before it is raised. An upgrade that fails is taken back
@@ -80,6 +81,20 @@ impl Driver {
                 "the pool's database has this version: older programs only replicate it"
             );
         }
+    }
+
+    /// Why a part may not be proposed before the next feature level: it would add a database, which older programs do
+    /// not take. Names the members that hold it up.
+    pub(super) fn lacks_level(&self, part: &[u8]) -> Option<String> {
+        let membership = &self.config.stored.membership;
+        if !catalogue::is_change(part) || membership.shared.level >= SERVICES {
+            return None;
+        }
+        let level = |id| self.members.get(id).and_then(|peer| peer.report()).map_or(0, level_of);
+        let others = membership.roster.members.iter().filter(|member| member.id != self.config.node);
+        let older: Vec<_> =
+            others.filter(|member| level(member.id) < SERVICES).map(|member| member.name.as_str()).collect();
+        Some(lacks_services(membership.shared.level, &older))
     }
 
     /// Ends a program that lacks what the cluster relies on from now on. The next start of such a program refuses as

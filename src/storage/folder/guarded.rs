@@ -76,6 +76,24 @@ pub(super) struct GuardedConfig {
     pub spill: PathBuf,
 }
 
+/// What is known of a database while its folder is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Figures {
+    /// None before its first transaction.
+    pub id: Option<u32>,
+    /// Below the folder.
+    pub path: PathBuf,
+    /// In bytes.
+    pub page_size: u32,
+    pub pages: u32,
+    /// Whether its last transaction went by a WAL (true) or a rollback journal; none if there was none in this epoch.
+    pub wal: Option<bool>,
+    /// Transactions in this epoch.
+    pub commits: u64,
+    /// Pages with committed content that only its WAL has.
+    pub behind: usize,
+}
+
 struct Writer {
     capture: Option<Capture>,
     units: Units,
@@ -97,6 +115,9 @@ struct Pages {
     rests: Option<Record>,
     /// What it was, for whoever reads that: to be told before the file changes.
     kept: Weak<Kept>,
+    /// Transactions so far, and whether the last one went by the WAL.
+    commits: u64,
+    wal: Option<bool>,
 }
 
 /// A database of the service on the PRIMARY.
@@ -158,6 +179,8 @@ impl Guarded {
                 index: config.index,
                 rests: Some(rests),
                 kept: Weak::new(),
+                commits: 0,
+                wal: None,
             }),
             overlay: RwLock::default(),
             overlaid: AtomicBool::new(false),
@@ -187,26 +210,34 @@ impl Guarded {
         locked(&self.pages).rests
     }
 
-    /// Makes what the file holds durable. Returns that; none if it is not known. A database that nobody writes to holds
-    /// everything up to `committed`.
-    ///
-    /// # Errors
-    /// When the disk fails, or this host's raft log is not on it.
-    pub(super) fn save(&self, committed: u64) -> io::Result<Option<Record>> {
-        let rests = {
-            let idle = self.writer.try_lock();
-            let pages = locked(&self.pages);
-            let idle = idle.is_ok() && !self.passage.is_fenced() && pages.behind.is_empty();
-            pages.rests.map(|rests| match idle && rests.index == pages.index {
-                true => Record { index: rests.index.max(committed), ..rests },
-                false => rests,
-            })
-        };
-        if rests.is_some() {
-            self.passage.make_durable().map_err(|_| io::Error::other("this host's raft log is not on its disk"))?;
-            run(Place::Database, Act::Sync, || self.file.sync_all())?;
-        }
-        Ok(rests)
+    /// What the file is known to hold once it is synced, and the raft log before it. A database that nobody writes to
+    /// holds everything up to `committed`.
+    pub(super) fn holds(&self, committed: u64) -> Option<Record> {
+        let idle = self.writer.try_lock();
+        let pages = locked(&self.pages);
+        let is_idle = idle.is_ok() && !self.passage.is_fenced() && pages.behind.is_empty();
+        pages.rests.map(|rests| match is_idle && rests.index == pages.index {
+            true => Record { index: rests.index.max(committed), ..rests },
+            false => rests,
+        })
+    }
+
+    /// What is known of it now.
+    pub fn figures(&self) -> Figures {
+        let pages = locked(&self.pages);
+        let (page_size, count) = (pages.table.page_size(), pages.table.pages());
+        let (wal, commits, behind) = (pages.wal, pages.commits, pages.behind.len());
+        Figures { id: self.id(), path: self.path.clone(), page_size, pages: count, wal, commits, behind }
+    }
+
+    /// The open file, for whoever syncs it.
+    pub(super) fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+
+    /// The raft index of its last transaction.
+    pub(super) fn index(&self) -> u64 {
+        locked(&self.pages).index
     }
 
     /// How many pages have committed content that the file does not have.
@@ -456,7 +487,7 @@ impl Guarded {
         if after.page_size != before.1 {
             pages.table = PageTable::empty(after.page_size);
         }
-        pages.accept(preview, index);
+        pages.accept(preview, index, false);
         numbers.iter().for_each(|number| {
             pages.behind.remove(number);
         });
@@ -579,7 +610,8 @@ impl Pages {
         }
     }
 
-    fn accept(&mut self, preview: Preview, index: u64) {
+    fn accept(&mut self, preview: Preview, index: u64, wal: bool) {
+        (self.commits, self.wal) = (self.commits + 1, Some(wal));
         self.table.accept(preview);
         self.index = index;
         let cut = self.table.pages() + 1;

@@ -2,17 +2,22 @@
 //! the catalogue says which there are. While it serves, they belong to a [`Registry`]. Owns what lies in
 //! `DATA_FOLDER/service`: `files`, `checkpoints` and `catalogue.json`. Must never let an entry pass of a database that it
 //! does not have.
+//!
+//! A member whose service has no database needs nothing of the raft log. Its catalogue is on the disk before anything
+//! that comes later counts: see [`Members::is_unsettled`].
 
 use std::{
     collections::BTreeMap,
+    fmt,
     fs::File,
     io,
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{MetadataExt, lchown},
-    },
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
 };
 
 use super::{
@@ -26,24 +31,48 @@ use crate::{
     mutex::locked,
     storage::{
         EntrySource, Replicator,
-        checkpoint::Record,
+        checkpoint::{Record, Saved, Saving},
         clear_away,
         database::{ApplyError, Database, DatabaseError},
         folder_of, fsync_dir,
         gate::Stop,
-        make_private_dir,
         transaction::{self, TransactionError},
         vfs,
     },
 };
 
+/// What belongs to a folder that is served.
+struct Serving {
+    registry: Arc<Registry>,
+    /// The durable checkpoints, by the ids of the databases.
+    records: BTreeMap<u32, Record>,
+}
+
+/// Asked whether a checkpoint at a raft index may count.
+type MaySave = Arc<dyn Fn(u64) -> bool + Send + Sync>;
+
 /// The databases of a service on one member.
 pub struct Members {
     places: Places,
     catalogue: Arc<Mutex<Catalogue>>,
+    unsettled: Arc<AtomicBool>,
     /// Empty while it serves.
     databases: BTreeMap<u32, Database>,
+    serving: Option<Serving>,
+    /// Between serving and following: up to this raft index the files may be ahead of their checkpoints.
+    closed: Option<u64>,
     applied: u64,
+    /// What [`Self::checkpointed`] was when it was last known.
+    checkpointed: u64,
+    /// Why nothing of it can be used.
+    lost: Option<String>,
+    may_save: MaySave,
+}
+
+impl fmt::Debug for Members {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Members").field("root", &self.places.root).finish_non_exhaustive()
+    }
 }
 
 fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> DatabaseError + use<'a> {
@@ -51,41 +80,73 @@ fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> D
 }
 
 impl Members {
-    /// Opens the folder of a service, or makes it: feed it the entries after [`Self::applied`]. `log_last` is the
-    /// highest index in this node's raft log.
+    /// Opens the folder of a service in `root`, which is made with the first database: feed it the entries after
+    /// [`Self::applied`]. `log_last` is the highest index in this node's raft log.
     ///
     /// # Errors
     /// Those of [`Database::open`]; [`DatabaseError::Damaged`] when the catalogue can never be read.
     pub fn open(root: &Path, log_last: u64) -> Result<Self, DatabaseError> {
-        make_private_dir(root).map_err(failed("create", root))?;
+        let mut members = Self::nothing(root)?;
+        members.load(log_last, &|| true)?;
+        Ok(members)
+    }
+
+    /// What lies there cannot be used: it applies nothing, and nothing in it changes. `why` is for
+    /// people.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Io`] when the folder around it cannot be found.
+    pub fn lost(root: &Path, why: String) -> Result<Self, DatabaseError> {
+        Ok(Self { lost: Some(why), ..Self::nothing(root)? })
+    }
+
+    fn nothing(root: &Path) -> Result<Self, DatabaseError> {
         // As the databases have it, whose paths have no links.
-        let root = std::fs::canonicalize(root).map_err(failed("open the folder", root))?;
-        let places = Places { root };
-        for folder in [places.files(), places.spill(), places.records()] {
-            make_private_dir(&folder).map_err(failed("create", &folder))?;
-        }
-        let path = places.catalogue();
+        let around = folder_of(root);
+        let around = std::fs::canonicalize(around).map_err(failed("open the folder", around))?;
+        let root = root.file_name().map_or_else(|| around.clone(), |name| around.join(name));
+        Ok(Self {
+            places: Places { root },
+            catalogue: Arc::default(),
+            unsettled: Arc::default(),
+            databases: BTreeMap::new(),
+            serving: None,
+            closed: None,
+            applied: 0,
+            checkpointed: 0,
+            lost: None,
+            may_save: Arc::new(|_| true),
+        })
+    }
+
+    /// Goes to the last checkpoints. Up to `touched` the files may be ahead of them.
+    fn load(&mut self, touched: u64, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
+        let path = self.places.catalogue();
         let catalogue = Catalogue::read(&path).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => DatabaseError::Damaged { path: path.clone(), why: error.to_string() },
             _ => DatabaseError::Io { what: "read", path: path.clone(), error },
         })?;
-        let mut members =
-            Self { places, catalogue: Arc::default(), databases: BTreeMap::new(), applied: catalogue.changed() };
+        let mut databases = BTreeMap::new();
         for (id, path) in catalogue.iter() {
-            let database = members.open_database(id, path, log_last)?;
-            members.databases.insert(id, database);
+            if !go_on() {
+                return Err(failed("read", path)(io::ErrorKind::Interrupted.into()));
+            }
+            databases.insert(id, self.open_database(id, path, touched)?);
         }
-        let least = members.databases.values().map(Database::applied).min();
-        members.applied = least.unwrap_or(members.applied);
-        *locked(&members.catalogue) = catalogue;
-        Ok(members)
+        self.applied = databases.values().map(Database::applied).min().unwrap_or_else(|| catalogue.changed());
+        self.databases = databases;
+        *locked(&self.catalogue) = catalogue;
+        self.unsettled.store(false, Ordering::SeqCst);
+        Ok(())
     }
 
     fn open_database(&self, id: u32, path: &Path, log_last: u64) -> Result<Database, DatabaseError> {
+        self.places.make_room(path).map_err(failed("make room for", path))?;
         let path = self.places.files().join(path);
-        let folder = folder_of(&path);
-        make_private_dir(folder).map_err(failed("create", folder))?;
-        Database::open_at((path, self.places.record(id)), id, log_last)
+        let mut database = Database::open_at((path, self.places.record(id)), id, log_last)?;
+        let may_save = Arc::clone(&self.may_save);
+        database.save_if(move |index| may_save(index));
+        Ok(database)
     }
 
     /// The folder that is served, and that all members have.
@@ -98,14 +159,60 @@ impl Members {
         self.applied
     }
 
+    /// The raft index up to which all of them have everything, if there is any that needs what comes behind it.
+    pub fn needs_behind(&self) -> Option<u64> {
+        (!self.is_empty()).then_some(self.applied)
+    }
+
+    /// The raft index up to which at least one of them has everything; none if there is none.
+    pub fn newest(&self) -> Option<u64> {
+        match self.serving {
+            Some(_) => self.needs_behind(),
+            None => self.databases.values().map(Database::applied).max(),
+        }
+    }
+
+    /// True if no member has a database of the service.
+    pub fn is_empty(&self) -> bool {
+        locked(&self.catalogue).iter().next().is_none()
+    }
+
+    /// Why nothing of it can be used, if that is so.
+    pub fn why_lost(&self) -> Option<&str> {
+        self.lost.as_deref()
+    }
+
+    /// What they belong to while it serves.
+    pub fn registry(&self) -> Option<&Registry> {
+        self.serving.as_ref().map(|serving| &*serving.registry)
+    }
+
     /// The databases while it follows.
     pub fn iter(&self) -> impl Iterator<Item = &Database> {
         self.databases.values()
     }
 
+    /// The databases while it follows, mutable.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Database> {
+        self.databases.values_mut()
+    }
+
     /// What the catalogue has.
     pub fn catalogue(&self) -> Catalogue {
         locked(&self.catalogue).clone()
+    }
+
+    /// True while a change of the catalogue is on its way, or its outcome is unknown. A majority may have it, and this
+    /// member's disk may not: no checkpoint of any database of this node may be made then, or a start from there would
+    /// leave the change out.
+    pub fn is_unsettled(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.unsettled)
+    }
+
+    /// Lets a checkpoint count only if `may_save` returns true for its raft index.
+    pub fn save_if(&mut self, may_save: impl Fn(u64) -> bool + Clone + Send + Sync + 'static) {
+        self.databases.values_mut().for_each(|database| database.save_if(may_save.clone()));
+        self.may_save = Arc::new(may_save);
     }
 
     /// Applies a committed entry with content.
@@ -114,6 +221,9 @@ impl Members {
     /// The [`ApplyError`] of the database. Nothing has changed anywhere if the entry is of a newer program, or if the
     /// disk was full.
     pub fn apply(&mut self, index: u64, term: u64, payload: &[u8], source: &dyn EntrySource) -> Result<(), ApplyError> {
+        if let Some(why) = &self.lost {
+            return Err(ApplyError::Failed(why.clone()));
+        }
         let command = |error: TransactionError| ApplyError::Command { index, error };
         if catalogue::is_change(payload) {
             let (id, change) = Change::decode(payload).map_err(command)?;
@@ -142,6 +252,13 @@ impl Members {
         Ok(())
     }
 
+    /// Notes a committed entry while it serves: the files have it already.
+    pub fn note_committed(&mut self, index: u64) {
+        if self.serving.is_some() {
+            self.applied = self.applied.max(index);
+        }
+    }
+
     fn change(&mut self, index: u64, id: u32, change: &Change) -> Result<(), ApplyError> {
         let io = |error| ApplyError::Io { index, error };
         let mut changed = locked(&self.catalogue).clone();
@@ -151,6 +268,10 @@ impl Members {
         changed.apply(index, id, change).map_err(|what| ApplyError::OutOfOrder { index, what })?;
         match change {
             Change::Add(path) => {
+                self.places.make().map_err(io)?;
+                self.places.make_room(path).map_err(io)?;
+                // What this member has there was never committed: a former primary's transaction failed.
+                clear_away(&self.places.files().join(path)).map_err(io)?;
                 begin(&self.places, index, id).map_err(io)?;
                 let opened = self.open_database(id, path, index).map_err(|error| io(io::Error::other(error)))?;
                 changed.write(&self.places.catalogue()).map_err(io)?;
@@ -162,7 +283,7 @@ impl Members {
                 };
                 let (from, to) = (database.path().to_owned(), self.places.files().join(path));
                 drop(database);
-                make_private_dir(folder_of(&to)).map_err(io)?;
+                self.places.make_room(path).map_err(io)?;
                 std::fs::rename(&from, &to).map_err(io)?;
                 fsync_dir(folder_of(&to)).map_err(io)?;
                 changed.write(&self.places.catalogue()).map_err(io)?;
@@ -184,22 +305,25 @@ impl Members {
     /// Gives all databases to a folder that is served. Call it when everything of earlier epochs is applied.
     ///
     /// # Errors
-    /// The error of the first that cannot be opened: open all again.
+    /// The error of the first that cannot be opened: [reopen](Self::reopen) all then.
     pub fn promote(&mut self, epoch: u64, replicator: Arc<dyn Replicator>) -> Result<Arc<Registry>, DatabaseError> {
         let passage = Arc::new(Passage::new(epoch, replicator));
         let enters: Arc<dyn Enters> = Arc::new(Door {
             places: self.places.clone(),
             catalogue: Arc::clone(&self.catalogue),
+            unsettled: Arc::clone(&self.unsettled),
             passage: Arc::clone(&passage),
+            order: Mutex::default(),
         });
-        let (lock_byte, spill) = (vfs::lock_byte(), self.places.spill());
-        let registry = Registry::new(Arc::clone(&passage), Arc::clone(&enters), lock_byte, spill.clone());
+        let (lock_byte, spill, files) = (vfs::lock_byte(), self.places.spill(), self.places.files());
+        let registry = Registry::new(Arc::clone(&passage), Arc::clone(&enters), lock_byte, self.places.clone());
         let catalogue = locked(&self.catalogue).clone();
-        let files = self.places.files();
+        let mut records = BTreeMap::new();
+        self.closed = Some(self.applied);
         for (id, database) in std::mem::take(&mut self.databases) {
             let Some(path) = catalogue.path(id) else { continue };
+            records.insert(id, database.record());
             let lent = database.lend()?;
-            hand_over(&files, path).map_err(failed("give away", path))?;
             let config = GuardedConfig {
                 path: path.to_owned(),
                 id: Some(id),
@@ -211,44 +335,122 @@ impl Members {
             };
             registry.add(Arc::new(Guarded::new(config, Arc::clone(&passage), Arc::clone(&enters))));
         }
-        remove_caches(&self.places.files(), &mut 0).map_err(failed("clear", &self.places.files()))?;
-        Ok(Arc::new(registry))
+        if files.exists() {
+            remove_caches(&files, &mut 0).map_err(failed("clear", &files))?;
+        }
+        let registry = Arc::new(registry);
+        self.checkpointed = records.values().map(|record: &Record| record.index).min().unwrap_or(self.applied);
+        self.serving = Some(Serving { registry: Arc::clone(&registry), records });
+        self.closed = None;
+        Ok(registry)
     }
 
-    /// Makes what the files of a folder that is served hold durable, and notes it: no database needs the raft log up to
-    /// the index that this returns. `committed` is the raft index up to which everything is committed.
+    /// Fences the databases, and waits until their folder is not served any more: they cannot be used here until
+    /// [`Self::reopen`]. Does nothing while it follows.
     ///
     /// # Errors
-    /// [`DatabaseError::Io`] when the disk fails or is full. After a failed sync the process must end.
-    pub fn checkpoint(&self, registry: &Registry, committed: u64) -> Result<u64, DatabaseError> {
-        let mut least = committed;
-        for guarded in registry.all() {
-            let Some(id) = guarded.id() else { continue };
-            let path = self.places.record(id);
-            let mut record = Record::read(&path, id).map_err(failed("read", &path))?;
-            if let Some(reached) = guarded.save(committed).map_err(failed("sync", guarded.path()))?
-                && reached.index > record.index
-            {
-                reached.write(&path, id).map_err(failed("write", &path))?;
-                record = reached;
-            }
-            least = least.min(record.index);
+    /// [`DatabaseError::StillOpen`] after the deadline: exit the process.
+    pub fn close(&mut self, deadline: Instant) -> Result<(), DatabaseError> {
+        let Some(serving) = &self.serving else { return Ok(()) };
+        serving.registry.passage().fence();
+        if !serving.registry.wait_withdrawn(deadline) {
+            return Err(DatabaseError::StillOpen { connections: 1 });
         }
-        Ok(least)
+        let newest = serving.registry.all().iter().map(|guarded| guarded.index()).max();
+        self.closed = Some(newest.unwrap_or(0).max(self.applied));
+        self.serving = None;
+        Ok(())
     }
-}
 
-/// Gives a database and the folders around it to whoever owns the folder of the service: members have made them.
-fn hand_over(files: &Path, path: &Path) -> io::Result<()> {
-    let owner = std::fs::metadata(files)?;
-    for made in path.ancestors().filter(|made| !made.as_os_str().is_empty()) {
-        let made = files.join(made);
-        let found = std::fs::symlink_metadata(&made)?;
-        if (found.uid(), found.gid()) != (owner.uid(), owner.gid()) && (found.uid(), found.gid()) == (0, 0) {
-            lchown(&made, Some(owner.uid()), Some(owner.gid()))?;
+    /// Goes back to the last checkpoints after [`Self::close`]: feed it the entries after [`Self::applied`] again.
+    ///
+    /// # Errors
+    /// The error of the first that cannot go back: it stays closed.
+    pub fn reopen(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DatabaseError> {
+        let Some(touched) = self.closed else { return Ok(()) };
+        self.load(touched, go_on)?;
+        self.closed = None;
+        Ok(())
+    }
+
+    /// True between [`Self::close`] and the end of [`Self::reopen`].
+    pub fn is_closed(&self) -> bool {
+        self.closed.is_some()
+    }
+
+    /// Begins a checkpoint of each, as [`Database::begin_checkpoint`] does. If one of them fails, those begun before it
+    /// must be saved all the same.
+    ///
+    /// # Errors
+    /// Those of [`Database::begin_checkpoint`].
+    pub fn begin_checkpoint(&mut self, savings: &mut Vec<Saving>) -> Result<(), DatabaseError> {
+        self.look_again();
+        let Some(serving) = &self.serving else {
+            let mut begin =
+                |database: &mut Database| database.begin_checkpoint().map(|(_, saving)| savings.extend(saving));
+            return self.databases.values_mut().try_for_each(&mut begin);
+        };
+        for guarded in serving.registry.all() {
+            let Some(id) = guarded.id() else { continue };
+            let before = serving.records.get(&id).map_or(0, |record| record.index);
+            let Some(record) = guarded.holds(self.applied).filter(|record| record.index > before) else { continue };
+            // The file must not be durable before the raft log: not an error, the next one tries again.
+            if (self.may_save)(record.index) && serving.registry.passage().make_durable().is_ok() {
+                let (file, path) = (guarded.file(), self.places.record(id));
+                savings.push(Saving { file, path, database: id, record });
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the outcome of one of those that [`Self::begin_checkpoint`] has begun.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Io`] when it could not be saved: the old checkpoint counts.
+    pub fn saved(&mut self, saved: Saved) -> Result<(), DatabaseError> {
+        let id = saved.database;
+        if let Some(database) = self.databases.get_mut(&id) {
+            return database.saved(saved);
+        }
+        let Some(serving) = &mut self.serving else { return Ok(()) };
+        let path = self.places.record(id);
+        saved.synced.map_err(failed("sync", &path))?;
+        saved.written.map_err(failed("write", &path))?;
+        let record = serving.records.entry(id).or_insert(saved.record);
+        if record.index < saved.record.index {
+            *record = saved.record;
+        }
+        self.look_again();
+        Ok(())
+    }
+
+    /// The lowest of the durable checkpoints: no database needs the raft log up to there. None if there is no database.
+    pub fn checkpointed(&self) -> Option<u64> {
+        match self.serving {
+            Some(_) => (!self.is_empty()).then_some(self.checkpointed),
+            None => self.databases.values().map(Database::checkpointed).min(),
         }
     }
-    Ok(())
+
+    /// Finds out how far the checkpoints are while it serves. What was known before one was added holds for it, too: it
+    /// begins later.
+    fn look_again(&mut self) {
+        let Some(serving) = self.serving.as_mut().filter(|_| !self.unsettled.load(Ordering::SeqCst)) else { return };
+        let catalogue = locked(&self.catalogue).clone();
+        for (id, _) in catalogue.iter() {
+            let read = || Record::read(&self.places.record(id), id).unwrap_or_default();
+            serving.records.entry(id).or_insert_with(read);
+        }
+        serving.records.retain(|id, _| catalogue.path(*id).is_some());
+        self.checkpointed = serving.records.values().map(|record| record.index).min().unwrap_or(self.applied);
+    }
+
+    /// Bytes of the files, as of the last checkpoints.
+    pub fn file_bytes(&self) -> u64 {
+        let served = self.serving.iter().flat_map(|serving| serving.records.values());
+        let bytes = served.map(|record| u64::from(record.pages) * u64::from(record.page_size)).sum::<u64>();
+        bytes + self.databases.values().map(Database::file_bytes).sum::<u64>()
+    }
 }
 
 /// Makes the record of a database that has no content before `index`, so that it does not need what is before it.
@@ -290,43 +492,46 @@ fn remove_caches(folder: &Path, depth: &mut u32) -> io::Result<()> {
 struct Door {
     places: Places,
     catalogue: Arc<Mutex<Catalogue>>,
+    unsettled: Arc<AtomicBool>,
     passage: Arc<Passage>,
+    /// Held by whoever makes a change, until a majority has it.
+    order: Mutex<()>,
 }
 
 impl Enters for Door {
     fn enter(&self, path: &Path) -> Result<u32, Stop> {
-        let mut catalogue = locked(&self.catalogue);
-        let id = catalogue.next();
-        self.change(&mut catalogue, id, &Change::Add(path.to_owned()), |index| begin(&self.places, index, id))?;
+        let _order = locked(&self.order);
+        let id = locked(&self.catalogue).next();
+        self.change(id, &Change::Add(path.to_owned()), |index| begin(&self.places, index, id))?;
         Ok(id)
     }
 
     fn leave(&self, id: u32) -> Result<(), Stop> {
-        self.change(&mut locked(&self.catalogue), id, &Change::Remove, |_| clear_away(&self.places.record(id)))
+        let _order = locked(&self.order);
+        self.change(id, &Change::Remove, |_| clear_away(&self.places.record(id)))
     }
 }
 
 impl Door {
     /// Has a majority take a change, and then this member. `before` is done before the catalogue has it.
-    fn change(
-        &self,
-        catalogue: &mut Catalogue,
-        id: u32,
-        change: &Change,
-        before: impl FnOnce(u64) -> io::Result<()>,
-    ) -> Result<(), Stop> {
+    fn change(&self, id: u32, change: &Change, before: impl FnOnce(u64) -> io::Result<()>) -> Result<(), Stop> {
         let Some(entry) = change.encode(id) else {
             return Err(self.passage.refuse(format!("{change:?}: a database needs a path in UTF-8")));
         };
-        let index = self.passage.propose(entry, true)?;
-        let mut changed = catalogue.clone();
-        let broken = |error: &dyn std::fmt::Display| {
+        self.unsettled.store(true, Ordering::SeqCst);
+        let index = self.passage.propose(entry, true).inspect_err(|_| {
+            // Refused: it will never be made. Whoever is fenced does not know, and goes back to the checkpoints.
+            self.unsettled.store(self.passage.is_fenced(), Ordering::SeqCst);
+        })?;
+        let mut changed = locked(&self.catalogue).clone();
+        let broken = |error: &dyn fmt::Display| {
             self.passage.fence_because(format!("database {id} of the service: a change could not be noted: {error}"))
         };
         changed.apply(index, id, change).map_err(|why| broken(&why))?;
         let written = before(index).and_then(|()| changed.write(&self.places.catalogue()));
         written.map_err(|error| broken(&error))?;
-        *catalogue = changed;
+        *locked(&self.catalogue) = changed;
+        self.unsettled.store(false, Ordering::SeqCst);
         Ok(())
     }
 }

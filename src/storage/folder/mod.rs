@@ -7,6 +7,7 @@
 //! - `sqlite.rs`: which file belongs to which database
 //! - `guarded.rs`: the gate of one database; `journal.rs`, `overlay.rs` and `image.rs`: its transactions with a rollback
 //!   journal; `units.rs`: the pieces of its WAL
+//! - `point.rs`: the mount point while nothing is served; `plain.rs`: the files that are no databases
 //! - `passage.rs`: what all databases share, the way to the majority
 //! - `catalogue.rs`: which databases there are; `places.rs`: where they lie; `members.rs`: those of one member, following
 //!   or serving; `rest.rs`: all of a primary at one raft index
@@ -24,6 +25,8 @@ mod overlay;
 pub mod passage;
 mod paths;
 pub mod places;
+pub mod plain;
+pub mod point;
 pub mod rest;
 pub mod sqlite;
 mod tree;
@@ -31,15 +34,18 @@ mod units;
 mod waiting;
 
 use std::{
-    fs, io,
+    ffi::CString,
+    fs::{self, File},
+    io,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
-use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
+use fuser::{BackgroundSession, Config, Session, SessionACL};
 use nix::errno::Errno;
-use rustix::mount::{UnmountFlags, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use thiserror::Error;
 
 use self::{fuse::Calls, sqlite::Registry, tree::Tree, waiting::Waiting};
@@ -59,6 +65,8 @@ pub enum FolderError {
         path.display()
     )]
     Mount { path: PathBuf, error: io::Error },
+    #[error("this node is not PRIMARY any more")]
+    Fenced,
     #[error("cannot unmount {}: {error}", path.display())]
     Unmount { path: PathBuf, error: io::Error },
 }
@@ -85,21 +93,25 @@ impl Folder {
     /// folder; with one, its databases pass their gates.
     ///
     /// # Errors
-    /// [`FolderError`] when the folder below cannot be opened, or the kernel refuses: nothing is mounted then.
+    /// [`FolderError`] when the folder below cannot be opened, the kernel refuses, or the registry is fenced: nothing is
+    /// mounted then.
     pub fn mount(config: &FolderConfig, registry: Option<Arc<Registry>>) -> Result<Self, FolderError> {
         let failed = |error| FolderError::Mount { path: config.mount.clone(), error };
+        let served = registry.as_ref().map(|registry| registry.serve().ok_or(FolderError::Fenced)).transpose()?;
         let tree = Tree::new(&config.backing, registry)
             .map_err(|errno| FolderError::Backing { path: config.backing.clone(), error: errno.into() })?;
         remove_dead(&config.mount).map_err(failed)?;
         let notifier = Arc::new(OnceLock::new());
-        let (tree, waiting) = (Arc::new(tree), Arc::new(Waiting::default()));
+        let (tree, waiting) = (Arc::new(tree), Arc::new(Waiting::new(served)));
         let calls = Calls { tree, waiting, notifier: Arc::clone(&notifier) };
         let mut options = Config::default();
-        options.mount_options = vec![MountOption::FSName(NAME.into()), MountOption::DefaultPermissions];
-        // The service has a user of its own.
-        options.acl = SessionACL::All;
         options.n_threads = Some(waiting::THREADS);
-        let session = Session::new(calls, &config.mount, &options).and_then(Session::spawn).map_err(failed)?;
+        let device = attach(&config.mount).map_err(failed)?;
+        let session = Session::from_fd(calls, device, SessionACL::All, options).and_then(Session::spawn);
+        let session = session.inspect_err(|_| {
+            let _ = unmount(&config.mount, UnmountFlags::DETACH); // it answers nobody
+        });
+        let session = session.map_err(failed)?;
         notifier.get_or_init(|| session.notifier());
         Ok(Self { mount: config.mount.clone(), session: Some(session) })
     }
@@ -141,6 +153,21 @@ impl Drop for Folder {
             tracing::warn!("{error}");
         }
     }
+}
+
+/// Mounts a file system that whoever has the answer serves. The crate fuser could do that, but when it ends it would
+/// take away what lies below, too.
+fn attach(path: &Path) -> io::Result<OwnedFd> {
+    let device = File::options().read(true).write(true).open("/dev/fuse")?;
+    let (user, group) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    // The service has a user of its own. The kernel checks what each user may do.
+    let options = format!(
+        "fd={},rootmode=40000,user_id={user},group_id={group},default_permissions,allow_other",
+        device.as_raw_fd()
+    );
+    let options = CString::new(options).map_err(io::Error::other)?;
+    mount(NAME, path, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())?;
+    Ok(device.into())
 }
 
 /// Takes away what a killed process has left mounted there: it answers nobody.

@@ -51,6 +51,11 @@ impl Passage {
         self.turn.try_lock().ok()
     }
 
+    /// The epoch of this promotion.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
     /// Lets nothing pass any more. Can be called by any thread at any time, and never waits.
     pub fn fence(&self) {
         self.fenced.store(true, Ordering::SeqCst);

@@ -8,7 +8,8 @@ use std::{
     fs::File,
     os::unix::{ffi::OsStrExt, fs::FileExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Condvar, Mutex, PoisonError, RwLock},
+    time::Instant,
 };
 
 use rustix::{
@@ -22,7 +23,8 @@ use super::{
     image,
     passage::Passage,
     paths::FileId,
-    places::MOST_DATABASES,
+    places::{MOST_DATABASES, Places},
+    plain::Plain,
 };
 use crate::{
     mutex::locked,
@@ -60,7 +62,11 @@ pub struct Registry {
     passage: Arc<Passage>,
     enters: Arc<dyn Enters>,
     lock_byte: u32,
-    spill: PathBuf,
+    places: Places,
+    /// How often the folder is served now, and told when it is not any more.
+    served: Mutex<u32>,
+    withdrawn: Condvar,
+    plain: Plain,
     /// By their paths below the folder.
     known: Mutex<HashMap<PathBuf, Arc<Guarded>>>,
     /// By the kernel's numbers.
@@ -70,6 +76,17 @@ pub struct Registry {
 impl std::fmt::Debug for Registry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Registry").field("known", &self.known).finish_non_exhaustive()
+    }
+}
+
+/// A folder that is served.
+#[derive(Debug)]
+pub(super) struct Served(Arc<Registry>);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        *locked(&self.0.served) -= 1;
+        self.0.withdrawn.notify_all();
     }
 }
 
@@ -101,9 +118,73 @@ fn is_super_journal(path: &Path) -> bool {
 }
 
 impl Registry {
-    pub(super) fn new(passage: Arc<Passage>, enters: Arc<dyn Enters>, lock_byte: u32, spill: PathBuf) -> Self {
+    pub(super) fn new(passage: Arc<Passage>, enters: Arc<dyn Enters>, lock_byte: u32, places: Places) -> Self {
+        let (served, withdrawn, plain) = (Mutex::new(0), Condvar::new(), Plain::default());
         let (known, parts) = (Mutex::default(), RwLock::default());
-        Self { passage, enters, lock_byte, spill, known, parts }
+        Self { passage, enters, lock_byte, places, served, withdrawn, plain, known, parts }
+    }
+
+    /// The folder below: what the service sees.
+    pub fn files(&self) -> PathBuf {
+        self.places.files()
+    }
+
+    /// Makes the folder below if it is missing, and gives it to this user and group, with what this member has made
+    /// there. Call it before it is mounted.
+    ///
+    /// # Errors
+    /// When it cannot be made, or not be given away.
+    pub fn prepare(&self, owner: (u32, u32)) -> std::io::Result<()> {
+        self.places.make()?;
+        let known: Vec<PathBuf> = locked(&self.known).keys().cloned().collect();
+        self.places.give_to(owner, &known)?;
+        self.plain.look(&self.files(), &|path| self.belongs(path));
+        Ok(())
+    }
+
+    /// Files of the folder that belong to no database: they are on this host alone. At most
+    /// [`MOST_PLAIN`](super::plain::MOST_PLAIN) of them, below the folder.
+    pub fn plain_files(&self) -> Vec<PathBuf> {
+        self.plain.list()
+    }
+
+    /// A file was made, or is about to be written to. It may become a database.
+    pub(super) fn note_plain(&self, path: &Path) {
+        if !self.belongs(path) {
+            self.plain.note(path);
+        }
+    }
+
+    /// A file is gone.
+    pub(super) fn forget_plain(&self, path: &Path) {
+        self.plain.forget(path);
+    }
+
+    /// True for a database, and for what SQLite keeps beside one.
+    fn belongs(&self, path: &Path) -> bool {
+        let shared = path.as_os_str().as_bytes().strip_suffix(b"-shm");
+        let of = shared.map_or(path, |base| Path::new(OsStr::from_bytes(base)));
+        self.by_path(of).is_some()
+    }
+
+    /// The folder is about to be served, until the answer is dropped. None once it is fenced.
+    pub(super) fn serve(self: &Arc<Self>) -> Option<Served> {
+        let mut served = locked(&self.served);
+        if self.passage.is_fenced() {
+            return None;
+        }
+        *served += 1;
+        Some(Served(Arc::clone(self)))
+    }
+
+    /// Waits until the folder is not served any more. False if it still is at the deadline.
+    pub(super) fn wait_withdrawn(&self, deadline: Instant) -> bool {
+        let mut served = locked(&self.served);
+        while *served > 0 {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return false };
+            served = self.withdrawn.wait_timeout(served, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
     }
 
     /// The way of this promotion to the majority: fence it from any thread.
@@ -212,6 +293,7 @@ impl Registry {
     }
 
     fn adopt(&self, path: PathBuf, file: File) -> Result<Arc<Guarded>, Errno> {
+        self.plain.forget(&path);
         let mut known = locked(&self.known);
         if known.len() >= MOST_DATABASES && !known.contains_key(&path) {
             self.passage.refuse(format!("{}: this folder has {MOST_DATABASES} databases already", path.display()));
@@ -224,7 +306,7 @@ impl Registry {
             table: PageTable::empty(0),
             index: 0,
             lock_byte: self.lock_byte,
-            spill: self.spill.clone(),
+            spill: self.places.spill(),
         };
         let new = || Arc::new(Guarded::new(config, Arc::clone(&self.passage), Arc::clone(&self.enters)));
         Ok(Arc::clone(known.entry(path).or_insert_with(new)))

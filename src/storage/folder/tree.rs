@@ -323,6 +323,9 @@ impl Tree {
         let path = self.child(parent, name)?;
         let stat = self.backing.stat(&path)?;
         if folder { self.backing.remove_folder(&path) } else { self.backing.remove_file(&path) }?;
+        if let Some(registry) = &self.registry {
+            registry.forget_plain(&path);
+        }
         self.gone(parent, name, &stat, folder);
         Ok(())
     }
@@ -343,6 +346,10 @@ impl Tree {
         let moved = self.backing.stat(&source)?;
         let replaced = self.backing.stat(&target).ok();
         self.backing.rename(&source, &target, flags)?;
+        if let Some(registry) = self.registry.as_ref().filter(|_| is_no_folder(&moved)) {
+            registry.forget_plain(&source);
+            registry.note_plain(&target);
+        }
         if let Some(replaced) = replaced.filter(|replaced| identity(replaced) != identity(&moved)) {
             if flags.contains(RenameFlags::EXCHANGE) {
                 locked(&self.table).renamed(identity(&replaced), to, from);
@@ -376,6 +383,7 @@ impl Tree {
             self.opens(&path)?;
             if let Some(registry) = &self.registry {
                 registry.seen(&path, number);
+                registry.note_plain(&path);
             }
         }
         self.keep_open(number, self.backing.open_file(&path, own)?)
@@ -396,6 +404,9 @@ impl Tree {
             Err(Errno::EXIST) if !flags.contains(OFlags::EXCL) => self.backing.open_file(&path, own_flags(flags))?,
             made => made?,
         };
+        if let Some(registry) = &self.registry {
+            registry.note_plain(&path);
+        }
         let entry = self.entry(parent, name, &path)?;
         let handle = self.keep_open(entry.number, file)?;
         Ok((entry, handle))
@@ -483,6 +494,10 @@ pub(super) fn write_part(
         Part::Wal(guarded) => guarded.wal_write(&open.file, offset, bytes, forget),
     }
     .map_err(|stop| failure(&stop))
+}
+
+fn is_no_folder(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) != FileType::Directory
 }
 
 /// How this process opens what an application opens: the kernel has done what the other flags ask for, and says where

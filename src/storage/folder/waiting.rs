@@ -11,6 +11,8 @@ use std::{
 
 use rustix::io::Errno;
 
+use super::sqlite::Served;
+
 /// Threads that serve the kernel.
 pub(super) const THREADS: usize = 8;
 /// How many of them never wait.
@@ -23,6 +25,8 @@ const MOST_APART: usize = 128;
 pub(super) struct Waiting {
     here: AtomicUsize,
     apart: AtomicUsize,
+    /// Dropped with the last call: nobody of this process uses the databases then.
+    _served: Option<Served>,
 }
 
 /// Takes one of `most` places, unless all are taken.
@@ -31,6 +35,11 @@ fn enter(places: &AtomicUsize, most: usize) -> bool {
 }
 
 impl Waiting {
+    /// Nobody waits yet.
+    pub fn new(served: Option<Served>) -> Self {
+        Self { _served: served, ..Self::default() }
+    }
+
     /// Does work that may wait: on this thread if enough others are left, otherwise on one of its own. It gets
     /// `EAGAIN` instead of the bytes when too many are waiting.
     pub fn run(self: &Arc<Self>, bytes: &[u8], work: impl FnOnce(Result<&[u8], Errno>) + Send + 'static) {

@@ -244,6 +244,7 @@ mod tests {
 
     use super::*;
     use crate::storage::{
+        folder::catalogue,
         raft_log::{Options, RaftLog, RealDisk},
         transaction::{Commit, PagesBuilder},
     };
@@ -298,6 +299,25 @@ mod tests {
             fs::write(&kept.path, bad).unwrap();
             assert_eq!(read(&kept.path).unwrap_err().kind(), ErrorKind::InvalidData, "{at} {cut}");
         }
+    }
+
+    #[test]
+    fn a_services_transactions_stand_between_those_of_the_console_and_show_no_rows() {
+        let mut other = PagesBuilder::new(5, 11, 0, 4096);
+        other.push(1, &[1; 4096]);
+        let change = catalogue::Change::Add("x.db".into()).encode(5).unwrap();
+        let all = [pages(8, 0, false), change, other.finish(None), pages(8, 1, true)];
+        let mut summary = text::Summary::default();
+        (2..).zip(all).for_each(|(index, data)| summary.add(&entry(index, 1, data)));
+        assert_eq!(summary.transactions(), 2);
+        let header = Header { cluster: ClusterId(9), node: 1, first: 2, last: 5, epoch: 1 };
+        let text = summary.render(&header, Path::new("x"), 4, None);
+        assert!(
+            text.contains("transaction 0000000000000008, entries 2 to 5\n    pages 2-4, 9 (4 of 512 bytes)"),
+            "{text}"
+        );
+        assert!(text.contains("transaction 000000000000000b of database 5, entries 4 to 4, incomplete"), "{text}");
+        assert!(text.contains("entry 3: a database of the service"), "{text}");
     }
 
     #[test]

@@ -15,7 +15,10 @@ use super::{
     Header,
     rows::{rows, tables},
 };
-use crate::storage::transaction::Pages;
+use crate::storage::{
+    folder::catalogue,
+    transaction::{CONSOLE_DATABASE, Pages},
+};
 
 /// Lines about single entries and transactions; further ones are only counted.
 const MAX_LINES: usize = 1000;
@@ -24,6 +27,8 @@ const MAX_IMAGES: usize = 64 << 20;
 
 #[derive(Debug)]
 struct Transaction {
+    /// Rows are listed of the Console's alone: what a service has is not ours to show.
+    database: u32,
     id: u64,
     first: u64,
     last: u64,
@@ -59,23 +64,31 @@ impl Summary {
                 .others
                 .push(format!("entry {index}: without content, the first entry of epoch {}", entry.term));
         }
+        if catalogue::is_change(&entry.data) {
+            return self.others.push(format!("entry {index}: a database of the service is added or removed"));
+        }
         let pages = match Pages::decode(&entry.data) {
             Ok(pages) => pages,
             Err(error) => return self.others.push(format!("entry {index}: {error}")),
         };
-        if pages.part == 0 || self.transactions.last().is_none_or(|last| last.id != pages.transaction) {
-            let (id, page_size) = (pages.transaction, pages.page_size);
+        let (database, id, page_size) = (pages.database, pages.transaction, pages.page_size);
+        // Parts of other databases may stand between those of a transaction.
+        let continues = |last: &&Transaction| last.database == database;
+        let last = self.transactions.iter().rev().find(continues);
+        if pages.part == 0 || last.is_none_or(|last| last.id != id) {
             let (pages, images) = Default::default();
             let (first, last, complete) = (index, index, false);
-            self.transactions.push(Transaction { id, first, last, page_size, pages, images, complete });
+            self.transactions.push(Transaction { database, id, first, last, page_size, pages, images, complete });
         }
-        if let Some(open) = self.transactions.last_mut() {
+        if let Some(open) = self.transactions.iter_mut().rev().find(|last| last.database == database) {
             open.last = index;
             open.complete |= pages.commit.is_some();
             for (number, image) in pages.iter() {
                 open.pages.insert(number);
-                self.bytes += image.len();
-                if self.bytes <= MAX_IMAGES {
+                if database == CONSOLE_DATABASE {
+                    self.bytes += image.len();
+                }
+                if database == CONSOLE_DATABASE && self.bytes <= MAX_IMAGES {
                     open.images.insert(number, image.to_vec());
                 }
             }
@@ -112,9 +125,10 @@ impl Summary {
         }
         let differences = self.differences(database);
         for (transaction, rows) in self.transactions.iter().zip(differences).take(MAX_LINES) {
-            let Transaction { id, first, last, page_size, pages, complete, .. } = transaction;
+            let Transaction { database, id, first, last, page_size, pages, complete, .. } = transaction;
             let complete = if *complete { "" } else { ", incomplete (its last part is missing)" };
-            let _ = writeln!(text, "transaction {id:016x}, entries {first} to {last}{complete}");
+            let of = if *database == CONSOLE_DATABASE { String::new() } else { format!(" of database {database}") };
+            let _ = writeln!(text, "transaction {id:016x}{of}, entries {first} to {last}{complete}");
             let _ = writeln!(text, "    pages {} ({} of {page_size} bytes)", ranges(pages), pages.len());
             rows.iter().take(MAX_LINES).for_each(|row| text.push_str(row));
             if rows.len() > MAX_LINES {
@@ -135,7 +149,8 @@ impl Summary {
 impl Summary {
     /// For each transaction, the rows in which its pages differ from what was there before.
     fn differences(&self, database: Option<&File>) -> Vec<Vec<String>> {
-        let size = self.transactions.first().map_or(0, |first| first.page_size as usize);
+        let of_console = |transaction: &&Transaction| transaction.database == CONSOLE_DATABASE;
+        let size = self.transactions.iter().find(of_console).map_or(0, |first| first.page_size as usize);
         let base = |number: u32| {
             let mut image = vec![0; size];
             let at = u64::from(number.checked_sub(1)?) * size as u64;

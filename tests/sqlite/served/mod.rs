@@ -14,10 +14,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::unistd::geteuid;
+use nix::unistd::{getegid, geteuid};
 use tempfile::TempDir;
 use twistlock_ha::storage::{
     Replicator,
+    checkpoint::Saving,
     folder::{Folder, FolderConfig, members::Members, sqlite::Registry},
 };
 
@@ -59,6 +60,8 @@ struct Site {
     follower: Member,
     registry: Option<Arc<Registry>>,
     folder: Option<Folder>,
+    /// Who the service runs as: user and group.
+    owner: (u32, u32),
 }
 
 impl Site {
@@ -71,7 +74,8 @@ impl Site {
         fs::create_dir(root.path().join("mount")).unwrap();
         let member = |name| Member::open(root.path().join(name), &log);
         let (primary, follower) = (member("primary"), member("follower"));
-        Self { root, log, primary, follower, registry: None, folder: None }
+        let owner = (geteuid().as_raw(), getegid().as_raw());
+        Self { root, log, primary, follower, registry: None, folder: None, owner }
     }
 
     fn serving() -> Self {
@@ -90,17 +94,30 @@ impl Site {
         let term = self.log.new_term();
         self.primary.follow(&self.log);
         let registry = self.primary.members.promote(term, replicator).unwrap();
+        registry.prepare(self.owner).unwrap();
         let config = FolderConfig { backing: self.primary.members.files(), mount: self.root.path().join("mount") };
         self.folder = Some(Folder::mount(&config, Some(Arc::clone(&registry))).unwrap());
         self.registry = Some(registry);
     }
 
+    /// All that can be saved of what is committed up to this index is saved.
+    fn checkpoint(&mut self, committed: u64) {
+        let (members, mut savings) = (&mut self.primary.members, Vec::new());
+        members.note_committed(committed);
+        members.begin_checkpoint(&mut savings).unwrap();
+        savings.into_iter().map(Saving::save).for_each(|saved| members.saved(saved).unwrap());
+    }
+
     /// The epoch ends, and this member follows from its checkpoints.
     fn end(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(5);
+        let members = &mut self.primary.members;
+        assert!(members.close(Instant::now()).is_err(), "the folder is served");
         self.folder.take().unwrap().unmount(deadline).unwrap();
         self.registry = None;
-        self.primary = Member::open(self.primary.root.clone(), &self.log);
+        members.close(deadline).unwrap();
+        members.reopen(&|| true).unwrap();
+        self.primary.next = members.applied() + 1;
         self.primary.follow(&self.log);
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::{FileExt, MetadataExt, chown},
+    os::unix::fs::{FileExt, MetadataExt},
 };
 
 use libsqlite3_sys as sqlite;
@@ -93,7 +93,7 @@ fn a_database_changes_its_mode_and_the_size_of_its_pages() {
     // Another member serves it, from its own files, which are the service's then.
     site.end();
     std::mem::swap(&mut site.primary, &mut site.follower);
-    chown(site.primary.members.files(), Some(65534), Some(65534)).unwrap();
+    site.owner = (65534, 65534);
     site.serve();
     assert_eq!(fs::metadata(site.path("x.db")).unwrap().uid(), 65534);
     let sql = site.open("x.db");
@@ -129,6 +129,7 @@ fn the_same_sql_makes_the_same_entries_by_the_folder_and_by_the_vfs() {
     let mut site = Site::new();
     let initial = initial_transaction(CONSOLE_DATABASE, 1024).unwrap();
     let image: Vec<_> = Pages::decode(&initial[0]).unwrap().iter().flat_map(|(_, image)| image.to_vec()).collect();
+    fs::create_dir_all(site.primary.members.files()).unwrap();
     fs::write(site.below("x.db"), image).unwrap();
     site.serve();
     let sql = site.open("x.db");
@@ -275,8 +276,8 @@ fn several_databases_are_of_the_same_index_and_ends_do_not_lose_them() {
         site.compare();
         if round == 1 {
             let committed = site.log.last_index();
-            let needed = site.primary.members.checkpoint(site.registry(), committed).unwrap();
-            assert_eq!(needed, committed, "no database needs the log any more");
+            site.checkpoint(committed);
+            assert_eq!(site.primary.members.checkpointed(), Some(committed), "no database needs the log any more");
         }
         site.end();
         for (mine, theirs) in site.primary.members.iter().zip(site.follower.members.iter()) {

@@ -174,10 +174,10 @@ fn all_databases_are_read_as_of_one_index_while_everybody_writes() {
     let threads = write_until(&primary, &stop, &rounds);
     let mut found = Vec::new();
     for number in 0..6 {
-        let before = rounds.load(Ordering::SeqCst);
         let whole = primary.rest();
         // Everybody writes while it is read, and afterwards, too.
         let first: Vec<_> = whole.all().map(read).collect();
+        let before = rounds.load(Ordering::SeqCst);
         while rounds.load(Ordering::SeqCst) < before + 60 {
             thread::yield_now();
         }

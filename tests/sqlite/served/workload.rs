@@ -164,7 +164,7 @@ impl World {
         match self.random.below(60) {
             0 => {
                 let committed = self.site.log.last_index();
-                self.site.primary.members.checkpoint(self.site.registry(), committed).unwrap();
+                self.site.checkpoint(committed);
             }
             1..4 => self.site.follower.follow(&self.site.log),
             4..7 => self.refuse_next(),

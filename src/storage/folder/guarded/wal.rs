@@ -156,7 +156,7 @@ impl Guarded {
 
     fn committed(&self, captured: &Captured, preview: Preview, index: u64) {
         let mut pages = locked(&self.pages);
-        pages.accept(preview, index);
+        pages.accept(preview, index, true);
         pages.behind.extend(captured.numbers());
         pages.in_wal = true;
     }
