@@ -179,8 +179,9 @@ fn filter(level: Level) -> String {
     };
     // It has a line for each statement, at DEBUG.
     let statements = if level == Level::TRACE { ",sqlx=INFO" } else { "" };
-    // The crate fuser warns of each call of the kernel that a file system need not have.
-    let libraries = format!("{libraries},fuser=ERROR");
+    // The crate fuser warns of each call of the kernel that a file system need not have, and of each answer to somebody
+    // who was killed meanwhile.
+    let libraries = format!("{libraries},fuser=ERROR,fuser::reply=OFF");
     // What the service beside the Console writes has a target of its own.
     format!("{libraries},twistlock_ha={level},twistlockd={level},twistcli={level},service={level}{statements}")
 }
@@ -240,7 +241,7 @@ mod tests {
     fn libraries_are_one_step_quieter() {
         assert_eq!(
             filter(Level::INFO),
-            "WARN,fuser=ERROR,twistlock_ha=INFO,twistlockd=INFO,twistcli=INFO,service=INFO"
+            "WARN,fuser=ERROR,fuser::reply=OFF,twistlock_ha=INFO,twistlockd=INFO,twistcli=INFO,service=INFO"
         );
         for level in [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE] {
             EnvFilter::try_new(filter(level)).unwrap();
