@@ -12,6 +12,8 @@
 //!   frame, or gets another frame. The last frame counts.
 //! - The committing frame is the last one whose data is written. Its header, with the new size of the database, comes
 //!   directly before. After it, any header of the transaction may be rewritten with a new checksum.
+//! - While a transaction has data that was written again, the headers behind it have neither salt nor checksums. SQLite
+//!   completes them after the commit.
 //! - A WAL that restarts from its beginning gets a new header first.
 //!
 //! Must never guess: an unexpected write is an error.
@@ -22,6 +24,12 @@ use thiserror::Error;
 pub const WAL_HEADER: usize = 32;
 /// Size of a frame's header, in bytes.
 pub const FRAME_HEADER: usize = 24;
+/// Bytes of the checksums at the end of each header.
+pub const SUMS: usize = 8;
+/// Bytes at the beginning of a frame's header that its checksums go over.
+pub const SUMMED: usize = 8;
+/// Bytes of the salt, between them.
+const SALT: usize = 8;
 
 const MAGIC: [u8; 3] = [0x37, 0x7f, 0x06];
 /// Frames of one transaction for which the memory is kept between transactions, 4 bytes each.
@@ -60,27 +68,100 @@ pub struct PendingCommit {
     pub header: [u8; FRAME_HEADER],
 }
 
+/// The checksums of a WAL. Those of a frame go over the first eight bytes of its header and its page, and continue those
+/// of the frame before it; the first frame continues the header of the file.
+#[derive(Clone, Copy, Debug)]
+pub struct Sums {
+    big_endian: bool,
+    sums: (u32, u32),
+}
+
+impl Sums {
+    /// Continues what the header of a frame ends with, or that of the file.
+    pub fn after(big_endian: bool, end: [u8; SUMS]) -> Self {
+        Self { big_endian, sums: (self::big_endian(&end, 0), self::big_endian(&end, 4)) }
+    }
+
+    /// Adds a multiple of eight bytes.
+    pub fn add(&mut self, bytes: &[u8]) {
+        let number = match self.big_endian {
+            true => u32::from_be_bytes,
+            false => u32::from_le_bytes,
+        };
+        let (mut first, mut second) = self.sums;
+        for pair in bytes.chunks_exact(8) {
+            let (one, other) = ([pair[0], pair[1], pair[2], pair[3]], [pair[4], pair[5], pair[6], pair[7]]);
+            first = first.wrapping_add(number(one)).wrapping_add(second);
+            second = second.wrapping_add(number(other)).wrapping_add(first);
+        }
+        self.sums = (first, second);
+    }
+
+    /// As a header ends.
+    pub fn bytes(self) -> [u8; SUMS] {
+        let mut bytes = [0; SUMS];
+        bytes[..4].copy_from_slice(&self.sums.0.to_be_bytes());
+        bytes[4..].copy_from_slice(&self.sums.1.to_be_bytes());
+        bytes
+    }
+}
+
 /// The frames of the transaction in progress.
 #[derive(Debug)]
 pub struct Tracker {
     page_size: usize,
+    /// Checksums take the numbers in this order.
+    big_endian: bool,
+    /// What all its headers repeat of that of the file.
+    salt: [u8; SALT],
     /// Frames before this one belong to earlier transactions.
     committed: u32,
     /// Page numbers of the frames after `committed`.
     frames: Vec<u32>,
+    /// The last of them has a header, and no data yet.
+    due: bool,
+    /// The first of them whose data was written again: from there on, the checksums are wrong.
+    rewritten: Option<u32>,
     held: Option<PendingCommit>,
-    /// The first frame of a committed transaction, while SQLite still holds the write lock.
-    settled: Option<u32>,
+    /// A committed transaction, while SQLite still holds the write lock.
+    settled: Option<Settled>,
+    /// Page numbers of its frames.
+    last: Vec<u32>,
+}
+
+/// A committed transaction that ends with the frame `committed`.
+#[derive(Clone, Copy, Debug)]
+struct Settled {
+    first: u32,
+    /// The last of its frames whose header came again as it was; the frame before `first` if none has.
+    again: u32,
 }
 
 fn big_endian(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
+/// The frame that has this offset; none in the header of the file.
+fn frame_at(offset: u64, page_size: usize) -> Option<u32> {
+    let body = offset.checked_sub(WAL_HEADER as u64)?;
+    u32::try_from(body / (FRAME_HEADER + page_size) as u64 + 1).ok()
+}
+
 impl Tracker {
     /// A tracker of an empty WAL.
     pub fn new(page_size: u32) -> Self {
-        Self { page_size: page_size as usize, committed: 0, frames: Vec::new(), held: None, settled: None }
+        Self {
+            page_size: page_size as usize,
+            big_endian: false,
+            salt: [0; SALT],
+            committed: 0,
+            frames: Vec::new(),
+            due: false,
+            rewritten: None,
+            held: None,
+            settled: None,
+            last: Vec::new(),
+        }
     }
 
     /// Where the header of a frame lies in the file.
@@ -104,9 +185,8 @@ impl Tracker {
             return self.restart(bytes).map_err(violation);
         }
         let body = offset.checked_sub(WAL_HEADER as u64).ok_or_else(|| violation("inside the header"))?;
-        let size = (FRAME_HEADER + self.page_size) as u64;
-        let frame = u32::try_from(body / size + 1).map_err(|_| violation("too many frames"))?;
-        match (body % size, bytes.len()) {
+        let frame = frame_at(offset, self.page_size).ok_or_else(|| violation("too many frames"))?;
+        match (body % (FRAME_HEADER + self.page_size) as u64, bytes.len()) {
             (0, FRAME_HEADER) => self.frame_header(frame, bytes).map_err(violation),
             (within, length) if within == FRAME_HEADER as u64 && length == self.page_size => {
                 self.frame_data(frame).map_err(violation)
@@ -125,14 +205,16 @@ impl Tracker {
         if self.settled.is_some() || self.held.is_some() {
             return Err("a WAL header inside a commit");
         }
+        self.big_endian = bytes[3] & 1 != 0;
+        self.salt.copy_from_slice(&bytes[WAL_HEADER - SUMS - SALT..WAL_HEADER - SUMS]);
         self.committed = 0;
-        self.frames.clear();
+        self.begin();
         Ok(Step::Restart)
     }
 
     fn frame_header(&mut self, frame: u32, bytes: &[u8]) -> Result<Step, &'static str> {
-        if let Some(first) = self.settled {
-            let own = (first..=self.committed).contains(&frame);
+        if let Some(settled) = self.settled {
+            let own = (settled.first..=self.committed).contains(&frame);
             return if own { Ok(Step::Pass) } else { Err("a frame outside the transaction just committed") };
         }
         if self.held.is_some() {
@@ -151,6 +233,8 @@ impl Tracker {
         }
         self.frames.truncate(place);
         self.frames.push(page);
+        self.due = true;
+        self.rewritten = self.rewritten.filter(|rewritten| *rewritten < frame);
         if database_pages == 0 {
             return Ok(Step::Pass);
         }
@@ -167,7 +251,13 @@ impl Tracker {
         match self.held {
             Some(held) if held.frame == frame => Ok(Step::Commit),
             Some(_) => Err("data where the committing frame's data was due"),
-            None if frame > self.committed && (frame - self.committed) as usize <= self.frames.len() => Ok(Step::Pass),
+            None if frame > self.committed && (frame - self.committed) as usize <= self.frames.len() => {
+                let last = (frame - self.committed) as usize == self.frames.len();
+                if !(last && std::mem::take(&mut self.due)) {
+                    self.rewritten = Some(self.rewritten.map_or(frame, |first| first.min(frame)));
+                }
+                Ok(Step::Pass)
+            }
             None => Err("data of a frame without a header"),
         }
     }
@@ -180,6 +270,78 @@ impl Tracker {
         if begins && (self.held.is_some() || (self.settled.is_some() && behind)) {
             self.end();
         }
+    }
+
+    /// For who does not see SQLite's locks: a header of the transaction that passed last came again as it was. Its writer
+    /// puts checksums right, or somebody who has not seen it does the same once more.
+    pub fn came_again(&mut self, offset: u64, length: usize) {
+        if let Some(settled) = &mut self.settled
+            && length == FRAME_HEADER
+            && let Some(frame) = frame_at(offset, self.page_size)
+        {
+            settled.again = frame;
+        }
+    }
+
+    /// For who does not see SQLite's locks: the frame from which on somebody writes something else over the transaction
+    /// that passed last, because the WAL ends before it for all who live.
+    ///
+    /// # Errors
+    /// [`Violation`] if a correct SQLite would not do that here.
+    pub fn written_over(&self, offset: u64, length: usize) -> Result<u32, Violation> {
+        let frame = frame_at(offset, self.page_size).unwrap_or(0);
+        let found = self.settled.is_some_and(|Settled { first, again }| match length {
+            FRAME_HEADER => (first..=(again + 1).min(self.committed)).contains(&frame),
+            _ => (first..=again).contains(&frame),
+        });
+        let what = "it is neither in the transaction that passed last, nor behind it";
+        if found { Ok(frame) } else { Err(Violation { offset, length, what }) }
+    }
+
+    /// For who does not see SQLite's locks: the transaction that passed last is taken back, because of a write to this
+    /// [frame](Self::written_over). The frames before it came again as they were, and so did its header if this is data.
+    pub fn reopen(&mut self, frame: u32, header: bool) {
+        let Some(settled) = self.settled.take() else { return };
+        self.committed = settled.first - 1;
+        self.frames.clear();
+        let kept = if header { frame - settled.first } else { settled.again + 1 - settled.first };
+        self.frames.extend_from_slice(&self.last[..(kept as usize).min(self.last.len())]);
+        (self.due, self.rewritten) = (false, None);
+        self.last.clear();
+    }
+
+    /// The first frame of the transaction in progress whose data was written again: from there on to the end, the
+    /// headers in the file have wrong checksums.
+    pub fn rewritten(&self) -> Option<u32> {
+        self.rewritten
+    }
+
+    /// Checksums that continue what the header of a frame ends with, or that of the file.
+    pub fn sums_after(&self, end: [u8; SUMS]) -> Sums {
+        Sums::after(self.big_endian, end)
+    }
+
+    /// Where the checksums are that a frame continues.
+    pub fn sums_before(&self, frame: u32) -> u64 {
+        match frame {
+            1 => (WAL_HEADER - SUMS) as u64,
+            frame => self.header_offset(frame - 1) + (FRAME_HEADER - SUMS) as u64,
+        }
+    }
+
+    /// Completes a header. SQLite leaves out salt and checksums while it knows that it has to write them later.
+    pub fn seal(&self, header: &mut [u8; FRAME_HEADER], sums: Sums) {
+        header[SUMMED..SUMMED + SALT].copy_from_slice(&self.salt);
+        header[FRAME_HEADER - SUMS..].copy_from_slice(&sums.bytes());
+    }
+
+    /// Completes the header that is held back, and so the transaction.
+    pub fn seal_held(&mut self, sums: Sums) {
+        if let Some(mut held) = self.held {
+            self.seal(&mut held.header, sums);
+            self.held = Some(held);
+        }
+        self.rewritten = None;
     }
 
     /// The last frame that belongs to a transaction that passed; 0 if none does.
@@ -212,15 +374,23 @@ impl Tracker {
     /// The held transaction is committed: its header may be passed down, and its headers may be rewritten.
     pub fn commit(&mut self) {
         let held = self.held.take().expect("only a held transaction commits");
-        self.settled = Some(self.committed + 1);
+        self.settled = Some(Settled { first: self.committed + 1, again: self.committed });
         self.committed = held.frame;
+        std::mem::swap(&mut self.frames, &mut self.last);
+        self.begin();
+    }
+
+    fn begin(&mut self) {
         self.frames.clear();
+        (self.due, self.rewritten) = (false, None);
     }
 
     /// SQLite has released its write lock: what is not committed by now never will be.
     pub fn end(&mut self) {
-        self.frames.clear();
+        self.begin();
         self.frames.shrink_to(KEEP);
+        self.last.clear();
+        self.last.shrink_to(KEEP);
         self.held = None;
         self.settled = None;
     }
@@ -347,6 +517,67 @@ mod tests {
         tracker.infer_end(0, WAL_HEADER);
         assert_eq!(tracker.write(0, &wal_header()), Ok(Step::Restart));
         assert_eq!(tracker.committed(), 0);
+    }
+
+    #[test]
+    fn what_passed_last_may_come_again_and_may_be_written_over() {
+        let mut tracker = start();
+        for (number, page) in [(1, 4), (2, 5)] {
+            frame(&mut tracker, number, page, 0);
+        }
+        frame(&mut tracker, 3, 6, 9);
+        tracker.commit();
+        let at = |frame: u64| (WAL_HEADER as u64 + (frame - 1) * 536, FRAME_HEADER);
+        let data_at = |frame: u64| (at(frame).0 + FRAME_HEADER as u64, PAGE);
+        let over = |tracker: &Tracker, (offset, length)| tracker.written_over(offset, length).ok();
+        assert_eq!([1, 2, 3].map(|frame| over(&tracker, at(frame))), [Some(1), None, None]);
+        assert_eq!(over(&tracker, data_at(1)), None, "its header did not come again");
+        tracker.came_again(at(1).0, FRAME_HEADER);
+        tracker.came_again(data_at(1).0, PAGE);
+        assert_eq!([1, 2, 3, 4].map(|frame| over(&tracker, at(frame))), [Some(1), Some(2), None, None]);
+        assert_eq!([1, 2].map(|frame| over(&tracker, data_at(frame))), [Some(1), None]);
+        let mut other = start();
+        std::mem::swap(&mut other, &mut tracker);
+        other.reopen(2, true);
+        assert_eq!((other.committed(), frame(&mut other, 2, 8, 8)), (0, Step::Commit));
+        assert_eq!(other.pages(), [(4, 1), (8, 2)]);
+    }
+
+    #[test]
+    fn frames_whose_data_was_written_again_are_known_until_their_headers_are() {
+        let mut tracker = start();
+        for number in 1..=4 {
+            frame(&mut tracker, number, number, 0);
+        }
+        assert_eq!(tracker.rewritten(), None);
+        for (number, first) in [(3, 3), (4, 3), (2, 2)] {
+            data(&mut tracker, number).unwrap();
+            assert_eq!(tracker.rewritten(), Some(first));
+        }
+        frame(&mut tracker, 3, 7, 0);
+        assert_eq!(tracker.rewritten(), Some(2));
+        frame(&mut tracker, 2, 7, 0);
+        assert_eq!(tracker.rewritten(), None);
+        data(&mut tracker, 2).unwrap();
+        assert_eq!(frame(&mut tracker, 3, 1, 9), Step::Commit);
+        assert_eq!(tracker.rewritten(), Some(2));
+        tracker.commit();
+        assert_eq!(tracker.rewritten(), None);
+    }
+
+    #[test]
+    fn checksums_are_those_of_sqlite() {
+        // The header of a WAL that SQLite 3.40 has written.
+        let header = [
+            0x37, 0x7f, 0x06, 0x82, 0x00, 0x2d, 0xe2, 0x18, 0x00, 0x00, 0x10, 0x00, 0x00, 0x00, 0x00, 0x00, 0xf1, 0x1c,
+            0x56, 0xda, 0x25, 0x68, 0xb3, 0x2a, 0xaf, 0x3d, 0x20, 0x04, 0x91, 0xd8, 0x5f, 0xce,
+        ];
+        let mut sums = Sums::after(false, [0; SUMS]);
+        sums.add(&header[..WAL_HEADER - SUMS]);
+        assert_eq!(sums.bytes(), header[WAL_HEADER - SUMS..]);
+        let mut other = Sums::after(true, [0; SUMS]);
+        other.add(&header[..WAL_HEADER - SUMS]);
+        assert_ne!(other.bytes(), sums.bytes());
     }
 
     #[test]

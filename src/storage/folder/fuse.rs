@@ -25,7 +25,9 @@ use rustix::{
 };
 
 use super::{
+    Trace,
     backing::Owner,
+    sqlite::Part,
     tree::{Change, Entry, Tree, write_part},
     waiting::Waiting,
 };
@@ -44,6 +46,25 @@ pub(super) struct Calls {
     pub waiting: Arc<Waiting>,
     /// Tells the kernel what to forget.
     pub notifier: Arc<OnceLock<Notifier>>,
+    pub told: Told,
+}
+
+/// Who is told of each call.
+#[derive(Clone)]
+pub(super) struct Told(pub Option<Trace>);
+
+impl std::fmt::Debug for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Told").field(&self.0.is_some()).finish()
+    }
+}
+
+impl Told {
+    fn of(&self, call: &'static str) {
+        if let Some(trace) = &self.0 {
+            trace(call);
+        }
+    }
 }
 
 /// Bytes of a page of the kernel's cache, at least.
@@ -169,6 +190,7 @@ impl Calls {
     /// What was read stays in the cache of the kernel. Files of a database need no call when they are closed.
     fn open_answer(&self, number: u64) -> FopenFlags {
         match self.tree.part(number) {
+            Some(Part::Wal(guarded)) if guarded.is_wal_stale() => FopenFlags::FOPEN_NOFLUSH,
             Some(_) => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
             None => FopenFlags::FOPEN_KEEP_CACHE,
         }
@@ -185,7 +207,9 @@ impl Filesystem for Calls {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.tree.look_up(parent.0, name) {
+        let found = self.tree.look_up(parent.0, name);
+        self.told.of("lookup");
+        match found {
             Err(Failure::NOENT) => reply.entry(&BELIEVED, &nothing(), Generation(0)),
             found => entry(reply, found),
         }
@@ -196,7 +220,9 @@ impl Filesystem for Calls {
     }
 
     fn getattr(&self, _request: &Request, number: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
-        attribute(reply, number.0, self.tree.attributes(number.0, handle.map(|handle| handle.0)));
+        let found = self.tree.attributes(number.0, handle.map(|handle| handle.0));
+        self.told.of("getattr");
+        attribute(reply, number.0, found);
     }
 
     fn setattr(
@@ -221,12 +247,16 @@ impl Filesystem for Calls {
             .then(|| Timestamps { last_access: moment(accessed), last_modification: moment(modified) });
         let change = Change { mode, user, group, size, times };
         let (tree, number, handle) = (Arc::clone(&self.tree), number.0, handle.map(|handle| handle.0));
-        if size.is_none() || tree.part(number).is_none() {
-            return attribute(reply, number, tree.change(number, handle, &change));
+        let told = self.told.clone();
+        let work = move |room: Result<&[u8], Failure>| {
+            let changed = room.and_then(|_| tree.change(number, handle, &change));
+            told.of("setattr");
+            attribute(reply, number, changed);
+        };
+        match size.and(self.tree.part(number)) {
+            Some(_) => self.waiting.run(b"", work),
+            None => work(Ok(b"")),
         }
-        self.waiting.run(b"", move |room| {
-            attribute(reply, number, room.and_then(|_| tree.change(number, handle, &change)));
-        });
     }
 
     fn readlink(&self, _request: &Request, number: INodeNo, reply: ReplyData) {
@@ -254,9 +284,11 @@ impl Filesystem for Calls {
     }
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let tree = Arc::clone(&self.tree);
+        let (tree, told) = (Arc::clone(&self.tree), self.told.clone());
         self.waiting.run(name.as_bytes(), move |name| {
-            empty(reply, name.and_then(|name| tree.remove(parent.0, OsStr::from_bytes(name), false)));
+            let removed = name.and_then(|name| tree.remove(parent.0, OsStr::from_bytes(name), false));
+            told.of("unlink");
+            empty(reply, removed);
         });
     }
 
@@ -287,7 +319,9 @@ impl Filesystem for Calls {
     }
 
     fn open(&self, _request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        match self.tree.open(number.0, open_flags(flags.0)) {
+        let opened = self.tree.open(number.0, open_flags(flags.0));
+        self.told.of("open");
+        match opened {
             Ok(handle) => reply.opened(FileHandle(handle), self.open_answer(number.0)),
             Err(error) => reply.error(failure(error)),
         }
@@ -303,7 +337,9 @@ impl Filesystem for Calls {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        match self.tree.create((parent.0, name), mode, open_flags(flags), owner(request)) {
+        let created = self.tree.create((parent.0, name), mode, open_flags(flags), owner(request));
+        self.told.of("create");
+        match created {
             Ok((Entry { number, stat }, handle)) => {
                 let attributes = attributes(number, &stat);
                 let flags = self.open_answer(number);
@@ -324,7 +360,9 @@ impl Filesystem for Calls {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.tree.read(handle.0, offset, size) {
+        let read = self.tree.read(handle.0, offset, size);
+        self.told.of("read");
+        match read {
             Ok(bytes) => reply.data(&bytes),
             Err(error) => reply.error(failure(error)),
         }
@@ -346,9 +384,13 @@ impl Filesystem for Calls {
             Ok(open) => open,
             Err(error) => return reply.error(failure(error)),
         };
-        let answer = move |done: Result<(), Failure>, count: usize| match done {
-            Ok(()) => reply.written(count as u32),
-            Err(error) => reply.error(failure(error)),
+        let told = self.told.clone();
+        let answer = move |done: Result<(), Failure>, count: usize| {
+            told.of("write");
+            match done {
+                Ok(()) => reply.written(count as u32),
+                Err(error) => reply.error(failure(error)),
+            }
         };
         let Some(part) = self.tree.part(open.number) else {
             return answer(self.tree.write(&open, offset, bytes), bytes.len());
@@ -376,6 +418,7 @@ impl Filesystem for Calls {
         reply: ReplyEmpty,
     ) {
         self.tree.close(handle.0);
+        self.told.of("release");
         reply.ok();
     }
 
@@ -386,6 +429,7 @@ impl Filesystem for Calls {
         };
         // The raft log makes a database durable, and its journals count for nothing after a crash.
         if self.tree.part(open.number).is_some() {
+            self.told.of("fsync");
             return reply.ok();
         }
         self.waiting.run(b"", move |room| {

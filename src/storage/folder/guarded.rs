@@ -10,6 +10,7 @@
 //! none is behind, the file is the database at its last transaction: nobody has to know which frames a checkpoint has
 //! reached, or to look into the memory that the application's connections share.
 
+mod doubt;
 mod still;
 mod wal;
 
@@ -26,7 +27,7 @@ use std::{
 };
 
 pub(super) use self::still::Still;
-use self::wal::Unwritten;
+use self::{doubt::Doubt, wal::Unwritten};
 use super::{
     image::{self, After},
     journal::{Journal, Meaning},
@@ -106,7 +107,9 @@ struct Pages {
     behind: BTreeSet<u32>,
     /// The WAL has frames of transactions that passed.
     in_wal: bool,
-    /// A transaction with a rollback journal is under way.
+    /// What was before the last of them.
+    doubt: Option<Doubt>,
+    /// A transaction with a rollback journal is under way, and may write.
     live: bool,
     /// Its outcome is being found out: what it has written must stay as it is.
     committing: bool,
@@ -134,6 +137,8 @@ pub struct Guarded {
     overlay: RwLock<Option<Overlay>>,
     overlaid: AtomicBool,
     unwritten: Mutex<Unwritten>,
+    /// The kernel may have other checksums of the WAL in its cache than the file.
+    stale: AtomicBool,
     /// It was removed. Who has it open still has the file, which is no database of ours any more.
     gone: AtomicBool,
     /// Up to this raft index this host's raft log is on its disk.
@@ -174,6 +179,7 @@ impl Guarded {
                 table: config.table,
                 behind: BTreeSet::new(),
                 in_wal: false,
+                doubt: None,
                 live: false,
                 committing: false,
                 index: config.index,
@@ -185,6 +191,7 @@ impl Guarded {
             overlay: RwLock::default(),
             overlaid: AtomicBool::new(false),
             unwritten: Mutex::default(),
+            stale: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             durable: AtomicU64::new(config.index),
         }
@@ -330,6 +337,7 @@ impl Guarded {
         pages.before_change(offset, bytes.len());
         run(Place::Database, Act::Write, || self.file.write_all_at(bytes, offset))
             .map_err(|error| Stop::File(code(&error)))?;
+        pages.written(number, checksum);
         if newest {
             pages.behind.remove(&number);
             pages.note_rest();
@@ -368,7 +376,12 @@ impl Guarded {
         let mut writer = locked(&self.writer);
         self.passage.check()?;
         let meaning = writer.journal.write(offset, bytes);
-        self.journal_means(&mut writer, meaning, || journal.write_all_at(bytes, offset))
+        self.journal_means(&mut writer, meaning, || journal.write_all_at(bytes, offset))?;
+        writer.journal.written(offset, bytes);
+        if writer.journal.is_live() {
+            locked(&self.pages).live = writer.journal.is_hot();
+        }
+        Ok(())
     }
 
     /// A change of the size of its journal.
@@ -419,11 +432,9 @@ impl Guarded {
         match meaning {
             Meaning::Nothing => {}
             Meaning::Begin => {
-                let mut pages = locked(&self.pages);
-                if !pages.behind.is_empty() {
+                if !locked(&self.pages).behind.is_empty() {
                     return Err(self.refuse("a rollback journal while its WAL is in use"));
                 }
-                pages.live = true;
                 writer.journal.begin();
             }
             Meaning::End => {

@@ -7,8 +7,11 @@
 //! old pages back; then nothing has changed.
 //!
 //! A header that is not synced yet begins with zeros as well, but only the first 12 bytes: behind them are the size of
-//! a sector and of a page, which are never zero.
+//! a sector and of a page, which are never zero. Nobody would play such a journal back, and so nothing is written to the
+//! database while it is like that. Who does so keeps no journal here, though a process that was killed has left one.
 
+/// How a journal begins that whoever finds it plays back.
+const MAGIC: [u8; 8] = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
 /// Bytes of zeros that make a header invalid.
 const ZEROED: usize = 28;
 
@@ -27,12 +30,25 @@ pub(super) enum Meaning {
 #[derive(Debug, Default)]
 pub(super) struct Journal {
     live: bool,
+    hot: bool,
 }
 
 impl Journal {
     /// True from the first write to the journal to the end of the transaction.
     pub fn is_live(&self) -> bool {
         self.live
+    }
+
+    /// True while whoever finds the journal would play it back.
+    pub fn is_hot(&self) -> bool {
+        self.hot
+    }
+
+    /// Takes note of a write that was made, inside of the transaction.
+    pub fn written(&mut self, offset: u64, bytes: &[u8]) {
+        if offset == 0 && self.live {
+            self.hot = bytes.starts_with(&MAGIC);
+        }
     }
 
     /// What a write would mean.
@@ -62,7 +78,7 @@ impl Journal {
 
     /// The transaction has ended.
     pub fn end(&mut self) {
-        self.live = false;
+        (self.live, self.hot) = (false, false);
     }
 }
 
@@ -88,9 +104,15 @@ mod tests {
             assert_eq!(journal.write(512, &[0; 512]), Meaning::Nothing);
             assert_eq!(journal.write(0, &[0; 12]), Meaning::Nothing);
             assert_eq!(journal.write(0, &unsynced), Meaning::Nothing);
+            journal.written(0, &unsynced);
+            assert!(!journal.is_hot());
+            journal.written(0, &[&MAGIC[..], &[0, 0, 0, 1]].concat());
+            journal.written(512, &unsynced);
+            assert!(journal.is_hot());
             assert_eq!(journal.resize(512), Meaning::Nothing);
             assert_eq!(end(&journal), Meaning::End);
             journal.end();
+            assert!(!journal.is_hot());
         }
     }
 }

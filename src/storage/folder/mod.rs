@@ -6,7 +6,7 @@
 //! - `tree.rs`: numbers, names and what is open; `paths.rs`: its inode table; `backing.rs`: the folder below
 //! - `sqlite.rs`: which file belongs to which database
 //! - `guarded.rs`: the gate of one database; `journal.rs`, `overlay.rs` and `image.rs`: its transactions with a rollback
-//!   journal; `units.rs`: the pieces of its WAL
+//!   journal; `guarded/wal.rs`, `units.rs` and `guarded/doubt.rs`: its WAL
 //! - `point.rs`: the mount point while nothing is served; `plain.rs`: the files that are no databases
 //! - `passage.rs`: what all databases share, the way to the majority
 //! - `catalogue.rs`: which databases there are; `places.rs`: where they lie; `members.rs`: those of one member, following
@@ -48,7 +48,12 @@ use nix::errno::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use thiserror::Error;
 
-use self::{fuse::Calls, sqlite::Registry, tree::Tree, waiting::Waiting};
+use self::{
+    fuse::{Calls, Told},
+    sqlite::Registry,
+    tree::Tree,
+    waiting::Waiting,
+};
 
 /// What the mount is called in `/proc/mounts`.
 const NAME: &str = "twistlock";
@@ -70,6 +75,10 @@ pub enum FolderError {
     #[error("cannot unmount {}: {error}", path.display())]
     Unmount { path: PathBuf, error: io::Error },
 }
+
+/// Is told of each call of the kernel by its name, when it is done and not answered yet. Must not open anything below the
+/// mount.
+pub type Trace = Arc<dyn Fn(&'static str) + Send + Sync>;
 
 /// Which folder is served, and where.
 #[derive(Clone, Debug)]
@@ -96,6 +105,18 @@ impl Folder {
     /// [`FolderError`] when the folder below cannot be opened, the kernel refuses, or the registry is fenced: nothing is
     /// mounted then.
     pub fn mount(config: &FolderConfig, registry: Option<Arc<Registry>>) -> Result<Self, FolderError> {
+        Self::mount_traced(config, registry, None)
+    }
+
+    /// As [`Self::mount`], and tells of each call.
+    ///
+    /// # Errors
+    /// As [`Self::mount`].
+    pub fn mount_traced(
+        config: &FolderConfig,
+        registry: Option<Arc<Registry>>,
+        trace: Option<Trace>,
+    ) -> Result<Self, FolderError> {
         let failed = |error| FolderError::Mount { path: config.mount.clone(), error };
         let served = registry.as_ref().map(|registry| registry.serve().ok_or(FolderError::Fenced)).transpose()?;
         let tree = Tree::new(&config.backing, registry)
@@ -103,7 +124,7 @@ impl Folder {
         remove_dead(&config.mount).map_err(failed)?;
         let notifier = Arc::new(OnceLock::new());
         let (tree, waiting) = (Arc::new(tree), Arc::new(Waiting::new(served)));
-        let calls = Calls { tree, waiting, notifier: Arc::clone(&notifier) };
+        let calls = Calls { tree, waiting, notifier: Arc::clone(&notifier), told: Told(trace) };
         let mut options = Config::default();
         options.n_threads = Some(waiting::THREADS);
         let device = attach(&config.mount).map_err(failed)?;

@@ -1,6 +1,8 @@
 //! A service's databases in a folder that is served through FUSE: SQLite without any of our code in it, and what the
 //! members have. Needs root and /dev/fuse.
 
+mod images;
+mod kills;
 mod modes;
 mod refusals;
 mod whole;
@@ -19,7 +21,7 @@ use tempfile::TempDir;
 use twistlock_ha::storage::{
     Replicator,
     checkpoint::Saving,
-    folder::{Folder, FolderConfig, members::Members, sqlite::Registry},
+    folder::{Folder, FolderConfig, Trace, members::Members, sqlite::Registry},
 };
 
 use super::support::{Log, Sql};
@@ -91,12 +93,16 @@ impl Site {
     }
 
     fn serve_by(&mut self, replicator: Arc<dyn Replicator>) {
+        self.serve_traced(replicator, None);
+    }
+
+    fn serve_traced(&mut self, replicator: Arc<dyn Replicator>, trace: Option<Trace>) {
         let term = self.log.new_term();
         self.primary.follow(&self.log);
         let registry = self.primary.members.promote(term, replicator).unwrap();
         registry.prepare(self.owner).unwrap();
         let config = FolderConfig { backing: self.primary.members.files(), mount: self.root.path().join("mount") };
-        self.folder = Some(Folder::mount(&config, Some(Arc::clone(&registry))).unwrap());
+        self.folder = Some(Folder::mount_traced(&config, Some(Arc::clone(&registry)), trace).unwrap());
         self.registry = Some(registry);
     }
 

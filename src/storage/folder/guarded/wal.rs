@@ -5,14 +5,14 @@
 //! So whoever reads gets what was written, also a header that is held back; when a commit is refused, the kernel has to
 //! forget its header.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, os::unix::fs::FileExt, sync::atomic::Ordering};
 
-use super::{Guarded, Writer, code};
+use super::{Guarded, Writer, code, doubt::Doubt};
 use crate::{
     mutex::locked,
     storage::{
         capture::{Capture, Captured, Code, WalFile},
-        checksum::Preview,
+        checksum::{Preview, page_checksum},
         folder::{image, overlay::read_up_to},
         gate::Stop,
         parts::Parts,
@@ -23,6 +23,19 @@ use crate::{
 
 /// The `-wal` file of a database, below the folder.
 struct Wal<'a>(&'a File);
+
+impl Wal<'_> {
+    /// True if these bytes are there already.
+    fn has(&mut self, offset: u64, bytes: &[u8]) -> bool {
+        let mut there = vec![0; bytes.len()];
+        self.read_at(offset, &mut there).is_ok() && there == bytes
+    }
+
+    /// In bytes.
+    fn length(&self) -> Result<u64, Code> {
+        Ok(self.0.metadata().map_err(|error| code(&error))?.len())
+    }
+}
 
 impl WalFile for Wal<'_> {
     fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Code> {
@@ -55,9 +68,11 @@ impl Guarded {
         forget: &dyn Fn(u64, u64),
     ) -> Result<(), Stop> {
         let mut writer = locked(&self.writer);
-        if writer.journal.is_live() {
+        if writer.journal.is_hot() {
             return Err(self.refuse("a write to its WAL while it has a rollback journal"));
         }
+        // One that nobody plays back, of a process that was killed when it had just begun.
+        writer.journal.end();
         let page_size = match bytes.get(8..12) {
             Some(size) if offset == 0 && bytes.len() == WAL_HEADER => image::big_endian(size),
             _ => writer.capture.as_ref().map_or(0, Capture::page_size),
@@ -98,36 +113,52 @@ impl Guarded {
         file: &mut Wal<'_>,
         (at, unit): (u64, &[u8]),
     ) -> Result<(), Stop> {
-        capture.infer_end(at, unit.len());
         let settled = capture.is_settled();
-        let step = capture.note(at, unit).map_err(|violation| match settled {
-            // Somebody writes over what a majority has: whoever committed it has died before others could see it.
-            true => self.broken(&violation),
-            false => self.refuse(&violation.to_string()),
-        })?;
-        if !settled {
-            self.passage.check()?;
+        capture.infer_end(at, unit.len());
+        if settled && !capture.is_settled() && at != 0 {
+            // Whoever writes behind a transaction has seen it.
+            locked(&self.pages).doubt = None;
         }
-        match step {
-            Step::Hold => Ok(()),
-            Step::Commit => {
-                let committed = self.commit_wal((capture, transaction), file, unit);
-                if committed.is_err() {
-                    // What was refused never comes back: its header is dropped.
-                    capture.end();
-                }
-                committed
+        if capture.is_settled() {
+            if file.has(at, unit) {
+                // Checksums that are right already.
+                capture.came_again(at, unit.len());
+                return Ok(());
             }
-            Step::Pass => file.write_at(at, unit).map_err(|code| match settled {
-                true => self.broken(&code),
-                false => Stop::File(code),
-            }),
+            let frame = capture.written_over(at, unit.len()).map_err(|violation| self.broken(&violation))?;
+            self.take_back((capture, transaction), file)?;
+            capture.reopen(frame, unit.len() == FRAME_HEADER);
+        }
+        if at == 0 && !locked(&self.pages).behind.is_empty() {
+            // For whoever begins it anew, all that it had is in the database.
+            if !locked(&self.pages).is_before_copied() {
+                return Err(self.broken(&"its WAL begins anew, and not all of it is in the database"));
+            }
+            self.take_back((capture, transaction), file)?;
+        }
+        let step = capture.note(at, unit).map_err(|violation| self.refuse(&violation.to_string()))?;
+        self.passage.check()?;
+        let committing = match step {
+            Step::Hold => {
+                let length = file.length()?;
+                let Some(data) = capture.completed_by_header(file, length)? else { return Ok(()) };
+                // For whoever recovers the WAL, this header commits.
+                self.commit_wal((capture, transaction), file, &data)
+            }
+            Step::Commit => self.commit_wal((capture, transaction), file, unit),
+            Step::Pass => return Ok(file.write_at(at, unit)?),
             Step::Restart => {
                 file.write_at(at, unit)?;
-                locked(&self.pages).in_wal = false;
-                Ok(())
+                let mut pages = locked(&self.pages);
+                (pages.in_wal, pages.doubt) = (false, None);
+                return Ok(());
             }
+        };
+        if committing.is_err() {
+            // What was refused never comes back: its header is dropped.
+            capture.end();
         }
+        committing
     }
 
     fn commit_wal(
@@ -136,8 +167,12 @@ impl Guarded {
         file: &mut Wal<'_>,
         data: &[u8],
     ) -> Result<(), Stop> {
-        let captured = capture.complete(file, data)?;
         let Some(id) = self.id() else { return Err(self.refuse("a WAL of a database without content")) };
+        if capture.sum_again(file, data)? {
+            self.stale.store(true, Ordering::SeqCst);
+        }
+        let before = capture.committed();
+        let captured = capture.complete(file, data)?;
         *transaction += 1;
         let mut parts = Parts::new(id, *transaction, capture.page_size(), captured.count());
         capture.pages(&captured, file, data, |number, image| {
@@ -150,15 +185,64 @@ impl Guarded {
         }
         let part = parts.finish(&preview);
         let index = self.passage.propose(part, true)?;
-        self.committed(&captured, preview, index);
+        self.committed(&captured, preview, index, before);
         capture.commit(&captured, file).map_err(|code| self.broken(&code))
     }
 
-    fn committed(&self, captured: &Captured, preview: Preview, index: u64) {
+    fn committed(&self, captured: &Captured, preview: Preview, index: u64, before: u32) {
         let mut pages = locked(&self.pages);
+        let doubt = Doubt::new(&pages.table, &pages.behind, (captured.numbers(), preview.pages), before);
         pages.accept(preview, index, true);
         pages.behind.extend(captured.numbers());
-        pages.in_wal = true;
+        (pages.in_wal, pages.doubt) = (true, Some(doubt));
+    }
+
+    /// Takes back the last transaction of its WAL: its writer was killed before SQLite's other processes could see it, and
+    /// so nobody was told of it. They go on from what was before it, and so do all members.
+    ///
+    /// # Errors
+    /// As a commit. Fenced when it may have been seen, or what was before it is not to be found.
+    fn take_back(&self, (capture, transaction): (&Capture, &mut u64), file: &mut Wal<'_>) -> Result<(), Stop> {
+        let doubt = locked(&self.pages).doubt.clone();
+        let lost = |what: &str| self.broken(&format_args!("its WAL goes on before the last transaction: {what}"));
+        let (Some(doubt), Some(id)) = (doubt, self.id()) else { return Err(lost("that was seen already")) };
+        // Otherwise the WAL is damaged, and whoever has recovered it has not found what others had seen.
+        if !capture.is_recoverable(file, doubt.frames)? {
+            return Err(lost("it is damaged"));
+        }
+        *transaction += 1;
+        let mut parts = Parts::new(id, *transaction, capture.page_size(), doubt.before.len());
+        let frames = capture.frames_of_pages(file, doubt.frames)?;
+        let mut image = vec![0; capture.page_size() as usize];
+        let lock_page = self.lock_byte / capture.page_size() + 1;
+        for old in doubt.before.iter().filter(|old| old.number != lock_page) {
+            match frames.get(&old.number) {
+                Some(frame) => capture.read_page(file, *frame, &mut image)?,
+                None => {
+                    let offset = u64::from(old.number - 1) * u64::from(capture.page_size());
+                    let count = read_up_to(&self.file, offset, &mut image).map_err(|error| Stop::File(code(&error)))?;
+                    image[count..].fill(0);
+                }
+            }
+            if page_checksum(old.number, &image) != old.checksum {
+                return Err(lost("what was before it is not there"));
+            }
+            if let Some(full) = parts.push_summed(old.number, old.checksum, &image) {
+                self.passage.propose(full, false)?;
+            }
+        }
+        let preview = parts.preview(&locked(&self.pages).table, doubt.pages);
+        if preview.checksum != doubt.checksum {
+            return Err(lost("what was before it is something else"));
+        }
+        let part = parts.finish(&preview);
+        let index = self.passage.propose(part, true)?;
+        tracing::info!(
+            "{}: a process was killed inside of its commit, before others could see it: taken back",
+            self.path.display()
+        );
+        locked(&self.pages).take_back(preview, index);
+        Ok(())
     }
 
     /// Fills `bytes` with what its WAL has at `offset`, as its application has written it.
@@ -180,6 +264,12 @@ impl Guarded {
         Ok(count)
     }
 
+    /// True once after a commit of whose WAL the kernel may have other checksums in its cache than the file: whoever opens
+    /// it then must not read from the cache.
+    pub(in crate::storage::folder) fn is_wal_stale(&self) -> bool {
+        self.stale.swap(false, Ordering::SeqCst)
+    }
+
     /// Lets its WAL be cut to `size`, or be removed (0), if the file has all that is cut off.
     pub(in crate::storage::folder) fn may_cut_wal(&self, size: u64) -> Result<(), Stop> {
         let mut writer = locked(&self.writer);
@@ -190,7 +280,7 @@ impl Guarded {
             return Err(self.refuse("its WAL has transactions that no checkpoint has copied, and cannot be removed"));
         }
         if size < used {
-            (writer.capture, pages.in_wal) = (None, false);
+            (writer.capture, pages.in_wal, pages.doubt) = (None, false, None);
         }
         Ok(())
     }
