@@ -16,7 +16,10 @@ use nix::{
 };
 use twistlock_ha::storage::{ReplicateError, Replicator, folder::Trace};
 
-use super::{super::support::Log, MODES, Site, digest_of};
+use super::{
+    super::support::{Answer, Log, Sql},
+    MODES, Site, digest_of,
+};
 
 const DIGEST: &str = "SELECT count(*) || ':' || coalesce(sum(length(data)), 0) || ':' || coalesce(sum(id), 0) FROM t";
 
@@ -287,4 +290,54 @@ fn a_process_may_be_killed_at_any_call() {
         drop(last);
         trap.site.compare();
     }
+}
+
+/// The file has the data of the commit already, so that its header alone would commit for whoever recovers the WAL.
+#[test]
+fn a_commit_that_is_tried_again_is_none_before_a_majority_has_it() {
+    let same = "INSERT INTO t(data) VALUES ('same')";
+    let (mut trap, first) = Trap::new("WAL");
+    drop(first);
+    for call in 1.. {
+        let mut process = Process::start(&trap.site, "x.db");
+        trap.site.log.answer(Answer::Refuse);
+        let refused = process.run(same).unwrap();
+        assert!(refused.starts_with("refused"), "{refused}");
+        trap.left.store(call, Ordering::SeqCst);
+        *trap.victim.lock().unwrap() = Some(process.pid());
+        let told = process.run(same);
+        *trap.victim.lock().unwrap() = None;
+        let next = trap.site.open("x.db");
+        trap.site.follower.follow(&trap.site.log);
+        let path = trap.site.follower.members.iter().next().unwrap().path().to_owned();
+        assert_eq!(next.text(DIGEST), digest_of(&path, DIGEST), "call {call}");
+        next.run(SMALL).unwrap_or_else(|error| panic!("call {call}: {error:?}, {}", trap.site.refusal()));
+        assert!(!trap.site.registry().passage().is_fenced(), "call {call}: {}", trap.site.refusal());
+        if told.is_some() {
+            assert!(call > 4, "a commit has more calls");
+            break;
+        }
+    }
+    trap.site.compare();
+}
+
+/// A process was killed that had begun a journal. Whoever keeps none would write into its transaction, and never end it.
+#[test]
+fn a_journal_that_was_only_begun_lets_no_raw_write_pass() {
+    let mut stage = Stage::new("DELETE", 4096);
+    let mut process = Process::start(&stage.site, "x.db");
+    assert!(process.run("BEGIN;INSERT INTO t(data) VALUES (2)").is_some());
+    assert!(stage.site.below("x.db-journal").exists());
+    drop(process);
+    let sql = stage.site.open("x.db");
+    sql.run("PRAGMA journal_mode=MEMORY").unwrap();
+    sql.run("INSERT INTO t(data) VALUES (3)").unwrap_err();
+    assert!(stage.site.refusal().contains("outside of a transaction"), "{}", stage.site.refusal());
+    sql.run("PRAGMA journal_mode=DELETE").unwrap();
+    assert_eq!(sql.number("SELECT count(*) FROM t"), 1);
+    sql.run("INSERT INTO t(data) VALUES (4)").unwrap();
+    assert_eq!(sql.text("PRAGMA journal_mode=WAL"), "wal");
+    sql.run("INSERT INTO t(data) VALUES (5)").unwrap();
+    drop(sql);
+    stage.site.compare();
 }
