@@ -141,8 +141,8 @@ impl Capture {
         file.read_at(self.tracker.data_offset(frame), image)
     }
 
-    /// At [`Step::Hold`]: the data of the last frame, if the file happens to have it already. The header alone would then
-    /// commit for whoever recovers the WAL.
+    /// At [`Step::Hold`]: the data of the last frame, if the file happens to have it already. The header alone would
+    /// then commit for whoever recovers the WAL.
     ///
     /// # Errors
     /// The file's code when it cannot be read.
@@ -159,9 +159,9 @@ impl Capture {
         Ok((sums.bytes() == held.header[FRAME_HEADER - SUMS..]).then_some(image))
     }
 
-    /// At [`Step::Commit`]: puts the checksums right that SQLite would put right after the commit, so that whoever recovers
-    /// the WAL finds the transaction as soon as its last header is there. `data` is the content of the last frame. True if
-    /// there was anything to do.
+    /// At [`Step::Commit`]: puts the checksums right that SQLite would put right after the commit, so that whoever
+    /// recovers the WAL finds the transaction as soon as its last header is there. `data` is the content of the last
+    /// frame. True if there was anything to do.
     ///
     /// # Errors
     /// The file's code when it cannot be read or written: the transaction fails.
@@ -182,7 +182,8 @@ impl Capture {
         Ok(true)
     }
 
-    /// True if whoever recovers the WAL finds all of it, from the frame after `before` on up to the last one that passed.
+    /// True if whoever recovers the WAL finds all of it, from the frame after `before` on up to the last one that
+    /// passed.
     ///
     /// # Errors
     /// The file's code when it cannot be read.

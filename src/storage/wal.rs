@@ -68,8 +68,8 @@ pub struct PendingCommit {
     pub header: [u8; FRAME_HEADER],
 }
 
-/// The checksums of a WAL. Those of a frame go over the first eight bytes of its header and its page, and continue those
-/// of the frame before it; the first frame continues the header of the file.
+/// The checksums of a WAL. Those of a frame go over the first eight bytes of its header and its page, and continue
+/// those of the frame before it; the first frame continues the header of the file.
 #[derive(Clone, Copy, Debug)]
 pub struct Sums {
     big_endian: bool,
@@ -272,8 +272,8 @@ impl Tracker {
         }
     }
 
-    /// For who does not see SQLite's locks: a header of the transaction that passed last came again as it was. Its writer
-    /// puts checksums right, or somebody who has not seen it does the same once more.
+    /// For who does not see SQLite's locks: a header of the transaction that passed last came again as it was. Its
+    /// writer puts checksums right, or somebody who has not seen it does the same once more.
     pub fn came_again(&mut self, offset: u64, length: usize) {
         if let Some(settled) = &mut self.settled
             && length == FRAME_HEADER
@@ -299,7 +299,8 @@ impl Tracker {
     }
 
     /// For who does not see SQLite's locks: the transaction that passed last is taken back, because of a write to this
-    /// [frame](Self::written_over). The frames before it came again as they were, and so did its header if this is data.
+    /// [frame](Self::written_over). The frames before it came again as they were, and so did its header if this is
+    /// data.
     pub fn reopen(&mut self, frame: u32, header: bool) {
         let Some(settled) = self.settled.take() else { return };
         self.committed = settled.first - 1;

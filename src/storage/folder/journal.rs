@@ -7,8 +7,9 @@
 //! old pages back; then nothing has changed.
 //!
 //! A header that is not synced yet begins with zeros as well, but only the first 12 bytes: behind them are the size of
-//! a sector and of a page, which are never zero. Nobody would play such a journal back, and so nothing is written to the
-//! database while it is like that. Who does so keeps no journal here, though a process that was killed has left one.
+//! a sector and of a page, which are never zero. Nobody would play such a journal back, and so nothing is written to
+//! the database while it is like that. Who does so keeps no journal here, though a process that was killed has left
+//! one.
 
 /// How a journal begins that whoever finds it plays back.
 const MAGIC: [u8; 8] = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];

@@ -5,8 +5,8 @@
 //! - `fuse.rs`: the calls of the kernel; `waiting.rs`: those that may wait, apart from those that read
 //! - `tree.rs`: numbers, names and what is open; `paths.rs`: its inode table; `backing.rs`: the folder below
 //! - `sqlite.rs`: which file belongs to which database
-//! - `guarded.rs`: the gate of one database; `journal.rs`, `overlay.rs` and `image.rs`: its transactions with a rollback
-//!   journal; `guarded/wal.rs`, `units.rs` and `guarded/doubt.rs`: its WAL
+//! - `guarded.rs`: the gate of one database; `journal.rs`, `overlay.rs` and `image.rs`: its transactions with a
+//!   rollback journal; `guarded/wal.rs`, `units.rs` and `guarded/doubt.rs`: its WAL
 //! - `point.rs`: the mount point while nothing is served; `plain.rs`: the files that are no databases
 //! - `passage.rs`: what all databases share, the way to the majority
 //! - `catalogue.rs`: which databases there are; `places.rs`: where they lie; `members.rs`: those of one member, following
@@ -76,8 +76,8 @@ pub enum FolderError {
     Unmount { path: PathBuf, error: io::Error },
 }
 
-/// Is told of each call of the kernel by its name, when it is done and not answered yet. Must not open anything below the
-/// mount.
+/// Is told of each call of the kernel by its name, when it is done and not answered yet. Must not open anything below
+/// the mount.
 pub type Trace = Arc<dyn Fn(&'static str) + Send + Sync>;
 
 /// Which folder is served, and where.

@@ -1,6 +1,6 @@
-//! The last transaction of a WAL, as long as nobody knows whether SQLite knows of it: its writer may be killed behind the
-//! write that commits, and before it has said so in the memory that the application's processes share. Those that live
-//! go on as if it had never been. This remembers what is needed to take it back. Pure.
+//! The last transaction of a WAL, as long as nobody knows whether SQLite knows of it: its writer may be killed behind
+//! the write that commits, and before it has said so in the memory that the application's processes share. Those that
+//! live go on as if it had never been. This remembers what is needed to take it back. Pure.
 
 use std::collections::BTreeSet;
 
@@ -30,7 +30,8 @@ pub(super) struct Doubt {
 }
 
 impl Doubt {
-    /// Remembers what a transaction will change: the pages `numbers`, in ascending order, of a database that has `pages` then.
+    /// Remembers what a transaction will change: the pages `numbers`, in ascending order, of a database that has
+    /// `pages` then.
     pub fn new(
         table: &PageTable,
         behind: &BTreeSet<u32>,
@@ -69,7 +70,7 @@ impl Pages {
 
     /// The last transaction is taken back.
     pub(super) fn take_back(&mut self, preview: Preview, index: u64) {
-        self.accept(preview, index);
+        self.accept(preview, index, true);
         for old in self.doubt.take().into_iter().flat_map(|doubt| doubt.before) {
             match old.behind {
                 true => self.behind.insert(old.number),

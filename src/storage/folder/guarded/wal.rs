@@ -197,8 +197,8 @@ impl Guarded {
         (pages.in_wal, pages.doubt) = (true, Some(doubt));
     }
 
-    /// Takes back the last transaction of its WAL: its writer was killed before SQLite's other processes could see it, and
-    /// so nobody was told of it. They go on from what was before it, and so do all members.
+    /// Takes back the last transaction of its WAL: its writer was killed before SQLite's other processes could see it,
+    /// and so nobody was told of it. They go on from what was before it, and so do all members.
     ///
     /// # Errors
     /// As a commit. Fenced when it may have been seen, or what was before it is not to be found.
@@ -264,8 +264,8 @@ impl Guarded {
         Ok(count)
     }
 
-    /// True once after a commit of whose WAL the kernel may have other checksums in its cache than the file: whoever opens
-    /// it then must not read from the cache.
+    /// True once after a commit of whose WAL the kernel may have other checksums in its cache than the file: whoever
+    /// opens it then must not read from the cache.
     pub(in crate::storage::folder) fn is_wal_stale(&self) -> bool {
         self.stale.swap(false, Ordering::SeqCst)
     }
