@@ -1,7 +1,6 @@
 //! A service's databases in a folder that is served through FUSE: SQLite without any of our code in it, and what the
 //! members have. Needs root and /dev/fuse.
 
-mod images;
 mod kills;
 mod modes;
 mod refusals;
