@@ -2,7 +2,7 @@
 //! than at the top.
 
 use axum::{
-    http::{HeaderMap, HeaderName, HeaderValue},
+    http::{HeaderMap, HeaderName, HeaderValue, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
@@ -53,6 +53,20 @@ pub(super) struct Paged<T> {
 impl<T: Serialize> IntoResponse for Paged<T> {
     fn into_response(self) -> Response {
         ([(TOTAL, HeaderValue::from(self.total))], axum::Json(self.rows)).into_response()
+    }
+}
+
+/// As [`Paged`], of rows that SQLite has written as a JSON array.
+#[derive(Debug)]
+pub(super) struct Written {
+    pub(super) rows: String,
+    pub(super) total: i64,
+}
+
+impl IntoResponse for Written {
+    fn into_response(self) -> Response {
+        const JSON: HeaderValue = HeaderValue::from_static("application/json");
+        ([(TOTAL, HeaderValue::from(self.total)), (header::CONTENT_TYPE, JSON)], self.rows).into_response()
     }
 }
 

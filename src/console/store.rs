@@ -271,6 +271,18 @@ impl Store {
         Ok((rows, total.unwrap_or_default()))
     }
 
+    /// The rows that a statement makes one JSON array of, and how many there are in all. Each row that comes from the
+    /// connection's thread costs more than SQLite takes to write it.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub(super) async fn written(
+        &self,
+        statement: QueryAs<'_, Sqlite, (String, i64), SqliteArguments>,
+    ) -> Result<(String, i64), StoreError> {
+        Ok(statement.fetch_one(&mut *self.read().await?).await?)
+    }
+
     /// What an administrator has set under this name; `None` if nobody has.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use super::{
     audit_log::{self, audited},
     errors::ApiError,
     extract::{Body, Name, Search},
-    paging::{Page, Paged},
+    paging::{Page, Written},
     route::{Access, Entry, route},
     store::{StoreError, Writing},
     user::{Role, User},
@@ -82,14 +82,14 @@ impl Tag {
 }
 
 /// `GET tags`: a JSON array in the order of the names.
-pub(super) async fn list(
-    State(console): State<Arc<Console>>,
-    Search(page): Search<Page>,
-) -> Result<Paged<Tag>, ApiError> {
+pub(super) async fn list(State(console): State<Arc<Console>>, Search(page): Search<Page>) -> Result<Written, ApiError> {
     let (limit, offset) = page.bounds()?;
-    let page = "SELECT name, color, description FROM tags ORDER BY name LIMIT +? OFFSET ?; SELECT count(*) FROM tags";
-    let (rows, total) = console.store.counted(sqlx::query(page).bind(limit).bind(offset)).await?;
-    Ok(Paged { rows, total })
+    // The names are those of `Tag`. The rows keep their order: the inner query has a limit, so it is not taken apart.
+    let page = "SELECT json_group_array(json_object('name', name, 'color', color, 'description', description)), \
+                (SELECT count(*) FROM tags) \
+                FROM (SELECT name, color, description FROM tags ORDER BY name LIMIT +? OFFSET ?)";
+    let (rows, total) = console.store.written(sqlx::query_as(page).bind(limit).bind(offset)).await?;
+    Ok(Written { rows, total })
 }
 
 /// `POST tags`: creates one and answers 200 with it, as the original does (not 201); 409 if the name exists.
@@ -158,7 +158,33 @@ fn exists(name: &str, error: StoreError) -> ApiError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use serde_json::json;
+
+    use super::{super::test_console::TestConsole, *};
+
+    #[tokio::test]
+    async fn a_list_is_in_the_order_of_the_names_and_has_every_text_as_it_is() {
+        let test = TestConsole::start().await;
+        let auth = test.login().await;
+        let tag = |name: &str, description: &str| json!({ "name": name, "color": "", "description": description });
+        let tags = [
+            tag("a", "\"quoted\" \\ and / \u{1}\t\r\n\u{8}\u{c}\u{7f}"),
+            tag("b\"\\", "</script> \u{2028} \u{fffd} \u{1f600} \u{10ffff}"),
+            tag("c", ""),
+            tag("ä", "[1] {} null"),
+        ];
+        for tag in tags.iter().rev() {
+            assert_eq!(
+                test.call(Method::POST, "/api/v1/tags", &auth, tag.clone()).await,
+                (StatusCode::OK, tag.clone())
+            );
+        }
+        let list =
+            async |query: &str| test.call(Method::GET, &format!("/api/v1/tags{query}"), &auth, Value::Null).await;
+        assert_eq!(list("").await, (StatusCode::OK, json!(tags)));
+        assert_eq!(list("?limit=2&offset=1").await, (StatusCode::OK, json!(tags[1..3])));
+        assert_eq!(list("?offset=9").await, (StatusCode::OK, json!([])));
+    }
 
     #[test]
     fn limits_are_checked_on_both_sides() {
