@@ -194,13 +194,13 @@ struct Output<'a> {
     pacer: Pacer,
     /// Bytes that the disk does not have yet, and what they are among.
     pending: u64,
-    among: Range<u64>,
+    among: Option<Range<u64>>,
 }
 
 impl<'a> Output<'a> {
     fn new(file: &'a File, page_size: u32) -> Self {
-        let (pacer, among) = (Pacer::new(Duration::ZERO), u64::MAX..0);
-        Self { file, page_size: u64::from(page_size), pacer, pending: 0, among }
+        let pacer = Pacer::new(Duration::ZERO);
+        Self { file, page_size: u64::from(page_size), pacer, pending: 0, among: None }
     }
 
     /// Writes pages from this number on.
@@ -208,10 +208,11 @@ impl<'a> Output<'a> {
         let (from, bytes) = (u64::from(number - 1) * self.page_size, pages.len() as u64);
         self.file.write_all_at(pages, from)?;
         self.pending += bytes;
-        self.among = self.among.start.min(from)..self.among.end.max(from + bytes);
+        let before = self.among.take().unwrap_or(from..from);
+        let Range { start, end } = before.start.min(from)..before.end.max(from + bytes);
+        self.among = Some(start..end);
         if self.pending >= pacer::LARGEST {
-            self.pending = 0;
-            let Range { start, end } = std::mem::replace(&mut self.among, u64::MAX..0);
+            (self.pending, self.among) = (0, None);
             self.pacer.write_back(self.file, start..end)?;
             // What the disk has leaves the page cache. An error costs memory, and no more.
             let (at, length) = (start as i64, (end - start) as i64);
